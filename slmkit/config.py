@@ -1,0 +1,142 @@
+"""Settings for everybody: a strict base class, dotted overrides, and errors in the words of whoever typed it.
+
+A settings file is YAML; every value in it can be overridden by its dotted key (`train.learning_rate=3e-4`); an unknown
+key or a value of the wrong type is one line that names the key and the nearest right one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pydantic
+import yaml
+
+
+class UserError(Exception):
+    """The user's mistake, or their machine's: one line that says what was found and what to do (exit code 2)."""
+
+
+class Settings(pydantic.BaseModel):
+    """Base of all settings: unknown keys are refused, and values are checked when they are set."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """` Did you mean 'x'?` where something near exists, else the choices themselves."""
+    choices = list(choices)
+    near = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
+    if near:
+        return f"did you mean {near[0]!r}?"
+    return "known: " + ", ".join(sorted(choices))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file; anything else is a `UserError`."""
+    path = Path(path)
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # _Loader is a SafeLoader
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected `key: value` lines, found {type(content).__name__}")
+    return content
+
+
+def to_yaml(settings: Settings) -> str:
+    """Every value of `settings`, defaults included, as YAML that `load_settings` reads back."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_settings(kind: type[S], content: dict[str, Any], overrides: Sequence[str] = (), origin: str = "") -> S:
+    """Build `kind` from a mapping and `dotted.key=value` overrides.
+
+    Raises `UserError` for an unknown key (with the nearest known one), a wrong type or a malformed override.
+    """
+    content = _copy(content)
+    for override in overrides:
+        _apply(content, override)
+    try:
+        return kind.model_validate(content)
+    except pydantic.ValidationError as error:
+        raise UserError(_first_problem(kind, error, origin)) from None
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML reads `3e-4` as a string; people who write recipes mean a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?$"),
+    list("-+0123456789."),
+)
+
+
+def _copy(content: dict[str, Any]) -> dict[str, Any]:
+    return {key: _copy(value) if isinstance(value, dict) else value for key, value in content.items()}
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"{override!r}: expected key=value, such as train.learning_rate=3e-4")
+    *parents, leaf = key.split(".")
+    for name in parents:
+        child = content.setdefault(name, {})
+        if not isinstance(child, dict):
+            raise UserError(f"{key}: {name!r} is a single value, so it has no keys below it")
+        content = child
+    try:
+        content[leaf] = yaml.load(text, Loader=_Loader) if text else ""
+    except yaml.YAMLError:
+        content[leaf] = text
+
+
+def _first_problem(kind: type[Settings], error: pydantic.ValidationError, origin: str) -> str:
+    problem = error.errors()[0]
+    location = [str(part) for part in problem["loc"]]
+    where = f"{origin}: " if origin else ""
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if problem["type"] == "extra_forbidden":
+        known = _fields_at(kind, location[:-1])
+        return f"{where}unknown key {'.'.join(location)!r}; {did_you_mean(location[-1], known)}{more}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if not location:
+        return f"{where}{message}{more}"
+    found = problem.get("input")
+    shown = "" if problem["type"] == "missing" or isinstance(found, dict) else f", found {found!r}"
+    return f"{where}{'.'.join(location)}: {message[0].lower()}{message[1:]}{shown}{more}"
+
+
+def _fields_at(kind: type[Settings], location: Sequence[str]) -> list[str]:
+    """The names of the settings at a dotted place below `kind`."""
+    for name in location:
+        field = kind.model_fields.get(name)
+        inner = field and _settings_in(field.annotation)
+        if not inner:
+            break
+        kind = inner
+    return list(kind.model_fields)
+
+
+def _settings_in(annotation: Any) -> type[Settings] | None:
+    """The `Settings` class inside an annotation such as `Optimizer | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        return annotation
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return next((found for part in typing.get_args(annotation) if (found := _settings_in(part))), None)
+    return None
