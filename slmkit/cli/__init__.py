@@ -1,0 +1,61 @@
+"""The `slm` command. Each module here is one command: it parses, calls the library and prints.
+
+Nothing heavy is imported before a command runs, so that `slm --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from slmkit.cli import chat, data, generate, quickstart, tokenizer, train
+from slmkit.config import UserError
+
+app = typer.Typer(
+    help="Grow a small language model, from raw text to a model you talk to. Start with: slm quickstart",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.command("quickstart")(quickstart.quickstart)
+app.add_typer(tokenizer.app, name="tokenizer")
+app.add_typer(data.app, name="data")
+app.command("train")(train.train)
+app.command("resume")(train.resume)
+app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line and exit code 2, a traceback only with --debug."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    try:
+        code = app(arguments, prog_name="slm", standalone_mode=False)
+    except Exception as error:
+        if debug:
+            raise
+        code = _explain(error)
+    except KeyboardInterrupt:
+        print("\nslm: stopped", file=sys.stderr)
+        code = 130
+    sys.exit(code or 0)
+
+
+def _explain(error: Exception) -> int:
+    """Print one line on stderr; returns the exit code."""
+    if isinstance(error, BrokenPipeError):  # `slm generate … | head`
+        sys.stderr.close()
+        return 0
+    if isinstance(error, UserError) or type(error).__name__ == "DeviceError":  # the latter's module imports torch
+        print(f"slm: {error}", file=sys.stderr)
+        return 2
+    if hasattr(error, "exit_code") and hasattr(error, "format_message"):  # typer: a wrong option or argument
+        message = " ".join(error.format_message().split())
+        print(f"slm: {message} (see `slm --help`)", file=sys.stderr)
+        return int(error.exit_code)
+    what = " ".join(str(error).split())[:300]
+    print(f"slm: {type(error).__name__}: {what} (run again with --debug for the traceback)", file=sys.stderr)
+    return 1

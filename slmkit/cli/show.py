@@ -1,0 +1,56 @@
+"""What several commands print with, and how they open a model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from slmkit.model import Decoder
+    from slmkit.tokenizer import SLMTokenizer
+
+PLAIN_EVERY = 20_000  # documents between two plain lines
+
+
+class TerminalReporter:
+    """Says how far the long functions are, on stderr: one live line on a terminal, a few plain ones elsewhere."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False)
+
+    def say(self, line: str) -> None:
+        self.console.print(line, soft_wrap=True, markup=False)
+
+    def warn(self, line: str) -> None:
+        self.console.print(f"warning: {line}", soft_wrap=True, markup=False)
+
+    def counter(self, label: str) -> Callable[[int, int], None]:
+        """A callback for (documents, tokens) done."""
+        shown = 0
+
+        def update(documents: int, tokens: int) -> None:
+            nonlocal shown
+            line = f"{label}: {documents:,} documents, {tokens:,} tokens"
+            if self.console.is_terminal:
+                sys.stderr.write(f"\r{line}\x1b[K")
+                sys.stderr.flush()
+            elif documents - shown >= PLAIN_EVERY:
+                shown = documents
+                self.say(line)
+
+        return update
+
+
+def load_model(path: str, device: str) -> tuple[Decoder, SLMTokenizer]:
+    """The decoder and tokenizer of a model directory or run, on the device asked for. Raises `UserError`."""
+    from slmkit.device import find_device
+    from slmkit.model import load_decoder
+    from slmkit.tokenizer import SLMTokenizer
+    from slmkit.training.run import find_model_directory
+
+    directory = find_model_directory(path)
+    decoder, _ = load_decoder(directory, find_device(device).torch_device)
+    return decoder, SLMTokenizer.from_pretrained(directory)

@@ -1,0 +1,50 @@
+"""`slm tokenizer train|encode`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Train a byte-level BPE tokenizer, and look at what it does.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@app.command()
+def train(
+    sources: Annotated[list[str], typer.Argument(help="Text files or folders (.txt, .jsonl, .csv, .parquet, also .gz, .zst), or `stories`.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Where tokenizer.json goes.")] = "tokenizer",
+    vocab_size: Annotated[int, typer.Option(help="Tokens, the 256 bytes and the special ones included.")] = 16_384,
+    text_column: Annotated[str, typer.Option(help="The column that holds the text.")] = "text",
+) -> None:
+    """Train a tokenizer on any text.
+
+    Example: slm tokenizer train book.txt --vocab-size 4096 -o tokenizers/book
+    """
+    from slmkit.data.corpus import DataSettings, texts_of
+    from slmkit.tokenizer import SLMTokenizer
+
+    tokenizer = SLMTokenizer(vocab_size)
+    tokenizer.train(texts_of(DataSettings(source=sources, text_column=text_column)))
+    tokenizer.save_pretrained(output)
+    print(f"{len(tokenizer):,} tokens in {output}")
+    if len(tokenizer) < vocab_size:
+        print(f"fewer than the {vocab_size:,} asked for: the text holds no more pairs worth merging")
+
+
+@app.command()
+def encode(
+    tokenizer: Annotated[str, typer.Argument(help="A tokenizer or model directory, or a run.")],
+    text: Annotated[str, typer.Argument(help="The text to encode.")],
+) -> None:
+    """Show the tokens of a text, each with its id.
+
+    Example: slm tokenizer encode tokenizers/book "Once upon a time"
+    """
+    from slmkit.tokenizer import SLMTokenizer
+    from slmkit.training.run import find_tokenizer_directory
+
+    loaded = SLMTokenizer.from_pretrained(find_tokenizer_directory(tokenizer))
+    ids = loaded.encode(text)
+    for token_id in ids:
+        print(f"{token_id:>7}  {loaded.token_bytes(token_id).decode('utf-8', 'backslashreplace')!r}")
+    print(f"{len(ids)} tokens, {len(text.encode()) / max(1, len(ids)):.2f} bytes per token")

@@ -1,0 +1,79 @@
+"""The machine: which device, and which precision pays on it. Asked once, passed on."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+class DeviceError(ValueError):
+    """A device or precision that this machine does not have; one line, like `slmkit.config.UserError`."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where tensors live, and the type in which matrices are multiplied there (weights stay float32)."""
+
+    torch_device: torch.device
+    compute_dtype: torch.dtype
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Matrix products in `compute_dtype`; does nothing in float32."""
+        if self.compute_dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.torch_device.type, self.compute_dtype)
+
+    def describe(self) -> dict[str, str | int]:
+        """What a reader of a run's figures has to know of the machine."""
+        if self.torch_device.type == "cuda":
+            name = torch.cuda.get_device_name(self.torch_device)
+        else:
+            name = str(torch.cpu.get_capabilities().get("cpu_name", "cpu"))
+        return {
+            "device": str(self.torch_device),
+            "device_name": name,
+            "compute_dtype": str(self.compute_dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+        }
+
+
+def find_device(name: str = "auto", precision: str = "auto") -> Device:
+    """The best device here, or the one named (`cpu`, `cuda`, `cuda:1`, `mps`).
+
+    `auto` precision is bfloat16 where the hardware multiplies in it: on CPUs only with AVX-512-BF16 or AMX, since
+    without them it is emulated and many times slower than float32. Raises `DeviceError` for what is not there.
+    """
+    if precision not in PRECISIONS:
+        raise DeviceError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
+    device = torch.device(_best() if name == "auto" else _checked(name))
+    if precision == "auto":
+        precision = "bfloat16" if _multiplies_in_bfloat16(device) else "float32"
+    return Device(device, getattr(torch, precision))
+
+
+def _best() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _checked(name: str) -> str:
+    kind = name.partition(":")[0]
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(kind, False):
+        here = ", ".join(kind for kind, is_there in there.items() if is_there)
+        raise DeviceError(f"device {name!r} is not available; this machine has: {here}")
+    return name
+
+
+def _multiplies_in_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return False

@@ -1,0 +1,67 @@
+"""Validation loss, perplexity and bits per byte."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from slmkit.device import Device
+from slmkit.model import Decoder
+
+IGNORED = -100
+
+
+class Rows(Protocol):
+    """What is evaluated: rows of ids and of labels, both [length], -100 where nothing is asked."""
+
+    @property
+    def rows_in_epoch(self) -> int: ...
+
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+@dataclass(frozen=True)
+class LossReport:
+    """A sum of losses and what it is over."""
+
+    nats: float
+    tokens: int
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.nats / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss)
+
+    def bits_per_byte(self, text_bytes: int) -> float:
+        """Comparable between tokenizers. `text_bytes` is the UTF-8 length of the text that was evaluated."""
+        return self.nats / math.log(2) / text_bytes
+
+
+@torch.inference_mode()
+def validation_loss(model: Decoder, rows: Rows, device: Device, rows_per_batch: int = 8) -> LossReport:
+    """Cross-entropy of every label in `rows`, in the mode and precision the model is used in."""
+    was_training = model.training
+    model.eval()
+    nats, tokens = 0.0, 0
+    for start in range(0, rows.rows_in_epoch, rows_per_batch):
+        part = [rows.row(i) for i in range(start, min(start + rows_per_batch, rows.rows_in_epoch))]
+        ids, labels = (
+            torch.from_numpy(np.stack(columns).astype(np.int64)).to(device.torch_device) for columns in zip(*part)
+        )  # [rows, length] each
+        with device.autocast():
+            hidden = model(ids)
+            asked = labels != IGNORED
+            logits = model.logits(hidden[asked]).float()  # [asked, vocab_size]
+        nats += F.cross_entropy(logits, labels[asked], reduction="sum").item()
+        tokens += int(asked.sum())
+    model.train(was_training)
+    return LossReport(nats, tokens)

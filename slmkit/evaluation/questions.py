@@ -1,0 +1,71 @@
+"""Questions with one right answer: the model is asked in a conversation and must say exactly that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from slmkit.generation import SamplingSettings, generate_ids
+from slmkit.model import Decoder
+from slmkit.tokenizer import SLMTokenizer
+
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was asked last, what is right, and what the model said."""
+
+    question: str
+    expected: str
+    given: str
+
+    @property
+    def is_right(self) -> bool:
+        return self.given.strip() == self.expected.strip()
+
+
+@dataclass(frozen=True)
+class QuestionReport:
+    answers: tuple[Answer, ...]
+
+    @property
+    def share_right(self) -> float:
+        return sum(answer.is_right for answer in self.answers) / len(self.answers)
+
+    @property
+    def standard_error(self) -> float:
+        """Of the share, as of a proportion."""
+        return (self.share_right * (1 - self.share_right) / len(self.answers)) ** 0.5
+
+
+def ask(
+    decoder: Decoder,
+    tokenizer: SLMTokenizer,
+    questions: Sequence[tuple[Messages, str]],
+    progress: Callable[[int], None] = lambda done: None,
+) -> QuestionReport:
+    """Answer each conversation's last question greedily. `questions` pairs messages with the expected answer."""
+    greedy = SamplingSettings(do_sample=False)
+    device = decoder.embedding.weight.device
+    answers = []
+    for done, (messages, expected) in enumerate(questions, start=1):
+        prompt = tokenizer.encode_chat(messages, add_generation_prompt=True).ids
+        room = min(2 * len(tokenizer.encode(expected)) + 8, decoder.architecture.max_positions - len(prompt))
+        if room < 1:  # the story alone fills the context: counted as wrong, not left out
+            answers.append(Answer(messages[-1]["content"], expected, ""))
+            continue
+        ids = generate_ids(
+            decoder,
+            torch.tensor([prompt], device=device),
+            max_new_tokens=room,
+            stop_ids=tokenizer.stop_token_ids,
+            settings=greedy,
+            pad_token_id=tokenizer.pad_token_id or 0,
+        )
+        given = tokenizer.decode(ids[0, len(prompt) :].tolist(), skip_special_tokens=True)
+        answers.append(Answer(messages[-1]["content"], expected, given))
+        progress(done)
+    return QuestionReport(tuple(answers))

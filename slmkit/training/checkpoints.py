@@ -1,0 +1,188 @@
+"""Checkpoints: a model directory with `training_state/` inside, and a manifest written last.
+
+A checkpoint is written beside its final name, synced, and renamed, so that it is there whole or not at all. Optimizer
+state is safetensors under the parameters' own names, the rest JSON: nothing here is a pickle.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+
+from slmkit.config import UserError
+from slmkit.model import SLMConfig, load_decoder, save_decoder
+from slmkit.training.loop import State
+
+MANIFEST = "MANIFEST.json"
+STATE = "training_state/state.json"
+OPTIMIZER = "training_state/optimizer.safetensors"
+
+Companions = Callable[[Path], None]  # writes what belongs beside the weights, such as the tokenizer
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def save_checkpoint(state: State, config: SLMConfig, folder: Path, companions: Companions) -> Path:
+    """Write `folder/step-…` and return it. On any failure nothing is left and older checkpoints stay as they were.
+
+    Raises `UserError` when the disk is full or cannot be written.
+    """
+    final = folder / checkpoint_name(state.step)
+    partial = folder / f".partial-{final.name}"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        (partial / "training_state").mkdir(parents=True)
+        save_decoder(state.model, config, partial)
+        companions(partial)
+        save_file(_optimizer_tensors(state), partial / OPTIMIZER)
+        (partial / STATE).write_text(json.dumps(_plain_state(state), indent=2) + "\n", encoding="utf-8")
+        _write_manifest(partial)
+        if final.exists():  # left by a run that went back to an earlier step
+            shutil.rmtree(final)
+        os.replace(partial, final)
+        _sync(folder)
+    except (OSError, safetensors.SafetensorError, UserError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(
+            f"{final}: the checkpoint could not be written ({error}); earlier ones are untouched: "
+            "free some space, then `slm resume`"
+        ) from None
+    return final
+
+
+def load_checkpoint(directory: Path, state: State) -> None:
+    """Put a checkpoint's weights, optimizer and counters into `state`, which was built for the same recipe.
+
+    Raises `UserError` for a file that is missing, damaged or of another model.
+    """
+    verify(directory)
+    decoder, _ = load_decoder(directory)
+    device = state.model.embedding.weight.device
+    state.model.load_state_dict({name: tensor.to(device) for name, tensor in decoder.state_dict().items()})
+    tensors = load_file(directory / OPTIMIZER)
+    moments: dict[int, dict[str, torch.Tensor]] = {}
+    for index, name in enumerate(_optimized_names(state)):
+        moments[index] = {
+            key.rpartition("/")[2]: tensor for key, tensor in tensors.items() if key.rpartition("/")[0] == name
+        }
+    groups = state.optimizer.state_dict()["param_groups"]
+    state.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    plain = json.loads((directory / STATE).read_text(encoding="utf-8"))
+    state.step, state.tokens, state.best = plain["step"], plain["tokens"], plain["best"]
+    if plain["seed"] != state.seed:
+        raise UserError(f"{directory}: made with seed {plain['seed']}, the recipe says {state.seed}")
+
+
+def verify(directory: Path) -> None:
+    """Compare every file with the manifest. Raises `UserError` naming the first that differs."""
+    try:
+        listed = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"{directory}: not a complete checkpoint: its {MANIFEST} is missing or damaged") from None
+    for name, expected in listed.items():
+        path = directory / name
+        if not path.is_file():
+            raise UserError(f"{path}: missing; the checkpoint is damaged, use another one")
+        if path.stat().st_size != expected["size"]:
+            raise UserError(
+                f"{path}: {path.stat().st_size} bytes where its manifest says {expected['size']}: "
+                "the checkpoint is damaged, use another one"
+            )
+        if file_sha256(path) != expected["sha256"]:
+            raise UserError(f"{path}: its content is not what its manifest says: the checkpoint is damaged")
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints that have a manifest, oldest first."""
+    return sorted(path.parent for path in folder.glob(f"step-*/{MANIFEST}"))
+
+
+def newest_intact(folder: Path, warn: Callable[[str], None]) -> Path:
+    """The latest checkpoint that passes `verify`; damaged and half-written ones are passed over with a warning.
+
+    Raises `UserError` when there is none.
+    """
+    for path in sorted(folder.glob(".partial-*")):
+        warn(f"{path.name}: half-written, ignored")
+    for path in reversed(complete_checkpoints(folder)):
+        try:
+            verify(path)
+            return path
+        except UserError as error:
+            warn(f"passed over: {error}")
+    raise UserError(f"{folder}: no complete checkpoint to go on from; start the run again with `slm train`")
+
+
+def point_link(link: Path, target: Path) -> None:
+    """Move `link` to `target` in one step: it names the old checkpoint or the new one, never neither."""
+    fresh = link.with_name(f".{link.name}-{os.getpid()}")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(os.path.relpath(target, link.parent))
+    os.replace(fresh, link)
+
+
+def keep_newest(folder: Path, count: int, keep: set[str]) -> None:
+    """Delete all but the newest `count` checkpoints and those named in `keep`."""
+    for path in complete_checkpoints(folder)[: -count or None]:
+        if path.name not in keep:
+            (path / MANIFEST).unlink()  # first: a half-deleted checkpoint must not look complete
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _plain_state(state: State) -> dict[str, Any]:
+    skipped = ("model", "optimizer")
+    return {f.name: getattr(state, f.name) for f in dataclasses.fields(state) if f.name not in skipped}
+
+
+def _optimized_names(state: State) -> Iterator[str]:
+    """Names of the parameters in the order in which the optimizer numbers them."""
+    names = {id(parameter): name for name, parameter in state.model.named_parameters()}
+    for group in state.optimizer.param_groups:
+        for parameter in group["params"]:
+            yield names[id(parameter)]
+
+
+def _optimizer_tensors(state: State) -> dict[str, torch.Tensor]:
+    moments = state.optimizer.state_dict()["state"]
+    return {
+        f"{name}/{key}": tensor.contiguous()
+        for index, name in enumerate(_optimized_names(state))
+        for key, tensor in moments.get(index, {}).items()
+    }
+
+
+def _write_manifest(directory: Path) -> None:
+    """List every file with size and checksum, and see all of it onto the disk."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    listed = {
+        str(path.relative_to(directory)): {"size": path.stat().st_size, "sha256": file_sha256(path)} for path in files
+    }
+    manifest = directory / MANIFEST
+    manifest.write_text(json.dumps({"files": listed}, indent=2) + "\n", encoding="utf-8")
+    for path in (*files, manifest, directory / "training_state", directory):
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,69 @@
+"""Live progress of a run: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from slmkit.training.loop import Report, State
+
+LINES = 20  # how many plain lines a whole run prints
+
+
+class TrainingProgress:
+    """A hook for every step: loss, tokens a second and time left. Use it as a context manager."""
+
+    def __init__(self, label: str, steps: int, console: Console | None = None) -> None:
+        self.label, self.steps = label, steps
+        self.console = console or Console(stderr=True)
+        self.is_live = self.console.is_terminal
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[figures]}"),
+            console=self.console,
+            transient=False,
+        )
+        self.task = self.bar.add_task(label, total=steps, figures="", start=True)
+        self.started, self.first_step, self.smooth_loss = 0.0, 0, 0.0
+        self.validation_loss: float | None = None
+
+    def __enter__(self) -> TrainingProgress:
+        self.started = time.monotonic()
+        if self.is_live:
+            self.bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.bar.stop()
+
+    def update(self, state: State, report: Report) -> None:
+        """Show a step's report."""
+        if not self.first_step:
+            self.first_step, self.smooth_loss = state.step - 1, report["loss"]
+        self.smooth_loss += 0.1 * (report["loss"] - self.smooth_loss)
+        self.validation_loss = report.get("validation_loss", self.validation_loss)
+        line = self._figures(state, report)
+        if self.is_live:
+            self.bar.update(self.task, completed=state.step, figures=line)
+        elif state.step % max(1, self.steps // LINES) == 0 or state.step == self.steps:
+            self.console.print(f"{self.label}: step {state.step}/{self.steps}  {line}", soft_wrap=True, highlight=False)
+
+    def _figures(self, state: State, report: Report) -> str:
+        done = state.step - self.first_step
+        left = (time.monotonic() - self.started) / done * (self.steps - state.step)
+        figures = [f"loss {self.smooth_loss:.3f}"]
+        if self.validation_loss is not None:
+            figures.append(f"validation {self.validation_loss:.3f}")
+        figures += [f"{report['tokens_per_second']:,} tokens/s", f"{clock(left)} left"]
+        return "  ".join(figures)
+
+
+def clock(seconds: float) -> str:
+    """`1:02:03` or `2:03`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,114 @@
+"""The recipe: everything that decides what a run computes, in one YAML file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+
+from slmkit.config import Settings, did_you_mean, load_settings, read_yaml
+from slmkit.data.corpus import DataSettings, TokenizerSettings
+from slmkit.model import SLMConfig
+
+
+class ModelSettings(Settings):
+    """A preset or a model directory to start from, and any field of `SLMConfig` to change in a preset."""
+
+    model_config = ConfigDict(extra="allow")
+
+    preset: str | None = None
+    path: str | None = None  # a model or run directory whose weights are trained on
+
+    @model_validator(mode="after")
+    def _known_fields(self) -> ModelSettings:
+        for name in self.changes:
+            if name not in SLMConfig.model_fields:
+                raise ValueError(f"unknown key {name!r}; {did_you_mean(name, ['preset', 'path', *SLMConfig.model_fields])}")
+        if self.path is not None and (self.preset is not None or self.changes):
+            raise ValueError("path starts from a finished model, whose shape is fixed: drop preset and the sizes beside it")
+        return self
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+    def build_config(self, **known: Any) -> SLMConfig:
+        """The config of a new model; `known` (vocabulary, special tokens) comes from the tokenizer."""
+        if self.preset is None:
+            return load_settings(SLMConfig, self.changes | known, origin="model")
+        return SLMConfig.from_preset(self.preset, **(self.changes | known))
+
+
+class TrainSettings(Settings):
+    """How long, how fast, how often. Batch and length are counted in tokens; names are Hugging Face's where one exists.
+
+    One of `max_tokens`, `max_steps` and `num_train_epochs` says when to stop; with none of them it is one epoch.
+    """
+
+    sequence_length: int | None = Field(None, gt=1)  # None: the model's max_position_embeddings
+    tokens_per_step: int = Field(8_192, gt=0)
+    micro_batch_tokens: int = Field(8_192, gt=0)  # what goes through the model at once; smaller takes less memory
+    max_tokens: int | None = Field(None, gt=0)
+    max_steps: int | None = Field(None, gt=0)
+    num_train_epochs: float | None = Field(None, gt=0)
+    learning_rate: float = Field(1e-3, gt=0)
+    min_learning_rate_ratio: float = Field(0.1, ge=0, le=1)
+    warmup_steps: float = Field(0.05, ge=0)  # a number of steps, or below 1 a share of all steps
+    weight_decay: float = Field(0.1, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.95, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    logging_steps: int = Field(10, gt=0)
+    eval_steps: int | None = Field(None, gt=0)  # None: ten times a run
+    save_steps: int | None = Field(None, gt=0)  # None: at each evaluation
+    save_total_limit: int = Field(2, gt=0)  # the best checkpoint is kept besides
+    sample_prompts: list[str] = Field(default_factory=lambda: ["Once upon a time"])
+    sample_tokens: int = Field(120, gt=0)
+    device: str = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    @model_validator(mode="after")
+    def _one_end(self) -> TrainSettings:
+        ends = {name: getattr(self, name) for name in ("max_tokens", "max_steps", "num_train_epochs")}
+        given = [name for name, value in ends.items() if value is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} both say when to stop: keep one")
+        return self
+
+    def rows_per_step(self, sequence_length: int) -> int:
+        return max(1, round(self.tokens_per_step / sequence_length))
+
+    def rows_per_micro_batch(self, sequence_length: int) -> int:
+        return max(1, self.micro_batch_tokens // sequence_length)
+
+    def total_steps(self, rows_in_epoch: int, sequence_length: int) -> int:
+        """Optimizer steps of the whole run, at least one."""
+        rows_per_step = self.rows_per_step(sequence_length)
+        if self.max_steps is not None:
+            return self.max_steps
+        if self.max_tokens is not None:
+            return max(1, self.max_tokens // (rows_per_step * sequence_length))
+        return max(1, round((self.num_train_epochs or 1) * rows_in_epoch / rows_per_step))
+
+    def total_warmup_steps(self, steps: int) -> int:
+        return round(self.warmup_steps * steps) if self.warmup_steps < 1 else round(self.warmup_steps)
+
+
+class Recipe(Settings):
+    """One run. `objective` says what is learned: the next token of any text, or the assistant's turns of chats."""
+
+    objective: Literal["pretrain", "sft"] = "pretrain"
+    output_dir: str = "runs/model"
+    seed: int = 0
+    model: ModelSettings = Field(default_factory=ModelSettings)
+    tokenizer: TokenizerSettings = Field(default_factory=TokenizerSettings)
+    data: DataSettings = Field(default_factory=DataSettings)
+    train: TrainSettings = Field(default_factory=TrainSettings)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file and apply `dotted.key=value` overrides. Raises `UserError` for anything it does not know."""
+    return load_settings(Recipe, read_yaml(path), overrides, origin=str(path))

@@ -1,0 +1,180 @@
+"""A run on disk, and the hooks that fill it while the loop runs."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from slmkit.config import UserError, to_yaml
+from slmkit.data.stream import Stream
+from slmkit.device import Device
+from slmkit.model import Decoder, SLMConfig
+from slmkit.training import checkpoints
+from slmkit.training.loop import Every, Plan, Report, State, StopRequested, train
+from slmkit.training.objectives import OBJECTIVES
+from slmkit.training.optimizers import adamw
+from slmkit.training.recipe import Recipe, TrainSettings
+from slmkit.training.run_log import MetricsLog, environment, plot_losses
+from slmkit.training.schedules import warmup_cosine
+
+
+class RunDirectory:
+    """The names inside `runs/NAME/`."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        self.recipe = self.root / "recipe.yaml"
+        self.environment = self.root / "environment.json"
+        self.metrics = MetricsLog(self.root / "metrics.jsonl")
+        self.plot = self.root / "loss.png"
+        self.samples = self.root / "samples.md"
+        self.data = self.root / "data"
+        self.checkpoints = self.root / "checkpoints"
+        self.latest = self.root / "latest"
+        self.best = self.root / "best"
+
+    def describe(self, recipe: Recipe, device: Device, data: dict[str, Any]) -> None:
+        """Write what would repeat the run."""
+        self.recipe.write_text(to_yaml(recipe), encoding="utf-8")
+        content = environment() | device.describe() | {"data": data}
+        self.environment.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def new_run_directory(wanted: str | Path) -> RunDirectory:
+    """`wanted`, or `wanted-2`, `-3`… where that name is taken: no run is ever overwritten."""
+    path, number = Path(wanted), 1
+    while path.exists():
+        number += 1
+        path = Path(f"{wanted}-{number}")
+    try:
+        (path / "checkpoints").mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be made: {error}") from None
+    return RunDirectory(path)
+
+
+def find_model_directory(path: str | Path) -> Path:
+    """A model directory as it is; of a run its best checkpoint, else its latest. Raises `UserError` for neither."""
+    path = Path(path)
+    for candidate in (path, path / "best", path / "latest"):
+        if (candidate / "config.json").is_file():
+            return candidate
+    what = "no such directory" if not path.exists() else "neither a model directory nor a run with a checkpoint"
+    raise UserError(f"{path}: {what}; expected what `slm train` or transformers' save_pretrained writes")
+
+
+def fit(
+    run: RunDirectory,
+    recipe: Recipe,
+    model: Decoder,
+    config: SLMConfig,
+    stream: Stream,
+    plan: Plan,
+    *,
+    companions: checkpoints.Companions,
+    hooks: Sequence[Every] = (),
+    perfect_loss: float | None = None,
+    resume: bool = False,
+    warn: Callable[[str], None] = print,
+) -> State:
+    """Train `model` as the recipe says, and leave a run on disk. Returns the state after the last step.
+
+    `hooks` come from outside (validation, samples, progress) and fire before the report is logged, so that what they
+    add to it is logged too. With `resume` it goes on from the newest intact checkpoint.
+    """
+    model.to(plan.device.torch_device)
+    settings = recipe.train
+    betas = (settings.adam_beta1, settings.adam_beta2)
+    optimizer = adamw(model, settings.learning_rate, settings.weight_decay, betas, settings.adam_epsilon)
+    state = State(model, optimizer, seed=recipe.seed)
+    if resume:
+        checkpoints.load_checkpoint(checkpoints.newest_intact(run.checkpoints, warn), state)
+    run.metrics.rewind(state.step)
+
+    logger = Logger(run, perfect_loss)
+    saver = Saver(run, config, companions, settings.save_total_limit)
+    eval_steps = evaluation_interval(settings, plan.steps)
+    own_hooks = (
+        Every(settings.logging_steps, logger.log),
+        Every(eval_steps, logger.draw),
+        Every(settings.save_steps or eval_steps, saver.save),
+    )
+    with stop_on_signals() as stop:
+        return train(state, OBJECTIVES[recipe.objective], stream, plan, (*hooks, *own_hooks), stop)
+
+
+def make_plan(settings: TrainSettings, rows_in_epoch: int, sequence_length: int, device: Device) -> Plan:
+    """What the loop needs of the settings, with everything counted out."""
+    steps = settings.total_steps(rows_in_epoch, sequence_length)
+    warmup = settings.total_warmup_steps(steps)
+    return Plan(
+        steps=steps,
+        rows_per_micro_batch=settings.rows_per_micro_batch(sequence_length),
+        max_grad_norm=settings.max_grad_norm,
+        schedule=lambda step: warmup_cosine(step, steps, warmup, settings.min_learning_rate_ratio),
+        device=device,
+    )
+
+
+def evaluation_interval(settings: TrainSettings, steps: int) -> int:
+    return settings.eval_steps or max(1, steps // 10)
+
+
+class Logger:
+    """Appends to `metrics.jsonl` and redraws `loss.png`."""
+
+    def __init__(self, run: RunDirectory, perfect_loss: float | None) -> None:
+        self.run, self.perfect_loss = run, perfect_loss
+
+    def log(self, state: State, report: Report) -> None:
+        self.run.metrics.append(report)
+
+    def draw(self, state: State, report: Report) -> None:
+        plot_losses(self.run.metrics.read(), self.run.plot, self.run.root.name, self.perfect_loss)
+
+
+class Saver:
+    """Writes checkpoints and moves `latest` and `best` to them once they are whole."""
+
+    def __init__(
+        self, run: RunDirectory, config: SLMConfig, companions: checkpoints.Companions, save_total_limit: int
+    ) -> None:
+        self.run, self.config, self.companions, self.limit = run, config, companions, save_total_limit
+
+    def save(self, state: State, report: Report) -> None:
+        loss = report.get("validation_loss")
+        is_best = loss is not None and loss < state.best.get("validation_loss", float("inf"))
+        if is_best:
+            state.best = {"step": state.step, "validation_loss": loss}
+        path = checkpoints.save_checkpoint(state, self.config, self.run.checkpoints, self.companions)
+        checkpoints.point_link(self.run.latest, path)
+        if is_best:
+            checkpoints.point_link(self.run.best, path)
+        keep = {checkpoints.checkpoint_name(int(state.best["step"]))} if state.best else set()
+        checkpoints.keep_newest(self.run.checkpoints, self.limit, keep)
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequested]:
+    """Ctrl-C and SIGTERM end the run after the step it is in, with a checkpoint; a second Ctrl-C ends it at once."""
+    stop = StopRequested()
+
+    def request(number: int, frame: Any) -> None:
+        if stop.is_set:
+            raise KeyboardInterrupt
+        stop.is_set = True
+
+    try:
+        before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: whoever runs us there has signals of their own
+        yield stop
+        return
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
