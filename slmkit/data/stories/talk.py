@@ -1,0 +1,111 @@
+"""Conversations about stories: somebody asks for one or brings one, asks about it, or just says hello."""
+
+from __future__ import annotations
+
+import functools
+import random
+
+from slmkit.data.stories.questions import Question
+from slmkit.data.stories.script import FOLDER, read_lines
+from slmkit.data.stories.story import Story, tell
+from slmkit.data.stories.teller import random_stream
+from slmkit.data.stories.template import dress
+from slmkit.data.stories.words import ScriptError
+
+Message = dict[str, str]
+
+KINDS = {"request": 5, "pasted": 4, "small talk": 1}  # how often each kind of conversation is held
+SMALL_TALK = ("hello", "who", "thanks", "bye")
+
+
+def conversation(seed: int, index: int, split: str = "train") -> list[Message]:
+    """Conversation number `index` of the stream `seed`; the story in it, if any, is `tell(seed, index, split)`."""
+    chance = random_stream("conversation", seed, split, index)
+    kind = chance.choices(list(KINDS), list(KINDS.values()))[0]
+    if kind == "small talk":
+        return _small_talk(chance)
+    story = tell(seed, index, split)
+    if kind == "request":
+        messages = _request(chance, story)
+        for question in _draw(chance, story, chance.randint(0, 3)):
+            messages += _exchange(_say(chance, "next question", question=question.question), question.answer)
+    else:
+        first, *others = _draw(chance, story, chance.randint(2, 5))
+        messages = _exchange(_pasted(chance, story, first), first.answer)
+        for question in others:
+            messages += _exchange(_say(chance, "next question", question=question.question), question.answer)
+    if chance.random() < 0.2:
+        messages += _exchange(*_pair(chance, chance.choice(("thanks", "bye"))))
+    return messages
+
+
+def held_out_questions(count: int, seed: int = 0) -> list[tuple[list[Message], str]]:
+    """Questions about stories of the held-out split: the messages up to the user's question, and the right answer."""
+    asked = []
+    for index in range(count):
+        chance = random_stream("held-out question", seed, index)
+        story = tell(seed, index, "heldout")
+        (question,) = _draw(chance, story, 1)
+        if index % 2:
+            messages = [*_request(chance, story), {"role": "user", "content": question.question}]
+        else:
+            messages = [{"role": "user", "content": _pasted(chance, story, question)}]
+        asked.append((messages, question.answer))
+    return asked
+
+
+def _request(chance: random.Random, story: Story) -> list[Message]:
+    about = {"kind": dress(story.hero_kind, "a", False), "thing": dress(story.thing, "a", False)}
+    return _exchange(_say(chance, "request", **about), story.text)
+
+
+def _pasted(chance: random.Random, story: Story, question: Question) -> str:
+    return _say(chance, "pasted", story=story.text, question=question.question)
+
+
+def _small_talk(chance: random.Random) -> list[Message]:
+    """One to three exchanges: hello, who are you, thank you, goodbye, in this order."""
+    messages: list[Message] = []
+    for topic in sorted(chance.sample(SMALL_TALK, chance.randint(1, 3)), key=SMALL_TALK.index):
+        messages += _exchange(*_pair(chance, topic))
+    return messages
+
+
+def _draw(chance: random.Random, story: Story, count: int) -> list[Question]:
+    """Questions of different forms, each form as likely, in any order."""
+    forms: dict[str, list[Question]] = {}
+    for question in story.questions:
+        forms.setdefault(question.form, []).append(question)
+    drawn = chance.sample(list(forms), min(count, len(forms)))
+    return [chance.choice(forms[form]) for form in drawn]
+
+
+def _exchange(asked: str, answered: str) -> list[Message]:
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+
+
+def _say(chance: random.Random, topic: str, **words: str) -> str:
+    """One of a topic's lines, filled in."""
+    return chance.choice(_wordings()[topic]).format(**words).replace("\\n", "\n")
+
+
+def _pair(chance: random.Random, topic: str) -> tuple[str, str]:
+    """What the user says, and the reply."""
+    asked, _, answered = chance.choice(_wordings()[topic]).partition(" => ")
+    return asked, answered
+
+
+@functools.cache
+def _wordings() -> dict[str, list[str]]:
+    """The lines of `talk.txt` by topic."""
+    wordings: dict[str, list[str]] = {}
+    topic = ""
+    for line in read_lines(FOLDER / "talk.txt"):
+        if line.text.startswith("="):
+            topic = line.text[1:].strip()
+            wordings[topic] = []
+        elif line.text and not topic:
+            raise ScriptError(f"{line.where}: a line before the first `= topic` heading")
+        elif line.text:
+            wordings[topic].append(line.text)
+    return wordings

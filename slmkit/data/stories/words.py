@@ -1,0 +1,115 @@
+"""The word lists of the story world (`words.txt`), and which pairs of hero and thing are held out.
+
+The format, line by line:
+
+    # a comment
+    = colour                     a list; its words follow, separated by commas (`girl * 3` weighs three times as much)
+    = look: colour + quality     a list that is the union of others
+    = thing toy: colour + stuff  a list of things, and the lists their looks are taken from
+    = place open                 a list of places, each with its preposition: `in meadow, on hill`
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+SPLITS = ("train", "heldout")
+HELD_OUT_SHARE = 10  # one pair of hero and thing in ten never stands together in the train split
+
+
+class ScriptError(ValueError):
+    """A word list or plot that breaks the rules: names the file and the line."""
+
+
+@dataclass
+class WordBook:
+    """Every word list by name, what is known of things and places, and the weights that are not 1."""
+
+    lists: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    weights: dict[str, int] = field(default_factory=dict)  # word -> weight, where it is not 1
+    looks: dict[str, tuple[str, ...]] = field(default_factory=dict)  # thing -> the adjectives that suit it
+    thing_lists: set[str] = field(default_factory=set)
+    prepositions: dict[str, str] = field(default_factory=dict)  # place -> in, on, at, by
+    place_lists: set[str] = field(default_factory=set)
+
+    def weights_of(self, words: tuple[str, ...]) -> list[int] | None:
+        """The weight of each word, or None where all weigh the same."""
+        if self.weights.keys().isdisjoint(words):
+            return None
+        return [self.weights.get(word, 1) for word in words]
+
+
+def held_out_things(kind: str, things: tuple[str, ...]) -> frozenset[str]:
+    """The things of one list that a hero of this kind meets in the held-out split alone: those of smallest hash."""
+    ranked = sorted(things, key=lambda thing: hashlib.sha256(f"{kind}/{thing}".encode()).digest())
+    return frozenset(ranked[: max(1, round(len(things) / HELD_OUT_SHARE))])
+
+
+def load_words(path: Path) -> WordBook:
+    """Read a file of word lists; anything unclear is a `ScriptError`."""
+    book = WordBook()
+    name, kind = "", ""
+    sources: tuple[str, ...] = ()
+    for number, line in enumerate(path.read_text(encoding="ascii").splitlines(), start=1):
+        line = line.split("#")[0].strip()
+        where = f"{path.name}:{number}"
+        if line.startswith("="):
+            name, sources, kind = _heading(book, line, where)
+        elif line and not name:
+            raise ScriptError(f"{where}: words before the first `= list` heading")
+        elif line:
+            _add_words(book, name, sources, kind, line, where)
+    _refuse_repetition(book, path.name)
+    return book
+
+
+def _refuse_repetition(book: WordBook, file: str) -> None:
+    """One word is one choice: twice in a list, or in two lists that a role may join, one text would have two parses."""
+    groups = {**book.lists, **{f"looks of {thing}": looks for thing, looks in book.looks.items()}}
+    for kind, names in (("things", book.thing_lists), ("places", book.place_lists)):
+        groups[f"all {kind}"] = tuple(word for name in names for word in book.lists[name])
+    for name, words in groups.items():
+        repeated = sorted({word for word in words if words.count(word) > 1})
+        if repeated or (not words and name in book.lists):
+            raise ScriptError(f"{file}: {name!r} is empty or repeats {repeated}")
+
+
+def _heading(book: WordBook, line: str, where: str) -> tuple[str, tuple[str, ...], str]:
+    """Open the list that a `=` line names; returns its name, the lists it draws on, and thing, place or nothing."""
+    head, _, tail = line[1:].partition(":")
+    kind, _, name = head.strip().rpartition(" ")
+    sources = tuple(part.strip() for part in tail.split("+") if part.strip())
+    if name in book.lists or kind not in ("", "thing", "place"):
+        raise ScriptError(f"{where}: {line!r} is a second list of that name, or neither a thing nor a place list")
+    for source in sources:
+        if source not in book.lists:
+            raise ScriptError(f"{where}: unknown word list {source!r}")
+    union = tuple(word for source in sources for word in book.lists[source])
+    book.lists[name] = union if kind == "" else ()
+    if kind == "thing":
+        book.thing_lists.add(name)
+    if kind == "place":
+        book.place_lists.add(name)
+    return name, union, kind
+
+
+def _add_words(book: WordBook, name: str, looks: tuple[str, ...], kind: str, line: str, where: str) -> None:
+    """Add one line of words to the list that is open."""
+    words = []
+    for entry in line.rstrip(",").split(","):
+        word, _, weight = (part.strip() for part in entry.partition("*"))
+        if not word:
+            raise ScriptError(f"{where}: an empty word in {line!r}")
+        if weight:
+            book.weights[word] = int(weight)
+        if kind == "place":
+            preposition, _, word = word.partition(" ")
+            if not word or preposition not in ("in", "on", "at", "by", "under"):
+                raise ScriptError(f"{where}: a place reads `in meadow`, not {entry.strip()!r}")
+            book.prepositions[word] = preposition
+        if kind == "thing":
+            book.looks[word] = looks
+        words.append(word)
+    book.lists[name] += tuple(words)
