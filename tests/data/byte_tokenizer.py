@@ -1,0 +1,43 @@
+"""A tokenizer small enough to check by hand: a byte is a token. It stands where the tests mean any tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class EncodedChat:
+    ids: list[int]
+    trained: list[bool]
+
+
+class ByteTokenizer:
+    """Bytes are 0 to 255, then end of text, padding, and one token in front of each side's turn."""
+
+    eos_token_id, pad_token_id, user_id, assistant_id = 256, 257, 258, 259
+
+    def __init__(self, size: int = 260, fingerprint: str = "bytes" * 8) -> None:
+        self.size, self.fingerprint = size, fingerprint
+
+    def __len__(self) -> int:
+        return self.size
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def encode_chat(self, messages: list[dict[str, str]]) -> EncodedChat:
+        """What the assistant says is learned; who speaks is not."""
+        ids: list[int] = []
+        trained: list[bool] = []
+        for message in messages:
+            said, is_assistant = self.encode(message["content"]), message["role"] == "assistant"
+            ids += [self.assistant_id if is_assistant else self.user_id, *said]
+            trained += [False] + [is_assistant] * len(said)
+        return EncodedChat(ids, trained)
+
+
+def chat(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
