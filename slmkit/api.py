@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from slmkit.config import UserError
+from slmkit.data import corpus as data_corpus
 from slmkit.data.corpus import Corpus, build_corpus, open_corpus
 from slmkit.data.stream import ChatRows, DocumentRows, PretrainRows, Stream
 from slmkit.data.text_dataset import TextDataset
 from slmkit.device import Device, find_device
 from slmkit.evaluation import validation_loss
-from slmkit.evaluation.loss import Rows
+from slmkit.evaluation.loss import LossReport, Rows
 from slmkit.generation import ChatSession, SamplingSettings, complete, generate_ids
 from slmkit.model import Decoder, SLMConfig, build_decoder, load_decoder, save_decoder
 from slmkit.model.config import TRAINING_FIELDS
@@ -24,7 +26,14 @@ from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.loop import Every, Hook, Plan, Report, State
 from slmkit.training.progress import TrainingProgress
 from slmkit.training.recipe import ModelSettings, Recipe, TrainSettings, load_recipe
-from slmkit.training.run import RunDirectory, evaluation_interval, find_model_directory, fit, make_plan, new_run_directory
+from slmkit.training.run import (
+    RunDirectory,
+    evaluation_interval,
+    find_model_directory,
+    fit,
+    make_plan,
+    new_run_directory,
+)
 from slmkit.training.run_log import append_samples
 
 
@@ -161,15 +170,10 @@ class SLMTrainer:
             self.tokenizer.save_pretrained(str(directory))
 
 
-class Reporter(Protocol):
+class Reporter(data_corpus.Reporter, Protocol):
     """Where the long functions below say how far they are."""
 
-    def say(self, line: str) -> None: ...
-
     def warn(self, line: str) -> None: ...
-
-    def counter(self, label: str) -> Callable[[int, int], None]:
-        """A callback for (documents, tokens) done."""
 
 
 def train_recipe(recipe: Recipe, reporter: Reporter, dry_run: bool = False) -> RunDirectory:
@@ -182,7 +186,9 @@ def train_recipe(recipe: Recipe, reporter: Reporter, dry_run: bool = False) -> R
     run = new_run_directory(recipe.output_dir)
     try:
         tokenizer = SLMTokenizer.from_pretrained(base) if base else None
-        corpus = build_corpus(recipe, run.data, tokenizer, reporter)
+        corpus = build_corpus(
+            recipe.objective, recipe.data, recipe.tokenizer, recipe.seed, run.data, tokenizer, reporter
+        )
         model, config = _model_for(recipe, corpus.tokenizer, base)
         session = _Session(run, _resolve(recipe, run, config, base), corpus, model, config, device)
         run.describe(session.recipe, device, corpus.describe())
@@ -213,13 +219,39 @@ def resume_run(directory: str | Path, reporter: Reporter) -> RunDirectory:
     return run
 
 
+@dataclass(frozen=True)
+class RunFigures:
+    """How good a run's best model is on its validation text."""
+
+    report: LossReport
+    bits_per_byte: float
+    perfect_loss: float | None  # nats per token of the corpus' own generator, where it has one
+
+
+def evaluate_run(directory: str | Path) -> RunFigures:
+    """Validation loss of a pretraining run's best checkpoint, in float32, every document in full context."""
+    run = RunDirectory(directory)
+    decoder, config = load_decoder(find_model_directory(directory))
+    shards = open_corpus(run.data).validation
+    length = load_recipe(run.recipe).train.sequence_length or config.max_position_embeddings
+    report = validation_loss(decoder, DocumentRows(shards, length), find_device("cpu", "float32"))
+    return RunFigures(report, report.bits_per_byte(shards.header.text_bytes), shards.header.perfect_loss)
+
+
 class _Session:
     """A recipe with everything it names built: what `train` and `resume` have in common."""
 
     def __init__(
         self, run: RunDirectory, recipe: Recipe, corpus: Corpus, model: Decoder, config: SLMConfig, device: Device
     ) -> None:
-        self.run, self.recipe, self.corpus, self.model, self.config, self.device = run, recipe, corpus, model, config, device
+        self.run, self.recipe, self.corpus, self.model, self.config, self.device = (
+            run,
+            recipe,
+            corpus,
+            model,
+            config,
+            device,
+        )
         self.length = recipe.train.sequence_length or config.max_position_embeddings
         if self.length > config.max_position_embeddings:
             raise UserError(
@@ -236,7 +268,7 @@ class _Session:
     def summary(self) -> str:
         parameters = sum(p.numel() for p in self.model.parameters())
         return (
-            f"{parameters:,} parameters, {self.corpus.train.tokens:,} training tokens, "
+            f"{parameters:,} parameters, {len(self.corpus.train):,} training tokens, "
             f"{self.plan.steps:,} steps of {self.stream.rows_per_step} × {self.length} tokens, "
             f"{self.device.describe()['device']} in {self.device.describe()['compute_dtype']}"
         )
@@ -257,7 +289,7 @@ class _Session:
                     Every(interval, self._sampler()),
                     Every(1, progress.update),
                 ),
-                perfect_loss=self.corpus.validation.perfect_loss,
+                perfect_loss=self.corpus.validation.header.perfect_loss,
                 resume=resume,
                 warn=reporter.warn,
             )
@@ -274,7 +306,9 @@ class _Session:
                     session = ChatSession(state.model, tokenizer, settings, max_new_tokens=train.sample_tokens)
                     text = "\n" + "".join(session.reply(prompt))
                 else:
-                    text = complete(state.model, tokenizer, prompt, settings=settings, max_new_tokens=train.sample_tokens).text
+                    text = complete(
+                        state.model, tokenizer, prompt, settings=settings, max_new_tokens=train.sample_tokens
+                    ).text
                 samples.append((prompt, text))
             append_samples(self.run.samples, state.step, samples)
 

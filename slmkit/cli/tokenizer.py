@@ -6,12 +6,17 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Train a byte-level BPE tokenizer, and look at what it does.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    help="Train a byte-level BPE tokenizer, and look at what it does.", no_args_is_help=True, rich_markup_mode=None
+)
 
 
 @app.command()
 def train(
-    sources: Annotated[list[str], typer.Argument(help="Text files or folders (.txt, .jsonl, .csv, .parquet, also .gz, .zst), or `stories`.")],
+    sources: Annotated[
+        list[str],
+        typer.Argument(help="Text files or folders (.txt, .jsonl, .csv, .parquet, also .gz, .zst), or `stories`."),
+    ],
     output: Annotated[str, typer.Option("--output", "-o", help="Where tokenizer.json goes.")] = "tokenizer",
     vocab_size: Annotated[int, typer.Option(help="Tokens, the 256 bytes and the special ones included.")] = 16_384,
     text_column: Annotated[str, typer.Option(help="The column that holds the text.")] = "text",
@@ -23,8 +28,9 @@ def train(
     from slmkit.data.corpus import DataSettings, texts_of
     from slmkit.tokenizer import SLMTokenizer
 
+    data = DataSettings(source=sources[0] if len(sources) == 1 else sources, text_column=text_column)
     tokenizer = SLMTokenizer(vocab_size)
-    tokenizer.train(texts_of(DataSettings(source=sources, text_column=text_column)))
+    tokenizer.train(texts_of("pretrain", data))
     tokenizer.save_pretrained(output)
     print(f"{len(tokenizer):,} tokens in {output}")
     if len(tokenizer) < vocab_size:

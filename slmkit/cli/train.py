@@ -10,8 +10,12 @@ import typer
 def train(
     recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of one that comes with slmkit.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…")] = None,
-    print_config: Annotated[bool, typer.Option("--print-config", help="Print the recipe with every value, and stop.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Prepare everything, and stop before the first step.")] = False,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the recipe with every value, and stop.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Prepare everything, and stop before the first step.")
+    ] = False,
 ) -> None:
     """Pretrain or fine-tune: the recipe's `objective` says which.
 

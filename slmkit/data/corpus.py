@@ -18,6 +18,8 @@ from slmkit.tokenizer import SLMTokenizer
 
 STORIES = "stories"  # the source that names the built-in corpus
 VALIDATION_STREAM = 1_000_003  # added to the seed: stories that no training stream of a nearby seed holds
+# The stories are made to be talked about: what the chat template says at each turn should be few tokens.
+CHAT_WORDS = ("user\n", "assistant\n", "Tell me a story about")
 TOKENIZER_CHARACTERS = 100_000_000  # merges are learned from so much text at most; more changes little and takes memory
 
 
@@ -116,6 +118,7 @@ def texts_of(objective: str, data: DataSettings, seed: int = 0) -> Iterator[str]
             yield from (message["content"] for message in conversation if isinstance(message.get("content"), str))
     elif data.is_built_in:
         yield from (story.text for story in stories.tell_many(seed, data.documents))
+        yield from CHAT_WORDS * (data.documents // 10)
     else:
         yield from (document.text for document in read_documents(data.files(), data.text_column))
 

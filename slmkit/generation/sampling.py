@@ -62,7 +62,7 @@ class SamplingSettings:
 
 
 def repetition_penalty(penalty: float) -> Rule:
-    """Divide the positive logits of tokens already there by `penalty`, multiply the negative ones (CTRL, 1909.05858)."""
+    """Divide the positive logits of tokens already there by `penalty`, multiply negative ones (arXiv:1909.05858)."""
 
     def rule(logits: Tensor, ids: Tensor) -> Tensor:
         said = logits.gather(-1, ids)  # [batch, sequence]

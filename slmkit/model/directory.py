@@ -81,4 +81,4 @@ def _check(path: Path, decoder: Decoder, wanted: dict[str, str], tensors: dict[s
 def _refill_rotary(decoder: Decoder) -> None:
     """Buffers that are never stored came empty from the meta device."""
     for rope, table in zip(decoder.ropes, decoder.rotary):
-        table.frequencies.copy_(inverse_frequencies(rope, decoder.architecture.head_dim))
+        table.get_buffer("frequencies").copy_(inverse_frequencies(rope, decoder.architecture.head_dim))

@@ -32,8 +32,8 @@ class RotaryTable(torch.nn.Module):
 
     def __init__(self, rope: Rope, head_dim: int) -> None:
         super().__init__()
-        self.register_buffer("frequencies", inverse_frequencies(rope, head_dim), persistent=False)
         self.frequencies: Tensor
+        self.register_buffer("frequencies", inverse_frequencies(rope, head_dim), persistent=False)
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions [sequence] → cosines and sines, each [sequence, head_dim], float32 under autocast too."""

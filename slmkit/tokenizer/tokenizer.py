@@ -78,7 +78,7 @@ class SLMTokenizer:
             raise UserError(f"the tokenizer names no end-of-text token it has (eos_token is {eos!r}): set eos_token")
         self.eos_token_id: int = end
         self.end_of_turn = next((token for token in TURN_ENDS if token in self.special_tokens), str(eos))
-        self.end_of_turn_id: int = core.token_to_id(self.end_of_turn)
+        self.end_of_turn_id = self.special_tokens.get(self.end_of_turn, end)
 
     # --- training -------------------------------------------------------------------------------------------------
 
@@ -128,7 +128,8 @@ class SLMTokenizer:
     def encode_bytes(self, data: bytes) -> list[int]:
         """Ids of any bytes: stretches of valid UTF-8 as text, the rest byte by byte."""
         ids: list[int] = []
-        byte_ids = {byte: self._core.token_to_id(character) for character, byte in BYTE_OF.items()}
+        vocabulary = self._core.get_vocab()
+        byte_ids = {byte: vocabulary[character] for character, byte in BYTE_OF.items()}
         while data:
             try:
                 return ids + self.encode(data.decode("utf-8"))

@@ -1,6 +1,6 @@
 """The loop: one for every objective. Read it from top to bottom in one sitting.
 
-A step takes its batch, which is a function of (seed, step) alone; sums the losses of its micro-batches; divides once, by
+A step takes its batch, a function of (seed, step) alone; sums the losses of its micro-batches; divides once, by
 the trained tokens of the whole step; and updates. Whatever else happens (logging, validation, samples, checkpoints)
 is a hook.
 """
@@ -112,7 +112,9 @@ def train_step(state: State, objective: Objective, batch: Batch, plan: Plan) -> 
     grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), plan.max_grad_norm)
     if not torch.isfinite(grad_norm):
         state.optimizer.zero_grad(set_to_none=True)
-        raise FloatingPointError(f"step {state.step}: the gradient norm is {grad_norm.item()}; weights left as they were")
+        raise FloatingPointError(
+            f"step {state.step}: the gradient norm is {grad_norm.item()}; weights left as they were"
+        )
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1

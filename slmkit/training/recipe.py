@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from slmkit.config import Settings, did_you_mean, load_settings, read_yaml
+from slmkit.config import Settings, UserError, did_you_mean, load_settings, read_yaml
 from slmkit.data.corpus import DataSettings, TokenizerSettings
 from slmkit.model import SLMConfig
 
@@ -25,9 +26,13 @@ class ModelSettings(Settings):
     def _known_fields(self) -> ModelSettings:
         for name in self.changes:
             if name not in SLMConfig.model_fields:
-                raise ValueError(f"unknown key {name!r}; {did_you_mean(name, ['preset', 'path', *SLMConfig.model_fields])}")
+                raise ValueError(
+                    f"unknown key {name!r}; {did_you_mean(name, ['preset', 'path', *SLMConfig.model_fields])}"
+                )
         if self.path is not None and (self.preset is not None or self.changes):
-            raise ValueError("path starts from a finished model, whose shape is fixed: drop preset and the sizes beside it")
+            raise ValueError(
+                "path starts from a finished model, whose shape is fixed: drop preset and the sizes beside it"
+            )
         return self
 
     @property
@@ -75,7 +80,7 @@ class TrainSettings(Settings):
         ends = {name: getattr(self, name) for name in ("max_tokens", "max_steps", "num_train_epochs")}
         given = [name for name, value in ends.items() if value is not None]
         if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} both say when to stop: keep one")
+            raise ValueError(f"{' and '.join(given)} both say when to stop: keep one (`{given[0]}: null` drops it)")
         return self
 
     def rows_per_step(self, sequence_length: int) -> int:
@@ -112,3 +117,15 @@ class Recipe(Settings):
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file and apply `dotted.key=value` overrides. Raises `UserError` for anything it does not know."""
     return load_settings(Recipe, read_yaml(path), overrides, origin=str(path))
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe file as it is, or one that comes with slmkit by its bare name. Raises `UserError` for neither."""
+    if Path(name).is_file():
+        return Path(name)
+    # In a clone the recipes lie beside the package, in an installation under the prefix.
+    folders = (Path(__file__).parents[2] / "recipes", Path(sys.prefix) / "share" / "slmkit" / "recipes")
+    shipped = {path.stem: path for folder in folders for path in folder.glob("*.yaml")}
+    if name not in shipped:
+        raise UserError(f"{name}: no such recipe file, and none that comes with slmkit; {did_you_mean(name, shipped)}")
+    return shipped[name]

@@ -44,12 +44,18 @@ class RunDirectory:
         self.environment.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def new_run_directory(wanted: str | Path) -> RunDirectory:
-    """`wanted`, or `wanted-2`, `-3`… where that name is taken: no run is ever overwritten."""
+def free_path(wanted: str | Path) -> Path:
+    """`wanted`, or `wanted-2`, `-3`… where that name is taken."""
     path, number = Path(wanted), 1
     while path.exists():
         number += 1
         path = Path(f"{wanted}-{number}")
+    return path
+
+
+def new_run_directory(wanted: str | Path) -> RunDirectory:
+    """A fresh directory of the wanted name, numbered where that is taken: no run is ever overwritten."""
+    path = free_path(wanted)
     try:
         (path / "checkpoints").mkdir(parents=True)
     except OSError as error:
@@ -59,9 +65,18 @@ def new_run_directory(wanted: str | Path) -> RunDirectory:
 
 def find_model_directory(path: str | Path) -> Path:
     """A model directory as it is; of a run its best checkpoint, else its latest. Raises `UserError` for neither."""
+    return _find(path, "config.json")
+
+
+def find_tokenizer_directory(path: str | Path) -> Path:
+    """The directory with the `tokenizer.json` of a tokenizer, model or run. Raises `UserError` for neither."""
+    return _find(path, "tokenizer.json")
+
+
+def _find(path: str | Path, name: str) -> Path:
     path = Path(path)
     for candidate in (path, path / "best", path / "latest"):
-        if (candidate / "config.json").is_file():
+        if (candidate / name).is_file():
             return candidate
     what = "no such directory" if not path.exists() else "neither a model directory nor a run with a checkpoint"
     raise UserError(f"{path}: {what}; expected what `slm train` or transformers' save_pretrained writes")
@@ -148,7 +163,7 @@ class Saver:
     def save(self, state: State, report: Report) -> None:
         loss = report.get("validation_loss")
         is_best = loss is not None and loss < state.best.get("validation_loss", float("inf"))
-        if is_best:
+        if loss is not None and is_best:
             state.best = {"step": state.step, "validation_loss": loss}
         path = checkpoints.save_checkpoint(state, self.config, self.run.checkpoints, self.companions)
         checkpoints.point_link(self.run.latest, path)

@@ -1,0 +1,96 @@
+"""`slm quickstart`: the whole life of a small model, offline, in minutes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from slmkit.model import Decoder
+    from slmkit.tokenizer import SLMTokenizer
+
+QUESTIONS = 200
+CONVERSATION = ("Tell me a story about a fox and a lantern.", "Thank you!")
+
+
+def quickstart(
+    output: Annotated[str, typer.Option("--output", "-o", help="Where its two runs go.")] = "runs/quickstart",
+    seed: Annotated[int, typer.Option(help="Another seed: other stories, another model.")] = 0,
+) -> None:
+    """Tokenizer, pretraining, fine-tuning and evaluation on the built-in stories; then a story and a conversation.
+
+    Example: slm quickstart -o runs/first
+    """
+    import time
+
+    from slmkit.api import train_recipe
+    from slmkit.cli.show import TerminalReporter, load_model
+    from slmkit.training.progress import clock
+    from slmkit.training.recipe import find_recipe, load_recipe
+    from slmkit.training.run import free_path
+
+    started = time.monotonic()
+    reporter = TerminalReporter()
+    root = free_path(output)
+
+    reporter.say("\n1/3  pretraining: learning to tell stories")
+    stories = load_recipe(find_recipe("quickstart-stories"), [f"output_dir={root}/stories", f"seed={seed}"])
+    base = train_recipe(stories, reporter)
+
+    reporter.say("\n2/3  fine-tuning: learning to talk about them")
+    chats = [f"output_dir={root}/chat", f"model.path={base.root}", f"seed={seed}"]
+    talker = train_recipe(load_recipe(find_recipe("quickstart-chat"), chats), reporter)
+
+    reporter.say("\n3/3  evaluation: stories it never saw, questions on things it never met together")
+    decoder, tokenizer = load_model(str(talker.root), "cpu")
+    _show_story(base.root)
+    _show_conversation(decoder, tokenizer)
+    _show_figures(base.root, decoder, tokenizer)
+    print(f"\nruns: {base.root} and {talker.root}, after {clock(time.monotonic() - started)}")
+    print("next:")
+    print(f"  slm chat {talker.root}")
+    print(f'  slm generate {base.root} "Once upon a time"')
+    print("  slm train own-text data.source=YOUR.txt output_dir=runs/mine")
+
+
+def _show_story(base: Path) -> None:
+    """A story from nothing: the model begins where documents begin."""
+    from slmkit.cli.show import load_model
+    from slmkit.generation import SamplingSettings, complete
+
+    decoder, tokenizer = load_model(str(base), "cpu")
+    settings = SamplingSettings(temperature=0.7, seed=1)
+    print("\nA story:\n")
+    print(complete(decoder, tokenizer, "", settings=settings, max_new_tokens=400).text.strip())
+
+
+def _show_conversation(decoder: Decoder, tokenizer: SLMTokenizer) -> None:
+    from slmkit.generation import ChatSession, SamplingSettings
+
+    session = ChatSession(decoder, tokenizer, SamplingSettings(temperature=0.5, seed=2), max_new_tokens=400)
+    print("\nA conversation:\n")
+    for line in CONVERSATION:
+        print(f"you> {line}")
+        print("".join(session.reply(line)).strip())
+
+
+def _show_figures(base: Path, decoder: Decoder, tokenizer: SLMTokenizer) -> None:
+    """The validation loss beside a perfect model's, and the share of questions answered exactly."""
+    from slmkit.api import evaluate_run
+    from slmkit.data.stories import held_out_questions
+    from slmkit.evaluation import ask
+
+    figures = evaluate_run(base)
+    questions = ask(decoder, tokenizer, held_out_questions(QUESTIONS))
+    print("\nThe figures:\n")
+    assert figures.perfect_loss is not None, "the built-in corpus knows its own probability"
+    above = figures.report.loss / figures.perfect_loss - 1
+    print(f"  validation loss           {figures.report.loss:.3f} nats per token")
+    print(f"  loss of a perfect model   {figures.perfect_loss:.3f}, so {above:.1%} above it")
+    print(
+        f"  questions answered        {questions.share_right:.1%} of {len(questions.answers)}, word for word"
+        f" (± {questions.standard_error:.1%})"
+    )

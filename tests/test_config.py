@@ -1,0 +1,81 @@
+"""Settings are strict, and a mistake is one line in the words of whoever made it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import Field
+
+from slmkit.config import Settings, UserError, did_you_mean, load_settings, read_yaml, to_yaml
+
+
+class Inner(Settings):
+    learning_rate: float = 1e-3
+    warmup_steps: int = 10
+
+
+class Outer(Settings):
+    name: str = "run"
+    train: Inner = Field(default_factory=Inner)
+    maybe: Inner | None = None
+
+
+def test_values_come_from_the_file_and_overrides_win() -> None:
+    loaded = load_settings(Outer, {"name": "a", "train": {"warmup_steps": 5}}, ["train.learning_rate=3e-4", "name=b"])
+    assert loaded == Outer(name="b", train=Inner(learning_rate=3e-4, warmup_steps=5))
+
+
+def test_an_override_does_not_change_the_mapping_it_was_given() -> None:
+    content = {"train": {"warmup_steps": 5}}
+    load_settings(Outer, content, ["train.warmup_steps=7"])
+    assert content == {"train": {"warmup_steps": 5}}
+
+
+@pytest.mark.parametrize(
+    ("content", "overrides", "words"),
+    [
+        ({"nam": 1}, [], "r.yaml: unknown key 'nam'; did you mean 'name'?"),
+        ({"train": {"learing_rate": 1}}, [], "r.yaml: unknown key 'train.learing_rate'; did you mean 'learning_rate'?"),
+        ({"maybe": {"warmup": 1}}, [], "unknown key 'maybe.warmup'; did you mean 'warmup_steps'?"),
+        ({"train": {"zzz": 1}}, [], "known: learning_rate, warmup_steps"),
+        ({"train": {"warmup_steps": "many"}}, [], "train.warmup_steps: input should be a valid integer"),
+        ({}, ["train.warmup_steps"], "expected key=value"),
+        ({}, ["name.first=x", "name=1"], "name"),
+        ({"name": "a"}, ["name.first=x"], "single value"),
+    ],
+)
+def test_a_mistake_names_the_key_and_the_way_out(content: dict, overrides: list[str], words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_settings(Outer, content, overrides, origin="r.yaml")
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    settings = Outer(name="über", train=Inner(learning_rate=5e-5))
+    (tmp_path / "r.yaml").write_text(to_yaml(settings))
+    assert load_settings(Outer, read_yaml(tmp_path / "r.yaml")) == settings
+
+
+def test_numbers_written_as_people_write_them_are_numbers(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("a: 3e-4\nb: 1_000\nc: 1e6\nd: 12\ne: 1.5\nf: 3e\n")
+    assert read_yaml(tmp_path / "r.yaml") == {"a": 3e-4, "b": 1000, "c": 1e6, "d": 12, "e": 1.5, "f": "3e"}
+
+
+@pytest.mark.parametrize("content", ["a: [", "- 1\n- 2\n", "just words", "!!python/object:os.system {}"])
+def test_a_file_that_is_no_mapping_is_one_line(content: str, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(content)
+    with pytest.raises(UserError) as caught:
+        read_yaml(tmp_path / "r.yaml")
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        read_yaml(tmp_path / "none.yaml")
+
+
+def test_did_you_mean_lists_what_there_is_when_nothing_is_near() -> None:
+    assert did_you_mean("xyz", ["b", "a"]) == "known: a, b"
