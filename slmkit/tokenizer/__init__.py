@@ -1,4 +1,4 @@
-"""Text to token ids and back: byte-level BPE, and the chat template that travels with it."""
+"""Text to tokens and back: train a byte-level BPE, load any `tokenizer.json`, render conversations with a loss mask."""
 
 from slmkit.tokenizer.chat import ChatTokens
 from slmkit.tokenizer.tokenizer import SLMTokenizer

@@ -1,153 +1,193 @@
-"""Conversations as tokens: a chat template is rendered turn by turn, and the loss mask is made while it is.
+"""Conversations to text, and which of that text is learned: what the assistant says, and that it then stops.
 
-What a turn adds to the rendered text is the difference between rendering the conversation up to it and one turn less.
-Of an assistant's turn, what follows the generation prompt up to its end-of-turn token is learned, since that is what
-the model will have to write; nothing is searched for afterwards.
+The loss mask is made while rendering, turn by turn, never by looking for tokens afterwards: what a template adds
+between "now the assistant speaks" and the assistant's whole turn is what the assistant said. Templates are Jinja as
+`transformers` runs it (chat_template_utils.py), in a sandbox, since they come with models from anywhere.
 """
 
 from __future__ import annotations
 
-import datetime
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import lru_cache
-from importlib.resources import files
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
-import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from slmkit.config import UserError
 
-ROLES = ("system", "user", "assistant")
-CHATML = files("slmkit.tokenizer").joinpath("templates/chatml.jinja").read_text(encoding="utf-8")
-NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # never text, by Unicode's own rule
+Message = Mapping[str, Any]  # {"role": "system", "user" or "assistant", "content": text}; other keys are not rendered
 
-Messages = Sequence[Mapping[str, Any]]
+ROLES = ("system", "user", "assistant")
+NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # Unicode keeps them out of all text, for uses like this
 
 
 @dataclass(frozen=True)
 class ChatTokens:
-    """A rendered conversation: `trained[i]` says whether `ids[i]` is one of the assistant's."""
+    """A conversation as a model sees it: `ids` and, for each, whether it is learned."""
 
     ids: list[int]
     trained: list[bool]
 
 
-@dataclass(frozen=True)
-class Segment:
-    """A piece of the rendered text, all of it learned or none."""
+class Segment(NamedTuple):
+    """Rendered text that is learned as a whole or not at all."""
 
     text: str
     trained: bool
 
 
-def check_messages(messages: Messages) -> None:
-    """Raises `UserError` unless an optional system message is followed by user and assistant in turn, all with text."""
-    if not messages:
-        raise UserError("a conversation without messages; expected at least one of the user's")
-    for number, message in enumerate(messages, start=1):
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            raise UserError(f"message {number}: role {role!r}; expected one of {', '.join(ROLES)}")
-        if not isinstance(content, str):
-            raise UserError(f"message {number}: content is {type(content).__name__}; expected text")
-        if role == "assistant" and not content.strip():
-            raise UserError(f"message {number}: the assistant says nothing; leave the turn out or fill it")
-    speakers = [message["role"] for message in messages]
-    first = 1 if speakers[0] == "system" else 0
-    for number, role in enumerate(speakers[first:], start=first):
-        expected = "user" if (number - first) % 2 == 0 else "assistant"
-        if role != expected:
-            raise UserError(f"message {number + 1}: {role} where it is the {expected}'s turn")
-    if len(speakers) == first:
-        raise UserError("a conversation of a system message alone; expected one of the user's behind it")
+def render(template: str, messages: Sequence[Message], add_generation_prompt: bool = False, **names: Any) -> str:
+    """The conversation as text. `names` are what the template may use beside it, such as `bos_token`.
 
-
-def render(template: str, messages: Messages, add_generation_prompt: bool = False, **names: Any) -> str:
-    """The template's text for these messages. `names` are what else it may mention, such as `bos_token`.
-
-    Templates run in Jinja's immutable sandbox: they come from whoever made the model. Raises `UserError` when one
-    cannot be compiled or refuses the messages.
+    Raises `UserError` for malformed messages, and with the template's own words where it refuses or fails.
     """
+    check(messages, add_generation_prompt)
+    plain = [{"role": message["role"], "content": message["content"]} for message in messages]
+    names = {"tools": None, "documents": None} | names  # defined for every template in transformers too
+    compiled = _compiled(template)
     try:
-        return _compiled(template).render(messages=messages, add_generation_prompt=add_generation_prompt, **names)
-    except jinja2.TemplateError as error:
-        raise UserError(f"the chat template cannot render this conversation: {' '.join(str(error).split())}") from None
+        return compiled.render(messages=plain, add_generation_prompt=add_generation_prompt, **names)
+    except Exception as error:  # a template is a program of somebody else's and fails in any way it likes
+        raise UserError(f"the chat template failed on this conversation: {' '.join(str(error).split())}") from None
 
 
-def segments(template: str, messages: Messages, end_of_turn: str, **names: Any) -> list[Segment]:
-    """The rendered conversation, cut where learning begins and ends.
+def segments(
+    template: str,
+    messages: Sequence[Message],
+    ends_of_turn: Sequence[str],
+    add_generation_prompt: bool = False,
+    **names: Any,
+) -> list[Segment]:
+    """The text of `render`, cut where learning begins and ends.
 
-    Raises `UserError` when the template writes earlier turns differently once later ones follow: what it adds for a
-    turn is then not defined.
+    An assistant's turn is learned from the end of its generation prompt through the first of `ends_of_turn`, where
+    generation would stop; no message may spell one (see `shield`). Raises `UserError` as `render` does, for a template
+    that renders a turn differently once others follow, and for one that does not end the assistant's turns.
     """
-    pieces: list[Segment] = []
-    done = ""
-    for count, message in enumerate(messages, start=1):
-        if message["role"] == "system":
-            continue  # some templates refuse a system message alone; it is part of what the first user turn adds
-        text = render(template, messages[:count], **names)
+    check(messages, add_generation_prompt)
+    end = re.compile("|".join(map(re.escape, ends_of_turn)))
+    done, found = "", []
+
+    def grow(count: int, prompt: bool) -> str:
+        """What rendering the first `count` messages adds to what is done."""
+        nonlocal done
+        text = render(template, messages[:count], prompt, **names)
+        if not text.startswith(done):
+            raise UserError(
+                f"the chat template renders turns differently once message {count} follows, so what the model "
+                "learns would not be what it later sees: use a template that only appends"
+            )
+        added, done = text[len(done) :], text
+        return added
+
+    for index, message in enumerate(messages):
         if message["role"] == "assistant":
-            prompt = render(template, messages[: count - 1], add_generation_prompt=True, **names)
-            answer = _added(text, prompt, count)
-            end = answer.rfind(end_of_turn)
-            learned = answer if end < 0 else answer[: end + len(end_of_turn)]
-            pieces.append(Segment(_added(prompt, done, count), trained=False))
-            pieces.append(Segment(learned, trained=True))
-            pieces.append(Segment(answer[len(learned) :], trained=False))
-        else:
-            pieces.append(Segment(_added(text, done, count), trained=False))
-        done = text
-    return [piece for piece in pieces if piece.text]
+            found.append(Segment(grow(index, True), False))
+            said = grow(index + 1, False)
+            stop = end.search(said)
+            if not stop:
+                raise UserError(
+                    f"the chat template ends the assistant's turn with none of {', '.join(ends_of_turn)}, so the model "
+                    "would never learn to stop: end it with one of them"
+                )
+            found += [Segment(said[: stop.end()], True), Segment(said[stop.end() :], False)]
+    found.append(Segment(grow(len(messages), add_generation_prompt), False))
+    return [segment for segment in found if segment.text]
 
 
-def generation_prompt(template: str, messages: Messages, **names: Any) -> str:
-    """What the template puts behind the conversation for the assistant to go on from."""
-    text = render(template, messages, **names)
-    return _added(render(template, messages, add_generation_prompt=True, **names), text, len(messages))
+def shield(messages: Sequence[Message], special: re.Pattern[str]) -> tuple[list[Message], str]:
+    """The messages with no special token spelled in them, and the marker to remove from the rendered text again.
 
-
-def guard(messages: Messages, specials: Sequence[str]) -> tuple[list[dict[str, Any]], str]:
-    """Messages in which no special token is spelled any more, and the character that was put into each spelling.
-
-    A user who writes `<|im_end|>` means these letters. The character is taken out again when what the template
-    rendered has been cut at its own special tokens.
+    The marker, a character that no message holds, follows every character of such a spelling, so that nothing in it,
+    nor a token that overlaps it, is taken for the template's own. It is '' where no message spells any.
     """
-    said = "".join(str(message.get("content")) for message in messages)
-    mark = next(character for character in NONCHARACTERS if character not in said)
-    spelled = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
-    guarded = [
-        {**message, "content": spelled.sub(lambda found: found[0][0] + mark + found[0][1:], message["content"])}
+    check(messages)
+    if not any(special.search(message["content"]) for message in messages):
+        return list(messages), ""
+    marker = next((mark for mark in NONCHARACTERS if not any(mark in message["content"] for message in messages)), "")
+    if not marker:
+        raise UserError("this conversation uses all noncharacters U+FDD0 to U+FDEF, which are no text: remove one")
+    shielded = [
+        {**message, "content": special.sub(lambda match: "".join(c + marker for c in match[0]), message["content"])}
         for message in messages
     ]
-    return guarded, mark
+    return list(shielded), marker
 
 
-def _added(longer: str, shorter: str, number: int) -> str:
-    if not longer.startswith(shorter):
-        raise UserError(
-            f"the chat template writes what stands before message {number} differently once that message follows, so "
-            "which tokens are its own cannot be told; use another template"
-        )
-    return longer[len(shorter) :]
+def check(messages: Sequence[Message], add_generation_prompt: bool = False) -> None:
+    """Raise `UserError` unless this is a system message or none, then user and assistant in turn, all with text."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise UserError(f"expected a list of messages, found {'none' if messages == [] else _shown(messages)}")
+    expected: tuple[str, ...] = ("system", "user")
+    for number, message in enumerate(messages, start=1):
+        _check_message(number, message)
+        role = message["role"]
+        if role not in expected:
+            raise UserError(f"message {number}: expected the role {' or '.join(expected)} here, found {role}")
+        expected = ("assistant",) if role == "user" else ("user",)
+    if add_generation_prompt and messages[-1]["role"] == "assistant":
+        raise UserError("the last message is the assistant's: add a user message for it to answer")
+
+
+def _check_message(number: int, message: Any) -> None:
+    where = f"message {number}"
+    if not isinstance(message, Mapping):
+        raise UserError(f"{where}: expected an object with role and content, found {_shown(message)}")
+    for key in ("role", "content"):
+        if key not in message:
+            raise UserError(f"{where}: has no {key!r}; found {', '.join(map(str, message)) or 'nothing'}")
+    role, content = message["role"], message["content"]
+    if role not in ROLES:
+        raise UserError(f"{where}: expected the role {', '.join(ROLES[:-1])} or {ROLES[-1]}, found {_shown(role)}")
+    if not isinstance(content, str):
+        raise UserError(f"{where}: expected text as content, found {_shown(content)}")
+    if role == "assistant" and not content.strip():
+        raise UserError(f"{where}: the assistant says nothing, so there is nothing to learn: remove the exchange")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"
 
 
 @lru_cache(maxsize=16)
 def _compiled(template: str) -> jinja2.Template:
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = lambda pattern: datetime.datetime.now().strftime(pattern)
+    environment.filters["tojson"] = _to_json
+    environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
     try:
         return environment.from_string(template)
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"the chat template is not valid Jinja, line {error.lineno}: {error.message}") from None
 
 
-def _refuse(message: str) -> NoReturn:
+class _Generation(jinja2.ext.Extension):
+    """Lets `{% generation %} … {% endgeneration %}` pass: transformers' own loss mask, which few templates have."""
+
+    tags = {"generation"}  # noqa: RUF012, as the base class declares it
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _to_json(value: Any, **options: Any) -> str:
+    """Jinja's own filter escapes HTML characters; a model reads plain JSON."""
+    return json.dumps(value, **{"ensure_ascii": False, **options})
+
+
+def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)

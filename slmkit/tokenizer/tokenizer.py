@@ -1,307 +1,267 @@
-"""`SLMTokenizer`: byte-level BPE over the `tokenizers` library, saved as Hugging Face's files."""
+"""`SLMTokenizer`: text, bytes and conversations to token ids and back, without loss.
+
+What a user writes can never become a special token: ordinary encoding reads `<|im_end|>` as the ten characters it is.
+Only the chat template writes special tokens, the beginning of a text among them.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
 from slmkit.config import UserError
-from slmkit.tokenizer import chat
-from slmkit.tokenizer.chat import ChatTokens, Messages
+from slmkit.tokenizer import byte_level, chat, directory
+from slmkit.tokenizer.chat import ChatTokens, Message
 
-END_OF_TEXT, PAD, TURN_START, TURN_END = SPECIALS = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
-TURN_ENDS = (TURN_END, "<|eot_id|>", "<end_of_turn>", "<|end|>")  # ChatML, Llama 3, Gemma, Phi
-BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())  # the printable stand-ins of the 256 bytes
-SMALLEST = len(SPECIALS) + len(BYTES)
+CHATML = Path(__file__).with_name("templates") / "chatml.jinja"
 
+# Tried in this order where a tokenizer's config does not say.
+ENDS_OF_TEXT = (byte_level.END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
+ENDS_OF_TURN = (byte_level.TURN_END, "<|eot_id|>", "<end_of_turn>")
 
-def _byte_of_character() -> dict[str, int]:
-    """GPT-2's table: printable bytes stand for themselves, the others in order for the characters from 256 on."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+PROBE = "The cat  sat; it's 12345.\n\n\tCAFÉ cafe\u0301 ﬁ ½ x_y=f(z)!!! 猫が座った 🐈\r\n "
 
-
-BYTE_OF = _byte_of_character()
+_INVALID_UTF8 = re.compile("([\udc80-\udcff]+)")  # what errors="surrogateescape" makes of bytes that are not UTF-8
 
 
 class SLMTokenizer:
-    """Text to ids and back, lossless on every string and every byte sequence.
+    """A byte-level BPE of its own, or any Hugging Face `tokenizer.json` through `from_pretrained`.
 
-    A new one knows the 256 bytes and the special tokens and is usable at once; `train` grows it to `vocab_size`. Ids
-    are special tokens first, then bytes, then merges in the order they were learned, so that growing keeps all ids.
+    `chat_template` is Jinja and can be set; None where a loaded tokenizer has none. `special_tokens` maps spelling to
+    id. `pad_token_id` is None where a loaded tokenizer has no padding.
     """
 
-    def __init__(self, vocab_size: int = 16_384) -> None:
-        if vocab_size < SMALLEST:
+    chat_template: str | None
+    special_tokens: dict[str, int]
+    eos_token_id: int
+    pad_token_id: int | None
+    end_of_turn_id: int
+
+    def __init__(self, vocab_size: int = 16384) -> None:
+        """Four special tokens and the 256 bytes; `train` then adds merges up to `vocab_size` tokens in all.
+
+        Raises `UserError` for a `vocab_size` below 260.
+        """
+        if vocab_size < byte_level.SMALLEST:
             raise UserError(
-                f"vocab_size {vocab_size}: the 256 bytes and {len(SPECIALS)} special tokens need {SMALLEST}"
+                f"vocab_size: expected at least {byte_level.SMALLEST} "
+                f"(256 bytes and {len(byte_level.SPECIAL_TOKENS)} special tokens), found {vocab_size}"
             )
-        vocabulary = {token: index for index, token in enumerate((*SPECIALS, *BYTES))}
-        core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-        # GPT-2's way to cut words: every engine knows it by name.
-        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-        core.decoder = decoders.ByteLevel()
-        core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIALS])
-        self._set_up(core, vocab_size, END_OF_TEXT, PAD, chat.CHATML)
+        self._target: int | None = vocab_size
+        self.chat_template = CHATML.read_text(encoding="utf-8")
+        self._use(byte_level.untrained(), directory.own_config())
 
-    def _set_up(
-        self,
-        core: Tokenizer,
-        vocab_size: int,
-        eos: str | None,
-        pad: str | None,
-        chat_template: str | None,
-        bos: str = "",
-    ) -> None:
-        self.vocab_size = vocab_size
-        self.chat_template = chat_template
-        self._core = core
-        self._core.encode_special_tokens = True  # text is text, whatever it spells
-        added = core.get_added_tokens_decoder()
-        self.special_tokens = {token.content: index for index, token in sorted(added.items()) if token.special}
-        self._added_bytes = {index: token.content.encode() for index, token in added.items()}
-        self._is_byte_level = isinstance(core.decoder, decoders.ByteLevel)
-        self._special_pattern = re.compile("(" + ("|".join(map(re.escape, self.special_tokens)) or r"(?!)") + ")")
-        self.bos_token, self.eos_token, self.pad_token = bos, eos, pad
-        self.bos_token_id = core.token_to_id(bos) if bos else None
-        self.pad_token_id = core.token_to_id(pad) if pad else None
-        end = core.token_to_id(eos) if eos else None
-        if end is None:
-            raise UserError(f"the tokenizer names no end-of-text token it has (eos_token is {eos!r}): set eos_token")
-        self.eos_token_id: int = end
-        self.end_of_turn = next((token for token in TURN_ENDS if token in self.special_tokens), str(eos))
-        self.end_of_turn_id = self.special_tokens.get(self.end_of_turn, end)
+    def _use(self, tokenizer: Tokenizer, config: dict[str, Any]) -> None:
+        """Take this vocabulary, and from the config what its special tokens are for."""
+        self._tokenizer, self._config = tokenizer, config
+        self._tokenizer.encode_special_tokens = True  # the library's name for: their spelling is ordinary text
+        self._bytes = byte_level.bytes_of_tokens(tokenizer)  # by id; None in a gap
+        self._is_byte_level = byte_level.is_byte_level(tokenizer)
+        added = tokenizer.get_added_tokens_decoder().items()
+        self._special = {index: token for index, token in sorted(added) if token.special}
+        self.special_tokens = {token.content: index for index, token in self._special.items()}
+        longest_first = sorted(self.special_tokens, key=len, reverse=True)
+        self._spellings = "|".join(map(re.escape, longest_first))
+        named = directory.named_tokens(config)
+        eos = named.get("eos_token") or next((token for token in ENDS_OF_TEXT if token in self.special_tokens), None)
+        if eos is None:
+            raise UserError(f"this tokenizer has no end-of-text token: name one as eos_token in its {directory.CONFIG}")
+        self._names = named | {"eos_token": eos}  # what the chat template may use
+        self.eos_token_id = self.special_tokens[eos]
+        self.pad_token_id = self.special_tokens.get(named.get("pad_token", ""))
+        end_of_turn = next((token for token in ENDS_OF_TURN if token in self.special_tokens), eos)
+        self.end_of_turn_id = self.special_tokens[end_of_turn]
 
-    # --- training -------------------------------------------------------------------------------------------------
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copies, and other processes, get the vocabulary without this one setting of the library's."""
+        self.__dict__.update(state)
+        self._tokenizer.encode_special_tokens = True
+
+    # -- training, saving, loading ------------------------------------------------------------------------------------
 
     def train(self, texts: Iterable[str], show_progress: bool = False) -> None:
-        """Learn merges from texts until there are `vocab_size` tokens, or nothing is left to merge.
+        """Learn merges until there are `vocab_size` tokens; fewer where `texts` holds no more pairs that repeat.
 
-        Raises `UserError` when there is no text.
+        Special tokens and bytes keep their ids; merges learned before are replaced. Counts of all distinct words are
+        held in memory: for more than a few gigabytes of text, give a sample. Raises `UserError` for no text at all,
+        and for a loaded tokenizer, whose ids a model already knows.
         """
-        seen = 0
+        if self._target is None:
+            raise UserError("a loaded tokenizer cannot be trained, since models rely on its ids: train a new one")
+        self._use(byte_level.trained(texts, self._target, show_progress), self._config)
 
-        def counted() -> Iterator[str]:
-            nonlocal seen
-            for text in texts:
-                seen += len(text)
-                yield text
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json`, which `transformers.AutoTokenizer` reads too.
 
-        trainer = trainers.BpeTrainer(
-            vocab_size=self.vocab_size,
-            special_tokens=list(SPECIALS),
-            initial_alphabet=BYTES,
-            show_progress=show_progress,
-        )
-        fresh = SLMTokenizer(self.vocab_size)
-        fresh._core.train_from_iterator(counted(), trainer)
-        if not seen:
-            raise UserError("no text to train a tokenizer on: every document is empty")
-        self._set_up(fresh._core, self.vocab_size, END_OF_TEXT, PAD, self.chat_template)
+        Raises `UserError` where they cannot be written.
+        """
+        directory.write(save_directory, directory.Contents(self._tokenizer, self._config, self.chat_template))
 
-    # --- text to ids ----------------------------------------------------------------------------------------------
+    @classmethod
+    def from_pretrained(cls, model_directory: str | Path) -> SLMTokenizer:
+        """Load any directory with a `tokenizer.json`: saved here, by `transformers`, or downloaded with a model.
+
+        Its `tokenizer_config.json` says which tokens end a text and pad, and holds the chat template (or
+        `chat_template.jinja` does). Raises `UserError` for missing and damaged files, with their path.
+        """
+        contents = directory.read(model_directory)
+        tokenizer = contents.tokenizer
+        tokenizer.no_truncation()  # some files come with a length of their own; a corpus is never cut silently
+        tokenizer.no_padding()
+        known = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+        for spelling, key in directory.special_spellings(contents.config).items():
+            if spelling in known:
+                continue
+            if tokenizer.token_to_id(spelling) is not None:
+                tokenizer.add_special_tokens([spelling])  # tokenizer.json forgot that it is special; it keeps its id
+            elif key in ("eos_token", "pad_token"):
+                raise UserError(
+                    f"{Path(model_directory) / directory.CONFIG}: {key} is {spelling!r}, which {directory.TOKENIZER} "
+                    "does not have: the two files belong to different tokenizers"
+                )
+        loaded = cls.__new__(cls)
+        loaded._target = None
+        loaded.chat_template = contents.chat_template
+        loaded._use(tokenizer, contents.config)
+        return loaded
+
+    # -- text and bytes -----------------------------------------------------------------------------------------------
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
-        """Ids of a text. A special token's spelling in it is ordinary text, unless `allow_special`."""
+        """Token ids of any string. Special tokens are recognised in it only where `allow_special` says so.
+
+        A half of a surrogate pair becomes the three bytes that UTF-8 would give it ("surrogatepass").
+        """
         if allow_special:
-            return self._encode_with_specials(text, mark="")
+            return self._encode_with_special(text, marker="")
         try:
-            return self._core.encode(text, add_special_tokens=False).ids
-        except (UnicodeEncodeError, TypeError):  # half of a surrogate pair, which UTF-8 has no room for
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        except TypeError:  # the library takes no half of a surrogate pair
             return self.encode_bytes(text.encode("utf-8", "surrogatepass"))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of many texts at once, on all cores."""
+        """`encode` of each text, on all cores: the way to tokenize a corpus."""
         try:
-            return [encoded.ids for encoded in self._core.encode_batch_fast(list(texts), add_special_tokens=False)]
-        except (UnicodeEncodeError, TypeError):
+            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        except TypeError:
             return [self.encode(text) for text in texts]
+        return [encoding.ids for encoding in encodings]
 
     def encode_bytes(self, data: bytes) -> list[int]:
-        """Ids of any bytes: stretches of valid UTF-8 as text, the rest byte by byte."""
+        """Token ids of any bytes: what is valid UTF-8 as text, every other byte as its own token.
+
+        Raises `UserError` for bytes that a loaded tokenizer without byte tokens cannot hold.
+        """
         ids: list[int] = []
-        vocabulary = self._core.get_vocab()
-        byte_ids = {byte: vocabulary[character] for character, byte in BYTE_OF.items()}
-        while data:
-            try:
-                return ids + self.encode(data.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                ids += self.encode(data[: error.start].decode("utf-8"))
-                ids += [byte_ids[byte] for byte in data[error.start : error.end]]
-                data = data[error.end :]
+        pieces = _INVALID_UTF8.split(data.decode("utf-8", "surrogateescape"))  # text, invalid, text, invalid, …, text
+        for index, piece in enumerate(pieces):
+            if index % 2:
+                invalid = piece.encode("utf-8", "surrogateescape")
+                ids += [byte_level.byte_token_id(self._tokenizer, byte) for byte in invalid]
+            else:
+                ids += self.encode(piece)
         return ids
 
-    # --- ids to text ----------------------------------------------------------------------------------------------
-
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
-        """The text of ids; bytes that are no UTF-8 become U+FFFD. Raises `UserError` for an unknown id."""
-        ids = list(ids)
-        if not self._is_byte_level:
-            return self._core.decode(ids, skip_special_tokens=skip_special_tokens)
-        specials = set(self.special_tokens.values()) if skip_special_tokens else set()
-        return self.decode_bytes(i for i in ids if i not in specials).decode("utf-8", "replace")
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD. Raises `UserError` for an unknown id."""
+        ids = [int(index) for index in ids if not (skip_special_tokens and int(index) in self._special)]
+        return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The very bytes of ids."""
-        return b"".join(map(self.token_bytes, ids))
+        """Exactly the bytes that `ids` stand for. Raises `UserError` for an id outside the vocabulary."""
+        ids = [int(index) for index in ids]
+        pieces = [self.token_bytes(index) for index in ids]
+        if self._is_byte_level:
+            return b"".join(pieces)
+        # Other vocabularies have rules between tokens, such as the space that begins a text.
+        return self._tokenizer.decode(ids, skip_special_tokens=False).encode()
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that a token stands for; of a special token its spelling. Raises `UserError` for an unknown id."""
-        if token_id in self._added_bytes:
-            return self._added_bytes[token_id]
-        token = self._core.id_to_token(token_id) if token_id >= 0 else None
-        if token is None:
-            raise UserError(f"token id {token_id} is outside the vocabulary of {len(self)}")
-        return bytes(BYTE_OF[character] for character in token) if self._is_byte_level else token.encode()
+        """The bytes of one token, to show a text as it is written: not always whole characters.
 
-    def __len__(self) -> int:
-        return self._core.get_vocab_size(with_added_tokens=True)
-
-    @property
-    def stop_token_ids(self) -> set[int]:
-        """What ends an answer: the end of the turn, or of the text."""
-        return {self.eos_token_id, self.end_of_turn_id}
-
-    @property
-    def fingerprint(self) -> str:
-        """A digest of everything that decides which ids a text has (sha256, hex)."""
-        content = json.loads(self._core.to_str())
-        decides = {key: content[key] for key in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
-        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
-
-    # --- conversations --------------------------------------------------------------------------------------------
-
-    def encode_chat(self, messages: Messages, add_generation_prompt: bool = False) -> ChatTokens:
-        """A conversation as the chat template writes it, with the assistant's tokens marked as trained.
-
-        With a generation prompt it ends where the assistant is to go on. Raises `UserError` for a conversation that
-        makes no sense and for a tokenizer without a template.
+        A special token's are its spelling. Raises `UserError` for an id outside the vocabulary.
         """
-        template = self._template()
-        chat.check_messages(messages)
-        guarded, mark = chat.guard(messages, list(self.special_tokens))
+        found = self._bytes[token_id] if 0 <= token_id < len(self._bytes) else None
+        if found is None:
+            raise UserError(f"token id {token_id} is not in this vocabulary: expected 0 to {len(self) - 1}")
+        return found
+
+    # -- conversations ------------------------------------------------------------------------------------------------
+
+    def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> ChatTokens:
+        """Token ids of a conversation, and which of them are learned: what the assistant says and its end of turn.
+
+        `messages` are `{"role": …, "content": …}`: a system message or none, then user and assistant in turn. With
+        `add_generation_prompt` the ids are what a model is given to answer, and what training put before the answer.
+        A special token spelled in a message is ordinary text. Raises `UserError` for anything else.
+        """
+        shielded, marker = chat.shield(messages, re.compile(self._spellings))
+        ends = [token for token, index in self.special_tokens.items() if index in self.stop_token_ids]
         ids: list[int] = []
         trained: list[bool] = []
-        pieces = chat.segments(template, guarded, self.end_of_turn, **self._names)
-        if add_generation_prompt:
-            pieces.append(chat.Segment(chat.generation_prompt(template, guarded, **self._names), trained=False))
-        for piece in pieces:  # one by one, so that what is learned is tokenized as generation will see it
-            new = self._encode_with_specials(piece.text, mark)
-            ids += new
-            trained += [piece.trained] * len(new)
+        for segment in chat.segments(self._template(), shielded, ends, add_generation_prompt, **self._names):
+            tokens = self._encode_with_special(segment.text, marker)
+            ids += tokens
+            trained += [segment.trained] * len(tokens)
         return ChatTokens(ids, trained)
 
     def apply_chat_template(
-        self, messages: Messages, add_generation_prompt: bool = False, tokenize: bool = True
-    ) -> str | list[int]:
-        """The conversation's ids, or its text, as `transformers` gives them."""
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, tokenize: bool = True
+    ) -> list[int] | str:
+        """The ids of `encode_chat`, or the rendered text where `tokenize` is False, as in `transformers`."""
         if tokenize:
             return self.encode_chat(messages, add_generation_prompt).ids
         return chat.render(self._template(), messages, add_generation_prompt, **self._names)
 
     def _template(self) -> str:
         if self.chat_template is None:
-            raise UserError("the tokenizer has no chat template: add chat_template to its tokenizer_config.json")
+            raise UserError(
+                f"this tokenizer has no chat template, so it cannot hold a conversation: set chat_template in its "
+                f"{directory.CONFIG}, or use an instruction-tuned model's tokenizer"
+            )
         return self.chat_template
 
+    def _encode_with_special(self, text: str, marker: str) -> list[int]:
+        """Special tokens recognised, but those spelled with `marker`s, which are then removed (see `chat.shield`)."""
+        unmarked = f"(?!{marker})" if marker else ""
+        ids, done = [], 0
+        for match in re.finditer(rf"({self._spellings}){unmarked}(\s*)", text):
+            index = self.special_tokens[match[1]]
+            token = self._special[index]
+            before = text[done : match.start()].replace(marker, "")
+            # Some foreign special tokens swallow the white space beside them.
+            ids += [*self.encode(before.rstrip() if token.lstrip else before), index]
+            done = match.end() if token.rstrip else match.end(1)
+        return ids + self.encode(text[done:].replace(marker, ""))
+
+    # -- what it is ---------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        """The number of ids: a model's embedding needs as many rows."""
+        return len(self._bytes)
+
     @property
-    def _names(self) -> dict[str, Any]:
-        return {"bos_token": self.bos_token or "", "eos_token": self.eos_token, "pad_token": self.pad_token}
+    def vocab_size(self) -> int:
+        """The size asked for; of a loaded tokenizer, its length."""
+        return len(self) if self._target is None else self._target
 
-    def _encode_with_specials(self, text: str, mark: str) -> list[int]:
-        """Ids of rendered text: special spellings are special tokens; `mark` is taken out of what lies between."""
-        ids: list[int] = []
-        for part in self._special_pattern.split(text):
-            if part in self.special_tokens:
-                ids.append(self.special_tokens[part])
-            elif part:
-                ids += self.encode(part.replace(mark, "") if mark else part)
-        return ids
+    @property
+    def stop_token_ids(self) -> set[int]:
+        """Whatever ends generation: the end of the text and the end of a turn."""
+        return {self.eos_token_id, self.end_of_turn_id}
 
-    # --- disk -----------------------------------------------------------------------------------------------------
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) over vocabulary, merges, special tokens and the ids of `PROBE`. Equal after saving and loading.
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json`, as `transformers.AutoTokenizer` reads them."""
-        config = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": self.bos_token or None,
-            "eos_token": self.eos_token,
-            "pad_token": self.pad_token,
-            "add_bos_token": False,
-            "clean_up_tokenization_spaces": False,
-            "added_tokens_decoder": {
-                str(index): {
-                    "content": token.content, "lstrip": token.lstrip, "rstrip": token.rstrip,
-                    "single_word": token.single_word, "normalized": token.normalized, "special": token.special,
-                }
-                for index, token in sorted(self._core.get_added_tokens_decoder().items())
-            },
-            "chat_template": self.chat_template,
-        }  # fmt: skip
-        directory = Path(directory)
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            _write(directory / "tokenizer.json", self._core.to_str(pretty=True))
-            _write(directory / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-        except OSError as error:
-            raise UserError(f"{directory}: the tokenizer cannot be written: {error}") from None
-
-    @classmethod
-    def from_pretrained(cls, directory: str | Path) -> SLMTokenizer:
-        """Read any Hugging Face `tokenizer.json` with its config. Raises `UserError` where it is missing or damaged."""
-        directory = Path(directory)
-        path = directory / "tokenizer.json"
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; expected a tokenizer as `slm tokenizer train` writes it")
-        try:
-            core = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception for whatever is wrong in the file
-            raise UserError(f"{path}: not a readable tokenizer.json: {error}") from None
-        config = _read_config(directory)
-        tokenizer = cls.__new__(cls)
-        names = {key: _content(config.get(f"{key}_token")) for key in ("eos", "pad", "bos")}
-        template = config.get("chat_template")
-        tokenizer._set_up(
-            core,
-            core.get_vocab_size(with_added_tokens=True),
-            names["eos"],
-            names["pad"],
-            template if isinstance(template, str) else None,
-            names["bos"] or "",
-        )
-        return tokenizer
-
-
-def _read_config(directory: Path) -> dict[str, Any]:
-    path = directory / "tokenizer_config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if not isinstance(config, dict):
-            raise ValueError(f"expected an object, found {type(config).__name__}")
-        template = directory / "chat_template.jinja"  # where newer versions of transformers keep it
-        if template.is_file():
-            config["chat_template"] = template.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    config.setdefault("eos_token", END_OF_TEXT)  # a bare tokenizer.json: GPT-2's name is the likeliest
-    return config
-
-
-def _content(token: Any) -> str | None:
-    """Configs spell a token as text, or as an object with its properties."""
-    return token.get("content") if isinstance(token, dict) else token
-
-
-def _write(path: Path, content: str) -> None:
-    """Replace a file whole or not at all."""
-    fresh = path.with_name(f".{path.name}.tmp")
-    fresh.write_text(content, encoding="utf-8")
-    os.replace(fresh, path)
+        The probe stands for how text is split and normalized: how the library writes that down changes as it grows.
+        """
+        content = json.loads(self._tokenizer.to_str())
+        parts = [content["model"].get("vocab"), content["model"].get("merges"), self.special_tokens, self.encode(PROBE)]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

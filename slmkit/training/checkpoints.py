@@ -18,6 +18,7 @@ from typing import Any
 import safetensors
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from slmkit.config import UserError
 from slmkit.model import SLMConfig, load_decoder, save_decoder
@@ -72,13 +73,12 @@ def load_checkpoint(directory: Path, state: State) -> None:
     device = state.model.embedding.weight.device
     state.model.load_state_dict({name: tensor.to(device) for name, tensor in decoder.state_dict().items()})
     tensors = load_file(directory / OPTIMIZER)
-    moments: dict[int, dict[str, torch.Tensor]] = {}
-    for index, name in enumerate(_optimized_names(state)):
-        moments[index] = {
-            key.rpartition("/")[2]: tensor for key, tensor in tensors.items() if key.rpartition("/")[0] == name
+    for optimizer in state.optimizers:
+        moments: dict[int, dict[str, torch.Tensor]] = {
+            index: {key.rpartition("/")[2]: tensors[key] for key in tensors if key.rpartition("/")[0] == name}
+            for index, name in enumerate(_names_in(optimizer, state.model))
         }
-    groups = state.optimizer.state_dict()["param_groups"]
-    state.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     plain = json.loads((directory / STATE).read_text(encoding="utf-8"))
     state.step, state.tokens, state.best = plain["step"], plain["tokens"], plain["best"]
     if plain["seed"] != state.seed:
@@ -147,24 +147,25 @@ def file_sha256(path: Path) -> str:
 
 
 def _plain_state(state: State) -> dict[str, Any]:
-    skipped = ("model", "optimizer")
+    skipped = ("model", "optimizers")
     return {f.name: getattr(state, f.name) for f in dataclasses.fields(state) if f.name not in skipped}
 
 
-def _optimized_names(state: State) -> Iterator[str]:
-    """Names of the parameters in the order in which the optimizer numbers them."""
-    names = {id(parameter): name for name, parameter in state.model.named_parameters()}
-    for group in state.optimizer.param_groups:
+def _names_in(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iterator[str]:
+    """Names of an optimizer's parameters, in the order in which it numbers them."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for group in optimizer.param_groups:
         for parameter in group["params"]:
             yield names[id(parameter)]
 
 
 def _optimizer_tensors(state: State) -> dict[str, torch.Tensor]:
-    moments = state.optimizer.state_dict()["state"]
+    """`parameter/moment` → tensor, over all optimizers: no parameter has two."""
     return {
         f"{name}/{key}": tensor.contiguous()
-        for index, name in enumerate(_optimized_names(state))
-        for key, tensor in moments.get(index, {}).items()
+        for optimizer in state.optimizers
+        for index, name in enumerate(_names_in(optimizer, state.model))
+        for key, tensor in optimizer.state_dict()["state"].get(index, {}).items()
     }
 
 

@@ -32,7 +32,7 @@ class State:
     """
 
     model: Decoder
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
     seed: int = 0
     step: int = 0
     tokens: int = 0  # trained tokens so far
@@ -100,8 +100,9 @@ def train_step(state: State, objective: Objective, batch: Batch, plan: Plan) -> 
     if batch.weight == 0:
         raise ValueError(f"step {state.step}: not one trained token in its batch")
     rate = plan.schedule(state.step)
-    for group in state.optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * rate
+    for optimizer in state.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * rate
 
     total = torch.zeros((), device=plan.device.torch_device)
     for micro_batch in batch.to(plan.device.torch_device).split(plan.rows_per_micro_batch):
@@ -111,19 +112,20 @@ def train_step(state: State, objective: Objective, batch: Batch, plan: Plan) -> 
         total += loss.detach()
     grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), plan.max_grad_norm)
     if not torch.isfinite(grad_norm):
-        state.optimizer.zero_grad(set_to_none=True)
+        state.model.zero_grad(set_to_none=True)
         raise FloatingPointError(
             f"step {state.step}: the gradient norm is {grad_norm.item()}; weights left as they were"
         )
-    state.optimizer.step()
-    state.optimizer.zero_grad(set_to_none=True)
+    for optimizer in state.optimizers:
+        optimizer.step()
+    state.model.zero_grad(set_to_none=True)
     state.step += 1
     state.tokens += batch.weight
     return {
         "step": state.step,
         "tokens": state.tokens,
         "loss": (total / batch.weight).item(),  # nats a trained token
-        "learning_rate": state.optimizer.param_groups[0]["lr"],
+        "learning_rate": state.optimizers[-1].param_groups[0]["lr"],
         "grad_norm": grad_norm.item(),
     }
 

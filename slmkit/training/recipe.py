@@ -58,7 +58,9 @@ class TrainSettings(Settings):
     max_tokens: int | None = Field(None, gt=0)
     max_steps: int | None = Field(None, gt=0)
     num_train_epochs: float | None = Field(None, gt=0)
-    learning_rate: float = Field(1e-3, gt=0)
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = Field(1e-3, gt=0)  # AdamW's
+    muon_learning_rate: float = Field(0.02, gt=0)  # of the matrices that Muon updates
     min_learning_rate_ratio: float = Field(0.1, ge=0, le=1)
     warmup_steps: float = Field(0.05, ge=0)  # a number of steps, or below 1 a share of all steps
     weight_decay: float = Field(0.1, ge=0)

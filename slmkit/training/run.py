@@ -11,12 +11,12 @@ from typing import Any
 
 from slmkit.config import UserError, to_yaml
 from slmkit.data.stream import Stream
-from slmkit.device import Device
+from slmkit.device import Device, keep_freed_memory
 from slmkit.model import Decoder, SLMConfig
 from slmkit.training import checkpoints
 from slmkit.training.loop import Every, Plan, Report, State, StopRequested, train
 from slmkit.training.objectives import OBJECTIVES
-from slmkit.training.optimizers import adamw
+from slmkit.training.optimizers import OPTIMIZERS
 from slmkit.training.recipe import Recipe, TrainSettings
 from slmkit.training.run_log import MetricsLog, environment, plot_losses
 from slmkit.training.schedules import warmup_cosine
@@ -101,11 +101,11 @@ def fit(
     `hooks` come from outside (validation, samples, progress) and fire before the report is logged, so that what they
     add to it is logged too. With `resume` it goes on from the newest intact checkpoint.
     """
+    if plan.device.torch_device.type == "cpu":
+        keep_freed_memory()
     model.to(plan.device.torch_device)
     settings = recipe.train
-    betas = (settings.adam_beta1, settings.adam_beta2)
-    optimizer = adamw(model, settings.learning_rate, settings.weight_decay, betas, settings.adam_epsilon)
-    state = State(model, optimizer, seed=recipe.seed)
+    state = State(model, OPTIMIZERS[settings.optimizer](model, settings), seed=recipe.seed)
     if resume:
         checkpoints.load_checkpoint(checkpoints.newest_intact(run.checkpoints, warn), state)
     run.metrics.rewind(state.step)

@@ -1,0 +1,145 @@
+"""A tokenizer as a directory: `tokenizer.json` and `tokenizer_config.json`, as Hugging Face's libraries read them.
+
+Whoever loads a vocabulary from there learns what its special tokens are for from the config; both are read and written
+here, whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tokenizers import Tokenizer
+
+from slmkit.config import UserError
+from slmkit.tokenizer.byte_level import END_OF_TEXT, PADDING, SPECIAL_TOKENS, TURN_END, TURN_START
+
+TOKENIZER, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+MORE_TOKENS = ("additional_special_tokens", "extra_special_tokens")  # transformers 4's name and 5's
+
+
+class Contents(NamedTuple):
+    """What a tokenizer's directory holds."""
+
+    tokenizer: Tokenizer
+    config: dict[str, Any]  # tokenizer_config.json without its chat template
+    chat_template: str | None
+
+
+def own_config() -> dict[str, Any]:
+    """The `tokenizer_config.json` of a tokenizer trained here, readable by transformers 4 and 5."""
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "added_tokens_decoder": {str(index): {"content": token, **flags} for index, token in enumerate(SPECIAL_TOKENS)},
+        "eos_token": END_OF_TEXT,
+        "pad_token": PADDING,
+        "additional_special_tokens": [TURN_START, TURN_END],
+        "add_bos_token": False,
+        "clean_up_tokenization_spaces": False,
+    }
+
+
+def special_spellings(config: dict[str, Any]) -> dict[str, str]:
+    """Every token that the config calls special, by its spelling; the value is its key there or ''."""
+    spellings = {}
+    for entry in (config.get("added_tokens_decoder") or {}).values():
+        if entry.get("special"):
+            spellings[entry["content"]] = ""
+    for key in MORE_TOKENS:
+        more = config.get(key) or []
+        spellings |= {_spelling(token): "" for token in (more.values() if isinstance(more, dict) else more)}
+    return spellings | {token: key for key, token in named_tokens(config).items()}
+
+
+def named_tokens(config: dict[str, Any]) -> dict[str, str]:
+    """`{"eos_token": "<|endoftext|>", …}`: the tokens that the config gives a job."""
+    return {key: _spelling(config[key]) for key in NAMED_TOKENS if config.get(key)}
+
+
+def read(directory: str | Path) -> Contents:
+    """Read a directory with a `tokenizer.json`; the config and the template may be missing.
+
+    Raises `UserError` with the path for a file that is missing or not what its name says.
+    """
+    directory = Path(directory)
+    path = directory / TOKENIZER
+    text = _read_text(path)
+    if text is None:
+        raise UserError(
+            f"{path}: no such file; expected a directory that holds one, such as a model's or a tokenizer's"
+        )
+    try:
+        tokenizer = Tokenizer.from_str(text)
+    except Exception as error:  # the library raises nothing more precise
+        raise UserError(
+            f"{path}: not a tokenizer, or a damaged one ({_one_line(error)}); save or download it again"
+        ) from None
+    config = _read_config(directory / CONFIG)
+    template = config.pop("chat_template", None)
+    if isinstance(template, list):  # several templates, each with a name
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return Contents(tokenizer, config, _read_text(directory / TEMPLATE) or template)
+
+
+def write(directory: str | Path, contents: Contents) -> None:
+    """Write `tokenizer.json` and `tokenizer_config.json`, each whole or not at all. Raises `UserError` if it cannot."""
+    directory = Path(directory)
+    config = dict(contents.config)
+    if contents.chat_template is not None:
+        config["chat_template"] = contents.chat_template
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        _write_text(directory / TOKENIZER, contents.tokenizer.to_str(pretty=True))
+        _write_text(directory / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        # The template of a tokenizer that stood here before would win over the one in the config.
+        (directory / TEMPLATE).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{directory}: the tokenizer cannot be written here: {error.strerror or error}") from None
+
+
+def _spelling(token: Any) -> str:
+    """A token is a string, or an object with its `content`."""
+    return token["content"] if isinstance(token, dict) else str(token)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    text = _read_text(path)
+    if text is None:
+        return {}
+    try:
+        config = json.loads(text)
+        if not isinstance(config, dict):
+            raise ValueError(f"expected an object, found {type(config).__name__}")
+        special_spellings(config)  # so that a malformed entry is found while its path is known
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: not a tokenizer's settings, or damaged ({_one_line(error)}); save or download it again"
+        ) from None
+    return config
+
+
+def _read_text(path: Path) -> str | None:
+    """The file's text, None where there is no file."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({_one_line(error)}); save or download it again") from None
+
+
+def _write_text(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,0 +1,75 @@
+"""A run small enough for a test, on text with something to learn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from slmkit.data.stream import Stream
+from slmkit.data.text_dataset import TextDataset
+from slmkit.device import find_device
+from slmkit.model import SLMConfig, build_decoder
+from slmkit.tokenizer import SLMTokenizer
+from slmkit.training.loop import Plan, State
+from slmkit.training.optimizers import OPTIMIZERS
+from slmkit.training.recipe import Recipe, TrainSettings
+from slmkit.training.run import RunDirectory, fit, make_plan
+
+TOKENIZER = SLMTokenizer(260)
+TEXTS = [f"{name} has a {thing}. " * 4 for name in ("Ann", "Ben", "Cleo") for thing in ("kite", "drum", "boat")]
+LENGTH = 32
+
+
+def config(**changes: object) -> SLMConfig:
+    shape = {
+        "vocab_size": 260, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "max_position_embeddings": LENGTH, "initializer_range": 0.1,
+    }  # fmt: skip
+    return SLMConfig(**(shape | changes))
+
+
+def dataset() -> TextDataset:
+    return TextDataset(TEXTS, TOKENIZER, max_length=LENGTH)
+
+
+def stream(rows: int = 8, seed: int = 0) -> Stream:
+    return Stream(dataset(), rows, seed)
+
+
+def state(seed: int = 0, optimizer: str = "adamw", learning_rate: float = 1e-2) -> State:
+    model = build_decoder(config(), seed)
+    return State(model, OPTIMIZERS[optimizer](model, settings(learning_rate=learning_rate)), seed=seed)
+
+
+def plan(steps: int, rows_per_micro_batch: int = 8, max_grad_norm: float = 1.0) -> Plan:
+    device = find_device("cpu", "float32")
+    return Plan(steps, rows_per_micro_batch, max_grad_norm, lambda step: 1.0, device)
+
+
+def settings(**changes: object) -> TrainSettings:
+    defaults = {
+        "sequence_length": LENGTH, "tokens_per_step": 4 * LENGTH, "max_steps": 12, "eval_steps": 4,
+        "logging_steps": 1, "learning_rate": 1e-2, "device": "cpu", "precision": "float32",
+    }  # fmt: skip
+    return TrainSettings(**(defaults | changes))
+
+
+def run(root: Path, resume: bool = False, hooks: tuple = (), warn=lambda line: None, **changes: object) -> State:
+    """A whole run through `fit`, with dropout so that random numbers matter."""
+    train = settings(**changes)
+    directory = RunDirectory(root)
+    directory.checkpoints.mkdir(parents=True, exist_ok=True)
+    shape = config(hidden_dropout=0.2, attention_dropout=0.1)
+    rows = dataset()
+    device = find_device("cpu", "float32")
+    return fit(
+        directory,
+        Recipe(output_dir=str(root), train=train),
+        build_decoder(shape, seed=1),
+        shape,
+        Stream(rows, train.rows_per_step(LENGTH), seed=0),
+        make_plan(train, rows.rows_in_epoch, LENGTH, device),
+        companions=TOKENIZER.save_pretrained,
+        hooks=hooks,
+        resume=resume,
+        warn=warn,
+    )

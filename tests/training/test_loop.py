@@ -1,0 +1,152 @@
+"""One step does what a step should, however its batch is cut; and many steps learn."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from slmkit.data.stream import Batch
+from slmkit.training.loop import Every, StopRequested, train, train_step
+from slmkit.training.objectives import next_token
+from tests.training.helpers import plan, state, stream
+
+
+def uneven_batch() -> Batch:
+    """Rows with very different numbers of trained tokens, as conversations have."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(260, (8, 32), generator=generator)
+    labels = torch.randint(260, (8, 32), generator=generator)
+    for row in range(8):
+        labels[row, : 4 * row] = -100
+    return Batch(ids, labels, int((labels != -100).sum()))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 8])
+def test_every_cut_of_a_batch_gives_the_same_update(rows: int) -> None:
+    whole, cut = state(), state()
+    expected = train_step(whole, next_token, uneven_batch(), plan(1, rows_per_micro_batch=8))
+    found = train_step(cut, next_token, uneven_batch(), plan(1, rows_per_micro_batch=rows))
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+
+
+def test_the_loss_is_the_mean_over_trained_tokens_as_transformers_has_it(tmp_path) -> None:
+    transformers = pytest.importorskip("transformers")
+    from slmkit.model import save_decoder
+    from tests.training.helpers import config
+
+    ours, batch = state(), uneven_batch()
+    save_decoder(ours.model, config(), tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    with torch.no_grad():
+        expected = F.cross_entropy(theirs(batch.ids).logits.flatten(0, 1), batch.labels.flatten()).item()
+    assert train_step(ours, next_token, batch, plan(1))["loss"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_masked_labels_teach_nothing() -> None:
+    """What stands at positions that are not learned, and after them, does not matter."""
+    batch = uneven_batch()
+    one, other = state(), state()
+    changed = batch.labels.clone()
+    changed[:, -1] = torch.where(changed[:, -1] == -100, -100, (changed[:, -1] + 1) % 260)
+    train_step(one, next_token, batch, plan(1))
+    train_step(other, next_token, Batch(batch.ids, changed, batch.weight), plan(1))
+    assert not torch.equal(one.model.head_weight, other.model.head_weight)
+    masked = batch.labels.clone()
+    masked[:, :] = -100
+    masked[0, :4] = batch.labels[0, :4]
+    ids = batch.ids.clone()
+    ids[1:] = 7  # rows without a label
+    ids[0, 4:] = 9  # behind the last label
+    first, second = state(), state()
+    train_step(first, next_token, Batch(batch.ids, masked, 4), plan(1))
+    train_step(second, next_token, Batch(ids, masked, 4), plan(1))
+    for a, b in zip(first.model.parameters(), second.model.parameters()):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_tiny_text_is_learned_by_heart(optimizer: str) -> None:
+    learner = state(optimizer=optimizer)
+    losses = []
+    train(learner, next_token, stream(), plan(150), [Every(1, lambda s, report: losses.append(report["loss"]))])
+    assert losses[0] > 4
+    assert losses[-1] < 0.45  # what is left is which of three names and things comes, where nothing tells
+    assert learner.tokens == sum(stream().batch(step).weight for step in range(150))
+
+
+def test_the_gradient_is_clipped_to_the_norm_asked_for() -> None:
+    """Adam forgets the scale of one gradient, but not that of one gradient beside another."""
+    free, clipped = state(), state()
+    report = train_step(free, next_token, uneven_batch(), plan(1, max_grad_norm=1e9))
+    train_step(clipped, next_token, uneven_batch(), plan(1, max_grad_norm=report["grad_norm"] / 10))
+    moments = [s.optimizers[0].state[s.model.embedding.weight]["exp_avg"] for s in (free, clipped)]
+    torch.testing.assert_close(moments[0] / 10, moments[1], rtol=1e-3, atol=1e-9)
+
+
+def names(group: dict, model: torch.nn.Module) -> set[str]:
+    return {name for name, p in model.named_parameters() if any(p is other for other in group["params"])}
+
+
+def test_decay_is_on_matrices_alone() -> None:
+    learner = state()
+    decayed, spared = learner.optimizers[0].param_groups
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0)
+    assert all(p.dim() == 2 for p in decayed["params"])
+    assert all(p.dim() == 1 for p in spared["params"])
+    assert names(decayed, learner.model) | names(spared, learner.model) == set(dict(learner.model.named_parameters()))
+
+
+def test_muon_has_the_hidden_matrices_and_adamw_the_rest() -> None:
+    learner = state(optimizer="muon")
+    first, rest = learner.optimizers
+    (matrices,) = first.param_groups
+    assert all(name.startswith("blocks.") for name in names(matrices, learner.model))
+    assert names(rest.param_groups[0], learner.model) == {"embedding.weight"}
+    every = names(matrices, learner.model).union(*(names(group, learner.model) for group in rest.param_groups))
+    assert every == set(dict(learner.model.named_parameters()))
+
+
+def test_the_schedule_multiplies_the_peak() -> None:
+    import dataclasses
+
+    learner = state(learning_rate=0.5)
+    report = train_step(learner, next_token, uneven_batch(), dataclasses.replace(plan(1), schedule=lambda step: 0.25))
+    assert report["learning_rate"] == 0.125
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights() -> None:
+    learner = state()
+    with torch.no_grad():
+        learner.model.norm.weight[0] = float("nan")
+    before = {name: p.clone() for name, p in learner.model.named_parameters()}
+    with pytest.raises(FloatingPointError, match="step 0: the gradient norm is nan"):
+        train_step(learner, next_token, uneven_batch(), plan(1))
+    assert learner.step == 0
+    for name, parameter in learner.model.named_parameters():
+        assert torch.equal(parameter, before[name]) or name == "norm.weight"
+
+
+def test_a_batch_without_a_trained_token_is_an_error_and_no_nan() -> None:
+    labels = torch.full((1, 4), -100)
+    with pytest.raises(ValueError, match="not one trained token"):
+        train_step(state(), next_token, Batch(torch.zeros(1, 4, dtype=torch.long), labels, 0), plan(1))
+
+
+def test_hooks_fire_at_their_interval_and_after_the_last_step() -> None:
+    fired = []
+    train(state(), next_token, stream(), plan(7), [Every(3, lambda s, report: fired.append(s.step))])
+    assert fired == [3, 6, 7]
+
+
+def test_a_stop_ends_the_run_after_the_step_it_is_in_with_all_hooks() -> None:
+    stop, fired = StopRequested(), []
+
+    def ask_to_stop(s, report) -> None:
+        stop.is_set = s.step == 2
+
+    hooks = [Every(1, ask_to_stop), Every(100, lambda s, report: fired.append(s.step))]
+    learner = train(state(), next_token, stream(), plan(50), hooks, stop)
+    assert learner.step in (2, 3)
+    assert fired == [learner.step]
