@@ -15,8 +15,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from slmkit.config import UserError
 
 END_OF_TEXT, PADDING, TURN_START, TURN_END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
-SPECIAL_TOKENS = (END_OF_TEXT, PADDING, TURN_START, TURN_END)  # ids 0 to 3
-SMALLEST = len(SPECIAL_TOKENS) + 256
+SPECIALS = (END_OF_TEXT, PADDING, TURN_START, TURN_END)  # ids 0 to 3
+SMALLEST = len(SPECIALS) + 256
 
 # A pair seen once is an accident of the text.
 MIN_FREQUENCY = 2
@@ -44,12 +44,12 @@ def untrained() -> Tokenizer:
 
     The bytes stand in the order of their characters, as the trainer puts them, so that training keeps their ids.
     """
-    vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *sorted(BYTE_CHARACTERS)])}
+    vocabulary = {token: index for index, token in enumerate([*SPECIALS, *sorted(BYTE_CHARACTERS)])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     # llama.cpp has this very pre-tokenizer under the name "gpt-2": an exported vocabulary splits text there as here.
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIALS])
     return tokenizer
 
 
@@ -64,7 +64,7 @@ def trained(texts: Iterable[str], vocab_size: int, show_progress: bool) -> Token
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=MIN_FREQUENCY,
-        special_tokens=list(SPECIAL_TOKENS),
+        special_tokens=list(SPECIALS),
         initial_alphabet=BYTE_CHARACTERS,
         show_progress=show_progress,
     )

@@ -48,7 +48,7 @@ def render(template: str, messages: Sequence[Message], add_generation_prompt: bo
 
     Raises `UserError` for malformed messages, and with the template's own words where it refuses or fails.
     """
-    check(messages, add_generation_prompt)
+    check_messages(messages, add_generation_prompt)
     plain = [{"role": message["role"], "content": message["content"]} for message in messages]
     names = {"tools": None, "documents": None} | names  # defined for every template in transformers too
     compiled = _compiled(template)
@@ -71,7 +71,7 @@ def segments(
     generation would stop; no message may spell one (see `shield`). Raises `UserError` as `render` does, for a template
     that renders a turn differently once others follow, and for one that does not end the assistant's turns.
     """
-    check(messages, add_generation_prompt)
+    check_messages(messages, add_generation_prompt)
     end = re.compile("|".join(map(re.escape, ends_of_turn)))
     done, found = "", []
 
@@ -81,8 +81,8 @@ def segments(
         text = render(template, messages[:count], prompt, **names)
         if not text.startswith(done):
             raise UserError(
-                f"the chat template renders turns differently once message {count} follows, so what the model "
-                "learns would not be what it later sees: use a template that only appends"
+                f"the chat template writes what stands before message {count} differently once that message follows, "
+                "so what the model learns would not be what it later sees: use a template that only appends"
             )
         added, done = text[len(done) :], text
         return added
@@ -108,7 +108,7 @@ def shield(messages: Sequence[Message], special: re.Pattern[str]) -> tuple[list[
     The marker, a character that no message holds, follows every character of such a spelling, so that nothing in it,
     nor a token that overlaps it, is taken for the template's own. It is '' where no message spells any.
     """
-    check(messages)
+    check_messages(messages)
     if not any(special.search(message["content"]) for message in messages):
         return list(messages), ""
     marker = next((mark for mark in NONCHARACTERS if not any(mark in message["content"] for message in messages)), "")
@@ -121,35 +121,35 @@ def shield(messages: Sequence[Message], special: re.Pattern[str]) -> tuple[list[
     return list(shielded), marker
 
 
-def check(messages: Sequence[Message], add_generation_prompt: bool = False) -> None:
+def check_messages(messages: Sequence[Message], add_generation_prompt: bool = False) -> None:
     """Raise `UserError` unless this is a system message or none, then user and assistant in turn, all with text."""
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise UserError(f"expected a list of messages, found {'none' if messages == [] else _shown(messages)}")
-    expected: tuple[str, ...] = ("system", "user")
+    if not messages:
+        raise UserError("a conversation without messages: expected at least one of the user's")
+    turn = "user"
     for number, message in enumerate(messages, start=1):
         _check_message(number, message)
         role = message["role"]
-        if role not in expected:
-            raise UserError(f"message {number}: expected the role {' or '.join(expected)} here, found {role}")
-        expected = ("assistant",) if role == "user" else ("user",)
-    if add_generation_prompt and messages[-1]["role"] == "assistant":
-        raise UserError("the last message is the assistant's: add a user message for it to answer")
+        if role == "system" and number == 1:
+            continue
+        if role != turn:
+            raise UserError(f"message {number}: {role} where it is the {turn}'s turn")
+        turn = "assistant" if role == "user" else "user"
+    if messages[-1]["role"] == "system":
+        raise UserError("a conversation of a system message alone: expected one of the user's behind it")
+    if add_generation_prompt and turn == "user":
+        raise UserError("the last message is the assistant's: add one of the user's for it to answer")
 
 
 def _check_message(number: int, message: Any) -> None:
-    where = f"message {number}"
     if not isinstance(message, Mapping):
-        raise UserError(f"{where}: expected an object with role and content, found {_shown(message)}")
-    for key in ("role", "content"):
-        if key not in message:
-            raise UserError(f"{where}: has no {key!r}; found {', '.join(map(str, message)) or 'nothing'}")
-    role, content = message["role"], message["content"]
+        raise UserError(f"message {number}: expected an object with role and content, found {_shown(message)}")
+    role, content = message.get("role"), message.get("content")
     if role not in ROLES:
-        raise UserError(f"{where}: expected the role {', '.join(ROLES[:-1])} or {ROLES[-1]}, found {_shown(role)}")
+        raise UserError(f"message {number}: role {_shown(role)}; expected one of {', '.join(ROLES)}")
     if not isinstance(content, str):
-        raise UserError(f"{where}: expected text as content, found {_shown(content)}")
+        raise UserError(f"message {number}: content is {type(content).__name__}; expected text")
     if role == "assistant" and not content.strip():
-        raise UserError(f"{where}: the assistant says nothing, so there is nothing to learn: remove the exchange")
+        raise UserError(f"message {number}: the assistant says nothing; leave the exchange out or fill it")
 
 
 def _shown(value: Any) -> str:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from tokenizers import Tokenizer
 
 from slmkit.config import UserError
-from slmkit.tokenizer.byte_level import END_OF_TEXT, PADDING, SPECIAL_TOKENS, TURN_END, TURN_START
+from slmkit.tokenizer.byte_level import END_OF_TEXT, PADDING, SPECIALS, TURN_END, TURN_START
 
 TOKENIZER, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
@@ -34,7 +34,7 @@ def own_config() -> dict[str, Any]:
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "added_tokens_decoder": {str(index): {"content": token, **flags} for index, token in enumerate(SPECIAL_TOKENS)},
+        "added_tokens_decoder": {str(index): {"content": token, **flags} for index, token in enumerate(SPECIALS)},
         "eos_token": END_OF_TEXT,
         "pad_token": PADDING,
         "additional_special_tokens": [TURN_START, TURN_END],
@@ -76,7 +76,7 @@ def read(directory: str | Path) -> Contents:
         tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # the library raises nothing more precise
         raise UserError(
-            f"{path}: not a tokenizer, or a damaged one ({_one_line(error)}); save or download it again"
+            f"{path}: not a readable tokenizer.json ({_one_line(error)}); save or download it again"
         ) from None
     config = _read_config(directory / CONFIG)
     template = config.pop("chat_template", None)
@@ -117,7 +117,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         special_spellings(config)  # so that a malformed entry is found while its path is known
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path}: not a tokenizer's settings, or damaged ({_one_line(error)}); save or download it again"
+            f"{path}: cannot be read as a tokenizer's settings ({_one_line(error)}); save or download it again"
         ) from None
     return config
 

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 
 from slmkit.config import UserError
 from slmkit.tokenizer import byte_level, chat, directory
+from slmkit.tokenizer.byte_level import SPECIALS
 from slmkit.tokenizer.chat import ChatTokens, Message
 
 CHATML = Path(__file__).with_name("templates") / "chatml.jinja"
@@ -50,8 +51,7 @@ class SLMTokenizer:
         """
         if vocab_size < byte_level.SMALLEST:
             raise UserError(
-                f"vocab_size: expected at least {byte_level.SMALLEST} "
-                f"(256 bytes and {len(byte_level.SPECIAL_TOKENS)} special tokens), found {vocab_size}"
+                f"vocab_size {vocab_size}: the 256 bytes and {len(SPECIALS)} special tokens need {byte_level.SMALLEST}"
             )
         self._target: int | None = vocab_size
         self.chat_template = CHATML.read_text(encoding="utf-8")
@@ -121,9 +121,10 @@ class SLMTokenizer:
             if tokenizer.token_to_id(spelling) is not None:
                 tokenizer.add_special_tokens([spelling])  # tokenizer.json forgot that it is special; it keeps its id
             elif key in ("eos_token", "pad_token"):
+                job = "end-of-text" if key == "eos_token" else "padding"
                 raise UserError(
-                    f"{Path(model_directory) / directory.CONFIG}: {key} is {spelling!r}, which {directory.TOKENIZER} "
-                    "does not have: the two files belong to different tokenizers"
+                    f"{Path(model_directory) / directory.CONFIG}: names no {job} token that {directory.TOKENIZER} has "
+                    f"({key} is {spelling!r}): take both files from one tokenizer"
                 )
         loaded = cls.__new__(cls)
         loaded._target = None

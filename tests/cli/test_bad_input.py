@@ -1,0 +1,128 @@
+"""The user's mistakes: one line that says what is wrong and what to do, exit code 2, and nothing touched."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.cli.helpers import TINY, refused, slm
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "book.txt").write_text("The fox had a kite and the kite had a fox. " * 200)
+    done = slm("train", "own-text", "data.source=book.txt", "output_dir=run", *TINY, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+def everything_in(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "no such file"),
+        (b"", "the file is empty"),
+        (b"  \n\n", "not one document"),
+        (b"text\x00\xff\xfe" * 100, "expected UTF-8 text, found a byte that is none at offset 4"),
+        (b"Too short.", "too few for one sequence"),
+    ],
+)
+def test_text_that_cannot_be_trained_on(content: bytes | None, words: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "book.txt").write_bytes(content)
+    line = refused("train", "own-text", "data.source=book.txt", "output_dir=run", *TINY, cwd=tmp_path)
+    assert words in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["own-text", "train.learing_rate=1"], "unknown key 'train.learing_rate'; did you mean 'learning_rate'?"),
+        (["own-text", "model.hiden_size=1"], "did you mean 'hidden_size'?"),
+        (["own-text", "train.learning_rate=fast"], "train.learning_rate"),
+        (["own-text", "train.max_steps=5"], "both say when to stop"),
+        (["own-text"], "data.source says where text comes from"),
+        (["own-txt"], "did you mean 'own-text'?"),
+        (["none.yaml"], "no such recipe file"),
+        (["own-text", "data.source=book.txt", "train.device=cuda:7"], "device 'cuda:7' is not available"),
+        (["own-text", "data.source=book.txt", "train.sequence_length=900"], "longer than"),
+        (["own-chat", "data.source=x.jsonl", "model.path=nowhere"], "nowhere: no such directory"),
+        (["own-text", "model.preset=llama"], "unknown preset 'llama'"),
+        (["own-text", "objective=rlhf"], "objective"),
+    ],
+)
+def test_a_recipe_with_a_mistake(arguments: list[str], words: str, tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("The fox had a kite. " * 300)
+    assert words in refused("train", *arguments, cwd=tmp_path)
+    assert not (tmp_path / "runs").exists() or not any((tmp_path / "runs").iterdir())
+
+
+def test_a_missing_and_a_truncated_checkpoint(run: Path, tmp_path: Path) -> None:
+    assert "no such directory" in refused("generate", tmp_path / "none", "x")
+    assert "neither a model directory nor a run" in refused("generate", tmp_path, "x")
+    assert "not a run" in refused("resume", tmp_path)
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy, symlinks=True)
+    weights = copy / "best" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    before = everything_in(copy)
+    assert "damaged or cut short" in refused("generate", copy, "x")
+    for path in (copy / "checkpoints").glob("step-*"):
+        (path / "model.safetensors").write_bytes(b"")
+    before = everything_in(copy)
+    done = slm("resume", copy)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("slm: ")
+    assert "no complete checkpoint" in done.stderr
+    assert everything_in(copy) == before
+
+
+def test_a_prompt_longer_than_the_models_context(run: Path) -> None:
+    line = refused("generate", run, "fox kite " * 200)
+    assert "fills the model's context of 64" in line
+
+
+def test_an_empty_prompt_lets_the_model_begin(run: Path) -> None:
+    done = slm("generate", run, "", "--max-new-tokens", "5", "--temperature", "0")
+    assert done.returncode == 0
+    assert done.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--temperature", "-1", "temperature -1.0: expected"),
+        ("--top-p", "0", "top_p 0.0: expected"),
+        ("--min-p", "2", "min_p 2.0: expected"),
+        ("--repetition-penalty", "0", "repetition_penalty 0.0: expected"),
+        ("--max-new-tokens", "many", "'many' is not a valid"),
+    ],
+)
+def test_a_sampling_value_out_of_range(run: Path, option: str, value: str, words: str) -> None:
+    assert words in refused("generate", run, "x", option, value)
+
+
+def test_a_tokenizer_without_text_or_room(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "book.txt").write_text("some text")
+    assert "empty" in refused("tokenizer", "train", "empty.txt", "-o", "tok", cwd=tmp_path)
+    assert "need 260" in refused("tokenizer", "train", "book.txt", "--vocab-size", "9", "-o", "tok", cwd=tmp_path)
+    assert "tok: no such directory" in refused("tokenizer", "encode", "tok", "x", cwd=tmp_path)
+    assert not (tmp_path / "tok").exists()
+
+
+def test_a_command_or_option_that_is_not_there() -> None:
+    assert "trian" in refused("trian")
+    assert "--sede" in refused("generate", "x", "--sede", "1")
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    done = slm("--debug", "generate", tmp_path / "none", "x")
+    assert "Traceback" in done.stderr
