@@ -61,6 +61,10 @@ class Every:
     hook: Hook
 
 
+class RunStopped(Exception):
+    """The run was asked to stop and did, with a checkpoint: nothing is wrong, but nothing should follow on it."""
+
+
 class StopRequested:
     """Set from outside (a signal, a test) to end the loop after the step it is in."""
 

@@ -14,7 +14,7 @@ from slmkit.data.stream import Stream
 from slmkit.device import Device, keep_freed_memory
 from slmkit.model import Decoder, SLMConfig
 from slmkit.training import checkpoints
-from slmkit.training.loop import Every, Plan, Report, State, StopRequested, train
+from slmkit.training.loop import Every, Plan, Report, RunStopped, State, StopRequested, train
 from slmkit.training.objectives import OBJECTIVES
 from slmkit.training.optimizers import OPTIMIZERS
 from slmkit.training.recipe import Recipe, TrainSettings
@@ -99,7 +99,8 @@ def fit(
     """Train `model` as the recipe says, and leave a run on disk. Returns the state after the last step.
 
     `hooks` come from outside (validation, samples, progress) and fire before the report is logged, so that what they
-    add to it is logged too. With `resume` it goes on from the newest intact checkpoint.
+    add to it is logged too. With `resume` it goes on from the newest intact checkpoint. Raises `RunStopped` when a
+    signal ended the run early: its last step has been saved.
     """
     if plan.device.torch_device.type == "cpu":
         keep_freed_memory()
@@ -119,7 +120,10 @@ def fit(
         Every(settings.save_steps or eval_steps, saver.save),
     )
     with stop_on_signals() as stop:
-        return train(state, OBJECTIVES[recipe.objective], stream, plan, (*hooks, *own_hooks), stop)
+        train(state, OBJECTIVES[recipe.objective], stream, plan, (*hooks, *own_hooks), stop)
+    if state.step < plan.steps:
+        raise RunStopped(f"stopped after step {state.step} of {plan.steps}; go on with: slm resume {run.root}")
+    return state
 
 
 def make_plan(settings: TrainSettings, rows_in_epoch: int, sequence_length: int, device: Device) -> Plan:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from slmkit.config import UserError
-from slmkit.training.loop import Every
+from slmkit.training.loop import Every, RunStopped
 from slmkit.training.run import RunDirectory, find_model_directory, new_run_directory
 from slmkit.training.run_log import MetricsLog, append_samples, environment, plot_losses
 from tests.training.helpers import run
@@ -34,9 +34,9 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tmp_path: Path) 
             os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
-    stopped = run(tmp_path, hooks=(Every(1, interrupt),))
-    assert stopped.step in (3, 4)
-    assert (tmp_path / "latest").resolve().name == f"step-{stopped.step:06d}"
+    with pytest.raises(RunStopped, match=r"stopped after step 4 of 12; go on with: slm resume"):
+        run(tmp_path, hooks=(Every(1, interrupt),))
+    assert (tmp_path / "latest").resolve().name == "step-000004"
     assert signal.getsignal(signal.SIGTERM) is before
     assert run(tmp_path, resume=True).step == 12
 
