@@ -12,7 +12,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/slm quickstart
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

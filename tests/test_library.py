@@ -50,7 +50,9 @@ def test_the_trainer_learns_the_texts(life: dict) -> None:
 def test_the_model_says_what_it_learned(life: dict) -> None:
     tokenizer, model = life["tokenizer"], life["model"]
     input_ids = torch.tensor([tokenizer.encode("The fox has a")])
-    output = model.generate(input_ids, max_length=32, temperature=0.7, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    output = model.generate(
+        input_ids, max_length=32, temperature=0.7, do_sample=False, pad_token_id=tokenizer.pad_token_id
+    )
     assert tokenizer.decode(output[0].tolist(), skip_special_tokens=True) == TEXTS[0]
 
 
@@ -68,9 +70,9 @@ def test_the_model_survives_disk(life: dict, tmp_path: Path) -> None:
 def test_what_the_trainer_leaves_is_a_run_that_every_tool_loads(life: dict) -> None:
     transformers = pytest.importorskip("transformers")
     output: Path = life["output"]
-    assert {"recipe.yaml", "environment.json", "metrics.jsonl", "checkpoints", "latest", "best"} <= set(
+    assert {"recipe.yaml", "environment.json", "metrics.jsonl", "checkpoints", "latest", "best"} <= {
         path.name for path in output.iterdir()
-    )
+    }
     theirs = transformers.AutoModelForCausalLM.from_pretrained(output / "latest", dtype=torch.float32).eval()
     tokens = transformers.AutoTokenizer.from_pretrained(output / "latest")("The owl", return_tensors="pt")["input_ids"]
     with torch.no_grad():

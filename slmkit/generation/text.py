@@ -79,7 +79,7 @@ class TextStream:
 
     def _may_begin_a_stop(self, text: str) -> int:
         """How many last characters of `text` are the beginning of a stop string."""
-        longest = max((len(stop) for stop in self.stop), default=1) - 1
+        longest = min(len(text), max((len(stop) for stop in self.stop), default=1) - 1)
         return next((n for n in range(longest, 0, -1) if any(stop.startswith(text[-n:]) for stop in self.stop)), 0)
 
 

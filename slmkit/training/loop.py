@@ -61,7 +61,7 @@ class Every:
     hook: Hook
 
 
-class RunStopped(Exception):
+class RunStopped(Exception):  # noqa: N818 - no error: the user asked for it
     """The run was asked to stop and did, with a checkpoint: nothing is wrong, but nothing should follow on it."""
 
 

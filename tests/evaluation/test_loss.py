@@ -30,7 +30,7 @@ def decoder(vocab_size: int = 300) -> Decoder:
 def test_it_is_the_sum_over_documents_each_read_alone_behind_the_end_of_text(tmp_path: Path) -> None:
     """Independent of packing: every document by itself, with plain cross-entropy."""
     tokenizer, model = SLMTokenizer(300), decoder()
-    texts = ["A fox.", "An owl and a kite.", "One more."]
+    texts = ["A fox and a hen.", "An owl and a kite.", "One more of them."]
     rows = DocumentRows(prepare_text(texts, tokenizer, tmp_path / "shards"), length=20)
     assert rows.rows_in_epoch == 3  # too long to share a row of 20: alone is alone
     nats, tokens = 0.0, 0
