@@ -1,8 +1,18 @@
 """From logits to text: sampling, the generator, streaming, conversations."""
 
 from slmkit.generation.chat import ChatSession
-from slmkit.generation.generator import generate_ids
+from slmkit.generation.generator import FinishReason, IdStream, generate_ids
 from slmkit.generation.sampling import SamplingSettings
-from slmkit.generation.text import Continuation, complete, stream_completion
+from slmkit.generation.text import Continuation, TextStream, complete, stream_completion
 
-__all__ = ["ChatSession", "Continuation", "SamplingSettings", "complete", "generate_ids", "stream_completion"]
+__all__ = [
+    "ChatSession",
+    "Continuation",
+    "FinishReason",
+    "IdStream",
+    "SamplingSettings",
+    "TextStream",
+    "complete",
+    "generate_ids",
+    "stream_completion",
+]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+import time
+from collections.abc import Iterator, Sequence, Set
+from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,36 +14,56 @@ from slmkit.config import UserError
 from slmkit.generation.sampling import Sampler, SamplingSettings
 from slmkit.model import Decoder
 
+# A stop token or string, as many tokens as were asked for, or no room left in the model's context.
+FinishReason = Literal["stop", "length", "context"]
 
-def token_steps(
-    decoder: Decoder, prompt_ids: Tensor, max_new_tokens: int, settings: SamplingSettings
-) -> Iterator[Tensor]:
-    """The next token of every row, [batch], up to `max_new_tokens` times or until the context is full.
 
-    prompt_ids [batch, prompt], at least one token each. The caller decides when rows have ended. Raises `UserError`
-    for an empty prompt and for one that fills the context.
+def room_after(decoder: Decoder, prompt: int, max_new_tokens: int) -> tuple[int, FinishReason]:
+    """How many tokens can follow a prompt of so many, and what ends them if nothing else does.
+
+    Raises `UserError` for an empty prompt, one that fills the context, and fewer than one new token.
     """
-    context, prompt = decoder.architecture.max_positions, prompt_ids.size(1)
+    context = decoder.architecture.max_positions
     if prompt == 0:
         raise UserError("a prompt of no tokens: begin with at least one, such as the end-of-text token")
     if prompt >= context:
         raise UserError(f"a prompt of {prompt} tokens fills the model's context of {context}: shorten it")
-    max_new_tokens = min(max_new_tokens, context - prompt)
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens {max_new_tokens}: expected 1 or more")
+    room = context - prompt
+    return (max_new_tokens, "length") if max_new_tokens <= room else (room, "context")
+
+
+def token_steps(decoder: Decoder, prompt_ids: Tensor, count: int, settings: SamplingSettings) -> Iterator[Tensor]:
+    """The next token of every row, [batch], `count` times; prompt_ids [batch, prompt].
+
+    The caller decides when rows have ended. Between two steps nothing is left changed, neither the model's mode nor
+    torch's, so that whoever takes the tokens may train meanwhile, generate something else, or never come back.
+    """
     sampler = Sampler(settings, prompt_ids.device)
+    cache = decoder.new_cache(prompt_ids.size(0), prompt_ids.size(1) + count)
+    ids = new = prompt_ids
+    for _ in range(count):
+        with _evaluating(decoder):
+            hidden = decoder(new, cache)[:, -1]  # [batch, width]
+            token = sampler(decoder.logits(hidden), ids)  # [batch]
+            new = token[:, None]
+            ids = torch.cat((ids, new), dim=1)
+        yield token
+
+
+@contextmanager
+def _evaluating(decoder: Decoder) -> Iterator[None]:
+    """Without dropout and without gradients. Touches no module where none is in training mode: that would take time."""
     was_training = decoder.training
-    decoder.eval()
+    if was_training:
+        decoder.eval()
     try:
         with torch.inference_mode():
-            cache = decoder.new_cache(prompt_ids.size(0), prompt + max_new_tokens)
-            ids, new = prompt_ids, prompt_ids
-            for _ in range(max_new_tokens):
-                hidden = decoder(new, cache)[:, -1]  # [batch, width]
-                token = sampler(decoder.logits(hidden), ids)  # [batch]
-                new = token[:, None]
-                ids = torch.cat((ids, new), dim=1)
-                yield token
+            yield
     finally:
-        decoder.train(was_training)
+        if was_training:
+            decoder.train()
 
 
 def generate_ids(
@@ -54,14 +77,54 @@ def generate_ids(
 ) -> Tensor:
     """prompt_ids [batch, prompt] → [batch, prompt + new]: the prompt, the new tokens and the one that ended them.
 
-    Rows that have ended are filled with `pad_token_id`; it ends when all have.
+    Rows that have ended are filled with `pad_token_id`; it ends when all have, or the context is full. Raises
+    `UserError` as `room_after` does.
     """
-    stops = torch.tensor(sorted(stop_ids), device=prompt_ids.device)
+    count, _ = room_after(decoder, prompt_ids.size(1), max_new_tokens)
+    stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=prompt_ids.device)
     ended = torch.zeros(prompt_ids.size(0), dtype=torch.bool, device=prompt_ids.device)
-    columns = []
-    for token in token_steps(decoder, prompt_ids, max_new_tokens, settings):
-        columns.append(torch.where(ended, pad_token_id, token))
+    columns = [prompt_ids]
+    for token in token_steps(decoder, prompt_ids, count, settings):
+        columns.append(torch.where(ended, pad_token_id, token)[:, None])
         ended |= torch.isin(token, stops)
         if ended.all():
             break
-    return torch.cat((prompt_ids, torch.stack(columns, dim=1)), dim=1)
+    return torch.cat(columns, dim=1)
+
+
+class IdStream:
+    """Iterates once over the new ids of one sequence as they come, the one that ends it included.
+
+    `tokens` counts them, `seconds` is the time their making took, whatever was done with them meanwhile;
+    `finish_reason` is known at the end, and None until then. Raises `UserError` as `room_after` does.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        prompt_ids: Sequence[int],
+        *,
+        max_new_tokens: int,
+        stop_ids: Set[int],
+        settings: SamplingSettings,
+    ) -> None:
+        count, self._reason_at_the_end = room_after(decoder, len(prompt_ids), max_new_tokens)
+        prompt = torch.tensor([list(prompt_ids)], dtype=torch.long, device=decoder.embedding.weight.device)
+        self._steps = token_steps(decoder, prompt, count, settings)
+        self._stop_ids = stop_ids
+        self.tokens, self.seconds = 0, 0.0
+        self.finish_reason: FinishReason | None = None
+
+    def __iter__(self) -> Iterator[int]:
+        started = time.perf_counter()
+        for step in self._steps:
+            token = int(step)  # waits for the device
+            self.seconds += time.perf_counter() - started
+            self.tokens += 1
+            if token in self._stop_ids:
+                self.finish_reason = "stop"
+                yield token
+                return
+            yield token
+            started = time.perf_counter()
+        self.finish_reason = self._reason_at_the_end

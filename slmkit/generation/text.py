@@ -2,90 +2,109 @@
 
 from __future__ import annotations
 
-import codecs
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-import torch
-
-from slmkit.generation.generator import token_steps
+from slmkit.generation.generator import FinishReason, IdStream
+from slmkit.generation.pieces import StopStrings, WholeCharacters
 from slmkit.generation.sampling import SamplingSettings
 from slmkit.model import Decoder
-from slmkit.tokenizer import SLMTokenizer
+
+
+class TextTokenizer(Protocol):
+    """What generating text needs of a tokenizer.
+
+    Where there are, `eos_token_id` and `stop_token_ids` end a text, and `special_tokens` (spelling → id) are never
+    shown.
+    """
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """What was generated, without the prompt. `finish_reason`: stop (an end token or stop string) or length."""
+    """What was generated, without the prompt.
+
+    `tokens` includes the one that ended it, which is not in the text; `seconds` includes reading the prompt.
+    """
 
     text: str
     tokens: int
-    finish_reason: str
+    finish_reason: FinishReason
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
 
 
 class TextStream:
-    """Iterates over the pieces of an answer; once through, `tokens` and `finish_reason` are known.
+    """Iterates once over the pieces of a text as they come. Together they are the text.
 
     Bytes that are no whole character yet, and text that may be the beginning of a stop string, are held back until
-    it is clear what they are.
+    it is clear what they are. `finish_reason` is known at the end, and None until then. Raises `UserError` for an
+    empty prompt, one that fills the context, and fewer than one new token.
     """
 
     def __init__(
         self,
         decoder: Decoder,
-        tokenizer: SLMTokenizer,
+        tokenizer: TextTokenizer,
         prompt_ids: Sequence[int],
+        *,
         settings: SamplingSettings,
         max_new_tokens: int,
         stop: Sequence[str] = (),
-        stop_ids: Set[int] | None = None,
     ) -> None:
-        self.tokenizer = tokenizer
-        self.stop = [text for text in stop if text]
-        self.stop_ids = tokenizer.stop_token_ids if stop_ids is None else stop_ids
-        self.tokens, self.finish_reason = 0, "length"
-        prompt = torch.tensor([list(prompt_ids)], dtype=torch.long, device=decoder.embedding.weight.device)
-        self._steps = token_steps(decoder, prompt, max_new_tokens, settings)
+        stop_ids = {*getattr(tokenizer, "stop_token_ids", ()), *_document_start(tokenizer)}
+        self._hidden = {*stop_ids, *getattr(tokenizer, "special_tokens", {}).values()}
+        self._stops = StopStrings(stop)
+        before = [token for token in prompt_ids[-1:] if token not in self._hidden]
+        self._characters = WholeCharacters(tokenizer.decode, before)
+        self._ids = IdStream(decoder, prompt_ids, max_new_tokens=max_new_tokens, stop_ids=stop_ids, settings=settings)
+        self.finish_reason: FinishReason | None = None
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens were generated so far, the one that ended the text included."""
+        return self._ids.tokens
+
+    @property
+    def seconds(self) -> float:
+        """How long that took, without what was done with the pieces meanwhile."""
+        return self._ids.seconds
 
     def __iter__(self) -> Iterator[str]:
-        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         held = ""
-        try:
-            for step in self._steps:
-                token = int(step[0])
-                self.tokens += 1
-                if token in self.stop_ids:
-                    self.finish_reason = "stop"
-                    break
-                held += utf8.decode(self.tokenizer.token_bytes(token))
-                end = self._first_stop(held)
-                if end is not None:
-                    self.finish_reason = "stop"
-                    if end:
-                        yield held[:end]
-                    return
-                ready = len(held) - self._may_begin_a_stop(held)
-                if ready:
-                    yield held[:ready]
-                    held = held[ready:]
-        finally:
-            self._steps.close()  # type: ignore[attr-defined]  # puts the model back into the mode it was in
-        held += utf8.decode(b"", final=True)
+        for piece in self._decoded():
+            held += piece
+            end = self._stops.find(held)
+            if end is not None:
+                self.finish_reason = "stop"
+                if end:
+                    yield held[:end]
+                return
+            ready = len(held) - self._stops.may_begin(held)
+            if ready:
+                yield held[:ready]
+                held = held[ready:]
+        self.finish_reason = self._ids.finish_reason
         if held:
             yield held
 
-    def _first_stop(self, text: str) -> int | None:
-        return min((place for stop in self.stop if (place := text.find(stop)) >= 0), default=None)
-
-    def _may_begin_a_stop(self, text: str) -> int:
-        """How many last characters of `text` are the beginning of a stop string."""
-        longest = min(len(text), max((len(stop) for stop in self.stop), default=1) - 1)
-        return next((n for n in range(longest, 0, -1) if any(stop.startswith(text[-n:]) for stop in self.stop)), 0)
+    def _decoded(self) -> Iterator[str]:
+        for token in self._ids:
+            if token not in self._hidden:
+                yield self._characters.add(token)
+        yield self._characters.rest()
 
 
 def stream_completion(
     decoder: Decoder,
-    tokenizer: SLMTokenizer,
+    tokenizer: TextTokenizer,
     prompt: str,
     *,
     settings: SamplingSettings,
@@ -94,15 +113,16 @@ def stream_completion(
 ) -> TextStream:
     """Continue a plain text. An empty prompt lets the model begin.
 
-    The end-of-text token stands in front, since it stood before every document the model was trained on.
+    The end-of-text token stands in front, since it stood before every document the model was trained on. Raises
+    `UserError` as `TextStream` does.
     """
-    ids = [tokenizer.eos_token_id, *tokenizer.encode(prompt)]
-    return TextStream(decoder, tokenizer, ids, settings, max_new_tokens, stop)
+    ids = [*_document_start(tokenizer), *tokenizer.encode(prompt)]
+    return TextStream(decoder, tokenizer, ids, settings=settings, max_new_tokens=max_new_tokens, stop=stop)
 
 
 def complete(
     decoder: Decoder,
-    tokenizer: SLMTokenizer,
+    tokenizer: TextTokenizer,
     prompt: str,
     *,
     settings: SamplingSettings,
@@ -112,4 +132,10 @@ def complete(
     """All of what `stream_completion` streams, at once."""
     stream = stream_completion(decoder, tokenizer, prompt, settings=settings, max_new_tokens=max_new_tokens, stop=stop)
     text = "".join(stream)
-    return Continuation(text, stream.tokens, stream.finish_reason)
+    assert stream.finish_reason is not None, "a stream that has been read to its end knows why it ended"
+    return Continuation(text, stream.tokens, stream.finish_reason, stream.seconds)
+
+
+def _document_start(tokenizer: TextTokenizer) -> list[int]:
+    eos_token_id = getattr(tokenizer, "eos_token_id", None)
+    return [] if eos_token_id is None else [eos_token_id]

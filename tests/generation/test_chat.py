@@ -2,43 +2,80 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from slmkit.config import UserError
 from slmkit.generation import ChatSession, SamplingSettings
-from slmkit.model import SLMConfig, build_decoder
-from slmkit.tokenizer import SLMTokenizer
-
-TOKENIZER = SLMTokenizer(260)
+from tests.generation.helpers import TOKENIZER, byte_decoder, make_models_say
 
 
-def session(**changes: object) -> ChatSession:
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = SLMConfig(vocab_size=260, max_position_embeddings=256, initializer_range=0.3, **shape)
-    settings = SamplingSettings(seed=1)
-    return ChatSession(build_decoder(config, seed=1), TOKENIZER, settings, **({"max_new_tokens": 12} | changes))
+def session(context: int = 256, **changes: object) -> ChatSession:
+    return ChatSession(byte_decoder(context), TOKENIZER, SamplingSettings(seed=1), **({"max_new_tokens": 12} | changes))
 
 
+@pytest.fixture
+def speaking(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_models_say([*TOKENIZER.encode(" Good day 🦊!"), TOKENIZER.end_of_turn_id], monkeypatch)
+
+
+@pytest.mark.usefixtures("speaking")
 def test_both_sides_are_remembered() -> None:
-    chat = session(system="Be kind.")
-    answer = "".join(chat.reply("Hello")).strip()
-    assert answer
+    chat = session(system="Be kind.", max_new_tokens=40)
+    assert "".join(chat.reply("Hello")) == " Good day 🦊!"
     assert chat.messages == [
         {"role": "system", "content": "Be kind."},
         {"role": "user", "content": "Hello"},
-        {"role": "assistant", "content": answer},
+        {"role": "assistant", "content": "Good day 🦊!"},
     ]
 
 
-def test_an_answer_broken_off_is_remembered_as_far_as_it_went() -> None:
+def test_an_answer_is_what_the_model_says_to_the_whole_conversation(monkeypatch: pytest.MonkeyPatch) -> None:
     chat = session()
+    "".join(chat.reply("Hello"))
+    prompts = []
+    forward = chat.decoder.forward
+    monkeypatch.setattr(chat.decoder, "forward", lambda ids, cache: prompts.append(ids) or forward(ids, cache))
+    "".join(chat.reply("And now?"))
+    asked = TOKENIZER.encode_chat(chat.messages[:-1], add_generation_prompt=True).ids
+    assert prompts[0].tolist() == [asked]
+
+
+@pytest.mark.usefixtures("speaking")
+def test_an_answer_broken_off_is_remembered_as_far_as_it_went() -> None:
+    chat = session(max_new_tokens=40)
     pieces = chat.reply("Hello")
-    said = next(pieces) + next(pieces) + next(pieces)
+    said = "".join(next(pieces) for _ in range(6))
     pieces.close()
-    assert chat.messages[-1] == {"role": "assistant", "content": said.strip()}
+    assert said == " Good "
+    assert chat.messages[-1] == {"role": "assistant", "content": "Good"}
+
+
+def test_an_interruption_inside_the_model_keeps_the_answer_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = session(max_new_tokens=40)
+    forward, calls, said = chat.decoder.forward, [], []
+
+    def interrupted(ids, cache):
+        calls.append(1)
+        if len(calls) == 20:
+            raise KeyboardInterrupt
+        return forward(ids, cache)
+
+    monkeypatch.setattr(chat.decoder, "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        said.extend(chat.reply("Hello"))
+    assert len(calls) == 20
+    assert [message["role"] for message in chat.messages] == ["user", "assistant"]
+    monkeypatch.undo()
+    assert "".join(chat.reply("Go on"))
+
+
+def test_a_message_without_an_answer_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_models_say([TOKENIZER.end_of_turn_id], monkeypatch)
+    chat = session()
+    assert list(chat.reply("Hello")) == []
+    assert chat.messages == []
 
 
 def test_reset_forgets_all_but_the_system_message() -> None:
@@ -48,35 +85,104 @@ def test_reset_forgets_all_but_the_system_message() -> None:
     assert chat.messages == [{"role": "system", "content": "Be kind."}]
 
 
-def test_the_oldest_exchanges_make_room_and_the_system_message_stays() -> None:
-    chat = session(system="Be kind.")
+@pytest.mark.usefixtures("speaking")
+@pytest.mark.parametrize("context", range(210, 310, 9))
+def test_the_oldest_exchanges_make_room_as_few_as_possible_and_the_system_message_stays(context: int) -> None:
+    chat = session(context, system="Be kind.", max_new_tokens=40)
+    system, everything = chat.messages[0], []
+
+    def room_after(messages: list[dict[str, str]]) -> int:
+        return context - len(TOKENIZER.encode_chat([system, *messages], add_generation_prompt=True).ids)
+
     for number in range(6):
         "".join(chat.reply(f"message number {number}"))
-    assert chat.forgotten > 0
-    assert chat.forgotten % 2 == 0
-    assert chat.messages[0]["role"] == "system"
-    assert chat.messages[1]["role"] == "user"
-    assert "message number 5" in chat.messages[-2]["content"]
-    assert len(TOKENIZER.encode_chat(chat.messages).ids) <= 256
+        everything += chat.messages[-2:]
+        assert chat.messages == [system, *everything[chat.forgotten :]]
+        assert room_after(everything[chat.forgotten : -1]) >= 40
+        assert chat.forgotten == 0 or room_after(everything[chat.forgotten - 2 : -1]) < 40
+    assert 0 < chat.forgotten < 10
 
 
-def test_a_message_that_leaves_no_room_is_refused_and_not_remembered() -> None:
-    chat = session()
-    with pytest.raises(UserError, match="context of 256"):
-        "".join(chat.reply("x" * 300))
-    assert chat.messages == []
+def test_a_message_that_leaves_no_room_is_refused_and_changes_nothing() -> None:
+    chat = session(system="Be kind.")
+    "".join(chat.reply("Hello"))
+    before = list(chat.messages)
+    with pytest.raises(UserError, match="context of 256: write a shorter message"):
+        next(chat.reply("x" * 300))
+    assert (chat.messages, chat.forgotten) == (before, 0)
 
 
-def test_what_is_saved_is_a_row_of_conversation_data(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["chat.jsonl", "chat.json"])
+def test_what_is_saved_is_a_row_of_conversation_data(name: str, tmp_path: Path) -> None:
     from slmkit.data import read_conversations
 
     chat = session()
     "".join(chat.reply("Hello"))
-    chat.save(tmp_path / "chat.jsonl")
-    assert list(read_conversations(tmp_path / "chat.jsonl")) == [chat.messages]
-    assert json.loads((tmp_path / "chat.jsonl").read_text())["messages"] == chat.messages
+    chat.save(tmp_path / name)
+    assert list(read_conversations(tmp_path / name)) == [chat.messages]
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+def test_a_saved_conversation_goes_on_where_it_was(tmp_path: Path) -> None:
+    chat, later = session(system="Be kind."), session(system="Be rude.")
+    "".join(chat.reply("Hello \udcff"))  # half of a surrogate pair, as a terminal may hand over
+    "".join(chat.reply("🦊?"))
+    chat.save(tmp_path / "chat.json")
+    later.load(tmp_path / "chat.json")
+    chat.messages[1]["content"] = "Hello ?"
+    assert later.messages == chat.messages
+    assert "".join(later.reply("Go on")) == "".join(chat.reply("Go on"))
+    later.reset()
+    assert later.messages == [{"role": "system", "content": "Be kind."}]
+
+
+def test_a_conversation_that_has_not_begun_can_be_saved_and_loaded(tmp_path: Path) -> None:
+    session(system="Be kind.").save(tmp_path / "chat.json")
+    chat = session()
+    chat.load(tmp_path / "chat.json")
+    assert chat.messages == [{"role": "system", "content": "Be kind."}]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "No such file"),
+        ("{", "not a saved conversation"),
+        ("[]", 'expected {"messages"'),
+        ('{"messages": 3}', 'expected {"messages"'),
+        ('{"messages": ["hello"]}', "message 1: expected an object"),
+        ('{"messages": [{"role": "assistant", "content": "Hi"}]}', "it is the user's turn"),
+        ('{"messages": [{"role": "user", "content": "Hi"}]}', "message 2: user where it is the assistant's turn"),
+    ],
+)
+def test_a_file_that_is_no_conversation_is_one_line_and_changes_nothing(
+    content: str | None, words: str, tmp_path: Path
+) -> None:
+    if content is not None:
+        (tmp_path / "chat.json").write_text(content)
+    chat = session(system="Be kind.")
+    with pytest.raises(UserError, match=f"chat.json: .*{words}"):
+        chat.load(tmp_path / "chat.json")
+    assert chat.messages == [{"role": "system", "content": "Be kind."}]
+
+
+@pytest.mark.parametrize("place", ["nowhere/chat.json", "file/chat.json", ".", "null\0byte"])
+def test_a_place_that_cannot_be_written_is_one_line(place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="cannot be saved"):
-        session().save(tmp_path / "nowhere" / "chat.json")
+        session().save(tmp_path / place)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_save_that_fails_keeps_what_was_saved_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "chat.json"
+    path.write_text("before")
+
+    def fail(*arguments: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("slmkit.generation.chat.os.replace", fail)
+    with pytest.raises(UserError, match="no space left"):
+        session().save(path)
+    assert path.read_text() == "before"
+    assert [found.name for found in tmp_path.iterdir()] == ["chat.json"]

@@ -2,40 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
-from slmkit.generation import SamplingSettings, complete, stream_completion
-from slmkit.generation import text as text_module
-from slmkit.generation.text import TextStream
-from slmkit.model import SLMConfig, build_decoder
+from slmkit.config import UserError
+from slmkit.generation import SamplingSettings, TextStream, complete, generate_ids, stream_completion
 from slmkit.model.decoder import Decoder
-from slmkit.tokenizer import SLMTokenizer
+from tests.generation.helpers import TOKENIZER, ByteTokens, byte_decoder, make_models_say
 
-TOKENIZER = SLMTokenizer(260)
+SETTINGS = SamplingSettings(seed=2)
 
 
 @pytest.fixture(scope="module")
 def decoder() -> Decoder:
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return build_decoder(SLMConfig(vocab_size=260, max_position_embeddings=128, initializer_range=0.3, **shape), seed=1)
+    return byte_decoder()
 
 
-def stream_of(
-    said: bytes, decoder: Decoder, monkeypatch: pytest.MonkeyPatch, stop: list[str], end: bool = False
-) -> TextStream:
-    """A stream whose model says exactly these bytes, one token each."""
-
-    def steps(*arguments: object) -> Iterator[torch.Tensor]:
-        yield from (torch.tensor([i]) for i in TOKENIZER.encode_bytes(said))
-        if end:
-            yield torch.tensor([TOKENIZER.end_of_turn_id])
-            yield torch.tensor([TOKENIZER.encode("x")[0]])
-
-    monkeypatch.setattr(text_module, "token_steps", steps)
-    return TextStream(decoder, TOKENIZER, [0], SamplingSettings(), 100, stop)
+def stream(decoder: Decoder, stop: list[str] | None = None, max_new_tokens: int = 100) -> TextStream:
+    return TextStream(decoder, TOKENIZER, [0], settings=SETTINGS, max_new_tokens=max_new_tokens, stop=stop or [])
 
 
 @pytest.mark.parametrize(
@@ -47,6 +31,7 @@ def stream_of(
         ("aabc!", ["abc"], "a"),
         ("xxSTOP", ["STOPS", "STOP"], "xx"),
         ("über 🦊 fox", ["🦊"], "über "),
+        ("über 🦊é fox", ["🦊é"], "über "),
         ("STOP", ["STOP"], ""),
         ("a\nb", ["\n\n"], "a\nb"),
     ],
@@ -54,43 +39,87 @@ def stream_of(
 def test_nothing_of_a_stop_string_is_ever_shown(
     said: str, stop: list[str], expected: str, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stream = stream_of(said.encode(), decoder, monkeypatch, stop)
-    pieces = list(stream)
+    make_models_say(TOKENIZER.encode(said), monkeypatch)
+    text = stream(decoder, stop, max_new_tokens=len(said.encode()))
+    pieces = list(text)
     assert "".join(pieces) == expected
     assert all(pieces)
-    assert stream.finish_reason == ("stop" if expected != said else "length")
+    assert text.finish_reason == ("stop" if expected != said else "length")
 
 
-def test_a_character_of_several_tokens_comes_whole(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert list(stream_of("aé🦊".encode(), decoder, monkeypatch, [])) == ["a", "é", "🦊"]
-
-
-def test_bytes_that_never_become_a_character_are_shown_as_such(
-    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert "".join(stream_of(b"a\xf0\x9f", decoder, monkeypatch, [])) == "a\ufffd"
+def test_a_stop_string_ends_the_work_too(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_models_say(TOKENIZER.encode("one. Two and more"), monkeypatch)
+    text = stream(decoder, [". "])
+    assert "".join(text) == "one"
+    assert text.tokens == len("one. ")
 
 
 def test_an_end_token_ends_it_and_is_not_shown(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    stream = stream_of(b"done", decoder, monkeypatch, [], end=True)
-    assert "".join(stream) == "done"
-    assert (stream.finish_reason, stream.tokens) == ("stop", 5)
+    make_models_say([*TOKENIZER.encode("done"), TOKENIZER.end_of_turn_id, *TOKENIZER.encode("x")], monkeypatch)
+    text = stream(decoder)
+    assert "".join(text) == "done"
+    assert (text.finish_reason, text.tokens) == ("stop", 5)
 
 
+def test_no_special_token_is_shown(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    turn_start = TOKENIZER.special_tokens["<|im_start|>"]
+    first, second = TOKENIZER.encode("é")
+    make_models_say([turn_start, first, TOKENIZER.pad_token_id, second, turn_start], monkeypatch)
+    assert list(stream(decoder, max_new_tokens=5)) == ["é"]
+
+
+def test_the_reason_is_told_when_the_context_is_full(decoder: Decoder) -> None:
+    full = complete(decoder, TOKENIZER, "a" * 120, settings=SETTINGS, max_new_tokens=100)
+    assert (full.tokens, full.finish_reason) == (7, "context")
+
+
+@pytest.mark.parametrize("stop", [[], ["e"], ["\x01\x02", "qu"]], ids=str)
 @pytest.mark.parametrize("prompt", ["", "Once", "naïve 🦊"])
-def test_the_pieces_together_are_the_whole(prompt: str, decoder: Decoder) -> None:
-    settings = SamplingSettings(seed=2)
-    stream = stream_completion(decoder, TOKENIZER, prompt, settings=settings, max_new_tokens=60)
-    whole = complete(decoder, TOKENIZER, prompt, settings=settings, max_new_tokens=60)
-    assert "".join(stream) == whole.text
-    assert whole.tokens <= 60
-    assert whole.text
+def test_the_pieces_together_are_what_was_generated(prompt: str, stop: list[str], decoder: Decoder) -> None:
+    text = stream_completion(decoder, TOKENIZER, prompt, settings=SETTINGS, max_new_tokens=60, stop=stop)
+    whole = complete(decoder, TOKENIZER, prompt, settings=SETTINGS, max_new_tokens=60, stop=stop)
+    assert "".join(text) == whole.text
+    assert (text.tokens, text.finish_reason) == (whole.tokens, whole.finish_reason)
+    if not stop:
+        ids = torch.tensor([[TOKENIZER.eos_token_id, *TOKENIZER.encode(prompt)]])
+        generated = generate_ids(
+            decoder, ids, max_new_tokens=60, stop_ids=TOKENIZER.stop_token_ids, settings=SETTINGS, pad_token_id=1
+        )
+        assert whole.text == TOKENIZER.decode(generated[0, ids.size(1) :].tolist(), skip_special_tokens=True)
 
 
 def test_a_stop_string_cuts_what_would_have_been_said(decoder: Decoder) -> None:
-    settings = SamplingSettings(seed=2)
-    free = complete(decoder, TOKENIZER, "a", settings=settings, max_new_tokens=60).text
+    free = complete(decoder, TOKENIZER, "a", settings=SETTINGS, max_new_tokens=60).text
     stop = free[10:13]
-    cut = complete(decoder, TOKENIZER, "a", settings=settings, max_new_tokens=60, stop=[stop])
+    cut = complete(decoder, TOKENIZER, "a", settings=SETTINGS, max_new_tokens=60, stop=[stop])
     assert cut.text == free[: free.index(stop)]
     assert cut.finish_reason == "stop"
+
+
+def test_a_plain_text_begins_behind_an_end_of_text_token(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = []
+    forward = decoder.forward
+    monkeypatch.setattr(decoder, "forward", lambda ids, cache: prompts.append(ids.tolist()) or forward(ids, cache))
+    for prompt in ("", "Once"):
+        complete(decoder, TOKENIZER, prompt, settings=SETTINGS, max_new_tokens=1)
+    assert prompts == [[[TOKENIZER.eos_token_id]], [[TOKENIZER.eos_token_id, *TOKENIZER.encode("Once")]]]
+
+
+def test_encode_and_decode_are_all_a_tokenizer_needs(decoder: Decoder) -> None:
+    plain = ByteTokens([bytes([number % 256]) for number in range(260)])
+    settings = SamplingSettings(do_sample=False)
+    whole = complete(decoder, plain, "Once", settings=settings, max_new_tokens=20)
+    assert whole.tokens == 20
+    assert whole.text
+    with pytest.raises(UserError, match="no tokens"):
+        complete(decoder, plain, "", settings=settings, max_new_tokens=20)
+
+
+def test_how_fast_it_went_is_known(decoder: Decoder) -> None:
+    whole = complete(decoder, TOKENIZER, "Once", settings=SETTINGS, max_new_tokens=20)
+    assert whole.tokens_per_second == pytest.approx(whole.tokens / whole.seconds)
+
+
+def test_a_wrong_prompt_is_refused_before_the_first_piece_is_asked_for(decoder: Decoder) -> None:
+    with pytest.raises(UserError, match="context of 128"):
+        stream_completion(decoder, TOKENIZER, "x" * 200, settings=SETTINGS, max_new_tokens=5)

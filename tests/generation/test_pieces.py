@@ -1,0 +1,93 @@
+"""A text that is still being written is shown as far as it is certain, whatever its tokens are."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slmkit.config import UserError
+from slmkit.generation.pieces import StopStrings, WholeCharacters
+from tests.generation.helpers import ByteTokens
+
+TEXTS = st.text(alphabet="abé🦊\ufffd \n", max_size=12)
+
+
+def pieces_of(tokens: Sequence[bytes]) -> list[str]:
+    characters = WholeCharacters(ByteTokens(tokens).decode)
+    return [*map(characters.add, range(len(tokens))), characters.rest()]
+
+
+def split_at(data: bytes, cuts: Sequence[int]) -> list[bytes]:
+    places = sorted({0, len(data), *(cut for cut in cuts if cut < len(data))})
+    return [data[start:end] for start, end in itertools.pairwise(places)]
+
+
+def test_a_character_of_several_tokens_comes_whole() -> None:
+    assert pieces_of([b"a", b"\xc3", b"\xa9b", b"\xf0\x9f", b"\xa6", b"\x8a"]) == ["a", "", "éb", "", "", "🦊", ""]
+
+
+def test_what_stands_before_half_a_character_is_not_held_back() -> None:
+    assert pieces_of([b"one \xf0\x9f", b"\xa6\x8a two"]) == ["one ", "🦊 two", ""]
+
+
+def test_bytes_that_never_become_a_character_are_shown_as_such() -> None:
+    assert "".join(pieces_of([b"a", b"\xf0\x9f", b"b", b"\x80"])) == "a\ufffdb\ufffd"
+
+
+@given(st.one_of(st.binary(max_size=20), TEXTS.map(str.encode)), st.lists(st.integers(1, 40), max_size=12))
+def test_however_bytes_are_cut_into_tokens_the_pieces_are_the_text(data: bytes, cuts: list[int]) -> None:
+    assert "".join(pieces_of(split_at(data, cuts))) == data.decode("utf-8", "replace")
+
+
+def test_a_vocabulary_that_drops_the_space_in_front_keeps_those_between_words() -> None:
+    def decode(ids: Sequence[int]) -> str:  # as SentencePiece does
+        return "".join([" one", " two", "ly", " three"][index] for index in ids).removeprefix(" ")
+
+    beginning = WholeCharacters(decode)
+    assert [beginning.add(index) for index in range(4)] == ["one", " two", "ly", " three"]
+    continued = WholeCharacters(decode, before=[0])
+    assert continued.add(1) == " two"
+
+
+@given(TEXTS, st.lists(TEXTS.filter(bool), max_size=3), st.lists(st.integers(1, 12), max_size=6))
+def test_where_a_stop_string_ends_a_text_does_not_depend_on_its_pieces(
+    text: str, strings: list[str], cuts: list[int]
+) -> None:
+    stops = StopStrings(strings)
+    # One character after the other: the first stop string that is complete ends it; of two, the longer.
+    expected = text
+    for end in range(len(text) + 1):
+        starts = [end - len(stop) for stop in strings if text[:end].endswith(stop)]
+        if starts:
+            expected = text[: min(starts)]
+            break
+    places = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
+    shown, held = "", ""
+    for start, end in itertools.pairwise(places):
+        held += text[start:end]
+        cut = stops.find(held)
+        if cut is not None:
+            held = held[:cut]
+            break
+        ready = len(held) - stops.may_begin(held)
+        shown, held = shown + held[:ready], held[ready:]
+        assert expected.startswith(shown)  # nothing was shown too early
+    assert shown + held == expected
+
+
+def test_only_what_may_become_a_stop_string_is_held_back() -> None:
+    stops = StopStrings(["\n\n", "END"])
+    assert [stops.may_begin(text) for text in ("a\n", "E", "xEN", "END!", "", "e")] == [1, 1, 2, 0, 0, 0]
+
+
+def test_an_empty_stop_string_stops_nothing() -> None:
+    assert StopStrings([""]).find("abc") is None
+
+
+def test_one_string_in_place_of_a_list_is_refused() -> None:
+    with pytest.raises(UserError, match="'END': put it into a list"):
+        StopStrings("END")
