@@ -1,0 +1,90 @@
+"""The quickstart's life at a size for a test: stories, talk, and figures beside the perfect ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from slmkit.api import RunFigures, evaluate_run, resume_run, train_recipe
+from slmkit.data import TokenShards
+from slmkit.data.stories import held_out_questions
+from slmkit.evaluation import ask
+from slmkit.model import load_decoder
+from slmkit.tokenizer import SLMTokenizer
+from slmkit.training.recipe import find_recipe, load_recipe
+from slmkit.training.run import find_model_directory
+
+FEW_STEPS = ["train.num_train_epochs=null", "train.tokens_per_step=1024", "train.device=cpu", "train.sample_tokens=5"]
+
+
+class Silent:
+    """A reporter that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+    warn = say
+
+    def counter(self, label: str):
+        return lambda documents, tokens: None
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("life")
+    sizes = ["model.hidden_size=32", "model.intermediate_size=64", "model.num_hidden_layers=2"]
+    stories = [f"output_dir={root}/stories", "data.documents=80", "data.validation_documents=10", "train.max_steps=20"]
+    chats = [f"output_dir={root}/chat", "data.documents=30", "data.validation_documents=5", "train.max_steps=4"]
+    base = train_recipe(
+        load_recipe(find_recipe("quickstart-stories"), [*stories, *sizes, *FEW_STEPS, "tokenizer.vocab_size=600"]),
+        Silent(),
+    )
+    chat = load_recipe(find_recipe("quickstart-chat"), [*chats, *FEW_STEPS, f"model.path={base.root}"])
+    return base.root, train_recipe(chat, Silent()).root
+
+
+def test_a_run_on_stories_knows_how_far_from_perfect_it_is(runs: tuple[Path, Path]) -> None:
+    figures: RunFigures = evaluate_run(runs[0])
+    header = TokenShards.open(runs[0] / "data" / "validation").header
+    assert figures.perfect_loss == header.perfect_loss
+    assert figures.perfect_loss is not None
+    assert figures.report.tokens == header.tokens
+    assert 0.1 < figures.perfect_loss < figures.report.loss < 6.4  # log 600: it has learned something
+    assert figures.bits_per_byte == pytest.approx(figures.report.nats / 0.693147 / header.text_bytes, rel=1e-4)
+
+
+def test_fine_tuning_keeps_the_tokenizer_and_learns_the_assistants_tokens_alone(runs: tuple[Path, Path]) -> None:
+    base, chat = (SLMTokenizer.from_pretrained(find_model_directory(run)) for run in runs)
+    assert base.fingerprint == chat.fingerprint
+    shards = TokenShards.open(runs[1] / "data" / "train")
+    learned = shards.trained_in(0, len(shards))
+    assert 0.3 < learned.mean() < 0.95
+    ends = shards.tokens_in(0, len(shards)) == base.end_of_turn_id
+    assert learned[ends].sum() < ends.sum()  # the user's turns end too, and that is not learned
+    assert learned[ends].any()
+
+
+def test_held_out_questions_can_be_asked_of_it(runs: tuple[Path, Path]) -> None:
+    directory = find_model_directory(runs[1])
+    report = ask(load_decoder(directory)[0], SLMTokenizer.from_pretrained(directory), held_out_questions(3))
+    assert len(report.answers) == 3
+    assert all(answer.expected for answer in report.answers)
+
+
+def test_a_stopped_run_goes_on_where_it_was(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    """A longer recipe in the run's own directory: the steps there are taken as done."""
+    import shutil
+
+    copy = tmp_path / "longer"
+    shutil.copytree(runs[0], copy, symlinks=True)
+    recipe = copy / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("max_steps: 20", "max_steps: 22"))
+    before = (copy / "metrics.jsonl").read_text()
+    resume_run(copy, Silent())
+    after = (copy / "metrics.jsonl").read_text()
+    assert after.startswith(before)
+    assert (copy / "latest").resolve().name == "step-000022"
