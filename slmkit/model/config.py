@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from slmkit.config import Settings, UserError, did_you_mean, load_settings
+from slmkit.model.families import family_of, optional_fields
+from slmkit.model.presets import PRESETS
+from slmkit.model.published import from_published, to_published
 
 # Fields for a five-line training script: defaults of the trainer, no property of the model, never in config.json.
 TRAINING_FIELDS = {"learning_rate", "batch_size", "sequence_length", "gradient_clip_norm", "warmup_steps"}
-
-# Keys of a published config.json that say nothing about what the model computes.
-HARMLESS_KEYS = {
-    "_name_or_path", "architectures", "chunk_size_feed_forward", "dtype", "id2label", "is_encoder_decoder",
-    "label2id", "output_attentions", "output_hidden_states", "pretraining_tp", "problem_type", "return_dict",
-    "torch_dtype", "transformers_version", "use_cache",
-}  # fmt: skip
 
 
 class SLMConfig(Settings):
     """The shape of a model. Names are those of `transformers`; sizes are counts, not bytes.
 
-    `rope_parameters` is `{"rope_type": "default", "rope_theta": 10000.0}` or, for Llama 3's scaling,
-    `{"rope_type": "llama3", "rope_theta", "factor", "low_freq_factor", "high_freq_factor",
-    "original_max_position_embeddings"}`.
+    Not every family has every field: one that the family of `model_type` does not read may not be set. `rope_parameters`
+    is `{"rope_type": "default", "rope_theta": 10000.0}`, or with another `rope_type` the numbers it needs beside it
+    (`dynamic`, `linear`: `factor`; `yarn`, `llama3`: also `original_max_position_embeddings`, …); where layers differ
+    in it, such a mapping for each of `full_attention` and `sliding_attention`.
     """
 
     model_type: str = "llama"
@@ -39,8 +36,11 @@ class SLMConfig(Settings):
     head_dim: int = Field(default_factory=lambda values: values["hidden_size"] // values["num_attention_heads"], gt=0)
     max_position_embeddings: int = Field(2_048, gt=0)
     hidden_act: str = "silu"
-    rms_norm_eps: float = 1e-5
+    rms_norm_eps: float = 1e-5  # of the norms, whichever kind they are
     rope_parameters: dict[str, Any] = Field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10_000.0})
+    sliding_window: int | None = Field(None, gt=0)  # positions a query sees in sliding_attention, its own included
+    layer_types: list[Literal["full_attention", "sliding_attention"]] | None = None  # None: all alike
+    no_rope_layers: list[int] | None = None  # 1 for each layer that turns queries and keys, 0 for one that does not
     attention_bias: bool = False
     mlp_bias: bool = False
     tie_word_embeddings: bool = True
@@ -57,6 +57,29 @@ class SLMConfig(Settings):
     gradient_clip_norm: float = Field(1.0, gt=0)
     warmup_steps: int = Field(100, ge=0)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_family(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        plain = {name: field.default for name, field in cls.model_fields.items() if field.default_factory is None}
+        for name, default in family_of(given.get("model_type", plain["model_type"])).defaults.items():
+            if name not in given:
+                given = given | {name: default(plain | given) if callable(default) else default}
+        width, heads = ((plain | given)[name] for name in ("hidden_size", "num_attention_heads"))
+        if "head_dim" not in given and isinstance(width, int) and isinstance(heads, int) and heads and width % heads:
+            raise ValueError(f"hidden_size ({width}) must be a multiple of num_attention_heads ({heads})")
+        return given
+
+    @model_validator(mode="after")
+    def _only_fields_of_the_family(self) -> SLMConfig:
+        values = self.model_dump()
+        for name in sorted(optional_fields() - family_of(self.model_type).fields):
+            default = type(self).model_fields[name].get_default(call_default_factory=True, validated_data=values)
+            if values[name] != default:
+                raise ValueError(f"unknown key {name!r} for model_type {self.model_type!r}, found {values[name]!r}")
+        return self
+
     @model_validator(mode="after")
     def _heads_must_fit(self) -> SLMConfig:
         if self.num_attention_heads % self.num_key_value_heads:
@@ -66,6 +89,23 @@ class SLMConfig(Settings):
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for RoPE, found {self.head_dim}: change hidden_size or the heads")
+        return self
+
+    @model_validator(mode="after")
+    def _layers_must_fit(self) -> SLMConfig:
+        for name in ("layer_types", "no_rope_layers"):
+            layers = getattr(self, name)
+            if layers is not None and len(layers) != self.num_hidden_layers:
+                raise ValueError(
+                    f"{name} names {len(layers)} layers, num_hidden_layers is {self.num_hidden_layers}: "
+                    "give one entry a layer, or none"
+                )
+        if "sliding_attention" in (self.layer_types or ()) and self.sliding_window is None:
+            raise ValueError("layer_types has sliding_attention and sliding_window is not set: how wide is it?")
+        return self
+
+    @model_validator(mode="after")
+    def _length_must_fit(self) -> SLMConfig:
         if self.sequence_length is not None and self.sequence_length > self.max_position_embeddings:
             raise ValueError(
                 f"sequence_length ({self.sequence_length}) is longer than max_position_embeddings "
@@ -95,7 +135,14 @@ class SLMConfig(Settings):
             raise UserError(f"{path}: not a readable config.json: {error}") from None
         if not isinstance(content, dict):
             raise UserError(f"{path}: not a readable config.json: expected an object, found {type(content).__name__}")
-        return load_settings(cls, _from_published(content), origin=str(path))
+        model_type = content.get("model_type")
+        if not isinstance(model_type, str):
+            raise UserError(f"{path}: no model_type; expected the name of a family, such as 'llama'")
+        try:
+            content = from_published(content, family_of(model_type))
+        except (UserError, ValueError) as error:
+            raise UserError(f"{path}: {error}") from None
+        return load_settings(cls, content, origin=str(path))
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write `config.json` as transformers 4 and 5, vLLM and llama.cpp's converter read it."""
@@ -104,61 +151,6 @@ class SLMConfig(Settings):
 
     def published(self) -> dict[str, Any]:
         """The content of `config.json`: RoPE is written both ways, training fields not at all."""
-        content = self.model_dump(exclude=TRAINING_FIELDS)
-        rope = self.rope_parameters
-        content["rope_theta"] = rope["rope_theta"]
-        scaled = rope["rope_type"] != "default"
-        content["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"} if scaled else None
-        return {"architectures": ["LlamaForCausalLM"], "dtype": "float32", "use_cache": True, **content}
-
-
-def _from_published(content: dict[str, Any]) -> dict[str, Any]:
-    """Fold the older `rope_theta` and `rope_scaling` into `rope_parameters`; drop what does not change the model."""
-    content = {key: value for key, value in content.items() if key not in HARMLESS_KEYS}
-    theta, scaling = content.pop("rope_theta", None), content.pop("rope_scaling", None)
-    rope = dict(content.get("rope_parameters") or scaling or {})
-    if "type" in rope:  # transformers before 4.43
-        rope["rope_type"] = rope.pop("type")
-    content["rope_parameters"] = {"rope_type": "default", "rope_theta": theta or 10_000.0} | rope
-    for name in ("head_dim", "num_key_value_heads"):  # published as null where it follows from the others
-        if content.get(name) is None:
-            content.pop(name, None)
-    return content
-
-
-_LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500_000.0,
-    "factor": 32.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8_192,
-}
-
-PRESETS: dict[str, dict[str, Any]] = {
-    # 1.4 M parameters: learns the built-in stories in minutes on two CPU cores. Nearly every word of theirs is one
-    # token of 4,096, and heads of 64 channels take a fifth less time there than heads of 32.
-    "quickstart": {
-        "vocab_size": 4_096, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
-        "num_attention_heads": 2, "max_position_embeddings": 512,
-    },
-    "vector-slm": {
-        "vocab_size": 16_384, "hidden_size": 768, "intermediate_size": 2_048, "num_hidden_layers": 16,
-        "num_attention_heads": 12, "num_key_value_heads": 4, "max_position_embeddings": 1_024,
-    },
-    "vector-clm-50m": {
-        "vocab_size": 16_384, "hidden_size": 512, "intermediate_size": 1_408, "num_hidden_layers": 14,
-        "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 1_024,
-    },
-    "smollm2-135m": {
-        "vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1_536, "num_hidden_layers": 30,
-        "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8_192,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0},
-        "bos_token_id": 0, "eos_token_id": 0,
-    },
-    "llama-3.2-1b": {
-        "vocab_size": 128_256, "hidden_size": 2_048, "intermediate_size": 8_192, "num_hidden_layers": 16,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131_072,
-        "rope_parameters": _LLAMA3_ROPE, "bos_token_id": 128_000, "eos_token_id": 128_001,
-    },
-}  # fmt: skip
+        family = family_of(self.model_type)
+        others = optional_fields() - family.fields
+        return to_published(self.model_dump(exclude=TRAINING_FIELDS | others), family)

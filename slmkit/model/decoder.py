@@ -4,12 +4,14 @@
     h = h + attention(norm(h));  h = h + mlp(norm(h))      in every block
     h = norm(h);  logits = h @ head.T
 
-Which norm, rotation and activation is decided once, in `__init__`, from an `Architecture`; `forward` is the formula.
-The head is applied by whoever needs logits (`Decoder.logits`), since a loss rarely needs all of them at once.
+Which norms there are and where, which layers turn, see a window or look through latents: all of it is decided once,
+in `__init__`, from an `Architecture`; `forward` is the formula. The head is applied by whoever needs logits
+(`Decoder.logits`), since a loss rarely needs all of them at once.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -17,104 +19,126 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from slmkit.config import UserError, did_you_mean
-from slmkit.model.architecture import Architecture, Layer
+from slmkit.model.architecture import Architecture
 from slmkit.model.cache import KVCache
-from slmkit.model.rope import RotaryTable, rotate
+from slmkit.model.context import Context, View
+from slmkit.model.rope import Rotary, rotate
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,  # with the gate below: SwiGLU
-    "gelu": F.gelu,
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),  # GeGLU
+    "silu": F.silu,  # with a gate: SwiGLU
+    "gelu": F.gelu,  # with a gate: GeGLU
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),  # GPT-2's name for the next one
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),  # ReLU², Primer (arXiv:2109.08668)
 }
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, computed in float32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+    """x / rms(x) * weight over the last axes, in float32 (Zhang & Sennrich 2019, arXiv:1910.07467).
 
-    def __init__(self, width: int, eps: float) -> None:
+    Over (heads, head_dim) it normalises all heads together, over (head_dim) each by itself. The weight is flat.
+    """
+
+    def __init__(self, *shape: int, eps: float, offset: float = 0.0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.full((math.prod(shape),), 1 - offset))
+        self.shape, self.eps, self.offset = shape, eps, offset  # offset: what is added to the weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        weight = self.weight.float() + self.offset if self.offset else self.weight.float()
+        return F.rms_norm(x.float(), self.shape, weight.view(self.shape), self.eps).to(x.dtype)
+
+
+def make_norm(a: Architecture, *shape: int, present: bool = True) -> nn.Module:
+    """The architecture's norm over the last axes; a norm that it does not have is an Identity."""
+    if not present:
+        return nn.Identity()
+    if a.norm == "layer":
+        return nn.LayerNorm(shape, eps=a.norm_eps)
+    return RMSNorm(*shape, eps=a.norm_eps, offset=1.0 if a.norm == "rms+1" else 0.0)
 
 
 class Attention(nn.Module):
     """Causal self-attention in which groups of query heads share a key and a value head (GQA, arXiv:2305.13245)."""
 
-    def __init__(self, a: Architecture, layer: Layer, index: int) -> None:
+    def __init__(self, a: Architecture, index: int) -> None:
         super().__init__()
-        self.index, self.rope, self.head_dim, self.dropout = index, layer.rope, a.head_dim, a.attention_dropout
-        self.query = nn.Linear(a.width, a.heads * a.head_dim, bias=a.attention_bias)
-        self.key = nn.Linear(a.width, a.kv_heads * a.head_dim, bias=a.attention_bias)
-        self.value = nn.Linear(a.width, a.kv_heads * a.head_dim, bias=a.attention_bias)
-        self.out = nn.Linear(a.heads * a.head_dim, a.width, bias=a.attention_bias)
+        self.index, self.head_dim = index, a.head_dim
+        self.scale, self.cap, self.dropout = a.attention_scale, a.attention_cap, a.attention_dropout
+        self.query = nn.Linear(a.width, a.heads * a.head_dim, bias=a.qkv_bias)
+        self.key = nn.Linear(a.width, a.kv_heads * a.head_dim, bias=a.qkv_bias)
+        self.value = nn.Linear(a.width, a.kv_heads * a.head_dim, bias=a.qkv_bias)
+        self.out = nn.Linear(a.heads * a.head_dim, a.width, bias=a.out_bias)
+        per_head, there = a.qk_norm == "head", a.qk_norm != "none"
+        self.query_norm = make_norm(a, *(() if per_head else (a.heads,)), a.head_dim, present=there)
+        self.key_norm = make_norm(a, *(() if per_head else (a.kv_heads,)), a.head_dim, present=there)
 
-    def forward(self, x: Tensor, context: Context, cache: KVCache | None) -> Tensor:
-        # x [batch, new, width] → [batch, heads or kv_heads, new, head_dim]
-        q, k, v = (self._heads(project(x)) for project in (self.query, self.key, self.value))
-        cosines, sines = context.rotations[self.rope]
-        q, k = rotate(q, cosines, sines), rotate(k, cosines, sines)
+    def forward(self, x: Tensor, view: View, cache: KVCache | None) -> Tensor:
+        # x [batch, new, width] → [batch, new, heads or kv_heads, head_dim]
+        q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)) for f in (self.query, self.key, self.value))
+        q, k, v = self.query_norm(q).transpose(1, 2), self.key_norm(k).transpose(1, 2), v.transpose(1, 2)
+        q, k = rotate(q, view.turn_query), rotate(k, view.turn_new)  # [batch, heads or kv_heads, new, head_dim]
         if cache is not None:
-            k, v = cache.extend(self.index, k, v)  # [batch, kv_heads, past + new, head_dim]
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=context.mask,
-            is_causal=context.is_causal,
-            dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=q.size(1) != k.size(1),
-        )  # [batch, heads, new, head_dim]
+            k, v = cache.extend(self.index, k, v)  # [batch, kv_heads, seen, head_dim]
+        k = rotate(k, view.turn_seen)
+        y = attend(q, k, v, view, self.scale, self.cap, self.dropout if self.training else 0.0)
         return self.out(y.transpose(1, 2).flatten(2))  # [batch, new, width]
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+def attend(q: Tensor, k: Tensor, v: Tensor, view: View, scale: float, cap: float | None, dropout: float) -> Tensor:
+    """softmax(scale q·k) v over what the view lets each query see; with a cap, cap tanh(scale q·k / cap) instead.
+
+    q [batch, heads, new, head_dim], k and v [batch, kv_heads, seen, head_dim or another] → [batch, heads, new, v's].
+    """
+    gqa = q.size(1) != k.size(1)
+    if cap is None:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=view.mask, is_causal=view.is_causal, dropout_p=dropout, scale=scale, enable_gqa=gqa
+        )
+    if gqa:
+        k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+    scores = (cap * torch.tanh(q @ k.transpose(-1, -2) * (scale / cap))).float()  # [batch, heads, new, seen]
+    mask = view.mask
+    if view.is_causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return F.dropout(scores.softmax(-1).to(v.dtype), dropout) @ v
 
 
-class GatedMLP(nn.Module):
-    """down(activation(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202)."""
+class MLP(nn.Module):
+    """down(activation(up(x))), or with a gate down(activation(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202)."""
 
     def __init__(self, a: Architecture) -> None:
         super().__init__()
         if a.activation not in ACTIVATIONS:
             raise UserError(f"unknown hidden_act {a.activation!r}; {did_you_mean(a.activation, ACTIVATIONS)}")
         self.activation = ACTIVATIONS[a.activation]
-        self.gate = nn.Linear(a.width, a.mlp_width, bias=a.mlp_bias)
+        self.gate = nn.Linear(a.width, a.mlp_width, bias=a.mlp_bias) if a.gated_mlp else None
         self.up = nn.Linear(a.width, a.mlp_width, bias=a.mlp_bias)
         self.down = nn.Linear(a.mlp_width, a.width, bias=a.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.gate is None:
+            return self.down(self.activation(self.up(x)))
         return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
 class Block(nn.Module):
-    """One layer: attention, then MLP, each behind a norm and added to the residual stream."""
+    """One layer: attention, then MLP, each between its norms and added to the residual stream."""
 
-    def __init__(self, a: Architecture, layer: Layer, index: int) -> None:
+    def __init__(self, a: Architecture, index: int) -> None:
         super().__init__()
-        self.attention_in, self.mlp_in = RMSNorm(a.width, a.norm_eps), RMSNorm(a.width, a.norm_eps)
-        self.attention, self.mlp = Attention(a, layer, index), GatedMLP(a)
+        before, after = a.norm_at in ("pre", "both"), a.norm_at in ("post", "both")
+        self.attention_in, self.mlp_in = (make_norm(a, a.width, present=before) for _ in range(2))
+        self.attention, self.mlp = Attention(a, index), MLP(a)
+        self.attention_out, self.mlp_out = (make_norm(a, a.width, present=after) for _ in range(2))
         self.dropout = nn.Dropout(a.hidden_dropout)
 
-    def forward(self, x: Tensor, context: Context, cache: KVCache | None) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_in(x), context, cache))
-        return x + self.dropout(self.mlp(self.mlp_in(x)))
-
-
-class Context:
-    """What depends on positions and not on weights: made once a forward, looked up by every layer."""
-
-    def __init__(self, rotary: dict, past: int, new: int, device: torch.device) -> None:
-        positions = torch.arange(past, past + new, device=device)
-        self.rotations = {rope: table(positions) for rope, table in rotary.items()}
-        # Nothing past: SDPA's own causal mask. One new token: it sees everything. Otherwise a mask has to say so.
-        self.is_causal = past == 0 and new > 1
-        self.mask: Tensor | None = None  # [new, past + new], True where a query may look
-        if past and new > 1:
-            self.mask = torch.ones(new, past + new, dtype=torch.bool, device=device).tril(past)
+    def forward(self, x: Tensor, view: View, cache: KVCache | None) -> Tensor:
+        x = x + self.dropout(self.attention_out(self.attention(self.attention_in(x), view, cache)))
+        return x + self.dropout(self.mlp_out(self.mlp(self.mlp_in(x))))
 
 
 class Decoder(nn.Module):
@@ -124,17 +148,22 @@ class Decoder(nn.Module):
         super().__init__()
         a = self.architecture = architecture
         self.embedding = nn.Embedding(a.vocab_size, a.width)
+        self.place = nn.Embedding(a.max_positions, a.width) if a.learned_positions else None
         self.dropout = nn.Dropout(a.hidden_dropout)
-        self.blocks = nn.ModuleList(Block(a, layer, i) for i, layer in enumerate(a.layers))
-        self.norm = RMSNorm(a.width, a.norm_eps)
+        self.blocks = nn.ModuleList(Block(a, i) for i in range(len(a.layers)))
+        self.norm = make_norm(a, a.width)
         self.head = None if a.tied else nn.Linear(a.width, a.vocab_size, bias=False)
-        self.ropes = sorted({layer.rope for layer in a.layers}, key=repr)
-        self.rotary = nn.ModuleList(RotaryTable(rope, a.head_dim) for rope in self.ropes)
+        self.kinds = list(dict.fromkeys(a.layers))  # layers of one kind share rotations and masks
+        self.kind_of_block = [self.kinds.index(layer) for layer in a.layers]
+        ropes = dict.fromkeys(layer.rope for layer in a.layers if layer.rope is not None)
+        self.rotary = nn.ModuleList(Rotary(rope) for rope in ropes)
 
-    def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, ids: Tensor, cache: KVCache | None = None, documents: Tensor | None = None) -> Tensor:
         """ids [batch, new] → hidden states [batch, new, width]; with a cache, ids continue what it holds.
 
-        Raises `UserError` when past and new tokens together are more than the model's positions.
+        `documents` [batch, new], without a cache: a number for each token's document. Attention stays inside a
+        document, and positions start anew in each. Raises `UserError` when past and new tokens together are more than
+        the model's positions.
         """
         past, new = cache.length if cache else 0, ids.size(1)
         if past + new > self.architecture.max_positions:
@@ -142,24 +171,41 @@ class Decoder(nn.Module):
                 f"{past + new} tokens are more than the model's context of {self.architecture.max_positions}: "
                 "shorten the text, or raise max_position_embeddings and train on"
             )
-        context = Context(dict(zip(self.ropes, self.rotary)), past, new, ids.device)
-        x = self.dropout(self.embedding(ids))  # [batch, new, width]
-        for block in self.blocks:
-            x = block(x, context, cache)
+        if cache is not None and documents is not None:
+            raise ValueError("documents are for whole rows; what a cache continues is one document a row")
+        context = Context(self.kinds, list(self.rotary), (ids.size(0), new), ids.device, cache, documents)
+        x = self.embedding(ids)  # [batch, new, width]
+        if self.architecture.embedding_scale != 1:
+            x = x * self.architecture.embedding_scale
+        if self.place is not None:
+            x = x + self.place(context.positions)
+        x = self.dropout(x)
+        for block, kind in zip(self.blocks, self.kind_of_block):
+            x = block(x, context.views[kind], cache)
         if cache is not None:
             cache.length += new
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden states [..., width] → logits [..., vocab_size]."""
-        return F.linear(hidden, self.head_weight)
+        logits, cap = F.linear(hidden, self.head_weight), self.architecture.logit_cap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     @property
     def head_weight(self) -> Tensor:
         """The matrix from hidden states to logits, tied or not.  [vocab_size, width]"""
         return self.embedding.weight if self.head is None else self.head.weight
 
-    def new_cache(self, batch_size: int, max_length: int) -> KVCache:
-        """An empty cache of the decoder's own device and precision."""
+    def new_cache(self, batch_size: int, max_length: int, padding: Tensor | None = None) -> KVCache:
+        """An empty cache of the decoder's own device and precision.
+
+        `padding` [batch]: how many of the first columns of each row are padding, for prompts of different lengths.
+        """
         weight = self.embedding.weight
-        return KVCache(self.architecture, batch_size, max_length, weight.device, weight.dtype)
+        cache = KVCache(self.architecture, batch_size, max_length, weight.device, weight.dtype, padding)
+        positions = torch.arange(max_length, device=weight.device)[None]
+        for rotary in self.rotary:
+            if not rotary.rope.depends_on_length:
+                cosines, sines = rotary(positions, positions.amax(1))  # [1, 1, max_length, dim]
+                cache.tables[rotary.rope] = cosines[0, 0], sines[0, 0]
+        return cache

@@ -8,14 +8,17 @@ from pathlib import Path
 import safetensors
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from slmkit.config import UserError
 from slmkit.model.config import SLMConfig
 from slmkit.model.decoder import Decoder
-from slmkit.model.families import architecture_of, published_names
-from slmkit.model.rope import inverse_frequencies
+from slmkit.model.families import Family, architecture_of, family_of
 
 WEIGHTS = "model.safetensors"
+SHARDS = "model.safetensors.index.json"
+# Constants that older versions of transformers stored among the weights.
+CONSTANTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
 
 def save_decoder(decoder: Decoder, config: SLMConfig, directory: str | Path) -> None:
@@ -25,8 +28,11 @@ def save_decoder(decoder: Decoder, config: SLMConfig, directory: str | Path) -> 
     Raises `UserError` when the disk is full or cannot be written.
     """
     directory = Path(directory)
-    names = published_names(config)
-    tensors = {names[name]: tensor.detach().contiguous() for name, tensor in decoder.state_dict().items()}
+    family, state = family_of(config.model_type), decoder.state_dict()
+    tensors = {
+        theirs: _to_disk(family, theirs, [state[name] for name in ours])
+        for theirs, ours in stored_names(decoder, family).items()
+    }
     generation = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id, "do_sample": True}
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -38,47 +44,108 @@ def save_decoder(decoder: Decoder, config: SLMConfig, directory: str | Path) -> 
 
 
 def load_decoder(directory: str | Path, device: torch.device | str = "cpu") -> tuple[Decoder, SLMConfig]:
-    """Read a model directory, in float32 whatever it was stored in. Loading is strict.
+    """Read a model directory, in one file or in shards, in float32 whatever it was stored in. Loading is strict.
 
     Raises `UserError` for a missing or truncated file, and for a missing, unexpected or misshapen tensor, by name.
     """
     config = SLMConfig.from_pretrained(directory)
-    path = Path(directory) / WEIGHTS
+    family = family_of(config.model_type)
+    with torch.device("meta"):  # no memory is touched until the real tensors come
+        decoder = Decoder(architecture_of(config))
+    path, tensors = _read(Path(directory))
+    wanted = stored_names(decoder, family)
+    _forgive(path, decoder, wanted, tensors)
+    _check(path, decoder, family, wanted, tensors)
+    shapes = {name: tensor.shape for name, tensor in decoder.state_dict().items()}
+    state = {}
+    for theirs, ours in wanted.items():
+        tensor = tensors.pop(theirs).to(device, torch.float32)
+        parts = _from_disk(family, theirs, tensor).split([shapes[name][0] for name in ours])
+        state |= {name: part.contiguous() for name, part in zip(ours, parts)}
+    decoder.to_empty(device=device)
+    decoder.load_state_dict(state)
+    for rotary in decoder.rotary:  # never stored, and empty since the meta device
+        rotary.get_buffer("frequencies").copy_(rotary.rope.frequencies())
+    return decoder.eval(), config
+
+
+def stored_names(decoder: Decoder, family: Family) -> dict[str, list[str]]:
+    """The name of each tensor on disk → ours; several where the reference implementation fuses them, in its order."""
+    names: dict[str, list[str]] = {}
+    for ours in decoder.state_dict():
+        module, _, parameter = ours.rpartition(".")
+        number = next((part for part in module.split(".") if part.isdigit()), "")
+        theirs = family.names[module.replace(f".{number}.", ".{}.") if number else module]
+        names.setdefault(f"{theirs.format(number)}.{parameter}", []).append(ours)
+    return names
+
+
+def _to_disk(family: Family, name: str, parts: list[Tensor]) -> Tensor:
+    tensor = parts[0].detach() if len(parts) == 1 else torch.cat([part.detach() for part in parts])
+    return (tensor.T if name.endswith(family.transposed) else tensor).contiguous()
+
+
+def _from_disk(family: Family, name: str, tensor: Tensor) -> Tensor:
+    return tensor.T if name.endswith(family.transposed) else tensor
+
+
+def _read(directory: Path) -> tuple[Path, dict[str, Tensor]]:
+    """All tensors of a directory, and the file to name where one of them is wrong."""
+    path, index = directory / WEIGHTS, directory / SHARDS
+    if path.is_file() or not index.is_file():
+        return path, _read_file(path)
     try:
-        tensors = load_file(path)
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted({Path(name).name for name in weight_map.values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index}: not a readable index of shards: {error}") from None
+    tensors: dict[str, Tensor] = {}
+    for shard in shards:
+        tensors |= _read_file(directory / shard)
+    return index, tensors
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; the directory holds a config but no weights") from None
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{path}: damaged or cut short ({error}); use another checkpoint, or copy it again") from None
-    with torch.device("meta"):  # no memory is touched until the real tensors come
-        decoder = Decoder(architecture_of(config))
-    wanted = {name: published_names(config)[name] for name in decoder.state_dict()}
-    if config.tie_word_embeddings:  # some tools store the tied head a second time
-        tensors.pop("lm_head.weight", None)
-    _check(path, decoder, wanted, tensors)
-    state = {name: tensors[published].to(device, torch.float32) for name, published in wanted.items()}
-    decoder.to_empty(device=device)
-    decoder.load_state_dict(state)
-    _refill_rotary(decoder)
-    return decoder.eval(), config
 
 
-def _check(path: Path, decoder: Decoder, wanted: dict[str, str], tensors: dict[str, torch.Tensor]) -> None:
+def _forgive(path: Path, decoder: Decoder, wanted: dict[str, list[str]], tensors: dict[str, Tensor]) -> None:
+    """Drop what some tools store besides the weights, and put in front what they leave off of names."""
+    for name in [name for name in tensors if name.endswith(CONSTANTS)]:
+        del tensors[name]
+    embedding = next(theirs for theirs, ours in wanted.items() if ours == ["embedding.weight"])
+    prefix, _, bare = embedding.partition(".")
+    if bare in tensors and embedding not in tensors:  # a model saved without its head
+        for name in [name for name in tensors if name != "lm_head.weight"]:
+            tensors[f"{prefix}.{name}"] = tensors.pop(name)
+    head = tensors.get("lm_head.weight") if decoder.architecture.tied else None
+    if head is not None:
+        if embedding in tensors and not torch.equal(head, tensors[embedding]):
+            raise UserError(
+                f"{path}: 'lm_head.weight' is not the embedding, its config says tie_word_embeddings: set that to false"
+            )
+        del tensors["lm_head.weight"]
+
+
+def _check(
+    path: Path, decoder: Decoder, family: Family, wanted: dict[str, list[str]], tensors: dict[str, Tensor]
+) -> None:
     """Every tensor the decoder has, no other, and each of the right shape."""
-    missing = sorted(set(wanted.values()) - set(tensors))
-    unexpected = sorted(set(tensors) - set(wanted.values()))
+    missing = sorted(set(wanted) - set(tensors))
+    unexpected = sorted(set(tensors) - set(wanted))
     for problem, names in (("missing", missing), ("unexpected", unexpected)):
         if names:
             raise UserError(
                 f"{path}: {len(names)} {problem} tensors, such as {names[0]!r}: not the model of its config"
             )
-    for name, parameter in decoder.state_dict().items():
-        found, expected = tuple(tensors[wanted[name]].shape), tuple(parameter.shape)
+    state = decoder.state_dict()
+    for theirs, ours in wanted.items():
+        expected = tuple(_to_disk(family, theirs, [state[name] for name in ours]).shape)
+        found = tuple(tensors[theirs].shape)
         if found != expected:
-            raise UserError(f"{path}: {wanted[name]!r} has shape {found}, its config says {expected}")
-
-
-def _refill_rotary(decoder: Decoder) -> None:
-    """Buffers that are never stored came empty from the meta device."""
-    for rope, table in zip(decoder.ropes, decoder.rotary):
-        table.get_buffer("frequencies").copy_(inverse_frequencies(rope, decoder.architecture.head_dim))
+            raise UserError(f"{path}: {theirs!r} has shape {found}, its config says {expected}")

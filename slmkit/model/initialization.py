@@ -23,6 +23,4 @@ def build_decoder(config: SLMConfig, seed: int = 0) -> Decoder:
             nn.init.normal_(parameter, std=config.initializer_range, generator=generator)
         elif name.endswith("bias"):
             nn.init.zeros_(parameter)
-        else:
-            nn.init.ones_(parameter)  # the weights of norms
-    return decoder
+    return decoder  # the weights of norms are left as they were made: they change nothing

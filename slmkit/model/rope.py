@@ -1,52 +1,167 @@
-"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), and Llama 3's stretch of it to long contexts."""
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), and its ways to texts longer than it was trained on.
+
+Channel pair i of a head turns by theta^(-2i / dim) radians a position. A scaling changes those frequencies, so that
+positions never seen in training give angles that were.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
-from slmkit.model.architecture import Rope
+from torch import Tensor, nn
 
 
-def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
-    """How far each pair of channels turns per position, in radians: theta^(-2i / head_dim).  [head_dim / 2]"""
-    frequencies = rope.theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    return frequencies if rope.scaling is None else _llama3_stretch(frequencies, *rope.scaling)
+@dataclass(frozen=True)
+class Linear:
+    """Every channel turns `factor` times slower (Chen et al. 2023, arXiv:2306.15595)."""
+
+    factor: float
+
+    def stretch(self, frequencies: Tensor, theta: float, dim: int) -> Tensor:
+        return frequencies / self.factor
 
 
-def _llama3_stretch(frequencies: Tensor, factor: float, low: float, high: float, original: int) -> Tensor:
+@dataclass(frozen=True)
+class Llama3:
     """Slow channels turn `factor` times slower, fast ones as before, those between by a smooth mixture of both.
 
-    Slow and fast are told by how many whole turns a channel makes within the original context: fewer than `low`
-    or more than `high` (Llama 3.1's reference implementation).
+    Slow and fast are told by how many whole turns a channel makes within the original context: fewer than
+    `low_freq_factor` or more than `high_freq_factor` (Llama 3.1's reference implementation).
     """
-    turns = original * frequencies / (2 * math.pi)
-    kept = ((turns - low) / (high - low)).clamp(0, 1)  # 1: as before, 0: stretched in full
-    return kept * frequencies + (1 - kept) * frequencies / factor
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+    def stretch(self, frequencies: Tensor, theta: float, dim: int) -> Tensor:
+        turns = self.original_max_position_embeddings * frequencies / (2 * math.pi)
+        low, high = self.low_freq_factor, self.high_freq_factor
+        kept = ((turns - low) / (high - low)).clamp(0, 1)  # 1: as before, 0: stretched in full
+        return kept * frequencies + (1 - kept) * frequencies / self.factor
 
 
-class RotaryTable(torch.nn.Module):
-    """Cosines and sines of one `Rope`, computed from positions once a forward and shared by its layers."""
+@dataclass(frozen=True)
+class Yarn:
+    """As Llama3, with a ramp over channels instead of turns, and longer queries and keys (arXiv:2309.00071).
 
-    def __init__(self, rope: Rope, head_dim: int) -> None:
+    Channels that turn more than `beta_fast` times within the original context are kept, those that turn less than
+    `beta_slow` times are stretched by `factor`.
+    """
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True  # the ramp begins and ends at whole channels
+    attention_factor: float | None = None  # None: from the three below it
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+
+    def stretch(self, frequencies: Tensor, theta: float, dim: int) -> Tensor:
+        fast, slow = (self._channel(turns, theta, dim) for turns in (self.beta_fast, self.beta_slow))
+        if self.truncate:
+            fast, slow = math.floor(fast), math.ceil(slow)
+        fast, slow = max(fast, 0), min(slow, dim - 1)
+        channel = torch.arange(dim // 2, dtype=torch.float32)
+        kept = 1 - ((channel - fast) / (slow - fast or 0.001)).clamp(0, 1)
+        return kept * frequencies + (1 - kept) * frequencies / self.factor
+
+    def _channel(self, turns: float, theta: float, dim: int) -> float:
+        """The (fractional) channel that turns so many times within the original context."""
+        return dim * math.log(self.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    @property
+    def length(self) -> float:
+        """What cosines and sines are multiplied by: scores grow sharper as there is more to choose from."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale and self.mscale_all_dim:
+            return yarn_growth(self.factor, self.mscale) / yarn_growth(self.factor, self.mscale_all_dim)
+        return yarn_growth(self.factor)
+
+
+def yarn_growth(factor: float, mscale: float = 1.0) -> float:
+    """0.1 mscale ln(factor) + 1: YaRN's equation 22."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+@dataclass(frozen=True)
+class DynamicNTK:
+    """A base that grows with the text once it is longer than `original` (arXiv:2309.00071, section 3.3).
+
+    The only scaling whose frequencies depend on the text: what was read is turned anew at every position.
+    """
+
+    factor: float
+    original: int
+
+    def theta(self, theta: float, dim: int, length: Tensor) -> Tensor:
+        """length [...], in positions → the base at that length  [...]."""
+        growth = self.factor * length.clamp(min=self.original) / self.original - (self.factor - 1)
+        return theta * growth ** (dim / (dim - 2))
+
+
+Scaling = Linear | Llama3 | Yarn | DynamicNTK
+Rotation = tuple[Tensor, Tensor]  # cosines and sines, each [batch or 1, 1, sequence, dim]
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary positions of a layer, over `dim` channels of each head."""
+
+    theta: float
+    dim: int
+    scaling: Scaling | None = None
+
+    @property
+    def depends_on_length(self) -> bool:
+        return isinstance(self.scaling, DynamicNTK)
+
+    def frequencies(self) -> Tensor:
+        """How far each pair of channels turns per position, in radians; dynamic NTK's before it grows.  [dim / 2]"""
+        frequencies = 1.0 / self.theta ** (_channels(self.dim) / self.dim)
+        if self.scaling is None or isinstance(self.scaling, DynamicNTK):
+            return frequencies
+        return self.scaling.stretch(frequencies, self.theta, self.dim)
+
+
+class Rotary(nn.Module):
+    """Cosines and sines of one `Rope`, computed from positions and shared by its layers."""
+
+    def __init__(self, rope: Rope) -> None:
         super().__init__()
+        self.rope = rope
         self.frequencies: Tensor
-        self.register_buffer("frequencies", inverse_frequencies(rope, head_dim), persistent=False)
+        self.register_buffer("frequencies", rope.frequencies(), persistent=False)
 
-    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions [sequence] → cosines and sines, each [sequence, head_dim], float32 under autocast too."""
-        angles = positions[:, None] * self.frequencies[None, :]  # [sequence, head_dim / 2]
-        angles = torch.cat((angles, angles), dim=-1)  # [sequence, head_dim]
-        return angles.cos(), angles.sin()
+    def forward(self, positions: Tensor, length: Tensor) -> Rotation:
+        """positions [batch or 1, sequence], length [batch or 1] of the whole text; float32 under autocast too."""
+        frequencies = self.frequencies  # [dim / 2]
+        if isinstance(self.rope.scaling, DynamicNTK):
+            theta = self.rope.scaling.theta(self.rope.theta, self.rope.dim, length)  # [batch or 1]
+            channels = _channels(self.rope.dim).to(length.device)
+            frequencies = 1.0 / theta[:, None, None] ** (channels / self.rope.dim)  # [batch or 1, 1, dim / 2]
+        angles = positions[:, :, None] * frequencies  # [batch or 1, sequence, dim / 2]
+        angles = torch.cat((angles, angles), dim=-1)[:, None]  # [batch or 1, 1, sequence, dim]
+        growth = self.rope.scaling.length if isinstance(self.rope.scaling, Yarn) else 1.0
+        return angles.cos() * growth, angles.sin() * growth
 
 
-def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Turn channel i together with channel i + head_dim / 2, as Hugging Face's weights expect.
+def _channels(dim: int) -> Tensor:
+    return torch.arange(0, dim, 2, dtype=torch.float32)
 
-    x [batch, heads, sequence, head_dim]; cosines and sines [sequence, head_dim].
+
+def rotate(x: Tensor, rotation: Rotation | None) -> Tensor:
+    """Turn channel i together with channel i + dim / 2, as Hugging Face's weights expect; None turns nothing.
+
+    x [batch, heads, sequence, dim] → the same shape and precision.
     """
+    if rotation is None:
+        return x
+    cosines, sines = rotation
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
     return (x * cosines + turned * sines).to(x.dtype)

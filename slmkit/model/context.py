@@ -1,0 +1,94 @@
+"""What depends on positions and not on weights: rotations and masks, made once a forward and looked up by each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slmkit.model.architecture import Layer
+from slmkit.model.cache import KVCache
+from slmkit.model.rope import Rotary, Rotation
+
+
+@dataclass(frozen=True)
+class View:
+    """What a layer sees of the text, and how it turns queries and keys (None: not)."""
+
+    turn_query: Rotation | None
+    turn_new: Rotation | None  # keys before they are cached
+    turn_seen: Rotation | None  # all keys that are seen, where their rotation depends on the length of the text
+    mask: Tensor | None  # [batch or 1, 1, new, seen], True where a query may look; None: everywhere, or `is_causal`
+    is_causal: bool
+
+
+class Context:
+    """The views of one forward, one for each kind of layer.
+
+    A text begins at the first column, after the padding of the cache, or where the number in `documents` [batch,
+    new] changes: positions are counted from there, and nothing before it is seen.
+    """
+
+    def __init__(
+        self,
+        kinds: Sequence[Layer],
+        rotary: Sequence[Rotary],
+        shape: tuple[int, int],
+        device: torch.device,
+        cache: KVCache | None,
+        documents: Tensor | None,
+    ) -> None:
+        batch, new = shape
+        self.cache, self.rotary = cache, {module.rope: module for module in rotary}
+        past = cache.length if cache else 0
+        self.columns = torch.arange(past, past + new, device=device)  # [new]
+        self.starts = cache.starts(self.columns) if cache else _starts(documents, self.columns)  # [batch, new] or None
+        self.positions = self.columns[None] if self.starts is None else self.columns - self.starts  # [batch or 1, new]
+        self.views = [self._view(kind) for kind in kinds]
+
+    def _view(self, kind: Layer) -> View:
+        mask, is_causal = self._mask(kind)
+        if kind.rope is None:
+            return View(None, None, None, mask, is_causal)
+        rotation = self._rotation(self.rotary[kind.rope], self.positions)
+        if self.cache is None or not kind.rope.depends_on_length:
+            return View(rotation, rotation, None, mask, is_causal)
+        seen = self.cache.seen(kind.window, self.columns.numel(), self.columns.device)
+        start = 0 if self.starts is None else self.starts[:, -1:]
+        return View(rotation, None, self._rotation(self.rotary[kind.rope], seen[None] - start), mask, is_causal)
+
+    def _rotation(self, rotary: Rotary, positions: Tensor) -> Rotation:
+        table = self.cache.tables.get(rotary.rope) if self.cache else None
+        if table is None:
+            return rotary(positions, self.positions.amax(1) + 1)
+        cosines, sines = table
+        return cosines[positions][:, None], sines[positions][:, None]
+
+    def _mask(self, kind: Layer) -> tuple[Tensor | None, bool]:
+        """Column k is seen from column q if it is not after q, of the same text, and in the window."""
+        new = self.columns.numel()
+        past = self.cache.length if self.cache else 0
+        if self.starts is None:
+            if new == 1:
+                return None, False  # the cache holds no more than is seen
+            if past == 0 and (kind.window is None or new <= kind.window):
+                return None, True
+        seen = self.cache.seen(kind.window, new, self.columns.device) if self.cache else self.columns
+        q, k = self.columns[:, None], seen[None, :]  # [new, 1], [1, seen]
+        mask = (k <= q)[None]
+        if kind.window is not None:
+            mask = mask & (k > q - kind.window)
+        if self.starts is not None:
+            mask = mask & (k >= self.starts[:, :, None])
+        return mask[:, None], False  # [batch or 1, 1, new, seen]
+
+
+def _starts(documents: Tensor | None, columns: Tensor) -> Tensor | None:
+    """Where the document of each column begins: at the newest change of number.  [batch, new]"""
+    if documents is None:
+        return None
+    changed = documents[:, 1:] != documents[:, :-1]
+    begins = torch.where(changed, columns[1:], 0)
+    return torch.cat((torch.zeros_like(begins[:, :1]), begins.cummax(1).values), dim=1)

@@ -1,0 +1,85 @@
+"""config.json: how a config is spelled there, in transformers 4 and 5, and what older files leave to be guessed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from slmkit.model.families import Family
+
+# Keys of a published config.json that say nothing about what the model computes.
+HARMLESS_KEYS = {
+    "_name_or_path", "_sliding_window_pattern", "architectures", "auto_map", "cache_implementation",
+    "chunk_size_feed_forward", "dtype", "id2label", "is_encoder_decoder", "label2id", "output_attentions",
+    "output_hidden_states", "pretraining_tp", "problem_type", "return_dict", "task_specific_params", "torch_dtype",
+    "transformers_version", "use_cache",
+}  # fmt: skip
+# Written as null where it follows from other fields.
+NULL_IS_ABSENT = {"head_dim", "intermediate_size", "layer_types", "no_rope_layers", "num_key_value_heads"}
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def from_published(content: dict[str, Any], family: Family) -> dict[str, Any]:
+    """The content of a config.json → fields of `SLMConfig`, under their own names."""
+    ours = {theirs: name for name, theirs in family.spelling.items()}
+    content = {ours.get(key, key): value for key, value in (dict(family.absent) | content).items()}
+    for key in NULL_IS_ABSENT:
+        if content.get(key, ...) is None:
+            del content[key]
+    _read_layers(content)
+    for key in HARMLESS_KEYS | family.derived.keys():
+        content.pop(key, None)
+    for key, value in family.fixed.items():
+        if content.pop(key, value) not in (value, None):
+            raise ValueError(f"{key} must be {value!r}: nothing else is held here")
+    if "rope_parameters" in family.fields:
+        _read_rope(content)
+    return content
+
+
+def to_published(fields: dict[str, Any], family: Family) -> dict[str, Any]:
+    """Fields of `SLMConfig` → the content of a config.json, RoPE and windows written as every version reads them."""
+    content = {family.spelling.get(name, name): value for name, value in fields.items()}
+    if "rope_parameters" in fields:
+        content |= _older_rope(fields["rope_parameters"])
+    derived = {key: value(fields) for key, value in family.derived.items() if value is not None}
+    head = {"architectures": [family.class_name], "dtype": "float32", "use_cache": True}
+    return head | content | dict(family.fixed) | derived
+
+
+def _read_rope(content: dict[str, Any]) -> None:
+    """Fold the older `rope_theta`, `rope_local_base_freq` and `rope_scaling` into `rope_parameters`."""
+    theta, local, scaling = (content.pop(key, None) for key in ("rope_theta", "rope_local_base_freq", "rope_scaling"))
+    newer = content.get("rope_parameters")
+    if newer and FULL in newer:
+        content["rope_parameters"] = {kind: _complete(rope, theta) for kind, rope in newer.items() if rope is not None}
+        return
+    rope = _complete(newer or scaling or {}, theta)
+    if local is not None:  # sliding-window layers turn by a base of their own, and are never scaled
+        rope = {FULL: rope, SLIDING: _complete({}, local)}
+    content["rope_parameters"] = rope
+
+
+def _complete(rope: dict[str, Any], theta: float | None) -> dict[str, Any]:
+    rope = dict(rope)
+    if "type" in rope:  # transformers before 4.43
+        rope.setdefault("rope_type", rope.pop("type"))
+    return {"rope_type": "default", "rope_theta": theta or 10_000.0} | rope
+
+
+def _older_rope(rope: dict[str, Any]) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling` as transformers 4, vLLM and llama.cpp's converter read them."""
+    older = {"rope_local_base_freq": rope[SLIDING]["rope_theta"]} if SLIDING in rope else {}
+    full = rope.get(FULL, rope)
+    scaled = full["rope_type"] != "default"
+    scaling = {key: value for key, value in full.items() if key != "rope_theta"} if scaled else None
+    return older | {"rope_theta": full["rope_theta"], "rope_scaling": scaling}
+
+
+def _read_layers(content: dict[str, Any]) -> None:
+    """Turn the shorthands for which layers slide into `sliding_window` and `layer_types`."""
+    first = content.pop("max_window_layers", None)
+    if content.pop("use_sliding_window", True) is False:
+        content["sliding_window"] = None
+    if content.get("sliding_window") and first is not None and "layer_types" not in content:
+        depth = content["num_hidden_layers"]
+        content["layer_types"] = [SLIDING if i >= first else FULL for i in range(depth)]

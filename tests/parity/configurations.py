@@ -1,0 +1,90 @@
+"""Legal configurations of each family, drawn at random: small, odd, and different in whatever the family lets differ."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+VOCAB, LENGTH, CONTEXT = 67, 24, 128  # tokens known, tokens read at once, positions
+PER_FAMILY = 10
+Settings = dict[str, Any]
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN = {"rope_type": "yarn", "original_max_position_embeddings": 16}
+
+
+def rope(rng: random.Random) -> Settings:
+    """One of the scalings, or none, at one of the bases."""
+    factor = rng.choice([1.5, 2.0, 8.0])
+    kind: Settings = rng.choice(
+        [
+            {"rope_type": "default"},
+            {"rope_type": "linear", "factor": factor},
+            LLAMA3 | {"factor": factor},
+            YARN | {"factor": factor},
+            YARN | {"factor": factor, "beta_fast": 4.0, "beta_slow": 0.5, "truncate": False},
+            YARN | {"factor": factor, "attention_factor": 1.3},
+        ]
+    )
+    return kind | {"rope_theta": rng.choice([100.0, 10_000.0, 500_000.0, 1e6])}
+
+
+def common(rng: random.Random, divides: bool = True) -> Settings:
+    """Sizes. `divides`: hidden_size must be a multiple of the heads."""
+    heads = rng.choice([1, 3, 4, 5, 6])
+    head_dim = rng.choice([4, 6, 8, 16])
+    return {
+        "vocab_size": VOCAB,
+        "hidden_size": heads * rng.choice([4, 8, 10]) if divides else rng.choice([20, 24, 33]),
+        "intermediate_size": rng.choice([24, 35, 48]),
+        "num_hidden_layers": rng.choice([2, 3, 4]),
+        "num_attention_heads": heads,
+        "num_key_value_heads": rng.choice([n for n in range(1, heads + 1) if heads % n == 0]),
+        "head_dim": head_dim,
+        "max_position_embeddings": CONTEXT,
+        "rms_norm_eps": rng.choice([1e-6, 1e-5, 1e-2]),
+        "tie_word_embeddings": rng.random() < 0.5,
+        "rope_parameters": rope(rng),
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+
+
+def window(rng: random.Random) -> int:
+    """Shorter than the text that is read, or longer."""
+    return rng.choice([1, 2, 5, LENGTH - 1, LENGTH, LENGTH + 20])
+
+
+def layer_types(rng: random.Random, depth: int) -> list[str]:
+    kinds = ["full_attention", "sliding_attention"]
+    return [*kinds, *(rng.choice(kinds) for _ in range(depth))][:depth]
+
+
+def llama(rng: random.Random) -> Settings:
+    return common(rng) | {
+        "attention_bias": rng.random() < 0.5,
+        "mlp_bias": rng.random() < 0.5,
+        "hidden_act": rng.choice(["silu", "gelu_pytorch_tanh", "gelu", "relu2"]),
+    }
+
+
+def qwen3(rng: random.Random) -> Settings:
+    settings = common(rng, divides=False) | {"attention_bias": rng.random() < 0.5}
+    if rng.random() < 0.5:
+        kinds = layer_types(rng, settings["num_hidden_layers"])
+        settings |= {"use_sliding_window": True, "sliding_window": window(rng), "layer_types": kinds}
+    return settings
+
+
+# Family → the name of its classes in transformers, and what draws a configuration.
+DRAW: dict[str, tuple[str, Callable[[random.Random], Settings]]] = {
+    "llama": ("Llama", llama),
+    "qwen3": ("Qwen3", qwen3),
+}

@@ -1,0 +1,59 @@
+"""Every family computes what its reference implementation computes, whatever its config says within its rights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+pytest.importorskip("transformers")
+
+from slmkit.generation import SamplingSettings, generate_ids
+from slmkit.model.directory import stored_names
+from slmkit.model.families import family_of
+from tests.parity.configurations import DRAW, PER_FAMILY
+from tests.parity.twins import Twins, text, twins
+
+CONFIGURATIONS = [(family, number) for family in DRAW for number in range(PER_FAMILY)]
+every_configuration = pytest.mark.parametrize(("family", "number"), CONFIGURATIONS, ids=lambda value: str(value))
+GREEDY = SamplingSettings(do_sample=False)
+
+
+def logits_of(pair: Twins, ids: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        return pair.ours.logits(pair.ours(ids)), pair.theirs(ids).logits
+
+
+@every_configuration
+def test_logits(family: str, number: int) -> None:
+    ours, theirs = logits_of(twins(family, number), text())
+    assert (ours - theirs).abs().max() <= 1e-4
+
+
+@every_configuration
+def test_64_greedy_tokens_through_the_cache(family: str, number: int) -> None:
+    pair, prompt = twins(family, number), text(2, 7)
+    expected = pair.theirs.generate(
+        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=64, pad_token_id=0
+    )
+    ours = generate_ids(
+        pair.ours, prompt, max_new_tokens=64, stop_ids=set(), settings=GREEDY, pad_token_id=0
+    )  # fmt: skip
+    assert torch.equal(ours, expected)
+
+
+@every_configuration
+def test_gradients(family: str, number: int) -> None:
+    pair, ids = twins(family, number), text()
+    for model, logits in ((pair.ours, pair.ours.logits(pair.ours(ids))), (pair.theirs, pair.theirs(ids).logits)):
+        model.zero_grad()
+        F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+    ours = {name: parameter.grad for name, parameter in pair.ours.named_parameters()}
+    theirs = {name: parameter.grad for name, parameter in pair.theirs.named_parameters()}
+    names = stored_names(pair.ours, family_of(family))
+    assert names.keys() == theirs.keys()
+    for name, parts in names.items():
+        gradient = torch.cat([ours[part] for part in parts])
+        expected = theirs[name].T if name.endswith(family_of(family).transposed) else theirs[name]
+        assert (gradient - expected).norm() <= 1e-3 * expected.norm() + 1e-7, name
