@@ -18,7 +18,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Latent:
-    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): the widths of what is compressed and of what turns."""
+    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): how wide its compressed and its turned parts are."""
 
     query_rank: int | None  # None: queries are not compressed
     kv_rank: int

@@ -42,10 +42,9 @@ class KVCache:
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store new positions [batch, kv_heads, new, dim]; returns those that can be seen, where `seen` says."""
-        if self.length + key.size(2) > self.max_length:
-            raise ValueError(
-                f"the cache has room for {self.max_length} positions, position {self.length + key.size(2)} was asked for"
-            )
+        end = self.length + key.size(2)
+        if end > self.max_length:
+            raise ValueError(f"the cache has room for {self.max_length} positions, position {end} was asked for")
         return self._extend(self.keys[layer], key), self._extend(self.values[layer], value)
 
     def _extend(self, held: Tensor, fresh: Tensor) -> Tensor:

@@ -20,10 +20,10 @@ TRAINING_FIELDS = {"learning_rate", "batch_size", "sequence_length", "gradient_c
 class SLMConfig(Settings):
     """The shape of a model. Names are those of `transformers`; sizes are counts, not bytes.
 
-    Not every family has every field: one that the family of `model_type` does not read may not be set. `rope_parameters`
-    is `{"rope_type": "default", "rope_theta": 10000.0}`, or with another `rope_type` the numbers it needs beside it
-    (`dynamic`, `linear`: `factor`; `yarn`, `llama3`: also `original_max_position_embeddings`, …); where layers differ
-    in it, such a mapping for each of `full_attention` and `sliding_attention`.
+    Not every family has every field: one that the family of `model_type` does not read may not be set.
+    `rope_parameters` is `{"rope_type": "default", "rope_theta": 10000.0}`, or with another `rope_type` the numbers it
+    needs beside it (`dynamic`, `linear`: `factor`; `yarn`, `llama3`: also `original_max_position_embeddings`, …);
+    where layers differ in it, such a mapping for each of `full_attention` and `sliding_attention`.
     """
 
     model_type: str = "llama"

@@ -1,16 +1,16 @@
-"""What depends on positions and not on weights: rotations and masks, made once a forward and looked up by each layer."""
+"""What depends on positions and not on weights: rotations and masks, made once a forward, shared by layers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from slmkit.model.architecture import Layer
 from slmkit.model.cache import KVCache
-from slmkit.model.rope import Rotary, Rotation
+from slmkit.model.rope import Rope, Rotation
 
 
 @dataclass(frozen=True)
@@ -34,16 +34,14 @@ class Context:
     def __init__(
         self,
         kinds: Sequence[Layer],
-        rotary: Sequence[Rotary],
-        shape: tuple[int, int],
-        device: torch.device,
+        rotary: Mapping[Rope, nn.Module],
+        ids: Tensor,
         cache: KVCache | None,
         documents: Tensor | None,
     ) -> None:
-        batch, new = shape
-        self.cache, self.rotary = cache, {module.rope: module for module in rotary}
+        self.cache, self.rotary = cache, rotary
         past = cache.length if cache else 0
-        self.columns = torch.arange(past, past + new, device=device)  # [new]
+        self.columns = torch.arange(past, past + ids.size(1), device=ids.device)  # [new]
         self.starts = cache.starts(self.columns) if cache else _starts(documents, self.columns)  # [batch, new] or None
         self.positions = self.columns[None] if self.starts is None else self.columns - self.starts  # [batch or 1, new]
         self.views = [self._view(kind) for kind in kinds]
@@ -52,17 +50,17 @@ class Context:
         mask, is_causal = self._mask(kind)
         if kind.rope is None:
             return View(None, None, None, mask, is_causal)
-        rotation = self._rotation(self.rotary[kind.rope], self.positions)
+        rotation = self._rotation(kind.rope, self.positions)
         if self.cache is None or not kind.rope.depends_on_length:
             return View(rotation, rotation, None, mask, is_causal)
         seen = self.cache.seen(kind.window, self.columns.numel(), self.columns.device)
         start = 0 if self.starts is None else self.starts[:, -1:]
-        return View(rotation, None, self._rotation(self.rotary[kind.rope], seen[None] - start), mask, is_causal)
+        return View(rotation, None, self._rotation(kind.rope, seen[None] - start), mask, is_causal)
 
-    def _rotation(self, rotary: Rotary, positions: Tensor) -> Rotation:
-        table = self.cache.tables.get(rotary.rope) if self.cache else None
+    def _rotation(self, rope: Rope, positions: Tensor) -> Rotation:
+        table = self.cache.tables.get(rope) if self.cache else None
         if table is None:
-            return rotary(positions, self.positions.amax(1) + 1)
+            return self.rotary[rope](positions, self.positions.amax(1) + 1)
         cosines, sines = table
         return cosines[positions][:, None], sines[positions][:, None]
 

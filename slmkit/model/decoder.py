@@ -155,8 +155,8 @@ class Decoder(nn.Module):
         self.head = None if a.tied else nn.Linear(a.width, a.vocab_size, bias=False)
         self.kinds = list(dict.fromkeys(a.layers))  # layers of one kind share rotations and masks
         self.kind_of_block = [self.kinds.index(layer) for layer in a.layers]
-        ropes = dict.fromkeys(layer.rope for layer in a.layers if layer.rope is not None)
-        self.rotary = nn.ModuleList(Rotary(rope) for rope in ropes)
+        self.ropes = list(dict.fromkeys(kind.rope for kind in self.kinds if kind.rope is not None))
+        self.rotary = nn.ModuleList(Rotary(rope) for rope in self.ropes)
 
     def forward(self, ids: Tensor, cache: KVCache | None = None, documents: Tensor | None = None) -> Tensor:
         """ids [batch, new] → hidden states [batch, new, width]; with a cache, ids continue what it holds.
@@ -173,7 +173,7 @@ class Decoder(nn.Module):
             )
         if cache is not None and documents is not None:
             raise ValueError("documents are for whole rows; what a cache continues is one document a row")
-        context = Context(self.kinds, list(self.rotary), (ids.size(0), new), ids.device, cache, documents)
+        context = Context(self.kinds, dict(zip(self.ropes, self.rotary)), ids, cache, documents)
         x = self.embedding(ids)  # [batch, new, width]
         if self.architecture.embedding_scale != 1:
             x = x * self.architecture.embedding_scale
@@ -204,8 +204,8 @@ class Decoder(nn.Module):
         weight = self.embedding.weight
         cache = KVCache(self.architecture, batch_size, max_length, weight.device, weight.dtype, padding)
         positions = torch.arange(max_length, device=weight.device)[None]
-        for rotary in self.rotary:
-            if not rotary.rope.depends_on_length:
+        for rope, rotary in zip(self.ropes, self.rotary):
+            if not rope.depends_on_length:
                 cosines, sines = rotary(positions, positions.amax(1))  # [1, 1, max_length, dim]
-                cache.tables[rotary.rope] = cosines[0, 0], sines[0, 0]
+                cache.tables[rope] = cosines[0, 0], sines[0, 0]
         return cache

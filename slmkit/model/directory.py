@@ -57,15 +57,15 @@ def load_decoder(directory: str | Path, device: torch.device | str = "cpu") -> t
     _forgive(path, decoder, wanted, tensors)
     _check(path, decoder, family, wanted, tensors)
     shapes = {name: tensor.shape for name, tensor in decoder.state_dict().items()}
-    state = {}
+    state: dict[str, Tensor] = {}
     for theirs, ours in wanted.items():
         tensor = tensors.pop(theirs).to(device, torch.float32)
         parts = _from_disk(family, theirs, tensor).split([shapes[name][0] for name in ours])
         state |= {name: part.contiguous() for name, part in zip(ours, parts)}
     decoder.to_empty(device=device)
     decoder.load_state_dict(state)
-    for rotary in decoder.rotary:  # never stored, and empty since the meta device
-        rotary.get_buffer("frequencies").copy_(rotary.rope.frequencies())
+    for rope, rotary in zip(decoder.ropes, decoder.rotary):  # never stored, and empty since the meta device
+        rotary.get_buffer("frequencies").copy_(rope.frequencies())
     return decoder.eval(), config
 
 

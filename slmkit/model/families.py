@@ -61,14 +61,12 @@ def optional_fields() -> frozenset[str]:
 
 def _layers(config: SLMConfig) -> tuple[Layer, ...]:
     """What the config says of each layer: its rotation, by kind where kinds differ in it, and its window."""
-    depth = config.num_hidden_layers
+    depth, positions = config.num_hidden_layers, config.max_position_embeddings
     kinds = config.layer_types or ["sliding_attention" if config.sliding_window else "full_attention"] * depth
     turns = config.no_rope_layers or [1] * depth  # 1: does turn
     return tuple(
         Layer(
-            rope=rope_of(config.rope_parameters, kind, config.head_dim, config.max_position_embeddings)
-            if turn
-            else None,
+            rope=rope_of(config.rope_parameters, kind, config.head_dim, positions) if turn else None,
             window=config.sliding_window if kind == "sliding_attention" else None,
         )
         for kind, turn in zip(kinds, turns)
@@ -121,7 +119,7 @@ _QK_NORMS = {
     "blocks.{}.attention.query_norm": "model.layers.{}.self_attn.q_norm",
     "blocks.{}.attention.key_norm": "model.layers.{}.self_attn.k_norm",
 }
-# The reference's `post_attention_layernorm` stands before the MLP where norms come first, and after attention elsewhere.
+# The reference's `post_attention_layernorm` stands before the MLP where norms come first, elsewhere after attention.
 _PRE_NORMS = {
     "blocks.{}.attention_in": "model.layers.{}.input_layernorm",
     "blocks.{}.mlp_in": "model.layers.{}.post_attention_layernorm",
@@ -139,10 +137,8 @@ def _layer_types(fields: dict[str, Any], full_every: int | None = None) -> list[
     """Layers with the window, every so many of them one without; None where nothing has a window."""
     if not fields["sliding_window"]:
         return None
-    depth = fields["num_hidden_layers"]
-    return [
-        "full_attention" if full_every and i % full_every == 0 else "sliding_attention" for i in range(1, depth + 1)
-    ]
+    layers = range(1, fields["num_hidden_layers"] + 1)
+    return ["full_attention" if full_every and i % full_every == 0 else "sliding_attention" for i in layers]
 
 
 def _first_sliding(fields: dict[str, Any]) -> int:

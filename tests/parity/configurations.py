@@ -1,4 +1,4 @@
-"""Legal configurations of each family, drawn at random: small, odd, and different in whatever the family lets differ."""
+"""Legal configurations of each family, drawn at random: small, odd, different in whatever may differ."""
 
 from __future__ import annotations
 
