@@ -16,7 +16,7 @@ from slmkit.data.shards import TokenShards
 from slmkit.data.sources import Document, Message, describe_sources, read_conversations, read_documents
 from slmkit.tokenizer import SLMTokenizer
 
-STORIES = "stories"  # the source that names the built-in corpus
+STORIES, PRIMER = "stories", "primer"  # the sources that name the built-in corpus
 VALIDATION_STREAM = 1_000_003  # added to the seed: stories that no training stream of a nearby seed holds
 # The stories are made to be talked about: what the chat template says at each turn should be few tokens.
 CHAT_WORDS = ("user\n", "assistant\n", "Tell me a story about")
@@ -31,7 +31,7 @@ class TokenizerSettings(Settings):
 
 
 class DataSettings(Settings):
-    """Where text comes from: files and folders, or `stories`, the built-in corpus."""
+    """Where text comes from: files and folders, or the built-in corpus: `stories`, and the `primer` to read first."""
 
     source: str | list[str] | None = None
     text_column: str = "text"
@@ -42,12 +42,12 @@ class DataSettings(Settings):
 
     @property
     def is_built_in(self) -> bool:
-        return self.source == STORIES
+        return self.source in (STORIES, PRIMER)
 
     def files(self) -> str | list[str]:
         """Raises `UserError` where no source is set."""
         if not self.source:
-            raise UserError("data.source says where text comes from: name your file or folder, or `stories`")
+            raise UserError("data.source says where text comes from: name your file or folder, `stories` or `primer`")
         return self.source
 
 
@@ -116,8 +116,9 @@ def texts_of(objective: str, data: DataSettings, seed: int = 0) -> Iterator[str]
     if objective == "sft":
         for conversation in _all_conversations(data, seed):
             yield from (message["content"] for message in conversation if isinstance(message.get("content"), str))
-    elif data.is_built_in:
+    elif data.is_built_in:  # a model goes from the one to the other, and to conversations: one tokenizer for all
         yield from (story.text for story in stories.tell_many(seed, data.documents))
+        yield from stories.primer_texts(seed, data.documents)
         yield from CHAT_WORDS * (data.documents // 10)
     else:
         yield from (document.text for document in read_documents(data.files(), data.text_column))
@@ -135,18 +136,25 @@ def _sample(texts: Iterable[str]) -> Iterator[str]:
 def _prepare_documents(
     data: DataSettings, seed: int, folder: Path, tokenizer: SLMTokenizer, reporter: Reporter
 ) -> tuple[TokenShards, TokenShards]:
-    if data.is_built_in:
-        train: Iterable[Document | str] = (story.text for story in stories.tell_many(seed, data.documents))
+    train: Iterable[Document | str]
+    validation: Iterable[Document | str]
+    perfect_loss = None
+    if data.source == PRIMER:
+        train = stories.primer_texts(seed, data.documents)
+        validation = stories.primer_texts(seed + VALIDATION_STREAM, data.validation_documents)
+        sources = [_built_in(PRIMER, seed)]
+    elif data.source == STORIES:
+        train = (story.text for story in stories.tell_many(seed, data.documents))
         held_out = list(stories.tell_many(seed + VALIDATION_STREAM, data.validation_documents))
-        validation: Iterable[Document | str] = [story.text for story in held_out]
+        validation = [story.text for story in held_out]
         # Every document is its tokens and one end-of-text token, and the generator knows the probability of it all.
         tokens = sum(len(ids) + 1 for ids in tokenizer.encode_batch([story.text for story in held_out]))
         perfect_loss = -sum(story.log_probability for story in held_out) / tokens
-        sources = [_built_in(seed)]
+        sources = [_built_in(STORIES, seed)]
     else:
         files = data.files()
         train, validation = split_validation(lambda: read_documents(files, data.text_column), data.validation_fraction)
-        perfect_loss, sources = None, describe_sources(files)
+        sources = describe_sources(files)
     return (
         prepare_text(train, tokenizer, folder / "train", sources=sources, progress=reporter.counter("tokenizing")),
         prepare_text(validation, tokenizer, folder / "validation", sources=sources, perfect_loss=perfect_loss),
@@ -161,7 +169,7 @@ def _prepare_conversations(
     if data.is_built_in:
         train = _all_conversations(data, seed)
         validation = (stories.conversation(seed + VALIDATION_STREAM, i) for i in range(data.validation_documents))
-        sources = [_built_in(seed)]
+        sources = [_built_in(STORIES, seed)]
     else:
         train, validation = split_conversations(list(_all_conversations(data, seed)), data.validation_fraction)
         sources = describe_sources(data.files())
@@ -177,8 +185,8 @@ def _all_conversations(data: DataSettings, seed: int) -> Iterator[list[Message]]
     return read_conversations(data.files(), data.messages_column)
 
 
-def _built_in(seed: int) -> dict[str, Any]:
-    return {"path": STORIES, "seed": seed}
+def _built_in(name: str, seed: int) -> dict[str, Any]:
+    return {"path": name, "seed": seed}
 
 
 def _counts(shards: TokenShards) -> dict[str, Any]:

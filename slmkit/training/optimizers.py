@@ -33,7 +33,11 @@ def muon(model: nn.Module, settings: TrainSettings) -> Optimizers:
     matrices = [parameter for name, parameter in model.named_parameters() if name in hidden]
     others = [parameter for name, parameter in model.named_parameters() if name not in hidden]
     first = torch.optim.Muon(
-        matrices, lr=settings.muon_learning_rate, weight_decay=settings.weight_decay, momentum=0.95, nesterov=True
+        matrices,
+        lr=settings.muon_learning_rate,
+        weight_decay=settings.weight_decay,
+        momentum=settings.muon_momentum,
+        nesterov=True,
     )
     return [_with_peaks(first), _adamw(others, settings)]
 
