@@ -24,9 +24,11 @@ def primer_text(seed: int, index: int) -> str:
     chance = random_stream("primer", seed, index)
     teller = Teller(load_library(plots="primer.txt"), "train", chance.random)
     teller.tell()
-    questions = questions_about(teller)
-    asked = chance.sample(questions, min(len(questions), MOST_QUESTIONS))
-    return " ".join([teller.text, *(f"{question.question} {question.answer}" for question in asked)])
+    questions = list(questions_about(teller))
+    chance.shuffle(questions)
+    by_answer = {question.answer: question.question for question in questions}  # nothing is answered twice alike
+    asked = list(by_answer.items())[: chance.randint(2, MOST_QUESTIONS)]
+    return " ".join([teller.text, *(f"{question} {answer}" for answer, question in asked)])
 
 
 def primer_texts(seed: int, count: int) -> Iterator[str]:

@@ -25,10 +25,10 @@ def test_every_name_in_an_answer_was_said_before() -> None:
             assert word in scene, (word, text)
 
 
-def test_its_questions_are_asked_of_every_scene() -> None:
+def test_two_to_six_questions_are_asked_of_every_scene() -> None:
     asked = [len(re.findall(r"\?", text)) for text in TEXTS]
-    assert min(asked) >= 4
-    assert max(asked) <= 6
+    assert min(asked) >= 2
+    assert max(asked) == 6
 
 
 def test_no_scene_puts_a_held_out_pair_together() -> None:
