@@ -13,7 +13,7 @@ from slmkit.data.stories.questions import questions_about
 from slmkit.data.stories.script import load_library
 from slmkit.data.stories.teller import Teller, random_stream
 
-MOST_QUESTIONS = 6
+FEWEST_QUESTIONS, MOST_QUESTIONS = 3, 7
 
 
 def primer_text(seed: int, index: int) -> str:
@@ -27,7 +27,7 @@ def primer_text(seed: int, index: int) -> str:
     questions = list(questions_about(teller))
     chance.shuffle(questions)
     by_answer = {question.answer: question.question for question in questions}  # nothing is answered twice alike
-    asked = list(by_answer.items())[: chance.randint(2, MOST_QUESTIONS)]
+    asked = list(by_answer.items())[: chance.randint(FEWEST_QUESTIONS, MOST_QUESTIONS)]
     return " ".join([teller.text, *(f"{question} {answer}" for answer, question in asked)])
 
 
