@@ -1,8 +1,9 @@
-"""The primer: short scenes of plain facts, each followed by questions and their answers.
+"""The primer: short scenes of plain facts, most of them told twice, each followed by questions and their answers.
 
 A model that reads stories alone takes long to notice that a name said once will be said again: the places where it
-matters are one token in thirty. Here they are every other one, so that looking back is learned in the first minute,
-and stories and answers are then learned by a model that can do it.
+matters are one token in thirty. Here they are every other one. A scene told twice teaches to go on as it went on before
+(an induction head, Olsson et al. 2022, arXiv:2209.11895), a question to look for who or what it is about; stories and
+conversations are then learned by a model that can do both.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from slmkit.data.stories.script import load_library
 from slmkit.data.stories.teller import Teller, random_stream
 
 FEWEST_QUESTIONS, MOST_QUESTIONS = 3, 7
+RECITED = 0.6  # how many scenes are told twice, word for word, before the questions
 
 
 def primer_text(seed: int, index: int) -> str:
-    """Number `index` of the stream `seed`: a scene, then questions about it in any order, each with its answer.
+    """Number `index` of the stream `seed`: a scene, perhaps again, then questions in any order, each with its answer.
 
     Like the stories of the train split, it never puts a held-out pair of hero's kind and thing together.
     """
@@ -28,7 +30,8 @@ def primer_text(seed: int, index: int) -> str:
     chance.shuffle(questions)
     by_answer = {question.answer: question.question for question in questions}  # nothing is answered twice alike
     asked = list(by_answer.items())[: chance.randint(FEWEST_QUESTIONS, MOST_QUESTIONS)]
-    return " ".join([teller.text, *(f"{question} {answer}" for answer, question in asked)])
+    recited = [f"Once more: {teller.text}"] if chance.random() < RECITED else []
+    return " ".join([teller.text, *recited, *(f"{question} {answer}" for answer, question in asked)])
 
 
 def primer_texts(seed: int, count: int) -> Iterator[str]:
