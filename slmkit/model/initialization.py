@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from slmkit.config import UserError, did_you_mean
 from slmkit.model.config import SLMConfig
-from slmkit.model.decoder import Decoder
+from slmkit.model.decoder import Attention, Decoder
 from slmkit.model.families import architecture_of
 
 
@@ -51,8 +51,7 @@ def copying(decoder: Decoder, config: SLMConfig, generator: torch.Generator) -> 
     gpt2(decoder, config, generator)
     nn.init.normal_(decoder.embedding.weight, std=0.3, generator=generator)
     std = config.hidden_size**-0.5
-    for block in decoder.blocks:
-        attention = block.attention
+    for attention in (module for module in decoder.modules() if isinstance(module, Attention)):
         for projection in (attention.query, attention.key, attention.value):
             nn.init.normal_(projection.weight, std=std, generator=generator)
         with torch.no_grad():
