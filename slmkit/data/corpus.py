@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from slmkit.tokenizer import SLMTokenizer
 
 STORIES, PRIMER = "stories", "primer"  # the sources that name the built-in corpus
 VALIDATION_STREAM = 1_000_003  # added to the seed: stories that no training stream of a nearby seed holds
+REVISION_STREAM = 500_009  # added to the seed: the primer's texts that go among the stories
 # The stories are made to be talked about: what the chat template says at each turn should be few tokens.
 CHAT_WORDS = ("user\n", "assistant\n", "Tell me a story about")
 TOKENIZER_CHARACTERS = 100_000_000  # merges are learned from so much text at most; more changes little and takes memory
@@ -37,7 +39,8 @@ class DataSettings(Settings):
     text_column: str = "text"
     messages_column: str = "messages"
     validation_fraction: float = Field(0.05, gt=0, lt=1)  # of files; held out of training
-    documents: int = Field(20_000, gt=0)  # of the built-in corpus, like the next
+    documents: int = Field(20_000, gt=0)  # of the built-in corpus, like the next two
+    primer_documents: int = Field(0, ge=0)  # spread among the stories, so that they do not make the primer forgotten
     validation_documents: int = Field(300, gt=0)
 
     @property
@@ -144,7 +147,7 @@ def _prepare_documents(
         validation = stories.primer_texts(seed + VALIDATION_STREAM, data.validation_documents)
         sources = [_built_in(PRIMER, seed)]
     elif data.source == STORIES:
-        train = (story.text for story in stories.tell_many(seed, data.documents))
+        train = _stories_and_primer(data, seed)
         held_out = list(stories.tell_many(seed + VALIDATION_STREAM, data.validation_documents))
         validation = [story.text for story in held_out]
         # Every document is its tokens and one end-of-text token, and the generator knows the probability of it all.
@@ -159,6 +162,15 @@ def _prepare_documents(
         prepare_text(train, tokenizer, folder / "train", sources=sources, progress=reporter.counter("tokenizing")),
         prepare_text(validation, tokenizer, folder / "validation", sources=sources, perfect_loss=perfect_loss),
     )
+
+
+def _stories_and_primer(data: DataSettings, seed: int) -> Iterator[str]:
+    """The stories, and evenly among them texts of a primer that no run on the primer alone has read."""
+    primer = iter(stories.primer_texts(seed + REVISION_STREAM, data.primer_documents))
+    for index, story in enumerate(stories.tell_many(seed, data.documents)):
+        yield story.text
+        due = (index + 1) * data.primer_documents // data.documents - index * data.primer_documents // data.documents
+        yield from itertools.islice(primer, due)
 
 
 def _prepare_conversations(
