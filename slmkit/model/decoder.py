@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from slmkit.config import UserError, did_you_mean
 from slmkit.model.architecture import Architecture, Layer
+from slmkit.model.attend import attend
 from slmkit.model.cache import KVCache
 from slmkit.model.rope import RotaryTable, rotate
 
@@ -59,15 +60,8 @@ class Attention(nn.Module):
         q, k = rotate(q, cosines, sines), rotate(k, cosines, sines)
         if cache is not None:
             k, v = cache.extend(self.index, k, v)  # [batch, kv_heads, past + new, head_dim]
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=context.mask,
-            is_causal=context.is_causal,
-            dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=q.size(1) != k.size(1),
-        )  # [batch, heads, new, head_dim]
+        dropout = self.dropout if self.training else 0.0
+        y = attend(q, k, v, context.mask, context.is_causal, dropout)  # [batch, heads, new, head_dim]
         return self.out(y.transpose(1, 2).flatten(2))  # [batch, new, width]
 
     def _heads(self, x: Tensor) -> Tensor:
