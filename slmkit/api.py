@@ -335,17 +335,18 @@ def _model_for(recipe: Recipe, tokenizer: SLMTokenizer, base: Path | None) -> tu
         "pad_token_id": tokenizer.pad_token_id,
     }
     config = recipe.model.build_config(**known)
-    return build_decoder(config, recipe.seed), config
+    return build_decoder(config, recipe.seed, recipe.model.initialization), config
 
 
 def _resolve(recipe: Recipe, run: RunDirectory, config: SLMConfig, base: Path | None) -> Recipe:
     """The recipe with nothing left to a preset, so that it still means the same when presets change."""
-    model = recipe.model if base is not None else _resolved(config)
+    model = recipe.model if base is not None else _resolved(config, recipe.model.initialization)
     return recipe.model_copy(update={"output_dir": str(run.root), "model": model})
 
 
-def _resolved(config: SLMConfig) -> ModelSettings:
-    return ModelSettings.model_validate(config.model_dump(exclude=TRAINING_FIELDS))
+def _resolved(config: SLMConfig, initialization: str = "gpt2") -> ModelSettings:
+    shape = config.model_dump(exclude=TRAINING_FIELDS)
+    return ModelSettings.model_validate(shape | {"initialization": initialization})
 
 
 def _as_set(ids: int | Sequence[int] | None) -> set[int]:

@@ -1,4 +1,4 @@
-"""The quickstart's life at a size for a test: stories, talk, and figures beside the perfect ones."""
+"""The quickstart's life at a size for a test: primer, stories, talk, and figures beside the perfect ones."""
 
 from __future__ import annotations
 
@@ -37,14 +37,17 @@ class Silent:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp("life")
     sizes = ["model.hidden_size=32", "model.intermediate_size=64", "model.num_hidden_layers=2"]
-    stories = [f"output_dir={root}/stories", "data.documents=80", "data.validation_documents=10", "train.max_steps=20"]
-    chats = [f"output_dir={root}/chat", "data.documents=30", "data.validation_documents=5", "train.max_steps=4"]
-    base = train_recipe(
-        load_recipe(find_recipe("quickstart-stories"), [*stories, *sizes, *FEW_STEPS, "tokenizer.vocab_size=600"]),
-        Silent(),
-    )
-    chat = load_recipe(find_recipe("quickstart-chat"), [*chats, *FEW_STEPS, f"model.path={base.root}"])
-    return base.root, train_recipe(chat, Silent()).root
+
+    def run(part: str, documents: int, steps: int, *overrides: str) -> Path:
+        values = [f"output_dir={root}/{part}", f"data.documents={documents}", "data.validation_documents=10"]
+        recipe = load_recipe(
+            find_recipe(f"quickstart-{part}"), [*values, f"train.max_steps={steps}", *FEW_STEPS, *overrides]
+        )
+        return train_recipe(recipe, Silent()).root
+
+    primer = run("primer", 80, 10, *sizes, "tokenizer.vocab_size=600")
+    stories = run("stories", 80, 20, f"model.path={primer}")
+    return stories, run("chat", 30, 4, f"model.path={stories}")
 
 
 def test_a_run_on_stories_knows_how_far_from_perfect_it_is(runs: tuple[Path, Path]) -> None:

@@ -11,13 +11,14 @@ if TYPE_CHECKING:
 
     from slmkit.model import Decoder
     from slmkit.tokenizer import SLMTokenizer
+    from slmkit.training.run import RunDirectory
 
 QUESTIONS = 200
 CONVERSATION = ("Tell me a story about a fox and a lantern.", "Thank you!")
 
 
 def quickstart(
-    output: Annotated[str, typer.Option("--output", "-o", help="Where its two runs go.")] = "runs/quickstart",
+    output: Annotated[str, typer.Option("--output", "-o", help="Where its three runs go.")] = "runs/quickstart",
     seed: Annotated[int, typer.Option(help="Another seed: other stories, another model.")] = 0,
 ) -> None:
     """Tokenizer, pretraining, fine-tuning and evaluation on the built-in stories; then a story and a conversation.
@@ -36,15 +37,18 @@ def quickstart(
     reporter = TerminalReporter()
     root = free_path(output)
 
-    reporter.say("\n1/3  pretraining: learning to tell stories")
-    stories = load_recipe(find_recipe("quickstart-stories"), [f"output_dir={root}/stories", f"seed={seed}"])
-    base = train_recipe(stories, reporter)
+    def run(part: str, *overrides: str) -> RunDirectory:
+        values = [f"output_dir={root}/{part}", f"seed={seed}", *overrides]
+        return train_recipe(load_recipe(find_recipe(f"quickstart-{part}"), values), reporter)
 
-    reporter.say("\n2/3  fine-tuning: learning to talk about them")
-    chats = [f"output_dir={root}/chat", f"model.path={base.root}", f"seed={seed}"]
-    talker = train_recipe(load_recipe(find_recipe("quickstart-chat"), chats), reporter)
+    reporter.say("\n1/4  the primer: learning to look back at what was said")
+    reader = run("primer")
+    reporter.say("\n2/4  pretraining: learning to tell stories")
+    base = run("stories", f"model.path={reader.root}")
+    reporter.say("\n3/4  fine-tuning: learning to talk about them")
+    talker = run("chat", f"model.path={base.root}")
 
-    reporter.say("\n3/3  evaluation: stories it never saw, questions on things it never met together")
+    reporter.say("\n4/4  evaluation: stories it never saw, questions on things it never met together")
     decoder, tokenizer = load_model(str(talker.root), "cpu")
     _show_story(base.root)
     _show_conversation(decoder, tokenizer)

@@ -25,6 +25,7 @@ class Latent:
     rope_dim: int  # channels of a head that turn, in keys shared by all heads
     plain_dim: int  # channels of a head that do not
     value_dim: int
+    neighbours_turn: bool  # channels 2i and 2i + 1 turn together, instead of i and i + rope_dim / 2
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,19 @@ class SLMConfig(Settings):
     sliding_window: int | None = Field(None, gt=0)  # positions a query sees in sliding_attention, its own included
     layer_types: list[Literal["full_attention", "sliding_attention"]] | None = None  # None: all alike
     no_rope_layers: list[int] | None = None  # 1 for each layer that turns queries and keys, 0 for one that does not
+    query_pre_attn_scalar: float = Field(256, gt=0)  # scores are divided by its root
+    attn_logit_softcapping: float | None = Field(None, gt=0)
+    final_logit_softcapping: float | None = Field(None, gt=0)
+    q_lora_rank: int | None = Field(None, gt=0)  # of latent attention, as the next five; None: queries as ever
+    kv_lora_rank: int = Field(512, gt=0)
+    qk_rope_head_dim: int = Field(64, gt=0)
+    qk_nope_head_dim: int = Field(128, gt=0)
+    v_head_dim: int = Field(128, gt=0)
+    rope_interleave: bool = True  # neighbouring channels turn together
+    norm: Literal["rms", "layer"] = "rms"  # this and the next three: of model_type slm, to study
+    norm_at: Literal["pre", "post", "both"] = "pre"
+    qk_norm: Literal["none", "head", "width"] = "none"
+    gated_mlp: bool = True
     attention_bias: bool = False
     mlp_bias: bool = False
     tie_word_embeddings: bool = True
@@ -87,8 +100,11 @@ class SLMConfig(Settings):
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
                 f"num_key_value_heads ({self.num_key_value_heads})"
             )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even for RoPE, found {self.head_dim}: change hidden_size or the heads")
+        turning = "qk_rope_head_dim" if "qk_rope_head_dim" in family_of(self.model_type).fields else "head_dim"
+        if getattr(self, turning) % 2 and "rope_parameters" in family_of(self.model_type).fields:
+            raise ValueError(
+                f"{turning} must be even for RoPE, found {getattr(self, turning)}: change hidden_size or the heads"
+            )
         return self
 
     @model_validator(mode="after")

@@ -11,7 +11,6 @@ in `__init__`, from an `Architecture`; `forward` is the formula. The head is app
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -20,8 +19,11 @@ from torch.nn import functional as F
 
 from slmkit.config import UserError, did_you_mean
 from slmkit.model.architecture import Architecture
+from slmkit.model.attend import attend
 from slmkit.model.cache import KVCache
 from slmkit.model.context import Context, View
+from slmkit.model.latent_attention import LatentAttention
+from slmkit.model.norms import make_norm
 from slmkit.model.rope import Rotary, rotate
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -32,31 +34,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(),  # ReLU², Primer (arXiv:2109.08668)
 }
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axes, in float32 (Zhang & Sennrich 2019, arXiv:1910.07467).
-
-    Over (heads, head_dim) it normalises all heads together, over (head_dim) each by itself. The weight is flat.
-    """
-
-    def __init__(self, *shape: int, eps: float, offset: float = 0.0) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.full((math.prod(shape),), 1 - offset))
-        self.shape, self.eps, self.offset = shape, eps, offset  # offset: what is added to the weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.float() + self.offset if self.offset else self.weight.float()
-        return F.rms_norm(x.float(), self.shape, weight.view(self.shape), self.eps).to(x.dtype)
-
-
-def make_norm(a: Architecture, *shape: int, present: bool = True) -> nn.Module:
-    """The architecture's norm over the last axes; a norm that it does not have is an Identity."""
-    if not present:
-        return nn.Identity()
-    if a.norm == "layer":
-        return nn.LayerNorm(shape, eps=a.norm_eps)
-    return RMSNorm(*shape, eps=a.norm_eps, offset=1.0 if a.norm == "rms+1" else 0.0)
 
 
 class Attention(nn.Module):
@@ -86,27 +63,6 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))  # [batch, new, width]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, view: View, scale: float, cap: float | None, dropout: float) -> Tensor:
-    """softmax(scale q·k) v over what the view lets each query see; with a cap, cap tanh(scale q·k / cap) instead.
-
-    q [batch, heads, new, head_dim], k and v [batch, kv_heads, seen, head_dim or another] → [batch, heads, new, v's].
-    """
-    gqa = q.size(1) != k.size(1)
-    if cap is None:
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=view.mask, is_causal=view.is_causal, dropout_p=dropout, scale=scale, enable_gqa=gqa
-        )
-    if gqa:
-        k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
-    scores = (cap * torch.tanh(q @ k.transpose(-1, -2) * (scale / cap))).float()  # [batch, heads, new, seen]
-    mask = view.mask
-    if view.is_causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    return F.dropout(scores.softmax(-1).to(v.dtype), dropout) @ v
-
-
 class MLP(nn.Module):
     """down(activation(up(x))), or with a gate down(activation(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202)."""
 
@@ -132,7 +88,8 @@ class Block(nn.Module):
         super().__init__()
         before, after = a.norm_at in ("pre", "both"), a.norm_at in ("post", "both")
         self.attention_in, self.mlp_in = (make_norm(a, a.width, present=before) for _ in range(2))
-        self.attention, self.mlp = Attention(a, index), MLP(a)
+        self.attention = Attention(a, index) if a.latent is None else LatentAttention(a, a.latent, index)
+        self.mlp = MLP(a)
         self.attention_out, self.mlp_out = (make_norm(a, a.width, present=after) for _ in range(2))
         self.dropout = nn.Dropout(a.hidden_dropout)
 

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
-from slmkit.model.families import Family
+from slmkit.model.families import FULL, SLIDING, Family
 
 # Keys of a published config.json that say nothing about what the model computes.
 HARMLESS_KEYS = {
-    "_name_or_path", "_sliding_window_pattern", "architectures", "auto_map", "cache_implementation",
-    "chunk_size_feed_forward", "dtype", "id2label", "is_encoder_decoder", "label2id", "output_attentions",
-    "output_hidden_states", "pretraining_tp", "problem_type", "return_dict", "task_specific_params", "torch_dtype",
-    "transformers_version", "use_cache",
+    "_name_or_path", "architectures", "auto_map", "cache_implementation", "chunk_size_feed_forward", "dtype",
+    "id2label", "is_encoder_decoder", "label2id", "output_attentions", "output_hidden_states", "pretraining_tp",
+    "problem_type", "return_dict", "summary_activation", "summary_first_dropout", "summary_proj_to_labels",
+    "summary_type", "summary_use_proj", "task_specific_params", "torch_dtype", "transformers_version", "use_cache",
 }  # fmt: skip
 # Written as null where it follows from other fields.
 NULL_IS_ABSENT = {"head_dim", "intermediate_size", "layer_types", "no_rope_layers", "num_key_value_heads"}
-FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def from_published(content: dict[str, Any], family: Family) -> dict[str, Any]:
     """The content of a config.json → fields of `SLMConfig`, under their own names."""
     ours = {theirs: name for name, theirs in family.spelling.items()}
-    content = {ours.get(key, key): value for key, value in (dict(family.absent) | content).items()}
+    content = {family.spelling.get(key, key): value for key, value in family.absent.items()} | content
+    spelled = {ours[key]: content.pop(key) for key in tuple(content) if key in ours}
+    content |= spelled  # where both stand in the file, the family's own spelling counts
     for key in NULL_IS_ABSENT:
         if content.get(key, ...) is None:
             del content[key]
@@ -32,7 +33,7 @@ def from_published(content: dict[str, Any], family: Family) -> dict[str, Any]:
         if content.pop(key, value) not in (value, None):
             raise ValueError(f"{key} must be {value!r}: nothing else is held here")
     if "rope_parameters" in family.fields:
-        _read_rope(content)
+        _read_rope(content, family.rope_by_kind)
     return content
 
 
@@ -40,13 +41,16 @@ def to_published(fields: dict[str, Any], family: Family) -> dict[str, Any]:
     """Fields of `SLMConfig` → the content of a config.json, RoPE and windows written as every version reads them."""
     content = {family.spelling.get(name, name): value for name, value in fields.items()}
     if "rope_parameters" in fields:
-        content |= _older_rope(fields["rope_parameters"])
+        rope = fields["rope_parameters"]
+        if family.rope_by_kind and FULL not in rope:
+            rope = {FULL: rope, SLIDING: rope}
+        content |= _older_rope(rope) | {"rope_parameters": rope}
     derived = {key: value(fields) for key, value in family.derived.items() if value is not None}
     head = {"architectures": [family.class_name], "dtype": "float32", "use_cache": True}
     return head | content | dict(family.fixed) | derived
 
 
-def _read_rope(content: dict[str, Any]) -> None:
+def _read_rope(content: dict[str, Any], by_kind: bool) -> None:
     """Fold the older `rope_theta`, `rope_local_base_freq` and `rope_scaling` into `rope_parameters`."""
     theta, local, scaling = (content.pop(key, None) for key in ("rope_theta", "rope_local_base_freq", "rope_scaling"))
     newer = content.get("rope_parameters")
@@ -54,9 +58,8 @@ def _read_rope(content: dict[str, Any]) -> None:
         content["rope_parameters"] = {kind: _complete(rope, theta) for kind, rope in newer.items() if rope is not None}
         return
     rope = _complete(newer or scaling or {}, theta)
-    if local is not None:  # sliding-window layers turn by a base of their own, and are never scaled
-        rope = {FULL: rope, SLIDING: _complete({}, local)}
-    content["rope_parameters"] = rope
+    # Layers with a window may turn by a base of their own, and are never scaled.
+    content["rope_parameters"] = {FULL: rope, SLIDING: _complete({}, local or theta)} if by_kind else rope
 
 
 def _complete(rope: dict[str, Any], theta: float | None) -> dict[str, Any]:
@@ -78,8 +81,16 @@ def _older_rope(rope: dict[str, Any]) -> dict[str, Any]:
 def _read_layers(content: dict[str, Any]) -> None:
     """Turn the shorthands for which layers slide into `sliding_window` and `layer_types`."""
     first = content.pop("max_window_layers", None)
+    every = content.pop("sliding_window_pattern", content.pop("_sliding_window_pattern", None))
+    turning_every = content.pop("no_rope_layer_interval", None)
+    depth = content.get("num_hidden_layers")
     if content.pop("use_sliding_window", True) is False:
         content["sliding_window"] = None
-    if content.get("sliding_window") and first is not None and "layer_types" not in content:
-        depth = content["num_hidden_layers"]
+    if turning_every and depth and "no_rope_layers" not in content:
+        content["no_rope_layers"] = [int(i % turning_every != 0) for i in range(1, depth + 1)]
+    if not content.get("sliding_window") or not depth or "layer_types" in content:
+        return
+    if every is not None:
+        content["layer_types"] = [FULL if i % every == 0 else SLIDING for i in range(1, depth + 1)]
+    elif first is not None:
         content["layer_types"] = [SLIDING if i >= first else FULL for i in range(depth)]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
+from slmkit.training.muon import Muon
 from slmkit.training.recipe import TrainSettings
 
 Optimizers = list[torch.optim.Optimizer]
@@ -32,8 +33,8 @@ def muon(model: nn.Module, settings: TrainSettings) -> Optimizers:
     }
     matrices = [parameter for name, parameter in model.named_parameters() if name in hidden]
     others = [parameter for name, parameter in model.named_parameters() if name not in hidden]
-    first = torch.optim.Muon(
-        matrices, lr=settings.muon_learning_rate, weight_decay=settings.weight_decay, momentum=0.95, nesterov=True
+    first = Muon(
+        matrices, lr=settings.muon_learning_rate, weight_decay=settings.weight_decay, momentum=settings.muon_momentum
     )
     return [_with_peaks(first), _adamw(others, settings)]
 

@@ -21,6 +21,7 @@ class ModelSettings(Settings):
 
     preset: str | None = None
     path: str | None = None  # a model or run directory whose weights are trained on
+    initialization: Literal["gpt2", "copying"] = "gpt2"  # of a new model's weights
 
     @model_validator(mode="after")
     def _known_fields(self) -> ModelSettings:
@@ -61,6 +62,7 @@ class TrainSettings(Settings):
     optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = Field(1e-3, gt=0)  # AdamW's
     muon_learning_rate: float = Field(0.02, gt=0)  # of the matrices that Muon updates
+    muon_momentum: float = Field(0.95, ge=0, lt=1)
     min_learning_rate_ratio: float = Field(0.1, ge=0, le=1)
     warmup_steps: float = Field(0.05, ge=0)  # a number of steps, or below 1 a share of all steps
     weight_decay: float = Field(0.1, ge=0)

@@ -60,6 +60,27 @@ def test_residual_projections_start_smaller_with_depth() -> None:
     assert decoder.blocks[0].mlp.gate.weight.std().item() == pytest.approx(0.2, rel=0.05)
 
 
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_the_copying_initialization_favours_the_tokens_of_the_context(kv_heads: int) -> None:
+    def lead(initialization: str) -> float:
+        """By how much the logits of tokens that were read exceed those of the others, in standard deviations."""
+        config = tiny(hidden_size=128, head_dim=64, num_key_value_heads=kv_heads)
+        decoder = build_decoder(config, seed=1, initialization=initialization).eval()
+        x = ids(8, 24)
+        with torch.no_grad():
+            logits = decoder.logits(decoder(x)[:, -1])  # [8, 97]
+        read = torch.zeros_like(logits).scatter(1, x[:, :-1], 1.0).scatter(1, x[:, -1:], 0.0).bool()
+        return ((logits[read].mean() - logits[~read].mean()) / logits.std()).item()
+
+    assert lead("copying") > 3 * abs(lead("gpt2")), (lead("copying"), lead("gpt2"))
+    assert lead("copying") > 0.3
+
+
+def test_an_unknown_initialization_is_refused_with_the_nearest() -> None:
+    with pytest.raises(UserError, match="unknown initialization 'copy'.*copying"):
+        build_decoder(tiny(), initialization="copy")
+
+
 def test_a_text_longer_than_the_context_is_refused_with_both_numbers() -> None:
     decoder = build_decoder(tiny())
     with pytest.raises(UserError, match=r"65 tokens .* context of 64"):

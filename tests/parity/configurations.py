@@ -20,7 +20,7 @@ YARN = {"rope_type": "yarn", "original_max_position_embeddings": 16}
 
 
 def rope(rng: random.Random) -> Settings:
-    """One of the scalings, or none, at one of the bases."""
+    """One of the scalings, or none, at one of the bases. Dynamic NTK, which a cache cannot follow, is tested apart."""
     factor = rng.choice([1.5, 2.0, 8.0])
     kind: Settings = rng.choice(
         [
@@ -83,8 +83,92 @@ def qwen3(rng: random.Random) -> Settings:
     return settings
 
 
+def gpt2(rng: random.Random) -> Settings:
+    heads = rng.choice([1, 3, 4, 5])
+    return {
+        "vocab_size": VOCAB,
+        "n_embd": heads * rng.choice([3, 5, 8]),
+        "n_layer": rng.choice([2, 3]),
+        "n_head": heads,
+        "n_inner": rng.choice([None, 24, 35]),
+        "n_positions": CONTEXT,
+        "activation_function": rng.choice(["gelu_new", "gelu", "relu"]),
+        "layer_norm_epsilon": rng.choice([1e-5, 1e-2]),
+        "tie_word_embeddings": rng.random() < 0.5,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+
+
+def mistral(rng: random.Random) -> Settings:
+    return common(rng) | {"sliding_window": rng.choice([None, window(rng), window(rng)])}
+
+
+def smollm3(rng: random.Random) -> Settings:
+    settings = common(rng) | {"attention_bias": rng.random() < 0.5, "mlp_bias": rng.random() < 0.5}
+    settings["head_dim"] = settings["hidden_size"] // settings["num_attention_heads"]
+    settings |= {"pad_token_id": None, "use_sliding_window": False, "sliding_window": None}
+    if rng.random() < 0.5:
+        settings["no_rope_layers"] = [rng.randint(0, 1) for _ in range(settings["num_hidden_layers"])]
+    if rng.random() < 0.5:
+        kinds = layer_types(rng, settings["num_hidden_layers"])
+        settings |= {"use_sliding_window": True, "sliding_window": window(rng), "layer_types": kinds}
+    return settings
+
+
+def olmo2(rng: random.Random) -> Settings:
+    return common(rng) | {"attention_bias": rng.random() < 0.5}
+
+
+def rope_by_kind(rng: random.Random) -> Settings:
+    return {"full_attention": rope(rng), "sliding_attention": rope(rng)}
+
+
+def gemma2(rng: random.Random) -> Settings:
+    settings = common(rng)
+    return settings | {
+        "attention_bias": rng.random() < 0.5,
+        "query_pre_attn_scalar": rng.choice([7, 16, 256]),
+        "sliding_window": window(rng),
+        "layer_types": rng.choice([None, layer_types(rng, settings["num_hidden_layers"])]),
+        "attn_logit_softcapping": rng.choice([None, 0.7, 5.0]),
+        "final_logit_softcapping": rng.choice([None, 0.7, 5.0]),
+        "hidden_activation": rng.choice(["gelu_pytorch_tanh", "silu"]),
+    }
+
+
+def gemma3(rng: random.Random) -> Settings:
+    return gemma2(rng) | {"rope_parameters": rope_by_kind(rng), "attn_logit_softcapping": None}
+
+
+def deepseek(rng: random.Random) -> Settings:
+    settings = common(rng)
+    for unknown in ("head_dim", "num_key_value_heads"):
+        del settings[unknown]
+    scaled = settings["rope_parameters"]
+    if scaled["rope_type"] == "yarn" and "attention_factor" not in scaled:
+        scaled |= {"mscale": rng.choice([0.7, 1.0]), "mscale_all_dim": rng.choice([0.8, 1.0])}
+    return settings | {
+        "q_lora_rank": rng.choice([None, 5, 12]),
+        "kv_lora_rank": rng.choice([3, 7, 16]),
+        "qk_rope_head_dim": rng.choice([2, 4, 6]),
+        "qk_nope_head_dim": rng.choice([1, 5, 8]),
+        "v_head_dim": rng.choice([3, 4, 9]),
+        "rope_interleave": rng.random() < 0.7,
+        "attention_bias": rng.random() < 0.5,
+        "first_k_dense_replace": settings["num_hidden_layers"],
+    }
+
+
 # Family → the name of its classes in transformers, and what draws a configuration.
 DRAW: dict[str, tuple[str, Callable[[random.Random], Settings]]] = {
     "llama": ("Llama", llama),
+    "gpt2": ("GPT2", gpt2),
+    "mistral": ("Mistral", mistral),
     "qwen3": ("Qwen3", qwen3),
+    "smollm3": ("SmolLM3", smollm3),
+    "olmo2": ("Olmo2", olmo2),
+    "gemma2": ("Gemma2", gemma2),
+    "gemma3_text": ("Gemma3", gemma3),
+    "deepseek_v3": ("DeepseekV3", deepseek),
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from slmkit.generation import SamplingSettings, generate_ids
 from slmkit.model.directory import stored_names
 from slmkit.model.families import family_of
 from tests.parity.configurations import DRAW, PER_FAMILY
-from tests.parity.twins import Twins, text, twins
+from tests.parity.twins import Twins, text, twins, twins_of
 
 CONFIGURATIONS = [(family, number) for family in DRAW for number in range(PER_FAMILY)]
 every_configuration = pytest.mark.parametrize(("family", "number"), CONFIGURATIONS, ids=lambda value: str(value))
@@ -34,12 +36,11 @@ def test_logits(family: str, number: int) -> None:
 @every_configuration
 def test_64_greedy_tokens_through_the_cache(family: str, number: int) -> None:
     pair, prompt = twins(family, number), text(2, 7)
+    # Without the reference's own cache, which with a window of one position does not give what it gives without.
     expected = pair.theirs.generate(
-        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=64, pad_token_id=0
+        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=64, use_cache=False
     )
-    ours = generate_ids(
-        pair.ours, prompt, max_new_tokens=64, stop_ids=set(), settings=GREEDY, pad_token_id=0
-    )  # fmt: skip
+    ours = generate_ids(pair.ours, prompt, max_new_tokens=64, stop_ids=set(), settings=GREEDY, pad_token_id=0)
     assert torch.equal(ours, expected)
 
 
@@ -57,3 +58,23 @@ def test_gradients(family: str, number: int) -> None:
         gradient = torch.cat([ours[part] for part in parts])
         expected = theirs[name].T if name.endswith(family_of(family).transposed) else theirs[name]
         assert (gradient - expected).norm() <= 1e-3 * expected.norm() + 1e-7, name
+
+
+DYNAMIC = {
+    "rope_parameters": {"rope_type": "dynamic", "factor": 8.0, "rope_theta": 100.0},
+    "max_position_embeddings": 16,
+}
+
+
+@pytest.mark.parametrize("family", [family for family in DRAW if family not in ("gpt2", "gemma3_text")])
+def test_dynamic_ntk(family: str) -> None:
+    """Equal at every length. Cached, only up to the original one: what is cached was computed with the base of then."""
+    name, draw = DRAW[family]
+    pair = twins_of(name, draw(random.Random(family)) | DYNAMIC)
+    for length in (15, 17, 100):
+        ours, theirs = logits_of(pair, text(2, length))
+        assert (ours - theirs).abs().max() <= 1e-4, length
+    prompt = text(2, 7)
+    expected = pair.theirs.generate(prompt, do_sample=False, max_new_tokens=9, use_cache=False, pad_token_id=0)
+    ours = generate_ids(pair.ours, prompt, max_new_tokens=9, stop_ids=set(), settings=GREEDY, pad_token_id=0)
+    assert torch.equal(ours, expected)

@@ -35,7 +35,7 @@ def twins(family: str, number: int) -> Twins:
 def twins_of(name: str, settings: dict[str, Any]) -> Twins:
     """`settings` of transformers' `{name}Config`: the reference makes the model, and we read what it saves."""
     config_class = getattr(transformers, f"{name}TextConfig", None) or getattr(transformers, f"{name}Config")
-    theirs = getattr(transformers, f"{name}ForCausalLM")(config_class(**settings)).eval()
+    theirs = transformers.AutoModelForCausalLM.from_config(config_class(**settings)).eval()
     randomise(theirs)
     with tempfile.TemporaryDirectory() as directory:
         theirs.save_pretrained(directory)

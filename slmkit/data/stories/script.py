@@ -90,15 +90,15 @@ class Library:
 
 
 @functools.cache
-def load_library(folder: Path = FOLDER) -> Library:
-    """Read every script in a folder, once."""
+def load_library(folder: Path = FOLDER, plots: str = "plots_*.txt") -> Library:
+    """Read a folder's words, forms and shared beats, and the plots of every file whose name matches; once."""
     book = load_words(folder / "words.txt")
     forms = _load_forms(folder / "forms.txt", book)
     fragments: dict[str, list[Line]] = {}
-    plots: dict[str, list[Line]] = {}
-    for path in sorted([folder / "shared.txt", *folder.glob("plots_*.txt")]):
-        _sort_sections(path, fragments, plots)
-    read = (_read_plot(name, lines, fragments, book, frozenset(forms)) for name, lines in sorted(plots.items()))
+    sections: dict[str, list[Line]] = {}
+    for path in sorted([folder / "shared.txt", *folder.glob(plots)]):
+        _sort_sections(path, fragments, sections)
+    read = (_read_plot(name, lines, fragments, book, frozenset(forms)) for name, lines in sorted(sections.items()))
     return Library(book, tuple(read), forms)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import random
+from collections.abc import Sequence
 
+from slmkit.data.stories.primer import scene
 from slmkit.data.stories.questions import Question
 from slmkit.data.stories.script import FOLDER, read_lines
 from slmkit.data.stories.story import Story, tell
@@ -14,7 +16,7 @@ from slmkit.data.stories.words import ScriptError
 
 Message = dict[str, str]
 
-KINDS = {"request": 5, "pasted": 4, "small talk": 1}  # how often each kind of conversation is held
+KINDS = {"request": 4, "pasted": 3, "scene": 9, "small talk": 1}  # how often each kind of conversation is held
 SMALL_TALK = ("hello", "who", "thanks", "bye")
 
 
@@ -24,16 +26,16 @@ def conversation(seed: int, index: int, split: str = "train") -> list[Message]:
     kind = chance.choices(list(KINDS), list(KINDS.values()))[0]
     if kind == "small talk":
         return _small_talk(chance)
-    story = tell(seed, index, split)
-    if kind == "request":
-        messages = _request(chance, story)
-        for question in _draw(chance, story, chance.randint(0, 3)):
-            messages += _exchange(_say(chance, "next question", question=question.question), question.answer)
+    if kind == "scene":
+        told = scene(chance)
+        messages = _questioned(chance, told.text, told.questions)
+    elif kind == "pasted":
+        story = tell(seed, index, split)
+        messages = _questioned(chance, story.text, _draw(chance, story, chance.randint(3, 6)))
     else:
-        first, *others = _draw(chance, story, chance.randint(2, 5))
-        messages = _exchange(_pasted(chance, story, first), first.answer)
-        for question in others:
-            messages += _exchange(_say(chance, "next question", question=question.question), question.answer)
+        story = tell(seed, index, split)
+        messages = _request(chance, story)
+        messages += _next_questions(chance, _draw(chance, story, chance.randint(1, 4)))
     if chance.random() < 0.2:
         messages += _exchange(*_pair(chance, chance.choice(("thanks", "bye"))))
     return messages
@@ -49,7 +51,7 @@ def held_out_questions(count: int, seed: int = 0) -> list[tuple[list[Message], s
         if index % 2:
             messages = [*_request(chance, story), {"role": "user", "content": question.question}]
         else:
-            messages = [{"role": "user", "content": _pasted(chance, story, question)}]
+            messages = [{"role": "user", "content": _pasted(chance, story.text, question)}]
         asked.append((messages, question.answer))
     return asked
 
@@ -59,8 +61,21 @@ def _request(chance: random.Random, story: Story) -> list[Message]:
     return _exchange(_say(chance, "request", **about), story.text)
 
 
-def _pasted(chance: random.Random, story: Story, question: Question) -> str:
-    return _say(chance, "pasted", story=story.text, question=question.question)
+def _questioned(chance: random.Random, text: str, questions: Sequence[Question]) -> list[Message]:
+    """The user brings a text with a question about it, and asks on."""
+    first, *others = questions
+    return [*_exchange(_pasted(chance, text, first), first.answer), *_next_questions(chance, others)]
+
+
+def _pasted(chance: random.Random, text: str, question: Question) -> str:
+    return _say(chance, "pasted", story=text, question=question.question)
+
+
+def _next_questions(chance: random.Random, questions: Sequence[Question]) -> list[Message]:
+    messages: list[Message] = []
+    for question in questions:
+        messages += _exchange(_say(chance, "next question", question=question.question), question.answer)
+    return messages
 
 
 def _small_talk(chance: random.Random) -> list[Message]:

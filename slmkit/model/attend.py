@@ -1,0 +1,62 @@
+"""Softmax attention of heads over heads: PyTorch's fused kernel, and plain products where those are faster."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from slmkit.model.context import View
+
+# On a CPU in bfloat16 the matrix units are so fast that the fused kernel, which works in float32 inside, takes three
+# times as long as plain products over rows this short (two heads of 64, two rows of 512: 5.3 against 1.7 ms).
+# Their scores are kept for the backward pass: 1 KiB a token and head at 512.
+LONGEST_IN_PRODUCTS = 512  # tokens
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, view: View, scale: float, cap: float | None, dropout: float) -> Tensor:
+    """softmax(scale q·k) v over what the view lets each query see; with a cap, cap tanh(scale q·k / cap) instead.
+
+    q [batch, heads, new, head_dim], k and v [batch, kv_heads, seen, head_dim or another] → [batch, heads, new, v's].
+    """
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    if cap is not None:
+        return _capped(q, k, v, view, scale, cap, dropout)
+    trains_on_cpu_in_bfloat16 = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad
+    if trains_on_cpu_in_bfloat16 and view.is_causal and q.size(2) <= LONGEST_IN_PRODUCTS and not dropout:
+        return causal_products(q, k, v, scale)
+    grouped = q.size(1) != k.size(1)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=view.mask, is_causal=view.is_causal, dropout_p=dropout, scale=scale, enable_gqa=grouped
+    )
+
+
+def causal_products(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal attention as two batched products with a softmax between; scores are in the type of q.
+
+    q [batch, heads, tokens, head_dim], k and v [batch, kv_heads, tokens, head_dim or another] → as q.
+    """
+    batch, heads, tokens, _ = q.shape
+    k, v = (_for_every_head(x, heads) for x in (k, v))
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # [batch * heads, tokens, head_dim]
+    future = torch.full((tokens, tokens), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
+    scores = torch.baddbmm(
+        future.expand(batch * heads, -1, -1), q, k.mT, alpha=scale
+    )  # [batch * heads, tokens, tokens]
+    return (scores.softmax(-1) @ v).unflatten(0, (batch, heads))
+
+
+def _capped(q: Tensor, k: Tensor, v: Tensor, view: View, scale: float, cap: float, dropout: float) -> Tensor:
+    """No fused kernel has a cap everywhere."""
+    k, v = (_for_every_head(x, q.size(1)) for x in (k, v))
+    scores = (cap * torch.tanh(q @ k.mT * (scale / cap))).float()  # [batch, heads, new, seen]
+    mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril() if view.is_causal else view.mask
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return F.dropout(scores.softmax(-1).to(v.dtype), dropout) @ v
+
+
+def _for_every_head(x: Tensor, heads: int) -> Tensor:
+    """[batch, kv_heads, ...] → [batch, heads, ...]: each key and value head once for every query head of its group."""
+    return x if x.size(1) == heads else x.repeat_interleave(heads // x.size(1), dim=1)

@@ -1,0 +1,81 @@
+"""Multi-head latent attention: what is cached of a position is one short latent instead of every head's key and value.
+
+    latent, turned key = latent(x)                                      cached: kv_rank + rope_dim numbers
+    plain key, value of each head = key_value(norm(latent))
+    score = plain query · plain key + turned query · turned key
+
+DeepSeek-V2 (arXiv:2405.04434), section 2.1. RoPE cannot pass through the projection from the latent, so it turns
+channels of its own, whose key all heads share.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+
+from slmkit.model.architecture import Architecture, Latent
+from slmkit.model.attend import attend
+from slmkit.model.cache import KVCache
+from slmkit.model.context import View
+from slmkit.model.norms import RMSNorm
+from slmkit.model.rope import rotate
+
+EPS = 1e-6  # of the norms on latents, whatever that of the others
+
+
+class LatentAttention(nn.Module):
+    """Causal self-attention over latents. Decoding never expands them: see `_absorbed`."""
+
+    def __init__(self, a: Architecture, latent: Latent, index: int) -> None:
+        super().__init__()
+        self.index, self.heads, self.sizes = index, a.heads, latent
+        self.scale, self.dropout = a.attention_scale, a.attention_dropout
+        query_dim = a.heads * (latent.plain_dim + latent.rope_dim)
+        self.query: nn.Module = nn.Linear(a.width, query_dim, bias=False)
+        if latent.query_rank is not None:
+            down = nn.Linear(a.width, latent.query_rank, bias=a.qkv_bias)
+            norm = RMSNorm(latent.query_rank, eps=EPS)
+            up = nn.Linear(latent.query_rank, query_dim, bias=False)
+            self.query = nn.Sequential(OrderedDict(down=down, norm=norm, up=up))
+        self.latent = nn.Linear(a.width, latent.kv_rank + latent.rope_dim, bias=a.qkv_bias)
+        self.latent_norm = RMSNorm(latent.kv_rank, eps=EPS)
+        self.key_value = nn.Linear(latent.kv_rank, a.heads * (latent.plain_dim + latent.value_dim), bias=False)
+        self.out = nn.Linear(a.heads * latent.value_dim, a.width, bias=a.out_bias)
+
+    def forward(self, x: Tensor, view: View, cache: KVCache | None) -> Tensor:
+        sizes = self.sizes
+        q = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [batch, heads, new, plain_dim + rope_dim]
+        q_plain, q_turned = q.split([sizes.plain_dim, sizes.rope_dim], dim=-1)
+        latent, k_turned = self.latent(x)[:, None].split([sizes.kv_rank, sizes.rope_dim], dim=-1)  # [batch, 1, new, …]
+        latent = self.latent_norm(latent)
+        q_turned = rotate(self._halves(q_turned), view.turn_query)
+        k_turned = rotate(self._halves(k_turned), view.turn_new)
+        if cache is not None:
+            seen, _ = cache.extend(self.index, torch.cat((latent, k_turned), dim=-1), latent[..., :0])
+            latent, k_turned = seen.split([sizes.kv_rank, sizes.rope_dim], dim=-1)  # [batch, 1, seen, …]
+        k_turned = rotate(k_turned, view.turn_seen)
+        read = self._absorbed if cache is not None and x.size(1) == 1 else self._expanded
+        y = read(q_plain, q_turned, latent, k_turned, view)  # [batch, heads, new, value_dim]
+        return self.out(y.transpose(1, 2).flatten(2))  # [batch, new, width]
+
+    def _expanded(self, q_plain: Tensor, q_turned: Tensor, latent: Tensor, k_turned: Tensor, view: View) -> Tensor:
+        """Every head's keys and values written out: fewest operations where many positions are read at once."""
+        expanded = self.key_value(latent[:, 0]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k_plain, v = expanded.split([self.sizes.plain_dim, self.sizes.value_dim], dim=-1)  # [batch, heads, seen, …]
+        k = torch.cat((k_plain, k_turned.to(k_plain.dtype).expand(-1, self.heads, -1, -1)), dim=-1)
+        q = torch.cat((q_plain, q_turned), dim=-1)
+        return attend(q, k, v, view, self.scale, None, self.dropout if self.training else 0.0)
+
+    def _absorbed(self, q_plain: Tensor, q_turned: Tensor, latent: Tensor, k_turned: Tensor, view: View) -> Tensor:
+        """q · (W_k latent) = (W_k^T q) · latent: the latents are read as they are, a key for all heads."""
+        weight = self.key_value.weight.unflatten(0, (self.heads, -1))  # [heads, plain_dim + value_dim, kv_rank]
+        to_key, to_value = weight.split([self.sizes.plain_dim, self.sizes.value_dim], dim=1)
+        q = torch.cat((q_plain @ to_key, q_turned), dim=-1)  # [batch, heads, 1, kv_rank + rope_dim]
+        k = torch.cat((latent, k_turned), dim=-1)  # [batch, 1, seen, kv_rank + rope_dim]
+        return attend(q, k, latent, view, self.scale, None, 0.0) @ to_value.mT
+
+    def _halves(self, x: Tensor) -> Tensor:
+        """Channels in the order in which `rotate` pairs them."""
+        return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) if self.sizes.neighbours_turn else x
