@@ -132,6 +132,10 @@ def _qwen3(config: SLMConfig) -> Architecture:
     return _llama(config, qk_norm="head")
 
 
+def _qwen2(config: SLMConfig) -> Architecture:
+    return _llama(config, qkv_bias=True)
+
+
 def _olmo2(config: SLMConfig) -> Architecture:
     return _llama(config, norm_at="post", qk_norm="width")
 
@@ -265,6 +269,15 @@ FAMILIES: dict[str, Family] = {
         _ROTARY | {"sliding_window"},
         absent=_UNTIED | {"sliding_window": 4096},
     ),
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        _qwen2,
+        names.LLAMA,
+        _ROTARY | _WINDOWS,
+        defaults={"layer_types": _layer_types},
+        absent=_UNTIED | {"sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 28},
+        derived=_QWEN_WINDOWS,
+    ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
         _qwen3,
@@ -289,6 +302,15 @@ FAMILIES: dict[str, Family] = {
         names.OLMO2,
         _ROTARY | {"attention_bias"},
         absent={"tie_word_embeddings": False},
+    ),
+    "olmo3": Family(
+        "Olmo3ForCausalLM",
+        _olmo2,
+        names.OLMO2,
+        _ROTARY | _WINDOWS | {"attention_bias"},
+        defaults={"layer_types": _one_in(4)},
+        absent={"tie_word_embeddings": False, "sliding_window": 4096, "rope_theta": 5e5},
+        rope_by_kind=True,
     ),
     "gemma2": Family(
         "Gemma2ForCausalLM",

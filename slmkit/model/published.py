@@ -55,7 +55,9 @@ def _read_rope(content: dict[str, Any], by_kind: bool) -> None:
     theta, local, scaling = (content.pop(key, None) for key in ("rope_theta", "rope_local_base_freq", "rope_scaling"))
     newer = content.get("rope_parameters")
     if newer and FULL in newer:
-        content["rope_parameters"] = {kind: _complete(rope, theta) for kind, rope in newer.items() if rope is not None}
+        content["rope_parameters"] = {
+            kind: _complete(newer[kind], theta) for kind in (FULL, SLIDING) if newer.get(kind)
+        }
         return
     rope = _complete(newer or scaling or {}, theta)
     # Layers with a window may turn by a base of their own, and are never scaled.

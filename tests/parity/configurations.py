@@ -116,12 +116,35 @@ def smollm3(rng: random.Random) -> Settings:
     return settings
 
 
+def qwen2(rng: random.Random) -> Settings:
+    settings = common(rng)
+    del settings["head_dim"]
+    if rng.random() < 0.5:
+        first = rng.randint(0, settings["num_hidden_layers"])
+        settings |= {"use_sliding_window": True, "sliding_window": window(rng), "max_window_layers": first}
+    return settings
+
+
 def olmo2(rng: random.Random) -> Settings:
     return common(rng) | {"attention_bias": rng.random() < 0.5}
 
 
 def rope_by_kind(rng: random.Random) -> Settings:
-    return {"full_attention": rope(rng), "sliding_attention": rope(rng)}
+    """One for each kind of layer; the reference does not look for `truncate` there."""
+    return {
+        kind: {key: value for key, value in rope(rng).items() if key != "truncate"}
+        for kind in ("full_attention", "sliding_attention")
+    }
+
+
+def olmo3(rng: random.Random) -> Settings:
+    kinds = layer_types(rng, 4)
+    return common(rng) | {
+        "num_hidden_layers": 4,
+        "sliding_window": window(rng),
+        "layer_types": rng.choice([None, kinds]),
+        "rope_parameters": rope_by_kind(rng),
+    }
 
 
 def gemma2(rng: random.Random) -> Settings:
@@ -165,9 +188,11 @@ DRAW: dict[str, tuple[str, Callable[[random.Random], Settings]]] = {
     "llama": ("Llama", llama),
     "gpt2": ("GPT2", gpt2),
     "mistral": ("Mistral", mistral),
+    "qwen2": ("Qwen2", qwen2),
     "qwen3": ("Qwen3", qwen3),
     "smollm3": ("SmolLM3", smollm3),
     "olmo2": ("Olmo2", olmo2),
+    "olmo3": ("Olmo3", olmo3),
     "gemma2": ("Gemma2", gemma2),
     "gemma3_text": ("Gemma3", gemma3),
     "deepseek_v3": ("DeepseekV3", deepseek),
