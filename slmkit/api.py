@@ -63,6 +63,7 @@ class SLMForCausalLM(nn.Module):
     def generate(
         self,
         input_ids: Tensor,
+        attention_mask: Tensor | None = None,
         max_length: int | None = None,
         max_new_tokens: int | None = None,
         do_sample: bool = False,
@@ -77,6 +78,7 @@ class SLMForCausalLM(nn.Module):
     ) -> Tensor:
         """input_ids [batch, prompt] → [batch, prompt + new], the prompt included; meanings as in transformers.
 
+        `attention_mask` [batch, prompt] is 0 where a shorter prompt is padded, at its left, and 1 elsewhere.
         `max_length` counts the prompt, `max_new_tokens` does not; with neither it is the model's whole context.
         Rows that have ended are filled with `pad_token_id`.
         """
@@ -91,7 +93,7 @@ class SLMForCausalLM(nn.Module):
         )
         prompt = input_ids.size(1)
         if max_new_tokens is None:
-            max_new_tokens = (max_length or self.config.max_position_embeddings) - prompt
+            max_new_tokens = (max_length or self.decoder.architecture.max_positions) - prompt
         if max_new_tokens < 1:
             raise UserError(f"max_length {max_length} leaves no room after a prompt of {prompt} tokens: raise it")
         return generate_ids(
@@ -101,6 +103,7 @@ class SLMForCausalLM(nn.Module):
             stop_ids=_as_set(self.config.eos_token_id if eos_token_id is None else eos_token_id),
             settings=settings,
             pad_token_id=_first(pad_token_id, self.config.pad_token_id, 0),
+            padding=_left_padding(attention_mask),
         )
 
 
@@ -347,6 +350,15 @@ def _resolve(recipe: Recipe, run: RunDirectory, config: SLMConfig, base: Path | 
 def _resolved(config: SLMConfig, initialization: str = "gpt2") -> ModelSettings:
     shape = config.model_dump(exclude=TRAINING_FIELDS)
     return ModelSettings.model_validate(shape | {"initialization": initialization})
+
+
+def _left_padding(attention_mask: Tensor | None) -> Tensor | None:
+    """[batch, prompt] of 0 and 1 → [batch] zeros at the left. Raises `UserError` for a hole or an empty row."""
+    if attention_mask is None or bool(attention_mask.all()):
+        return None
+    if bool((attention_mask.diff(dim=1) < 0).any()) or not bool(attention_mask[:, -1].all()):
+        raise UserError("attention_mask: prompts of different lengths are padded at their left (0 … 0 1 … 1)")
+    return (attention_mask == 0).sum(1)
 
 
 def _as_set(ids: int | Sequence[int] | None) -> set[int]:

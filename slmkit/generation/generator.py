@@ -34,15 +34,17 @@ def room_after(decoder: Decoder, prompt: int, max_new_tokens: int) -> tuple[int,
     return (max_new_tokens, "length") if max_new_tokens <= room else (room, "context")
 
 
-def token_steps(decoder: Decoder, prompt_ids: Tensor, count: int, settings: SamplingSettings) -> Iterator[Tensor]:
+def token_steps(
+    decoder: Decoder, prompt_ids: Tensor, count: int, settings: SamplingSettings, padding: Tensor | None = None
+) -> Iterator[Tensor]:
     """The next token of every row, [batch], `count` times; prompt_ids [batch, prompt].
 
-    The caller decides when rows have ended. Between two steps nothing is left changed, neither the model's mode nor
+    `padding` [batch]: how many tokens at the left of each row are none of its own. The caller decides when rows have ended. Between two steps nothing is left changed, neither the model's mode nor
     torch's, so that whoever takes the tokens may train meanwhile, generate something else, or never come back.
     """
     sampler = Sampler(settings, prompt_ids.device)
-    cache = decoder.new_cache(prompt_ids.size(0), prompt_ids.size(1) + count)
-    ids = new = prompt_ids
+    cache = decoder.new_cache(prompt_ids.size(0), prompt_ids.size(1) + count, padding)
+    new, ids = prompt_ids, _own_tokens(prompt_ids, padding)
     for _ in range(count):
         with _evaluating(decoder):
             hidden = decoder(new, cache)[:, -1]  # [batch, width]
@@ -50,6 +52,14 @@ def token_steps(decoder: Decoder, prompt_ids: Tensor, count: int, settings: Samp
             new = token[:, None]
             ids = torch.cat((ids, new), dim=1)
         yield token
+
+
+def _own_tokens(ids: Tensor, padding: Tensor | None) -> Tensor:
+    """`ids` with padding replaced by the first token behind it, so that nothing is taken for said that was not."""
+    if padding is None:
+        return ids
+    columns = torch.arange(ids.size(1), device=ids.device)
+    return ids.gather(1, torch.maximum(columns, padding[:, None]))
 
 
 @contextmanager
@@ -74,17 +84,18 @@ def generate_ids(
     stop_ids: Set[int],
     settings: SamplingSettings,
     pad_token_id: int,
+    padding: Tensor | None = None,
 ) -> Tensor:
     """prompt_ids [batch, prompt] → [batch, prompt + new]: the prompt, the new tokens and the one that ended them.
 
-    Rows that have ended are filled with `pad_token_id`; it ends when all have, or the context is full. Raises
+    Prompts of different lengths stand at the right, behind `padding` [batch] tokens that are not read. Rows that have ended are filled with `pad_token_id`; it ends when all have, or the context is full. Raises
     `UserError` as `room_after` does.
     """
     count, _ = room_after(decoder, prompt_ids.size(1), max_new_tokens)
     stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=prompt_ids.device)
     ended = torch.zeros(prompt_ids.size(0), dtype=torch.bool, device=prompt_ids.device)
     columns = [prompt_ids]
-    for token in token_steps(decoder, prompt_ids, count, settings):
+    for token in token_steps(decoder, prompt_ids, count, settings, padding):
         columns.append(torch.where(ended, pad_token_id, token)[:, None])
         ended |= torch.isin(token, stops)
         if ended.all():

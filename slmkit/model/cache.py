@@ -17,8 +17,7 @@ from slmkit.model.rope import Rope, Rotation
 class KVCache:
     """Room for `max_length` positions, allocated once; attention sees only what is filled.
 
-    `padding` [batch] says how many columns at the left of each row are padding; None: none anywhere. Raises
-    `ValueError` when more positions are written than there is room for.
+    `padding` [batch] says how many columns at the left of each row are padding; None: none anywhere.
     """
 
     def __init__(
@@ -40,11 +39,13 @@ class KVCache:
         self.tables: dict[Rope, Rotation] = {}  # cosines and sines of every position, each [max_length, dim]
         self.length = 0  # positions read by every layer; moved on by the decoder after its last layer
 
+    def expect(self, new: int) -> None:
+        """Raises `ValueError` where so many new positions have no room."""
+        if self.length + new > self.max_length:
+            raise ValueError(f"the cache has room for {self.max_length} positions, not for {self.length + new}")
+
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store new positions [batch, kv_heads, new, dim]; returns those that can be seen, where `seen` says."""
-        end = self.length + key.size(2)
-        if end > self.max_length:
-            raise ValueError(f"the cache has room for {self.max_length} positions, position {end} was asked for")
         return self._extend(self.keys[layer], key), self._extend(self.values[layer], value)
 
     def _extend(self, held: Tensor, fresh: Tensor) -> Tensor:

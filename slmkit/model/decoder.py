@@ -130,6 +130,8 @@ class Decoder(nn.Module):
             )
         if cache is not None and documents is not None:
             raise ValueError("documents are for whole rows; what a cache continues is one document a row")
+        if cache is not None:
+            cache.expect(new)
         context = Context(self.kinds, dict(zip(self.ropes, self.rotary)), ids, cache, documents)
         x = self.embedding(ids)  # [batch, new, width]
         if self.architecture.embedding_scale != 1:

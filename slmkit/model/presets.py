@@ -46,4 +46,22 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
         "bos_token_id": 151_643, "eos_token_id": 151_645,
     },
+    "gpt2": {
+        "model_type": "gpt2", "vocab_size": 50_257, "hidden_size": 768, "num_hidden_layers": 12,
+        "num_attention_heads": 12, "max_position_embeddings": 1_024,
+        "attention_dropout": 0.1, "hidden_dropout": 0.1, "bos_token_id": 50_256, "eos_token_id": 50_256,
+    },
+    # Untied, as it was trained: 49 M parameters, 11 M of them in the blocks.
+    "smallm-60m": {
+        "model_type": "gpt2", "vocab_size": 50_257, "hidden_size": 384, "num_hidden_layers": 6,
+        "num_attention_heads": 6, "max_position_embeddings": 128,
+        "attention_dropout": 0.1, "hidden_dropout": 0.1, "tie_word_embeddings": False,
+        "bos_token_id": 50_256, "eos_token_id": 50_256,
+    },
+    "gemma-3-270m": {
+        "model_type": "gemma3_text", "vocab_size": 262_144, "hidden_size": 640, "intermediate_size": 2_048,
+        "num_hidden_layers": 18, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256,
+        "max_position_embeddings": 32_768, "sliding_window": 512,
+        "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0,
+    },
 }  # fmt: skip

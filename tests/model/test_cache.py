@@ -1,0 +1,112 @@
+"""Reading with a cache is reading without, in every family; and a window needs no more room than it sees."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from slmkit.model import Decoder, SLMConfig, build_decoder
+
+LENGTH = 40
+SIZES = {
+    "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "max_position_embeddings": 64, "initializer_range": 0.2,
+}  # fmt: skip
+LATENT = {"kv_lora_rank": 12, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 5}
+WINDOWS = {"sliding_window": 7, "num_key_value_heads": 2}
+FAMILIES = {
+    "gpt2": {},
+    "llama": {"num_key_value_heads": 2},
+    "mistral": WINDOWS,
+    "qwen3": {"num_key_value_heads": 1},
+    "qwen2": WINDOWS | {"layer_types": ["full_attention"] * 2 + ["sliding_attention"] * 2},
+    "smollm3": {"num_key_value_heads": 2},
+    "olmo2": {},
+    "olmo3": WINDOWS,
+    "gemma2": WINDOWS | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0},
+    "gemma3_text": WINDOWS | {"num_hidden_layers": 6},
+    "deepseek_v3": LATENT,
+    "slm": {"norm": "layer", "norm_at": "both", "gated_mlp": False, "qk_norm": "width", "sliding_window": 1},
+}
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def config(family: str) -> SLMConfig:
+    return SLMConfig(model_type=family, **SIZES | FAMILIES[family])
+
+
+def decoder_of(family: str) -> Decoder:
+    return build_decoder(config(family), seed=3).eval()
+
+
+def ids(rows: int = 2, length: int = LENGTH) -> Tensor:
+    return torch.randint(97, (rows, length), generator=torch.Generator().manual_seed(length))
+
+
+def in_pieces(decoder: Decoder, x: Tensor, pieces: list[int], padding: Tensor | None = None) -> Tensor:
+    cache = decoder.new_cache(x.size(0), x.size(1), padding)
+    with torch.no_grad():
+        return torch.cat([decoder(piece, cache) for piece in x.split(pieces, dim=1)], dim=1)
+
+
+@every_family
+@pytest.mark.parametrize("pieces", [[1] * LENGTH, [LENGTH], [5, 1, 30, 4], [6, 34], [8, 1, 1, 20, 10]], ids=str)
+def test_every_position_is_what_it_is_without_a_cache(family: str, pieces: list[int]) -> None:
+    decoder, x = decoder_of(family), ids()
+    with torch.no_grad():
+        whole = decoder(x)
+    assert (in_pieces(decoder, x, pieces) - whole).abs().max() <= 1e-5
+
+
+@every_family
+@pytest.mark.parametrize("pieces", [[12] + [1] * 28, [25, 10, 5]], ids=str)
+def test_prompts_of_different_lengths_do_not_touch_each_other(family: str, pieces: list[int]) -> None:
+    decoder, x = decoder_of(family), ids(3)
+    padding = torch.tensor([0, 3, 11])
+    together = in_pieces(decoder, x, pieces, padding)
+    with torch.no_grad():
+        for row, skipped in enumerate(padding.tolist()):
+            alone = decoder(x[row : row + 1, skipped:])
+            assert (together[row, skipped:] - alone[0]).abs().max() <= 1e-5, row
+
+
+@every_family
+def test_documents_do_not_see_each_other_and_begin_at_position_0(family: str) -> None:
+    decoder, x = decoder_of(family), ids(2)
+    documents = torch.zeros(2, LENGTH, dtype=torch.long)
+    documents[0, 13:], documents[0, 21:], documents[1, 30:] = 1, 2, 7
+    with torch.no_grad():
+        packed = decoder(x, documents=documents)
+        for row, borders in enumerate(([0, 13, 21, LENGTH], [0, 30, LENGTH])):
+            for start, stop in zip(borders, borders[1:]):
+                alone = decoder(x[row : row + 1, start:stop])
+                assert (packed[row, start:stop] - alone[0]).abs().max() <= 1e-5, (row, start)
+
+
+def test_a_layer_with_a_window_has_room_for_its_window_alone() -> None:
+    small = SLMConfig.from_preset("gemma-3-270m", hidden_size=64, num_attention_heads=1, vocab_size=100)
+    cache = build_decoder(small).new_cache(1, 32_768)
+    rooms = [keys.size(2) for keys in cache.keys]
+    assert rooms == [32_768 if i in (5, 11, 17) else 512 for i in range(18)]
+
+
+def test_the_latent_cache_holds_the_latents_and_the_turned_key() -> None:
+    cache = decoder_of("deepseek_v3").new_cache(2, LENGTH)
+    assert cache.keys[0].shape == (2, 1, LENGTH, 12 + 4)
+    assert cache.values[0].numel() == 0
+
+
+def test_a_step_attends_to_what_is_filled() -> None:
+    decoder, x = decoder_of("llama"), ids(1, 6)
+    cache = decoder.new_cache(1, 60)
+    with torch.no_grad():
+        decoder(x, cache)
+    keys, values = cache.extend(0, torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 1, 8))
+    assert keys.size(2) == values.size(2) == 7
+
+
+def test_more_than_there_is_room_for_is_refused() -> None:
+    decoder = decoder_of("mistral")
+    with pytest.raises(ValueError, match="room for 10 positions"), torch.no_grad():
+        decoder(ids(1, 11), decoder.new_cache(1, 10))
