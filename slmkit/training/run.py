@@ -116,6 +116,7 @@ def fit(
     eval_steps = evaluation_interval(settings, plan.steps)
     own_hooks = (
         Every(settings.logging_steps, logger.log),
+        Every(eval_steps, logger.log),
         Every(eval_steps, logger.draw),
         Every(settings.save_steps or eval_steps, saver.save),
     )
@@ -148,9 +149,13 @@ class Logger:
 
     def __init__(self, run: RunDirectory, perfect_loss: float | None) -> None:
         self.run, self.perfect_loss = run, perfect_loss
+        self.last_step = -1
 
     def log(self, state: State, report: Report) -> None:
-        self.run.metrics.append(report)
+        """A line for the step, once, whichever interval asks for it: no validation goes unrecorded."""
+        if state.step != self.last_step:
+            self.run.metrics.append(report)
+        self.last_step = state.step
 
     def draw(self, state: State, report: Report) -> None:
         plot_losses(self.run.metrics.read(), self.run.plot, self.run.root.name, self.perfect_loss)

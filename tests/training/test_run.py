@@ -28,6 +28,13 @@ def test_the_best_checkpoint_is_the_one_with_the_lowest_validation_loss(tmp_path
     assert {step: loss for step, loss in logged.items() if loss} == losses
 
 
+def test_every_validation_is_logged_whatever_else_is(tmp_path: Path) -> None:
+    validate = Every(4, lambda state, report: report.update(validation_loss=float(state.step)))
+    run(tmp_path, hooks=(validate,), logging_steps=3, eval_steps=4)
+    logged = [(line["step"], line.get("validation_loss")) for line in MetricsLog(tmp_path / "metrics.jsonl").read()]
+    assert logged == [(3, None), (4, 4.0), (6, None), (8, 8.0), (9, None), (12, 12.0)]
+
+
 def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tmp_path: Path) -> None:
     def interrupt(state, report) -> None:
         if state.step == 3:

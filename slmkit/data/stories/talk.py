@@ -31,11 +31,11 @@ def conversation(seed: int, index: int, split: str = "train") -> list[Message]:
         messages = _questioned(chance, told.text, told.questions)
     elif kind == "pasted":
         story = tell(seed, index, split)
-        messages = _questioned(chance, story.text, _draw(chance, story, chance.randint(3, 6)))
+        messages = _questioned(chance, story.text, _draw(chance, story, chance.randint(4, 8)))
     else:
         story = tell(seed, index, split)
         messages = _request(chance, story)
-        messages += _next_questions(chance, _draw(chance, story, chance.randint(1, 4)))
+        messages += _next_questions(chance, _draw(chance, story, chance.randint(3, 7)))
     if chance.random() < 0.2:
         messages += _exchange(*_pair(chance, chance.choice(("thanks", "bye"))))
     return messages
