@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from slmkit.cli import chat, data, generate, quickstart, tokenizer, train
+from slmkit.cli import chat, data, generate, inspect, quickstart, tokenizer, train
 from slmkit.config import UserError
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app.command("train")(train.train)
 app.command("resume")(train.resume)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
+app.command("inspect")(inspect.inspect)
 
 
 def main() -> None:

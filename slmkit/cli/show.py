@@ -44,6 +44,18 @@ class TerminalReporter:
         return update
 
 
+def count(number: int) -> str:
+    """1234567 → 1.23 M."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.2f} {unit}"
+    return str(number)
+
+
+def gibibytes(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
 def load_model(path: str, device: str) -> tuple[Decoder, SLMTokenizer]:
     """The decoder and tokenizer of a model directory or run, on the device asked for. Raises `UserError`."""
     from slmkit.device import find_device

@@ -39,8 +39,9 @@ def token_steps(
 ) -> Iterator[Tensor]:
     """The next token of every row, [batch], `count` times; prompt_ids [batch, prompt].
 
-    `padding` [batch]: how many tokens at the left of each row are none of its own. The caller decides when rows have ended. Between two steps nothing is left changed, neither the model's mode nor
-    torch's, so that whoever takes the tokens may train meanwhile, generate something else, or never come back.
+    `padding` [batch]: how many tokens at the left of each row are none of its own. The caller decides when rows have
+    ended. Between two steps nothing is left changed, neither the model's mode nor torch's, so that whoever takes the
+    tokens may train meanwhile, generate something else, or never come back.
     """
     sampler = Sampler(settings, prompt_ids.device)
     cache = decoder.new_cache(prompt_ids.size(0), prompt_ids.size(1) + count, padding)
@@ -88,8 +89,9 @@ def generate_ids(
 ) -> Tensor:
     """prompt_ids [batch, prompt] → [batch, prompt + new]: the prompt, the new tokens and the one that ended them.
 
-    Prompts of different lengths stand at the right, behind `padding` [batch] tokens that are not read. Rows that have ended are filled with `pad_token_id`; it ends when all have, or the context is full. Raises
-    `UserError` as `room_after` does.
+    Prompts of different lengths stand at the right, behind `padding` [batch] tokens that are not read. Rows that have
+    ended are filled with `pad_token_id`; it ends when all have, or the context is full. Raises `UserError` as
+    `room_after` does.
     """
     count, _ = room_after(decoder, prompt_ids.size(1), max_new_tokens)
     stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=prompt_ids.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from slmkit.config import UserError
 from slmkit.model.rope import Rope
 
 
@@ -30,7 +31,7 @@ class Latent:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Every choice of the decoder. Its depth is the length of `layers`."""
+    """Every choice of the decoder."""
 
     vocab_size: int
     width: int
@@ -59,6 +60,18 @@ class Architecture:
     latent: Latent | None = None  # None: plain attention
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
+
+    @property
+    def depth(self) -> int:
+        return len(self.layers)
+
+    def expect(self, length: int) -> None:
+        """Raises `UserError` for a text longer than the context."""
+        if length > self.max_positions:
+            raise UserError(
+                f"{length} tokens are more than the model's context of {self.max_positions}: "
+                "shorten the text, or raise max_position_embeddings and train on"
+            )
 
     @property
     def cached_per_position(self) -> tuple[int, int, int]:

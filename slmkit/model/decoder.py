@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from slmkit.config import UserError, did_you_mean
 from slmkit.model.architecture import Architecture
@@ -114,6 +115,9 @@ class Decoder(nn.Module):
         self.kind_of_block = [self.kinds.index(layer) for layer in a.layers]
         self.ropes = list(dict.fromkeys(kind.rope for kind in self.kinds if kind.rope is not None))
         self.rotary = nn.ModuleList(Rotary(rope) for rope in self.ropes)
+        # Every n-th block keeps nothing for the backward pass but its input, and is computed a second time there
+        # (activation checkpointing, arXiv:1604.06174); 0: none does.
+        self.recompute_every = 0
 
     def forward(self, ids: Tensor, cache: KVCache | None = None, documents: Tensor | None = None) -> Tensor:
         """ids [batch, new] → hidden states [batch, new, width]; with a cache, ids continue what it holds.
@@ -123,11 +127,7 @@ class Decoder(nn.Module):
         the model's positions.
         """
         past, new = cache.length if cache else 0, ids.size(1)
-        if past + new > self.architecture.max_positions:
-            raise UserError(
-                f"{past + new} tokens are more than the model's context of {self.architecture.max_positions}: "
-                "shorten the text, or raise max_position_embeddings and train on"
-            )
+        self.architecture.expect(past + new)
         if cache is not None and documents is not None:
             raise ValueError("documents are for whole rows; what a cache continues is one document a row")
         if cache is not None:
@@ -139,8 +139,11 @@ class Decoder(nn.Module):
         if self.place is not None:
             x = x + self.place(context.positions)
         x = self.dropout(x)
-        for block, kind in zip(self.blocks, self.kind_of_block):
-            x = block(x, context.views[kind], cache)
+        for index, (block, kind) in enumerate(zip(self.blocks, self.kind_of_block)):
+            if self.training and self.recompute_every and index % self.recompute_every == 0:
+                x = checkpoint(block, x, context.views[kind], cache, use_reentrant=False)
+            else:
+                x = block(x, context.views[kind], cache)
         if cache is not None:
             cache.length += new
         return self.norm(x)

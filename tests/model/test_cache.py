@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -79,7 +81,7 @@ def test_documents_do_not_see_each_other_and_begin_at_position_0(family: str) ->
     with torch.no_grad():
         packed = decoder(x, documents=documents)
         for row, borders in enumerate(([0, 13, 21, LENGTH], [0, 30, LENGTH])):
-            for start, stop in zip(borders, borders[1:]):
+            for start, stop in itertools.pairwise(borders):
                 alone = decoder(x[row : row + 1, start:stop])
                 assert (packed[row, start:stop] - alone[0]).abs().max() <= 1e-5, (row, start)
 

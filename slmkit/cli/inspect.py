@@ -1,0 +1,45 @@
+"""`slm inspect`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(help="A model directory, a run (its best checkpoint) or a preset.")],
+    batch: Annotated[int, typer.Option(min=1, help="Sequences that go through the model at once.")] = 8,
+    length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens a sequence; else the context, at most 2048.")
+    ] = None,
+    precision: Annotated[str, typer.Option(help="auto, float32, bfloat16.")] = "auto",
+    optimizer: Annotated[str, typer.Option(help="adamw, muon.")] = "adamw",
+) -> None:
+    """Say how large a model is: parameters, operations, KV cache, and memory to train and to run it.
+
+    Example: slm inspect llama-3.2-1b --batch 1 --length 8192
+    """
+    from slmkit.cli.show import count, gibibytes
+    from slmkit.training.inspection import inspect_model
+
+    report = inspect_model(model, rows=batch, length=length, precision=precision, optimizer=optimizer)
+    print(f"{model}: {report.summary}\n")
+
+    print("parameters")
+    for name, n in report.parameters.items():
+        print(f"  {name:<28}{n:>16,}  {n / report.parameter_count:6.1%}")
+    print(f"  {'all':<28}{report.parameter_count:>16,}\n")
+
+    print(f"operations a token, in rows of {report.length:,}")
+    for name, n in report.operations.items():
+        print(f"  {name:<28}{count(n):>16}")
+
+    print(f"\nKV cache, bytes a token in bfloat16{report.windows}")
+    for name, n in report.cache_bytes.items():
+        print(f"  {name:<28}{n:>16,}")
+    print(f"  {f'one row of {report.length:,}':<28}{gibibytes(report.cache_of_a_row):>16}")
+
+    print(f"\nmemory, {batch} × {report.length:,} tokens at once, {report.device}")
+    for name, n in report.memory.items():
+        print(f"  {name:<28}{gibibytes(n):>16}")

@@ -1,0 +1,101 @@
+"""What a model will ask for before it is trained or run: everything that `slm inspect` prints, as numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from slmkit.device import Device, find_device
+from slmkit.model import SLMConfig
+from slmkit.model.architecture import Architecture
+from slmkit.model.families import architecture_of
+from slmkit.model.presets import PRESETS
+from slmkit.model.sizes import cache_size, cache_variants, flops_per_token, parameters_by_module
+from slmkit.training.memory import reading_bytes, training_bytes
+from slmkit.training.recipe import TrainSettings
+from slmkit.training.run import find_model_directory
+
+LONGEST_BY_DEFAULT = 2_048  # tokens
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Sizes of one model. Bytes are bytes, operations are per token, and a product counts two for a multiply-add."""
+
+    summary: str
+    length: int
+    parameters: dict[str, int]
+    operations: dict[str, int]
+    cache_bytes: dict[str, int]  # a token, of layers without a window; as it is, and with keys shared otherwise
+    windows: str
+    cache_of_a_row: int
+    memory: dict[str, int]
+    device: str
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(self.parameters.values())
+
+
+def inspect_model(
+    model: str | Path, rows: int = 8, length: int | None = None, precision: str = "auto", optimizer: str = "adamw"
+) -> Inspection:
+    """`model` is a model directory, a run or a preset; `rows` of `length` tokens go through it at once.
+
+    Raises `UserError` for a model that is not there, and for a length beyond its context.
+    """
+    config = config_of(model)
+    a = architecture_of(config)
+    length = length or min(a.max_positions, LONGEST_BY_DEFAULT)
+    a.expect(length)
+    device = find_device("cpu", precision)
+    flops = flops_per_token(a, length)
+    cache = cache_size(a, length)
+    windows = f", and {cache.of_windows:,} a row for layers with a window" if cache.of_windows else ""
+    return Inspection(
+        summary=_summary(config, a),
+        length=length,
+        parameters=parameters_by_module(a),
+        operations={
+            "forward, matrices": flops.matrices,
+            "forward, attention": flops.attention,
+            "backward": flops.backward,
+        },
+        cache_bytes={"as it is": cache.per_token}
+        | {name: cache_size(variant, length).per_token for name, variant in cache_variants(a).items()},
+        windows=windows,
+        cache_of_a_row=cache.at_length,
+        memory=_memory(a, rows, length, device, optimizer),
+        device=f"products in {device.describe()['compute_dtype']}",
+    )
+
+
+def config_of(model: str | Path) -> SLMConfig:
+    """The config of a preset, a model directory or a run's best checkpoint. Raises `UserError` for none of them."""
+    if str(model) in PRESETS and not Path(model).exists():
+        return SLMConfig.from_preset(str(model))
+    return SLMConfig.from_pretrained(find_model_directory(model))
+
+
+def _memory(a: Architecture, rows: int, length: int, device: Device, optimizer: str) -> dict[str, int]:
+    settings = TrainSettings(optimizer=optimizer)
+    return {
+        f"training with {optimizer}": training_bytes(a, settings, rows, length, device),
+        "… and gradient_checkpointing": training_bytes(a, settings, rows, length, device, recompute_every=1),
+        "running in float32": reading_bytes(a, rows, length, torch.float32),
+        "running in bfloat16": reading_bytes(a, rows, length, torch.bfloat16),
+    }
+
+
+def _summary(config: SLMConfig, a: Architecture) -> str:
+    attention = f"{a.heads} heads over {a.kv_heads} key-value heads of {a.head_dim}"
+    if a.latent is not None:
+        attention = f"{a.heads} heads over latents of {a.latent.kv_rank} + {a.latent.rope_dim}"
+    windows = sum(layer.window is not None for layer in a.layers)
+    seen = f" ({windows} with a window)" if windows else ""
+    return (
+        f"{config.model_type}, {a.depth} layers{seen} of width {a.width}, {attention}, MLP {a.mlp_width}, "
+        f"{a.vocab_size:,} tokens, context {a.max_positions:,}"
+    )

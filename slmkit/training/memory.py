@@ -1,0 +1,98 @@
+"""How much memory a step of training or of reading takes: it is run on tensors that have shapes and no content."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from slmkit.device import Device
+from slmkit.model import Decoder
+from slmkit.model.architecture import Architecture
+from slmkit.training.losses import linear_cross_entropy
+from slmkit.training.optimizers import OPTIMIZERS
+from slmkit.training.recipe import TrainSettings
+
+
+class Ledger(TorchDispatchMode):
+    """Adds up the bytes of all tensors alive while it is on; `peak` is the most there were at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self._note, result)
+        return result
+
+    def _note(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()  # views share it
+        if storage in self._known:
+            return
+        size = storage.nbytes()
+        self._known.add(storage)
+        weakref.finalize(storage, self._gone, size)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def _gone(self, size: int) -> None:
+        self.now -= size
+
+
+def training_bytes(
+    architecture: Architecture,
+    settings: TrainSettings,
+    rows: int,
+    length: int,
+    device: Device,
+    recompute_every: int = 0,
+) -> int:
+    """The most that a step needs at once: weights, gradients, the optimizer's state and what the backward pass keeps.
+
+    `rows` of `length` tokens are one micro-batch. Of a plain loss over every token, with `recompute_every` n-th block
+    computed a second time.
+    """
+    with FakeTensorMode(), Ledger() as ledger:
+        decoder = Decoder(architecture)
+        decoder.recompute_every = recompute_every
+        optimizers = OPTIMIZERS[settings.optimizer](decoder, settings)
+        ids = torch.zeros(rows, length, dtype=torch.long)
+        for parameter in decoder.parameters():
+            parameter.grad = torch.empty_like(parameter)
+        _update(optimizers)  # so that their state is there, as in every step but the first
+        with device.autocast():
+            hidden = decoder(ids).flatten(0, 1)
+            loss = linear_cross_entropy(hidden, decoder.head_weight, ids.flatten())
+        del hidden
+        loss.backward()
+        _update(optimizers)
+    return ledger.peak
+
+
+def _update(optimizers: list[torch.optim.Optimizer]) -> None:
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def reading_bytes(architecture: Architecture, rows: int, length: int, dtype: torch.dtype) -> int:
+    """The most that reading `rows` prompts of `length` tokens needs at once: weights, cache and what passes through."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with FakeTensorMode(), torch.no_grad(), Ledger() as ledger:
+            decoder = Decoder(architecture).eval()
+            cache = decoder.new_cache(rows, length)
+            hidden = decoder(torch.zeros(rows, length, dtype=torch.long), cache)
+            decoder.logits(hidden[:, -1])
+    finally:
+        torch.set_default_dtype(before)
+    return ledger.peak

@@ -1,0 +1,83 @@
+"""The arithmetic of sizes is what is counted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from slmkit.model import Decoder, SLMConfig, build_decoder
+from slmkit.model.families import architecture_of
+from slmkit.model.presets import PRESETS
+from slmkit.model.sizes import cache_size, cache_variants, count_parameters, flops_per_token, parameter_count
+from tests.model.test_cache import FAMILIES, SIZES, config
+
+PUBLISHED = {
+    "gpt2": 124_439_808,
+    "llama-3.2-1b": 1_235_814_400,
+    "gemma-3-270m": 268_098_176,
+    "qwen3-0.6b": 596_049_920,
+    "smollm2-135m": 134_515_008,
+}
+OPTIONS = [
+    {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
+    {"qk_norm": "head", "norm": "layer", "norm_at": "both", "gated_mlp": False, "mlp_bias": True},
+    {"qk_norm": "width", "norm_at": "post", "num_key_value_heads": 2, "head_dim": 10},
+]
+WIDE = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 500, "num_attention_heads": 4}
+
+
+def architectures() -> list[SLMConfig]:
+    by_option = [SLMConfig(model_type="slm", hidden_size=32, num_attention_heads=4, **option) for option in OPTIONS]
+    return [config(family) for family in FAMILIES] + by_option
+
+
+@pytest.mark.parametrize("c", architectures(), ids=lambda c: c.model_type)
+def test_parameters_are_counted_exactly(c: SLMConfig) -> None:
+    assert parameter_count(architecture_of(c)) == count_parameters(architecture_of(c))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_have_their_published_size(preset: str) -> None:
+    a = architecture_of(SLMConfig.from_preset(preset))
+    assert parameter_count(a) == count_parameters(a) == PUBLISHED.get(preset, parameter_count(a))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_operations_are_those_that_pytorch_counts(family: str) -> None:
+    rows, length = 2, 48
+    c = SLMConfig(model_type=family, **SIZES | FAMILIES[family] | WIDE)
+    decoder = build_decoder(c)
+    ids = torch.randint(500, (rows, length))
+    with sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as forward:
+            loss = decoder.logits(decoder(ids)).sum()
+        with FlopCounterMode(display=False) as backward:
+            loss.backward()
+    counted = flops_per_token(decoder.architecture, length)
+    assert forward.get_total_flops() / (rows * length) == pytest.approx(counted.forward, rel=0.01)
+    assert backward.get_total_flops() / (rows * length) == pytest.approx(counted.backward, rel=0.01)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("length", [3, 50])
+def test_the_cache_takes_what_is_said(family: str, length: int) -> None:
+    decoder = build_decoder(config(family))
+    cache = decoder.new_cache(1, length)
+    held = sum(tensor.numel() * tensor.element_size() for tensor in (*cache.keys, *cache.values))
+    size = cache_size(decoder.architecture, length, bytes_per_number=4)
+    assert size.at_length == held
+    assert size.per_token * length <= held
+
+
+def test_sharing_keys_and_values_shrinks_the_cache_in_proportion() -> None:
+    a = architecture_of(SLMConfig.from_preset("llama-3.2-1b"))
+    sizes = {name: cache_size(variant, 1).per_token for name, variant in cache_variants(a).items()}
+    assert cache_size(a, 1).per_token == sizes["grouped, 4 queries a key"] == 16 * 2 * 8 * 64 * 2
+    assert sizes["multi-head"] == 4 * sizes["grouped, 4 queries a key"] == 32 * sizes["multi-query"]
+
+
+def test_counting_takes_no_memory() -> None:
+    with torch.device("meta"):
+        assert next(Decoder(architecture_of(SLMConfig.from_preset("gpt2"))).parameters()).device.type == "meta"
