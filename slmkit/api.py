@@ -237,7 +237,9 @@ def evaluate_run(directory: str | Path) -> RunFigures:
     decoder, config = load_decoder(find_model_directory(directory))
     shards = open_corpus(run.data).validation
     length = load_recipe(run.recipe).train.sequence_length or config.max_position_embeddings
-    report = validation_loss(decoder, DocumentRows(shards, length), find_device("cpu", "float32"))
+    separate = load_recipe(run.recipe).data.separate_documents
+    rows, device = DocumentRows(shards, length), find_device("cpu", "float32")
+    report = validation_loss(decoder, rows, device, separate=separate)
     return RunFigures(report, report.bits_per_byte(shards.header.text_bytes), shards.header.perfect_loss)
 
 
@@ -265,7 +267,8 @@ class _Session:
         kind = ChatRows if is_chat else PretrainRows
         self.rows = kind(corpus.train, self.length)
         self.validation_rows: Rows = (ChatRows if is_chat else DocumentRows)(corpus.validation, self.length)
-        self.stream = Stream(self.rows, recipe.train.rows_per_step(self.length), recipe.seed)
+        separate = recipe.data.separate_documents
+        self.stream = Stream(self.rows, recipe.train.rows_per_step(self.length), recipe.seed, separate)
         self.plan: Plan = make_plan(recipe.train, self.rows.rows_in_epoch, self.length, device)
 
     def summary(self) -> str:
@@ -288,7 +291,7 @@ class _Session:
                 self.plan,
                 companions=self.corpus.tokenizer.save_pretrained,
                 hooks=(
-                    Every(interval, Validate(self.validation_rows, self.device)),
+                    Every(interval, Validate(self.validation_rows, self.device, self.stream.separate)),
                     Every(interval, self._sampler()),
                     Every(1, progress.update),
                 ),
@@ -321,11 +324,11 @@ class _Session:
 class Validate:
     """A hook that adds `validation_loss` to the report."""
 
-    def __init__(self, rows: Rows, device: Device) -> None:
-        self.rows, self.device = rows, device
+    def __init__(self, rows: Rows, device: Device, separate: bool = False) -> None:
+        self.rows, self.device, self.separate = rows, device, separate
 
     def __call__(self, state: State, report: Report) -> None:
-        report["validation_loss"] = validation_loss(state.model, self.rows, self.device).loss
+        report["validation_loss"] = validation_loss(state.model, self.rows, self.device, separate=self.separate).loss
 
 
 def _model_for(recipe: Recipe, tokenizer: SLMTokenizer, base: Path | None) -> tuple[Decoder, SLMConfig]:

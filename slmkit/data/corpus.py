@@ -39,6 +39,7 @@ class DataSettings(Settings):
     text_column: str = "text"
     messages_column: str = "messages"
     validation_fraction: float = Field(0.05, gt=0, lt=1)  # of files; held out of training
+    separate_documents: bool = False  # attention and positions are kept inside each
     documents: int = Field(20_000, gt=0)  # of the built-in corpus, like the next two
     primer_documents: int = Field(0, ge=0)  # spread among the stories, so that they do not make the primer forgotten
     validation_documents: int = Field(300, gt=0)

@@ -19,40 +19,55 @@ from slmkit.data.shards import TokenShards
 
 
 class Rows(Protocol):
-    """Numbered rows of ids and labels, int64 [length] each: `labels[t]` follows `ids[t]`, or is -100: not learned."""
+    """Numbered rows of ids and labels, int64 [length] each: `labels[t]` follows `ids[t]`, or is -100: not learned.
+
+    `documents` [length] numbers the documents of a row: two tokens of one have the same number.
+    """
 
     @property
     def rows_in_epoch(self) -> int: ...
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]: ...
 
+    def documents(self, index: int) -> np.ndarray: ...
+
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows for one update. `weight` is the number of labels that are learned: what the summed loss is divided by."""
+    """Rows for one update. `weight` is the number of labels that are learned: what the summed loss is divided by.
+
+    With `documents`, attention and positions are kept inside each.
+    """
 
     ids: Tensor  # int64 [rows, length]
     labels: Tensor  # int64 [rows, length]
     weight: int
+    documents: Tensor | None = None  # int64 [rows, length]
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(self.ids.to(device), self.labels.to(device), self.weight)
+        documents = None if self.documents is None else self.documents.to(device)
+        return Batch(self.ids.to(device), self.labels.to(device), self.weight, documents)
 
     def split(self, rows: int) -> list[Batch]:
         """Micro-batches of at most `rows` rows, in order."""
         if len(self.ids) <= rows:
             return [self]
-        parts = zip(self.ids.split(rows), self.labels.split(rows))
-        return [Batch(ids, labels, int((labels != IGNORED).sum())) for ids, labels in parts]
+        ids, labels = self.ids.split(rows), self.labels.split(rows)
+        documents = [None] * len(ids) if self.documents is None else self.documents.split(rows)
+        weights = [int((part != IGNORED).sum()) for part in labels]
+        return [Batch(*parts) for parts in zip(ids, labels, weights, documents)]
 
 
 class Stream:
-    """The endless sequence of epochs over `rows`, each shuffled by (seed, epoch). Its only position is the step."""
+    """The endless sequence of epochs over `rows`, each shuffled by (seed, epoch). Its only position is the step.
 
-    def __init__(self, rows: Rows, rows_per_step: int, seed: int = 0) -> None:
+    `separate`: batches say which document each token belongs to, so that none is read across a border.
+    """
+
+    def __init__(self, rows: Rows, rows_per_step: int, seed: int = 0, separate: bool = False) -> None:
         if rows_per_step < 1:
             raise UserError(f"expected at least one row a step, found {rows_per_step}; raise tokens_per_step")
-        self.rows, self.rows_per_step, self.seed = rows, rows_per_step, seed
+        self.rows, self.rows_per_step, self.seed, self.separate = rows, rows_per_step, seed, separate
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """Rows of step `step` (from 0), or the contiguous share of them that falls to one of `world` ranks.
@@ -66,9 +81,10 @@ class Stream:
             )
         begin, end = (self.rows_per_step * part // world for part in (rank, rank + 1))
         positions = step * self.rows_per_step + np.arange(begin, end)
-        drawn = [self.rows.row(index) for index in self._indices(positions)]
-        ids, labels = (np.stack(column) for column in zip(*drawn))  # int64 [rows, length] each
-        return Batch(torch.from_numpy(ids), torch.from_numpy(labels), int((labels != IGNORED).sum()))
+        indices = self._indices(positions)
+        ids, labels = (np.stack(column) for column in zip(*map(self.rows.row, indices)))  # int64 [rows, length] each
+        documents = torch.from_numpy(np.stack([*map(self.rows.documents, indices)])) if self.separate else None
+        return Batch(torch.from_numpy(ids), torch.from_numpy(labels), int((labels != IGNORED).sum()), documents)
 
     def _indices(self, positions: np.ndarray) -> list[int]:
         """Which rows stand at `positions` of the endless sequence."""
@@ -104,6 +120,10 @@ class PretrainRows:
         start = self.starts[index]
         tokens = self.shards.tokens_in(start, start + self.length + 1).astype(np.int64)
         return tokens[:-1], tokens[1:]
+
+    def documents(self, index: int) -> np.ndarray:
+        positions = self.starts[index] + np.arange(self.length)
+        return np.searchsorted(self.shards.document_ends, positions, side="right")
 
 
 class ChatRows:
@@ -148,6 +168,10 @@ class ChatRows:
             labels.append(row_of_labels(ids[-1], self.shards.trained_in(start, stop)))
         return padded(ids, self.length, self.pad_id), padded(labels, self.length, IGNORED)
 
+    def documents(self, index: int) -> np.ndarray:
+        lengths = (self.stops - self.starts)[self.packed[index]]
+        return _numbered(lengths, self.length)
+
 
 class DocumentRows:
     """For validation: whole documents side by side behind an end-of-text token, so that all of each is predicted.
@@ -183,8 +207,20 @@ class DocumentRows:
             padded([content], self.length, IGNORED),
         )
 
+    def documents(self, index: int) -> np.ndarray:
+        """The token in front belongs to the first; the last token of each predicts the next one's first, as ever."""
+        lengths = np.array([stop - start for start, stop in self._rows[index]])
+        lengths[0] += 1
+        lengths[-1] -= 1
+        return _numbered(lengths, self.length)
+
 
 def _documents(shards: TokenShards) -> tuple[np.ndarray, np.ndarray]:
     """First token of each document and one past its last: int64 [documents] each."""
     ends = shards.document_ends
     return np.concatenate([np.zeros(1, dtype=np.int64), ends[:-1]]), ends
+
+
+def _numbered(lengths: np.ndarray, row_length: int) -> np.ndarray:
+    """0 for each token of the first document, 1 for the second, …, and a number of its own for padding."""
+    return padded([np.repeat(np.arange(len(lengths)), lengths)], row_length, len(lengths))

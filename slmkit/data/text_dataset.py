@@ -74,6 +74,10 @@ class TextDataset(Dataset):
         tokens = self._texts[text][start : start + self.length + 1]
         return self._padded(tokens[:-1], tokens[1:], start)
 
+    def documents(self, index: int) -> np.ndarray:
+        """A row is of one text."""
+        return np.zeros(self.length, dtype=np.int64)
+
     def _windows(self, reserved: int) -> list[tuple[int, int]]:
         """(text, start) of the windows that together cover each text but its last `reserved` tokens."""
         windows = []

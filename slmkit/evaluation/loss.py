@@ -24,6 +24,8 @@ class Rows(Protocol):
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]: ...
 
+    def documents(self, index: int) -> np.ndarray: ...
+
 
 @dataclass(frozen=True)
 class LossReport:
@@ -47,18 +49,24 @@ class LossReport:
 
 
 @torch.inference_mode()
-def validation_loss(model: Decoder, rows: Rows, device: Device, rows_per_batch: int = 8) -> LossReport:
-    """Cross-entropy of every label in `rows`, in the mode and precision the model is used in."""
+def validation_loss(
+    model: Decoder, rows: Rows, device: Device, rows_per_batch: int = 8, separate: bool = False
+) -> LossReport:
+    """Cross-entropy of every label in `rows`, in the precision the model is used in.
+
+    `separate`: no document of a row sees another, as it was in training with `data.separate_documents`.
+    """
     was_training = model.training
     model.eval()
     nats, tokens = 0.0, 0
     for start in range(0, rows.rows_in_epoch, rows_per_batch):
-        part = [rows.row(i) for i in range(start, min(start + rows_per_batch, rows.rows_in_epoch))]
-        ids, labels = (
+        indices = range(start, min(start + rows_per_batch, rows.rows_in_epoch))
+        part = [(*rows.row(i), rows.documents(i)) for i in indices]
+        ids, labels, documents = (
             torch.from_numpy(np.stack(columns).astype(np.int64)).to(device.torch_device) for columns in zip(*part)
         )  # [rows, length] each
         with device.autocast():
-            hidden = model(ids)
+            hidden = model(ids, documents=documents if separate else None)
             asked = labels != IGNORED
             logits = model.logits(hidden[asked]).float()  # [asked, vocab_size]
         nats += F.cross_entropy(logits, labels[asked], reduction="sum").item()

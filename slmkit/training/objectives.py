@@ -24,7 +24,7 @@ Objective = Callable[[Decoder, Batch], Loss]
 
 def next_token(model: Decoder, batch: Batch) -> Loss:
     """Cross-entropy of every label that is learned: pretraining, and fine-tuning on the assistant's tokens alone."""
-    hidden = model(batch.ids)  # [rows, length, width]
+    hidden = model(batch.ids, documents=batch.documents)  # [rows, length, width]
     learned = batch.labels != IGNORED  # [rows, length]
     # Only learned positions reach the head: in a conversation most are not, and the head is the widest matrix.
     return Loss(linear_cross_entropy(hidden[learned], model.head_weight, batch.labels[learned]))

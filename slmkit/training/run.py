@@ -106,6 +106,7 @@ def fit(
         keep_freed_memory()
     model.to(plan.device.torch_device)
     settings = recipe.train
+    model.recompute_every = settings.gradient_checkpointing
     state = State(model, OPTIMIZERS[settings.optimizer](model, settings), seed=recipe.seed)
     if resume:
         checkpoints.load_checkpoint(checkpoints.newest_intact(run.checkpoints, warn), state)

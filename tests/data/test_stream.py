@@ -201,3 +201,35 @@ def test_padding_needs_no_token_of_its_own(tmp_path: Path):
     ids, labels = DocumentRows(shards, 6).row(0)
     assert ids.tolist() == [EOS, 0, 97, 0, 0, 0]
     assert labels.tolist() == [0, 97, EOS] + [IGNORED] * 3
+
+
+TEXTS = ["abc", "defgh", "i", "jklmnopq" * 3]
+
+
+def borders(row: np.ndarray) -> list[int]:
+    return [0, *(np.flatnonzero(np.diff(row)) + 1).tolist(), len(row)]
+
+
+def test_documents_of_a_pretraining_row_end_with_their_end_of_text(tmp_path: Path):
+    rows = PretrainRows(prepare_text(TEXTS, TOKENIZER, tmp_path), 7)
+    for index in range(rows.rows_in_epoch):
+        ids, _ = rows.row(index)
+        *inner, _ = borders(rows.documents(index))[1:]
+        assert inner == [i + 1 for i in np.flatnonzero(ids == EOS).tolist() if i + 1 < 7]
+
+
+def test_documents_of_packed_rows_are_the_ones_packed(tmp_path: Path):
+    rows = DocumentRows(prepare_text(TEXTS, TOKENIZER, tmp_path), 16)
+    for index in range(rows.rows_in_epoch):
+        ids, labels = rows.row(index)
+        numbers = rows.documents(index)
+        inner = [start for start in borders(numbers)[1:-1] if labels[start] != IGNORED]
+        assert inner == [i for i in np.flatnonzero(ids == EOS).tolist() if i and labels[i] != IGNORED]
+
+
+def test_only_a_stream_that_is_asked_to_separates_documents(rows: PretrainRows):
+    assert Stream(rows, 4).batch(0).documents is None
+    batch = Stream(rows, 4, separate=True).batch(0)
+    assert batch.documents is not None
+    assert batch.documents.shape == batch.ids.shape
+    assert [part.documents.shape for part in batch.split(3)] == [(3, 5), (1, 5)]  # type: ignore[union-attr]

@@ -44,6 +44,27 @@ def test_the_loss_is_the_mean_over_trained_tokens_as_transformers_has_it(tmp_pat
     assert train_step(ours, next_token, batch, plan(1))["loss"] == pytest.approx(expected, abs=1e-4)
 
 
+def test_separate_documents_are_learned_as_if_each_had_a_row_of_its_own() -> None:
+    generator = torch.Generator().manual_seed(4)
+    ids, labels = (torch.randint(260, (2, 12), generator=generator) for _ in range(2))
+    packed = Batch(ids.view(1, 24), labels.view(1, 24), 24, torch.tensor([[3] * 12 + [5] * 12]))
+    apart, together, mixed = state(), state(), state()
+    expected = train_step(apart, next_token, Batch(ids, labels, 24), plan(1))
+    assert train_step(together, next_token, packed, plan(1))["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert train_step(mixed, next_token, Batch(packed.ids, packed.labels, 24), plan(1))["loss"] != expected["loss"]
+    for a, b in zip(apart.model.parameters(), together.model.parameters()):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_layers_computed_again_give_the_same_update(every: int) -> None:
+    kept, again = state(), state()
+    again.model.recompute_every = every
+    for learner in (kept, again):
+        train_step(learner, next_token, uneven_batch(), plan(1))
+    assert all(torch.equal(a, b) for a, b in zip(kept.model.parameters(), again.model.parameters()))
+
+
 def test_masked_labels_teach_nothing() -> None:
     """What stands at positions that are not learned, and after them, does not matter."""
     batch = uneven_batch()
