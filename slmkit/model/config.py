@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from slmkit.config import Settings, UserError, did_you_mean, load_settings
-from slmkit.model.families import family_of, optional_fields
+from slmkit.model.families import FULL, SLIDING, family_of, optional_fields
 from slmkit.model.presets import PRESETS
 from slmkit.model.published import from_published, to_published
 
@@ -41,7 +41,7 @@ class SLMConfig(Settings):
     sliding_window: int | None = Field(None, gt=0)  # positions a query sees in sliding_attention, its own included
     layer_types: list[Literal["full_attention", "sliding_attention"]] | None = None  # None: all alike
     no_rope_layers: list[int] | None = None  # 1 for each layer that turns queries and keys, 0 for one that does not
-    query_pre_attn_scalar: float = Field(256, gt=0)  # scores are divided by its root
+    query_pre_attn_scalar: int | float = Field(256, gt=0)  # scores are divided by its root
     attn_logit_softcapping: float | None = Field(None, gt=0)
     final_logit_softcapping: float | None = Field(None, gt=0)
     q_lora_rank: int | None = Field(None, gt=0)  # of latent attention, as the next five; None: queries as ever
@@ -79,6 +79,9 @@ class SLMConfig(Settings):
         for name, default in family_of(given.get("model_type", plain["model_type"])).defaults.items():
             if name not in given:
                 given = given | {name: default(plain | given) if callable(default) else default}
+        rope = given.get("rope_parameters")
+        if family_of(given.get("model_type", plain["model_type"])).rope_by_kind and rope and FULL not in rope:
+            given = given | {"rope_parameters": {FULL: rope, SLIDING: rope}}
         width, heads = ((plain | given)[name] for name in ("hidden_size", "num_attention_heads"))
         if "head_dim" not in given and isinstance(width, int) and isinstance(heads, int) and heads and width % heads:
             raise ValueError(f"hidden_size ({width}) must be a multiple of num_attention_heads ({heads})")

@@ -198,6 +198,10 @@ def _one_in(full_every: int) -> Callable[[dict[str, Any]], list[str] | None]:
     return lambda fields: _layer_types(fields, full_every)
 
 
+def _bases(full: float, sliding: float) -> dict[str, dict[str, Any]]:
+    return {kind: {"rope_type": "default", "rope_theta": theta} for kind, theta in ((FULL, full), (SLIDING, sliding))}
+
+
 def _three_of_four_turn(fields: dict[str, Any]) -> list[int]:
     return [int(i % 4 != 0) for i in range(1, fields["num_hidden_layers"] + 1)]
 
@@ -308,7 +312,7 @@ FAMILIES: dict[str, Family] = {
         _olmo2,
         names.OLMO2,
         _ROTARY | _WINDOWS | {"attention_bias"},
-        defaults={"layer_types": _one_in(4)},
+        defaults={"layer_types": _one_in(4), "rope_parameters": _bases(full=5e5, sliding=5e5)},
         absent={"tie_word_embeddings": False, "sliding_window": 4096, "rope_theta": 5e5},
         rope_by_kind=True,
     ),
@@ -327,14 +331,7 @@ FAMILIES: dict[str, Family] = {
         _gemma3,
         names.GEMMA3,
         _ROTARY | _WINDOWS | {"attention_bias", "query_pre_attn_scalar", "final_logit_softcapping"},
-        defaults=_GEMMA_DEFAULTS
-        | {
-            "layer_types": _one_in(6),
-            "rope_parameters": {
-                FULL: {"rope_type": "default", "rope_theta": 1e6},
-                SLIDING: {"rope_type": "default", "rope_theta": 1e4},
-            },
-        },
+        defaults=_GEMMA_DEFAULTS | {"layer_types": _one_in(6), "rope_parameters": _bases(full=1e6, sliding=1e4)},
         absent=_GEMMA_ABSENT | {"rope_theta": 1e6, "rope_local_base_freq": 1e4},
         spelling={"hidden_act": "hidden_activation"},
         # The reference reads a cap of scores and never applies it.

@@ -41,10 +41,7 @@ def to_published(fields: dict[str, Any], family: Family) -> dict[str, Any]:
     """Fields of `SLMConfig` → the content of a config.json, RoPE and windows written as every version reads them."""
     content = {family.spelling.get(name, name): value for name, value in fields.items()}
     if "rope_parameters" in fields:
-        rope = fields["rope_parameters"]
-        if family.rope_by_kind and FULL not in rope:
-            rope = {FULL: rope, SLIDING: rope}
-        content |= _older_rope(rope) | {"rope_parameters": rope}
+        content |= _older_rope(fields["rope_parameters"])
     derived = {key: value(fields) for key, value in family.derived.items() if value is not None}
     head = {"architectures": [family.class_name], "dtype": "float32", "use_cache": True}
     return head | content | dict(family.fixed) | derived

@@ -224,7 +224,7 @@ def test_documents_of_packed_rows_are_the_ones_packed(tmp_path: Path):
         ids, labels = rows.row(index)
         numbers = rows.documents(index)
         inner = [start for start in borders(numbers)[1:-1] if labels[start] != IGNORED]
-        assert inner == [i for i in np.flatnonzero(ids == EOS).tolist() if i and labels[i] != IGNORED]
+        assert inner == [i + 1 for i in np.flatnonzero(ids == EOS).tolist() if i and labels[i + 1] != IGNORED]
 
 
 def test_only_a_stream_that_is_asked_to_separates_documents(rows: PretrainRows):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from slmkit.config import UserError
 from slmkit.model import build_decoder, load_decoder, save_decoder
-from slmkit.model.directory import WEIGHTS
+from slmkit.model.directory import SHARDS, WEIGHTS
+from tests.model.test_cache import FAMILIES, config
 from tests.model.test_decoder import tiny
 
 
@@ -71,4 +73,56 @@ def test_a_truncated_file_is_one_line_with_its_path(directory: Path) -> None:
 def test_a_directory_without_weights_says_so(directory: Path) -> None:
     (directory / WEIGHTS).unlink()
     with pytest.raises(UserError, match="no weights"):
+        load_decoder(directory)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_read_back_bit_for_bit(family: str, tmp_path: Path) -> None:
+    decoder = build_decoder(config(family), seed=5)
+    save_decoder(decoder, config(family), tmp_path)
+    loaded, loaded_config = load_decoder(tmp_path)
+    assert loaded_config == config(family)
+    assert loaded.architecture == decoder.architecture
+    state = loaded.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in decoder.state_dict().items())
+
+
+def shard(directory: Path) -> list[Path]:
+    """Cut the weights into two files with an index, as large models are saved."""
+    content = load_file(directory / WEIGHTS)
+    names = sorted(content)
+    parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, inside in parts.items():
+        save_file({name: content[name] for name in inside}, directory / file)
+    index = {"metadata": {}, "weight_map": {name: file for file, inside in parts.items() for name in inside}}
+    (directory / SHARDS).write_text(json.dumps(index))
+    (directory / WEIGHTS).unlink()
+    return [directory / file for file in parts]
+
+
+def test_shards_are_read_as_one(directory: Path) -> None:
+    whole = load_decoder(directory)[0].state_dict()
+    shard(directory)
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in load_decoder(directory)[0].state_dict().items())
+
+
+def test_a_missing_shard_is_named(directory: Path) -> None:
+    shard(directory)[1].unlink()
+    with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors: no such file"):
+        load_decoder(directory)
+
+
+def test_an_index_that_is_none_is_one_line(directory: Path) -> None:
+    shard(directory)
+    (directory / SHARDS).write_text('{"weight_map": [1]}')
+    with pytest.raises(UserError, match="not a readable index of shards"):
+        load_decoder(directory)
+
+
+def test_an_architecture_that_is_not_held_is_refused_with_those_that_are(directory: Path) -> None:
+    content = json.loads((directory / "config.json").read_text()) | {"model_type": "mamba"}
+    (directory / "config.json").write_text(json.dumps(content))
+    with pytest.raises(
+        UserError, match=r"'mamba' is not held here; known: deepseek_v3, gemma2, gemma3_text, gpt2, llama"
+    ):
         load_decoder(directory)

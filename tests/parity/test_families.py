@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 pytest.importorskip("transformers")
 
 from slmkit.generation import SamplingSettings, generate_ids
-from slmkit.model.directory import stored_names
+from slmkit.model.directory import save_decoder, stored_names
 from slmkit.model.families import family_of
 from tests.parity.configurations import DRAW, PER_FAMILY
 from tests.parity.twins import Twins, text, twins, twins_of
@@ -31,6 +32,17 @@ def logits_of(pair: Twins, ids: Tensor) -> tuple[Tensor, Tensor]:
 def test_logits(family: str, number: int) -> None:
     ours, theirs = logits_of(twins(family, number), text())
     assert (ours - theirs).abs().max() <= 1e-4
+
+
+@every_configuration
+def test_what_we_save_is_what_transformers_loads(family: str, number: int, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    pair = twins(family, number)
+    save_decoder(pair.ours, pair.config, tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert (again(text()).logits - pair.theirs(text()).logits).abs().max() <= 1e-5
 
 
 @every_configuration
