@@ -1,18 +1,25 @@
 # make quickstart   the whole life of a small model, offline, in minutes
 # make test         everything the project promises, checked
+# make test-transformers4   the comparisons with transformers 4
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # pip's view of the pinned set: the same versions for everybody.
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: quickstart test lint types check format clean
+.PHONY: quickstart test test-transformers4 lint types check format clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/slm quickstart
 
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
+
+# The comparisons once more with the last version of transformers before 5, beside the one that is installed.
+test-transformers4: $(VENV)/.installed-test
+	$(INSTALL) --no-deps --target $(VENV)/transformers4 --upgrade "transformers<5" "huggingface_hub<1" \
+		"tokenizers<=0.23.0" requests urllib3 charset_normalizer idna certifi
+	PYTHONPATH=$(VENV)/transformers4 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto tests/parity
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

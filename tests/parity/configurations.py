@@ -166,8 +166,8 @@ def gemma3(rng: random.Random) -> Settings:
 
 def deepseek(rng: random.Random) -> Settings:
     settings = common(rng)
-    for unknown in ("head_dim", "num_key_value_heads"):
-        del settings[unknown]
+    del settings["head_dim"]
+    settings["num_key_value_heads"] = settings["num_attention_heads"]
     scaled = settings["rope_parameters"]
     if scaled["rope_type"] == "yarn" and "attention_factor" not in scaled:
         scaled |= {"mscale": rng.choice([0.7, 1.0]), "mscale_all_dim": rng.choice([0.8, 1.0])}

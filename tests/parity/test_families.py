@@ -16,7 +16,7 @@ from slmkit.generation import SamplingSettings, generate_ids
 from slmkit.model.directory import save_decoder, stored_names
 from slmkit.model.families import family_of
 from tests.parity.configurations import DRAW, PER_FAMILY
-from tests.parity.twins import Twins, text, twins, twins_of
+from tests.parity.twins import BEFORE_5, Twins, text, twins, twins_of
 
 CONFIGURATIONS = [(family, number) for family in DRAW for number in range(PER_FAMILY)]
 every_configuration = pytest.mark.parametrize(("family", "number"), CONFIGURATIONS, ids=lambda value: str(value))
@@ -40,9 +40,9 @@ def test_what_we_save_is_what_transformers_loads(family: str, number: int, tmp_p
 
     pair = twins(family, number)
     save_decoder(pair.ours, pair.config, tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.no_grad():
-        assert (again(text()).logits - pair.theirs(text()).logits).abs().max() <= 1e-5
+        assert (again(text()).logits - pair.theirs(text()).logits).abs().max() <= 1e-4
 
 
 @every_configuration
@@ -69,18 +69,22 @@ def test_gradients(family: str, number: int) -> None:
     for name, parts in names.items():
         gradient = torch.cat([ours[part] for part in parts])
         expected = theirs[name].T if name.endswith(family_of(family).transposed) else theirs[name]
-        assert (gradient - expected).norm() <= 1e-3 * expected.norm() + 1e-7, name
+        assert (gradient - expected).norm() <= 1e-3 * expected.norm() + 1e-6, name
 
 
+# One rotation for all layers, which the reference can stretch (OLMo 2's only since its version 5).
+STRETCHED = [
+    family
+    for family in DRAW
+    if family != "gpt2" and not family_of(family).rope_by_kind and not (BEFORE_5 and family == "olmo2")
+]
 DYNAMIC = {
     "rope_parameters": {"rope_type": "dynamic", "factor": 8.0, "rope_theta": 100.0},
     "max_position_embeddings": 16,
 }
 
 
-@pytest.mark.parametrize(
-    "family", [family for family in DRAW if family != "gpt2" and not family_of(family).rope_by_kind]
-)
+@pytest.mark.parametrize("family", STRETCHED)
 def test_dynamic_ntk(family: str) -> None:
     """Equal at every length. Cached, only up to the original one: what is cached was computed with the base of then."""
     name, draw = DRAW[family]

@@ -15,6 +15,8 @@ from torch import Tensor
 from slmkit.model import Decoder, SLMConfig, load_decoder
 from tests.parity.configurations import DRAW, LENGTH, VOCAB
 
+BEFORE_5 = transformers.__version__ < "5"
+
 
 @dataclass(frozen=True)
 class Twins:
@@ -34,6 +36,8 @@ def twins(family: str, number: int) -> Twins:
 
 def twins_of(name: str, settings: dict[str, Any]) -> Twins:
     """`settings` of transformers' `{name}Config`: the reference makes the model, and we read what it saves."""
+    if BEFORE_5 and "rope_parameters" in settings:
+        settings = in_older_spelling(name, settings)
     config_class = getattr(transformers, f"{name}TextConfig", None) or getattr(transformers, f"{name}Config")
     theirs = transformers.AutoModelForCausalLM.from_config(config_class(**settings)).eval()
     randomise(theirs)
@@ -41,6 +45,19 @@ def twins_of(name: str, settings: dict[str, Any]) -> Twins:
         theirs.save_pretrained(directory)
         ours, config = load_decoder(directory)
     return Twins(theirs, ours, config)
+
+
+def in_older_spelling(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """RoPE as transformers 4 takes it: layers with a window are never scaled there, and OLMo 2 is not at all."""
+    settings = settings | {"attn_implementation": "eager"}  # the others leave out the cap of scores there
+    rope = settings.pop("rope_parameters")
+    if "sliding_attention" in rope:
+        if name != "Olmo3":  # which has one base for all layers
+            settings["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    scaled = scaling["rope_type"] != "default" and name != "Olmo2"
+    return settings | {"rope_theta": rope["rope_theta"], "rope_scaling": scaling if scaled else None}
 
 
 def randomise(model: torch.nn.Module) -> None:
