@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -61,15 +62,17 @@ def validation_loss(
     nats, tokens = 0.0, 0
     for start in range(0, rows.rows_in_epoch, rows_per_batch):
         indices = range(start, min(start + rows_per_batch, rows.rows_in_epoch))
-        part = [(*rows.row(i), rows.documents(i)) for i in indices]
-        ids, labels, documents = (
-            torch.from_numpy(np.stack(columns).astype(np.int64)).to(device.torch_device) for columns in zip(*part)
-        )  # [rows, length] each
+        ids, labels = (_stacked(columns, device) for columns in zip(*map(rows.row, indices)))  # [rows, length] each
+        documents = _stacked(map(rows.documents, indices), device) if separate else None
         with device.autocast():
-            hidden = model(ids, documents=documents if separate else None)
+            hidden = model(ids, documents=documents)
             asked = labels != IGNORED
             logits = model.logits(hidden[asked]).float()  # [asked, vocab_size]
         nats += F.cross_entropy(logits, labels[asked], reduction="sum").item()
         tokens += int(asked.sum())
     model.train(was_training)
     return LossReport(nats, tokens)
+
+
+def _stacked(rows: Iterable[np.ndarray], device: Device) -> torch.Tensor:
+    return torch.from_numpy(np.stack([*rows]).astype(np.int64)).to(device.torch_device)
