@@ -39,11 +39,13 @@ def test_its_steps_are_those_of_the_reference(monkeypatch: pytest.MonkeyPatch, l
 
 
 def test_every_direction_of_a_step_is_about_as_long() -> None:
-    values = torch.linalg.svdvals(orthogonal(torch.randn(3, 20, 50)).float())
+    values = torch.linalg.svdvals(
+        orthogonal(torch.randn(3, 20, 50), (3.4445, -4.7750, 2.0315), rounds=5, eps=1e-7).float()
+    )
     assert values.min() > 0.5
     assert values.max() < 1.3
 
 
 def test_what_is_not_a_matrix_is_refused() -> None:
-    with pytest.raises(ValueError, match="matrices"):
+    with pytest.raises(ValueError, match="2D"):
         Muon([nn.Parameter(torch.zeros(3))], lr=0.1)
