@@ -9,7 +9,11 @@ import typer
 if TYPE_CHECKING:
     from slmkit.generation import ChatSession
 
-HELP = "/reset forgets the conversation, /save FILE keeps it, /quit leaves; Ctrl-C stops an answer."
+HELP = (
+    "/reset forgets the conversation, /save FILE keeps it, /load FILE goes on with it, /quit leaves; "
+    "Ctrl-C stops an answer."
+)
+CUT = {"length": " … (cut at {tokens} tokens: --max-new-tokens)", "context": " … (the model's context is full)"}
 
 
 def chat(
@@ -24,7 +28,7 @@ def chat(
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
 ) -> None:
-    """Talk to a model. /reset, /save FILE and /quit are understood; Ctrl-C stops the answer.
+    """Talk to a model. /reset, /save FILE, /load FILE and /quit are understood; Ctrl-C stops the answer.
 
     Example: slm chat runs/quickstart/chat
     """
@@ -67,11 +71,11 @@ def _obey(line: str, session: ChatSession) -> bool:
     if command == "/reset":
         session.reset()
         print("(forgotten)")
-    elif command == "/save":
+    elif command in ("/save", "/load"):
         path = argument.strip() or "chat.json"
         try:
-            session.save(path)
-            print(f"(saved to {path})")
+            (session.save if command == "/save" else session.load)(path)
+            print(f"({'saved to' if command == '/save' else 'going on with'} {path})")
         except UserError as error:
             print(f"({error})")
     else:
@@ -83,10 +87,13 @@ def _answer(session: ChatSession, line: str) -> None:
     """Print the answer as it comes. Ctrl-C ends it and keeps what was said."""
     from slmkit.config import UserError
 
-    pieces = session.reply(line)
+    pieces, forgotten = session.reply(line), session.forgotten
     try:
         for piece in pieces:
             print(piece, end="", flush=True)
+        print(CUT.get(session.finish_reason or "", "").format(tokens=session.max_new_tokens), end="")
+        if session.forgotten > forgotten:
+            print(f"\n({session.forgotten} messages no longer fit the context and are forgotten)", end="")
     except KeyboardInterrupt:
         pieces.close()
         print(" (stopped)", end="")

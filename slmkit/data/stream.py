@@ -108,7 +108,7 @@ class PretrainRows:
         self.starts = windows(len(shards), length)
         if not self.starts:
             raise UserError(
-                f"{shards.directory}: {len(shards):,} tokens are too few for one sequence, which needs {length + 1:,}; "
+                f"{len(shards):,} tokens are too few for one sequence, which needs {length + 1:,}; "
                 "lower sequence_length or add text"
             )
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from slmkit.config import UserError
+from slmkit.generation.generator import FinishReason
 from slmkit.generation.sampling import SamplingSettings
 from slmkit.generation.text import TextStream
 from slmkit.model import Decoder
@@ -38,6 +39,7 @@ class ChatSession:
         self.max_new_tokens = max_new_tokens
         self.messages: Messages = [{"role": "system", "content": system}] if system else []
         self.forgotten = 0
+        self.finish_reason: FinishReason | None = None  # of the last answer; None where it was stopped
 
     def reset(self) -> None:
         """Forget everything but the system message."""
@@ -53,13 +55,14 @@ class ChatSession:
             self.decoder, self.tokenizer, prompt, settings=self.settings, max_new_tokens=self.max_new_tokens
         )
         self.forgotten += len(self.messages) + 1 - len(messages)
-        self.messages = messages
+        self.messages, self.finish_reason = messages, None
         said: list[str] = []
         try:
             for piece in stream:
                 said.append(piece)
                 yield piece
         finally:
+            self.finish_reason = stream.finish_reason
             answer = "".join(said).strip()
             if answer:
                 self.messages.append({"role": "assistant", "content": answer})

@@ -76,15 +76,22 @@ def test_generating_goes_on_from_the_prompt_and_a_seed_repeats_it(folder: Path) 
 
 
 def test_a_chat_understands_its_commands(folder: Path) -> None:
-    lines = "Count to 3\n/save talk.json\n/reset\n/nonsense\n/quit\nnever read\n"
+    lines = "Count to 3\n/save talk.json\n/reset\n/nonsense\n/load talk.json\n/load none.json\n/quit\nnever read\n"
     done = slm("chat", "runs/chat", "--seed", "1", cwd=folder, stdin=lines)
     assert done.returncode == 0, done.stderr
     assert "(saved to talk.json)" in done.stdout
     assert "(forgotten)" in done.stdout
     assert "unknown command /nonsense" in done.stdout
-    assert done.stdout.count("you> ") == 5
+    assert "(going on with talk.json)" in done.stdout
+    assert "none.json: not a saved conversation" in done.stdout
+    assert done.stdout.count("you> ") == 7
     messages = json.loads((folder / "talk.json").read_text())["messages"]
     assert messages[0] == {"role": "user", "content": "Count to 3"}
+
+
+def test_a_chat_says_why_an_answer_is_cut(folder: Path) -> None:
+    done = slm("chat", "runs/chat", "--seed", "1", "--max-new-tokens", "1", cwd=folder, stdin="Count to 3\n")
+    assert "(cut at 1 tokens" in done.stdout
 
 
 def test_a_chat_ends_with_its_input(folder: Path) -> None:

@@ -31,6 +31,18 @@ def test_both_sides_are_remembered() -> None:
     ]
 
 
+@pytest.mark.usefixtures("speaking")
+@pytest.mark.parametrize(("room", "reason"), [(40, "stop"), (3, "length")])
+def test_what_ended_an_answer_is_known(room: int, reason: str) -> None:
+    chat = session(max_new_tokens=room)
+    list(chat.reply("Hello"))
+    assert chat.finish_reason == reason
+    broken_off = chat.reply("And?")
+    next(broken_off)
+    broken_off.close()
+    assert chat.finish_reason is None
+
+
 def test_an_answer_is_what_the_model_says_to_the_whole_conversation(monkeypatch: pytest.MonkeyPatch) -> None:
     chat = session()
     "".join(chat.reply("Hello"))
