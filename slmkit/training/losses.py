@@ -27,7 +27,11 @@ def linear_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Loss and gradients in one pass: d loss / d logits = softmax(logits) - onehot(label), chunk by chunk."""
+    """Loss and gradients in one pass: d loss / d logits = softmax(logits) - onehot(label), chunk by chunk.
+
+    The exponentials are neither divided by their sum nor lessened by the label's one where they are widest: rows are
+    divided, and the label's part subtracted, after the products with them.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
@@ -38,16 +42,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         head_grad = torch.zeros_like(head, dtype=torch.float32) if wants_gradient else None
         chunk = max(1, LOGITS_PER_CHUNK // head.size(0))
         for start in range(0, hidden.size(0), chunk):
-            h, y = hidden[start : start + chunk], labels[start : start + chunk, None]  # [chunk, width], [chunk, 1]
-            logits = F.linear(h, weight).float()  # [chunk, vocab_size]
-            log_total = logits.logsumexp(-1, keepdim=True)  # [chunk, 1]
-            total += (log_total - logits.gather(-1, y)).sum()
+            h, y = hidden[start : start + chunk], labels[start : start + chunk]  # [chunk, width], [chunk]
+            logits = F.linear(h, weight)  # [chunk, vocab_size]
+            largest = logits.amax(-1, keepdim=True).float()  # [chunk, 1]
+            picked = logits.gather(-1, y[:, None]).float()  # [chunk, 1]
+            powers = logits.float().sub_(largest).exp_()  # [chunk, vocab_size]
+            sums = powers.sum(-1, keepdim=True)  # [chunk, 1]
+            total += (sums.log() + largest - picked).sum()
             if hidden_grad is not None and head_grad is not None:
-                gradient = logits.sub_(log_total).exp_()  # softmax, in the logits' memory
-                gradient.scatter_add_(-1, y, torch.full_like(y, -1, dtype=gradient.dtype))
-                gradient = gradient.to(hidden.dtype)
-                torch.mm(gradient, weight, out=hidden_grad[start : start + chunk])
-                head_grad += gradient.T @ h
+                powers = powers.to(hidden.dtype)
+                hidden_grad[start : start + chunk] = (powers @ weight) / sums - weight[y]
+                head_grad += powers.T @ (h / sums).to(h.dtype)
+                head_grad.index_add_(0, y, h.float(), alpha=-1)
         if wants_gradient:
             ctx.save_for_backward(hidden_grad, head_grad)
             ctx.head_dtype = head.dtype
