@@ -236,7 +236,6 @@ _EXPERTS = (
     "router_aux_loss_coef", "num_key_value_heads", "head_dim", "qk_head_dim",
 )  # fmt: skip
 _DENSE: dict[str, Any] = dict.fromkeys(_EXPERTS) | {
-    "first_k_dense_replace": lambda fields: fields["num_hidden_layers"],
     "num_key_value_heads": lambda fields: fields["num_attention_heads"],
 }
 
@@ -343,7 +342,8 @@ FAMILIES: dict[str, Family] = {
         _deepseek,
         names.DEEPSEEK,
         _LATENT | {"rope_parameters", "rope_interleave", "attention_bias"},
-        absent=_UNTIED,
+        absent=_UNTIED | {"first_k_dense_replace": 3},
+        fixed={"first_k_dense_replace": lambda fields: fields["num_hidden_layers"]},
         derived=_DENSE,
     ),
     "slm": Family(

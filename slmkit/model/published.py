@@ -9,10 +9,13 @@ from slmkit.model.families import FULL, SLIDING, Family
 # Keys of a published config.json that say nothing about what the model computes.
 HARMLESS_KEYS = {
     "_name_or_path", "architectures", "auto_map", "cache_implementation", "chunk_size_feed_forward", "dtype",
-    "id2label", "is_encoder_decoder", "label2id", "output_attentions", "output_hidden_states", "pretraining_tp",
-    "problem_type", "return_dict", "summary_activation", "summary_first_dropout", "summary_proj_to_labels",
-    "summary_type", "summary_use_proj", "task_specific_params", "torch_dtype", "transformers_version", "use_cache",
+    "id2label", "is_encoder_decoder", "is_llama_config", "label2id", "output_attentions", "output_hidden_states",
+    "pretraining_tp", "problem_type", "return_dict", "summary_activation", "summary_first_dropout",
+    "summary_proj_to_labels", "summary_type", "summary_use_proj", "task_specific_params", "torch_dtype",
+    "transformers.js_config", "transformers_version", "use_cache",
 }  # fmt: skip
+# Of older or other programs, which write them to say no.
+SAID_ONLY_TO_DENY = {"rope_interleaved": False, "use_mrope": False, "tie_encoder_decoder": False, "is_decoder": False}
 # Written as null where it follows from other fields.
 NULL_IS_ABSENT = {"head_dim", "intermediate_size", "layer_types", "no_rope_layers", "num_key_value_heads"}
 
@@ -29,9 +32,9 @@ def from_published(content: dict[str, Any], family: Family) -> dict[str, Any]:
     _read_layers(content)
     for key in HARMLESS_KEYS | family.derived.keys():
         content.pop(key, None)
-    for key, value in family.fixed.items():
-        if content.pop(key, value) not in (value, None):
-            raise ValueError(f"{key} must be {value!r}: nothing else is held here")
+    for key, value in (SAID_ONLY_TO_DENY | _fixed(family, content)).items():
+        if (found := content.pop(key, value)) not in (value, None):
+            raise ValueError(f"{key} is {found!r}: nothing but {value!r} is held here")
     if "rope_parameters" in family.fields:
         _read_rope(content, family.rope_by_kind)
     return content
@@ -44,7 +47,11 @@ def to_published(fields: dict[str, Any], family: Family) -> dict[str, Any]:
         content |= _older_rope(fields["rope_parameters"])
     derived = {key: value(fields) for key, value in family.derived.items() if value is not None}
     head = {"architectures": [family.class_name], "dtype": "float32", "use_cache": True}
-    return head | content | dict(family.fixed) | derived
+    return head | content | _fixed(family, fields) | derived
+
+
+def _fixed(family: Family, fields: dict[str, Any]) -> dict[str, Any]:
+    return {key: value(fields) if callable(value) else value for key, value in family.fixed.items()}
 
 
 def _read_rope(content: dict[str, Any], by_kind: bool) -> None:

@@ -72,3 +72,96 @@ def test_a_missing_or_broken_config_is_one_line_with_its_path(content: str | Non
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match=r"config\.json"):
         SLMConfig.from_pretrained(tmp_path)
+
+
+COMMON = {
+    "architectures": ["…"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
+    "initializer_range": 0.02, "use_cache": True, "torch_dtype": "bfloat16", "transformers_version": "4.50.0",
+    "vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "rms_norm_eps": 1e-6,
+}  # fmt: skip
+# The keys that published models of each family come with, at small sizes; and what is to be read from them.
+PUBLISHED = {
+    "gpt2": (
+        {
+            "activation_function": "gelu_new", "attn_pdrop": 0.1, "bos_token_id": 50256, "embd_pdrop": 0.1,
+            "eos_token_id": 50256, "initializer_range": 0.02, "layer_norm_epsilon": 1e-05, "n_ctx": 64, "n_embd": 32,
+            "n_head": 4, "n_layer": 2, "n_positions": 64, "resid_pdrop": 0.1, "summary_activation": None,
+            "summary_first_dropout": 0.1, "summary_proj_to_labels": True, "summary_type": "cls_index",
+            "summary_use_proj": True, "task_specific_params": {"text-generation": {"do_sample": True}},
+            "vocab_size": 300,
+        },
+        {"hidden_size": 32, "intermediate_size": 128, "hidden_dropout": 0.1, "max_position_embeddings": 64},
+    ),
+    "llama": (
+        COMMON
+        | {
+            "hidden_act": "silu", "is_llama_config": True, "rope_interleaved": False, "pretraining_tp": 1,
+            "rope_scaling": None, "rope_theta": 100000, "transformers.js_config": {"dtype": "q4"},
+        },
+        {"tie_word_embeddings": False, "rope_parameters": {"rope_type": "default", "rope_theta": 100000}},
+    ),
+    "qwen2": (
+        COMMON | {"hidden_act": "silu", "max_window_layers": 2, "sliding_window": 32, "use_sliding_window": True},
+        {"layer_types": ["full_attention"] * 2 + ["sliding_attention"] * 2, "sliding_window": 32},
+    ),
+    "qwen3": (
+        COMMON
+        | {
+            "hidden_act": "silu", "head_dim": 16, "max_window_layers": 4, "rope_scaling": None, "rope_theta": 1000000,
+            "sliding_window": 32, "use_sliding_window": False, "tie_word_embeddings": True,
+        },
+        {"head_dim": 16, "sliding_window": None, "tie_word_embeddings": True},
+    ),
+    "gemma3_text": (
+        COMMON
+        | {
+            "_sliding_window_pattern": 2, "attn_logit_softcapping": None, "final_logit_softcapping": None,
+            "head_dim": 16, "hidden_activation": "gelu_pytorch_tanh", "pad_token_id": 0, "query_pre_attn_scalar": 16,
+            "rope_local_base_freq": 10000.0, "rope_scaling": None, "rope_theta": 1000000.0, "sliding_window": 8,
+            "use_bidirectional_attention": False,
+        },
+        {
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    "smollm3": (
+        COMMON
+        | {
+            "hidden_act": "silu", "max_window_layers": 28, "mlp_bias": False, "no_rope_layer_interval": 2,
+            "pretraining_tp": 2, "rope_scaling": None, "rope_theta": 5000000.0, "sliding_window": None,
+            "use_sliding_window": False,
+        },
+        {"no_rope_layers": [1, 0, 1, 0]},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_a_published_config_is_read_with_all_its_keys(family: str, tmp_path: Path) -> None:
+    content, expected = PUBLISHED[family]
+    (tmp_path / "config.json").write_text(json.dumps(content | {"model_type": family}))
+    config = SLMConfig.from_pretrained(tmp_path)
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rope_interleaved": True}, "rope_interleaved is True: nothing but False is held here"),
+        ({"attention_multiplier": 2}, "attention_multiplier"),
+        ({"model_type": "deepseek_v3"}, "first_k_dense_replace is 3: nothing but 4 is held here"),
+        ({"num_key_value_heads": 3}, r"num_attention_heads \(4\) must be a multiple of num_key_value_heads \(3\)"),
+    ],
+)
+def test_what_a_published_config_says_and_is_not_held_is_refused_by_name(
+    changes: dict[str, object], words: str, tmp_path: Path
+) -> None:
+    content = COMMON | {"model_type": "llama", "hidden_act": "silu"} | changes
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=words):
+        SLMConfig.from_pretrained(tmp_path)
