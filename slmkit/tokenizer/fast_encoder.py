@@ -1,11 +1,11 @@
 """Encoding through tiktoken's core, with the ids that `tokenizers` gives, several times as fast.
 
-`tokenizers` merges the pair that comes first in its list of merges, tiktoken the pair whose joined bytes have the lowest
-rank. Neither looks beyond the two tokens of a merge, so whatever stands in a text at some moment also stands there when
-its bytes are encoded alone. Hence a token that its own bytes do not give is never made and can be left out; and every
-other token T is only ever made by the merge that makes it last from its own bytes. Let that merge be T's rank: where
-each token ranks above its two parts, both ways do the same merges in the same order. `FastEncoder.of` checks this for
-every token of a vocabulary.
+`tokenizers` merges the pair that comes first in its list of merges, tiktoken the pair whose joined bytes have the
+lowest rank. Neither looks beyond the two tokens of a merge, so whatever stands in a text at some moment also stands
+there when its bytes are encoded alone. Hence a token that its own bytes do not give is never made and can be left out;
+and every other token T is only ever made by the merge that makes it last from its own bytes. Let that merge be T's
+rank: where each token ranks above its two parts, both ways do the same merges in the same order. `FastEncoder.of`
+checks this for every token of a vocabulary.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from tiktoken import _tiktoken
+from tiktoken import _tiktoken  # type: ignore[attr-defined]
 from tokenizers import Regex, Tokenizer, models
 from tokenizers.pre_tokenizers import Split
 
@@ -27,7 +27,7 @@ CLASSES = Split(Regex(r"\p{L}+|\p{N}+|[^\s\p{L}\p{N}]+|\s+"), "isolated")  # wit
 
 # The time that merging takes per byte grows with a word's length: longer ones than this (characters) are cut.
 LONG = 2048
-OVERLAP = 8  # tokens by which the parts of a long word overlap
+OVERLAP = 4  # tokens by which the parts of a long word overlap
 
 
 class FastEncoder:
@@ -127,16 +127,18 @@ def _is_plain_bpe(model: dict[str, Any]) -> bool:
 
 def _splits_like_gpt2(content: dict[str, Any]) -> bool:
     """Words as GPT-2's, of the text as it is, and no added token that is recognised in ordinary text."""
-    split = content["pre_tokenizer"] or {}
+    words = content["pre_tokenizer"] or {}
+    asked = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
     return (
         content["normalizer"] is None
-        and (split.get("type"), split.get("add_prefix_space"), split.get("use_regex", True)) == ("ByteLevel", False, True)
+        and (split.get("type"), split.get("add_prefix_space"), split.get("use_regex", True))
+        == ("ByteLevel", False, True)
         and all(token["special"] for token in content["added_tokens"])
     )
 
 
 def _ranks(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> dict[str, int] | None:
-    """By token that can be made: its rank as the module's docstring has it. None where one has parts that rank above."""
+    """The rank of each token that can be made, as the module's docstring has it; None where a part ranks above."""
     rank_of_merge = {merge: rank for rank, merge in enumerate(merges, start=len(BYTE_CHARACTERS))}
     made_by: dict[str, list[tuple[str, str]]] = {}
     for first, second in merges:

@@ -44,7 +44,11 @@ def running() -> SLMTokenizer:
 
 
 @settings(deadline=None, max_examples=400)
-@given(st.lists(st.text() | st.sampled_from([*RUNS, " the cat", "  ", "'ll", "ſ", "\u2028", "\x85", "\ufdd0"])).map("".join))
+@given(
+    st.lists(st.text() | st.sampled_from([*RUNS, " the cat", "  ", "'ll", "ſ", "\u2028", "\x85", "\ufdd0"])).map(
+        "".join
+    )
+)
 def test_any_text_has_the_ids_of_the_library(running: SLMTokenizer, text: str) -> None:
     assert running.encode(text) == slow(running, text)
     assert running.encode_array(text).tolist() == slow(running, text)
