@@ -131,8 +131,7 @@ def _splits_like_gpt2(content: dict[str, Any]) -> bool:
     asked = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
     return (
         content["normalizer"] is None
-        and (split.get("type"), split.get("add_prefix_space"), split.get("use_regex", True))
-        == ("ByteLevel", False, True)
+        and {"use_regex": True} | words == {"use_regex": True} | words | asked
         and all(token["special"] for token in content["added_tokens"])
     )
 
