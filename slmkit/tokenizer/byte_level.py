@@ -106,9 +106,14 @@ def byte_token_id(tokenizer: Tokenizer, byte: int) -> int:
     return int(index)
 
 
+def spelled_bytes(token: str) -> bytes:
+    """The bytes that `BYTE_CHARACTERS` spell. Raises `KeyError` for another character."""
+    return bytes([_BYTE_OF[character] for character in token])
+
+
 def _byte_level_token(token: str) -> bytes:
     try:
-        return bytes([_BYTE_OF[character] for character in token])
+        return spelled_bytes(token)
     except KeyError:  # a foreign vocabulary may hold control tokens that it does not declare as added
         return token.encode()
 
