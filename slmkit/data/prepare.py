@@ -49,11 +49,10 @@ def prepare_text(
     with ShardWriter(directory, tokenizer, sources=sources, perfect_loss=perfect_loss) as writer:
         for batch in _batches(_all_ended(documents), lambda document: 64 + len(document.text), BATCH_CHARACTERS):
             texts = [document.text for document in batch]
-            pieces = [
-                [*ids, tokenizer.eos_token_id] if document.ends else ids
-                for ids, document in zip(tokenizer.encode_batch(texts), batch)
-            ]
-            ids, stops = _joined(pieces)
+            end = np.array([tokenizer.eos_token_id])
+            encoded = tokenizer.encode_batch(texts)
+            pieces = [np.append(ids, end) if document.ends else ids for ids, document in zip(encoded, batch)]
+            ids, stops = np.concatenate(pieces).astype(np.int64), np.cumsum([len(piece) for piece in pieces])
             ends = stops[np.array([document.ends for document in batch])]
             writer.add(ids, ends, text_bytes=sum(len(text.encode()) for text in texts))
             progress(writer.documents, writer.tokens)

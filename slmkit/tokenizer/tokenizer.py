@@ -165,7 +165,7 @@ class SLMTokenizer:
             return self.encode_bytes(text.encode("utf-8", "surrogatepass"))
 
     def encode_array(self, text: str) -> np.ndarray:
-        """`encode` as uint32 [tokens], without a Python integer for each: the way to tokenize a corpus."""
+        """`encode` as uint32 [tokens], without a Python integer for each."""
         try:
             if self._fast:
                 return self._fast.encode_array(text)
@@ -173,16 +173,16 @@ class SLMTokenizer:
             pass
         return np.array(self.encode(text), dtype=np.uint32)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text, on all cores."""
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode_array` of each text, on all cores: the way to tokenize a corpus."""
         if self._fast:
             with ThreadPoolExecutor(os.cpu_count()) as threads:
-                return list(threads.map(self.encode, texts))
+                return list(threads.map(self.encode_array, texts))
         try:
             encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         except TypeError:
-            return [self.encode(text) for text in texts]
-        return [encoding.ids for encoding in encodings]
+            return [self.encode_array(text) for text in texts]
+        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
     def encode_bytes(self, data: bytes) -> list[int]:
         """Token ids of any bytes: what is valid UTF-8 as text, every other byte as its own token.

@@ -92,6 +92,7 @@ def test_a_mistake_in_the_text_leaves_the_old_shards(tmp_path: Path):
 
 def prepare_with_real_tokenizer(directory: str) -> None:
     """In a process of its own, since threads are counted once in each."""
+    import numpy as np
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     real = Tokenizer(models.BPE())
@@ -100,8 +101,8 @@ def prepare_with_real_tokenizer(directory: str) -> None:
     real.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=290, show_progress=False))
 
     class Wrapped(ByteTokenizer):
-        def encode_batch(self, texts: list[str]) -> list[list[int]]:
-            return [encoding.ids for encoding in real.encode_batch(texts)]
+        def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+            return [np.array(encoding.ids) for encoding in real.encode_batch(texts)]
 
     prepare_text(texts, Wrapped(size=290), directory)
 

@@ -58,7 +58,7 @@ def test_valid_stretches_among_bytes_are_encoded_as_text(tokenizer: SLMTokenizer
 @settings(deadline=None)
 @given(st.lists(ANY_TEXT, max_size=5))
 def test_a_batch_is_its_texts_one_by_one(tokenizer: SLMTokenizer, texts: list[str]) -> None:
-    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+    assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == [tokenizer.encode(text) for text in texts]
 
 
 def test_bytes_that_are_not_text_decode_to_replacement_characters(tokenizer: SLMTokenizer) -> None:
