@@ -66,7 +66,7 @@ def _show_story(base: Path) -> None:
     from slmkit.generation import SamplingSettings, complete
 
     decoder, tokenizer = load_model(str(base), "cpu")
-    settings = SamplingSettings(temperature=0.7, seed=1)
+    settings = SamplingSettings(temperature=0.5, min_p=0.1, seed=1)
     print("\nA story:\n")
     print(complete(decoder, tokenizer, "", settings=settings, max_new_tokens=400).text.strip())
 
@@ -74,7 +74,7 @@ def _show_story(base: Path) -> None:
 def _show_conversation(decoder: Decoder, tokenizer: SLMTokenizer) -> None:
     from slmkit.generation import ChatSession, SamplingSettings
 
-    session = ChatSession(decoder, tokenizer, SamplingSettings(temperature=0.5, seed=2), max_new_tokens=400)
+    session = ChatSession(decoder, tokenizer, SamplingSettings(temperature=0.5, min_p=0.1, seed=2), max_new_tokens=400)
     print("\nA conversation:\n")
     for line in CONVERSATION:
         print(f"you> {line}")

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from slmkit.config import Settings, UserError, did_you_mean, load_settings
-from slmkit.model.families import FULL, SLIDING, family_of, optional_fields
+from slmkit.model.families import FULL, SLIDING, families_with, family_of, optional_fields
 from slmkit.model.presets import PRESETS
 from slmkit.model.published import from_published, to_published
 
@@ -76,11 +76,12 @@ class SLMConfig(Settings):
         if not isinstance(given, dict):
             return given
         plain = {name: field.default for name, field in cls.model_fields.items() if field.default_factory is None}
-        for name, default in family_of(given.get("model_type", plain["model_type"])).defaults.items():
+        family = family_of(given.get("model_type", plain["model_type"]))
+        for name, default in family.defaults.items():
             if name not in given:
                 given = given | {name: default(plain | given) if callable(default) else default}
         rope = given.get("rope_parameters")
-        if family_of(given.get("model_type", plain["model_type"])).rope_by_kind and rope and FULL not in rope:
+        if family.rope_by_kind and isinstance(rope, dict) and FULL not in rope:
             given = given | {"rope_parameters": {FULL: rope, SLIDING: rope}}
         width, heads = ((plain | given)[name] for name in ("hidden_size", "num_attention_heads"))
         if "head_dim" not in given and isinstance(width, int) and isinstance(heads, int) and heads and width % heads:
@@ -93,7 +94,10 @@ class SLMConfig(Settings):
         for name in sorted(optional_fields() - family_of(self.model_type).fields):
             default = type(self).model_fields[name].get_default(call_default_factory=True, validated_data=values)
             if values[name] != default:
-                raise ValueError(f"unknown key {name!r} for model_type {self.model_type!r}, found {values[name]!r}")
+                raise ValueError(
+                    f"{name} is {values[name]!r}, which model_type {self.model_type!r} does not have; "
+                    f"those that do: {', '.join(families_with(name))}"
+                )
         return self
 
     @model_validator(mode="after")

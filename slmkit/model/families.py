@@ -77,6 +77,11 @@ def _layers(config: SLMConfig) -> tuple[Layer, ...]:
     )
 
 
+def families_with(field_name: str) -> list[str]:
+    """The families that read this field."""
+    return sorted(name for name, family in FAMILIES.items() if field_name in family.fields)
+
+
 def _positions(config: SLMConfig, layers: tuple[Layer, ...]) -> int:
     """The longest text: what the config says, and with dynamic NTK, which begins where that ends, its factor more."""
     scalings = [layer.rope.scaling for layer in layers if layer.rope is not None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,9 +26,13 @@ def test_heads_follow_from_each_other_where_they_are_not_given() -> None:
         ({"vocab_size": 0}, "greater than 0"),
         ({"sequence_length": 4096, "max_position_embeddings": 128}, "longer"),
         ({"hiden_size": 3}, "Extra"),
+        ({"qk_norm": "head"}, "qk_norm is 'head', which model_type 'llama' does not have; those that do: slm"),
+        ({"model_type": "deepseek_v3", "qk_rope_head_dim": 5}, "qk_rope_head_dim must be even for RoPE, found 5"),
+        ({"layer_types": ["full_attention"], "model_type": "qwen3"}, "layer_types names 1 layers"),
+        ({"layer_types": ["sliding_attention"] * 8, "model_type": "qwen3"}, "sliding_window is not set"),
     ],
 )
-def test_a_shape_that_cannot_be_is_refused(changes: dict[str, int], words: str) -> None:
+def test_a_shape_that_cannot_be_is_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         SLMConfig(**changes)
 
