@@ -50,10 +50,13 @@ def test_separate_documents_are_learned_as_if_each_had_a_row_of_its_own() -> Non
     packed = Batch(ids.view(1, 24), labels.view(1, 24), 24, torch.tensor([[3] * 12 + [5] * 12]))
     apart, together, mixed = state(), state(), state()
     expected = train_step(apart, next_token, Batch(ids, labels, 24), plan(1))
-    assert train_step(together, next_token, packed, plan(1))["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    found = train_step(together, next_token, packed, plan(1))
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
     assert train_step(mixed, next_token, Batch(packed.ids, packed.labels, 24), plan(1))["loss"] != expected["loss"]
     for a, b in zip(apart.model.parameters(), together.model.parameters()):
-        torch.testing.assert_close(a, b)
+        # Adam's first step is a hundredth for every weight, whatever its gradient: rounding shows where that is nearly 0.
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("every", [1, 2])
