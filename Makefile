@@ -17,7 +17,7 @@ test: $(VENV)/.installed-test
 
 # The comparisons once more with the last version of transformers before 5, beside the one that is installed.
 test-transformers4: $(VENV)/.installed-test
-	$(INSTALL) --no-deps --target $(VENV)/transformers4 --upgrade "transformers<5" "huggingface_hub<1" \
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/transformers4 --upgrade "transformers<5" "huggingface_hub<1" \
 		"tokenizers<=0.23.0" requests urllib3 charset_normalizer idna certifi
 	PYTHONPATH=$(VENV)/transformers4 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto tests/parity
 

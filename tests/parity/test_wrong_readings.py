@@ -71,8 +71,9 @@ GEMMA3 = (
 )
 DEEPSEEK = (
     "DeepseekV3",
-    {key: value for key, value in BASE.items() if key not in ("head_dim", "num_key_value_heads")}
+    {key: value for key, value in BASE.items() if key != "head_dim"}
     | {
+        "num_key_value_heads": 4,
         "q_lora_rank": 7,
         "kv_lora_rank": 9,
         "qk_rope_head_dim": 4,

@@ -55,7 +55,7 @@ def test_separate_documents_are_learned_as_if_each_had_a_row_of_its_own() -> Non
     assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
     assert train_step(mixed, next_token, Batch(packed.ids, packed.labels, 24), plan(1))["loss"] != expected["loss"]
     for a, b in zip(apart.model.parameters(), together.model.parameters()):
-        # Adam's first step is a hundredth for every weight, whatever its gradient: rounding shows where that is nearly 0.
+        # Adam's first step is a hundredth for every weight: rounding shows where the gradient is nearly nothing.
         torch.testing.assert_close(a, b, rtol=0, atol=1e-3)
 
 
