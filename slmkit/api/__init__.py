@@ -1,0 +1,7 @@
+"""The few classes a script wants, put together from the rooms below; the commands stand on the same functions."""
+
+from slmkit.api.causal_lm import SLMForCausalLM
+from slmkit.api.runs import RunFigures, evaluate_run, resume_run, train_recipe
+from slmkit.api.trainer import SLMTrainer
+
+__all__ = ["RunFigures", "SLMForCausalLM", "SLMTrainer", "evaluate_run", "resume_run", "train_recipe"]

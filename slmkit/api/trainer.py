@@ -1,0 +1,86 @@
+"""`SLMTrainer`: texts, a model and a tokenizer to a run on disk, for a script."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from slmkit.api.causal_lm import SLMForCausalLM
+from slmkit.api.runs import Validate, resolved
+from slmkit.config import UserError
+from slmkit.data.stream import Stream
+from slmkit.data.text_dataset import TextDataset
+from slmkit.device import find_device
+from slmkit.model import SLMConfig
+from slmkit.training.loop import Every, Report
+from slmkit.training.progress import TrainingProgress
+from slmkit.training.recipe import Recipe, TrainSettings
+from slmkit.training.run import evaluation_interval, fit, make_plan, new_run_directory
+
+
+class SLMTrainer:
+    """Train a model on a dataset in a script. What it leaves in `output_dir` is a run like any other.
+
+    `config` carries the training fields: `learning_rate`, `batch_size` (sequences a step), `sequence_length`,
+    `gradient_clip_norm`, `warmup_steps`.
+    """
+
+    def __init__(
+        self,
+        config: SLMConfig,
+        model: SLMForCausalLM,
+        tokenizer: Any,
+        train_dataset: TextDataset,
+        eval_dataset: TextDataset | None = None,
+        teacher_model: nn.Module | None = None,
+        output_dir: str = "./checkpoints",
+        device: str = "auto",
+        seed: int = 0,
+    ) -> None:
+        if teacher_model is not None:
+            raise UserError("teacher_model: distillation is not there yet; train without a teacher")
+        if len(tokenizer) > config.vocab_size:
+            raise UserError(
+                f"the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}: "
+                f"set vocab_size={len(tokenizer)} in its config"
+            )
+        self.config, self.model, self.tokenizer = config, model, tokenizer
+        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        self.output_dir, self.device_name, self.seed = output_dir, device, seed
+
+    def train(self, num_epochs: float = 1, max_steps: int | None = None) -> dict[str, float]:
+        """Train and return the last step's figures: `loss`, `tokens`, `validation_loss` where there is an eval set."""
+        length = self.train_dataset.length
+        settings = TrainSettings(
+            sequence_length=length,
+            tokens_per_step=self.config.batch_size * length,
+            learning_rate=self.config.learning_rate,
+            max_grad_norm=self.config.gradient_clip_norm,
+            warmup_steps=self.config.warmup_steps,
+            num_train_epochs=None if max_steps else num_epochs,
+            max_steps=max_steps,
+            device=self.device_name,
+        )
+        device = find_device(settings.device, settings.precision)
+        rows = min(self.config.batch_size, self.train_dataset.rows_in_epoch)
+        stream = Stream(self.train_dataset, rows, self.seed)
+        plan = make_plan(settings, self.train_dataset.rows_in_epoch, length, device)
+        run = new_run_directory(self.output_dir)
+        recipe = Recipe(output_dir=str(run.root), seed=self.seed, model=resolved(self.config), train=settings)
+        run.describe(recipe, device, {"texts": "given in a script"})
+        last: Report = {}
+        hooks = [Every(plan.steps, lambda state, report: last.update(report))]
+        if self.eval_dataset is not None:
+            validate = Validate(self.eval_dataset, device)
+            hooks.insert(0, Every(evaluation_interval(settings, plan.steps), validate))
+        with TrainingProgress("training", plan.steps) as progress:
+            hooks.append(Every(1, progress.update))
+            fit(run, recipe, self.model.decoder, self.config, stream, plan, companions=self._companions, hooks=hooks)
+        self.model.eval()
+        return last
+
+    def _companions(self, directory: Path) -> None:
+        if hasattr(self.tokenizer, "save_pretrained"):
+            self.tokenizer.save_pretrained(str(directory))
