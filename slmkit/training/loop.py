@@ -8,17 +8,20 @@ is a hook.
 from __future__ import annotations
 
 import hashlib
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import nn
 
 from slmkit.data.stream import Batch, Stream
 from slmkit.device import Device
 from slmkit.model import Decoder
+from slmkit.training.guards import Guard, GuardSettings
 from slmkit.training.objectives import Objective
 
 Report = dict[str, Any]  # one line of metrics.jsonl; hooks may add to it
@@ -37,6 +40,7 @@ class State:
     step: int = 0
     tokens: int = 0  # trained tokens so far
     best: dict[str, float] = field(default_factory=dict)  # {"step", "validation_loss"} of the best checkpoint
+    guard: Guard = field(default_factory=Guard)
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class Plan:
     max_grad_norm: float
     schedule: Callable[[int], float]  # step → share of the peak learning rate
     device: Device
+    guard: GuardSettings = field(default_factory=GuardSettings)
 
 
 Hook = Callable[[State, Report], None]
@@ -55,10 +60,21 @@ Hook = Callable[[State, Report], None]
 
 @dataclass(frozen=True)
 class Every:
-    """Call `hook` after each `steps`-th step, and after the last one of the run."""
+    """Call `hook` after each `steps`-th step, and after the last one of the run.
+
+    A run that is stopped early ends as it would have gone on, so that a resumed one has the same metrics as an unbroken
+    one: only what must not be lost (`on_stop`) is done out of turn.
+    """
 
     steps: int
     hook: Hook
+    on_stop: bool = False
+
+
+class Recorder(Protocol):
+    """Is told of every step with its batch, and writes down what is needed to look at one again."""
+
+    def note(self, batch: Batch, report: Report) -> None: ...
 
 
 class RunStopped(Exception):  # noqa: N818 - no error: the user asked for it
@@ -79,62 +95,78 @@ def train(
     plan: Plan,
     hooks: Sequence[Every] = (),
     stop: StopRequested | None = None,
+    recorder: Recorder | None = None,
 ) -> State:
-    """Run from `state.step` to `plan.steps`. Hooks fire in their order; a stop makes the step it ends the last one."""
+    """Run from `state.step` to `plan.steps`. Hooks fire in their order; a stop makes the step it ends the last one.
+
+    Raises `Diverged` when the guard has refused too many steps in a row.
+    """
     state.model.train()
     while state.step < plan.steps:
+        state.guard.check(plan.guard)
         started = time.perf_counter()
         batch = stream.batch(state.step)
         report = train_step(state, objective, batch, plan)
         report["tokens_per_second"] = round(batch.weight / (time.perf_counter() - started))
-        is_last = state.step == plan.steps or (stop is not None and stop.is_set)
+        if recorder is not None:
+            recorder.note(batch, report)
+        is_last = state.step == plan.steps
+        is_stopping = stop is not None and stop.is_set
         for hook in hooks:
-            if is_last or state.step % hook.steps == 0:
+            if is_last or state.step % hook.steps == 0 or (is_stopping and hook.on_stop):
                 hook.hook(state, report)
                 state.model.train()
-        if is_last:
+        if is_stopping:
             break
     return state
 
 
 def train_step(state: State, objective: Objective, batch: Batch, plan: Plan) -> Report:
-    """One update. Raises `FloatingPointError` instead of applying a gradient that is not finite."""
-    # Dropout draws from (seed, step), so that a resumed run draws what the unbroken one would have drawn.
-    torch.manual_seed(_mixed(state.seed, state.step))
-    if batch.weight == 0:
-        raise ValueError(f"step {state.step}: not one trained token in its batch")
-    rate = plan.schedule(state.step)
+    """One update, or none where the guard refuses it or there is nothing to learn: then `skipped` says why."""
+    seed_everything(state.seed, state.step)
+    rate = plan.schedule(state.step) * state.guard.learning_rate_ratio(plan.guard)
     for optimizer in state.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * rate
 
+    weight = max(1, batch.weight)  # trained tokens of the whole step
     total = torch.zeros((), device=plan.device.torch_device)
     for micro_batch in batch.to(plan.device.torch_device).split(plan.rows_per_micro_batch):
         with plan.device.autocast():
             loss = objective(state.model, micro_batch).total
-        (loss / batch.weight).backward()
+        (loss / weight).backward()
         total += loss.detach()
-    grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), plan.max_grad_norm)
-    if not torch.isfinite(grad_norm):
-        state.model.zero_grad(set_to_none=True)
-        raise FloatingPointError(
-            f"step {state.step}: the gradient norm is {grad_norm.item()}; weights left as they were"
-        )
-    for optimizer in state.optimizers:
-        optimizer.step()
+    grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), plan.max_grad_norm).item()
+    mean_loss = (total / weight).item()
+    if batch.weight == 0:
+        refused: str | None = "not one trained token in its batch"
+    else:
+        refused = state.guard.judge(plan.guard, mean_loss, grad_norm)
+    if refused is None:
+        for optimizer in state.optimizers:
+            optimizer.step()
+        state.tokens += batch.weight
     state.model.zero_grad(set_to_none=True)
     state.step += 1
-    state.tokens += batch.weight
-    return {
+    report = {
         "step": state.step,
         "tokens": state.tokens,
-        "loss": (total / batch.weight).item(),  # nats a trained token
+        "loss": mean_loss,  # nats a trained token
         "learning_rate": state.optimizers[-1].param_groups[0]["lr"],
-        "grad_norm": grad_norm.item(),
+        "grad_norm": grad_norm,
     }
+    return report if refused is None else report | {"skipped": refused, "skipped_steps": state.guard.skipped}
 
 
-def _mixed(seed: int, step: int) -> int:
+def seed_everything(seed: int, step: int) -> None:
+    """Every generator's numbers follow from (seed, step), so that a resumed run draws what the unbroken one drew."""
+    number = random_seed(seed, step)
+    random.seed(number)
+    np.random.seed(number % 2**32)
+    torch.manual_seed(number)  # the generators of all devices
+
+
+def random_seed(seed: int, step: int) -> int:
     """A 63-bit seed of a step, unrelated to its neighbours'."""
     digest = hashlib.blake2b(f"{seed}:{step}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

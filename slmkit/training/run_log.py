@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
@@ -11,7 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from slmkit.config import UserError
+from slmkit.training.files import sync, write_whole
 from slmkit.training.loop import Report
+
+# What the clock and the machine say: everything else in a line is the same, bit for bit, however often a run is killed.
+MEASURED = ("tokens_per_second",)
 
 
 class MetricsLog:
@@ -21,22 +27,41 @@ class MetricsLog:
         self.path = path
 
     def append(self, report: Report) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(report) + "\n")
+        """Add a line. Raises `UserError` when the disk is full."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in report.items()}
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(finite) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be written ({error}); free some space, then `slm resume {self.path.parent}`"
+            ) from None
 
     def read(self) -> list[Report]:
-        """All whole lines; one that a crash cut short is left out."""
+        """All whole lines, up to where a crash left something else."""
         if not self.path.exists():
             return []
-        lines = self.path.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines[:-1]]  # what follows the last newline is empty or cut short
+        reports = []
+        for line in self.path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+            try:
+                reports.append(json.loads(line))
+            except ValueError:
+                break
+        return reports
 
     def rewind(self, step: int) -> None:
         """Drop the lines after `step`."""
         kept = [report for report in self.read() if report["step"] <= step]
-        fresh = self.path.with_suffix(".tmp")
-        fresh.write_text("".join(json.dumps(report) + "\n" for report in kept), encoding="utf-8")
-        os.replace(fresh, self.path)
+        write_whole(self.path, "".join(json.dumps(report) + "\n" for report in kept))
+
+    def sync(self) -> None:
+        """See the lines onto the disk."""
+        if self.path.exists():
+            sync(self.path)
+
+    def comparable(self) -> list[Report]:
+        """The lines without what is `MEASURED`: those of a run that was killed equal those of one that was not."""
+        return [{key: value for key, value in report.items() if key not in MEASURED} for report in self.read()]
 
 
 def plot_losses(reports: list[Report], path: Path, title: str, perfect_loss: float | None = None) -> None:
