@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 # Longer texts are read, and tokenized, in pieces of this many characters: bounded memory, and work for every core.
 PIECE = 1 << 16
@@ -30,6 +30,10 @@ class BadRow(NamedTuple):
     message: str
     rows: int = 1
     harmless: bool = False
+
+
+T = TypeVar("T")
+Item: TypeAlias = tuple[T | BadRow, Position]  # with the position behind it
 
 
 def pieces(text: str) -> Iterator[Document]:

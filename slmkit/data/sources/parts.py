@@ -10,7 +10,7 @@ from typing import Any
 from slmkit.config import UserError
 from slmkit.data import stories
 from slmkit.data.source_settings import SourceSettings
-from slmkit.data.sources.documents import BadRow, Document, Message, Position, pieces
+from slmkit.data.sources.documents import BadRow, Document, Item, Message, Position, pieces
 from slmkit.data.sources.files import CONVERSATION_KINDS, File, damage, listed, one_line
 from slmkit.data.sources.row_formats import RowFormats, chat_formats, text_formats
 from slmkit.data.sources.rows import ROWS
@@ -27,12 +27,12 @@ class FilePart:
     file: File
     settings: SourceSettings
 
-    def documents(self, start: Position) -> Iterator[tuple[Document | BadRow, Position]]:
+    def documents(self, start: Position) -> Iterator[Item[Document]]:
         if self.file.kind == ".txt":
             return self._until_damage(text_documents(self.file, start), start)
         return self._cut(self._rows(start, text_formats(self.settings)), start)
 
-    def conversations(self, start: Position) -> Iterator[tuple[list[Message] | BadRow, Position]]:
+    def conversations(self, start: Position) -> Iterator[Item[list[Message]]]:
         if self.file.kind not in CONVERSATION_KINDS:
             raise UserError(f"{self.file.name}: expected {listed(CONVERSATION_KINDS)} (also as .gz or .zst)")
         return self._rows(start, chat_formats(self.settings))
@@ -43,9 +43,7 @@ class FilePart:
     def _rows(self, start: Position, formats: RowFormats) -> Iterator[tuple[Any, Position]]:
         return self._until_damage(ROWS[self.file.kind](self.file, start, formats), start)
 
-    def _cut(
-        self, rows: Iterator[tuple[Any, Position]], start: Position
-    ) -> Iterator[tuple[Document | BadRow, Position]]:
+    def _cut(self, rows: Iterator[tuple[Any, Position]], start: Position) -> Iterator[Item[Document]]:
         """Long texts in pieces; those of the first row that were given before `start` are left out."""
         before, given = start, start.get("piece", 0)
         for value, position in rows:

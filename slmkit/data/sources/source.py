@@ -8,11 +8,10 @@ from typing import Any, Protocol, TypeVar
 
 from slmkit.config import UserError
 from slmkit.data.source_settings import SourceSettings
-from slmkit.data.sources.documents import BadRow, Document, Message, Position
+from slmkit.data.sources.documents import BadRow, Document, Item, Message, Position
 from slmkit.data.sources.parts import StoryPart
 
 T = TypeVar("T")
-Item = tuple[T | BadRow, Position]
 
 
 class Part(Protocol):

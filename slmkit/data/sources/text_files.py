@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from slmkit.data.sources.documents import PIECE, BadRow, Document, Position, cut_point
+from slmkit.data.sources.documents import PIECE, Document, Item, Position, cut_point
 from slmkit.data.sources.files import File
 from slmkit.data.sources.lines import not_text, parts_of_lines
 
@@ -14,7 +14,7 @@ NO_TEXT = re.compile("[\0\udc80-\udcff]")  # bytes that are none, as `parts_of_l
 LEFT_OUT = re.compile("\r(?=\n)|[\0\udc80-\udcff]")  # these too, and what Windows puts before a line end
 
 
-def text_documents(file: File, start: Position) -> Iterator[tuple[Document | BadRow, Position]]:
+def text_documents(file: File, start: Position) -> Iterator[Item[Document]]:
     """Documents between separator lines; without any, the whole file is one. Windows line ends become `\\n`.
 
     A position is the `offset` in the uncompressed file, and whether that is `inside` a document begun before. Bytes
@@ -69,7 +69,7 @@ def _raw_cut(raw: str, cut: int) -> int:
     return cut
 
 
-def _reported(file: File, raw: str, end: int, position: Position) -> Iterator[tuple[BadRow, Position]]:
+def _reported(file: File, raw: str, end: int, position: Position) -> Iterator[Item[Document]]:
     """The bytes in `raw` that are no text, `raw` ending at the offset `end`."""
     if first := NO_TEXT.search(raw):
         place = end - _bytes(raw[first.start() :])
