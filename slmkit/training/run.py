@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from slmkit.config import UserError, to_yaml
-from slmkit.data.stream import Stream
+from slmkit.data.stream import Batches
 from slmkit.device import Device, keep_freed_memory
 from slmkit.model import Decoder, SLMConfig
 from slmkit.training import checkpoints
@@ -90,7 +90,7 @@ def fit(
     recipe: Recipe,
     model: Decoder,
     config: SLMConfig,
-    stream: Stream,
+    stream: Batches,
     plan: Plan,
     *,
     companions: checkpoints.Companions,
@@ -133,7 +133,9 @@ def fit(
         )
         all_hooks = (Every(1, gauges.update), *hooks, *own_hooks)
         train(state, OBJECTIVES[recipe.objective], stream, plan, all_hooks, stop)
-    if state.step < plan.steps:
+    if state.step < plan.steps and not stream.has(state.step):
+        warn(f"the data ended after step {state.step} of {plan.steps}, as data.when_exhausted: stop has it")
+    elif state.step < plan.steps:
         raise RunStopped(f"stopped after step {state.step} of {plan.steps}; go on with: slm resume {run.root}")
     return state
 
