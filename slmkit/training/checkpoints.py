@@ -114,6 +114,7 @@ def load_checkpoint(directory: Path, state: State) -> None:
     plain = json.loads((directory / STATE).read_text(encoding="utf-8"))
     state.step, state.tokens, state.best = plain["step"], plain["tokens"], plain["best"]
     state.guard = Guard(**plain["guard"])
+    state.data = plain.get("data", {})
     if plain["seed"] != state.seed:
         raise UserError(f"{directory}: made with seed {plain['seed']}, the recipe says {state.seed}")
 

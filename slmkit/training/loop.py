@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from slmkit.data.stream import Batch, Stream
+from slmkit.data.stream import Batch, Batches
 from slmkit.device import Device
 from slmkit.model import Decoder
 from slmkit.training.guards import Guard, GuardSettings
@@ -31,7 +31,7 @@ Report = dict[str, Any]  # one line of metrics.jsonl; hooks may add to it
 class State:
     """Everything that must survive a crash for the run to go on as if it had not happened.
 
-    The data's position and every random number follow from `seed` and `step`, so they are two integers.
+    Every random number follows from `seed` and `step`, and so does the place in shards; a streamed corpus adds its own.
     """
 
     model: Decoder
@@ -41,6 +41,7 @@ class State:
     tokens: int = 0  # trained tokens so far
     best: dict[str, float] = field(default_factory=dict)  # {"step", "validation_loss"} of the best checkpoint
     guard: Guard = field(default_factory=Guard)
+    data: dict[str, Any] = field(default_factory=dict)  # where a streamed corpus goes on; {} of shards
 
 
 @dataclass(frozen=True)
@@ -91,26 +92,30 @@ class StopRequested:
 def train(
     state: State,
     objective: Objective,
-    stream: Stream,
+    stream: Batches,
     plan: Plan,
     hooks: Sequence[Every] = (),
     stop: StopRequested | None = None,
     recorder: Recorder | None = None,
 ) -> State:
-    """Run from `state.step` to `plan.steps`. Hooks fire in their order; a stop makes the step it ends the last one.
+    """Run from `state.step` to `plan.steps`, or to the end of the data.
 
-    Raises `Diverged` when the guard has refused too many steps in a row.
+    Hooks fire in their order; a stop makes the step it ends the last one. Raises `Diverged` when the guard has refused
+    too many steps in a row.
     """
     state.model.train()
-    while state.step < plan.steps:
+    stream.seek(state.step, state.data)
+    while state.step < plan.steps and stream.has(state.step):
         state.guard.check(plan.guard)
         started = time.perf_counter()
         batch = stream.batch(state.step)
         report = train_step(state, objective, batch, plan)
         report["tokens_per_second"] = round(batch.weight / (time.perf_counter() - started))
+        report |= {f"share/{name}": share for name, share in stream.shares(state.step).items()}
+        state.data = stream.position()
         if recorder is not None:
             recorder.note(batch, report)
-        is_last = state.step == plan.steps
+        is_last = state.step == plan.steps or not stream.has(state.step)
         is_stopping = stop is not None and stop.is_set
         for hook in hooks:
             if is_last or state.step % hook.steps == 0 or (is_stopping and hook.on_stop):

@@ -10,20 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from slmkit.config import UserError, to_yaml
-from slmkit.data.stream import Stream
+from slmkit.data.stream import Batches
 from slmkit.device import Device, keep_freed_memory
 from slmkit.model import Decoder, SLMConfig
 from slmkit.training import checkpoints
 from slmkit.training.files import write_whole
+from slmkit.training.gauges import Gauges
 from slmkit.training.guards import Diverged, GuardSettings
 from slmkit.training.loop import Every, Plan, Report, RunStopped, State, StopRequested, train
 from slmkit.training.objectives import OBJECTIVES
 from slmkit.training.optimizers import OPTIMIZERS
+from slmkit.training.plots import plot_losses
 from slmkit.training.recipe import Recipe, TrainSettings
 from slmkit.training.recorder import FlightRecorder
-from slmkit.training.run_log import MetricsLog, environment, plot_losses
+from slmkit.training.run_log import MetricsLog, environment, mark_running
 from slmkit.training.saver import Saver
 from slmkit.training.schedules import warmup_cosine
+from slmkit.training.trackers import Tracker, open_trackers
 
 
 class RunDirectory:
@@ -92,7 +95,7 @@ def fit(
     recipe: Recipe,
     model: Decoder,
     config: SLMConfig,
-    stream: Stream,
+    stream: Batches,
     plan: Plan,
     *,
     companions: checkpoints.Companions,
@@ -107,42 +110,55 @@ def fit(
     add to it is logged too. With `resume` it goes on from the newest intact checkpoint, or from the beginning where
     there was none yet. Raises `RunStopped` when a signal ended the run early: its last step has been saved.
     """
-    if plan.device.torch_device.type == "cpu":
-        keep_freed_memory()
-    model.to(plan.device.torch_device)
     settings = recipe.train
-    model.recompute_every = settings.gradient_checkpointing
-    state = State(model, OPTIMIZERS[settings.optimizer](model, settings), seed=recipe.seed)
+    state = fresh_state(recipe, model, plan.device)
     if resume and (newest := checkpoints.newest_intact(run.checkpoints, warn)) is not None:
         checkpoints.load_checkpoint(newest, state)
     run.metrics.rewind(state.step)
     checkpoints.clear_leftovers(run.checkpoints)
 
     recorder = FlightRecorder(run.records, recipe.seed, warn)
-    saver = Saver(run, config, companions, settings.save_total_limit, warn)
-    saver.kept = recorder.needed_checkpoints
-    logger = Logger(run, perfect_loss, warn)
+    saver = Saver(run, config, companions, settings.save_total_limit, warn, recorder.needed_checkpoints)
     eval_steps = evaluation_interval(settings, plan.steps)
-    own_hooks = (
-        Every(1, logger.log_if_skipped),
-        Every(settings.logging_steps, logger.log),
-        Every(eval_steps, logger.log),
-        Every(eval_steps, logger.draw),
-        Every(settings.save_steps or eval_steps, saver.save, on_stop=True),
-        Every(1, saver.check),
-    )
-    with stop_on_signals() as stop, saver:
+    length = settings.sequence_length or config.max_position_embeddings
+    gauges = Gauges(model, plan.device, stream.rows_per_step, length, state.tokens, run.metrics.seconds())
+    with (
+        mark_running(run.root),
+        open_trackers(settings.report_to, run.root, recipe.model_dump(mode="json"), state.step) as trackers,
+        stop_on_signals() as stop,
+        saver,
+    ):
+        logger = Logger(run, perfect_loss, warn, trackers)
+        own_hooks = (
+            Every(1, logger.log_if_skipped),
+            Every(settings.logging_steps, logger.log),
+            Every(eval_steps, logger.log_and_draw),
+            Every(settings.save_steps or eval_steps, saver.save, on_stop=True),
+            Every(1, saver.check),
+        )
+        all_hooks = (Every(1, gauges.update), *hooks, *own_hooks)
         while True:
             try:
-                train(state, OBJECTIVES[recipe.objective], stream, plan, (*hooks, *own_hooks), stop, recorder)
+                train(state, OBJECTIVES[recipe.objective], stream, plan, all_hooks, stop, recorder)
                 break
             except Diverged as error:
                 saver.wait()
                 roll_back(run, state, plan, error, warn)
                 logger.last_step = -1
-    if state.step < plan.steps:
+    if state.step < plan.steps and not stream.has(state.step):
+        warn(f"the data ended after step {state.step} of {plan.steps}, as data.when_exhausted: stop has it")
+    elif state.step < plan.steps:
         raise RunStopped(f"stopped after step {state.step} of {plan.steps}; go on with: slm resume {run.root}")
     return state
+
+
+def fresh_state(recipe: Recipe, model: Decoder, device: Device) -> State:
+    """The state before the first step."""
+    if device.torch_device.type == "cpu":
+        keep_freed_memory()
+    model.to(device.torch_device)
+    model.recompute_every = recipe.train.gradient_checkpointing
+    return State(model, OPTIMIZERS[recipe.train.optimizer](model, recipe.train), seed=recipe.seed)
 
 
 def roll_back(run: RunDirectory, state: State, plan: Plan, why: Diverged, warn: Callable[[str], None]) -> None:
@@ -203,16 +219,24 @@ def evaluation_interval(settings: TrainSettings, steps: int) -> int:
 
 
 class Logger:
-    """Appends to `metrics.jsonl` and redraws `loss.png`."""
+    """Appends to `metrics.jsonl`, tells the trackers, and redraws `loss.png`."""
 
-    def __init__(self, run: RunDirectory, perfect_loss: float | None, warn: Callable[[str], None]) -> None:
-        self.run, self.perfect_loss, self.warn = run, perfect_loss, warn
+    def __init__(
+        self,
+        run: RunDirectory,
+        perfect_loss: float | None,
+        warn: Callable[[str], None],
+        trackers: Sequence[Tracker] = (),
+    ) -> None:
+        self.run, self.perfect_loss, self.warn, self.trackers = run, perfect_loss, warn, trackers
         self.last_step = -1
 
     def log(self, state: State, report: Report) -> None:
         """A line for the step, once, whichever interval asks for it: no validation goes unrecorded."""
         if state.step != self.last_step:
             self.run.metrics.append(report)
+            for tracker in self.trackers:
+                tracker.log(report)
         self.last_step = state.step
 
     def log_if_skipped(self, state: State, report: Report) -> None:
@@ -221,7 +245,8 @@ class Logger:
             self.warn(f"step {state.step}: skipped, {report['skipped']}; weights left as they were")
             self.log(state, report)
 
-    def draw(self, state: State, report: Report) -> None:
+    def log_and_draw(self, state: State, report: Report) -> None:
+        self.log(state, report)
         plot_losses(self.run.metrics.read(), self.run.plot, self.run.root.name, self.perfect_loss)
 
 

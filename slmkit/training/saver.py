@@ -33,9 +33,11 @@ class Saver:
         companions: checkpoints.Companions,
         save_total_limit: int,
         warn: Callable[[str], None],
+        needed: Callable[[], set[str]] = set,
     ) -> None:
-        self.run, self.config, self.companions, self.limit, self.warn = run, config, companions, save_total_limit, warn
-        self.kept: Callable[[], set[str]] = set  # names of further checkpoints that somebody still needs
+        """`needed` names checkpoints that are kept besides the newest `save_total_limit` and the best."""
+        self.run, self.config, self.companions, self.limit = run, config, companions, save_total_limit
+        self.warn, self.needed = warn, needed
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._failures = 0
@@ -97,7 +99,7 @@ class Saver:
             checkpoints.point_link(self.run.latest, path)
             if is_best:
                 checkpoints.point_link(self.run.best, path)
-            checkpoints.keep_newest(self.run.checkpoints, self.limit, keep | self.kept(), until=snapshot.step)
+            checkpoints.keep_newest(self.run.checkpoints, self.limit, keep | self.needed(), until=snapshot.step)
         except OSError as error:
             self._error = UserError(f"{self.run.root}: {error}; free some space, then `slm resume`")
         except BaseException as error:  # raised in the run's own thread
