@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -126,3 +127,23 @@ def test_a_command_or_option_that_is_not_there() -> None:
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     done = slm("--debug", "generate", tmp_path / "none", "x")
     assert "Traceback" in done.stderr
+
+
+def test_a_run_that_would_be_ruined_is_not_begun(run: Path, tmp_path: Path) -> None:
+    """Answers so long that every conversation is cut: the X-ray shows it, and the reason is one line."""
+    talk = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "fox kite " * 90}]}
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(talk | {"id": n}) + "\n" for n in range(40)))
+    command = (
+        "train",
+        "own-chat",
+        f"model.path={run}",
+        "data.source=chats.jsonl",
+        "output_dir=chat",
+        "train.device=cpu",
+    )
+    done = slm(*command, "--dry-run", cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "x-ray: rows" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("slm: not begun: ")
+    assert not (tmp_path / "chat").exists()
+    assert slm(*command, "--dry-run", "--force", cwd=tmp_path).returncode == 0
