@@ -31,6 +31,11 @@ class Rows(Protocol):
 
     def documents(self, index: int) -> np.ndarray: ...
 
+    def rows(self, indices: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and labels of several: int64 [rows, length] each. One by one, where nothing faster is known."""
+        ids, labels = zip(*map(self.row, indices))
+        return np.stack(ids), np.stack(labels)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -82,9 +87,10 @@ class Stream:
         begin, end = (self.rows_per_step * part // world for part in (rank, rank + 1))
         positions = step * self.rows_per_step + np.arange(begin, end)
         indices = self._indices(positions)
-        ids, labels = (np.stack(column) for column in zip(*map(self.rows.row, indices)))  # int64 [rows, length] each
+        ids, labels = self.rows.rows(indices)
         documents = torch.from_numpy(np.stack([*map(self.rows.documents, indices)])) if self.separate else None
-        return Batch(torch.from_numpy(ids), torch.from_numpy(labels), int((labels != IGNORED).sum()), documents)
+        learned = int(np.count_nonzero(labels != IGNORED))
+        return Batch(torch.from_numpy(ids), torch.from_numpy(labels), learned, documents)
 
     def _indices(self, positions: np.ndarray) -> list[int]:
         """Which rows stand at `positions` of the endless sequence."""
@@ -97,7 +103,7 @@ class Stream:
         return indices.tolist()
 
 
-class PretrainRows:
+class PretrainRows(Rows):
     """Windows that fill `length` from end to end, over document borders; every label is learned."""
 
     def __init__(self, shards: TokenShards, length: int) -> None:
@@ -121,12 +127,19 @@ class PretrainRows:
         tokens = self.shards.tokens_in(start, start + self.length + 1).astype(np.int64)
         return tokens[:-1], tokens[1:]
 
+    def rows(self, indices: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """As `row`, but read into one place and made int64 in one go: several times as fast."""
+        tokens = self.shards.runs([self.starts[index] for index in indices], self.length + 1)
+        both = np.empty((2, len(indices), self.length), dtype=np.int64)  # one block: memory that the allocator keeps
+        both[0], both[1] = tokens[:, :-1], tokens[:, 1:]
+        return both[0], both[1]
+
     def documents(self, index: int) -> np.ndarray:
         positions = self.starts[index] + np.arange(self.length)
         return np.searchsorted(self.shards.document_ends, positions, side="right")
 
 
-class ChatRows:
+class ChatRows(Rows):
     """Whole conversations packed side by side, padded behind; only what their masks say is learned.
 
     `truncated` conversations are longer than a row and are cut at its end; `untrained` ones have nothing to learn in
@@ -173,7 +186,7 @@ class ChatRows:
         return _numbered(lengths, self.length)
 
 
-class DocumentRows:
+class DocumentRows(Rows):
     """For validation: whole documents side by side behind an end-of-text token, so that all of each is predicted.
 
     Every token of every document is a label exactly once. A document longer than a row is cut: its further rows begin
