@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from slmkit.config import UserError, to_yaml
-from slmkit.data.stream import Stream
+from slmkit.data.stream import Batches
 from slmkit.device import Device, keep_freed_memory
 from slmkit.model import Decoder, SLMConfig
 from slmkit.training import checkpoints
@@ -87,7 +87,7 @@ def fit(
     recipe: Recipe,
     model: Decoder,
     config: SLMConfig,
-    stream: Stream,
+    stream: Batches,
     plan: Plan,
     *,
     companions: checkpoints.Companions,
@@ -123,7 +123,9 @@ def fit(
     )
     with stop_on_signals() as stop:
         train(state, OBJECTIVES[recipe.objective], stream, plan, (*hooks, *own_hooks), stop)
-    if state.step < plan.steps:
+    if state.step < plan.steps and not stream.has(state.step):
+        warn(f"the data ended after step {state.step} of {plan.steps}, as data.when_exhausted: stop has it")
+    elif state.step < plan.steps:
         raise RunStopped(f"stopped after step {state.step} of {plan.steps}; go on with: slm resume {run.root}")
     return state
 
