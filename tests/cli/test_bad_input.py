@@ -131,16 +131,11 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 
 def test_a_run_that_would_be_ruined_is_not_begun(run: Path, tmp_path: Path) -> None:
     """Answers so long that every conversation is cut: the X-ray shows it, and the reason is one line."""
-    talk = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "fox kite " * 90}]}
-    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(talk | {"id": n}) + "\n" for n in range(40)))
-    command = (
-        "train",
-        "own-chat",
-        f"model.path={run}",
-        "data.source=chats.jsonl",
-        "output_dir=chat",
-        "train.device=cpu",
-    )
+    with (tmp_path / "chats.jsonl").open("w") as file:
+        for number in range(40):
+            answer = {"role": "assistant", "content": f"{number} " + "fox kite " * 90}
+            file.write(json.dumps({"messages": [{"role": "user", "content": "Hi"}, answer]}) + "\n")
+    command = ("train", "own-chat", f"model.path={run}", "data.source=chats.jsonl", "output_dir=chat")
     done = slm(*command, "--dry-run", cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert "x-ray: rows" in done.stderr

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from slmkit.api import train_recipe
 from slmkit.api.xray import look, vocabulary_of
 from slmkit.config import UserError
 from slmkit.data import ShardWriter, TokenShards, prepare_chat, prepare_text, stories
 from slmkit.data.packing import IGNORED
-from slmkit.data.stream import ChatRows, PretrainRows, Stream
+from slmkit.data.stream import Batch, ChatRows, PretrainRows, Stream
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.overlap import Text, overlap, text_of
 from slmkit.training.recipe import find_recipe, load_recipe
@@ -101,12 +102,12 @@ def test_all_labels_masked(tmp_path: Path, tokenizer: SLMTokenizer) -> None:
     with pytest.raises(UserError, match="nothing to learn"):
         ChatRows(shards_of(tmp_path, tokenizer, encoded_chat(tokenizer, lambda ids, trained: trained & False)), LENGTH)
 
-    class Masked(PretrainRows):
-        def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-            ids, labels = super().row(index)
-            return ids, np.full_like(labels, IGNORED)
+    class Masked(Stream):
+        def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+            batch = super().batch(step)
+            return Batch(batch.ids, torch.full_like(batch.labels, IGNORED), 0)
 
-    stream = Stream(Masked(prepare_text(texts(20), tokenizer, tmp_path / "text"), LENGTH), 4)
+    stream = Masked(PretrainRows(prepare_text(texts(20), tokenizer, tmp_path / "text"), LENGTH), 4)
     xray = examine(stream, vocabulary_of(tokenizer, len(tokenizer)))
     assert len(xray.findings) == 1
     assert "not one of 8,192 labels is learned" in xray.findings[0]
