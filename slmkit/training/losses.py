@@ -85,8 +85,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
         hidden_grad, head_grad = ctx.saved_tensors
-        (scale,) = (
-            outputs  # often 1 / tokens: in float32, since 16 bits would give all gradients one and the same error
-        )
+        (scale,) = outputs  # in float32: rounded to 16 bits it would put one error into all gradients
         scaled = (hidden_grad.float() * scale).to(hidden_grad.dtype), head_grad.mul_(scale).to(ctx.head_dtype)
         return *scaled, None, None
