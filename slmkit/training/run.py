@@ -24,7 +24,7 @@ from slmkit.training.plots import plot_losses
 from slmkit.training.recipe import Recipe, TrainSettings
 from slmkit.training.recorder import FlightRecorder
 from slmkit.training.run_log import MetricsLog, environment, mark_running
-from slmkit.training.saver import Saver
+from slmkit.training.saver import Saver, best_checkpoint, point_links
 from slmkit.training.trackers import Tracker, open_trackers
 
 
@@ -113,6 +113,7 @@ def fit(
     state = fresh_state(recipe, model, plan.device)
     if resume and (newest := checkpoints.newest_intact(run.checkpoints, warn)) is not None:
         checkpoints.load_checkpoint(newest, state)
+        point_links(run, newest, best_checkpoint(state))
     run.metrics.rewind(state.step)
     checkpoints.clear_leftovers(run.checkpoints)
 
@@ -181,10 +182,7 @@ def roll_back(run: RunDirectory, state: State, plan: Plan, why: Diverged, warn: 
     checkpoints.load_checkpoint(good, state)
     state.guard.rollbacks, state.guard.skipped = before.rollbacks + 1, before.skipped
     # In this order, so that a crash in between leaves a run that goes on from the same checkpoint.
-    checkpoints.point_link(run.latest, good)
-    run.best.unlink(missing_ok=True)
-    if state.best and (best := run.checkpoints / checkpoints.checkpoint_name(int(state.best["step"]))).is_dir():
-        checkpoints.point_link(run.best, best)
+    point_links(run, good, best_checkpoint(state))
     for later in checkpoints.complete_checkpoints(run.checkpoints):
         if checkpoints.step_of(later) > state.step:
             checkpoints.delete(later)
