@@ -82,13 +82,14 @@ class UpdatedInFloat32(torch.optim.Optimizer):
                     wide.data = _nothing(weight)
 
     def state_dict(self) -> dict[str, Any]:
-        """The moments of `inner` by the number of each parameter; with them its float32 weights, where they are kept."""
+        """The moments of `inner` by the number of each parameter, and `master`: its float32 weights, if kept."""
         state = {index: dict(moments) for index, moments in self.inner.state_dict()["state"].items()}
         if self.master:
             for index, (_, wide) in enumerate(self._pairs()):
                 state.setdefault(index, {})["master"] = wide.detach()
         return {"state": state, "param_groups": super().state_dict()["param_groups"]}
 
+    @torch.no_grad()
     def load_state_dict(self, content: dict[str, Any]) -> None:
         moments = {index: dict(of_one) for index, of_one in content["state"].items()}
         for index, (weight, wide) in enumerate(self._pairs()):

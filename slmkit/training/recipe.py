@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field, model_validator
 from slmkit.config import Settings, UserError, did_you_mean, load_settings, read_yaml
 from slmkit.data.corpus import DataSettings, TokenizerSettings
 from slmkit.model import SLMConfig
+from slmkit.training.guards import GuardSettings
 from slmkit.training.schedules import Schedule, make_schedule
 
 
@@ -126,6 +127,7 @@ class Recipe(Settings):
     tokenizer: TokenizerSettings = Field(default_factory=TokenizerSettings)
     data: DataSettings = Field(default_factory=DataSettings)
     train: TrainSettings = Field(default_factory=TrainSettings)
+    guard: GuardSettings = Field(default_factory=GuardSettings)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
