@@ -19,8 +19,9 @@ from slmkit.training.gauges import Gauges
 from slmkit.training.guards import Diverged, GuardSettings
 from slmkit.training.loop import Every, Plan, Report, RunStopped, State, StopRequested, train
 from slmkit.training.objectives import OBJECTIVES
-from slmkit.training.optimizers import OPTIMIZERS
+from slmkit.training.optimizers import make_optimizers
 from slmkit.training.plots import plot_losses
+from slmkit.training.precision import LossScale, to_weight_dtype
 from slmkit.training.recipe import Recipe, TrainSettings
 from slmkit.training.recorder import FlightRecorder
 from slmkit.training.run_log import MetricsLog, environment, mark_running, rewind_samples
@@ -162,8 +163,10 @@ def fresh_state(recipe: Recipe, model: Decoder, device: Device) -> State:
     if device.torch_device.type == "cpu":
         keep_freed_memory()
     model.to(device.torch_device)
+    to_weight_dtype(model, device)
     model.recompute_every = recipe.train.gradient_checkpointing
-    return State(model, OPTIMIZERS[recipe.train.optimizer](model, recipe.train), seed=recipe.seed)
+    optimizers = make_optimizers(model, recipe.train, device)
+    return State(model, optimizers, seed=recipe.seed, loss_scale=LossScale.of(device))
 
 
 def roll_back(run: RunDirectory, state: State, plan: Plan, why: Diverged, warn: Callable[[str], None]) -> None:
