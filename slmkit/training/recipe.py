@@ -12,6 +12,8 @@ from pydantic import ConfigDict, Field, model_validator
 from slmkit.config import Settings, UserError, did_you_mean, load_settings, read_yaml
 from slmkit.data.corpus import DataSettings, TokenizerSettings
 from slmkit.model import SLMConfig
+from slmkit.training.guards import GuardSettings
+from slmkit.training.schedules import Schedule, make_schedule
 
 
 class ModelSettings(Settings):
@@ -59,12 +61,14 @@ class TrainSettings(Settings):
     max_tokens: int | None = Field(None, gt=0)
     max_steps: int | None = Field(None, gt=0)
     num_train_epochs: float | None = Field(None, gt=0)
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = Field(1e-3, gt=0)  # AdamW's
+    optimizer: Literal["adamw", "adamw_8bit", "muon", "lion"] = "adamw"
+    learning_rate: float = Field(1e-3, gt=0)  # AdamW's; Lion wants a third of it or less
     muon_learning_rate: float = Field(0.02, gt=0)  # of the matrices that Muon updates
     muon_momentum: float = Field(0.95, ge=0, lt=1)
+    lr_scheduler_type: Literal["cosine", "linear", "warmup_stable_decay", "inverse_sqrt"] = "cosine"
     min_learning_rate_ratio: float = Field(0.1, ge=0, le=1)
     warmup_steps: float = Field(0.05, ge=0)  # a number of steps, or below 1 a share of all steps
+    lr_decay_ratio: float = Field(0.2, gt=0, le=1)  # of warmup_stable_decay: the share of all steps in which it falls
     weight_decay: float = Field(0.1, ge=0)
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.95, ge=0, lt=1)
@@ -79,7 +83,7 @@ class TrainSettings(Settings):
     sample_tokens: int = Field(120, gt=0)
     report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)  # besides metrics.jsonl
     device: str = "auto"
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16", "float16", "bfloat16-pure", "bfloat16-master"] = "auto"
 
     @model_validator(mode="after")
     def _one_end(self) -> TrainSettings:
@@ -104,6 +108,11 @@ class TrainSettings(Settings):
             return max(1, self.max_tokens // (rows_per_step * sequence_length))
         return max(1, round((self.num_train_epochs or 1) * rows_in_epoch / rows_per_step))
 
+    def schedule(self, steps: int) -> Schedule:
+        """Step → share of the peak learning rate, over a run of `steps` steps."""
+        warmup = self.total_warmup_steps(steps)
+        return make_schedule(self.lr_scheduler_type, steps, warmup, self.min_learning_rate_ratio, self.lr_decay_ratio)
+
     def total_warmup_steps(self, steps: int) -> int:
         return round(self.warmup_steps * steps) if self.warmup_steps < 1 else round(self.warmup_steps)
 
@@ -118,6 +127,7 @@ class Recipe(Settings):
     tokenizer: TokenizerSettings = Field(default_factory=TokenizerSettings)
     data: DataSettings = Field(default_factory=DataSettings)
     train: TrainSettings = Field(default_factory=TrainSettings)
+    guard: GuardSettings = Field(default_factory=GuardSettings)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
