@@ -78,15 +78,19 @@ def resume_run(directory: str | Path, reporter: Reporter) -> RunDirectory:
     run = RunDirectory(directory)
     if not run.recipe.is_file():
         raise UserError(f"{run.root}: not a run: it has no recipe.yaml; expected a directory that `slm train` made")
-    recipe = load_recipe(run.recipe)
-    device = find_device(recipe.train.device, recipe.train.precision)
-    corpus = open_corpus(run.data)
-    base = find_model_directory(recipe.model.path) if recipe.model.path else None
-    model, config = _model_for(recipe, corpus.tokenizer, base)
-    session = _Session(run, recipe, corpus, model, config, device)
+    settings = load_recipe(run.recipe).train
+    session = open_run(run, find_device(settings.device, settings.precision))
     reporter.say(session.summary())
     session.run_to_the_end(reporter, resume=True)
     return run
+
+
+def open_run(run: RunDirectory, device: Device) -> _Session:
+    """A run whose data is prepared."""
+    recipe, corpus = load_recipe(run.recipe), open_corpus(run.data)
+    base = find_model_directory(recipe.model.path) if recipe.model.path else None
+    model, config = _model_for(recipe, corpus.tokenizer, base)
+    return _Session(run, recipe, corpus, model, config, device)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from slmkit.data.stream import Batch, Batches
 from slmkit.training.loop import Plan, Report, State, compute_gradients, train, train_step
 from slmkit.training.objectives import Objective
+from slmkit.training.run_log import finite
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,10 @@ def replay_step(
     start = state.step
     train(state, objective, stream, dataclasses.replace(plan, steps=step - 1))
     batch = stream.batch(step - 1) if recorded is None else recorded
-    rows = [Row(number, *compute_gradients(state, objective, row, plan)) for number, row in enumerate(batch.split(1))]
     state.model.train()
+    rows = [
+        Row(number, *compute_gradients(state, objective, row, plan)[:2]) for number, row in enumerate(batch.split(1))
+    ]
     with watched(state.model, plan.rows_per_micro_batch, len(batch.ids)) as watch:
         report = train_step(state, objective, batch, plan)
     return Replay(
@@ -75,15 +78,12 @@ def replay_step(
 
 
 def differences(replayed: Report, recorded: Report) -> dict[str, tuple[Any, Any]]:
-    """Figures that are not the same bit for bit: name → (replayed, recorded). What the clock says has no place in it."""
-    as_logged = {key: None if value != value or value in (_INFINITY, -_INFINITY) else value
-                 for key, value in replayed.items()}  # fmt: skip
+    """Figures that are not the same bit for bit: name → (replayed, recorded)."""
     return {
-        key: (value, recorded[key]) for key, value in as_logged.items() if key in recorded and recorded[key] != value
+        key: (value, recorded[key])
+        for key, value in finite(replayed).items()
+        if key in recorded and recorded[key] != value
     }
-
-
-_INFINITY = float("inf")
 
 
 @dataclass
@@ -151,4 +151,4 @@ def watched(model: nn.Module, rows_per_micro_batch: int, rows: int) -> Iterator[
 
 def _size(named: tuple[Any, float]) -> float:
     """To sort by: what is not a number is larger than all numbers."""
-    return named[1] if named[1] == named[1] else _INFINITY
+    return named[1] if named[1] == named[1] else float("inf")
