@@ -35,7 +35,7 @@ BAD_ROWS = {
     "not JSON": (".jsonl", GOOD + b'{"text": \n' + GOOD, "not a JSON object", "a.jsonl:2"),
     "not an object": (".jsonl", GOOD + b'["text"]\n' + GOOD, "not a JSON object", "a.jsonl:2"),
     "another column": (".jsonl", GOOD + b'{"body": "b"}\n' + GOOD, "no such column", "a.jsonl:2"),
-    "null": (".jsonl", GOOD + b'{"text": null}\n' + GOOD, "wrong type", "a.jsonl:2"),
+    "null": (".jsonl", GOOD + b'{"text": null}\n' + GOOD, "not as expected", "a.jsonl:2"),
     "latin 1": (".jsonl", GOOD + b'{"text": "caf\xe9"}\n' + GOOD, "not UTF-8", "at offset 30"),
     "half a pair": (".jsonl", GOOD + b'{"text": "\\ud83d"}\n' + GOOD, "not UTF-8", "a.jsonl:2"),
     "a zero byte": (".jsonl", GOOD + b'{"text": "\0"}\n' + GOOD, "not UTF-8", "at offset 27"),
@@ -79,7 +79,7 @@ def test_a_row_that_is_no_conversation_is_counted(tmp_path: Path, row: str):
     (tmp_path / "a.jsonl").write_text(content)
     opened = source(tmp_path)
     assert [conversation for conversation, _ in opened.read_conversations()] == [good, good]
-    assert opened.skipped == {"wrong type": 1}
+    assert opened.skipped == {"not as expected": 1}
 
 
 def test_bytes_that_are_no_text_are_left_out_of_a_text_file_wherever_reading_begins(tmp_path: Path):
