@@ -18,6 +18,7 @@ from slmkit.training.files import write_whole
 from slmkit.training.gauges import Gauges
 from slmkit.training.guards import Diverged, GuardSettings
 from slmkit.training.loop import Every, Plan, Report, RunStopped, State, StopRequested, train
+from slmkit.training.micro_batch import lack_of_memory_explained
 from slmkit.training.objectives import OBJECTIVES
 from slmkit.training.optimizers import make_optimizers
 from slmkit.training.plots import plot_losses
@@ -127,6 +128,7 @@ def fit(
         open_trackers(settings.report_to, run.root, recipe.model_dump(mode="json"), state.step) as trackers,
         stop_on_signals() as stop,
         saver,
+        lack_of_memory_explained(model.architecture, settings, plan.rows_per_micro_batch, length, plan.device),
     ):
         logger = Logger(run, perfect_loss, warn, trackers)
         own_hooks = (
