@@ -25,8 +25,8 @@ from slmkit.training.plots import plot_losses
 from slmkit.training.precision import LossScale, to_weight_dtype
 from slmkit.training.recipe import Recipe, TrainSettings
 from slmkit.training.recorder import FlightRecorder
-from slmkit.training.run_log import MetricsLog, environment, mark_running
-from slmkit.training.saver import Saver
+from slmkit.training.run_log import MetricsLog, environment, mark_running, rewind_samples
+from slmkit.training.saver import Saver, best_checkpoint, point_links
 from slmkit.training.trackers import Tracker, open_trackers
 
 
@@ -51,6 +51,11 @@ class RunDirectory:
         write_whole(self.recipe, to_yaml(recipe))
         content = environment() | device.describe() | {"data": data}
         write_whole(self.environment, json.dumps(content, indent=2) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Drop what was logged after `step`, which is about to be repeated."""
+        self.metrics.rewind(step)
+        rewind_samples(self.samples, step)
 
 
 def free_path(wanted: str | Path) -> Path:
@@ -115,7 +120,8 @@ def fit(
     state = fresh_state(recipe, model, plan.device)
     if resume and (newest := checkpoints.newest_intact(run.checkpoints, warn)) is not None:
         checkpoints.load_checkpoint(newest, state)
-    run.metrics.rewind(state.step)
+        point_links(run, newest, best_checkpoint(state))
+    run.rewind(state.step)
     checkpoints.clear_leftovers(run.checkpoints)
 
     recorder = FlightRecorder(run.records, recipe.seed, warn)
@@ -186,14 +192,11 @@ def roll_back(run: RunDirectory, state: State, plan: Plan, why: Diverged, warn: 
     checkpoints.load_checkpoint(good, state)
     state.guard.rollbacks, state.guard.skipped = before.rollbacks + 1, before.skipped
     # In this order, so that a crash in between leaves a run that goes on from the same checkpoint.
-    checkpoints.point_link(run.latest, good)
-    run.best.unlink(missing_ok=True)
-    if state.best and (best := run.checkpoints / checkpoints.checkpoint_name(int(state.best["step"]))).is_dir():
-        checkpoints.point_link(run.best, best)
+    point_links(run, good, best_checkpoint(state))
     for later in checkpoints.complete_checkpoints(run.checkpoints):
         if checkpoints.step_of(later) > state.step:
             checkpoints.delete(later)
-    run.metrics.rewind(state.step)
+    run.rewind(state.step)
     ratio = state.guard.learning_rate_ratio(settings)
     warn(f"{why}, steps {first} to {first + before.in_a_row - 1}; back to step {state.step}, learning rate × {ratio:g}")
 
