@@ -76,6 +76,7 @@ class TrainSettings(Settings):
     adam_epsilon: float = Field(1e-8, gt=0)
     max_grad_norm: float = Field(1.0, gt=0)
     gradient_checkpointing: int = Field(0, ge=0)  # every n-th layer is computed again instead of kept: less memory
+    compile: Literal["auto"] | bool = "auto"  # torch.compile of each block; auto: on CUDA devices
     logging_steps: int = Field(10, gt=0)
     eval_steps: int | None = Field(None, gt=0)  # None: ten times a run
     save_steps: int | None = Field(None, gt=0)  # None: at each evaluation

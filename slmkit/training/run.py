@@ -14,6 +14,7 @@ from slmkit.data.stream import Batches
 from slmkit.device import Device, keep_freed_memory
 from slmkit.model import Decoder, SLMConfig
 from slmkit.training import checkpoints
+from slmkit.training.compilation import compile_blocks, compile_pays, uncompiled
 from slmkit.training.files import write_whole
 from slmkit.training.gauges import Gauges
 from slmkit.training.guards import Diverged, GuardSettings
@@ -139,7 +140,7 @@ def fit(
         all_hooks = (Every(1, gauges.update), *hooks, *hooks_on_disk(settings, plan.steps, logger, saver))
         while True:
             try:
-                train(state, OBJECTIVES[recipe.objective], stream, plan, all_hooks, stop, recorder)
+                train(state, OBJECTIVES[recipe.objective], stream, plan, uncompiled(all_hooks, model), stop, recorder)
                 break
             except Diverged as error:
                 saver.wait()
@@ -171,6 +172,8 @@ def fresh_state(recipe: Recipe, model: Decoder, device: Device) -> State:
     model.to(device.torch_device)
     to_weight_dtype(model, device)
     model.recompute_every = recipe.train.gradient_checkpointing
+    if compile_pays(recipe.train.compile, device):
+        compile_blocks(model)
     optimizers = make_optimizers(model, recipe.train, device)
     return State(model, optimizers, seed=recipe.seed, loss_scale=LossScale.of(device))
 
