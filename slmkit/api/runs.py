@@ -30,6 +30,7 @@ from slmkit.training.run import (
     new_run_directory,
 )
 from slmkit.training.run_log import append_samples
+from slmkit.training.trackers import check_trackers
 
 
 class Reporter(data_corpus.Reporter, Protocol):
@@ -43,6 +44,7 @@ def train_recipe(recipe: Recipe, reporter: Reporter, dry_run: bool = False) -> R
 
     Raises `UserError` for whatever in the recipe or its data is wrong.
     """
+    check_trackers(recipe.train.report_to)
     device = find_device(recipe.train.device, recipe.train.precision)
     base = find_model_directory(recipe.model.path) if recipe.model.path else None
     run = new_run_directory(recipe.output_dir)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -50,6 +50,16 @@ def count(number: int) -> str:
         if number >= size:
             return f"{number / size:.2f} {unit}"
     return str(number)
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[str] = ()) -> None:
+    """Columns as wide as what is in them; those named in `right` end where their heads end."""
+    widths = [max(map(len, column)) for column in zip(columns, *rows)]
+    for row in (columns, *rows):
+        cells = (
+            cell.rjust(width) if name in right else cell.ljust(width) for name, cell, width in zip(columns, row, widths)
+        )
+        print("  ".join(cells).rstrip())
 
 
 def gibibytes(size: int) -> str:

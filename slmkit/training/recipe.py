@@ -77,6 +77,7 @@ class TrainSettings(Settings):
     save_total_limit: int = Field(2, gt=0)  # the best checkpoint is kept besides
     sample_prompts: list[str] = Field(default_factory=lambda: ["Once upon a time"])
     sample_tokens: int = Field(120, gt=0)
+    report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)  # besides metrics.jsonl
     device: str = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
 
