@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from rich.text import Text
+
+from slmkit.api.xray import look
 from slmkit.config import UserError
 from slmkit.data import corpus as data_corpus
 from slmkit.data.corpus import Corpus, build_corpus, open_corpus
@@ -34,15 +37,17 @@ from slmkit.training.trackers import check_trackers
 
 
 class Reporter(data_corpus.Reporter, Protocol):
-    """Where the long functions below say how far they are."""
+    """Where the long functions below say how far they are; a `Text` has colours that mean something."""
+
+    def say(self, line: str | Text) -> None: ...
 
     def warn(self, line: str) -> None: ...
 
 
-def train_recipe(recipe: Recipe, reporter: Reporter, dry_run: bool = False) -> RunDirectory:
+def train_recipe(recipe: Recipe, reporter: Reporter, dry_run: bool = False, force: bool = False) -> RunDirectory:
     """Do a whole run: tokenizer, shards, model, training. Nothing is left behind when it fails before the first step.
 
-    Raises `UserError` for whatever in the recipe or its data is wrong.
+    Raises `UserError` for whatever in the recipe or its data is wrong, and for what the X-ray finds, unless `force`.
     """
     check_trackers(recipe.train.report_to)
     device = find_device(recipe.train.device, recipe.train.precision)
@@ -57,6 +62,7 @@ def train_recipe(recipe: Recipe, reporter: Reporter, dry_run: bool = False) -> R
         session = _Session(run, _resolve(recipe, run, config, base), corpus, model, config, device)
         run.describe(session.recipe, device, corpus.describe())
         reporter.say(session.summary())
+        session.look(reporter, force)
     except BaseException:
         shutil.rmtree(run.root, ignore_errors=True)
         raise
@@ -138,6 +144,20 @@ class _Session:
             f"{parameters:,} parameters, {len(self.corpus.train):,} training tokens, "
             f"{self.plan.steps:,} steps of {self.stream.rows_per_step} × {self.length} tokens, "
             f"{self.device.describe()['device']} in {self.device.describe()['compute_dtype']}"
+        )
+
+    def look(self, reporter: Reporter, force: bool) -> None:
+        """The X-ray. Raises `UserError` for what it finds, unless `force`."""
+        look(
+            self.stream,
+            self.corpus.tokenizer,
+            self.config.vocab_size,
+            self.run.root,
+            reporter.say,
+            train=[self.corpus.train],
+            validation=[self.corpus.validation],
+            is_chat=self.recipe.objective == "sft",
+            force=force,
         )
 
     def run_to_the_end(self, reporter: Reporter, resume: bool) -> None:

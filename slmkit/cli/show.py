@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.text import Text
 
 if TYPE_CHECKING:
     from slmkit.model import Decoder
@@ -21,7 +22,7 @@ class TerminalReporter:
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False)
 
-    def say(self, line: str) -> None:
+    def say(self, line: str | Text) -> None:
         self.console.print(line, soft_wrap=True, markup=False)
 
     def warn(self, line: str) -> None:

@@ -21,7 +21,6 @@ from slmkit.training.optimizers import OPTIMIZERS
 from slmkit.training.plots import plot_losses
 from slmkit.training.recipe import Recipe, TrainSettings
 from slmkit.training.run_log import MetricsLog, environment, mark_running
-from slmkit.training.schedules import warmup_cosine
 from slmkit.training.trackers import Tracker, open_trackers
 
 
@@ -143,12 +142,11 @@ def fit(
 def make_plan(settings: TrainSettings, rows_in_epoch: int, sequence_length: int, device: Device) -> Plan:
     """What the loop needs of the settings, with everything counted out."""
     steps = settings.total_steps(rows_in_epoch, sequence_length)
-    warmup = settings.total_warmup_steps(steps)
     return Plan(
         steps=steps,
         rows_per_micro_batch=settings.rows_per_micro_batch(sequence_length),
         max_grad_norm=settings.max_grad_norm,
-        schedule=lambda step: warmup_cosine(step, steps, warmup, settings.min_learning_rate_ratio),
+        schedule=settings.schedule(steps),
         device=device,
     )
 

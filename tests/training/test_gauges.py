@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 
 import pytest
@@ -53,8 +54,9 @@ def test_the_peak_is_measured_once_and_no_product_is_faster() -> None:
 def test_the_peak_of_memory_follows_what_is_allocated() -> None:
     reset_peak_memory(CPU)
     before = peak_memory(CPU)
-    block = torch.ones(64 << 20, dtype=torch.uint8)
-    assert peak_memory(CPU) - before == pytest.approx(block.numel(), rel=0.1)
+    with mmap.mmap(-1, 64 << 20) as block:  # fresh pages: what an allocator kept from earlier tests is in use already
+        block.write(b"1" * len(block))
+        assert peak_memory(CPU) - before >= len(block)
 
 
 def test_a_run_logs_its_gauges_and_its_time_goes_on_when_resumed(tmp_path: Path) -> None:
