@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
+from slmkit.config import UserError
 from slmkit.data.blocks import Block, Blocks, Position
 from slmkit.data.order import mixed_seed, permuted
 from slmkit.data.packing import IGNORED, numbered, pack_whole, padded, row_of_labels
@@ -108,10 +109,17 @@ class ConversationRows:
         return {"block": self._block, "row": self._used}
 
     def next_row(self) -> Row | None:
+        epochs = set()
         while self._used >= len(self._rows):
             block = next(self._coming, None)
             if block is None:
                 return None
+            epochs.add(block.position["epoch"])
+            if len(epochs) > 2:  # a whole one in between
+                raise UserError(
+                    f"{self.blocks.name}: nothing to learn within {self.length:,} tokens in any of its conversations; "
+                    "raise sequence_length, or check that they have assistant turns"
+                )
             self._take(block)
             self._used = 0
         self._used += 1
