@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field, model_validator
 from slmkit.config import Settings, UserError, did_you_mean, load_settings, read_yaml
 from slmkit.data.corpus import DataSettings, TokenizerSettings
 from slmkit.model import SLMConfig
+from slmkit.training.guards import GuardSettings
 from slmkit.training.schedules import Schedule, make_schedule
 
 
@@ -60,8 +61,8 @@ class TrainSettings(Settings):
     max_tokens: int | None = Field(None, gt=0)
     max_steps: int | None = Field(None, gt=0)
     num_train_epochs: float | None = Field(None, gt=0)
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = Field(1e-3, gt=0)  # AdamW's
+    optimizer: Literal["adamw", "adamw_8bit", "muon", "lion"] = "adamw"
+    learning_rate: float = Field(1e-3, gt=0)  # AdamW's; Lion wants a third of it or less
     muon_learning_rate: float = Field(0.02, gt=0)  # of the matrices that Muon updates
     muon_momentum: float = Field(0.95, ge=0, lt=1)
     lr_scheduler_type: Literal["cosine", "linear", "warmup_stable_decay", "inverse_sqrt"] = "cosine"
@@ -82,7 +83,7 @@ class TrainSettings(Settings):
     sample_tokens: int = Field(120, gt=0)
     report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)  # besides metrics.jsonl
     device: str = "auto"
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16", "float16", "bfloat16-pure", "bfloat16-master"] = "auto"
 
     @model_validator(mode="after")
     def _one_end(self) -> TrainSettings:
@@ -126,6 +127,7 @@ class Recipe(Settings):
     tokenizer: TokenizerSettings = Field(default_factory=TokenizerSettings)
     data: DataSettings = Field(default_factory=DataSettings)
     train: TrainSettings = Field(default_factory=TrainSettings)
+    guard: GuardSettings = Field(default_factory=GuardSettings)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -9,8 +9,11 @@ from slmkit.data.text_dataset import TextDataset
 from slmkit.device import find_device
 from slmkit.model import SLMConfig, build_decoder
 from slmkit.tokenizer import SLMTokenizer
+from slmkit.training.checkpoints import take_snapshot
+from slmkit.training.guards import GuardSettings
 from slmkit.training.loop import Plan, State
-from slmkit.training.optimizers import OPTIMIZERS
+from slmkit.training.optimizers import make_optimizers
+from slmkit.training.precision import LossScale, to_weight_dtype
 from slmkit.training.recipe import Recipe, TrainSettings
 from slmkit.training.run import RunDirectory, fit, make_plan
 
@@ -35,14 +38,24 @@ def stream(rows: int = 8, seed: int = 0) -> Stream:
     return Stream(dataset(), rows, seed)
 
 
-def state(seed: int = 0, optimizer: str = "adamw", learning_rate: float = 1e-2) -> State:
-    model = build_decoder(config(), seed)
-    return State(model, OPTIMIZERS[optimizer](model, settings(learning_rate=learning_rate)), seed=seed)
+def state(
+    seed: int = 0, optimizer: str = "adamw", learning_rate: float = 1e-2, precision: str = "float32", **changes: object
+) -> State:
+    model, device = build_decoder(config(), seed), find_device("cpu", precision)
+    to_weight_dtype(model, device)
+    chosen = settings(optimizer=optimizer, learning_rate=learning_rate, **changes)
+    return State(model, make_optimizers(model, chosen, device), seed=seed, loss_scale=LossScale.of(device))
 
 
-def plan(steps: int, rows_per_micro_batch: int = 8, max_grad_norm: float = 1.0) -> Plan:
-    device = find_device("cpu", "float32")
+def plan(steps: int, rows_per_micro_batch: int = 8, max_grad_norm: float = 1.0, precision: str = "float32") -> Plan:
+    device = find_device("cpu", precision)
     return Plan(steps, rows_per_micro_batch, max_grad_norm, lambda step: 1.0, device)
+
+
+def snapshot_of(learner: State) -> dict[str, list]:
+    """Weights and optimizer state, to be compared."""
+    snapshot = take_snapshot(learner)
+    return {name: tensor.tolist() for name, tensor in (snapshot.weights | snapshot.moments).items()}
 
 
 def settings(**changes: object) -> TrainSettings:
@@ -53,21 +66,24 @@ def settings(**changes: object) -> TrainSettings:
     return TrainSettings(**(defaults | changes))
 
 
-def run(root: Path, resume: bool = False, hooks: tuple = (), warn=lambda line: None, **changes: object) -> State:
+def run(
+    root: Path, resume: bool = False, hooks: tuple = (), warn=lambda line: None, guard: dict | None = None,
+    **changes: object,
+) -> State:  # fmt: skip
     """A whole run through `fit`, with dropout so that random numbers matter."""
     train = settings(**changes)
     directory = RunDirectory(root)
     directory.checkpoints.mkdir(parents=True, exist_ok=True)
     shape = config(hidden_dropout=0.2, attention_dropout=0.1)
     rows = dataset()
-    device = find_device("cpu", "float32")
+    device = find_device("cpu", train.precision)
     return fit(
         directory,
         Recipe(output_dir=str(root), train=train),
         build_decoder(shape, seed=1),
         shape,
         Stream(rows, train.rows_per_step(LENGTH), seed=0),
-        make_plan(train, rows.rows_in_epoch, LENGTH, device),
+        make_plan(train, rows.rows_in_epoch, LENGTH, device, GuardSettings(**guard or {})),
         companions=TOKENIZER.save_pretrained,
         hooks=hooks,
         resume=resume,
