@@ -1,7 +1,7 @@
 """Streams of documents in blocks: bounded memory, a seeded shuffle, and a position that is a few integers.
 
-A block is read, shuffled inside itself and given out. Its order follows from (seed, epoch, number of the block): whoever
-goes on later needs to know where the block began, and nothing of what was in it.
+A block is read, shuffled inside itself and given out. Its order follows from (seed, epoch, number of the block), so
+that whoever goes on later needs to know where the block began, and nothing of what was in it.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Blocks(Generic[T]):
             epoch, number, place, inside = epoch + 1, 0, None, False
 
     def _of_one_epoch(self, place: Position | None, inside: bool) -> Iterator[tuple[list[T], Position | None]]:
-        """Items of each block as they are read, and where it begins. A document too long for a block ends in the next."""
+        """Items of each block as they are read, and where it begins; a document may go on in the next."""
         items: list[T] = []
         documents = size = 0
         begins, kept = place, inside
