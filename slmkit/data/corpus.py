@@ -117,7 +117,7 @@ def _prepare_validation(
 ) -> TokenShards:
     """The validation text of streams, or of a source of its own."""
     sources = [settings.model_dump(exclude_defaults=True) for settings in data.all_sources()]
-    items: Iterator[Any]
+    items: Any
     if data.validation is not None:
         source = validation_source(data, data.validation, seed)
         items = conversations_of(source) if objective == "sft" else documents_of(source)
