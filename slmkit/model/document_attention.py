@@ -5,6 +5,7 @@ It is compiled for the GPU. Elsewhere the same mask is a tensor, and the outcome
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -46,13 +47,13 @@ def dense_mask(mask: Any, device: torch.device) -> Tensor:
 
 def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float, cap: float | None) -> Tensor:
     """As `attend`, without dropout. q [batch, heads, tokens, head_dim], k and v [batch, kv_heads, tokens, …] → as q."""
+    score_mod = None if cap is None else _capped_at(cap)
+    return _flex(q.device.type)(q, k, v, score_mod, mask, scale, q.size(1) != k.size(1))
 
-    def capped(score: Tensor, b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return cap * torch.tanh(score / cap)
 
-    grouped = q.size(1) != k.size(1)
-    score_mod = None if cap is None else capped
-    return _flex(q.device.type)(q, k, v, score_mod, mask, scale, grouped)
+@cache
+def _capped_at(cap: float) -> Callable[..., Tensor]:
+    return lambda score, *place: cap * torch.tanh(score / cap)
 
 
 @cache
