@@ -23,6 +23,7 @@ from slmkit.model import Decoder, SLMConfig, build_decoder, load_decoder
 from slmkit.model.config import TRAINING_FIELDS
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.loop import Every, Hook, Plan, Report, State
+from slmkit.training.micro_batch import resolve_micro_batch
 from slmkit.training.progress import TrainingProgress
 from slmkit.training.recipe import ModelSettings, Recipe, load_recipe
 from slmkit.training.run import (
@@ -131,6 +132,8 @@ class _Session:
                 f"train.sequence_length {self.length} is longer than the model's max_position_embeddings "
                 f"{config.max_position_embeddings}: shorten the one or raise the other"
             )
+        settings = resolve_micro_batch(recipe.train, model, self.length, device)
+        self.recipe = recipe = recipe.model_copy(update={"train": settings})
         validation_rows = ChatRows if recipe.objective == "sft" else DocumentRows
         self.validation_rows: Rows = validation_rows(corpus.validation, self.length)
         rows_per_step = recipe.train.rows_per_step(self.length)
