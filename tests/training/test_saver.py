@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -170,8 +171,10 @@ def test_one_signal_ends_the_run_with_a_checkpoint_and_exit_code_0(number: int, 
     process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 0, stderr
-    assert "slm: stopped after step 3 of 12; go on with: slm resume" in stderr
-    assert (tmp_path / "latest").resolve().name == "step-000003"
+    found = re.search(r"slm: stopped after step (\d+) of 12; go on with: slm resume", stderr)
+    assert found, stderr
+    assert (tmp_path / "latest").resolve().name == f"step-{found[1]:>06}"
+    assert int(found[1]) < 12
     verify((tmp_path / "latest").resolve())
 
 
@@ -193,7 +196,7 @@ def test_a_stopped_run_has_the_metrics_of_one_that_was_not(tmp_path: Path) -> No
             os.kill(os.getpid(), signal.SIGTERM)
 
     def validate(learner: State, report: dict) -> None:
-        report["validation_loss"] = float(learner.model.norm.weight.sum())
+        report["validation_loss"] = learner.model.norm.weight.sum().item()
 
     run(tmp_path / "whole", hooks=(Every(4, validate),), logging_steps=5)
     hooks = (Every(4, validate), Every(1, interrupt))
