@@ -22,6 +22,7 @@ from slmkit.model import Decoder, SLMConfig, build_decoder, load_decoder
 from slmkit.model.config import TRAINING_FIELDS
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.loop import Every, Hook, Plan, Report, State
+from slmkit.training.micro_batch import resolve_micro_batch
 from slmkit.training.progress import TrainingProgress
 from slmkit.training.recipe import ModelSettings, Recipe, load_recipe
 from slmkit.training.run import (
@@ -130,6 +131,8 @@ class _Session:
                 f"train.sequence_length {self.length} is longer than the model's max_position_embeddings "
                 f"{config.max_position_embeddings}: shorten the one or raise the other"
             )
+        settings = resolve_micro_batch(recipe.train, model, self.length, device)
+        self.recipe = recipe = recipe.model_copy(update={"train": settings})
         is_chat = recipe.objective == "sft"
         kind = ChatRows if is_chat else PretrainRows
         self.rows = kind(corpus.train, self.length)
