@@ -15,6 +15,12 @@ app = typer.Typer(
     help="Make token shards, and look into them.", no_args_is_help=True, rich_markup_mode=None, add_completion=False
 )
 
+CLEAN = (
+    "What to leave out: exact_duplicates=true, near_duplicates=0.8, min_characters, max_characters, min_words, "
+    "max_words, scripts=[Latin], min_script_share, min_letter_share, evaluation=[FILE], evaluation_words=13. "
+    "May be given several times."
+)
+
 
 @app.command()
 def prepare(
@@ -27,14 +33,7 @@ def prepare(
     ] = None,
     chat: Annotated[bool, typer.Option(help="Conversations, with their loss masks.")] = False,
     shuffle: Annotated[int | None, typer.Option(help="Put all documents in the order that this seed names.")] = None,
-    clean: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="What to leave out: exact_duplicates=true, near_duplicates=0.8, min_characters, max_characters, "
-            "min_words, max_words, scripts=[Latin], min_script_share, min_letter_share, evaluation=[FILE], "
-            "evaluation_words=13. May be given several times."
-        ),
-    ] = None,
+    clean: Annotated[list[str] | None, typer.Option(help=CLEAN)] = None,
     workers: Annotated[int | None, typer.Option(help="Threads; as many as there are cores unless given.")] = None,
     shard_characters: Annotated[int, typer.Option(help="Characters of text in a shard.")] = 1 << 26,
     ray: Annotated[
