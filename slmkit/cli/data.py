@@ -49,7 +49,7 @@ def prepare(
     from slmkit.config import load_settings
     from slmkit.data import prepare_chat, prepare_text
     from slmkit.data.cleaning import CleaningSettings
-    from slmkit.data.reading import Reading
+    from slmkit.data.many_sources import Reading
     from slmkit.data.source_settings import SourceSettings
     from slmkit.tokenizer import SLMTokenizer
     from slmkit.training.run import find_tokenizer_directory

@@ -21,8 +21,8 @@ from typing import Any
 
 from slmkit.config import UserError
 from slmkit.data.cleaning import Cleaner, CleaningSettings
+from slmkit.data.many_sources import BEGINNING, Place, Reading
 from slmkit.data.prepare import Progress, header_of, no_progress
-from slmkit.data.reading import BEGINNING, Place, Reading
 from slmkit.data.shard_folder import ShardFolder, complete, content_of, partial_folder
 from slmkit.data.shard_work import BATCH_CHARACTERS, SHARD_CHARACTERS, cut, digest, encode, write_shard
 from slmkit.data.shards import TokenShards

@@ -13,7 +13,7 @@ from slmkit.config import UserError
 from slmkit.data import prepare_text, stories
 from slmkit.data.cleaning import CleaningSettings
 from slmkit.data.cluster import prepare_text_on_ray
-from slmkit.data.reading import Reading
+from slmkit.data.many_sources import Reading
 from slmkit.data.source_settings import SourceSettings
 from slmkit.tokenizer import SLMTokenizer
 
