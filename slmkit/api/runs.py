@@ -22,8 +22,10 @@ from slmkit.model import Decoder, SLMConfig, build_decoder, load_decoder
 from slmkit.model.config import TRAINING_FIELDS
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.loop import Every, Hook, Plan, Report, State
+from slmkit.training.plan_file import PlanFile
 from slmkit.training.progress import TrainingProgress
 from slmkit.training.recipe import ModelSettings, Recipe, load_recipe
+from slmkit.training.reference import Beside, find_curve
 from slmkit.training.run import (
     RunDirectory,
     evaluation_interval,
@@ -162,8 +164,10 @@ class _Session:
 
     def run_to_the_end(self, reporter: Reporter, resume: bool) -> None:
         interval = evaluation_interval(self.recipe.train, self.plan.steps)
+        plan_file = self._plan_file()
+        curve = find_curve(self.recipe, self.config)
         with TrainingProgress(self.recipe.objective, self.plan.steps) as progress:
-            fit(
+            state = fit(
                 self.run,
                 self.recipe,
                 self.model,
@@ -174,12 +178,29 @@ class _Session:
                 hooks=(
                     Every(interval, Validate(self.validation_rows, self.device, self.stream.separate)),
                     Every(interval, self._sampler()),
+                    *([Every(1, Beside(curve).update)] if curve else []),
                     Every(1, progress.update),
+                    Every(1, plan_file.update),
                 ),
                 perfect_loss=self.corpus.validation.header.perfect_loss,
                 resume=resume,
                 warn=reporter.warn,
             )
+        if compared := plan_file.complete(state.best.get("validation_loss")):
+            reporter.say(compared)
+
+    def _plan_file(self) -> PlanFile:
+        return PlanFile(
+            self.run.root,
+            self.config,
+            self.recipe.train,
+            self.plan.steps,
+            self.device,
+            weights_bytes=sum(parameter.nbytes for parameter in self.model.parameters()),
+            unique_tokens=len(self.corpus.train),
+            validation_tokens=self.validation_rows.rows_in_epoch * self.length,
+            from_scratch=self.recipe.objective == "pretrain" and self.recipe.model.path is None,
+        )
 
     def _sampler(self) -> Hook:
         """Writes what the model says to the fixed prompts into samples.md."""
