@@ -26,6 +26,7 @@ from slmkit.model import Decoder, SLMConfig, load_decoder, save_decoder
 from slmkit.training.files import sync
 from slmkit.training.guards import Guard
 from slmkit.training.loop import State
+from slmkit.training.precision import LossScale
 
 MANIFEST = "MANIFEST.json"
 STATE = "training_state/state.json"
@@ -71,7 +72,7 @@ def write_checkpoint(snapshot: Snapshot, config: SLMConfig, folder: Path, compan
     Raises `UserError` when the disk is full or cannot be written.
     """
     final = folder / checkpoint_name(snapshot.step)
-    partial, replaced = (folder / f".{word}-{final.name}" for word in ("partial", "replaced"))
+    partial = folder / f".partial-{final.name}"
     shutil.rmtree(partial, ignore_errors=True)
     try:
         (partial / "training_state").mkdir(parents=True)
@@ -80,12 +81,10 @@ def write_checkpoint(snapshot: Snapshot, config: SLMConfig, folder: Path, compan
         save_file(snapshot.moments, partial / OPTIMIZER)
         (partial / STATE).write_text(snapshot.plain, encoding="utf-8")
         _write_manifest(partial)
-        if final.exists():  # of a run that went back to an earlier step: renamed in one step, deleted in many
-            shutil.rmtree(replaced, ignore_errors=True)
-            os.replace(final, replaced)
+        if final.exists():  # of a run that went back to an earlier step
+            delete(final)
         os.replace(partial, final)
         sync(folder)
-        shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, safetensors.SafetensorError, UserError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
@@ -113,7 +112,7 @@ def load_checkpoint(directory: Path, state: State) -> None:
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     plain = json.loads((directory / STATE).read_text(encoding="utf-8"))
     state.step, state.tokens, state.best = plain["step"], plain["tokens"], plain["best"]
-    state.guard = Guard(**plain["guard"])
+    state.guard, state.loss_scale = Guard(**plain["guard"]), LossScale(**plain["loss_scale"])
     state.data = plain.get("data", {})
     if plain["seed"] != state.seed:
         raise UserError(f"{directory}: made with seed {plain['seed']}, the recipe says {state.seed}")
@@ -203,10 +202,11 @@ def keep_newest(folder: Path, count: int, keep: set[str], until: int) -> None:
 
 
 def delete(checkpoint: Path) -> None:
-    """Delete a checkpoint so that no half of it is ever taken for a whole one."""
-    (checkpoint / MANIFEST).unlink()
-    sync(checkpoint)
-    shutil.rmtree(checkpoint, ignore_errors=True)
+    """Delete a checkpoint so that no half of it is ever taken for a whole one: renamed in one step, deleted in many."""
+    doomed = checkpoint.with_name(f".deleted-{checkpoint.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(checkpoint, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def file_sha256(path: Path) -> str:
@@ -217,7 +217,9 @@ def file_sha256(path: Path) -> str:
 def _plain_state(state: State) -> dict[str, Any]:
     skipped = ("model", "optimizers")
     values = {f.name: getattr(state, f.name) for f in dataclasses.fields(state) if f.name not in skipped}
-    return {name: dataclasses.asdict(value) if name == "guard" else value for name, value in values.items()}
+    return {
+        name: dataclasses.asdict(value) if name in ("guard", "loss_scale") else value for name, value in values.items()
+    }
 
 
 def _copied(tensor: Tensor) -> Tensor:

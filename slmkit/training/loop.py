@@ -23,6 +23,7 @@ from slmkit.device import Device
 from slmkit.model import Decoder
 from slmkit.training.guards import Guard, GuardSettings
 from slmkit.training.objectives import Objective
+from slmkit.training.precision import LossScale
 
 Report = dict[str, Any]  # one line of metrics.jsonl; hooks may add to it
 
@@ -41,6 +42,7 @@ class State:
     tokens: int = 0  # trained tokens so far
     best: dict[str, float] = field(default_factory=dict)  # {"step", "validation_loss"} of the best checkpoint
     guard: Guard = field(default_factory=Guard)
+    loss_scale: LossScale = field(default_factory=LossScale)
     data: dict[str, Any] = field(default_factory=dict)  # where a streamed corpus goes on; {} of shards
 
 
@@ -128,26 +130,20 @@ def train(
 
 def train_step(state: State, objective: Objective, batch: Batch, plan: Plan) -> Report:
     """One update, or none where the guard refuses it or there is nothing to learn: then `skipped` says why."""
-    seed_everything(state.seed, state.step)
     rate = plan.schedule(state.step) * state.guard.learning_rate_ratio(plan.guard)
     for optimizer in state.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * rate
 
-    weight = max(1, batch.weight)  # trained tokens of the whole step
-    total = torch.zeros((), device=plan.device.torch_device)
-    for micro_batch in batch.to(plan.device.torch_device).split(plan.rows_per_micro_batch):
-        with plan.device.autocast():
-            loss = objective(state.model, micro_batch).total
-        (loss / weight).backward()
-        total += loss.detach()
-    grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), plan.max_grad_norm).item()
-    mean_loss = (total / weight).item()
+    mean_loss, grad_norm = compute_gradients(state, objective, batch, plan)
+    while state.loss_scale.overflows(mean_loss, grad_norm):
+        mean_loss, grad_norm = compute_gradients(state, objective, batch, plan)
     if batch.weight == 0:
         refused: str | None = "not one trained token in its batch"
     else:
         refused = state.guard.judge(plan.guard, mean_loss, grad_norm)
     if refused is None:
+        seed_everything(state.seed, state.step)  # rounding draws what it draws on every rank
         for optimizer in state.optimizers:
             optimizer.step()
         state.tokens += batch.weight
@@ -161,6 +157,24 @@ def train_step(state: State, objective: Objective, batch: Batch, plan: Plan) -> 
         "grad_norm": grad_norm,
     }
     return report if refused is None else report | {"skipped": refused, "skipped_steps": state.guard.skipped}
+
+
+def compute_gradients(state: State, objective: Objective, batch: Batch, plan: Plan) -> tuple[float, float]:
+    """Leave the clipped gradients of the mean loss in the parameters. Returns that loss, and the norm as it was."""
+    seed_everything(state.seed, state.step)
+    state.model.zero_grad(set_to_none=True)
+    weight = max(1, batch.weight)  # trained tokens of the whole step
+    scale = state.loss_scale.value
+    total = torch.zeros((), device=plan.device.torch_device)
+    for micro_batch in batch.to(plan.device.torch_device).split(plan.rows_per_micro_batch):
+        with plan.device.autocast():
+            loss = objective(state.model, micro_batch).total
+        (loss * (scale / weight)).backward()
+        total += loss.detach()
+    if scale != 1:
+        torch._foreach_div_([p.grad for p in state.model.parameters() if p.grad is not None], scale)
+    grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), plan.max_grad_norm)
+    return (total / weight).item(), grad_norm.item()
 
 
 def seed_everything(seed: int, step: int) -> None:

@@ -19,12 +19,13 @@ from slmkit.training.gauges import Gauges
 from slmkit.training.guards import Diverged, GuardSettings
 from slmkit.training.loop import Every, Plan, Report, RunStopped, State, StopRequested, train
 from slmkit.training.objectives import OBJECTIVES
-from slmkit.training.optimizers import OPTIMIZERS
+from slmkit.training.optimizers import make_optimizers
 from slmkit.training.plots import plot_losses
+from slmkit.training.precision import LossScale, to_weight_dtype
 from slmkit.training.recipe import Recipe, TrainSettings
 from slmkit.training.recorder import FlightRecorder
-from slmkit.training.run_log import MetricsLog, environment, mark_running
-from slmkit.training.saver import Saver
+from slmkit.training.run_log import MetricsLog, environment, mark_running, rewind_samples
+from slmkit.training.saver import Saver, best_checkpoint, point_links
 from slmkit.training.trackers import Tracker, open_trackers
 
 
@@ -49,6 +50,11 @@ class RunDirectory:
         write_whole(self.recipe, to_yaml(recipe))
         content = environment() | device.describe() | {"data": data}
         write_whole(self.environment, json.dumps(content, indent=2) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Drop what was logged after `step`, which is about to be repeated."""
+        self.metrics.rewind(step)
+        rewind_samples(self.samples, step)
 
 
 def free_path(wanted: str | Path) -> Path:
@@ -113,7 +119,8 @@ def fit(
     state = fresh_state(recipe, model, plan.device)
     if resume and (newest := checkpoints.newest_intact(run.checkpoints, warn)) is not None:
         checkpoints.load_checkpoint(newest, state)
-    run.metrics.rewind(state.step)
+        point_links(run, newest, best_checkpoint(state))
+    run.rewind(state.step)
     checkpoints.clear_leftovers(run.checkpoints)
 
     recorder = FlightRecorder(run.records, recipe.seed, warn)
@@ -156,8 +163,10 @@ def fresh_state(recipe: Recipe, model: Decoder, device: Device) -> State:
     if device.torch_device.type == "cpu":
         keep_freed_memory()
     model.to(device.torch_device)
+    to_weight_dtype(model, device)
     model.recompute_every = recipe.train.gradient_checkpointing
-    return State(model, OPTIMIZERS[recipe.train.optimizer](model, recipe.train), seed=recipe.seed)
+    optimizers = make_optimizers(model, recipe.train, device)
+    return State(model, optimizers, seed=recipe.seed, loss_scale=LossScale.of(device))
 
 
 def roll_back(run: RunDirectory, state: State, plan: Plan, why: Diverged, warn: Callable[[str], None]) -> None:
@@ -181,14 +190,11 @@ def roll_back(run: RunDirectory, state: State, plan: Plan, why: Diverged, warn: 
     checkpoints.load_checkpoint(good, state)
     state.guard.rollbacks, state.guard.skipped = before.rollbacks + 1, before.skipped
     # In this order, so that a crash in between leaves a run that goes on from the same checkpoint.
-    checkpoints.point_link(run.latest, good)
-    run.best.unlink(missing_ok=True)
-    if state.best and (best := run.checkpoints / checkpoints.checkpoint_name(int(state.best["step"]))).is_dir():
-        checkpoints.point_link(run.best, best)
+    point_links(run, good, best_checkpoint(state))
     for later in checkpoints.complete_checkpoints(run.checkpoints):
         if checkpoints.step_of(later) > state.step:
             checkpoints.delete(later)
-    run.metrics.rewind(state.step)
+    run.rewind(state.step)
     ratio = state.guard.learning_rate_ratio(settings)
     warn(f"{why}, steps {first} to {first + before.in_a_row - 1}; back to step {state.step}, learning rate × {ratio:g}")
 
