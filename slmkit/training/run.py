@@ -125,7 +125,6 @@ def fit(
 
     recorder = FlightRecorder(run.records, recipe.seed, warn)
     saver = Saver(run, config, companions, settings.save_total_limit, warn, recorder.needed_checkpoints)
-    eval_steps = evaluation_interval(settings, plan.steps)
     length = settings.sequence_length or config.max_position_embeddings
     gauges = Gauges(model, plan.device, stream.rows_per_step, length, state.tokens, run.metrics.seconds())
     with (
@@ -135,14 +134,7 @@ def fit(
         saver,
     ):
         logger = Logger(run, perfect_loss, warn, trackers)
-        own_hooks = (
-            Every(1, logger.log_if_skipped),
-            Every(settings.logging_steps, logger.log),
-            Every(eval_steps, logger.log_and_draw),
-            Every(settings.save_steps or eval_steps, saver.save, on_stop=True),
-            Every(1, saver.check),
-        )
-        all_hooks = (Every(1, gauges.update), *hooks, *own_hooks)
+        all_hooks = (Every(1, gauges.update), *hooks, *hooks_on_disk(settings, plan.steps, logger, saver))
         while True:
             try:
                 train(state, OBJECTIVES[recipe.objective], stream, plan, all_hooks, stop, recorder)
@@ -156,6 +148,18 @@ def fit(
     elif state.step < plan.steps:
         raise RunStopped(f"stopped after step {state.step} of {plan.steps}; go on with: slm resume {run.root}")
     return state
+
+
+def hooks_on_disk(settings: TrainSettings, steps: int, logger: Logger, saver: Saver) -> tuple[Every, ...]:
+    """What is written as the run goes on, in this order: lines first, so that no checkpoint is ahead of them."""
+    eval_steps = evaluation_interval(settings, steps)
+    return (
+        Every(1, logger.log_if_skipped),
+        Every(settings.logging_steps, logger.log),
+        Every(eval_steps, logger.log_and_draw),
+        Every(settings.save_steps or eval_steps, saver.save, on_stop=True),
+        Every(1, saver.check),
+    )
 
 
 def fresh_state(recipe: Recipe, model: Decoder, device: Device) -> State:
