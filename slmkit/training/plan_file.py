@@ -61,12 +61,12 @@ class PlanFile:
         self.began = self.last = time.perf_counter()
         self.begun = self.probed = -1
         self.seconds: list[float] = []
-        self._write()
 
     def update(self, state: State, report: Report) -> None:
         if self.begun < 0:
             self.begun = state.step - 1
             self.probed = self.begun + min(PROBED, max(1, (self.steps - self.begun) // 3))
+            self._write()  # and not before: a run that cannot go on stays as it was
         now = time.perf_counter()
         self.seconds.append(now - self.last)
         self.last = now
