@@ -17,8 +17,7 @@ from slmkit.model import Decoder, SLMConfig
 from slmkit.model.architecture import Architecture
 from slmkit.model.families import architecture_of
 from slmkit.model.sizes import flops_per_token, parameter_count
-from slmkit.training.memory import Ledger, training_bytes
-from slmkit.training.optimizers import OPTIMIZERS
+from slmkit.training.memory import Ledger, state_bytes, training_bytes
 from slmkit.training.recipe import TrainSettings
 from slmkit.training.scaling import expected_loss
 
@@ -67,7 +66,7 @@ def forecast(
     rate = tokens_per_second or guessed_rate(a, length, device)
     evaluations = -(-steps // (settings.eval_steps or max(1, steps // 10)))
     evaluating = evaluations * (validation_tokens * FORWARD_SHARE / rate + EVALUATION_SECONDS)
-    state = state_bytes(a, settings)
+    state = state_bytes(a, settings, device)
     return Forecast(
         parameters=parameter_count(a),
         steps=steps,
@@ -102,22 +101,6 @@ def run_bytes(a: Architecture, settings: TrainSettings, rows: int, length: int, 
     # Blocks that a step has left are in pieces too small for a validation that needs more than all of them.
     beside = validation if validation > training - state else 0
     return LIBRARIES + round(HELD * training) + beside
-
-
-def state_bytes(a: Architecture, settings: TrainSettings) -> int:
-    """Weights and the optimizer's state: what a checkpoint holds, and what stays in memory between steps."""
-    with FakeTensorMode():
-        decoder = Decoder(a)
-        optimizers = OPTIMIZERS[settings.optimizer](decoder, settings)
-        for parameter in decoder.parameters():
-            parameter.grad = torch.empty_like(parameter)
-        for optimizer in optimizers:
-            optimizer.step()
-        tensors: list[torch.Tensor] = [*decoder.parameters()]
-        for optimizer in optimizers:
-            for values in optimizer.state.values():
-                tensors += [value for value in values.values() if isinstance(value, torch.Tensor)]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _validation_bytes(a: Architecture, length: int, device: Device) -> int:

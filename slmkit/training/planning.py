@@ -13,6 +13,7 @@ from slmkit.model import SLMConfig
 from slmkit.model.families import architecture_of
 from slmkit.model.sizes import parameter_count, parameters_by_module
 from slmkit.training.forecast import Forecast, forecast, guessed_rate
+from slmkit.training.micro_batch import fitting_rows
 from slmkit.training.probe import Probe, probe
 from slmkit.training.recipe import ModelSettings, Recipe, TrainSettings
 from slmkit.training.run import find_model_directory
@@ -104,6 +105,11 @@ def _outlook(
     assumptions: list[str],
 ) -> Outlook:
     length = recipe.train.sequence_length or config.max_position_embeddings
+    if recipe.train.micro_batch_tokens == "auto":
+        a, most = architecture_of(config), recipe.train.rows_per_step(length)
+        rows = fitting_rows(a, recipe.train, most, length, device, available_memory(device))
+        train = recipe.train.model_copy(update={"micro_batch_tokens": rows * length})
+        recipe = recipe.model_copy(update={"train": train})
     measured = probe(config, recipe.train, device) if measure is True else measure or None
     guess = guessed_rate(architecture_of(config), length, device)
     ahead = forecast(

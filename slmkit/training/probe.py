@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from slmkit.data.stream import Batch
-from slmkit.device import Device, keep_freed_memory, peak_memory, reset_peak_memory, resident_memory
+from slmkit.device import Device, peak_memory, reset_peak_memory, resident_memory
 from slmkit.model import SLMConfig, build_decoder
 from slmkit.training.loop import Every, Plan, Report, State, StopRequested, train
 from slmkit.training.objectives import OBJECTIVES
-from slmkit.training.optimizers import OPTIMIZERS
-from slmkit.training.recipe import TrainSettings
+from slmkit.training.recipe import Recipe, TrainSettings
+from slmkit.training.run import fresh_state
 
 STEPS = 20
 FIRST = 3  # steps that are not counted: what is loaded, compiled or allocated at first use is not there again
@@ -65,17 +65,13 @@ def probe(config: SLMConfig, settings: TrainSettings, device: Device, steps: int
     Where a step has several micro-batches, half of the steps have one and half have two, and the rest is arithmetic:
     a step is its micro-batches and one update.
     """
-    if device.torch_device.type == "cpu":
-        keep_freed_memory()
     length = settings.sequence_length or config.max_position_embeddings
     micro, rows = settings.rows_per_micro_batch(length), settings.rows_per_step(length)
     parts = max(1, rows / micro)
     turns = [min(rows, micro)] * steps if parts <= 1 else [micro] * (steps - steps // 2) + [2 * micro] * (steps // 2)
     before = resident_memory()
     reset_peak_memory(device)
-    model = build_decoder(config, seed=0).to(device.torch_device)
-    model.recompute_every = settings.gradient_checkpointing
-    state = State(model, OPTIMIZERS[settings.optimizer](model, settings))
+    state = fresh_state(Recipe(train=settings), build_decoder(config, seed=0), device)
     seconds = _times(state, MadeUp(config.vocab_size, length, turns), _plan(steps, micro, settings, device))
     one = statistics.median(seconds[min(FIRST, len(seconds) // 2) : steps - steps // 2 if parts > 1 else None])
     whole = one

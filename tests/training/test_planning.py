@@ -15,7 +15,8 @@ from slmkit.device import find_device
 from slmkit.model import SLMConfig, build_decoder
 from slmkit.model.families import architecture_of
 from slmkit.training import planning
-from slmkit.training.forecast import disk_bytes, forecast, loss_ahead, state_bytes
+from slmkit.training.forecast import disk_bytes, forecast, loss_ahead
+from slmkit.training.memory import state_bytes
 from slmkit.training.planning import outlook, propose
 from slmkit.training.probe import probe
 from slmkit.training.recipe import Recipe, TrainSettings, find_recipe, load_recipe
@@ -36,7 +37,7 @@ def test_a_checkpoint_takes_what_was_said(tmp_path: Path) -> None:
         checkpoint = (root / "latest").resolve()
         files = [checkpoint / "model.safetensors", *(checkpoint / "training_state").glob("*.safetensors")]
         real = sum(path.stat().st_size for path in files)
-        said = state_bytes(architecture_of(config()), settings(optimizer=optimizer))
+        said = state_bytes(architecture_of(config()), settings(optimizer=optimizer), CPU)
         assert said == pytest.approx(real, rel=0.1), optimizer  # the rest is names
 
 
