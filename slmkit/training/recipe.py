@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
 from slmkit.config import Settings, UserError, did_you_mean, load_settings, read_yaml
-from slmkit.data.corpus import DataSettings, TokenizerSettings
+from slmkit.data.data_settings import DataSettings, TokenizerSettings
 from slmkit.model import SLMConfig
 from slmkit.training.guards import GuardSettings
 from slmkit.training.schedules import Schedule, make_schedule
@@ -49,6 +49,9 @@ class ModelSettings(Settings):
         return SLMConfig.from_preset(self.preset, **(self.changes | known))
 
 
+ENDLESS = "nobody knows how long a stream is: set train.max_tokens or train.max_steps, and not num_train_epochs"
+
+
 class TrainSettings(Settings):
     """How long, how fast, how often. Batch and length are counted in tokens; names are Hugging Face's where one exists.
 
@@ -57,7 +60,8 @@ class TrainSettings(Settings):
 
     sequence_length: int | None = Field(None, gt=1)  # None: the model's max_position_embeddings
     tokens_per_step: int = Field(8_192, gt=0)
-    micro_batch_tokens: int = Field(8_192, gt=0)  # what goes through the model at once; smaller takes less memory
+    # What goes through the model at once: less takes less memory, and changes nothing else. auto: the most that fits.
+    micro_batch_tokens: Annotated[int, Field(gt=0)] | Literal["auto"] = 8_192
     max_tokens: int | None = Field(None, gt=0)
     max_steps: int | None = Field(None, gt=0)
     num_train_epochs: float | None = Field(None, gt=0)
@@ -75,6 +79,7 @@ class TrainSettings(Settings):
     adam_epsilon: float = Field(1e-8, gt=0)
     max_grad_norm: float = Field(1.0, gt=0)
     gradient_checkpointing: int = Field(0, ge=0)  # every n-th layer is computed again instead of kept: less memory
+    compile: Literal["auto"] | bool = "auto"  # torch.compile of each block; auto: on CUDA devices
     logging_steps: int = Field(10, gt=0)
     eval_steps: int | None = Field(None, gt=0)  # None: ten times a run
     save_steps: int | None = Field(None, gt=0)  # None: at each evaluation
@@ -97,15 +102,20 @@ class TrainSettings(Settings):
         return max(1, round(self.tokens_per_step / sequence_length))
 
     def rows_per_micro_batch(self, sequence_length: int) -> int:
-        return max(1, self.micro_batch_tokens // sequence_length)
+        """Of `auto` all rows of a step, until `resolve_micro_batch` has found how many fit."""
+        if self.micro_batch_tokens == "auto":
+            return self.rows_per_step(sequence_length)
+        return min(self.rows_per_step(sequence_length), max(1, self.micro_batch_tokens // sequence_length))
 
-    def total_steps(self, rows_in_epoch: int, sequence_length: int) -> int:
-        """Optimizer steps of the whole run, at least one."""
+    def total_steps(self, rows_in_epoch: int | None, sequence_length: int) -> int:
+        """Optimizer steps of the whole run, at least one. Raises `UserError` for epochs of unknown length."""
         rows_per_step = self.rows_per_step(sequence_length)
         if self.max_steps is not None:
             return self.max_steps
         if self.max_tokens is not None:
             return max(1, self.max_tokens // (rows_per_step * sequence_length))
+        if rows_in_epoch is None:
+            raise UserError(ENDLESS)
         return max(1, round((self.num_train_epochs or 1) * rows_in_epoch / rows_per_step))
 
     def schedule(self, steps: int) -> Schedule:
@@ -127,6 +137,13 @@ class Recipe(Settings):
     tokenizer: TokenizerSettings = Field(default_factory=TokenizerSettings)
     data: DataSettings = Field(default_factory=DataSettings)
     train: TrainSettings = Field(default_factory=TrainSettings)
+
+    @model_validator(mode="after")
+    def _streams_have_an_end(self) -> Recipe:
+        if self.data.streaming and self.train.max_tokens is None and self.train.max_steps is None:
+            raise ValueError(f"data.streaming: {ENDLESS}")
+        return self
+
     guard: GuardSettings = Field(default_factory=GuardSettings)
 
 

@@ -14,10 +14,12 @@ from slmkit.data.stream import Batches
 from slmkit.device import Device, keep_freed_memory
 from slmkit.model import Decoder, SLMConfig
 from slmkit.training import checkpoints
+from slmkit.training.compilation import compile_blocks, compile_pays, uncompiled
 from slmkit.training.files import write_whole
 from slmkit.training.gauges import Gauges
 from slmkit.training.guards import Diverged, GuardSettings
 from slmkit.training.loop import Every, Plan, Report, RunStopped, State, StopRequested, train
+from slmkit.training.micro_batch import lack_of_memory_explained
 from slmkit.training.objectives import OBJECTIVES
 from slmkit.training.optimizers import make_optimizers
 from slmkit.training.plots import plot_losses
@@ -132,12 +134,13 @@ def fit(
         open_trackers(settings.report_to, run.root, recipe.model_dump(mode="json"), state.step) as trackers,
         stop_on_signals() as stop,
         saver,
+        lack_of_memory_explained(model.architecture, settings, plan.rows_per_micro_batch, length, plan.device),
     ):
         logger = Logger(run, perfect_loss, warn, trackers)
         all_hooks = (Every(1, gauges.update), *hooks, *hooks_on_disk(settings, plan.steps, logger, saver))
         while True:
             try:
-                train(state, OBJECTIVES[recipe.objective], stream, plan, all_hooks, stop, recorder)
+                train(state, OBJECTIVES[recipe.objective], stream, plan, uncompiled(all_hooks, model), stop, recorder)
                 break
             except Diverged as error:
                 saver.wait()
@@ -169,6 +172,8 @@ def fresh_state(recipe: Recipe, model: Decoder, device: Device) -> State:
     model.to(device.torch_device)
     to_weight_dtype(model, device)
     model.recompute_every = recipe.train.gradient_checkpointing
+    if compile_pays(recipe.train.compile, device):
+        compile_blocks(model)
     optimizers = make_optimizers(model, recipe.train, device)
     return State(model, optimizers, seed=recipe.seed, loss_scale=LossScale.of(device))
 
@@ -205,13 +210,19 @@ def roll_back(run: RunDirectory, state: State, plan: Plan, why: Diverged, warn: 
 
 def make_plan(
     settings: TrainSettings,
-    rows_in_epoch: int,
+    rows_in_epoch: int | None,
     sequence_length: int,
     device: Device,
     guard: GuardSettings | None = None,
+    total_rows: int | None = None,
 ) -> Plan:
-    """What the loop needs of the settings, with everything counted out."""
+    """What the loop needs of the settings, with everything counted out.
+
+    `total_rows`: what the data has until it ends, where that is known; there are no more steps than that.
+    """
     steps = settings.total_steps(rows_in_epoch, sequence_length)
+    if total_rows is not None:
+        steps = max(1, min(steps, total_rows // settings.rows_per_step(sequence_length)))
     return Plan(
         steps=steps,
         rows_per_micro_batch=settings.rows_per_micro_batch(sequence_length),
