@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from slmkit.config import Settings, UserError
+from slmkit.config import Settings, UserError, load_settings
 from slmkit.data.cleaning import CleaningSettings
 from slmkit.data.mixture import PhaseSettings, WhenExhausted, plan_phases
 from slmkit.data.source_settings import SourceSettings
@@ -61,6 +61,14 @@ class DataSettings(Settings):
             except UserError as error:
                 raise ValueError(str(error)) from None
         return self
+
+    @classmethod
+    def of_paths(cls, paths: list[str], text_column: str = "text") -> DataSettings:
+        """One source, or several of equal weight, to be read without storing them. Raises `UserError` for one twice."""
+        if len(paths) == 1:
+            return cls(source=paths[0], text_column=text_column, streaming=True)
+        sources = [{"path": path, "text_column": text_column} for path in paths]
+        return load_settings(cls, {"sources": sources, "streaming": True})
 
     @property
     def is_built_in(self) -> bool:
