@@ -1,9 +1,10 @@
-"""The machine: which device, and which precision pays on it. Asked once, passed on."""
+"""The machine: which device, which precision pays on it, which process of how many. Asked once, passed on."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import sys
 from dataclasses import dataclass
 
@@ -17,11 +18,21 @@ class DeviceError(ValueError):
 
 
 @dataclass(frozen=True)
+class Ranks:
+    """Which process of how many this is: `rank` of all of them, `local_rank` of those on this host."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world: int = 1
+
+
+@dataclass(frozen=True)
 class Device:
     """Where tensors live, and the type in which matrices are multiplied there (weights stay float32)."""
 
     torch_device: torch.device
     compute_dtype: torch.dtype
+    ranks: Ranks = Ranks()
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Matrix products in `compute_dtype`; does nothing in float32."""
@@ -51,10 +62,30 @@ def find_device(name: str = "auto", precision: str = "auto") -> Device:
     """
     if precision not in PRECISIONS:
         raise DeviceError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
+    ranks = find_ranks()
     device = torch.device(_best() if name == "auto" else _checked(name))
+    if device == torch.device("cuda") and ranks.world > 1:
+        device = torch.device("cuda", ranks.local_rank)
     if precision == "auto":
         precision = "bfloat16" if _multiplies_in_bfloat16(device) else "float32"
-    return Device(device, getattr(torch, precision))
+    return Device(device, getattr(torch, precision), ranks)
+
+
+def find_ranks() -> Ranks:
+    """What `torchrun` says in the environment; a process by itself without it. Raises `DeviceError` for nonsense."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    if not any(name in os.environ for name in names):
+        return Ranks()
+    try:
+        rank, local_rank, world = (int(os.environ[name]) for name in names)
+    except (KeyError, ValueError):
+        found = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
+        raise DeviceError(f"expected {', '.join(names)} as torchrun sets them, found {found}") from None
+    if not 0 <= local_rank <= rank < world:
+        raise DeviceError(
+            f"rank {rank} (of this host: {local_rank}) of {world} processes cannot be: start with torchrun"
+        )
+    return Ranks(rank, local_rank, world)
 
 
 def _best() -> str:

@@ -48,6 +48,12 @@ class Batch:
         documents = None if self.documents is None else self.documents.to(device)
         return Batch(self.ids.to(device), self.labels.to(device), self.weight, documents)
 
+    def untrained(self) -> Batch:
+        """One row of it, of which nothing is learned."""
+        first = slice(0, 1)
+        documents = None if self.documents is None else self.documents[first]
+        return Batch(self.ids[first], torch.full_like(self.labels[first], IGNORED), 0, documents)
+
     def split(self, rows: int) -> list[Batch]:
         """Micro-batches of at most `rows` rows, in order."""
         if len(self.ids) <= rows:

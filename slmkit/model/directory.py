@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors
@@ -21,14 +22,18 @@ SHARDS = "model.safetensors.index.json"
 CONSTANTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
 
-def save_decoder(decoder: Decoder, config: SLMConfig, directory: str | Path) -> None:
+def save_decoder(
+    decoder: Decoder, config: SLMConfig, directory: str | Path, weights: Mapping[str, Tensor] | None = None
+) -> None:
     """Write the model's files into `directory`, tensors under the reference implementation's names.
+
+    `weights` are the tensors to write where they are not the decoder's own, as when each process holds a share.
 
     Files are written in place: for a write that a crash cannot tear, write into a fresh directory and rename it.
     Raises `UserError` when the disk is full or cannot be written.
     """
     directory = Path(directory)
-    family, state = family_of(config.model_type), decoder.state_dict()
+    family, state = family_of(config.model_type), weights if weights is not None else decoder.state_dict()
     tensors = {
         theirs: _to_disk(family, theirs, [state[name] for name in ours])
         for theirs, ours in stored_names(decoder, family).items()

@@ -22,6 +22,7 @@ from torch import nn
 
 from slmkit.config import UserError
 from slmkit.model import SLMConfig, load_decoder, save_decoder
+from slmkit.training.distributed import ALONE, Group, on_main, share_like
 from slmkit.training.loop import State
 
 MANIFEST = "MANIFEST.json"
@@ -35,19 +36,27 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def save_checkpoint(state: State, config: SLMConfig, folder: Path, companions: Companions) -> Path:
+def save_checkpoint(
+    state: State, config: SLMConfig, folder: Path, companions: Companions, group: Group = ALONE
+) -> Path:
     """Write `folder/step-…` and return it. On any failure nothing is left and older checkpoints stay as they were.
+
+    All ranks of a group must call it; the first writes what all of them hold, in a form that any number can read.
 
     Raises `UserError` when the disk is full or cannot be written.
     """
     final = folder / checkpoint_name(state.step)
     partial = folder / f".partial-{final.name}"
+    weights = on_main(state.model.state_dict(), group)
+    moments = on_main(_optimizer_tensors(state), group)
+    if not group.is_main:
+        return final
     shutil.rmtree(partial, ignore_errors=True)
     try:
         (partial / "training_state").mkdir(parents=True)
-        save_decoder(state.model, config, partial)
+        save_decoder(state.model, config, partial, weights)
         companions(partial)
-        save_file(_optimizer_tensors(state), partial / OPTIMIZER)
+        save_file(moments, partial / OPTIMIZER)
         (partial / STATE).write_text(json.dumps(_plain_state(state), indent=2) + "\n", encoding="utf-8")
         _write_manifest(partial)
         if final.exists():  # left by a run that went back to an earlier step
@@ -70,12 +79,16 @@ def load_checkpoint(directory: Path, state: State) -> None:
     """
     verify(directory)
     decoder, _ = load_decoder(directory)
-    device = state.model.embedding.weight.device
-    state.model.load_state_dict({name: tensor.to(device) for name, tensor in decoder.state_dict().items()})
+    own = state.model.state_dict()
+    state.model.load_state_dict({name: share_like(full, own[name]) for name, full in decoder.state_dict().items()})
     tensors = load_file(directory / OPTIMIZER)
     for optimizer in state.optimizers:
         moments: dict[int, dict[str, torch.Tensor]] = {
-            index: {key.rpartition("/")[2]: tensors[key] for key in tensors if key.rpartition("/")[0] == name}
+            index: {
+                key.rpartition("/")[2]: share_like(tensors[key], own[name])
+                for key in tensors
+                if key.rpartition("/")[0] == name
+            }
             for index, name in enumerate(_names_in(optimizer, state.model))
         }
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -19,6 +19,7 @@ from torch import nn
 from slmkit.data.stream import Batch, Stream
 from slmkit.device import Device
 from slmkit.model import Decoder
+from slmkit.training.distributed import ALONE, Group, whole
 from slmkit.training.objectives import Objective
 
 Report = dict[str, Any]  # one line of metrics.jsonl; hooks may add to it
@@ -48,6 +49,7 @@ class Plan:
     max_grad_norm: float
     schedule: Callable[[int], float]  # step → share of the peak learning rate
     device: Device
+    group: Group = ALONE
 
 
 Hook = Callable[[State, Report], None]
@@ -55,10 +57,14 @@ Hook = Callable[[State, Report], None]
 
 @dataclass(frozen=True)
 class Every:
-    """Call `hook` after each `steps`-th step, and after the last one of the run."""
+    """Call `hook` after each `steps`-th step, and after the last one of the run.
+
+    With several processes the first alone calls it, unless the hook is a matter of all ranks.
+    """
 
     steps: int
     hook: Hook
+    on_all_ranks: bool = False
 
 
 class RunStopped(Exception):  # noqa: N818 - no error: the user asked for it
@@ -81,15 +87,16 @@ def train(
     stop: StopRequested | None = None,
 ) -> State:
     """Run from `state.step` to `plan.steps`. Hooks fire in their order; a stop makes the step it ends the last one."""
+    group = plan.group
     state.model.train()
     while state.step < plan.steps:
-        started = time.perf_counter()
-        batch = stream.batch(state.step)
+        started, tokens_before = time.perf_counter(), state.tokens
+        batch = stream.batch(state.step, group.rank, group.world)
         report = train_step(state, objective, batch, plan)
-        report["tokens_per_second"] = round(batch.weight / (time.perf_counter() - started))
-        is_last = state.step == plan.steps or (stop is not None and stop.is_set)
+        report["tokens_per_second"] = round((state.tokens - tokens_before) / (time.perf_counter() - started))
+        is_last = state.step == plan.steps or group.any(stop is not None and stop.is_set)
         for hook in hooks:
-            if is_last or state.step % hook.steps == 0:
+            if (is_last or state.step % hook.steps == 0) and (hook.on_all_ranks or group.is_main):
                 hook.hook(state, report)
                 state.model.train()
         if is_last:
@@ -100,8 +107,12 @@ def train(
 def train_step(state: State, objective: Objective, batch: Batch, plan: Plan) -> Report:
     """One update. Raises `FloatingPointError` instead of applying a gradient that is not finite."""
     # Dropout draws from (seed, step), so that a resumed run draws what the unbroken one would have drawn.
-    torch.manual_seed(_mixed(state.seed, state.step))
-    if batch.weight == 0:
+    torch.manual_seed(_mixed(state.seed, state.step, plan.group.rank))
+    batch = batch.to(plan.device.torch_device)
+    micro_batches = batch.split(plan.rows_per_micro_batch)
+    weights, counts = plan.group.gather(batch.weight, len(micro_batches))
+    weight = int(sum(weights))  # trained tokens of the whole step
+    if weight == 0:
         raise ValueError(f"step {state.step}: not one trained token in its batch")
     rate = plan.schedule(state.step)
     for optimizer in state.optimizers:
@@ -109,12 +120,16 @@ def train_step(state: State, objective: Objective, batch: Batch, plan: Plan) -> 
             group["lr"] = group["peak_lr"] * rate
 
     total = torch.zeros((), device=plan.device.torch_device)
-    for micro_batch in batch.to(plan.device.torch_device).split(plan.rows_per_micro_batch):
+    # Ranks go through the model equally often, since with FSDP all must take part.
+    micro_batches += [batch.untrained()] * int(max(counts) - len(micro_batches))
+    for number, micro_batch in enumerate(micro_batches, 1):
+        model = plan.group.prepared(state.model, is_last=number == len(micro_batches))
         with plan.device.autocast():
-            loss = objective(state.model, micro_batch).total
-        (loss / batch.weight).backward()
+            loss = objective(model, micro_batch).total
+        (loss * plan.group.world / weight).backward()  # gradients are averaged over ranks
         total += loss.detach()
-    grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), plan.max_grad_norm)
+    (loss_sum,) = plan.group.sum(total.item())
+    grad_norm = whole(nn.utils.clip_grad_norm_(state.model.parameters(), plan.max_grad_norm))
     if not torch.isfinite(grad_norm):
         state.model.zero_grad(set_to_none=True)
         raise FloatingPointError(
@@ -124,17 +139,17 @@ def train_step(state: State, objective: Objective, batch: Batch, plan: Plan) -> 
         optimizer.step()
     state.model.zero_grad(set_to_none=True)
     state.step += 1
-    state.tokens += batch.weight
+    state.tokens += weight
     return {
         "step": state.step,
         "tokens": state.tokens,
-        "loss": (total / batch.weight).item(),  # nats a trained token
+        "loss": loss_sum / weight,  # nats a trained token
         "learning_rate": state.optimizers[-1].param_groups[0]["lr"],
         "grad_norm": grad_norm.item(),
     }
 
 
-def _mixed(seed: int, step: int) -> int:
-    """A 63-bit seed of a step, unrelated to its neighbours'."""
-    digest = hashlib.blake2b(f"{seed}:{step}".encode(), digest_size=8).digest()
+def _mixed(seed: int, step: int, rank: int) -> int:
+    """A 63-bit seed of a step on a rank, unrelated to its neighbours'."""
+    digest = hashlib.blake2b(f"{seed}:{step}:{rank}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field, model_validator
 from slmkit.config import Settings, UserError, did_you_mean, load_settings, read_yaml
 from slmkit.data.corpus import DataSettings, TokenizerSettings
 from slmkit.model import SLMConfig
+from slmkit.training.distributed import Parallel
 
 
 class ModelSettings(Settings):
@@ -77,6 +78,8 @@ class TrainSettings(Settings):
     save_total_limit: int = Field(2, gt=0)  # the best checkpoint is kept besides
     sample_prompts: list[str] = Field(default_factory=lambda: ["Once upon a time"])
     sample_tokens: int = Field(120, gt=0)
+    parallel: Parallel = "auto"  # of several processes: each the whole model (ddp, which is auto) or a share (fsdp)
+    ddp_timeout: float = Field(600, gt=0)  # seconds without a word of another process, after which one gives up
     device: str = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from slmkit.data.stream import Stream
 from slmkit.device import Device, keep_freed_memory
 from slmkit.model import Decoder, SLMConfig
 from slmkit.training import checkpoints
+from slmkit.training.distributed import ALONE, Group
 from slmkit.training.loop import Every, Plan, Report, RunStopped, State, StopRequested, train
 from slmkit.training.objectives import OBJECTIVES
 from slmkit.training.optimizers import OPTIMIZERS
@@ -40,7 +42,7 @@ class RunDirectory:
     def describe(self, recipe: Recipe, device: Device, data: dict[str, Any]) -> None:
         """Write what would repeat the run."""
         self.recipe.write_text(to_yaml(recipe), encoding="utf-8")
-        content = environment() | device.describe() | {"data": data}
+        content = environment() | device.describe() | {"data": data, "job": job_id()}
         self.environment.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -61,6 +63,25 @@ def new_run_directory(wanted: str | Path) -> RunDirectory:
     except OSError as error:
         raise UserError(f"{path}: cannot be made: {error}") from None
     return RunDirectory(path)
+
+
+def run_of_job(wanted: str | Path) -> RunDirectory | None:
+    """The run of this name that the same `torchrun` job made before it was started again, if there is one."""
+    path, number = Path(wanted), 1
+    while job_id() is not None and path.exists():
+        run = RunDirectory(path)
+        with contextlib.suppress(OSError, ValueError):
+            if json.loads(run.environment.read_text(encoding="utf-8")).get("job") == job_id():
+                return run
+        number += 1
+        path = Path(f"{wanted}-{number}")
+    return None
+
+
+def job_id() -> str | None:
+    """What `torchrun --rdzv-id` calls the job; None without one."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return None if name == "none" else name
 
 
 def find_model_directory(path: str | Path) -> Path:
@@ -107,19 +128,23 @@ def fit(
     model.to(plan.device.torch_device)
     settings = recipe.train
     model.recompute_every = settings.gradient_checkpointing
+    group = plan.group
+    group.share(model, settings.parallel, plan.device.torch_device)
     state = State(model, OPTIMIZERS[settings.optimizer](model, settings), seed=recipe.seed)
     if resume:
-        checkpoints.load_checkpoint(checkpoints.newest_intact(run.checkpoints, warn), state)
-    run.metrics.rewind(state.step)
+        newest = group.from_main(str(checkpoints.newest_intact(run.checkpoints, warn)) if group.is_main else "")
+        checkpoints.load_checkpoint(Path(newest), state)
+    if group.is_main:
+        run.metrics.rewind(state.step)
 
     logger = Logger(run, perfect_loss)
-    saver = Saver(run, config, companions, settings.save_total_limit)
+    saver = Saver(run, config, companions, settings.save_total_limit, group)
     eval_steps = evaluation_interval(settings, plan.steps)
     own_hooks = (
         Every(settings.logging_steps, logger.log),
         Every(eval_steps, logger.log),
         Every(eval_steps, logger.draw),
-        Every(settings.save_steps or eval_steps, saver.save),
+        Every(settings.save_steps or eval_steps, saver.save, on_all_ranks=True),
     )
     with stop_on_signals() as stop:
         train(state, OBJECTIVES[recipe.objective], stream, plan, (*hooks, *own_hooks), stop)
@@ -128,7 +153,9 @@ def fit(
     return state
 
 
-def make_plan(settings: TrainSettings, rows_in_epoch: int, sequence_length: int, device: Device) -> Plan:
+def make_plan(
+    settings: TrainSettings, rows_in_epoch: int, sequence_length: int, device: Device, group: Group = ALONE
+) -> Plan:
     """What the loop needs of the settings, with everything counted out."""
     steps = settings.total_steps(rows_in_epoch, sequence_length)
     warmup = settings.total_warmup_steps(steps)
@@ -138,6 +165,7 @@ def make_plan(settings: TrainSettings, rows_in_epoch: int, sequence_length: int,
         max_grad_norm=settings.max_grad_norm,
         schedule=lambda step: warmup_cosine(step, steps, warmup, settings.min_learning_rate_ratio),
         device=device,
+        group=group,
     )
 
 
@@ -166,16 +194,24 @@ class Saver:
     """Writes checkpoints and moves `latest` and `best` to them once they are whole."""
 
     def __init__(
-        self, run: RunDirectory, config: SLMConfig, companions: checkpoints.Companions, save_total_limit: int
+        self,
+        run: RunDirectory,
+        config: SLMConfig,
+        companions: checkpoints.Companions,
+        save_total_limit: int,
+        group: Group = ALONE,
     ) -> None:
         self.run, self.config, self.companions, self.limit = run, config, companions, save_total_limit
+        self.group = group
 
     def save(self, state: State, report: Report) -> None:
         loss = report.get("validation_loss")
         is_best = loss is not None and loss < state.best.get("validation_loss", float("inf"))
         if loss is not None and is_best:
             state.best = {"step": state.step, "validation_loss": loss}
-        path = checkpoints.save_checkpoint(state, self.config, self.run.checkpoints, self.companions)
+        path = checkpoints.save_checkpoint(state, self.config, self.run.checkpoints, self.companions, self.group)
+        if not self.group.is_main:
+            return
         checkpoints.point_link(self.run.latest, path)
         if is_best:
             checkpoints.point_link(self.run.best, path)
@@ -183,13 +219,16 @@ class Saver:
         checkpoints.keep_newest(self.run.checkpoints, self.limit, keep)
 
 
-@contextmanager
+@contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopRequested]:
-    """Ctrl-C and SIGTERM end the run after the step it is in, with a checkpoint; a second Ctrl-C ends it at once."""
+    """Ctrl-C and SIGTERM end the run after the step it is in, with a checkpoint; a second Ctrl-C ends it at once.
+
+    A second SIGTERM does not: cluster managers send it to every process, and launchers pass it on once more.
+    """
     stop = StopRequested()
 
     def request(number: int, frame: Any) -> None:
-        if stop.is_set:
+        if stop.is_set and number == signal.SIGINT:
             raise KeyboardInterrupt
         stop.is_set = True
 
