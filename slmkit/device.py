@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import sys
+import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -82,9 +85,7 @@ def find_ranks() -> Ranks:
         found = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
         raise DeviceError(f"expected {', '.join(names)} as torchrun sets them, found {found}") from None
     if not 0 <= local_rank <= rank < world:
-        raise DeviceError(
-            f"rank {rank} (of this host: {local_rank}) of {world} processes cannot be: start with torchrun"
-        )
+        raise DeviceError(f"there is no rank {rank} ({local_rank} of its host) among {world} processes: start torchrun")
     return Ranks(rank, local_rank, world)
 
 
@@ -128,3 +129,77 @@ def keep_freed_memory() -> None:
     trim_threshold, mmap_threshold = -1, -3  # malloc.h's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD
     mallopt(trim_threshold, 2**31 - 1)
     mallopt(mmap_threshold, 2**30)
+
+
+@functools.lru_cache
+def measured_peak(device: Device) -> float:
+    """Operations a second that plain matrix products reach here in `compute_dtype`: what a training step could use.
+
+    The best of a few products of about a tenth of a second together, large enough that nothing but arithmetic counts;
+    measured once a process. A datasheet's figure is a quarter higher on most accelerators, and nobody reaches it.
+    """
+    size = 1_024 if device.torch_device.type == "cpu" else 8_192
+    a = torch.randn(size, size, device=device.torch_device).to(device.compute_dtype)
+    seconds = []
+    for _ in range(12):
+        _wait_for(device)
+        started = time.perf_counter()
+        a @ a
+        _wait_for(device)
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / min(seconds)
+
+
+def _wait_for(device: Device) -> None:
+    """An accelerator's queue is worked off."""
+    if device.torch_device.type == "cuda":
+        torch.cuda.synchronize(device.torch_device)
+    elif device.torch_device.type == "mps":
+        torch.mps.synchronize()
+
+
+def reset_peak_memory(device: Device) -> None:
+    """Forget the most memory that was used so far, where the system lets one."""
+    if device.torch_device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device.torch_device)
+    else:
+        with contextlib.suppress(OSError):  # Linux alone has it
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: Device) -> int:
+    """Bytes: the most that PyTorch held on a CUDA device, elsewhere the most that the process held resident."""
+    if device.torch_device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device.torch_device)
+    if found := _status("VmHWM"):
+        return found
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def resident_memory() -> int:
+    """Bytes that the process holds in memory now; 0 where the system does not say."""
+    return _status("VmRSS")
+
+
+def available_memory(device: Device) -> int:
+    """Bytes that are free for more; 0 where the system does not say."""
+    if device.torch_device.type == "cuda":
+        return torch.cuda.mem_get_info(device.torch_device)[0]
+    return _field(Path("/proc/meminfo"), "MemAvailable")
+
+
+def _status(name: str) -> int:
+    return _field(Path("/proc/self/status"), name)
+
+
+def _field(path: Path, name: str) -> int:
+    """A size in one of Linux's tables, in bytes; 0 where there is none."""
+    try:
+        line = next(line for line in path.read_text().splitlines() if line.startswith(f"{name}:"))
+    except (OSError, StopIteration):
+        return 0
+    return int(line.split()[1]) * 1024

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Protocol
 
 from rich.console import Console
+from rich.text import Text
 
+from slmkit.api.xray import look
 from slmkit.config import UserError
 from slmkit.data import corpus as data_corpus
 from slmkit.data.corpus import Corpus, build_corpus, open_corpus
@@ -36,10 +38,13 @@ from slmkit.training.run import (
     run_of_job,
 )
 from slmkit.training.run_log import append_samples
+from slmkit.training.trackers import check_trackers
 
 
 class Reporter(data_corpus.Reporter, Protocol):
-    """Where the long functions below say how far they are."""
+    """Where the long functions below say how far they are; a `Text` has colours that mean something."""
+
+    def say(self, line: str | Text) -> None: ...
 
     def warn(self, line: str) -> None: ...
 
@@ -47,7 +52,7 @@ class Reporter(data_corpus.Reporter, Protocol):
 class Silence:
     """A reporter for the processes that do not speak."""
 
-    def say(self, line: str) -> None: ...
+    def say(self, line: str | Text) -> None: ...
 
     def warn(self, line: str) -> None: ...
 
@@ -55,21 +60,22 @@ class Silence:
         return lambda documents, tokens: None
 
 
-def train_recipe(recipe: Recipe, reporter: Reporter, dry_run: bool = False) -> RunDirectory:
+def train_recipe(recipe: Recipe, reporter: Reporter, dry_run: bool = False, force: bool = False) -> RunDirectory:
     """Do a whole run: tokenizer, shards, model, training. Nothing is left behind when it fails before the first step.
 
     Under `torchrun` the first process prepares the data while the others wait, and a job that is started again goes on
-    with the run it made. Raises `UserError` for whatever in the recipe or its data is wrong.
+    with the run it made. Raises `UserError` for whatever in the recipe or its data is wrong, and for what the X-ray
+    finds, unless `force`.
     """
+    check_trackers(recipe.train.report_to)
     device = find_device(recipe.train.device, recipe.train.precision)
     with join(device, recipe.train.ddp_timeout) as group:
         reporter = reporter if group.is_main else Silence()
         if group.is_main:
-            session = _prepare(recipe, device, group, reporter)
+            session = _prepare(recipe, device, group, reporter, force)
             group.from_main(str(session.run.root))
         else:
             session = _open(RunDirectory(group.from_main("")), device, group)
-        reporter.say(session.summary())
         if not dry_run:
             resume = group.from_main(bool(complete_checkpoints(session.run.checkpoints)))
             session.run_to_the_end(reporter, resume)
@@ -96,11 +102,13 @@ def resume_run(directory: str | Path, reporter: Reporter) -> RunDirectory:
     return run
 
 
-def _prepare(recipe: Recipe, device: Device, group: Group, reporter: Reporter) -> _Session:
+def _prepare(recipe: Recipe, device: Device, group: Group, reporter: Reporter, force: bool) -> _Session:
     """A new run with its data, or the one that this job made before it was started again."""
     found = run_of_job(recipe.output_dir)
     if found is not None:
-        return _open(found, device, group)
+        session = _open(found, device, group)
+        reporter.say(f"{found.root}: the run of this job, gone on with; {session.summary()}")
+        return session
     base = find_model_directory(recipe.model.path) if recipe.model.path else None
     run = new_run_directory(recipe.output_dir)
     try:
@@ -111,6 +119,8 @@ def _prepare(recipe: Recipe, device: Device, group: Group, reporter: Reporter) -
         model, config = _model_for(recipe, corpus.tokenizer, base)
         session = _Session(run, _resolve(recipe, run, config, base), corpus, model, config, device, group)
         run.describe(session.recipe, device, corpus.describe())
+        reporter.say(session.summary())
+        session.look(reporter, force)
     except BaseException:
         shutil.rmtree(run.root, ignore_errors=True)
         raise
@@ -182,6 +192,20 @@ class _Session:
             f"{self.plan.steps:,} steps of {self.stream.rows_per_step} × {self.length} tokens, "
             f"{self.device.describe()['device']} in {self.device.describe()['compute_dtype']}"
             + (f", {self.group.world} processes" if self.group.world > 1 else "")
+        )
+
+    def look(self, reporter: Reporter, force: bool) -> None:
+        """The X-ray. Raises `UserError` for what it finds, unless `force`."""
+        look(
+            self.stream,
+            self.corpus.tokenizer,
+            self.config.vocab_size,
+            self.run.root,
+            reporter.say,
+            train=[self.corpus.train],
+            validation=[self.corpus.validation],
+            is_chat=self.recipe.objective == "sft",
+            force=force,
         )
 
     def run_to_the_end(self, reporter: Reporter, resume: bool) -> None:

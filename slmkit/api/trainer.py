@@ -10,6 +10,7 @@ from torch import nn
 
 from slmkit.api.causal_lm import SLMForCausalLM
 from slmkit.api.runs import Validate, resolved
+from slmkit.api.xray import look
 from slmkit.config import UserError
 from slmkit.data.stream import Stream
 from slmkit.data.text_dataset import TextDataset
@@ -40,7 +41,9 @@ class SLMTrainer:
         output_dir: str = "./checkpoints",
         device: str = "auto",
         seed: int = 0,
+        force: bool = False,
     ) -> None:
+        """Raises `UserError` for what does not fit; `train` does so for what the X-ray finds, unless `force`."""
         if teacher_model is not None:
             raise UserError("teacher_model: distillation is not there yet; train without a teacher")
         if len(tokenizer) > config.vocab_size:
@@ -51,6 +54,7 @@ class SLMTrainer:
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.output_dir, self.device_name, self.seed = output_dir, device, seed
+        self.force = force
 
     def train(self, num_epochs: float = 1, max_steps: int | None = None) -> dict[str, float]:
         """Train and return the last step's figures: `loss`, `tokens`, `validation_loss` where there is an eval set."""
@@ -78,6 +82,7 @@ class SLMTrainer:
         recipe = Recipe(output_dir=str(run.root), seed=self.seed, model=resolved(self.config), train=settings)
         if group.is_main:
             run.describe(recipe, device, {"texts": "given in a script"})
+            look(stream, self.tokenizer, self.config.vocab_size, run.root, lambda line: None, force=self.force)
         last: Report = {}
         hooks = [Every(plan.steps, lambda state, report: last.update(report), on_all_ranks=True)]
         if self.eval_dataset is not None:

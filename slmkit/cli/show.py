@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.text import Text
 
 if TYPE_CHECKING:
     from slmkit.model import Decoder
@@ -21,7 +22,7 @@ class TerminalReporter:
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False)
 
-    def say(self, line: str) -> None:
+    def say(self, line: str | Text) -> None:
         self.console.print(line, soft_wrap=True, markup=False)
 
     def warn(self, line: str) -> None:
@@ -50,6 +51,16 @@ def count(number: int) -> str:
         if number >= size:
             return f"{number / size:.2f} {unit}"
     return str(number)
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[str] = ()) -> None:
+    """Columns as wide as what is in them; those named in `right` end where their heads end."""
+    widths = [max(map(len, column)) for column in zip(columns, *rows)]
+    for row in (columns, *rows):
+        cells = (
+            cell.rjust(width) if name in right else cell.ljust(width) for name, cell, width in zip(columns, row, widths)
+        )
+        print("  ".join(cells).rstrip())
 
 
 def gibibytes(size: int) -> str:

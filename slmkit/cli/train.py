@@ -16,6 +16,7 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Prepare everything, and stop before the first step.")
     ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Train in spite of what the x-ray finds.")] = False,
 ) -> None:
     """Pretrain or fine-tune: the recipe's `objective` says which.
 
@@ -31,7 +32,7 @@ def train(
     from slmkit.api import train_recipe
     from slmkit.cli.show import TerminalReporter
 
-    run = train_recipe(loaded, TerminalReporter(), dry_run=dry_run)
+    run = train_recipe(loaded, TerminalReporter(), dry_run=dry_run, force=force)
     if not dry_run:
         print(f"run: {run.root}")
         verb = "chat" if loaded.objective == "sft" else "generate"

@@ -30,6 +30,12 @@ def permuted(positions: np.ndarray, size: int, seed: int, epoch: int) -> np.ndar
     return values.astype(np.int64).reshape(positions.shape)
 
 
+def mixed_seed(*parts: int | str) -> int:
+    """A 63-bit seed that depends on every part, unrelated to its neighbours'."""
+    digest = hashlib.blake2b(":".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
 def _round_keys(seed: int, epoch: int) -> np.ndarray:
     digest = hashlib.blake2b(f"{seed}:{epoch}".encode(), digest_size=8 * ROUNDS).digest()
     return np.frombuffer(digest, dtype="<u8")

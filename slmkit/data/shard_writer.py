@@ -78,7 +78,7 @@ class ShardWriter:
                 stop = min(len(ids), start + self.shard_tokens - self._open.tokens)
                 self._open.write(
                     ids[start:stop].astype(self.dtype),
-                    self.tokens + ends[(ends > start) & (ends <= stop)],
+                    self._open.tokens - start + ends[(ends > start) & (ends <= stop)],
                     None if trained is None else trained[start:stop],
                 )
                 start = stop

@@ -1,16 +1,25 @@
-"""Tokens on disk: written once (`shard_writer.py`), then read as memory.
+"""Tokens on disk: written once (`shard_writer.py`, `prepare.py`), then read from any place.
 
 A directory holds `header.json`; the tokens themselves, `00000.tokens` (uint16 where the vocabulary allows it, else
 uint32); `00000.ends` (int64: one past each document's last token, which is its end-of-text token, counted from the
-first token of the first shard; a document stands in the shard in which it ends); and for conversations `00000.trained`
+first token of this shard; a document stands in the shard in which it ends); and for conversations `00000.trained`
 (uint8: 1 where a token is learned). All of it little-endian.
+
+Nothing in a shard depends on the shards before it, so that they can be made in any order, anywhere. They are read with
+`pread` and not mapped: a process then holds what it asked for and no more, however large the corpus, and a file that is
+cut while it is read is an error and not a crash.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 import json
-from dataclasses import dataclass, field
+import os
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,8 +28,9 @@ import numpy as np
 from slmkit.config import UserError
 
 FORMAT = "slmkit-tokens"
-VERSION = 1
+VERSION = 2
 HEADER = "header.json"
+OPEN_FILES = 256  # of one directory at a time: a process may have 1,024 on most systems
 
 
 class Vocabulary(Protocol):
@@ -79,16 +89,17 @@ class Header:
         return sizes
 
 
-@dataclass(frozen=True)
 class TokenShards:
-    """A directory of shards, memory-mapped: opening it reads no tokens, and processes share the pages they read."""
+    """A directory of shards. Opening it reads the header alone; threads and forked processes may share it."""
 
-    directory: Path
-    header: Header
-    document_ends: np.ndarray  # int64 [documents]: one past each document's last token
-    _tokens: list[np.ndarray] = field(repr=False)  # each shard's, mapped
-    _trained: list[np.ndarray] = field(repr=False)
-    _starts: np.ndarray = field(repr=False)  # int64 [shards]: each shard's first token
+    def __init__(self, directory: Path, header: Header) -> None:
+        self.directory, self.header = directory, header
+        self._starts = [0, *itertools.accumulate(shard.tokens for shard in header.shards)]  # each shard's first token
+        self._dtype = np.dtype(header.dtype).newbyteorder("<")
+        self._open = functools.lru_cache(OPEN_FILES)(functools.partial(_OpenFile, directory, header.shards))
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a spawned process opens the files anew
+        return TokenShards.open, (self.directory,)
 
     @classmethod
     def open(cls, directory: str | Path) -> TokenShards:
@@ -100,28 +111,47 @@ class TokenShards:
             if found != expected:
                 shown = "is missing" if found is None else f"has {found:,} bytes where its header says {expected:,}"
                 raise UserError(f"{directory / name}: {shown}; delete the directory and prepare the data again")
-        dtype = np.dtype(header.dtype).newbyteorder("<")
-        names = [shard.name for shard in header.shards]
-        ends = [_mapped(directory / f"{name}.ends", np.dtype("<i8")) for name in names]
-        return cls(
-            directory,
-            header,
-            document_ends=np.concatenate(ends),
-            _tokens=[_mapped(directory / f"{name}.tokens", dtype) for name in names],
-            _trained=[_mapped(directory / f"{name}.trained", np.dtype("u1")) for name in names if header.masked],
-            _starts=np.cumsum([0] + [shard.tokens for shard in header.shards[:-1]]),
-        )
+        return cls(directory, header)
 
     def __len__(self) -> int:
         return self.header.tokens
 
+    @functools.cached_property
+    def document_ends(self) -> np.ndarray:
+        """One past each document's last token: int64 [documents], 8 bytes a document, read at the first call."""
+        parts = [
+            np.fromfile(self.directory / f"{shard.name}.ends", dtype="<i8") + start
+            for shard, start in zip(self.header.shards, self._starts)
+        ]
+        return np.concatenate(parts)
+
     def tokens_in(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop), across shard borders: uint16 or uint32 [stop - start], to be read only."""
-        return self._slice(self._tokens, start, stop)
+        return self._read("tokens", self._dtype, start, stop)
+
+    def runs(self, starts: Sequence[int], length: int) -> np.ndarray:
+        """`tokens_in(start, start + length)` for each start, read into one place: uint16 or uint32 [runs, length]."""
+        runs = np.empty((len(starts), length), self._dtype)
+        if not runs.size:
+            return runs
+        memory, itemsize = runs.data.cast("B"), self._dtype.itemsize
+        width = itemsize * length
+        for row, start in enumerate(starts):
+            shard = bisect_right(self._starts, start) - 1
+            if start >= 0 and start + length <= self._starts[min(shard + 1, len(self._starts) - 1)]:  # nearly always
+                place = memory[row * width : (row + 1) * width]
+                offset = (start - self._starts[shard]) * itemsize
+                try:
+                    if os.preadv(self._open(shard, "tokens").descriptor, [place], offset) == width:
+                        continue
+                except OSError:
+                    pass
+            runs[row] = self.tokens_in(start, start + length)  # across a border; or it says what is wrong
+        return runs
 
     def trained_in(self, start: int, stop: int) -> np.ndarray:
         """Whether each of these tokens is learned: bool [stop - start]. Only where `header.masked`."""
-        return self._slice(self._trained, start, stop).astype(bool)
+        return self._read("trained", np.dtype("u1"), start, stop).astype(bool)
 
     def check_tokenizer(self, tokenizer: Vocabulary) -> None:
         """Raises `UserError` where these tokens are another tokenizer's."""
@@ -140,18 +170,48 @@ class TokenShards:
                     if hashlib.file_digest(file, "sha256").hexdigest() != expected:
                         raise UserError(f"{path}: its content is not what was written; prepare the data again")
 
-    def _slice(self, parts: list[np.ndarray], start: int, stop: int) -> np.ndarray:
+    def _read(self, kind: str, dtype: np.dtype, start: int, stop: int) -> np.ndarray:
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"expected a range within {len(self)} tokens, found [{start}, {stop})")
-        first = int(np.searchsorted(self._starts, start, side="right")) - 1
-        begin = start - int(self._starts[first])
-        pieces = [parts[first][begin : begin + stop - start]]
-        missing = stop - start - len(pieces[0])
-        while missing:
-            first += 1
-            pieces.append(parts[first][:missing])
-            missing -= len(pieces[-1])
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        shard = bisect_right(self._starts, start) - 1
+        if stop <= self._starts[min(shard + 1, len(self._starts) - 1)]:  # nearly always
+            return np.frombuffer(self._bytes(shard, kind, dtype.itemsize, start, stop), dtype)
+        pieces = []
+        while start < stop:
+            until = min(stop, self._starts[shard + 1])
+            pieces.append(self._bytes(shard, kind, dtype.itemsize, start, until))
+            start, shard = until, shard + 1
+        return np.frombuffer(b"".join(pieces), dtype)
+
+    def _bytes(self, shard: int, kind: str, width: int, start: int, stop: int) -> bytes:
+        """Of tokens [start, stop), all in one shard. Raises `UserError` where the file is gone or shorter."""
+        if start == stop:
+            return b""
+        wanted, offset = (stop - start) * width, (start - self._starts[shard]) * width
+        content = b""
+        try:
+            file = self._open(shard, kind)
+            while len(content) < wanted:  # once, but for more than the 2 GiB that one call reads at most
+                more = os.pread(file.descriptor, wanted - len(content), offset + len(content))
+                if not more:
+                    raise UserError(f"{file.path}: cut short since it was opened; prepare the data again")
+                content = content + more if content else more
+        except OSError as error:
+            path = self.directory / f"{self.header.shards[shard].name}.{kind}"
+            raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+        return content
+
+
+class _OpenFile:
+    """A file of a shard to read from, closed when nobody holds it any more."""
+
+    def __init__(self, directory: Path, shards: list[Shard], shard: int, kind: str) -> None:
+        self.path = directory / f"{shards[shard].name}.{kind}"
+        self.descriptor = os.open(self.path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
 
 
 def read_header(directory: Path) -> Header:
@@ -175,9 +235,3 @@ def read_header(directory: Path) -> Header:
         return Header(**content | {"shards": [Shard(**shard) for shard in content["shards"]]})
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged header: {error}; prepare the data again") from None
-
-
-def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
-    if path.stat().st_size == 0:  # nothing can be mapped there: a shard in which no document ends
-        return np.zeros(0, dtype=dtype)
-    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))

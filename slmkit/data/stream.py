@@ -5,15 +5,17 @@ Rows know nothing of order and epochs, the stream nothing of tokens: whatever ha
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from slmkit.config import UserError
-from slmkit.data.order import permuted
+from slmkit.data.mixture import Phase, Schedule, WhenExhausted
+from slmkit.data.order import mixed_seed, permuted
 from slmkit.data.packing import IGNORED, pack_whole, padded, row_of_labels, windows
 from slmkit.data.shards import TokenShards
 
@@ -31,6 +33,11 @@ class Rows(Protocol):
 
     def documents(self, index: int) -> np.ndarray: ...
 
+    def rows(self, indices: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and labels of several: int64 [rows, length] each. One by one, where nothing faster is known."""
+        ids, labels = zip(*map(self.row, indices))
+        return np.stack(ids), np.stack(labels)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -43,6 +50,13 @@ class Batch:
     labels: Tensor  # int64 [rows, length]
     weight: int
     documents: Tensor | None = None  # int64 [rows, length]
+
+    @classmethod
+    def of(cls, ids: np.ndarray, labels: np.ndarray, documents: np.ndarray | None) -> Batch:
+        """int64 [rows, length] each."""
+        weight = int(np.count_nonzero(labels != IGNORED))
+        kept_apart = None if documents is None else torch.from_numpy(documents)
+        return cls(torch.from_numpy(ids), torch.from_numpy(labels), weight, kept_apart)
 
     def to(self, device: torch.device | str) -> Batch:
         documents = None if self.documents is None else self.documents.to(device)
@@ -64,46 +78,142 @@ class Batch:
         return [Batch(*parts) for parts in zip(ids, labels, weights, documents)]
 
 
-class Stream:
-    """The endless sequence of epochs over `rows`, each shuffled by (seed, epoch). Its only position is the step.
+class Batches(Protocol):
+    """What the loop is fed: the batch of any step, and a position that goes into every checkpoint."""
 
-    `separate`: batches say which document each token belongs to, so that none is read across a border.
-    """
+    rows_per_step: int
+    separate: bool  # batches say which document each token belongs to, so that none is read across a border
 
-    def __init__(self, rows: Rows, rows_per_step: int, seed: int = 0, separate: bool = False) -> None:
-        if rows_per_step < 1:
-            raise UserError(f"expected at least one row a step, found {rows_per_step}; raise tokens_per_step")
-        self.rows, self.rows_per_step, self.seed, self.separate = rows, rows_per_step, seed, separate
+    @property
+    def total_rows(self) -> int | None:
+        """How many rows there are until the data ends; None where it never does, or where nobody knows yet."""
+
+    @property
+    def rows_in_epoch(self) -> int | None:
+        """None where that is not known."""
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """Rows of step `step` (from 0), or the contiguous share of them that falls to one of `world` ranks.
 
         Raises `UserError` when a step has fewer rows than there are ranks.
         """
-        if self.rows_per_step < world:
-            raise UserError(
-                f"{self.rows_per_step} rows a step cannot be shared by {world} processes; "
-                "raise tokens_per_step or start fewer processes"
-            )
-        begin, end = (self.rows_per_step * part // world for part in (rank, rank + 1))
-        positions = step * self.rows_per_step + np.arange(begin, end)
-        indices = self._indices(positions)
-        ids, labels = (np.stack(column) for column in zip(*map(self.rows.row, indices)))  # int64 [rows, length] each
-        documents = torch.from_numpy(np.stack([*map(self.rows.documents, indices)])) if self.separate else None
-        return Batch(torch.from_numpy(ids), torch.from_numpy(labels), int((labels != IGNORED).sum()), documents)
 
-    def _indices(self, positions: np.ndarray) -> list[int]:
-        """Which rows stand at `positions` of the endless sequence."""
-        size = self.rows.rows_in_epoch
-        epochs, places = positions // size, positions % size
-        indices = np.empty_like(places)
-        for epoch in np.unique(epochs).tolist():
-            here = epochs == epoch
-            indices[here] = permuted(places[here], size, self.seed, epoch)
-        return indices.tolist()
+    def has(self, step: int) -> bool:
+        """Whether there is a batch for this step: False where the data has ended."""
+
+    def shares(self, step: int) -> dict[str, float]:
+        """Of all rows before `step`, the share of each source; empty where there is one source alone."""
+
+    def position(self) -> dict[str, Any]:
+        """Where to go on after the batch that was given last, as JSON; empty where the step says it all."""
+
+    def seek(self, step: int, position: dict[str, Any]) -> None:
+        """Go on with `step`, at a position that was saved; from the beginning where it is empty."""
 
 
-class PretrainRows:
+def share_of_rank(rows_per_step: int, rank: int, world: int) -> slice:
+    """Which of a step's rows fall to one of `world` ranks. Raises `UserError` where there are more ranks than rows."""
+    if rows_per_step < world:
+        raise UserError(
+            f"{rows_per_step} rows a step cannot be shared by {world} processes; "
+            "raise tokens_per_step or start fewer processes"
+        )
+    return slice(*(rows_per_step * part // world for part in (rank, rank + 1)))
+
+
+def expect_a_row(rows_per_step: int) -> int:
+    """Raises `UserError` for less than one row a step."""
+    if rows_per_step < 1:
+        raise UserError(f"expected at least one row a step, found {rows_per_step}; raise tokens_per_step")
+    return rows_per_step
+
+
+class Stream:
+    """The endless sequence of epochs over `rows`, each shuffled by (seed, epoch). Its only position is the step."""
+
+    def __init__(self, source: Rows, rows_per_step: int, seed: int = 0, separate: bool = False) -> None:
+        self.source, self.rows_per_step, self.seed, self.separate = source, expect_a_row(rows_per_step), seed, separate
+        self.rows_in_epoch: int | None = source.rows_in_epoch
+        self.total_rows: int | None = None
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        """As in `Batches`, and a pure function of its arguments."""
+        places = np.arange(self.rows_per_step, dtype=np.int64)[share_of_rank(self.rows_per_step, rank, world)]
+        chosen = self._rows_at(step * self.rows_per_step + places)
+        parts = [rows.rows(indices) for rows, indices, _ in chosen]
+        documents = [rows.documents(index) for rows, indices, _ in chosen for index in indices] if self.separate else []
+        if len(chosen) == 1:
+            return Batch.of(*parts[0], np.stack(documents) if documents else None)
+        order = np.argsort(np.concatenate([place for _, _, place in chosen]))  # from source after source to their turns
+        ids, labels = (np.concatenate(column)[order] for column in zip(*parts))
+        return Batch.of(ids, labels, np.stack(documents)[order] if documents else None)
+
+    def has(self, step: int) -> bool:
+        return self.total_rows is None or (step + 1) * self.rows_per_step <= self.total_rows
+
+    def shares(self, step: int) -> dict[str, float]:
+        return {}
+
+    def position(self) -> dict[str, Any]:
+        return {}
+
+    def seek(self, step: int, position: dict[str, Any]) -> None:
+        """Nothing to do: every batch is as near as any other."""
+
+    def _rows_at(self, positions: np.ndarray) -> list[tuple[Rows, list[int], np.ndarray]]:
+        """What stands at `positions` of the endless sequence: by source, which of its rows, and at which of them."""
+        return [(self.source, shuffled(positions, self.source.rows_in_epoch, self.seed), np.arange(len(positions)))]
+
+
+class MixtureStream(Stream):
+    """Rows of several sources in the turns of a schedule, each source an endless sequence of shuffled epochs."""
+
+    def __init__(
+        self,
+        sources: Mapping[str, Rows],
+        phases: Sequence[Phase],
+        when_exhausted: WhenExhausted,
+        rows_per_step: int,
+        seed: int = 0,
+        separate: bool = False,
+    ) -> None:
+        self.names, self.sources = list(sources), list(sources.values())
+        sizes = [source.rows_in_epoch for source in self.sources]
+        self.schedule = Schedule(phases, sizes, when_exhausted)
+        self.seeds = [mixed_seed(seed, name) for name in self.names]  # sources of one size differ in their order too
+        self.rows_per_step, self.separate = expect_a_row(rows_per_step), separate
+        self.total_rows = self.schedule.total
+        self.rows_in_epoch = sum(sizes) if self.total_rows is None else self.total_rows
+
+    def shares(self, step: int) -> dict[str, float]:
+        return shares_of(self.names, self.schedule.counts(step * self.rows_per_step))
+
+    def _rows_at(self, positions: np.ndarray) -> list[tuple[Rows, list[int], np.ndarray]]:
+        which, numbers = self.schedule.locate(positions)
+        chosen = []
+        for number in np.unique(which).tolist():
+            here, source = np.flatnonzero(which == number), self.sources[number]
+            indices = shuffled(numbers[here], source.rows_in_epoch, self.seeds[number])
+            chosen.append((source, indices, here))
+        return chosen
+
+
+def shares_of(names: Sequence[str], counts: np.ndarray) -> dict[str, float]:
+    """Counts of rows as shares of their sum, rounded to what a log should show."""
+    return {name: round(float(count) / max(1, int(counts.sum())), 5) for name, count in zip(names, counts)}
+
+
+def shuffled(positions: np.ndarray, size: int, seed: int) -> list[int]:
+    """Which of `size` rows stand at `positions` of their endless sequence of epochs."""
+    epochs, places = positions // size, positions % size
+    indices = np.empty_like(places)
+    for epoch in np.unique(epochs).tolist():
+        here = epochs == epoch
+        indices[here] = permuted(places[here], size, seed, epoch)
+    return indices.tolist()
+
+
+class PretrainRows(Rows):
     """Windows that fill `length` from end to end, over document borders; every label is learned."""
 
     def __init__(self, shards: TokenShards, length: int) -> None:
@@ -127,12 +237,19 @@ class PretrainRows:
         tokens = self.shards.tokens_in(start, start + self.length + 1).astype(np.int64)
         return tokens[:-1], tokens[1:]
 
+    def rows(self, indices: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """As `row`, but read into one place and made int64 in one go: several times as fast."""
+        tokens = self.shards.runs([self.starts[index] for index in indices], self.length + 1)
+        both = np.empty((2, len(indices), self.length), dtype=np.int64)  # one block: memory that the allocator keeps
+        both[0], both[1] = tokens[:, :-1], tokens[:, 1:]
+        return both[0], both[1]
+
     def documents(self, index: int) -> np.ndarray:
         positions = self.starts[index] + np.arange(self.length)
         return np.searchsorted(self.shards.document_ends, positions, side="right")
 
 
-class ChatRows:
+class ChatRows(Rows):
     """Whole conversations packed side by side, padded behind; only what their masks say is learned.
 
     `truncated` conversations are longer than a row and are cut at its end; `untrained` ones have nothing to learn in
@@ -179,7 +296,7 @@ class ChatRows:
         return _numbered(lengths, self.length)
 
 
-class DocumentRows:
+class DocumentRows(Rows):
     """For validation: whole documents side by side behind an end-of-text token, so that all of each is predicted.
 
     Every token of every document is a label exactly once. A document longer than a row is cut: its further rows begin

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from slmkit.config import UserError
 from slmkit.data.packing import IGNORED, padded
+from slmkit.data.stream import Rows
 
 
 class AnyTokenizer(Protocol):
@@ -22,7 +23,7 @@ class AnyTokenizer(Protocol):
     def __len__(self) -> int: ...
 
 
-class TextDataset(Dataset):
+class TextDataset(Dataset, Rows):
     """Windows of `max_length` tokens over each text, one every `stride` (default: one behind the other).
 
     An end-of-text token follows each text, and what is left of a window is padded. An item is what a Hugging Face model

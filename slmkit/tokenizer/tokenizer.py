@@ -288,6 +288,11 @@ class SLMTokenizer:
         return {self.eos_token_id, self.end_of_turn_id}
 
     @property
+    def bos_token_id(self) -> int | None:
+        """The token that begins a text, where the vocabulary has one: the chat template writes it, nobody else."""
+        return self.special_tokens.get(self._names.get("bos_token", ""))
+
+    @property
     def fingerprint(self) -> str:
         """sha256 (hex) over vocabulary, merges, special tokens and the ids of `PROBE`. Equal after saving and loading.
 

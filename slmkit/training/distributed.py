@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar, cast
 
@@ -52,8 +53,10 @@ class Group:
         if parallel == "fsdp":
             self._shards = _sharded(model, self.world, device)
         else:
-            devices = [device] if device.type == "cuda" else None
-            self._replica = _Replica(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+            where = [device] if device.type == "cuda" else None
+            with warnings.catch_warnings():  # the name that torch 2.13 wants instead is not known to 2.11
+                warnings.simplefilter("ignore", FutureWarning)
+                self._replica = _Replica(model, device_ids=where, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def prepared(self, model: Decoder, is_last: bool) -> Decoder:
         """What to call in place of `model` for a micro-batch. Ranks exchange gradients in the step's last one alone."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from slmkit.data.stream import Batch, Stream
+from slmkit.data.stream import Batch, Batches
 from slmkit.device import Device
 from slmkit.model import Decoder
 from slmkit.training.distributed import ALONE, Group, whole
@@ -29,7 +29,7 @@ Report = dict[str, Any]  # one line of metrics.jsonl; hooks may add to it
 class State:
     """Everything that must survive a crash for the run to go on as if it had not happened.
 
-    The data's position and every random number follow from `seed` and `step`, so they are two integers.
+    Every random number follows from `seed` and `step`, and so does the place in shards; a streamed corpus adds its own.
     """
 
     model: Decoder
@@ -38,6 +38,7 @@ class State:
     step: int = 0
     tokens: int = 0  # trained tokens so far
     best: dict[str, float] = field(default_factory=dict)  # {"step", "validation_loss"} of the best checkpoint
+    data: dict[str, Any] = field(default_factory=dict)  # where a streamed corpus goes on; {} of shards
 
 
 @dataclass(frozen=True)
@@ -81,20 +82,27 @@ class StopRequested:
 def train(
     state: State,
     objective: Objective,
-    stream: Stream,
+    stream: Batches,
     plan: Plan,
     hooks: Sequence[Every] = (),
     stop: StopRequested | None = None,
 ) -> State:
-    """Run from `state.step` to `plan.steps`. Hooks fire in their order; a stop makes the step it ends the last one."""
+    """Run from `state.step` to `plan.steps`, or to the end of the data.
+
+    Hooks fire in their order; a stop makes the step it ends the last one.
+    """
     group = plan.group
     state.model.train()
-    while state.step < plan.steps:
+    stream.seek(state.step, state.data)
+    while state.step < plan.steps and stream.has(state.step):
         started, tokens_before = time.perf_counter(), state.tokens
         batch = stream.batch(state.step, group.rank, group.world)
         report = train_step(state, objective, batch, plan)
         report["tokens_per_second"] = round((state.tokens - tokens_before) / (time.perf_counter() - started))
-        is_last = state.step == plan.steps or group.any(stop is not None and stop.is_set)
+        report |= {f"share/{name}": share for name, share in stream.shares(state.step).items()}
+        state.data = stream.position()
+        is_stopped = group.any(stop is not None and stop.is_set)
+        is_last = state.step == plan.steps or is_stopped or not stream.has(state.step)
         for hook in hooks:
             if (is_last or state.step % hook.steps == 0) and (hook.on_all_ranks or group.is_main):
                 hook.hook(state, report)

@@ -70,7 +70,7 @@ def training_bytes(
         _update(optimizers)  # so that their state is there, as in every step but the first
         with device.autocast():
             hidden = decoder(ids).flatten(0, 1)
-            loss = linear_cross_entropy(hidden, decoder.head_weight, ids.flatten())
+            loss = linear_cross_entropy(hidden, decoder.head_weight, ids.flatten(), architecture.logit_cap)
         del hidden
         loss.backward()
         _update(optimizers)

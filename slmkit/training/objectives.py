@@ -27,7 +27,8 @@ def next_token(model: Decoder, batch: Batch) -> Loss:
     hidden = model(batch.ids, documents=batch.documents)  # [rows, length, width]
     learned = batch.labels != IGNORED  # [rows, length]
     # Only learned positions reach the head: in a conversation most are not, and the head is the widest matrix.
-    return Loss(linear_cross_entropy(hidden[learned], model.head_weight, batch.labels[learned]))
+    cap = model.architecture.logit_cap
+    return Loss(linear_cross_entropy(hidden[learned], model.head_weight, batch.labels[learned], cap))
 
 
 OBJECTIVES: dict[str, Objective] = {"pretrain": next_token, "sft": next_token}

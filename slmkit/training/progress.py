@@ -60,7 +60,10 @@ class TrainingProgress:
         figures = [f"loss {self.smooth_loss:.3f}"]
         if self.validation_loss is not None:
             figures.append(f"validation {self.validation_loss:.3f}")
-        figures += [f"{report['tokens_per_second']:,} tokens/s", f"{clock(left)} left"]
+        figures.append(f"{report['tokens_per_second']:,} tokens/s")
+        if "mfu" in report:
+            figures.append(f"MFU {report['mfu']:.0%}")
+        figures.append(f"{clock(left)} left")
         return "  ".join(figures)
 
 

@@ -13,6 +13,7 @@ from slmkit.config import Settings, UserError, did_you_mean, load_settings, read
 from slmkit.data.corpus import DataSettings, TokenizerSettings
 from slmkit.model import SLMConfig
 from slmkit.training.distributed import Parallel
+from slmkit.training.schedules import Schedule, make_schedule
 
 
 class ModelSettings(Settings):
@@ -64,8 +65,10 @@ class TrainSettings(Settings):
     learning_rate: float = Field(1e-3, gt=0)  # AdamW's
     muon_learning_rate: float = Field(0.02, gt=0)  # of the matrices that Muon updates
     muon_momentum: float = Field(0.95, ge=0, lt=1)
+    lr_scheduler_type: Literal["cosine", "linear", "warmup_stable_decay", "inverse_sqrt"] = "cosine"
     min_learning_rate_ratio: float = Field(0.1, ge=0, le=1)
     warmup_steps: float = Field(0.05, ge=0)  # a number of steps, or below 1 a share of all steps
+    lr_decay_ratio: float = Field(0.2, gt=0, le=1)  # of warmup_stable_decay: the share of all steps in which it falls
     weight_decay: float = Field(0.1, ge=0)
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.95, ge=0, lt=1)
@@ -78,6 +81,7 @@ class TrainSettings(Settings):
     save_total_limit: int = Field(2, gt=0)  # the best checkpoint is kept besides
     sample_prompts: list[str] = Field(default_factory=lambda: ["Once upon a time"])
     sample_tokens: int = Field(120, gt=0)
+    report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)  # besides metrics.jsonl
     parallel: Parallel = "auto"  # of several processes: each the whole model (ddp, which is auto) or a share (fsdp)
     ddp_timeout: float = Field(600, gt=0)  # seconds without a word of another process, after which one gives up
     device: str = "auto"
@@ -105,6 +109,11 @@ class TrainSettings(Settings):
         if self.max_tokens is not None:
             return max(1, self.max_tokens // (rows_per_step * sequence_length))
         return max(1, round((self.num_train_epochs or 1) * rows_in_epoch / rows_per_step))
+
+    def schedule(self, steps: int) -> Schedule:
+        """Step → share of the peak learning rate, over a run of `steps` steps."""
+        warmup = self.total_warmup_steps(steps)
+        return make_schedule(self.lr_scheduler_type, steps, warmup, self.min_learning_rate_ratio, self.lr_decay_ratio)
 
     def total_warmup_steps(self, steps: int) -> int:
         return round(self.warmup_steps * steps) if self.warmup_steps < 1 else round(self.warmup_steps)

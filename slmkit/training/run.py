@@ -11,17 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from slmkit.config import UserError, to_yaml
-from slmkit.data.stream import Stream
+from slmkit.data.stream import Batches
 from slmkit.device import Device, keep_freed_memory
 from slmkit.model import Decoder, SLMConfig
 from slmkit.training import checkpoints
 from slmkit.training.distributed import ALONE, Group
+from slmkit.training.gauges import Gauges
 from slmkit.training.loop import Every, Plan, Report, RunStopped, State, StopRequested, train
 from slmkit.training.objectives import OBJECTIVES
 from slmkit.training.optimizers import OPTIMIZERS
+from slmkit.training.plots import plot_losses
 from slmkit.training.recipe import Recipe, TrainSettings
-from slmkit.training.run_log import MetricsLog, environment, plot_losses
-from slmkit.training.schedules import warmup_cosine
+from slmkit.training.run_log import MetricsLog, environment, mark_running
+from slmkit.training.trackers import Tracker, open_trackers
 
 
 class RunDirectory:
@@ -108,7 +110,7 @@ def fit(
     recipe: Recipe,
     model: Decoder,
     config: SLMConfig,
-    stream: Stream,
+    stream: Batches,
     plan: Plan,
     *,
     companions: checkpoints.Companions,
@@ -137,18 +139,32 @@ def fit(
     if group.is_main:
         run.metrics.rewind(state.step)
 
-    logger = Logger(run, perfect_loss)
     saver = Saver(run, config, companions, settings.save_total_limit, group)
     eval_steps = evaluation_interval(settings, plan.steps)
-    own_hooks = (
-        Every(settings.logging_steps, logger.log),
-        Every(eval_steps, logger.log),
-        Every(eval_steps, logger.draw),
-        Every(settings.save_steps or eval_steps, saver.save, on_all_ranks=True),
-    )
-    with stop_on_signals() as stop:
-        train(state, OBJECTIVES[recipe.objective], stream, plan, (*hooks, *own_hooks), stop)
-    if state.step < plan.steps:
+    length = settings.sequence_length or config.max_position_embeddings
+    gauges: tuple[Every, ...] = ()
+    if group.is_main:
+        gauge = Gauges(model, plan.device, stream.rows_per_step, length, state.tokens, run.metrics.seconds())
+        gauges = (Every(1, gauge.update),)
+    with (
+        mark_running(run.root) if group.is_main else contextlib.nullcontext(),
+        open_trackers(
+            settings.report_to if group.is_main else (), run.root, recipe.model_dump(mode="json"), state.step
+        ) as trackers,
+        stop_on_signals() as stop,
+    ):
+        logger = Logger(run, perfect_loss, trackers)
+        own_hooks = (
+            Every(settings.logging_steps, logger.log),
+            Every(eval_steps, logger.log),
+            Every(eval_steps, logger.draw),
+            Every(settings.save_steps or eval_steps, saver.save, on_all_ranks=True),
+        )
+        all_hooks = (*gauges, *hooks, *own_hooks)
+        train(state, OBJECTIVES[recipe.objective], stream, plan, all_hooks, stop)
+    if state.step < plan.steps and not stream.has(state.step):
+        warn(f"the data ended after step {state.step} of {plan.steps}, as data.when_exhausted: stop has it")
+    elif state.step < plan.steps:
         raise RunStopped(f"stopped after step {state.step} of {plan.steps}; go on with: slm resume {run.root}")
     return state
 
@@ -158,12 +174,11 @@ def make_plan(
 ) -> Plan:
     """What the loop needs of the settings, with everything counted out."""
     steps = settings.total_steps(rows_in_epoch, sequence_length)
-    warmup = settings.total_warmup_steps(steps)
     return Plan(
         steps=steps,
         rows_per_micro_batch=settings.rows_per_micro_batch(sequence_length),
         max_grad_norm=settings.max_grad_norm,
-        schedule=lambda step: warmup_cosine(step, steps, warmup, settings.min_learning_rate_ratio),
+        schedule=settings.schedule(steps),
         device=device,
         group=group,
     )
@@ -174,16 +189,18 @@ def evaluation_interval(settings: TrainSettings, steps: int) -> int:
 
 
 class Logger:
-    """Appends to `metrics.jsonl` and redraws `loss.png`."""
+    """Appends to `metrics.jsonl`, tells the trackers, and redraws `loss.png`."""
 
-    def __init__(self, run: RunDirectory, perfect_loss: float | None) -> None:
-        self.run, self.perfect_loss = run, perfect_loss
+    def __init__(self, run: RunDirectory, perfect_loss: float | None, trackers: Sequence[Tracker] = ()) -> None:
+        self.run, self.perfect_loss, self.trackers = run, perfect_loss, trackers
         self.last_step = -1
 
     def log(self, state: State, report: Report) -> None:
         """A line for the step, once, whichever interval asks for it: no validation goes unrecorded."""
         if state.step != self.last_step:
             self.run.metrics.append(report)
+            for tracker in self.trackers:
+                tracker.log(report)
         self.last_step = state.step
 
     def draw(self, state: State, report: Report) -> None:

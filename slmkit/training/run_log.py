@@ -1,17 +1,22 @@
-"""What a run leaves to read: `metrics.jsonl`, `loss.png`, `samples.md`, `environment.json`."""
+"""What a run leaves to read: `metrics.jsonl`, `samples.md`, `environment.json`; and whether it is running."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
-from slmkit.training.loop import Report
+if TYPE_CHECKING:
+    from slmkit.training.loop import Report  # its module imports torch, which reading a run does not need
+
+RUNNING = ".running"
 
 
 class MetricsLog:
@@ -31,40 +36,16 @@ class MetricsLog:
         lines = self.path.read_text(encoding="utf-8").split("\n")
         return [json.loads(line) for line in lines[:-1]]  # what follows the last newline is empty or cut short
 
+    def seconds(self) -> float:
+        """How long the run has taken so far, pauses left out."""
+        return max((report.get("seconds", 0.0) for report in self.read()), default=0.0)
+
     def rewind(self, step: int) -> None:
         """Drop the lines after `step`."""
         kept = [report for report in self.read() if report["step"] <= step]
         fresh = self.path.with_suffix(".tmp")
         fresh.write_text("".join(json.dumps(report) + "\n" for report in kept), encoding="utf-8")
         os.replace(fresh, self.path)
-
-
-def plot_losses(reports: list[Report], path: Path, title: str, perfect_loss: float | None = None) -> None:
-    """Draw training and validation loss over tokens, and the loss of a perfect model where the corpus knows it."""
-    try:
-        from matplotlib.figure import Figure  # no global state and no window system, unlike pyplot
-    except ImportError:
-        return  # an optional extra: the figures are in metrics.jsonl all the same
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    trained = [(r["tokens"], r["loss"]) for r in reports]
-    validated = [(r["tokens"], r["validation_loss"]) for r in reports if "validation_loss" in r]
-    if trained:
-        axes.plot(*zip(*trained), color="tab:blue", alpha=0.45, linewidth=1, label="training")
-    if validated:
-        axes.plot(*zip(*validated), color="tab:orange", marker="o", markersize=4, label="validation")
-        tokens, loss = validated[-1]
-        axes.annotate(f"{loss:.3f}", (tokens, loss), xytext=(0, 9), textcoords="offset points", ha="right")
-    if perfect_loss is not None:
-        axes.axhline(perfect_loss, color="tab:green", linestyle="--", label=f"a perfect model: {perfect_loss:.3f}")
-    axes.set(xlabel="trained tokens", ylabel="loss (nats per token)", title=title)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    if trained or validated:
-        axes.legend(frameon=False)
-    fresh = path.with_suffix(".tmp.png")
-    figure.savefig(fresh, dpi=120)
-    os.replace(fresh, path)
 
 
 def append_samples(path: Path, step: int, samples: list[tuple[str, str]]) -> None:
@@ -98,3 +79,33 @@ def _git_revision() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return described.stdout.strip()
+
+
+@contextlib.contextmanager
+def mark_running(root: Path) -> Iterator[None]:
+    """While this is open, `is_running(root)` says so to every process; it ends with this one, however that ends."""
+    with (root / RUNNING).open("a") as file:
+        _locked(file)
+        yield
+
+
+def is_running(root: Path) -> bool:
+    """Whether a process trains in this run's directory now."""
+    try:
+        with (root / RUNNING).open("r+") as file:
+            return not _locked(file)
+    except OSError:
+        return False
+
+
+def _locked(file: TextIO) -> bool:
+    """Take the file's lock; False where another process has it, or the system has none."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

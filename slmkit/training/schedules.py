@@ -1,16 +1,63 @@
-"""The learning rate over a run, as a share of its peak."""
+"""The learning rate over a run, as a share of its peak.
+
+Each schedule rises linearly over `warmup_steps` and then falls in its own way. Steps count from 0; the first one has a
+rate above zero, so that no step is spent on nothing.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
+
+Schedule = Callable[[int], float]  # step → share of the peak
+Fall = Callable[[int, int, int, float], float]  # steps since the peak, steps until the end, warm-up steps, floor
 
 
-def warmup_cosine(step: int, steps: int, warmup_steps: int, floor: float) -> float:
-    """Linear from near 0 to 1 over `warmup_steps`, then half a cosine down to `floor` at the last step.
+def cosine(since: int, until_end: int, warmup_steps: int, floor: float) -> float:
+    """Half a cosine down to `floor` at the last step (Loshchilov & Hutter 2017, arXiv:1608.03983)."""
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, since / max(1, until_end))))
 
-    `step` counts from 0. The first step has a rate above zero, so that no step is spent on nothing.
+
+def linear(since: int, until_end: int, warmup_steps: int, floor: float) -> float:
+    """A straight line down to `floor` at the last step."""
+    return 1 - (1 - floor) * min(1.0, since / max(1, until_end))
+
+
+def inverse_sqrt(since: int, until_end: int, warmup_steps: int, floor: float) -> float:
+    """As the inverse square root of the step, never below `floor` (Vaswani et al. 2017, arXiv:1706.03762).
+
+    The peak is at the end of the warm-up: after four times as many steps it is half of it.
     """
+    peak_at = max(1, warmup_steps)
+    return max(floor, math.sqrt(peak_at / (peak_at + since)))
+
+
+def warmup_stable_decay(share: float) -> Fall:
+    """The peak held, and a straight line down to `floor` over the last `share` of all steps (arXiv:2404.06395)."""
+
+    def fall(since: int, until_end: int, warmup_steps: int, floor: float) -> float:
+        decay = min(until_end, round(share * (warmup_steps + until_end + 1)))
+        return linear(max(0, since - (until_end - decay)), decay, warmup_steps, floor)
+
+    return fall
+
+
+def make_schedule(kind: str, steps: int, warmup_steps: int, floor: float, decay_share: float = 0.2) -> Schedule:
+    """The schedule of a run of `steps` steps by Hugging Face's name for it.
+
+    `decay_share` is the part of all steps in which `warmup_stable_decay` falls. Raises `KeyError` for an unknown name.
+    """
+    falls: dict[str, Fall] = {
+        "cosine": cosine,
+        "linear": linear,
+        "inverse_sqrt": inverse_sqrt,
+        "warmup_stable_decay": warmup_stable_decay(decay_share),
+    }
+    return functools.partial(_share, falls[kind], steps, warmup_steps, floor)
+
+
+def _share(fall: Fall, steps: int, warmup_steps: int, floor: float, step: int) -> float:
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, steps - 1 - warmup_steps)
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return fall(step - warmup_steps, steps - 1 - warmup_steps, warmup_steps, floor)

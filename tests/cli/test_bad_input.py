@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -126,3 +127,18 @@ def test_a_command_or_option_that_is_not_there() -> None:
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     done = slm("--debug", "generate", tmp_path / "none", "x")
     assert "Traceback" in done.stderr
+
+
+def test_a_run_that_would_be_ruined_is_not_begun(run: Path, tmp_path: Path) -> None:
+    """Answers so long that every conversation is cut: the X-ray shows it, and the reason is one line."""
+    with (tmp_path / "chats.jsonl").open("w") as file:
+        for number in range(40):
+            answer = {"role": "assistant", "content": f"{number} " + "fox kite " * 90}
+            file.write(json.dumps({"messages": [{"role": "user", "content": "Hi"}, answer]}) + "\n")
+    command = ("train", "own-chat", f"model.path={run}", "data.source=chats.jsonl", "output_dir=chat")
+    done = slm(*command, "--dry-run", cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "x-ray: rows" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("slm: not begun: ")
+    assert not (tmp_path / "chat").exists()
+    assert slm(*command, "--dry-run", "--force", cwd=tmp_path).returncode == 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.helpers import TINY, slm
+from tests.cli.helpers import TINY, refused, slm
 
 STORY = "Once there was a fox who had a kite. The kite flew over the hill and the fox ran after it, laughing. "
 
@@ -131,3 +131,19 @@ def test_a_tokenizer_is_trained_and_looked_at_by_command(folder: Path) -> None:
     inspected = slm("data", "inspect", "shards", "--tokenizer", "tok", cwd=folder)
     assert "documents        1" in inspected.stdout
     assert "Once there was a fox" in inspected.stdout
+
+
+def test_runs_are_listed_and_drawn(folder: Path) -> None:
+    listed = slm("runs", cwd=folder)
+    assert listed.returncode == 0, listed.stderr
+    head, *rows = listed.stdout.splitlines()
+    assert head.split()[:3] == ["run", "objective", "parameters"]
+    book = next(row for row in rows if row.startswith("runs/book "))
+    assert book.split()[1] == "pretrain"
+    assert book.endswith("finished")
+    drawn = slm("plot", "runs/book", "runs/chat", "--over", "time", "-o", "both.png", cwd=folder)
+    assert drawn.returncode == 0, drawn.stderr
+    assert (folder / "both.png").read_bytes().startswith(b"\x89PNG")
+    assert "no figures here" in refused("plot", "runs", cwd=folder)
+    assert "did you mean 'tokens'?" in refused("plot", "runs/book", "--over", "token", cwd=folder)
+    assert "nowhere: no such folder" in refused("runs", "nowhere", cwd=folder)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import resource
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ import pytest
 
 from slmkit.config import UserError
 from slmkit.data import ShardWriter, TokenShards, shard_writer
+from slmkit.data import shards as shards_module
 from tests.data.byte_tokenizer import ByteTokenizer
 
 
@@ -52,8 +55,48 @@ def test_any_range_is_read_across_shard_borders(tmp_path: Path, shard_tokens: in
         for stop in range(start, 14):
             assert np.array_equal(shards.tokens_in(start, stop), tokens[start:stop])
             assert np.array_equal(shards.trained_in(start, stop), tokens[start:stop] % 2 == 1)
-    with pytest.raises(IndexError):
-        shards.tokens_in(0, 14)
+            runs = shards.runs([start, 0, 13 - (stop - start)], stop - start)
+            assert np.array_equal(runs[0], tokens[start:stop])
+            assert np.array_equal(runs[2], tokens[13 - (stop - start) :])
+    for wrong in (-1, 13):
+        with pytest.raises(IndexError):
+            shards.tokens_in(wrong, wrong + 1)
+        with pytest.raises(IndexError):
+            shards.runs([0, wrong], 1)
+
+
+def test_a_shard_knows_nothing_of_those_before_it(tmp_path: Path):
+    write(tmp_path / "shards", [3, 5, 4], shard_tokens=6)
+    assert np.fromfile(tmp_path / "shards" / "00000.ends", dtype="<i8").tolist() == [3]
+    assert np.fromfile(tmp_path / "shards" / "00001.ends", dtype="<i8").tolist() == [2, 6]
+
+
+def test_more_shards_than_files_may_be_open_are_read_by_threads_and_other_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(shards_module, "OPEN_FILES", 2)
+    tokens = write(tmp_path, [40], shard_tokens=4)
+    shards = TokenShards.open(tmp_path)
+    before = len(os.listdir("/proc/self/fd")) if Path("/proc").exists() else 0
+    with ThreadPoolExecutor(4) as threads:
+        read = threads.map(lambda start: shards.tokens_in(start, start + 4), list(range(36)) * 20)
+        assert all(np.array_equal(found, tokens[start : start + 4]) for start, found in zip([*range(36)] * 20, read))
+    assert not before or len(os.listdir("/proc/self/fd")) <= before + 2
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert np.array_equal(pool.apply(shards.tokens_in, (3, 30)), tokens[3:30])
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_named(tmp_path: Path):
+    write(tmp_path, [3, 5])
+    shards = TokenShards.open(tmp_path)
+    os.truncate(tmp_path / "00000.tokens", 7)
+    with pytest.raises(UserError, match=r"00000\.tokens: cut short since it was opened"):
+        shards.runs([0], 8)
+    write(tmp_path, [3, 5])
+    other = TokenShards.open(tmp_path)
+    (tmp_path / "00000.tokens").unlink()
+    with pytest.raises(UserError, match=r"00000\.tokens: cannot be read: No such file"):
+        other.tokens_in(0, 8)
 
 
 def test_the_header_says_what_is_inside(tmp_path: Path):
@@ -64,7 +107,7 @@ def test_the_header_says_what_is_inside(tmp_path: Path):
     first, second = header.pop("shards")
     assert header == {
         "format": "slmkit-tokens",
-        "version": 1,
+        "version": 2,
         "dtype": "uint16",
         "tokenizer": "bytes" * 8,
         "vocab_size": 260,
@@ -110,8 +153,8 @@ def test_a_truncated_or_missing_file_is_found_when_opening(tmp_path: Path, name:
         (None, "no token shards here"),
         ("{", "cannot be read"),
         ("[]", "not the header of token shards"),
-        ('{"format": "slmkit-tokens", "version": 2}', "format version 2, this slmkit reads 1"),
-        ('{"format": "slmkit-tokens", "version": 1, "shards": []}', "damaged header"),
+        ('{"format": "slmkit-tokens", "version": 3}', "format version 3, this slmkit reads 2"),
+        ('{"format": "slmkit-tokens", "version": 2, "shards": []}', "damaged header"),
     ],
 )
 def test_a_header_that_says_nothing_useful_is_refused(tmp_path: Path, content: str | None, expected: str):

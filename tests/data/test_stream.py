@@ -52,6 +52,15 @@ def test_pretraining_rows_are_windows_whose_labels_are_one_further(rows: Pretrai
         assert ids.dtype == labels.dtype == np.int64
 
 
+def test_many_rows_at_once_are_the_same_rows(rows: PretrainRows):
+    indices = [7, 0, 19, 7, 3]
+    ids, labels = rows.rows(indices)
+    assert ids.flags.c_contiguous
+    assert ids.dtype == labels.dtype == np.int64
+    for place, index in enumerate(indices):
+        assert np.array_equal(np.stack(rows.row(index)), np.stack([ids[place], labels[place]]))
+
+
 def test_every_window_comes_once_in_each_epoch_and_in_another_order(rows: PretrainRows):
     stream = Stream(rows, rows_per_step=3, seed=1)
     firsts = torch.cat([stream.batch(step).ids[:, 0] for step in range(20)]).tolist()  # three epochs

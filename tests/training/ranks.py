@@ -14,11 +14,11 @@ import torch
 PATIENCE = 120  # seconds for all processes together
 
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["torch", "slmkit.api", "torch.distributed.fsdp"])
+processes.set_forkserver_preload(["torch", "slmkit.api", "torch.distributed.fsdp", "matplotlib.figure"])
 
 
 def on_ranks(world: int, function: Callable[..., None], *arguments: Any) -> None:
-    """Call `function(*arguments)` on each of `world` ranks. An exception on one of them fails the test with its text."""
+    """Call `function(*arguments)` on `world` ranks. An exception on any of them fails the test with its text."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -34,7 +34,7 @@ from slmkit.training.run_log import MetricsLog
 from tests.training import helpers
 from tests.training.helpers import TOKENIZER, config, run, state
 
-TIMED = {"tokens_per_second"}
+TIMED = {"tokens_per_second", "seconds", "mfu", "memory_bytes"}
 
 
 def silent(line: str) -> None:

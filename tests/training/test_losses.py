@@ -17,22 +17,38 @@ def problem(positions: int, dtype: torch.dtype = torch.float32) -> tuple[torch.T
     return hidden, head, torch.randint(101, (positions,), generator=generator)
 
 
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several chunks of 64 positions, the last one partial."""
+    monkeypatch.setattr(losses, "SMALLEST_CHUNK", 64)
+    monkeypatch.setattr(losses, "LOGITS_PER_CHUNK", {})
+    monkeypatch.setattr(losses, "LOGITS_PER_CHUNK_ELSEWHERE", 0)
+
+
+def plain_loss(
+    hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, cap: float | None = None
+) -> torch.Tensor:
+    logits = hidden @ head.T
+    return F.cross_entropy(logits if cap is None else cap * torch.tanh(logits / cap), labels, reduction="sum")
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("cap", [None, 3.0, 30.0])
 @pytest.mark.parametrize("positions", [1, 7, 64, 65, 200])
-def test_value_and_gradients_equal_the_plain_form(positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "LOGITS_PER_CHUNK", 64 * 101)  # several chunks, the last one partial
+def test_value_and_gradients_equal_the_plain_form(positions: int, cap: float | None) -> None:
     hidden, head, labels = problem(positions)
-    plain = F.cross_entropy(hidden @ head.T, labels, reduction="sum")
+    plain = plain_loss(hidden, head, labels, cap)
     expected = torch.autograd.grad(plain * 0.3, (hidden, head))
-    chunked = linear_cross_entropy(hidden, head, labels)
+    chunked = linear_cross_entropy(hidden, head, labels, cap)
     found = torch.autograd.grad(chunked * 0.3, (hidden, head))
     torch.testing.assert_close(chunked, plain)
     torch.testing.assert_close(found, expected)
 
 
-def test_gradients_pass_a_numerical_check(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("small_chunks")
+def test_gradients_pass_a_numerical_check() -> None:
     """Against finite differences, independent of any other implementation."""
-    monkeypatch.setattr(losses, "LOGITS_PER_CHUNK", 3 * 101)
-    hidden, head, labels = problem(5)
+    hidden, head, labels = problem(70)
     step = 1e-2
     (gradient,) = torch.autograd.grad(linear_cross_entropy(hidden, head, labels), hidden)
     direction = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
@@ -65,3 +81,37 @@ def test_under_autocast_products_are_in_bfloat16_and_stay_close() -> None:
     assert chunked.dtype == torch.float32
     assert chunked.item() == pytest.approx(plain.item(), rel=5e-3)
     assert chunked.item() != plain.item()
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("cap", [None, 3.0])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+def test_gradients_in_16_bits_are_those_of_float32_but_for_rounding(
+    dtype: torch.dtype, tolerance: float, cap: float | None
+) -> None:
+    """With a common part in the rows of the head that adds up past float16's range over the vocabulary."""
+    hidden, _, _ = problem(100)
+    head = (torch.randn(5_000, 24, generator=torch.Generator().manual_seed(0)) * 0.01 + 40).requires_grad_()
+    labels = torch.randint(5_000, (100,), generator=torch.Generator().manual_seed(1))
+    hidden = (hidden.detach() * 1e-2).requires_grad_()
+    expected = torch.autograd.grad(plain_loss(hidden, head, labels, cap), (hidden, head))
+    with torch.autocast("cpu", dtype):
+        found = torch.autograd.grad(linear_cross_entropy(hidden, head, labels, cap), (hidden, head))
+    assert all(torch.isfinite(gradient).all() for gradient in found)
+    assert (found[1] - expected[1]).norm() < tolerance * expected[1].norm()
+
+
+def test_the_loss_of_training_is_capped_as_the_logits_are() -> None:
+    """As Gemma 2 has it: what is trained is the likelihood that generation and evaluation use."""
+    from slmkit.data.stream import Batch
+    from slmkit.model import build_decoder
+    from slmkit.training.objectives import next_token
+    from tests.training.helpers import config
+
+    model = build_decoder(config(model_type="gemma2", final_logit_softcapping=1.5, initializer_range=0.8), 0)
+    ids = torch.randint(260, (2, 12), generator=torch.Generator().manual_seed(3))
+    found = next_token(model, Batch(ids, ids, ids.numel())).total
+    expected = F.cross_entropy(model.logits(model(ids)).flatten(0, 1), ids.flatten(), reduction="sum")
+    torch.testing.assert_close(found, expected)
+    uncapped = F.cross_entropy(F.linear(model(ids), model.head_weight).flatten(0, 1), ids.flatten(), reduction="sum")
+    assert (found - uncapped).abs() > 1

@@ -11,8 +11,9 @@ import pytest
 
 from slmkit.config import UserError
 from slmkit.training.loop import Every, RunStopped
+from slmkit.training.plots import plot_losses
 from slmkit.training.run import RunDirectory, find_model_directory, new_run_directory
-from slmkit.training.run_log import MetricsLog, append_samples, environment, plot_losses
+from slmkit.training.run_log import MetricsLog, append_samples, environment
 from tests.training.helpers import run
 
 

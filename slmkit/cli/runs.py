@@ -1,0 +1,40 @@
+"""`slm runs`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def runs(folder: Annotated[str, typer.Argument(help="Where to look for runs.")] = "runs") -> None:
+    """List the runs in a folder: what each is, how far it has come, and how good it is.
+
+    Example: slm runs runs/quickstart
+    """
+    from datetime import datetime
+
+    from slmkit.cli.show import count, print_table
+    from slmkit.training.overview import list_runs
+
+    found = list_runs(folder)
+    if not found:
+        print(f"no runs in {folder}; `slm train` and `slm quickstart` make some")
+        return
+    print_table(
+        ("run", "objective", "parameters", "steps", "tokens", "validation loss", "when", "state"),
+        [
+            (
+                str(run.root),
+                run.objective,
+                "" if run.parameters is None else count(run.parameters),
+                f"{run.step:,}" + (f" of {run.steps:,}" if run.steps and run.steps != run.step else ""),
+                count(run.tokens),
+                "" if run.validation_loss is None else f"{run.validation_loss:.3f}",
+                datetime.fromtimestamp(run.changed).strftime("%Y-%m-%d %H:%M"),
+                run.state,
+            )
+            for run in found
+        ],
+        right=("parameters", "steps", "tokens", "validation loss"),
+    )

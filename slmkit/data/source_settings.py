@@ -1,0 +1,34 @@
+"""What a recipe says about one source of text."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from slmkit.config import Settings
+
+
+class SourceSettings(Settings):
+    """Where text comes from, which part of it is meant, and what happens to rows that cannot be read.
+
+    `path` is a file or folder, a URL (`s3://`, `gs://`, `hf://`, `http://`, `https://`, any that `fsspec` knows), a
+    data set of the Hugging Face hub as `owner/name`, or the built-in corpus: `stories`, `primer`.
+    """
+
+    path: str = Field(min_length=1)
+    name: str | None = None  # what logs call it; from the path unless given
+    weight: float = Field(1.0, gt=0)  # its share of a mixture, relative to the others'
+    config: str | None = None  # of a hub data set that has several, such as `sample-10BT`
+    split: str = "train"  # of a hub data set, or of a folder laid out like one
+    text_column: str = "text"
+    messages_column: str = "messages"
+    row_format: str | None = None  # how rows become text or messages; told by their columns unless named
+    streaming: bool = False  # hub data sets: read over the network and store nothing; else files are downloaded once
+    documents: int | None = Field(None, gt=0)  # at most so many
+    on_bad_row: Literal["refuse", "skip"] = "refuse"  # those skipped are counted by reason
+    retry_for: float = Field(3600.0, ge=0)  # seconds without a single document after which the network is given up
+
+    @property
+    def label(self) -> str:
+        return self.name or self.path.rstrip("/").rsplit("://", 1)[-1]

@@ -1,0 +1,30 @@
+"""Where text comes from: files and folders, data sets of the hub, URLs, and the built-in corpus, read as a stream.
+
+`.txt`, `.jsonl` (or `.json`: one object a line) and `.csv`, plain or as `.gz` or `.zst`, and `.parquet`. A `.txt` file
+is one long text, or documents separated by lines that hold `<|endoftext|>`, as in TinyStories' own files. Whatever is
+read comes with a position to go on from, and every mistake is named by file and place.
+"""
+
+from slmkit.data.sources.documents import PIECE, BadRow, Document, Message, Position, cut_point
+from slmkit.data.sources.files import Paths, describe_sources, find_files
+from slmkit.data.sources.open import open_source, read_conversations, read_documents
+from slmkit.data.sources.parts import PRIMER, STORIES
+from slmkit.data.sources.source import Source
+
+__all__ = [
+    "PIECE",
+    "PRIMER",
+    "STORIES",
+    "BadRow",
+    "Document",
+    "Message",
+    "Paths",
+    "Position",
+    "Source",
+    "cut_point",
+    "describe_sources",
+    "find_files",
+    "open_source",
+    "read_conversations",
+    "read_documents",
+]

@@ -1,0 +1,64 @@
+"""What sources give: documents, whole or in pieces, and conversations, each with a position to go on from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, TypeAlias, TypeVar
+
+# Longer texts are read, and tokenized, in pieces of this many characters: bounded memory, and work for every core.
+PIECE = 1 << 16
+
+Message: TypeAlias = dict[str, Any]
+# The place just behind a document, as a few integers that JSON can hold: which file, then the byte or the row in it.
+Position: TypeAlias = dict[str, int]
+
+
+class Document(NamedTuple):
+    """A text, or a piece of a long one: then `ends` is False in all but its last piece."""
+
+    text: str
+    ends: bool = True
+
+
+class BadRow(NamedTuple):
+    """What could not be read: a reason to count it by, the line that names it and its place, and how many rows it is.
+
+    A `harmless` one (blank text) is counted and never refused.
+    """
+
+    reason: str
+    message: str
+    rows: int = 1
+    harmless: bool = False
+
+
+T = TypeVar("T")
+Item: TypeAlias = tuple[T | BadRow, Position]  # with the position behind it
+
+
+def pieces(text: str) -> Iterator[Document]:
+    """A text as documents of at most `PIECE` characters, of which the last one ends."""
+    start = 0
+    while len(text) - start > PIECE:
+        length = cut_point(text[start : start + PIECE + 1], PIECE)
+        yield Document(text[start : start + length], ends=False)
+        start += length
+    yield Document(text[start:])
+
+
+def cut_point(text: str, limit: int) -> int:
+    """The best place at or before `limit` to cut `text`, which is longer than `limit`.
+
+    After a line end that has text on both sides, since a byte-level tokenizer then gives the same tokens as without the
+    cut; else after any line end, else before a space, else at `limit`.
+    """
+    last_end = text.rfind("\n", 0, limit)
+    line_end = last_end
+    while line_end > limit // 2:
+        if not (text[line_end - 1].isspace() or text[line_end + 1].isspace()):
+            return line_end + 1
+        line_end = text.rfind("\n", 0, line_end)
+    if last_end >= 0:
+        return last_end + 1
+    space = text.rfind(" ", 1, limit)
+    return space if space > 0 else limit

@@ -1,0 +1,91 @@
+"""What a source consists of: files, and the built-in corpus; each gives documents or conversations with positions."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from slmkit.config import UserError
+from slmkit.data import stories
+from slmkit.data.source_settings import SourceSettings
+from slmkit.data.sources.documents import BadRow, Document, Item, Message, Position, pieces
+from slmkit.data.sources.files import CONVERSATION_KINDS, File, damage, listed, one_line
+from slmkit.data.sources.row_formats import RowFormats, chat_formats, text_formats
+from slmkit.data.sources.rows import ROWS
+from slmkit.data.sources.text_files import text_documents
+from slmkit.data.stories.primer import primer_text
+
+STORIES, PRIMER = "stories", "primer"  # the sources that name the built-in corpus
+
+
+@dataclass(frozen=True)
+class FilePart:
+    """The rows of one file. A position is that of its kind, and `piece`: how many of the next row have been given."""
+
+    file: File
+    settings: SourceSettings
+
+    def documents(self, start: Position) -> Iterator[Item[Document]]:
+        if self.file.kind == ".txt":
+            return self._until_damage(text_documents(self.file, start), start)
+        return self._cut(self._rows(start, text_formats(self.settings)), start)
+
+    def conversations(self, start: Position) -> Iterator[Item[list[Message]]]:
+        if self.file.kind not in CONVERSATION_KINDS:
+            raise UserError(f"{self.file.name}: expected {listed(CONVERSATION_KINDS)} (also as .gz or .zst)")
+        return self._rows(start, chat_formats(self.settings))
+
+    def describe(self) -> dict[str, Any]:
+        return self.file.describe()
+
+    def _rows(self, start: Position, formats: RowFormats) -> Iterator[tuple[Any, Position]]:
+        return self._until_damage(ROWS[self.file.kind](self.file, start, formats), start)
+
+    def _cut(self, rows: Iterator[tuple[Any, Position]], start: Position) -> Iterator[Item[Document]]:
+        """Long texts in pieces; those of the first row that were given before `start` are left out."""
+        before, given = start, start.get("piece", 0)
+        for value, position in rows:
+            if isinstance(value, BadRow):
+                yield value, position
+            elif not value.strip():
+                yield BadRow("blank", f"{self.file.name}: a row without text at {position}", harmless=True), position
+            else:
+                for number, document in enumerate(pieces(value), start=1):
+                    if number > given:
+                        yield document, position if document.ends else {**before, "piece": number}
+            before, given = position, 0
+
+    def _until_damage(self, items: Iterator[Any], start: Position) -> Iterator[Any]:
+        """Everything in front of the place where the file is damaged, then what is wrong there."""
+        position = start
+        try:
+            for item in items:
+                position = item[1]
+                yield item
+        except damage() as error:
+            as_what = " as parquet" if self.file.kind == ".parquet" else ""
+            place = ", ".join(f"{unit} {number}" for unit, number in position.items()) or "its beginning"
+            message = f"{self.file.name}: cannot be read{as_what} (behind {place}): {one_line(error)}"
+            yield BadRow("unreadable file", message), position
+
+
+@dataclass(frozen=True)
+class StoryPart:
+    """The built-in corpus: an endless stream whose position is a `row`. Conversations are the same for both names."""
+
+    kind: str
+    seed: int
+
+    def documents(self, start: Position) -> Iterator[tuple[Document, Position]]:
+        text: Callable[[int, int], str] = primer_text if self.kind == PRIMER else lambda *at: stories.tell(*at).text
+        for row in itertools.count(start.get("row", 0)):
+            yield Document(text(self.seed, row)), {"row": row + 1}
+
+    def conversations(self, start: Position) -> Iterator[tuple[list[Message], Position]]:
+        for row in itertools.count(start.get("row", 0)):
+            yield stories.conversation(self.seed, row), {"row": row + 1}
+
+    def describe(self) -> dict[str, Any]:
+        return {"path": self.kind, "seed": self.seed}

@@ -1,0 +1,107 @@
+"""What the rows of well-known data sets mean: which columns hold the text, or the conversation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from slmkit.config import UserError, did_you_mean
+from slmkit.data.source_settings import SourceSettings
+from slmkit.data.sources.documents import Message
+
+Row = dict[str, Any]
+ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT's `from`, where they are not ours
+EXAMPLE = '{"role": …, "content": …}'
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """The columns that a row must have, those that it may have, and what it means. `convert` raises ValueError."""
+
+    required: tuple[str, ...]
+    convert: Callable[[Row], Any]
+    optional: tuple[str, ...] = ()
+
+
+RowFormats = dict[str, RowFormat]  # by name; the first one whose columns are there is meant
+
+
+def text_formats(settings: SourceSettings) -> RowFormats:
+    """From rows to text."""
+    column = settings.text_column
+    return _those_named(
+        settings.row_format,
+        {
+            "text": RowFormat((column,), lambda row: _text(row, column)),
+            # nampdn-ai/tiny-codes
+            "prompt-response": RowFormat(
+                ("prompt", "response"), lambda row: f"{_text(row, 'prompt')}\n\n{_text(row, 'response')}"
+            ),
+        },
+    )
+
+
+def chat_formats(settings: SourceSettings) -> RowFormats:
+    """From rows to lists of messages, `{"role", "content"}`."""
+    column = settings.messages_column
+    return _those_named(
+        settings.row_format,
+        {
+            # HuggingFaceTB/smoltalk, allenai/tulu-3-sft-personas-code
+            "messages": RowFormat((column,), lambda row: _messages(row, column)),
+            # Open-Orca/SlimOrca, and whatever else is in the manner of ShareGPT
+            "conversations": RowFormat(("conversations",), _conversations),
+            # tatsu-lab/alpaca
+            "instruction": RowFormat(("instruction", "output"), _instruction, optional=("input",)),
+        },
+    )
+
+
+def find_format(formats: RowFormats, columns: Iterable[str]) -> RowFormat | None:
+    """The first format whose columns are all there."""
+    present = columns if isinstance(columns, dict) else set(columns)
+    return next((found for found in formats.values() if all(column in present for column in found.required)), None)
+
+
+def _those_named(name: str | None, formats: RowFormats) -> RowFormats:
+    if name is None:
+        return formats
+    if name not in formats:
+        raise UserError(f"row_format {name!r}: {did_you_mean(name, formats)}")
+    return {name: formats[name]}
+
+
+def _text(row: Row, column: str) -> str:
+    value = row[column]
+    if not isinstance(value, str):
+        raise ValueError(f"expected text in column {column!r}, found {type(value).__name__}")
+    return value
+
+
+def _messages(row: Row, column: str) -> list[Message]:
+    value = row[column]
+    if not (isinstance(value, list) and value and all(isinstance(message, dict) for message in value)):
+        found = f"a list of {len(value)}" if isinstance(value, list) else type(value).__name__
+        raise ValueError(f"expected in column {column!r} a list of messages such as {EXAMPLE}, found {found}")
+    return value
+
+
+def _conversations(row: Row) -> list[Message]:
+    """A turn of weight 0 is not to be learned: its weight stays in its message."""
+    messages = []
+    for turn in _messages(row, "conversations"):
+        if not ("from" in turn and "value" in turn):
+            raise ValueError(f"expected turns with 'from' and 'value' in column 'conversations', found {list(turn)}")
+        message = {"role": ROLES.get(turn["from"], turn["from"]), "content": turn["value"]}
+        if turn.get("weight") is not None:
+            message["weight"] = turn["weight"]
+        messages.append(message)
+    return messages
+
+
+def _instruction(row: Row) -> list[Message]:
+    asked = _text(row, "instruction")
+    if row.get("input"):
+        asked = f"{asked}\n\n{_text(row, 'input')}"
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": _text(row, "output")}]

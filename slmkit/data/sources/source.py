@@ -1,0 +1,96 @@
+"""A source: everything that one entry of a recipe's `data.sources` gives, read from any position on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
+
+from slmkit.config import UserError
+from slmkit.data.source_settings import SourceSettings
+from slmkit.data.sources.documents import BadRow, Document, Item, Message, Position
+from slmkit.data.sources.parts import StoryPart
+
+T = TypeVar("T")
+
+
+class Part(Protocol):
+    """A piece of a source that positions count: a file, or an endless stream of the built-in corpus."""
+
+    def documents(self, start: Position) -> Iterator[Item[Document]]: ...
+
+    def conversations(self, start: Position) -> Iterator[Item[list[Message]]]: ...
+
+    def describe(self) -> dict[str, Any]: ...
+
+
+class Source:
+    """Documents or conversations of one source, in a fixed order.
+
+    A position is a few integers: `file` numbers `parts`, `documents` counts the whole documents before it, and the rest
+    says where in the file it is. `skipped` counts the rows that were left out, by reason.
+    """
+
+    def __init__(self, settings: SourceSettings, parts: Sequence[Part]) -> None:
+        self.settings, self.parts = settings, parts
+        self.skipped: Counter[str] = Counter()
+        self.first_skipped: dict[str, str] = {}  # of each reason: the line that names it and its place
+
+    @property
+    def endless(self) -> bool:
+        """Whether it never runs out: the built-in corpus where `documents` sets no end."""
+        return self.settings.documents is None and any(isinstance(part, StoryPart) for part in self.parts)
+
+    def read(self, start: Position | None = None) -> Iterator[tuple[Document, Position]]:
+        """Every document, each with the position just behind it, from which another `read` goes on with the next.
+
+        Documents longer than `PIECE` characters come in pieces. Blank ones are left out. Raises `UserError` for what
+        cannot be read unless `on_bad_row` is `skip`, and when there is not one document.
+        """
+        return self._read(lambda part, inner: part.documents(inner), lambda document: document.ends, start)
+
+    def read_conversations(self, start: Position | None = None) -> Iterator[tuple[list[Message], Position]]:
+        """As `read`, for rows that are conversations: lists of messages, `{"role": …, "content": …}`.
+
+        Where a data set weighs its turns, a message also has a `weight`; 0 means that it is not to be learned.
+        """
+        return self._read(lambda part, inner: part.conversations(inner), lambda conversation: True, start)
+
+    def describe(self) -> list[dict[str, Any]]:
+        """What was read, for the header of whatever is made of it."""
+        return [part.describe() for part in self.parts]
+
+    def report(self) -> list[str]:
+        """A line for each reason for which rows were left out; none where all were read."""
+        return [
+            f"{self.settings.label}: {rows:,} skipped ({reason}), such as {self.first_skipped[reason]}"
+            for reason, rows in self.skipped.most_common()
+        ]
+
+    def _read(
+        self, items: Callable[[Part, Position], Iterator[Item[T]]], ends: Callable[[T], bool], start: Position | None
+    ) -> Iterator[tuple[T, Position]]:
+        position = start or {"file": 0, "documents": 0}
+        index, documents = position["file"], position["documents"]
+        limit = self.settings.documents
+        found = bool(documents)
+        for number in range(index, len(self.parts)):
+            if documents == limit:
+                return
+            for item, inner in items(self.parts[number], position if number == index else {}):
+                if isinstance(item, BadRow):
+                    self._leave_out(item)
+                    continue
+                found = True
+                documents += ends(item)
+                yield item, {"file": number, "documents": documents, **inner}
+                if documents == limit:
+                    return
+        if not found and start is None:
+            raise UserError(f"{self.settings.path}: not one document in it: only blank lines or no rows")
+
+    def _leave_out(self, row: BadRow) -> None:
+        if self.settings.on_bad_row == "refuse" and not row.harmless:
+            raise UserError(row.message)
+        self.skipped[row.reason] += row.rows
+        self.first_skipped.setdefault(row.reason, row.message)

@@ -1,0 +1,85 @@
+"""A `.txt` file: one long text, or documents separated by lines that hold `<|endoftext|>`, as in TinyStories."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from slmkit.data.sources.documents import PIECE, Document, Item, Position, cut_point
+from slmkit.data.sources.files import File
+from slmkit.data.sources.lines import not_text, parts_of_lines
+
+SEPARATOR = "<|endoftext|>"
+NO_TEXT = re.compile("[\0\udc80-\udcff]")  # bytes that are none, as `parts_of_lines` gives them
+LEFT_OUT = re.compile("\r(?=\n)|[\0\udc80-\udcff]")  # these too, and what Windows puts before a line end
+
+
+def text_documents(file: File, start: Position) -> Iterator[Item[Document]]:
+    """Documents between separator lines; without any, the whole file is one. Windows line ends become `\\n`.
+
+    A position is the `offset` in the uncompressed file, and whether that is `inside` a document begun before. Bytes
+    that are no text are left out, and reported before the document that they are left out of.
+    """
+    offset, inside = start.get("offset", 0), start.get("inside", 0)
+    position = {"offset": offset, "inside": inside}
+    at_line_start = offset == 0 or _byte_before(file, offset) == b"\n"
+    raw: list[str] = []  # of the document or its piece that is being read; it ends at `offset`
+    size = 0
+    for line in parts_of_lines(file, offset):
+        is_separator = at_line_start and line.text.strip() == SEPARATOR
+        at_line_start = line.text.endswith("\n")
+        if is_separator:
+            text = "".join(raw)
+            document = Document(_cleaned(text).removesuffix("\n"))  # that line end belongs to the separator
+            yield from _reported(file, text, offset, position)
+            offset = line.end
+            position, is_blank = {"offset": offset, "inside": 0}, not (position["inside"] or document.text.strip())
+            if not is_blank:
+                yield document, position
+            raw, size = [], 0
+            continue
+        offset = line.end
+        raw.append(line.text)
+        size += len(line.text)
+        if size > PIECE and len(text := _cleaned(joined := "".join(raw))) > PIECE:
+            cut = cut_point(text, PIECE)
+            raw_cut = _raw_cut(joined, cut)
+            piece, left = joined[:raw_cut], joined[raw_cut:]
+            begins = offset - _bytes(left)
+            yield from _reported(file, piece, begins, position)
+            position = {"offset": begins, "inside": 1}
+            yield Document(text[:cut], ends=False), position
+            raw, size = [left], len(left)
+    text = "".join(raw)
+    yield from _reported(file, text, offset, position)
+    if position["inside"] or _cleaned(text).strip():
+        yield Document(_cleaned(text)), {"offset": offset, "inside": 0}
+
+
+def _cleaned(raw: str) -> str:
+    return LEFT_OUT.sub("", raw) if LEFT_OUT.search(raw) else raw
+
+
+def _raw_cut(raw: str, cut: int) -> int:
+    """Where in `raw` the text goes on that goes on at `cut` in the cleaned text."""
+    for match in LEFT_OUT.finditer(raw):
+        if match.start() >= cut:
+            break
+        cut += 1
+    return cut
+
+
+def _reported(file: File, raw: str, end: int, position: Position) -> Iterator[Item[Document]]:
+    """The bytes in `raw` that are no text, `raw` ending at the offset `end`."""
+    if first := NO_TEXT.search(raw):
+        place = end - _bytes(raw[first.start() :])
+        yield not_text(file, place, rows=len(NO_TEXT.findall(raw))), position
+
+
+def _bytes(raw: str) -> int:
+    return len(raw.encode(errors="surrogateescape"))
+
+
+def _byte_before(file: File, offset: int) -> bytes:
+    with file.open_at(offset - 1) as stream:
+        return stream.read(1)

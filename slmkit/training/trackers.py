@@ -1,0 +1,107 @@
+"""Run logs that other programs draw: TensorBoard and Weights & Biases, beside the JSON lines that are always there."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from slmkit.config import UserError
+from slmkit.training.loop import Report
+
+AXES = ("step", "tokens")  # what figures are drawn over
+
+
+class Tracker(Protocol):
+    """Takes each line of the run log."""
+
+    def log(self, report: Report) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files in `tensorboard/` of the run: `tensorboard --logdir runs` shows all runs side by side."""
+
+    def __init__(self, root: Path, recipe: dict[str, Any], step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # What a resumed run is about to repeat is dropped, as in metrics.jsonl.
+        self.writer = SummaryWriter(str(root / "tensorboard"), purge_step=step + 1 if step else None)
+        if not step:
+            self.writer.add_text("recipe", "\n".join(f"    {key}: {value}" for key, value in _flat(recipe).items()))
+
+    def log(self, report: Report) -> None:
+        for name, value in _figures(report).items():
+            self.writer.add_scalar(name, value, report["step"])
+        self.writer.add_scalar("tokens", report["tokens"], report["step"])
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WeightsAndBiases:
+    """A run of the project `slmkit`, or of WANDB_PROJECT's. WANDB_MODE=offline keeps it in `wandb/`."""
+
+    def __init__(self, root: Path, recipe: dict[str, Any], step: int) -> None:
+        import os
+
+        import wandb
+
+        earlier = sorted((root / "wandb").glob("*run-*-*")) if step else []
+        self.run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "slmkit"),
+            name=root.name,
+            dir=str(root),
+            config=recipe,
+            id=earlier[-1].name.rpartition("-")[2] if earlier else None,  # a resumed run goes on as the same
+            resume="allow" if earlier else None,
+        )
+        # Its own step never goes back; ours does where a resumed run repeats some.
+        self.run.define_metric("*", step_metric="step")
+
+    def log(self, report: Report) -> None:
+        self.run.log(_figures(report) | {axis: report[axis] for axis in AXES})
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+TRACKERS: dict[str, Callable[[Path, dict[str, Any], int], Tracker]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WeightsAndBiases,
+}
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises `UserError` for one whose package is missing, before any work is done."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"train.report_to: {name} is not installed: pip install slmkit[track]")
+
+
+@contextmanager
+def open_trackers(names: Sequence[str], root: Path, recipe: dict[str, Any], step: int) -> Iterator[list[Tracker]]:
+    """The trackers of a run that is about to go on after `step`; closed, their files complete, whatever ends it."""
+    check_trackers(names)
+    with ExitStack() as stack:
+        trackers: list[Tracker] = []
+        for name in names:
+            tracker = TRACKERS[name](root, recipe, step)
+            stack.callback(tracker.close)
+            trackers.append(tracker)
+        yield trackers
+
+
+def _figures(report: Report) -> dict[str, float]:
+    return {key: value for key, value in report.items() if key not in AXES and isinstance(value, int | float)}
+
+
+def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys as dotted ones."""
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

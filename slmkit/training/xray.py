@@ -1,0 +1,251 @@
+"""The X-ray: what is fed and what is learned, looked at before the first step.
+
+Most ruined runs were ruined before they began: nothing or the wrong thing was learned. The first batches, as the loop
+will get them, are counted and a few rows shown; `findings` are reasons not to begin.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from slmkit.data.packing import IGNORED
+from slmkit.data.shards import TokenShards
+from slmkit.data.stream import Batches
+from slmkit.training.overlap import Overlap, overlap, text_of
+
+ROWS, TOKENS, STEPS = 64, 65_536, 64  # looked at: until one of them is reached
+CUT_ROWS = 0.8  # share of rows that end within a conversation: almost all of it is cut
+KNOWN_TOKENS = 0.5  # share that must come back when text is made of tokens and tokens of it
+LEAKED, SOME_LEAKED = 0.1, 0.01  # share of validation text in the training text, beyond what repeats anyway
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What must be known of the tokenizer that the model has."""
+
+    decode: Callable[[list[int]], str]
+    size: int  # of the model's embedding
+    end_ids: Collection[int]  # of texts and of turns
+    special_ids: Collection[int] = ()
+    bos_id: int | None = None
+    pad_id: int | None = None
+    encode: Callable[[str], Sequence[int]] | None = None
+    fingerprint: str | None = None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows that were looked at. All arrays [rows, length]."""
+
+    ids: np.ndarray
+    labels: np.ndarray  # of the position; IGNORED where nothing is learned
+    padding: np.ndarray  # bool
+
+    @property
+    def learned(self) -> np.ndarray:
+        return self.labels != IGNORED
+
+
+@dataclass(frozen=True)
+class XRay:
+    """What was seen. `findings` stop a run, `notes` are shown; both are sentences."""
+
+    rows: Rows
+    figures: dict[str, str]
+    findings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def summary(self) -> str:
+        return "x-ray: " + ", ".join(f"{name} {value}" for name, value in self.figures.items())
+
+
+def examine(
+    stream: Batches,
+    vocabulary: Vocabulary,
+    train: Sequence[TokenShards] = (),
+    validation: Sequence[TokenShards] = (),
+    is_chat: bool = False,
+) -> XRay:
+    """Look at the first batches of `stream`, and at the shards that they and the validation rows come from.
+
+    Takes about a second at most: of large data, a sample. The stream is left at its beginning.
+    """
+    rows = _first_rows(stream, vocabulary)
+    ends_expected = _documents_in(train, int((~rows.padding).sum()))
+    both = overlap(text_of(train), text_of(validation)) if train and validation else None
+    checks = (
+        _labels(rows),
+        _cut(rows, vocabulary) if is_chat else [],
+        _ends(rows, vocabulary, ends_expected),
+        _beginnings(rows, vocabulary),
+        _tokenizer(rows, vocabulary, (*train, *validation)),
+        _leaks(both),
+    )
+    notes = _notes(rows, both)
+    return XRay(rows, _figures(rows, vocabulary, both, is_chat), [found for check in checks for found in check], notes)
+
+
+def _first_rows(stream: Batches, vocabulary: Vocabulary) -> Rows:
+    ids: list[np.ndarray] = []  # [rows, length] each
+    labels: list[np.ndarray] = []
+    step = rows = 0
+    while step < STEPS and stream.has(step) and rows < ROWS and sum(part.size for part in ids) < TOKENS:
+        batch = stream.batch(step)
+        ids.append(batch.ids.numpy())
+        labels.append(batch.labels.numpy())
+        step, rows = step + 1, rows + len(ids[-1])
+    stream.seek(0, {})
+    all_ids, all_labels = np.concatenate(ids)[:ROWS], np.concatenate(labels)[:ROWS]
+    filler = (all_ids == (vocabulary.pad_id or 0)) & (all_labels == IGNORED)
+    # Padding is what stands behind everything else in its row: by position, for its id may have other uses.
+    return Rows(all_ids, all_labels, np.logical_and.accumulate(filler[:, ::-1], axis=1)[:, ::-1])
+
+
+def _documents_in(shards: Sequence[TokenShards], tokens: int) -> float:
+    """How many documents so many tokens should hold."""
+    total = sum(map(len, shards))
+    return tokens * sum(one.header.documents for one in shards) / total if total else 0.0
+
+
+# -- findings: each check returns the reasons it has for not beginning ------------------------------------------------
+
+
+def _labels(rows: Rows) -> list[str]:
+    if rows.learned.any():
+        return []
+    return [
+        f"not one of {rows.labels.size:,} labels is learned: all are masked; "
+        "check that the conversations have assistant turns with text"
+    ]
+
+
+def _cut(rows: Rows, vocabulary: Vocabulary) -> list[str]:
+    share = _cut_rows(rows, vocabulary)
+    if share < CUT_ROWS:
+        return []
+    return [
+        f"{share:.0%} of the rows end in the middle of a conversation, which is cut there at {rows.ids.shape[1]:,} "
+        "tokens: raise train.sequence_length"
+    ]
+
+
+def _ends(rows: Rows, vocabulary: Vocabulary, expected: float) -> list[str]:
+    present = int((np.isin(rows.ids, [*vocabulary.end_ids]) & ~rows.padding).sum())
+    learned = np.isin(rows.labels, [*vocabulary.end_ids]).any()
+    if learned or not rows.learned.any() or not (present or expected >= 5):
+        return []
+    there = f"{present:,} are there and none is a label" if present else f"none among {rows.ids.size:,} tokens"
+    return [f"no end token is learned ({there}): the model would never stop; end each text with the end-of-text token"]
+
+
+def _beginnings(rows: Rows, vocabulary: Vocabulary) -> list[str]:
+    doubled, beginnings = _doubled(rows, vocabulary)
+    # Where the token that begins a text is also the one that ends it, an empty text looks the same.
+    is_shared = vocabulary.bos_id in vocabulary.end_ids
+    if doubled == 0 or (is_shared and doubled < beginnings / 2):
+        return []
+    return [
+        f"{doubled:,} texts begin with the beginning-of-text token twice: the chat template writes one already, "
+        "so that the tokenizer must not"
+    ]
+
+
+def _tokenizer(rows: Rows, vocabulary: Vocabulary, shards: Sequence[TokenShards]) -> list[str]:
+    prints = {one.header.tokenizer for one in shards} - {vocabulary.fingerprint}
+    if vocabulary.fingerprint is not None and prints:
+        return [
+            f"the tokens were made by tokenizer {min(prints)[:12]}, the model's is {vocabulary.fingerprint[:12]}: "
+            "prepare the data again"
+        ]
+    largest = int(rows.ids.max())
+    if largest >= vocabulary.size:
+        return [f"token {largest:,} is beyond the model's vocabulary of {vocabulary.size:,}: prepare the data again"]
+    share = _known_again(rows, vocabulary)
+    if share < KNOWN_TOKENS:
+        return [
+            f"only {share:.0%} of the tokens come back when their text is tokenized again: "
+            "they seem to be another tokenizer's; prepare the data again"
+        ]
+    return []
+
+
+def _leaks(both: Overlap | None) -> list[str]:
+    if both is None or both.excess < LEAKED:
+        return []
+    return [
+        f"{max(both.documents, both.stretches):.0%} of the validation text stands in the training text: "
+        "its loss would say nothing; hold out other documents"
+    ]
+
+
+# -- figures and notes ------------------------------------------------------------------------------------------------
+
+
+def _figures(rows: Rows, vocabulary: Vocabulary, both: Overlap | None, is_chat: bool) -> dict[str, str]:
+    learned = rows.learned.sum(axis=1)
+    figures = {
+        "rows": f"{len(rows.ids):,} of {rows.ids.shape[1]:,} tokens",
+        "learned": f"{learned.mean():,.0f} a row ({rows.learned.mean():.0%})",
+        "end tokens learned": f"{int(np.isin(rows.labels, [*vocabulary.end_ids]).sum()):,}",
+        "padding": f"{rows.padding.mean():.0%}",
+    }
+    if is_chat:
+        figures["rows cut"] = f"{_cut_rows(rows, vocabulary):.0%}"
+    if vocabulary.bos_id is not None:
+        figures["doubled beginnings"] = f"{_doubled(rows, vocabulary)[0]:,}"
+    if both is not None:
+        figures["validation text in training"] = (
+            f"{both.documents:.1%} of documents, {both.stretches:.1%} of stretches of 32 tokens "
+            f"(training repeats {both.documents_repeated:.1%} and {both.stretches_repeated:.1%} of its own)"
+        )
+    return figures
+
+
+def _notes(rows: Rows, both: Overlap | None) -> list[str]:
+    notes = []
+    empty = (~rows.learned).all(axis=1).mean()
+    if 0.1 < empty < 1:
+        notes.append(f"in {empty:.0%} of the rows nothing is learned")
+    if rows.padding.mean() > 0.5:
+        notes.append(f"{rows.padding.mean():.0%} of what is computed is padding: lower train.sequence_length")
+    if both is None or both.excess >= LEAKED:
+        return notes
+    share = max(both.documents, both.stretches)
+    if share > 0.5:
+        notes.append(
+            f"{share:.0%} of the validation text stands in the training text, which repeats itself as much: "
+            "the validation loss will not tell learning from remembering"
+        )
+    elif both.excess > SOME_LEAKED:
+        notes.append(f"{share:.1%} of the validation text stands in the training text")
+    return notes
+
+
+def _cut_rows(rows: Rows, vocabulary: Vocabulary) -> float:
+    """The share of rows that are full and do not end with an end token."""
+    return float((~rows.padding[:, -1] & ~np.isin(rows.ids[:, -1], [*vocabulary.end_ids])).mean())
+
+
+def _doubled(rows: Rows, vocabulary: Vocabulary) -> tuple[int, int]:
+    """How often the beginning-of-text token follows itself, and how often it is there."""
+    begins = (rows.ids == (-1 if vocabulary.bos_id is None else vocabulary.bos_id)) & ~rows.padding
+    return int((begins[:, 1:] & begins[:, :-1]).sum()), int(begins.sum())
+
+
+def _known_again(rows: Rows, vocabulary: Vocabulary) -> float:
+    """The share of plain tokens that are there again when their text is tokenized; 1 where nobody can tell."""
+    if vocabulary.encode is None:
+        return 1.0
+    found = total = 0
+    for ids, padding in zip(rows.ids[:16], rows.padding):
+        special = np.isin(ids, [*vocabulary.special_ids]) | padding
+        for stretch in np.split(ids, np.flatnonzero(special)):
+            plain = stretch[~np.isin(stretch, [*vocabulary.special_ids])].tolist()
+            again = Counter(vocabulary.encode(vocabulary.decode(plain)))
+            found += sum((Counter(plain) & again).values())
+            total += len(plain)
+    return found / total if total else 1.0

@@ -1,0 +1,64 @@
+"""Rows as a person reads them: what is learned in green, what is only read in brackets and dim."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+from rich.text import Text
+
+from slmkit.data.packing import IGNORED
+from slmkit.training.xray import Rows, Vocabulary, XRay
+
+SHOWN = 2  # rows
+HEAD, TAIL = 100, 40  # tokens of each: its beginning and its end
+LEARNED, READ, SPECIAL = "green", "dim", "bold reverse"
+
+
+def write_xray(xray: XRay, vocabulary: Vocabulary, path: Path) -> None:
+    """Leave what was seen in the run, as Markdown."""
+    lines = ["# What is fed and what is learned", ""]
+    lines += [f"- {name}: {value}" for name, value in xray.figures.items()]
+    lines += [f"- **{finding}**" for finding in xray.findings]
+    lines += [f"- note: {note}" for note in xray.notes]
+    lines += ["", "In ⟦brackets⟧ what is read and not learned.", ""]
+    for row in rendered_rows(xray.rows, vocabulary):
+        lines += ["```", row.plain.replace("```", "'''"), "```", ""]
+    path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def rendered_rows(rows: Rows, vocabulary: Vocabulary, count: int = SHOWN) -> list[Text]:
+    """The first `count` rows as text with styles; without them the brackets still tell what is not learned."""
+    return [
+        _row(ids, labels, int(padding.sum()), vocabulary)
+        for ids, labels, padding in zip(rows.ids[:count], rows.labels, rows.padding)
+    ]
+
+
+def _row(ids: np.ndarray, labels: np.ndarray, padding: int, vocabulary: Vocabulary) -> Text:
+    """ids, labels [length]: a token is learned where it is the label of the position before it."""
+    end = len(ids) - padding
+    tokens, learned = ids[:end].tolist(), [False, *(labels[: end - 1] != IGNORED).tolist()]
+    if end == len(ids) and labels[-1] != IGNORED:  # the label that stands behind the row
+        tokens, learned = [*tokens, int(labels[-1])], [*learned, True]
+    text = Text()
+    if len(tokens) <= HEAD + TAIL:
+        _append(text, tokens, learned, vocabulary)
+    else:
+        _append(text, tokens[:HEAD], learned[:HEAD], vocabulary)
+        text.append(f" … {len(tokens) - HEAD - TAIL:,} tokens … ", READ)
+        _append(text, tokens[-TAIL:], learned[-TAIL:], vocabulary)
+    if padding:
+        text.append(f"⟦padding × {padding:,}⟧", READ)
+    return text
+
+
+def _append(text: Text, tokens: list[int], learned: list[bool], vocabulary: Vocabulary) -> None:
+    """Neighbours of one kind are decoded together: a character may be several tokens."""
+    specials = {*vocabulary.special_ids, *vocabulary.end_ids}
+    for is_learned, group in groupby(zip(tokens, learned), key=lambda pair: pair[1]):
+        stretch = Text(style=LEARNED if is_learned else READ)
+        for is_special, part in groupby((token for token, _ in group), key=lambda token: token in specials):
+            stretch.append(vocabulary.decode(list(part)), SPECIAL if is_special else None)
+        text.append_text(stretch if is_learned else Text.assemble(("⟦", READ), stretch, ("⟧", READ)))
