@@ -183,7 +183,7 @@ class _Session:
         self.validation_rows: Rows = (ChatRows if is_chat else DocumentRows)(corpus.validation, self.length)
         separate = recipe.data.separate_documents
         self.stream = Stream(self.rows, recipe.train.rows_per_step(self.length), recipe.seed, separate)
-        self.plan: Plan = make_plan(recipe.train, self.rows.rows_in_epoch, self.length, device, group)
+        self.plan: Plan = make_plan(recipe.train, self.rows.rows_in_epoch, self.length, device, recipe.guard, group)
 
     def summary(self) -> str:
         parameters = sum(p.numel() for p in self.model.parameters())

@@ -77,7 +77,7 @@ class SLMTrainer:
         length = self.train_dataset.length
         rows = min(self.config.batch_size, self.train_dataset.rows_in_epoch)
         stream = Stream(self.train_dataset, rows, self.seed)
-        plan = make_plan(settings, self.train_dataset.rows_in_epoch, length, device, group)
+        plan = make_plan(settings, self.train_dataset.rows_in_epoch, length, device, group=group)
         run = RunDirectory(group.from_main(str(new_run_directory(self.output_dir).root) if group.is_main else ""))
         recipe = Recipe(output_dir=str(run.root), seed=self.seed, model=resolved(self.config), train=settings)
         if group.is_main:

@@ -12,17 +12,20 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from slmkit.config import UserError
-from slmkit.model import SLMConfig, load_decoder, save_decoder
+from slmkit.model import Decoder, SLMConfig, load_decoder, save_decoder
 from slmkit.training.distributed import ALONE, Group, on_main, share_like
+from slmkit.training.files import sync
+from slmkit.training.guards import Guard
 from slmkit.training.loop import State
 
 MANIFEST = "MANIFEST.json"
@@ -36,33 +39,57 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def save_checkpoint(
-    state: State, config: SLMConfig, folder: Path, companions: Companions, group: Group = ALONE
-) -> Path:
-    """Write `folder/step-…` and return it. On any failure nothing is left and older checkpoints stay as they were.
+@dataclass(frozen=True)
+class Snapshot:
+    """A state at one instant, copied: what is written of it does not change while the run goes on."""
 
-    All ranks of a group must call it; the first writes what all of them hold, in a form that any number can read.
+    step: int
+    model: Decoder  # for its shape and names alone
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]  # of the optimizers
+    plain: str  # the rest, as JSON
+
+
+def take_snapshot(state: State, group: Group = ALONE) -> Snapshot:
+    """Copy everything that a checkpoint holds into the memory of the CPU; of several ranks', the first one's.
+
+    All ranks must call it together. What is written of it any number of ranks can read.
+    """
+    return Snapshot(
+        step=state.step,
+        model=state.model,
+        weights=on_main(state.model.state_dict(), group),
+        moments=on_main(_optimizer_tensors(state), group),
+        plain=json.dumps(_plain_state(state), indent=2) + "\n",
+    )
+
+
+def save_checkpoint(state: State, config: SLMConfig, folder: Path, companions: Companions) -> Path:
+    """Write the state as it is now; see `write_checkpoint`."""
+    return write_checkpoint(take_snapshot(state), config, folder, companions)
+
+
+def write_checkpoint(snapshot: Snapshot, config: SLMConfig, folder: Path, companions: Companions) -> Path:
+    """Write `folder/step-…` and return it. On any failure nothing is left and older checkpoints stay as they were.
 
     Raises `UserError` when the disk is full or cannot be written.
     """
-    final = folder / checkpoint_name(state.step)
-    partial = folder / f".partial-{final.name}"
-    weights = on_main(state.model.state_dict(), group)
-    moments = on_main(_optimizer_tensors(state), group)
-    if not group.is_main:
-        return final
+    final = folder / checkpoint_name(snapshot.step)
+    partial, replaced = (folder / f".{word}-{final.name}" for word in ("partial", "replaced"))
     shutil.rmtree(partial, ignore_errors=True)
     try:
         (partial / "training_state").mkdir(parents=True)
-        save_decoder(state.model, config, partial, weights)
+        save_decoder(snapshot.model, config, partial, snapshot.weights)
         companions(partial)
-        save_file(moments, partial / OPTIMIZER)
-        (partial / STATE).write_text(json.dumps(_plain_state(state), indent=2) + "\n", encoding="utf-8")
+        save_file(snapshot.moments, partial / OPTIMIZER)
+        (partial / STATE).write_text(snapshot.plain, encoding="utf-8")
         _write_manifest(partial)
-        if final.exists():  # left by a run that went back to an earlier step
-            shutil.rmtree(final)
+        if final.exists():  # of a run that went back to an earlier step: renamed in one step, deleted in many
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.replace(final, replaced)
         os.replace(partial, final)
-        _sync(folder)
+        sync(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, safetensors.SafetensorError, UserError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
@@ -83,7 +110,7 @@ def load_checkpoint(directory: Path, state: State) -> None:
     state.model.load_state_dict({name: share_like(full, own[name]) for name, full in decoder.state_dict().items()})
     tensors = load_file(directory / OPTIMIZER)
     for optimizer in state.optimizers:
-        moments: dict[int, dict[str, torch.Tensor]] = {
+        moments: dict[int, dict[str, Tensor]] = {
             index: {
                 key.rpartition("/")[2]: share_like(tensors[key], own[name])
                 for key in tensors
@@ -94,6 +121,7 @@ def load_checkpoint(directory: Path, state: State) -> None:
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     plain = json.loads((directory / STATE).read_text(encoding="utf-8"))
     state.step, state.tokens, state.best = plain["step"], plain["tokens"], plain["best"]
+    state.guard = Guard(**plain["guard"])
     state.data = plain.get("data", {})
     if plain["seed"] != state.seed:
         raise UserError(f"{directory}: made with seed {plain['seed']}, the recipe says {state.seed}")
@@ -120,23 +148,47 @@ def verify(directory: Path) -> None:
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints that have a manifest, oldest first."""
-    return sorted(path.parent for path in folder.glob(f"step-*/{MANIFEST}"))
+    return sorted((path.parent for path in folder.glob(f"step-*/{MANIFEST}")), key=step_of)
 
 
-def newest_intact(folder: Path, warn: Callable[[str], None]) -> Path:
+def step_of(path: Path) -> int:
+    """`…/step-000500` → 500."""
+    return int(path.name.removeprefix("step-"))
+
+
+def newest_intact(
+    folder: Path, warn: Callable[[str], None], is_wanted: Callable[[Path], bool] = lambda path: True
+) -> Path | None:
     """The latest checkpoint that passes `verify`; damaged and half-written ones are passed over with a warning.
 
-    Raises `UserError` when there is none.
+    `is_wanted` may pass over others. None where there is none of that kind. Raises `UserError` where all are damaged.
     """
     for path in sorted(folder.glob(".partial-*")):
         warn(f"{path.name}: half-written, ignored")
+    damaged = len(complete_checkpoints(folder)) < len(list(folder.glob("step-*")))
     for path in reversed(complete_checkpoints(folder)):
         try:
             verify(path)
-            return path
         except UserError as error:
             warn(f"passed over: {error}")
-    raise UserError(f"{folder}: no complete checkpoint to go on from; start the run again with `slm train`")
+            damaged = True
+            continue
+        if is_wanted(path):
+            return path
+    if damaged:
+        raise UserError(f"{folder}: no complete checkpoint to go on from; start the run again with `slm train`")
+    return None
+
+
+def saved_while_all_was_well(checkpoint: Path) -> bool:
+    """Whether the step before it was none that the guard refused."""
+    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["guard"]["in_a_row"] == 0
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Delete what a crash left half-written or half-deleted."""
+    for path in folder.glob(".*-step-*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def point_link(link: Path, target: Path) -> None:
@@ -145,14 +197,24 @@ def point_link(link: Path, target: Path) -> None:
     fresh.unlink(missing_ok=True)
     fresh.symlink_to(os.path.relpath(target, link.parent))
     os.replace(fresh, link)
+    sync(link.parent)
 
 
-def keep_newest(folder: Path, count: int, keep: set[str]) -> None:
-    """Delete all but the newest `count` checkpoints and those named in `keep`."""
-    for path in complete_checkpoints(folder)[: -count or None]:
+def keep_newest(folder: Path, count: int, keep: set[str], until: int) -> None:
+    """Delete all but the newest `count` of the checkpoints up to step `until`, and those named in `keep`.
+
+    Later ones are what a run that went back has not reached again: they are not among those it could go on from.
+    """
+    for path in [path for path in complete_checkpoints(folder) if step_of(path) <= until][: -count or None]:
         if path.name not in keep:
-            (path / MANIFEST).unlink()  # first: a half-deleted checkpoint must not look complete
-            shutil.rmtree(path, ignore_errors=True)
+            delete(path)
+
+
+def delete(checkpoint: Path) -> None:
+    """Delete a checkpoint so that no half of it is ever taken for a whole one."""
+    (checkpoint / MANIFEST).unlink()
+    sync(checkpoint)
+    shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def file_sha256(path: Path) -> str:
@@ -162,7 +224,8 @@ def file_sha256(path: Path) -> str:
 
 def _plain_state(state: State) -> dict[str, Any]:
     skipped = ("model", "optimizers")
-    return {f.name: getattr(state, f.name) for f in dataclasses.fields(state) if f.name not in skipped}
+    values = {f.name: getattr(state, f.name) for f in dataclasses.fields(state) if f.name not in skipped}
+    return {name: dataclasses.asdict(value) if name == "guard" else value for name, value in values.items()}
 
 
 def _names_in(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iterator[str]:
@@ -173,10 +236,10 @@ def _names_in(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iterator[st
             yield names[id(parameter)]
 
 
-def _optimizer_tensors(state: State) -> dict[str, torch.Tensor]:
+def _optimizer_tensors(state: State) -> dict[str, Tensor]:
     """`parameter/moment` → tensor, over all optimizers: no parameter has two."""
     return {
-        f"{name}/{key}": tensor.contiguous()
+        f"{name}/{key}": tensor
         for optimizer in state.optimizers
         for index, name in enumerate(_names_in(optimizer, state.model))
         for key, tensor in optimizer.state_dict()["state"].get(index, {}).items()
@@ -192,12 +255,4 @@ def _write_manifest(directory: Path) -> None:
     manifest = directory / MANIFEST
     manifest.write_text(json.dumps({"files": listed}, indent=2) + "\n", encoding="utf-8")
     for path in (*files, manifest, directory / "training_state", directory):
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)

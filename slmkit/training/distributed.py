@@ -91,6 +91,14 @@ class Group:
         """The sums over all ranks, the same to the last bit on each."""
         return [sum(everyone) for everyone in self.gather(*numbers)]
 
+    def collect(self, thing: T) -> list[T]:
+        """Something of each rank, in their order, on all of them."""
+        if self.world == 1:
+            return [thing]
+        things: list[Any] = [None] * self.world
+        dist.all_gather_object(things, thing, group=self._patient)
+        return things
+
     def any(self, is_so: bool) -> bool:
         """Whether it is so on any rank: the same answer on all of them."""
         return any(self.gather(is_so)[0])
@@ -175,16 +183,16 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def on_main(tensors: Mapping[str, Tensor], group: Group) -> dict[str, Tensor]:
-    """All of `tensors` on the first rank, those of which ranks hold shares in its CPU memory; nothing on the others.
+    """Copies of all of `tensors` in the first rank's CPU memory; nothing on the others. All ranks must ask together.
 
-    They are gathered one by one: no device holds more than one whole tensor at a time.
+    Shares are gathered one by one: no device holds more than one whole tensor at a time.
     """
-    gathered = {}
+    copies = {}
     for name, tensor in tensors.items():
-        full = whole(tensor).detach()
+        full = whole(tensor)
         if group.is_main:
-            gathered[name] = full.cpu() if is_share(tensor) else full
-    return gathered
+            copies[name] = full.detach().to("cpu", copy=True).contiguous()
+    return copies
 
 
 def share_like(full: Tensor, like: Tensor) -> Tensor:

@@ -8,11 +8,13 @@ is a hook.
 from __future__ import annotations
 
 import hashlib
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -20,6 +22,7 @@ from slmkit.data.stream import Batch, Batches
 from slmkit.device import Device
 from slmkit.model import Decoder
 from slmkit.training.distributed import ALONE, Group, whole
+from slmkit.training.guards import Guard, GuardSettings
 from slmkit.training.objectives import Objective
 
 Report = dict[str, Any]  # one line of metrics.jsonl; hooks may add to it
@@ -38,6 +41,7 @@ class State:
     step: int = 0
     tokens: int = 0  # trained tokens so far
     best: dict[str, float] = field(default_factory=dict)  # {"step", "validation_loss"} of the best checkpoint
+    guard: Guard = field(default_factory=Guard)
     data: dict[str, Any] = field(default_factory=dict)  # where a streamed corpus goes on; {} of shards
 
 
@@ -50,6 +54,7 @@ class Plan:
     max_grad_norm: float
     schedule: Callable[[int], float]  # step → share of the peak learning rate
     device: Device
+    guard: GuardSettings = field(default_factory=GuardSettings)
     group: Group = ALONE
 
 
@@ -60,12 +65,21 @@ Hook = Callable[[State, Report], None]
 class Every:
     """Call `hook` after each `steps`-th step, and after the last one of the run.
 
-    With several processes the first alone calls it, unless the hook is a matter of all ranks.
+    A run that is stopped early ends as it would have gone on, so that a resumed one has the same metrics as an unbroken
+    one: only what must not be lost (`on_stop`) is done out of turn. Of several processes the first alone calls hooks,
+    but for those that are a matter of all.
     """
 
     steps: int
     hook: Hook
+    on_stop: bool = False
     on_all_ranks: bool = False
+
+
+class Recorder(Protocol):
+    """Is told of every step with its batch, and writes down what is needed to look at one again."""
+
+    def note(self, batch: Batch, report: Report) -> None: ...
 
 
 class RunStopped(Exception):  # noqa: N818 - no error: the user asked for it
@@ -86,78 +100,90 @@ def train(
     plan: Plan,
     hooks: Sequence[Every] = (),
     stop: StopRequested | None = None,
+    recorder: Recorder | None = None,
 ) -> State:
     """Run from `state.step` to `plan.steps`, or to the end of the data.
 
-    Hooks fire in their order; a stop makes the step it ends the last one.
+    Hooks fire in their order; a stop makes the step it ends the last one. Raises `Diverged` when the guard has refused
+    too many steps in a row.
     """
     group = plan.group
     state.model.train()
     stream.seek(state.step, state.data)
     while state.step < plan.steps and stream.has(state.step):
-        started, tokens_before = time.perf_counter(), state.tokens
+        state.guard.check(plan.guard)
+        started, before = time.perf_counter(), state.tokens
         batch = stream.batch(state.step, group.rank, group.world)
         report = train_step(state, objective, batch, plan)
-        report["tokens_per_second"] = round((state.tokens - tokens_before) / (time.perf_counter() - started))
+        report["tokens_per_second"] = round((state.tokens - before) / (time.perf_counter() - started))
         report |= {f"share/{name}": share for name, share in stream.shares(state.step).items()}
         state.data = stream.position()
-        is_stopped = group.any(stop is not None and stop.is_set)
-        is_last = state.step == plan.steps or is_stopped or not stream.has(state.step)
+        if recorder is not None:
+            recorder.note(batch, report)
+        is_last = state.step == plan.steps or not stream.has(state.step)
+        is_stopping = group.any(stop is not None and stop.is_set)
         for hook in hooks:
-            if (is_last or state.step % hook.steps == 0) and (hook.on_all_ranks or group.is_main):
+            is_due = is_last or state.step % hook.steps == 0 or (is_stopping and hook.on_stop)
+            if is_due and (hook.on_all_ranks or group.is_main):
                 hook.hook(state, report)
                 state.model.train()
-        if is_last:
+        if is_stopping:
             break
     return state
 
 
 def train_step(state: State, objective: Objective, batch: Batch, plan: Plan) -> Report:
-    """One update. Raises `FloatingPointError` instead of applying a gradient that is not finite."""
-    # Dropout draws from (seed, step), so that a resumed run draws what the unbroken one would have drawn.
-    torch.manual_seed(_mixed(state.seed, state.step, plan.group.rank))
-    batch = batch.to(plan.device.torch_device)
-    micro_batches = batch.split(plan.rows_per_micro_batch)
-    weights, counts = plan.group.gather(batch.weight, len(micro_batches))
-    weight = int(sum(weights))  # trained tokens of the whole step
-    if weight == 0:
-        raise ValueError(f"step {state.step}: not one trained token in its batch")
-    rate = plan.schedule(state.step)
+    """One update, or none where the guard refuses it or there is nothing to learn: then `skipped` says why."""
+    seed_everything(state.seed, state.step, plan.group.rank)
+    rate = plan.schedule(state.step) * state.guard.learning_rate_ratio(plan.guard)
     for optimizer in state.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * rate
 
-    total = torch.zeros((), device=plan.device.torch_device)
+    batch = batch.to(plan.device.torch_device)
+    micro_batches = batch.split(plan.rows_per_micro_batch)
+    weights, counts = plan.group.gather(batch.weight, len(micro_batches))
+    weight = int(sum(weights))  # trained tokens of the whole step, on all ranks
     # Ranks go through the model equally often, since with FSDP all must take part.
     micro_batches += [batch.untrained()] * int(max(counts) - len(micro_batches))
+    total = torch.zeros((), device=plan.device.torch_device)
     for number, micro_batch in enumerate(micro_batches, 1):
         model = plan.group.prepared(state.model, is_last=number == len(micro_batches))
         with plan.device.autocast():
             loss = objective(model, micro_batch).total
-        (loss * plan.group.world / weight).backward()  # gradients are averaged over ranks
+        (loss * plan.group.world / max(1, weight)).backward()  # ranks take the mean of their gradients
         total += loss.detach()
-    (loss_sum,) = plan.group.sum(total.item())
-    grad_norm = whole(nn.utils.clip_grad_norm_(state.model.parameters(), plan.max_grad_norm))
-    if not torch.isfinite(grad_norm):
-        state.model.zero_grad(set_to_none=True)
-        raise FloatingPointError(
-            f"step {state.step}: the gradient norm is {grad_norm.item()}; weights left as they were"
-        )
-    for optimizer in state.optimizers:
-        optimizer.step()
+    grad_norm = whole(nn.utils.clip_grad_norm_(state.model.parameters(), plan.max_grad_norm)).item()
+    mean_loss = plan.group.sum(total.item())[0] / max(1, weight)
+    if weight == 0:
+        refused: str | None = "not one trained token in its batch"
+    else:
+        refused = state.guard.judge(plan.guard, mean_loss, grad_norm)
+    if refused is None:
+        for optimizer in state.optimizers:
+            optimizer.step()
+        state.tokens += weight
     state.model.zero_grad(set_to_none=True)
     state.step += 1
-    state.tokens += weight
-    return {
+    report = {
         "step": state.step,
         "tokens": state.tokens,
-        "loss": loss_sum / weight,  # nats a trained token
+        "loss": mean_loss,  # nats a trained token
         "learning_rate": state.optimizers[-1].param_groups[0]["lr"],
-        "grad_norm": grad_norm.item(),
+        "grad_norm": grad_norm,
     }
+    return report if refused is None else report | {"skipped": refused, "skipped_steps": state.guard.skipped}
 
 
-def _mixed(seed: int, step: int, rank: int) -> int:
-    """A 63-bit seed of a step on a rank, unrelated to its neighbours'."""
-    digest = hashlib.blake2b(f"{seed}:{step}:{rank}".encode(), digest_size=8).digest()
+def seed_everything(seed: int, step: int, rank: int = 0) -> None:
+    """Every generator's numbers follow from (seed, step, rank): a resumed run draws what the unbroken one drew."""
+    number = random_seed(seed, step, rank)
+    random.seed(number)
+    np.random.seed(number % 2**32)
+    torch.manual_seed(number)  # the generators of all devices
+
+
+def random_seed(seed: int, step: int, rank: int = 0) -> int:
+    """A 63-bit seed of a step, unrelated to its neighbours' and to those of other ranks."""
+    digest = hashlib.blake2b(f"{seed}:{step}{f':{rank}' * bool(rank)}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -13,6 +13,7 @@ from slmkit.config import Settings, UserError, did_you_mean, load_settings, read
 from slmkit.data.corpus import DataSettings, TokenizerSettings
 from slmkit.model import SLMConfig
 from slmkit.training.distributed import Parallel
+from slmkit.training.guards import GuardSettings
 from slmkit.training.schedules import Schedule, make_schedule
 
 
@@ -129,6 +130,7 @@ class Recipe(Settings):
     tokenizer: TokenizerSettings = Field(default_factory=TokenizerSettings)
     data: DataSettings = Field(default_factory=DataSettings)
     train: TrainSettings = Field(default_factory=TrainSettings)
+    guard: GuardSettings = Field(default_factory=GuardSettings)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

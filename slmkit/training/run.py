@@ -16,13 +16,17 @@ from slmkit.device import Device, keep_freed_memory
 from slmkit.model import Decoder, SLMConfig
 from slmkit.training import checkpoints
 from slmkit.training.distributed import ALONE, Group
+from slmkit.training.files import write_whole
 from slmkit.training.gauges import Gauges
+from slmkit.training.guards import Diverged, GuardSettings
 from slmkit.training.loop import Every, Plan, Report, RunStopped, State, StopRequested, train
 from slmkit.training.objectives import OBJECTIVES
 from slmkit.training.optimizers import OPTIMIZERS
 from slmkit.training.plots import plot_losses
 from slmkit.training.recipe import Recipe, TrainSettings
+from slmkit.training.recorder import FlightRecorder
 from slmkit.training.run_log import MetricsLog, environment, mark_running
+from slmkit.training.saver import Saver
 from slmkit.training.trackers import Tracker, open_trackers
 
 
@@ -36,6 +40,7 @@ class RunDirectory:
         self.metrics = MetricsLog(self.root / "metrics.jsonl")
         self.plot = self.root / "loss.png"
         self.samples = self.root / "samples.md"
+        self.records = self.root / "records"
         self.data = self.root / "data"
         self.checkpoints = self.root / "checkpoints"
         self.latest = self.root / "latest"
@@ -43,9 +48,9 @@ class RunDirectory:
 
     def describe(self, recipe: Recipe, device: Device, data: dict[str, Any]) -> None:
         """Write what would repeat the run."""
-        self.recipe.write_text(to_yaml(recipe), encoding="utf-8")
+        write_whole(self.recipe, to_yaml(recipe))
         content = environment() | device.describe() | {"data": data, "job": job_id()}
-        self.environment.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_whole(self.environment, json.dumps(content, indent=2) + "\n")
 
 
 def free_path(wanted: str | Path) -> Path:
@@ -122,55 +127,121 @@ def fit(
     """Train `model` as the recipe says, and leave a run on disk. Returns the state after the last step.
 
     `hooks` come from outside (validation, samples, progress) and fire before the report is logged, so that what they
-    add to it is logged too. With `resume` it goes on from the newest intact checkpoint. Raises `RunStopped` when a
-    signal ended the run early: its last step has been saved.
+    add to it is logged too. With `resume` it goes on from the newest intact checkpoint, or from the beginning where
+    there was none yet. Raises `RunStopped` when a signal ended the run early: its last step has been saved.
     """
-    if plan.device.torch_device.type == "cpu":
-        keep_freed_memory()
-    model.to(plan.device.torch_device)
-    settings = recipe.train
-    model.recompute_every = settings.gradient_checkpointing
-    group = plan.group
-    group.share(model, settings.parallel, plan.device.torch_device)
-    state = State(model, OPTIMIZERS[settings.optimizer](model, settings), seed=recipe.seed)
-    if resume:
-        newest = group.from_main(str(checkpoints.newest_intact(run.checkpoints, warn)) if group.is_main else "")
-        checkpoints.load_checkpoint(Path(newest), state)
+    settings, group = recipe.train, plan.group
+    state = fresh_state(recipe, model, plan.device, group)
+    if resume and (newest := newest_intact(run, plan, warn)) is not None:
+        checkpoints.load_checkpoint(newest, state)
     if group.is_main:
         run.metrics.rewind(state.step)
+        checkpoints.clear_leftovers(run.checkpoints)
 
-    saver = Saver(run, config, companions, settings.save_total_limit, group)
+    recorder = FlightRecorder(run.records, recipe.seed, warn, group)
+    saver = Saver(run, config, companions, settings.save_total_limit, warn, recorder.needed_checkpoints, group)
     eval_steps = evaluation_interval(settings, plan.steps)
     length = settings.sequence_length or config.max_position_embeddings
-    gauges: tuple[Every, ...] = ()
-    if group.is_main:
-        gauge = Gauges(model, plan.device, stream.rows_per_step, length, state.tokens, run.metrics.seconds())
-        gauges = (Every(1, gauge.update),)
+    gauges = Gauges(model, plan.device, stream.rows_per_step, length, state.tokens, run.metrics.seconds())
     with (
         mark_running(run.root) if group.is_main else contextlib.nullcontext(),
         open_trackers(
             settings.report_to if group.is_main else (), run.root, recipe.model_dump(mode="json"), state.step
         ) as trackers,
         stop_on_signals() as stop,
+        saver,
     ):
-        logger = Logger(run, perfect_loss, trackers)
+        logger = Logger(run, perfect_loss, warn, trackers)
         own_hooks = (
+            Every(1, logger.log_if_skipped),
             Every(settings.logging_steps, logger.log),
-            Every(eval_steps, logger.log),
-            Every(eval_steps, logger.draw),
-            Every(settings.save_steps or eval_steps, saver.save, on_all_ranks=True),
+            Every(eval_steps, logger.log_and_draw),
+            Every(settings.save_steps or eval_steps, saver.save, on_stop=True, on_all_ranks=True),
+            Every(1, saver.check),
         )
-        all_hooks = (*gauges, *hooks, *own_hooks)
-        train(state, OBJECTIVES[recipe.objective], stream, plan, all_hooks, stop)
-    if state.step < plan.steps and not stream.has(state.step):
-        warn(f"the data ended after step {state.step} of {plan.steps}, as data.when_exhausted: stop has it")
-    elif state.step < plan.steps:
-        raise RunStopped(f"stopped after step {state.step} of {plan.steps}; go on with: slm resume {run.root}")
+        all_hooks = (Every(1, gauges.update), *hooks, *own_hooks)
+        while True:
+            try:
+                train(state, OBJECTIVES[recipe.objective], stream, plan, all_hooks, stop, recorder)
+                break
+            except Diverged as error:
+                saver.wait()
+                roll_back(run, state, plan, error, warn)
+                logger.last_step = -1
+    if state.step < plan.steps:
+        _ended_early(run, state, plan, stream, warn)
     return state
 
 
+def _ended_early(run: RunDirectory, state: State, plan: Plan, stream: Batches, warn: Callable[[str], None]) -> None:
+    """Say that the data has ended. Raises `RunStopped` where it has not."""
+    if stream.has(state.step):
+        raise RunStopped(f"stopped after step {state.step} of {plan.steps}; go on with: slm resume {run.root}")
+    warn(f"the data ended after step {state.step} of {plan.steps}, as data.when_exhausted: stop has it")
+
+
+def newest_intact(
+    run: RunDirectory, plan: Plan, warn: Callable[[str], None], wanted: Callable[[Path], bool] | None = None
+) -> Path | None:
+    """The checkpoint that the first rank finds to go on from, on all of them."""
+    found = None
+    if plan.group.is_main:
+        found = checkpoints.newest_intact(run.checkpoints, warn, *([wanted] if wanted else []))
+    return plan.group.from_main(found)
+
+
+def fresh_state(recipe: Recipe, model: Decoder, device: Device, group: Group = ALONE) -> State:
+    """The state before the first step."""
+    if device.torch_device.type == "cpu":
+        keep_freed_memory()
+    model.to(device.torch_device)
+    model.recompute_every = recipe.train.gradient_checkpointing
+    group.share(model, recipe.train.parallel, device.torch_device)
+    return State(model, OPTIMIZERS[recipe.train.optimizer](model, recipe.train), seed=recipe.seed)
+
+
+def roll_back(run: RunDirectory, state: State, plan: Plan, why: Diverged, warn: Callable[[str], None]) -> None:
+    """Take the run back to the last checkpoint before the refused steps, with a lower learning rate.
+
+    Raises `UserError` where the recipe wants it to stop instead, or nothing is left to try.
+    """
+    first = state.step - state.guard.in_a_row + 1
+    report = (
+        f"{run.root}: {why}, steps {first} to {state.step}; the weights are those of step {first - 1}. "
+        f"See what happened with: slm replay {run.root} --step {first}"
+    )
+    settings, before = plan.guard, state.guard
+    if settings.on_divergence == "stop":
+        raise UserError(f"{report}; then lower train.learning_rate, or set guard.on_divergence=rollback")
+    if before.rollbacks >= settings.max_rollbacks:
+        raise UserError(f"{report}; it was rolled back {before.rollbacks} times (guard.max_rollbacks) in vain")
+    good = newest_intact(run, plan, warn, checkpoints.saved_while_all_was_well)
+    if good is None:
+        raise UserError(f"{report}; there is no checkpoint yet to go back to: lower train.learning_rate")
+    checkpoints.load_checkpoint(good, state)
+    state.guard.rollbacks, state.guard.skipped = before.rollbacks + 1, before.skipped
+    if not plan.group.is_main:
+        return
+    # In this order, so that a crash in between leaves a run that goes on from the same checkpoint.
+    checkpoints.point_link(run.latest, good)
+    run.best.unlink(missing_ok=True)
+    if state.best and (best := run.checkpoints / checkpoints.checkpoint_name(int(state.best["step"]))).is_dir():
+        checkpoints.point_link(run.best, best)
+    for later in checkpoints.complete_checkpoints(run.checkpoints):
+        if checkpoints.step_of(later) > state.step:
+            checkpoints.delete(later)
+    run.metrics.rewind(state.step)
+    ratio = state.guard.learning_rate_ratio(settings)
+    warn(f"{why}, steps {first} to {first + before.in_a_row - 1}; back to step {state.step}, learning rate × {ratio:g}")
+
+
 def make_plan(
-    settings: TrainSettings, rows_in_epoch: int, sequence_length: int, device: Device, group: Group = ALONE
+    settings: TrainSettings,
+    rows_in_epoch: int,
+    sequence_length: int,
+    device: Device,
+    guard: GuardSettings | None = None,
+    group: Group = ALONE,
 ) -> Plan:
     """What the loop needs of the settings, with everything counted out."""
     steps = settings.total_steps(rows_in_epoch, sequence_length)
@@ -180,6 +251,7 @@ def make_plan(
         max_grad_norm=settings.max_grad_norm,
         schedule=settings.schedule(steps),
         device=device,
+        guard=guard or GuardSettings(),
         group=group,
     )
 
@@ -191,8 +263,14 @@ def evaluation_interval(settings: TrainSettings, steps: int) -> int:
 class Logger:
     """Appends to `metrics.jsonl`, tells the trackers, and redraws `loss.png`."""
 
-    def __init__(self, run: RunDirectory, perfect_loss: float | None, trackers: Sequence[Tracker] = ()) -> None:
-        self.run, self.perfect_loss, self.trackers = run, perfect_loss, trackers
+    def __init__(
+        self,
+        run: RunDirectory,
+        perfect_loss: float | None,
+        warn: Callable[[str], None],
+        trackers: Sequence[Tracker] = (),
+    ) -> None:
+        self.run, self.perfect_loss, self.warn, self.trackers = run, perfect_loss, warn, trackers
         self.last_step = -1
 
     def log(self, state: State, report: Report) -> None:
@@ -203,37 +281,15 @@ class Logger:
                 tracker.log(report)
         self.last_step = state.step
 
-    def draw(self, state: State, report: Report) -> None:
+    def log_if_skipped(self, state: State, report: Report) -> None:
+        """No refused step goes unrecorded either."""
+        if "skipped" in report:
+            self.warn(f"step {state.step}: skipped, {report['skipped']}; weights left as they were")
+            self.log(state, report)
+
+    def log_and_draw(self, state: State, report: Report) -> None:
+        self.log(state, report)
         plot_losses(self.run.metrics.read(), self.run.plot, self.run.root.name, self.perfect_loss)
-
-
-class Saver:
-    """Writes checkpoints and moves `latest` and `best` to them once they are whole."""
-
-    def __init__(
-        self,
-        run: RunDirectory,
-        config: SLMConfig,
-        companions: checkpoints.Companions,
-        save_total_limit: int,
-        group: Group = ALONE,
-    ) -> None:
-        self.run, self.config, self.companions, self.limit = run, config, companions, save_total_limit
-        self.group = group
-
-    def save(self, state: State, report: Report) -> None:
-        loss = report.get("validation_loss")
-        is_best = loss is not None and loss < state.best.get("validation_loss", float("inf"))
-        if loss is not None and is_best:
-            state.best = {"step": state.step, "validation_loss": loss}
-        path = checkpoints.save_checkpoint(state, self.config, self.run.checkpoints, self.companions, self.group)
-        if not self.group.is_main:
-            return
-        checkpoints.point_link(self.run.latest, path)
-        if is_best:
-            checkpoints.point_link(self.run.best, path)
-        keep = {checkpoints.checkpoint_name(int(state.best["step"]))} if state.best else set()
-        checkpoints.keep_newest(self.run.checkpoints, self.limit, keep)
 
 
 @contextlib.contextmanager

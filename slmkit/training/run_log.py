@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
@@ -13,10 +14,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from slmkit.config import UserError
+from slmkit.training.files import sync, write_whole
+
 if TYPE_CHECKING:
     from slmkit.training.loop import Report  # its module imports torch, which reading a run does not need
 
 RUNNING = ".running"
+
+# What the clock and the machine say: everything else in a line is the same, bit for bit, however often a run is killed.
+MEASURED = ("tokens_per_second", "seconds", "mfu", "memory_bytes")
 
 
 class MetricsLog:
@@ -26,15 +33,27 @@ class MetricsLog:
         self.path = path
 
     def append(self, report: Report) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(report) + "\n")
+        """Add a line. Raises `UserError` when the disk is full."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in report.items()}
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(finite) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be written ({error}); free some space, then `slm resume {self.path.parent}`"
+            ) from None
 
     def read(self) -> list[Report]:
-        """All whole lines; one that a crash cut short is left out."""
+        """All whole lines, up to where a crash left something else."""
         if not self.path.exists():
             return []
-        lines = self.path.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines[:-1]]  # what follows the last newline is empty or cut short
+        reports = []
+        for line in self.path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+            try:
+                reports.append(json.loads(line))
+            except ValueError:
+                break
+        return reports
 
     def seconds(self) -> float:
         """How long the run has taken so far, pauses left out."""
@@ -43,9 +62,16 @@ class MetricsLog:
     def rewind(self, step: int) -> None:
         """Drop the lines after `step`."""
         kept = [report for report in self.read() if report["step"] <= step]
-        fresh = self.path.with_suffix(".tmp")
-        fresh.write_text("".join(json.dumps(report) + "\n" for report in kept), encoding="utf-8")
-        os.replace(fresh, self.path)
+        write_whole(self.path, "".join(json.dumps(report) + "\n" for report in kept))
+
+    def sync(self) -> None:
+        """See the lines onto the disk."""
+        if self.path.exists():
+            sync(self.path)
+
+    def comparable(self) -> list[Report]:
+        """The lines without what is `MEASURED`: those of a run that was killed equal those of one that was not."""
+        return [{key: value for key, value in report.items() if key not in MEASURED} for report in self.read()]
 
 
 def append_samples(path: Path, step: int, samples: list[tuple[str, str]]) -> None:

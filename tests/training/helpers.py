@@ -9,6 +9,8 @@ from slmkit.data.text_dataset import TextDataset
 from slmkit.device import find_device
 from slmkit.model import SLMConfig, build_decoder
 from slmkit.tokenizer import SLMTokenizer
+from slmkit.training.checkpoints import take_snapshot
+from slmkit.training.guards import GuardSettings
 from slmkit.training.loop import Plan, State
 from slmkit.training.optimizers import OPTIMIZERS
 from slmkit.training.recipe import Recipe, TrainSettings
@@ -45,6 +47,12 @@ def plan(steps: int, rows_per_micro_batch: int = 8, max_grad_norm: float = 1.0) 
     return Plan(steps, rows_per_micro_batch, max_grad_norm, lambda step: 1.0, device)
 
 
+def snapshot_of(learner: State) -> dict[str, list]:
+    """Weights and optimizer state, to be compared."""
+    snapshot = take_snapshot(learner)
+    return {name: tensor.tolist() for name, tensor in (snapshot.weights | snapshot.moments).items()}
+
+
 def settings(**changes: object) -> TrainSettings:
     defaults = {
         "sequence_length": LENGTH, "tokens_per_step": 4 * LENGTH, "max_steps": 12, "eval_steps": 4,
@@ -53,7 +61,10 @@ def settings(**changes: object) -> TrainSettings:
     return TrainSettings(**(defaults | changes))
 
 
-def run(root: Path, resume: bool = False, hooks: tuple = (), warn=lambda line: None, **changes: object) -> State:
+def run(
+    root: Path, resume: bool = False, hooks: tuple = (), warn=lambda line: None, guard: dict | None = None,
+    **changes: object,
+) -> State:  # fmt: skip
     """A whole run through `fit`, with dropout so that random numbers matter."""
     train = settings(**changes)
     directory = RunDirectory(root)
@@ -67,7 +78,7 @@ def run(root: Path, resume: bool = False, hooks: tuple = (), warn=lambda line: N
         build_decoder(shape, seed=1),
         shape,
         Stream(rows, train.rows_per_step(LENGTH), seed=0),
-        make_plan(train, rows.rows_in_epoch, LENGTH, device),
+        make_plan(train, rows.rows_in_epoch, LENGTH, device, GuardSettings(**guard or {})),
         companions=TOKENIZER.save_pretrained,
         hooks=hooks,
         resume=resume,

@@ -34,8 +34,6 @@ from slmkit.training.run_log import MetricsLog
 from tests.training import helpers
 from tests.training.helpers import TOKENIZER, config, run, state
 
-TIMED = {"tokens_per_second", "seconds", "mfu", "memory_bytes"}
-
 
 def silent(line: str) -> None:
     pass
@@ -46,7 +44,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def metrics(root: Path) -> list[dict]:
-    return [{k: v for k, v in line.items() if k not in TIMED} for line in MetricsLog(root / "metrics.jsonl").read()]
+    return MetricsLog(root / "metrics.jsonl").comparable()
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +166,13 @@ def test_without_a_manifest_there_is_no_checkpoint(tmp_path: Path) -> None:
         newest_intact(tmp_path, silent)
 
 
+def test_a_run_killed_before_its_first_checkpoint_begins_again(unbroken: Path, tmp_path: Path) -> None:
+    assert newest_intact(tmp_path, silent) is None
+    MetricsLog(tmp_path / "metrics.jsonl").append({"step": 1, "loss": 9.0})  # to be repeated
+    run(tmp_path, resume=True)
+    assert_same_run(tmp_path, unbroken)
+
+
 def test_what_is_half_written_is_ignored_with_a_warning_and_written_again(tmp_path: Path) -> None:
     older, _ = damaged(tmp_path)
     (tmp_path / ".partial-step-000009").mkdir()
@@ -234,8 +239,17 @@ def test_old_checkpoints_go_and_the_best_one_stays(tmp_path: Path) -> None:
         one = state()
         one.step = step
         save_checkpoint(one, config(), tmp_path, TOKENIZER.save_pretrained)
-    keep_newest(tmp_path, 2, keep={"step-000001"})
+    keep_newest(tmp_path, 2, keep={"step-000001"}, until=5)
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-000001", "step-000004", "step-000005"]
+
+
+def test_what_a_run_that_went_back_has_not_reached_again_is_not_counted(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 9):  # 9 is damaged, say, so that the run went on from 2
+        one = state()
+        one.step = step
+        save_checkpoint(one, config(), tmp_path, TOKENIZER.save_pretrained)
+    keep_newest(tmp_path, 1, keep=set(), until=3)
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-000003", "step-000009"]
 
 
 def test_another_recipes_checkpoint_is_refused(tmp_path: Path) -> None:

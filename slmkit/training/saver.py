@@ -1,0 +1,114 @@
+"""Checkpoints behind the back of a run that goes on: copied between two steps, written by a thread, one at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from slmkit.config import UserError
+from slmkit.model import SLMConfig
+from slmkit.training import checkpoints
+from slmkit.training.distributed import ALONE, Group
+from slmkit.training.loop import Report, State
+
+if TYPE_CHECKING:
+    from slmkit.training.run import RunDirectory
+
+FAILURES_BORNE = 3  # saves in a row that fail before the run is ended: a disk that is full now may have room later
+
+
+class Saver:
+    """Saves as a hook, and moves `latest` and `best` once what they are to name is whole.
+
+    As a context manager it sees the last checkpoint onto the disk before the run is over. A second Ctrl-C waits for
+    nothing: what is half-written then is ignored later.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        config: SLMConfig,
+        companions: checkpoints.Companions,
+        save_total_limit: int,
+        warn: Callable[[str], None],
+        needed: Callable[[], set[str]] = set,
+        group: Group = ALONE,
+    ) -> None:
+        """`needed` names checkpoints that are kept besides the newest `save_total_limit` and the best."""
+        self.run, self.config, self.companions, self.limit = run, config, companions, save_total_limit
+        self.warn, self.needed, self.group = warn, needed, group
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._failures = 0
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.finish()
+        elif self._thread is not None and not issubclass(kind, KeyboardInterrupt):
+            self._thread.join()
+
+    def save(self, state: State, report: Report) -> None:
+        """Copy the state and begin to write it; waits for the checkpoint before, where that is not written yet."""
+        loss = report.get("validation_loss")
+        is_best = loss is not None and loss < state.best.get("validation_loss", float("inf"))
+        if loss is not None and is_best:
+            state.best = {"step": state.step, "validation_loss": loss}
+        keep = {checkpoints.checkpoint_name(int(state.best["step"]))} if state.best else set()
+        self._settle()
+        snapshot = checkpoints.take_snapshot(state, self.group)
+        if not self.group.is_main:
+            return
+        self._thread = threading.Thread(target=self._write, args=(snapshot, is_best, keep), daemon=True)
+        self._thread.start()
+
+    def check(self, state: State, report: Report) -> None:
+        """A hook for every step: say that a checkpoint could not be written as soon as that is known."""
+        if self._thread is not None and not self._thread.is_alive():
+            self._settle()
+
+    def finish(self) -> None:
+        """Wait for the run's last checkpoint. Raises `UserError` where it could not be written."""
+        self._failures = FAILURES_BORNE
+        self._settle()
+
+    def wait(self) -> None:
+        """Wait for the checkpoint in flight, before others are looked at."""
+        self._settle()
+
+    def _settle(self) -> None:
+        if self._thread is None:
+            return
+        self._thread.join()
+        error, self._thread, self._error = self._error, None, None
+        if error is None:
+            self._failures = 0
+            return
+        self._failures += 1
+        older = checkpoints.complete_checkpoints(self.run.checkpoints)
+        if not isinstance(error, UserError) or not older or self._failures >= FAILURES_BORNE:
+            raise error
+        self.warn(f"{error}; the run goes on, and would be resumed from {older[-1].name}")
+
+    def _write(self, snapshot: checkpoints.Snapshot, is_best: bool, keep: set[str]) -> None:
+        try:
+            path = self._written(snapshot)
+            checkpoints.point_link(self.run.latest, path)
+            if is_best:
+                checkpoints.point_link(self.run.best, path)
+            checkpoints.keep_newest(self.run.checkpoints, self.limit, keep | self.needed(), until=snapshot.step)
+        except OSError as error:
+            self._error = UserError(f"{self.run.root}: {error}; free some space, then `slm resume`")
+        except BaseException as error:  # raised in the run's own thread
+            self._error = error
+
+    def _written(self, snapshot: checkpoints.Snapshot) -> Path:
+        self.run.metrics.sync()  # a checkpoint must not outlive the lines of the steps before it
+        return checkpoints.write_checkpoint(snapshot, self.config, self.run.checkpoints, self.companions)
