@@ -48,5 +48,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(INSTALL) --editable ".[train,hub,cluster,track,test]"
+	$(INSTALL) --editable ".[train,optim,hub,cluster,track,test]"
 	touch $@

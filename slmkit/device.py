@@ -13,7 +13,14 @@ from pathlib import Path
 
 import torch
 
-PRECISIONS = ("auto", "float32", "bfloat16")
+# How each precision multiplies matrices, and what its weights are; `bfloat16-master` keeps them in float32 besides.
+PRECISIONS = {
+    "float32": (torch.float32, torch.float32),
+    "bfloat16": (torch.bfloat16, torch.float32),
+    "float16": (torch.float16, torch.float32),
+    "bfloat16-pure": (torch.bfloat16, torch.bfloat16),
+    "bfloat16-master": (torch.bfloat16, torch.bfloat16),
+}
 
 
 class DeviceError(ValueError):
@@ -31,10 +38,12 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Device:
-    """Where tensors live, and the type in which matrices are multiplied there (weights stay float32)."""
+    """Where tensors live, the type in which matrices are multiplied there, and that of weights in training."""
 
     torch_device: torch.device
     compute_dtype: torch.dtype
+    weight_dtype: torch.dtype = torch.float32
+    keeps_master: bool = False  # float32 copies of weights in bfloat16, which is what updates are added to
     ranks: Ranks = Ranks()
 
     def autocast(self) -> contextlib.AbstractContextManager:
@@ -53,6 +62,7 @@ class Device:
             "device": str(self.torch_device),
             "device_name": name,
             "compute_dtype": str(self.compute_dtype).removeprefix("torch."),
+            "weight_dtype": str(self.weight_dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
         }
 
@@ -63,15 +73,16 @@ def find_device(name: str = "auto", precision: str = "auto") -> Device:
     `auto` precision is bfloat16 where the hardware multiplies in it: on CPUs only with AVX-512-BF16 or AMX, since
     without them it is emulated and many times slower than float32. Raises `DeviceError` for what is not there.
     """
-    if precision not in PRECISIONS:
-        raise DeviceError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
+    if precision not in PRECISIONS and precision != "auto":
+        raise DeviceError(f"unknown precision {precision!r}; known: auto, {', '.join(PRECISIONS)}")
     ranks = find_ranks()
     device = torch.device(_best() if name == "auto" else _checked(name))
     if device == torch.device("cuda") and ranks.world > 1:
         device = torch.device("cuda", ranks.local_rank)
     if precision == "auto":
         precision = "bfloat16" if _multiplies_in_bfloat16(device) else "float32"
-    return Device(device, getattr(torch, precision), ranks)
+    compute_dtype, weight_dtype = PRECISIONS[precision]
+    return Device(device, compute_dtype, weight_dtype, keeps_master=precision == "bfloat16-master", ranks=ranks)
 
 
 def find_ranks() -> Ranks:

@@ -20,6 +20,7 @@ class SourceSettings(Settings):
     name: str | None = None  # what logs call it; from the path unless given
     weight: float = Field(1.0, gt=0)  # its share of a mixture, relative to the others'
     config: str | None = None  # of a hub data set that has several, such as `sample-10BT`
+    revision: str | None = None  # of a hub data set: a commit, so that a resumed run reads what it began with
     split: str = "train"  # of a hub data set, or of a folder laid out like one
     text_column: str = "text"
     messages_column: str = "messages"

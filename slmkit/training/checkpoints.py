@@ -27,6 +27,7 @@ from slmkit.training.distributed import ALONE, Group, on_main, share_like
 from slmkit.training.files import sync
 from slmkit.training.guards import Guard
 from slmkit.training.loop import State
+from slmkit.training.precision import LossScale
 
 MANIFEST = "MANIFEST.json"
 STATE = "training_state/state.json"
@@ -121,7 +122,7 @@ def load_checkpoint(directory: Path, state: State) -> None:
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     plain = json.loads((directory / STATE).read_text(encoding="utf-8"))
     state.step, state.tokens, state.best = plain["step"], plain["tokens"], plain["best"]
-    state.guard = Guard(**plain["guard"])
+    state.guard, state.loss_scale = Guard(**plain["guard"]), LossScale(**plain["loss_scale"])
     state.data = plain.get("data", {})
     if plain["seed"] != state.seed:
         raise UserError(f"{directory}: made with seed {plain['seed']}, the recipe says {state.seed}")
@@ -225,7 +226,9 @@ def file_sha256(path: Path) -> str:
 def _plain_state(state: State) -> dict[str, Any]:
     skipped = ("model", "optimizers")
     values = {f.name: getattr(state, f.name) for f in dataclasses.fields(state) if f.name not in skipped}
-    return {name: dataclasses.asdict(value) if name == "guard" else value for name, value in values.items()}
+    return {
+        name: dataclasses.asdict(value) if name in ("guard", "loss_scale") else value for name, value in values.items()
+    }
 
 
 def _names_in(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iterator[str]:

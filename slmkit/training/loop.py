@@ -24,6 +24,7 @@ from slmkit.model import Decoder
 from slmkit.training.distributed import ALONE, Group, whole
 from slmkit.training.guards import Guard, GuardSettings
 from slmkit.training.objectives import Objective
+from slmkit.training.precision import LossScale
 
 Report = dict[str, Any]  # one line of metrics.jsonl; hooks may add to it
 
@@ -42,6 +43,7 @@ class State:
     tokens: int = 0  # trained tokens so far
     best: dict[str, float] = field(default_factory=dict)  # {"step", "validation_loss"} of the best checkpoint
     guard: Guard = field(default_factory=Guard)
+    loss_scale: LossScale = field(default_factory=LossScale)
     data: dict[str, Any] = field(default_factory=dict)  # where a streamed corpus goes on; {} of shards
 
 
@@ -134,32 +136,20 @@ def train(
 
 def train_step(state: State, objective: Objective, batch: Batch, plan: Plan) -> Report:
     """One update, or none where the guard refuses it or there is nothing to learn: then `skipped` says why."""
-    seed_everything(state.seed, state.step, plan.group.rank)
     rate = plan.schedule(state.step) * state.guard.learning_rate_ratio(plan.guard)
     for optimizer in state.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * rate
 
-    batch = batch.to(plan.device.torch_device)
-    micro_batches = batch.split(plan.rows_per_micro_batch)
-    weights, counts = plan.group.gather(batch.weight, len(micro_batches))
-    weight = int(sum(weights))  # trained tokens of the whole step, on all ranks
-    # Ranks go through the model equally often, since with FSDP all must take part.
-    micro_batches += [batch.untrained()] * int(max(counts) - len(micro_batches))
-    total = torch.zeros((), device=plan.device.torch_device)
-    for number, micro_batch in enumerate(micro_batches, 1):
-        model = plan.group.prepared(state.model, is_last=number == len(micro_batches))
-        with plan.device.autocast():
-            loss = objective(model, micro_batch).total
-        (loss * plan.group.world / max(1, weight)).backward()  # ranks take the mean of their gradients
-        total += loss.detach()
-    grad_norm = whole(nn.utils.clip_grad_norm_(state.model.parameters(), plan.max_grad_norm)).item()
-    mean_loss = plan.group.sum(total.item())[0] / max(1, weight)
+    mean_loss, grad_norm, weight = compute_gradients(state, objective, batch, plan)
+    while state.loss_scale.overflows(mean_loss, grad_norm):
+        mean_loss, grad_norm, weight = compute_gradients(state, objective, batch, plan)
     if weight == 0:
         refused: str | None = "not one trained token in its batch"
     else:
         refused = state.guard.judge(plan.guard, mean_loss, grad_norm)
     if refused is None:
+        seed_everything(state.seed, state.step)  # rounding draws what it draws on every rank
         for optimizer in state.optimizers:
             optimizer.step()
         state.tokens += weight
@@ -173,6 +163,33 @@ def train_step(state: State, objective: Objective, batch: Batch, plan: Plan) -> 
         "grad_norm": grad_norm,
     }
     return report if refused is None else report | {"skipped": refused, "skipped_steps": state.guard.skipped}
+
+
+def compute_gradients(state: State, objective: Objective, batch: Batch, plan: Plan) -> tuple[float, float, int]:
+    """Leave the clipped gradients of the mean loss in the parameters.
+
+    Returns that loss, the norm as it was, and the trained tokens of the step: of all ranks, and the same on each.
+    """
+    group, scale = plan.group, state.loss_scale.value
+    seed_everything(state.seed, state.step, group.rank)
+    state.model.zero_grad(set_to_none=True)
+    batch = batch.to(plan.device.torch_device)
+    micro_batches = batch.split(plan.rows_per_micro_batch)
+    weights, counts = group.gather(batch.weight, len(micro_batches))
+    weight = int(sum(weights))
+    # Ranks go through the model equally often, since with FSDP all must take part.
+    micro_batches += [batch.untrained()] * int(max(counts) - len(micro_batches))
+    total = torch.zeros((), device=plan.device.torch_device)
+    for number, micro_batch in enumerate(micro_batches, 1):
+        model = group.prepared(state.model, is_last=number == len(micro_batches))
+        with plan.device.autocast():
+            loss = objective(model, micro_batch).total
+        (loss * (scale * group.world / max(1, weight))).backward()  # the mean of all ranks' gradients is taken
+        total += loss.detach()
+    if scale != 1:
+        torch._foreach_div_([p.grad for p in state.model.parameters() if p.grad is not None], scale)
+    grad_norm = whole(nn.utils.clip_grad_norm_(state.model.parameters(), plan.max_grad_norm))
+    return group.sum(total.item())[0] / max(1, weight), grad_norm.item(), weight
 
 
 def seed_everything(seed: int, step: int, rank: int = 0) -> None:

@@ -16,7 +16,8 @@ from slmkit.device import Device
 from slmkit.model import Decoder
 from slmkit.model.architecture import Architecture
 from slmkit.training.losses import linear_cross_entropy
-from slmkit.training.optimizers import OPTIMIZERS
+from slmkit.training.optimizers import make_optimizers
+from slmkit.training.precision import to_weight_dtype
 from slmkit.training.recipe import TrainSettings
 
 
@@ -63,7 +64,11 @@ def training_bytes(
     with FakeTensorMode(), Ledger() as ledger:
         decoder = Decoder(architecture)
         decoder.recompute_every = recompute_every
-        optimizers = OPTIMIZERS[settings.optimizer](decoder, settings)
+        to_weight_dtype(decoder, device)
+        if settings.optimizer == "adamw_8bit":  # bitsandbytes' runs on real tensors alone
+            optimizers: list[torch.optim.Optimizer] = [_MomentsOf8Bits(decoder.parameters(), {})]
+        else:
+            optimizers = make_optimizers(decoder, settings, device)
         ids = torch.zeros(rows, length, dtype=torch.long)
         for parameter in decoder.parameters():
             parameter.grad = torch.empty_like(parameter)
@@ -75,6 +80,16 @@ def training_bytes(
         loss.backward()
         _update(optimizers)
     return ledger.peak
+
+
+class _MomentsOf8Bits(torch.optim.Optimizer):
+    """Takes the memory that bitsandbytes' AdamW takes: two bytes a parameter, and two numbers a block of 256."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            if not self.state[p]:
+                blocks = torch.empty(2, -(-p.numel() // 256))
+                self.state[p] = {"moments": torch.empty(2, *p.shape, dtype=torch.uint8), "blocks": blocks}
 
 
 def _update(optimizers: list[torch.optim.Optimizer]) -> None:

@@ -62,8 +62,8 @@ class TrainSettings(Settings):
     max_tokens: int | None = Field(None, gt=0)
     max_steps: int | None = Field(None, gt=0)
     num_train_epochs: float | None = Field(None, gt=0)
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = Field(1e-3, gt=0)  # AdamW's
+    optimizer: Literal["adamw", "adamw_8bit", "muon", "lion"] = "adamw"
+    learning_rate: float = Field(1e-3, gt=0)  # AdamW's; Lion wants a third of it or less
     muon_learning_rate: float = Field(0.02, gt=0)  # of the matrices that Muon updates
     muon_momentum: float = Field(0.95, ge=0, lt=1)
     lr_scheduler_type: Literal["cosine", "linear", "warmup_stable_decay", "inverse_sqrt"] = "cosine"
@@ -86,7 +86,7 @@ class TrainSettings(Settings):
     parallel: Parallel = "auto"  # of several processes: each the whole model (ddp, which is auto) or a share (fsdp)
     ddp_timeout: float = Field(600, gt=0)  # seconds without a word of another process, after which one gives up
     device: str = "auto"
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16", "float16", "bfloat16-pure", "bfloat16-master"] = "auto"
 
     @model_validator(mode="after")
     def _one_end(self) -> TrainSettings:

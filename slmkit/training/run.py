@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from slmkit.config import UserError, to_yaml
 from slmkit.data.stream import Batches
 from slmkit.device import Device, keep_freed_memory
@@ -21,13 +23,16 @@ from slmkit.training.gauges import Gauges
 from slmkit.training.guards import Diverged, GuardSettings
 from slmkit.training.loop import Every, Plan, Report, RunStopped, State, StopRequested, train
 from slmkit.training.objectives import OBJECTIVES
-from slmkit.training.optimizers import OPTIMIZERS
+from slmkit.training.optimizers import make_optimizers
 from slmkit.training.plots import plot_losses
+from slmkit.training.precision import LossScale, to_weight_dtype
 from slmkit.training.recipe import Recipe, TrainSettings
 from slmkit.training.recorder import FlightRecorder
 from slmkit.training.run_log import MetricsLog, environment, mark_running
 from slmkit.training.saver import Saver
 from slmkit.training.trackers import Tracker, open_trackers
+
+UPDATE_SHARES = ("adamw", "muon", "lion")  # the optimizers that work where ranks hold shares of weights
 
 
 class RunDirectory:
@@ -195,9 +200,27 @@ def fresh_state(recipe: Recipe, model: Decoder, device: Device, group: Group = A
     if device.torch_device.type == "cpu":
         keep_freed_memory()
     model.to(device.torch_device)
+    to_weight_dtype(model, device)
     model.recompute_every = recipe.train.gradient_checkpointing
+    _check_sharing(recipe.train, device, group)
     group.share(model, recipe.train.parallel, device.torch_device)
-    return State(model, OPTIMIZERS[recipe.train.optimizer](model, recipe.train), seed=recipe.seed)
+    optimizers = make_optimizers(model, recipe.train, device)
+    return State(model, optimizers, seed=recipe.seed, loss_scale=LossScale.of(device))
+
+
+def _check_sharing(settings: TrainSettings, device: Device, group: Group) -> None:
+    """Raises `UserError` for what cannot be done with shares of weights."""
+    if group.world > 1 and settings.parallel == "fsdp":
+        if settings.optimizer not in UPDATE_SHARES:
+            raise UserError(
+                f"train.optimizer {settings.optimizer} needs whole weights, which train.parallel: fsdp does not leave; "
+                f"use {', '.join(UPDATE_SHARES)}, or train.parallel: ddp"
+            )
+        if device.weight_dtype != torch.float32:
+            raise UserError(
+                f"train.precision {settings.precision} needs whole weights, which train.parallel: fsdp does not leave; "
+                "use float32, bfloat16 or float16, or train.parallel: ddp"
+            )
 
 
 def roll_back(run: RunDirectory, state: State, plan: Plan, why: Diverged, warn: Callable[[str], None]) -> None:

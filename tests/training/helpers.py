@@ -12,7 +12,8 @@ from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.checkpoints import take_snapshot
 from slmkit.training.guards import GuardSettings
 from slmkit.training.loop import Plan, State
-from slmkit.training.optimizers import OPTIMIZERS
+from slmkit.training.optimizers import make_optimizers
+from slmkit.training.precision import LossScale, to_weight_dtype
 from slmkit.training.recipe import Recipe, TrainSettings
 from slmkit.training.run import RunDirectory, fit, make_plan
 
@@ -37,13 +38,17 @@ def stream(rows: int = 8, seed: int = 0) -> Stream:
     return Stream(dataset(), rows, seed)
 
 
-def state(seed: int = 0, optimizer: str = "adamw", learning_rate: float = 1e-2) -> State:
-    model = build_decoder(config(), seed)
-    return State(model, OPTIMIZERS[optimizer](model, settings(learning_rate=learning_rate)), seed=seed)
+def state(
+    seed: int = 0, optimizer: str = "adamw", learning_rate: float = 1e-2, precision: str = "float32", **changes: object
+) -> State:
+    model, device = build_decoder(config(), seed), find_device("cpu", precision)
+    to_weight_dtype(model, device)
+    chosen = settings(optimizer=optimizer, learning_rate=learning_rate, **changes)
+    return State(model, make_optimizers(model, chosen, device), seed=seed, loss_scale=LossScale.of(device))
 
 
-def plan(steps: int, rows_per_micro_batch: int = 8, max_grad_norm: float = 1.0) -> Plan:
-    device = find_device("cpu", "float32")
+def plan(steps: int, rows_per_micro_batch: int = 8, max_grad_norm: float = 1.0, precision: str = "float32") -> Plan:
+    device = find_device("cpu", precision)
     return Plan(steps, rows_per_micro_batch, max_grad_norm, lambda step: 1.0, device)
 
 
@@ -71,7 +76,7 @@ def run(
     directory.checkpoints.mkdir(parents=True, exist_ok=True)
     shape = config(hidden_dropout=0.2, attention_dropout=0.1)
     rows = dataset()
-    device = find_device("cpu", "float32")
+    device = find_device("cpu", train.precision)
     return fit(
         directory,
         Recipe(output_dir=str(root), train=train),

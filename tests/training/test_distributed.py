@@ -104,10 +104,12 @@ def assert_same_run(root: Path, reference: Path) -> None:
     assert {name: tensor.shape for name, tensor in a.items()} == {name: tensor.shape for name, tensor in b.items()}
 
 
-@pytest.mark.parametrize(("world", "parallel"), [(2, "auto"), (4, "fsdp")])
-def test_many_processes_train_what_one_trains(tmp_path: Path, world: int, parallel: str) -> None:
-    on_ranks(world, train_run, tmp_path, parallel, "muon")
-    assert_same_run(tmp_path, one_process("muon"))
+@pytest.mark.parametrize(
+    ("world", "parallel", "optimizer"), [(2, "auto", "muon"), (4, "fsdp", "muon"), (2, "fsdp", "lion")]
+)
+def test_many_processes_train_what_one_trains(tmp_path: Path, world: int, parallel: str, optimizer: str) -> None:
+    on_ranks(world, train_run, tmp_path, parallel, optimizer)
+    assert_same_run(tmp_path, one_process(optimizer))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from slmkit.data.sources.documents import PIECE, BadRow, Document, Message, Posi
 from slmkit.data.sources.files import Paths, describe_sources, find_files
 from slmkit.data.sources.open import open_source, read_conversations, read_documents
 from slmkit.data.sources.parts import PRIMER, STORIES
+from slmkit.data.sources.patience import Patience
 from slmkit.data.sources.source import Source
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Document",
     "Message",
     "Paths",
+    "Patience",
     "Position",
     "Source",
     "cut_point",

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from slmkit.data.source_settings import SourceSettings
 from slmkit.data.sources.documents import Document, Message
-from slmkit.data.sources.files import CONVERSATION_KINDS, Paths, find_files, local_file
+from slmkit.data.sources.files import CONVERSATION_KINDS, KINDS, File, Paths, find_files, local_file
+from slmkit.data.sources.hub import hub_files, hub_name, is_laid_out_like_the_hub
 from slmkit.data.sources.parts import PRIMER, STORIES, FilePart, StoryPart
+from slmkit.data.sources.patience import Patience
+from slmkit.data.sources.remote import find_remote, is_url
 from slmkit.data.sources.source import Source
 
 
-def open_source(settings: SourceSettings, seed: int = 0) -> Source:
+def open_source(settings: SourceSettings, seed: int = 0, patience: Patience | None = None) -> Source:
     """Find what `settings` name; `seed` is that of the built-in corpus.
 
     Raises `UserError` where there is nothing to read, with what was looked for.
     """
+    patience = patience or Patience(settings.retry_for)
     if settings.path in (STORIES, PRIMER):
-        return Source(settings, [StoryPart(settings.path, seed)])
-    return Source(settings, [FilePart(local_file(path), settings) for path in find_files(settings.path)])
+        return Source(settings, [StoryPart(settings.path, seed)], patience)
+    files = patience.until_done(lambda: _files(settings, KINDS))
+    return Source(settings, [FilePart(file, settings) for file in files], patience)
 
 
 def read_documents(paths: Paths, text_column: str = "text") -> Iterator[Document]:
@@ -28,8 +34,7 @@ def read_documents(paths: Paths, text_column: str = "text") -> Iterator[Document
     whatever cannot be read as text, as it is reached, and when there is no document at all.
     """
     files = find_files(paths)
-    settings = SourceSettings(path=str(files[0]), text_column=text_column)
-    source = Source(settings, [FilePart(local_file(path), settings) for path in files])
+    source = _local_source(files, SourceSettings(path=str(files[0]), text_column=text_column))
     return (document for document, _ in source.read())
 
 
@@ -39,6 +44,20 @@ def read_conversations(paths: Paths, messages_column: str = "messages") -> Itera
     Raises `UserError` as `read_documents` does, and for a row that is not a list of objects.
     """
     files = find_files(paths, CONVERSATION_KINDS)
-    settings = SourceSettings(path=str(files[0]), messages_column=messages_column)
-    source = Source(settings, [FilePart(local_file(path), settings) for path in files])
+    source = _local_source(files, SourceSettings(path=str(files[0]), messages_column=messages_column))
     return (conversation for conversation, _ in source.read_conversations())
+
+
+def _files(settings: SourceSettings, kinds: Sequence[str]) -> list[File]:
+    folder = Path(settings.path)
+    if folder.is_dir() and is_laid_out_like_the_hub(folder, settings):
+        return hub_files(settings.path, settings, kinds)
+    if name := hub_name(settings.path):
+        return hub_files(name, settings, kinds)
+    if is_url(settings.path):
+        return find_remote(settings.path, kinds)
+    return [local_file(path) for path in find_files(settings.path, kinds)]
+
+
+def _local_source(files: list[Path], settings: SourceSettings) -> Source:
+    return Source(settings, [FilePart(local_file(path), settings) for path in files], Patience(settings.retry_for))

@@ -10,6 +10,7 @@ from slmkit.config import UserError
 from slmkit.data.source_settings import SourceSettings
 from slmkit.data.sources.documents import BadRow, Document, Item, Message, Position
 from slmkit.data.sources.parts import StoryPart
+from slmkit.data.sources.patience import NetworkError, Patience
 
 T = TypeVar("T")
 
@@ -31,8 +32,8 @@ class Source:
     says where in the file it is. `skipped` counts the rows that were left out, by reason.
     """
 
-    def __init__(self, settings: SourceSettings, parts: Sequence[Part]) -> None:
-        self.settings, self.parts = settings, parts
+    def __init__(self, settings: SourceSettings, parts: Sequence[Part], patience: Patience) -> None:
+        self.settings, self.parts, self.patience = settings, parts, patience
         self.skipped: Counter[str] = Counter()
         self.first_skipped: dict[str, str] = {}  # of each reason: the line that names it and its place
 
@@ -58,7 +59,7 @@ class Source:
 
     def describe(self) -> list[dict[str, Any]]:
         """What was read, for the header of whatever is made of it."""
-        return [part.describe() for part in self.parts]
+        return [self.patience.until_done(part.describe) for part in self.parts]
 
     def report(self) -> list[str]:
         """A line for each reason for which rows were left out; none where all were read."""
@@ -70,24 +71,37 @@ class Source:
     def _read(
         self, items: Callable[[Part, Position], Iterator[Item[T]]], ends: Callable[[T], bool], start: Position | None
     ) -> Iterator[tuple[T, Position]]:
+        """What there is from `start` on; after a failure of the network, again from the last position."""
         position = start or {"file": 0, "documents": 0}
+        found = start is not None
+        while True:
+            try:
+                for item, behind in self._read_once(items, ends, position):
+                    position = behind
+                    if isinstance(item, BadRow):
+                        self._leave_out(item)
+                        continue
+                    found = True
+                    self.patience.succeeded()
+                    yield item, position
+                break
+            except NetworkError as error:
+                self.patience.wait(error)
+        if not found:
+            raise UserError(f"{self.settings.path}: not one document in it: only blank lines or no rows")
+
+    def _read_once(
+        self, items: Callable[[Part, Position], Iterator[Item[T]]], ends: Callable[[T], bool], position: Position
+    ) -> Iterator[Item[T]]:
         index, documents = position["file"], position["documents"]
-        limit = self.settings.documents
-        found = bool(documents)
         for number in range(index, len(self.parts)):
-            if documents == limit:
+            if documents == self.settings.documents:
                 return
             for item, inner in items(self.parts[number], position if number == index else {}):
-                if isinstance(item, BadRow):
-                    self._leave_out(item)
-                    continue
-                found = True
-                documents += ends(item)
-                yield item, {"file": number, "documents": documents, **inner}
-                if documents == limit:
+                documents += not isinstance(item, BadRow) and ends(item)
+                yield item, {**inner, "file": number, "documents": documents}
+                if documents == self.settings.documents:
                     return
-        if not found and start is None:
-            raise UserError(f"{self.settings.path}: not one document in it: only blank lines or no rows")
 
     def _leave_out(self, row: BadRow) -> None:
         if self.settings.on_bad_row == "refuse" and not row.harmless:

@@ -1,0 +1,105 @@
+"""Data sets of the Hugging Face hub, and folders laid out like one: which files are a configuration's split.
+
+`datasets` answers that (README, names of files and folders; never a loading script). The files are read here, as all
+others are: the same rows whether they are streamed or downloaded, and a position that is exact to the row.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from slmkit.config import UserError, did_you_mean
+from slmkit.data.source_settings import SourceSettings
+from slmkit.data.sources.failures import network
+from slmkit.data.sources.files import KINDS, File, kind_of, listed, local_file, one_line
+from slmkit.data.sources.remote import remote_file
+
+PREFIX = "hf://datasets/"
+NAME = re.compile(r"[\w.-]+/[\w.-]+")
+SHARD = re.compile(r"\w+-\d{5}-of-\d{5}")  # as the hub's own tools name the files of a split
+FRONT_MATTER = re.compile(r"\A---\n.*?^(configs|dataset_info):.*?^---$", re.DOTALL | re.MULTILINE)
+FILE_URL = re.compile(rf"{PREFIX}(?P<name>[^/]+/[^@/]+)@(?P<revision>[^/]+)/(?P<file>.+)")
+
+
+def hub_name(path: str) -> str | None:
+    """`owner/name` where that is what a path means: not a file or folder, nor something inside of a data set."""
+    name = path.removeprefix(PREFIX).rstrip("/")
+    is_local = path == name and (Path(path).exists() or kind_of(path) in KINDS)  # or meant to be
+    return name if NAME.fullmatch(name) and not is_local else None
+
+
+def is_laid_out_like_the_hub(folder: Path, settings: SourceSettings) -> bool:
+    """Whether a folder has splits: asked for, told by its README, or by how its files are named."""
+    if settings.config or settings.split != "train":
+        return True
+    readme = folder / "README.md"
+    if readme.is_file() and FRONT_MATTER.search(readme.read_text(encoding="utf-8", errors="replace")):
+        return True
+    return any(SHARD.search(path.name) for path in folder.rglob("*.parquet"))
+
+
+def hub_files(path: str, settings: SourceSettings, kinds: Sequence[str]) -> list[File]:
+    """The files of a split of a data set named `owner/name`, or of a folder.
+
+    Raises `UserError` for a configuration or split that does not exist, naming those that do, and `NetworkError`.
+    """
+    urls = _data_files(path, settings)
+    unknown = next((url for url in urls if kind_of(url) not in kinds), None)
+    if unknown:
+        raise UserError(f"{settings.path}: {Path(unknown).name}: expected {listed(kinds)} (also as .gz or .zst)")
+    if Path(path).is_dir():
+        return [local_file(url) for url in urls]
+    return [remote_file(url) if settings.streaming else _downloaded_file(url) for url in urls]
+
+
+def _data_files(path: str, settings: SourceSettings) -> list[str]:
+    datasets = _datasets()
+    what = f"data set {path}"
+    with network(what):
+        try:
+            builder = datasets.load_dataset_builder(path, name=settings.config, revision=settings.revision)
+        except datasets.exceptions.DataFilesNotFoundError:
+            raise UserError(f"{what}: holds no data files of a known kind") from None
+        except (ValueError, RuntimeError) as error:  # a wrong configuration; a loading script
+            if not str(error).startswith(("BuilderConfig", "Config name", "Dataset scripts")):
+                raise
+            hint = " (config)" if "onfig" in str(error) else ""
+            raise UserError(f"{what}: {one_line(error)}{hint}") from None
+    splits = builder.config.data_files or {}
+    if settings.split not in splits:
+        raise UserError(f"{what}: no split {settings.split!r}; {did_you_mean(settings.split, map(str, splits))}")
+    return list(map(str, splits[settings.split]))
+
+
+def _downloaded_file(url: str) -> File:
+    """Downloaded into the hub's own cache when it is first opened, a broken download continued."""
+
+    def path() -> Path:
+        from huggingface_hub import hf_hub_download
+
+        found = FILE_URL.fullmatch(url)
+        assert found, url
+        with network(url):
+            return Path(hf_hub_download(found["name"], found["file"], repo_type="dataset", revision=found["revision"]))
+
+    def opened() -> BinaryIO:
+        return path().open("rb")
+
+    def described() -> dict[str, Any]:
+        return remote_file(url).describe()
+
+    return File(url, opened, described)
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+        import datasets.exceptions
+        from huggingface_hub.utils import logging
+    except ImportError:
+        raise UserError("data sets of the hub need one more package: pip install slmkit[hub]") from None
+    logging.set_verbosity_error()  # what it tries again is told by one line of ours, if it fails for good
+    return datasets
