@@ -7,6 +7,12 @@ from pathlib import Path
 import pytest
 
 from slmkit.api import RunFigures, evaluate_run, resume_run, train_recipe
+from slmkit.api.quickstart import (
+    EVALUATION_PER_PRIMER,
+    SMALLEST_SHARE,
+    TRAINING_PER_PRIMER,
+    affordable_share,
+)
 from slmkit.data import TokenShards
 from slmkit.data.stories import held_out_questions
 from slmkit.evaluation import ask
@@ -30,7 +36,7 @@ class Silent:
     warn = say
 
     def counter(self, label: str):
-        return lambda documents, tokens: None
+        return lambda *done: None
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +97,12 @@ def test_a_stopped_run_goes_on_where_it_was(runs: tuple[Path, Path], tmp_path: P
     after = (copy / "metrics.jsonl").read_text()
     assert after.startswith(before)
     assert (copy / "latest").resolve().name == "step-000022"
+
+
+def test_a_slow_machine_reads_less_of_the_stories_and_a_fast_one_all() -> None:
+    assert affordable_share(primer_seconds=30, seconds=300) == 1
+    assert affordable_share(primer_seconds=180, seconds=300) == SMALLEST_SHARE
+    slow = affordable_share(primer_seconds=50, seconds=300)
+    assert SMALLEST_SHARE < slow < 1
+    needed = 50 * (1 + EVALUATION_PER_PRIMER) + slow * TRAINING_PER_PRIMER * 50
+    assert needed == pytest.approx(300)

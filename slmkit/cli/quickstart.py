@@ -11,7 +11,6 @@ if TYPE_CHECKING:
 
     from slmkit.model import Decoder
     from slmkit.tokenizer import SLMTokenizer
-    from slmkit.training.run import RunDirectory
 
 QUESTIONS = 200
 CONVERSATION = ("Tell me a story about a fox and a lantern.", "Thank you!")
@@ -20,6 +19,7 @@ CONVERSATION = ("Tell me a story about a fox and a lantern.", "Thank you!")
 def quickstart(
     output: Annotated[str, typer.Option("--output", "-o", help="Where its three runs go.")] = "runs/quickstart",
     seed: Annotated[int, typer.Option(help="Another seed: other stories, another model.")] = 0,
+    minutes: Annotated[float, typer.Option(help="On a slower machine it reads less, so as to end in time.")] = 5.0,
 ) -> None:
     """Tokenizer, pretraining, fine-tuning and evaluation on the built-in stories; then a story and a conversation.
 
@@ -27,26 +27,14 @@ def quickstart(
     """
     import time
 
-    from slmkit.api import train_recipe
+    from slmkit.api import train_quickstart
     from slmkit.cli.show import TerminalReporter, load_model
     from slmkit.training.progress import clock
-    from slmkit.training.recipe import find_recipe, load_recipe
-    from slmkit.training.run import free_path
 
     started = time.monotonic()
     reporter = TerminalReporter()
-    root = free_path(output)
-
-    def run(part: str, *overrides: str) -> RunDirectory:
-        values = [f"output_dir={root}/{part}", f"seed={seed}", *overrides]
-        return train_recipe(load_recipe(find_recipe(f"quickstart-{part}"), values), reporter)
-
-    reporter.say("\n1/4  the primer: learning to look back at what was said")
-    reader = run("primer")
-    reporter.say("\n2/4  pretraining: learning to tell stories")
-    base = run("stories", f"model.path={reader.root}")
-    reporter.say("\n3/4  fine-tuning: learning to talk about them")
-    talker = run("chat", f"model.path={base.root}")
+    trained = train_quickstart(output, seed, minutes, reporter)
+    base, talker = trained.stories, trained.chat
 
     reporter.say("\n4/4  evaluation: stories it never saw, questions on things it never met together")
     decoder, tokenizer = load_model(str(talker.root), "cpu")

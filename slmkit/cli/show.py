@@ -28,11 +28,11 @@ class TerminalReporter:
     def warn(self, line: str) -> None:
         self.console.print(f"warning: {line}", soft_wrap=True, markup=False)
 
-    def counter(self, label: str) -> Callable[[int, int], None]:
-        """A callback for (documents, tokens) done."""
+    def counter(self, label: str) -> Callable[[int, int, int], None]:
+        """A callback for documents, tokens and bytes of text done."""
         shown = 0
 
-        def update(documents: int, tokens: int) -> None:
+        def update(documents: int, tokens: int, text_bytes: int) -> None:
             nonlocal shown
             line = f"{label}: {documents:,} documents, {tokens:,} tokens"
             if self.console.is_terminal:

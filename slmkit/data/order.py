@@ -36,7 +36,16 @@ def mixed_seed(*parts: int | str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def _round_keys(seed: int, epoch: int) -> np.ndarray:
+def random_keys(size: int, *seeds: int) -> np.ndarray:
+    """A number for each of `size` things, uint64 [size], that looks random and depends on `seeds` alone.
+
+    Sorting by them is a shuffle.
+    """
+    first, second = _round_keys(":".join(map(str, seeds)), 0)[:2]
+    return _mixed(_mixed(np.arange(size, dtype=np.uint64) ^ first) ^ second)
+
+
+def _round_keys(seed: int | str, epoch: int) -> np.ndarray:
     digest = hashlib.blake2b(f"{seed}:{epoch}".encode(), digest_size=8 * ROUNDS).digest()
     return np.frombuffer(digest, dtype="<u8")
 

@@ -1,35 +1,56 @@
 """Text to token shards, once; and which part of it is held out for validation.
 
-Tokenizing is parallel inside `encode_batch`: the tokenizer's own threads take one document each, whatever their number
-the result is the same, and a user's script needs no `if __name__ == "__main__"` as a pool of processes would.
+Tokenizing is parallel in threads: tiktoken's core, where nearly all the time goes, leaves Python's lock to others, so
+that threads are as fast as processes would be, and a user's script needs no `if __name__ == "__main__"`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
 import math
+import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from slmkit.config import UserError
+from slmkit.data.cleaning import Cleaner, CleaningReport, CleaningSettings
+from slmkit.data.ordered_map import ordered_map
+from slmkit.data.shard_folder import Finished, ShardFolder, complete, partial_folder
+from slmkit.data.shard_work import (
+    BATCH_CHARACTERS,
+    SHARD_CHARACTERS,
+    Encoded,
+    Work,
+    cut,
+    encode,
+    without_finished,
+    write_shard,
+)
 from slmkit.data.shard_writer import ShardWriter
-from slmkit.data.shards import TokenShards
+from slmkit.data.shards import Header, TokenShards
+from slmkit.data.shuffle import GlobalShuffle
 from slmkit.data.sources import Document, Message, cut_point
 
 if TYPE_CHECKING:
     from slmkit.tokenizer import SLMTokenizer
 
-BATCH_CHARACTERS = 1 << 22  # tokenized at once: enough for every core, some 150 MB while it lasts
 BATCH_CONVERSATIONS = 1024
 HELD_OUT = 10  # documents; a corpus too small to hold out so many is cut in two instead
 
-Progress = Callable[[int, int], None]  # documents done, tokens done
+Progress = Callable[[int, int, int], None]  # documents, tokens and bytes of text done
 T = TypeVar("T")
+
+
+def no_progress(documents: int, tokens: int, text_bytes: int) -> None:
+    """Says nothing."""
 
 
 def prepare_text(
@@ -39,24 +60,64 @@ def prepare_text(
     *,
     sources: Sequence[dict[str, Any]] = (),
     perfect_loss: float | None = None,
-    progress: Progress = lambda documents, tokens: None,
+    progress: Progress = no_progress,
+    shuffle_seed: int | None = None,
+    cleaning: CleaningSettings | None = None,
+    shard_characters: int = SHARD_CHARACTERS,
+    workers: int | None = None,
 ) -> TokenShards:
     """Tokenize documents into a directory of shards, an end-of-text token after each. A `str` is a whole document.
 
-    `sources` (see `describe_sources`) and `perfect_loss` (nats a token) are for the header. Raises `UserError` when
-    there is no text or the disk is full; what was in `directory` before is then untouched.
+    With `shuffle_seed` all documents come in a random order that this seed names. `workers` threads (default: one a
+    core) change nothing but the time. Where an earlier call was killed, the shards that it finished are used again if
+    the same documents come again. `sources` (see `describe_sources`) and `perfect_loss` (nats a token) are for the
+    header. Raises `UserError` when there is no text or the disk is full; what was in `directory` before is untouched.
     """
-    with ShardWriter(directory, tokenizer, sources=sources, perfect_loss=perfect_loss) as writer:
-        for batch in _batches(_all_ended(documents), lambda document: 64 + len(document.text), BATCH_CHARACTERS):
-            texts = [document.text for document in batch]
-            end = np.array([tokenizer.eos_token_id])
-            encoded = tokenizer.encode_batch(texts)
-            pieces = [np.append(ids, end) if document.ends else ids for ids, document in zip(encoded, batch)]
-            ids, stops = np.concatenate(pieces).astype(np.int64), np.cumsum([len(piece) for piece in pieces])
-            ends = stops[np.array([document.ends for document in batch])]
-            writer.add(ids, ends, text_bytes=sum(len(text.encode()) for text in texts))
-            progress(writer.documents, writer.tokens)
+    directory = Path(directory).absolute()
+    workers = workers or os.cpu_count() or 1
+    partial = ShardFolder(partial_folder(directory), tokenizer)
+    ordered = partial if shuffle_seed is None else ShardFolder(partial.folder / "ordered", tokenizer)
+    with _stopping_at_once(ThreadPoolExecutor(workers)) as pool, _keeping_what_is_finished(partial, ordered):
+        cleaner = Cleaner(cleaning or CleaningSettings())
+        kept = cleaner.clean(_all_ended(documents), pool, workers)
+        work = without_finished(cut(kept, shard_characters, BATCH_CHARACTERS), ordered)
+        parts = list(_make_shards(work, ordered, tokenizer, shuffle_seed, pool, workers, progress))
+        if not parts:
+            raise UserError(f"{directory}: there is no text to prepare" + cleaner.report.why_nothing())
+        shards = parts
+        if shuffle_seed is not None:
+            shards = list(pool.map(GlobalShuffle(ordered, parts, partial, shuffle_seed).shard, range(len(parts))))
+    header = header_of(tokenizer, parts, shards, sources, perfect_loss, shuffle_seed, cleaner.report)
+    complete(partial.folder, directory, header)
     return TokenShards.open(directory)
+
+
+def header_of(
+    tokenizer: SLMTokenizer,
+    parts: Sequence[Finished],
+    shards: Sequence[Finished],
+    sources: Sequence[dict[str, Any]],
+    perfect_loss: float | None,
+    shuffle_seed: int | None,
+    cleaning: CleaningReport,
+) -> Header:
+    """What is true of all `shards`, which hold the documents of `parts`."""
+    return Header(
+        dtype="uint16" if len(tokenizer) <= 1 << 16 else "uint32",
+        tokenizer=tokenizer.fingerprint,
+        vocab_size=len(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tokens=sum(part.shard.tokens for part in shards),
+        documents=sum(part.shard.documents for part in shards),
+        text_bytes=sum(part.text_bytes for part in parts),
+        sources=list(sources),
+        masked=False,
+        perfect_loss=perfect_loss,
+        shards=[part.shard for part in shards],
+        shuffle_seed=shuffle_seed,
+        cleaning=cleaning.to_dict(),
+    )
 
 
 def prepare_chat(
@@ -65,7 +126,7 @@ def prepare_chat(
     directory: str | Path,
     *,
     sources: Sequence[dict[str, Any]] = (),
-    progress: Progress = lambda documents, tokens: None,
+    progress: Progress = no_progress,
 ) -> TokenShards:
     """Render and tokenize conversations with their loss masks, an end-of-text token that is not learned after each.
 
@@ -77,7 +138,7 @@ def prepare_chat(
             ids, ends = _joined([[*chat.ids, tokenizer.eos_token_id] for chat in encoded])
             trained, _ = _joined([[*chat.trained, False] for chat in encoded])
             writer.add(ids, ends, trained, text_bytes=sum(map(_text_bytes, batch)))
-            progress(writer.documents, writer.tokens)
+            progress(writer.documents, writer.tokens, writer.text_bytes)
     return TokenShards.open(directory)
 
 
@@ -127,6 +188,73 @@ def split_conversations(
     if not train:
         raise UserError(f"{len(conversations)} conversations are too few to hold any out; add some")
     return train, held_out
+
+
+def _make_shards(
+    work: Iterable[Work],
+    folder: ShardFolder,
+    tokenizer: SLMTokenizer,
+    shuffle_seed: int | None,
+    pool: ThreadPoolExecutor,
+    workers: int,
+    progress: Progress,
+) -> Iterator[Finished]:
+    """Encode and write all shards, in order. A few batches and shards are in memory at any time."""
+
+    def encoded(one: Work) -> Encoded | None:
+        return encode(tokenizer, one.documents) if one.documents else None
+
+    parts: list[Encoded] = []
+    writing: deque[Future[Finished]] = deque()
+    done = np.zeros(3, dtype=np.int64)
+    for one, part in ordered_map(pool, encoded, work, ahead=2 * workers):
+        if part:
+            parts.append(part)
+            done += (len(part.ends), len(part.ids), part.text_bytes)
+        if one.last:
+            writing.append(
+                finished_already(one.finished) if one.finished
+                else pool.submit(write_shard, folder, one.shard, parts, shuffle_seed)
+            )  # fmt: skip
+            parts = []
+        if one.finished:
+            done += (one.finished.shard.documents, one.finished.shard.tokens, one.finished.text_bytes)
+        progress(*done.tolist())
+        while len(writing) > 2:
+            yield writing.popleft().result()
+    for future in writing:
+        yield future.result()
+
+
+def finished_already(finished: Finished) -> Future[Finished]:
+    """A shard of an earlier call, in the row of those that are being written."""
+    future: Future[Finished] = Future()
+    future.set_result(finished)
+    return future
+
+
+@contextlib.contextmanager
+def _stopping_at_once(pool: ThreadPoolExecutor) -> Iterator[ThreadPoolExecutor]:
+    """A pool that drops what it has not begun when an error or Ctrl-C comes."""
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(cancel_futures=True)
+        raise
+    pool.shutdown()
+
+
+@contextlib.contextmanager
+def _keeping_what_is_finished(partial: ShardFolder, ordered: ShardFolder) -> Iterator[None]:
+    """After an error, whole shards stay for the next call to go on with; nothing else does."""
+    try:
+        yield
+    except BaseException as error:
+        left = ordered.drop_unfinished()
+        left = partial.drop_unfinished() if partial is not ordered else left
+        if left and isinstance(error, UserError):
+            raise UserError(f"{error} (finished shards are in {partial.folder}: the same call goes on there)") from None
+        raise
 
 
 def _all_ended(documents: Iterable[Document | str]) -> Iterator[Document]:

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 
@@ -47,10 +47,10 @@ class ShardWriter:
         self.shard_tokens = shard_tokens
         self.tokens = self.documents = self.text_bytes = 0
         self.shards: list[Shard] = []
-        self._open: _OpenShard | None = None
+        self._open: OpenShard | None = None
 
     def __enter__(self) -> ShardWriter:
-        if self.directory.exists() and not _may_be_replaced(self.directory):
+        if self.directory.exists() and not may_be_replaced(self.directory):
             raise UserError(f"{self.directory}: holds something else than token shards; choose another directory")
         try:
             shutil.rmtree(self.partial, ignore_errors=True)  # what a killed process left
@@ -74,7 +74,7 @@ class ShardWriter:
             start = 0
             while start < len(ids):
                 if self._open is None:
-                    self._open = _OpenShard(self.partial, f"{len(self.shards):05}", self.masked)
+                    self._open = OpenShard(self.partial, f"{len(self.shards):05}", self.masked)
                 stop = min(len(ids), start + self.shard_tokens - self._open.tokens)
                 self._open.write(
                     ids[start:stop].astype(self.dtype),
@@ -125,20 +125,15 @@ class ShardWriter:
         )
         with (self.partial / HEADER).open("wb") as file:
             file.write(json.dumps(dataclasses.asdict(header), indent=2).encode() + b"\n")
-            _sync(file)
-        _sync_directory(self.partial)
-        _put_in_place(self.partial, self.directory)
+            sync(file)
+        sync_directory(self.partial)
+        put_in_place(self.partial, self.directory)
 
     def _user_error(self, error: OSError) -> UserError:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            written = f"{self.tokens:,} tokens ({self.tokens * self.dtype.itemsize / 1e6:,.1f} MB)"
-            return UserError(
-                f"{self.directory}: no space left after {written}: {error.strerror}; free some or use another disk"
-            )
-        return UserError(f"{self.directory}: cannot be written: {error.strerror or error}")
+        return disk_error(error, self.directory, f" after {self.tokens:,} tokens")
 
 
-class _OpenShard:
+class OpenShard:
     """The files of the shard that is being written, and the hashes of what went into them."""
 
     def __init__(self, directory: Path, name: str, masked: bool) -> None:
@@ -157,7 +152,7 @@ class _OpenShard:
 
     def finish(self) -> Shard:
         for file in self.files.values():
-            _sync(file)
+            sync(file)
             file.close()
         digests = {kind: digest.hexdigest() for kind, digest in self.hashes.items()}
         return Shard(self.name, self.tokens, self.documents, digests)
@@ -174,7 +169,14 @@ class _OpenShard:
         self.files[kind].write(content)
 
 
-def _may_be_replaced(directory: Path) -> bool:
+def disk_error(error: OSError, directory: Path, after: str = "") -> UserError:
+    """What went wrong on a disk, in one line."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return UserError(f"{directory}: no space left{after}: {error.strerror}; free some or use another disk")
+    return UserError(f"{directory}: cannot be written: {error.strerror or error}")
+
+
+def may_be_replaced(directory: Path) -> bool:
     """Only what was certainly made here, or is an empty directory, is ever deleted."""
     if not directory.is_dir():
         return False
@@ -187,7 +189,7 @@ def _may_be_replaced(directory: Path) -> bool:
     return True
 
 
-def _put_in_place(partial: Path, final: Path) -> None:
+def put_in_place(partial: Path, final: Path) -> None:
     """Rename `partial` to `final`; what is there gives way first and comes back if that fails."""
     previous = final.with_name(f".previous-{final.name}")
     shutil.rmtree(previous, ignore_errors=True)
@@ -199,16 +201,16 @@ def _put_in_place(partial: Path, final: Path) -> None:
         if previous.exists():
             os.replace(previous, final)
         raise
-    _sync_directory(final.parent)
+    sync_directory(final.parent)
     shutil.rmtree(previous, ignore_errors=True)
 
 
-def _sync(file: BinaryIO) -> None:
+def sync(file: IO[Any]) -> None:
     file.flush()
     os.fsync(file.fileno())
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -74,6 +74,8 @@ class Header:
     masked: bool  # whether there are `.trained` files
     perfect_loss: float | None  # nats a token of the best possible model, where the corpus knows it
     shards: list[Shard]
+    shuffle_seed: int | None = None  # of the order of all documents; None: as they came
+    cleaning: dict[str, Any] | None = None  # what was asked, and how many documents were kept and dropped
     format: str = FORMAT
     version: int = VERSION
 

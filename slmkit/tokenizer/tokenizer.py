@@ -7,6 +7,7 @@ Only the chat template writes special tokens, the beginning of a text among them
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -173,16 +174,28 @@ class SLMTokenizer:
             pass
         return np.array(self.encode(text), dtype=np.uint32)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode_array` of each text, on all cores: the way to tokenize a corpus."""
+    def encode_batch(self, texts: Sequence[str], threads: int | None = None) -> list[np.ndarray]:
+        """`encode_array` of each text, on so many threads (default: one a core): the way to tokenize a corpus."""
         if self._fast:
-            with ThreadPoolExecutor(os.cpu_count()) as threads:
-                return list(threads.map(self.encode_array, texts))
+            threads = threads or os.cpu_count() or 1
+            if threads == 1:
+                return self._encode_here(texts)
+            parts = [texts[start : start + 64] for start in range(0, len(texts), 64)]
+            with ThreadPoolExecutor(threads) as pool:
+                return list(itertools.chain.from_iterable(pool.map(self._encode_here, parts)))
         try:
             encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         except TypeError:
             return [self.encode_array(text) for text in texts]
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+
+    def _encode_here(self, texts: Sequence[str]) -> list[np.ndarray]:
+        try:
+            if self._fast:
+                return self._fast.encode_arrays(texts)
+        except UnicodeEncodeError:
+            pass
+        return [self.encode_array(text) for text in texts]
 
     def encode_bytes(self, data: bytes) -> list[int]:
         """Token ids of any bytes: what is valid UTF-8 as text, every other byte as its own token.

@@ -76,7 +76,7 @@ def write_checkpoint(snapshot: Snapshot, config: SLMConfig, folder: Path, compan
     Raises `UserError` when the disk is full or cannot be written.
     """
     final = folder / checkpoint_name(snapshot.step)
-    partial, replaced = (folder / f".{word}-{final.name}" for word in ("partial", "replaced"))
+    partial = folder / f".partial-{final.name}"
     shutil.rmtree(partial, ignore_errors=True)
     try:
         (partial / "training_state").mkdir(parents=True)
@@ -85,12 +85,10 @@ def write_checkpoint(snapshot: Snapshot, config: SLMConfig, folder: Path, compan
         save_file(snapshot.moments, partial / OPTIMIZER)
         (partial / STATE).write_text(snapshot.plain, encoding="utf-8")
         _write_manifest(partial)
-        if final.exists():  # of a run that went back to an earlier step: renamed in one step, deleted in many
-            shutil.rmtree(replaced, ignore_errors=True)
-            os.replace(final, replaced)
+        if final.exists():  # of a run that went back to an earlier step
+            delete(final)
         os.replace(partial, final)
         sync(folder)
-        shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, safetensors.SafetensorError, UserError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
@@ -212,10 +210,11 @@ def keep_newest(folder: Path, count: int, keep: set[str], until: int) -> None:
 
 
 def delete(checkpoint: Path) -> None:
-    """Delete a checkpoint so that no half of it is ever taken for a whole one."""
-    (checkpoint / MANIFEST).unlink()
-    sync(checkpoint)
-    shutil.rmtree(checkpoint, ignore_errors=True)
+    """Delete a checkpoint so that no half of it is ever taken for a whole one: renamed in one step, deleted in many."""
+    doomed = checkpoint.with_name(f".deleted-{checkpoint.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(checkpoint, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def file_sha256(path: Path) -> str:

@@ -28,8 +28,8 @@ from slmkit.training.plots import plot_losses
 from slmkit.training.precision import LossScale, to_weight_dtype
 from slmkit.training.recipe import Recipe, TrainSettings
 from slmkit.training.recorder import FlightRecorder
-from slmkit.training.run_log import MetricsLog, environment, mark_running
-from slmkit.training.saver import Saver
+from slmkit.training.run_log import MetricsLog, environment, mark_running, rewind_samples
+from slmkit.training.saver import Saver, best_checkpoint, point_links
 from slmkit.training.trackers import Tracker, open_trackers
 
 UPDATE_SHARES = ("adamw", "muon", "lion")  # the optimizers that work where ranks hold shares of weights
@@ -56,6 +56,11 @@ class RunDirectory:
         write_whole(self.recipe, to_yaml(recipe))
         content = environment() | device.describe() | {"data": data, "job": job_id()}
         write_whole(self.environment, json.dumps(content, indent=2) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Drop what was logged after `step`, which is about to be repeated."""
+        self.metrics.rewind(step)
+        rewind_samples(self.samples, step)
 
 
 def free_path(wanted: str | Path) -> Path:
@@ -140,12 +145,13 @@ def fit(
     if resume and (newest := newest_intact(run, plan, warn)) is not None:
         checkpoints.load_checkpoint(newest, state)
     if group.is_main:
-        run.metrics.rewind(state.step)
+        if state.step:
+            point_links(run, run.checkpoints / checkpoints.checkpoint_name(state.step), best_checkpoint(state))
+        run.rewind(state.step)
         checkpoints.clear_leftovers(run.checkpoints)
 
     recorder = FlightRecorder(run.records, recipe.seed, warn, group)
     saver = Saver(run, config, companions, settings.save_total_limit, warn, recorder.needed_checkpoints, group)
-    eval_steps = evaluation_interval(settings, plan.steps)
     length = settings.sequence_length or config.max_position_embeddings
     gauges = Gauges(model, plan.device, stream.rows_per_step, length, state.tokens, run.metrics.seconds())
     with (
@@ -157,14 +163,7 @@ def fit(
         saver,
     ):
         logger = Logger(run, perfect_loss, warn, trackers)
-        own_hooks = (
-            Every(1, logger.log_if_skipped),
-            Every(settings.logging_steps, logger.log),
-            Every(eval_steps, logger.log_and_draw),
-            Every(settings.save_steps or eval_steps, saver.save, on_stop=True, on_all_ranks=True),
-            Every(1, saver.check),
-        )
-        all_hooks = (Every(1, gauges.update), *hooks, *own_hooks)
+        all_hooks = (Every(1, gauges.update), *hooks, *hooks_on_disk(settings, plan.steps, logger, saver))
         while True:
             try:
                 train(state, OBJECTIVES[recipe.objective], stream, plan, all_hooks, stop, recorder)
@@ -193,6 +192,18 @@ def newest_intact(
     if plan.group.is_main:
         found = checkpoints.newest_intact(run.checkpoints, warn, *([wanted] if wanted else []))
     return plan.group.from_main(found)
+
+
+def hooks_on_disk(settings: TrainSettings, steps: int, logger: Logger, saver: Saver) -> tuple[Every, ...]:
+    """What is written as the run goes on, in this order: lines first, so that no checkpoint is ahead of them."""
+    eval_steps = evaluation_interval(settings, steps)
+    return (
+        Every(1, logger.log_if_skipped),
+        Every(settings.logging_steps, logger.log),
+        Every(eval_steps, logger.log_and_draw),
+        Every(settings.save_steps or eval_steps, saver.save, on_stop=True, on_all_ranks=True),
+        Every(1, saver.check),
+    )
 
 
 def fresh_state(recipe: Recipe, model: Decoder, device: Device, group: Group = ALONE) -> State:
@@ -246,14 +257,11 @@ def roll_back(run: RunDirectory, state: State, plan: Plan, why: Diverged, warn: 
     if not plan.group.is_main:
         return
     # In this order, so that a crash in between leaves a run that goes on from the same checkpoint.
-    checkpoints.point_link(run.latest, good)
-    run.best.unlink(missing_ok=True)
-    if state.best and (best := run.checkpoints / checkpoints.checkpoint_name(int(state.best["step"]))).is_dir():
-        checkpoints.point_link(run.best, best)
+    point_links(run, good, best_checkpoint(state))
     for later in checkpoints.complete_checkpoints(run.checkpoints):
         if checkpoints.step_of(later) > state.step:
             checkpoints.delete(later)
-    run.metrics.rewind(state.step)
+    run.rewind(state.step)
     ratio = state.guard.learning_rate_ratio(settings)
     warn(f"{why}, steps {first} to {first + before.in_a_row - 1}; back to step {state.step}, learning rate × {ratio:g}")
 

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from slmkit.training.loop import Report  # its module imports torch, which reading a run does not need
 
 RUNNING = ".running"
+SAMPLES_OF_A_STEP = re.compile(r"^## Step ([\d,]+)\n\n(?:> .*\n+)*", re.MULTILINE)
 
 # What the clock and the machine say: everything else in a line is the same, bit for bit, however often a run is killed.
 MEASURED = ("tokens_per_second", "seconds", "mfu", "memory_bytes")
@@ -81,6 +83,14 @@ def append_samples(path: Path, step: int, samples: list[tuple[str, str]]) -> Non
         for prompt, text in samples:
             quoted = (prompt + text).strip().replace("\n", "\n> ")
             file.write(f"> {quoted}\n\n")
+
+
+def rewind_samples(path: Path, step: int) -> None:
+    """Drop the samples after `step`, and what a crash left of some."""
+    if path.exists():
+        sections = SAMPLES_OF_A_STEP.finditer(path.read_text(encoding="utf-8", errors="replace"))
+        kept = [section[0] for section in sections if int(section[1].replace(",", "")) <= step]
+        write_whole(path, "".join(kept))
 
 
 def environment() -> dict[str, Any]:

@@ -58,15 +58,13 @@ class Saver:
     def save(self, state: State, report: Report) -> None:
         """Copy the state and begin to write it; waits for the checkpoint before, where that is not written yet."""
         loss = report.get("validation_loss")
-        is_best = loss is not None and loss < state.best.get("validation_loss", float("inf"))
-        if loss is not None and is_best:
+        if loss is not None and loss < state.best.get("validation_loss", float("inf")):
             state.best = {"step": state.step, "validation_loss": loss}
-        keep = {checkpoints.checkpoint_name(int(state.best["step"]))} if state.best else set()
         self._settle()
         snapshot = checkpoints.take_snapshot(state, self.group)
         if not self.group.is_main:
             return
-        self._thread = threading.Thread(target=self._write, args=(snapshot, is_best, keep), daemon=True)
+        self._thread = threading.Thread(target=self._write, args=(snapshot, best_checkpoint(state)), daemon=True)
         self._thread.start()
 
     def check(self, state: State, report: Report) -> None:
@@ -97,13 +95,12 @@ class Saver:
             raise error
         self.warn(f"{error}; the run goes on, and would be resumed from {older[-1].name}")
 
-    def _write(self, snapshot: checkpoints.Snapshot, is_best: bool, keep: set[str]) -> None:
+    def _write(self, snapshot: checkpoints.Snapshot, best: str | None) -> None:
         try:
             path = self._written(snapshot)
-            checkpoints.point_link(self.run.latest, path)
-            if is_best:
-                checkpoints.point_link(self.run.best, path)
-            checkpoints.keep_newest(self.run.checkpoints, self.limit, keep | self.needed(), until=snapshot.step)
+            point_links(self.run, path, best)
+            keep = self.needed() | ({best} if best else set())
+            checkpoints.keep_newest(self.run.checkpoints, self.limit, keep, until=snapshot.step)
         except OSError as error:
             self._error = UserError(f"{self.run.root}: {error}; free some space, then `slm resume`")
         except BaseException as error:  # raised in the run's own thread
@@ -112,3 +109,17 @@ class Saver:
     def _written(self, snapshot: checkpoints.Snapshot) -> Path:
         self.run.metrics.sync()  # a checkpoint must not outlive the lines of the steps before it
         return checkpoints.write_checkpoint(snapshot, self.config, self.run.checkpoints, self.companions)
+
+
+def best_checkpoint(state: State) -> str | None:
+    """The name of the checkpoint with the lowest validation loss so far."""
+    return checkpoints.checkpoint_name(int(state.best["step"])) if state.best else None
+
+
+def point_links(run: RunDirectory, latest: Path, best: str | None) -> None:
+    """Have the run's links name these checkpoints, or no best one where it is not there any more."""
+    checkpoints.point_link(run.latest, latest)
+    if best is not None and (run.checkpoints / best / checkpoints.MANIFEST).is_file():
+        checkpoints.point_link(run.best, run.checkpoints / best)
+    else:
+        run.best.unlink(missing_ok=True)

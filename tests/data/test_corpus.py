@@ -14,7 +14,7 @@ class Silent:
     def say(self, line: str) -> None: ...
 
     def counter(self, label: str):
-        return lambda documents, tokens: None
+        return lambda *done: None
 
 
 def texts(folder: Path, **data: object) -> tuple[list[str], list[str]]:

@@ -76,9 +76,9 @@ def test_conversations_keep_their_mask_and_end_in_a_token_that_is_not_learned(tm
 
 def test_progress_is_told_as_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(prepare, "BATCH_CHARACTERS", 1)
-    told: list[tuple[int, int]] = []
+    told: list[tuple[int, int, int]] = []
     prepare_text(["ab", "c"], TOKENIZER, tmp_path / "shards", progress=lambda *done: told.append(done))
-    assert told == [(1, 3), (2, 5)]
+    assert told == [(1, 3, 2), (2, 5, 3)]
 
 
 def test_a_mistake_in_the_text_leaves_the_old_shards(tmp_path: Path):
@@ -101,7 +101,7 @@ def prepare_with_real_tokenizer(directory: str) -> None:
     real.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=290, show_progress=False))
 
     class Wrapped(ByteTokenizer):
-        def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        def encode_batch(self, texts: list[str], threads: int | None = None) -> list[np.ndarray]:
             return [np.array(encoding.ids) for encoding in real.encode_batch(texts)]
 
     prepare_text(texts, Wrapped(size=290), directory)

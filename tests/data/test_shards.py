@@ -119,6 +119,8 @@ def test_the_header_says_what_is_inside(tmp_path: Path):
         "sources": sources,
         "masked": False,
         "perfect_loss": 0.7,
+        "shuffle_seed": None,
+        "cleaning": None,
     }
     assert (first["name"], first["tokens"], first["documents"]) == ("00000", 5, 1)
     assert (second["name"], second["tokens"], second["documents"]) == ("00001", 3, 1)

@@ -13,7 +13,7 @@ from slmkit.config import UserError
 from slmkit.training.loop import Every, RunStopped
 from slmkit.training.plots import plot_losses
 from slmkit.training.run import RunDirectory, find_model_directory, new_run_directory
-from slmkit.training.run_log import MetricsLog, append_samples, environment
+from slmkit.training.run_log import MetricsLog, append_samples, environment, rewind_samples
 from tests.training.helpers import run
 
 
@@ -90,6 +90,20 @@ def test_samples_are_added_step_by_step(tmp_path: Path) -> None:
     assert (
         tmp_path / "samples.md"
     ).read_text() == "## Step 10\n\n> Once upon\n> a time\n\n## Step 20\n\n> Once more\n\n"
+
+
+def test_samples_are_rewound_with_the_metrics(tmp_path: Path) -> None:
+    path = tmp_path / "samples.md"
+    append_samples(path, 1_000, [("Once", " upon\n## Step 5\n\na time"), ("There", " was")])
+    whole = path.read_text()
+    append_samples(path, 11_000, [("Once", " more")])
+    longer = path.read_text()
+    for cut in range(len(whole), len(longer) + 1):
+        path.write_text(longer[:cut])
+        rewind_samples(path, 1_000)
+        assert path.read_text() == whole
+    rewind_samples(path, 999)
+    assert path.read_text() == ""
 
 
 def test_the_environment_is_described_in_json(tmp_path: Path) -> None:

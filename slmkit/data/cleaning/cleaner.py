@@ -1,0 +1,178 @@
+"""Documents in, the same documents out but for those that are left out, each for a reason that is counted.
+
+What a document looks like is worked out in threads, a batch at a time; whether it has been seen before is decided one
+after the other, so that the result does not depend on how many threads there are. Memory: the documents of a few
+batches (the longest whole, unless `max_characters` drops it as it comes), and of every document that is kept 8 bytes
+for exact copies and 8 bytes a band for near ones (`minhash.bands_and_rows`; 72 bytes at a threshold of 0.8).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from slmkit.data.cleaning.characters import check_scripts, shares
+from slmkit.data.cleaning.evaluation import evaluation_runs, full_runs
+from slmkit.data.cleaning.minhash import band_keys, bands_and_rows
+from slmkit.data.cleaning.seen import SeenKeys
+from slmkit.data.cleaning.settings import CleaningSettings
+from slmkit.data.cleaning.words import any_in, hash_words
+from slmkit.data.ordered_map import ordered_map
+from slmkit.data.sources import Document
+
+BATCH_CHARACTERS = 1 << 20
+EXACT, NEAR = "exact duplicate", "near duplicate"
+
+Pieces = list[Document]  # of one document
+
+
+@dataclass
+class CleaningReport:
+    """How many documents were read, and how many of them were dropped for each reason."""
+
+    settings: CleaningSettings
+    documents: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def kept(self) -> int:
+        return self.documents - self.dropped.total()
+
+    def to_dict(self) -> dict[str, Any] | None:
+        """For the header of shards; None where nothing was asked for."""
+        if not self.settings.is_active:
+            return None
+        settings = self.settings.model_dump(mode="json", exclude_defaults=True)
+        counts = {"documents": self.documents, "kept": self.kept, "dropped": dict(self.dropped.most_common())}
+        return {"settings": settings, **counts}
+
+    def in_words(self) -> str:
+        """`1,000 documents: 960 kept; dropped 30 exact duplicate, 10 too short`."""
+        dropped = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.most_common())
+        return f"{self.documents:,} documents: {self.kept:,} kept; dropped {dropped or 'none'}"
+
+    def why_nothing(self) -> str:
+        """What to add where no document is left."""
+        return f" (of {self.in_words()})" if self.documents else ""
+
+
+class _Looks(NamedTuple):
+    """Of a batch of documents: why each is left out whatever came before, or None; and the keys of its text."""
+
+    reasons: list[str | None]
+    exact: np.ndarray  # uint64 [documents, 1]
+    bands: np.ndarray  # uint64 [documents, bands]
+
+
+class Cleaner:
+    """Cleans one corpus; `report` grows as it is read. Raises `UserError` for unknown scripts and evaluation files."""
+
+    def __init__(self, settings: CleaningSettings) -> None:
+        self.settings, self.report = settings, CleaningReport(settings)
+        self.scripts = tuple(settings.scripts)
+        check_scripts(self.scripts)
+        self.forbidden = evaluation_runs(settings.evaluation, settings.evaluation_words)
+        self.bands, self.rows = bands_and_rows(settings.near_duplicates) if settings.near_duplicates else (0, 0)
+        self.seen_exact, self.seen_near = SeenKeys(), SeenKeys()
+
+    def clean(self, documents: Iterable[Document], pool: Executor, workers: int) -> Iterator[Document]:
+        """The documents that are kept."""
+        if not self.settings.is_active:
+            yield from documents
+            return
+        for pieces, reason in self.decide(documents, pool, workers):
+            if reason is None:
+                yield from pieces
+
+    def decide(
+        self, documents: Iterable[Document], pool: Executor, workers: int
+    ) -> Iterator[tuple[Pieces, str | None]]:
+        """Every document, in order, with the reason for which it is left out, or None."""
+        batches = _batched(whole_documents(documents, self.settings.max_characters))
+        for batch, looks in ordered_map(pool, self._look, batches, ahead=2 * workers):
+            reasons = list(looks.reasons)
+            if self.settings.exact_duplicates:
+                _drop_seen(reasons, self.seen_exact, looks.exact, EXACT)
+            if self.bands:
+                _drop_seen(reasons, self.seen_near, looks.bands, NEAR)
+            self.report.documents += len(batch)
+            self.report.dropped.update(reason for reason in reasons if reason)
+            yield from zip(batch, reasons)
+
+    def _look(self, batch: Sequence[Pieces]) -> _Looks:
+        texts = ["".join(piece.text for piece in pieces) for pieces in batch]
+        words = functools.cache(lambda: hash_words(texts))
+        reasons = [self._odd_characters(text) for text in texts]
+        if self.settings.min_words or self.settings.max_words:
+            counts = words().counts.tolist()
+            reasons = [reason or self._odd_length(count) for reason, count in zip(reasons, counts)]
+        if len(self.forbidden):
+            is_tainted = any_in(self.forbidden, full_runs(words(), self.settings.evaluation_words))
+            reasons = [reason or ("evaluation text" if bad else None) for reason, bad in zip(reasons, is_tainted)]
+        bands = band_keys(words(), self.bands, self.rows) if self.bands else np.zeros((len(texts), 0), np.uint64)
+        return _Looks(reasons, _exact_keys(texts) if self.settings.exact_duplicates else bands, bands)
+
+    def _odd_length(self, words: int) -> str | None:
+        if words < (self.settings.min_words or 0):
+            return "too short"
+        return "too long" if words > (self.settings.max_words or words) else None
+
+    def _odd_characters(self, text: str) -> str | None:
+        asked = self.settings
+        if asked.min_characters and len(text) < asked.min_characters:
+            return "too short"
+        if asked.max_characters and len(text) > asked.max_characters:
+            return "too long"
+        if self.scripts or asked.min_letter_share:
+            letters, wanted = shares(text, self.scripts)
+            if letters < (asked.min_letter_share or 0):
+                return "few letters"
+            if self.scripts and wanted < asked.min_script_share:
+                return "another script"
+        return None
+
+
+def whole_documents(documents: Iterable[Document], max_characters: int | None) -> Iterator[Pieces]:
+    """The pieces of each document together; of one that is too long, no more than shows that it is."""
+    pieces: Pieces = []
+    characters = 0
+    for document in documents:
+        characters += len(document.text)
+        if max_characters is None or characters - len(document.text) <= max_characters:
+            pieces.append(document)
+        if document.ends:
+            yield pieces
+            pieces, characters = [], 0
+
+
+def _batched(wholes: Iterable[Pieces]) -> Iterator[list[Pieces]]:
+    batch: list[Pieces] = []
+    characters = 0
+    for pieces in wholes:
+        batch.append(pieces)
+        characters += sum(len(piece.text) for piece in pieces) + 1
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _exact_keys(texts: Sequence[str]) -> np.ndarray:
+    digests = [hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest() for text in texts]
+    return np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 1)
+
+
+def _drop_seen(reasons: list[str | None], seen: SeenKeys, keys: np.ndarray, reason: str) -> None:
+    comparable = (keys != 0).any(axis=1).tolist()  # not those without a single word
+    left = [index for index, other in enumerate(reasons) if other is None and comparable[index]]
+    for index, is_new in zip(left, seen.new_ones(keys[left]).tolist()):
+        if not is_new:
+            reasons[index] = reason

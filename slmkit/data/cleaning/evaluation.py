@@ -1,0 +1,60 @@
+"""Text that a model will be tested on, as runs of words to look for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from slmkit.config import UserError
+from slmkit.data.cleaning.words import HashedWords, hash_runs, hash_words
+from slmkit.data.sources import read_documents
+from slmkit.data.sources.documents import BadRow
+from slmkit.data.sources.files import find_files, local_file
+from slmkit.data.sources.row_formats import RowFormat
+from slmkit.data.sources.rows import ROWS
+
+KINDS = (".txt", ".jsonl", ".json", ".csv")
+ALL_TEXT = {"all text": RowFormat((), lambda row: "\n".join(_texts(row)))}
+
+
+def evaluation_runs(paths: Sequence[str], length: int) -> np.ndarray:
+    """The runs of `length` words in these files, all text columns of their rows: uint64 [runs], sorted.
+
+    Raises `UserError` for what cannot be read, and where no text has so many words.
+    """
+    found = [full_runs(hash_words([text]), length).hashes for text in _all_texts(paths)] if paths else []
+    runs = np.unique(np.concatenate(found)) if found else np.zeros(0, dtype=np.uint64)
+    if paths and not len(runs):
+        raise UserError(f"{paths[0]}: no text of {length} words to look for; lower evaluation_words")
+    return runs
+
+
+def full_runs(words: HashedWords, length: int) -> HashedWords:
+    """Runs of exactly so many words: none of a shorter text."""
+    runs = hash_runs(words, length)
+    is_full = np.repeat(words.counts >= length, runs.counts)
+    counts = np.where(words.counts >= length, runs.counts, 0)
+    stops = np.cumsum(counts)
+    return HashedWords(runs.hashes[is_full], stops - counts, stops)
+
+
+def _all_texts(paths: Sequence[str]) -> Iterator[str]:
+    for path in find_files(paths, KINDS):
+        file = local_file(path)
+        if file.kind == ".txt":
+            yield from (document.text for document in read_documents(path))
+            continue
+        for row in ROWS[file.kind](file, {}, ALL_TEXT):
+            if isinstance(row.value, BadRow):
+                raise UserError(row.value.message)
+            yield row.value
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)

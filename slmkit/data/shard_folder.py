@@ -1,0 +1,139 @@
+"""Finished shards in a folder, each whole on disk with a marker that says what it was made of.
+
+A preparation that is killed leaves such a folder behind. The next one makes the same pieces of work again, takes every
+shard whose marker names the same text and tokenizer, and only makes the rest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from slmkit.config import UserError
+from slmkit.data.shard_writer import OpenShard, disk_error, may_be_replaced, put_in_place, sync, sync_directory
+from slmkit.data.shards import FORMAT, HEADER, VERSION, Header, Shard, Vocabulary
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A shard on disk. `origin` tells whether it can be used again: a hash of all that it depends on."""
+
+    shard: Shard
+    text_bytes: int
+    origin: str
+
+
+class ShardFolder:
+    """Writes shards in any order, from any thread or process. Raises `UserError` where the disk is full."""
+
+    def __init__(self, folder: Path, tokenizer: Vocabulary) -> None:
+        self.folder = folder
+        self.vocab_size, self.dtype = len(tokenizer), np.dtype("<u2" if len(tokenizer) <= 1 << 16 else "<u4")
+        self.maker = f"{FORMAT} {VERSION} {tokenizer.fingerprint} {self.dtype.name}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise disk_error(error, folder) from None
+
+    def has(self, number: int) -> bool:
+        """Whether there is a shard of this number, of whatever text."""
+        return self._marker(number).is_file()
+
+    def drop_unfinished(self) -> bool:
+        """Remove what is not whole; the folder too where nothing is. Returns whether anything is left."""
+        for path in self.folder.iterdir():
+            if path.is_file() and not path.with_suffix(".json").is_file():
+                path.unlink()
+        if any(self.folder.iterdir()):
+            return True
+        self.folder.rmdir()
+        return False
+
+    def find(self, number: int, content: str) -> Finished | None:
+        """The shard of this number if it was made of `content` by the same tokenizer, and is as it was written."""
+        try:
+            marker = json.loads(self._marker(number).read_text())
+            finished = Finished(Shard(**marker.pop("shard")), **marker)
+            if finished.origin != self._origin(content):
+                return None
+            for kind, expected in finished.shard.sha256.items():
+                with (self.folder / f"{finished.shard.name}.{kind}").open("rb") as file:
+                    if hashlib.file_digest(file, "sha256").hexdigest() != expected:
+                        return None
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return None
+        return finished
+
+    def write(self, number: int, content: str, ids: np.ndarray, ends: np.ndarray, text_bytes: int) -> Finished:
+        """All tokens [n] of a shard and one past each document's last [documents]. The marker is written last."""
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
+            raise ValueError(f"expected tokens below {self.vocab_size}, found {ids.min()} to {ids.max()}")
+        try:
+            self._marker(number).unlink(missing_ok=True)
+            file = OpenShard(self.folder, f"{number:05}", masked=False)
+            try:
+                file.write(ids.astype(self.dtype, copy=False), ends, None)
+                finished = Finished(file.finish(), text_bytes, self._origin(content))
+            finally:
+                file.close()
+            unfinished = self._marker(number).with_suffix(".unfinished")
+            with unfinished.open("w") as marker:
+                json.dump(dataclasses.asdict(finished), marker)
+                sync(marker)
+            unfinished.replace(self._marker(number))
+        except OSError as error:
+            raise disk_error(error, self.folder) from None
+        return finished
+
+    def read(self, finished: Finished, first: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Documents [first, stop) of a shard: tokens, uint16 or uint32 [n], and one past each one's last, int64."""
+        path = self.folder / finished.shard.name
+        before = min(first, 1)  # the end of the document in front is where the first begins
+        ends = np.fromfile(f"{path}.ends", "<i8", count=stop - first + before, offset=8 * (first - before))
+        begin = int(ends[0]) if before else 0
+        size = int(ends[-1]) - begin if stop > first else 0
+        tokens = np.fromfile(f"{path}.tokens", self.dtype, count=size, offset=begin * self.dtype.itemsize)
+        return tokens, ends[before:] - begin
+
+    def _origin(self, content: str) -> str:
+        return hashlib.sha256(f"{self.maker} {content}".encode()).hexdigest()
+
+    def _marker(self, number: int) -> Path:
+        return self.folder / f"{number:05}.json"
+
+
+def partial_folder(directory: Path) -> Path:
+    """Where the shards of `directory` are made. Raises `UserError` where it holds something else than shards."""
+    if directory.exists() and not may_be_replaced(directory):
+        raise UserError(f"{directory}: holds something else than token shards; choose another directory")
+    return directory.with_name(f".partial-{directory.name}")
+
+
+def complete(partial: Path, directory: Path, header: Header) -> None:
+    """Write the header, remove what it does not name, and put everything in its place."""
+    try:
+        with (partial / HEADER).open("w", encoding="utf-8") as file:
+            file.write(json.dumps(dataclasses.asdict(header), indent=2) + "\n")
+            sync(file)
+        kept = header.file_sizes().keys() | {HEADER}
+        for path in partial.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name not in kept:
+                path.unlink()
+        sync_directory(partial)
+        put_in_place(partial, directory)
+    except OSError as error:
+        raise disk_error(error, directory) from None
+
+
+def content_of(digests: Sequence[str]) -> str:
+    """One digest of many, in their order."""
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest()
