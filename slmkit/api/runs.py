@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -26,6 +25,7 @@ from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.checkpoints import complete_checkpoints
 from slmkit.training.distributed import ALONE, Group, join
 from slmkit.training.loop import Every, Hook, Plan, Report, State
+from slmkit.training.micro_batch import resolve_micro_batch
 from slmkit.training.progress import TrainingProgress
 from slmkit.training.recipe import ModelSettings, Recipe, load_recipe
 from slmkit.training.run import (
@@ -56,8 +56,8 @@ class Silence:
 
     def warn(self, line: str) -> None: ...
 
-    def counter(self, label: str) -> Callable[[int, int], None]:
-        return lambda documents, tokens: None
+    def counter(self, label: str) -> data_corpus.Progress:
+        return lambda *done: None
 
 
 def train_recipe(recipe: Recipe, reporter: Reporter, dry_run: bool = False, force: bool = False) -> RunDirectory:
@@ -177,6 +177,8 @@ class _Session:
                 f"train.sequence_length {self.length} is longer than the model's max_position_embeddings "
                 f"{config.max_position_embeddings}: shorten the one or raise the other"
             )
+        settings = resolve_micro_batch(recipe.train, model, self.length, device)
+        self.recipe = recipe = recipe.model_copy(update={"train": settings})
         is_chat = recipe.objective == "sft"
         kind = ChatRows if is_chat else PretrainRows
         self.rows = kind(corpus.train, self.length)

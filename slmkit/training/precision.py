@@ -124,8 +124,8 @@ def rounded_stochastically(x: Tensor) -> Tensor:
     bfloat16 is float32 without its last 16 bits; a random number added to those carries as often as they ask for.
     """
     bits = x.view(torch.int32)
-    carried = bits + torch.randint_like(bits, 2**16)
-    rounded = (carried & -(2**16)).view(torch.float32).bfloat16()
+    carried = torch.randint_like(bits, 2**16).add_(bits)
+    rounded = carried.bitwise_and_(-(2**16)).view(torch.float32).bfloat16()
     return torch.where(torch.isfinite(x), rounded, x.bfloat16())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -58,7 +58,8 @@ class TrainSettings(Settings):
 
     sequence_length: int | None = Field(None, gt=1)  # None: the model's max_position_embeddings
     tokens_per_step: int = Field(8_192, gt=0)
-    micro_batch_tokens: int = Field(8_192, gt=0)  # what goes through the model at once; smaller takes less memory
+    # What goes through the model at once: less takes less memory, and changes nothing else. auto: the most that fits.
+    micro_batch_tokens: Annotated[int, Field(gt=0)] | Literal["auto"] = 8_192
     max_tokens: int | None = Field(None, gt=0)
     max_steps: int | None = Field(None, gt=0)
     num_train_epochs: float | None = Field(None, gt=0)
@@ -76,6 +77,7 @@ class TrainSettings(Settings):
     adam_epsilon: float = Field(1e-8, gt=0)
     max_grad_norm: float = Field(1.0, gt=0)
     gradient_checkpointing: int = Field(0, ge=0)  # every n-th layer is computed again instead of kept: less memory
+    compile: Literal["auto"] | bool = "auto"  # torch.compile of each block; auto: on CUDA devices
     logging_steps: int = Field(10, gt=0)
     eval_steps: int | None = Field(None, gt=0)  # None: ten times a run
     save_steps: int | None = Field(None, gt=0)  # None: at each evaluation
@@ -100,7 +102,10 @@ class TrainSettings(Settings):
         return max(1, round(self.tokens_per_step / sequence_length))
 
     def rows_per_micro_batch(self, sequence_length: int) -> int:
-        return max(1, self.micro_batch_tokens // sequence_length)
+        """Of `auto` all rows of a step, until `resolve_micro_batch` has found how many fit."""
+        if self.micro_batch_tokens == "auto":
+            return self.rows_per_step(sequence_length)
+        return min(self.rows_per_step(sequence_length), max(1, self.micro_batch_tokens // sequence_length))
 
     def total_steps(self, rows_in_epoch: int, sequence_length: int) -> int:
         """Optimizer steps of the whole run, at least one."""

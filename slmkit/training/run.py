@@ -17,11 +17,13 @@ from slmkit.data.stream import Batches
 from slmkit.device import Device, keep_freed_memory
 from slmkit.model import Decoder, SLMConfig
 from slmkit.training import checkpoints
+from slmkit.training.compilation import compile_blocks, compile_pays, uncompiled
 from slmkit.training.distributed import ALONE, Group
 from slmkit.training.files import write_whole
 from slmkit.training.gauges import Gauges
 from slmkit.training.guards import Diverged, GuardSettings
 from slmkit.training.loop import Every, Plan, Report, RunStopped, State, StopRequested, train
+from slmkit.training.micro_batch import lack_of_memory_explained
 from slmkit.training.objectives import OBJECTIVES
 from slmkit.training.optimizers import make_optimizers
 from slmkit.training.plots import plot_losses
@@ -161,12 +163,13 @@ def fit(
         ) as trackers,
         stop_on_signals() as stop,
         saver,
+        lack_of_memory_explained(model.architecture, settings, plan.rows_per_micro_batch, length, plan.device),
     ):
         logger = Logger(run, perfect_loss, warn, trackers)
         all_hooks = (Every(1, gauges.update), *hooks, *hooks_on_disk(settings, plan.steps, logger, saver))
         while True:
             try:
-                train(state, OBJECTIVES[recipe.objective], stream, plan, all_hooks, stop, recorder)
+                train(state, OBJECTIVES[recipe.objective], stream, plan, uncompiled(all_hooks, model), stop, recorder)
                 break
             except Diverged as error:
                 saver.wait()
@@ -214,6 +217,8 @@ def fresh_state(recipe: Recipe, model: Decoder, device: Device, group: Group = A
     to_weight_dtype(model, device)
     model.recompute_every = recipe.train.gradient_checkpointing
     _check_sharing(recipe.train, device, group)
+    if compile_pays(recipe.train.compile, device):
+        compile_blocks(model)
     group.share(model, recipe.train.parallel, device.torch_device)
     optimizers = make_optimizers(model, recipe.train, device)
     return State(model, optimizers, seed=recipe.seed, loss_scale=LossScale.of(device))

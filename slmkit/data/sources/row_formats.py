@@ -9,6 +9,7 @@ from typing import Any
 from slmkit.config import UserError, did_you_mean
 from slmkit.data.source_settings import SourceSettings
 from slmkit.data.sources.documents import Message
+from slmkit.tokenizer.chat import check_messages
 
 Row = dict[str, Any]
 ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT's `from`, where they are not ours
@@ -49,11 +50,11 @@ def chat_formats(settings: SourceSettings) -> RowFormats:
         settings.row_format,
         {
             # HuggingFaceTB/smoltalk, allenai/tulu-3-sft-personas-code
-            "messages": RowFormat((column,), lambda row: _messages(row, column)),
+            "messages": RowFormat((column,), lambda row: _checked(_messages(row, column))),
             # Open-Orca/SlimOrca, and whatever else is in the manner of ShareGPT
-            "conversations": RowFormat(("conversations",), _conversations),
+            "conversations": RowFormat(("conversations",), lambda row: _checked(_conversations(row))),
             # tatsu-lab/alpaca
-            "instruction": RowFormat(("instruction", "output"), _instruction, optional=("input",)),
+            "instruction": RowFormat(("instruction", "output"), lambda row: _checked(_instruction(row)), ("input",)),
         },
     )
 
@@ -85,6 +86,15 @@ def _messages(row: Row, column: str) -> list[Message]:
         found = f"a list of {len(value)}" if isinstance(value, list) else type(value).__name__
         raise ValueError(f"expected in column {column!r} a list of messages such as {EXAMPLE}, found {found}")
     return value
+
+
+def _checked(messages: list[Message]) -> list[Message]:
+    """The conversation, if it is one: public sets hold turns out of order and answers without a word."""
+    try:
+        check_messages(messages)
+    except UserError as error:
+        raise ValueError(str(error)) from None
+    return messages
 
 
 def _conversations(row: Row) -> list[Message]:

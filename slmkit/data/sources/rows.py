@@ -165,7 +165,7 @@ def _converted(place: str, row: dict[str, Any] | str, formats: RowFormats) -> An
     try:
         return found.convert(row)
     except ValueError as error:
-        return BadRow("wrong type", f"{place}: {error}")
+        return BadRow("not as expected", f"{place}: {error}")
 
 
 def _no_column(place: str, formats: RowFormats, columns: Iterable[str], rows: int = 1) -> BadRow:

@@ -64,11 +64,22 @@ def text_documents(file: File, start: Position) -> Iterator[Item[Document]]:
 def _cleaned(raw: str) -> str:
     """Without what `LEFT_OUT` finds, and in two quick steps."""
     text = raw.replace("\r\n", "\n")
-    return NO_TEXT.sub("", text) if NO_TEXT.search(text) else text
+    return text if _is_text(text) else NO_TEXT.sub("", text)
+
+
+def _is_text(raw: str) -> bool:
+    """Whether `NO_TEXT` finds nothing, found out at the speed of memory."""
+    try:
+        raw.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in raw
 
 
 def _raw_cut(raw: str, cut: int) -> int:
     """Where in `raw` the text goes on that goes on at `cut` in the cleaned text."""
+    if len(_cleaned(raw)) == len(raw):
+        return cut
     for match in LEFT_OUT.finditer(raw):  # a position in `raw`, as `cut` becomes one
         if match.start() >= cut:
             break
@@ -78,7 +89,8 @@ def _raw_cut(raw: str, cut: int) -> int:
 
 def _reported(file: File, raw: str, end: int, position: Position) -> Iterator[Item[Document]]:
     """The bytes in `raw` that are no text, `raw` ending at the offset `end`."""
-    if first := NO_TEXT.search(raw):
+    first = None if _is_text(raw) else NO_TEXT.search(raw)
+    if first:
         place = end - _bytes(raw[first.start() :])
         yield not_text(file, place, rows=len(NO_TEXT.findall(raw))), position
 
