@@ -1,13 +1,14 @@
 # make quickstart   the whole life of a small model, offline, in minutes
 # make test         everything the project promises, checked
 # make test-transformers4   the comparisons with transformers 4
+# make test-long    models read far past their trained length
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # pip's view of the pinned set: the same versions for everybody.
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: quickstart test test-transformers4 lint types check format clean
+.PHONY: quickstart test test-transformers4 test-long lint types check format clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/slm quickstart
@@ -20,6 +21,10 @@ test-transformers4: $(VENV)/.installed-test
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/transformers4 --upgrade "transformers<5" "huggingface_hub<1" \
 		"tokenizers<=0.23.0" requests urllib3 charset_normalizer idna certifi
 	PYTHONPATH=$(VENV)/transformers4 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto tests/parity
+
+# A model of 8,192 positions read at 32,768 and 131,072: half an hour.
+test-long: $(VENV)/.installed-test
+	SLMKIT_TEST_LONG=1 $(BIN)/python -m pytest tests/parity/test_long.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -125,6 +125,8 @@ def _first_problem(kind: type[Settings], error: pydantic.ValidationError, origin
 def _fields_at(kind: type[Settings], location: Sequence[str]) -> list[str]:
     """The names of the settings at a dotted place below `kind`."""
     for name in location:
+        if name.isdigit():  # a place in a list
+            continue
         field = kind.model_fields.get(name)
         inner = field and _settings_in(field.annotation)
         if not inner:
@@ -134,9 +136,9 @@ def _fields_at(kind: type[Settings], location: Sequence[str]) -> list[str]:
 
 
 def _settings_in(annotation: Any) -> type[Settings] | None:
-    """The `Settings` class inside an annotation such as `Optimizer | None`."""
+    """The `Settings` class inside an annotation such as `Optimizer | None` or `list[Optimizer]`."""
     if isinstance(annotation, type) and issubclass(annotation, Settings):
         return annotation
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, list):
         return next((found for part in typing.get_args(annotation) if (found := _settings_in(part))), None)
     return None

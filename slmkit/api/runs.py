@@ -13,7 +13,8 @@ from slmkit.api.xray import look
 from slmkit.config import UserError
 from slmkit.data import corpus as data_corpus
 from slmkit.data.corpus import Corpus, build_corpus, open_corpus
-from slmkit.data.stream import ChatRows, DocumentRows, PretrainRows, Stream
+from slmkit.data.feed import make_batches
+from slmkit.data.stream import ChatRows, DocumentRows
 from slmkit.device import Device, find_device
 from slmkit.evaluation import validation_loss
 from slmkit.evaluation.loss import LossReport, Rows
@@ -133,18 +134,24 @@ class _Session:
             )
         settings = resolve_micro_batch(recipe.train, model, self.length, device)
         self.recipe = recipe = recipe.model_copy(update={"train": settings})
-        is_chat = recipe.objective == "sft"
-        kind = ChatRows if is_chat else PretrainRows
-        self.rows = kind(corpus.train, self.length)
-        self.validation_rows: Rows = (ChatRows if is_chat else DocumentRows)(corpus.validation, self.length)
-        separate = recipe.data.separate_documents
-        self.stream = Stream(self.rows, recipe.train.rows_per_step(self.length), recipe.seed, separate)
-        self.plan: Plan = make_plan(recipe.train, self.rows.rows_in_epoch, self.length, device, recipe.guard)
+        validation_rows = ChatRows if recipe.objective == "sft" else DocumentRows
+        self.validation_rows: Rows = validation_rows(corpus.validation, self.length)
+        rows_per_step = recipe.train.rows_per_step(self.length)
+        self.stream = make_batches(recipe.objective, recipe.data, corpus, self.length, rows_per_step, recipe.seed)
+        if not self.stream.has(0):
+            raise UserError(
+                f"the data ends before the first step, which is {rows_per_step} rows of {self.length} tokens: "
+                "add text, or lower train.tokens_per_step"
+            )
+        self.plan: Plan = make_plan(
+            recipe.train, self.stream.rows_in_epoch, self.length, device, recipe.guard, self.stream.total_rows
+        )
 
     def summary(self) -> str:
         parameters = sum(p.numel() for p in self.model.parameters())
+        tokens = f"{self.corpus.training_tokens:,}" if self.corpus.training_tokens else "streamed"
         return (
-            f"{parameters:,} parameters, {len(self.corpus.train):,} training tokens, "
+            f"{parameters:,} parameters, {tokens} training tokens, "
             f"{self.plan.steps:,} steps of {self.stream.rows_per_step} × {self.length} tokens, "
             f"{self.device.describe()['device']} in {self.device.describe()['compute_dtype']}"
         )
@@ -157,7 +164,7 @@ class _Session:
             self.config.vocab_size,
             self.run.root,
             reporter.say,
-            train=[self.corpus.train],
+            train=self.corpus.train,
             validation=[self.corpus.validation],
             is_chat=self.recipe.objective == "sft",
             force=force,

@@ -15,22 +15,32 @@ app = typer.Typer(
 def train(
     sources: Annotated[
         list[str],
-        typer.Argument(help="Text files or folders (.txt, .jsonl, .csv, .parquet, also .gz, .zst), or `stories`."),
+        typer.Argument(
+            help="Files, folders (.txt, .jsonl, .csv, .parquet, also .gz, .zst), hub data sets, URLs, or `stories`."
+        ),
     ],
     output: Annotated[str, typer.Option("--output", "-o", help="Where tokenizer.json goes.")] = "tokenizer",
     vocab_size: Annotated[int, typer.Option(help="Tokens, the 256 bytes and the special ones included.")] = 16_384,
     text_column: Annotated[str, typer.Option(help="The column that holds the text.")] = "text",
+    documents_per_source: Annotated[
+        int | None, typer.Option(help="Read so many of each; else as many characters of each, 100 million in all.")
+    ] = None,
 ) -> None:
-    """Train a tokenizer on any text.
+    """Train a tokenizer on any text, on as much of every source.
 
-    Example: slm tokenizer train book.txt --vocab-size 4096 -o tokenizers/book
+    Example: slm tokenizer train book.txt roneneldan/TinyStories --vocab-size 4096 -o tokenizers/both
     """
-    from slmkit.data.corpus import DataSettings, texts_of
+    from slmkit.data.corpus import texts_of
+    from slmkit.data.data_settings import DataSettings, TokenizerSettings
     from slmkit.tokenizer import SLMTokenizer
 
-    data = DataSettings(source=sources[0] if len(sources) == 1 else sources, text_column=text_column)
+    several = [{"path": path, "text_column": text_column, "streaming": True} for path in sources]
+    data = DataSettings(
+        **({"source": sources[0], "text_column": text_column} if len(several) == 1 else {"sources": several})
+    )
+    wanted = TokenizerSettings(vocab_size=vocab_size, documents_per_source=documents_per_source)
     tokenizer = SLMTokenizer(vocab_size)
-    tokenizer.train(texts_of("pretrain", data))
+    tokenizer.train(texts_of("pretrain", data, wanted))
     tokenizer.save_pretrained(output)
     print(f"{len(tokenizer):,} tokens in {output}")
     if len(tokenizer) < vocab_size:

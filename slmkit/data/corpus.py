@@ -8,51 +8,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from pydantic import Field
-
-from slmkit.config import Settings, UserError
 from slmkit.data import stories
+from slmkit.data.data_settings import DataSettings, TokenizerSettings
 from slmkit.data.prepare import Progress, prepare_chat, prepare_text, split_conversations, split_validation
+from slmkit.data.reading import (
+    VALIDATION_STREAM,
+    conversations_of,
+    documents_of,
+    held_out_of_streams,
+    is_endless,
+    open_sources,
+    tokenizer_sample,
+    validation_source,
+)
 from slmkit.data.shards import TokenShards
-from slmkit.data.sources import Document, Message, describe_sources, read_conversations, read_documents
+from slmkit.data.sources import PRIMER, Document, Message, Source
 from slmkit.tokenizer import SLMTokenizer
 
-STORIES, PRIMER = "stories", "primer"  # the sources that name the built-in corpus
-VALIDATION_STREAM = 1_000_003  # added to the seed: stories that no training stream of a nearby seed holds
 REVISION_STREAM = 500_009  # added to the seed: the primer's texts that go among the stories
 # The stories are made to be talked about: what the chat template says at each turn should be few tokens.
 CHAT_WORDS = ("user\n", "assistant\n", "Tell me a story about")
-TOKENIZER_CHARACTERS = 100_000_000  # merges are learned from so much text at most; more changes little and takes memory
-
-
-class TokenizerSettings(Settings):
-    """A tokenizer that exists, or the size of one to train on the run's own text."""
-
-    path: str | None = None
-    vocab_size: int = Field(16_384, ge=260)
-
-
-class DataSettings(Settings):
-    """Where text comes from: files and folders, or the built-in corpus: `stories`, and the `primer` to read first."""
-
-    source: str | list[str] | None = None
-    text_column: str = "text"
-    messages_column: str = "messages"
-    validation_fraction: float = Field(0.05, gt=0, lt=1)  # of files; held out of training
-    separate_documents: bool = False  # attention and positions are kept inside each
-    documents: int = Field(20_000, gt=0)  # of the built-in corpus, like the next two
-    primer_documents: int = Field(0, ge=0)  # spread among the stories, so that they do not make the primer forgotten
-    validation_documents: int = Field(300, gt=0)
-
-    @property
-    def is_built_in(self) -> bool:
-        return self.source in (STORIES, PRIMER)
-
-    def files(self) -> str | list[str]:
-        """Raises `UserError` where no source is set."""
-        if not self.source:
-            raise UserError("data.source says where text comes from: name your file or folder, `stories` or `primer`")
-        return self.source
 
 
 class Reporter(Protocol):
@@ -65,20 +40,25 @@ class Reporter(Protocol):
 
 @dataclass(frozen=True)
 class Corpus:
-    """What a run trains on and is measured by."""
+    """What a run trains on and is measured by. `train` has the shards of each source; none where they are streamed."""
 
     tokenizer: SLMTokenizer
-    train: TokenShards
+    train: list[TokenShards]
     validation: TokenShards
 
     def describe(self) -> dict[str, Any]:
         """What was read, so that a repeated run can tell whether it reads the same."""
         return {
             "tokenizer": self.tokenizer.fingerprint,
-            "sources": self.train.header.sources,
+            "sources": [source for shards in self.train or [self.validation] for source in shards.header.sources],
             "train": _counts(self.train),
-            "validation": _counts(self.validation),
+            "validation": _counts([self.validation]),
         }
+
+    @property
+    def training_tokens(self) -> int | None:
+        """None where they are streamed."""
+        return sum(map(len, self.train)) if self.train else None
 
 
 def build_corpus(
@@ -94,73 +74,129 @@ def build_corpus(
 
     Raises `UserError` for whatever is wrong with the sources.
     """
+    data.all_sources()  # there is one
     if tokenizer is None and wanted.path is not None:
         tokenizer = SLMTokenizer.from_pretrained(wanted.path)
     if tokenizer is None:
         tokenizer = SLMTokenizer(wanted.vocab_size)
-        tokenizer.train(_sample(texts_of(objective, data, seed)))
+        tokenizer.train(texts_of(objective, data, wanted, seed))
         reporter.say(f"tokenizer: {len(tokenizer):,} tokens")
     tokenizer.save_pretrained(folder / "tokenizer")
+    if data.streaming:
+        return Corpus(tokenizer, [], _prepare_validation(objective, data, seed, folder, tokenizer))
+    if data.is_built_in and objective != "sft":
+        return Corpus(tokenizer, *_prepare_built_in(data, seed, folder, tokenizer, reporter))
     prepare = _prepare_conversations if objective == "sft" else _prepare_documents
-    train, validation = prepare(data, seed, folder, tokenizer, reporter)
-    return Corpus(tokenizer, train, validation)
+    return Corpus(tokenizer, *prepare(data, seed, folder, tokenizer, reporter))
 
 
 def open_corpus(folder: Path) -> Corpus:
     """What `build_corpus` left there. Raises `UserError` where it is incomplete, damaged or mixed up."""
     tokenizer = SLMTokenizer.from_pretrained(folder / "tokenizer")
-    train, validation = TokenShards.open(folder / "train"), TokenShards.open(folder / "validation")
-    for shards in (train, validation):
+    places = sorted((folder / "train").glob("[0-9][0-9]")) or [folder / "train"]
+    train = [TokenShards.open(place) for place in places if place.exists()]
+    validation = TokenShards.open(folder / "validation")
+    for shards in (*train, validation):
         shards.check_tokenizer(tokenizer)
     return Corpus(tokenizer, train, validation)
 
 
-def texts_of(objective: str, data: DataSettings, seed: int = 0) -> Iterator[str]:
-    """All the training text of a source, for a tokenizer to learn from."""
-    if objective == "sft":
-        for conversation in _all_conversations(data, seed):
-            yield from (message["content"] for message in conversation if isinstance(message.get("content"), str))
-    elif data.is_built_in:  # a model goes from the one to the other, and to conversations: one tokenizer for all
+def texts_of(objective: str, data: DataSettings, wanted: TokenizerSettings, seed: int = 0) -> Iterator[str]:
+    """Training text for a tokenizer to learn from, of every source as much."""
+    if data.is_built_in and objective != "sft":
+        # A model goes from the one to the other, and to conversations: one tokenizer for all.
         yield from (story.text for story in stories.tell_many(seed, data.documents))
         yield from stories.primer_texts(seed, data.documents)
         yield from CHAT_WORDS * (data.documents // 10)
     else:
-        yield from (document.text for document in read_documents(data.files(), data.text_column))
+        yield from tokenizer_sample(objective == "sft", data, wanted, seed)
 
 
-def _sample(texts: Iterable[str]) -> Iterator[str]:
-    left = TOKENIZER_CHARACTERS
-    for text in texts:
-        yield text
-        left -= len(text)
-        if left <= 0:
-            return
+def _prepare_validation(
+    objective: str, data: DataSettings, seed: int, folder: Path, tokenizer: SLMTokenizer
+) -> TokenShards:
+    """The validation text of streams, or of a source of its own."""
+    sources = [settings.model_dump(exclude_defaults=True) for settings in data.all_sources()]
+    items: Any
+    if data.validation is not None:
+        source = validation_source(data, data.validation, seed)
+        items = conversations_of(source) if objective == "sft" else documents_of(source)
+        sources = source.describe()
+    else:
+        items = held_out_of_streams(data, seed, objective == "sft")
+    if objective == "sft":
+        return prepare_chat(items, tokenizer, folder / "validation", sources=sources)
+    return prepare_text(items, tokenizer, folder / "validation", sources=sources)
 
 
 def _prepare_documents(
     data: DataSettings, seed: int, folder: Path, tokenizer: SLMTokenizer, reporter: Reporter
-) -> tuple[TokenShards, TokenShards]:
+) -> tuple[list[TokenShards], TokenShards]:
+    """Shards of every source, and one directory of all that is held out of them."""
+    train, held_out, described = [], [], []
+    for place, source in _places(data, seed, folder):
+        documents: Iterable[Document] = documents_of(source)
+        if data.validation is None:
+            documents, validation = _split(source, data, seed)
+            held_out.append(validation)
+        described += (sources := source.describe())
+        progress = reporter.counter(f"tokenizing {source.settings.label}")
+        train.append(prepare_text(documents, tokenizer, place, sources=sources, progress=progress))
+        _say_all(reporter, source.report())
+    if data.validation is not None:
+        return train, _prepare_validation("pretrain", data, seed, folder, tokenizer)
+    held = itertools.chain.from_iterable(map(_ended, held_out))
+    return train, prepare_text(held, tokenizer, folder / "validation", sources=described)
+
+
+def _split(source: Source, data: DataSettings, seed: int) -> tuple[Iterator[Document], Iterator[Document]]:
+    if is_endless(source):
+        other = validation_source(data, source.settings, seed)
+        return documents_of(source), documents_of(other)
+    return split_validation(lambda: documents_of(source), data.validation_fraction)
+
+
+def _places(data: DataSettings, seed: int, folder: Path) -> Iterator[tuple[Path, Source]]:
+    """The sources, and where the shards of each go: below `train` where there are several."""
+    sources = open_sources(data, seed).values()
+    for number, source in enumerate(sources):
+        yield folder / "train" if len(sources) == 1 else folder / "train" / f"{number:02}", source
+
+
+def _ended(documents: Iterable[Document]) -> Iterator[Document]:
+    """The documents of one source, the last one ended even where its text was cut in two."""
+    ends = True
+    for document in documents:
+        ends = document.ends
+        yield document
+    if not ends:
+        yield Document("")
+
+
+def _say_all(reporter: Reporter, lines: Iterable[str]) -> None:
+    for line in lines:
+        reporter.say(line)
+
+
+def _prepare_built_in(
+    data: DataSettings, seed: int, folder: Path, tokenizer: SLMTokenizer, reporter: Reporter
+) -> tuple[list[TokenShards], TokenShards]:
     train: Iterable[Document | str]
     validation: Iterable[Document | str]
     perfect_loss = None
     if data.source == PRIMER:
         train = stories.primer_texts(seed, data.documents)
         validation = stories.primer_texts(seed + VALIDATION_STREAM, data.validation_documents)
-        sources = [_built_in(PRIMER, seed)]
-    elif data.source == STORIES:
+    else:
         train = _stories_and_primer(data, seed)
         held_out = list(stories.tell_many(seed + VALIDATION_STREAM, data.validation_documents))
         validation = [story.text for story in held_out]
         # Every document is its tokens and one end-of-text token, and the generator knows the probability of it all.
         tokens = sum(len(ids) + 1 for ids in tokenizer.encode_batch([story.text for story in held_out]))
         perfect_loss = -sum(story.log_probability for story in held_out) / tokens
-        sources = [_built_in(STORIES, seed)]
-    else:
-        files = data.files()
-        train, validation = split_validation(lambda: read_documents(files, data.text_column), data.validation_fraction)
-        sources = describe_sources(files)
+    sources = [{"path": data.source, "seed": seed}]
     return (
-        prepare_text(train, tokenizer, folder / "train", sources=sources, progress=reporter.counter("tokenizing")),
+        [prepare_text(train, tokenizer, folder / "train", sources=sources, progress=reporter.counter("tokenizing"))],
         prepare_text(validation, tokenizer, folder / "validation", sources=sources, perfect_loss=perfect_loss),
     )
 
@@ -176,32 +212,25 @@ def _stories_and_primer(data: DataSettings, seed: int) -> Iterator[str]:
 
 def _prepare_conversations(
     data: DataSettings, seed: int, folder: Path, tokenizer: SLMTokenizer, reporter: Reporter
-) -> tuple[TokenShards, TokenShards]:
-    train: Iterable[list[Message]]
-    validation: Iterable[list[Message]]
-    if data.is_built_in:
-        train = _all_conversations(data, seed)
-        validation = (stories.conversation(seed + VALIDATION_STREAM, i) for i in range(data.validation_documents))
-        sources = [_built_in(STORIES, seed)]
-    else:
-        train, validation = split_conversations(list(_all_conversations(data, seed)), data.validation_fraction)
-        sources = describe_sources(data.files())
-    return (
-        prepare_chat(train, tokenizer, folder / "train", sources=sources, progress=reporter.counter("tokenizing")),
-        prepare_chat(validation, tokenizer, folder / "validation", sources=sources),
-    )
+) -> tuple[list[TokenShards], TokenShards]:
+    train, held_out, described = [], [], []
+    for place, source in _places(data, seed, folder):
+        conversations: Iterable[list[Message]] = conversations_of(source)
+        if is_endless(source):
+            held_out.append(conversations_of(validation_source(data, source.settings, seed)))
+        elif data.validation is None:
+            conversations, validation = split_conversations(list(conversations), data.validation_fraction)
+            held_out.append(iter(validation))
+        described += (sources := source.describe())
+        progress = reporter.counter(f"tokenizing {source.settings.label}")
+        train.append(prepare_chat(conversations, tokenizer, place, sources=sources, progress=progress))
+        _say_all(reporter, source.report())
+    if data.validation is not None:
+        return train, _prepare_validation("sft", data, seed, folder, tokenizer)
+    held = itertools.chain.from_iterable(held_out)
+    return train, prepare_chat(held, tokenizer, folder / "validation", sources=described)
 
 
-def _all_conversations(data: DataSettings, seed: int) -> Iterator[list[Message]]:
-    if data.is_built_in:
-        return (stories.conversation(seed, index) for index in range(data.documents))
-    return read_conversations(data.files(), data.messages_column)
-
-
-def _built_in(name: str, seed: int) -> dict[str, Any]:
-    return {"path": name, "seed": seed}
-
-
-def _counts(shards: TokenShards) -> dict[str, Any]:
-    header = shards.header
-    return {"documents": header.documents, "tokens": header.tokens, "text_bytes": header.text_bytes}
+def _counts(all_shards: Iterable[TokenShards]) -> dict[str, Any]:
+    headers = [shards.header for shards in all_shards]
+    return {name: sum(getattr(header, name) for header in headers) for name in ("documents", "tokens", "text_bytes")}

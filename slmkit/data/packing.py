@@ -73,3 +73,8 @@ def padded(parts: Iterable[np.ndarray], length: int, fill: int) -> np.ndarray:
         row[end : end + len(part)] = part
         end += len(part)
     return row
+
+
+def numbered(lengths: np.ndarray, row_length: int) -> np.ndarray:
+    """0 for each token of the first document, 1 for the second, …, and a number of its own for padding."""
+    return padded([np.repeat(np.arange(len(lengths)), lengths)], row_length, len(lengths))

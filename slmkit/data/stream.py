@@ -16,7 +16,7 @@ from torch import Tensor
 from slmkit.config import UserError
 from slmkit.data.mixture import Phase, Schedule, WhenExhausted
 from slmkit.data.order import mixed_seed, permuted
-from slmkit.data.packing import IGNORED, pack_whole, padded, row_of_labels, windows
+from slmkit.data.packing import IGNORED, numbered, pack_whole, padded, row_of_labels, windows
 from slmkit.data.shards import TokenShards
 
 
@@ -287,7 +287,7 @@ class ChatRows(Rows):
 
     def documents(self, index: int) -> np.ndarray:
         lengths = (self.stops - self.starts)[self.packed[index]]
-        return _numbered(lengths, self.length)
+        return numbered(lengths, self.length)
 
 
 class DocumentRows(Rows):
@@ -329,15 +329,10 @@ class DocumentRows(Rows):
         lengths = np.array([stop - start for start, stop in self._rows[index]])
         lengths[0] += 1
         lengths[-1] -= 1
-        return _numbered(lengths, self.length)
+        return numbered(lengths, self.length)
 
 
 def _documents(shards: TokenShards) -> tuple[np.ndarray, np.ndarray]:
     """First token of each document and one past its last: int64 [documents] each."""
     ends = shards.document_ends
     return np.concatenate([np.zeros(1, dtype=np.int64), ends[:-1]]), ends
-
-
-def _numbered(lengths: np.ndarray, row_length: int) -> np.ndarray:
-    """0 for each token of the first document, 1 for the second, …, and a number of its own for padding."""
-    return padded([np.repeat(np.arange(len(lengths)), lengths)], row_length, len(lengths))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from slmkit.model.context import View
+from slmkit.model.document_attention import SMALLEST_HEAD, attend_in_blocks, dense_mask
 
 # On a CPU in bfloat16 the matrix units are so fast that the fused kernel, which works in float32 inside, takes three
 # times as long as plain products over rows this short (two heads of 64, two rows of 512: 5.3 against 1.7 ms).
@@ -21,6 +24,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, view: View, scale: float, cap: float
     """
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    if view.blocks is not None:
+        if not dropout and min(q.size(-1), v.size(-1)) >= SMALLEST_HEAD:
+            return attend_in_blocks(q, k, v, view.blocks, scale, cap)
+        view = replace(view, mask=dense_mask(view.blocks, q.device), blocks=None)
     if cap is not None:
         return _capped(q, k, v, view, scale, cap, dropout)
     trains_on_cpu_in_bfloat16 = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad

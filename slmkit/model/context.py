@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from slmkit.model.architecture import Layer
 from slmkit.model.cache import KVCache
+from slmkit.model.document_attention import block_mask, skips_blocks
 from slmkit.model.rope import Rope, Rotation
 
 
@@ -22,6 +24,7 @@ class View:
     turn_seen: Rotation | None  # all keys that are seen, where their rotation depends on the length of the text
     mask: Tensor | None  # [batch or 1, 1, new, seen], True where a query may look; None: everywhere, or `is_causal`
     is_causal: bool
+    blocks: Any = None  # a `BlockMask` in the place of `mask`, where FlexAttention is used
 
 
 class Context:
@@ -44,9 +47,13 @@ class Context:
         self.columns = torch.arange(past, past + ids.size(1), device=ids.device)  # [new]
         self.starts = cache.starts(self.columns) if cache else _starts(documents, self.columns)  # [batch, new] or None
         self.positions = self.columns[None] if self.starts is None else self.columns - self.starts  # [batch or 1, new]
+        self.in_blocks = documents is not None and skips_blocks(ids.device)
         self.views = [self._view(kind) for kind in kinds]
 
     def _view(self, kind: Layer) -> View:
+        if self.in_blocks and self.starts is not None:
+            turn = None if kind.rope is None else self._rotation(kind.rope, self.positions)
+            return View(turn, turn, None, None, False, block_mask(self.starts, kind.window))
         mask, is_causal = self._mask(kind)
         if kind.rope is None:
             return View(None, None, None, mask, is_causal)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from slmkit.config import Settings, UserError, did_you_mean, load_settings, read_yaml
-from slmkit.data.corpus import DataSettings, TokenizerSettings
+from slmkit.data.data_settings import DataSettings, TokenizerSettings
 from slmkit.model import SLMConfig
 from slmkit.training.guards import GuardSettings
 from slmkit.training.schedules import Schedule, make_schedule
@@ -47,6 +47,9 @@ class ModelSettings(Settings):
         if self.preset is None:
             return load_settings(SLMConfig, self.changes | known, origin="model")
         return SLMConfig.from_preset(self.preset, **(self.changes | known))
+
+
+ENDLESS = "nobody knows how long a stream is: set train.max_tokens or train.max_steps, and not num_train_epochs"
 
 
 class TrainSettings(Settings):
@@ -104,13 +107,15 @@ class TrainSettings(Settings):
             return self.rows_per_step(sequence_length)
         return min(self.rows_per_step(sequence_length), max(1, self.micro_batch_tokens // sequence_length))
 
-    def total_steps(self, rows_in_epoch: int, sequence_length: int) -> int:
-        """Optimizer steps of the whole run, at least one."""
+    def total_steps(self, rows_in_epoch: int | None, sequence_length: int) -> int:
+        """Optimizer steps of the whole run, at least one. Raises `UserError` for epochs of unknown length."""
         rows_per_step = self.rows_per_step(sequence_length)
         if self.max_steps is not None:
             return self.max_steps
         if self.max_tokens is not None:
             return max(1, self.max_tokens // (rows_per_step * sequence_length))
+        if rows_in_epoch is None:
+            raise UserError(ENDLESS)
         return max(1, round((self.num_train_epochs or 1) * rows_in_epoch / rows_per_step))
 
     def schedule(self, steps: int) -> Schedule:
@@ -132,6 +137,13 @@ class Recipe(Settings):
     tokenizer: TokenizerSettings = Field(default_factory=TokenizerSettings)
     data: DataSettings = Field(default_factory=DataSettings)
     train: TrainSettings = Field(default_factory=TrainSettings)
+
+    @model_validator(mode="after")
+    def _streams_have_an_end(self) -> Recipe:
+        if self.data.streaming and self.train.max_tokens is None and self.train.max_steps is None:
+            raise ValueError(f"data.streaming: {ENDLESS}")
+        return self
+
     guard: GuardSettings = Field(default_factory=GuardSettings)
 
 

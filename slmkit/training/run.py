@@ -210,13 +210,19 @@ def roll_back(run: RunDirectory, state: State, plan: Plan, why: Diverged, warn: 
 
 def make_plan(
     settings: TrainSettings,
-    rows_in_epoch: int,
+    rows_in_epoch: int | None,
     sequence_length: int,
     device: Device,
     guard: GuardSettings | None = None,
+    total_rows: int | None = None,
 ) -> Plan:
-    """What the loop needs of the settings, with everything counted out."""
+    """What the loop needs of the settings, with everything counted out.
+
+    `total_rows`: what the data has until it ends, where that is known; there are no more steps than that.
+    """
     steps = settings.total_steps(rows_in_epoch, sequence_length)
+    if total_rows is not None:
+        steps = max(1, min(steps, total_rows // settings.rows_per_step(sequence_length)))
     return Plan(
         steps=steps,
         rows_per_micro_batch=settings.rows_per_micro_batch(sequence_length),

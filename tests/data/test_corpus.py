@@ -23,7 +23,7 @@ def texts(folder: Path, **data: object) -> tuple[list[str], list[str]]:
     settings = DataSettings(validation_documents=3, **data)
     corpus = build_corpus("pretrain", settings, TokenizerSettings(), 7, folder, tokenizer, Silent())
     train, validation = (
-        [tokenizer.decode(ids[:-1]) for ids in documents_in(shards)] for shards in (corpus.train, corpus.validation)
+        [tokenizer.decode(ids[:-1]) for ids in documents_in(shards)] for shards in (*corpus.train, corpus.validation)
     )
     return train, validation
 

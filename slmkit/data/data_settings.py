@@ -1,0 +1,81 @@
+"""The `data` and `tokenizer` sections of a recipe."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from slmkit.config import Settings, UserError
+from slmkit.data.mixture import PhaseSettings, WhenExhausted, plan_phases
+from slmkit.data.source_settings import SourceSettings
+from slmkit.data.sources import PRIMER, STORIES
+
+
+class TokenizerSettings(Settings):
+    """A tokenizer that exists, or the size of one to train on the run's own text: as much of it from every source."""
+
+    path: str | None = None
+    vocab_size: int = Field(16_384, ge=260)
+    documents_per_source: int | None = Field(None, gt=0)  # None: an equal share of 100 million characters
+
+
+class DataSettings(Settings):
+    """Where text comes from, in which shares, and how it is fed.
+
+    `source` is files and folders, or the built-in corpus: `stories`, and the `primer` to read first. `sources` are
+    several, with weights; `phases` changes the weights by tokens seen: a curriculum. `streaming` reads while training
+    and stores nothing of what is trained on.
+    """
+
+    source: str | list[str] | None = None
+    sources: list[SourceSettings] = Field(default_factory=list)
+    phases: list[PhaseSettings] = Field(default_factory=list)
+    when_exhausted: WhenExhausted = "repeat"  # a source, or `stop` the run there, or `redistribute` its weight
+    streaming: bool = False
+    shuffle_buffer: int = Field(0, ge=0)  # documents of a stream that change places among themselves; 0: as they come
+    text_column: str = "text"
+    messages_column: str = "messages"
+    validation: SourceSettings | None = None  # such as a split of its own; None: held out of the sources
+    validation_fraction: float = Field(0.05, gt=0, lt=1)  # of files and streams; held out of training
+    separate_documents: bool = False  # attention and positions are kept inside each
+    documents: int = Field(20_000, gt=0)  # of the built-in corpus, like the next one
+    primer_documents: int = Field(0, ge=0)  # spread among the stories, so that they do not make the primer forgotten
+    validation_documents: int = Field(300, gt=0)  # of the built-in corpus, of streams and of `validation`
+
+    @model_validator(mode="after")
+    def _sources_and_phases_agree(self) -> DataSettings:
+        if self.source and self.sources:
+            raise ValueError("source and sources both say where text comes from: keep one")
+        labels = [source.label for source in self.sources]
+        twice = next((label for label in labels if labels.count(label) > 1), None)
+        if twice is not None:
+            raise ValueError(f"two sources are called {twice!r}: give each a name of its own")
+        if self.streaming and isinstance(self.source, list):
+            raise ValueError("streaming reads one source, or a list of data.sources, each with its path")
+        if self.phases:
+            try:
+                plan_phases(self.phases, self.weights, length=1)
+            except UserError as error:
+                raise ValueError(str(error)) from None
+        return self
+
+    @property
+    def is_built_in(self) -> bool:
+        """Whether the built-in corpus is all there is."""
+        return self.source in (STORIES, PRIMER)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The sources' own weights by name, in order."""
+        return {settings.label: settings.weight for settings in self.all_sources()}
+
+    def all_sources(self) -> list[SourceSettings]:
+        """Raises `UserError` where no source is set; of a `source` of several paths it is the first that is named."""
+        if self.sources:
+            return self.sources
+        if not self.source:
+            raise UserError(
+                "data.source says where text comes from: name your file or folder, a data set of the hub, `stories` or "
+                "`primer`; several with weights go into data.sources"
+            )
+        path = self.source if isinstance(self.source, str) else self.source[0]
+        return [SourceSettings(path=path, text_column=self.text_column, messages_column=self.messages_column)]

@@ -1,0 +1,68 @@
+"""From a prepared corpus and the `data` section of a recipe to the batches of a run."""
+
+from __future__ import annotations
+
+from slmkit.data.blocks import Blocks, document_size
+from slmkit.data.corpus import Corpus
+from slmkit.data.data_settings import DataSettings
+from slmkit.data.mixture import plan_phases
+from slmkit.data.order import mixed_seed
+from slmkit.data.reading import is_kept_in, open_sources, written
+from slmkit.data.sources import Source
+from slmkit.data.stream import Batches, ChatRows, MixtureStream, PretrainRows, Stream
+from slmkit.data.streamed_rows import ConversationRows, StreamedRows, TextRows
+from slmkit.data.streaming import StreamedBatches
+from slmkit.tokenizer import SLMTokenizer
+
+TOGETHER = 64  # documents tokenized at once, where none change places
+LOOK_AHEAD = 512  # conversations among which those are looked for that fill a row
+
+
+def make_batches(
+    objective: str, data: DataSettings, corpus: Corpus, length: int, rows_per_step: int, seed: int
+) -> Batches:
+    """Rows of `length` tokens: from shards or streamed, of one source or of several in the turns of their weights.
+
+    Raises `UserError` for sources that cannot be found or are too short for a row.
+    """
+    phases = plan_phases(data.phases, data.weights, length)
+    if data.streaming:
+        sources = {
+            name: _streamed(objective, data, source, corpus.tokenizer, length, mixed_seed(seed, name))
+            for name, source in open_sources(data, seed).items()
+        }
+        return StreamedBatches(sources, phases, data.when_exhausted, rows_per_step, data.separate_documents)
+    kind = ChatRows if objective == "sft" else PretrainRows
+    rows = {name: kind(shards, length) for name, shards in zip(data.weights, corpus.train, strict=True)}
+    if len(rows) == 1 and data.when_exhausted == "repeat":
+        return Stream(next(iter(rows.values())), rows_per_step, seed, data.separate_documents)
+    return MixtureStream(rows, phases, data.when_exhausted, rows_per_step, seed, data.separate_documents)
+
+
+def _streamed(
+    objective: str, data: DataSettings, source: Source, tokenizer: SLMTokenizer, length: int, seed: int
+) -> StreamedRows:
+    is_kept, repeat = is_kept_in(data, source), data.when_exhausted == "repeat"
+    if objective == "sft":
+        conversations = Blocks(
+            source.read_conversations,
+            name=source.settings.label,
+            documents=max(LOOK_AHEAD, data.shuffle_buffer),
+            size=lambda conversation: sum(len(str(message.get("content"))) for message in conversation),
+            ends=lambda conversation: True,
+            is_kept=lambda conversation: is_kept(written(conversation)),
+            shuffle_seed=seed,  # no harm done: packing moves them about anyway
+            repeat=repeat,
+        )
+        return ConversationRows(conversations, tokenizer, length, seed)
+    documents = Blocks(
+        source.read,
+        name=source.settings.label,
+        documents=data.shuffle_buffer or TOGETHER,
+        size=document_size,
+        ends=lambda document: document.ends,
+        is_kept=lambda document: is_kept(document.text),
+        shuffle_seed=seed if data.shuffle_buffer else None,
+        repeat=repeat,
+    )
+    return TextRows(documents, tokenizer, length)

@@ -1,0 +1,128 @@
+"""The sources of a recipe, opened: what is trained on, what is held out, and what a tokenizer learns from."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from slmkit.config import UserError
+from slmkit.data.blocks import is_held_out
+from slmkit.data.data_settings import DataSettings, TokenizerSettings
+from slmkit.data.source_settings import SourceSettings
+from slmkit.data.sources import PRIMER, STORIES, Document, Message, Source, open_source
+
+TOKENIZER_CHARACTERS = 100_000_000  # merges are learned from so much text at most; more changes little and takes memory
+VALIDATION_STREAM = 1_000_003  # added to the seed: stories that no training stream of a nearby seed holds
+
+
+def open_sources(data: DataSettings, seed: int) -> dict[str, Source]:
+    """Every source by its name. Raises `UserError` for one that cannot be found."""
+    opened = {}
+    for settings in data.all_sources():
+        changes: dict[str, object] = {"streaming": settings.streaming or data.streaming}
+        if settings.path in (STORIES, PRIMER) and not data.streaming:  # it has no end of its own
+            changes["documents"] = settings.documents or data.documents
+        opened[settings.label] = open_source(settings.model_copy(update=changes), seed)
+    if isinstance(data.source, list):  # several paths that are one source
+        (name, first), *_ = opened.items()
+        rest = [open_source(first.settings.model_copy(update={"path": path}), seed) for path in data.source[1:]]
+        opened[name] = Source(first.settings, [part for one in (first, *rest) for part in one.parts], first.patience)
+    return opened
+
+
+def documents_of(source: Source) -> Iterator[Document]:
+    """All of them, from the beginning; what is skipped is counted anew."""
+    source.skipped.clear()
+    return (document for document, _ in source.read())
+
+
+def conversations_of(source: Source) -> Iterator[list[Message]]:
+    """As `documents_of`."""
+    source.skipped.clear()
+    return (conversation for conversation, _ in source.read_conversations())
+
+
+def validation_source(data: DataSettings, settings: SourceSettings, seed: int) -> Source:
+    """The source that is validation text and nothing else, of at most `validation_documents` documents."""
+    limit = min(settings.documents or data.validation_documents, data.validation_documents)
+    changes = {"streaming": settings.streaming or data.streaming, "documents": limit}
+    return open_source(settings.model_copy(update=changes), seed + VALIDATION_STREAM)
+
+
+def held_out_of_streams(data: DataSettings, seed: int, conversations: bool) -> Iterator[Any]:
+    """Of every source as many of what training leaves out: `validation_documents` documents or conversations in all.
+
+    Raises `UserError` for a source of which none is held out.
+    """
+    sources = open_sources(data, seed)
+    count = -(-data.validation_documents // len(sources))
+    for name, source in sources.items():
+        if is_endless(source):
+            source = validation_source(data.model_copy(update={"validation_documents": count}), source.settings, seed)
+            yield from conversations_of(source) if conversations else documents_of(source)
+            continue
+        found = 0
+        picked: Iterable[Any]
+        if conversations:
+            picked = (one for one in conversations_of(source) if is_held_out(written(one), data.validation_fraction))
+        else:
+            picked = _held_out_documents(documents_of(source), data.validation_fraction)
+        for item in picked:
+            yield item
+            found += item.ends if isinstance(item, Document) else 1
+            if found == count:
+                break
+        if not found:
+            raise UserError(
+                f"{name}: not one of its documents is held out for validation; raise data.validation_fraction, or name "
+                "a source of its own as data.validation"
+            )
+
+
+def is_kept_in(data: DataSettings, source: Source) -> Callable[[str], bool]:
+    """Whether a document, known by its text or its first piece, is trained on where the source is streamed."""
+    if data.validation is not None or is_endless(source):
+        return lambda text: True
+    return lambda text: not is_held_out(text, data.validation_fraction)
+
+
+def is_endless(source: Source) -> bool:
+    """Whether other text of its kind is at hand for validation: the built-in corpus."""
+    return source.settings.path in (STORIES, PRIMER)
+
+
+def written(conversation: list[Message]) -> str:
+    """One string for a conversation, for a hash to tell it by."""
+    return json.dumps(conversation, sort_keys=True)
+
+
+def tokenizer_sample(conversations: bool, data: DataSettings, wanted: TokenizerSettings, seed: int) -> Iterator[str]:
+    """As much text of every source: so many documents, or as many characters; read as it is asked for."""
+    sources = open_sources(data, seed)
+    for source in sources.values():
+        texts = _texts_of_conversations(source) if conversations else documents_of(source)
+        left, characters = wanted.documents_per_source, TOKENIZER_CHARACTERS // len(sources)
+        for text, ends in texts:
+            yield text
+            characters -= len(text)
+            left = None if left is None else left - ends
+            if characters <= 0 or left == 0:
+                break
+
+
+def _texts_of_conversations(source: Source) -> Iterator[tuple[str, bool]]:
+    """What is said, and whether the conversation ends with it."""
+    for conversation in conversations_of(source):
+        said = [message["content"] for message in conversation if isinstance(message.get("content"), str)]
+        yield from zip(said, itertools.chain(itertools.repeat(False, len(said) - 1), [True]))
+
+
+def _held_out_documents(documents: Iterable[Document], fraction: float) -> Iterator[Document]:
+    begins, is_chosen = True, False
+    for document in documents:
+        is_chosen = is_held_out(document.text, fraction) if begins else is_chosen
+        begins = document.ends
+        if is_chosen:
+            yield document

@@ -1,0 +1,63 @@
+"""Attention kept inside documents where most of a row is masked: FlexAttention skips whole blocks (arXiv:2412.05496).
+
+It is compiled for the GPU. Elsewhere the same mask is a tensor, and the outcome the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# `torch.nn.attention.flex_attention` brings the compiler with it, seconds of import: only where it is used.
+SMALLEST_HEAD = 16  # channels; its kernels take no smaller ones
+
+
+def skips_blocks(device: torch.device) -> bool:
+    """Whether masks of documents are block masks on this device."""
+    return device.type == "cuda"
+
+
+def block_mask(starts: Tensor, window: int | None) -> Any:
+    """Column k is seen from column q if it is not after q, of the same document, and in the window: a `BlockMask`.
+
+    `starts` [batch, tokens]: the column in which the document of each column begins.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    batch, tokens = starts.shape
+    reach = tokens if window is None else window
+
+    def sees(b: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (k <= q) & (k >= starts[b, q]) & (k > q - reach)
+
+    return create_block_mask(sees, batch, None, tokens, tokens, device=str(starts.device))
+
+
+def dense_mask(mask: Any, device: torch.device) -> Tensor:
+    """The same as a tensor.  [batch, 1, tokens, tokens]"""
+    from torch.nn.attention.flex_attention import create_mask
+
+    batch, _, tokens, seen = mask.shape
+    return create_mask(mask.mask_mod, batch, 1, tokens, seen, device=str(device))
+
+
+def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float, cap: float | None) -> Tensor:
+    """As `attend`, without dropout. q [batch, heads, tokens, head_dim], k and v [batch, kv_heads, tokens, …] → as q."""
+    score_mod = None if cap is None else _capped_at(cap)
+    return _flex(q.device.type)(q, k, v, score_mod, mask, scale, q.size(1) != k.size(1))
+
+
+@cache
+def _capped_at(cap: float) -> Callable[..., Tensor]:
+    return lambda score, *place: cap * torch.tanh(score / cap)
+
+
+@cache
+def _flex(device_type: str) -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention) if device_type == "cuda" else flex_attention
