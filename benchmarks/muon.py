@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -100,7 +99,9 @@ def compare(source: str, steps: int, seeds: int) -> dict[str, object]:
     """The best rate of each optimizer, then `seeds` runs of each in turn."""
     with tempfile.TemporaryDirectory() as folder:
         data = DataSettings(source=source, documents=2_000, validation_documents=200, validation_fraction=0.05)
-        corpus = build_corpus("pretrain", data, TokenizerSettings(vocab_size=VOCABULARY), 0, Path(folder), None, Quiet())
+        corpus = build_corpus(
+            "pretrain", data, TokenizerSettings(vocab_size=VOCABULARY), 0, Path(folder), None, Quiet()
+        )
         tried: dict[str, dict[float, float]] = {"adamw": {}, "muon": {}}
         best: dict[str, float] = {}
         for optimizer in ("adamw", "muon"):  # AdamW first: its rate is that of Muon's rest, too
