@@ -2,38 +2,81 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from itertools import pairwise
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from slmkit.data import TokenShards
+    from slmkit.tokenizer import SLMTokenizer
 
 app = typer.Typer(
     help="Make token shards, and look into them.", no_args_is_help=True, rich_markup_mode=None, add_completion=False
 )
 
+CLEAN = (
+    "What to leave out: exact_duplicates=true, near_duplicates=0.8, min_characters, max_characters, min_words, "
+    "max_words, scripts=[Latin], min_script_share, min_letter_share, evaluation=[FILE], evaluation_words=13. "
+    "May be given several times."
+)
+
 
 @app.command()
 def prepare(
-    sources: Annotated[list[str], typer.Argument(help="Text files or folders.")],
+    sources: Annotated[list[str], typer.Argument(help="Files, folders, URLs or data sets of the hub.")],
     tokenizer: Annotated[str, typer.Option(help="A tokenizer or model directory, or a run.")],
     output: Annotated[str, typer.Option("--output", "-o", help="Where the shards go.")],
-    text_column: Annotated[str, typer.Option(help="The column that holds the text.")] = "text",
+    source: Annotated[
+        list[str] | None,
+        typer.Option("--source", help="A setting of every source, such as text_column=body or on_bad_row=skip."),
+    ] = None,
+    chat: Annotated[bool, typer.Option(help="Conversations, with their loss masks.")] = False,
+    shuffle: Annotated[int | None, typer.Option(help="Put all documents in the order that this seed names.")] = None,
+    clean: Annotated[list[str] | None, typer.Option(help=CLEAN)] = None,
+    workers: Annotated[int | None, typer.Option(help="Threads; as many as there are cores unless given.")] = None,
+    shard_characters: Annotated[int, typer.Option(help="Characters of text in a shard.")] = 1 << 26,
+    ray: Annotated[
+        str | None, typer.Option(help="Prepare on this Ray cluster (an address, `auto`, or `local` for one made here).")
+    ] = None,
 ) -> None:
-    """Tokenize files once, into shards that are read as memory.
+    """Tokenize text once, into shards that are read from any place. The same command goes on where it was stopped.
 
-    Example: slm data prepare books/ --tokenizer tokenizers/book -o shards/books
+    Example: slm data prepare books/ --tokenizer tokenizers/book -o shards/books --shuffle 0 --clean near_duplicates=0.8
     """
+    from slmkit.cli.progress import PreparationProgress
     from slmkit.cli.show import TerminalReporter
-    from slmkit.data import describe_sources, prepare_text, read_documents
+    from slmkit.config import load_settings
+    from slmkit.data import prepare_chat, prepare_text
+    from slmkit.data.cleaning import CleaningSettings
+    from slmkit.data.many_sources import Reading
+    from slmkit.data.source_settings import SourceSettings
     from slmkit.tokenizer import SLMTokenizer
     from slmkit.training.run import find_tokenizer_directory
 
-    shards = prepare_text(
-        read_documents(sources, text_column),
-        SLMTokenizer.from_pretrained(find_tokenizer_directory(tokenizer)),
-        output,
-        sources=describe_sources(sources),
-        progress=TerminalReporter().counter("tokenizing"),
-    )
+    cleaning = load_settings(CleaningSettings, {}, clean or [])
+    settings = [load_settings(SourceSettings, {"path": path}, source or []) for path in sources]
+    directory = find_tokenizer_directory(tokenizer)
+    loaded = SLMTokenizer.from_pretrained(directory)
+    options: dict[str, Any] = {"shuffle_seed": shuffle, "cleaning": cleaning, "shard_characters": shard_characters}
+    reading = Reading(settings)
+    with PreparationProgress("tokenizing", reading.fraction) as progress:
+        if chat:
+            shards = prepare_chat(
+                reading.conversations(), loaded, output, sources=reading.descriptions, progress=progress
+            )
+        elif ray:
+            from slmkit.data.cluster import prepare_text_on_ray
+
+            shards = prepare_text_on_ray(settings, directory, output, address=ray, progress=progress, **options)
+        else:
+            shards = prepare_text(
+                reading.documents(), loaded, output, sources=reading.descriptions, progress=progress,
+                workers=workers, **options,
+            )  # fmt: skip
+    for line in reading.report():
+        TerminalReporter().warn(line)
+    _print_cleaning(shards)
     print(f"{shards.header.documents:,} documents, {len(shards):,} tokens in {output}")
 
 
@@ -42,28 +85,63 @@ def inspect(
     shards: Annotated[str, typer.Argument(help="A directory of shards, such as runs/book/data/train.")],
     tokenizer: Annotated[str | None, typer.Option(help="Also show documents, decoded by this tokenizer.")] = None,
     documents: Annotated[int, typer.Option(help="How many documents to show.")] = 2,
+    length: Annotated[int | None, typer.Option(help="Count the documents that a row of so many tokens cuts.")] = None,
 ) -> None:
-    """Say what a directory of shards holds.
+    """Say what a directory of shards holds; of conversations, one is shown with what is learned of it in colour.
 
     Example: slm data inspect runs/book/data/train --tokenizer runs/book
     """
     from slmkit.data import TokenShards
+    from slmkit.data.shard_facts import find_facts
     from slmkit.tokenizer import SLMTokenizer
     from slmkit.training.run import find_tokenizer_directory
 
     opened = TokenShards.open(shards)
-    header = opened.header
-    print(f"documents        {header.documents:,}")
-    print(f"tokens           {header.tokens:,} as {header.dtype}")
+    header, facts = opened.header, find_facts(opened, length)
+    order = "as they came" if header.shuffle_seed is None else f"shuffled by seed {header.shuffle_seed}"
+    print(f"documents        {header.documents:,}, {order}")
+    print(f"tokens           {header.tokens:,} as {header.dtype}, in {len(header.shards):,} shards")
     print(f"bytes per token  {header.text_bytes / max(1, header.tokens):.2f}")
+    print(f"lengths          longest {facts.longest:,} tokens, median {facts.median_length:,}")
+    print(f"duplicates       {facts.duplicates:,} documents are copies of one before them")
     print(f"tokenizer        {header.tokenizer[:12]}, {header.vocab_size:,} tokens")
+    if facts.truncated is not None:
+        print(f"truncated        {facts.truncated:,} documents are longer than {length:,} tokens")
+    if facts.trained is not None:
+        print(f"learned          {facts.trained:,} tokens ({facts.trained / max(1, len(opened)):.1%})")
     if header.perfect_loss is not None:
         print(f"perfect loss     {header.perfect_loss:.4f} nats per token")
-    if tokenizer is None:
-        return
-    loaded = SLMTokenizer.from_pretrained(find_tokenizer_directory(tokenizer))
-    opened.check_tokenizer(loaded)
-    for number, end in enumerate(opened.document_ends[:documents].tolist(), start=1):
-        start = int(opened.document_ends[number - 2]) if number > 1 else 0
-        print(f"\n--- document {number}, {end - start:,} tokens")
-        print(loaded.decode(opened.tokens_in(start, min(end, start + 400)).tolist()))
+    _print_cleaning(opened)
+    if tokenizer is not None:
+        loaded = SLMTokenizer.from_pretrained(find_tokenizer_directory(tokenizer))
+        opened.check_tokenizer(loaded)
+        _print_documents(opened, loaded, documents)
+
+
+def _print_cleaning(shards: TokenShards) -> None:
+    report = shards.header.cleaning
+    if report is not None:
+        dropped = ", ".join(f"{count:,} {reason}" for reason, count in report["dropped"].items()) or "none"
+        print(f"cleaning         {report['kept']:,} of {report['documents']:,} documents kept; dropped: {dropped}")
+
+
+def _print_documents(shards: TokenShards, tokenizer: SLMTokenizer, count: int, most: int = 400) -> None:
+    """The first tokens of the first documents; what is learned of conversations is green and underlined."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    starts = [0, *shards.document_ends[:count].tolist()]
+    for number, (start, end) in enumerate(pairwise(starts), start=1):
+        console.print(f"\n--- document {number}, {end - start:,} tokens", markup=False)
+        stop = min(end, start + most)
+        ids = shards.tokens_in(start, stop)
+        if not shards.header.masked:
+            console.print(tokenizer.decode(ids.tolist()), markup=False, soft_wrap=True)
+            continue
+        trained = shards.trained_in(start, stop)
+        borders = [0, *(i for i in range(1, len(ids)) if trained[i] != trained[i - 1]), len(ids)]
+        parts = [
+            (tokenizer.decode(ids[a:b].tolist()), "green underline" if trained[a] else "") for a, b in pairwise(borders)
+        ]
+        console.print(Text.assemble(*parts), soft_wrap=True)

@@ -1,0 +1,53 @@
+"""How far a long preparation is: a bar on a terminal, a plain line every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+EVERY = 10.0  # seconds between two plain lines
+
+
+class PreparationProgress:
+    """A context manager that gives a callback for documents, tokens and bytes of text done.
+
+    `fraction` says how much of the input has been read, or None: then there is a rate but no time left.
+    """
+
+    def __init__(self, label: str, fraction: Callable[[], float | None]) -> None:
+        self.label, self.fraction = label, fraction
+        self.console = Console(stderr=True, highlight=False)
+        figures = TextColumn("{task.fields[figures]}")
+        columns = (TextColumn("{task.description}"), BarColumn(), figures, TimeRemainingColumn())
+        self.bar = Progress(*columns, console=self.console, transient=True)
+        self.task = self.bar.add_task(label, total=None, figures="")
+        self.started = self.shown = 0.0
+
+    def __enter__(self) -> Callable[[int, int, int], None]:
+        self.started = self.shown = time.monotonic()
+        if self.console.is_terminal:
+            self.bar.start()
+        return self._update
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.console.is_terminal:
+            self.bar.stop()
+
+    def _update(self, documents: int, tokens: int, text_bytes: int) -> None:
+        now = time.monotonic()
+        seconds = max(now - self.started, 1e-3)
+        figures = f"{documents:,} documents, {tokens:,} tokens, {text_bytes / seconds / 1e6:.1f} MB/s"
+        fraction = self.fraction()
+        if self.console.is_terminal:
+            total = None if fraction is None else 1.0
+            self.bar.update(self.task, total=total, completed=fraction or 0.0, figures=figures)
+        elif now - self.shown >= EVERY:
+            self.shown = now
+            left = f", {seconds * (1 - fraction) / fraction:.0f} s left" if fraction else ""
+            self.console.print(f"{self.label}: {figures}{left}", soft_wrap=True, markup=False)

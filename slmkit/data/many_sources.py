@@ -1,0 +1,72 @@
+"""Several sources one after the other, read from any place on, and how far one is."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from slmkit.data.source_settings import SourceSettings
+from slmkit.data.sources import Document, Message, Position, open_source
+
+
+class Place(NamedTuple):
+    """Just behind a document: which source, and the position in it."""
+
+    source: int
+    position: Position | None
+
+
+BEGINNING = Place(0, None)
+
+
+class Reading:
+    """All documents of `settings`, in order. Raises `UserError` as `open_source` and `Source.read` do."""
+
+    def __init__(self, settings: Sequence[SourceSettings]) -> None:
+        self.sources = [open_source(one) for one in settings]
+        self._behind: tuple[int, Position] = (0, {})
+
+    @functools.cached_property
+    def descriptions(self) -> list[dict[str, Any]]:
+        """Of each file: what a header says of where its tokens came from."""
+        return [part for source in self.sources for part in source.describe()]
+
+    @functools.cached_property
+    def _sizes(self) -> list[int | None]:
+        return [part.get("bytes") if _is_plain(part) else None for part in self.descriptions]
+
+    def read(self, start: Place = BEGINNING) -> Iterator[tuple[Document, Place]]:
+        """Every document behind `start`, each with the place behind it."""
+        for number in range(start.source, len(self.sources)):
+            position = start.position if number == start.source else None
+            for document, behind in self.sources[number].read(position):
+                self._behind = number, behind
+                yield document, Place(number, behind)
+
+    def documents(self) -> Iterator[Document]:
+        return (document for document, _ in self.read())
+
+    def conversations(self) -> Iterator[list[Message]]:
+        for number, source in enumerate(self.sources):
+            for messages, behind in source.read_conversations():
+                self._behind = number, behind
+                yield messages
+
+    def fraction(self) -> float | None:
+        """How much of all bytes has been read; None where the sizes do not say: compressed, remote or endless."""
+        if any(size is None for size in self._sizes):
+            return None
+        number, behind = self._behind
+        files = sum(len(source.parts) for source in self.sources[:number]) + behind.get("file", 0)
+        done = sum(size or 0 for size in self._sizes[:files]) + behind.get("offset", 0)
+        return done / max(1, sum(size or 0 for size in self._sizes))
+
+    def report(self) -> list[str]:
+        """A line for each reason for which rows were left out."""
+        return [line for source in self.sources for line in source.report()]
+
+
+def _is_plain(description: dict[str, Any]) -> bool:
+    """Whether offsets in the text are offsets in the file."""
+    return str(description["path"]).lower().endswith((".txt", ".jsonl", ".json", ".csv"))
