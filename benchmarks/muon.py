@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import tempfile
 import time
@@ -88,7 +89,7 @@ class First:
 
 def where_reached(curve: Curve, loss: float) -> tuple[float, float] | None:
     """Tokens and seconds at which a curve first came to `loss`, on a straight line between two looks."""
-    for (t0, s0, l0), (t1, s1, l1) in zip(curve, curve[1:]):
+    for (t0, s0, l0), (t1, s1, l1) in itertools.pairwise(curve):
         if l1 <= loss < l0:
             share = (l0 - loss) / (l0 - l1)
             return t0 + share * (t1 - t0), s0 + share * (s1 - s0)

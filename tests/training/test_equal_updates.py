@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -38,7 +40,7 @@ def split_gradient(ids: torch.Tensor, labels: torch.Tensor, ranks: list[int], ro
     weight, learner = int((labels != IGNORED).sum()), state()
     borders = [0, *sorted(ranks), len(ids)]
     loss, gradient = 0.0, torch.zeros(())
-    for begin, end in zip(borders, borders[1:]):
+    for begin, end in itertools.pairwise(borders):
         if begin == end:
             continue
         part = Batch(ids[begin:end], labels[begin:end], weight)  # ranks divide by the tokens of the whole step
