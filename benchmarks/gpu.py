@@ -50,22 +50,26 @@ class Quiet:
         return lambda *counts: None
 
 
-class Spread:
-    """Rows whose ids are spread over a larger vocabulary, each by a multiplier that has no factor in common with it."""
+class Spread(PretrainRows):
+    """Rows whose ids are spread over a larger vocabulary, by a prime."""
 
-    def __init__(self, rows: PretrainRows, vocab_size: int) -> None:
-        self.rows, self.vocab_size, self.rows_in_epoch = rows, vocab_size, rows.rows_in_epoch
-        self.documents, self.length = rows.documents, rows.length
+    vocab_size: int
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        ids, labels = self.rows.row(index)
-        return ids * 40_503 % self.vocab_size, labels * 40_503 % self.vocab_size
+        ids, labels = super().row(index)
+        return ids * 65_537 % self.vocab_size, labels * 65_537 % self.vocab_size
+
+    def rows(self, indices: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        ids, labels = super().rows(indices)
+        return ids * 65_537 % self.vocab_size, labels * 65_537 % self.vocab_size
 
 
-def stories(length: int, folder: Path, documents: int) -> PretrainRows:
+def stories(length: int, vocab_size: int, folder: Path, documents: int) -> PretrainRows:
     data = DataSettings(source="stories", documents=documents, validation_documents=5)
     corpus = build_corpus("pretrain", data, TokenizerSettings(vocab_size=2_048), 0, folder, None, Quiet())
-    return PretrainRows(corpus.train, length)
+    rows = Spread(corpus.train[0], length)
+    rows.vocab_size = vocab_size
+    return rows
 
 
 def steps_of(preset: str, seconds: float, smoke: bool) -> dict[str, object]:
@@ -95,7 +99,7 @@ def steps_of(preset: str, seconds: float, smoke: bool) -> dict[str, object]:
         stop.is_set = state.step > 3 and time.perf_counter() - began > seconds
 
     with tempfile.TemporaryDirectory() as folder:
-        rows = Spread(stories(length, Path(folder), 50 if smoke else 5_000), config.vocab_size)
+        rows = stories(length, config.vocab_size, Path(folder), 50 if smoke else 5_000)
         stream = Stream(rows, settings.rows_per_step(length), recipe.seed)
         train(state, next_token, stream, plan, [Every(1, note)], stop)
     times = [later["seconds"] - earlier["seconds"] for earlier, later in itertools.pairwise(reports[1:])]

@@ -17,6 +17,7 @@ import itertools
 import json
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -60,7 +61,7 @@ def one_run(corpus: Corpus, steps: int, seed: int, optimizer: str, **rates: floa
     )
     config = SLMConfig(vocab_size=len(corpus.tokenizer), eos_token_id=corpus.tokenizer.eos_token_id, **SHAPE)
     model = build_decoder(config, seed)
-    rows = PretrainRows(corpus.train, LENGTH)
+    rows = PretrainRows(corpus.train[0], LENGTH)
     validation = First(DocumentRows(corpus.validation, LENGTH), VALIDATION_ROWS)
     stream = Stream(rows, settings.rows_per_step(LENGTH), seed)
     plan = make_plan(settings, rows.rows_in_epoch, LENGTH, device)
@@ -96,26 +97,30 @@ def where_reached(curve: Curve, loss: float) -> tuple[float, float] | None:
     return None
 
 
-def compare(source: str, steps: int, seeds: int) -> dict[str, object]:
-    """The best rate of each optimizer, then `seeds` runs of each in turn."""
+def compare(source: str, steps: int, seeds: int, known: dict[str, float]) -> Iterator[dict[str, object]]:
+    """The best rates unless they are known, then `seeds` runs of each optimizer in turn; what stands after each."""
     with tempfile.TemporaryDirectory() as folder:
         data = DataSettings(source=source, documents=2_000, validation_documents=200, validation_fraction=0.05)
         corpus = build_corpus(
             "pretrain", data, TokenizerSettings(vocab_size=VOCABULARY), 0, Path(folder), None, Quiet()
         )
         tried: dict[str, dict[float, float]] = {"adamw": {}, "muon": {}}
-        best: dict[str, float] = {}
+        best = dict(known)
         for optimizer in ("adamw", "muon"):  # AdamW first: its rate is that of Muon's rest, too
-            for rate in RATES[optimizer]:
+            for rate in () if known else RATES[optimizer]:
                 loss = one_run(corpus, steps, 100, optimizer, **best, **{RATE_OF[optimizer]: rate})[-1][2]
                 tried[optimizer][rate] = round(loss, 4)
                 print(f"{source}: {optimizer} at {rate}: {loss:.4f}", flush=True)
-            best[RATE_OF[optimizer]] = min(tried[optimizer], key=tried[optimizer].__getitem__)
+                best[RATE_OF[optimizer]] = min(tried[optimizer], key=tried[optimizer].__getitem__)
         curves: dict[str, list[Curve]] = {"adamw": [], "muon": []}
         for seed in range(seeds):
             for optimizer in ("adamw", "muon"):
                 curves[optimizer].append(one_run(corpus, steps, seed, optimizer, **best))
                 print(f"{source}: {optimizer}, seed {seed}: {curves[optimizer][-1][-1]}", flush=True)
+            yield summary(tried, best, curves)
+
+
+def summary(tried: dict, best: dict[str, float], curves: dict[str, list[Curve]]) -> dict[str, object]:
     return {
         "rates_tried": tried,
         "rates": best,
@@ -157,6 +162,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rates", type=float, nargs=2, metavar=("ADAMW", "MUON"), help="leave out trying them")
     parser.add_argument("--draw", type=Path, metavar="PNG")
     arguments = parser.parse_args()
     known = json.loads(RESULTS.read_text())["texts"] if RESULTS.exists() else {}
@@ -165,15 +171,16 @@ def main() -> None:
         return
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()
+    rates = dict(zip(("learning_rate", "muon_learning_rate"), arguments.rates or ()))
     texts = {} if arguments.only_text else {"stories": "stories"}
     texts |= dict(text.split("=", 1) for text in arguments.text)
     for name, source in texts.items():
-        result = compare(source, arguments.steps, arguments.seeds)
-        known = json.loads(RESULTS.read_text())["texts"] if RESULTS.exists() else {}
-        known[name] = {"steps": arguments.steps, "threads": arguments.threads} | result
-        content = {"date": datetime.date.today().isoformat(), "environment": environment(), "texts": known}
-        RESULTS.write_text(json.dumps(content, indent=1) + "\n")
-        print(name, {key: value for key, value in result.items() if key != "curves"})
+        for result in compare(source, arguments.steps, arguments.seeds, rates):
+            known = json.loads(RESULTS.read_text())["texts"] if RESULTS.exists() else {}
+            known[name] = {"steps": arguments.steps, "threads": arguments.threads} | result
+            content = {"date": datetime.date.today().isoformat(), "environment": environment(), "texts": known}
+            RESULTS.write_text(json.dumps(content) + "\n")
+            print(name, {key: value for key, value in result.items() if key != "curves"}, flush=True)
 
 
 if __name__ == "__main__":
