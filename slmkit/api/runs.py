@@ -27,8 +27,10 @@ from slmkit.training.checkpoints import complete_checkpoints
 from slmkit.training.distributed import ALONE, Group, join
 from slmkit.training.loop import Every, Hook, Plan, Report, State
 from slmkit.training.micro_batch import resolve_micro_batch
+from slmkit.training.plan_file import PlanFile
 from slmkit.training.progress import TrainingProgress
 from slmkit.training.recipe import ModelSettings, Recipe, load_recipe
+from slmkit.training.reference import Beside, find_curve
 from slmkit.training.run import (
     RunDirectory,
     evaluation_interval,
@@ -230,8 +232,10 @@ class _Session:
         interval = evaluation_interval(self.recipe.train, self.plan.steps)
         validate = Validate(self.validation_rows, self.device, self.stream.separate, self.group)
         console = None if self.group.is_main else Console(quiet=True)
+        plan_file = self._plan_file()
+        curve = find_curve(self.recipe, self.config)
         with TrainingProgress(self.recipe.objective, self.plan.steps, console) as progress:
-            fit(
+            state = fit(
                 self.run,
                 self.recipe,
                 self.model,
@@ -242,12 +246,29 @@ class _Session:
                 hooks=(
                     Every(interval, validate, on_all_ranks=True),
                     Every(interval, self._sampler(), on_all_ranks=True),
+                    *([Every(1, Beside(curve).update)] if curve else []),
                     Every(1, progress.update),
+                    Every(1, plan_file.update),
                 ),
                 perfect_loss=self.corpus.validation.header.perfect_loss,
                 resume=resume,
                 warn=reporter.warn,
             )
+        if compared := plan_file.complete(state.best.get("validation_loss")):
+            reporter.say(compared)
+
+    def _plan_file(self) -> PlanFile:
+        return PlanFile(
+            self.run.root,
+            self.config,
+            self.recipe.train,
+            self.plan.steps,
+            self.device,
+            weights_bytes=sum(parameter.nbytes for parameter in self.model.parameters()),
+            unique_tokens=self.corpus.training_tokens,
+            validation_tokens=self.validation_rows.rows_in_epoch * self.length,
+            from_scratch=self.recipe.objective == "pretrain" and self.recipe.model.path is None,
+        )
 
     def _sampler(self) -> Hook:
         """Writes what the model says to the fixed prompts into samples.md."""

@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from slmkit.cli import chat, data, generate, inspect, plot, quickstart, runs, tokenizer, train
+from slmkit.cli import chat, data, generate, inspect, plan, plot, quickstart, runs, tokenizer, train
 from slmkit.config import UserError
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(data.app, name="data")
 app.command("train")(train.train)
 app.command("resume")(train.resume)
+app.command("plan")(plan.plan)
 app.command("runs")(runs.runs)
 app.command("plot")(plot.plot)
 app.command("generate")(generate.generate)
