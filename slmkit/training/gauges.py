@@ -28,7 +28,7 @@ class Gauges:
         self.device, self.positions = device, rows_per_step * length
         self.flops = flops_per_token(model.architecture, length)
         self.head_flops = 2 * model.architecture.vocab_size * model.architecture.width
-        self.peak = devices * measured_peak(device) * device.ranks.world
+        self.peak = measured_peak(device) * device.ranks.world
         self.tokens = tokens
         self.started = time.monotonic() - seconds
 
