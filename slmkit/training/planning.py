@@ -157,7 +157,8 @@ def _tokens_of(recipe: Recipe) -> tuple[int | None, list[str]]:
         size = sum(len(text.encode()) for text in made) // SAMPLE * data.documents
         return size // BYTES_PER_TOKEN, [f"{BYTES_PER_TOKEN} bytes of text a token"]
     if not data.source:
-        return None, ["no data.source: any amount of text that the steps need"]
+        what = "several sources" if data.sources else "no data.source"
+        return None, [f"{what}: any amount of text that the steps need"]
     sources = [data.source] if isinstance(data.source, str) else data.source
     if not all(isinstance(source, str) and Path(source).exists() for source in sources):
         return None, ["text that is not on this machine: any amount that the steps need"]
