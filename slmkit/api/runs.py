@@ -204,9 +204,12 @@ class _Session:
     def summary(self) -> str:
         parameters = sum(p.numel() for p in self.model.parameters())
         tokens = f"{self.corpus.training_tokens:,}" if self.corpus.training_tokens else "streamed"
+        rows = self.stream.total_rows
+        is_all = rows is not None and (self.plan.steps + 1) * self.stream.rows_per_step > rows
+        ends = f" (then the data ends: {self.recipe.data.when_exhausted})" if is_all else ""
         return (
             f"{parameters:,} parameters, {tokens} training tokens, "
-            f"{self.plan.steps:,} steps of {self.stream.rows_per_step} × {self.length} tokens, "
+            f"{self.plan.steps:,} steps of {self.stream.rows_per_step} × {self.length} tokens{ends}, "
             f"{self.device.describe()['device']} in {self.device.describe()['compute_dtype']}"
             + (f", {self.group.world} processes" if self.group.world > 1 else "")
         )
