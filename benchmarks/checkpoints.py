@@ -1,6 +1,6 @@
 """What a checkpoint every 50 steps costs: the same steps with and without saving, in turn, in one run.
 
-python -m benchmarks.checkpoints       # some minutes on two cores
+python -m benchmarks.checkpoints       # two minutes on two cores
 
 Two figures: the stall, which is how much longer the loop is held up at a save (the copy, and waiting for the checkpoint
 before), and the whole cost, in which the writing thread's share of the cores is too.
@@ -31,7 +31,7 @@ from slmkit.training.run_log import environment
 from slmkit.training.saver import Saver
 
 EVERY, ROUNDS = 50, 3
-ROWS, LENGTH = 8, 256
+ROWS, LENGTH = 2, 128
 RESULTS = Path(__file__).parent / "results" / "checkpoints.json"
 
 
