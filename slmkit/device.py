@@ -1,10 +1,11 @@
-"""The machine: which device, and which precision pays on it. Asked once, passed on."""
+"""The machine: which device, which precision pays on it, which process of how many. Asked once, passed on."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import functools
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -27,6 +28,15 @@ class DeviceError(ValueError):
 
 
 @dataclass(frozen=True)
+class Ranks:
+    """Which process of how many this is: `rank` of all of them, `local_rank` of those on this host."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world: int = 1
+
+
+@dataclass(frozen=True)
 class Device:
     """Where tensors live, the type in which matrices are multiplied there, and that of weights in training."""
 
@@ -34,6 +44,7 @@ class Device:
     compute_dtype: torch.dtype
     weight_dtype: torch.dtype = torch.float32
     keeps_master: bool = False  # float32 copies of weights in bfloat16, which is what updates are added to
+    ranks: Ranks = Ranks()
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Matrix products in `compute_dtype`; does nothing in float32."""
@@ -64,11 +75,29 @@ def find_device(name: str = "auto", precision: str = "auto") -> Device:
     """
     if precision not in PRECISIONS and precision != "auto":
         raise DeviceError(f"unknown precision {precision!r}; known: auto, {', '.join(PRECISIONS)}")
+    ranks = find_ranks()
     device = torch.device(_best() if name == "auto" else _checked(name))
+    if device == torch.device("cuda") and ranks.world > 1:
+        device = torch.device("cuda", ranks.local_rank)
     if precision == "auto":
         precision = "bfloat16" if _multiplies_in_bfloat16(device) else "float32"
     compute_dtype, weight_dtype = PRECISIONS[precision]
-    return Device(device, compute_dtype, weight_dtype=weight_dtype, keeps_master=precision == "bfloat16-master")
+    return Device(device, compute_dtype, weight_dtype, keeps_master=precision == "bfloat16-master", ranks=ranks)
+
+
+def find_ranks() -> Ranks:
+    """What `torchrun` says in the environment; a process by itself without it. Raises `DeviceError` for nonsense."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    if not any(name in os.environ for name in names):
+        return Ranks()
+    try:
+        rank, local_rank, world = (int(os.environ[name]) for name in names)
+    except (KeyError, ValueError):
+        found = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
+        raise DeviceError(f"expected {', '.join(names)} as torchrun sets them, found {found}") from None
+    if not 0 <= local_rank <= rank < world:
+        raise DeviceError(f"there is no rank {rank} ({local_rank} of its host) among {world} processes: start torchrun")
+    return Ranks(rank, local_rank, world)
 
 
 def _best() -> str:

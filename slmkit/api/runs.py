@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from rich.console import Console
 from rich.text import Text
 
 from slmkit.api.xray import look
@@ -22,6 +23,8 @@ from slmkit.generation import ChatSession, SamplingSettings, complete
 from slmkit.model import Decoder, SLMConfig, build_decoder, load_decoder
 from slmkit.model.config import TRAINING_FIELDS
 from slmkit.tokenizer import SLMTokenizer
+from slmkit.training.checkpoints import complete_checkpoints
+from slmkit.training.distributed import ALONE, Group, join
 from slmkit.training.loop import Every, Hook, Plan, Report, State
 from slmkit.training.micro_batch import resolve_micro_batch
 from slmkit.training.progress import TrainingProgress
@@ -33,6 +36,7 @@ from slmkit.training.run import (
     fit,
     make_plan,
     new_run_directory,
+    run_of_job,
 )
 from slmkit.training.run_log import append_samples
 from slmkit.training.trackers import check_trackers
@@ -46,13 +50,66 @@ class Reporter(data_corpus.Reporter, Protocol):
     def warn(self, line: str) -> None: ...
 
 
+class Silence:
+    """A reporter for the processes that do not speak."""
+
+    def say(self, line: str | Text) -> None: ...
+
+    def warn(self, line: str) -> None: ...
+
+    def counter(self, label: str) -> data_corpus.Progress:
+        return lambda *done: None
+
+
 def train_recipe(recipe: Recipe, reporter: Reporter, dry_run: bool = False, force: bool = False) -> RunDirectory:
     """Do a whole run: tokenizer, shards, model, training. Nothing is left behind when it fails before the first step.
 
-    Raises `UserError` for whatever in the recipe or its data is wrong, and for what the X-ray finds, unless `force`.
+    Under `torchrun` the first process prepares the data while the others wait, and a job that is started again goes on
+    with the run it made. Raises `UserError` for whatever in the recipe or its data is wrong, and for what the X-ray
+    finds, unless `force`.
     """
     check_trackers(recipe.train.report_to)
     device = find_device(recipe.train.device, recipe.train.precision)
+    with join(device, recipe.train.ddp_timeout) as group:
+        reporter = reporter if group.is_main else Silence()
+        if group.is_main:
+            session = _prepare(recipe, device, group, reporter, force)
+            group.from_main(str(session.run.root))
+        else:
+            session = _open(RunDirectory(group.from_main("")), device, group)
+        if not dry_run:
+            resume = group.from_main(bool(complete_checkpoints(session.run.checkpoints)))
+            session.run_to_the_end(reporter, resume)
+        elif group.is_main:
+            shutil.rmtree(session.run.root)
+    return session.run
+
+
+def resume_run(directory: str | Path, reporter: Reporter) -> RunDirectory:
+    """Go on with a run from its newest intact checkpoint, on any number of processes.
+
+    Raises `UserError` where there is none.
+    """
+    run = RunDirectory(directory)
+    if not run.recipe.is_file():
+        raise UserError(f"{run.root}: not a run: it has no recipe.yaml; expected a directory that `slm train` made")
+    settings = load_recipe(run.recipe).train
+    device = find_device(settings.device, settings.precision)
+    with join(device, settings.ddp_timeout) as group:
+        reporter = reporter if group.is_main else Silence()
+        session = _open(run, device, group)
+        reporter.say(session.summary())
+        session.run_to_the_end(reporter, resume=True)
+    return run
+
+
+def _prepare(recipe: Recipe, device: Device, group: Group, reporter: Reporter, force: bool) -> _Session:
+    """A new run with its data, or the one that this job made before it was started again."""
+    found = run_of_job(recipe.output_dir)
+    if found is not None:
+        session = _open(found, device, group)
+        reporter.say(f"{found.root}: the run of this job, gone on with; {session.summary()}")
+        return session
     base = find_model_directory(recipe.model.path) if recipe.model.path else None
     run = new_run_directory(recipe.output_dir)
     try:
@@ -61,34 +118,22 @@ def train_recipe(recipe: Recipe, reporter: Reporter, dry_run: bool = False, forc
             recipe.objective, recipe.data, recipe.tokenizer, recipe.seed, run.data, tokenizer, reporter
         )
         model, config = _model_for(recipe, corpus.tokenizer, base)
-        session = _Session(run, _resolve(recipe, run, config, base), corpus, model, config, device)
+        session = _Session(run, _resolve(recipe, run, config, base), corpus, model, config, device, group)
         run.describe(session.recipe, device, corpus.describe())
         reporter.say(session.summary())
         session.look(reporter, force)
     except BaseException:
         shutil.rmtree(run.root, ignore_errors=True)
         raise
-    if dry_run:
-        shutil.rmtree(run.root)
-    else:
-        session.run_to_the_end(reporter, resume=False)
-    return run
+    return session
 
 
-def resume_run(directory: str | Path, reporter: Reporter) -> RunDirectory:
-    """Go on with a run from its newest intact checkpoint. Raises `UserError` where there is none."""
-    run = RunDirectory(directory)
-    if not run.recipe.is_file():
-        raise UserError(f"{run.root}: not a run: it has no recipe.yaml; expected a directory that `slm train` made")
-    recipe = load_recipe(run.recipe)
-    device = find_device(recipe.train.device, recipe.train.precision)
-    corpus = open_corpus(run.data)
+def _open(run: RunDirectory, device: Device, group: Group) -> _Session:
+    """A run whose data is prepared."""
+    recipe, corpus = load_recipe(run.recipe), open_corpus(run.data)
     base = find_model_directory(recipe.model.path) if recipe.model.path else None
     model, config = _model_for(recipe, corpus.tokenizer, base)
-    session = _Session(run, recipe, corpus, model, config, device)
-    reporter.say(session.summary())
-    session.run_to_the_end(reporter, resume=True)
-    return run
+    return _Session(run, recipe, corpus, model, config, device, group)
 
 
 @dataclass(frozen=True)
@@ -116,16 +161,17 @@ class _Session:
     """A recipe with everything it names built: what `train` and `resume` have in common."""
 
     def __init__(
-        self, run: RunDirectory, recipe: Recipe, corpus: Corpus, model: Decoder, config: SLMConfig, device: Device
+        self,
+        run: RunDirectory,
+        recipe: Recipe,
+        corpus: Corpus,
+        model: Decoder,
+        config: SLMConfig,
+        device: Device,
+        group: Group,
     ) -> None:
-        self.run, self.recipe, self.corpus, self.model, self.config, self.device = (
-            run,
-            recipe,
-            corpus,
-            model,
-            config,
-            device,
-        )
+        self.run, self.recipe, self.corpus, self.model, self.config = run, recipe, corpus, model, config
+        self.device, self.group = device, group
         self.length = recipe.train.sequence_length or config.max_position_embeddings
         if self.length > config.max_position_embeddings:
             raise UserError(
@@ -144,7 +190,13 @@ class _Session:
                 "add text, or lower train.tokens_per_step"
             )
         self.plan: Plan = make_plan(
-            recipe.train, self.stream.rows_in_epoch, self.length, device, recipe.guard, self.stream.total_rows
+            recipe.train,
+            self.stream.rows_in_epoch,
+            self.length,
+            device,
+            recipe.guard,
+            self.stream.total_rows,
+            group,
         )
 
     def summary(self) -> str:
@@ -154,6 +206,7 @@ class _Session:
             f"{parameters:,} parameters, {tokens} training tokens, "
             f"{self.plan.steps:,} steps of {self.stream.rows_per_step} × {self.length} tokens, "
             f"{self.device.describe()['device']} in {self.device.describe()['compute_dtype']}"
+            + (f", {self.group.world} processes" if self.group.world > 1 else "")
         )
 
     def look(self, reporter: Reporter, force: bool) -> None:
@@ -172,7 +225,9 @@ class _Session:
 
     def run_to_the_end(self, reporter: Reporter, resume: bool) -> None:
         interval = evaluation_interval(self.recipe.train, self.plan.steps)
-        with TrainingProgress(self.recipe.objective, self.plan.steps) as progress:
+        validate = Validate(self.validation_rows, self.device, self.stream.separate, self.group)
+        console = None if self.group.is_main else Console(quiet=True)
+        with TrainingProgress(self.recipe.objective, self.plan.steps, console) as progress:
             fit(
                 self.run,
                 self.recipe,
@@ -182,8 +237,8 @@ class _Session:
                 self.plan,
                 companions=self.corpus.tokenizer.save_pretrained,
                 hooks=(
-                    Every(interval, Validate(self.validation_rows, self.device, self.stream.separate)),
-                    Every(interval, self._sampler()),
+                    Every(interval, validate, on_all_ranks=True),
+                    Every(interval, self._sampler(), on_all_ranks=True),
                     Every(1, progress.update),
                 ),
                 perfect_loss=self.corpus.validation.header.perfect_loss,
@@ -195,31 +250,36 @@ class _Session:
         """Writes what the model says to the fixed prompts into samples.md."""
         train, tokenizer = self.recipe.train, self.corpus.tokenizer
 
-        def sample(state: State, report: Report) -> None:
+        def written(model: Decoder, prompt: str) -> str:
             settings = SamplingSettings(temperature=0.8, top_p=0.95, seed=self.recipe.seed)
-            samples = []
-            for prompt in train.sample_prompts:
-                if self.recipe.objective == "sft":
-                    session = ChatSession(state.model, tokenizer, settings, max_new_tokens=train.sample_tokens)
-                    text = "\n" + "".join(session.reply(prompt))
-                else:
-                    text = complete(
-                        state.model, tokenizer, prompt, settings=settings, max_new_tokens=train.sample_tokens
-                    ).text
-                samples.append((prompt, text))
-            append_samples(self.run.samples, state.step, samples)
+            if self.recipe.objective == "sft":
+                session = ChatSession(model, tokenizer, settings, max_new_tokens=train.sample_tokens)
+                return "\n" + "".join(session.reply(prompt))
+            return complete(model, tokenizer, prompt, settings=settings, max_new_tokens=train.sample_tokens).text
+
+        def sample(state: State, report: Report) -> None:
+            with self.group.whole(state.model):
+                if self.group.is_main:
+                    samples = [(prompt, written(state.model, prompt)) for prompt in train.sample_prompts]
+                    append_samples(self.run.samples, state.step, samples)
 
         return sample
 
 
 class Validate:
-    """A hook that adds `validation_loss` to the report."""
+    """A hook for all ranks that adds `validation_loss` to the report: each reads a share of the rows."""
 
-    def __init__(self, rows: Rows, device: Device, separate: bool = False) -> None:
-        self.rows, self.device, self.separate = rows, device, separate
+    def __init__(self, rows: Rows, device: Device, separate: bool = False, group: Group = ALONE) -> None:
+        self.rows, self.device, self.separate, self.group = rows, device, separate, group
 
     def __call__(self, state: State, report: Report) -> None:
-        report["validation_loss"] = validation_loss(state.model, self.rows, self.device, separate=self.separate).loss
+        group = self.group
+        with group.whole(state.model):
+            mine = validation_loss(
+                state.model, self.rows, self.device, separate=self.separate, rank=group.rank, world=group.world
+            )
+        nats, tokens = group.sum(mine.nats, mine.tokens)
+        report["validation_loss"] = LossReport(nats, int(tokens)).loss
 
 
 def _model_for(recipe: Recipe, tokenizer: SLMTokenizer, base: Path | None) -> tuple[Decoder, SLMConfig]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from torch import nn
 
 from slmkit.api.causal_lm import SLMForCausalLM
@@ -13,12 +14,13 @@ from slmkit.api.xray import look
 from slmkit.config import UserError
 from slmkit.data.stream import Stream
 from slmkit.data.text_dataset import TextDataset
-from slmkit.device import find_device
+from slmkit.device import Device, find_device
 from slmkit.model import SLMConfig
+from slmkit.training.distributed import Group, join
 from slmkit.training.loop import Every, Report
 from slmkit.training.progress import TrainingProgress
 from slmkit.training.recipe import Recipe, TrainSettings
-from slmkit.training.run import evaluation_interval, fit, make_plan, new_run_directory
+from slmkit.training.run import RunDirectory, evaluation_interval, fit, make_plan, new_run_directory
 
 
 class SLMTrainer:
@@ -68,19 +70,25 @@ class SLMTrainer:
             device=self.device_name,
         )
         device = find_device(settings.device, settings.precision)
+        with join(device, settings.ddp_timeout) as group:
+            return self._fit(settings, device, group)
+
+    def _fit(self, settings: TrainSettings, device: Device, group: Group) -> dict[str, float]:
+        length = self.train_dataset.length
         rows = min(self.config.batch_size, self.train_dataset.rows_in_epoch)
         stream = Stream(self.train_dataset, rows, self.seed)
-        plan = make_plan(settings, self.train_dataset.rows_in_epoch, length, device)
-        run = new_run_directory(self.output_dir)
+        plan = make_plan(settings, self.train_dataset.rows_in_epoch, length, device, group=group)
+        run = RunDirectory(group.from_main(str(new_run_directory(self.output_dir).root) if group.is_main else ""))
         recipe = Recipe(output_dir=str(run.root), seed=self.seed, model=resolved(self.config), train=settings)
-        run.describe(recipe, device, {"texts": "given in a script"})
-        look(stream, self.tokenizer, self.config.vocab_size, run.root, lambda line: None, force=self.force)
+        if group.is_main:
+            run.describe(recipe, device, {"texts": "given in a script"})
+            look(stream, self.tokenizer, self.config.vocab_size, run.root, lambda line: None, force=self.force)
         last: Report = {}
-        hooks = [Every(plan.steps, lambda state, report: last.update(report))]
+        hooks = [Every(plan.steps, lambda state, report: last.update(report), on_all_ranks=True)]
         if self.eval_dataset is not None:
-            validate = Validate(self.eval_dataset, device)
-            hooks.insert(0, Every(evaluation_interval(settings, plan.steps), validate))
-        with TrainingProgress("training", plan.steps) as progress:
+            validate = Validate(self.eval_dataset, device, group=group)
+            hooks.insert(0, Every(evaluation_interval(settings, plan.steps), validate, on_all_ranks=True))
+        with TrainingProgress("training", plan.steps, None if group.is_main else Console(quiet=True)) as progress:
             hooks.append(Every(1, progress.update))
             fit(run, recipe, self.model.decoder, self.config, stream, plan, companions=self._companions, hooks=hooks)
         self.model.eval()

@@ -39,6 +39,8 @@ def main() -> None:
     # most of the speed where another program shares the cores (3,400 instead of 6,800 tokens/s on two of them); with
     # this one 5 % is lost where none does.
     os.environ.setdefault("GOMP_SPINCOUNT", "4000")
+    if os.environ.get("RANK", "0") != "0":  # of the processes that torchrun starts, the first alone speaks
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     try:
@@ -55,19 +57,22 @@ def main() -> None:
 
 def _explain(error: Exception) -> int:
     """Print one line on stderr; returns the exit code."""
+    rank = os.environ.get("RANK")
+    name = f"slm: rank {rank}" if rank is not None else "slm"
     if type(error).__name__ == "RunStopped":
-        print(f"slm: {error}", file=sys.stderr)
+        if rank in (None, "0"):
+            print(f"slm: {error}", file=sys.stderr)
         return 0
     if isinstance(error, BrokenPipeError):  # `slm generate … | head`
         sys.stderr.close()
         return 0
     if isinstance(error, UserError) or type(error).__name__ == "DeviceError":  # the latter's module imports torch
-        print(f"slm: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 2
     if hasattr(error, "exit_code") and hasattr(error, "format_message"):  # typer: a wrong option or argument
         message = " ".join(error.format_message().split())
         print(f"slm: {message} (see `slm --help`)", file=sys.stderr)
         return int(error.exit_code)
     what = " ".join(str(error).split())[:300]
-    print(f"slm: {type(error).__name__}: {what} (run again with --debug for the traceback)", file=sys.stderr)
+    print(f"{name}: {type(error).__name__}: {what} (run again with --debug for the traceback)", file=sys.stderr)
     return 1

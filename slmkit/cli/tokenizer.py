@@ -23,7 +23,8 @@ def train(
     vocab_size: Annotated[int, typer.Option(help="Tokens, the 256 bytes and the special ones included.")] = 16_384,
     text_column: Annotated[str, typer.Option(help="The column that holds the text.")] = "text",
     documents_per_source: Annotated[
-        int | None, typer.Option(help="Read so many of each; else as many characters of each, 100 million in all.")
+        int | None,
+        typer.Option(min=1, help="Read so many of each; else as many characters of each, 100 million in all."),
     ] = None,
 ) -> None:
     """Train a tokenizer on any text, on as much of every source.
@@ -34,12 +35,9 @@ def train(
     from slmkit.data.data_settings import DataSettings, TokenizerSettings
     from slmkit.tokenizer import SLMTokenizer
 
-    several = [{"path": path, "text_column": text_column, "streaming": True} for path in sources]
-    data = DataSettings(
-        **({"source": sources[0], "text_column": text_column} if len(several) == 1 else {"sources": several})
-    )
-    wanted = TokenizerSettings(vocab_size=vocab_size, documents_per_source=documents_per_source)
+    data = DataSettings.of_paths(sources, text_column)
     tokenizer = SLMTokenizer(vocab_size)
+    wanted = TokenizerSettings(vocab_size=vocab_size, documents_per_source=documents_per_source)
     tokenizer.train(texts_of("pretrain", data, wanted))
     tokenizer.save_pretrained(output)
     print(f"{len(tokenizer):,} tokens in {output}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from slmkit.config import UserError
 from slmkit.data import stories
 from slmkit.data.data_settings import DataSettings, TokenizerSettings
 from slmkit.data.prepare import Progress, prepare_chat, prepare_text, split_conversations, split_validation
@@ -17,11 +18,13 @@ from slmkit.data.reading import (
     documents_of,
     held_out_of_streams,
     is_endless,
+    is_shards,
     open_sources,
     tokenizer_sample,
     validation_source,
 )
 from slmkit.data.shards import TokenShards
+from slmkit.data.source_settings import SourceSettings
 from slmkit.data.sources import PRIMER, Document, Message, Source
 from slmkit.tokenizer import SLMTokenizer
 
@@ -74,7 +77,7 @@ def build_corpus(
 
     Raises `UserError` for whatever is wrong with the sources.
     """
-    data.all_sources()  # there is one
+    _check_shards(data)
     if tokenizer is None and wanted.path is not None:
         tokenizer = SLMTokenizer.from_pretrained(wanted.path)
     if tokenizer is None:
@@ -112,12 +115,33 @@ def texts_of(objective: str, data: DataSettings, wanted: TokenizerSettings, seed
         yield from tokenizer_sample(objective == "sft", data, wanted, seed)
 
 
+def _check_shards(data: DataSettings) -> None:
+    """Raises `UserError` where sources that are token shards already are asked for what only text can give."""
+    for settings in filter(is_shards, data.all_sources()):
+        if data.streaming:
+            raise UserError(f"{settings.path}: token shards are read as memory anyway: drop data.streaming")
+        if data.validation is None:
+            raise UserError(
+                f"{settings.path}: nothing is held out of token shards: name text or other shards as data.validation"
+            )
+
+
+def _linked(settings: SourceSettings, place: Path, tokenizer: SLMTokenizer) -> TokenShards:
+    """Shards that exist, under the name that they have in this run. Raises `UserError` where another tokenizer's."""
+    TokenShards.open(settings.path).check_tokenizer(tokenizer)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.symlink_to(Path(settings.path).absolute())
+    return TokenShards.open(place)
+
+
 def _prepare_validation(
     objective: str, data: DataSettings, seed: int, folder: Path, tokenizer: SLMTokenizer
 ) -> TokenShards:
     """The validation text of streams, or of a source of its own."""
     sources = [settings.model_dump(exclude_defaults=True) for settings in data.all_sources()]
     items: Any
+    if data.validation is not None and is_shards(data.validation):
+        return _linked(data.validation, folder / "validation", tokenizer)
     if data.validation is not None:
         source = validation_source(data, data.validation, seed)
         items = conversations_of(source) if objective == "sft" else documents_of(source)
@@ -134,14 +158,19 @@ def _prepare_documents(
 ) -> tuple[list[TokenShards], TokenShards]:
     """Shards of every source, and one directory of all that is held out of them."""
     train, held_out, described = [], [], []
-    for place, source in _places(data, seed, folder):
+    for place, settings, source in _places(data, seed, folder):
+        if source is None:
+            train.append(_linked(settings, place, tokenizer))
+            continue
         documents: Iterable[Document] = documents_of(source)
         if data.validation is None:
             documents, validation = _split(source, data, seed)
             held_out.append(validation)
         described += (sources := source.describe())
         progress = reporter.counter(f"tokenizing {source.settings.label}")
-        train.append(prepare_text(documents, tokenizer, place, sources=sources, progress=progress))
+        train.append(
+            prepare_text(documents, tokenizer, place, sources=sources, progress=progress, cleaning=data.cleaning)
+        )
         _say_all(reporter, source.report())
     if data.validation is not None:
         return train, _prepare_validation("pretrain", data, seed, folder, tokenizer)
@@ -156,11 +185,12 @@ def _split(source: Source, data: DataSettings, seed: int) -> tuple[Iterator[Docu
     return split_validation(lambda: documents_of(source), data.validation_fraction)
 
 
-def _places(data: DataSettings, seed: int, folder: Path) -> Iterator[tuple[Path, Source]]:
-    """The sources, and where the shards of each go: below `train` where there are several."""
-    sources = open_sources(data, seed).values()
-    for number, source in enumerate(sources):
-        yield folder / "train" if len(sources) == 1 else folder / "train" / f"{number:02}", source
+def _places(data: DataSettings, seed: int, folder: Path) -> Iterator[tuple[Path, SourceSettings, Source | None]]:
+    """Where the shards of each source go (below `train` if there are several), and the source unless it is shards."""
+    sources, all_settings = open_sources(data, seed), data.all_sources()
+    for number, settings in enumerate(all_settings):
+        place = folder / "train" if len(all_settings) == 1 else folder / "train" / f"{number:02}"
+        yield place, settings, sources.get(settings.label)
 
 
 def _ended(documents: Iterable[Document]) -> Iterator[Document]:
@@ -214,7 +244,10 @@ def _prepare_conversations(
     data: DataSettings, seed: int, folder: Path, tokenizer: SLMTokenizer, reporter: Reporter
 ) -> tuple[list[TokenShards], TokenShards]:
     train, held_out, described = [], [], []
-    for place, source in _places(data, seed, folder):
+    for place, settings, source in _places(data, seed, folder):
+        if source is None:
+            train.append(_linked(settings, place, tokenizer))
+            continue
         conversations: Iterable[list[Message]] = conversations_of(source)
         if is_endless(source):
             held_out.append(conversations_of(validation_source(data, source.settings, seed)))

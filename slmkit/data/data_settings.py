@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from slmkit.config import Settings, UserError
+from slmkit.config import Settings, UserError, load_settings
+from slmkit.data.cleaning import CleaningSettings
 from slmkit.data.mixture import PhaseSettings, WhenExhausted, plan_phases
 from slmkit.data.source_settings import SourceSettings
 from slmkit.data.sources import PRIMER, STORIES
@@ -32,6 +33,7 @@ class DataSettings(Settings):
     when_exhausted: WhenExhausted = "repeat"  # a source, or `stop` the run there, or `redistribute` its weight
     streaming: bool = False
     shuffle_buffer: int = Field(0, ge=0)  # documents of a stream that change places among themselves; 0: as they come
+    cleaning: CleaningSettings = Field(default_factory=CleaningSettings)  # of shards, before they are written
     text_column: str = "text"
     messages_column: str = "messages"
     validation: SourceSettings | None = None  # such as a split of its own; None: held out of the sources
@@ -51,12 +53,22 @@ class DataSettings(Settings):
             raise ValueError(f"two sources are called {twice!r}: give each a name of its own")
         if self.streaming and isinstance(self.source, list):
             raise ValueError("streaming reads one source, or a list of data.sources, each with its path")
+        if self.streaming and self.cleaning.is_active:
+            raise ValueError("cleaning needs to read everything first: drop it, or drop streaming")
         if self.phases:
             try:
                 plan_phases(self.phases, self.weights, length=1)
             except UserError as error:
                 raise ValueError(str(error)) from None
         return self
+
+    @classmethod
+    def of_paths(cls, paths: list[str], text_column: str = "text") -> DataSettings:
+        """One source, or several of equal weight, to be read without storing them. Raises `UserError` for one twice."""
+        if len(paths) == 1:
+            return cls(source=paths[0], text_column=text_column, streaming=True)
+        sources = [{"path": path, "text_column": text_column} for path in paths]
+        return load_settings(cls, {"sources": sources, "streaming": True})
 
     @property
     def is_built_in(self) -> bool:

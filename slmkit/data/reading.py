@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from slmkit.config import UserError
 from slmkit.data.blocks import is_held_out
 from slmkit.data.data_settings import DataSettings, TokenizerSettings
+from slmkit.data.shards import HEADER
 from slmkit.data.source_settings import SourceSettings
 from slmkit.data.sources import PRIMER, STORIES, Document, Message, Source, open_source
 
@@ -17,10 +19,17 @@ TOKENIZER_CHARACTERS = 100_000_000  # merges are learned from so much text at mo
 VALIDATION_STREAM = 1_000_003  # added to the seed: stories that no training stream of a nearby seed holds
 
 
+def is_shards(settings: SourceSettings) -> bool:
+    """Whether its path is a directory of token shards, as `slm data prepare` makes them."""
+    return (Path(settings.path) / HEADER).is_file()
+
+
 def open_sources(data: DataSettings, seed: int) -> dict[str, Source]:
-    """Every source by its name. Raises `UserError` for one that cannot be found."""
+    """Every source of text by its name, shards left out. Raises `UserError` for one that cannot be found."""
     opened = {}
     for settings in data.all_sources():
+        if is_shards(settings):
+            continue
         changes: dict[str, object] = {"streaming": settings.streaming or data.streaming}
         if settings.path in (STORIES, PRIMER) and not data.streaming:  # it has no end of its own
             changes["documents"] = settings.documents or data.documents
@@ -99,8 +108,13 @@ def written(conversation: list[Message]) -> str:
 
 
 def tokenizer_sample(conversations: bool, data: DataSettings, wanted: TokenizerSettings, seed: int) -> Iterator[str]:
-    """As much text of every source: so many documents, or as many characters; read as it is asked for."""
+    """As much text of every source: so many documents, or as many characters; read as it is asked for.
+
+    Raises `UserError` where all sources are shards.
+    """
     sources = open_sources(data, seed)
+    if not sources:
+        raise UserError("tokenizer.path is needed, since the sources are token shards: name the tokenizer they are of")
     for source in sources.values():
         texts = _texts_of_conversations(source) if conversations else documents_of(source)
         left, characters = wanted.documents_per_source, TOKENIZER_CHARACTERS // len(sources)

@@ -62,6 +62,19 @@ class Batch:
         documents = None if self.documents is None else self.documents.to(device)
         return Batch(self.ids.to(device), self.labels.to(device), self.weight, documents)
 
+    @staticmethod
+    def joined(parts: list[Batch]) -> Batch:
+        """The rows of several, in order."""
+        ids, labels = (torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "labels"))
+        documents = [part.documents for part in parts if part.documents is not None]
+        return Batch(ids, labels, sum(part.weight for part in parts), torch.cat(documents) if documents else None)
+
+    def untrained(self) -> Batch:
+        """One row of it, of which nothing is learned."""
+        first = slice(0, 1)
+        documents = None if self.documents is None else self.documents[first]
+        return Batch(self.ids[first], torch.full_like(self.labels[first], IGNORED), 0, documents)
+
     def split(self, rows: int) -> list[Batch]:
         """Micro-batches of at most `rows` rows, in order."""
         if len(self.ids) <= rows:

@@ -51,16 +51,23 @@ class LossReport:
 
 @torch.inference_mode()
 def validation_loss(
-    model: Decoder, rows: Rows, device: Device, rows_per_batch: int = 8, separate: bool = False
+    model: Decoder,
+    rows: Rows,
+    device: Device,
+    rows_per_batch: int = 8,
+    separate: bool = False,
+    rank: int = 0,
+    world: int = 1,
 ) -> LossReport:
     """Cross-entropy of every label in `rows`, in the precision the model is used in.
 
-    `separate`: no document of a row sees another, as it was in training with `data.separate_documents`.
+    `separate`: no document of a row sees another, as it was in training with `data.separate_documents`. Each of `world`
+    ranks sums its share of the batches; a share may be empty.
     """
     was_training = model.training
     model.eval()
     nats, tokens = 0.0, 0
-    for start in range(0, rows.rows_in_epoch, rows_per_batch):
+    for start in range(rank * rows_per_batch, rows.rows_in_epoch, world * rows_per_batch):
         indices = range(start, min(start + rows_per_batch, rows.rows_in_epoch))
         ids, labels = (_stacked(columns, device) for columns in zip(*map(rows.row, indices)))  # [rows, length] each
         documents = _stacked(map(rows.documents, indices), device) if separate else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import safetensors
@@ -36,7 +36,7 @@ def save_decoder(
     family, state = family_of(config.model_type), weights if weights is not None else decoder.state_dict()
     tensors = {
         theirs: _to_disk(family, theirs, [state[name] for name in ours])
-        for theirs, ours in stored_names(decoder, family).items()
+        for theirs, ours in stored_names(state, family).items()
     }
     generation = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id, "do_sample": True}
     try:
@@ -58,7 +58,7 @@ def load_decoder(directory: str | Path, device: torch.device | str = "cpu") -> t
     with torch.device("meta"):  # no memory is touched until the real tensors come
         decoder = Decoder(architecture_of(config))
     path, tensors = _read(Path(directory))
-    wanted = stored_names(decoder, family)
+    wanted = stored_names(decoder.state_dict(), family)
     _forgive(path, decoder, wanted, tensors)
     _check(path, decoder, family, wanted, tensors)
     shapes = {name: tensor.shape for name, tensor in decoder.state_dict().items()}
@@ -74,10 +74,10 @@ def load_decoder(directory: str | Path, device: torch.device | str = "cpu") -> t
     return decoder.eval(), config
 
 
-def stored_names(decoder: Decoder, family: Family) -> dict[str, list[str]]:
+def stored_names(state: Iterable[str], family: Family) -> dict[str, list[str]]:
     """The name of each tensor on disk → ours; several where the reference implementation fuses them, in its order."""
     names: dict[str, list[str]] = {}
-    for ours in decoder.state_dict():
+    for ours in state:
         module, _, parameter = ours.rpartition(".")
         number = next((part for part in module.split(".") if part.isdigit()), "")
         theirs = family.names[module.replace(f".{number}.", ".{}.") if number else module]

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from slmkit.config import UserError
 from slmkit.model import Decoder, SLMConfig, load_decoder, save_decoder
+from slmkit.training.distributed import ALONE, Group, on_main, share_like
 from slmkit.training.files import sync
 from slmkit.training.guards import Guard
 from slmkit.training.loop import State
@@ -50,13 +51,16 @@ class Snapshot:
     plain: str  # the rest, as JSON
 
 
-def take_snapshot(state: State) -> Snapshot:
-    """Copy everything that a checkpoint holds into the memory of the CPU."""
+def take_snapshot(state: State, group: Group = ALONE) -> Snapshot:
+    """Copy everything that a checkpoint holds into the memory of the CPU; of several ranks', the first one's.
+
+    All ranks must call it together. What is written of it any number of ranks can read.
+    """
     return Snapshot(
         step=state.step,
         model=state.model,
-        weights={name: _copied(tensor) for name, tensor in state.model.state_dict().items()},
-        moments={name: _copied(tensor) for name, tensor in _optimizer_tensors(state).items()},
+        weights=on_main(state.model.state_dict(), group),
+        moments=on_main(_optimizer_tensors(state), group),
         plain=json.dumps(_plain_state(state), indent=2) + "\n",
     )
 
@@ -101,12 +105,16 @@ def load_checkpoint(directory: Path, state: State) -> None:
     """
     verify(directory)
     decoder, _ = load_decoder(directory)
-    device = state.model.embedding.weight.device
-    state.model.load_state_dict({name: tensor.to(device) for name, tensor in decoder.state_dict().items()})
+    own = state.model.state_dict()
+    state.model.load_state_dict({name: share_like(full, own[name]) for name, full in decoder.state_dict().items()})
     tensors = load_file(directory / OPTIMIZER)
     for optimizer in state.optimizers:
         moments: dict[int, dict[str, Tensor]] = {
-            index: {key.rpartition("/")[2]: tensors[key] for key in tensors if key.rpartition("/")[0] == name}
+            index: {
+                key.rpartition("/")[2]: share_like(tensors[key], own[name])
+                for key in tensors
+                if key.rpartition("/")[0] == name
+            }
             for index, name in enumerate(_names_in(optimizer, state.model))
         }
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
@@ -220,10 +228,6 @@ def _plain_state(state: State) -> dict[str, Any]:
     return {
         name: dataclasses.asdict(value) if name in ("guard", "loss_scale") else value for name, value in values.items()
     }
-
-
-def _copied(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def _names_in(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iterator[str]:

@@ -21,14 +21,14 @@ class Gauges:
     def __init__(
         self, model: Decoder, device: Device, rows_per_step: int, length: int, tokens: int = 0, seconds: float = 0.0
     ) -> None:
-        """`rows_per_step` rows of `length` tokens are one update on this device.
+        """`rows_per_step` rows of `length` tokens are one update, on as many such devices as there are ranks.
 
         A run that goes on has trained `tokens` and taken `seconds` already.
         """
         self.device, self.positions = device, rows_per_step * length
         self.flops = flops_per_token(model.architecture, length)
         self.head_flops = 2 * model.architecture.vocab_size * model.architecture.width
-        self.peak = measured_peak(device)
+        self.peak = measured_peak(device) * device.ranks.world
         self.tokens = tokens
         self.started = time.monotonic() - seconds
 

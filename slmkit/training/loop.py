@@ -21,6 +21,7 @@ from torch import nn
 from slmkit.data.stream import Batch, Batches
 from slmkit.device import Device
 from slmkit.model import Decoder
+from slmkit.training.distributed import ALONE, Group, whole
 from slmkit.training.guards import Guard, GuardSettings
 from slmkit.training.objectives import Objective
 from slmkit.training.precision import LossScale
@@ -56,6 +57,7 @@ class Plan:
     schedule: Callable[[int], float]  # step → share of the peak learning rate
     device: Device
     guard: GuardSettings = field(default_factory=GuardSettings)
+    group: Group = ALONE
 
 
 Hook = Callable[[State, Report], None]
@@ -66,12 +68,14 @@ class Every:
     """Call `hook` after each `steps`-th step, and after the last one of the run.
 
     A run that is stopped early ends as it would have gone on, so that a resumed one has the same metrics as an unbroken
-    one: only what must not be lost (`on_stop`) is done out of turn.
+    one: only what must not be lost (`on_stop`) is done out of turn. Of several processes the first alone calls hooks,
+    but for those that are a matter of all.
     """
 
     steps: int
     hook: Hook
     on_stop: bool = False
+    on_all_ranks: bool = False
 
 
 class Recorder(Protocol):
@@ -105,22 +109,24 @@ def train(
     Hooks fire in their order; a stop makes the step it ends the last one. Raises `Diverged` when the guard has refused
     too many steps in a row.
     """
+    group = plan.group
     state.model.train()
     stream.seek(state.step, state.data)
     while state.step < plan.steps and stream.has(state.step):
         state.guard.check(plan.guard)
-        started = time.perf_counter()
-        batch = stream.batch(state.step)
+        started, before = time.perf_counter(), state.tokens
+        batch = stream.batch(state.step, group.rank, group.world)
         report = train_step(state, objective, batch, plan)
-        report["tokens_per_second"] = round(batch.weight / (time.perf_counter() - started))
+        report["tokens_per_second"] = round((state.tokens - before) / (time.perf_counter() - started))
         report |= {f"share/{name}": share for name, share in stream.shares(state.step).items()}
         state.data = stream.position()
         if recorder is not None:
             recorder.note(batch, report)
         is_last = state.step == plan.steps or not stream.has(state.step)
-        is_stopping = stop is not None and stop.is_set
+        is_stopping = group.any(stop is not None and stop.is_set)
         for hook in hooks:
-            if is_last or state.step % hook.steps == 0 or (is_stopping and hook.on_stop):
+            is_due = is_last or state.step % hook.steps == 0 or (is_stopping and hook.on_stop)
+            if is_due and (hook.on_all_ranks or group.is_main):
                 hook.hook(state, report)
                 state.model.train()
         if is_stopping:
@@ -135,10 +141,10 @@ def train_step(state: State, objective: Objective, batch: Batch, plan: Plan) -> 
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * rate
 
-    mean_loss, grad_norm = compute_gradients(state, objective, batch, plan)
+    mean_loss, grad_norm, weight = compute_gradients(state, objective, batch, plan)
     while state.loss_scale.overflows(mean_loss, grad_norm):
-        mean_loss, grad_norm = compute_gradients(state, objective, batch, plan)
-    if batch.weight == 0:
+        mean_loss, grad_norm, weight = compute_gradients(state, objective, batch, plan)
+    if weight == 0:
         refused: str | None = "not one trained token in its batch"
     else:
         refused = state.guard.judge(plan.guard, mean_loss, grad_norm)
@@ -146,7 +152,7 @@ def train_step(state: State, objective: Objective, batch: Batch, plan: Plan) -> 
         seed_everything(state.seed, state.step)  # rounding draws what it draws on every rank
         for optimizer in state.optimizers:
             optimizer.step()
-        state.tokens += batch.weight
+        state.tokens += weight
     state.model.zero_grad(set_to_none=True)
     state.step += 1
     report = {
@@ -159,33 +165,42 @@ def train_step(state: State, objective: Objective, batch: Batch, plan: Plan) -> 
     return report if refused is None else report | {"skipped": refused, "skipped_steps": state.guard.skipped}
 
 
-def compute_gradients(state: State, objective: Objective, batch: Batch, plan: Plan) -> tuple[float, float]:
-    """Leave the clipped gradients of the mean loss in the parameters. Returns that loss, and the norm as it was."""
-    seed_everything(state.seed, state.step)
+def compute_gradients(state: State, objective: Objective, batch: Batch, plan: Plan) -> tuple[float, float, int]:
+    """Leave the clipped gradients of the mean loss in the parameters.
+
+    Returns that loss, the norm as it was, and the trained tokens of the step: of all ranks, and the same on each.
+    """
+    group, scale = plan.group, state.loss_scale.value
+    seed_everything(state.seed, state.step, group.rank)
     state.model.zero_grad(set_to_none=True)
-    weight = max(1, batch.weight)  # trained tokens of the whole step
-    scale = state.loss_scale.value
+    batch = batch.to(plan.device.torch_device)
+    micro_batches = batch.split(plan.rows_per_micro_batch)
+    weights, counts = group.gather(batch.weight, len(micro_batches))
+    weight = int(sum(weights))
+    # Ranks go through the model equally often, since with FSDP all must take part.
+    micro_batches += [batch.untrained()] * int(max(counts) - len(micro_batches))
     total = torch.zeros((), device=plan.device.torch_device)
-    for micro_batch in batch.to(plan.device.torch_device).split(plan.rows_per_micro_batch):
+    for number, micro_batch in enumerate(micro_batches, 1):
+        model = group.prepared(state.model, is_last=number == len(micro_batches))
         with plan.device.autocast():
-            loss = objective(state.model, micro_batch).total
-        (loss * (scale / weight)).backward()
+            loss = objective(model, micro_batch).total
+        (loss * (scale * group.world / max(1, weight))).backward()  # the mean of all ranks' gradients is taken
         total += loss.detach()
     if scale != 1:
         torch._foreach_div_([p.grad for p in state.model.parameters() if p.grad is not None], scale)
-    grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), plan.max_grad_norm)
-    return (total / weight).item(), grad_norm.item()
+    grad_norm = whole(nn.utils.clip_grad_norm_(state.model.parameters(), plan.max_grad_norm))
+    return group.sum(total.item())[0] / max(1, weight), grad_norm.item(), weight
 
 
-def seed_everything(seed: int, step: int) -> None:
-    """Every generator's numbers follow from (seed, step), so that a resumed run draws what the unbroken one drew."""
-    number = random_seed(seed, step)
+def seed_everything(seed: int, step: int, rank: int = 0) -> None:
+    """Every generator's numbers follow from (seed, step, rank): a resumed run draws what the unbroken one drew."""
+    number = random_seed(seed, step, rank)
     random.seed(number)
     np.random.seed(number % 2**32)
     torch.manual_seed(number)  # the generators of all devices
 
 
-def random_seed(seed: int, step: int) -> int:
-    """A 63-bit seed of a step, unrelated to its neighbours'."""
-    digest = hashlib.blake2b(f"{seed}:{step}".encode(), digest_size=8).digest()
+def random_seed(seed: int, step: int, rank: int = 0) -> int:
+    """A 63-bit seed of a step, unrelated to its neighbours' and to those of other ranks."""
+    digest = hashlib.blake2b(f"{seed}:{step}{f':{rank}' * bool(rank)}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

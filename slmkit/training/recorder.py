@@ -21,6 +21,7 @@ from slmkit.config import UserError
 from slmkit.data.packing import IGNORED
 from slmkit.data.stream import Batch
 from slmkit.training.checkpoints import checkpoint_name, complete_checkpoints, step_of
+from slmkit.training.distributed import ALONE, Group
 from slmkit.training.loop import Report, random_seed
 
 STEPS_KEPT, BATCHES_KEPT, RECORDS_KEPT = 64, 4, 8
@@ -30,8 +31,8 @@ FIGURES, BATCHES = "steps.json", "batches.safetensors"
 class FlightRecorder:
     """Told of each step; writes `records/step-…/` for one that was refused, and keeps the newest few of those."""
 
-    def __init__(self, folder: Path, seed: int, warn: Callable[[str], None]) -> None:
-        self.folder, self.seed, self.warn = folder, seed, warn
+    def __init__(self, folder: Path, seed: int, warn: Callable[[str], None], group: Group = ALONE) -> None:
+        self.folder, self.seed, self.warn, self.group = folder, seed, warn, group
         self.reports: deque[Report] = deque(maxlen=STEPS_KEPT)
         self.batches: deque[tuple[int, Batch]] = deque(maxlen=BATCHES_KEPT)
 
@@ -39,9 +40,12 @@ class FlightRecorder:
         """Keep a step that was just done."""
         self.reports.append(dict(report))
         self.batches.append((report["step"], batch))
-        if "skipped" in report:
+        if "skipped" not in report:  # as on all other ranks
+            return
+        batches = self._of_all_ranks()
+        if self.group.is_main:
             try:
-                self._write(report["step"])
+                self._write(report["step"], batches)
             except (OSError, safetensors.SafetensorError) as error:
                 self.warn(f"{self.folder}: no record of step {report['step']}: {error}")
 
@@ -52,14 +56,19 @@ class FlightRecorder:
                    if records and step_of(path) < records[-1]]  # fmt: skip
         return {earlier[-1].name} if earlier else set()
 
-    def _write(self, step: int) -> None:
+    def _of_all_ranks(self) -> list[tuple[int, Batch]]:
+        """The kept batches with every rank's rows, in order."""
+        shares = self.group.collect(list(self.batches))
+        return [(parts[0][0], Batch.joined([batch for _, batch in parts])) for parts in zip(*shares)]
+
+    def _write(self, step: int, batches: list[tuple[int, Batch]]) -> None:
         final = self.folder / checkpoint_name(step)
         partial = self.folder / f".partial-{final.name}"
         for path in (partial, final):  # the same step of a run that went back
             shutil.rmtree(path, ignore_errors=True)
         partial.mkdir(parents=True)
         tensors: dict[str, torch.Tensor] = {}
-        for number, batch in self.batches:
+        for number, batch in batches:
             tensors |= {f"{number}/ids": batch.ids.int(), f"{number}/labels": batch.labels.int()}
             if batch.documents is not None:
                 tensors[f"{number}/documents"] = batch.documents.int()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from slmkit.config import UserError, to_yaml
 from slmkit.data.stream import Batches
@@ -15,6 +18,7 @@ from slmkit.device import Device, keep_freed_memory
 from slmkit.model import Decoder, SLMConfig
 from slmkit.training import checkpoints
 from slmkit.training.compilation import compile_blocks, compile_pays, uncompiled
+from slmkit.training.distributed import ALONE, Group
 from slmkit.training.files import write_whole
 from slmkit.training.gauges import Gauges
 from slmkit.training.guards import Diverged, GuardSettings
@@ -29,6 +33,8 @@ from slmkit.training.recorder import FlightRecorder
 from slmkit.training.run_log import MetricsLog, environment, mark_running, rewind_samples
 from slmkit.training.saver import Saver, best_checkpoint, point_links
 from slmkit.training.trackers import Tracker, open_trackers
+
+UPDATE_SHARES = ("adamw", "muon", "lion")  # the optimizers that work where ranks hold shares of weights
 
 
 class RunDirectory:
@@ -50,7 +56,7 @@ class RunDirectory:
     def describe(self, recipe: Recipe, device: Device, data: dict[str, Any]) -> None:
         """Write what would repeat the run."""
         write_whole(self.recipe, to_yaml(recipe))
-        content = environment() | device.describe() | {"data": data}
+        content = environment() | device.describe() | {"data": data, "job": job_id()}
         write_whole(self.environment, json.dumps(content, indent=2) + "\n")
 
     def rewind(self, step: int) -> None:
@@ -76,6 +82,25 @@ def new_run_directory(wanted: str | Path) -> RunDirectory:
     except OSError as error:
         raise UserError(f"{path}: cannot be made: {error}") from None
     return RunDirectory(path)
+
+
+def run_of_job(wanted: str | Path) -> RunDirectory | None:
+    """The run of this name that the same `torchrun` job made before it was started again, if there is one."""
+    path, number = Path(wanted), 1
+    while job_id() is not None and path.exists():
+        run = RunDirectory(path)
+        with contextlib.suppress(OSError, ValueError):
+            if json.loads(run.environment.read_text(encoding="utf-8")).get("job") == job_id():
+                return run
+        number += 1
+        path = Path(f"{wanted}-{number}")
+    return None
+
+
+def job_id() -> str | None:
+    """What `torchrun --rdzv-id` calls the job; None without one."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return None if name == "none" else name
 
 
 def find_model_directory(path: str | Path) -> Path:
@@ -117,21 +142,25 @@ def fit(
     add to it is logged too. With `resume` it goes on from the newest intact checkpoint, or from the beginning where
     there was none yet. Raises `RunStopped` when a signal ended the run early: its last step has been saved.
     """
-    settings = recipe.train
-    state = fresh_state(recipe, model, plan.device)
-    if resume and (newest := checkpoints.newest_intact(run.checkpoints, warn)) is not None:
+    settings, group = recipe.train, plan.group
+    state = fresh_state(recipe, model, plan.device, group)
+    if resume and (newest := newest_intact(run, plan, warn)) is not None:
         checkpoints.load_checkpoint(newest, state)
-        point_links(run, newest, best_checkpoint(state))
-    run.rewind(state.step)
-    checkpoints.clear_leftovers(run.checkpoints)
+    if group.is_main:
+        if state.step:
+            point_links(run, run.checkpoints / checkpoints.checkpoint_name(state.step), best_checkpoint(state))
+        run.rewind(state.step)
+        checkpoints.clear_leftovers(run.checkpoints)
 
-    recorder = FlightRecorder(run.records, recipe.seed, warn)
-    saver = Saver(run, config, companions, settings.save_total_limit, warn, recorder.needed_checkpoints)
+    recorder = FlightRecorder(run.records, recipe.seed, warn, group)
+    saver = Saver(run, config, companions, settings.save_total_limit, warn, recorder.needed_checkpoints, group)
     length = settings.sequence_length or config.max_position_embeddings
     gauges = Gauges(model, plan.device, stream.rows_per_step, length, state.tokens, run.metrics.seconds())
     with (
-        mark_running(run.root),
-        open_trackers(settings.report_to, run.root, recipe.model_dump(mode="json"), state.step) as trackers,
+        mark_running(run.root) if group.is_main else contextlib.nullcontext(),
+        open_trackers(
+            settings.report_to if group.is_main else (), run.root, recipe.model_dump(mode="json"), state.step
+        ) as trackers,
         stop_on_signals() as stop,
         saver,
         lack_of_memory_explained(model.architecture, settings, plan.rows_per_micro_batch, length, plan.device),
@@ -146,11 +175,26 @@ def fit(
                 saver.wait()
                 roll_back(run, state, plan, error, warn)
                 logger.last_step = -1
-    if state.step < plan.steps and not stream.has(state.step):
-        warn(f"the data ended after step {state.step} of {plan.steps}, as data.when_exhausted: stop has it")
-    elif state.step < plan.steps:
-        raise RunStopped(f"stopped after step {state.step} of {plan.steps}; go on with: slm resume {run.root}")
+    if state.step < plan.steps:
+        _ended_early(run, state, plan, stream, warn)
     return state
+
+
+def _ended_early(run: RunDirectory, state: State, plan: Plan, stream: Batches, warn: Callable[[str], None]) -> None:
+    """Say that the data has ended. Raises `RunStopped` where it has not."""
+    if stream.has(state.step):
+        raise RunStopped(f"stopped after step {state.step} of {plan.steps}; go on with: slm resume {run.root}")
+    warn(f"the data ended after step {state.step} of {plan.steps}, as data.when_exhausted: stop has it")
+
+
+def newest_intact(
+    run: RunDirectory, plan: Plan, warn: Callable[[str], None], wanted: Callable[[Path], bool] | None = None
+) -> Path | None:
+    """The checkpoint that the first rank finds to go on from, on all of them."""
+    found = None
+    if plan.group.is_main:
+        found = checkpoints.newest_intact(run.checkpoints, warn, *([wanted] if wanted else []))
+    return plan.group.from_main(found)
 
 
 def hooks_on_disk(settings: TrainSettings, steps: int, logger: Logger, saver: Saver) -> tuple[Every, ...]:
@@ -160,22 +204,39 @@ def hooks_on_disk(settings: TrainSettings, steps: int, logger: Logger, saver: Sa
         Every(1, logger.log_if_skipped),
         Every(settings.logging_steps, logger.log),
         Every(eval_steps, logger.log_and_draw),
-        Every(settings.save_steps or eval_steps, saver.save, on_stop=True),
+        Every(settings.save_steps or eval_steps, saver.save, on_stop=True, on_all_ranks=True),
         Every(1, saver.check),
     )
 
 
-def fresh_state(recipe: Recipe, model: Decoder, device: Device) -> State:
+def fresh_state(recipe: Recipe, model: Decoder, device: Device, group: Group = ALONE) -> State:
     """The state before the first step."""
     if device.torch_device.type == "cpu":
         keep_freed_memory()
     model.to(device.torch_device)
     to_weight_dtype(model, device)
     model.recompute_every = recipe.train.gradient_checkpointing
+    _check_sharing(recipe.train, device, group)
     if compile_pays(recipe.train.compile, device):
         compile_blocks(model)
+    group.share(model, recipe.train.parallel, device.torch_device)
     optimizers = make_optimizers(model, recipe.train, device)
     return State(model, optimizers, seed=recipe.seed, loss_scale=LossScale.of(device))
+
+
+def _check_sharing(settings: TrainSettings, device: Device, group: Group) -> None:
+    """Raises `UserError` for what cannot be done with shares of weights."""
+    if group.world > 1 and settings.parallel == "fsdp":
+        if settings.optimizer not in UPDATE_SHARES:
+            raise UserError(
+                f"train.optimizer {settings.optimizer} needs whole weights, which train.parallel: fsdp does not leave; "
+                f"use {', '.join(UPDATE_SHARES)}, or train.parallel: ddp"
+            )
+        if device.weight_dtype != torch.float32:
+            raise UserError(
+                f"train.precision {settings.precision} needs whole weights, which train.parallel: fsdp does not leave; "
+                "use float32, bfloat16 or float16, or train.parallel: ddp"
+            )
 
 
 def roll_back(run: RunDirectory, state: State, plan: Plan, why: Diverged, warn: Callable[[str], None]) -> None:
@@ -193,11 +254,13 @@ def roll_back(run: RunDirectory, state: State, plan: Plan, why: Diverged, warn: 
         raise UserError(f"{report}; then lower train.learning_rate, or set guard.on_divergence=rollback")
     if before.rollbacks >= settings.max_rollbacks:
         raise UserError(f"{report}; it was rolled back {before.rollbacks} times (guard.max_rollbacks) in vain")
-    good = checkpoints.newest_intact(run.checkpoints, warn, checkpoints.saved_while_all_was_well)
+    good = newest_intact(run, plan, warn, checkpoints.saved_while_all_was_well)
     if good is None:
         raise UserError(f"{report}; there is no checkpoint yet to go back to: lower train.learning_rate")
     checkpoints.load_checkpoint(good, state)
     state.guard.rollbacks, state.guard.skipped = before.rollbacks + 1, before.skipped
+    if not plan.group.is_main:
+        return
     # In this order, so that a crash in between leaves a run that goes on from the same checkpoint.
     point_links(run, good, best_checkpoint(state))
     for later in checkpoints.complete_checkpoints(run.checkpoints):
@@ -215,6 +278,7 @@ def make_plan(
     device: Device,
     guard: GuardSettings | None = None,
     total_rows: int | None = None,
+    group: Group = ALONE,
 ) -> Plan:
     """What the loop needs of the settings, with everything counted out.
 
@@ -230,6 +294,7 @@ def make_plan(
         schedule=settings.schedule(steps),
         device=device,
         guard=guard or GuardSettings(),
+        group=group,
     )
 
 
@@ -269,13 +334,16 @@ class Logger:
         plot_losses(self.run.metrics.read(), self.run.plot, self.run.root.name, self.perfect_loss)
 
 
-@contextmanager
+@contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopRequested]:
-    """Ctrl-C and SIGTERM end the run after the step it is in, with a checkpoint; a second Ctrl-C ends it at once."""
+    """Ctrl-C and SIGTERM end the run after the step it is in, with a checkpoint; a second Ctrl-C ends it at once.
+
+    A second SIGTERM does not: cluster managers send it to every process, and launchers pass it on once more.
+    """
     stop = StopRequested()
 
     def request(number: int, frame: Any) -> None:
-        if stop.is_set:
+        if stop.is_set and number == signal.SIGINT:
             raise KeyboardInterrupt
         stop.is_set = True
 

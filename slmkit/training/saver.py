@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from slmkit.config import UserError
 from slmkit.model import SLMConfig
 from slmkit.training import checkpoints
+from slmkit.training.distributed import ALONE, Group
 from slmkit.training.loop import Report, State
 
 if TYPE_CHECKING:
@@ -34,10 +35,11 @@ class Saver:
         save_total_limit: int,
         warn: Callable[[str], None],
         needed: Callable[[], set[str]] = set,
+        group: Group = ALONE,
     ) -> None:
         """`needed` names checkpoints that are kept besides the newest `save_total_limit` and the best."""
         self.run, self.config, self.companions, self.limit = run, config, companions, save_total_limit
-        self.warn, self.needed = warn, needed
+        self.warn, self.needed, self.group = warn, needed, group
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._failures = 0
@@ -59,7 +61,9 @@ class Saver:
         if loss is not None and loss < state.best.get("validation_loss", float("inf")):
             state.best = {"step": state.step, "validation_loss": loss}
         self._settle()
-        snapshot = checkpoints.take_snapshot(state)
+        snapshot = checkpoints.take_snapshot(state, self.group)
+        if not self.group.is_main:
+            return
         self._thread = threading.Thread(target=self._write, args=(snapshot, best_checkpoint(state)), daemon=True)
         self._thread.start()
 

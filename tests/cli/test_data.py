@@ -67,3 +67,15 @@ def test_mistakes_are_one_line(folder: Path):
     assert "no script 'Latein'" in refused(*arguments, "--clean", "scripts=[Latein]", cwd=folder)
     assert "text_column" in refused(*arguments, "--source", "text_colum=a", cwd=folder)
     assert not (folder / "x").exists()
+
+
+def test_a_tokenizer_is_trained_on_as_much_of_every_source(tmp_path: Path) -> None:
+    (tmp_path / "many.jsonl").write_text('{"text": "ababababab"}\n' * 40 + '{"text": "zyzyzyzyzyzy"}\n' * 40)
+    (tmp_path / "few.jsonl").write_text('{"text": "cdcdcdcdcd"}\n' * 5)
+    command = ("tokenizer", "train", "many.jsonl", "few.jsonl", "--documents-per-source", "5", "-o", "tok")
+    done = slm(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    tokens = set(json.loads((tmp_path / "tok" / "tokenizer.json").read_text())["model"]["vocab"])
+    assert {"abab", "cdcd"} <= tokens
+    assert not {"zy", "yz"} & tokens  # beyond the fifth document of its source
+    assert "two sources are called 'few.jsonl'" in refused("tokenizer", "train", "few.jsonl", "few.jsonl", cwd=tmp_path)

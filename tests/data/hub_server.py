@@ -26,6 +26,7 @@ class Fault:
     headers: dict[str, str] = field(default_factory=dict)
     cut: int | None = None  # the connection is closed after so many bytes of the body
     stall: float | None = None  # seconds of silence in the middle of the body
+    empty: bool = False  # success, and nothing in it
     times: int = 1
     after: int = 0
 
@@ -139,7 +140,7 @@ class _Handler(BaseHTTPRequestHandler):
             first, _, last = asked.removeprefix("bytes=").partition("-")
             headers["Content-Range"] = f"bytes {first}-{last or len(content) - 1}/{len(content)}"
             content, status = content[int(first) : int(last) + 1 if last else None], 206
-        self._send(content, status, headers, fault)
+        self._send(b"" if fault and fault.empty else content, status, headers, fault)
 
     def _missing(self, code: str) -> None:
         self._send(b"", 404, {"X-Error-Code": code})

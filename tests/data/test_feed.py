@@ -121,6 +121,33 @@ def test_a_source_of_its_own_is_validation(folder: Path) -> None:
     assert build(data, folder / "data").validation.header.documents == 7
 
 
+def test_shards_made_before_are_a_source_and_another_tokenizers_are_refused(folder: Path) -> None:
+    made = build(settings(folder), folder / "made")
+    paths = [{"name": f"s{n}", "path": str(shards.directory)} for n, shards in enumerate(made.train)]
+    data = settings(folder, sources=paths, validation={"path": str(made.validation.directory)})
+    corpus = build(data, folder / "run")
+    assert [len(shards) for shards in corpus.train] == [len(shards) for shards in made.train]
+    batch = batches(data, open_corpus(folder / "run")).batch(3)
+    assert torch.equal(batch.ids, batches(data, made).batch(3).ids)
+    other = SLMTokenizer(300)
+    other.train(["aeiou aeiou bcdfg"] * 20)
+    with pytest.raises(UserError, match="and not by this one"):
+        build_corpus("pretrain", data, TokenizerSettings(), 7, folder / "other", other, Silent())
+    with pytest.raises(UserError, match="tokenizer.path is needed"):
+        build_corpus("pretrain", data, TokenizerSettings(), 7, folder / "none", None, Silent())
+    with pytest.raises(UserError, match=r"as data\.validation"):
+        build(settings(folder, sources=paths), folder / "none")
+
+
+def test_documents_are_cleaned_before_shards_are_made(folder: Path) -> None:
+    cleaned, all_of_it = (
+        build(settings(folder, cleaning={"exact_duplicates": on}), folder / f"cleaned-{on}") for on in (True, False)
+    )
+    texts = set((folder / "vowels.jsonl").read_text().splitlines())
+    assert cleaned.train[0].header.documents <= len(texts) < 300
+    assert all_of_it.train[0].header.documents > len(texts)
+
+
 @pytest.mark.parametrize("per_source", [None, 5])
 def test_a_tokenizer_learns_from_as_much_of_every_source(
     folder: Path, per_source: int | None, monkeypatch: pytest.MonkeyPatch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,12 +80,21 @@ def test_a_broken_connection_loses_and_repeats_nothing(
     path = write(tmp_path / f"a{suffix}", MANY)
     here, there = everything(path), at(server, path)
     fault, expected = FAULTS[name]
-    server.faults.append(Fault("GET", fault.status, fault.headers, fault.cut, fault.stall, times=2, after=2))
+    server.faults.append(dataclasses.replace(fault, times=2, after=2))
     clock, said = Clock(), []
     assert everything(there, patience=Patience(1000, now=clock.now, sleep=clock.sleep, say=said.append)) == here
     assert len(said) == 2 if fault.stall is None else len(said) >= 1
     assert all(expected in line and there in line for line in said)
     assert min(clock.slept) >= (90 if fault.status == 429 else 1)
+
+
+def test_an_answer_that_lacks_its_bytes_is_not_taken_for_the_end(server: HubServer, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(remote, "BLOCK", 1 << 17)
+    url = at(server, write(tmp_path / "a.jsonl", MANY))
+    server.faults.append(Fault("GET", empty=True, times=10_000, after=2))
+    clock = Clock()
+    with pytest.raises(UserError, match="bytes came; given up after"):
+        everything(url, patience=Patience(1000, now=clock.now, sleep=clock.sleep, say=lambda line: None))
 
 
 def test_what_was_read_is_not_asked_for_again(server: HubServer, tmp_path: Path):
