@@ -103,7 +103,9 @@ def test_a_stream_that_runs_dry_ends_its_run_whole_and_says_so(sources: list[dic
 
 def test_shards_that_run_out_shorten_the_plan(sources: list[dict], tmp_path: Path) -> None:
     """What shards hold is known before the first step, so that the learning rate falls to its end all the same."""
-    run = train_recipe(recipe(sources, tmp_path / "run", when_exhausted="stop", streaming=False), Silent()).root
+    reporter = Silent()
+    run = train_recipe(recipe(sources, tmp_path / "run", when_exhausted="stop", streaming=False), reporter).root
+    assert any("(then the data ends: stop)" in str(line) for line in reporter.lines)
     last = logged(run)[-1]
     assert 3 < last["step"] < 36
     assert last["learning_rate"] == pytest.approx(1e-4, rel=0.2)

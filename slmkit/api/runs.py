@@ -27,8 +27,10 @@ from slmkit.training.checkpoints import complete_checkpoints
 from slmkit.training.distributed import ALONE, Group, join
 from slmkit.training.loop import Every, Hook, Plan, Report, State
 from slmkit.training.micro_batch import resolve_micro_batch
+from slmkit.training.plan_file import PlanFile
 from slmkit.training.progress import TrainingProgress
 from slmkit.training.recipe import ModelSettings, Recipe, load_recipe
+from slmkit.training.reference import Beside, find_curve
 from slmkit.training.run import (
     RunDirectory,
     evaluation_interval,
@@ -76,7 +78,7 @@ def train_recipe(recipe: Recipe, reporter: Reporter, dry_run: bool = False, forc
             session = _prepare(recipe, device, group, reporter, force)
             group.from_main(str(session.run.root))
         else:
-            session = _open(RunDirectory(group.from_main("")), device, group)
+            session = open_run(RunDirectory(group.from_main("")), device, group)
         if not dry_run:
             resume = group.from_main(bool(complete_checkpoints(session.run.checkpoints)))
             session.run_to_the_end(reporter, resume)
@@ -97,7 +99,7 @@ def resume_run(directory: str | Path, reporter: Reporter) -> RunDirectory:
     device = find_device(settings.device, settings.precision)
     with join(device, settings.ddp_timeout) as group:
         reporter = reporter if group.is_main else Silence()
-        session = _open(run, device, group)
+        session = open_run(run, device, group)
         reporter.say(session.summary())
         session.run_to_the_end(reporter, resume=True)
     return run
@@ -107,7 +109,7 @@ def _prepare(recipe: Recipe, device: Device, group: Group, reporter: Reporter, f
     """A new run with its data, or the one that this job made before it was started again."""
     found = run_of_job(recipe.output_dir)
     if found is not None:
-        session = _open(found, device, group)
+        session = open_run(found, device, group)
         reporter.say(f"{found.root}: the run of this job, gone on with; {session.summary()}")
         return session
     base = find_model_directory(recipe.model.path) if recipe.model.path else None
@@ -128,7 +130,7 @@ def _prepare(recipe: Recipe, device: Device, group: Group, reporter: Reporter, f
     return session
 
 
-def _open(run: RunDirectory, device: Device, group: Group) -> _Session:
+def open_run(run: RunDirectory, device: Device, group: Group = ALONE) -> _Session:
     """A run whose data is prepared."""
     recipe, corpus = load_recipe(run.recipe), open_corpus(run.data)
     base = find_model_directory(recipe.model.path) if recipe.model.path else None
@@ -202,9 +204,12 @@ class _Session:
     def summary(self) -> str:
         parameters = sum(p.numel() for p in self.model.parameters())
         tokens = f"{self.corpus.training_tokens:,}" if self.corpus.training_tokens else "streamed"
+        rows = self.stream.total_rows
+        is_all = rows is not None and (self.plan.steps + 1) * self.stream.rows_per_step > rows
+        ends = f" (then the data ends: {self.recipe.data.when_exhausted})" if is_all else ""
         return (
             f"{parameters:,} parameters, {tokens} training tokens, "
-            f"{self.plan.steps:,} steps of {self.stream.rows_per_step} × {self.length} tokens, "
+            f"{self.plan.steps:,} steps of {self.stream.rows_per_step} × {self.length} tokens{ends}, "
             f"{self.device.describe()['device']} in {self.device.describe()['compute_dtype']}"
             + (f", {self.group.world} processes" if self.group.world > 1 else "")
         )
@@ -227,8 +232,10 @@ class _Session:
         interval = evaluation_interval(self.recipe.train, self.plan.steps)
         validate = Validate(self.validation_rows, self.device, self.stream.separate, self.group)
         console = None if self.group.is_main else Console(quiet=True)
+        plan_file = self._plan_file()
+        curve = find_curve(self.recipe, self.config)
         with TrainingProgress(self.recipe.objective, self.plan.steps, console) as progress:
-            fit(
+            state = fit(
                 self.run,
                 self.recipe,
                 self.model,
@@ -239,12 +246,29 @@ class _Session:
                 hooks=(
                     Every(interval, validate, on_all_ranks=True),
                     Every(interval, self._sampler(), on_all_ranks=True),
+                    *([Every(1, Beside(curve).update)] if curve else []),
                     Every(1, progress.update),
+                    Every(1, plan_file.update),
                 ),
                 perfect_loss=self.corpus.validation.header.perfect_loss,
                 resume=resume,
                 warn=reporter.warn,
             )
+        if compared := plan_file.complete(state.best.get("validation_loss")):
+            reporter.say(compared)
+
+    def _plan_file(self) -> PlanFile:
+        return PlanFile(
+            self.run.root,
+            self.config,
+            self.recipe.train,
+            self.plan.steps,
+            self.device,
+            weights_bytes=sum(parameter.nbytes for parameter in self.model.parameters()),
+            unique_tokens=self.corpus.training_tokens,
+            validation_tokens=self.validation_rows.rows_in_epoch * self.length,
+            from_scratch=self.recipe.objective == "pretrain" and self.recipe.model.path is None,
+        )
 
     def _sampler(self) -> Hook:
         """Writes what the model says to the fixed prompts into samples.md."""

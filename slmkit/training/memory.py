@@ -64,11 +64,7 @@ def training_bytes(
     with FakeTensorMode(), Ledger() as ledger:
         decoder = Decoder(architecture)
         decoder.recompute_every = recompute_every
-        to_weight_dtype(decoder, device)
-        if settings.optimizer == "adamw_8bit":  # bitsandbytes' runs on real tensors alone
-            optimizers: list[torch.optim.Optimizer] = [_MomentsOf8Bits(decoder.parameters(), {})]
-        else:
-            optimizers = make_optimizers(decoder, settings, device)
+        optimizers = _optimizers_of(decoder, settings, device)
         ids = torch.zeros(rows, length, dtype=torch.long)
         for parameter in decoder.parameters():
             parameter.grad = torch.empty_like(parameter)
@@ -80,6 +76,25 @@ def training_bytes(
         loss.backward()
         _update(optimizers)
     return ledger.peak
+
+
+def state_bytes(architecture: Architecture, settings: TrainSettings, device: Device) -> int:
+    """What stays between two steps, and goes into a checkpoint: weights and the optimizer's state."""
+    with FakeTensorMode(), Ledger() as ledger:
+        decoder = Decoder(architecture)
+        optimizers = _optimizers_of(decoder, settings, device)
+        for parameter in decoder.parameters():
+            parameter.grad = torch.empty_like(parameter)
+        _update(optimizers)
+        return ledger.now
+
+
+def _optimizers_of(decoder: Decoder, settings: TrainSettings, device: Device) -> list[torch.optim.Optimizer]:
+    """The optimizers of a decoder whose tensors have no content, its weights in their type."""
+    to_weight_dtype(decoder, device)
+    if settings.optimizer == "adamw_8bit":  # bitsandbytes' runs on real tensors alone
+        return [_MomentsOf8Bits(decoder.parameters(), {})]
+    return make_optimizers(decoder, settings, device)
 
 
 class _MomentsOf8Bits(torch.optim.Optimizer):

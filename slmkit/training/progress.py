@@ -10,6 +10,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from slmkit.training.loop import Report, State
 
+# Beside the reference curves of a shipped recipe.
+WORDS = {"inside": "as expected", "above": "above its reference", "below": "below its reference"}
 LINES = 20  # how many plain lines a whole run prints
 
 
@@ -63,6 +65,8 @@ class TrainingProgress:
         figures.append(f"{report['tokens_per_second']:,} tokens/s")
         if "mfu" in report:
             figures.append(f"MFU {report['mfu']:.0%}")
+        if "reference" in report:
+            figures.append(WORDS[report["reference"]])
         figures.append(f"{clock(left)} left")
         return "  ".join(figures)
 

@@ -184,7 +184,10 @@ def _ended_early(run: RunDirectory, state: State, plan: Plan, stream: Batches, w
     """Say that the data has ended. Raises `RunStopped` where it has not."""
     if stream.has(state.step):
         raise RunStopped(f"stopped after step {state.step} of {plan.steps}; go on with: slm resume {run.root}")
-    warn(f"the data ended after step {state.step} of {plan.steps}, as data.when_exhausted: stop has it")
+    warn(
+        f"the data ended after step {state.step} of {plan.steps}: a source ran out, and data.when_exhausted does not "
+        "repeat it; the run is whole, with a checkpoint"
+    )
 
 
 def newest_intact(
@@ -331,7 +334,10 @@ class Logger:
 
     def log_and_draw(self, state: State, report: Report) -> None:
         self.log(state, report)
-        plot_losses(self.run.metrics.read(), self.run.plot, self.run.root.name, self.perfect_loss)
+        try:
+            plot_losses(self.run.metrics.read(), self.run.plot, self.run.root.name, self.perfect_loss)
+        except OSError as error:  # no picture is worth a run
+            self.warn(f"{self.run.plot}: not drawn: {error}")
 
 
 @contextlib.contextmanager

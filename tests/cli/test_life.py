@@ -147,3 +147,20 @@ def test_runs_are_listed_and_drawn(folder: Path) -> None:
     assert "no figures here" in refused("plot", "runs", cwd=folder)
     assert "did you mean 'tokens'?" in refused("plot", "runs/book", "--over", "token", cwd=folder)
     assert "nowhere: no such folder" in refused("runs", "nowhere", cwd=folder)
+
+
+def test_a_run_is_planned_before_and_compared_after(folder: Path) -> None:
+    planned = slm("plan", "own-text", "data.source=book.txt", *TINY, "--no-probe", cwd=folder)
+    assert planned.returncode == 0, planned.stderr
+    shown = dict(line.split(maxsplit=1) for line in planned.stdout.split("\n\n")[0].splitlines())
+    assert shown["steps"].startswith("12 of 512")
+    assert shown["speed"].endswith("by rule of thumb")
+    content = json.loads((folder / "runs" / "book" / "plan.json").read_text())
+    assert content["real"].keys() == content["predicted"].keys()
+    assert content["steps"] == 12
+    proposed = slm("plan", "--hours", "3", "--device", "cpu", "--no-probe", "-o", "mine.yaml", cwd=folder)
+    assert proposed.returncode == 0, proposed.stderr
+    printed = slm("train", "mine.yaml", "data.source=book.txt", "--print-config", cwd=folder)
+    assert "micro_batch_tokens" in printed.stdout
+    assert "needs a budget" in refused("plan", cwd=folder)
+    assert "leave the recipe out" in refused("plan", "own-text", "--hours", "2", cwd=folder)

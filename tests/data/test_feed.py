@@ -202,3 +202,31 @@ def test_shipped_curricula_are_read_and_move_from_stories_to_the_rest(name: str)
     assert stories == sorted(stories, reverse=True)
     assert stories[0] > 0.4 > 0.1 > stories[-1]
     assert all(sum(phase.weights) == pytest.approx(1) for phase in phases)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_conversations_of_several_sources(tmp_path: Path, streaming: bool) -> None:
+    tokenizer = SLMTokenizer(260)
+    for name, letter in (("first", "a"), ("second", "b")):
+        rows = [
+            [{"role": "user", "content": f"{number}?"}, {"role": "assistant", "content": letter * (3 + number % 4)}]
+            for number in range(120)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    sources = [{"path": str(tmp_path / f"{name}.jsonl"), "name": name} for name in ("first", "second")]
+    phases = [{"weights": {"first": 0.25, "second": 0.75}}]
+    data = DataSettings(sources=sources, phases=phases, streaming=streaming, validation_documents=8)
+    corpus = build_corpus("sft", data, TokenizerSettings(), 7, tmp_path / "data", tokenizer, Silent())
+    stream = make_batches("sft", data, corpus, length=120, rows_per_step=4, seed=7)
+    batches = [stream.batch(step) for step in range(40)]
+    assert stream.shares(40) == {"first": 0.25, "second": 0.75}
+    learned = torch.cat([batch.labels[batch.labels >= 0] for batch in batches])
+    text = tokenizer.decode(learned.tolist(), skip_special_tokens=True)
+    assert set(text.replace("\n", "")) == {"a", "b"}
+    assert text.count("b") / (text.count("a") + text.count("b")) == pytest.approx(0.75, abs=0.05)
+    if streaming:
+        assert corpus.validation.header.documents == 8
+        assert corpus.validation.header.masked
+        again = make_batches("sft", data, open_corpus(tmp_path / "data"), length=120, rows_per_step=4, seed=7)
+        again.seek(40, json.loads(json.dumps(stream.position())))
+        assert torch.equal(again.batch(40).labels, stream.batch(40).labels)

@@ -1,0 +1,106 @@
+"""A few real steps on made-up tokens: how fast a model of some shape trains here, and how much memory that takes."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from slmkit.data.stream import Batch
+from slmkit.device import Device, peak_memory, reset_peak_memory, resident_memory
+from slmkit.model import SLMConfig, build_decoder
+from slmkit.training.loop import Every, Plan, Report, State, StopRequested, train
+from slmkit.training.objectives import OBJECTIVES
+from slmkit.training.recipe import Recipe, TrainSettings
+from slmkit.training.run import fresh_state
+
+STEPS = 20
+FIRST = 3  # steps that are not counted: what is loaded, compiled or allocated at first use is not there again
+LONGEST = 60.0  # seconds
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What was measured. `memory_bytes` is what training added to the process, or took of the device."""
+
+    tokens_per_second: float
+    step_seconds: float  # of a whole step, with all its micro-batches
+    memory_bytes: int
+    steps: int
+
+
+class MadeUp:
+    """Batches of random tokens, as many rows in each step as its turn says."""
+
+    def __init__(self, vocab_size: int, length: int, rows: list[int]) -> None:
+        self.vocab_size, self.length, self.rows = vocab_size, length, rows
+        self.rows_per_step, self.separate = max(rows), False
+        self.total_rows: int | None = None
+        self.rows_in_epoch: int | None = None
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        generator = torch.Generator().manual_seed(step)
+        ids = torch.randint(self.vocab_size, (self.rows[step], self.length + 1), generator=generator)
+        return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), self.rows[step] * self.length)
+
+    def has(self, step: int) -> bool:
+        return step < len(self.rows)
+
+    def shares(self, step: int) -> dict[str, float]:
+        return {}
+
+    def position(self) -> dict[str, Any]:
+        return {}
+
+    def seek(self, step: int, position: dict[str, Any]) -> None:
+        """Every batch is as near as any other."""
+
+
+def probe(config: SLMConfig, settings: TrainSettings, device: Device, steps: int = STEPS) -> Probe:
+    """Train a fresh model of this shape for `steps` real steps, or for a minute.
+
+    Where a step has several micro-batches, half of the steps have one and half have two, and the rest is arithmetic:
+    a step is its micro-batches and one update.
+    """
+    length = settings.sequence_length or config.max_position_embeddings
+    micro, rows = settings.rows_per_micro_batch(length), settings.rows_per_step(length)
+    parts = max(1, rows / micro)
+    turns = [min(rows, micro)] * steps if parts <= 1 else [micro] * (steps - steps // 2) + [2 * micro] * (steps // 2)
+    before = resident_memory()
+    reset_peak_memory(device)
+    state = fresh_state(Recipe(train=settings), build_decoder(config, seed=0), device)
+    seconds = _times(state, MadeUp(config.vocab_size, length, turns), _plan(steps, micro, settings, device))
+    one = statistics.median(seconds[min(FIRST, len(seconds) // 2) : steps - steps // 2 if parts > 1 else None])
+    whole = one
+    if parts > 1 and len(seconds) > steps - steps // 2 + 1:
+        two = statistics.median(seconds[steps - steps // 2 + 1 :])
+        whole = max(one, one + (parts - 1) * (two - one))
+    elif parts > 1:
+        whole = one * parts
+    used = peak_memory(device) - (before if device.torch_device.type != "cuda" else 0)
+    return Probe(rows * length / whole, whole, max(0, used), len(seconds))
+
+
+def _times(state: State, batches: MadeUp, plan: Plan) -> list[float]:
+    """Seconds of each step, of those that a minute has room for."""
+    seconds: list[float] = []
+    stop, began = StopRequested(), time.perf_counter()
+    last = began
+
+    def note(state: State, report: Report) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        seconds.append(now - last)
+        stop.is_set = now - began > LONGEST
+        last = now
+
+    train(state, OBJECTIVES["pretrain"], batches, plan, (Every(1, note),), stop)
+    return seconds
+
+
+def _plan(steps: int, micro: int, settings: TrainSettings, device: Device) -> Plan:
+    # One more step than there are, so that none of them is the last and asks for nothing besides.
+    return Plan(steps, micro, settings.max_grad_norm, lambda step: 1.0, device)
