@@ -334,7 +334,10 @@ class Logger:
 
     def log_and_draw(self, state: State, report: Report) -> None:
         self.log(state, report)
-        plot_losses(self.run.metrics.read(), self.run.plot, self.run.root.name, self.perfect_loss)
+        try:
+            plot_losses(self.run.metrics.read(), self.run.plot, self.run.root.name, self.perfect_loss)
+        except OSError as error:  # no picture is worth a run
+            self.warn(f"{self.run.plot}: not drawn: {error}")
 
 
 @contextlib.contextmanager

@@ -1,0 +1,149 @@
+"""The presets' recipes on this machine: real steps on the built-in stories, tokens a second, memory and MFU.
+
+python benchmarks/gpu.py                  # about a minute each, on a CUDA device; nothing is downloaded
+python benchmarks/gpu.py --smoke          # seconds, on whatever there is, with shapes made small
+
+Optimizer, schedule, precision, batch and length are each recipe's own; the text and its tokenizer are not: token ids of
+the stories, spread over the preset's whole vocabulary, so that embedding and loss do the work of the real one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from slmkit.config import UserError
+from slmkit.data.corpus import DataSettings, TokenizerSettings, build_corpus
+from slmkit.data.stream import PretrainRows, Stream
+from slmkit.device import find_device, measured_peak, peak_memory, reset_peak_memory
+from slmkit.model import SLMConfig, build_decoder
+from slmkit.model.sizes import flops_per_token
+from slmkit.training.loop import Every, Report, State, StopRequested, train
+from slmkit.training.micro_batch import resolve_micro_batch
+from slmkit.training.objectives import next_token
+from slmkit.training.recipe import Recipe, find_recipe, load_recipe
+from slmkit.training.run import fresh_state, make_plan
+from slmkit.training.run_log import environment
+
+# What their own documents claim, as far as they do.
+CLAIMS = {"gemma-3-270m": "0.3 s an iteration of 32 × 128 tokens and 12 GB, on a T4"}
+PRESETS = ("vector-slm", "vector-clm-50m", "llama-3.2-1b", "gemma-3-270m", "smallm-60m")
+SMOKE = {"vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+SMOKE_OF = {"gemma-3-270m": {"head_dim": 16, "num_key_value_heads": 1}, "smallm-60m": {}}
+SMOKE_REST = {"num_key_value_heads": 1, "intermediate_size": 64}
+RESULTS = Path(__file__).parent / "results" / "gpu.json"
+
+
+class Quiet:
+    def say(self, line: object) -> None: ...
+
+    def counter(self, label: str):
+        return lambda *counts: None
+
+
+class Spread(PretrainRows):
+    """Rows whose ids are spread over a larger vocabulary, by a prime."""
+
+    vocab_size: int
+
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        ids, labels = super().row(index)
+        return ids * 65_537 % self.vocab_size, labels * 65_537 % self.vocab_size
+
+    def rows(self, indices: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        ids, labels = super().rows(indices)
+        return ids * 65_537 % self.vocab_size, labels * 65_537 % self.vocab_size
+
+
+def stories(length: int, vocab_size: int, folder: Path, documents: int) -> PretrainRows:
+    data = DataSettings(source="stories", documents=documents, validation_documents=5)
+    corpus = build_corpus("pretrain", data, TokenizerSettings(vocab_size=2_048), 0, folder, None, Quiet())
+    rows = Spread(corpus.train[0], length)
+    rows.vocab_size = vocab_size
+    return rows
+
+
+def steps_of(preset: str, seconds: float, smoke: bool) -> dict[str, object]:
+    """Take a recipe's steps for `seconds`, after two that warm up and compile."""
+    recipe: Recipe = load_recipe(find_recipe(preset))
+    changes = SMOKE | SMOKE_OF.get(preset, SMOKE_REST) if smoke else {}
+    config = SLMConfig.from_preset(preset, **changes)
+    settings = recipe.train
+    length = 32 if smoke else settings.sequence_length or config.max_position_embeddings
+    if smoke:
+        settings = settings.model_copy(update={"tokens_per_step": 256, "micro_batch_tokens": "auto"})
+    device = find_device(settings.device, settings.precision)
+    model = build_decoder(config, recipe.seed)
+    settings = resolve_micro_batch(settings, model, length, device)
+    recipe = recipe.model_copy(update={"train": settings})
+    state: State = fresh_state(recipe, model, device)
+    plan = make_plan(settings, 10**6, length, device)
+    reports: list[Report] = []
+    stop, began = StopRequested(), time.perf_counter()
+
+    def note(state: State, report: Report) -> None:
+        nonlocal began
+        if state.step == 2:
+            began = time.perf_counter()
+            reset_peak_memory(device)
+        reports.append(report | {"seconds": time.perf_counter()})
+        stop.is_set = state.step > 3 and time.perf_counter() - began > seconds
+
+    with tempfile.TemporaryDirectory() as folder:
+        rows = stories(length, config.vocab_size, Path(folder), 50 if smoke else 5_000)
+        stream = Stream(rows, settings.rows_per_step(length), recipe.seed)
+        train(state, next_token, stream, plan, [Every(1, note)], stop)
+    times = [later["seconds"] - earlier["seconds"] for earlier, later in itertools.pairwise(reports[1:])]
+    rate = settings.rows_per_step(length) * length / statistics.median(times)
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "optimizer": settings.optimizer,
+        "steps": state.step,
+        "tokens_per_step": settings.rows_per_step(length) * length,
+        "micro_batch": [settings.rows_per_micro_batch(length), length],
+        "seconds_per_step": round(statistics.median(times), 4),
+        "seconds_per_micro_batch": round(settings.rows_per_micro_batch(length) * length / rate, 4),
+        "tokens_per_second": round(rate),
+        "peak_memory_gib": round(peak_memory(device) / 2**30, 2),
+        "mfu": round(rate * 3 * flops_per_token(model.architecture, length).forward / measured_peak(device), 3),
+        "first_and_last_loss": [round(reports[0]["loss"], 3), round(reports[-1]["loss"], 3)],
+        "claimed": CLAIMS.get(preset),
+        "device": device.describe(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("presets", nargs="*", default=PRESETS)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes: only to see that it runs")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    if not arguments.smoke and not torch.cuda.is_available():
+        parser.error("no CUDA device here: --smoke runs everything at tiny sizes")
+    found: dict[str, object] = {}
+    for preset in arguments.presets:
+        try:
+            found[preset] = steps_of(preset, 1.0 if arguments.smoke else arguments.seconds, arguments.smoke)
+        except UserError as error:  # out of memory, or an extra that is missing: the others go on
+            found[preset] = {"failed": str(error)}
+        print(preset, json.dumps(found[preset]), flush=True)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    content = {"date": datetime.date.today().isoformat(), "environment": environment(), "presets": found}
+    if not arguments.smoke:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
