@@ -33,6 +33,7 @@ from slmkit.training.recipe import ModelSettings, Recipe, load_recipe
 from slmkit.training.reference import Beside, find_curve
 from slmkit.training.run import (
     RunDirectory,
+    check_sharing,
     evaluation_interval,
     find_model_directory,
     fit,
@@ -74,11 +75,12 @@ def train_recipe(recipe: Recipe, reporter: Reporter, dry_run: bool = False, forc
     device = find_device(recipe.train.device, recipe.train.precision)
     with join(device, recipe.train.ddp_timeout) as group:
         reporter = reporter if group.is_main else Silence()
+        check_sharing(recipe.train, device, group)
         if group.is_main:
             session = _prepare(recipe, device, group, reporter, force)
             group.from_main(str(session.run.root))
         else:
-            session = _open(RunDirectory(group.from_main("")), device, group)
+            session = open_run(RunDirectory(group.from_main("")), device, group)
         if not dry_run:
             resume = group.from_main(bool(complete_checkpoints(session.run.checkpoints)))
             session.run_to_the_end(reporter, resume)
@@ -99,7 +101,7 @@ def resume_run(directory: str | Path, reporter: Reporter) -> RunDirectory:
     device = find_device(settings.device, settings.precision)
     with join(device, settings.ddp_timeout) as group:
         reporter = reporter if group.is_main else Silence()
-        session = _open(run, device, group)
+        session = open_run(run, device, group)
         reporter.say(session.summary())
         session.run_to_the_end(reporter, resume=True)
     return run
@@ -109,7 +111,7 @@ def _prepare(recipe: Recipe, device: Device, group: Group, reporter: Reporter, f
     """A new run with its data, or the one that this job made before it was started again."""
     found = run_of_job(recipe.output_dir)
     if found is not None:
-        session = _open(found, device, group)
+        session = open_run(found, device, group)
         reporter.say(f"{found.root}: the run of this job, gone on with; {session.summary()}")
         return session
     base = find_model_directory(recipe.model.path) if recipe.model.path else None
@@ -130,7 +132,7 @@ def _prepare(recipe: Recipe, device: Device, group: Group, reporter: Reporter, f
     return session
 
 
-def _open(run: RunDirectory, device: Device, group: Group) -> _Session:
+def open_run(run: RunDirectory, device: Device, group: Group = ALONE) -> _Session:
     """A run whose data is prepared."""
     recipe, corpus = load_recipe(run.recipe), open_corpus(run.data)
     base = find_model_directory(recipe.model.path) if recipe.model.path else None

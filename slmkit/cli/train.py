@@ -48,3 +48,39 @@ def resume(run: Annotated[str, typer.Argument(help="A run directory, such as run
     from slmkit.cli.show import TerminalReporter
 
     print(f"run: {resume_run(run, TerminalReporter()).root}")
+
+
+def replay(
+    run: Annotated[str, typer.Argument(help="A run directory, such as runs/book.")],
+    step: Annotated[int, typer.Option(help="Which step, as metrics.jsonl counts them.")],
+) -> None:
+    """Do one step of a run again, bit for bit, and say which layer, row and token broke or weigh most in it.
+
+    Example: slm replay runs/book --step 120
+    """
+    from slmkit.api.replay import replay_run
+    from slmkit.cli.show import TerminalReporter
+
+    done = replay_run(run, step, TerminalReporter())
+    figures = done.replay.report
+    print(f"step {step}: loss {figures['loss']:.6g}, gradient norm {figures['grad_norm']:.6g}")
+    if "skipped" in figures:
+        print(f"  refused: {figures['skipped']}")
+    if done.recorded is None:
+        print("  nothing was recorded of it to compare with")
+    for name, (now, then) in done.differences.items():
+        print(f"  {name}: {now} now, {then} when it was recorded")
+    if done.recorded is not None and not done.differences:
+        print("  the same as recorded, bit for bit")
+    broken = done.replay.broken
+    if broken is not None:
+        print(f"first to break: {broken.what}")
+    if broken is not None and broken.row is not None and broken.position is not None:
+        token_id, token = done.token(broken.row, broken.position)
+        print(f"  row {broken.row}, position {broken.position}: token {token_id} {token!r}")
+        print(f"  …{done.text_before(broken.row, broken.position)!r}")
+    print("largest gradients: " + ", ".join(f"{name} {norm:.3g}" for name, norm in done.replay.gradients[:5]))
+    print("rows by gradient, each alone:")
+    for row in done.replay.rows[:5]:
+        start = done.text_before(row.number, 15)
+        print(f"  row {row.number}: loss {row.loss:.4g}, gradient norm {row.grad_norm:.4g}, begins {start!r}")

@@ -162,6 +162,8 @@ def train_step(state: State, objective: Objective, batch: Batch, plan: Plan) -> 
         "learning_rate": state.optimizers[-1].param_groups[0]["lr"],
         "grad_norm": grad_norm,
     }
+    if state.guard.rollbacks:
+        report["rollbacks"] = state.guard.rollbacks
     return report if refused is None else report | {"skipped": refused, "skipped_steps": state.guard.skipped}
 
 

@@ -23,6 +23,7 @@ from slmkit.data.stream import Batch
 from slmkit.training.checkpoints import checkpoint_name, complete_checkpoints, step_of
 from slmkit.training.distributed import ALONE, Group
 from slmkit.training.loop import Report, random_seed
+from slmkit.training.run_log import finite
 
 STEPS_KEPT, BATCHES_KEPT, RECORDS_KEPT = 64, 4, 8
 FIGURES, BATCHES = "steps.json", "batches.safetensors"
@@ -73,7 +74,9 @@ class FlightRecorder:
             if batch.documents is not None:
                 tensors[f"{number}/documents"] = batch.documents.int()
         save_file(tensors, partial / BATCHES)
-        steps = [report | {"random_seed": random_seed(self.seed, report["step"] - 1)} for report in self.reports]
+        steps = [
+            finite(report) | {"random_seed": random_seed(self.seed, report["step"] - 1)} for report in self.reports
+        ]
         (partial / FIGURES).write_text(json.dumps(steps, indent=2) + "\n", encoding="utf-8")
         partial.rename(final)
         for old in recorded_steps(self.folder)[:-RECORDS_KEPT]:
@@ -83,6 +86,14 @@ class FlightRecorder:
 def recorded_steps(folder: Path) -> list[int]:
     """The steps of which there is a record, in order."""
     return sorted(step_of(path) for path in folder.glob("step-*"))
+
+
+def recorded_report(folder: Path, step: int) -> Report | None:
+    """The figures of a step as its record has them; None where there is no record."""
+    path = folder / checkpoint_name(step) / FIGURES
+    if not path.is_file():
+        return None
+    return next((report for report in json.loads(path.read_text(encoding="utf-8")) if report["step"] == step), None)
 
 
 def recorded_batches(folder: Path, step: int) -> dict[int, Batch]:

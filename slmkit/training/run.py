@@ -219,7 +219,7 @@ def fresh_state(recipe: Recipe, model: Decoder, device: Device, group: Group = A
     model.to(device.torch_device)
     to_weight_dtype(model, device)
     model.recompute_every = recipe.train.gradient_checkpointing
-    _check_sharing(recipe.train, device, group)
+    check_sharing(recipe.train, device, group)
     if compile_pays(recipe.train.compile, device):
         compile_blocks(model)
     group.share(model, recipe.train.parallel, device.torch_device)
@@ -227,7 +227,7 @@ def fresh_state(recipe: Recipe, model: Decoder, device: Device, group: Group = A
     return State(model, optimizers, seed=recipe.seed, loss_scale=LossScale.of(device))
 
 
-def _check_sharing(settings: TrainSettings, device: Device, group: Group) -> None:
+def check_sharing(settings: TrainSettings, device: Device, group: Group) -> None:
     """Raises `UserError` for what cannot be done with shares of weights."""
     if group.world > 1 and settings.parallel == "fsdp":
         if settings.optimizer not in UPDATE_SHARES:
@@ -334,7 +334,10 @@ class Logger:
 
     def log_and_draw(self, state: State, report: Report) -> None:
         self.log(state, report)
-        plot_losses(self.run.metrics.read(), self.run.plot, self.run.root.name, self.perfect_loss)
+        try:
+            plot_losses(self.run.metrics.read(), self.run.plot, self.run.root.name, self.perfect_loss)
+        except OSError as error:  # no picture is worth a run
+            self.warn(f"{self.run.plot}: not drawn: {error}")
 
 
 @contextlib.contextmanager

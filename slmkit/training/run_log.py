@@ -28,6 +28,13 @@ SAMPLES_OF_A_STEP = re.compile(r"^## Step ([\d,]+)\n\n(?:> .*\n+)*", re.MULTILIN
 MEASURED = ("tokens_per_second", "seconds", "mfu", "memory_bytes")
 
 
+def finite(report: Report) -> Report:
+    """A report as JSON can hold it, which knows neither infinity nor NaN: null stands for them."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in report.items()
+    }
+
+
 class MetricsLog:
     """`metrics.jsonl`: one line a logged step, appended; a resumed run first drops what it is about to repeat."""
 
@@ -36,10 +43,9 @@ class MetricsLog:
 
     def append(self, report: Report) -> None:
         """Add a line. Raises `UserError` when the disk is full."""
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in report.items()}
         try:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(finite) + "\n")
+                file.write(json.dumps(finite(report)) + "\n")
         except OSError as error:
             raise UserError(
                 f"{self.path}: cannot be written ({error}); free some space, then `slm resume {self.path.parent}`"

@@ -1,0 +1,108 @@
+"""What a checkpoint every 50 steps costs: the same steps with and without saving, in turn, in one run.
+
+python -m benchmarks.checkpoints       # some minutes on two cores
+
+Two figures: the stall, which is how much longer the loop is held up at a save (the copy, and waiting for the checkpoint
+before), and the whole cost, in which the writing thread's share of the cores is too.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from slmkit.data.stream import Batch
+from slmkit.device import find_device, keep_freed_memory
+from slmkit.model import SLMConfig, build_decoder
+from slmkit.tokenizer import SLMTokenizer
+from slmkit.training.loop import Plan, State, train_step
+from slmkit.training.objectives import next_token
+from slmkit.training.optimizers import OPTIMIZERS
+from slmkit.training.recipe import TrainSettings
+from slmkit.training.run import RunDirectory
+from slmkit.training.run_log import environment
+from slmkit.training.saver import Saver
+
+EVERY, ROUNDS = 50, 3
+ROWS, LENGTH = 8, 256
+RESULTS = Path(__file__).parent / "results" / "checkpoints.json"
+
+
+def ten_million() -> tuple[State, SLMConfig]:
+    """10.6 M parameters in float32, with AdamW's moments: 128 MB a checkpoint."""
+    config = SLMConfig(
+        vocab_size=4096, hidden_size=320, intermediate_size=960, num_hidden_layers=7, num_attention_heads=5,
+        max_position_embeddings=LENGTH,
+    )  # fmt: skip
+    model = build_decoder(config)
+    return State(model, OPTIMIZERS["adamw"](model, TrainSettings())), config
+
+
+def main() -> None:
+    device = find_device("cpu")
+    keep_freed_memory()
+    state, config = ten_million()
+    plan = Plan(10**9, ROWS, 1.0, lambda step: 1.0, device)
+    generator = torch.Generator().manual_seed(0)
+    ids, labels = (torch.randint(config.vocab_size, (ROWS, LENGTH), generator=generator) for _ in range(2))
+    batch = Batch(ids, labels, labels.numel())
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "checkpoints").mkdir()
+        saver = Saver(RunDirectory(folder), config, SLMTokenizer(260).save_pretrained, 2, warn=print)
+
+        def round_of_steps(is_saving: bool) -> tuple[float, float]:
+            """Seconds of a save and the steps until the next, and those of the save alone."""
+            started = time.perf_counter()
+            if is_saving:
+                saver.save(state, {})
+            stalled = time.perf_counter() - started
+            for _ in range(EVERY):
+                train_step(state, next_token, batch, plan)
+                saver.check(state, {})
+            return time.perf_counter() - started, stalled
+
+        round_of_steps(True)
+        saver.wait()
+        rounds = []
+        for _ in range(ROUNDS):
+            without, _ = round_of_steps(False)
+            saving, stalled = round_of_steps(True)
+            saver.wait()
+            begun = time.perf_counter()
+            saver.save(state, {})
+            saver.wait()
+            rounds.append((without, saving, stalled, time.perf_counter() - begun))
+            print([round(seconds, 3) for seconds in rounds[-1]], flush=True)
+    result = {
+        "date": datetime.date.today().isoformat(),
+        "what": f"{EVERY} steps of {ROWS * LENGTH} tokens with one checkpoint and without, {ROUNDS} rounds in turn",
+        "environment": environment() | device.describe(),
+        "parameters": sum(p.numel() for p in state.model.parameters()),
+        "milliseconds_a_step": spread([1e3 * without / EVERY for without, *_ in rounds]),
+        "stall_in_percent": spread([100 * stalled / without for without, _, stalled, _ in rounds]),
+        "whole_cost_in_percent": spread([100 * (saving / without - 1) for without, saving, *_ in rounds]),
+        "stall_in_milliseconds": spread([1e3 * stalled for *_, stalled, _ in rounds]),
+        "written_at_once_in_milliseconds": spread([1e3 * whole for *_, whole in rounds]),
+    }
+    print(json.dumps(result, indent=2))
+    if "--no-output" not in sys.argv:
+        RESULTS.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {
+        "median": round(statistics.median(values), 2),
+        "least": round(min(values), 2),
+        "most": round(max(values), 2),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""A step of a run done again from its files: what `slm replay` stands on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slmkit.api.runs import Reporter, open_run
+from slmkit.config import UserError
+from slmkit.device import find_device
+from slmkit.tokenizer import SLMTokenizer
+from slmkit.training import checkpoints
+from slmkit.training.loop import Report
+from slmkit.training.objectives import OBJECTIVES
+from slmkit.training.recipe import load_recipe
+from slmkit.training.recorder import recorded_batches, recorded_report
+from slmkit.training.replay import Replay, differences, replay_step
+from slmkit.training.run import RunDirectory, fresh_state
+
+TOKENS_BEFORE = 24  # of context shown in front of the token at which something broke
+
+
+@dataclass(frozen=True)
+class RunReplay:
+    """A step done again, and what the run had written of it."""
+
+    replay: Replay
+    recorded: Report | None  # the step's line of figures, where it was logged
+    tokenizer: SLMTokenizer
+
+    @property
+    def differences(self) -> dict[str, tuple[Any, Any]]:
+        """Figures that are not the recorded ones bit for bit; of another kind of machine, some may be."""
+        return differences(self.replay.report, self.recorded) if self.recorded is not None else {}
+
+    def text_before(self, row: int, position: int) -> str:
+        """What stands in a row up to a token, that one included."""
+        ids = self.replay.batch.ids[row, max(0, position - TOKENS_BEFORE) : position + 1]
+        return self.tokenizer.decode(ids.tolist())
+
+    def token(self, row: int, position: int) -> tuple[int, str]:
+        """A token's id and text."""
+        token_id = int(self.replay.batch.ids[row, position])
+        return token_id, self.tokenizer.decode([token_id])
+
+
+def replay_run(directory: str | Path, step: int, reporter: Reporter) -> RunReplay:
+    """Do step `step` of a run again, watched. Nothing in the run is changed.
+
+    Raises `UserError` where there is no such run or step.
+    """
+    run = RunDirectory(directory)
+    if not run.recipe.is_file():
+        raise UserError(f"{run.root}: not a run: it has no recipe.yaml; expected a directory that `slm train` made")
+    recipe = load_recipe(run.recipe)
+    session = open_run(run, find_device(recipe.train.device, recipe.train.precision))
+    if not 1 <= step <= session.plan.steps:
+        raise UserError(f"--step {step}: the run has steps 1 to {session.plan.steps}")
+    recorded = recorded_report(run.records, step) or _line_of(run, step)
+    state = fresh_state(recipe, session.model, session.device)
+    base = checkpoints.newest_intact(
+        run.checkpoints, reporter.warn, lambda checkpoint: checkpoints.step_of(checkpoint) < step
+    )
+    if base is None:
+        reporter.say(f"no checkpoint from before step {step} is left: going through all steps from the first")
+    else:
+        checkpoints.load_checkpoint(base, state)
+        reporter.say(f"from {base.name}: {step - 1 - state.step:,} steps on the way")
+    if recorded is not None:  # a rollback after that checkpoint lowered the learning rate
+        state.guard.rollbacks = recorded.get("rollbacks", 0)
+    replay = replay_step(
+        state,
+        OBJECTIVES[recipe.objective],
+        session.stream,
+        session.plan,
+        step,
+        recorded_batches(run.records, step).get(step),
+    )
+    return RunReplay(replay, recorded, session.corpus.tokenizer)
+
+
+def _line_of(run: RunDirectory, step: int) -> Report | None:
+    return next((line for line in run.metrics.comparable() if line["step"] == step), None)
