@@ -219,7 +219,7 @@ def fresh_state(recipe: Recipe, model: Decoder, device: Device, group: Group = A
     model.to(device.torch_device)
     to_weight_dtype(model, device)
     model.recompute_every = recipe.train.gradient_checkpointing
-    _check_sharing(recipe.train, device, group)
+    check_sharing(recipe.train, device, group)
     if compile_pays(recipe.train.compile, device):
         compile_blocks(model)
     group.share(model, recipe.train.parallel, device.torch_device)
@@ -227,7 +227,7 @@ def fresh_state(recipe: Recipe, model: Decoder, device: Device, group: Group = A
     return State(model, optimizers, seed=recipe.seed, loss_scale=LossScale.of(device))
 
 
-def _check_sharing(settings: TrainSettings, device: Device, group: Group) -> None:
+def check_sharing(settings: TrainSettings, device: Device, group: Group) -> None:
     """Raises `UserError` for what cannot be done with shares of weights."""
     if group.world > 1 and settings.parallel == "fsdp":
         if settings.optimizer not in UPDATE_SHARES:
