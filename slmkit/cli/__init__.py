@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from slmkit.cli import chat, data, generate, inspect, plan, plot, quickstart, runs, tokenizer, train
+from slmkit.cli import bench, chat, data, generate, inspect, plan, plot, quickstart, runs, tokenizer, train
 from slmkit.config import UserError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app = typer.Typer(
 app.command("quickstart")(quickstart.quickstart)
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(data.app, name="data")
+app.add_typer(bench.app, name="bench")
 app.command("train")(train.train)
 app.command("resume")(train.resume)
 app.command("replay")(train.replay)

@@ -82,7 +82,7 @@ def prepare_text_on_ray(
     shards = parts
     if shuffle_seed is not None:
         shards = [GlobalShuffle(ordered, parts, partial, shuffle_seed).shard(number) for number in range(len(parts))]
-    header = header_of(tokenizer, parts, shards, reading.descriptions, None, shuffle_seed, cleaner.report)
+    header = header_of(partial, tokenizer, parts, shards, reading.descriptions, None, shuffle_seed, cleaner.report)
     complete(partial.folder, directory, header)
     return TokenShards.open(directory)
 

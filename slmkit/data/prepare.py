@@ -87,12 +87,13 @@ def prepare_text(
         shards = parts
         if shuffle_seed is not None:
             shards = list(pool.map(GlobalShuffle(ordered, parts, partial, shuffle_seed).shard, range(len(parts))))
-    header = header_of(tokenizer, parts, shards, sources, perfect_loss, shuffle_seed, cleaner.report)
+    header = header_of(partial, tokenizer, parts, shards, sources, perfect_loss, shuffle_seed, cleaner.report)
     complete(partial.folder, directory, header)
     return TokenShards.open(directory)
 
 
 def header_of(
+    folder: ShardFolder,
     tokenizer: SLMTokenizer,
     parts: Sequence[Finished],
     shards: Sequence[Finished],
@@ -101,10 +102,10 @@ def header_of(
     shuffle_seed: int | None,
     cleaning: CleaningReport,
 ) -> Header:
-    """What is true of all `shards`, which hold the documents of `parts`."""
+    """What is true of all `shards` in `folder`, which hold the documents of `parts`."""
     return Header(
-        dtype="uint16" if len(tokenizer) <= 1 << 16 else "uint32",
-        tokenizer=tokenizer.fingerprint,
+        dtype=folder.dtype.name,
+        tokenizer=folder.fingerprint,
         vocab_size=len(tokenizer),
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -36,7 +36,8 @@ class ShardFolder:
     def __init__(self, folder: Path, tokenizer: Vocabulary) -> None:
         self.folder = folder
         self.vocab_size, self.dtype = len(tokenizer), np.dtype("<u2" if len(tokenizer) <= 1 << 16 else "<u4")
-        self.maker = f"{FORMAT} {VERSION} {tokenizer.fingerprint} {self.dtype.name}"
+        self.fingerprint = tokenizer.fingerprint  # which takes a while: asked once
+        self.maker = f"{FORMAT} {VERSION} {self.fingerprint} {self.dtype.name}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -101,6 +101,13 @@ class TrainSettings(Settings):
             raise ValueError(f"{' and '.join(given)} both say when to stop: keep one (`{given[0]}: null` drops it)")
         return self
 
+    @model_validator(mode="after")
+    def _whole_weights(self) -> TrainSettings:
+        for name, value in (("optimizer", self.optimizer), ("precision", self.precision)):
+            if self.parallel == "fsdp" and value in ("adamw_8bit", "bfloat16-pure", "bfloat16-master"):
+                raise ValueError(f"{name} {value} needs whole weights on every process: set parallel to ddp")
+        return self
+
     def rows_per_step(self, sequence_length: int) -> int:
         return max(1, round(self.tokens_per_step / sequence_length))
 

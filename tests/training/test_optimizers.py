@@ -7,11 +7,12 @@ import sys
 import pytest
 import torch
 
-from slmkit.config import UserError
+from slmkit.config import UserError, load_settings
 from slmkit.training.lion import Lion
 from slmkit.training.loop import Every, State, train, train_step
 from slmkit.training.objectives import next_token
 from slmkit.training.optimizers import OPTIMIZERS
+from slmkit.training.recipe import TrainSettings
 from tests.training.helpers import plan, run, state, stream
 
 
@@ -117,3 +118,10 @@ def test_without_its_package_8_bits_are_one_line_that_names_the_extra(monkeypatc
     monkeypatch.setitem(sys.modules, "slmkit.training.adamw_8bit", None)
     with pytest.raises(UserError, match=r"adamw_8bit: .*pip install slmkit\[optim\]"):
         state(optimizer="adamw_8bit")
+
+
+@pytest.mark.parametrize("key", [{"optimizer": "adamw_8bit"}, {"precision": "bfloat16-pure"}])
+def test_what_needs_whole_weights_is_refused_where_processes_share_them(key: dict[str, str]) -> None:
+    assert load_settings(TrainSettings, key | {"parallel": "ddp"})
+    with pytest.raises(UserError, match="set parallel to ddp"):
+        load_settings(TrainSettings, key | {"parallel": "fsdp"})

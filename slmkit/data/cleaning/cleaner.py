@@ -82,14 +82,12 @@ class Cleaner:
         self.bands, self.rows = bands_and_rows(settings.near_duplicates) if settings.near_duplicates else (0, 0)
         self.seen_exact, self.seen_near = SeenKeys(), SeenKeys()
 
-    def clean(self, documents: Iterable[Document], pool: Executor, workers: int) -> Iterator[Document]:
+    def clean(self, documents: Iterable[Document], pool: Executor, workers: int) -> Iterable[Document]:
         """The documents that are kept."""
         if not self.settings.is_active:
-            yield from documents
-            return
-        for pieces, reason in self.decide(documents, pool, workers):
-            if reason is None:
-                yield from pieces
+            return documents
+        decided = self.decide(documents, pool, workers)
+        return (piece for pieces, reason in decided if reason is None for piece in pieces)
 
     def decide(
         self, documents: Iterable[Document], pool: Executor, workers: int

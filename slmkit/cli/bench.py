@@ -1,0 +1,36 @@
+"""`slm bench data`: how fast this machine is."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Measure this machine.", no_args_is_help=True, rich_markup_mode=None, add_completion=False)
+
+
+@app.callback()
+def bench() -> None:
+    """Measure this machine."""
+
+
+@app.command()
+def data(
+    megabytes: Annotated[float, typer.Option(help="Of built-in text to encode.")] = 20,
+    gigabytes: Annotated[float, typer.Option(help="Of shards to read from; they take no room on the disk.")] = 50,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each is measured.")] = 5,
+    peers: Annotated[bool, typer.Option(help="Beside `datasets` and `litdata`, where they are installed.")] = True,
+) -> None:
+    """Encoding, preparation, loading, resuming and the time to the first batch.
+
+    Example: slm bench data --megabytes 5
+    """
+    import json
+
+    from slmkit.data.benchmark import measure
+    from slmkit.data.benchmark_peers import measure_peers
+
+    for name, result in measure(megabytes, gigabytes, rounds):
+        print(f"{name}: {json.dumps(result, ensure_ascii=False)}", flush=True)
+    for name, result in measure_peers(megabytes) if peers else ():
+        print(f"{name}: {json.dumps(result, ensure_ascii=False)}", flush=True)

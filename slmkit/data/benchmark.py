@@ -1,0 +1,219 @@
+"""How fast this machine prepares and feeds text, each measure beside a plain one taken in turn with it.
+
+All texts are the built-in stories, so that everybody measures the same. Rates are medians of several rounds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from slmkit.data import stories
+from slmkit.data.prepare import prepare_text
+from slmkit.data.shards import HEADER, Header, Shard, TokenShards
+from slmkit.data.stream import PretrainRows, Stream
+from slmkit.tokenizer import SLMTokenizer
+
+ROUNDS = 5
+VOCABULARY = 4096
+SHARD_TOKENS = 1 << 28
+ROW, ROWS = 1024, 128  # tokens in a row, rows in a batch
+
+Result = dict[str, Any]
+
+
+def seconds(run: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def processor_seconds(run: Callable[[], object]) -> float:
+    """Of all threads of this process: what other programs take does not count."""
+    started = time.process_time()
+    run()
+    return time.process_time() - started
+
+
+def side_by_side(ours: Callable[[], object], other: Callable[[], object], rounds: int = ROUNDS) -> Result:
+    """Median seconds of both, run in turn, and how many times as long the other takes."""
+    pairs = [(seconds(ours), seconds(other)) for _ in range(rounds)]
+    ratios = [theirs / mine for mine, theirs in pairs]
+    return {
+        "seconds": round(statistics.median(mine for mine, _ in pairs), 4),
+        "other_seconds": round(statistics.median(theirs for _, theirs in pairs), 4),
+        "ratio": _median(ratios, 3),
+    }
+
+
+def _median(values: list[float], digits: int) -> Result:
+    return {
+        "median": round(statistics.median(values), digits),
+        "range": [round(min(values), digits), round(max(values), digits)],
+    }
+
+
+def corpus(megabytes: float) -> tuple[list[str], SLMTokenizer]:
+    """So much of the built-in stories, and a tokenizer trained on some of it."""
+    texts: list[str] = []
+    size = 0
+    for story in stories.tell_many(0, 10_000_000):
+        texts.append(story.text)
+        size += len(story.text)
+        if size >= megabytes * 1e6:
+            break
+    tokenizer = SLMTokenizer(VOCABULARY)
+    tokenizer.train(texts[:5000])
+    return texts, tokenizer
+
+
+def plain_tokenizer(tokenizer: SLMTokenizer) -> Tokenizer:
+    """The same vocabulary as the `tokenizers` library reads it."""
+    with temporary_folder() as folder:
+        tokenizer.save_pretrained(folder)
+        return Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+def encoding(texts: list[str], tokenizer: SLMTokenizer, rounds: int = ROUNDS) -> Result:
+    """One thread: our encoder beside `tokenizers` called from Python, text by text; rates in MB/s."""
+    plain = plain_tokenizer(tokenizer)
+    size = sum(map(len, texts)) / 1e6
+    result = side_by_side(
+        lambda: tokenizer.encode_batch(texts, threads=1),
+        lambda: [plain.encode(text, add_special_tokens=False).ids for text in texts],
+        rounds,
+    )
+    rates = {"MB/s": size / result["seconds"], "tokenizers MB/s": size / result["other_seconds"]}
+    return result | {name: round(rate, 2) for name, rate in rates.items()}
+
+
+def one_character(texts: list[str], tokenizer: SLMTokenizer, rounds: int = ROUNDS) -> Result:
+    """A megabyte of one letter beside a megabyte of stories: the ratio is ordinary text's time to the other's."""
+    ordinary = "\n".join(texts)[: 1 << 20]
+    result = side_by_side(
+        lambda: tokenizer.encode_array("a" * len(ordinary)), lambda: tokenizer.encode_array(ordinary), rounds
+    )
+    return result | {"times ordinary text": round(1 / result["ratio"]["median"], 3)}
+
+
+def preparation(texts: list[str], tokenizer: SLMTokenizer, folder: Path, rounds: int = ROUNDS) -> Result:
+    """`prepare_text` on all cores beside the encoder alone on the same texts and cores: the ratio is its share."""
+    numbers = itertools.count()
+    size = sum(map(len, texts)) / 1e6
+
+    def prepare() -> None:
+        prepare_text(texts, tokenizer, folder / str(next(numbers)))
+
+    def encode() -> None:
+        tokenizer.encode_batch(texts)
+
+    result = side_by_side(prepare, encode, rounds)
+    shares = [processor_seconds(encode) / processor_seconds(prepare) for _ in range(rounds)]
+    return result | {"MB/s": round(size / result["seconds"], 2), "ratio of processor time": _median(shares, 3)}
+
+
+def write_sparse_shards(folder: Path, tokens: int) -> TokenShards:
+    """Shards of so many tokens, all 0, that take no room on disk: files with nothing in them but their length."""
+    folder.mkdir(parents=True)
+    names = [f"{number:05}" for number in range(-(-tokens // SHARD_TOKENS))]
+    for name in names:
+        (folder / f"{name}.tokens").touch()
+        os.truncate(folder / f"{name}.tokens", 2 * SHARD_TOKENS)
+        np.array([SHARD_TOKENS], dtype="<i8").tofile(folder / f"{name}.ends")
+    header = Header(
+        dtype="uint16", tokenizer="", vocab_size=VOCABULARY, eos_token_id=0, pad_token_id=1,
+        tokens=SHARD_TOKENS * len(names), documents=len(names), text_bytes=0, sources=[], masked=False,
+        perfect_loss=None, shards=[Shard(name, SHARD_TOKENS, 1, {}) for name in names],
+    )  # fmt: skip
+    (folder / HEADER).write_text(json.dumps(asdict(header)))
+    return TokenShards.open(folder)
+
+
+def loading(folder: Path, batches: int = 400) -> Result:
+    """Batches of random rows from shards, one core: tokens/s, memory that grew meanwhile, and the time to resume."""
+    opened = seconds(lambda: Stream(PretrainRows(TokenShards.open(folder), ROW), ROWS).batch(0))
+    stream = Stream(PretrainRows(TokenShards.open(folder), ROW), ROWS)
+    for step in range(20):
+        stream.batch(step)
+    before, rates, alone = _peak_memory(), [], []
+    for begin in range(20, batches, 40):
+        rates.append(20 * ROWS * ROW / seconds(functools.partial(_read, stream, range(begin, begin + 20))) / 1e6)
+        taken = processor_seconds(functools.partial(_read, stream, range(begin + 20, begin + 40)))
+        alone.append(20 * ROWS * ROW / taken / 1e6)
+    grown = _peak_memory() - before
+    steps = (stream.rows_in_epoch or 0) // ROWS
+    positions = np.linspace(0, 3 * steps, 20, dtype=int).tolist()
+    places = [seconds(functools.partial(_resumed, folder, step)) for step in positions]
+    return {
+        "tokens in the shards": len(TokenShards.open(folder)),
+        "M tokens/s": _median(rates, 1),
+        "M tokens/s of processor time": _median(alone, 1),
+        "peak memory grown by MB": round(grown, 1),
+        "first open and batch in ms": round(1e3 * opened, 1),
+        "resume anywhere in ms": _median([1e3 * place for place in places], 2),
+    }
+
+
+def _read(stream: Stream, steps: range) -> None:
+    for step in steps:
+        stream.batch(step)
+
+
+def _resumed(folder: Path, step: int) -> object:
+    return Stream(PretrainRows(TokenShards.open(folder), ROW), ROWS).batch(step)
+
+
+def _peak_memory() -> float:
+    """Of this process so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def first_batch(folder: Path, rounds: int = ROUNDS) -> Result:
+    """Seconds from the start of a process to its first batch, and those of them that importing torch takes."""
+    code = (
+        "import sys; from slmkit.data import PretrainRows, Stream, TokenShards; "
+        f"Stream(PretrainRows(TokenShards.open(sys.argv[1]), {ROW}), {ROWS}).batch(0)"
+    )
+    result = side_by_side(lambda: _run(code, str(folder)), lambda: _run("import torch"), rounds)
+    return {"seconds": result["seconds"], "of them importing torch": result["other_seconds"]}
+
+
+def _run(code: str, *arguments: str) -> None:
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True)
+
+
+def measure(megabytes: float = 20, gigabytes: float = 50, rounds: int = ROUNDS) -> Iterator[tuple[str, Result]]:
+    """Every measure by its name, as it is done. The shards of `gigabytes` take no room on the disk."""
+    texts, tokenizer = corpus(megabytes)
+    some = texts[: max(1, len(texts) // 10)]
+    yield "encoding, one thread", encoding(some, tokenizer, rounds)
+    yield "a megabyte of one character", one_character(texts, tokenizer, rounds)
+    with temporary_folder() as folder:
+        yield "preparation, all cores", preparation(texts, tokenizer, folder, rounds)
+        shards = folder / "0"
+        yield "loading", loading(shards)
+        write_sparse_shards(folder / "large", round(gigabytes * 1e9 / 2))
+        yield f"loading from {gigabytes:g} GB", loading(folder / "large")
+        yield "first batch of a process", first_batch(folder / "large", rounds)
+
+
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="slmkit-bench-") as folder:
+        yield Path(folder)

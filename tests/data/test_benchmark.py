@@ -1,0 +1,51 @@
+"""`slm bench data` on very little: every measure is there, of the work that it says. No test looks at the clock."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from slmkit.data import benchmark_peers
+from slmkit.data.benchmark import corpus, plain_tokenizer, write_sparse_shards
+from tests.cli.helpers import slm
+
+
+def test_both_encoders_of_the_benchmark_do_the_same_work():
+    texts, tokenizer = corpus(0.05)
+    plain = plain_tokenizer(tokenizer)
+    assert sum(map(len, texts)) >= 50_000
+    for text, ids in zip(texts, tokenizer.encode_batch(texts, threads=1)):
+        assert plain.encode(text, add_special_tokens=False).ids == ids.tolist()
+
+
+def test_sparse_shards_are_read_like_any_and_take_no_room(tmp_path: Path):
+    shards = write_sparse_shards(tmp_path / "large", 3_000_000_000)
+    assert len(shards) >= 3_000_000_000
+    assert not shards.tokens_in(len(shards) - 2**28 - 5, len(shards) - 2**28 + 5).any()
+    assert sum(path.stat().st_blocks for path in (tmp_path / "large").iterdir()) * 512 < 1 << 20
+
+
+def test_the_command_says_every_measure():
+    done = slm("bench", "data", "--megabytes", "0.6", "--gigabytes", "2", "--rounds", "1", "--no-peers")
+    assert done.returncode == 0, done.stderr
+    results = {name: json.loads(rest) for name, rest in (line.split(": ", 1) for line in done.stdout.splitlines())}
+    assert list(results) == [
+        "encoding, one thread",
+        "a megabyte of one character",
+        "preparation, all cores",
+        "loading",
+        "loading from 2 GB",
+        "first batch of a process",
+    ]
+    assert results["loading from 2 GB"]["tokens in the shards"] >= 1_000_000_000
+    assert 0 < results["preparation, all cores"]["ratio of processor time"]["median"] < 2
+
+
+def test_a_peer_that_is_missing_is_said(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("SLMKIT_LITDATA_PYTHON", raising=False)
+    monkeypatch.setattr(benchmark_peers, "_datasets", lambda *_: {"skipped": "not here"})
+    results = dict(benchmark_peers.measure_peers(0.6))
+    assert results["litdata"] == {"skipped": "SLMKIT_LITDATA_PYTHON names no interpreter that has litdata"}
+    assert results["slmkit"]["loading M tokens/s"] > 0
