@@ -11,7 +11,7 @@
 #SBATCH --output=slm-%j.log
 
 set -euo pipefail
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 
 # The number of the job stays when it is requeued, and with it the run that it goes on with.
 exec srun torchrun \
