@@ -46,7 +46,7 @@ def prepare(
     """
     from slmkit.cli.progress import PreparationProgress
     from slmkit.cli.show import TerminalReporter
-    from slmkit.config import load_settings
+    from slmkit.config import UserError, load_settings
     from slmkit.data import prepare_chat, prepare_text
     from slmkit.data.cleaning import CleaningSettings
     from slmkit.data.many_sources import Reading
@@ -54,6 +54,8 @@ def prepare(
     from slmkit.tokenizer import SLMTokenizer
     from slmkit.training.run import find_tokenizer_directory
 
+    if chat and (clean or ray or shuffle is not None):
+        raise UserError("--chat: conversations are not cleaned, shuffled or sent to a cluster; leave those options out")
     cleaning = load_settings(CleaningSettings, {}, clean or [])
     settings = [load_settings(SourceSettings, {"path": path}, source or []) for path in sources]
     directory = find_tokenizer_directory(tokenizer)
