@@ -101,6 +101,10 @@ def resume_run(directory: str | Path, reporter: Reporter) -> RunDirectory:
     device = find_device(settings.device, settings.precision)
     with join(device, settings.ddp_timeout) as group:
         reporter = reporter if group.is_main else Silence()
+        if group.is_main and not run.environment.is_file():
+            reporter.say(f"{run.root}: stopped before its data was ready, which is prepared again")
+            _build(run, load_recipe(run.recipe), device, group, reporter, force=False)
+        group.from_main(True)
         session = open_run(run, device, group)
         reporter.say(session.summary())
         session.run_to_the_end(reporter, resume=True)
@@ -114,21 +118,27 @@ def _prepare(recipe: Recipe, device: Device, group: Group, reporter: Reporter, f
         session = open_run(found, device, group)
         reporter.say(f"{found.root}: the run of this job, gone on with; {session.summary()}")
         return session
-    base = find_model_directory(recipe.model.path) if recipe.model.path else None
     run = new_run_directory(recipe.output_dir)
     try:
-        tokenizer = SLMTokenizer.from_pretrained(base) if base else None
-        corpus = build_corpus(
-            recipe.objective, recipe.data, recipe.tokenizer, recipe.seed, run.data, tokenizer, reporter
-        )
-        model, config = _model_for(recipe, corpus.tokenizer, base)
-        session = _Session(run, _resolve(recipe, run, config, base), corpus, model, config, device, group)
-        run.describe(session.recipe, device, corpus.describe())
-        reporter.say(session.summary())
-        session.look(reporter, force)
+        run.claim(recipe)
+        return _build(run, recipe, device, group, reporter, force)
     except BaseException:
         shutil.rmtree(run.root, ignore_errors=True)
         raise
+
+
+def _build(
+    run: RunDirectory, recipe: Recipe, device: Device, group: Group, reporter: Reporter, force: bool
+) -> _Session:
+    """Tokenizer, data and model, and a run described: from here on it can be opened."""
+    base = find_model_directory(recipe.model.path) if recipe.model.path else None
+    tokenizer = SLMTokenizer.from_pretrained(base) if base else None
+    corpus = build_corpus(recipe.objective, recipe.data, recipe.tokenizer, recipe.seed, run.data, tokenizer, reporter)
+    model, config = _model_for(recipe, corpus.tokenizer, base)
+    session = _Session(run, _resolve(recipe, run, config, base), corpus, model, config, device, group)
+    run.describe(session.recipe, device, corpus.describe())
+    reporter.say(session.summary())
+    session.look(reporter, force)
     return session
 
 

@@ -53,8 +53,12 @@ class RunDirectory:
         self.latest = self.root / "latest"
         self.best = self.root / "best"
 
+    def claim(self, recipe: Recipe) -> None:
+        """Write down what the run is to be, so that one that is killed while its data is prepared can go on."""
+        write_whole(self.recipe, to_yaml(recipe.model_copy(update={"output_dir": str(self.root)})))
+
     def describe(self, recipe: Recipe, device: Device, data: dict[str, Any]) -> None:
-        """Write what would repeat the run."""
+        """Write what would repeat the run; with its environment it counts as prepared."""
         write_whole(self.recipe, to_yaml(recipe))
         content = environment() | device.describe() | {"data": data, "job": job_id()}
         write_whole(self.environment, json.dumps(content, indent=2) + "\n")
