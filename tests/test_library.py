@@ -117,3 +117,10 @@ def test_every_public_name_is_there() -> None:
         assert getattr(slmkit, name).__name__ == name
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = slmkit.no_such_name
+
+
+def test_tokenizing_loads_no_torch() -> None:
+    """`slm tokenizer` and `slm data` would wait seconds for it."""
+    code = "import slmkit.cli, slmkit.data, slmkit.tokenizer, slmkit.training.find, sys; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -18,8 +18,8 @@ from slmkit.data.stories import held_out_questions
 from slmkit.evaluation import ask
 from slmkit.model import load_decoder
 from slmkit.tokenizer import SLMTokenizer
+from slmkit.training.find import find_model_directory
 from slmkit.training.recipe import find_recipe, load_recipe
-from slmkit.training.run import find_model_directory
 
 FEW_STEPS = ["train.num_train_epochs=null", "train.tokens_per_step=1024", "train.device=cpu", "train.sample_tokens=5"]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from slmkit.config import UserError
 from slmkit.generation import SamplingSettings, generate_ids
 from slmkit.model import Decoder, SLMConfig, build_decoder, load_decoder, save_decoder
-from slmkit.training.run import find_model_directory
+from slmkit.training.find import find_model_directory
 
 
 class SLMForCausalLM(nn.Module):

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slmkit.api.runs import Reporter, train_recipe
+from slmkit.training.find import free_path
 from slmkit.training.recipe import Recipe, find_recipe, load_recipe
-from slmkit.training.run import RunDirectory, free_path
+from slmkit.training.run import RunDirectory
 
 # What the parts take beside the primer, whatever the machine: tokenizing, training and validation together.
 TRAINING_PER_PRIMER, EVALUATION_PER_PRIMER = 5.9, 0.45

@@ -25,6 +25,7 @@ from slmkit.model.config import TRAINING_FIELDS
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.checkpoints import complete_checkpoints
 from slmkit.training.distributed import ALONE, Group, join
+from slmkit.training.find import find_model_directory
 from slmkit.training.loop import Every, Hook, Plan, Report, State
 from slmkit.training.micro_batch import resolve_micro_batch
 from slmkit.training.plan_file import PlanFile
@@ -35,7 +36,6 @@ from slmkit.training.run import (
     RunDirectory,
     check_sharing,
     evaluation_interval,
-    find_model_directory,
     fit,
     make_plan,
     new_run_directory,

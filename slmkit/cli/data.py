@@ -52,7 +52,7 @@ def prepare(
     from slmkit.data.many_sources import Reading
     from slmkit.data.source_settings import SourceSettings
     from slmkit.tokenizer import SLMTokenizer
-    from slmkit.training.run import find_tokenizer_directory
+    from slmkit.training.find import find_tokenizer_directory
 
     if chat and (clean or ray or shuffle is not None):
         raise UserError("--chat: conversations are not cleaned, shuffled or sent to a cluster; leave those options out")
@@ -96,7 +96,7 @@ def inspect(
     from slmkit.data import TokenShards
     from slmkit.data.shard_facts import find_facts
     from slmkit.tokenizer import SLMTokenizer
-    from slmkit.training.run import find_tokenizer_directory
+    from slmkit.training.find import find_tokenizer_directory
 
     opened = TokenShards.open(shards)
     header, facts = opened.header, find_facts(opened, length)

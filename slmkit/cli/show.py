@@ -72,7 +72,7 @@ def load_model(path: str, device: str) -> tuple[Decoder, SLMTokenizer]:
     from slmkit.device import find_device
     from slmkit.model import load_decoder
     from slmkit.tokenizer import SLMTokenizer
-    from slmkit.training.run import find_model_directory
+    from slmkit.training.find import find_model_directory
 
     directory = find_model_directory(path)
     decoder, _ = load_decoder(directory, find_device(device).torch_device)

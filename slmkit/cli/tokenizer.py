@@ -55,7 +55,7 @@ def encode(
     Example: slm tokenizer encode tokenizers/book "Once upon a time"
     """
     from slmkit.tokenizer import SLMTokenizer
-    from slmkit.training.run import find_tokenizer_directory
+    from slmkit.training.find import find_tokenizer_directory
 
     loaded = SLMTokenizer.from_pretrained(find_tokenizer_directory(tokenizer))
     ids = loaded.encode(text)

@@ -13,9 +13,9 @@ from slmkit.model.architecture import Architecture
 from slmkit.model.families import architecture_of
 from slmkit.model.presets import PRESETS
 from slmkit.model.sizes import cache_size, cache_variants, flops_per_token, parameters_by_module
+from slmkit.training.find import find_model_directory
 from slmkit.training.memory import reading_bytes, training_bytes
 from slmkit.training.recipe import TrainSettings
-from slmkit.training.run import find_model_directory
 
 LONGEST_BY_DEFAULT = 2_048  # tokens
 

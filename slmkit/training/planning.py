@@ -12,11 +12,11 @@ from slmkit.device import Device, available_memory, find_device
 from slmkit.model import SLMConfig
 from slmkit.model.families import architecture_of
 from slmkit.model.sizes import parameter_count, parameters_by_module
+from slmkit.training.find import find_model_directory
 from slmkit.training.forecast import Forecast, forecast, guessed_rate
 from slmkit.training.micro_batch import fitting_rows
 from slmkit.training.probe import Probe, probe
 from slmkit.training.recipe import ModelSettings, Recipe, TrainSettings
-from slmkit.training.run import find_model_directory
 from slmkit.training.scaling import expected_loss, learning_rate_for, parameters_for, tokens_per_step_for
 
 BYTES_PER_TOKEN = 4  # of English in a vocabulary of some ten thousand

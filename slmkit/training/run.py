@@ -20,6 +20,7 @@ from slmkit.training import checkpoints
 from slmkit.training.compilation import compile_blocks, compile_pays, uncompiled
 from slmkit.training.distributed import ALONE, Group
 from slmkit.training.files import write_whole
+from slmkit.training.find import free_path
 from slmkit.training.gauges import Gauges
 from slmkit.training.guards import Diverged, GuardSettings
 from slmkit.training.loop import Every, Plan, Report, RunStopped, State, StopRequested, train
@@ -69,15 +70,6 @@ class RunDirectory:
         rewind_samples(self.samples, step)
 
 
-def free_path(wanted: str | Path) -> Path:
-    """`wanted`, or `wanted-2`, `-3`… where that name is taken."""
-    path, number = Path(wanted), 1
-    while path.exists():
-        number += 1
-        path = Path(f"{wanted}-{number}")
-    return path
-
-
 def new_run_directory(wanted: str | Path) -> RunDirectory:
     """A fresh directory of the wanted name, numbered where that is taken: no run is ever overwritten."""
     path = free_path(wanted)
@@ -105,25 +97,6 @@ def job_id() -> str | None:
     """What `torchrun --rdzv-id` calls the job; None without one."""
     name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return None if name == "none" else name
-
-
-def find_model_directory(path: str | Path) -> Path:
-    """A model directory as it is; of a run its best checkpoint, else its latest. Raises `UserError` for neither."""
-    return _find(path, "config.json")
-
-
-def find_tokenizer_directory(path: str | Path) -> Path:
-    """The directory with the `tokenizer.json` of a tokenizer, model or run. Raises `UserError` for neither."""
-    return _find(path, "tokenizer.json")
-
-
-def _find(path: str | Path, name: str) -> Path:
-    path = Path(path)
-    for candidate in (path, path / "best", path / "latest"):
-        if (candidate / name).is_file():
-            return candidate
-    what = "no such directory" if not path.exists() else "neither a model directory nor a run with a checkpoint"
-    raise UserError(f"{path}: {what}; expected what `slm train` or transformers' save_pretrained writes")
 
 
 def fit(

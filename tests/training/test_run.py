@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from slmkit.config import UserError
+from slmkit.training.find import find_model_directory
 from slmkit.training.loop import Every, RunStopped
 from slmkit.training.plots import plot_losses
-from slmkit.training.run import RunDirectory, find_model_directory, new_run_directory
+from slmkit.training.run import RunDirectory, new_run_directory
 from slmkit.training.run_log import MetricsLog, append_samples, environment, rewind_samples
 from tests.training.helpers import run
 

@@ -1,0 +1,35 @@
+"""Where runs and models lie on disk. Nothing heavy is imported here: commands ask before they load anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from slmkit.config import UserError
+
+
+def free_path(wanted: str | Path) -> Path:
+    """`wanted`, or `wanted-2`, `-3`… where that name is taken."""
+    path, number = Path(wanted), 1
+    while path.exists():
+        number += 1
+        path = Path(f"{wanted}-{number}")
+    return path
+
+
+def find_model_directory(path: str | Path) -> Path:
+    """A model directory as it is; of a run its best checkpoint, else its latest. Raises `UserError` for neither."""
+    return _find(path, "config.json")
+
+
+def find_tokenizer_directory(path: str | Path) -> Path:
+    """The directory with the `tokenizer.json` of a tokenizer, model or run. Raises `UserError` for neither."""
+    return _find(path, "tokenizer.json")
+
+
+def _find(path: str | Path, name: str) -> Path:
+    path = Path(path)
+    for candidate in (path, path / "best", path / "latest"):
+        if (candidate / name).is_file():
+            return candidate
+    what = "no such directory" if not path.exists() else "neither a model directory nor a run with a checkpoint"
+    raise UserError(f"{path}: {what}; expected what `slm train` or transformers' save_pretrained writes")
