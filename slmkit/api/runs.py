@@ -34,7 +34,6 @@ from slmkit.training.recipe import ModelSettings, Recipe, load_recipe
 from slmkit.training.reference import Beside, find_curve
 from slmkit.training.run import (
     RunDirectory,
-    check_sharing,
     evaluation_interval,
     fit,
     make_plan,
@@ -75,7 +74,6 @@ def train_recipe(recipe: Recipe, reporter: Reporter, dry_run: bool = False, forc
     device = find_device(recipe.train.device, recipe.train.precision)
     with join(device, recipe.train.ddp_timeout) as group:
         reporter = reporter if group.is_main else Silence()
-        check_sharing(recipe.train, device, group)
         if group.is_main:
             session = _prepare(recipe, device, group, reporter, force)
             group.from_main(str(session.run.root))

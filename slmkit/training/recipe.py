@@ -105,7 +105,10 @@ class TrainSettings(Settings):
     def _whole_weights(self) -> TrainSettings:
         for name, value in (("optimizer", self.optimizer), ("precision", self.precision)):
             if self.parallel == "fsdp" and value in ("adamw_8bit", "bfloat16-pure", "bfloat16-master"):
-                raise ValueError(f"{name} {value} needs whole weights on every process: set parallel to ddp")
+                raise ValueError(
+                    f"{name} {value} needs whole weights, which parallel: fsdp does not leave: set parallel to ddp, or "
+                    "use adamw, muon or lion in float32, bfloat16 or float16"
+                )
         return self
 
     def rows_per_step(self, sequence_length: int) -> int:

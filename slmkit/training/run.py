@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from slmkit.config import UserError, to_yaml
 from slmkit.data.stream import Batches
 from slmkit.device import Device, keep_freed_memory
@@ -34,8 +32,6 @@ from slmkit.training.recorder import FlightRecorder
 from slmkit.training.run_log import MetricsLog, environment, mark_running, rewind_samples
 from slmkit.training.saver import Saver, best_checkpoint, point_links
 from slmkit.training.trackers import Tracker, open_trackers
-
-UPDATE_SHARES = ("adamw", "muon", "lion")  # the optimizers that work where ranks hold shares of weights
 
 
 class RunDirectory:
@@ -196,27 +192,11 @@ def fresh_state(recipe: Recipe, model: Decoder, device: Device, group: Group = A
     model.to(device.torch_device)
     to_weight_dtype(model, device)
     model.recompute_every = recipe.train.gradient_checkpointing
-    check_sharing(recipe.train, device, group)
     if compile_pays(recipe.train.compile, device):
         compile_blocks(model)
     group.share(model, recipe.train.parallel, device.torch_device)
     optimizers = make_optimizers(model, recipe.train, device)
     return State(model, optimizers, seed=recipe.seed, loss_scale=LossScale.of(device))
-
-
-def check_sharing(settings: TrainSettings, device: Device, group: Group) -> None:
-    """Raises `UserError` for what cannot be done with shares of weights."""
-    if group.world > 1 and settings.parallel == "fsdp":
-        if settings.optimizer not in UPDATE_SHARES:
-            raise UserError(
-                f"train.optimizer {settings.optimizer} needs whole weights, which train.parallel: fsdp does not leave; "
-                f"use {', '.join(UPDATE_SHARES)}, or train.parallel: ddp"
-            )
-        if device.weight_dtype != torch.float32:
-            raise UserError(
-                f"train.precision {settings.precision} needs whole weights, which train.parallel: fsdp does not leave; "
-                "use float32, bfloat16 or float16, or train.parallel: ddp"
-            )
 
 
 def roll_back(run: RunDirectory, state: State, plan: Plan, why: Diverged, warn: Callable[[str], None]) -> None:

@@ -22,12 +22,12 @@ from slmkit.config import UserError
 from slmkit.data.stream import Batch, Rows, Stream
 from slmkit.device import DeviceError, Ranks, find_device, find_ranks
 from slmkit.model import Decoder, build_decoder
-from slmkit.training.distributed import ALONE, Group, join
+from slmkit.training.distributed import Group, join
 from slmkit.training.loop import Every, Plan, Report, RunStopped, State, train_step
 from slmkit.training.objectives import Loss, next_token
 from slmkit.training.optimizers import OPTIMIZERS
 from slmkit.training.recipe import Recipe
-from slmkit.training.run import RunDirectory, check_sharing, fit, make_plan
+from slmkit.training.run import RunDirectory, fit, make_plan
 from tests.training.helpers import LENGTH, TOKENIZER, config, settings
 from tests.training.ranks import on_ranks
 
@@ -188,15 +188,6 @@ def outlive(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["dies", "stalls"])
 def test_a_lost_rank_ends_the_others(kind: str) -> None:
     on_ranks(2, outlive, kind)
-
-
-@pytest.mark.parametrize("changes", [{"optimizer": "adamw_8bit"}, {"precision": "bfloat16-master"}])
-def test_what_needs_whole_weights_is_refused_with_shares_by_name(changes: dict[str, str]) -> None:
-    device = find_device("cpu", changes.get("precision", "float32"))
-    train = settings(parallel="fsdp", **changes)
-    check_sharing(train, device, ALONE)
-    with pytest.raises(UserError, match="needs whole weights.*; use .*or train.parallel: ddp"):
-        check_sharing(train, device, Group(Ranks(0, 0, 2)))
 
 
 def test_ranks_are_what_torchrun_says(monkeypatch: pytest.MonkeyPatch) -> None:
