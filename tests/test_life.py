@@ -7,12 +7,7 @@ from pathlib import Path
 import pytest
 
 from slmkit.api import RunFigures, evaluate_run, resume_run, train_recipe
-from slmkit.api.quickstart import (
-    EVALUATION_PER_PRIMER,
-    SMALLEST_SHARE,
-    TRAINING_PER_PRIMER,
-    affordable_share,
-)
+from slmkit.api.quickstart import EVALUATION, SMALLEST_SHARE, affordable_share
 from slmkit.data import TokenShards
 from slmkit.data.stories import held_out_questions
 from slmkit.evaluation import ask
@@ -100,9 +95,8 @@ def test_a_stopped_run_goes_on_where_it_was(runs: tuple[Path, Path], tmp_path: P
 
 
 def test_a_slow_machine_reads_less_of_the_stories_and_a_fast_one_all() -> None:
-    assert affordable_share(primer_seconds=30, seconds=300) == 1
-    assert affordable_share(primer_seconds=180, seconds=300) == SMALLEST_SHARE
-    slow = affordable_share(primer_seconds=50, seconds=300)
+    assert affordable_share(300, primer_seconds=30, parts=6) == 1
+    assert affordable_share(100, primer_seconds=180, parts=6) == SMALLEST_SHARE
+    slow = affordable_share(250, primer_seconds=50, parts=6)
     assert SMALLEST_SHARE < slow < 1
-    needed = 50 * (1 + EVALUATION_PER_PRIMER) + slow * TRAINING_PER_PRIMER * 50
-    assert needed == pytest.approx(300)
+    assert 50 * (slow * 6 + EVALUATION) == pytest.approx(250)
