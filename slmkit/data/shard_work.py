@@ -89,13 +89,11 @@ def digest(documents: Sequence[Document]) -> str:
 def encode(tokenizer: SLMTokenizer, documents: Sequence[Document]) -> Encoded:
     """Tokens of documents, an end-of-text token after each, in the thread of the caller."""
     text = "".join(document.text for document in documents).encode("utf-8", "surrogatepass")
-    end = np.array([tokenizer.eos_token_id], dtype=np.uint32)
-    parts: list[np.ndarray] = []
-    for ids, document in zip(tokenizer.encode_batch([document.text for document in documents], threads=1), documents):
-        parts += (ids, end) if document.ends else (ids,)
-    lengths = [len(part) for part in parts]
-    is_end = np.array([part is end for part in parts])
-    return Encoded(np.concatenate(parts), np.cumsum(lengths)[is_end], len(text), _digest(documents, text))
+    encoded = tokenizer.encode_batch([document.text for document in documents], threads=1)
+    stops = np.cumsum(np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded)))
+    stops = stops[np.fromiter((document.ends for document in documents), dtype=bool, count=len(documents))]
+    ids = np.insert(np.concatenate(encoded), stops, tokenizer.eos_token_id)
+    return Encoded(ids, stops + np.arange(1, len(stops) + 1), len(text), _digest(documents, text))
 
 
 def write_shard(folder: ShardFolder, number: int, parts: Sequence[Encoded], shuffle_seed: int | None) -> Finished:
