@@ -15,7 +15,11 @@ class Numbered(Rows):
     """Rows that carry their number, three times over."""
 
     def __init__(self, first: int, count: int) -> None:
-        self.first, self.rows_in_epoch = first, count
+        self.first, self.count = first, count
+
+    @property
+    def rows_in_epoch(self) -> int:
+        return self.count
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         ids = np.full(4, self.first + index, dtype=np.int64)
