@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from slmkit.api.reporter import SILENCE, Reporter
-from slmkit.api.work import Material, work_of
+from slmkit.api.work import Material, expect_a_model, work_of
 from slmkit.api.xray import look
 from slmkit.config import UserError
 from slmkit.data.corpus import Corpus, build_corpus, open_corpus
@@ -48,6 +48,7 @@ def train_recipe(recipe: Recipe, reporter: Reporter, dry_run: bool = False, forc
     finds, unless `force`.
     """
     check_trackers(recipe.train.report_to)
+    expect_a_model(recipe)
     device = find_device(recipe.train.device, recipe.train.precision)
     with join(device, recipe.train.ddp_timeout) as group:
         reporter = reporter if group.is_main else SILENCE
@@ -181,7 +182,7 @@ class _Session:
         self.plan: Plan = make_plan(
             recipe.train,
             self.stream.rows_in_epoch,
-            self.length,
+            recipe.tokens_of_row(self.length),
             device,
             recipe.guard,
             self.stream.total_rows,
@@ -211,7 +212,8 @@ class _Session:
             reporter.say,
             train=self.corpus.train,
             validation=[self.corpus.validation],
-            is_chat=self.recipe.reads == "conversations",
+            is_chat=self.recipe.reads in ("conversations", "pairs"),
+            is_padded=self.recipe.is_padded,
             force=force,
         )
 

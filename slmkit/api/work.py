@@ -36,7 +36,7 @@ class Material:
 
     @property
     def rows_per_step(self) -> int:
-        return self.recipe.train.rows_per_step(self.length)
+        return self.recipe.train.rows_per_step(self.recipe.tokens_of_row(self.length))
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,14 @@ def work_of(material: Material) -> Work:
     return WORK[material.recipe.objective](material)
 
 
+def expect_a_model(recipe: Recipe) -> None:
+    """Raises `UserError` where the objective refines a model, and the recipe names none."""
+    if recipe.objective in ("dpo", "grpo") and recipe.model.path is None:
+        raise UserError(
+            f"objective {recipe.objective} goes on from a model that talks: name a run or model directory as model.path"
+        )
+
+
 def next_token_work(m: Material) -> Work:
     """Pretraining on text, fine-tuning on conversations."""
     recipe, talks = m.recipe, m.recipe.reads == "conversations"
@@ -69,4 +77,9 @@ def next_token_work(m: Material) -> Work:
     )
 
 
-WORK: dict[str, Callable[[Material], Work]] = {"pretrain": next_token_work, "sft": next_token_work}
+WORK: dict[str, Callable[[Material], Work]] = {
+    "pretrain": next_token_work,
+    "sft": next_token_work,
+    "dpo": preference_work,
+    "grpo": grpo_work,
+}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,26 +11,34 @@ from typing import Any, Protocol
 from slmkit.config import UserError
 from slmkit.data import stories
 from slmkit.data.data_settings import DataSettings, Reads, TokenizerSettings
+from slmkit.data.pairs import prepare_pairs
 from slmkit.data.prepare import Progress, prepare_chat, prepare_text, split_conversations, split_validation
 from slmkit.data.reading import (
     VALIDATION_STREAM,
-    conversations_of,
     documents_of,
     held_out_of_streams,
     is_endless,
     is_shards,
+    items_of,
     open_sources,
     tokenizer_sample,
     validation_source,
 )
 from slmkit.data.shards import TokenShards
 from slmkit.data.source_settings import SourceSettings
-from slmkit.data.sources import PRIMER, Document, Message, Source
+from slmkit.data.sources import BUILT_IN, STORIES, SUMS, Document, Source
 from slmkit.tokenizer import SLMTokenizer
 
 REVISION_STREAM = 500_009  # added to the seed: the primer's texts that go among the stories
 # The stories are made to be talked about: what the chat template says at each turn should be few tokens.
 CHAT_WORDS = ("user\n", "assistant\n", "Tell me a story about")
+
+
+WRITERS: dict[Reads, Callable[..., TokenShards]] = {
+    "conversations": prepare_chat,
+    "questions": prepare_chat,
+    "pairs": prepare_pairs,
+}
 
 
 class Reporter(Protocol):
@@ -87,9 +95,9 @@ def build_corpus(
     tokenizer.save_pretrained(folder / "tokenizer")
     if data.streaming:
         return Corpus(tokenizer, [], _prepare_validation(reads, data, seed, folder, tokenizer))
-    if data.is_built_in and reads == "text":
-        return Corpus(tokenizer, *_prepare_built_in(data, seed, folder, tokenizer, reporter))
-    prepare = _prepare_conversations if reads == "conversations" else _prepare_documents
+    if reads != "text":
+        return Corpus(tokenizer, *_prepare_conversations(reads, data, seed, folder, tokenizer, reporter))
+    prepare = _prepare_built_in if data.is_built_in else _prepare_documents
     return Corpus(tokenizer, *prepare(data, seed, folder, tokenizer, reporter))
 
 
@@ -106,13 +114,15 @@ def open_corpus(folder: Path) -> Corpus:
 
 def texts_of(reads: Reads, data: DataSettings, wanted: TokenizerSettings, seed: int = 0) -> Iterator[str]:
     """Training text for a tokenizer to learn from, of every source as much."""
-    if data.is_built_in and reads == "text":
+    if data.source == SUMS:
+        yield from (BUILT_IN[SUMS].text(seed, index) for index in range(data.documents))
+    elif data.is_built_in and reads == "text":
         # A model goes from the one to the other, and to conversations: one tokenizer for all.
         yield from (story.text for story in stories.tell_many(seed, data.documents))
         yield from stories.primer_texts(seed, data.documents)
         yield from CHAT_WORDS * (data.documents // 10)
     else:
-        yield from tokenizer_sample(reads == "conversations", data, wanted, seed)
+        yield from tokenizer_sample(reads != "text", data, wanted, seed)
 
 
 def _check_shards(data: DataSettings) -> None:
@@ -144,13 +154,12 @@ def _prepare_validation(
         return _linked(data.validation, folder / "validation", tokenizer)
     if data.validation is not None:
         source = validation_source(data, data.validation, seed)
-        items = conversations_of(source) if reads == "conversations" else documents_of(source)
+        items = documents_of(source) if reads == "text" else items_of(reads, source)
         sources = source.describe()
     else:
         items = held_out_of_streams(data, seed, reads == "conversations")
-    if reads == "conversations":
-        return prepare_chat(items, tokenizer, folder / "validation", sources=sources)
-    return prepare_text(items, tokenizer, folder / "validation", sources=sources)
+    write = prepare_text if reads == "text" else WRITERS[reads]
+    return write(items, tokenizer, folder / "validation", sources=sources)
 
 
 def _prepare_documents(
@@ -214,9 +223,10 @@ def _prepare_built_in(
     train: Iterable[Document | str]
     validation: Iterable[Document | str]
     perfect_loss = None
-    if data.source == PRIMER:
-        train = stories.primer_texts(seed, data.documents)
-        validation = stories.primer_texts(seed + VALIDATION_STREAM, data.validation_documents)
+    if data.source != STORIES:
+        text = BUILT_IN[str(data.source)].text
+        train = (text(seed, index) for index in range(data.documents))
+        validation = (text(seed + VALIDATION_STREAM, index) for index in range(data.validation_documents))
     else:
         train = _stories_and_primer(data, seed)
         held_out = list(stories.tell_many(seed + VALIDATION_STREAM, data.validation_documents))
@@ -241,27 +251,27 @@ def _stories_and_primer(data: DataSettings, seed: int) -> Iterator[str]:
 
 
 def _prepare_conversations(
-    data: DataSettings, seed: int, folder: Path, tokenizer: SLMTokenizer, reporter: Reporter
+    reads: Reads, data: DataSettings, seed: int, folder: Path, tokenizer: SLMTokenizer, reporter: Reporter
 ) -> tuple[list[TokenShards], TokenShards]:
     train, held_out, described = [], [], []
     for place, settings, source in _places(data, seed, folder):
         if source is None:
             train.append(_linked(settings, place, tokenizer))
             continue
-        conversations: Iterable[list[Message]] = conversations_of(source)
+        items: Iterable[Any] = items_of(reads, source)
         if is_endless(source):
-            held_out.append(conversations_of(validation_source(data, source.settings, seed)))
+            held_out.append(items_of(reads, validation_source(data, source.settings, seed)))
         elif data.validation is None:
-            conversations, validation = split_conversations(list(conversations), data.validation_fraction)
+            items, validation = split_conversations(list(items), data.validation_fraction)
             held_out.append(iter(validation))
         described += (sources := source.describe())
         progress = reporter.counter(f"tokenizing {source.settings.label}")
-        train.append(prepare_chat(conversations, tokenizer, place, sources=sources, progress=progress))
+        train.append(WRITERS[reads](items, tokenizer, place, sources=sources, progress=progress))
         _say_all(reporter, source.report())
     if data.validation is not None:
-        return train, _prepare_validation("conversations", data, seed, folder, tokenizer)
+        return train, _prepare_validation(reads, data, seed, folder, tokenizer)
     held = itertools.chain.from_iterable(held_out)
-    return train, prepare_chat(held, tokenizer, folder / "validation", sources=described)
+    return train, WRITERS[reads](held, tokenizer, folder / "validation", sources=described)
 
 
 def _counts(all_shards: Iterable[TokenShards]) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from slmkit.data.blocks import Blocks, document_size
 from slmkit.data.corpus import Corpus
 from slmkit.data.data_settings import DataSettings, Reads
@@ -9,7 +11,7 @@ from slmkit.data.mixture import plan_phases
 from slmkit.data.order import mixed_seed
 from slmkit.data.reading import is_kept_in, open_sources, written
 from slmkit.data.sources import Source
-from slmkit.data.stream import Batches, ChatRows, MixtureStream, PretrainRows, Stream
+from slmkit.data.stream import Batches, ChatRows, MixtureStream, PretrainRows, Rows, Stream
 from slmkit.data.streamed_rows import ConversationRows, StreamedRows, TextRows
 from slmkit.data.streaming import StreamedBatches
 from slmkit.tokenizer import SLMTokenizer
@@ -25,8 +27,8 @@ def make_batches(
 
     Raises `UserError` for sources that cannot be found or are too short for a row.
     """
-    phases = plan_phases(data.phases, data.weights, length)
     if data.streaming:
+        phases = plan_phases(data.phases, data.weights, length)
         sources = {
             name: _streamed(reads, data, source, corpus.tokenizer, length, mixed_seed(seed, name))
             for name, source in open_sources(data, seed).items()
@@ -34,6 +36,12 @@ def make_batches(
         return StreamedBatches(sources, phases, data.when_exhausted, rows_per_step, data.separate_documents)
     kind = ChatRows if reads == "conversations" else PretrainRows
     rows = {name: kind(shards, length) for name, shards in zip(data.weights, corpus.train, strict=True)}
+    return batches_of(rows, data, length, rows_per_step, seed)
+
+
+def batches_of(rows: Mapping[str, Rows], data: DataSettings, length: int, rows_per_step: int, seed: int) -> Batches:
+    """Rows of each source by its name, as the `data` section mixes them. `length`: tokens of a row."""
+    phases = plan_phases(data.phases, data.weights, length)
     if len(rows) == 1 and data.when_exhausted == "repeat":
         return Stream(next(iter(rows.values())), rows_per_step, seed, data.separate_documents)
     return MixtureStream(rows, phases, data.when_exhausted, rows_per_step, seed, data.separate_documents)

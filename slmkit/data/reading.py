@@ -10,10 +10,10 @@ from typing import Any
 
 from slmkit.config import UserError
 from slmkit.data.blocks import is_held_out
-from slmkit.data.data_settings import DataSettings, TokenizerSettings
+from slmkit.data.data_settings import DataSettings, Reads, TokenizerSettings
 from slmkit.data.shards import HEADER
 from slmkit.data.source_settings import SourceSettings
-from slmkit.data.sources import PRIMER, STORIES, Document, Message, Source, open_source
+from slmkit.data.sources import BUILT_IN, Document, Message, Source, open_source
 
 TOKENIZER_CHARACTERS = 100_000_000  # merges are learned from so much text at most; more changes little and takes memory
 VALIDATION_STREAM = 1_000_003  # added to the seed: stories that no training stream of a nearby seed holds
@@ -31,7 +31,7 @@ def open_sources(data: DataSettings, seed: int) -> dict[str, Source]:
         if is_shards(settings):
             continue
         changes: dict[str, object] = {"streaming": settings.streaming or data.streaming}
-        if settings.path in (STORIES, PRIMER) and not data.streaming:  # it has no end of its own
+        if settings.path in BUILT_IN and not data.streaming:  # it has no end of its own
             changes["documents"] = settings.documents or data.documents
         opened[settings.label] = open_source(settings.model_copy(update=changes), seed)
     if isinstance(data.source, list):  # several paths that are one source
@@ -51,6 +51,17 @@ def conversations_of(source: Source) -> Iterator[list[Message]]:
     """As `documents_of`."""
     source.skipped.clear()
     return (conversation for conversation, _ in source.read_conversations())
+
+
+def items_of(reads: Reads, source: Source) -> Iterator[Any]:
+    """Conversations, questions or pairs, as `documents_of`."""
+    read: dict[Reads, Callable[[], Iterator[tuple[Any, Any]]]] = {
+        "conversations": source.read_conversations,
+        "questions": source.read_questions,
+        "pairs": source.read_pairs,
+    }
+    source.skipped.clear()
+    return (item for item, _ in read[reads]())
 
 
 def validation_source(data: DataSettings, settings: SourceSettings, seed: int) -> Source:
@@ -99,7 +110,7 @@ def is_kept_in(data: DataSettings, source: Source) -> Callable[[str], bool]:
 
 def is_endless(source: Source) -> bool:
     """Whether other text of its kind is at hand for validation: the built-in corpus."""
-    return source.settings.path in (STORIES, PRIMER)
+    return source.settings.path in BUILT_IN
 
 
 def written(conversation: list[Message]) -> str:

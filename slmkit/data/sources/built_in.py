@@ -1,0 +1,56 @@
+"""What is built in: endless, seeded streams of texts, of conversations, and of questions with answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from slmkit.data import stories
+from slmkit.data.sources.documents import Message
+from slmkit.data.sources.pair_formats import Pair
+from slmkit.data.stories.primer import primer_text
+from slmkit.data.sums import sum_pair
+
+STORIES, PRIMER, SUMS = "stories", "primer", "sums"  # the sources that name them
+
+
+@dataclass(frozen=True)
+class BuiltIn:
+    """Each is a function from a seed and a number."""
+
+    text: Callable[[int, int], str]
+    conversation: Callable[[int, int], list[Message]]
+    pair: Callable[[int, int], Pair]
+
+    def question(self, seed: int, index: int) -> list[Message]:
+        """A conversation that ends with the answer to a question."""
+        return self.pair(seed, index).chosen
+
+
+def _answered(messages: list[Message], answer: str) -> list[Message]:
+    return [*messages, {"role": "assistant", "content": answer}]
+
+
+def _pair(messages: list[Message], right: str, wrong: str) -> Pair:
+    return Pair(_answered(messages, right), _answered(messages, wrong), shared=len(messages))
+
+
+def _story_pair(seed: int, index: int) -> Pair:
+    asked = stories.question_pair(seed, index)
+    return _pair(asked.messages, asked.right, asked.wrong)
+
+
+def _sum_pair(seed: int, index: int) -> Pair:
+    asked, right, wrong = sum_pair(seed, index)
+    return _pair([{"role": "user", "content": asked}], right, wrong)
+
+
+BUILT_IN = {
+    STORIES: BuiltIn(lambda seed, index: stories.tell(seed, index).text, stories.conversation, _story_pair),
+    PRIMER: BuiltIn(primer_text, stories.conversation, _story_pair),
+    SUMS: BuiltIn(
+        lambda seed, index: " ".join(sum_pair(seed, index)[:2]),
+        lambda seed, index: _sum_pair(seed, index).chosen,
+        _sum_pair,
+    ),
+}
