@@ -115,7 +115,7 @@ def open_corpus(folder: Path) -> Corpus:
 def texts_of(reads: Reads, data: DataSettings, wanted: TokenizerSettings, seed: int = 0) -> Iterator[str]:
     """Training text for a tokenizer to learn from, of every source as much."""
     if data.source == SUMS:
-        yield from (BUILT_IN[SUMS].text(seed, index) for index in range(data.documents))
+        yield from (BUILT_IN[SUMS].text(seed, index, False) for index in range(data.documents))
     elif data.is_built_in and reads == "text":
         # A model goes from the one to the other, and to conversations: one tokenizer for all.
         yield from (story.text for story in stories.tell_many(seed, data.documents))
@@ -225,8 +225,8 @@ def _prepare_built_in(
     perfect_loss = None
     if data.source != STORIES:
         text = BUILT_IN[str(data.source)].text
-        train = (text(seed, index) for index in range(data.documents))
-        validation = (text(seed + VALIDATION_STREAM, index) for index in range(data.validation_documents))
+        train = (text(seed, index, False) for index in range(data.documents))
+        validation = (text(seed + VALIDATION_STREAM, index, True) for index in range(data.validation_documents))
     else:
         train = _stories_and_primer(data, seed)
         held_out = list(stories.tell_many(seed + VALIDATION_STREAM, data.validation_documents))

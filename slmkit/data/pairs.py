@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from slmkit.config import UserError
+from slmkit.data.batch import Batch, stacked
 from slmkit.data.packing import IGNORED, padded, row_of_labels
 from slmkit.data.prepare import Progress, no_progress
 from slmkit.data.shard_writer import ShardWriter
@@ -116,6 +117,10 @@ class PairRows(Rows):
             ids.append(padded([tokens], self.length, self.pad_id))
             labels.append(padded([row_of_labels(tokens, self.shards.trained_in(start, stop))], self.length, IGNORED))
         return np.stack(ids), np.stack(labels)
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """Some of them, with all that an objective wants."""
+        return Batch.of(*self.rows([*indices]), extra=stacked([self.extra(index) for index in indices]))
 
     def documents(self, index: int) -> np.ndarray:
         """Each answer is a document of its own, with nothing beside it."""

@@ -68,7 +68,7 @@ def validation_source(data: DataSettings, settings: SourceSettings, seed: int) -
     """The source that is validation text and nothing else, of at most `validation_documents` documents."""
     limit = min(settings.documents or data.validation_documents, data.validation_documents)
     changes = {"streaming": settings.streaming or data.streaming, "documents": limit}
-    return open_source(settings.model_copy(update=changes), seed + VALIDATION_STREAM)
+    return open_source(settings.model_copy(update=changes), seed + VALIDATION_STREAM, held_out=True)
 
 
 def held_out_of_streams(data: DataSettings, seed: int, conversations: bool) -> Iterator[Any]:

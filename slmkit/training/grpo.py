@@ -5,10 +5,10 @@ second model has to guess what a question is worth. Answers are sampled anew for
 it changes: the ratio to the policy that sampled is 1, and there is nothing to clip.
 
 By default as Dr. GRPO (Liu et al. 2025, arXiv:2503.20783): tokens are summed over a constant, and rewards are not
-divided by their group's standard deviation; dividing by an answer's own length would punish long wrong answers less, and
-by the deviation would favour questions that are nearly always or nearly never answered. `loss: grpo` has both, as
-published first. DAPO's mean over a step's tokens (arXiv:2503.14476) differs from the default by one factor a step, which
-Adam's scaling all but undoes.
+divided by their group's standard deviation; dividing by an answer's own length would punish long wrong answers less,
+and by the deviation would favour questions that are nearly always or nearly never answered. `loss: grpo` has both, as
+published first. DAPO's mean over a step's tokens (arXiv:2503.14476) differs from the default by one factor a step,
+which Adam's scaling all but undoes.
 """
 
 from __future__ import annotations

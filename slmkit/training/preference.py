@@ -9,7 +9,7 @@ before the first step, and one model is in memory.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from slmkit.config import Settings
 from slmkit.data.batch import Batch
+from slmkit.data.pairs import PairRows
 from slmkit.device import Device
 from slmkit.model import Decoder
 from slmkit.training.losses import IGNORED, token_log_probabilities
@@ -26,6 +27,7 @@ from slmkit.training.objectives import Loss
 
 REFERENCE = "reference"  # in a batch's extras: [pairs, 2]
 BETA = {"dpo": 0.1, "dpo_norm": 5.0, "simpo": 2.0}  # as published: a mean over tokens is far smaller than their sum
+FIGURES = ("rewards/accuracy", "rewards/margin", "log_probability/chosen", "log_probability/rejected")
 ROUNDED_TO = 32  # columns of padding that are left out come in such steps, so that shapes repeat
 
 
@@ -61,13 +63,8 @@ class Preference:
         losses = self.losses(rewards)  # [pairs]
         counts = (tokens > 0).all(dim=1)  # a pair of which nothing is learned is there to keep ranks in step
         chosen, rejected = rewards.detach().unbind(dim=1)
-        figures = {
-            "rewards/accuracy": (chosen > rejected).float(),
-            "rewards/margin": chosen - rejected,
-            "log_probability/chosen": sums.detach()[:, 0],
-            "log_probability/rejected": sums.detach()[:, 1],
-        }
-        return Loss(losses[counts].sum(), {name: figure[counts].sum() for name, figure in figures.items()})
+        figures = ((chosen > rejected).float(), chosen - rejected, *sums.detach().unbind(dim=1))
+        return Loss(losses[counts].sum(), {name: figure[counts].sum() for name, figure in zip(FIGURES, figures)})
 
     def weight(self, batch: Batch) -> int:
         return int((batch.labels != IGNORED).any(dim=-1).all(dim=-1).sum())
@@ -117,20 +114,9 @@ def columns_used(labels: Tensor) -> int:
     return min(labels.size(1), -(-last // ROUNDED_TO) * ROUNDED_TO)
 
 
-class PairSource(Protocol):
-    """Numbered pairs: ids and labels [2, length] each."""
-
-    @property
-    def rows_in_epoch(self) -> int: ...
-
-    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]: ...
-
-    def longest_first(self) -> list[int]: ...
-
-
 @torch.no_grad()
 def reference_log_probabilities(
-    model: Decoder, rows: PairSource, device: Device, pairs_at_once: int, progress: Callable[[int], None]
+    model: Decoder, rows: PairRows, device: Device, pairs_at_once: int, progress: Callable[[int], None]
 ) -> np.ndarray:
     """What `model`, as it is, gives the answers of every pair: float32 [pairs, 2]. `progress` is told of pairs done."""
     found = np.empty((rows.rows_in_epoch, 2), dtype=np.float32)
@@ -139,9 +125,9 @@ def reference_log_probabilities(
     order = rows.longest_first()  # neighbours of one length: little padding is computed
     for start in range(0, len(order), pairs_at_once):
         indices = order[start : start + pairs_at_once]
-        ids, labels = (torch.from_numpy(np.stack(part)) for part in zip(*map(rows.row, indices)))
+        batch = rows.batch(indices).to(device.torch_device)
         with device.autocast():
-            sums, _ = answer_log_probabilities(model, ids.to(device.torch_device), labels.to(device.torch_device))
+            sums, _ = answer_log_probabilities(model, batch.ids, batch.labels)
         found[indices] = sums.float().cpu().numpy()
         progress(start + len(indices))
     model.train(was_training)

@@ -178,9 +178,7 @@ class Recipe(Settings):
                 raise ValueError(
                     "train.sequence_length: grpo has to know how long a question and its answer may be together"
                 )
-            self.__dict__["train"] = self.train.model_copy(
-                update={"tokens_per_step": self.grpo.rows_per_step * length}
-            )
+            self.__dict__["train"] = self.train.model_copy(update={"tokens_per_step": self.grpo.rows_per_step * length})
         return self
 
     guard: GuardSettings = Field(default_factory=GuardSettings)

@@ -78,7 +78,8 @@ def examine(
 ) -> XRay:
     """Look at the first batches of `stream`, and at the shards that they and the validation rows come from.
 
-    `is_padded`: a row is one text, and of padding no more is computed than the longest row leaves. Takes about a second at most: of large data, a sample. The stream is left at its beginning.
+    `is_padded`: a row is one text, and of padding no more is computed than the longest row leaves. Takes about a second
+    at most: of large data, a sample. The stream is left at its beginning.
     """
     rows = _first_rows(stream, vocabulary)
     if is_padded:

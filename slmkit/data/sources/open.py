@@ -16,14 +16,16 @@ from slmkit.data.sources.remote import find_remote, is_url
 from slmkit.data.sources.source import Source
 
 
-def open_source(settings: SourceSettings, seed: int = 0, patience: Patience | None = None) -> Source:
-    """Find what `settings` name; `seed` is that of the built-in corpus.
+def open_source(
+    settings: SourceSettings, seed: int = 0, patience: Patience | None = None, held_out: bool = False
+) -> Source:
+    """Find what `settings` name; `seed` and `held_out` are for what is built in: which of it, and of what split.
 
     Raises `UserError` where there is nothing to read, with what was looked for.
     """
     patience = patience or Patience(settings.retry_for)
     if settings.path in BUILT_IN:
-        return Source(settings, [StoryPart(settings.path, seed)], patience)
+        return Source(settings, [StoryPart(settings.path, seed, held_out)], patience)
     files = patience.until_done(lambda: _files(settings, KINDS))
     return Source(settings, [FilePart(file, settings) for file in files], patience)
 

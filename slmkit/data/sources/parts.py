@@ -84,22 +84,23 @@ class StoryPart:
 
     kind: str
     seed: int
+    held_out: bool = False
 
     def documents(self, start: Position) -> Iterator[tuple[Document, Position]]:
         for row in itertools.count(start.get("row", 0)):
-            yield Document(BUILT_IN[self.kind].text(self.seed, row)), {"row": row + 1}
+            yield Document(BUILT_IN[self.kind].text(self.seed, row, self.held_out)), {"row": row + 1}
 
     def conversations(self, start: Position) -> Iterator[tuple[list[Message], Position]]:
         for row in itertools.count(start.get("row", 0)):
-            yield BUILT_IN[self.kind].conversation(self.seed, row), {"row": row + 1}
+            yield BUILT_IN[self.kind].conversation(self.seed, row, self.held_out), {"row": row + 1}
 
     def questions(self, start: Position) -> Iterator[tuple[list[Message], Position]]:
         for row in itertools.count(start.get("row", 0)):
-            yield BUILT_IN[self.kind].question(self.seed, row), {"row": row + 1}
+            yield BUILT_IN[self.kind].question(self.seed, row, self.held_out), {"row": row + 1}
 
     def pairs(self, start: Position) -> Iterator[tuple[Pair, Position]]:
         for row in itertools.count(start.get("row", 0)):
-            yield BUILT_IN[self.kind].pair(self.seed, row), {"row": row + 1}
+            yield BUILT_IN[self.kind].pair(self.seed, row, self.held_out), {"row": row + 1}
 
     def describe(self) -> dict[str, Any]:
         return {"path": self.kind, "seed": self.seed}

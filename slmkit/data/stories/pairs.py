@@ -1,7 +1,7 @@
 """Questions about a scene or a story with the right answer, and with a wrong one that sounds like it.
 
-A wrong answer says what another question of the same wording has for its answer: the place where somebody else went, the
-colour of another thing. It is taken from the same text where that has one, else from other scenes.
+A wrong answer says what another question of the same wording has for its answer: the place where somebody else went,
+the colour of another thing. It is taken from the same text where that has one, else from other scenes.
 """
 
 from __future__ import annotations
