@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -54,15 +55,18 @@ def _refer(m: Material, all_rows: Sequence[PairRows]) -> None:
         to_weight_dtype(m.model, m.device)
         total = sum(rows.rows_in_epoch for rows in all_rows)
         m.reporter.say(f"reference: what the starting model gives the answers of {total:,} pairs")
-        tell = m.reporter.counter("reference")
-        done = 0
-        for name, rows in wanted.items():
-            before = done
-            found[name] = reference_log_probabilities(
-                m.model, rows, m.device, PAIRS_AT_ONCE, lambda pairs: tell(before + pairs, 0, 0)
-            )
-            done += rows.rows_in_epoch
-        _store(path, {name: found[name] for name in wanted})
+        progress = m.reporter.counter("reference")
+        done = Counter[str]()
+
+        def tell(pairs: int, tokens: int) -> None:
+            done.update(pairs=pairs, tokens=tokens)
+            progress(done["pairs"], done["tokens"], 0)
+
+        found = {
+            name: reference_log_probabilities(m.model, rows, m.device, PAIRS_AT_ONCE, tell)
+            for name, rows in wanted.items()
+        }
+        _store(path, found)
     for name, rows in wanted.items():
         rows.reference = found[name]
 

@@ -116,9 +116,12 @@ def columns_used(labels: Tensor) -> int:
 
 @torch.no_grad()
 def reference_log_probabilities(
-    model: Decoder, rows: PairRows, device: Device, pairs_at_once: int, progress: Callable[[int], None]
+    model: Decoder, rows: PairRows, device: Device, pairs_at_once: int, progress: Callable[[int, int], None]
 ) -> np.ndarray:
-    """What `model`, as it is, gives the answers of every pair: float32 [pairs, 2]. `progress` is told of pairs done."""
+    """What `model`, as it is, gives the answers of every pair: float32 [pairs, 2].
+
+    `progress` is told of the pairs, and of their learned tokens, that were done just now.
+    """
     found = np.empty((rows.rows_in_epoch, 2), dtype=np.float32)
     was_training = model.training
     model.eval()
@@ -129,6 +132,6 @@ def reference_log_probabilities(
         with device.autocast():
             sums, _ = answer_log_probabilities(model, batch.ids, batch.labels)
         found[indices] = sums.float().cpu().numpy()
-        progress(start + len(indices))
+        progress(len(indices), batch.weight)
     model.train(was_training)
     return found
