@@ -73,8 +73,10 @@ def load_model(path: str, device: str, others: Sequence[str] = ()) -> tuple[Lang
     Raises `UserError`.
     """
     from slmkit.device import find_device
-    from slmkit.generation import open_models
+    from slmkit.generation import common_tokenizer, together
+    from slmkit.model import load_decoder
     from slmkit.training.find import find_model_directory
 
     directories = [find_model_directory(found) for found in (path, *others)]
-    return open_models(directories, find_device(device).torch_device)
+    tokenizer, where = common_tokenizer(directories), find_device(device).torch_device
+    return together([load_decoder(directory, where)[0] for directory in directories]), tokenizer

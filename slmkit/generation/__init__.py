@@ -1,7 +1,7 @@
 """From logits to text: sampling, the generator, streaming, conversations."""
 
 from slmkit.generation.chat import ChatSession
-from slmkit.generation.ensemble import Ensemble, common_tokenizer, open_models
+from slmkit.generation.ensemble import Ensemble, common_tokenizer, together
 from slmkit.generation.generator import FinishReason, IdStream, generate_ids
 from slmkit.generation.language_model import LanguageModel
 from slmkit.generation.sampling import SamplingSettings
@@ -19,6 +19,6 @@ __all__ = [
     "common_tokenizer",
     "complete",
     "generate_ids",
-    "open_models",
     "stream_completion",
+    "together",
 ]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from slmkit.config import UserError
 from slmkit.generation.language_model import LanguageModel
-from slmkit.model import Decoder, KVCache, load_decoder
+from slmkit.model import Decoder, KVCache
 from slmkit.tokenizer import SLMTokenizer
 
 
@@ -70,16 +70,9 @@ class Ensemble(nn.Module):
         return torch.stack(shares).logsumexp(0)
 
 
-def open_models(
-    directories: Sequence[str | Path], device: torch.device | str = "cpu"
-) -> tuple[LanguageModel, SLMTokenizer]:
-    """The model of one directory, or the ensemble of several, all alike, and the tokenizer.
-
-    Raises `UserError` for what cannot be loaded, and as `common_tokenizer` and `Ensemble` do.
-    """
-    tokenizer = common_tokenizer(directories)
-    decoders = [load_decoder(directory, device)[0] for directory in directories]
-    return (decoders[0] if len(decoders) == 1 else Ensemble(decoders)), tokenizer
+def together(decoders: Sequence[Decoder]) -> LanguageModel:
+    """A model as it is; of several the ensemble, in which all count alike."""
+    return decoders[0] if len(decoders) == 1 else Ensemble(decoders)
 
 
 def common_tokenizer(directories: Sequence[str | Path]) -> SLMTokenizer:

@@ -16,7 +16,7 @@ from slmkit.data import prepare_text
 from slmkit.data.stream import DocumentRows
 from slmkit.device import find_device
 from slmkit.evaluation import ask, validation_loss
-from slmkit.generation import ChatSession, Ensemble, SamplingSettings, complete, generate_ids, open_models
+from slmkit.generation import ChatSession, Ensemble, SamplingSettings, complete, generate_ids
 from slmkit.model import Decoder, SLMConfig, build_decoder, save_decoder
 from slmkit.tokenizer import SLMTokenizer
 from tests.generation.helpers import TOKENIZER, byte_decoder
@@ -208,11 +208,10 @@ def test_a_script_uses_it_as_a_model(directories: list[Path]) -> None:
 
 
 def test_models_of_different_tokenizers_are_refused_in_one_line(directories: list[Path]) -> None:
-    for refusing in (open_models, SLMEnsemble.from_pretrained):
-        with pytest.raises(UserError, match="model-2.*: its tokenizer .* is not that of .*model-0.*use models of one"):
-            refusing(directories)
-    assert isinstance(open_models(directories[:1])[0], Decoder)
-    assert isinstance(open_models(directories[:2])[0], Ensemble)
+    with pytest.raises(UserError, match="model-2.*: its tokenizer .* is not that of .*model-0.*use models of one"):
+        SLMEnsemble.from_pretrained(directories)
+    with pytest.raises(UserError, match="no models: name at least one"):
+        SLMEnsemble.from_pretrained([])
 
 
 @pytest.mark.parametrize(
