@@ -8,8 +8,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from slmkit.api.material import Material
 from slmkit.api.reporter import SILENCE, Reporter
-from slmkit.api.work import Material, work_of
+from slmkit.api.work import work_of
 from slmkit.api.xray import look
 from slmkit.config import UserError
 from slmkit.data.corpus import Corpus, build_corpus, open_corpus
