@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from slmkit.api.distill import with_the_teachers_tokenizer
 from slmkit.api.material import Material
 from slmkit.api.reporter import SILENCE, Reporter
 from slmkit.api.work import work_of
@@ -49,6 +50,7 @@ def train_recipe(recipe: Recipe, reporter: Reporter, dry_run: bool = False, forc
     finds, unless `force`.
     """
     check_trackers(recipe.train.report_to)
+    recipe = with_the_teachers_tokenizer(recipe)
     device = find_device(recipe.train.device, recipe.train.precision)
     with join(device, recipe.train.ddp_timeout) as group:
         reporter = reporter if group.is_main else SILENCE

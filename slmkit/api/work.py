@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from slmkit.api.distill import distill_work
 from slmkit.api.hooks import Sample, Validate
 from slmkit.api.material import Material, Work
 from slmkit.data.feed import make_batches
@@ -31,4 +32,8 @@ def next_token_work(m: Material) -> Work:
     )
 
 
-WORK: dict[str, Callable[[Material], Work]] = {"pretrain": next_token_work, "sft": next_token_work}
+WORK: dict[str, Callable[[Material], Work]] = {
+    "pretrain": next_token_work,
+    "sft": next_token_work,
+    "distill": distill_work,
+}

@@ -19,6 +19,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -30,6 +31,7 @@ from slmkit.data.stream import Rows
 FORMAT, VERSION = "slmkit-teacher", 1
 HEADER, PROGRESS, POSITIONS, STARTS = "header.json", "progress.json", "positions", "starts"
 ROWS_BETWEEN_SYNCS = 256
+LOGITS, IDS, REST = "teacher_logits", "teacher_ids", "teacher_rest"  # in `Batch.extra`
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,9 @@ def write_cache(
     rows_at_once: int,
     progress: Callable[[int, int, int], None],
 ) -> None:
-    """Write all rows, or those that an earlier writer left. `starts` [rows + 1] counts the learned positions before each
-    row; `progress` is told of rows, positions and bytes done.
+    """Write all rows, or those that an earlier writer left.
+
+    `starts` [rows + 1] counts the learned positions before each row; `progress` is told of rows, positions and bytes.
 
     Raises `UserError` where another cache is there, or the disk is full.
     """
@@ -99,8 +102,8 @@ def write_cache(
                 done = rows[-1] + 1
                 progress(done, int(starts[done]), file.tell())
                 if done // ROWS_BETWEEN_SYNCS > first // ROWS_BETWEEN_SYNCS:
-                    _note(folder, lessons, done, file.fileno())
-            _note(folder, lessons, done, file.fileno())
+                    _note(folder, lessons, done, file)
+            _note(folder, lessons, done, file)
         _put(folder / HEADER, json.dumps(dataclasses.asdict(lessons), indent=2) + "\n")
         (folder / PROGRESS).unlink()
     except OSError as error:
@@ -112,7 +115,9 @@ def read_lessons(folder: Path) -> Lessons:
     path = folder / HEADER
     if not path.is_file():
         stopped = (folder / PROGRESS).is_file()
-        what = "was not finished: the same `slm distill-cache` goes on" if stopped else "make it with `slm distill-cache`"
+        what = (
+            "was not finished: the same `slm distill-cache` goes on" if stopped else "make it with `slm distill-cache`"
+        )
         raise UserError(f"{folder}: no stored teacher here; {what}")
     lessons = _read(path)
     try:
@@ -130,9 +135,9 @@ class TaughtRows(Rows):
     each learned position.
     """
 
-    def __init__(self, rows: Rows, folder: Path, lessons: Lessons, first: int, k: int, names: Sequence[str]) -> None:
-        """`first` is the number of row 0 in the cache; `names` are what logits, ids and the rest are called."""
-        self.inner, self.first, self.k, self.names, self.length = rows, first, k, names, lessons.length
+    def __init__(self, rows: Rows, folder: Path, lessons: Lessons, first: int) -> None:
+        """`first` is the number of row 0 in the cache."""
+        self.inner, self.first, self.places = rows, first, (lessons.length, lessons.k)
         self.starts = np.memmap(folder / STARTS, dtype="<i8", mode="r")
         self.positions = np.memmap(folder / POSITIONS, dtype=lessons.record, mode="r")
 
@@ -152,20 +157,20 @@ class TaughtRows(Rows):
     def extra(self, index: int) -> dict[str, np.ndarray]:
         """float16 and int32 [length, k], float32 [length]: logits, ids, and the log of what the others have."""
         start, stop = self.starts[self.first + index : self.first + index + 2]
-        records, places = self.positions[start:stop], (self.length, self.k)
-        logits, ids, rest = np.zeros(places, "f2"), np.zeros(places, "i4"), np.zeros(self.length, "f4")
-        logits[: len(records)] = records["logits"][:, : self.k]
-        ids[: len(records)] = records["ids"][:, : self.k]
-        rest[: len(records)] = records["rest"]
-        return dict(zip(self.names, (logits, ids, rest)))
+        records = self.positions[start:stop]
+        logits, ids, rest = (
+            np.zeros(*shape) for shape in ((self.places, "f2"), (self.places, "i4"), (self.places[0], "f4"))
+        )
+        for array, name in ((logits, "logits"), (ids, "ids"), (rest, "rest")):
+            array[: len(records)] = records[name]
+        return {LOGITS: logits, IDS: ids, REST: rest}
 
 
-def taught(rows: Mapping[str, Rows], folder: Path, lessons: Lessons, names: Sequence[str]) -> dict[str, Rows]:
+def taught(rows: Mapping[str, Rows], folder: Path, lessons: Lessons) -> dict[str, Rows]:
     """The rows of all sources with what was stored of them, in the order in which the cache was made."""
     firsts = np.cumsum([0, *(source.rows_in_epoch for source in rows.values())])
     return {
-        name: TaughtRows(source, folder, lessons, int(first), lessons.k, names)
-        for first, (name, source) in zip(firsts, rows.items())
+        name: TaughtRows(source, folder, lessons, int(first)) for first, (name, source) in zip(firsts, rows.items())
     }
 
 
@@ -190,9 +195,10 @@ def _rows_done(folder: Path, lessons: Lessons) -> int:
     return int(json.loads(found.read_text(encoding="utf-8"))["done"])
 
 
-def _note(folder: Path, lessons: Lessons, done: int, descriptor: int) -> None:
+def _note(folder: Path, lessons: Lessons, done: int, file: BinaryIO) -> None:
     """See what was written onto the disk, and then that it is there."""
-    os.fsync(descriptor)
+    file.flush()
+    os.fsync(file.fileno())
     _put(folder / PROGRESS, json.dumps(dataclasses.asdict(lessons) | {"done": done}) + "\n")
 
 

@@ -26,6 +26,12 @@ def chunked_loss(hidden: Tensor, head: Tensor, cap: float | None, loss: LossOfCh
     return _ChunkedLoss.apply(hidden, head, cap, loss)
 
 
+def in_chunks(positions: int, vocab_size: int, device: torch.device) -> list[slice]:
+    """All positions, as many at once as should have logits; an empty one where there is none."""
+    chunk = positions_per_chunk(vocab_size, device)
+    return [slice(start, start + chunk) for start in range(0, max(1, positions), chunk)]
+
+
 class _ChunkedLoss(torch.autograd.Function):
     """Chunk by chunk: logits, the loss's own gradient at them, and the two products with it."""
 
@@ -38,9 +44,7 @@ class _ChunkedLoss(torch.autograd.Function):
         hidden_grad = torch.empty_like(hidden, dtype=torch.float32) if wants_gradient else None
         head_grad = torch.zeros_like(head, dtype=torch.float32) if wants_gradient else None
         totals, figures = [], []
-        chunk = positions_per_chunk(head.size(0), hidden.device)
-        for start in range(0, max(1, hidden.size(0)), chunk):  # once where there is no position: figures have a shape
-            place = slice(start, start + chunk)
+        for place in in_chunks(hidden.size(0), head.size(0), hidden.device):
             h = hidden[place]  # [chunk, width]
             with torch.set_grad_enabled(wants_gradient):
                 logits = F.linear(h.detach(), weight.detach()).float().requires_grad_(wants_gradient)

@@ -11,11 +11,10 @@ from torch.nn import functional as F
 
 from slmkit.config import UserError
 from slmkit.data.batch import Batch
+from slmkit.data.teacher_cache import IDS, LOGITS, REST
 from slmkit.device import Device
 from slmkit.model import Decoder
 from slmkit.training.distillation import DistillationLoss, Lesson
-
-TOP_LOGITS, TOP_IDS, REST = "teacher_logits", "teacher_ids", "teacher_rest"  # in `Batch.extra`
 
 
 class Teacher(Protocol):
@@ -61,7 +60,7 @@ class StoredTeacher:
     def lessons(self, loss: DistillationLoss, batch: Batch, learned: Tensor) -> Callable[[slice], Lesson]:
         # Of a row's places, the first ones hold its learned positions.
         filled = torch.arange(learned.size(1), device=learned.device) < learned.sum(1, keepdim=True)
-        logits, ids, rest = (batch.extra[name][filled] for name in (TOP_LOGITS, TOP_IDS, REST))
+        logits, ids, rest = (batch.extra[name][filled] for name in (LOGITS, IDS, REST))
 
         def lesson(place: slice) -> Lesson:
             return stored_lesson(logits[place], ids[place], rest[place], self.tokens, loss.temperature)
@@ -94,11 +93,15 @@ def likeliest(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tenso
 
 
 def frozen(decoder: Decoder, device: Device) -> Decoder:
-    """A teacher as a run uses it: on its device, for reading alone, in the type in which matrices are multiplied.
+    """A teacher as a run uses it: on its device, for reading alone."""
+    return decoder.to(device.torch_device).eval().requires_grad_(False)
 
-    In float16 it stays in float32: hidden states may grow beyond what that type holds.
+
+def in_compute_type(decoder: Decoder, device: Device) -> Decoder:
+    """Weights in the type in which matrices are multiplied, half the memory of bfloat16 runs.
+
+    Float16 leaves them as they are: hidden states may grow beyond what that type holds.
     """
-    decoder.to(device.torch_device).eval().requires_grad_(False)
     if device.compute_dtype == torch.bfloat16:
         for parameter in decoder.parameters():
             parameter.data = parameter.data.to(torch.bfloat16)
