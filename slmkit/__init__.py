@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from slmkit.api import SLMForCausalLM, SLMTrainer
+    from slmkit.api import SLMEnsemble, SLMForCausalLM, SLMTrainer
     from slmkit.config import UserError
     from slmkit.data.text_dataset import TextDataset
     from slmkit.model.config import SLMConfig
@@ -17,11 +17,21 @@ if TYPE_CHECKING:
     from slmkit.training.distillation import DistillationLoss
 
 __version__ = "0.1.0"
-__all__ = ["DistillationLoss", "SLMConfig", "SLMForCausalLM", "SLMTokenizer", "SLMTrainer", "TextDataset", "UserError"]
+__all__ = [
+    "DistillationLoss",
+    "SLMConfig",
+    "SLMEnsemble",
+    "SLMForCausalLM",
+    "SLMTokenizer",
+    "SLMTrainer",
+    "TextDataset",
+    "UserError",
+]
 
 _HOME = {
     "DistillationLoss": "slmkit.training.distillation",
     "SLMConfig": "slmkit.model.config",
+    "SLMEnsemble": "slmkit.api",
     "SLMForCausalLM": "slmkit.api",
     "SLMTokenizer": "slmkit.tokenizer",
     "SLMTrainer": "slmkit.api",
