@@ -14,21 +14,20 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 from torch.profiler import profile
 
-from slmkit.api.runs import Validate
+from slmkit.api.hooks import Validate
 from slmkit.config import UserError
-from slmkit.data.stream import Batch, Rows, Stream
+from slmkit.data.stream import Rows, Stream
 from slmkit.device import DeviceError, Ranks, find_device, find_ranks
-from slmkit.model import Decoder, build_decoder
+from slmkit.model import build_decoder
 from slmkit.training.distributed import Group, join
 from slmkit.training.loop import Every, Plan, Report, RunStopped, State, train_step
-from slmkit.training.objectives import Loss, next_token
+from slmkit.training.objectives import next_token
 from slmkit.training.optimizers import OPTIMIZERS
 from slmkit.training.recipe import Recipe
 from slmkit.training.run import RunDirectory, fit, make_plan
-from tests.training.helpers import LENGTH, TOKENIZER, config, settings
+from tests.training.helpers import LENGTH, TOKENIZER, Changed, config, settings
 from tests.training.ranks import on_ranks
 
 STEPS = 6
@@ -155,9 +154,7 @@ def agree() -> None:
         assert not group.any(False)
         assert group.from_main({"name": "run"} if group.is_main else None) == {"name": "run"}
 
-        def spoiled(model: Decoder, batch: Batch) -> Loss:
-            total: Tensor = next_token(model, batch).total
-            return Loss(total * float("nan") if group.rank == 1 else total)
+        spoiled = Changed(lambda loss: loss * float("nan") if group.rank == 1 else loss)
 
         for parallel in ("ddp", "fsdp"):
             state, report = small_step(group, parallel, 2, spoiled)
