@@ -29,7 +29,7 @@ Message = Mapping[str, Any]
 
 ROLES = ("system", "user", "assistant")
 # Why messages are no conversation, beside being no messages.
-DISORDER, EMPTY = "roles out of order", "an empty turn"
+DISORDER, EMPTY, REFUSED = "roles out of order", "an empty turn", "refused by the chat template"
 PROBE = "Xyzzy"  # said by an assistant to see what a template puts behind it
 NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # Unicode keeps them out of all text, for uses like this
 
@@ -69,7 +69,8 @@ def render(template: str, messages: Sequence[Message], add_generation_prompt: bo
     try:
         return compiled.render(messages=plain, add_generation_prompt=add_generation_prompt, **names)
     except Exception as error:  # a template is a program of somebody else's and fails in any way it likes
-        raise UserError(f"the chat template failed on this conversation: {' '.join(str(error).split())}") from None
+        message = f"the chat template failed on this conversation: {' '.join(str(error).split())}"
+        raise ConversationError(message, REFUSED) from None
 
 
 def rows_of_segments(
@@ -141,7 +142,7 @@ def end_of_turn(template: str, spellings: tuple[str, ...], names: tuple[tuple[st
     """The first of `spellings` that the template writes behind what the assistant says; None where there is none."""
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}]
     try:
-        said = render(template, messages, **dict(names))
+        said = render(template, messages, False, **dict(names))
     except UserError:  # it will say so again, of a conversation that somebody means
         return None
     _, found, behind = said.rpartition(PROBE)
@@ -161,7 +162,9 @@ def shield(messages: Sequence[Message], special: re.Pattern[str]) -> tuple[list[
         return list(messages), ""
     marker = next((mark for mark in NONCHARACTERS if not any(mark in message["content"] for message in messages)), "")
     if not marker:
-        raise UserError("this conversation uses all noncharacters U+FDD0 to U+FDEF, which are no text: remove one")
+        raise ConversationError(
+            "this conversation uses all noncharacters U+FDD0 to U+FDEF, which are no text: remove one"
+        )
     shielded = [
         {**message, "content": special.sub(lambda match: "".join(c + marker for c in match[0]), message["content"])}
         for message in messages

@@ -13,7 +13,7 @@ TEMPLATES = Path(__file__).with_name("templates")
 class ChatFormat(NamedTuple):
     """A template, the special tokens that it writes, and the one among them that begins a text."""
 
-    template: str
+    template: str | None
     tokens: tuple[str, ...] = ()
     bos_token: str | None = None
 
@@ -38,7 +38,7 @@ def find_format(name: str) -> ChatFormat:
     path = Path(name)
     if not path.is_file():
         raise UserError(
-            f"chat_template {name!r}: neither a template that comes with slmkit nor a file; {did_you_mean(name, TOKENS)}"
+            f"chat_template {name!r}: no file, and no template that comes with slmkit; {did_you_mean(name, TOKENS)}"
         )
     try:
         return ChatFormat(path.read_text(encoding="utf-8"))

@@ -24,7 +24,7 @@ from slmkit.config import UserError
 from slmkit.tokenizer import byte_level, chat, directory
 from slmkit.tokenizer.byte_level import SPECIALS
 from slmkit.tokenizer.chat import ChatTokens, Message
-from slmkit.tokenizer.chat_formats import find_format
+from slmkit.tokenizer.chat_formats import ChatFormat, find_format
 from slmkit.tokenizer.fast_encoder import FastEncoder
 
 # Tried in this order where a tokenizer's config does not say, or its chat template.
@@ -157,9 +157,9 @@ class SLMTokenizer:
         template writes. What is one token already stays as it is. Models need a row for each new id: see
         `slmkit.model.growth`. Raises `UserError` for an unknown template, an empty token, and for one named as both.
         """
-        chosen = find_format(chat_template) if chat_template is not None else None
-        bos = chosen.bos_token if chosen and "bos_token" not in self._names else None  # its own goes on to begin texts
-        special = [token for token in (chosen.tokens if chosen else ()) if bos or token != chosen.bos_token]
+        chosen = ChatFormat(self.chat_template) if chat_template is None else find_format(chat_template)
+        bos = None if "bos_token" in self._names else chosen.bos_token  # one of its own goes on to begin texts
+        special = [token for token in chosen.tokens if bos or token != chosen.bos_token]
         special += additional_special_tokens
         for token in (*added_tokens, *special):
             if not token.strip():
@@ -172,7 +172,7 @@ class SLMTokenizer:
         tokenizer.add_tokens([AddedToken(word, special=False, normalized=False) for word in words])
         added = [token for token in (*special, *words) if token not in (self.special_tokens | self.added_words)]
         config = directory.with_tokens(self._config, tokenizer, added, bos)
-        return self._loaded(tokenizer, config, chosen.template if chosen else self.chat_template)
+        return self._loaded(tokenizer, config, chosen.template)
 
     def pieces_of_new_tokens(self, before: SLMTokenizer) -> dict[int, list[int]]:
         """Of each id that `before` does not have, the ids that it made of the same text."""

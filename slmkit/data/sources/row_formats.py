@@ -16,7 +16,7 @@ ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT's `from`, where the
 EXAMPLE = '{"role": …, "content": …}'
 
 
-class NotAsExpected(ValueError):
+class RowError(ValueError):
     """A row that does not mean anything. `reason` is one of few, to count them by."""
 
     def __init__(self, message: str, reason: str = "not as expected") -> None:
@@ -26,7 +26,7 @@ class NotAsExpected(ValueError):
 
 @dataclass(frozen=True)
 class RowFormat:
-    """The columns that a row must have, those that it may have, and what it means. `convert` raises `NotAsExpected`."""
+    """The columns that a row must have, those that it may have, and what it means. `convert` raises `RowError`."""
 
     required: tuple[str, ...]
     convert: Callable[[Row], Any]
@@ -84,7 +84,7 @@ def _those_named(name: str | None, formats: RowFormats) -> RowFormats:
 def _text(row: Row, column: str) -> str:
     value = row[column]
     if not isinstance(value, str):
-        raise NotAsExpected(f"expected text in column {column!r}, found {type(value).__name__}")
+        raise RowError(f"expected text in column {column!r}, found {type(value).__name__}")
     return value
 
 
@@ -92,7 +92,7 @@ def _messages(row: Row, column: str) -> list[Message]:
     value = row[column]
     if not (isinstance(value, list) and value and all(isinstance(message, dict) for message in value)):
         found = f"a list of {len(value)}" if isinstance(value, list) else type(value).__name__
-        raise NotAsExpected(f"expected in column {column!r} a list of messages such as {EXAMPLE}, found {found}")
+        raise RowError(f"expected in column {column!r} a list of messages such as {EXAMPLE}, found {found}")
     return value
 
 
@@ -106,10 +106,10 @@ def _checked(messages: list[Message]) -> list[Message]:
     try:
         check_messages(messages)
     except ConversationError as error:
-        raise NotAsExpected(str(error), error.reason) from None
+        raise RowError(str(error), error.reason) from None
     for number, message in enumerate(messages, start=1):
         if not message["content"].strip():
-            raise NotAsExpected(f"message {number}: the {message['role']} says nothing", EMPTY)
+            raise RowError(f"message {number}: the {message['role']} says nothing", EMPTY)
     return messages
 
 
@@ -118,7 +118,7 @@ def _conversations(row: Row) -> list[Message]:
     messages = []
     for turn in _messages(row, "conversations"):
         if not ("from" in turn and "value" in turn):
-            raise NotAsExpected(f"expected turns with 'from' and 'value' in column 'conversations', found {list(turn)}")
+            raise RowError(f"expected turns with 'from' and 'value' in column 'conversations', found {list(turn)}")
         message = {"role": ROLES.get(turn["from"], turn["from"]), "content": turn["value"]}
         if turn.get("weight") is not None:
             message["weight"] = turn["weight"]

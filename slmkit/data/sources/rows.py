@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from slmkit.data.sources.documents import BadRow, Conversation, Position
 from slmkit.data.sources.files import File, damage, one_line, pyarrow
 from slmkit.data.sources.lines import LONGEST_ROW, whole_lines
-from slmkit.data.sources.row_formats import NotAsExpected, RowFormats, find_format
+from slmkit.data.sources.row_formats import RowError, RowFormats, find_format
 
 SURROGATE_ESCAPE, SURROGATE = re.compile(r"\\u[dD]"), re.compile("[\ud800-\udfff]")
 PARQUET_BATCH = 256  # rows taken out of their columns at once
@@ -164,7 +164,7 @@ def _converted(place: str, row: dict[str, Any] | str, formats: RowFormats) -> An
         return _no_column(place, formats, row)
     try:
         value = found.convert(row)
-    except NotAsExpected as error:
+    except RowError as error:
         return BadRow(error.reason, f"{place}: {error}")
     return Conversation(value, place) if isinstance(value, list) else value
 
