@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from slmkit.config import UserError
 from slmkit.device import Device
 from slmkit.evaluation import validation_loss
 from slmkit.evaluation.loss import LossReport, Rows
@@ -48,6 +49,12 @@ class Sample:
                 )
 
     def _written(self, model: Decoder, prompt: str) -> str:
+        try:
+            return self._continued(model, prompt)
+        except UserError as error:  # no sample is worth a run
+            return f" ({error})"
+
+    def _continued(self, model: Decoder, prompt: str) -> str:
         settings = SamplingSettings(temperature=0.8, top_p=0.95, seed=self.recipe.seed)
         longest = self.recipe.train.sample_tokens
         if self.talks:
