@@ -1,4 +1,4 @@
-"""From a model that `transformers` made to one that talks, or that knows more words: its vocabulary grows on the way."""
+"""From a model that `transformers` made to one that talks, or knows more words: its vocabulary grows on the way."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def fit_to_tokenizer(
     decoder, config = grow_vocabulary(decoder, config, after.pieces_of_new_tokens(before))
     known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     # transformers names id 2 where nobody said anything, which may be any word.
-    ends = {*after.stop_token_ids} | {index for index in known if index in after.special_tokens.values()}
+    ends = after.stop_token_ids | {*after.special_tokens.values()}.intersection(known)
     changes = {
         "eos_token_id": sorted(ends) if len(ends) > 1 else min(ends),
         "pad_token_id": after.pad_token_id if config.pad_token_id is None else config.pad_token_id,
