@@ -11,6 +11,7 @@ import torch
 
 from slmkit.api.distill import lessons_of, load_teacher, settings_of, teacher_fingerprint, with_the_teachers_tokenizer
 from slmkit.api.reporter import Reporter
+from slmkit.api.vocabulary import tokenizer_of_base
 from slmkit.config import UserError
 from slmkit.data.batch import Batch
 from slmkit.data.corpus import build_corpus
@@ -20,7 +21,6 @@ from slmkit.data.stream import Rows
 from slmkit.data.teacher_cache import Answer, Lessons, learned_starts, write_cache
 from slmkit.device import Device, find_device
 from slmkit.model import SLMConfig
-from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.chunked_head import in_chunks
 from slmkit.training.find import find_model_directory
 from slmkit.training.recipe import Recipe
@@ -38,7 +38,7 @@ def cache_teacher(recipe: Recipe, reporter: Reporter) -> Lessons:
     recipe, folder = with_the_teachers_tokenizer(recipe), Path(settings.cache)
     device = find_device(recipe.train.device, recipe.train.precision)
     base = find_model_directory(recipe.model.path) if recipe.model.path else None
-    tokenizer = SLMTokenizer.from_pretrained(base) if base else None
+    tokenizer = tokenizer_of_base(recipe, base) if base else None
     directory = find_model_directory(settings.teacher)
     corpus = build_corpus(
         recipe.reads, recipe.data, recipe.tokenizer, recipe.seed, folder / "data", tokenizer, reporter
