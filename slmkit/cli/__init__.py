@@ -17,6 +17,7 @@ from slmkit.cli import (
     distill_cache,
     generate,
     inspect,
+    merge,
     plan,
     plot,
     quickstart,
@@ -46,6 +47,7 @@ app.command("runs")(runs.runs)
 app.command("plot")(plot.plot)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
+app.command("merge")(merge.merge)
 app.command("inspect")(inspect.inspect)
 
 
