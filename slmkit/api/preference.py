@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from slmkit.api.hooks import Sample
 from slmkit.api.material import Material, Work
 from slmkit.config import UserError
-from slmkit.data.feed import batches_of
+from slmkit.data.feed import stream_of
 from slmkit.data.pairs import PairRows
 from slmkit.training.files import sync
 from slmkit.training.loop import Report, State
@@ -37,7 +37,7 @@ def preference_work(m: Material) -> Work:
         _refer(m, [*train.values(), validation])
     objective = Preference(settings)
     return Work(
-        batches=batches_of(train, data, m.recipe.tokens_of_row(m.length), m.rows_per_step, m.recipe.seed),
+        batches=stream_of(train, data, m.recipe.tokens_of_row(m.length), m.rows_per_step, m.recipe.seed),
         objective=objective,
         validate=ValidatePairs(validation, objective, m),
         sample=Sample(m.run.samples, m.recipe, m.corpus.tokenizer, True, m.group),

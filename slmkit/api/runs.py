@@ -8,8 +8,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from slmkit.api.distill import with_the_teachers_tokenizer
 from slmkit.api.material import Material
 from slmkit.api.reporter import SILENCE, Reporter
+from slmkit.api.vocabulary import fit_to_tokenizer, tokenizer_of_base
 from slmkit.api.work import expect_a_model, work_of
 from slmkit.api.xray import look
 from slmkit.config import UserError
@@ -50,6 +52,7 @@ def train_recipe(recipe: Recipe, reporter: Reporter, dry_run: bool = False, forc
     """
     check_trackers(recipe.train.report_to)
     expect_a_model(recipe)
+    recipe = with_the_teachers_tokenizer(recipe)
     device = find_device(recipe.train.device, recipe.train.precision)
     with join(device, recipe.train.ddp_timeout) as group:
         reporter = reporter if group.is_main else SILENCE
@@ -109,7 +112,7 @@ def _build(
 ) -> _Session:
     """Tokenizer, data and model, and a run described: from here on it can be opened."""
     base = find_model_directory(recipe.model.path) if recipe.model.path else None
-    tokenizer = SLMTokenizer.from_pretrained(base) if base else None
+    tokenizer = tokenizer_of_base(recipe, base) if base else None
     corpus = build_corpus(recipe.reads, recipe.data, recipe.tokenizer, recipe.seed, run.data, tokenizer, reporter)
     model, config = _model_for(recipe, corpus.tokenizer, base)
     session = _Session(run, _resolve(recipe, run, config, base), corpus, model, config, device, group, reporter)
@@ -262,14 +265,16 @@ class _Session:
 
 
 def _model_for(recipe: Recipe, tokenizer: SLMTokenizer, base: Path | None) -> tuple[Decoder, SLMConfig]:
-    """Fresh weights for the tokenizer's vocabulary, or those of `base`."""
+    """Fresh weights for the tokenizer's vocabulary, or those of `base`, grown to it."""
     if base is not None:
-        return load_decoder(base)
+        return fit_to_tokenizer(*load_decoder(base), tokenizer_of_base(recipe, base), tokenizer)
     known = {
         "vocab_size": len(tokenizer),
         "eos_token_id": sorted(tokenizer.stop_token_ids),
         "pad_token_id": tokenizer.pad_token_id,
     }
+    if tokenizer.bos_token_id is not None:
+        known["bos_token_id"] = tokenizer.bos_token_id
     config = recipe.model.build_config(**known)
     return build_decoder(config, recipe.seed, recipe.model.initialization), config
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from slmkit.api.distill import distill_work
 from slmkit.api.grpo import grpo_work
 from slmkit.api.hooks import Sample, Validate
 from slmkit.api.material import Material, Work
@@ -46,6 +47,7 @@ def next_token_work(m: Material) -> Work:
 WORK: dict[str, Callable[[Material], Work]] = {
     "pretrain": next_token_work,
     "sft": next_token_work,
+    "distill": distill_work,
     "dpo": preference_work,
     "grpo": grpo_work,
 }

@@ -10,7 +10,21 @@ import sys
 
 import typer
 
-from slmkit.cli import bench, chat, data, generate, inspect, plan, plot, quickstart, runs, tokenizer, train
+from slmkit.cli import (
+    bench,
+    chat,
+    data,
+    distill_cache,
+    generate,
+    inspect,
+    merge,
+    plan,
+    plot,
+    quickstart,
+    runs,
+    tokenizer,
+    train,
+)
 from slmkit.config import UserError
 
 app = typer.Typer(
@@ -26,12 +40,14 @@ app.add_typer(data.app, name="data")
 app.add_typer(bench.app, name="bench")
 app.command("train")(train.train)
 app.command("resume")(train.resume)
+app.command("distill-cache")(distill_cache.distill_cache)
 app.command("replay")(train.replay)
 app.command("plan")(plan.plan)
 app.command("runs")(runs.runs)
 app.command("plot")(plot.plot)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
+app.command("merge")(merge.merge)
 app.command("inspect")(inspect.inspect)
 
 

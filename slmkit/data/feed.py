@@ -34,16 +34,20 @@ def make_batches(
             for name, source in open_sources(data, seed).items()
         }
         return StreamedBatches(sources, phases, data.when_exhausted, rows_per_step, data.separate_documents)
+    return stream_of(stored_rows(reads, data, corpus, length), data, length, rows_per_step, seed)
+
+
+def stored_rows(reads: Reads, data: DataSettings, corpus: Corpus, length: int) -> dict[str, Rows]:
+    """The numbered rows of each source that is in shards."""
     kind = ChatRows if reads == "conversations" else PretrainRows
-    rows = {name: kind(shards, length) for name, shards in zip(data.weights, corpus.train, strict=True)}
-    return batches_of(rows, data, length, rows_per_step, seed)
+    return {name: kind(shards, length) for name, shards in zip(data.weights, corpus.train, strict=True)}
 
 
-def batches_of(rows: Mapping[str, Rows], data: DataSettings, length: int, rows_per_step: int, seed: int) -> Batches:
-    """Rows of each source by its name, as the `data` section mixes them. `length`: tokens of a row."""
-    phases = plan_phases(data.phases, data.weights, length)
+def stream_of(rows: Mapping[str, Rows], data: DataSettings, length: int, rows_per_step: int, seed: int) -> Batches:
+    """Numbered rows in the order of (seed, step)."""
     if len(rows) == 1 and data.when_exhausted == "repeat":
         return Stream(next(iter(rows.values())), rows_per_step, seed, data.separate_documents)
+    phases = plan_phases(data.phases, data.weights, length)
     return MixtureStream(rows, phases, data.when_exhausted, rows_per_step, seed, data.separate_documents)
 
 

@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field, model_validator
 from slmkit.config import Settings, UserError, did_you_mean, load_settings, read_yaml
 from slmkit.data.data_settings import DataSettings, Reads, TokenizerSettings
 from slmkit.model import SLMConfig
+from slmkit.training.distillation_settings import DistillationSettings
 from slmkit.training.distributed import Parallel
 from slmkit.training.grpo import GrpoSettings
 from slmkit.training.guards import GuardSettings
@@ -146,16 +147,18 @@ READS: dict[str, Reads] = {"pretrain": "text", "sft": "conversations", "dpo": "p
 
 
 class Recipe(Settings):
-    """One run. `objective` says what is learned: the next token of any text, the assistant's turns of chats, which of
-    two answers is better (`dpo`), or what answers are right (`grpo`)."""
+    """One run. `objective` says what is learned: the next token of any text, or the assistant's turns of chats, or
+    either of them from a teacher besides; which of two answers is better (`dpo`), or which are right (`grpo`).
+    """
 
-    objective: Literal["pretrain", "sft", "dpo", "grpo"] = "pretrain"
+    objective: Literal["pretrain", "sft", "distill", "dpo", "grpo"] = "pretrain"
     output_dir: str = "runs/model"
     seed: int = 0
     model: ModelSettings = Field(default_factory=ModelSettings)
     tokenizer: TokenizerSettings = Field(default_factory=TokenizerSettings)
     data: DataSettings = Field(default_factory=DataSettings)
     train: TrainSettings = Field(default_factory=TrainSettings)
+    distillation: DistillationSettings | None = None
 
     @model_validator(mode="after")
     def _streams_have_an_end(self) -> Recipe:
@@ -164,8 +167,18 @@ class Recipe(Settings):
         return self
 
     @model_validator(mode="after")
+    def _is_taught(self) -> Recipe:
+        if (self.objective == "distill") != (self.distillation is not None):
+            raise ValueError(
+                "objective distill and a section `distillation` with its teacher belong together: add or drop"
+            )
+        if self.data.streaming and self.distillation is not None and self.distillation.cache is not None:
+            raise ValueError("distillation.cache has numbered rows, which streams do not: drop it, or data.streaming")
+        return self
+
+    @model_validator(mode="after")
     def _questions_and_pairs_are_stored(self) -> Recipe:
-        if self.data.streaming and self.reads in ("pairs", "questions"):
+        if self.data.streaming and self.is_padded:
             raise ValueError(f"data.streaming: {self.reads} are read whole before the first step: drop it")
         return self
 
@@ -188,7 +201,7 @@ class Recipe(Settings):
     @property
     def reads(self) -> Reads:
         """What the run makes of its sources."""
-        return READS[self.objective]
+        return READS[self.objective] if self.distillation is None else self.distillation.reads
 
     @property
     def is_padded(self) -> bool:
