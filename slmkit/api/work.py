@@ -41,13 +41,17 @@ class Material:
 
 @dataclass(frozen=True)
 class Work:
-    """The hooks are for all ranks, and due at every evaluation."""
+    """The hooks are for all ranks, and due at every evaluation.
+
+    `report`: a line for whatever of the data is left out or cut, as far as it is known when it is asked for.
+    """
 
     batches: Batches
     objective: Objective
     validate: Hook
     sample: Hook
     validation_tokens: int
+    report: Callable[[], list[str]] = list
 
 
 def work_of(material: Material) -> Work:
@@ -66,6 +70,7 @@ def next_token_work(m: Material) -> Work:
         validate=Validate(rows, m.device, batches.separate, m.group),
         sample=Sample(m.run.samples, recipe, m.corpus.tokenizer, talks, m.group),
         validation_tokens=rows.rows_in_epoch * m.length,
+        report=batches.report,
     )
 
 
