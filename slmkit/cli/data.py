@@ -49,7 +49,7 @@ def prepare(
     """
     from slmkit.cli.progress import PreparationProgress
     from slmkit.cli.show import TerminalReporter
-    from slmkit.config import UserError, load_settings
+    from slmkit.config import load_settings
     from slmkit.data import prepare_text
     from slmkit.data.cleaning import CleaningSettings
     from slmkit.data.many_sources import Reading
@@ -58,10 +58,7 @@ def prepare(
     from slmkit.tokenizer import SLMTokenizer
     from slmkit.training.find import find_tokenizer_directory
 
-    if length is not None and not chat:
-        raise UserError("--length: only conversations are cut at the end of a row; leave it out, or add --chat")
-    if chat and (clean or ray or shuffle is not None):
-        raise UserError("--chat: conversations are not cleaned, shuffled or sent to a cluster; leave those options out")
+    _check_options(chat, of_text=bool(clean or ray or shuffle is not None), of_chat=length is not None)
     cleaning = load_settings(CleaningSettings, {}, clean or [])
     settings = [load_settings(SourceSettings, {"path": path}, source or []) for path in sources]
     directory = find_tokenizer_directory(tokenizer)
@@ -85,6 +82,15 @@ def prepare(
         TerminalReporter().warn(line)
     _print_cleaning(shards)
     print(f"{shards.header.documents:,} documents, {len(shards):,} tokens in {output}")
+
+
+def _check_options(chat: bool, of_text: bool, of_chat: bool) -> None:
+    from slmkit.config import UserError
+
+    if chat and of_text:
+        raise UserError("--chat: conversations are not cleaned, shuffled or sent to a cluster; leave those options out")
+    if of_chat and not chat:
+        raise UserError("--length: only conversations are cut at the end of a row; leave it out, or add --chat")
 
 
 @app.command()
