@@ -8,9 +8,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from slmkit.api.distill import with_the_teachers_tokenizer
+from slmkit.api.material import Material
 from slmkit.api.reporter import SILENCE, Reporter
 from slmkit.api.vocabulary import fit_to_tokenizer, tokenizer_of_base
-from slmkit.api.work import Material, work_of
+from slmkit.api.work import work_of
 from slmkit.api.xray import look
 from slmkit.config import UserError
 from slmkit.data.corpus import Corpus, build_corpus, open_corpus
@@ -49,6 +51,7 @@ def train_recipe(recipe: Recipe, reporter: Reporter, dry_run: bool = False, forc
     finds, unless `force`.
     """
     check_trackers(recipe.train.report_to)
+    recipe = with_the_teachers_tokenizer(recipe)
     device = find_device(recipe.train.device, recipe.train.precision)
     with join(device, recipe.train.ddp_timeout) as group:
         reporter = reporter if group.is_main else SILENCE

@@ -27,9 +27,8 @@ def make_batches(
 
     Raises `UserError` for sources that cannot be found or are too short for a row.
     """
-    phases = plan_phases(data.phases, data.weights, length)
     if data.streaming:
-        opened = open_sources(data, seed)
+        phases, opened = plan_phases(data.phases, data.weights, length), open_sources(data, seed)
         sources = {
             name: _streamed(reads, data, source, corpus.tokenizer, length, mixed_seed(seed, name))
             for name, source in opened.items()
@@ -37,15 +36,25 @@ def make_batches(
         return StreamedBatches(
             sources, phases, data.when_exhausted, rows_per_step, data.separate_documents, origins=[*opened.values()]
         )
+    return stream_of(stored_rows(reads, data, corpus, length), data, length, rows_per_step, seed)
+
+
+def stored_rows(reads: Reads, data: DataSettings, corpus: Corpus, length: int) -> dict[str, Rows]:
+    """The numbered rows of each source that is in shards."""
 
     def rows_of(shards: TokenShards) -> Rows:
         if reads == "conversations":
             return ChatRows(shards, length, data.on_long_conversation)
         return PretrainRows(shards, length)
 
-    rows = {name: rows_of(shards) for name, shards in zip(data.weights, corpus.train, strict=True)}
+    return {name: rows_of(shards) for name, shards in zip(data.weights, corpus.train, strict=True)}
+
+
+def stream_of(rows: dict[str, Rows], data: DataSettings, length: int, rows_per_step: int, seed: int) -> Stream:
+    """Numbered rows in the order of (seed, step)."""
     if len(rows) == 1 and data.when_exhausted == "repeat":
         return Stream(next(iter(rows.values())), rows_per_step, seed, data.separate_documents)
+    phases = plan_phases(data.phases, data.weights, length)
     return MixtureStream(rows, phases, data.when_exhausted, rows_per_step, seed, data.separate_documents)
 
 
