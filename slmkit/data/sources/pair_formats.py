@@ -6,7 +6,16 @@ from typing import Any, NamedTuple
 
 from slmkit.data.source_settings import SourceSettings
 from slmkit.data.sources.documents import Message
-from slmkit.data.sources.row_formats import Row, RowFormat, RowFormats, _checked, _messages, _text, _those_named
+from slmkit.data.sources.row_formats import (
+    Row,
+    RowError,
+    RowFormat,
+    RowFormats,
+    checked,
+    messages_in,
+    text_in,
+    those_named,
+)
 
 
 class Pair(NamedTuple):
@@ -22,19 +31,19 @@ class Pair(NamedTuple):
 
 
 def pair_of(chosen: list[Message], rejected: list[Message]) -> Pair:
-    """Raises ValueError where the two do not answer one question, or say the same."""
+    """Raises `RowError` where the two do not answer one question, or say the same."""
     shared = 0
     for better, worse in zip(chosen, rejected):
         if (better["role"], better["content"]) != (worse["role"], worse["content"]):
             break
         shared += 1
     if shared == len(chosen) == len(rejected):
-        raise ValueError("chosen and rejected are the same")
+        raise RowError("chosen and rejected are the same")
     if not any(message["role"] == "user" for message in chosen[:shared]):
-        raise ValueError("chosen and rejected do not answer the same question")
+        raise RowError("chosen and rejected do not answer the same question")
     for name, conversation in (("chosen", chosen), ("rejected", rejected)):
         if len(conversation) == shared or conversation[-1]["role"] != "assistant":
-            raise ValueError(f"{name} does not end with an answer of the assistant's")
+            raise RowError(f"{name} does not end with an answer of the assistant's")
     return Pair(chosen, rejected, shared)
 
 
@@ -44,7 +53,7 @@ def pair_formats(settings: SourceSettings) -> RowFormats:
     `chosen` and `rejected` are texts or messages, behind a `prompt` that is a text or messages; or whole conversations
     (HuggingFaceH4/ultrafeedback_binarized, mlabonne/orpo-dpo-mix-40k, trl's explicit and implicit prompts).
     """
-    return _those_named(
+    return those_named(
         settings.row_format,
         {
             "preference": RowFormat(("prompt", "chosen", "rejected"), _pair, ("system",)),
@@ -66,9 +75,9 @@ def _before(row: Row) -> list[Message]:
     if row.get(name) is None:
         return []
     if isinstance(row[name], list):
-        return _messages(row, name)
-    system = [{"role": "system", "content": _text(row, "system")}] if row.get("system") else []
-    return [*system, {"role": "user", "content": _text(row, name)}]
+        return messages_in(row, name)
+    system = [{"role": "system", "content": text_in(row, "system")}] if row.get("system") else []
+    return [*system, {"role": "user", "content": text_in(row, name)}]
 
 
 def _conversation(row: Row, column: str, before: list[Message]) -> list[Message]:
@@ -76,10 +85,10 @@ def _conversation(row: Row, column: str, before: list[Message]) -> list[Message]
     if isinstance(value, str):
         messages = [*before, {"role": "assistant", "content": value}]
     else:
-        messages = _messages(row, column)
+        messages = messages_in(row, column)
         if messages[0].get("role") == "assistant":
             messages = [*before, *messages]
     try:
-        return _checked(messages)
-    except ValueError as error:
-        raise ValueError(f"{column}: {error}") from None
+        return checked(messages)
+    except RowError as error:
+        raise RowError(f"{column}: {error}", error.reason) from None
