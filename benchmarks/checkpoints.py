@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from slmkit.data.stream import Batch
+from slmkit.data.batch import Batch
 from slmkit.device import find_device, keep_freed_memory
 from slmkit.model import SLMConfig, build_decoder
 from slmkit.tokenizer import SLMTokenizer

@@ -66,7 +66,7 @@ class Spread(PretrainRows):
 
 def stories(length: int, vocab_size: int, folder: Path, documents: int) -> PretrainRows:
     data = DataSettings(source="stories", documents=documents, validation_documents=5)
-    corpus = build_corpus("pretrain", data, TokenizerSettings(vocab_size=2_048), 0, folder, None, Quiet())
+    corpus = build_corpus("text", data, TokenizerSettings(vocab_size=2_048), 0, folder, None, Quiet())
     rows = Spread(corpus.train[0], length)
     rows.vocab_size = vocab_size
     return rows

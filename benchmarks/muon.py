@@ -101,9 +101,7 @@ def compare(source: str, steps: int, seeds: int, known: dict[str, float]) -> Ite
     """The best rates unless they are known, then `seeds` runs of each optimizer in turn; what stands after each."""
     with tempfile.TemporaryDirectory() as folder:
         data = DataSettings(source=source, documents=2_000, validation_documents=200, validation_fraction=0.05)
-        corpus = build_corpus(
-            "pretrain", data, TokenizerSettings(vocab_size=VOCABULARY), 0, Path(folder), None, Quiet()
-        )
+        corpus = build_corpus("text", data, TokenizerSettings(vocab_size=VOCABULARY), 0, Path(folder), None, Quiet())
         tried: dict[str, dict[float, float]] = {"adamw": {}, "muon": {}}
         best = dict(known)
         for optimizer in ("adamw", "muon"):  # AdamW first: its rate is that of Muon's rest, too

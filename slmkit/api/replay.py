@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slmkit.api.runs import Reporter, open_run
+from slmkit.api.reporter import Reporter
+from slmkit.api.runs import open_run
 from slmkit.config import UserError
 from slmkit.device import find_device
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training import checkpoints
 from slmkit.training.loop import Report
-from slmkit.training.objectives import OBJECTIVES
 from slmkit.training.recipe import load_recipe
 from slmkit.training.recorder import recorded_batches, recorded_report
 from slmkit.training.replay import Replay, differences, replay_step
@@ -71,7 +71,7 @@ def replay_run(directory: str | Path, step: int, reporter: Reporter) -> RunRepla
         state.guard.rollbacks = recorded.get("rollbacks", 0)
     replay = replay_step(
         state,
-        OBJECTIVES[recipe.objective],
+        session.work.objective,
         session.stream,
         session.plan,
         step,

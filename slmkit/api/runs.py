@@ -5,28 +5,25 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from rich.console import Console
-from rich.text import Text
 
+from slmkit.api.reporter import SILENCE, Reporter
+from slmkit.api.work import Material, work_of
 from slmkit.api.xray import look
 from slmkit.config import UserError
-from slmkit.data import corpus as data_corpus
 from slmkit.data.corpus import Corpus, build_corpus, open_corpus
-from slmkit.data.feed import make_batches
-from slmkit.data.stream import ChatRows, DocumentRows
+from slmkit.data.stream import DocumentRows
 from slmkit.device import Device, find_device
 from slmkit.evaluation import validation_loss
-from slmkit.evaluation.loss import LossReport, Rows
-from slmkit.generation import ChatSession, SamplingSettings, complete
+from slmkit.evaluation.loss import LossReport
 from slmkit.model import Decoder, SLMConfig, build_decoder, load_decoder
 from slmkit.model.config import TRAINING_FIELDS
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.checkpoints import complete_checkpoints
 from slmkit.training.distributed import ALONE, Group, join
 from slmkit.training.find import find_model_directory
-from slmkit.training.loop import Every, Hook, Plan, Report, State
+from slmkit.training.loop import Every, Plan
 from slmkit.training.micro_batch import resolve_micro_batch
 from slmkit.training.plan_file import PlanFile
 from slmkit.training.progress import TrainingProgress
@@ -40,27 +37,7 @@ from slmkit.training.run import (
     new_run_directory,
     run_of_job,
 )
-from slmkit.training.run_log import append_samples
 from slmkit.training.trackers import check_trackers
-
-
-class Reporter(data_corpus.Reporter, Protocol):
-    """Where the long functions below say how far they are; a `Text` has colours that mean something."""
-
-    def say(self, line: str | Text) -> None: ...
-
-    def warn(self, line: str) -> None: ...
-
-
-class Silence:
-    """A reporter for the processes that do not speak."""
-
-    def say(self, line: str | Text) -> None: ...
-
-    def warn(self, line: str) -> None: ...
-
-    def counter(self, label: str) -> data_corpus.Progress:
-        return lambda *done: None
 
 
 def train_recipe(recipe: Recipe, reporter: Reporter, dry_run: bool = False, force: bool = False) -> RunDirectory:
@@ -73,7 +50,7 @@ def train_recipe(recipe: Recipe, reporter: Reporter, dry_run: bool = False, forc
     check_trackers(recipe.train.report_to)
     device = find_device(recipe.train.device, recipe.train.precision)
     with join(device, recipe.train.ddp_timeout) as group:
-        reporter = reporter if group.is_main else Silence()
+        reporter = reporter if group.is_main else SILENCE
         if group.is_main:
             session = _prepare(recipe, device, group, reporter, force)
             group.from_main(str(session.run.root))
@@ -98,12 +75,12 @@ def resume_run(directory: str | Path, reporter: Reporter) -> RunDirectory:
     settings = load_recipe(run.recipe).train
     device = find_device(settings.device, settings.precision)
     with join(device, settings.ddp_timeout) as group:
-        reporter = reporter if group.is_main else Silence()
+        reporter = reporter if group.is_main else SILENCE
         if group.is_main and not run.environment.is_file():
             reporter.say(f"{run.root}: stopped before its data was ready, which is prepared again")
             _build(run, load_recipe(run.recipe), device, group, reporter, force=False)
         group.from_main(True)
-        session = open_run(run, device, group)
+        session = open_run(run, device, group, reporter)
         reporter.say(session.summary())
         session.run_to_the_end(reporter, resume=True)
     return run
@@ -113,7 +90,7 @@ def _prepare(recipe: Recipe, device: Device, group: Group, reporter: Reporter, f
     """A new run with its data, or the one that this job made before it was started again."""
     found = run_of_job(recipe.output_dir)
     if found is not None:
-        session = open_run(found, device, group)
+        session = open_run(found, device, group, reporter)
         reporter.say(f"{found.root}: the run of this job, gone on with; {session.summary()}")
         return session
     run = new_run_directory(recipe.output_dir)
@@ -131,21 +108,21 @@ def _build(
     """Tokenizer, data and model, and a run described: from here on it can be opened."""
     base = find_model_directory(recipe.model.path) if recipe.model.path else None
     tokenizer = SLMTokenizer.from_pretrained(base) if base else None
-    corpus = build_corpus(recipe.objective, recipe.data, recipe.tokenizer, recipe.seed, run.data, tokenizer, reporter)
+    corpus = build_corpus(recipe.reads, recipe.data, recipe.tokenizer, recipe.seed, run.data, tokenizer, reporter)
     model, config = _model_for(recipe, corpus.tokenizer, base)
-    session = _Session(run, _resolve(recipe, run, config, base), corpus, model, config, device, group)
+    session = _Session(run, _resolve(recipe, run, config, base), corpus, model, config, device, group, reporter)
     run.describe(session.recipe, device, corpus.describe())
     reporter.say(session.summary())
     session.look(reporter, force)
     return session
 
 
-def open_run(run: RunDirectory, device: Device, group: Group = ALONE) -> _Session:
+def open_run(run: RunDirectory, device: Device, group: Group = ALONE, reporter: Reporter = SILENCE) -> _Session:
     """A run whose data is prepared."""
     recipe, corpus = load_recipe(run.recipe), open_corpus(run.data)
     base = find_model_directory(recipe.model.path) if recipe.model.path else None
     model, config = _model_for(recipe, corpus.tokenizer, base)
-    return _Session(run, recipe, corpus, model, config, device, group)
+    return _Session(run, recipe, corpus, model, config, device, group, reporter)
 
 
 @dataclass(frozen=True)
@@ -181,6 +158,7 @@ class _Session:
         config: SLMConfig,
         device: Device,
         group: Group,
+        reporter: Reporter,
     ) -> None:
         self.run, self.recipe, self.corpus, self.model, self.config = run, recipe, corpus, model, config
         self.device, self.group = device, group
@@ -192,13 +170,12 @@ class _Session:
             )
         settings = resolve_micro_batch(recipe.train, model, self.length, device)
         self.recipe = recipe = recipe.model_copy(update={"train": settings})
-        validation_rows = ChatRows if recipe.objective == "sft" else DocumentRows
-        self.validation_rows: Rows = validation_rows(corpus.validation, self.length)
-        rows_per_step = recipe.train.rows_per_step(self.length)
-        self.stream = make_batches(recipe.objective, recipe.data, corpus, self.length, rows_per_step, recipe.seed)
+        material = Material(run, recipe, corpus, model, config, device, group, self.length, reporter)
+        self.work = work_of(material)
+        self.stream = self.work.batches
         if not self.stream.has(0):
             raise UserError(
-                f"the data ends before the first step, which is {rows_per_step} rows of {self.length} tokens: "
+                f"the data ends before the first step, which is {material.rows_per_step} rows of {self.length} tokens: "
                 "add text, or lower train.tokens_per_step"
             )
         self.plan: Plan = make_plan(
@@ -234,13 +211,12 @@ class _Session:
             reporter.say,
             train=self.corpus.train,
             validation=[self.corpus.validation],
-            is_chat=self.recipe.objective == "sft",
+            is_chat=self.recipe.reads == "conversations",
             force=force,
         )
 
     def run_to_the_end(self, reporter: Reporter, resume: bool) -> None:
         interval = evaluation_interval(self.recipe.train, self.plan.steps)
-        validate = Validate(self.validation_rows, self.device, self.stream.separate, self.group)
         console = None if self.group.is_main else Console(quiet=True)
         plan_file = self._plan_file()
         curve = find_curve(self.recipe, self.config)
@@ -253,9 +229,10 @@ class _Session:
                 self.stream,
                 self.plan,
                 companions=self.corpus.tokenizer.save_pretrained,
+                objective=self.work.objective,
                 hooks=(
-                    Every(interval, validate, on_all_ranks=True),
-                    Every(interval, self._sampler(), on_all_ranks=True),
+                    Every(interval, self.work.validate, on_all_ranks=True),
+                    Every(interval, self.work.sample, on_all_ranks=True),
                     *([Every(1, Beside(curve).update)] if curve else []),
                     Every(1, progress.update),
                     Every(1, plan_file.update),
@@ -276,44 +253,9 @@ class _Session:
             self.device,
             weights_bytes=sum(parameter.nbytes for parameter in self.model.parameters()),
             unique_tokens=self.corpus.training_tokens,
-            validation_tokens=self.validation_rows.rows_in_epoch * self.length,
+            validation_tokens=self.work.validation_tokens,
             from_scratch=self.recipe.objective == "pretrain" and self.recipe.model.path is None,
         )
-
-    def _sampler(self) -> Hook:
-        """Writes what the model says to the fixed prompts into samples.md."""
-        train, tokenizer = self.recipe.train, self.corpus.tokenizer
-
-        def written(model: Decoder, prompt: str) -> str:
-            settings = SamplingSettings(temperature=0.8, top_p=0.95, seed=self.recipe.seed)
-            if self.recipe.objective == "sft":
-                session = ChatSession(model, tokenizer, settings, max_new_tokens=train.sample_tokens)
-                return "\n" + "".join(session.reply(prompt))
-            return complete(model, tokenizer, prompt, settings=settings, max_new_tokens=train.sample_tokens).text
-
-        def sample(state: State, report: Report) -> None:
-            with self.group.whole(state.model):
-                if self.group.is_main:
-                    samples = [(prompt, written(state.model, prompt)) for prompt in train.sample_prompts]
-                    append_samples(self.run.samples, state.step, samples)
-
-        return sample
-
-
-class Validate:
-    """A hook for all ranks that adds `validation_loss` to the report: each reads a share of the rows."""
-
-    def __init__(self, rows: Rows, device: Device, separate: bool = False, group: Group = ALONE) -> None:
-        self.rows, self.device, self.separate, self.group = rows, device, separate, group
-
-    def __call__(self, state: State, report: Report) -> None:
-        group = self.group
-        with group.whole(state.model):
-            mine = validation_loss(
-                state.model, self.rows, self.device, separate=self.separate, rank=group.rank, world=group.world
-            )
-        nats, tokens = group.sum(mine.nats, mine.tokens)
-        report["validation_loss"] = LossReport(nats, int(tokens)).loss
 
 
 def _model_for(recipe: Recipe, tokenizer: SLMTokenizer, base: Path | None) -> tuple[Decoder, SLMConfig]:

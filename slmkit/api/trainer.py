@@ -9,7 +9,8 @@ from rich.console import Console
 from torch import nn
 
 from slmkit.api.causal_lm import SLMForCausalLM
-from slmkit.api.runs import Validate, resolved
+from slmkit.api.hooks import Validate
+from slmkit.api.runs import resolved
 from slmkit.api.xray import look
 from slmkit.config import UserError
 from slmkit.data.stream import Stream

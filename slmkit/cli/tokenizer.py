@@ -38,7 +38,7 @@ def train(
     data = DataSettings.of_paths(sources, text_column)
     tokenizer = SLMTokenizer(vocab_size)
     wanted = TokenizerSettings(vocab_size=vocab_size, documents_per_source=documents_per_source)
-    tokenizer.train(texts_of("pretrain", data, wanted))
+    tokenizer.train(texts_of("text", data, wanted))
     tokenizer.save_pretrained(output)
     print(f"{len(tokenizer):,} tokens in {output}")
     if len(tokenizer) < vocab_size:

@@ -13,7 +13,8 @@ from slmkit.data.shards import TokenShards
 from slmkit.data.sources import Document, describe_sources, read_conversations, read_documents
 
 if TYPE_CHECKING:
-    from slmkit.data.stream import Batch, ChatRows, DocumentRows, PretrainRows, Stream
+    from slmkit.data.batch import Batch
+    from slmkit.data.stream import ChatRows, DocumentRows, PretrainRows, Stream
     from slmkit.data.text_dataset import TextDataset
 
 # These need torch, which takes seconds to import: whoever asks for them waits, nobody else does.

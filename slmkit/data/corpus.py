@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from slmkit.config import UserError
 from slmkit.data import stories
-from slmkit.data.data_settings import DataSettings, TokenizerSettings
+from slmkit.data.data_settings import DataSettings, Reads, TokenizerSettings
 from slmkit.data.prepare import Progress, prepare_chat, prepare_text, split_conversations, split_validation
 from slmkit.data.reading import (
     VALIDATION_STREAM,
@@ -65,7 +65,7 @@ class Corpus:
 
 
 def build_corpus(
-    objective: str,
+    reads: Reads,
     data: DataSettings,
     wanted: TokenizerSettings,
     seed: int,
@@ -82,14 +82,14 @@ def build_corpus(
         tokenizer = SLMTokenizer.from_pretrained(wanted.path)
     if tokenizer is None:
         tokenizer = SLMTokenizer(wanted.vocab_size)
-        tokenizer.train(texts_of(objective, data, wanted, seed))
+        tokenizer.train(texts_of(reads, data, wanted, seed))
         reporter.say(f"tokenizer: {len(tokenizer):,} tokens")
     tokenizer.save_pretrained(folder / "tokenizer")
     if data.streaming:
-        return Corpus(tokenizer, [], _prepare_validation(objective, data, seed, folder, tokenizer))
-    if data.is_built_in and objective != "sft":
+        return Corpus(tokenizer, [], _prepare_validation(reads, data, seed, folder, tokenizer))
+    if data.is_built_in and reads == "text":
         return Corpus(tokenizer, *_prepare_built_in(data, seed, folder, tokenizer, reporter))
-    prepare = _prepare_conversations if objective == "sft" else _prepare_documents
+    prepare = _prepare_conversations if reads == "conversations" else _prepare_documents
     return Corpus(tokenizer, *prepare(data, seed, folder, tokenizer, reporter))
 
 
@@ -104,15 +104,15 @@ def open_corpus(folder: Path) -> Corpus:
     return Corpus(tokenizer, train, validation)
 
 
-def texts_of(objective: str, data: DataSettings, wanted: TokenizerSettings, seed: int = 0) -> Iterator[str]:
+def texts_of(reads: Reads, data: DataSettings, wanted: TokenizerSettings, seed: int = 0) -> Iterator[str]:
     """Training text for a tokenizer to learn from, of every source as much."""
-    if data.is_built_in and objective != "sft":
+    if data.is_built_in and reads == "text":
         # A model goes from the one to the other, and to conversations: one tokenizer for all.
         yield from (story.text for story in stories.tell_many(seed, data.documents))
         yield from stories.primer_texts(seed, data.documents)
         yield from CHAT_WORDS * (data.documents // 10)
     else:
-        yield from tokenizer_sample(objective == "sft", data, wanted, seed)
+        yield from tokenizer_sample(reads == "conversations", data, wanted, seed)
 
 
 def _check_shards(data: DataSettings) -> None:
@@ -135,7 +135,7 @@ def _linked(settings: SourceSettings, place: Path, tokenizer: SLMTokenizer) -> T
 
 
 def _prepare_validation(
-    objective: str, data: DataSettings, seed: int, folder: Path, tokenizer: SLMTokenizer
+    reads: Reads, data: DataSettings, seed: int, folder: Path, tokenizer: SLMTokenizer
 ) -> TokenShards:
     """The validation text of streams, or of a source of its own."""
     sources = [settings.model_dump(exclude_defaults=True) for settings in data.all_sources()]
@@ -144,11 +144,11 @@ def _prepare_validation(
         return _linked(data.validation, folder / "validation", tokenizer)
     if data.validation is not None:
         source = validation_source(data, data.validation, seed)
-        items = conversations_of(source) if objective == "sft" else documents_of(source)
+        items = conversations_of(source) if reads == "conversations" else documents_of(source)
         sources = source.describe()
     else:
-        items = held_out_of_streams(data, seed, objective == "sft")
-    if objective == "sft":
+        items = held_out_of_streams(data, seed, reads == "conversations")
+    if reads == "conversations":
         return prepare_chat(items, tokenizer, folder / "validation", sources=sources)
     return prepare_text(items, tokenizer, folder / "validation", sources=sources)
 
@@ -173,7 +173,7 @@ def _prepare_documents(
         )
         _say_all(reporter, source.report())
     if data.validation is not None:
-        return train, _prepare_validation("pretrain", data, seed, folder, tokenizer)
+        return train, _prepare_validation("text", data, seed, folder, tokenizer)
     held = itertools.chain.from_iterable(map(_ended, held_out))
     return train, prepare_text(held, tokenizer, folder / "validation", sources=described)
 
@@ -259,7 +259,7 @@ def _prepare_conversations(
         train.append(prepare_chat(conversations, tokenizer, place, sources=sources, progress=progress))
         _say_all(reporter, source.report())
     if data.validation is not None:
-        return train, _prepare_validation("sft", data, seed, folder, tokenizer)
+        return train, _prepare_validation("conversations", data, seed, folder, tokenizer)
     held = itertools.chain.from_iterable(held_out)
     return train, prepare_chat(held, tokenizer, folder / "validation", sources=described)
 

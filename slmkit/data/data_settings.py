@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from slmkit.config import Settings, UserError, load_settings
@@ -9,6 +11,8 @@ from slmkit.data.cleaning import CleaningSettings
 from slmkit.data.mixture import PhaseSettings, WhenExhausted, plan_phases
 from slmkit.data.source_settings import SourceSettings
 from slmkit.data.sources import PRIMER, STORIES
+
+Reads = Literal["text", "conversations"]  # what a run makes of its sources
 
 
 class TokenizerSettings(Settings):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from slmkit.data.blocks import Blocks, document_size
 from slmkit.data.corpus import Corpus
-from slmkit.data.data_settings import DataSettings
+from slmkit.data.data_settings import DataSettings, Reads
 from slmkit.data.mixture import plan_phases
 from slmkit.data.order import mixed_seed
 from slmkit.data.reading import is_kept_in, open_sources, written
@@ -19,7 +19,7 @@ LOOK_AHEAD = 512  # conversations among which those are looked for that fill a r
 
 
 def make_batches(
-    objective: str, data: DataSettings, corpus: Corpus, length: int, rows_per_step: int, seed: int
+    reads: Reads, data: DataSettings, corpus: Corpus, length: int, rows_per_step: int, seed: int
 ) -> Batches:
     """Rows of `length` tokens: from shards or streamed, of one source or of several in the turns of their weights.
 
@@ -28,11 +28,11 @@ def make_batches(
     phases = plan_phases(data.phases, data.weights, length)
     if data.streaming:
         sources = {
-            name: _streamed(objective, data, source, corpus.tokenizer, length, mixed_seed(seed, name))
+            name: _streamed(reads, data, source, corpus.tokenizer, length, mixed_seed(seed, name))
             for name, source in open_sources(data, seed).items()
         }
         return StreamedBatches(sources, phases, data.when_exhausted, rows_per_step, data.separate_documents)
-    kind = ChatRows if objective == "sft" else PretrainRows
+    kind = ChatRows if reads == "conversations" else PretrainRows
     rows = {name: kind(shards, length) for name, shards in zip(data.weights, corpus.train, strict=True)}
     if len(rows) == 1 and data.when_exhausted == "repeat":
         return Stream(next(iter(rows.values())), rows_per_step, seed, data.separate_documents)
@@ -40,10 +40,10 @@ def make_batches(
 
 
 def _streamed(
-    objective: str, data: DataSettings, source: Source, tokenizer: SLMTokenizer, length: int, seed: int
+    reads: Reads, data: DataSettings, source: Source, tokenizer: SLMTokenizer, length: int, seed: int
 ) -> StreamedRows:
     is_kept, repeat = is_kept_in(data, source), data.when_exhausted == "repeat"
-    if objective == "sft":
+    if reads == "conversations":
         conversations = Blocks(
             source.read_conversations,
             name=source.settings.label,

@@ -6,14 +6,12 @@ Rows know nothing of order and epochs, the stream nothing of tokens: whatever ha
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from slmkit.config import UserError
+from slmkit.data.batch import Batch, stacked
 from slmkit.data.mixture import Phase, Schedule, WhenExhausted
 from slmkit.data.order import mixed_seed, permuted
 from slmkit.data.packing import IGNORED, numbered, pack_whole, padded, row_of_labels, windows
@@ -38,51 +36,9 @@ class Rows(Protocol):
         ids, labels = zip(*map(self.row, indices))
         return np.stack(ids), np.stack(labels)
 
-
-@dataclass(frozen=True)
-class Batch:
-    """Rows for one update. `weight` is the number of labels that are learned: what the summed loss is divided by.
-
-    With `documents`, attention and positions are kept inside each.
-    """
-
-    ids: Tensor  # int64 [rows, length]
-    labels: Tensor  # int64 [rows, length]
-    weight: int
-    documents: Tensor | None = None  # int64 [rows, length]
-
-    @classmethod
-    def of(cls, ids: np.ndarray, labels: np.ndarray, documents: np.ndarray | None) -> Batch:
-        """int64 [rows, length] each."""
-        weight = int(np.count_nonzero(labels != IGNORED))
-        kept_apart = None if documents is None else torch.from_numpy(documents)
-        return cls(torch.from_numpy(ids), torch.from_numpy(labels), weight, kept_apart)
-
-    def to(self, device: torch.device | str) -> Batch:
-        documents = None if self.documents is None else self.documents.to(device)
-        return Batch(self.ids.to(device), self.labels.to(device), self.weight, documents)
-
-    @staticmethod
-    def joined(parts: list[Batch]) -> Batch:
-        """The rows of several, in order."""
-        ids, labels = (torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "labels"))
-        documents = [part.documents for part in parts if part.documents is not None]
-        return Batch(ids, labels, sum(part.weight for part in parts), torch.cat(documents) if documents else None)
-
-    def untrained(self) -> Batch:
-        """One row of it, of which nothing is learned."""
-        first = slice(0, 1)
-        documents = None if self.documents is None else self.documents[first]
-        return Batch(self.ids[first], torch.full_like(self.labels[first], IGNORED), 0, documents)
-
-    def split(self, rows: int) -> list[Batch]:
-        """Micro-batches of at most `rows` rows, in order."""
-        if len(self.ids) <= rows:
-            return [self]
-        ids, labels = self.ids.split(rows), self.labels.split(rows)
-        documents = [None] * len(ids) if self.documents is None else self.documents.split(rows)
-        weights = [int((part != IGNORED).sum()) for part in labels]
-        return [Batch(*parts) for parts in zip(ids, labels, weights, documents)]
+    def extra(self, index: int) -> dict[str, np.ndarray]:
+        """What an objective wants of a row besides, such as a teacher's logits; nothing, unless a class says so."""
+        return {}
 
 
 class Batches(Protocol):
@@ -149,11 +105,13 @@ class Stream:
         chosen = self._rows_at(step * self.rows_per_step + places)
         parts = [rows.rows(indices) for rows, indices, _ in chosen]
         documents = [rows.documents(index) for rows, indices, _ in chosen for index in indices] if self.separate else []
+        extras = [rows.extra(index) for rows, indices, _ in chosen for index in indices]
         if len(chosen) == 1:
-            return Batch.of(*parts[0], np.stack(documents) if documents else None)
+            return Batch.of(*parts[0], np.stack(documents) if documents else None, stacked(extras))
         order = np.argsort(np.concatenate([place for _, _, place in chosen]))  # from source after source to their turns
         ids, labels = (np.concatenate(column)[order] for column in zip(*parts))
-        return Batch.of(ids, labels, np.stack(documents)[order] if documents else None)
+        extras = [extras[place] for place in order]
+        return Batch.of(ids, labels, np.stack(documents)[order] if documents else None, stacked(extras))
 
     def has(self, step: int) -> bool:
         return self.total_rows is None or (step + 1) * self.rows_per_step <= self.total_rows

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from slmkit.data.batch import Batch
 from slmkit.data.mixture import Phase, Schedule, WhenExhausted
-from slmkit.data.stream import Batch, expect_a_row, share_of_rank, shares_of
+from slmkit.data.stream import expect_a_row, share_of_rank, shares_of
 from slmkit.data.streamed_rows import Row, StreamedRows
 
 AHEAD = 2  # batches made before they are asked for

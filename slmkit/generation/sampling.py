@@ -144,8 +144,11 @@ class Sampler:
         """One index a row, as likely as its probability.  [batch, vocab_size] → [batch]
 
         A point between 0 and the sum, and the token in whose stretch it lies: ten times as fast as
-        `torch.multinomial`, which draws a number for every token of the vocabulary.
+        `torch.multinomial`, which draws a number for every token of the vocabulary. Raises `UserError` for
+        probabilities that are not numbers.
         """
         ends = probabilities.cumsum(-1)  # [batch, vocab_size]; a token that is never drawn has a stretch of nothing
+        if not ends[:, -1].isfinite().all():
+            raise UserError("the model's logits are not finite: its weights are damaged, or its training diverged")
         points = torch.rand(ends.size(0), 1, device=ends.device, generator=self.generator) * ends[:, -1:]
         return torch.searchsorted(ends, points, right=True).squeeze(-1)

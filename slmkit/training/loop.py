@@ -12,13 +12,14 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from slmkit.data.stream import Batch, Batches
+from slmkit.data.batch import Batch
+from slmkit.data.stream import Batches
 from slmkit.device import Device
 from slmkit.model import Decoder
 from slmkit.training.distributed import ALONE, Group, whole
@@ -141,57 +142,69 @@ def train_step(state: State, objective: Objective, batch: Batch, plan: Plan) -> 
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * rate
 
-    mean_loss, grad_norm, weight = compute_gradients(state, objective, batch, plan)
-    while state.loss_scale.overflows(mean_loss, grad_norm):
-        mean_loss, grad_norm, weight = compute_gradients(state, objective, batch, plan)
-    if weight == 0:
+    found = compute_gradients(state, objective, batch, plan)
+    while state.loss_scale.overflows(found.loss, found.norm):
+        found = compute_gradients(state, objective, batch, plan)
+    if found.weight == 0:
         refused: str | None = "not one trained token in its batch"
     else:
-        refused = state.guard.judge(plan.guard, mean_loss, grad_norm)
+        refused = state.guard.judge(plan.guard, found.loss, found.norm)
     if refused is None:
         seed_everything(state.seed, state.step)  # rounding draws what it draws on every rank
         for optimizer in state.optimizers:
             optimizer.step()
-        state.tokens += weight
+        state.tokens += found.tokens
     state.model.zero_grad(set_to_none=True)
     state.step += 1
     report = {
         "step": state.step,
         "tokens": state.tokens,
-        "loss": mean_loss,  # nats a trained token
+        "loss": found.loss,  # nats a trained token, where that is what the objective's mean is over
         "learning_rate": state.optimizers[-1].param_groups[0]["lr"],
-        "grad_norm": grad_norm,
+        "grad_norm": found.norm,
+        **found.figures,
     }
     if state.guard.rollbacks:
         report["rollbacks"] = state.guard.rollbacks
     return report if refused is None else report | {"skipped": refused, "skipped_steps": state.guard.skipped}
 
 
-def compute_gradients(state: State, objective: Objective, batch: Batch, plan: Plan) -> tuple[float, float, int]:
-    """Leave the clipped gradients of the mean loss in the parameters.
+class Gradients(NamedTuple):
+    """What the gradients that lie in the parameters are of: of all ranks, and the same on each."""
 
-    Returns that loss, the norm as it was, and the trained tokens of the step: of all ranks, and the same on each.
-    """
+    loss: float  # the mean
+    norm: float  # before it was clipped
+    weight: int  # what the mean is over
+    tokens: int  # trained ones
+    figures: dict[str, float]  # means of what else the objective tells
+
+
+def compute_gradients(state: State, objective: Objective, batch: Batch, plan: Plan) -> Gradients:
+    """Leave the clipped gradients of the mean loss in the parameters."""
     group, scale = plan.group, state.loss_scale.value
     seed_everything(state.seed, state.step, group.rank)
     state.model.zero_grad(set_to_none=True)
     batch = batch.to(plan.device.torch_device)
     micro_batches = batch.split(plan.rows_per_micro_batch)
-    weights, counts = group.gather(batch.weight, len(micro_batches))
+    weights, tokens, counts = group.gather(objective.weight(batch), batch.weight, len(micro_batches))
     weight = int(sum(weights))
     # Ranks go through the model equally often, since with FSDP all must take part.
     micro_batches += [batch.untrained()] * int(max(counts) - len(micro_batches))
-    total = torch.zeros((), device=plan.device.torch_device)
+    total, figures = torch.zeros((), device=plan.device.torch_device), dict[str, Tensor]()
     for number, micro_batch in enumerate(micro_batches, 1):
         model = group.prepared(state.model, is_last=number == len(micro_batches))
         with plan.device.autocast():
-            loss = objective(model, micro_batch).total
-        (loss * (scale * group.world / max(1, weight))).backward()  # the mean of all ranks' gradients is taken
-        total += loss.detach()
+            loss = objective(model, micro_batch)
+        (loss.total * (scale * group.world / max(1, weight))).backward()  # the mean of all ranks' gradients is taken
+        total += loss.total.detach()
+        for name, figure in loss.figures.items():
+            figures[name] = figures.get(name, 0) + figure
     if scale != 1:
         torch._foreach_div_([p.grad for p in state.model.parameters() if p.grad is not None], scale)
     grad_norm = whole(nn.utils.clip_grad_norm_(state.model.parameters(), plan.max_grad_norm))
-    return group.sum(total.item())[0] / max(1, weight), grad_norm.item(), weight
+    sums = group.sum(total.item(), *(figure.item() for figure in figures.values()))
+    mean_loss, *means = (each / max(1, weight) for each in sums)
+    return Gradients(mean_loss, grad_norm.item(), weight, int(sum(tokens)), dict(zip(figures, means)))
 
 
 def seed_everything(seed: int, step: int, rank: int = 0) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from slmkit.data.stream import Batch
+from slmkit.data.batch import Batch
 from slmkit.device import Device, peak_memory, reset_peak_memory, resident_memory
 from slmkit.model import SLMConfig, build_decoder
 from slmkit.training.loop import Every, Plan, Report, State, StopRequested, train
-from slmkit.training.objectives import OBJECTIVES
+from slmkit.training.objectives import next_token
 from slmkit.training.recipe import Recipe, TrainSettings
 from slmkit.training.run import fresh_state
 
@@ -97,7 +97,7 @@ def _times(state: State, batches: MadeUp, plan: Plan) -> list[float]:
         stop.is_set = now - began > LONGEST
         last = now
 
-    train(state, OBJECTIVES["pretrain"], batches, plan, (Every(1, note),), stop)
+    train(state, next_token, batches, plan, (Every(1, note),), stop)
     return seconds
 
 

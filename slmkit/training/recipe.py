@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from slmkit.config import Settings, UserError, did_you_mean, load_settings, read_yaml
-from slmkit.data.data_settings import DataSettings, TokenizerSettings
+from slmkit.data.data_settings import DataSettings, Reads, TokenizerSettings
 from slmkit.model import SLMConfig
 from slmkit.training.distributed import Parallel
 from slmkit.training.guards import GuardSettings
@@ -158,6 +158,10 @@ class Recipe(Settings):
         return self
 
     guard: GuardSettings = Field(default_factory=GuardSettings)
+
+    @property
+    def reads(self) -> Reads:
+        return "conversations" if self.objective == "sft" else "text"
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

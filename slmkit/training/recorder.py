@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from slmkit.config import UserError
+from slmkit.data.batch import Batch
 from slmkit.data.packing import IGNORED
-from slmkit.data.stream import Batch
 from slmkit.training.checkpoints import checkpoint_name, complete_checkpoints, step_of
 from slmkit.training.distributed import ALONE, Group
 from slmkit.training.loop import Report, random_seed
@@ -73,6 +73,7 @@ class FlightRecorder:
             tensors |= {f"{number}/ids": batch.ids.int(), f"{number}/labels": batch.labels.int()}
             if batch.documents is not None:
                 tensors[f"{number}/documents"] = batch.documents.int()
+            tensors |= {f"{number}/extra/{name}": tensor.contiguous() for name, tensor in batch.extra.items()}
         save_file(tensors, partial / BATCHES)
         steps = [
             finite(report) | {"random_seed": random_seed(self.seed, report["step"] - 1)} for report in self.reports
@@ -102,14 +103,18 @@ def recorded_batches(folder: Path, step: int) -> dict[int, Batch]:
     if not path.is_file():
         return {}
     try:
-        tensors = {name: tensor.long() for name, tensor in load_file(path).items()}
+        tensors = load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     return {
-        number: _batch(tensors[f"{number}/ids"], tensors[f"{number}/labels"], tensors.get(f"{number}/documents"))
-        for number in sorted({int(name.partition("/")[0]) for name in tensors})
+        number: _batch(tensors, f"{number}/") for number in sorted({int(name.partition("/")[0]) for name in tensors})
     }
 
 
-def _batch(ids: torch.Tensor, labels: torch.Tensor, documents: torch.Tensor | None) -> Batch:
-    return Batch(ids, labels, int((labels != IGNORED).sum()), documents)
+def _batch(tensors: dict[str, torch.Tensor], prefix: str) -> Batch:
+    ids, labels = (tensors[prefix + name].long() for name in ("ids", "labels"))
+    documents = tensors.get(f"{prefix}documents")
+    besides = f"{prefix}extra/"
+    extra = {name.removeprefix(besides): tensor for name, tensor in tensors.items() if name.startswith(besides)}
+    weight = int((labels != IGNORED).sum())
+    return Batch(ids, labels, weight, None if documents is None else documents.long(), extra)

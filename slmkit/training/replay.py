@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slmkit.data.stream import Batch, Batches
+from slmkit.data.batch import Batch
+from slmkit.data.stream import Batches
 from slmkit.training.loop import Plan, Report, State, compute_gradients, train, train_step
 from slmkit.training.objectives import Objective
 from slmkit.training.run_log import finite

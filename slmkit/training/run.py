@@ -23,7 +23,7 @@ from slmkit.training.gauges import Gauges
 from slmkit.training.guards import Diverged, GuardSettings
 from slmkit.training.loop import Every, Plan, Report, RunStopped, State, StopRequested, train
 from slmkit.training.micro_batch import lack_of_memory_explained
-from slmkit.training.objectives import OBJECTIVES
+from slmkit.training.objectives import Objective, next_token
 from slmkit.training.optimizers import make_optimizers
 from slmkit.training.plots import plot_losses
 from slmkit.training.precision import LossScale, to_weight_dtype
@@ -104,6 +104,7 @@ def fit(
     plan: Plan,
     *,
     companions: checkpoints.Companions,
+    objective: Objective = next_token,
     hooks: Sequence[Every] = (),
     perfect_loss: float | None = None,
     resume: bool = False,
@@ -142,7 +143,7 @@ def fit(
         all_hooks = (Every(1, gauges.update), *hooks, *hooks_on_disk(settings, plan.steps, logger, saver))
         while True:
             try:
-                train(state, OBJECTIVES[recipe.objective], stream, plan, uncompiled(all_hooks, model), stop, recorder)
+                train(state, objective, stream, plan, uncompiled(all_hooks, model), stop, recorder)
                 break
             except Diverged as error:
                 saver.wait()

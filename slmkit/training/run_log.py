@@ -43,13 +43,7 @@ class MetricsLog:
 
     def append(self, report: Report) -> None:
         """Add a line. Raises `UserError` when the disk is full."""
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(finite(report)) + "\n")
-        except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot be written ({error}); free some space, then `slm resume {self.path.parent}`"
-            ) from None
+        _append(self.path, json.dumps(finite(report)) + "\n")
 
     def read(self) -> list[Report]:
         """All whole lines, up to where a crash left something else."""
@@ -82,13 +76,20 @@ class MetricsLog:
         return [{key: value for key, value in report.items() if key not in MEASURED} for report in self.read()]
 
 
+def _append(path: Path, text: str) -> None:
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error}); free some space, then `slm resume {path.parent}`"
+        ) from None
+
+
 def append_samples(path: Path, step: int, samples: list[tuple[str, str]]) -> None:
-    """Add what the model wrote for each fixed prompt at this step."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(f"## Step {step:,}\n\n")
-        for prompt, text in samples:
-            quoted = (prompt + text).strip().replace("\n", "\n> ")
-            file.write(f"> {quoted}\n\n")
+    """Add what the model wrote for each fixed prompt at this step. Raises `UserError` when the disk is full."""
+    quoted = ((prompt + text).strip().replace("\n", "\n> ") for prompt, text in samples)
+    _append(path, f"## Step {step:,}\n\n" + "".join(f"> {text}\n\n" for text in quoted))
 
 
 def rewind_samples(path: Path, step: int) -> None:

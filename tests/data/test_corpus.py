@@ -21,7 +21,7 @@ def texts(folder: Path, **data: object) -> tuple[list[str], list[str]]:
     """The training and the validation documents, decoded from the shards."""
     tokenizer = SLMTokenizer(vocab_size=300)
     settings = DataSettings(validation_documents=3, **data)
-    corpus = build_corpus("pretrain", settings, TokenizerSettings(), 7, folder, tokenizer, Silent())
+    corpus = build_corpus("text", settings, TokenizerSettings(), 7, folder, tokenizer, Silent())
     train, validation = (
         [tokenizer.decode(ids[:-1]) for ids in documents_in(shards)] for shards in (*corpus.train, corpus.validation)
     )

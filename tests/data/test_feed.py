@@ -45,11 +45,11 @@ PHASES = [
 
 
 def build(data: DataSettings, to: Path) -> Corpus:
-    return build_corpus("pretrain", data, TokenizerSettings(), 7, to, SLMTokenizer(260), Silent())
+    return build_corpus("text", data, TokenizerSettings(), 7, to, SLMTokenizer(260), Silent())
 
 
 def batches(data: DataSettings, corpus: Corpus):
-    return make_batches("pretrain", data, corpus, length=16, rows_per_step=10, seed=7)
+    return make_batches("text", data, corpus, length=16, rows_per_step=10, seed=7)
 
 
 def share_of_vowels(stream, steps: range) -> float:
@@ -132,9 +132,9 @@ def test_shards_made_before_are_a_source_and_another_tokenizers_are_refused(fold
     other = SLMTokenizer(300)
     other.train(["aeiou aeiou bcdfg"] * 20)
     with pytest.raises(UserError, match="and not by this one"):
-        build_corpus("pretrain", data, TokenizerSettings(), 7, folder / "other", other, Silent())
+        build_corpus("text", data, TokenizerSettings(), 7, folder / "other", other, Silent())
     with pytest.raises(UserError, match="tokenizer.path is needed"):
-        build_corpus("pretrain", data, TokenizerSettings(), 7, folder / "none", None, Silent())
+        build_corpus("text", data, TokenizerSettings(), 7, folder / "none", None, Silent())
     with pytest.raises(UserError, match=r"as data\.validation"):
         build(settings(folder, sources=paths), folder / "none")
 
@@ -155,7 +155,7 @@ def test_a_tokenizer_learns_from_as_much_of_every_source(
     monkeypatch.setattr("slmkit.data.reading.TOKENIZER_CHARACTERS", 1000)
     with (folder / "vowels.jsonl").open("a") as file:
         file.write('{"text": "never read"}\n')
-    texts = list(texts_of("pretrain", settings(folder), TokenizerSettings(documents_per_source=per_source)))
+    texts = list(texts_of("text", settings(folder), TokenizerSettings(documents_per_source=per_source)))
     vowels = [text for text in texts if text[0] in "aeiou"]
     assert len(texts) == 2 * len(vowels)
     assert len(vowels) == (per_source or -(-500 // len(vowels[0])))
@@ -216,8 +216,8 @@ def test_conversations_of_several_sources(tmp_path: Path, streaming: bool) -> No
     sources = [{"path": str(tmp_path / f"{name}.jsonl"), "name": name} for name in ("first", "second")]
     phases = [{"weights": {"first": 0.25, "second": 0.75}}]
     data = DataSettings(sources=sources, phases=phases, streaming=streaming, validation_documents=8)
-    corpus = build_corpus("sft", data, TokenizerSettings(), 7, tmp_path / "data", tokenizer, Silent())
-    stream = make_batches("sft", data, corpus, length=120, rows_per_step=4, seed=7)
+    corpus = build_corpus("conversations", data, TokenizerSettings(), 7, tmp_path / "data", tokenizer, Silent())
+    stream = make_batches("conversations", data, corpus, length=120, rows_per_step=4, seed=7)
     batches = [stream.batch(step) for step in range(40)]
     assert stream.shares(40) == {"first": 0.25, "second": 0.75}
     learned = torch.cat([batch.labels[batch.labels >= 0] for batch in batches])
@@ -227,6 +227,6 @@ def test_conversations_of_several_sources(tmp_path: Path, streaming: bool) -> No
     if streaming:
         assert corpus.validation.header.documents == 8
         assert corpus.validation.header.masked
-        again = make_batches("sft", data, open_corpus(tmp_path / "data"), length=120, rows_per_step=4, seed=7)
+        again = make_batches("conversations", data, open_corpus(tmp_path / "data"), length=120, rows_per_step=4, seed=7)
         again.seek(40, json.loads(json.dumps(stream.position())))
         assert torch.equal(again.batch(40).labels, stream.batch(40).labels)

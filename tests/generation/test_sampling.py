@@ -87,6 +87,12 @@ def test_drawing_follows_the_probabilities_and_never_takes_what_has_none() -> No
     assert (shares[probabilities == 0] == 0).all()
 
 
+def test_logits_that_are_not_numbers_are_said_to_be_so() -> None:
+    logits = torch.tensor([[0.0, 1.0], [0.0, float("nan")]])
+    with pytest.raises(UserError, match="not finite"):
+        Sampler(SamplingSettings(seed=3), CPU)(logits, torch.zeros(2, 1, dtype=torch.long))
+
+
 @pytest.mark.parametrize(("point", "token"), [(0.0, 1), (0.5, 3), (1 - 2**-24, 3)])
 def test_a_point_on_the_border_of_a_stretch_belongs_to_what_follows(
     point: float, token: int, monkeypatch: pytest.MonkeyPatch

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+from torch import Tensor
+
+from slmkit.data.batch import Batch
 from slmkit.data.stream import Stream
 from slmkit.data.text_dataset import TextDataset
 from slmkit.device import find_device
-from slmkit.model import SLMConfig, build_decoder
+from slmkit.model import Decoder, SLMConfig, build_decoder
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.checkpoints import take_snapshot
 from slmkit.training.guards import GuardSettings
 from slmkit.training.loop import Plan, State
+from slmkit.training.objectives import Loss, NextToken
 from slmkit.training.optimizers import make_optimizers
 from slmkit.training.precision import LossScale, to_weight_dtype
 from slmkit.training.recipe import Recipe, TrainSettings
@@ -20,6 +25,16 @@ from slmkit.training.run import RunDirectory, fit, make_plan
 TOKENIZER = SLMTokenizer(260)
 TEXTS = [f"{name} has a {thing}. " * 4 for name in ("Ann", "Ben", "Cleo") for thing in ("kite", "drum", "boat")]
 LENGTH = 32
+
+
+class Changed(NextToken):
+    """The usual objective, with something done to its loss."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.change = change
+
+    def __call__(self, model: Decoder, batch: Batch) -> Loss:
+        return Loss(self.change(super().__call__(model, batch).total))
 
 
 def config(**changes: object) -> SLMConfig:

@@ -15,7 +15,7 @@ from slmkit.config import UserError
 from slmkit.training.checkpoints import clear_leftovers, load_checkpoint, newest_intact, verify
 from slmkit.training.loop import State
 from slmkit.training.run import RunDirectory
-from slmkit.training.run_log import MetricsLog
+from slmkit.training.run_log import MetricsLog, append_samples
 from slmkit.training.saver import Saver
 from tests.training.faults import Act, PowerCut, disk_full, operations_on_files, power_cut
 from tests.training.helpers import TOKENIZER, config, state
@@ -142,7 +142,10 @@ def test_a_metrics_line_cut_short_is_no_line(tmp_path: Path) -> None:
         assert log.path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
-def test_a_full_disk_is_one_line_for_metrics_too(tmp_path: Path) -> None:
+def test_a_full_disk_is_one_line_for_metrics_and_samples_too(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl")
     with pytest.raises(UserError, match="No space left on device.*slm resume"), operations_on_files(2, disk_full):
         log.append({"step": 1})
+    samples = [("Once upon a time", " there was a fox.")]
+    with pytest.raises(UserError, match="No space left on device.*slm resume"), operations_on_files(2, disk_full):
+        append_samples(tmp_path / "samples.md", 1, samples)

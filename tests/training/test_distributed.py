@@ -14,21 +14,22 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 from torch.profiler import profile
 
-from slmkit.api.runs import Validate
+from slmkit.api import SLMForCausalLM, SLMTrainer
+from slmkit.api.hooks import Validate
 from slmkit.config import UserError
-from slmkit.data.stream import Batch, Rows, Stream
+from slmkit.data.stream import Rows, Stream
+from slmkit.data.text_dataset import TextDataset
 from slmkit.device import DeviceError, Ranks, find_device, find_ranks
-from slmkit.model import Decoder, build_decoder
-from slmkit.training.distributed import Group, join
+from slmkit.model import build_decoder
+from slmkit.training.distributed import Group, join, whole
 from slmkit.training.loop import Every, Plan, Report, RunStopped, State, train_step
-from slmkit.training.objectives import Loss, next_token
+from slmkit.training.objectives import next_token
 from slmkit.training.optimizers import OPTIMIZERS
 from slmkit.training.recipe import Recipe
 from slmkit.training.run import RunDirectory, fit, make_plan
-from tests.training.helpers import LENGTH, TOKENIZER, config, settings
+from tests.training.helpers import LENGTH, TOKENIZER, Changed, config, settings
 from tests.training.ranks import on_ranks
 
 STEPS = 6
@@ -122,14 +123,55 @@ def test_a_checkpoint_is_read_by_any_number_of_processes(tmp_path: Path, ranks: 
     assert_same_run(tmp_path, one_process("adamw"))
 
 
-def small_step(group: Group, parallel: str, rows_at_once: int, objective: Any = next_token) -> tuple[State, Report]:
-    """One step of 8 rows."""
+def small_step(
+    group: Group, parallel: str, rows_at_once: int, objective: Any = next_token, backend: str | None = None
+) -> tuple[State, Report]:
+    """One step of 8 rows, its blocks compiled where a backend is named."""
     device = find_device("cpu", "float32")
     model = build_decoder(config(), seed=1)
+    for block in model.blocks if backend else ():
+        block.compile(backend=backend)
     group.share(model, parallel, device.torch_device)
     state = State(model, OPTIMIZERS["adamw"](model, settings()))
     plan = Plan(1, rows_at_once, 1.0, lambda step: 1.0, device, group=group)
     return state, train_step(state, objective, Stream(UnevenRows(), 8).batch(0, group.rank, group.world), plan)
+
+
+def compiled_step(parallel: str) -> None:
+    """With blocks compiled for a graph alone, since generating code for them would take half a minute."""
+    with join(find_device("cpu", "float32"), 60) as group:
+        plain, expected = small_step(group, parallel, 2)
+        compiled, found = small_step(group, parallel, 2, backend="aot_eager")
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+        assert torch._dynamo.utils.counters["frames"]["ok"] > 0
+        for (name, one), (other_name, other) in zip(plain.model.named_parameters(), compiled.model.named_parameters()):
+            assert name == other_name
+            torch.testing.assert_close(whole(one.detach()), whole(other.detach()), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_blocks_may_be_compiled_and_shared(parallel: str) -> None:
+    on_ranks(2, compiled_step, parallel)
+
+
+def script(folder: Path) -> None:
+    """What somebody writes in a script, run by `torchrun`."""
+    texts = [f"{name} has a {thing}." for name in ("Ann", "Ben") for thing in ("kite", "drum", "boat", "fox")]
+    dataset = TextDataset(texts, TOKENIZER, max_length=16)
+    torch.manual_seed(3)
+    model = SLMForCausalLM(config(batch_size=4, learning_rate=1e-3))
+    trainer = SLMTrainer(model.config, model, TOKENIZER, dataset, dataset, output_dir=str(folder / "run"), device="cpu")
+    trainer.train(max_steps=4)
+
+
+def test_a_script_trains_the_same_on_two_processes(tmp_path: Path) -> None:
+    (tmp_path / "two").mkdir()
+    on_ranks(2, script, tmp_path / "two")
+    script(tmp_path / "one")
+    assert [path.name for path in (tmp_path / "two").iterdir()] == ["run"]
+    two, one = (RunDirectory(tmp_path / name / "run").metrics.comparable()[-1] for name in ("two", "one"))
+    assert two == pytest.approx(one, rel=1e-3)
 
 
 def count_collectives(parallel: str, event: str) -> None:
@@ -155,9 +197,7 @@ def agree() -> None:
         assert not group.any(False)
         assert group.from_main({"name": "run"} if group.is_main else None) == {"name": "run"}
 
-        def spoiled(model: Decoder, batch: Batch) -> Loss:
-            total: Tensor = next_token(model, batch).total
-            return Loss(total * float("nan") if group.rank == 1 else total)
+        spoiled = Changed(lambda loss: loss * float("nan") if group.rank == 1 else loss)
 
         for parallel in ("ddp", "fsdp"):
             state, report = small_step(group, parallel, 2, spoiled)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slmkit.data.stream import Batch
+from slmkit.data.batch import Batch
 from slmkit.training.loop import State, compute_gradients, train_step
 from slmkit.training.losses import IGNORED
 from slmkit.training.objectives import next_token

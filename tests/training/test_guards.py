@@ -12,20 +12,16 @@ from slmkit.config import UserError
 from slmkit.training import loop
 from slmkit.training.guards import Diverged, Guard, GuardSettings
 from slmkit.training.loop import Every, State, train, train_step
-from slmkit.training.objectives import Loss, Objective, next_token
+from slmkit.training.objectives import Objective, next_token
 from slmkit.training.run_log import MetricsLog
-from tests.training.helpers import plan, run, snapshot_of, state, stream
+from tests.training.helpers import Changed, plan, run, snapshot_of, state, stream
 from tests.training.test_checkpoints import assert_same_run
 
 
 def poisoned(factor: float, steps: set[int], learner: State) -> Objective:
     """The objective, with the loss of some steps times a factor."""
 
-    def objective(model, batch):
-        loss = next_token(model, batch).total
-        return Loss(loss * factor if learner.step + 1 in steps else loss)
-
-    return objective
+    return Changed(lambda loss: loss * factor if learner.step + 1 in steps else loss)
 
 
 @pytest.mark.parametrize("factor", [math.nan, math.inf, -math.inf])

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from slmkit.data.stream import Batch
+from slmkit.data.batch import Batch
+from slmkit.data.packing import IGNORED
+from slmkit.model import Decoder
 from slmkit.training.loop import Every, StopRequested, seed_everything, train, train_step
-from slmkit.training.objectives import next_token
+from slmkit.training.objectives import Loss, NextToken, next_token
 from tests.training.helpers import plan, snapshot_of, state, stream
 
 
@@ -183,3 +185,24 @@ def test_all_random_numbers_follow_from_seed_and_step() -> None:
 
     assert drawn(3, 7) == drawn(3, 7)
     assert len({*drawn(3, 7), *drawn(3, 8), *drawn(4, 7)}) == 9
+
+
+class Counting(NextToken):
+    """Divides by rows, and tells how many labels there are."""
+
+    def __call__(self, model: Decoder, batch: Batch) -> Loss:
+        return Loss(super().__call__(model, batch).total, {"labels": (batch.labels != IGNORED).sum()})
+
+    def weight(self, batch: Batch) -> int:
+        return len(batch.ids)
+
+
+@pytest.mark.parametrize("rows", [8, 3, 1])
+def test_an_objective_says_what_the_mean_is_over_and_what_else_to_report(rows: int) -> None:
+    batch, learner = uneven_batch(), state()
+    report = train_step(learner, Counting(), batch, plan(1, rows_per_micro_batch=rows))
+    usual = train_step(state(), next_token, batch, plan(1))
+    assert report["labels"] == batch.weight / len(batch.ids)
+    assert report["loss"] == pytest.approx(usual["loss"] * batch.weight / len(batch.ids), rel=1e-5)
+    assert learner.tokens == report["tokens"] == batch.weight
+    assert "labels" not in usual

@@ -103,7 +103,7 @@ def test_gradients_in_16_bits_are_those_of_float32_but_for_rounding(
 
 def test_the_loss_of_training_is_capped_as_the_logits_are() -> None:
     """As Gemma 2 has it: what is trained is the likelihood that generation and evaluation use."""
-    from slmkit.data.stream import Batch
+    from slmkit.data.batch import Batch
     from slmkit.model import build_decoder
     from slmkit.training.objectives import next_token
     from tests.training.helpers import config

@@ -14,8 +14,9 @@ from slmkit.api import train_recipe
 from slmkit.api.xray import look, vocabulary_of
 from slmkit.config import UserError
 from slmkit.data import ShardWriter, TokenShards, prepare_chat, prepare_text, stories
+from slmkit.data.batch import Batch
 from slmkit.data.packing import IGNORED
-from slmkit.data.stream import Batch, ChatRows, PretrainRows, Stream
+from slmkit.data.stream import ChatRows, PretrainRows, Stream
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.overlap import Text, overlap, text_of
 from slmkit.training.recipe import find_recipe, load_recipe

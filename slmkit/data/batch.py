@@ -1,0 +1,79 @@
+"""What one update is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slmkit.data.packing import IGNORED
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows for one update. `weight` is the number of labels that are learned.
+
+    With `documents`, attention and positions are kept inside each. A row of a pair is [2, length]. `extra` has what an
+    objective wants besides, by name: a tensor with a first dimension of rows each.
+    """
+
+    ids: Tensor  # int64 [rows, length]
+    labels: Tensor  # int64 [rows, length]
+    weight: int
+    documents: Tensor | None = None  # int64 [rows, length]
+    extra: Mapping[str, Tensor] = field(default_factory=dict)  # [rows, …] each
+
+    @classmethod
+    def of(
+        cls,
+        ids: np.ndarray,
+        labels: np.ndarray,
+        documents: np.ndarray | None = None,
+        extra: Mapping[str, np.ndarray] | None = None,
+    ) -> Batch:
+        """int64 [rows, length] each, and whatever an objective wants besides."""
+        weight = int(np.count_nonzero(labels != IGNORED))
+        kept_apart = None if documents is None else torch.from_numpy(documents)
+        besides = {name: torch.from_numpy(array) for name, array in (extra or {}).items()}
+        return cls(torch.from_numpy(ids), torch.from_numpy(labels), weight, kept_apart, besides)
+
+    def to(self, device: torch.device | str) -> Batch:
+        return self._each(lambda tensor: tensor.to(device), self.weight)
+
+    @staticmethod
+    def joined(parts: list[Batch]) -> Batch:
+        """The rows of several, in order."""
+        ids, labels = (torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "labels"))
+        documents = [part.documents for part in parts if part.documents is not None]
+        extra = {name: torch.cat([part.extra[name] for part in parts]) for name in parts[0].extra}
+        weight = sum(part.weight for part in parts)
+        return Batch(ids, labels, weight, torch.cat(documents) if documents else None, extra)
+
+    def untrained(self) -> Batch:
+        """One row of it, of which nothing is learned."""
+        first = self._each(lambda tensor: tensor[:1], 0)
+        return Batch(first.ids, torch.full_like(first.labels, IGNORED), 0, first.documents, first.extra)
+
+    def split(self, rows: int) -> list[Batch]:
+        """Micro-batches of at most `rows` rows, in order."""
+        if len(self.ids) <= rows:
+            return [self]
+        parts = [slice(start, start + rows) for start in range(0, len(self.ids), rows)]
+        weights = [int((self.labels[part] != IGNORED).sum()) for part in parts]
+        return [self._part(part, weight) for part, weight in zip(parts, weights)]
+
+    def _part(self, rows: slice, weight: int) -> Batch:
+        return self._each(lambda tensor: tensor[rows], weight)
+
+    def _each(self, change: Callable[[Tensor], Tensor], weight: int) -> Batch:
+        documents = None if self.documents is None else change(self.documents)
+        extra = {name: change(tensor) for name, tensor in self.extra.items()}
+        return Batch(change(self.ids), change(self.labels), weight, documents, extra)
+
+
+def stacked(rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Arrays of one row each → arrays of all rows, by name."""
+    return {name: np.stack([row[name] for row in rows]) for name in (rows[0] if rows else {})}
