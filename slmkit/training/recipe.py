@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field, model_validator
 from slmkit.config import Settings, UserError, did_you_mean, load_settings, read_yaml
 from slmkit.data.data_settings import DataSettings, Reads, TokenizerSettings
 from slmkit.model import SLMConfig
+from slmkit.model.lora_settings import LoRASettings
 from slmkit.training.distributed import Parallel
 from slmkit.training.guards import GuardSettings
 from slmkit.training.schedules import Schedule, make_schedule
@@ -141,12 +142,16 @@ class TrainSettings(Settings):
 
 
 class Recipe(Settings):
-    """One run. `objective` says what is learned: the next token of any text, or the assistant's turns of chats."""
+    """One run. `objective` says what is learned: the next token of any text, or the assistant's turns of chats.
+
+    With `lora` the model of `model.path` is frozen, and what is learned is an adapter for it.
+    """
 
     objective: Literal["pretrain", "sft"] = "pretrain"
     output_dir: str = "runs/model"
     seed: int = 0
     model: ModelSettings = Field(default_factory=ModelSettings)
+    lora: LoRASettings | None = None
     tokenizer: TokenizerSettings = Field(default_factory=TokenizerSettings)
     data: DataSettings = Field(default_factory=DataSettings)
     train: TrainSettings = Field(default_factory=TrainSettings)
@@ -155,6 +160,12 @@ class Recipe(Settings):
     def _streams_have_an_end(self) -> Recipe:
         if self.data.streaming and self.train.max_tokens is None and self.train.max_steps is None:
             raise ValueError(f"data.streaming: {ENDLESS}")
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_have_a_base(self) -> Recipe:
+        if self.lora is not None and self.model.path is None:
+            raise ValueError("lora: an adapter is for a finished model: name it in model.path, or drop lora")
         return self
 
     guard: GuardSettings = Field(default_factory=GuardSettings)
