@@ -106,7 +106,7 @@ def compare(source: str, steps: int, seeds: int, known: dict[str, float]) -> Ite
         best = dict(known)
         for optimizer in ("adamw", "muon"):  # AdamW first: its rate is that of Muon's rest, too
             for rate in () if known else RATES[optimizer]:
-                loss = one_run(corpus, steps, 100, optimizer, **best, **{RATE_OF[optimizer]: rate})[-1][2]
+                loss = one_run(corpus, steps, 100, optimizer, **(best | {RATE_OF[optimizer]: rate}))[-1][2]
                 tried[optimizer][rate] = round(loss, 4)
                 print(f"{source}: {optimizer} at {rate}: {loss:.4f}", flush=True)
                 best[RATE_OF[optimizer]] = min(tried[optimizer], key=tried[optimizer].__getitem__)

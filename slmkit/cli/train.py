@@ -35,7 +35,7 @@ def train(
     run = train_recipe(loaded, TerminalReporter(), dry_run=dry_run, force=force)
     if not dry_run:
         print(f"run: {run.root}")
-        verb = "chat" if loaded.objective == "sft" else "generate"
+        verb = "chat" if loaded.reads == "conversations" else "generate"
         print(f"next: slm {verb} {run.root}")
 
 

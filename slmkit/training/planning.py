@@ -152,7 +152,7 @@ def _tokens_of(recipe: Recipe) -> tuple[int | None, list[str]]:
             if data.source == "primer"
             else (story.text for story in stories.tell_many(0, SAMPLE))
         )
-        if recipe.objective == "sft":
+        if recipe.reads == "conversations":
             made = (" ".join(str(m["content"]) for m in stories.conversation(0, index)) for index in range(SAMPLE))
         size = sum(len(text.encode()) for text in made) // SAMPLE * data.documents
         return size // BYTES_PER_TOKEN, [f"{BYTES_PER_TOKEN} bytes of text a token"]
