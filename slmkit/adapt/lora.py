@@ -9,6 +9,8 @@ the length of each row of W + s B A apart from its direction (Liu et al. 2024, a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -99,9 +101,8 @@ def add_lora(decoder: Decoder, config: SLMConfig, settings: LoRASettings, seed: 
     expect_plain(decoder)
     decoder.requires_grad_(False)
     aliases = reference_names(decoder, config)
-    saved = modules_to_save(decoder, aliases, settings)
-    if settings.base_weights != "float32":
-        swap(decoder, ALL_LINEAR, FORMATS[settings.base_weights], except_for=saved)
+    saved = modules_to_save(decoder, config, settings)
+    keep_base_in(decoder, settings.base_weights, saved)
     kind = DoRALinear if settings.use_dora else LoRALinear
     generator = torch.Generator().manual_seed(seed)
 
@@ -116,8 +117,15 @@ def add_lora(decoder: Decoder, config: SLMConfig, settings: LoRASettings, seed: 
     return names
 
 
-def modules_to_save(decoder: Decoder, aliases: dict[str, str], settings: LoRASettings) -> list[str]:
+def keep_base_in(decoder: Decoder, base_weights: str, except_for: Sequence[str] = ()) -> None:
+    """Keep the linears' matrices, all but the head's and those named, in fewer bits; `float32` leaves them."""
+    if base_weights != "float32":
+        swap(decoder, ALL_LINEAR, FORMATS[base_weights], except_for=except_for)
+
+
+def modules_to_save(decoder: Decoder, config: SLMConfig, settings: LoRASettings) -> list[str]:
     """The modules that are trained whole. Of tied embeddings the head is the embedding."""
+    aliases = reference_names(decoder, config)
     wanted = ["embedding" if decoder.head is None and one in ("head", "lm_head") else one
               for one in settings.modules_to_save]  # fmt: skip
     try:

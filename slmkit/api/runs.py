@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from slmkit.adapt.load import load_model, start_adapter
 from slmkit.api.reporter import SILENCE, Reporter
 from slmkit.api.work import Material, work_of
 from slmkit.api.xray import look
@@ -17,14 +18,17 @@ from slmkit.data.stream import DocumentRows
 from slmkit.device import Device, find_device
 from slmkit.evaluation import validation_loss
 from slmkit.evaluation.loss import LossReport
-from slmkit.model import Decoder, SLMConfig, build_decoder, load_decoder
+from slmkit.model import Decoder, SLMConfig, build_decoder
 from slmkit.model.config import TRAINING_FIELDS
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.checkpoints import complete_checkpoints
 from slmkit.training.distributed import ALONE, Group, join
 from slmkit.training.find import find_model_directory
 from slmkit.training.loop import Every, Plan
+from slmkit.training.memory import blueprint_of
 from slmkit.training.micro_batch import resolve_micro_batch
+from slmkit.training.model_files import ModelFiles, WholeModel
+from slmkit.training.optimizers import trained
 from slmkit.training.plan_file import PlanFile
 from slmkit.training.progress import TrainingProgress
 from slmkit.training.recipe import ModelSettings, Recipe, load_recipe
@@ -109,8 +113,9 @@ def _build(
     base = find_model_directory(recipe.model.path) if recipe.model.path else None
     tokenizer = SLMTokenizer.from_pretrained(base) if base else None
     corpus = build_corpus(recipe.reads, recipe.data, recipe.tokenizer, recipe.seed, run.data, tokenizer, reporter)
-    model, config = _model_for(recipe, corpus.tokenizer, base)
-    session = _Session(run, _resolve(recipe, run, config, base), corpus, model, config, device, group, reporter)
+    model, config, files = _model_for(recipe, corpus.tokenizer, base)
+    resolved_recipe = _resolve(recipe, run, config, base)
+    session = _Session(run, resolved_recipe, corpus, model, config, files, device, group, reporter)
     run.describe(session.recipe, device, corpus.describe())
     reporter.say(session.summary())
     session.look(reporter, force)
@@ -121,8 +126,8 @@ def open_run(run: RunDirectory, device: Device, group: Group = ALONE, reporter: 
     """A run whose data is prepared."""
     recipe, corpus = load_recipe(run.recipe), open_corpus(run.data)
     base = find_model_directory(recipe.model.path) if recipe.model.path else None
-    model, config = _model_for(recipe, corpus.tokenizer, base)
-    return _Session(run, recipe, corpus, model, config, device, group, reporter)
+    model, config, files = _model_for(recipe, corpus.tokenizer, base)
+    return _Session(run, recipe, corpus, model, config, files, device, group, reporter)
 
 
 @dataclass(frozen=True)
@@ -137,7 +142,7 @@ class RunFigures:
 def evaluate_run(directory: str | Path) -> RunFigures:
     """Validation loss of a pretraining run's best checkpoint, in float32, every document in full context."""
     run = RunDirectory(directory)
-    decoder, config = load_decoder(find_model_directory(directory))
+    decoder, config = load_model(find_model_directory(directory))
     shards = open_corpus(run.data).validation
     length = load_recipe(run.recipe).train.sequence_length or config.max_position_embeddings
     separate = load_recipe(run.recipe).data.separate_documents
@@ -156,12 +161,13 @@ class _Session:
         corpus: Corpus,
         model: Decoder,
         config: SLMConfig,
+        files: ModelFiles,
         device: Device,
         group: Group,
         reporter: Reporter,
     ) -> None:
         self.run, self.recipe, self.corpus, self.model, self.config = run, recipe, corpus, model, config
-        self.device, self.group = device, group
+        self.files, self.device, self.group = files, device, group
         self.length = recipe.train.sequence_length or config.max_position_embeddings
         if self.length > config.max_position_embeddings:
             raise UserError(
@@ -189,13 +195,15 @@ class _Session:
         )
 
     def summary(self) -> str:
-        parameters = sum(p.numel() for p in self.model.parameters())
+        parameters = f"{sum(p.numel() for p in self.model.parameters()):,} parameters"
+        if self.recipe.lora is not None:
+            parameters = f"{sum(p.numel() for p in trained(self.model).values()):,} trained beside a frozen model"
         tokens = f"{self.corpus.training_tokens:,}" if self.corpus.training_tokens else "streamed"
         rows = self.stream.total_rows
         is_all = rows is not None and (self.plan.steps + 1) * self.stream.rows_per_step > rows
         ends = f" (then the data ends: {self.recipe.data.when_exhausted})" if is_all else ""
         return (
-            f"{parameters:,} parameters, {tokens} training tokens, "
+            f"{parameters}, {tokens} training tokens, "
             f"{self.plan.steps:,} steps of {self.stream.rows_per_step} × {self.length} tokens{ends}, "
             f"{self.device.describe()['device']} in {self.device.describe()['compute_dtype']}"
             + (f", {self.group.world} processes" if self.group.world > 1 else "")
@@ -230,6 +238,7 @@ class _Session:
                 self.plan,
                 companions=self.corpus.tokenizer.save_pretrained,
                 objective=self.work.objective,
+                files=self.files,
                 hooks=(
                     Every(interval, self.work.validate, on_all_ranks=True),
                     Every(interval, self.work.sample, on_all_ranks=True),
@@ -255,25 +264,31 @@ class _Session:
             unique_tokens=self.corpus.training_tokens,
             validation_tokens=self.work.validation_tokens,
             from_scratch=self.recipe.objective == "pretrain" and self.recipe.model.path is None,
+            blueprint=blueprint_of(self.model),
         )
 
 
-def _model_for(recipe: Recipe, tokenizer: SLMTokenizer, base: Path | None) -> tuple[Decoder, SLMConfig]:
-    """Fresh weights for the tokenizer's vocabulary, or those of `base`."""
+def _model_for(recipe: Recipe, tokenizer: SLMTokenizer, base: Path | None) -> tuple[Decoder, SLMConfig, ModelFiles]:
+    """Fresh weights for the tokenizer's vocabulary, or those of `base`; with `lora` an adapter for those."""
+    if base is not None and recipe.lora is not None:
+        return start_adapter(base, recipe.lora, recipe.seed)
     if base is not None:
-        return load_decoder(base)
+        model, config = load_model(base)
+        return model, config, WholeModel(config)
     known = {
         "vocab_size": len(tokenizer),
         "eos_token_id": sorted(tokenizer.stop_token_ids),
         "pad_token_id": tokenizer.pad_token_id,
     }
     config = recipe.model.build_config(**known)
-    return build_decoder(config, recipe.seed, recipe.model.initialization), config
+    return build_decoder(config, recipe.seed, recipe.model.initialization), config, WholeModel(config)
 
 
 def _resolve(recipe: Recipe, run: RunDirectory, config: SLMConfig, base: Path | None) -> Recipe:
     """The recipe with nothing left to a preset, so that it still means the same when presets change."""
     model = recipe.model if base is not None else resolved(config, recipe.model.initialization)
+    if base is not None and recipe.lora is not None:  # a run's best model may be another one later
+        model = model.model_copy(update={"path": str(base.resolve())})
     return recipe.model_copy(update={"output_dir": str(run.root), "model": model})
 
 

@@ -68,12 +68,12 @@ def gibibytes(size: int) -> str:
 
 
 def load_model(path: str, device: str) -> tuple[Decoder, SLMTokenizer]:
-    """The decoder and tokenizer of a model directory or run, on the device asked for. Raises `UserError`."""
+    """The decoder and tokenizer of a model directory, adapter or run, on the device asked for. Raises `UserError`."""
+    from slmkit.adapt.load import load_model as load
     from slmkit.device import find_device
-    from slmkit.model import load_decoder
     from slmkit.tokenizer import SLMTokenizer
     from slmkit.training.find import find_model_directory
 
     directory = find_model_directory(path)
-    decoder, _ = load_decoder(directory, find_device(device).torch_device)
+    decoder, _ = load(directory, find_device(device).torch_device)
     return decoder, SLMTokenizer.from_pretrained(directory)

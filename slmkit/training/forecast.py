@@ -94,9 +94,7 @@ def guessed_rate(a: Architecture, length: int, device: Device) -> float:
     return efficiency * measured_peak(device) / (3 * flops_per_token(a, length).forward)
 
 
-def run_bytes(
-    blueprint: Blueprint, settings: TrainSettings, rows: int, length: int, device: Device, state: int
-) -> int:
+def run_bytes(blueprint: Blueprint, settings: TrainSettings, rows: int, length: int, device: Device, state: int) -> int:
     """The most that a run adds to its process, or takes of the device: in a step or a validation."""
     micro = min(rows, settings.rows_per_micro_batch(length))
     training = training_bytes(blueprint, settings, micro, length, device, settings.gradient_checkpointing)

@@ -9,6 +9,7 @@ import torch
 
 from slmkit.device import Device, find_device
 from slmkit.model import SLMConfig
+from slmkit.model.adapter_directory import config_directory
 from slmkit.model.architecture import Architecture
 from slmkit.model.families import architecture_of
 from slmkit.model.presets import PRESETS
@@ -73,10 +74,13 @@ def inspect_model(
 
 
 def config_of(model: str | Path) -> SLMConfig:
-    """The config of a preset, a model directory or a run's best checkpoint. Raises `UserError` for none of them."""
+    """The config of a preset, a model directory, an adapter's base or a run's best checkpoint.
+
+    Raises `UserError` for none of them.
+    """
     if str(model) in PRESETS and not Path(model).exists():
         return SLMConfig.from_preset(str(model))
-    return SLMConfig.from_pretrained(find_model_directory(model))
+    return SLMConfig.from_pretrained(config_directory(find_model_directory(model)))
 
 
 def _memory(a: Architecture, rows: int, length: int, device: Device, optimizer: str) -> dict[str, int]:

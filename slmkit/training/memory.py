@@ -22,7 +22,6 @@ from slmkit.training.optimizers import make_optimizers, trained
 from slmkit.training.precision import to_weight_dtype
 from slmkit.training.recipe import TrainSettings
 
-
 # What a model is made of: its architecture, or where something has been changed in it, itself without its content.
 Blueprint = Architecture | Decoder
 

@@ -37,7 +37,9 @@ def resolve_micro_batch(settings: TrainSettings, model: Decoder, length: int, de
     return settings.model_copy(update={"micro_batch_tokens": -(-rows // micro_batches) * length})
 
 
-def fitting_rows(blueprint: Blueprint, settings: TrainSettings, most: int, length: int, device: Device, free: int) -> int:
+def fitting_rows(
+    blueprint: Blueprint, settings: TrainSettings, most: int, length: int, device: Device, free: int
+) -> int:
     """The largest number of rows, at most `most`, whose step is estimated to need no more than is usable of `free`.
 
     Raises `UserError` when that is none. A system that does not say what is free gets one row.

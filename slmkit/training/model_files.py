@@ -1,4 +1,4 @@
-"""What of a model goes into a checkpoint, and how: the whole of it, or, handed in from outside, what was trained of it."""
+"""What of a model goes into a checkpoint, and how: all of it, or, handed in from outside, what was trained of it."""
 
 from __future__ import annotations
 

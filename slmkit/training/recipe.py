@@ -166,6 +166,11 @@ class Recipe(Settings):
     def _adapters_have_a_base(self) -> Recipe:
         if self.lora is not None and self.model.path is None:
             raise ValueError("lora: an adapter is for a finished model: name it in model.path, or drop lora")
+        if self.lora is not None and self.train.parallel == "fsdp":
+            raise ValueError(
+                "lora: parallel fsdp shares out what is trained, which is next to nothing here: set train.parallel to "
+                "ddp, and lora.base_weights to int8 or nf4 where the base is too large for each process"
+            )
         return self
 
     guard: GuardSettings = Field(default_factory=GuardSettings)

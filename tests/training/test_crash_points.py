@@ -18,7 +18,7 @@ from slmkit.training.run import RunDirectory
 from slmkit.training.run_log import MetricsLog, append_samples
 from slmkit.training.saver import Saver
 from tests.training.faults import Act, PowerCut, disk_full, operations_on_files, power_cut
-from tests.training.helpers import FILES, TOKENIZER, config, state
+from tests.training.helpers import FILES, TOKENIZER, state
 
 
 def state_at(step: int) -> State:

@@ -22,7 +22,7 @@ from slmkit.training.loop import Every, RunStopped, State
 from slmkit.training.run import RunDirectory
 from slmkit.training.saver import FAILURES_BORNE, Saver
 from tests.training.faults import disk_full, operations_on_files
-from tests.training.helpers import FILES, TOKENIZER, config, run, state
+from tests.training.helpers import FILES, TOKENIZER, run, state
 from tests.training.test_checkpoints import assert_same_run
 from tests.training.test_crash_points import state_at
 
