@@ -4,7 +4,7 @@ python benchmarks/muon.py                                   # the built-in stori
 python benchmarks/muon.py --text wikitext-2=FILE            # a text of your own besides
 python benchmarks/muon.py --draw docs/muon.png              # only the plot, of what was measured
 
-Each optimizer's learning rate is the best of two in runs of their own (seed 100). Muon's rest (embedding, norms) is
+Each optimizer's learning rate is the best of three in runs of their own (seed 100). Muon's rest (embedding, norms) is
 updated by AdamW at AdamW's best rate. Optimizers take turns on the same machine. Seconds are of processor time, so that
 other programs on it do not count, and without validation.
 """
@@ -40,7 +40,7 @@ SHAPE = {
     "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 2,
     "max_position_embeddings": LENGTH,
 }  # fmt: skip
-RATES = {"adamw": (2e-3, 6e-3), "muon": (0.01, 0.03)}
+RATES = {"adamw": (7e-4, 2e-3, 6e-3), "muon": (0.01, 0.03, 0.06)}
 RATE_OF = {"adamw": "learning_rate", "muon": "muon_learning_rate"}
 RESULTS = Path(__file__).parent / "results" / "muon.json"
 Curve = list[tuple[int, float, float]]  # tokens, seconds, validation loss

@@ -9,17 +9,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from slmkit.api import SLMForCausalLM, SLMTrainer
+    from slmkit.api import SLMEnsemble, SLMForCausalLM, SLMTrainer
     from slmkit.config import UserError
     from slmkit.data.text_dataset import TextDataset
     from slmkit.model.config import SLMConfig
     from slmkit.tokenizer import SLMTokenizer
 
 __version__ = "0.1.0"
-__all__ = ["SLMConfig", "SLMForCausalLM", "SLMTokenizer", "SLMTrainer", "TextDataset", "UserError"]
+__all__ = ["SLMConfig", "SLMEnsemble", "SLMForCausalLM", "SLMTokenizer", "SLMTrainer", "TextDataset", "UserError"]
 
 _HOME = {
     "SLMConfig": "slmkit.model.config",
+    "SLMEnsemble": "slmkit.api",
     "SLMForCausalLM": "slmkit.api",
     "SLMTokenizer": "slmkit.tokenizer",
     "SLMTrainer": "slmkit.api",

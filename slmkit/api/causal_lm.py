@@ -10,36 +10,21 @@ from torch import Tensor, nn
 
 from slmkit.adapt.load import load_model
 from slmkit.config import UserError
-from slmkit.generation import SamplingSettings, generate_ids
+from slmkit.generation import Ensemble, SamplingSettings, generate_ids
 from slmkit.model import Decoder, SLMConfig, build_decoder, save_decoder
 from slmkit.training.find import find_model_directory
 
 
-class SLMForCausalLM(nn.Module):
-    """A decoder with its head: token ids in, logits out."""
+class GeneratingModel(nn.Module):
+    """A model with its head, and the config that says how its texts end: token ids in, logits or more ids out."""
 
-    def __init__(self, config: SLMConfig, decoder: Decoder | None = None) -> None:
-        """Fresh weights, drawn from torch's global generator (`torch.manual_seed`), unless a decoder is given."""
+    def __init__(self, config: SLMConfig, decoder: Decoder | Ensemble) -> None:
         super().__init__()
-        self.config = config
-        self.decoder = decoder or build_decoder(config, seed=int(torch.randint(2**62, ())))
+        self.config, self.decoder = config, decoder
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """input_ids [batch, sequence] → logits [batch, sequence, vocab_size], float32."""
         return self.decoder.logits(self.decoder(input_ids)).float()
-
-    @classmethod
-    def from_pretrained(cls, directory: str | Path, device: str = "cpu") -> SLMForCausalLM:
-        """Read a model directory, an adapter folded into its base, or a run's best checkpoint, in evaluation mode.
-
-        Raises `UserError`.
-        """
-        decoder, config = load_model(find_model_directory(directory), device)
-        return cls(config, decoder).eval()
-
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write a Hugging Face model directory. Raises `UserError` when it cannot be written."""
-        save_decoder(self.decoder, self.config, directory)
 
     def generate(
         self,
@@ -74,7 +59,7 @@ class SLMForCausalLM(nn.Module):
         )
         prompt = input_ids.size(1)
         if max_new_tokens is None:
-            max_new_tokens = (max_length or self.decoder.architecture.max_positions) - prompt
+            max_new_tokens = (max_length or self.decoder.max_positions) - prompt
         if max_new_tokens < 1:
             raise UserError(f"max_length {max_length} leaves no room after a prompt of {prompt} tokens: raise it")
         return generate_ids(
@@ -86,6 +71,29 @@ class SLMForCausalLM(nn.Module):
             pad_token_id=_first(pad_token_id, self.config.pad_token_id, 0),
             padding=_left_padding(attention_mask),
         )
+
+
+class SLMForCausalLM(GeneratingModel):
+    """A decoder with its head: token ids in, logits out."""
+
+    decoder: Decoder
+
+    def __init__(self, config: SLMConfig, decoder: Decoder | None = None) -> None:
+        """Fresh weights, drawn from torch's global generator (`torch.manual_seed`), unless a decoder is given."""
+        super().__init__(config, decoder or build_decoder(config, seed=int(torch.randint(2**62, ()))))
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, device: str = "cpu") -> SLMForCausalLM:
+        """Read a model directory, an adapter folded into its base, or a run's best checkpoint, in evaluation mode.
+
+        Raises `UserError`.
+        """
+        decoder, config = load_model(find_model_directory(directory), device)
+        return cls(config, decoder).eval()
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write a Hugging Face model directory. Raises `UserError` when it cannot be written."""
+        save_decoder(self.decoder, self.config, directory)
 
 
 def _left_padding(attention_mask: Tensor | None) -> Tensor | None:

@@ -26,6 +26,10 @@ def chat(
     min_p: Annotated[float, typer.Option(help="Only tokens at least this share as likely as the likeliest.")] = 0.05,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: what was said becomes less likely.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers.")] = None,
+    others: Annotated[
+        list[str] | None,
+        typer.Option("--with", help="Average with this model's probabilities; may be given several times."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
 ) -> None:
     """Talk to a model. /reset, /save FILE, /load FILE and /quit are understood; Ctrl-C stops the answer.
@@ -35,7 +39,7 @@ def chat(
     from slmkit.cli.show import load_model
     from slmkit.generation import ChatSession, SamplingSettings
 
-    decoder, tokenizer = load_model(model, device)
+    decoder, tokenizer = load_model(model, device, others or [])
     settings = SamplingSettings(
         temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed
     )

@@ -18,6 +18,10 @@ def generate(
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: what was said becomes less likely.")] = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
+    others: Annotated[
+        list[str] | None,
+        typer.Option("--with", help="Average with this model's probabilities; may be given several times."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
 ) -> None:
     """Continue a text.
@@ -27,7 +31,7 @@ def generate(
     from slmkit.cli.show import load_model
     from slmkit.generation import SamplingSettings, stream_completion
 
-    decoder, tokenizer = load_model(model, device)
+    decoder, tokenizer = load_model(model, device, others or [])
     settings = SamplingSettings(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         repetition_penalty=repetition_penalty, seed=seed,

@@ -9,7 +9,7 @@ import typer
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from slmkit.model import Decoder
+    from slmkit.generation import LanguageModel
     from slmkit.tokenizer import SLMTokenizer
 
 QUESTIONS = 200
@@ -59,7 +59,7 @@ def _show_story(base: Path) -> None:
     print(complete(decoder, tokenizer, "", settings=settings, max_new_tokens=400).text.strip())
 
 
-def _show_conversation(decoder: Decoder, tokenizer: SLMTokenizer) -> None:
+def _show_conversation(decoder: LanguageModel, tokenizer: SLMTokenizer) -> None:
     from slmkit.generation import ChatSession, SamplingSettings
 
     session = ChatSession(decoder, tokenizer, SamplingSettings(temperature=0.5, min_p=0.1, seed=2), max_new_tokens=400)
@@ -69,7 +69,7 @@ def _show_conversation(decoder: Decoder, tokenizer: SLMTokenizer) -> None:
         print("".join(session.reply(line)).strip())
 
 
-def _show_figures(base: Path, decoder: Decoder, tokenizer: SLMTokenizer) -> None:
+def _show_figures(base: Path, decoder: LanguageModel, tokenizer: SLMTokenizer) -> None:
     """The validation loss beside a perfect model's, and the share of questions answered exactly."""
     from slmkit.api import evaluate_run
     from slmkit.data.stories import held_out_questions

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from slmkit.model import Decoder
+    from slmkit.generation import LanguageModel
     from slmkit.tokenizer import SLMTokenizer
 
 PLAIN_EVERY = 20_000  # documents between two plain lines
@@ -67,13 +67,16 @@ def gibibytes(size: int) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
-def load_model(path: str, device: str) -> tuple[Decoder, SLMTokenizer]:
-    """The decoder and tokenizer of a model directory, adapter or run, on the device asked for. Raises `UserError`."""
+def load_model(path: str, device: str, others: Sequence[str] = ()) -> tuple[LanguageModel, SLMTokenizer]:
+    """The model and tokenizer of a model directory, adapter or run, on the device asked for.
+
+    With `others`, all of them as one ensemble. Raises `UserError`.
+    """
     from slmkit.adapt.load import load_model as load
     from slmkit.device import find_device
-    from slmkit.tokenizer import SLMTokenizer
+    from slmkit.generation import common_tokenizer, together
     from slmkit.training.find import find_model_directory
 
-    directory = find_model_directory(path)
-    decoder, _ = load(directory, find_device(device).torch_device)
-    return decoder, SLMTokenizer.from_pretrained(directory)
+    directories = [find_model_directory(found) for found in (path, *others)]
+    tokenizer, where = common_tokenizer(directories), find_device(device).torch_device
+    return together([load(directory, where)[0] for directory in directories]), tokenizer

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from slmkit.device import Device
-from slmkit.model import Decoder
+from slmkit.generation.language_model import LanguageModel
 
 IGNORED = -100
 
@@ -51,7 +51,7 @@ class LossReport:
 
 @torch.inference_mode()
 def validation_loss(
-    model: Decoder,
+    model: LanguageModel,
     rows: Rows,
     device: Device,
     rows_per_batch: int = 8,

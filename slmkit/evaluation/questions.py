@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from slmkit.generation import SamplingSettings, generate_ids
-from slmkit.model import Decoder
+from slmkit.generation.language_model import LanguageModel
 from slmkit.tokenizer import SLMTokenizer
 
 Messages = list[dict[str, str]]
@@ -42,18 +42,18 @@ class QuestionReport:
 
 
 def ask(
-    decoder: Decoder,
+    decoder: LanguageModel,
     tokenizer: SLMTokenizer,
     questions: Sequence[tuple[Messages, str]],
     progress: Callable[[int], None] = lambda done: None,
 ) -> QuestionReport:
     """Answer each conversation's last question greedily. `questions` pairs messages with the expected answer."""
     greedy = SamplingSettings(do_sample=False)
-    device = decoder.embedding.weight.device
+    device = decoder.device
     answers = []
     for done, (messages, expected) in enumerate(questions, start=1):
         prompt = tokenizer.encode_chat(messages, add_generation_prompt=True).ids
-        room = min(2 * len(tokenizer.encode(expected)) + 8, decoder.architecture.max_positions - len(prompt))
+        room = min(2 * len(tokenizer.encode(expected)) + 8, decoder.max_positions - len(prompt))
         if room < 1:  # the story alone fills the context: counted as wrong, not left out
             answers.append(Answer(messages[-1]["content"], expected, ""))
             continue

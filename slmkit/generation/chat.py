@@ -11,9 +11,9 @@ from typing import Any
 
 from slmkit.config import UserError
 from slmkit.generation.generator import FinishReason
+from slmkit.generation.language_model import LanguageModel
 from slmkit.generation.sampling import SamplingSettings
 from slmkit.generation.text import TextStream
-from slmkit.model import Decoder
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.tokenizer.chat import check_messages
 
@@ -29,7 +29,7 @@ class ChatSession:
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: LanguageModel,
         tokenizer: SLMTokenizer,
         settings: SamplingSettings,
         system: str | None = None,
@@ -71,7 +71,7 @@ class ChatSession:
 
     def _that_fit(self, messages: Messages) -> tuple[Messages, list[int]]:
         """The messages without the oldest exchanges, as few as leave room for an answer, and their tokens."""
-        context = self.decoder.architecture.max_positions
+        context = self.decoder.max_positions
         # A quarter of the context at least: room for all of a long `max_new_tokens` would leave none for the history.
         room = max(1, min(self.max_new_tokens, context // 4))
         beginning = _beginning(messages)

@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 
 from slmkit.config import UserError
+from slmkit.generation.language_model import LanguageModel
 from slmkit.generation.sampling import Sampler, SamplingSettings
-from slmkit.model import Decoder
 
 # A stop token or string, as many tokens as were asked for, or no room left in the model's context.
 FinishReason = Literal["stop", "length", "context"]
 
 
-def room_after(decoder: Decoder, prompt: int, max_new_tokens: int) -> tuple[int, FinishReason]:
+def room_after(decoder: LanguageModel, prompt: int, max_new_tokens: int) -> tuple[int, FinishReason]:
     """How many tokens can follow a prompt of so many, and what ends them if nothing else does.
 
     Raises `UserError` for an empty prompt, one that fills the context, and fewer than one new token.
     """
-    context = decoder.architecture.max_positions
+    context = decoder.max_positions
     if prompt == 0:
         raise UserError("a prompt of no tokens: begin with at least one, such as the end-of-text token")
     if prompt >= context:
@@ -35,7 +35,7 @@ def room_after(decoder: Decoder, prompt: int, max_new_tokens: int) -> tuple[int,
 
 
 def token_steps(
-    decoder: Decoder, prompt_ids: Tensor, count: int, settings: SamplingSettings, padding: Tensor | None = None
+    decoder: LanguageModel, prompt_ids: Tensor, count: int, settings: SamplingSettings, padding: Tensor | None = None
 ) -> Iterator[Tensor]:
     """The next token of every row, [batch], `count` times; prompt_ids [batch, prompt].
 
@@ -64,7 +64,7 @@ def _own_tokens(ids: Tensor, padding: Tensor | None) -> Tensor:
 
 
 @contextmanager
-def _evaluating(decoder: Decoder) -> Iterator[None]:
+def _evaluating(decoder: LanguageModel) -> Iterator[None]:
     """Without dropout and without gradients. Touches no module where none is in training mode: that would take time."""
     was_training = decoder.training
     if was_training:
@@ -78,7 +78,7 @@ def _evaluating(decoder: Decoder) -> Iterator[None]:
 
 
 def generate_ids(
-    decoder: Decoder,
+    decoder: LanguageModel,
     prompt_ids: Tensor,
     *,
     max_new_tokens: int,
@@ -114,7 +114,7 @@ class IdStream:
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: LanguageModel,
         prompt_ids: Sequence[int],
         *,
         max_new_tokens: int,
@@ -122,7 +122,7 @@ class IdStream:
         settings: SamplingSettings,
     ) -> None:
         count, self._reason_at_the_end = room_after(decoder, len(prompt_ids), max_new_tokens)
-        prompt = torch.tensor([list(prompt_ids)], dtype=torch.long, device=decoder.embedding.weight.device)
+        prompt = torch.tensor([list(prompt_ids)], dtype=torch.long, device=decoder.device)
         self._steps = token_steps(decoder, prompt, count, settings)
         self._stop_ids = stop_ids
         self.tokens, self.seconds = 0, 0.0

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from slmkit.generation.generator import FinishReason, IdStream
+from slmkit.generation.language_model import LanguageModel
 from slmkit.generation.pieces import StopStrings, WholeCharacters
 from slmkit.generation.sampling import SamplingSettings
-from slmkit.model import Decoder
 
 
 class TextTokenizer(Protocol):
@@ -51,7 +51,7 @@ class TextStream:
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: LanguageModel,
         tokenizer: TextTokenizer,
         prompt_ids: Sequence[int],
         *,
@@ -103,7 +103,7 @@ class TextStream:
 
 
 def stream_completion(
-    decoder: Decoder,
+    decoder: LanguageModel,
     tokenizer: TextTokenizer,
     prompt: str,
     *,
@@ -121,7 +121,7 @@ def stream_completion(
 
 
 def complete(
-    decoder: Decoder,
+    decoder: LanguageModel,
     tokenizer: TextTokenizer,
     prompt: str,
     *,

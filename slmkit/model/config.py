@@ -172,8 +172,8 @@ class SLMConfig(Settings):
         path = Path(directory) / "config.json"
         path.write_text(json.dumps(self.published(), indent=2) + "\n", encoding="utf-8")
 
-    def published(self) -> dict[str, Any]:
-        """The content of `config.json`: RoPE is written both ways, training fields not at all."""
+    def published(self, dtype: str = "float32") -> dict[str, Any]:
+        """The content of `config.json` beside weights of `dtype`: RoPE both ways, training fields not at all."""
         family = family_of(self.model_type)
         others = optional_fields() - family.fields
-        return to_published(self.model_dump(exclude=TRAINING_FIELDS | others), family)
+        return to_published(self.model_dump(exclude=TRAINING_FIELDS | others), family) | {"dtype": dtype}

@@ -154,6 +154,16 @@ class Decoder(nn.Module):
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     @property
+    def max_positions(self) -> int:
+        """The longest text, in tokens."""
+        return self.architecture.max_positions
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are, and the ids it reads must be."""
+        return self.embedding.weight.device
+
+    @property
     def head_weight(self) -> Tensor:
         """The matrix from hidden states to logits, tied or not.  [vocab_size, width]"""
         return self.embedding.weight if self.head is None else self.head.weight

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from slmkit.config import UserError
 from slmkit.model.config import SLMConfig
 from slmkit.model.decoder import Decoder
 from slmkit.model.families import Family, architecture_of, family_of
+from slmkit.model.stored import StoredTensor, stored_tensors
 
 WEIGHTS = "model.safetensors"
 SHARDS = "model.safetensors.index.json"
@@ -38,14 +39,19 @@ def save_decoder(
         theirs: to_disk(family, theirs, [state[name] for name in ours])
         for theirs, ours in stored_names(state, family).items()
     }
-    generation = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id, "do_sample": True}
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        config.save_pretrained(directory)
-        (directory / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+        write_configs(config, directory)
         save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{directory}: the model cannot be written: {error}") from None
+
+
+def write_configs(config: SLMConfig, directory: Path, dtype: str = "float32") -> None:
+    """Write `config.json` and `generation_config.json`; `dtype` is what the weights beside them are stored in."""
+    generation = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id, "do_sample": True}
+    for name, content in (("config.json", config.published(dtype)), ("generation_config.json", generation)):
+        (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def load_decoder(directory: str | Path, device: torch.device | str = "cpu") -> tuple[Decoder, SLMConfig]:
@@ -54,17 +60,12 @@ def load_decoder(directory: str | Path, device: torch.device | str = "cpu") -> t
     Raises `UserError` for a missing or truncated file, and for a missing, unexpected or misshapen tensor, by name.
     """
     config = SLMConfig.from_pretrained(directory)
-    family = family_of(config.model_type)
-    with torch.device("meta"):  # no memory is touched until the real tensors come
-        decoder = Decoder(architecture_of(config))
-    path, tensors = _read(Path(directory))
-    wanted = stored_names(decoder.state_dict(), family)
-    _forgive(path, decoder, wanted, tensors)
-    _check(path, decoder, family, wanted, tensors)
+    family, decoder = family_of(config.model_type), empty_decoder(config)
+    tensors = open_weights(directory, decoder, family)
     shapes = {name: tensor.shape for name, tensor in decoder.state_dict().items()}
     state: dict[str, Tensor] = {}
-    for theirs, ours in wanted.items():
-        tensor = tensors.pop(theirs).to(device, torch.float32)
+    for theirs, ours in stored_names(shapes, family).items():
+        tensor = tensors[theirs].read().to(device, torch.float32)
         parts = from_disk(family, theirs, tensor).split([shapes[name][0] for name in ours])
         state |= {name: part.contiguous() for name, part in zip(ours, parts)}
     decoder.to_empty(device=device)
@@ -72,6 +73,24 @@ def load_decoder(directory: str | Path, device: torch.device | str = "cpu") -> t
     for rope, rotary in zip(decoder.ropes, decoder.rotary):  # never stored, and empty since the meta device
         rotary.get_buffer("frequencies").copy_(rope.frequencies())
     return decoder.eval(), config
+
+
+def open_weights(directory: str | Path, decoder: Decoder, family: Family) -> dict[str, StoredTensor]:
+    """The tensors of a model directory, by their names on disk, before any is read: all that `decoder` has, no other.
+
+    Raises `UserError` as `load_decoder` does.
+    """
+    path, tensors = _open(Path(directory))
+    wanted = stored_names(decoder.state_dict(), family)
+    _forgive(path, decoder, wanted, tensors)
+    _check(path, decoder, family, wanted, tensors)
+    return {name: tensors[name] for name in wanted}
+
+
+def empty_decoder(config: SLMConfig) -> Decoder:
+    """A decoder on the meta device: all its names and shapes, and no memory."""
+    with torch.device("meta"):
+        return Decoder(architecture_of(config))
 
 
 def stored_names(state: Iterable[str], family: Family) -> dict[str, list[str]]:
@@ -100,32 +119,23 @@ def from_disk(family: Family, name: str, tensor: Tensor) -> Tensor:
     return tensor.T if name.endswith(family.transposed) else tensor
 
 
-def _read(directory: Path) -> tuple[Path, dict[str, Tensor]]:
+def _open(directory: Path) -> tuple[Path, dict[str, StoredTensor]]:
     """All tensors of a directory, and the file to name where one of them is wrong."""
     path, index = directory / WEIGHTS, directory / SHARDS
     if path.is_file() or not index.is_file():
-        return path, _read_file(path)
+        return path, stored_tensors(path)
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         shards = sorted({Path(name).name for name in weight_map.values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index}: not a readable index of shards: {error}") from None
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, StoredTensor] = {}
     for shard in shards:
-        tensors |= _read_file(directory / shard)
+        tensors |= stored_tensors(directory / shard)
     return index, tensors
 
 
-def _read_file(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; the directory holds a config but no weights") from None
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path}: damaged or cut short ({error}); use another checkpoint, or copy it again") from None
-
-
-def _forgive(path: Path, decoder: Decoder, wanted: dict[str, list[str]], tensors: dict[str, Tensor]) -> None:
+def _forgive(path: Path, decoder: Decoder, wanted: dict[str, list[str]], tensors: dict[str, StoredTensor]) -> None:
     """Drop what some tools store besides the weights, and put in front what they leave off of names."""
     for name in [name for name in tensors if name.endswith(CONSTANTS)]:
         del tensors[name]
@@ -136,7 +146,7 @@ def _forgive(path: Path, decoder: Decoder, wanted: dict[str, list[str]], tensors
             tensors[f"{prefix}.{name}"] = tensors.pop(name)
     head = tensors.get("lm_head.weight") if decoder.architecture.tied else None
     if head is not None:
-        if embedding in tensors and not torch.equal(head, tensors[embedding]):
+        if embedding in tensors and not torch.equal(head.read(), tensors[embedding].read()):
             raise UserError(
                 f"{path}: 'lm_head.weight' is not the embedding, its config says tie_word_embeddings: set that to false"
             )
@@ -144,7 +154,7 @@ def _forgive(path: Path, decoder: Decoder, wanted: dict[str, list[str]], tensors
 
 
 def _check(
-    path: Path, decoder: Decoder, family: Family, wanted: dict[str, list[str]], tensors: dict[str, Tensor]
+    path: Path, decoder: Decoder, family: Family, wanted: dict[str, list[str]], tensors: dict[str, StoredTensor]
 ) -> None:
     """Every tensor the decoder has, no other, and each of the right shape."""
     missing = sorted(set(wanted) - set(tensors))
@@ -157,6 +167,6 @@ def _check(
     state = decoder.state_dict()
     for theirs, ours in wanted.items():
         expected = tuple(to_disk(family, theirs, [state[name] for name in ours]).shape)
-        found = tuple(tensors[theirs].shape)
+        found = tensors[theirs].shape
         if found != expected:
             raise UserError(f"{path}: {theirs!r} has shape {found}, its config says {expected}")

@@ -1,0 +1,33 @@
+"""`SLMEnsemble`: several models, used as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from slmkit.api.causal_lm import GeneratingModel, SLMForCausalLM
+from slmkit.generation import Ensemble, common_tokenizer
+from slmkit.training.find import find_model_directory
+
+
+class SLMEnsemble(GeneratingModel):
+    """Models of one tokenizer, whose probabilities are averaged; `forward` and `generate` as `SLMForCausalLM` has them.
+
+    What ends a text, and what pads one, is what the first model's config says.
+    """
+
+    decoder: Ensemble
+
+    def __init__(self, models: Sequence[SLMForCausalLM], weights: Sequence[float] | None = None) -> None:
+        """Raises `UserError` as `Ensemble` does. That the models share a tokenizer is the caller's word."""
+        decoder = Ensemble([model.decoder for model in models], weights)
+        super().__init__(models[0].config, decoder)
+
+    @classmethod
+    def from_pretrained(
+        cls, directories: Sequence[str | Path], weights: Sequence[float] | None = None, device: str = "cpu"
+    ) -> SLMEnsemble:
+        """Read model directories or runs, each with its tokenizer. Raises `UserError`, also where those differ."""
+        found = [find_model_directory(directory) for directory in directories]
+        common_tokenizer(found)
+        return cls([SLMForCausalLM.from_pretrained(directory, device) for directory in found], weights).eval()

@@ -1,0 +1,95 @@
+"""An ensemble: several models that read the same tokens, whose probabilities are averaged at every position.
+
+    p(token) = Σ w_i p_i(token),   Σ w_i = 1
+
+It is used wherever a decoder is: its hidden states are the members' beside each other, its cache is theirs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from slmkit.config import UserError
+from slmkit.generation.language_model import LanguageModel
+from slmkit.model import Decoder, KVCache
+from slmkit.tokenizer import SLMTokenizer
+
+
+class Ensemble(nn.Module):
+    """The mean of the members' probabilities, weighted by `weights` (default: all alike), which need not sum to one.
+
+    Members may differ in everything but the vocabulary; the context is the shortest of theirs. Raises `UserError` for
+    no members, vocabularies of different sizes, and weights that are not one positive number a member.
+    """
+
+    def __init__(self, members: Sequence[Decoder], weights: Sequence[float] | None = None) -> None:
+        super().__init__()
+        weights = [1.0] * len(members) if weights is None else list(weights)
+        sizes = [member.architecture.vocab_size for member in members]
+        if not members:
+            raise UserError("an ensemble of no models: name at least one")
+        if len(set(sizes)) > 1:
+            raise UserError(f"an ensemble needs one vocabulary, found models of {_listed(sizes)} tokens")
+        if len(weights) != len(members) or not all(0 < weight < math.inf for weight in weights):
+            raise UserError(f"weights {_listed(weights)}: expected {len(members)} positive numbers, one a model")
+        self.members = list(members)
+        self.registered = nn.ModuleList(members)  # so that `to`, `eval` and `train` reach them
+        self.log_weights = [math.log(weight / sum(weights)) for weight in weights]
+        self.widths = [member.architecture.width for member in members]
+        self.max_positions = min(member.max_positions for member in members)
+        self.train(any(member.training for member in members))
+
+    @property
+    def device(self) -> torch.device:
+        return self.members[0].device
+
+    def new_cache(self, batch_size: int, max_length: int, padding: Tensor | None = None) -> list[KVCache]:
+        """An empty cache of each member."""
+        return [member.new_cache(batch_size, max_length, padding) for member in self.members]
+
+    def forward(self, ids: Tensor, cache: list[KVCache] | None = None, documents: Tensor | None = None) -> Tensor:
+        """ids [batch, new] → the members' hidden states beside each other [batch, new, sum of widths]."""
+        caches: Sequence[KVCache | None] = cache or [None] * len(self.members)
+        return torch.cat([member(ids, its, documents) for member, its in zip(self.members, caches)], dim=-1)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden states [..., sum of widths] → logits [..., vocab_size], float32, whose softmax is the mean.
+
+        They are log-probabilities plus the mean of the members' normalizers: one number a position, which no
+        probability feels, but without which a repetition penalty, which goes by sign, would not find a model's logits.
+        """
+        each = [member.logits(part).float() for member, part in zip(self.members, hidden.split(self.widths, dim=-1))]
+        norms = torch.stack([logits.logsumexp(-1, keepdim=True) for logits in each])  # [members, ..., 1]
+        mean = sum(norm * math.exp(weight) for norm, weight in zip(norms, self.log_weights))
+        shares = [x + (mean - norm + weight) for x, norm, weight in zip(each, norms, self.log_weights)]
+        return torch.stack(shares).logsumexp(0)
+
+
+def together(decoders: Sequence[Decoder]) -> LanguageModel:
+    """A model as it is; of several the ensemble, in which all count alike."""
+    return decoders[0] if len(decoders) == 1 else Ensemble(decoders)
+
+
+def common_tokenizer(directories: Sequence[str | Path]) -> SLMTokenizer:
+    """The tokenizer of the first, which must be that of all. Raises `UserError` where an id means different things."""
+    if not directories:
+        raise UserError("an ensemble of no models: name at least one")
+    first, *others = directories
+    tokenizer = SLMTokenizer.from_pretrained(first)
+    for directory in others:
+        other = SLMTokenizer.from_pretrained(directory)
+        if other.fingerprint != tokenizer.fingerprint:
+            raise UserError(
+                f"{directory}: its tokenizer ({len(other):,} tokens) is not that of {first} ({len(tokenizer):,} "
+                "tokens), so the same ids mean different texts: use models of one tokenizer"
+            )
+    return tokenizer
+
+
+def _listed(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:,}" for value in values) or "none"
