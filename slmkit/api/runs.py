@@ -20,6 +20,7 @@ from slmkit.evaluation import validation_loss
 from slmkit.evaluation.loss import LossReport
 from slmkit.model import Decoder, SLMConfig, build_decoder
 from slmkit.model.config import TRAINING_FIELDS
+from slmkit.model.sizes import parameter_count
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.checkpoints import complete_checkpoints
 from slmkit.training.distributed import ALONE, Group, join
@@ -52,6 +53,8 @@ def train_recipe(recipe: Recipe, reporter: Reporter, dry_run: bool = False, forc
     finds, unless `force`.
     """
     check_trackers(recipe.train.report_to)
+    if recipe.lora is not None and recipe.model.path is None:
+        raise UserError("lora: an adapter is for a finished model: name that in model.path, or drop lora")
     device = find_device(recipe.train.device, recipe.train.precision)
     with join(device, recipe.train.ddp_timeout) as group:
         reporter = reporter if group.is_main else SILENCE
@@ -195,9 +198,10 @@ class _Session:
         )
 
     def summary(self) -> str:
-        parameters = f"{sum(p.numel() for p in self.model.parameters()):,} parameters"
+        learned, whole = sum(p.numel() for p in trained(self.model).values()), parameter_count(self.model.architecture)
+        parameters = f"{learned:,} parameters"
         if self.recipe.lora is not None:
-            parameters = f"{sum(p.numel() for p in trained(self.model).values()):,} trained beside a frozen model"
+            parameters += f" ({learned / (whole + learned):.2%}) beside {whole:,} that are frozen"
         tokens = f"{self.corpus.training_tokens:,}" if self.corpus.training_tokens else "streamed"
         rows = self.stream.total_rows
         is_all = rows is not None and (self.plan.steps + 1) * self.stream.rows_per_step > rows

@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from slmkit.cli import bench, chat, data, generate, inspect, plan, plot, quickstart, runs, tokenizer, train
+from slmkit.cli import bench, chat, data, generate, inspect, merge, plan, plot, quickstart, runs, tokenizer, train
 from slmkit.config import UserError
 
 app = typer.Typer(
@@ -32,6 +32,7 @@ app.command("runs")(runs.runs)
 app.command("plot")(plot.plot)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
+app.command("merge")(merge.merge)
 app.command("inspect")(inspect.inspect)
 
 

@@ -163,9 +163,7 @@ class Recipe(Settings):
         return self
 
     @model_validator(mode="after")
-    def _adapters_have_a_base(self) -> Recipe:
-        if self.lora is not None and self.model.path is None:
-            raise ValueError("lora: an adapter is for a finished model: name it in model.path, or drop lora")
+    def _adapters_need_no_shares(self) -> Recipe:
         if self.lora is not None and self.train.parallel == "fsdp":
             raise ValueError(
                 "lora: parallel fsdp shares out what is trained, which is next to nothing here: set train.parallel to "
