@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from slmkit.adapt.adapter_config import AdapterConfig, adapter_config, read_adapter_config
 from slmkit.adapt.adapter_format import (
     MAGNITUDE,
+    PREFIX,
     A,
     B,
     Update,
@@ -30,7 +31,11 @@ from slmkit.config import UserError
 from slmkit.model import Decoder, SLMConfig
 from slmkit.model.adapter_directory import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from slmkit.model.families import family_of
+from slmkit.model.growth import grow_vocabulary
 from slmkit.model.lora_settings import LoRASettings
+from slmkit.model.stored import stored_tensors
+
+GENERATION = "generation_config.json"  # what ends a text, which new tokens may have changed
 
 
 def trained_tensors(decoder: nn.Module) -> dict[str, Tensor]:
@@ -68,14 +73,35 @@ def save_adapter(
     whole = whole_to_disk(decoder, config, tensors)
     content = adapter_config(str(base), settings, shapes, others, bool(family_of(config.model_type).transposed))
     content["modules_to_save"] = sorted({name.rpartition(".")[0] for name in whole}) or None
-    stored = to_peft(updates) | {f"base_model.model.{name}": tensor for name, tensor in whole.items()}
+    stored = to_peft(updates) | {f"{PREFIX}{name}": tensor for name, tensor in whole.items()}
+    generation = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id, "do_sample": True}
     try:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / ADAPTER_CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (directory / GENERATION).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
         stored = {name: tensor.detach().float().cpu().contiguous().clone() for name, tensor in stored.items()}
         save_file(stored, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{directory}: the adapter cannot be written: {error}") from None
+
+
+def grown_for(directory: str | Path, decoder: Decoder, config: SLMConfig) -> tuple[Decoder, SLMConfig]:
+    """A model with as many tokens as the adapter in `directory` has embeddings for, and what ends a text with it.
+
+    An adapter that came with new tokens holds the embedding and the head, whose rows it will fill.
+    """
+    directory, family = Path(directory), family_of(config.model_type)
+    stored = stored_tensors(directory / ADAPTER_WEIGHTS)
+    keys = [f"{PREFIX}{family.names[module]}.weight" for module in ("embedding", "head")]
+    size = min(stored[key].shape[0] if key in stored else 0 for key in keys)
+    if size > config.vocab_size:
+        decoder, config = grow_vocabulary(decoder, config, {index: [0] for index in range(config.vocab_size, size)})
+    try:
+        generation = json.loads((directory / GENERATION).read_text(encoding="utf-8"))
+        named = {key: generation[key] for key in ("eos_token_id", "pad_token_id") if key in generation}
+    except (OSError, ValueError, TypeError):  # of peft's, which has none
+        named = {}
+    return decoder, config.model_copy(update=named)
 
 
 def load_adapter(decoder: Decoder, config: SLMConfig, directory: str | Path) -> LoRASettings:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from slmkit.adapt.adapter import load_adapter
+from slmkit.adapt.adapter import grown_for, load_adapter
 from slmkit.adapt.adapter_config import read_adapter_config
 from slmkit.adapt.adapter_files import AdapterFiles
 from slmkit.adapt.fold import fold
@@ -15,6 +16,8 @@ from slmkit.config import UserError
 from slmkit.model import Decoder, SLMConfig, load_decoder
 from slmkit.model.adapter_directory import base_of, is_adapter
 from slmkit.model.lora_settings import LoRASettings
+
+Prepare = Callable[[Decoder, SLMConfig], tuple[Decoder, SLMConfig]]
 
 
 def load_model(directory: str | Path, device: torch.device | str = "cpu") -> tuple[Decoder, SLMConfig]:
@@ -30,20 +33,24 @@ def load_model(directory: str | Path, device: torch.device | str = "cpu") -> tup
 
 def load_adapted(directory: str | Path, device: torch.device | str = "cpu") -> tuple[Decoder, SLMConfig, LoRASettings]:
     """An adapter beside its frozen base, to be trained on. Raises `UserError` as `load_model` does."""
-    decoder, config = load_decoder(base_of(directory), device)
+    decoder, config = grown_for(directory, *load_decoder(base_of(directory), device))
     settings = load_adapter(decoder, config, directory)
     return decoder.eval(), config, settings
 
 
 def start_adapter(
-    directory: str | Path, settings: LoRASettings, seed: int = 0
+    directory: str | Path, settings: LoRASettings, seed: int = 0, prepare: Prepare | None = None
 ) -> tuple[Decoder, SLMConfig, AdapterFiles]:
     """What a run trains: a new adapter for the model in `directory`, or the one that is there, and how it is saved.
+
+    `prepare` changes a model before it gets a new adapter, such as by giving it a larger vocabulary.
 
     Raises `UserError` where the adapter that is there is not as `settings` ask for.
     """
     if not is_adapter(directory):
         decoder, config = load_decoder(directory)
+        if prepare is not None:
+            decoder, config = prepare(decoder, config)
         add_lora(decoder, config, settings, seed)
         return decoder, config, AdapterFiles(config, settings, Path(directory).resolve())
     described = read_adapter_config(Path(directory)).settings
@@ -55,7 +62,7 @@ def start_adapter(
                 "set it so to train that adapter on, or fold it in first with `slm merge`"
             )
     base = base_of(directory)
-    decoder, config = load_decoder(base)
+    decoder, config = grown_for(directory, *load_decoder(base))
     keep_base_in(decoder, settings.base_weights, modules_to_save(decoder, config, described))
     load_adapter(decoder, config, directory)
     for adapted in adapted_linears(decoder).values():

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from slmkit.adapt import fold, load_adapter, load_model
+from slmkit.adapt.adapter import grown_for
 from slmkit.config import UserError
 from slmkit.model import save_decoder
 from slmkit.model.adapter_directory import is_adapter
@@ -31,6 +32,7 @@ def fold_adapters(model: str | Path, adapters: Sequence[str | Path], output: str
         raise UserError(f"{final}: exists already, and is left as it is: name another --output")
     decoder, config = load_model(directory)
     for adapter in found:
+        decoder, config = grown_for(adapter, decoder, config)
         load_adapter(decoder, config, adapter)
         fold(decoder)
     partial = final.with_name(f".partial-{final.name}")

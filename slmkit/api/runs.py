@@ -8,8 +8,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from slmkit.adapt.load import load_model, start_adapter
+from slmkit.adapt.load import load_model
+from slmkit.api.models import model_for
 from slmkit.api.reporter import SILENCE, Reporter
+from slmkit.api.vocabulary import tokenizer_of_base
 from slmkit.api.work import Material, work_of
 from slmkit.api.xray import look
 from slmkit.config import UserError
@@ -18,17 +20,16 @@ from slmkit.data.stream import DocumentRows
 from slmkit.device import Device, find_device
 from slmkit.evaluation import validation_loss
 from slmkit.evaluation.loss import LossReport
-from slmkit.model import Decoder, SLMConfig, build_decoder
+from slmkit.model import Decoder, SLMConfig
 from slmkit.model.config import TRAINING_FIELDS
 from slmkit.model.sizes import parameter_count
-from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.checkpoints import complete_checkpoints
 from slmkit.training.distributed import ALONE, Group, join
 from slmkit.training.find import find_model_directory
 from slmkit.training.loop import Every, Plan
 from slmkit.training.memory import blueprint_of
 from slmkit.training.micro_batch import resolve_micro_batch
-from slmkit.training.model_files import ModelFiles, WholeModel
+from slmkit.training.model_files import ModelFiles
 from slmkit.training.optimizers import trained
 from slmkit.training.plan_file import PlanFile
 from slmkit.training.progress import TrainingProgress
@@ -114,9 +115,9 @@ def _build(
 ) -> _Session:
     """Tokenizer, data and model, and a run described: from here on it can be opened."""
     base = find_model_directory(recipe.model.path) if recipe.model.path else None
-    tokenizer = SLMTokenizer.from_pretrained(base) if base else None
+    tokenizer = tokenizer_of_base(recipe, base) if base else None
     corpus = build_corpus(recipe.reads, recipe.data, recipe.tokenizer, recipe.seed, run.data, tokenizer, reporter)
-    model, config, files = _model_for(recipe, corpus.tokenizer, base)
+    model, config, files = model_for(recipe, corpus.tokenizer, base)
     resolved_recipe = _resolve(recipe, run, config, base)
     session = _Session(run, resolved_recipe, corpus, model, config, files, device, group, reporter)
     run.describe(session.recipe, device, corpus.describe())
@@ -129,7 +130,7 @@ def open_run(run: RunDirectory, device: Device, group: Group = ALONE, reporter: 
     """A run whose data is prepared."""
     recipe, corpus = load_recipe(run.recipe), open_corpus(run.data)
     base = find_model_directory(recipe.model.path) if recipe.model.path else None
-    model, config, files = _model_for(recipe, corpus.tokenizer, base)
+    model, config, files = model_for(recipe, corpus.tokenizer, base)
     return _Session(run, recipe, corpus, model, config, files, device, group, reporter)
 
 
@@ -270,22 +271,6 @@ class _Session:
             from_scratch=self.recipe.objective == "pretrain" and self.recipe.model.path is None,
             blueprint=blueprint_of(self.model),
         )
-
-
-def _model_for(recipe: Recipe, tokenizer: SLMTokenizer, base: Path | None) -> tuple[Decoder, SLMConfig, ModelFiles]:
-    """Fresh weights for the tokenizer's vocabulary, or those of `base`; with `lora` an adapter for those."""
-    if base is not None and recipe.lora is not None:
-        return start_adapter(base, recipe.lora, recipe.seed)
-    if base is not None:
-        model, config = load_model(base)
-        return model, config, WholeModel(config)
-    known = {
-        "vocab_size": len(tokenizer),
-        "eos_token_id": sorted(tokenizer.stop_token_ids),
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    config = recipe.model.build_config(**known)
-    return build_decoder(config, recipe.seed, recipe.model.initialization), config, WholeModel(config)
 
 
 def _resolve(recipe: Recipe, run: RunDirectory, config: SLMConfig, base: Path | None) -> Recipe:

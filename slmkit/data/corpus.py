@@ -84,6 +84,9 @@ def build_corpus(
         tokenizer = SLMTokenizer(wanted.vocab_size)
         tokenizer.train(texts_of(reads, data, wanted, seed))
         reporter.say(f"tokenizer: {len(tokenizer):,} tokens")
+    if wanted.extensions:
+        before, tokenizer = len(tokenizer), tokenizer.extended(**wanted.extensions)
+        reporter.say(f"tokenizer: {len(tokenizer) - before:,} tokens added to {before:,}")
     tokenizer.save_pretrained(folder / "tokenizer")
     if data.streaming:
         return Corpus(tokenizer, [], _prepare_validation(reads, data, seed, folder, tokenizer))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -16,11 +16,23 @@ Reads = Literal["text", "conversations"]  # what a run makes of its sources
 
 
 class TokenizerSettings(Settings):
-    """A tokenizer that exists, or the size of one to train on the run's own text: as much of it from every source."""
+    """A tokenizer that exists, or the size of one to train on the run's own text: as much of it from every source.
+
+    What is named besides is added to it, be it new, loaded, or that of `model.path`, whose embeddings then grow.
+    """
 
     path: str | None = None
     vocab_size: int = Field(16_384, ge=260)
     documents_per_source: int | None = Field(None, gt=0)  # None: an equal share of 100 million characters
+    chat_template: str | None = None  # chatml, llama3, gemma or a Jinja file; None: the tokenizer's own
+    added_tokens: list[str] = Field(default_factory=list)  # words that get a token of their own in any text
+    additional_special_tokens: list[str] = Field(default_factory=list)  # only in what a chat template writes
+
+    @property
+    def extensions(self) -> dict[str, Any]:
+        """What is to be added, as `SLMTokenizer.extended` takes it; empty where nothing is."""
+        names = ("chat_template", "added_tokens", "additional_special_tokens")
+        return {name: value for name in names if (value := getattr(self, name))}
 
 
 class DataSettings(Settings):

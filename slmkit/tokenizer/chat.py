@@ -1,8 +1,9 @@
 """Conversations to text, and which of that text is learned: what the assistant says, and that it then stops.
 
 The loss mask is made while rendering, turn by turn, never by looking for tokens afterwards: what a template adds
-between "now the assistant speaks" and the assistant's whole turn is what the assistant said. Templates are Jinja as
-`transformers` runs it (chat_template_utils.py), in a sandbox, since they come with models from anywhere.
+between "now the assistant speaks" and the assistant's whole turn is what the assistant said. Hence it needs no
+`{% generation %}` in the template, which hardly any has. Templates are Jinja as `transformers` runs it
+(chat_template_utils.py), in a sandbox, since they come with models from anywhere.
 """
 
 from __future__ import annotations
@@ -22,9 +23,14 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from slmkit.config import UserError
 
-Message = Mapping[str, Any]  # {"role": "system", "user" or "assistant", "content": text}; other keys are not rendered
+# {"role": "system", "user" or "assistant", "content": text}; an assistant's message of "weight" 0 is read and not
+# learned; other keys are not rendered.
+Message = Mapping[str, Any]
 
 ROLES = ("system", "user", "assistant")
+# Why messages are no conversation, beside being no messages.
+DISORDER, EMPTY, REFUSED = "roles out of order", "an empty turn", "refused by the chat template"
+PROBE = "Xyzzy"  # said by an assistant to see what a template puts behind it
 NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # Unicode keeps them out of all text, for uses like this
 
 
@@ -34,6 +40,14 @@ class ChatTokens:
 
     ids: list[int]
     trained: list[bool]
+
+
+class ConversationError(UserError):
+    """Messages that are no conversation. `reason` is one of few, to count them by."""
+
+    def __init__(self, message: str, reason: str = "not as expected") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class Segment(NamedTuple):
@@ -55,51 +69,86 @@ def render(template: str, messages: Sequence[Message], add_generation_prompt: bo
     try:
         return compiled.render(messages=plain, add_generation_prompt=add_generation_prompt, **names)
     except Exception as error:  # a template is a program of somebody else's and fails in any way it likes
-        raise UserError(f"the chat template failed on this conversation: {' '.join(str(error).split())}") from None
+        message = f"the chat template failed on this conversation: {' '.join(str(error).split())}"
+        raise ConversationError(message, REFUSED) from None
 
 
-def segments(
+def rows_of_segments(
     template: str,
     messages: Sequence[Message],
     ends_of_turn: Sequence[str],
     add_generation_prompt: bool = False,
     **names: Any,
-) -> list[Segment]:
-    """The text of `render`, cut where learning begins and ends.
+) -> list[list[Segment]]:
+    """The text of `render`, cut where learning begins and ends: one row, or several where the template rewrites.
 
     An assistant's turn is learned from the end of its generation prompt through the first of `ends_of_turn`, where
-    generation would stop; no message may spell one (see `shield`). Raises `UserError` as `render` does, for a template
-    that renders a turn differently once others follow, and for one that does not end the assistant's turns.
+    generation would stop; no message may spell one (see `shield`). A turn of weight 0 is not learned.
+
+    Some templates write a turn differently once others follow it: Qwen 3's leaves the reasoning out of all turns but
+    those behind the last question. What a turn is answered to is then not what stands before it in the whole
+    conversation, so that it is learned in a row of its own that ends with it: there it stands behind exactly the text
+    that generation will put before it. Each row holds the turns that no row before it has; the last one is the whole
+    conversation as `render` has it.
+
+    Raises `UserError` as `render` does, for a template whose generation prompt is not what it writes before an answer,
+    and for one that does not end the assistant's turns.
     """
     check_messages(messages, add_generation_prompt)
-    end = re.compile("|".join(map(re.escape, ends_of_turn)))
-    done, found = "", []
+    rows: list[list[Segment]] = [[]]
+    done = ""
 
     def grow(count: int, prompt: bool) -> str:
-        """What rendering the first `count` messages adds to what is done."""
+        """What rendering the first `count` messages adds to what is done; all of it where that was rewritten."""
         nonlocal done
         text = render(template, messages[:count], prompt, **names)
         if not text.startswith(done):
-            raise UserError(
-                f"the chat template writes what stands before message {count} differently once that message follows, "
-                "so what the model learns would not be what it later sees: use a template that only appends"
-            )
+            rows.append([])
+            done = ""
         added, done = text[len(done) :], text
         return added
 
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
-            found.append(Segment(grow(index, True), False))
+            asked = Segment(grow(index, True), False)
+            rows[-1].append(asked)
+            before = len(rows)
             said = grow(index + 1, False)
-            stop = end.search(said)
-            if not stop:
+            if len(rows) > before:
                 raise UserError(
-                    f"the chat template ends the assistant's turn with none of {', '.join(ends_of_turn)}, so the model "
-                    "would never learn to stop: end it with one of them"
+                    "the chat template's generation prompt is not what it writes before an answer, so what the model "
+                    f"learns would not be what it later sees (message {index + 1}): use a template that only appends"
                 )
-            found += [Segment(said[: stop.end()], True), Segment(said[stop.end() :], False)]
-    found.append(Segment(grow(len(messages), add_generation_prompt), False))
-    return [segment for segment in found if segment.text]
+            rows[-1] += _answer(said, ends_of_turn, is_learned=message.get("weight") != 0)
+    rest = Segment(grow(len(messages), add_generation_prompt), False)
+    rows[-1].append(rest)
+    return [[segment for segment in row if segment.text] for row in rows]
+
+
+def _answer(said: str, ends_of_turn: Sequence[str], is_learned: bool) -> list[Segment]:
+    """What the assistant says and its end of turn, and what the template writes behind that."""
+    stop = re.search("|".join(map(re.escape, ends_of_turn)), said)
+    if not stop:
+        raise UserError(
+            f"the chat template ends the assistant's turn with none of {', '.join(ends_of_turn)}, so the model would "
+            "never learn to stop: end it with one of them, or name the token that it ends with in "
+            "tokenizer.additional_special_tokens"
+        )
+    return [Segment(said[: stop.end()], is_learned), Segment(said[stop.end() :], False)]
+
+
+@lru_cache(maxsize=64)
+def end_of_turn(template: str, spellings: tuple[str, ...], names: tuple[tuple[str, str], ...]) -> str | None:
+    """The first of `spellings` that the template writes behind what the assistant says; None where there is none."""
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}]
+    try:
+        said = render(template, messages, False, **dict(names))
+    except UserError:  # it will say so again, of a conversation that somebody means
+        return None
+    _, found, behind = said.rpartition(PROBE)
+    longest_first = "|".join(map(re.escape, sorted(spellings, key=len, reverse=True)))
+    match = re.search(longest_first, behind) if found and spellings else None
+    return match[0] if match else None
 
 
 def shield(messages: Sequence[Message], special: re.Pattern[str]) -> tuple[list[Message], str]:
@@ -113,7 +162,9 @@ def shield(messages: Sequence[Message], special: re.Pattern[str]) -> tuple[list[
         return list(messages), ""
     marker = next((mark for mark in NONCHARACTERS if not any(mark in message["content"] for message in messages)), "")
     if not marker:
-        raise UserError("this conversation uses all noncharacters U+FDD0 to U+FDEF, which are no text: remove one")
+        raise ConversationError(
+            "this conversation uses all noncharacters U+FDD0 to U+FDEF, which are no text: remove one"
+        )
     shielded = [
         {**message, "content": special.sub(lambda match: "".join(c + marker for c in match[0]), message["content"])}
         for message in messages
@@ -122,9 +173,9 @@ def shield(messages: Sequence[Message], special: re.Pattern[str]) -> tuple[list[
 
 
 def check_messages(messages: Sequence[Message], add_generation_prompt: bool = False) -> None:
-    """Raise `UserError` unless this is a system message or none, then user and assistant in turn, all with text."""
+    """Raise `ConversationError` unless this is a system message or none, then user and assistant in turn, with text."""
     if not messages:
-        raise UserError("a conversation without messages: expected at least one of the user's")
+        raise ConversationError("a conversation without messages: expected at least one of the user's", EMPTY)
     turn = "user"
     for number, message in enumerate(messages, start=1):
         _check_message(number, message)
@@ -132,24 +183,28 @@ def check_messages(messages: Sequence[Message], add_generation_prompt: bool = Fa
         if role == "system" and number == 1:
             continue
         if role != turn:
-            raise UserError(f"message {number}: {role} where it is the {turn}'s turn")
+            raise ConversationError(f"message {number}: {role} where it is the {turn}'s turn", DISORDER)
         turn = "assistant" if role == "user" else "user"
     if messages[-1]["role"] == "system":
-        raise UserError("a conversation of a system message alone: expected one of the user's behind it")
+        raise ConversationError("a conversation of a system message alone: expected one of the user's behind it", EMPTY)
     if add_generation_prompt and turn == "user":
-        raise UserError("the last message is the assistant's: add one of the user's for it to answer")
+        raise ConversationError("the last message is the assistant's: add one of the user's for it to answer", DISORDER)
 
 
 def _check_message(number: int, message: Any) -> None:
     if not isinstance(message, Mapping):
-        raise UserError(f"message {number}: expected an object with role and content, found {_shown(message)}")
-    role, content = message.get("role"), message.get("content")
+        raise ConversationError(f"message {number}: expected an object with role and content, found {_shown(message)}")
+    role, content, weight = message.get("role"), message.get("content"), message.get("weight")
     if role not in ROLES:
-        raise UserError(f"message {number}: role {_shown(role)}; expected one of {', '.join(ROLES)}")
+        raise ConversationError(f"message {number}: role {_shown(role)}; expected one of {', '.join(ROLES)}")
     if not isinstance(content, str):
-        raise UserError(f"message {number}: content is {type(content).__name__}; expected text")
+        raise ConversationError(f"message {number}: content is {type(content).__name__}; expected text")
+    if weight not in (None, 0, 1):
+        raise ConversationError(f"message {number}: weight {_shown(weight)}; expected 1 (learned) or 0 (only read)")
     if role == "assistant" and not content.strip():
-        raise UserError(f"message {number}: the assistant says nothing; leave the exchange out or fill it")
+        raise ConversationError(
+            f"message {number}: the assistant says nothing; leave the exchange out or fill it", EMPTY
+        )
 
 
 def _shown(value: Any) -> str:

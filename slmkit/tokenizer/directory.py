@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,6 +54,23 @@ def special_spellings(config: dict[str, Any]) -> dict[str, str]:
         more = config.get(key) or []
         spellings |= {_spelling(token): "" for token in (more.values() if isinstance(more, dict) else more)}
     return spellings | {token: key for key, token in named_tokens(config).items()}
+
+
+def with_tokens(
+    config: dict[str, Any], tokenizer: Tokenizer, added: Sequence[str], bos_token: str | None
+) -> dict[str, Any]:
+    """The config of a tokenizer that has got further tokens, and `bos_token` to begin a text unless that is None."""
+    of_id = {token.content: (index, token) for index, token in tokenizer.get_added_tokens_decoder().items()}
+    flags = ("lstrip", "normalized", "rstrip", "single_word", "special")
+    entries = {
+        str(index): {"content": token.content} | {flag: getattr(token, flag) for flag in flags}
+        for index, token in (of_id[spelling] for spelling in added)
+    }
+    special = [spelling for spelling in added if of_id[spelling][1].special]
+    key = next((key for key in MORE_TOKENS if isinstance(config.get(key), list)), MORE_TOKENS[0])
+    more = {key: [*config.get(key, []), *special]} if special else {}
+    begins = {"bos_token": bos_token} if bos_token else {}
+    return config | {"added_tokens_decoder": config.get("added_tokens_decoder", {}) | entries} | more | begins
 
 
 def named_tokens(config: dict[str, Any]) -> dict[str, str]:

@@ -18,17 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from slmkit.config import UserError
 from slmkit.tokenizer import byte_level, chat, directory
 from slmkit.tokenizer.byte_level import SPECIALS
 from slmkit.tokenizer.chat import ChatTokens, Message
+from slmkit.tokenizer.chat_formats import ChatFormat, find_format
 from slmkit.tokenizer.fast_encoder import FastEncoder
 
-CHATML = Path(__file__).with_name("templates") / "chatml.jinja"
-
-# Tried in this order where a tokenizer's config does not say.
+# Tried in this order where a tokenizer's config does not say, or its chat template.
 ENDS_OF_TEXT = (byte_level.END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 ENDS_OF_TURN = (byte_level.TURN_END, "<|eot_id|>", "<end_of_turn>")
 
@@ -41,14 +40,15 @@ class SLMTokenizer:
     """A byte-level BPE of its own, or any Hugging Face `tokenizer.json` through `from_pretrained`.
 
     `chat_template` is Jinja and can be set; None where a loaded tokenizer has none. `special_tokens` maps spelling to
-    id. `pad_token_id` is None where a loaded tokenizer has no padding.
+    id, and so does `added_words`: tokens beside the merges that any text may hold. `pad_token_id` is None where a
+    loaded tokenizer has no padding.
     """
 
     chat_template: str | None
     special_tokens: dict[str, int]
+    added_words: dict[str, int]
     eos_token_id: int
     pad_token_id: int | None
-    end_of_turn_id: int
 
     def __init__(self, vocab_size: int = 16384) -> None:
         """Four special tokens and the 256 bytes; `train` then adds merges up to `vocab_size` tokens in all.
@@ -60,7 +60,7 @@ class SLMTokenizer:
                 f"vocab_size {vocab_size}: the 256 bytes and {len(SPECIALS)} special tokens need {byte_level.SMALLEST}"
             )
         self._target: int | None = vocab_size
-        self.chat_template = CHATML.read_text(encoding="utf-8")
+        self.chat_template = find_format("chatml").template
         self._use(byte_level.untrained(), directory.own_config())
 
     def _use(self, tokenizer: Tokenizer, config: dict[str, Any]) -> None:
@@ -70,8 +70,9 @@ class SLMTokenizer:
         self._tokenizer.encode_special_tokens = True  # the library's name for: their spelling is ordinary text
         self._bytes = byte_level.bytes_of_tokens(tokenizer)  # by id; None in a gap
         self._is_byte_level = byte_level.is_byte_level(tokenizer)
-        added = tokenizer.get_added_tokens_decoder().items()
-        self._special = {index: token for index, token in sorted(added) if token.special}
+        added = sorted(tokenizer.get_added_tokens_decoder().items())
+        self._special = {index: token for index, token in added if token.special}
+        self.added_words = {token.content: index for index, token in added if not token.special}
         self.special_tokens = {token.content: index for index, token in self._special.items()}
         longest_first = sorted(self.special_tokens, key=len, reverse=True)
         self._spellings = "|".join(map(re.escape, longest_first))
@@ -82,8 +83,6 @@ class SLMTokenizer:
         self._names = named | {"eos_token": eos}  # what the chat template may use
         self.eos_token_id = self.special_tokens[eos]
         self.pad_token_id = self.special_tokens.get(named.get("pad_token", ""))
-        end_of_turn = next((token for token in ENDS_OF_TURN if token in self.special_tokens), eos)
-        self.end_of_turn_id = self.special_tokens[end_of_turn]
 
     @cached_property
     def _fast(self) -> FastEncoder | None:
@@ -143,10 +142,48 @@ class SLMTokenizer:
                     f"{Path(model_directory) / directory.CONFIG}: names no {job} token that {directory.TOKENIZER} has "
                     f"({key} is {spelling!r}): take both files from one tokenizer"
                 )
+        return cls._loaded(tokenizer, contents.config, contents.chat_template)
+
+    def extended(
+        self,
+        chat_template: str | None = None,
+        added_tokens: Sequence[str] = (),
+        additional_special_tokens: Sequence[str] = (),
+    ) -> SLMTokenizer:
+        """This tokenizer with another chat template and further tokens, behind all ids that there are.
+
+        `chat_template` is `chatml`, `llama3`, `gemma` or a Jinja file; what one of the named three is written with is
+        added where it is missing. `added_tokens` are recognised in any text, `additional_special_tokens` only in what a
+        template writes. What is one token already stays as it is. Models need a row for each new id: see
+        `slmkit.model.growth`. Raises `UserError` for an unknown template, an empty token, and for one named as both.
+        """
+        chosen = ChatFormat(self.chat_template) if chat_template is None else find_format(chat_template)
+        bos = None if "bos_token" in self._names else chosen.bos_token  # one of its own goes on to begin texts
+        special = [token for token in chosen.tokens if bos or token != chosen.bos_token]
+        special += additional_special_tokens
+        for token in (*added_tokens, *special):
+            if not token.strip():
+                raise UserError(f"an added token is {token!r}: expected text")
+            if token in added_tokens and (token in special or token in self.special_tokens):
+                raise UserError(f"{token!r} is a special token: drop it from tokenizer.added_tokens")
+        tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
+        tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+        words = [word for word in added_tokens if len(self.encode(word)) > 1]
+        tokenizer.add_tokens([AddedToken(word, special=False, normalized=False) for word in words])
+        added = [token for token in (*special, *words) if token not in (self.special_tokens | self.added_words)]
+        config = directory.with_tokens(self._config, tokenizer, added, bos)
+        return self._loaded(tokenizer, config, chosen.template)
+
+    def pieces_of_new_tokens(self, before: SLMTokenizer) -> dict[int, list[int]]:
+        """Of each id that `before` does not have, the ids that it made of the same text."""
+        added = (self.special_tokens | self.added_words).items()
+        return {index: before.encode(spelling) for spelling, index in added if index >= len(before)}
+
+    @classmethod
+    def _loaded(cls, tokenizer: Tokenizer, config: dict[str, Any], chat_template: str | None) -> SLMTokenizer:
         loaded = cls.__new__(cls)
-        loaded._target = None
-        loaded.chat_template = contents.chat_template
-        loaded._use(tokenizer, contents.config)
+        loaded._target, loaded.chat_template = None, chat_template
+        loaded._use(tokenizer, config)
         return loaded
 
     # -- text and bytes -----------------------------------------------------------------------------------------------
@@ -241,19 +278,33 @@ class SLMTokenizer:
     def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> ChatTokens:
         """Token ids of a conversation, and which of them are learned: what the assistant says and its end of turn.
 
-        `messages` are `{"role": …, "content": …}`: a system message or none, then user and assistant in turn. With
-        `add_generation_prompt` the ids are what a model is given to answer, and what training put before the answer.
-        A special token spelled in a message is ordinary text. Raises `UserError` for anything else.
+        `messages` are `{"role": …, "content": …}`: a system message or none, then user and assistant in turn; what the
+        assistant says in a message of `"weight": 0` is not learned. With `add_generation_prompt` the ids are what a
+        model is given to answer, and what training put before the answer. A special token spelled in a message is
+        ordinary text. Raises `UserError` for anything else.
+
+        Of a template that rewrites earlier turns only those are learned that it leaves alone: see `encode_chat_rows`.
         """
+        return self._chat_rows(messages, add_generation_prompt)[-1]
+
+    def encode_chat_rows(self, messages: Sequence[Message]) -> list[ChatTokens]:
+        """A conversation to learn from, every turn of the assistant's in one row: nearly always all of them.
+
+        Several rows where the template writes a turn differently once others follow (see `chat.rows_of_segments`).
+        Those without anything to learn are left out, unless there is nothing in any. Raises as `encode_chat` does.
+        """
+        rows = self._chat_rows(messages)
+        return [row for row in rows if any(row.trained)] or rows[-1:]
+
+    def _chat_rows(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[ChatTokens]:
         shielded, marker = chat.shield(messages, re.compile(self._spellings))
         ends = [token for token, index in self.special_tokens.items() if index in self.stop_token_ids]
-        ids: list[int] = []
-        trained: list[bool] = []
-        for segment in chat.segments(self._template(), shielded, ends, add_generation_prompt, **self._names):
-            tokens = self._encode_with_special(segment.text, marker)
-            ids += tokens
-            trained += [segment.trained] * len(tokens)
-        return ChatTokens(ids, trained)
+        rows = []
+        for row in chat.rows_of_segments(self._template(), shielded, ends, add_generation_prompt, **self._names):
+            parts = [(self._encode_with_special(segment.text, marker), segment.trained) for segment in row]
+            ids = [index for tokens, _ in parts for index in tokens]
+            rows.append(ChatTokens(ids, [trained for tokens, trained in parts for _ in tokens]))
+        return rows
 
     def apply_chat_template(
         self, messages: Sequence[Message], add_generation_prompt: bool = False, tokenize: bool = True
@@ -296,6 +347,15 @@ class SLMTokenizer:
         return len(self) if self._target is None else self._target
 
     @property
+    def end_of_turn_id(self) -> int:
+        """The token that the chat template writes behind what the assistant says; known ones where it writes none."""
+        found = None
+        if self.chat_template is not None:
+            found = chat.end_of_turn(self.chat_template, tuple(self.special_tokens), tuple(self._names.items()))
+        known = (token for token in (*ENDS_OF_TURN, self._names["eos_token"]) if token in self.special_tokens)
+        return self.special_tokens[found or next(known)]
+
+    @property
     def stop_token_ids(self) -> set[int]:
         """Whatever ends generation: the end of the text and the end of a turn."""
         return {self.eos_token_id, self.end_of_turn_id}
@@ -313,4 +373,5 @@ class SLMTokenizer:
         """
         content = json.loads(self._tokenizer.to_str())
         parts = [content["model"].get("vocab"), content["model"].get("merges"), self.special_tokens, self.encode(PROBE)]
+        parts += [self.added_words] if self.added_words else []
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

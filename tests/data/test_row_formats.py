@@ -77,21 +77,23 @@ def test_a_format_can_be_named_where_the_columns_would_mean_another(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("row", "expected"),
+    ("row", "expected", "reason"),
     [
-        ({"messages": [TALK[1]]}, "assistant where it is the user's turn"),
-        ({"messages": [TALK[0], {"role": "assistant", "content": " "}]}, "the assistant says nothing"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "role 'tool'"),
-        ({"instruction": "Add.", "input": "", "output": ""}, "the assistant says nothing"),
-        ({"conversations": [{"role": "user", "content": "Hi"}]}, "expected turns with 'from' and 'value'"),
-        ({"conversations": [{"from": "human", "value": None}]}, "expected text"),
-        ({"instruction": 3, "output": "a"}, "expected text in column 'instruction', found int"),
+        ({"messages": [TALK[1]]}, "assistant where it is the user's turn", "roles out of order"),
+        ({"messages": [TALK[0], {"role": "assistant", "content": " "}]}, "the assistant says nothing", "an empty turn"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "role 'tool'", "not as expected"),
+        ({"instruction": "Add.", "input": "", "output": ""}, "the assistant says nothing", "an empty turn"),
+        ({"conversations": [{"role": "user", "content": "Hi"}]}, "expected turns with 'from'", "not as expected"),
+        ({"conversations": [{"from": "human", "value": None}]}, "expected text", "not as expected"),
+        ({"instruction": 3, "output": "a"}, "expected text in column 'instruction', found int", "not as expected"),
     ],
 )
-def test_what_is_no_conversation_is_refused_by_its_place_or_counted(tmp_path: Path, row: dict[str, Any], expected: str):
+def test_what_is_no_conversation_is_refused_by_its_place_or_counted(
+    tmp_path: Path, row: dict[str, Any], expected: str, reason: str
+):
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": TALK}) + "\n" + json.dumps(row) + "\n")
     with pytest.raises(UserError, match=r"a\.jsonl:2: .*" + expected):
         list(open_source(SourceSettings(path=str(tmp_path))).read_conversations())
     source = open_source(SourceSettings(path=str(tmp_path), on_bad_row="skip"))
     assert [conversation for conversation, _ in source.read_conversations()] == [TALK]
-    assert source.skipped == {"not as expected": 1}
+    assert source.skipped == {reason: 1}

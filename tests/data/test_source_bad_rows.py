@@ -137,7 +137,7 @@ def test_a_file_that_is_no_parquet_at_all_is_counted_and_the_next_one_is_read(tm
     opened = source(tmp_path)
     assert texts(opened) == ["last"]
     assert opened.skipped == {"unreadable file": 1, "no such column": 2}
-    assert "1.parquet: cannot be read as parquet" in opened.first_skipped["unreadable file"]
+    assert "1.parquet: cannot be read as parquet" in opened.first_seen["unreadable file"]
 
 
 def test_a_row_of_parquet_that_is_no_utf_8_is_counted(tmp_path: Path):

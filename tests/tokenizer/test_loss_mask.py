@@ -153,14 +153,45 @@ def chat_with(template: str) -> SLMTokenizer:
     return tokenizer
 
 
-def test_a_template_that_renders_earlier_turns_differently_later_is_refused() -> None:
+def test_a_turn_of_weight_0_is_read_and_not_learned(tokenizer: SLMTokenizer) -> None:
+    first, second = ({**CONVERSATION[index], "weight": weight} for index, weight in ((2, 0.0), (4, 1.0)))
+    weighed = [*CONVERSATION[:2], first, {**CONVERSATION[3], "weight": 0}, second]
+    whole, chat = tokenizer.encode_chat(CONVERSATION), tokenizer.encode_chat(weighed)
+    assert chat.ids == whole.ids
+    assert [text for text, trained in pieces(tokenizer, chat) if trained] == [" sat.\n<|im_end|>"]
+    assert tokenizer.encode_chat([*CONVERSATION[:4], {**second, "weight": None}]) == whole
+    assert not any(tokenizer.encode_chat([CONVERSATION[1], first]).trained)
+
+
+def test_a_turn_that_is_rendered_differently_later_is_learned_in_a_row_that_ends_with_it() -> None:
     # As templates do that drop the reasoning of all turns but the last.
     forgetful = chat_with(
+        "{% for m in messages %}{{ m.role[0] + ':' + m.content.split('|')[0 if loop.last else -1] + '<|im_end|>' }}"
+        "{% endfor %}{{ 'a:' if add_generation_prompt }}"
+    )
+    said = [{"role": role, "content": text} for role, text in [("user", "u"), ("assistant", "why|so")] * 3]
+    rows = forgetful.encode_chat_rows(said)
+    assert [pieces(forgetful, row) for row in rows] == [
+        [("u:u<|im_end|>a:", False), ("why<|im_end|>", True)],
+        [("u:u<|im_end|>a:so<|im_end|>u:u<|im_end|>a:", False), ("why<|im_end|>", True)],
+        [("u:u<|im_end|>a:so<|im_end|>u:u<|im_end|>a:so<|im_end|>u:u<|im_end|>a:", False), ("why<|im_end|>", True)],
+    ]
+    assert forgetful.encode_chat(said) == rows[-1]
+    # A turn that nobody answers rewrites too, and adds nothing to learn.
+    assert forgetful.encode_chat_rows(said[:5]) == rows[:2]
+    weighed = [said[0], {**said[1], "weight": 0}, *said[2:]]
+    assert forgetful.encode_chat_rows(weighed) == rows[1:]
+    unlearned = [said[0], {**said[1], "weight": 0}]
+    assert [any(row.trained) for row in forgetful.encode_chat_rows(unlearned)] == [False]
+
+
+def test_a_template_that_rewrites_what_is_answered_is_refused() -> None:
+    shouting = chat_with(
         "{% for m in messages %}{{ m.content if loop.last else m.content | upper }}<|im_end|>{% endfor %}"
     )
-    assert forgetful.encode_chat([{"role": "user", "content": "a"}]).ids
-    with pytest.raises(UserError, match="before message 3 differently once that message follows"):
-        forgetful.encode_chat(CONVERSATION)
+    assert shouting.encode_chat([{"role": "user", "content": "a"}]).ids
+    with pytest.raises(UserError, match="generation prompt is not what it writes before an answer.*message 3"):
+        shouting.encode_chat(CONVERSATION)
 
 
 def test_a_template_whose_assistant_never_stops_is_refused() -> None:
@@ -213,6 +244,8 @@ def user(content: object = "hello") -> dict:
         ([{"content": "hello"}], False, "message 1: role None"),
         ([user(), {"role": "tool", "content": "x"}], False, "message 2: role 'tool'"),
         ([{"role": "assistant", "content": "x"}], False, "message 1: assistant where it is the user's turn"),
+        ([user() | {"weight": 0.5}], False, "message 1: weight 0.5; expected 1"),
+        ([user() | {"weight": "1"}], False, "message 1: weight '1'; expected 1"),
         ([user(), user()], False, "message 2: user where it is the assistant's turn"),
         ([user(), {"role": "system", "content": "x"}], False, "message 2: system where it is the assistant's turn"),
         ([user(), {"role": "assistant", "content": " \n"}], False, "message 2: the assistant says nothing"),

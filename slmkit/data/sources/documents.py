@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 # Longer texts are read, and tokenized, in pieces of this many characters: bounded memory, and work for every core.
@@ -18,6 +18,14 @@ class Document(NamedTuple):
 
     text: str
     ends: bool = True
+
+
+class Conversation(list[Message]):
+    """Messages that know where they were read, such as `chats.jsonl:17`, for whoever finds something wrong later."""
+
+    def __init__(self, messages: Iterable[Message], place: str) -> None:
+        super().__init__(messages)
+        self.place = place
 
 
 class BadRow(NamedTuple):

@@ -9,16 +9,24 @@ from typing import Any
 from slmkit.config import UserError, did_you_mean
 from slmkit.data.source_settings import SourceSettings
 from slmkit.data.sources.documents import Message
-from slmkit.tokenizer.chat import check_messages
+from slmkit.tokenizer.chat import EMPTY, ConversationError, check_messages
 
 Row = dict[str, Any]
 ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT's `from`, where they are not ours
 EXAMPLE = '{"role": …, "content": …}'
 
 
+class RowError(ValueError):
+    """A row that does not mean anything. `reason` is one of few, to count them by."""
+
+    def __init__(self, message: str, reason: str = "not as expected") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 @dataclass(frozen=True)
 class RowFormat:
-    """The columns that a row must have, those that it may have, and what it means. `convert` raises ValueError."""
+    """The columns that a row must have, those that it may have, and what it means. `convert` raises `RowError`."""
 
     required: tuple[str, ...]
     convert: Callable[[Row], Any]
@@ -76,7 +84,7 @@ def _those_named(name: str | None, formats: RowFormats) -> RowFormats:
 def _text(row: Row, column: str) -> str:
     value = row[column]
     if not isinstance(value, str):
-        raise ValueError(f"expected text in column {column!r}, found {type(value).__name__}")
+        raise RowError(f"expected text in column {column!r}, found {type(value).__name__}")
     return value
 
 
@@ -84,16 +92,24 @@ def _messages(row: Row, column: str) -> list[Message]:
     value = row[column]
     if not (isinstance(value, list) and value and all(isinstance(message, dict) for message in value)):
         found = f"a list of {len(value)}" if isinstance(value, list) else type(value).__name__
-        raise ValueError(f"expected in column {column!r} a list of messages such as {EXAMPLE}, found {found}")
+        raise RowError(f"expected in column {column!r} a list of messages such as {EXAMPLE}, found {found}")
     return value
 
 
 def _checked(messages: list[Message]) -> list[Message]:
-    """The conversation, if it is one: public sets hold turns out of order and answers without a word."""
+    """The conversation, if it is one: public sets hold turns out of order and turns without a word.
+
+    A system message without a word, of which they hold many, is none at all.
+    """
+    if len(messages) > 1 and messages[0].get("role") == "system" and not str(messages[0].get("content", "x")).strip():
+        messages = messages[1:]
     try:
         check_messages(messages)
-    except UserError as error:
-        raise ValueError(str(error)) from None
+    except ConversationError as error:
+        raise RowError(str(error), error.reason) from None
+    for number, message in enumerate(messages, start=1):
+        if not message["content"].strip():
+            raise RowError(f"message {number}: the {message['role']} says nothing", EMPTY)
     return messages
 
 
@@ -102,7 +118,7 @@ def _conversations(row: Row) -> list[Message]:
     messages = []
     for turn in _messages(row, "conversations"):
         if not ("from" in turn and "value" in turn):
-            raise ValueError(f"expected turns with 'from' and 'value' in column 'conversations', found {list(turn)}")
+            raise RowError(f"expected turns with 'from' and 'value' in column 'conversations', found {list(turn)}")
         message = {"role": ROLES.get(turn["from"], turn["from"]), "content": turn["value"]}
         if turn.get("weight") is not None:
             message["weight"] = turn["weight"]

@@ -8,10 +8,10 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from slmkit.data.sources.documents import BadRow, Position
+from slmkit.data.sources.documents import BadRow, Conversation, Position
 from slmkit.data.sources.files import File, damage, one_line, pyarrow
 from slmkit.data.sources.lines import LONGEST_ROW, whole_lines
-from slmkit.data.sources.row_formats import RowFormats, find_format
+from slmkit.data.sources.row_formats import RowError, RowFormats, find_format
 
 SURROGATE_ESCAPE, SURROGATE = re.compile(r"\\u[dD]"), re.compile("[\ud800-\udfff]")
 PARQUET_BATCH = 256  # rows taken out of their columns at once
@@ -163,9 +163,10 @@ def _converted(place: str, row: dict[str, Any] | str, formats: RowFormats) -> An
     if found is None:
         return _no_column(place, formats, row)
     try:
-        return found.convert(row)
-    except ValueError as error:
-        return BadRow("not as expected", f"{place}: {error}")
+        value = found.convert(row)
+    except RowError as error:
+        return BadRow(error.reason, f"{place}: {error}")
+    return Conversation(value, place) if isinstance(value, list) else value
 
 
 def _no_column(place: str, formats: RowFormats, columns: Iterable[str], rows: int = 1) -> BadRow:

@@ -29,13 +29,15 @@ class Source:
     """Documents or conversations of one source, in a fixed order.
 
     A position is a few integers: `file` numbers `parts`, `documents` counts the whole documents before it, and the rest
-    says where in the file it is. `skipped` counts the rows that were left out, by reason.
+    says where in the file it is. `skipped` counts the rows that were left out, by reason; `noted` those that were kept
+    and are not all that they could be, by what is the matter with them.
     """
 
     def __init__(self, settings: SourceSettings, parts: Sequence[Part], patience: Patience) -> None:
         self.settings, self.parts, self.patience = settings, parts, patience
         self.skipped: Counter[str] = Counter()
-        self.first_skipped: dict[str, str] = {}  # of each reason: the line that names it and its place
+        self.noted: Counter[str] = Counter()
+        self.first_seen: dict[str, str] = {}  # of each reason: the line that names it and its place
 
     @property
     def endless(self) -> bool:
@@ -62,11 +64,30 @@ class Source:
         return [self.patience.until_done(part.describe) for part in self.parts]
 
     def report(self) -> list[str]:
-        """A line for each reason for which rows were left out; none where all were read."""
+        """A line for each reason for which rows were left out, or noted; none where all is well."""
+        counted = [(f"skipped ({reason})", rows, reason) for reason, rows in self.skipped.most_common()]
+        counted += [(what, rows, what) for what, rows in self.noted.most_common()]
         return [
-            f"{self.settings.label}: {rows:,} skipped ({reason}), such as {self.first_skipped[reason]}"
-            for reason, rows in self.skipped.most_common()
+            f"{self.settings.label}: {rows:,} {what}, such as {self.first_seen[reason]}"
+            for what, rows, reason in counted
         ]
+
+    def count_anew(self) -> None:
+        """Before it is read from the beginning again."""
+        for counted in (self.skipped, self.noted, self.first_seen):
+            counted.clear()
+
+    def note(self, what: str, message: str) -> None:
+        """Count a row that is kept; `message` names it and its place."""
+        self.noted[what] += 1
+        self.first_seen.setdefault(what, message)
+
+    def leave_out(self, row: BadRow) -> None:
+        """Count a row that is not kept. Raises `UserError` where none may be left out."""
+        if self.settings.on_bad_row == "refuse" and not row.harmless:
+            raise UserError(row.message)
+        self.skipped[row.reason] += row.rows
+        self.first_seen.setdefault(row.reason, row.message)
 
     def _read(
         self, items: Callable[[Part, Position], Iterator[Item[T]]], ends: Callable[[T], bool], start: Position | None
@@ -79,7 +100,7 @@ class Source:
                 for item, behind in self._read_once(items, ends, position):
                     position = behind
                     if isinstance(item, BadRow):
-                        self._leave_out(item)
+                        self.leave_out(item)
                         continue
                     found = True
                     self.patience.succeeded()
@@ -102,9 +123,3 @@ class Source:
                 yield item, {**inner, "file": number, "documents": documents}
                 if documents == self.settings.documents:
                     return
-
-    def _leave_out(self, row: BadRow) -> None:
-        if self.settings.on_bad_row == "refuse" and not row.harmless:
-            raise UserError(row.message)
-        self.skipped[row.reason] += row.rows
-        self.first_skipped.setdefault(row.reason, row.message)
