@@ -14,11 +14,22 @@ if TYPE_CHECKING:
     from slmkit.data.text_dataset import TextDataset
     from slmkit.model.config import SLMConfig
     from slmkit.tokenizer import SLMTokenizer
+    from slmkit.training.distillation import DistillationLoss
 
 __version__ = "0.1.0"
-__all__ = ["SLMConfig", "SLMEnsemble", "SLMForCausalLM", "SLMTokenizer", "SLMTrainer", "TextDataset", "UserError"]
+__all__ = [
+    "DistillationLoss",
+    "SLMConfig",
+    "SLMEnsemble",
+    "SLMForCausalLM",
+    "SLMTokenizer",
+    "SLMTrainer",
+    "TextDataset",
+    "UserError",
+]
 
 _HOME = {
+    "DistillationLoss": "slmkit.training.distillation",
     "SLMConfig": "slmkit.model.config",
     "SLMEnsemble": "slmkit.api",
     "SLMForCausalLM": "slmkit.api",

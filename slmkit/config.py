@@ -58,7 +58,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def to_yaml(settings: Settings) -> str:
     """Every value of `settings`, defaults included, as YAML that `load_settings` reads back."""
-    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(settings.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
 
 
 def load_settings(kind: type[S], content: dict[str, Any], overrides: Sequence[str] = (), origin: str = "") -> S:
@@ -86,24 +86,33 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _copy(content: dict[str, Any]) -> dict[str, Any]:
-    return {key: _copy(value) if isinstance(value, dict) else value for key, value in content.items()}
+def _copy(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _copy(value) for key, value in content.items()}
+    return [_copy(value) for value in content] if isinstance(content, list) else content
 
 
-def _apply(content: dict[str, Any], override: str) -> None:
+def _apply(content: Any, override: str) -> None:
+    """Set what a dotted key names; an entry of a list is named by its number, from 0."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"{override!r}: expected key=value, such as train.learning_rate=3e-4")
     *parents, leaf = key.split(".")
     for name in parents:
-        child = content.setdefault(name, {})
-        if not isinstance(child, dict):
+        content = content.setdefault(name, {}) if isinstance(content, dict) else content[_entry(content, name, key)]
+        if not isinstance(content, dict | list):
             raise UserError(f"{key}: {name!r} is a single value, so it has no keys below it")
-        content = child
     try:
-        content[leaf] = yaml.load(text, Loader=_Loader) if text else ""
+        value = yaml.load(text, Loader=_Loader) if text else ""
     except yaml.YAMLError:
-        content[leaf] = text
+        value = text
+    content[leaf if isinstance(content, dict) else _entry(content, leaf, key)] = value
+
+
+def _entry(content: list[Any], name: str, key: str) -> int:
+    if not name.isdecimal() or int(name) >= len(content):
+        raise UserError(f"{key}: {name!r} is no entry of a list of {len(content)}: number them from 0")
+    return int(name)
 
 
 def _first_problem(kind: type[Settings], error: pydantic.ValidationError, origin: str) -> str:
@@ -132,7 +141,7 @@ def _fields_at(kind: type[Settings], location: Sequence[str]) -> list[str]:
         if not inner:
             break
         kind = inner
-    return list(kind.model_fields)
+    return [field.alias or name for name, field in kind.model_fields.items()]
 
 
 def _settings_in(annotation: Any) -> type[Settings] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import Field
 
 from slmkit.config import Settings, UserError, did_you_mean, load_settings, read_yaml, to_yaml
@@ -19,6 +20,8 @@ class Outer(Settings):
     name: str = "run"
     train: Inner = Field(default_factory=Inner)
     maybe: Inner | None = None
+    many: list[Inner] = Field(default_factory=list)
+    scale: float = Field(1.0, alias="lambda")  # a name that Python keeps for itself
 
 
 def test_values_come_from_the_file_and_overrides_win() -> None:
@@ -32,6 +35,14 @@ def test_an_override_does_not_change_the_mapping_it_was_given() -> None:
     assert content == {"train": {"warmup_steps": 5}}
 
 
+def test_an_entry_of_a_list_is_overridden_by_its_number() -> None:
+    content = {"many": [{"warmup_steps": 5}, {"warmup_steps": 6}]}
+    loaded = load_settings(Outer, content, ["many.1.warmup_steps=7", "lambda=2"])
+    assert [inner.warmup_steps for inner in loaded.many] == [5, 7]
+    assert content["many"][1] == {"warmup_steps": 6}
+    assert load_settings(Outer, yaml.safe_load(to_yaml(loaded))) == loaded
+
+
 @pytest.mark.parametrize(
     ("content", "overrides", "words"),
     [
@@ -43,6 +54,10 @@ def test_an_override_does_not_change_the_mapping_it_was_given() -> None:
         ({}, ["train.warmup_steps"], "expected key=value"),
         ({}, ["name.first=x", "name=1"], "name"),
         ({"name": "a"}, ["name.first=x"], "single value"),
+        ({"many": [{}]}, ["many.1.warmup_steps=3"], "many.1.warmup_steps: '1' is no entry of a list of 1"),
+        ({"many": [{}]}, ["many.first=3"], "many.first: 'first' is no entry of a list of 1: number them from 0"),
+        ({"many": [{}]}, ["many.0.warmup_step=3"], "unknown key 'many.0.warmup_step'; did you mean 'warmup_steps'?"),
+        ({"lamda": 1}, [], "unknown key 'lamda'; did you mean 'lambda'?"),
     ],
 )
 def test_a_mistake_names_the_key_and_the_way_out(content: dict, overrides: list[str], words: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from slmkit.adapt.merge_recipe import MergeRecipe
 from slmkit.config import load_settings
 from slmkit.model.families import FAMILIES
 from slmkit.model.presets import PRESETS
@@ -22,7 +23,11 @@ ARCHITECTURES = (DOCS / "architectures.md").read_text(encoding="utf-8")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_recipe_in_the_docs_is_one(page: Path) -> None:
     for block in re.findall(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
-        recipe = load_settings(Recipe, yaml.safe_load(block), origin=page.name)
+        content = yaml.safe_load(block)
+        if "merge_method" in content:
+            load_settings(MergeRecipe, content, origin=page.name)
+            continue
+        recipe = load_settings(Recipe, content, origin=page.name)
         if recipe.model.changes:
             recipe.model.build_config()
 

@@ -9,10 +9,12 @@ from pathlib import Path
 from rich.console import Console
 
 from slmkit.adapt.load import load_model
+from slmkit.api.distill import with_the_teachers_tokenizer
+from slmkit.api.material import Material
 from slmkit.api.models import model_for
 from slmkit.api.reporter import SILENCE, Reporter
 from slmkit.api.vocabulary import tokenizer_of_base
-from slmkit.api.work import Material, work_of
+from slmkit.api.work import work_of
 from slmkit.api.xray import look
 from slmkit.config import UserError
 from slmkit.data.corpus import Corpus, build_corpus, open_corpus
@@ -56,6 +58,7 @@ def train_recipe(recipe: Recipe, reporter: Reporter, dry_run: bool = False, forc
     check_trackers(recipe.train.report_to)
     if recipe.lora is not None and recipe.model.path is None:
         raise UserError("lora: an adapter is for a finished model: name that in model.path, or drop lora")
+    recipe = with_the_teachers_tokenizer(recipe)
     device = find_device(recipe.train.device, recipe.train.precision)
     with join(device, recipe.train.ddp_timeout) as group:
         reporter = reporter if group.is_main else SILENCE

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from torch import nn
 
 from slmkit.api.causal_lm import SLMForCausalLM
 from slmkit.api.hooks import Validate
@@ -17,18 +16,24 @@ from slmkit.data.stream import Stream
 from slmkit.data.text_dataset import TextDataset
 from slmkit.device import Device, find_device
 from slmkit.model import SLMConfig
+from slmkit.training.distill import objective_of
+from slmkit.training.distillation import DistillationLoss
+from slmkit.training.distillation_settings import DistillationSettings
 from slmkit.training.distributed import Group, join
 from slmkit.training.loop import Every, Report
+from slmkit.training.objectives import Objective, next_token
 from slmkit.training.progress import TrainingProgress
 from slmkit.training.recipe import Recipe, TrainSettings
 from slmkit.training.run import RunDirectory, evaluation_interval, fit, make_plan, new_run_directory
+from slmkit.training.teachers import OnlineTeacher, check_fit, frozen
 
 
 class SLMTrainer:
     """Train a model on a dataset in a script. What it leaves in `output_dir` is a run like any other.
 
     `config` carries the training fields: `learning_rate`, `batch_size` (sequences a step), `sequence_length`,
-    `gradient_clip_norm`, `warmup_steps`.
+    `gradient_clip_norm`, `warmup_steps`. With a `teacher_model` of the same tokenizer it distils, with the config's
+    `distillation_alpha` and `distillation_temperature` or with a `DistillationLoss` of its own.
     """
 
     def __init__(
@@ -38,15 +43,14 @@ class SLMTrainer:
         tokenizer: Any,
         train_dataset: TextDataset,
         eval_dataset: TextDataset | None = None,
-        teacher_model: nn.Module | None = None,
+        teacher_model: SLMForCausalLM | None = None,
         output_dir: str = "./checkpoints",
         device: str = "auto",
         seed: int = 0,
         force: bool = False,
+        distillation_loss: DistillationLoss | None = None,
     ) -> None:
         """Raises `UserError` for what does not fit; `train` does so for what the X-ray finds, unless `force`."""
-        if teacher_model is not None:
-            raise UserError("teacher_model: distillation is not there yet; train without a teacher")
         if len(tokenizer) > config.vocab_size:
             raise UserError(
                 f"the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}: "
@@ -56,6 +60,12 @@ class SLMTrainer:
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.output_dir, self.device_name, self.seed = output_dir, device, seed
         self.force = force
+        self.teacher_model, self.distillation_loss = teacher_model, distillation_loss
+        self.distils = teacher_model is not None and config.use_distillation is not False
+        if teacher_model is None and (config.use_distillation or distillation_loss is not None):
+            raise UserError("distillation needs someone to learn from: give the trainer a teacher_model")
+        if teacher_model is not None:
+            check_fit(teacher_model.decoder, len(tokenizer), train_dataset.length, "teacher_model")
 
     def train(self, num_epochs: float = 1, max_steps: int | None = None) -> dict[str, float]:
         """Train and return the last step's figures: `loss`, `tokens`, `validation_loss` where there is an eval set."""
@@ -80,7 +90,8 @@ class SLMTrainer:
         stream = Stream(self.train_dataset, rows, self.seed)
         plan = make_plan(settings, self.train_dataset.rows_in_epoch, length, device, group=group)
         run = RunDirectory(group.from_main(str(new_run_directory(self.output_dir).root) if group.is_main else ""))
-        recipe = Recipe(output_dir=str(run.root), seed=self.seed, model=resolved(self.config), train=settings)
+        objective: Objective = self._distillation(device) if self.distils else next_token
+        recipe = self._recipe(run, settings)
         if group.is_main:
             run.describe(recipe, device, {"texts": "given in a script"})
             look(stream, self.tokenizer, self.config.vocab_size, run.root, lambda line: None, force=self.force)
@@ -91,9 +102,38 @@ class SLMTrainer:
             hooks.insert(0, Every(evaluation_interval(settings, plan.steps), validate, on_all_ranks=True))
         with TrainingProgress("training", plan.steps, None if group.is_main else Console(quiet=True)) as progress:
             hooks.append(Every(1, progress.update))
-            fit(run, recipe, self.model.decoder, self.config, stream, plan, companions=self._companions, hooks=hooks)
+            fit(
+                run,
+                recipe,
+                self.model.decoder,
+                self.config,
+                stream,
+                plan,
+                companions=self._companions,
+                objective=objective,
+                hooks=hooks,
+            )
         self.model.eval()
         return last
+
+    def _recipe(self, run: RunDirectory, settings: TrainSettings) -> Recipe:
+        """What of the run can be written down."""
+        recipe = Recipe(output_dir=str(run.root), seed=self.seed, model=resolved(self.config), train=settings)
+        if not self.distils:
+            return recipe
+        alpha, temperature = self.loss.alpha, self.loss.temperature
+        taught = DistillationSettings(teacher="given in a script", alpha=alpha, temperature=temperature)
+        return recipe.model_copy(update={"objective": "distill", "distillation": taught})
+
+    @property
+    def loss(self) -> DistillationLoss:
+        """What a distilling run minimises."""
+        config = self.config
+        return self.distillation_loss or DistillationLoss(config.distillation_alpha, config.distillation_temperature)
+
+    def _distillation(self, device: Device) -> Objective:
+        assert self.teacher_model is not None
+        return objective_of(self.loss, OnlineTeacher(frozen(self.teacher_model.decoder, device), len(self.tokenizer)))
 
     def _companions(self, directory: Path) -> None:
         if hasattr(self.tokenizer, "save_pretrained"):

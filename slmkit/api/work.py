@@ -3,51 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
+from slmkit.api.distill import distill_work
 from slmkit.api.hooks import Sample, Validate
-from slmkit.api.reporter import Reporter
-from slmkit.data.corpus import Corpus
+from slmkit.api.material import Material, Work
 from slmkit.data.feed import make_batches
-from slmkit.data.stream import Batches, ChatRows, DocumentRows
-from slmkit.device import Device
+from slmkit.data.stream import ChatRows, DocumentRows
 from slmkit.evaluation.loss import Rows
-from slmkit.model import Decoder, SLMConfig
-from slmkit.training.distributed import Group
-from slmkit.training.loop import Hook
-from slmkit.training.objectives import Objective, next_token
-from slmkit.training.recipe import Recipe
-from slmkit.training.run import RunDirectory
-
-
-@dataclass(frozen=True)
-class Material:
-    """A run with all that its recipe names built."""
-
-    run: RunDirectory
-    recipe: Recipe
-    corpus: Corpus
-    model: Decoder
-    config: SLMConfig
-    device: Device
-    group: Group
-    length: int  # tokens of a row
-    reporter: Reporter
-
-    @property
-    def rows_per_step(self) -> int:
-        return self.recipe.train.rows_per_step(self.length)
-
-
-@dataclass(frozen=True)
-class Work:
-    """The hooks are for all ranks, and due at every evaluation."""
-
-    batches: Batches
-    objective: Objective
-    validate: Hook
-    sample: Hook
-    validation_tokens: int
+from slmkit.training.objectives import next_token
 
 
 def work_of(material: Material) -> Work:
@@ -69,4 +32,8 @@ def next_token_work(m: Material) -> Work:
     )
 
 
-WORK: dict[str, Callable[[Material], Work]] = {"pretrain": next_token_work, "sft": next_token_work}
+WORK: dict[str, Callable[[Material], Work]] = {
+    "pretrain": next_token_work,
+    "sft": next_token_work,
+    "distill": distill_work,
+}

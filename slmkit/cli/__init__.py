@@ -10,7 +10,21 @@ import sys
 
 import typer
 
-from slmkit.cli import bench, chat, data, generate, inspect, merge, plan, plot, quickstart, runs, tokenizer, train
+from slmkit.cli import (
+    bench,
+    chat,
+    data,
+    distill_cache,
+    generate,
+    inspect,
+    merge,
+    plan,
+    plot,
+    quickstart,
+    runs,
+    tokenizer,
+    train,
+)
 from slmkit.config import UserError
 
 app = typer.Typer(
@@ -26,6 +40,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(bench.app, name="bench")
 app.command("train")(train.train)
 app.command("resume")(train.resume)
+app.command("distill-cache")(distill_cache.distill_cache)
 app.command("replay")(train.replay)
 app.command("plan")(plan.plan)
 app.command("runs")(runs.runs)

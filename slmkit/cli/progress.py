@@ -1,4 +1,4 @@
-"""How far a long preparation is: a bar on a terminal, a plain line every few seconds elsewhere."""
+"""How far a long preparation or a long write is: a bar on a terminal, a plain line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 EVERY = 10.0  # seconds between two plain lines
 
@@ -51,3 +58,39 @@ class PreparationProgress:
             self.shown = now
             left = f", {seconds * (1 - fraction) / fraction:.0f} s left" if fraction else ""
             self.console.print(f"{self.label}: {figures}{left}", soft_wrap=True, markup=False)
+
+
+class WritingProgress:
+    """A context manager that gives a callback for bytes written, of `total`."""
+
+    def __init__(self, label: str, total: int) -> None:
+        self.label, self.total = label, total
+        self.console = Console(stderr=True, highlight=False)
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        self.bar = Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True)
+        self.task = self.bar.add_task(label, total=total)
+        self.written, self.started, self.shown = 0, 0.0, 0.0
+
+    def __enter__(self) -> Callable[[int], None]:
+        self.started = self.shown = time.monotonic()
+        if self.console.is_terminal:
+            self.bar.start()
+        return self._update
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.console.is_terminal:
+            self.bar.stop()
+
+    def _update(self, more: int) -> None:
+        self.written += more
+        now = time.monotonic()
+        if self.console.is_terminal:
+            self.bar.update(self.task, completed=self.written)
+        elif now - self.shown >= EVERY:
+            self.shown = now
+            rate = self.written / (now - self.started)
+            figures = f"{self.written / 1e6:,.0f} of {self.total / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s"
+            left = f"{(self.total - self.written) / rate:.0f} s left"
+            self.console.print(f"{self.label}: {figures}, {left}", soft_wrap=True, markup=False)

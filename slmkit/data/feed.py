@@ -9,7 +9,7 @@ from slmkit.data.mixture import plan_phases
 from slmkit.data.order import mixed_seed
 from slmkit.data.reading import is_kept_in, open_sources, written
 from slmkit.data.sources import Source
-from slmkit.data.stream import Batches, ChatRows, MixtureStream, PretrainRows, Stream
+from slmkit.data.stream import Batches, ChatRows, MixtureStream, PretrainRows, Rows, Stream
 from slmkit.data.streamed_rows import ConversationRows, StreamedRows, TextRows
 from slmkit.data.streaming import StreamedBatches
 from slmkit.tokenizer import SLMTokenizer
@@ -25,17 +25,27 @@ def make_batches(
 
     Raises `UserError` for sources that cannot be found or are too short for a row.
     """
-    phases = plan_phases(data.phases, data.weights, length)
     if data.streaming:
+        phases = plan_phases(data.phases, data.weights, length)
         sources = {
             name: _streamed(reads, data, source, corpus.tokenizer, length, mixed_seed(seed, name))
             for name, source in open_sources(data, seed).items()
         }
         return StreamedBatches(sources, phases, data.when_exhausted, rows_per_step, data.separate_documents)
+    return stream_of(stored_rows(reads, data, corpus, length), data, length, rows_per_step, seed)
+
+
+def stored_rows(reads: Reads, data: DataSettings, corpus: Corpus, length: int) -> dict[str, Rows]:
+    """The numbered rows of each source that is in shards."""
     kind = ChatRows if reads == "conversations" else PretrainRows
-    rows = {name: kind(shards, length) for name, shards in zip(data.weights, corpus.train, strict=True)}
+    return {name: kind(shards, length) for name, shards in zip(data.weights, corpus.train, strict=True)}
+
+
+def stream_of(rows: dict[str, Rows], data: DataSettings, length: int, rows_per_step: int, seed: int) -> Batches:
+    """Numbered rows in the order of (seed, step)."""
     if len(rows) == 1 and data.when_exhausted == "repeat":
         return Stream(next(iter(rows.values())), rows_per_step, seed, data.separate_documents)
+    phases = plan_phases(data.phases, data.weights, length)
     return MixtureStream(rows, phases, data.when_exhausted, rows_per_step, seed, data.separate_documents)
 
 

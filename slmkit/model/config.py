@@ -14,7 +14,10 @@ from slmkit.model.presets import PRESETS
 from slmkit.model.published import from_published, to_published
 
 # Fields for a five-line training script: defaults of the trainer, no property of the model, never in config.json.
-TRAINING_FIELDS = {"learning_rate", "batch_size", "sequence_length", "gradient_clip_norm", "warmup_steps"}
+TRAINING_FIELDS = {
+    "learning_rate", "batch_size", "sequence_length", "gradient_clip_norm", "warmup_steps", "use_distillation",
+    "distillation_alpha", "distillation_temperature",
+}  # fmt: skip
 
 
 class SLMConfig(Settings):
@@ -69,6 +72,9 @@ class SLMConfig(Settings):
     sequence_length: int | None = None  # tokens; None: max_position_embeddings
     gradient_clip_norm: float = Field(1.0, gt=0)
     warmup_steps: int = Field(100, ge=0)
+    use_distillation: bool | None = None  # None: where the trainer is given a teacher
+    distillation_alpha: float = Field(0.5, ge=0, le=1)  # the share of the labels' cross-entropy in the loss
+    distillation_temperature: float = Field(3.0, gt=0)
 
     @model_validator(mode="before")
     @classmethod

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from slmkit.config import UserError
 
-# Precisions of floating point as the files spell them, with the widest first.
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# The precisions that weights are written in, as the files spell them.
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SPELLED = {dtype: spelling for spelling, dtype in DTYPES.items()}
 ALIGNMENT = 8  # of the first tensor, in bytes
 

@@ -13,6 +13,7 @@ from slmkit.config import Settings, UserError, did_you_mean, load_settings, read
 from slmkit.data.data_settings import DataSettings, Reads, TokenizerSettings
 from slmkit.model import SLMConfig
 from slmkit.model.lora_settings import LoRASettings
+from slmkit.training.distillation_settings import DistillationSettings
 from slmkit.training.distributed import Parallel
 from slmkit.training.guards import GuardSettings
 from slmkit.training.schedules import Schedule, make_schedule
@@ -142,12 +143,13 @@ class TrainSettings(Settings):
 
 
 class Recipe(Settings):
-    """One run. `objective` says what is learned: the next token of any text, or the assistant's turns of chats.
+    """One run. `objective` says what is learned: the next token of any text, or the assistant's turns of chats, or
+    either of them from a teacher besides.
 
     With `lora` the model of `model.path` is frozen, and what is learned is an adapter for it.
     """
 
-    objective: Literal["pretrain", "sft"] = "pretrain"
+    objective: Literal["pretrain", "sft", "distill"] = "pretrain"
     output_dir: str = "runs/model"
     seed: int = 0
     model: ModelSettings = Field(default_factory=ModelSettings)
@@ -155,6 +157,7 @@ class Recipe(Settings):
     tokenizer: TokenizerSettings = Field(default_factory=TokenizerSettings)
     data: DataSettings = Field(default_factory=DataSettings)
     train: TrainSettings = Field(default_factory=TrainSettings)
+    distillation: DistillationSettings | None = None
 
     @model_validator(mode="after")
     def _streams_have_an_end(self) -> Recipe:
@@ -171,10 +174,22 @@ class Recipe(Settings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _is_taught(self) -> Recipe:
+        if (self.objective == "distill") != (self.distillation is not None):
+            raise ValueError(
+                "objective distill and a section `distillation` with its teacher belong together: add or drop"
+            )
+        if self.data.streaming and self.distillation is not None and self.distillation.cache is not None:
+            raise ValueError("distillation.cache has numbered rows, which streams do not: drop it, or data.streaming")
+        return self
+
     guard: GuardSettings = Field(default_factory=GuardSettings)
 
     @property
     def reads(self) -> Reads:
+        if self.distillation is not None:
+            return self.distillation.reads
         return "conversations" if self.objective == "sft" else "text"
 
 

@@ -1,0 +1,137 @@
+"""What distillation makes of a run: a teacher who is loaded or was stored, and the objective that learns from it."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from slmkit.adapt.load import load_model
+from slmkit.api.hooks import Sample, Validate
+from slmkit.api.material import Material, Work
+from slmkit.config import UserError
+from slmkit.data.corpus import Corpus
+from slmkit.data.feed import make_batches, stored_rows, stream_of
+from slmkit.data.stream import Batches, ChatRows, DocumentRows, Rows
+from slmkit.data.teacher_cache import Lessons, data_fingerprint, read_lessons, taught
+from slmkit.device import Device
+from slmkit.model import Decoder
+from slmkit.tokenizer import SLMTokenizer
+from slmkit.training.checkpoints import file_sha256
+from slmkit.training.compilation import compile_blocks, compile_pays
+from slmkit.training.distill import Distill, DistillWithStates
+from slmkit.training.distillation import DistillationLoss
+from slmkit.training.distillation_settings import DistillationSettings
+from slmkit.training.find import find_model_directory, find_tokenizer_directory
+from slmkit.training.objectives import Objective
+from slmkit.training.recipe import Recipe
+from slmkit.training.teachers import OnlineTeacher, StoredTeacher, check_fit, frozen, in_compute_type
+
+
+def distill_work(m: Material) -> Work:
+    """Text or conversations, learned from a teacher besides; validation is the plain cross-entropy of the labels.
+
+    Raises `UserError` where teacher and student do not fit together, or a cache is of something else.
+    """
+    settings, talks = settings_of(m.recipe), m.recipe.reads == "conversations"
+    batches, objective = _from_cache(m, Path(settings.cache)) if settings.cache else _from_teacher(m)
+    rows: Rows = (ChatRows if talks else DocumentRows)(m.corpus.validation, m.length)
+    return Work(
+        batches=batches,
+        objective=objective,
+        validate=Validate(rows, m.device, batches.separate, m.group),
+        sample=Sample(m.run.samples, m.recipe, m.corpus.tokenizer, talks, m.group),
+        validation_tokens=rows.rows_in_epoch * m.length,
+    )
+
+
+def settings_of(recipe: Recipe) -> DistillationSettings:
+    if recipe.distillation is None:
+        raise UserError("the recipe has no section `distillation`: set its objective to distill and name a teacher")
+    return recipe.distillation
+
+
+def with_the_teachers_tokenizer(recipe: Recipe) -> Recipe:
+    """A student that begins from nothing has its teacher's tokenizer, unless the recipe names another. Others as is."""
+    settings = recipe.distillation
+    if settings is None or recipe.model.path is not None or recipe.tokenizer.path is not None:
+        return recipe
+    teacher = settings.teacher or Path(settings.cache or "") / "tokenizer"
+    tokenizer = recipe.tokenizer.model_copy(update={"path": str(find_tokenizer_directory(teacher))})
+    return recipe.model_copy(update={"tokenizer": tokenizer})
+
+
+def load_teacher(path: str, tokenizer: SLMTokenizer, length: int, device: Device) -> Decoder:
+    """The frozen model of a model or run directory. Raises `UserError` for one that does not fit tokenizer or rows."""
+    directory = find_model_directory(path)
+    check_same_tokenizer(directory, tokenizer)
+    decoder, _ = load_model(directory)
+    check_fit(decoder, len(tokenizer), length, f"teacher {path}")
+    return frozen(in_compute_type(decoder, device), device)
+
+
+def check_same_tokenizer(directory: Path, tokenizer: SLMTokenizer) -> None:
+    """Raises `UserError` where a teacher has another tokenizer than its student."""
+    theirs = SLMTokenizer.from_pretrained(directory)
+    if theirs.fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"teacher {directory}: its tokenizer {theirs.fingerprint[:12]} ({len(theirs):,} tokens) is not that of the "
+            f"student, {tokenizer.fingerprint[:12]} ({len(tokenizer):,}): its ids mean other tokens"
+        )
+
+
+def teacher_fingerprint(directory: Path) -> str:
+    """sha256 (hex) over a model directory's config and weights."""
+    files = [directory / "config.json", *sorted(directory.glob("*.safetensors"))]
+    parts = [f"{path.name} {file_sha256(path)}" for path in files if path.is_file()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def lessons_of(recipe: Recipe, corpus: Corpus, rows: dict[str, Rows], length: int, teacher: str) -> Lessons:
+    """What a cache for this recipe must hold. `teacher` is the fingerprint of one."""
+    settings, tokens = settings_of(recipe), len(corpus.tokenizer)
+    return Lessons(
+        teacher=teacher,
+        tokenizer=corpus.tokenizer.fingerprint,
+        data=data_fingerprint(corpus.train),
+        reads=recipe.reads,
+        separate=recipe.data.separate_documents,
+        length=length,
+        rows=sum(source.rows_in_epoch for source in rows.values()),
+        tokens=tokens,
+        k=min(settings.top_k, tokens),
+        temperature=settings.temperature,
+    )
+
+
+def _loss(settings: DistillationSettings) -> DistillationLoss:
+    return DistillationLoss(settings.alpha, settings.temperature, settings.divergence)
+
+
+def _from_teacher(m: Material) -> tuple[Batches, Objective]:
+    recipe, settings = m.recipe, settings_of(m.recipe)
+    assert settings.teacher is not None
+    decoder = load_teacher(settings.teacher, m.corpus.tokenizer, m.length, m.device)
+    if compile_pays(recipe.train.compile, m.device):
+        compile_blocks(decoder)
+    batches = make_batches(recipe.reads, recipe.data, m.corpus, m.length, m.rows_per_step, recipe.seed)
+    teacher = OnlineTeacher(decoder, len(m.corpus.tokenizer))
+    objective = Distill(_loss(settings), teacher)
+    return batches, DistillWithStates(
+        objective, teacher, settings.hidden_weight
+    ) if settings.hidden_weight else objective
+
+
+def _from_cache(m: Material, folder: Path) -> tuple[Batches, Objective]:
+    recipe, settings = m.recipe, settings_of(m.recipe)
+    found = read_lessons(folder)
+    rows = stored_rows(recipe.reads, recipe.data, m.corpus, m.length)
+    teacher = teacher_fingerprint(find_model_directory(settings.teacher)) if settings.teacher else found.teacher
+    wanted = lessons_of(recipe, m.corpus, rows, m.length, teacher)
+    difference = found.difference(wanted)
+    if difference is not None:
+        raise UserError(
+            f"{folder}: of something else than this run learns ({difference}): make one with `slm distill-cache`"
+        )
+    taught_rows = taught(rows, folder, found)
+    batches = stream_of(taught_rows, recipe.data, m.length, m.rows_per_step, recipe.seed)
+    return batches, Distill(_loss(settings), StoredTeacher(found.tokens))

@@ -1,0 +1,46 @@
+"""What a run has built, and what an objective makes of it for the loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from slmkit.api.reporter import Reporter
+from slmkit.data.corpus import Corpus
+from slmkit.data.stream import Batches
+from slmkit.device import Device
+from slmkit.model import Decoder, SLMConfig
+from slmkit.training.distributed import Group
+from slmkit.training.loop import Hook
+from slmkit.training.objectives import Objective
+from slmkit.training.recipe import Recipe
+from slmkit.training.run import RunDirectory
+
+
+@dataclass(frozen=True)
+class Material:
+    """A run with all that its recipe names built."""
+
+    run: RunDirectory
+    recipe: Recipe
+    corpus: Corpus
+    model: Decoder
+    config: SLMConfig
+    device: Device
+    group: Group
+    length: int  # tokens of a row
+    reporter: Reporter
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.recipe.train.rows_per_step(self.length)
+
+
+@dataclass(frozen=True)
+class Work:
+    """The hooks are for all ranks, and due at every evaluation."""
+
+    batches: Batches
+    objective: Objective
+    validate: Hook
+    sample: Hook
+    validation_tokens: int

@@ -1,0 +1,105 @@
+"""Distillation: a student learns a teacher's whole distribution besides the label.
+
+    loss = alpha * CE(student, label) + (1 - alpha) * T² * D(p, q)
+    p = softmax(teacher's logits / T),  q = softmax(student's logits / T)
+
+Hinton et al. 2015, arXiv:1503.02531: T > 1 shows what the teacher thinks of the tokens that it finds unlikely, and T²
+keeps the gradient as large as at T = 1. `alpha` is the share of the labels. D is the forward KL(p || q), which covers
+all that the teacher would say; the reverse KL(q || p), which keeps to what it would say most (MiniLLM,
+arXiv:2306.08543); or the Jensen-Shannon divergence, half of either to their mean (GKD, arXiv:2306.13649).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from slmkit.config import UserError, did_you_mean
+from slmkit.training.losses import IGNORED
+
+Divergence = Callable[[Tensor, Tensor], Tensor]  # log p and log q [positions, outcomes] → nats [positions]
+
+
+def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) of each position: [positions, outcomes] twice → nats [positions]."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def jensen_shannon(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Half of KL(p || m) + KL(q || m) with m = (p + q) / 2: at most log 2."""
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    return (kl(log_p, log_m) + kl(log_q, log_m)) / 2
+
+
+DIVERGENCES: dict[str, Divergence] = {
+    "forward_kl": kl,
+    "reverse_kl": lambda log_p, log_q: kl(log_q, log_p),
+    "js": jensen_shannon,
+}
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a teacher says at some positions, at a temperature.
+
+    The outcomes are all `tokens`; or, with `ids`, the teacher's k likeliest and whichever other as one more outcome
+    (which there is none of where k is all tokens).
+    """
+
+    log_p: Tensor  # float32 [positions, outcomes]
+    tokens: int  # that teacher and student both know: the first of either's vocabulary
+    ids: Tensor | None = None  # int64 [positions, k]
+
+    def asked_of(self, logits: Tensor, temperature: float) -> Tensor:
+        """log q of the same outcomes: a student's float32 logits [positions, vocab_size] → [positions, outcomes]."""
+        log_q = F.log_softmax(logits[:, : self.tokens] / temperature, dim=-1)
+        if self.ids is None:
+            return log_q
+        known = log_q.gather(-1, self.ids)  # [positions, k]
+        if self.ids.size(-1) == self.tokens:
+            return known
+        others = log_q.scatter(-1, self.ids, -math.inf).logsumexp(-1, keepdim=True)  # [positions, 1]
+        return torch.cat([known, others], dim=-1)
+
+
+class DistillationLoss(nn.Module):
+    """The loss above. A subclass may have another `forward`, and is given to `SLMTrainer(distillation_loss=…)`."""
+
+    def __init__(self, alpha: float = 0.5, temperature: float = 3.0, divergence: str = "forward_kl") -> None:
+        """`alpha` (0 to 1) is the share of the labels' cross-entropy. Raises `UserError` for what makes no sense."""
+        super().__init__()
+        if not 0 <= alpha <= 1:
+            raise UserError(f"expected an alpha from 0 to 1, found {alpha}: it is the share of the labels")
+        if temperature <= 0:
+            raise UserError(f"expected a temperature above 0, found {temperature}")
+        if divergence not in DIVERGENCES:
+            raise UserError(f"unknown divergence {divergence!r}; {did_you_mean(divergence, DIVERGENCES)}")
+        self.alpha, self.temperature, self.divergence = alpha, temperature, divergence
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
+        """Logits [..., vocab_size] each, labels [...] of the same positions → the sum over labels that are learned.
+
+        `labels[t]` is what follows position t, or -100: not learned. A sum, in nats, since the loop divides once by the
+        labels of the whole step. Of two vocabularies of unlike size the divergence is over the first tokens of both.
+        """
+        learned = labels != IGNORED
+        student, teacher = student_logits[learned].float(), teacher_logits[learned].float()  # [positions, vocab_size]
+        lesson = self.lesson(teacher, min(student.size(-1), teacher.size(-1)))
+        return self.mixed(*self.parts(student, lesson, labels[learned]))
+
+    def lesson(self, teacher_logits: Tensor, tokens: int) -> Lesson:
+        """float32 logits [positions, vocab_size], of which the first `tokens` count."""
+        return Lesson(F.log_softmax(teacher_logits[:, :tokens] / self.temperature, dim=-1), tokens)
+
+    def parts(self, student_logits: Tensor, lesson: Lesson, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums of cross-entropy and divergence, in nats: float32 logits [positions, vocab_size], labels [positions]."""
+        divergence = DIVERGENCES[self.divergence](lesson.log_p, lesson.asked_of(student_logits, self.temperature))
+        return F.cross_entropy(student_logits, labels, reduction="sum"), divergence.sum()
+
+    def mixed(self, cross_entropy: Tensor, divergence: Tensor) -> Tensor:
+        return self.alpha * cross_entropy + (1 - self.alpha) * self.temperature**2 * divergence
