@@ -49,8 +49,8 @@ from slmkit.training.run_log import environment
 from slmkit.training.teachers import OnlineTeacher, StoredTeacher, frozen, in_compute_type
 
 LENGTH, VOCABULARY, TOKENS_PER_STEP, VALIDATION_ROWS = 128, 2_048, 2_048, 64
-STUDENT = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
-TEACHER = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 3}
+STUDENT = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 2}
+TEACHER = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 2}
 RATES = (0.02, 0.04)  # Muon's; AdamW's for the rest is the one below
 REST_RATE = 4e-3
 MIXTURES = ((0.5, 3.0), (0.5, 1.0), (0.1, 1.0), (0.1, 2.0))  # alpha and temperature
