@@ -112,11 +112,17 @@ def _build(
     """Tokenizer, data and model, and a run described: from here on it can be opened."""
     base = find_model_directory(recipe.model.path) if recipe.model.path else None
     tokenizer = tokenizer_of_base(recipe, base) if base else None
-    corpus = build_corpus(recipe.reads, recipe.data, recipe.tokenizer, recipe.seed, run.data, tokenizer, reporter)
+    shape = SLMConfig.from_pretrained(base) if base else recipe.model.build_config()
+    length = recipe.train.sequence_length or shape.max_position_embeddings
+    corpus = build_corpus(
+        recipe.reads, recipe.data, recipe.tokenizer, recipe.seed, run.data, tokenizer, reporter, length
+    )
     model, config = _model_for(recipe, corpus.tokenizer, base)
     session = _Session(run, _resolve(recipe, run, config, base), corpus, model, config, device, group, reporter)
     run.describe(session.recipe, device, corpus.describe())
     reporter.say(session.summary())
+    for line in session.work.report():
+        reporter.say(line)
     session.look(reporter, force)
     return session
 
@@ -245,6 +251,9 @@ class _Session:
                 resume=resume,
                 warn=reporter.warn,
             )
+        if self.corpus.training_tokens is None:  # streams know now what of them was left out
+            for line in self.work.report():
+                reporter.say(line)
         if compared := plan_file.complete(state.best.get("validation_loss")):
             reporter.say(compared)
 
