@@ -11,7 +11,8 @@ from slmkit.api.material import Material, Work
 from slmkit.config import UserError
 from slmkit.data.corpus import Corpus
 from slmkit.data.feed import make_batches, stored_rows, stream_of
-from slmkit.data.stream import Batches, ChatRows, DocumentRows, Rows
+from slmkit.data.stream import ChatRows, DocumentRows, Rows, Stream
+from slmkit.data.streaming import StreamedBatches
 from slmkit.data.teacher_cache import Lessons, data_fingerprint, read_lessons, taught
 from slmkit.device import Device
 from slmkit.model import Decoder
@@ -41,6 +42,7 @@ def distill_work(m: Material) -> Work:
         validate=Validate(rows, m.device, batches.separate, m.group),
         sample=Sample(m.run.samples, m.recipe, m.corpus.tokenizer, talks, m.group),
         validation_tokens=rows.rows_in_epoch * m.length,
+        report=batches.report,
     )
 
 
@@ -107,7 +109,7 @@ def _loss(settings: DistillationSettings) -> DistillationLoss:
     return DistillationLoss(settings.alpha, settings.temperature, settings.divergence)
 
 
-def _from_teacher(m: Material) -> tuple[Batches, Objective]:
+def _from_teacher(m: Material) -> tuple[Stream | StreamedBatches, Objective]:
     recipe, settings = m.recipe, settings_of(m.recipe)
     assert settings.teacher is not None
     decoder = load_teacher(settings.teacher, m.corpus.tokenizer, m.length, m.device)
@@ -121,7 +123,7 @@ def _from_teacher(m: Material) -> tuple[Batches, Objective]:
     ) if settings.hidden_weight else objective
 
 
-def _from_cache(m: Material, folder: Path) -> tuple[Batches, Objective]:
+def _from_cache(m: Material, folder: Path) -> tuple[Stream | StreamedBatches, Objective]:
     recipe, settings = m.recipe, settings_of(m.recipe)
     found = read_lessons(folder)
     rows = stored_rows(recipe.reads, recipe.data, m.corpus, m.length)

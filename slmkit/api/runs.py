@@ -23,6 +23,7 @@ from slmkit.device import Device, find_device
 from slmkit.evaluation import validation_loss
 from slmkit.evaluation.loss import LossReport
 from slmkit.model import Decoder, SLMConfig
+from slmkit.model.adapter_directory import config_directory
 from slmkit.model.config import TRAINING_FIELDS
 from slmkit.model.sizes import parameter_count
 from slmkit.training.checkpoints import complete_checkpoints
@@ -119,12 +120,18 @@ def _build(
     """Tokenizer, data and model, and a run described: from here on it can be opened."""
     base = find_model_directory(recipe.model.path) if recipe.model.path else None
     tokenizer = tokenizer_of_base(recipe, base) if base else None
-    corpus = build_corpus(recipe.reads, recipe.data, recipe.tokenizer, recipe.seed, run.data, tokenizer, reporter)
+    shape = SLMConfig.from_pretrained(config_directory(base)) if base else recipe.model.build_config()
+    length = recipe.train.sequence_length or shape.max_position_embeddings
+    corpus = build_corpus(
+        recipe.reads, recipe.data, recipe.tokenizer, recipe.seed, run.data, tokenizer, reporter, length
+    )
     model, config, files = model_for(recipe, corpus.tokenizer, base)
     resolved_recipe = _resolve(recipe, run, config, base)
     session = _Session(run, resolved_recipe, corpus, model, config, files, device, group, reporter)
     run.describe(session.recipe, device, corpus.describe())
     reporter.say(session.summary())
+    for line in session.work.report():
+        reporter.say(line)
     session.look(reporter, force)
     return session
 
@@ -258,6 +265,9 @@ class _Session:
                 resume=resume,
                 warn=reporter.warn,
             )
+        if self.corpus.training_tokens is None:  # streams know now what of them was left out
+            for line in self.work.report():
+                reporter.say(line)
         if compared := plan_file.complete(state.best.get("validation_loss")):
             reporter.say(compared)
 
