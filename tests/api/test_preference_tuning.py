@@ -208,3 +208,13 @@ def test_a_recipe_says_how_many_answers_make_a_step(start: Path, tmp_path: Path)
     assert made.train.tokens_per_step == 16 * 64
     again = Recipe.model_validate(json.loads(made.model_dump_json()))
     assert again == made
+
+
+@pytest.mark.parametrize("objective", ["dpo", "grpo"])
+def test_an_adapter_learns_from_both(start: Path, tmp_path: Path, objective: str) -> None:
+    lora = {"r": 4, "lora_alpha": 8}
+    run = train_recipe(recipe(start, tmp_path / objective, objective, lora=lora), Silent(), force=True)
+    assert (run.latest / "adapter_model.safetensors").is_file()
+    lines = run.metrics.read()
+    assert len(lines) == 6
+    assert lines[-1]["grad_norm"] > 0
