@@ -27,8 +27,11 @@ def chunked_loss(hidden: Tensor, head: Tensor, cap: float | None, loss: LossOfCh
 
 
 def in_chunks(positions: int, vocab_size: int, device: torch.device) -> list[slice]:
-    """All positions, as many at once as should have logits; an empty one where there is none."""
-    chunk = positions_per_chunk(vocab_size, device)
+    """All positions, as many at once as should have logits; an empty slice where there is none.
+
+    Half of what a plain loss takes: the gradients of this one come with a dozen tensors as large as the logits.
+    """
+    chunk = positions_per_chunk(vocab_size, device) // 2
     return [slice(start, start + chunk) for start in range(0, max(1, positions), chunk)]
 
 
