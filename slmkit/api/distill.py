@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from slmkit.adapt.load import load_model
 from slmkit.api.hooks import Sample, Validate
 from slmkit.api.material import Material, Work
 from slmkit.config import UserError
@@ -14,7 +15,7 @@ from slmkit.data.stream import ChatRows, DocumentRows, Rows, Stream
 from slmkit.data.streaming import StreamedBatches
 from slmkit.data.teacher_cache import Lessons, data_fingerprint, read_lessons, taught
 from slmkit.device import Device
-from slmkit.model import Decoder, load_decoder
+from slmkit.model import Decoder
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.checkpoints import file_sha256
 from slmkit.training.compilation import compile_blocks, compile_pays
@@ -65,7 +66,7 @@ def load_teacher(path: str, tokenizer: SLMTokenizer, length: int, device: Device
     """The frozen model of a model or run directory. Raises `UserError` for one that does not fit tokenizer or rows."""
     directory = find_model_directory(path)
     check_same_tokenizer(directory, tokenizer)
-    decoder, _ = load_decoder(directory)
+    decoder, _ = load_model(directory)
     check_fit(decoder, len(tokenizer), length, f"teacher {path}")
     return frozen(in_compute_type(decoder, device), device)
 
