@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,12 @@ from typing import Any
 import pytest
 
 from slmkit.api import train_recipe
+from slmkit.cli.data import _print_documents
 from slmkit.config import UserError
 from slmkit.data.conversations import IN_ROWS, UNLEARNED, ConversationEncoder
+from slmkit.data.corpus import Corpus
 from slmkit.data.data_settings import DataSettings
+from slmkit.data.feed import make_batches
 from slmkit.data.prepare import prepare_chat
 from slmkit.data.reading import encoded_of
 from slmkit.data.source_settings import SourceSettings
@@ -24,6 +28,7 @@ from tests.cli.helpers import TINY, slm
 from tests.data.test_row_formats import CHATS, files
 
 TEMPLATES = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "gemma": "<end_of_turn>"}
+NONE = SourceSettings(path="nowhere")  # nothing is held out, then
 GOOD = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
 
 
@@ -249,6 +254,37 @@ def test_the_command_prepares_counts_and_shows_what_is_learned(tokenizer: SLMTok
     assert "truncated        1 documents" in shown.stdout
     assert "packed           2 rows of 64 tokens" in shown.stdout
     assert "1 of 3 conversations have nothing to learn within 64 tokens" in shown.stdout
+
+
+def test_a_stream_counts_anew_where_reading_begins_anew(tokenizer: SLMTokenizer, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [GOOD, [turn("user"), turn("user")], LONG, UNWEIGHED])
+    data = DataSettings(source=str(path), streaming=True, on_bad_row="skip", when_exhausted="stop", validation=NONE)
+    batches = make_batches("conversations", data, Corpus(tokenizer, [], None), 64, 1, seed=0)  # type: ignore[arg-type]
+    expected = {"1 skipped (roles out of order)", "1 cut at 64 tokens", f"1 {UNLEARNED}"}
+    for _ in range(2):
+        batches.batch(0)
+        batches.has(2)
+        assert {line.split(": ", 1)[1].split(", such as")[0] for line in batches.report()} == expected
+        batches.seek(0, {})
+        assert batches.report() == []
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_inspection_colours_what_is_learned_and_nothing_else(
+    tokenizer: SLMTokenizer, tmp_path: Path, template: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    ours = tokenizer.extended(chat_template=template)
+    talk = [turn("system", "Be."), turn("user", "a?"), turn("assistant", "no.", weight=0)]
+    talk += [turn("user", "b?"), turn("assistant", "yes.")]
+    shards = prepare_chat([talk, GOOD], ours, tmp_path / "shards")
+    for name, value in (("FORCE_COLOR", "1"), ("TERM", "xterm-256color")):
+        monkeypatch.setenv(name, value)
+    _print_documents(shards, ours, 2)
+    shown = capsys.readouterr().out
+    coloured = re.findall("\x1b\\[4;32m(.*?)\x1b\\[0m", shown, re.DOTALL)
+    end = TEMPLATES[template]
+    assert coloured == [f"yes.{end}", f"Hello.{end}"]
+    assert re.sub("\x1b\\[[0-9;]*m", "", shown).count(end) == (7 if template != "gemma" else 6)
 
 
 def test_data_settings_pass_their_choice_on() -> None:

@@ -57,6 +57,8 @@ def test_packed_conversations_have_the_loss_of_transformers(family: str, separat
     with torch.no_grad():
         ours = next_token(decoder, batch).total.item() / next_token.weight(batch)
         theirs = (_each_alone if separate else _whole_rows)(model, batch)
+    learned = batch.labels[:, :-1] != IGNORED
+    assert torch.equal(batch.labels[:, :-1][learned], batch.ids[:, 1:][learned])
     assert batch.weight > 20
     assert (batch.labels != IGNORED).float().mean() < 0.6
     assert ours == pytest.approx(theirs, abs=1e-4)
