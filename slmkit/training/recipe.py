@@ -221,6 +221,10 @@ class Recipe(Settings):
         """Whether rows end with the longest that is in a micro-batch, so that nobody knows how much is computed."""
         return self.reads in ("pairs", "questions")
 
+    def full(self, rows: int) -> int | None:
+        """Of so many rows those that are filled to their ends; None where nobody knows."""
+        return None if self.is_padded else rows
+
     def tokens_of_row(self, sequence_length: int) -> int:
         """A pair is a row of two sequences."""
         return 2 * sequence_length if self.reads == "pairs" else sequence_length

@@ -135,8 +135,7 @@ def fit(
     recorder = FlightRecorder(run.records, recipe.seed, warn, group)
     saver = Saver(run, files, companions, settings.save_total_limit, warn, recorder.needed_checkpoints, group)
     length = settings.sequence_length or config.max_position_embeddings
-    rows = None if recipe.is_padded else stream.rows_per_step
-    gauges = Gauges(model, plan.device, rows, length, state.tokens, run.metrics.seconds())
+    gauges = Gauges(model, plan.device, recipe.full(stream.rows_per_step), length, state.tokens, run.metrics.seconds())
     with (
         mark_running(run.root) if group.is_main else contextlib.nullcontext(),
         open_trackers(
