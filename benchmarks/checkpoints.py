@@ -23,6 +23,7 @@ from slmkit.device import find_device, keep_freed_memory
 from slmkit.model import SLMConfig, build_decoder
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.loop import Plan, State, train_step
+from slmkit.training.model_files import WholeModel
 from slmkit.training.objectives import next_token
 from slmkit.training.optimizers import OPTIMIZERS
 from slmkit.training.recipe import TrainSettings
@@ -55,7 +56,7 @@ def main() -> None:
     batch = Batch(ids, labels, labels.numel())
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "checkpoints").mkdir()
-        saver = Saver(RunDirectory(folder), config, SLMTokenizer(260).save_pretrained, 2, warn=print)
+        saver = Saver(RunDirectory(folder), WholeModel(config), SLMTokenizer(260).save_pretrained, 2, warn=print)
 
         def round_of_steps(is_saving: bool) -> tuple[float, float]:
             """Seconds of a save and the steps until the next, and those of the save alone."""

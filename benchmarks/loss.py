@@ -35,7 +35,8 @@ def loss_of(way: str, hidden: torch.Tensor, head: torch.Tensor, labels: torch.Te
         return linear_cross_entropy(hidden, head, labels)
     if way == "cross_entropy":
         return F.cross_entropy(hidden @ head.T, labels, reduction="sum")
-    return F.linear_cross_entropy(hidden, head, labels, reduction="sum")
+    # Without options it is the plain form.
+    return F.linear_cross_entropy(hidden, head, labels, reduction="sum", options=torch.nn.LinearCrossEntropyOptions())
 
 
 def measure(way: str, positions: int, vocabulary: int, width: int, rounds: int) -> dict[str, float]:

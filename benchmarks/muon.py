@@ -141,10 +141,10 @@ def draw(found: dict[str, dict], path: Path) -> None:
 
     figure = Figure(figsize=(9, 3.4 * len(found)), layout="constrained")
     for axes, (text, result) in zip(figure.subplots(len(found), 2, squeeze=False), found.items()):
-        for column, what in enumerate(("trained tokens", "seconds")):
+        for column, (what, unit) in enumerate((("thousand trained tokens", 1000), ("seconds", 1))):
             for name, color in (("adamw", "tab:orange"), ("muon", "tab:blue")):
                 for number, curve in enumerate(result["curves"][name]):
-                    x, y = [point[column] for point in curve], [point[2] for point in curve]
+                    x, y = [point[column] / unit for point in curve], [point[2] for point in curve]
                     axes[column].plot(x, y, color=color, linewidth=1, label=None if number else name)
             axes[column].set(xlabel=what, ylabel="validation loss (nats per token)", title=text)
             axes[column].spines[["top", "right"]].set_visible(False)

@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from slmkit.adapt.load import load_model
 from slmkit.config import UserError
 from slmkit.generation import Ensemble, SamplingSettings, generate_ids
-from slmkit.model import Decoder, SLMConfig, build_decoder, load_decoder, save_decoder
+from slmkit.model import Decoder, SLMConfig, build_decoder, save_decoder
 from slmkit.training.find import find_model_directory
 
 
@@ -83,8 +84,11 @@ class SLMForCausalLM(GeneratingModel):
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, device: str = "cpu") -> SLMForCausalLM:
-        """Read a model directory, or a run's best checkpoint, in evaluation mode. Raises `UserError`."""
-        decoder, config = load_decoder(find_model_directory(directory), device)
+        """Read a model directory, an adapter folded into its base, or a run's best checkpoint, in evaluation mode.
+
+        Raises `UserError`.
+        """
+        decoder, config = load_model(find_model_directory(directory), device)
         return cls(config, decoder).eval()
 
     def save_pretrained(self, directory: str | Path) -> None:

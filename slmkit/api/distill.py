@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from slmkit.adapt.load import load_model
 from slmkit.api.hooks import Sample, Validate
 from slmkit.api.material import Material, Work
 from slmkit.config import UserError
 from slmkit.data.corpus import Corpus
 from slmkit.data.feed import make_batches, stored_rows, stream_of
-from slmkit.data.stream import Batches, ChatRows, DocumentRows, Rows
+from slmkit.data.stream import ChatRows, DocumentRows, Rows, Stream
+from slmkit.data.streaming import StreamedBatches
 from slmkit.data.teacher_cache import Lessons, data_fingerprint, read_lessons, taught
 from slmkit.device import Device
-from slmkit.model import Decoder, load_decoder
+from slmkit.model import Decoder
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.checkpoints import file_sha256
 from slmkit.training.compilation import compile_blocks, compile_pays
@@ -40,6 +42,7 @@ def distill_work(m: Material) -> Work:
         validate=Validate(rows, m.device, batches.separate, m.group),
         sample=Sample(m.run.samples, m.recipe, m.corpus.tokenizer, talks, m.group),
         validation_tokens=rows.rows_in_epoch * m.length,
+        report=batches.report,
     )
 
 
@@ -63,7 +66,7 @@ def load_teacher(path: str, tokenizer: SLMTokenizer, length: int, device: Device
     """The frozen model of a model or run directory. Raises `UserError` for one that does not fit tokenizer or rows."""
     directory = find_model_directory(path)
     check_same_tokenizer(directory, tokenizer)
-    decoder, _ = load_decoder(directory)
+    decoder, _ = load_model(directory)
     check_fit(decoder, len(tokenizer), length, f"teacher {path}")
     return frozen(in_compute_type(decoder, device), device)
 
@@ -106,7 +109,7 @@ def _loss(settings: DistillationSettings) -> DistillationLoss:
     return DistillationLoss(settings.alpha, settings.temperature, settings.divergence)
 
 
-def _from_teacher(m: Material) -> tuple[Batches, Objective]:
+def _from_teacher(m: Material) -> tuple[Stream | StreamedBatches, Objective]:
     recipe, settings = m.recipe, settings_of(m.recipe)
     assert settings.teacher is not None
     decoder = load_teacher(settings.teacher, m.corpus.tokenizer, m.length, m.device)
@@ -120,7 +123,7 @@ def _from_teacher(m: Material) -> tuple[Batches, Objective]:
     ) if settings.hidden_weight else objective
 
 
-def _from_cache(m: Material, folder: Path) -> tuple[Batches, Objective]:
+def _from_cache(m: Material, folder: Path) -> tuple[Stream | StreamedBatches, Objective]:
     recipe, settings = m.recipe, settings_of(m.recipe)
     found = read_lessons(folder)
     rows = stored_rows(recipe.reads, recipe.data, m.corpus, m.length)

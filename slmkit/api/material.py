@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from slmkit.api.reporter import Reporter
@@ -37,10 +38,14 @@ class Material:
 
 @dataclass(frozen=True)
 class Work:
-    """The hooks are for all ranks, and due at every evaluation."""
+    """The hooks are for all ranks, and due at every evaluation.
+
+    `report`: a line for whatever of the data is left out or cut, as far as it is known when it is asked for.
+    """
 
     batches: Batches
     objective: Objective
     validate: Hook
     sample: Hook
     validation_tokens: int
+    report: Callable[[], list[str]] = list

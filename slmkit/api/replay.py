@@ -65,7 +65,7 @@ def replay_run(directory: str | Path, step: int, reporter: Reporter) -> RunRepla
     if base is None:
         reporter.say(f"no checkpoint from before step {step} is left: going through all steps from the first")
     else:
-        checkpoints.load_checkpoint(base, state)
+        checkpoints.load_checkpoint(base, state, session.files)
         reporter.say(f"from {base.name}: {step - 1 - state.step:,} steps on the way")
     if recorded is not None:  # a rollback after that checkpoint lowered the learning rate
         state.guard.rollbacks = recorded.get("rollbacks", 0)

@@ -8,10 +8,12 @@ from pathlib import Path
 
 from rich.console import Console
 
+from slmkit.adapt.load import load_model
 from slmkit.api.distill import with_the_teachers_tokenizer
 from slmkit.api.material import Material
+from slmkit.api.models import model_for
 from slmkit.api.reporter import SILENCE, Reporter
-from slmkit.api.vocabulary import fit_to_tokenizer, tokenizer_of_base
+from slmkit.api.vocabulary import tokenizer_of_base
 from slmkit.api.work import work_of
 from slmkit.api.xray import look
 from slmkit.config import UserError
@@ -20,14 +22,18 @@ from slmkit.data.stream import DocumentRows
 from slmkit.device import Device, find_device
 from slmkit.evaluation import validation_loss
 from slmkit.evaluation.loss import LossReport
-from slmkit.model import Decoder, SLMConfig, build_decoder, load_decoder
+from slmkit.model import Decoder, SLMConfig
+from slmkit.model.adapter_directory import config_directory
 from slmkit.model.config import TRAINING_FIELDS
-from slmkit.tokenizer import SLMTokenizer
+from slmkit.model.sizes import parameter_count
 from slmkit.training.checkpoints import complete_checkpoints
 from slmkit.training.distributed import ALONE, Group, join
 from slmkit.training.find import find_model_directory
 from slmkit.training.loop import Every, Plan
+from slmkit.training.memory import blueprint_of
 from slmkit.training.micro_batch import resolve_micro_batch
+from slmkit.training.model_files import ModelFiles
+from slmkit.training.optimizers import trained
 from slmkit.training.plan_file import PlanFile
 from slmkit.training.progress import TrainingProgress
 from slmkit.training.recipe import ModelSettings, Recipe, load_recipe
@@ -51,6 +57,8 @@ def train_recipe(recipe: Recipe, reporter: Reporter, dry_run: bool = False, forc
     finds, unless `force`.
     """
     check_trackers(recipe.train.report_to)
+    if recipe.lora is not None and recipe.model.path is None:
+        raise UserError("lora: an adapter is for a finished model: name that in model.path, or drop lora")
     recipe = with_the_teachers_tokenizer(recipe)
     device = find_device(recipe.train.device, recipe.train.precision)
     with join(device, recipe.train.ddp_timeout) as group:
@@ -112,11 +120,18 @@ def _build(
     """Tokenizer, data and model, and a run described: from here on it can be opened."""
     base = find_model_directory(recipe.model.path) if recipe.model.path else None
     tokenizer = tokenizer_of_base(recipe, base) if base else None
-    corpus = build_corpus(recipe.reads, recipe.data, recipe.tokenizer, recipe.seed, run.data, tokenizer, reporter)
-    model, config = _model_for(recipe, corpus.tokenizer, base)
-    session = _Session(run, _resolve(recipe, run, config, base), corpus, model, config, device, group, reporter)
+    shape = SLMConfig.from_pretrained(config_directory(base)) if base else recipe.model.build_config()
+    length = recipe.train.sequence_length or shape.max_position_embeddings
+    corpus = build_corpus(
+        recipe.reads, recipe.data, recipe.tokenizer, recipe.seed, run.data, tokenizer, reporter, length
+    )
+    model, config, files = model_for(recipe, corpus.tokenizer, base)
+    resolved_recipe = _resolve(recipe, run, config, base)
+    session = _Session(run, resolved_recipe, corpus, model, config, files, device, group, reporter)
     run.describe(session.recipe, device, corpus.describe())
     reporter.say(session.summary())
+    for line in session.work.report():
+        reporter.say(line)
     session.look(reporter, force)
     return session
 
@@ -125,8 +140,8 @@ def open_run(run: RunDirectory, device: Device, group: Group = ALONE, reporter: 
     """A run whose data is prepared."""
     recipe, corpus = load_recipe(run.recipe), open_corpus(run.data)
     base = find_model_directory(recipe.model.path) if recipe.model.path else None
-    model, config = _model_for(recipe, corpus.tokenizer, base)
-    return _Session(run, recipe, corpus, model, config, device, group, reporter)
+    model, config, files = model_for(recipe, corpus.tokenizer, base)
+    return _Session(run, recipe, corpus, model, config, files, device, group, reporter)
 
 
 @dataclass(frozen=True)
@@ -141,7 +156,7 @@ class RunFigures:
 def evaluate_run(directory: str | Path) -> RunFigures:
     """Validation loss of a pretraining run's best checkpoint, in float32, every document in full context."""
     run = RunDirectory(directory)
-    decoder, config = load_decoder(find_model_directory(directory))
+    decoder, config = load_model(find_model_directory(directory))
     shards = open_corpus(run.data).validation
     length = load_recipe(run.recipe).train.sequence_length or config.max_position_embeddings
     separate = load_recipe(run.recipe).data.separate_documents
@@ -160,12 +175,13 @@ class _Session:
         corpus: Corpus,
         model: Decoder,
         config: SLMConfig,
+        files: ModelFiles,
         device: Device,
         group: Group,
         reporter: Reporter,
     ) -> None:
         self.run, self.recipe, self.corpus, self.model, self.config = run, recipe, corpus, model, config
-        self.device, self.group = device, group
+        self.files, self.device, self.group = files, device, group
         self.length = recipe.train.sequence_length or config.max_position_embeddings
         if self.length > config.max_position_embeddings:
             raise UserError(
@@ -193,13 +209,16 @@ class _Session:
         )
 
     def summary(self) -> str:
-        parameters = sum(p.numel() for p in self.model.parameters())
+        learned, whole = sum(p.numel() for p in trained(self.model).values()), parameter_count(self.model.architecture)
+        parameters = f"{learned:,} parameters"
+        if self.recipe.lora is not None:
+            parameters += f" ({learned / (whole + learned):.2%}) beside {whole:,} that are frozen"
         tokens = f"{self.corpus.training_tokens:,}" if self.corpus.training_tokens else "streamed"
         rows = self.stream.total_rows
         is_all = rows is not None and (self.plan.steps + 1) * self.stream.rows_per_step > rows
         ends = f" (then the data ends: {self.recipe.data.when_exhausted})" if is_all else ""
         return (
-            f"{parameters:,} parameters, {tokens} training tokens, "
+            f"{parameters}, {tokens} training tokens, "
             f"{self.plan.steps:,} steps of {self.stream.rows_per_step} × {self.length} tokens{ends}, "
             f"{self.device.describe()['device']} in {self.device.describe()['compute_dtype']}"
             + (f", {self.group.world} processes" if self.group.world > 1 else "")
@@ -234,6 +253,7 @@ class _Session:
                 self.plan,
                 companions=self.corpus.tokenizer.save_pretrained,
                 objective=self.work.objective,
+                files=self.files,
                 hooks=(
                     Every(interval, self.work.validate, on_all_ranks=True),
                     Every(interval, self.work.sample, on_all_ranks=True),
@@ -245,6 +265,9 @@ class _Session:
                 resume=resume,
                 warn=reporter.warn,
             )
+        if self.corpus.training_tokens is None:  # streams know now what of them was left out
+            for line in self.work.report():
+                reporter.say(line)
         if compared := plan_file.complete(state.best.get("validation_loss")):
             reporter.say(compared)
 
@@ -259,27 +282,15 @@ class _Session:
             unique_tokens=self.corpus.training_tokens,
             validation_tokens=self.work.validation_tokens,
             from_scratch=self.recipe.objective == "pretrain" and self.recipe.model.path is None,
+            blueprint=blueprint_of(self.model),
         )
-
-
-def _model_for(recipe: Recipe, tokenizer: SLMTokenizer, base: Path | None) -> tuple[Decoder, SLMConfig]:
-    """Fresh weights for the tokenizer's vocabulary, or those of `base`, grown to it."""
-    if base is not None:
-        return fit_to_tokenizer(*load_decoder(base), tokenizer_of_base(recipe, base), tokenizer)
-    known = {
-        "vocab_size": len(tokenizer),
-        "eos_token_id": sorted(tokenizer.stop_token_ids),
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    if tokenizer.bos_token_id is not None:
-        known["bos_token_id"] = tokenizer.bos_token_id
-    config = recipe.model.build_config(**known)
-    return build_decoder(config, recipe.seed, recipe.model.initialization), config
 
 
 def _resolve(recipe: Recipe, run: RunDirectory, config: SLMConfig, base: Path | None) -> Recipe:
     """The recipe with nothing left to a preset, so that it still means the same when presets change."""
     model = recipe.model if base is not None else resolved(config, recipe.model.initialization)
+    if base is not None and recipe.lora is not None:  # a run's best model may be another one later
+        model = model.model_copy(update={"path": str(base.resolve())})
     return recipe.model_copy(update={"output_dir": str(run.root), "model": model})
 
 

@@ -29,6 +29,7 @@ def next_token_work(m: Material) -> Work:
         validate=Validate(rows, m.device, batches.separate, m.group),
         sample=Sample(m.run.samples, recipe, m.corpus.tokenizer, talks, m.group),
         validation_tokens=rows.rows_in_epoch * m.length,
+        report=batches.report,
     )
 
 

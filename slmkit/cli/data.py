@@ -34,6 +34,9 @@ def prepare(
     chat: Annotated[bool, typer.Option(help="Conversations, with their loss masks.")] = False,
     shuffle: Annotated[int | None, typer.Option(help="Put all documents in the order that this seed names.")] = None,
     clean: Annotated[list[str] | None, typer.Option(help=CLEAN)] = None,
+    length: Annotated[
+        int | None, typer.Option(help="Count the conversations that a row of so many tokens cuts.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Threads; as many as there are cores unless given.")] = None,
     shard_characters: Annotated[int, typer.Option(help="Characters of text in a shard.")] = 1 << 26,
     ray: Annotated[
@@ -46,16 +49,16 @@ def prepare(
     """
     from slmkit.cli.progress import PreparationProgress
     from slmkit.cli.show import TerminalReporter
-    from slmkit.config import UserError, load_settings
-    from slmkit.data import prepare_chat, prepare_text
+    from slmkit.config import load_settings
+    from slmkit.data import prepare_text
     from slmkit.data.cleaning import CleaningSettings
     from slmkit.data.many_sources import Reading
+    from slmkit.data.prepare import write_conversations
     from slmkit.data.source_settings import SourceSettings
     from slmkit.tokenizer import SLMTokenizer
     from slmkit.training.find import find_tokenizer_directory
 
-    if chat and (clean or ray or shuffle is not None):
-        raise UserError("--chat: conversations are not cleaned, shuffled or sent to a cluster; leave those options out")
+    _check_options(chat, of_text=bool(clean or ray or shuffle is not None), of_chat=length is not None)
     cleaning = load_settings(CleaningSettings, {}, clean or [])
     settings = [load_settings(SourceSettings, {"path": path}, source or []) for path in sources]
     directory = find_tokenizer_directory(tokenizer)
@@ -64,9 +67,8 @@ def prepare(
     reading = Reading(settings)
     with PreparationProgress("tokenizing", reading.fraction) as progress:
         if chat:
-            shards = prepare_chat(
-                reading.conversations(), loaded, output, sources=reading.descriptions, progress=progress
-            )
+            encoded = reading.conversations(loaded, length)
+            shards = write_conversations(encoded, loaded, output, sources=reading.descriptions, progress=progress)
         elif ray:
             from slmkit.data.cluster import prepare_text_on_ray
 
@@ -80,6 +82,15 @@ def prepare(
         TerminalReporter().warn(line)
     _print_cleaning(shards)
     print(f"{shards.header.documents:,} documents, {len(shards):,} tokens in {output}")
+
+
+def _check_options(chat: bool, of_text: bool, of_chat: bool) -> None:
+    from slmkit.config import UserError
+
+    if chat and of_text:
+        raise UserError("--chat: conversations are not cleaned, shuffled or sent to a cluster; leave those options out")
+    if of_chat and not chat:
+        raise UserError("--length: only conversations are cut at the end of a row; leave it out, or add --chat")
 
 
 @app.command()
@@ -109,6 +120,8 @@ def inspect(
     print(f"tokenizer        {header.tokenizer[:12]}, {header.vocab_size:,} tokens")
     if facts.truncated is not None:
         print(f"truncated        {facts.truncated:,} documents are longer than {length:,} tokens")
+    if length is not None and header.masked:
+        _print_packing(opened, length)
     if facts.trained is not None:
         print(f"learned          {facts.trained:,} tokens ({facts.trained / max(1, len(opened)):.1%})")
     if header.perfect_loss is not None:
@@ -125,6 +138,17 @@ def _print_cleaning(shards: TokenShards) -> None:
     if report is not None:
         dropped = ", ".join(f"{count:,} {reason}" for reason, count in report["dropped"].items()) or "none"
         print(f"cleaning         {report['kept']:,} of {report['documents']:,} documents kept; dropped: {dropped}")
+
+
+def _print_packing(shards: TokenShards, length: int) -> None:
+    """How conversations fill rows, and which of them teach nothing there."""
+    from slmkit.data import ChatRows
+
+    rows = ChatRows(shards, length)
+    filled = rows.tokens / (rows.rows_in_epoch * length)
+    print(f"packed           {rows.rows_in_epoch:,} rows of {length:,} tokens, {filled:.1%} of them filled")
+    for line in rows.report():
+        print(f"                 {line}")
 
 
 def _print_documents(shards: TokenShards, tokenizer: SLMTokenizer, count: int, most: int = 400) -> None:

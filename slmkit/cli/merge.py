@@ -1,4 +1,4 @@
-"""`slm merge`."""
+"""`slm merge`: several models into one, or adapters into their model."""
 
 from __future__ import annotations
 
@@ -8,23 +8,55 @@ import typer
 
 
 def merge(
-    recipe: Annotated[str, typer.Argument(help="A merge's YAML file.")],
+    what: Annotated[
+        str, typer.Argument(metavar="RECIPE_OR_MODEL", help="A merge's YAML file; with --adapter, a model or a run.")
+    ],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…")] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", help="Fold this adapter, or a run of one, into MODEL; may be given several times."),
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="With --adapter: where to write; else MODEL-merged.")
+    ] = None,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the recipe with every value, and stop.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Compare the models, and stop before the merge.")] = False,
 ) -> None:
-    """Make one model of several: linear, slerp, task_arithmetic, ties, dare_linear, dare_ties.
+    """Make one model of several (linear, slerp, task_arithmetic, ties, dare_linear, dare_ties), or fold adapters in.
 
     Example: slm merge recipes/merging/ties.yaml models.0.model=runs/a models.1.model=runs/b output_dir=runs/both
+
+    Example: slm merge runs/book --adapter runs/book-chat -o book-chat
     """
+    from slmkit.config import UserError
+
+    if adapter and (overrides or print_config or dry_run):
+        raise UserError("--adapter folds adapters into a model: KEY=VALUE, --print-config and --dry-run are a recipe's")
+    if adapter:
+        _fold(what, adapter, output)
+    elif output is not None:
+        raise UserError("--output goes with --adapter; a recipe says where in output_dir")
+    else:
+        _merge(what, overrides or [], print_config, dry_run)
+
+
+def _fold(model: str, adapters: list[str], output: str | None) -> None:
+    from slmkit.api.folding import fold_adapters
+
+    directory = fold_adapters(model, adapters, output)
+    print(f"model: {directory}")
+    print(f"next: slm generate {directory}")
+
+
+def _merge(recipe: str, overrides: list[str], print_config: bool, dry_run: bool) -> None:
     from slmkit.api.merging import load_merge_recipe, prepare_merge, write_merge
     from slmkit.cli.progress import WritingProgress
     from slmkit.cli.show import count, gibibytes
     from slmkit.config import to_yaml
 
-    loaded = load_merge_recipe(recipe, overrides or [])
+    loaded = load_merge_recipe(recipe, overrides)
     if print_config:
         print(to_yaml(loaded), end="")
         return

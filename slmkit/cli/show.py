@@ -68,15 +68,15 @@ def gibibytes(size: int) -> str:
 
 
 def load_model(path: str, device: str, others: Sequence[str] = ()) -> tuple[LanguageModel, SLMTokenizer]:
-    """The model and tokenizer of a model directory or run, on the device asked for; with `others`, their ensemble.
+    """The model and tokenizer of a model directory, adapter or run, on the device asked for.
 
-    Raises `UserError`.
+    With `others`, all of them as one ensemble. Raises `UserError`.
     """
+    from slmkit.adapt.load import load_model as load
     from slmkit.device import find_device
     from slmkit.generation import common_tokenizer, together
-    from slmkit.model import load_decoder
     from slmkit.training.find import find_model_directory
 
     directories = [find_model_directory(found) for found in (path, *others)]
     tokenizer, where = common_tokenizer(directories), find_device(device).torch_device
-    return together([load_decoder(directory, where)[0] for directory in directories]), tokenizer
+    return together([load(directory, where)[0] for directory in directories]), tokenizer

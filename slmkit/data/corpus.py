@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -10,12 +11,15 @@ from typing import Any, Protocol
 
 from slmkit.config import UserError
 from slmkit.data import stories
+from slmkit.data.conversations import ConversationEncoder
 from slmkit.data.data_settings import DataSettings, Reads, TokenizerSettings
-from slmkit.data.prepare import Progress, prepare_chat, prepare_text, split_conversations, split_validation
+from slmkit.data.prepare import Progress, prepare_text, split_conversations, split_validation, write_conversations
 from slmkit.data.reading import (
     VALIDATION_STREAM,
+    EncoderOf,
     conversations_of,
     documents_of,
+    encoded_of,
     held_out_of_streams,
     is_endless,
     is_shards,
@@ -25,7 +29,7 @@ from slmkit.data.reading import (
 )
 from slmkit.data.shards import TokenShards
 from slmkit.data.source_settings import SourceSettings
-from slmkit.data.sources import PRIMER, Document, Message, Source
+from slmkit.data.sources import PRIMER, Document, Source
 from slmkit.tokenizer import SLMTokenizer
 
 REVISION_STREAM = 500_009  # added to the seed: the primer's texts that go among the stories
@@ -72,9 +76,11 @@ def build_corpus(
     folder: Path,
     tokenizer: SLMTokenizer | None,
     reporter: Reporter,
+    length: int | None = None,
 ) -> Corpus:
     """Prepare everything in `folder`; a tokenizer is loaded or trained unless one is given (with a model to train on).
 
+    `length`: tokens of a row, so that conversations which are longer are counted, and left out where that is asked for.
     Raises `UserError` for whatever is wrong with the sources.
     """
     _check_shards(data)
@@ -88,12 +94,15 @@ def build_corpus(
         before, tokenizer = len(tokenizer), tokenizer.extended(**wanted.extensions)
         reporter.say(f"tokenizer: {len(tokenizer) - before:,} tokens added to {before:,}")
     tokenizer.save_pretrained(folder / "tokenizer")
+    encoder_of = functools.partial(ConversationEncoder, tokenizer, length=length, on_long=data.on_long_conversation)
     if data.streaming:
-        return Corpus(tokenizer, [], _prepare_validation(reads, data, seed, folder, tokenizer))
+        encoders = encoder_of if reads == "conversations" else None
+        return Corpus(tokenizer, [], _prepare_validation(data, seed, folder, tokenizer, reporter, encoders))
     if data.is_built_in and reads == "text":
         return Corpus(tokenizer, *_prepare_built_in(data, seed, folder, tokenizer, reporter))
-    prepare = _prepare_conversations if reads == "conversations" else _prepare_documents
-    return Corpus(tokenizer, *prepare(data, seed, folder, tokenizer, reporter))
+    if reads == "conversations":
+        return Corpus(tokenizer, *_prepare_conversations(data, seed, folder, tokenizer, reporter, encoder_of))
+    return Corpus(tokenizer, *_prepare_documents(data, seed, folder, tokenizer, reporter))
 
 
 def open_corpus(folder: Path) -> Corpus:
@@ -138,22 +147,28 @@ def _linked(settings: SourceSettings, place: Path, tokenizer: SLMTokenizer) -> T
 
 
 def _prepare_validation(
-    reads: Reads, data: DataSettings, seed: int, folder: Path, tokenizer: SLMTokenizer
+    data: DataSettings,
+    seed: int,
+    folder: Path,
+    tokenizer: SLMTokenizer,
+    reporter: Reporter,
+    encoder_of: EncoderOf | None = None,
 ) -> TokenShards:
-    """The validation text of streams, or of a source of its own."""
+    """The validation text of streams, or of a source of its own; conversations where `encoder_of` is given."""
     sources = [settings.model_dump(exclude_defaults=True) for settings in data.all_sources()]
     items: Any
     if data.validation is not None and is_shards(data.validation):
         return _linked(data.validation, folder / "validation", tokenizer)
     if data.validation is not None:
         source = validation_source(data, data.validation, seed)
-        items = conversations_of(source) if reads == "conversations" else documents_of(source)
+        items = documents_of(source) if encoder_of is None else encoded_of(source, encoder_of)
         sources = source.describe()
     else:
-        items = held_out_of_streams(data, seed, reads == "conversations")
-    if reads == "conversations":
-        return prepare_chat(items, tokenizer, folder / "validation", sources=sources)
-    return prepare_text(items, tokenizer, folder / "validation", sources=sources)
+        source, items = None, held_out_of_streams(data, seed, encoder_of)
+    prepare: Any = prepare_text if encoder_of is None else write_conversations
+    shards = prepare(items, tokenizer, folder / "validation", sources=sources)
+    _say_all(reporter, source.report() if source else [])
+    return shards
 
 
 def _prepare_documents(
@@ -176,7 +191,7 @@ def _prepare_documents(
         )
         _say_all(reporter, source.report())
     if data.validation is not None:
-        return train, _prepare_validation("text", data, seed, folder, tokenizer)
+        return train, _prepare_validation(data, seed, folder, tokenizer, reporter)
     held = itertools.chain.from_iterable(map(_ended, held_out))
     return train, prepare_text(held, tokenizer, folder / "validation", sources=described)
 
@@ -244,27 +259,37 @@ def _stories_and_primer(data: DataSettings, seed: int) -> Iterator[str]:
 
 
 def _prepare_conversations(
-    data: DataSettings, seed: int, folder: Path, tokenizer: SLMTokenizer, reporter: Reporter
+    data: DataSettings,
+    seed: int,
+    folder: Path,
+    tokenizer: SLMTokenizer,
+    reporter: Reporter,
+    encoder_of: EncoderOf,
 ) -> tuple[list[TokenShards], TokenShards]:
-    train, held_out, described = [], [], []
-    for place, settings, source in _places(data, seed, folder):
-        if source is None:
-            train.append(_linked(settings, place, tokenizer))
-            continue
-        conversations: Iterable[list[Message]] = conversations_of(source)
-        if is_endless(source):
-            held_out.append(conversations_of(validation_source(data, source.settings, seed)))
-        elif data.validation is None:
-            conversations, validation = split_conversations(list(conversations), data.validation_fraction)
-            held_out.append(iter(validation))
-        described += (sources := source.describe())
-        progress = reporter.counter(f"tokenizing {source.settings.label}")
-        train.append(prepare_chat(conversations, tokenizer, place, sources=sources, progress=progress))
-        _say_all(reporter, source.report())
-    if data.validation is not None:
-        return train, _prepare_validation("conversations", data, seed, folder, tokenizer)
-    held = itertools.chain.from_iterable(held_out)
-    return train, prepare_chat(held, tokenizer, folder / "validation", sources=described)
+    train, held_out, described, read = [], [], list[Any](), list[Source]()
+    try:
+        for place, settings, source in _places(data, seed, folder):
+            if source is None:
+                train.append(_linked(settings, place, tokenizer))
+                continue
+            read.append(source)
+            encoder, conversations = encoder_of(source), conversations_of(source)
+            if is_endless(source):
+                held_out.append(encoded_of(validation_source(data, source.settings, seed), encoder_of))
+            elif data.validation is None:
+                training, validation = split_conversations(list(conversations), data.validation_fraction)
+                conversations = iter(training)
+                held_out.append(encoder.encode_all(validation))
+            described += (sources := source.describe())
+            progress = reporter.counter(f"tokenizing {source.settings.label}")
+            encoded = encoder.encode_all(conversations)
+            train.append(write_conversations(encoded, tokenizer, place, sources=sources, progress=progress))
+        if data.validation is not None:
+            return train, _prepare_validation(data, seed, folder, tokenizer, reporter, encoder_of)
+        held = itertools.chain.from_iterable(held_out)
+        return train, write_conversations(held, tokenizer, folder / "validation", sources=described)
+    finally:  # what was left out may be the reason why there is nothing
+        _say_all(reporter, [line for source in read for line in source.report()])
 
 
 def _counts(all_shards: Iterable[TokenShards]) -> dict[str, Any]:

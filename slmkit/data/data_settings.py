@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from slmkit.config import Settings, UserError, load_settings
 from slmkit.data.cleaning import CleaningSettings
+from slmkit.data.conversations import OnLong
 from slmkit.data.mixture import PhaseSettings, WhenExhausted, plan_phases
 from slmkit.data.source_settings import SourceSettings
 from slmkit.data.sources import PRIMER, STORIES
@@ -52,6 +53,8 @@ class DataSettings(Settings):
     cleaning: CleaningSettings = Field(default_factory=CleaningSettings)  # of shards, before they are written
     text_column: str = "text"
     messages_column: str = "messages"
+    on_bad_row: Literal["refuse", "skip"] = "refuse"  # of `source`, as the two before it; `sources` have their own
+    on_long_conversation: OnLong = "cut"  # one that is longer than a row; whatever becomes of it, it is counted
     validation: SourceSettings | None = None  # such as a split of its own; None: held out of the sources
     validation_fraction: float = Field(0.05, gt=0, lt=1)  # of files and streams; held out of training
     separate_documents: bool = False  # attention and positions are kept inside each
@@ -106,4 +109,5 @@ class DataSettings(Settings):
                 "`primer`; several with weights go into data.sources"
             )
         path = self.source if isinstance(self.source, str) else self.source[0]
-        return [SourceSettings(path=path, text_column=self.text_column, messages_column=self.messages_column)]
+        names = ("text_column", "messages_column", "on_bad_row")
+        return [SourceSettings(path=path, **{name: getattr(self, name) for name in names})]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from slmkit.data.blocks import Blocks, document_size
+from slmkit.data.conversations import ConversationEncoder
 from slmkit.data.corpus import Corpus
 from slmkit.data.data_settings import DataSettings, Reads
 from slmkit.data.mixture import plan_phases
 from slmkit.data.order import mixed_seed
 from slmkit.data.reading import is_kept_in, open_sources, written
+from slmkit.data.shards import TokenShards
 from slmkit.data.sources import Source
-from slmkit.data.stream import Batches, ChatRows, MixtureStream, PretrainRows, Rows, Stream
+from slmkit.data.stream import ChatRows, MixtureStream, PretrainRows, Rows, Stream
 from slmkit.data.streamed_rows import ConversationRows, StreamedRows, TextRows
 from slmkit.data.streaming import StreamedBatches
 from slmkit.tokenizer import SLMTokenizer
@@ -20,28 +22,35 @@ LOOK_AHEAD = 512  # conversations among which those are looked for that fill a r
 
 def make_batches(
     reads: Reads, data: DataSettings, corpus: Corpus, length: int, rows_per_step: int, seed: int
-) -> Batches:
+) -> Stream | StreamedBatches:
     """Rows of `length` tokens: from shards or streamed, of one source or of several in the turns of their weights.
 
     Raises `UserError` for sources that cannot be found or are too short for a row.
     """
     if data.streaming:
-        phases = plan_phases(data.phases, data.weights, length)
+        phases, opened = plan_phases(data.phases, data.weights, length), open_sources(data, seed)
         sources = {
             name: _streamed(reads, data, source, corpus.tokenizer, length, mixed_seed(seed, name))
-            for name, source in open_sources(data, seed).items()
+            for name, source in opened.items()
         }
-        return StreamedBatches(sources, phases, data.when_exhausted, rows_per_step, data.separate_documents)
+        return StreamedBatches(
+            sources, phases, data.when_exhausted, rows_per_step, data.separate_documents, origins=[*opened.values()]
+        )
     return stream_of(stored_rows(reads, data, corpus, length), data, length, rows_per_step, seed)
 
 
 def stored_rows(reads: Reads, data: DataSettings, corpus: Corpus, length: int) -> dict[str, Rows]:
     """The numbered rows of each source that is in shards."""
-    kind = ChatRows if reads == "conversations" else PretrainRows
-    return {name: kind(shards, length) for name, shards in zip(data.weights, corpus.train, strict=True)}
+
+    def rows_of(shards: TokenShards) -> Rows:
+        if reads == "conversations":
+            return ChatRows(shards, length, data.on_long_conversation)
+        return PretrainRows(shards, length)
+
+    return {name: rows_of(shards) for name, shards in zip(data.weights, corpus.train, strict=True)}
 
 
-def stream_of(rows: dict[str, Rows], data: DataSettings, length: int, rows_per_step: int, seed: int) -> Batches:
+def stream_of(rows: dict[str, Rows], data: DataSettings, length: int, rows_per_step: int, seed: int) -> Stream:
     """Numbered rows in the order of (seed, step)."""
     if len(rows) == 1 and data.when_exhausted == "repeat":
         return Stream(next(iter(rows.values())), rows_per_step, seed, data.separate_documents)
@@ -64,7 +73,8 @@ def _streamed(
             shuffle_seed=seed,  # no harm done: packing moves them about anyway
             repeat=repeat,
         )
-        return ConversationRows(conversations, tokenizer, length, seed)
+        encoder = ConversationEncoder(tokenizer, source, length, data.on_long_conversation)
+        return ConversationRows(conversations, encoder, length, seed)
     documents = Blocks(
         source.read,
         name=source.settings.label,

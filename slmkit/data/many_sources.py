@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from slmkit.data.conversations import ConversationEncoder, EncodedConversation
 from slmkit.data.source_settings import SourceSettings
 from slmkit.data.sources import Document, Message, Position, open_source
+
+if TYPE_CHECKING:
+    from slmkit.tokenizer import SLMTokenizer
 
 
 class Place(NamedTuple):
@@ -47,11 +51,15 @@ class Reading:
     def documents(self) -> Iterator[Document]:
         return (document for document, _ in self.read())
 
-    def conversations(self) -> Iterator[list[Message]]:
+    def conversations(self, tokenizer: SLMTokenizer, length: int | None = None) -> Iterator[EncodedConversation]:
+        """All of them as tokens; with a `length` those that are longer are counted."""
         for number, source in enumerate(self.sources):
-            for messages, behind in source.read_conversations():
-                self._behind = number, behind
-                yield messages
+            yield from ConversationEncoder(tokenizer, source, length).encode_all(self._conversations(number))
+
+    def _conversations(self, number: int) -> Iterator[list[Message]]:
+        for messages, behind in self.sources[number].read_conversations():
+            self._behind = number, behind
+            yield messages
 
     def fraction(self) -> float | None:
         """How much of all bytes has been read; None where the sizes do not say: compressed, remote or endless."""

@@ -22,6 +22,7 @@ import numpy as np
 
 from slmkit.config import UserError
 from slmkit.data.cleaning import Cleaner, CleaningReport, CleaningSettings
+from slmkit.data.conversations import ConversationEncoder, EncodedConversation
 from slmkit.data.ordered_map import ordered_map
 from slmkit.data.shard_folder import Finished, ShardFolder, complete, partial_folder
 from slmkit.data.shard_work import (
@@ -133,12 +134,25 @@ def prepare_chat(
 
     Arguments and errors as for `prepare_text`.
     """
+    encoded = ConversationEncoder(tokenizer).encode_all(conversations)
+    return write_conversations(encoded, tokenizer, directory, sources=sources, progress=progress)
+
+
+def write_conversations(
+    encoded: Iterable[EncodedConversation],
+    tokenizer: SLMTokenizer,
+    directory: str | Path,
+    *,
+    sources: Sequence[dict[str, Any]] = (),
+    progress: Progress = no_progress,
+) -> TokenShards:
+    """As `prepare_chat`, of conversations that are tokens already; a row of one is a document of the shards."""
     with ShardWriter(directory, tokenizer, masked=True, sources=sources) as writer:
-        for batch in _batches(conversations, lambda conversation: 1, BATCH_CONVERSATIONS):
-            encoded = [tokenizer.encode_chat(conversation) for conversation in batch]
-            ids, ends = _joined([[*chat.ids, tokenizer.eos_token_id] for chat in encoded])
-            trained, _ = _joined([[*chat.trained, False] for chat in encoded])
-            writer.add(ids, ends, trained, text_bytes=sum(map(_text_bytes, batch)))
+        for batch in _batches(encoded, lambda conversation: 1, BATCH_CONVERSATIONS):
+            rows = [row for conversation in batch for row in conversation.rows]
+            ids, ends = _joined([[*row.ids, tokenizer.eos_token_id] for row in rows])
+            trained, _ = _joined([[*row.trained, False] for row in rows])
+            writer.add(ids, ends, trained, text_bytes=sum(conversation.text_bytes for conversation in batch))
             progress(writer.documents, writer.tokens, writer.text_bytes)
     return TokenShards.open(directory)
 
@@ -288,10 +302,6 @@ def _joined(parts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
     stops = np.cumsum([len(part) for part in parts], dtype=np.int64)
     flat = np.fromiter(itertools.chain.from_iterable(parts), dtype=np.int64, count=int(stops[-1]))
     return flat, stops
-
-
-def _text_bytes(conversation: list[Message]) -> int:
-    return sum(len(message["content"].encode()) for message in conversation if isinstance(message.get("content"), str))
 
 
 def _check_fraction(fraction: float) -> None:

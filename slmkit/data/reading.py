@@ -10,10 +10,13 @@ from typing import Any
 
 from slmkit.config import UserError
 from slmkit.data.blocks import is_held_out
+from slmkit.data.conversations import ConversationEncoder, EncodedConversation
 from slmkit.data.data_settings import DataSettings, TokenizerSettings
 from slmkit.data.shards import HEADER
 from slmkit.data.source_settings import SourceSettings
 from slmkit.data.sources import PRIMER, STORIES, Document, Message, Source, open_source
+
+EncoderOf = Callable[[Source], ConversationEncoder]
 
 TOKENIZER_CHARACTERS = 100_000_000  # merges are learned from so much text at most; more changes little and takes memory
 VALIDATION_STREAM = 1_000_003  # added to the seed: stories that no training stream of a nearby seed holds
@@ -43,14 +46,19 @@ def open_sources(data: DataSettings, seed: int) -> dict[str, Source]:
 
 def documents_of(source: Source) -> Iterator[Document]:
     """All of them, from the beginning; what is skipped is counted anew."""
-    source.skipped.clear()
+    source.count_anew()
     return (document for document, _ in source.read())
 
 
 def conversations_of(source: Source) -> Iterator[list[Message]]:
     """As `documents_of`."""
-    source.skipped.clear()
+    source.count_anew()
     return (conversation for conversation, _ in source.read_conversations())
+
+
+def encoded_of(source: Source, encoder_of: EncoderOf) -> Iterator[EncodedConversation]:
+    """All conversations of a source as tokens; those that are left out are counted with it."""
+    return encoder_of(source).encode_all(conversations_of(source))
 
 
 def validation_source(data: DataSettings, settings: SourceSettings, seed: int) -> Source:
@@ -60,8 +68,10 @@ def validation_source(data: DataSettings, settings: SourceSettings, seed: int) -
     return open_source(settings.model_copy(update=changes), seed + VALIDATION_STREAM)
 
 
-def held_out_of_streams(data: DataSettings, seed: int, conversations: bool) -> Iterator[Any]:
+def held_out_of_streams(data: DataSettings, seed: int, encoder_of: EncoderOf | None = None) -> Iterator[Any]:
     """Of every source as many of what training leaves out: `validation_documents` documents or conversations in all.
+
+    With `encoder_of` they are conversations, and come as what it makes of them.
 
     Raises `UserError` for a source of which none is held out.
     """
@@ -70,14 +80,15 @@ def held_out_of_streams(data: DataSettings, seed: int, conversations: bool) -> I
     for name, source in sources.items():
         if is_endless(source):
             source = validation_source(data.model_copy(update={"validation_documents": count}), source.settings, seed)
-            yield from conversations_of(source) if conversations else documents_of(source)
+            yield from documents_of(source) if encoder_of is None else encoded_of(source, encoder_of)
             continue
         found = 0
         picked: Iterable[Any]
-        if conversations:
-            picked = (one for one in conversations_of(source) if is_held_out(written(one), data.validation_fraction))
-        else:
+        if encoder_of is None:
             picked = _held_out_documents(documents_of(source), data.validation_fraction)
+        else:
+            chosen = (one for one in conversations_of(source) if is_held_out(written(one), data.validation_fraction))
+            picked = encoder_of(source).encode_all(chosen)
         for item in picked:
             yield item
             found += item.ends if isinstance(item, Document) else 1

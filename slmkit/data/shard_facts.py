@@ -15,7 +15,10 @@ TOKENS_AT_ONCE = 1 << 24
 
 @dataclass(frozen=True)
 class ShardFacts:
-    """Lengths in tokens, each with its end-of-text token. Duplicates: documents equal to one before them."""
+    """Lengths in tokens, each with its end-of-text token, which a conversation may lose unharmed.
+
+    Duplicates: documents equal to one before them.
+    """
 
     longest: int
     median_length: int
@@ -38,7 +41,7 @@ def find_facts(shards: TokenShards, length: int | None = None) -> ShardFacts:
         median_length=int(np.median(lengths)) if len(lengths) else 0,
         duplicates=len(ends) - len(np.unique(_document_hashes(shards))),
         trained=trained,
-        truncated=None if length is None else int((lengths > length).sum()),
+        truncated=None if length is None else int((lengths - shards.header.masked > length).sum()),
     )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from slmkit.config import UserError
 from slmkit.data.batch import Batch, stacked
+from slmkit.data.conversations import OnLong
 from slmkit.data.mixture import Phase, Schedule, WhenExhausted
 from slmkit.data.order import mixed_seed, permuted
 from slmkit.data.packing import IGNORED, numbered, pack_whole, padded, row_of_labels, windows
@@ -35,6 +36,10 @@ class Rows(Protocol):
         """Ids and labels of several: int64 [rows, length] each. One by one, where nothing faster is known."""
         ids, labels = zip(*map(self.row, indices))
         return np.stack(ids), np.stack(labels)
+
+    def report(self) -> list[str]:
+        """What of the documents is left out or cut, a line each; nothing, unless a class says so."""
+        return []
 
     def extra(self, index: int) -> dict[str, np.ndarray]:
         """What an objective wants of a row besides, such as a teacher's logits; nothing, unless a class says so."""
@@ -119,6 +124,10 @@ class Stream:
     def shares(self, step: int) -> dict[str, float]:
         return {}
 
+    def report(self) -> list[str]:
+        """What of the documents is left out or cut, a line each."""
+        return self.source.report()
+
     def position(self) -> dict[str, Any]:
         return {}
 
@@ -152,6 +161,9 @@ class MixtureStream(Stream):
 
     def shares(self, step: int) -> dict[str, float]:
         return shares_of(self.names, self.schedule.counts(step * self.rows_per_step))
+
+    def report(self) -> list[str]:
+        return [f"{name}: {line}" for name, rows in zip(self.names, self.sources) for line in rows.report()]
 
     def _rows_at(self, positions: np.ndarray) -> list[tuple[Rows, list[int], np.ndarray]]:
         which, numbers = self.schedule.locate(positions)
@@ -217,36 +229,56 @@ class PretrainRows(Rows):
 class ChatRows(Rows):
     """Whole conversations packed side by side, padded behind; only what their masks say is learned.
 
-    `truncated` conversations are longer than a row and are cut at its end; `untrained` ones have nothing to learn in
-    what is left of them, and are skipped.
+    `truncated` conversations are longer than a row, and are cut at its end unless `on_long` says otherwise;
+    `untrained` ones have nothing to learn in what is left of them, and are skipped.
     """
 
-    def __init__(self, shards: TokenShards, length: int) -> None:
-        """Raises `UserError` when not one conversation has anything to learn, or the shards have no masks."""
+    def __init__(self, shards: TokenShards, length: int, on_long: OnLong = "cut") -> None:
+        """Raises `UserError` when not one conversation has anything to learn, or the shards have no masks.
+
+        And for the first conversation that is too long, where that is to be refused.
+        """
         if not shards.header.masked:
             raise UserError(
                 f"{shards.directory}: these shards are of plain text, without the loss masks of conversations"
             )
         self.shards, self.length, self.pad_id = shards, length, shards.header.pad_token_id or 0
+        self.on_long = on_long
         self.starts, ends = _documents(shards)
         self.stops = np.minimum(ends, self.starts + length)
+        too_long = ends - 1 - self.starts > length  # without the end-of-text token, which is not learned
+        if on_long == "refuse" and too_long.any():
+            raise UserError(
+                f"{shards.directory}: conversation {int(too_long.argmax()) + 1:,} is longer than {length:,} tokens: "
+                "raise train.sequence_length, or set data.on_long_conversation to cut or skip"
+            )
         # The first token of a conversation follows nothing, so that it is never a label.
         learned = np.flatnonzero(shards.trained_in(0, len(shards)))
         counts = np.searchsorted(learned, self.stops) - np.searchsorted(learned, self.starts + 1)
-        self.truncated = int((ends > self.stops).sum())
+        self.truncated = int(too_long.sum())
         self.untrained = int((counts <= 0).sum())
-        kept = np.flatnonzero(counts > 0)
+        kept = np.flatnonzero((counts > 0) & ~(too_long & (on_long == "skip")))
         if not len(kept):
             raise UserError(
                 f"{shards.directory}: nothing to learn within {length:,} tokens in any of {len(ends):,} conversations; "
                 "raise sequence_length, or check that they have assistant turns"
             )
-        packed = pack_whole((self.stops - self.starts)[kept], length).rows
+        lengths = (self.stops - self.starts)[kept]
+        self.tokens = int(lengths.sum())
+        packed = pack_whole(lengths, length).rows
         self.packed = [kept[row] for row in packed]
 
     @property
     def rows_in_epoch(self) -> int:
         return len(self.packed)
+
+    def report(self) -> list[str]:
+        what = "left out" if self.on_long == "skip" else "cut"
+        lines = {
+            f"are longer than {self.length:,} tokens and {what}": self.truncated,
+            f"have nothing to learn within {self.length:,} tokens": self.untrained,
+        }
+        return [f"{count:,} of {len(self.starts):,} conversations {said}" for said, count in lines.items() if count]
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         ids, labels = [], []

@@ -12,6 +12,7 @@ import numpy as np
 
 from slmkit.config import UserError
 from slmkit.data.blocks import Block, Blocks, Position
+from slmkit.data.conversations import ConversationEncoder
 from slmkit.data.order import mixed_seed, permuted
 from slmkit.data.packing import IGNORED, numbered, pack_whole, padded, row_of_labels
 from slmkit.data.sources import Document, Message
@@ -89,12 +90,13 @@ class TextRows:
 class ConversationRows:
     """Whole conversations side by side, best-fit among those of a block, padded behind; only what is learned counts.
 
-    As in shards, a conversation longer than a row is cut at its end, and one with nothing to learn is left out.
+    As in shards, a conversation longer than a row is cut at its end, and one with nothing to learn is left out; the
+    encoder counts them.
     """
 
-    def __init__(self, blocks: Blocks[list[Message]], tokenizer: SLMTokenizer, length: int, seed: int) -> None:
-        self.blocks, self.tokenizer, self.length, self.seed = blocks, tokenizer, length, seed
-        self.pad_id = tokenizer.pad_token_id or 0
+    def __init__(self, blocks: Blocks[list[Message]], encoder: ConversationEncoder, length: int, seed: int) -> None:
+        self.blocks, self.encoder, self.length, self.seed = blocks, encoder, length, seed
+        self.eos_id, self.pad_id = encoder.tokenizer.eos_token_id, encoder.tokenizer.pad_token_id or 0
         self.seek({})
 
     def seek(self, position: Position) -> None:
@@ -128,9 +130,8 @@ class ConversationRows:
     def _take(self, block: Block[list[Message]]) -> None:
         self._block = block.position
         encoded = []
-        for conversation in block.items:
-            chat = self.tokenizer.encode_chat(conversation)
-            ids = np.array([*chat.ids, self.tokenizer.eos_token_id][: self.length])
+        for chat in (row for conversation in block.items for row in self.encoder.encode(conversation)):
+            ids = np.array([*chat.ids, self.eos_id][: self.length])
             labels = row_of_labels(ids, np.array([*chat.trained, False][: self.length]))
             if (labels != IGNORED).any():
                 encoded.append((ids, labels))

@@ -16,6 +16,7 @@ import numpy as np
 
 from slmkit.data.batch import Batch
 from slmkit.data.mixture import Phase, Schedule, WhenExhausted
+from slmkit.data.sources import Source
 from slmkit.data.stream import expect_a_row, share_of_rank, shares_of
 from slmkit.data.streamed_rows import Row, StreamedRows
 
@@ -40,7 +41,10 @@ class StreamedBatches:
         when_exhausted: WhenExhausted,
         rows_per_step: int,
         separate: bool = False,
+        origins: Sequence[Source] = (),
     ) -> None:
+        """`origins` count what of the rows in them is left out or cut."""
+        self.origins = origins
         self.sources, self.phases, self.when_exhausted = dict(sources), phases, when_exhausted
         self.rows_per_step, self.separate = expect_a_row(rows_per_step), separate
         self.total_rows: int | None = None
@@ -72,6 +76,10 @@ class StreamedBatches:
         names = list(self.sources)
         return shares_of(names, self._schedule.counts(step * self.rows_per_step)) if len(names) > 1 else {}
 
+    def report(self) -> list[str]:
+        """What was left out or cut, a line each: all that was read since the last `seek`, as often as it was read."""
+        return [line for source in self.origins for line in source.report()]
+
     def position(self) -> dict[str, Any]:
         return self._position
 
@@ -98,6 +106,8 @@ class StreamedBatches:
     def _seek(self, position: dict[str, Any]) -> None:
         self._sizes: dict[str, int] = dict(position.get("sizes", {}))  # rows of the sources that have run out
         self._plan()
+        for origin in self.origins:
+            origin.count_anew()
         for name, source in self.sources.items():
             source.seek(position.get("sources", {}).get(name, {}))
 

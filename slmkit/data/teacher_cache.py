@@ -154,6 +154,9 @@ class TaughtRows(Rows):
     def documents(self, index: int) -> np.ndarray:
         return self.inner.documents(index)
 
+    def report(self) -> list[str]:
+        return self.inner.report()
+
     def extra(self, index: int) -> dict[str, np.ndarray]:
         """float16 and int32 [length, k], float32 [length]: logits, ids, and the log of what the others have."""
         start, stop = self.starts[self.first + index : self.first + index + 2]

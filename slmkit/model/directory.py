@@ -36,7 +36,7 @@ def save_decoder(
     directory = Path(directory)
     family, state = family_of(config.model_type), weights if weights is not None else decoder.state_dict()
     tensors = {
-        theirs: _to_disk(family, theirs, [state[name] for name in ours])
+        theirs: to_disk(family, theirs, [state[name] for name in ours])
         for theirs, ours in stored_names(state, family).items()
     }
     try:
@@ -66,7 +66,7 @@ def load_decoder(directory: str | Path, device: torch.device | str = "cpu") -> t
     state: dict[str, Tensor] = {}
     for theirs, ours in stored_names(shapes, family).items():
         tensor = tensors[theirs].read().to(device, torch.float32)
-        parts = _from_disk(family, theirs, tensor).split([shapes[name][0] for name in ours])
+        parts = from_disk(family, theirs, tensor).split([shapes[name][0] for name in ours])
         state |= {name: part.contiguous() for name, part in zip(ours, parts)}
     decoder.to_empty(device=device)
     decoder.load_state_dict(state)
@@ -98,18 +98,24 @@ def stored_names(state: Iterable[str], family: Family) -> dict[str, list[str]]:
     names: dict[str, list[str]] = {}
     for ours in state:
         module, _, parameter = ours.rpartition(".")
-        number = next((part for part in module.split(".") if part.isdigit()), "")
-        theirs = family.names[module.replace(f".{number}.", ".{}.") if number else module]
-        names.setdefault(f"{theirs.format(number)}.{parameter}", []).append(ours)
+        names.setdefault(f"{reference_name(module, family)}.{parameter}", []).append(ours)
     return names
 
 
-def _to_disk(family: Family, name: str, parts: list[Tensor]) -> Tensor:
+def reference_name(module: str, family: Family) -> str:
+    """What the reference implementation calls a module of ours."""
+    number = next((part for part in module.split(".") if part.isdigit()), "")
+    return family.names[module.replace(f".{number}.", ".{}.") if number else module].format(number)
+
+
+def to_disk(family: Family, name: str, parts: list[Tensor]) -> Tensor:
+    """The tensor that is stored under the reference's name, of the parts that it fuses."""
     tensor = parts[0].detach() if len(parts) == 1 else torch.cat([part.detach() for part in parts])
     return (tensor.T if name.endswith(family.transposed) else tensor).contiguous()
 
 
-def _from_disk(family: Family, name: str, tensor: Tensor) -> Tensor:
+def from_disk(family: Family, name: str, tensor: Tensor) -> Tensor:
+    """A stored tensor, [out, in] where it is a matrix; what is fused lies below each other."""
     return tensor.T if name.endswith(family.transposed) else tensor
 
 
@@ -160,7 +166,7 @@ def _check(
             )
     state = decoder.state_dict()
     for theirs, ours in wanted.items():
-        expected = tuple(_to_disk(family, theirs, [state[name] for name in ours]).shape)
+        expected = tuple(to_disk(family, theirs, [state[name] for name in ours]).shape)
         found = tensors[theirs].shape
         if found != expected:
             raise UserError(f"{path}: {theirs!r} has shape {found}, its config says {expected}")

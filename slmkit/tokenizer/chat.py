@@ -63,11 +63,21 @@ def render(template: str, messages: Sequence[Message], add_generation_prompt: bo
     Raises `UserError` for malformed messages, and with the template's own words where it refuses or fails.
     """
     check_messages(messages, add_generation_prompt)
-    plain = [{"role": message["role"], "content": message["content"]} for message in messages]
-    names = {"tools": None, "documents": None} | names  # defined for every template in transformers too
+    return _rendered(template, _plain(messages), add_generation_prompt, names)
+
+
+def _plain(messages: Sequence[Message]) -> list[dict[str, str]]:
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def _rendered(
+    template: str, messages: list[dict[str, str]], add_generation_prompt: bool, names: Mapping[str, Any]
+) -> str:
+    """As `render`, of messages that were checked."""
+    names = {"tools": None, "documents": None, **names}  # defined for every template in transformers too
     compiled = _compiled(template)
     try:
-        return compiled.render(messages=plain, add_generation_prompt=add_generation_prompt, **names)
+        return compiled.render(messages=messages, add_generation_prompt=add_generation_prompt, **names)
     except Exception as error:  # a template is a program of somebody else's and fails in any way it likes
         message = f"the chat template failed on this conversation: {' '.join(str(error).split())}"
         raise ConversationError(message, REFUSED) from None
@@ -96,12 +106,12 @@ def rows_of_segments(
     """
     check_messages(messages, add_generation_prompt)
     rows: list[list[Segment]] = [[]]
-    done = ""
+    plain, done = _plain(messages), ""
 
     def grow(count: int, prompt: bool) -> str:
         """What rendering the first `count` messages adds to what is done; all of it where that was rewritten."""
         nonlocal done
-        text = render(template, messages[:count], prompt, **names)
+        text = _rendered(template, plain[:count], prompt, names)
         if not text.startswith(done):
             rows.append([])
             done = ""
@@ -120,8 +130,9 @@ def rows_of_segments(
                     f"learns would not be what it later sees (message {index + 1}): use a template that only appends"
                 )
             rows[-1] += _answer(said, ends_of_turn, is_learned=message.get("weight") != 0)
-    rest = Segment(grow(len(messages), add_generation_prompt), False)
-    rows[-1].append(rest)
+    if add_generation_prompt or messages[-1]["role"] != "assistant":
+        rest = Segment(grow(len(messages), add_generation_prompt), False)
+        rows[-1].append(rest)
     return [[segment for segment in row if segment.text] for row in rows]
 
 

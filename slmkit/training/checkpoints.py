@@ -1,4 +1,4 @@
-"""Checkpoints: a model directory with `training_state/` inside, and a manifest written last.
+"""Checkpoints: a model directory, or an adapter's, with `training_state/` inside and a manifest written last.
 
 A checkpoint is written beside its final name, synced, and renamed, so that it is there whole or not at all. Optimizer
 state is safetensors under the parameters' own names, the rest JSON: nothing here is a pickle.
@@ -22,11 +22,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from slmkit.config import UserError
-from slmkit.model import Decoder, SLMConfig, load_decoder, save_decoder
+from slmkit.model import Decoder
 from slmkit.training.distributed import ALONE, Group, on_main, share_like
 from slmkit.training.files import sync
 from slmkit.training.guards import Guard
 from slmkit.training.loop import State
+from slmkit.training.model_files import ModelFiles
 from slmkit.training.precision import LossScale
 
 MANIFEST = "MANIFEST.json"
@@ -46,12 +47,13 @@ class Snapshot:
 
     step: int
     model: Decoder  # for its shape and names alone
+    files: ModelFiles
     weights: dict[str, Tensor]
     moments: dict[str, Tensor]  # of the optimizers
     plain: str  # the rest, as JSON
 
 
-def take_snapshot(state: State, group: Group = ALONE) -> Snapshot:
+def take_snapshot(state: State, files: ModelFiles, group: Group = ALONE) -> Snapshot:
     """Copy everything that a checkpoint holds into the memory of the CPU; of several ranks', the first one's.
 
     All ranks must call it together. What is written of it any number of ranks can read.
@@ -59,18 +61,19 @@ def take_snapshot(state: State, group: Group = ALONE) -> Snapshot:
     return Snapshot(
         step=state.step,
         model=state.model,
-        weights=on_main(state.model.state_dict(), group),
+        files=files,
+        weights=on_main(files.tensors(state.model), group),
         moments=on_main(_optimizer_tensors(state), group),
         plain=json.dumps(_plain_state(state), indent=2) + "\n",
     )
 
 
-def save_checkpoint(state: State, config: SLMConfig, folder: Path, companions: Companions) -> Path:
+def save_checkpoint(state: State, files: ModelFiles, folder: Path, companions: Companions) -> Path:
     """Write the state as it is now; see `write_checkpoint`."""
-    return write_checkpoint(take_snapshot(state), config, folder, companions)
+    return write_checkpoint(take_snapshot(state, files), folder, companions)
 
 
-def write_checkpoint(snapshot: Snapshot, config: SLMConfig, folder: Path, companions: Companions) -> Path:
+def write_checkpoint(snapshot: Snapshot, folder: Path, companions: Companions) -> Path:
     """Write `folder/step-…` and return it. On any failure nothing is left and older checkpoints stay as they were.
 
     Raises `UserError` when the disk is full or cannot be written.
@@ -80,7 +83,7 @@ def write_checkpoint(snapshot: Snapshot, config: SLMConfig, folder: Path, compan
     shutil.rmtree(partial, ignore_errors=True)
     try:
         (partial / "training_state").mkdir(parents=True)
-        save_decoder(snapshot.model, config, partial, snapshot.weights)
+        snapshot.files.write(snapshot.model, snapshot.weights, partial)
         companions(partial)
         save_file(snapshot.moments, partial / OPTIMIZER)
         (partial / STATE).write_text(snapshot.plain, encoding="utf-8")
@@ -98,15 +101,16 @@ def write_checkpoint(snapshot: Snapshot, config: SLMConfig, folder: Path, compan
     return final
 
 
-def load_checkpoint(directory: Path, state: State) -> None:
+def load_checkpoint(directory: Path, state: State, files: ModelFiles) -> None:
     """Put a checkpoint's weights, optimizer and counters into `state`, which was built for the same recipe.
 
     Raises `UserError` for a file that is missing, damaged or of another model.
     """
     verify(directory)
-    decoder, _ = load_decoder(directory)
-    own = state.model.state_dict()
-    state.model.load_state_dict({name: share_like(full, own[name]) for name, full in decoder.state_dict().items()})
+    weights, own = files.read(directory, state.model), state.model.state_dict()
+    if weights.keys() != files.tensors(state.model).keys():
+        raise UserError(f"{directory}: a checkpoint of another model than the run's")
+    state.model.load_state_dict({name: share_like(full, own[name]) for name, full in weights.items()}, strict=False)
     tensors = load_file(directory / OPTIMIZER)
     for optimizer in state.optimizers:
         moments: dict[int, dict[str, Tensor]] = {

@@ -17,8 +17,11 @@ def free_path(wanted: str | Path) -> Path:
 
 
 def find_model_directory(path: str | Path) -> Path:
-    """A model directory as it is; of a run its best checkpoint, else its latest. Raises `UserError` for neither."""
-    return _find(path, "config.json")
+    """The directory of a model or an adapter as it is; of a run its best checkpoint, else its latest.
+
+    Raises `UserError` for neither.
+    """
+    return _find(path, "config.json", "adapter_config.json")
 
 
 def find_tokenizer_directory(path: str | Path) -> Path:
@@ -26,10 +29,11 @@ def find_tokenizer_directory(path: str | Path) -> Path:
     return _find(path, "tokenizer.json")
 
 
-def _find(path: str | Path, name: str) -> Path:
+def _find(path: str | Path, *names: str) -> Path:
+    """The directory that holds a file of one of these names."""
     path = Path(path)
     for candidate in (path, path / "best", path / "latest"):
-        if (candidate / name).is_file():
+        if any((candidate / name).is_file() for name in names):
             return candidate
     what = "no such directory" if not path.exists() else "neither a model directory nor a run with a checkpoint"
     raise UserError(f"{path}: {what}; expected what `slm train` or transformers' save_pretrained writes")

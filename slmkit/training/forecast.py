@@ -13,11 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from slmkit.device import Device, measured_peak
-from slmkit.model import Decoder, SLMConfig
+from slmkit.model import SLMConfig
 from slmkit.model.architecture import Architecture
 from slmkit.model.families import architecture_of
 from slmkit.model.sizes import flops_per_token, parameter_count
-from slmkit.training.memory import Ledger, state_bytes, training_bytes
+from slmkit.training.memory import Blueprint, Ledger, built, frozen_bytes, state_bytes, training_bytes
 from slmkit.training.recipe import TrainSettings
 from slmkit.training.scaling import expected_loss
 
@@ -54,27 +54,30 @@ def forecast(
     unique_tokens: int | None = None,
     validation_tokens: int = 0,
     from_scratch: bool = True,
+    blueprint: Blueprint | None = None,
 ) -> Forecast:
     """The forecast of a run of `steps`. Without a measured `tokens_per_second`, by the device's measured peak.
 
-    `unique_tokens` is the training text's length; its shards count among the disk it takes.
+    `unique_tokens` is the training text's length; its shards count among the disk it takes. `blueprint` is of a model
+    in which something was changed after it was built.
     """
     a = architecture_of(config)
+    blueprint = blueprint or a
     length = settings.sequence_length or config.max_position_embeddings
     rows = settings.rows_per_step(length)
     tokens = steps * rows * length
     rate = tokens_per_second or guessed_rate(a, length, device)
     evaluations = -(-steps // (settings.eval_steps or max(1, steps // 10)))
     evaluating = evaluations * (validation_tokens * FORWARD_SHARE / rate + EVALUATION_SECONDS)
-    state = state_bytes(a, settings, device)
+    state = state_bytes(blueprint, settings, device)
     return Forecast(
         parameters=parameter_count(a),
         steps=steps,
         tokens=tokens,
         tokens_per_second=rate,
         seconds=tokens / rate + evaluating,
-        memory_bytes=run_bytes(a, settings, rows, length, device, state),
-        disk_bytes=disk_bytes(state, settings, steps, config.vocab_size, unique_tokens or 0),
+        memory_bytes=run_bytes(blueprint, settings, rows, length, device, state),
+        disk_bytes=disk_bytes(state - frozen_bytes(blueprint), settings, steps, config.vocab_size, unique_tokens or 0),
         loss=loss_ahead(parameter_count(a), tokens, unique_tokens, config.vocab_size) if from_scratch else None,
     )
 
@@ -91,11 +94,11 @@ def guessed_rate(a: Architecture, length: int, device: Device) -> float:
     return efficiency * measured_peak(device) / (3 * flops_per_token(a, length).forward)
 
 
-def run_bytes(a: Architecture, settings: TrainSettings, rows: int, length: int, device: Device, state: int) -> int:
+def run_bytes(blueprint: Blueprint, settings: TrainSettings, rows: int, length: int, device: Device, state: int) -> int:
     """The most that a run adds to its process, or takes of the device: in a step or a validation."""
     micro = min(rows, settings.rows_per_micro_batch(length))
-    training = training_bytes(a, settings, micro, length, device, settings.gradient_checkpointing)
-    validation = _validation_bytes(a, length, device)
+    training = training_bytes(blueprint, settings, micro, length, device, settings.gradient_checkpointing)
+    validation = _validation_bytes(blueprint, length, device)
     if device.torch_device.type != "cpu":
         return max(training, state + validation)
     # Blocks that a step has left are in pieces too small for a validation that needs more than all of them.
@@ -103,10 +106,10 @@ def run_bytes(a: Architecture, settings: TrainSettings, rows: int, length: int, 
     return LIBRARIES + round(HELD * training) + beside
 
 
-def _validation_bytes(a: Architecture, length: int, device: Device) -> int:
+def _validation_bytes(blueprint: Blueprint, length: int, device: Device) -> int:
     """What a batch of validation adds to the weights."""
     with FakeTensorMode(), torch.no_grad(), Ledger() as ledger:
-        decoder = Decoder(a).eval()
+        decoder = built(blueprint).eval()
         weights = ledger.now
         ids = torch.zeros(VALIDATION_ROWS, length, dtype=torch.long)
         with device.autocast():

@@ -27,6 +27,11 @@ class Gauges:
         """
         self.device, self.positions = device, rows_per_step * length
         self.flops = flops_per_token(model.architecture, length)
+        # A frozen matrix has no gradient of its own to be computed; what is trained beside it has products of its own.
+        is_frozen = not all(parameter.requires_grad for parameter in model.parameters())
+        trained = (p for p in model.blocks.parameters() if p.requires_grad and p.dim() == 2)
+        self.beside = sum(p.numel() for p in trained) if is_frozen else 0
+        self.weight_gradients = 0 if is_frozen else 1
         self.head_flops = 2 * model.architecture.vocab_size * model.architecture.width
         self.peak = measured_peak(device) * device.ranks.world
         self.tokens = tokens
@@ -42,5 +47,7 @@ class Gauges:
 
     def step_flops(self, trained: int) -> int:
         """Operations of an update in which `trained` of all positions are learned: only they pass the head."""
-        forward = self.positions * self.flops.forward - (self.positions - trained) * self.head_flops
-        return 3 * forward
+        untrained = (self.positions - trained) * self.head_flops
+        matrices = self.positions * self.flops.matrices - untrained
+        attention, beside = self.positions * self.flops.attention, self.positions * 2 * self.beside
+        return (2 + self.weight_gradients) * matrices + 3 * (attention + beside)

@@ -9,10 +9,12 @@ import torch
 
 from slmkit.device import Device, find_device
 from slmkit.model import SLMConfig
+from slmkit.model.adapter_directory import ADAPTER_WEIGHTS, config_directory, is_adapter
 from slmkit.model.architecture import Architecture
 from slmkit.model.families import architecture_of
 from slmkit.model.presets import PRESETS
 from slmkit.model.sizes import cache_size, cache_variants, flops_per_token, parameters_by_module
+from slmkit.model.stored import stored_tensors
 from slmkit.training.find import find_model_directory
 from slmkit.training.memory import reading_bytes, training_bytes
 from slmkit.training.recipe import TrainSettings
@@ -57,7 +59,7 @@ def inspect_model(
     return Inspection(
         summary=_summary(config, a),
         length=length,
-        parameters=parameters_by_module(a),
+        parameters=parameters_by_module(a) | _adapter_of(model),
         operations={
             "forward, matrices": flops.matrices,
             "forward, attention": flops.attention,
@@ -73,10 +75,24 @@ def inspect_model(
 
 
 def config_of(model: str | Path) -> SLMConfig:
-    """The config of a preset, a model directory or a run's best checkpoint. Raises `UserError` for none of them."""
+    """The config of a preset, a model directory, an adapter's base or a run's best checkpoint.
+
+    Raises `UserError` for none of them.
+    """
     if str(model) in PRESETS and not Path(model).exists():
         return SLMConfig.from_preset(str(model))
-    return SLMConfig.from_pretrained(find_model_directory(model))
+    return SLMConfig.from_pretrained(config_directory(find_model_directory(model)))
+
+
+def _adapter_of(model: str | Path) -> dict[str, int]:
+    """Parameters of an adapter, where `model` is one: what is stored of it, and not its base."""
+    if str(model) in PRESETS and not Path(model).exists():
+        return {}
+    directory = find_model_directory(model)
+    if not is_adapter(directory):
+        return {}
+    tensors = stored_tensors(directory / ADAPTER_WEIGHTS).values()
+    return {"adapter": sum(torch.Size(tensor.shape).numel() for tensor in tensors)}
 
 
 def _memory(a: Architecture, rows: int, length: int, device: Device, optimizer: str) -> dict[str, int]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -16,9 +18,34 @@ from slmkit.device import Device
 from slmkit.model import Decoder
 from slmkit.model.architecture import Architecture
 from slmkit.training.losses import linear_cross_entropy
-from slmkit.training.optimizers import make_optimizers
+from slmkit.training.optimizers import make_optimizers, trained
 from slmkit.training.precision import to_weight_dtype
 from slmkit.training.recipe import TrainSettings
+
+# What a model is made of: its architecture, or where something has been changed in it, itself without its content.
+Blueprint = Architecture | Decoder
+
+
+def blueprint_of(model: Decoder) -> Blueprint:
+    """The model as it is built now, what is trained of it and what is not, with tensors that have shapes alone."""
+    return _copy(model, lambda tensor: tensor.detach().to("meta"))
+
+
+def _copy(model: Decoder, make: Callable[[Tensor], Tensor]) -> Decoder:
+    """A copy of a model in which `make(tensor)` stands for each of its tensors."""
+    memo: dict[int, Any] = {}
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        made = make(tensor)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(made, requires_grad=tensor.requires_grad) if is_parameter else made
+    return copy.deepcopy(model, memo)
+
+
+def built(blueprint: Blueprint) -> Decoder:
+    """A model of tensors whose bytes the ledger in force counts."""
+    if isinstance(blueprint, Architecture):
+        return Decoder(blueprint)
+    return _copy(blueprint, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype)).train()
 
 
 class Ledger(TorchDispatchMode):
@@ -49,7 +76,7 @@ class Ledger(TorchDispatchMode):
 
 
 def training_bytes(
-    architecture: Architecture,
+    blueprint: Blueprint,
     settings: TrainSettings,
     rows: int,
     length: int,
@@ -62,38 +89,46 @@ def training_bytes(
     computed a second time.
     """
     with FakeTensorMode(), Ledger() as ledger:
-        decoder = Decoder(architecture)
+        decoder = built(blueprint)
         decoder.recompute_every = recompute_every
         optimizers = _optimizers_of(decoder, settings, device)
         ids = torch.zeros(rows, length, dtype=torch.long)
-        for parameter in decoder.parameters():
+        for parameter in trained(decoder).values():
             parameter.grad = torch.empty_like(parameter)
         _update(optimizers)  # so that their state is there, as in every step but the first
         with device.autocast():
             hidden = decoder(ids).flatten(0, 1)
-            loss = linear_cross_entropy(hidden, decoder.head_weight, ids.flatten(), architecture.logit_cap)
+            loss = linear_cross_entropy(hidden, decoder.head_weight, ids.flatten(), decoder.architecture.logit_cap)
         del hidden
         loss.backward()
         _update(optimizers)
     return ledger.peak
 
 
-def state_bytes(architecture: Architecture, settings: TrainSettings, device: Device) -> int:
-    """What stays between two steps, and goes into a checkpoint: weights and the optimizer's state."""
+def state_bytes(blueprint: Blueprint, settings: TrainSettings, device: Device) -> int:
+    """What stays between two steps: weights and the optimizer's state."""
     with FakeTensorMode(), Ledger() as ledger:
-        decoder = Decoder(architecture)
+        decoder = built(blueprint)
         optimizers = _optimizers_of(decoder, settings, device)
-        for parameter in decoder.parameters():
+        for parameter in trained(decoder).values():
             parameter.grad = torch.empty_like(parameter)
         _update(optimizers)
         return ledger.now
+
+
+def frozen_bytes(blueprint: Blueprint) -> int:
+    """Of weights that are not trained, and go into no checkpoint of a run that trains others."""
+    if isinstance(blueprint, Architecture):
+        return 0
+    frozen = (p for p in blueprint.parameters() if not p.requires_grad)
+    return sum(tensor.nbytes for tensor in itertools.chain(frozen, blueprint.buffers()))
 
 
 def _optimizers_of(decoder: Decoder, settings: TrainSettings, device: Device) -> list[torch.optim.Optimizer]:
     """The optimizers of a decoder whose tensors have no content, its weights in their type."""
     to_weight_dtype(decoder, device)
     if settings.optimizer == "adamw_8bit":  # bitsandbytes' runs on real tensors alone
-        return [_MomentsOf8Bits(decoder.parameters(), {})]
+        return [_MomentsOf8Bits(trained(decoder).values(), {})]
     return make_optimizers(decoder, settings, device)
 
 

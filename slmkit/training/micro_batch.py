@@ -10,9 +10,8 @@ import torch
 from slmkit.config import UserError
 from slmkit.device import Device, available_memory
 from slmkit.model import Decoder
-from slmkit.model.architecture import Architecture
 from slmkit.training.losses import linear_cross_entropy
-from slmkit.training.memory import training_bytes
+from slmkit.training.memory import Blueprint, blueprint_of, training_bytes
 from slmkit.training.optimizers import make_optimizers
 from slmkit.training.precision import to_weight_dtype
 from slmkit.training.recipe import TrainSettings
@@ -31,14 +30,16 @@ def resolve_micro_batch(settings: TrainSettings, model: Decoder, length: int, de
     if settings.micro_batch_tokens != "auto":
         return settings
     rows = settings.rows_per_step(length)
-    fitting = fitting_rows(model.architecture, settings, rows, length, device, available_memory(device))
+    fitting = fitting_rows(blueprint_of(model), settings, rows, length, device, available_memory(device))
     if device.torch_device.type != "cpu":
         fitting = tried_rows(model, settings, fitting, length, device)
     micro_batches = -(-rows // fitting)
     return settings.model_copy(update={"micro_batch_tokens": -(-rows // micro_batches) * length})
 
 
-def fitting_rows(a: Architecture, settings: TrainSettings, most: int, length: int, device: Device, free: int) -> int:
+def fitting_rows(
+    blueprint: Blueprint, settings: TrainSettings, most: int, length: int, device: Device, free: int
+) -> int:
     """The largest number of rows, at most `most`, whose step is estimated to need no more than is usable of `free`.
 
     Raises `UserError` when that is none. A system that does not say what is free gets one row.
@@ -46,14 +47,14 @@ def fitting_rows(a: Architecture, settings: TrainSettings, most: int, length: in
     usable = int(free * USABLE.get(device.torch_device.type, USABLE_ELSEWHERE))
 
     def needed(rows: int) -> int:
-        return training_bytes(a, settings, rows, length, device, settings.gradient_checkpointing)
+        return training_bytes(blueprint, settings, rows, length, device, settings.gradient_checkpointing)
 
     if usable == 0:
         return 1
     fits, fails = 1, most
     of_fits, of_fails = needed(fits), needed(fails)
     if of_fits > usable:
-        raise lack_of_memory(a, settings, 1, length, device, free)
+        raise lack_of_memory(blueprint, settings, 1, length, device, free)
     if of_fails <= usable:
         return most
     while fits + 1 < fails:  # memory is nearly linear in rows: a straight line finds its place in a few steps
@@ -114,7 +115,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def lack_of_memory_explained(
-    a: Architecture, settings: TrainSettings, rows: int, length: int, device: Device
+    blueprint: Blueprint, settings: TrainSettings, rows: int, length: int, device: Device
 ) -> Iterator[None]:
     """Within, running out of memory is a `UserError` that says what to change, with figures."""
     free = available_memory(device)
@@ -123,16 +124,16 @@ def lack_of_memory_explained(
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise lack_of_memory(a, settings, rows, length, device, free) from error
+        raise lack_of_memory(blueprint, settings, rows, length, device, free) from error
 
 
 def lack_of_memory(
-    a: Architecture, settings: TrainSettings, rows: int, length: int, device: Device, free: int
+    blueprint: Blueprint, settings: TrainSettings, rows: int, length: int, device: Device, free: int
 ) -> UserError:
     """What a step of micro-batches of `rows` rows needs, what there was, and what each remedy would need."""
 
     def needed(rows: int, recompute_every: int, changed: TrainSettings = settings) -> str:
-        return f"about {training_bytes(a, changed, rows, length, device, recompute_every) / 2**30:.2f} GiB"
+        return f"about {training_bytes(blueprint, changed, rows, length, device, recompute_every) / 2**30:.2f} GiB"
 
     every = settings.gradient_checkpointing
     remedies = []

@@ -1,4 +1,4 @@
-"""The optimizers, and the one rule that says which parameters each of them updates.
+"""The optimizers, and the one rule that says which of the parameters that are trained each of them updates.
 
 Matrices inside the blocks are what Muon is for; the embedding, the head, norms and biases are AdamW's in any case.
 Weight decay is decoupled, and on matrices alone.
@@ -33,9 +33,14 @@ def make_optimizers(model: nn.Module, settings: TrainSettings, device: Device) -
     return [UpdatedInFloat32(optimizer, master=device.keeps_master) for optimizer in optimizers]
 
 
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are not frozen, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 def adamw(model: nn.Module, settings: TrainSettings) -> Optimizers:
     """AdamW for everything (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
-    return [_adamw(model.parameters(), settings)]
+    return [_adamw(trained(model).values(), settings)]
 
 
 def adamw_8bit(model: nn.Module, settings: TrainSettings) -> Optimizers:
@@ -47,12 +52,12 @@ def adamw_8bit(model: nn.Module, settings: TrainSettings) -> Optimizers:
         from slmkit.training.adamw_8bit import AdamW8bit  # here, since importing bitsandbytes takes seconds
     except ImportError as error:
         raise UserError(f"train.optimizer adamw_8bit: {error}; pip install slmkit[optim]") from None
-    return [_with_peaks(AdamW8bit(_decayed_and_not(model.parameters(), settings), **_adam_rates(settings)))]
+    return [_with_peaks(AdamW8bit(_decayed_and_not(trained(model).values(), settings), **_adam_rates(settings)))]
 
 
 def lion(model: nn.Module, settings: TrainSettings) -> Optimizers:
     """Lion for everything, with its own second momentum of 0.99."""
-    groups = _decayed_and_not(model.parameters(), settings)
+    groups = _decayed_and_not(trained(model).values(), settings)
     return [_with_peaks(Lion(groups, lr=settings.learning_rate, betas=(settings.adam_beta1, LION_BETA2)))]
 
 
@@ -62,11 +67,10 @@ def muon(model: nn.Module, settings: TrainSettings) -> Optimizers:
     A step's matrix is the momentum made orthogonal by five Newton-Schulz products, so that no direction is left
     behind: fewer tokens to a loss, for some matrix products a step, which large steps hardly notice.
     """
-    hidden = {
-        name for name, parameter in model.named_parameters() if name.startswith("blocks.") and parameter.dim() == 2
-    }
-    matrices = [parameter for name, parameter in model.named_parameters() if name in hidden]
-    others = [parameter for name, parameter in model.named_parameters() if name not in hidden]
+    parameters = trained(model)
+    hidden = {name for name, parameter in parameters.items() if name.startswith("blocks.") and parameter.dim() == 2}
+    matrices = [parameter for name, parameter in parameters.items() if name in hidden]
+    others = [parameter for name, parameter in parameters.items() if name not in hidden]
     first = Muon(
         matrices, lr=settings.muon_learning_rate, weight_decay=settings.weight_decay, momentum=settings.muon_momentum
     )

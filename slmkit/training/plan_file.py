@@ -14,6 +14,7 @@ from slmkit.device import Device, peak_memory, reset_peak_memory, resident_memor
 from slmkit.model import SLMConfig
 from slmkit.training.forecast import forecast
 from slmkit.training.loop import Report, State
+from slmkit.training.memory import Blueprint
 from slmkit.training.progress import clock
 from slmkit.training.recipe import TrainSettings
 
@@ -52,9 +53,11 @@ class PlanFile:
         unique_tokens: int | None = None,
         validation_tokens: int = 0,
         from_scratch: bool = True,
+        blueprint: Blueprint | None = None,
     ) -> None:
         self.path, self.config, self.settings, self.steps, self.device = root / NAME, config, settings, steps, device
         self.unique_tokens, self.validation_tokens, self.from_scratch = unique_tokens, validation_tokens, from_scratch
+        self.blueprint = blueprint
         self.content: dict[str, Any] = {"steps": steps}
         self.before = 0 if device.torch_device.type == "cuda" else max(0, resident_memory() - weights_bytes)
         reset_peak_memory(device)
@@ -106,6 +109,7 @@ class PlanFile:
             unique_tokens=self.unique_tokens,
             validation_tokens=self.validation_tokens,
             from_scratch=self.from_scratch,
+            blueprint=self.blueprint,
         )
         self.content |= {
             "parameters": ahead.parameters,

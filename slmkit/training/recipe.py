@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field, model_validator
 from slmkit.config import Settings, UserError, did_you_mean, load_settings, read_yaml
 from slmkit.data.data_settings import DataSettings, Reads, TokenizerSettings
 from slmkit.model import SLMConfig
+from slmkit.model.lora_settings import LoRASettings
 from slmkit.training.distillation_settings import DistillationSettings
 from slmkit.training.distributed import Parallel
 from slmkit.training.guards import GuardSettings
@@ -144,12 +145,15 @@ class TrainSettings(Settings):
 class Recipe(Settings):
     """One run. `objective` says what is learned: the next token of any text, or the assistant's turns of chats, or
     either of them from a teacher besides.
+
+    With `lora` the model of `model.path` is frozen, and what is learned is an adapter for it.
     """
 
     objective: Literal["pretrain", "sft", "distill"] = "pretrain"
     output_dir: str = "runs/model"
     seed: int = 0
     model: ModelSettings = Field(default_factory=ModelSettings)
+    lora: LoRASettings | None = None
     tokenizer: TokenizerSettings = Field(default_factory=TokenizerSettings)
     data: DataSettings = Field(default_factory=DataSettings)
     train: TrainSettings = Field(default_factory=TrainSettings)
@@ -159,6 +163,15 @@ class Recipe(Settings):
     def _streams_have_an_end(self) -> Recipe:
         if self.data.streaming and self.train.max_tokens is None and self.train.max_steps is None:
             raise ValueError(f"data.streaming: {ENDLESS}")
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_need_no_shares(self) -> Recipe:
+        if self.lora is not None and self.train.parallel == "fsdp":
+            raise ValueError(
+                "lora: parallel fsdp shares out what is trained, which is next to nothing here: set train.parallel to "
+                "ddp, and lora.base_weights to int8 or nf4 where the base is too large for each process"
+            )
         return self
 
     @model_validator(mode="after")

@@ -49,6 +49,8 @@ def signature(recipe: Recipe, config: SLMConfig) -> str:
         "model": config.model_dump(mode="json", exclude_defaults=True),
         "initialization": recipe.model.initialization if recipe.model.path is None else "trained",
     }
+    if recipe.lora is not None:
+        matters["lora"] = recipe.lora.model_dump(mode="json")
     return hashlib.sha256(json.dumps(matters, sort_keys=True).encode()).hexdigest()[:16]
 
 

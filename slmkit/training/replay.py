@@ -19,6 +19,7 @@ from slmkit.data.batch import Batch
 from slmkit.data.stream import Batches
 from slmkit.training.loop import Plan, Report, State, compute_gradients, train, train_step
 from slmkit.training.objectives import Objective
+from slmkit.training.optimizers import trained
 from slmkit.training.run_log import finite
 
 
@@ -142,7 +143,7 @@ def watched(model: nn.Module, rows_per_micro_batch: int, rows: int) -> Iterator[
 
     handles.append(model.register_forward_pre_hook(begin))
     handles += [module.register_forward_hook(after(name)) for name, module in model.named_modules() if name]
-    handles += [p.register_post_accumulate_grad_hook(arrived(name)) for name, p in model.named_parameters()]
+    handles += [p.register_post_accumulate_grad_hook(arrived(name)) for name, p in trained(model).items()]
     try:
         yield watch
     finally:

@@ -22,7 +22,9 @@ from slmkit.training.find import free_path
 from slmkit.training.gauges import Gauges
 from slmkit.training.guards import Diverged, GuardSettings
 from slmkit.training.loop import Every, Plan, Report, RunStopped, State, StopRequested, train
+from slmkit.training.memory import blueprint_of
 from slmkit.training.micro_batch import lack_of_memory_explained
+from slmkit.training.model_files import ModelFiles, WholeModel
 from slmkit.training.objectives import Objective, next_token
 from slmkit.training.optimizers import make_optimizers
 from slmkit.training.plots import plot_losses
@@ -105,6 +107,7 @@ def fit(
     *,
     companions: checkpoints.Companions,
     objective: Objective = next_token,
+    files: ModelFiles | None = None,
     hooks: Sequence[Every] = (),
     perfect_loss: float | None = None,
     resume: bool = False,
@@ -113,13 +116,15 @@ def fit(
     """Train `model` as the recipe says, and leave a run on disk. Returns the state after the last step.
 
     `hooks` come from outside (validation, samples, progress) and fire before the report is logged, so that what they
-    add to it is logged too. With `resume` it goes on from the newest intact checkpoint, or from the beginning where
-    there was none yet. Raises `RunStopped` when a signal ended the run early: its last step has been saved.
+    add to it is logged too. `files` say what of the model a checkpoint holds, which is all of it without them. With
+    `resume` it goes on from the newest intact checkpoint, or from the beginning where there was none yet. Raises
+    `RunStopped` when a signal ended the run early: its last step has been saved.
     """
-    settings, group = recipe.train, plan.group
+    settings, group, files = recipe.train, plan.group, files or WholeModel(config)
+    blueprint = blueprint_of(model)
     state = fresh_state(recipe, model, plan.device, group)
     if resume and (newest := newest_intact(run, plan, warn)) is not None:
-        checkpoints.load_checkpoint(newest, state)
+        checkpoints.load_checkpoint(newest, state, files)
     if group.is_main:
         if state.step:
             point_links(run, run.checkpoints / checkpoints.checkpoint_name(state.step), best_checkpoint(state))
@@ -127,7 +132,7 @@ def fit(
         checkpoints.clear_leftovers(run.checkpoints)
 
     recorder = FlightRecorder(run.records, recipe.seed, warn, group)
-    saver = Saver(run, config, companions, settings.save_total_limit, warn, recorder.needed_checkpoints, group)
+    saver = Saver(run, files, companions, settings.save_total_limit, warn, recorder.needed_checkpoints, group)
     length = settings.sequence_length or config.max_position_embeddings
     gauges = Gauges(model, plan.device, stream.rows_per_step, length, state.tokens, run.metrics.seconds())
     with (
@@ -137,7 +142,7 @@ def fit(
         ) as trackers,
         stop_on_signals() as stop,
         saver,
-        lack_of_memory_explained(model.architecture, settings, plan.rows_per_micro_batch, length, plan.device),
+        lack_of_memory_explained(blueprint, settings, plan.rows_per_micro_batch, length, plan.device),
     ):
         logger = Logger(run, perfect_loss, warn, trackers)
         all_hooks = (Every(1, gauges.update), *hooks, *hooks_on_disk(settings, plan.steps, logger, saver))
@@ -147,7 +152,7 @@ def fit(
                 break
             except Diverged as error:
                 saver.wait()
-                roll_back(run, state, plan, error, warn)
+                roll_back(run, state, plan, error, warn, files)
                 logger.last_step = -1
     if state.step < plan.steps:
         _ended_early(run, state, plan, stream, warn)
@@ -200,7 +205,9 @@ def fresh_state(recipe: Recipe, model: Decoder, device: Device, group: Group = A
     return State(model, optimizers, seed=recipe.seed, loss_scale=LossScale.of(device))
 
 
-def roll_back(run: RunDirectory, state: State, plan: Plan, why: Diverged, warn: Callable[[str], None]) -> None:
+def roll_back(
+    run: RunDirectory, state: State, plan: Plan, why: Diverged, warn: Callable[[str], None], files: ModelFiles
+) -> None:
     """Take the run back to the last checkpoint before the refused steps, with a lower learning rate.
 
     Raises `UserError` where the recipe wants it to stop instead, or nothing is left to try.
@@ -218,7 +225,7 @@ def roll_back(run: RunDirectory, state: State, plan: Plan, why: Diverged, warn: 
     good = newest_intact(run, plan, warn, checkpoints.saved_while_all_was_well)
     if good is None:
         raise UserError(f"{report}; there is no checkpoint yet to go back to: lower train.learning_rate")
-    checkpoints.load_checkpoint(good, state)
+    checkpoints.load_checkpoint(good, state, files)
     state.guard.rollbacks, state.guard.skipped = before.rollbacks + 1, before.skipped
     if not plan.group.is_main:
         return

@@ -9,10 +9,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from slmkit.config import UserError
-from slmkit.model import SLMConfig
 from slmkit.training import checkpoints
 from slmkit.training.distributed import ALONE, Group
 from slmkit.training.loop import Report, State
+from slmkit.training.model_files import ModelFiles
 
 if TYPE_CHECKING:
     from slmkit.training.run import RunDirectory
@@ -30,7 +30,7 @@ class Saver:
     def __init__(
         self,
         run: RunDirectory,
-        config: SLMConfig,
+        files: ModelFiles,
         companions: checkpoints.Companions,
         save_total_limit: int,
         warn: Callable[[str], None],
@@ -38,7 +38,7 @@ class Saver:
         group: Group = ALONE,
     ) -> None:
         """`needed` names checkpoints that are kept besides the newest `save_total_limit` and the best."""
-        self.run, self.config, self.companions, self.limit = run, config, companions, save_total_limit
+        self.run, self.files, self.companions, self.limit = run, files, companions, save_total_limit
         self.warn, self.needed, self.group = warn, needed, group
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -61,7 +61,7 @@ class Saver:
         if loss is not None and loss < state.best.get("validation_loss", float("inf")):
             state.best = {"step": state.step, "validation_loss": loss}
         self._settle()
-        snapshot = checkpoints.take_snapshot(state, self.group)
+        snapshot = checkpoints.take_snapshot(state, self.files, self.group)
         if not self.group.is_main:
             return
         self._thread = threading.Thread(target=self._write, args=(snapshot, best_checkpoint(state)), daemon=True)
@@ -108,7 +108,7 @@ class Saver:
 
     def _written(self, snapshot: checkpoints.Snapshot) -> Path:
         self.run.metrics.sync()  # a checkpoint must not outlive the lines of the steps before it
-        return checkpoints.write_checkpoint(snapshot, self.config, self.run.checkpoints, self.companions)
+        return checkpoints.write_checkpoint(snapshot, self.run.checkpoints, self.companions)
 
 
 def best_checkpoint(state: State) -> str | None:

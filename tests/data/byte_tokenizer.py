@@ -30,6 +30,9 @@ class ByteTokenizer:
     def encode_batch(self, texts: list[str], threads: int | None = None) -> list[np.ndarray]:
         return [np.array(self.encode(text), dtype=np.uint32) for text in texts]
 
+    def encode_chat_rows(self, messages: list[dict[str, str]]) -> list[EncodedChat]:
+        return [self.encode_chat(messages)]
+
     def encode_chat(self, messages: list[dict[str, str]]) -> EncodedChat:
         """What the assistant says is learned; who speaks is not."""
         ids: list[int] = []

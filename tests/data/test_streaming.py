@@ -13,6 +13,7 @@ import torch
 from slmkit.config import UserError
 from slmkit.data import IGNORED, Batch
 from slmkit.data.blocks import Blocks, document_size, is_held_out
+from slmkit.data.conversations import ConversationEncoder
 from slmkit.data.mixture import Phase
 from slmkit.data.source_settings import SourceSettings
 from slmkit.data.sources import open_source
@@ -160,7 +161,7 @@ def conversations(path: Path, rows: list | None = None) -> Path:
 def test_conversations_are_packed_whole_and_each_is_there_once(tmp_path: Path) -> None:
     length = 120
     path = conversations(tmp_path / "chat.jsonl")
-    rows = all_rows(ConversationRows(chat_blocks(path, repeat=False), TOKENIZER, length, seed=1))
+    rows = all_rows(ConversationRows(chat_blocks(path, repeat=False), ConversationEncoder(TOKENIZER), length, seed=1))
     encoded = [[*TOKENIZER.encode_chat(one).ids, EOS] for one in CONVERSATIONS]
     assert max(map(len, encoded)) <= length
     found = []
@@ -179,7 +180,7 @@ def test_conversations_are_packed_whole_and_each_is_there_once(tmp_path: Path) -
 def test_conversations_with_nothing_to_learn_are_named_and_not_waited_for(tmp_path: Path) -> None:
     path = conversations(tmp_path / "chat.jsonl", [chat("only a question " * 30, "answer")])
     with pytest.raises(UserError, match="nothing to learn within 20 tokens"):
-        ConversationRows(chat_blocks(path), TOKENIZER, 20, seed=1).next_row()
+        ConversationRows(chat_blocks(path), ConversationEncoder(TOKENIZER), 20, seed=1).next_row()
 
 
 PHASES = [Phase(30, (0.5, 0.5)), Phase(70, (0.25, 0.75)), Phase(None, (0.9, 0.1))]
@@ -201,7 +202,7 @@ def mixture(folder: Path, rule: str = "repeat", shuffle: int = 6) -> StreamedBat
 
 
 def chats(folder: Path) -> StreamedBatches:
-    rows = ConversationRows(chat_blocks(folder / "chat.jsonl"), TOKENIZER, 120, seed=1)
+    rows = ConversationRows(chat_blocks(folder / "chat.jsonl"), ConversationEncoder(TOKENIZER), 120, seed=1)
     return StreamedBatches({"chat": rows}, [Phase(None, (1.0,))], "repeat", rows_per_step=5, separate=True)
 
 

@@ -16,6 +16,7 @@ from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.checkpoints import take_snapshot
 from slmkit.training.guards import GuardSettings
 from slmkit.training.loop import Plan, State
+from slmkit.training.model_files import WholeModel
 from slmkit.training.objectives import Loss, NextToken
 from slmkit.training.optimizers import make_optimizers
 from slmkit.training.precision import LossScale, to_weight_dtype
@@ -45,6 +46,9 @@ def config(**changes: object) -> SLMConfig:
     return SLMConfig(**(shape | changes))
 
 
+FILES = WholeModel(config())
+
+
 def dataset() -> TextDataset:
     return TextDataset(TEXTS, TOKENIZER, max_length=LENGTH)
 
@@ -69,7 +73,7 @@ def plan(steps: int, rows_per_micro_batch: int = 8, max_grad_norm: float = 1.0, 
 
 def snapshot_of(learner: State) -> dict[str, list]:
     """Weights and optimizer state, to be compared."""
-    snapshot = take_snapshot(learner)
+    snapshot = take_snapshot(learner, FILES)
     return {name: tensor.tolist() for name, tensor in (snapshot.weights | snapshot.moments).items()}
 
 

@@ -32,7 +32,7 @@ from slmkit.training.loop import train
 from slmkit.training.objectives import next_token
 from slmkit.training.run_log import MetricsLog
 from tests.training import helpers
-from tests.training.helpers import TOKENIZER, config, run, state
+from tests.training.helpers import FILES, TOKENIZER, config, run, state
 
 
 def silent(line: str) -> None:
@@ -118,9 +118,9 @@ def test_every_checkpoint_is_a_model_directory_with_its_tokenizer(unbroken: Path
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_the_optimizers_come_back_bit_for_bit(optimizer: str, tmp_path: Path) -> None:
     saved = train(state(optimizer=optimizer), next_token, helpers.stream(), helpers.plan(3))
-    path = save_checkpoint(saved, config(), tmp_path, TOKENIZER.save_pretrained)
+    path = save_checkpoint(saved, FILES, tmp_path, TOKENIZER.save_pretrained)
     loaded = state(optimizer=optimizer)
-    load_checkpoint(path, loaded)
+    load_checkpoint(path, loaded, FILES)
     assert (loaded.step, loaded.tokens, loaded.best) == (saved.step, saved.tokens, saved.best)
     for ours, theirs in zip(loaded.optimizers, saved.optimizers):
         before, after = theirs.state_dict()["state"], ours.state_dict()["state"]
@@ -133,10 +133,10 @@ def test_the_optimizers_come_back_bit_for_bit(optimizer: str, tmp_path: Path) ->
 
 def damaged(tmp_path: Path) -> tuple[Path, Path]:
     """Two checkpoints; the newer one is to be damaged."""
-    older = save_checkpoint(state(), config(), tmp_path, TOKENIZER.save_pretrained)
+    older = save_checkpoint(state(), FILES, tmp_path, TOKENIZER.save_pretrained)
     later = state()
     later.step = 5
-    return older, save_checkpoint(later, config(), tmp_path, TOKENIZER.save_pretrained)
+    return older, save_checkpoint(later, FILES, tmp_path, TOKENIZER.save_pretrained)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "training_state/optimizer.safetensors", "config.json"])
@@ -181,25 +181,25 @@ def test_what_is_half_written_is_ignored_with_a_warning_and_written_again(tmp_pa
     assert any("half-written" in line for line in warnings)
     later = state()
     later.step = 9
-    verify(save_checkpoint(later, config(), tmp_path, TOKENIZER.save_pretrained))
+    verify(save_checkpoint(later, FILES, tmp_path, TOKENIZER.save_pretrained))
     assert older.exists()
 
 
 @pytest.mark.parametrize("kilobytes", [1, 40, 90])
 def test_a_full_disk_leaves_what_was_there_and_is_one_line(kilobytes: int, tmp_path: Path) -> None:
     """The limit on file size stands in for the disk: no file may grow beyond it."""
-    save_checkpoint(state(), config(), tmp_path, TOKENIZER.save_pretrained)
+    save_checkpoint(state(), FILES, tmp_path, TOKENIZER.save_pretrained)
     script = textwrap.dedent(f"""
         import resource
         from pathlib import Path
         from slmkit.config import UserError
         from slmkit.training.checkpoints import save_checkpoint
-        from tests.training.helpers import TOKENIZER, config, state
+        from tests.training.helpers import FILES, TOKENIZER, state
         later = state()
         later.step = 5
         resource.setrlimit(resource.RLIMIT_FSIZE, ({kilobytes} * 1024, resource.RLIM_INFINITY))
         try:
-            save_checkpoint(later, config(), Path({str(tmp_path)!r}), TOKENIZER.save_pretrained)
+            save_checkpoint(later, FILES, Path({str(tmp_path)!r}), TOKENIZER.save_pretrained)
         except UserError as error:
             print(error)
     """)
@@ -238,7 +238,7 @@ def test_old_checkpoints_go_and_the_best_one_stays(tmp_path: Path) -> None:
     for step in range(6):
         one = state()
         one.step = step
-        save_checkpoint(one, config(), tmp_path, TOKENIZER.save_pretrained)
+        save_checkpoint(one, FILES, tmp_path, TOKENIZER.save_pretrained)
     keep_newest(tmp_path, 2, keep={"step-000001"}, until=5)
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-000001", "step-000004", "step-000005"]
 
@@ -247,19 +247,19 @@ def test_what_a_run_that_went_back_has_not_reached_again_is_not_counted(tmp_path
     for step in (1, 2, 3, 9):  # 9 is damaged, say, so that the run went on from 2
         one = state()
         one.step = step
-        save_checkpoint(one, config(), tmp_path, TOKENIZER.save_pretrained)
+        save_checkpoint(one, FILES, tmp_path, TOKENIZER.save_pretrained)
     keep_newest(tmp_path, 1, keep=set(), until=3)
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-000003", "step-000009"]
 
 
 def test_another_recipes_checkpoint_is_refused(tmp_path: Path) -> None:
-    path = save_checkpoint(state(seed=1), config(), tmp_path, TOKENIZER.save_pretrained)
+    path = save_checkpoint(state(seed=1), FILES, tmp_path, TOKENIZER.save_pretrained)
     with pytest.raises(UserError, match="seed 1, the recipe says 2"):
-        load_checkpoint(path, state(seed=2))
+        load_checkpoint(path, state(seed=2), FILES)
 
 
 def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path: Path) -> None:
-    path = save_checkpoint(state(), config(), tmp_path, TOKENIZER.save_pretrained)
+    path = save_checkpoint(state(), FILES, tmp_path, TOKENIZER.save_pretrained)
     for file in (p for p in path.rglob("*") if p.is_file()):
         assert file.suffix in (".json", ".safetensors"), file
         if file.suffix == ".json":

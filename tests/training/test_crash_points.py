@@ -18,7 +18,7 @@ from slmkit.training.run import RunDirectory
 from slmkit.training.run_log import MetricsLog, append_samples
 from slmkit.training.saver import Saver
 from tests.training.faults import Act, PowerCut, disk_full, operations_on_files, power_cut
-from tests.training.helpers import TOKENIZER, config, state
+from tests.training.helpers import FILES, TOKENIZER, state
 
 
 def state_at(step: int) -> State:
@@ -32,7 +32,7 @@ def state_at(step: int) -> State:
 
 def save(root: Path, learner: State) -> None:
     """A save as a run has it, seen to its end: checkpoint, `latest`, `best`, and the one before deleted."""
-    saver = Saver(RunDirectory(root), config(), TOKENIZER.save_pretrained, save_total_limit=1, warn=lambda line: None)
+    saver = Saver(RunDirectory(root), FILES, TOKENIZER.save_pretrained, save_total_limit=1, warn=lambda line: None)
     saver.save(learner, {"validation_loss": 1 / learner.step})
     saver.finish()
 
@@ -42,7 +42,7 @@ def assert_goes_on(root: Path, steps: set[int]) -> None:
     found = newest_intact(root / "checkpoints", lambda line: None)
     assert found is not None
     loaded = state()
-    load_checkpoint(found, loaded)
+    load_checkpoint(found, loaded, FILES)
     assert loaded.step in steps
     assert loaded.model.norm.weight.tolist() == [loaded.step] * 32
     for link in (root / "latest", root / "best"):
@@ -98,7 +98,7 @@ def test_no_operation_of_a_save_leaves_neither_checkpoint(act: Act, saved: Path)
 def test_a_damaged_checkpoint_written_again_is_no_exception(saved: Path) -> None:
     """The run went on from step 4, since that of step 8 was damaged, and comes to step 8 again."""
     later = state_at(8)
-    keeps_both = Saver(RunDirectory(saved), config(), TOKENIZER.save_pretrained, 2, warn=lambda line: None)
+    keeps_both = Saver(RunDirectory(saved), FILES, TOKENIZER.save_pretrained, 2, warn=lambda line: None)
     keeps_both.save(later, {})
     keeps_both.finish()
     (saved / "checkpoints" / "step-000008" / "config.json").unlink()

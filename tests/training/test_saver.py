@@ -22,7 +22,7 @@ from slmkit.training.loop import Every, RunStopped, State
 from slmkit.training.run import RunDirectory
 from slmkit.training.saver import FAILURES_BORNE, Saver
 from tests.training.faults import disk_full, operations_on_files
-from tests.training.helpers import TOKENIZER, config, run, state
+from tests.training.helpers import FILES, TOKENIZER, run, state
 from tests.training.test_checkpoints import assert_same_run
 from tests.training.test_crash_points import state_at
 
@@ -37,7 +37,7 @@ def warnings() -> list[str]:
 @pytest.fixture
 def saver(tmp_path: Path, warnings: list[str]) -> Saver:
     (tmp_path / "checkpoints").mkdir()
-    return Saver(RunDirectory(tmp_path), config(), TOKENIZER.save_pretrained, 9, warnings.append)
+    return Saver(RunDirectory(tmp_path), FILES, TOKENIZER.save_pretrained, 9, warnings.append)
 
 
 def test_what_is_written_is_the_instant_of_the_save(saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +60,7 @@ def test_what_is_written_is_the_instant_of_the_save(saver: Saver, monkeypatch: p
     may_write.set()
     saver.finish()
     loaded = state()
-    load_checkpoint(saver.run.latest, loaded)
+    load_checkpoint(saver.run.latest, loaded, FILES)
     assert (loaded.step, loaded.guard.norms, loaded.model.norm.weight[0].item()) == (4, [1.0], 4)
 
 

@@ -1,0 +1,213 @@
+"""An adapter's directory: `adapter_config.json` and `adapter_model.safetensors`, as `peft` writes and reads them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from slmkit.adapt.adapter_config import AdapterConfig, adapter_config, read_adapter_config
+from slmkit.adapt.adapter_format import (
+    MAGNITUDE,
+    PREFIX,
+    A,
+    B,
+    Update,
+    from_peft,
+    fuse,
+    fused_linears,
+    split,
+    to_peft,
+    update_of,
+)
+from slmkit.adapt.adapter_whole import ANOTHER, whole_from_disk, whole_to_disk
+from slmkit.adapt.lora import DoRALinear, LoRALinear, adapted_linears, expect_plain
+from slmkit.adapt.swap import Linear, linear, linears, matching, replace
+from slmkit.config import UserError
+from slmkit.model import Decoder, SLMConfig
+from slmkit.model.adapter_directory import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from slmkit.model.families import family_of
+from slmkit.model.growth import grow_vocabulary
+from slmkit.model.lora_settings import LoRASettings
+from slmkit.model.stored import stored_tensors
+
+GENERATION = "generation_config.json"  # what ends a text, which new tokens may have changed
+
+
+def trained_tensors(decoder: nn.Module) -> dict[str, Tensor]:
+    """What an adapter is: the parameters that are trained, under our names."""
+    return {name: parameter for name, parameter in decoder.named_parameters() if parameter.requires_grad}
+
+
+def save_adapter(
+    decoder: Decoder,
+    config: SLMConfig,
+    settings: LoRASettings,
+    base: str | Path,
+    directory: str | Path,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write what `decoder` learned beside the model in `base`; `tensors` are those to write where not its own.
+
+    Raises `UserError` when the disk is full or cannot be written.
+    """
+    directory, tensors = Path(directory), tensors if tensors is not None else trained_tensors(decoder)
+    adapted = adapted_linears(decoder)
+    updates: dict[str, Update] = {}
+    others: list[str] = []
+    for theirs, ours in fused_linears(config, linears(decoder)).items():
+        if not any(name in adapted for name in ours):
+            others.append(theirs)
+            continue
+        updates[theirs] = fuse(
+            [
+                update_of(adapted[name], tensors, name) if name in adapted else linear(decoder, name).weight
+                for name in ours
+            ]
+        )
+    shapes = {name: update.shape for name, update in updates.items()}
+    whole = whole_to_disk(decoder, config, tensors)
+    content = adapter_config(str(base), settings, shapes, others, bool(family_of(config.model_type).transposed))
+    content["modules_to_save"] = sorted({name.rpartition(".")[0] for name in whole}) or None
+    stored = to_peft(updates) | {f"{PREFIX}{name}": tensor for name, tensor in whole.items()}
+    generation = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id, "do_sample": True}
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / ADAPTER_CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (directory / GENERATION).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+        stored = {name: tensor.detach().float().cpu().contiguous().clone() for name, tensor in stored.items()}
+        save_file(stored, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{directory}: the adapter cannot be written: {error}") from None
+
+
+def grown_for(directory: str | Path, decoder: Decoder, config: SLMConfig) -> tuple[Decoder, SLMConfig]:
+    """A model with as many tokens as the adapter in `directory` has embeddings for, and what ends a text with it.
+
+    An adapter that came with new tokens holds the embedding and the head, whose rows it will fill.
+    """
+    directory, family = Path(directory), family_of(config.model_type)
+    stored = stored_tensors(directory / ADAPTER_WEIGHTS)
+    keys = [f"{PREFIX}{family.names[module]}.weight" for module in ("embedding", "head")]
+    size = min(stored[key].shape[0] if key in stored else 0 for key in keys)
+    if size > config.vocab_size:
+        decoder, config = grow_vocabulary(decoder, config, {index: [0] for index in range(config.vocab_size, size)})
+    try:
+        generation = json.loads((directory / GENERATION).read_text(encoding="utf-8"))
+        named = {key: generation[key] for key in ("eos_token_id", "pad_token_id") if key in generation}
+    except (OSError, ValueError, TypeError):  # of peft's, which has none
+        named = {}
+    return decoder, config.model_copy(update=named)
+
+
+def load_adapter(decoder: Decoder, config: SLMConfig, directory: str | Path) -> LoRASettings:
+    """Put the adapter in `directory` beside the linears of the model that it was made for; returns its settings.
+
+    Raises `UserError` for a file that is missing or damaged, and for an adapter of another base.
+    """
+    expect_plain(decoder)
+    directory = Path(directory)
+    described, path = read_adapter_config(directory), directory / ADAPTER_WEIGHTS
+    updates, whole = _read(path)
+    _expect_all(path, decoder, config, described, updates)
+    decoder.requires_grad_(False)
+    kind = DoRALinear if described.settings.use_dora else LoRALinear
+    fused = fused_linears(config, linears(decoder))
+    for theirs, tensors in updates.items():
+        modules = [linear(decoder, name) for name in fused[theirs]]
+        update = _checked(path, theirs, tensors, modules, described)
+        for name, module, part in zip(fused[theirs], modules, split(update, [m.out_features for m in modules])):
+            if part is not None:
+                adapted = kind(module, part.a.size(0), part.scale, described.settings.lora_dropout)
+                replace(decoder, name, adapted)
+                _fill(adapted, part)
+    state = whole_from_disk(path, decoder, config, described, whole)
+    decoder.load_state_dict(state, strict=False)
+    for name in state:
+        decoder.get_parameter(name).requires_grad_(True)
+    return described.settings
+
+
+def read_tensors(decoder: Decoder, config: SLMConfig, directory: str | Path) -> dict[str, Tensor]:
+    """The tensors of a saved adapter, under our names, for a decoder that is adapted in the same way.
+
+    Raises `UserError` where the adapter is not of its shape.
+    """
+    directory = Path(directory)
+    described, path = read_adapter_config(directory), directory / ADAPTER_WEIGHTS
+    updates, whole = _read(path)
+    adapted = adapted_linears(decoder)
+    state: dict[str, Tensor] = {}
+    for theirs, ours in fused_linears(config, linears(decoder)).items():
+        if theirs not in updates:
+            continue
+        modules = [linear(decoder, name) for name in ours]
+        ranks = [adapted[name].lora_A.size(0) if name in adapted else 0 for name in ours]
+        update = _checked(path, theirs, updates[theirs], modules, described)
+        for name, part in zip(ours, split(update, [m.out_features for m in modules], ranks)):
+            if part is not None:
+                state |= {f"{name}.lora_A": part.a, f"{name}.lora_B": part.b}
+                state |= {} if part.magnitude is None else {f"{name}.magnitude": part.magnitude}
+    state |= whole_from_disk(path, decoder, config, described, whole)
+    for name, tensor in trained_tensors(decoder).items():
+        if name not in state or state[name].shape != tensor.shape:
+            raise UserError(f"{path}: not the adapter of this run: {name!r} is missing or of another shape")
+    return state
+
+
+def _read(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    try:
+        return from_peft(load_file(path))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; the directory holds an adapter's config but no weights") from None
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path}: damaged or cut short ({error}); use another checkpoint, or copy it again") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _expect_all(
+    path: Path, decoder: Decoder, config: SLMConfig, described: AdapterConfig, updates: Mapping[str, object]
+) -> None:
+    """An update for every module that the adapter is for, and for none that this base lacks."""
+    there = list(fused_linears(config, linears(decoder)))
+    for name in updates:
+        if name not in there:
+            raise UserError(f"{path}: adapts {name!r}, which its base does not have: {ANOTHER}")
+    excluded = [*described.settings.modules_to_save, *described.exclude_modules]
+    expected = matching(there, described.settings.target_modules, except_for=excluded)
+    missing = [name for name in expected if name not in updates]
+    if missing and not described.only_some_layers:
+        raise UserError(
+            f"{path}: nothing for {len(missing)} of the base's modules that it is for, such as {missing[0]!r}: "
+            f"{ANOTHER}"
+        )
+
+
+def _checked(
+    path: Path, name: str, tensors: Mapping[str, Tensor], modules: list[Linear], described: AdapterConfig
+) -> Update:
+    """The update of one of the reference's matrices. Raises `UserError` where its shapes are not those of the base."""
+    wanted = {A, B, MAGNITUDE} if described.settings.use_dora else {A, B}
+    if tensors.keys() != wanted:
+        raise UserError(f"{path}: {name!r} has {', '.join(sorted(tensors))}; expected {', '.join(sorted(wanted))}")
+    a, b, magnitude = (tensors[kind].float() if kind in tensors else None for kind in (A, B, MAGNITUDE))
+    assert a is not None
+    assert b is not None
+    rows, columns = sum(module.out_features for module in modules), modules[0].in_features
+    if (b.size(0), a.size(1)) != (rows, columns) or a.size(0) != b.size(1):
+        raise UserError(
+            f"{path}: {name!r} is for a matrix of {b.size(0)} × {a.size(1)}, its base has {rows} × {columns}: {ANOTHER}"
+        )
+    return Update(a, b, magnitude, described.scale(name, a.size(0)))
+
+
+def _fill(linear: LoRALinear, update: Update) -> None:
+    linear.lora_A.data.copy_(update.a)
+    linear.lora_B.data.copy_(update.b)
+    if isinstance(linear, DoRALinear) and update.magnitude is not None:
+        linear.magnitude.data.copy_(update.magnitude)

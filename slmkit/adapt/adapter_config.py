@@ -1,0 +1,129 @@
+"""`adapter_config.json` of a directory that `peft` writes or reads."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from slmkit.config import UserError, load_settings
+from slmkit.model.adapter_directory import ADAPTER_CONFIG
+from slmkit.model.lora_settings import LoRASettings, scale_of
+
+# Keys that change nothing of what is computed, or nothing that a file's tensors do not say themselves.
+HARMLESS = {
+    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "exclude_modules", "fan_in_fan_out",
+    "inference_mode", "layers_pattern", "layers_to_transform", "megatron_core", "peft_version", "qalora_group_size",
+    "rank_pattern", "revision", "runtime_config", "task_type",
+}  # fmt: skip
+# What A and B started as. Other ways to start change the base too, which is not stored with the adapter.
+STARTS = (True, False, "gaussian", "eva", "orthogonal")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What an adapter's config says: its settings, and the scales of layers that have their own."""
+
+    settings: LoRASettings
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    exclude_modules: Sequence[str] = ()
+    only_some_layers: bool = False
+    ties_head: bool = False  # a copy of the embedding is the head's too
+
+    def scale(self, name: str, r: int) -> float:
+        """What the update of the reference's module of that name, of rank `r`, is multiplied by."""
+        alphas = (alpha for key, alpha in self.alpha_pattern.items() if re.match(rf"(.*\.)?({key})$", name))
+        return scale_of(next(alphas, self.settings.lora_alpha), r, self.settings.use_rslora)
+
+
+def read_adapter_config(directory: Path) -> AdapterConfig:
+    """Raises `UserError` where the file is broken, or asks for what is not held here."""
+    path = directory / ADAPTER_CONFIG
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable adapter_config.json: {error}") from None
+    if not isinstance(content, dict) or content.pop("peft_type", None) != "LORA":
+        raise UserError(f"{path}: not a LoRA adapter: expected peft_type LORA, which is all that is held here")
+    if (start := content.pop("init_lora_weights", True)) not in STARTS:
+        raise UserError(f"{path}: init_lora_weights {start!r} changes the base too: have peft convert it to plain LoRA")
+    if (bias := content.pop("bias", "none")) != "none":
+        raise UserError(f"{path}: bias {bias!r}: biases that are trained with an adapter are not held here")
+    known = {key: content.pop(key) for key in tuple(content) if key in LoRASettings.model_fields}
+    known = {key: value for key, value in known.items() if value is not None}
+    excluded = content.get("exclude_modules") or []
+    pattern = content.pop("alpha_pattern", None) or {}
+    for key, value in content.items():
+        if key not in HARMLESS and value not in (None, False, {}, []):
+            raise UserError(f"{path}: {key} is {value!r}, which is not held here")
+    return AdapterConfig(
+        load_settings(LoRASettings, known, origin=str(path)),
+        pattern,
+        [excluded] if isinstance(excluded, str) else excluded,
+        content.get("layers_to_transform") not in (None, []),
+        bool(content.get("ensure_weight_tying")),
+    )
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One adapted module of the reference's: its rank, and what its update is multiplied by."""
+
+    r: int
+    scale: float
+
+
+def adapter_config(
+    base: str, settings: LoRASettings, shapes: Mapping[str, Shape], others: Sequence[str], transposed: bool
+) -> dict[str, Any]:
+    """The content of the file for modules of these names and shapes; `others` are linears that are not adapted."""
+    ranks = {name: shape.r for name, shape in shapes.items()}
+    alphas = {name: shape.scale * (shape.r**0.5 if settings.use_rslora else shape.r) for name, shape in shapes.items()}
+    r, rank_pattern = _common(ranks)
+    alpha, alpha_pattern = _common({name: _whole(alpha) for name, alpha in alphas.items()})
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": r,
+        "lora_alpha": alpha,
+        "lora_dropout": settings.lora_dropout,
+        "target_modules": target_names(list(shapes), others),
+        "modules_to_save": None,
+        "use_rslora": settings.use_rslora,
+        "use_dora": settings.use_dora,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+        "fan_in_fan_out": transposed,
+        "bias": "none",
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def target_names(adapted: Sequence[str], others: Sequence[str]) -> list[str]:
+    """The shortest ends of names that all adapted modules have, and no other."""
+    ends: dict[str, None] = {}
+    for name in adapted:
+        parts = name.split(".")
+        tails = (".".join(parts[-n:]) for n in range(1, len(parts)))
+        ends[next((tail for tail in tails if not any(f".{other}".endswith(f".{tail}") for other in others)), name)] = (
+            None
+        )
+    return list(ends)
+
+
+def _common(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The commonest value, and those of the names that have another."""
+    common = Counter(values.values()).most_common(1)[0][0]
+    return common, {re.escape(name): value for name, value in values.items() if value != common}
+
+
+def _whole(number: float) -> float:
+    """As an integer where it is one but for rounding, which is what peft expects of an alpha."""
+    nearest = round(number)
+    return nearest if abs(number - nearest) < 1e-9 * max(1, nearest) else number

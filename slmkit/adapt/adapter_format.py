@@ -1,0 +1,132 @@
+"""The tensors of an adapter as `peft` names them, and ours.
+
+    base_model.model.{module}.lora_A.weight  [r, in]      …lora_B.weight  [out, r]      …lora_magnitude_vector  [out]
+
+Where the reference implementation fuses several of our linears into one matrix, their updates are one too: A's below
+each other, and B's as blocks along a diagonal, so that every row of the sum gets its own update and nothing else.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slmkit.adapt.adapter_config import Shape
+from slmkit.adapt.lora import LoRALinear
+from slmkit.config import UserError
+from slmkit.model import SLMConfig
+from slmkit.model.directory import reference_name
+from slmkit.model.families import family_of
+
+PREFIX = "base_model.model."
+A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
+
+
+@dataclass(frozen=True)
+class Update:
+    """What is learned of one linear: tensors as in `LoRALinear`, and what their product is multiplied by."""
+
+    a: Tensor  # [r, in]
+    b: Tensor  # [out, r]
+    magnitude: Tensor | None  # [out]
+    scale: float
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.a.size(0), self.scale)
+
+
+def update_of(linear: LoRALinear, tensors: Mapping[str, Tensor], name: str) -> Update:
+    """The update of the linear `name`, of `tensors` under our names."""
+    a, b = tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"]
+    return Update(a, b, tensors.get(f"{name}.magnitude"), linear.scale)
+
+
+def fused_linears(config: SLMConfig, linears: list[str]) -> dict[str, list[str]]:
+    """The reference's name of each matrix → the names of ours that are in it, in its order."""
+    family = family_of(config.model_type)
+    fused: dict[str, list[str]] = {}
+    for name in linears:
+        fused.setdefault(reference_name(name, family), []).append(name)
+    return fused
+
+
+def fuse(parts: Sequence[Update | Tensor]) -> Update:
+    """The updates of the parts of one matrix as one; a part that is not adapted is given as its weight [out, in]."""
+    if len(parts) == 1 and isinstance(parts[0], Update):
+        return parts[0]
+    updates = [part for part in parts if isinstance(part, Update)]
+    scale = updates[0].scale
+    blocks, magnitudes = [], []
+    for part in parts:
+        if isinstance(part, Update):
+            blocks.append(part.b * (part.scale / scale))
+            magnitudes.append(part.magnitude)
+        else:
+            blocks.append(part.new_zeros(part.size(0), 0))
+            magnitudes.append(part.norm(dim=1))
+    has_magnitude = updates[0].magnitude is not None
+    return Update(
+        torch.cat([update.a for update in updates]),
+        torch.block_diag(*blocks),
+        torch.cat([m for m in magnitudes if m is not None]) if has_magnitude else None,
+        scale,
+    )
+
+
+def split(update: Update, rows: list[int], ranks: list[int] | None = None) -> list[Update | None]:
+    """The update of each part of a matrix of so many rows; None where there is none.
+
+    `ranks`: of each part, 0 for one that is not adapted, where they are known. Else a matrix that was not made of
+    blocks gives every part the whole of A.
+    """
+    if len(rows) == 1:
+        return [update]
+    b_rows = update.b.split(rows)
+    if ranks is not None:
+        ends = torch.tensor([0, *ranks]).cumsum(0).tolist()
+        columns = [torch.arange(start, end) for start, end in itertools.pairwise(ends)]
+    else:
+        columns = [part.any(0).nonzero().flatten() for part in b_rows]
+        if sum(map(len, columns)) != len(torch.cat(columns).unique()) or not any(map(len, columns)):
+            columns = [torch.arange(update.a.size(0))] * len(rows)
+    magnitudes = update.magnitude.split(rows) if update.magnitude is not None else [None] * len(rows)
+    parts: list[Update | None] = []
+    for b, chosen, magnitude in zip(b_rows, columns, magnitudes):
+        if ranks is None and magnitude is not None and not len(chosen):
+            chosen = torch.zeros(1, dtype=torch.long)  # B is zero there: the magnitude alone is learned
+        parts.append(Update(update.a[chosen], b[:, chosen], magnitude, update.scale) if len(chosen) else None)
+    return parts
+
+
+def to_peft(updates: Mapping[str, Update]) -> dict[str, Tensor]:
+    """The reference's name of a module → its update, as the tensors of `adapter_model.safetensors`."""
+    tensors: dict[str, Tensor] = {}
+    for name, update in updates.items():
+        tensors[f"{PREFIX}{name}.{A}"], tensors[f"{PREFIX}{name}.{B}"] = update.a, update.b
+        if update.magnitude is not None:
+            tensors[f"{PREFIX}{name}.{MAGNITUDE}"] = update.magnitude
+    return tensors
+
+
+def from_peft(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Tensors of a file → by module those of its update, and by name those that are stored whole.
+
+    Raises `UserError` for a name that is neither.
+    """
+    updates: dict[str, dict[str, Tensor]] = {}
+    whole: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix(PREFIX)
+        kind = next((kind for kind in (A, B, MAGNITUDE) if name.endswith(f".{kind}")), None)
+        if name == key or ("lora_" in name and kind is None):
+            raise UserError(f"{key!r} is no tensor of a linear's LoRA")
+        if kind is not None:
+            updates.setdefault(name.removesuffix(f".{kind}"), {})[kind] = tensor
+        elif ".base_layer." not in name:  # which peft stores of an adapted head, and nobody needs
+            whole[name] = tensor
+    return updates, whole

@@ -1,0 +1,70 @@
+"""Whatever a MODEL may be: a model directory, or an adapter beside the model it belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from slmkit.adapt.adapter import grown_for, load_adapter
+from slmkit.adapt.adapter_config import read_adapter_config
+from slmkit.adapt.adapter_files import AdapterFiles
+from slmkit.adapt.fold import fold
+from slmkit.adapt.lora import adapted_linears, add_lora, keep_base_in, modules_to_save
+from slmkit.config import UserError
+from slmkit.model import Decoder, SLMConfig, load_decoder
+from slmkit.model.adapter_directory import base_of, is_adapter
+from slmkit.model.lora_settings import LoRASettings
+
+Prepare = Callable[[Decoder, SLMConfig], tuple[Decoder, SLMConfig]]
+
+
+def load_model(directory: str | Path, device: torch.device | str = "cpu") -> tuple[Decoder, SLMConfig]:
+    """Read a model directory as `load_decoder` does; an adapter is folded into its base.
+
+    Raises `UserError` as `load_decoder` and `load_adapter` do, and where an adapter's base is not there.
+    """
+    if not is_adapter(directory):
+        return load_decoder(directory, device)
+    decoder, config, _ = load_adapted(directory, device)
+    return fold(decoder), config
+
+
+def load_adapted(directory: str | Path, device: torch.device | str = "cpu") -> tuple[Decoder, SLMConfig, LoRASettings]:
+    """An adapter beside its frozen base, to be trained on. Raises `UserError` as `load_model` does."""
+    decoder, config = grown_for(directory, *load_decoder(base_of(directory), device))
+    settings = load_adapter(decoder, config, directory)
+    return decoder.eval(), config, settings
+
+
+def start_adapter(
+    directory: str | Path, settings: LoRASettings, seed: int = 0, prepare: Prepare | None = None
+) -> tuple[Decoder, SLMConfig, AdapterFiles]:
+    """What a run trains: a new adapter for the model in `directory`, or the one that is there, and how it is saved.
+
+    `prepare` changes a model before it gets a new adapter, such as by giving it a larger vocabulary.
+
+    Raises `UserError` where the adapter that is there is not as `settings` ask for.
+    """
+    if not is_adapter(directory):
+        decoder, config = load_decoder(directory)
+        if prepare is not None:
+            decoder, config = prepare(decoder, config)
+        add_lora(decoder, config, settings, seed)
+        return decoder, config, AdapterFiles(config, settings, Path(directory).resolve())
+    described = read_adapter_config(Path(directory)).settings
+    for name in ("r", "lora_alpha", "use_rslora", "use_dora"):
+        found, wanted = getattr(described, name), getattr(settings, name)
+        if found != wanted:
+            raise UserError(
+                f"{directory}: an adapter of {name} {found}, the recipe's lora.{name} is {wanted}: "
+                "set it so to train that adapter on, or fold it in first with `slm merge`"
+            )
+    base = base_of(directory)
+    decoder, config = grown_for(directory, *load_decoder(base))
+    keep_base_in(decoder, settings.base_weights, modules_to_save(decoder, config, described))
+    load_adapter(decoder, config, directory)
+    for adapted in adapted_linears(decoder).values():
+        adapted.dropout.p = settings.lora_dropout
+    return decoder, config, AdapterFiles(config, settings, base)

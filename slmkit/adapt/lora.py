@@ -1,0 +1,152 @@
+"""LoRA: a frozen model, and beside each of its linears a product of two small matrices that is trained.
+
+    y = x W^T + s (x A^T) B^T                                   A [r, in], B [out, r], s = lora_alpha / r
+
+B starts at zero, so that an adapted model starts as the model it was (Hu et al. 2021, arXiv:2106.09685). rsLoRA divides
+by √r instead of r, which keeps the update's size at larger ranks (Kalajdzievski 2023, arXiv:2312.03732). DoRA learns
+the length of each row of W + s B A apart from its direction (Liu et al. 2024, arXiv:2402.09353).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from slmkit.adapt.lora_base import FORMATS
+from slmkit.adapt.swap import ALL_LINEAR, Linear, matching, swap
+from slmkit.config import UserError
+from slmkit.model import Decoder, SLMConfig
+from slmkit.model.directory import reference_name
+from slmkit.model.families import family_of
+from slmkit.model.lora_settings import LoRASettings
+
+
+class LoRALinear(nn.Module):
+    """A linear that is frozen, and its low-rank update."""
+
+    def __init__(self, base: Linear, r: int, scale: float, dropout: float = 0.0) -> None:
+        """`base`, in whatever form it keeps its matrix, is frozen. A and B are zero until they are initialised."""
+        super().__init__()
+        self.base: Linear = base.requires_grad_(False)
+        self.scale, self.in_features, self.out_features = scale, base.in_features, base.out_features
+        self.lora_A = nn.Parameter(base.weight.new_zeros(r, base.in_features))
+        self.lora_B = nn.Parameter(base.weight.new_zeros(base.out_features, r))
+        self.dropout = nn.Dropout(dropout)
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """A as `peft` draws it, uniform within ±1/√in; B stays zero."""
+        drawn = torch.empty(self.lora_A.shape).uniform_(-1, 1, generator=generator) / self.lora_A.size(1) ** 0.5
+        with torch.no_grad():
+            self.lora_A.copy_(drawn)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] → [..., out]."""
+        return self.base(x) + self.update(x)
+
+    def update(self, x: Tensor) -> Tensor:
+        """s (x A^T) B^T, of an input some of whose channels are left out in training."""
+        return F.linear(F.linear(self.dropout(x), self.lora_A) * self.scale, self.lora_B)
+
+    @property
+    def weight(self) -> Tensor:
+        """W + s B A, for whoever reads the matrix itself.  [out, in]"""
+        return self.base.weight + self.scale * self.lora_B @ self.lora_A
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+
+class DoRALinear(LoRALinear):
+    """As LoRALinear, with `magnitude` [out]: the length that each row of the sum is given."""
+
+    def __init__(self, base: Linear, r: int, scale: float, dropout: float = 0.0) -> None:
+        super().__init__(base, r, scale, dropout)
+        lengths = base.weight.detach().norm(dim=1)
+        self.magnitude = nn.Parameter(lengths.clone())
+        self.squares: Tensor
+        self.register_buffer("squares", lengths.square(), persistent=False)  # of the frozen rows' lengths
+
+    def forward(self, x: Tensor) -> Tensor:
+        plain = self.base(x)
+        bias = plain.new_zeros(()) if self.base.bias is None else self.base.bias.to(plain.dtype)
+        stretch = (self.magnitude / self.lengths()).to(plain.dtype)
+        return stretch * (plain - bias + self.update(x)) + bias
+
+    def lengths(self) -> Tensor:
+        """Of the rows of W + s B A, a constant to the gradient (section 4.3).  [out]
+
+        |w + s b A|² = |w|² + 2 s b · (A w) + s² b (A A^T) b, so that the sum is never written out.
+        """
+        a, b = self.lora_A.detach(), self.lora_B.detach()
+        with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
+            crossed = F.linear(a, self.base.weight).T  # [out, r]
+            along = (b * (2 * self.scale * crossed + self.scale**2 * (b @ (a @ a.T)))).sum(1)
+            return (self.squares + along).clamp(min=torch.finfo(torch.float32).tiny).sqrt()
+
+    @property
+    def weight(self) -> Tensor:
+        """magnitude (W + s B A) / |W + s B A|.  [out, in]"""
+        return (self.magnitude / self.lengths())[:, None] * super().weight
+
+
+def add_lora(decoder: Decoder, config: SLMConfig, settings: LoRASettings, seed: int = 0) -> list[str]:
+    """Freeze a decoder and give the linears that `settings` name an update to be trained; returns their names.
+
+    Raises `UserError` for a name that nothing has.
+    """
+    expect_plain(decoder)
+    decoder.requires_grad_(False)
+    aliases = reference_names(decoder, config)
+    saved = modules_to_save(decoder, config, settings)
+    keep_base_in(decoder, settings.base_weights, saved)
+    kind = DoRALinear if settings.use_dora else LoRALinear
+    generator = torch.Generator().manual_seed(seed)
+
+    def make(linear: Linear) -> nn.Module:
+        adapted = kind(linear, settings.r, settings.scale, settings.lora_dropout)
+        adapted.initialise(generator)
+        return adapted
+
+    names = swap(decoder, settings.target_modules, make, aliases, except_for=saved)
+    for name in saved:
+        decoder.get_submodule(name).requires_grad_(True)
+    return names
+
+
+def keep_base_in(decoder: Decoder, base_weights: str, except_for: Sequence[str] = ()) -> None:
+    """Keep the linears' matrices, all but the head's and those named, in fewer bits; `float32` leaves them."""
+    if base_weights != "float32":
+        swap(decoder, ALL_LINEAR, FORMATS[base_weights], except_for=except_for)
+
+
+def modules_to_save(decoder: Decoder, config: SLMConfig, settings: LoRASettings) -> list[str]:
+    """The modules that are trained whole. Of tied embeddings the head is the embedding."""
+    aliases = reference_names(decoder, config)
+    wanted = ["embedding" if decoder.head is None and one in ("head", "lm_head") else one
+              for one in settings.modules_to_save]  # fmt: skip
+    try:
+        return matching(list(aliases), wanted, aliases)
+    except UserError as error:
+        raise UserError(f"modules_to_save: {error}") from None
+
+
+def reference_names(decoder: Decoder, config: SLMConfig) -> dict[str, str]:
+    """Every module that has weights of its own, and what the reference implementation calls it."""
+    family = family_of(config.model_type)
+    modules = (name.rpartition(".")[0] for name in decoder.state_dict())
+    return {module: reference_name(module, family) for module in dict.fromkeys(modules)}
+
+
+def adapted_linears(decoder: nn.Module) -> dict[str, LoRALinear]:
+    """The adapted linears of a decoder, by name."""
+    return {name: module for name, module in decoder.named_modules() if isinstance(module, LoRALinear)}
+
+
+def expect_plain(decoder: nn.Module) -> None:
+    """Raises `UserError` for a decoder that has an adapter: there is room for one."""
+    if adapted_linears(decoder):
+        raise UserError("the model has an adapter already: fold() that first, or train it on")

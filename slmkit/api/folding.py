@@ -1,0 +1,74 @@
+"""Adapters folded into their model: what `slm merge MODEL --adapter A` stands on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from slmkit.adapt import fold, load_adapter, load_model
+from slmkit.adapt.adapter import grown_for
+from slmkit.config import UserError
+from slmkit.model import save_decoder
+from slmkit.model.adapter_directory import is_adapter
+from slmkit.tokenizer import SLMTokenizer
+from slmkit.training.find import find_model_directory, free_path
+
+
+def fold_adapters(model: str | Path, adapters: Sequence[str | Path], output: str | Path | None = None) -> Path:
+    """Write `model` with `adapters` folded in, one after another, to a directory of its own, and return that.
+
+    All are directories or runs; the tokenizer is the last adapter's, or else the model's. Without `output` it is beside
+    the model. Nothing is left where it fails. Raises `UserError` for what does not fit together, for a model of fewer
+    than 16 bits, and where `output` exists.
+    """
+    directory = find_model_directory(model)
+    _expect_full_precision(directory)
+    found = [_adapter(adapter) for adapter in adapters]
+    final = Path(output) if output is not None else free_path(f"{str(model).rstrip('/')}-merged")
+    if final.exists():
+        raise UserError(f"{final}: exists already, and is left as it is: name another --output")
+    decoder, config = load_model(directory)
+    for adapter in found:
+        decoder, config = grown_for(adapter, decoder, config)
+        load_adapter(decoder, config, adapter)
+        fold(decoder)
+    partial = final.with_name(f".partial-{final.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        save_decoder(decoder, config, partial)
+        for source in reversed([directory, *found]):
+            if (source / "tokenizer.json").is_file():
+                SLMTokenizer.from_pretrained(source).save_pretrained(partial)
+                break
+        os.replace(partial, final)
+    except OSError as error:
+        raise UserError(f"{final}: cannot be written: {error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return final
+
+
+def _adapter(path: str | Path) -> Path:
+    directory = find_model_directory(path)
+    if not is_adapter(directory):
+        raise UserError(f"{directory}: a model and no adapter: expected a directory with an adapter_config.json")
+    return directory
+
+
+def _expect_full_precision(directory: Path) -> None:
+    """Raises `UserError` for a model whose weights are in 8 bits or 4."""
+    path = directory / "config.json"
+    if not path.is_file():
+        return
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable config.json: {error}") from None
+    if isinstance(content, dict) and content.get("quantization_config"):
+        raise UserError(
+            f"{directory}: its weights are in few bits, whose steps are coarser than what an adapter learned: folded "
+            "into them it would be lost; name the full model that it was made from"
+        )

@@ -1,0 +1,56 @@
+"""What a run begins with: fresh weights, a finished model's, or an adapter for one; and how it is saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from slmkit.adapt.load import load_model, start_adapter
+from slmkit.api.vocabulary import fit_to_tokenizer, tokenizer_of_base
+from slmkit.config import UserError
+from slmkit.model import Decoder, SLMConfig, build_decoder
+from slmkit.model.adapter_directory import is_adapter
+from slmkit.tokenizer import SLMTokenizer
+from slmkit.training.model_files import ModelFiles, WholeModel
+from slmkit.training.recipe import Recipe
+
+Start = tuple[Decoder, SLMConfig, ModelFiles]
+
+
+def model_for(recipe: Recipe, tokenizer: SLMTokenizer, base: Path | None) -> Start:
+    """A new model for the tokenizer's vocabulary, or that of `base`, grown to it; with `lora` an adapter for that."""
+    if base is None:
+        return _new_model(recipe, tokenizer)
+    if recipe.lora is not None:
+        return _adapter(recipe, tokenizer, base)
+    model, config = fit_to_tokenizer(*load_model(base), tokenizer_of_base(recipe, base), tokenizer)
+    return model, config, WholeModel(config)
+
+
+def _new_model(recipe: Recipe, tokenizer: SLMTokenizer) -> Start:
+    known = {
+        "vocab_size": len(tokenizer),
+        "eos_token_id": sorted(tokenizer.stop_token_ids),
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if tokenizer.bos_token_id is not None:
+        known["bos_token_id"] = tokenizer.bos_token_id
+    config = recipe.model.build_config(**known)
+    return build_decoder(config, recipe.seed, recipe.model.initialization), config, WholeModel(config)
+
+
+def _adapter(recipe: Recipe, tokenizer: SLMTokenizer, base: Path) -> Start:
+    """An adapter for `base`, or the adapter in `base`. With new tokens it holds the embedding and the head too."""
+    assert recipe.lora is not None
+    before = tokenizer_of_base(recipe, base)
+    if not tokenizer.pieces_of_new_tokens(before):
+        return start_adapter(base, recipe.lora, recipe.seed)
+    if is_adapter(base):
+        raise UserError(
+            f"{base}: an adapter, and the recipe adds tokens, which need room in its model: fold it in first with "
+            "`slm merge`, and name the result in model.path"
+        )
+    saved = [*recipe.lora.modules_to_save, "embedding", "head"]
+    settings = recipe.lora.model_copy(update={"modules_to_save": saved})
+    return start_adapter(
+        base, settings, recipe.seed, lambda decoder, config: fit_to_tokenizer(decoder, config, before, tokenizer)
+    )

@@ -1,0 +1,41 @@
+"""An adapter on disk, as far as its base is concerned: which model it belongs to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from slmkit.config import UserError
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def is_adapter(directory: str | Path) -> bool:
+    """Whether a directory holds an adapter in `peft`'s format, and no model of its own."""
+    directory = Path(directory)
+    return (directory / ADAPTER_CONFIG).is_file() and not (directory / "config.json").is_file()
+
+
+def base_of(directory: str | Path) -> Path:
+    """The directory of an adapter's base; a relative path counts from the adapter, else from where one is.
+
+    Raises `UserError` where the adapter does not name its base, or that is not there.
+    """
+    path = Path(directory) / ADAPTER_CONFIG
+    try:
+        named = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: not a readable adapter_config.json: {error}") from None
+    if not isinstance(named, str) or not named:
+        raise UserError(f"{path}: does not say which model it adapts: put its directory in base_model_name_or_path")
+    for base in (Path(directory) / named, Path(named)):
+        if (base / "config.json").is_file():
+            return base.resolve()
+    raise UserError(
+        f"{path}: its base {named!r} is not there: put the model back, or its new place in base_model_name_or_path"
+    )
+
+
+def config_directory(directory: str | Path) -> Path:
+    """Where the `config.json` of a model directory or of an adapter's base is. Raises `UserError` as `base_of`."""
+    return base_of(directory) if is_adapter(directory) else Path(directory)

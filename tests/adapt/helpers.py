@@ -1,0 +1,68 @@
+"""Small models with adapters whose every part matters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slmkit.adapt import LoRASettings, add_lora
+from slmkit.adapt.adapter import trained_tensors
+from slmkit.model import Decoder, SLMConfig, build_decoder, save_decoder
+
+SHAPE = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 64, "initializer_range": 0.2,
+}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": 2, "attention_bias": True},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 16},
+    "gemma3_text": {"num_key_value_heads": 1, "head_dim": 16, "sliding_window": 8},
+    "gpt2": {},
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+}
+
+
+def config_of(family: str, **changes: Any) -> SLMConfig:
+    return SLMConfig(model_type=family, **(SHAPE | FAMILIES[family] | changes))
+
+
+def base_in(directory: Path, config: SLMConfig) -> Decoder:
+    """A model in which biases and norms matter, written to `directory`."""
+    decoder = build_decoder(config, seed=2).eval()
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    save_decoder(decoder, config, directory)
+    return decoder
+
+
+def adapted(decoder: Decoder, config: SLMConfig, **settings: Any) -> LoRASettings:
+    """Give the decoder an adapter that has learned something."""
+    chosen = LoRASettings(**({"r": 4, "lora_alpha": 6} | settings))
+    add_lora(decoder, config, chosen, seed=3)
+    shake(trained_tensors(decoder))
+    return chosen
+
+
+def shake(tensors: dict[str, torch.Tensor]) -> None:
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for tensor in tensors.values():
+            tensor.add_(torch.randn(tensor.shape, generator=generator) * 0.2)
+
+
+def ids() -> torch.Tensor:
+    return torch.randint(97, (3, 20), generator=torch.Generator().manual_seed(0))
+
+
+def logits(decoder: Decoder) -> torch.Tensor:
+    with torch.no_grad():
+        return decoder.logits(decoder(ids()))

@@ -1,0 +1,104 @@
+"""`slm merge MODEL --adapter A`, and an adapter wherever a MODEL is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from slmkit import SLMForCausalLM
+from slmkit.adapt import fold, load_adapter, load_model, save_adapter
+from slmkit.api.folding import fold_adapters
+from slmkit.config import UserError
+from slmkit.model import load_decoder
+from slmkit.model.sizes import parameter_count
+from slmkit.tokenizer import SLMTokenizer
+from slmkit.training.inspection import inspect_model
+from tests.adapt.helpers import adapted, base_in, config_of, logits
+from tests.cli.helpers import slm
+from tests.training.helpers import TOKENIZER
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    base_in(tmp_path / "base", config_of("llama", vocab_size=260))
+    TOKENIZER.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def adapter(base: Path, name: str, **settings: object) -> Path:
+    decoder, config = load_decoder(base)
+    chosen = adapted(decoder, config, **settings)
+    save_adapter(decoder, config, chosen, base, base.parent / name)
+    return base.parent / name
+
+
+def test_a_folded_model_says_what_the_adapter_said(base: Path) -> None:
+    one = adapter(base, "one", use_dora=True)
+    folded = fold_adapters(base, [one])
+    assert folded == base.parent / "base-merged"
+    assert not any(path.name.startswith(".partial") for path in base.parent.iterdir())
+    decoder, config = load_decoder(folded)
+    assert config == load_decoder(base)[1]
+    assert (logits(decoder) - logits(load_model(one)[0])).abs().max() <= 1e-4
+    assert SLMTokenizer.from_pretrained(folded).fingerprint == TOKENIZER.fingerprint
+    assert fold_adapters(base, [one]) == base.parent / "base-merged-2"
+    with pytest.raises(UserError, match="base-merged: exists already, and is left as it is"):
+        fold_adapters(base, [one], folded)
+
+
+def test_several_are_folded_one_after_another(base: Path) -> None:
+    found = [adapter(base, "one"), adapter(base, "two", target_modules=["down_proj"], r=2)]
+    decoder, config = load_decoder(base)
+    for directory in found:
+        load_adapter(decoder, config, directory)
+        fold(decoder)
+    folded = fold_adapters(base, found, base.parent / "both")
+    assert torch.equal(logits(load_decoder(folded)[0]), logits(decoder))
+    on_top = fold_adapters(found[0], found[1:], base.parent / "on top")  # an adapter is a model too
+    assert torch.equal(logits(load_decoder(on_top)[0]), logits(decoder))
+
+
+def test_few_bits_and_plain_models_are_refused_and_nothing_is_left(base: Path) -> None:
+    one = adapter(base, "one")
+    before = sorted(base.parent.iterdir())
+    with pytest.raises(UserError, match="base: a model and no adapter: expected a directory with an adapter_config"):
+        fold_adapters(base, [base])
+    path = base / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"bits": 4}}))
+    with pytest.raises(UserError, match="weights are in few bits, .* folded into them it would be lost"):
+        fold_adapters(base, [one])
+    assert sorted(base.parent.iterdir()) == before
+
+
+def test_an_adapter_is_a_model_for_a_script_and_for_inspection(base: Path) -> None:
+    one = adapter(base, "one")
+    decoder, config = load_model(one)
+    model = SLMForCausalLM.from_pretrained(one)
+    assert torch.equal(logits(model.decoder), logits(decoder))
+    report = inspect_model(one, rows=1, length=16)
+    stored = sum(4 * (a + b) for a, b in [(32, 32), (32, 16), (32, 16), (32, 32), (32, 48), (32, 48), (48, 32)])
+    assert report.parameters["adapter"] == config.num_hidden_layers * stored
+    assert report.parameter_count == parameter_count(decoder.architecture) + report.parameters["adapter"]
+    model.save_pretrained(base.parent / "whole")
+    assert torch.equal(logits(load_decoder(base.parent / "whole")[0]), logits(decoder))
+
+
+def test_commands_take_an_adapter_for_a_model(base: Path) -> None:
+    one = adapter(base, "one")
+    TOKENIZER.save_pretrained(one)
+    merged = slm("merge", str(base), "--adapter", str(one), "-o", str(base.parent / "merged"))
+    assert merged.returncode == 0, merged.stderr
+    texts = [
+        slm("generate", str(model), "Ann", "--temperature", "0", "--max-new-tokens", "8", "--device", "cpu")
+        for model in (one, base.parent / "merged", base)
+    ]
+    assert [text.returncode for text in texts] == [0, 0, 0], texts[0].stderr
+    assert texts[0].stdout == texts[1].stdout != texts[2].stdout
+    (base / "config.json").unlink()
+    gone = slm("generate", str(one), "Ann")
+    assert gone.returncode == 2
+    assert "is not there: put the model back, or its new place in base_model_name_or_path" in gone.stderr
+    assert gone.stderr.count("\n") == 1

@@ -1,0 +1,113 @@
+"""An adapter's life through recipes: trained on conversations, resumed, talked to, trained on, folded in."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from slmkit import SLMForCausalLM, UserError
+from slmkit.adapt import load_adapted, load_model
+from slmkit.adapt.adapter import trained_tensors
+from slmkit.api import resume_run, train_recipe
+from slmkit.api.folding import fold_adapters
+from slmkit.api.replay import replay_run
+from slmkit.generation import ChatSession, SamplingSettings
+from slmkit.model import load_decoder
+from slmkit.tokenizer import SLMTokenizer
+from slmkit.training.checkpoints import complete_checkpoints
+from slmkit.training.find import find_model_directory
+from slmkit.training.overview import read_run
+from slmkit.training.recipe import find_recipe, load_recipe
+from tests.test_life import FEW_STEPS, Silent
+
+TINY = [
+    "model.hidden_size=32", "model.intermediate_size=64", "model.num_hidden_layers=2", "model.num_attention_heads=2",
+    "tokenizer.vocab_size=400", "data.documents=60", "data.validation_documents=6",
+]  # fmt: skip
+
+
+def train(name: str, root: Path, *overrides: str) -> tuple[Path, Silent]:
+    reporter = Silent()
+    values = [f"output_dir={root}", *FEW_STEPS, *overrides]
+    return train_recipe(load_recipe(find_recipe(name), values), reporter).root, reporter
+
+
+def train_adapter(base: Path, root: Path, *overrides: str) -> tuple[Path, Silent]:
+    conversations = ["data.source=stories", "data.documents=30", "data.validation_documents=4"]
+    return train("own-chat-lora", root, f"model.path={base}", *conversations, *overrides)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train("quickstart-primer", tmp_path_factory.mktemp("base") / "run", *TINY, "train.max_steps=4")[0]
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Silent]:
+    root = tmp_path_factory.mktemp("adapter") / "run"
+    return train_adapter(base, root, "lora.r=4", "train.max_steps=6", "train.eval_steps=2", "train.save_total_limit=9")
+
+
+def test_the_summary_says_how_little_is_trained_and_the_plan_what_it_takes(adapter: tuple[Path, Silent]) -> None:
+    root, reporter = adapter
+    learned = sum(t.numel() for t in trained_tensors(load_adapted(find_model_directory(root))[0]).values())
+    assert any(f"{learned:,} parameters (" in str(line) and "that are frozen" in str(line) for line in reporter.lines)
+    predicted = json.loads((root / "plan.json").read_text())["predicted"]
+    weights = sum(p.nbytes for p in load_model(find_model_directory(root))[0].parameters())
+    assert predicted["disk_bytes"] < 40 * 4 * learned + 100_000 + weights
+    assert read_run(root).state == "finished"
+    assert (root / "samples.md").is_file()
+
+
+def test_a_model_learns_to_talk_and_its_base_stays_as_it_was(base: Path, adapter: tuple[Path, Silent]) -> None:
+    before, _ = load_decoder(find_model_directory(base))
+    directory = find_model_directory(adapter[0])
+    decoder, _ = load_model(directory)
+    tokenizer = SLMTokenizer.from_pretrained(directory)
+    session = ChatSession(decoder, tokenizer, SamplingSettings(temperature=0), max_new_tokens=5)
+    assert isinstance("".join(session.reply("Who are you?")), str)
+    ids = torch.tensor([tokenizer.encode("Once upon a time")])
+    logits = SLMForCausalLM.from_pretrained(adapter[0])(ids)
+    assert (logits - before.logits(before(ids))).abs().max() > 1e-4
+    folded = fold_adapters(base, [adapter[0]], adapter[0].parent / "folded")
+    assert torch.allclose(SLMForCausalLM.from_pretrained(folded)(ids), logits, atol=1e-4)
+
+
+def test_it_is_resumed_and_replayed_bit_for_bit(adapter: tuple[Path, Silent], tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(adapter[0], copy, symlinks=True)
+    for path in complete_checkpoints(copy / "checkpoints")[1:]:
+        shutil.rmtree(path)
+    resume_run(copy, Silent())
+    ours, theirs = (load_file(root / "latest" / "adapter_model.safetensors") for root in (copy, adapter[0]))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    again = replay_run(copy, 6, Silent())
+    assert again.recorded is not None
+    assert not again.differences
+
+
+def test_the_base_is_the_one_it_began_with_whatever_its_run_becomes(base: Path, adapter: tuple[Path, Silent]) -> None:
+    recipe = load_recipe(adapter[0] / "recipe.yaml")
+    assert recipe.model.path == str(find_model_directory(base).resolve())
+
+
+def test_all_weights_are_trained_on_from_an_adapter_too(adapter: tuple[Path, Silent], tmp_path: Path) -> None:
+    root, _ = train(
+        "own-chat", tmp_path / "run", f"model.path={adapter[0]}", "data.source=stories", "data.documents=30",
+        "data.validation_documents=4", "train.max_steps=1", "train.learning_rate=1e-9",
+    )  # fmt: skip
+    ids = torch.arange(30)[None]
+    whole, _ = load_decoder(find_model_directory(root))
+    assert torch.allclose(whole(ids), load_model(find_model_directory(adapter[0]))[0](ids), atol=1e-4)
+
+
+def test_an_adapter_of_nothing_is_refused(tmp_path: Path) -> None:
+    recipe = load_recipe(find_recipe("own-chat-lora"), [f"output_dir={tmp_path}/run", "data.source=stories"])
+    with pytest.raises(UserError, match="lora: an adapter is for a finished model: name that in model.path"):
+        train_recipe(recipe, Silent())
+    assert not (tmp_path / "run").exists()
