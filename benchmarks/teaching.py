@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from slmkit.adapt.load import load_model
 from slmkit.adapt.merge_recipe import MergeRecipe
 from slmkit.api import train_recipe
 from slmkit.api.merging import prepare_merge, write_merge
@@ -32,7 +33,6 @@ from slmkit.data.stream import DocumentRows
 from slmkit.device import find_device, keep_freed_memory
 from slmkit.evaluation import ask, validation_loss
 from slmkit.generation import LanguageModel, together
-from slmkit.model import load_decoder as load_model
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.find import find_model_directory, find_tokenizer_directory
 from slmkit.training.recipe import find_recipe, load_recipe
