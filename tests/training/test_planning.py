@@ -137,3 +137,13 @@ def test_a_larger_batch_takes_more_memory_and_a_measured_speed_counts() -> None:
     )
     assert large.memory_bytes > 2 * small.memory_bytes
     assert small.seconds == pytest.approx(small.tokens / 1_000, abs=15)
+
+
+def test_pairs_are_two_sequences_and_questions_as_many_rows_as_answers() -> None:
+    pairs = outlook(load_recipe(find_recipe("quickstart-dpo")), measure=False)
+    assert pairs.ahead.steps == 2000 // (12_288 // (2 * 384))
+    assert any("pairs that fill their rows" in assumption for assumption in pairs.assumptions)
+    by_epoch = ["train.max_steps=null", "train.num_train_epochs=1"]
+    asked = outlook(load_recipe(find_recipe("quickstart-grpo"), by_epoch), measure=False)
+    assert asked.ahead.steps == 2000 // 16
+    assert any("sampling them takes its time" in assumption for assumption in asked.assumptions)
