@@ -1,12 +1,14 @@
 """DPO and GRPO from small models that talk: how many held-out questions they answer rightly before and after.
 
-python benchmarks/preference.py                             # sums and stories, three seeds
+python benchmarks/preference.py                             # sums, three seeds
+python benchmarks/preference.py --chat runs/quickstart/chat # and stories, from what `slm quickstart` made
 python benchmarks/preference.py --smoke                     # everything once, at a size that teaches nothing
 python benchmarks/preference.py --draw docs/preference.png  # only the plot, of what was measured
 
-Each part fine-tunes one model from nothing, so that it answers some questions; every seed then goes on from that
-model, by pairs (a right answer and a wrong one that is near it) and by rewards (1 for the right answer, word for word).
-What is answered are questions that no training meets: a tenth of all sums is held out; stories are of another seed.
+Of sums one model is fine-tuned from nothing, until it answers some of them; every seed then goes on from that model,
+or from the one given, by pairs (a right answer and a wrong one that is near it) and by rewards (1 for the right answer,
+word for word). What is answered are questions that no training meets: a tenth of all sums is held out; stories are of
+another seed.
 """
 
 from __future__ import annotations
@@ -34,20 +36,19 @@ from slmkit.training.run_log import environment
 
 RESULTS = Path(__file__).parent / "results" / "preference.json"
 HELD_OUT = 1_000_003  # the seed of the stream that questions for the table come from
-SHAPE = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
+SHAPE = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 3}
 TRAIN = {"device": "cpu", "precision": "float32", "weight_decay": 0.0, "logging_steps": 1, "sample_prompts": []}
 PARTS: dict[str, dict[str, Any]] = {
     "sums": {
-        "length": 48, "new": 6, "vocabulary": 300, "questions": 300,
-        "sft": {"steps": 400, "documents": 6_000, "learning_rate": 3e-3, "tokens": 2_048},
-        "dpo": {"steps": 80, "documents": 4_000, "learning_rate": 1e-4, "tokens": 64 * 48},
-        "grpo": {"steps": 150, "documents": 4_000, "learning_rate": 3e-4, "prompts": 16},
+        "length": 48, "new": 6, "questions": 300,
+        "sft": {"steps": 800, "documents": 8_000, "learning_rate": 2e-3, "tokens": 2_048},
+        "dpo": {"steps": 60, "documents": 2_000, "learning_rate": 5e-5, "tokens": 64 * 48},
+        "grpo": {"steps": 150, "documents": 4_000, "learning_rate": 1e-4, "prompts": 16},
     },
     "stories": {
-        "length": 256, "new": 16, "vocabulary": 1_024, "questions": 200,
-        "sft": {"steps": 300, "documents": 2_000, "learning_rate": 2e-3, "tokens": 4_096},
-        "dpo": {"steps": 40, "documents": 1_000, "learning_rate": 1e-4, "tokens": 32 * 256},
-        "grpo": {"steps": 40, "documents": 1_000, "learning_rate": 3e-4, "prompts": 16},
+        "length": 256, "new": 16, "questions": 150,
+        "dpo": {"steps": 40, "documents": 1_000, "learning_rate": 5e-5, "tokens": 32 * 256},
+        "grpo": {"steps": 40, "documents": 1_000, "learning_rate": 1e-4, "prompts": 8},
     },
 }  # fmt: skip
 
@@ -61,8 +62,8 @@ class Quiet:
         return lambda *counts: None
 
 
-def run(part: str, stage: str, seed: int, root: Path, base: RunDirectory | None, smoke: bool) -> RunDirectory:
-    """One run of a part, from `base` or from nothing."""
+def run(part: str, stage: str, seed: int, root: Path, base: str | None, smoke: bool) -> RunDirectory:
+    """One run of a part, from the model `base` or from nothing."""
     about, plan = PARTS[part], PARTS[part][stage]
     steps = 2 if smoke else plan["steps"]
     train = TRAIN | {
@@ -78,9 +79,9 @@ def run(part: str, stage: str, seed: int, root: Path, base: RunDirectory | None,
     }  # fmt: skip
     if base is None:
         recipe["model"] = SHAPE | {"max_position_embeddings": about["length"]}
-        recipe["tokenizer"] = {"vocab_size": about["vocabulary"]}
+        recipe["tokenizer"] = {"vocab_size": 300}
     else:
-        recipe["model"] = {"path": str(base.root)}
+        recipe["model"] = {"path": base}
     if stage == "grpo":
         recipe["grpo"] = {"prompts_per_step": plan["prompts"], "num_generations": 8, "max_new_tokens": about["new"]}
     else:
@@ -88,9 +89,9 @@ def run(part: str, stage: str, seed: int, root: Path, base: RunDirectory | None,
     return train_recipe(Recipe.model_validate(recipe), Quiet(), force=True)
 
 
-def share_right(part: str, made: RunDirectory, smoke: bool) -> float:
-    """Of held-out questions, how many a run's last model answers rightly where it takes the likeliest token."""
-    directory = find_model_directory(made.latest)
+def share_right(part: str, model_path: str | Path, smoke: bool) -> float:
+    """Of held-out questions, how many a model answers rightly where it takes the likeliest token."""
+    directory = find_model_directory(model_path)
     model, tokenizer = load_decoder(directory)[0], SLMTokenizer.from_pretrained(directory)
     count = 10 if smoke else PARTS[part]["questions"]
     asked = [BUILT_IN[part].question(HELD_OUT + 1, index, True) for index in range(count)]
@@ -102,19 +103,19 @@ def share_right(part: str, made: RunDirectory, smoke: bool) -> float:
     return sum(a == right for a, (_, right) in zip(said, fitting)) / count
 
 
-def measure(part: str, seeds: int, root: Path, smoke: bool) -> dict[str, Any]:
+def measure(part: str, seeds: int, root: Path, base: str | None, smoke: bool) -> dict[str, Any]:
     """A part's table and curves."""
     started = time.perf_counter()
-    base = run(part, "sft", 0, root, None, smoke)
+    base = base or str(run(part, "sft", 0, root, None, smoke).latest)
     found: dict[str, Any] = {"before": share_right(part, base, smoke), "seeds": seeds}
-    print(f"{part}: {found['before']:.3f} right after fine-tuning ({time.perf_counter() - started:.0f} s)", flush=True)
+    print(f"{part}: {found['before']:.3f} right before ({time.perf_counter() - started:.0f} s)", flush=True)
     curves = {"dpo": "rewards/accuracy", "grpo": "answers/right"}
     for stage, figure in curves.items():
         shares, lines = [], []
         for seed in range(1, seeds + 1):
             began = time.perf_counter()
             made = run(part, stage, seed, root, base, smoke)
-            shares.append(share_right(part, made, smoke))
+            shares.append(share_right(part, made.latest, smoke))
             lines.append(made.metrics.read())
             print(
                 f"{part}: {stage}, seed {seed}: {shares[-1]:.3f} right ({time.perf_counter() - began:.0f} s)",
@@ -157,7 +158,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--chat", help="a model that talks about stories, such as runs/quickstart/chat")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--smoke", action="store_true")
@@ -168,14 +169,15 @@ def main() -> None:
         draw(json.loads(arguments.output.read_text()), arguments.draw)
         return
     torch.set_num_threads(arguments.threads)
+    bases = {"sums": None} | ({"stories": arguments.chat} if arguments.chat else {})
     results: dict[str, Any] = {
         "date": datetime.date.today().isoformat(), "machine": environment(), "threads": arguments.threads,
-        "recipe": {"shape": SHAPE, **{part: PARTS[part] for part in arguments.parts}}, "parts": {},
+        "recipe": {"shape": SHAPE, **{part: PARTS[part] for part in bases}}, "parts": {},
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        for part in arguments.parts:
+        for part, base in bases.items():
             seeds = 1 if arguments.smoke else arguments.seeds
-            results["parts"][part] = measure(part, seeds, Path(folder), arguments.smoke)
+            results["parts"][part] = measure(part, seeds, Path(folder), base, arguments.smoke)
     for part, found in results["parts"].items():
         row = [f"{part}: before {found['before']:.3f}"]
         for stage in ("dpo", "grpo"):
