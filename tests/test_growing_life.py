@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from slmkit.adapt import load_model
 from slmkit.api import resume_run, train_recipe
+from slmkit.api.folding import fold_adapters
 from slmkit.api.runs import RunDirectory
 from slmkit.config import UserError
 from slmkit.generation import ChatSession, SamplingSettings
@@ -127,3 +130,35 @@ def test_a_model_without_a_tokenizer_is_given_one_and_anothers_is_refused(tmp_pa
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(UserError, match="it is another model's; name this model's own as tokenizer.path"):
         train_recipe(recipe_of(tmp_path, base, "pretrain", f"tokenizer.path={tmp_path / 'other'}"), Silent())
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_an_adapter_brings_its_new_tokens_along(tmp_path: Path, kind: str) -> None:
+    """Its embedding and its head are trained whole; peft takes them once the base has as many rows."""
+    peft = pytest.importorskip("peft")
+    base = made_by_transformers(tmp_path / "base", kind)
+    talk = [{"role": "user", "content": "the cat?"}, {"role": "assistant", "content": "sang to the sea"}]
+    write_rows(tmp_path, [{"messages": [*talk, {"role": "user", "content": f"{number}"}]} for number in range(40)])
+    lora = ["tokenizer.chat_template=chatml", "lora.r=2", "train.learning_rate=1e-2"]
+    run = train_recipe(recipe_of(tmp_path, base, "sft", *lora), Silent())
+    adapter = (run.root / "latest").resolve()
+    tokenizer = SLMTokenizer.from_pretrained(adapter)
+    decoder, config = load_model(adapter)
+    ids = torch.randint(0, len(tokenizer), (2, 30), generator=torch.Generator().manual_seed(0))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base)
+    theirs.resize_token_embeddings(config.vocab_size)
+    theirs = peft.PeftModel.from_pretrained(theirs, adapter).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(decoder.logits(decoder(ids)), theirs(ids).logits, rtol=0, atol=1e-4)
+    assert isinstance(config.eos_token_id, list)
+    assert {*config.eos_token_id} == tokenizer.stop_token_ids
+    folded = fold_adapters(base, [adapter], tmp_path / "folded")
+    equal_in_transformers(folded, config.vocab_size)
+    assert load_decoder(folded)[1] == config
+
+    last = run.root / "checkpoints" / "step-000004"
+    (run.root / "latest").unlink()
+    last.rename(tmp_path / "last")
+    resume_run(run.root, Silent())
+    again, before = (load_file(path / "adapter_model.safetensors") for path in (last, tmp_path / "last"))
+    assert all(torch.equal(again[name], before[name]) for name in before)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from slmkit import SLMForCausalLM, UserError
-from slmkit.adapt import load_adapted, load_model
+from slmkit import SLMForCausalLM, SLMTrainer, TextDataset, UserError
+from slmkit.adapt import LoRASettings, fold, load_adapted, load_model
 from slmkit.adapt.adapter import trained_tensors
 from slmkit.api import resume_run, train_recipe
 from slmkit.api.folding import fold_adapters
@@ -104,6 +104,31 @@ def test_all_weights_are_trained_on_from_an_adapter_too(adapter: tuple[Path, Sil
     ids = torch.arange(30)[None]
     whole, _ = load_decoder(find_model_directory(root))
     assert torch.allclose(whole(ids), load_model(find_model_directory(adapter[0]))[0](ids), atol=1e-4)
+
+
+def test_a_script_trains_an_adapter(base: Path, tmp_path: Path) -> None:
+    tokenizer = SLMTokenizer.from_pretrained(find_model_directory(base))
+    model = SLMForCausalLM.from_pretrained(base)
+    before = {name: parameter.clone() for name, parameter in model.decoder.named_parameters()}
+    dataset = TextDataset(["Ann has a kite. " * 20] * 4, tokenizer, max_length=64)
+    lora = LoRASettings(r=2, target_modules=["q_proj", "v_proj"], use_dora=True)
+    config = model.config.model_copy(update={"learning_rate": 1e-2, "warmup_steps": 0})
+    trainer = SLMTrainer(config, model, tokenizer, dataset, output_dir=str(tmp_path / "run"), device="cpu", lora=lora)
+    trainer.train(max_steps=4)
+    with pytest.raises(UserError, match=r"has an adapter: fold\(model.decoder\)"):
+        model.save_pretrained(tmp_path / "whole")
+    ids = torch.arange(40)[None]
+    logits = model(ids)
+    assert torch.allclose(SLMForCausalLM.from_pretrained(tmp_path / "run")(ids), logits, atol=1e-4)
+    fold(model.decoder)
+    assert torch.allclose(model(ids), logits, atol=1e-4)
+    after = dict(model.decoder.named_parameters())
+    changed = {
+        name.rpartition(".")[0].rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])
+    }
+    assert changed == {"query", "value"}
+    with pytest.raises(UserError, match="lora: an adapter names its model on disk"):
+        SLMTrainer(config, SLMForCausalLM(config), tokenizer, dataset, lora=lora)
 
 
 def test_an_adapter_of_nothing_is_refused(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from slmkit.adapt.load import load_model
+from slmkit.adapt.lora import adapted_linears
 from slmkit.config import UserError
 from slmkit.generation import Ensemble, SamplingSettings, generate_ids
 from slmkit.model import Decoder, SLMConfig, build_decoder, save_decoder
@@ -81,6 +82,7 @@ class SLMForCausalLM(GeneratingModel):
     def __init__(self, config: SLMConfig, decoder: Decoder | None = None) -> None:
         """Fresh weights, drawn from torch's global generator (`torch.manual_seed`), unless a decoder is given."""
         super().__init__(config, decoder or build_decoder(config, seed=int(torch.randint(2**62, ()))))
+        self.directory: Path | None = None  # where it was read from
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, device: str = "cpu") -> SLMForCausalLM:
@@ -88,11 +90,16 @@ class SLMForCausalLM(GeneratingModel):
 
         Raises `UserError`.
         """
-        decoder, config = load_model(find_model_directory(directory), device)
-        return cls(config, decoder).eval()
+        found = find_model_directory(directory).resolve()
+        decoder, config = load_model(found, device)
+        model = cls(config, decoder)
+        model.directory = found
+        return model.eval()
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write a Hugging Face model directory. Raises `UserError` when it cannot be written."""
+        """Write a Hugging Face model directory. Raises `UserError` when it cannot be written, or has an adapter."""
+        if adapted_linears(self.decoder):
+            raise UserError("the model has an adapter: fold(model.decoder) that first, with slmkit.adapt.fold")
         save_decoder(self.decoder, self.config, directory)
 
 

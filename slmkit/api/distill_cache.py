@@ -21,6 +21,7 @@ from slmkit.data.stream import Rows
 from slmkit.data.teacher_cache import Answer, Lessons, learned_starts, write_cache
 from slmkit.device import Device, find_device
 from slmkit.model import SLMConfig
+from slmkit.model.adapter_directory import config_directory
 from slmkit.training.chunked_head import in_chunks
 from slmkit.training.find import find_model_directory
 from slmkit.training.recipe import Recipe
@@ -43,7 +44,7 @@ def cache_teacher(recipe: Recipe, reporter: Reporter) -> Lessons:
     corpus = build_corpus(
         recipe.reads, recipe.data, recipe.tokenizer, recipe.seed, folder / "data", tokenizer, reporter
     )
-    config = SLMConfig.from_pretrained(base) if base else recipe.model.build_config()
+    config = SLMConfig.from_pretrained(config_directory(base)) if base else recipe.model.build_config()
     length = recipe.train.sequence_length or config.max_position_embeddings
     rows = stored_rows(recipe.reads, recipe.data, corpus, length)
     lessons = lessons_of(recipe, corpus, rows, length, teacher_fingerprint(directory))

@@ -7,6 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
+from slmkit.adapt import LoRASettings, add_lora
+from slmkit.adapt.adapter_files import AdapterFiles
 from slmkit.api.causal_lm import SLMForCausalLM
 from slmkit.api.hooks import Validate
 from slmkit.api.runs import resolved
@@ -16,6 +18,7 @@ from slmkit.data.stream import Stream
 from slmkit.data.text_dataset import TextDataset
 from slmkit.device import Device, find_device
 from slmkit.model import SLMConfig
+from slmkit.model.adapter_directory import is_adapter
 from slmkit.training.distill import objective_of
 from slmkit.training.distillation import DistillationLoss
 from slmkit.training.distillation_settings import DistillationSettings
@@ -23,7 +26,7 @@ from slmkit.training.distributed import Group, join
 from slmkit.training.loop import Every, Report
 from slmkit.training.objectives import Objective, next_token
 from slmkit.training.progress import TrainingProgress
-from slmkit.training.recipe import Recipe, TrainSettings
+from slmkit.training.recipe import ModelSettings, Recipe, TrainSettings
 from slmkit.training.run import RunDirectory, evaluation_interval, fit, make_plan, new_run_directory
 from slmkit.training.teachers import OnlineTeacher, check_fit, frozen
 
@@ -33,7 +36,9 @@ class SLMTrainer:
 
     `config` carries the training fields: `learning_rate`, `batch_size` (sequences a step), `sequence_length`,
     `gradient_clip_norm`, `warmup_steps`. With a `teacher_model` of the same tokenizer it distils, with the config's
-    `distillation_alpha` and `distillation_temperature` or with a `DistillationLoss` of its own.
+    `distillation_alpha` and `distillation_temperature` or with a `DistillationLoss` of its own. With `lora` the model
+    is frozen, and what is trained and saved is an adapter for the directory that the model was read from;
+    `slmkit.adapt.fold(model.decoder)` makes a plain model of both.
     """
 
     def __init__(
@@ -49,6 +54,7 @@ class SLMTrainer:
         seed: int = 0,
         force: bool = False,
         distillation_loss: DistillationLoss | None = None,
+        lora: LoRASettings | None = None,
     ) -> None:
         """Raises `UserError` for what does not fit; `train` does so for what the X-ray finds, unless `force`."""
         if len(tokenizer) > config.vocab_size:
@@ -66,6 +72,7 @@ class SLMTrainer:
             raise UserError("distillation needs someone to learn from: give the trainer a teacher_model")
         if teacher_model is not None:
             check_fit(teacher_model.decoder, len(tokenizer), train_dataset.length, "teacher_model")
+        self.lora, self.files = lora, None if lora is None else self._begin_adapter(lora)
 
     def train(self, num_epochs: float = 1, max_steps: int | None = None) -> dict[str, float]:
         """Train and return the last step's figures: `loss`, `tokens`, `validation_loss` where there is an eval set."""
@@ -111,14 +118,23 @@ class SLMTrainer:
                 plan,
                 companions=self._companions,
                 objective=objective,
+                files=self.files,
                 hooks=hooks,
             )
         self.model.eval()
         return last
 
+    def _begin_adapter(self, lora: LoRASettings) -> AdapterFiles:
+        base = self.model.directory
+        if base is None or is_adapter(base):
+            raise UserError("lora: an adapter names its model on disk: save_pretrained() that, and from_pretrained()")
+        add_lora(self.model.decoder, self.config, lora, self.seed)
+        return AdapterFiles(self.config, lora, base)
+
     def _recipe(self, run: RunDirectory, settings: TrainSettings) -> Recipe:
         """What of the run can be written down."""
-        recipe = Recipe(output_dir=str(run.root), seed=self.seed, model=resolved(self.config), train=settings)
+        model = resolved(self.config) if self.lora is None else ModelSettings(path=str(self.model.directory))
+        recipe = Recipe(output_dir=str(run.root), seed=self.seed, model=model, lora=self.lora, train=settings)
         if not self.distils:
             return recipe
         alpha, temperature = self.loss.alpha, self.loss.temperature
