@@ -2,8 +2,8 @@
 
 python -m benchmarks.merging [--megabytes 1000]        # some minutes; needs four times as much room on disk
 
-Each merge runs in a process of its own, whose peak of memory is read from the kernel and stands beside what the same
-process held before: a copy of a model in float32 would be twice the file of a model in bfloat16.
+Each merge runs in a process of its own, which asks the kernel for its peak of memory, less what it held when all models
+had been opened and compared. A copy of a model in float32 would be twice the file of a model in bfloat16.
 """
 
 from __future__ import annotations
@@ -37,14 +37,18 @@ RECIPES = {
     "dare_ties": {"merge_method": "dare_ties", "density": 0.5},
 }
 MEASURED = """
-import resource, sys, time
+import sys, time
 from slmkit.api.merging import load_merge_recipe, prepare_merge, write_merge
 import torch
 torch.set_num_threads(1)
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-before, started = peak(), time.perf_counter()
-write_merge(prepare_merge(load_merge_recipe(sys.argv[1])))
-print(time.perf_counter() - started, peak() - before)
+def memory(kind):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(kind))
+prepared = prepare_merge(load_merge_recipe(sys.argv[1]))
+open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew; getrusage's includes that of the parent process
+before, started = memory("VmRSS"), time.perf_counter()
+write_merge(prepared)
+print(time.perf_counter() - started, memory("VmHWM") - before)
 """
 
 

@@ -204,6 +204,22 @@ def test_a_teacher_of_another_tokenizer_is_refused_with_both_named(here: Path, t
     assert other.fingerprint[:12] in str(caught.value)
 
 
+def test_an_adapter_is_taught_from_a_cache_and_may_teach_itself(here: Path, tmp_path: Path) -> None:
+    """The student is the teacher's own model with LoRA beside it; then that adapter is the teacher of a new student."""
+    lora = {"model": {"path": str(here / "teacher")}, "lora": {"r": 2}}
+    at = f"distillation.cache={tmp_path / 'cache'}"
+    cache_teacher(recipe(here, "", "distill", at, **lora), Silent())
+    train_recipe(recipe(here, "", "distill", at, f"output_dir={tmp_path / 'adapter'}", **lora), Silent())
+    assert metrics(tmp_path / "adapter")[0]["divergence"] < 0.01  # it begins as its teacher
+    more = [f"distillation.teacher={tmp_path / 'adapter'}", f"output_dir={tmp_path / 'run'}"]
+    train_recipe(recipe(here, "", "distill", *more), Silent())
+    again = [f"distillation.cache={tmp_path / 'of adapter'}", *more, f"output_dir={tmp_path / 'stored'}"]
+    cache_teacher(recipe(here, "", "distill", *again), Silent())
+    train_recipe(recipe(here, "", "distill", *again), Silent())
+    online, offline = (metrics(tmp_path / run)[-1] for run in ("run", "stored"))
+    assert offline["cross_entropy"] == pytest.approx(online["cross_entropy"], rel=0.05)
+
+
 def run_on_ranks(folder: Path, root: Path) -> None:
     train_recipe(recipe(folder, "", "distill", f"output_dir={root}", "distillation.hidden_weight=0.2"), Silent())
 

@@ -1,12 +1,15 @@
 """How tensors of several models become one: linear, SLERP, task arithmetic, TIES and DARE.
 
-All in float32, a tensor at a time. A task vector is what fine-tuning changed: τ_i = θ_i - θ_base.
+All but SLERP's angle and TIES' threshold goes number by number, so that parts of a tensor can be merged one after the
+other. A task vector is what fine-tuning changed: τ_i = θ_i - θ_base.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,20 +29,19 @@ def linear(tensors: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
     return total
 
 
-def slerp(first: Tensor, second: Tensor, t: float) -> Tensor:
-    """The point t of the arc from one tensor to the other, as vectors (Shoemake 1985).
+def arc(product: float, lengths: float, t: float) -> tuple[float, float]:
+    """How much of each of two vectors is in the point t of the arc between them (SLERP, Shoemake 1985).
 
-        sin((1 - t) Ω) / sin Ω · θ_1 + sin(t Ω) / sin Ω · θ_2,   cos Ω = θ_1 · θ_2 / (|θ_1| |θ_2|)
+        sin((1 - t) Ω) / sin Ω,  sin(t Ω) / sin Ω,   cos Ω = θ_1 · θ_2 / (|θ_1| |θ_2|)
 
-    On a line where they are parallel, or one of them is zero and has no direction.
+    `product` is their dot product, `lengths` that of their lengths. On a line where they are parallel, or one of them
+    is zero and has no direction.
     """
-    lengths = (torch.linalg.vector_norm(first) * torch.linalg.vector_norm(second)).item()
-    cosine = torch.dot(first.flatten(), second.flatten()).item() / lengths if lengths else 1.0
+    cosine = product / lengths if lengths else 1.0
     if abs(cosine) > PARALLEL:
-        return linear((first, second), (1 - t, t))
-    angle = torch.acos(torch.tensor(cosine, dtype=torch.float64))
-    shares = torch.sin(torch.tensor([1 - t, t], dtype=torch.float64) * angle) / torch.sin(angle)
-    return linear((first, second), shares.tolist())
+        return 1 - t, t
+    angle = math.acos(cosine)
+    return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
 
 
 def task_arithmetic(base: Tensor, tuned: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
@@ -47,25 +49,24 @@ def task_arithmetic(base: Tensor, tuned: Iterable[Tensor], weights: Sequence[flo
     return linear((base, *tuned), (1 - sum(weights), *weights))
 
 
-def trim(delta: Tensor, density: float) -> Tensor:
-    """Keep the share `density` of a task vector that is largest in magnitude, and whatever ties with the last of it."""
-    kept = round(density * delta.numel())
-    if kept == delta.numel():
-        return delta
+def least_kept(sizes: np.ndarray, density: float) -> float:
+    """The smallest magnitude that is kept of `sizes` [numbers], where the share `density` is; reorders them."""
+    kept = round(density * sizes.size)
     if kept == 0:
-        return torch.zeros_like(delta)
-    sizes = delta.abs().flatten().numpy()
+        return math.inf
     sizes.partition(sizes.size - kept)  # in place: torch's kthvalue makes an index of eight bytes for every number
-    return torch.where(delta.abs() >= float(sizes[sizes.size - kept]), delta, 0.0)
+    return float(sizes[sizes.size - kept])
 
 
-def drop(delta: Tensor, density: float, seed: int) -> Tensor:
+def trim(delta: Tensor, least: float) -> Tensor:
+    """A task vector without what is smaller than `least`; what ties with it is kept."""
+    return torch.where(delta.abs() >= least, delta, 0.0)
+
+
+def drop(delta: Tensor, density: float, generator: torch.Generator) -> Tensor:
     """Keep each number of a task vector with probability `density`, and divide it by that (DARE, arXiv:2311.03099)."""
-    if density == 0:
-        return torch.zeros_like(delta)
-    generator = torch.Generator().manual_seed(seed)
     kept = torch.rand(delta.shape, generator=generator) < density
-    return torch.where(kept, delta / density, 0.0)
+    return torch.where(kept, delta / density, 0.0) if density else torch.zeros_like(delta)
 
 
 def elect(deltas: Sequence[Tensor], weights: Sequence[float], normalize: bool) -> Tensor:

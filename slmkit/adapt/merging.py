@@ -1,4 +1,6 @@
-"""Merging models of one architecture into one, tensor by tensor: no more is held than one tensor of each.
+"""Merging models of one architecture into one, tensor by tensor and rows at a time.
+
+What is held is one tensor of the result, and of TIES the magnitudes of one task vector: never a model.
 
 TIES trims and DARE drops within each tensor, as a merge that is streamed can, and as mergekit does; the paper of TIES
 ranks all weights of a model at once.
@@ -13,10 +15,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from slmkit.adapt.merge_methods import drop, elect, linear, slerp, task_arithmetic, trim
+from slmkit.adapt.merge_methods import arc, drop, elect, least_kept, linear, task_arithmetic, trim
 from slmkit.adapt.merge_recipe import MergeRecipe, at
 from slmkit.config import UserError
 from slmkit.model import SLMConfig
@@ -32,6 +35,9 @@ MAY_DIFFER = TRAINING_FIELDS | {
 }  # fmt: skip
 
 
+NUMBERS = 1 << 20  # of a tensor that are merged at a time
+
+
 @dataclass(frozen=True)
 class Place:
     """One tensor of the result: where it is read in each model, how deep it sits (0 to 1), and what it is stored in."""
@@ -44,6 +50,17 @@ class Place:
     @property
     def shape(self) -> tuple[int, ...]:
         return self.parts[0].shape
+
+    @property
+    def slices(self) -> list[slice]:
+        """All rows, in their order, as many at a time as have `NUMBERS` numbers, but one at least."""
+        rows = self.shape[0]
+        step = max(1, NUMBERS * rows // torch.Size(self.shape).numel())
+        return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+    def read(self, rows: slice) -> list[Tensor]:
+        """Rows of all models, the base first where there is one, in float32."""
+        return [stored.read(rows).float() for stored in (*([self.base] if self.base else []), *self.parts)]
 
 
 @dataclass(frozen=True)
@@ -81,7 +98,7 @@ class Merge:
 
     def _tensors(self, progress: Callable[[int], None]) -> Iterator[tuple[str, Tensor]]:
         for name, place in self.places.items():
-            tensor = merged_tensor(self.recipe, name, place).to(place.dtype)
+            tensor = merged_tensor(self.recipe, name, place)
             yield name, tensor
             progress(tensor.nbytes)
 
@@ -118,29 +135,61 @@ def plan_merge(recipe: MergeRecipe, directories: Mapping[str, Path]) -> Merge:
 
 
 def merged_tensor(recipe: MergeRecipe, name: str, place: Place) -> Tensor:
-    """One tensor of the result, in float32; those of the models are read one after the other where that is enough."""
+    """One tensor of the result, computed in float32 some rows at a time, and rounded once to what it is stored in."""
+    combine = _combination(recipe, name, place)
+    result = torch.empty(place.shape, dtype=place.dtype)
+    for rows in place.slices:
+        result[rows] = combine(*place.read(rows))
+    return result
+
+
+def _combination(recipe: MergeRecipe, name: str, place: Place) -> Callable[..., Tensor]:
+    """What makes rows of the result from the same rows of the models, the base first where there is one.
+
+    What a method needs to know of whole tensors is read before.
+    """
     weights, scale = _weights(recipe, place.depth), at(recipe.scale, place.depth)
-    parts = map(_read, place.parts)
     if recipe.merge_method == "linear":
-        return linear(parts, weights)
+        return lambda *parts: linear(parts, weights)
     if recipe.merge_method == "slerp":
-        first, second = parts
-        return slerp(first, second, at(recipe.t, place.depth))
-    assert place.base is not None, "the recipe has a base"
-    base = _read(place.base)
+        shares = arc(*_product_and_lengths(place), at(recipe.t, place.depth))
+        return lambda *parts: linear(parts, shares)
     if recipe.merge_method == "task_arithmetic":
-        return task_arithmetic(base, parts, [scale * weight for weight in weights])
-    drops = recipe.merge_method.startswith("dare")
-    deltas = []
-    for number, (part, entry) in enumerate(zip(parts, recipe.merged)):
-        density = at(entry.density, place.depth)
-        delta = part - base
-        deltas.append(drop(delta, density, _seed(recipe.seed, number, name)) if drops else trim(delta, density))
-    if recipe.merge_method == "dare_linear":
-        change = linear(deltas, weights)
-    else:
-        change = elect(deltas, weights, recipe.is_normalized)
-    return base.add(change, alpha=scale)
+        return lambda base, *tuned: task_arithmetic(base, tuned, [scale * weight for weight in weights])
+    sparsify = [_sparsifier(recipe, number, name, place) for number in range(len(weights))]
+
+    def add_sparse(base: Tensor, *tuned: Tensor) -> Tensor:
+        deltas = [sparse(part - base) for sparse, part in zip(sparsify, tuned)]
+        if recipe.merge_method == "dare_linear":
+            return base.add(linear(deltas, weights), alpha=scale)
+        return base.add(elect(deltas, weights, recipe.is_normalized), alpha=scale)
+
+    return add_sparse
+
+
+def _sparsifier(recipe: MergeRecipe, number: int, name: str, place: Place) -> Callable[[Tensor], Tensor]:
+    """What thins out a model's task vector; called for rows in their order."""
+    density = at(recipe.merged[number].density, place.depth)
+    if recipe.merge_method.startswith("dare"):
+        generator = torch.Generator().manual_seed(_seed(recipe.seed, number, name))
+        return lambda delta: drop(delta, density, generator)
+    if density == 1:
+        return lambda delta: delta
+    sizes = np.empty(place.shape, dtype=np.float32)
+    for rows in place.slices:
+        base, *tuned = place.read(rows)
+        sizes[rows] = (tuned[number] - base).abs().numpy()
+    least = least_kept(sizes.reshape(-1), density)
+    return lambda delta: trim(delta, least)
+
+
+def _product_and_lengths(place: Place) -> tuple[float, float]:
+    """The dot product of two tensors, and that of their lengths, in double precision."""
+    sums = torch.zeros(3, dtype=torch.float64)
+    for rows in place.slices:
+        first, second = (part.double().flatten() for part in place.read(rows))
+        sums += torch.stack((first.dot(second), first.dot(first), second.dot(second)))
+    return sums[0].item(), (sums[1] * sums[2]).sqrt().item()
 
 
 def _weights(recipe: MergeRecipe, depth: float) -> list[float]:
@@ -188,7 +237,3 @@ def _depth(name: str, layers: int) -> float:
 def _seed(seed: int, number: int, name: str) -> int:
     """Of what is dropped from a tensor of a model: the same in whatever order tensors are merged."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{number}/{name}".encode()).digest()[:7])
-
-
-def _read(stored: StoredTensor) -> Tensor:
-    return stored.read().float()

@@ -16,6 +16,7 @@ from slmkit.data.streaming import StreamedBatches
 from slmkit.data.teacher_cache import Lessons, data_fingerprint, read_lessons, taught
 from slmkit.device import Device
 from slmkit.model import Decoder
+from slmkit.model.adapter_directory import ADAPTER_CONFIG, base_of, is_adapter
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.checkpoints import file_sha256
 from slmkit.training.compilation import compile_blocks, compile_pays
@@ -82,9 +83,11 @@ def check_same_tokenizer(directory: Path, tokenizer: SLMTokenizer) -> None:
 
 
 def teacher_fingerprint(directory: Path) -> str:
-    """sha256 (hex) over a model directory's config and weights."""
-    files = [directory / "config.json", *sorted(directory.glob("*.safetensors"))]
+    """sha256 (hex) over a model's config and weights; of an adapter, over those of its base, too."""
+    files = [directory / name for name in ("config.json", ADAPTER_CONFIG)] + sorted(directory.glob("*.safetensors"))
     parts = [f"{path.name} {file_sha256(path)}" for path in files if path.is_file()]
+    if is_adapter(directory):
+        parts.append(teacher_fingerprint(base_of(directory)))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

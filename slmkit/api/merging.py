@@ -24,6 +24,8 @@ MADE_FROM = "merge.yaml"
 
 def load_merge_recipe(path: str | Path, overrides: Sequence[str] = ()) -> MergeRecipe:
     """Read a merge's YAML and apply `key=value` overrides (`models.0.weight=0.3`). Raises `UserError`."""
+    if Path(path).is_dir():
+        raise UserError(f"{path}: a directory; expected a merge's YAML file, or a model with --adapter beside it")
     return load_settings(MergeRecipe, read_yaml(path), overrides, origin=str(path))
 
 

@@ -22,6 +22,7 @@ from slmkit.config import UserError
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SPELLED = {dtype: spelling for spelling, dtype in DTYPES.items()}
 ALIGNMENT = 8  # of the first tensor, in bytes
+ALL = slice(None)
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,11 @@ class StoredTensor:
     shape: tuple[int, ...]
     spelling: str  # of its precision, such as F32 or BF16
 
-    def read(self) -> Tensor:
-        """The numbers, as they are stored. Raises `UserError` for a file that is gone or damaged."""
+    def read(self, rows: slice = ALL) -> Tensor:
+        """The numbers, as they are stored, or some rows of them. Raises `UserError` for a file gone or damaged."""
         try:
             with safetensors.safe_open(self.path, framework="pt") as file:  # opened anew, so that no page stays mapped
-                return file.get_tensor(self.name)
+                return file.get_tensor(self.name) if rows == ALL else file.get_slice(self.name)[rows]
         except (OSError, safetensors.SafetensorError) as error:
             raise damaged(self.path, error) from None
 

@@ -27,8 +27,11 @@ def chunked_loss(hidden: Tensor, head: Tensor, cap: float | None, loss: LossOfCh
 
 
 def in_chunks(positions: int, vocab_size: int, device: torch.device) -> list[slice]:
-    """All positions, as many at once as should have logits; an empty one where there is none."""
-    chunk = positions_per_chunk(vocab_size, device)
+    """All positions, as many at once as should have logits; an empty slice where there is none.
+
+    Half of what a plain loss takes: the gradients of this one come with a dozen tensors as large as the logits.
+    """
+    chunk = positions_per_chunk(vocab_size, device) // 2
     return [slice(start, start + chunk) for start in range(0, max(1, positions), chunk)]
 
 
@@ -37,12 +40,12 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, cap: float | None, loss: LossOfChunk) -> tuple[Tensor, Tensor]:
-        wants_gradient = any(ctx.needs_input_grad)
+        wants_gradient, head_learns = any(ctx.needs_input_grad), ctx.needs_input_grad[1]
         weight = head.to(hidden.dtype)
         # Float16 ends at 6e-8 below, where many of a softmax's gradients are.
         up = 256.0 if hidden.dtype == torch.float16 else 1.0
         hidden_grad = torch.empty_like(hidden, dtype=torch.float32) if wants_gradient else None
-        head_grad = torch.zeros_like(head, dtype=torch.float32) if wants_gradient else None
+        head_grad = torch.zeros_like(head, dtype=torch.float32) if head_learns else None
         totals, figures = [], []
         for place in in_chunks(hidden.size(0), head.size(0), hidden.device):
             h = hidden[place]  # [chunk, width]
@@ -51,11 +54,12 @@ class _ChunkedLoss(torch.autograd.Function):
                 total, told = loss(logits if cap is None else cap * torch.tanh(logits / cap), place)
             totals.append(total.detach())
             figures.append(told.detach())
-            if hidden_grad is not None and head_grad is not None:
+            if hidden_grad is not None:
                 (slope,) = torch.autograd.grad(total, logits)  # [chunk, vocab_size]
                 slope = (slope * up).to(hidden.dtype)
                 hidden_grad[place] = (slope @ weight).float() / up
-                head_grad += (slope.T @ h).float() / up
+                if head_grad is not None:  # under an adapter the head is frozen
+                    head_grad += (slope.T @ h).float() / up
         ctx.save_for_backward(hidden_grad, head_grad)
         ctx.dtypes = hidden.dtype, head.dtype
         told_of_all = torch.stack(figures).sum(0)
@@ -63,7 +67,8 @@ class _ChunkedLoss(torch.autograd.Function):
         return torch.stack(totals).sum(), told_of_all
 
     @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         hidden_grad, head_grad = ctx.saved_tensors
         of_hidden, of_head = ctx.dtypes
-        return (hidden_grad * outputs[0]).to(of_hidden), (head_grad * outputs[0]).to(of_head), None, None
+        for_head = None if head_grad is None else (head_grad * outputs[0]).to(of_head)
+        return (hidden_grad * outputs[0]).to(of_hidden), for_head, None, None

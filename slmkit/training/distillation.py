@@ -57,14 +57,14 @@ class Lesson:
 
     def asked_of(self, logits: Tensor, temperature: float) -> Tensor:
         """log q of the same outcomes: a student's float32 logits [positions, vocab_size] → [positions, outcomes]."""
-        log_q = F.log_softmax(logits[:, : self.tokens] / temperature, dim=-1)
+        scores = logits[:, : self.tokens] / temperature  # [positions, tokens]
         if self.ids is None:
-            return log_q
-        known = log_q.gather(-1, self.ids)  # [positions, k]
-        if self.ids.size(-1) == self.tokens:
-            return known
-        others = log_q.scatter(-1, self.ids, -math.inf).logsumexp(-1, keepdim=True)  # [positions, 1]
-        return torch.cat([known, others], dim=-1)
+            return F.log_softmax(scores, dim=-1)
+        asked = scores.gather(-1, self.ids)  # [positions, k]
+        if self.ids.size(-1) < self.tokens:
+            others = scores.scatter(-1, self.ids, -math.inf).logsumexp(-1, keepdim=True)  # [positions, 1]
+            asked = torch.cat([asked, others], dim=-1)
+        return F.log_softmax(asked, dim=-1)
 
 
 class DistillationLoss(nn.Module):
@@ -99,7 +99,9 @@ class DistillationLoss(nn.Module):
     def parts(self, student_logits: Tensor, lesson: Lesson, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Sums of cross-entropy and divergence, in nats: float32 logits [positions, vocab_size], labels [positions]."""
         divergence = DIVERGENCES[self.divergence](lesson.log_p, lesson.asked_of(student_logits, self.temperature))
-        return F.cross_entropy(student_logits, labels, reduction="sum"), divergence.sum()
+        # Cross-entropy that keeps no second [positions, vocab_size] for its gradient.
+        cross_entropy = student_logits.logsumexp(-1) - student_logits.gather(-1, labels[:, None])[:, 0]
+        return cross_entropy.sum(), divergence.sum()
 
     def mixed(self, cross_entropy: Tensor, divergence: Tensor) -> Tensor:
         return self.alpha * cross_entropy + (1 - self.alpha) * self.temperature**2 * divergence

@@ -53,6 +53,7 @@ def test_a_mistake_is_one_line(folder: Path) -> None:
         "merge", "merge.yaml", "models.0.wieght=1", cwd=folder
     )
     assert "nowhere: no such directory" in refused("merge", "merge.yaml", "models.0.model=nowhere", cwd=folder)
+    assert "tune-0: a directory; expected a merge's YAML file" in refused("merge", "tune-0", cwd=folder)
     assert "mrge.yaml: no such file" in refused("merge", "mrge.yaml", cwd=folder)
 
 
