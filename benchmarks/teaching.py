@@ -75,7 +75,7 @@ def stages(text: Path) -> list[Stage]:
         Stage("sft", "conversations", "quickstart-chat", "base", (chats,)),
         Stage("sft-2", "other conversations, another order", "quickstart-chat", "base", (chats, "seed=1")),
         Stage("lora", "the conversations of sft, by an adapter of rank 16", "quickstart-chat", "base", (chats,
-              "lora={r: 16, lora_alpha: 32}", "train.optimizer=adamw", "train.learning_rate=4e-3",
+              "lora={r: 16, lora_alpha: 32}", "train.optimizer=adamw", "train.learning_rate=3e-3",
               "train.weight_decay=0")),
         Stage("half", "half as many conversations", "quickstart-chat", "base", ("data.documents=4000",)),
         Stage("distill", "the same half, with sft as the teacher", "quickstart-chat", "base", ("data.documents=4000",
