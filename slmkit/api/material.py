@@ -33,7 +33,7 @@ class Material:
 
     @property
     def rows_per_step(self) -> int:
-        return self.recipe.train.rows_per_step(self.length)
+        return self.recipe.train.rows_per_step(self.recipe.tokens_of_row(self.length))
 
 
 @dataclass(frozen=True)

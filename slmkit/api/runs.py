@@ -14,7 +14,7 @@ from slmkit.api.material import Material
 from slmkit.api.models import model_for
 from slmkit.api.reporter import SILENCE, Reporter
 from slmkit.api.vocabulary import tokenizer_of_base
-from slmkit.api.work import work_of
+from slmkit.api.work import expect_a_model, work_of
 from slmkit.api.xray import look
 from slmkit.config import UserError
 from slmkit.data.corpus import Corpus, build_corpus, open_corpus
@@ -57,6 +57,7 @@ def train_recipe(recipe: Recipe, reporter: Reporter, dry_run: bool = False, forc
     finds, unless `force`.
     """
     check_trackers(recipe.train.report_to)
+    expect_a_model(recipe)
     if recipe.lora is not None and recipe.model.path is None:
         raise UserError("lora: an adapter is for a finished model: name that in model.path, or drop lora")
     recipe = with_the_teachers_tokenizer(recipe)
@@ -201,7 +202,7 @@ class _Session:
         self.plan: Plan = make_plan(
             recipe.train,
             self.stream.rows_in_epoch,
-            self.length,
+            recipe.tokens_of_row(self.length),
             device,
             recipe.guard,
             self.stream.total_rows,
@@ -234,7 +235,8 @@ class _Session:
             reporter.say,
             train=self.corpus.train,
             validation=[self.corpus.validation],
-            is_chat=self.recipe.reads == "conversations",
+            is_chat=self.recipe.reads in ("conversations", "pairs"),
+            is_padded=self.recipe.is_padded,
             force=force,
         )
 

@@ -5,17 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from slmkit.api.distill import distill_work
+from slmkit.api.grpo import grpo_work
 from slmkit.api.hooks import Sample, Validate
 from slmkit.api.material import Material, Work
+from slmkit.api.preference import preference_work
+from slmkit.config import UserError
 from slmkit.data.feed import make_batches
 from slmkit.data.stream import ChatRows, DocumentRows
 from slmkit.evaluation.loss import Rows
 from slmkit.training.objectives import next_token
+from slmkit.training.recipe import Recipe
 
 
 def work_of(material: Material) -> Work:
     """Raises `UserError` for what does not fit together."""
     return WORK[material.recipe.objective](material)
+
+
+def expect_a_model(recipe: Recipe) -> None:
+    """Raises `UserError` where the objective refines a model, and the recipe names none."""
+    if recipe.objective in ("dpo", "grpo") and recipe.model.path is None:
+        raise UserError(
+            f"objective {recipe.objective} goes on from a model that talks: name a run or model directory as model.path"
+        )
 
 
 def next_token_work(m: Material) -> Work:
@@ -37,4 +49,6 @@ WORK: dict[str, Callable[[Material], Work]] = {
     "pretrain": next_token_work,
     "sft": next_token_work,
     "distill": distill_work,
+    "dpo": preference_work,
+    "grpo": grpo_work,
 }

@@ -24,6 +24,7 @@ def look(
     train: Sequence[TokenShards] = (),
     validation: Sequence[TokenShards] = (),
     is_chat: bool = False,
+    is_padded: bool = False,
     force: bool = False,
 ) -> XRay:
     """Show what is about to be fed and learned, and leave it as `xray.md` in `root`.
@@ -31,7 +32,7 @@ def look(
     Raises `UserError` with the reason where something is off, unless `force`.
     """
     vocabulary = vocabulary_of(tokenizer, vocab_size)
-    xray = examine(stream, vocabulary, train, validation, is_chat)
+    xray = examine(stream, vocabulary, train, validation, is_chat, is_padded)
     write_xray(xray, vocabulary, root / "xray.md")
     say(xray.summary())
     for row in rendered_rows(xray.rows, vocabulary):

@@ -10,19 +10,24 @@ import typer
 def plot(
     runs: Annotated[list[str], typer.Argument(help="Run directories, such as runs/book.")],
     output: Annotated[str, typer.Option("--output", "-o", help="The picture to write.")] = "loss.png",
-    over: Annotated[str, typer.Option(help="What losses are drawn over: tokens, time, steps.")] = "tokens",
+    over: Annotated[str, typer.Option(help="What it is drawn over: tokens, time, steps.")] = "tokens",
+    what: Annotated[
+        str | None, typer.Option(help="loss, right (answers), preferred (pairs); right where all runs have it.")
+    ] = None,
 ) -> None:
-    """Draw the losses of several runs over each other.
+    """Draw the losses of several runs over each other, or their shares of right answers.
 
     Example: slm plot runs/book runs/book-2 --over time -o both.png
     """
     from pathlib import Path
 
     from slmkit.config import UserError, did_you_mean
-    from slmkit.training.plots import KEYS, plot_runs
+    from slmkit.training.plots import CURVES, KEYS, plot_runs
 
     if over not in KEYS:
         raise UserError(f"--over {over}: {did_you_mean(over, KEYS)}")
+    if what is not None and what not in CURVES:
+        raise UserError(f"--what {what}: {did_you_mean(what, CURVES)}")
     path = Path(output if Path(output).suffix else f"{output}.png")
-    plot_runs(runs, path, over)  # type: ignore[arg-type]
+    plot_runs(runs, path, over, what)  # type: ignore[arg-type]
     print(path)

@@ -18,7 +18,7 @@ def train(
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Train in spite of what the x-ray finds.")] = False,
 ) -> None:
-    """Pretrain or fine-tune: the recipe's `objective` says which.
+    """Pretrain, fine-tune, or learn from preferences and rewards: the recipe's `objective` says which.
 
     Example: slm train own-text data.source=book.txt output_dir=runs/book train.max_tokens=3e6
     """
@@ -35,7 +35,7 @@ def train(
     run = train_recipe(loaded, TerminalReporter(), dry_run=dry_run, force=force)
     if not dry_run:
         print(f"run: {run.root}")
-        verb = "chat" if loaded.reads == "conversations" else "generate"
+        verb = "generate" if loaded.reads == "text" else "chat"
         print(f"next: slm {verb} {run.root}")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,10 +13,19 @@ from slmkit.config import UserError
 from slmkit.data import stories
 from slmkit.data.conversations import ConversationEncoder
 from slmkit.data.data_settings import DataSettings, Reads, TokenizerSettings
-from slmkit.data.prepare import Progress, prepare_text, split_conversations, split_validation, write_conversations
+from slmkit.data.pairs import prepare_pairs
+from slmkit.data.prepare import (
+    Progress,
+    prepare_chat,
+    prepare_text,
+    split_conversations,
+    split_validation,
+    write_conversations,
+)
 from slmkit.data.reading import (
     VALIDATION_STREAM,
     EncoderOf,
+    answers_of,
     conversations_of,
     documents_of,
     encoded_of,
@@ -29,12 +38,18 @@ from slmkit.data.reading import (
 )
 from slmkit.data.shards import TokenShards
 from slmkit.data.source_settings import SourceSettings
-from slmkit.data.sources import PRIMER, Document, Source
+from slmkit.data.sources import BUILT_IN, STORIES, SUMS, Document, Source
 from slmkit.tokenizer import SLMTokenizer
 
 REVISION_STREAM = 500_009  # added to the seed: the primer's texts that go among the stories
 # The stories are made to be talked about: what the chat template says at each turn should be few tokens.
 CHAT_WORDS = ("user\n", "assistant\n", "Tell me a story about")
+
+
+WRITERS: dict[Reads, Callable[..., TokenShards]] = {
+    "questions": prepare_chat,
+    "pairs": prepare_pairs,
+}
 
 
 class Reporter(Protocol):
@@ -102,6 +117,8 @@ def build_corpus(
         return Corpus(tokenizer, *_prepare_built_in(data, seed, folder, tokenizer, reporter))
     if reads == "conversations":
         return Corpus(tokenizer, *_prepare_conversations(data, seed, folder, tokenizer, reporter, encoder_of))
+    if reads in WRITERS:
+        return Corpus(tokenizer, *_prepare_answers(reads, data, seed, folder, tokenizer, reporter))
     return Corpus(tokenizer, *_prepare_documents(data, seed, folder, tokenizer, reporter))
 
 
@@ -118,13 +135,15 @@ def open_corpus(folder: Path) -> Corpus:
 
 def texts_of(reads: Reads, data: DataSettings, wanted: TokenizerSettings, seed: int = 0) -> Iterator[str]:
     """Training text for a tokenizer to learn from, of every source as much."""
-    if data.is_built_in and reads == "text":
+    if data.source == SUMS:
+        yield from (BUILT_IN[SUMS].text(seed, index, False) for index in range(data.documents))
+    elif data.is_built_in and reads == "text":
         # A model goes from the one to the other, and to conversations: one tokenizer for all.
         yield from (story.text for story in stories.tell_many(seed, data.documents))
         yield from stories.primer_texts(seed, data.documents)
         yield from CHAT_WORDS * (data.documents // 10)
     else:
-        yield from tokenizer_sample(reads == "conversations", data, wanted, seed)
+        yield from tokenizer_sample(reads != "text", data, wanted, seed)
 
 
 def _check_shards(data: DataSettings) -> None:
@@ -232,9 +251,10 @@ def _prepare_built_in(
     train: Iterable[Document | str]
     validation: Iterable[Document | str]
     perfect_loss = None
-    if data.source == PRIMER:
-        train = stories.primer_texts(seed, data.documents)
-        validation = stories.primer_texts(seed + VALIDATION_STREAM, data.validation_documents)
+    if data.source != STORIES:
+        text = BUILT_IN[str(data.source)].text
+        train = (text(seed, index, False) for index in range(data.documents))
+        validation = (text(seed + VALIDATION_STREAM, index, True) for index in range(data.validation_documents))
     else:
         train = _stories_and_primer(data, seed)
         held_out = list(stories.tell_many(seed + VALIDATION_STREAM, data.validation_documents))
@@ -289,6 +309,39 @@ def _prepare_conversations(
         held = itertools.chain.from_iterable(held_out)
         return train, write_conversations(held, tokenizer, folder / "validation", sources=described)
     finally:  # what was left out may be the reason why there is nothing
+        _say_all(reporter, [line for source in read for line in source.report()])
+
+
+def _prepare_answers(
+    reads: Reads, data: DataSettings, seed: int, folder: Path, tokenizer: SLMTokenizer, reporter: Reporter
+) -> tuple[list[TokenShards], TokenShards]:
+    """Shards of questions or of pairs of every source, and one directory of those that are held out."""
+    write, read = WRITERS[reads], list[Source]()
+    train, held_out = list[TokenShards](), list[Iterator[Any]]()
+    described: list[Any] = []
+    try:
+        for place, settings, source in _places(data, seed, folder):
+            if source is None:
+                train.append(_linked(settings, place, tokenizer))
+                continue
+            read.append(source)
+            items: Iterable[Any] = answers_of(reads, source)
+            if data.validation is None and is_endless(source):
+                held_out.append(answers_of(reads, validation_source(data, source.settings, seed)))
+            elif data.validation is None:
+                items, validation = split_conversations(list(items), data.validation_fraction)
+                held_out.append(iter(validation))
+            described += (sources := source.describe())
+            progress = reporter.counter(f"tokenizing {source.settings.label}")
+            train.append(write(items, tokenizer, place, sources=sources, progress=progress))
+        if data.validation is not None and is_shards(data.validation):
+            return train, _linked(data.validation, folder / "validation", tokenizer)
+        if data.validation is not None:
+            read.append(validation_source(data, data.validation, seed))
+            held_out.append(answers_of(reads, read[-1]))
+        held = itertools.chain.from_iterable(held_out)
+        return train, write(held, tokenizer, folder / "validation", sources=described)
+    finally:
         _say_all(reporter, [line for source in read for line in source.report()])
 
 

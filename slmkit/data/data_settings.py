@@ -11,9 +11,11 @@ from slmkit.data.cleaning import CleaningSettings
 from slmkit.data.conversations import OnLong
 from slmkit.data.mixture import PhaseSettings, WhenExhausted, plan_phases
 from slmkit.data.source_settings import SourceSettings
-from slmkit.data.sources import PRIMER, STORIES
+from slmkit.data.sources import BUILT_IN
 
-Reads = Literal["text", "conversations"]  # what a run makes of its sources
+# What a run makes of its sources. A question is a conversation that ends with the right answer; a pair has a better one
+# and a worse one.
+Reads = Literal["text", "conversations", "questions", "pairs"]
 
 
 class TokenizerSettings(Settings):
@@ -39,7 +41,7 @@ class TokenizerSettings(Settings):
 class DataSettings(Settings):
     """Where text comes from, in which shares, and how it is fed.
 
-    `source` is files and folders, or the built-in corpus: `stories`, and the `primer` to read first. `sources` are
+    `source` is files and folders, or what is built in: `stories`, the `primer` to read first, `sums`. `sources` are
     several, with weights; `phases` changes the weights by tokens seen: a curriculum. `streaming` reads while training
     and stores nothing of what is trained on.
     """
@@ -92,7 +94,7 @@ class DataSettings(Settings):
     @property
     def is_built_in(self) -> bool:
         """Whether the built-in corpus is all there is."""
-        return self.source in (STORIES, PRIMER)
+        return self.source in [*BUILT_IN]
 
     @property
     def weights(self) -> dict[str, float]:

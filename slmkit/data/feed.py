@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from slmkit.data.blocks import Blocks, document_size
 from slmkit.data.conversations import ConversationEncoder
 from slmkit.data.corpus import Corpus
@@ -50,7 +52,7 @@ def stored_rows(reads: Reads, data: DataSettings, corpus: Corpus, length: int) -
     return {name: rows_of(shards) for name, shards in zip(data.weights, corpus.train, strict=True)}
 
 
-def stream_of(rows: dict[str, Rows], data: DataSettings, length: int, rows_per_step: int, seed: int) -> Stream:
+def stream_of(rows: Mapping[str, Rows], data: DataSettings, length: int, rows_per_step: int, seed: int) -> Stream:
     """Numbered rows in the order of (seed, step)."""
     if len(rows) == 1 and data.when_exhausted == "repeat":
         return Stream(next(iter(rows.values())), rows_per_step, seed, data.separate_documents)

@@ -11,10 +11,10 @@ from typing import Any
 from slmkit.config import UserError
 from slmkit.data.blocks import is_held_out
 from slmkit.data.conversations import ConversationEncoder, EncodedConversation
-from slmkit.data.data_settings import DataSettings, TokenizerSettings
+from slmkit.data.data_settings import DataSettings, Reads, TokenizerSettings
 from slmkit.data.shards import HEADER
 from slmkit.data.source_settings import SourceSettings
-from slmkit.data.sources import PRIMER, STORIES, Document, Message, Source, open_source
+from slmkit.data.sources import BUILT_IN, Document, Message, Source, open_source
 
 EncoderOf = Callable[[Source], ConversationEncoder]
 
@@ -34,7 +34,7 @@ def open_sources(data: DataSettings, seed: int) -> dict[str, Source]:
         if is_shards(settings):
             continue
         changes: dict[str, object] = {"streaming": settings.streaming or data.streaming}
-        if settings.path in (STORIES, PRIMER) and not data.streaming:  # it has no end of its own
+        if settings.path in BUILT_IN and not data.streaming:  # it has no end of its own
             changes["documents"] = settings.documents or data.documents
         opened[settings.label] = open_source(settings.model_copy(update=changes), seed)
     if isinstance(data.source, list):  # several paths that are one source
@@ -61,11 +61,17 @@ def encoded_of(source: Source, encoder_of: EncoderOf) -> Iterator[EncodedConvers
     return encoder_of(source).encode_all(conversations_of(source))
 
 
+def answers_of(reads: Reads, source: Source) -> Iterator[Any]:
+    """Its questions or its pairs, as `documents_of`."""
+    source.count_anew()
+    return (item for item, _ in (source.read_pairs() if reads == "pairs" else source.read_questions()))
+
+
 def validation_source(data: DataSettings, settings: SourceSettings, seed: int) -> Source:
     """The source that is validation text and nothing else, of at most `validation_documents` documents."""
     limit = min(settings.documents or data.validation_documents, data.validation_documents)
     changes = {"streaming": settings.streaming or data.streaming, "documents": limit}
-    return open_source(settings.model_copy(update=changes), seed + VALIDATION_STREAM)
+    return open_source(settings.model_copy(update=changes), seed + VALIDATION_STREAM, held_out=True)
 
 
 def held_out_of_streams(data: DataSettings, seed: int, encoder_of: EncoderOf | None = None) -> Iterator[Any]:
@@ -110,7 +116,7 @@ def is_kept_in(data: DataSettings, source: Source) -> Callable[[str], bool]:
 
 def is_endless(source: Source) -> bool:
     """Whether other text of its kind is at hand for validation: the built-in corpus."""
-    return source.settings.path in (STORIES, PRIMER)
+    return source.settings.path in BUILT_IN
 
 
 def written(conversation: list[Message]) -> str:

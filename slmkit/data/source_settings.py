@@ -13,7 +13,7 @@ class SourceSettings(Settings):
     """Where text comes from, which part of it is meant, and what happens to rows that cannot be read.
 
     `path` is a file or folder, a URL (`s3://`, `gs://`, `hf://`, `http://`, `https://`, any that `fsspec` knows), a
-    data set of the Hugging Face hub as `owner/name`, or the built-in corpus: `stories`, `primer`.
+    data set of the Hugging Face hub as `owner/name`, or built in: `stories`, `primer`, `sums`.
     """
 
     path: str = Field(min_length=1)

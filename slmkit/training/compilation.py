@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import torch
@@ -22,6 +23,16 @@ def compile_blocks(model: Decoder) -> None:
     """Compile each block's forward and backward pass at its first use; no parameter gets another name."""
     for block in model.blocks:
         block.compile()
+
+
+@contextlib.contextmanager
+def as_written(model: Decoder) -> Iterator[None]:
+    """Within, the model runs without its compiled code: generating has shapes of its own."""
+    if all(block._compiled_call_impl is None for block in model.blocks):
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def uncompiled(hooks: Iterable[Every], model: Decoder) -> list[Every]:

@@ -19,13 +19,21 @@ class Gauges:
     """
 
     def __init__(
-        self, model: Decoder, device: Device, rows_per_step: int, length: int, tokens: int = 0, seconds: float = 0.0
+        self,
+        model: Decoder,
+        device: Device,
+        rows_per_step: int | None,
+        length: int,
+        tokens: int = 0,
+        seconds: float = 0.0,
     ) -> None:
         """`rows_per_step` rows of `length` tokens are one update, on as many such devices as there are ranks.
 
+        None where rows are of any length: then there is no `mfu`, since nobody counts the operations.
+
         A run that goes on has trained `tokens` and taken `seconds` already.
         """
-        self.device, self.positions = device, rows_per_step * length
+        self.device, self.positions = device, (rows_per_step or 0) * length
         self.flops = flops_per_token(model.architecture, length)
         # A frozen matrix has no gradient of its own to be computed; what is trained beside it has products of its own.
         is_frozen = not all(parameter.requires_grad for parameter in model.parameters())
@@ -40,7 +48,7 @@ class Gauges:
     def update(self, state: State, report: Report) -> None:
         trained, self.tokens = report["tokens"] - self.tokens, report["tokens"]
         seconds = trained / max(1, report["tokens_per_second"])
-        if seconds > 0:
+        if seconds > 0 and self.positions:
             report["mfu"] = round(self.step_flops(trained) / seconds / self.peak, 4)
         report["seconds"] = round(time.monotonic() - self.started, 2)
         report["memory_bytes"] = peak_memory(self.device)

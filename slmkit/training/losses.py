@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100  # a label that is not learned, as everywhere in the field
 
@@ -29,6 +30,35 @@ def linear_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, cap: floa
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     return _LinearCrossEntropy.apply(hidden, head, labels, cap)
+
+
+def token_log_probabilities(
+    hidden: Tensor, head: Tensor, labels: Tensor, cap: float | None = None, temperature: float = 1.0
+) -> Tensor:
+    """log softmax(logits / temperature)[label] of each position, in nats and float32: [positions].
+
+    Arguments as for `linear_cross_entropy`. What is done with each is for the caller to say, so that the gradient is
+    not known on the way forward: the logits of each chunk are computed a second time on the way back.
+    """
+    chunk = positions_per_chunk(head.size(0), hidden.device)
+    if len(hidden) <= chunk:
+        return _log_probabilities(hidden, head, labels, cap, temperature)
+    parts = zip(hidden.split(chunk), labels.split(chunk))
+    return torch.cat(
+        [
+            checkpoint(_log_probabilities, h, head, y, cap, temperature, use_reentrant=False, preserve_rng_state=False)
+            for h, y in parts
+        ]
+    )
+
+
+def _log_probabilities(hidden: Tensor, head: Tensor, labels: Tensor, cap: float | None, temperature: float) -> Tensor:
+    """The plain form: all logits at once."""
+    logits = F.linear(hidden, head.to(hidden.dtype)).float()  # [positions, vocab_size]
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
+    logits = logits / temperature
+    return logits.gather(-1, labels[:, None]).squeeze(-1) - logits.logsumexp(-1)
 
 
 def positions_per_chunk(vocab_size: int, device: torch.device) -> int:

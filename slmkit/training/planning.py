@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from slmkit.config import UserError
-from slmkit.data import stories
+from slmkit.data.sources import BUILT_IN
 from slmkit.device import Device, available_memory, find_device
 from slmkit.model import SLMConfig
 from slmkit.model.adapter_directory import config_directory
@@ -56,7 +56,9 @@ def outlook(recipe: Recipe, measure: bool = True) -> Outlook:
     assumptions += about_text
     if text is None and recipe.train.max_steps is None and recipe.train.max_tokens is None:
         raise UserError("nobody knows the length of this text before it is read: set train.max_tokens or max_steps")
-    steps = recipe.train.total_steps(max(1, (text or 0) // length), length)
+    rows, about_rows = _rows_of(recipe, text, length)
+    assumptions += about_rows
+    steps = recipe.train.total_steps(rows, recipe.tokens_of_row(length))
     return _outlook(recipe, config, steps, device, text, measure, assumptions)
 
 
@@ -144,17 +146,33 @@ def _config_of(recipe: Recipe) -> tuple[SLMConfig, list[str]]:
     return recipe.model.build_config(vocab_size=recipe.tokenizer.vocab_size), []
 
 
+def _rows_of(recipe: Recipe, text: int | None, length: int) -> tuple[int, list[str]]:
+    """How many rows an epoch has, and what had to be assumed."""
+    if not recipe.is_padded:
+        return max(1, (text or 0) // length), []
+    about = [f"{recipe.reads} that fill their rows of {length} tokens: shorter ones are faster"]
+    if recipe.reads == "questions":
+        about.append("answers that are there: sampling them takes its time besides")
+    if recipe.data.is_built_in:
+        return recipe.data.documents * (recipe.grpo.num_generations if recipe.reads == "questions" else 1), about
+    return max(1, (text or 0) // recipe.tokens_of_row(length)), about
+
+
+def _built_in_text(recipe: Recipe, index: int) -> str:
+    """What a document of the built-in source says."""
+    built_in = BUILT_IN[str(recipe.data.source)]
+    if recipe.reads == "text":
+        return built_in.text(0, index, False)
+    read = built_in.conversation if recipe.reads == "conversations" else built_in.question
+    said = " ".join(str(message["content"]) for message in read(0, index, False))
+    return said * (2 if recipe.reads == "pairs" else 1)
+
+
 def _tokens_of(recipe: Recipe) -> tuple[int | None, list[str]]:
     """About how many tokens the training text has, and by which rule; None where only reading it would tell."""
     data = recipe.data
     if data.is_built_in:
-        made = (
-            stories.primer_texts(0, SAMPLE)
-            if data.source == "primer"
-            else (story.text for story in stories.tell_many(0, SAMPLE))
-        )
-        if recipe.reads == "conversations":
-            made = (" ".join(str(m["content"]) for m in stories.conversation(0, index)) for index in range(SAMPLE))
+        made = (_built_in_text(recipe, index) for index in range(SAMPLE))
         size = sum(len(text.encode()) for text in made) // SAMPLE * data.documents
         return size // BYTES_PER_TOKEN, [f"{BYTES_PER_TOKEN} bytes of text a token"]
     if not data.source:

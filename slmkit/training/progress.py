@@ -12,6 +12,7 @@ from slmkit.training.loop import Report, State
 
 # Beside the reference curves of a shipped recipe.
 WORDS = {"inside": "as expected", "above": "above its reference", "below": "below its reference"}
+SHARES = {"answers/right": "right", "rewards/accuracy": "told apart"}
 LINES = 20  # how many plain lines a whole run prints
 
 
@@ -62,6 +63,7 @@ class TrainingProgress:
         figures = [f"loss {self.smooth_loss:.3f}"]
         if self.validation_loss is not None:
             figures.append(f"validation {self.validation_loss:.3f}")
+        figures += [f"{share} {report[name]:.0%}" for name, share in SHARES.items() if name in report]
         figures.append(f"{report['tokens_per_second']:,} tokens/s")
         if "mfu" in report:
             figures.append(f"MFU {report['mfu']:.0%}")

@@ -15,7 +15,9 @@ from slmkit.model import SLMConfig
 from slmkit.model.lora_settings import LoRASettings
 from slmkit.training.distillation_settings import DistillationSettings
 from slmkit.training.distributed import Parallel
+from slmkit.training.grpo import GrpoSettings
 from slmkit.training.guards import GuardSettings
+from slmkit.training.preference import PreferenceSettings
 from slmkit.training.schedules import Schedule, make_schedule
 
 
@@ -142,14 +144,17 @@ class TrainSettings(Settings):
         return round(self.warmup_steps * steps) if self.warmup_steps < 1 else round(self.warmup_steps)
 
 
+READS: dict[str, Reads] = {"pretrain": "text", "sft": "conversations", "dpo": "pairs", "grpo": "questions"}
+
+
 class Recipe(Settings):
     """One run. `objective` says what is learned: the next token of any text, or the assistant's turns of chats, or
-    either of them from a teacher besides.
+    either of them from a teacher besides; which of two answers is better (`dpo`), or which are right (`grpo`).
 
     With `lora` the model of `model.path` is frozen, and what is learned is an adapter for it.
     """
 
-    objective: Literal["pretrain", "sft", "distill"] = "pretrain"
+    objective: Literal["pretrain", "sft", "distill", "dpo", "grpo"] = "pretrain"
     output_dir: str = "runs/model"
     seed: int = 0
     model: ModelSettings = Field(default_factory=ModelSettings)
@@ -184,13 +189,45 @@ class Recipe(Settings):
             raise ValueError("distillation.cache has numbered rows, which streams do not: drop it, or data.streaming")
         return self
 
+    @model_validator(mode="after")
+    def _questions_and_pairs_are_stored(self) -> Recipe:
+        if self.data.streaming and self.is_padded:
+            raise ValueError(f"data.streaming: {self.reads} are read whole before the first step: drop it")
+        return self
+
+    @model_validator(mode="after")
+    def _answers_make_a_step(self) -> Recipe:
+        """Of `grpo`, tokens_per_step follows from how many answers there are."""
+        if self.objective == "grpo":
+            length = self.train.sequence_length
+            if length is None:
+                raise ValueError(
+                    "train.sequence_length: grpo has to know how long a question and its answer may be together"
+                )
+            self.__dict__["train"] = self.train.model_copy(update={"tokens_per_step": self.grpo.rows_per_step * length})
+        return self
+
     guard: GuardSettings = Field(default_factory=GuardSettings)
+    preference: PreferenceSettings = Field(default_factory=PreferenceSettings)  # of dpo
+    grpo: GrpoSettings = Field(default_factory=GrpoSettings)
 
     @property
     def reads(self) -> Reads:
-        if self.distillation is not None:
-            return self.distillation.reads
-        return "conversations" if self.objective == "sft" else "text"
+        """What the run makes of its sources."""
+        return READS[self.objective] if self.distillation is None else self.distillation.reads
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether rows end with the longest that is in a micro-batch, so that nobody knows how much is computed."""
+        return self.reads in ("pairs", "questions")
+
+    def full(self, rows: int) -> int | None:
+        """Of so many rows those that are filled to their ends; None where nobody knows."""
+        return None if self.is_padded else rows
+
+    def tokens_of_row(self, sequence_length: int) -> int:
+        """A pair is a row of two sequences."""
+        return 2 * sequence_length if self.reads == "pairs" else sequence_length
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

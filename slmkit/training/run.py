@@ -27,7 +27,7 @@ from slmkit.training.micro_batch import lack_of_memory_explained
 from slmkit.training.model_files import ModelFiles, WholeModel
 from slmkit.training.objectives import Objective, next_token
 from slmkit.training.optimizers import make_optimizers
-from slmkit.training.plots import plot_losses
+from slmkit.training.plots import plot_losses, plot_shares
 from slmkit.training.precision import LossScale, to_weight_dtype
 from slmkit.training.recipe import Recipe, TrainSettings
 from slmkit.training.recorder import FlightRecorder
@@ -45,6 +45,7 @@ class RunDirectory:
         self.environment = self.root / "environment.json"
         self.metrics = MetricsLog(self.root / "metrics.jsonl")
         self.plot = self.root / "loss.png"
+        self.shares = self.root / "shares.png"  # of right answers, or of pairs told apart, where there are such
         self.samples = self.root / "samples.md"
         self.records = self.root / "records"
         self.data = self.root / "data"
@@ -134,7 +135,7 @@ def fit(
     recorder = FlightRecorder(run.records, recipe.seed, warn, group)
     saver = Saver(run, files, companions, settings.save_total_limit, warn, recorder.needed_checkpoints, group)
     length = settings.sequence_length or config.max_position_embeddings
-    gauges = Gauges(model, plan.device, stream.rows_per_step, length, state.tokens, run.metrics.seconds())
+    gauges = Gauges(model, plan.device, recipe.full(stream.rows_per_step), length, state.tokens, run.metrics.seconds())
     with (
         mark_running(run.root) if group.is_main else contextlib.nullcontext(),
         open_trackers(
@@ -300,7 +301,9 @@ class Logger:
     def log_and_draw(self, state: State, report: Report) -> None:
         self.log(state, report)
         try:
-            plot_losses(self.run.metrics.read(), self.run.plot, self.run.root.name, self.perfect_loss)
+            reports = self.run.metrics.read()
+            plot_losses(reports, self.run.plot, self.run.root.name, self.perfect_loss)
+            plot_shares(reports, self.run.shares, self.run.root.name)
         except OSError as error:  # no picture is worth a run
             self.warn(f"{self.run.plot}: not drawn: {error}")
 

@@ -45,6 +45,11 @@ class Rows:
     labels: np.ndarray  # of the position; IGNORED where nothing is learned
     padding: np.ndarray  # bool
 
+    def until_the_longest(self) -> Rows:
+        """Without the columns that are padding in all rows."""
+        used = slice(0, max(1, int((~self.padding).any(axis=0).sum())))
+        return Rows(self.ids[:, used], self.labels[:, used], self.padding[:, used])
+
     @property
     def learned(self) -> np.ndarray:
         return self.labels != IGNORED
@@ -69,12 +74,16 @@ def examine(
     train: Sequence[TokenShards] = (),
     validation: Sequence[TokenShards] = (),
     is_chat: bool = False,
+    is_padded: bool = False,
 ) -> XRay:
     """Look at the first batches of `stream`, and at the shards that they and the validation rows come from.
 
-    Takes about a second at most: of large data, a sample. The stream is left at its beginning.
+    `is_padded`: a row is one text, and of padding no more is computed than the longest row leaves. Takes about a second
+    at most: of large data, a sample. The stream is left at its beginning.
     """
     rows = _first_rows(stream, vocabulary)
+    if is_padded:
+        rows = rows.until_the_longest()
     ends_expected = _documents_in(train, int((~rows.padding).sum()))
     both = overlap(text_of(train), text_of(validation)) if train and validation else None
     checks = (
@@ -95,8 +104,8 @@ def _first_rows(stream: Batches, vocabulary: Vocabulary) -> Rows:
     step = rows = 0
     while step < STEPS and stream.has(step) and rows < ROWS and sum(part.size for part in ids) < TOKENS:
         batch = stream.batch(step)
-        ids.append(batch.ids.numpy())
-        labels.append(batch.labels.numpy())
+        ids.append(batch.ids.flatten(0, -2).numpy())  # of pairs both answers
+        labels.append(batch.labels.flatten(0, -2).numpy())
         step, rows = step + 1, rows + len(ids[-1])
     stream.seek(0, {})
     all_ids, all_labels = np.concatenate(ids)[:ROWS], np.concatenate(labels)[:ROWS]

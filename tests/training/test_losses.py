@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from slmkit.training import losses
-from slmkit.training.losses import linear_cross_entropy
+from slmkit.training.losses import linear_cross_entropy, token_log_probabilities
 
 
 def problem(positions: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -115,3 +115,27 @@ def test_the_loss_of_training_is_capped_as_the_logits_are() -> None:
     torch.testing.assert_close(found, expected)
     uncapped = F.cross_entropy(F.linear(model(ids), model.head_weight).flatten(0, 1), ids.flatten(), reduction="sum")
     assert (found - uncapped).abs() > 1
+
+
+def plain_log_probabilities(
+    hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, cap: float | None, temperature: float
+) -> torch.Tensor:
+    logits = hidden @ head.T
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    return -F.cross_entropy(logits / temperature, labels, reduction="none")
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize(("cap", "temperature"), [(None, 1.0), (None, 0.7), (3.0, 1.0), (30.0, 1.5)])
+@pytest.mark.parametrize("positions", [0, 1, 64, 65, 200])
+def test_each_tokens_log_probability_and_its_gradient_equal_the_plain_form(
+    positions: int, cap: float | None, temperature: float
+) -> None:
+    hidden, head, labels = problem(positions)
+    weights = torch.randn(positions, generator=torch.Generator().manual_seed(1))
+    plain = plain_log_probabilities(hidden, head, labels, cap, temperature)
+    expected = torch.autograd.grad((plain * weights).sum(), (hidden, head))
+    found = token_log_probabilities(hidden, head, labels, cap, temperature)
+    assert torch.allclose(found, plain, atol=1e-5)
+    for gradient, right in zip(torch.autograd.grad((found * weights).sum(), (hidden, head)), expected):
+        assert torch.allclose(gradient, right, atol=1e-4)

@@ -5,20 +5,24 @@ is one long text, or documents separated by lines that hold `<|endoftext|>`, as 
 read comes with a position to go on from, and every mistake is named by file and place.
 """
 
+from slmkit.data.sources.built_in import BUILT_IN, PRIMER, STORIES, SUMS
 from slmkit.data.sources.documents import PIECE, BadRow, Document, Message, Position, cut_point
 from slmkit.data.sources.files import Paths, describe_sources, find_files
 from slmkit.data.sources.open import open_source, read_conversations, read_documents
-from slmkit.data.sources.parts import PRIMER, STORIES
+from slmkit.data.sources.pair_formats import Pair
 from slmkit.data.sources.patience import Patience
 from slmkit.data.sources.source import Source
 
 __all__ = [
+    "BUILT_IN",
     "PIECE",
     "PRIMER",
     "STORIES",
+    "SUMS",
     "BadRow",
     "Document",
     "Message",
+    "Pair",
     "Paths",
     "Patience",
     "Position",

@@ -6,23 +6,26 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from slmkit.data.source_settings import SourceSettings
+from slmkit.data.sources.built_in import BUILT_IN
 from slmkit.data.sources.documents import Document, Message
 from slmkit.data.sources.files import CONVERSATION_KINDS, KINDS, File, Paths, find_files, local_file
 from slmkit.data.sources.hub import hub_files, hub_name, is_laid_out_like_the_hub
-from slmkit.data.sources.parts import PRIMER, STORIES, FilePart, StoryPart
+from slmkit.data.sources.parts import FilePart, StoryPart
 from slmkit.data.sources.patience import Patience
 from slmkit.data.sources.remote import find_remote, is_url
 from slmkit.data.sources.source import Source
 
 
-def open_source(settings: SourceSettings, seed: int = 0, patience: Patience | None = None) -> Source:
-    """Find what `settings` name; `seed` is that of the built-in corpus.
+def open_source(
+    settings: SourceSettings, seed: int = 0, patience: Patience | None = None, held_out: bool = False
+) -> Source:
+    """Find what `settings` name; `seed` and `held_out` are for what is built in: which of it, and of what split.
 
     Raises `UserError` where there is nothing to read, with what was looked for.
     """
     patience = patience or Patience(settings.retry_for)
-    if settings.path in (STORIES, PRIMER):
-        return Source(settings, [StoryPart(settings.path, seed)], patience)
+    if settings.path in BUILT_IN:
+        return Source(settings, [StoryPart(settings.path, seed, held_out)], patience)
     files = patience.until_done(lambda: _files(settings, KINDS))
     return Source(settings, [FilePart(file, settings) for file in files], patience)
 

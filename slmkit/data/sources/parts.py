@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from slmkit.config import UserError
-from slmkit.data import stories
 from slmkit.data.source_settings import SourceSettings
+from slmkit.data.sources.built_in import BUILT_IN
 from slmkit.data.sources.documents import BadRow, Document, Item, Message, Position, pieces
 from slmkit.data.sources.files import CONVERSATION_KINDS, File, damage, listed, one_line
+from slmkit.data.sources.pair_formats import Pair, pair_formats
 from slmkit.data.sources.row_formats import RowFormats, chat_formats, text_formats
 from slmkit.data.sources.rows import ROWS
 from slmkit.data.sources.text_files import text_documents
-from slmkit.data.stories.primer import primer_text
-
-STORIES, PRIMER = "stories", "primer"  # the sources that name the built-in corpus
 
 
 @dataclass(frozen=True)
@@ -33,12 +31,21 @@ class FilePart:
         return self._cut(self._rows(start, text_formats(self.settings)), start)
 
     def conversations(self, start: Position) -> Iterator[Item[list[Message]]]:
-        if self.file.kind not in CONVERSATION_KINDS:
-            raise UserError(f"{self.file.name}: expected {listed(CONVERSATION_KINDS)} (also as .gz or .zst)")
-        return self._rows(start, chat_formats(self.settings))
+        return self._rows_of_objects(start, chat_formats(self.settings))
+
+    def questions(self, start: Position) -> Iterator[Item[list[Message]]]:
+        return self.conversations(start)
+
+    def pairs(self, start: Position) -> Iterator[Item[Pair]]:
+        return self._rows_of_objects(start, pair_formats(self.settings))
 
     def describe(self) -> dict[str, Any]:
         return self.file.describe()
+
+    def _rows_of_objects(self, start: Position, formats: RowFormats) -> Iterator[tuple[Any, Position]]:
+        if self.file.kind not in CONVERSATION_KINDS:
+            raise UserError(f"{self.file.name}: expected {listed(CONVERSATION_KINDS)} (also as .gz or .zst)")
+        return self._rows(start, formats)
 
     def _rows(self, start: Position, formats: RowFormats) -> Iterator[tuple[Any, Position]]:
         return self._until_damage(ROWS[self.file.kind](self.file, start, formats), start)
@@ -73,19 +80,27 @@ class FilePart:
 
 @dataclass(frozen=True)
 class StoryPart:
-    """The built-in corpus: an endless stream whose position is a `row`. Conversations are the same for both names."""
+    """Something built in: an endless stream whose position is a `row`."""
 
     kind: str
     seed: int
+    held_out: bool = False
 
     def documents(self, start: Position) -> Iterator[tuple[Document, Position]]:
-        text: Callable[[int, int], str] = primer_text if self.kind == PRIMER else lambda *at: stories.tell(*at).text
         for row in itertools.count(start.get("row", 0)):
-            yield Document(text(self.seed, row)), {"row": row + 1}
+            yield Document(BUILT_IN[self.kind].text(self.seed, row, self.held_out)), {"row": row + 1}
 
     def conversations(self, start: Position) -> Iterator[tuple[list[Message], Position]]:
         for row in itertools.count(start.get("row", 0)):
-            yield stories.conversation(self.seed, row), {"row": row + 1}
+            yield BUILT_IN[self.kind].conversation(self.seed, row, self.held_out), {"row": row + 1}
+
+    def questions(self, start: Position) -> Iterator[tuple[list[Message], Position]]:
+        for row in itertools.count(start.get("row", 0)):
+            yield BUILT_IN[self.kind].question(self.seed, row, self.held_out), {"row": row + 1}
+
+    def pairs(self, start: Position) -> Iterator[tuple[Pair, Position]]:
+        for row in itertools.count(start.get("row", 0)):
+            yield BUILT_IN[self.kind].pair(self.seed, row, self.held_out), {"row": row + 1}
 
     def describe(self) -> dict[str, Any]:
         return {"path": self.kind, "seed": self.seed}

@@ -39,13 +39,13 @@ RowFormats = dict[str, RowFormat]  # by name; the first one whose columns are th
 def text_formats(settings: SourceSettings) -> RowFormats:
     """From rows to text."""
     column = settings.text_column
-    return _those_named(
+    return those_named(
         settings.row_format,
         {
-            "text": RowFormat((column,), lambda row: _text(row, column)),
+            "text": RowFormat((column,), lambda row: text_in(row, column)),
             # nampdn-ai/tiny-codes
             "prompt-response": RowFormat(
-                ("prompt", "response"), lambda row: f"{_text(row, 'prompt')}\n\n{_text(row, 'response')}"
+                ("prompt", "response"), lambda row: f"{text_in(row, 'prompt')}\n\n{text_in(row, 'response')}"
             ),
         },
     )
@@ -54,15 +54,15 @@ def text_formats(settings: SourceSettings) -> RowFormats:
 def chat_formats(settings: SourceSettings) -> RowFormats:
     """From rows to lists of messages, `{"role", "content"}`."""
     column = settings.messages_column
-    return _those_named(
+    return those_named(
         settings.row_format,
         {
             # HuggingFaceTB/smoltalk, allenai/tulu-3-sft-personas-code
-            "messages": RowFormat((column,), lambda row: _checked(_messages(row, column))),
+            "messages": RowFormat((column,), lambda row: checked(messages_in(row, column))),
             # Open-Orca/SlimOrca, and whatever else is in the manner of ShareGPT
-            "conversations": RowFormat(("conversations",), lambda row: _checked(_conversations(row))),
+            "conversations": RowFormat(("conversations",), lambda row: checked(_conversations(row))),
             # tatsu-lab/alpaca
-            "instruction": RowFormat(("instruction", "output"), lambda row: _checked(_instruction(row)), ("input",)),
+            "instruction": RowFormat(("instruction", "output"), lambda row: checked(_instruction(row)), ("input",)),
         },
     )
 
@@ -73,7 +73,7 @@ def find_format(formats: RowFormats, columns: Iterable[str]) -> RowFormat | None
     return next((found for found in formats.values() if all(column in present for column in found.required)), None)
 
 
-def _those_named(name: str | None, formats: RowFormats) -> RowFormats:
+def those_named(name: str | None, formats: RowFormats) -> RowFormats:
     if name is None:
         return formats
     if name not in formats:
@@ -81,14 +81,14 @@ def _those_named(name: str | None, formats: RowFormats) -> RowFormats:
     return {name: formats[name]}
 
 
-def _text(row: Row, column: str) -> str:
+def text_in(row: Row, column: str) -> str:
     value = row[column]
     if not isinstance(value, str):
         raise RowError(f"expected text in column {column!r}, found {type(value).__name__}")
     return value
 
 
-def _messages(row: Row, column: str) -> list[Message]:
+def messages_in(row: Row, column: str) -> list[Message]:
     value = row[column]
     if not (isinstance(value, list) and value and all(isinstance(message, dict) for message in value)):
         found = f"a list of {len(value)}" if isinstance(value, list) else type(value).__name__
@@ -96,7 +96,7 @@ def _messages(row: Row, column: str) -> list[Message]:
     return value
 
 
-def _checked(messages: list[Message]) -> list[Message]:
+def checked(messages: list[Message]) -> list[Message]:
     """The conversation, if it is one: public sets hold turns out of order and turns without a word.
 
     A system message without a word, of which they hold many, is none at all.
@@ -116,7 +116,7 @@ def _checked(messages: list[Message]) -> list[Message]:
 def _conversations(row: Row) -> list[Message]:
     """A turn of weight 0 is not to be learned: its weight stays in its message."""
     messages = []
-    for turn in _messages(row, "conversations"):
+    for turn in messages_in(row, "conversations"):
         if not ("from" in turn and "value" in turn):
             raise RowError(f"expected turns with 'from' and 'value' in column 'conversations', found {list(turn)}")
         message = {"role": ROLES.get(turn["from"], turn["from"]), "content": turn["value"]}
@@ -127,7 +127,7 @@ def _conversations(row: Row) -> list[Message]:
 
 
 def _instruction(row: Row) -> list[Message]:
-    asked = _text(row, "instruction")
+    asked = text_in(row, "instruction")
     if row.get("input"):
-        asked = f"{asked}\n\n{_text(row, 'input')}"
-    return [{"role": "user", "content": asked}, {"role": "assistant", "content": _text(row, "output")}]
+        asked = f"{asked}\n\n{text_in(row, 'input')}"
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": text_in(row, "output")}]

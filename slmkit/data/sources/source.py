@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 from slmkit.config import UserError
 from slmkit.data.source_settings import SourceSettings
 from slmkit.data.sources.documents import BadRow, Document, Item, Message, Position
+from slmkit.data.sources.pair_formats import Pair
 from slmkit.data.sources.parts import StoryPart
 from slmkit.data.sources.patience import NetworkError, Patience
 
@@ -21,6 +22,10 @@ class Part(Protocol):
     def documents(self, start: Position) -> Iterator[Item[Document]]: ...
 
     def conversations(self, start: Position) -> Iterator[Item[list[Message]]]: ...
+
+    def questions(self, start: Position) -> Iterator[Item[list[Message]]]: ...
+
+    def pairs(self, start: Position) -> Iterator[Item[Pair]]: ...
 
     def describe(self) -> dict[str, Any]: ...
 
@@ -58,6 +63,14 @@ class Source:
         Where a data set weighs its turns, a message also has a `weight`; 0 means that it is not to be learned.
         """
         return self._read(lambda part, inner: part.conversations(inner), lambda conversation: True, start)
+
+    def read_questions(self) -> Iterator[tuple[list[Message], Position]]:
+        """As `read_conversations`, of those that end with the right answer to a question."""
+        return self._read(lambda part, inner: part.questions(inner), lambda question: True, None)
+
+    def read_pairs(self) -> Iterator[tuple[Pair, Position]]:
+        """As `read_conversations`, of rows with a better and a worse answer."""
+        return self._read(lambda part, inner: part.pairs(inner), lambda pair: True, None)
 
     def describe(self) -> list[dict[str, Any]]:
         """What was read, for the header of whatever is made of it."""

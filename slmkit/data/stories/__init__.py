@@ -7,10 +7,21 @@ and thing never meets; every story of the held-out split is about one of those p
 `script` describes the language of the plots, `template` that of a sentence, `scoring` finds a text's probability.
 """
 
+from slmkit.data.stories.pairs import question_pair
 from slmkit.data.stories.primer import primer_texts
 from slmkit.data.stories.questions import Question
 from slmkit.data.stories.story import Story, tell, tell_many
 from slmkit.data.stories.talk import conversation, held_out_questions
 from slmkit.data.stories.words import SPLITS
 
-__all__ = ["SPLITS", "Question", "Story", "conversation", "held_out_questions", "primer_texts", "tell", "tell_many"]
+__all__ = [
+    "SPLITS",
+    "Question",
+    "Story",
+    "conversation",
+    "held_out_questions",
+    "primer_texts",
+    "question_pair",
+    "tell",
+    "tell_many",
+]

@@ -51,7 +51,7 @@ def held_out_questions(count: int, seed: int = 0) -> list[tuple[list[Message], s
         if index % 2:
             messages = [*_request(chance, story), {"role": "user", "content": question.question}]
         else:
-            messages = [{"role": "user", "content": _pasted(chance, story.text, question)}]
+            messages = [{"role": "user", "content": pasted(chance, story.text, question)}]
         asked.append((messages, question.answer))
     return asked
 
@@ -64,10 +64,10 @@ def _request(chance: random.Random, story: Story) -> list[Message]:
 def _questioned(chance: random.Random, text: str, questions: Sequence[Question]) -> list[Message]:
     """The user brings a text with a question about it, and asks on."""
     first, *others = questions
-    return [*_exchange(_pasted(chance, text, first), first.answer), *_next_questions(chance, others)]
+    return [*_exchange(pasted(chance, text, first), first.answer), *_next_questions(chance, others)]
 
 
-def _pasted(chance: random.Random, text: str, question: Question) -> str:
+def pasted(chance: random.Random, text: str, question: Question) -> str:
     return _say(chance, "pasted", story=text, question=question.question)
 
 

@@ -1,0 +1,191 @@
+"""DPO and GRPO from small models that talk: how many held-out questions they answer rightly before and after.
+
+python benchmarks/preference.py                             # sums and stories, three seeds
+python benchmarks/preference.py --smoke                     # everything once, at a size that teaches nothing
+python benchmarks/preference.py --draw docs/preference.png  # only the plot, of what was measured
+
+Each part fine-tunes one model from nothing, so that it answers some questions; every seed then goes on from that
+model, by pairs (a right answer and a wrong one that is near it) and by rewards (1 for the right answer, word for word).
+What is answered are questions that no training meets: a tenth of all sums is held out; stories are of another seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slmkit.api import train_recipe
+from slmkit.api.grpo import AnswerSampler
+from slmkit.data.sources import BUILT_IN
+from slmkit.model import load_decoder
+from slmkit.tokenizer import SLMTokenizer
+from slmkit.training.find import find_model_directory
+from slmkit.training.recipe import Recipe
+from slmkit.training.run import RunDirectory
+from slmkit.training.run_log import environment
+
+RESULTS = Path(__file__).parent / "results" / "preference.json"
+HELD_OUT = 1_000_003  # the seed of the stream that questions for the table come from
+SHAPE = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
+TRAIN = {"device": "cpu", "precision": "float32", "weight_decay": 0.0, "logging_steps": 1, "sample_prompts": []}
+PARTS: dict[str, dict[str, Any]] = {
+    "sums": {
+        "length": 48, "new": 6, "vocabulary": 300, "questions": 300,
+        "sft": {"steps": 400, "documents": 6_000, "learning_rate": 3e-3, "tokens": 2_048},
+        "dpo": {"steps": 80, "documents": 4_000, "learning_rate": 1e-4, "tokens": 64 * 48},
+        "grpo": {"steps": 150, "documents": 4_000, "learning_rate": 3e-4, "prompts": 16},
+    },
+    "stories": {
+        "length": 256, "new": 16, "vocabulary": 1_024, "questions": 200,
+        "sft": {"steps": 300, "documents": 2_000, "learning_rate": 2e-3, "tokens": 4_096},
+        "dpo": {"steps": 40, "documents": 1_000, "learning_rate": 1e-4, "tokens": 32 * 256},
+        "grpo": {"steps": 40, "documents": 1_000, "learning_rate": 3e-4, "prompts": 16},
+    },
+}  # fmt: skip
+
+
+class Quiet:
+    def say(self, line: object) -> None: ...
+
+    warn = say
+
+    def counter(self, label: str):
+        return lambda *counts: None
+
+
+def run(part: str, stage: str, seed: int, root: Path, base: RunDirectory | None, smoke: bool) -> RunDirectory:
+    """One run of a part, from `base` or from nothing."""
+    about, plan = PARTS[part], PARTS[part][stage]
+    steps = 2 if smoke else plan["steps"]
+    train = TRAIN | {
+        "sequence_length": about["length"], "max_steps": steps, "eval_steps": max(1, steps // 5),
+        "learning_rate": plan["learning_rate"], "warmup_steps": 0.05,
+    }  # fmt: skip
+    recipe: dict[str, Any] = {
+        "objective": stage, "seed": seed, "output_dir": str(root / f"{part}-{stage}-{seed}"), "train": train,
+        "data": {
+            "source": part, "documents": 40 if smoke else plan["documents"],
+            "validation_documents": 10 if smoke else about["questions"],
+        },
+    }  # fmt: skip
+    if base is None:
+        recipe["model"] = SHAPE | {"max_position_embeddings": about["length"]}
+        recipe["tokenizer"] = {"vocab_size": about["vocabulary"]}
+    else:
+        recipe["model"] = {"path": str(base.root)}
+    if stage == "grpo":
+        recipe["grpo"] = {"prompts_per_step": plan["prompts"], "num_generations": 8, "max_new_tokens": about["new"]}
+    else:
+        train["tokens_per_step"] = plan["tokens"]
+    return train_recipe(Recipe.model_validate(recipe), Quiet(), force=True)
+
+
+def share_right(part: str, made: RunDirectory, smoke: bool) -> float:
+    """Of held-out questions, how many a run's last model answers rightly where it takes the likeliest token."""
+    directory = find_model_directory(made.latest)
+    model, tokenizer = load_decoder(directory)[0], SLMTokenizer.from_pretrained(directory)
+    count = 10 if smoke else PARTS[part]["questions"]
+    asked = [BUILT_IN[part].question(HELD_OUT + 1, index, True) for index in range(count)]
+    prompts = [tokenizer.encode_chat(messages[:-1], add_generation_prompt=True).ids for messages in asked]
+    room = model.architecture.max_positions - PARTS[part]["new"]
+    fitting = [(torch.tensor(p).numpy(), m[-1]["content"]) for p, m in zip(prompts, asked) if len(p) <= room]
+    answers = AnswerSampler(tokenizer, PARTS[part]["new"], temperature=0.0)(model, [p for p, _ in fitting], seed=0)
+    said = [tokenizer.decode(answer.tolist(), skip_special_tokens=True).strip() for answer in answers]
+    return sum(a == right for a, (_, right) in zip(said, fitting)) / count
+
+
+def measure(part: str, seeds: int, root: Path, smoke: bool) -> dict[str, Any]:
+    """A part's table and curves."""
+    started = time.perf_counter()
+    base = run(part, "sft", 0, root, None, smoke)
+    found: dict[str, Any] = {"before": share_right(part, base, smoke), "seeds": seeds}
+    print(f"{part}: {found['before']:.3f} right after fine-tuning ({time.perf_counter() - started:.0f} s)", flush=True)
+    curves = {"dpo": "rewards/accuracy", "grpo": "answers/right"}
+    for stage, figure in curves.items():
+        shares, lines = [], []
+        for seed in range(1, seeds + 1):
+            began = time.perf_counter()
+            made = run(part, stage, seed, root, base, smoke)
+            shares.append(share_right(part, made, smoke))
+            lines.append(made.metrics.read())
+            print(
+                f"{part}: {stage}, seed {seed}: {shares[-1]:.3f} right ({time.perf_counter() - began:.0f} s)",
+                flush=True,
+            )
+        held_out = "validation/right" if stage == "grpo" else "validation/rewards/accuracy"
+        found[stage] = {
+            "right": shares,
+            "mean": statistics.mean(shares),
+            "deviation": statistics.stdev(shares) if seeds > 1 else None,
+            "curves": [[[line["step"], round(line[figure], 4)] for line in each] for each in lines],
+            "validation": [[[line["step"], line[held_out]] for line in each if held_out in line] for each in lines],
+        }
+    return found | {"seconds": round(time.perf_counter() - started)}
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Shares over steps: of right answers with GRPO, of pairs told apart with DPO."""
+    from matplotlib.figure import Figure
+
+    parts = results["parts"]
+    figure = Figure(figsize=(9, 3.2 * len(parts)), layout="constrained")
+    rows = figure.subplots(len(parts), 2, squeeze=False)
+    for row, (part, found) in zip(rows, parts.items()):
+        for axes, (stage, what) in zip(row, {"grpo": "right answers", "dpo": "pairs told apart"}.items()):
+            for number, (curve, seen) in enumerate(zip(found[stage]["curves"], found[stage]["validation"])):
+                steps, shares = zip(*curve)
+                window = max(1, len(shares) // 15)
+                smooth = [statistics.mean(shares[max(0, i - window) : i + 1]) for i in range(len(shares))]
+                axes.plot(steps, smooth, color=f"C{number}", alpha=0.6, linewidth=1)
+                axes.plot(*zip(*seen), color=f"C{number}", marker="o", markersize=3, linewidth=1.5)
+            if stage == "grpo":
+                axes.axhline(found["before"], color="grey", linestyle="--", linewidth=1)
+            axes.set(title=f"{stage.upper()} on {part}", xlabel="steps", ylabel=f"share of {what}", ylim=(-0.02, 1.02))
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(alpha=0.25)
+    figure.suptitle("a colour a seed; thin: training, marked: held out, dashed: before", fontsize=9)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--draw", type=Path)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    if arguments.draw:
+        draw(json.loads(arguments.output.read_text()), arguments.draw)
+        return
+    torch.set_num_threads(arguments.threads)
+    results: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(), "machine": environment(), "threads": arguments.threads,
+        "recipe": {"shape": SHAPE, **{part: PARTS[part] for part in arguments.parts}}, "parts": {},
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        for part in arguments.parts:
+            seeds = 1 if arguments.smoke else arguments.seeds
+            results["parts"][part] = measure(part, seeds, Path(folder), arguments.smoke)
+    for part, found in results["parts"].items():
+        row = [f"{part}: before {found['before']:.3f}"]
+        for stage in ("dpo", "grpo"):
+            spread = found[stage]["deviation"]
+            row.append(f"{stage} {found[stage]['mean']:.3f}" + (f" ± {spread:.3f}" if spread is not None else ""))
+        print(", ".join(row))
+    if not arguments.smoke:
+        arguments.output.write_text(json.dumps(results) + "\n")
+        draw(results, arguments.output.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Questions with known answers to the work of a run: how answers are sampled and judged, and how held-out ones fare."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from slmkit.api.hooks import Sample
+from slmkit.api.material import Material, Work
+from slmkit.api.rewards import find_reward
+from slmkit.config import UserError
+from slmkit.data.questions import Questions
+from slmkit.generation import SamplingSettings, generate_ids
+from slmkit.model import Decoder
+from slmkit.tokenizer import SLMTokenizer
+from slmkit.training.compilation import as_written
+from slmkit.training.grpo import GroupRelative, GrpoSettings, Judge, Judged, Rollouts
+from slmkit.training.loop import Report, State
+from slmkit.training.precision import to_weight_dtype
+
+ROWS_AT_ONCE = 128  # answers that are sampled side by side
+
+
+def grpo_work(m: Material) -> Work:
+    """GRPO: every batch is sampled from the model as it is."""
+    settings = m.recipe.grpo
+    if len(m.corpus.train) > 1:
+        raise UserError("grpo reads its questions from one source: name it as data.source")
+    train, held_out = (
+        Questions(shards, m.length, settings.max_new_tokens) for shards in (m.corpus.train[0], m.corpus.validation)
+    )
+    for name, questions in (("train", train), ("validation", held_out)):
+        for line in questions.report():
+            m.reporter.say(f"{name}: {line}")
+    m.model.to(m.device.torch_device)
+    to_weight_dtype(m.model, m.device)
+    judge = judge_of(m.corpus.tokenizer, settings)
+    reference = copy.deepcopy(m.model).eval().requires_grad_(False) if settings.beta else None
+    return Work(
+        batches=Rollouts(train, m.model, reference, judge, settings, m.length, m.recipe.seed, m.group),
+        objective=GroupRelative(settings),
+        validate=ValidateAnswers(held_out, judge, settings, m),
+        sample=Sample(m.run.samples, m.recipe, m.corpus.tokenizer, True, m.group),
+        validation_tokens=sum(len(held_out.prompt(index)) + settings.max_new_tokens for index in range(len(held_out))),
+    )
+
+
+def judge_of(tokenizer: SLMTokenizer, settings: GrpoSettings) -> Judge:
+    """The project's own generator, and the reward that the recipe names. Raises `UserError` where there is no such."""
+    reward = find_reward(settings.reward)
+
+    def text(ids: np.ndarray) -> str:
+        return tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+
+    def judge(prompt: np.ndarray, answer: np.ndarray, known: np.ndarray) -> Judged:
+        said, right = text(answer), text(known)
+        worth = float(reward(text(prompt), said, right))
+        if not math.isfinite(worth):
+            raise UserError(f"grpo.reward {settings.reward}: {worth} for the answer {said!r}: expected a finite number")
+        return Judged(worth, said.strip() == right.strip())
+
+    return Judge(AnswerSampler(tokenizer, settings.max_new_tokens, settings.temperature), judge)
+
+
+@dataclass(frozen=True)
+class AnswerSampler:
+    """Answers to prompts of any lengths, side by side: each with the token that ended it, where one did."""
+
+    tokenizer: SLMTokenizer
+    max_new_tokens: int
+    temperature: float  # 0: greedy
+
+    def __call__(self, model: Decoder, prompts: Sequence[np.ndarray], seed: int) -> list[np.ndarray]:
+        answers: list[np.ndarray] = []
+        for start in range(0, len(prompts), ROWS_AT_ONCE):
+            answers += self._side_by_side(model, prompts[start : start + ROWS_AT_ONCE], seed + start)
+        return answers
+
+    def _side_by_side(self, model: Decoder, prompts: Sequence[np.ndarray], seed: int) -> list[np.ndarray]:
+        pad_id, stops = self.tokenizer.pad_token_id or 0, self.tokenizer.stop_token_ids
+        longest = max(map(len, prompts))
+        ids = np.full((len(prompts), longest), pad_id, dtype=np.int64)
+        for row, prompt in zip(ids, prompts):
+            row[longest - len(prompt) :] = prompt
+        device = model.embedding.weight.device
+        found = generate_ids(
+            model,
+            torch.from_numpy(ids).to(device),
+            max_new_tokens=self.max_new_tokens,
+            stop_ids=stops,
+            settings=SamplingSettings(temperature=self.temperature, seed=seed % 2**63),
+            pad_token_id=pad_id,
+            padding=torch.tensor([longest - len(prompt) for prompt in prompts], device=device),
+        )
+        return [_until_its_end(row, stops) for row in found[:, longest:].cpu().numpy()]
+
+
+def _until_its_end(ids: np.ndarray, stops: set[int]) -> np.ndarray:
+    """The tokens of an answer through the first that ends it."""
+    ends = np.flatnonzero(np.isin(ids, [*stops]))
+    return ids[: ends[0] + 1] if len(ends) else ids
+
+
+class ValidateAnswers:
+    """A hook for all ranks: how many held-out questions are answered rightly where the likeliest token is taken.
+
+    `validation/right` is their share. `validation_loss` is what their rewards lack of 1 on average, so that the best
+    checkpoint is the one with the best answers.
+    """
+
+    def __init__(self, questions: Questions, judge: Judge, settings: GrpoSettings, m: Material) -> None:
+        self.questions, self.judge, self.group = questions, judge, m.group
+        self.greedy = AnswerSampler(m.corpus.tokenizer, settings.max_new_tokens, temperature=0.0)
+
+    def __call__(self, state: State, report: Report) -> None:
+        group, count = self.group, len(self.questions)
+        mine = range(group.rank, count, group.world)
+        prompts = [self.questions.prompt(index) for index in mine]
+        with group.whole(state.model), as_written(state.model):
+            answers = self.greedy(state.model, prompts, seed=0)
+        judged = [
+            self.judge.judge(prompt, answer, self.questions.known(index))
+            for index, prompt, answer in zip(mine, prompts, answers)
+        ]
+        right, reward, tokens = group.sum(
+            sum(each.is_right for each in judged), sum(each.reward for each in judged), sum(map(len, answers))
+        )
+        report["validation_loss"] = 1 - reward / count
+        report |= {"validation/right": right / count, "validation/tokens": tokens / count}

@@ -1,0 +1,142 @@
+"""Two answers to one question as token shards, and the rows of them.
+
+In a directory of shards documents 2i and 2i + 1 are the conversations with the better and with the worse answer of pair
+i. Of both only what stands behind their common beginning is learned.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from slmkit.config import UserError
+from slmkit.data.batch import Batch, stacked
+from slmkit.data.packing import IGNORED, padded, row_of_labels
+from slmkit.data.prepare import Progress, no_progress
+from slmkit.data.shard_writer import ShardWriter
+from slmkit.data.shards import TokenShards
+from slmkit.data.sources.pair_formats import Pair
+from slmkit.data.stream import Rows
+
+if TYPE_CHECKING:
+    from slmkit.tokenizer import SLMTokenizer
+
+AT_ONCE = 512  # pairs written in one go
+
+
+def prepare_pairs(
+    pairs: Iterable[Pair],
+    tokenizer: SLMTokenizer,
+    directory: str | Path,
+    *,
+    sources: Sequence[dict[str, Any]] = (),
+    progress: Progress = no_progress,
+) -> TokenShards:
+    """Render and tokenize both conversations of each pair, an end-of-text token after each.
+
+    Arguments and errors as for `prepare_chat`.
+    """
+    with ShardWriter(directory, tokenizer, masked=True, sources=sources) as writer:
+        waiting = iter(pairs)
+        while batch := list(itertools.islice(waiting, AT_ONCE)):
+            ids: list[int] = []
+            trained: list[bool] = []
+            ends: list[int] = []
+            for pair in batch:
+                for conversation in (pair.chosen, pair.rejected):
+                    tokens, learned = _answer(tokenizer, conversation, pair.shared)
+                    ids += [*tokens, tokenizer.eos_token_id]
+                    trained += [*learned, False]
+                    ends.append(len(ids))
+            size = sum(len(m["content"].encode()) for pair in batch for side in pair.sides for m in side)
+            writer.add(np.array(ids), np.array(ends), np.array(trained), text_bytes=size)
+            progress(writer.documents // 2, writer.tokens, writer.text_bytes)
+    return TokenShards.open(directory)
+
+
+def _answer(tokenizer: SLMTokenizer, conversation: list[dict[str, Any]], shared: int) -> tuple[list[int], np.ndarray]:
+    """Tokens, and which of them are learned: those of the answers behind the first `shared` messages."""
+    chat = tokenizer.encode_chat(conversation)
+    answers = sum(message["role"] == "assistant" for message in conversation[shared:])
+    trained = np.array(chat.trained, dtype=bool)
+    starts, stops = stretches(trained)
+    own = np.zeros_like(trained)
+    for start, stop in zip(starts[-answers:], stops[-answers:]):
+        own[start:stop] = True
+    return chat.ids, own
+
+
+def stretches(trained: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where learned tokens begin, and one past where they end, turn by turn.  bool [n] → int64 [turns] each"""
+    edges = np.diff(np.concatenate([[0], trained.astype(np.int8), [0]]))
+    return np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
+
+
+class PairRows(Rows):
+    """Pairs, one a row: ids and labels [2, length], the better answer first; padded behind.
+
+    `truncated` pairs have an answer that is longer than a row and is cut at its end; `untrained` ones have one of which
+    nothing is left, and are skipped. `reference` [pairs, 2] goes with each row where it is set.
+    """
+
+    def __init__(self, shards: TokenShards, length: int) -> None:
+        """Raises `UserError` where the shards are not of pairs, or not one pair has anything to learn."""
+        if not shards.header.masked or shards.header.documents % 2:
+            raise UserError(f"{shards.directory}: these shards are not of pairs of answers")
+        self.shards, self.length, self.pad_id = shards, length, shards.header.pad_token_id or 0
+        ends = shards.document_ends
+        starts = np.concatenate([np.zeros(1, dtype=np.int64), ends[:-1]])
+        stops = np.minimum(ends, starts + length)
+        learned = np.flatnonzero(shards.trained_in(0, len(shards)))
+        firsts, lasts = np.searchsorted(learned, starts + 1), np.searchsorted(learned, ends)
+        kept = np.searchsorted(learned, stops) - firsts  # learned tokens within a row: [documents]
+        whole = (kept > 0).reshape(-1, 2).all(axis=1)  # [pairs]
+        self.truncated = int(((kept < lasts - firsts).reshape(-1, 2).any(axis=1) & whole).sum())
+        self.untrained = int((~whole).sum())
+        if not whole.any():
+            raise UserError(
+                f"{shards.directory}: nothing of both answers lies within {length:,} tokens in any of {len(whole):,} "
+                "pairs; raise sequence_length"
+            )
+        self.starts = starts.reshape(-1, 2)[whole]  # [pairs, 2]
+        self.stops = stops.reshape(-1, 2)[whole]
+        self.reference: np.ndarray | None = None
+
+    @property
+    def rows_in_epoch(self) -> int:
+        return len(self.starts)
+
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        ids, labels = [], []
+        for start, stop in zip(self.starts[index].tolist(), self.stops[index].tolist()):
+            tokens = self.shards.tokens_in(start, stop).astype(np.int64)
+            ids.append(padded([tokens], self.length, self.pad_id))
+            labels.append(padded([row_of_labels(tokens, self.shards.trained_in(start, stop))], self.length, IGNORED))
+        return np.stack(ids), np.stack(labels)
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """Some of them, with all that an objective wants."""
+        return Batch.of(*self.rows([*indices]), extra=stacked([self.extra(index) for index in indices]))
+
+    def documents(self, index: int) -> np.ndarray:
+        """Each answer is a document of its own, with nothing beside it."""
+        return np.zeros((2, self.length), dtype=np.int64)
+
+    def extra(self, index: int) -> dict[str, np.ndarray]:
+        return {} if self.reference is None else {"reference": self.reference[index]}
+
+    def longest_first(self) -> list[int]:
+        return np.argsort(-(self.stops - self.starts).max(axis=1), kind="stable").tolist()
+
+    def report(self) -> list[str]:
+        """A line for each way in which pairs are not all that they could be; none where all is well."""
+        lines = []
+        if self.untrained:
+            lines.append(f"{self.untrained:,} pairs left out: nothing of an answer lies within {self.length:,} tokens")
+        if self.truncated:
+            lines.append(f"{self.truncated:,} pairs have an answer that is cut at {self.length:,} tokens")
+        return lines

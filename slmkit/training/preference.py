@@ -1,0 +1,137 @@
+"""Learning from pairs of answers: the better one is to become likelier than the worse one, measured from a reference.
+
+DPO (Rafailov et al. 2023, arXiv:2305.18290), its form by the mean of an answer's tokens instead of their sum (Tülu 3,
+Lambert et al. 2024, arXiv:2411.15124), and SimPO, which needs no reference (Meng et al. 2024, arXiv:2405.14734). The
+reference is the model that training starts from. It never changes, so that its log-probabilities are computed once,
+before the first step, and one model is in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from slmkit.config import Settings
+from slmkit.data.batch import Batch
+from slmkit.data.pairs import PairRows
+from slmkit.device import Device
+from slmkit.model import Decoder
+from slmkit.training.losses import IGNORED, token_log_probabilities
+from slmkit.training.objectives import Loss
+
+REFERENCE = "reference"  # in a batch's extras: [pairs, 2]
+BETA = {"dpo": 0.1, "dpo_norm": 5.0, "simpo": 2.0}  # as published: a mean over tokens is far smaller than their sum
+FIGURES = ("rewards/accuracy", "rewards/margin", "log_probability/chosen", "log_probability/rejected")
+ROUNDED_TO = 32  # columns of padding that are left out come in such steps, so that shapes repeat
+
+
+class PreferenceSettings(Settings):
+    """What is made of a pair. `dpo_norm` is DPO by the mean over an answer's tokens; `simpo` has no reference."""
+
+    loss: Literal["dpo", "dpo_norm", "simpo"] = "dpo"
+    beta: float | None = Field(None, gt=0)  # how hard pairs pull; None: 0.1 for dpo, 5 for dpo_norm, 2 for simpo
+    simpo_gamma: float = Field(0.5, ge=0)  # of simpo: by how much the better answer's reward should be higher
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)  # the share of pairs that are taken to be the wrong way round
+
+    @property
+    def strength(self) -> float:
+        return BETA[self.loss] if self.beta is None else self.beta
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.loss != "simpo"
+
+
+class Preference:
+    """An objective whose mean is over pairs. Rows are [2, length]: the better answer, then the worse one.
+
+    Figures: how often the better answer has the higher reward, by how much, and the log-probability of each answer.
+    """
+
+    def __init__(self, settings: PreferenceSettings) -> None:
+        self.settings, self.beta = settings, settings.strength
+
+    def __call__(self, model: Decoder, batch: Batch) -> Loss:
+        sums, tokens = answer_log_probabilities(model, batch.ids, batch.labels)  # [pairs, 2] each
+        rewards = self.rewards(sums, tokens, batch.extra.get(REFERENCE))  # [pairs, 2]
+        losses = self.losses(rewards)  # [pairs]
+        counts = (tokens > 0).all(dim=1)  # a pair of which nothing is learned is there to keep ranks in step
+        chosen, rejected = rewards.detach().unbind(dim=1)
+        figures = ((chosen > rejected).float(), chosen - rejected, *sums.detach().unbind(dim=1))
+        return Loss(losses[counts].sum(), {name: figure[counts].sum() for name, figure in zip(FIGURES, figures)})
+
+    def weight(self, batch: Batch) -> int:
+        return int((batch.labels != IGNORED).any(dim=-1).all(dim=-1).sum())
+
+    def rewards(self, sums: Tensor, tokens: Tensor, reference: Tensor | None) -> Tensor:
+        """The reward that a model gives itself for each answer: beta log(p / p of the reference).  all [pairs, 2]"""
+        relative = sums - reference if self.settings.needs_reference and reference is not None else sums
+        return self.beta * (relative if self.settings.loss == "dpo" else relative / tokens.clamp(min=1))
+
+    def losses(self, rewards: Tensor) -> Tensor:
+        """-log sigmoid(chosen - rejected), smoothed as if some pairs were the wrong way round.  [pairs, 2] → [pairs]"""
+        margin = rewards[:, 0] - rewards[:, 1]
+        if self.settings.loss == "simpo":
+            margin = margin - self.settings.simpo_gamma
+        wrong = self.settings.label_smoothing
+        return -(1 - wrong) * F.logsigmoid(margin) - wrong * F.logsigmoid(-margin)
+
+
+def answer_log_probabilities(model: Decoder, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each answer the sum of its tokens' log-probabilities, and how many they are.
+
+    ids, labels [pairs, 2, length] → [pairs, 2] each, in nats.
+    """
+    pairs = ids.shape[:-1]
+    each = label_log_probabilities(model, ids.flatten(0, -2), labels.flatten(0, -2))  # [2 * pairs, used]
+    return each.sum(dim=-1).unflatten(0, pairs), (labels != IGNORED).sum(dim=-1)
+
+
+def label_log_probabilities(model: Decoder, ids: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+    """The log-probability of every label that is learned, 0 elsewhere.  [rows, length] → [rows, used]
+
+    `used` is how many columns there are until nothing is learned any more: a causal model needs no others.
+    """
+    used = columns_used(labels)
+    ids, labels = ids[:, :used], labels[:, :used]
+    hidden = model(ids)  # [rows, used, width]
+    learned = labels != IGNORED
+    cap = model.architecture.logit_cap
+    found = token_log_probabilities(hidden[learned], model.head_weight, labels[learned], cap, temperature)
+    return torch.zeros(labels.shape, device=found.device).masked_scatter(learned, found)
+
+
+def columns_used(labels: Tensor) -> int:
+    """One past the last column in which anything is learned, rounded up; at least 1.  labels [rows, length]"""
+    columns = (labels != IGNORED).any(dim=0).nonzero()
+    last = int(columns[-1]) + 1 if len(columns) else 1
+    return min(labels.size(1), -(-last // ROUNDED_TO) * ROUNDED_TO)
+
+
+@torch.no_grad()
+def reference_log_probabilities(
+    model: Decoder, rows: PairRows, device: Device, pairs_at_once: int, progress: Callable[[int, int], None]
+) -> np.ndarray:
+    """What `model`, as it is, gives the answers of every pair: float32 [pairs, 2].
+
+    `progress` is told of the pairs, and of their learned tokens, that were done just now.
+    """
+    found = np.empty((rows.rows_in_epoch, 2), dtype=np.float32)
+    was_training = model.training
+    model.eval()
+    order = rows.longest_first()  # neighbours of one length: little padding is computed
+    for start in range(0, len(order), pairs_at_once):
+        indices = order[start : start + pairs_at_once]
+        batch = rows.batch(indices).to(device.torch_device)
+        with device.autocast():
+            sums, _ = answer_log_probabilities(model, batch.ids, batch.labels)
+        found[indices] = sums.float().cpu().numpy()
+        progress(len(indices), batch.weight)
+    model.train(was_training)
+    return found

@@ -1,0 +1,134 @@
+"""Pairs of answers: rows of public data sets, shards, and what of them is learned."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from slmkit.config import UserError
+from slmkit.data.pairs import PairRows, prepare_pairs
+from slmkit.data.prepare import prepare_chat
+from slmkit.data.source_settings import SourceSettings
+from slmkit.data.sources import open_source
+from slmkit.data.sources.pair_formats import pair_of
+from slmkit.tokenizer import SLMTokenizer
+
+TOKENIZER = SLMTokenizer(260)
+ASKED = [{"role": "user", "content": "Hi"}]
+SYSTEM = [{"role": "system", "content": "Be kind."}]
+
+
+def say(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]
+
+
+BEFORE = [*ASKED, *say("Hello."), {"role": "user", "content": "And?"}]
+# Rows with the columns of each data set; the messages before the answers `Good.` and `Bad.`
+ROWS: dict[str, tuple[dict[str, Any], list[dict[str, str]]]] = {
+    "texts": ({"prompt": "Hi", "chosen": "Good.", "rejected": "Bad."}, ASKED),
+    "HuggingFaceH4/ultrafeedback_binarized": (
+        {"prompt": "Hi", "chosen": [*ASKED, *say("Good.")], "rejected": [*ASKED, *say("Bad.")], "score_chosen": 8.5},
+        ASKED,
+    ),
+    "mlabonne/orpo-dpo-mix-40k": (
+        {"source": "x", "chosen": [*BEFORE, *say("Good.")], "rejected": [*BEFORE, *say("Bad.")]},
+        BEFORE,
+    ),
+    "trl, explicit prompt": ({"prompt": BEFORE, "chosen": say("Good."), "rejected": say("Bad.")}, BEFORE),
+    "Intel/orca_dpo_pairs": (
+        {"system": "Be kind.", "question": "Hi", "chosen": "Good.", "rejected": "Bad."},
+        [*SYSTEM, *ASKED],
+    ),
+}
+BAD = {
+    "chosen and rejected are the same": {"prompt": "Hi", "chosen": "a", "rejected": "a"},
+    "do not answer the same question": {
+        "chosen": [{"role": "user", "content": "A?"}, *say("a")],
+        "rejected": [{"role": "user", "content": "B?"}, *say("b")],
+    },
+    "rejected does not end with an answer": {"chosen": [*ASKED, *say("a")], "rejected": ASKED},
+    "rejected: message 2: the assistant says nothing": {"prompt": "Hi", "chosen": "a", "rejected": " "},
+    "chosen: message 1: role 'robot'": {"chosen": [{"role": "robot", "content": "a"}], "rejected": [*ASKED, *say("b")]},
+    "expected text in column 'prompt', found int": {"prompt": 3, "chosen": "a", "rejected": "b"},
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_the_columns_tell_what_a_pair_is(tmp_path: Path, name: str, kind: str) -> None:
+    row, before = ROWS[name]
+    path = tmp_path / f"pairs.{kind}"
+    if kind == "jsonl":
+        path.write_text(json.dumps(row) + "\n")
+    else:
+        pq.write_table(pa.Table.from_pylist([row]), path)
+    ((pair, _),) = open_source(SourceSettings(path=str(path))).read_pairs()
+    assert [*pair.chosen] == [*before, *say("Good.")]
+    assert [*pair.rejected] == [*before, *say("Bad.")]
+    assert pair.shared == len(before)
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_a_row_that_is_no_pair_is_one_line_with_its_number_and_counted(tmp_path: Path, message: str) -> None:
+    path = tmp_path / "pairs.jsonl"
+    good = {"prompt": "Hi", "chosen": "a", "rejected": "b"}
+    path.write_text("".join(json.dumps(row) + "\n" for row in (good, BAD[message], good)))
+    with pytest.raises(UserError, match=r"pairs.jsonl:2: ") as refused:
+        list(open_source(SourceSettings(path=str(path))).read_pairs())
+    assert message in str(refused.value)
+    lenient = open_source(SourceSettings(path=str(path), on_bad_row="skip"))
+    assert len(list(lenient.read_pairs())) == 2
+    (line,) = lenient.report()
+    assert "1 skipped" in line
+    assert "pairs.jsonl:2" in line
+
+
+def test_rows_without_the_columns_name_them(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({"messages": ASKED}) + "\n")
+    with pytest.raises(UserError, match="no column 'prompt' and 'chosen' and 'rejected'"):
+        list(open_source(SourceSettings(path=str(path))).read_pairs())
+
+
+def rows_of(folder: Path, length: int, *answers: tuple[str, str]) -> PairRows:
+    pairs = [pair_of([*BEFORE, *say(good)], [*BEFORE, *say(bad)]) for good, bad in answers]
+    return PairRows(prepare_pairs(pairs, TOKENIZER, folder / "shards"), length)
+
+
+def test_a_row_is_both_answers_and_only_they_are_learned(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path, 160, ("Good.", "Not so good."), ("Yes", "No"))
+    assert rows.rows_in_epoch == 2
+    ids, labels = rows.row(0)
+    assert ids.shape == labels.shape == (2, 160)
+    for side, answer in enumerate(("Good.", "Not so good.")):
+        learned = labels[side][labels[side] != -100]
+        assert TOKENIZER.decode(learned.tolist()) == f"{answer}<|im_end|>"  # and not the earlier `Hello.`
+        whole = TOKENIZER.encode_chat([*BEFORE, *say(answer)])
+        assert ids[side][: len(whole.ids)].tolist() == whole.ids
+        assert (labels[side][:-1][labels[side][:-1] != -100] == ids[side][1:][labels[side][:-1] != -100]).all()
+
+
+def test_answers_that_do_not_fit_are_cut_or_left_out_and_said_so(tmp_path: Path) -> None:
+    long = "very " * 20
+    beginning = len(TOKENIZER.encode_chat(BEFORE, add_generation_prompt=True).ids)
+    rows = rows_of(tmp_path, beginning + 20, ("Good.", "Bad."), (long, "No"), ("Yes", long))
+    assert (rows.rows_in_epoch, rows.truncated, rows.untrained) == (3, 2, 0)
+    assert "2 pairs have an answer that is cut" in rows.report()[0]
+    with pytest.raises(UserError, match="nothing of both answers lies within"):
+        PairRows(rows.shards, beginning)
+
+
+def test_shards_of_something_else_are_refused(tmp_path: Path) -> None:
+    talks = [[*ASKED, *say("a")]] * 3
+    with pytest.raises(UserError, match="not of pairs"):
+        PairRows(prepare_chat(talks, TOKENIZER, tmp_path / "chat"), 64)
+
+
+def test_the_longest_come_first(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path, 160, ("a", "b"), ("a" * 30, "b"), ("a", "b" * 20))
+    assert rows.longest_first() == [1, 2, 0]
