@@ -25,6 +25,7 @@ from slmkit.training.recipe import Recipe
 from slmkit.training.run import RunDirectory
 from tests.test_life import Silent
 from tests.training.helpers import TOKENIZER
+from tests.training.ranks import on_ranks
 from tests.training.test_preference import CONFIG
 
 TRAIN = {
@@ -218,3 +219,26 @@ def test_an_adapter_learns_from_both(start: Path, tmp_path: Path, objective: str
     lines = run.metrics.read()
     assert len(lines) == 6
     assert lines[-1]["grad_norm"] > 0
+
+
+def _train(made: Recipe) -> None:
+    train_recipe(made, Silent())
+
+
+def test_two_processes_learn_from_pairs_what_one_does(tmp_path: Path) -> None:
+    root = tmp_path / "plain"
+    save_decoder(build_decoder(CONFIG, 7), CONFIG, root)  # without dropout, which differs from rank to rank
+    TOKENIZER.save_pretrained(root)
+    made = [recipe(root, tmp_path / name, "dpo", {"tokens_per_step": 512, "max_steps": 3}) for name in ("one", "two")]
+    _train(made[0])
+    on_ranks(2, _train, made[1])
+    one, two = (RunDirectory(tmp_path / name) for name in ("one", "two"))
+    figures = ("loss", "grad_norm", "rewards/accuracy", "rewards/margin")
+    for a, b in zip(one.metrics.read(), two.metrics.read(), strict=True):
+        assert [a[name] for name in figures] == pytest.approx([b[name] for name in figures], rel=1e-3, abs=1e-5)
+    assert one.metrics.read()[-1]["validation_loss"] == pytest.approx(
+        two.metrics.read()[-1]["validation_loss"], abs=1e-4
+    )
+    expected = weights(one)
+    for name, found in weights(two).items():
+        assert torch.allclose(found, expected[name], atol=1e-4), name
