@@ -75,11 +75,13 @@ def stages(text: Path) -> list[Stage]:
         Stage("sft", "conversations", "quickstart-chat", "base", (chats,)),
         Stage("sft-2", "other conversations, another order", "quickstart-chat", "base", (chats, "seed=1")),
         Stage("lora", "the conversations of sft, by an adapter of rank 16", "quickstart-chat", "base", (chats,
-              "lora={r: 16, lora_alpha: 32}", "train.optimizer=adamw", "train.learning_rate=4e-3",
+              "lora={r: 16, lora_alpha: 32}", "train.optimizer=adamw", "train.learning_rate=3e-3",
               "train.weight_decay=0")),
         Stage("half", "half as many conversations", "quickstart-chat", "base", ("data.documents=4000",)),
         Stage("distill", "the same half, with sft as the teacher", "quickstart-chat", "base", ("data.documents=4000",
               "objective=distill", taught)),
+        Stage("dpo", "right answers preferred to wrong ones", "quickstart-dpo", "sft", ("data.documents=1000",)),
+        Stage("grpo", "rewarded for right answers", "quickstart-grpo", "sft", ("train.max_steps=30",)),
     ]  # fmt: skip
 
 
@@ -109,9 +111,8 @@ def train(stage: Stage, folder: Path, smoke: bool) -> float:
     start = [f"model={{path: '{folder / stage.start}'}}"] if stage.start else []
     toy = TOY if smoke else ()
     if smoke:
-        changes = [
-            f"data.documents={SMOKE_DOCUMENTS}" if change.startswith("data.documents") else change for change in changes
-        ]
+        changes.append(f"data.documents={SMOKE_DOCUMENTS}")
+        toy += ("grpo={prompts_per_step: 2, num_generations: 2, max_new_tokens: 4}",) if stage.name == "grpo" else ()
     recipe = load_recipe(
         find_recipe(stage.recipe),
         [*start, *changes, f"output_dir={folder / stage.name}", "train.device=cpu", "train.sample_prompts=[]", *toy],

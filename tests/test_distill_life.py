@@ -176,6 +176,7 @@ def test_training_from_a_cache_needs_no_teacher_at_all(here: Path, tmp_path: Pat
     [
         (["distillation.alpha=1.5"], "distillation.alpha"),
         (["distillation.divergence=kl"], "forward_kl"),
+        (["distillation.reads=pairs"], "conversations"),
         (["distillation.teacher=null"], "no teacher"),
         (["distillation.tempreature=2"], "did you mean 'temperature'?"),
         (["distillation.cache=x", "distillation.hidden_weight=1"], "needs the teacher itself"),

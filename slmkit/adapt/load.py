@@ -15,6 +15,7 @@ from slmkit.adapt.lora import adapted_linears, add_lora, keep_base_in, modules_t
 from slmkit.config import UserError
 from slmkit.model import Decoder, SLMConfig, load_decoder
 from slmkit.model.adapter_directory import base_of, is_adapter
+from slmkit.model.directory import empty_decoder
 from slmkit.model.lora_settings import LoRASettings
 
 Prepare = Callable[[Decoder, SLMConfig], tuple[Decoder, SLMConfig]]
@@ -36,6 +37,14 @@ def load_adapted(directory: str | Path, device: torch.device | str = "cpu") -> t
     decoder, config = grown_for(directory, *load_decoder(base_of(directory), device))
     settings = load_adapter(decoder, config, directory)
     return decoder.eval(), config, settings
+
+
+def adapter_blueprint(directory: str | Path) -> Decoder:
+    """What `load_adapted` reads, of tensors that have shapes and no content: to know what it would take."""
+    config = SLMConfig.from_pretrained(base_of(directory))
+    decoder, config = grown_for(directory, empty_decoder(config), config)
+    load_adapter(decoder, config, directory)
+    return decoder
 
 
 def start_adapter(

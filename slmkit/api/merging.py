@@ -11,6 +11,7 @@ from slmkit.adapt.merge_recipe import MergeRecipe
 from slmkit.adapt.merging import Merge, plan_merge
 from slmkit.config import UserError, load_settings, read_yaml, to_yaml
 from slmkit.generation import common_tokenizer
+from slmkit.model.adapter_directory import base_of, is_adapter
 from slmkit.training.files import sync
 from slmkit.training.find import find_model_directory
 
@@ -36,6 +37,12 @@ def prepare_merge(recipe: MergeRecipe) -> Merge:
     """
     names = {entry.model for entry in recipe.models} | ({recipe.base_model} if recipe.base_model else set())
     directories = {name: find_model_directory(name) for name in sorted(names)}
+    for name, directory in directories.items():
+        if is_adapter(directory):
+            raise UserError(
+                f"{name}: an adapter, and whole models are merged: "
+                f"fold it in first with `slm merge {base_of(directory)} --adapter {name}`"
+            )
     if os.path.lexists(recipe.output_dir):
         raise UserError(f"{recipe.output_dir}: exists already, and is not written over: name another output_dir")
     merge = plan_merge(recipe, directories)

@@ -8,7 +8,9 @@ import typer
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help="A model directory, a run (its best checkpoint) or a preset.")],
+    model: Annotated[
+        str, typer.Argument(help="A model or adapter directory, a run (its best checkpoint) or a preset.")
+    ],
     batch: Annotated[int, typer.Option(min=1, help="Sequences that go through the model at once.")] = 8,
     length: Annotated[
         int | None, typer.Option(min=1, help="Tokens a sequence; else the context, at most 2048.")
@@ -20,10 +22,11 @@ def inspect(
 
     Example: slm inspect llama-3.2-1b --batch 1 --length 8192
     """
+    from slmkit.adapt.load import adapter_blueprint
     from slmkit.cli.show import count, gibibytes
     from slmkit.training.inspection import inspect_model
 
-    report = inspect_model(model, rows=batch, length=length, precision=precision, optimizer=optimizer)
+    report = inspect_model(model, batch, length, precision, optimizer, adapter_blueprint)
     print(f"{model}: {report.summary}\n")
 
     print("parameters")

@@ -21,14 +21,15 @@ def grow_vocabulary(
     `pieces` names for each new id the ids that its spelling was made of before; they must follow on the rows that there
     are, or stand in rows that no token has used (many models have some to spare). A new row is the mean of its pieces'
     rows, in both matrices, as in Fast Vocabulary Transfer (Gee et al. 2022, arXiv:2402.09977): a word of ordinary text
-    means about what its pieces did, which random rows and the mean of all tokens forget, and even the names of a chat
-    template's tokens (`user`, `start`, `end`) tell one from another.
+    means about what its pieces did, and even the names of a chat template's tokens (`user`, `start`, `end`) tell one
+    from another.
 
-    Nor does it disturb what the model says. A mean of logits exponentiates to the geometric mean of the pieces'
-    probabilities at most, so that before training a new token takes no more of the probability than the mean of its
-    pieces has; random rows may take nearly all of it (Hewitt 2021, "Initializing New Word Embeddings for Pretrained
-    Language Models", shows this for the mean of all rows). No noise is added: tokens of equal pieces are told apart by
-    their first gradient.
+    It disturbs little of what the model says. A mean of logits exponentiates to the geometric mean of the pieces'
+    probabilities, so that before training a new token takes no more of the probability than the mean of its pieces has;
+    random rows may take nearly all of it (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language
+    Models", shows this for the mean of all rows). No noise is added: tokens of equal pieces are told apart by their
+    first gradient. `benchmarks/growth.py` compares it with the mean of all rows and with random ones: after 60 steps
+    on a small model the three are within 1 % of one another, and none is ahead on both of its tasks.
 
     `decoder` is left as it is; all but the grown matrices is shared with it. Raises `UserError` for ids with a gap.
     """

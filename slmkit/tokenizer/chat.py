@@ -101,8 +101,8 @@ def rows_of_segments(
     that generation will put before it. Each row holds the turns that no row before it has; the last one is the whole
     conversation as `render` has it.
 
-    Raises `UserError` as `render` does, for a template whose generation prompt is not what it writes before an answer,
-    and for one that does not end the assistant's turns.
+    Raises `UserError` as `render` does, for a template that does not end the assistant's turns, and for one whose
+    generation prompt is not what it writes before an answer, unless it is only to be answered.
     """
     check_messages(messages, add_generation_prompt)
     rows: list[list[Segment]] = [[]]
@@ -124,12 +124,13 @@ def rows_of_segments(
             rows[-1].append(asked)
             before = len(rows)
             said = grow(index + 1, False)
-            if len(rows) > before:
+            appends = len(rows) == before
+            if not appends and not add_generation_prompt:
                 raise UserError(
                     "the chat template's generation prompt is not what it writes before an answer, so what the model "
                     f"learns would not be what it later sees (message {index + 1}): use a template that only appends"
                 )
-            rows[-1] += _answer(said, ends_of_turn, is_learned=message.get("weight") != 0)
+            rows[-1] += _answer(said, ends_of_turn, is_learned=appends and message.get("weight") != 0)
     if add_generation_prompt or messages[-1]["role"] != "assistant":
         rest = Segment(grow(len(messages), add_generation_prompt), False)
         rows[-1].append(rest)

@@ -7,7 +7,6 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from slmkit.config import Settings
-from slmkit.data.data_settings import Reads
 
 Divergence = Literal["forward_kl", "reverse_kl", "js"]
 
@@ -21,7 +20,7 @@ class DistillationSettings(Settings):
 
     teacher: str | None = None  # a model or run directory, of the same tokenizer
     cache: str | None = None  # what `slm distill-cache` stored of it: no teacher is in memory then
-    reads: Reads = "text"  # what is learned: all of a text, or the assistant's turns
+    reads: Literal["text", "conversations"] = "text"  # what is learned: all of a text, or the assistant's turns
     alpha: float = Field(0.5, ge=0, le=1)
     temperature: float = Field(3.0, gt=0)
     divergence: Divergence = "forward_kl"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from slmkit.model.presets import PRESETS
 from slmkit.model.sizes import cache_size, cache_variants, flops_per_token, parameters_by_module
 from slmkit.model.stored import stored_tensors
 from slmkit.training.find import find_model_directory
-from slmkit.training.memory import reading_bytes, training_bytes
+from slmkit.training.memory import Blueprint, reading_bytes, training_bytes
 from slmkit.training.recipe import TrainSettings
 
 LONGEST_BY_DEFAULT = 2_048  # tokens
@@ -42,10 +43,16 @@ class Inspection:
 
 
 def inspect_model(
-    model: str | Path, rows: int = 8, length: int | None = None, precision: str = "auto", optimizer: str = "adamw"
+    model: str | Path,
+    rows: int = 8,
+    length: int | None = None,
+    precision: str = "auto",
+    optimizer: str = "adamw",
+    adapted: Callable[[Path], Blueprint] | None = None,
 ) -> Inspection:
-    """`model` is a model directory, a run or a preset; `rows` of `length` tokens go through it at once.
+    """`model` is a model directory, an adapter, a run or a preset; `rows` of `length` tokens go through it at once.
 
+    `adapted` builds what an adapter's directory describes: training is then that of the adapter beside a frozen base.
     Raises `UserError` for a model that is not there, and for a length beyond its context.
     """
     config = config_of(model)
@@ -53,13 +60,15 @@ def inspect_model(
     length = length or min(a.max_positions, LONGEST_BY_DEFAULT)
     a.expect(length)
     device = find_device("cpu", precision)
+    adapter = _adapter_directory(model)
+    blueprint = adapted(adapter) if adapted is not None and adapter is not None else a
     flops = flops_per_token(a, length)
     cache = cache_size(a, length)
     windows = f", and {cache.of_windows:,} a row for layers with a window" if cache.of_windows else ""
     return Inspection(
         summary=_summary(config, a),
         length=length,
-        parameters=parameters_by_module(a) | _adapter_of(model),
+        parameters=parameters_by_module(a) | _adapter_of(adapter),
         operations={
             "forward, matrices": flops.matrices,
             "forward, attention": flops.attention,
@@ -69,7 +78,7 @@ def inspect_model(
         | {name: cache_size(variant, length).per_token for name, variant in cache_variants(a).items()},
         windows=windows,
         cache_of_a_row=cache.at_length,
-        memory=_memory(a, rows, length, device, optimizer),
+        memory=_memory(a, blueprint, rows, length, device, optimizer),
         device=f"products in {device.describe()['compute_dtype']}",
     )
 
@@ -84,22 +93,29 @@ def config_of(model: str | Path) -> SLMConfig:
     return SLMConfig.from_pretrained(config_directory(find_model_directory(model)))
 
 
-def _adapter_of(model: str | Path) -> dict[str, int]:
-    """Parameters of an adapter, where `model` is one: what is stored of it, and not its base."""
+def _adapter_directory(model: str | Path) -> Path | None:
+    """The directory of an adapter, where `model` is one."""
     if str(model) in PRESETS and not Path(model).exists():
-        return {}
+        return None
     directory = find_model_directory(model)
-    if not is_adapter(directory):
+    return directory if is_adapter(directory) else None
+
+
+def _adapter_of(directory: Path | None) -> dict[str, int]:
+    """Parameters of an adapter: what is stored of it, and not its base."""
+    if directory is None:
         return {}
     tensors = stored_tensors(directory / ADAPTER_WEIGHTS).values()
     return {"adapter": sum(torch.Size(tensor.shape).numel() for tensor in tensors)}
 
 
-def _memory(a: Architecture, rows: int, length: int, device: Device, optimizer: str) -> dict[str, int]:
+def _memory(
+    a: Architecture, blueprint: Blueprint, rows: int, length: int, device: Device, optimizer: str
+) -> dict[str, int]:
     settings = TrainSettings(optimizer=optimizer)
     return {
-        f"training with {optimizer}": training_bytes(a, settings, rows, length, device),
-        "… and gradient_checkpointing": training_bytes(a, settings, rows, length, device, recompute_every=1),
+        f"training with {optimizer}": training_bytes(blueprint, settings, rows, length, device),
+        "… and gradient_checkpointing": training_bytes(blueprint, settings, rows, length, device, recompute_every=1),
         "running in float32": reading_bytes(a, rows, length, torch.float32),
         "running in bfloat16": reading_bytes(a, rows, length, torch.bfloat16),
     }

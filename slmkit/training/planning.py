@@ -54,6 +54,8 @@ def outlook(recipe: Recipe, measure: bool = True) -> Outlook:
     length = recipe.train.sequence_length or config.max_position_embeddings
     text, about_text = _tokens_of(recipe)
     assumptions += about_text
+    if recipe.lora is not None:
+        assumptions.append("every weight is trained: an adapter alone takes less memory, and less time")
     if text is None and recipe.train.max_steps is None and recipe.train.max_tokens is None:
         raise UserError("nobody knows the length of this text before it is read: set train.max_tokens or max_steps")
     rows, about_rows = _rows_of(recipe, text, length)

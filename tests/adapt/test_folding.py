@@ -10,6 +10,7 @@ import torch
 
 from slmkit import SLMForCausalLM
 from slmkit.adapt import fold, load_adapter, load_model, save_adapter
+from slmkit.adapt.load import adapter_blueprint
 from slmkit.api.folding import fold_adapters
 from slmkit.config import UserError
 from slmkit.model import load_decoder
@@ -82,6 +83,11 @@ def test_an_adapter_is_a_model_for_a_script_and_for_inspection(base: Path) -> No
     stored = sum(4 * (a + b) for a, b in [(32, 32), (32, 16), (32, 16), (32, 32), (32, 48), (32, 48), (48, 32)])
     assert report.parameters["adapter"] == config.num_hidden_layers * stored
     assert report.parameter_count == parameter_count(decoder.architecture) + report.parameters["adapter"]
+    beside = inspect_model(one, rows=1, length=16, adapted=adapter_blueprint)
+    assert beside.parameters == report.parameters
+    saved = report.memory["training with adamw"] - beside.memory["training with adamw"]
+    own = 4 * 4 * report.parameters["adapter"]  # weights, gradients and two moments
+    assert saved > 2 * sum(p.nbytes for p in decoder.parameters()) - own  # two moments of every frozen weight
     model.save_pretrained(base.parent / "whole")
     assert torch.equal(logits(load_decoder(base.parent / "whole")[0]), logits(decoder))
 

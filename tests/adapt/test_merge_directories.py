@@ -165,6 +165,17 @@ def test_models_of_different_tokenizers_are_refused(folder: Path) -> None:
     assert "tokenizer.json: no such file" in refused(folder, **MEAN)
 
 
+def test_an_adapter_is_to_be_folded_in_first(folder: Path) -> None:
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": str(folder / "base")}
+    shutil.rmtree(folder / "tune-1")
+    (folder / "tune-1").mkdir()
+    (folder / "tune-1" / "adapter_config.json").write_text(json.dumps(adapter))
+    line = refused(folder, **MEAN)
+    assert (
+        f"tune-1: an adapter, and whole models are merged: fold it in first with `slm merge {folder}/base --ad" in line
+    )
+
+
 def test_weights_that_are_not_those_of_the_config_are_refused(folder: Path) -> None:
     tensors = load_file(folder / "tune-1" / WEIGHTS)
     save_file(tensors | {"model.norm.weight": torch.zeros(3)}, folder / "tune-1" / WEIGHTS)

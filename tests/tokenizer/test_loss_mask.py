@@ -192,6 +192,13 @@ def test_a_template_that_rewrites_what_is_answered_is_refused() -> None:
     assert shouting.encode_chat([{"role": "user", "content": "a"}]).ids
     with pytest.raises(UserError, match="generation prompt is not what it writes before an answer.*message 3"):
         shouting.encode_chat(CONVERSATION)
+    # What such a template makes of a conversation can be answered all the same.
+    asked = shouting.encode_chat(CONVERSATION[:4], add_generation_prompt=True)
+    assert not any(asked.trained)
+    assert (
+        shouting.decode(asked.ids)
+        == "BE KIND.<|im_end|>THE CAT?<|im_end|>SANG TO THE SEA<|im_end|> and then <|im_end|>"
+    )
 
 
 def test_a_template_whose_assistant_never_stops_is_refused() -> None:
