@@ -191,7 +191,6 @@ def main() -> None:
         print(", ".join(row))
     if not arguments.smoke:
         arguments.output.write_text(json.dumps(results) + "\n")
-        draw(results, arguments.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":
