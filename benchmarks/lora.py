@@ -1,6 +1,6 @@
 """What an adapter saves and what it costs: full fine-tuning, LoRA, rsLoRA, DoRA, and LoRA on a base in fewer bits.
 
-python -m benchmarks.lora            # some 15 minutes on two cores
+python -m benchmarks.lora            # some ten minutes on two cores
 python -m benchmarks.lora --smoke    # a minute, at a size that says nothing
 
 A model is trained on stories for a while; then each method teaches it the conversations about them, the same steps on
@@ -53,7 +53,7 @@ METHODS: dict[str, dict[str, Any] | None] = {
 RANK = {"r": 16, "lora_alpha": 32}
 RATES = {"full": 5e-4, "others": 4e-3}
 # Rows of a step, steps before and of the tuning, rounds.
-WHOLE = {"width": 512, "depth": 8, "length": 256, "rows": 8, "before": 300, "steps": 60, "rounds": 3}
+WHOLE = {"width": 512, "depth": 8, "length": 256, "rows": 8, "before": 300, "steps": 60, "rounds": 2}
 SMOKE = {"width": 64, "depth": 2, "length": 64, "rows": 4, "before": 10, "steps": 6, "rounds": 1}
 
 
