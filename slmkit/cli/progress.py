@@ -19,7 +19,27 @@ from rich.progress import (
 EVERY = 10.0  # seconds between two plain lines
 
 
-class PreparationProgress:
+class _Bar:
+    """What both bars below do at their beginning and end: on a terminal they are drawn, elsewhere lines are printed."""
+
+    console: Console
+    bar: Progress
+    started: float
+    shown: float
+
+    def _start(self) -> None:
+        self.started = self.shown = time.monotonic()
+        if self.console.is_terminal:
+            self.bar.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.console.is_terminal:
+            self.bar.stop()
+
+
+class PreparationProgress(_Bar):
     """A context manager that gives a callback for documents, tokens and bytes of text done.
 
     `fraction` says how much of the input has been read, or None: then there is a rate but no time left.
@@ -35,16 +55,8 @@ class PreparationProgress:
         self.started = self.shown = 0.0
 
     def __enter__(self) -> Callable[[int, int, int], None]:
-        self.started = self.shown = time.monotonic()
-        if self.console.is_terminal:
-            self.bar.start()
+        self._start()
         return self._update
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.console.is_terminal:
-            self.bar.stop()
 
     def _update(self, documents: int, tokens: int, text_bytes: int) -> None:
         now = time.monotonic()
@@ -60,7 +72,7 @@ class PreparationProgress:
             self.console.print(f"{self.label}: {figures}{left}", soft_wrap=True, markup=False)
 
 
-class WritingProgress:
+class WritingProgress(_Bar):
     """A context manager that gives a callback for bytes written, of `total`."""
 
     def __init__(self, label: str, total: int) -> None:
@@ -72,16 +84,8 @@ class WritingProgress:
         self.written, self.started, self.shown = 0, 0.0, 0.0
 
     def __enter__(self) -> Callable[[int], None]:
-        self.started = self.shown = time.monotonic()
-        if self.console.is_terminal:
-            self.bar.start()
+        self._start()
         return self._update
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.console.is_terminal:
-            self.bar.stop()
 
     def _update(self, more: int) -> None:
         self.written += more

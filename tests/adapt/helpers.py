@@ -9,7 +9,8 @@ import torch
 
 from slmkit.adapt import LoRASettings, add_lora
 from slmkit.adapt.adapter import trained_tensors
-from slmkit.model import Decoder, SLMConfig, build_decoder, save_decoder
+from slmkit.model import Decoder, SLMConfig, save_decoder
+from tests.parity.test_transformers import randomised
 
 SHAPE = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -34,12 +35,7 @@ def config_of(family: str, **changes: Any) -> SLMConfig:
 
 def base_in(directory: Path, config: SLMConfig) -> Decoder:
     """A model in which biases and norms matter, written to `directory`."""
-    decoder = build_decoder(config, seed=2).eval()
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in decoder.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    decoder = randomised(config)
     save_decoder(decoder, config, directory)
     return decoder
 
