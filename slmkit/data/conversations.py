@@ -11,8 +11,10 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from slmkit.config import UserError
+from slmkit.data.ordered_map import batches
 from slmkit.data.sources import BadRow, Message
-from slmkit.tokenizer.chat import ChatTokens, ConversationError
+from slmkit.tokenizer.chat import ConversationError
+from slmkit.tokenizer.chat_rows import ChatRow, RenderedChat, rows_to_learn
 
 if TYPE_CHECKING:
     from slmkit.tokenizer import SLMTokenizer
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 OnLong = Literal["cut", "skip", "refuse"]  # what becomes of a conversation that is longer than a row
 
 UNLEARNED = "with nothing to learn"
+BATCH_BYTES = 1 << 20  # of text, encoded in one go
 IN_ROWS = "in several rows each, since the chat template rewrites earlier turns"
 
 
@@ -43,8 +46,17 @@ class Strict:
 class EncodedConversation(NamedTuple):
     """A conversation as the rows of tokens that are learned of it, nearly always one."""
 
-    rows: list[ChatTokens]
+    rows: list[ChatRow]
     text_bytes: int
+
+
+class _Rendered(NamedTuple):
+    """A conversation whose turn to be counted comes later, or what was left out in its place."""
+
+    place: str
+    text_bytes: int
+    chat: RenderedChat
+    left_out: BadRow | None = None
 
 
 class ConversationEncoder:
@@ -60,22 +72,34 @@ class ConversationEncoder:
         self.tokenizer, self.ledger = tokenizer, ledger or Strict()
         self.length, self.on_long, self._number = length, on_long, 0
 
-    def encode_all(self, conversations: Iterable[list[Message]]) -> Iterator[EncodedConversation]:
-        """Those that are kept, in order. Raises `UserError` with the place of one that may not be left out."""
-        for conversation in conversations:
-            rows = self.encode(conversation)
-            if rows:
-                yield EncodedConversation(rows, _text_bytes(conversation))
+    def encode_all(self, conversations: Iterable[list[Message] | BadRow]) -> Iterator[EncodedConversation]:
+        """Those that are kept, in order; a row that is too long is given whole: see `ChatRows`.
 
-    def encode(self, conversation: list[Message]) -> list[ChatTokens]:
-        """The rows of one; none where it is left out. A row that is too long is given whole: see `ChatRows`."""
+        A megabyte of text is read ahead and encoded in one call, on every core; a `BadRow` stands for a row that is to
+        be left out when its turn comes. Raises `UserError` with the place of the first that may not be left out.
+        """
+        for batch in batches(map(self._render, conversations), lambda one: one.text_bytes, BATCH_BYTES):
+            encoded = self.tokenizer.encode_rendered([one.chat for one in batch])
+            for one, rows in zip(batch, map(rows_to_learn, encoded)):
+                if self._is_kept(one, rows):
+                    yield EncodedConversation(rows, one.text_bytes)
+
+    def _render(self, conversation: list[Message] | BadRow) -> _Rendered:
+        if isinstance(conversation, BadRow):
+            return _Rendered("", 0, [], conversation)
         self._number += 1
         place = getattr(conversation, "place", f"conversation {self._number:,}")
         try:
-            rows = self.tokenizer.encode_chat_rows(conversation)
+            return _Rendered(place, text_bytes(conversation), self.tokenizer.render_chat(conversation))
         except ConversationError as error:
-            self.ledger.leave_out(BadRow(error.reason, f"{place}: {error}"))
-            return []
+            return _Rendered(place, 0, [], BadRow(error.reason, f"{place}: {error}"))
+
+    def _is_kept(self, one: _Rendered, rows: list[ChatRow]) -> bool:
+        """Whether a conversation is learned from; whatever is the matter with it is counted."""
+        if one.left_out:
+            self.ledger.leave_out(one.left_out)
+            return False
+        place = one.place
         longest = max(len(row.ids) for row in rows)
         if self.length is not None and longest > self.length:
             message = f"{place}: {longest:,} tokens"
@@ -86,14 +110,15 @@ class ConversationEncoder:
                 )
             if self.on_long == "skip":
                 self.ledger.leave_out(BadRow(f"longer than {self.length:,} tokens", message, harmless=True))
-                return []
+                return False
             self.ledger.note(f"cut at {self.length:,} tokens", message)
-        if not any(any(row.trained[1 : self.length]) for row in rows):
+        if not any(row.trained[1 : self.length].any() for row in rows):
             self.ledger.note(UNLEARNED, f"{place}: {longest:,} tokens, none of them learned")
         elif len(rows) > 1:
             self.ledger.note(IN_ROWS, f"{place}: {len(rows)} rows")
-        return rows
+        return True
 
 
-def _text_bytes(conversation: list[Message]) -> int:
-    return sum(len(message["content"].encode()) for message in conversation if isinstance(message.get("content"), str))
+def text_bytes(conversation: Iterable[Message]) -> int:
+    """Of all that is said, in UTF-8."""
+    return sum(len(message["content"].encode("utf-8", "surrogatepass")) for message in conversation)

@@ -293,16 +293,16 @@ def _prepare_conversations(
                 train.append(_linked(settings, place, tokenizer))
                 continue
             read.append(source)
-            encoder, conversations = encoder_of(source), conversations_of(source)
+            encoded = encoded_of(source, encoder_of)
             if is_endless(source):
                 held_out.append(encoded_of(validation_source(data, source.settings, seed), encoder_of))
             elif data.validation is None:
-                training, validation = split_conversations(list(conversations), data.validation_fraction)
-                conversations = iter(training)
+                encoder = encoder_of(source)
+                training, validation = split_conversations(list(conversations_of(source)), data.validation_fraction)
+                encoded = encoder.encode_all(training)
                 held_out.append(encoder.encode_all(validation))
             described += (sources := source.describe())
             progress = reporter.counter(f"tokenizing {source.settings.label}")
-            encoded = encoder.encode_all(conversations)
             train.append(write_conversations(encoded, tokenizer, place, sources=sources, progress=progress))
         if data.validation is not None:
             return train, _prepare_validation(data, seed, folder, tokenizer, reporter, encoder_of)

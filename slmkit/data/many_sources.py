@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from slmkit.data.conversations import ConversationEncoder, EncodedConversation
 from slmkit.data.source_settings import SourceSettings
-from slmkit.data.sources import Document, Message, Position, open_source
+from slmkit.data.sources import BadRow, Document, Message, Position, open_source
 
 if TYPE_CHECKING:
     from slmkit.tokenizer import SLMTokenizer
@@ -56,10 +56,10 @@ class Reading:
         for number, source in enumerate(self.sources):
             yield from ConversationEncoder(tokenizer, source, length).encode_all(self._conversations(number))
 
-    def _conversations(self, number: int) -> Iterator[list[Message]]:
-        for messages, behind in self.sources[number].read_conversations():
+    def _conversations(self, number: int) -> Iterator[list[Message] | BadRow]:
+        for row, behind in self.sources[number].read_conversation_rows():
             self._behind = number, behind
-            yield messages
+            yield row
 
     def fraction(self) -> float | None:
         """How much of all bytes has been read; None where the sizes do not say: compressed, remote or endless."""

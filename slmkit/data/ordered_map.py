@@ -1,4 +1,4 @@
-"""A parallel map over a stream: results in order, and bounded memory."""
+"""Streams in bounded memory: a parallel map whose results come in order, and batches."""
 
 from __future__ import annotations
 
@@ -22,3 +22,22 @@ def ordered_map(pool: Executor, function: Callable[[T], R], items: Iterable[T], 
     while waiting:
         first, future = waiting.popleft()
         yield first, future.result()
+
+
+def batches(items: Iterable[T], size: Callable[[T], int], full: int) -> Iterator[list[T]]:
+    """Items in lists of about `full` size together; where reading fails, what was read before is given first."""
+    batch: list[T] = []
+    total = 0
+    try:
+        for item in items:
+            batch.append(item)
+            total += size(item)
+            if total >= full:
+                yield batch
+                batch, total = [], 0
+    except Exception:
+        if batch:
+            yield batch
+        raise
+    if batch:
+        yield batch

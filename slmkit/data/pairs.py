@@ -15,12 +15,15 @@ import numpy as np
 
 from slmkit.config import UserError
 from slmkit.data.batch import Batch, stacked
+from slmkit.data.conversations import text_bytes
 from slmkit.data.packing import IGNORED, padded, row_of_labels
-from slmkit.data.prepare import Progress, no_progress
+from slmkit.data.prepare import Progress, end_to_end, no_progress
 from slmkit.data.shard_writer import ShardWriter
 from slmkit.data.shards import TokenShards
+from slmkit.data.sources import Message
 from slmkit.data.sources.pair_formats import Pair
 from slmkit.data.stream import Rows
+from slmkit.tokenizer.chat_rows import ChatRow
 
 if TYPE_CHECKING:
     from slmkit.tokenizer import SLMTokenizer
@@ -43,31 +46,24 @@ def prepare_pairs(
     with ShardWriter(directory, tokenizer, masked=True, sources=sources) as writer:
         waiting = iter(pairs)
         while batch := list(itertools.islice(waiting, AT_ONCE)):
-            ids: list[int] = []
-            trained: list[bool] = []
-            ends: list[int] = []
-            for pair in batch:
-                for conversation in (pair.chosen, pair.rejected):
-                    tokens, learned = _answer(tokenizer, conversation, pair.shared)
-                    ids += [*tokens, tokenizer.eos_token_id]
-                    trained += [*learned, False]
-                    ends.append(len(ids))
-            size = sum(len(m["content"].encode()) for pair in batch for side in pair.sides for m in side)
-            writer.add(np.array(ids), np.array(ends), np.array(trained), text_bytes=size)
+            sides = [side for pair in batch for side in pair.sides]
+            encoded = tokenizer.encode_rendered([tokenizer.render_chat(side) for side in sides])
+            own = [side[pair.shared :] for pair in batch for side in pair.sides]
+            rows = [_with_answers(chat[-1], messages) for chat, messages in zip(encoded, own)]
+            ids, ends, trained = end_to_end(rows, tokenizer.eos_token_id)
+            writer.add(ids, ends, trained, text_bytes=sum(map(text_bytes, sides)))
             progress(writer.documents // 2, writer.tokens, writer.text_bytes)
     return TokenShards.open(directory)
 
 
-def _answer(tokenizer: SLMTokenizer, conversation: list[dict[str, Any]], shared: int) -> tuple[list[int], np.ndarray]:
-    """Tokens, and which of them are learned: those of the answers behind the first `shared` messages."""
-    chat = tokenizer.encode_chat(conversation)
-    answers = sum(message["role"] == "assistant" for message in conversation[shared:])
-    trained = np.array(chat.trained, dtype=bool)
-    starts, stops = stretches(trained)
-    own = np.zeros_like(trained)
+def _with_answers(row: ChatRow, messages: Sequence[Message]) -> ChatRow:
+    """Of what is learned of a conversation only the answers in `messages`, its last ones."""
+    answers = sum(message["role"] == "assistant" for message in messages)
+    starts, stops = stretches(row.trained)
+    own = np.zeros_like(row.trained)
     for start, stop in zip(starts[-answers:], stops[-answers:]):
         own[start:stop] = True
-    return chat.ids, own
+    return ChatRow(row.ids, own)
 
 
 def stretches(trained: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -16,14 +15,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from slmkit.config import UserError
 from slmkit.data.cleaning import Cleaner, CleaningReport, CleaningSettings
 from slmkit.data.conversations import ConversationEncoder, EncodedConversation
-from slmkit.data.ordered_map import ordered_map
+from slmkit.data.ordered_map import batches, ordered_map
 from slmkit.data.shard_folder import Finished, ShardFolder, complete, partial_folder
 from slmkit.data.shard_work import (
     BATCH_CHARACTERS,
@@ -42,12 +41,12 @@ from slmkit.data.sources import Document, Message, cut_point
 
 if TYPE_CHECKING:
     from slmkit.tokenizer import SLMTokenizer
+    from slmkit.tokenizer.chat_rows import ChatRow
 
 BATCH_CONVERSATIONS = 1024
 HELD_OUT = 10  # documents; a corpus too small to hold out so many is cut in two instead
 
 Progress = Callable[[int, int, int], None]  # documents, tokens and bytes of text done
-T = TypeVar("T")
 
 
 def no_progress(documents: int, tokens: int, text_bytes: int) -> None:
@@ -148,13 +147,21 @@ def write_conversations(
 ) -> TokenShards:
     """As `prepare_chat`, of conversations that are tokens already; a row of one is a document of the shards."""
     with ShardWriter(directory, tokenizer, masked=True, sources=sources) as writer:
-        for batch in _batches(encoded, lambda conversation: 1, BATCH_CONVERSATIONS):
-            rows = [row for conversation in batch for row in conversation.rows]
-            ids, ends = _joined([[*row.ids, tokenizer.eos_token_id] for row in rows])
-            trained, _ = _joined([[*row.trained, False] for row in rows])
-            writer.add(ids, ends, trained, text_bytes=sum(conversation.text_bytes for conversation in batch))
+        for batch in batches(encoded, lambda conversation: 1, BATCH_CONVERSATIONS):
+            ids, ends, trained = end_to_end([row for one in batch for row in one.rows], tokenizer.eos_token_id)
+            writer.add(ids, ends, trained, text_bytes=sum(one.text_bytes for one in batch))
             progress(writer.documents, writer.tokens, writer.text_bytes)
     return TokenShards.open(directory)
+
+
+def end_to_end(rows: Sequence[ChatRow], eos_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ids [n], one past the end of each row [rows], and what is learned, bool [n]: not the end of text behind each."""
+    stops = np.cumsum([len(row.ids) for row in rows], dtype=np.int64)
+    return (
+        np.insert(np.concatenate([row.ids for row in rows]), stops, eos_id),
+        stops + np.arange(1, len(rows) + 1),
+        np.insert(np.concatenate([row.trained for row in rows]), stops, False),
+    )
 
 
 def split_validation(
@@ -281,27 +288,6 @@ def _all_ended(documents: Iterable[Document | str]) -> Iterator[Document]:
         yield document
     if not ends:
         yield Document("")
-
-
-def _batches(items: Iterable[T], size: Callable[[T], int], full: int) -> Iterator[list[T]]:
-    """Items in lists of about `full` size together."""
-    batch: list[T] = []
-    total = 0
-    for item in items:
-        batch.append(item)
-        total += size(item)
-        if total >= full:
-            yield batch
-            batch, total = [], 0
-    if batch:
-        yield batch
-
-
-def _joined(parts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """All numbers in one row, int64 [n], and one past each part's last, int64 [parts]."""
-    stops = np.cumsum([len(part) for part in parts], dtype=np.int64)
-    flat = np.fromiter(itertools.chain.from_iterable(parts), dtype=np.int64, count=int(stops[-1]))
-    return flat, stops
 
 
 def _check_fraction(fraction: float) -> None:

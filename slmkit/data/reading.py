@@ -58,7 +58,8 @@ def conversations_of(source: Source) -> Iterator[list[Message]]:
 
 def encoded_of(source: Source, encoder_of: EncoderOf) -> Iterator[EncodedConversation]:
     """All conversations of a source as tokens; those that are left out are counted with it."""
-    return encoder_of(source).encode_all(conversations_of(source))
+    source.count_anew()
+    return encoder_of(source).encode_all(row for row, _ in source.read_conversation_rows())
 
 
 def answers_of(reads: Reads, source: Source) -> Iterator[Any]:
@@ -94,7 +95,8 @@ def held_out_of_streams(data: DataSettings, seed: int, encoder_of: EncoderOf | N
             picked = _held_out_documents(documents_of(source), data.validation_fraction)
         else:
             chosen = (one for one in conversations_of(source) if is_held_out(written(one), data.validation_fraction))
-            picked = encoder_of(source).encode_all(chosen)
+            encoder = encoder_of(source)  # asked for one at a time, since few of a long stream are wanted
+            picked = (encoded for one in chosen for encoded in encoder.encode_all([one]))
         for item in picked:
             yield item
             found += item.ends if isinstance(item, Document) else 1

@@ -130,9 +130,9 @@ class ConversationRows:
     def _take(self, block: Block[list[Message]]) -> None:
         self._block = block.position
         encoded = []
-        for chat in (row for conversation in block.items for row in self.encoder.encode(conversation)):
-            ids = np.array([*chat.ids, self.eos_id][: self.length])
-            labels = row_of_labels(ids, np.array([*chat.trained, False][: self.length]))
+        for chat in (row for one in self.encoder.encode_all(block.items) for row in one.rows):
+            ids = np.append(chat.ids, self.eos_id)[: self.length].astype(np.int64)
+            labels = row_of_labels(ids, np.append(chat.trained, False)[: self.length])
             if (labels != IGNORED).any():
                 encoded.append((ids, labels))
         packed = pack_whole([len(ids) for ids, _ in encoded], self.length).rows

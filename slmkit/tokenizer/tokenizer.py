@@ -6,12 +6,13 @@ Only the chat template writes special tokens, the beginning of a text among them
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,7 @@ from slmkit.tokenizer import byte_level, chat, directory
 from slmkit.tokenizer.byte_level import SPECIALS
 from slmkit.tokenizer.chat import ChatTokens, Message
 from slmkit.tokenizer.chat_formats import ChatFormat, find_format
+from slmkit.tokenizer.chat_rows import ChatRow, Piece, RenderedChat, encode_pieces, rows_to_learn
 from slmkit.tokenizer.fast_encoder import FastEncoder
 
 # Tried in this order where a tokenizer's config does not say, or its chat template.
@@ -194,7 +196,7 @@ class SLMTokenizer:
         A half of a surrogate pair becomes the three bytes that UTF-8 would give it ("surrogatepass").
         """
         if allow_special:
-            return self._encode_with_special(text, marker="")
+            return self._encode_with_special(text)
         try:
             if self._fast:
                 return self._fast.encode(text)
@@ -285,7 +287,8 @@ class SLMTokenizer:
 
         Of a template that rewrites earlier turns only those are learned that it leaves alone: see `encode_chat_rows`.
         """
-        return self._chat_rows(messages, add_generation_prompt)[-1]
+        (rows,) = self.encode_rendered([self.render_chat(messages, add_generation_prompt)], threads=1)
+        return rows[-1].to_lists()
 
     def encode_chat_rows(self, messages: Sequence[Message]) -> list[ChatTokens]:
         """A conversation to learn from, every turn of the assistant's in one row: nearly always all of them.
@@ -293,18 +296,27 @@ class SLMTokenizer:
         Several rows where the template writes a turn differently once others follow (see `chat.rows_of_segments`).
         Those without anything to learn are left out, unless there is nothing in any. Raises as `encode_chat` does.
         """
-        rows = self._chat_rows(messages)
-        return [row for row in rows if any(row.trained)] or rows[-1:]
+        (rows,) = self.encode_rendered([self.render_chat(messages)], threads=1)
+        return [row.to_lists() for row in rows_to_learn(rows)]
 
-    def _chat_rows(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[ChatTokens]:
+    def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> RenderedChat:
+        """The first half of `encode_chat`: the text that the template makes, cut at its special tokens.
+
+        The text of many conversations is then encoded at once, by `encode_rendered`. Raises as `encode_chat` does.
+        """
         shielded, marker = chat.shield(messages, re.compile(self._spellings))
-        ends = [token for token, index in self.special_tokens.items() if index in self.stop_token_ids]
-        rows = []
-        for row in chat.rows_of_segments(self._template(), shielded, ends, add_generation_prompt, **self._names):
-            parts = [(self._encode_with_special(segment.text, marker), segment.trained) for segment in row]
-            ids = [index for tokens, _ in parts for index in tokens]
-            rows.append(ChatTokens(ids, [trained for tokens, trained in parts for _ in tokens]))
-        return rows
+        stops = self.stop_token_ids
+        ends = [token for token, index in self.special_tokens.items() if index in stops]
+        rows = chat.rows_of_segments(self._template(), shielded, ends, add_generation_prompt, **self._names)
+        return [
+            [Piece(part, text.trained) for text in row for part in self._cut_at_special(text.text, marker)]
+            or [Piece("", False)]
+            for row in rows
+        ]
+
+    def encode_rendered(self, chats: Sequence[RenderedChat], threads: int | None = None) -> list[list[ChatRow]]:
+        """All rows of each conversation, on so many threads (default: one a core)."""
+        return encode_pieces(chats, functools.partial(self.encode_batch, threads=threads))
 
     def apply_chat_template(
         self, messages: Sequence[Message], add_generation_prompt: bool = False, tokenize: bool = True
@@ -322,18 +334,23 @@ class SLMTokenizer:
             )
         return self.chat_template
 
-    def _encode_with_special(self, text: str, marker: str) -> list[int]:
-        """Special tokens recognised, but those spelled with `marker`s, which are then removed (see `chat.shield`)."""
+    def _encode_with_special(self, text: str) -> list[int]:
+        parts = self._cut_at_special(text, marker="")
+        return [index for part in parts for index in ([part] if isinstance(part, int) else self.encode(part))]
+
+    def _cut_at_special(self, text: str, marker: str) -> Iterator[str | int]:
+        """Text, and special tokens by their ids, but those spelled with `marker`s, which go (see `chat.shield`)."""
         unmarked = f"(?!{marker})" if marker else ""
-        ids, done = [], 0
+        done = 0
         for match in re.finditer(rf"({self._spellings}){unmarked}(\s*)", text):
             index = self.special_tokens[match[1]]
             token = self._special[index]
             before = text[done : match.start()].replace(marker, "")
             # Some foreign special tokens swallow the white space beside them.
-            ids += [*self.encode(before.rstrip() if token.lstrip else before), index]
+            yield before.rstrip() if token.lstrip else before
+            yield index
             done = match.end() if token.rstrip else match.end(1)
-        return ids + self.encode(text[done:].replace(marker, ""))
+        yield text[done:].replace(marker, "")
 
     # -- what it is ---------------------------------------------------------------------------------------------------
 

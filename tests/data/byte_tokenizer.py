@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from slmkit.tokenizer.chat_rows import ChatRow, Piece, RenderedChat, encode_pieces
+
 
 @dataclass
 class EncodedChat:
@@ -30,8 +32,16 @@ class ByteTokenizer:
     def encode_batch(self, texts: list[str], threads: int | None = None) -> list[np.ndarray]:
         return [np.array(self.encode(text), dtype=np.uint32) for text in texts]
 
-    def encode_chat_rows(self, messages: list[dict[str, str]]) -> list[EncodedChat]:
-        return [self.encode_chat(messages)]
+    def render_chat(self, messages: list[dict[str, str]]) -> RenderedChat:
+        pieces = []
+        for message in messages:
+            is_assistant = message["role"] == "assistant"
+            pieces.append(Piece(self.assistant_id if is_assistant else self.user_id, False))
+            pieces.append(Piece(message["content"], is_assistant))
+        return [pieces]
+
+    def encode_rendered(self, chats: list[RenderedChat], threads: int | None = None) -> list[list[ChatRow]]:
+        return encode_pieces(chats, self.encode_batch)
 
     def encode_chat(self, messages: list[dict[str, str]]) -> EncodedChat:
         """What the assistant says is learned; who speaks is not."""

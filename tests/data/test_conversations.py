@@ -8,11 +8,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from slmkit.api import train_recipe
 from slmkit.cli.data import _print_documents
 from slmkit.config import UserError
+from slmkit.data import conversations
 from slmkit.data.conversations import IN_ROWS, UNLEARNED, ConversationEncoder
 from slmkit.data.corpus import Corpus
 from slmkit.data.data_settings import DataSettings
@@ -116,7 +118,7 @@ def test_a_bad_row_is_refused_by_its_place_or_left_out_and_counted(
     assert "\n" not in str(raised.value)
     source = source_of(path, on_bad_row="skip", name="mine")
     kept = list(encoded_of(source, lambda source: ConversationEncoder(ours, source)))
-    assert [one.rows for one in kept] == [[ours.encode_chat(GOOD)]] * 2
+    assert [[row.to_lists() for row in one.rows] for one in kept] == [[ours.encode_chat(GOOD)]] * 2
     assert source.skipped == {reason: 1}
     (line,) = source.report()
     assert line.startswith(f"mine: 1 skipped ({reason}), such as {path}:2: ")
@@ -143,7 +145,7 @@ def test_what_a_row_cuts_and_what_teaches_nothing_is_counted_by_place(tokenizer:
     ]
     skipping = source_of(path)
     encoder = ConversationEncoder(tokenizer, skipping, length=64, on_long="skip")
-    assert [one.rows[0] for one in encoder.encode_all(MIXED)] == [
+    assert [one.rows[0].to_lists() for one in encoder.encode_all(MIXED)] == [
         tokenizer.encode_chat(messages) for messages in (GOOD, UNWEIGHED, GOOD)
     ]
     assert skipping.skipped == {"longer than 64 tokens": 3}
@@ -151,8 +153,42 @@ def test_what_a_row_cuts_and_what_teaches_nothing_is_counted_by_place(tokenizer:
         list(encoded_of(source_of(path), lambda s: ConversationEncoder(tokenizer, s, 64, "refuse")))
     # A conversation that just fits loses nothing but the end-of-text token behind it, which is not learned anyway.
     exact = ConversationEncoder(tokenizer, (just := source_of(path)), length, "refuse")
-    assert len(exact.encode(LONG)) == 1
+    assert len(list(exact.encode_all([LONG]))) == 1
     assert not just.noted
+
+
+def test_rows_are_counted_in_their_order_however_far_ahead_they_are_read(
+    tokenizer: SLMTokenizer, tmp_path: Path
+) -> None:
+    disordered, refused = [turn("user"), turn("user")], [turn("user", "forbidden"), turn("assistant")]
+    rows = [GOOD, LONG, refused, disordered, GOOD]
+    path, ours = write(tmp_path / "a.jsonl", rows), with_refusal(tokenizer)
+    source = source_of(path, on_bad_row="skip")
+    kept = list(encoded_of(source, lambda source: ConversationEncoder(ours, source, 64, "skip")))
+    assert len(kept) == 2
+    assert list(source.skipped) == ["longer than 64 tokens", "refused by the chat template", "roles out of order"]
+    with pytest.raises(UserError, match=rf"{path}:2: \d+ tokens, and a row has 64"):
+        list(encoded_of(source := source_of(path), lambda source: ConversationEncoder(ours, source, 64, "refuse")))
+    assert not source.skipped
+    with pytest.raises(UserError, match=f"{path}:3: the chat template failed"):
+        list(encoded_of(source_of(path), lambda source: ConversationEncoder(ours, source)))
+    nothing = write(tmp_path / "b.jsonl", [disordered] * 3)
+    with pytest.raises(UserError, match="not one document"):
+        list(encoded_of(source := source_of(nothing, on_bad_row="skip"), lambda s: ConversationEncoder(ours, s)))
+    assert source.skipped == {"roles out of order": 3}
+
+
+@pytest.mark.parametrize("size", [1, 100, conversations.BATCH_BYTES])
+def test_shards_are_the_same_however_many_conversations_are_encoded_at_once(
+    tokenizer: SLMTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    monkeypatch.setattr(conversations, "BATCH_BYTES", size)
+    odd = [turn("user", "half \ud800"), turn("assistant", "<|im_end|>")]
+    shards = prepare_chat([*MIXED, odd, *MIXED], tokenizer, tmp_path / "shards")
+    each = [tokenizer.encode_chat(messages) for messages in [*MIXED, odd, *MIXED]]
+    assert shards.tokens_in(0, len(shards)).tolist() == [i for one in each for i in (*one.ids, tokenizer.eos_token_id)]
+    assert shards.trained_in(0, len(shards)).tolist() == [t for one in each for t in (*one.trained, False)]
+    assert np.diff(shards.document_ends, prepend=0).tolist() == [len(one.ids) + 1 for one in each]
 
 
 def test_a_conversation_of_several_rows_is_counted_and_all_its_answers_are_fed(

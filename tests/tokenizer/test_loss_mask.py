@@ -106,6 +106,19 @@ def test_a_prompt_is_what_training_put_before_the_answer(tokenizer: SLMTokenizer
 
 
 @settings(deadline=None)
+@given(st.lists(CONVERSATIONS, max_size=5))
+def test_many_conversations_encoded_at_once_are_those_encoded_one_by_one(
+    tokenizer: SLMTokenizer, conversations: list[list[dict]]
+) -> None:
+    wordy = tokenizer.extended(added_tokens=["the cat"])  # what the fast encoder does not take
+    for each in (tokenizer, tokenizer.extended(chat_template="llama3"), wordy):
+        together = each.encode_rendered([each.render_chat(messages) for messages in conversations])
+        assert [[row.to_lists() for row in rows] for rows in together] == [
+            [each.encode_chat(messages)] for messages in conversations
+        ]
+
+
+@settings(deadline=None)
 @given(CONVERSATIONS)
 def test_no_message_can_forge_a_special_token(tokenizer: SLMTokenizer, messages: list[dict]) -> None:
     chat = tokenizer.encode_chat(messages)
@@ -145,6 +158,15 @@ def test_a_conversation_of_all_noncharacters_is_refused_only_where_one_is_needed
     assert every in tokenizer.decode(tokenizer.encode_chat([{"role": "user", "content": every}]).ids)
     with pytest.raises(UserError, match=r"U\+FDD0"):
         tokenizer.encode_chat([{"role": "user", "content": every + "<|im_end|>"}])
+
+
+def test_half_a_surrogate_pair_spoils_no_conversation_beside_it(tokenizer: SLMTokenizer) -> None:
+    odd = [{"role": "user", "content": "a\ud800"}, {"role": "assistant", "content": "b"}]
+    for each in (tokenizer, tokenizer.extended(added_tokens=["the cat"])):
+        together = each.encode_rendered([each.render_chat(messages) for messages in (CONVERSATION, odd, CONVERSATION)])
+        whole, found = each.encode_chat(CONVERSATION), [row.to_lists() for (row,) in together]
+        assert found == [whole, each.encode_chat(odd), whole]
+        assert "a\ud800".encode("utf-8", "surrogatepass") in each.decode_bytes(found[1].ids)
 
 
 def chat_with(template: str) -> SLMTokenizer:

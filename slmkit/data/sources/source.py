@@ -64,6 +64,12 @@ class Source:
         """
         return self._read(lambda part, inner: part.conversations(inner), lambda conversation: True, start)
 
+    def read_conversation_rows(self) -> Iterator[Item[list[Message]]]:
+        """As `read_conversations`, but rows that are none stand in their places: for those who read ahead, and call
+        `leave_out` when their turn has come.
+        """
+        return self._read_rows(lambda part, inner: part.conversations(inner), lambda conversation: True, None)
+
     def read_questions(self) -> Iterator[tuple[list[Message], Position]]:
         """As `read_conversations`, of those that end with the right answer to a question."""
         return self._read(lambda part, inner: part.questions(inner), lambda question: True, None)
@@ -105,6 +111,15 @@ class Source:
     def _read(
         self, items: Callable[[Part, Position], Iterator[Item[T]]], ends: Callable[[T], bool], start: Position | None
     ) -> Iterator[tuple[T, Position]]:
+        for item, behind in self._read_rows(items, ends, start):
+            if isinstance(item, BadRow):
+                self.leave_out(item)
+            else:
+                yield item, behind
+
+    def _read_rows(
+        self, items: Callable[[Part, Position], Iterator[Item[T]]], ends: Callable[[T], bool], start: Position | None
+    ) -> Iterator[Item[T]]:
         """What there is from `start` on; after a failure of the network, again from the last position."""
         position = start or {"file": 0, "documents": 0}
         found = start is not None
@@ -112,11 +127,9 @@ class Source:
             try:
                 for item, behind in self._read_once(items, ends, position):
                     position = behind
-                    if isinstance(item, BadRow):
-                        self.leave_out(item)
-                        continue
-                    found = True
-                    self.patience.succeeded()
+                    if not isinstance(item, BadRow):
+                        found = True
+                        self.patience.succeeded()
                     yield item, position
                 break
             except NetworkError as error:
