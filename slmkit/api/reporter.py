@@ -6,10 +6,11 @@ from typing import Protocol
 
 from rich.text import Text
 
-from slmkit.data import corpus as data_corpus
+from slmkit.data import source_shards
+from slmkit.data.prepare import Progress
 
 
-class Reporter(data_corpus.Reporter, Protocol):
+class Reporter(source_shards.Reporter, Protocol):
     """Where the long functions below say how far they are; a `Text` has colours that mean something."""
 
     def say(self, line: str | Text) -> None: ...
@@ -24,7 +25,7 @@ class Silence:
 
     def warn(self, line: str) -> None: ...
 
-    def counter(self, label: str) -> data_corpus.Progress:
+    def counter(self, label: str) -> Progress:
         return lambda *done: None
 
 

@@ -58,8 +58,6 @@ def train_recipe(recipe: Recipe, reporter: Reporter, dry_run: bool = False, forc
     """
     check_trackers(recipe.train.report_to)
     expect_a_model(recipe)
-    if recipe.lora is not None and recipe.model.path is None:
-        raise UserError("lora: an adapter is for a finished model: name that in model.path, or drop lora")
     recipe = with_the_teachers_tokenizer(recipe)
     device = find_device(recipe.train.device, recipe.train.precision)
     with join(device, recipe.train.ddp_timeout) as group:

@@ -23,11 +23,18 @@ def work_of(material: Material) -> Work:
 
 
 def expect_a_model(recipe: Recipe) -> None:
-    """Raises `UserError` where the objective refines a model, and the recipe names none."""
-    if recipe.objective in ("dpo", "grpo") and recipe.model.path is None:
+    """Raises `UserError` where a model is refined, and the recipe names none.
+
+    No check of `Recipe` itself: a recipe such as own-preferences is a form, and valid before its model is filled in.
+    """
+    if recipe.model.path is not None:
+        return
+    if recipe.objective in ("dpo", "grpo"):
         raise UserError(
             f"objective {recipe.objective} goes on from a model that talks: name a run or model directory as model.path"
         )
+    if recipe.lora is not None:
+        raise UserError("lora: an adapter is for a finished model: name that in model.path, or drop lora")
 
 
 def next_token_work(m: Material) -> Work:
