@@ -94,8 +94,8 @@ def run(part: str, stage: str, seed: int, root: Path, base: str | None, smoke: b
     return train_recipe(Recipe.model_validate(recipe), Quiet(), force=True)
 
 
-def share_right(part: str, model_path: str | Path, smoke: bool) -> float:
-    """Of held-out questions, how many a model answers rightly where it takes the likeliest token."""
+def shares_right(part: str, model_path: str | Path, smoke: bool) -> tuple[float, float]:
+    """Of held-out questions, how many a model answers rightly: by the likeliest tokens, and of four sampled answers."""
     directory = find_model_directory(model_path)
     model, tokenizer = load_decoder(directory)[0], SLMTokenizer.from_pretrained(directory)
     count = 10 if smoke else PARTS[part]["questions"]
@@ -103,32 +103,40 @@ def share_right(part: str, model_path: str | Path, smoke: bool) -> float:
     prompts = [tokenizer.encode_chat(messages[:-1], add_generation_prompt=True).ids for messages in asked]
     room = model.architecture.max_positions - PARTS[part]["new"]
     fitting = [(torch.tensor(p).numpy(), m[-1]["content"]) for p, m in zip(prompts, asked) if len(p) <= room]
-    answers = AnswerSampler(tokenizer, PARTS[part]["new"], temperature=0.0)(model, [p for p, _ in fitting], 1, seed=0)
-    said = [tokenizer.decode(answer.tolist(), skip_special_tokens=True).strip() for answer in answers]
-    return sum(a == right for a, (_, right) in zip(said, fitting)) / count
+
+    def share(temperature: float, answers_each: int) -> float:
+        sampler = AnswerSampler(tokenizer, PARTS[part]["new"], temperature)
+        answers = sampler(model, [prompt for prompt, _ in fitting], answers_each, seed=0)
+        said = [tokenizer.decode(answer.tolist(), skip_special_tokens=True).strip() for answer in answers]
+        known = [right for _, right in fitting for _ in range(answers_each)]
+        return sum(a == right for a, right in zip(said, known)) / (count * answers_each)
+
+    return share(0.0, 1), share(1.0, 4)
 
 
 def measure(part: str, seeds: int, root: Path, base: str | None, smoke: bool) -> dict[str, Any]:
     """A part's table and curves."""
     started = time.perf_counter()
     base = base or str(run(part, "sft", 0, root, None, smoke).latest)
-    found: dict[str, Any] = {"before": share_right(part, base, smoke), "seeds": seeds}
-    print(f"{part}: {found['before']:.3f} right before ({time.perf_counter() - started:.0f} s)", flush=True)
+    greedy, sampled = shares_right(part, base, smoke)
+    found: dict[str, Any] = {"before": greedy, "before_sampled": sampled, "seeds": seeds}
+    print(f"{part}: {greedy:.3f} right before, {sampled:.3f} of sampled answers", flush=True)
     curves = {"dpo": "rewards/accuracy", "grpo": "answers/right"}
     for stage, figure in curves.items():
-        shares, lines = [], []
+        shares, samples, lines = [], [], []
         for seed in range(1, seeds + 1):
             began = time.perf_counter()
             made = run(part, stage, seed, root, base, smoke)
-            shares.append(share_right(part, made.latest, smoke))
+            greedy, sampled = shares_right(part, made.latest, smoke)
+            shares.append(greedy)
+            samples.append(sampled)
             lines.append(made.metrics.read())
-            print(
-                f"{part}: {stage}, seed {seed}: {shares[-1]:.3f} right ({time.perf_counter() - began:.0f} s)",
-                flush=True,
-            )
+            took = time.perf_counter() - began
+            print(f"{part}: {stage}, seed {seed}: {greedy:.3f}, sampled {sampled:.3f} ({took:.0f} s)", flush=True)
         held_out = "validation/right" if stage == "grpo" else "validation/rewards/accuracy"
         found[stage] = {
             "right": shares,
+            "sampled_right": samples,
             "mean": statistics.mean(shares),
             "deviation": statistics.stdev(shares) if seeds > 1 else None,
             "curves": [[[line["step"], round(line[figure], 4)] for line in each] for each in lines],
