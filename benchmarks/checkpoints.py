@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.figures import spread
 from slmkit.data.batch import Batch
 from slmkit.device import find_device, keep_freed_memory
 from slmkit.model import SLMConfig, build_decoder
@@ -86,23 +86,15 @@ def main() -> None:
         "what": f"{EVERY} steps of {ROWS * LENGTH} tokens with one checkpoint and without, {ROUNDS} rounds in turn",
         "environment": environment() | device.describe(),
         "parameters": sum(p.numel() for p in state.model.parameters()),
-        "milliseconds_a_step": spread([1e3 * without / EVERY for without, *_ in rounds]),
-        "stall_in_percent": spread([100 * stalled / without for without, _, stalled, _ in rounds]),
-        "whole_cost_in_percent": spread([100 * (saving / without - 1) for without, saving, *_ in rounds]),
-        "stall_in_milliseconds": spread([1e3 * stalled for *_, stalled, _ in rounds]),
-        "written_at_once_in_milliseconds": spread([1e3 * whole for *_, whole in rounds]),
+        "milliseconds_a_step": spread([1e3 * without / EVERY for without, *_ in rounds], 2),
+        "stall_in_percent": spread([100 * stalled / without for without, _, stalled, _ in rounds], 2),
+        "whole_cost_in_percent": spread([100 * (saving / without - 1) for without, saving, *_ in rounds], 2),
+        "stall_in_milliseconds": spread([1e3 * stalled for *_, stalled, _ in rounds], 2),
+        "written_at_once_in_milliseconds": spread([1e3 * whole for *_, whole in rounds], 2),
     }
     print(json.dumps(result, indent=2))
     if "--no-output" not in sys.argv:
         RESULTS.write_text(json.dumps(result, indent=2) + "\n")
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {
-        "median": round(statistics.median(values), 2),
-        "least": round(min(values), 2),
-        "most": round(max(values), 2),
-    }
 
 
 if __name__ == "__main__":

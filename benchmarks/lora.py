@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.figures import spread
 from slmkit.adapt.adapter import save_adapter, trained_tensors
 from slmkit.adapt.load import start_adapter
 from slmkit.data import stories
@@ -156,14 +157,6 @@ def main() -> None:
     print(json.dumps(result["methods"], indent=2))
     if "--no-output" not in sys.argv and size is WHOLE:
         RESULTS.write_text(json.dumps(result, indent=2) + "\n")
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {
-        "median": round(statistics.median(values), 3),
-        "least": round(min(values), 3),
-        "most": round(max(values), 3),
-    }
 
 
 if __name__ == "__main__":

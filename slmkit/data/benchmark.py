@@ -25,14 +25,16 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from slmkit.data import stories
-from slmkit.data.prepare import prepare_text
+from slmkit.data.prepare import prepare_chat, prepare_text
 from slmkit.data.shards import HEADER, Header, Shard, TokenShards
+from slmkit.data.sources import Message
 from slmkit.data.stream import PretrainRows, Stream
 from slmkit.tokenizer import SLMTokenizer
 
 ROUNDS = 5
 VOCABULARY = 4096
 SHARD_TOKENS = 1 << 28
+TEMPLATES = ("chatml", "llama3", "gemma")
 ROW, ROWS = 1024, 128  # tokens in a row, rows in a batch
 
 Result = dict[str, Any]
@@ -128,6 +130,31 @@ def preparation(texts: list[str], tokenizer: SLMTokenizer, folder: Path, rounds:
     return result | {"MB/s": round(size / result["seconds"], 2), "ratio of processor time": _median(shares, 3)}
 
 
+def talks_of(texts: list[str]) -> list[list[Message]]:
+    """Conversations of six turns, each of them a text."""
+    roles = ("user", "assistant") * 3
+    starts = range(0, len(texts) - len(roles) + 1, len(roles))
+    return [[{"role": r, "content": text} for r, text in zip(roles, texts[start:])] for start in starts]
+
+
+def conversations(texts: list[str], tokenizer: SLMTokenizer, folder: Path, rounds: int = ROUNDS) -> Result:
+    """`prepare_chat` beside rendering and encoding conversation by conversation, which writes nothing."""
+    talks, numbers = talks_of(texts), itertools.count()
+    size = sum(len(message["content"]) for talk in talks for message in talk) / 1e6
+
+    def prepare() -> None:
+        prepare_chat(talks, tokenizer, folder / f"chat-{next(numbers)}")
+
+    def one_by_one() -> None:
+        for talk in talks:
+            tokenizer.encode_chat_rows(talk)
+
+    result = side_by_side(prepare, one_by_one, rounds)
+    shares = [processor_seconds(one_by_one) / processor_seconds(prepare) for _ in range(rounds)]
+    rates = {"conversations/s": round(len(talks) / result["seconds"]), "MB/s": round(size / result["seconds"], 2)}
+    return result | rates | {"ratio of processor time": _median(shares, 3)}
+
+
 def write_sparse_shards(folder: Path, tokens: int) -> TokenShards:
     """Shards of so many tokens, all 0, that take no room on disk: files with nothing in them but their length."""
     folder.mkdir(parents=True)
@@ -206,6 +233,9 @@ def measure(megabytes: float = 20, gigabytes: float = 50, rounds: int = ROUNDS) 
     yield "a megabyte of one character", one_character(texts, tokenizer, rounds)
     with temporary_folder() as folder:
         yield "preparation, all cores", preparation(texts, tokenizer, folder, rounds)
+        for name in TEMPLATES:
+            chatting = tokenizer.extended(chat_template=name)
+            yield f"conversations, {name}", conversations(some, chatting, folder, rounds)
         shards = folder / "0"
         yield "loading", loading(shards)
         write_sparse_shards(folder / "large", round(gigabytes * 1e9 / 2))

@@ -1,4 +1,4 @@
-"""The same work as in `benchmark.py` by `datasets` and by `litdata`, where they are installed.
+"""The same work as in `benchmark.py` by `datasets`, `transformers` and `litdata`, where they are installed.
 
 litdata pins packages that may not go with these: SLMKIT_LITDATA_PYTHON names an interpreter that has it.
 """
@@ -13,8 +13,18 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from slmkit.data.benchmark import ROW, ROWS, Result, corpus, loading, plain_tokenizer, seconds, temporary_folder
-from slmkit.data.prepare import prepare_text
+from slmkit.data.benchmark import (
+    ROW,
+    ROWS,
+    Result,
+    corpus,
+    loading,
+    plain_tokenizer,
+    seconds,
+    talks_of,
+    temporary_folder,
+)
+from slmkit.data.prepare import prepare_chat, prepare_text
 from slmkit.tokenizer import SLMTokenizer
 
 LITDATA = """
@@ -39,6 +49,12 @@ if __name__ == "__main__":
     print("RESULT", json.dumps({"M tokens/s": round(best / 1e6, 2)}))
 """
 
+MASKED_CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}"
+    "{{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}{% endif %}"
+    "{{ '\n' }}{% endfor %}"
+)
+
 
 def measure_peers(megabytes: float = 20) -> Iterator[tuple[str, Result]]:
     """Each peer's figures by its name, or the reason why there are none; ours on the same text stand beside."""
@@ -50,6 +66,7 @@ def measure_peers(megabytes: float = 20) -> Iterator[tuple[str, Result]]:
         yield "slmkit", {"preparation MB/s": round(size / prepared, 2), "loading M tokens/s": ours}
         yield "datasets.map and DataLoader", _datasets(texts, tokenizer, folder, size)
         yield "litdata", _litdata(folder)
+        yield "conversations by datasets.map", _conversations(texts, tokenizer, folder)
 
 
 def _datasets(texts: list[str], tokenizer: SLMTokenizer, folder: Path, size: float) -> Result:
@@ -86,6 +103,34 @@ def _datasets(texts: list[str], tokenizer: SLMTokenizer, folder: Path, size: flo
 
     loaded = seconds(load)
     return {"preparation MB/s": round(size / taken, 2), "loading M tokens/s": round(tokens / loaded / 1e6, 2)}
+
+
+def _conversations(texts: list[str], tokenizer: SLMTokenizer, folder: Path) -> Result:
+    """As `trl` has them tokenized: by `transformers`, with the mask that `{% generation %}` in the template gives."""
+    try:
+        import datasets
+        from transformers import AutoTokenizer
+    except ImportError:
+        return {"skipped": "pip install datasets transformers"}
+    datasets.disable_progress_bars()
+    talks = talks_of(texts)
+    size = sum(len(message["content"]) for talk in talks for message in talk) / 1e6
+    tokenizer.save_pretrained(folder / "tokenizer")
+    theirs: Any = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    theirs.chat_template = MASKED_CHATML
+
+    def tokenized(row: dict[str, Any]) -> dict[str, Any]:
+        return {**theirs.apply_chat_template(row["messages"], return_dict=True, return_assistant_tokens_mask=True)}
+
+    source, kept = datasets.Dataset.from_dict({"messages": talks}), str(folder / "talks.arrow")
+    taken = seconds(lambda: source.map(tokenized, num_proc=os.cpu_count(), cache_file_name=kept))
+    prepared = seconds(lambda: prepare_chat(talks, tokenizer, folder / "chat"))
+    return {
+        "conversations/s": round(len(talks) / taken),
+        "MB/s": round(size / taken, 2),
+        "slmkit conversations/s": round(len(talks) / prepared),
+        "slmkit MB/s": round(size / prepared, 2),
+    }
 
 
 def _litdata(folder: Path) -> Result:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from slmkit.data import benchmark_peers
-from slmkit.data.benchmark import corpus, plain_tokenizer, write_sparse_shards
+from slmkit.data.benchmark import TEMPLATES, corpus, plain_tokenizer, talks_of, write_sparse_shards
 from tests.cli.helpers import slm
 
 
@@ -18,6 +18,12 @@ def test_both_encoders_of_the_benchmark_do_the_same_work():
     assert sum(map(len, texts)) >= 50_000
     for text, ids in zip(texts, tokenizer.encode_batch(texts, threads=1)):
         assert plain.encode(text, add_special_tokens=False).ids == ids.tolist()
+
+
+def test_the_conversations_of_the_benchmark_hold_all_of_the_text():
+    assert [len(talk) for talk in talks_of([str(number) for number in range(20)])] == [6, 6, 6]
+    said = [message["content"] for talk in talks_of([str(number) for number in range(20)]) for message in talk]
+    assert said == [str(number) for number in range(18)]
 
 
 def test_sparse_shards_are_read_like_any_and_take_no_room(tmp_path: Path):
@@ -35,6 +41,7 @@ def test_the_command_says_every_measure():
         "encoding, one thread",
         "a megabyte of one character",
         "preparation, all cores",
+        *(f"conversations, {name}" for name in TEMPLATES),
         "loading",
         "loading from 2 GB",
         "first batch of a process",
@@ -45,7 +52,8 @@ def test_the_command_says_every_measure():
 
 def test_a_peer_that_is_missing_is_said(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("SLMKIT_LITDATA_PYTHON", raising=False)
-    monkeypatch.setattr(benchmark_peers, "_datasets", lambda *_: {"skipped": "not here"})
+    for name in ("_datasets", "_conversations"):
+        monkeypatch.setattr(benchmark_peers, name, lambda *_: {"skipped": "not here"})
     results = dict(benchmark_peers.measure_peers(0.6))
     assert results["litdata"] == {"skipped": "SLMKIT_LITDATA_PYTHON names no interpreter that has litdata"}
     assert results["slmkit"]["loading M tokens/s"] > 0
