@@ -103,7 +103,7 @@ def share_right(part: str, model_path: str | Path, smoke: bool) -> float:
     prompts = [tokenizer.encode_chat(messages[:-1], add_generation_prompt=True).ids for messages in asked]
     room = model.architecture.max_positions - PARTS[part]["new"]
     fitting = [(torch.tensor(p).numpy(), m[-1]["content"]) for p, m in zip(prompts, asked) if len(p) <= room]
-    answers = AnswerSampler(tokenizer, PARTS[part]["new"], temperature=0.0)(model, [p for p, _ in fitting], seed=0)
+    answers = AnswerSampler(tokenizer, PARTS[part]["new"], temperature=0.0)(model, [p for p, _ in fitting], 1, seed=0)
     said = [tokenizer.decode(answer.tolist(), skip_special_tokens=True).strip() for answer in answers]
     return sum(a == right for a, (_, right) in zip(said, fitting)) / count
 

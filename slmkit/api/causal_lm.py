@@ -41,9 +41,11 @@ class GeneratingModel(nn.Module):
         repetition_penalty: float = 1.0,
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
+        num_return_sequences: int = 1,
         seed: int | None = None,
     ) -> Tensor:
-        """input_ids [batch, prompt] → [batch, prompt + new], the prompt included; meanings as in transformers.
+        """input_ids [batch, prompt] → [batch * num_return_sequences, prompt + new], the prompt included; meanings as in
+        transformers.
 
         `attention_mask` [batch, prompt] is 0 where a shorter prompt is padded, at its left, and 1 elsewhere.
         `max_length` counts the prompt, `max_new_tokens` does not; with neither it is the model's whole context.
@@ -71,6 +73,7 @@ class GeneratingModel(nn.Module):
             settings=settings,
             pad_token_id=_first(pad_token_id, self.config.pad_token_id, 0),
             padding=_left_padding(attention_mask),
+            num_return_sequences=num_return_sequences,
         )
 
 

@@ -93,19 +93,20 @@ def judge_of(tokenizer: SLMTokenizer, settings: GrpoSettings) -> Judge:
 
 @dataclass(frozen=True)
 class AnswerSampler:
-    """Answers to prompts of any lengths, side by side: each with the token that ended it, where one did."""
+    """`count` answers to each of some prompts, of any lengths: each with the token that ended it, where one did."""
 
     tokenizer: SLMTokenizer
     max_new_tokens: int
     temperature: float  # 0: greedy
 
-    def __call__(self, model: Decoder, prompts: Sequence[np.ndarray], seed: int) -> list[np.ndarray]:
+    def __call__(self, model: Decoder, prompts: Sequence[np.ndarray], count: int, seed: int) -> list[np.ndarray]:
         answers: list[np.ndarray] = []
-        for start in range(0, len(prompts), ROWS_AT_ONCE):
-            answers += self._side_by_side(model, prompts[start : start + ROWS_AT_ONCE], seed + start)
+        at_once = max(1, ROWS_AT_ONCE // count)
+        for start in range(0, len(prompts), at_once):
+            answers += self._side_by_side(model, prompts[start : start + at_once], count, seed + start)
         return answers
 
-    def _side_by_side(self, model: Decoder, prompts: Sequence[np.ndarray], seed: int) -> list[np.ndarray]:
+    def _side_by_side(self, model: Decoder, prompts: Sequence[np.ndarray], count: int, seed: int) -> list[np.ndarray]:
         pad_id, stops = self.tokenizer.pad_token_id or 0, self.tokenizer.stop_token_ids
         longest = max(map(len, prompts))
         ids = np.full((len(prompts), longest), pad_id, dtype=np.int64)
@@ -120,6 +121,7 @@ class AnswerSampler:
             settings=SamplingSettings(temperature=self.temperature, seed=seed % 2**63),
             pad_token_id=pad_id,
             padding=torch.tensor([longest - len(prompt) for prompt in prompts], device=device),
+            num_return_sequences=count,
         )
         return [_until_its_end(row, stops) for row in found[:, longest:].cpu().numpy()]
 
@@ -146,7 +148,7 @@ class ValidateAnswers:
         mine = range(group.rank, count, group.world)
         prompts = [self.questions.prompt(index) for index in mine]
         with group.whole(state.model), as_written(state.model):
-            answers = self.greedy(state.model, prompts, seed=0)
+            answers = self.greedy(state.model, prompts, count=1, seed=0)
         judged = [
             self.judge.judge(prompt, answer, self.questions.known(index))
             for index, prompt, answer in zip(mine, prompts, answers)

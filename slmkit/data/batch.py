@@ -57,6 +57,10 @@ class Batch:
         first = self._each(lambda tensor: tensor[:1], 0)
         return Batch(first.ids, torch.full_like(first.labels, IGNORED), 0, first.documents, first.extra)
 
+    def only(self, rows: Tensor) -> Batch:
+        """Those of its rows that `rows`, bool [rows], names."""
+        return self._each(lambda tensor: tensor[rows], int((self.labels[rows] != IGNORED).sum()))
+
     def split(self, rows: int) -> list[Batch]:
         """Micro-batches of at most `rows` rows, in order."""
         if len(self.ids) <= rows:

@@ -50,6 +50,11 @@ class Questions:
         start, stop, _ = self.places[index]
         return self.shards.tokens_in(start, stop).astype(np.int64)
 
+    def length(self, index: int) -> int:
+        """Of its prompt, in tokens."""
+        start, stop, _ = self.places[index]
+        return stop - start
+
     def known(self, index: int) -> np.ndarray:
         """The right answer, with the token that ends it: int64 [answer]."""
         _, start, stop = self.places[index]

@@ -20,6 +20,15 @@ from slmkit.model import Decoder, KVCache
 from slmkit.tokenizer import SLMTokenizer
 
 
+class MemberCaches(list[KVCache]):
+    """One of each member."""
+
+    def repeat(self, times: int) -> None:
+        """As `KVCache.repeat`."""
+        for cache in self:
+            cache.repeat(times)
+
+
 class Ensemble(nn.Module):
     """The mean of the members' probabilities, weighted by `weights` (default: all alike), which need not sum to one.
 
@@ -48,11 +57,11 @@ class Ensemble(nn.Module):
     def device(self) -> torch.device:
         return self.members[0].device
 
-    def new_cache(self, batch_size: int, max_length: int, padding: Tensor | None = None) -> list[KVCache]:
+    def new_cache(self, batch_size: int, max_length: int, padding: Tensor | None = None) -> MemberCaches:
         """An empty cache of each member."""
-        return [member.new_cache(batch_size, max_length, padding) for member in self.members]
+        return MemberCaches(member.new_cache(batch_size, max_length, padding) for member in self.members)
 
-    def forward(self, ids: Tensor, cache: list[KVCache] | None = None, documents: Tensor | None = None) -> Tensor:
+    def forward(self, ids: Tensor, cache: MemberCaches | None = None, documents: Tensor | None = None) -> Tensor:
         """ids [batch, new] → the members' hidden states beside each other [batch, new, sum of widths]."""
         caches: Sequence[KVCache | None] = cache or [None] * len(self.members)
         return torch.cat([member(ids, its, documents) for member, its in zip(self.members, caches)], dim=-1)

@@ -35,21 +35,30 @@ def room_after(decoder: LanguageModel, prompt: int, max_new_tokens: int) -> tupl
 
 
 def token_steps(
-    decoder: LanguageModel, prompt_ids: Tensor, count: int, settings: SamplingSettings, padding: Tensor | None = None
+    decoder: LanguageModel,
+    prompt_ids: Tensor,
+    count: int,
+    settings: SamplingSettings,
+    padding: Tensor | None = None,
+    num_return_sequences: int = 1,
 ) -> Iterator[Tensor]:
-    """The next token of every row, [batch], `count` times; prompt_ids [batch, prompt].
+    """The next token of every row, [batch * num_return_sequences], `count` times; prompt_ids [batch, prompt].
 
-    `padding` [batch]: how many tokens at the left of each row are none of its own. The caller decides when rows have
+    `padding` [batch]: how many tokens at the left of each row are none of its own. A prompt is read once, however many
+    texts are to follow it: they are rows side by side. The caller decides when rows have
     ended. Between two steps nothing is left changed, neither the model's mode nor torch's, so that whoever takes the
     tokens may train meanwhile, generate something else, or never come back.
     """
     sampler = Sampler(settings, prompt_ids.device)
     cache = decoder.new_cache(prompt_ids.size(0), prompt_ids.size(1) + count, padding)
     new, ids = prompt_ids, _own_tokens(prompt_ids, padding)
-    for _ in range(count):
+    for number in range(count):
         with _evaluating(decoder):
             hidden = decoder(new, cache)[:, -1]  # [batch, width]
-            token = sampler(decoder.logits(hidden), ids)  # [batch]
+            if number == 0 and num_return_sequences > 1:
+                cache.repeat(num_return_sequences)
+                hidden, ids = (rows.repeat_interleave(num_return_sequences, dim=0) for rows in (hidden, ids))
+            token = sampler(decoder.logits(hidden), ids)  # [batch * num_return_sequences]
             new = token[:, None]
             ids = torch.cat((ids, new), dim=1)
         yield token
@@ -86,18 +95,23 @@ def generate_ids(
     settings: SamplingSettings,
     pad_token_id: int,
     padding: Tensor | None = None,
+    num_return_sequences: int = 1,
 ) -> Tensor:
-    """prompt_ids [batch, prompt] → [batch, prompt + new]: the prompt, the new tokens and the one that ended them.
+    """prompt_ids [batch, prompt] → [batch * num_return_sequences, prompt + new]: the prompt, the new tokens and the one
+    that ended them; what follows one prompt is side by side.
 
     Prompts of different lengths stand at the right, behind `padding` [batch] tokens that are not read. Rows that have
     ended are filled with `pad_token_id`; it ends when all have, or the context is full. Raises `UserError` as
-    `room_after` does.
+    `room_after` does, and for fewer than one sequence.
     """
+    if num_return_sequences < 1:
+        raise UserError(f"num_return_sequences {num_return_sequences}: expected 1 or more")
     count, _ = room_after(decoder, prompt_ids.size(1), max_new_tokens)
+    prompt_rows = prompt_ids.repeat_interleave(num_return_sequences, dim=0)
     stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=prompt_ids.device)
-    ended = torch.zeros(prompt_ids.size(0), dtype=torch.bool, device=prompt_ids.device)
-    columns = [prompt_ids]
-    for token in token_steps(decoder, prompt_ids, count, settings, padding):
+    ended = torch.zeros(prompt_rows.size(0), dtype=torch.bool, device=prompt_ids.device)
+    columns = [prompt_rows]
+    for token in token_steps(decoder, prompt_ids, count, settings, padding, num_return_sequences):
         columns.append(torch.where(ended, pad_token_id, token)[:, None])
         ended |= torch.isin(token, stops)
         if ended.all():

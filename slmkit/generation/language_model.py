@@ -12,7 +12,8 @@ class LanguageModel(Protocol):
     """Token ids in, hidden states out; logits from hidden states.
 
     What the last dimension of hidden states means is the model's own affair: whoever holds them may choose positions
-    among them, and hand those to `logits`. A cache is made by `new_cache`, and goes with the rows it was made for.
+    among them, and hand those to `logits`. A cache is made by `new_cache`, and goes with the rows it was made for; its
+    `repeat(times)` makes of each row so many.
     """
 
     training: bool

@@ -44,6 +44,12 @@ class KVCache:
         if self.length + new > self.max_length:
             raise ValueError(f"the cache has room for {self.max_length} positions, not for {self.length + new}")
 
+    def repeat(self, times: int) -> None:
+        """Each row so many times, side by side: several texts that begin alike."""
+        self.keys = [keys.repeat_interleave(times, dim=0) for keys in self.keys]
+        self.values = [values.repeat_interleave(times, dim=0) for values in self.values]
+        self.padding = None if self.padding is None else self.padding.repeat_interleave(times)
+
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store new positions [batch, kv_heads, new, dim]; returns those that can be seen, where `seen` says."""
         return self._extend(self.keys[layer], key), self._extend(self.values[layer], value)

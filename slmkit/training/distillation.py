@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from slmkit.config import UserError, did_you_mean
 from slmkit.training.losses import IGNORED
+from slmkit.training.outcomes import outcome_log_probabilities
 
 Divergence = Callable[[Tensor, Tensor], Tensor]  # log p and log q [positions, outcomes] → nats [positions]
 
@@ -57,14 +58,11 @@ class Lesson:
 
     def asked_of(self, logits: Tensor, temperature: float) -> Tensor:
         """log q of the same outcomes: a student's float32 logits [positions, vocab_size] → [positions, outcomes]."""
-        scores = logits[:, : self.tokens] / temperature  # [positions, tokens]
         if self.ids is None:
-            return F.log_softmax(scores, dim=-1)
-        asked = scores.gather(-1, self.ids)  # [positions, k]
-        if self.ids.size(-1) < self.tokens:
-            others = scores.scatter(-1, self.ids, -math.inf).logsumexp(-1, keepdim=True)  # [positions, 1]
-            asked = torch.cat([asked, others], dim=-1)
-        return F.log_softmax(asked, dim=-1)
+            return F.log_softmax(logits[:, : self.tokens] / temperature, dim=-1)
+        if self.ids.size(-1) == self.tokens:
+            return F.log_softmax(logits.gather(-1, self.ids) / temperature, dim=-1)
+        return outcome_log_probabilities(logits, self.ids, self.tokens, temperature)
 
 
 class DistillationLoss(nn.Module):
@@ -99,9 +97,7 @@ class DistillationLoss(nn.Module):
     def parts(self, student_logits: Tensor, lesson: Lesson, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Sums of cross-entropy and divergence, in nats: float32 logits [positions, vocab_size], labels [positions]."""
         divergence = DIVERGENCES[self.divergence](lesson.log_p, lesson.asked_of(student_logits, self.temperature))
-        # Cross-entropy that keeps no second [positions, vocab_size] for its gradient.
-        cross_entropy = student_logits.logsumexp(-1) - student_logits.gather(-1, labels[:, None])[:, 0]
-        return cross_entropy.sum(), divergence.sum()
+        return F.cross_entropy(student_logits, labels, reduction="sum"), divergence.sum()
 
     def mixed(self, cross_entropy: Tensor, divergence: Tensor) -> Tensor:
         return self.alpha * cross_entropy + (1 - self.alpha) * self.temperature**2 * divergence

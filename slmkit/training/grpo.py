@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from slmkit.config import Settings
 from slmkit.data.batch import Batch, stacked
@@ -64,7 +65,8 @@ class Judged(NamedTuple):
 class Judge:
     """How answers come about and what they are worth; both speak the tokenizer's language, which is not known here."""
 
-    sample: Callable[[Decoder, Sequence[np.ndarray], int], list[np.ndarray]]  # model, prompts, seed → answers
+    # Model, prompts, how many answers to each, seed → answers, those to one prompt side by side.
+    sample: Callable[[Decoder, Sequence[np.ndarray], int, int], list[np.ndarray]]
     judge: Callable[[np.ndarray, np.ndarray, np.ndarray], Judged]  # prompt, answer, known answer
 
 
@@ -99,10 +101,13 @@ class Rollouts:
         """`[questions * num_generations, length]`, the answers to one question side by side."""
         asked, size = self.settings.prompts_per_step, self.settings.num_generations
         places = np.arange(asked, dtype=np.int64)[share_of_rank(asked, rank, world)]
-        indices = shuffled(step * asked + places, len(self.questions), self.seed)
-        prompts = [self.questions.prompt(index) for index in indices for _ in range(size)]
+        # Neighbours of one length: little padding is computed.
+        indices = sorted(shuffled(step * asked + places, len(self.questions), self.seed), key=self.questions.length)
+        asking = [self.questions.prompt(index) for index in indices]
+        seed = random_seed(mixed_seed(self.seed, "answers"), step, rank)
         with self.group.whole(self.model), as_written(self.model):
-            answers = self.judge.sample(self.model, prompts, random_seed(mixed_seed(self.seed, "answers"), step, rank))
+            answers = self.judge.sample(self.model, asking, size, seed)
+        prompts = [prompt for prompt in asking for _ in range(size)]
         extras: list[dict[str, np.ndarray]] = []
         for number, index in enumerate(indices):
             group = slice(number * size, (number + 1) * size)
@@ -171,24 +176,37 @@ class GroupRelative:
         self.settings = settings
 
     def __call__(self, model: Decoder, batch: Batch) -> Loss:
-        settings, extra = self.settings, batch.extra
+        settings, figures = self.settings, _told_of(batch)
+        if not settings.beta:
+            batch = _with_signal(batch)
+        extra = batch.extra
         found = label_log_probabilities(model, batch.ids, batch.labels, settings.temperature)  # [rows, used]
         learned = (batch.labels != IGNORED)[:, : found.size(1)]
-        tokens = learned.sum(dim=1)  # [rows]
+        tokens = learned.sum(dim=1).clamp(min=1)  # [rows]
         # What sampled is what is updated: the ratio is 1, and has the gradient of the log-probability.
         losses = -(found - found.detach()).exp() * extra["advantage"][:, None]
-        told = {name: extra[name] for name in ("right", "reward")} | {"tokens": tokens.float()}
-        figures = {f"answers/{name}": value for name, value in told.items()}
-        figures["groups/without_signal"] = extra["silent"]
         if settings.beta:
             away = extra["reference"][:, : found.size(1)] - found
             divergence = (away.exp() - away - 1) * learned  # of the policy from the reference, arXiv:2402.03300 (4)
             losses = losses + settings.beta * divergence
-            figures["divergence"] = divergence.detach().sum(dim=1) / tokens.clamp(min=1)
-        over = tokens.clamp(min=1) if settings.loss == "grpo" else settings.max_new_tokens
-        counts = tokens > 0  # a row of which nothing is learned is there to keep ranks in step
-        total = ((losses * learned).sum(dim=1) / over).sum()
-        return Loss(total, {name: figure[counts].sum() for name, figure in figures.items()})
+            figures["divergence"] = (divergence.detach().sum(dim=1) / tokens).sum()
+        over = tokens if settings.loss == "grpo" else settings.max_new_tokens
+        return Loss(((losses * learned).sum(dim=1) / over).sum(), figures)
 
     def weight(self, batch: Batch) -> int:
         return int((batch.labels != IGNORED).any(dim=-1).sum())
+
+
+def _told_of(batch: Batch) -> dict[str, Tensor]:
+    """Sums over answers. A row of which nothing is learned is there to keep ranks in step, and does not count."""
+    tokens = (batch.labels != IGNORED).sum(dim=1)  # [rows]
+    told = {"answers/right": batch.extra["right"], "answers/reward": batch.extra["reward"], "answers/tokens": tokens}
+    told["groups/without_signal"] = batch.extra["silent"]
+    return {name: figure[tokens > 0].float().sum() for name, figure in told.items()}
+
+
+def _with_signal(batch: Batch) -> Batch:
+    """The answers from which anything is learned, or one other: what is as good as its group need not be read."""
+    chosen = batch.extra["advantage"] != 0
+    chosen[0] |= ~chosen.any()
+    return batch.only(chosen)

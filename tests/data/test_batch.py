@@ -61,3 +61,11 @@ def test_so_it_does_in_a_mixture_of_sources_and_on_each_rank() -> None:
     assert is_together(whole)
     assert {bool(number >= 100) for number in whole.extra["number"][:, 0]} == {False, True}
     assert torch.equal(torch.cat([stream.batch(1, rank, 2).extra["number"] for rank in (0, 1)]), whole.extra["number"])
+
+
+def test_some_rows_of_a_batch_count_their_own_labels() -> None:
+    batch = Stream(Numbered(0, 8), rows_per_step=8, seed=0).batch(0)
+    some = batch.only(torch.arange(8) % 3 == 0)
+    assert torch.equal(some.ids, batch.ids[[0, 3, 6]])
+    assert some.weight == 6
+    assert is_together(some)

@@ -120,6 +120,13 @@ def test_prompts_of_different_lengths_are_padded_as_with_a_model(settings: Sampl
     assert torch.equal(both[1, 5:], generate(ensemble, short, 15, settings)[0])
 
 
+def test_several_texts_of_a_prompt_are_those_of_the_prompt_said_several_times() -> None:
+    ensemble, prompt = Ensemble(unlike()), ids(2, 6)
+    found = generate(ensemble, prompt, 10, SamplingSettings(seed=5), num_return_sequences=2)
+    expected = generate(ensemble, prompt.repeat_interleave(2, dim=0), 10, SamplingSettings(seed=5))
+    assert torch.equal(found, expected)
+
+
 def test_the_context_is_the_shortest_of_the_members() -> None:
     ensemble = Ensemble(unlike())
     assert ensemble.max_positions == 56

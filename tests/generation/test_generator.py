@@ -90,6 +90,21 @@ def test_a_stream_gives_what_a_batch_of_one_gives(decoder: Decoder, settings: Sa
     assert tokens.seconds > 0
 
 
+@pytest.mark.parametrize("padding", [None, torch.tensor([2, 0])], ids=["as long", "padded"])
+def test_several_texts_of_a_prompt_are_those_of_the_prompt_said_several_times(
+    decoder: Decoder, padding: torch.Tensor | None
+) -> None:
+    prompt, settings = ids(2, 6), SamplingSettings(repetition_penalty=1.3, seed=5)
+    asked = {"max_new_tokens": 12, "stop_ids": {3}, "settings": settings, "pad_token_id": PAD}
+    found = generate_ids(decoder, prompt, num_return_sequences=3, padding=padding, **asked)
+    repeated = None if padding is None else padding.repeat_interleave(3)
+    expected = generate_ids(decoder, prompt.repeat_interleave(3, dim=0), padding=repeated, **asked)
+    assert torch.equal(found, expected)
+    assert not torch.equal(found[0], found[1])
+    with pytest.raises(UserError, match="num_return_sequences 0: expected 1 or more"):
+        generate_ids(decoder, prompt, num_return_sequences=0, **asked)
+
+
 def test_it_ends_at_once_when_all_rows_have_ended(decoder: Decoder) -> None:
     assert generate(decoder, ids(2, 5), 20, stop_ids=set(range(97))).shape == (2, 6)
 

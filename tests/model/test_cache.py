@@ -62,6 +62,21 @@ def test_every_position_is_what_it_is_without_a_cache(family: str, pieces: list[
 
 
 @every_family
+@pytest.mark.parametrize("padding", [None, torch.tensor([3, 0])], ids=["as long", "padded"])
+def test_texts_that_begin_alike_read_their_beginning_once(family: str, padding: Tensor | None) -> None:
+    decoder, x = decoder_of(family), ids(2, 12)
+    more = ids(6, 9)
+    cache = decoder.new_cache(2, 21, padding)
+    with torch.no_grad():
+        decoder(x, cache)
+        cache.repeat(3)
+        found = decoder(more, cache)
+    whole = torch.cat((x.repeat_interleave(3, dim=0), more), dim=1)
+    expected = in_pieces(decoder, whole, [12, 9], None if padding is None else padding.repeat_interleave(3))
+    assert (found - expected[:, 12:]).abs().max() <= 1e-5
+
+
+@every_family
 @pytest.mark.parametrize("pieces", [[12] + [1] * 28, [25, 10, 5]], ids=str)
 def test_prompts_of_different_lengths_do_not_touch_each_other(family: str, pieces: list[int]) -> None:
     decoder, x = decoder_of(family), ids(3)

@@ -31,11 +31,11 @@ def questions(folder: Path, *more: list[dict[str, str]], length: int = LENGTH) -
     return Questions(prepare_chat(talks, TOKENIZER, folder / "shards"), length, SETTINGS["max_new_tokens"])
 
 
-def drawn(model: Decoder, prompts: Sequence[np.ndarray], seed: int) -> list[np.ndarray]:
+def drawn(model: Decoder, prompts: Sequence[np.ndarray], count: int, seed: int) -> list[np.ndarray]:
     """Answers of one to five tokens that follow from the seed and from the model's weights."""
     size = model.embedding.weight.detach().sum().item()
     chance = np.random.default_rng([seed, int(abs(size) * 1e6)])
-    return [chance.integers(3, 100, size=chance.integers(1, 6)) for _ in prompts]
+    return [chance.integers(3, 100, size=chance.integers(1, 6)) for _ in range(count * len(prompts))]
 
 
 def by_first_token(prompt: np.ndarray, answer: np.ndarray, known: np.ndarray) -> Judged:
@@ -118,6 +118,43 @@ def test_the_gradient_is_that_of_weighed_log_probabilities(tmp_path: Path, loss:
     expected = torch.cat([p.grad.flatten() for p in model.parameters()])
     assert torch.allclose(found, expected, atol=1e-5)
     assert expected.abs().max() > 1e-3
+
+
+def test_answers_as_good_as_their_group_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rows_read = build_decoder(CONFIG, seed=0), []
+    source = rollouts(tmp_path, model)
+    batch, objective = source.batch(0), GroupRelative(source.settings)
+    batch.extra["advantage"][4:8] = 0
+    whole = model.forward
+    monkeypatch.setattr(model, "forward", lambda ids, **more: rows_read.append(len(ids)) or whole(ids, **more))
+    loss = objective(model, batch)
+    batch.extra["advantage"].zero_()
+    silent = objective(model, batch)
+    signal = int((source.batch(0).extra["advantage"] != 0).reshape(3, 4)[[0, 2]].sum())
+    assert 0 < signal <= 8
+    assert rows_read == [signal, 1]  # one row where there is no signal: processes must go through the model together
+    assert loss.figures == silent.figures
+    silent.total.backward()
+    assert all(not parameter.grad.any() for parameter in model.parameters())
+
+
+def test_questions_of_a_step_are_in_order_of_their_length(tmp_path: Path) -> None:
+    asked = [talk(f"{n}{'?' * (n * 3 % 7)}", "a") for n in range(7)]
+    prepared = Questions(prepare_chat(asked, TOKENIZER, tmp_path / "shards"), LENGTH, 5)
+    source = Rollouts(
+        prepared,
+        build_decoder(CONFIG, 0),
+        None,
+        Judge(drawn, by_first_token),
+        GrpoSettings(**SETTINGS),
+        LENGTH,
+        3,
+        ALONE,
+    )
+    lengths = [int((labels != -100).nonzero()[0]) + 1 for labels in source.batch(0).labels]
+    assert lengths == sorted(lengths)
+    assert len(set(lengths)) > 1
+    assert [prepared.length(index) for index in range(7)] == [len(prepared.prompt(index)) for index in range(7)]
 
 
 def test_figures_are_means_over_answers_and_dummy_rows_do_not_count(tmp_path: Path) -> None:
