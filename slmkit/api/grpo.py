@@ -58,10 +58,11 @@ def grpo_work(m: Material) -> Work:
 def grpo_inventory(recipe: Recipe, model: Decoder, tokens: int, device: Device) -> Inventory:
     """Answers are sampled side by side, and with `beta` read by the model as it was, all of a step at once."""
     settings = recipe.grpo
-    rows, new = min(ROWS_AT_ONCE, settings.rows_per_step), settings.max_new_tokens
+    count, new = settings.num_generations, settings.max_new_tokens
+    prompts = min(settings.prompts_per_step, max(1, ROWS_AT_ONCE // count))
 
     def write(model: Decoder, beside: Decoder | None, length: int) -> None:
-        write_answers(model, rows, max(1, length - new), new)
+        write_answers(model, prompts, count, max(1, length - new), new)
 
     def read(model: Decoder, beside: Decoder | None, length: int) -> None:
         assert beside is not None

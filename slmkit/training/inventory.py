@@ -67,12 +67,13 @@ def read_answers(model: Decoder, rows: int, length: int) -> None:
     token_log_probabilities(model(ids).flatten(0, 1), model.head_weight, ids.flatten(), model.architecture.logit_cap)
 
 
-def write_answers(model: Decoder, rows: int, prompt: int, new: int) -> None:
-    """Prompts read side by side, with room for so many new tokens behind them; in the type of the weights."""
+def write_answers(model: Decoder, prompts: int, count: int, length: int, new: int) -> None:
+    """Prompts of `length` tokens read side by side, then `count` answers of `new` tokens to each; in the weights' type."""
     with torch.autocast("cpu", enabled=False):
-        cache = model.new_cache(rows, prompt + new, padding=torch.zeros(rows, dtype=torch.long))
-        hidden = model(torch.zeros(rows, prompt, dtype=torch.long), cache)
-        model.logits(hidden[:, -1])
+        cache = model.new_cache(prompts, length + new, padding=torch.zeros(prompts, dtype=torch.long))
+        hidden = model(torch.zeros(prompts, length, dtype=torch.long), cache)[:, -1]
+        cache.repeat(count)
+        model.logits(hidden.repeat_interleave(count, dim=0))
 
 
 # -- the description --------------------------------------------------------------------------------------------------

@@ -118,13 +118,12 @@ def fit(
     """Train `model` as the recipe says, and leave a run on disk. Returns the state after the last step.
 
     `hooks` come from outside (validation, samples, progress) and fire before the report is logged, so that what they
-    add to it is logged too. `inventory` says what is in memory, where that is more than the model and the next token's
-    loss; `files` what of the model a checkpoint holds, which is all of it without them. With `resume` it goes on from
-    the newest intact checkpoint, or from the beginning where there was none yet. Raises `RunStopped` when a signal
-    ended the run early: its last step has been saved.
+    add to it is logged too. `inventory` says what is in memory, `files` what of the model a checkpoint holds: without
+    them all of it. With `resume` it goes on from the newest intact checkpoint. Raises `RunStopped` when a signal ended
+    the run early: its last step has been saved.
     """
-    settings, group, files = recipe.train, plan.group, files or WholeModel(config)
-    inventory = inventory or Inventory(blueprint_of(model))
+    settings, group, inventory = recipe.train, plan.group, inventory or Inventory(blueprint_of(model))
+    files = files or WholeModel(config)
     state = fresh_state(recipe, model, plan.device, group)
     if resume and (newest := newest_intact(run, plan, warn)) is not None:
         checkpoints.load_checkpoint(newest, state, files)
