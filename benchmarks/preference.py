@@ -6,9 +6,9 @@ python benchmarks/preference.py --smoke                     # everything once, a
 python benchmarks/preference.py --draw docs/preference.png  # only the plot, of what was measured
 
 Of sums one model is fine-tuned from nothing, until it answers some of them; every seed then goes on from that model,
-or from the one given, by pairs (a right answer and a wrong one that is near it) and by rewards (1 for the right answer,
-word for word). What is answered are questions that no training meets: a tenth of all sums is held out; stories are of
-another seed.
+or from the one given, by pairs (a right answer and a wrong one that is near it: `dpo`, and `rpo`, which learns the
+right answer itself besides) and by rewards (1 for the right answer, word for word). What is answered are questions that
+no training meets: a tenth of all sums is held out; stories are of another seed.
 """
 
 from __future__ import annotations
@@ -47,12 +47,14 @@ PARTS: dict[str, dict[str, Any]] = {
         "length": 48, "new": 6, "questions": 300,
         "sft": {"steps": 600, "documents": 8_000, "learning_rate": 2e-3, "tokens": 2_048},
         "dpo": {"steps": 60, "documents": 2_000, "learning_rate": 1e-5, "tokens": 64 * 48},
+        "rpo": {"steps": 60, "documents": 2_000, "learning_rate": 5e-5, "tokens": 64 * 48},
         "grpo": {"steps": 200, "documents": 8_000, "learning_rate": 1e-4, "prompts": 32},
     },
     "stories": {
-        "length": 256, "new": 16, "questions": 150,
+        "length": 256, "new": 16, "questions": 300,
         "dpo": {"steps": 40, "documents": 1_000, "learning_rate": 1e-5, "tokens": 32 * 256},
-        "grpo": {"steps": 40, "documents": 1_000, "learning_rate": 5e-5, "prompts": 8},
+        "rpo": {"steps": 40, "documents": 1_000, "learning_rate": 5e-5, "tokens": 32 * 256},
+        "grpo": {"steps": 150, "documents": 8_000, "learning_rate": 1.5e-4, "prompts": 32},
     },
 }  # fmt: skip
 
@@ -75,7 +77,8 @@ def run(part: str, stage: str, seed: int, root: Path, base: str | None, smoke: b
         "learning_rate": plan["learning_rate"], "warmup_steps": 0.05,
     }  # fmt: skip
     recipe: dict[str, Any] = {
-        "objective": stage, "seed": seed, "output_dir": str(root / f"{part}-{stage}-{seed}"), "train": train,
+        "objective": "dpo" if stage == "rpo" else stage, "seed": seed, "train": train,
+        "output_dir": str(root / f"{part}-{stage}-{seed}"),
         "data": {
             "source": part, "documents": 40 if smoke else plan["documents"],
             "validation_documents": 10 if smoke else about["questions"],
@@ -91,11 +94,13 @@ def run(part: str, stage: str, seed: int, root: Path, base: str | None, smoke: b
         recipe["grpo"] = {"prompts_per_step": plan["prompts"], "num_generations": 8, "max_new_tokens": about["new"]}
     else:
         train["tokens_per_step"] = plan["tokens"]
+    if stage == "rpo":
+        recipe["preference"] = {"rpo_alpha": 1.0}
     return train_recipe(Recipe.model_validate(recipe), Quiet(), force=True)
 
 
-def share_right(part: str, model_path: str | Path, smoke: bool) -> float:
-    """Of held-out questions, how many a model answers rightly where it takes the likeliest token."""
+def shares_right(part: str, model_path: str | Path, smoke: bool) -> tuple[float, float]:
+    """Of held-out questions, how many a model answers rightly: by the likeliest tokens, and of four sampled answers."""
     directory = find_model_directory(model_path)
     model, tokenizer = load_decoder(directory)[0], SLMTokenizer.from_pretrained(directory)
     count = 10 if smoke else PARTS[part]["questions"]
@@ -103,32 +108,40 @@ def share_right(part: str, model_path: str | Path, smoke: bool) -> float:
     prompts = [tokenizer.encode_chat(messages[:-1], add_generation_prompt=True).ids for messages in asked]
     room = model.architecture.max_positions - PARTS[part]["new"]
     fitting = [(torch.tensor(p).numpy(), m[-1]["content"]) for p, m in zip(prompts, asked) if len(p) <= room]
-    answers = AnswerSampler(tokenizer, PARTS[part]["new"], temperature=0.0)(model, [p for p, _ in fitting], 1, seed=0)
-    said = [tokenizer.decode(answer.tolist(), skip_special_tokens=True).strip() for answer in answers]
-    return sum(a == right for a, (_, right) in zip(said, fitting)) / count
+
+    def share(temperature: float, answers_each: int) -> float:
+        sampler = AnswerSampler(tokenizer, PARTS[part]["new"], temperature)
+        answers = sampler(model, [prompt for prompt, _ in fitting], answers_each, seed=0)
+        said = [tokenizer.decode(answer.tolist(), skip_special_tokens=True).strip() for answer in answers]
+        known = [right for _, right in fitting for _ in range(answers_each)]
+        return sum(a == right for a, right in zip(said, known)) / (count * answers_each)
+
+    return share(0.0, 1), share(1.0, 4)
 
 
 def measure(part: str, seeds: int, root: Path, base: str | None, smoke: bool) -> dict[str, Any]:
     """A part's table and curves."""
     started = time.perf_counter()
     base = base or str(run(part, "sft", 0, root, None, smoke).latest)
-    found: dict[str, Any] = {"before": share_right(part, base, smoke), "seeds": seeds}
-    print(f"{part}: {found['before']:.3f} right before ({time.perf_counter() - started:.0f} s)", flush=True)
-    curves = {"dpo": "rewards/accuracy", "grpo": "answers/right"}
+    greedy, sampled = shares_right(part, base, smoke)
+    found: dict[str, Any] = {"before": greedy, "before_sampled": sampled, "seeds": seeds}
+    print(f"{part}: {greedy:.3f} right before, {sampled:.3f} of sampled answers", flush=True)
+    curves = {"dpo": "rewards/accuracy", "rpo": "rewards/accuracy", "grpo": "answers/right"}
     for stage, figure in curves.items():
-        shares, lines = [], []
+        shares, samples, lines = [], [], []
         for seed in range(1, seeds + 1):
             began = time.perf_counter()
             made = run(part, stage, seed, root, base, smoke)
-            shares.append(share_right(part, made.latest, smoke))
+            greedy, sampled = shares_right(part, made.latest, smoke)
+            shares.append(greedy)
+            samples.append(sampled)
             lines.append(made.metrics.read())
-            print(
-                f"{part}: {stage}, seed {seed}: {shares[-1]:.3f} right ({time.perf_counter() - began:.0f} s)",
-                flush=True,
-            )
+            took = time.perf_counter() - began
+            print(f"{part}: {stage}, seed {seed}: {greedy:.3f}, sampled {sampled:.3f} ({took:.0f} s)", flush=True)
         held_out = "validation/right" if stage == "grpo" else "validation/rewards/accuracy"
         found[stage] = {
             "right": shares,
+            "sampled_right": samples,
             "mean": statistics.mean(shares),
             "deviation": statistics.stdev(shares) if seeds > 1 else None,
             "curves": [[[line["step"], round(line[figure], 4)] for line in each] for each in lines],
@@ -142,10 +155,13 @@ def draw(results: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     parts = results["parts"]
-    figure = Figure(figsize=(9, 3.2 * len(parts)), layout="constrained")
-    rows = figure.subplots(len(parts), 2, squeeze=False)
+    figure = Figure(figsize=(12, 3.2 * len(parts)), layout="constrained")
+    rows, told_apart = figure.subplots(len(parts), 3, squeeze=False), "pairs told apart"
+    shown = {
+        "grpo": ("GRPO", "right answers"), "dpo": ("DPO", told_apart), "rpo": ("DPO and the better answer", told_apart),
+    }  # fmt: skip
     for row, (part, found) in zip(rows, parts.items()):
-        for axes, (stage, what) in zip(row, {"grpo": "right answers", "dpo": "pairs told apart"}.items()):
+        for axes, (stage, (title, what)) in zip(row, shown.items()):
             for number, (curve, seen) in enumerate(zip(found[stage]["curves"], found[stage]["validation"])):
                 steps, shares = zip(*curve)
                 window = max(1, len(shares) // 15)
@@ -154,7 +170,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
                 axes.plot(*zip(*seen), color=f"C{number}", marker="o", markersize=3, linewidth=1.5)
             if stage == "grpo":
                 axes.axhline(found["before"], color="grey", linestyle="--", linewidth=1)
-            axes.set(title=f"{stage.upper()} on {part}", xlabel="steps", ylabel=f"share of {what}", ylim=(-0.02, 1.02))
+            axes.set(title=f"{title}, {part}", xlabel="steps", ylabel=f"share of {what}", ylim=(-0.02, 1.02))
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(alpha=0.25)
     figure.suptitle("a colour a seed; thin: training, marked: held out, dashed: before", fontsize=9)
@@ -185,7 +201,7 @@ def main() -> None:
             results["parts"][part] = measure(part, seeds, Path(folder), base, arguments.smoke)
     for part, found in results["parts"].items():
         row = [f"{part}: before {found['before']:.3f}"]
-        for stage in ("dpo", "grpo"):
+        for stage in ("dpo", "rpo", "grpo"):
             spread = found[stage]["deviation"]
             row.append(f"{stage} {found[stage]['mean']:.3f}" + (f" ± {spread:.3f}" if spread is not None else ""))
         print(", ".join(row))

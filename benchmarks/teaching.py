@@ -81,7 +81,7 @@ def stages(text: Path) -> list[Stage]:
         Stage("distill", "the same half, with sft as the teacher", "quickstart-chat", "base", ("data.documents=4000",
               "objective=distill", taught)),
         Stage("dpo", "right answers preferred to wrong ones", "quickstart-dpo", "sft", ("data.documents=1000",)),
-        Stage("grpo", "rewarded for right answers", "quickstart-grpo", "sft", ("train.max_steps=30",)),
+        Stage("grpo", "rewarded for right answers", "quickstart-grpo", "sft"),
     ]  # fmt: skip
 
 

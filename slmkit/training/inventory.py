@@ -68,7 +68,9 @@ def read_answers(model: Decoder, rows: int, length: int) -> None:
 
 
 def write_answers(model: Decoder, prompts: int, count: int, length: int, new: int) -> None:
-    """Prompts of `length` tokens read side by side, then `count` answers of `new` tokens to each; in the weights' type."""
+    """Prompts of `length` tokens read side by side, then `count` answers of `new` tokens to each, in the type of
+    the weights.
+    """
     with torch.autocast("cpu", enabled=False):
         cache = model.new_cache(prompts, length + new, padding=torch.zeros(prompts, dtype=torch.long))
         hidden = model(torch.zeros(prompts, length, dtype=torch.long), cache)[:, -1]

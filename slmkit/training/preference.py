@@ -4,6 +4,9 @@ DPO (Rafailov et al. 2023, arXiv:2305.18290), its form by the mean of an answer'
 Lambert et al. 2024, arXiv:2411.15124), and SimPO, which needs no reference (Meng et al. 2024, arXiv:2405.14734). The
 reference is the model that training starts from. It never changes, so that its log-probabilities are computed once,
 before the first step, and one model is in memory.
+
+Two answers are told apart also where both become less likely, the worse one more so. With `rpo_alpha` the better one's
+own negative log-likelihood is added (Pang et al. 2024, arXiv:2404.19733), which keeps it from that.
 """
 
 from __future__ import annotations
@@ -37,6 +40,9 @@ class PreferenceSettings(Settings):
     loss: Literal["dpo", "dpo_norm", "simpo"] = "dpo"
     beta: float | None = Field(None, gt=0)  # how hard pairs pull; None: 0.1 for dpo, 5 for dpo_norm, 2 for simpo
     simpo_gamma: float = Field(0.5, ge=0)  # of simpo: by how much the better answer's reward should be higher
+    rpo_alpha: float = Field(
+        0.0, ge=0
+    )  # how much the better answer itself is learned besides, by the mean of its tokens
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)  # the share of pairs that are taken to be the wrong way round
 
     @property
@@ -61,6 +67,8 @@ class Preference:
         sums, tokens = answer_log_probabilities(model, batch.ids, batch.labels)  # [pairs, 2] each
         rewards = self.rewards(sums, tokens, batch.extra.get(REFERENCE))  # [pairs, 2]
         losses = self.losses(rewards)  # [pairs]
+        if self.settings.rpo_alpha:
+            losses = losses - self.settings.rpo_alpha * (sums / tokens.clamp(min=1))[:, 0]
         counts = (tokens > 0).all(dim=1)  # a pair of which nothing is learned is there to keep ranks in step
         chosen, rejected = rewards.detach().unbind(dim=1)
         figures = ((chosen > rejected).float(), chosen - rejected, *sums.detach().unbind(dim=1))

@@ -117,10 +117,9 @@ def fit(
 ) -> State:
     """Train `model` as the recipe says, and leave a run on disk. Returns the state after the last step.
 
-    `hooks` come from outside (validation, samples, progress) and fire before the report is logged, so that what they
-    add to it is logged too. `inventory` says what is in memory, `files` what of the model a checkpoint holds: without
-    them all of it. With `resume` it goes on from the newest intact checkpoint. Raises `RunStopped` when a signal ended
-    the run early: its last step has been saved.
+    `hooks` come from outside (validation, samples, progress) and fire before the report is logged, with what they add.
+    `inventory` says what is in memory, `files` what of the model a checkpoint holds: without them all of it. With
+    `resume` it goes on from the newest intact checkpoint. Raises `RunStopped` when a signal ended it, with one.
     """
     settings, group, inventory = recipe.train, plan.group, inventory or Inventory(blueprint_of(model))
     files = files or WholeModel(config)

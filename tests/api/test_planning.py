@@ -45,5 +45,5 @@ def test_pairs_are_two_sequences_and_questions_as_many_rows_as_answers() -> None
     assert any("pairs that fill their rows" in assumption for assumption in pairs.assumptions)
     by_epoch = ["train.max_steps=null", "train.num_train_epochs=1"]
     asked = plan_recipe(load_recipe(find_recipe("quickstart-grpo"), by_epoch), measure=False)
-    assert asked.ahead.steps == 2000 // 16
+    assert asked.ahead.steps == 5000 // 32
     assert any("sampling them takes its time" in assumption for assumption in asked.assumptions)

@@ -146,6 +146,17 @@ def test_the_mean_is_over_pairs(rows: PairRows) -> None:
     assert objective(policy(), batch.untrained()).total.item() == 0
 
 
+def test_the_better_answer_itself_is_learned_as_much_as_is_asked(rows: PairRows) -> None:
+    model, batch = policy(), rows.batch(range(len(ANSWERS)))
+    plain, both = (Preference(PreferenceSettings(rpo_alpha=alpha))(model, batch).total for alpha in (0, 0.7))
+    expected = torch.zeros(())
+    for ids, labels in zip(batch.ids[:, 0], batch.labels[:, 0]):
+        logits = model.logits(model(ids[None]))[0]
+        expected = expected + torch.nn.functional.cross_entropy(logits, labels)  # the mean over an answer's tokens
+    assert both.item() == pytest.approx((plain + 0.7 * expected).item(), rel=1e-5)
+    assert expected.item() > 1
+
+
 def test_what_stands_behind_the_longest_answer_changes_nothing(rows: PairRows) -> None:
     objective, batch = Preference(PreferenceSettings()), rows.batch([0, 2])
     short = Batch(batch.ids[..., :64], batch.labels[..., :64], batch.weight, None, batch.extra)
