@@ -27,6 +27,7 @@ from slmkit.data.stream import PretrainRows, Stream
 from slmkit.device import find_device, measured_peak, peak_memory, reset_peak_memory
 from slmkit.model import SLMConfig, build_decoder
 from slmkit.model.sizes import flops_per_token
+from slmkit.training.inventory import Inventory
 from slmkit.training.loop import Every, Report, State, StopRequested, train
 from slmkit.training.micro_batch import resolve_micro_batch
 from slmkit.training.objectives import next_token
@@ -83,7 +84,7 @@ def steps_of(preset: str, seconds: float, smoke: bool) -> dict[str, object]:
         settings = settings.model_copy(update={"tokens_per_step": 256, "micro_batch_tokens": "auto"})
     device = find_device(settings.device, settings.precision)
     model = build_decoder(config, recipe.seed)
-    settings = resolve_micro_batch(settings, model, length, device)
+    settings = resolve_micro_batch(settings, model, Inventory(model.architecture), length, device)
     recipe = recipe.model_copy(update={"train": settings})
     state: State = fresh_state(recipe, model, device)
     plan = make_plan(settings, 10**6, length, device)

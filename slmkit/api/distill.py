@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 from slmkit.adapt.load import load_model
 from slmkit.api.hooks import Sample, Validate
@@ -13,10 +16,11 @@ from slmkit.data.corpus import Corpus
 from slmkit.data.feed import make_batches, stored_rows, stream_of
 from slmkit.data.stream import ChatRows, DocumentRows, Rows, Stream
 from slmkit.data.streaming import StreamedBatches
-from slmkit.data.teacher_cache import Lessons, data_fingerprint, read_lessons, taught
+from slmkit.data.teacher_cache import IDS, LOGITS, REST, Lessons, data_fingerprint, read_lessons, taught
 from slmkit.device import Device
-from slmkit.model import Decoder
-from slmkit.model.adapter_directory import ADAPTER_CONFIG, base_of, is_adapter
+from slmkit.model import Decoder, SLMConfig
+from slmkit.model.adapter_directory import ADAPTER_CONFIG, base_of, config_directory, is_adapter
+from slmkit.model.directory import empty_decoder
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.checkpoints import file_sha256
 from slmkit.training.compilation import compile_blocks, compile_pays
@@ -24,6 +28,7 @@ from slmkit.training.distill import Distill, DistillWithStates
 from slmkit.training.distillation import DistillationLoss
 from slmkit.training.distillation_settings import DistillationSettings
 from slmkit.training.find import find_model_directory, find_tokenizer_directory
+from slmkit.training.inventory import Inventory
 from slmkit.training.objectives import Objective
 from slmkit.training.recipe import Recipe
 from slmkit.training.teachers import OnlineTeacher, StoredTeacher, check_fit, frozen, in_compute_type
@@ -45,6 +50,32 @@ def distill_work(m: Material) -> Work:
         validation_tokens=rows.rows_in_epoch * m.length,
         report=batches.report,
     )
+
+
+def distill_inventory(recipe: Recipe, model: Decoder, tokens: int, device: Device) -> Inventory:
+    """With a teacher beside the student, or with what was stored of one."""
+    settings = settings_of(recipe)
+    objective = _objective_of(settings, tokens)
+    if settings.cache:
+        return Inventory(model, objective=objective, extra=_stored_of(min(settings.top_k, tokens)))
+    return Inventory(model, beside=teacher_like(settings, device, empty_decoder), objective=objective)
+
+
+def teacher_like(settings: DistillationSettings, device: Device, make: Callable[[SLMConfig], Decoder]) -> Decoder:
+    """What `make` makes of the teacher's config, in the type in which a run has it."""
+    assert settings.teacher is not None
+    config = SLMConfig.from_pretrained(config_directory(find_model_directory(settings.teacher)))
+    return in_compute_type(make(config), device).eval().requires_grad_(False)
+
+
+def _stored_of(k: int) -> Callable[[int, int], dict[str, torch.Tensor]]:
+    """The form of what a cache gives of rows: an even distribution over one token, and half for the others."""
+
+    def extra(rows: int, length: int) -> dict[str, torch.Tensor]:
+        logits = torch.zeros(rows, length, k, dtype=torch.float16)
+        return {LOGITS: logits, IDS: logits.int(), REST: torch.full((rows, length), -0.7)}
+
+    return extra
 
 
 def settings_of(recipe: Recipe) -> DistillationSettings:
@@ -108,8 +139,18 @@ def lessons_of(recipe: Recipe, corpus: Corpus, rows: dict[str, Rows], length: in
     )
 
 
-def _loss(settings: DistillationSettings) -> DistillationLoss:
-    return DistillationLoss(settings.alpha, settings.temperature, settings.divergence)
+def _objective_of(settings: DistillationSettings, tokens: int) -> Callable[[Decoder | None], Objective]:
+    """What is minimised with a teacher at hand, or, with None, with what was stored of one."""
+    loss = DistillationLoss(settings.alpha, settings.temperature, settings.divergence)
+
+    def objective(decoder: Decoder | None) -> Objective:
+        if decoder is None:
+            return Distill(loss, StoredTeacher(tokens))
+        teacher = OnlineTeacher(decoder, tokens)
+        plain = Distill(loss, teacher)
+        return DistillWithStates(plain, teacher, settings.hidden_weight) if settings.hidden_weight else plain
+
+    return objective
 
 
 def _from_teacher(m: Material) -> tuple[Stream | StreamedBatches, Objective]:
@@ -119,11 +160,7 @@ def _from_teacher(m: Material) -> tuple[Stream | StreamedBatches, Objective]:
     if compile_pays(recipe.train.compile, m.device):
         compile_blocks(decoder)
     batches = make_batches(recipe.reads, recipe.data, m.corpus, m.length, m.rows_per_step, recipe.seed)
-    teacher = OnlineTeacher(decoder, len(m.corpus.tokenizer))
-    objective = Distill(_loss(settings), teacher)
-    return batches, DistillWithStates(
-        objective, teacher, settings.hidden_weight
-    ) if settings.hidden_weight else objective
+    return batches, _objective_of(settings, len(m.corpus.tokenizer))(decoder)
 
 
 def _from_cache(m: Material, folder: Path) -> tuple[Stream | StreamedBatches, Objective]:
@@ -139,4 +176,4 @@ def _from_cache(m: Material, folder: Path) -> tuple[Stream | StreamedBatches, Ob
         )
     taught_rows = taught(rows, folder, found)
     batches = stream_of(taught_rows, recipe.data, m.length, m.rows_per_step, recipe.seed)
-    return batches, Distill(_loss(settings), StoredTeacher(found.tokens))
+    return batches, _objective_of(settings, found.tokens)(None)

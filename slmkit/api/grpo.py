@@ -15,13 +15,17 @@ from slmkit.api.material import Material, Work
 from slmkit.api.rewards import find_reward
 from slmkit.config import UserError
 from slmkit.data.questions import Questions
+from slmkit.device import Device
 from slmkit.generation import SamplingSettings, generate_ids
 from slmkit.model import Decoder
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.compilation import as_written
 from slmkit.training.grpo import GroupRelative, GrpoSettings, Judge, Judged, Rollouts
+from slmkit.training.inventory import Inventory, blueprint_of, read_answers, write_answers
 from slmkit.training.loop import Report, State
 from slmkit.training.precision import to_weight_dtype
+from slmkit.training.preference import rounded_up
+from slmkit.training.recipe import Recipe
 
 ROWS_AT_ONCE = 128  # answers that are sampled side by side
 
@@ -47,7 +51,28 @@ def grpo_work(m: Material) -> Work:
         validate=ValidateAnswers(held_out, judge, settings, m),
         sample=Sample(m.run.samples, m.recipe, m.corpus.tokenizer, True, m.group),
         validation_tokens=sum(len(held_out.prompt(index)) + settings.max_new_tokens for index in range(len(held_out))),
+        longest=rounded_up(max(train.longest, held_out.longest) + settings.max_new_tokens),
     )
+
+
+def grpo_inventory(recipe: Recipe, model: Decoder, tokens: int, device: Device) -> Inventory:
+    """Answers are sampled side by side, and with `beta` read by the model as it was, all of a step at once."""
+    settings = recipe.grpo
+    count, new = settings.num_generations, settings.max_new_tokens
+    prompts = min(settings.prompts_per_step, max(1, ROWS_AT_ONCE // count))
+
+    def write(model: Decoder, beside: Decoder | None, length: int) -> None:
+        write_answers(model, prompts, count, max(1, length - new), new)
+
+    def read(model: Decoder, beside: Decoder | None, length: int) -> None:
+        assert beside is not None
+        read_answers(beside, settings.rows_per_step, length)
+
+    if not settings.beta:
+        return Inventory(model, readings=(write,))
+    reference = blueprint_of(model)
+    to_weight_dtype(reference, device)
+    return Inventory(model, reference, readings=(write, read))
 
 
 def judge_of(tokenizer: SLMTokenizer, settings: GrpoSettings) -> Judge:

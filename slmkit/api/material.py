@@ -40,7 +40,8 @@ class Material:
 class Work:
     """The hooks are for all ranks, and due at every evaluation.
 
-    `report`: a line for whatever of the data is left out or cut, as far as it is known when it is asked for.
+    `longest`: the longest row, in tokens as they are computed, where rows are not filled to their ends. `report`: a
+    line for whatever of the data is left out or cut, as far as it is known when it is asked for.
     """
 
     batches: Batches
@@ -49,3 +50,4 @@ class Work:
     sample: Hook
     validation_tokens: int
     report: Callable[[], list[str]] = list
+    longest: int | None = None

@@ -16,10 +16,14 @@ from slmkit.api.material import Material, Work
 from slmkit.config import UserError
 from slmkit.data.feed import stream_of
 from slmkit.data.pairs import PairRows
+from slmkit.device import Device
+from slmkit.model import Decoder
 from slmkit.training.files import sync
+from slmkit.training.inventory import Inventory, read_answers
 from slmkit.training.loop import Report, State
 from slmkit.training.precision import to_weight_dtype
-from slmkit.training.preference import FIGURES, Preference, reference_log_probabilities
+from slmkit.training.preference import FIGURES, Preference, reference_log_probabilities, rounded_up
+from slmkit.training.recipe import Recipe
 
 REFERENCE = "reference.safetensors"  # in the data of a run
 PAIRS_AT_ONCE = 16  # of those that are read and not learned from
@@ -42,7 +46,13 @@ def preference_work(m: Material) -> Work:
         validate=ValidatePairs(validation, objective, m),
         sample=Sample(m.run.samples, m.recipe, m.corpus.tokenizer, True, m.group),
         validation_tokens=2 * validation.rows_in_epoch * m.length,
+        longest=rounded_up(max(rows.longest for rows in (*train.values(), validation))),
     )
+
+
+def preference_inventory(recipe: Recipe, model: Decoder, tokens: int, device: Device) -> Inventory:
+    """One model: of the reference its log-probabilities are all that is kept."""
+    return Inventory(model, readings=(lambda model, beside, length: read_answers(model, 2 * PAIRS_AT_ONCE, length),))
 
 
 def _refer(m: Material, all_rows: Sequence[PairRows]) -> None:

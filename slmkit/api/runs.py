@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -14,7 +14,7 @@ from slmkit.api.material import Material
 from slmkit.api.models import model_for
 from slmkit.api.reporter import SILENCE, Reporter
 from slmkit.api.vocabulary import tokenizer_of_base
-from slmkit.api.work import expect_a_model, work_of
+from slmkit.api.work import expect_a_model, inventory_of, work_of
 from slmkit.api.xray import look
 from slmkit.config import UserError
 from slmkit.data.corpus import Corpus, build_corpus, open_corpus
@@ -29,8 +29,8 @@ from slmkit.model.sizes import parameter_count
 from slmkit.training.checkpoints import complete_checkpoints
 from slmkit.training.distributed import ALONE, Group, join
 from slmkit.training.find import find_model_directory
+from slmkit.training.inventory import blueprint_of
 from slmkit.training.loop import Every, Plan
-from slmkit.training.memory import blueprint_of
 from slmkit.training.micro_batch import resolve_micro_batch
 from slmkit.training.model_files import ModelFiles
 from slmkit.training.optimizers import trained
@@ -187,10 +187,12 @@ class _Session:
                 f"train.sequence_length {self.length} is longer than the model's max_position_embeddings "
                 f"{config.max_position_embeddings}: shorten the one or raise the other"
             )
-        settings = resolve_micro_batch(recipe.train, model, self.length, device)
+        inventory = inventory_of(recipe, blueprint_of(model), len(corpus.tokenizer), device)
+        settings = resolve_micro_batch(recipe.train, model, inventory, self.length, device)
         self.recipe = recipe = recipe.model_copy(update={"train": settings})
         material = Material(run, recipe, corpus, model, config, device, group, self.length, reporter)
         self.work = work_of(material)
+        self.inventory = replace(inventory, longest=self.work.longest)
         self.stream = self.work.batches
         if not self.stream.has(0):
             raise UserError(
@@ -253,6 +255,7 @@ class _Session:
                 self.plan,
                 companions=self.corpus.tokenizer.save_pretrained,
                 objective=self.work.objective,
+                inventory=self.inventory,
                 files=self.files,
                 hooks=(
                     Every(interval, self.work.validate, on_all_ranks=True),
@@ -278,11 +281,10 @@ class _Session:
             self.recipe.train,
             self.plan.steps,
             self.device,
-            weights_bytes=sum(parameter.nbytes for parameter in self.model.parameters()),
+            self.inventory,
             unique_tokens=self.corpus.training_tokens,
             validation_tokens=self.work.validation_tokens,
             from_scratch=self.recipe.objective == "pretrain" and self.recipe.model.path is None,
-            blueprint=blueprint_of(self.model),
         )
 
 

@@ -1,18 +1,22 @@
-"""What an objective makes of a run: what the one loop is fed, what it minimises, and what it is measured by."""
+"""What an objective makes of a run: what the one loop is fed, what it minimises, what it is measured by, and what all
+of that has in memory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from slmkit.api.distill import distill_work
-from slmkit.api.grpo import grpo_work
+from slmkit.api.distill import distill_inventory, distill_work
+from slmkit.api.grpo import grpo_inventory, grpo_work
 from slmkit.api.hooks import Sample, Validate
 from slmkit.api.material import Material, Work
-from slmkit.api.preference import preference_work
+from slmkit.api.preference import preference_inventory, preference_work
 from slmkit.config import UserError
 from slmkit.data.feed import make_batches
 from slmkit.data.stream import ChatRows, DocumentRows
+from slmkit.device import Device
 from slmkit.evaluation.loss import Rows
+from slmkit.model import Decoder
+from slmkit.training.inventory import Inventory
 from slmkit.training.objectives import next_token
 from slmkit.training.recipe import Recipe
 
@@ -22,19 +26,22 @@ def work_of(material: Material) -> Work:
     return WORK[material.recipe.objective](material)
 
 
+def inventory_of(recipe: Recipe, model: Decoder, tokens: int, device: Device) -> Inventory:
+    """What a run has in memory beside `model`, which has no content; `tokens` are those of the tokenizer."""
+    return INVENTORIES[recipe.objective](recipe, model, tokens, device)
+
+
 def expect_a_model(recipe: Recipe) -> None:
-    """Raises `UserError` where a model is refined, and the recipe names none.
+    """Raises `UserError` where a model is refined or adapted, and the recipe names none.
 
     No check of `Recipe` itself: a recipe such as own-preferences is a form, and valid before its model is filled in.
     """
-    if recipe.model.path is not None:
-        return
-    if recipe.objective in ("dpo", "grpo"):
+    if recipe.lora is not None and recipe.model.path is None:
+        raise UserError("lora: an adapter is for a finished model: name that in model.path, or drop lora")
+    if recipe.objective in ("dpo", "grpo") and recipe.model.path is None:
         raise UserError(
             f"objective {recipe.objective} goes on from a model that talks: name a run or model directory as model.path"
         )
-    if recipe.lora is not None:
-        raise UserError("lora: an adapter is for a finished model: name that in model.path, or drop lora")
 
 
 def next_token_work(m: Material) -> Work:
@@ -52,10 +59,21 @@ def next_token_work(m: Material) -> Work:
     )
 
 
+def next_token_inventory(recipe: Recipe, model: Decoder, tokens: int, device: Device) -> Inventory:
+    return Inventory(model)
+
+
 WORK: dict[str, Callable[[Material], Work]] = {
     "pretrain": next_token_work,
     "sft": next_token_work,
     "distill": distill_work,
     "dpo": preference_work,
     "grpo": grpo_work,
+}
+INVENTORIES: dict[str, Callable[[Recipe, Decoder, int, Device], Inventory]] = {
+    "pretrain": next_token_inventory,
+    "sft": next_token_inventory,
+    "distill": distill_inventory,
+    "dpo": preference_inventory,
+    "grpo": grpo_inventory,
 }

@@ -32,8 +32,9 @@ def plan(
     """
     from pathlib import Path
 
+    from slmkit.api.planning import plan_recipe
     from slmkit.config import UserError, to_yaml
-    from slmkit.training.planning import outlook, propose
+    from slmkit.training.planning import propose
     from slmkit.training.recipe import find_recipe, load_recipe
 
     if recipe is not None and (hours is not None or tokens is not None or output is not None):
@@ -41,7 +42,7 @@ def plan(
     if recipe is None:
         ahead = propose(hours, None if tokens is None else int(tokens), device, measure)
     else:
-        ahead = outlook(load_recipe(find_recipe(recipe), [f"train.device={device}", *(overrides or [])]), measure)
+        ahead = plan_recipe(load_recipe(find_recipe(recipe), [f"train.device={device}", *(overrides or [])]), measure)
     _show(ahead)
     if output is not None:
         Path(output).write_text(to_yaml(ahead.recipe), encoding="utf-8")
@@ -72,6 +73,10 @@ def _show(ahead: Outlook) -> None:
         "disk": _of(expected.disk_bytes, ahead.disk_free),
         "loss": "no law says" if expected.loss is None else f"about {expected.loss:.2f} nats a token",
     }
+    if expected.trained < expected.parameters:
+        lines["model"] += f"; {count(expected.trained)} of an adapter are trained"
+    if expected.beside:
+        lines["model"] += f"; beside a model of {count(expected.beside)} that reads"
     if ahead.measured is not None:
         lines["memory"] += f"; {gibibytes(ahead.measured.memory_bytes)} measured in the steps"
     for name, value in lines.items():

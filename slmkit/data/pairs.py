@@ -106,6 +106,11 @@ class PairRows(Rows):
     def rows_in_epoch(self) -> int:
         return len(self.starts)
 
+    @property
+    def longest(self) -> int:
+        """The tokens of the longest answer with all before it."""
+        return int((self.stops - self.starts).max())
+
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         ids, labels = [], []
         for start, stop in zip(self.starts[index].tolist(), self.stops[index].tolist()):

@@ -40,6 +40,11 @@ class Questions:
     def __len__(self) -> int:
         return len(self.places)
 
+    @property
+    def longest(self) -> int:
+        """The tokens of the longest prompt."""
+        return max(stop - start for start, stop, _ in self.places)
+
     def prompt(self, index: int) -> np.ndarray:
         """Everything up to where the assistant is to speak: int64 [prompt]."""
         start, stop, _ = self.places[index]

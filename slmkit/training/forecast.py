@@ -8,21 +8,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional as F
-
 from slmkit.device import Device, measured_peak
 from slmkit.model import SLMConfig
-from slmkit.model.architecture import Architecture
 from slmkit.model.families import architecture_of
-from slmkit.model.sizes import flops_per_token, parameter_count
-from slmkit.training.memory import Blueprint, Ledger, built, frozen_bytes, state_bytes, training_bytes
+from slmkit.model.sizes import parameter_count
+from slmkit.training.inventory import Inventory
+from slmkit.training.memory import checkpoint_bytes, reading_peaks, state_bytes, training_bytes
+from slmkit.training.operations import operations_per_token
 from slmkit.training.recipe import TrainSettings
 from slmkit.training.scaling import expected_loss
 
 EFFICIENCY = {"cpu": 0.25, "cuda": 0.35}  # of plain products' speed that a small model's step reaches, unmeasured
-VALIDATION_ROWS = 8  # that go through the model at once
 FORWARD_SHARE = 1 / 3  # of a training step's operations
 EVALUATION_SECONDS = 1.0  # for samples, the picture and the checkpoint, beside the validation itself
 # On a CPU: what libraries load and compile in a run's first steps and evaluation, and what glibc holds for each byte in
@@ -34,7 +30,9 @@ LIBRARIES, HELD = 120 << 20, 1.37
 class Forecast:
     """Bytes, seconds, and nats a token; None where nothing can be said."""
 
-    parameters: int
+    parameters: int  # of the whole model, without an adapter
+    trained: int
+    beside: int  # parameters of a teacher or a reference; 0 where none is in memory
     steps: int
     tokens: int  # positions that pass through the model
     tokens_per_second: float
@@ -54,30 +52,32 @@ def forecast(
     unique_tokens: int | None = None,
     validation_tokens: int = 0,
     from_scratch: bool = True,
-    blueprint: Blueprint | None = None,
+    inventory: Inventory | None = None,
 ) -> Forecast:
     """The forecast of a run of `steps`. Without a measured `tokens_per_second`, by the device's measured peak.
 
-    `unique_tokens` is the training text's length; its shards count among the disk it takes. `blueprint` is of a model
-    in which something was changed after it was built.
+    `unique_tokens` is the training text's length; its shards count among the disk it takes. `inventory` says what is
+    in memory, where that is more than a fresh model which learns the next token.
     """
     a = architecture_of(config)
-    blueprint = blueprint or a
+    inventory = inventory or Inventory(a)
     length = settings.sequence_length or config.max_position_embeddings
     rows = settings.rows_per_step(length)
     tokens = steps * rows * length
-    rate = tokens_per_second or guessed_rate(a, length, device)
+    rate = tokens_per_second or guessed_rate(inventory, length, device)
     evaluations = -(-steps // (settings.eval_steps or max(1, steps // 10)))
     evaluating = evaluations * (validation_tokens * FORWARD_SHARE / rate + EVALUATION_SECONDS)
-    state = state_bytes(blueprint, settings, device)
+    checkpoint = checkpoint_bytes(inventory, settings, device)
     return Forecast(
         parameters=parameter_count(a),
+        trained=inventory.trained,
+        beside=parameter_count(inventory.beside.architecture) if inventory.beside is not None else 0,
         steps=steps,
         tokens=tokens,
         tokens_per_second=rate,
         seconds=tokens / rate + evaluating,
-        memory_bytes=run_bytes(blueprint, settings, rows, length, device, state),
-        disk_bytes=disk_bytes(state - frozen_bytes(blueprint), settings, steps, config.vocab_size, unique_tokens or 0),
+        memory_bytes=run_bytes(inventory, settings, rows, length, device),
+        disk_bytes=disk_bytes(checkpoint, settings, steps, config.vocab_size, unique_tokens or 0),
         loss=loss_ahead(parameter_count(a), tokens, unique_tokens, config.vocab_size) if from_scratch else None,
     )
 
@@ -88,34 +88,22 @@ def loss_ahead(parameters: int, tokens: int, unique_tokens: int | None, vocab_si
     return loss if loss < math.log(vocab_size) else None
 
 
-def guessed_rate(a: Architecture, length: int, device: Device) -> float:
+def guessed_rate(inventory: Inventory, length: int, device: Device) -> float:
     """Tokens a second by the device's peak and the share of it that such models reach."""
     efficiency = EFFICIENCY.get(device.torch_device.type, EFFICIENCY["cpu"])
-    return efficiency * measured_peak(device) / (3 * flops_per_token(a, length).forward)
+    return efficiency * measured_peak(device) / operations_per_token(inventory, length)
 
 
-def run_bytes(blueprint: Blueprint, settings: TrainSettings, rows: int, length: int, device: Device, state: int) -> int:
-    """The most that a run adds to its process, or takes of the device: in a step or a validation."""
-    micro = min(rows, settings.rows_per_micro_batch(length))
-    training = training_bytes(blueprint, settings, micro, length, device, settings.gradient_checkpointing)
-    validation = _validation_bytes(blueprint, length, device)
+def run_bytes(inventory: Inventory, settings: TrainSettings, rows: int, length: int, device: Device) -> int:
+    """The most that a run adds to its process, or takes of the device: in a step, or in what is read between two."""
+    micro, used = min(rows, settings.rows_per_micro_batch(length)), inventory.used(length)
+    training = training_bytes(inventory, settings, micro, used, device, settings.gradient_checkpointing)
+    reading, state = max(reading_peaks(inventory, used, device)), state_bytes(inventory, settings, device)
     if device.torch_device.type != "cpu":
-        return max(training, state + validation)
-    # Blocks that a step has left are in pieces too small for a validation that needs more than all of them.
-    beside = validation if validation > training - state else 0
+        return max(training, state + reading)
+    # Blocks that a step has left are in pieces too small for a reading that needs more than all of them.
+    beside = reading if reading > training - state else 0
     return LIBRARIES + round(HELD * training) + beside
-
-
-def _validation_bytes(blueprint: Blueprint, length: int, device: Device) -> int:
-    """What a batch of validation adds to the weights."""
-    with FakeTensorMode(), torch.no_grad(), Ledger() as ledger:
-        decoder = built(blueprint).eval()
-        weights = ledger.now
-        ids = torch.zeros(VALIDATION_ROWS, length, dtype=torch.long)
-        with device.autocast():
-            logits = decoder.logits(decoder(ids).flatten(0, 1)).float()
-        F.cross_entropy(logits, ids.flatten(), reduction="sum")
-    return ledger.peak - weights
 
 
 def disk_bytes(state: int, settings: TrainSettings, steps: int, vocab_size: int, unique_tokens: int) -> int:

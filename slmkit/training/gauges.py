@@ -6,8 +6,8 @@ import time
 
 from slmkit.device import Device, measured_peak, peak_memory
 from slmkit.model import Decoder
-from slmkit.model.sizes import flops_per_token
 from slmkit.training.loop import Report, State
+from slmkit.training.operations import StepOperations
 
 
 class Gauges:
@@ -34,13 +34,7 @@ class Gauges:
         A run that goes on has trained `tokens` and taken `seconds` already.
         """
         self.device, self.positions = device, (rows_per_step or 0) * length
-        self.flops = flops_per_token(model.architecture, length)
-        # A frozen matrix has no gradient of its own to be computed; what is trained beside it has products of its own.
-        is_frozen = not all(parameter.requires_grad for parameter in model.parameters())
-        trained = (p for p in model.blocks.parameters() if p.requires_grad and p.dim() == 2)
-        self.beside = sum(p.numel() for p in trained) if is_frozen else 0
-        self.weight_gradients = 0 if is_frozen else 1
-        self.head_flops = 2 * model.architecture.vocab_size * model.architecture.width
+        self.operations = StepOperations.of(model, length)
         self.peak = measured_peak(device) * device.ranks.world
         self.tokens = tokens
         self.started = time.monotonic() - seconds
@@ -54,8 +48,5 @@ class Gauges:
         report["memory_bytes"] = peak_memory(self.device)
 
     def step_flops(self, trained: int) -> int:
-        """Operations of an update in which `trained` of all positions are learned: only they pass the head."""
-        untrained = (self.positions - trained) * self.head_flops
-        matrices = self.positions * self.flops.matrices - untrained
-        attention, beside = self.positions * self.flops.attention, self.positions * 2 * self.beside
-        return (2 + self.weight_gradients) * matrices + 3 * (attention + beside)
+        """Operations of an update in which `trained` of all positions are learned."""
+        return self.operations.of_step(self.positions, trained)

@@ -17,7 +17,8 @@ from slmkit.model.presets import PRESETS
 from slmkit.model.sizes import cache_size, cache_variants, flops_per_token, parameters_by_module
 from slmkit.model.stored import stored_tensors
 from slmkit.training.find import find_model_directory
-from slmkit.training.memory import Blueprint, reading_bytes, training_bytes
+from slmkit.training.inventory import Blueprint, Inventory
+from slmkit.training.memory import reading_bytes, training_bytes
 from slmkit.training.recipe import TrainSettings
 
 LONGEST_BY_DEFAULT = 2_048  # tokens
@@ -112,10 +113,10 @@ def _adapter_of(directory: Path | None) -> dict[str, int]:
 def _memory(
     a: Architecture, blueprint: Blueprint, rows: int, length: int, device: Device, optimizer: str
 ) -> dict[str, int]:
-    settings = TrainSettings(optimizer=optimizer)
+    settings, inventory = TrainSettings(optimizer=optimizer), Inventory(blueprint)
     return {
-        f"training with {optimizer}": training_bytes(blueprint, settings, rows, length, device),
-        "… and gradient_checkpointing": training_bytes(blueprint, settings, rows, length, device, recompute_every=1),
+        f"training with {optimizer}": training_bytes(inventory, settings, rows, length, device),
+        "… and gradient_checkpointing": training_bytes(inventory, settings, rows, length, device, recompute_every=1),
         "running in float32": reading_bytes(a, rows, length, torch.float32),
         "running in bfloat16": reading_bytes(a, rows, length, torch.bfloat16),
     }

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -17,39 +17,17 @@ from torch.utils._pytree import tree_map_only
 from slmkit.device import Device
 from slmkit.model import Decoder
 from slmkit.model.architecture import Architecture
-from slmkit.training.losses import linear_cross_entropy
+from slmkit.training.inventory import Inventory
 from slmkit.training.optimizers import make_optimizers, trained
 from slmkit.training.precision import to_weight_dtype
 from slmkit.training.recipe import TrainSettings
 
-# What a model is made of: its architecture, or where something has been changed in it, itself without its content.
-Blueprint = Architecture | Decoder
-
-
-def blueprint_of(model: Decoder) -> Blueprint:
-    """The model as it is built now, what is trained of it and what is not, with tensors that have shapes alone."""
-    return _copy(model, lambda tensor: tensor.detach().to("meta"))
-
-
-def _copy(model: Decoder, make: Callable[[Tensor], Tensor]) -> Decoder:
-    """A copy of a model in which `make(tensor)` stands for each of its tensors."""
-    memo: dict[int, Any] = {}
-    for tensor in itertools.chain(model.parameters(), model.buffers()):
-        made = make(tensor)
-        is_parameter = isinstance(tensor, nn.Parameter)
-        memo[id(tensor)] = nn.Parameter(made, requires_grad=tensor.requires_grad) if is_parameter else made
-    return copy.deepcopy(model, memo)
-
-
-def built(blueprint: Blueprint) -> Decoder:
-    """A model of tensors whose bytes the ledger in force counts."""
-    if isinstance(blueprint, Architecture):
-        return Decoder(blueprint)
-    return _copy(blueprint, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype)).train()
-
 
 class Ledger(TorchDispatchMode):
-    """Adds up the bytes of all tensors alive while it is on; `peak` is the most there were at once."""
+    """Adds up the bytes of all tensors alive while it is on; `peak` is the most there were at once.
+
+    Every mask is taken to be full, since what has no content cannot say what of it is wanted.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +35,10 @@ class Ledger(TorchDispatchMode):
         self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.index.Tensor and _is_masked(args[1]):
+            result = args[0].flatten(0, args[1][0].dim() - 1).clone()
+        else:
+            result = func(*args, **(kwargs or {}))
         tree_map_only(Tensor, self._note, result)
         return result
 
@@ -75,53 +56,82 @@ class Ledger(TorchDispatchMode):
         self.now -= size
 
 
+def _is_masked(indices: Sequence[Tensor | None]) -> bool:
+    return len(indices) == 1 and indices[0] is not None and indices[0].dtype == torch.bool
+
+
 def training_bytes(
-    blueprint: Blueprint,
+    inventory: Inventory,
     settings: TrainSettings,
     rows: int,
     length: int,
     device: Device,
     recompute_every: int = 0,
 ) -> int:
-    """The most that a step needs at once: weights, gradients, the optimizer's state and what the backward pass keeps.
+    """The most that a step needs at once: weights, gradients, the optimizer's state, what the backward pass keeps, and
+    whatever stays beside the model.
 
-    `rows` of `length` tokens are one micro-batch. Of a plain loss over every token, with `recompute_every` n-th block
+    `rows` of `length` tokens are one micro-batch, of which every token is learned, with `recompute_every` n-th block
     computed a second time.
     """
     with FakeTensorMode(), Ledger() as ledger:
-        decoder = built(blueprint)
+        decoder, beside = inventory.built()
         decoder.recompute_every = recompute_every
         optimizers = _optimizers_of(decoder, settings, device)
-        ids = torch.zeros(rows, length, dtype=torch.long)
+        batch, objective = inventory.batch(rows, length), inventory.objective(beside)
         for parameter in trained(decoder).values():
             parameter.grad = torch.empty_like(parameter)
         _update(optimizers)  # so that their state is there, as in every step but the first
         with device.autocast():
-            hidden = decoder(ids).flatten(0, 1)
-            loss = linear_cross_entropy(hidden, decoder.head_weight, ids.flatten(), decoder.architecture.logit_cap)
-        del hidden
+            loss = objective(decoder, batch).total
         loss.backward()
         _update(optimizers)
     return ledger.peak
 
 
-def state_bytes(blueprint: Blueprint, settings: TrainSettings, device: Device) -> int:
-    """What stays between two steps: weights and the optimizer's state."""
+def state_bytes(inventory: Inventory, settings: TrainSettings, device: Device) -> int:
+    """What stays between two steps: weights, the optimizer's state, and the model beside."""
     with FakeTensorMode(), Ledger() as ledger:
-        decoder = built(blueprint)
+        decoder, beside = inventory.built()
         optimizers = _optimizers_of(decoder, settings, device)
         for parameter in trained(decoder).values():
             parameter.grad = torch.empty_like(parameter)
         _update(optimizers)
-        return ledger.now
+        held = ledger.now
+        del beside
+    return held
 
 
-def frozen_bytes(blueprint: Blueprint) -> int:
-    """Of weights that are not trained, and go into no checkpoint of a run that trains others."""
-    if isinstance(blueprint, Architecture):
-        return 0
-    frozen = (p for p in blueprint.parameters() if not p.requires_grad)
-    return sum(tensor.nbytes for tensor in itertools.chain(frozen, blueprint.buffers()))
+def weights_bytes(inventory: Inventory) -> int:
+    """Of all models, as they are before the first step."""
+    with FakeTensorMode():
+        models = [model for model in inventory.built() if model is not None]
+        return sum(tensor.nbytes for model in models for tensor in _tensors_of(model))
+
+
+def checkpoint_bytes(inventory: Inventory, settings: TrainSettings, device: Device) -> int:
+    """What is trained, and the optimizer's state: frozen weights go into no checkpoint."""
+    state = state_bytes(replace(inventory, beside=None), settings, device)
+    if isinstance(inventory.model, Architecture):
+        return state
+    return state - sum(tensor.nbytes for tensor in _tensors_of(inventory.model) if not tensor.requires_grad)
+
+
+def reading_peaks(inventory: Inventory, length: int, device: Device) -> list[int]:
+    """What each of the readings between two steps adds at most to what is there already."""
+    peaks = []
+    for read in inventory.readings:
+        with FakeTensorMode(), torch.no_grad(), Ledger() as ledger:
+            decoder, beside = inventory.built()
+            weights = ledger.now
+            with device.autocast():
+                read(decoder.eval(), beside, length)
+        peaks.append(ledger.peak - weights)
+    return peaks
+
+
+def _tensors_of(model: Decoder) -> Iterator[Tensor]:
+    return itertools.chain(model.parameters(), model.buffers())
 
 
 def _optimizers_of(decoder: Decoder, settings: TrainSettings, device: Device) -> list[torch.optim.Optimizer]:

@@ -10,8 +10,8 @@ import torch
 from slmkit.config import UserError
 from slmkit.device import Device, available_memory
 from slmkit.model import Decoder
-from slmkit.training.losses import linear_cross_entropy
-from slmkit.training.memory import Blueprint, blueprint_of, training_bytes
+from slmkit.training.inventory import Inventory
+from slmkit.training.memory import training_bytes
 from slmkit.training.optimizers import make_optimizers
 from slmkit.training.precision import to_weight_dtype
 from slmkit.training.recipe import TrainSettings
@@ -21,7 +21,9 @@ USABLE = {"cpu": 0.7}
 USABLE_ELSEWHERE = 0.85
 
 
-def resolve_micro_batch(settings: TrainSettings, model: Decoder, length: int, device: Device) -> TrainSettings:
+def resolve_micro_batch(
+    settings: TrainSettings, model: Decoder, inventory: Inventory, length: int, device: Device
+) -> TrainSettings:
     """`settings` with `micro_batch_tokens: auto` replaced by the most tokens that fit; others as they are.
 
     Rows are shared out evenly, so that a step is not ended by a small rest. An accelerator is asked, by a step whose
@@ -30,15 +32,15 @@ def resolve_micro_batch(settings: TrainSettings, model: Decoder, length: int, de
     if settings.micro_batch_tokens != "auto":
         return settings
     rows = settings.rows_per_step(length)
-    fitting = fitting_rows(blueprint_of(model), settings, rows, length, device, available_memory(device))
+    fitting = fitting_rows(inventory, settings, rows, length, device, available_memory(device))
     if device.torch_device.type != "cpu":
-        fitting = tried_rows(model, settings, fitting, length, device)
+        fitting = tried_rows(model, inventory, settings, fitting, length, device)
     micro_batches = -(-rows // fitting)
     return settings.model_copy(update={"micro_batch_tokens": -(-rows // micro_batches) * length})
 
 
 def fitting_rows(
-    blueprint: Blueprint, settings: TrainSettings, most: int, length: int, device: Device, free: int
+    inventory: Inventory, settings: TrainSettings, most: int, length: int, device: Device, free: int
 ) -> int:
     """The largest number of rows, at most `most`, whose step is estimated to need no more than is usable of `free`.
 
@@ -47,14 +49,14 @@ def fitting_rows(
     usable = int(free * USABLE.get(device.torch_device.type, USABLE_ELSEWHERE))
 
     def needed(rows: int) -> int:
-        return training_bytes(blueprint, settings, rows, length, device, settings.gradient_checkpointing)
+        return training_bytes(inventory, settings, rows, length, device, settings.gradient_checkpointing)
 
     if usable == 0:
         return 1
     fits, fails = 1, most
     of_fits, of_fails = needed(fits), needed(fails)
     if of_fits > usable:
-        raise lack_of_memory(blueprint, settings, 1, length, device, free)
+        raise lack_of_memory(inventory, settings, 1, length, device, free)
     if of_fails <= usable:
         return most
     while fits + 1 < fails:  # memory is nearly linear in rows: a straight line finds its place in a few steps
@@ -67,11 +69,15 @@ def fitting_rows(
     return fits
 
 
-def tried_rows(model: Decoder, settings: TrainSettings, rows: int, length: int, device: Device) -> int:
-    """The largest of `rows`, `rows // 2`, … that goes through the model and its optimizers without running out."""
+def tried_rows(
+    model: Decoder, inventory: Inventory, settings: TrainSettings, rows: int, length: int, device: Device
+) -> int:
+    """The largest of `rows`, `rows // 2`, … that goes through the model and its optimizers without running out, with
+    one like that of the inventory beside it.
+    """
     while True:
         try:
-            _try(model, settings, rows, length, device)
+            _try(model, inventory, settings, rows, length, device)
             return rows
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or rows == 1:
@@ -83,17 +89,17 @@ def tried_rows(model: Decoder, settings: TrainSettings, rows: int, length: int, 
             torch.cuda.empty_cache()
 
 
-def _try(model: Decoder, settings: TrainSettings, rows: int, length: int, device: Device) -> None:
+def _try(model: Decoder, inventory: Inventory, settings: TrainSettings, rows: int, length: int, device: Device) -> None:
     """Two forward and backward passes with an update between them that changes nothing: no gradient, no rate."""
     model.to(device.torch_device)
     to_weight_dtype(model, device)
     model.recompute_every = settings.gradient_checkpointing
     optimizers = make_optimizers(model, settings, device)
-    ids = torch.zeros(rows, length, dtype=torch.long, device=device.torch_device)
+    objective = inventory.objective(inventory.built_beside(device.torch_device))
+    batch = inventory.batch(rows, length).to(device.torch_device)
     for _ in range(2):
         with device.autocast():
-            hidden = model(ids).flatten(0, 1)
-            loss = linear_cross_entropy(hidden, model.head_weight, ids.flatten(), model.architecture.logit_cap)
+            loss = objective(model, batch).total
         loss.backward()
         for parameter in model.parameters():
             if parameter.grad is not None:
@@ -115,7 +121,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def lack_of_memory_explained(
-    blueprint: Blueprint, settings: TrainSettings, rows: int, length: int, device: Device
+    inventory: Inventory, settings: TrainSettings, rows: int, length: int, device: Device
 ) -> Iterator[None]:
     """Within, running out of memory is a `UserError` that says what to change, with figures."""
     free = available_memory(device)
@@ -124,16 +130,16 @@ def lack_of_memory_explained(
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise lack_of_memory(blueprint, settings, rows, length, device, free) from error
+        raise lack_of_memory(inventory, settings, rows, length, device, free) from error
 
 
 def lack_of_memory(
-    blueprint: Blueprint, settings: TrainSettings, rows: int, length: int, device: Device, free: int
+    inventory: Inventory, settings: TrainSettings, rows: int, length: int, device: Device, free: int
 ) -> UserError:
     """What a step of micro-batches of `rows` rows needs, what there was, and what each remedy would need."""
 
     def needed(rows: int, recompute_every: int, changed: TrainSettings = settings) -> str:
-        return f"about {training_bytes(blueprint, changed, rows, length, device, recompute_every) / 2**30:.2f} GiB"
+        return f"about {training_bytes(inventory, changed, rows, length, device, recompute_every) / 2**30:.2f} GiB"
 
     every = settings.gradient_checkpointing
     remedies = []

@@ -13,8 +13,9 @@ from typing import Any
 from slmkit.device import Device, peak_memory, reset_peak_memory, resident_memory
 from slmkit.model import SLMConfig
 from slmkit.training.forecast import forecast
+from slmkit.training.inventory import Inventory
 from slmkit.training.loop import Report, State
-from slmkit.training.memory import Blueprint
+from slmkit.training.memory import weights_bytes
 from slmkit.training.progress import clock
 from slmkit.training.recipe import TrainSettings
 
@@ -37,8 +38,8 @@ SHOWN: dict[str, tuple[str, Callable[[Any], str]]] = {
 class PlanFile:
     """A hook for every step that writes the forecast once the speed is known; `complete` adds what was real.
 
-    Make it when the model is built and nothing of training is in memory yet, and fire it last, so that all that a step
-    does is in its time. Seconds are those of this process, from the step that it goes on from.
+    Make it when all models of its inventory are there and nothing of training is in memory yet, and fire it last, so
+    that all that a step does is in its time. Seconds are those of this process, from the step that it goes on from.
     """
 
     def __init__(
@@ -48,18 +49,18 @@ class PlanFile:
         settings: TrainSettings,
         steps: int,
         device: Device,
+        inventory: Inventory,
         *,
-        weights_bytes: int,
         unique_tokens: int | None = None,
         validation_tokens: int = 0,
         from_scratch: bool = True,
-        blueprint: Blueprint | None = None,
     ) -> None:
         self.path, self.config, self.settings, self.steps, self.device = root / NAME, config, settings, steps, device
         self.unique_tokens, self.validation_tokens, self.from_scratch = unique_tokens, validation_tokens, from_scratch
-        self.blueprint = blueprint
+        self.inventory = inventory
+        weights = weights_bytes(inventory)  # first: counting itself loads what counts among what was there before
+        self.before = 0 if device.torch_device.type == "cuda" else max(0, resident_memory() - weights)
         self.content: dict[str, Any] = {"steps": steps}
-        self.before = 0 if device.torch_device.type == "cuda" else max(0, resident_memory() - weights_bytes)
         reset_peak_memory(device)
         self.began = self.last = time.perf_counter()
         self.begun = self.probed = -1
@@ -109,11 +110,12 @@ class PlanFile:
             unique_tokens=self.unique_tokens,
             validation_tokens=self.validation_tokens,
             from_scratch=self.from_scratch,
-            blueprint=self.blueprint,
+            inventory=self.inventory,
         )
         self.content |= {
             "parameters": ahead.parameters,
             "tokens": ahead.tokens,
+            "memory_before_bytes": self.before,  # of the memory below, what was there before the run
             "probe": {"steps": len(counted), "tokens_per_second": round(rate)},
             "predicted": {
                 "seconds": round(ahead.seconds * (self.steps - self.begun) / self.steps, 1),

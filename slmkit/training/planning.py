@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from slmkit.model.families import architecture_of
 from slmkit.model.sizes import parameter_count, parameters_by_module
 from slmkit.training.find import find_model_directory
 from slmkit.training.forecast import Forecast, forecast, guessed_rate
+from slmkit.training.inventory import Inventory
 from slmkit.training.micro_batch import fitting_rows
-from slmkit.training.probe import Probe, probe
+from slmkit.training.probe import Probe, Subject, probe
 from slmkit.training.recipe import ModelSettings, Recipe, TrainSettings
 from slmkit.training.scaling import expected_loss, learning_rate_for, parameters_for, tokens_per_step_for
 
@@ -33,6 +35,7 @@ class Outlook:
 
     recipe: Recipe
     config: SLMConfig
+    inventory: Inventory
     device: Device
     ahead: Forecast
     guessed_rate: float  # tokens/s before anything was measured
@@ -47,21 +50,24 @@ class Outlook:
         return in_memory and self.ahead.disk_bytes <= self.disk_free
 
 
-def outlook(recipe: Recipe, measure: bool = True) -> Outlook:
-    """What a recipe will take on this machine. Raises `UserError` for what it lacks to be planned."""
+def outlook(
+    recipe: Recipe, subject_of: Callable[[Recipe, SLMConfig, Device], Subject], measure: bool = True
+) -> Outlook:
+    """What a recipe will take on this machine. `subject_of` says what it trains, and beside what.
+
+    Raises `UserError` for what the recipe lacks to be planned.
+    """
     device = find_device(recipe.train.device, recipe.train.precision)
     config, assumptions = _config_of(recipe)
     length = recipe.train.sequence_length or config.max_position_embeddings
     text, about_text = _tokens_of(recipe)
     assumptions += about_text
-    if recipe.lora is not None:
-        assumptions.append("every weight is trained: an adapter alone takes less memory, and less time")
     if text is None and recipe.train.max_steps is None and recipe.train.max_tokens is None:
         raise UserError("nobody knows the length of this text before it is read: set train.max_tokens or max_steps")
     rows, about_rows = _rows_of(recipe, text, length)
     assumptions += about_rows
     steps = recipe.train.total_steps(rows, recipe.tokens_of_row(length))
-    return _outlook(recipe, config, steps, device, text, measure, assumptions)
+    return _outlook(recipe, config, subject_of(recipe, config, device), steps, device, text, measure, assumptions)
 
 
 def propose(
@@ -81,14 +87,14 @@ def propose(
         recipe, config = _recipe_for(width, budget, device_name)
         if not measure or width in seen:
             break
-        seen[width] = probe(config, recipe.train, device)
+        seen[width] = probe(Subject.fresh(config), recipe.train, device)
         length = config.max_position_embeddings
-        efficiency = seen[width].tokens_per_second / guessed_rate(architecture_of(config), length, device)
+        efficiency = seen[width].tokens_per_second / guessed_rate(Inventory(architecture_of(config)), length, device)
     measured = seen.get(width)
     if hours is not None and measured is not None:  # what this very shape was seen to do, and no rule of thumb
         recipe, config = _recipe_for(width, int(hours * 3600 * measured.tokens_per_second), device_name)
     elif measure and measured is None:
-        measured = probe(config, recipe.train, device)
+        measured = probe(Subject.fresh(config), recipe.train, device)
     steps = recipe.train.total_steps(0, config.max_position_embeddings)
     size = steps * recipe.train.tokens_per_step * BYTES_PER_TOKEN
     assumptions = [
@@ -97,26 +103,27 @@ def propose(
         "learning rate and batch: Li et al. 2025, for AdamW, fitted on 60 M parameters and more",
         f"text that is read once: about {size / 1e6:,.0f} MB, at {BYTES_PER_TOKEN} bytes a token",
     ]
-    return _outlook(recipe, config, steps, device, None, measured, assumptions)
+    return _outlook(recipe, config, Subject.fresh(config), steps, device, None, measured, assumptions)
 
 
 def _outlook(
     recipe: Recipe,
     config: SLMConfig,
+    subject: Subject,
     steps: int,
     device: Device,
     text: int | None,
     measure: bool | Probe | None,
     assumptions: list[str],
 ) -> Outlook:
-    length = recipe.train.sequence_length or config.max_position_embeddings
+    length, inventory = recipe.train.sequence_length or config.max_position_embeddings, subject.inventory
     if recipe.train.micro_batch_tokens == "auto":
-        a, most = architecture_of(config), recipe.train.rows_per_step(length)
-        rows = fitting_rows(a, recipe.train, most, length, device, available_memory(device))
+        most = recipe.train.rows_per_step(length)
+        rows = fitting_rows(inventory, recipe.train, most, length, device, available_memory(device))
         train = recipe.train.model_copy(update={"micro_batch_tokens": rows * length})
         recipe = recipe.model_copy(update={"train": train})
-    measured = probe(config, recipe.train, device) if measure is True else measure or None
-    guess = guessed_rate(architecture_of(config), length, device)
+    measured = probe(subject, recipe.train, device) if measure is True else measure or None
+    guess = guessed_rate(inventory, length, device)
     ahead = forecast(
         config,
         recipe.train,
@@ -126,6 +133,7 @@ def _outlook(
         unique_tokens=text,
         validation_tokens=round((text or 0) * recipe.data.validation_fraction),
         from_scratch=recipe.objective == "pretrain" and recipe.model.path is None,
+        inventory=inventory,
     )
     folder = next(
         path
@@ -133,7 +141,7 @@ def _outlook(
         if path.exists()
     )
     free = available_memory(device), shutil.disk_usage(folder).free
-    return Outlook(recipe, config, device, ahead, guess, measured, *free, assumptions)
+    return Outlook(recipe, config, inventory, device, ahead, guess, measured, *free, assumptions)
 
 
 def _config_of(recipe: Recipe) -> tuple[SLMConfig, list[str]]:
@@ -220,7 +228,7 @@ def _best(hours: float | None, tokens: int | None, device: Device, efficiency: f
         a = architecture_of(_shape(width).build_config())
         size, length = parameter_count(a), a.max_positions
         if hours is not None:
-            budget = int(hours * 3600 * efficiency * guessed_rate(a, length, device))
+            budget = int(hours * 3600 * efficiency * guessed_rate(Inventory(a), length, device))
             candidates.append((expected_loss(size, max(1, budget)), width, budget))
         else:
             assert tokens is not None

@@ -119,7 +119,12 @@ def columns_used(labels: Tensor) -> int:
     """One past the last column in which anything is learned, rounded up; at least 1.  labels [rows, length]"""
     columns = (labels != IGNORED).any(dim=0).nonzero()
     last = int(columns[-1]) + 1 if len(columns) else 1
-    return min(labels.size(1), -(-last // ROUNDED_TO) * ROUNDED_TO)
+    return min(labels.size(1), rounded_up(last))
+
+
+def rounded_up(columns: int) -> int:
+    """How many columns are computed where so many are wanted."""
+    return -(-columns // ROUNDED_TO) * ROUNDED_TO
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 
 from slmkit.data.batch import Batch
 from slmkit.device import Device, peak_memory, reset_peak_memory, resident_memory
-from slmkit.model import SLMConfig, build_decoder
+from slmkit.model import Decoder, SLMConfig, build_decoder
+from slmkit.model.families import architecture_of
+from slmkit.training.inventory import Inventory
 from slmkit.training.loop import Every, Plan, Report, State, StopRequested, train
-from slmkit.training.objectives import next_token
+from slmkit.training.objectives import Objective
 from slmkit.training.recipe import Recipe, TrainSettings
 from slmkit.training.run import fresh_state
 
@@ -32,19 +35,36 @@ class Probe:
     steps: int
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What is planned: what its run has in memory, and models of random weights to try it with, the one that is trained
+    and the one beside it."""
+
+    inventory: Inventory
+    models: Callable[[], tuple[Decoder, Decoder | None]]
+
+    @classmethod
+    def fresh(cls, config: SLMConfig) -> Subject:
+        """A new model that learns the next token."""
+        return cls(Inventory(architecture_of(config)), lambda: (build_decoder(config, seed=0), None))
+
+
 class MadeUp:
     """Batches of random tokens, as many rows in each step as its turn says."""
 
-    def __init__(self, vocab_size: int, length: int, rows: list[int]) -> None:
-        self.vocab_size, self.length, self.rows = vocab_size, length, rows
+    def __init__(self, inventory: Inventory, length: int, rows: list[int]) -> None:
+        self.vocab_size, self.length, self.rows = inventory.architecture.vocab_size, length, rows
+        self.extra = inventory.extra
         self.rows_per_step, self.separate = max(rows), False
         self.total_rows: int | None = None
         self.rows_in_epoch: int | None = None
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         generator = torch.Generator().manual_seed(step)
-        ids = torch.randint(self.vocab_size, (self.rows[step], self.length + 1), generator=generator)
-        return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), self.rows[step] * self.length)
+        rows, length = self.rows[step], self.length
+        ids = torch.randint(self.vocab_size, (rows, length + 1), generator=generator)
+        extra = self.extra(rows, length)
+        return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), rows * length, extra=extra)
 
     def has(self, step: int) -> bool:
         return step < len(self.rows)
@@ -59,20 +79,23 @@ class MadeUp:
         """Every batch is as near as any other."""
 
 
-def probe(config: SLMConfig, settings: TrainSettings, device: Device, steps: int = STEPS) -> Probe:
-    """Train a fresh model of this shape for `steps` real steps, or for a minute.
+def probe(subject: Subject, settings: TrainSettings, device: Device, steps: int = STEPS) -> Probe:
+    """Train the subject for `steps` real steps, or for a minute.
 
     Where a step has several micro-batches, half of the steps have one and half have two, and the rest is arithmetic:
     a step is its micro-batches and one update.
     """
-    length = settings.sequence_length or config.max_position_embeddings
+    length = settings.sequence_length or subject.inventory.architecture.max_positions
     micro, rows = settings.rows_per_micro_batch(length), settings.rows_per_step(length)
     parts = max(1, rows / micro)
     turns = [min(rows, micro)] * steps if parts <= 1 else [micro] * (steps - steps // 2) + [2 * micro] * (steps // 2)
     before = resident_memory()
     reset_peak_memory(device)
-    state = fresh_state(Recipe(train=settings), build_decoder(config, seed=0), device)
-    seconds = _times(state, MadeUp(config.vocab_size, length, turns), _plan(steps, micro, settings, device))
+    model, beside = subject.models()
+    objective = subject.inventory.objective(None if beside is None else beside.to(device.torch_device))
+    state = fresh_state(Recipe(train=settings), model, device)
+    batches, plan = MadeUp(subject.inventory, length, turns), _plan(steps, micro, settings, device)
+    seconds = _times(state, objective, batches, plan)
     one = statistics.median(seconds[min(FIRST, len(seconds) // 2) : steps - steps // 2 if parts > 1 else None])
     whole = one
     if parts > 1 and len(seconds) > steps - steps // 2 + 1:
@@ -84,7 +107,7 @@ def probe(config: SLMConfig, settings: TrainSettings, device: Device, steps: int
     return Probe(rows * length / whole, whole, max(0, used), len(seconds))
 
 
-def _times(state: State, batches: MadeUp, plan: Plan) -> list[float]:
+def _times(state: State, objective: Objective, batches: MadeUp, plan: Plan) -> list[float]:
     """Seconds of each step, of those that a minute has room for."""
     seconds: list[float] = []
     stop, began = StopRequested(), time.perf_counter()
@@ -97,7 +120,7 @@ def _times(state: State, batches: MadeUp, plan: Plan) -> list[float]:
         stop.is_set = now - began > LONGEST
         last = now
 
-    train(state, next_token, batches, plan, (Every(1, note),), stop)
+    train(state, objective, batches, plan, (Every(1, note),), stop)
     return seconds
 
 

@@ -21,8 +21,8 @@ from slmkit.training.files import write_whole
 from slmkit.training.find import free_path
 from slmkit.training.gauges import Gauges
 from slmkit.training.guards import Diverged, GuardSettings
+from slmkit.training.inventory import Inventory, blueprint_of
 from slmkit.training.loop import Every, Plan, Report, RunStopped, State, StopRequested, train
-from slmkit.training.memory import blueprint_of
 from slmkit.training.micro_batch import lack_of_memory_explained
 from slmkit.training.model_files import ModelFiles, WholeModel
 from slmkit.training.objectives import Objective, next_token
@@ -108,6 +108,7 @@ def fit(
     *,
     companions: checkpoints.Companions,
     objective: Objective = next_token,
+    inventory: Inventory | None = None,
     files: ModelFiles | None = None,
     hooks: Sequence[Every] = (),
     perfect_loss: float | None = None,
@@ -116,13 +117,12 @@ def fit(
 ) -> State:
     """Train `model` as the recipe says, and leave a run on disk. Returns the state after the last step.
 
-    `hooks` come from outside (validation, samples, progress) and fire before the report is logged, so that what they
-    add to it is logged too. `files` say what of the model a checkpoint holds, which is all of it without them. With
-    `resume` it goes on from the newest intact checkpoint, or from the beginning where there was none yet. Raises
-    `RunStopped` when a signal ended the run early: its last step has been saved.
+    `hooks` come from outside (validation, samples, progress) and fire before the report is logged, with what they add.
+    `inventory` says what is in memory, `files` what of the model a checkpoint holds: without them all of it. With
+    `resume` it goes on from the newest intact checkpoint. Raises `RunStopped` when a signal ended it, with one.
     """
-    settings, group, files = recipe.train, plan.group, files or WholeModel(config)
-    blueprint = blueprint_of(model)
+    settings, group, inventory = recipe.train, plan.group, inventory or Inventory(blueprint_of(model))
+    files = files or WholeModel(config)
     state = fresh_state(recipe, model, plan.device, group)
     if resume and (newest := newest_intact(run, plan, warn)) is not None:
         checkpoints.load_checkpoint(newest, state, files)
@@ -143,7 +143,7 @@ def fit(
         ) as trackers,
         stop_on_signals() as stop,
         saver,
-        lack_of_memory_explained(blueprint, settings, plan.rows_per_micro_batch, length, plan.device),
+        lack_of_memory_explained(inventory, settings, plan.rows_per_micro_batch, length, plan.device),
     ):
         logger = Logger(run, perfect_loss, warn, trackers)
         all_hooks = (Every(1, gauges.update), *hooks, *hooks_on_disk(settings, plan.steps, logger, saver))

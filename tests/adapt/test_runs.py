@@ -23,8 +23,9 @@ from slmkit.training.checkpoints import complete_checkpoints, verify
 from slmkit.training.distributed import join
 from slmkit.training.find import find_model_directory
 from slmkit.training.gauges import Gauges
+from slmkit.training.inventory import Inventory, blueprint_of
 from slmkit.training.loop import State
-from slmkit.training.memory import blueprint_of, frozen_bytes, state_bytes, training_bytes
+from slmkit.training.memory import checkpoint_bytes, state_bytes, training_bytes
 from slmkit.training.recipe import Recipe
 from slmkit.training.run import RunDirectory, fit, make_plan
 from slmkit.training.run_log import MetricsLog
@@ -150,15 +151,15 @@ def test_a_base_in_fewer_bits_is_kept_so_when_an_adapter_is_trained_on(base: Pat
 def test_memory_is_estimated_of_what_is_trained(base: Path) -> None:
     """Full fine-tuning keeps four numbers a weight; an adapter's run one, or an eighth of one."""
     plain, _ = load_decoder(base)
-    needed = {"full": state_bytes(blueprint_of(plain), settings(), CPU)}
+    needed = {"full": state_bytes(Inventory(blueprint_of(plain)), settings(), CPU)}
     for name in ("float32", "int8", "nf4"):
         model, _, _ = start_adapter(base, LoRASettings(r=1, target_modules=["query"], base_weights=name))
-        blueprint = blueprint_of(model)
-        needed[name] = state_bytes(blueprint, settings(), CPU)
+        inventory = Inventory(blueprint_of(model))
+        needed[name] = state_bytes(inventory, settings(), CPU)
         trained = sum(tensor.numel() for tensor in trained_tensors(model).values())
-        kept = needed[name] - frozen_bytes(blueprint)
+        kept = checkpoint_bytes(inventory, settings(), CPU)
         assert 3 * 4 * trained <= kept <= 3 * 4 * trained + 2000  # weights and two moments
-        assert training_bytes(blueprint, settings(), 2, LENGTH, CPU) > needed[name]
+        assert training_bytes(inventory, settings(), 2, LENGTH, CPU) > needed[name]
     weights = sum(p.nbytes for p in plain.parameters())
     assert needed["full"] > 2.9 * weights
     assert weights < needed["float32"] < 1.2 * weights
@@ -167,7 +168,9 @@ def test_memory_is_estimated_of_what_is_trained(base: Path) -> None:
 
 def test_estimates_are_the_same_for_a_blueprint_as_for_its_architecture(base: Path) -> None:
     plain, _ = load_decoder(base)
-    of_either = [training_bytes(b, settings(), 4, LENGTH, CPU, 1) for b in (plain.architecture, blueprint_of(plain))]
+    of_either = [
+        training_bytes(Inventory(b), settings(), 4, LENGTH, CPU, 1) for b in (plain.architecture, blueprint_of(plain))
+    ]
     assert of_either[0] == of_either[1]
 
 

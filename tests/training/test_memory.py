@@ -13,6 +13,7 @@ import torch
 from slmkit.device import find_device
 from slmkit.model import SLMConfig
 from slmkit.model.families import architecture_of
+from slmkit.training.inventory import Inventory
 from slmkit.training.memory import reading_bytes, training_bytes
 from slmkit.training.recipe import TrainSettings
 
@@ -95,7 +96,9 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_training(model: str, precision: str, optimizer: str, recompute_every: int) -> None:
     shape = SHAPE | MODELS[model]
     settings, device = TrainSettings(optimizer=optimizer), find_device("cpu", precision)
-    said = training_bytes(architecture_of(SLMConfig(**shape)), settings, ROWS, LENGTH, device, recompute_every)
+    said = training_bytes(
+        Inventory(architecture_of(SLMConfig(**shape))), settings, ROWS, LENGTH, device, recompute_every
+    )
     assert said == pytest.approx(measured("train", model, precision, optimizer, recompute_every), rel=0.15)
 
 
@@ -108,7 +111,7 @@ def test_reading(model: str) -> None:
 
 
 def test_recomputing_takes_less_and_every_second_block_between() -> None:
-    a = architecture_of(SLMConfig(**SHAPE))
+    a = Inventory(architecture_of(SLMConfig(**SHAPE)))
     device = find_device("cpu", "float32")
     whole, second, every = (training_bytes(a, TrainSettings(), ROWS, LENGTH, device, n) for n in (0, 2, 1))
     assert every < 0.75 * whole

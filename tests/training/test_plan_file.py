@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from slmkit.device import find_device
+from slmkit.model.families import architecture_of
+from slmkit.training.inventory import Inventory
 from slmkit.training.loop import Every
 from slmkit.training.overview import read_plan
 from slmkit.training.plan_file import PlanFile
@@ -18,7 +20,12 @@ def test_predicted_and_real_stand_side_by_side(tmp_path: Path) -> None:
     shape, seen = config(), []
     (tmp_path / "run").mkdir()
     plan = PlanFile(
-        tmp_path / "run", shape, settings(max_steps=30), 30, find_device("cpu", "float32"), weights_bytes=100_000
+        tmp_path / "run",
+        shape,
+        settings(max_steps=30),
+        30,
+        find_device("cpu", "float32"),
+        Inventory(architecture_of(shape)),
     )
     watch = Every(1, lambda state, report: seen.append("predicted" in read_plan(tmp_path / "run")))
     run(tmp_path / "run", hooks=(Every(1, plan.update), watch), max_steps=30, eval_steps=30)
@@ -36,7 +43,8 @@ def test_predicted_and_real_stand_side_by_side(tmp_path: Path) -> None:
 
 
 def test_a_run_that_ends_before_its_speed_is_known_promises_nothing(tmp_path: Path) -> None:
-    plan = PlanFile(tmp_path, config(), settings(), 30, find_device("cpu", "float32"), weights_bytes=0)
+    shape, device = config(), find_device("cpu", "float32")
+    plan = PlanFile(tmp_path, shape, settings(), 30, device, Inventory(architecture_of(shape)))
     run(tmp_path, hooks=(Every(1, plan.update),), max_steps=3)
     assert plan.complete(None) == ""
     assert read_plan(tmp_path) == {"steps": 30}
@@ -45,11 +53,11 @@ def test_a_run_that_ends_before_its_speed_is_known_promises_nothing(tmp_path: Pa
 def test_a_resumed_run_predicts_what_is_left_of_it(tmp_path: Path) -> None:
     shape, device = config(), find_device("cpu", "float32")
     run(tmp_path, max_steps=12)
-    plan = PlanFile(tmp_path, shape, settings(max_steps=24), 24, device, weights_bytes=0)
+    plan = PlanFile(tmp_path, shape, settings(max_steps=24), 24, device, Inventory(architecture_of(shape)))
     run(tmp_path, resume=True, hooks=(Every(1, plan.update),), max_steps=24)
     plan.complete(None)
     content = read_plan(tmp_path)
-    whole = PlanFile(tmp_path, shape, settings(max_steps=24), 24, device, weights_bytes=0)
+    whole = PlanFile(tmp_path, shape, settings(max_steps=24), 24, device, Inventory(architecture_of(shape)))
     whole.begun, whole.seconds = 0, plan.seconds[:4]
     whole._predict()
     assert content["predicted"]["seconds"] == pytest.approx(read_plan(tmp_path)["predicted"]["seconds"] / 2, rel=0.6)

@@ -12,14 +12,14 @@ import pytest
 
 from slmkit.config import UserError
 from slmkit.device import find_device
-from slmkit.model import SLMConfig, build_decoder
+from slmkit.model import SLMConfig
 from slmkit.model.families import architecture_of
-from slmkit.training import planning
 from slmkit.training.forecast import disk_bytes, forecast, loss_ahead
+from slmkit.training.inventory import Inventory
 from slmkit.training.memory import state_bytes
-from slmkit.training.planning import outlook, propose
-from slmkit.training.probe import probe
-from slmkit.training.recipe import Recipe, TrainSettings, find_recipe, load_recipe
+from slmkit.training.planning import propose
+from slmkit.training.probe import Subject, probe
+from slmkit.training.recipe import Recipe, TrainSettings
 from tests.training.helpers import config, settings
 from tests.training.helpers import run as trained
 
@@ -37,7 +37,7 @@ def test_a_checkpoint_takes_what_was_said(tmp_path: Path) -> None:
         checkpoint = (root / "latest").resolve()
         files = [checkpoint / "model.safetensors", *(checkpoint / "training_state").glob("*.safetensors")]
         real = sum(path.stat().st_size for path in files)
-        said = state_bytes(architecture_of(config()), settings(optimizer=optimizer), CPU)
+        said = state_bytes(Inventory(architecture_of(config())), settings(optimizer=optimizer), CPU)
         assert said == pytest.approx(real, rel=0.1), optimizer  # the rest is names
 
 
@@ -52,7 +52,7 @@ def test_disk_counts_those_kept_the_best_and_the_one_being_written() -> None:
 @pytest.mark.parametrize("rows_per_micro_batch", [8, 2])
 def test_the_probe_takes_real_steps_also_where_one_has_several_micro_batches(rows_per_micro_batch: int) -> None:
     train = settings(tokens_per_step=8 * 32, micro_batch_tokens=rows_per_micro_batch * 32)
-    found = probe(config(), train, CPU, steps=12)
+    found = probe(Subject.fresh(config()), train, CPU, steps=12)
     assert found.steps == 12
     assert found.tokens_per_second == pytest.approx(8 * 32 / found.step_seconds)
 
@@ -63,12 +63,12 @@ import json, sys
 from slmkit.device import find_device
 from slmkit.model import SLMConfig, build_decoder
 from slmkit.training.forecast import forecast
-from slmkit.training.probe import probe
+from slmkit.training.probe import Subject, probe
 from slmkit.training.recipe import TrainSettings
 shape = SLMConfig(**json.loads(sys.argv[1]))
 train = TrainSettings(sequence_length=256, tokens_per_step=4096, micro_batch_tokens=4096)
 device = find_device("cpu", "float32")
-measured = probe(shape, train, device, steps=3).memory_bytes
+measured = probe(Subject.fresh(shape), train, device, steps=3).memory_bytes
 print(json.dumps([forecast(shape, train, 100, device, tokens_per_second=1.0).memory_bytes, measured]))
 """
     shape = json.dumps(SHAPE)
@@ -78,33 +78,6 @@ print(json.dumps([forecast(shape, train, 100, device, tokens_per_second=1.0).mem
     )
     said, measured = json.loads(done.stdout)
     assert said == pytest.approx(measured, rel=0.25)  # a whole run has an evaluation besides
-
-
-def test_a_recipe_is_planned_by_its_text_and_its_keys(tmp_path: Path) -> None:
-    (tmp_path / "book.txt").write_text("The fox had a kite. " * 20_000)
-    values = [f"data.source={tmp_path}/book.txt", f"output_dir={tmp_path}/run", "train.device=cpu"]
-    recipe = load_recipe(find_recipe("own-text"), values)
-    ahead = outlook(recipe, measure=False)
-    assert ahead.ahead.steps == 3_000_000 // 4_096
-    assert ahead.ahead.parameters == sum(p.numel() for p in build_decoder(ahead.config, 0).parameters())
-    assert ahead.fits
-    assert ahead.measured is None
-    assert list(tmp_path.iterdir()) == [tmp_path / "book.txt"]  # nothing was made
-    epochs = load_recipe(find_recipe("own-text"), [*values, "train.max_tokens=null", "train.num_train_epochs=2"])
-    assert outlook(epochs, measure=False).ahead.steps == round(2 * (400_000 // 4 // 256) / 16)
-    longer = outlook(load_recipe(find_recipe("own-text"), [*values, "train.max_tokens=6e6"]), measure=False)
-    assert longer.ahead.seconds == pytest.approx(2 * ahead.ahead.seconds, rel=0.05)
-
-
-def test_the_quickstarts_second_part_is_planned_before_its_first_is_there() -> None:
-    ahead = outlook(load_recipe(find_recipe("quickstart-stories")), measure=False)
-    assert ahead.ahead.loss is None  # it begins with a trained model
-    assert ahead.ahead.steps == pytest.approx(2_202, rel=0.2)
-
-
-def test_what_does_not_fit_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "available_memory", lambda device: 64 << 20)
-    assert not outlook(load_recipe(find_recipe("quickstart-primer")), measure=False).fits
 
 
 def test_a_proposal_spends_its_budget_and_more_time_buys_a_lower_loss() -> None:
@@ -137,13 +110,3 @@ def test_a_larger_batch_takes_more_memory_and_a_measured_speed_counts() -> None:
     )
     assert large.memory_bytes > 2 * small.memory_bytes
     assert small.seconds == pytest.approx(small.tokens / 1_000, abs=15)
-
-
-def test_pairs_are_two_sequences_and_questions_as_many_rows_as_answers() -> None:
-    pairs = outlook(load_recipe(find_recipe("quickstart-dpo")), measure=False)
-    assert pairs.ahead.steps == 2000 // (12_288 // (2 * 384))
-    assert any("pairs that fill their rows" in assumption for assumption in pairs.assumptions)
-    by_epoch = ["train.max_steps=null", "train.num_train_epochs=1"]
-    asked = outlook(load_recipe(find_recipe("quickstart-grpo"), by_epoch), measure=False)
-    assert asked.ahead.steps == 5000 // 32
-    assert any("sampling them takes its time" in assumption for assumption in asked.assumptions)
