@@ -1,7 +1,7 @@
 """The recipes' learning rates, tried on models of their kind that are narrow and shallow enough for two cores.
 
-python benchmarks/learning_rates.py             # twenty minutes on one core
-python benchmarks/learning_rates.py --smoke     # everything once; nothing is written
+python -m benchmarks.learning_rates             # twenty minutes on one core
+python -m benchmarks.learning_rates --smoke     # everything once; nothing is written
 
 Each preset's family, optimizer, schedule, betas, clipping, dropout and weight decay, at two widths, four layers deep,
 over the built-in stories; the warm-up is a tenth. What it can tell: whether a recipe's rate is one that learns, how far
@@ -39,7 +39,7 @@ RATES = {"vector-slm": ADAMW, "vector-clm-50m": (0.005, 0.01, 0.02, 0.04), "gemm
 
 
 def shape_of(preset: str, width: int) -> SLMConfig:
-    """The preset, narrow and shallow, with a small vocabulary; a quarter of a Gemma's width in each head, as it has."""
+    """The preset, narrow and shallow, with a small vocabulary. A Gemma keeps its four heads, wider than the model."""
     published = SLMConfig.from_preset(preset)
     heads = 4 if published.model_type == "gemma3_text" else width // HEAD
     changes = {

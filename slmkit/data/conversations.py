@@ -90,9 +90,10 @@ class ConversationEncoder:
         self._number += 1
         place = getattr(conversation, "place", f"conversation {self._number:,}")
         try:
-            return _Rendered(place, text_bytes(conversation), self.tokenizer.render_chat(conversation))
+            chat = self.tokenizer.render_chat(conversation)  # first: it refuses what is no text
         except ConversationError as error:
             return _Rendered(place, 0, [], BadRow(error.reason, f"{place}: {error}"))
+        return _Rendered(place, text_bytes(conversation), chat)
 
     def _is_kept(self, one: _Rendered, rows: list[ChatRow]) -> bool:
         """Whether a conversation is learned from; whatever is the matter with it is counted."""

@@ -43,7 +43,7 @@ class Questions:
     @property
     def longest(self) -> int:
         """The tokens of the longest prompt."""
-        return max(stop - start for start, stop, _ in self.places)
+        return max(map(self.length, range(len(self))))
 
     def prompt(self, index: int) -> np.ndarray:
         """Everything up to where the assistant is to speak: int64 [prompt]."""

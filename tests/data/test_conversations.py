@@ -131,6 +131,13 @@ UNWEIGHED = [turn("user"), turn("assistant", weight=0)]
 MIXED = [GOOD, LONG, LONG_QUESTION, UNWEIGHED, GOOD, LONG]
 
 
+@pytest.mark.parametrize("said", [{}, {"content": None}, {"content": 3}], ids=["nothing", "none", "a number"])
+def test_a_message_that_is_no_text_is_one_line(tokenizer: SLMTokenizer, tmp_path: Path, said: dict[str, Any]) -> None:
+    talk = [{"role": "user", **said}, {"role": "assistant", "content": "Hello"}]
+    with pytest.raises(UserError, match="^conversation 1: message 1: content is (NoneType|int); expected text"):
+        prepare_chat([talk], tokenizer, tmp_path / "shards")
+
+
 def test_what_a_row_cuts_and_what_teaches_nothing_is_counted_by_place(tokenizer: SLMTokenizer, tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", MIXED)
     source = source_of(path, name="mine")
