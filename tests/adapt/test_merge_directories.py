@@ -261,7 +261,8 @@ def test_no_more_is_held_than_a_tensor_of_each_model(tmp_path: Path) -> None:
     command = [sys.executable, "-c", MEASURED, str(tmp_path / "merge.yaml")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert (tmp_path / "out" / WEIGHTS).stat().st_size == pytest.approx(size, rel=0.01)
-    # The embedding's magnitudes in float32 or its rows in bfloat16, and a few parts of 2^20 numbers.
-    assert int(done.stdout.split()[-1]) < 4 * 25_000 * 512 + 60e6 < 0.6 * size
+    # The embedding's magnitudes in float32 are 51 MB, and some parts of 2^20 numbers; what of the mapped files stays in
+    # memory besides is the system's choice (80 to 112 MB in all). One whole model would be 200 MB, all three 600.
+    assert int(done.stdout.split()[-1]) < 0.75 * size
     found = load_file(tmp_path / "out" / WEIGHTS)
     assert all(torch.equal(found[name], tensor) for name, tensor in base.items())  # no differences
