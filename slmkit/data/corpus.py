@@ -82,7 +82,7 @@ def build_corpus(
     if data.is_built_in and reads == "text" and not data.streaming:
         return Corpus(tokenizer, *_prepare_built_in(data, seed, folder, tokenizer, reporter))
     encoder_of = functools.partial(ConversationEncoder, tokenizer, length=length, on_long=data.on_long_conversation)
-    way = preparation_of(reads, data, encoder_of)
+    way = preparation_of(reads, data, tokenizer, encoder_of)
     if data.streaming:
         encoders = encoder_of if reads == "conversations" else None
         validation = prepare_validation_of_streams(way, data, seed, folder, tokenizer, reporter, encoders)

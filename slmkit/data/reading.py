@@ -6,15 +6,20 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slmkit.config import UserError
 from slmkit.data.blocks import is_held_out
 from slmkit.data.conversations import ConversationEncoder, EncodedConversation
-from slmkit.data.data_settings import DataSettings, Reads, TokenizerSettings
+from slmkit.data.data_settings import DataSettings, TokenizerSettings
 from slmkit.data.shards import HEADER
 from slmkit.data.source_settings import SourceSettings
-from slmkit.data.sources import BUILT_IN, Document, Message, Source, open_source
+from slmkit.data.sources import BUILT_IN, BadRow, Document, Message, Source, open_source
+from slmkit.data.sources.pair_formats import Pair
+from slmkit.tokenizer.chat import ConversationError
+
+if TYPE_CHECKING:
+    from slmkit.tokenizer import SLMTokenizer
 
 EncoderOf = Callable[[Source], ConversationEncoder]
 
@@ -62,10 +67,32 @@ def encoded_of(source: Source, encoder_of: EncoderOf) -> Iterator[EncodedConvers
     return encoder_of(source).encode_all(row for row, _ in source.read_conversation_rows())
 
 
-def answers_of(reads: Reads, source: Source) -> Iterator[Any]:
-    """Its questions or its pairs, as `documents_of`."""
+def pairs_of(source: Source, tokenizer: SLMTokenizer) -> Iterator[Pair]:
+    """As `documents_of`; a pair of which the chat template refuses a side is left out and counted, too."""
     source.count_anew()
-    return (item for item, _ in (source.read_pairs() if reads == "pairs" else source.read_questions()))
+    for pair, _ in source.read_pairs():
+        if _can_be_rendered(pair.sides, pair.place, source, tokenizer):
+            yield pair
+
+
+def questions_of(source: Source, tokenizer: SLMTokenizer) -> Iterator[list[Message]]:
+    """As `pairs_of`."""
+    source.count_anew()
+    for question, _ in source.read_questions():
+        if _can_be_rendered([question], getattr(question, "place", ""), source, tokenizer):
+            yield question
+
+
+def _can_be_rendered(
+    conversations: Iterable[list[Message]], place: str, source: Source, tokenizer: SLMTokenizer
+) -> bool:
+    try:
+        for conversation in conversations:
+            tokenizer.render_chat(conversation)
+    except ConversationError as error:
+        source.leave_out(BadRow(error.reason, f"{place}: {error}"))
+        return False
+    return True
 
 
 def validation_source(data: DataSettings, settings: SourceSettings, seed: int) -> Source:

@@ -26,7 +26,6 @@ from slmkit.data.prepare import (
 )
 from slmkit.data.reading import (
     EncoderOf,
-    answers_of,
     conversations_of,
     documents_of,
     encoded_of,
@@ -34,6 +33,8 @@ from slmkit.data.reading import (
     is_endless,
     is_shards,
     open_sources,
+    pairs_of,
+    questions_of,
     validation_source,
 )
 from slmkit.data.shards import TokenShards
@@ -61,14 +62,14 @@ class Preparation(NamedTuple):
     in_training: Mapping[str, Any] = {}  # what `write` does with training items alone
 
 
-def preparation_of(reads: Reads, data: DataSettings, encoder_of: EncoderOf) -> Preparation:
+def preparation_of(reads: Reads, data: DataSettings, tokenizer: SLMTokenizer, encoder_of: EncoderOf) -> Preparation:
     """`encoder_of` is for conversations."""
     if reads == "text":
         return Preparation(documents_of, _split_documents, prepare_text, {"cleaning": data.cleaning})
     if reads == "conversations":
         encoded = functools.partial(encoded_of, encoder_of=encoder_of)
         return Preparation(encoded, functools.partial(_split_encoded, encoder_of), write_conversations)
-    read = functools.partial(answers_of, reads)
+    read = functools.partial(pairs_of if reads == "pairs" else questions_of, tokenizer=tokenizer)
     write = prepare_pairs if reads == "pairs" else prepare_chat
     return Preparation(read, lambda source, share: split_conversations([*read(source)], share), write)
 

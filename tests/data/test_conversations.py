@@ -20,7 +20,7 @@ from slmkit.data.corpus import Corpus
 from slmkit.data.data_settings import DataSettings
 from slmkit.data.feed import make_batches
 from slmkit.data.prepare import prepare_chat
-from slmkit.data.reading import encoded_of
+from slmkit.data.reading import encoded_of, pairs_of, questions_of
 from slmkit.data.source_settings import SourceSettings
 from slmkit.data.sources import Source, open_source
 from slmkit.data.stream import ChatRows
@@ -123,6 +123,28 @@ def test_a_bad_row_is_refused_by_its_place_or_left_out_and_counted(
     (line,) = source.report()
     assert line.startswith(f"mine: 1 skipped ({reason}), such as {path}:2: ")
     assert words in line
+
+
+@pytest.mark.parametrize("reads", ["pairs", "questions"])
+def test_pairs_and_questions_that_the_template_refuses_are_left_out_and_counted(
+    tokenizer: SLMTokenizer, tmp_path: Path, reads: str
+) -> None:
+    read: Any = {"pairs": pairs_of, "questions": questions_of}[reads]
+
+    def row(asked: str) -> dict[str, Any]:
+        if reads == "pairs":
+            return {"prompt": asked, "chosen": "a", "rejected": "b"}
+        return {"messages": [turn("user", asked), turn("assistant")]}
+
+    path, ours = tmp_path / "a.jsonl", with_refusal(tokenizer)
+    path.write_text("".join(json.dumps(row(asked)) + "\n" for asked in ("Hi", "forbidden", "Hello")))
+    with pytest.raises(UserError, match="not here") as raised:
+        list(read(source_of(path), ours))
+    assert str(raised.value).startswith(f"{path}:2: ")
+    source = source_of(path, on_bad_row="skip", name="mine")
+    assert len(list(read(source, ours))) == 2
+    (line,) = source.report()
+    assert line.startswith(f"mine: 1 skipped (refused by the chat template), such as {path}:2: ")
 
 
 LONG = [turn("user", "?"), turn("assistant", "word " * 40)]

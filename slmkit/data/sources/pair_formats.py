@@ -19,11 +19,12 @@ from slmkit.data.sources.row_formats import (
 
 
 class Pair(NamedTuple):
-    """Two conversations that begin alike, for `shared` messages; the better one first."""
+    """Two conversations that begin alike, for `shared` messages; the better one first. `place` is where it was read."""
 
     chosen: list[Message]
     rejected: list[Message]
     shared: int
+    place: str = ""
 
     @property
     def sides(self) -> tuple[list[Message], list[Message]]:
