@@ -5,7 +5,8 @@ python -m benchmarks.planning --smoke    # two minutes, at a size that says noth
 
 A base and a teacher are made first; then each run is a process of its own, as `slm train` starts it, on stories, talks
 and questions that are made up. Memory is the most that the process held. What it held before training, which is the
-interpreter and its libraries, is taken off both figures.
+interpreter and its libraries, is taken off all figures: `counted` by arithmetic before the first step, `predicted` once
+some steps were seen, and `real` at the end.
 """
 
 from __future__ import annotations
@@ -83,14 +84,20 @@ def measure(name: str, folder: Path, size: dict[str, int]) -> dict[str, Any]:
     slm("train", folder, values | {"output_dir": str(root)})
     plan = json.loads((root / "plan.json").read_text())
     held = plan["memory_before_bytes"]
-    said, real = (plan[kind]["memory_bytes"] - held for kind in ("predicted", "real"))
+    predicted, real = plan["predicted"], plan["real"]
+    counted, said, came = (
+        size - held for size in (predicted["counted_memory_bytes"], predicted["memory_bytes"], real["memory_bytes"])
+    )
     return {
+        "counted_bytes": counted,
         "predicted_bytes": said,
-        "real_bytes": real,
-        "ratio": round(said / real, 3),
+        "real_bytes": came,
+        "counted_ratio": round(counted / came, 3),
+        "predicted_ratio": round(said / came, 3),
         "held_before_bytes": held,
-        "predicted_disk_bytes": plan["predicted"]["disk_bytes"],
-        "real_disk_bytes": plan["real"]["disk_bytes"],
+        "probed_bytes": plan["probe"]["memory_bytes"] - held,
+        "predicted_disk_bytes": predicted["disk_bytes"],
+        "real_disk_bytes": real["disk_bytes"],
     }
 
 
@@ -108,10 +115,10 @@ def main() -> None:
                 continue
             found[kind] = measure(kind, folder, size)
             line = found[kind]
+            counted, said, came = (line[f"{what}_bytes"] / 2**20 for what in ("counted", "predicted", "real"))
             print(
-                f"{kind:<28} predicted {line['predicted_bytes'] / 2**20:7,.0f} MiB   "
-                f"real {line['real_bytes'] / 2**20:7,.0f} MiB   {line['ratio']:.2f}   disk "
-                f"{line['predicted_disk_bytes'] / 2**20:,.0f} / {line['real_disk_bytes'] / 2**20:,.0f}",
+                f"{kind:<28} counted {counted:7,.0f} MiB ({counted / came:.2f})   predicted {said:7,.0f} MiB "
+                f"({said / came:.2f})   real {came:7,.0f} MiB",
                 flush=True,
             )
     if not is_smoke:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from slmkit.device import Device
 from slmkit.generation.language_model import LanguageModel
+from slmkit.model.sizes import LOGITS_AT_ONCE
 
 IGNORED = -100
 
@@ -72,11 +73,12 @@ def validation_loss(
         ids, labels = (_stacked(columns, device) for columns in zip(*map(rows.row, indices)))  # [rows, length] each
         documents = _stacked(map(rows.documents, indices), device) if separate else None
         with device.autocast():
-            hidden = model(ids, documents=documents)
             asked = labels != IGNORED
-            logits = model.logits(hidden[asked]).float()  # [asked, vocab_size]
-        nats += F.cross_entropy(logits, labels[asked], reduction="sum").item()
-        tokens += int(asked.sum())
+            hidden = model(ids, documents=documents)[asked]  # [asked, width]
+            parts = zip(hidden.split(LOGITS_AT_ONCE), labels[asked].split(LOGITS_AT_ONCE))
+            losses = [F.cross_entropy(model.logits(part).float(), wanted, reduction="sum") for part, wanted in parts]
+        nats += sum(loss.item() for loss in losses)
+        tokens += len(hidden)
     model.train(was_training)
     return LossReport(nats, tokens)
 

@@ -10,6 +10,9 @@ import torch
 from slmkit.model.architecture import Architecture, Layer
 from slmkit.model.decoder import Decoder
 
+# Positions that have their logits together where nothing is learned: half a gibibyte of float32 with 262,144 tokens.
+LOGITS_AT_ONCE = 512
+
 
 def parameters_by_module(a: Architecture) -> dict[str, int]:
     """Parameters of each kind of module, all layers together. A head that is tied costs nothing of its own."""

@@ -24,6 +24,8 @@ EVALUATION_SECONDS = 1.0  # for samples, the picture and the checkpoint, beside 
 # On a CPU: what libraries load and compile in a run's first steps and evaluation, and what glibc holds for each byte in
 # use, since it keeps freed blocks (device.keep_freed_memory). Measured on Linux, models of 1 to 29 M parameters.
 LIBRARIES, HELD = 120 << 20, 1.37
+# What evaluations, samples, pictures and checkpoints add to what the first steps were seen to hold, measured alike.
+BETWEEN_STEPS = 70 << 20
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Forecast:
     tokens_per_second: float
     seconds: float
     memory_bytes: int  # that training adds to the process, or takes of the device
+    counted_bytes: int  # the same by arithmetic alone
     disk_bytes: int
     loss: float | None
 
@@ -49,12 +52,14 @@ def forecast(
     device: Device,
     *,
     tokens_per_second: float | None = None,
+    held_bytes: int | None = None,
     unique_tokens: int | None = None,
     validation_tokens: int = 0,
     from_scratch: bool = True,
     inventory: Inventory | None = None,
 ) -> Forecast:
-    """The forecast of a run of `steps`. Without a measured `tokens_per_second`, by the device's measured peak.
+    """The forecast of a run of `steps`. Without a measured `tokens_per_second`, by the device's measured peak; and by
+    arithmetic without `held_bytes`, the most that a few of its steps were seen to add to the process.
 
     `unique_tokens` is the training text's length; its shards count among the disk it takes. `inventory` says what is
     in memory, where that is more than a fresh model which learns the next token.
@@ -68,6 +73,7 @@ def forecast(
     evaluations = -(-steps // (settings.eval_steps or max(1, steps // 10)))
     evaluating = evaluations * (validation_tokens * FORWARD_SHARE / rate + EVALUATION_SECONDS)
     checkpoint = checkpoint_bytes(inventory, settings, device)
+    memory, counted = run_bytes(inventory, settings, rows, length, device, held_bytes)
     return Forecast(
         parameters=parameter_count(a),
         trained=inventory.trained,
@@ -76,7 +82,8 @@ def forecast(
         tokens=tokens,
         tokens_per_second=rate,
         seconds=tokens / rate + evaluating,
-        memory_bytes=run_bytes(inventory, settings, rows, length, device),
+        memory_bytes=memory,
+        counted_bytes=counted,
         disk_bytes=disk_bytes(checkpoint, settings, steps, config.vocab_size, unique_tokens or 0),
         loss=loss_ahead(parameter_count(a), tokens, unique_tokens, config.vocab_size) if from_scratch else None,
     )
@@ -94,16 +101,21 @@ def guessed_rate(inventory: Inventory, length: int, device: Device) -> float:
     return efficiency * measured_peak(device) / operations_per_token(inventory, length)
 
 
-def run_bytes(inventory: Inventory, settings: TrainSettings, rows: int, length: int, device: Device) -> int:
-    """The most that a run adds to its process, or takes of the device: in a step, or in what is read between two."""
+def run_bytes(
+    inventory: Inventory, settings: TrainSettings, rows: int, length: int, device: Device, held: int | None = None
+) -> tuple[int, int]:
+    """The most that a run adds to its process, or takes of the device, in a step or in what is read between two: by
+    `held`, what a few steps were seen to add, and by arithmetic alone. Both are the same where nothing was seen.
+    """
     micro, used = min(rows, settings.rows_per_micro_batch(length)), inventory.used(length)
     training = training_bytes(inventory, settings, micro, used, device, settings.gradient_checkpointing)
     reading, state = max(reading_peaks(inventory, used, device)), state_bytes(inventory, settings, device)
     if device.torch_device.type != "cpu":
-        return max(training, state + reading)
+        return max(held or training, state + reading), max(training, state + reading)
     # Blocks that a step has left are in pieces too small for a reading that needs more than all of them.
     beside = reading if reading > training - state else 0
-    return LIBRARIES + round(HELD * training) + beside
+    counted = LIBRARIES + round(HELD * training) + beside
+    return (held + BETWEEN_STEPS + beside if held else counted), counted
 
 
 def disk_bytes(state: int, settings: TrainSettings, steps: int, vocab_size: int, unique_tokens: int) -> int:

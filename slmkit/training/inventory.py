@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from slmkit.data.batch import Batch
 from slmkit.model import Decoder
 from slmkit.model.architecture import Architecture
-from slmkit.model.sizes import parameter_count
+from slmkit.model.sizes import LOGITS_AT_ONCE, parameter_count
 from slmkit.training.losses import token_log_probabilities
 from slmkit.training.objectives import Objective, next_token
 
@@ -55,10 +55,10 @@ def _copy(model: Decoder, make: Callable[[Tensor], Tensor]) -> Decoder:
 
 
 def read_text(model: Decoder, beside: Decoder | None, length: int) -> None:
-    """A batch of validation, with all its logits."""
+    """A batch of validation, with as many of its logits as are there together."""
     ids = torch.zeros(VALIDATION_ROWS, length, dtype=torch.long)
-    logits = model.logits(model(ids).flatten(0, 1)).float()
-    nn.functional.cross_entropy(logits, ids.flatten(), reduction="sum")
+    hidden, labels = model(ids).flatten(0, 1), ids.flatten()[:LOGITS_AT_ONCE]
+    nn.functional.cross_entropy(model.logits(hidden[:LOGITS_AT_ONCE]).float(), labels, reduction="sum")
 
 
 def read_answers(model: Decoder, rows: int, length: int) -> None:

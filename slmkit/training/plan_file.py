@@ -98,6 +98,7 @@ class PlanFile:
         return "the run took: " + ", ".join(parts)
 
     def _predict(self) -> None:
+        held = peak_memory(self.device) - self.before
         counted = self.seconds[min(FIRST, len(self.seconds) - 1) :]
         length = self.settings.sequence_length or self.config.max_position_embeddings
         rate = self.settings.rows_per_step(length) * length / statistics.median(counted)
@@ -107,6 +108,7 @@ class PlanFile:
             self.steps,
             self.device,
             tokens_per_second=rate,
+            held_bytes=held,
             unique_tokens=self.unique_tokens,
             validation_tokens=self.validation_tokens,
             from_scratch=self.from_scratch,
@@ -116,10 +118,11 @@ class PlanFile:
             "parameters": ahead.parameters,
             "tokens": ahead.tokens,
             "memory_before_bytes": self.before,  # of the memory below, what was there before the run
-            "probe": {"steps": len(counted), "tokens_per_second": round(rate)},
+            "probe": {"steps": len(counted), "tokens_per_second": round(rate), "memory_bytes": self.before + held},
             "predicted": {
                 "seconds": round(ahead.seconds * (self.steps - self.begun) / self.steps, 1),
                 "memory_bytes": self.before + ahead.memory_bytes,
+                "counted_memory_bytes": self.before + ahead.counted_bytes,  # as `slm plan` says it
                 "disk_bytes": ahead.disk_bytes,
                 "validation_loss": None if ahead.loss is None else round(ahead.loss, 3),
             },

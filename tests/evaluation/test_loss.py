@@ -18,6 +18,7 @@ from slmkit.evaluation import LossReport, validation_loss
 from slmkit.model import SLMConfig, build_decoder
 from slmkit.model.decoder import Decoder
 from slmkit.tokenizer import SLMTokenizer
+from slmkit.training.memory import Ledger
 
 CPU = find_device("cpu", "float32")
 
@@ -44,6 +45,33 @@ def test_it_is_the_sum_over_documents_each_read_alone_behind_the_end_of_text(tmp
         report = validation_loss(model, rows, CPU, rows_per_batch)
         assert report.tokens == tokens
         assert report.nats == pytest.approx(nats, rel=1e-5)
+
+
+class Random:
+    """Rows of tokens that mean nothing."""
+
+    def __init__(self, rows: int, length: int, vocab_size: int) -> None:
+        self.rows_in_epoch = rows
+        self.ids = np.random.default_rng(0).integers(0, vocab_size, (rows, length + 1))
+
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.ids[index, :-1], self.ids[index, 1:]
+
+    def documents(self, index: int) -> np.ndarray:
+        return np.zeros_like(self.ids[index, :-1])
+
+
+def test_the_logits_of_a_batch_are_never_there_all_at_once() -> None:
+    vocab_size = 20_000
+    model, rows = decoder(vocab_size), Random(8, 400, vocab_size)
+    with Ledger() as ledger:
+        report = validation_loss(model, rows, CPU)
+    ids = torch.from_numpy(rows.ids)
+    with torch.no_grad():
+        logits = model.eval().logits(model(ids[:, :-1])).flatten(0, 1)  # [positions, vocab_size]
+        nats = F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum").item()
+    assert (report.tokens, report.nats) == (8 * 400, pytest.approx(nats, rel=1e-6))
+    assert ledger.peak < logits.nbytes / 2
 
 
 def test_perplexity_and_bits_per_byte_follow_from_it() -> None:

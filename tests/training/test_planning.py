@@ -102,6 +102,14 @@ def test_no_loss_is_promised_beyond_guessing() -> None:
     assert loss_ahead(100_000_000, 2_000_000_000, None, 16_384) == pytest.approx(3.4, abs=0.2)
 
 
+def test_what_steps_were_seen_to_hold_counts_more_than_arithmetic() -> None:
+    shape, train = SLMConfig(**SHAPE), TrainSettings(tokens_per_step=4_096, micro_batch_tokens=4_096)
+    counted, seen, more = (forecast(shape, train, 10, CPU, held_bytes=held) for held in (None, 300 << 20, 400 << 20))
+    assert counted.memory_bytes == counted.counted_bytes == seen.counted_bytes
+    assert more.memory_bytes - seen.memory_bytes == 100 << 20
+    assert 300 << 20 < seen.memory_bytes < 450 << 20
+
+
 def test_a_larger_batch_takes_more_memory_and_a_measured_speed_counts() -> None:
     shape = SLMConfig(**SHAPE)
     small, large = (
