@@ -2,6 +2,7 @@
 
 python benchmarks/gpu.py                  # about a minute each, on a CUDA device; nothing is downloaded
 python benchmarks/gpu.py --smoke          # seconds, on whatever there is, with shapes made small
+python benchmarks/gpu.py --rows 4 --out benchmarks/results/presets-cpu.json     # anywhere, in small steps
 
 Optimizer, schedule, precision, batch and length are each recipe's own; the text and its tokenizer are not: token ids of
 the stories, spread over the preset's whole vocabulary, so that embedding and loss do the work of the real one.
@@ -16,6 +17,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -73,15 +75,20 @@ def stories(length: int, vocab_size: int, folder: Path, documents: int) -> Pretr
     return rows
 
 
-def steps_of(preset: str, seconds: float, smoke: bool) -> dict[str, object]:
-    """Take a recipe's steps for `seconds`, after two that warm up and compile."""
-    recipe: Recipe = load_recipe(find_recipe(preset))
+def steps_of(
+    preset: str, seconds: float, smoke: bool, rows_per_step: int | None, overrides: Sequence[str]
+) -> dict[str, object]:
+    """Take a recipe's steps for `seconds`, after two that warm up and compile; or steps of so many rows."""
+    recipe: Recipe = load_recipe(find_recipe(preset), overrides)
     changes = SMOKE | SMOKE_OF.get(preset, SMOKE_REST) if smoke else {}
     config = SLMConfig.from_preset(preset, **changes)
     settings = recipe.train
     length = 32 if smoke else settings.sequence_length or config.max_position_embeddings
     if smoke:
         settings = settings.model_copy(update={"tokens_per_step": 256, "micro_batch_tokens": "auto"})
+    elif rows_per_step:
+        tokens = rows_per_step * length
+        settings = settings.model_copy(update={"tokens_per_step": tokens, "micro_batch_tokens": tokens})
     device = find_device(settings.device, settings.precision)
     model = build_decoder(config, recipe.seed)
     settings = resolve_micro_batch(settings, model, Inventory(model.architecture), length, device)
@@ -107,6 +114,7 @@ def steps_of(preset: str, seconds: float, smoke: bool) -> dict[str, object]:
     rate = settings.rows_per_step(length) * length / statistics.median(times)
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
+        "changed": [*overrides],
         "optimizer": settings.optimizer,
         "steps": state.step,
         "tokens_per_step": settings.rows_per_step(length) * length,
@@ -127,22 +135,27 @@ def main() -> None:
     parser.add_argument("presets", nargs="*", default=PRESETS)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--smoke", action="store_true", help="tiny shapes: only to see that it runs")
+    parser.add_argument("--rows", type=int, help="of a step and of its micro-batch, where the recipe's are too many")
+    parser.add_argument("--override", action="append", default=[], help="of the recipes, such as train.precision=…")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    if not arguments.smoke and not torch.cuda.is_available():
-        parser.error("no CUDA device here: --smoke runs everything at tiny sizes")
+    if not (arguments.smoke or arguments.rows) and not torch.cuda.is_available():
+        parser.error("no CUDA device here: --rows takes small steps, --smoke runs everything at tiny sizes")
     found: dict[str, object] = {}
     for preset in arguments.presets:
         try:
-            found[preset] = steps_of(preset, 1.0 if arguments.smoke else arguments.seconds, arguments.smoke)
+            seconds = 1.0 if arguments.smoke else arguments.seconds
+            found[preset] = steps_of(preset, seconds, arguments.smoke, arguments.rows, arguments.override)
         except UserError as error:  # out of memory, or an extra that is missing: the others go on
             found[preset] = {"failed": str(error)}
         print(preset, json.dumps(found[preset]), flush=True)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    content = {"date": datetime.date.today().isoformat(), "environment": environment(), "presets": found}
     if not arguments.smoke:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        if arguments.out.exists():  # on a CPU one process each, so that none's memory counts among another's
+            found = json.loads(arguments.out.read_text())["presets"] | found
+        content = {"date": datetime.date.today().isoformat(), "environment": environment(), "presets": found}
         arguments.out.write_text(json.dumps(content, indent=2) + "\n")
 
 
