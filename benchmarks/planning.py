@@ -86,7 +86,7 @@ def measure(name: str, folder: Path, size: dict[str, int]) -> dict[str, Any]:
     held = plan["memory_before_bytes"]
     predicted, real = plan["predicted"], plan["real"]
     counted, said, came = (
-        size - held for size in (predicted["counted_memory_bytes"], predicted["memory_bytes"], real["memory_bytes"])
+        size - held for size in (plan["counted_memory_bytes"], predicted["memory_bytes"], real["memory_bytes"])
     )
     return {
         "counted_bytes": counted,

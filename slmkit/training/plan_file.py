@@ -118,11 +118,11 @@ class PlanFile:
             "parameters": ahead.parameters,
             "tokens": ahead.tokens,
             "memory_before_bytes": self.before,  # of the memory below, what was there before the run
+            "counted_memory_bytes": self.before + ahead.counted_bytes,  # by arithmetic alone, as `slm plan` says it
             "probe": {"steps": len(counted), "tokens_per_second": round(rate), "memory_bytes": self.before + held},
             "predicted": {
                 "seconds": round(ahead.seconds * (self.steps - self.begun) / self.steps, 1),
                 "memory_bytes": self.before + ahead.memory_bytes,
-                "counted_memory_bytes": self.before + ahead.counted_bytes,  # as `slm plan` says it
                 "disk_bytes": ahead.disk_bytes,
                 "validation_loss": None if ahead.loss is None else round(ahead.loss, 3),
             },
