@@ -12,8 +12,8 @@ from slmkit.data.phases import PhaseSettings, WhenExhausted, plan_phases
 from slmkit.data.source_settings import OnLong, SourceSettings
 
 # What a run makes of its sources. A question is a conversation that ends with the right answer; a pair has a better one
-# and a worse one.
-Reads = Literal["text", "conversations", "questions", "pairs"]
+# and a worse one; a judgement has one that is labelled good or bad.
+Reads = Literal["text", "conversations", "questions", "pairs", "judgements"]
 
 
 class TokenizerSettings(Settings):
