@@ -11,14 +11,10 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from slmkit.config import Settings, UserError, did_you_mean, load_settings, read_yaml
 from slmkit.data.data_settings import DataSettings, Reads, TokenizerSettings
-from slmkit.model import SLMConfig
-from slmkit.model.config import TRAINING_FIELDS
+from slmkit.model.config import TRAINING_FIELDS, SLMConfig
 from slmkit.model.lora_settings import LoRASettings
-from slmkit.training.distillation_settings import DistillationSettings
-from slmkit.training.distributed import Parallel
-from slmkit.training.grpo import GrpoSettings
 from slmkit.training.guards import GuardSettings
-from slmkit.training.preference import PreferenceSettings
+from slmkit.training.objective_settings import DistillationSettings, GrpoSettings, PreferenceSettings
 from slmkit.training.recipe_keys import make_room, rename_old_keys
 from slmkit.training.schedules import Schedule, make_schedule
 
@@ -104,7 +100,9 @@ class TrainSettings(Settings):
     sample_prompts: list[str] = Field(default_factory=lambda: ["Once upon a time"])
     sample_tokens: int = Field(120, gt=0)
     report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)  # besides metrics.jsonl
-    parallel: Parallel = "auto"  # of several processes: each the whole model (ddp, which is auto) or a share (fsdp)
+    parallel: Literal["auto", "ddp", "fsdp"] = (
+        "auto"  # of several processes: each the whole model (ddp, which is auto) or a share (fsdp)
+    )
     ddp_timeout: float = Field(600, gt=0)  # seconds without a word of another process, after which one gives up
     device: str = "auto"
     precision: Literal["auto", "float32", "bfloat16", "float16", "bfloat16-pure", "bfloat16-master"] = "auto"

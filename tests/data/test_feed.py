@@ -12,7 +12,7 @@ from slmkit.config import UserError, load_settings
 from slmkit.data.corpus import Corpus, build_corpus, open_corpus, texts_of
 from slmkit.data.data_settings import DataSettings, TokenizerSettings
 from slmkit.data.feed import make_batches
-from slmkit.data.mixture import plan_phases
+from slmkit.data.phases import plan_phases
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.recipe import find_recipe, load_recipe
 
