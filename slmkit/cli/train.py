@@ -40,15 +40,21 @@ def train(
         print(f"next: slm {verb} {run.root}")
 
 
-def resume(run: Annotated[str, typer.Argument(help="A run directory, such as runs/book.")]) -> None:
-    """Go on with a run that was stopped or killed, from its newest complete checkpoint.
+def resume(
+    run: Annotated[str, typer.Argument(help="A run directory, such as runs/book.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…")] = None,
+    replan: Annotated[
+        bool, typer.Option("--replan", help="Spread the learning rate's schedule over the run's new length.")
+    ] = False,
+) -> None:
+    """Go on with a run that was stopped or killed, from its newest complete checkpoint; or train it longer.
 
-    Example: slm resume runs/book
+    Example: slm resume runs/book train.max_tokens=6e6
     """
     from slmkit.api import resume_run
     from slmkit.cli.show import TerminalReporter
 
-    print(f"run: {resume_run(run, TerminalReporter()).root}")
+    print(f"run: {resume_run(run, TerminalReporter(), overrides or [], replan).root}")
 
 
 def replay(
