@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from slmkit.config import UserError
 from slmkit.data.ordered_map import batches
+from slmkit.data.source_settings import OnLong
 from slmkit.data.sources import BadRow, Message
 from slmkit.tokenizer.chat import ConversationError
 from slmkit.tokenizer.chat_rows import ChatRow, RenderedChat, rows_to_learn
 
 if TYPE_CHECKING:
     from slmkit.tokenizer import SLMTokenizer
-
-OnLong = Literal["cut", "skip", "refuse"]  # what becomes of a conversation that is longer than a row
 
 UNLEARNED = "with nothing to learn"
 BATCH_BYTES = 1 << 20  # of text, encoded in one go
