@@ -286,8 +286,6 @@ class SLMTokenizer:
         assistant says in a message of `"weight": 0` is not learned. With `add_generation_prompt` the ids are what a
         model is given to answer, and what training put before the answer. A special token spelled in a message is
         ordinary text. Raises `UserError` for anything else.
-
-        Of a template that rewrites earlier turns only those are learned that it leaves alone: see `encode_chat_rows`.
         """
         (rows,) = self.encode_rendered([self.render_chat(messages, add_generation_prompt, tools)], threads=1)
         return rows[-1].to_lists()
@@ -296,7 +294,6 @@ class SLMTokenizer:
         """A conversation to learn from, every turn of the assistant's in one row: nearly always all of them.
 
         Several rows where the template writes a turn differently once others follow (see `chat.rows_of_segments`).
-        Those without anything to learn are left out, unless there is nothing in any. Raises as `encode_chat` does.
         """
         (rows,) = self.encode_rendered([self.render_chat(messages, tools=tools)], threads=1)
         return [row.to_lists() for row in rows_to_learn(rows)]
@@ -304,10 +301,7 @@ class SLMTokenizer:
     def render_chat(
         self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Tools | None = None
     ) -> RenderedChat:
-        """The first half of `encode_chat`: the text that the template makes, cut at its special tokens.
-
-        The text of many conversations is then encoded at once, by `encode_rendered`. Raises as `encode_chat` does.
-        """
+        """The first half of `encode_chat`: the text that the template makes, cut at its special tokens."""
         shielded, tools, marker = chat.shield(messages, tools, re.compile(self._spellings))
         stops = self.stop_token_ids
         ends = [token for token, index in self.special_tokens.items() if index in stops]
@@ -392,10 +386,7 @@ class SLMTokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 (hex) over vocabulary, merges, special tokens and the ids of `PROBE`. Equal after saving and loading.
-
-        The probe stands for how text is split and normalized: how the library writes that down changes as it grows.
-        """
+        """sha256 (hex) over vocabulary, merges, special tokens and the ids of `PROBE`. Equal after saving and loading."""
         content = json.loads(self._tokenizer.to_str())
         parts = [content["model"].get("vocab"), content["model"].get("merges"), self.special_tokens, self.encode(PROBE)]
         parts += [self.added_words] if self.added_words else []
