@@ -386,7 +386,10 @@ class SLMTokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 (hex) over vocabulary, merges, special tokens and the ids of `PROBE`. Equal after saving and loading."""
+        """sha256 (hex) over vocabulary, merges, special tokens and the ids of `PROBE`. Equal after saving and loading.
+
+        The probe stands for how text is split and normalized: how the library writes that down changes as it grows.
+        """
         content = json.loads(self._tokenizer.to_str())
         parts = [content["model"].get("vocab"), content["model"].get("merges"), self.special_tokens, self.encode(PROBE)]
         parts += [self.added_words] if self.added_words else []
