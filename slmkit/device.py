@@ -117,7 +117,7 @@ def _checked(name: str) -> str:
 
 @functools.cache
 def multiplies_in_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware has products of bfloat16; where it has not they are emulated, 25 times slower than float32."""
+    """Whether the hardware has products of bfloat16; else they are emulated, 25 times as slow as float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":

@@ -62,7 +62,7 @@ def plot_losses(reports: list[Report], path: Path, title: str, perfect_loss: flo
 
 
 def plot_shares(reports: list[Report], path: Path, title: str) -> None:
-    """Draw the share of right answers, or of pairs that are ranked correctly, over steps; nothing where a run has neither."""
+    """Draw the share of right answers, or of pairs ranked correctly, over steps; nothing where a run has neither."""
     for curves in (CURVES["right"], CURVES["preferred"]):
         if _points(reports, "step", curves.trained):
             _draw_run(reports, path, title, curves, "steps")
