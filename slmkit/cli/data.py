@@ -54,6 +54,7 @@ def prepare(
     from slmkit.data.cleaning.settings import CleaningSettings
     from slmkit.data.many_sources import Reading
     from slmkit.data.prepare import write_conversations
+    from slmkit.data.shard_folder import claim
     from slmkit.data.source_settings import SourceSettings
     from slmkit.tokenizer import SLMTokenizer
     from slmkit.training.find import find_tokenizer_directory
@@ -65,6 +66,10 @@ def prepare(
     loaded = SLMTokenizer.from_pretrained(directory)
     options: dict[str, Any] = {"shuffle_seed": shuffle, "cleaning": cleaning, "shard_characters": shard_characters}
     reading = Reading(settings)
+    claim(output, {
+        "sources": [one.model_dump(mode="json") for one in settings], "chat": chat, "tokenizer": loaded.fingerprint,
+        "shuffle": shuffle, "cleaning": cleaning.model_dump(mode="json"), "shard_characters": shard_characters,
+    })  # fmt: skip
     with PreparationProgress("tokenizing", reading.fraction) as progress:
         if chat:
             encoded = reading.conversations(loaded, length)

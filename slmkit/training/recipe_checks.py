@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import pydantic
 
+from slmkit.data.source_settings import SourceSettings
 from slmkit.data.sources import BUILT_IN
 from slmkit.training.recipe import Recipe, TrainSettings
 
@@ -78,6 +80,7 @@ READ_WHERE: dict[str, tuple[Reads, str]] = {
         "it is of data.source: stories as text",
     ),
     "data.validation_documents": (_counts_validation, "data.validation_fraction says how much is held out of files"),
+    "data.validation.weight": (lambda r: False, "validation text is not mixed"),
     "data.sources.*.weight": (lambda r: _mixes(r) and not r.data.phases, "there is one source, or data.phases weighs"),
     "train.muon_*": (lambda r: r.train.optimizer == "muon", "train.optimizer is not muon"),
     "train.adam_beta2": (lambda r: r.train.optimizer != "lion", "train.optimizer lion has a second beta of its own"),
@@ -104,6 +107,12 @@ def without_effect(recipe: Recipe) -> list[str]:
     """A line for each key that is set to something else than its default, and that this run does not read."""
     lines = []
     for key, value in _set_values(recipe):
+        place, _, name = key.rpartition(".")
+        if place == "data.validation" or place.startswith("data.sources."):
+            source = recipe.data.validation if place == "data.validation" else recipe.data.sources[int(place[13:])]
+            assert source is not None
+            why = _unread_of(name, source, recipe)
+            lines += [f"{key}={value} has no effect: {why}"] if why else []
         for pattern, (is_read, why) in READ_WHERE.items():
             if fnmatchcase(key, pattern) and not is_read(recipe):
                 lines.append(f"{key}={value} has no effect: {why}")
@@ -111,9 +120,25 @@ def without_effect(recipe: Recipe) -> list[str]:
     return lines
 
 
+def _unread_of(name: str, source: SourceSettings, recipe: Recipe) -> str | None:
+    """Why a setting of a source is not read; None where it is."""
+    built_in, is_here = source.path in BUILT_IN, Path(source.path).exists()
+    if name in ("config", "split") and (built_in or Path(source.path).is_file()):
+        return "path is one thing, of which there are no parts"
+    if name in ("revision", "streaming", "retry_for") and (built_in or is_here):
+        return "path is on this machine"
+    if name in ("row_format", "on_bad_row", "text_column", "messages_column") and built_in:
+        return "path is built in"
+    if name == "text_column" and recipe.reads != "text":
+        return f"the run reads {recipe.reads}"
+    if name == "messages_column" and recipe.reads not in ("conversations", "questions"):
+        return f"the run reads {recipe.reads}"
+    return None
+
+
 def unlikely(train: TrainSettings, steps: int) -> list[str]:
     """A line for each number of steps that does not suit a run of `steps` steps."""
-    lines, planned = [], train.lr_schedule_steps or steps
+    lines, fields, planned = [], TrainSettings.model_fields, train.lr_schedule_steps or steps
     warmup = train.total_warmup_steps(planned)
     last = train.schedule(steps)(steps - 1)
     decay = round(train.lr_decay_ratio * planned) if train.lr_scheduler_type == "warmup_stable_decay" else 0
@@ -125,7 +150,7 @@ def unlikely(train: TrainSettings, steps: int) -> list[str]:
         lines.append(f"warm-up ({warmup} steps) and train.lr_decay_ratio ({decay}) are longer than the run ({planned})")
     for name in ("eval_steps", "save_steps", "logging_steps"):
         every = getattr(train, name)
-        if every is not None and every > steps and "logging_steps" not in (name,):
+        if name in train.model_fields_set and every is not None and every > steps and every != fields[name].default:
             lines.append(f"train.{name} is {every} and the run takes {steps} steps: it happens once, at the end")
     evaluations = -(-steps // (train.eval_steps or max(1, steps // 10)))
     if train.early_stopping_patience is not None and train.early_stopping_patience >= evaluations:
