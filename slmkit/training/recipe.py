@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -234,13 +235,23 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return load_settings(Recipe, read_yaml(path), overrides, origin=str(path))
 
 
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with slmkit, by name. In a clone they lie beside the package, else under the prefix."""
+    folders = (Path(__file__).parents[2] / "recipes", Path(sys.prefix) / "share" / "slmkit" / "recipes")
+    return {path.stem: path for folder in reversed(folders) for path in sorted(folder.glob("*.yaml"))}
+
+
 def find_recipe(name: str) -> Path:
     """A recipe file as it is, or one that comes with slmkit by its bare name. Raises `UserError` for neither."""
     if Path(name).is_file():
         return Path(name)
-    # In a clone the recipes lie beside the package, in an installation under the prefix.
-    folders = (Path(__file__).parents[2] / "recipes", Path(sys.prefix) / "share" / "slmkit" / "recipes")
-    shipped = {path.stem: path for folder in folders for path in folder.glob("*.yaml")}
+    if Path(name).is_dir() and (Path(name) / "recipe.yaml").is_file():
+        raise UserError(f"{name}: a run, not a recipe; go on with `slm resume {name}`, or name {name}/recipe.yaml")
+    if Path(name).exists():
+        raise UserError(f"{name}: not a recipe; expected a YAML file, or a name that `slm recipes` lists")
+    shipped = shipped_recipes()
     if name not in shipped:
-        raise UserError(f"{name}: no such recipe file, and none that comes with slmkit; {did_you_mean(name, shipped)}")
+        near = difflib.get_close_matches(name, shipped, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "`slm recipes` lists those that come with slmkit"
+        raise UserError(f"{name}: no such recipe file; {hint}")
     return shipped[name]
