@@ -7,6 +7,7 @@ a row, one of which nothing is learned.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -89,7 +90,8 @@ class ConversationEncoder:
         self._number += 1
         place = getattr(conversation, "place", f"conversation {self._number:,}")
         try:
-            chat = self.tokenizer.render_chat(conversation)  # first: it refuses what is no text
+            tools = getattr(conversation, "tools", None)
+            chat = self.tokenizer.render_chat(conversation, tools=tools)  # first: it refuses what is no text
         except ConversationError as error:
             return _Rendered(place, 0, [], BadRow(error.reason, f"{place}: {error}"))
         return _Rendered(place, text_bytes(conversation), chat)
@@ -120,5 +122,9 @@ class ConversationEncoder:
 
 
 def text_bytes(conversation: Iterable[Message]) -> int:
-    """Of all that is said, in UTF-8."""
-    return sum(len(message["content"].encode("utf-8", "surrogatepass")) for message in conversation)
+    """Of all that is said, thought and called, in UTF-8."""
+    said = []
+    for message in conversation:
+        said += [message["content"] or "", message.get("reasoning_content") or ""]
+        said += [json.dumps(call, ensure_ascii=False) for call in message.get("tool_calls") or ()]
+    return sum(len(text.encode("utf-8", "surrogatepass")) for text in said)
