@@ -28,7 +28,7 @@ from slmkit.model.config import TRAINING_FIELDS
 from slmkit.model.sizes import parameter_count
 from slmkit.training.checkpoints import complete_checkpoints
 from slmkit.training.distributed import ALONE, Group, join
-from slmkit.training.find import find_model_directory
+from slmkit.training.find import find_model_directory, find_run
 from slmkit.training.inventory import blueprint_of
 from slmkit.training.loop import Every, Plan
 from slmkit.training.micro_batch import resolve_micro_batch
@@ -80,9 +80,7 @@ def resume_run(directory: str | Path, reporter: Reporter) -> RunDirectory:
 
     Raises `UserError` where there is none.
     """
-    run = RunDirectory(directory)
-    if not run.recipe.is_file():
-        raise UserError(f"{run.root}: not a run: it has no recipe.yaml; expected a directory that `slm train` made")
+    run = RunDirectory(find_run(directory))
     settings = load_recipe(run.recipe).train
     device = find_device(settings.device, settings.precision)
     with join(device, settings.ddp_timeout) as group:

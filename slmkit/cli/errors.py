@@ -41,7 +41,8 @@ def explain(error: BaseException, command: str) -> int:
     name = "slm" if rank is None else f"slm: rank {rank}"
     if hasattr(error, "exit_code") and hasattr(error, "format_message"):  # typer: a wrong option or argument
         message = error.format_message()
-        _say(name, f"{message[:1].lower()}{message[1:].rstrip('.')} (see `slm {command} --help`)".replace("  ", " "))
+        path = getattr(getattr(error, "ctx", None), "command_path", "slm")
+        _say(name, f"{message[:1].lower()}{' '.join(message[1:].split()).rstrip('.')} (see `{path} --help`)")
         return int(error.exit_code)
     message = in_words(error)
     if message is None:
