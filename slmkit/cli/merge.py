@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -29,12 +30,11 @@ def merge(
 ) -> None:
     """Make one model of several, or fold adapters in.
 
-    A recipe names the models and the method: linear, slerp, task_arithmetic, ties, dare_linear or dare_ties. The file
-    recipes/merging/ties.yaml explains every key.
+    A recipe names the models and the method: linear, slerp, task_arithmetic, ties, dare_linear or dare_ties. `ties`
+    comes with slmkit; its file, recipes/merging/ties.yaml, explains every key.
 
-    Example: slm merge recipes/merging/ties.yaml models.0.model=runs/a models.1.model=runs/b output_dir=runs/both
-
-    Example: slm merge runs/book --adapter runs/book-chat -o book-chat
+    Example: slm merge ties base_model=runs/book models.0.model=runs/chat-a models.1.model=runs/chat-b
+    Example: slm merge runs/book --adapter runs/book-lora -o runs/book-whole
     """
     from slmkit.config import UserError
 
@@ -59,8 +59,9 @@ def _fold(model: str, adapters: list[str], output: str | None) -> None:
 def _merge(recipe: str, overrides: list[str], print_config: bool, dry_run: bool) -> None:
     from slmkit.adapt.merge_recipe import load_merge_recipe
     from slmkit.config import to_yaml
+    from slmkit.training.recipe import find_recipe
 
-    loaded = load_merge_recipe(recipe, overrides)
+    loaded = load_merge_recipe(recipe if Path(recipe).exists() else find_recipe(recipe, "merging"), overrides)
     if print_config:
         print(to_yaml(loaded), end="")
         return

@@ -14,13 +14,12 @@ def plot(
     ] = "loss.png",
     over: Annotated[str, typer.Option(help="The horizontal axis: tokens, time or steps.")] = "tokens",
     what: Annotated[
-        str | None,
-        typer.Option(help="loss, right (answers) or preferred (pairs); default: right if all runs have it, else loss."),
+        str | None, typer.Option(help="loss, reward, right (share of right answers) or preferred (share of pairs).")
     ] = None,
 ) -> None:
     """Draw the losses of one or more runs into a picture.
 
-    For runs of objective grpo or dpo also the share of right or preferred answers.
+    With --what also their rewards, their shares of right answers, or of pairs told apart.
 
     Example: slm plot runs/book --over time -o book.png
     """

@@ -264,13 +264,16 @@ def load_recipe(
     return load_settings(Recipe, content, overrides, origin=str(path))
 
 
-def shipped_recipes() -> dict[str, Path]:
-    """The recipes that come with slmkit, by name. In a clone they lie beside the package, else under the prefix."""
+def shipped_recipes(kind: str = "") -> dict[str, Path]:
+    """The recipes that come with slmkit, by name; of kind `merging` those of merges.
+
+    In a clone they lie beside the package, in an installation under the prefix.
+    """
     folders = (Path(__file__).parents[2] / "recipes", Path(sys.prefix) / "share" / "slmkit" / "recipes")
-    return {path.stem: path for folder in reversed(folders) for path in sorted(folder.glob("*.yaml"))}
+    return {path.stem: path for folder in reversed(folders) for path in sorted((folder / kind).glob("*.yaml"))}
 
 
-def find_recipe(name: str) -> Path:
+def find_recipe(name: str, kind: str = "") -> Path:
     """A recipe file as it is, or one that comes with slmkit by its bare name. Raises `UserError` for neither."""
     if Path(name).is_file():
         return Path(name)
@@ -278,7 +281,7 @@ def find_recipe(name: str) -> Path:
         raise UserError(f"{name}: a run, not a recipe; go on with `slm resume {name}`, or name {name}/recipe.yaml")
     if Path(name).exists():
         raise UserError(f"{name}: not a recipe; expected a YAML file, or a name that `slm recipes` lists")
-    shipped = shipped_recipes()
+    shipped = shipped_recipes(kind)
     if name not in shipped:
         near = difflib.get_close_matches(name, shipped, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "`slm recipes` lists those that come with slmkit"
