@@ -32,7 +32,9 @@ def prompts_of(corpus: Corpus, reads: Reads) -> list[str]:
     around = None if reads == "text" else _around_a_question(corpus)
     for start, end in zip([0, *ends], ends):
         if around is None:
-            prompt = _beginning(tokenizer.decode(shards.tokens_in(start, min(end, start + 64)), skip_special_tokens=True))
+            prompt = _beginning(
+                tokenizer.decode(shards.tokens_in(start, min(end, start + 64)), skip_special_tokens=True)
+            )
         else:
             learned = shards.trained_in(start, end)
             asked = shards.tokens_in(start, start + int(learned.argmax()))

@@ -22,7 +22,7 @@ def train(
 
     Example: slm train own-text data.source=book.txt output_dir=runs/book train.max_tokens=3e6
     """
-    from slmkit.cli.show import TerminalReporter
+    from slmkit.cli.show import TerminalReporter, suggestion
     from slmkit.config import to_yaml
     from slmkit.training.recipe import find_recipe, load_recipe
 
@@ -36,8 +36,7 @@ def train(
     run = train_recipe(loaded, reporter, dry_run=dry_run, force=force)
     if not dry_run:
         print(f"run: {run.root}")
-        verb = "generate" if loaded.reads == "text" else "chat"
-        print(f"next: slm {verb} {run.root}")
+        print(f"next: {suggestion(run)}")
 
 
 def resume(run: Annotated[str, typer.Argument(help="A run directory, such as runs/book.")]) -> None:
