@@ -45,7 +45,9 @@ def open_sources(data: DataSettings, seed: int) -> dict[str, Source]:
     if isinstance(data.source, list):  # several paths that are one source
         (name, first), *_ = opened.items()
         rest = [open_source(first.settings.model_copy(update={"path": path}), seed) for path in data.source[1:]]
-        opened[name] = Source(first.settings, [part for one in (first, *rest) for part in one.parts], first.patience)
+        whole = [first, *rest]
+        parts, found = [part for one in whole for part in one.parts], [f for one in whole for f in one.found]
+        opened[name] = Source(first.settings, parts, first.patience, found)
     return opened
 
 

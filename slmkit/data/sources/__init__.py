@@ -7,7 +7,8 @@ read comes with a position to go on from, and every mistake is named by file and
 
 from slmkit.data.sources.built_in import BUILT_IN, PRIMER, STORIES, SUMS
 from slmkit.data.sources.documents import PIECE, BadRow, Document, Message, Position, cut_point
-from slmkit.data.sources.files import Paths, describe_sources, find_files
+from slmkit.data.sources.files import Paths
+from slmkit.data.sources.folders import describe_sources, find_files
 from slmkit.data.sources.open import open_source, read_conversations, read_documents
 from slmkit.data.sources.pair_formats import Judged, Pair
 from slmkit.data.sources.patience import Patience
