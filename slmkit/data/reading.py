@@ -14,7 +14,7 @@ from slmkit.data.conversations import ConversationEncoder, EncodedConversation
 from slmkit.data.data_settings import DataSettings, TokenizerSettings
 from slmkit.data.shards import HEADER
 from slmkit.data.source_settings import SourceSettings
-from slmkit.data.sources import BUILT_IN, BadRow, Document, Message, Source, open_source
+from slmkit.data.sources import BUILT_IN, BadRow, Document, Message, Source, open_source, tools_of
 from slmkit.data.sources.pair_formats import Judged, Pair
 from slmkit.tokenizer.chat import ConversationError
 
@@ -98,7 +98,7 @@ def _can_be_rendered(
 ) -> bool:
     try:
         for conversation in conversations:
-            tokenizer.render_chat(conversation)
+            tokenizer.render_chat(conversation, tools=tools_of(conversation))
     except ConversationError as error:
         source.leave_out(BadRow(error.reason, f"{place}: {error}"))
         return False

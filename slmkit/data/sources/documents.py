@@ -32,6 +32,11 @@ class Conversation(list[Message]):
         self.unused: list[str] = []
 
 
+def tools_of(messages: list[Message]) -> list[dict[str, Any]] | None:
+    """The tools of a conversation that was read; of a plain list there are none."""
+    return messages.tools if isinstance(messages, Conversation) else None
+
+
 class BadRow(NamedTuple):
     """What could not be read: a reason to count it by, the line that names it and its place, and how many rows it is.
 

@@ -93,7 +93,7 @@ class Source:
         return [self.patience.until_done(part.describe) for part in self.parts]
 
     def report(self) -> list[str]:
-        """A line for each reason for which rows were left out or noted, of columns that are not used, and of a folder."""
+        """A line for each reason for which rows were left out or noted, of unused columns, and of a folder."""
         counted = [(f"skipped ({reason})", rows, reason) for reason, rows in self.skipped.most_common()]
         counted += [(what, rows, what) for what, rows in self.noted.most_common()]
         lines = [
