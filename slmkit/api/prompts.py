@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 
 from slmkit.data.corpus import Corpus
 from slmkit.data.data_settings import Reads
@@ -57,11 +57,11 @@ def _around_a_question(corpus: Corpus) -> tuple[str, str]:
         tokenizer.decode(tokenizer.encode_chat(messages, add_generation_prompt=True).ids).split(MARK)
         for messages in ([user], [user, {"role": "assistant", "content": MARK}, user])
     )
-    same = os.path.commonprefix([first[0][::-1], later[-2][::-1]])[::-1]
-    return same, first[-1]
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(reversed(first[0]), reversed(later[-2])))
+    return "".join(letter for letter, _ in same)[::-1], first[-1]
 
 
 def _question(text: str, before: str, behind: str) -> str:
     """The last message in a rendered conversation; empty where there is none, or a long one."""
-    head, found, question = text.removesuffix(behind).rpartition(before)
+    _, found, question = text.removesuffix(behind).rpartition(before)
     return question.strip() if before and found and len(question) <= LONGEST_QUESTION and "\n" not in question else ""
