@@ -12,6 +12,7 @@ from slmkit.adapt.load import load_model
 from slmkit.api.distill import with_the_teachers_tokenizer
 from slmkit.api.material import Material
 from slmkit.api.models import model_for
+from slmkit.api.prompts import with_prompts
 from slmkit.api.reporter import SILENCE, Reporter
 from slmkit.api.vocabulary import tokenizer_of_base
 from slmkit.api.work import expect_a_model, inventory_of, work_of
@@ -123,7 +124,7 @@ def _build(
         recipe.reads, recipe.data, recipe.tokenizer, recipe.seed, run.data, tokenizer, reporter, length
     )
     model, config, files = model_for(recipe, corpus.tokenizer, base)
-    resolved_recipe = _resolve(recipe, run, config, base)
+    resolved_recipe = _resolve(with_prompts(recipe, corpus), run, config, base)
     session = _Session(run, resolved_recipe, corpus, model, config, files, device, group, reporter)
     run.describe(session.recipe, device, corpus.describe())
     reporter.say(session.summary())

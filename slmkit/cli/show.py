@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from slmkit.generation import LanguageModel
     from slmkit.tokenizer import SLMTokenizer
+    from slmkit.training.run import RunDirectory
 
 PLAIN_EVERY = 20_000  # documents between two plain lines
 
@@ -61,6 +63,17 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Co
             cell.rjust(width) if name in right else cell.ljust(width) for name, cell, width in zip(columns, row, widths)
         )
         print("  ".join(cells).rstrip())
+
+
+def suggestion(run: RunDirectory) -> str:
+    """The command that shows what a run's model can do, with a prompt from the run's own data."""
+    from slmkit.training.recipe import load_recipe
+
+    recipe = load_recipe(run.recipe)
+    prompt = next(iter(recipe.train.sample_prompts or []), "")
+    if recipe.reads == "text":
+        return f"slm generate {run.root} {shlex.quote(prompt)}".removesuffix(" ''")
+    return f"slm chat {run.root}" + (f"  (and ask it: {prompt})" if prompt else "")
 
 
 def gibibytes(size: int) -> str:

@@ -28,7 +28,7 @@ def train(
     Example: slm train own-text data.source=book.txt output_dir=runs/book
     Example: slm train own-text data.source=book.txt train.max_tokens=3e6 --dry-run
     """
-    from slmkit.cli.show import TerminalReporter
+    from slmkit.cli.show import TerminalReporter, suggestion
     from slmkit.config import to_yaml
     from slmkit.training.recipe import find_recipe, load_recipe
 
@@ -42,8 +42,7 @@ def train(
     run = train_recipe(loaded, reporter, dry_run=dry_run, force=force)
     if not dry_run:
         print(f"run: {run.root}")
-        verb = "generate" if loaded.reads == "text" else "chat"
-        print(f"next: slm {verb} {run.root}")
+        print(f"next: {suggestion(run)}")
 
 
 def resume(run: RunPath) -> None:

@@ -98,7 +98,7 @@ class TrainSettings(Settings):
     eval_steps: int | None = Field(None, gt=0)  # None: ten times a run
     save_steps: int | None = Field(None, gt=0)  # None: at each evaluation
     save_total_limit: int = Field(2, gt=0)  # the best checkpoint is kept besides
-    sample_prompts: list[str] = Field(default_factory=lambda: ["Once upon a time"])
+    sample_prompts: list[str] | None = None  # what samples.md continues; None: one from the validation data
     sample_tokens: int = Field(120, gt=0)
     report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)  # besides metrics.jsonl
     parallel: Literal["auto", "ddp", "fsdp"] = (
