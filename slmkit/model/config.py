@@ -178,6 +178,25 @@ class SLMConfig(Settings):
         path = Path(directory) / "config.json"
         path.write_text(json.dumps(self.published(), indent=2) + "\n", encoding="utf-8")
 
+    @property
+    def use_cache(self) -> bool:
+        """Part of transformers' configs, and set by its `Trainer`; here the caller of a decoder decides, each time."""
+        return True
+
+    @use_cache.setter
+    def use_cache(self, value: bool) -> None: ...
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `config.json` holds, under the name that tools written for transformers ask for."""
+        return self.published()
+
+    def to_json_string(self) -> str:
+        return json.dumps(self.published(), indent=2)
+
+    def get_text_config(self) -> SLMConfig:
+        """transformers' models of several modalities have one for each; this is a text model's."""
+        return self
+
     def published(self, dtype: str = "float32") -> dict[str, Any]:
         """The content of `config.json` beside weights of `dtype`: RoPE both ways, training fields not at all."""
         family = family_of(self.model_type)
