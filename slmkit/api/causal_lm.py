@@ -138,7 +138,7 @@ class GeneratingModel(nn.Module):
 
 
 class SLMForCausalLM(GeneratingModel):
-    """A decoder with its head, with the methods that `transformers.Trainer`, `accelerate` and `peft`-like tools call."""
+    """A decoder with its head, and the methods that `transformers.Trainer` and `accelerate` call."""
 
     decoder: Decoder
 

@@ -15,7 +15,7 @@ from slmkit.data.data_settings import DataSettings, TokenizerSettings
 from slmkit.data.shards import HEADER
 from slmkit.data.source_settings import SourceSettings
 from slmkit.data.sources import BUILT_IN, BadRow, Document, Message, Source, open_source
-from slmkit.data.sources.pair_formats import Pair
+from slmkit.data.sources.pair_formats import Judged, Pair
 from slmkit.tokenizer.chat import ConversationError
 
 if TYPE_CHECKING:
@@ -73,6 +73,14 @@ def pairs_of(source: Source, tokenizer: SLMTokenizer) -> Iterator[Pair]:
     for pair, _ in source.read_pairs():
         if _can_be_rendered(pair.sides, pair.place, source, tokenizer):
             yield pair
+
+
+def judgements_of(source: Source, tokenizer: SLMTokenizer) -> Iterator[Judged]:
+    """As `pairs_of`."""
+    source.count_anew()
+    for judged, _ in source.read_judgements():
+        if _can_be_rendered([judged.messages], judged.place, source, tokenizer):
+            yield judged
 
 
 def questions_of(source: Source, tokenizer: SLMTokenizer) -> Iterator[list[Message]]:

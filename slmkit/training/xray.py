@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from slmkit.data.batch import Batch
 from slmkit.data.packing import IGNORED
 from slmkit.data.shards import TokenShards
 from slmkit.data.stream import Batches
@@ -44,11 +45,12 @@ class Rows:
     ids: np.ndarray
     labels: np.ndarray  # of the position; IGNORED where nothing is learned
     padding: np.ndarray  # bool
+    kinds: Sequence[str] = ()  # of each row, where the data says it: chosen or rejected, good or bad
 
     def until_the_longest(self) -> Rows:
         """Without the columns that are padding in all rows."""
         used = slice(0, max(1, int((~self.padding).any(axis=0).sum())))
-        return Rows(self.ids[:, used], self.labels[:, used], self.padding[:, used])
+        return replace(self, ids=self.ids[:, used], labels=self.labels[:, used], padding=self.padding[:, used])
 
     @property
     def learned(self) -> np.ndarray:
@@ -101,17 +103,26 @@ def examine(
 def _first_rows(stream: Batches, vocabulary: Vocabulary) -> Rows:
     ids: list[np.ndarray] = []  # [rows, length] each
     labels: list[np.ndarray] = []
+    kinds: list[str] = []
     step = rows = 0
     while step < STEPS and stream.has(step) and rows < ROWS and sum(part.size for part in ids) < TOKENS:
         batch = stream.batch(step)
         ids.append(batch.ids.flatten(0, -2).numpy())  # of pairs both answers
         labels.append(batch.labels.flatten(0, -2).numpy())
+        kinds += _kinds(batch)
         step, rows = step + 1, rows + len(ids[-1])
     stream.seek(0, {})
     all_ids, all_labels = np.concatenate(ids)[:ROWS], np.concatenate(labels)[:ROWS]
     filler = (all_ids == (vocabulary.pad_id or 0)) & (all_labels == IGNORED)
     # Padding is what stands behind everything else in its row: by position, for its id may have other uses.
-    return Rows(all_ids, all_labels, np.logical_and.accumulate(filler[:, ::-1], axis=1)[:, ::-1])
+    return Rows(all_ids, all_labels, np.logical_and.accumulate(filler[:, ::-1], axis=1)[:, ::-1], kinds[:ROWS])
+
+
+def _kinds(batch: Batch) -> list[str]:
+    """What each row of a batch is, where its objective treats rows differently; empty elsewhere."""
+    if batch.ids.dim() == 3:  # pairs
+        return ["chosen", "rejected"] * len(batch.ids)
+    return ["good" if label else "bad" for label in batch.extra.get("desirable", ())]
 
 
 def _documents_in(shards: Sequence[TokenShards], tokens: int) -> float:

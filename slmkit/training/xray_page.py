@@ -30,10 +30,13 @@ def write_xray(xray: XRay, vocabulary: Vocabulary, path: Path) -> None:
 
 def rendered_rows(rows: Rows, vocabulary: Vocabulary, count: int = SHOWN) -> list[Text]:
     """The first `count` rows as text with styles; without them the brackets still tell what is not learned."""
-    return [
+    shown = [
         _row(ids, labels, int(padding.sum()), vocabulary)
         for ids, labels, padding in zip(rows.ids[:count], rows.labels, rows.padding)
     ]
+    if not rows.kinds:
+        return shown
+    return [Text.assemble((f"{kind}: ", "bold"), row) for kind, row in zip(rows.kinds, shown)]
 
 
 def _row(ids: np.ndarray, labels: np.ndarray, padding: int, vocabulary: Vocabulary) -> Text:

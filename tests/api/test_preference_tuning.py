@@ -163,9 +163,10 @@ def test_a_refused_step_keeps_its_answers_to_be_replayed(
 def test_the_x_ray_shows_both_answers_and_sampled_ones(start: Path, tmp_path: Path) -> None:
     reporter = Silent()
     train_recipe(recipe(start, tmp_path / "dpo", "dpo"), reporter, dry_run=True)
-    shown = [str(line) for line in reporter.lines if "user\n" in str(line)]
-    assert shown[0].split("assistant")[0] == shown[1].split("assistant")[0]
-    assert shown[0] != shown[1]
+    chosen, rejected = (str(line) for line in reporter.lines if "user\n" in str(line))
+    assert (chosen[:8], rejected[:10]) == ("chosen: ", "rejected: ")
+    assert chosen[8:].split("assistant")[0] == rejected[10:].split("assistant")[0]
+    assert chosen[8:] != rejected[10:]
     sampled = Silent()
     train_recipe(recipe(start, tmp_path / "grpo", "grpo"), sampled, dry_run=True, force=True)
     assert any("rows 64 of" in str(line) for line in sampled.lines)

@@ -132,3 +132,36 @@ def test_shards_of_something_else_are_refused(tmp_path: Path) -> None:
 def test_the_longest_come_first(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, 160, ("a", "b"), ("a" * 30, "b"), ("a", "b" * 20))
     assert rows.longest_first() == [1, 2, 0]
+
+
+TALK = [*ASKED, *say("Good.")]
+SHAREGPT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Good."}]
+JUDGED: dict[str, dict[str, Any]] = {
+    "trl": {"prompt": "Hi", "completion": "Good.", "label": False},
+    "trl, conversational": {"prompt": ASKED, "completion": say("Good."), "label": False},
+    "messages": {"messages": TALK, "label": False},
+    "LLaMA-Factory": {"conversations": SHAREGPT, "kto_tag": False},
+    "Alpaca": {"instruction": "Hi", "input": "", "output": "Good.", "kto_tag": False},
+}
+
+
+@pytest.mark.parametrize("name", JUDGED)
+def test_an_answer_with_its_label_is_a_judgement(tmp_path: Path, name: str) -> None:
+    good = {key: True if value is False else value for key, value in JUDGED[name].items()}
+    path = tmp_path / "judged.jsonl"
+    path.write_text(json.dumps(JUDGED[name]) + "\n" + json.dumps(good) + "\n")
+    judged = [one for one, _ in open_source(SourceSettings(path=str(path))).read_judgements()]
+    assert [([*one.messages], one.label, one.place) for one in judged] == [
+        (TALK, False, f"{path}:1"),
+        (TALK, True, f"{path}:2"),
+    ]
+    path.write_text(json.dumps({key: "no" if value is False else value for key, value in JUDGED[name].items()}))
+    with pytest.raises(UserError, match=r"judged.jsonl:1: expected true or false in column .*, found str"):
+        list(open_source(SourceSettings(path=str(path))).read_judgements())
+
+
+def test_built_in_answers_are_judged_by_whoever_made_them() -> None:
+    source = open_source(SourceSettings(path="sums", documents=4), seed=1)
+    labels = {one.label: one.messages for one, _ in source.read_judgements()}
+    assert labels.keys() == {True, False}
+    assert labels[True][-1]["content"] != labels[False][-1]["content"]

@@ -9,7 +9,7 @@ from slmkit.data.sources.built_in import BUILT_IN, PRIMER, STORIES, SUMS
 from slmkit.data.sources.documents import PIECE, BadRow, Document, Message, Position, cut_point
 from slmkit.data.sources.files import Paths, describe_sources, find_files
 from slmkit.data.sources.open import open_source, read_conversations, read_documents
-from slmkit.data.sources.pair_formats import Pair
+from slmkit.data.sources.pair_formats import Judged, Pair
 from slmkit.data.sources.patience import Patience
 from slmkit.data.sources.source import Source
 
@@ -21,6 +21,7 @@ __all__ = [
     "SUMS",
     "BadRow",
     "Document",
+    "Judged",
     "Message",
     "Pair",
     "Paths",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from slmkit.data.source_settings import SourceSettings
@@ -11,6 +13,7 @@ from slmkit.data.sources.row_formats import (
     RowError,
     RowFormat,
     RowFormats,
+    chat_formats,
     checked,
     messages_in,
     text_in,
@@ -29,6 +32,14 @@ class Pair(NamedTuple):
     @property
     def sides(self) -> tuple[list[Message], list[Message]]:
         return self.chosen, self.rejected
+
+
+class Judged(NamedTuple):
+    """A conversation whose last answer was judged good (`label` True) or bad. `place` is where it was read."""
+
+    messages: list[Message]
+    label: bool
+    place: str = ""
 
 
 def pair_of(chosen: list[Message], rejected: list[Message]) -> Pair:
@@ -93,3 +104,39 @@ def _conversation(row: Row, column: str, before: list[Message]) -> list[Message]
         return checked(messages)
     except RowError as error:
         raise RowError(f"{column}: {error}", error.reason) from None
+
+
+def kto_formats(settings: SourceSettings) -> RowFormats:
+    """From rows to judged answers: a conversation in any format of `chat_formats`, or `prompt` and `completion`.
+
+    Its label is a bool in a column `label` (trl) or `kto_tag` (LLaMA-Factory).
+    """
+    spoken = {
+        **chat_formats(settings),
+        "prompt-completion": RowFormat(("prompt", "completion"), _prompted, ("system",)),
+    }
+    return those_named(
+        settings.row_format,
+        {
+            name if label == "label" else f"{name}-{label}": RowFormat(
+                (*found.required, label),
+                functools.partial(_judged, convert=found.convert, column=label),
+                found.optional,
+            )
+            for label in ("label", "kto_tag")
+            for name, found in spoken.items()
+        },
+    )
+
+
+def _judged(row: Row, convert: Callable[[Row], list[Message]], column: str) -> Judged:
+    if not isinstance(row[column], bool):
+        raise RowError(f"expected true or false in column {column!r}, found {type(row[column]).__name__}")
+    messages = convert(row)
+    if messages[-1]["role"] != "assistant":
+        raise RowError("the conversation does not end with an answer of the assistant's")
+    return Judged(messages, row[column])
+
+
+def _prompted(row: Row) -> list[Message]:
+    return _conversation(row, "completion", _before(row))

@@ -12,7 +12,7 @@ from slmkit.data.source_settings import SourceSettings
 from slmkit.data.sources.built_in import BUILT_IN
 from slmkit.data.sources.documents import BadRow, Document, Item, Message, Position, pieces
 from slmkit.data.sources.files import CONVERSATION_KINDS, File, damage, listed, one_line
-from slmkit.data.sources.pair_formats import Pair, pair_formats
+from slmkit.data.sources.pair_formats import Judged, Pair, kto_formats, pair_formats
 from slmkit.data.sources.row_formats import RowFormats, chat_formats, text_formats
 from slmkit.data.sources.rows import ROWS
 from slmkit.data.sources.text_files import text_documents
@@ -38,6 +38,9 @@ class FilePart:
 
     def pairs(self, start: Position) -> Iterator[Item[Pair]]:
         return self._rows_of_objects(start, pair_formats(self.settings))
+
+    def judgements(self, start: Position) -> Iterator[Item[Judged]]:
+        return self._rows_of_objects(start, kto_formats(self.settings))
 
     def describe(self) -> dict[str, Any]:
         return self.file.describe()
@@ -101,6 +104,12 @@ class StoryPart:
     def pairs(self, start: Position) -> Iterator[tuple[Pair, Position]]:
         for row in itertools.count(start.get("row", 0)):
             yield BUILT_IN[self.kind].pair(self.seed, row, self.held_out), {"row": row + 1}
+
+    def judgements(self, start: Position) -> Iterator[tuple[Judged, Position]]:
+        """Right and wrong answers in turn, each to a question of its own."""
+        for row in itertools.count(start.get("row", 0)):
+            pair = BUILT_IN[self.kind].pair(self.seed, row, self.held_out)
+            yield Judged(pair.sides[row % 2], label=row % 2 == 0), {"row": row + 1}
 
     def describe(self) -> dict[str, Any]:
         return {"path": self.kind, "seed": self.seed}

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from slmkit.data.sources.documents import BadRow, Conversation, Position
 from slmkit.data.sources.files import File, damage, one_line, pyarrow
 from slmkit.data.sources.lines import LONGEST_ROW, whole_lines
-from slmkit.data.sources.pair_formats import Pair
+from slmkit.data.sources.pair_formats import Judged, Pair
 from slmkit.data.sources.row_formats import RowError, RowFormats, find_format
 
 SURROGATE_ESCAPE, SURROGATE = re.compile(r"\\u[dD]"), re.compile("[\ud800-\udfff]")
@@ -167,7 +167,7 @@ def _converted(place: str, row: dict[str, Any] | str, formats: RowFormats) -> An
         value = found.convert(row)
     except RowError as error:
         return BadRow(error.reason, f"{place}: {error}")
-    if isinstance(value, Pair):
+    if isinstance(value, Pair | Judged):
         return value._replace(place=place)
     return Conversation(value, place) if isinstance(value, list) else value
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 from slmkit.config import UserError
 from slmkit.data.source_settings import SourceSettings
 from slmkit.data.sources.documents import BadRow, Document, Item, Message, Position
-from slmkit.data.sources.pair_formats import Pair
+from slmkit.data.sources.pair_formats import Judged, Pair
 from slmkit.data.sources.parts import StoryPart
 from slmkit.data.sources.patience import NetworkError, Patience
 
@@ -26,6 +26,8 @@ class Part(Protocol):
     def questions(self, start: Position) -> Iterator[Item[list[Message]]]: ...
 
     def pairs(self, start: Position) -> Iterator[Item[Pair]]: ...
+
+    def judgements(self, start: Position) -> Iterator[Item[Judged]]: ...
 
     def describe(self) -> dict[str, Any]: ...
 
@@ -77,6 +79,10 @@ class Source:
     def read_pairs(self) -> Iterator[tuple[Pair, Position]]:
         """As `read_conversations`, of rows with a better and a worse answer."""
         return self._read(lambda part, inner: part.pairs(inner), lambda pair: True, None)
+
+    def read_judgements(self) -> Iterator[tuple[Judged, Position]]:
+        """As `read_conversations`, of rows whose answer is labelled good or bad."""
+        return self._read(lambda part, inner: part.judgements(inner), lambda judged: True, None)
 
     def describe(self) -> list[dict[str, Any]]:
         """What was read, for the header of whatever is made of it."""
