@@ -45,7 +45,8 @@ class CausalLMOutput(dict[str, Tensor]):
 class GeneratingModel(nn.Module):
     """A model with its head, and the config that says how its texts end: token ids in, logits or more ids out."""
 
-    accepts_loss_kwargs = True  # transformers.Trainer then hands `num_items_in_batch` to `forward`
+    # transformers.Trainer then hands `num_items_in_batch` to `forward`, and counts for it the labels that are learned.
+    accepts_loss_kwargs, loss_type = True, "ForCausalLM"
 
     def __init__(self, config: SLMConfig, decoder: Decoder | Ensemble) -> None:
         super().__init__()

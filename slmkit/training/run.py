@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch.optim import Optimizer
+
 from slmkit.config import UserError, to_yaml
 from slmkit.data.stream import Batches
 from slmkit.device import Device, keep_freed_memory
@@ -26,7 +28,7 @@ from slmkit.training.loop import Every, Plan, Report, RunStopped, State, StopReq
 from slmkit.training.micro_batch import lack_of_memory_explained
 from slmkit.training.model_files import ModelFiles, WholeModel
 from slmkit.training.objectives import Objective, next_token
-from slmkit.training.optimizers import make_optimizers
+from slmkit.training.optimizers import make_optimizers, with_peaks
 from slmkit.training.plots import plot_losses, plot_shares
 from slmkit.training.precision import LossScale, to_weight_dtype
 from slmkit.training.recipe import Recipe, TrainSettings
@@ -114,16 +116,19 @@ def fit(
     perfect_loss: float | None = None,
     resume: bool = False,
     warn: Callable[[str], None] = print,
+    optimizer: Optimizer | None = None,
+    on_save: Callable[[State, Path], Any] | None = None,
 ) -> State:
     """Train `model` as the recipe says, and leave a run on disk. Returns the state after the last step.
 
     `hooks` come from outside (validation, samples, progress) and fire before the report is logged, with what they add.
     `inventory` says what is in memory, `files` what of the model a checkpoint holds: without them all of it. With
-    `resume` it goes on from the newest intact checkpoint. Raises `RunStopped` when a signal ended it, with one.
+    `resume` it goes on from the newest intact checkpoint. `optimizer` takes the place of the recipe's; `on_save` is
+    called on all ranks with each checkpoint that is complete. Raises `RunStopped` when a signal ended it, with one.
     """
     settings, group, inventory = recipe.train, plan.group, inventory or Inventory(blueprint_of(model))
     files = files or WholeModel(config)
-    state = fresh_state(recipe, model, plan.device, group)
+    state = fresh_state(recipe, model, plan.device, group, optimizer)
     if resume and (newest := newest_intact(run, plan, warn)) is not None:
         checkpoints.load_checkpoint(newest, state, files)
     if group.is_main:
@@ -146,7 +151,7 @@ def fit(
         lack_of_memory_explained(inventory, settings, plan.rows_per_micro_batch, length, plan.device),
     ):
         logger = Logger(run, perfect_loss, warn, trackers)
-        all_hooks = (Every(1, gauges.update), *hooks, *hooks_on_disk(settings, plan.steps, logger, saver))
+        all_hooks = (Every(1, gauges.update), *hooks, *hooks_on_disk(settings, plan.steps, logger, saver, on_save))
         while True:
             try:
                 train(state, objective, stream, plan, uncompiled(all_hooks, model), stop, recorder)
@@ -180,19 +185,34 @@ def newest_intact(
     return plan.group.from_main(found)
 
 
-def hooks_on_disk(settings: TrainSettings, steps: int, logger: Logger, saver: Saver) -> tuple[Every, ...]:
+def hooks_on_disk(
+    settings: TrainSettings,
+    steps: int,
+    logger: Logger,
+    saver: Saver,
+    on_save: Callable[[State, Path], Any] | None = None,
+) -> tuple[Every, ...]:
     """What is written as the run goes on, in this order: lines first, so that no checkpoint is ahead of them."""
     eval_steps = evaluation_interval(settings, steps)
+
+    def saved(state: State, report: Report) -> Any:
+        saver.wait()
+        path = saver.run.checkpoints / checkpoints.checkpoint_name(state.step)
+        return on_save(state, path) if on_save is not None else None
+
     return (
         Every(1, logger.log_if_skipped),
         Every(settings.logging_steps, logger.log),
         Every(eval_steps, logger.log_and_draw),
         Every(settings.save_steps or eval_steps, saver.save, on_stop=True, on_all_ranks=True),
+        *([Every(settings.save_steps or eval_steps, saved, on_stop=True, on_all_ranks=True)] if on_save else []),
         Every(1, saver.check),
     )
 
 
-def fresh_state(recipe: Recipe, model: Decoder, device: Device, group: Group = ALONE) -> State:
+def fresh_state(
+    recipe: Recipe, model: Decoder, device: Device, group: Group = ALONE, optimizer: Optimizer | None = None
+) -> State:
     """The state before the first step."""
     if device.torch_device.type == "cpu":
         keep_freed_memory()
@@ -202,7 +222,7 @@ def fresh_state(recipe: Recipe, model: Decoder, device: Device, group: Group = A
     if compile_pays(recipe.train.compile, device):
         compile_blocks(model)
     group.share(model, recipe.train.parallel, device.torch_device)
-    optimizers = make_optimizers(model, recipe.train, device)
+    optimizers = make_optimizers(model, recipe.train, device) if optimizer is None else [with_peaks(optimizer)]
     return State(model, optimizers, seed=recipe.seed, loss_scale=LossScale.of(device))
 
 
