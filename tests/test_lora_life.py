@@ -16,11 +16,11 @@ from slmkit.adapt.adapter import trained_tensors
 from slmkit.api import resume_run, train_recipe
 from slmkit.api.folding import fold_adapters
 from slmkit.api.replay import replay_run
+from slmkit.find import find_model_directory
 from slmkit.generation import ChatSession, SamplingSettings
 from slmkit.model import load_decoder
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.checkpoints import complete_checkpoints
-from slmkit.training.find import find_model_directory
 from slmkit.training.overview import read_run
 from slmkit.training.recipe import find_recipe, load_recipe
 from tests.test_life import FEW_STEPS, Silent

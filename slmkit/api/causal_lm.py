@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from slmkit.adapt.load import load_model
 from slmkit.adapt.lora import adapted_linears
 from slmkit.config import UserError
+from slmkit.find import find_model_directory
 from slmkit.generation import Ensemble, SamplingSettings, generate_ids
 from slmkit.model import Decoder, SLMConfig, build_decoder, save_decoder
 from slmkit.model.growth import grow_vocabulary
-from slmkit.training.find import find_model_directory
 from slmkit.training.losses import IGNORED
 
 
@@ -150,7 +150,8 @@ class SLMForCausalLM(GeneratingModel):
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, device: str = "cpu") -> SLMForCausalLM:
-        """Read a model directory, an adapter folded into its base, or a run's best checkpoint, in evaluation mode.
+        """Read a model directory, an adapter folded into its base, a run's best checkpoint, or a model of the hub by
+        its name (`OWNER/NAME@REVISION`), in evaluation mode.
 
         Raises `UserError`.
         """

@@ -74,8 +74,8 @@ def load_model(path: str, device: str, others: Sequence[str] = ()) -> tuple[Lang
     """
     from slmkit.adapt.load import load_model as load
     from slmkit.device import find_device
+    from slmkit.find import find_model_directory
     from slmkit.generation import common_tokenizer, together
-    from slmkit.training.find import find_model_directory
 
     directories = [find_model_directory(found) for found in (path, *others)]
     tokenizer, where = common_tokenizer(directories), find_device(device).torch_device

@@ -11,6 +11,8 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from slmkit.config import Settings, UserError, did_you_mean, load_settings
+from slmkit.find import find_config_directory
+from slmkit.model.adapter_directory import config_directory
 from slmkit.model.families import FULL, SLIDING, families_with, family_of, optional_fields
 from slmkit.model.presets import PRESETS
 from slmkit.model.published import from_published, to_published
@@ -163,12 +165,15 @@ class SLMConfig(Settings):
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> SLMConfig:
-        """Read the `config.json` of a model directory, in the spelling of transformers 4 or 5.
+        """Read the `config.json` of a model directory, an adapter's base, a run or a model of the hub, in the spelling
+        of transformers 4 or 5.
 
         Keys that the family's code does not read are ignored, with one warning that lists them. Raises `UserError`
         where the file is missing or broken, or says of the model what is not supported.
         """
         path = Path(directory) / "config.json"
+        if not path.is_file():
+            path = config_directory(find_config_directory(directory)) / "config.json"
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
