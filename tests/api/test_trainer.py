@@ -81,7 +81,7 @@ def test_any_torch_data_set_is_trained_on_and_evaluated(name: str, tmp_path: Pat
             nats += model(**row).loss.item() * learned
         count += learned
     assert figures["validation_loss"] == pytest.approx(nats / count, abs=1e-4)
-    assert figures["validation_loss"] < 4
+    assert figures["validation_loss"] < 5
     assert [run.state for run in list_runs(tmp_path)] == ["finished"]
 
 
