@@ -11,15 +11,6 @@ from slmkit.config import UserError
 from slmkit.hub import PUBLISHED, hub_directory, hub_name
 
 
-def free_path(wanted: str | Path) -> Path:
-    """`wanted`, or `wanted-2`, `-3`… where that name is taken."""
-    path, number = Path(wanted), 1
-    while path.exists():
-        number += 1
-        path = Path(f"{wanted}-{number}")
-    return path
-
-
 def find_model_directory(path: str | Path) -> Path:
     """The directory of a model or an adapter as it is; of a run its best checkpoint, else its latest; of a name of the
     hub (`OWNER/NAME@REVISION`) its copy in the cache, downloaded where it is not there.

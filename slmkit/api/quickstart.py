@@ -8,7 +8,7 @@ from pathlib import Path
 
 from slmkit.api.reporter import Reporter
 from slmkit.api.runs import train_recipe
-from slmkit.find import free_path
+from slmkit.training.find import free_path
 from slmkit.training.recipe import Recipe, find_recipe, load_recipe
 from slmkit.training.run import RunDirectory
 

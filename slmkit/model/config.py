@@ -159,9 +159,9 @@ class SLMConfig(Settings):
     @classmethod
     def from_preset(cls, name: str, **changes: Any) -> SLMConfig:
         """One of the published sizes, with any field changed. Raises `UserError` for an unknown name."""
-        if name not in PRESETS:
+        if name.lower() not in PRESETS:
             raise UserError(f"unknown preset {name!r}; {did_you_mean(name, PRESETS)}")
-        return load_settings(cls, PRESETS[name] | changes, origin=f"preset {name}")
+        return load_settings(cls, PRESETS[name.lower()] | changes, origin=f"preset {name}")
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> SLMConfig:

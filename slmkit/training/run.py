@@ -15,12 +15,12 @@ from torch.optim import Optimizer
 from slmkit.config import UserError, to_yaml
 from slmkit.data.stream import Batches
 from slmkit.device import Device, keep_freed_memory
-from slmkit.find import free_path
 from slmkit.model import Decoder, SLMConfig
 from slmkit.training import checkpoints
 from slmkit.training.compilation import compile_blocks, compile_pays, uncompiled
 from slmkit.training.distributed import ALONE, Group
 from slmkit.training.files import write_whole
+from slmkit.training.find import free_path
 from slmkit.training.gauges import Gauges
 from slmkit.training.guards import Diverged, GuardSettings
 from slmkit.training.inventory import Inventory, blueprint_of

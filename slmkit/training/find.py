@@ -1,0 +1,42 @@
+"""Runs and presets by name. Nothing heavy is imported here: commands ask before they load anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from slmkit.config import UserError
+from slmkit.find import find_config_directory, find_model_directory, find_tokenizer_directory
+from slmkit.model.presets import PRESETS
+
+__all__ = ["find_model_directory", "find_model_or_preset", "find_run", "find_tokenizer_directory", "free_path"]
+
+
+def free_path(wanted: str | Path) -> Path:
+    """`wanted`, or `wanted-2`, `-3`… where that name is taken."""
+    path, number = Path(wanted), 1
+    while path.exists():
+        number += 1
+        path = Path(f"{wanted}-{number}")
+    return path
+
+
+def find_run(path: str | Path) -> Path:
+    """A run's directory. Raises `UserError` for anything else."""
+    path = Path(path)
+    if not (path / "recipe.yaml").is_file():
+        what = "not a run: it has no recipe.yaml" if path.exists() else "no such directory"
+        raise UserError(f"{path}: {what}; expected the folder of a run that `slm train` made (`slm runs` lists them)")
+    return path
+
+
+def find_model_or_preset(name: str | Path) -> Path | str:
+    """A directory with the config of a model (of the hub: without its weights), or the name of a preset, in any case.
+
+    Raises `UserError` for neither.
+    """
+    preset = str(name).lower()
+    if preset in PRESETS and not Path(name).exists():
+        return preset
+    if Path(name).exists() or "/" in str(name):
+        return find_config_directory(name)
+    raise UserError(f"{name}: neither a preset nor a directory; presets: {', '.join(sorted(PRESETS))}")
