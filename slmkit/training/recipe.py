@@ -17,7 +17,7 @@ from slmkit.training.distillation_settings import DistillationSettings
 from slmkit.training.distributed import Parallel
 from slmkit.training.grpo import GrpoSettings
 from slmkit.training.guards import GuardSettings
-from slmkit.training.preference import PreferenceSettings
+from slmkit.training.preference import KtoSettings, PreferenceSettings
 from slmkit.training.schedules import Schedule, make_schedule
 
 
@@ -144,17 +144,24 @@ class TrainSettings(Settings):
         return round(self.warmup_steps * steps) if self.warmup_steps < 1 else round(self.warmup_steps)
 
 
-READS: dict[str, Reads] = {"pretrain": "text", "sft": "conversations", "dpo": "pairs", "grpo": "questions"}
+READS: dict[str, Reads] = {
+    "pretrain": "text",
+    "sft": "conversations",
+    "dpo": "pairs",
+    "kto": "judgements",
+    "grpo": "questions",
+}
 
 
 class Recipe(Settings):
     """One run. `objective` says what is learned: the next token of any text, or the assistant's turns of chats, or
-    either of them from a teacher besides; which of two answers is better (`dpo`), or which are right (`grpo`).
+    either of them from a teacher besides; which of two answers is better (`dpo`), which answers are good and which bad
+    (`kto`), or which are right (`grpo`).
 
     With `lora` the model of `model.path` is frozen, and what is learned is an adapter for it.
     """
 
-    objective: Literal["pretrain", "sft", "distill", "dpo", "grpo"] = "pretrain"
+    objective: Literal["pretrain", "sft", "distill", "dpo", "kto", "grpo"] = "pretrain"
     output_dir: str = "runs/model"
     seed: int = 0
     model: ModelSettings = Field(default_factory=ModelSettings)
@@ -209,6 +216,7 @@ class Recipe(Settings):
 
     guard: GuardSettings = Field(default_factory=GuardSettings)
     preference: PreferenceSettings = Field(default_factory=PreferenceSettings)  # of dpo
+    kto: KtoSettings = Field(default_factory=KtoSettings)
     grpo: GrpoSettings = Field(default_factory=GrpoSettings)
 
     @property
@@ -219,7 +227,7 @@ class Recipe(Settings):
     @property
     def is_padded(self) -> bool:
         """Whether rows end with the longest that is in a micro-batch, so that nobody knows how much is computed."""
-        return self.reads in ("pairs", "questions")
+        return self.reads in ("pairs", "judgements", "questions")
 
     def full(self, rows: int) -> int | None:
         """Of so many rows those that are filled to their ends; None where nobody knows."""
