@@ -61,7 +61,7 @@ def loss_at(preset: str, width: int, rate: float, corpus: Corpus, steps: int) ->
     settings = settings.model_copy(
         update={
             "sequence_length": LENGTH, "tokens_per_step": TOKENS_PER_STEP, "micro_batch_tokens": TOKENS_PER_STEP,
-            "max_steps": steps, "max_tokens": None, "warmup_steps": 0.1, "precision": "auto", name: rate,
+            "max_steps": steps, "max_tokens": None, "warmup_ratio": 0.1, "precision": "auto", name: rate,
         }
     )  # fmt: skip
     model = build_decoder(shape_of(preset, width), seed=0)

@@ -74,7 +74,7 @@ def run(part: str, stage: str, seed: int, root: Path, base: str | None, smoke: b
     steps = 2 if smoke else plan["steps"]
     train = TRAIN | {
         "sequence_length": about["length"], "max_steps": steps, "eval_steps": max(1, steps // 5),
-        "learning_rate": plan["learning_rate"], "warmup_steps": 0.05,
+        "learning_rate": plan["learning_rate"], "warmup_ratio": 0.05,
     }  # fmt: skip
     recipe: dict[str, Any] = {
         "objective": "dpo" if stage == "rpo" else stage, "seed": seed, "train": train,

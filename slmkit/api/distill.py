@@ -26,9 +26,9 @@ from slmkit.training.checkpoints import file_sha256
 from slmkit.training.compilation import compile_blocks, compile_pays
 from slmkit.training.distill import Distill, DistillWithStates
 from slmkit.training.distillation import DistillationLoss
-from slmkit.training.distillation_settings import DistillationSettings
 from slmkit.training.find import find_model_directory, find_tokenizer_directory
 from slmkit.training.inventory import Inventory
+from slmkit.training.objective_settings import DistillationSettings
 from slmkit.training.objectives import Objective
 from slmkit.training.recipe import Recipe
 from slmkit.training.teachers import OnlineTeacher, StoredTeacher, check_fit, frozen, in_compute_type

@@ -7,7 +7,6 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import safetensors
@@ -25,12 +24,12 @@ from slmkit.model import Decoder
 from slmkit.training.files import sync
 from slmkit.training.inventory import Inventory, read_answers
 from slmkit.training.loop import Report, State
+from slmkit.training.objective_settings import KtoSettings
 from slmkit.training.objectives import Sums, surveyed
 from slmkit.training.precision import to_weight_dtype
-from slmkit.training.preference import Kto, KtoSettings, Preference, reference_log_probabilities, rounded_up
+from slmkit.training.preference import Kto, Preference, reference_log_probabilities, rounded_up
 from slmkit.training.recipe import Recipe
 
-T = TypeVar("T", PairRows, JudgedRows)
 REFERENCE = "reference.safetensors"  # in the data of a run
 ROWS_AT_ONCE = 16  # of those that are read and not learned from
 BALANCED = (1.0, 4 / 3)  # weight × number of good answers over that of bad ones: arXiv:2402.01306, equation (8)
@@ -67,7 +66,9 @@ def weights_hint(good: int, bad: int, settings: KtoSettings) -> str | None:
     )
 
 
-def _work(m: Material, make_rows: Callable[..., T], objective: Preference | Kto, needs_reference: bool) -> Work:
+def _work(
+    m: Material, make_rows: Callable[..., PairRows | JudgedRows], objective: Preference | Kto, needs_reference: bool
+) -> Work:
     """The reference's log-probabilities are computed where they are needed and not there yet."""
     data = m.recipe.data
     train = dict(zip(data.weights, (make_rows(shards, m.length) for shards in m.corpus.train), strict=True))

@@ -21,9 +21,9 @@ from slmkit.model import SLMConfig
 from slmkit.model.adapter_directory import is_adapter
 from slmkit.training.distill import objective_of
 from slmkit.training.distillation import DistillationLoss
-from slmkit.training.distillation_settings import DistillationSettings
 from slmkit.training.distributed import Group, join
 from slmkit.training.loop import Every, Report
+from slmkit.training.objective_settings import DistillationSettings
 from slmkit.training.objectives import Objective, next_token
 from slmkit.training.progress import TrainingProgress
 from slmkit.training.recipe import ModelSettings, Recipe, TrainSettings

@@ -51,7 +51,7 @@ def prepare(
     from slmkit.cli.show import TerminalReporter
     from slmkit.config import load_settings
     from slmkit.data import prepare_text
-    from slmkit.data.cleaning import CleaningSettings
+    from slmkit.data.cleaning.settings import CleaningSettings
     from slmkit.data.many_sources import Reading
     from slmkit.data.prepare import write_conversations
     from slmkit.data.source_settings import SourceSettings

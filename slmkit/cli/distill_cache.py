@@ -21,8 +21,9 @@ def distill_cache(
     from slmkit.cli.show import TerminalReporter
     from slmkit.training.recipe import find_recipe, load_recipe
 
-    loaded = load_recipe(find_recipe(recipe), overrides or [])
-    stored = cache_teacher(loaded, TerminalReporter())
+    reporter = TerminalReporter()
+    loaded = load_recipe(find_recipe(recipe), overrides or [], reporter.say)
+    stored = cache_teacher(loaded, reporter)
     assert loaded.distillation is not None
     print(f"{loaded.distillation.cache}: the {stored.k} likeliest tokens of each position, in {stored.rows:,} rows")
     print(f"next: slm train {recipe} {' '.join(overrides or [])}".rstrip())

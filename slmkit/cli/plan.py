@@ -33,6 +33,7 @@ def plan(
     from pathlib import Path
 
     from slmkit.api.planning import plan_recipe
+    from slmkit.cli.show import TerminalReporter
     from slmkit.config import UserError, to_yaml
     from slmkit.training.planning import propose
     from slmkit.training.recipe import find_recipe, load_recipe
@@ -42,7 +43,8 @@ def plan(
     if recipe is None:
         ahead = propose(hours, None if tokens is None else int(tokens), device, measure)
     else:
-        ahead = plan_recipe(load_recipe(find_recipe(recipe), [f"train.device={device}", *(overrides or [])]), measure)
+        values = [f"train.device={device}", *(overrides or [])]
+        ahead = plan_recipe(load_recipe(find_recipe(recipe), values, TerminalReporter().say), measure)
     _show(ahead)
     if output is not None:
         Path(output).write_text(to_yaml(ahead.recipe), encoding="utf-8")

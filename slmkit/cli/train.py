@@ -22,17 +22,18 @@ def train(
 
     Example: slm train own-text data.source=book.txt output_dir=runs/book train.max_tokens=3e6
     """
+    from slmkit.cli.show import TerminalReporter
     from slmkit.config import to_yaml
     from slmkit.training.recipe import find_recipe, load_recipe
 
-    loaded = load_recipe(find_recipe(recipe), overrides or [])
+    reporter = TerminalReporter()
+    loaded = load_recipe(find_recipe(recipe), overrides or [], reporter.say)
     if print_config:
         print(to_yaml(loaded), end="")
         return
     from slmkit.api import train_recipe
-    from slmkit.cli.show import TerminalReporter
 
-    run = train_recipe(loaded, TerminalReporter(), dry_run=dry_run, force=force)
+    run = train_recipe(loaded, reporter, dry_run=dry_run, force=force)
     if not dry_run:
         print(f"run: {run.root}")
         verb = "generate" if loaded.reads == "text" else "chat"

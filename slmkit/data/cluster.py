@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from slmkit.config import UserError
-from slmkit.data.cleaning import Cleaner, CleaningSettings
+from slmkit.data.cleaning.cleaner import Cleaner
+from slmkit.data.cleaning.settings import CleaningSettings
 from slmkit.data.many_sources import BEGINNING, Place, Reading
 from slmkit.data.prepare import Progress, header_of, no_progress
 from slmkit.data.shard_folder import ShardFolder, complete, content_of, partial_folder

@@ -7,19 +7,19 @@ a row, one of which nothing is learned.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from slmkit.config import UserError
 from slmkit.data.ordered_map import batches
+from slmkit.data.source_settings import OnLong
 from slmkit.data.sources import BadRow, Message
 from slmkit.tokenizer.chat import ConversationError
 from slmkit.tokenizer.chat_rows import ChatRow, RenderedChat, rows_to_learn
 
 if TYPE_CHECKING:
     from slmkit.tokenizer import SLMTokenizer
-
-OnLong = Literal["cut", "skip", "refuse"]  # what becomes of a conversation that is longer than a row
 
 UNLEARNED = "with nothing to learn"
 BATCH_BYTES = 1 << 20  # of text, encoded in one go
@@ -90,7 +90,8 @@ class ConversationEncoder:
         self._number += 1
         place = getattr(conversation, "place", f"conversation {self._number:,}")
         try:
-            chat = self.tokenizer.render_chat(conversation)  # first: it refuses what is no text
+            tools = getattr(conversation, "tools", None)
+            chat = self.tokenizer.render_chat(conversation, tools=tools)  # first: it refuses what is no text
         except ConversationError as error:
             return _Rendered(place, 0, [], BadRow(error.reason, f"{place}: {error}"))
         return _Rendered(place, text_bytes(conversation), chat)
@@ -121,5 +122,9 @@ class ConversationEncoder:
 
 
 def text_bytes(conversation: Iterable[Message]) -> int:
-    """Of all that is said, in UTF-8."""
-    return sum(len(message["content"].encode("utf-8", "surrogatepass")) for message in conversation)
+    """Of all that is said, thought and called, in UTF-8."""
+    said = []
+    for message in conversation:
+        said += [message["content"] or "", message.get("reasoning_content") or ""]
+        said += [json.dumps(call, ensure_ascii=False) for call in message.get("tool_calls") or ()]
+    return sum(len(text.encode("utf-8", "surrogatepass")) for text in said)

@@ -7,11 +7,9 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from slmkit.config import Settings, UserError, load_settings
-from slmkit.data.cleaning import CleaningSettings
-from slmkit.data.conversations import OnLong
-from slmkit.data.mixture import PhaseSettings, WhenExhausted, plan_phases
-from slmkit.data.source_settings import SourceSettings
-from slmkit.data.sources import BUILT_IN
+from slmkit.data.cleaning.settings import CleaningSettings
+from slmkit.data.phases import PhaseSettings, WhenExhausted, plan_phases
+from slmkit.data.source_settings import OnLong, SourceSettings
 
 # What a run makes of its sources. A question is a conversation that ends with the right answer; a pair has a better one
 # and a worse one; a judgement has one that is labelled good or bad.
@@ -94,6 +92,8 @@ class DataSettings(Settings):
     @property
     def is_built_in(self) -> bool:
         """Whether the built-in corpus is all there is."""
+        from slmkit.data.sources import BUILT_IN  # here: it reads the stories' words
+
         return self.source in [*BUILT_IN]
 
     @property

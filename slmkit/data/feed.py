@@ -8,8 +8,8 @@ from slmkit.data.blocks import Blocks, document_size
 from slmkit.data.conversations import ConversationEncoder
 from slmkit.data.corpus import Corpus
 from slmkit.data.data_settings import DataSettings, Reads
-from slmkit.data.mixture import plan_phases
 from slmkit.data.order import mixed_seed
+from slmkit.data.phases import plan_phases
 from slmkit.data.reading import is_kept_in, open_sources, written
 from slmkit.data.shards import TokenShards
 from slmkit.data.sources import Source

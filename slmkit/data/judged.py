@@ -101,6 +101,10 @@ class JudgedRows(Rows):
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         return self._with_answer(index, index)
 
+    def documents(self, index: int) -> np.ndarray:
+        """A row is one conversation, with nothing beside it."""
+        return np.zeros(self.length, dtype=np.int64)
+
     def extra(self, index: int) -> dict[str, np.ndarray]:
         ids, labels = self._with_answer(index, int(self.others[index]))
         found = {"desirable": np.asarray(self.desirable[index]), "other_ids": ids, "other_labels": labels}

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from slmkit.config import UserError
-from slmkit.data.cleaning import Cleaner, CleaningReport, CleaningSettings
+from slmkit.data.cleaning.cleaner import Cleaner, CleaningReport
+from slmkit.data.cleaning.settings import CleaningSettings
 from slmkit.data.conversations import ConversationEncoder, EncodedConversation
 from slmkit.data.ordered_map import batches, ordered_map
 from slmkit.data.shard_folder import Finished, ShardFolder, complete, partial_folder

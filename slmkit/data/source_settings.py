@@ -8,6 +8,8 @@ from pydantic import Field
 
 from slmkit.config import Settings
 
+OnLong = Literal["cut", "skip", "refuse"]  # what becomes of a conversation that is longer than a row
+
 
 class SourceSettings(Settings):
     """Where text comes from, which part of it is meant, and what happens to rows that cannot be read.

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from slmkit.data.batch import Batch
-from slmkit.data.mixture import Phase, Schedule, WhenExhausted
+from slmkit.data.mixture import Schedule
+from slmkit.data.phases import Phase, WhenExhausted
 from slmkit.data.sources import Source
 from slmkit.data.stream import expect_a_row, share_of_rank, shares_of
 from slmkit.data.streamed_rows import Row, StreamedRows

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from slmkit.model.architecture import Architecture
-from slmkit.model.rope import Rope, Rotation
+from slmkit.model.rope import Rope
+from slmkit.model.rotary import Rotation
 
 
 class KVCache:

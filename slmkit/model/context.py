@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from slmkit.model.architecture import Layer
 from slmkit.model.cache import KVCache
 from slmkit.model.document_attention import block_mask, skips_blocks
-from slmkit.model.rope import Rope, Rotation
+from slmkit.model.rope import Rope
+from slmkit.model.rotary import Rotation
 
 
 @dataclass(frozen=True)

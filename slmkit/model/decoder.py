@@ -25,7 +25,7 @@ from slmkit.model.cache import KVCache
 from slmkit.model.context import Context, View
 from slmkit.model.latent_attention import LatentAttention
 from slmkit.model.norms import make_norm
-from slmkit.model.rope import Rotary, rotate
+from slmkit.model.rotary import Rotary, rotate
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,  # with a gate: SwiGLU

@@ -20,7 +20,7 @@ from slmkit.model.attend import attend
 from slmkit.model.cache import KVCache
 from slmkit.model.context import View
 from slmkit.model.norms import RMSNorm
-from slmkit.model.rope import rotate
+from slmkit.model.rotary import rotate
 
 EPS = 1e-6  # of the norms on latents, whatever that of the others
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Yarn:
         if self.truncate:
             fast, slow = math.floor(fast), math.ceil(slow)
         fast, slow = max(fast, 0), min(slow, dim - 1)
-        channel = torch.arange(dim // 2, dtype=torch.float32)
+        channel = frequencies.new_tensor(range(dim // 2))
         kept = 1 - ((channel - fast) / (slow - fast or 0.001)).clamp(0, 1)
         return kept * frequencies + (1 - kept) * frequencies / self.factor
 
@@ -105,7 +106,6 @@ class DynamicNTK:
 
 
 Scaling = Linear | Llama3 | Yarn | DynamicNTK
-Rotation = tuple[Tensor, Tensor]  # cosines and sines, each [batch or 1, 1, sequence, dim]
 
 
 @dataclass(frozen=True)
@@ -122,46 +122,14 @@ class Rope:
 
     def frequencies(self) -> Tensor:
         """How far each pair of channels turns per position, in radians; dynamic NTK's before it grows.  [dim / 2]"""
-        frequencies = 1.0 / self.theta ** (_channels(self.dim) / self.dim)
+        frequencies = 1.0 / self.theta ** (channels(self.dim) / self.dim)
         if self.scaling is None or isinstance(self.scaling, DynamicNTK):
             return frequencies
         return self.scaling.stretch(frequencies, self.theta, self.dim)
 
 
-class Rotary(nn.Module):
-    """Cosines and sines of one `Rope`, computed from positions and shared by its layers."""
+def channels(dim: int) -> Tensor:
+    """The first channel of each pair.  [dim / 2]"""
+    import torch  # here, since whoever checks a config does not wait for it
 
-    def __init__(self, rope: Rope) -> None:
-        super().__init__()
-        self.rope = rope
-        self.frequencies: Tensor
-        self.register_buffer("frequencies", rope.frequencies(), persistent=False)
-
-    def forward(self, positions: Tensor, length: Tensor) -> Rotation:
-        """positions [batch or 1, sequence], length [batch or 1] of the whole text; float32 under autocast too."""
-        frequencies = self.frequencies  # [dim / 2]
-        if isinstance(self.rope.scaling, DynamicNTK):
-            theta = self.rope.scaling.theta(self.rope.theta, self.rope.dim, length)  # [batch or 1]
-            channels = _channels(self.rope.dim).to(length.device)
-            frequencies = 1.0 / theta[:, None, None] ** (channels / self.rope.dim)  # [batch or 1, 1, dim / 2]
-        angles = positions[:, :, None] * frequencies  # [batch or 1, sequence, dim / 2]
-        angles = torch.cat((angles, angles), dim=-1)[:, None]  # [batch or 1, 1, sequence, dim]
-        growth = self.rope.scaling.length if isinstance(self.rope.scaling, Yarn) else 1.0
-        return angles.cos() * growth, angles.sin() * growth
-
-
-def _channels(dim: int) -> Tensor:
     return torch.arange(0, dim, 2, dtype=torch.float32)
-
-
-def rotate(x: Tensor, rotation: Rotation | None) -> Tensor:
-    """Turn channel i together with channel i + dim / 2, as Hugging Face's weights expect; None turns nothing.
-
-    x [batch, heads, sequence, dim] → the same shape and precision.
-    """
-    if rotation is None:
-        return x
-    cosines, sines = rotation
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return (x * cosines + turned * sines).to(x.dtype)

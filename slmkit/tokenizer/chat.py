@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -23,13 +23,16 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from slmkit.config import UserError
 
-# {"role": "system", "user" or "assistant", "content": text}; an assistant's message of "weight" 0 is read and not
-# learned; other keys are not rendered.
+# {"role": one of ROLES, "content": text}, and with OpenAI's names "tool_calls", "tool_call_id", "name",
+# "reasoning_content": the template gets all keys but "weight". An assistant's message of weight 0 is read, not learned.
 Message = Mapping[str, Any]
+Tools = Sequence[Mapping[str, Any]]  # {"type": "function", "function": {"name", "description", "parameters"}}
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 # Why messages are no conversation, beside being no messages.
 DISORDER, EMPTY, REFUSED = "roles out of order", "an empty turn", "refused by the chat template"
+DROPPED = "more than the chat template renders"
+REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one field
 PROBE = "Xyzzy"  # said by an assistant to see what a template puts behind it
 NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # Unicode keeps them out of all text, for uses like this
 
@@ -57,21 +60,37 @@ class Segment(NamedTuple):
     trained: bool
 
 
-def render(template: str, messages: Sequence[Message], add_generation_prompt: bool = False, **names: Any) -> str:
+def render(
+    template: str,
+    messages: Sequence[Message],
+    add_generation_prompt: bool = False,
+    tools: Tools | None = None,
+    **names: Any,
+) -> str:
     """The conversation as text. `names` are what the template may use beside it, such as `bos_token`.
 
-    Raises `UserError` for malformed messages, and with the template's own words where it refuses or fails.
+    Raises `UserError` for malformed messages, for what the template would drop, and with the template's own words
+    where it refuses or fails.
     """
     check_messages(messages, add_generation_prompt)
-    return _rendered(template, _plain(messages), add_generation_prompt, names)
+    _check_nothing_is_dropped(template, messages, tools, names)
+    return _rendered(template, _plain(messages), add_generation_prompt, {**names, "tools": tools or None})
 
 
-def _plain(messages: Sequence[Message]) -> list[dict[str, str]]:
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+def _plain(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """What the template gets: all but the weight, the reasoning under each of the names that transformers gives it."""
+    plain = []
+    for message in messages:
+        rest = {key: value for key, value in message.items() if key != "weight"}
+        reasoning = next((rest[key] for key in REASONING if rest.get(key) is not None), None)
+        if reasoning is not None:
+            rest = {"thinking": reasoning, **rest, "reasoning_content": reasoning}
+        plain.append(rest)
+    return plain
 
 
 def _rendered(
-    template: str, messages: list[dict[str, str]], add_generation_prompt: bool, names: Mapping[str, Any]
+    template: str, messages: list[dict[str, Any]], add_generation_prompt: bool, names: Mapping[str, Any]
 ) -> str:
     """As `render`, of messages that were checked."""
     names = {"tools": None, "documents": None, **names}  # defined for every template in transformers too
@@ -83,11 +102,64 @@ def _rendered(
         raise ConversationError(message, REFUSED) from None
 
 
+def _check_nothing_is_dropped(
+    template: str, messages: Sequence[Message], tools: Tools | None, names: Mapping[str, Any]
+) -> None:
+    """Raise `ConversationError` where the conversation has tools, calls or reasoning that the template leaves out."""
+    wanted = {
+        "tools": bool(tools),
+        "tool_calls": any(message.get("tool_calls") for message in messages),
+        "messages of the role tool": any(message["role"] == "tool" for message in messages),
+        "reasoning_content": any(message.get(key) for message in messages for key in REASONING),
+    }
+    if any(wanted.values()):
+        dropped = _dropped(template, tuple(sorted((key, str(value)) for key, value in names.items())))
+        for what, is_wanted in wanted.items():
+            if is_wanted and what in dropped:
+                raise ConversationError(
+                    f"the chat template does not render {what}: use one that does, such as chatml "
+                    "(tokenizer.chat_template)",
+                    DROPPED,
+                )
+
+
+@lru_cache(maxsize=64)
+def _dropped(template: str, names: tuple[tuple[str, str], ...]) -> frozenset[str]:
+    """What of a conversation with a tool and reasoning is not in the text that the template makes of it."""
+    call = {"name": "xyzzy_call", "arguments": {"xyzzy_key": "xyzzy_value"}}
+    tool = {"name": "xyzzy_tool", "description": "xyzzy", "parameters": {"type": "object", "properties": {}}}
+    tools = [{"type": "function", "function": tool}]
+    user = {"role": "user", "content": "?"}
+    calling = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "id": "xyzzy0001", "function": call}],
+    }
+    answer = {"role": "tool", "content": "xyzzy_answer", "name": "xyzzy_call", "tool_call_id": "xyzzy0001"}
+    thinking = {"role": "assistant", "content": "!", "reasoning_content": "xyzzy_thought"}
+    probes: dict[str, tuple[list[Message], str]] = {
+        "tools": ([user], "xyzzy_tool"),
+        "tool_calls": ([user, calling], "xyzzy_value"),
+        "messages of the role tool": ([user, calling, answer], "xyzzy_answer"),
+        "reasoning_content": ([user, thinking], "xyzzy_thought"),
+    }
+    dropped = set()
+    for what, (messages, expected) in probes.items():
+        try:
+            text = _rendered(template, _plain(messages), False, {**dict(names), "tools": tools})
+        except ConversationError:  # the template says itself what it does not take, of the conversation that is meant
+            continue
+        if expected not in text:
+            dropped.add(what)
+    return frozenset(dropped)
+
+
 def rows_of_segments(
     template: str,
     messages: Sequence[Message],
     ends_of_turn: Sequence[str],
     add_generation_prompt: bool = False,
+    tools: Tools | None = None,
     **names: Any,
 ) -> list[list[Segment]]:
     """The text of `render`, cut where learning begins and ends: one row, or several where the template rewrites.
@@ -105,6 +177,8 @@ def rows_of_segments(
     generation prompt is not what it writes before an answer, unless it is only to be answered.
     """
     check_messages(messages, add_generation_prompt)
+    _check_nothing_is_dropped(template, messages, tools, names)
+    names = {**names, "tools": tools or None}
     rows: list[list[Segment]] = [[]]
     plain, done = _plain(messages), ""
 
@@ -163,43 +237,66 @@ def end_of_turn(template: str, spellings: tuple[str, ...], names: tuple[tuple[st
     return match[0] if match else None
 
 
-def shield(messages: Sequence[Message], special: re.Pattern[str]) -> tuple[list[Message], str]:
-    """The messages with no special token spelled in them, and the marker to remove from the rendered text again.
+def shield(
+    messages: Sequence[Message], tools: Tools | None, special: re.Pattern[str]
+) -> tuple[list[Message], Tools | None, str]:
+    """The messages and tools with no special token spelled in them, and the marker to remove from the rendered text.
 
     The marker, a character that no message holds, follows every character of such a spelling, so that nothing in it,
     nor a token that overlaps it, is taken for the template's own. It is '' where no message spells any.
     """
     check_messages(messages)
-    if not any(special.search(message["content"]) for message in messages):
-        return list(messages), ""
-    marker = next((mark for mark in NONCHARACTERS if not any(mark in message["content"] for message in messages)), "")
+    said = list(_strings([list(messages), tools]))
+    if not any(special.search(text) for text in said):
+        return list(messages), tools, ""
+    marker = next((mark for mark in NONCHARACTERS if not any(mark in text for text in said)), "")
     if not marker:
         raise ConversationError(
             "this conversation uses all noncharacters U+FDD0 to U+FDEF, which are no text: remove one"
         )
-    shielded = [
-        {**message, "content": special.sub(lambda match: "".join(c + marker for c in match[0]), message["content"])}
-        for message in messages
-    ]
-    return list(shielded), marker
+
+    def marked(value: Any) -> Any:
+        if isinstance(value, str):
+            return special.sub(lambda match: "".join(character + marker for character in match[0]), value)
+        if isinstance(value, Mapping):
+            return {key if key in ("role", "type") else marked(key): marked(part) for key, part in value.items()}
+        return [marked(part) for part in value] if isinstance(value, list | tuple) else value
+
+    return marked(list(messages)), marked(tools), marker
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All text in a value of JSON."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _strings([*value, *value.values()])
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _strings(part)
 
 
 def check_messages(messages: Sequence[Message], add_generation_prompt: bool = False) -> None:
-    """Raise `ConversationError` unless this is a system message or none, then user and assistant in turn, with text."""
+    """Raise `ConversationError` unless this is a system message or none, then user and assistant in turn, with text.
+
+    Behind an assistant's message with tool calls stand the answers of the tools, then the assistant's next message.
+    """
     if not messages:
         raise ConversationError("a conversation without messages: expected at least one of the user's", EMPTY)
-    turn = "user"
+    expected = ["system", "user"]
     for number, message in enumerate(messages, start=1):
         _check_message(number, message)
         role = message["role"]
-        if role == "system" and number == 1:
-            continue
-        if role != turn:
+        if role not in expected:
+            turn = expected[-1]
             raise ConversationError(f"message {number}: {role} where it is the {turn}'s turn", DISORDER)
-        turn = "assistant" if role == "user" else "user"
+        if role == "assistant":
+            expected = ["tool"] if message.get("tool_calls") else ["user"]
+        else:
+            expected = {"system": ["user"], "user": ["assistant"], "tool": ["tool", "assistant"]}[role]
     if messages[-1]["role"] == "system":
         raise ConversationError("a conversation of a system message alone: expected one of the user's behind it", EMPTY)
-    if add_generation_prompt and turn == "user":
+    if add_generation_prompt and messages[-1]["role"] == "assistant":
         raise ConversationError("the last message is the assistant's: add one of the user's for it to answer", DISORDER)
 
 
@@ -207,16 +304,31 @@ def _check_message(number: int, message: Any) -> None:
     if not isinstance(message, Mapping):
         raise ConversationError(f"message {number}: expected an object with role and content, found {_shown(message)}")
     role, content, weight = message.get("role"), message.get("content"), message.get("weight")
+    calls = message.get("tool_calls")
     if role not in ROLES:
         raise ConversationError(f"message {number}: role {_shown(role)}; expected one of {', '.join(ROLES)}")
-    if not isinstance(content, str):
+    if not isinstance(content, str) and not (content is None and calls):
         raise ConversationError(f"message {number}: content is {type(content).__name__}; expected text")
     if weight not in (None, 0, 1):
         raise ConversationError(f"message {number}: weight {_shown(weight)}; expected 1 (learned) or 0 (only read)")
-    if role == "assistant" and not content.strip():
+    if calls:
+        _check_calls(number, role, calls)
+    elif role == "assistant" and not content.strip():
         raise ConversationError(
             f"message {number}: the assistant says nothing; leave the exchange out or fill it", EMPTY
         )
+
+
+def _check_calls(number: int, role: str, calls: Any) -> None:
+    if role != "assistant":
+        raise ConversationError(f"message {number}: tool_calls in a message of the {role}; expected the assistant's")
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if not (isinstance(function, Mapping) and isinstance(function.get("name"), str) and "arguments" in function):
+            raise ConversationError(
+                f'message {number}: tool_calls: expected a list of {{"type": "function", "function": {{"name": …, '
+                f'"arguments": …}}}}, found {_shown(calls)}'
+            )
 
 
 def _shown(value: Any) -> str:

@@ -24,7 +24,7 @@ from tokenizers import AddedToken, Tokenizer
 from slmkit.config import UserError
 from slmkit.tokenizer import byte_level, chat, directory
 from slmkit.tokenizer.byte_level import SPECIALS
-from slmkit.tokenizer.chat import ChatTokens, Message
+from slmkit.tokenizer.chat import ChatTokens, Message, Tools
 from slmkit.tokenizer.chat_formats import ChatFormat, find_format
 from slmkit.tokenizer.chat_rows import ChatRow, Piece, RenderedChat, encode_pieces, rows_to_learn
 from slmkit.tokenizer.fast_encoder import FastEncoder
@@ -277,37 +277,35 @@ class SLMTokenizer:
 
     # -- conversations ------------------------------------------------------------------------------------------------
 
-    def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> ChatTokens:
+    def encode_chat(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Tools | None = None
+    ) -> ChatTokens:
         """Token ids of a conversation, and which of them are learned: what the assistant says and its end of turn.
 
         `messages` are `{"role": …, "content": …}`: a system message or none, then user and assistant in turn; what the
         assistant says in a message of `"weight": 0` is not learned. With `add_generation_prompt` the ids are what a
         model is given to answer, and what training put before the answer. A special token spelled in a message is
         ordinary text. Raises `UserError` for anything else.
-
-        Of a template that rewrites earlier turns only those are learned that it leaves alone: see `encode_chat_rows`.
         """
-        (rows,) = self.encode_rendered([self.render_chat(messages, add_generation_prompt)], threads=1)
+        (rows,) = self.encode_rendered([self.render_chat(messages, add_generation_prompt, tools)], threads=1)
         return rows[-1].to_lists()
 
-    def encode_chat_rows(self, messages: Sequence[Message]) -> list[ChatTokens]:
+    def encode_chat_rows(self, messages: Sequence[Message], tools: Tools | None = None) -> list[ChatTokens]:
         """A conversation to learn from, every turn of the assistant's in one row: nearly always all of them.
 
         Several rows where the template writes a turn differently once others follow (see `chat.rows_of_segments`).
-        Those without anything to learn are left out, unless there is nothing in any. Raises as `encode_chat` does.
         """
-        (rows,) = self.encode_rendered([self.render_chat(messages)], threads=1)
+        (rows,) = self.encode_rendered([self.render_chat(messages, tools=tools)], threads=1)
         return [row.to_lists() for row in rows_to_learn(rows)]
 
-    def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> RenderedChat:
-        """The first half of `encode_chat`: the text that the template makes, cut at its special tokens.
-
-        The text of many conversations is then encoded at once, by `encode_rendered`. Raises as `encode_chat` does.
-        """
-        shielded, marker = chat.shield(messages, re.compile(self._spellings))
+    def render_chat(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Tools | None = None
+    ) -> RenderedChat:
+        """The first half of `encode_chat`: the text that the template makes, cut at its special tokens."""
+        shielded, tools, marker = chat.shield(messages, tools, re.compile(self._spellings))
         stops = self.stop_token_ids
         ends = [token for token, index in self.special_tokens.items() if index in stops]
-        rows = chat.rows_of_segments(self._template(), shielded, ends, add_generation_prompt, **self._names)
+        rows = chat.rows_of_segments(self._template(), shielded, ends, add_generation_prompt, tools, **self._names)
         return [
             [Piece(part, text.trained) for text in row for part in self._cut_at_special(text.text, marker)]
             or [Piece("", False)]
@@ -319,12 +317,16 @@ class SLMTokenizer:
         return encode_pieces(chats, functools.partial(self.encode_batch, threads=threads))
 
     def apply_chat_template(
-        self, messages: Sequence[Message], add_generation_prompt: bool = False, tokenize: bool = True
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+        tokenize: bool = True,
+        tools: Tools | None = None,
     ) -> list[int] | str:
         """The ids of `encode_chat`, or the rendered text where `tokenize` is False, as in `transformers`."""
         if tokenize:
-            return self.encode_chat(messages, add_generation_prompt).ids
-        return chat.render(self._template(), messages, add_generation_prompt, **self._names)
+            return self.encode_chat(messages, add_generation_prompt, tools).ids
+        return chat.render(self._template(), messages, add_generation_prompt, tools, **self._names)
 
     def _template(self) -> str:
         if self.chat_template is None:

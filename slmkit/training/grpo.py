@@ -15,14 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from slmkit.config import Settings
 from slmkit.data.batch import Batch, stacked
 from slmkit.data.order import mixed_seed
 from slmkit.data.packing import IGNORED, padded, row_of_labels
@@ -32,26 +30,11 @@ from slmkit.model import Decoder
 from slmkit.training.compilation import as_written
 from slmkit.training.distributed import Group
 from slmkit.training.loop import random_seed
+from slmkit.training.objective_settings import GrpoSettings
 from slmkit.training.objectives import Loss
 from slmkit.training.preference import label_log_probabilities
 
 SMALLEST_DEVIATION = 1e-4  # of rewards: what a group's advantages are divided by at least
-
-
-class GrpoSettings(Settings):
-    """How many answers to how many questions make an update, how they are sampled, and what they are worth."""
-
-    prompts_per_step: int = Field(16, gt=0)
-    num_generations: int = Field(8, ge=2)  # answers to each question: the group
-    max_new_tokens: int = Field(48, gt=0)
-    temperature: float = Field(1.0, gt=0)
-    reward: str = "exact"  # `number`, one that a script added to REWARDS, or `module:function`
-    loss: Literal["dr_grpo", "grpo"] = "dr_grpo"
-    beta: float = Field(0.0, ge=0)  # of the divergence from the starting model, a copy of which is then kept
-
-    @property
-    def rows_per_step(self) -> int:
-        return self.prompts_per_step * self.num_generations
 
 
 class Judged(NamedTuple):

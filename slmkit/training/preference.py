@@ -15,56 +15,24 @@ own negative log-likelihood is added (Pang et al. 2024, arXiv:2404.19733), which
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from slmkit.config import Settings
 from slmkit.data.batch import Batch
 from slmkit.data.judged import JudgedRows
 from slmkit.data.pairs import PairRows
 from slmkit.device import Device
 from slmkit.model import Decoder
 from slmkit.training.losses import IGNORED, token_log_probabilities
+from slmkit.training.objective_settings import KtoSettings, PreferenceSettings
 from slmkit.training.objectives import MEAN_OF_STEP, Loss
 
 REFERENCE = "reference"  # in a batch's extras: [pairs, 2]
-BETA = {"dpo": 0.1, "dpo_norm": 5.0, "simpo": 2.0}  # as published: a mean over tokens is far smaller than their sum
 FIGURES = ("rewards/accuracy", "rewards/margin", "log_probability/chosen", "log_probability/rejected")
 ROUNDED_TO = 32  # columns of padding that are left out come in such steps, so that shapes repeat
-
-
-class PreferenceSettings(Settings):
-    """What is made of a pair. `dpo_norm` is DPO by the mean over an answer's tokens; `simpo` has no reference."""
-
-    loss: Literal["dpo", "dpo_norm", "simpo"] = "dpo"
-    beta: float | None = Field(None, gt=0)  # how hard pairs pull; None: 0.1 for dpo, 5 for dpo_norm, 2 for simpo
-    simpo_gamma: float = Field(0.5, ge=0)  # of simpo: by how much the better answer's reward should be higher
-    rpo_alpha: float = Field(
-        0.0, ge=0
-    )  # how much the better answer itself is learned besides, by the mean of its tokens
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)  # the share of pairs that are taken to be the wrong way round
-
-    @property
-    def strength(self) -> float:
-        return BETA[self.loss] if self.beta is None else self.beta
-
-    @property
-    def needs_reference(self) -> bool:
-        return self.loss != "simpo"
-
-
-class KtoSettings(Settings):
-    """What is made of an answer with a label. `apo_zero_unpaired` is measured from 0 instead of from the divergence."""
-
-    loss: Literal["kto", "apo_zero_unpaired"] = "kto"
-    beta: float = Field(0.1, gt=0)  # how hard labels pull
-    desirable_weight: float = Field(1.0, gt=0)  # of good answers' losses, such as where there are fewer of them
-    undesirable_weight: float = Field(1.0, gt=0)  # of bad ones'
 
 
 class Preference:

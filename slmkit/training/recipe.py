@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from slmkit.config import Settings, UserError, did_you_mean, load_settings, read_yaml
 from slmkit.data.data_settings import DataSettings, Reads, TokenizerSettings
-from slmkit.model import SLMConfig
+from slmkit.model.config import TRAINING_FIELDS, SLMConfig
 from slmkit.model.lora_settings import LoRASettings
-from slmkit.training.distillation_settings import DistillationSettings
-from slmkit.training.distributed import Parallel
-from slmkit.training.grpo import GrpoSettings
 from slmkit.training.guards import GuardSettings
-from slmkit.training.preference import KtoSettings, PreferenceSettings
+from slmkit.training.objective_settings import DistillationSettings, GrpoSettings, KtoSettings, PreferenceSettings
+from slmkit.training.recipe_keys import make_room, rename_old_keys
 from slmkit.training.schedules import Schedule, make_schedule
+
+MODEL_KEYS = [
+    "preset",
+    "path",
+    "initialization",
+    *(name for name in SLMConfig.model_fields if name not in TRAINING_FIELDS),
+]
 
 
 class ModelSettings(Settings):
@@ -33,10 +38,10 @@ class ModelSettings(Settings):
     @model_validator(mode="after")
     def _known_fields(self) -> ModelSettings:
         for name in self.changes:
+            if name in TRAINING_FIELDS:
+                raise ValueError(f"{name} is no part of a model: set it in the section train or distillation")
             if name not in SLMConfig.model_fields:
-                raise ValueError(
-                    f"unknown key {name!r}; {did_you_mean(name, ['preset', 'path', *SLMConfig.model_fields])}"
-                )
+                raise ValueError(f"unknown key {name!r}; {did_you_mean(name, MODEL_KEYS)}")
         if self.path is not None and (self.preset is not None or self.changes):
             raise ValueError(
                 "path starts from a finished model, whose shape is fixed: drop preset and the sizes beside it"
@@ -54,7 +59,9 @@ class ModelSettings(Settings):
         return SLMConfig.from_preset(self.preset, **(self.changes | known))
 
 
-ENDLESS = "nobody knows how long a stream is: set train.max_tokens or train.max_steps, and not num_train_epochs"
+LENGTHS = ("max_tokens", "max_steps", "num_train_epochs")
+WARMUP_RATIO = 0.05
+ENDLESS = "the length of a stream is not known: set train.max_tokens or train.max_steps, and not num_train_epochs"
 
 
 class TrainSettings(Settings):
@@ -76,7 +83,8 @@ class TrainSettings(Settings):
     muon_momentum: float = Field(0.95, ge=0, lt=1)
     lr_scheduler_type: Literal["cosine", "linear", "warmup_stable_decay", "inverse_sqrt"] = "cosine"
     min_learning_rate_ratio: float = Field(0.1, ge=0, le=1)
-    warmup_steps: float = Field(0.05, ge=0)  # a number of steps, or below 1 a share of all steps
+    warmup_steps: int | None = Field(None, ge=0)
+    warmup_ratio: float | None = Field(None, ge=0, lt=1)  # of all steps; None: 0.05 unless warmup_steps is given
     lr_decay_ratio: float = Field(0.2, gt=0, le=1)  # of warmup_stable_decay: the share of all steps in which it falls
     weight_decay: float = Field(0.1, ge=0)
     adam_beta1: float = Field(0.9, ge=0, lt=1)
@@ -92,17 +100,26 @@ class TrainSettings(Settings):
     sample_prompts: list[str] = Field(default_factory=lambda: ["Once upon a time"])
     sample_tokens: int = Field(120, gt=0)
     report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)  # besides metrics.jsonl
-    parallel: Parallel = "auto"  # of several processes: each the whole model (ddp, which is auto) or a share (fsdp)
+    parallel: Literal["auto", "ddp", "fsdp"] = (
+        "auto"  # of several processes: each the whole model (ddp, which is auto) or a share (fsdp)
+    )
     ddp_timeout: float = Field(600, gt=0)  # seconds without a word of another process, after which one gives up
     device: str = "auto"
     precision: Literal["auto", "float32", "bfloat16", "float16", "bfloat16-pure", "bfloat16-master"] = "auto"
 
+    @field_validator("warmup_steps", mode="before")
+    @classmethod
+    def _whole_steps(cls, steps: Any) -> Any:
+        if isinstance(steps, float) and 0 < steps < 1:
+            raise ValueError(f"a whole number of steps; for a share of all steps set train.warmup_ratio={steps:g}")
+        return steps
+
     @model_validator(mode="after")
-    def _one_end(self) -> TrainSettings:
-        ends = {name: getattr(self, name) for name in ("max_tokens", "max_steps", "num_train_epochs")}
-        given = [name for name, value in ends.items() if value is not None]
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} both say when to stop: keep one (`{given[0]}: null` drops it)")
+    def _one_way_to_say_it(self) -> TrainSettings:
+        for what, names in (("when to stop", LENGTHS), ("how long the warm-up is", ("warmup_steps", "warmup_ratio"))):
+            given = [name for name in names if getattr(self, name) is not None]
+            if len(given) > 1:
+                raise ValueError(f"{' and '.join(given)} both say {what}: keep one (`{given[0]}: null` drops it)")
         return self
 
     @model_validator(mode="after")
@@ -141,7 +158,9 @@ class TrainSettings(Settings):
         return make_schedule(self.lr_scheduler_type, steps, warmup, self.min_learning_rate_ratio, self.lr_decay_ratio)
 
     def total_warmup_steps(self, steps: int) -> int:
-        return round(self.warmup_steps * steps) if self.warmup_steps < 1 else round(self.warmup_steps)
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return round((WARMUP_RATIO if self.warmup_ratio is None else self.warmup_ratio) * steps)
 
 
 READS: dict[str, Reads] = {
@@ -238,9 +257,18 @@ class Recipe(Settings):
         return 2 * sequence_length if self.reads == "pairs" else sequence_length
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file and apply `dotted.key=value` overrides. Raises `UserError` for anything it does not know."""
-    return load_settings(Recipe, read_yaml(path), overrides, origin=str(path))
+def load_recipe(
+    path: str | Path, overrides: Sequence[str] = (), tell: Callable[[str], None] = lambda line: None
+) -> Recipe:
+    """Read a recipe file and apply `dotted.key=value` overrides, which win over what the file says in another way.
+
+    `tell` is called with a line for each key of the file that was replaced or renamed. Raises `UserError` for anything
+    it does not know, and for two overrides that contradict each other.
+    """
+    content = read_yaml(path)
+    for line in (*rename_old_keys(content), *make_room(content, overrides)):
+        tell(f"{path}: {line}")
+    return load_settings(Recipe, content, overrides, origin=str(path))
 
 
 def find_recipe(name: str) -> Path:

@@ -231,7 +231,9 @@ def test_two_processes_learn_from_judged_answers_what_one_does(tmp_path: Path, o
     root = tmp_path / "plain"
     save_decoder(build_decoder(CONFIG, 7), CONFIG, root)  # without dropout, which differs from rank to rank
     TOKENIZER.save_pretrained(root)
-    made = [recipe(root, tmp_path / name, objective, {"tokens_per_step": 512, "max_steps": 3}) for name in ("one", "two")]
+    made = [
+        recipe(root, tmp_path / name, objective, {"tokens_per_step": 512, "max_steps": 3}) for name in ("one", "two")
+    ]
     _train(made[0])
     on_ranks(2, _train, made[1])
     one, two = (RunDirectory(tmp_path / name) for name in ("one", "two"))

@@ -32,7 +32,7 @@ class ByteTokenizer:
     def encode_batch(self, texts: list[str], threads: int | None = None) -> list[np.ndarray]:
         return [np.array(self.encode(text), dtype=np.uint32) for text in texts]
 
-    def render_chat(self, messages: list[dict[str, str]]) -> RenderedChat:
+    def render_chat(self, messages: list[dict[str, str]], tools: None = None) -> RenderedChat:
         pieces = []
         for message in messages:
             is_assistant = message["role"] == "assistant"

@@ -11,7 +11,7 @@ import pytest
 
 from slmkit.config import UserError
 from slmkit.data import prepare_text, stories
-from slmkit.data.cleaning import CleaningSettings
+from slmkit.data.cleaning.settings import CleaningSettings
 from slmkit.data.cluster import prepare_text_on_ray
 from slmkit.data.many_sources import Reading
 from slmkit.data.source_settings import SourceSettings

@@ -86,7 +86,7 @@ BAD = {
     "empty question": ([turn("user", ""), turn("assistant")], "an empty turn", "message 1: the user says nothing"),
     "no messages": ([], "not as expected", "expected in column 'messages' a list of messages"),
     "schema": (["Hi"], "not as expected", "expected in column 'messages' a list of messages"),
-    "role": ([turn("tool")], "not as expected", "role 'tool'"),
+    "role": ([turn("narrator")], "not as expected", "role 'narrator'"),
     "weight": ([turn("user"), turn("assistant", weight=0.3)], "not as expected", "weight 0.3; expected 1"),
     "column": (None, "no such column", "no column 'messages'"),
     "template": ([turn("user", "forbidden"), turn("assistant")], "refused by the chat template", "not here"),

@@ -12,7 +12,7 @@ from slmkit.config import UserError, load_settings
 from slmkit.data.corpus import Corpus, build_corpus, open_corpus, texts_of
 from slmkit.data.data_settings import DataSettings, TokenizerSettings
 from slmkit.data.feed import make_batches
-from slmkit.data.mixture import plan_phases
+from slmkit.data.phases import plan_phases
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.recipe import find_recipe, load_recipe
 
@@ -164,13 +164,13 @@ def test_a_tokenizer_learns_from_as_much_of_every_source(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["data.source=stories"], "source and sources both say"),
+        (["data.source=stories", "data.sources=[{path: a}]"], "data.source and data.sources contradict each other"),
         (["data.phases=[{weights: {vowel: 1}}]"], "no source is named 'vowel'; did you mean 'vowels'?"),
         (["data.phases=[{weights: {vowels: 0}}]"], "all weights are 0"),
         (["data.phases=[{until_tokens: 9, weights: {vowels: 1}}, {until_tokens: 5, weights: {others: 1}}, "
           "{weights: {others: 1}}]"], "until_tokens 5 is not after"),
         (["data.streaming=true"], "set train.max_tokens or train.max_steps, and not num_train_epochs"),
-        (["data.streaming=true", "train.num_train_epochs=2"], "nobody knows how long a stream is"),
+        (["data.streaming=true", "train.num_train_epochs=2"], "the length of a stream is not known"),
         (["data.when_exhausted=again"], "data.when_exhausted"),
         (["data.sources=[{path: a, nmae: b}]"], "unknown key 'data.sources.0.nmae'; did you mean 'name'?"),
         (["data.sources=[{path: a, weight: 0}]"], "data.sources.0.weight"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from slmkit.data import PretrainRows, ShardWriter, TokenShards
-from slmkit.data.mixture import Phase
+from slmkit.data.phases import Phase
 from slmkit.data.stream import MixtureStream
 from tests.data.byte_tokenizer import ByteTokenizer
 

@@ -81,7 +81,7 @@ def test_a_format_can_be_named_where_the_columns_would_mean_another(tmp_path: Pa
     [
         ({"messages": [TALK[1]]}, "assistant where it is the user's turn", "roles out of order"),
         ({"messages": [TALK[0], {"role": "assistant", "content": " "}]}, "the assistant says nothing", "an empty turn"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "role 'tool'", "not as expected"),
+        ({"messages": [{"role": "narrator", "content": "x"}]}, "role 'narrator'", "not as expected"),
         ({"instruction": "Add.", "input": "", "output": ""}, "the assistant says nothing", "an empty turn"),
         ({"conversations": [{"role": "user", "content": "Hi"}]}, "expected turns with 'from'", "not as expected"),
         ({"conversations": [{"from": "human", "value": None}]}, "expected text", "not as expected"),

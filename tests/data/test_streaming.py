@@ -14,7 +14,7 @@ from slmkit.config import UserError
 from slmkit.data import IGNORED, Batch
 from slmkit.data.blocks import Blocks, document_size, is_held_out
 from slmkit.data.conversations import ConversationEncoder
-from slmkit.data.mixture import Phase
+from slmkit.data.phases import Phase
 from slmkit.data.source_settings import SourceSettings
 from slmkit.data.sources import open_source
 from slmkit.data.streamed_rows import ConversationRows, TextRows

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from slmkit.config import UserError
-from slmkit.data.mixture import Phase
+from slmkit.data.phases import Phase
 from slmkit.data.stream import MixtureStream, Rows, Stream
 from slmkit.data.teacher_cache import (
     HEADER,

@@ -8,7 +8,8 @@ import torch
 from slmkit.config import UserError
 from slmkit.model import SLMConfig
 from slmkit.model.families import architecture_of
-from slmkit.model.rope import Rope, Rotary, rotate
+from slmkit.model.rope import Rope
+from slmkit.model.rotary import Rotary, rotate
 
 transformers = pytest.importorskip("transformers")
 

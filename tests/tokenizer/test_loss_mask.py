@@ -271,7 +271,7 @@ def user(content: object = "hello") -> dict:
         ([{"role": "user"}], False, "message 1: content is NoneType"),
         ([user(["hello"])], False, "message 1: content is list"),
         ([{"content": "hello"}], False, "message 1: role None"),
-        ([user(), {"role": "tool", "content": "x"}], False, "message 2: role 'tool'"),
+        ([user(), {"role": "tool", "content": "x"}], False, "message 2: tool where it is the assistant's turn"),
         ([{"role": "assistant", "content": "x"}], False, "message 1: assistant where it is the user's turn"),
         ([user() | {"weight": 0.5}], False, "message 1: weight 0.5; expected 1"),
         ([user() | {"weight": "1"}], False, "message 1: weight '1'; expected 1"),

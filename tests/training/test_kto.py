@@ -14,8 +14,9 @@ from slmkit.data.sources import Judged
 from slmkit.model import build_decoder, save_decoder
 from slmkit.training.distributed import ALONE
 from slmkit.training.loop import State, compute_gradients
+from slmkit.training.objective_settings import KtoSettings
 from slmkit.training.objectives import surveyed
-from slmkit.training.preference import Kto, KtoSettings, reference_log_probabilities
+from slmkit.training.preference import Kto, reference_log_probabilities
 from tests.training.helpers import TOKENIZER, plan
 from tests.training.test_preference import CONFIG, LENGTH
 

@@ -13,11 +13,13 @@ import pytest
 
 from slmkit.config import UserError
 from slmkit.data import Document, TokenShards, prepare_text, stories
-from slmkit.data.cleaning import Cleaner, CleaningReport, CleaningSettings, cleaner
+from slmkit.data.cleaning import cleaner
 from slmkit.data.cleaning.characters import shares
+from slmkit.data.cleaning.cleaner import Cleaner, CleaningReport
 from slmkit.data.cleaning.evaluation import full_runs
 from slmkit.data.cleaning.minhash import PLACES, bands_and_rows, signatures
 from slmkit.data.cleaning.seen import SeenKeys
+from slmkit.data.cleaning.settings import CleaningSettings
 from slmkit.data.cleaning.words import hash_runs, hash_words
 from tests.data.byte_tokenizer import ByteTokenizer
 

@@ -1,0 +1,86 @@
+"""What the keys of a recipe are to each other: which of them say the same thing in two ways."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from slmkit.config import UserError
+
+# A key that is typed (patterns, the first that fits) → keys of a recipe file that cannot stand beside it.
+REPLACED = {
+    "train.max_tokens": ("train.max_steps", "train.num_train_epochs"),
+    "train.max_steps": ("train.max_tokens", "train.num_train_epochs"),
+    "train.num_train_epochs": ("train.max_tokens", "train.max_steps"),
+    "train.warmup_steps": ("train.warmup_ratio",),
+    "train.warmup_ratio": ("train.warmup_steps",),
+    "data.source": ("data.sources", "data.phases"),
+    "data.sources": ("data.source",),
+    "model.path": ("model.*",),
+    "model.*": ("model.path",),
+    # With another tokenizer the vocabulary and the special tokens of a run's own recipe are not true any more.
+    "tokenizer.path": (
+        "tokenizer.vocab_size",
+        "tokenizer.documents_per_source",
+        "model.vocab_size",
+        "model.*_token_id",
+    ),
+    "tokenizer.vocab_size": ("tokenizer.path", "model.vocab_size", "model.*_token_id"),
+    "objective": ("distillation",),  # unless it is distill
+}
+BESIDE_EACH_OTHER = ("model.vocab_size", "model.*_token_id", "distillation")  # typed together they are no contradiction
+
+
+def make_room(content: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Remove from a recipe file's content what the overrides say in another way; a line for each that did.
+
+    Raises `UserError` where two overrides say one thing in two ways.
+    """
+    typed = dict(override.partition("=")[::2] for override in overrides)
+    typed = {key: value for key, value in typed.items() if value not in ("null", "~", "")}
+    lines = []
+    for key, value in typed.items():
+        patterns = _replaced_by(key, value)
+        other = next((name for name in typed if name != key and _is_one_of(name, patterns)), None)
+        if other is not None and not _is_one_of(other, BESIDE_EACH_OTHER):
+            raise UserError(f"{key} and {other} contradict each other: leave one of them out")
+        given = [name for name in _keys_of(content) if name not in typed and name != key and _is_one_of(name, patterns)]
+        replaced = {name: _pop(content, name) for name in given}
+        shown = [f"{name}: {old}" for name, old in replaced.items() if old not in (None, [], {})]
+        if shown:
+            more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
+            lines.append(f"{key}={value} replaces {', '.join(shown[:3])}{more}")
+    return lines
+
+
+def rename_old_keys(content: dict[str, Any]) -> list[str]:
+    """Give keys of earlier versions their present names; a line for each."""
+    train = content.get("train")
+    if isinstance(train, dict) and isinstance(train.get("warmup_steps"), float) and 0 < train["warmup_steps"] < 1:
+        train["warmup_ratio"] = train.pop("warmup_steps")
+        return [f"train.warmup_steps: {train['warmup_ratio']} is read as train.warmup_ratio, a share of all steps"]
+    return []
+
+
+def _replaced_by(key: str, value: str) -> tuple[str, ...]:
+    if key == "objective" and value == "distill":
+        return ()
+    return next((patterns for pattern, patterns in REPLACED.items() if fnmatchcase(key, pattern)), ())
+
+
+def _is_one_of(key: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(key, pattern) for pattern in patterns)
+
+
+def _keys_of(content: dict[str, Any]) -> Iterator[str]:
+    """`section` and `section.key` of everything that is there."""
+    for section, values in content.items():
+        yield section
+        if isinstance(values, dict):
+            yield from (f"{section}.{name}" for name in values)
+
+
+def _pop(content: dict[str, Any], key: str) -> Any:
+    section, _, name = key.partition(".")
+    return content[section].pop(name) if name else content.pop(section)
