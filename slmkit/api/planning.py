@@ -22,10 +22,13 @@ from slmkit.training.recipe import Recipe
 Make = Callable[[SLMConfig], Decoder]
 
 
-def plan_recipe(recipe: Recipe, measure: bool = True) -> Outlook:
-    """What a run of this recipe will take on this machine. Raises `UserError` for what it lacks to be planned."""
+def plan_recipe(recipe: Recipe, measure: bool = True, say: Callable[[str], None] = lambda line: None) -> Outlook:
+    """What a run of this recipe will take on this machine; `say` is told what is being measured.
+
+    Raises `UserError` for what it lacks to be planned.
+    """
     expect_a_model(recipe)
-    return outlook(_with_known_vocabulary(with_the_teachers_tokenizer(recipe)), subject_of, measure)
+    return outlook(_with_known_vocabulary(with_the_teachers_tokenizer(recipe)), subject_of, measure, say)
 
 
 def subject_of(recipe: Recipe, config: SLMConfig, device: Device) -> Subject:

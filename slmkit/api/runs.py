@@ -12,6 +12,7 @@ from slmkit.adapt.load import load_model
 from slmkit.api.distill import with_the_teachers_tokenizer
 from slmkit.api.material import Material
 from slmkit.api.models import model_for
+from slmkit.api.prompts import with_prompts
 from slmkit.api.reporter import SILENCE, Reporter
 from slmkit.api.vocabulary import tokenizer_of_base
 from slmkit.api.work import expect_a_model, inventory_of, work_of
@@ -28,7 +29,7 @@ from slmkit.model.config import TRAINING_FIELDS
 from slmkit.model.sizes import parameter_count
 from slmkit.training.checkpoints import complete_checkpoints
 from slmkit.training.distributed import ALONE, Group, join
-from slmkit.training.find import find_model_directory
+from slmkit.training.find import find_model_directory, find_run
 from slmkit.training.inventory import blueprint_of
 from slmkit.training.loop import Every, Plan
 from slmkit.training.micro_batch import resolve_micro_batch
@@ -80,9 +81,7 @@ def resume_run(directory: str | Path, reporter: Reporter) -> RunDirectory:
 
     Raises `UserError` where there is none.
     """
-    run = RunDirectory(directory)
-    if not run.recipe.is_file():
-        raise UserError(f"{run.root}: not a run: it has no recipe.yaml; expected a directory that `slm train` made")
+    run = RunDirectory(find_run(directory))
     settings = load_recipe(run.recipe).train
     device = find_device(settings.device, settings.precision)
     with join(device, settings.ddp_timeout) as group:
@@ -125,7 +124,7 @@ def _build(
         recipe.reads, recipe.data, recipe.tokenizer, recipe.seed, run.data, tokenizer, reporter, length
     )
     model, config, files = model_for(recipe, corpus.tokenizer, base)
-    resolved_recipe = _resolve(recipe, run, config, base)
+    resolved_recipe = _resolve(with_prompts(recipe, corpus), run, config, base)
     session = _Session(run, resolved_recipe, corpus, model, config, files, device, group, reporter)
     run.describe(session.recipe, device, corpus.describe())
     reporter.say(session.summary())

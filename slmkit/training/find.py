@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from slmkit.config import UserError
+from slmkit.model.presets import PRESETS
 
 
 def free_path(wanted: str | Path) -> Path:
@@ -14,6 +15,25 @@ def free_path(wanted: str | Path) -> Path:
         number += 1
         path = Path(f"{wanted}-{number}")
     return path
+
+
+def find_run(path: str | Path) -> Path:
+    """A run's directory. Raises `UserError` for anything else."""
+    path = Path(path)
+    if not (path / "recipe.yaml").is_file():
+        what = "not a run: it has no recipe.yaml" if path.exists() else "no such directory"
+        raise UserError(f"{path}: {what}; expected the folder of a run that `slm train` made (`slm runs` lists them)")
+    return path
+
+
+def find_model_or_preset(name: str | Path) -> Path | str:
+    """As `find_model_directory`, or the name of a preset, in any case. Raises `UserError` for neither."""
+    preset = str(name).lower()
+    if preset in PRESETS and not Path(name).exists():
+        return preset
+    if Path(name).exists() or "/" in str(name):
+        return find_model_directory(name)
+    raise UserError(f"{name}: neither a preset nor a directory; presets: {', '.join(sorted(PRESETS))}")
 
 
 def find_model_directory(path: str | Path) -> Path:

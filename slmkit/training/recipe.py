@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -97,7 +98,7 @@ class TrainSettings(Settings):
     eval_steps: int | None = Field(None, gt=0)  # None: ten times a run
     save_steps: int | None = Field(None, gt=0)  # None: at each evaluation
     save_total_limit: int = Field(2, gt=0)  # the best checkpoint is kept besides
-    sample_prompts: list[str] = Field(default_factory=lambda: ["Once upon a time"])
+    sample_prompts: list[str] | None = None  # what samples.md continues; None: one from the validation data
     sample_tokens: int = Field(120, gt=0)
     report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)  # besides metrics.jsonl
     parallel: Literal["auto", "ddp", "fsdp"] = (
@@ -271,13 +272,26 @@ def load_recipe(
     return load_settings(Recipe, content, overrides, origin=str(path))
 
 
-def find_recipe(name: str) -> Path:
+def shipped_recipes(kind: str = "") -> dict[str, Path]:
+    """The recipes that come with slmkit, by name; of kind `merging` those of merges.
+
+    In a clone they lie beside the package, in an installation under the prefix.
+    """
+    folders = (Path(__file__).parents[2] / "recipes", Path(sys.prefix) / "share" / "slmkit" / "recipes")
+    return {path.stem: path for folder in reversed(folders) for path in sorted((folder / kind).glob("*.yaml"))}
+
+
+def find_recipe(name: str, kind: str = "") -> Path:
     """A recipe file as it is, or one that comes with slmkit by its bare name. Raises `UserError` for neither."""
     if Path(name).is_file():
         return Path(name)
-    # In a clone the recipes lie beside the package, in an installation under the prefix.
-    folders = (Path(__file__).parents[2] / "recipes", Path(sys.prefix) / "share" / "slmkit" / "recipes")
-    shipped = {path.stem: path for folder in folders for path in folder.glob("*.yaml")}
+    if Path(name).is_dir() and (Path(name) / "recipe.yaml").is_file():
+        raise UserError(f"{name}: a run, not a recipe; go on with `slm resume {name}`, or name {name}/recipe.yaml")
+    if Path(name).exists():
+        raise UserError(f"{name}: not a recipe; expected a YAML file, or a name that `slm recipes` lists")
+    shipped = shipped_recipes(kind)
     if name not in shipped:
-        raise UserError(f"{name}: no such recipe file, and none that comes with slmkit; {did_you_mean(name, shipped)}")
+        near = difflib.get_close_matches(name, shipped, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "`slm recipes` lists those that come with slmkit"
+        raise UserError(f"{name}: no such recipe file; {hint}")
     return shipped[name]
