@@ -95,6 +95,7 @@ def examine(
         _beginnings(rows, vocabulary),
         _tokenizer(rows, vocabulary, (*train, *validation)),
         _leaks(both),
+        _one_kind(train),
     )
     notes = _notes(rows, both)
     return XRay(rows, _figures(rows, vocabulary, both, is_chat), [found for check in checks for found in check], notes)
@@ -207,6 +208,16 @@ def _leaks(both: Overlap | None) -> list[str]:
         f"{max(both.documents, both.stretches):.0%} of the validation text stands in the training text: "
         "its loss would say nothing; hold out other documents"
     ]
+
+
+def _one_kind(train: Sequence[TokenShards]) -> list[str]:
+    """Of judged answers: whether all have one label."""
+    labels = [shards.labels for shards in train if shards.header.judged]
+    if not labels or len(kinds := np.unique(np.concatenate(labels))) == 2:
+        return []
+    if kinds[0]:
+        return ["all answers are labelled good and none bad: objective sft learns from good answers alone"]
+    return ["all answers are labelled bad and none good: nothing would be learned of what to answer instead"]
 
 
 # -- figures and notes ------------------------------------------------------------------------------------------------
