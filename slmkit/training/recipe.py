@@ -16,7 +16,7 @@ from slmkit.model.config import TRAINING_FIELDS, SLMConfig
 from slmkit.model.lora_settings import LoRASettings
 from slmkit.training.guards import GuardSettings
 from slmkit.training.key_hints import HINTS
-from slmkit.training.objective_settings import DistillationSettings, GrpoSettings, PreferenceSettings
+from slmkit.training.objective_settings import DistillationSettings, GrpoSettings, KtoSettings, PreferenceSettings
 from slmkit.training.recipe_keys import make_room, rename_old_keys
 from slmkit.training.schedules import Schedule, make_schedule
 
@@ -169,19 +169,26 @@ class TrainSettings(Settings):
         return round((WARMUP_RATIO if self.warmup_ratio is None else self.warmup_ratio) * steps)
 
 
-READS: dict[str, Reads] = {"pretrain": "text", "sft": "conversations", "dpo": "pairs", "grpo": "questions"}
+READS: dict[str, Reads] = {
+    "pretrain": "text",
+    "sft": "conversations",
+    "dpo": "pairs",
+    "kto": "judgements",
+    "grpo": "questions",
+}
 
 
 class Recipe(Settings):
     """One run. `objective` says what is learned: the next token of any text, or the assistant's turns of chats, or
-    either of them from a teacher besides; which of two answers is better (`dpo`), or which are right (`grpo`).
+    either of them from a teacher besides; which of two answers is better (`dpo`), which answers are good and which bad
+    (`kto`), or which are right (`grpo`).
 
     With `lora` the model of `model.path` is frozen, and what is learned is an adapter for it.
     """
 
     hints = HINTS
 
-    objective: Literal["pretrain", "sft", "distill", "dpo", "grpo"] = "pretrain"
+    objective: Literal["pretrain", "sft", "distill", "dpo", "kto", "grpo"] = "pretrain"
     output_dir: str = "runs/model"
     seed: int = 0
     model: ModelSettings = Field(default_factory=ModelSettings)
@@ -236,6 +243,7 @@ class Recipe(Settings):
 
     guard: GuardSettings = Field(default_factory=GuardSettings)
     preference: PreferenceSettings = Field(default_factory=PreferenceSettings)  # of dpo
+    kto: KtoSettings = Field(default_factory=KtoSettings)
     grpo: GrpoSettings = Field(default_factory=GrpoSettings)
 
     @property
@@ -246,7 +254,7 @@ class Recipe(Settings):
     @property
     def is_padded(self) -> bool:
         """Whether rows end with the longest that is in a micro-batch, so that nobody knows how much is computed."""
-        return self.reads in ("pairs", "questions")
+        return self.reads in ("pairs", "judgements", "questions")
 
     def full(self, rows: int) -> int | None:
         """Of so many rows those that are filled to their ends; None where nobody knows."""
