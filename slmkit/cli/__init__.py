@@ -15,6 +15,7 @@ from slmkit.cli import (
     chat,
     data,
     distill_cache,
+    eval,
     generate,
     inspect,
     merge,
@@ -45,6 +46,7 @@ app.command("replay")(train.replay)
 app.command("plan")(plan.plan)
 app.command("runs")(runs.runs)
 app.command("plot")(plot.plot)
+app.command("eval")(eval.evaluate)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("merge")(merge.merge)
