@@ -6,9 +6,11 @@ from typing import Annotated
 
 import typer
 
+from slmkit.cli.options import DeviceName
+
 
 def evaluate(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL…", help="Model directories, adapters or runs.")],
+    models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Model directories, adapters or runs.")],
     data: Annotated[list[str], typer.Option("--data", "-d", help="A file, folder, URL or data set of the hub.")],
     source: Annotated[
         list[str] | None,
@@ -18,12 +20,12 @@ def evaluate(
     length: Annotated[
         int | None, typer.Option(min=2, help="Tokens of a row; default: the model's longest, at most 2,048.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+    device: DeviceName = "auto",
     precision: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
 ) -> None:
-    """Print the loss, perplexity and bits per byte of models on texts.
+    """Measure the loss of models on any text.
 
-    Models with different tokenizers can be compared by their bits per byte.
+    Prints loss, perplexity and bits per byte. Models with different tokenizers can be compared by their bits per byte.
 
     Example: slm eval runs/book runs/book-2 --data other.txt
     """

@@ -85,11 +85,12 @@ def load_model(path: str, device: str, others: Sequence[str] = ()) -> tuple[Lang
 
     With `others`, all of them as one ensemble. Raises `UserError`.
     """
-    from slmkit.adapt.load import load_model as load
-    from slmkit.device import find_device
-    from slmkit.generation import common_tokenizer, together
-    from slmkit.training.find import find_model_directory
+    from slmkit.find import find_model_directory
 
     directories = [find_model_directory(found) for found in (path, *others)]
+    from slmkit.adapt.load import load_model as load  # not before it is sure that there is something to load
+    from slmkit.device import find_device
+    from slmkit.generation import common_tokenizer, together
+
     tokenizer, where = common_tokenizer(directories), find_device(device).torch_device
     return together([load(directory, where)[0] for directory in directories]), tokenizer
