@@ -13,6 +13,7 @@ from slmkit.device import find_device
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training import checkpoints
 from slmkit.training.changes import recipe_at
+from slmkit.training.find import find_run
 from slmkit.training.loop import Report
 from slmkit.training.recipe import load_recipe
 from slmkit.training.recorder import recorded_batches, recorded_report
@@ -51,9 +52,7 @@ def replay_run(directory: str | Path, step: int, reporter: Reporter) -> RunRepla
 
     Raises `UserError` where there is no such run or step.
     """
-    run = RunDirectory(directory)
-    if not run.recipe.is_file():
-        raise UserError(f"{run.root}: not a run: it has no recipe.yaml; expected a directory that `slm train` made")
+    run = RunDirectory(find_run(directory))
     recipe = recipe_at(run.described(), step) or load_recipe(run.recipe)
     is_new = not any(checkpoints.step_of(path) < step for path in checkpoints.complete_checkpoints(run.checkpoints))
     session = open_run(run, find_device(recipe.train.device, recipe.train.precision), recipe=recipe, is_new=is_new)

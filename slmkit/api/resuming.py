@@ -14,9 +14,9 @@ from slmkit.data.corpus import Corpus
 from slmkit.data.data_settings import TokenizerSettings
 from slmkit.data.stream import Batches
 from slmkit.data.teacher_cache import HEADER, data_fingerprint
+from slmkit.find import find_model_directory
 from slmkit.model import SLMConfig
 from slmkit.training.checkpoints import complete_checkpoints, file_sha256, newest_intact
-from slmkit.training.find import find_model_directory
 from slmkit.training.loop import Plan
 from slmkit.training.recipe import LENGTHS, Recipe, TrainSettings
 from slmkit.training.run import RunDirectory

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from slmkit.adapt.load import load_model
 from slmkit.api.distill import with_the_teachers_tokenizer
-from slmkit.api.models import model_for
+from slmkit.api.models import at_commits, model_for
+from slmkit.api.prompts import with_prompts
 from slmkit.api.reporter import SILENCE, Reporter
 from slmkit.api.resuming import (
     expect_the_same,
@@ -18,12 +19,13 @@ from slmkit.api.resuming import (
 from slmkit.api.session import Session, open_run
 from slmkit.api.vocabulary import tokenizer_of_base
 from slmkit.api.work import expect_a_model
-from slmkit.config import UserError
 from slmkit.data.corpus import build_corpus, open_corpus
 from slmkit.data.stream import DocumentRows
 from slmkit.device import Device, find_device
 from slmkit.evaluation import validation_loss
 from slmkit.evaluation.loss import LossReport
+from slmkit.find import find_model_directory
+from slmkit.hub import spelled
 from slmkit.model import SLMConfig
 from slmkit.model.adapter_directory import config_directory
 from slmkit.model.config import TRAINING_FIELDS
@@ -35,7 +37,7 @@ from slmkit.training.changes import (
 )
 from slmkit.training.checkpoints import complete_checkpoints
 from slmkit.training.distributed import Group, join
-from slmkit.training.find import find_model_directory
+from slmkit.training.find import find_run
 from slmkit.training.recipe import ModelSettings, Recipe, load_recipe
 from slmkit.training.recipe_checks import unlikely, without_effect
 from slmkit.training.run import (
@@ -57,7 +59,7 @@ def train_recipe(recipe: Recipe, reporter: Reporter, dry_run: bool = False, forc
     expect_a_model(recipe)
     for line in without_effect(recipe):
         reporter.warn(line)
-    recipe = with_the_teachers_tokenizer(recipe)
+    recipe = with_the_teachers_tokenizer(at_commits(recipe))
     device = find_device(recipe.train.device, recipe.train.precision)
     with join(device, recipe.train.ddp_timeout) as group, contextlib.ExitStack() as held:
         reporter = reporter if group.is_main else SILENCE
@@ -84,9 +86,7 @@ def resume_run(
     Raises `UserError` where there is no checkpoint, for a run that is running, for what cannot change in the middle of
     a run, and for what it stands on and has changed beneath it.
     """
-    run = RunDirectory(directory)
-    if not run.recipe.is_file():
-        raise UserError(f"{run.root}: not a run: it has no recipe.yaml; expected a directory that `slm train` made")
+    run = RunDirectory(find_run(directory))
     recipe = load_recipe(run.recipe, overrides, reporter.say)
     check_trackers(recipe.train.report_to)
     device = find_device(recipe.train.device, recipe.train.precision)
@@ -158,7 +158,7 @@ def _build(run: RunDirectory, recipe: Recipe, device: Device, group: Group, repo
         recipe.reads, recipe.data, recipe.tokenizer, recipe.seed, run.data, tokenizer, reporter, length
     )
     model, config, files = model_for(recipe, corpus.tokenizer, base)
-    resolved_recipe = _resolve(recipe, run, config, base)
+    resolved_recipe = _resolve(with_prompts(recipe, corpus), run, config, base)
     session = Session(run, resolved_recipe, corpus, model, config, files, device, group, reporter)
     run.describe(session.recipe, device, corpus.describe())
     run.add(fingerprints=session.fingerprints)
@@ -196,7 +196,7 @@ def _resolve(recipe: Recipe, run: RunDirectory, config: SLMConfig, base: Path | 
     """The recipe with nothing left to a preset, so that it still means the same when presets change."""
     model = recipe.model if base is not None else resolved(config, recipe.model.initialization)
     if base is not None and recipe.lora is not None:  # a run's best model may be another one later
-        model = model.model_copy(update={"path": str(base.resolve())})
+        model = model.model_copy(update={"path": spelled(base)})
     return recipe.model_copy(update={"output_dir": str(run.root), "model": model})
 
 

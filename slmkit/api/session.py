@@ -172,7 +172,7 @@ class Session:
             reporter.say,
             train=self.corpus.train,
             validation=[self.corpus.validation],
-            is_chat=self.recipe.reads in ("conversations", "pairs"),
+            is_chat=self.recipe.reads in ("conversations", "pairs", "judgements"),
             is_padded=self.recipe.is_padded,
             force=force,
         )
