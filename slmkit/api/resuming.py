@@ -38,7 +38,8 @@ def find_base(run: RunDirectory, recipe: Recipe, is_new: bool = False) -> tuple[
 
 
 def _needs_base(run: RunDirectory, recipe: Recipe) -> bool:
-    refers = recipe.objective == "dpo" and recipe.preference.needs_reference and not (run.data / REFERENCE).is_file()
+    has_reference = recipe.objective == "kto" or (recipe.objective == "dpo" and recipe.preference.needs_reference)
+    refers = has_reference and not (run.data / REFERENCE).is_file()
     compares = recipe.objective == "grpo" and recipe.grpo.beta > 0
     return recipe.lora is not None or refers or compares or not complete_checkpoints(run.checkpoints)
 

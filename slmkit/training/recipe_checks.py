@@ -59,14 +59,8 @@ READ_WHERE: dict[str, tuple[Reads, str]] = {
     "data.cleaning.*": (_stored_text, "only text of your own that is stored before training is cleaned"),
     "data.cleaning.min_script_share": (lambda r: bool(r.data.cleaning.scripts), "data.cleaning.scripts is not set"),
     "data.cleaning.evaluation_words": (lambda r: bool(r.data.cleaning.evaluation), "data.cleaning.evaluation is empty"),
-    "data.text_column": (
-        lambda r: r.reads == "text" and _one_source_of_files(r),
-        "it is of data.source where that is text of your own; data.sources have their own",
-    ),
-    "data.messages_column": (
-        lambda r: r.reads in ("conversations", "questions") and _one_source_of_files(r),
-        "it is of data.source where that is conversations of your own; data.sources have their own",
-    ),
+    "data.*_column": (_one_source_of_files, "it is of data.source, and data.sources have their own"),
+    "data.columns": (_one_source_of_files, "it is of data.source, and data.sources have their own"),
     "data.on_bad_row": (_one_source_of_files, "it is of data.source, and data.sources have their own"),
     "data.on_long_conversation": (lambda r: r.reads == "conversations", "the run reads no conversations"),
     "data.validation_fraction": (_holds_out, "validation text is named, or made anew of what is built in"),
@@ -89,7 +83,7 @@ READ_WHERE: dict[str, tuple[Reads, str]] = {
         lambda r: r.train.lr_scheduler_type == "warmup_stable_decay",
         "train.lr_scheduler_type is not warmup_stable_decay",
     ),
-    "train.sample_tokens": (lambda r: bool(r.train.sample_prompts), "train.sample_prompts is empty"),
+    "train.sample_tokens": (lambda r: r.train.sample_prompts != [], "train.sample_prompts is empty"),
     "guard.window": (lambda r: r.guard.max_spike is not None, "guard.max_spike is not set"),
     "guard.rollback_learning_rate_ratio": (
         lambda r: r.guard.on_divergence == "rollback",
@@ -99,6 +93,7 @@ READ_WHERE: dict[str, tuple[Reads, str]] = {
     "distillation.top_k": (lambda r: r.distillation is not None and bool(r.distillation.cache), "there is no cache"),
     "preference.*": (lambda r: r.objective == "dpo", "objective is not dpo"),
     "preference.simpo_gamma": (lambda r: r.preference.loss == "simpo", "preference.loss is not simpo"),
+    "kto.*": (lambda r: r.objective == "kto", "objective is not kto"),
     "grpo.*": (lambda r: r.objective == "grpo", "objective is not grpo"),
 }
 
@@ -111,7 +106,7 @@ def without_effect(recipe: Recipe) -> list[str]:
         if place == "data.validation" or place.startswith("data.sources."):
             source = recipe.data.validation if place == "data.validation" else recipe.data.sources[int(place[13:])]
             assert source is not None
-            why = _unread_of(name, source, recipe)
+            why = _unread_of(name, source)
             lines += [f"{key}={value} has no effect: {why}"] if why else []
         for pattern, (is_read, why) in READ_WHERE.items():
             if fnmatchcase(key, pattern) and not is_read(recipe):
@@ -120,19 +115,15 @@ def without_effect(recipe: Recipe) -> list[str]:
     return lines
 
 
-def _unread_of(name: str, source: SourceSettings, recipe: Recipe) -> str | None:
+def _unread_of(name: str, source: SourceSettings) -> str | None:
     """Why a setting of a source is not read; None where it is."""
     built_in, is_here = source.path in BUILT_IN, Path(source.path).exists()
     if name in ("config", "split") and (built_in or Path(source.path).is_file()):
         return "path is one thing, of which there are no parts"
     if name in ("revision", "streaming", "retry_for") and (built_in or is_here):
         return "path is on this machine"
-    if name in ("row_format", "on_bad_row", "text_column", "messages_column") and built_in:
+    if name in ("row_format", "on_bad_row", "text_column", "messages_column", "columns") and built_in:
         return "path is built in"
-    if name == "text_column" and recipe.reads != "text":
-        return f"the run reads {recipe.reads}"
-    if name == "messages_column" and recipe.reads not in ("conversations", "questions"):
-        return f"the run reads {recipe.reads}"
     return None
 
 

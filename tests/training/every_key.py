@@ -53,6 +53,8 @@ def make_world(folder: Path) -> None:
     (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats))
     pairs = [{"prompt": f"say {n}", "chosen": f"{n} {n}", "rejected": "no no"} for n in range(20)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    judged = [{"prompt": f"say {n}", "completion": f"{n} {n}", "label": n % 2 == 0} for n in range(40)]
+    (folder / "judged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in judged))
     tokenizer = SLMTokenizer(260)
     for name, width, seed in (("base", 16, 1), ("teacher", 24, 2)):
         shape = SLMConfig(**SHAPE | {"hidden_size": width, "vocab_size": len(tokenizer), "hidden_dropout": 0.0})
@@ -75,6 +77,7 @@ def scenario(name: str, folder: Path) -> dict[str, Any]:
         "stories": model | own | stories,
         "chat": base | {"objective": "sft", "data": {"source": str(folder / "chats.jsonl")}},
         "pairs": base | {"objective": "dpo", "data": {"source": str(folder / "pairs.jsonl")}},
+        "judged": base | {"objective": "kto", "data": {"source": str(folder / "judged.jsonl")}},
         "questions": of_stories | {"objective": "grpo", "grpo": {"prompts_per_step": 2, "num_generations": 2,
                                    "max_new_tokens": 4}},
         "lora": base | text | {"lora": {"r": 2}},
@@ -213,6 +216,7 @@ EVERY: dict[str, tuple[str, dict[str, Any], Any]] = {
     "data.sources.*.split": ("two", {}, "test"),
     "data.sources.*.text_column": ("two", {}, "body"),
     "data.sources.*.messages_column": ("two", {}, "talk"),
+    "data.sources.*.columns": ("two", {}, {"text": "body"}),
     "data.sources.*.row_format": ("two", {}, "nonsense"),
     "data.sources.*.streaming": ("two", {}, True),
     "data.sources.*.documents": ("two", {}, 20),
@@ -236,6 +240,7 @@ EVERY: dict[str, tuple[str, dict[str, Any], Any]] = {
     "data.cleaning.evaluation_words": ("text", {"data.cleaning.evaluation": ["more.txt"]}, 3),
     "data.text_column": ("text", {}, "body"),
     "data.messages_column": ("chat", {}, "talk"),
+    "data.columns": ("text", {}, {"text": "body"}),
     "data.on_bad_row": ("text", {"data.source": "bad.jsonl"}, "skip"),
     "data.on_long_conversation": ("chat", {}, "skip"),
     "data.validation.path": ("validation", {}, "text.jsonl"),
@@ -246,6 +251,7 @@ EVERY: dict[str, tuple[str, dict[str, Any], Any]] = {
     "data.validation.split": ("validation", {}, "test"),
     "data.validation.text_column": ("validation", {"data.validation.path": "text.jsonl"}, "body"),
     "data.validation.messages_column": ("validation", {}, "talk"),
+    "data.validation.columns": ("validation", {"data.validation.path": "text.jsonl"}, {"text": "body"}),
     "data.validation.row_format": ("validation", {}, "nonsense"),
     "data.validation.streaming": ("validation", {}, True),
     "data.validation.documents": ("validation", {}, 3),
@@ -308,6 +314,10 @@ EVERY: dict[str, tuple[str, dict[str, Any], Any]] = {
     "preference.simpo_gamma": ("pairs", {"preference.loss": "simpo"}, 3.0),
     "preference.rpo_alpha": ("pairs", {}, 3.0),
     "preference.label_smoothing": ("pairs", {}, 0.3),
+    "kto.loss": ("judged", {}, "apo_zero_unpaired"),
+    "kto.beta": ("judged", {}, 3.0),
+    "kto.desirable_weight": ("judged", {}, 3.0),
+    "kto.undesirable_weight": ("judged", {}, 3.0),
     "grpo.prompts_per_step": ("questions", {}, 3),
     "grpo.num_generations": ("questions", {}, 3),
     "grpo.max_new_tokens": ("questions", {}, 3),

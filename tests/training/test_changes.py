@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
-import slmkit.training.run
+import slmkit.training.disk_hooks
 from slmkit.api import resume_run, train_recipe
 from slmkit.api.replay import replay_run
 from slmkit.config import UserError, load_settings, read_yaml, to_yaml
@@ -39,7 +39,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PlanFile, "update", lambda *arguments: None)
     for draw in ("plot_losses", "plot_shares"):
-        monkeypatch.setattr(slmkit.training.run, draw, lambda *arguments: None)
+        monkeypatch.setattr(slmkit.training.disk_hooks, draw, lambda *arguments: None)
 
 
 def train(world: Path, root: Path, name: str = "text", stop_at: int | None = None, **keys: Any) -> Path:

@@ -11,7 +11,7 @@ import torch
 from safetensors.numpy import load_file
 from torch.nn import functional as F
 
-import slmkit.training.run
+import slmkit.training.disk_hooks
 from slmkit.api import train_recipe
 from slmkit.api.models import model_for
 from slmkit.config import UserError, load_settings
@@ -89,7 +89,7 @@ def test_a_key_changes_the_run_or_is_refused_or_said_to_have_no_effect(
     key: str, world: Path, seen: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for draw in ("plot_losses", "plot_shares"):
-        monkeypatch.setattr(slmkit.training.run, draw, lambda *arguments: None)
+        monkeypatch.setattr(slmkit.training.disk_hooks, draw, lambda *arguments: None)
     monkeypatch.setattr(PlanFile, "update", lambda *arguments: None)  # a second of arithmetic
     before = content_of(key, world, is_changed=False)
     if key.startswith("model."):
