@@ -6,28 +6,44 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from slmkit.config import Settings
-
-
-def _share(value: float | list[float]) -> float | list[float]:
-    numbers = value if isinstance(value, list) else [value]
-    if not numbers or not all(0 <= number <= 1 for number in numbers):
-        raise ValueError("expected a number from 0 to 1, or a list of them")
-    return value
+from slmkit.config import Settings, UserError
 
 
-def _numbers(value: float | list[float]) -> float | list[float]:
-    numbers = value if isinstance(value, list) else [value]
+class Condition(Settings):
+    """A value for the tensors whose name contains `filter`; without one (or `*`) for all that are left."""
+
+    value: float | list[float]
+    filter: str | None = None
+
+
+Setting = float | list[float] | list[Condition]
+
+
+def _numbers(setting: Setting) -> list[float]:
+    """Every number of a setting. Raises `ValueError` where there is none, or one that is not finite."""
+    parts = setting if isinstance(setting, list) else [setting]
+    numbers = [number for part in parts for number in (_numbers(part.value) if isinstance(part, Condition) else [part])]
     if not numbers or not all(map(math.isfinite, numbers)):
-        raise ValueError("expected a number, or a list of them")
-    return value
+        raise ValueError("expected a number, a list of numbers, or a list of {filter, value}")
+    return numbers
 
 
-# One number, or a list that is spread over the depth of the model.
-Number = Annotated[float | list[float], AfterValidator(_numbers)]
-Share = Annotated[float | list[float], AfterValidator(_share)]
+def _number(setting: Setting) -> Setting:
+    _numbers(setting)
+    return setting
+
+
+def _share(setting: Setting) -> Setting:
+    if not all(0 <= number <= 1 for number in _numbers(setting)):
+        raise ValueError("expected numbers from 0 to 1")
+    return setting
+
+
+# One number, a list that is spread over the layers, or a list of conditions by the names of tensors.
+Number = Annotated[Setting, AfterValidator(_number)]
+Share = Annotated[Setting, AfterValidator(_share)]
 
 
 @dataclass(frozen=True)
@@ -52,9 +68,10 @@ METHODS = {
 
 
 class MergedModel(Settings):
-    """One of the models. A list of values is spread over the depth, from the embedding to the head."""
+    """One of the models. A list of values is spread over the layers, from the first to the last."""
 
     model: str  # a model directory or a run
+    layer_range: tuple[int, int] | None = None  # of mergekit's `slices`: all layers, or it is refused
     weight: Number = 1.0
     density: Share = 1.0  # of ties and dare: which share of a task vector is kept
 
@@ -62,6 +79,20 @@ class MergedModel(Settings):
     @classmethod
     def _as_mergekit_writes_it(cls, given: Any) -> Any:
         return _lifted(given)
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _is_named(cls, model: Any) -> Any:
+        if not model:
+            raise ValueError("not set: name a model directory or a run")
+        return model
+
+
+# Keys of mergekit's whose value changes nothing of the result: models that are merged here have one tokenizer.
+NO_OPS = (
+    ("int8_mask", True), ("int8_mask", False), ("tokenizer_source", "base"), ("tokenizer_source", "union"),
+    ("tokenizer_source", None),
+)  # fmt: skip
 
 
 class MergeRecipe(Settings):
@@ -80,7 +111,7 @@ class MergeRecipe(Settings):
     @model_validator(mode="before")
     @classmethod
     def _as_mergekit_writes_it(cls, given: Any) -> Any:
-        return _lifted(given)
+        return _from_mergekit(given)
 
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> MergeRecipe:
@@ -98,7 +129,10 @@ class MergeRecipe(Settings):
     def _enough_models(self) -> MergeRecipe:
         names = [entry.model for entry in self.merged]
         if self.method.needs_base and self.base_model is None:
-            raise ValueError(f"merge_method {self.merge_method} adds differences from a base_model: name that")
+            raise ValueError(
+                f"merge_method {self.merge_method} adds differences from a base model: "
+                "set base_model to the model that the others were fine-tuned from"
+            )
         if not names:
             raise ValueError("models: none besides the base_model; name what is added to it")
         if self.merge_method == "slerp" and len(names) != 2:
@@ -123,14 +157,27 @@ class MergeRecipe(Settings):
         return self.method.normalizes if self.normalize is None else self.normalize
 
 
-def at(value: float | list[float], place: float) -> float:
-    """A number, or a list of them interpolated: `place` 0 is its beginning, 1 its end."""
-    if not isinstance(value, list):
-        return value
-    position = place * (len(value) - 1)
-    before = min(int(position), len(value) - 2) if len(value) > 1 else 0
-    after = min(before + 1, len(value) - 1)
-    return value[before] + (position - before) * (value[after] - value[before])
+def at(setting: Setting, depth: float, name: str, otherwise: float | None = None) -> float:
+    """The value of a setting for a tensor, as mergekit finds it.
+
+    A list is interpolated over the layers: `depth` is 0 in the first and 1 in the last. Of conditions the first counts
+    whose `filter` is part of the tensor's name on disk; where none is, the value is `otherwise`, the key's default.
+    Raises `UserError` where there is no default.
+    """
+    if not isinstance(setting, list):
+        return setting
+    conditions = [one for one in setting if isinstance(one, Condition)]
+    if conditions:
+        found = (one.value for one in conditions if one.filter in (None, "*") or one.filter in name)
+        value = next(found, otherwise)
+        if value is None:
+            raise UserError(f"no condition says what {name!r} gets: end the list with a `value` that has no filter")
+        return at(value, depth, name)
+    numbers = [one for one in setting if not isinstance(one, Condition)]
+    position = depth * (len(numbers) - 1)
+    before = min(int(position), len(numbers) - 2) if len(numbers) > 1 else 0
+    after = min(before + 1, len(numbers) - 1)
+    return numbers[before] + (position - before) * (numbers[after] - numbers[before])
 
 
 def _lifted(given: Any) -> Any:
@@ -138,3 +185,32 @@ def _lifted(given: Any) -> Any:
     if not isinstance(given, dict) or not isinstance(given.get("parameters"), dict):
         return given
     return given["parameters"] | {key: value for key, value in given.items() if key != "parameters"}
+
+
+def _from_mergekit(given: Any) -> Any:
+    """mergekit's other ways to write the same: one slice of whole models, defaults for all models, no-op keys."""
+    given = _lifted(given)
+    if not isinstance(given, dict):
+        return given
+    given = {key: value for key, value in given.items() if (key, value) not in NO_OPS}
+    if "out_dtype" in given:
+        given["dtype"] = given.pop("out_dtype")
+    slices = given.pop("slices", None)
+    if slices is not None:
+        if "models" in given or not isinstance(slices, list) or len(slices) != 1 or set(slices[0]) != {"sources"}:
+            raise ValueError("slices: only one slice of whole models is merged here, with nothing but its sources")
+        given["models"] = slices[0]["sources"]
+    defaults = {key: given.pop(key) for key in ("weight", "density") if key in given}
+    if defaults and isinstance(given.get("models"), list):
+        given["models"] = [_with(defaults, _lifted(one)) if isinstance(one, dict) else one for one in given["models"]]
+    return given
+
+
+def _with(defaults: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
+    """A model's own numbers before those that stand for all models, also behind its last condition."""
+    both = defaults | entry
+    for key, default in defaults.items():
+        if isinstance(both[key], list) and both[key] and isinstance(both[key][0], dict) and key in entry:
+            has_conditions = isinstance(default, list) and default and isinstance(default[0], dict)
+            both[key] = [*entry[key], *(default if has_conditions else [{"value": default}])]
+    return both

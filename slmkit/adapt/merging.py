@@ -27,7 +27,7 @@ from slmkit.model.architecture import Architecture
 from slmkit.model.config import TRAINING_FIELDS
 from slmkit.model.directory import WEIGHTS, empty_decoder, open_weights, stored_names, write_configs
 from slmkit.model.families import architecture_of, family_of
-from slmkit.model.stored import DTYPES, StoredTensor, write_tensors
+from slmkit.model.stored import DTYPES, StoredTensor, expect_finite, write_tensors
 
 # What models may differ in and still be one architecture: it is that of the first which the result has.
 MAY_DIFFER = TRAINING_FIELDS | {
@@ -59,8 +59,12 @@ class Place:
         return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
     def read(self, rows: slice) -> list[Tensor]:
-        """Rows of all models, the base first where there is one, in float32."""
-        return [stored.read(rows).float() for stored in (*([self.base] if self.base else []), *self.parts)]
+        """Rows of all models, the base first where there is one, in float32. Raises `UserError` for NaN or infinity."""
+        sources = (*([self.base] if self.base else []), *self.parts)
+        read = [(stored, stored.read(rows).float()) for stored in sources]
+        for stored, tensor in read:
+            expect_finite(tensor, f"{stored.path}: {stored.name!r}", "the model is broken: use another checkpoint")
+        return [tensor for _, tensor in read]
 
 
 @dataclass(frozen=True)
@@ -121,12 +125,17 @@ def plan_merge(recipe: MergeRecipe, directories: Mapping[str, Path]) -> Merge:
                 raise UserError(
                     f"{stored.path}: {stored.name!r} is stored as {stored.spelling}: expected F32, F16 or BF16"
                 )
+    for entry in recipe.models:
+        if entry.layer_range not in (None, (0, config.num_hidden_layers)):
+            raise UserError(
+                f"{entry.model}: layer_range is {list(entry.layer_range)}: only whole models are merged here"
+            )
     base = next((tensors[name] for name in _base(recipe)), None)
     places = {}
     for theirs, ours in stored_names(decoder.state_dict(), family).items():
         parts = [tensors[name][theirs] for name in names]
         depth = _depth(ours[0], decoder.architecture.depth)
-        _weights(recipe, depth)
+        _weights(recipe, theirs, depth)
         origin = base[theirs] if base else None
         widest = [DTYPES[part.spelling] for part in (*parts, *([origin] if origin else []))]
         dtype = getattr(torch, recipe.dtype) if recipe.dtype else functools.reduce(torch.promote_types, widest)
@@ -140,6 +149,7 @@ def merged_tensor(recipe: MergeRecipe, name: str, place: Place) -> Tensor:
     result = torch.empty(place.shape, dtype=place.dtype)
     for rows in place.slices:
         result[rows] = combine(*place.read(rows))
+    expect_finite(result, f"the merged {name!r}", f"its numbers do not fit {place.dtype}: set dtype: float32")
     return result
 
 
@@ -148,11 +158,11 @@ def _combination(recipe: MergeRecipe, name: str, place: Place) -> Callable[..., 
 
     What a method needs to know of whole tensors is read before.
     """
-    weights, scale = _weights(recipe, place.depth), at(recipe.scale, place.depth)
+    weights, scale = _weights(recipe, name, place.depth), at(recipe.scale, place.depth, name, otherwise=1.0)
     if recipe.merge_method == "linear":
         return lambda *parts: linear(parts, weights)
     if recipe.merge_method == "slerp":
-        shares = arc(*_product_and_lengths(place), at(recipe.t, place.depth))
+        shares = arc(*_product_and_lengths(place), at(recipe.t, place.depth, name))
         return lambda *parts: linear(parts, shares)
     if recipe.merge_method == "task_arithmetic":
         return lambda base, *tuned: task_arithmetic(base, tuned, [scale * weight for weight in weights])
@@ -169,7 +179,7 @@ def _combination(recipe: MergeRecipe, name: str, place: Place) -> Callable[..., 
 
 def _sparsifier(recipe: MergeRecipe, number: int, name: str, place: Place) -> Callable[[Tensor], Tensor]:
     """What thins out a model's task vector; called for rows in their order."""
-    density = at(recipe.merged[number].density, place.depth)
+    density = at(recipe.merged[number].density, place.depth, name, otherwise=1.0)
     if recipe.merge_method.startswith("dare"):
         generator = torch.Generator().manual_seed(_seed(recipe.seed, number, name))
         return lambda delta: drop(delta, density, generator)
@@ -192,9 +202,9 @@ def _product_and_lengths(place: Place) -> tuple[float, float]:
     return sums[0].item(), (sums[1] * sums[2]).sqrt().item()
 
 
-def _weights(recipe: MergeRecipe, depth: float) -> list[float]:
+def _weights(recipe: MergeRecipe, name: str, depth: float) -> list[float]:
     """The weight of each model at a depth, divided by their sum where that is all that normalizing means."""
-    weights = [at(entry.weight, depth) for entry in recipe.merged]
+    weights = [at(entry.weight, depth, name) for entry in recipe.merged]
     if not recipe.is_normalized:
         return weights
     if min(weights) < 0 or not sum(weights):
@@ -227,11 +237,14 @@ def _architecture(config: SLMConfig) -> Architecture:
 
 
 def _depth(name: str, layers: int) -> float:
-    """Where a tensor of the decoder sits: 0 at the embedding and in the first layer, 1 in the last and behind it."""
+    """Where a tensor of the decoder sits: 0 in the first layer, 1 in the last.
+
+    As in mergekit 0 outside of the layers too (embedding, final norm, head), and 1 in the only layer of a model.
+    """
     parts = name.split(".")
-    if parts[0] == "blocks":
-        return int(parts[1]) / max(1, layers - 1)
-    return 0.0 if parts[0] in ("embedding", "place") else 1.0
+    if parts[0] != "blocks":
+        return 0.0
+    return int(parts[1]) / (layers - 1) if layers > 1 else 1.0
 
 
 def _seed(seed: int, number: int, name: str) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +20,16 @@ TRAINING_FIELDS = {
     "learning_rate", "batch_size", "sequence_length", "gradient_clip_norm", "warmup_steps", "use_distillation",
     "distillation_alpha", "distillation_temperature",
 }  # fmt: skip
+
+
+# Read for whatever family by transformers' caches: of one that has no windows here they are refused, not ignored.
+WINDOWS = {"layer_types", "sliding_window"}
+
+
+@functools.cache
+def _warn_once(line: str) -> None:
+    """A command reads the same file several times."""
+    logging.getLogger(__name__).warning(line)
 
 
 class SLMConfig(Settings):
@@ -153,7 +165,8 @@ class SLMConfig(Settings):
     def from_pretrained(cls, directory: str | Path) -> SLMConfig:
         """Read the `config.json` of a model directory, in the spelling of transformers 4 or 5.
 
-        Raises `UserError` where the file is missing or broken, or holds a key that this class would have to ignore.
+        Keys that the family's code does not read are ignored, with one warning that lists them. Raises `UserError`
+        where the file is missing or broken, or says of the model what is not supported.
         """
         path = Path(directory) / "config.json"
         try:
@@ -171,7 +184,12 @@ class SLMConfig(Settings):
             content = from_published(content, family_of(model_type))
         except (UserError, ValueError) as error:
             raise UserError(f"{path}: {error}") from None
-        return load_settings(cls, content, origin=str(path))
+        except KeyError as error:
+            raise UserError(f"{path}: {error.args[0]} is missing") from None
+        read = cls.model_fields.keys() - TRAINING_FIELDS - (optional_fields() - family_of(model_type).fields) | WINDOWS
+        if ignored := sorted(key for key in content.keys() - read if content[key] not in (None, False)):
+            _warn_once(f"{path}: ignored, since no {model_type} reads it: {', '.join(ignored)}")
+        return load_settings(cls, {key: content[key] for key in content if key in read}, origin=str(path))
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write `config.json` as transformers 4 and 5, vLLM and llama.cpp's converter read it."""

@@ -42,6 +42,7 @@ class Family:
     spelling: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     derived: Mapping[str, Callable[[dict[str, Any]], Any] | None] = field(default_factory=dict)
+    or_more: tuple[str, ...] = ()  # of `fixed`: a larger number means the same
     rope_by_kind: bool = False  # rope_parameters are written once for each kind of layer
     transposed: tuple[str, ...] = ()  # endings of the names of matrices that are stored [in, out]
 
@@ -349,6 +350,7 @@ FAMILIES: dict[str, Family] = {
         _LATENT | {"rope_parameters", "rope_interleave", "attention_bias"},
         absent=_UNTIED | {"first_k_dense_replace": 3},
         fixed={"first_k_dense_replace": lambda fields: fields["num_hidden_layers"]},
+        or_more=("first_k_dense_replace",),
         derived=_DENSE,
     ),
     "slm": Family(

@@ -6,16 +6,20 @@ from typing import Any
 
 from slmkit.model.families import FULL, SLIDING, Family
 
-# Keys of a published config.json that say nothing about what the model computes.
+# Common keys of a published config.json that say nothing about what the model computes: read over without a word.
 HARMLESS_KEYS = {
     "_name_or_path", "architectures", "auto_map", "cache_implementation", "chunk_size_feed_forward", "dtype",
-    "id2label", "is_encoder_decoder", "is_llama_config", "label2id", "output_attentions", "output_hidden_states",
-    "pretraining_tp", "problem_type", "return_dict", "summary_activation", "summary_first_dropout",
-    "summary_proj_to_labels", "summary_type", "summary_use_proj", "task_specific_params", "torch_dtype",
-    "transformers.js_config", "transformers_version", "use_cache",
+    "gradient_checkpointing", "id2label", "is_decoder", "is_llama_config", "label2id", "output_attentions",
+    "output_hidden_states", "pretraining_tp", "problem_type", "return_dict", "summary_activation",
+    "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj", "task_specific_params",
+    "tokenizer_class", "torch_dtype", "transformers.js_config", "transformers_version", "use_cache",
 }  # fmt: skip
-# Of older or other programs, which write them to say no.
-SAID_ONLY_TO_DENY = {"rope_interleaved": False, "use_mrope": False, "tie_encoder_decoder": False, "is_decoder": False}
+# What transformers reads for every family, or older programs wrote: the one value that is supported.
+ONLY_WITH = {
+    "attention_chunk_size": None, "cross_attention_hidden_size": None, "is_causal": True, "is_encoder_decoder": False,
+    "partial_rotary_factor": 1.0, "per_layer_config": None, "pruned_heads": {},
+    "quantization_config": None, "rope_interleaved": False, "tie_encoder_decoder": False, "use_mrope": False,
+}  # fmt: skip
 # Written as null where it follows from other fields.
 NULL_IS_ABSENT = {"head_dim", "intermediate_size", "layer_types", "no_rope_layers", "num_key_value_heads"}
 
@@ -32,9 +36,11 @@ def from_published(content: dict[str, Any], family: Family) -> dict[str, Any]:
     _read_layers(content)
     for key in HARMLESS_KEYS | family.derived.keys():
         content.pop(key, None)
-    for key, value in (SAID_ONLY_TO_DENY | _fixed(family, content)).items():
-        if (found := content.pop(key, value)) not in (value, None):
-            raise ValueError(f"{key} is {found!r}: nothing but {value!r} is held here")
+    for key, value in (ONLY_WITH | _fixed(family, content)).items():
+        found = content.pop(key, value)
+        is_more = key in family.or_more and isinstance(found, int) and isinstance(value, int) and found > value
+        if found not in (value, None) and not is_more:
+            raise ValueError(f"{key} is {str(found)[:80]}: only {value!r} is supported")
     if "rope_parameters" in family.fields:
         _read_rope(content, family.rope_by_kind)
     return content
@@ -94,6 +100,8 @@ def _read_layers(content: dict[str, Any]) -> None:
         content["sliding_window"] = None
     if turning_every and depth and "no_rope_layers" not in content:
         content["no_rope_layers"] = [int(i % turning_every != 0) for i in range(1, depth + 1)]
+    if set(content.get("layer_types") or ()) == {FULL} and not content.get("sliding_window"):
+        del content["layer_types"]
     if not content.get("sliding_window") or not depth or "layer_types" in content:
         return
     if every is not None:

@@ -58,6 +58,12 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
         raise damaged(path, error) from None
 
 
+def expect_finite(tensor: Tensor, name: str, way_out: str) -> None:
+    """Raises `UserError` that begins with `name` where a number of the tensor is NaN or infinite."""
+    if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():  # NaN is the least and the largest
+        raise UserError(f"{name} has numbers that are not finite (NaN or infinity): {way_out}")
+
+
 def damaged(path: Path, error: Exception) -> UserError:
     return UserError(f"{path}: damaged or cut short ({error}); use another checkpoint, or copy it again")
 

@@ -8,7 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
+from slmkit.adapt.merge_recipe import MergeRecipe
+from slmkit.api.merging import prepare_merge, write_merge
+from slmkit.config import UserError, load_settings
+from slmkit.model.directory import WEIGHTS as WEIGHTS_FILE
 from tests.adapt import merge_reference as reference
 from tests.adapt.merge_models import Arrays, arrays, bits, merge, small, write_family
 
@@ -194,15 +199,132 @@ def test_ties_of_everything_where_all_signs_agree_is_the_mean(folder: Path) -> N
         np.testing.assert_allclose(tensor[agree], np.mean([tune[name] for tune in tunes], axis=0)[agree], atol=1e-6)
 
 
-def test_a_list_of_weights_is_spread_over_the_depth(folder: Path) -> None:
+def place(name: str, layers: int = 3) -> float:
+    """Where mergekit's planner evaluates a gradient: layers from 0 to 1, everything outside of them at 0."""
+    number = next((int(part) for part in name.split(".") if part.isdigit()), 0)
+    return number / (layers - 1)
+
+
+def test_a_list_is_spread_over_the_layers_and_begins_outside_of_them_as_in_mergekit(folder: Path) -> None:
     output = arrays(merge(folder, next(names), merge_method="slerp", models=["base", "tune-0"], t=[0, 0.5, 1]))
     first, second = arrays(folder / "base"), arrays(folder / "tune-0")
+    assert any(name in output for name in ("lm_head.weight", "transformer.ln_f.weight"))
     for name, tensor in output.items():
-        number = next((int(part) for part in name.split(".") if part.isdigit()), None)
-        if number == 0 or any(word in name for word in ("embed", "wte", "wpe")):
+        if place(name) == 0:  # the first layer; and embedding, final norm and head
             assert np.array_equal(tensor, first[name]), name
-        elif number == 1:
+        elif place(name) == 1:
+            assert np.array_equal(tensor, second[name]), name
+        else:
             assert not np.array_equal(tensor, first[name])
             assert not np.array_equal(tensor, second[name])
-        else:
-            assert np.array_equal(tensor, second[name]), name
+
+
+@pytest.mark.parametrize("key", ["weight", "density", "lambda"])
+def test_so_is_every_other_number(folder: Path, key: str) -> None:
+    values = [0.2, 1.0, 0.6]
+    usual = {"weight": 0.5, "density": 0.7, "lambda": 0.9}
+    chosen = usual | {key: values}
+    models = [{"model": tune} | {k: chosen[k] for k in ("weight", "density")} for tune in TUNES]
+    recipe = {"merge_method": "ties", "base_model": "base", "lambda": chosen["lambda"], "normalize": False}
+    output = arrays(merge(folder, next(names), models=models, **recipe))
+    base, tunes = arrays(folder / "base"), [arrays(folder / tune) for tune in TUNES]
+    for name, tensor in output.items():
+        here = usual | {key: values[round(place(name) * 2)]}
+        expected = reference.ties(
+            base[name],
+            [tune[name] for tune in tunes],
+            [here["weight"]] * 3,
+            here["density"],
+            here["lambda"],
+            mean=False,
+        )
+        np.testing.assert_allclose(tensor, expected, atol=2e-6, err_msg=name)
+
+
+def test_mergekits_gradient_slerp_with_filters_and_a_slice(folder: Path) -> None:
+    """The form of mergekit's own example of a gradient, which most published recipes are copies of."""
+    content = {
+        "slices": [{"sources": [{"model": str(folder / one), "layer_range": [0, 3]} for one in ("tune-0", "base")]}],
+        "merge_method": "slerp",
+        "base_model": str(folder / "tune-0"),
+        "parameters": {
+            "t": [{"filter": "attn", "value": [0, 1, 0]}, {"filter": "mlp", "value": [1, 0, 1]}, {"value": 0}]
+        },
+        "dtype": "float32",
+        "output_dir": str(folder / next(names)),
+    }
+    output = arrays(write_merge(prepare_merge(load_settings(MergeRecipe, content))))
+    first, second = arrays(folder / "tune-0"), arrays(folder / "base")
+    for name, tensor in output.items():
+        t = (0, 1, 0)[round(2 * place(name))] if "attn" in name else 0
+        t = (1, 0, 1)[round(2 * place(name))] if "mlp" in name else t
+        assert np.array_equal(tensor, (first, second)[t][name]), name
+
+
+def test_the_only_layer_of_a_model_takes_the_last_value_as_in_mergekit(tmp_path: Path) -> None:
+    write_family(tmp_path, small(num_hidden_layers=1), tunes=1)
+    output = arrays(merge(tmp_path, merge_method="slerp", models=["base", "tune-0"], t=[0, 1]))
+    layer = arrays(tmp_path / "tune-0")
+    assert all(np.array_equal(tensor, layer[name]) for name, tensor in output.items() if ".layers.0." in name)
+
+
+def test_numbers_for_all_models_stand_behind_a_models_own(folder: Path) -> None:
+    own = [{"filter": "mlp", "value": 0.9}]
+    entry = {"model": "tune-0", "parameters": {"weight": own}}
+    common = {"parameters": {"weight": 0.25, "normalize": False, "int8_mask": True}, "tokenizer_source": "base"}
+    output = arrays(merge(folder, next(names), merge_method="linear", models=[entry, "tune-1"], **common))
+    first, second = arrays(folder / "tune-0"), arrays(folder / "tune-1")
+    for name, tensor in output.items():
+        weight = 0.9 if "mlp" in name else 0.25
+        np.testing.assert_allclose(tensor, weight * first[name] + 0.25 * second[name], atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"t": [{"filter": "mlp", "value": 0.5}]}, "no condition says what .* gets"),
+        ({"t": [{"filter": "mlp", "value": 2}]}, "t: expected numbers from 0 to 1"),
+        ({"t": [{"filtre": "mlp", "value": 1}]}, "filtre"),
+        ({"slices": [{"sources": []}, {"sources": []}], "models": None}, "slices: only one slice of whole models"),
+        ({"models": [{"model": "base", "layer_range": [0, 2]}, {"model": "tune-0"}]}, "layer_range is .0, 2."),
+        ({"rescale": True}, "unknown key 'rescale'"),
+        ({"models": [{"model": None}, {"model": "tune-0"}]}, "models.0.model: not set: name a model directory"),
+    ],
+    ids=str,
+)
+def test_what_is_not_merged_as_mergekit_would_is_refused(folder: Path, changes: dict, words: str) -> None:
+    content = {"merge_method": "slerp", "models": [{"model": "base"}, {"model": "tune-0"}], "t": 0.5} | changes
+    content = {key: value for key, value in content.items() if value is not None}
+    for entry in content.get("models", []):
+        entry["model"] = entry["model"] and str(folder / entry["model"])
+    with pytest.raises(UserError, match=words):
+        write_merge(prepare_merge(load_settings(MergeRecipe, content | {"output_dir": str(folder / "refused")})))
+    assert not (folder / "refused").exists()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["base", "tune-0", "tune-1"])
+@pytest.mark.parametrize("method", ["linear", "slerp", "ties", "dare_ties", "task_arithmetic"])
+def test_a_number_that_is_none_is_refused_by_its_tensors_name(
+    tmp_path: Path, method: str, where: str, bad: float
+) -> None:
+    write_family(tmp_path, small(num_hidden_layers=1), tunes=2)
+    path = tmp_path / where / WEIGHTS_FILE
+    tensors = load_file(path)
+    tensors["model.layers.0.mlp.down_proj.weight"][-1, -1] = bad
+    save_file(tensors, path, metadata={"format": "pt"})
+    models = [{"model": "tune-0"}, {"model": "tune-1"}]
+    base = {"base_model": "base"} if method.endswith(("ties", "arithmetic")) else {}
+    if not base and where == "base":
+        return
+    words = rf"{where}/model.safetensors: 'model.layers.0.mlp.down_proj.weight' has numbers that are not finite"
+    with pytest.raises(UserError, match=words):
+        merge(tmp_path, merge_method=method, models=models, **base)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_result_that_does_not_fit_its_precision_is_refused(folder: Path) -> None:
+    models = [{"model": tune, "weight": 1e6} for tune in TUNES]
+    with pytest.raises(UserError, match="the merged .* not finite .* do not fit torch.float16: set dtype: float32"):
+        merge(folder, "overflow", merge_method="linear", models=models, normalize=False, dtype="float16")
+    assert not (folder / "overflow").exists()

@@ -11,6 +11,7 @@ import pytest
 from slmkit.config import UserError
 from slmkit.model import SLMConfig
 from slmkit.model.config import PRESETS, TRAINING_FIELDS
+from slmkit.model.families import FAMILIES
 
 
 def test_heads_follow_from_each_other_where_they_are_not_given() -> None:
@@ -65,7 +66,7 @@ def test_rope_is_written_both_ways_and_read_in_either(tmp_path: Path) -> None:
         assert SLMConfig.from_pretrained(tmp_path).rope_parameters == config.rope_parameters
 
 
-def test_a_key_that_would_have_to_be_ignored_is_an_error(tmp_path: Path) -> None:
+def test_a_window_of_a_family_without_windows_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "sliding_window": 512}))
     with pytest.raises(UserError, match="sliding_window is 512, which model_type 'llama' does not have"):
         SLMConfig.from_pretrained(tmp_path)
@@ -157,9 +158,16 @@ def test_a_published_config_is_read_with_all_its_keys(family: str, tmp_path: Pat
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"rope_interleaved": True}, "rope_interleaved is True: nothing but False is held here"),
-        ({"attention_multiplier": 2}, "attention_multiplier"),
-        ({"model_type": "deepseek_v3"}, "first_k_dense_replace is 3: nothing but 4 is held here"),
+        ({"rope_interleaved": True}, "rope_interleaved is True: only False is supported"),
+        ({"is_causal": False}, "is_causal is False: only True is supported"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config is {'quant_method': 'fp8'}: only None"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5: only 1.0"),
+        ({"pruned_heads": {"0": [1]}}, "pruned_heads"),
+        ({"attention_chunk_size": 8}, "attention_chunk_size"),
+        ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+        ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
+        ({"model_type": "deepseek_v3"}, "first_k_dense_replace is 3: only 4 is supported"),
+        ({"model_type": "deepseek_v3", "num_hidden_layers": None}, "first_k_dense_replace is 3: only None"),
         ({"num_key_value_heads": 3}, r"num_attention_heads \(4\) must be a multiple of num_key_value_heads \(3\)"),
     ],
 )
@@ -170,3 +178,41 @@ def test_what_a_published_config_says_and_is_not_held_is_refused_by_name(
     (tmp_path / "config.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=words):
         SLMConfig.from_pretrained(tmp_path)
+
+
+# Keys of public files that no code of any family reads, and some that only this project's scripts would.
+FOREIGN = {
+    "_num_labels": 1, "_attn_implementation_autoset": True, "output_past": True, "unsloth_fixed": True,
+    "unsloth_version": "2025.1", "n_special": 1, "predict_special_tokens": True, "bad_words_ids": [[3]],
+    "finetuning_task": "chat", "max_length": 20, "do_sample": True, "attention_multiplier": 2, "learning_rate": 9.0,
+    "sequence_length": 10**9, "something_new": {"a": [1]},
+}  # fmt: skip
+SILENT = {
+    "gradient_checkpointing": False, "tokenizer_class": "GPT2Tokenizer", "quantization_config": None,
+    "rope_interleaved": None, "other": None, "another": False, "layer_types": ["full_attention"] * 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_keys_that_no_code_of_the_family_reads_are_named_once_and_change_nothing(
+    family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    content = SLMConfig(model_type=family, num_hidden_layers=4).published()
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(content))
+    plain = SLMConfig.from_pretrained(tmp_path)
+    path.write_text(json.dumps(SILENT | content))
+    assert SLMConfig.from_pretrained(tmp_path) == plain
+    assert not caplog.messages
+    path.write_text(json.dumps(content | FOREIGN))
+    for _ in range(3):
+        assert SLMConfig.from_pretrained(tmp_path) == plain
+    (line,) = caplog.messages
+    assert line == f"{path}: ignored, since no {family} reads it: {', '.join(sorted(FOREIGN))}"
+
+
+@pytest.mark.parametrize("beyond", [0, 1, 57])
+def test_a_deepseek_whose_layers_are_all_dense_is_read(beyond: int, tmp_path: Path) -> None:
+    content = SLMConfig(model_type="deepseek_v3", num_hidden_layers=4).published()
+    (tmp_path / "config.json").write_text(json.dumps(content | {"first_k_dense_replace": 4 + beyond}))
+    assert SLMConfig.from_pretrained(tmp_path).num_hidden_layers == 4
