@@ -89,16 +89,11 @@ def as_its_class_does(tokenizer: Tokenizer, config: dict[str, Any]) -> Tokenizer
     return tokenizer
 
 
-def ends_of_a_text(tokenizer: Tokenizer, config: dict[str, Any]) -> tuple[list[int], list[int]]:
-    """The ids that this tokenizer puts before a text and behind it, as in `transformers`.
+def ends_of_a_text(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """The ids that the post-processor puts before a text and behind it.
 
-    `add_bos_token` and `add_eos_token` of the config decide where they are there, else the post-processor.
+    `add_bos_token` of the config says nothing beside a `tokenizer.json`, as in `transformers`.
     """
-    flags, named = ("add_bos_token", "add_eos_token"), named_tokens(config)
-    if tokenizer.post_processor is None or any(config.get(flag) is not None for flag in flags):
-        ends = [tokenizer.token_to_id(named.get(flag[4:], "")) if config.get(flag) else None for flag in flags]
-        before, behind = ([] if index is None else [index] for index in ends)
-        return before, behind
     plain, whole = (tokenizer.encode("a", add_special_tokens=adds).ids for adds in (False, True))
     start = next(place for place in range(len(whole) + 1) if whole[place : place + len(plain)] == plain)
     return whole[:start], whole[start + len(plain) :]

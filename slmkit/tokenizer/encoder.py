@@ -45,7 +45,7 @@ class TextEncoder:
         self.spelled, self.secretly = _any_of(self.special), _any_of(self.secret)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("fast", "ordinary")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("fast", "ordinary", "_stand_ins")}
 
     @cached_property
     def fast(self) -> FastEncoder | None:
@@ -117,14 +117,21 @@ class TextEncoder:
         return [self.encode_array(text) for text in texts]
 
     def encode_further(self, text: str) -> list[int]:
-        """As `encode`, of text that goes on where other text ended: nothing is put in front of it."""
-        if self.fast:
-            return self.encode(text)
-        for before in STAND_INS:
-            found = self._without(before + text, 0, 1, [])
-            if found is not None:
-                return found
+        """As `encode`, of text that goes on where other text ended: nothing is put in front of it.
+
+        It is encoded behind a character whose tokens are then left out, one that merges with nothing in it.
+        """
+        for before in "" if self.fast else self._stand_ins:
+            encoding = self.ordinary.encode(before + text, add_special_tokens=False)
+            if all(start >= 1 or end <= 1 for start, end in encoding.offsets):
+                return [index for index, (start, _) in zip(encoding.ids, encoding.offsets) if start >= 1]
         return self.encode(text)
+
+    @cached_property
+    def _stand_ins(self) -> list[str]:
+        """Those of `STAND_INS` that this vocabulary holds: where one is left out, places are not to be trusted."""
+        ids = [self.ordinary.encode(character, add_special_tokens=False).ids for character in STAND_INS]
+        return [one for one, its in zip(STAND_INS, ids) if one.isspace() or one in self.ordinary.decode(its)]
 
     def encode_bytes(self, data: bytes) -> list[int]:
         """What is valid UTF-8 as text, every other byte as its own token.
@@ -137,16 +144,6 @@ class TextEncoder:
             ids += [byte_level.byte_token_id(self.library, byte) for byte in invalid.encode("utf-8", "surrogateescape")]
             ids += self.encode_further(text) if text else []
         return ids
-
-    def _without(self, text: str, start: int, stop: int, instead: list[int]) -> list[int] | None:
-        """The ids of `text`, those of text[start:stop] replaced; None where a token reaches across its edges."""
-        try:
-            encoding = self.ordinary.encode(text, add_special_tokens=False)
-        except TypeError:
-            return None
-        kept = [index for index, (first, last) in zip(encoding.ids, encoding.offsets) if first >= stop]
-        is_clean = all(first >= stop or last <= stop for first, last in encoding.offsets)
-        return [*instead, *kept] if is_clean else None
 
     # -- text with special tokens -------------------------------------------------------------------------------------
 
