@@ -35,6 +35,8 @@ from slmkit.training.run_log import MetricsLog, environment, mark_running, rewin
 from slmkit.training.saver import Saver, best_checkpoint, point_links
 from slmkit.training.trackers import Tracker, open_trackers
 
+IDLE_REPORTED = 10  # steps in a row without learning that are worth a line
+
 
 class RunDirectory:
     """The names inside `runs/NAME/`."""
@@ -155,6 +157,8 @@ def fit(
                 saver.wait()
                 roll_back(run, state, plan, error, warn, files)
                 logger.last_step = -1
+    if not state.guard.has_learned and state.guard.idle:
+        warn(f"{run.root}: {state.guard.idle_report()}")
     if state.step < plan.steps:
         _ended_early(run, state, plan, stream, warn)
     return state
@@ -294,6 +298,8 @@ class Logger:
 
     def log_if_skipped(self, state: State, report: Report) -> None:
         """No refused step goes unrecorded either."""
+        if state.guard.has_learned and state.guard.idle and state.guard.idle % IDLE_REPORTED == 0:
+            self.warn(f"step {state.step}: {state.guard.idle_report()}")
         if "skipped" in report:
             self.warn(f"step {state.step}: skipped, {report['skipped']}; weights left as they were")
             self.log(state, report)
