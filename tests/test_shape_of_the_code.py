@@ -11,22 +11,25 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "slmkit"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
-BASE = {"config", "device"}
+BASE = {"config", "device", "network", "hub", "find"}
 GENERATION = BASE | {"model", "tokenizer"}
 MAY_IMPORT = {
     "config": set(),
     "device": set(),
+    "network": {"config"},
+    "hub": {"config", "network"},
+    "find": {"config", "hub"},
     "model": BASE,
     "tokenizer": BASE,
-    "data": {"config", "tokenizer"},
+    "data": {"config", "network", "hub", "find", "tokenizer"},
     "training": BASE | {"model", "data"},
     "adapt": BASE | {"model"},
     "generation": GENERATION,
     "evaluation": GENERATION | {"data", "generation"},
     "export": GENERATION | {"adapt"},
     "serving": GENERATION | {"generation"},
-    "api": {
-        "config", "device", "model", "tokenizer", "data", "training", "adapt", "generation", "evaluation",
+    "api": BASE | {
+        "model", "tokenizer", "data", "training", "adapt", "generation", "evaluation",
         "export", "serving",
     },
 }  # fmt: skip

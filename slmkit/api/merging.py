@@ -10,10 +10,10 @@ from pathlib import Path
 from slmkit.adapt.merge_recipe import MergeRecipe
 from slmkit.adapt.merging import Merge, plan_merge
 from slmkit.config import UserError, to_yaml
+from slmkit.find import find_model_directory
 from slmkit.generation import common_tokenizer
 from slmkit.model.adapter_directory import base_of, is_adapter
 from slmkit.training.files import sync
-from slmkit.training.find import find_model_directory
 
 # What goes along from the first of the models: how text becomes ids, and how it is generated from.
 COMPANIONS = (

@@ -9,12 +9,12 @@ from slmkit.adapt.lora import add_lora
 from slmkit.api.distill import teacher_like, with_the_teachers_tokenizer
 from slmkit.api.work import expect_a_model, inventory_of
 from slmkit.device import Device
+from slmkit.find import find_model_directory, find_tokenizer_directory
 from slmkit.model import Decoder, SLMConfig, build_decoder
 from slmkit.model.adapter_directory import is_adapter
 from slmkit.model.directory import empty_decoder
 from slmkit.model.lora_settings import LoRASettings
 from slmkit.tokenizer import SLMTokenizer
-from slmkit.training.find import find_model_directory, find_tokenizer_directory
 from slmkit.training.planning import Outlook, outlook
 from slmkit.training.probe import Subject
 from slmkit.training.recipe import Recipe

@@ -54,8 +54,8 @@ def prepare(
     from slmkit.data.many_sources import Reading
     from slmkit.data.prepare import write_conversations
     from slmkit.data.source_settings import SourceSettings
+    from slmkit.find import find_tokenizer_directory
     from slmkit.tokenizer import SLMTokenizer
-    from slmkit.training.find import find_tokenizer_directory
 
     _check_options(chat, of_text=bool(clean or ray or shuffle is not None), of_chat=length is not None)
     cleaning = load_settings(CleaningSettings, {}, clean or [])
@@ -104,8 +104,8 @@ def inspect(
     """
     from slmkit.data import TokenShards
     from slmkit.data.shard_facts import find_facts
+    from slmkit.find import find_tokenizer_directory
     from slmkit.tokenizer import SLMTokenizer
-    from slmkit.training.find import find_tokenizer_directory
 
     opened = TokenShards.open(shards)
     header, facts = opened.header, find_facts(opened, length)

@@ -85,7 +85,7 @@ def load_model(path: str, device: str, others: Sequence[str] = ()) -> tuple[Lang
 
     With `others`, all of them as one ensemble. Raises `UserError`.
     """
-    from slmkit.training.find import find_model_directory
+    from slmkit.find import find_model_directory
 
     directories = [find_model_directory(found) for found in (path, *others)]
     from slmkit.adapt.load import load_model as load  # not before it is sure that there is something to load

@@ -54,8 +54,8 @@ def encode(
 
     Example: slm tokenizer encode tokenizers/book "Once upon a time"
     """
+    from slmkit.find import find_tokenizer_directory
     from slmkit.tokenizer import SLMTokenizer
-    from slmkit.training.find import find_tokenizer_directory
 
     loaded = SLMTokenizer.from_pretrained(find_tokenizer_directory(tokenizer))
     ids = loaded.encode(text)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from slmkit.device import Device, find_device
+from slmkit.find import find_model_directory
 from slmkit.model import SLMConfig
 from slmkit.model.adapter_directory import ADAPTER_WEIGHTS, config_directory, is_adapter
 from slmkit.model.architecture import Architecture
@@ -97,7 +98,7 @@ def config_of(model: str | Path) -> SLMConfig:
 def _adapter_directory(model: str | Path) -> Path | None:
     """The directory of an adapter, where `model` is one."""
     found = find_model_or_preset(model)
-    return found if isinstance(found, Path) and is_adapter(found) else None
+    return find_model_directory(model) if isinstance(found, Path) and is_adapter(found) else None
 
 
 def _adapter_of(directory: Path | None) -> dict[str, int]:

@@ -63,7 +63,7 @@ class Plan:
     group: Group = ALONE
 
 
-Hook = Callable[[State, Report], None]
+Hook = Callable[[State, Report], Any]  # True ends the run after this step; of several ranks all must say so
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def train(
         for hook in hooks:
             is_due = is_last or state.step % hook.steps == 0 or (is_stopping and hook.on_stop)
             if is_due and (hook.on_all_ranks or group.is_main):
-                hook.hook(state, report)
+                is_stopping |= hook.hook(state, report) is True
                 state.model.train()
         if is_stopping:
             break

@@ -10,11 +10,11 @@ from pathlib import Path
 from slmkit.config import UserError
 from slmkit.data.sources import BUILT_IN
 from slmkit.device import Device, available_memory, find_device
+from slmkit.find import find_config_directory
 from slmkit.model import SLMConfig
 from slmkit.model.adapter_directory import config_directory
 from slmkit.model.families import architecture_of
 from slmkit.model.sizes import parameter_count, parameters_by_module
-from slmkit.training.find import find_model_directory
 from slmkit.training.forecast import Forecast, forecast, guessed_rate
 from slmkit.training.inventory import Inventory
 from slmkit.training.micro_batch import fitting_rows
@@ -167,7 +167,7 @@ def _config_of(recipe: Recipe) -> tuple[SLMConfig, list[str]]:
     """The model's config, and what had to be assumed of it."""
     if recipe.model.path is not None:
         try:
-            return SLMConfig.from_pretrained(config_directory(find_model_directory(recipe.model.path))), []
+            return SLMConfig.from_pretrained(config_directory(find_config_directory(recipe.model.path))), []
         except UserError:
             if recipe.output_dir.startswith("runs/quickstart"):  # its parts follow on each other
                 return SLMConfig.from_preset("quickstart"), [f"{recipe.model.path} will be as the preset quickstart"]
