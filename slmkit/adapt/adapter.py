@@ -34,7 +34,7 @@ from slmkit.model.adapter_directory import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from slmkit.model.families import family_of
 from slmkit.model.growth import grow_vocabulary
 from slmkit.model.lora_settings import LoRASettings
-from slmkit.model.stored import stored_tensors
+from slmkit.model.stored import expect_finite, stored_tensors
 
 GENERATION = "generation_config.json"  # what ends a text, which new tokens may have changed
 
@@ -166,7 +166,10 @@ def read_tensors(decoder: Decoder, config: SLMConfig, directory: str | Path) -> 
 
 def _read(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     try:
-        return from_peft(load_file(path))
+        tensors = load_file(path)
+        for name, tensor in tensors.items():
+            expect_finite(tensor, repr(name), "the adapter is broken: use another checkpoint")
+        return from_peft(tensors)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; the directory holds an adapter's config but no weights") from None
     except (OSError, safetensors.SafetensorError) as error:
