@@ -100,7 +100,7 @@ class Sampler:
             self.generator.manual_seed(settings.seed)
 
     def __call__(self, logits: Tensor, ids: Tensor) -> Tensor:
-        """logits [batch, vocab_size], ids so far [batch, sequence] → [batch]. Raises `UserError` for NaN or infinity."""
+        """logits [batch, vocab_size], ids so far [batch, sequence] → [batch]. Raises `UserError` for logits of NaN."""
         logits = logits.float()
         if not logits.amax(-1).isfinite().all():  # NaN is the largest; greedy decoding would take it
             raise UserError("the model's logits are not finite: its weights are damaged, or its training diverged")
