@@ -71,7 +71,7 @@ def save_adapter(
         )
     shapes = {name: update.shape for name, update in updates.items()}
     whole = whole_to_disk(decoder, config, tensors)
-    content = adapter_config(str(base), settings, shapes, others, bool(family_of(config.model_type).transposed))
+    content = adapter_config(str(base), settings, shapes, others, family_of(config.model_type))
     content["modules_to_save"] = sorted({name.rpartition(".")[0] for name in whole}) or None
     stored = to_peft(updates) | {f"{PREFIX}{name}": tensor for name, tensor in whole.items()}
     generation = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id, "do_sample": True}
@@ -180,6 +180,7 @@ def _expect_all(
             raise UserError(f"{path}: adapts {name!r}, which its base does not have: {ANOTHER}")
     excluded = [*described.settings.modules_to_save, *described.exclude_modules]
     expected = matching(there, described.settings.target_modules, except_for=excluded)
+    expected += [name for name in there if name.endswith(tuple(f".{end}" for end in described.parameters))]
     missing = [name for name in expected if name not in updates]
     if missing and not described.only_some_layers:
         raise UserError(
