@@ -80,7 +80,7 @@ def find_device(name: str = "auto", precision: str = "auto") -> Device:
     if device == torch.device("cuda") and ranks.world > 1:
         device = torch.device("cuda", ranks.local_rank)
     if precision == "auto":
-        precision = "bfloat16" if _multiplies_in_bfloat16(device) else "float32"
+        precision = "bfloat16" if multiplies_in_bfloat16(device) else "float32"
     compute_dtype, weight_dtype = PRECISIONS[precision]
     return Device(device, compute_dtype, weight_dtype, keeps_master=precision == "bfloat16-master", ranks=ranks)
 
@@ -115,7 +115,9 @@ def _checked(name: str) -> str:
     return name
 
 
-def _multiplies_in_bfloat16(device: torch.device) -> bool:
+@functools.cache
+def multiplies_in_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware has products of bfloat16; else they are emulated, 25 times as slow as float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":

@@ -157,5 +157,5 @@ class ValidateAnswers:
         right, reward, tokens = group.sum(
             sum(each.is_right for each in judged), sum(each.reward for each in judged), sum(map(len, answers))
         )
-        report["validation_loss"] = 1 - reward / count
+        report["validation_loss"], report["validation/reward"] = 1 - reward / count, reward / count
         report |= {"validation/right": right / count, "validation/tokens": tokens / count}

@@ -12,10 +12,10 @@ def plot(
     output: Annotated[str, typer.Option("--output", "-o", help="The picture to write.")] = "loss.png",
     over: Annotated[str, typer.Option(help="What it is drawn over: tokens, time, steps.")] = "tokens",
     what: Annotated[
-        str | None, typer.Option(help="loss, right (answers), preferred (pairs); right where all runs have it.")
+        str | None, typer.Option(help="loss, reward, right (share of right answers) or preferred (share of pairs).")
     ] = None,
 ) -> None:
-    """Draw the losses of several runs over each other, or their shares of right answers.
+    """Draw the losses of several runs in one picture, or their rewards or shares of right answers.
 
     Example: slm plot runs/book runs/book-2 --over time -o both.png
     """

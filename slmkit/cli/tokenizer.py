@@ -21,7 +21,9 @@ def train(
     ],
     output: Annotated[str, typer.Option("--output", "-o", help="Where tokenizer.json goes.")] = "tokenizer",
     vocab_size: Annotated[int, typer.Option(help="Tokens, the 256 bytes and the special ones included.")] = 16_384,
-    text_column: Annotated[str, typer.Option(help="The column that holds the text.")] = "text",
+    text_column: Annotated[
+        str | None, typer.Option(help="The column that holds the text; `text` unless given.")
+    ] = None,
     documents_per_source: Annotated[
         int | None,
         typer.Option(min=1, help="Read so many of each; else as many characters of each, 100 million in all."),

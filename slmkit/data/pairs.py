@@ -20,7 +20,7 @@ from slmkit.data.packing import IGNORED, padded, row_of_labels
 from slmkit.data.prepare import Progress, end_to_end, no_progress
 from slmkit.data.shard_writer import ShardWriter
 from slmkit.data.shards import TokenShards
-from slmkit.data.sources import Message
+from slmkit.data.sources import Message, tools_of
 from slmkit.data.sources.pair_formats import Pair
 from slmkit.data.stream import Rows
 from slmkit.tokenizer.chat_rows import ChatRow
@@ -47,7 +47,7 @@ def prepare_pairs(
         waiting = iter(pairs)
         while batch := list(itertools.islice(waiting, AT_ONCE)):
             sides = [side for pair in batch for side in pair.sides]
-            encoded = tokenizer.encode_rendered([tokenizer.render_chat(side) for side in sides])
+            encoded = tokenizer.encode_rendered([tokenizer.render_chat(side, tools=tools_of(side)) for side in sides])
             own = [side[pair.shared :] for pair in batch for side in pair.sides]
             rows = [_with_answers(chat[-1], messages) for chat, messages in zip(encoded, own)]
             ids, ends, trained = end_to_end(rows, tokenizer.eos_token_id)

@@ -91,7 +91,10 @@ def test_a_row_that_is_no_pair_is_one_line_with_its_number_and_counted(tmp_path:
 def test_rows_without_the_columns_name_them(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps({"messages": ASKED}) + "\n")
-    with pytest.raises(UserError, match="no column 'prompt' and 'chosen' and 'rejected'"):
+    with pytest.raises(
+        UserError,
+        match="no column 'prompt' and 'chosen' and 'rejected', nor others.* these are conversations: objective: sft",
+    ):
         list(open_source(SourceSettings(path=str(path))).read_pairs())
 
 
