@@ -26,7 +26,7 @@ from slmkit.adapt.adapter_format import (
 )
 from slmkit.adapt.adapter_whole import ANOTHER, whole_from_disk, whole_to_disk
 from slmkit.adapt.lora import DoRALinear, LoRALinear, adapted_linears, expect_plain
-from slmkit.adapt.swap import Linear, linear, linears, matching, replace
+from slmkit.adapt.swapping import Linear, linear, linears, matching, replace
 from slmkit.config import UserError
 from slmkit.model import Decoder, SLMConfig
 from slmkit.model.adapter_directory import ADAPTER_CONFIG, ADAPTER_WEIGHTS

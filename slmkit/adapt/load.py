@@ -10,7 +10,7 @@ import torch
 from slmkit.adapt.adapter import grown_for, load_adapter
 from slmkit.adapt.adapter_config import read_adapter_config
 from slmkit.adapt.adapter_files import AdapterFiles
-from slmkit.adapt.fold import fold
+from slmkit.adapt.folding import fold
 from slmkit.adapt.lora import adapted_linears, add_lora, keep_base_in, modules_to_save
 from slmkit.config import UserError
 from slmkit.model import Decoder, SLMConfig, load_decoder

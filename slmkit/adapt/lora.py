@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from slmkit.adapt.adapter_config import apart, expect_no_dora
 from slmkit.adapt.lora_base import FORMATS
-from slmkit.adapt.swap import ALL_LINEAR, Linear, matching, swap
+from slmkit.adapt.swapping import ALL_LINEAR, Linear, matching, swap
 from slmkit.config import UserError
 from slmkit.model import Decoder, SLMConfig
 from slmkit.model.directory import reference_name
