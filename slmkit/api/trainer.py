@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from slmkit.adapt import LoRASettings, add_lora
+from slmkit.adapt.adapter import fingerprint
 from slmkit.adapt.adapter_files import AdapterFiles
 from slmkit.api.causal_lm import SLMForCausalLM
 from slmkit.api.hooks import Validate
@@ -19,6 +21,7 @@ from slmkit.data.text_dataset import TextDataset
 from slmkit.device import Device, find_device
 from slmkit.model import SLMConfig
 from slmkit.model.adapter_directory import is_adapter
+from slmkit.training.checkpoints import kept_in
 from slmkit.training.distill import objective_of
 from slmkit.training.distillation import DistillationLoss
 from slmkit.training.distributed import Group, join
@@ -98,6 +101,8 @@ class SLMTrainer:
         plan = make_plan(settings, self.train_dataset.rows_in_epoch, length, device, group=group)
         run = RunDirectory(group.from_main(str(new_run_directory(self.output_dir).root) if group.is_main else ""))
         objective: Objective = self._distillation(device) if self.distils else next_token
+        if self.files is not None and group.is_main:
+            self.files = replace(self.files, base=kept_in(run.root / "base", self.files.base))
         recipe = self._recipe(run, settings)
         if group.is_main:
             run.describe(recipe, device, {"texts": "given in a script"})
@@ -128,12 +133,13 @@ class SLMTrainer:
         base = self.model.directory
         if base is None or is_adapter(base):
             raise UserError("lora: an adapter names its model on disk: save_pretrained() that, and from_pretrained()")
+        before = fingerprint(self.model.decoder)
         add_lora(self.model.decoder, self.config, lora, self.seed)
-        return AdapterFiles(self.config, lora, base)
+        return AdapterFiles(self.config, lora, base, before)
 
     def _recipe(self, run: RunDirectory, settings: TrainSettings) -> Recipe:
         """What of the run can be written down."""
-        model = resolved(self.config) if self.lora is None else ModelSettings(path=str(self.model.directory))
+        model = resolved(self.config) if self.files is None else ModelSettings(path=str(self.files.base))
         recipe = Recipe(output_dir=str(run.root), seed=self.seed, model=model, lora=self.lora, train=settings)
         if not self.distils:
             return recipe
