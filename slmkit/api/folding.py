@@ -13,11 +13,12 @@ from pathlib import Path
 from slmkit.adapt import fold, load_adapter
 from slmkit.adapt.adapter import expect_base, fingerprint, grown_for
 from slmkit.config import UserError
+from slmkit.find import find_model_directory
 from slmkit.model import load_decoder, save_decoder
 from slmkit.model.adapter_directory import base_of, is_adapter
 from slmkit.model.stored import expect_finite
 from slmkit.tokenizer import SLMTokenizer
-from slmkit.training.find import find_model_directory, free_path
+from slmkit.training.find import free_path
 
 
 def fold_adapters(model: str | Path, adapters: Sequence[str | Path], output: str | Path | None = None) -> Path:

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from slmkit.data.sources.documents import BadRow, Position
-from slmkit.data.sources.files import File, damage, one_line, pyarrow
+from slmkit.data.sources.files import File, damage, pyarrow
 from slmkit.data.sources.json_values import BrokenJsonError, first_character, list_entries
 from slmkit.data.sources.lines import LONGEST_ROW, whole_lines
 from slmkit.data.sources.row_formats import RowFormats
 from slmkit.data.sources.turns import shown
+from slmkit.network import one_line
 
 SURROGATE_ESCAPE, SURROGATE = re.compile(r"\\u[dD]"), re.compile("[\ud800-\udfff]")
 PARQUET_BATCH = 256  # rows taken out of their columns at once

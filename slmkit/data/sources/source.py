@@ -12,7 +12,8 @@ from slmkit.data.sources.documents import BadRow, Document, Item, Message, Posit
 from slmkit.data.sources.folders import Chosen
 from slmkit.data.sources.pair_formats import Judged, Pair
 from slmkit.data.sources.parts import FilePart, StoryPart
-from slmkit.data.sources.patience import NetworkError, Patience
+from slmkit.data.sources.patience import Patience
+from slmkit.network import NetworkError
 
 T = TypeVar("T")
 
