@@ -57,8 +57,8 @@ def write_configs(config: SLMConfig, directory: Path, dtype: str = "float32") ->
 def load_decoder(directory: str | Path, device: torch.device | str = "cpu") -> tuple[Decoder, SLMConfig]:
     """Read a model directory, in one file or in shards, in float32 whatever it was stored in. Loading is strict.
 
-    Raises `UserError` for a missing or truncated file, and for a missing, unexpected or misshapen tensor, or one with
-    NaN or infinity in it, by name.
+    Raises `UserError` for a missing or truncated file, and by name for a tensor that is missing, unexpected, misshapen
+    or has a number that is NaN or infinite.
     """
     config = SLMConfig.from_pretrained(directory)
     family, decoder = family_of(config.model_type), empty_decoder(config)
