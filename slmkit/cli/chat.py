@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from slmkit.cli.options import DeviceName, MinP, ModelPath, OtherModels, Penalty, Seed, Temperature, TopK, TopP
+
 if TYPE_CHECKING:
     from slmkit.generation import ChatSession
 
@@ -17,32 +19,37 @@ CUT = {"length": " … (cut at {tokens} tokens: --max-new-tokens)", "context": "
 
 
 def chat(
-    model: Annotated[str, typer.Argument(help="A model directory, or a run (its best checkpoint).")],
-    system: Annotated[str | None, typer.Option(help="A system message to begin with.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="The longest answer, in tokens.")] = 300,
-    temperature: Annotated[float, typer.Option(help="0 is greedy; higher is wilder.")] = 0.6,
-    top_p: Annotated[float, typer.Option(help="Only the likeliest tokens that together have this share.")] = 0.95,
-    top_k: Annotated[int, typer.Option(help="Only the k likeliest tokens; 0: all.")] = 0,
-    min_p: Annotated[float, typer.Option(help="Only tokens at least this share as likely as the likeliest.")] = 0.05,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1: what was said becomes less likely.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers.")] = None,
-    others: Annotated[
-        list[str] | None,
-        typer.Option("--with", help="Average with this model's probabilities; may be given several times."),
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+    model: ModelPath,
+    system: Annotated[str | None, typer.Option(help="A system message for the whole conversation.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop an answer after this many tokens.")] = 300,
+    temperature: Temperature = 0.6,
+    top_p: TopP = 0.95,
+    top_k: TopK = 0,
+    min_p: MinP = 0.05,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = None,
+    others: OtherModels = None,
+    device: DeviceName = "auto",
 ) -> None:
-    """Talk to a model. /reset, /save FILE, /load FILE and /quit are understood; Ctrl-C stops the answer.
+    """Talk to a model.
+
+    /reset begins anew, /save FILE and /load FILE keep a conversation, /quit ends. Ctrl-C stops an answer.
 
     Example: slm chat runs/quickstart/chat
     """
     from slmkit.cli.show import load_model
-    from slmkit.generation import ChatSession, SamplingSettings
+    from slmkit.generation import SamplingSettings
+    from slmkit.training.find import learned_conversations
 
-    decoder, tokenizer = load_model(model, device, others or [])
     settings = SamplingSettings(
         temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed
     )
+    decoder, tokenizer = load_model(model, device, others or [])
+    from slmkit.generation import ChatSession
+
+    if learned_conversations(model) is False:
+        print(f"note: {model} was trained on plain text alone and never saw a conversation, so it will hardly answer.")
+        print(f"To teach it: slm train own-chat model.path={model} data.source=YOUR_CHATS.jsonl")
     session = ChatSession(decoder, tokenizer, settings, system=system, max_new_tokens=max_new_tokens)
     print(HELP)
     while (line := _read_line()) is not None:

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from slmkit.cli.help import add_command, new_app
+
 if TYPE_CHECKING:
     from slmkit.data import TokenShards
     from slmkit.tokenizer import SLMTokenizer
 
-app = typer.Typer(
-    help="Make token shards, and look into them.", no_args_is_help=True, rich_markup_mode=None, add_completion=False
-)
+app = new_app("Prepare text and conversations, and look at them.", add_completion=False)
 
 CLEAN = (
     "What to leave out: exact_duplicates=true, near_duplicates=0.8, min_characters, max_characters, min_words, "
@@ -22,7 +22,6 @@ CLEAN = (
 )
 
 
-@app.command()
 def prepare(
     sources: Annotated[list[str], typer.Argument(help="Files, folders, URLs or data sets of the hub.")],
     tokenizer: Annotated[str, typer.Option(help="A tokenizer or model directory, or a run.")],
@@ -48,15 +47,15 @@ def prepare(
     Example: slm data prepare books/ --tokenizer tokenizers/book -o shards/books --shuffle 0 --clean near_duplicates=0.8
     """
     from slmkit.cli.progress import PreparationProgress
-    from slmkit.cli.show import TerminalReporter
+    from slmkit.cli.show import TerminalReporter, counted
     from slmkit.config import load_settings
     from slmkit.data import prepare_text
     from slmkit.data.cleaning.settings import CleaningSettings
     from slmkit.data.many_sources import Reading
     from slmkit.data.prepare import write_conversations
     from slmkit.data.source_settings import SourceSettings
+    from slmkit.find import find_tokenizer_directory
     from slmkit.tokenizer import SLMTokenizer
-    from slmkit.training.find import find_tokenizer_directory
 
     _check_options(chat, of_text=bool(clean or ray or shuffle is not None), of_chat=length is not None)
     cleaning = load_settings(CleaningSettings, {}, clean or [])
@@ -81,7 +80,7 @@ def prepare(
     for line in reading.report():
         TerminalReporter().warn(line)
     _print_cleaning(shards)
-    print(f"{shards.header.documents:,} documents, {len(shards):,} tokens in {output}")
+    print(f"{counted(shards.header.documents, 'document')}, {len(shards):,} tokens in {output}")
 
 
 def _check_options(chat: bool, of_text: bool, of_chat: bool) -> None:
@@ -93,7 +92,6 @@ def _check_options(chat: bool, of_text: bool, of_chat: bool) -> None:
         raise UserError("--length: only conversations are cut at the end of a row; leave it out, or add --chat")
 
 
-@app.command()
 def inspect(
     shards: Annotated[str, typer.Argument(help="A directory of shards, such as runs/book/data/train.")],
     tokenizer: Annotated[str | None, typer.Option(help="Also show documents, decoded by this tokenizer.")] = None,
@@ -106,8 +104,8 @@ def inspect(
     """
     from slmkit.data import TokenShards
     from slmkit.data.shard_facts import find_facts
+    from slmkit.find import find_tokenizer_directory
     from slmkit.tokenizer import SLMTokenizer
-    from slmkit.training.find import find_tokenizer_directory
 
     opened = TokenShards.open(shards)
     header, facts = opened.header, find_facts(opened, length)
@@ -171,3 +169,7 @@ def _print_documents(shards: TokenShards, tokenizer: SLMTokenizer, count: int, m
             (tokenizer.decode(ids[a:b].tolist()), "green underline" if trained[a] else "") for a, b in pairwise(borders)
         ]
         console.print(Text.assemble(*parts), soft_wrap=True)
+
+
+add_command(app, "prepare", prepare)
+add_command(app, "inspect", inspect)

@@ -10,11 +10,14 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+
+from slmkit.cli.show import counted
 
 EVERY = 10.0  # seconds between two plain lines
 
@@ -61,7 +64,7 @@ class PreparationProgress(_Bar):
     def _update(self, documents: int, tokens: int, text_bytes: int) -> None:
         now = time.monotonic()
         seconds = max(now - self.started, 1e-3)
-        figures = f"{documents:,} documents, {tokens:,} tokens, {text_bytes / seconds / 1e6:.1f} MB/s"
+        figures = f"{counted(documents, 'document')}, {tokens:,} tokens, {text_bytes / seconds / 1e6:.1f} MB/s"
         fraction = self.fraction()
         if self.console.is_terminal:
             total = None if fraction is None else 1.0
@@ -98,3 +101,29 @@ class WritingProgress(_Bar):
             figures = f"{self.written / 1e6:,.0f} of {self.total / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s"
             left = f"{(self.total - self.written) / rate:.0f} s left"
             self.console.print(f"{self.label}: {figures}, {left}", soft_wrap=True, markup=False)
+
+
+class EvaluationProgress(_Bar):
+    """A context manager that gives a callback for rows done, and of how many."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self.console = Console(stderr=True, highlight=False)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, console=self.console, transient=True)
+        self.task = self.bar.add_task(label, total=None)
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        self._start()
+        return self._update
+
+    def _update(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if self.console.is_terminal:
+            self.bar.update(self.task, total=total, completed=done)
+        elif now - self.shown >= EVERY:
+            self.shown = now
+            left = (now - self.started) / done * (total - done)
+            self.console.print(
+                f"{self.label}: {done:,} of {total:,} rows, {left:.0f} s left", soft_wrap=True, markup=False
+            )

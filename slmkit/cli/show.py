@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from slmkit.generation import LanguageModel
     from slmkit.tokenizer import SLMTokenizer
+    from slmkit.training.run import RunDirectory
 
 PLAIN_EVERY = 20_000  # documents between two plain lines
 
@@ -21,12 +23,16 @@ class TerminalReporter:
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False)
+        self.is_counting = False  # a live line has no end yet
 
     def say(self, line: str | Text) -> None:
+        if self.is_counting:
+            self.is_counting = False
+            self.console.print()
         self.console.print(line, soft_wrap=True, markup=False)
 
     def warn(self, line: str) -> None:
-        self.console.print(f"warning: {line}", soft_wrap=True, markup=False)
+        self.say(Text.assemble(("warning:", "yellow"), " ", line))
 
     def counter(self, label: str) -> Callable[[int, int, int], None]:
         """A callback for documents, tokens and bytes of text done."""
@@ -34,8 +40,9 @@ class TerminalReporter:
 
         def update(documents: int, tokens: int, text_bytes: int) -> None:
             nonlocal shown
-            line = f"{label}: {documents:,} documents, {tokens:,} tokens"
+            line = f"{label}: {counted(documents, 'document')}, {tokens:,} tokens"
             if self.console.is_terminal:
+                self.is_counting = True
                 sys.stderr.write(f"\r{line}\x1b[K")
                 sys.stderr.flush()
             elif documents - shown >= PLAIN_EVERY:
@@ -43,6 +50,11 @@ class TerminalReporter:
                 self.say(line)
 
         return update
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 document`, `2 documents`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def count(number: int) -> str:
@@ -63,6 +75,17 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Co
         print("  ".join(cells).rstrip())
 
 
+def suggestion(run: RunDirectory) -> str:
+    """The command that shows what a run's model can do, with a prompt from the run's own data."""
+    from slmkit.training.recipe import load_recipe
+
+    recipe = load_recipe(run.recipe)
+    prompt = next(iter(recipe.train.sample_prompts or []), "")
+    if recipe.reads == "text":
+        return f"slm generate {run.root} {shlex.quote(prompt)}".removesuffix(" ''")
+    return f"slm chat {run.root}" + (f"  (and ask it: {prompt})" if prompt else "")
+
+
 def gibibytes(size: int) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
@@ -72,11 +95,12 @@ def load_model(path: str, device: str, others: Sequence[str] = ()) -> tuple[Lang
 
     With `others`, all of them as one ensemble. Raises `UserError`.
     """
-    from slmkit.adapt.load import load_model as load
-    from slmkit.device import find_device
-    from slmkit.generation import common_tokenizer, together
-    from slmkit.training.find import find_model_directory
+    from slmkit.find import find_model_directory
 
     directories = [find_model_directory(found) for found in (path, *others)]
+    from slmkit.adapt.load import load_model as load  # not before it is sure that there is something to load
+    from slmkit.device import find_device
+    from slmkit.generation import common_tokenizer, together
+
     tokenizer, where = common_tokenizer(directories), find_device(device).torch_device
     return together([load(directory, where)[0] for directory in directories]), tokenizer

@@ -51,9 +51,10 @@ class DataSettings(Settings):
     streaming: bool = False
     shuffle_buffer: int = Field(0, ge=0)  # documents of a stream that change places among themselves; 0: as they come
     cleaning: CleaningSettings = Field(default_factory=CleaningSettings)  # of shards, before they are written
-    text_column: str = "text"
-    messages_column: str = "messages"
-    on_bad_row: Literal["refuse", "skip"] = "refuse"  # of `source`, as the two before it; `sources` have their own
+    text_column: str | None = None  # of `source`, as the next three; `sources` have their own
+    messages_column: str | None = None
+    columns: dict[str, str] = Field(default_factory=dict)  # such as {prompt: question, completion: answer}
+    on_bad_row: Literal["refuse", "skip"] = "refuse"
     on_long_conversation: OnLong = "cut"  # one that is longer than a row; whatever becomes of it, it is counted
     validation: SourceSettings | None = None  # such as a split of its own; None: held out of the sources
     validation_fraction: float = Field(0.05, gt=0, lt=1)  # of files and streams; held out of training
@@ -82,7 +83,7 @@ class DataSettings(Settings):
         return self
 
     @classmethod
-    def of_paths(cls, paths: list[str], text_column: str = "text") -> DataSettings:
+    def of_paths(cls, paths: list[str], text_column: str | None = None) -> DataSettings:
         """One source, or several of equal weight, to be read without storing them. Raises `UserError` for one twice."""
         if len(paths) == 1:
             return cls(source=paths[0], text_column=text_column, streaming=True)
@@ -111,5 +112,5 @@ class DataSettings(Settings):
                 "`primer`; several with weights go into data.sources"
             )
         path = self.source if isinstance(self.source, str) else self.source[0]
-        names = ("text_column", "messages_column", "on_bad_row")
+        names = ("text_column", "messages_column", "columns", "on_bad_row")
         return [SourceSettings(path=path, **{name: getattr(self, name) for name in names})]

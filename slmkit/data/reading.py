@@ -14,7 +14,7 @@ from slmkit.data.conversations import ConversationEncoder, EncodedConversation
 from slmkit.data.data_settings import DataSettings, TokenizerSettings
 from slmkit.data.shards import HEADER
 from slmkit.data.source_settings import SourceSettings
-from slmkit.data.sources import BUILT_IN, BadRow, Document, Message, Source, open_source
+from slmkit.data.sources import BUILT_IN, BadRow, Document, Message, Source, open_source, tools_of
 from slmkit.data.sources.pair_formats import Judged, Pair
 from slmkit.tokenizer.chat import ConversationError
 
@@ -45,7 +45,9 @@ def open_sources(data: DataSettings, seed: int) -> dict[str, Source]:
     if isinstance(data.source, list):  # several paths that are one source
         (name, first), *_ = opened.items()
         rest = [open_source(first.settings.model_copy(update={"path": path}), seed) for path in data.source[1:]]
-        opened[name] = Source(first.settings, [part for one in (first, *rest) for part in one.parts], first.patience)
+        whole = [first, *rest]
+        parts, found = [part for one in whole for part in one.parts], [f for one in whole for f in one.found]
+        opened[name] = Source(first.settings, parts, first.patience, found)
     return opened
 
 
@@ -96,7 +98,7 @@ def _can_be_rendered(
 ) -> bool:
     try:
         for conversation in conversations:
-            tokenizer.render_chat(conversation)
+            tokenizer.render_chat(conversation, tools=tools_of(conversation))
     except ConversationError as error:
         source.leave_out(BadRow(error.reason, f"{place}: {error}"))
         return False

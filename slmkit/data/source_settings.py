@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from slmkit.config import Settings
 
@@ -24,13 +24,31 @@ class SourceSettings(Settings):
     config: str | None = None  # of a hub data set that has several, such as `sample-10BT`
     revision: str | None = None  # of a hub data set: a commit, so that a resumed run reads what it began with
     split: str = "train"  # of a hub data set, or of a folder laid out like one
-    text_column: str = "text"
-    messages_column: str = "messages"
+    text_column: str | None = None  # the same as columns: {text: …}
+    messages_column: str | None = None  # the same as columns: {messages: …}
+    columns: dict[str, str] = Field(default_factory=dict)  # such as {prompt: question, completion: answer}
     row_format: str | None = None  # how rows become text or messages; told by their columns unless named
     streaming: bool = False  # hub data sets: read over the network and store nothing; else files are downloaded once
     documents: int | None = Field(None, gt=0)  # at most so many
     on_bad_row: Literal["refuse", "skip"] = "refuse"  # those skipped are counted by reason
     retry_for: float = Field(3600.0, ge=0)  # seconds without a single document after which the network is given up
+
+    @model_validator(mode="after")
+    def _columns_are_named_once(self) -> SourceSettings:
+        for ours, key in (("text", "text_column"), ("messages", "messages_column")):
+            if ours in self.columns and getattr(self, key) is not None:
+                raise ValueError(f"{key} and columns both name the column of {ours}: keep one")
+        if len({theirs for _, theirs in self.mapping.values()}) < len(self.mapping):
+            raise ValueError("columns: one column is named twice")
+        return self
+
+    @property
+    def mapping(self) -> dict[str, tuple[str, str]]:
+        """Columns that the user named, each of them required: our name → the key that names it, and theirs."""
+        named = {"text": ("text_column", self.text_column), "messages": ("messages_column", self.messages_column)}
+        return {ours: (f"columns.{ours}", theirs) for ours, theirs in self.columns.items()} | {
+            ours: (key, theirs) for ours, (key, theirs) in named.items() if theirs is not None
+        }
 
     @property
     def label(self) -> str:

@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
+from slmkit.data.stream import Rows
 from slmkit.device import Device
 from slmkit.generation.language_model import LanguageModel
 from slmkit.model.sizes import LOGITS_AT_ONCE
 
 IGNORED = -100
-
-
-class Rows(Protocol):
-    """What is evaluated: rows of ids and of labels, both [length], -100 where nothing is asked."""
-
-    @property
-    def rows_in_epoch(self) -> int: ...
-
-    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]: ...
-
-    def documents(self, index: int) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -59,19 +48,22 @@ def validation_loss(
     separate: bool = False,
     rank: int = 0,
     world: int = 1,
+    progress: Callable[[int, int], None] = lambda done, rows: None,
 ) -> LossReport:
     """Cross-entropy of every label in `rows`, in the precision the model is used in.
 
     `separate`: no document of a row sees another, as it was in training with `data.separate_documents`. Each of `world`
-    ranks sums its share of the batches; a share may be empty.
+    ranks sums its share of the batches; a share may be empty. `progress` is told of the rows that are done, and of how
+    many there are.
     """
     was_training = model.training
     model.eval()
     nats, tokens = 0.0, 0
     for start in range(rank * rows_per_batch, rows.rows_in_epoch, world * rows_per_batch):
         indices = range(start, min(start + rows_per_batch, rows.rows_in_epoch))
-        ids, labels = (_stacked(columns, device) for columns in zip(*map(rows.row, indices)))  # [rows, length] each
-        documents = _stacked(map(rows.documents, indices), device) if separate else None
+        columns = rows.rows(list(indices))
+        ids, labels = (torch.from_numpy(each).to(device.torch_device) for each in columns)  # [rows, length] each
+        documents = _documents(rows, indices, device) if separate else None
         with device.autocast():
             asked = labels != IGNORED
             hidden = model(ids, documents=documents)[asked]  # [asked, width]
@@ -79,9 +71,10 @@ def validation_loss(
             losses = [F.cross_entropy(model.logits(part).float(), wanted, reduction="sum") for part, wanted in parts]
         nats += sum(loss.item() for loss in losses)
         tokens += len(hidden)
+        progress(indices.stop, rows.rows_in_epoch)
     model.train(was_training)
     return LossReport(nats, tokens)
 
 
-def _stacked(rows: Iterable[np.ndarray], device: Device) -> torch.Tensor:
-    return torch.from_numpy(np.stack([*rows]).astype(np.int64)).to(device.torch_device)
+def _documents(rows: Rows, indices: Iterable[int], device: Device) -> torch.Tensor:
+    return torch.from_numpy(np.stack([rows.documents(index) for index in indices])).to(device.torch_device)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from slmkit.config import UserError
+from slmkit.hub import HubName, hub_directory, hub_name
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -17,20 +18,30 @@ def is_adapter(directory: str | Path) -> bool:
 
 
 def base_of(directory: str | Path) -> Path:
-    """The directory of an adapter's base; a relative path counts from the adapter, else from where one is.
+    """The directory of an adapter's base; a relative path counts from the adapter, else from where one is, else it
+    is a name of the hub.
 
     Raises `UserError` where the adapter does not name its base, or that is not there.
     """
     path = Path(directory) / ADAPTER_CONFIG
     try:
-        named = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        named, revision = content.get("base_model_name_or_path"), content.get("revision")
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: not a readable adapter_config.json: {error}") from None
     if not isinstance(named, str) or not named:
         raise UserError(f"{path}: does not say which model it adapts: put its directory in base_model_name_or_path")
-    for base in (Path(directory) / named, Path(named)):
+    of_its_run = Path(directory).resolve().parents[1] / "base"  # where the folder of a run was moved as a whole
+    for base in (Path(directory) / named, Path(named), of_its_run):
         if (base / "config.json").is_file():
             return base.resolve()
+        if is_adapter(base):
+            raise UserError(
+                f"{path}: its base {named!r} is an adapter itself: fold that into its model with `slm merge`, and put "
+                "the result in base_model_name_or_path"
+            )
+    if (wanted := hub_name(named)) is not None:
+        return hub_directory(HubName(wanted.name, wanted.revision or revision))
     raise UserError(
         f"{path}: its base {named!r} is not there: put the model back, or its new place in base_model_name_or_path"
     )

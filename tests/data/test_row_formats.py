@@ -83,7 +83,7 @@ def test_a_format_can_be_named_where_the_columns_would_mean_another(tmp_path: Pa
         ({"messages": [TALK[0], {"role": "assistant", "content": " "}]}, "the assistant says nothing", "an empty turn"),
         ({"messages": [{"role": "narrator", "content": "x"}]}, "role 'narrator'", "not as expected"),
         ({"instruction": "Add.", "input": "", "output": ""}, "the assistant says nothing", "an empty turn"),
-        ({"conversations": [{"role": "user", "content": "Hi"}]}, "expected turns with 'from'", "not as expected"),
+        ({"conversations": [{"who": "user", "content": "Hi"}]}, "message 1: role None", "not as expected"),
         ({"conversations": [{"from": "human", "value": None}]}, "expected text", "not as expected"),
         ({"instruction": 3, "output": "a"}, "expected text in column 'instruction', found int", "not as expected"),
     ],

@@ -139,13 +139,13 @@ MISTAKES = {
     "empty.txt": (b"", "the file is empty"),
     "blank.txt": (b" \n\n", "not one document"),
     "rows.jsonl": (b"\n", "not one document"),
-    "page.html": (b"<p>", "expected .txt, .jsonl, .json, .csv or .parquet"),
+    "page.pdf": (b"%PDF", "expected text (.txt, .md, source code), .jsonl, .json, .csv, .tsv, .parquet or .arrow"),
     "nul.txt": (b"line\nab\0cd", "at offset 7"),
     "latin.txt": (b"line\ncaf\xe9 au lait", "at offset 8"),
     "cut.txt": ("line\ncafé".encode()[:-1], "at offset 8"),
     "utf16.txt": ("text".encode("utf-16"), "at offset 0"),
     "bad.jsonl": (b'{"text": "a"}\n{"text": ', "bad.jsonl:2: expected one JSON object a line"),
-    "array.json": (b'["a"]\n', "array.json:1: expected one JSON object a line"),
+    "array.json": (b'["a"]\n', "array.json: row 1: expected a list of objects, found 'a'"),
     "column.jsonl": (b'{"text": "a"}\n{"body": "b"}\n', "column.jsonl:2: no column 'text'; there are: 'body'"),
     "null.jsonl": (b'{"text": null}\n', "null.jsonl:1: expected text in column 'text', found NoneType"),
     "half.jsonl": (b'{"text": "\\ud83d\\uDE42"}\n{"text": "\\uD83D"}\n', "half.jsonl:2: half a surrogate pair"),
@@ -190,7 +190,7 @@ def test_a_row_that_is_no_conversation_is_refused(tmp_path: Path, row: str):
     (tmp_path / "a.jsonl").write_text(f'{{"messages": {row}}}\n')
     with pytest.raises(UserError, match=r"a\.jsonl:1: expected in column 'messages' a list of messages"):
         list(read_conversations(tmp_path))
-    with pytest.raises(UserError, match=r"expected \.jsonl, \.json or \.parquet"):
+    with pytest.raises(UserError, match=r"expected \.jsonl, \.json, \.csv, \.tsv, \.parquet or \.arrow"):
         read_conversations(__file__)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from slmkit.config import UserError
 from slmkit.generation import SamplingSettings
-from slmkit.generation.sampling import Sampler, min_p, repetition_penalty, temperature, top_k, top_p
+from slmkit.generation.sampling import Sampler, min_p, repetition_penalty, rules_of, temperature, top_k, top_p
 
 process = pytest.importorskip("transformers.generation.logits_process")
 CPU = torch.device("cpu")
@@ -56,7 +56,7 @@ def test_all_rules_together_equal_the_reference_in_its_order(k: int, seed: int) 
     logits, ids = logits_and_ids(seed, vocab_size=1000)
     settings = SamplingSettings(temperature=0.7, top_k=k, top_p=0.9, min_p=0.05, repetition_penalty=1.2)
     ours = logits
-    for rule in settings.rules():
+    for rule in rules_of(settings):
         ours = rule(ours, ids)
     theirs = logits
     for warper in (
@@ -87,12 +87,6 @@ def test_drawing_follows_the_probabilities_and_never_takes_what_has_none() -> No
     assert (shares[probabilities == 0] == 0).all()
 
 
-def test_logits_that_are_not_numbers_are_said_to_be_so() -> None:
-    logits = torch.tensor([[0.0, 1.0], [0.0, float("nan")]])
-    with pytest.raises(UserError, match="not finite"):
-        Sampler(SamplingSettings(seed=3), CPU)(logits, torch.zeros(2, 1, dtype=torch.long))
-
-
 @pytest.mark.parametrize(("point", "token"), [(0.0, 1), (0.5, 3), (1 - 2**-24, 3)])
 def test_a_point_on_the_border_of_a_stretch_belongs_to_what_follows(
     point: float, token: int, monkeypatch: pytest.MonkeyPatch
@@ -109,7 +103,7 @@ def test_whatever_the_settings_the_token_is_one_that_the_rules_keep(
     logits, ids = logits_and_ids(seed)
     settings = SamplingSettings(temperature=t, top_k=k, top_p=p, min_p=least, seed=seed)
     kept = logits
-    for rule in settings.rules():
+    for rule in rules_of(settings):
         kept = rule(kept, ids)
     drawn = Sampler(settings, CPU)(logits, ids)
     assert kept.gather(-1, drawn[:, None]).isfinite().all()
@@ -156,3 +150,13 @@ def test_a_value_out_of_range_is_named_with_what_is_expected(wrong: dict[str, fl
     (name,) = wrong
     with pytest.raises(UserError, match=rf"{name} .*expected"):
         SamplingSettings(**wrong)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"do_sample": False}, {}, {"top_k": 1}, {"top_p": 0.5}, {"repetition_penalty": 2.0}]
+)
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_refused_however_tokens_are_chosen(settings: dict, broken: float) -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0], [0.0, broken, 2.0]])
+    with pytest.raises(UserError, match="logits are not finite"):
+        Sampler(SamplingSettings(**settings), CPU)(logits, torch.tensor([[0], [0]]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,10 +10,12 @@ import numpy as np
 
 from slmkit.config import UserError
 from slmkit.data.cleaning.words import HashedWords, hash_runs, hash_words
+from slmkit.data.source_settings import SourceSettings
 from slmkit.data.sources import read_documents
 from slmkit.data.sources.documents import BadRow
-from slmkit.data.sources.files import find_files, local_file
-from slmkit.data.sources.row_formats import RowFormat
+from slmkit.data.sources.files import local_file
+from slmkit.data.sources.folders import find_files
+from slmkit.data.sources.row_formats import RowFormat, RowFormats
 from slmkit.data.sources.rows import ROWS
 
 KINDS = (".txt", ".jsonl", ".json", ".csv")
@@ -41,12 +44,13 @@ def full_runs(words: HashedWords, length: int) -> HashedWords:
 
 
 def _all_texts(paths: Sequence[str]) -> Iterator[str]:
-    for path in find_files(paths, KINDS):
+    for path in find_files(paths, KINDS, split=None):
         file = local_file(path)
         if file.kind == ".txt":
             yield from (document.text for document in read_documents(path))
             continue
-        for row in ROWS[file.kind](file, {}, ALL_TEXT):
+        formats = RowFormats("texts", ALL_TEXT, SourceSettings(path=str(path)), (), Counter())
+        for row in ROWS[file.kind](file, {}, formats):
             if isinstance(row.value, BadRow):
                 raise UserError(row.value.message)
             yield row.value

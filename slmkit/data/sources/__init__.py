@@ -6,8 +6,9 @@ read comes with a position to go on from, and every mistake is named by file and
 """
 
 from slmkit.data.sources.built_in import BUILT_IN, PRIMER, STORIES, SUMS
-from slmkit.data.sources.documents import PIECE, BadRow, Document, Message, Position, cut_point
-from slmkit.data.sources.files import Paths, describe_sources, find_files
+from slmkit.data.sources.documents import PIECE, BadRow, Document, Message, Position, cut_point, tools_of
+from slmkit.data.sources.files import Paths
+from slmkit.data.sources.folders import describe_sources, find_files
 from slmkit.data.sources.open import open_source, read_conversations, read_documents
 from slmkit.data.sources.pair_formats import Judged, Pair
 from slmkit.data.sources.patience import Patience
@@ -34,4 +35,5 @@ __all__ = [
     "open_source",
     "read_conversations",
     "read_documents",
+    "tools_of",
 ]

@@ -21,11 +21,20 @@ class Document(NamedTuple):
 
 
 class Conversation(list[Message]):
-    """Messages that know where they were read, such as `chats.jsonl:17`, for whoever finds something wrong later."""
+    """Messages, with the `tools` that they may call (JSON schemas) or None.
 
-    def __init__(self, messages: Iterable[Message], place: str) -> None:
+    `place` is where they were read, such as `chats.jsonl:17`; `unused` the keys of messages that were not used.
+    """
+
+    def __init__(self, messages: Iterable[Message], place: str = "", tools: list[dict[str, Any]] | None = None) -> None:
         super().__init__(messages)
-        self.place = place
+        self.place, self.tools = place, tools
+        self.unused: list[str] = []
+
+
+def tools_of(messages: list[Message]) -> list[dict[str, Any]] | None:
+    """The tools of a conversation that was read; of a plain list there are none."""
+    return messages.tools if isinstance(messages, Conversation) else None
 
 
 class BadRow(NamedTuple):

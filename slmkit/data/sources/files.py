@@ -15,8 +15,15 @@ from typing import Any, BinaryIO, TypeAlias, cast
 from slmkit.config import UserError
 from slmkit.data.sources.documents import PIECE
 
-KINDS = (".txt", ".jsonl", ".json", ".csv", ".parquet")
-CONVERSATION_KINDS = (".jsonl", ".json", ".parquet")
+ROW_KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+# One text each: source code and what is written beside it.
+WRITTEN = (
+    ".md", ".rst", ".tex", ".html", ".css", ".py", ".js", ".ts", ".jsx", ".tsx", ".c", ".h", ".cpp", ".hpp", ".cc",
+    ".cs", ".rs", ".go", ".java", ".kt", ".swift", ".scala", ".rb", ".php", ".lua", ".jl", ".r", ".hs", ".ml", ".sh",
+    ".sql",
+)  # fmt: skip
+TEXT_KINDS = (".txt", *WRITTEN)
+KINDS = (*TEXT_KINDS, *ROW_KINDS)
 COMPRESSIONS = (".gz", ".zst")
 
 Paths: TypeAlias = str | Path | Iterable[str | Path]
@@ -53,43 +60,14 @@ class File:
 
 def local_file(path: str | Path) -> File:
     path = Path(path)
-    return File(str(path), lambda: path.open("rb"), lambda: describe_sources(path)[0])
+    return File(str(path), lambda: path.open("rb"), lambda: described(path))
 
 
-def find_files(paths: Paths, kinds: Sequence[str] = KINDS) -> list[Path]:
-    """The files meant by paths of files and folders: folders are searched, sorted, for the kinds known here.
-
-    Raises `UserError` for a missing or empty file, one of another kind, and a folder without any of these kinds.
-    """
-    files = []
-    for path in [Path(paths)] if isinstance(paths, str | Path) else map(Path, paths):
-        if path.is_dir():
-            inside = [file for file in sorted(path.rglob("*")) if file.is_file() and kind_of(file.name) in kinds]
-            if not inside:
-                raise UserError(f"{path}: no {listed(kinds)} file in this folder")
-            files += inside
-        elif not path.exists():
-            raise UserError(f"{path}: no such file or folder")
-        elif kind_of(path.name) not in kinds:
-            raise UserError(f"{path}: expected {listed(kinds)} (all but .parquet also as .gz or .zst)")
-        else:
-            files.append(path)
-    if not files:
-        raise UserError("no files to read: the list of paths is empty")
-    for path in files:
-        if path.stat().st_size == 0:
-            raise UserError(f"{path}: the file is empty")
-    return files
-
-
-def describe_sources(paths: Paths) -> list[dict[str, Any]]:
-    """Path, size in bytes and sha256 of every file, for whoever wants to know later what something was made of."""
-    described = []
-    for path in find_files(paths):
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        described.append({"path": str(path), "bytes": path.stat().st_size, "sha256": digest})
-    return described
+def described(path: Path) -> dict[str, Any]:
+    """Path, size in bytes and sha256 of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"path": str(path), "bytes": path.stat().st_size, "sha256": digest}
 
 
 def kind_of(name: str) -> str:
@@ -104,13 +82,18 @@ def kind_of(name: str) -> str:
 
 
 def listed(kinds: Sequence[str]) -> str:
-    return f"{', '.join(kinds[:-1])} or {kinds[-1]}"
+    """The kinds as messages name them: those of source code are many."""
+    names = [kind for kind in kinds if kind not in WRITTEN]
+    if len(names) < len(kinds):
+        names[names.index(".txt")] = "text (.txt, .md, source code)"
+    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def pyarrow() -> Any:
     """Raises `UserError` where it is not installed."""
     try:
         import pyarrow
+        import pyarrow.ipc
         import pyarrow.parquet
     except ImportError:
         raise UserError("reading .parquet and .zst files needs pyarrow: pip install slmkit[train]") from None
@@ -121,7 +104,3 @@ def damage() -> tuple[type[Exception], ...]:
     """What reading a damaged file raises."""
     arrow = () if "pyarrow" not in sys.modules else (pyarrow().ArrowException,)
     return (OSError, EOFError, zlib.error, *arrow)
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -13,13 +13,12 @@ from typing import Any, BinaryIO
 
 from slmkit.config import UserError, did_you_mean
 from slmkit.data.source_settings import SourceSettings
-from slmkit.data.sources.failures import network
-from slmkit.data.sources.files import KINDS, File, kind_of, listed, local_file, one_line
+from slmkit.data.sources.files import KINDS, File, kind_of, listed, local_file
 from slmkit.data.sources.remote import remote_file
+from slmkit.network import network, one_line
 
 PREFIX = "hf://datasets/"
 NAME = re.compile(r"[\w.-]+/[\w.-]+")
-SHARD = re.compile(r"\w+-\d{5}-of-\d{5}")  # as the hub's own tools name the files of a split
 FRONT_MATTER = re.compile(r"\A---\n.*?^(configs|dataset_info):.*?^---$", re.DOTALL | re.MULTILINE)
 FILE_URL = re.compile(rf"{PREFIX}(?P<name>[^/]+/[^@/]+)@(?P<revision>[^/]+)/(?P<file>.+)")
 
@@ -32,13 +31,11 @@ def hub_name(path: str) -> str | None:
 
 
 def is_laid_out_like_the_hub(folder: Path, settings: SourceSettings) -> bool:
-    """Whether a folder has splits: asked for, told by its README, or by how its files are named."""
-    if settings.config or settings.split != "train":
+    """Whether a folder has configurations: asked for, or told by its README."""
+    if settings.config:
         return True
     readme = folder / "README.md"
-    if readme.is_file() and FRONT_MATTER.search(readme.read_text(encoding="utf-8", errors="replace")):
-        return True
-    return any(SHARD.search(path.name) for path in folder.rglob("*.parquet"))
+    return readme.is_file() and bool(FRONT_MATTER.search(readme.read_text(encoding="utf-8", errors="replace")))
 
 
 def hub_files(path: str, settings: SourceSettings, kinds: Sequence[str]) -> list[File]:

@@ -1,24 +1,36 @@
-"""What the rows of public preference sets mean: a question, the better answer and the worse one."""
+"""What the rows of public preference sets mean: a better and a worse answer, or one that is labelled good or bad."""
 
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from slmkit.data.source_settings import SourceSettings
-from slmkit.data.sources.documents import Message
+from slmkit.data.sources.documents import Conversation, Message
 from slmkit.data.sources.row_formats import (
+    CHATS,
+    CONTEXT,
+    HISTORY,
+    LABELS,
+    MEANING,
+    SYSTEM,
     Row,
-    RowError,
     RowFormat,
     RowFormats,
-    chat_formats,
-    checked,
+    first_of,
+    introduced,
     messages_in,
-    text_in,
-    those_named,
+    question,
+    said,
+    spoken,
 )
+from slmkit.data.sources.turns import TOOLS, RowError, checked, conversation, is_empty
+
+QUESTIONS = ("prompt", "question", "instruction", "query", *CHATS)
+ANSWERS = {"chosen": "rejected", "response_j": "response_k", "chosen_response": "rejected_response"}  # better: worse
+RANKED = ("answers", "completions", "responses", "generations")
 
 
 class Pair(NamedTuple):
@@ -46,97 +58,100 @@ def pair_of(chosen: list[Message], rejected: list[Message]) -> Pair:
     """Raises `RowError` where the two do not answer one question, or say the same."""
     shared = 0
     for better, worse in zip(chosen, rejected):
-        if (better["role"], better["content"]) != (worse["role"], worse["content"]):
+        if better != worse:
             break
         shared += 1
     if shared == len(chosen) == len(rejected):
         raise RowError("chosen and rejected are the same")
     if not any(message["role"] == "user" for message in chosen[:shared]):
         raise RowError("chosen and rejected do not answer the same question")
-    for name, conversation in (("chosen", chosen), ("rejected", rejected)):
-        if len(conversation) == shared or conversation[-1]["role"] != "assistant":
+    for name, side in (("chosen", chosen), ("rejected", rejected)):
+        if len(side) == shared or side[-1]["role"] != "assistant":
             raise RowError(f"{name} does not end with an answer of the assistant's")
     return Pair(chosen, rejected, shared)
 
 
-def pair_formats(settings: SourceSettings) -> RowFormats:
+def pair_formats(settings: SourceSettings, unused: Counter[str]) -> RowFormats:
     """From rows to pairs.
 
-    `chosen` and `rejected` are texts or messages, behind a `prompt` that is a text or messages; or whole conversations
+    Answers are texts, a message or messages, behind a question that is a text or messages; or whole conversations
     (HuggingFaceH4/ultrafeedback_binarized, mlabonne/orpo-dpo-mix-40k, trl's explicit and implicit prompts).
     """
-    return those_named(
-        settings.row_format,
-        {
-            "preference": RowFormat(("prompt", "chosen", "rejected"), _pair, ("system",)),
-            # Intel/orca_dpo_pairs
-            "question": RowFormat(("question", "chosen", "rejected"), _pair, ("system",)),
-            "conversations": RowFormat(("chosen", "rejected"), _pair),
-        },
+    beside = (*SYSTEM, *TOOLS, HISTORY, *CONTEXT)
+    formats = {
+        _name(asked, better): RowFormat(
+            (asked, better, worse), functools.partial(_pair, asked=asked, better=better, worse=worse), beside
+        )
+        for better, worse in ANSWERS.items()
+        for asked in QUESTIONS
+    }
+    formats["whole"] = RowFormat(
+        ("chosen", "rejected"), functools.partial(_pair, asked=None, better="chosen", worse="rejected"), beside[:-3]
+    )
+    formats["outputs"] = RowFormat(("instruction", "output"), _outputs, beside)  # the better one first
+    for column in RANKED:
+        formats[f"ranked {column}"] = RowFormat((column,), functools.partial(_ranked, column=column))
+    return RowFormats("pairs of answers", formats, settings, MEANING, unused)
+
+
+def _name(asked: str, better: str) -> str:
+    return {"prompt": "preference"}.get(asked, asked) if better == "chosen" else f"{asked}-{better}"
+
+
+def _pair(row: Row, asked: str | None, better: str, worse: str) -> Pair:
+    before = [] if asked is None or is_empty(row[asked]) else question(row, asked)
+    return pair_of(*(_side(row, name, before) for name in (better, worse)))
+
+
+def _outputs(row: Row) -> Pair:
+    answers = row["output"]
+    if not (isinstance(answers, list) and len(answers) == 2):
+        raise RowError("expected in column 'output' a list of two answers, the better one first")
+    before = question(row, "instruction")
+    return pair_of(*(_side({**row, name: one}, name, before) for name, one in zip(("chosen", "rejected"), answers)))
+
+
+def _ranked(row: Row, column: str) -> Pair:
+    raise RowError(
+        f"column {column!r} holds ranked answers: make pairs of chosen and rejected of them", "ranked answers"
     )
 
 
-def _pair(row: Row) -> Pair:
-    before = _before(row)
-    return pair_of(_conversation(row, "chosen", before), _conversation(row, "rejected", before))
-
-
-def _before(row: Row) -> list[Message]:
-    """What both answers follow; nothing where they are whole conversations."""
-    name = "question" if "question" in row else "prompt"
-    if row.get(name) is None:
-        return []
-    if isinstance(row[name], list):
-        return messages_in(row, name)
-    system = [{"role": "system", "content": text_in(row, "system")}] if row.get("system") else []
-    return [*system, {"role": "user", "content": text_in(row, name)}]
-
-
-def _conversation(row: Row, column: str, before: list[Message]) -> list[Message]:
-    value: Any = row[column]
-    if isinstance(value, str):
-        messages = [*before, {"role": "assistant", "content": value}]
-    else:
-        messages = messages_in(row, column)
-        if messages[0].get("role") == "assistant":
-            messages = [*before, *messages]
+def _side(row: Row, column: str, before: list[Message]) -> Conversation:
+    """One answer with all before it."""
+    value = row[column]
+    if isinstance(value, dict):
+        row, value = {**row, column: [value]}, [value]
+    turns = said(row, column) if isinstance(value, str) else messages_in(row, column)
     try:
-        return checked(messages)
+        answer = conversation(turns, first_of(row, TOOLS), column)
+        if before and answer[0]["role"] == "assistant":
+            answer = conversation([*before, *turns], first_of(row, TOOLS), column)
+        return checked(introduced(row, answer))
     except RowError as error:
         raise RowError(f"{column}: {error}", error.reason) from None
 
 
-def kto_formats(settings: SourceSettings) -> RowFormats:
-    """From rows to judged answers: a conversation in any format of `chat_formats`, or `prompt` and `completion`.
+def kto_formats(settings: SourceSettings, unused: Counter[str]) -> RowFormats:
+    """From rows to judged answers: a conversation in any format of `chat_formats`.
 
     Its label is a bool in a column `label` (trl) or `kto_tag` (LLaMA-Factory).
     """
-    spoken = {
-        **chat_formats(settings),
-        "prompt-completion": RowFormat(("prompt", "completion"), _prompted, ("system",)),
+    formats = {
+        f"{name}-{label}": RowFormat(
+            (*found.required, label), functools.partial(_judged, convert=found.convert, column=label), found.optional
+        )
+        for label in LABELS
+        for name, found in spoken().items()
     }
-    return those_named(
-        settings.row_format,
-        {
-            name if label == "label" else f"{name}-{label}": RowFormat(
-                (*found.required, label),
-                functools.partial(_judged, convert=found.convert, column=label),
-                found.optional,
-            )
-            for label in ("label", "kto_tag")
-            for name, found in spoken.items()
-        },
-    )
+    return RowFormats("judged answers", formats, settings, MEANING, unused)
 
 
-def _judged(row: Row, convert: Callable[[Row], list[Message]], column: str) -> Judged:
-    if not isinstance(row[column], bool):
-        raise RowError(f"expected true or false in column {column!r}, found {type(row[column]).__name__}")
+def _judged(row: Row, convert: Callable[[Row], Conversation], column: str) -> Judged:
+    label = row[column]
+    if not isinstance(label, bool):
+        raise RowError(f"expected true or false in column {column!r}, found {type(label).__name__}")
     messages = convert(row)
     if messages[-1]["role"] != "assistant":
         raise RowError("the conversation does not end with an answer of the assistant's")
-    return Judged(messages, row[column])
-
-
-def _prompted(row: Row) -> list[Message]:
-    return _conversation(row, "completion", _before(row))
+    return Judged(messages, label)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from slmkit.config import UserError
 from slmkit.data.source_settings import SourceSettings
 from slmkit.data.sources.built_in import BUILT_IN
 from slmkit.data.sources.documents import BadRow, Document, Item, Message, Position, pieces
-from slmkit.data.sources.files import CONVERSATION_KINDS, File, damage, listed, one_line
+from slmkit.data.sources.files import ROW_KINDS, TEXT_KINDS, File, damage, kind_of, listed
 from slmkit.data.sources.pair_formats import Judged, Pair, kto_formats, pair_formats
 from slmkit.data.sources.row_formats import RowFormats, chat_formats, text_formats
 from slmkit.data.sources.rows import ROWS
 from slmkit.data.sources.text_files import text_documents
+from slmkit.network import one_line
 
 
 @dataclass(frozen=True)
@@ -24,30 +26,34 @@ class FilePart:
 
     file: File
     settings: SourceSettings
+    unused: Counter[str] = field(default_factory=Counter)  # rows with a column that is not used, by column
 
     def documents(self, start: Position) -> Iterator[Item[Document]]:
-        if self.file.kind == ".txt":
+        if self.file.kind in TEXT_KINDS:
             return self._until_damage(text_documents(self.file, start), start)
-        return self._cut(self._rows(start, text_formats(self.settings)), start)
+        return self._cut(self._rows(start, text_formats(self.settings, self.unused)), start)
 
     def conversations(self, start: Position) -> Iterator[Item[list[Message]]]:
-        return self._rows_of_objects(start, chat_formats(self.settings))
+        return self._rows_of_objects(start, chat_formats(self.settings, self.unused))
 
     def questions(self, start: Position) -> Iterator[Item[list[Message]]]:
         return self.conversations(start)
 
     def pairs(self, start: Position) -> Iterator[Item[Pair]]:
-        return self._rows_of_objects(start, pair_formats(self.settings))
+        return self._rows_of_objects(start, pair_formats(self.settings, self.unused))
 
     def judgements(self, start: Position) -> Iterator[Item[Judged]]:
-        return self._rows_of_objects(start, kto_formats(self.settings))
+        return self._rows_of_objects(start, kto_formats(self.settings, self.unused))
 
     def describe(self) -> dict[str, Any]:
         return self.file.describe()
 
     def _rows_of_objects(self, start: Position, formats: RowFormats) -> Iterator[tuple[Any, Position]]:
-        if self.file.kind not in CONVERSATION_KINDS:
-            raise UserError(f"{self.file.name}: expected {listed(CONVERSATION_KINDS)} (also as .gz or .zst)")
+        if self.file.kind not in ROW_KINDS:
+            if kind_of(self.settings.path) not in TEXT_KINDS:  # a folder of several kinds
+                reason = f"{self.file.kind} files, which hold no rows"
+                return iter([(BadRow(reason, f"{self.file.name}", harmless=True), start)])
+            raise UserError(f"{self.file.name}: expected {listed(ROW_KINDS)} (also as .gz or .zst)")
         return self._rows(start, formats)
 
     def _rows(self, start: Position, formats: RowFormats) -> Iterator[tuple[Any, Position]]:

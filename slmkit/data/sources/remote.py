@@ -8,9 +8,9 @@ from typing import Any, BinaryIO, TypeVar, cast
 
 from slmkit.config import UserError
 from slmkit.data.sources.documents import PIECE
-from slmkit.data.sources.failures import network
 from slmkit.data.sources.files import File, kind_of, listed
-from slmkit.data.sources.patience import NetworkError
+from slmkit.data.sources.folders import Chosen, choose
+from slmkit.network import NetworkError, network
 
 BLOCK = 1 << 23  # bytes asked for at once
 STALLED = 20.0  # seconds without a byte after which a connection over plain http counts as broken
@@ -21,19 +21,21 @@ def is_url(path: str) -> bool:
     return "://" in path
 
 
-def find_remote(url: str, kinds: Sequence[str]) -> list[File]:
-    """The file at a URL, or those in a folder, sorted.
+def find_remote(url: str, kinds: Sequence[str], split: str) -> tuple[list[File], list[Chosen]]:
+    """The file at a URL, or those in a folder, as `choose` has it.
 
     Raises `UserError` where nothing there can be read, and `NetworkError`.
     """
     system, path = _file_system(url)
     if kind_of(_without_query(url)) in kinds:
-        return [_remote_file(system, path, url)]
+        return [_remote_file(system, path, url)], []
     with network(url):
-        inside = [name for name in sorted(system.find(path)) if kind_of(name) in kinds]
+        inside = {name.removeprefix(path).lstrip("/"): name for name in system.find(path)}
     if not inside:
-        raise UserError(f"{url}: no {listed(kinds)} file there (all but .parquet also as .gz or .zst)")
-    return [_remote_file(system, name, system.unstrip_protocol(name)) for name in inside]
+        raise UserError(f"{url}: no {listed(kinds)} file there (all but .parquet and .arrow also as .gz or .zst)")
+    chosen = choose(url, inside, kinds, split)
+    names = [inside[name] for name in chosen.names]
+    return [_remote_file(system, name, system.unstrip_protocol(name)) for name in names], [chosen]
 
 
 def remote_file(url: str) -> File:

@@ -1,27 +1,56 @@
-"""What the rows of well-known data sets mean: which columns hold the text, or the conversation."""
+"""What the rows of public data sets mean: which columns hold the text, the conversation, the pair of answers.
+
+`docs/sources.md` has the table of them. Every column that a row has is used, refused because it carries meaning that
+would be lost, or counted as unused.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from slmkit.config import UserError, did_you_mean
 from slmkit.data.source_settings import SourceSettings
-from slmkit.data.sources.documents import Message
-from slmkit.tokenizer.chat import EMPTY, ConversationError, check_messages
+from slmkit.data.sources.documents import BadRow, Conversation, Message
+from slmkit.data.sources.turns import (
+    EXAMPLE,
+    MEDIA,
+    REASONING,
+    TOOLS,
+    WEIGHTS,
+    RowError,
+    checked,
+    conversation,
+    from_json,
+    is_empty,
+    shown,
+)
 
 Row = dict[str, Any]
-ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT's `from`, where they are not ours
-EXAMPLE = '{"role": …, "content": …}'
-
-
-class RowError(ValueError):
-    """A row that does not mean anything. `reason` is one of few, to count them by."""
-
-    def __init__(self, message: str, reason: str = "not as expected") -> None:
-        super().__init__(message)
-        self.reason = reason
+SYSTEM = ("system", "system_prompt")
+HISTORY = "history"  # earlier exchanges: a list of [question, answer]
+CONTEXT = ("input", "context")  # what a question is about
+LABELS = ("label", "kto_tag")
+CHATS = ("messages", "conversations", "conversation", "dialogue")
+# A question and its answer, in the order in which they are looked for.
+EXCHANGES = {
+    "instruction": ("instruction", "output"),  # tatsu-lab/alpaca
+    "instruction-response": ("instruction", "response"),  # databricks-dolly-15k
+    "instruction-answer": ("instruction", "answer"),
+    "prompt-completion": ("prompt", "completion"),
+    "prompt-response": ("prompt", "response"),
+    "question-answer": ("question", "answer"),
+    "question-response": ("question", "response"),
+    "query-response": ("query", "response"),
+    "query-answer": ("query", "answer"),
+    "problem-solution": ("problem", "solution"),
+    "input-output": ("input", "output"),
+}
+# What changes a conversation, so that it is refused where a format has no use for it.
+MEANING = (*TOOLS, *SYSTEM, HISTORY, *REASONING, *MEDIA, "tool_calls", "chat_template", "chat_template_kwargs")
 
 
 @dataclass(frozen=True)
@@ -32,53 +61,242 @@ class RowFormat:
     convert: Callable[[Row], Any]
     optional: tuple[str, ...] = ()
 
+    @property
+    def used(self) -> tuple[str, ...]:
+        return (*self.required, *self.optional)
 
-RowFormats = dict[str, RowFormat]  # by name; the first one whose columns are there is meant
+
+@dataclass(frozen=True)
+class RowFormats:
+    """The formats of rows that become one kind of thing, called `what`; the first whose columns are there is meant.
+
+    `meaning`: columns that are refused where a format does not use them. `unused` counts the others, by column.
+    """
+
+    what: str
+    formats: dict[str, RowFormat]
+    settings: SourceSettings
+    meaning: tuple[str, ...]
+    unused: Counter[str]
+
+    def __post_init__(self) -> None:
+        """Raises `UserError` where the settings name a format or a column that this kind of thing does not have."""
+        name, mapping = self.settings.row_format, self.settings.mapping
+        if name is not None and name not in self.formats:
+            raise UserError(f"row_format {name!r}: {did_you_mean(name, self.formats)}")
+        known = {column for one in self.formats.values() for column in one.used}
+        for ours, (key, _) in mapping.items():
+            if ours not in known:
+                raise UserError(f"{key}: {self.what} are not made of a column {ours!r}; {did_you_mean(ours, known)}")
+        found = {name: self.formats[name]} if name else self.formats
+        found = {name: one for name, one in found.items() if mapping.keys() <= {*one.used}}
+        if not found:
+            raise UserError(f"data.columns: {self.what} are not made of {' and '.join(map(repr, mapping))} together")
+        object.__setattr__(self, "formats", found)
+
+    def renamed(self, columns: Sequence[str]) -> list[str]:
+        """The columns of a table under the names that formats have for them."""
+        ours = {theirs: name for name, (_, theirs) in self.settings.mapping.items()}
+        taken = {*ours.values()}
+        return [ours.get(name, f"{name} (the file's own)" if name in taken else name) for name in columns]
+
+    def missing(self, columns: Iterable[str]) -> str:
+        """The line for a column that the user named and that is not among `columns`; '' where all are there."""
+        columns = [*columns]
+        for key, theirs in self.settings.mapping.values():
+            if theirs not in columns:
+                near = did_you_mean(theirs, columns).replace("known: ", "there are: ")
+                return f"no column {theirs!r}, which {key} names; {near}"
+        return ""
+
+    def problem(self, place: str, columns: Sequence[str], rows: int = 1) -> BadRow | None:
+        """What is wrong with a table of these columns, if anything is."""
+        if line := self.missing(columns):
+            return BadRow("no such column", f"{place}: {line}", rows)
+        return None if self.find(self.renamed(columns)) else self.no_format(place, columns, rows)
+
+    def find(self, columns: Iterable[str]) -> RowFormat | None:
+        """The first format whose columns are all there."""
+        present = {*columns}
+        return next((one for one in self.formats.values() if present.issuperset(one.required)), None)
+
+    def recognize(self, columns: Sequence[str]) -> bool:
+        """Whether the columns are those of a row, be it of another kind of thing."""
+        return self.find(columns) is not None or _others(columns) is not None
+
+    def needed(self, columns: Sequence[str]) -> list[str]:
+        """The columns of a table that may be used, or say that a row is refused."""
+        names = self.renamed(columns)
+        used = {c for one in self.formats.values() if {*names}.issuperset(one.required) for c in one.used}
+        used.update((*self.meaning, *WEIGHTS, *LABELS) if self.meaning else ("train",))
+        return [column for column, name in zip(columns, names) if name in used]
+
+    def convert(self, place: str, row: Any) -> Any:
+        """What a row means, or a `BadRow`, or the place of one that is text saying what is wrong with it."""
+        if self.settings.mapping:
+            if line := self.missing(row):
+                return BadRow("no such column", f"{place}: {line}")
+            row = dict(zip(self.renamed([*row]), row.values()))
+        found = self.find(name for name, value in row.items() if value is not None) or self.find(row)
+        if found is None:
+            return self.no_format(place, row)
+        try:
+            self._expect_nothing_lost(row, found)
+            value = found.convert(row)
+            unused = [key for key, cell in row.items() if key not in found.used and not is_empty(cell)]
+        except RowError as error:
+            line = f"{place}: {error}"
+            for ours, (_, theirs) in self.settings.mapping.items():
+                line = line.replace(f"column {ours!r}", f"column {theirs!r}")
+            return BadRow(error.reason, line, harmless=error.harmless)
+        except RecursionError:
+            return BadRow("not as expected", f"{place}: objects within objects, too deep to be read")
+        self.unused.update(unused)
+        return self._placed(value, place)
+
+    def no_format(self, place: str, columns: Iterable[str], rows: int = 1) -> BadRow:
+        """That no format fits: the columns that are there, and the key that maps them."""
+        columns = [*columns]
+        there = ", ".join(map(repr, columns)) or "none"
+        wanted = next(iter(self.formats.values())).required
+        line = f"no column {' and '.join(map(repr, wanted))}; there are: {there}"
+        if len(self.formats) > 2:
+            line = f"no column {' and '.join(map(repr, wanted))}, nor others that make {self.what}; there are: {there}"
+        other = _others(columns)
+        if other is not None and other[0] != self.what:
+            return BadRow("no such column", f"{place}: {line}; these are {other[0]}: {other[1]}", rows)
+        example = next((self.formats[name].required for name in EXAMPLES if name in self.formats), wanted)
+        mapped = ", ".join(f"{ours}: {theirs}" for ours, theirs in zip(example, [*columns, *"…" * len(example)]))
+        return BadRow("no such column", f"{place}: {line}; data.columns names them, such as {{{mapped}}}", rows)
+
+    def _expect_nothing_lost(self, row: Row, found: RowFormat) -> None:
+        for name in (*self.meaning, *(LABELS if self.what == "conversations" else ())):
+            if name in found.used or is_empty(value := row.get(name)):
+                continue
+            if name not in LABELS:
+                raise RowError(f"column {name!r} has a meaning that would be lost; drop it", f"column {name!r}")
+            if isinstance(value, bool):
+                raise RowError(f"column {name!r} labels the answer good or bad: objective: kto", "labelled answers")
+        for name in WEIGHTS if self.meaning else ("train",):
+            value = None if name in found.used or is_empty(row.get(name)) else row[name]
+            if value is False or (self.meaning and value == 0):
+                raise RowError(f"column {name!r} says {value}: not to be learned", "not to be learned", harmless=True)
+            if self.meaning and value not in (None, 1):
+                raise RowError(f"column {name!r}: weight {shown(value)}; expected 1 or 0", f"column {name!r}")
+
+    def _placed(self, value: Any, place: str) -> Any:
+        for part in value if isinstance(value, tuple) else [value]:
+            if isinstance(part, Conversation):
+                part.place = place
+                self.unused.update(f"{key!r} of messages" for key in part.unused)
+        return value._replace(place=place) if isinstance(value, tuple) else value
 
 
-def text_formats(settings: SourceSettings) -> RowFormats:
+EXAMPLES = ("text", "preference", "prompt-completion-label", "prompt-completion")  # of a mapping, in an error
+# By columns: what they are, and what reads it.
+OTHERS = {
+    ("chosen", "rejected"): ("pairs of answers", "objective: dpo"),
+    ("response_j", "response_k"): ("pairs of answers", "objective: dpo"),
+    ("messages",): ("conversations", "objective: sft"),
+    ("conversations",): ("conversations", "objective: sft"),
+    ("instruction", "output"): ("conversations", "objective: sft"),
+    ("instruction", "response"): ("conversations", "objective: sft"),
+    ("prompt", "completion"): ("conversations", "objective: sft"),
+    ("question", "answer"): ("conversations", "objective: sft"),
+    ("text",): ("texts", "objective: pretrain"),
+}
+
+
+def _others(columns: Iterable[str]) -> tuple[str, str] | None:
+    return next((hint for named, hint in OTHERS.items() if {*named} <= {*columns}), None)
+
+
+def text_formats(settings: SourceSettings, unused: Counter[str]) -> RowFormats:
     """From rows to text."""
-    column = settings.text_column
-    return those_named(
-        settings.row_format,
+    return RowFormats(
+        "texts",
         {
-            "text": RowFormat((column,), lambda row: text_in(row, column)),
+            "text": RowFormat(("text",), lambda row: text_in(row, "text")),
             # nampdn-ai/tiny-codes
             "prompt-response": RowFormat(
                 ("prompt", "response"), lambda row: f"{text_in(row, 'prompt')}\n\n{text_in(row, 'response')}"
             ),
         },
+        settings,
+        (),
+        unused,
     )
 
 
-def chat_formats(settings: SourceSettings) -> RowFormats:
-    """From rows to lists of messages, `{"role", "content"}`."""
-    column = settings.messages_column
-    return those_named(
-        settings.row_format,
-        {
-            # HuggingFaceTB/smoltalk, allenai/tulu-3-sft-personas-code
-            "messages": RowFormat((column,), lambda row: checked(messages_in(row, column))),
-            # Open-Orca/SlimOrca, and whatever else is in the manner of ShareGPT
-            "conversations": RowFormat(("conversations",), lambda row: checked(_conversations(row))),
-            # tatsu-lab/alpaca
-            "instruction": RowFormat(("instruction", "output"), lambda row: checked(_instruction(row)), ("input",)),
-        },
-    )
+def chat_formats(settings: SourceSettings, unused: Counter[str]) -> RowFormats:
+    """From rows to `Conversation`s."""
+    return RowFormats("conversations", spoken(), settings, MEANING, unused)
 
 
-def find_format(formats: RowFormats, columns: Iterable[str]) -> RowFormat | None:
-    """The first format whose columns are all there."""
-    present = columns if isinstance(columns, dict) else set(columns)
-    return next((found for found in formats.values() if all(column in present for column in found.required)), None)
+def spoken() -> dict[str, RowFormat]:
+    """The formats of conversations: lists of messages, and a question with its answer."""
+    around = (*SYSTEM, *TOOLS)
+    chats = {name: RowFormat((name,), functools.partial(_talk, column=name), around) for name in CHATS}
+    exchanges = {
+        name: RowFormat(
+            columns,
+            functools.partial(exchange, asked=columns[0], answer=columns[1]),
+            (*around, *REASONING, HISTORY, *(context for context in CONTEXT if context not in columns)),
+        )
+        for name, columns in EXCHANGES.items()
+    }
+    return chats | exchanges
 
 
-def those_named(name: str | None, formats: RowFormats) -> RowFormats:
-    if name is None:
-        return formats
-    if name not in formats:
-        raise UserError(f"row_format {name!r}: {did_you_mean(name, formats)}")
-    return {name: formats[name]}
+def _talk(row: Row, column: str) -> Conversation:
+    messages = introduced(row, conversation(messages_in(row, column), first_of(row, TOOLS), column))
+    if "chosen" in row and "rejected" in row and messages and messages[-1]["role"] != "assistant":
+        raise RowError("columns 'chosen' and 'rejected' hold the answers: objective: dpo", "pairs of answers")
+    return checked(messages)
+
+
+def exchange(row: Row, asked: str, answer: str) -> Conversation:
+    turns = messages_in(row, answer) if isinstance(row[answer], list) else said(row, answer)
+    reasoning = first_of(row, REASONING)
+    if not is_empty(reasoning):
+        turns = [*turns[:-1], {**turns[-1], "reasoning_content": reasoning}]
+    return checked(introduced(row, conversation([*question(row, asked), *turns], first_of(row, TOOLS), asked)))
+
+
+def question(row: Row, column: str) -> list[Message]:
+    """What a row asks, with its history before it and its context in it."""
+    if isinstance(row[column], list):
+        return messages_in(row, column)
+    asked = [text_in(row, column)]
+    asked += [text_in(row, name) for name in CONTEXT if name != column and not is_empty(row.get(name))]
+    history = [] if is_empty(row.get(HISTORY)) else from_json(row[HISTORY], HISTORY)
+    before = []
+    for pair in history if isinstance(history, list) else [history]:
+        if not (isinstance(pair, list) and len(pair) == 2):
+            raise RowError(f"expected in column {HISTORY!r} a list of [question, answer], found {shown(pair)}")
+        before += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    return [*before, {"role": "user", "content": "\n\n".join(asked)}]
+
+
+def introduced(row: Row, messages: Conversation) -> Conversation:
+    """With the system prompt of the row in front."""
+    column = next((name for name in SYSTEM if not is_empty(row.get(name))), None)
+    if column is None:
+        return messages
+    prompt = {"role": "system", "content": text_in(row, column)}
+    if not messages or messages[0]["role"] != "system":
+        messages.insert(0, prompt)
+    elif messages[0]["content"].strip() != prompt["content"].strip():
+        raise RowError(f"column {column!r} and the first message are two system prompts: drop one")
+    return messages
+
+
+def said(row: Row, column: str) -> list[Message]:
+    return [{"role": "assistant", "content": text_in(row, column)}]
+
+
+def first_of(row: Row, columns: Iterable[str]) -> Any:
+    return next((row[name] for name in columns if not is_empty(row.get(name))), None)
 
 
 def text_in(row: Row, column: str) -> str:
@@ -90,44 +308,9 @@ def text_in(row: Row, column: str) -> str:
 
 def messages_in(row: Row, column: str) -> list[Message]:
     value = row[column]
+    if isinstance(value, str) and value.lstrip().startswith("["):  # as tables of text alone have them
+        value = from_json(value, f"column {column!r}")
     if not (isinstance(value, list) and value and all(isinstance(message, dict) for message in value)):
         found = f"a list of {len(value)}" if isinstance(value, list) else type(value).__name__
         raise RowError(f"expected in column {column!r} a list of messages such as {EXAMPLE}, found {found}")
     return value
-
-
-def checked(messages: list[Message]) -> list[Message]:
-    """The conversation, if it is one: public sets hold turns out of order and turns without a word.
-
-    A system message without a word, of which they hold many, is none at all.
-    """
-    if len(messages) > 1 and messages[0].get("role") == "system" and not str(messages[0].get("content", "x")).strip():
-        messages = messages[1:]
-    try:
-        check_messages(messages)
-    except ConversationError as error:
-        raise RowError(str(error), error.reason) from None
-    for number, message in enumerate(messages, start=1):
-        if not message["content"].strip():
-            raise RowError(f"message {number}: the {message['role']} says nothing", EMPTY)
-    return messages
-
-
-def _conversations(row: Row) -> list[Message]:
-    """A turn of weight 0 is not to be learned: its weight stays in its message."""
-    messages = []
-    for turn in messages_in(row, "conversations"):
-        if not ("from" in turn and "value" in turn):
-            raise RowError(f"expected turns with 'from' and 'value' in column 'conversations', found {list(turn)}")
-        message = {"role": ROLES.get(turn["from"], turn["from"]), "content": turn["value"]}
-        if turn.get("weight") is not None:
-            message["weight"] = turn["weight"]
-        messages.append(message)
-    return messages
-
-
-def _instruction(row: Row) -> list[Message]:
-    asked = text_in(row, "instruction")
-    if row.get("input"):
-        asked = f"{asked}\n\n{text_in(row, 'input')}"
-    return [{"role": "user", "content": asked}, {"role": "assistant", "content": text_in(row, "output")}]

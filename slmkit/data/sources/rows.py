@@ -1,4 +1,4 @@
-"""Rows of `.jsonl`, `.csv` and `.parquet` files, each with its place and with the position behind it."""
+"""Rows of JSON, `.csv`, `.tsv`, `.parquet` and `.arrow` files, each with its place and with the position behind it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from slmkit.data.sources.documents import BadRow, Conversation, Position
-from slmkit.data.sources.files import File, damage, one_line, pyarrow
+from slmkit.data.sources.documents import BadRow, Position
+from slmkit.data.sources.files import File, damage, pyarrow
+from slmkit.data.sources.json_values import BrokenJsonError, first_character, list_entries
 from slmkit.data.sources.lines import LONGEST_ROW, whole_lines
-from slmkit.data.sources.pair_formats import Judged, Pair
-from slmkit.data.sources.row_formats import RowError, RowFormats, find_format
+from slmkit.data.sources.row_formats import RowFormats
+from slmkit.data.sources.turns import shown
+from slmkit.network import one_line
 
 SURROGATE_ESCAPE, SURROGATE = re.compile(r"\\u[dD]"), re.compile("[\ud800-\udfff]")
 PARQUET_BATCH = 256  # rows taken out of their columns at once
@@ -26,13 +28,69 @@ class Row(NamedTuple):
 
 
 def json_rows(file: File, start: Position, formats: RowFormats) -> Iterator[Row]:
-    """One object a line. A position is the `offset` of the next line, and the number of lines before it."""
+    """One object a line, or a list of objects, or one object with such a list in it; whatever the file is called.
+
+    A position is the `offset` behind a row, and the number of the last `line`, or of the last `row` of a list.
+    """
+    if "row" in start or ("line" not in start and _is_a_list(file, formats)):
+        yield from _list_rows(file, start, formats)
+        return
     number = start.get("line", 0)
     for line in whole_lines(file, start.get("offset", 0)):
         number += 1
         if line.problem or line.text.strip():
             value = line.problem or _json_value(f"{file.name}:{number}", line.text, formats)
             yield Row(value, {"line": number, "offset": line.end})
+
+
+def _is_a_list(file: File, formats: RowFormats) -> bool:
+    """Whether a file is to be read as one list, and not line by line."""
+    if first_character(file) != "{":
+        return first_character(file) == "["
+    lines = (line.text for line in whole_lines(file) if line.text.strip())
+    try:
+        row = json.loads(next(lines))
+    except (ValueError, RecursionError):
+        return file.kind == ".json"  # an object of several lines
+    is_alone = file.kind == ".json" and next(lines, None) is None and not formats.recognize(formats.renamed([*row]))
+    return is_alone and any(isinstance(value, list) and isinstance([*value, 0][0], dict) for value in row.values())
+
+
+def _list_rows(file: File, start: Position, formats: RowFormats) -> Iterator[Row]:
+    number = start.get("row", 0)
+    try:
+        if number == 0 and (whole := _one_row(file, formats)):
+            yield whole
+            return
+        for entry in list_entries(file, start.get("offset", 0)):
+            number += 1
+            place = f"{file.name}: row {number:,}"
+            if entry.problem:
+                value = BadRow("not valid JSON", f"{place}: not valid JSON: {entry.problem}")
+            elif not isinstance(entry.value, dict):
+                found = f"expected a list of objects, found {shown(entry.value)}"
+                value = BadRow("not a JSON object", f"{place}: {found}")
+            else:
+                value = _of_text(place, entry.value, formats)
+            yield Row(value, {"row": number, "offset": entry.end})
+    except BrokenJsonError as error:
+        behind = f"cannot be read as JSON behind row {number:,}"
+        yield Row(BadRow("unreadable file", f"{file.name}: {behind}: {error}"), {"row": number})
+
+
+def _one_row(file: File, formats: RowFormats) -> Row | None:
+    """The row that a file is which holds one object with the columns of a row."""
+    if first_character(file) != "{":
+        return None
+    with file.open_at() as stream:
+        content = stream.read(LONGEST_ROW)
+    try:
+        row = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    if not formats.recognize(formats.renamed([*row])):
+        return None
+    return Row(_of_text(file.name, row, formats), {"row": 1, "offset": len(content)})
 
 
 def _json_value(place: str, line: str, formats: RowFormats) -> Any:
@@ -44,21 +102,32 @@ def _json_value(place: str, line: str, formats: RowFormats) -> Any:
     if not isinstance(row, dict):
         found = f"expected one JSON object a line, found {_short(line)}{problem}"
         return BadRow("not a JSON object", f"{place}: {found}")
-    # JSON can spell half of a surrogate pair, which is no text and which no tokenizer takes.
-    if SURROGATE_ESCAPE.search(line) and SURROGATE.search(json.dumps(row, ensure_ascii=False)):
-        return BadRow("not UTF-8", f"{place}: half a surrogate pair (such as \\ud83d alone) is not text")
-    return _converted(place, row, formats)
+    return _of_text(place, row, formats, SURROGATE_ESCAPE.search(line) is not None)
+
+
+def _of_text(place: str, row: dict[str, Any], formats: RowFormats, may_have_halves: bool = True) -> Any:
+    """JSON can spell half of a surrogate pair, which is no text and which no tokenizer takes."""
+    try:
+        if may_have_halves and SURROGATE.search(json.dumps(row, ensure_ascii=False)):
+            return BadRow("not UTF-8", f"{place}: half a surrogate pair (such as \\ud83d alone) is not text")
+    except RecursionError:
+        return BadRow("not as expected", f"{place}: objects within objects, too deep to be read")
+    return formats.convert(place, row)
 
 
 def csv_rows(file: File, start: Position, formats: RowFormats) -> Iterator[Row]:
-    """Rows under a header. A position is the `offset` of the next row, and the numbers of rows and lines before it."""
+    """Rows under a header; of `.tsv` between tabs.
+
+    A position is the `offset` of the next row, and the numbers of rows and lines before it.
+    """
     csv.field_size_limit(LONGEST_ROW)  # the limit is the csv module's own, 128 KiB, and texts are longer
-    columns = next(csv.reader(_Lines(file), strict=True), [])
-    if find_format(formats, columns) is None:
-        yield Row(_no_column(f"{file.name}:1", formats, columns), start)
+    dialect = {"delimiter": "\t" if file.kind == ".tsv" else ",", "strict": True}
+    columns = next(csv.reader(_Lines(file), **dialect), [])
+    if problem := formats.problem(f"{file.name}:1", columns):
+        yield Row(problem, start)
         return
     lines = _Lines(file, start.get("offset", 0), start.get("line", 0))
-    reader = csv.reader(lines, strict=True)
+    reader = csv.reader(lines, **dialect)
     number = start.get("row", -1)  # the header is row 0
     while True:
         lines.problem = None
@@ -84,7 +153,7 @@ def _csv_value(place: str, line: int, columns: Sequence[str], fields: Sequence[s
     if len(fields) != len(columns):
         found = f"expected {len(columns)} fields as in the header, found {len(fields)}"
         return BadRow("wrong number of fields", f"{place} (line {line}): {found}")
-    return _converted(place, dict(zip(columns, fields)), formats)
+    return formats.convert(place, dict(zip(columns, fields)))
 
 
 class _Lines:
@@ -112,22 +181,48 @@ def parquet_rows(file: File, start: Position, formats: RowFormats) -> Iterator[R
     begin, behind = start.get("row", 0), 0
     with file.open() as stream, reader(stream) as parquet:
         names = parquet.schema_arrow.names
-        found = find_format(formats, names)
-        if found is None:
-            rows = parquet.metadata.num_rows
-            yield Row(_no_column(file.name, formats, names, max(rows - begin, 1)), {"row": rows})
+        if problem := formats.problem(file.name, names, max(parquet.metadata.num_rows - begin, 1)):
+            yield Row(problem, {"row": parquet.metadata.num_rows})
             return
-        columns = [name for name in names if name in (*found.required, *found.optional)]
+        columns = formats.needed(names)
         for group in range(parquet.num_row_groups):
             first, behind = behind, behind + parquet.metadata.row_group(group).num_rows
             number = max(begin, first)
             try:
                 for row in _row_group(parquet, group, columns, number - first) if number < behind else ():
                     number += 1
-                    yield Row(_converted(f"{file.name}: row {number}", row, formats), {"row": number})
+                    yield Row(_table_value(f"{file.name}: row {number}", row, formats), {"row": number})
+                    formats.unused.update(name for name in names if name not in columns)
             except damage() as error:
                 message = f"{file.name}: rows {number + 1} to {behind} cannot be read as parquet: {one_line(error)}"
                 yield Row(BadRow("unreadable file", message, behind - number), {"row": behind})
+
+
+def arrow_rows(file: File, start: Position, formats: RowFormats) -> Iterator[Row]:
+    """As `parquet_rows`, of Arrow's own files: streams, as `datasets` saves them, or files."""
+    arrow, number = pyarrow(), start.get("row", 0)
+    with file.open() as stream:
+        try:
+            batches = arrow.ipc.open_stream(stream)
+            read: Iterable[Any] = batches
+        except arrow.ArrowInvalid:
+            batches = arrow.ipc.open_file(stream)
+            read = map(batches.get_batch, range(batches.num_record_batches))
+        names = batches.schema.names
+        if problem := formats.problem(file.name, names):
+            yield Row(problem, start)
+            return
+        columns, skip = formats.needed(names), number
+        for batch in read:
+            for row in _values(batch.select(columns).slice(skip)):
+                number += 1
+                yield Row(_table_value(f"{file.name}: row {number}", row, formats), {"row": number})
+                formats.unused.update(name for name in names if name not in columns)
+            skip = max(skip - len(batch), 0)
+
+
+def _table_value(place: str, row: dict[str, Any] | str, formats: RowFormats) -> Any:
+    return BadRow("not UTF-8", f"{place}: {row}") if isinstance(row, str) else formats.convert(place, row)
 
 
 def _row_group(parquet: Any, group: int, columns: list[str], skip: int) -> Iterator[dict[str, Any] | str]:
@@ -152,30 +247,10 @@ ROWS: dict[str, Callable[[File, Position, RowFormats], Iterator[Row]]] = {
     ".jsonl": json_rows,
     ".json": json_rows,
     ".csv": csv_rows,
+    ".tsv": csv_rows,
+    ".arrow": arrow_rows,
     ".parquet": parquet_rows,
 }
-
-
-def _converted(place: str, row: dict[str, Any] | str, formats: RowFormats) -> Any:
-    """What the row means; `row` may also say what is wrong with it."""
-    if isinstance(row, str):
-        return BadRow("not UTF-8", f"{place}: {row}")
-    found = find_format(formats, row)
-    if found is None:
-        return _no_column(place, formats, row)
-    try:
-        value = found.convert(row)
-    except RowError as error:
-        return BadRow(error.reason, f"{place}: {error}")
-    if isinstance(value, Pair | Judged):
-        return value._replace(place=place)
-    return Conversation(value, place) if isinstance(value, list) else value
-
-
-def _no_column(place: str, formats: RowFormats, columns: Iterable[str], rows: int = 1) -> BadRow:
-    wanted = " and ".join(map(repr, next(iter(formats.values())).required))
-    there = ", ".join(map(repr, columns)) or "none"
-    return BadRow("no such column", f"{place}: no column {wanted}; there are: {there}", rows)
 
 
 def _short(line: str) -> str:

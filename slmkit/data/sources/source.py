@@ -9,9 +9,11 @@ from typing import Any, Protocol, TypeVar
 from slmkit.config import UserError
 from slmkit.data.source_settings import SourceSettings
 from slmkit.data.sources.documents import BadRow, Document, Item, Message, Position
+from slmkit.data.sources.folders import Chosen
 from slmkit.data.sources.pair_formats import Judged, Pair
-from slmkit.data.sources.parts import StoryPart
-from slmkit.data.sources.patience import NetworkError, Patience
+from slmkit.data.sources.parts import FilePart, StoryPart
+from slmkit.data.sources.patience import Patience
+from slmkit.network import NetworkError
 
 T = TypeVar("T")
 
@@ -40,8 +42,11 @@ class Source:
     and are not all that they could be, by what is the matter with them.
     """
 
-    def __init__(self, settings: SourceSettings, parts: Sequence[Part], patience: Patience) -> None:
+    def __init__(
+        self, settings: SourceSettings, parts: Sequence[Part], patience: Patience, found: Sequence[Chosen] = ()
+    ) -> None:
         self.settings, self.parts, self.patience = settings, parts, patience
+        self.found = [one for one in found if one.folder]
         self.skipped: Counter[str] = Counter()
         self.noted: Counter[str] = Counter()
         self.first_seen: dict[str, str] = {}  # of each reason: the line that names it and its place
@@ -89,18 +94,27 @@ class Source:
         return [self.patience.until_done(part.describe) for part in self.parts]
 
     def report(self) -> list[str]:
-        """A line for each reason for which rows were left out, or noted; none where all is well."""
+        """A line for each reason for which rows were left out or noted, of unused columns, and of a folder."""
         counted = [(f"skipped ({reason})", rows, reason) for reason, rows in self.skipped.most_common()]
         counted += [(what, rows, what) for what, rows in self.noted.most_common()]
-        return [
+        lines = [
             f"{self.settings.label}: {rows:,} {what}, such as {self.first_seen[reason]}"
             for what, rows, reason in counted
         ]
+        unused = sum((part.unused for part in self.parts if isinstance(part, FilePart)), Counter[str]())
+        if unused:
+            names = ", ".join(f"{name} ({count:,})" for name, count in unused.most_common(8))
+            more = f" and {len(unused) - 8} more" if len(unused) > 8 else ""
+            lines.append(f"{self.settings.label}: columns that are not used, with their rows: {names}{more}")
+        return lines + [one.line() for one in self.found]
 
     def count_anew(self) -> None:
         """Before it is read from the beginning again."""
         for counted in (self.skipped, self.noted, self.first_seen):
             counted.clear()
+        for part in self.parts:
+            if isinstance(part, FilePart):
+                part.unused.clear()
 
     def note(self, what: str, message: str) -> None:
         """Count a row that is kept; `message` names it and its place."""

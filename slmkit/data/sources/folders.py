@@ -1,0 +1,187 @@
+"""Which files of a folder are meant: one rule, for folders here and for those behind URLs.
+
+Hidden files, what tools and runs leave behind, and other splits than the one asked for are passed over; so are notes
+and source code beside files of rows. What was taken and what was passed over is said in one line.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from slmkit.config import UserError, did_you_mean
+from slmkit.data.shards import HEADER
+from slmkit.data.sources.files import KINDS, ROW_KINDS, WRITTEN, Paths, described, kind_of, listed
+
+SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"} | dict.fromkeys(
+    ("validation", "valid", "val", "dev", "eval", "evaluation", "heldout", "holdout"), "validation"
+)
+NUMBERS = re.compile(r"[-_.]\d+([-_.]of[-_.]\d+)?$")  # of the files of a split
+TOOLS = ("__pycache__", "node_modules", "venv", "site-packages")
+ABOUT = ("readme", "license", "changelog", "contributing")  # of whatever they stand beside
+# A folder below the one that was named, with one of these files in it, was made by a tool: a run, a model, shards.
+MADE = {
+    "pyvenv.cfg": "a virtual environment", "environment.json": "a run", "MANIFEST.json": "a checkpoint",
+    HEADER: "token shards", "model.safetensors": "a model", "adapter_config.json": "an adapter",
+    "tokenizer.json": "a tokenizer",
+}  # fmt: skip
+BOOKKEEPING = {
+    *MADE, "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
+    "added_tokens.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "package.json",
+    "package-lock.json", "tsconfig.json", "recipe.json", "plan.json", "requirements.txt",
+}  # fmt: skip
+
+
+@dataclass
+class Chosen:
+    """Names of files, sorted, below a folder; and how many were passed over, by what they are."""
+
+    folder: str
+    names: list[str]
+    passed: Counter[str] = field(default_factory=Counter)
+
+    def line(self) -> str:
+        """What was taken, and what was not."""
+        kinds = Counter(kind_of(name) for name in self.names)
+        taken = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
+        passed = ", ".join(f"{count:,} {what}" for what, count in self.passed.most_common())
+        return f"{self.folder}: {taken} files are read" + (f"; passed over: {passed}" if passed else "")
+
+
+def find_files(paths: Paths, kinds: Sequence[str] = KINDS, split: str | None = "train") -> list[Path]:
+    """The files meant by paths of files and folders; of folders those that `search` finds.
+
+    Raises `UserError` for a missing or empty file, one of another kind, and a folder without any of these kinds.
+    """
+    return [file for found in find(paths, kinds, split) for file in map(Path(found.folder).joinpath, found.names)]
+
+
+def find(paths: Paths, kinds: Sequence[str] = KINDS, split: str | None = "train") -> list[Chosen]:
+    """As `find_files`, for each path what was found; of a file its name alone, with no folder."""
+    found = []
+    for path in [Path(paths)] if isinstance(paths, str | Path) else map(Path, paths):
+        if path.is_dir():
+            found.append(search(path, kinds, split))
+        elif not path.exists():
+            raise UserError(f"{path}: no such file or folder")
+        elif kind_of(path.name) not in kinds:
+            raise UserError(f"{path}: expected {listed(kinds)} (all but .parquet and .arrow also as .gz or .zst)")
+        else:
+            found.append(Chosen("", [str(path)]))
+    if not found:
+        raise UserError("no files to read: the list of paths is empty")
+    for path in (Path(one.folder, name) for one in found for name in one.names):
+        if path.stat().st_size == 0:
+            raise UserError(f"{path}: the file is empty")
+    return found
+
+
+def describe_sources(paths: Paths) -> list[dict[str, Any]]:
+    """Path, size in bytes and sha256 of every file, for whoever wants to know later what something was made of."""
+    return list(map(described, find_files(paths)))
+
+
+def search(folder: Path, kinds: Sequence[str], split: str | None = "train") -> Chosen:
+    """The files of a folder here and its subfolders; `split` None: of every split. Raises `UserError` as `choose`."""
+    passed: Counter[str] = Counter()
+
+    def below() -> Iterator[str]:
+        for here, folders, files in os.walk(folder):
+            place = Path(here)
+            made = next((what for name, what in MADE.items() if name in files), None) if place != folder else None
+            if made:
+                passed[f"{'folder' if made else ''} of {made}"] += 1
+                folders.clear()
+                continue
+            for name in [name for name in folders if _is_hidden(name)]:
+                folders.remove(name)
+                passed["hidden or of tools"] += 1
+            yield from ((place / name).relative_to(folder).as_posix() for name in files if (place / name).is_file())
+
+    chosen = choose(str(folder), below(), kinds, split)
+    chosen.passed.update(passed)
+    return chosen
+
+
+def choose(folder: str, names: Iterable[str], kinds: Sequence[str], split: str | None) -> Chosen:
+    """Of the files named, relative to `folder`, those that are meant.
+
+    Raises `UserError` where there are none, and for a split that is not there.
+    """
+    passed: Counter[str] = Counter()
+
+    def kept(candidates: Iterable[str], reason: Callable[[str], str | None]) -> list[str]:
+        reasons = [(name, reason(name)) for name in candidates]
+        passed.update(what for _, what in reasons if what)
+        return [name for name, what in reasons if not what]
+
+    found = kept(sorted(names, key=PurePosixPath), lambda name: _why_not(PurePosixPath(name), kinds))
+    found = kept(found, _beside_rows({kind_of(name) for name in found}))
+    if not found:
+        over = ", ".join(f"{count:,} {what}" for what, count in passed.most_common())
+        raise UserError(f"{folder}: no {listed(kinds)} file in this folder" + (f" (there are: {over})" if over else ""))
+    if split is not None:
+        found = kept(found, _of_another_split(folder, found, split))
+    return Chosen(folder, found, passed)
+
+
+def split_of(name: str) -> str | None:
+    """The split that a file is of, by the first or last word of its name or of a folder that it is in."""
+    splits = [SPLITS.get(word) for part in _parts(name) for word in _outer_words(part)]
+    named = [split for split in splits if split]
+    return next((split for split in named if split != "train"), named[0] if named else None)
+
+
+def _why_not(path: PurePosixPath, kinds: Sequence[str]) -> str | None:
+    if any(map(_is_hidden, path.parts)):
+        return "hidden or of tools"
+    if path.name in BOOKKEEPING or (path.suffix == ".arrow" and path.name.startswith("cache-")):
+        return "of tools' own bookkeeping"
+    kind = kind_of(path.name)
+    return None if kind in kinds else kind or "without a known ending"
+
+
+def _beside_rows(kinds: set[str]) -> Callable[[str], str | None]:
+    """Notes and code beside rows are no rows; the `.json` files beside source code are its settings."""
+    rows, code = kinds & {*ROW_KINDS}, kinds & {*WRITTEN} - {".md"}
+    left_out = {".json"} if rows == {".json"} and code else {*WRITTEN} if rows else set()
+    about = ABOUT if kinds - {".md"} else ()
+
+    def reason(name: str) -> str | None:
+        is_about = PurePosixPath(name.lower()).stem in about
+        return f"{kind_of(name)} beside the others" if is_about or kind_of(name) in left_out else None
+
+    return reason
+
+
+def _of_another_split(folder: str, names: Sequence[str], split: str) -> Callable[[str], str | None]:
+    splits = {name: None if kind_of(name) in WRITTEN else split_of(name) for name in names}
+    if any(split in _parts(name) for name in names):  # such as train_sft beside train_gen
+        return lambda name: None if split in _parts(name) else f"of split {splits[name] or 'without a name'}"
+    wanted = SPLITS.get(split.lower(), split)
+    is_meant = {name: found == wanted or (found is None and wanted == "train") for name, found in splits.items()}
+    if not any(is_meant.values()):
+        there = sorted({found for found in splits.values() if found})
+        hint = did_you_mean(split, there) if there else "its files are not named after splits"
+        raise UserError(f"{folder}: no file of split {split!r}; {hint}; name the file, or set split")
+    return lambda name: None if is_meant[name] else f"of split {splits[name] or 'train'}"
+
+
+def _parts(name: str) -> list[str]:
+    """The folders of a file and its name without endings and numbers, in lower case: `train` of train-00000-of-4.gz."""
+    *folders, file = PurePosixPath(name.lower()).parts
+    return [*folders, NUMBERS.sub("", file.partition(".")[0])]
+
+
+def _outer_words(part: str) -> list[str]:
+    words = re.split(r"[-_ ]+", re.sub(r"(held|hold)[-_ ]out", r"\1out", part))
+    return [words[0], words[-1]]
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name in TOOLS

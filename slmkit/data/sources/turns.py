@@ -1,0 +1,232 @@
+"""The messages of a conversation as public data sets spell them, brought to OpenAI's names.
+
+`role` (system, user, assistant, tool) and `content`; where they are there also `tool_calls`, `reasoning_content`,
+`name`, `tool_call_id`, and `weight` (0: not learned). A key that carries meaning and has no place here is refused; any
+other key that is not empty is counted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from slmkit.data.sources.documents import Conversation, Message
+from slmkit.tokenizer.chat import EMPTY, ConversationError, check_messages
+
+EXAMPLE = '{"role": …, "content": …}'
+ROLES = {
+    "system": "system", "developer": "system",
+    "user": "user", "human": "user", "prompter": "user",
+    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
+    "model": "assistant", "bot": "assistant",
+    "function_call": "assistant", "tool_call": "assistant",
+    "tool": "tool", "function": "tool", "observation": "tool", "function_response": "tool", "tool_response": "tool",
+    "ipython": "tool",
+}  # fmt: skip
+CALLS = ("function_call", "tool_call")  # roles whose text is a call, as JSON
+ROLE, CONTENT = ("role", "from"), ("content", "value", "text")
+WEIGHTS = ("weight", "loss_weight", "train", "training", "loss")  # 0 or false: not learned
+REASONING = ("reasoning_content", "reasoning", "thinking")
+TOOLS = ("tools", "functions")
+USED = {*ROLE, *CONTENT, *WEIGHTS, *REASONING, *TOOLS, "tool_calls", "function_call", "name", "tool_call_id"}
+# What would change what is read or learned, and cannot be kept.
+MEDIA = ("images", "image", "videos", "video", "audios", "audio", "documents", "files")
+REFUSED = (*MEDIA, "train_detail", "training_detail", "refusal")
+
+
+class RowError(ValueError):
+    """A row that is left out, or refused unless it is `harmless`. `reason` is one of few, to count them by."""
+
+    def __init__(self, message: str, reason: str = "not as expected", harmless: bool = False) -> None:
+        super().__init__(message)
+        self.reason, self.harmless = reason, harmless
+
+
+def is_empty(value: Any) -> bool:
+    """None, NaN, blank text, and lists and objects of nothing else: what tables put where a row has no value."""
+    if isinstance(value, str):
+        return value.strip() in ("", "[]", "{}", "null")
+    if isinstance(value, dict):
+        return all(inner is False or is_empty(inner) for inner in value.values())
+    if isinstance(value, list | tuple):
+        return all(map(is_empty, value))
+    return value is None or (isinstance(value, float) and value != value)
+
+
+def conversation(turns: list[Any], tools: Any = None, column: str = "messages") -> Conversation:
+    """The conversation that `turns` spell. Raises `RowError` where they are none, or cannot be kept as they are."""
+    found = Conversation([], tools=tools_in(tools))
+    for number, turn in enumerate(turns, start=1):
+        try:
+            message = _message(turn, found, column)
+        except RowError as error:
+            raise RowError(f"message {number}: {error}", error.reason) from None
+        last = found[-1] if found else {}
+        if message.pop("is call", False) and last.get("role") == "assistant":
+            if last.get("weight") != message.get("weight"):
+                raise RowError(f"message {number}: a call and the text before it have different weights")
+            last.setdefault("tool_calls", []).extend(message["tool_calls"])  # the calls of one turn
+        else:
+            found.append(message)
+    return found
+
+
+def checked(messages: Conversation) -> Conversation:
+    """The conversation, if it is one: public sets hold turns out of order and turns without a word.
+
+    A system message without a word, of which they hold many, is none at all.
+    """
+    if len(messages) > 1 and messages[0]["role"] == "system" and not str(messages[0]["content"]).strip():
+        del messages[0]
+    try:
+        check_messages(messages)
+    except ConversationError as error:
+        raise RowError(str(error), error.reason) from None
+    for number, message in enumerate(messages, start=1):
+        if message["role"] in ("system", "user") and not message["content"].strip():
+            raise RowError(f"message {number}: the {message['role']} says nothing", EMPTY)
+    return messages
+
+
+def tools_in(value: Any) -> list[dict[str, Any]] | None:
+    """Tools as lists of `{"type": "function", "function": {…}}`, from a list or its JSON."""
+    if is_empty(value):
+        return None
+    value = from_json(value, "tools")
+    tools = []
+    for tool in value if isinstance(value, list) else [value]:
+        tool = from_json(tool, "tools")
+        if isinstance(tool, dict) and not isinstance(tool.get("function"), dict) and isinstance(tool.get("name"), str):
+            tool = {"type": "function", "function": tool}
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not (isinstance(function, dict) and isinstance(function.get("name"), str)):
+            raise RowError(f"expected tools with a name, such as {{'name': …, 'parameters': …}}, found {shown(tool)}")
+        tools.append(tool)
+    return as_json(tools, "tools")
+
+
+def _message(turn: Any, found: Conversation, column: str) -> Message:
+    """One turn; what it says of tools goes to the whole conversation."""
+    if not isinstance(turn, dict):
+        raise RowError(f"expected in column {column!r} a list of messages such as {EXAMPLE}, found {shown(turn)}")
+    _account_for_keys(turn, found)
+    spelled = _first(turn, ROLE)
+    role = ROLES.get(spelled.lower()) if isinstance(spelled, str) else None
+    if role is None:
+        raise RowError(f"role {shown(spelled)}; expected one of {', '.join(ROLES)}")
+    message: Message = {"role": role, "content": _text(_first(turn, CONTENT), role)}
+    calls = turn.get("tool_calls") if not is_empty(turn.get("tool_calls")) else turn.get("function_call")
+    if isinstance(spelled, str) and spelled.lower() in CALLS:
+        calls, message["content"], message["is call"] = message["content"], "", True
+    if not is_empty(calls):
+        message["tool_calls"] = _calls(calls)
+    elif message["content"] is None:
+        raise RowError("content is None; expected text")
+    message["content"] = message["content"] or ""
+    if not is_empty(reasoning := _first(turn, REASONING)):
+        message["reasoning_content"] = reasoning
+    message |= {key: turn[key] for key in ("name", "tool_call_id") if not is_empty(turn.get(key))}
+    for key in ("reasoning_content", "name", "tool_call_id"):
+        if not isinstance(message.get(key, ""), str):
+            raise RowError(f"{key} is {type(message[key]).__name__}; expected text")
+    if role != "assistant" and message.keys() & {"tool_calls", "reasoning_content"}:
+        raise RowError(f"a call or reasoning in a message of the {role}'s")
+    if (weight := _weight(turn)) is not None and (weight == 0 or role == "assistant"):
+        message["weight"] = weight
+    elif weight is not None:
+        found.unused.append("weight")  # what others than the assistant say is never learned
+    return message
+
+
+def _account_for_keys(turn: dict[str, Any], found: Conversation) -> None:
+    for key, value in turn.items():
+        if key in USED or is_empty(value):
+            continue
+        if key in REFUSED:
+            raise RowError(f"has {key!r}, which is not read", f"messages with {key!r}")
+        found.unused.append(key)
+    if not is_empty(tools := _first(turn, TOOLS)):
+        if found.tools is not None:
+            raise RowError("names tools, which the row or a message before names too")
+        found.tools = tools_in(tools)
+
+
+def _text(content: Any, role: str) -> Any:
+    """Text, or the text in a list of parts; None where there is none."""
+    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+        kinds = {str(part.get("type", "text")) for part in content} - {"text", "input_text", "output_text"}
+        if kinds:
+            raise RowError(f"content has parts of type {', '.join(sorted(kinds))}, and only text is read", "not text")
+        content = "".join(_text(part.get("text"), role) or "" for part in content)
+    elif isinstance(content, dict) and role == "tool":
+        content = json.dumps(as_json(content, "content"), ensure_ascii=False)
+    if isinstance(content, float) and content != content:
+        return None
+    if not isinstance(content, str | None):
+        raise RowError(f"content is {type(content).__name__}; expected text")
+    return content
+
+
+def _calls(value: Any) -> list[dict[str, Any]]:
+    """Calls as `{"type": "function", "function": {"name": …, "arguments": {…}}}`, from objects or their JSON."""
+    value = from_json(value, "a call")
+    calls = []
+    for call in value if isinstance(value, list) else [value]:
+        call = from_json(call, "a call")
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not (isinstance(function, dict) and isinstance(function.get("name"), str)):
+            raise RowError(f"expected a call such as {{'name': …, 'arguments': …}}, found {shown(call)}")
+        given = function.get("arguments", function.get("parameters"))
+        arguments = {} if given is None or given == "" else from_json(given, "arguments")
+        if not isinstance(arguments, dict):
+            raise RowError(f"the arguments of a call are {type(arguments).__name__}; expected an object")
+        named = {"id": call["id"]} if isinstance(call.get("id"), str) and call["id"] else {}
+        calls.append({**named, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
+    return as_json(calls, "a call")
+
+
+def _weight(turn: dict[str, Any]) -> float | None:
+    """The smallest of what the turn says of being learned: 0, 1, or nothing."""
+    said = []
+    for key in WEIGHTS:
+        value = turn.get(key)
+        if is_empty(value):
+            continue
+        if not (isinstance(value, int | float) and value in (0, 1)):
+            raise RowError(f"{key} {shown(value)}; expected 1 (learned) or 0 (only read)")
+        said.append(value)
+    return min(said, default=None)
+
+
+def from_json(value: Any, what: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        raise RowError(f"{what}: expected JSON, found {shown(value)}") from None
+
+
+def as_json(value: Any, what: str) -> Any:
+    """The value, if JSON can hold it: tables have dates and bytes besides."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        raise RowError(f"{what}: expected what JSON can hold") from None
+    return value
+
+
+def shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # too deep, or a whole number too long to be written
+        return type(value).__name__
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _first(turn: dict[str, Any], keys: Iterable[str]) -> Any:
+    """What is under the first of the keys that is there and not empty."""
+    return next(
+        (turn[key] for key in keys if not is_empty(turn.get(key))), next((turn[k] for k in keys if k in turn), None)
+    )
