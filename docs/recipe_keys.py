@@ -57,7 +57,7 @@ def comments(kind: type[BaseModel]) -> dict[str, str]:
         while line in said and said[line][1]:
             above.insert(0, said[line][0])
             line -= 1
-        found[node.target.id] = " ".join([*above, *beside])
+        found[node.target.id] = " ".join([*above, *beside]).replace("None:", "null:")
     return found
 
 
@@ -95,9 +95,14 @@ def default(field: Any) -> str:
 def section(kind: type[BaseModel], path: str, note: str = "") -> str:
     """One table, and those of the sections inside."""
     names = [name for name in kind.model_fields if kind is not SLMConfig or name not in TRAINING_FIELDS]
-    bases = [base for base in reversed(kind.__mro__) if issubclass(base, BaseModel) and base not in (BaseModel, Settings)]
+    bases = [
+        base for base in reversed(kind.__mro__) if issubclass(base, BaseModel) and base not in (BaseModel, Settings)
+    ]
     said = {name: text for base in bases for name, text in comments(base).items()}
-    lines = [f"\n## {f'`{path}`' if path else 'The recipe itself'}{note}\n", inspect.cleandoc(kind.__doc__ or "") + "\n"]
+    lines = [
+        f"\n## {f'`{path}`' if path else 'The recipe itself'}{note}\n",
+        inspect.cleandoc(kind.__doc__ or "") + "\n",
+    ]
     lines += ["| key | value | default | what it does |", "| --- | --- | --- | --- |"]
     inner = []
     for name in names:

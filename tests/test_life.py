@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -113,26 +113,25 @@ def test_a_quickstart_without_the_time_for_anything_says_so_before_it_trains(
     assert not (tmp_path / "q").exists()
 
 
-def test_a_quickstart_holds_its_minutes_on_a_machine_that_becomes_slower(
+def test_a_quickstart_on_a_machine_that_becomes_slower_stops_each_part_at_its_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first steps promise a machine so fast that all of it is read, and each part is stopped when its time is over.
-
-    A tiny model, since what is tested is the clock.
-    """
-    monkeypatch.setattr(quickstart, "_seconds_of_a_step", lambda: 0.001)
-    monkeypatch.setattr(quickstart, "FIXED", 0.5)
+    """The first steps promised that all could be read in a second, which is over before the first part is prepared."""
+    monkeypatch.setattr(quickstart, "_seconds_of_a_step", lambda: 1e-6)
+    monkeypatch.setattr(quickstart, "FIXED", 0.0)
     load = quickstart.load_recipe
-    few = ["data.documents=400", "data.validation_documents=10", "train.sample_prompts=[]", "train.device=cpu"]
+    few = ["data.documents=60", "data.validation_documents=10", "train.sample_prompts=[]", "train.device=cpu"]
 
-    def tiny(path: Path, values: list[str]) -> Recipe:
+    def tiny(path: Path, values: Sequence[str] = ()) -> Recipe:
         sizes = ["model.hidden_size=32", "model.intermediate_size=64", "model.num_hidden_layers=2"]
         return load(path, [*values, *few, *(sizes if path.stem.endswith("primer") else [])])
 
     monkeypatch.setattr(quickstart, "load_recipe", tiny)
-    reporter, started = Silent(), time.monotonic()
-    trained = train_quickstart(tmp_path / "q", 0, 0.25, reporter)
-    assert time.monotonic() - started < 60 * 0.25
-    assert any("stopped early" in line for line in reporter.lines)
+    reporter = Silent()
+    trained = train_quickstart(tmp_path / "q", 0, 1 / 60, reporter)
+    assert sum("stopped early" in line for line in reporter.lines) >= 2  # the last part may have but one step anyway
     for run in (trained.stories, trained.chat):
         assert find_model_directory(run.root).is_dir()
+        assert (run.root / "latest").resolve().name == "step-000001"
+    assert all(share <= 1 for share in trained.shares.values())
+    assert trained.share_in(10) <= trained.share_in(1000) == 1
