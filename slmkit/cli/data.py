@@ -47,7 +47,7 @@ def prepare(
     Example: slm data prepare books/ --tokenizer tokenizers/book -o shards/books --shuffle 0 --clean near_duplicates=0.8
     """
     from slmkit.cli.progress import PreparationProgress
-    from slmkit.cli.show import TerminalReporter
+    from slmkit.cli.show import TerminalReporter, counted
     from slmkit.config import load_settings
     from slmkit.data import prepare_text
     from slmkit.data.cleaning.settings import CleaningSettings
@@ -80,7 +80,7 @@ def prepare(
     for line in reading.report():
         TerminalReporter().warn(line)
     _print_cleaning(shards)
-    print(f"{shards.header.documents:,} documents, {len(shards):,} tokens in {output}")
+    print(f"{counted(shards.header.documents, 'document')}, {len(shards):,} tokens in {output}")
 
 
 def _check_options(chat: bool, of_text: bool, of_chat: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from slmkit.training.xray import Rows, Vocabulary, XRay
 
 SHOWN = 2  # rows
 HEAD, TAIL = 100, 40  # tokens of each: its beginning and its end
+BEFORE, LENGTH = 12, 48  # tokens of an excerpt: before the first that is learned, and in all
 LEARNED, READ, SPECIAL = "green", "dim", "bold reverse"
 
 
@@ -22,10 +24,25 @@ def write_xray(xray: XRay, vocabulary: Vocabulary, path: Path) -> None:
     lines += [f"- {name}: {value}" for name, value in xray.figures.items()]
     lines += [f"- **{finding}**" for finding in xray.findings]
     lines += [f"- note: {note}" for note in xray.notes]
-    lines += ["", "In ⟦brackets⟧ what is read and not learned.", ""]
+    lines += ["", "What stands in ⟦brackets⟧ is read and not learned.", ""]
     for row in rendered_rows(xray.rows, vocabulary):
         lines += ["```", row.plain.replace("```", "'''"), "```", ""]
     path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def excerpts(rows: Rows, vocabulary: Vocabulary) -> list[Text]:
+    """Of the first row, of a pair of both, some tokens around the first that is learned, on one line."""
+    count = 2 if rows.kinds else 1
+    first = [max(0, int(learned.argmax()) - BEFORE) for learned in rows.learned[:count]]
+    stretches = [
+        Rows(*(part[[row], start : start + LENGTH] for part in (rows.ids, rows.labels, rows.padding)))
+        for row, start in enumerate(first)
+    ]
+    in_line = replace(vocabulary, decode=lambda ids: vocabulary.decode(ids).replace("\n", "↵"))
+    shown = [rendered_rows(stretch, in_line)[0] for stretch in stretches]
+    dots = [Text("… " if start else "") for start in first]
+    names = [Text(f"{kind}: ", "bold") for kind in rows.kinds[:count]] or [Text("")]
+    return [Text.assemble(name, dot, text, " …") for name, dot, text in zip(names, dots, shown)]
 
 
 def rendered_rows(rows: Rows, vocabulary: Vocabulary, count: int = SHOWN) -> list[Text]:
