@@ -31,6 +31,11 @@ class Settings(pydantic.BaseModel):
 S = TypeVar("S", bound=Settings)
 
 
+def counted(number: int, noun: str) -> str:
+    """1 → `1 document`, 1234 → `1,234 documents`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """` Did you mean 'x'?` where something near exists, else the choices themselves."""
     choices = list(choices)

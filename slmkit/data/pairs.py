@@ -49,14 +49,14 @@ def prepare_pairs(
             sides = [side for pair in batch for side in pair.sides]
             encoded = tokenizer.encode_rendered([tokenizer.render_chat(side, tools=tools_of(side)) for side in sides])
             own = [side[pair.shared :] for pair in batch for side in pair.sides]
-            rows = [_with_answers(chat[-1], messages) for chat, messages in zip(encoded, own)]
+            rows = [answers_alone(chat[-1], messages) for chat, messages in zip(encoded, own)]
             ids, ends, trained = end_to_end(rows, tokenizer.eos_token_id)
             writer.add(ids, ends, trained, text_bytes=sum(map(text_bytes, sides)))
             progress(writer.documents // 2, writer.tokens, writer.text_bytes)
     return TokenShards.open(directory)
 
 
-def _with_answers(row: ChatRow, messages: Sequence[Message]) -> ChatRow:
+def answers_alone(row: ChatRow, messages: Sequence[Message]) -> ChatRow:
     """Of what is learned of a conversation only the answers in `messages`, its last ones."""
     answers = sum(message["role"] == "assistant" for message in messages)
     starts, stops = stretches(row.trained)

@@ -38,7 +38,9 @@ class TextDataset(Dataset, Rows):
     def __init__(
         self, texts: Sequence[str], tokenizer: AnyTokenizer, max_length: int, stride: int | None = None
     ) -> None:
-        """Raises `UserError` for lengths that make no sense, and when no text has two tokens."""
+        """Raises `UserError` for lengths that make no sense, for one text alone, and when no text has two tokens."""
+        if isinstance(texts, str):
+            raise UserError("expected a list of texts, found one text, whose letters would be the texts: write [text]")
         self.length, self.stride = max_length, max_length if stride is None else stride
         if max_length < 2:
             raise UserError(f"expected a max_length of at least 2 tokens, found {max_length}")

@@ -30,6 +30,7 @@ from slmkit.data.sources.turns import (
 )
 
 Row = dict[str, Any]
+NO_COLUMN = "no such column"  # the reason of rows whose columns no format has
 SYSTEM = ("system", "system_prompt")
 HISTORY = "history"  # earlier exchanges: a list of [question, answer]
 CONTEXT = ("input", "context")  # what a question is about
@@ -82,6 +83,8 @@ class RowFormats:
     def __post_init__(self) -> None:
         """Raises `UserError` where the settings name a format or a column that this kind of thing does not have."""
         name, mapping = self.settings.row_format, self.settings.mapping
+        if self.settings.separator is not None:
+            raise UserError(f"separator: {self.what} in rows have none; it is of text files (.txt)")
         if name is not None and name not in self.formats:
             raise UserError(f"row_format {name!r}: {did_you_mean(name, self.formats)}")
         known = {column for one in self.formats.values() for column in one.used}
@@ -112,7 +115,7 @@ class RowFormats:
     def problem(self, place: str, columns: Sequence[str], rows: int = 1) -> BadRow | None:
         """What is wrong with a table of these columns, if anything is."""
         if line := self.missing(columns):
-            return BadRow("no such column", f"{place}: {line}", rows)
+            return BadRow(NO_COLUMN, f"{place}: {line}", rows)
         return None if self.find(self.renamed(columns)) else self.no_format(place, columns, rows)
 
     def find(self, columns: Iterable[str]) -> RowFormat | None:
@@ -135,7 +138,7 @@ class RowFormats:
         """What a row means, or a `BadRow`, or the place of one that is text saying what is wrong with it."""
         if self.settings.mapping:
             if line := self.missing(row):
-                return BadRow("no such column", f"{place}: {line}")
+                return BadRow(NO_COLUMN, f"{place}: {line}")
             row = dict(zip(self.renamed([*row]), row.values()))
         found = self.find(name for name, value in row.items() if value is not None) or self.find(row)
         if found is None:
@@ -164,10 +167,10 @@ class RowFormats:
             line = f"no column {' and '.join(map(repr, wanted))}, nor others that make {self.what}; there are: {there}"
         other = _others(columns)
         if other is not None and other[0] != self.what:
-            return BadRow("no such column", f"{place}: {line}; these are {other[0]}: {other[1]}", rows)
+            return BadRow(NO_COLUMN, f"{place}: {line}; these are {other[0]}: {other[1]}", rows)
         example = next((self.formats[name].required for name in EXAMPLES if name in self.formats), wanted)
         mapped = ", ".join(f"{ours}: {theirs}" for ours, theirs in zip(example, [*columns, *"…" * len(example)]))
-        return BadRow("no such column", f"{place}: {line}; data.columns names them, such as {{{mapped}}}", rows)
+        return BadRow(NO_COLUMN, f"{place}: {line}; data.columns names them, such as {{{mapped}}}", rows)
 
     def _expect_nothing_lost(self, row: Row, found: RowFormat) -> None:
         for name in (*self.meaning, *(LABELS if self.what == "conversations" else ())):
