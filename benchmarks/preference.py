@@ -27,9 +27,9 @@ import torch
 from slmkit.api import train_recipe
 from slmkit.api.grpo import AnswerSampler
 from slmkit.data.sources import BUILT_IN
+from slmkit.find import find_model_directory
 from slmkit.model import load_decoder
 from slmkit.tokenizer import SLMTokenizer
-from slmkit.training.find import find_model_directory
 from slmkit.training.recipe import Recipe
 from slmkit.training.run import RunDirectory
 from slmkit.training.run_log import environment

@@ -32,9 +32,9 @@ from slmkit.data.stories import held_out_questions, tell_many
 from slmkit.data.stream import DocumentRows
 from slmkit.device import find_device, keep_freed_memory
 from slmkit.evaluation import ask, validation_loss
+from slmkit.find import find_model_directory, find_tokenizer_directory
 from slmkit.generation import LanguageModel, together
 from slmkit.tokenizer import SLMTokenizer
-from slmkit.training.find import find_model_directory, find_tokenizer_directory
 from slmkit.training.recipe import find_recipe, load_recipe
 from slmkit.training.run_log import environment
 

@@ -7,12 +7,14 @@ key or a value of the wrong type is one line that names the key and the nearest 
 from __future__ import annotations
 
 import difflib
+import functools
+import inspect
 import re
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import pydantic
 import yaml
@@ -22,13 +24,45 @@ class UserError(Exception):
     """The user's mistake, or their machine's: one line that says what was found and what to do (exit code 2)."""
 
 
-class Settings(pydantic.BaseModel):
-    """Base of all settings: unknown keys are refused, and values are checked when they are set."""
+class _OneLineErrors(type(pydantic.BaseModel)):  # type: ignore[misc]
+    """A call of the class raises `UserError`. No `__init__`, since pydantic would call that for nested settings too."""
+
+    def __call__(cls, *positional: Any, **values: Any) -> Any:
+        try:
+            return super().__call__(*positional, **values)
+        except pydantic.ValidationError as error:
+            raise UserError(_first_problem(cls, error, cls.__name__)) from None  # type: ignore[arg-type]
+
+
+class Settings(pydantic.BaseModel, metaclass=_OneLineErrors):
+    """Base of all settings: unknown keys are refused, and values are checked when they are set (`UserError`)."""
 
     model_config = pydantic.ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        try:
+            super().__setattr__(name, value)
+        except pydantic.ValidationError as error:
+            raise UserError(_first_problem(type(self), error, type(self).__name__)) from None
+
 
 S = TypeVar("S", bound=Settings)
+P, T = ParamSpec("P"), TypeVar("T")
+
+
+def arguments_checked(call: Callable[P, T]) -> Callable[P, T]:
+    """A function whose unknown keyword arguments are a `UserError` that names the nearest known one."""
+    known = [name for name in inspect.signature(call).parameters if name != "self"]
+
+    @functools.wraps(call)
+    def checked(*positional: P.args, **named: P.kwargs) -> T:
+        for name in named:
+            if name not in known:
+                called = call.__qualname__.removesuffix(".__init__")
+                raise UserError(f"{called}: unknown argument {name!r}; {did_you_mean(name, known)}")
+        return call(*positional, **named)
+
+    return checked
 
 
 def counted(number: int, noun: str) -> str:
@@ -121,11 +155,12 @@ def _entry(content: list[Any], name: str, key: str) -> int:
 
 
 def _first_problem(kind: type[Settings], error: pydantic.ValidationError, origin: str) -> str:
-    problem = error.errors()[0]
+    # Defaults that follow from other fields are not computed where one of those is wrong.
+    problem, *others = [each for each in error.errors() if each["type"] != "default_factory_not_called"]
     location = [str(part) for part in problem["loc"]]
     where = f"{origin}: " if origin else ""
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    if problem["type"] == "extra_forbidden":
+    more = f" (and {len(others)} more)" if others else ""
+    if problem["type"] in ("extra_forbidden", "no_such_attribute"):
         known = _fields_at(kind, location[:-1])
         return f"{where}unknown key {'.'.join(location)!r}; {did_you_mean(location[-1], known)}{more}"
     message = problem["msg"].removeprefix("Value error, ")

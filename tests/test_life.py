@@ -11,9 +11,9 @@ from slmkit.api.quickstart import EVALUATION, SMALLEST_SHARE, affordable_share
 from slmkit.data import TokenShards
 from slmkit.data.stories import held_out_questions
 from slmkit.evaluation import ask
+from slmkit.find import find_model_directory
 from slmkit.model import load_decoder
 from slmkit.tokenizer import SLMTokenizer
-from slmkit.training.find import find_model_directory
 from slmkit.training.recipe import find_recipe, load_recipe
 
 FEW_STEPS = ["train.num_train_epochs=null", "train.tokens_per_step=1024", "train.device=cpu", "train.sample_tokens=5"]

@@ -16,11 +16,11 @@ from slmkit.adapt.adapter import trained_tensors
 from slmkit.api import resume_run, train_recipe
 from slmkit.api.folding import fold_adapters
 from slmkit.api.replay import replay_run
+from slmkit.find import find_model_directory
 from slmkit.generation import ChatSession, SamplingSettings
 from slmkit.model import load_decoder
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.checkpoints import complete_checkpoints
-from slmkit.training.find import find_model_directory
 from slmkit.training.overview import read_run
 from slmkit.training.recipe import find_recipe, load_recipe
 from tests.test_life import FEW_STEPS, Silent
@@ -72,10 +72,10 @@ def test_a_model_learns_to_talk_and_its_base_stays_as_it_was(base: Path, adapter
     session = ChatSession(decoder, tokenizer, SamplingSettings(temperature=0), max_new_tokens=5)
     assert isinstance("".join(session.reply("Who are you?")), str)
     ids = torch.tensor([tokenizer.encode("Once upon a time")])
-    logits = SLMForCausalLM.from_pretrained(adapter[0])(ids)
+    logits = SLMForCausalLM.from_pretrained(adapter[0])(ids).logits
     assert (logits - before.logits(before(ids))).abs().max() > 1e-4
     folded = fold_adapters(base, [adapter[0]], adapter[0].parent / "folded")
-    assert torch.allclose(SLMForCausalLM.from_pretrained(folded)(ids), logits, atol=1e-4)
+    assert torch.allclose(SLMForCausalLM.from_pretrained(folded)(ids).logits, logits, atol=1e-4)
 
 
 def test_it_is_resumed_and_replayed_bit_for_bit(adapter: tuple[Path, Silent], tmp_path: Path) -> None:
@@ -144,10 +144,10 @@ def test_a_script_trains_an_adapter(base: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has an adapter: fold\(model.decoder\)"):
         model.save_pretrained(tmp_path / "whole")
     ids = torch.arange(40)[None]
-    logits = model(ids)
-    assert torch.allclose(SLMForCausalLM.from_pretrained(tmp_path / "run")(ids), logits, atol=1e-4)
+    logits = model(ids).logits
+    assert torch.allclose(SLMForCausalLM.from_pretrained(tmp_path / "run")(ids).logits, logits, atol=1e-4)
     fold(model.decoder)
-    assert torch.allclose(model(ids), logits, atol=1e-4)
+    assert torch.allclose(model(ids).logits, logits, atol=1e-4)
     after = dict(model.decoder.named_parameters())
     changed = {
         name.rpartition(".")[0].rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])

@@ -28,6 +28,7 @@ from slmkit.adapt.adapter_whole import ANOTHER, whole_from_disk, whole_to_disk
 from slmkit.adapt.lora import DoRALinear, LoRALinear, adapted_linears, expect_plain
 from slmkit.adapt.swap import Linear, linear, linears, matching, replace
 from slmkit.config import UserError
+from slmkit.hub import hub_name, spelled
 from slmkit.model import Decoder, SLMConfig
 from slmkit.model.adapter_directory import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from slmkit.model.families import family_of
@@ -71,7 +72,11 @@ def save_adapter(
         )
     shapes = {name: update.shape for name, update in updates.items()}
     whole = whole_to_disk(decoder, config, tensors)
-    content = adapter_config(str(base), settings, shapes, others, bool(family_of(config.model_type).transposed))
+    hub = hub_name(spelled(Path(base)))
+    content = adapter_config(
+        hub.name if hub else str(base), settings, shapes, others, bool(family_of(config.model_type).transposed)
+    )
+    content["revision"] = hub.revision if hub else None
     content["modules_to_save"] = sorted({name.rpartition(".")[0] for name in whole}) or None
     stored = to_peft(updates) | {f"{PREFIX}{name}": tensor for name, tensor in whole.items()}
     generation = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id, "do_sample": True}

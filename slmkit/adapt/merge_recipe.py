@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from slmkit.config import Settings, UserError
+from slmkit.config import Settings, UserError, load_settings, read_yaml
 
 
 class Condition(Settings):
@@ -155,6 +157,13 @@ class MergeRecipe(Settings):
     @property
     def is_normalized(self) -> bool:
         return self.method.normalizes if self.normalize is None else self.normalize
+
+
+def load_merge_recipe(path: str | Path, overrides: Sequence[str] = ()) -> MergeRecipe:
+    """Read a merge's YAML and apply `key=value` overrides (`models.0.weight=0.3`). Raises `UserError`."""
+    if Path(path).is_dir():
+        raise UserError(f"{path}: a directory; expected a merge's YAML file, or a model with --adapter beside it")
+    return load_settings(MergeRecipe, read_yaml(path), overrides, origin=str(path))
 
 
 def at(setting: Setting, depth: float, name: str, otherwise: float | None = None) -> float:

@@ -1,31 +1,92 @@
-"""`SLMForCausalLM`: a model as a script knows it, put together from decoder, directory and generator."""
+"""`SLMForCausalLM`: a model as a script uses it. Its forward pass and its output are those of a transformers model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from slmkit.adapt.load import load_model
 from slmkit.adapt.lora import adapted_linears
 from slmkit.config import UserError
+from slmkit.find import find_model_directory
 from slmkit.generation import Ensemble, SamplingSettings, generate_ids
 from slmkit.model import Decoder, SLMConfig, build_decoder, save_decoder
-from slmkit.training.find import find_model_directory
+from slmkit.model.growth import grow_vocabulary
+from slmkit.training.losses import IGNORED
+
+
+class CausalLMOutput(dict[str, Tensor]):
+    """`loss` (where labels were given) and `logits`: read as attributes, by name, by index or as a tuple, as an output
+    of transformers; `loss, logits = output` unpacks the tensors.
+    """
+
+    def __getattr__(self, name: str) -> Tensor | None:
+        if name in self:
+            return self[name]
+        if name == "loss":
+            return None
+        raise AttributeError(f"the output has {', '.join(self.keys())}, and no {name!r}")
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.values())
+
+    def to_tuple(self) -> tuple[Tensor, ...]:
+        return tuple(self.values())
 
 
 class GeneratingModel(nn.Module):
     """A model with its head, and the config that says how its texts end: token ids in, logits or more ids out."""
 
+    # transformers.Trainer then hands `num_items_in_batch` to `forward`, and counts for it the labels that are learned.
+    accepts_loss_kwargs, loss_type = True, "ForCausalLM"
+
     def __init__(self, config: SLMConfig, decoder: Decoder | Ensemble) -> None:
         super().__init__()
         self.config, self.decoder = config, decoder
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """input_ids [batch, sequence] → logits [batch, sequence, vocab_size], float32."""
-        return self.decoder.logits(self.decoder(input_ids)).float()
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+    ) -> CausalLMOutput:
+        """input_ids, attention_mask and labels [batch, sequence] → `.logits` [batch, sequence, vocab_size], float32.
+
+        `attention_mask` is 0 for padding, on either side, and 1 elsewhere. With `labels`, which are `input_ids` with
+        -100 where nothing is learned (they are shifted here), `.loss` is the mean cross-entropy in nats; with
+        `num_items_in_batch` the sum divided by that number. Raises `UserError` for more tokens than the context.
+        """
+        if attention_mask is not None:
+            # Right padding comes after every real token, which the causal mask hides already.
+            attention_mask = attention_mask.bool()
+            if not bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any()):
+                attention_mask = None
+        hidden = self.decoder(input_ids, attention_mask=attention_mask)
+        logits = self.decoder.logits(hidden).float()
+        if labels is None:
+            return CausalLMOutput(logits=logits)
+        shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten().to(logits.device)
+        if num_items_in_batch is None:
+            return CausalLMOutput(loss=F.cross_entropy(logits.flatten(0, 1), shifted), logits=logits)
+        total = F.cross_entropy(logits.flatten(0, 1), shifted, reduction="sum")
+        return CausalLMOutput(loss=total / torch.as_tensor(num_items_in_batch, device=total.device), logits=logits)
 
     def generate(
         self,
@@ -78,18 +139,19 @@ class GeneratingModel(nn.Module):
 
 
 class SLMForCausalLM(GeneratingModel):
-    """A decoder with its head: token ids in, logits out."""
+    """A decoder with its head, and the methods that `transformers.Trainer` and `accelerate` call."""
 
     decoder: Decoder
 
     def __init__(self, config: SLMConfig, decoder: Decoder | None = None) -> None:
         """Fresh weights, drawn from torch's global generator (`torch.manual_seed`), unless a decoder is given."""
-        super().__init__(config, decoder or build_decoder(config, seed=int(torch.randint(2**62, ()))))
+        super().__init__(config, decoder or build_decoder(config, seed=int(torch.randint(2**62, (), device="cpu"))))
         self.directory: Path | None = None  # where it was read from
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, device: str = "cpu") -> SLMForCausalLM:
-        """Read a model directory, an adapter folded into its base, or a run's best checkpoint, in evaluation mode.
+        """Read a model directory, an adapter folded into its base, a run's best checkpoint, or a model of the hub by
+        its name (`OWNER/NAME@REVISION`), in evaluation mode.
 
         Raises `UserError`.
         """
@@ -99,11 +161,68 @@ class SLMForCausalLM(GeneratingModel):
         model.directory = found
         return model.eval()
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write a Hugging Face model directory. Raises `UserError` when it cannot be written, or has an adapter."""
+    def save_pretrained(
+        self,
+        directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        save_function: Any = None,
+    ) -> None:
+        """Write a Hugging Face model directory. Raises `UserError` when it cannot be written, or has an adapter.
+
+        The last three are what `accelerate` passes: only the main process writes, `state_dict` stands for the model's
+        own where that is sharded, and `save_function` is ignored, since weights are always safetensors.
+        """
+        if not is_main_process:
+            return
         if adapted_linears(self.decoder):
             raise UserError("the model has an adapter: fold(model.decoder) that first, with slmkit.adapt.fold")
-        save_decoder(self.decoder, self.config, directory)
+        weights = None if state_dict is None else {k.removeprefix("decoder."): v for k, v in state_dict.items()}
+        save_decoder(self.decoder, self.config, directory, weights)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.decoder.embedding
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head; with tied embeddings, the embedding."""
+        return self.decoder.embedding if self.decoder.head is None else self.decoder.head
+
+    def resize_token_embeddings(self, new_num_tokens: int) -> nn.Module:
+        """Add rows for further tokens, each the mean of all rows; make optimizers afterwards. Raises `UserError`."""
+        old = self.config.vocab_size
+        if new_num_tokens < old:
+            raise UserError(
+                f"resize_token_embeddings({new_num_tokens}): the model has {old} tokens, and none is removed"
+            )
+        pieces = {token: range(old) for token in range(old, new_num_tokens)}
+        self.decoder, self.config = grow_vocabulary(self.decoder, self.config, pieces)
+        return self.get_input_embeddings()
+
+    def gradient_checkpointing_enable(
+        self,
+        gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        """Compute every n-th layer again in the backward pass instead of keeping its activations.
+
+        The keyword arguments for `torch.utils.checkpoint` are ignored. Raises `UserError` for `offload`.
+        """
+        if offload:
+            raise UserError("gradient checkpointing has no offload here: leave offload out")
+        self.decoder.recompute_every = every_n_layers
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.decoder.recompute_every = 0
+
+    activation_checkpointing_enable = gradient_checkpointing_enable  # transformers 5's name
+    activation_checkpointing_disable = gradient_checkpointing_disable
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        left_out = {self.decoder.embedding.weight} if exclude_embeddings else set()
+        counted = [p for p in self.parameters() if p.requires_grad or not only_trainable]
+        return sum(p.numel() for p in counted if p not in left_out)
 
 
 def _left_padding(attention_mask: Tensor | None) -> Tensor | None:

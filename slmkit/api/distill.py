@@ -18,6 +18,7 @@ from slmkit.data.stream import ChatRows, DocumentRows, Rows, Stream
 from slmkit.data.streaming import StreamedBatches
 from slmkit.data.teacher_cache import IDS, LOGITS, REST, Lessons, data_fingerprint, read_lessons, taught
 from slmkit.device import Device
+from slmkit.find import find_model_directory, find_tokenizer_directory
 from slmkit.model import Decoder, SLMConfig
 from slmkit.model.adapter_directory import ADAPTER_CONFIG, base_of, config_directory, is_adapter
 from slmkit.model.directory import empty_decoder
@@ -26,7 +27,6 @@ from slmkit.training.checkpoints import file_sha256
 from slmkit.training.compilation import compile_blocks, compile_pays
 from slmkit.training.distill import Distill, DistillWithStates
 from slmkit.training.distillation import DistillationLoss
-from slmkit.training.find import find_model_directory, find_tokenizer_directory
 from slmkit.training.inventory import Inventory
 from slmkit.training.objective_settings import DistillationSettings
 from slmkit.training.objectives import Objective

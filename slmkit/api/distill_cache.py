@@ -20,10 +20,10 @@ from slmkit.data.packing import IGNORED
 from slmkit.data.stream import Rows
 from slmkit.data.teacher_cache import Answer, Lessons, learned_starts, write_cache
 from slmkit.device import Device, find_device
+from slmkit.find import find_model_directory
 from slmkit.model import SLMConfig
 from slmkit.model.adapter_directory import config_directory
 from slmkit.training.chunked_head import in_chunks
-from slmkit.training.find import find_model_directory
 from slmkit.training.recipe import Recipe
 from slmkit.training.teachers import OnlineTeacher, likeliest
 

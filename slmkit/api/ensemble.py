@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from slmkit.api.causal_lm import GeneratingModel, SLMForCausalLM
+from slmkit.find import find_model_directory
 from slmkit.generation import Ensemble, common_tokenizer
-from slmkit.training.find import find_model_directory
 
 
 class SLMEnsemble(GeneratingModel):
@@ -27,7 +27,10 @@ class SLMEnsemble(GeneratingModel):
     def from_pretrained(
         cls, directories: Sequence[str | Path], weights: Sequence[float] | None = None, device: str = "cpu"
     ) -> SLMEnsemble:
-        """Read model directories or runs, each with its tokenizer. Raises `UserError`, also where those differ."""
+        """Read model directories, runs or models of the hub, each with its tokenizer.
+
+        Raises `UserError`, also where their tokenizers differ.
+        """
         found = [find_model_directory(directory) for directory in directories]
         common_tokenizer(found)
         return cls([SLMForCausalLM.from_pretrained(directory, device) for directory in found], weights).eval()

@@ -11,10 +11,11 @@ from pathlib import Path
 from slmkit.adapt import fold, load_adapter, load_model
 from slmkit.adapt.adapter import grown_for
 from slmkit.config import UserError
+from slmkit.find import find_model_directory
 from slmkit.model import save_decoder
 from slmkit.model.adapter_directory import is_adapter
 from slmkit.tokenizer import SLMTokenizer
-from slmkit.training.find import find_model_directory, free_path
+from slmkit.training.find import free_path
 
 
 def fold_adapters(model: str | Path, adapters: Sequence[str | Path], output: str | Path | None = None) -> Path:

@@ -43,7 +43,7 @@ class Sample:
     def __call__(self, state: State, report: Report) -> None:
         with self.group.whole(state.model):
             if self.group.is_main:
-                prompts = self.recipe.train.sample_prompts
+                prompts = self.recipe.train.sample_prompts or []
                 append_samples(
                     self.file, state.step, [(prompt, self._written(state.model, prompt)) for prompt in prompts]
                 )

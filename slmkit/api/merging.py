@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from slmkit.adapt.merge_recipe import MergeRecipe
 from slmkit.adapt.merging import Merge, plan_merge
-from slmkit.config import UserError, load_settings, read_yaml, to_yaml
+from slmkit.config import UserError, to_yaml
+from slmkit.find import find_model_directory
 from slmkit.generation import common_tokenizer
 from slmkit.model.adapter_directory import base_of, is_adapter
 from slmkit.training.files import sync
-from slmkit.training.find import find_model_directory
 
 # What goes along from the first of the models: how text becomes ids, and how it is generated from.
 COMPANIONS = (
@@ -21,13 +21,6 @@ COMPANIONS = (
     "vocab.json", "merges.txt", "tokenizer.model", "generation_config.json",
 )  # fmt: skip
 MADE_FROM = "merge.yaml"
-
-
-def load_merge_recipe(path: str | Path, overrides: Sequence[str] = ()) -> MergeRecipe:
-    """Read a merge's YAML and apply `key=value` overrides (`models.0.weight=0.3`). Raises `UserError`."""
-    if Path(path).is_dir():
-        raise UserError(f"{path}: a directory; expected a merge's YAML file, or a model with --adapter beside it")
-    return load_settings(MergeRecipe, read_yaml(path), overrides, origin=str(path))
 
 
 def prepare_merge(recipe: MergeRecipe) -> Merge:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from slmkit.adapt.load import load_model, start_adapter
 from slmkit.api.vocabulary import fit_to_tokenizer, tokenizer_of_base
 from slmkit.config import UserError
+from slmkit.hub import at_commit
 from slmkit.model import Decoder, SLMConfig, build_decoder
 from slmkit.model.adapter_directory import is_adapter
 from slmkit.tokenizer import SLMTokenizer
@@ -24,6 +26,19 @@ def model_for(recipe: Recipe, tokenizer: SLMTokenizer, base: Path | None) -> Sta
         return _adapter(recipe, tokenizer, base)
     model, config = fit_to_tokenizer(*load_model(base), tokenizer_of_base(recipe, base), tokenizer)
     return model, config, WholeModel(config)
+
+
+def at_commits(recipe: Recipe) -> Recipe:
+    """The recipe with the commit of each model of the hub that it names, so that a resumed run has the same ones."""
+    model, tokenizer, taught = recipe.model, recipe.tokenizer, recipe.distillation
+    changes: dict[str, Any] = {}
+    if model.path:
+        changes["model"] = model.model_copy(update={"path": at_commit(model.path)})
+    if tokenizer.path:
+        changes["tokenizer"] = tokenizer.model_copy(update={"path": at_commit(tokenizer.path)})
+    if taught and taught.teacher:
+        changes["distillation"] = taught.model_copy(update={"teacher": at_commit(taught.teacher)})
+    return recipe.model_copy(update=changes)
 
 
 def _new_model(recipe: Recipe, tokenizer: SLMTokenizer) -> Start:

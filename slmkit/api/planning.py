@@ -9,12 +9,12 @@ from slmkit.adapt.lora import add_lora
 from slmkit.api.distill import teacher_like, with_the_teachers_tokenizer
 from slmkit.api.work import expect_a_model, inventory_of
 from slmkit.device import Device
+from slmkit.find import find_model_directory, find_tokenizer_directory
 from slmkit.model import Decoder, SLMConfig, build_decoder
 from slmkit.model.adapter_directory import is_adapter
 from slmkit.model.directory import empty_decoder
 from slmkit.model.lora_settings import LoRASettings
 from slmkit.tokenizer import SLMTokenizer
-from slmkit.training.find import find_model_directory, find_tokenizer_directory
 from slmkit.training.planning import Outlook, outlook
 from slmkit.training.probe import Subject
 from slmkit.training.recipe import Recipe
@@ -22,10 +22,13 @@ from slmkit.training.recipe import Recipe
 Make = Callable[[SLMConfig], Decoder]
 
 
-def plan_recipe(recipe: Recipe, measure: bool = True) -> Outlook:
-    """What a run of this recipe will take on this machine. Raises `UserError` for what it lacks to be planned."""
+def plan_recipe(recipe: Recipe, measure: bool = True, say: Callable[[str], None] = lambda line: None) -> Outlook:
+    """What a run of this recipe will take on this machine; `say` is told what is being measured.
+
+    Raises `UserError` for what it lacks to be planned.
+    """
     expect_a_model(recipe)
-    return outlook(_with_known_vocabulary(with_the_teachers_tokenizer(recipe)), subject_of, measure)
+    return outlook(_with_known_vocabulary(with_the_teachers_tokenizer(recipe)), subject_of, measure, say)
 
 
 def subject_of(recipe: Recipe, config: SLMConfig, device: Device) -> Subject:

@@ -12,6 +12,7 @@ from slmkit.config import UserError
 from slmkit.device import find_device
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training import checkpoints
+from slmkit.training.find import find_run
 from slmkit.training.loop import Report
 from slmkit.training.recipe import load_recipe
 from slmkit.training.recorder import recorded_batches, recorded_report
@@ -50,9 +51,7 @@ def replay_run(directory: str | Path, step: int, reporter: Reporter) -> RunRepla
 
     Raises `UserError` where there is no such run or step.
     """
-    run = RunDirectory(directory)
-    if not run.recipe.is_file():
-        raise UserError(f"{run.root}: not a run: it has no recipe.yaml; expected a directory that `slm train` made")
+    run = RunDirectory(find_run(directory))
     recipe = load_recipe(run.recipe)
     session = open_run(run, find_device(recipe.train.device, recipe.train.precision))
     if not 1 <= step <= session.plan.steps:

@@ -11,7 +11,8 @@ from rich.console import Console
 from slmkit.adapt.load import load_model
 from slmkit.api.distill import with_the_teachers_tokenizer
 from slmkit.api.material import Material
-from slmkit.api.models import model_for
+from slmkit.api.models import at_commits, model_for
+from slmkit.api.prompts import with_prompts
 from slmkit.api.reporter import SILENCE, Reporter
 from slmkit.api.vocabulary import tokenizer_of_base
 from slmkit.api.work import expect_a_model, inventory_of, work_of
@@ -22,13 +23,15 @@ from slmkit.data.stream import DocumentRows
 from slmkit.device import Device, find_device
 from slmkit.evaluation import validation_loss
 from slmkit.evaluation.loss import LossReport
+from slmkit.find import find_model_directory
+from slmkit.hub import spelled
 from slmkit.model import Decoder, SLMConfig
 from slmkit.model.adapter_directory import config_directory
 from slmkit.model.config import TRAINING_FIELDS
 from slmkit.model.sizes import parameter_count
 from slmkit.training.checkpoints import complete_checkpoints
 from slmkit.training.distributed import ALONE, Group, join
-from slmkit.training.find import find_model_directory
+from slmkit.training.find import find_run
 from slmkit.training.inventory import blueprint_of
 from slmkit.training.loop import Every, Plan
 from slmkit.training.micro_batch import resolve_micro_batch
@@ -58,7 +61,7 @@ def train_recipe(recipe: Recipe, reporter: Reporter, dry_run: bool = False, forc
     """
     check_trackers(recipe.train.report_to)
     expect_a_model(recipe)
-    recipe = with_the_teachers_tokenizer(recipe)
+    recipe = with_the_teachers_tokenizer(at_commits(recipe))
     device = find_device(recipe.train.device, recipe.train.precision)
     with join(device, recipe.train.ddp_timeout) as group:
         reporter = reporter if group.is_main else SILENCE
@@ -80,9 +83,7 @@ def resume_run(directory: str | Path, reporter: Reporter) -> RunDirectory:
 
     Raises `UserError` where there is none.
     """
-    run = RunDirectory(directory)
-    if not run.recipe.is_file():
-        raise UserError(f"{run.root}: not a run: it has no recipe.yaml; expected a directory that `slm train` made")
+    run = RunDirectory(find_run(directory))
     settings = load_recipe(run.recipe).train
     device = find_device(settings.device, settings.precision)
     with join(device, settings.ddp_timeout) as group:
@@ -125,7 +126,7 @@ def _build(
         recipe.reads, recipe.data, recipe.tokenizer, recipe.seed, run.data, tokenizer, reporter, length
     )
     model, config, files = model_for(recipe, corpus.tokenizer, base)
-    resolved_recipe = _resolve(recipe, run, config, base)
+    resolved_recipe = _resolve(with_prompts(recipe, corpus), run, config, base)
     session = _Session(run, resolved_recipe, corpus, model, config, files, device, group, reporter)
     run.describe(session.recipe, device, corpus.describe())
     reporter.say(session.summary())
@@ -235,7 +236,7 @@ class _Session:
             reporter.say,
             train=self.corpus.train,
             validation=[self.corpus.validation],
-            is_chat=self.recipe.reads in ("conversations", "pairs"),
+            is_chat=self.recipe.reads in ("conversations", "pairs", "judgements"),
             is_padded=self.recipe.is_padded,
             force=force,
         )
@@ -292,7 +293,7 @@ def _resolve(recipe: Recipe, run: RunDirectory, config: SLMConfig, base: Path | 
     """The recipe with nothing left to a preset, so that it still means the same when presets change."""
     model = recipe.model if base is not None else resolved(config, recipe.model.initialization)
     if base is not None and recipe.lora is not None:  # a run's best model may be another one later
-        model = model.model_copy(update={"path": str(base.resolve())})
+        model = model.model_copy(update={"path": spelled(base)})
     return recipe.model_copy(update={"output_dir": str(run.root), "model": model})
 
 

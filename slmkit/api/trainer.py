@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torch.utils.data import IterableDataset
 
 from slmkit.adapt import LoRASettings, add_lora
 from slmkit.adapt.adapter_files import AdapterFiles
+from slmkit.api.callbacks import Callbacks, GivenLoss, LossFunction, TorchSchedule, check_optimizer
 from slmkit.api.causal_lm import SLMForCausalLM
 from slmkit.api.hooks import Validate
 from slmkit.api.runs import resolved
 from slmkit.api.xray import look
-from slmkit.config import UserError
-from slmkit.data.stream import Stream
+from slmkit.config import UserError, arguments_checked
+from slmkit.data.stream import Batches, Rows, Stream
 from slmkit.data.text_dataset import TextDataset
+from slmkit.data.torch_dataset import DatasetRows, ItemFormat, IterableBatches
 from slmkit.device import Device, find_device
 from slmkit.model import SLMConfig
 from slmkit.model.adapter_directory import is_adapter
 from slmkit.training.distill import objective_of
 from slmkit.training.distillation import DistillationLoss
 from slmkit.training.distributed import Group, join
-from slmkit.training.loop import Every, Report
+from slmkit.training.loop import Every, Plan, Report, RunStopped
 from slmkit.training.objective_settings import DistillationSettings
 from slmkit.training.objectives import Objective, next_token
 from slmkit.training.progress import TrainingProgress
@@ -30,24 +36,35 @@ from slmkit.training.recipe import ModelSettings, Recipe, TrainSettings
 from slmkit.training.run import RunDirectory, evaluation_interval, fit, make_plan, new_run_directory
 from slmkit.training.teachers import OnlineTeacher, check_fit, frozen
 
+GIVEN_IN_A_SCRIPT = "given in a script"  # what stands for the data in the description of such a run
+
 
 class SLMTrainer:
-    """Train a model on a dataset in a script. What it leaves in `output_dir` is a run like any other.
+    """Train a model on a data set in a script. What it leaves in `output_dir` is a run like any other.
 
     `config` carries the training fields: `learning_rate`, `batch_size` (sequences a step), `sequence_length`,
-    `gradient_clip_norm`, `warmup_steps`. With a `teacher_model` of the same tokenizer it distils, with the config's
-    `distillation_alpha` and `distillation_temperature` or with a `DistillationLoss` of its own. With `lora` the model
-    is frozen, and what is trained and saved is an adapter for the directory that the model was read from;
-    `slmkit.adapt.fold(model.decoder)` makes a plain model of both.
+    `gradient_clip_norm`, `warmup_steps`. A data set is a `TextDataset`, or any torch data set, map-style or iterable,
+    of dicts with `input_ids` and `labels`, as `slmkit.data.torch_dataset.ItemFormat.row` reads them.
+
+    With a `teacher_model` of the same tokenizer it distils, with the config's `distillation_alpha` and
+    `distillation_temperature` or with a `DistillationLoss` of its own. With `lora` the model is frozen, and what is
+    trained and saved is an adapter for the directory that the model was read from; `slmkit.adapt.fold(model.decoder)`
+    makes a plain model of both.
+
+    `optimizers=(optimizer, scheduler)` take the place of AdamW and of warm-up and cosine; with a scheduler of None the
+    rates of the optimizer's groups are the peaks of that schedule. `callbacks` are functions of (state, report), called
+    after each step, or objects as `slmkit.api.callbacks.Callback`. `loss(hidden, batch)` takes the place of the
+    cross-entropy; see `slmkit.api.callbacks.GivenLoss`.
     """
 
+    @arguments_checked
     def __init__(
         self,
         config: SLMConfig,
         model: SLMForCausalLM,
         tokenizer: Any,
-        train_dataset: TextDataset,
-        eval_dataset: TextDataset | None = None,
+        train_dataset: Any,
+        eval_dataset: Any = None,
         teacher_model: SLMForCausalLM | None = None,
         output_dir: str = "./checkpoints",
         device: str = "auto",
@@ -55,6 +72,9 @@ class SLMTrainer:
         force: bool = False,
         distillation_loss: DistillationLoss | None = None,
         lora: LoRASettings | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        callbacks: Sequence[Any] = (),
+        loss: LossFunction | None = None,
     ) -> None:
         """Raises `UserError` for what does not fit; `train` does so for what the X-ray finds, unless `force`."""
         if len(tokenizer) > config.vocab_size:
@@ -65,64 +85,126 @@ class SLMTrainer:
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.output_dir, self.device_name, self.seed = output_dir, device, seed
-        self.force = force
+        self.force, self.loss, self.callbacks = force, loss, Callbacks(callbacks)
         self.teacher_model, self.distillation_loss = teacher_model, distillation_loss
         self.distils = teacher_model is not None and config.use_distillation is not False
+        self.length = getattr(train_dataset, "length", None) or config.sequence_length or config.max_position_embeddings
         if teacher_model is None and (config.use_distillation or distillation_loss is not None):
             raise UserError("distillation needs someone to learn from: give the trainer a teacher_model")
         if teacher_model is not None:
-            check_fit(teacher_model.decoder, len(tokenizer), train_dataset.length, "teacher_model")
+            check_fit(teacher_model.decoder, len(tokenizer), self.length, "teacher_model")
+        if loss is not None and self.distils:
+            raise UserError("loss and teacher_model: a loss with a teacher is a DistillationLoss, as distillation_loss")
+        self.optimizer, self.scheduler = optimizers
+        if self.optimizer is not None and lora is not None:
+            raise UserError("optimizers with lora: the adapter's parameters are made here: set the rates in the config")
         self.lora, self.files = lora, None if lora is None else self._begin_adapter(lora)
+        if self.optimizer is not None:
+            check_optimizer(self.optimizer, model.decoder)
+        elif self.scheduler is not None:
+            raise UserError("optimizers: a scheduler without its optimizer: give (optimizer, scheduler)")
 
-    def train(self, num_epochs: float = 1, max_steps: int | None = None) -> dict[str, float]:
-        """Train and return the last step's figures: `loss`, `tokens`, `validation_loss` where there is an eval set."""
-        length = self.train_dataset.length
+    def train(
+        self,
+        num_epochs: float = 1,
+        max_steps: int | None = None,
+        resume_from_checkpoint: bool | str | Path | None = None,
+    ) -> dict[str, float]:
+        """Train and return the last step's figures: `loss`, `tokens`, `validation_loss` where there is an eval set.
+
+        With `resume_from_checkpoint` the newest run of `output_dir` (True), or the run named, goes on from its newest
+        intact checkpoint. Raises `UserError` where there is none.
+        """
         settings = TrainSettings(
-            sequence_length=length,
-            tokens_per_step=self.config.batch_size * length,
+            sequence_length=self.length,
+            tokens_per_step=self.config.batch_size * self.length,
             learning_rate=self.config.learning_rate,
             max_grad_norm=self.config.gradient_clip_norm,
-            warmup_steps=self.config.warmup_steps,
             num_train_epochs=None if max_steps else num_epochs,
             max_steps=max_steps,
             device=self.device_name,
         )
         device = find_device(settings.device, settings.precision)
+        resumed = run_to_resume(self.output_dir, resume_from_checkpoint)
         with join(device, settings.ddp_timeout) as group:
-            return self._fit(settings, device, group)
+            return self._fit(settings, device, group, resumed)
 
-    def _fit(self, settings: TrainSettings, device: Device, group: Group) -> dict[str, float]:
-        length = self.train_dataset.length
-        rows = min(self.config.batch_size, self.train_dataset.rows_in_epoch)
-        stream = Stream(self.train_dataset, rows, self.seed)
-        plan = make_plan(settings, self.train_dataset.rows_in_epoch, length, device, group=group)
-        run = RunDirectory(group.from_main(str(new_run_directory(self.output_dir).root) if group.is_main else ""))
-        objective: Objective = self._distillation(device) if self.distils else next_token
+    def _fit(self, settings: TrainSettings, device: Device, group: Group, resumed: Path | None) -> dict[str, float]:
+        stream = self._stream(self.train_dataset)
+        steps = settings.total_steps(stream.rows_in_epoch, self.length)
+        settings = settings.model_copy(
+            update={"max_steps": steps, "num_train_epochs": None, "warmup_steps": self._warmup(steps)}
+        )
+        plan = make_plan(settings, stream.rows_in_epoch, self.length, device, group=group)
+        if self.scheduler is not None:
+            plan = replace(plan, schedule=TorchSchedule(self.scheduler))
+        root = resumed or (new_run_directory(self.output_dir).root if group.is_main else "")
+        run = RunDirectory(group.from_main(str(root)))
         recipe = self._recipe(run, settings)
-        if group.is_main:
-            run.describe(recipe, device, {"texts": "given in a script"})
+        if group.is_main and resumed is None:
+            run.describe(recipe, device, {"texts": GIVEN_IN_A_SCRIPT})
             look(stream, self.tokenizer, self.config.vocab_size, run.root, lambda line: None, force=self.force)
         last: Report = {}
-        hooks = [Every(plan.steps, lambda state, report: last.update(report), on_all_ranks=True)]
-        if self.eval_dataset is not None:
-            validate = Validate(self.eval_dataset, device, group=group)
-            hooks.insert(0, Every(evaluation_interval(settings, plan.steps), validate, on_all_ranks=True))
         with TrainingProgress("training", plan.steps, None if group.is_main else Console(quiet=True)) as progress:
-            hooks.append(Every(1, progress.update))
-            fit(
-                run,
-                recipe,
-                self.model.decoder,
-                self.config,
-                stream,
-                plan,
-                companions=self._companions,
-                objective=objective,
-                files=self.files,
-                hooks=hooks,
-            )
+            try:
+                fit(
+                    run,
+                    recipe,
+                    self.model.decoder,
+                    self.config,
+                    stream,
+                    plan,
+                    companions=self._companions,
+                    objective=self._objective(device),
+                    files=self.files,
+                    hooks=[*self._hooks(settings, plan, device, group, last), Every(1, progress.update)],
+                    resume=resumed is not None,
+                    optimizer=self.optimizer,
+                    on_save=self.callbacks.at("on_save", group) if self.callbacks.has("on_save") else None,
+                )
+            except RunStopped:
+                if not self.callbacks.has_stopped:
+                    raise
         self.model.eval()
-        return last
+        return last or run.metrics.read()[-1]
+
+    def _stream(self, dataset: Any) -> Batches:
+        if not _is_iterable(dataset):
+            rows = self._rows(dataset)
+            return Stream(rows, min(self.config.batch_size, rows.rows_in_epoch), self.seed)
+        return IterableBatches(dataset, self._form, self.config.batch_size)
+
+    def _rows(self, dataset: Any) -> Rows:
+        if isinstance(dataset, TextDataset):
+            return dataset
+        return DatasetRows(list(dataset) if _is_iterable(dataset) else dataset, self._form)
+
+    @property
+    def _form(self) -> ItemFormat:
+        pad_id = getattr(self.tokenizer, "pad_token_id", None)
+        return ItemFormat(self.length, 0 if pad_id is None else pad_id, self.config.vocab_size)
+
+    def _warmup(self, steps: int) -> int:
+        """The config's `warmup_steps`; where it leaves them at their default, no more than a tenth of the run."""
+        warmup = self.config.warmup_steps
+        if "warmup_steps" not in self.config.model_fields_set:
+            return min(warmup, steps // 10)
+        if warmup >= steps:
+            print(f"warning: warmup_steps {warmup}: the learning rate rises through all {steps} steps", file=sys.stderr)
+        return warmup
+
+    def _hooks(
+        self, settings: TrainSettings, plan: Plan, device: Device, group: Group, last: Report
+    ) -> Iterator[Every]:
+        interval = evaluation_interval(settings, plan.steps)
+        if not isinstance(self.train_dataset, TextDataset):  # nobody counts how much of a row is computed
+            yield Every(1, lambda state, report: report.pop("mfu", None))
+        if self.eval_dataset is not None:
+            yield Every(interval, Validate(self._rows(self.eval_dataset), device, group=group), on_all_ranks=True)
+        yield Every(1, lambda state, report: last.update(report), on_all_ranks=True)
+        yield Every(1, self.callbacks.at("on_step", group), on_all_ranks=True)
+        if self.eval_dataset is not None:
+            yield Every(interval, self.callbacks.at("on_evaluation", group), on_all_ranks=True)
 
     def _begin_adapter(self, lora: LoRASettings) -> AdapterFiles:
         base = self.model.directory
@@ -137,20 +219,44 @@ class SLMTrainer:
         recipe = Recipe(output_dir=str(run.root), seed=self.seed, model=model, lora=self.lora, train=settings)
         if not self.distils:
             return recipe
-        alpha, temperature = self.loss.alpha, self.loss.temperature
+        loss = self._distillation_loss()
+        alpha, temperature = loss.alpha, loss.temperature
         taught = DistillationSettings(teacher="given in a script", alpha=alpha, temperature=temperature)
         return recipe.model_copy(update={"objective": "distill", "distillation": taught})
 
-    @property
-    def loss(self) -> DistillationLoss:
-        """What a distilling run minimises."""
+    def _distillation_loss(self) -> DistillationLoss:
         config = self.config
         return self.distillation_loss or DistillationLoss(config.distillation_alpha, config.distillation_temperature)
 
-    def _distillation(self, device: Device) -> Objective:
+    def _objective(self, device: Device) -> Objective:
+        if not self.distils:
+            return next_token if self.loss is None else GivenLoss(self.loss)
         assert self.teacher_model is not None
-        return objective_of(self.loss, OnlineTeacher(frozen(self.teacher_model.decoder, device), len(self.tokenizer)))
+        teacher = OnlineTeacher(frozen(self.teacher_model.decoder, device), len(self.tokenizer))
+        return objective_of(self._distillation_loss(), teacher)
 
     def _companions(self, directory: Path) -> None:
         if hasattr(self.tokenizer, "save_pretrained"):
             self.tokenizer.save_pretrained(str(directory))
+
+
+def _is_iterable(dataset: Any) -> bool:
+    """Whether it has items in an order of its own, and none by number. Raises `UserError` for no data set at all."""
+    if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset):
+        return False
+    if isinstance(dataset, Iterable):
+        return True
+    raise UserError(f"a data set has __getitem__ and __len__, or __iter__; found {type(dataset).__name__}")
+
+
+def run_to_resume(output_dir: str, wanted: bool | str | Path | None) -> Path | None:
+    """The run that `train` goes on with; None where it begins a new one. Raises `UserError` where it is not there."""
+    if wanted is None or wanted is False:
+        return None
+    named = Path(output_dir if wanted is True else wanted)
+    runs = [path for path in (named, *named.parent.glob(f"{named.name}-*")) if (path / "recipe.yaml").is_file()]
+    if wanted is not True:
+        runs = [path for path in (named, *named.resolve().parents[:2]) if (path / "recipe.yaml").is_file()][:1]
+    if not runs:
+        raise UserError(f"{named}: no run to go on with; expected the directory that an earlier train() made")
+    return max(runs, key=lambda path: (path / "recipe.yaml").stat().st_mtime)

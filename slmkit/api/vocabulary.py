@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from slmkit.config import UserError
+from slmkit.find import find_tokenizer_directory
 from slmkit.model import Decoder, SLMConfig
 from slmkit.model.growth import grow_vocabulary
 from slmkit.tokenizer import SLMTokenizer
-from slmkit.training.find import find_tokenizer_directory
 from slmkit.training.recipe import Recipe
 
 

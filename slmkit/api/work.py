@@ -9,7 +9,7 @@ from slmkit.api.distill import distill_inventory, distill_work
 from slmkit.api.grpo import grpo_inventory, grpo_work
 from slmkit.api.hooks import Sample, Validate
 from slmkit.api.material import Material, Work
-from slmkit.api.preference import preference_inventory, preference_work
+from slmkit.api.preference import kto_work, preference_inventory, preference_work
 from slmkit.config import UserError
 from slmkit.data.feed import make_batches
 from slmkit.data.stream import ChatRows, DocumentRows
@@ -38,7 +38,7 @@ def expect_a_model(recipe: Recipe) -> None:
     """
     if recipe.lora is not None and recipe.model.path is None:
         raise UserError("lora: an adapter is for a finished model: name that in model.path, or drop lora")
-    if recipe.objective in ("dpo", "grpo") and recipe.model.path is None:
+    if recipe.objective in ("dpo", "kto", "grpo") and recipe.model.path is None:
         raise UserError(
             f"objective {recipe.objective} goes on from a model that talks: name a run or model directory as model.path"
         )
@@ -68,6 +68,7 @@ WORK: dict[str, Callable[[Material], Work]] = {
     "sft": next_token_work,
     "distill": distill_work,
     "dpo": preference_work,
+    "kto": kto_work,
     "grpo": grpo_work,
 }
 INVENTORIES: dict[str, Callable[[Recipe, Decoder, int, Device], Inventory]] = {
@@ -75,5 +76,6 @@ INVENTORIES: dict[str, Callable[[Recipe, Decoder, int, Device], Inventory]] = {
     "sft": next_token_inventory,
     "distill": distill_inventory,
     "dpo": preference_inventory,
+    "kto": preference_inventory,
     "grpo": grpo_inventory,
 }

@@ -5,11 +5,14 @@ Nothing heavy is imported before a command runs, so that `slm --help` answers at
 
 from __future__ import annotations
 
+import io
 import os
 import sys
+from typing import Annotated
 
 import typer
 
+from slmkit import __version__
 from slmkit.cli import (
     bench,
     chat,
@@ -21,34 +24,54 @@ from slmkit.cli import (
     plan,
     plot,
     quickstart,
+    recipes,
     runs,
     tokenizer,
     train,
 )
-from slmkit.config import UserError
+from slmkit.cli.errors import explain
+from slmkit.cli.help import add_command, new_app
 
-app = typer.Typer(
-    help="Grow a small language model, from raw text to a model you talk to. Start with: slm quickstart",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
+app = new_app(
+    "Train small language models, from raw text to a model you talk to.\n\nStart with: slm quickstart",
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-app.command("quickstart")(quickstart.quickstart)
+for name, command in (
+    ("quickstart", quickstart.quickstart),
+    ("recipes", recipes.recipes),
+    ("train", train.train),
+    ("resume", train.resume),
+    ("runs", runs.runs),
+    ("plot", plot.plot),
+    ("replay", train.replay),
+    ("plan", plan.plan),
+    ("generate", generate.generate),
+    ("chat", chat.chat),
+    ("inspect", inspect.inspect),
+    ("merge", merge.merge),
+    ("distill-cache", distill_cache.distill_cache),
+):
+    add_command(app, name, command)
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(data.app, name="data")
 app.add_typer(bench.app, name="bench")
-app.command("train")(train.train)
-app.command("resume")(train.resume)
-app.command("distill-cache")(distill_cache.distill_cache)
-app.command("replay")(train.replay)
-app.command("plan")(plan.plan)
-app.command("runs")(runs.runs)
-app.command("plot")(plot.plot)
-app.command("generate")(generate.generate)
-app.command("chat")(chat.chat)
-app.command("merge")(merge.merge)
-app.command("inspect")(inspect.inspect)
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"slm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def slm(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version, and stop.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, of any command.")] = False,
+) -> None:
+    """What all commands have in common; `main` reads --debug itself, wherever it stands."""
 
 
 def main() -> None:
@@ -59,38 +82,23 @@ def main() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "4000")
     if os.environ.get("RANK", "0") != "0":  # of the processes that torchrun starts, the first alone speaks
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    debug = len(arguments) < len(sys.argv) - 1
     try:
         code = app(arguments, prog_name="slm", standalone_mode=False)
     except Exception as error:
-        if debug:
+        if len(arguments) < len(sys.argv) - 1:
             raise
-        code = _explain(error)
+        code = explain(error, _command(arguments))
     except KeyboardInterrupt:
         print("\nslm: stopped", file=sys.stderr)
         code = 130
     sys.exit(code or 0)
 
 
-def _explain(error: Exception) -> int:
-    """Print one line on stderr; returns the exit code."""
-    rank = os.environ.get("RANK")
-    name = f"slm: rank {rank}" if rank is not None else "slm"
-    if type(error).__name__ == "RunStopped":
-        if rank in (None, "0"):
-            print(f"slm: {error}", file=sys.stderr)
-        return 0
-    if isinstance(error, BrokenPipeError):  # `slm generate … | head`
-        sys.stderr.close()
-        return 0
-    if isinstance(error, UserError) or type(error).__name__ == "DeviceError":  # the latter's module imports torch
-        print(f"{name}: {error}", file=sys.stderr)
-        return 2
-    if hasattr(error, "exit_code") and hasattr(error, "format_message"):  # typer: a wrong option or argument
-        message = " ".join(error.format_message().split())
-        print(f"slm: {message} (see `slm --help`)", file=sys.stderr)
-        return int(error.exit_code)
-    what = " ".join(str(error).split())[:300]
-    print(f"{name}: {type(error).__name__}: {what} (run again with --debug for the traceback)", file=sys.stderr)
-    return 1
+def _command(arguments: list[str]) -> str:
+    """The command's name among the arguments, such as `data prepare`."""
+    names = [argument for argument in arguments[:2] if not argument.startswith("-")]
+    return " ".join(names if names[:1] in (["data"], ["tokenizer"], ["bench"]) else names[:1])

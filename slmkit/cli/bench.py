@@ -6,24 +6,25 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Measure this machine.", no_args_is_help=True, rich_markup_mode=None, add_completion=False)
+from slmkit.cli.help import add_command, new_app
+
+app = new_app("Measure the speed of this machine.", add_completion=False)
+app.callback()(lambda: None)  # one command alone would not be a group
 
 
-@app.callback()
-def bench() -> None:
-    """Measure this machine."""
-
-
-@app.command()
 def data(
-    megabytes: Annotated[float, typer.Option(help="Of built-in text to encode.")] = 20,
-    gigabytes: Annotated[float, typer.Option(help="Of shards to read from; they take no room on the disk.")] = 50,
+    megabytes: Annotated[float, typer.Option(help="How much built-in text to encode.")] = 20,
+    gigabytes: Annotated[
+        float, typer.Option(help="Size of the shards to read from; they take no room on the disk.")
+    ] = 50,
     rounds: Annotated[int, typer.Option(min=1, help="How often each is measured.")] = 5,
-    peers: Annotated[bool, typer.Option(help="Beside `datasets` and `litdata`, where they are installed.")] = True,
+    peers: Annotated[bool, typer.Option(help="Also measure `datasets` and `litdata`, if they are installed.")] = True,
 ) -> None:
-    """Encoding, preparation, loading, resuming and the time to the first batch.
+    """Measure how fast data is prepared and loaded.
 
-    Example: slm bench data --megabytes 5
+    Encoding, preparation, loading, resuming, and the time to the first batch.
+
+    Example: slm bench data --megabytes 5 --gigabytes 1 --rounds 2
     """
     import json
 
@@ -34,3 +35,6 @@ def data(
         print(f"{name}: {json.dumps(result, ensure_ascii=False)}", flush=True)
     for name, result in measure_peers(megabytes) if peers else ():
         print(f"{name}: {json.dumps(result, ensure_ascii=False)}", flush=True)
+
+
+add_command(app, "data", data)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from slmkit.cli.options import DeviceName, MinP, ModelPath, OtherModels, Penalty, Seed, Temperature, TopK, TopP
+
 if TYPE_CHECKING:
     from slmkit.generation import ChatSession
 
@@ -17,22 +19,21 @@ CUT = {"length": " … (cut at {tokens} tokens: --max-new-tokens)", "context": "
 
 
 def chat(
-    model: Annotated[str, typer.Argument(help="A model directory, or a run (its best checkpoint).")],
-    system: Annotated[str | None, typer.Option(help="A system message to begin with.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="The longest answer, in tokens.")] = 300,
-    temperature: Annotated[float, typer.Option(help="0 is greedy; higher is wilder.")] = 0.6,
-    top_p: Annotated[float, typer.Option(help="Only the likeliest tokens that together have this share.")] = 0.95,
-    top_k: Annotated[int, typer.Option(help="Only the k likeliest tokens; 0: all.")] = 0,
-    min_p: Annotated[float, typer.Option(help="Only tokens at least this share as likely as the likeliest.")] = 0.05,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1: what was said becomes less likely.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers.")] = None,
-    others: Annotated[
-        list[str] | None,
-        typer.Option("--with", help="Average with this model's probabilities; may be given several times."),
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+    model: ModelPath,
+    system: Annotated[str | None, typer.Option(help="A system message for the whole conversation.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop an answer after this many tokens.")] = 300,
+    temperature: Temperature = 0.6,
+    top_p: TopP = 0.95,
+    top_k: TopK = 0,
+    min_p: MinP = 0.05,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = None,
+    others: OtherModels = None,
+    device: DeviceName = "auto",
 ) -> None:
-    """Talk to a model. /reset, /save FILE, /load FILE and /quit are understood; Ctrl-C stops the answer.
+    """Talk to a model.
+
+    /reset begins anew, /save FILE and /load FILE keep a conversation, /quit ends. Ctrl-C stops an answer.
 
     Example: slm chat runs/quickstart/chat
     """

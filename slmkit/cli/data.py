@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from slmkit.cli.help import add_command, new_app
+
 if TYPE_CHECKING:
     from slmkit.data import TokenShards
     from slmkit.data.preview import Sample
     from slmkit.data.source_settings import SourceSettings
     from slmkit.tokenizer import SLMTokenizer
 
-app = typer.Typer(
-    help="Make token shards, and look into them.", no_args_is_help=True, rich_markup_mode=None, add_completion=False
-)
+app = new_app("Prepare text and conversations, and look at them.", add_completion=False)
 
 CLEAN = (
     "What to leave out: exact_duplicates=true, near_duplicates=0.8, min_characters, max_characters, min_words, "
@@ -24,7 +24,6 @@ CLEAN = (
 )
 
 
-@app.command()
 def prepare(
     sources: Annotated[list[str], typer.Argument(help="Files, folders, URLs or data sets of the hub.")],
     tokenizer: Annotated[str, typer.Option(help="A tokenizer or model directory, or a run.")],
@@ -61,8 +60,8 @@ def prepare(
     from slmkit.data.prepare import write_conversations
     from slmkit.data.reading import judgements_of, pairs_of
     from slmkit.data.source_settings import SourceSettings
+    from slmkit.find import find_tokenizer_directory
     from slmkit.tokenizer import SLMTokenizer
-    from slmkit.training.find import find_tokenizer_directory
 
     _check_options(
         chat, chat or pairs or judged, of_text=bool(clean or ray or shuffle is not None), of_chat=length is not None
@@ -109,7 +108,6 @@ def _check_options(chat: bool, talks: bool, of_text: bool, of_chat: bool) -> Non
         raise UserError("--length: only conversations are cut at the end of a row; leave it out, or add --chat")
 
 
-@app.command()
 def inspect(
     shards: Annotated[
         str, typer.Argument(help="A file or folder of text or rows, or a directory of shards.", metavar="PATH")
@@ -121,9 +119,12 @@ def inspect(
     ] = None,
     length: Annotated[int | None, typer.Option(help="Count the documents that a row of so many tokens cuts.")] = None,
 ) -> None:
-    """Show the first rows of a file or folder as a model would get them, or say what a directory of shards holds.
+    """Show the first rows of a file, folder or shards.
 
-    What is read and not learned stands in ⟦brackets⟧. Example: slm data inspect chats.jsonl --tokenizer runs/book
+    What is read and not learned stands in ⟦brackets⟧.
+
+    Example: slm data inspect chats.jsonl --tokenizer runs/book
+    Example: slm data inspect runs/book/data/train --tokenizer runs/book
     """
     from slmkit.config import counted, load_settings
     from slmkit.data import TokenShards
@@ -131,8 +132,8 @@ def inspect(
     from slmkit.data.reading import is_shards
     from slmkit.data.shard_facts import find_facts
     from slmkit.data.source_settings import SourceSettings
+    from slmkit.find import find_tokenizer_directory
     from slmkit.tokenizer import SLMTokenizer
-    from slmkit.training.find import find_tokenizer_directory
 
     settings = load_settings(SourceSettings, {"path": shards}, source or [])
     if not is_shards(settings):
@@ -165,8 +166,8 @@ def inspect(
 
 def _inspect_source(settings: SourceSettings, tokenizer: str | None, count: int) -> None:
     from slmkit.data.preview import samples_of_source
+    from slmkit.find import find_tokenizer_directory
     from slmkit.tokenizer import SLMTokenizer
-    from slmkit.training.find import find_tokenizer_directory
 
     if tokenizer is None:
         print("shown with ChatML, a byte a token; --tokenizer shows it with a tokenizer of your own")
@@ -208,3 +209,7 @@ def _print_samples(samples: Iterable[Sample], tokenizer: SLMTokenizer) -> None:
     for title, ids, trained in samples:
         console.print(f"\n--- {title}", markup=False)
         console.print(rendered(ids, trained, vocabulary, head=400, tail=100), soft_wrap=True)
+
+
+add_command(app, "prepare", prepare)
+add_command(app, "inspect", inspect)

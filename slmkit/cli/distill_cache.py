@@ -6,23 +6,32 @@ from typing import Annotated
 
 import typer
 
+from slmkit.cli.options import Overrides
+
 
 def distill_cache(
-    recipe: Annotated[str, typer.Argument(help="A recipe of objective distill, or the name of one that is shipped.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…")] = None,
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE", help="A recipe of objective distill: a file, or a name that `slm recipes` lists."
+        ),
+    ],
+    overrides: Overrides = None,
 ) -> None:
-    """Ask a recipe's teacher once, and store its likeliest tokens: training with them needs no teacher in memory.
+    """Store a teacher's predictions for `slm train` to learn from.
 
-    It goes to `distillation.cache`, which `slm train` reads then. The same command goes on where it was stopped.
+    The likeliest tokens of each position go to the folder that `distillation.cache` names; training reads them from
+    there and needs no teacher in memory. If it was stopped, the same command goes on.
 
     Example: slm distill-cache quickstart-distill distillation.cache=runs/taught
     """
-    from slmkit.api.distill_cache import cache_teacher
     from slmkit.cli.show import TerminalReporter
     from slmkit.training.recipe import find_recipe, load_recipe
 
     reporter = TerminalReporter()
     loaded = load_recipe(find_recipe(recipe), overrides or [], reporter.say)
+    from slmkit.api.distill_cache import cache_teacher
+
     stored = cache_teacher(loaded, reporter)
     assert loaded.distillation is not None
     print(f"{loaded.distillation.cache}: the {stored.k} likeliest tokens of each position, in {stored.rows:,} rows")

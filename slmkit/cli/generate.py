@@ -6,39 +6,57 @@ from typing import Annotated
 
 import typer
 
+from slmkit.cli.options import DeviceName, MinP, ModelPath, OtherModels, Penalty, Seed, Temperature, TopK, TopP
+
 
 def generate(
-    model: Annotated[str, typer.Argument(help="A model directory, or a run (its best checkpoint).")],
-    prompt: Annotated[str, typer.Argument(help="The text to continue; empty lets the model begin.")] = "",
-    max_new_tokens: Annotated[int, typer.Option(help="At most this many tokens.")] = 200,
-    temperature: Annotated[float, typer.Option(help="0 is greedy; higher is wilder.")] = 0.8,
-    top_k: Annotated[int, typer.Option(help="Only the k likeliest tokens; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Only the likeliest tokens that together have this share.")] = 0.95,
-    min_p: Annotated[float, typer.Option(help="Only tokens at least this share as likely as the likeliest.")] = 0.05,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1: what was said becomes less likely.")] = 1.0,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
-    others: Annotated[
-        list[str] | None,
-        typer.Option("--with", help="Average with this model's probabilities; may be given several times."),
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+    model: ModelPath,
+    prompt: Annotated[
+        str,
+        typer.Argument(metavar="[PROMPT]", help="The text to continue; - reads it from standard input; default: none."),
+    ] = "",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after this many tokens.")] = 200,
+    samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="How many continuations to write.")] = 1,
+    temperature: Temperature = 0.8,
+    top_k: TopK = 0,
+    top_p: TopP = 0.95,
+    min_p: MinP = 0.05,
+    repetition_penalty: Penalty = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be given several times.")] = None,
+    seed: Seed = None,
+    others: OtherModels = None,
+    device: DeviceName = "auto",
 ) -> None:
     """Continue a text.
 
-    Example: slm generate runs/quickstart/chat "Once upon a time" --temperature 0.7 --seed 1
+    Example: slm generate runs/quickstart/stories "Once there was a fox" --seed 1
+    Example: slm generate runs/quickstart/stories -n 3 --max-new-tokens 50
+    Example: echo "Once there was a fox" | slm generate runs/quickstart/stories -
     """
-    from slmkit.cli.show import load_model
-    from slmkit.generation import SamplingSettings, stream_completion
+    import dataclasses
+    import sys
 
-    decoder, tokenizer = load_model(model, device, others or [])
+    from slmkit.cli.show import load_model
+    from slmkit.generation import SamplingSettings
+
     settings = SamplingSettings(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         repetition_penalty=repetition_penalty, seed=seed,
     )  # fmt: skip
-    print(prompt, end="", flush=True)
-    for piece in stream_completion(
-        decoder, tokenizer, prompt, settings=settings, max_new_tokens=max_new_tokens, stop=stop or []
-    ):
-        print(piece, end="", flush=True)
-    print()
+    if prompt == "-":
+        prompt = sys.stdin.read().rstrip("\n")
+    decoder, tokenizer = load_model(model, device, others or [])
+    from slmkit.generation import stream_completion
+
+    for number in range(samples):
+        if seed is not None:
+            settings = dataclasses.replace(settings, seed=seed + number)
+        stream = stream_completion(
+            decoder, tokenizer, prompt, settings=settings, max_new_tokens=max_new_tokens, stop=stop or []
+        )  # refuses a prompt that is too long, before anything is printed
+        if samples > 1:
+            print(f"--- sample {number + 1} of {samples}")
+        print(prompt, end="", flush=True)
+        for piece in stream:
+            print(piece, end="", flush=True)
+        print()

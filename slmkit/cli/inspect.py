@@ -8,20 +8,23 @@ import typer
 
 
 def inspect(
-    model: Annotated[
-        str, typer.Argument(help="A model or adapter directory, a run (its best checkpoint) or a preset.")
-    ],
-    batch: Annotated[int, typer.Option(min=1, help="Sequences that go through the model at once.")] = 8,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A preset, a model or adapter directory, or a run.")],
+    batch: Annotated[int, typer.Option(min=1, help="Sequences in a batch.")] = 8,
     length: Annotated[
-        int | None, typer.Option(min=1, help="Tokens a sequence; else the context, at most 2048.")
+        int | None, typer.Option(min=1, help="Tokens in a sequence; default: the model's context, at most 2048.")
     ] = None,
-    precision: Annotated[str, typer.Option(help="auto, float32, bfloat16.")] = "auto",
-    optimizer: Annotated[str, typer.Option(help="adamw, muon.")] = "adamw",
+    precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    optimizer: Annotated[str, typer.Option(help="adamw, adamw_8bit, muon or lion.")] = "adamw",
 ) -> None:
-    """Say how large a model is: parameters, operations, KV cache, and memory to train and to run it.
+    """Say how large a model is, and what it needs.
+
+    Parameters, operations a token, KV cache, and memory for training and for inference.
 
     Example: slm inspect llama-3.2-1b --batch 1 --length 8192
     """
+    from slmkit.training.find import find_model_or_preset
+
+    find_model_or_preset(model)  # before anything is loaded
     from slmkit.adapt.load import adapter_blueprint
     from slmkit.cli.show import count, gibibytes
     from slmkit.training.inspection import inspect_model

@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from slmkit.cli.options import Overrides, PrintConfig
+
 
 def merge(
     what: Annotated[
-        str, typer.Argument(metavar="RECIPE_OR_MODEL", help="A merge's YAML file; with --adapter, a model or a run.")
+        str,
+        typer.Argument(metavar="RECIPE_OR_MODEL", help="The YAML file of a merge; with --adapter, a model or a run."),
     ],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…")] = None,
+    overrides: Overrides = None,
     adapter: Annotated[
         list[str] | None,
-        typer.Option("--adapter", help="Fold this adapter, or a run of one, into MODEL; may be given several times."),
+        typer.Option(
+            "--adapter", help="Fold this adapter, or a run that trained one, into MODEL; may be given several times."
+        ),
     ] = None,
     output: Annotated[
-        str | None, typer.Option("--output", "-o", help="With --adapter: where to write; else MODEL-merged.")
+        str | None, typer.Option("--output", "-o", help="With --adapter: where the result goes; default: MODEL-merged.")
     ] = None,
-    print_config: Annotated[
-        bool, typer.Option("--print-config", help="Print the recipe with every value, and stop.")
-    ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Compare the models, and stop before the merge.")] = False,
+    print_config: PrintConfig = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check that the models fit together, and stop.")] = False,
 ) -> None:
-    """Make one model of several (linear, slerp, task_arithmetic, ties, dare_linear, dare_ties), or fold adapters in.
+    """Make one model of several, or fold adapters in.
 
-    Example: slm merge recipes/merging/ties.yaml models.0.model=runs/a models.1.model=runs/b output_dir=runs/both
+    A recipe names the models and the method: linear, slerp, task_arithmetic, ties, dare_linear or dare_ties. `ties`
+    comes with slmkit; its file, recipes/merging/ties.yaml, explains every key.
 
-    Example: slm merge runs/book --adapter runs/book-chat -o book-chat
+    Example: slm merge ties base_model=runs/book models.0.model=runs/chat-a models.1.model=runs/chat-b
+    Example: slm merge runs/book --adapter runs/book-lora -o runs/book-whole
     """
     from slmkit.config import UserError
 
@@ -51,15 +57,18 @@ def _fold(model: str, adapters: list[str], output: str | None) -> None:
 
 
 def _merge(recipe: str, overrides: list[str], print_config: bool, dry_run: bool) -> None:
-    from slmkit.api.merging import load_merge_recipe, prepare_merge, write_merge
-    from slmkit.cli.progress import WritingProgress
-    from slmkit.cli.show import count, gibibytes
+    from slmkit.adapt.merge_recipe import load_merge_recipe
     from slmkit.config import to_yaml
+    from slmkit.training.recipe import find_recipe
 
-    loaded = load_merge_recipe(recipe, overrides)
+    loaded = load_merge_recipe(recipe if Path(recipe).exists() else find_recipe(recipe, "merging"), overrides)
     if print_config:
         print(to_yaml(loaded), end="")
         return
+    from slmkit.api.merging import prepare_merge, write_merge
+    from slmkit.cli.progress import WritingProgress
+    from slmkit.cli.show import count, gibibytes
+
     prepared = prepare_merge(loaded)
     print(
         f"{loaded.merge_method} of {len(loaded.merged)} models: {count(prepared.parameters)} parameters, "

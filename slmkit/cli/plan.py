@@ -6,45 +6,61 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from slmkit.cli.options import DeviceName, Overrides
+
 if TYPE_CHECKING:
     from slmkit.training.planning import Outlook
 
 
 def plan(
     recipe: Annotated[
-        str | None, typer.Argument(help="A recipe file, or the name of one that comes with slmkit; none: propose one.")
+        str | None,
+        typer.Argument(
+            metavar="[RECIPE]", help="A recipe file, or a name that `slm recipes` lists; none: propose one."
+        ),
     ] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…")] = None,
-    hours: Annotated[float | None, typer.Option(min=0.01, help="Without a recipe: how long it may take.")] = None,
-    tokens: Annotated[
-        float | None, typer.Option(min=1e4, help="Without a recipe: how much text to learn from.")
+    overrides: Overrides = None,
+    hours: Annotated[
+        float | None, typer.Option(min=0.01, help="Without a recipe: hours that the training may take.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
-    measure: Annotated[bool, typer.Option("--probe/--no-probe", help="Train 20 real steps to know the speed.")] = True,
+    tokens: Annotated[float | None, typer.Option(min=1e4, help="Without a recipe: tokens to train on.")] = None,
+    device: DeviceName = "auto",
+    measure: Annotated[
+        bool, typer.Option("--probe/--no-probe", help="Measure the speed in a few training steps, or estimate it.")
+    ] = True,
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="Write the proposed recipe to this file.")
     ] = None,
 ) -> None:
-    """Say whether a run fits, how long it takes, how much disk, and what loss to expect; or propose one.
+    """Predict a run's time, memory, disk and loss.
 
-    Example: slm plan --hours 2 -o mine.yaml
-    Example: slm plan own-text data.source=book.txt model.hidden_size=384
+    With a recipe: of that run, on this machine. Without one: proposes the model with the lowest expected loss for so
+    many hours or tokens.
+
+    Example: slm plan --hours 1 -o mine.yaml
+    Example: slm plan own-text data.source=book.txt model.hidden_size=192
     """
     from pathlib import Path
 
-    from slmkit.api.planning import plan_recipe
     from slmkit.cli.show import TerminalReporter
     from slmkit.config import UserError, to_yaml
-    from slmkit.training.planning import propose
     from slmkit.training.recipe import find_recipe, load_recipe
 
     if recipe is not None and (hours is not None or tokens is not None or output is not None):
         raise UserError("--hours, --tokens and --output are for a proposal: leave the recipe out, or them")
+    if recipe is None and (hours is None) == (tokens is None):
+        raise UserError("name a recipe to plan, or what to propose one for: --hours 1, or --tokens 1e8")
+    reporter = TerminalReporter()
+    reporter.say("looking at this machine")
     if recipe is None:
-        ahead = propose(hours, None if tokens is None else int(tokens), device, measure)
+        from slmkit.training.planning import propose
+
+        ahead = propose(hours, None if tokens is None else int(tokens), device, measure, reporter.say)
     else:
-        values = [f"train.device={device}", *(overrides or [])]
-        ahead = plan_recipe(load_recipe(find_recipe(recipe), values, TerminalReporter().say), measure)
+        loaded = load_recipe(find_recipe(recipe), [f"train.device={device}", *(overrides or [])], reporter.say)
+        from slmkit.api.planning import plan_recipe
+
+        ahead = plan_recipe(loaded, measure, reporter.say)
     _show(ahead)
     if output is not None:
         Path(output).write_text(to_yaml(ahead.recipe), encoding="utf-8")
@@ -60,36 +76,55 @@ def _show(ahead: Outlook) -> None:
     length = train.sequence_length or config.max_position_embeddings
     speed = f"{expected.tokens_per_second:,.0f} tokens/s"
     if ahead.measured is not None:
-        speed += f", measured in {ahead.measured.steps} steps (by rule of thumb {ahead.guessed_rate:,.0f})"
+        speed += f", measured in {ahead.measured.steps} steps (estimate without measuring: {ahead.guessed_rate:,.0f})"
     else:
-        speed += ", by rule of thumb"
+        speed += ", estimated from the speed of matrix products; --probe measures it"
+    per_step = train.rows_per_step(length) * length
     lines = {
         "model": f"{count(expected.parameters)} parameters: {config.num_hidden_layers} layers of {config.hidden_size}, "
         f"{config.vocab_size:,} tokens, rows of {length:,}",
-        "steps": f"{expected.steps:,} of {train.rows_per_step(length) * length:,}: {count(expected.tokens)} tokens",
+        "steps": f"{expected.steps:,} of {per_step:,} tokens: {count(expected.tokens)} tokens",
+        "text": _text(ahead),
         "learning rate": f"{train.learning_rate:g}, {train.optimizer}",
         "device": f"{described['device']}, {described['device_name']}, {described['compute_dtype']}",
         "speed": speed,
         "time": clock(expected.seconds),
         "memory": _of(expected.memory_bytes, ahead.memory_free),
         "disk": _of(expected.disk_bytes, ahead.disk_free),
-        "loss": "no law says" if expected.loss is None else f"about {expected.loss:.2f} nats a token",
+        "loss": _loss(ahead),
     }
     if expected.trained < expected.parameters:
-        lines["model"] += f"; {count(expected.trained)} of an adapter are trained"
+        lines["model"] += f"; {count(expected.trained)} of them in an adapter, which alone is trained"
     if expected.beside:
-        lines["model"] += f"; beside a model of {count(expected.beside)} that reads"
+        lines["model"] += f"; and a second model of {count(expected.beside)} that is not trained"
     if ahead.measured is not None:
-        lines["memory"] += f"; {gibibytes(ahead.measured.memory_bytes)} measured in the steps"
+        lines["memory"] += f"; {gibibytes(ahead.measured.memory_bytes)} measured while the speed was"
     for name, value in lines.items():
         print(f"{name:<15}{value}")
-    print("\nassuming")
+    print("\nassumptions")
     for assumption in ahead.assumptions:
         print(f"  {assumption}")
     if not ahead.fits:
         print(
-            "\nit does not fit: lower train.micro_batch_tokens, set train.gradient_checkpointing=1, or a smaller model"
+            "\nit does not fit: lower train.micro_batch_tokens, set train.gradient_checkpointing=1, or shrink the model"
         )
+
+
+def _text(ahead: Outlook) -> str:
+    from slmkit.cli.show import count
+
+    if ahead.text is None or ahead.epochs is None:
+        return f"as much as the steps need: {count(ahead.ahead.tokens)} tokens, if each is read once"
+    text = f"about {count(ahead.text)} tokens, read {ahead.epochs:.1f} times (epochs)"
+    return text + ("; beyond some 16 times little is learned" if ahead.epochs > 16 else "")
+
+
+def _loss(ahead: Outlook) -> str:
+    if ahead.ahead.loss is not None:
+        return f"about {ahead.ahead.loss:.2f} nats a token"
+    if ahead.recipe.objective != "pretrain" or ahead.recipe.model.path is not None:
+        return "not estimated: the published laws are about pretraining from scratch"
+    return "not estimated: for so few tokens the published laws do not hold"
 
 
 def _of(needed: int, free: int) -> str:

@@ -8,16 +8,20 @@ import typer
 
 
 def plot(
-    runs: Annotated[list[str], typer.Argument(help="Run directories, such as runs/book.")],
-    output: Annotated[str, typer.Option("--output", "-o", help="The picture to write.")] = "loss.png",
-    over: Annotated[str, typer.Option(help="What it is drawn over: tokens, time, steps.")] = "tokens",
+    runs: Annotated[list[str], typer.Argument(metavar="RUN", help="Run directories, such as runs/book.")],
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="The picture to write: .png, .svg or .pdf.")
+    ] = "loss.png",
+    over: Annotated[str, typer.Option(help="The horizontal axis: tokens, time or steps.")] = "tokens",
     what: Annotated[
         str | None, typer.Option(help="loss, reward, right (share of right answers) or preferred (share of pairs).")
     ] = None,
 ) -> None:
-    """Draw the losses of several runs in one picture, or their rewards or shares of right answers.
+    """Draw the losses of one or more runs into a picture.
 
-    Example: slm plot runs/book runs/book-2 --over time -o both.png
+    With --what also their rewards, their shares of right answers, or of pairs told apart.
+
+    Example: slm plot runs/book --over time -o book.png
     """
     from pathlib import Path
 

@@ -17,11 +17,16 @@ CONVERSATION = ("Tell me a story about a fox and a lantern.", "Thank you!")
 
 
 def quickstart(
-    output: Annotated[str, typer.Option("--output", "-o", help="Where its three runs go.")] = "runs/quickstart",
-    seed: Annotated[int, typer.Option(help="Another seed: other stories, another model.")] = 0,
-    minutes: Annotated[float, typer.Option(help="On a slower machine it reads less, so as to end in time.")] = 5.0,
+    output: Annotated[str, typer.Option("--output", "-o", help="The folder for its runs.")] = "runs/quickstart",
+    seed: Annotated[int, typer.Option(help="Another seed gives other stories and another model.")] = 0,
+    minutes: Annotated[
+        float, typer.Option(help="How long it may take; on a slower machine it trains on fewer stories.")
+    ] = 5.0,
 ) -> None:
-    """Tokenizer, pretraining, fine-tuning and evaluation on the built-in stories; then a story and a conversation.
+    """Train a small model on built-in stories, in minutes.
+
+    Tokenizer, pretraining, fine-tuning and evaluation; at the end the model tells a story and answers questions. Needs
+    no network and no GPU.
 
     Example: slm quickstart -o runs/first
     """

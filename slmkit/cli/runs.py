@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 
-def runs(folder: Annotated[str, typer.Argument(help="Where to look for runs.")] = "runs") -> None:
-    """List the runs in a folder: what each is, how far it has come, and how good it is.
+def runs(folder: Annotated[str, typer.Argument(metavar="[FOLDER]", help="Where to look for runs.")] = "runs") -> None:
+    """List runs, and how far each of them is.
 
     Example: slm runs runs/quickstart
     """

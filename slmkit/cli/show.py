@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from slmkit.generation import LanguageModel
     from slmkit.tokenizer import SLMTokenizer
+    from slmkit.training.run import RunDirectory
 
 PLAIN_EVERY = 20_000  # documents between two plain lines
 
@@ -63,6 +65,17 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Co
         print("  ".join(cells).rstrip())
 
 
+def suggestion(run: RunDirectory) -> str:
+    """The command that shows what a run's model can do, with a prompt from the run's own data."""
+    from slmkit.training.recipe import load_recipe
+
+    recipe = load_recipe(run.recipe)
+    prompt = next(iter(recipe.train.sample_prompts or []), "")
+    if recipe.reads == "text":
+        return f"slm generate {run.root} {shlex.quote(prompt)}".removesuffix(" ''")
+    return f"slm chat {run.root}" + (f"  (and ask it: {prompt})" if prompt else "")
+
+
 def gibibytes(size: int) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
@@ -72,11 +85,12 @@ def load_model(path: str, device: str, others: Sequence[str] = ()) -> tuple[Lang
 
     With `others`, all of them as one ensemble. Raises `UserError`.
     """
-    from slmkit.adapt.load import load_model as load
-    from slmkit.device import find_device
-    from slmkit.generation import common_tokenizer, together
-    from slmkit.training.find import find_model_directory
+    from slmkit.find import find_model_directory
 
     directories = [find_model_directory(found) for found in (path, *others)]
+    from slmkit.adapt.load import load_model as load  # not before it is sure that there is something to load
+    from slmkit.device import find_device
+    from slmkit.generation import common_tokenizer, together
+
     tokenizer, where = common_tokenizer(directories), find_device(device).torch_device
     return together([load(directory, where)[0] for directory in directories]), tokenizer

@@ -6,12 +6,11 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(
-    help="Train a byte-level BPE tokenizer, and look at what it does.", no_args_is_help=True, rich_markup_mode=None
-)
+from slmkit.cli.help import add_command, new_app
+
+app = new_app("Train a tokenizer, and look at its tokens.", add_completion=False)
 
 
-@app.command()
 def train(
     sources: Annotated[
         list[str],
@@ -47,7 +46,6 @@ def train(
         print(f"fewer than the {vocab_size:,} asked for: the text holds no more pairs worth merging")
 
 
-@app.command()
 def encode(
     tokenizer: Annotated[str, typer.Argument(help="A tokenizer or model directory, or a run.")],
     text: Annotated[str, typer.Argument(help="The text to encode.")],
@@ -56,11 +54,15 @@ def encode(
 
     Example: slm tokenizer encode tokenizers/book "Once upon a time"
     """
+    from slmkit.find import find_tokenizer_directory
     from slmkit.tokenizer import SLMTokenizer
-    from slmkit.training.find import find_tokenizer_directory
 
     loaded = SLMTokenizer.from_pretrained(find_tokenizer_directory(tokenizer))
     ids = loaded.encode(text)
     for token_id in ids:
         print(f"{token_id:>7}  {loaded.token_bytes(token_id).decode('utf-8', 'backslashreplace')!r}")
     print(f"{len(ids)} tokens, {len(text.encode()) / max(1, len(ids)):.2f} bytes per token")
+
+
+add_command(app, "train", train)
+add_command(app, "encode", encode)

@@ -6,23 +6,29 @@ from typing import Annotated
 
 import typer
 
+from slmkit.cli.options import Overrides, PrintConfig, RecipeName, RunPath
+
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of one that comes with slmkit.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…")] = None,
-    print_config: Annotated[
-        bool, typer.Option("--print-config", help="Print the recipe with every value, and stop.")
-    ] = False,
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    print_config: PrintConfig = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Prepare everything, and stop before the first step.")
+        bool, typer.Option("--dry-run", help="Prepare and check everything, and stop before the first step.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Train in spite of what the x-ray finds.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Train although the x-ray of the data found a reason not to.")
+    ] = False,
 ) -> None:
-    """Pretrain, fine-tune, or learn from preferences and rewards: the recipe's `objective` says which.
+    """Train a model as a recipe says.
 
-    Example: slm train own-text data.source=book.txt output_dir=runs/book train.max_tokens=3e6
+    The recipe's `objective` says how: pretrain, sft (fine-tuning on conversations), distill, dpo or grpo. Ctrl-C stops
+    it with a checkpoint; `slm resume` goes on.
+
+    Example: slm train own-text data.source=book.txt output_dir=runs/book
+    Example: slm train own-text data.source=book.txt train.max_tokens=3e6 --dry-run
     """
-    from slmkit.cli.show import TerminalReporter
+    from slmkit.cli.show import TerminalReporter, suggestion
     from slmkit.config import to_yaml
     from slmkit.training.recipe import find_recipe, load_recipe
 
@@ -36,31 +42,41 @@ def train(
     run = train_recipe(loaded, reporter, dry_run=dry_run, force=force)
     if not dry_run:
         print(f"run: {run.root}")
-        verb = "generate" if loaded.reads == "text" else "chat"
-        print(f"next: slm {verb} {run.root}")
+        print(f"next: {suggestion(run)}")
 
 
-def resume(run: Annotated[str, typer.Argument(help="A run directory, such as runs/book.")]) -> None:
-    """Go on with a run that was stopped or killed, from its newest complete checkpoint.
+def resume(run: RunPath) -> None:
+    """Go on with a run that was stopped or killed.
+
+    It starts from the newest complete checkpoint and gives the model that the unbroken run would have given.
 
     Example: slm resume runs/book
     """
-    from slmkit.api import resume_run
     from slmkit.cli.show import TerminalReporter
+    from slmkit.training.find import find_run
+
+    find_run(run)  # before anything is loaded
+    from slmkit.api import resume_run
 
     print(f"run: {resume_run(run, TerminalReporter()).root}")
 
 
 def replay(
-    run: Annotated[str, typer.Argument(help="A run directory, such as runs/book.")],
-    step: Annotated[int, typer.Option(help="Which step, as metrics.jsonl counts them.")],
+    run: RunPath,
+    step: Annotated[int, typer.Option(help="The step's number in metrics.jsonl.")],
 ) -> None:
-    """Do one step of a run again, bit for bit, and say which layer, row and token broke or weigh most in it.
+    """Repeat one step of a run, and look inside it.
 
-    Example: slm replay runs/book --step 120
+    It says whether the figures are the recorded ones, which layer, row and token first gave a value that is not finite,
+    and which weights and rows have the largest gradients. The run is left as it is.
+
+    Example: slm replay runs/book --step 12
     """
-    from slmkit.api.replay import replay_run
     from slmkit.cli.show import TerminalReporter
+    from slmkit.training.find import find_run
+
+    find_run(run)  # before anything is loaded
+    from slmkit.api.replay import replay_run
 
     done = replay_run(run, step, TerminalReporter())
     figures = done.replay.report

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -56,6 +56,10 @@ class Batch:
         """One row of it, of which nothing is learned."""
         first = self._each(lambda tensor: tensor[:1], 0)
         return Batch(first.ids, torch.full_like(first.labels, IGNORED), 0, first.documents, first.extra)
+
+    def with_extra(self, **extra: Tensor) -> Batch:
+        """With more for its objective: [rows, …] each."""
+        return replace(self, extra={**self.extra, **extra})
 
     def only(self, rows: Tensor) -> Batch:
         """Those of its rows that `rows`, bool [rows], names."""

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from slmkit.config import UserError
-from slmkit.data.batch import Batch, stacked
 from slmkit.data.conversations import text_bytes
 from slmkit.data.packing import IGNORED, padded, row_of_labels
 from slmkit.data.prepare import Progress, end_to_end, no_progress
@@ -75,13 +74,14 @@ def stretches(trained: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 class PairRows(Rows):
     """Pairs, one a row: ids and labels [2, length], the better answer first; padded behind.
 
-    `truncated` pairs have an answer that is longer than a row and is cut at its end; `untrained` ones have one of which
-    nothing is left, and are skipped. `reference` [pairs, 2] goes with each row where it is set.
+    `truncated` pairs have an answer that is longer than a row and is cut at its end. Left out are `untrained` pairs,
+    with an answer of which nothing is left, and `equal` ones, whose two answers have the same tokens: the chat template
+    or the end of the row took away the difference. `reference` [pairs, 2] goes with each row where it is set.
     """
 
     def __init__(self, shards: TokenShards, length: int) -> None:
         """Raises `UserError` where the shards are not of pairs, or not one pair has anything to learn."""
-        if not shards.header.masked or shards.header.documents % 2:
+        if not shards.header.masked or shards.header.judged or shards.header.documents % 2:
             raise UserError(f"{shards.directory}: these shards are not of pairs of answers")
         self.shards, self.length, self.pad_id = shards, length, shards.header.pad_token_id or 0
         ends = shards.document_ends
@@ -91,15 +91,17 @@ class PairRows(Rows):
         firsts, lasts = np.searchsorted(learned, starts + 1), np.searchsorted(learned, ends)
         kept = np.searchsorted(learned, stops) - firsts  # learned tokens within a row: [documents]
         whole = (kept > 0).reshape(-1, 2).all(axis=1)  # [pairs]
-        self.truncated = int(((kept < lasts - firsts).reshape(-1, 2).any(axis=1) & whole).sum())
-        self.untrained = int((~whole).sum())
+        self.starts, self.stops = starts.reshape(-1, 2), stops.reshape(-1, 2)  # [pairs, 2]
+        equal = np.array([self._is_equal(index) for index in range(len(whole))])
+        self.truncated = int(((kept < lasts - firsts).reshape(-1, 2).any(axis=1) & whole & ~equal).sum())
+        self.untrained, self.equal = int((~whole).sum()), int((whole & equal).sum())
+        whole &= ~equal
         if not whole.any():
             raise UserError(
-                f"{shards.directory}: nothing of both answers lies within {length:,} tokens in any of {len(whole):,} "
-                "pairs; raise sequence_length"
+                f"{shards.directory}: no pair to learn from: {'; '.join(self.report())}; check the pairs, "
+                "or raise train.sequence_length"
             )
-        self.starts = starts.reshape(-1, 2)[whole]  # [pairs, 2]
-        self.stops = stops.reshape(-1, 2)[whole]
+        self.starts, self.stops = self.starts[whole], self.stops[whole]
         self.reference: np.ndarray | None = None
 
     @property
@@ -111,6 +113,12 @@ class PairRows(Rows):
         """The tokens of the longest answer with all before it."""
         return int((self.stops - self.starts).max())
 
+    def _is_equal(self, index: int) -> bool:
+        """Whether both rows of a pair have the same tokens."""
+        better, worse = zip(self.starts[index].tolist(), self.stops[index].tolist())
+        same_length = better[1] - better[0] == worse[1] - worse[0]
+        return same_length and bool((self.shards.tokens_in(*better) == self.shards.tokens_in(*worse)).all())
+
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         ids, labels = [], []
         for start, stop in zip(self.starts[index].tolist(), self.stops[index].tolist()):
@@ -118,10 +126,6 @@ class PairRows(Rows):
             ids.append(padded([tokens], self.length, self.pad_id))
             labels.append(padded([row_of_labels(tokens, self.shards.trained_in(start, stop))], self.length, IGNORED))
         return np.stack(ids), np.stack(labels)
-
-    def batch(self, indices: Sequence[int]) -> Batch:
-        """Some of them, with all that an objective wants."""
-        return Batch.of(*self.rows([*indices]), extra=stacked([self.extra(index) for index in indices]))
 
     def documents(self, index: int) -> np.ndarray:
         """Each answer is a document of its own, with nothing beside it."""
@@ -138,6 +142,8 @@ class PairRows(Rows):
         lines = []
         if self.untrained:
             lines.append(f"{self.untrained:,} pairs left out: nothing of an answer lies within {self.length:,} tokens")
+        if self.equal:
+            lines.append(f"{self.equal:,} pairs left out: their answers have the same tokens within {self.length:,}")
         if self.truncated:
             lines.append(f"{self.truncated:,} pairs have an answer that is cut at {self.length:,} tokens")
         return lines

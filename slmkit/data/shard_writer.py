@@ -36,13 +36,15 @@ class ShardWriter:
         tokenizer: Vocabulary,
         *,
         masked: bool = False,
+        judged: bool = False,
         sources: Sequence[dict[str, Any]] = (),
         perfect_loss: float | None = None,
         shard_tokens: int = SHARD_TOKENS,
     ) -> None:
         self.directory = Path(directory).absolute()
         self.partial = self.directory.with_name(f".partial-{self.directory.name}")
-        self.tokenizer, self.masked, self.sources, self.perfect_loss = tokenizer, masked, list(sources), perfect_loss
+        self.tokenizer, self.sources, self.perfect_loss = tokenizer, list(sources), perfect_loss
+        self.masked, self.judged = masked, judged
         self.dtype = np.dtype("<u2" if len(tokenizer) <= 1 << 16 else "<u4")
         self.shard_tokens = shard_tokens
         self.tokens = self.documents = self.text_bytes = 0
@@ -59,27 +61,40 @@ class ShardWriter:
             raise self._user_error(error) from None
         return self
 
-    def add(self, ids: np.ndarray, ends: np.ndarray, trained: np.ndarray | None = None, *, text_bytes: int) -> None:
+    def add(
+        self,
+        ids: np.ndarray,
+        ends: np.ndarray,
+        trained: np.ndarray | None = None,
+        labels: np.ndarray | None = None,
+        *,
+        text_bytes: int,
+    ) -> None:
         """Append tokens [n] of any number of documents.
 
         `ends` [documents]: one past the last token of each that ends here, counted from `ids[0]`; the next call goes on
-        with one that does not. `trained` [n]: which tokens are learned, for masked shards. `text_bytes`: of the text in
-        UTF-8. Raises `ValueError` for a token that the vocabulary does not have.
+        with one that does not. `trained` [n]: which tokens are learned, for masked shards. `labels` [documents]: which
+        of those that end here are good, for judged ones. `text_bytes`: of the text in UTF-8. Raises `ValueError` for a
+        token that the vocabulary does not have.
         """
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(self.tokenizer):
             raise ValueError(f"expected tokens below {len(self.tokenizer)}, found {ids.min()} to {ids.max()}")
         if self.masked != (trained is not None) or (trained is not None and len(trained) != len(ids)):
             raise ValueError("expected `trained`, as long as `ids`, for masked shards and for no others")
+        if self.judged != (labels is not None) or (labels is not None and len(labels) != len(ends)):
+            raise ValueError("expected `labels`, as long as `ends`, for judged shards and for no others")
         try:
             start = 0
             while start < len(ids):
                 if self._open is None:
-                    self._open = OpenShard(self.partial, f"{len(self.shards):05}", self.masked)
+                    self._open = OpenShard(self.partial, f"{len(self.shards):05}", self.masked, self.judged)
                 stop = min(len(ids), start + self.shard_tokens - self._open.tokens)
+                here = (ends > start) & (ends <= stop)
                 self._open.write(
                     ids[start:stop].astype(self.dtype),
-                    self._open.tokens - start + ends[(ends > start) & (ends <= stop)],
+                    self._open.tokens - start + ends[here],
                     None if trained is None else trained[start:stop],
+                    None if labels is None else labels[here],
                 )
                 start = stop
                 if self._open.tokens == self.shard_tokens:
@@ -120,6 +135,7 @@ class ShardWriter:
             text_bytes=self.text_bytes,
             sources=self.sources,
             masked=self.masked,
+            judged=self.judged,
             perfect_loss=self.perfect_loss,
             shards=self.shards,
         )
@@ -136,17 +152,21 @@ class ShardWriter:
 class OpenShard:
     """The files of the shard that is being written, and the hashes of what went into them."""
 
-    def __init__(self, directory: Path, name: str, masked: bool) -> None:
-        kinds = ("tokens", "ends", "trained") if masked else ("tokens", "ends")
+    def __init__(self, directory: Path, name: str, masked: bool, judged: bool = False) -> None:
+        kinds = ("tokens", "ends", *["trained"] * masked, *["labels"] * judged)
         self.name, self.tokens, self.documents = name, 0, 0
         self.hashes = {kind: hashlib.sha256() for kind in kinds}
         self.files = {kind: (directory / f"{name}.{kind}").open("wb") for kind in kinds}
 
-    def write(self, ids: np.ndarray, ends: np.ndarray, trained: np.ndarray | None) -> None:
+    def write(
+        self, ids: np.ndarray, ends: np.ndarray, trained: np.ndarray | None, labels: np.ndarray | None = None
+    ) -> None:
         self._write("tokens", ids)
         self._write("ends", ends.astype("<i8"))
         if trained is not None:
             self._write("trained", trained.astype(np.uint8))
+        if labels is not None:
+            self._write("labels", labels.astype(np.uint8))
         self.tokens += len(ids)
         self.documents += len(ends)
 

@@ -2,8 +2,9 @@
 
 A directory holds `header.json`; the tokens themselves, `00000.tokens` (uint16 where the vocabulary allows it, else
 uint32); `00000.ends` (int64: one past each document's last token, which is its end-of-text token, counted from the
-first token of this shard; a document stands in the shard in which it ends); and for conversations `00000.trained`
-(uint8: 1 where a token is learned). All of it little-endian.
+first token of this shard; a document stands in the shard in which it ends); for conversations `00000.trained`
+(uint8: 1 where a token is learned); and for judged answers `00000.labels` (uint8, one a document: 1 where it is good).
+All of it little-endian.
 
 Nothing in a shard depends on the shards before it, so that they can be made in any order, anywhere. They are read with
 `pread` and not mapped: a process then holds what it asked for and no more, however large the corpus, and a file that is
@@ -76,6 +77,7 @@ class Header:
     shards: list[Shard]
     shuffle_seed: int | None = None  # of the order of all documents; None: as they came
     cleaning: dict[str, Any] | None = None  # what was asked, and how many documents were kept and dropped
+    judged: bool = False  # whether there are `.labels` files
     format: str = FORMAT
     version: int = VERSION
 
@@ -88,6 +90,8 @@ class Header:
             sizes[f"{shard.name}.ends"] = shard.documents * 8
             if self.masked:
                 sizes[f"{shard.name}.trained"] = shard.tokens
+            if self.judged:
+                sizes[f"{shard.name}.labels"] = shard.documents
         return sizes
 
 
@@ -126,6 +130,12 @@ class TokenShards:
             for shard, start in zip(self.header.shards, self._starts)
         ]
         return np.concatenate(parts)
+
+    @functools.cached_property
+    def labels(self) -> np.ndarray:
+        """Whether each document is a good answer: bool [documents]. Only where `header.judged`."""
+        parts = [np.fromfile(self.directory / f"{shard.name}.labels", dtype="u1") for shard in self.header.shards]
+        return np.concatenate(parts).astype(bool)
 
     def tokens_in(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop), across shard borders: uint16 or uint32 [stop - start], to be read only."""

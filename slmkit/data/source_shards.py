@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 from slmkit.config import UserError
 from slmkit.data.conversations import EncodedConversation
 from slmkit.data.data_settings import DataSettings, Reads
+from slmkit.data.judged import prepare_judgements
 from slmkit.data.pairs import prepare_pairs
 from slmkit.data.prepare import (
     Progress,
@@ -32,6 +33,7 @@ from slmkit.data.reading import (
     held_out_of_streams,
     is_endless,
     is_shards,
+    judgements_of,
     open_sources,
     pairs_of,
     questions_of,
@@ -69,8 +71,13 @@ def preparation_of(reads: Reads, data: DataSettings, tokenizer: SLMTokenizer, en
     if reads == "conversations":
         encoded = functools.partial(encoded_of, encoder_of=encoder_of)
         return Preparation(encoded, functools.partial(_split_encoded, encoder_of), write_conversations)
-    read = functools.partial(pairs_of if reads == "pairs" else questions_of, tokenizer=tokenizer)
-    write = prepare_pairs if reads == "pairs" else prepare_chat
+    ways: dict[str, tuple[Callable[..., Items], Callable[..., TokenShards]]] = {
+        "pairs": (pairs_of, prepare_pairs),
+        "judgements": (judgements_of, prepare_judgements),
+        "questions": (questions_of, prepare_chat),
+    }
+    read_all, write = ways[reads]
+    read = functools.partial(read_all, tokenizer=tokenizer)
     return Preparation(read, lambda source, share: split_conversations([*read(source)], share), write)
 
 

@@ -38,6 +38,10 @@ class Rows(Protocol):
         ids, labels = zip(*map(self.row, indices))
         return np.stack(ids), np.stack(labels)
 
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """Some of them, with all that an objective wants."""
+        return Batch.of(*self.rows([*indices]), extra=stacked([self.extra(index) for index in indices]))
+
     def report(self) -> list[str]:
         """What of the documents is left out or cut, a line each; nothing, unless a class says so."""
         return []
@@ -239,10 +243,9 @@ class ChatRows(Rows):
 
         And for the first conversation that is too long, where that is to be refused.
         """
-        if not shards.header.masked:
-            raise UserError(
-                f"{shards.directory}: these shards are of plain text, without the loss masks of conversations"
-            )
+        if not shards.header.masked or shards.header.judged:
+            found = "answers labelled good or bad, for objective kto" if shards.header.judged else "plain text"
+            raise UserError(f"{shards.directory}: expected shards of conversations, found {found}")
         self.shards, self.length, self.pad_id = shards, length, shards.header.pad_token_id or 0
         self.on_long = on_long
         self.starts, ends = _documents(shards)

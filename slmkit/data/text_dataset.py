@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from slmkit.config import UserError
+from slmkit.config import UserError, arguments_checked
 from slmkit.data.packing import IGNORED, padded
 from slmkit.data.stream import Rows
 
@@ -35,12 +35,15 @@ class TextDataset(Dataset, Rows):
     a label exactly once, whatever the stride.
     """
 
+    @arguments_checked
     def __init__(
         self, texts: Sequence[str], tokenizer: AnyTokenizer, max_length: int, stride: int | None = None
     ) -> None:
-        """Raises `UserError` for lengths that make no sense, for one text alone, and when no text has two tokens."""
+        """Raises `UserError` for lengths that make no sense, one string in place of a list, and when no text has two
+        tokens.
+        """
         if isinstance(texts, str):
-            raise UserError("expected a list of texts, found one text, whose letters would be the texts: write [text]")
+            raise UserError('TextDataset: expected a list of texts, found one string: write TextDataset(["…"], …)')
         self.length, self.stride = max_length, max_length if stride is None else stride
         if max_length < 2:
             raise UserError(f"expected a max_length of at least 2 tokens, found {max_length}")
@@ -52,6 +55,9 @@ class TextDataset(Dataset, Rows):
         pad_id = getattr(tokenizer, "pad_token_id", None)
         self.pad_id = 0 if pad_id is None else int(pad_id)
         end = [] if eos_id is None else [int(eos_id)]
+        for number, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise UserError(f"TextDataset: text {number} is no string but a {type(text).__name__}")
         self._texts = [np.array([*tokenizer.encode(text), *end], dtype=np.int64) for text in texts if text]
         self._items = self._windows(0)
         self._rows = self._windows(1)  # the last token of a text has no next one: it is no input

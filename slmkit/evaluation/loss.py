@@ -5,28 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
+from slmkit.data.stream import Rows
 from slmkit.device import Device
 from slmkit.generation.language_model import LanguageModel
 from slmkit.model.sizes import LOGITS_AT_ONCE
 
 IGNORED = -100
-
-
-class Rows(Protocol):
-    """What is evaluated: rows of ids and of labels, both [length], -100 where nothing is asked."""
-
-    @property
-    def rows_in_epoch(self) -> int: ...
-
-    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]: ...
-
-    def documents(self, index: int) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -70,8 +59,9 @@ def validation_loss(
     nats, tokens = 0.0, 0
     for start in range(rank * rows_per_batch, rows.rows_in_epoch, world * rows_per_batch):
         indices = range(start, min(start + rows_per_batch, rows.rows_in_epoch))
-        ids, labels = (_stacked(columns, device) for columns in zip(*map(rows.row, indices)))  # [rows, length] each
-        documents = _stacked(map(rows.documents, indices), device) if separate else None
+        columns = rows.rows(list(indices))
+        ids, labels = (torch.from_numpy(each).to(device.torch_device) for each in columns)  # [rows, length] each
+        documents = _documents(rows, indices, device) if separate else None
         with device.autocast():
             asked = labels != IGNORED
             hidden = model(ids, documents=documents)[asked]  # [asked, width]
@@ -83,5 +73,5 @@ def validation_loss(
     return LossReport(nats, tokens)
 
 
-def _stacked(rows: Iterable[np.ndarray], device: Device) -> torch.Tensor:
-    return torch.from_numpy(np.stack([*rows]).astype(np.int64)).to(device.torch_device)
+def _documents(rows: Rows, indices: Iterable[int], device: Device) -> torch.Tensor:
+    return torch.from_numpy(np.stack([rows.documents(index) for index in indices])).to(device.torch_device)

@@ -12,7 +12,7 @@ from typing import Any
 from slmkit.config import UserError
 from slmkit.generation.generator import FinishReason
 from slmkit.generation.language_model import LanguageModel
-from slmkit.generation.sampling import SamplingSettings
+from slmkit.generation.sampling_settings import SamplingSettings
 from slmkit.generation.text import TextStream
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.tokenizer.chat import check_messages

@@ -61,10 +61,17 @@ class Ensemble(nn.Module):
         """An empty cache of each member."""
         return MemberCaches(member.new_cache(batch_size, max_length, padding) for member in self.members)
 
-    def forward(self, ids: Tensor, cache: MemberCaches | None = None, documents: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        ids: Tensor,
+        cache: MemberCaches | None = None,
+        documents: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
         """ids [batch, new] → the members' hidden states beside each other [batch, new, sum of widths]."""
         caches: Sequence[KVCache | None] = cache or [None] * len(self.members)
-        return torch.cat([member(ids, its, documents) for member, its in zip(self.members, caches)], dim=-1)
+        hidden = [member(ids, its, documents, attention_mask) for member, its in zip(self.members, caches)]
+        return torch.cat(hidden, dim=-1)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden states [..., sum of widths] → logits [..., vocab_size], float32, whose softmax is the mean.

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from slmkit.config import UserError
 from slmkit.generation.language_model import LanguageModel
-from slmkit.generation.sampling import Sampler, SamplingSettings
+from slmkit.generation.sampling import Sampler
+from slmkit.generation.sampling_settings import SamplingSettings
 
 # A stop token or string, as many tokens as were asked for, or no room left in the model's context.
 FinishReason = Literal["stop", "length", "context"]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from slmkit.config import UserError
+from slmkit.generation.sampling_settings import SamplingSettings
 
 # logits [batch, vocab_size], ids so far [batch, sequence] → logits [batch, vocab_size]
 Rule = Callable[[Tensor, Tensor], Tensor]
@@ -16,56 +16,22 @@ NEVER = -torch.inf
 FEW = 64  # candidates that a nucleus is first looked for among
 
 
-@dataclass(frozen=True)
-class SamplingSettings:
-    """What to sample by. Temperature 0, or `do_sample=False`, is greedy. Raises `UserError` for values out of range."""
-
-    temperature: float = 1.0
-    top_k: int = 0  # 0: all tokens
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    do_sample: bool = True
-    seed: int | None = None  # None: another text each time
-
-    def __post_init__(self) -> None:
-        checks = (
-            (0 <= self.temperature < torch.inf, "temperature", "0 (greedy) or more", self.temperature),
-            (self.top_k >= 0, "top_k", "0 (all tokens) or more", self.top_k),
-            (0 < self.top_p <= 1, "top_p", "above 0 and up to 1", self.top_p),
-            (0 <= self.min_p < 1, "min_p", "from 0 up to below 1", self.min_p),
-            (
-                0 < self.repetition_penalty < torch.inf,
-                "repetition_penalty",
-                "above 0 (1: none)",
-                self.repetition_penalty,
-            ),
-            (self.seed is None or 0 <= self.seed < 2**63, "seed", "from 0 up to below 2^63", self.seed),
-        )
-        for is_right, name, expected, found in checks:
-            if not is_right:
-                raise UserError(f"{name} {found}: expected {expected}")
-
-    @property
-    def is_greedy(self) -> bool:
-        return not self.do_sample or self.temperature == 0
-
-    def rules(self) -> list[Rule]:
-        """Those that change anything, in order. Greedy decoding is subject to the penalty alone."""
-        rules: list[Rule] = []
-        if self.repetition_penalty != 1:
-            rules.append(repetition_penalty(self.repetition_penalty))
-        if self.is_greedy:
-            return rules
-        if self.temperature != 1:
-            rules.append(temperature(self.temperature))
-        if self.top_k:
-            rules.append(top_k(self.top_k))
-        if self.top_p < 1:
-            rules.append(top_p(self.top_p))
-        if self.min_p:
-            rules.append(min_p(self.min_p))
+def rules_of(settings: SamplingSettings) -> list[Rule]:
+    """Those that change anything, in order. Greedy decoding is subject to the penalty alone."""
+    rules: list[Rule] = []
+    if settings.repetition_penalty != 1:
+        rules.append(repetition_penalty(settings.repetition_penalty))
+    if settings.is_greedy:
         return rules
+    if settings.temperature != 1:
+        rules.append(temperature(settings.temperature))
+    if settings.top_k:
+        rules.append(top_k(settings.top_k))
+    if settings.top_p < 1:
+        rules.append(top_p(settings.top_p))
+    if settings.min_p:
+        rules.append(min_p(settings.min_p))
+    return rules
 
 
 def repetition_penalty(penalty: float) -> Rule:
@@ -126,7 +92,7 @@ class Sampler:
     """Chooses one token a row, from a generator of its own: the same seed gives the same tokens."""
 
     def __init__(self, settings: SamplingSettings, device: torch.device) -> None:
-        self.rules, self.is_greedy = settings.rules(), settings.is_greedy
+        self.rules, self.is_greedy = rules_of(settings), settings.is_greedy
         self.generator = torch.Generator(device)
         if settings.seed is None:
             self.generator.seed()

@@ -9,7 +9,7 @@ from typing import Protocol
 from slmkit.generation.generator import FinishReason, IdStream
 from slmkit.generation.language_model import LanguageModel
 from slmkit.generation.pieces import StopStrings, WholeCharacters
-from slmkit.generation.sampling import SamplingSettings
+from slmkit.generation.sampling_settings import SamplingSettings
 
 
 class TextTokenizer(Protocol):

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from slmkit.config import UserError
+from slmkit.hub import HubName, hub_directory, hub_name
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -17,13 +18,15 @@ def is_adapter(directory: str | Path) -> bool:
 
 
 def base_of(directory: str | Path) -> Path:
-    """The directory of an adapter's base; a relative path counts from the adapter, else from where one is.
+    """The directory of an adapter's base; a relative path counts from the adapter, else from where one is, else it
+    is a name of the hub.
 
     Raises `UserError` where the adapter does not name its base, or that is not there.
     """
     path = Path(directory) / ADAPTER_CONFIG
     try:
-        named = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        named, revision = content.get("base_model_name_or_path"), content.get("revision")
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: not a readable adapter_config.json: {error}") from None
     if not isinstance(named, str) or not named:
@@ -31,6 +34,8 @@ def base_of(directory: str | Path) -> Path:
     for base in (Path(directory) / named, Path(named)):
         if (base / "config.json").is_file():
             return base.resolve()
+    if (wanted := hub_name(named)) is not None:
+        return hub_directory(HubName(wanted.name, wanted.revision or revision))
     raise UserError(
         f"{path}: its base {named!r} is not there: put the model back, or its new place in base_model_name_or_path"
     )

@@ -60,8 +60,11 @@ def _capped(q: Tensor, k: Tensor, v: Tensor, view: View, scale: float, cap: floa
     scores = (cap * torch.tanh(q @ k.mT * (scale / cap))).float()  # [batch, heads, new, seen]
     mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril() if view.is_causal else view.mask
     if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    return F.dropout(scores.softmax(-1).to(v.dtype), dropout) @ v
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(-1)
+    if view.mask is not None:
+        weights = weights * view.mask  # padding that may see no key at all reads nothing, as in the fused kernels
+    return F.dropout(weights.to(v.dtype), dropout) @ v
 
 
 def _for_every_head(x: Tensor, heads: int) -> Tensor:

@@ -11,6 +11,8 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from slmkit.config import Settings, UserError, did_you_mean, load_settings
+from slmkit.find import find_config_directory
+from slmkit.model.adapter_directory import config_directory
 from slmkit.model.families import FULL, SLIDING, families_with, family_of, optional_fields
 from slmkit.model.presets import PRESETS
 from slmkit.model.published import from_published, to_published
@@ -157,18 +159,21 @@ class SLMConfig(Settings):
     @classmethod
     def from_preset(cls, name: str, **changes: Any) -> SLMConfig:
         """One of the published sizes, with any field changed. Raises `UserError` for an unknown name."""
-        if name not in PRESETS:
+        if name.lower() not in PRESETS:
             raise UserError(f"unknown preset {name!r}; {did_you_mean(name, PRESETS)}")
-        return load_settings(cls, PRESETS[name] | changes, origin=f"preset {name}")
+        return load_settings(cls, PRESETS[name.lower()] | changes, origin=f"preset {name}")
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> SLMConfig:
-        """Read the `config.json` of a model directory, in the spelling of transformers 4 or 5.
+        """Read the `config.json` of a model directory, an adapter's base, a run or a model of the hub, in the spelling
+        of transformers 4 or 5.
 
         Keys that the family's code does not read are ignored, with one warning that lists them. Raises `UserError`
         where the file is missing or broken, or says of the model what is not supported.
         """
         path = Path(directory) / "config.json"
+        if not path.is_file():
+            path = config_directory(find_config_directory(directory)) / "config.json"
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -195,6 +200,25 @@ class SLMConfig(Settings):
         """Write `config.json` as transformers 4 and 5, vLLM and llama.cpp's converter read it."""
         path = Path(directory) / "config.json"
         path.write_text(json.dumps(self.published(), indent=2) + "\n", encoding="utf-8")
+
+    @property
+    def use_cache(self) -> bool:
+        """Part of transformers' configs, and set by its `Trainer`; here the caller of a decoder decides, each time."""
+        return True
+
+    @use_cache.setter
+    def use_cache(self, value: bool) -> None: ...
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `config.json` holds, under the name that tools written for transformers ask for."""
+        return self.published()
+
+    def to_json_string(self) -> str:
+        return json.dumps(self.published(), indent=2)
+
+    def get_text_config(self) -> SLMConfig:
+        """transformers' models of several modalities have one for each; this is a text model's."""
+        return self
 
     def published(self, dtype: str = "float32") -> dict[str, Any]:
         """The content of `config.json` beside weights of `dtype`: RoPE both ways, training fields not at all."""

@@ -32,7 +32,8 @@ class Context:
     """The views of one forward, one for each kind of layer.
 
     A text begins at the first column, after the padding of the cache, or where the number in `documents` [batch,
-    new] changes: positions are counted from there, and nothing before it is seen.
+    new] changes: positions are counted from there, and nothing before it is seen. No token sees one where
+    `attention_mask` [batch, new] is False.
     """
 
     def __init__(
@@ -42,13 +43,14 @@ class Context:
         ids: Tensor,
         cache: KVCache | None,
         documents: Tensor | None,
+        attention_mask: Tensor | None = None,
     ) -> None:
-        self.cache, self.rotary = cache, rotary
+        self.cache, self.rotary, self.attention_mask = cache, rotary, attention_mask
         past = cache.length if cache else 0
         self.columns = torch.arange(past, past + ids.size(1), device=ids.device)  # [new]
         self.starts = cache.starts(self.columns) if cache else _starts(documents, self.columns)  # [batch, new] or None
         self.positions = self.columns[None] if self.starts is None else self.columns - self.starts  # [batch or 1, new]
-        self.in_blocks = documents is not None and skips_blocks(ids.device)
+        self.in_blocks = documents is not None and attention_mask is None and skips_blocks(ids.device)
         self.views = [self._view(kind) for kind in kinds]
 
     def _view(self, kind: Layer) -> View:
@@ -76,7 +78,7 @@ class Context:
         """Column k is seen from column q if it is not after q, of the same text, and in the window."""
         new = self.columns.numel()
         past = self.cache.length if self.cache else 0
-        if self.starts is None:
+        if self.starts is None and self.attention_mask is None:
             if new == 1:
                 return None, False  # the cache holds no more than is seen
             if past == 0 and (kind.window is None or new <= kind.window):
@@ -88,6 +90,8 @@ class Context:
             mask = mask & (k > q - kind.window)
         if self.starts is not None:
             mask = mask & (k >= self.starts[:, :, None])
+        if self.attention_mask is not None:
+            mask = mask & self.attention_mask[:, None, :]
         return mask[:, None], False  # [batch or 1, 1, new, seen]
 
 

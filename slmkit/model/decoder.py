@@ -119,20 +119,27 @@ class Decoder(nn.Module):
         # (activation checkpointing, arXiv:1604.06174); 0: none does.
         self.recompute_every = 0
 
-    def forward(self, ids: Tensor, cache: KVCache | None = None, documents: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        ids: Tensor,
+        cache: KVCache | None = None,
+        documents: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
         """ids [batch, new] → hidden states [batch, new, width]; with a cache, ids continue what it holds.
 
         `documents` [batch, new], without a cache: a number for each token's document. Attention stays inside a
-        document, and positions start anew in each. Raises `UserError` when past and new tokens together are more than
-        the model's positions.
+        document, and positions start anew in each. `attention_mask` [batch, new], bool, without a cache: False for
+        tokens that no other token may attend to, such as padding; positions count all columns, as in transformers.
+        Raises `UserError` when past and new tokens together are more than the model's positions.
         """
         past, new = cache.length if cache else 0, ids.size(1)
         self.architecture.expect(past + new)
-        if cache is not None and documents is not None:
-            raise ValueError("documents are for whole rows; what a cache continues is one document a row")
+        if cache is not None and not (documents is attention_mask is None):
+            raise ValueError("documents and attention_mask are for whole rows; a cache has its own padding")
         if cache is not None:
             cache.expect(new)
-        context = Context(self.kinds, dict(zip(self.ropes, self.rotary)), ids, cache, documents)
+        context = Context(self.kinds, dict(zip(self.ropes, self.rotary)), ids, cache, documents, attention_mask)
         x = self.embedding(ids)  # [batch, new, width]
         if self.architecture.embedding_scale != 1:
             x = x * self.architecture.embedding_scale

@@ -70,8 +70,6 @@ def load_decoder(directory: str | Path, device: torch.device | str = "cpu") -> t
         state |= {name: part.contiguous() for name, part in zip(ours, parts)}
     decoder.to_empty(device=device)
     decoder.load_state_dict(state)
-    for rope, rotary in zip(decoder.ropes, decoder.rotary):  # never stored, and empty since the meta device
-        rotary.get_buffer("frequencies").copy_(rope.frequencies())
     return decoder.eval(), config
 
 

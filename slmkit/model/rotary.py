@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -19,8 +21,20 @@ class Rotary(nn.Module):
         self.frequencies: Tensor
         self.register_buffer("frequencies", rope.frequencies(), persistent=False)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Rotary:
+        """After `to_empty`, `to` or `half`: computed again in float32, since no file holds the frequencies."""
+        super()._apply(*args, **kwargs)
+        self._compute(self.frequencies.device)
+        return self
+
+    def _compute(self, device: torch.device) -> None:
+        with torch.device("cpu"):
+            self.frequencies = self.rope.frequencies().to(device)
+
     def forward(self, positions: Tensor, length: Tensor) -> Rotation:
         """positions [batch or 1, sequence], length [batch or 1] of the whole text; float32 under autocast too."""
+        if self.frequencies.is_meta and not positions.is_meta:  # built there, and its weights were assigned
+            self._compute(positions.device)
         frequencies = self.frequencies  # [dim / 2]
         if isinstance(self.rope.scaling, DynamicNTK):
             theta = self.rope.scaling.theta(self.rope.theta, self.rope.dim, length)  # [batch or 1]

@@ -22,6 +22,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer
 
 from slmkit.config import UserError
+from slmkit.find import find_tokenizer_directory
 from slmkit.tokenizer import byte_level, chat, directory
 from slmkit.tokenizer.byte_level import SPECIALS
 from slmkit.tokenizer.chat import ChatTokens, Message, Tools
@@ -123,12 +124,13 @@ class SLMTokenizer:
 
     @classmethod
     def from_pretrained(cls, model_directory: str | Path) -> SLMTokenizer:
-        """Load any directory with a `tokenizer.json`: saved here, by `transformers`, or downloaded with a model.
+        """Load any directory with a `tokenizer.json`: saved here, by `transformers`, or downloaded with a model; a run;
+        or a model of the hub, by name.
 
         Its `tokenizer_config.json` says which tokens end a text and pad, and holds the chat template (or
         `chat_template.jinja` does). Raises `UserError` for missing and damaged files, with their path.
         """
-        contents = directory.read(model_directory)
+        contents = directory.read(find_tokenizer_directory(model_directory))
         tokenizer = contents.tokenizer
         tokenizer.no_truncation()  # some files come with a length of their own; a corpus is never cut silently
         tokenizer.no_padding()

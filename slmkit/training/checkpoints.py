@@ -245,10 +245,11 @@ def _names_in(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iterator[st
 def _optimizer_tensors(state: State) -> dict[str, Tensor]:
     """`parameter/moment` → tensor, over all optimizers: no parameter has two."""
     return {
-        f"{name}/{key}": tensor
+        f"{name}/{key}": torch.as_tensor(value)
         for optimizer in state.optimizers
         for index, name in enumerate(_names_in(optimizer, state.model))
-        for key, tensor in optimizer.state_dict()["state"].get(index, {}).items()
+        for key, value in optimizer.state_dict()["state"].get(index, {}).items()
+        if value is not None  # such as SGD's momentum before there is any
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -43,8 +43,8 @@ def uncompiled(hooks: Iterable[Every], model: Decoder) -> list[Every]:
 
 
 def _uncompiled(hook: Hook) -> Hook:
-    def call(state: State, report: Report) -> None:
+    def call(state: State, report: Report) -> Any:
         with torch.compiler.set_stance("force_eager"):
-            hook(state, report)
+            return hook(state, report)
 
     return call

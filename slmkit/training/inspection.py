@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 
 from slmkit.device import Device, find_device
+from slmkit.find import find_model_directory
 from slmkit.model import SLMConfig
 from slmkit.model.adapter_directory import ADAPTER_WEIGHTS, config_directory, is_adapter
 from slmkit.model.architecture import Architecture
 from slmkit.model.families import architecture_of
-from slmkit.model.presets import PRESETS
 from slmkit.model.sizes import cache_size, cache_variants, flops_per_token, parameters_by_module
 from slmkit.model.stored import stored_tensors
-from slmkit.training.find import find_model_directory
+from slmkit.training.find import find_model_or_preset
 from slmkit.training.inventory import Blueprint, Inventory
 from slmkit.training.memory import reading_bytes, training_bytes
 from slmkit.training.recipe import TrainSettings
@@ -89,17 +89,16 @@ def config_of(model: str | Path) -> SLMConfig:
 
     Raises `UserError` for none of them.
     """
-    if str(model) in PRESETS and not Path(model).exists():
-        return SLMConfig.from_preset(str(model))
-    return SLMConfig.from_pretrained(config_directory(find_model_directory(model)))
+    found = find_model_or_preset(model)
+    return (
+        SLMConfig.from_preset(found) if isinstance(found, str) else SLMConfig.from_pretrained(config_directory(found))
+    )
 
 
 def _adapter_directory(model: str | Path) -> Path | None:
     """The directory of an adapter, where `model` is one."""
-    if str(model) in PRESETS and not Path(model).exists():
-        return None
-    directory = find_model_directory(model)
-    return directory if is_adapter(directory) else None
+    found = find_model_or_preset(model)
+    return find_model_directory(model) if isinstance(found, Path) and is_adapter(found) else None
 
 
 def _adapter_of(directory: Path | None) -> dict[str, int]:

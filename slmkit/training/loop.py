@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from slmkit.data.batch import Batch
 from slmkit.data.stream import Batches
@@ -24,7 +24,7 @@ from slmkit.device import Device
 from slmkit.model import Decoder
 from slmkit.training.distributed import ALONE, Group, whole
 from slmkit.training.guards import Guard, GuardSettings
-from slmkit.training.objectives import Objective
+from slmkit.training.objectives import Objective, Sums, surveyed
 from slmkit.training.precision import LossScale
 
 Report = dict[str, Any]  # one line of metrics.jsonl; hooks may add to it
@@ -61,7 +61,7 @@ class Plan:
     group: Group = ALONE
 
 
-Hook = Callable[[State, Report], None]
+Hook = Callable[[State, Report], Any]  # True ends the run after this step; of several ranks all must say so
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def train(
         for hook in hooks:
             is_due = is_last or state.step % hook.steps == 0 or (is_stopping and hook.on_stop)
             if is_due and (hook.on_all_ranks or group.is_main):
-                hook.hook(state, report)
+                is_stopping |= hook.hook(state, report) is True
                 state.model.train()
         if is_stopping:
             break
@@ -190,21 +190,19 @@ def compute_gradients(state: State, objective: Objective, batch: Batch, plan: Pl
     weight = int(sum(weights))
     # Ranks go through the model equally often, since with FSDP all must take part.
     micro_batches += [batch.untrained()] * int(max(counts) - len(micro_batches))
-    total, figures = torch.zeros((), device=plan.device.torch_device), dict[str, Tensor]()
+    micro_batches = surveyed(objective, state.model, micro_batches, plan.device, group)
+    sums = Sums()
     for number, micro_batch in enumerate(micro_batches, 1):
         model = group.prepared(state.model, is_last=number == len(micro_batches))
         with plan.device.autocast():
             loss = objective(model, micro_batch)
         (loss.total * (scale * group.world / max(1, weight))).backward()  # the mean of all ranks' gradients is taken
-        total += loss.total.detach()
-        for name, figure in loss.figures.items():
-            figures[name] = figures.get(name, 0) + figure
+        sums.add(loss)
     if scale != 1:
         torch._foreach_div_([p.grad for p in state.model.parameters() if p.grad is not None], scale)
     grad_norm = whole(nn.utils.clip_grad_norm_(state.model.parameters(), plan.max_grad_norm))
-    sums = group.sum(total.item(), *(figure.item() for figure in figures.values()))
-    mean_loss, *means = (each / max(1, weight) for each in sums)
-    return Gradients(mean_loss, grad_norm.item(), weight, int(sum(tokens)), dict(zip(figures, means)))
+    mean_loss, figures = sums.means(weight, group)
+    return Gradients(mean_loss, grad_norm.item(), weight, int(sum(tokens)), figures)
 
 
 def seed_everything(seed: int, step: int, rank: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""The sections `distillation`, `preference` and `grpo` of a recipe. No torch here: recipes are checked without it."""
+"""The sections of a recipe that belong to one objective. No torch here: recipes are checked without it."""
 
 from __future__ import annotations
 
@@ -57,6 +57,15 @@ class PreferenceSettings(Settings):
     @property
     def needs_reference(self) -> bool:
         return self.loss != "simpo"
+
+
+class KtoSettings(Settings):
+    """What is made of an answer with a label. `apo_zero_unpaired` is measured from 0 instead of from the divergence."""
+
+    loss: Literal["kto", "apo_zero_unpaired"] = "kto"
+    beta: float = Field(0.1, gt=0)  # how hard labels pull
+    desirable_weight: float = Field(1.0, gt=0)  # of good answers' losses, such as where there are fewer of them
+    undesirable_weight: float = Field(1.0, gt=0)  # of bad ones'
 
 
 class GrpoSettings(Settings):

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from slmkit.config import UserError
 from slmkit.data.sources import BUILT_IN
 from slmkit.device import Device, available_memory, find_device
+from slmkit.find import find_config_directory
 from slmkit.model import SLMConfig
 from slmkit.model.adapter_directory import config_directory
 from slmkit.model.families import architecture_of
 from slmkit.model.sizes import parameter_count, parameters_by_module
-from slmkit.training.find import find_model_directory
 from slmkit.training.forecast import Forecast, forecast, guessed_rate
 from slmkit.training.inventory import Inventory
 from slmkit.training.micro_batch import fitting_rows
-from slmkit.training.probe import Probe, Subject, probe
+from slmkit.training.probe import LONGEST, STEPS, Probe, Subject, probe
 from slmkit.training.recipe import ModelSettings, Recipe, TrainSettings
 from slmkit.training.scaling import expected_loss, learning_rate_for, parameters_for, tokens_per_step_for
 
@@ -27,6 +27,7 @@ SAMPLE = 200  # of the built-in corpus' documents, to know their length
 WIDTHS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1_024, 1_280, 1_536, 1_792, 2_048)
 FEWEST_STEPS = 200
 ROUNDS = 3  # of proposing, measuring and proposing again
+ROUND_SECONDS = 8.0  # of measuring, in each of them
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Outlook:
     ahead: Forecast
     guessed_rate: float  # tokens/s before anything was measured
     measured: Probe | None
+    text: int | None  # tokens that the training text has, about; None where nobody knows
+    epochs: float | None  # how often the run reads it
     memory_free: int  # bytes; 0 where the system does not say
     disk_free: int
     assumptions: list[str] = field(default_factory=list)
@@ -51,9 +54,13 @@ class Outlook:
 
 
 def outlook(
-    recipe: Recipe, subject_of: Callable[[Recipe, SLMConfig, Device], Subject], measure: bool = True
+    recipe: Recipe,
+    subject_of: Callable[[Recipe, SLMConfig, Device], Subject],
+    measure: bool = True,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Outlook:
-    """What a recipe will take on this machine. `subject_of` says what it trains, and beside what.
+    """What a recipe will take on this machine. `subject_of` says what it trains, and beside what; `say` is told what
+    is being measured.
 
     Raises `UserError` for what the recipe lacks to be planned.
     """
@@ -63,19 +70,28 @@ def outlook(
     text, about_text = _tokens_of(recipe)
     assumptions += about_text
     if text is None and recipe.train.max_steps is None and recipe.train.max_tokens is None:
-        raise UserError("nobody knows the length of this text before it is read: set train.max_tokens or max_steps")
+        raise UserError("the length of this text is not known before it is read: set train.max_tokens or max_steps")
     rows, about_rows = _rows_of(recipe, text, length)
     assumptions += about_rows
     steps = recipe.train.total_steps(rows, recipe.tokens_of_row(length))
-    return _outlook(recipe, config, subject_of(recipe, config, device), steps, device, text, measure, assumptions)
+    subject = subject_of(recipe, config, device)
+    if measure:
+        say(f"measuring the speed in up to {STEPS} steps on random tokens, at most {LONGEST:.0f} seconds")
+    ahead = _outlook(recipe, config, subject, steps, device, text, measure, assumptions)
+    epochs = steps * recipe.train.rows_per_step(length) / rows if text else None
+    return replace(ahead, text=text, epochs=epochs)
 
 
 def propose(
-    hours: float | None = None, tokens: int | None = None, device_name: str = "auto", measure: bool = True
+    hours: float | None = None,
+    tokens: int | None = None,
+    device_name: str = "auto",
+    measure: bool = True,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Outlook:
     """The best model for a budget of hours or of tokens on this device, by published laws and measured speed.
 
-    Raises `UserError` unless one of both is given.
+    `say` is told which models are tried. Raises `UserError` unless one of both is given.
     """
     if (hours is None) == (tokens is None):
         raise UserError("a proposal needs a budget: --hours or --tokens, or a recipe to look at")
@@ -87,14 +103,17 @@ def propose(
         recipe, config = _recipe_for(width, budget, device_name)
         if not measure or width in seen:
             break
-        seen[width] = probe(Subject.fresh(config), recipe.train, device)
-        length = config.max_position_embeddings
+        size, length = parameter_count(architecture_of(config)), config.max_position_embeddings
+        say(f"measuring a model of {size / 1e6:.1f} M parameters, at most {ROUND_SECONDS:.0f} seconds")
+        seen[width] = probe(Subject.fresh(config), recipe.train, device, longest=ROUND_SECONDS)
+        say(f"  {seen[width].tokens_per_second:,.0f} tokens/s")
         efficiency = seen[width].tokens_per_second / guessed_rate(Inventory(architecture_of(config)), length, device)
     measured = seen.get(width)
     if hours is not None and measured is not None:  # what this very shape was seen to do, and no rule of thumb
         recipe, config = _recipe_for(width, int(hours * 3600 * measured.tokens_per_second), device_name)
     elif measure and measured is None:
-        measured = probe(Subject.fresh(config), recipe.train, device)
+        say(f"measuring the speed in up to {STEPS} steps, at most {ROUND_SECONDS:.0f} seconds")
+        measured = probe(Subject.fresh(config), recipe.train, device, longest=ROUND_SECONDS)
     steps = recipe.train.total_steps(0, config.max_position_embeddings)
     size = steps * recipe.train.tokens_per_step * BYTES_PER_TOKEN
     assumptions = [
@@ -141,14 +160,14 @@ def _outlook(
         if path.exists()
     )
     free = available_memory(device), shutil.disk_usage(folder).free
-    return Outlook(recipe, config, inventory, device, ahead, guess, measured, *free, assumptions)
+    return Outlook(recipe, config, inventory, device, ahead, guess, measured, None, None, *free, assumptions)
 
 
 def _config_of(recipe: Recipe) -> tuple[SLMConfig, list[str]]:
     """The model's config, and what had to be assumed of it."""
     if recipe.model.path is not None:
         try:
-            return SLMConfig.from_pretrained(config_directory(find_model_directory(recipe.model.path))), []
+            return SLMConfig.from_pretrained(config_directory(find_config_directory(recipe.model.path))), []
         except UserError:
             if recipe.output_dir.startswith("runs/quickstart"):  # its parts follow on each other
                 return SLMConfig.from_preset("quickstart"), [f"{recipe.model.path} will be as the preset quickstart"]

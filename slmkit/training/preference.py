@@ -1,9 +1,12 @@
-"""Learning from pairs of answers: the better one is to become likelier than the worse one, measured from a reference.
+"""Learning from judged answers: better ones become likelier than worse ones, measured from a reference model.
 
 DPO (Rafailov et al. 2023, arXiv:2305.18290), its form by the mean of an answer's tokens instead of their sum (Tülu 3,
 Lambert et al. 2024, arXiv:2411.15124), and SimPO, which needs no reference (Meng et al. 2024, arXiv:2405.14734). The
 reference is the model that training starts from. It never changes, so that its log-probabilities are computed once,
 before the first step, and one model is in memory.
+
+KTO learns from single answers that were labelled good or bad (Ethayarajh et al. 2024, arXiv:2402.01306); APO-zero, as
+`apo_zero_unpaired`, does without an estimated divergence (D'Oosterlinck et al. 2024, arXiv:2408.06266).
 
 Two answers are told apart also where both become less likely, the worse one more so. With `rpo_alpha` the better one's
 own negative log-likelihood is added (Pang et al. 2024, arXiv:2404.19733), which keeps it from that.
@@ -19,12 +22,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from slmkit.data.batch import Batch
+from slmkit.data.judged import JudgedRows
 from slmkit.data.pairs import PairRows
 from slmkit.device import Device
 from slmkit.model import Decoder
 from slmkit.training.losses import IGNORED, token_log_probabilities
-from slmkit.training.objective_settings import PreferenceSettings
-from slmkit.training.objectives import Loss
+from slmkit.training.objective_settings import KtoSettings, PreferenceSettings
+from slmkit.training.objectives import MEAN_OF_STEP, Loss
 
 REFERENCE = "reference"  # in a batch's extras: [pairs, 2]
 FIGURES = ("rewards/accuracy", "rewards/margin", "log_probability/chosen", "log_probability/rejected")
@@ -68,6 +72,59 @@ class Preference:
         return -(1 - wrong) * F.logsigmoid(margin) - wrong * F.logsigmoid(-margin)
 
 
+class Kto:
+    """An objective whose mean is over answers, each with a label of its own.
+
+    A good answer's reward is to be above the divergence of the model from its reference, and a bad one's below. The
+    divergence is estimated over the whole step, from prompts with answers of other rows, and has no gradient.
+
+    Figures: the mean reward of good and of bad answers, the divergence in nats, and the share of good answers.
+    """
+
+    def __init__(self, settings: KtoSettings) -> None:
+        self.settings = settings
+        if settings.loss == "kto":
+            self.survey = self._of_other_answers
+
+    def __call__(self, model: Decoder, batch: Batch) -> Loss:
+        settings, good, counts = self.settings, batch.extra["desirable"], self._counts(batch)
+        sums = label_log_probabilities(model, batch.ids, batch.labels).sum(dim=-1)  # [rows]
+        rewards = settings.beta * (sums - batch.extra[REFERENCE][:, 0])  # [rows]
+        divergence = batch.extra.get(MEAN_OF_STEP, torch.zeros_like(rewards)).clamp(min=0)  # [rows]
+        above = rewards - settings.beta * divergence
+        losses = torch.where(
+            good, settings.desirable_weight * (-above).sigmoid(), settings.undesirable_weight * above.sigmoid()
+        )
+        figures = {
+            f"rewards/{name}": torch.stack([rewards.detach()[chosen].sum(), chosen.sum().to(rewards)])
+            for name, chosen in (("chosen", counts & good), ("rejected", counts & ~good))
+        }
+        figures |= {"divergence": divergence[counts].sum(), "desirable": (counts & good).sum()}
+        return Loss(losses[counts].sum(), figures)
+
+    def weight(self, batch: Batch) -> int:
+        return int(self._counts(batch).sum())
+
+    def _counts(self, batch: Batch) -> Tensor:
+        return (batch.labels != IGNORED).any(dim=-1)
+
+    def _of_other_answers(self, model: Decoder, batch: Batch) -> Tensor:
+        """log(p / p of the reference) of the other rows' answers, summed."""
+        sums = label_log_probabilities(model, batch.extra["other_ids"], batch.extra["other_labels"]).sum(dim=-1)
+        return (sums - batch.extra[REFERENCE][:, 1])[self._counts(batch)].sum()
+
+
+def both_answers(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Ids and labels of what the reference has to read: of a pair both sides, else also the other row's answer.
+
+    [rows, 2, length] each.
+    """
+    if batch.ids.dim() == 3:
+        return batch.ids, batch.labels
+    sides = ((batch.ids, batch.extra["other_ids"]), (batch.labels, batch.extra["other_labels"]))
+    return torch.stack(sides[0], dim=1), torch.stack(sides[1], dim=1)
+
+
 def answer_log_probabilities(model: Decoder, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Of each answer the sum of its tokens' log-probabilities, and how many they are.
 
@@ -106,21 +163,21 @@ def rounded_up(columns: int) -> int:
 
 @torch.no_grad()
 def reference_log_probabilities(
-    model: Decoder, rows: PairRows, device: Device, pairs_at_once: int, progress: Callable[[int, int], None]
+    model: Decoder, rows: PairRows | JudgedRows, device: Device, rows_at_once: int, progress: Callable[[int, int], None]
 ) -> np.ndarray:
-    """What `model`, as it is, gives the answers of every pair: float32 [pairs, 2].
+    """What `model`, as it is, gives both answers of every row: float32 [rows, 2].
 
-    `progress` is told of the pairs, and of their learned tokens, that were done just now.
+    `progress` is told of the rows, and of their learned tokens, that were done just now.
     """
     found = np.empty((rows.rows_in_epoch, 2), dtype=np.float32)
     was_training = model.training
     model.eval()
     order = rows.longest_first()  # neighbours of one length: little padding is computed
-    for start in range(0, len(order), pairs_at_once):
-        indices = order[start : start + pairs_at_once]
+    for start in range(0, len(order), rows_at_once):
+        indices = order[start : start + rows_at_once]
         batch = rows.batch(indices).to(device.torch_device)
         with device.autocast():
-            sums, _ = answer_log_probabilities(model, batch.ids, batch.labels)
+            sums, _ = answer_log_probabilities(model, *both_answers(batch))
         found[indices] = sums.float().cpu().numpy()
         progress(len(indices), batch.weight)
     model.train(was_training)

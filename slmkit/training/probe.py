@@ -22,7 +22,7 @@ from slmkit.training.run import fresh_state
 
 STEPS = 20
 FIRST = 3  # steps that are not counted: what is loaded, compiled or allocated at first use is not there again
-LONGEST = 60.0  # seconds
+LONGEST = 20.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -79,36 +79,35 @@ class MadeUp:
         """Every batch is as near as any other."""
 
 
-def probe(subject: Subject, settings: TrainSettings, device: Device, steps: int = STEPS) -> Probe:
-    """Train the subject for `steps` real steps, or for a minute.
+def probe(
+    subject: Subject, settings: TrainSettings, device: Device, steps: int = STEPS, longest: float = LONGEST
+) -> Probe:
+    """Train the subject for `steps` real steps, or for `longest` seconds.
 
-    Where a step has several micro-batches, half of the steps have one and half have two, and the rest is arithmetic:
-    a step is its micro-batches and one update.
+    Where a step has several micro-batches, the steps have one and two of them in turn, and the rest is arithmetic: a
+    step is its micro-batches and one update.
     """
     length = settings.sequence_length or subject.inventory.architecture.max_positions
     micro, rows = settings.rows_per_micro_batch(length), settings.rows_per_step(length)
     parts = max(1, rows / micro)
-    turns = [min(rows, micro)] * steps if parts <= 1 else [micro] * (steps - steps // 2) + [2 * micro] * (steps // 2)
+    turns = [min(rows, micro) * (1 + (parts > 1 and number % 2)) for number in range(steps)]
     before = resident_memory()
     reset_peak_memory(device)
     model, beside = subject.models()
     objective = subject.inventory.objective(None if beside is None else beside.to(device.torch_device))
     state = fresh_state(Recipe(train=settings), model, device)
     batches, plan = MadeUp(subject.inventory, length, turns), _plan(steps, micro, settings, device)
-    seconds = _times(state, objective, batches, plan)
-    one = statistics.median(seconds[min(FIRST, len(seconds) // 2) : steps - steps // 2 if parts > 1 else None])
-    whole = one
-    if parts > 1 and len(seconds) > steps - steps // 2 + 1:
-        two = statistics.median(seconds[steps - steps // 2 + 1 :])
-        whole = max(one, one + (parts - 1) * (two - one))
-    elif parts > 1:
-        whole = one * parts
+    seconds = _times(state, objective, batches, plan, longest)
+    counted = list(zip(turns, seconds))[min(FIRST, len(seconds) // 2) :]
+    ones, twos = ([time for rows, time in counted if (rows == turns[0]) is is_one] for is_one in (True, False))
+    one = statistics.median(ones or [time / 2 for time in twos])
+    whole = max(one, one + (parts - 1) * (statistics.median(twos) - one)) if ones and twos else one * parts
     used = peak_memory(device) - (before if device.torch_device.type != "cuda" else 0)
     return Probe(rows * length / whole, whole, max(0, used), len(seconds))
 
 
-def _times(state: State, objective: Objective, batches: MadeUp, plan: Plan) -> list[float]:
-    """Seconds of each step, of those that a minute has room for."""
+def _times(state: State, objective: Objective, batches: MadeUp, plan: Plan, longest: float) -> list[float]:
+    """Seconds of each step, of as many as `longest` seconds have room for."""
     seconds: list[float] = []
     stop, began = StopRequested(), time.perf_counter()
     last = began
@@ -117,7 +116,7 @@ def _times(state: State, objective: Objective, batches: MadeUp, plan: Plan) -> l
         nonlocal last
         now = time.perf_counter()
         seconds.append(now - last)
-        stop.is_set = now - began > LONGEST
+        stop.is_set = now - began > longest
         last = now
 
     train(state, objective, batches, plan, (Every(1, note),), stop)

@@ -10,30 +10,32 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch.optim import Optimizer
+
 from slmkit.config import UserError, to_yaml
 from slmkit.data.stream import Batches
 from slmkit.device import Device, keep_freed_memory
 from slmkit.model import Decoder, SLMConfig
 from slmkit.training import checkpoints
 from slmkit.training.compilation import compile_blocks, compile_pays, uncompiled
+from slmkit.training.disk_hooks import Logger, evaluation_interval, hooks_on_disk
 from slmkit.training.distributed import ALONE, Group
 from slmkit.training.files import write_whole
 from slmkit.training.find import free_path
 from slmkit.training.gauges import Gauges
 from slmkit.training.guards import Diverged, GuardSettings
 from slmkit.training.inventory import Inventory, blueprint_of
-from slmkit.training.loop import Every, Plan, Report, RunStopped, State, StopRequested, train
+from slmkit.training.loop import Every, Plan, RunStopped, State, StopRequested, train
 from slmkit.training.micro_batch import lack_of_memory_explained
 from slmkit.training.model_files import ModelFiles, WholeModel
 from slmkit.training.objectives import Objective, next_token
-from slmkit.training.optimizers import make_optimizers
-from slmkit.training.plots import plot_losses, plot_shares
+from slmkit.training.optimizers import make_optimizers, with_peaks
 from slmkit.training.precision import LossScale, to_weight_dtype
 from slmkit.training.recipe import Recipe, TrainSettings
 from slmkit.training.recorder import FlightRecorder
 from slmkit.training.run_log import MetricsLog, environment, mark_running, rewind_samples
 from slmkit.training.saver import Saver, best_checkpoint, point_links
-from slmkit.training.trackers import Tracker, open_trackers
+from slmkit.training.trackers import open_trackers
 
 
 class RunDirectory:
@@ -114,27 +116,24 @@ def fit(
     perfect_loss: float | None = None,
     resume: bool = False,
     warn: Callable[[str], None] = print,
+    optimizer: Optimizer | None = None,
+    on_save: Callable[[State, Path], Any] | None = None,
 ) -> State:
     """Train `model` as the recipe says, and leave a run on disk. Returns the state after the last step.
 
     `hooks` come from outside (validation, samples, progress) and fire before the report is logged, with what they add.
     `inventory` says what is in memory, `files` what of the model a checkpoint holds: without them all of it. With
-    `resume` it goes on from the newest intact checkpoint. Raises `RunStopped` when a signal ended it, with one.
+    `resume` it goes on from the newest intact checkpoint. `optimizer` takes the place of the recipe's; `on_save` is
+    called on all ranks with each checkpoint that is complete. Raises `RunStopped` when a signal ended it, with one.
     """
     settings, group, inventory = recipe.train, plan.group, inventory or Inventory(blueprint_of(model))
     files = files or WholeModel(config)
-    state = fresh_state(recipe, model, plan.device, group)
-    if resume and (newest := newest_intact(run, plan, warn)) is not None:
-        checkpoints.load_checkpoint(newest, state, files)
-    if group.is_main:
-        if state.step:
-            point_links(run, run.checkpoints / checkpoints.checkpoint_name(state.step), best_checkpoint(state))
-        run.rewind(state.step)
-        checkpoints.clear_leftovers(run.checkpoints)
-
+    state = fresh_state(recipe, model, plan.device, group, optimizer)
+    _begin(run, state, plan, files, resume, warn)
     recorder = FlightRecorder(run.records, recipe.seed, warn, group)
     saver = Saver(run, files, companions, settings.save_total_limit, warn, recorder.needed_checkpoints, group)
     length = settings.sequence_length or config.max_position_embeddings
+    interval = evaluation_interval(settings, plan.steps)
     gauges = Gauges(model, plan.device, recipe.full(stream.rows_per_step), length, state.tokens, run.metrics.seconds())
     with (
         mark_running(run.root) if group.is_main else contextlib.nullcontext(),
@@ -146,7 +145,7 @@ def fit(
         lack_of_memory_explained(inventory, settings, plan.rows_per_micro_batch, length, plan.device),
     ):
         logger = Logger(run, perfect_loss, warn, trackers)
-        all_hooks = (Every(1, gauges.update), *hooks, *hooks_on_disk(settings, plan.steps, logger, saver))
+        all_hooks = (Every(1, gauges.update), *hooks, *hooks_on_disk(settings, interval, logger, saver, on_save))
         while True:
             try:
                 train(state, objective, stream, plan, uncompiled(all_hooks, model), stop, recorder)
@@ -158,6 +157,19 @@ def fit(
     if state.step < plan.steps:
         _ended_early(run, state, plan, stream, warn)
     return state
+
+
+def _begin(
+    run: RunDirectory, state: State, plan: Plan, files: ModelFiles, resume: bool, warn: Callable[[str], None]
+) -> None:
+    """Load the newest intact checkpoint where the run is resumed, and drop what was written after it."""
+    if resume and (newest := newest_intact(run, plan, warn)) is not None:
+        checkpoints.load_checkpoint(newest, state, files)
+    if plan.group.is_main:
+        if state.step:
+            point_links(run, run.checkpoints / checkpoints.checkpoint_name(state.step), best_checkpoint(state))
+        run.rewind(state.step)
+        checkpoints.clear_leftovers(run.checkpoints)
 
 
 def _ended_early(run: RunDirectory, state: State, plan: Plan, stream: Batches, warn: Callable[[str], None]) -> None:
@@ -180,19 +192,9 @@ def newest_intact(
     return plan.group.from_main(found)
 
 
-def hooks_on_disk(settings: TrainSettings, steps: int, logger: Logger, saver: Saver) -> tuple[Every, ...]:
-    """What is written as the run goes on, in this order: lines first, so that no checkpoint is ahead of them."""
-    eval_steps = evaluation_interval(settings, steps)
-    return (
-        Every(1, logger.log_if_skipped),
-        Every(settings.logging_steps, logger.log),
-        Every(eval_steps, logger.log_and_draw),
-        Every(settings.save_steps or eval_steps, saver.save, on_stop=True, on_all_ranks=True),
-        Every(1, saver.check),
-    )
-
-
-def fresh_state(recipe: Recipe, model: Decoder, device: Device, group: Group = ALONE) -> State:
+def fresh_state(
+    recipe: Recipe, model: Decoder, device: Device, group: Group = ALONE, optimizer: Optimizer | None = None
+) -> State:
     """The state before the first step."""
     if device.torch_device.type == "cpu":
         keep_freed_memory()
@@ -202,7 +204,7 @@ def fresh_state(recipe: Recipe, model: Decoder, device: Device, group: Group = A
     if compile_pays(recipe.train.compile, device):
         compile_blocks(model)
     group.share(model, recipe.train.parallel, device.torch_device)
-    optimizers = make_optimizers(model, recipe.train, device)
+    optimizers = make_optimizers(model, recipe.train, device) if optimizer is None else [with_peaks(optimizer)]
     return State(model, optimizers, seed=recipe.seed, loss_scale=LossScale.of(device))
 
 
@@ -265,47 +267,6 @@ def make_plan(
         guard=guard or GuardSettings(),
         group=group,
     )
-
-
-def evaluation_interval(settings: TrainSettings, steps: int) -> int:
-    return settings.eval_steps or max(1, steps // 10)
-
-
-class Logger:
-    """Appends to `metrics.jsonl`, tells the trackers, and redraws `loss.png`."""
-
-    def __init__(
-        self,
-        run: RunDirectory,
-        perfect_loss: float | None,
-        warn: Callable[[str], None],
-        trackers: Sequence[Tracker] = (),
-    ) -> None:
-        self.run, self.perfect_loss, self.warn, self.trackers = run, perfect_loss, warn, trackers
-        self.last_step = -1
-
-    def log(self, state: State, report: Report) -> None:
-        """A line for the step, once, whichever interval asks for it: no validation goes unrecorded."""
-        if state.step != self.last_step:
-            self.run.metrics.append(report)
-            for tracker in self.trackers:
-                tracker.log(report)
-        self.last_step = state.step
-
-    def log_if_skipped(self, state: State, report: Report) -> None:
-        """No refused step goes unrecorded either."""
-        if "skipped" in report:
-            self.warn(f"step {state.step}: skipped, {report['skipped']}; weights left as they were")
-            self.log(state, report)
-
-    def log_and_draw(self, state: State, report: Report) -> None:
-        self.log(state, report)
-        try:
-            reports = self.run.metrics.read()
-            plot_losses(reports, self.run.plot, self.run.root.name, self.perfect_loss)
-            plot_shares(reports, self.run.shares, self.run.root.name)
-        except OSError as error:  # no picture is worth a run
-            self.warn(f"{self.run.plot}: not drawn: {error}")
 
 
 @contextlib.contextmanager

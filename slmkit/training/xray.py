@@ -106,6 +106,7 @@ def examine(
         _tokenizer(rows, vocabulary, (*train, *validation)),
         _leaks(both),
         _separators(rows, vocabulary, is_chat),
+        _one_kind(train),
     )
     notes = _notes(rows, both)
     return XRay(rows, _figures(rows, vocabulary, both, is_chat), [found for check in checks for found in check], notes)
@@ -123,7 +124,9 @@ def _first_rows(stream: Batches, vocabulary: Vocabulary) -> Rows:
         kinds += _kinds(batch)
         step, rows = step + 1, rows + len(ids[-1])
     stream.seek(0, {})
-    all_ids, all_labels = np.concatenate(ids)[:ROWS], np.concatenate(labels)[:ROWS]
+    longest = max(part.shape[1] for part in ids)
+    all_ids = np.concatenate([_widened(part, longest, vocabulary.pad_id or 0) for part in ids])[:ROWS]
+    all_labels = np.concatenate([_widened(part, longest, IGNORED) for part in labels])[:ROWS]
     filler = (all_ids == (vocabulary.pad_id or 0)) & (all_labels == IGNORED)
     # Padding is what stands behind everything else in its row: by position, for its id may have other uses.
     return Rows(all_ids, all_labels, np.logical_and.accumulate(filler[:, ::-1], axis=1)[:, ::-1], kinds[:ROWS])
@@ -134,6 +137,11 @@ def _kinds(batch: Batch) -> list[str]:
     if batch.ids.dim() == 3:  # pairs
         return ["chosen", "rejected"] * len(batch.ids)
     return ["good" if label else "bad" for label in batch.extra.get("desirable", ())]
+
+
+def _widened(rows: np.ndarray, length: int, value: int) -> np.ndarray:
+    """[rows, shorter] → [rows, length]."""
+    return np.pad(rows, ((0, 0), (0, length - rows.shape[1])), constant_values=value)
 
 
 def _documents_in(shards: Sequence[TokenShards], tokens: int) -> float:
@@ -238,6 +246,16 @@ def _plain_texts(rows: Rows, vocabulary: Vocabulary) -> Iterator[str]:
         special = np.isin(ids, [*vocabulary.special_ids, *vocabulary.end_ids]) | padding
         for stretch in np.split(ids, np.flatnonzero(special)):
             yield vocabulary.decode(stretch[~np.isin(stretch, [*vocabulary.special_ids, *vocabulary.end_ids])].tolist())
+
+
+def _one_kind(train: Sequence[TokenShards]) -> list[str]:
+    """Of judged answers: whether all have one label."""
+    labels = [shards.labels for shards in train if shards.header.judged]
+    if not labels or len(kinds := np.unique(np.concatenate(labels))) == 2:
+        return []
+    if kinds[0]:
+        return ["all answers are labelled good and none bad: objective sft learns from good answers alone"]
+    return ["all answers are labelled bad and none good: nothing would be learned of what to answer instead"]
 
 
 # -- figures and notes ------------------------------------------------------------------------------------------------

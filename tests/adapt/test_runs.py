@@ -17,11 +17,11 @@ from slmkit.adapt.load import start_adapter
 from slmkit.config import UserError, load_settings
 from slmkit.data.stream import Stream
 from slmkit.device import find_device
+from slmkit.find import find_model_directory
 from slmkit.model import build_decoder, load_decoder, save_decoder
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.checkpoints import complete_checkpoints, verify
 from slmkit.training.distributed import join
-from slmkit.training.find import find_model_directory
 from slmkit.training.gauges import Gauges
 from slmkit.training.inventory import Inventory, blueprint_of
 from slmkit.training.loop import State

@@ -74,7 +74,7 @@ def stopped_and_resumed(run: RunDirectory, at: int, monkeypatch: pytest.MonkeyPa
     return resume_run(root, Silent())
 
 
-@pytest.mark.parametrize("objective", ["dpo", "grpo"])
+@pytest.mark.parametrize("objective", ["dpo", "kto", "grpo"])
 def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(
     start: Path, tmp_path: Path, objective: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,7 +173,7 @@ def test_the_x_ray_shows_both_answers_and_sampled_ones(start: Path, tmp_path: Pa
 
 
 def test_what_cannot_be_is_refused_in_one_line(start: Path, tmp_path: Path) -> None:
-    for objective in ("dpo", "grpo"):
+    for objective in ("dpo", "kto", "grpo"):
         without = recipe(start, tmp_path / "x", objective).model_copy(update={"model": Recipe().model})
         with pytest.raises(UserError, match=f"objective {objective} goes on from a model"):
             train_recipe(without, Silent())
@@ -212,7 +212,7 @@ def test_a_recipe_says_how_many_answers_make_a_step(start: Path, tmp_path: Path)
     assert again == made
 
 
-@pytest.mark.parametrize("objective", ["dpo", "grpo"])
+@pytest.mark.parametrize("objective", ["dpo", "kto", "grpo"])
 def test_an_adapter_learns_from_both(start: Path, tmp_path: Path, objective: str) -> None:
     lora = {"r": 4, "lora_alpha": 8}
     run = train_recipe(recipe(start, tmp_path / objective, objective, lora=lora), Silent(), force=True)
@@ -226,15 +226,19 @@ def _train(made: Recipe) -> None:
     train_recipe(made, Silent())
 
 
-def test_two_processes_learn_from_pairs_what_one_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_two_processes_learn_from_judged_answers_what_one_does(tmp_path: Path, objective: str) -> None:
     root = tmp_path / "plain"
     save_decoder(build_decoder(CONFIG, 7), CONFIG, root)  # without dropout, which differs from rank to rank
     TOKENIZER.save_pretrained(root)
-    made = [recipe(root, tmp_path / name, "dpo", {"tokens_per_step": 512, "max_steps": 3}) for name in ("one", "two")]
+    made = [
+        recipe(root, tmp_path / name, objective, {"tokens_per_step": 512, "max_steps": 3}) for name in ("one", "two")
+    ]
     _train(made[0])
     on_ranks(2, _train, made[1])
     one, two = (RunDirectory(tmp_path / name) for name in ("one", "two"))
-    figures = ("loss", "grad_norm", "rewards/accuracy", "rewards/margin")
+    told = {"dpo": ("rewards/accuracy", "rewards/margin"), "kto": ("rewards/chosen", "divergence", "desirable")}
+    figures = ("loss", "grad_norm", *told[objective])
     for a, b in zip(one.metrics.read(), two.metrics.read(), strict=True):
         assert [a[name] for name in figures] == pytest.approx([b[name] for name in figures], rel=1e-3, abs=1e-5)
     assert one.metrics.read()[-1]["validation_loss"] == pytest.approx(

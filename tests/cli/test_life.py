@@ -38,6 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "train.num_train_epochs=null", "train.max_steps=6", "train.tokens_per_step=256", "train.device=cpu", cwd=folder,
     )  # fmt: skip
     assert chat.returncode == 0, chat.stderr
+    assert "next: slm chat runs/chat  (and ask it: Count to " in chat.stdout
     return folder
 
 
@@ -55,13 +56,14 @@ def test_a_run_has_everything_the_design_promises(folder: Path) -> None:
     } == checkpoint  # fmt: skip
     losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert losses[-1] < losses[0]
-    assert "Once upon a time" in (run / "samples.md").read_text()
+    assert "> Once there was a fox" in (run / "samples.md").read_text()  # how the text itself begins
 
 
 def test_the_recipe_of_a_run_repeats_it_bit_for_bit(folder: Path) -> None:
     done = slm("train", "runs/book/recipe.yaml", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "run: runs/book-2" in done.stdout
+    assert "next: slm generate runs/book-2 'Once there was a fox'" in done.stdout
     first, second = (folder / "runs" / name / "latest" / "model.safetensors" for name in ("book", "book-2"))
     assert first.read_bytes() == second.read_bytes()
 

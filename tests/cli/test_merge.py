@@ -11,7 +11,6 @@ import yaml
 from tests.adapt.merge_models import arrays, small, write_family
 from tests.cli.helpers import refused, slm
 
-SHIPPED = Path(__file__).parents[2] / "recipes" / "merging" / "ties.yaml"
 RECIPE = "merge_method: linear\nmodels: [{model: tune-0, weight: 1}, {model: tune-1, weight: 3}]\noutput_dir: both\n"
 
 
@@ -54,12 +53,12 @@ def test_a_mistake_is_one_line(folder: Path) -> None:
     )
     assert "nowhere: no such directory" in refused("merge", "merge.yaml", "models.0.model=nowhere", cwd=folder)
     assert "tune-0: a directory; expected a merge's YAML file" in refused("merge", "tune-0", cwd=folder)
-    assert "mrge.yaml: no such file" in refused("merge", "mrge.yaml", cwd=folder)
+    assert "mrge.yaml: no such recipe file" in refused("merge", "mrge.yaml", cwd=folder)
 
 
 def test_the_recipe_that_comes_along_is_one(folder: Path) -> None:
     done = slm(
-        "merge", SHIPPED, "base_model=base", "models.0.model=tune-0", "models.1.model=tune-1", "output_dir=ties",
+        "merge", "ties", "base_model=base", "models.0.model=tune-0", "models.1.model=tune-1", "output_dir=ties",
         cwd=folder,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

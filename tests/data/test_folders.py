@@ -32,7 +32,8 @@ def texts(folder: Path, **changes: str) -> list[str]:
     ("name", "split"),
     [
         ("train.jsonl", "train"), ("train-00000-of-00004.parquet", "train"), ("training_set.csv", "train"),
-        ("test.jsonl.gz", "test"), ("x_test.jsonl", "test"), ("test/a.txt", "test"), ("data/test-0-of-1.parquet", "test"),
+        ("test.jsonl.gz", "test"), ("x_test.jsonl", "test"), ("test/a.txt", "test"),
+        ("data/test-0-of-1.parquet", "test"),
         ("valid.txt", "validation"), ("my.data/val.jsonl", "validation"), ("dev/1.txt", "validation"),
         ("eval_1.jsonl", "validation"), ("held_out/a.txt", "validation"), ("books-heldout.txt", "validation"),
         ("train/test.txt", "test"), ("contest.txt", None), ("the_test_of_time.txt", None), ("evaluated.txt", None),

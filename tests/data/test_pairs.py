@@ -122,8 +122,32 @@ def test_answers_that_do_not_fit_are_cut_or_left_out_and_said_so(tmp_path: Path)
     rows = rows_of(tmp_path, beginning + 20, ("Good.", "Bad."), (long, "No"), ("Yes", long))
     assert (rows.rows_in_epoch, rows.truncated, rows.untrained) == (3, 2, 0)
     assert "2 pairs have an answer that is cut" in rows.report()[0]
-    with pytest.raises(UserError, match="nothing of both answers lies within"):
+    with pytest.raises(UserError, match="no pair to learn from: 3 pairs left out: nothing of an answer"):
         PairRows(rows.shards, beginning)
+
+
+def test_pairs_whose_tokens_are_the_same_are_left_out_and_counted(tmp_path: Path) -> None:
+    """What is looked at is what the model is given: the end of a row may take away what told two answers apart."""
+    beginning = len(TOKENIZER.encode_chat(BEFORE, add_generation_prompt=True).ids)
+    same = ("the same words, then this", "the same words, then that")
+    rows = rows_of(tmp_path, beginning + 10, same, ("Good.", "Bad."), same)
+    assert (rows.rows_in_epoch, rows.equal) == (1, 2)
+    assert rows.report()[0] == f"2 pairs left out: their answers have the same tokens within {beginning + 10}"
+    assert TOKENIZER.decode(rows.row(0)[0][0].tolist()).count("Good.")
+    whole = PairRows(rows.shards, 160)
+    assert (whole.rows_in_epoch, whole.equal) == (3, 0)
+
+
+def test_pairs_that_a_template_makes_equal_are_left_out(tmp_path: Path) -> None:
+    """The rows differ in white space, which many templates trim."""
+    trimming = SLMTokenizer(260)
+    trimming.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {% generation %}{{ m.content | trim }}{% endgeneration %}{{ eos_token }}"
+        "{% endfor %}"
+    )
+    pairs = [pair_of([*ASKED, *say("Good.")], [*ASKED, *say("Good. ")])] * 2
+    with pytest.raises(UserError, match="no pair to learn from: 2 pairs left out: their answers have the same tokens"):
+        PairRows(prepare_pairs(pairs, trimming, tmp_path / "shards"), 160)
 
 
 def test_shards_of_something_else_are_refused(tmp_path: Path) -> None:

@@ -165,7 +165,7 @@ def test_chats_with_nothing_to_learn_are_refused(tmp_path: Path):
     shards = prepare_chat([chat("long question", "!")], TOKENIZER, tmp_path / "chat")
     with pytest.raises(UserError, match="nothing to learn within 8 tokens in any of 1 conversations"):
         ChatRows(shards, 8)
-    with pytest.raises(UserError, match="plain text, without the loss masks"):
+    with pytest.raises(UserError, match="expected shards of conversations, found plain text"):
         ChatRows(prepare_text(["text"], TOKENIZER, tmp_path / "text"), 8)
 
 

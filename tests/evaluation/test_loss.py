@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from slmkit.data import prepare_text
 from slmkit.data.stories import tell_many
-from slmkit.data.stream import DocumentRows
+from slmkit.data.stream import DocumentRows, Rows
 from slmkit.device import find_device
 from slmkit.evaluation import LossReport, validation_loss
 from slmkit.model import SLMConfig, build_decoder
@@ -47,7 +47,7 @@ def test_it_is_the_sum_over_documents_each_read_alone_behind_the_end_of_text(tmp
         assert report.nats == pytest.approx(nats, rel=1e-5)
 
 
-class Random:
+class Random(Rows):
     """Rows of tokens that mean nothing."""
 
     def __init__(self, rows: int, length: int, vocab_size: int) -> None:
@@ -82,7 +82,7 @@ def test_perplexity_and_bits_per_byte_follow_from_it() -> None:
 
 
 def test_dropout_is_off_while_it_is_measured_and_on_again_after() -> None:
-    class OneRow:
+    class OneRow(Rows):
         rows_in_epoch = 1
 
         def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:

@@ -208,8 +208,8 @@ def test_a_script_uses_it_as_a_model(directories: list[Path]) -> None:
     models = [SLMForCausalLM.from_pretrained(directory) for directory in directories[:2]]
     x = ids(2, 8)
     with torch.no_grad():
-        mean = models[0](x).softmax(-1) / 4 + models[1](x).softmax(-1) * 3 / 4
-        assert (ensemble(x).softmax(-1) - mean).abs().max() < 1e-6
+        mean = models[0](x).logits.softmax(-1) / 4 + models[1](x).logits.softmax(-1) * 3 / 4
+        assert (ensemble(x).logits.softmax(-1) - mean).abs().max() < 1e-6
         assert ensemble.generate(x, max_new_tokens=1)[:, -1].tolist() == mean[:, -1].argmax(-1).tolist()
     assert not ensemble.training
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from slmkit.config import UserError
 from slmkit.generation import SamplingSettings
-from slmkit.generation.sampling import Sampler, min_p, repetition_penalty, temperature, top_k, top_p
+from slmkit.generation.sampling import Sampler, min_p, repetition_penalty, rules_of, temperature, top_k, top_p
 
 process = pytest.importorskip("transformers.generation.logits_process")
 CPU = torch.device("cpu")
@@ -56,7 +56,7 @@ def test_all_rules_together_equal_the_reference_in_its_order(k: int, seed: int) 
     logits, ids = logits_and_ids(seed, vocab_size=1000)
     settings = SamplingSettings(temperature=0.7, top_k=k, top_p=0.9, min_p=0.05, repetition_penalty=1.2)
     ours = logits
-    for rule in settings.rules():
+    for rule in rules_of(settings):
         ours = rule(ours, ids)
     theirs = logits
     for warper in (
@@ -109,7 +109,7 @@ def test_whatever_the_settings_the_token_is_one_that_the_rules_keep(
     logits, ids = logits_and_ids(seed)
     settings = SamplingSettings(temperature=t, top_k=k, top_p=p, min_p=least, seed=seed)
     kept = logits
-    for rule in settings.rules():
+    for rule in rules_of(settings):
         kept = rule(kept, ids)
     drawn = Sampler(settings, CPU)(logits, ids)
     assert kept.gather(-1, drawn[:, None]).isfinite().all()

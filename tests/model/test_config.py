@@ -26,7 +26,7 @@ def test_heads_follow_from_each_other_where_they_are_not_given() -> None:
         ({"hidden_size": 30, "num_attention_heads": 6}, "even"),
         ({"vocab_size": 0}, "greater than 0"),
         ({"sequence_length": 4096, "max_position_embeddings": 128}, "longer"),
-        ({"hiden_size": 3}, "Extra"),
+        ({"hiden_size": 3}, "unknown key"),
         ({"qk_norm": "head"}, "qk_norm is 'head', which model_type 'llama' does not have; those that do: slm"),
         ({"model_type": "deepseek_v3", "qk_rope_head_dim": 5}, "qk_rope_head_dim must be even for RoPE, found 5"),
         ({"layer_types": ["full_attention"], "model_type": "qwen3"}, "layer_types names 1 layers"),
@@ -34,7 +34,7 @@ def test_heads_follow_from_each_other_where_they_are_not_given() -> None:
     ],
 )
 def test_a_shape_that_cannot_be_is_refused(changes: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(UserError, match=words):
         SLMConfig(**changes)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from slmkit.config import UserError
-from slmkit.training.find import find_model_directory
+from slmkit.find import find_model_directory
 from slmkit.training.loop import Every, RunStopped
 from slmkit.training.plots import plot_losses
 from slmkit.training.run import RunDirectory, new_run_directory

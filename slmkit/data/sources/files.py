@@ -104,7 +104,3 @@ def damage() -> tuple[type[Exception], ...]:
     """What reading a damaged file raises."""
     arrow = () if "pyarrow" not in sys.modules else (pyarrow().ArrowException,)
     return (OSError, EOFError, zlib.error, *arrow)
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

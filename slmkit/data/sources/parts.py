@@ -12,11 +12,12 @@ from slmkit.config import UserError
 from slmkit.data.source_settings import SourceSettings
 from slmkit.data.sources.built_in import BUILT_IN
 from slmkit.data.sources.documents import SPELLINGS, BadRow, Document, Item, Message, Position, pieces
-from slmkit.data.sources.files import ROW_KINDS, TEXT_KINDS, File, damage, kind_of, listed, one_line
+from slmkit.data.sources.files import ROW_KINDS, TEXT_KINDS, File, damage, kind_of, listed
 from slmkit.data.sources.pair_formats import Judged, Pair, kto_formats, pair_formats
 from slmkit.data.sources.row_formats import RowFormats, chat_formats, text_formats
 from slmkit.data.sources.rows import ROWS
 from slmkit.data.sources.text_files import text_documents
+from slmkit.network import one_line
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,7 @@ class FilePart:
     file: File
     settings: SourceSettings
     unused: Counter[str] = field(default_factory=Counter)  # rows with a column that is not used, by column
-    spelled: Counter[str] = field(
-        default_factory=Counter
-    )  # documents (of long ones: pieces) that spell a special token
+    spelled: Counter[str] = field(default_factory=Counter)  # documents, or pieces, that spell a special token
 
     def documents(self, start: Position) -> Iterator[Item[Document]]:
         if self.file.kind in TEXT_KINDS:

@@ -14,20 +14,10 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from slmkit.config import UserError
+from slmkit.network import NetworkError
 
 T = TypeVar("T")
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds
-
-
-class NetworkError(Exception):
-    """The network, or what is behind it, failed. Without any read before it, a `lasting` failure is the user's to mend.
-
-    `retry_after`: the seconds that the server asks for.
-    """
-
-    def __init__(self, message: str, lasting: bool = False, retry_after: float = 0.0) -> None:
-        super().__init__(message)
-        self.lasting, self.retry_after = lasting, retry_after
 
 
 @dataclass

@@ -8,10 +8,9 @@ from typing import Any, BinaryIO, TypeVar, cast
 
 from slmkit.config import UserError
 from slmkit.data.sources.documents import PIECE
-from slmkit.data.sources.failures import network
 from slmkit.data.sources.files import File, kind_of, listed
 from slmkit.data.sources.folders import Chosen, choose
-from slmkit.data.sources.patience import NetworkError
+from slmkit.network import NetworkError, network
 
 BLOCK = 1 << 23  # bytes asked for at once
 STALLED = 20.0  # seconds without a byte after which a connection over plain http counts as broken

@@ -179,7 +179,10 @@ class RowFormats:
             if name not in LABELS:
                 raise RowError(f"column {name!r} has a meaning that would be lost; drop it", f"column {name!r}")
             if isinstance(value, bool):
-                raise RowError(f"column {name!r} labels the answer good or bad: objective: kto", "labelled answers")
+                raise RowError(
+                    f"column {name!r} labels the answer good or bad: objective: kto (prepare --judged)",
+                    "labelled answers",
+                )
         for name in WEIGHTS if self.meaning else ("train",):
             value = None if name in found.used or is_empty(row.get(name)) else row[name]
             if value is False or (self.meaning and value == 0):
@@ -188,24 +191,25 @@ class RowFormats:
                 raise RowError(f"column {name!r}: weight {shown(value)}; expected 1 or 0", f"column {name!r}")
 
     def _placed(self, value: Any, place: str) -> Any:
-        for part in value if isinstance(value, tuple) else [value]:
+        parts = [value] if isinstance(value, str | list) else [*value]  # a pair or a judged answer
+        for part in parts:
             if isinstance(part, Conversation):
                 part.place = place
                 self.unused.update(f"{key!r} of messages" for key in part.unused)
-        return value._replace(place=place) if isinstance(value, tuple) else value
+        return value if isinstance(value, str | list) else value._replace(place=place)
 
 
 EXAMPLES = ("text", "preference", "prompt-completion-label", "prompt-completion")  # of a mapping, in an error
+_PAIRS, _TALKS = (
+    ("pairs of answers", "objective: dpo, or prepare --pairs"),
+    ("conversations", "objective: sft, or prepare --chat"),
+)
 # By columns: what they are, and what reads it.
-OTHERS = {
-    ("chosen", "rejected"): ("pairs of answers", "objective: dpo"),
-    ("response_j", "response_k"): ("pairs of answers", "objective: dpo"),
-    ("messages",): ("conversations", "objective: sft"),
-    ("conversations",): ("conversations", "objective: sft"),
-    ("instruction", "output"): ("conversations", "objective: sft"),
-    ("instruction", "response"): ("conversations", "objective: sft"),
-    ("prompt", "completion"): ("conversations", "objective: sft"),
-    ("question", "answer"): ("conversations", "objective: sft"),
+OTHERS: dict[tuple[str, ...], tuple[str, str]] = {
+    ("chosen", "rejected"): _PAIRS,
+    ("response_j", "response_k"): _PAIRS,
+    **dict.fromkeys(((name,) for name in CHATS), _TALKS),
+    **dict.fromkeys(EXCHANGES.values(), _TALKS),
     ("text",): ("texts", "objective: pretrain"),
 }
 

@@ -12,8 +12,9 @@ from slmkit.data.sources.documents import BadRow, Document, Item, Message, Posit
 from slmkit.data.sources.folders import Chosen
 from slmkit.data.sources.pair_formats import Judged, Pair
 from slmkit.data.sources.parts import FilePart, StoryPart
-from slmkit.data.sources.patience import NetworkError, Patience
+from slmkit.data.sources.patience import Patience
 from slmkit.data.sources.row_formats import NO_COLUMN
+from slmkit.network import NetworkError
 
 T = TypeVar("T")
 

@@ -7,8 +7,6 @@ import errno
 from collections.abc import Iterator
 
 from slmkit.config import UserError
-from slmkit.data.sources.files import one_line
-from slmkit.data.sources.patience import NetworkError
 
 LOGIN = "log in with `hf auth login` or set HF_TOKEN"
 # What an HTTP status means, and whether it lasts until somebody does something about it.
@@ -26,6 +24,21 @@ OFFLINE = (
     "ConnectionRefusedError", "gaierror",
 )  # fmt: skip
 SLOW = ("TimeoutException", "TimeoutError", "ServerTimeoutError", "FSTimeoutError")
+
+
+class NetworkError(Exception):
+    """The network, or what is behind it, failed. Without any read before it, a `lasting` failure is the user's to mend.
+
+    `retry_after`: the seconds that the server asks for.
+    """
+
+    def __init__(self, message: str, lasting: bool = False, retry_after: float = 0.0) -> None:
+        super().__init__(message)
+        self.lasting, self.retry_after = lasting, retry_after
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 @contextlib.contextmanager

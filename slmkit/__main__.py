@@ -1,0 +1,5 @@
+"""`python -m slmkit …` is `slm …`."""
+
+from slmkit.cli import main
+
+main()

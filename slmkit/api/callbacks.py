@@ -1,0 +1,135 @@
+"""What a script may add to a run of `SLMTrainer`: callbacks, an optimizer with its schedule, a loss."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slmkit.config import UserError
+from slmkit.data.batch import Batch
+from slmkit.model import Decoder
+from slmkit.training.distributed import Group
+from slmkit.training.loop import Report, State
+from slmkit.training.objectives import Loss
+from slmkit.training.optimizers import trained
+
+MOMENTS = ("on_step", "on_evaluation", "on_save")
+LossFunction = Callable[[Tensor, Batch], Tensor]
+
+
+class Callback:
+    """Base class of callbacks; a plain function is `on_step`. Each method that returns True ends the run after this
+    step, with a checkpoint. `state` has the decoder, the optimizers and the step; `report` is the line of metrics.
+    """
+
+    def on_step(self, state: State, report: Report) -> bool | None:
+        """After each update: `report` has step, tokens, loss, learning_rate and grad_norm."""
+
+    def on_evaluation(self, state: State, report: Report) -> bool | None:
+        """After each evaluation: `report` has validation_loss besides."""
+
+    def on_save(self, state: State, directory: Path) -> bool | None:
+        """After a checkpoint is complete on disk, in `directory`."""
+
+
+class Callbacks:
+    """All of a run's, called on the first rank; what they decide holds on all ranks."""
+
+    def __init__(self, given: Sequence[Any]) -> None:
+        """Raises `UserError` for one that has none of the methods, or one that takes other arguments."""
+        self.given, self.has_stopped = [_as_callback(each) for each in given], False
+
+    def at(self, moment: str, group: Group) -> Callable[[State, Any], bool]:
+        def call_all(state: State, what: Any) -> bool:
+            wants = False
+            if group.is_main:
+                for call in filter(None, (getattr(each, moment, None) for each in self.given)):
+                    wants |= call(state, what) is True
+            wants = group.from_main(wants)
+            self.has_stopped |= wants
+            return wants
+
+        return call_all
+
+    def has(self, moment: str) -> bool:
+        return any(getattr(type(each), moment, None) not in (None, getattr(Callback, moment)) for each in self.given)
+
+
+def _as_callback(given: Any) -> Any:
+    if inspect.isfunction(given) or inspect.ismethod(given):
+        return type("Function", (Callback,), {"on_step": staticmethod(given)})()
+    if inspect.isclass(given) or not any(callable(getattr(given, moment, None)) for moment in MOMENTS):
+        raise UserError(f"callbacks: {given!r} is neither a function nor an object with {', '.join(MOMENTS)}")
+    return given
+
+
+class GivenLoss:
+    """The objective of a function `loss(hidden, batch)`.
+
+    `hidden` [rows, length, width] are hidden states (`model.decoder.logits(hidden)` makes logits of them),
+    `batch` has `ids` and `labels` [rows, length], where `labels[:, t]` is the token after position t, or -100: not
+    learned. It returns the sum over learned labels, a tensor of one number: the loop divides by their number in the
+    whole step, so that every split into micro-batches gives the same update.
+    """
+
+    def __init__(self, loss: LossFunction) -> None:
+        self.loss = loss
+
+    def __call__(self, model: Decoder, batch: Batch) -> Loss:
+        total = self.loss(model(batch.ids, documents=batch.documents), batch)
+        if not isinstance(total, Tensor) or total.dim() or not total.requires_grad:
+            found = f"a tensor {list(total.shape)}" if isinstance(total, Tensor) else type(total).__name__
+            raise UserError(
+                f"loss: expected a tensor of one number with a gradient, the sum over labels, found {found}"
+            )
+        return Loss(total)
+
+    def weight(self, batch: Batch) -> int:
+        return batch.weight
+
+
+class TorchSchedule:
+    """A scheduler of torch as the loop's schedule: it is stepped once after each update, and sets the peak rates.
+
+    In a run that goes on it is stepped as often as there were updates, so it must follow from their number alone.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        """Raises `UserError` for a schedule that follows the loss."""
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise UserError("optimizers: ReduceLROnPlateau follows the loss: step it in a callback's on_evaluation")
+        self.scheduler, self.done = scheduler, 0
+        self._keep()
+
+    def __call__(self, step: int) -> float:
+        while self.done < step:
+            for group in self.scheduler.optimizer.param_groups:
+                group["lr"] = group["peak_lr"]
+            self.scheduler.step()
+            self._keep()
+            self.done += 1
+        return 1.0
+
+    def _keep(self) -> None:
+        for group in self.scheduler.optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+
+
+def check_optimizer(optimizer: Any, model: torch.nn.Module) -> None:
+    """Raises `UserError` unless it updates all that is trained of `model`, and nothing else."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UserError(f"optimizers: expected (optimizer, scheduler or None), found {type(optimizer).__name__} first")
+    has = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    wanted = {id(p): name for name, p in trained(model).items()}
+    if has - wanted.keys():
+        raise UserError("optimizers: the optimizer has parameters that are not the model's: make it of this model")
+    if left := [name for key, name in wanted.items() if key not in has]:
+        raise UserError(
+            f"optimizers: the optimizer leaves out {len(left)} parameters, such as {left[0]}: give it all, or set "
+            "requires_grad=False on those that stay as they are"
+        )

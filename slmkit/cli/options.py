@@ -1,0 +1,26 @@
+"""Arguments and options that several commands have."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]", help="Values that replace the recipe's, by dotted key.")
+]
+PrintConfig = Annotated[bool, typer.Option("--print-config", help="Print the recipe with all its values, and stop.")]
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or a name that `slm recipes` lists.")]
+ModelPath = Annotated[str, typer.Argument(metavar="MODEL", help="A model directory, or a run (its best checkpoint).")]
+RunPath = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, such as runs/book.")]
+DeviceName = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+Temperature = Annotated[float, typer.Option(help="0: always the likeliest token; higher values: more varied.")]
+TopK = Annotated[int, typer.Option(help="Sample from the k likeliest tokens only; 0: from all.")]
+TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens whose probabilities add up to this.")]
+MinP = Annotated[float, typer.Option(help="Leave out tokens less likely than this times the likeliest one.")]
+Penalty = Annotated[float, typer.Option(help="Above 1: tokens that occurred already become less likely.")]
+Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text again.")]
+OtherModels = Annotated[
+    list[str] | None,
+    typer.Option("--with", help="Average the probabilities with this model's; may be given several times."),
+]

@@ -1,0 +1,132 @@
+"""Any torch data set of token ids, as the rows and batches that the training loop reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from slmkit.config import UserError
+from slmkit.data.batch import Batch
+from slmkit.data.packing import IGNORED, padded
+from slmkit.data.stream import Batches, Rows, share_of_rank
+
+Row = tuple[np.ndarray, np.ndarray]  # ids and next-token labels, int64 [tokens] each
+
+
+@dataclass(frozen=True)
+class ItemFormat:
+    """How an item becomes a row: the longest row in tokens, what pads a shorter one, and the model's vocabulary."""
+
+    length: int
+    pad_id: int
+    vocab_size: int
+
+    def row(self, item: Any, index: int) -> Row:
+        """`input_ids` [tokens] as a list, array or tensor, and, where the item has them, `labels` of the same positions
+        (-100: not learned; else every token is) and an `attention_mask` whose zeros at either end are padding.
+
+        Raises `UserError` that names the item.
+        """
+        where = f"item {index:,} of the data set"
+        if not isinstance(item, Mapping) or "input_ids" not in item:
+            found = ", ".join(map(str, item)) if isinstance(item, Mapping) else type(item).__name__
+            raise UserError(f"{where}: expected a dict with input_ids (and labels), found {found}")
+        ids, labels = (np.asarray(item.get(name, item["input_ids"])) for name in ("input_ids", "labels"))
+        mask = np.asarray(item.get("attention_mask", np.ones(ids.shape[:1])))
+        if ids.ndim != 1 or ids.dtype.kind not in "iu" or not ids.shape == labels.shape == mask.shape:
+            raise UserError(
+                f"{where}: expected one row of whole numbers each, of one length; found input_ids {ids.dtype} "
+                f"{list(ids.shape)}, labels {list(labels.shape)}, attention_mask {list(mask.shape)}"
+            )
+        real = np.flatnonzero(mask)
+        kept = slice(real[0], real[-1] + 1) if len(real) else slice(0)
+        ids, labels = ids[kept].astype(np.int64), labels[kept].astype(np.int64)
+        if len(ids) != len(real):
+            raise UserError(f"{where}: its attention_mask has zeros between ones, which training does not know")
+        if len(ids) > self.length + 1:
+            raise UserError(
+                f"{where}: {len(ids):,} tokens are longer than {self.length:,}: cut it, or raise sequence_length or "
+                "max_position_embeddings in the config"
+            )
+        for name, values in (("token", ids), ("label", labels[labels != IGNORED])):
+            if len(values) and not 0 <= values.min() <= values.max() < self.vocab_size:
+                wrong = values[(values < 0) | (values >= self.vocab_size)][0]
+                raise UserError(f"{where}: {name} {wrong} is not among the model's {self.vocab_size:,}")
+        return ids[:-1], labels[1:]
+
+    def stacked(self, rows: list[Row]) -> Row:
+        """int64 [rows, longest] each, padded behind."""
+        longest = max(1, *(len(ids) for ids, _ in rows))
+        ids = np.stack([padded([ids], longest, self.pad_id) for ids, _ in rows])
+        return ids, np.stack([padded([labels], longest, IGNORED) for _, labels in rows])
+
+
+class DatasetRows(Rows):
+    """A map-style data set (`len` and `[index]`): rows are as long as the longest of those read together."""
+
+    def __init__(self, dataset: Any, form: ItemFormat) -> None:
+        """Raises `UserError` where it is empty."""
+        self.dataset, self.form = dataset, form
+        if not len(dataset):
+            raise UserError("the data set has no items: there is nothing to learn")
+
+    @property
+    def rows_in_epoch(self) -> int:
+        return len(self.dataset)
+
+    def row(self, index: int) -> Row:
+        return self.form.row(self.dataset[index], index)
+
+    def rows(self, indices: list[int]) -> Row:
+        return self.form.stacked([self.row(index) for index in indices])
+
+    def documents(self, index: int) -> np.ndarray:
+        """A row is of one text."""
+        return np.zeros(len(self.row(index)[0]), dtype=np.int64)
+
+
+class IterableBatches(Batches):
+    """An iterable data set in its own order, from the beginning again when it has ended.
+
+    To go on with a step it is read anew up to there, so that it has to give the same items each time.
+    """
+
+    def __init__(self, dataset: Any, form: ItemFormat, rows_per_step: int) -> None:
+        self.dataset, self.form, self.rows_per_step, self.separate = dataset, form, rows_per_step, False
+        self.seek(0, {})
+
+    total_rows = rows_in_epoch = None  # type: ignore[assignment]  # nobody knows
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        if step != self._step:
+            self.seek(step, {})
+        items = [next(self._items) for _ in range(self.rows_per_step)]
+        self._step += 1
+        chosen = range(self.rows_per_step)[share_of_rank(self.rows_per_step, rank, world)]
+        first = step * self.rows_per_step
+        return Batch.of(*self.form.stacked([self.form.row(items[place], first + place) for place in chosen]))
+
+    def has(self, step: int) -> bool:
+        return True
+
+    def shares(self, step: int) -> dict[str, float]:
+        return {}
+
+    def position(self) -> dict[str, Any]:
+        return {}
+
+    def seek(self, step: int, position: dict[str, Any]) -> None:
+        self._step, self._items = step, self._repeated()
+        for _ in range(step * self.rows_per_step):
+            next(self._items)
+
+    def _repeated(self) -> Iterator[Any]:
+        while True:
+            item = None
+            for item in self.dataset:
+                yield item
+            if item is None:
+                raise UserError("the data set gives no items: there is nothing to learn, or it can be read only once")

@@ -1,0 +1,190 @@
+"""Models of the Hugging Face hub: read through `huggingface_hub` and its cache, and published there.
+
+Its environment variables hold here too: HF_TOKEN, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slmkit.config import UserError
+from slmkit.network import NetworkError, network, one_line
+
+NAME = re.compile(r"(hf:/{1,2})?(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+CACHED = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]+)")
+SMALL = ["*.json", "*.jinja"]  # configs and tokenizers
+WEIGHTS = "*.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# Where the weights of presets, which are shapes alone, are published.
+PUBLISHED = {
+    "gpt2": "openai-community/gpt2",
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M",
+    "llama-3.2-1b": "meta-llama/Llama-3.2-1B",
+    "qwen3-0.6b": "Qwen/Qwen3-0.6B",
+    "gemma-3-270m": "google/gemma-3-270m",
+}
+
+
+@dataclass(frozen=True)
+class HubName:
+    """`OWNER/NAME`, at a branch, tag or commit; None: the main branch."""
+
+    name: str
+    revision: str | None
+
+    def __str__(self) -> str:
+        return self.name if self.revision is None else f"{self.name}@{self.revision}"
+
+
+def hub_name(path: str | Path) -> HubName | None:
+    """What `OWNER/NAME`, `OWNER/NAME@REVISION` or `hf://OWNER/NAME` names; None for a local path.
+
+    A local file or directory of that name comes first, and a name in a local folder, such as `runs/x`, is a local one
+    also where it is missing; with `hf://` it is always the hub's.
+    """
+    found = NAME.fullmatch(str(path))
+    if found is None or found["name"].startswith("."):
+        return None
+    if found[1] is None and (Path(path).exists() or Path(path).parent.is_dir()):
+        return None
+    return HubName(found["name"], found["revision"])
+
+
+def hub_directory(wanted: HubName, weights: bool = True) -> Path:
+    """The directory in the hub's cache that holds a model, its name the resolved commit; what is missing is downloaded.
+
+    Without `weights` only its JSON files. Raises `UserError` where it cannot be had, or has no weights in safetensors.
+    """
+    hub = _client()
+    patterns = [*SMALL, WEIGHTS] if weights else SMALL
+    with _explained(wanted):
+        found = hub.snapshot_download(
+            wanted.name, revision=wanted.revision, allow_patterns=patterns, ignore_patterns=["*/*"]
+        )
+    directory = Path(found)
+    if not any((directory / name).is_file() for name in ("config.json", "adapter_config.json", "tokenizer.json")):
+        raise UserError(f"{wanted}: no model: it has no config.json at its top (a cached copy may be incomplete)")
+    if weights:
+        _check_weights(wanted, directory)
+    return directory
+
+
+def at_commit(path: str) -> str:
+    """A name of the hub with the commit that it stands for now; anything else as it is."""
+    wanted = hub_name(path)
+    return path if wanted is None else f"hf://{wanted.name}@{hub_directory(wanted, weights=False).name}"
+
+
+def spelled(directory: Path) -> str:
+    """The name with its commit of a directory in the hub's cache, the absolute path of any other."""
+    found = CACHED.search(directory.as_posix())
+    return f"hf://{found['owner']}/{found['name']}@{found['commit']}" if found else str(directory.resolve())
+
+
+def publish(wanted: HubName, files: Mapping[str, Path | bytes], private: bool, message: str) -> str:
+    """One commit with these files, by their names there; the repository and branch are made where missing.
+
+    Returns the address of the model's page. Raises `UserError`.
+    """
+    hub = _client()
+    operations = [
+        hub.CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
+        for name, content in files.items()
+    ]
+    with _explained(wanted):
+        api = hub.HfApi()
+        page = api.create_repo(wanted.name, private=private or None, exist_ok=True)
+        if wanted.revision is not None:
+            api.create_branch(wanted.name, branch=wanted.revision, exist_ok=True)
+        api.create_commit(wanted.name, operations, commit_message=message, revision=wanted.revision)
+    return str(page)
+
+
+@contextlib.contextmanager
+def _explained(wanted: HubName) -> Iterator[None]:
+    """Within, what the hub or the network does is a `UserError` of one line that says what to do."""
+    try:
+        with network(str(wanted)):
+            yield
+    except NetworkError as error:
+        cause = error.__cause__
+        kinds = {kind.__name__ for kind in type(cause).__mro__}
+        if "IncompleteSnapshotError" in kinds:
+            raise UserError(
+                f"{wanted}: its copy in the cache is incomplete, and the hub cannot be reached: try again online"
+            ) from None
+        if "RevisionNotFoundError" in kinds:
+            raise UserError(f"{wanted}: it has no branch, tag or commit {wanted.revision!r}") from None
+        if kinds & {"HFValidationError", "LocalTokenNotFoundError"}:
+            raise UserError(f"{wanted}: {one_line(cause)}") from None  # type: ignore[arg-type]
+        hint = _nearest(wanted.name) if "not found (404)" in str(error) or "(401)" in str(error) else ""
+        raise UserError(f"{error}{hint}{'' if error.lasting else '; try again'}") from None
+
+
+def _nearest(name: str) -> str:
+    """Models that are often meant, where one is spelled nearly so."""
+    bare = name.partition("/")[2]
+    known = {published.lower(): published for published in PUBLISHED.values()}
+    bare_names = {published.partition("/")[2].lower(): published for published in PUBLISHED.values()}
+    near = difflib.get_close_matches(name.lower(), known, 1, 0.8)
+    near_bare = difflib.get_close_matches(bare.lower(), bare_names, 1, 0.8)
+    meant = known[near[0]] if near else bare_names[near_bare[0]] if near_bare else PUBLISHED.get(bare.lower())
+    return f"; did you mean {meant!r}?" if meant and meant != name else ""
+
+
+def _check_weights(wanted: HubName, directory: Path) -> None:
+    """Raises `UserError` for weights that are pickles, are not all there, or were cut short in the cache."""
+    files = sorted(directory.glob(WEIGHTS))
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        with contextlib.suppress(ValueError, KeyError, AttributeError):  # reading the model says more of these
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            if missing := shards - {path.name for path in files}:
+                raise UserError(f"{wanted}: {sorted(missing)[0]} is missing, which its index of weights names")
+    if not files:
+        with contextlib.suppress(Exception):
+            names = _client().HfApi().list_repo_files(wanted.name, revision=directory.name)
+            if pickles := [name for name in names if name.endswith(PICKLES)]:
+                raise UserError(
+                    f"{wanted}: its weights are pickles ({pickles[0]}), which can run code and are never read; look on "
+                    "its page for a revision with safetensors, and name that: OWNER/NAME@REVISION"
+                )
+        raise UserError(f"{wanted}: it has no weights in safetensors at its top, the only kind that is read")
+    for path in files:
+        expected, size = stored_size(path), path.stat().st_size
+        if size != expected:
+            raise UserError(
+                f"{wanted}: {path.name} has {size:,} bytes in the cache, not the {expected:,} that it begins with: "
+                f"delete {path.resolve()} and run this again"
+            )
+
+
+def stored_size(path: Path) -> int:
+    """How many bytes a safetensors file says that it has; -1 where its header is not readable."""
+    with path.open("rb") as file, contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+        length = int.from_bytes(file.read(8), "little")
+        if length <= path.stat().st_size:
+            header = json.loads(file.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            return 8 + length + max(ends, default=0)
+    return -1
+
+
+def _client() -> Any:
+    try:
+        import huggingface_hub
+        from huggingface_hub.utils import disable_progress_bars, logging
+    except ImportError:
+        raise UserError("models of the hub need one more package: pip install slmkit[hub]") from None
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    return huggingface_hub
