@@ -6,15 +6,16 @@ key or a value of the wrong type is one line that names the key and the nearest 
 
 from __future__ import annotations
 
+import collections
 import difflib
 import functools
 import inspect
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import pydantic
 import yaml
@@ -38,6 +39,12 @@ class Settings(pydantic.BaseModel, metaclass=_OneLineErrors):
     """Base of all settings: unknown keys are refused, and values are checked when they are set (`UserError`)."""
 
     model_config = pydantic.ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+    hints: ClassVar[Mapping[str, str]] = {}  # what others call a key → what to say of it
+
+    @classmethod
+    def key_names(cls) -> list[str]:
+        """The names of the settings, as they are written."""
+        return [field.alias or name for name, field in cls.model_fields.items()]
 
     def __setattr__(self, name: str, value: Any) -> None:
         try:
@@ -70,9 +77,12 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """` Did you mean 'x'?` where something near exists, else the choices themselves."""
-    choices = list(choices)
+def did_you_mean(word: str, choices: Iterable[str], hints: Mapping[str, str] | None = None) -> str:
+    """`did you mean 'x'?` where something near exists, else the choices themselves; first of all what `hints` say."""
+    choices, hint = list(choices), (hints or {}).get(word.lower().replace("-", "_"))
+    if hint is not None:
+        key, _, note = hint.partition(" ")
+        return f"did you mean {key!r}?{f' {note}' if note else ''}"
     near = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
     if near:
         return f"did you mean {near[0]!r}?"
@@ -156,19 +166,83 @@ def _entry(content: list[Any], name: str, key: str) -> int:
 
 def _first_problem(kind: type[Settings], error: pydantic.ValidationError, origin: str) -> str:
     # Defaults that follow from other fields are not computed where one of those is wrong.
-    problem, *others = [each for each in error.errors() if each["type"] != "default_factory_not_called"]
+    problems = [each for each in error.errors() if each["type"] != "default_factory_not_called"]
+    problem = problems[0]
     location = [str(part) for part in problem["loc"]]
     where = f"{origin}: " if origin else ""
-    more = f" (and {len(others)} more)" if others else ""
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     if problem["type"] in ("extra_forbidden", "no_such_attribute"):
-        known = _fields_at(kind, location[:-1])
-        return f"{where}unknown key {'.'.join(location)!r}; {did_you_mean(location[-1], known)}{more}"
+        return f"{where}unknown key {'.'.join(location)!r}; {_nearest_key(kind, location)}{more}"
     message = problem["msg"].removeprefix("Value error, ")
     if not location:
         return f"{where}{message}{more}"
-    found = problem.get("input")
+    place, found = _place(kind, location), problem.get("input")
+    if problem["type"] in ("model_type", "model_attributes_type", "dict_type") and place in kind.hints:
+        return f"{where}{place}: expected keys below it, found {found!r}; {did_you_mean(place, [], kind.hints)}{more}"
+    expected = list(dict.fromkeys(_expected(each) for each in problems if _place(kind, each["loc"]) == place))
+    more = f" (and {len(problems) - len(expected)} more)" if len(problems) > len(expected) else ""
     shown = "" if problem["type"] == "missing" or isinstance(found, dict) else f", found {found!r}"
-    return f"{where}{'.'.join(location)}: {message[0].lower()}{message[1:]}{shown}{more}"
+    return f"{where}{place}: {' or '.join(expected).replace(' or expected', ' or')}{shown}{more}"
+
+
+EXPECTED = {  # by the beginning of pydantic's name of the problem
+    "missing": "is missing",
+    "int": "expected a whole number",
+    "float": "expected a number",
+    "bool": "expected true or false",
+    "string": "expected text",
+    "list": "expected a list, such as [a, b]",
+    "dict": "expected keys with values below it",
+    "model": "expected keys with values below it",
+    "literal_error": "expected {expected}",
+    "greater_than_equal": "expected {ge} or more",
+    "greater_than": "expected more than {gt}",
+    "less_than_equal": "expected {le} or less",
+    "less_than": "expected less than {lt}",
+    "too_short": "expected {min_length} or more entries",
+}
+
+
+def _expected(problem: Any) -> str:
+    """What a value should be; what a check of our own says is left as it is."""
+    for kind in sorted(EXPECTED, key=len, reverse=True):
+        if problem["type"].startswith(kind):
+            return EXPECTED[kind].format_map(collections.defaultdict(str, problem.get("ctx", {})))
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{message[:1].lower()}{message[1:]}"
+
+
+def _place(kind: type[Settings], location: Sequence[Any]) -> str:
+    """The dotted key of a problem, without pydantic's names for the branches of a union."""
+    parts: list[str] = []
+    for part in map(str, location):
+        if part.isdigit() or not parts or part in _fields_at(kind, parts):
+            parts.append(part)
+    return ".".join(parts)
+
+
+def _nearest_key(kind: type[Settings], location: Sequence[str]) -> str:
+    """The key that was meant, beside the wrong one or anywhere else below `kind`."""
+    word, known = location[-1], _fields_at(kind, location[:-1])
+    hint, section = kind.hints.get(word.lower().replace("-", "_"), ""), ".".join([*location[:-1], ""])
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if (hint.startswith(section) and hint) or (hint and not near):
+        return did_you_mean(word, known, kind.hints)
+    leaves = {key.rpartition(".")[2]: key for key in reversed(list(_dotted_keys(kind)))}
+    if word not in leaves and near:
+        return f"did you mean {near[0]!r}?"
+    far = difflib.get_close_matches(word, leaves, n=1, cutoff=0.75)
+    return f"did you mean {leaves[far[0]]!r}?" if far else did_you_mean(word, known)
+
+
+def _dotted_keys(kind: type[Settings], above: str = "") -> Iterator[str]:
+    """All keys below `kind` that can be given as `dotted.key=value`; entries of lists have none."""
+    for name in kind.key_names():
+        yield above + name
+        field = kind.model_fields.get(name)
+        inner = field and _settings_in(field.annotation)
+        if field and inner and typing.get_origin(field.annotation) is not list:
+            yield from _dotted_keys(inner, f"{above}{name}.")
 
 
 def _fields_at(kind: type[Settings], location: Sequence[str]) -> list[str]:
@@ -181,7 +255,7 @@ def _fields_at(kind: type[Settings], location: Sequence[str]) -> list[str]:
         if not inner:
             break
         kind = inner
-    return [field.alias or name for name, field in kind.model_fields.items()]
+    return kind.key_names()
 
 
 def _settings_in(annotation: Any) -> type[Settings] | None:

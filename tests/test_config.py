@@ -50,7 +50,7 @@ def test_an_entry_of_a_list_is_overridden_by_its_number() -> None:
         ({"train": {"learing_rate": 1}}, [], "r.yaml: unknown key 'train.learing_rate'; did you mean 'learning_rate'?"),
         ({"maybe": {"warmup": 1}}, [], "unknown key 'maybe.warmup'; did you mean 'warmup_steps'?"),
         ({"train": {"zzz": 1}}, [], "known: learning_rate, warmup_steps"),
-        ({"train": {"warmup_steps": "many"}}, [], "train.warmup_steps: input should be a valid integer"),
+        ({"train": {"warmup_steps": "many"}}, [], "train.warmup_steps: expected a whole number, found 'many'"),
         ({}, ["train.warmup_steps"], "expected key=value"),
         ({}, ["name.first=x", "name=1"], "name"),
         ({"name": "a"}, ["name.first=x"], "single value"),

@@ -45,7 +45,7 @@ def distill_work(m: Material) -> Work:
     return Work(
         batches=batches,
         objective=objective,
-        validate=Validate(rows, m.device, batches.separate, m.group),
+        validate=Validate(rows, m.device, batches.separate, m.group, m.text_bytes),
         sample=Sample(m.run.samples, m.recipe, m.corpus.tokenizer, talks, m.group),
         validation_tokens=rows.rows_in_epoch * m.length,
         report=batches.report,

@@ -18,10 +18,20 @@ from slmkit.training.run_log import append_samples
 
 
 class Validate:
-    """A hook for all ranks that adds `validation_loss` to the report: each reads a share of the rows."""
+    """A hook for all ranks that adds `validation_loss` to the report: each reads a share of the rows.
 
-    def __init__(self, rows: Rows, device: Device, separate: bool = False, group: Group = ALONE) -> None:
-        self.rows, self.device, self.separate, self.group = rows, device, separate, group
+    Where the rows are a whole text of so many `text_bytes`, it adds `validation_bits_per_byte`.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        device: Device,
+        separate: bool = False,
+        group: Group = ALONE,
+        text_bytes: int | None = None,
+    ) -> None:
+        self.rows, self.device, self.separate, self.group, self.text_bytes = rows, device, separate, group, text_bytes
 
     def __call__(self, state: State, report: Report) -> None:
         group = self.group
@@ -30,7 +40,10 @@ class Validate:
                 state.model, self.rows, self.device, separate=self.separate, rank=group.rank, world=group.world
             )
         nats, tokens = group.sum(mine.nats, mine.tokens)
-        report["validation_loss"] = LossReport(nats, int(tokens)).loss
+        whole = LossReport(nats, int(tokens))
+        report["validation_loss"] = whole.loss
+        if self.text_bytes:
+            report["validation_bits_per_byte"] = whole.bits_per_byte(self.text_bytes)
 
 
 class Sample:

@@ -32,6 +32,12 @@ class Material:
     reporter: Reporter
 
     @property
+    def text_bytes(self) -> int | None:
+        """Of the validation text; None of conversations, of which only the answers are predicted."""
+        header = self.corpus.validation.header
+        return None if header.masked else header.text_bytes
+
+    @property
     def rows_per_step(self) -> int:
         return self.recipe.train.rows_per_step(self.recipe.tokens_of_row(self.length))
 

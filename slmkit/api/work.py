@@ -52,7 +52,7 @@ def next_token_work(m: Material) -> Work:
     return Work(
         batches=batches,
         objective=next_token,
-        validate=Validate(rows, m.device, batches.separate, m.group),
+        validate=Validate(rows, m.device, batches.separate, m.group, m.text_bytes),
         sample=Sample(m.run.samples, recipe, m.corpus.tokenizer, talks, m.group),
         validation_tokens=rows.rows_in_epoch * m.length,
         report=batches.report,

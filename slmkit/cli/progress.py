@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
     TextColumn,
     TimeRemainingColumn,
@@ -98,3 +99,29 @@ class WritingProgress(_Bar):
             figures = f"{self.written / 1e6:,.0f} of {self.total / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s"
             left = f"{(self.total - self.written) / rate:.0f} s left"
             self.console.print(f"{self.label}: {figures}, {left}", soft_wrap=True, markup=False)
+
+
+class EvaluationProgress(_Bar):
+    """A context manager that gives a callback for rows done, and of how many."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self.console = Console(stderr=True, highlight=False)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, console=self.console, transient=True)
+        self.task = self.bar.add_task(label, total=None)
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        self._start()
+        return self._update
+
+    def _update(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if self.console.is_terminal:
+            self.bar.update(self.task, total=total, completed=done)
+        elif now - self.shown >= EVERY:
+            self.shown = now
+            left = (now - self.started) / done * (total - done)
+            self.console.print(
+                f"{self.label}: {done:,} of {total:,} rows, {left:.0f} s left", soft_wrap=True, markup=False
+            )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,11 +48,13 @@ def validation_loss(
     separate: bool = False,
     rank: int = 0,
     world: int = 1,
+    progress: Callable[[int, int], None] = lambda done, rows: None,
 ) -> LossReport:
     """Cross-entropy of every label in `rows`, in the precision the model is used in.
 
     `separate`: no document of a row sees another, as it was in training with `data.separate_documents`. Each of `world`
-    ranks sums its share of the batches; a share may be empty.
+    ranks sums its share of the batches; a share may be empty. `progress` is told of the rows that are done, and of how
+    many there are.
     """
     was_training = model.training
     model.eval()
@@ -69,6 +71,7 @@ def validation_loss(
             losses = [F.cross_entropy(model.logits(part).float(), wanted, reduction="sum") for part, wanted in parts]
         nats += sum(loss.item() for loss in losses)
         tokens += len(hidden)
+        progress(indices.stop, rows.rows_in_epoch)
     model.train(was_training)
     return LossReport(nats, tokens)
 

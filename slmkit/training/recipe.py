@@ -15,6 +15,7 @@ from slmkit.data.data_settings import DataSettings, Reads, TokenizerSettings
 from slmkit.model.config import TRAINING_FIELDS, SLMConfig
 from slmkit.model.lora_settings import LoRASettings
 from slmkit.training.guards import GuardSettings
+from slmkit.training.key_hints import HINTS
 from slmkit.training.objective_settings import DistillationSettings, GrpoSettings, KtoSettings, PreferenceSettings
 from slmkit.training.recipe_keys import make_room, rename_old_keys
 from slmkit.training.schedules import Schedule, make_schedule
@@ -42,12 +43,16 @@ class ModelSettings(Settings):
             if name in TRAINING_FIELDS:
                 raise ValueError(f"{name} is no part of a model: set it in the section train or distillation")
             if name not in SLMConfig.model_fields:
-                raise ValueError(f"unknown key {name!r}; {did_you_mean(name, MODEL_KEYS)}")
+                raise ValueError(f"unknown key {name!r}; {did_you_mean(name, MODEL_KEYS, HINTS)}")
         if self.path is not None and (self.preset is not None or self.changes):
             raise ValueError(
                 "path starts from a finished model, whose shape is fixed: drop preset and the sizes beside it"
             )
         return self
+
+    @classmethod
+    def key_names(cls) -> list[str]:
+        return MODEL_KEYS
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -180,6 +185,8 @@ class Recipe(Settings):
 
     With `lora` the model of `model.path` is frozen, and what is learned is an adapter for it.
     """
+
+    hints = HINTS
 
     objective: Literal["pretrain", "sft", "distill", "dpo", "kto", "grpo"] = "pretrain"
     output_dir: str = "runs/model"

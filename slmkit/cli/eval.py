@@ -1,0 +1,57 @@
+"""`slm eval`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from slmkit.cli.options import DeviceName
+
+
+def evaluate(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Model directories, adapters or runs.")],
+    data: Annotated[list[str], typer.Option("--data", "-d", help="A file, folder, URL or data set of the hub.")],
+    source: Annotated[
+        list[str] | None,
+        typer.Option("--source", help="A setting of every source, such as text_column=body or split=test."),
+    ] = None,
+    chat: Annotated[bool, typer.Option(help="The data is conversations; the assistant's turns are predicted.")] = False,
+    length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of a row; default: the model's longest, at most 2,048.")
+    ] = None,
+    device: DeviceName = "auto",
+    precision: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+) -> None:
+    """Measure the loss of models on any text.
+
+    Prints loss, perplexity and bits per byte. Models with different tokenizers can be compared by their bits per byte.
+
+    Example: slm eval runs/book runs/book-2 --data other.txt
+    """
+    import itertools
+
+    from slmkit.cli.progress import EvaluationProgress
+    from slmkit.cli.show import TerminalReporter, print_table
+    from slmkit.config import load_settings
+    from slmkit.data.source_settings import SourceSettings
+    from slmkit.training.find import find_model_directory
+
+    sources = [load_settings(SourceSettings, {"path": path}, source or []) for path in data]
+    for model in models:
+        find_model_directory(model)
+    from slmkit.api.evaluation import evaluate_text  # imports torch: after the arguments were checked
+
+    reporter, rows = TerminalReporter(), []
+    for model, one in itertools.product(models, sources):
+        with EvaluationProgress(f"{model} on {one.label}") as progress:
+            found = evaluate_text(
+                model, one, chat=chat, length=length, device=device, precision=precision, progress=progress
+            )
+        for line in found.left_out:
+            reporter.say(line)
+        bits = "" if found.bits_per_byte is None else f"{found.bits_per_byte:.4f}"
+        counts = f"{found.documents:,}", f"{found.report.tokens:,}", f"{found.length:,}"
+        rows.append((model, one.label, *counts, f"{found.report.loss:.4f}", f"{found.report.perplexity:.2f}", bits))
+    columns = ("model", "data", "documents", "predicted tokens", "row", "loss (nats)", "perplexity", "bits per byte")
+    print_table(columns, rows, right=columns[2:])
