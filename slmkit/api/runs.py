@@ -26,10 +26,10 @@ from slmkit.evaluation.loss import LossReport
 from slmkit.find import find_model_directory
 from slmkit.hub import spelled
 from slmkit.model import Decoder, SLMConfig
-from slmkit.model.adapter_directory import config_directory
+from slmkit.model.adapter_directory import config_directory, is_adapter
 from slmkit.model.config import TRAINING_FIELDS
 from slmkit.model.sizes import parameter_count
-from slmkit.training.checkpoints import complete_checkpoints
+from slmkit.training.checkpoints import complete_checkpoints, kept_in
 from slmkit.training.distributed import ALONE, Group, join
 from slmkit.training.find import find_run
 from slmkit.training.inventory import blueprint_of
@@ -118,7 +118,10 @@ def _build(
     run: RunDirectory, recipe: Recipe, device: Device, group: Group, reporter: Reporter, force: bool
 ) -> _Session:
     """Tokenizer, data and model, and a run described: from here on it can be opened."""
-    base = find_model_directory(recipe.model.path) if recipe.model.path else None
+    base = kept_in(run.root / "base", find_model_directory(recipe.model.path)) if recipe.model.path else None
+    if base is not None and is_adapter(base):
+        is_trained = "is trained on" if recipe.lora is not None else "is folded into its model first"
+        reporter.say(f"{recipe.model.path}: an adapter, which {is_trained}")
     tokenizer = tokenizer_of_base(recipe, base) if base else None
     shape = SLMConfig.from_pretrained(config_directory(base)) if base else recipe.model.build_config()
     length = recipe.train.sequence_length or shape.max_position_embeddings
@@ -292,7 +295,7 @@ class _Session:
 def _resolve(recipe: Recipe, run: RunDirectory, config: SLMConfig, base: Path | None) -> Recipe:
     """The recipe with nothing left to a preset, so that it still means the same when presets change."""
     model = recipe.model if base is not None else resolved(config, recipe.model.initialization)
-    if base is not None and recipe.lora is not None:  # a run's best model may be another one later
+    if base is not None:  # a run's best model may be another one later
         model = model.model_copy(update={"path": spelled(base)})
     return recipe.model_copy(update={"output_dir": str(run.root), "model": model})
 

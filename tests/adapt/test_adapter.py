@@ -83,7 +83,7 @@ def test_an_adapter_of_another_family_is_refused(adapter: Path) -> None:
         ({"bias": "all"}, "bias 'all': biases that are trained"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' changes the base too"),
         ({"trainable_token_indices": [1]}, r"trainable_token_indices is \[1\], which is not held here"),
-        ({"r": 0}, "adapter_config.json: r: input should be greater than 0"),
+        ({"r": 0}, "adapter_config.json: r: expected more than 0"),
     ],
 )
 def test_what_is_not_held_here_is_refused_by_its_key(adapter: Path, changes: dict[str, Any], message: str) -> None:
