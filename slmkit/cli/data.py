@@ -56,9 +56,7 @@ def prepare(
     from slmkit.data import prepare_text
     from slmkit.data.cleaning.settings import CleaningSettings
     from slmkit.data.many_sources import Reading
-    from slmkit.data.pairs import prepare_pairs
     from slmkit.data.prepare import write_conversations
-    from slmkit.data.reading import judgements_of, pairs_of
     from slmkit.data.source_settings import SourceSettings
     from slmkit.find import find_tokenizer_directory
     from slmkit.tokenizer import SLMTokenizer
@@ -77,11 +75,7 @@ def prepare(
             encoded = reading.conversations(loaded, length)
             shards = write_conversations(encoded, loaded, output, sources=reading.descriptions, progress=progress)
         elif pairs or judged:
-            from slmkit.data.judged import prepare_judgements
-
-            write, read = (prepare_pairs, pairs_of) if pairs else (prepare_judgements, judgements_of)
-            items = (item for source in reading.sources for item in read(source, loaded))
-            shards = write(items, loaded, output, sources=reading.descriptions, progress=progress)
+            shards = reading.prepare_answers(pairs, loaded, output, progress)
         elif ray:
             from slmkit.data.cluster import prepare_text_on_ray
 

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from slmkit.data.conversations import ConversationEncoder, EncodedConversation
+from slmkit.data.judged import prepare_judgements
+from slmkit.data.pairs import prepare_pairs
+from slmkit.data.prepare import Progress
+from slmkit.data.reading import judgements_of, pairs_of
+from slmkit.data.shards import TokenShards
 from slmkit.data.source_settings import SourceSettings
 from slmkit.data.sources import BadRow, Document, Message, Position, open_source
 
@@ -60,6 +67,14 @@ class Reading:
         for row, behind in self.sources[number].read_conversation_rows():
             self._behind = number, behind
             yield row
+
+    def prepare_answers(
+        self, in_pairs: bool, tokenizer: SLMTokenizer, directory: str | Path, progress: Progress
+    ) -> TokenShards:
+        """Shards of pairs of answers, or of answers labelled good or bad. Errors as for `prepare_pairs`."""
+        read, write = (pairs_of, prepare_pairs) if in_pairs else (judgements_of, prepare_judgements)
+        items: Iterator[Any] = itertools.chain.from_iterable(read(source, tokenizer) for source in self.sources)
+        return write(items, tokenizer, directory, sources=self.descriptions, progress=progress)
 
     def fraction(self) -> float | None:
         """How much of all bytes has been read; None where the sizes do not say: compressed, remote or endless."""
