@@ -100,8 +100,10 @@ class Sampler:
             self.generator.manual_seed(settings.seed)
 
     def __call__(self, logits: Tensor, ids: Tensor) -> Tensor:
-        """logits [batch, vocab_size], ids so far [batch, sequence] → [batch]."""
+        """logits [batch, vocab_size], ids so far [batch, sequence] → [batch]. Raises `UserError` for logits of NaN."""
         logits = logits.float()
+        if not logits.amax(-1).isfinite().all():  # NaN is the largest; greedy decoding would take it
+            raise UserError("the model's logits are not finite: its weights are damaged, or its training diverged")
         for rule in self.rules:
             logits = rule(logits, ids)
         return logits.argmax(-1) if self.is_greedy else self._draw(logits.softmax(-1))
@@ -110,11 +112,8 @@ class Sampler:
         """One index a row, as likely as its probability.  [batch, vocab_size] → [batch]
 
         A point between 0 and the sum, and the token in whose stretch it lies: ten times as fast as
-        `torch.multinomial`, which draws a number for every token of the vocabulary. Raises `UserError` for
-        probabilities that are not numbers.
+        `torch.multinomial`, which draws a number for every token of the vocabulary.
         """
         ends = probabilities.cumsum(-1)  # [batch, vocab_size]; a token that is never drawn has a stretch of nothing
-        if not ends[:, -1].isfinite().all():
-            raise UserError("the model's logits are not finite: its weights are damaged, or its training diverged")
         points = torch.rand(ends.size(0), 1, device=ends.device, generator=self.generator) * ends[:, -1:]
         return torch.searchsorted(ends, points, right=True).squeeze(-1)

@@ -92,6 +92,15 @@ def test_what_is_not_held_here_is_refused_by_its_key(adapter: Path, changes: dic
         load_adapted(adapter)
 
 
+def test_an_adapter_with_nan_is_refused(adapter: Path) -> None:
+    weights = adapter / "adapter_model.safetensors"
+    name, tensor = next(iter(load_file(weights).items()))
+    tensor.view(-1)[0] = float("nan")
+    save_file(load_file(weights) | {name: tensor}, weights)
+    with pytest.raises(UserError, match=r"adapter_model.safetensors: '.*' has numbers that are not finite"):
+        load_model(adapter)
+
+
 def test_damaged_and_missing_files_are_named(adapter: Path) -> None:
     weights = adapter / "adapter_model.safetensors"
     content = weights.read_bytes()
