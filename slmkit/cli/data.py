@@ -11,6 +11,7 @@ from slmkit.cli.help import add_command, new_app
 
 if TYPE_CHECKING:
     from slmkit.data import TokenShards
+    from slmkit.data.data_settings import Reads
     from slmkit.data.preview import Sample
     from slmkit.data.source_settings import SourceSettings
     from slmkit.tokenizer import SLMTokenizer
@@ -56,14 +57,11 @@ def prepare(
     from slmkit.data import prepare_text
     from slmkit.data.cleaning.settings import CleaningSettings
     from slmkit.data.many_sources import Reading
-    from slmkit.data.prepare import write_conversations
     from slmkit.data.source_settings import SourceSettings
     from slmkit.find import find_tokenizer_directory
     from slmkit.tokenizer import SLMTokenizer
 
-    _check_options(
-        chat, chat or pairs or judged, of_text=bool(clean or ray or shuffle is not None), of_chat=length is not None
-    )
+    reads = _kind_of_rows(chat, pairs, judged, bool(clean or ray or shuffle is not None), length)
     cleaning = load_settings(CleaningSettings, {}, clean or [])
     settings = [load_settings(SourceSettings, {"path": path}, source or []) for path in sources]
     directory = find_tokenizer_directory(tokenizer)
@@ -71,11 +69,8 @@ def prepare(
     options: dict[str, Any] = {"shuffle_seed": shuffle, "cleaning": cleaning, "shard_characters": shard_characters}
     reading = Reading(settings)
     with PreparationProgress("tokenizing", reading.fraction) as progress:
-        if chat:
-            encoded = reading.conversations(loaded, length)
-            shards = write_conversations(encoded, loaded, output, sources=reading.descriptions, progress=progress)
-        elif pairs or judged:
-            shards = reading.prepare_answers(pairs, loaded, output, progress)
+        if reads is not None:
+            shards = reading.prepare_conversations(reads, loaded, output, progress, length)
         elif ray:
             from slmkit.data.cluster import prepare_text_on_ray
 
@@ -91,15 +86,19 @@ def prepare(
     print(f"{counted(shards.header.documents, 'document')}, {counted(len(shards), 'token')} in {output}")
 
 
-def _check_options(chat: bool, talks: bool, of_text: bool, of_chat: bool) -> None:
+def _kind_of_rows(chat: bool, pairs: bool, judged: bool, of_text: bool, length: int | None) -> Reads | None:
+    """What is prepared instead of text. Raises `UserError` for options that do not go together."""
     from slmkit.config import UserError
 
-    if talks and of_text:
-        raise UserError(
-            "conversations and answers are not cleaned, shuffled or sent to a cluster; leave those options out"
-        )
-    if of_chat and not chat:
+    kinds: dict[Reads, bool] = {"conversations": chat, "pairs": pairs, "judgements": judged}
+    named = [kind for kind, is_named in kinds.items() if is_named]
+    if len(named) > 1:
+        raise UserError("--chat, --pairs and --judged are three kinds of rows: name one")
+    if named and of_text:
+        raise UserError("conversations and answers are not cleaned, shuffled or sent to a cluster: omit those options")
+    if length is not None and not chat:
         raise UserError("--length: only conversations are cut at the end of a row; leave it out, or add --chat")
+    return named[0] if named else None
 
 
 def inspect(
