@@ -72,11 +72,6 @@ def arguments_checked(call: Callable[P, T]) -> Callable[P, T]:
     return checked
 
 
-def counted(number: int, noun: str) -> str:
-    """1 → `1 document`, 1234 → `1,234 documents`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
 def did_you_mean(word: str, choices: Iterable[str], hints: Mapping[str, str] | None = None) -> str:
     """`did you mean 'x'?` where something near exists, else the choices themselves; first of all what `hints` say."""
     choices, hint = list(choices), (hints or {}).get(word.lower().replace("-", "_"))

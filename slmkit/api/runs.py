@@ -249,7 +249,9 @@ class _Session:
         console = None if self.group.is_main else Console(quiet=True)
         plan_file = self._plan_file()
         curve = find_curve(self.recipe, self.config)
-        with TrainingProgress(self.recipe.objective, self.plan.steps, console) as progress:
+        rows = self.stream.rows_in_epoch
+        epoch = rows / self.stream.rows_per_step if rows else None
+        with TrainingProgress(self.recipe.objective, self.plan.steps, console, epoch) as progress:
             state = fit(
                 self.run,
                 self.recipe,

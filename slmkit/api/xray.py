@@ -13,7 +13,7 @@ from slmkit.data.shards import TokenShards
 from slmkit.data.sources.documents import SPELLINGS
 from slmkit.data.stream import Batches
 from slmkit.training.xray import Vocabulary, XRay, examine
-from slmkit.training.xray_page import LEGEND, rendered_rows, write_xray
+from slmkit.training.xray_page import LEGEND, excerpts, write_xray
 
 
 def look(
@@ -36,9 +36,9 @@ def look(
     xray = examine(stream, vocabulary, train, validation, is_chat, is_padded)
     write_xray(xray, vocabulary, root / "xray.md")
     say(xray.summary())
-    say(LEGEND)
-    for row in rendered_rows(xray.rows, vocabulary):
-        say(row)
+    for row in excerpts(xray.rows, vocabulary):
+        say(Text.assemble("  ", row))
+    say(f"  {LEGEND} Whole rows: {root / 'xray.md'}")
     for line in (*xray.notes, *xray.findings):
         say(f"x-ray: {line}")
     if xray.findings and not force:

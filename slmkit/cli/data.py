@@ -52,8 +52,8 @@ def prepare(
     Example: slm data prepare books/ --tokenizer tokenizers/book -o shards/books --shuffle 0 --clean near_duplicates=0.8
     """
     from slmkit.cli.progress import PreparationProgress
-    from slmkit.cli.show import TerminalReporter
-    from slmkit.config import counted, load_settings
+    from slmkit.cli.show import TerminalReporter, counted
+    from slmkit.config import load_settings
     from slmkit.data import prepare_text
     from slmkit.data.cleaning.settings import CleaningSettings
     from slmkit.data.many_sources import Reading
@@ -119,7 +119,8 @@ def inspect(
     Example: slm data inspect chats.jsonl --tokenizer runs/book
     Example: slm data inspect runs/book/data/train --tokenizer runs/book
     """
-    from slmkit.config import counted, load_settings
+    from slmkit.cli.show import counted
+    from slmkit.config import load_settings
     from slmkit.data import TokenShards
     from slmkit.data.preview import samples_of_shards
     from slmkit.data.reading import is_shards

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from slmkit.config import counted
 from slmkit.data.pairs import answers_alone
 from slmkit.data.shards import TokenShards
 from slmkit.data.source_settings import SourceSettings
@@ -32,7 +31,7 @@ def samples_of_shards(shards: TokenShards, count: int) -> Iterator[Sample]:
     starts = [0, *shards.document_ends[:count].tolist()]
     for number, (start, end) in enumerate(itertools.pairwise(starts), start=1):
         trained = shards.trained_in(start, end) if shards.header.masked else np.ones(end - start, dtype=bool)
-        title = f"document {number}, {counted(end - start, 'token')}"
+        title = f"document {number}, {end - start:,} tokens"
         yield Sample(title, shards.tokens_in(start, end).tolist(), trained.tolist())
 
 

@@ -154,6 +154,8 @@ def fit(
                 saver.wait()
                 roll_back(run, state, plan, error, warn, files)
                 logger.last_step = -1
+    if not state.guard.has_learned and state.guard.idle:
+        warn(f"{run.root}: {state.guard.idle_report()}")
     if state.step < plan.steps:
         _ended_early(run, state, plan, stream, warn)
     return state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from slmkit.training.xray import Rows, Vocabulary, XRay
 SHOWN = 2  # rows
 HEAD, TAIL = 100, 40  # tokens of each: its beginning and its end
 LEGEND = "In ⟦brackets⟧: read, not learned. Behind a \\ : text that spells a special token and is none."
+BEFORE, LENGTH = 12, 48  # tokens of an excerpt: before the first that is learned, and in all
 LEARNED, READ, SPECIAL = "green", "dim", "bold reverse"
 
 
@@ -27,6 +29,21 @@ def write_xray(xray: XRay, vocabulary: Vocabulary, path: Path) -> None:
     for row in rendered_rows(xray.rows, vocabulary):
         lines += ["```", row.plain.replace("```", "'''"), "```", ""]
     path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def excerpts(rows: Rows, vocabulary: Vocabulary) -> list[Text]:
+    """Of the first row, of a pair of both, some tokens around the first that is learned, on one line."""
+    count = 2 if rows.kinds else 1
+    first = [max(0, int(learned.argmax()) - BEFORE) for learned in rows.learned[:count]]
+    stretches = [
+        Rows(*(part[[row], start : start + LENGTH] for part in (rows.ids, rows.labels, rows.padding)))
+        for row, start in enumerate(first)
+    ]
+    in_line = replace(vocabulary, decode=lambda ids: vocabulary.decode(ids).replace("\n", "↵"))
+    shown = [rendered_rows(stretch, in_line)[0] for stretch in stretches]
+    dots = [Text("… " if start else "") for start in first]
+    names = [Text(f"{kind}: ", "bold") for kind in rows.kinds[:count]] or [Text("")]
+    return [Text.assemble(name, dot, text, " …") for name, dot, text in zip(names, dots, shown)]
 
 
 def rendered_rows(rows: Rows, vocabulary: Vocabulary, count: int = SHOWN) -> list[Text]:
