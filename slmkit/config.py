@@ -20,6 +20,11 @@ from typing import Any, ClassVar, ParamSpec, TypeVar
 import pydantic
 import yaml
 
+if typing.TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(pydantic.BaseModel)
+
 
 class UserError(Exception):
     """The user's mistake, or their machine's: one line that says what was found and what to do (exit code 2)."""
@@ -28,7 +33,7 @@ class UserError(Exception):
 class _OneLineErrors(ModelMetaclass):
     """A call of the class raises `UserError`. No `__init__`, since pydantic would call that for nested settings too."""
 
-    def __call__(cls, *positional: Any, **values: Any) -> Any:
+    def __call__(cls, *positional: Any, **values: Any) -> Any:  # noqa: N805 (of a metaclass)
         try:
             return super().__call__(*positional, **values)
         except pydantic.ValidationError as error:
@@ -56,11 +61,6 @@ class Settings(pydantic.BaseModel, metaclass=_OneLineErrors):
 S = TypeVar("S", bound=Settings)
 P = ParamSpec("P")
 T = TypeVar("T")
-
-if typing.TYPE_CHECKING:
-    from pydantic._internal._model_construction import ModelMetaclass
-else:
-    ModelMetaclass = type(pydantic.BaseModel)
 
 
 def arguments_checked(call: Callable[P, T]) -> Callable[P, T]:
