@@ -54,6 +54,7 @@ class DataSettings(Settings):
     text_column: str | None = None  # of `source`, as the next three; `sources` have their own
     messages_column: str | None = None  # the same of conversations
     columns: dict[str, str] = Field(default_factory=dict)  # such as {prompt: question, completion: answer}
+    separator: str | None = Field(None, min_length=1)  # between documents of text files; None: lines of <|endoftext|>
     on_bad_row: Literal["refuse", "skip"] = "refuse"  # stop at a row that cannot be read, or leave it out and count it
     on_long_conversation: OnLong = "cut"  # one that is longer than a row; whatever becomes of it, it is counted
     validation: SourceSettings | None = None  # such as a split of its own; None: held out of the sources
@@ -112,5 +113,5 @@ class DataSettings(Settings):
                 "`primer`; several with weights go into data.sources"
             )
         path = self.source if isinstance(self.source, str) else self.source[0]
-        names = ("text_column", "messages_column", "columns", "on_bad_row")
+        names = ("text_column", "messages_column", "columns", "separator", "on_bad_row")
         return [SourceSettings(path=path, **{name: getattr(self, name) for name in names})]

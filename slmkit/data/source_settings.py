@@ -27,6 +27,7 @@ class SourceSettings(Settings):
     text_column: str | None = None  # the same as columns: {text: …}
     messages_column: str | None = None  # the same as columns: {messages: …}
     columns: dict[str, str] = Field(default_factory=dict)  # such as {prompt: question, completion: answer}
+    separator: str | None = Field(None, min_length=1)  # between documents of text files; None: lines of <|endoftext|>
     row_format: str | None = None  # how rows become text or messages; told by their columns unless named
     streaming: bool = False  # hub data sets: read over the network and store nothing; else files are downloaded once
     documents: int | None = Field(None, gt=0)  # at most so many
