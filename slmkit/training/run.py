@@ -156,10 +156,7 @@ def fit(
                 saver.wait()
                 roll_back(run, state, plan, error, warn, files)
                 logger.last_step = -1
-    if not state.guard.has_learned and state.guard.idle:
-        warn(f"{run.root}: {state.guard.idle_report()}")
-    if state.step < plan.steps:
-        _ended_early(run, state, plan, stream, warn)
+    _warn_at_the_end(run, state, plan, stream, warn)
     return state
 
 
@@ -176,8 +173,12 @@ def _begin(
         checkpoints.clear_leftovers(run.checkpoints)
 
 
-def _ended_early(run: RunDirectory, state: State, plan: Plan, stream: Batches, warn: Callable[[str], None]) -> None:
-    """Say that the data has ended. Raises `RunStopped` where it has not."""
+def _warn_at_the_end(run: RunDirectory, state: State, plan: Plan, stream: Batches, warn: Callable[[str], None]) -> None:
+    """Say that nothing was learned, or that the data has ended early. Raises `RunStopped` where the run was stopped."""
+    if not state.guard.has_learned and state.guard.idle:
+        warn(f"{run.root}: {state.guard.idle_report()}")
+    if state.step >= plan.steps:
+        return
     if stream.has(state.step):
         raise RunStopped(f"stopped after step {state.step} of {plan.steps}; go on with: slm resume {run.root}")
     warn(
