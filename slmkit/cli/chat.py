@@ -38,12 +38,18 @@ def chat(
     Example: slm chat runs/quickstart/chat
     """
     from slmkit.cli.show import load_model
-    from slmkit.generation import ChatSession, SamplingSettings
+    from slmkit.generation import SamplingSettings
+    from slmkit.training.find import learned_conversations
 
-    decoder, tokenizer = load_model(model, device, others or [])
     settings = SamplingSettings(
         temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed
     )
+    decoder, tokenizer = load_model(model, device, others or [])
+    from slmkit.generation import ChatSession
+
+    if learned_conversations(model) is False:
+        print(f"note: {model} was trained on plain text alone and never saw a conversation, so it will hardly answer.")
+        print(f"To teach it: slm train own-chat model.path={model} data.source=YOUR_CHATS.jsonl")
     session = ChatSession(decoder, tokenizer, settings, system=system, max_new_tokens=max_new_tokens)
     print(HELP)
     while (line := _read_line()) is not None:
