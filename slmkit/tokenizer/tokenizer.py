@@ -313,6 +313,11 @@ class SLMTokenizer(CallableTokenizer):
         """Whatever ends generation: the end of the text and the end of a turn, and `further_stops`."""
         return {self.eos_token_id, self.end_of_turn_id, *self.further_stops}
 
+    def stop_at(self, ids: int | Sequence[int] | None) -> None:
+        """End generation at these too, as a model's own settings ask for: those of them that are special tokens."""
+        listed = [ids] if isinstance(ids, int) else ids or []
+        self.further_stops = {*listed} & {*self.special_tokens.values()}
+
     @property
     def known_ids(self) -> np.ndarray:
         """Which ids are tokens, bool [ids]: a vocabulary may have gaps, and a model's head may be wider."""
