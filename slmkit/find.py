@@ -39,7 +39,7 @@ def _find(path: str | Path, *names: str, weights: bool = True) -> Path:
         if any((candidate / name).is_file() for name in names):
             return candidate
     if wanted is None:
-        raise UserError(_not_found(local))
+        raise UserError(_not_found(local, names[0]))
     try:
         found = hub_directory(wanted, weights)
     except UserError as error:
@@ -49,9 +49,9 @@ def _find(path: str | Path, *names: str, weights: bool = True) -> Path:
     return found
 
 
-def _not_found(path: Path) -> str:
+def _not_found(path: Path, name: str) -> str:
     if path.exists():
-        what = "neither a model directory nor a run with a checkpoint"
+        what = f"no {name} in it: neither a model directory nor a run with a checkpoint"
     elif str(path) in PUBLISHED:
         return f"{path}: a preset is a shape without weights; trained ones are on the hub: {PUBLISHED[str(path)]}"
     else:

@@ -150,13 +150,15 @@ def _check_weights(wanted: HubName, directory: Path) -> None:
             if missing := shards - {path.name for path in files}:
                 raise UserError(f"{wanted}: {sorted(missing)[0]} is missing, which its index of weights names")
     if not files:
-        with contextlib.suppress(Exception):
+        pickles: list[str] = []
+        with contextlib.suppress(Exception):  # offline
             names = _client().HfApi().list_repo_files(wanted.name, revision=directory.name)
-            if pickles := [name for name in names if name.endswith(PICKLES)]:
-                raise UserError(
-                    f"{wanted}: its weights are pickles ({pickles[0]}), which can run code and are never read; look on "
-                    "its page for a revision with safetensors, and name that: OWNER/NAME@REVISION"
-                )
+            pickles = [name for name in names if name.endswith(PICKLES)]
+        if pickles:
+            raise UserError(
+                f"{wanted}: its weights are pickles ({pickles[0]}), which can run code and are never read; look on "
+                "its page for a revision with safetensors, and name that: OWNER/NAME@REVISION"
+            )
         raise UserError(f"{wanted}: it has no weights in safetensors at its top, the only kind that is read")
     for path in files:
         expected, size = stored_size(path), path.stat().st_size

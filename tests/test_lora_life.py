@@ -20,7 +20,7 @@ from slmkit.find import find_model_directory
 from slmkit.generation import ChatSession, SamplingSettings
 from slmkit.model import load_decoder
 from slmkit.tokenizer import SLMTokenizer
-from slmkit.training.checkpoints import complete_checkpoints
+from slmkit.training.checkpoints import complete_checkpoints, delete
 from slmkit.training.overview import read_run
 from slmkit.training.recipe import find_recipe, load_recipe
 from tests.test_life import FEW_STEPS, Silent
@@ -91,9 +91,39 @@ def test_it_is_resumed_and_replayed_bit_for_bit(adapter: tuple[Path, Silent], tm
     assert not again.differences
 
 
-def test_the_base_is_the_one_it_began_with_whatever_its_run_becomes(base: Path, adapter: tuple[Path, Silent]) -> None:
-    recipe = load_recipe(adapter[0] / "recipe.yaml")
-    assert recipe.model.path == str(find_model_directory(base).resolve())
+def test_what_a_run_began_with_outlives_the_checkpoint_it_was(base: Path, tmp_path: Path) -> None:
+    """The base's run goes on, and its checkpoints are deleted one after another as it does."""
+    first = tmp_path / "first"
+    shutil.copytree(base, first, symlinks=True)
+    standing = [
+        train_adapter(first, tmp_path / "chat", "lora.r=2", "train.max_steps=2", "train.eval_steps=1")[0],
+        train("own-chat", tmp_path / "whole", f"model.path={first}", "data.source=stories", "data.documents=30",
+              "data.validation_documents=4", "train.max_steps=2", "train.eval_steps=1")[0],
+    ]  # fmt: skip
+    ids = torch.arange(30)[None]
+    began = find_model_directory(first).resolve()
+    adapted_logits = load_model(find_model_directory(standing[0]))[0](ids)
+    for root in standing:
+        assert load_recipe(root / "recipe.yaml").model.path == str(root / "base")
+        assert (root / "base" / "model.safetensors").samefile(began / "model.safetensors")  # no room on the disk
+    for path in complete_checkpoints(first / "checkpoints"):
+        delete(path)
+    assert torch.equal(load_model(find_model_directory(standing[0]))[0](ids), adapted_logits)
+    for root in standing:
+        weights = "adapter_model.safetensors" if root.name == "chat" else "model.safetensors"
+        ended = load_file(root / "latest" / weights)
+        delete(complete_checkpoints(root / "checkpoints")[-1])
+        resume_run(root, Silent())
+        again = load_file(root / "latest" / weights)
+        assert all(torch.equal(again[name], ended[name]) for name in ended)
+    moved = tmp_path / "moved"
+    standing[0].rename(moved)
+    assert torch.equal(load_model(find_model_directory(moved))[0](ids), adapted_logits)
+
+
+def test_a_run_of_an_adapter_on_an_adapter_says_what_it_does(adapter: tuple[Path, Silent], tmp_path: Path) -> None:
+    _, reporter = train_adapter(adapter[0], tmp_path / "on", "lora.r=4", "train.max_steps=1")
+    assert f"{adapter[0]}: an adapter, which is trained on" in reporter.lines
 
 
 def test_all_weights_are_trained_on_from_an_adapter_too(adapter: tuple[Path, Silent], tmp_path: Path) -> None:

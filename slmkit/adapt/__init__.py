@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from slmkit.adapt.adapter import load_adapter, save_adapter
-    from slmkit.adapt.fold import fold
+    from slmkit.adapt.folding import fold
     from slmkit.adapt.load import load_adapted, load_model
     from slmkit.adapt.lora import add_lora
-    from slmkit.adapt.swap import swap
+    from slmkit.adapt.swapping import swap
     from slmkit.model.lora_settings import LoRASettings
 
 __all__ = ["LoRASettings", "add_lora", "fold", "load_adapted", "load_adapter", "load_model", "save_adapter", "swap"]
@@ -18,12 +18,12 @@ __all__ = ["LoRASettings", "add_lora", "fold", "load_adapted", "load_adapter", "
 _HOME = {
     "LoRASettings": "slmkit.model.lora_settings",
     "add_lora": "slmkit.adapt.lora",
-    "fold": "slmkit.adapt.fold",
+    "fold": "slmkit.adapt.folding",
     "load_adapted": "slmkit.adapt.load",
     "load_adapter": "slmkit.adapt.adapter",
     "load_model": "slmkit.adapt.load",
     "save_adapter": "slmkit.adapt.adapter",
-    "swap": "slmkit.adapt.swap",
+    "swap": "slmkit.adapt.swapping",
 }
 
 

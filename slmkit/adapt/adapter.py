@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import safetensors
@@ -26,7 +27,7 @@ from slmkit.adapt.adapter_format import (
 )
 from slmkit.adapt.adapter_whole import ANOTHER, whole_from_disk, whole_to_disk
 from slmkit.adapt.lora import DoRALinear, LoRALinear, adapted_linears, expect_plain
-from slmkit.adapt.swap import Linear, linear, linears, matching, replace
+from slmkit.adapt.swapping import Linear, linear, linears, matching, replace
 from slmkit.config import UserError
 from slmkit.hub import hub_name, spelled
 from slmkit.model import Decoder, SLMConfig
@@ -34,9 +35,37 @@ from slmkit.model.adapter_directory import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from slmkit.model.families import family_of
 from slmkit.model.growth import grow_vocabulary
 from slmkit.model.lora_settings import LoRASettings
-from slmkit.model.stored import stored_tensors
+from slmkit.model.stored import expect_finite, stored_tensors
 
+FINGERPRINT = "base_fingerprint"  # in the metadata of the adapter's tensors, which peft does not read
 GENERATION = "generation_config.json"  # what ends a text, which new tokens may have changed
+
+
+def fingerprint(decoder: nn.Module) -> str:
+    """sha256 (hex) over a model's weights: their names, shapes and float32 numbers, however its files are laid out."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(decoder.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def expect_base(directory: str | Path, *found: Callable[[], str]) -> None:
+    """Raises `UserError` where the adapter in `directory` was trained on a model with none of these fingerprints.
+
+    Adapters of peft's own do not say what they were trained on, and are not refused.
+    """
+    path = Path(directory) / ADAPTER_WEIGHTS
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            wanted = (file.metadata() or {}).get(FINGERPRINT)
+    except (OSError, safetensors.SafetensorError):
+        return  # whoever reads its tensors says what is wrong
+    if wanted and all(one() != wanted for one in found):
+        raise UserError(
+            f"{path}: its base has other weights than the model it was trained on (another model, or another step of "
+            f"the same run): use it with the model whose weights have the fingerprint {wanted[:12]}"
+        )
 
 
 def trained_tensors(decoder: nn.Module) -> dict[str, Tensor]:
@@ -51,8 +80,11 @@ def save_adapter(
     base: str | Path,
     directory: str | Path,
     tensors: Mapping[str, Tensor] | None = None,
+    base_fingerprint: str | None = None,
 ) -> None:
     """Write what `decoder` learned beside the model in `base`; `tensors` are those to write where not its own.
+
+    `base_fingerprint` is the `fingerprint` of the model in `base`: with any other the adapter will be refused.
 
     Raises `UserError` when the disk is full or cannot be written.
     """
@@ -73,19 +105,17 @@ def save_adapter(
     shapes = {name: update.shape for name, update in updates.items()}
     whole = whole_to_disk(decoder, config, tensors)
     hub = hub_name(spelled(Path(base)))
-    content = adapter_config(
-        hub.name if hub else str(base), settings, shapes, others, bool(family_of(config.model_type).transposed)
-    )
+    content = adapter_config(hub.name if hub else str(base), settings, shapes, others, family_of(config.model_type))
     content["revision"] = hub.revision if hub else None
     content["modules_to_save"] = sorted({name.rpartition(".")[0] for name in whole}) or None
     stored = to_peft(updates) | {f"{PREFIX}{name}": tensor for name, tensor in whole.items()}
-    generation = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id, "do_sample": True}
     try:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / ADAPTER_CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        (directory / GENERATION).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+        (directory / GENERATION).write_text(json.dumps(config.for_generation(), indent=2) + "\n", encoding="utf-8")
         stored = {name: tensor.detach().float().cpu().contiguous().clone() for name, tensor in stored.items()}
-        save_file(stored, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        known = {FINGERPRINT: base_fingerprint} if base_fingerprint else {}
+        save_file(stored, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"} | known)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{directory}: the adapter cannot be written: {error}") from None
 
@@ -104,6 +134,7 @@ def grown_for(directory: str | Path, decoder: Decoder, config: SLMConfig) -> tup
     try:
         generation = json.loads((directory / GENERATION).read_text(encoding="utf-8"))
         named = {key: generation[key] for key in ("eos_token_id", "pad_token_id") if key in generation}
+        named["generation_config"] = generation
     except (OSError, ValueError, TypeError):  # of peft's, which has none
         named = {}
     return decoder, config.model_copy(update=named)
@@ -166,7 +197,10 @@ def read_tensors(decoder: Decoder, config: SLMConfig, directory: str | Path) -> 
 
 def _read(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     try:
-        return from_peft(load_file(path))
+        tensors = load_file(path)
+        for name, tensor in tensors.items():
+            expect_finite(tensor, f"{name!r}", "the adapter is broken: use another checkpoint")
+        return from_peft(tensors)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; the directory holds an adapter's config but no weights") from None
     except (OSError, safetensors.SafetensorError) as error:
@@ -185,6 +219,7 @@ def _expect_all(
             raise UserError(f"{path}: adapts {name!r}, which its base does not have: {ANOTHER}")
     excluded = [*described.settings.modules_to_save, *described.exclude_modules]
     expected = matching(there, described.settings.target_modules, except_for=excluded)
+    expected += [name for name in there if name.endswith(tuple(f".{end}" for end in described.parameters))]
     missing = [name for name in expected if name not in updates]
     if missing and not described.only_some_layers:
         raise UserError(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from slmkit.config import UserError, load_settings
 from slmkit.model.adapter_directory import ADAPTER_CONFIG
+from slmkit.model.families import Family
 from slmkit.model.lora_settings import LoRASettings, scale_of
 
 # Keys that change nothing of what is computed, or nothing that a file's tensors do not say themselves.
@@ -20,6 +21,7 @@ HARMLESS = {
     "inference_mode", "layers_pattern", "layers_to_transform", "megatron_core", "peft_version", "qalora_group_size",
     "rank_pattern", "revision", "runtime_config", "task_type",
 }  # fmt: skip
+WEIGHT = r"(\.weight)?"  # at the end of a pattern: peft compares it with the module's name or its weight's
 # What A and B started as. Other ways to start change the base too, which is not stored with the adapter.
 STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
@@ -32,6 +34,7 @@ class AdapterConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     exclude_modules: Sequence[str] = ()
     only_some_layers: bool = False
+    parameters: Sequence[str] = ()  # ends of the names of linears that are named by their weights
     ties_head: bool = False  # a copy of the embedding is the head's too
 
     def scale(self, name: str, r: int) -> float:
@@ -57,6 +60,9 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
     known = {key: value for key, value in known.items() if value is not None}
     excluded = content.get("exclude_modules") or []
     pattern = content.pop("alpha_pattern", None) or {}
+    weights = [name for name in content.pop("target_parameters", None) or [] if isinstance(name, str)]
+    if weights:  # those of experts, which no model here has, match nothing in peft either
+        known.setdefault("target_modules", [])
     for key, value in content.items():
         if key not in HARMLESS and value not in (None, False, {}, []):
             raise UserError(f"{path}: {key} is {value!r}, which is not held here")
@@ -65,6 +71,7 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
         pattern,
         [excluded] if isinstance(excluded, str) else excluded,
         content.get("layers_to_transform") not in (None, []),
+        [name.removesuffix(".weight") for name in weights if name.endswith(".weight")],
         bool(content.get("ensure_weight_tying")),
     )
 
@@ -78,9 +85,15 @@ class Shape:
 
 
 def adapter_config(
-    base: str, settings: LoRASettings, shapes: Mapping[str, Shape], others: Sequence[str], transposed: bool
+    base: str, settings: LoRASettings, shapes: Mapping[str, Shape], others: Sequence[str], family: Family
 ) -> dict[str, Any]:
-    """The content of the file for modules of these names and shapes; `others` are linears that are not adapted."""
+    """The content of the file for modules of these names and shapes; `others` are linears that are not adapted.
+
+    peft, for families with experts, looks for fused experts where modules are called as their parts are, also in dense
+    layers. It finds these linears by the names of their weights, beside which it allows no dropout and no DoRA.
+    """
+    modules, weights = apart(shapes, family)
+    expect_no_dora(weights, settings)
     ranks = {name: shape.r for name, shape in shapes.items()}
     alphas = {name: shape.scale * (shape.r**0.5 if settings.use_rslora else shape.r) for name, shape in shapes.items()}
     r, rank_pattern = _common(ranks)
@@ -91,18 +104,34 @@ def adapter_config(
         "base_model_name_or_path": base,
         "r": r,
         "lora_alpha": alpha,
-        "lora_dropout": settings.lora_dropout,
-        "target_modules": target_names(list(shapes), others),
+        "lora_dropout": 0.0 if weights else settings.lora_dropout,
+        "target_modules": target_names(modules, others),
+        "target_parameters": [f"{name}.weight" for name in target_names(weights, others)] or None,
         "modules_to_save": None,
         "use_rslora": settings.use_rslora,
         "use_dora": settings.use_dora,
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
-        "fan_in_fan_out": transposed,
+        "fan_in_fan_out": bool(family.transposed),
         "bias": "none",
         "init_lora_weights": True,
         "inference_mode": True,
     }
+
+
+def apart(names: Iterable[str], family: Family) -> tuple[list[str], list[str]]:
+    """The reference's names of linears that peft finds as modules, and of those that it finds by their weights."""
+    weights = [name for name in names if name.endswith(family.experts_of_peft)]
+    return [name for name in names if name not in weights], weights
+
+
+def expect_no_dora(weights: Sequence[str], settings: LoRASettings) -> None:
+    """Raises `UserError` for DoRA of linears that peft finds by their weights."""
+    if weights and settings.use_dora:
+        raise UserError(
+            f"use_dora: peft cannot load DoRA of {weights[0]!r} in this family: "
+            "set lora.target_modules to linears of the attention, or drop use_dora"
+        )
 
 
 def target_names(adapted: Sequence[str], others: Sequence[str]) -> list[str]:
@@ -120,7 +149,7 @@ def target_names(adapted: Sequence[str], others: Sequence[str]) -> list[str]:
 def _common(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The commonest value, and those of the names that have another."""
     common = Counter(values.values()).most_common(1)[0][0]
-    return common, {re.escape(name): value for name, value in values.items() if value != common}
+    return common, {f"{re.escape(name)}{WEIGHT}": value for name, value in values.items() if value != common}
 
 
 def _whole(number: float) -> float:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from slmkit.adapt.adapter import grown_for, load_adapter
+from slmkit.adapt.adapter import expect_base, fingerprint, grown_for, load_adapter
 from slmkit.adapt.adapter_config import read_adapter_config
 from slmkit.adapt.adapter_files import AdapterFiles
-from slmkit.adapt.fold import fold
+from slmkit.adapt.folding import fold
 from slmkit.adapt.lora import adapted_linears, add_lora, keep_base_in, modules_to_save
 from slmkit.config import UserError
 from slmkit.model import Decoder, SLMConfig, load_decoder
@@ -34,7 +34,9 @@ def load_model(directory: str | Path, device: torch.device | str = "cpu") -> tup
 
 def load_adapted(directory: str | Path, device: torch.device | str = "cpu") -> tuple[Decoder, SLMConfig, LoRASettings]:
     """An adapter beside its frozen base, to be trained on. Raises `UserError` as `load_model` does."""
-    decoder, config = grown_for(directory, *load_decoder(base_of(directory), device))
+    decoder, config = load_decoder(base_of(directory), device)
+    expect_base(directory, lambda: fingerprint(decoder))
+    decoder, config = grown_for(directory, decoder, config)
     settings = load_adapter(decoder, config, directory)
     return decoder.eval(), config, settings
 
@@ -58,10 +60,11 @@ def start_adapter(
     """
     if not is_adapter(directory):
         decoder, config = load_decoder(directory)
+        before = fingerprint(decoder)
         if prepare is not None:
             decoder, config = prepare(decoder, config)
         add_lora(decoder, config, settings, seed)
-        return decoder, config, AdapterFiles(config, settings, Path(directory).resolve())
+        return decoder, config, AdapterFiles(config, settings, Path(directory).resolve(), before)
     described = read_adapter_config(Path(directory)).settings
     for name in ("r", "lora_alpha", "use_rslora", "use_dora"):
         found, wanted = getattr(described, name), getattr(settings, name)
@@ -71,9 +74,12 @@ def start_adapter(
                 "set it so to train that adapter on, or fold it in first with `slm merge`"
             )
     base = base_of(directory)
-    decoder, config = grown_for(directory, *load_decoder(base))
+    decoder, config = load_decoder(base)
+    before = fingerprint(decoder)
+    expect_base(directory, lambda: before)
+    decoder, config = grown_for(directory, decoder, config)
     keep_base_in(decoder, settings.base_weights, modules_to_save(decoder, config, described))
     load_adapter(decoder, config, directory)
     for adapted in adapted_linears(decoder).values():
         adapted.dropout.p = settings.lora_dropout
-    return decoder, config, AdapterFiles(config, settings, base)
+    return decoder, config, AdapterFiles(config, settings, base, before)

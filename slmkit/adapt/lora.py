@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from slmkit.adapt.adapter_config import apart, expect_no_dora
 from slmkit.adapt.lora_base import FORMATS
-from slmkit.adapt.swap import ALL_LINEAR, Linear, matching, swap
+from slmkit.adapt.swapping import ALL_LINEAR, Linear, matching, swap
 from slmkit.config import UserError
 from slmkit.model import Decoder, SLMConfig
 from slmkit.model.directory import reference_name
@@ -112,6 +113,7 @@ def add_lora(decoder: Decoder, config: SLMConfig, settings: LoRASettings, seed: 
         return adapted
 
     names = swap(decoder, settings.target_modules, make, aliases, except_for=saved)
+    expect_no_dora(apart([aliases[name] for name in names], family_of(config.model_type))[1], settings)
     for name in saved:
         decoder.get_submodule(name).requires_grad_(True)
     return names

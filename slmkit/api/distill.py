@@ -139,6 +139,21 @@ def lessons_of(recipe: Recipe, corpus: Corpus, rows: dict[str, Rows], length: in
     )
 
 
+def _expect_another_model(m: Material, settings: DistillationSettings) -> None:
+    """Raises `UserError` where the teacher is the student and there are no labels to learn from; else says so."""
+    if m.recipe.model.path is None or settings.teacher is None:
+        return
+    student, teacher = find_model_directory(m.recipe.model.path), find_model_directory(settings.teacher)
+    if not student.samefile(teacher) and teacher_fingerprint(student) != teacher_fingerprint(teacher):
+        return
+    if settings.alpha == 0:
+        raise UserError(
+            f"distillation.teacher {settings.teacher} is the model of model.path, and with alpha 0 nothing else is "
+            "learned: name another teacher, or raise distillation.alpha"
+        )
+    m.reporter.say(f"teacher: {settings.teacher} is the student's own model: at first only the labels teach anything")
+
+
 def _objective_of(settings: DistillationSettings, tokens: int) -> Callable[[Decoder | None], Objective]:
     """What is minimised with a teacher at hand, or, with None, with what was stored of one."""
     loss = DistillationLoss(settings.alpha, settings.temperature, settings.divergence)
@@ -156,6 +171,7 @@ def _objective_of(settings: DistillationSettings, tokens: int) -> Callable[[Deco
 def _from_teacher(m: Material) -> tuple[Stream | StreamedBatches, Objective]:
     recipe, settings = m.recipe, settings_of(m.recipe)
     assert settings.teacher is not None
+    _expect_another_model(m, settings)
     decoder = load_teacher(settings.teacher, m.corpus.tokenizer, m.length, m.device)
     if compile_pays(recipe.train.compile, m.device):
         compile_blocks(decoder)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from slmkit.adapt import fold, load_adapter, load_model
-from slmkit.adapt.adapter import grown_for
+from slmkit.adapt import fold, load_adapter
+from slmkit.adapt.adapter import expect_base, fingerprint, grown_for
 from slmkit.config import UserError
 from slmkit.find import find_model_directory
-from slmkit.model import save_decoder
-from slmkit.model.adapter_directory import is_adapter
+from slmkit.model import load_decoder, save_decoder
+from slmkit.model.adapter_directory import base_of, is_adapter
+from slmkit.model.stored import expect_finite
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.find import free_path
 
@@ -26,16 +29,23 @@ def fold_adapters(model: str | Path, adapters: Sequence[str | Path], output: str
     than 16 bits, and where `output` exists.
     """
     directory = find_model_directory(model)
-    _expect_full_precision(directory)
     found = [_adapter(adapter) for adapter in adapters]
+    if is_adapter(directory):
+        found, directory = [directory, *found], base_of(directory)
+        logging.getLogger(__name__).warning(f"{model}: an adapter, which is folded into {directory} first")
+    _expect_full_precision(directory)
     final = Path(output) if output is not None else free_path(f"{str(model).rstrip('/')}-merged")
     if final.exists():
         raise UserError(f"{final}: exists already, and is left as it is: name another --output")
-    decoder, config = load_model(directory)
+    decoder, config = load_decoder(directory)
+    before = functools.cache(functools.partial(fingerprint, decoder))
     for adapter in found:
+        expect_base(adapter, before, functools.partial(fingerprint, decoder))
         decoder, config = grown_for(adapter, decoder, config)
         load_adapter(decoder, config, adapter)
         fold(decoder)
+    for name, tensor in decoder.state_dict().items():
+        expect_finite(tensor, f"{name!r} of the merged model", "an adapter is too large for it: use another checkpoint")
     partial = final.with_name(f".partial-{final.name}")
     shutil.rmtree(partial, ignore_errors=True)
     try:

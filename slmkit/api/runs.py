@@ -27,7 +27,7 @@ from slmkit.evaluation.loss import LossReport
 from slmkit.find import find_model_directory
 from slmkit.hub import spelled
 from slmkit.model import SLMConfig
-from slmkit.model.adapter_directory import config_directory
+from slmkit.model.adapter_directory import config_directory, is_adapter
 from slmkit.model.config import TRAINING_FIELDS
 from slmkit.training.changes import (
     NOW,
@@ -35,9 +35,10 @@ from slmkit.training.changes import (
     expect_obeyable,
     recipe_at,
 )
-from slmkit.training.checkpoints import complete_checkpoints
+from slmkit.training.checkpoints import complete_checkpoints, kept_in
 from slmkit.training.distributed import Group, join
 from slmkit.training.find import find_run
+from slmkit.training.loop import StopRequested
 from slmkit.training.recipe import ModelSettings, Recipe, load_recipe
 from slmkit.training.recipe_checks import unlikely, without_effect
 from slmkit.training.run import (
@@ -48,12 +49,14 @@ from slmkit.training.run import (
 from slmkit.training.trackers import check_trackers
 
 
-def train_recipe(recipe: Recipe, reporter: Reporter, dry_run: bool = False, force: bool = False) -> RunDirectory:
+def train_recipe(
+    recipe: Recipe, reporter: Reporter, dry_run: bool = False, force: bool = False, stop: StopRequested | None = None
+) -> RunDirectory:
     """Do a whole run: tokenizer, shards, model, training. Nothing is left behind when it fails before the first step.
 
     Under `torchrun` the first process prepares the data while the others wait, and a job that is started again goes on
     with the run it made. Raises `UserError` for whatever in the recipe or its data is wrong, and for what the X-ray
-    finds, unless `force`.
+    finds, unless `force`; `RunStopped`, with a checkpoint, where a signal or `stop` ends it early.
     """
     check_trackers(recipe.train.report_to)
     expect_a_model(recipe)
@@ -70,7 +73,7 @@ def train_recipe(recipe: Recipe, reporter: Reporter, dry_run: bool = False, forc
             session = open_run(RunDirectory(group.from_main("")), device, group)
         if not dry_run:
             resume = group.from_main(bool(complete_checkpoints(session.run.checkpoints)))
-            session.run_to_the_end(reporter, resume)
+            session.run_to_the_end(reporter, resume, stop)
         elif group.is_main:
             shutil.rmtree(session.run.root)
     return session.run
@@ -150,7 +153,10 @@ def _prepare(
 
 def _build(run: RunDirectory, recipe: Recipe, device: Device, group: Group, reporter: Reporter, force: bool) -> Session:
     """Tokenizer, data and model, and a run described: from here on it can be opened."""
-    base = find_model_directory(recipe.model.path) if recipe.model.path else None
+    base = kept_in(run.root / "base", find_model_directory(recipe.model.path)) if recipe.model.path else None
+    if base is not None and is_adapter(base):
+        is_trained = "is trained on" if recipe.lora is not None else "is folded into its model first"
+        reporter.say(f"{recipe.model.path}: an adapter, which {is_trained}")
     tokenizer = tokenizer_of_base(recipe, base) if base else None
     shape = SLMConfig.from_pretrained(config_directory(base)) if base else recipe.model.build_config()
     length = recipe.train.sequence_length or shape.max_position_embeddings
@@ -195,7 +201,7 @@ def evaluate_run(directory: str | Path) -> RunFigures:
 def _resolve(recipe: Recipe, run: RunDirectory, config: SLMConfig, base: Path | None) -> Recipe:
     """The recipe with nothing left to a preset, so that it still means the same when presets change."""
     model = recipe.model if base is not None else resolved(config, recipe.model.initialization)
-    if base is not None and recipe.lora is not None:  # a run's best model may be another one later
+    if base is not None:  # a run's best model may be another one later
         model = model.model_copy(update={"path": spelled(base)})
     return recipe.model_copy(update={"output_dir": str(run.root), "model": model})
 

@@ -21,7 +21,7 @@ from slmkit.model.sizes import parameter_count
 from slmkit.training.changes import PROCESSES, SHARING, Change, changes_between, is_of_length
 from slmkit.training.distributed import ALONE, Group
 from slmkit.training.inventory import blueprint_of
-from slmkit.training.loop import Every, Plan
+from slmkit.training.loop import Every, Plan, StopRequested
 from slmkit.training.micro_batch import resolve_micro_batch
 from slmkit.training.model_files import ModelFiles
 from slmkit.training.optimizers import trained
@@ -177,12 +177,14 @@ class Session:
             force=force,
         )
 
-    def run_to_the_end(self, reporter: Reporter, resume: bool) -> None:
+    def run_to_the_end(self, reporter: Reporter, resume: bool, stop: StopRequested | None = None) -> None:
         interval = evaluation_interval(self.recipe.train, self.plan.steps)
         console = None if self.group.is_main else Console(quiet=True)
         plan_file = self._plan_file()
         curve = find_curve(self.recipe, self.config)
-        with TrainingProgress(self.recipe.objective, self.plan.steps, console) as progress:
+        rows = self.stream.rows_in_epoch
+        epoch = rows / self.stream.rows_per_step if rows else None
+        with TrainingProgress(self.recipe.objective, self.plan.steps, console, epoch) as progress:
             state = fit(
                 self.run,
                 self.recipe,
@@ -204,6 +206,7 @@ class Session:
                 perfect_loss=self.corpus.validation.header.perfect_loss,
                 resume=resume,
                 warn=reporter.warn,
+                stop=stop,
             )
         if self.corpus.training_tokens is None:  # streams know now what of them was left out
             for line in self.work.report():

@@ -12,6 +12,7 @@ from rich.console import Console
 from torch.utils.data import IterableDataset
 
 from slmkit.adapt import LoRASettings, add_lora
+from slmkit.adapt.adapter import fingerprint
 from slmkit.adapt.adapter_files import AdapterFiles
 from slmkit.api.callbacks import Callbacks, GivenLoss, LossFunction, TorchSchedule, check_optimizer
 from slmkit.api.causal_lm import SLMForCausalLM
@@ -25,6 +26,7 @@ from slmkit.data.torch_dataset import DatasetRows, ItemFormat, IterableBatches
 from slmkit.device import Device, find_device
 from slmkit.model import SLMConfig
 from slmkit.model.adapter_directory import is_adapter
+from slmkit.training.checkpoints import kept_in
 from slmkit.training.distill import objective_of
 from slmkit.training.distillation import DistillationLoss
 from slmkit.training.distributed import Group, join
@@ -140,6 +142,8 @@ class SLMTrainer:
             plan = replace(plan, schedule=TorchSchedule(self.scheduler))
         root = resumed or (new_run_directory(self.output_dir).root if group.is_main else "")
         run = RunDirectory(group.from_main(str(root)))
+        if self.files is not None and group.is_main:
+            self.files = replace(self.files, base=kept_in(run.root / "base", self.files.base))
         recipe = self._recipe(run, settings)
         if group.is_main and resumed is None:
             run.describe(recipe, device, {"texts": GIVEN_IN_A_SCRIPT})
@@ -210,12 +214,13 @@ class SLMTrainer:
         base = self.model.directory
         if base is None or is_adapter(base):
             raise UserError("lora: an adapter names its model on disk: save_pretrained() that, and from_pretrained()")
+        before = fingerprint(self.model.decoder)
         add_lora(self.model.decoder, self.config, lora, self.seed)
-        return AdapterFiles(self.config, lora, base)
+        return AdapterFiles(self.config, lora, base, before)
 
     def _recipe(self, run: RunDirectory, settings: TrainSettings) -> Recipe:
         """What of the run can be written down."""
-        model = resolved(self.config) if self.lora is None else ModelSettings(path=str(self.model.directory))
+        model = resolved(self.config) if self.files is None else ModelSettings(path=str(self.files.base))
         recipe = Recipe(output_dir=str(run.root), seed=self.seed, model=model, lora=self.lora, train=settings)
         if not self.distils:
             return recipe

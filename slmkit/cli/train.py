@@ -82,9 +82,11 @@ def replay(
     from slmkit.training.find import find_run
 
     find_run(run)  # before anything is loaded
+    reporter = TerminalReporter()
+    reporter.say(f"opening {run}")
     from slmkit.api.replay import replay_run
 
-    done = replay_run(run, step, TerminalReporter())
+    done = replay_run(run, step, reporter)
     figures = done.replay.report
     print(f"step {step}: loss {figures['loss']:.6g}, gradient norm {figures['grad_norm']:.6g}")
     if "skipped" in figures:

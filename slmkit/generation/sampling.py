@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from slmkit.config import UserError
 from slmkit.generation.sampling_settings import SamplingSettings
@@ -91,8 +93,10 @@ def min_p(p: float) -> Rule:
 class Sampler:
     """Chooses one token a row, from a generator of its own: the same seed gives the same tokens."""
 
-    def __init__(self, settings: SamplingSettings, device: torch.device) -> None:
+    def __init__(self, settings: SamplingSettings, device: torch.device, known: np.ndarray | None = None) -> None:
+        """`known` bool [ids]: which ids are tokens. The head's others, and all beyond, are never chosen."""
         self.rules, self.is_greedy = rules_of(settings), settings.is_greedy
+        self.known = None if known is None else torch.from_numpy(known).to(device)
         self.generator = torch.Generator(device)
         if settings.seed is None:
             self.generator.seed()
@@ -100,8 +104,13 @@ class Sampler:
             self.generator.manual_seed(settings.seed)
 
     def __call__(self, logits: Tensor, ids: Tensor) -> Tensor:
-        """logits [batch, vocab_size], ids so far [batch, sequence] → [batch]."""
+        """logits [batch, vocab_size], ids so far [batch, sequence] → [batch]. Raises `UserError` for logits of NaN."""
         logits = logits.float()
+        if not logits.amax(-1).isfinite().all():  # NaN is the largest; greedy decoding would take it
+            raise UserError("the model's logits are not finite: its weights are damaged, or its training diverged")
+        if self.known is not None:
+            beyond = max(0, logits.size(-1) - len(self.known))
+            logits = logits.masked_fill(~F.pad(self.known, (0, beyond))[: logits.size(-1)], NEVER)
         for rule in self.rules:
             logits = rule(logits, ids)
         return logits.argmax(-1) if self.is_greedy else self._draw(logits.softmax(-1))
@@ -110,11 +119,8 @@ class Sampler:
         """One index a row, as likely as its probability.  [batch, vocab_size] → [batch]
 
         A point between 0 and the sum, and the token in whose stretch it lies: ten times as fast as
-        `torch.multinomial`, which draws a number for every token of the vocabulary. Raises `UserError` for
-        probabilities that are not numbers.
+        `torch.multinomial`, which draws a number for every token of the vocabulary.
         """
         ends = probabilities.cumsum(-1)  # [batch, vocab_size]; a token that is never drawn has a stretch of nothing
-        if not ends[:, -1].isfinite().all():
-            raise UserError("the model's logits are not finite: its weights are damaged, or its training diverged")
         points = torch.rand(ends.size(0), 1, device=ends.device, generator=self.generator) * ends[:, -1:]
         return torch.searchsorted(ends, points, right=True).squeeze(-1)

@@ -31,9 +31,15 @@ def base_of(directory: str | Path) -> Path:
         raise UserError(f"{path}: not a readable adapter_config.json: {error}") from None
     if not isinstance(named, str) or not named:
         raise UserError(f"{path}: does not say which model it adapts: put its directory in base_model_name_or_path")
-    for base in (Path(directory) / named, Path(named)):
+    of_its_run = Path(directory).resolve().parents[1] / "base"  # where the folder of a run was moved as a whole
+    for base in (Path(directory) / named, Path(named), of_its_run):
         if (base / "config.json").is_file():
             return base.resolve()
+        if is_adapter(base):
+            raise UserError(
+                f"{path}: its base {named!r} is an adapter itself: fold that into its model with `slm merge`, and put "
+                "the result in base_model_name_or_path"
+            )
     if (wanted := hub_name(named)) is not None:
         return hub_directory(HubName(wanted.name, wanted.revision or revision))
     raise UserError(

@@ -15,7 +15,7 @@ from slmkit.config import UserError
 from slmkit.model.config import SLMConfig
 from slmkit.model.decoder import Decoder
 from slmkit.model.families import Family, architecture_of, family_of
-from slmkit.model.stored import StoredTensor, stored_tensors
+from slmkit.model.stored import StoredTensor, expect_finite, stored_tensors
 
 WEIGHTS = "model.safetensors"
 SHARDS = "model.safetensors.index.json"
@@ -49,15 +49,16 @@ def save_decoder(
 
 def write_configs(config: SLMConfig, directory: Path, dtype: str = "float32") -> None:
     """Write `config.json` and `generation_config.json`; `dtype` is what the weights beside them are stored in."""
-    generation = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id, "do_sample": True}
-    for name, content in (("config.json", config.published(dtype)), ("generation_config.json", generation)):
+    files = {"config.json": config.published(dtype), "generation_config.json": config.for_generation()}
+    for name, content in files.items():
         (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def load_decoder(directory: str | Path, device: torch.device | str = "cpu") -> tuple[Decoder, SLMConfig]:
     """Read a model directory, in one file or in shards, in float32 whatever it was stored in. Loading is strict.
 
-    Raises `UserError` for a missing or truncated file, and for a missing, unexpected or misshapen tensor, by name.
+    Raises `UserError` for a missing or truncated file, and by name for a tensor that is missing, unexpected, misshapen
+    or has a number that is NaN or infinite.
     """
     config = SLMConfig.from_pretrained(directory)
     family, decoder = family_of(config.model_type), empty_decoder(config)
@@ -66,6 +67,7 @@ def load_decoder(directory: str | Path, device: torch.device | str = "cpu") -> t
     state: dict[str, Tensor] = {}
     for theirs, ours in stored_names(shapes, family).items():
         tensor = tensors[theirs].read().to(device, torch.float32)
+        expect_finite(tensor, f"{tensors[theirs].path}: {theirs!r}", "the model is broken: use another checkpoint")
         parts = from_disk(family, theirs, tensor).split([shapes[name][0] for name in ours])
         state |= {name: part.contiguous() for name, part in zip(ours, parts)}
     decoder.to_empty(device=device)

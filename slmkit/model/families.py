@@ -44,6 +44,8 @@ class Family:
     derived: Mapping[str, Callable[[dict[str, Any]], Any] | None] = field(default_factory=dict)
     or_more: tuple[str, ...] = ()  # of `fixed`: a larger number means the same
     rope_by_kind: bool = False  # rope_parameters are written once for each kind of layer
+    # Ends of linears' names that peft takes for parts of fused experts: an adapter's file names their weights instead.
+    experts_of_peft: tuple[str, ...] = ()
     transposed: tuple[str, ...] = ()  # endings of the names of matrices that are stored [in, out]
 
 
@@ -351,6 +353,7 @@ FAMILIES: dict[str, Family] = {
         absent=_UNTIED | {"first_k_dense_replace": 3},
         fixed={"first_k_dense_replace": lambda fields: fields["num_hidden_layers"]},
         or_more=("first_k_dense_replace",),
+        experts_of_peft=(".gate_proj", ".up_proj", ".down_proj"),
         derived=_DENSE,
     ),
     "slm": Family(

@@ -15,7 +15,7 @@ HARMLESS_KEYS = {
     "tokenizer_class", "torch_dtype", "transformers.js_config", "transformers_version", "use_cache",
 }  # fmt: skip
 # What transformers reads for every family, or older programs wrote: the one value that is supported.
-ONLY_WITH = {
+ONLY_WITH: dict[str, Any] = {
     "attention_chunk_size": None, "cross_attention_hidden_size": None, "is_causal": True, "is_encoder_decoder": False,
     "partial_rotary_factor": 1.0, "per_layer_config": None, "pruned_heads": {},
     "quantization_config": None, "rope_interleaved": False, "tie_encoder_decoder": False, "use_mrope": False,

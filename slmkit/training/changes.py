@@ -21,6 +21,7 @@ OBEYED = (
     "train.sample_prompts", "train.sample_tokens", "train.report_to", "train.early_stopping_patience",
     "train.learning_rate", "train.muon_learning_rate", "train.weight_decay", "train.max_grad_norm",
     "guard.max_skipped", "guard.on_divergence", "guard.max_spike", "guard.window", "guard.max_rollbacks",
+    "guard.max_idle",
 )  # fmt: skip
 OBEYED_BY_STREAMS = ("data.on_bad_row", "data.sources.*.on_bad_row", "data.sources.*.retry_for")
 LENGTH = (*(f"train.{name}" for name in LENGTHS), "train.lr_schedule_steps")

@@ -213,6 +213,29 @@ def keep_newest(folder: Path, count: int, keep: set[str], until: int) -> None:
             delete(path)
 
 
+def kept_in(folder: Path, model: Path) -> Path:
+    """Where a model is that a new run begins with: in `folder` of the run where it is another run's checkpoint.
+
+    That run may delete its checkpoint as it goes on. What is kept are hard links, which take no room on the disk, or
+    copies where the file system has none. Raises `UserError` where the disk does not take them.
+    """
+    model = model.resolve()
+    if not (model / MANIFEST).is_file():  # no checkpoint, or one that is kept already
+        return model
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        for path in model.iterdir():
+            if path.is_file() and path.name != MANIFEST:
+                try:
+                    os.link(path, folder / path.name)
+                except OSError:
+                    shutil.copyfile(path, folder / path.name)
+    except OSError as error:
+        raise UserError(f"{folder}: the model to begin with cannot be kept here: {error}") from None
+    return folder.resolve()
+
+
 def delete(checkpoint: Path) -> None:
     """Delete a checkpoint so that no half of it is ever taken for a whole one: renamed in one step, deleted in many."""
     doomed = checkpoint.with_name(f".deleted-{checkpoint.name}")

@@ -168,13 +168,15 @@ def fit(
     warn: Callable[[str], None] = print,
     optimizer: Optimizer | None = None,
     on_save: Callable[[State, Path], Any] | None = None,
+    stop: StopRequested | None = None,
 ) -> State:
     """Train `model` as the recipe says, and leave a run on disk. Returns the state after the last step.
 
     `hooks` come from outside (validation, samples, progress) and fire before the report is logged, with what they add.
     `inventory` says what is in memory, `files` what of the model a checkpoint holds: without them all of it. With
     `resume` it goes on from the newest intact checkpoint. `optimizer` takes the place of the recipe's; `on_save` is
-    called on all ranks with each checkpoint that is complete. Raises `RunStopped` when a signal ended it, with one.
+    called on all ranks with each checkpoint that is complete. Raises `RunStopped` when a signal or `stop` ended
+    it, with one.
     """
     settings, group, inventory = recipe.train, plan.group, inventory or Inventory(blueprint_of(model))
     files = files or WholeModel(config)
@@ -190,7 +192,7 @@ def fit(
         open_trackers(
             settings.report_to if group.is_main else (), run.root, recipe.model_dump(mode="json"), state.step
         ) as trackers,
-        stop_on_signals() as stop,
+        stop_on_signals(stop) as asked,
         saver,
         lack_of_memory_explained(inventory, settings, plan.rows_per_micro_batch, length, plan.device),
     ):
@@ -200,14 +202,13 @@ def fit(
         all_hooks = (Every(1, gauges.update), *hooks, improvement, *written)
         while True:
             try:
-                train(state, objective, stream, plan, uncompiled(all_hooks, model), stop, recorder)
+                train(state, objective, stream, plan, uncompiled(all_hooks, model), asked, recorder)
                 break
             except Diverged as error:
                 saver.wait()
                 roll_back(run, state, plan, error, warn, files)
                 logger.last_step = -1
-    if state.step < plan.steps:
-        _ended_early(run, state, plan, stream, warn)
+    _warn_at_the_end(run, state, plan, stream, warn)
     if group.is_main:
         run.add(finished={"step": state.step, "steps": plan.steps, "patience": plan.patience})
     return state
@@ -226,8 +227,12 @@ def _begin(
         checkpoints.clear_leftovers(run.checkpoints)
 
 
-def _ended_early(run: RunDirectory, state: State, plan: Plan, stream: Batches, warn: Callable[[str], None]) -> None:
-    """Say why the run is finished before its last step. Raises `RunStopped` where it is not."""
+def _warn_at_the_end(run: RunDirectory, state: State, plan: Plan, stream: Batches, warn: Callable[[str], None]) -> None:
+    """Say that nothing was learned, or why the run is over early. Raises `RunStopped` where the run was stopped."""
+    if not state.guard.has_learned and state.guard.idle:
+        warn(f"{run.root}: {state.guard.idle_report()}")
+    if state.step >= plan.steps:
+        return
     if plan.is_stalled(state):
         warn(
             f"ended after step {state.step} of {plan.steps}: the validation loss has not fallen in "
@@ -331,12 +336,12 @@ def make_plan(
 
 
 @contextlib.contextmanager
-def stop_on_signals() -> Iterator[StopRequested]:
+def stop_on_signals(stop: StopRequested | None = None) -> Iterator[StopRequested]:
     """Ctrl-C and SIGTERM end the run after the step it is in, with a checkpoint; a second Ctrl-C ends it at once.
 
     A second SIGTERM does not: cluster managers send it to every process, and launchers pass it on once more.
     """
-    stop = StopRequested()
+    stop = stop or StopRequested()
 
     def request(number: int, frame: Any) -> None:
         if stop.is_set and number == signal.SIGINT:

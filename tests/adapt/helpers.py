@@ -22,6 +22,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3_text": {"num_key_value_heads": 1, "head_dim": 16, "sliding_window": 8},
     "gpt2": {},
 }
+DEEPSEEK = {"q_lora_rank": 12, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {},
     "rslora": {"use_rslora": True},
@@ -30,7 +31,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def config_of(family: str, **changes: Any) -> SLMConfig:
-    return SLMConfig(model_type=family, **(SHAPE | FAMILIES[family] | changes))
+    return SLMConfig(model_type=family, **(SHAPE | FAMILIES.get(family, DEEPSEEK) | changes))
 
 
 def base_in(directory: Path, config: SLMConfig) -> Decoder:

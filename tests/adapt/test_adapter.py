@@ -83,13 +83,22 @@ def test_an_adapter_of_another_family_is_refused(adapter: Path) -> None:
         ({"bias": "all"}, "bias 'all': biases that are trained"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' changes the base too"),
         ({"trainable_token_indices": [1]}, r"trainable_token_indices is \[1\], which is not held here"),
-        ({"r": 0}, "adapter_config.json: r: input should be greater than 0"),
+        ({"r": 0}, "adapter_config.json: r: expected more than 0"),
     ],
 )
 def test_what_is_not_held_here_is_refused_by_its_key(adapter: Path, changes: dict[str, Any], message: str) -> None:
     change_config(adapter, **changes)
     with pytest.raises(UserError, match=message):
         load_adapted(adapter)
+
+
+def test_an_adapter_with_nan_is_refused(adapter: Path) -> None:
+    weights = adapter / "adapter_model.safetensors"
+    name, tensor = next(iter(load_file(weights).items()))
+    tensor.view(-1)[0] = float("nan")
+    save_file(load_file(weights) | {name: tensor}, weights)
+    with pytest.raises(UserError, match=r"adapter_model.safetensors: '.*' has numbers that are not finite"):
+        load_model(adapter)
 
 
 def test_damaged_and_missing_files_are_named(adapter: Path) -> None:

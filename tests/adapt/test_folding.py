@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from slmkit import SLMForCausalLM
-from slmkit.adapt import fold, load_adapter, load_model, save_adapter
-from slmkit.adapt.load import adapter_blueprint
+from slmkit.adapt import LoRASettings, fold, load_adapter, load_model, save_adapter
+from slmkit.adapt.adapter import trained_tensors
+from slmkit.adapt.load import adapter_blueprint, start_adapter
 from slmkit.api.folding import fold_adapters
 from slmkit.config import UserError
-from slmkit.model import load_decoder
+from slmkit.model import load_decoder, save_decoder
 from slmkit.model.sizes import parameter_count
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.inspection import inspect_model
-from tests.adapt.helpers import adapted, base_in, config_of, logits
+from tests.adapt.helpers import adapted, base_in, config_of, logits, shake
 from tests.cli.helpers import slm
 from tests.training.helpers import TOKENIZER
 
@@ -50,7 +53,7 @@ def test_a_folded_model_says_what_the_adapter_said(base: Path) -> None:
         fold_adapters(base, [one], folded)
 
 
-def test_several_are_folded_one_after_another(base: Path) -> None:
+def test_several_are_folded_one_after_another(base: Path, caplog: pytest.LogCaptureFixture) -> None:
     found = [adapter(base, "one"), adapter(base, "two", target_modules=["down_proj"], r=2)]
     decoder, config = load_decoder(base)
     for directory in found:
@@ -60,6 +63,82 @@ def test_several_are_folded_one_after_another(base: Path) -> None:
     assert torch.equal(logits(load_decoder(folded)[0]), logits(decoder))
     on_top = fold_adapters(found[0], found[1:], base.parent / "on top")  # an adapter is a model too
     assert torch.equal(logits(load_decoder(on_top)[0]), logits(decoder))
+    assert any(
+        line.startswith(f"{found[0]}: an adapter, which is folded into {base} first") for line in caplog.messages
+    )
+
+
+def known_adapter(base: Path, name: str, **settings: object) -> Path:
+    """As a run writes it: with the fingerprint of its base."""
+    decoder, _, files = start_adapter(base, LoRASettings(r=4, **settings))
+    shake(trained_tensors(decoder))
+    files.write(decoder, files.tensors(decoder), base.parent / name)
+    return base.parent / name
+
+
+def test_an_adapter_is_refused_on_another_step_of_its_base(base: Path) -> None:
+    one, two = known_adapter(base, "one"), known_adapter(base, "two", use_dora=True)
+    other = base.parent / "later"
+    shutil.copytree(base, other)
+    decoder, config = load_decoder(base)
+    with torch.no_grad():
+        decoder.blocks[1].mlp.down.weight[3, 5] += 1e-3  # a single number of all
+    save_decoder(decoder, config, other)
+    words = r"/(one|two)/adapter_model.safetensors: its base has other weights than the model it was trained on"
+    for adapters in ([one], [two, one]):
+        with pytest.raises(UserError, match=words):
+            fold_adapters(other, adapters)
+    base.rename(base.parent / "kept")
+    other.rename(base)  # as where a run's best model has become another one
+    for act in (load_model, SLMForCausalLM.from_pretrained, lambda one: start_adapter(one, LoRASettings(r=4))):
+        with pytest.raises(UserError, match=words):
+            act(one)
+    base.rename(other)
+    (base.parent / "kept").rename(base)
+    assert not [path for path in base.parent.iterdir() if "merged" in path.name or "partial" in path.name]
+    both = fold_adapters(base, [one, two], base.parent / "both")
+    on_top = known_adapter(both, "on top")  # trained on what the first two made
+    assert fold_adapters(base, [one, two, on_top], base.parent / "three").is_dir()
+
+
+def test_a_base_stored_otherwise_is_the_same_and_pefts_adapters_do_not_say(base: Path) -> None:
+    one = known_adapter(base, "one")
+    expected = logits(load_model(one)[0])
+    tensors = load_file(base / "model.safetensors")
+    halves = [dict(list(tensors.items())[::2]), dict(list(tensors.items())[1::2])]
+    for number, half in enumerate(halves):
+        save_file(half, base / f"part-{number}.safetensors")
+    weight_map = {name: f"part-{number}.safetensors" for number, half in enumerate(halves) for name in half}
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (base / "model.safetensors").unlink()
+    assert torch.equal(logits(load_model(one)[0]), expected)
+    save_file(load_file(one / "adapter_model.safetensors"), one / "adapter_model.safetensors")  # as peft writes them
+    save_file({name: tensor * 1.01 for name, tensor in halves[0].items()}, base / "part-0.safetensors")
+    load_model(one)
+
+
+def test_an_adapter_of_an_adapter_says_so(base: Path) -> None:
+    one = known_adapter(base, "one")
+    two = known_adapter(base, "two")
+    path = two / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(one)}))
+    with pytest.raises(UserError, match="its base .*one' is an adapter itself: fold that into its model with"):
+        load_model(two)
+
+
+@pytest.mark.parametrize("broken", ["base", "one"])
+def test_numbers_that_are_none_are_refused_by_name(base: Path, broken: str) -> None:
+    one = adapter(base, "one")
+    path = next((base.parent / broken).glob("*model.safetensors"))
+    tensors = load_file(path)
+    name = sorted(tensors)[-1]
+    tensors[name][0] = float("nan")
+    save_file(tensors, path)
+    words = rf"{broken}/{path.name}: '{name}' has numbers that are not finite"
+    with pytest.raises(UserError, match=words):
+        fold_adapters(base, [one])
+    with pytest.raises(UserError, match=words):
+        load_model(one)
 
 
 def test_few_bits_and_plain_models_are_refused_and_nothing_is_left(base: Path) -> None:

@@ -191,7 +191,7 @@ def test_weights_that_are_not_those_of_the_config_are_refused(folder: Path) -> N
 @pytest.mark.parametrize(
     ("recipe", "words"),
     [
-        ({"merge_method": "tie"}, "merge_method: input should be 'linear', 'slerp'"),
+        ({"merge_method": "tie"}, "merge_method: expected 'linear', 'slerp'"),
         ({"merge_method": "linear", "weights": 1}, "unknown key 'weights'"),
         ({"merge_method": "linear", "base_model": "base"}, "linear does not read base_model: leave it out"),
         ({"merge_method": "linear", "t": 0.3}, "linear does not read t"),

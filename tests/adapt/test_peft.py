@@ -12,8 +12,10 @@ import torch
 from slmkit.adapt import LoRASettings, fold, load_adapted, load_model, save_adapter
 from slmkit.adapt.adapter import read_tensors, trained_tensors
 from slmkit.adapt.lora import adapted_linears
+from slmkit.config import UserError
 from slmkit.model import Decoder, load_decoder
 from tests.adapt.helpers import FAMILIES, KINDS, adapted, base_in, config_of, ids, logits, shake
+from tests.parity.test_transformers import randomised
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -91,6 +93,69 @@ def saved_by_peft(tmp_path: Path, config: Any) -> torch.Tensor:
     path = tmp_path / "adapter" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "../base"}))
     return their_logits(model)
+
+
+# peft takes DeepSeek's gate_proj, up_proj and down_proj for experts, in dense layers too.
+OF_DEEPSEEK: dict[str, dict[str, Any]] = {
+    "all": {},
+    "rslora, with dropout": {"use_rslora": True, "lora_dropout": 0.3},
+    "MLP alone": {"target_modules": ["mlp.gate", "mlp.down"]},
+    "down in one layer": {"target_modules": [r"blocks\.1\.mlp\.down", "attention.out"]},
+    "attention alone": {"target_modules": ["q_a_proj", "q_b_proj", "key_value"]},
+    "attention alone, DoRA": {"target_modules": ["latent", "out"], "use_dora": True},
+}
+
+
+@pytest.mark.parametrize("case", OF_DEEPSEEK)
+@pytest.mark.parametrize("query_rank", [12, None])
+def test_peft_computes_the_logits_of_our_adapter_of_a_dense_deepseek(
+    case: str, query_rank: int | None, tmp_path: Path
+) -> None:
+    if query_rank is None and case == "attention alone":
+        return
+    decoder, _ = ours_in(tmp_path, "deepseek_v3", OF_DEEPSEEK[case], q_lora_rank=query_rank)
+    check_in_peft(decoder.eval(), tmp_path)
+    again, _, _ = load_adapted(tmp_path / "adapter")
+    assert torch.equal(logits(again), logits(decoder))
+    assert adapted_linears(again).keys() == adapted_linears(decoder).keys()
+
+
+def test_so_it_does_where_single_layers_have_ranks_of_their_own(tmp_path: Path) -> None:
+    decoder, settings = ours_in(tmp_path, "deepseek_v3", {})
+    for name in ("blocks.0.mlp.down", "blocks.1.attention.out"):
+        adapted_linear = decoder.get_submodule(name)
+        adapted_linear.lora_A = torch.nn.Parameter(adapted_linear.lora_A[:2])
+        adapted_linear.lora_B = torch.nn.Parameter(adapted_linear.lora_B[:, :2])
+    save_adapter(decoder, config_of("deepseek_v3"), settings, tmp_path / "base", tmp_path / "adapter")
+    check_in_peft(decoder, tmp_path)
+    assert torch.equal(logits(load_adapted(tmp_path / "adapter")[0]), logits(decoder))
+
+
+@pytest.mark.parametrize(
+    "targets",
+    ["all-linear", ["q_a_proj", "down_proj"], ["o_proj", "gate_proj", "up_proj"], r".*(kv_b|down)_proj"],
+    ids=str,
+)
+def test_we_compute_the_logits_of_pefts_adapter_of_a_dense_deepseek(targets: Any, tmp_path: Path) -> None:
+    base_in(tmp_path / "base", config_of("deepseek_v3"))
+    theirs = saved_by_peft(tmp_path, peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets))
+    assert (logits(load_adapted(tmp_path / "adapter")[0]) - theirs).abs().max() <= 1e-4
+
+
+def test_an_adapter_of_a_peft_that_knew_no_experts_is_read(tmp_path: Path) -> None:
+    """Before 0.18 peft named these modules as all others, and stored the same tensors."""
+    decoder, _ = ours_in(tmp_path, "deepseek_v3", {})
+    path = tmp_path / "adapter" / "adapter_config.json"
+    content = json.loads(path.read_text())
+    named = [name.removesuffix(".weight") for name in content.pop("target_parameters")]
+    path.write_text(json.dumps(content | {"target_modules": content["target_modules"] + named}))
+    assert torch.equal(logits(load_adapted(tmp_path / "adapter")[0]), logits(decoder))
+
+
+def test_dora_that_peft_cannot_load_is_refused_before_it_is_trained() -> None:
+    config = config_of("deepseek_v3")
+    with pytest.raises(UserError, match=r"use_dora: peft cannot load DoRA of .*gate_proj"):
+        adapted(randomised(config), config, use_dora=True)
 
 
 def test_ranks_and_alphas_of_single_layers_are_pefts(tmp_path: Path) -> None:

@@ -1,10 +1,13 @@
-"""A server of data sets that speaks as much of the hub's protocol as its own clients ask for, and fails when told to.
+"""A server of data sets and models that speaks as much of the hub's protocol as its own clients ask for, and fails when
+told to.
 
-It is named to them as `HF_ENDPOINT`. Every repository is a dictionary of file names and contents.
+It is named to them as `HF_ENDPOINT`. Every repository is a dictionary of file names and contents; models can be
+uploaded to, and keep the content of each commit.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import threading
@@ -36,6 +39,11 @@ class HubServer:
 
     def __init__(self) -> None:
         self.repositories: dict[str, dict[str, bytes]] = {}
+        self.commits: dict[tuple[str, str], dict[str, bytes]] = {}  # of (model, branch or commit): what it holds
+        self.shas: dict[tuple[str, str], str] = {}  # of (model, branch)
+        self.private: dict[str, bool] = {}
+        self.tokens = {"hf_right"}  # that may upload
+        self.large: dict[str, bytes] = {}  # uploaded beside commits, by sha256
         self.moved: dict[str, str] = {}
         self.gated: set[str] = set()
         self.faults: list[Fault] = []
@@ -58,6 +66,13 @@ class HubServer:
         self._server.shutdown()
         self._server.server_close()
 
+    def commit(self, name: str, branch: str, files: dict[str, bytes]) -> str:
+        """The branch of a model holds these files from now on; returns the commit."""
+        sha = _hash(repr(sorted(files.items())).encode())[:40]
+        self.commits[name, branch] = self.commits[name, sha] = dict(files)
+        self.shas[name, branch] = self.shas[name, sha] = sha
+        return sha
+
     def fault_for(self, request: str) -> Fault | None:
         for fault in self.faults:
             if fault.match in request and fault.times:
@@ -76,7 +91,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer()
 
-    do_HEAD = do_POST = do_GET  # noqa: N815
+    do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815
 
     def log_message(self, *message: Any) -> None:
         pass
@@ -89,11 +104,24 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.hub.fault_for(request)
         if fault and fault.status:
             self._send(b"out of order", fault.status, fault.headers)
+        elif self.command == "PUT" or (self.command == "POST" and not path.startswith("/api/datasets/")):
+            self._upload(path, body)
+        elif path.startswith("/api/models/"):
+            self._model_api(path.removeprefix("/api/models/").strip("/").split("/"))
         elif path.startswith("/api/datasets/"):
             self._api(path.removeprefix("/api/datasets/").strip("/").split("/"), body)
         elif path.startswith("/datasets/") and "/resolve/" in path:
             name, _, rest = path.removeprefix("/datasets/").partition("/resolve/")
-            self._file(name, rest.partition("/")[2], fault)
+            files = self._repository(name)
+            if files is not None:
+                self._file(files, REVISION, rest.partition("/")[2], fault)
+        elif "/resolve/" in path:
+            name, _, rest = path.strip("/").partition("/resolve/")
+            revision, _, file = rest.partition("/")
+            if (name, revision) in self.hub.commits:
+                self._file(self.hub.commits[name, revision], self.hub.shas[name, revision], file, fault)
+            else:
+                self._missing("RevisionNotFound")
         else:
             self._missing("EntryNotFound")
 
@@ -127,15 +155,78 @@ class _Handler(BaseHTTPRequestHandler):
             siblings = [{"rfilename": path} for path in files]
             self._json({"id": name, "sha": REVISION, "private": False, "gated": False, "siblings": siblings})
 
-    def _file(self, name: str, path: str, fault: Fault | None) -> None:
-        files = self._repository(name)
-        if files is None:
-            return
+    def _model_api(self, parts: list[str]) -> None:
+        name, (what, *rest) = "/".join(parts[:2]), parts[2:] or ["revision"]
+        branch = rest[0] if rest else "main"
+        if name in self.hub.gated:
+            self._send(b"", 403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"})
+        elif not any(known == name for known, _ in self.hub.commits):
+            self._send(b"", 401, {"X-Error-Code": "RepoNotFound"})
+        elif (name, branch) not in self.hub.commits:
+            self._missing("RevisionNotFound")
+        elif what == "tree":
+            self._json(_tree(self.hub.commits[name, branch], "", True))
+        else:
+            siblings = [{"rfilename": path} for path in self.hub.commits[name, branch]]
+            self._json({"id": name, "sha": self.hub.shas[name, branch], "private": False, "siblings": siblings})
+
+    def _upload(self, path: str, body: bytes) -> None:
+        """Repositories made, branches, files sent ahead, commits; as `huggingface_hub.HfApi.create_commit` asks."""
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if path.startswith("/lfs/"):
+            self.hub.large[path.removeprefix("/lfs/")] = body
+            self._json({})
+        elif path == "/api/validate-yaml":
+            self._json({"errors": [], "warnings": []})
+        elif token not in self.hub.tokens:
+            self._send(b"", 401, {"X-Error-Message": "Invalid credentials"})
+        elif path == "/api/repos/create":
+            asked = json.loads(body)
+            name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+            exists = name in self.hub.private
+            self.hub.private.setdefault(name, asked.get("visibility") == "private")
+            if not exists:
+                self.hub.commit(name, "main", {})
+            self._json({"url": f"{self.hub.url}/{name}"}, 409 if exists else 200)
+        elif path.endswith("/info/lfs/objects/batch"):
+            objects = [
+                {**wanted, "actions": {"upload": {"href": f"{self.hub.url}/lfs/{wanted['oid']}"}}}
+                for wanted in json.loads(body)["objects"]
+            ]
+            self._json({"transfer": "basic", "objects": objects})
+        else:
+            owner, model, what, branch = path.removeprefix("/api/models/").split("/", 3)
+            self._change(f"{owner}/{model}", what, branch, body)
+
+    def _change(self, name: str, what: str, branch: str, body: bytes) -> None:
+        if what == "branch":
+            self.hub.commit(name, branch, self.hub.commits[name, "main"])
+            self._json({})
+        elif what == "preupload":
+            modes = {True: "lfs", False: "regular"}
+            files = json.loads(body)["files"]
+            answers = [
+                {"path": f["path"], "uploadMode": modes[f["path"].endswith(".safetensors")], "shouldIgnore": False}
+                for f in files
+            ]
+            self._json({"files": answers})
+        else:
+            held = dict(self.hub.commits[name, branch])
+            for line in map(json.loads, body.decode().splitlines()):
+                value = line["value"]
+                if line["key"] == "file":
+                    held[value["path"]] = base64.b64decode(value["content"])
+                elif line["key"] == "lfsFile":
+                    held[value["path"]] = self.hub.large[value["oid"]]
+            sha = self.hub.commit(name, branch, held)
+            self._json({"commitUrl": f"{self.hub.url}/{name}/commit/{sha}", "commitOid": sha})
+
+    def _file(self, files: dict[str, bytes], sha: str, path: str, fault: Fault | None) -> None:
         if path not in files:
             self._missing("EntryNotFound")
             return
         content, status = files[path], 200
-        headers = {"X-Repo-Commit": REVISION, "ETag": f'"{_hash(content)}"', "Accept-Ranges": "bytes"}
+        headers = {"X-Repo-Commit": sha, "ETag": f'"{_hash(content)}"', "Accept-Ranges": "bytes"}
         if asked := self.headers.get("Range"):
             first, _, last = asked.removeprefix("bytes=").partition("-")
             headers["Content-Range"] = f"bytes {first}-{last or len(content) - 1}/{len(content)}"
@@ -145,8 +236,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _missing(self, code: str) -> None:
         self._send(b"", 404, {"X-Error-Code": code})
 
-    def _json(self, value: Any) -> None:
-        self._send(json.dumps(value).encode(), 200, {"Content-Type": "application/json"})
+    def _json(self, value: Any, status: int = 200) -> None:
+        self._send(json.dumps(value).encode(), status, {"Content-Type": "application/json"})
 
     def _send(self, content: bytes, status: int, headers: dict[str, str], fault: Fault | None = None) -> None:
         self.send_response(status)

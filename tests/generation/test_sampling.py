@@ -87,12 +87,6 @@ def test_drawing_follows_the_probabilities_and_never_takes_what_has_none() -> No
     assert (shares[probabilities == 0] == 0).all()
 
 
-def test_logits_that_are_not_numbers_are_said_to_be_so() -> None:
-    logits = torch.tensor([[0.0, 1.0], [0.0, float("nan")]])
-    with pytest.raises(UserError, match="not finite"):
-        Sampler(SamplingSettings(seed=3), CPU)(logits, torch.zeros(2, 1, dtype=torch.long))
-
-
 @pytest.mark.parametrize(("point", "token"), [(0.0, 1), (0.5, 3), (1 - 2**-24, 3)])
 def test_a_point_on_the_border_of_a_stretch_belongs_to_what_follows(
     point: float, token: int, monkeypatch: pytest.MonkeyPatch
@@ -156,3 +150,13 @@ def test_a_value_out_of_range_is_named_with_what_is_expected(wrong: dict[str, fl
     (name,) = wrong
     with pytest.raises(UserError, match=rf"{name} .*expected"):
         SamplingSettings(**wrong)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"do_sample": False}, {}, {"top_k": 1}, {"top_p": 0.5}, {"repetition_penalty": 2.0}]
+)
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_refused_however_tokens_are_chosen(settings: dict, broken: float) -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0], [0.0, broken, 2.0]])
+    with pytest.raises(UserError, match="logits are not finite"):
+        Sampler(SamplingSettings(**settings), CPU)(logits, torch.tensor([[0], [0]]))

@@ -63,6 +63,18 @@ def test_a_tensor_of_another_shape_is_named_with_both_shapes(directory: Path) ->
         load_decoder(directory)
 
 
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), -float("inf")])
+def test_a_tensor_that_is_not_finite_is_named(directory: Path, broken: float) -> None:
+    for name, tensor in load_file(directory / WEIGHTS).items():
+        wrong = tensor.clone()
+        wrong.view(-1)[-1] = broken
+        change(directory, **{name: wrong})
+        with pytest.raises(UserError, match=rf"model\.safetensors: '{name}' has numbers that are not finite"):
+            load_decoder(directory)
+        change(directory, **{name: tensor})
+    load_decoder(directory)
+
+
 def test_a_truncated_file_is_one_line_with_its_path(directory: Path) -> None:
     path = directory / WEIGHTS
     path.write_bytes(path.read_bytes()[:-100])

@@ -42,6 +42,7 @@ def make_world(folder: Path) -> None:
     (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "more.jsonl").write_text("".join(json.dumps({"text": line[::-1]}) + "\n" for line in text[:9]))
     (folder / "more.txt").write_text(text[5])
+    (folder / "lines.txt").write_text("|".join(text))
     (folder / "bad.jsonl").write_text((folder / "text.jsonl").read_text() + '{"text": 7}\n')
     copies = [*text, *text[:20], *(line + " or so" for line in text), *("яблоко и " * 8 + line for line in text)]
     (folder / "copies.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in copies))
@@ -217,6 +218,7 @@ EVERY: dict[str, tuple[str, dict[str, Any], Any]] = {
     "data.sources.*.text_column": ("two", {}, "body"),
     "data.sources.*.messages_column": ("two", {}, "talk"),
     "data.sources.*.columns": ("two", {}, {"text": "body"}),
+    "data.sources.*.separator": ("two", {"data.sources.*.path": "lines.txt"}, "|"),
     "data.sources.*.row_format": ("two", {}, "nonsense"),
     "data.sources.*.streaming": ("two", {}, True),
     "data.sources.*.documents": ("two", {}, 20),
@@ -241,6 +243,7 @@ EVERY: dict[str, tuple[str, dict[str, Any], Any]] = {
     "data.text_column": ("text", {}, "body"),
     "data.messages_column": ("chat", {}, "talk"),
     "data.columns": ("text", {}, {"text": "body"}),
+    "data.separator": ("text", {"data.source": "lines.txt"}, "|"),
     "data.on_bad_row": ("text", {"data.source": "bad.jsonl"}, "skip"),
     "data.on_long_conversation": ("chat", {}, "skip"),
     "data.validation.path": ("validation", {}, "text.jsonl"),
@@ -252,6 +255,7 @@ EVERY: dict[str, tuple[str, dict[str, Any], Any]] = {
     "data.validation.text_column": ("validation", {"data.validation.path": "text.jsonl"}, "body"),
     "data.validation.messages_column": ("validation", {}, "talk"),
     "data.validation.columns": ("validation", {"data.validation.path": "text.jsonl"}, {"text": "body"}),
+    "data.validation.separator": ("validation", {"data.validation.path": "lines.txt"}, "|"),
     "data.validation.row_format": ("validation", {}, "nonsense"),
     "data.validation.streaming": ("validation", {}, True),
     "data.validation.documents": ("validation", {}, 3),
@@ -308,6 +312,7 @@ EVERY: dict[str, tuple[str, dict[str, Any], Any]] = {
     "guard.max_spike": ("text", {"train.max_steps": 40}, 1.0001),
     "guard.window": ("text", {"guard.max_spike": 1.05, "train.max_steps": 60, "guard.max_skipped": 99}, 16),
     "guard.rollback_learning_rate_ratio": ("text", {}, 0.9),
+    "guard.max_idle": ("text", {"train.learning_rate": 1e-40, "train.max_steps": 12}, 2),
     "guard.max_rollbacks": ("text", {}, 9),
     "preference.loss": ("pairs", {}, "simpo"),
     "preference.beta": ("pairs", {}, 3.0),

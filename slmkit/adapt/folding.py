@@ -7,7 +7,7 @@ from torch import nn
 
 from slmkit.adapt.lora import adapted_linears
 from slmkit.adapt.lora_base import FrozenLinear
-from slmkit.adapt.swap import replace
+from slmkit.adapt.swapping import replace
 from slmkit.config import UserError
 from slmkit.model import Decoder
 
