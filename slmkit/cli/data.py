@@ -16,35 +16,42 @@ if TYPE_CHECKING:
 app = new_app("Prepare text and conversations, and look at them.", add_completion=False)
 
 CLEAN = (
-    "What to leave out: exact_duplicates=true, near_duplicates=0.8, min_characters, max_characters, min_words, "
+    "Documents to leave out: exact_duplicates=true, near_duplicates=0.8, min_characters, max_characters, min_words, "
     "max_words, scripts=[Latin], min_script_share, min_letter_share, evaluation=[FILE], evaluation_words=13. "
     "May be given several times."
 )
 
 
 def prepare(
-    sources: Annotated[list[str], typer.Argument(help="Files, folders, URLs or data sets of the hub.")],
+    sources: Annotated[
+        list[str], typer.Argument(metavar="SOURCE", help="Files, folders, URLs or data sets of the hub.")
+    ],
     tokenizer: Annotated[str, typer.Option(help="A tokenizer or model directory, or a run.")],
     output: Annotated[str, typer.Option("--output", "-o", help="Where the shards go.")],
     source: Annotated[
         list[str] | None,
-        typer.Option("--source", help="A setting of every source, such as text_column=body or on_bad_row=skip."),
+        typer.Option(
+            "--source", help="A setting of the sources, such as text_column=body; may be given several times."
+        ),
     ] = None,
-    chat: Annotated[bool, typer.Option(help="Conversations, with their loss masks.")] = False,
-    shuffle: Annotated[int | None, typer.Option(help="Put all documents in the order that this seed names.")] = None,
+    chat: Annotated[
+        bool, typer.Option(help="The sources hold conversations; the assistant's turns are marked to be learned.")
+    ] = False,
+    shuffle: Annotated[int | None, typer.Option(help="Shuffle all documents, with this seed.")] = None,
     clean: Annotated[list[str] | None, typer.Option(help=CLEAN)] = None,
     length: Annotated[
-        int | None, typer.Option(help="Count the conversations that a row of so many tokens cuts.")
+        int | None, typer.Option(help="With --chat: count the conversations that are longer than so many tokens.")
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="Threads; as many as there are cores unless given.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Threads; default: one for each core.")] = None,
     shard_characters: Annotated[int, typer.Option(help="Characters of text in a shard.")] = 1 << 26,
-    ray: Annotated[
-        str | None, typer.Option(help="Prepare on this Ray cluster (an address, `auto`, or `local` for one made here).")
-    ] = None,
+    ray: Annotated[str | None, typer.Option(help="Prepare on this Ray cluster: an address, auto, or local.")] = None,
 ) -> None:
-    """Tokenize text once, into shards that are read from any place. The same command goes on where it was stopped.
+    """Tokenize text once, into files to train from.
 
-    Example: slm data prepare books/ --tokenizer tokenizers/book -o shards/books --shuffle 0 --clean near_duplicates=0.8
+    The result (shards) is a folder that several runs can read. If it was stopped, the same command goes on.
+
+    Example: slm data prepare books/ --tokenizer tokenizers/book -o shards/books --shuffle 0
+    Example: slm data prepare chats.jsonl --chat --tokenizer runs/book -o shards/chats
     """
     from slmkit.cli.progress import PreparationProgress
     from slmkit.cli.show import TerminalReporter, counted
@@ -93,12 +100,16 @@ def _check_options(chat: bool, of_text: bool, of_chat: bool) -> None:
 
 
 def inspect(
-    shards: Annotated[str, typer.Argument(help="A directory of shards, such as runs/book/data/train.")],
-    tokenizer: Annotated[str | None, typer.Option(help="Also show documents, decoded by this tokenizer.")] = None,
-    documents: Annotated[int, typer.Option(help="How many documents to show.")] = 2,
-    length: Annotated[int | None, typer.Option(help="Count the documents that a row of so many tokens cuts.")] = None,
+    shards: Annotated[str, typer.Argument(metavar="SHARDS", help="A folder of shards, such as runs/book/data/train.")],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Show documents too, decoded by this tokenizer, model or run.")
+    ] = None,
+    documents: Annotated[int, typer.Option(help="With --tokenizer: how many documents to show.")] = 2,
+    length: Annotated[int | None, typer.Option(help="Count the documents that are longer than so many tokens.")] = None,
 ) -> None:
-    """Say what a directory of shards holds; of conversations, one is shown with what is learned of it in colour.
+    """Show what a folder of shards holds.
+
+    Counts, lengths and duplicates; with --tokenizer also the first documents, of conversations with what is learned.
 
     Example: slm data inspect runs/book/data/train --tokenizer runs/book
     """
