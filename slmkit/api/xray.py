@@ -10,9 +10,10 @@ from rich.text import Text
 
 from slmkit.config import UserError
 from slmkit.data.shards import TokenShards
+from slmkit.data.sources.documents import SPELLINGS
 from slmkit.data.stream import Batches
 from slmkit.training.xray import Vocabulary, XRay, examine
-from slmkit.training.xray_page import excerpts, write_xray
+from slmkit.training.xray_page import LEGEND, excerpts, write_xray
 
 
 def look(
@@ -37,7 +38,7 @@ def look(
     say(xray.summary())
     for row in excerpts(xray.rows, vocabulary):
         say(Text.assemble("  ", row))
-    say(f"  (learned: all but what stands in ⟦brackets⟧; whole rows: {root / 'xray.md'})")
+    say(f"  {LEGEND} Whole rows: {root / 'xray.md'}")
     for line in (*xray.notes, *xray.findings):
         say(f"x-ray: {line}")
     if xray.findings and not force:
@@ -55,6 +56,7 @@ def vocabulary_of(tokenizer: Any, vocab_size: int) -> Vocabulary:
         size=vocab_size,
         end_ids=getattr(tokenizer, "stop_token_ids", {eos} if eos is not None else set()),
         special_ids=set(specials.values()) if isinstance(specials, dict) else set(),
+        spellings={*SPELLINGS, *specials},
         bos_id=getattr(tokenizer, "bos_token_id", None),
         pad_id=getattr(tokenizer, "pad_token_id", None),
         encode=tokenizer.encode if hasattr(tokenizer, "fingerprint") else None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,6 +11,9 @@ from slmkit.cli.help import add_command, new_app
 
 if TYPE_CHECKING:
     from slmkit.data import TokenShards
+    from slmkit.data.data_settings import Reads
+    from slmkit.data.preview import Sample
+    from slmkit.data.source_settings import SourceSettings
     from slmkit.tokenizer import SLMTokenizer
 
 app = new_app("Prepare text and conversations, and look at them.", add_completion=False)
@@ -37,6 +40,10 @@ def prepare(
     chat: Annotated[
         bool, typer.Option(help="The sources hold conversations; the assistant's turns are marked to be learned.")
     ] = False,
+    pairs: Annotated[
+        bool, typer.Option(help="They hold pairs of a better and a worse answer (objective dpo).")
+    ] = False,
+    judged: Annotated[bool, typer.Option(help="They hold answers labelled good or bad (objective kto).")] = False,
     shuffle: Annotated[int | None, typer.Option(help="Shuffle all documents, with this seed.")] = None,
     clean: Annotated[list[str] | None, typer.Option(help=CLEAN)] = None,
     length: Annotated[
@@ -59,12 +66,11 @@ def prepare(
     from slmkit.data import prepare_text
     from slmkit.data.cleaning.settings import CleaningSettings
     from slmkit.data.many_sources import Reading
-    from slmkit.data.prepare import write_conversations
     from slmkit.data.source_settings import SourceSettings
     from slmkit.find import find_tokenizer_directory
     from slmkit.tokenizer import SLMTokenizer
 
-    _check_options(chat, of_text=bool(clean or ray or shuffle is not None), of_chat=length is not None)
+    reads = _kind_of_rows(chat, pairs, judged, bool(clean or ray or shuffle is not None), length)
     cleaning = load_settings(CleaningSettings, {}, clean or [])
     settings = [load_settings(SourceSettings, {"path": path}, source or []) for path in sources]
     directory = find_tokenizer_directory(tokenizer)
@@ -72,9 +78,8 @@ def prepare(
     options: dict[str, Any] = {"shuffle_seed": shuffle, "cleaning": cleaning, "shard_characters": shard_characters}
     reading = Reading(settings)
     with PreparationProgress("tokenizing", reading.fraction) as progress:
-        if chat:
-            encoded = reading.conversations(loaded, length)
-            shards = write_conversations(encoded, loaded, output, sources=reading.descriptions, progress=progress)
+        if reads is not None:
+            shards = reading.prepare_conversations(reads, loaded, output, progress, length)
         elif ray:
             from slmkit.data.cluster import prepare_text_on_ray
 
@@ -85,50 +90,70 @@ def prepare(
                 workers=workers, **options,
             )  # fmt: skip
     for line in reading.report():
-        TerminalReporter().warn(line)
+        TerminalReporter().say(line)
     _print_cleaning(shards)
-    print(f"{counted(shards.header.documents, 'document')}, {len(shards):,} tokens in {output}")
+    print(f"{counted(shards.header.documents, 'document')}, {counted(len(shards), 'token')} in {output}")
 
 
-def _check_options(chat: bool, of_text: bool, of_chat: bool) -> None:
+def _kind_of_rows(chat: bool, pairs: bool, judged: bool, of_text: bool, length: int | None) -> Reads | None:
+    """What is prepared instead of text. Raises `UserError` for options that do not go together."""
     from slmkit.config import UserError
 
-    if chat and of_text:
-        raise UserError("--chat: conversations are not cleaned, shuffled or sent to a cluster; leave those options out")
-    if of_chat and not chat:
+    kinds: dict[Reads, bool] = {"conversations": chat, "pairs": pairs, "judgements": judged}
+    named = [kind for kind, is_named in kinds.items() if is_named]
+    if len(named) > 1:
+        raise UserError("--chat, --pairs and --judged are three kinds of rows: name one")
+    if named and of_text:
+        raise UserError("conversations and answers are not cleaned, shuffled or sent to a cluster: omit those options")
+    if length is not None and not chat:
         raise UserError("--length: only conversations are cut at the end of a row; leave it out, or add --chat")
+    return named[0] if named else None
 
 
 def inspect(
-    shards: Annotated[str, typer.Argument(metavar="SHARDS", help="A folder of shards, such as runs/book/data/train.")],
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Show documents too, decoded by this tokenizer, model or run.")
+    shards: Annotated[
+        str, typer.Argument(help="A file or folder of text or rows, or a directory of shards.", metavar="PATH")
+    ],
+    tokenizer: Annotated[str | None, typer.Option(help="The tokenizer to show documents with.")] = None,
+    documents: Annotated[int, typer.Option(help="How many documents or rows to show.")] = 2,
+    source: Annotated[
+        list[str] | None, typer.Option("--source", help="A setting of a file or folder, such as text_column=body.")
     ] = None,
-    documents: Annotated[int, typer.Option(help="With --tokenizer: how many documents to show.")] = 2,
     length: Annotated[int | None, typer.Option(help="Count the documents that are longer than so many tokens.")] = None,
 ) -> None:
-    """Show what a folder of shards holds.
+    """Show what a file, folder or shards hold.
 
-    Counts, lengths and duplicates; with --tokenizer also the first documents, of conversations with what is learned.
+    What is read and not learned stands in ⟦brackets⟧.
 
+    Example: slm data inspect chats.jsonl --tokenizer runs/book
     Example: slm data inspect runs/book/data/train --tokenizer runs/book
     """
+    from slmkit.cli.show import counted
+    from slmkit.config import load_settings
     from slmkit.data import TokenShards
+    from slmkit.data.preview import samples_of_shards
+    from slmkit.data.reading import is_shards
     from slmkit.data.shard_facts import find_facts
+    from slmkit.data.source_settings import SourceSettings
     from slmkit.find import find_tokenizer_directory
     from slmkit.tokenizer import SLMTokenizer
 
+    settings = load_settings(SourceSettings, {"path": shards}, source or [])
+    if not is_shards(settings):
+        _inspect_source(settings, tokenizer, documents)
+        return
     opened = TokenShards.open(shards)
     header, facts = opened.header, find_facts(opened, length)
     order = "as they came" if header.shuffle_seed is None else f"shuffled by seed {header.shuffle_seed}"
     print(f"documents        {header.documents:,}, {order}")
-    print(f"tokens           {header.tokens:,} as {header.dtype}, in {len(header.shards):,} shards")
+    print(f"tokens           {header.tokens:,} as {header.dtype}, in {counted(len(header.shards), 'shard')}")
     print(f"bytes per token  {header.text_bytes / max(1, header.tokens):.2f}")
     print(f"lengths          longest {facts.longest:,} tokens, median {facts.median_length:,}")
-    print(f"duplicates       {facts.duplicates:,} documents are copies of one before them")
+    copies = f"{counted(facts.duplicates, 'document')} {'is a copy' if facts.duplicates == 1 else 'are copies'}"
+    print(f"duplicates       {copies} of one before")
     print(f"tokenizer        {header.tokenizer[:12]}, {header.vocab_size:,} tokens")
     if facts.truncated is not None:
-        print(f"truncated        {facts.truncated:,} documents are longer than {length:,} tokens")
+        print(f"truncated        {facts.truncated:,} of the documents are longer than {length:,} tokens")
     if length is not None and header.masked:
         _print_packing(opened, length)
     if facts.trained is not None:
@@ -139,7 +164,22 @@ def inspect(
     if tokenizer is not None:
         loaded = SLMTokenizer.from_pretrained(find_tokenizer_directory(tokenizer))
         opened.check_tokenizer(loaded)
-        _print_documents(opened, loaded, documents)
+        _print_samples(samples_of_shards(opened, documents), loaded)
+
+
+def _inspect_source(settings: SourceSettings, tokenizer: str | None, count: int) -> None:
+    from slmkit.data.preview import samples_of_source
+    from slmkit.find import find_tokenizer_directory
+    from slmkit.tokenizer import SLMTokenizer
+
+    if tokenizer is None:
+        print("shown with ChatML, a byte a token; --tokenizer shows it with a tokenizer of your own")
+    loaded = SLMTokenizer.from_pretrained(find_tokenizer_directory(tokenizer)) if tokenizer else SLMTokenizer(260)
+    source, samples = samples_of_source(settings, loaded, count)
+    _print_samples(samples, loaded)
+    print()
+    for line in source.report():
+        print(line)
 
 
 def _print_cleaning(shards: TokenShards) -> None:
@@ -160,26 +200,18 @@ def _print_packing(shards: TokenShards, length: int) -> None:
         print(f"                 {line}")
 
 
-def _print_documents(shards: TokenShards, tokenizer: SLMTokenizer, count: int, most: int = 400) -> None:
-    """The first tokens of the first documents; what is learned of conversations is green and underlined."""
+def _print_samples(samples: Iterable[Sample], tokenizer: SLMTokenizer) -> None:
+    """The first and last tokens of each; what is only read is in brackets."""
     from rich.console import Console
-    from rich.text import Text
 
-    console = Console(highlight=False)
-    starts = [0, *shards.document_ends[:count].tolist()]
-    for number, (start, end) in enumerate(pairwise(starts), start=1):
-        console.print(f"\n--- document {number}, {end - start:,} tokens", markup=False)
-        stop = min(end, start + most)
-        ids = shards.tokens_in(start, stop)
-        if not shards.header.masked:
-            console.print(tokenizer.decode(ids.tolist()), markup=False, soft_wrap=True)
-            continue
-        trained = shards.trained_in(start, stop)
-        borders = [0, *(i for i in range(1, len(ids)) if trained[i] != trained[i - 1]), len(ids)]
-        parts = [
-            (tokenizer.decode(ids[a:b].tolist()), "green underline" if trained[a] else "") for a, b in pairwise(borders)
-        ]
-        console.print(Text.assemble(*parts), soft_wrap=True)
+    from slmkit.api.xray import vocabulary_of
+    from slmkit.training.xray_page import LEGEND, rendered
+
+    console, vocabulary = Console(highlight=False), vocabulary_of(tokenizer, len(tokenizer))
+    console.print(LEGEND, markup=False, soft_wrap=True)
+    for title, ids, trained in samples:
+        console.print(f"\n--- {title}", markup=False)
+        console.print(rendered(ids, trained, vocabulary, head=400, tail=100), soft_wrap=True)
 
 
 add_command(app, "prepare", prepare)

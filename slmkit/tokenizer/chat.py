@@ -228,7 +228,7 @@ def end_of_turn(template: str, spellings: tuple[str, ...], names: tuple[tuple[st
     """The first of `spellings` that the template writes behind what the assistant says; None where there is none."""
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}]
     try:
-        said = render(template, messages, False, **dict(names))
+        said = render(template, messages, False, None, **dict(names))
     except UserError:  # it will say so again, of a conversation that somebody means
         return None
     _, found, behind = said.rpartition(PROBE)
@@ -313,7 +313,7 @@ def _check_message(number: int, message: Any) -> None:
         raise ConversationError(f"message {number}: weight {_shown(weight)}; expected 1 (learned) or 0 (only read)")
     if calls:
         _check_calls(number, role, calls)
-    elif role == "assistant" and not content.strip():
+    elif role == "assistant" and not (content or "").strip():
         raise ConversationError(
             f"message {number}: the assistant says nothing; leave the exchange out or fill it", EMPTY
         )
