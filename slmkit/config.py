@@ -161,7 +161,7 @@ def _apply(content: Any, override: str) -> None:
 
 def _entry(content: list[Any], name: str, key: str) -> int:
     if not name.isdecimal() or int(name) >= len(content):
-        raise UserError(f"{key}: {name!r} is no entry of a list of {len(content)}: number them from 0")
+        raise UserError(f"{key}: {name!r} is not an entry of a list of {len(content)}: number them from 0")
     return int(name)
 
 

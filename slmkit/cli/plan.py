@@ -47,7 +47,7 @@ def plan(
     from slmkit.training.recipe import find_recipe, load_recipe
 
     if recipe is not None and (hours is not None or tokens is not None or output is not None):
-        raise UserError("--hours, --tokens and --output are for a proposal: leave the recipe out, or them")
+        raise UserError("--hours, --tokens and --output are for a proposal: give either a recipe or these options")
     if recipe is None and (hours is None) == (tokens is None):
         raise UserError("name a recipe to plan, or what to propose one for: --hours 1, or --tokens 1e8")
     reporter = TerminalReporter()

@@ -1,4 +1,4 @@
-"""Whatever stands where a file, a folder or a number should: one line in our words, exit code 2, nothing of Python's."""
+"""Anything in the place of a file, a folder or a number: one line in our words and exit code 2."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 THINGS = [
-    "nosuch", "no/such/thing.txt", "", " ", "ünïcödé 🦊", "\udcff", "-", "x" * 300, "\x00", "*", "emptyfolder", "empty", "model",
-    "listmodel", "halfmodel", "adapter", "badrun", "emptyrun", "shards", "book.txt", "bytes.txt", "list.yaml",
-    "odd.yaml", "empty.yaml", "bytes.yaml",
+    "nosuch", "no/such/thing.txt", "", " ", "ünïcödé 🦊", "\udcff", "-", "x" * 300, "\x00", "*", "emptyfolder", "empty",
+    "model",    "halfmodel", "adapter", "badrun", "emptyrun", "shards", "book.txt", "bytes.txt", "list.yaml",
+    "listmodel", "odd.yaml", "empty.yaml", "bytes.yaml",
 ]  # fmt: skip
 TEXTS = [
     "empty.txt", "bytes.txt", "empty.jsonl", "bytes.jsonl", "broken.json", "broken.jsonl", "broken.parquet",
