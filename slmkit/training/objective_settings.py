@@ -77,7 +77,7 @@ class GrpoSettings(Settings):
     num_generations: int = Field(8, ge=2)  # answers to each question: the group
     max_new_tokens: int = Field(48, gt=0)  # the longest answer
     temperature: float = Field(1.0, gt=0)  # of sampling
-    reward: str = "exact"  # `number`, one that a script added to REWARDS, or `module:function`
+    reward: str = "exact"  # `number`, one that a script added to REWARDS, or `file.py:function`
     loss: Literal["dr_grpo", "grpo"] = "dr_grpo"  # docs/teaching.md says how they differ
     beta: float = Field(0.0, ge=0)  # of the divergence from the starting model, a copy of which is then kept
 

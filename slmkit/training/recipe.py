@@ -276,7 +276,21 @@ def load_recipe(
     content = read_yaml(path)
     for line in (*rename_old_keys(content), *make_room(content, overrides)):
         tell(f"{path}: {line}")
-    return load_settings(Recipe, content, overrides, origin=str(path))
+    return _with_reward_file(load_settings(Recipe, content, overrides, origin=str(path)), Path(path).parent)
+
+
+def _with_reward_file(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with the whole path of the file that has its reward function, in the working directory or `folder`.
+
+    `rewards.py:score` and `rewards:score` are such functions; so a run finds its own again wherever it is resumed.
+    """
+    file, colon, function = recipe.grpo.reward.rpartition(":")
+    name = file if file.endswith(".py") else f"{file}.py"
+    found = next((place / name for place in (Path.cwd(), folder) if colon and (place / name).is_file()), None)
+    if found is None:
+        return recipe
+    grpo = recipe.grpo.model_copy(update={"reward": f"{found.resolve()}:{function}"})
+    return recipe.model_copy(update={"grpo": grpo})
 
 
 def shipped_recipes(kind: str = "") -> dict[str, Path]:
