@@ -26,29 +26,19 @@ CLEAN = (
 
 
 def prepare(
-    sources: Annotated[
-        list[str], typer.Argument(metavar="SOURCE", help="Files, folders, URLs or data sets of the hub.")
-    ],
+    sources: Annotated[list[str], typer.Argument(metavar="SOURCE", help="Files, folders, URLs, data sets of the hub.")],
     tokenizer: Annotated[str, typer.Option(help="A tokenizer or model directory, or a run.")],
     output: Annotated[str, typer.Option("--output", "-o", help="Where the shards go.")],
     source: Annotated[
         list[str] | None,
-        typer.Option(
-            "--source", help="A setting of the sources, such as text_column=body; may be given several times."
-        ),
+        typer.Option("--source", help="A setting of the sources, such as text_column=body; may be repeated."),
     ] = None,
-    chat: Annotated[
-        bool, typer.Option(help="The sources hold conversations; the assistant's turns are marked to be learned.")
-    ] = False,
-    pairs: Annotated[
-        bool, typer.Option(help="They hold pairs of a better and a worse answer (objective dpo).")
-    ] = False,
-    judged: Annotated[bool, typer.Option(help="They hold answers labelled good or bad (objective kto).")] = False,
+    chat: Annotated[bool, typer.Option(help="The sources hold conversations (objective sft).")] = False,
+    pairs: Annotated[bool, typer.Option(help="They hold pairs of answers, chosen and rejected (dpo).")] = False,
+    judged: Annotated[bool, typer.Option(help="They hold answers labelled good or bad (kto).")] = False,
     shuffle: Annotated[int | None, typer.Option(help="Shuffle all documents, with this seed.")] = None,
     clean: Annotated[list[str] | None, typer.Option(help=CLEAN)] = None,
-    length: Annotated[
-        int | None, typer.Option(help="With --chat: count the conversations that are longer than so many tokens.")
-    ] = None,
+    length: Annotated[int | None, typer.Option(help="Count the conversations longer than so many tokens.")] = None,
     workers: Annotated[int | None, typer.Option(help="Threads; default: one for each core.")] = None,
     shard_characters: Annotated[int, typer.Option(help="Characters of text in a shard.")] = 1 << 26,
     ray: Annotated[str | None, typer.Option(help="Prepare on this Ray cluster: an address, auto, or local.")] = None,
