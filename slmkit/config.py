@@ -102,7 +102,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: expected `key: value` lines, found {type(content).__name__}")
+        found = "nothing" if content is None else "a list" if isinstance(content, list) else "one value"
+        raise UserError(f"{path}: expected `key: value` lines, found {found}")
     return content
 
 

@@ -6,9 +6,11 @@ from typing import Annotated
 
 import typer
 
+from slmkit.cli.options import ModelPath
+
 
 def push(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run (its best checkpoint) or a model directory.")],
+    model: ModelPath,
     name: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Its name on the hub.")],
     private: Annotated[bool, typer.Option("--private", help="If the repository is new, make it private.")] = False,
     revision: Annotated[str | None, typer.Option(help="The branch to publish on; default: main.")] = None,

@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, files in {
         "model": {"config.json": "{", "model.safetensors": "", "tokenizer.json": "{"},
         "listmodel": {"config.json": "[]", "model.safetensors": "x" * 99, "tokenizer.json": "[]"},
-        "halfmodel": {"config.json": '{"model_type": "llama"}'},
+        "halfmodel": {"config.json": '{"model_type": "nosuch"}'},
         "adapter": {"adapter_config.json": "{}", "adapter_model.safetensors": ""},
         "badrun": {"recipe.yaml": "train: 3", "metrics.jsonl": "{", "plan.json": "[", "checkpoints/x": ""},
         "emptyrun": {"recipe.yaml": "", "checkpoints/x": ""},
@@ -56,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 THINGS = [
     "nosuch", "no/such/thing.txt", "", " ", "ünïcödé 🦊", "\udcff", "-", "x" * 300, "\x00", "*", "emptyfolder", "empty",
-    "model",    "halfmodel", "adapter", "badrun", "emptyrun", "shards", "book.txt", "bytes.txt", "list.yaml",
+    "model", "halfmodel", "adapter", "badrun", "emptyrun", "shards", "book.txt", "bytes.txt", "list.yaml",
     "listmodel", "odd.yaml", "empty.yaml", "bytes.yaml",
 ]  # fmt: skip
 TEXTS = [
@@ -121,7 +121,8 @@ def outcome(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytes
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_anything_in_the_place_of_a_model_run_or_recipe(command: list[str], folder: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(folder)
-    for thing in THINGS:
+    is_fine = {"book.txt"} if command[:2] == ["data", "inspect"] else set()
+    for thing in sorted({*THINGS} - is_fine):
         outcome([word.replace("THING", thing) for word in command], monkeypatch, capsys)
     assert not (folder / "out").exists()
 
