@@ -6,14 +6,18 @@ from typing import Annotated
 
 import typer
 
+from slmkit.cli.options import ModelPath
+
 
 def push(
-    model: Annotated[str, typer.Argument(help="A run (its best checkpoint) or a model directory.")],
-    name: Annotated[str, typer.Argument(help="OWNER/NAME: what it is to be called on the hub.")],
+    model: ModelPath,
+    name: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="What it is to be called on the hub.")],
     private: Annotated[bool, typer.Option("--private", help="A new repository is visible to you alone.")] = False,
     revision: Annotated[str | None, typer.Option(help="The branch to publish on; else the main one.")] = None,
 ) -> None:
-    """Publish a model on the Hugging Face hub, with a model card made from its run.
+    """Publish a model on the Hugging Face hub.
+
+    Its model card is made from the run.
 
     Example: slm push runs/book me/book --private
     """
