@@ -20,15 +20,20 @@ from typing import Any, ClassVar, ParamSpec, TypeVar
 import pydantic
 import yaml
 
+if typing.TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(pydantic.BaseModel)
+
 
 class UserError(Exception):
     """The user's mistake, or their machine's: one line that says what was found and what to do (exit code 2)."""
 
 
-class _OneLineErrors(type(pydantic.BaseModel)):  # type: ignore[misc]
+class _OneLineErrors(ModelMetaclass):
     """A call of the class raises `UserError`. No `__init__`, since pydantic would call that for nested settings too."""
 
-    def __call__(cls, *positional: Any, **values: Any) -> Any:
+    def __call__(cls, *positional: Any, **values: Any) -> Any:  # noqa: N805 (of a metaclass)
         try:
             return super().__call__(*positional, **values)
         except pydantic.ValidationError as error:
@@ -54,7 +59,8 @@ class Settings(pydantic.BaseModel, metaclass=_OneLineErrors):
 
 
 S = TypeVar("S", bound=Settings)
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def arguments_checked(call: Callable[P, T]) -> Callable[P, T]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -41,3 +43,20 @@ def test_the_tables_name_every_family_and_preset() -> None:
 def test_as_many_configurations_are_compared_as_are_claimed() -> None:
     claimed = re.findall(r"^\| `(\w+)` \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", ARCHITECTURES, re.MULTILINE)
     assert {row[0]: set(row[1:]) for row in claimed} == {family: {str(PER_FAMILY)} for family in DRAW}
+
+
+def recipe_keys() -> Any:
+    """docs/recipe_keys.py as a module."""
+    spec = importlib.util.spec_from_file_location("recipe_keys", DOCS / "recipe_keys.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_of_recipe_keys_is_current_and_says_what_each_key_does() -> None:
+    page = (DOCS / "recipe-keys.md").read_text(encoding="utf-8")
+    assert page == recipe_keys().page(), "run: python docs/recipe_keys.py"
+    silent = [line for line in page.splitlines() if line.endswith("|  |")]
+    assert not silent, "a comment beside the field says what it does"

@@ -18,7 +18,7 @@ class SourceSettings(Settings):
     data set of the Hugging Face hub as `owner/name`, or built in: `stories`, `primer`, `sums`.
     """
 
-    path: str = Field(min_length=1)
+    path: str = Field(min_length=1)  # as above
     name: str | None = None  # what logs call it; from the path unless given
     weight: float = Field(1.0, gt=0)  # its share of a mixture, relative to the others'
     config: str | None = None  # of a hub data set that has several, such as `sample-10BT`

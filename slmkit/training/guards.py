@@ -26,7 +26,7 @@ class GuardSettings(Settings):
     """What is refused, how much of that is borne, and what happens then."""
 
     max_skipped: int = Field(10, gt=0)  # refused steps in a row before the run is taken back or stopped
-    on_divergence: Literal["stop", "rollback"] = "stop"
+    on_divergence: Literal["stop", "rollback"] = "stop"  # stop the run, or go back to a checkpoint
     max_spike: float | None = Field(None, gt=1)  # times the median of recent gradient norms; None: any norm is taken
     window: int = Field(64, ge=FEWEST_NORMS)  # steps whose gradient norms are "recent"
     rollback_learning_rate_ratio: float = Field(0.5, gt=0, le=1)  # by which each rollback lowers the learning rate

@@ -8,6 +8,7 @@ is a hook.
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -92,10 +93,21 @@ class RunStopped(Exception):  # noqa: N818 - no error: the user asked for it
 
 
 class StopRequested:
-    """Set from outside (a signal, a test) to end the loop after the step it is in."""
+    """Ends the loop after the step it is in: set from outside (a signal, a test), or by the clock.
 
-    def __init__(self) -> None:
-        self.is_set = False
+    `at` is a time of `time.monotonic`.
+    """
+
+    def __init__(self, at: float = math.inf) -> None:
+        self.at, self.is_asked = at, False
+
+    @property
+    def is_set(self) -> bool:
+        return self.is_asked or time.monotonic() >= self.at
+
+    @is_set.setter
+    def is_set(self, value: bool) -> None:
+        self.is_asked = value
 
 
 def train(

@@ -33,7 +33,7 @@ class ModelSettings(Settings):
 
     model_config = ConfigDict(extra="allow")
 
-    preset: str | None = None
+    preset: str | None = None  # a shape by name, such as smollm2-135m; `slm inspect` knows them
     path: str | None = None  # a model or run directory whose weights are trained on
     initialization: Literal["gpt2", "copying"] = "gpt2"  # of a new model's weights
 
@@ -77,40 +77,42 @@ class TrainSettings(Settings):
     """
 
     sequence_length: int | None = Field(None, gt=1)  # None: the model's max_position_embeddings
-    tokens_per_step: int = Field(8_192, gt=0)
+    tokens_per_step: int = Field(8_192, gt=0)  # tokens of one optimizer step, of all processes together
     # What goes through the model at once: less takes less memory, and changes nothing else. auto: the most that fits.
     micro_batch_tokens: Annotated[int, Field(gt=0)] | Literal["auto"] = 8_192
-    max_tokens: int | None = Field(None, gt=0)
-    max_steps: int | None = Field(None, gt=0)
-    num_train_epochs: float | None = Field(None, gt=0)
-    optimizer: Literal["adamw", "adamw_8bit", "muon", "lion"] = "adamw"
+    max_tokens: int | None = Field(None, gt=0)  # stop after so many trained tokens
+    max_steps: int | None = Field(None, gt=0)  # stop after so many optimizer steps
+    num_train_epochs: float | None = Field(None, gt=0)  # stop after so many passes over the data
+    optimizer: Literal["adamw", "adamw_8bit", "muon", "lion"] = "adamw"  # docs/training.md compares them
     learning_rate: float = Field(1e-3, gt=0)  # AdamW's; Lion wants a third of it or less
     muon_learning_rate: float = Field(0.02, gt=0)  # of the matrices that Muon updates
-    muon_momentum: float = Field(0.95, ge=0, lt=1)
+    muon_momentum: float = Field(0.95, ge=0, lt=1)  # of Muon
+    # how the learning rate falls
     lr_scheduler_type: Literal["cosine", "linear", "warmup_stable_decay", "inverse_sqrt"] = "cosine"
-    min_learning_rate_ratio: float = Field(0.1, ge=0, le=1)
-    warmup_steps: int | None = Field(None, ge=0)
+    min_learning_rate_ratio: float = Field(0.1, ge=0, le=1)  # the last learning rate, as a share of the peak
+    warmup_steps: int | None = Field(None, ge=0)  # steps in which the learning rate rises
     warmup_ratio: float | None = Field(None, ge=0, lt=1)  # of all steps; None: 0.05 unless warmup_steps is given
     lr_decay_ratio: float = Field(0.2, gt=0, le=1)  # of warmup_stable_decay: the share of all steps in which it falls
-    weight_decay: float = Field(0.1, ge=0)
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.95, ge=0, lt=1)
-    adam_epsilon: float = Field(1e-8, gt=0)
-    max_grad_norm: float = Field(1.0, gt=0)
+    weight_decay: float = Field(0.1, ge=0)  # of matrices; norms and biases do not decay
+    adam_beta1: float = Field(0.9, ge=0, lt=1)  # of AdamW and Lion
+    adam_beta2: float = Field(0.95, ge=0, lt=1)  # of AdamW
+    adam_epsilon: float = Field(1e-8, gt=0)  # of AdamW
+    max_grad_norm: float = Field(1.0, gt=0)  # longer gradients are shortened to this norm
     gradient_checkpointing: int = Field(0, ge=0)  # every n-th layer is computed again instead of kept: less memory
     compile: Literal["auto"] | bool = "auto"  # torch.compile of each block; auto: on CUDA devices
-    logging_steps: int = Field(10, gt=0)
+    logging_steps: int = Field(10, gt=0)  # a line of metrics.jsonl every so many steps
     eval_steps: int | None = Field(None, gt=0)  # None: ten times a run
     save_steps: int | None = Field(None, gt=0)  # None: at each evaluation
     save_total_limit: int = Field(2, gt=0)  # the best checkpoint is kept besides
     sample_prompts: list[str] | None = None  # what samples.md continues; None: one from the validation data
-    sample_tokens: int = Field(120, gt=0)
+    sample_tokens: int = Field(120, gt=0)  # tokens of each sample
     report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)  # besides metrics.jsonl
     parallel: Literal["auto", "ddp", "fsdp"] = (
         "auto"  # of several processes: each the whole model (ddp, which is auto) or a share (fsdp)
     )
     ddp_timeout: float = Field(600, gt=0)  # seconds without a word of another process, after which one gives up
-    device: str = "auto"
+    device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
+    # docs/training.md lists what each means
     precision: Literal["auto", "float32", "bfloat16", "float16", "bfloat16-pure", "bfloat16-master"] = "auto"
 
     @field_validator("warmup_steps", mode="before")
@@ -188,15 +190,15 @@ class Recipe(Settings):
 
     hints = HINTS
 
-    objective: Literal["pretrain", "sft", "distill", "dpo", "kto", "grpo"] = "pretrain"
-    output_dir: str = "runs/model"
-    seed: int = 0
-    model: ModelSettings = Field(default_factory=ModelSettings)
-    lora: LoRASettings | None = None
-    tokenizer: TokenizerSettings = Field(default_factory=TokenizerSettings)
-    data: DataSettings = Field(default_factory=DataSettings)
-    train: TrainSettings = Field(default_factory=TrainSettings)
-    distillation: DistillationSettings | None = None
+    objective: Literal["pretrain", "sft", "distill", "dpo", "kto", "grpo"] = "pretrain"  # what is learned, as above
+    output_dir: str = "runs/model"  # the run's folder; numbered where it exists
+    seed: int = 0  # of weights, data order, dropout and sampling
+    model: ModelSettings = Field(default_factory=ModelSettings)  # the model to train
+    lora: LoRASettings | None = None  # train an adapter instead of the whole model
+    tokenizer: TokenizerSettings = Field(default_factory=TokenizerSettings)  # load or train a tokenizer
+    data: DataSettings = Field(default_factory=DataSettings)  # where text comes from
+    train: TrainSettings = Field(default_factory=TrainSettings)  # length, optimizer, evaluation, saving
+    distillation: DistillationSettings | None = None  # of distill: the teacher
 
     @model_validator(mode="after")
     def _streams_have_an_end(self) -> Recipe:
@@ -241,10 +243,10 @@ class Recipe(Settings):
             self.__dict__["train"] = self.train.model_copy(update={"tokens_per_step": self.grpo.rows_per_step * length})
         return self
 
-    guard: GuardSettings = Field(default_factory=GuardSettings)
+    guard: GuardSettings = Field(default_factory=GuardSettings)  # what happens with losses that are not finite
     preference: PreferenceSettings = Field(default_factory=PreferenceSettings)  # of dpo
-    kto: KtoSettings = Field(default_factory=KtoSettings)
-    grpo: GrpoSettings = Field(default_factory=GrpoSettings)
+    kto: KtoSettings = Field(default_factory=KtoSettings)  # of kto
+    grpo: GrpoSettings = Field(default_factory=GrpoSettings)  # of grpo
 
     @property
     def reads(self) -> Reads:
