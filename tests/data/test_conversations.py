@@ -323,7 +323,7 @@ def test_the_command_prepares_counts_and_shows_what_is_learned(tokenizer: SLMTok
     shown = slm("data", "inspect", tmp_path / "shards", "--tokenizer", tmp_path / "tokenizer", "--length", "64",
                 "--documents", "3")  # fmt: skip
     assert shown.returncode == 0, shown.stderr
-    assert "truncated        1 documents" in shown.stdout
+    assert "truncated        1 of the documents" in shown.stdout
     assert "packed           2 rows of 64 tokens" in shown.stdout
     assert "1 of 3 conversations have nothing to learn within 64 tokens" in shown.stdout
 
