@@ -28,6 +28,7 @@ from slmkit.tokenizer.encoder import PROBE, TextEncoder
 
 # Tried in this order where a tokenizer's config does not say, or its chat template.
 ENDS_OF_TEXT = (byte_level.END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
+LOST = 0.001  # of all characters: more than a trace
 ENDS_OF_TURN = (byte_level.TURN_END, "<|eot_id|>", "<end_of_turn>")
 
 
@@ -74,6 +75,7 @@ class SLMTokenizer(CallableTokenizer):
         self._names = named | {"eos_token": eos}  # what the chat template may use
         self.eos_token_id = self.special_tokens[eos]
         self.pad_token_id = self.special_tokens.get(named.get("pad_token", ""))
+        self.further_stops: set[int] = set()  # special tokens that the model's own generation_config.json names
 
     def _whole(self) -> Tokenizer:
         """A copy of the library's tokenizer with its post-processor."""
@@ -185,6 +187,24 @@ class SLMTokenizer(CallableTokenizer):
     def encode_batch(self, texts: Sequence[str], threads: int | None = None) -> list[np.ndarray]:
         """`encode_array` of each text, on so many threads (default: one a core): the way to tokenize a corpus."""
         return self._encoder.encode_batch(texts, threads)
+
+    def check_losses(self) -> None:
+        """Raise `UserError` where more than a trace of all that was encoded in batches has no tokens and is lost."""
+        read, lost = self._encoder.read, self._encoder.lost
+        if lost > LOST * read:
+            raise UserError(
+                f"this tokenizer loses {lost / read:.1%} of the text ({lost:,} of {read:,} characters have no token): "
+                "use one that is made for such text, or train one on it (tokenizer.vocab_size, without tokenizer.path)"
+            )
+
+    def encode_further(self, text: str) -> list[int]:
+        """Token ids of text that goes on where other text ended: nothing is put in front of it."""
+        return self._encoder.encode_further(text)
+
+    @property
+    def has_edges(self) -> bool:
+        """Whether the parts of a text, encoded alone, may be other tokens than those of the whole."""
+        return self._encoder.fast is None
 
     def encode_bytes(self, data: bytes) -> list[int]:
         """Token ids of any bytes: what is valid UTF-8 as text, every other byte as its own token.
@@ -309,8 +329,18 @@ class SLMTokenizer(CallableTokenizer):
 
     @property
     def stop_token_ids(self) -> set[int]:
-        """Whatever ends generation: the end of the text and the end of a turn."""
-        return {self.eos_token_id, self.end_of_turn_id}
+        """Whatever ends generation: the end of the text and the end of a turn, and `further_stops`."""
+        return {self.eos_token_id, self.end_of_turn_id, *self.further_stops}
+
+    def stop_at(self, ids: int | Sequence[int] | None) -> None:
+        """End generation at these too, as a model's own settings ask for: those of them that are special tokens."""
+        listed = [ids] if isinstance(ids, int) else ids or []
+        self.further_stops = {*listed} & {*self.special_tokens.values()}
+
+    @property
+    def known_ids(self) -> np.ndarray:
+        """Which ids are tokens, bool [ids]: a vocabulary may have gaps, and a model's head may be wider."""
+        return np.array([token is not None for token in self._encoder.bytes])
 
     @property
     def bos_token_id(self) -> int | None:

@@ -31,10 +31,12 @@ class DistillationSettings(Settings):
     @model_validator(mode="after")
     def _is_taught(self) -> DistillationSettings:
         if self.teacher is None and self.cache is None:
-            raise ValueError("no teacher: name a model directory as teacher, or what was stored of one as cache")
+            raise ValueError(
+                "no teacher: set teacher to a model directory, or cache to what `slm distill-cache` stored"
+            )
         if self.cache is not None and self.hidden_weight:
             raise ValueError(
-                "hidden_weight needs the teacher itself, of which a cache has the likeliest tokens alone: drop either"
+                "hidden_weight needs the teacher's hidden states, which a cache does not have: drop one of them"
             )
         return self
 
@@ -75,7 +77,7 @@ class GrpoSettings(Settings):
     num_generations: int = Field(8, ge=2)  # answers to each question: the group
     max_new_tokens: int = Field(48, gt=0)  # the longest answer
     temperature: float = Field(1.0, gt=0)  # of sampling
-    reward: str = "exact"  # `number`, one that a script added to REWARDS, or `module:function`
+    reward: str = "exact"  # `number`, one that a script added to REWARDS, or `file.py:function`
     loss: Literal["dr_grpo", "grpo"] = "dr_grpo"  # docs/teaching.md says how they differ
     beta: float = Field(0.0, ge=0)  # of the divergence from the starting model, a copy of which is then kept
 

@@ -34,6 +34,13 @@ def open_source(
     return Source(settings, [FilePart(file, settings) for file in files], patience, found)
 
 
+def expect_source(settings: SourceSettings) -> None:
+    """Raises `UserError` for a file or folder that is not there. Nothing is read, and no network is asked."""
+    path = settings.path
+    if path not in BUILT_IN and not hub_name(path) and not is_url(path) and not Path(path).exists():
+        raise UserError(f"{path}: no such file or folder")
+
+
 def read_documents(paths: Paths, text_column: str | None = None) -> Iterator[Document]:
     """Every document in files and folders (sorted, with their subfolders), in order. Blank ones are left out.
 
