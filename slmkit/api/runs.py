@@ -114,7 +114,7 @@ def _go_on(
 ) -> Session:
     """The session of a run that was begun, with its recipe as it was edited; on the first process alone."""
     if not run.environment.is_file():
-        reporter.say(f"{run.root}: stopped before its data was ready, which is prepared again")
+        reporter.say(f"{run.root}: was stopped before its data was ready; preparing it again")
         return _build(run, recipe, device, group, reporter, force=False)
     prepared = recipe_at(run.described(), NOW)
     if prepared is not None:
@@ -134,7 +134,7 @@ def _prepare(
     found = run_of_job(recipe.output_dir)
     if found is not None:
         held.enter_context(found.held())
-        reporter.say(f"{found.root}: the run of this job, gone on with as its recipe.yaml says")
+        reporter.say(f"{found.root}: continuing the run of this job, as its recipe.yaml says")
         return _go_on(found, load_recipe(found.recipe), device, group, reporter, replan=False)
     run = new_run_directory(recipe.output_dir)
     held.enter_context(run.held())

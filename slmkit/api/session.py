@@ -85,7 +85,7 @@ class Session:
         self.stream = self.work.batches
         if not self.stream.has(0):
             raise UserError(
-                f"the data ends before the first step, which is {material.rows_per_step} rows of {self.length} tokens: "
+                f"the data is too short for one step of {material.rows_per_step} rows of {self.length} tokens: "
                 "add text, or lower train.tokens_per_step"
             )
         self.plan = self._plan_of(recipe)

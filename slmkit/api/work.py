@@ -41,10 +41,10 @@ def expect_a_model(recipe: Recipe) -> None:
     if model.path is not None:
         return
     if recipe.lora is not None:
-        raise UserError("lora: an adapter is for a finished model: name that in model.path, or drop lora")
+        raise UserError("lora needs a trained model to adapt: set model.path, or drop lora")
     if objective in ("dpo", "kto", "grpo"):
         raise UserError(
-            f"objective {objective} goes on from a model that talks: name a run or model directory as model.path"
+            f"objective {objective} needs a model that can chat: set model.path to a run or model directory"
         )
     is_named = model.preset is not None or bool(model.changes)
     if not is_named and (objective == "sft" or "path" in model.model_fields_set):
