@@ -20,15 +20,20 @@ from typing import Any, ClassVar, ParamSpec, TypeVar
 import pydantic
 import yaml
 
+if typing.TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(pydantic.BaseModel)
+
 
 class UserError(Exception):
     """The user's mistake, or their machine's: one line that says what was found and what to do (exit code 2)."""
 
 
-class _OneLineErrors(type(pydantic.BaseModel)):  # type: ignore[misc]
+class _OneLineErrors(ModelMetaclass):
     """A call of the class raises `UserError`. No `__init__`, since pydantic would call that for nested settings too."""
 
-    def __call__(cls, *positional: Any, **values: Any) -> Any:
+    def __call__(cls, *positional: Any, **values: Any) -> Any:  # noqa: N805 (of a metaclass)
         try:
             return super().__call__(*positional, **values)
         except pydantic.ValidationError as error:
@@ -54,7 +59,8 @@ class Settings(pydantic.BaseModel, metaclass=_OneLineErrors):
 
 
 S = TypeVar("S", bound=Settings)
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def arguments_checked(call: Callable[P, T]) -> Callable[P, T]:
@@ -96,7 +102,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: expected `key: value` lines, found {type(content).__name__}")
+        found = "nothing" if content is None else "a list" if isinstance(content, list) else "one value"
+        raise UserError(f"{path}: expected `key: value` lines, found {found}")
     return content
 
 
@@ -155,7 +162,7 @@ def _apply(content: Any, override: str) -> None:
 
 def _entry(content: list[Any], name: str, key: str) -> int:
     if not name.isdecimal() or int(name) >= len(content):
-        raise UserError(f"{key}: {name!r} is no entry of a list of {len(content)}: number them from 0")
+        raise UserError(f"{key}: {name!r} is not an entry of a list of {len(content)}: number them from 0")
     return int(name)
 
 

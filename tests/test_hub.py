@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from slmkit import SLMConfig, SLMEnsemble, SLMForCausalLM, SLMTokenizer, UserError
+from slmkit.adapt.merge_recipe import MergeRecipe
 from slmkit.api import resume_run, train_recipe
+from slmkit.api.merging import prepare_merge, write_merge
 from slmkit.api.push import push_model
 from slmkit.api.reporter import SILENCE
 from slmkit.cli.show import load_model
@@ -230,6 +232,18 @@ def test_a_run_records_the_commit_and_goes_on_with_the_same_model(
     hub.commit(TINY, "main", changed)
     assert at_commit(TINY) == f"hf://{TINY}@{hub.shas[TINY, 'main']}" != f"hf://{TINY}@{first}"
     resume_run(run.root, SILENCE)
+
+
+def test_models_of_the_hub_are_merged_and_the_result_says_which(hub: HubServer, tmp_path: Path) -> None:
+    merge = MergeRecipe(
+        merge_method="linear", models=[{"model": TINY}, {"model": f"{TINY}@main"}], output_dir=str(tmp_path / "merged")
+    )
+    output = write_merge(prepare_merge(merge))
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        merged, one = (SLMForCausalLM.from_pretrained(name)(ids).logits for name in (output, TINY))
+    torch.testing.assert_close(merged, one)
+    assert f"hf://{TINY}@{hub.shas[TINY, 'main']}" in (output / "merge.yaml").read_text()
 
 
 def test_an_adapter_for_a_model_of_the_hub_names_it_as_peft_does(hub: HubServer, tmp_path: Path) -> None:

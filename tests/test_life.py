@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from slmkit.api import RunFigures, evaluate_run, resume_run, train_recipe
+from slmkit.api import RunFigures, evaluate_run, quickstart, resume_run, train_quickstart, train_recipe
 from slmkit.api.quickstart import EVALUATION, SMALLEST_SHARE, affordable_share
+from slmkit.config import UserError
 from slmkit.data import TokenShards
 from slmkit.data.stories import held_out_questions
 from slmkit.evaluation import ask
 from slmkit.find import find_model_directory
 from slmkit.model import load_decoder
 from slmkit.tokenizer import SLMTokenizer
-from slmkit.training.recipe import find_recipe, load_recipe
+from slmkit.training.recipe import Recipe, find_recipe, load_recipe
 
 FEW_STEPS = ["train.num_train_epochs=null", "train.tokens_per_step=1024", "train.device=cpu", "train.sample_tokens=5"]
 
@@ -96,7 +98,40 @@ def test_a_stopped_run_goes_on_where_it_was(runs: tuple[Path, Path], tmp_path: P
 
 def test_a_slow_machine_reads_less_of_the_stories_and_a_fast_one_all() -> None:
     assert affordable_share(300, primer_seconds=30, parts=6) == 1
-    assert affordable_share(100, primer_seconds=180, parts=6) == SMALLEST_SHARE
+    assert affordable_share(5, primer_seconds=180, parts=6) == SMALLEST_SHARE
     slow = affordable_share(250, primer_seconds=50, parts=6)
     assert SMALLEST_SHARE < slow < 1
     assert 50 * (slow * 6 + EVALUATION) == pytest.approx(250)
+
+
+def test_a_quickstart_without_the_time_for_anything_says_so_before_it_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quickstart, "_seconds_of_a_step", lambda: 10.0)
+    with pytest.raises(UserError, match=r"--minutes 2: too short on this machine; it needs at least \d+"):
+        train_quickstart(tmp_path / "q", 0, 2, Silent())
+    assert not (tmp_path / "q").exists()
+
+
+def test_a_quickstart_on_a_machine_that_becomes_slower_stops_each_part_at_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first steps promised that all could be read in a second, which is over before the first part is prepared."""
+    monkeypatch.setattr(quickstart, "_seconds_of_a_step", lambda: 1e-6)
+    monkeypatch.setattr(quickstart, "FIXED", 0.0)
+    load = quickstart.load_recipe
+    few = ["data.documents=60", "data.validation_documents=10", "train.sample_prompts=[]", "train.device=cpu"]
+
+    def tiny(path: Path, values: Sequence[str] = ()) -> Recipe:
+        sizes = ["model.hidden_size=32", "model.intermediate_size=64", "model.num_hidden_layers=2"]
+        return load(path, [*values, *few, *(sizes if path.stem.endswith("primer") else [])])
+
+    monkeypatch.setattr(quickstart, "load_recipe", tiny)
+    reporter = Silent()
+    trained = train_quickstart(tmp_path / "q", 0, 1 / 60, reporter)
+    assert sum("stopped early" in line for line in reporter.lines) >= 2  # the last part may have but one step anyway
+    for run in (trained.stories, trained.chat):
+        assert find_model_directory(run.root).is_dir()
+        assert (run.root / "latest").resolve().name == "step-000001"
+    assert all(share <= 1 for share in trained.shares.values())
+    assert trained.share_in(10) <= trained.share_in(1000) == 1

@@ -139,6 +139,21 @@ def lessons_of(recipe: Recipe, corpus: Corpus, rows: dict[str, Rows], length: in
     )
 
 
+def _expect_another_model(m: Material, settings: DistillationSettings) -> None:
+    """Raises `UserError` where the teacher is the student and there are no labels to learn from; else says so."""
+    if m.recipe.model.path is None or settings.teacher is None:
+        return
+    student, teacher = find_model_directory(m.recipe.model.path), find_model_directory(settings.teacher)
+    if not student.samefile(teacher) and teacher_fingerprint(student) != teacher_fingerprint(teacher):
+        return
+    if settings.alpha == 0:
+        raise UserError(
+            f"distillation.teacher {settings.teacher} is the model of model.path, and with alpha 0 nothing else is "
+            "learned: name another teacher, or raise distillation.alpha"
+        )
+    m.reporter.say(f"teacher: {settings.teacher} is the student's own model: at first only the labels teach anything")
+
+
 def _objective_of(settings: DistillationSettings, tokens: int) -> Callable[[Decoder | None], Objective]:
     """What is minimised with a teacher at hand, or, with None, with what was stored of one."""
     loss = DistillationLoss(settings.alpha, settings.temperature, settings.divergence)
@@ -156,6 +171,7 @@ def _objective_of(settings: DistillationSettings, tokens: int) -> Callable[[Deco
 def _from_teacher(m: Material) -> tuple[Stream | StreamedBatches, Objective]:
     recipe, settings = m.recipe, settings_of(m.recipe)
     assert settings.teacher is not None
+    _expect_another_model(m, settings)
     decoder = load_teacher(settings.teacher, m.corpus.tokenizer, m.length, m.device)
     if compile_pays(recipe.train.compile, m.device):
         compile_blocks(decoder)
@@ -171,9 +187,7 @@ def _from_cache(m: Material, folder: Path) -> tuple[Stream | StreamedBatches, Ob
     wanted = lessons_of(recipe, m.corpus, rows, m.length, teacher)
     difference = found.difference(wanted)
     if difference is not None:
-        raise UserError(
-            f"{folder}: of something else than this run learns ({difference}): make one with `slm distill-cache`"
-        )
+        raise UserError(f"{folder}: made for other data or settings ({difference}): make one with `slm distill-cache`")
     taught_rows = taught(rows, folder, found)
     batches = stream_of(taught_rows, recipe.data, m.length, m.rows_per_step, recipe.seed)
     return batches, _objective_of(settings, found.tokens)(None)

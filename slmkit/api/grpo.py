@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ import torch
 
 from slmkit.api.hooks import Sample
 from slmkit.api.material import Material, Work
-from slmkit.api.rewards import find_reward
+from slmkit.api.rewards import find_reward, reward_digest, worth
 from slmkit.config import UserError
 from slmkit.data.questions import Questions
 from slmkit.device import Device
@@ -20,6 +19,7 @@ from slmkit.generation import SamplingSettings, generate_ids
 from slmkit.model import Decoder
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.compilation import as_written
+from slmkit.training.files import write_whole
 from slmkit.training.grpo import GroupRelative, GrpoSettings, Judge, Judged, Rollouts
 from slmkit.training.inventory import Inventory, blueprint_of, read_answers, write_answers
 from slmkit.training.loop import Report, State
@@ -27,6 +27,7 @@ from slmkit.training.precision import to_weight_dtype
 from slmkit.training.preference import rounded_up
 from slmkit.training.recipe import Recipe
 
+REWARD_DIGEST = "reward.sha256"  # in the data of a run
 ROWS_AT_ONCE = 128  # answers that are sampled side by side
 
 
@@ -44,6 +45,7 @@ def grpo_work(m: Material) -> Work:
     m.model.to(m.device.torch_device)
     to_weight_dtype(m.model, m.device)
     judge = judge_of(m.corpus.tokenizer, settings)
+    _expect_the_same_reward(m)
     reference = copy.deepcopy(m.model).eval().requires_grad_(False) if settings.beta else None
     return Work(
         batches=Rollouts(train, m.model, reference, judge, settings, m.length, m.recipe.seed, m.group),
@@ -53,6 +55,18 @@ def grpo_work(m: Material) -> Work:
         validation_tokens=sum(len(held_out.prompt(index)) + settings.max_new_tokens for index in range(len(held_out))),
         longest=rounded_up(max(train.longest, held_out.longest) + settings.max_new_tokens),
     )
+
+
+def _expect_the_same_reward(m: Material) -> None:
+    """Store the digest of the reward's file with the run. Raises `UserError` where it has changed since."""
+    stored, digest = m.run.data / REWARD_DIGEST, reward_digest(m.recipe.grpo.reward)
+    if stored.is_file() and stored.read_text().strip() != str(digest):
+        raise UserError(
+            f"grpo.reward {m.recipe.grpo.reward}: the file is not what it was when the run began: "
+            "put it back, or begin a new run"
+        )
+    if m.group.is_main and not stored.is_file() and digest is not None:
+        write_whole(stored, digest)
 
 
 def grpo_inventory(recipe: Recipe, model: Decoder, tokens: int, device: Device) -> Inventory:
@@ -84,10 +98,8 @@ def judge_of(tokenizer: SLMTokenizer, settings: GrpoSettings) -> Judge:
 
     def judge(prompt: np.ndarray, answer: np.ndarray, known: np.ndarray) -> Judged:
         said, right = text(answer), text(known)
-        worth = float(reward(text(prompt), said, right))
-        if not math.isfinite(worth):
-            raise UserError(f"grpo.reward {settings.reward}: {worth} for the answer {said!r}: expected a finite number")
-        return Judged(worth, said.strip() == right.strip())
+        value = worth(settings.reward, reward, text(prompt), said, right)
+        return Judged(value, said.strip() == right.strip())
 
     return Judge(AnswerSampler(tokenizer, settings.max_new_tokens, settings.temperature), judge)
 
@@ -123,6 +135,7 @@ class AnswerSampler:
             pad_token_id=pad_id,
             padding=torch.tensor([longest - len(prompt) for prompt in prompts], device=device),
             num_return_sequences=count,
+            known=self.tokenizer.known_ids,
         )
         return [_until_its_end(row, stops) for row in found[:, longest:].cpu().numpy()]
 

@@ -12,6 +12,7 @@ from slmkit.adapt.merging import Merge, plan_merge
 from slmkit.config import UserError, to_yaml
 from slmkit.find import find_model_directory
 from slmkit.generation import common_tokenizer
+from slmkit.hub import at_commit
 from slmkit.model.adapter_directory import base_of, is_adapter
 from slmkit.training.files import sync
 
@@ -28,16 +29,20 @@ def prepare_merge(recipe: MergeRecipe) -> Merge:
 
     Raises `UserError` for a missing model, the first difference between two, and an `output_dir` that is taken.
     """
+    # What is written beside the result names models of the hub with the commit that was read.
+    models = [entry.model_copy(update={"model": at_commit(entry.model)}) for entry in recipe.models]
+    base = None if recipe.base_model is None else at_commit(recipe.base_model)
+    recipe = recipe.model_copy(update={"models": models, "base_model": base})
     names = {entry.model for entry in recipe.models} | ({recipe.base_model} if recipe.base_model else set())
     directories = {name: find_model_directory(name) for name in sorted(names)}
     for name, directory in directories.items():
         if is_adapter(directory):
             raise UserError(
-                f"{name}: an adapter, and whole models are merged: "
+                f"{name}: an adapter; only whole models can be merged: "
                 f"fold it in first with `slm merge {base_of(directory)} --adapter {name}`"
             )
     if os.path.lexists(recipe.output_dir):
-        raise UserError(f"{recipe.output_dir}: exists already, and is not written over: name another output_dir")
+        raise UserError(f"{recipe.output_dir}: exists already and is not overwritten: name another output_dir")
     merge = plan_merge(recipe, directories)
     common_tokenizer([directories[recipe.merged[0].model], *directories.values()])
     return merge

@@ -13,7 +13,8 @@ from slmkit.device import find_device
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training import checkpoints
 from slmkit.training.find import find_run
-from slmkit.training.loop import Report
+from slmkit.training.loop import Every, Report
+from slmkit.training.progress import TrainingProgress
 from slmkit.training.recipe import load_recipe
 from slmkit.training.recorder import recorded_batches, recorded_report
 from slmkit.training.replay import Replay, differences, replay_step
@@ -62,20 +63,23 @@ def replay_run(directory: str | Path, step: int, reporter: Reporter) -> RunRepla
         run.checkpoints, reporter.warn, lambda checkpoint: checkpoints.step_of(checkpoint) < step
     )
     if base is None:
-        reporter.say(f"no checkpoint from before step {step} is left: going through all steps from the first")
+        reporter.say(f"there is no checkpoint before step {step}: repeating all steps from the first")
     else:
         checkpoints.load_checkpoint(base, state, session.files)
-        reporter.say(f"from {base.name}: {step - 1 - state.step:,} steps on the way")
+        reporter.say(f"starting from {base.name}: {step - 1 - state.step:,} steps to repeat before step {step}")
     if recorded is not None:  # a rollback after that checkpoint lowered the learning rate
         state.guard.rollbacks = recorded.get("rollbacks", 0)
-    replay = replay_step(
-        state,
-        session.work.objective,
-        session.stream,
-        session.plan,
-        step,
-        recorded_batches(run.records, step).get(step),
-    )
+    recorded_batch = recorded_batches(run.records, step).get(step)
+    with TrainingProgress("replay", step - 1) as progress:
+        replay = replay_step(
+            state,
+            session.work.objective,
+            session.stream,
+            session.plan,
+            step,
+            recorded_batch,
+            hooks=(Every(1, progress.update),),
+        )
     return RunReplay(replay, recorded, session.corpus.tokenizer)
 
 

@@ -33,7 +33,7 @@ from slmkit.training.checkpoints import complete_checkpoints, kept_in
 from slmkit.training.distributed import ALONE, Group, join
 from slmkit.training.find import find_run
 from slmkit.training.inventory import blueprint_of
-from slmkit.training.loop import Every, Plan
+from slmkit.training.loop import Every, Plan, StopRequested
 from slmkit.training.micro_batch import resolve_micro_batch
 from slmkit.training.model_files import ModelFiles
 from slmkit.training.optimizers import trained
@@ -52,12 +52,14 @@ from slmkit.training.run import (
 from slmkit.training.trackers import check_trackers
 
 
-def train_recipe(recipe: Recipe, reporter: Reporter, dry_run: bool = False, force: bool = False) -> RunDirectory:
+def train_recipe(
+    recipe: Recipe, reporter: Reporter, dry_run: bool = False, force: bool = False, stop: StopRequested | None = None
+) -> RunDirectory:
     """Do a whole run: tokenizer, shards, model, training. Nothing is left behind when it fails before the first step.
 
     Under `torchrun` the first process prepares the data while the others wait, and a job that is started again goes on
     with the run it made. Raises `UserError` for whatever in the recipe or its data is wrong, and for what the X-ray
-    finds, unless `force`.
+    finds, unless `force`; `RunStopped`, with a checkpoint, where a signal or `stop` ends it early.
     """
     check_trackers(recipe.train.report_to)
     expect_a_model(recipe)
@@ -72,7 +74,7 @@ def train_recipe(recipe: Recipe, reporter: Reporter, dry_run: bool = False, forc
             session = open_run(RunDirectory(group.from_main("")), device, group)
         if not dry_run:
             resume = group.from_main(bool(complete_checkpoints(session.run.checkpoints)))
-            session.run_to_the_end(reporter, resume)
+            session.run_to_the_end(reporter, resume, stop)
         elif group.is_main:
             shutil.rmtree(session.run.root)
     return session.run
@@ -89,7 +91,7 @@ def resume_run(directory: str | Path, reporter: Reporter) -> RunDirectory:
     with join(device, settings.ddp_timeout) as group:
         reporter = reporter if group.is_main else SILENCE
         if group.is_main and not run.environment.is_file():
-            reporter.say(f"{run.root}: stopped before its data was ready, which is prepared again")
+            reporter.say(f"{run.root}: was stopped before its data was ready; preparing it again")
             _build(run, load_recipe(run.recipe), device, group, reporter, force=False)
         group.from_main(True)
         session = open_run(run, device, group, reporter)
@@ -103,7 +105,7 @@ def _prepare(recipe: Recipe, device: Device, group: Group, reporter: Reporter, f
     found = run_of_job(recipe.output_dir)
     if found is not None:
         session = open_run(found, device, group, reporter)
-        reporter.say(f"{found.root}: the run of this job, gone on with; {session.summary()}")
+        reporter.say(f"{found.root}: continuing the run of this job; {session.summary()}")
         return session
     run = new_run_directory(recipe.output_dir)
     try:
@@ -200,7 +202,7 @@ class _Session:
         self.stream = self.work.batches
         if not self.stream.has(0):
             raise UserError(
-                f"the data ends before the first step, which is {material.rows_per_step} rows of {self.length} tokens: "
+                f"the data is too short for one step of {material.rows_per_step} rows of {self.length} tokens: "
                 "add text, or lower train.tokens_per_step"
             )
         self.plan: Plan = make_plan(
@@ -244,12 +246,14 @@ class _Session:
             force=force,
         )
 
-    def run_to_the_end(self, reporter: Reporter, resume: bool) -> None:
+    def run_to_the_end(self, reporter: Reporter, resume: bool, stop: StopRequested | None = None) -> None:
         interval = evaluation_interval(self.recipe.train, self.plan.steps)
         console = None if self.group.is_main else Console(quiet=True)
         plan_file = self._plan_file()
         curve = find_curve(self.recipe, self.config)
-        with TrainingProgress(self.recipe.objective, self.plan.steps, console) as progress:
+        rows = self.stream.rows_in_epoch
+        epoch = rows / self.stream.rows_per_step if rows else None
+        with TrainingProgress(self.recipe.objective, self.plan.steps, console, epoch) as progress:
             state = fit(
                 self.run,
                 self.recipe,
@@ -271,6 +275,7 @@ class _Session:
                 perfect_loss=self.corpus.validation.header.perfect_loss,
                 resume=resume,
                 warn=reporter.warn,
+                stop=stop,
             )
         if self.corpus.training_tokens is None:  # streams know now what of them was left out
             for line in self.work.report():

@@ -10,9 +10,10 @@ from rich.text import Text
 
 from slmkit.config import UserError
 from slmkit.data.shards import TokenShards
+from slmkit.data.sources.documents import SPELLINGS
 from slmkit.data.stream import Batches
 from slmkit.training.xray import Vocabulary, XRay, examine
-from slmkit.training.xray_page import rendered_rows, write_xray
+from slmkit.training.xray_page import LEGEND, excerpts, write_xray
 
 
 def look(
@@ -35,13 +36,14 @@ def look(
     xray = examine(stream, vocabulary, train, validation, is_chat, is_padded)
     write_xray(xray, vocabulary, root / "xray.md")
     say(xray.summary())
-    for row in rendered_rows(xray.rows, vocabulary):
-        say(row)
+    for row in excerpts(xray.rows, vocabulary):
+        say(Text.assemble("  ", row))
+    say(f"  {LEGEND} Whole rows: {root / 'xray.md'}")
     for line in (*xray.notes, *xray.findings):
         say(f"x-ray: {line}")
     if xray.findings and not force:
         more = f" (and {len(xray.findings) - 1} more)" if len(xray.findings) > 1 else ""
-        raise UserError(f"not begun: {xray.findings[0]}{more}; --force trains all the same")
+        raise UserError(f"training not started: {xray.findings[0]}{more}; --force trains anyway")
     return xray
 
 
@@ -54,6 +56,7 @@ def vocabulary_of(tokenizer: Any, vocab_size: int) -> Vocabulary:
         size=vocab_size,
         end_ids=getattr(tokenizer, "stop_token_ids", {eos} if eos is not None else set()),
         special_ids=set(specials.values()) if isinstance(specials, dict) else set(),
+        spellings={*SPELLINGS, *specials},
         bos_id=getattr(tokenizer, "bos_token_id", None),
         pad_id=getattr(tokenizer, "pad_token_id", None),
         encode=tokenizer.encode if hasattr(tokenizer, "fingerprint") else None,

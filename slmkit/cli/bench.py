@@ -1,4 +1,4 @@
-"""`slm bench data`: how fast this machine is."""
+"""`slm bench train|decode|data`: how fast this machine is."""
 
 from __future__ import annotations
 
@@ -7,9 +7,76 @@ from typing import Annotated
 import typer
 
 from slmkit.cli.help import add_command, new_app
+from slmkit.cli.options import DeviceName
 
 app = new_app("Measure the speed of this machine.", add_completion=False)
-app.callback()(lambda: None)  # one command alone would not be a group
+
+
+def train(
+    presets: Annotated[list[str] | None, typer.Argument(metavar="[PRESET]", help="Default: quickstart.")] = None,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 512,
+    tokens_per_step: Annotated[int, typer.Option(min=2, help="Tokens of an optimizer step.")] = 8192,
+    steps: Annotated[int, typer.Option(min=4, help="How many steps; one preset takes at most a minute.")] = 20,
+    optimizer: Annotated[str, typer.Option(help="adamw, adamw_8bit, muon or lion.")] = "adamw",
+    device: DeviceName = "auto",
+    precision: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+) -> None:
+    """Measure how fast models are trained.
+
+    Real optimizer steps of new models on random tokens. MFU is the share of the speed of large matrix products here.
+
+    Example: slm bench train quickstart smollm2-135m --length 512
+    """
+    from slmkit.cli.show import gibibytes, print_table
+    from slmkit.config import load_settings
+    from slmkit.training.recipe import TrainSettings
+
+    values = {
+        "sequence_length": length, "tokens_per_step": tokens_per_step, "optimizer": optimizer, "device": device,
+        "precision": precision,
+    }  # fmt: skip
+    settings = load_settings(TrainSettings, values, origin="slm bench train")
+    from slmkit.api.benchmark import training_speed
+
+    rows = []
+    for preset in presets or ["quickstart"]:
+        speed = training_speed(preset, settings, steps)
+        of_step = speed.measured
+        rows.append(
+            (
+                preset, f"{speed.parameters:,}", f"{of_step.tokens_per_second:,.0f}", f"{of_step.step_seconds:.3f}",
+                f"{speed.mfu:.0%}", gibibytes(of_step.memory_bytes),
+            )
+        )  # fmt: skip
+    columns = ("model", "parameters", "tokens/s", "seconds a step", "MFU", "memory")
+    print_table(columns, rows, right=columns[1:])
+
+
+def decode(
+    models: Annotated[
+        list[str] | None, typer.Argument(metavar="[MODEL]", help="Presets, models or runs; default: quickstart.")
+    ] = None,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 64,
+    new: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each is measured.")] = 3,
+    device: DeviceName = "auto",
+) -> None:
+    """Measure how fast models generate.
+
+    Greedy decoding with the KV cache, of one sequence and of eight at once; a preset has random weights.
+
+    Example: slm bench decode quickstart smollm2-135m --new 32
+    """
+    from slmkit.api.benchmark import decoding_speed
+    from slmkit.cli.show import print_table
+
+    rows = [
+        (model, str(speed.batch), f"{speed.prompt:,.0f}", f"{speed.new:,.1f}", f"{1e3 * speed.batch / speed.new:.2f}")
+        for model in models or ["quickstart"]
+        for speed in decoding_speed(model, prompt, new, rounds, device)
+    ]
+    columns = ("model", "batch", "prompt tokens/s", "new tokens/s", "ms a token")
+    print_table(columns, rows, right=columns[1:])
 
 
 def data(
@@ -26,15 +93,20 @@ def data(
 
     Example: slm bench data --megabytes 5 --gigabytes 1 --rounds 2
     """
-    import json
+    import itertools
 
     from slmkit.data.benchmark import measure
     from slmkit.data.benchmark_peers import measure_peers
 
-    for name, result in measure(megabytes, gigabytes, rounds):
-        print(f"{name}: {json.dumps(result, ensure_ascii=False)}", flush=True)
-    for name, result in measure_peers(megabytes) if peers else ():
-        print(f"{name}: {json.dumps(result, ensure_ascii=False)}", flush=True)
+    for name, result in itertools.chain(
+        measure(megabytes, gigabytes, rounds), measure_peers(megabytes) if peers else ()
+    ):
+        print(name)
+        for figure, value in result.items():
+            if isinstance(value, dict):  # a median with its range
+                value = f"{value['median']:,} ({' to '.join(f'{end:,}' for end in value['range'])})"
+            print(f"  {figure:<34}{value:>24}" if isinstance(value, str) else f"  {figure:<34}{value:>24,}", flush=True)
 
 
-add_command(app, "data", data)
+for name, command in (("train", train), ("decode", decode), ("data", data)):
+    add_command(app, name, command)

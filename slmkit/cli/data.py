@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,53 +11,56 @@ from slmkit.cli.help import add_command, new_app
 
 if TYPE_CHECKING:
     from slmkit.data import TokenShards
+    from slmkit.data.data_settings import Reads
+    from slmkit.data.preview import Sample
+    from slmkit.data.source_settings import SourceSettings
     from slmkit.tokenizer import SLMTokenizer
 
 app = new_app("Prepare text and conversations, and look at them.", add_completion=False)
 
 CLEAN = (
-    "What to leave out: exact_duplicates=true, near_duplicates=0.8, min_characters, max_characters, min_words, "
+    "Documents to leave out: exact_duplicates=true, near_duplicates=0.8, min_characters, max_characters, min_words, "
     "max_words, scripts=[Latin], min_script_share, min_letter_share, evaluation=[FILE], evaluation_words=13. "
     "May be given several times."
 )
 
 
 def prepare(
-    sources: Annotated[list[str], typer.Argument(help="Files, folders, URLs or data sets of the hub.")],
+    sources: Annotated[list[str], typer.Argument(metavar="SOURCE", help="Files, folders, URLs, data sets of the hub.")],
     tokenizer: Annotated[str, typer.Option(help="A tokenizer or model directory, or a run.")],
     output: Annotated[str, typer.Option("--output", "-o", help="Where the shards go.")],
     source: Annotated[
         list[str] | None,
-        typer.Option("--source", help="A setting of every source, such as text_column=body or on_bad_row=skip."),
+        typer.Option("--source", help="A setting of the sources, such as text_column=body; may be repeated."),
     ] = None,
-    chat: Annotated[bool, typer.Option(help="Conversations, with their loss masks.")] = False,
-    shuffle: Annotated[int | None, typer.Option(help="Put all documents in the order that this seed names.")] = None,
+    chat: Annotated[bool, typer.Option(help="The sources hold conversations (objective sft).")] = False,
+    pairs: Annotated[bool, typer.Option(help="They hold pairs of answers, chosen and rejected (dpo).")] = False,
+    judged: Annotated[bool, typer.Option(help="They hold answers labelled good or bad (kto).")] = False,
+    shuffle: Annotated[int | None, typer.Option(help="Shuffle all documents, with this seed.")] = None,
     clean: Annotated[list[str] | None, typer.Option(help=CLEAN)] = None,
-    length: Annotated[
-        int | None, typer.Option(help="Count the conversations that a row of so many tokens cuts.")
-    ] = None,
-    workers: Annotated[int | None, typer.Option(help="Threads; as many as there are cores unless given.")] = None,
+    length: Annotated[int | None, typer.Option(help="Count the conversations longer than so many tokens.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Threads; default: one for each core.")] = None,
     shard_characters: Annotated[int, typer.Option(help="Characters of text in a shard.")] = 1 << 26,
-    ray: Annotated[
-        str | None, typer.Option(help="Prepare on this Ray cluster (an address, `auto`, or `local` for one made here).")
-    ] = None,
+    ray: Annotated[str | None, typer.Option(help="Prepare on this Ray cluster: an address, auto, or local.")] = None,
 ) -> None:
-    """Tokenize text once, into shards that are read from any place. The same command goes on where it was stopped.
+    """Tokenize text once, into files to train from.
 
-    Example: slm data prepare books/ --tokenizer tokenizers/book -o shards/books --shuffle 0 --clean near_duplicates=0.8
+    The result (shards) is a folder that several runs can read. If it was stopped, the same command goes on.
+
+    Example: slm data prepare books/ --tokenizer tokenizers/book -o shards/books --shuffle 0
+    Example: slm data prepare chats.jsonl --chat --tokenizer runs/book -o shards/chats
     """
     from slmkit.cli.progress import PreparationProgress
-    from slmkit.cli.show import TerminalReporter
+    from slmkit.cli.show import TerminalReporter, counted
     from slmkit.config import load_settings
     from slmkit.data import prepare_text
     from slmkit.data.cleaning.settings import CleaningSettings
     from slmkit.data.many_sources import Reading
-    from slmkit.data.prepare import write_conversations
     from slmkit.data.source_settings import SourceSettings
     from slmkit.find import find_tokenizer_directory
     from slmkit.tokenizer import SLMTokenizer
 
-    _check_options(chat, of_text=bool(clean or ray or shuffle is not None), of_chat=length is not None)
+    reads = _kind_of_rows(chat, pairs, judged, bool(clean or ray or shuffle is not None), length)
     cleaning = load_settings(CleaningSettings, {}, clean or [])
     settings = [load_settings(SourceSettings, {"path": path}, source or []) for path in sources]
     directory = find_tokenizer_directory(tokenizer)
@@ -65,9 +68,8 @@ def prepare(
     options: dict[str, Any] = {"shuffle_seed": shuffle, "cleaning": cleaning, "shard_characters": shard_characters}
     reading = Reading(settings)
     with PreparationProgress("tokenizing", reading.fraction) as progress:
-        if chat:
-            encoded = reading.conversations(loaded, length)
-            shards = write_conversations(encoded, loaded, output, sources=reading.descriptions, progress=progress)
+        if reads is not None:
+            shards = reading.prepare_conversations(reads, loaded, output, progress, length)
         elif ray:
             from slmkit.data.cluster import prepare_text_on_ray
 
@@ -78,46 +80,70 @@ def prepare(
                 workers=workers, **options,
             )  # fmt: skip
     for line in reading.report():
-        TerminalReporter().warn(line)
+        TerminalReporter().say(line)
     _print_cleaning(shards)
-    print(f"{shards.header.documents:,} documents, {len(shards):,} tokens in {output}")
+    print(f"{counted(shards.header.documents, 'document')}, {counted(len(shards), 'token')} in {output}")
 
 
-def _check_options(chat: bool, of_text: bool, of_chat: bool) -> None:
+def _kind_of_rows(chat: bool, pairs: bool, judged: bool, of_text: bool, length: int | None) -> Reads | None:
+    """What is prepared instead of text. Raises `UserError` for options that do not go together."""
     from slmkit.config import UserError
 
-    if chat and of_text:
-        raise UserError("--chat: conversations are not cleaned, shuffled or sent to a cluster; leave those options out")
-    if of_chat and not chat:
+    kinds: dict[Reads, bool] = {"conversations": chat, "pairs": pairs, "judgements": judged}
+    named = [kind for kind, is_named in kinds.items() if is_named]
+    if len(named) > 1:
+        raise UserError("--chat, --pairs and --judged are three kinds of rows: name one")
+    if named and of_text:
+        raise UserError("conversations and answers are not cleaned, shuffled or sent to a cluster: omit those options")
+    if length is not None and not chat:
         raise UserError("--length: only conversations are cut at the end of a row; leave it out, or add --chat")
+    return named[0] if named else None
 
 
 def inspect(
-    shards: Annotated[str, typer.Argument(help="A directory of shards, such as runs/book/data/train.")],
-    tokenizer: Annotated[str | None, typer.Option(help="Also show documents, decoded by this tokenizer.")] = None,
-    documents: Annotated[int, typer.Option(help="How many documents to show.")] = 2,
-    length: Annotated[int | None, typer.Option(help="Count the documents that a row of so many tokens cuts.")] = None,
+    shards: Annotated[
+        str, typer.Argument(help="A file or folder of text or rows, or a directory of shards.", metavar="PATH")
+    ],
+    tokenizer: Annotated[str | None, typer.Option(help="The tokenizer to show documents with.")] = None,
+    documents: Annotated[int, typer.Option(help="How many documents or rows to show.")] = 2,
+    source: Annotated[
+        list[str] | None, typer.Option("--source", help="A setting of a file or folder, such as text_column=body.")
+    ] = None,
+    length: Annotated[int | None, typer.Option(help="Count the documents that are longer than so many tokens.")] = None,
 ) -> None:
-    """Say what a directory of shards holds; of conversations, one is shown with what is learned of it in colour.
+    """Show what a file, folder or shards hold.
 
+    What is read and not learned stands in ⟦brackets⟧.
+
+    Example: slm data inspect chats.jsonl --tokenizer runs/book
     Example: slm data inspect runs/book/data/train --tokenizer runs/book
     """
+    from slmkit.cli.show import counted
+    from slmkit.config import load_settings
     from slmkit.data import TokenShards
+    from slmkit.data.preview import samples_of_shards
+    from slmkit.data.reading import is_shards
     from slmkit.data.shard_facts import find_facts
+    from slmkit.data.source_settings import SourceSettings
     from slmkit.find import find_tokenizer_directory
     from slmkit.tokenizer import SLMTokenizer
 
+    settings = load_settings(SourceSettings, {"path": shards}, source or [])
+    if not is_shards(settings):
+        _inspect_source(settings, tokenizer, documents)
+        return
     opened = TokenShards.open(shards)
     header, facts = opened.header, find_facts(opened, length)
     order = "as they came" if header.shuffle_seed is None else f"shuffled by seed {header.shuffle_seed}"
     print(f"documents        {header.documents:,}, {order}")
-    print(f"tokens           {header.tokens:,} as {header.dtype}, in {len(header.shards):,} shards")
+    print(f"tokens           {header.tokens:,} as {header.dtype}, in {counted(len(header.shards), 'shard')}")
     print(f"bytes per token  {header.text_bytes / max(1, header.tokens):.2f}")
     print(f"lengths          longest {facts.longest:,} tokens, median {facts.median_length:,}")
-    print(f"duplicates       {facts.duplicates:,} documents are copies of one before them")
+    copies = f"{counted(facts.duplicates, 'document')} {'is a copy' if facts.duplicates == 1 else 'are copies'}"
+    print(f"duplicates       {copies} of one before")
     print(f"tokenizer        {header.tokenizer[:12]}, {header.vocab_size:,} tokens")
     if facts.truncated is not None:
-        print(f"truncated        {facts.truncated:,} documents are longer than {length:,} tokens")
+        print(f"truncated        {facts.truncated:,} of the documents are longer than {length:,} tokens")
     if length is not None and header.masked:
         _print_packing(opened, length)
     if facts.trained is not None:
@@ -128,7 +154,22 @@ def inspect(
     if tokenizer is not None:
         loaded = SLMTokenizer.from_pretrained(find_tokenizer_directory(tokenizer))
         opened.check_tokenizer(loaded)
-        _print_documents(opened, loaded, documents)
+        _print_samples(samples_of_shards(opened, documents), loaded)
+
+
+def _inspect_source(settings: SourceSettings, tokenizer: str | None, count: int) -> None:
+    from slmkit.data.preview import samples_of_source
+    from slmkit.find import find_tokenizer_directory
+    from slmkit.tokenizer import SLMTokenizer
+
+    if tokenizer is None:
+        print("shown with ChatML, a byte a token; --tokenizer shows it with a tokenizer of your own")
+    loaded = SLMTokenizer.from_pretrained(find_tokenizer_directory(tokenizer)) if tokenizer else SLMTokenizer(260)
+    source, samples = samples_of_source(settings, loaded, count)
+    _print_samples(samples, loaded)
+    print()
+    for line in source.report():
+        print(line)
 
 
 def _print_cleaning(shards: TokenShards) -> None:
@@ -149,26 +190,18 @@ def _print_packing(shards: TokenShards, length: int) -> None:
         print(f"                 {line}")
 
 
-def _print_documents(shards: TokenShards, tokenizer: SLMTokenizer, count: int, most: int = 400) -> None:
-    """The first tokens of the first documents; what is learned of conversations is green and underlined."""
+def _print_samples(samples: Iterable[Sample], tokenizer: SLMTokenizer) -> None:
+    """The first and last tokens of each; what is only read is in brackets."""
     from rich.console import Console
-    from rich.text import Text
 
-    console = Console(highlight=False)
-    starts = [0, *shards.document_ends[:count].tolist()]
-    for number, (start, end) in enumerate(pairwise(starts), start=1):
-        console.print(f"\n--- document {number}, {end - start:,} tokens", markup=False)
-        stop = min(end, start + most)
-        ids = shards.tokens_in(start, stop)
-        if not shards.header.masked:
-            console.print(tokenizer.decode(ids.tolist()), markup=False, soft_wrap=True)
-            continue
-        trained = shards.trained_in(start, stop)
-        borders = [0, *(i for i in range(1, len(ids)) if trained[i] != trained[i - 1]), len(ids)]
-        parts = [
-            (tokenizer.decode(ids[a:b].tolist()), "green underline" if trained[a] else "") for a, b in pairwise(borders)
-        ]
-        console.print(Text.assemble(*parts), soft_wrap=True)
+    from slmkit.api.xray import vocabulary_of
+    from slmkit.training.xray_page import LEGEND, rendered
+
+    console, vocabulary = Console(highlight=False), vocabulary_of(tokenizer, len(tokenizer))
+    console.print(LEGEND, markup=False, soft_wrap=True)
+    for title, ids, trained in samples:
+        console.print(f"\n--- {title}", markup=False)
+        console.print(rendered(ids, trained, vocabulary, head=400, tail=100), soft_wrap=True)
 
 
 add_command(app, "prepare", prepare)

@@ -17,6 +17,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from slmkit.cli.show import counted
+
 EVERY = 10.0  # seconds between two plain lines
 
 
@@ -62,7 +64,7 @@ class PreparationProgress(_Bar):
     def _update(self, documents: int, tokens: int, text_bytes: int) -> None:
         now = time.monotonic()
         seconds = max(now - self.started, 1e-3)
-        figures = f"{documents:,} documents, {tokens:,} tokens, {text_bytes / seconds / 1e6:.1f} MB/s"
+        figures = f"{counted(documents, 'document')}, {tokens:,} tokens, {text_bytes / seconds / 1e6:.1f} MB/s"
         fraction = self.fraction()
         if self.console.is_terminal:
             total = None if fraction is None else 1.0

@@ -1,4 +1,4 @@
-"""`slm quickstart`: the whole life of a small model, offline, in minutes."""
+"""`slm quickstart`: from a tokenizer to a model that answers, offline, in minutes."""
 
 from __future__ import annotations
 
@@ -7,87 +7,106 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
+    from slmkit.api.quickstart import Quickstart
     from slmkit.generation import LanguageModel
     from slmkit.tokenizer import SLMTokenizer
 
 QUESTIONS = 200
-CONVERSATION = ("Tell me a story about a fox and a lantern.", "Thank you!")
+SCENE = 5  # of the stream that is shown; no training reads it
+STORY = "Tell me a story about a fox and a lantern."
 
 
 def quickstart(
     output: Annotated[str, typer.Option("--output", "-o", help="The folder for its runs.")] = "runs/quickstart",
     seed: Annotated[int, typer.Option(help="Another seed gives other stories and another model.")] = 0,
     minutes: Annotated[
-        float, typer.Option(help="How long it may take; on a slower machine it trains on fewer stories.")
+        float, typer.Option(min=0.5, help="How long it may take; on a slower machine it trains on fewer stories.")
     ] = 5.0,
 ) -> None:
     """Train a small model on built-in stories, in minutes.
 
-    Tokenizer, pretraining, fine-tuning and evaluation; at the end the model tells a story and answers questions. Needs
+    Tokenizer, pretraining, fine-tuning and evaluation; at the end the model answers questions and tells a story. Needs
     no network and no GPU.
 
     Example: slm quickstart -o runs/first
+    Example: slm quickstart --minutes 10
     """
     import time
 
+    started = time.monotonic()
     from slmkit.api import train_quickstart
-    from slmkit.cli.show import TerminalReporter, load_model
+    from slmkit.cli.show import TerminalReporter, load_model, suggestion
     from slmkit.training.progress import clock
 
-    started = time.monotonic()
     reporter = TerminalReporter()
-    trained = train_quickstart(output, seed, minutes, reporter)
-    base, talker = trained.stories, trained.chat
+    trained = train_quickstart(output, seed, minutes, reporter, started)
 
-    reporter.say("\n4/4  evaluation: stories it never saw, questions on things it never met together")
-    decoder, tokenizer = load_model(str(talker.root), "cpu")
-    _show_story(base.root)
-    _show_conversation(decoder, tokenizer)
-    _show_figures(base.root, decoder, tokenizer)
-    print(f"\nruns: {base.root} and {talker.root}, after {clock(time.monotonic() - started)}")
+    reporter.say("\n4/4  evaluation")
+    decoder, tokenizer = load_model(str(trained.chat.root), "cpu")
+    left = trained.ends - time.monotonic()
+    _show_answers(decoder, tokenizer)
+    _show_story(decoder, tokenizer, time.monotonic() + left / 3)
+    _show_figures(trained, decoder, tokenizer)
+    _show_shares(trained, minutes)
+    print(f"\nruns: {trained.stories.root} and {trained.chat.root}, after {clock(time.monotonic() - started)}")
     print("next:")
-    print(f"  slm chat {talker.root}")
-    print(f'  slm generate {base.root} "Once upon a time"')
+    for run in (trained.chat, trained.stories):
+        print(f"  {suggestion(run)}")
     print("  slm train own-text data.source=YOUR.txt output_dir=runs/mine")
 
 
-def _show_story(base: Path) -> None:
-    """A story from nothing: the model begins where documents begin."""
-    from slmkit.cli.show import load_model
-    from slmkit.generation import SamplingSettings, complete
-
-    decoder, tokenizer = load_model(str(base), "cpu")
-    settings = SamplingSettings(temperature=0.5, min_p=0.1, seed=1)
-    print("\nA story:\n")
-    print(complete(decoder, tokenizer, "", settings=settings, max_new_tokens=400).text.strip())
-
-
-def _show_conversation(decoder: LanguageModel, tokenizer: SLMTokenizer) -> None:
-    from slmkit.generation import ChatSession, SamplingSettings
-
-    session = ChatSession(decoder, tokenizer, SamplingSettings(temperature=0.5, min_p=0.1, seed=2), max_new_tokens=400)
-    print("\nA conversation:\n")
-    for line in CONVERSATION:
-        print(f"you> {line}")
-        print("".join(session.reply(line)).strip())
-
-
-def _show_figures(base: Path, decoder: LanguageModel, tokenizer: SLMTokenizer) -> None:
-    """The validation loss beside a perfect model's, and the share of questions answered exactly."""
-    from slmkit.api import evaluate_run
-    from slmkit.data.stories import held_out_questions
+def _show_answers(decoder: LanguageModel, tokenizer: SLMTokenizer) -> None:
+    """A scene that it never read, and questions about it."""
+    from slmkit.data.stories import held_out_scene
     from slmkit.evaluation import ask
 
-    figures = evaluate_run(base)
-    questions = ask(decoder, tokenizer, held_out_questions(QUESTIONS))
+    scene, questions = held_out_scene(SCENE)
+    print(f"\nQuestions about a text that it never read:\n\n  {scene.text}\n")
+    for question, answer in zip(scene.questions, ask(decoder, tokenizer, questions).answers):
+        note = "" if answer.is_right else f"   (right: {answer.expected})"
+        print(f"  you>   {question.question}\n  model> {answer.given.strip()}{note}")
+
+
+def _show_story(decoder: LanguageModel, tokenizer: SLMTokenizer, until: float) -> None:
+    """A story that is asked for as in its corpus, printed as it is written."""
+    import time
+
+    from slmkit.generation import ChatSession, SamplingSettings
+
+    session = ChatSession(decoder, tokenizer, SamplingSettings(temperature=0.3, min_p=0.1, seed=2), max_new_tokens=300)
+    print(f"\nA story:\n\n  you>   {STORY}\n  model> ", end="", flush=True)
+    for piece in session.reply(STORY):
+        print(piece, end="", flush=True)
+        if time.monotonic() > until:
+            print(" …", end="")
+            break
+    print()
+
+
+def _show_figures(trained: Quickstart, decoder: LanguageModel, tokenizer: SLMTokenizer) -> None:
+    """The validation loss beside a perfect model's, and the share of questions answered exactly."""
+    from slmkit.api.quickstart import ask_until
+    from slmkit.data import TokenShards
+    from slmkit.data.stories import held_out_questions
+
+    losses = [line["validation_loss"] for line in trained.stories.metrics.read() if "validation_loss" in line]
+    perfect = TokenShards.open(trained.stories.data / "validation").header.perfect_loss
+    questions = ask_until(decoder, tokenizer, held_out_questions(QUESTIONS), trained.ends - 1)
     print("\nThe figures:\n")
-    assert figures.perfect_loss is not None, "the built-in corpus knows its own probability"
-    above = figures.report.loss / figures.perfect_loss - 1
-    print(f"  validation loss           {figures.report.loss:.3f} nats per token")
-    print(f"  loss of a perfect model   {figures.perfect_loss:.3f}, so {above:.1%} above it")
+    if losses and perfect:
+        print(f"  validation loss           {min(losses):.3f} nats per token")
+        print(f"  loss of a perfect model   {perfect:.3f}, so {min(losses) / perfect - 1:.1%} above it")
     print(
         f"  questions answered        {questions.share_right:.1%} of {len(questions.answers)}, word for word"
         f" (± {questions.standard_error:.1%})"
     )
+
+
+def _show_shares(trained: Quickstart, minutes: float) -> None:
+    """How much of the corpus was read, and what more time would give."""
+    names = {"primer": "primer", "stories": "stories", "chat": "conversations"}
+    shares = ", ".join(f"{share:.0%} of the {names[part]}" for part, share in trained.shares.items())
+    more = max(10.0, 2 * minutes)
+    if min(trained.shares.values()) < 1:
+        shares += f"\n                            --minutes {more:g} would read about {trained.share_in(more):.0%} here"
+    print(f"  read                      {shares}")

@@ -23,12 +23,16 @@ class TerminalReporter:
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False)
+        self.is_counting = False  # a live line has no end yet
 
     def say(self, line: str | Text) -> None:
+        if self.is_counting:
+            self.is_counting = False
+            self.console.print()
         self.console.print(line, soft_wrap=True, markup=False)
 
     def warn(self, line: str) -> None:
-        self.console.print(f"warning: {line}", soft_wrap=True, markup=False)
+        self.say(Text.assemble(("warning:", "yellow"), " ", line))
 
     def counter(self, label: str) -> Callable[[int, int, int], None]:
         """A callback for documents, tokens and bytes of text done."""
@@ -36,8 +40,9 @@ class TerminalReporter:
 
         def update(documents: int, tokens: int, text_bytes: int) -> None:
             nonlocal shown
-            line = f"{label}: {documents:,} documents, {tokens:,} tokens"
+            line = f"{label}: {counted(documents, 'document')}, {tokens:,} tokens"
             if self.console.is_terminal:
+                self.is_counting = True
                 sys.stderr.write(f"\r{line}\x1b[K")
                 sys.stderr.flush()
             elif documents - shown >= PLAIN_EVERY:
@@ -45,6 +50,11 @@ class TerminalReporter:
                 self.say(line)
 
         return update
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 document`, `2 documents`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def count(number: int) -> str:
@@ -93,4 +103,6 @@ def load_model(path: str, device: str, others: Sequence[str] = ()) -> tuple[Lang
     from slmkit.generation import common_tokenizer, together
 
     tokenizer, where = common_tokenizer(directories), find_device(device).torch_device
-    return together([load(directory, where)[0] for directory in directories]), tokenizer
+    loaded = [load(directory, where) for directory in directories]
+    tokenizer.stop_at(loaded[0][1].for_generation()["eos_token_id"])
+    return together([decoder for decoder, _ in loaded]), tokenizer

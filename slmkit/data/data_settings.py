@@ -22,8 +22,8 @@ class TokenizerSettings(Settings):
     What is named besides is added to it, be it new, loaded, or that of `model.path`, whose embeddings then grow.
     """
 
-    path: str | None = None
-    vocab_size: int = Field(16_384, ge=260)
+    path: str | None = None  # a tokenizer, model or run directory
+    vocab_size: int = Field(16_384, ge=260)  # of a tokenizer that is trained; 260 is bytes alone
     documents_per_source: int | None = Field(None, gt=0)  # None: an equal share of 100 million characters
     chat_template: str | None = None  # chatml, llama3, gemma or a Jinja file; None: the tokenizer's own
     added_tokens: list[str] = Field(default_factory=list)  # words that get a token of their own in any text
@@ -44,17 +44,18 @@ class DataSettings(Settings):
     and stores nothing of what is trained on.
     """
 
-    source: str | list[str] | None = None
-    sources: list[SourceSettings] = Field(default_factory=list)
-    phases: list[PhaseSettings] = Field(default_factory=list)
+    source: str | list[str] | None = None  # a file, folder, URL or hub data set, or several; or stories, primer, sums
+    sources: list[SourceSettings] = Field(default_factory=list)  # several places with settings of their own
+    phases: list[PhaseSettings] = Field(default_factory=list)  # other weights after some tokens
     when_exhausted: WhenExhausted = "repeat"  # a source, or `stop` the run there, or `redistribute` its weight
-    streaming: bool = False
+    streaming: bool = False  # read while training and store nothing
     shuffle_buffer: int = Field(0, ge=0)  # documents of a stream that change places among themselves; 0: as they come
     cleaning: CleaningSettings = Field(default_factory=CleaningSettings)  # of shards, before they are written
     text_column: str | None = None  # of `source`, as the next three; `sources` have their own
-    messages_column: str | None = None
+    messages_column: str | None = None  # the same of conversations
     columns: dict[str, str] = Field(default_factory=dict)  # such as {prompt: question, completion: answer}
-    on_bad_row: Literal["refuse", "skip"] = "refuse"
+    separator: str | None = Field(None, min_length=1)  # between documents of text files; None: lines of <|endoftext|>
+    on_bad_row: Literal["refuse", "skip"] = "refuse"  # stop at a row that cannot be read, or leave it out and count it
     on_long_conversation: OnLong = "cut"  # one that is longer than a row; whatever becomes of it, it is counted
     validation: SourceSettings | None = None  # such as a split of its own; None: held out of the sources
     validation_fraction: float = Field(0.05, gt=0, lt=1)  # of files and streams; held out of training
@@ -72,7 +73,7 @@ class DataSettings(Settings):
         if twice is not None:
             raise ValueError(f"two sources are called {twice!r}: give each a name of its own")
         if self.streaming and isinstance(self.source, list):
-            raise ValueError("streaming reads one source, or a list of data.sources, each with its path")
+            raise ValueError("streaming needs one source, or a list of data.sources, each with its path")
         if self.streaming and self.cleaning.is_active:
             raise ValueError("cleaning needs to read everything first: drop it, or drop streaming")
         if self.phases:
@@ -112,5 +113,5 @@ class DataSettings(Settings):
                 "`primer`; several with weights go into data.sources"
             )
         path = self.source if isinstance(self.source, str) else self.source[0]
-        names = ("text_column", "messages_column", "columns", "on_bad_row")
+        names = ("text_column", "messages_column", "columns", "separator", "on_bad_row")
         return [SourceSettings(path=path, **{name: getattr(self, name) for name in names})]

@@ -21,7 +21,7 @@ from slmkit.data.pairs import AT_ONCE, answers_alone
 from slmkit.data.prepare import Progress, end_to_end, no_progress
 from slmkit.data.shard_writer import ShardWriter
 from slmkit.data.shards import TokenShards
-from slmkit.data.sources import Judged
+from slmkit.data.sources import Judged, tools_of
 from slmkit.data.stream import Rows
 
 if TYPE_CHECKING:
@@ -44,7 +44,9 @@ def prepare_judgements(
         waiting = iter(judgements)
         while batch := list(itertools.islice(waiting, AT_ONCE)):
             chats = [[*one.messages[:-1], {**one.messages[-1], "weight": 1}] for one in batch]
-            encoded = tokenizer.encode_rendered([tokenizer.render_chat(chat) for chat in chats])
+            encoded = tokenizer.encode_rendered(
+                [tokenizer.render_chat(chat, tools=tools_of(one.messages)) for one, chat in zip(batch, chats)]
+            )
             rows = [answers_alone(chat[-1], messages[-1:]) for chat, messages in zip(encoded, chats)]
             ids, ends, trained = end_to_end(rows, tokenizer.eos_token_id)
             labels = np.array([one.label for one in batch])

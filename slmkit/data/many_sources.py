@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from slmkit.data.conversations import ConversationEncoder, EncodedConversation
+from slmkit.data.data_settings import Reads
+from slmkit.data.judged import prepare_judgements
+from slmkit.data.pairs import prepare_pairs
+from slmkit.data.prepare import Progress, write_conversations
+from slmkit.data.reading import judgements_of, pairs_of
+from slmkit.data.shards import TokenShards
 from slmkit.data.source_settings import SourceSettings
 from slmkit.data.sources import BadRow, Document, Message, Position, open_source
 
@@ -60,6 +68,17 @@ class Reading:
         for row, behind in self.sources[number].read_conversation_rows():
             self._behind = number, behind
             yield row
+
+    def prepare_conversations(
+        self, reads: Reads, tokenizer: SLMTokenizer, directory: str | Path, progress: Progress, length: int | None
+    ) -> TokenShards:
+        """Shards of conversations, of pairs of answers, or of judged answers. Errors as for `prepare_chat`."""
+        options: dict[str, Any] = {"sources": self.descriptions, "progress": progress}
+        if reads == "conversations":
+            return write_conversations(self.conversations(tokenizer, length), tokenizer, directory, **options)
+        read, write = (pairs_of, prepare_pairs) if reads == "pairs" else (judgements_of, prepare_judgements)
+        items: Iterator[Any] = itertools.chain.from_iterable(read(source, tokenizer) for source in self.sources)
+        return write(items, tokenizer, directory, **options)
 
     def fraction(self) -> float | None:
         """How much of all bytes has been read; None where the sizes do not say: compressed, remote or endless."""

@@ -15,8 +15,8 @@ WhenExhausted = Literal["stop", "repeat", "redistribute"]
 class PhaseSettings(Settings):
     """Weights by source name, up to so many tokens seen since the run began; the last phase has no end."""
 
-    until_tokens: int | None = Field(None, gt=0)
-    weights: dict[str, float]
+    until_tokens: int | None = Field(None, gt=0)  # where the phase ends, in tokens seen
+    weights: dict[str, float]  # source name: weight
 
 
 class Phase(NamedTuple):
@@ -45,7 +45,7 @@ def plan_phases(settings: Sequence[PhaseSettings], weights: Mapping[str, float],
             raise UserError(f"{where}: all weights are 0, so that nothing would be read; give one source a weight")
         is_last = number == len(settings)
         if phase.until_tokens is None and not is_last:
-            raise UserError(f"{where}: only the last phase goes on without an end; give this one until_tokens")
+            raise UserError(f"{where}: only the last phase may have no end; set until_tokens of this one")
         until = None if is_last or phase.until_tokens is None else round(phase.until_tokens / length)
         if until is not None and until <= (phases[-1].until or 0 if phases else 0):
             raise UserError(f"{where}: until_tokens {phase.until_tokens:,} is not after the phase before it ends")

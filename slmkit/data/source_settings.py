@@ -18,7 +18,7 @@ class SourceSettings(Settings):
     data set of the Hugging Face hub as `owner/name`, or built in: `stories`, `primer`, `sums`.
     """
 
-    path: str = Field(min_length=1)
+    path: str = Field(min_length=1)  # as above
     name: str | None = None  # what logs call it; from the path unless given
     weight: float = Field(1.0, gt=0)  # its share of a mixture, relative to the others'
     config: str | None = None  # of a hub data set that has several, such as `sample-10BT`
@@ -27,6 +27,7 @@ class SourceSettings(Settings):
     text_column: str | None = None  # the same as columns: {text: …}
     messages_column: str | None = None  # the same as columns: {messages: …}
     columns: dict[str, str] = Field(default_factory=dict)  # such as {prompt: question, completion: answer}
+    separator: str | None = Field(None, min_length=1)  # between documents of text files; None: lines of <|endoftext|>
     row_format: str | None = None  # how rows become text or messages; told by their columns unless named
     streaming: bool = False  # hub data sets: read over the network and store nothing; else files are downloaded once
     documents: int | None = Field(None, gt=0)  # at most so many

@@ -45,7 +45,7 @@ class ItemFormat:
         kept = slice(real[0], real[-1] + 1) if len(real) else slice(0)
         ids, labels = ids[kept].astype(np.int64), labels[kept].astype(np.int64)
         if len(ids) != len(real):
-            raise UserError(f"{where}: its attention_mask has zeros between ones, which training does not know")
+            raise UserError(f"{where}: its attention_mask has zeros between ones, which training does not support")
         if len(ids) > self.length + 1:
             raise UserError(
                 f"{where}: {len(ids):,} tokens are longer than {self.length:,}: cut it, or raise sequence_length or "

@@ -20,7 +20,7 @@ from slmkit.model.published import from_published, to_published
 # Fields for a five-line training script: defaults of the trainer, no property of the model, never in config.json.
 TRAINING_FIELDS = {
     "learning_rate", "batch_size", "sequence_length", "gradient_clip_norm", "warmup_steps", "use_distillation",
-    "distillation_alpha", "distillation_temperature",
+    "distillation_alpha", "distillation_temperature", "generation_config",
 }  # fmt: skip
 
 
@@ -43,43 +43,46 @@ class SLMConfig(Settings):
     where layers differ in it, such a mapping for each of `full_attention` and `sliding_attention`.
     """
 
-    model_type: str = "llama"
-    vocab_size: int = Field(16_384, gt=0)
-    hidden_size: int = Field(512, gt=0)
-    intermediate_size: int = Field(1_408, gt=0)
-    num_hidden_layers: int = Field(8, gt=0)
-    num_attention_heads: int = Field(8, gt=0)
+    model_type: str = "llama"  # the family; docs/architectures.md lists them
+    vocab_size: int = Field(16_384, gt=0)  # from the tokenizer in a recipe
+    hidden_size: int = Field(512, gt=0)  # the width
+    intermediate_size: int = Field(1_408, gt=0)  # the width of the MLP
+    num_hidden_layers: int = Field(8, gt=0)  # the depth
+    num_attention_heads: int = Field(8, gt=0)  # query heads
+    # key and value heads
     num_key_value_heads: int = Field(default_factory=lambda values: values["num_attention_heads"], gt=0)
+    # width of a head
     head_dim: int = Field(default_factory=lambda values: values["hidden_size"] // values["num_attention_heads"], gt=0)
-    max_position_embeddings: int = Field(2_048, gt=0)
-    hidden_act: str = "silu"
+    max_position_embeddings: int = Field(2_048, gt=0)  # the longest text, in tokens
+    hidden_act: str = "silu"  # the MLP's activation
     rms_norm_eps: float = 1e-5  # of the norms, whichever kind they are
+    # rotary positions, as above
     rope_parameters: dict[str, Any] = Field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10_000.0})
     sliding_window: int | None = Field(None, gt=0)  # positions a query sees in sliding_attention, its own included
     layer_types: list[Literal["full_attention", "sliding_attention"]] | None = None  # None: all alike
     no_rope_layers: list[int] | None = None  # 1 for each layer that turns queries and keys, 0 for one that does not
     query_pre_attn_scalar: int | float = Field(256, gt=0)  # scores are divided by its root
-    attn_logit_softcapping: float | None = Field(None, gt=0)
-    final_logit_softcapping: float | None = Field(None, gt=0)
+    attn_logit_softcapping: float | None = Field(None, gt=0)  # cap of attention scores
+    final_logit_softcapping: float | None = Field(None, gt=0)  # cap of the logits
     q_lora_rank: int | None = Field(None, gt=0)  # of latent attention, as the next five; None: queries as ever
-    kv_lora_rank: int = Field(512, gt=0)
-    qk_rope_head_dim: int = Field(64, gt=0)
-    qk_nope_head_dim: int = Field(128, gt=0)
-    v_head_dim: int = Field(128, gt=0)
+    kv_lora_rank: int = Field(512, gt=0)  # width of the cached latent
+    qk_rope_head_dim: int = Field(64, gt=0)  # channels of a head that turn
+    qk_nope_head_dim: int = Field(128, gt=0)  # channels that do not
+    v_head_dim: int = Field(128, gt=0)  # width of a value head
     rope_interleave: bool = True  # neighbouring channels turn together
     norm: Literal["rms", "layer"] = "rms"  # this and the next three: of model_type slm, to study
-    norm_at: Literal["pre", "post", "both"] = "pre"
-    qk_norm: Literal["none", "head", "width"] = "none"
-    gated_mlp: bool = True
-    attention_bias: bool = False
-    mlp_bias: bool = False
-    tie_word_embeddings: bool = True
-    attention_dropout: float = Field(0.0, ge=0, lt=1)
+    norm_at: Literal["pre", "post", "both"] = "pre"  # before a branch, behind it, or both
+    qk_norm: Literal["none", "head", "width"] = "none"  # norm of queries and keys
+    gated_mlp: bool = True  # SwiGLU or GeGLU instead of a plain MLP
+    attention_bias: bool = False  # biases in attention
+    mlp_bias: bool = False  # biases in the MLP
+    tie_word_embeddings: bool = True  # the head is the embedding
+    attention_dropout: float = Field(0.0, ge=0, lt=1)  # of attention weights
     hidden_dropout: float = Field(0.0, ge=0, lt=1)  # on the embeddings and on what each branch adds to the residual
-    initializer_range: float = Field(0.02, gt=0)
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-    pad_token_id: int | None = None
+    initializer_range: float = Field(0.02, gt=0)  # standard deviation of new weights
+    bos_token_id: int | None = None  # begins a text
+    eos_token_id: int | list[int] | None = None  # ends a text
+    pad_token_id: int | None = None  # fills rows
 
     learning_rate: float = Field(1e-3, gt=0)
     batch_size: int = Field(64, gt=0)  # sequences a step
@@ -91,6 +94,8 @@ class SLMConfig(Settings):
     use_distillation: bool | None = None  # None: where the trainer is given a teacher
     distillation_alpha: float = Field(0.5, ge=0, le=1)  # the share of the labels' cross-entropy in the loss
     distillation_temperature: float = Field(3.0, gt=0)
+
+    generation_config: dict[str, Any] = Field(default_factory=dict)  # what the file of that name says beside the model
 
     @model_validator(mode="before")
     @classmethod
@@ -146,7 +151,7 @@ class SLMConfig(Settings):
                     "give one entry a layer, or none"
                 )
         if "sliding_attention" in (self.layer_types or ()) and self.sliding_window is None:
-            raise ValueError("layer_types has sliding_attention and sliding_window is not set: how wide is it?")
+            raise ValueError("layer_types has sliding_attention and sliding_window is not set: set it, in tokens")
         return self
 
     @model_validator(mode="after")
@@ -196,7 +201,19 @@ class SLMConfig(Settings):
         read = cls.model_fields.keys() - TRAINING_FIELDS - (optional_fields() - family_of(model_type).fields) | WINDOWS
         if ignored := sorted(key for key in content.keys() - read if content[key] not in (None, False)):
             _warn_once(f"{path}: ignored, since no {model_type} reads it: {', '.join(ignored)}")
-        return load_settings(cls, {key: content[key] for key in content if key in read}, origin=str(path))
+        config = load_settings(cls, {key: content[key] for key in content if key in read}, origin=str(path))
+        told = _generation_config(path.parent)
+        said_again = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
+        told = {key: value for key, value in told.items() if key not in said_again or value != said_again[key]}
+        return config.model_copy(update={"generation_config": {} if told == {"do_sample": True} else told})
+
+    def for_generation(self) -> dict[str, Any]:
+        """What goes into `generation_config.json`: what stood there, and all that ends a text."""
+        told = self.generation_config or {"do_sample": True}
+        ends = {*_listed(told.get("eos_token_id")), *_listed(self.eos_token_id)}
+        eos = min(ends, default=None) if len(ends) < 2 else sorted(ends)
+        pad = told.get("pad_token_id") if self.pad_token_id is None else self.pad_token_id
+        return told | {"eos_token_id": eos, "pad_token_id": pad}
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write `config.json` as transformers 4 and 5, vLLM and llama.cpp's converter read it."""
@@ -227,3 +244,17 @@ class SLMConfig(Settings):
         family = family_of(self.model_type)
         others = optional_fields() - family.fields
         return to_published(self.model_dump(exclude=TRAINING_FIELDS | others), family) | {"dtype": dtype}
+
+
+def _generation_config(directory: Path) -> dict[str, Any]:
+    """The object in a model's `generation_config.json`; empty where there is none."""
+    try:
+        content = json.loads((directory / "generation_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    made_by = ("_from_model_config", "transformers_version")
+    return {key: content[key] for key in content if key not in made_by} if isinstance(content, dict) else {}
+
+
+def _listed(ids: int | list[int] | None) -> list[int]:
+    return [] if ids is None else ids if isinstance(ids, list) else [ids]

@@ -1,8 +1,8 @@
-"""Rendered conversations to rows of tokens: cut at special tokens first, so that many are encoded in one call."""
+"""Rendered conversations, and the rows of tokens that they become."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,14 +10,18 @@ import numpy as np
 from slmkit.tokenizer.chat import ChatTokens
 
 
-class Piece(NamedTuple):
-    """Ordinary text, or the id of a special token: learned as a whole or not at all."""
+class RenderedRow(NamedTuple):
+    """The text of a conversation, and the stretches of it that are learned, in characters: start, one past the end.
 
-    content: str | int
-    trained: bool
+    `shielded`: somebody spells special tokens in it, so that the template's own bear secret spellings.
+    """
+
+    text: str
+    learned: list[tuple[int, int]]
+    shielded: bool
 
 
-RenderedChat = list[list[Piece]]  # of each row of a conversation, nearly always one
+RenderedChat = list[RenderedRow]  # the rows of a conversation, nearly always one
 
 
 class ChatRow(NamedTuple):
@@ -30,22 +34,12 @@ class ChatRow(NamedTuple):
         return ChatTokens(self.ids.tolist(), self.trained.tolist())
 
 
-def encode_pieces(
-    chats: Sequence[RenderedChat], encode_batch: Callable[[list[str]], list[np.ndarray]]
-) -> list[list[ChatRow]]:
-    """The rows of each conversation; `encode_batch` gets the text of all of them at once."""
-    contents = [piece.content for chat in chats for row in chat for piece in row]
-    encoded = iter(encode_batch([content for content in contents if isinstance(content, str)]))
-
-    def row_of(pieces: list[Piece]) -> ChatRow:
-        parts = [
-            next(encoded) if isinstance(piece.content, str) else np.array([piece.content], dtype=np.uint32)
-            for piece in pieces
-        ]
-        trained = np.repeat([piece.trained for piece in pieces], [len(part) for part in parts])
-        return ChatRow(np.concatenate(parts), trained)
-
-    return [[row_of(row) for row in chat] for chat in chats]
+def is_learned(starts: np.ndarray, ends: np.ndarray, learned: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Which tokens hold a character that is learned, of their places in the text [tokens].  → bool [tokens]"""
+    found = np.zeros(len(starts), dtype=bool)
+    for first, last in learned:
+        found |= (starts < last) & (ends > first) | (starts == ends) & (starts >= first) & (starts < last)
+    return found
 
 
 def rows_to_learn(rows: list[ChatRow]) -> list[ChatRow]:

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from slmkit.config import UserError
 from slmkit.find import is_gpt2
-from slmkit.tokenizer.byte_level import END_OF_TEXT, PADDING, SPECIALS, TURN_END, TURN_START
+from slmkit.tokenizer.byte_level import END_OF_TEXT, PADDING, SPECIALS, TURN_END, TURN_START, is_byte_level
 
 TOKENIZER, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
@@ -40,7 +40,6 @@ def own_config() -> dict[str, Any]:
         "eos_token": END_OF_TEXT,
         "pad_token": PADDING,
         "additional_special_tokens": [TURN_START, TURN_END],
-        "add_bos_token": False,
         "clean_up_tokenization_spaces": False,
     }
 
@@ -72,6 +71,33 @@ def with_tokens(
     more = {key: [*config.get(key, []), *special]} if special else {}
     begins = {"bos_token": bos_token} if bos_token else {}
     return config | {"added_tokens_decoder": config.get("added_tokens_decoder", {}) | entries} | more | begins
+
+
+def as_its_class_does(tokenizer: Tokenizer, config: dict[str, Any]) -> Tokenizer:
+    """The tokenizer as `transformers` builds it where the config names `LlamaTokenizer`.
+
+    That class puts a space before the first word of a text and, unless `legacy`, behind no special token, whatever
+    normalizer stands in `tokenizer.json`.
+    """
+    name = str(config.get("tokenizer_class") or "").removesuffix("Fast")
+    if name == "LlamaTokenizer" and isinstance(tokenizer.model, models.BPE) and not is_byte_level(tokenizer):
+        adds_space = config.get("add_prefix_space") is not False
+        scheme = ("always" if config.get("legacy") else "first") if adds_space else "never"
+        tokenizer.normalizer = None
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=scheme, split=False)
+        parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        tokenizer.decoder = decoders.Sequence([*parts, *([decoders.Strip(" ", 1, 0)] if adds_space else [])])
+    return tokenizer
+
+
+def ends_of_a_text(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """The ids that the post-processor puts before a text and behind it.
+
+    `add_bos_token` of the config says nothing beside a `tokenizer.json`, as in `transformers`.
+    """
+    plain, whole = (tokenizer.encode("a", add_special_tokens=adds).ids for adds in (False, True))
+    start = next(place for place in range(len(whole) + 1) if whole[place : place + len(plain)] == plain)
+    return whole[:start], whole[start + len(plain) :]
 
 
 def named_tokens(config: dict[str, Any]) -> dict[str, str]:
@@ -165,4 +191,4 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    return " ".join(str(error).split())

@@ -6,15 +6,10 @@ Only the chat template writes special tokens, the beginning of a text among them
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import itertools
 import json
-import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +20,18 @@ from slmkit.config import UserError
 from slmkit.find import find_tokenizer_directory
 from slmkit.tokenizer import byte_level, chat, directory
 from slmkit.tokenizer.byte_level import SPECIALS
+from slmkit.tokenizer.calling import CallableTokenizer
 from slmkit.tokenizer.chat import ChatTokens, Message, Tools
 from slmkit.tokenizer.chat_formats import ChatFormat, find_format
-from slmkit.tokenizer.chat_rows import ChatRow, Piece, RenderedChat, encode_pieces, rows_to_learn
-from slmkit.tokenizer.fast_encoder import FastEncoder
+from slmkit.tokenizer.chat_rows import ChatRow, RenderedChat, RenderedRow, rows_to_learn
+from slmkit.tokenizer.encoder import PROBE, TextEncoder
 
 # Tried in this order where a tokenizer's config does not say, or its chat template.
 ENDS_OF_TEXT = (byte_level.END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 ENDS_OF_TURN = (byte_level.TURN_END, "<|eot_id|>", "<end_of_turn>")
 
-PROBE = "The cat  sat; it's 12345.\n\n\tCAFÉ cafe\u0301 ﬁ ½ x_y=f(z)!!! 猫が座った 🐈\r\n "
 
-_INVALID_UTF8 = re.compile("([\udc80-\udcff]+)")  # what errors="surrogateescape" makes of bytes that are not UTF-8
-
-
-class SLMTokenizer:
+class SLMTokenizer(CallableTokenizer):
     """A byte-level BPE of its own, or any Hugging Face `tokenizer.json` through `from_pretrained`.
 
     `chat_template` is Jinja and can be set; None where a loaded tokenizer has none. `special_tokens` maps spelling to
@@ -68,17 +60,13 @@ class SLMTokenizer:
 
     def _use(self, tokenizer: Tokenizer, config: dict[str, Any]) -> None:
         """Take this vocabulary, and from the config what its special tokens are for."""
-        self._tokenizer, self._config = tokenizer, config
-        self.__dict__.pop("_fast", None)  # of the vocabulary before
-        self._tokenizer.encode_special_tokens = True  # the library's name for: their spelling is ordinary text
-        self._bytes = byte_level.bytes_of_tokens(tokenizer)  # by id; None in a gap
-        self._is_byte_level = byte_level.is_byte_level(tokenizer)
-        added = sorted(tokenizer.get_added_tokens_decoder().items())
-        self._special = {index: token for index, token in added if token.special}
-        self.added_words = {token.content: index for index, token in added if not token.special}
-        self.special_tokens = {token.content: index for index, token in self._special.items()}
-        longest_first = sorted(self.special_tokens, key=len, reverse=True)
-        self._spellings = "|".join(map(re.escape, longest_first))
+        self._config, self._post_processor = config, tokenizer.post_processor
+        tokenizer = directory.as_its_class_does(tokenizer, config)
+        self.beginning, self.ending = directory.ends_of_a_text(tokenizer)
+        tokenizer.post_processor = None  # it may trim the places of tokens; what it adds is in the two lines above
+        self._tokenizer, self._encoder = tokenizer, TextEncoder(tokenizer)
+        self.special_tokens = self._encoder.special
+        self.added_words = {token.content: index for index, token in self._encoder.added.items() if not token.special}
         named = directory.named_tokens(config)
         eos = named.get("eos_token") or next((token for token in ENDS_OF_TEXT if token in self.special_tokens), None)
         if eos is None:
@@ -86,21 +74,13 @@ class SLMTokenizer:
         self._names = named | {"eos_token": eos}  # what the chat template may use
         self.eos_token_id = self.special_tokens[eos]
         self.pad_token_id = self.special_tokens.get(named.get("pad_token", ""))
+        self.further_stops: set[int] = set()  # special tokens that the model's own generation_config.json names
 
-    @cached_property
-    def _fast(self) -> FastEncoder | None:
-        """Made when first needed, in about a tenth of a second; None where only `tokenizers` gives these ids."""
-        encoder = FastEncoder.of(self._tokenizer)
-        is_sure = encoder and encoder.encode(PROBE) == self._tokenizer.encode(PROBE, add_special_tokens=False).ids
-        return encoder if is_sure else None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_fast"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Copies, and other processes, get the vocabulary without this one setting of the library's."""
-        self.__dict__.update(state)
-        self._tokenizer.encode_special_tokens = True
+    def _whole(self) -> Tokenizer:
+        """A copy of the library's tokenizer with its post-processor."""
+        tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
+        tokenizer.post_processor = self._post_processor
+        return tokenizer
 
     # -- training, saving, loading ------------------------------------------------------------------------------------
 
@@ -120,7 +100,7 @@ class SLMTokenizer:
 
         Raises `UserError` where they cannot be written.
         """
-        directory.write(save_directory, directory.Contents(self._tokenizer, self._config, self.chat_template))
+        directory.write(save_directory, directory.Contents(self._whole(), self._config, self.chat_template))
 
     @classmethod
     def from_pretrained(cls, model_directory: str | Path) -> SLMTokenizer:
@@ -170,7 +150,7 @@ class SLMTokenizer:
                 raise UserError(f"an added token is {token!r}: expected text")
             if token in added_tokens and (token in special or token in self.special_tokens):
                 raise UserError(f"{token!r} is a special token: drop it from tokenizer.added_tokens")
-        tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
+        tokenizer = self._whole()
         tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
         words = [word for word in added_tokens if len(self.encode(word)) > 1]
         tokenizer.add_tokens([AddedToken(word, special=False, normalized=False) for word in words])
@@ -197,72 +177,38 @@ class SLMTokenizer:
 
         A half of a surrogate pair becomes the three bytes that UTF-8 would give it ("surrogatepass").
         """
-        if allow_special:
-            return self._encode_with_special(text)
-        try:
-            if self._fast:
-                return self._fast.encode(text)
-            return self._tokenizer.encode(text, add_special_tokens=False).ids
-        except (TypeError, UnicodeEncodeError):  # neither library takes half a surrogate pair
-            return self.encode_bytes(text.encode("utf-8", "surrogatepass"))
+        return self._encoder.encode_special(text) if allow_special else self._encoder.encode(text)
 
     def encode_array(self, text: str) -> np.ndarray:
         """`encode` as uint32 [tokens], without a Python integer for each."""
-        try:
-            if self._fast:
-                return self._fast.encode_array(text)
-        except UnicodeEncodeError:
-            pass
-        return np.array(self.encode(text), dtype=np.uint32)
+        return self._encoder.encode_array(text)
 
     def encode_batch(self, texts: Sequence[str], threads: int | None = None) -> list[np.ndarray]:
         """`encode_array` of each text, on so many threads (default: one a core): the way to tokenize a corpus."""
-        if self._fast:
-            threads = threads or os.cpu_count() or 1
-            if threads == 1:
-                return self._encode_here(texts)
-            parts = [texts[start : start + 64] for start in range(0, len(texts), 64)]
-            with ThreadPoolExecutor(threads) as pool:
-                return list(itertools.chain.from_iterable(pool.map(self._encode_here, parts)))
-        try:
-            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        except TypeError:
-            return [self.encode_array(text) for text in texts]
-        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
-
-    def _encode_here(self, texts: Sequence[str]) -> list[np.ndarray]:
-        try:
-            if self._fast:
-                return self._fast.encode_arrays(texts)
-        except UnicodeEncodeError:
-            pass
-        return [self.encode_array(text) for text in texts]
+        return self._encoder.encode_batch(texts, threads)
 
     def encode_bytes(self, data: bytes) -> list[int]:
         """Token ids of any bytes: what is valid UTF-8 as text, every other byte as its own token.
 
         Raises `UserError` for bytes that a loaded tokenizer without byte tokens cannot hold.
         """
-        ids: list[int] = []
-        pieces = _INVALID_UTF8.split(data.decode("utf-8", "surrogateescape"))  # text, invalid, text, invalid, …, text
-        for index, piece in enumerate(pieces):
-            if index % 2:
-                invalid = piece.encode("utf-8", "surrogateescape")
-                ids += [byte_level.byte_token_id(self._tokenizer, byte) for byte in invalid]
-            else:
-                ids += self.encode(piece)
-        return ids
+        return self._encoder.encode_bytes(data)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a text to go on from, behind whatever this tokenizer puts before a text (`beginning`)."""
+        return [*self.beginning, *self.encode(text)] or [self.eos_token_id]
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD. Raises `UserError` for an unknown id."""
-        ids = [int(index) for index in ids if not (skip_special_tokens and int(index) in self._special)]
+        special = self.special_tokens.values()
+        ids = [int(index) for index in ids if not (skip_special_tokens and int(index) in special)]
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Exactly the bytes that `ids` stand for. Raises `UserError` for an id outside the vocabulary."""
         ids = [int(index) for index in ids]
         pieces = [self.token_bytes(index) for index in ids]
-        if self._is_byte_level:
+        if self._encoder.is_byte_level:
             return b"".join(pieces)
         # Other vocabularies have rules between tokens, such as the space that begins a text.
         return self._tokenizer.decode(ids, skip_special_tokens=False).encode()
@@ -272,7 +218,7 @@ class SLMTokenizer:
 
         A special token's are its spelling. Raises `UserError` for an id outside the vocabulary.
         """
-        found = self._bytes[token_id] if 0 <= token_id < len(self._bytes) else None
+        found = self._encoder.bytes[token_id] if 0 <= token_id < len(self._encoder.bytes) else None
         if found is None:
             raise UserError(f"token id {token_id} is not in this vocabulary: expected 0 to {len(self) - 1}")
         return found
@@ -304,30 +250,34 @@ class SLMTokenizer:
         self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Tools | None = None
     ) -> RenderedChat:
         """The first half of `encode_chat`: the text that the template makes, cut at its special tokens."""
-        shielded, tools, marker = chat.shield(messages, tools, re.compile(self._spellings))
+        shielded, tools, marker = chat.shield(messages, tools, self._encoder.spelled)
         stops = self.stop_token_ids
         ends = [token for token, index in self.special_tokens.items() if index in stops]
         rows = chat.rows_of_segments(self._template(), shielded, ends, add_generation_prompt, tools, **self._names)
-        return [
-            [Piece(part, text.trained) for text in row for part in self._cut_at_special(text.text, marker)]
-            or [Piece("", False)]
-            for row in rows
-        ]
+        return [self._joined(row, marker) for row in rows]
+
+    def _joined(self, segments: Sequence[chat.Segment], marker: str) -> RenderedRow:
+        """The text of a row. Where messages spell special tokens, the template's own get their secret spellings."""
+        text, learned = "", []
+        own = re.compile(self._encoder.spelled.pattern + f"(?!{marker})") if marker else None
+        secret = dict(zip(self.special_tokens, self._encoder.secret))
+        for segment in segments:
+            start = len(text)
+            part = own.sub(lambda match: secret[match[0]], segment.text).replace(marker, "") if own else segment.text
+            text += part
+            if segment.trained:
+                learned.append((start, len(text)))
+        return RenderedRow(text, learned, shielded=own is not None)
 
     def encode_rendered(self, chats: Sequence[RenderedChat], threads: int | None = None) -> list[list[ChatRow]]:
         """All rows of each conversation, on so many threads (default: one a core)."""
-        return encode_pieces(chats, functools.partial(self.encode_batch, threads=threads))
+        rows = iter(self._encoder.encode_rows([row for chat in chats for row in chat], threads))
+        return [[next(rows) for _ in chat] for chat in chats]
 
-    def apply_chat_template(
-        self,
-        messages: Sequence[Message],
-        add_generation_prompt: bool = False,
-        tokenize: bool = True,
-        tools: Tools | None = None,
-    ) -> list[int] | str:
-        """The ids of `encode_chat`, or the rendered text where `tokenize` is False, as in `transformers`."""
-        if tokenize:
-            return self.encode_chat(messages, add_generation_prompt, tools).ids
+    def render_text(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Tools | None = None
+    ) -> str:
+        """The conversation as the chat template writes it. Raises as `encode_chat` does."""
         return chat.render(self._template(), messages, add_generation_prompt, tools, **self._names)
 
     def _template(self) -> str:
@@ -338,29 +288,11 @@ class SLMTokenizer:
             )
         return self.chat_template
 
-    def _encode_with_special(self, text: str) -> list[int]:
-        parts = self._cut_at_special(text, marker="")
-        return [index for part in parts for index in ([part] if isinstance(part, int) else self.encode(part))]
-
-    def _cut_at_special(self, text: str, marker: str) -> Iterator[str | int]:
-        """Text, and special tokens by their ids, but those spelled with `marker`s, which go (see `chat.shield`)."""
-        unmarked = f"(?!{marker})" if marker else ""
-        done = 0
-        for match in re.finditer(rf"({self._spellings}){unmarked}(\s*)", text):
-            index = self.special_tokens[match[1]]
-            token = self._special[index]
-            before = text[done : match.start()].replace(marker, "")
-            # Some foreign special tokens swallow the white space beside them.
-            yield before.rstrip() if token.lstrip else before
-            yield index
-            done = match.end() if token.rstrip else match.end(1)
-        yield text[done:].replace(marker, "")
-
     # -- what it is ---------------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
         """The number of ids: a model's embedding needs as many rows."""
-        return len(self._bytes)
+        return len(self._encoder.bytes)
 
     @property
     def vocab_size(self) -> int:
@@ -378,8 +310,18 @@ class SLMTokenizer:
 
     @property
     def stop_token_ids(self) -> set[int]:
-        """Whatever ends generation: the end of the text and the end of a turn."""
-        return {self.eos_token_id, self.end_of_turn_id}
+        """Whatever ends generation: the end of the text and the end of a turn, and `further_stops`."""
+        return {self.eos_token_id, self.end_of_turn_id, *self.further_stops}
+
+    def stop_at(self, ids: int | Sequence[int] | None) -> None:
+        """End generation at these too, as a model's own settings ask for: those of them that are special tokens."""
+        listed = [ids] if isinstance(ids, int) else ids or []
+        self.further_stops = {*listed} & {*self.special_tokens.values()}
+
+    @property
+    def known_ids(self) -> np.ndarray:
+        """Which ids are tokens, bool [ids]: a vocabulary may have gaps, and a model's head may be wider."""
+        return np.array([token is not None for token in self._encoder.bytes])
 
     @property
     def bos_token_id(self) -> int | None:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from slmkit.training.run import RunDirectory
 
 
+IDLE_REPORTED = 10  # steps in a row
+
+
 def evaluation_interval(settings: TrainSettings, steps: int) -> int:
     return settings.eval_steps or max(1, steps // 10)
 
@@ -70,7 +73,9 @@ class Logger:
         self.last_step = state.step
 
     def log_if_skipped(self, state: State, report: Report) -> None:
-        """No refused step goes unrecorded either."""
+        """No refused step goes unrecorded either. Many in a row from which nothing was learned are worth a line."""
+        if state.guard.has_learned and state.guard.idle and state.guard.idle % IDLE_REPORTED == 0:
+            self.warn(f"step {state.step}: {state.guard.idle_report()}")
         if "skipped" in report:
             self.warn(f"step {state.step}: skipped, {report['skipped']}; weights left as they were")
             self.log(state, report)

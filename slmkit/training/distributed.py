@@ -182,6 +182,11 @@ def whole(tensor: Tensor) -> Tensor:
     return cast(Any, tensor).full_tensor() if is_share(tensor) else tensor
 
 
+def own_share(tensor: Tensor) -> Tensor:
+    """A tensor as it is, or the part of it that this rank holds."""
+    return cast(Any, tensor).to_local() if is_share(tensor) else tensor
+
+
 def on_main(tensors: Mapping[str, Tensor], group: Group) -> dict[str, Tensor]:
     """Copies of all of `tensors` in the first rank's CPU memory; nothing on the others. All ranks must ask together.
 

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from slmkit.config import UserError
+from slmkit.config import UserError, read_yaml
 from slmkit.find import find_config_directory, find_model_directory, find_tokenizer_directory
 from slmkit.model.presets import PRESETS
 
-__all__ = ["find_model_directory", "find_model_or_preset", "find_run", "find_tokenizer_directory", "free_path"]
+__all__ = [
+    "find_model_directory",
+    "find_model_or_preset",
+    "find_run",
+    "find_tokenizer_directory",
+    "free_path",
+    "learned_conversations",
+]
 
 
 def free_path(wanted: str | Path) -> Path:
@@ -27,6 +34,17 @@ def find_run(path: str | Path) -> Path:
         what = "not a run: it has no recipe.yaml" if path.exists() else "no such directory"
         raise UserError(f"{path}: {what}; expected the folder of a run that `slm train` made (`slm runs` lists them)")
     return path
+
+
+def learned_conversations(model: str | Path) -> bool | None:
+    """Whether a run's model was trained on conversations; None where its recipe is not there, or does not tell."""
+    directory = find_model_directory(model).resolve()  # of a run RUN/checkpoints/STEP
+    if not (directory.parents[1] / "recipe.yaml").is_file():
+        return None
+    recipe = read_yaml(directory.parents[1] / "recipe.yaml")
+    if recipe.get("objective") == "pretrain":
+        return None if (recipe.get("model") or {}).get("path") else False
+    return None if recipe.get("objective") == "distill" else True
 
 
 def find_model_or_preset(name: str | Path) -> Path | str:

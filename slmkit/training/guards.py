@@ -1,5 +1,7 @@
 """The guard: which updates are refused, and when a run that does nothing else is taken back or ended.
 
+A run whose first steps change nothing is ended as well, with the reason: no label, no gradient, or updates too small.
+
 A loss or gradient that is not finite never reaches the weights; a gradient far above its recent median does not where
 the recipe asks for that (PaLM skipped such batches by hand: arXiv:2204.02311, section 5.1). What the guard remembers is
 part of the state that a checkpoint holds, so that a resumed run refuses what the unbroken one would have refused.
@@ -14,8 +16,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from slmkit.config import Settings
+from slmkit.config import Settings, UserError
 
+LEAST_NORM = 1e-12  # a gradient norm below it is 0 but for rounding
 FEWEST_NORMS = 16  # a median of fewer says too little about what is usual
 
 
@@ -23,11 +26,12 @@ class GuardSettings(Settings):
     """What is refused, how much of that is borne, and what happens then."""
 
     max_skipped: int = Field(10, gt=0)  # refused steps in a row before the run is taken back or stopped
-    on_divergence: Literal["stop", "rollback"] = "stop"
+    on_divergence: Literal["stop", "rollback"] = "stop"  # stop the run, or go back to a checkpoint
     max_spike: float | None = Field(None, gt=1)  # times the median of recent gradient norms; None: any norm is taken
     window: int = Field(64, ge=FEWEST_NORMS)  # steps whose gradient norms are "recent"
     rollback_learning_rate_ratio: float = Field(0.5, gt=0, le=1)  # by which each rollback lowers the learning rate
     max_rollbacks: int = Field(3, gt=0)  # of a whole run; then it stops
+    max_idle: int | None = Field(10, gt=0)  # steps without learning, from the first on, that end a run; None: none do
 
 
 class Diverged(Exception):  # noqa: N818 - what follows on it is the recipe's choice
@@ -42,6 +46,9 @@ class Guard:
     skipped: int = 0  # refused steps of the whole run
     in_a_row: int = 0
     rollbacks: int = 0
+    idle: int = 0  # steps in a row from which nothing was learned, up to the last one
+    idle_reason: str = ""  # why
+    has_learned: bool = False  # whether any step changed a weight
 
     def judge(self, settings: GuardSettings, loss: float, grad_norm: float) -> str | None:
         """Why this update is refused, or None: it may be taken."""
@@ -58,6 +65,19 @@ class Guard:
         """Raises `Diverged` when no further step should be tried."""
         if self.in_a_row >= settings.max_skipped:
             raise Diverged(f"{self.in_a_row} steps in a row were refused")
+        if settings.max_idle is not None and self.idle >= settings.max_idle and not self.has_learned:
+            raise UserError(f"stopped: {self.idle_report()} (guard.max_idle says how many such steps end a run)")
+
+    def note_learning(self, why_not: str | None) -> None:
+        """Whether something was learned from the last step: None; or why it was not."""
+        self.idle = 0 if why_not is None else self.idle + 1
+        self.idle_reason = why_not or ""
+        self.has_learned |= why_not is None
+
+    def idle_report(self) -> str:
+        """How long nothing has been learned, and why."""
+        since = "the last" if self.has_learned else "the first"
+        return f"nothing was learned in {since} {self.idle} steps: {self.idle_reason}"
 
     def learning_rate_ratio(self, settings: GuardSettings) -> float:
         """What rollbacks have left of the learning rate."""

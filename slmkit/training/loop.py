@@ -8,6 +8,7 @@ is a hook.
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -16,17 +17,19 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from slmkit.config import UserError
 from slmkit.data.batch import Batch
 from slmkit.data.stream import Batches
 from slmkit.device import Device
 from slmkit.model import Decoder
-from slmkit.training.distributed import ALONE, Group, whole
-from slmkit.training.guards import Guard, GuardSettings
+from slmkit.training.distributed import ALONE, Group, own_share, whole
+from slmkit.training.guards import LEAST_NORM, Guard, GuardSettings
 from slmkit.training.objectives import Objective, Sums, surveyed
 from slmkit.training.precision import LossScale
 
+SAMPLED = 4096  # weights of each parameter that are looked at, to see whether a first step changes anything
 Report = dict[str, Any]  # one line of metrics.jsonl; hooks may add to it
 
 
@@ -90,10 +93,21 @@ class RunStopped(Exception):  # noqa: N818 - no error: the user asked for it
 
 
 class StopRequested:
-    """Set from outside (a signal, a test) to end the loop after the step it is in."""
+    """Ends the loop after the step it is in: set from outside (a signal, a test), or by the clock.
 
-    def __init__(self) -> None:
-        self.is_set = False
+    `at` is a time of `time.monotonic`.
+    """
+
+    def __init__(self, at: float = math.inf) -> None:
+        self.at, self.is_asked = at, False
+
+    @property
+    def is_set(self) -> bool:
+        return self.is_asked or time.monotonic() >= self.at
+
+    @is_set.setter
+    def is_set(self, value: bool) -> None:
+        self.is_asked = value
 
 
 def train(
@@ -142,6 +156,7 @@ def train_step(state: State, objective: Objective, batch: Batch, plan: Plan) -> 
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * rate
 
+    before = None if state.guard.has_learned else _sample_of(state.model)
     found = compute_gradients(state, objective, batch, plan)
     while state.loss_scale.overflows(found.loss, found.norm):
         found = compute_gradients(state, objective, batch, plan)
@@ -154,6 +169,8 @@ def train_step(state: State, objective: Objective, batch: Batch, plan: Plan) -> 
         for optimizer in state.optimizers:
             optimizer.step()
         state.tokens += found.tokens
+    if refused is None or found.weight == 0:
+        state.guard.note_learning(_why_nothing_is_learned(state, found, before, plan))
     state.model.zero_grad(set_to_none=True)
     state.step += 1
     report = {
@@ -164,9 +181,31 @@ def train_step(state: State, objective: Objective, batch: Batch, plan: Plan) -> 
         "grad_norm": found.norm,
         **found.figures,
     }
+    if state.guard.idle:
+        report["idle_steps"] = state.guard.idle
     if state.guard.rollbacks:
         report["rollbacks"] = state.guard.rollbacks
     return report if refused is None else report | {"skipped": refused, "skipped_steps": state.guard.skipped}
+
+
+def _why_nothing_is_learned(state: State, found: Gradients, before: list[Tensor] | None, plan: Plan) -> str | None:
+    """Why a step leaves the model as it was; None where it learns. `before`: a sample of the weights before it."""
+    if found.weight == 0:
+        return "their batches have not one trained token"
+    if found.norm < LEAST_NORM:
+        silent = found.figures.get("groups/without_signal") == 1
+        because = "all answers to a question get the same reward" if silent else "the loss is the same whatever changes"
+        return f"every gradient is 0, since {because}"
+    if before is None or plan.group.any(not all(map(torch.equal, before, _sample_of(state.model)))):
+        return None
+    rate = state.optimizers[-1].param_groups[0]["lr"]
+    return f"no weight changed: a learning rate of {rate:.2g} is too small for weights in {plan.device.weight_dtype}"
+
+
+def _sample_of(model: nn.Module) -> list[Tensor]:
+    """Copies of some weights of every parameter that is trained, of this rank's share of it."""
+    parts = [own_share(p.detach()).flatten() for p in model.parameters() if p.requires_grad]
+    return [part[:: max(1, part.numel() // SAMPLED)].clone() for part in parts]
 
 
 class Gradients(NamedTuple):
@@ -196,6 +235,8 @@ def compute_gradients(state: State, objective: Objective, batch: Batch, plan: Pl
         model = group.prepared(state.model, is_last=number == len(micro_batches))
         with plan.device.autocast():
             loss = objective(model, micro_batch)
+        if not loss.total.requires_grad:
+            raise UserError("the loss does not depend on any weight that is trained: nothing can be learned from it")
         (loss.total * (scale * group.world / max(1, weight))).backward()  # the mean of all ranks' gradients is taken
         sums.add(loss)
     if scale != 1:

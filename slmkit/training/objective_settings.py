@@ -22,19 +22,21 @@ class DistillationSettings(Settings):
     teacher: str | None = None  # a model or run directory, of the same tokenizer
     cache: str | None = None  # what `slm distill-cache` stored of it: no teacher is in memory then
     reads: Literal["text", "conversations"] = "text"  # what is learned: all of a text, or the assistant's turns
-    alpha: float = Field(0.5, ge=0, le=1)
-    temperature: float = Field(3.0, gt=0)
-    divergence: Divergence = "forward_kl"
+    alpha: float = Field(0.5, ge=0, le=1)  # the share of the labels
+    temperature: float = Field(3.0, gt=0)  # of both distributions in the divergence
+    divergence: Divergence = "forward_kl"  # how student and teacher are compared
     top_k: int = Field(64, gt=0)  # of a cache: how many of the teacher's likeliest tokens are known at each position
     hidden_weight: float = Field(0.0, ge=0)  # of matching hidden states besides, layer by layer
 
     @model_validator(mode="after")
     def _is_taught(self) -> DistillationSettings:
         if self.teacher is None and self.cache is None:
-            raise ValueError("no teacher: name a model directory as teacher, or what was stored of one as cache")
+            raise ValueError(
+                "no teacher: set teacher to a model directory, or cache to what `slm distill-cache` stored"
+            )
         if self.cache is not None and self.hidden_weight:
             raise ValueError(
-                "hidden_weight needs the teacher itself, of which a cache has the likeliest tokens alone: drop either"
+                "hidden_weight needs the teacher's hidden states, which a cache does not have: drop one of them"
             )
         return self
 
@@ -42,7 +44,7 @@ class DistillationSettings(Settings):
 class PreferenceSettings(Settings):
     """What is made of a pair. `dpo_norm` is DPO by the mean over an answer's tokens; `simpo` has no reference."""
 
-    loss: Literal["dpo", "dpo_norm", "simpo"] = "dpo"
+    loss: Literal["dpo", "dpo_norm", "simpo"] = "dpo"  # docs/teaching.md has the formulas
     beta: float | None = Field(None, gt=0)  # how hard pairs pull; None: 0.1 for dpo, 5 for dpo_norm, 2 for simpo
     simpo_gamma: float = Field(0.5, ge=0)  # of simpo: by how much the better answer's reward should be higher
     rpo_alpha: float = Field(
@@ -62,7 +64,7 @@ class PreferenceSettings(Settings):
 class KtoSettings(Settings):
     """What is made of an answer with a label. `apo_zero_unpaired` is measured from 0 instead of from the divergence."""
 
-    loss: Literal["kto", "apo_zero_unpaired"] = "kto"
+    loss: Literal["kto", "apo_zero_unpaired"] = "kto"  # docs/teaching.md has the formulas
     beta: float = Field(0.1, gt=0)  # how hard labels pull
     desirable_weight: float = Field(1.0, gt=0)  # of good answers' losses, such as where there are fewer of them
     undesirable_weight: float = Field(1.0, gt=0)  # of bad ones'
@@ -71,12 +73,12 @@ class KtoSettings(Settings):
 class GrpoSettings(Settings):
     """How many answers to how many questions make an update, how they are sampled, and what they are worth."""
 
-    prompts_per_step: int = Field(16, gt=0)
+    prompts_per_step: int = Field(16, gt=0)  # questions of a step
     num_generations: int = Field(8, ge=2)  # answers to each question: the group
-    max_new_tokens: int = Field(48, gt=0)
-    temperature: float = Field(1.0, gt=0)
-    reward: str = "exact"  # `number`, one that a script added to REWARDS, or `module:function`
-    loss: Literal["dr_grpo", "grpo"] = "dr_grpo"
+    max_new_tokens: int = Field(48, gt=0)  # the longest answer
+    temperature: float = Field(1.0, gt=0)  # of sampling
+    reward: str = "exact"  # `number`, one that a script added to REWARDS, or `file.py:function`
+    loss: Literal["dr_grpo", "grpo"] = "dr_grpo"  # docs/teaching.md says how they differ
     beta: float = Field(0.0, ge=0)  # of the divergence from the starting model, a copy of which is then kept
 
     @property

@@ -25,8 +25,10 @@ Optimizers = list[torch.optim.Optimizer]
 def make_optimizers(model: nn.Module, settings: TrainSettings, device: Device) -> Optimizers:
     """The recipe's optimizers for `model`, whose weights have the device's `weight_dtype`.
 
-    Raises `UserError` when the optimizer needs a package that is not there.
+    Raises `UserError` when the optimizer needs a package that is not there, and where every parameter is frozen.
     """
+    if not trained(model):
+        raise UserError("nothing is trained: every parameter is frozen; set requires_grad on those that are to change")
     optimizers = OPTIMIZERS[settings.optimizer](model, settings)
     if device.weight_dtype == torch.float32:
         return optimizers

@@ -7,6 +7,7 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 
 from slmkit.training.loop import Report, State
 
@@ -17,21 +18,26 @@ LINES = 20  # how many plain lines a whole run prints
 
 
 class TrainingProgress:
-    """A hook for every step: loss, tokens a second and time left. Use it as a context manager."""
+    """A hook for every step: its number, the epoch, this step's loss, the time left and the rate.
 
-    def __init__(self, label: str, steps: int, console: Console | None = None) -> None:
-        self.label, self.steps = label, steps
+    Use it as a context manager. `steps_in_epoch` is None where the data's length is not known.
+    """
+
+    def __init__(
+        self, label: str, steps: int, console: Console | None = None, steps_in_epoch: float | None = None
+    ) -> None:
+        self.label, self.steps, self.steps_in_epoch = label, steps, steps_in_epoch
         self.console = console or Console(stderr=True)
         self.is_live = self.console.is_terminal
         self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=len(label))),
+            BarColumn(bar_width=10),
+            TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
             console=self.console,
             transient=False,
         )
         self.task = self.bar.add_task(label, total=steps, figures="", start=True)
-        self.started, self.first_step, self.smooth_loss = 0.0, 0, 0.0
+        self.started, self.first_step = 0.0, -1
         self.validation_loss: float | None = None
 
     def __enter__(self) -> TrainingProgress:
@@ -43,33 +49,35 @@ class TrainingProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.bar.stop()
+        if self.is_live:
+            self.bar.stop()
 
     def update(self, state: State, report: Report) -> None:
         """Show a step's report."""
-        if not self.first_step:
-            self.first_step, self.smooth_loss = state.step - 1, report["loss"]
-        self.smooth_loss += 0.1 * (report["loss"] - self.smooth_loss)
+        if self.first_step < 0:
+            self.first_step = state.step - 1
         self.validation_loss = report.get("validation_loss", self.validation_loss)
         line = self._figures(state, report)
         if self.is_live:
             self.bar.update(self.task, completed=state.step, figures=line)
         elif state.step % max(1, self.steps // LINES) == 0 or state.step == self.steps:
-            self.console.print(f"{self.label}: step {state.step}/{self.steps}  {line}", soft_wrap=True, highlight=False)
+            self.console.print(f"{self.label}: {line}", soft_wrap=True, highlight=False)
 
     def _figures(self, state: State, report: Report) -> str:
         done = state.step - self.first_step
         left = (time.monotonic() - self.started) / done * (self.steps - state.step)
-        figures = [f"loss {self.smooth_loss:.3f}"]
+        figures = [f"step {state.step:,}/{self.steps:,}"]
+        if self.steps_in_epoch:
+            figures.append(f"epoch {state.step / self.steps_in_epoch:.1f}/{self.steps / self.steps_in_epoch:.1f}")
+        figures.append(f"loss {report['loss']:.3f}")
         if self.validation_loss is not None:
             figures.append(f"validation {self.validation_loss:.3f}")
         figures += [f"{share} {report[name]:.0%}" for name, share in SHARES.items() if name in report]
-        figures.append(f"{report['tokens_per_second']:,} tokens/s")
+        figures += [f"{clock(left)} left", f"{report['tokens_per_second']:,} tokens/s"]
         if "mfu" in report:
             figures.append(f"MFU {report['mfu']:.0%}")
         if "reference" in report:
             figures.append(WORDS[report["reference"]])
-        figures.append(f"{clock(left)} left")
         return "  ".join(figures)
 
 

@@ -33,7 +33,7 @@ class ModelSettings(Settings):
 
     model_config = ConfigDict(extra="allow")
 
-    preset: str | None = None
+    preset: str | None = None  # a shape by name, such as smollm2-135m; `slm inspect` knows them
     path: str | None = None  # a model or run directory whose weights are trained on
     initialization: Literal["gpt2", "copying"] = "gpt2"  # of a new model's weights
 
@@ -45,9 +45,7 @@ class ModelSettings(Settings):
             if name not in SLMConfig.model_fields:
                 raise ValueError(f"unknown key {name!r}; {did_you_mean(name, MODEL_KEYS, HINTS)}")
         if self.path is not None and (self.preset is not None or self.changes):
-            raise ValueError(
-                "path starts from a finished model, whose shape is fixed: drop preset and the sizes beside it"
-            )
+            raise ValueError("path names a trained model, whose shape is fixed: drop preset and the sizes beside it")
         return self
 
     @classmethod
@@ -77,42 +75,42 @@ class TrainSettings(Settings):
     """
 
     sequence_length: int | None = Field(None, gt=1)  # None: the model's max_position_embeddings
-    tokens_per_step: int = Field(8_192, gt=0)
+    tokens_per_step: int = Field(8_192, gt=0)  # tokens of one optimizer step, of all processes together
     # What goes through the model at once: less takes less memory, and changes nothing else. auto: the most that fits.
     micro_batch_tokens: Annotated[int, Field(gt=0)] | Literal["auto"] = 8_192
-    max_tokens: int | None = Field(None, gt=0)
-    max_steps: int | None = Field(None, gt=0)
-    num_train_epochs: float | None = Field(None, gt=0)
-    optimizer: Literal["adamw", "adamw_8bit", "muon", "lion"] = "adamw"
+    max_tokens: int | None = Field(None, gt=0)  # stop after so many trained tokens
+    max_steps: int | None = Field(None, gt=0)  # stop after so many optimizer steps
+    num_train_epochs: float | None = Field(None, gt=0)  # stop after so many passes over the data
+    optimizer: Literal["adamw", "adamw_8bit", "muon", "lion"] = "adamw"  # docs/training.md compares them
     learning_rate: float = Field(1e-3, gt=0)  # AdamW's; Lion wants a third of it or less
     muon_learning_rate: float = Field(0.02, gt=0)  # of the matrices that Muon updates
-    muon_momentum: float = Field(0.95, ge=0, lt=1)
+    muon_momentum: float = Field(0.95, ge=0, lt=1)  # of Muon
+    # how the learning rate falls
     lr_scheduler_type: Literal["cosine", "linear", "warmup_stable_decay", "inverse_sqrt"] = "cosine"
-    min_learning_rate_ratio: float = Field(
-        0.1, ge=0
-    )  # of the last rate to the peak; above 1 it rises from the warm-up on
-    warmup_steps: int | None = Field(None, ge=0)
+    min_learning_rate_ratio: float = Field(0.1, ge=0)  # the last rate, as a share of the peak; above 1 it rises to that
+    warmup_steps: int | None = Field(None, ge=0)  # steps in which the learning rate rises
     warmup_ratio: float | None = Field(None, ge=0, lt=1)  # of all steps; None: 0.05 unless warmup_steps is given
     lr_decay_ratio: float = Field(0.2, gt=0, le=1)  # of warmup_stable_decay: the share of all steps in which it falls
-    weight_decay: float = Field(0.1, ge=0)
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.95, ge=0, lt=1)
-    adam_epsilon: float = Field(1e-8, gt=0)
-    max_grad_norm: float = Field(1.0, gt=0)
+    weight_decay: float = Field(0.1, ge=0)  # of matrices; norms and biases do not decay
+    adam_beta1: float = Field(0.9, ge=0, lt=1)  # of AdamW and Lion
+    adam_beta2: float = Field(0.95, ge=0, lt=1)  # of AdamW
+    adam_epsilon: float = Field(1e-8, gt=0)  # of AdamW
+    max_grad_norm: float = Field(1.0, gt=0)  # longer gradients are shortened to this norm
     gradient_checkpointing: int = Field(0, ge=0)  # every n-th layer is computed again instead of kept: less memory
     compile: Literal["auto"] | bool = "auto"  # torch.compile of each block; auto: on CUDA devices
-    logging_steps: int = Field(10, gt=0)
+    logging_steps: int = Field(10, gt=0)  # a line of metrics.jsonl every so many steps
     eval_steps: int | None = Field(None, gt=0)  # None: ten times a run
     save_steps: int | None = Field(None, gt=0)  # None: at each evaluation
     save_total_limit: int = Field(2, gt=0)  # the best checkpoint is kept besides
     sample_prompts: list[str] | None = None  # what samples.md continues; None: one from the validation data
-    sample_tokens: int = Field(120, gt=0)
+    sample_tokens: int = Field(120, gt=0)  # tokens of each sample
     report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)  # besides metrics.jsonl
     parallel: Literal["auto", "ddp", "fsdp"] = (
         "auto"  # of several processes: each the whole model (ddp, which is auto) or a share (fsdp)
     )
     ddp_timeout: float = Field(600, gt=0)  # seconds without a word of another process, after which one gives up
-    device: str = "auto"
+    device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
+    # docs/training.md lists what each means
     precision: Literal["auto", "float32", "bfloat16", "float16", "bfloat16-pure", "bfloat16-master"] = "auto"
 
     @field_validator("warmup_steps", mode="before")
@@ -144,7 +142,7 @@ class TrainSettings(Settings):
         for name, value in (("optimizer", self.optimizer), ("precision", self.precision)):
             if self.parallel == "fsdp" and value in ("adamw_8bit", "bfloat16-pure", "bfloat16-master"):
                 raise ValueError(
-                    f"{name} {value} needs whole weights, which parallel: fsdp does not leave: set parallel to ddp, or "
+                    f"{name} {value} needs whole weights, which parallel: fsdp splits: set parallel to ddp, or "
                     "use adamw, muon or lion in float32, bfloat16 or float16"
                 )
         return self
@@ -199,15 +197,15 @@ class Recipe(Settings):
 
     hints = HINTS
 
-    objective: Literal["pretrain", "sft", "distill", "dpo", "kto", "grpo"] = "pretrain"
-    output_dir: str = "runs/model"
-    seed: int = 0
-    model: ModelSettings = Field(default_factory=ModelSettings)
-    lora: LoRASettings | None = None
-    tokenizer: TokenizerSettings = Field(default_factory=TokenizerSettings)
-    data: DataSettings = Field(default_factory=DataSettings)
-    train: TrainSettings = Field(default_factory=TrainSettings)
-    distillation: DistillationSettings | None = None
+    objective: Literal["pretrain", "sft", "distill", "dpo", "kto", "grpo"] = "pretrain"  # what is learned, as above
+    output_dir: str = "runs/model"  # the run's folder; numbered where it exists
+    seed: int = 0  # of weights, data order, dropout and sampling
+    model: ModelSettings = Field(default_factory=ModelSettings)  # the model to train
+    lora: LoRASettings | None = None  # train an adapter instead of the whole model
+    tokenizer: TokenizerSettings = Field(default_factory=TokenizerSettings)  # load or train a tokenizer
+    data: DataSettings = Field(default_factory=DataSettings)  # where text comes from
+    train: TrainSettings = Field(default_factory=TrainSettings)  # length, optimizer, evaluation, saving
+    distillation: DistillationSettings | None = None  # of distill: the teacher
 
     @model_validator(mode="after")
     def _streams_have_an_end(self) -> Recipe:
@@ -219,7 +217,7 @@ class Recipe(Settings):
     def _adapters_need_no_shares(self) -> Recipe:
         if self.lora is not None and self.train.parallel == "fsdp":
             raise ValueError(
-                "lora: parallel fsdp shares out what is trained, which is next to nothing here: set train.parallel to "
+                "lora: parallel fsdp splits what is trained, which is very little here: set train.parallel to "
                 "ddp, and lora.base_weights to int8 or nf4 where the base is too large for each process"
             )
         return self
@@ -228,10 +226,12 @@ class Recipe(Settings):
     def _is_taught(self) -> Recipe:
         if (self.objective == "distill") != (self.distillation is not None):
             raise ValueError(
-                "objective distill and a section `distillation` with its teacher belong together: add or drop"
+                "objective distill needs a section `distillation`, and no other objective has one: add it, or drop it"
             )
         if self.data.streaming and self.distillation is not None and self.distillation.cache is not None:
-            raise ValueError("distillation.cache has numbered rows, which streams do not: drop it, or data.streaming")
+            raise ValueError(
+                "distillation.cache needs numbered rows, which a stream does not have: drop it, or data.streaming"
+            )
         return self
 
     @model_validator(mode="after")
@@ -246,16 +246,14 @@ class Recipe(Settings):
         if self.objective == "grpo":
             length = self.train.sequence_length
             if length is None:
-                raise ValueError(
-                    "train.sequence_length: grpo has to know how long a question and its answer may be together"
-                )
+                raise ValueError("train.sequence_length: grpo needs the most tokens of a question with its answer")
             self.__dict__["train"] = self.train.model_copy(update={"tokens_per_step": self.grpo.rows_per_step * length})
         return self
 
-    guard: GuardSettings = Field(default_factory=GuardSettings)
+    guard: GuardSettings = Field(default_factory=GuardSettings)  # what happens with losses that are not finite
     preference: PreferenceSettings = Field(default_factory=PreferenceSettings)  # of dpo
-    kto: KtoSettings = Field(default_factory=KtoSettings)
-    grpo: GrpoSettings = Field(default_factory=GrpoSettings)
+    kto: KtoSettings = Field(default_factory=KtoSettings)  # of kto
+    grpo: GrpoSettings = Field(default_factory=GrpoSettings)  # of grpo
 
     @property
     def reads(self) -> Reads:
@@ -287,7 +285,21 @@ def load_recipe(
     content = read_yaml(path)
     for line in (*rename_old_keys(content), *make_room(content, overrides)):
         tell(f"{path}: {line}")
-    return load_settings(Recipe, content, overrides, origin=str(path))
+    return _with_reward_file(load_settings(Recipe, content, overrides, origin=str(path)), Path(path).parent)
+
+
+def _with_reward_file(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with the whole path of the file that has its reward function, in the working directory or `folder`.
+
+    `rewards.py:score` and `rewards:score` are such functions; so a run finds its own again wherever it is resumed.
+    """
+    file, colon, function = recipe.grpo.reward.rpartition(":")
+    name = file if file.endswith(".py") else f"{file}.py"
+    found = next((place / name for place in (Path.cwd(), folder) if colon and (place / name).is_file()), None)
+    if found is None:
+        return recipe
+    grpo = recipe.grpo.model_copy(update={"reward": f"{found.resolve()}:{function}"})
+    return recipe.model_copy(update={"grpo": grpo})
 
 
 def shipped_recipes(kind: str = "") -> dict[str, Path]:

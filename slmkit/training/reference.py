@@ -44,7 +44,7 @@ def signature(recipe: Recipe, config: SLMConfig) -> str:
     """Equal for two runs whose losses should be alike: all but seed, names and intervals."""
     matters = {
         "objective": recipe.objective,
-        "data": recipe.data.model_dump(mode="json", exclude_defaults=True),
+        "data": recipe.data.model_dump(mode="json", exclude_defaults=True, exclude={"validation_documents"}),
         "train": recipe.train.model_dump(mode="json", exclude_defaults=True, exclude=WITHOUT_EFFECT),
         "model": config.model_dump(mode="json", exclude_defaults=True),
         "initialization": recipe.model.initialization if recipe.model.path is None else "trained",

@@ -7,7 +7,7 @@ for bit on the same kind of machine. Nothing is written.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from slmkit.data.batch import Batch
 from slmkit.data.stream import Batches
-from slmkit.training.loop import Plan, Report, State, compute_gradients, train, train_step
+from slmkit.training.loop import Every, Plan, Report, State, compute_gradients, train, train_step
 from slmkit.training.objectives import Objective
 from slmkit.training.optimizers import trained
 from slmkit.training.run_log import finite
@@ -54,14 +54,20 @@ class Replay:
 
 
 def replay_step(
-    state: State, objective: Objective, stream: Batches, plan: Plan, step: int, recorded: Batch | None = None
+    state: State,
+    objective: Objective,
+    stream: Batches,
+    plan: Plan,
+    step: int,
+    recorded: Batch | None = None,
+    hooks: Sequence[Every] = (),
 ) -> Replay:
     """Go on from `state`, which is of an earlier step, through step `step` (from 1, as in metrics.jsonl).
 
-    With a `recorded` batch that one is taken for the step itself.
+    With a `recorded` batch that one is taken for the step itself. `hooks` are called in the steps before it.
     """
     start = state.step
-    train(state, objective, stream, dataclasses.replace(plan, steps=step - 1))
+    train(state, objective, stream, dataclasses.replace(plan, steps=step - 1), hooks)
     batch = stream.batch(step - 1) if recorded is None else recorded
     state.model.train()
     rows = [

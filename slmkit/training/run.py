@@ -118,13 +118,15 @@ def fit(
     warn: Callable[[str], None] = print,
     optimizer: Optimizer | None = None,
     on_save: Callable[[State, Path], Any] | None = None,
+    stop: StopRequested | None = None,
 ) -> State:
     """Train `model` as the recipe says, and leave a run on disk. Returns the state after the last step.
 
     `hooks` come from outside (validation, samples, progress) and fire before the report is logged, with what they add.
     `inventory` says what is in memory, `files` what of the model a checkpoint holds: without them all of it. With
     `resume` it goes on from the newest intact checkpoint. `optimizer` takes the place of the recipe's; `on_save` is
-    called on all ranks with each checkpoint that is complete. Raises `RunStopped` when a signal ended it, with one.
+    called on all ranks with each checkpoint that is complete. Raises `RunStopped` when a signal or `stop` ended
+    it, with one.
     """
     settings, group, inventory = recipe.train, plan.group, inventory or Inventory(blueprint_of(model))
     files = files or WholeModel(config)
@@ -140,7 +142,7 @@ def fit(
         open_trackers(
             settings.report_to if group.is_main else (), run.root, recipe.model_dump(mode="json"), state.step
         ) as trackers,
-        stop_on_signals() as stop,
+        stop_on_signals(stop) as asked,
         saver,
         lack_of_memory_explained(inventory, settings, plan.rows_per_micro_batch, length, plan.device),
     ):
@@ -148,14 +150,13 @@ def fit(
         all_hooks = (Every(1, gauges.update), *hooks, *hooks_on_disk(settings, interval, logger, saver, on_save))
         while True:
             try:
-                train(state, objective, stream, plan, uncompiled(all_hooks, model), stop, recorder)
+                train(state, objective, stream, plan, uncompiled(all_hooks, model), asked, recorder)
                 break
             except Diverged as error:
                 saver.wait()
                 roll_back(run, state, plan, error, warn, files)
                 logger.last_step = -1
-    if state.step < plan.steps:
-        _ended_early(run, state, plan, stream, warn)
+    _warn_at_the_end(run, state, plan, stream, warn)
     return state
 
 
@@ -172,13 +173,17 @@ def _begin(
         checkpoints.clear_leftovers(run.checkpoints)
 
 
-def _ended_early(run: RunDirectory, state: State, plan: Plan, stream: Batches, warn: Callable[[str], None]) -> None:
-    """Say that the data has ended. Raises `RunStopped` where it has not."""
+def _warn_at_the_end(run: RunDirectory, state: State, plan: Plan, stream: Batches, warn: Callable[[str], None]) -> None:
+    """Say that nothing was learned, or that the data has ended early. Raises `RunStopped` where the run was stopped."""
+    if not state.guard.has_learned and state.guard.idle:
+        warn(f"{run.root}: {state.guard.idle_report()}")
+    if state.step >= plan.steps:
+        return
     if stream.has(state.step):
         raise RunStopped(f"stopped after step {state.step} of {plan.steps}; go on with: slm resume {run.root}")
     warn(
         f"the data ended after step {state.step} of {plan.steps}: a source ran out, and data.when_exhausted does not "
-        "repeat it; the run is whole, with a checkpoint"
+        "repeat it; the run is complete, with a checkpoint"
     )
 
 
@@ -224,7 +229,7 @@ def roll_back(
     if settings.on_divergence == "stop":
         raise UserError(f"{report}; then lower train.learning_rate, or set guard.on_divergence=rollback")
     if before.rollbacks >= settings.max_rollbacks:
-        raise UserError(f"{report}; it was rolled back {before.rollbacks} times (guard.max_rollbacks) in vain")
+        raise UserError(f"{report}; it was rolled back {before.rollbacks} times (guard.max_rollbacks) without success")
     good = newest_intact(run, plan, warn, checkpoints.saved_while_all_was_well)
     if good is None:
         raise UserError(f"{report}; there is no checkpoint yet to go back to: lower train.learning_rate")
@@ -270,12 +275,12 @@ def make_plan(
 
 
 @contextlib.contextmanager
-def stop_on_signals() -> Iterator[StopRequested]:
+def stop_on_signals(stop: StopRequested | None = None) -> Iterator[StopRequested]:
     """Ctrl-C and SIGTERM end the run after the step it is in, with a checkpoint; a second Ctrl-C ends it at once.
 
     A second SIGTERM does not: cluster managers send it to every process, and launchers pass it on once more.
     """
-    stop = StopRequested()
+    stop = stop or StopRequested()
 
     def request(number: int, frame: Any) -> None:
         if stop.is_set and number == signal.SIGINT:

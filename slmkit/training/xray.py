@@ -6,8 +6,10 @@ will get them, are counted and a few rows shown; `findings` are reasons not to b
 
 from __future__ import annotations
 
+import functools
+import re
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -15,10 +17,12 @@ import numpy as np
 from slmkit.data.batch import Batch
 from slmkit.data.packing import IGNORED
 from slmkit.data.shards import TokenShards
+from slmkit.data.sources.documents import SPELLINGS
 from slmkit.data.stream import Batches
 from slmkit.training.overlap import Overlap, overlap, text_of
 
 ROWS, TOKENS, STEPS = 64, 65_536, 64  # looked at: until one of them is reached
+SEPARATORS = 2  # spelled at ends of lines: more is no accident
 CUT_ROWS = 0.8  # share of rows that end within a conversation: almost all of it is cut
 KNOWN_TOKENS = 0.5  # share that must come back when text is made of tokens and tokens of it
 LEAKED, SOME_LEAKED = 0.1, 0.01  # share of validation text in the training text, beyond what repeats anyway
@@ -32,10 +36,16 @@ class Vocabulary:
     size: int  # of the model's embedding
     end_ids: Collection[int]  # of texts and of turns
     special_ids: Collection[int] = ()
+    spellings: Collection[str] = SPELLINGS  # of special tokens, these and others'
     bos_id: int | None = None
     pad_id: int | None = None
     encode: Callable[[str], Sequence[int]] | None = None
     fingerprint: str | None = None
+
+    @functools.cached_property
+    def spelled(self) -> re.Pattern[str]:
+        """Finds what spells a special token, in text that is none."""
+        return re.compile("|".join(map(re.escape, sorted(self.spellings, key=len, reverse=True))))
 
 
 @dataclass(frozen=True)
@@ -95,6 +105,7 @@ def examine(
         _beginnings(rows, vocabulary),
         _tokenizer(rows, vocabulary, (*train, *validation)),
         _leaks(both),
+        _separators(rows, vocabulary, is_chat),
         _one_kind(train),
     )
     notes = _notes(rows, both)
@@ -208,6 +219,33 @@ def _leaks(both: Overlap | None) -> list[str]:
         f"{max(both.documents, both.stretches):.0%} of the validation text stands in the training text: "
         "its loss would say nothing; hold out other documents"
     ]
+
+
+def _separators(rows: Rows, vocabulary: Vocabulary, is_chat: bool) -> list[str]:
+    """Special tokens that are spelled at the ends of lines or texts, where somebody meant to end a document."""
+    ends = Counter(
+        match[0]
+        for text in _plain_texts(rows, vocabulary)
+        for match in vocabulary.spelled.finditer(text)
+        if not text[match.end() :].partition("\n")[0].strip()
+    )
+    way_out = (
+        "remove it from the messages, whose ends the chat template writes" if is_chat
+        else "put <|endoftext|> on a line of its own, or name it as data.separator (of rows: remove it)"
+    )  # fmt: skip
+    return [
+        f"{spelling} stands {times:,} times at the end of a line, as plain text that ends no document: {way_out}"
+        for spelling, times in ends.most_common(1)
+        if times >= SEPARATORS
+    ]
+
+
+def _plain_texts(rows: Rows, vocabulary: Vocabulary) -> Iterator[str]:
+    """The texts between special tokens."""
+    for ids, padding in zip(rows.ids, rows.padding):
+        special = np.isin(ids, [*vocabulary.special_ids, *vocabulary.end_ids]) | padding
+        for stretch in np.split(ids, np.flatnonzero(special)):
+            yield vocabulary.decode(stretch[~np.isin(stretch, [*vocabulary.special_ids, *vocabulary.end_ids])].tolist())
 
 
 def _one_kind(train: Sequence[TokenShards]) -> list[str]:

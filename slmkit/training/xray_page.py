@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from slmkit.training.xray import Rows, Vocabulary, XRay
 
 SHOWN = 2  # rows
 HEAD, TAIL = 100, 40  # tokens of each: its beginning and its end
+LEGEND = "In ⟦brackets⟧: read, not learned. Behind a \\ : text that spells a special token and is none."
+BEFORE, LENGTH = 12, 48  # tokens of an excerpt: before the first that is learned, and in all
 LEARNED, READ, SPECIAL = "green", "dim", "bold reverse"
 
 
@@ -22,10 +25,25 @@ def write_xray(xray: XRay, vocabulary: Vocabulary, path: Path) -> None:
     lines += [f"- {name}: {value}" for name, value in xray.figures.items()]
     lines += [f"- **{finding}**" for finding in xray.findings]
     lines += [f"- note: {note}" for note in xray.notes]
-    lines += ["", "In ⟦brackets⟧ what is read and not learned.", ""]
+    lines += ["", LEGEND, ""]
     for row in rendered_rows(xray.rows, vocabulary):
         lines += ["```", row.plain.replace("```", "'''"), "```", ""]
     path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def excerpts(rows: Rows, vocabulary: Vocabulary) -> list[Text]:
+    """Of the first row, of a pair of both, some tokens around the first that is learned, on one line."""
+    count = 2 if rows.kinds else 1
+    first = [max(0, int(learned.argmax()) - BEFORE) for learned in rows.learned[:count]]
+    stretches = [
+        Rows(*(part[[row], start : start + LENGTH] for part in (rows.ids, rows.labels, rows.padding)))
+        for row, start in enumerate(first)
+    ]
+    in_line = replace(vocabulary, decode=lambda ids: vocabulary.decode(ids).replace("\n", "↵"))
+    shown = [rendered_rows(stretch, in_line)[0] for stretch in stretches]
+    dots = [Text("… " if start else "") for start in first]
+    names = [Text(f"{kind}: ", "bold") for kind in rows.kinds[:count]] or [Text("")]
+    return [Text.assemble(name, dot, text, " …") for name, dot, text in zip(names, dots, shown)]
 
 
 def rendered_rows(rows: Rows, vocabulary: Vocabulary, count: int = SHOWN) -> list[Text]:
@@ -45,15 +63,23 @@ def _row(ids: np.ndarray, labels: np.ndarray, padding: int, vocabulary: Vocabula
     tokens, learned = ids[:end].tolist(), [False, *(labels[: end - 1] != IGNORED).tolist()]
     if end == len(ids) and labels[-1] != IGNORED:  # the label that stands behind the row
         tokens, learned = [*tokens, int(labels[-1])], [*learned, True]
-    text = Text()
-    if len(tokens) <= HEAD + TAIL:
-        _append(text, tokens, learned, vocabulary)
-    else:
-        _append(text, tokens[:HEAD], learned[:HEAD], vocabulary)
-        text.append(f" … {len(tokens) - HEAD - TAIL:,} tokens … ", READ)
-        _append(text, tokens[-TAIL:], learned[-TAIL:], vocabulary)
+    text = rendered(tokens, learned, vocabulary)
     if padding:
         text.append(f"⟦padding × {padding:,}⟧", READ)
+    return text
+
+
+def rendered(
+    tokens: list[int], learned: list[bool], vocabulary: Vocabulary, head: int = HEAD, tail: int = TAIL
+) -> Text:
+    """Tokens as text, as `LEGEND` has it; of long ones the first and the last."""
+    text = Text()
+    if len(tokens) <= head + tail:
+        _append(text, tokens, learned, vocabulary)
+    else:
+        _append(text, tokens[:head], learned[:head], vocabulary)
+        text.append(f" … {len(tokens) - head - tail:,} tokens … ", READ)
+        _append(text, tokens[-tail:], learned[-tail:], vocabulary)
     return text
 
 
@@ -63,5 +89,7 @@ def _append(text: Text, tokens: list[int], learned: list[bool], vocabulary: Voca
     for is_learned, group in groupby(zip(tokens, learned), key=lambda pair: pair[1]):
         stretch = Text(style=LEARNED if is_learned else READ)
         for is_special, part in groupby((token for token, _ in group), key=lambda token: token in specials):
-            stretch.append(vocabulary.decode(list(part)), SPECIAL if is_special else None)
+            decoded = vocabulary.decode(list(part))
+            shown = decoded if is_special else vocabulary.spelled.sub(r"\\\g<0>", decoded)
+            stretch.append(shown, SPECIAL if is_special else None)
         text.append_text(stretch if is_learned else Text.assemble(("⟦", READ), stretch, ("⟧", READ)))

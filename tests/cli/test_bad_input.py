@@ -105,7 +105,7 @@ def test_an_empty_prompt_lets_the_model_begin(run: Path) -> None:
         ("--top-p", "0", "top_p 0.0: expected"),
         ("--min-p", "2", "min_p 2.0: expected"),
         ("--repetition-penalty", "0", "repetition_penalty 0.0: expected"),
-        ("--max-new-tokens", "many", "'many' is not a valid int"),
+        ("--max-new-tokens", "many", "should be a valid integer"),
     ],
 )
 def test_a_sampling_value_out_of_range(run: Path, option: str, value: str, words: str) -> None:
@@ -141,6 +141,6 @@ def test_a_run_that_would_be_ruined_is_not_begun(run: Path, tmp_path: Path) -> N
     done = slm(*command, "--dry-run", cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert "x-ray: rows" in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("slm: not begun: ")
+    assert done.stderr.splitlines()[-1].startswith("slm: training not started: ")
     assert not (tmp_path / "chat").exists()
     assert slm(*command, "--dry-run", "--force", cwd=tmp_path).returncode == 0

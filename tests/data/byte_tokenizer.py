@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from slmkit.tokenizer.chat_rows import ChatRow, Piece, RenderedChat, encode_pieces
+from slmkit.tokenizer.chat_rows import ChatRow
 
 
 @dataclass
@@ -32,16 +32,12 @@ class ByteTokenizer:
     def encode_batch(self, texts: list[str], threads: int | None = None) -> list[np.ndarray]:
         return [np.array(self.encode(text), dtype=np.uint32) for text in texts]
 
-    def render_chat(self, messages: list[dict[str, str]], tools: None = None) -> RenderedChat:
-        pieces = []
-        for message in messages:
-            is_assistant = message["role"] == "assistant"
-            pieces.append(Piece(self.assistant_id if is_assistant else self.user_id, False))
-            pieces.append(Piece(message["content"], is_assistant))
-        return [pieces]
+    def render_chat(self, messages: list[dict[str, str]], tools: None = None) -> list[list[dict[str, str]]]:
+        return [messages]
 
-    def encode_rendered(self, chats: list[RenderedChat], threads: int | None = None) -> list[list[ChatRow]]:
-        return encode_pieces(chats, self.encode_batch)
+    def encode_rendered(self, chats: list[list], threads: int | None = None) -> list[list[ChatRow]]:
+        encoded = [self.encode_chat(messages) for (messages,) in chats]
+        return [[ChatRow(np.array(one.ids, dtype=np.uint32), np.array(one.trained, dtype=bool))] for one in encoded]
 
     def encode_chat(self, messages: list[dict[str, str]]) -> EncodedChat:
         """What the assistant says is learned; who speaks is not."""

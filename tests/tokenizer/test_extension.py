@@ -97,7 +97,7 @@ def test_transformers_loads_it_with_the_same_ids(tokenizer: SLMTokenizer, tmp_pa
     changed.save_pretrained(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     text = "photosynthesis <|tool|> the cat"
-    assert theirs.encode(text) == changed.encode(text, allow_special=True)
+    assert theirs.encode(text, add_special_tokens=False) == changed.encode(text, allow_special=True)
     assert theirs.bos_token == "<|begin_of_text|>"
     assert {"<|tool|>", "<|eot_id|>", "<|im_end|>"} <= set(theirs.all_special_tokens)
     ids = theirs.apply_chat_template(CONVERSATION[:2], add_generation_prompt=True, return_dict=False)

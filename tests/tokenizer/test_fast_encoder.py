@@ -39,7 +39,7 @@ def running() -> SLMTokenizer:
     """A tokenizer with long tokens of one repeated character."""
     tokenizer = SLMTokenizer(700)
     tokenizer.train([*TEXTS, *[run * 40 + "x" for run in RUNS] * 5])
-    assert tokenizer._fast is not None
+    assert tokenizer._encoder.fast is not None
     return tokenizer
 
 
@@ -62,7 +62,7 @@ SHORT = "aab'' \n1é"
 def test_any_vocabulary_that_is_taken_gives_the_ids_of_the_library(text: str, texts: list[str]) -> None:
     tokenizer = SLMTokenizer(300)
     tokenizer.train(texts * 3)
-    if tokenizer._fast:
+    if tokenizer._encoder.fast:
         assert tokenizer.encode(text) == slow(tokenizer, text)
 
 

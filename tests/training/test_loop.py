@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 
 import numpy as np
 import pytest
@@ -206,3 +207,13 @@ def test_an_objective_says_what_the_mean_is_over_and_what_else_to_report(rows: i
     assert report["loss"] == pytest.approx(usual["loss"] * batch.weight / len(batch.ids), rel=1e-5)
     assert learner.tokens == report["tokens"] == batch.weight
     assert "labels" not in usual
+
+
+def test_a_stop_may_be_asked_for_or_come_by_the_clock() -> None:
+    assert not StopRequested().is_set
+    assert StopRequested(at=time.monotonic() - 1).is_set
+    later = StopRequested(at=time.monotonic() + 1000)
+    assert not later.is_set
+    later.is_set = True
+    assert later.is_set
+    assert later.is_asked

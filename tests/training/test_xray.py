@@ -16,6 +16,8 @@ from slmkit.config import UserError
 from slmkit.data import ShardWriter, TokenShards, prepare_chat, prepare_text, stories
 from slmkit.data.batch import Batch
 from slmkit.data.packing import IGNORED
+from slmkit.data.source_settings import SourceSettings
+from slmkit.data.sources import open_source, read_documents
 from slmkit.data.stream import ChatRows, PretrainRows, Stream
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.overlap import Text, overlap, text_of
@@ -209,7 +211,7 @@ def test_a_run_with_a_finding_is_not_begun_unless_forced(tmp_path: Path, tokeniz
     chat = [f"output_dir={tmp_path}/chat", "objective=sft", "data.source=stories", "train.sequence_length=150"]
     recipe = load_recipe(find_recipe("quickstart-primer"), [*RECIPE, *chat])
     reporter = Silent()
-    with pytest.raises(UserError, match=r"not begun: .* cut there at 150 tokens.* --force trains all the same"):
+    with pytest.raises(UserError, match=r"training not started: .* cut there at 150 tokens.* --force trains anyway"):
         train_recipe(recipe, reporter)
     assert list(tmp_path.iterdir()) == []
     assert any(str(line).startswith("x-ray: rows") for line in reporter.lines)
@@ -269,3 +271,31 @@ def test_a_large_text_is_sampled_from_all_over(tmp_path: Path, tokenizer: SLMTok
     last = shards.tokens_in(len(shards) - 200, len(shards))
     assert np.array_equal(sample.ids[-200:], last)
     assert overlap(text_of([shards]), sample).stretches > 0.5
+
+
+@pytest.mark.parametrize("spelled", ["<|endoftext|>", "</s>", "<eos>", "<|im_end|>"])
+def test_separators_that_are_text_are_a_finding_and_are_shown_unlike_tokens(
+    tmp_path: Path, tokenizer: SLMTokenizer, spelled: str
+) -> None:
+    vocabulary = vocabulary_of(tokenizer, len(tokenizer))
+    (tmp_path / "a.txt").write_text("".join(f"{text}{spelled}\n" for text in texts(60)))
+    xray = seen(prepare_text(read_documents(tmp_path / "a.txt"), tokenizer, tmp_path / "shards"), vocabulary)
+    (finding,) = [finding for finding in xray.findings if spelled in finding]
+    assert "at the end of a line, as plain text that ends no document" in finding
+    assert "data.separator" in finding
+    shown = "".join(row.plain for row in rendered_rows(xray.rows, vocabulary))
+    assert f"\\{spelled}" in shown
+    source = open_source(SourceSettings(path=str(tmp_path / "a.txt"), separator=spelled))
+    taken = [document.text for document, _ in source.read()]
+    assert taken == texts(60), "the way out"
+    healthy = prepare_text(taken, tokenizer, tmp_path / "healthy")
+    assert not seen(healthy, vocabulary).findings
+    assert spelled not in "".join(row.plain for row in rendered_rows(seen(healthy, vocabulary).rows, vocabulary)) or (
+        spelled in tokenizer.special_tokens
+    )
+
+
+def test_a_text_about_special_tokens_is_let_pass(tmp_path: Path, tokenizer: SLMTokenizer) -> None:
+    documents = [f"{text}\nGPT-2 writes <|endoftext|> between its texts, and </s> is Llama's." for text in texts(60)]
+    xray = seen(prepare_text(documents, tokenizer, tmp_path / "a"), vocabulary_of(tokenizer, len(tokenizer)))
+    assert not xray.findings

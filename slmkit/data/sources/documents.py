@@ -8,6 +8,12 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 # Longer texts are read, and tokenized, in pieces of this many characters: bounded memory, and work for every core.
 PIECE = 1 << 16
 
+# How texts spell the special tokens of well-known tokenizers. A spelling in a text is text, whatever the tokenizer.
+SPELLINGS = (
+    "<|endoftext|>", "<|end_of_text|>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|begin_of_text|>", "<s>", "</s>",
+    "<bos>", "<eos>", "<pad>", "<start_of_turn>", "<end_of_turn>",
+)  # fmt: skip
+
 Message: TypeAlias = dict[str, Any]
 # The place just behind a document, as a few integers that JSON can hold: which file, then the byte or the row in it.
 Position: TypeAlias = dict[str, int]

@@ -161,7 +161,9 @@ def _beside_rows(kinds: set[str]) -> Callable[[str], str | None]:
 
 def _of_another_split(folder: str, names: Sequence[str], split: str) -> Callable[[str], str | None]:
     splits = {name: None if kind_of(name) in WRITTEN else split_of(name) for name in names}
-    if any(split in _parts(name) for name in names):  # such as train_sft beside train_gen
+    if split.lower() not in SPLITS and any(
+        split in _parts(name) for name in names
+    ):  # such as train_sft beside train_gen
         return lambda name: None if split in _parts(name) else f"of split {splits[name] or 'without a name'}"
     wanted = SPLITS.get(split.lower(), split)
     is_meant = {name: found == wanted or (found is None and wanted == "train") for name, found in splits.items()}

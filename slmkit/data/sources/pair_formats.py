@@ -15,6 +15,7 @@ from slmkit.data.sources.row_formats import (
     HISTORY,
     LABELS,
     MEANING,
+    NO_COLUMN,
     SYSTEM,
     Row,
     RowFormat,
@@ -106,7 +107,7 @@ def _pair(row: Row, asked: str | None, better: str, worse: str) -> Pair:
 def _outputs(row: Row) -> Pair:
     answers = row["output"]
     if not (isinstance(answers, list) and len(answers) == 2):
-        raise RowError("expected in column 'output' a list of two answers, the better one first")
+        raise RowError("expected in column 'output' a list of two answers, the better one first", NO_COLUMN)
     before = question(row, "instruction")
     return pair_of(*(_side({**row, name: one}, name, before) for name, one in zip(("chosen", "rejected"), answers)))
 

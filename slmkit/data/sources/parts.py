@@ -11,7 +11,7 @@ from typing import Any
 from slmkit.config import UserError
 from slmkit.data.source_settings import SourceSettings
 from slmkit.data.sources.built_in import BUILT_IN
-from slmkit.data.sources.documents import BadRow, Document, Item, Message, Position, pieces
+from slmkit.data.sources.documents import SPELLINGS, BadRow, Document, Item, Message, Position, pieces
 from slmkit.data.sources.files import ROW_KINDS, TEXT_KINDS, File, damage, kind_of, listed
 from slmkit.data.sources.pair_formats import Judged, Pair, kto_formats, pair_formats
 from slmkit.data.sources.row_formats import RowFormats, chat_formats, text_formats
@@ -27,11 +27,17 @@ class FilePart:
     file: File
     settings: SourceSettings
     unused: Counter[str] = field(default_factory=Counter)  # rows with a column that is not used, by column
+    spelled: Counter[str] = field(default_factory=Counter)  # documents, or pieces, that spell a special token
 
     def documents(self, start: Position) -> Iterator[Item[Document]]:
         if self.file.kind in TEXT_KINDS:
-            return self._until_damage(text_documents(self.file, start), start)
-        return self._cut(self._rows(start, text_formats(self.settings, self.unused)), start)
+            items = self._until_damage(text_documents(self.file, start, self.settings.separator), start)
+        else:
+            items = self._cut(self._rows(start, text_formats(self.settings, self.unused)), start)
+        for item, position in items:
+            if isinstance(item, Document):
+                self.spelled.update(spelling for spelling in SPELLINGS if spelling in item.text)
+            yield item, position
 
     def conversations(self, start: Position) -> Iterator[Item[list[Message]]]:
         return self._rows_of_objects(start, chat_formats(self.settings, self.unused))

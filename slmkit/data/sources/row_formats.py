@@ -30,6 +30,7 @@ from slmkit.data.sources.turns import (
 )
 
 Row = dict[str, Any]
+NO_COLUMN = "no such column"  # the reason of rows whose columns no format has
 SYSTEM = ("system", "system_prompt")
 HISTORY = "history"  # earlier exchanges: a list of [question, answer]
 CONTEXT = ("input", "context")  # what a question is about
@@ -82,6 +83,8 @@ class RowFormats:
     def __post_init__(self) -> None:
         """Raises `UserError` where the settings name a format or a column that this kind of thing does not have."""
         name, mapping = self.settings.row_format, self.settings.mapping
+        if self.settings.separator is not None:
+            raise UserError(f"separator: {self.what} in rows have none; it is of text files (.txt)")
         if name is not None and name not in self.formats:
             raise UserError(f"row_format {name!r}: {did_you_mean(name, self.formats)}")
         known = {column for one in self.formats.values() for column in one.used}
@@ -112,7 +115,7 @@ class RowFormats:
     def problem(self, place: str, columns: Sequence[str], rows: int = 1) -> BadRow | None:
         """What is wrong with a table of these columns, if anything is."""
         if line := self.missing(columns):
-            return BadRow("no such column", f"{place}: {line}", rows)
+            return BadRow(NO_COLUMN, f"{place}: {line}", rows)
         return None if self.find(self.renamed(columns)) else self.no_format(place, columns, rows)
 
     def find(self, columns: Iterable[str]) -> RowFormat | None:
@@ -135,7 +138,7 @@ class RowFormats:
         """What a row means, or a `BadRow`, or the place of one that is text saying what is wrong with it."""
         if self.settings.mapping:
             if line := self.missing(row):
-                return BadRow("no such column", f"{place}: {line}")
+                return BadRow(NO_COLUMN, f"{place}: {line}")
             row = dict(zip(self.renamed([*row]), row.values()))
         found = self.find(name for name, value in row.items() if value is not None) or self.find(row)
         if found is None:
@@ -164,10 +167,10 @@ class RowFormats:
             line = f"no column {' and '.join(map(repr, wanted))}, nor others that make {self.what}; there are: {there}"
         other = _others(columns)
         if other is not None and other[0] != self.what:
-            return BadRow("no such column", f"{place}: {line}; these are {other[0]}: {other[1]}", rows)
+            return BadRow(NO_COLUMN, f"{place}: {line}; these are {other[0]}: {other[1]}", rows)
         example = next((self.formats[name].required for name in EXAMPLES if name in self.formats), wanted)
         mapped = ", ".join(f"{ours}: {theirs}" for ours, theirs in zip(example, [*columns, *"…" * len(example)]))
-        return BadRow("no such column", f"{place}: {line}; data.columns names them, such as {{{mapped}}}", rows)
+        return BadRow(NO_COLUMN, f"{place}: {line}; data.columns names them, such as {{{mapped}}}", rows)
 
     def _expect_nothing_lost(self, row: Row, found: RowFormat) -> None:
         for name in (*self.meaning, *(LABELS if self.what == "conversations" else ())):
@@ -176,7 +179,10 @@ class RowFormats:
             if name not in LABELS:
                 raise RowError(f"column {name!r} has a meaning that would be lost; drop it", f"column {name!r}")
             if isinstance(value, bool):
-                raise RowError(f"column {name!r} labels the answer good or bad: objective: kto", "labelled answers")
+                raise RowError(
+                    f"column {name!r} labels the answer good or bad: objective: kto (prepare --judged)",
+                    "labelled answers",
+                )
         for name in WEIGHTS if self.meaning else ("train",):
             value = None if name in found.used or is_empty(row.get(name)) else row[name]
             if value is False or (self.meaning and value == 0):
@@ -185,24 +191,25 @@ class RowFormats:
                 raise RowError(f"column {name!r}: weight {shown(value)}; expected 1 or 0", f"column {name!r}")
 
     def _placed(self, value: Any, place: str) -> Any:
-        for part in value if isinstance(value, tuple) else [value]:
+        parts = [value] if isinstance(value, str | list) else [*value]  # a pair or a judged answer
+        for part in parts:
             if isinstance(part, Conversation):
                 part.place = place
                 self.unused.update(f"{key!r} of messages" for key in part.unused)
-        return value._replace(place=place) if isinstance(value, tuple) else value
+        return value if isinstance(value, str | list) else value._replace(place=place)
 
 
 EXAMPLES = ("text", "preference", "prompt-completion-label", "prompt-completion")  # of a mapping, in an error
+_PAIRS, _TALKS = (
+    ("pairs of answers", "objective: dpo, or prepare --pairs"),
+    ("conversations", "objective: sft, or prepare --chat"),
+)
 # By columns: what they are, and what reads it.
-OTHERS = {
-    ("chosen", "rejected"): ("pairs of answers", "objective: dpo"),
-    ("response_j", "response_k"): ("pairs of answers", "objective: dpo"),
-    ("messages",): ("conversations", "objective: sft"),
-    ("conversations",): ("conversations", "objective: sft"),
-    ("instruction", "output"): ("conversations", "objective: sft"),
-    ("instruction", "response"): ("conversations", "objective: sft"),
-    ("prompt", "completion"): ("conversations", "objective: sft"),
-    ("question", "answer"): ("conversations", "objective: sft"),
+OTHERS: dict[tuple[str, ...], tuple[str, str]] = {
+    ("chosen", "rejected"): _PAIRS,
+    ("response_j", "response_k"): _PAIRS,
+    **dict.fromkeys(((name,) for name in CHATS), _TALKS),
+    **dict.fromkeys(EXCHANGES.values(), _TALKS),
     ("text",): ("texts", "objective: pretrain"),
 }
 

@@ -121,13 +121,13 @@ def csv_rows(file: File, start: Position, formats: RowFormats) -> Iterator[Row]:
     A position is the `offset` of the next row, and the numbers of rows and lines before it.
     """
     csv.field_size_limit(LONGEST_ROW)  # the limit is the csv module's own, 128 KiB, and texts are longer
-    dialect = {"delimiter": "\t" if file.kind == ".tsv" else ",", "strict": True}
-    columns = next(csv.reader(_Lines(file), **dialect), [])
+    delimiter = "\t" if file.kind == ".tsv" else ","
+    columns = next(csv.reader(_Lines(file), delimiter=delimiter, strict=True), [])
     if problem := formats.problem(f"{file.name}:1", columns):
         yield Row(problem, start)
         return
     lines = _Lines(file, start.get("offset", 0), start.get("line", 0))
-    reader = csv.reader(lines, **dialect)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     number = start.get("row", -1)  # the header is row 0
     while True:
         lines.problem = None

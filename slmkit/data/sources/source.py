@@ -13,6 +13,7 @@ from slmkit.data.sources.folders import Chosen
 from slmkit.data.sources.pair_formats import Judged, Pair
 from slmkit.data.sources.parts import FilePart, StoryPart
 from slmkit.data.sources.patience import Patience
+from slmkit.data.sources.row_formats import NO_COLUMN
 from slmkit.network import NetworkError
 
 T = TypeVar("T")
@@ -89,6 +90,18 @@ class Source:
         """As `read_conversations`, of rows whose answer is labelled good or bad."""
         return self._read(lambda part, inner: part.judgements(inner), lambda judged: True, None)
 
+    def reads(self) -> str:
+        """What its first row is by its columns: `pairs`, `judgements`, `conversations`, or else `documents`."""
+        for name in ("pairs", "judgements", "conversations"):
+            try:
+                item, _ = next(getattr(self.parts[0], name)({}), (None, {}))
+            except UserError:  # a file without rows, or settings that fit other rows
+                continue
+            self.count_anew()
+            if item is not None and not (isinstance(item, BadRow) and (item.harmless or item.reason == NO_COLUMN)):
+                return name
+        return "documents"
+
     def describe(self) -> list[dict[str, Any]]:
         """What was read, for the header of whatever is made of it."""
         return [self.patience.until_done(part.describe) for part in self.parts]
@@ -101,11 +114,15 @@ class Source:
             f"{self.settings.label}: {rows:,} {what}, such as {self.first_seen[reason]}"
             for what, rows, reason in counted
         ]
-        unused = sum((part.unused for part in self.parts if isinstance(part, FilePart)), Counter[str]())
-        if unused:
-            names = ", ".join(f"{name} ({count:,})" for name, count in unused.most_common(8))
-            more = f" and {len(unused) - 8} more" if len(unused) > 8 else ""
-            lines.append(f"{self.settings.label}: columns that are not used, with their rows: {names}{more}")
+        files = [part for part in self.parts if isinstance(part, FilePart)]
+        for what, counts in (
+            ("columns that are not used, with their rows", [part.unused for part in files]),
+            ("special tokens that are spelled in texts and read as text", [part.spelled for part in files]),
+        ):
+            if total := sum(counts, Counter[str]()):
+                names = ", ".join(f"{name} ({count:,})" for name, count in total.most_common(8))
+                more = f" and {len(total) - 8} more" if len(total) > 8 else ""
+                lines.append(f"{self.settings.label}: {what}: {names}{more}")
         return lines + [one.line() for one in self.found]
 
     def count_anew(self) -> None:
@@ -115,6 +132,7 @@ class Source:
         for part in self.parts:
             if isinstance(part, FilePart):
                 part.unused.clear()
+                part.spelled.clear()
 
     def note(self, what: str, message: str) -> None:
         """Count a row that is kept; `message` names it and its place."""
@@ -142,12 +160,14 @@ class Source:
     ) -> Iterator[Item[T]]:
         """What there is from `start` on; after a failure of the network, again from the last position."""
         position = start or {"file": 0, "documents": 0}
-        found = start is not None
+        found, left_out = start is not None, ""
         while True:
             try:
                 for item, behind in self._read_once(items, ends, position):
                     position = behind
-                    if not isinstance(item, BadRow):
+                    if isinstance(item, BadRow):
+                        left_out = left_out or item.message
+                    else:
                         found = True
                         self.patience.succeeded()
                     yield item, position
@@ -155,7 +175,8 @@ class Source:
             except NetworkError as error:
                 self.patience.wait(error)
         if not found:
-            raise UserError(f"{self.settings.path}: not one document in it: only blank lines or no rows")
+            why = f"every row was left out, such as {left_out}" if left_out else "only blank lines or no rows"
+            raise UserError(f"{self.settings.path}: not one document in it: {why}")
 
     def _read_once(
         self, items: Callable[[Part, Position], Iterator[Item[T]]], ends: Callable[[T], bool], position: Position

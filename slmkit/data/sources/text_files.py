@@ -7,15 +7,17 @@ from collections.abc import Iterator
 
 from slmkit.data.sources.documents import PIECE, Document, Item, Position, cut_point
 from slmkit.data.sources.files import File
-from slmkit.data.sources.lines import not_text, parts_of_lines
+from slmkit.data.sources.lines import Line, not_text, parts_of_lines
 
 SEPARATOR = "<|endoftext|>"
 NO_TEXT = re.compile("[\0\udc80-\udcff]")  # bytes that are none, as `parts_of_lines` gives them
 LEFT_OUT = re.compile("\r(?=\n)|[\0\udc80-\udcff]")  # these too, and what Windows puts before a line end
 
 
-def text_documents(file: File, start: Position) -> Iterator[Item[Document]]:
-    """Documents between separator lines; without any, the whole file is one. Windows line ends become `\\n`.
+def text_documents(file: File, start: Position, separator: str | None = None) -> Iterator[Item[Document]]:
+    """Documents between separator lines, or `separator`s wherever they stand; without any, the whole file is one.
+
+    Windows line ends become `\\n`.
 
     A position is the `offset` in the uncompressed file, and whether that is `inside` a document begun before. Bytes
     that are no text are left out, and reported before the document that they are left out of.
@@ -25,8 +27,9 @@ def text_documents(file: File, start: Position) -> Iterator[Item[Document]]:
     at_line_start = offset == 0 or _byte_before(file, offset) == b"\n"
     raw: list[str] = []  # of the document or its piece that is being read; it ends at `offset`
     size = 0
-    for line in parts_of_lines(file, offset):
-        is_separator = at_line_start and line.text.strip() == SEPARATOR
+    lines = parts_of_lines(file, offset)
+    for line in lines if separator is None else _taken_apart(lines, offset, separator):
+        is_separator = line.text.strip() == (separator or SEPARATOR) and (at_line_start or separator is not None)
         at_line_start = line.text.endswith("\n")
         if is_separator:
             text = "".join(raw)
@@ -59,6 +62,22 @@ def text_documents(file: File, start: Position) -> Iterator[Item[Document]]:
     yield from _reported(file, text, offset, position)
     if position["inside"] or _cleaned(text).strip():
         yield Document(_cleaned(text)), {"offset": offset, "inside": 0}
+
+
+def _taken_apart(lines: Iterator[Line], offset: int, separator: str) -> Iterator[Line]:
+    """The lines, each separator in them a line of its own with the line end behind it."""
+    found, held = re.compile(rf"({re.escape(separator)}[ \t]*\r?\n?)"), ""
+    for line in lines:
+        *parts, last = found.split(held + line.text)
+        # The end of a part of a long line may be the beginning of a separator.
+        kept = 0 if last.endswith("\n") else len(separator) - 1
+        held = last[max(0, len(last) - kept) :] if kept else ""
+        for text in (*parts, last[: len(last) - len(held)]):
+            offset += _bytes(text)
+            if text:
+                yield Line(text, offset)
+    if held:
+        yield Line(held, offset + _bytes(held))
 
 
 def _cleaned(raw: str) -> str:

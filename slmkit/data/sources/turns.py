@@ -155,7 +155,7 @@ def _account_for_keys(turn: dict[str, Any], found: Conversation) -> None:
 def _text(content: Any, role: str) -> Any:
     """Text, or the text in a list of parts; None where there is none."""
     if isinstance(content, list) and all(isinstance(part, dict) for part in content):
-        kinds = {str(part.get("type", "text")) for part in content} - {"text", "input_text", "output_text"}
+        kinds = {shown(part.get("type", "text")) for part in content} - {"'text'", "'input_text'", "'output_text'"}
         if kinds:
             raise RowError(f"content has parts of type {', '.join(sorted(kinds))}, and only text is read", "not text")
         content = "".join(_text(part.get("text"), role) or "" for part in content)

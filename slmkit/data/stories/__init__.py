@@ -11,7 +11,7 @@ from slmkit.data.stories.pairs import question_pair
 from slmkit.data.stories.primer import primer_texts
 from slmkit.data.stories.questions import Question
 from slmkit.data.stories.story import Story, tell, tell_many
-from slmkit.data.stories.talk import conversation, held_out_questions
+from slmkit.data.stories.talk import conversation, held_out_questions, held_out_scene
 from slmkit.data.stories.words import SPLITS
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Story",
     "conversation",
     "held_out_questions",
+    "held_out_scene",
     "primer_texts",
     "question_pair",
     "tell",

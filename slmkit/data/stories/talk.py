@@ -6,7 +6,7 @@ import functools
 import random
 from collections.abc import Sequence
 
-from slmkit.data.stories.primer import scene
+from slmkit.data.stories.primer import Scene, scene
 from slmkit.data.stories.questions import Question
 from slmkit.data.stories.script import FOLDER, read_lines
 from slmkit.data.stories.story import Story, tell
@@ -54,6 +54,14 @@ def held_out_questions(count: int, seed: int = 0) -> list[tuple[list[Message], s
             messages = [{"role": "user", "content": pasted(chance, story.text, question)}]
         asked.append((messages, question.answer))
     return asked
+
+
+def held_out_scene(index: int) -> tuple[Scene, list[tuple[list[Message], str]]]:
+    """A scene that no training reads, and each of its questions as a conversation of its own, with the right answer."""
+    chance = random_stream("held-out scene", index)
+    told = scene(chance)
+    asked = [[{"role": "user", "content": pasted(chance, told.text, question)}] for question in told.questions]
+    return told, [(messages, question.answer) for messages, question in zip(asked, told.questions)]
 
 
 def _request(chance: random.Random, story: Story) -> list[Message]:

@@ -1,0 +1,172 @@
+"""The tokenizer as `transformers` users call it: a call gives `input_ids` and `attention_mask`, as lists or tensors."""
+
+from __future__ import annotations
+
+from collections import UserDict
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from slmkit.config import UserError
+
+if TYPE_CHECKING:
+    from slmkit.tokenizer.chat import ChatTokens, Message, Tools
+
+
+class BatchEncoding(UserDict[str, Any]):
+    """What a call gives: `input_ids` and `attention_mask`, by key or as attributes; `to(device)` moves tensors."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.__dict__["data"][name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def to(self, device: Any) -> BatchEncoding:
+        return BatchEncoding({name: value.to(device) for name, value in self.data.items()})
+
+
+class CallableTokenizer:
+    """The calls of `transformers`, by way of the methods of `SLMTokenizer`."""
+
+    padding_side: str = "right"
+    model_max_length: int | None = None
+    beginning: list[int]
+    ending: list[int]
+    special_tokens: dict[str, int]
+    eos_token_id: int
+    pad_token_id: int | None
+    _names: dict[str, str]
+
+    if TYPE_CHECKING:
+
+        def encode(self, text: str, allow_special: bool = False) -> list[int]: ...
+        def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str: ...
+        def token_bytes(self, token_id: int) -> bytes: ...
+        def render_text(
+            self, messages: Sequence[Message], add_generation_prompt: bool = ..., tools: Tools | None = ...
+        ) -> str: ...
+        def encode_chat(
+            self, messages: Sequence[Message], add_generation_prompt: bool = ..., tools: Tools | None = ...
+        ) -> ChatTokens: ...
+
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        add_special_tokens: bool = True,
+        padding: bool | str = False,
+        truncation: bool = False,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+    ) -> BatchEncoding:
+        """Ids of a text or of several, with what this tokenizer puts before and behind a text.
+
+        Special tokens spelled in a text are recognised, as in `transformers`: for what users write, `encode` is the
+        safe way. `padding` ("longest", "max_length") is on `padding_side`; `truncation` cuts at `max_length`, the
+        tokens that end a text kept. With `return_tensors="pt"` int64 [texts, longest]. Raises `UserError` for padding
+        without a padding token, and for tensors of texts of different lengths.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        before, behind = (self.beginning, self.ending) if add_special_tokens else ([], [])
+        limit = (max_length or self.model_max_length) if truncation else None
+        room = None if limit is None else max(0, limit - len(before) - len(behind))
+        rows = [[*before, *self.encode(one, allow_special=True)[:room], *behind] for one in texts]
+        made = self.pad(rows, padding, max_length, return_tensors)
+        if isinstance(text, str) and return_tensors is None:
+            return BatchEncoding({name: value[0] for name, value in made.items()})
+        return made
+
+    def pad(
+        self,
+        rows: Sequence[Sequence[int]],
+        padding: bool | str = True,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+    ) -> BatchEncoding:
+        """Rows of ids as a batch; arguments and errors as for a call."""
+        length = (max_length or 0) if padding == "max_length" else max(map(len, rows), default=0)
+        ids, mask = [], []
+        for row in rows:
+            more = max(0, length - len(row)) if padding else 0
+            if more and self.pad_token_id is None:
+                raise UserError(
+                    "this tokenizer has no padding token: set tokenizer.pad_token_id, to tokenizer.eos_token_id for one"
+                )
+            fill, none, ones = [self.pad_token_id] * more, [0] * more, [1] * len(row)
+            on_left = self.padding_side == "left"
+            ids.append([*fill, *row] if on_left else [*row, *fill])
+            mask.append([*none, *ones] if on_left else [*ones, *none])
+        return BatchEncoding(
+            {"input_ids": _tensor(ids, return_tensors), "attention_mask": _tensor(mask, return_tensors)}
+        )
+
+    def batch_decode(self, sequences: Iterable[Iterable[int]], skip_special_tokens: bool = False) -> list[str]:
+        """`decode` of each."""
+        return [self.decode(ids, skip_special_tokens) for ids in sequences]
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+        tokenize: bool = True,
+        tools: Tools | None = None,
+        return_tensors: str | None = None,
+        return_dict: bool = False,
+    ) -> Any:
+        """The ids of `encode_chat` (as a batch of one with `return_tensors`), or the text where `tokenize` is False."""
+        if not tokenize:
+            return self.render_text(messages, add_generation_prompt, tools)
+        ids = self.encode_chat(messages, add_generation_prompt, tools).ids
+        if return_dict:
+            made = self.pad([ids], return_tensors=return_tensors)
+            return made if return_tensors else BatchEncoding({name: value[0] for name, value in made.items()})
+        return ids if return_tensors is None else _tensor([ids], return_tensors)
+
+    def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any:
+        """The id of a token as the vocabulary spells it, or of several; None for one that it does not have."""
+        library: Any = self._tokenizer  # type: ignore[attr-defined]
+        return library.token_to_id(tokens) if isinstance(tokens, str) else [library.token_to_id(one) for one in tokens]
+
+    def convert_ids_to_tokens(self, ids: int | Sequence[int]) -> Any:
+        """The other way."""
+        library: Any = self._tokenizer  # type: ignore[attr-defined]
+        return library.id_to_token(int(ids)) if isinstance(ids, int) else [library.id_to_token(int(one)) for one in ids]
+
+    def get_vocab(self) -> dict[str, int]:
+        """Every token as the vocabulary spells it, with its id."""
+        return dict(self._tokenizer.get_vocab(with_added_tokens=True))  # type: ignore[attr-defined]
+
+    @property
+    def eos_token(self) -> str:
+        return self._names["eos_token"]
+
+    @property
+    def bos_token(self) -> str | None:
+        return self._names.get("bos_token")
+
+    @property
+    def pad_token(self) -> str | None:
+        """The spelling of `pad_token_id`; it may be set to that of any special token."""
+        return next((token for token, index in self.special_tokens.items() if index == self.pad_token_id), None)
+
+    @pad_token.setter
+    def pad_token(self, token: str) -> None:
+        if token not in self.special_tokens:
+            raise UserError(f"pad_token {token!r}: not a special token of this tokenizer")
+        self.pad_token_id = self.special_tokens[token]
+
+
+def _tensor(rows: list[list[Any]], kind: str | None) -> Any:
+    """The rows as they are, as a torch tensor ("pt") or as a numpy array ("np")."""
+    if kind is None:
+        return rows
+    if len({len(row) for row in rows}) > 1:
+        raise UserError("texts of different lengths make no tensor: pass padding=True")
+    if kind == "np":
+        import numpy as np
+
+        return np.array(rows, dtype=np.int64)
+    if kind != "pt":
+        raise UserError(f"return_tensors {kind!r}: expected 'pt' or 'np'")
+    import torch
+
+    return torch.tensor(rows, dtype=torch.long)

@@ -1,0 +1,225 @@
+"""Text to ids through a `tokenizers.Tokenizer`, with special tokens recognised in it or read as ordinary text.
+
+A tokenizer has rules at the edges of a text: a space in front of its first word, or in front of whatever follows a
+special token. So text is encoded whole. Two libraries' tokenizers do it: one recognises special tokens as
+`transformers` does; in the other they bear secret spellings, so that no text holds one, neither as an added token nor
+as an entry of the model's vocabulary (a Unigram model finds `</s>` there too).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from slmkit.tokenizer import byte_level
+from slmkit.tokenizer.chat_rows import ChatRow, RenderedRow, is_learned
+from slmkit.tokenizer.fast_encoder import FastEncoder
+
+PROBE = "The cat  sat; it's 12345.\n\n\tCAFÉ cafe\u0301 ﬁ ½ x_y=f(z)!!! 猫が座った 🐈\r\n "
+STAND_INS = "\ufdd0\n\u2028x"  # characters put where others were; one that merges with its neighbour is of no use
+
+_INVALID_UTF8 = re.compile("([\udc80-\udcff]+)")  # what errors="surrogateescape" makes of bytes that are not UTF-8
+_SURROGATE = re.compile("([\ud800-\udfff])")
+
+
+class TextEncoder:
+    """Ids of any text. `library` recognises special tokens; `special` is spelling → id."""
+
+    def __init__(self, library: Tokenizer) -> None:
+        self.library = library
+        self.bytes = byte_level.bytes_of_tokens(library)  # by id; None in a gap
+        self.is_byte_level = byte_level.is_byte_level(library)
+        self.added = dict(sorted(library.get_added_tokens_decoder().items()))
+        self.special = {token.content: index for index, token in self.added.items() if token.special}
+        self.secret = {f"<|{secrets.token_hex(16)}|>": index for index in self.special.values()}
+        self.spelled, self.secretly = _any_of(self.special), _any_of(self.secret)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("fast", "ordinary", "_stand_ins")}
+
+    @cached_property
+    def fast(self) -> FastEncoder | None:
+        """Made when first needed, in about a tenth of a second; None where only `tokenizers` gives these ids."""
+        encoder = FastEncoder.of(self.library)
+        is_sure = encoder and encoder.encode(PROBE) == self.library.encode(PROBE, add_special_tokens=False).ids
+        return encoder if is_sure else None
+
+    @cached_property
+    def ordinary(self) -> Tokenizer:
+        """The library's tokenizer with each special token under its secret spelling."""
+        renamed = dict(zip(self.special, self.secret))
+        content = json.loads(self.library.to_str())
+        model, content["post_processor"] = content["model"], None
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {renamed.get(token, token): index for token, index in model["vocab"].items()}
+        else:
+            model["vocab"] = [[renamed.get(token, token), score] for token, score in model["vocab"]]
+        if model.get("unk_token") in renamed:
+            model["unk_token"] = renamed[model["unk_token"]]
+        if "merges" in model:  # none may make a special token
+            model["merges"] = [pair for pair in model["merges"] if not {*pair, "".join(pair)} & renamed.keys()]
+        for token in content["added_tokens"]:
+            if token["special"]:
+                token |= {"content": renamed[token["content"]], "normalized": False, "single_word": False}
+        return Tokenizer.from_str(json.dumps(content))
+
+    # -- ordinary text ------------------------------------------------------------------------------------------------
+
+    def encode(self, text: str) -> list[int]:
+        """No special token is recognised. Half a surrogate pair becomes the bytes that "surrogatepass" gives it."""
+        try:
+            if self.fast:
+                return self.fast.encode(text)
+            return self.ordinary.encode(text, add_special_tokens=False).ids
+        except (TypeError, UnicodeEncodeError):  # neither library takes half a surrogate pair
+            return self.encode_bytes(text.encode("utf-8", "surrogatepass"))
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """`encode` as uint32 [tokens], without a Python integer for each."""
+        try:
+            if self.fast:
+                return self.fast.encode_array(text)
+        except UnicodeEncodeError:
+            pass
+        return np.array(self.encode(text), dtype=np.uint32)
+
+    def encode_batch(self, texts: Sequence[str], threads: int | None = None) -> list[np.ndarray]:
+        """`encode_array` of each text, on so many threads (default: one a core)."""
+        if self.fast:
+            threads = threads or os.cpu_count() or 1
+            if threads == 1:
+                return self._encode_here(texts)
+            parts = [texts[start : start + 64] for start in range(0, len(texts), 64)]
+            with ThreadPoolExecutor(threads) as pool:
+                return list(itertools.chain.from_iterable(pool.map(self._encode_here, parts)))
+        try:
+            encodings = self.ordinary.encode_batch_fast(list(texts), add_special_tokens=False)
+        except TypeError:
+            return [self.encode_array(text) for text in texts]
+        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+
+    def _encode_here(self, texts: Sequence[str]) -> list[np.ndarray]:
+        try:
+            if self.fast:
+                return self.fast.encode_arrays(texts)
+        except UnicodeEncodeError:
+            pass
+        return [self.encode_array(text) for text in texts]
+
+    def encode_further(self, text: str) -> list[int]:
+        """As `encode`, of text that goes on where other text ended: nothing is put in front of it.
+
+        It is encoded behind a character whose tokens are then left out, one that merges with nothing in it.
+        """
+        for before in "" if self.fast else self._stand_ins:
+            encoding = self.ordinary.encode(before + text, add_special_tokens=False)
+            if all(start >= 1 or end <= 1 for start, end in encoding.offsets):
+                return [index for index, (start, _) in zip(encoding.ids, encoding.offsets) if start >= 1]
+        return self.encode(text)
+
+    @cached_property
+    def _stand_ins(self) -> list[str]:
+        """Those of `STAND_INS` that this vocabulary holds: where one is left out, places are not to be trusted."""
+        ids = [self.ordinary.encode(character, add_special_tokens=False).ids for character in STAND_INS]
+        return [one for one, its in zip(STAND_INS, ids) if one.isspace() or one in self.ordinary.decode(its)]
+
+    def encode_bytes(self, data: bytes) -> list[int]:
+        """What is valid UTF-8 as text, every other byte as its own token.
+
+        Raises `UserError` for bytes that a vocabulary without byte tokens cannot hold.
+        """
+        pieces = _INVALID_UTF8.split(data.decode("utf-8", "surrogateescape"))  # text, invalid, text, invalid, …, text
+        ids = self.encode(pieces[0]) if pieces[0] else []
+        for invalid, text in zip(pieces[1::2], pieces[2::2]):
+            ids += [byte_level.byte_token_id(self.library, byte) for byte in invalid.encode("utf-8", "surrogateescape")]
+            ids += self.encode_further(text) if text else []
+        return ids
+
+    # -- text with special tokens -------------------------------------------------------------------------------------
+
+    def encode_special(self, text: str) -> list[int]:
+        """Special tokens are recognised as `transformers` does, white space beside them swallowed where they say so."""
+        try:
+            return self.library.encode(text, add_special_tokens=False).ids
+        except TypeError:
+            return [index for ids, _ in self._apart(RenderedRow(text, [], False)) for index in ids]
+
+    def encode_rows(self, rows: Sequence[RenderedRow], threads: int | None = None) -> list[ChatRow]:
+        """Ids of rendered conversations, and which are learned: those with any character that is."""
+        has_rules = any(token.lstrip or token.rstrip or token.single_word for token in self.added.values())
+        if self.fast and not has_rules:
+            return self._encode_rows_fast(rows, threads)
+        encodings: dict[int, Any] = {}
+        for library, is_shielded in ((self.library, False), (self.ordinary, True)):
+            numbers = [number for number, row in enumerate(rows) if row.shielded == is_shielded]
+            numbers = [number for number in numbers if not _SURROGATE.search(rows[number].text)]
+            texts = [rows[number].text for number in numbers]
+            encodings |= zip(numbers, library.encode_batch(texts, add_special_tokens=False) if texts else [])
+        return [
+            _row_of(encodings[number], row) if number in encodings else self._row_apart(row)
+            for number, row in enumerate(rows)
+        ]
+
+    def _encode_rows_fast(self, rows: Sequence[RenderedRow], threads: int | None) -> list[ChatRow]:
+        """Many texts in one call: what stands between special tokens is encoded alone, as the library does too."""
+        cuts = [list(self._cut(row.text, row.shielded)) for row in rows]
+        encoded = iter(self.encode_batch([part for cut in cuts for part in cut if isinstance(part, str)], threads))
+        widths = np.array([len(token or b"") for token in self.bytes])  # of each id, in bytes
+        secretly = widths.copy()
+        secretly[[*self.secret.values()]] = [len(secret.encode()) for secret in self.secret]
+        made = []
+        for row, cut in zip(rows, cuts):
+            parts = [next(encoded) if isinstance(part, str) else np.array([part], dtype=np.uint32) for part in cut]
+            ids = np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint32)
+            sizes = (secretly if row.shielded else widths)[ids]
+            learned = row.learned
+            if not row.text.isascii():
+                learned = [(_bytes(row.text[:first]), _bytes(row.text[:last])) for first, last in learned]
+            ends = np.cumsum(sizes)
+            made.append(ChatRow(ids, is_learned(ends - sizes, ends, learned)))
+        return made
+
+    def _cut(self, text: str, shielded: bool) -> Iterator[str | int]:
+        """Ordinary text, and special tokens by their ids."""
+        pattern, ids = (self.secretly, self.secret) if shielded else (self.spelled, self.special)
+        for number, part in enumerate(pattern.split(text)):
+            if part:
+                yield ids[part] if number % 2 else part
+
+    def _row_apart(self, row: RenderedRow) -> ChatRow:
+        parts = list(self._apart(row))
+        trained = np.repeat([is_trained for _, is_trained in parts], [len(ids) for ids, _ in parts])
+        return ChatRow(np.array([index for ids, _ in parts for index in ids], dtype=np.uint32), trained.astype(bool))
+
+    def _apart(self, row: RenderedRow) -> Iterator[tuple[list[int], bool]]:
+        """Where text holds halves of surrogate pairs, cut at special tokens and where learning begins and ends."""
+        edges = sorted({0, len(row.text), *itertools.chain.from_iterable(row.learned)})
+        for start, stop in itertools.pairwise(edges):
+            is_trained = any(first <= start < last for first, last in row.learned)
+            for part in self._cut(row.text[start:stop], row.shielded):
+                yield (self.encode(part) if isinstance(part, str) else [part]), is_trained
+
+
+def _row_of(encoding: Any, row: RenderedRow) -> ChatRow:
+    offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+    return ChatRow(np.array(encoding.ids, dtype=np.uint32), is_learned(offsets[:, 0], offsets[:, 1], row.learned))
+
+
+def _any_of(spellings: dict[str, int]) -> re.Pattern[str]:
+    """One of these, the longest where several begin at one place; nothing where there are none."""
+    longest_first = sorted(spellings, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+
+
+def _bytes(text: str) -> int:
+    return len(text.encode("utf-8", "surrogatepass"))
