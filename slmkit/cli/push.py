@@ -11,17 +11,20 @@ from slmkit.cli.options import ModelPath
 
 def push(
     model: ModelPath,
-    name: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="What it is to be called on the hub.")],
-    private: Annotated[bool, typer.Option("--private", help="A new repository is visible to you alone.")] = False,
-    revision: Annotated[str | None, typer.Option(help="The branch to publish on; else the main one.")] = None,
+    name: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Its name on the hub.")],
+    private: Annotated[bool, typer.Option("--private", help="If the repository is new, make it private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="The branch to publish on; default: main.")] = None,
 ) -> None:
     """Publish a model on the Hugging Face hub.
 
-    Its model card is made from the run.
+    A model card is made from its run.
 
     Example: slm push runs/book me/book --private
     """
-    from slmkit.api.push import push_model
+    from slmkit.find import find_model_directory
+
+    find_model_directory(model)
+    from slmkit.api.push import push_model  # imports torch: after the arguments were checked
 
     page = push_model(model, name, private, revision)
     print(f"published: {page}")
