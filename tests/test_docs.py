@@ -12,8 +12,12 @@ import yaml
 
 from slmkit.adapt.merge_recipe import MergeRecipe
 from slmkit.config import load_settings
+from slmkit.data.source_settings import SourceSettings
+from slmkit.data.sources import open_source
+from slmkit.data.sources.built_in import BUILT_IN
 from slmkit.model.families import FAMILIES
 from slmkit.model.presets import PRESETS
+from slmkit.training.optimizers import OPTIMIZERS
 from slmkit.training.recipe import Recipe
 from tests.parity.configurations import DRAW, PER_FAMILY
 
@@ -60,3 +64,21 @@ def test_the_page_of_recipe_keys_is_current_and_says_what_each_key_does() -> Non
     assert page == recipe_keys().page(), "run: python docs/recipe_keys.py"
     silent = [line for line in page.splitlines() if line.endswith("|  |")]
     assert not silent, "a comment beside the field says what it does"
+
+
+def test_the_examples_of_how_to_extend_it_run() -> None:
+    before, optimizers = dict(BUILT_IN), dict(OPTIMIZERS)
+    names: dict[str, Any] = {}
+    try:
+        for block in re.findall(r"```python\n(.*?)```", (DOCS / "extending.md").read_text(encoding="utf-8"), re.DOTALL):
+            exec(compile(block, "extending.md", "exec"), names)
+        assert names["losses"][-1] < names["losses"][0] - 0.5
+        settings = SourceSettings(path="counting", documents=3)
+        texts = [document.text for document, _ in open_source(settings, seed=1).read()]
+        assert texts == ["1000 1001 1002 1003 1004", "1010 1011 1012 1013 1014", "1020 1021 1022 1023 1024"]
+        held_out = next(document.text for document, _ in open_source(settings, seed=1, held_out=True).read())
+        assert held_out == "1005 1006 1007 1008 1009"
+    finally:
+        for table, content in ((BUILT_IN, before), (OPTIMIZERS, optimizers)):
+            table.clear()
+            table.update(content)  # type: ignore[arg-type]

@@ -109,11 +109,10 @@ def save_adapter(
     content["revision"] = hub.revision if hub else None
     content["modules_to_save"] = sorted({name.rpartition(".")[0] for name in whole}) or None
     stored = to_peft(updates) | {f"{PREFIX}{name}": tensor for name, tensor in whole.items()}
-    generation = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id, "do_sample": True}
     try:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / ADAPTER_CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        (directory / GENERATION).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+        (directory / GENERATION).write_text(json.dumps(config.for_generation(), indent=2) + "\n", encoding="utf-8")
         stored = {name: tensor.detach().float().cpu().contiguous().clone() for name, tensor in stored.items()}
         known = {FINGERPRINT: base_fingerprint} if base_fingerprint else {}
         save_file(stored, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"} | known)
@@ -135,6 +134,7 @@ def grown_for(directory: str | Path, decoder: Decoder, config: SLMConfig) -> tup
     try:
         generation = json.loads((directory / GENERATION).read_text(encoding="utf-8"))
         named = {key: generation[key] for key in ("eos_token_id", "pad_token_id") if key in generation}
+        named["generation_config"] = generation
     except (OSError, ValueError, TypeError):  # of peft's, which has none
         named = {}
     return decoder, config.model_copy(update=named)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,6 +19,7 @@ from slmkit.find import find_model_directory
 from slmkit.generation import Ensemble, SamplingSettings, generate_ids
 from slmkit.model import Decoder, SLMConfig, build_decoder, save_decoder
 from slmkit.model.growth import grow_vocabulary
+from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.losses import IGNORED
 
 
@@ -130,12 +133,21 @@ class GeneratingModel(nn.Module):
             self.decoder,
             input_ids,
             max_new_tokens=max_new_tokens,
-            stop_ids=_as_set(self.config.eos_token_id if eos_token_id is None else eos_token_id),
+            stop_ids=_as_set(self.config.for_generation()["eos_token_id"] if eos_token_id is None else eos_token_id),
             settings=settings,
             pad_token_id=_first(pad_token_id, self.config.pad_token_id, 0),
             padding=_left_padding(attention_mask),
             num_return_sequences=num_return_sequences,
+            known=self.known_ids,
         )
+
+    @cached_property
+    def known_ids(self) -> np.ndarray | None:
+        """Which ids its tokenizer has, bool [ids], where one stands beside it; no other is generated."""
+        directory = getattr(self, "directory", None)
+        if directory is None or not (directory / "tokenizer.json").is_file():
+            return None
+        return SLMTokenizer.from_pretrained(directory).known_ids
 
 
 class SLMForCausalLM(GeneratingModel):

@@ -135,6 +135,7 @@ class AnswerSampler:
             pad_token_id=pad_id,
             padding=torch.tensor([longest - len(prompt) for prompt in prompts], device=device),
             num_return_sequences=count,
+            known=self.tokenizer.known_ids,
         )
         return [_until_its_end(row, stops) for row in found[:, longest:].cpu().numpy()]
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from slmkit.cli.options import DeviceName, MinP, ModelPath, OtherModels, Penalty, Seed, Temperature, TopK, TopP
+from slmkit.cli.options import USUAL, DeviceName, MinP, ModelPath, OtherModels, Penalty, Seed, Temperature, TopK, TopP
 
 if TYPE_CHECKING:
     from slmkit.generation import ChatSession
@@ -22,11 +22,11 @@ def chat(
     model: ModelPath,
     system: Annotated[str | None, typer.Option(help="A system message for the whole conversation.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop an answer after this many tokens.")] = 300,
-    temperature: Temperature = 0.6,
-    top_p: TopP = 0.95,
-    top_k: TopK = 0,
-    min_p: MinP = 0.05,
-    repetition_penalty: Penalty = 1.0,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: Penalty = None,
     seed: Seed = None,
     others: OtherModels = None,
     device: DeviceName = "auto",
@@ -38,12 +38,14 @@ def chat(
     Example: slm chat runs/quickstart/chat
     """
     from slmkit.cli.show import load_model
+    from slmkit.find import find_model_directory
     from slmkit.generation import SamplingSettings
     from slmkit.training.find import learned_conversations
 
-    settings = SamplingSettings(
-        temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed
-    )
+    settings = SamplingSettings.for_model(
+        find_model_directory(model), seed, USUAL | {"temperature": 0.6}, temperature=temperature, top_k=top_k,
+        top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
+    )  # fmt: skip
     decoder, tokenizer = load_model(model, device, others or [])
     from slmkit.generation import ChatSession
 

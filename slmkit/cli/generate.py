@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from slmkit.cli.options import DeviceName, MinP, ModelPath, OtherModels, Penalty, Seed, Temperature, TopK, TopP
+from slmkit.cli.options import USUAL, DeviceName, MinP, ModelPath, OtherModels, Penalty, Seed, Temperature, TopK, TopP
 
 
 def generate(
@@ -17,11 +17,11 @@ def generate(
     ] = "",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after this many tokens.")] = 200,
     samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="How many continuations to write.")] = 1,
-    temperature: Temperature = 0.8,
-    top_k: TopK = 0,
-    top_p: TopP = 0.95,
-    min_p: MinP = 0.05,
-    repetition_penalty: Penalty = 1.0,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: Penalty = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be given several times.")] = None,
     seed: Seed = None,
     others: OtherModels = None,
@@ -37,11 +37,12 @@ def generate(
     import sys
 
     from slmkit.cli.show import load_model
+    from slmkit.find import find_model_directory
     from slmkit.generation import SamplingSettings
 
-    settings = SamplingSettings(
-        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-        repetition_penalty=repetition_penalty, seed=seed,
+    settings = SamplingSettings.for_model(
+        find_model_directory(model), seed, USUAL | {"temperature": 0.8}, temperature=temperature, top_k=top_k,
+        top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
     )  # fmt: skip
     if prompt == "-":
         prompt = sys.stdin.read().rstrip("\n")

@@ -14,13 +14,21 @@ RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file
 ModelPath = Annotated[str, typer.Argument(metavar="MODEL", help="A model directory, or a run (its best checkpoint).")]
 RunPath = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, such as runs/book.")]
 DeviceName = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
-Temperature = Annotated[float, typer.Option(help="0: always the likeliest token; higher values: more varied.")]
-TopK = Annotated[int, typer.Option(help="Sample from the k likeliest tokens only; 0: from all.")]
-TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens whose probabilities add up to this.")]
-MinP = Annotated[float, typer.Option(help="Leave out tokens less likely than this times the likeliest one.")]
-Penalty = Annotated[float, typer.Option(help="Above 1: tokens that occurred already become less likely.")]
+Temperature = Annotated[
+    float | None,
+    typer.Option(help="0: always the likeliest token; higher values: more varied. By default as the model advises."),
+]
+TopK = Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens only; 0: from all.")]
+TopP = Annotated[
+    float | None, typer.Option(help="Sample from the likeliest tokens whose probabilities add up to this.")
+]
+MinP = Annotated[float | None, typer.Option(help="Leave out tokens less likely than this times the likeliest one.")]
+Penalty = Annotated[float | None, typer.Option(help="Above 1: tokens that occurred already become less likely.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text again.")]
 OtherModels = Annotated[
     list[str] | None,
     typer.Option("--with", help="Average the probabilities with this model's; may be given several times."),
 ]
+
+# Where neither the user nor the model says how to sample.
+USUAL = {"temperature": 0.8, "top_k": 0, "top_p": 0.95, "min_p": 0.05, "repetition_penalty": 1.0}

@@ -103,4 +103,6 @@ def load_model(path: str, device: str, others: Sequence[str] = ()) -> tuple[Lang
     from slmkit.generation import common_tokenizer, together
 
     tokenizer, where = common_tokenizer(directories), find_device(device).torch_device
-    return together([load(directory, where)[0] for directory in directories]), tokenizer
+    loaded = [load(directory, where) for directory in directories]
+    tokenizer.stop_at(loaded[0][1].for_generation()["eos_token_id"])
+    return together([decoder for decoder, _ in loaded]), tokenizer

@@ -64,6 +64,7 @@ def ask(
             stop_ids=tokenizer.stop_token_ids,
             settings=greedy,
             pad_token_id=tokenizer.pad_token_id or 0,
+            known=tokenizer.known_ids,
         )
         given = tokenizer.decode(ids[0, len(prompt) :].tolist(), skip_special_tokens=True)
         answers.append(Answer(messages[-1]["content"], expected, given))

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,15 +43,17 @@ def token_steps(
     settings: SamplingSettings,
     padding: Tensor | None = None,
     num_return_sequences: int = 1,
+    known: np.ndarray | None = None,
 ) -> Iterator[Tensor]:
     """The next token of every row, [batch * num_return_sequences], `count` times; prompt_ids [batch, prompt].
 
-    `padding` [batch]: how many tokens at the left of each row are none of its own. A prompt is read once, however many
+    `padding` [batch]: how many tokens at the left of each row are none of its own. `known` bool [ids]: which ids may be
+    drawn, and none beyond; None: all. A prompt is read once, however many
     texts are to follow it: they are rows side by side. The caller decides when rows have
     ended. Between two steps nothing is left changed, neither the model's mode nor torch's, so that whoever takes the
     tokens may train meanwhile, generate something else, or never come back.
     """
-    sampler = Sampler(settings, prompt_ids.device)
+    sampler = Sampler(settings, prompt_ids.device, known)
     cache = decoder.new_cache(prompt_ids.size(0), prompt_ids.size(1) + count, padding)
     new, ids = prompt_ids, _own_tokens(prompt_ids, padding)
     for number in range(count):
@@ -97,6 +100,7 @@ def generate_ids(
     pad_token_id: int,
     padding: Tensor | None = None,
     num_return_sequences: int = 1,
+    known: np.ndarray | None = None,
 ) -> Tensor:
     """prompt_ids [batch, prompt] → [batch * num_return_sequences, prompt + new]: the prompt, the new tokens and the one
     that ended them; what follows one prompt is side by side.
@@ -112,7 +116,7 @@ def generate_ids(
     stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=prompt_ids.device)
     ended = torch.zeros(prompt_rows.size(0), dtype=torch.bool, device=prompt_ids.device)
     columns = [prompt_rows]
-    for token in token_steps(decoder, prompt_ids, count, settings, padding, num_return_sequences):
+    for token in token_steps(decoder, prompt_ids, count, settings, padding, num_return_sequences, known):
         columns.append(torch.where(ended, pad_token_id, token)[:, None])
         ended |= torch.isin(token, stops)
         if ended.all():
@@ -135,10 +139,11 @@ class IdStream:
         max_new_tokens: int,
         stop_ids: Set[int],
         settings: SamplingSettings,
+        known: np.ndarray | None = None,
     ) -> None:
         count, self._reason_at_the_end = room_after(decoder, len(prompt_ids), max_new_tokens)
         prompt = torch.tensor([list(prompt_ids)], dtype=torch.long, device=decoder.device)
-        self._steps = token_steps(decoder, prompt, count, settings)
+        self._steps = token_steps(decoder, prompt, count, settings, known=known)
         self._stop_ids = stop_ids
         self.tokens, self.seconds = 0, 0.0
         self.finish_reason: FinishReason | None = None

@@ -25,8 +25,9 @@ class WholeCharacters:
         """What one more token makes certain; often a word, sometimes nothing."""
         self._window.append(token)
         text = self._decode(self._window)
-        if text.endswith(REPLACEMENT):  # perhaps a character whose other bytes are still to come
-            piece = text[self._shown : -1]
+        if text.endswith(REPLACEMENT):  # perhaps a character whose other bytes are still to come: one for each byte
+            incomplete = min(3, len(text) - len(text.rstrip(REPLACEMENT)))
+            piece = text[self._shown : len(text) - incomplete]
             self._shown += len(piece)
         else:
             piece = text[self._shown :]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from slmkit.config import UserError
 from slmkit.generation.sampling_settings import SamplingSettings
@@ -91,8 +93,10 @@ def min_p(p: float) -> Rule:
 class Sampler:
     """Chooses one token a row, from a generator of its own: the same seed gives the same tokens."""
 
-    def __init__(self, settings: SamplingSettings, device: torch.device) -> None:
+    def __init__(self, settings: SamplingSettings, device: torch.device, known: np.ndarray | None = None) -> None:
+        """`known` bool [ids]: which ids are tokens. The head's others, and all beyond, are never chosen."""
         self.rules, self.is_greedy = rules_of(settings), settings.is_greedy
+        self.known = None if known is None else torch.from_numpy(known).to(device)
         self.generator = torch.Generator(device)
         if settings.seed is None:
             self.generator.seed()
@@ -104,6 +108,9 @@ class Sampler:
         logits = logits.float()
         if not logits.amax(-1).isfinite().all():  # NaN is the largest; greedy decoding would take it
             raise UserError("the model's logits are not finite: its weights are damaged, or its training diverged")
+        if self.known is not None:
+            beyond = max(0, logits.size(-1) - len(self.known))
+            logits = logits.masked_fill(~F.pad(self.known, (0, beyond))[: logits.size(-1)], NEVER)
         for rule in self.rules:
             logits = rule(logits, ids)
         return logits.argmax(-1) if self.is_greedy else self._draw(logits.softmax(-1))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
 
 from slmkit.config import UserError
 
@@ -37,6 +41,23 @@ class SamplingSettings:
         for is_right, name, expected, found in checks:
             if not is_right:
                 raise UserError(f"{name} {found}: expected {expected}")
+
+    @classmethod
+    def for_model(cls, directory: str | Path, seed: int | None, usual: Mapping[str, float], **given: Any) -> Self:
+        """What was `given`, and for whatever is None there what the model's `generation_config.json` recommends.
+
+        Where that recommends nothing, `usual` is taken.
+        """
+        path = Path(directory) / "generation_config.json"
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # a model may come without
+            content = {}
+        told = {name: content[name] for name in usual if content.get(name) is not None}
+        if content.get("do_sample") is False:
+            told = {"temperature": 0.0} | {name: told[name] for name in told if name == "repetition_penalty"}
+        chosen = {name: value for name, value in given.items() if value is not None}
+        return cls(seed=seed, **((told or usual) | chosen))
 
     @property
     def is_greedy(self) -> bool:

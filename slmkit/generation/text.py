@@ -15,8 +15,8 @@ from slmkit.generation.sampling_settings import SamplingSettings
 class TextTokenizer(Protocol):
     """What generating text needs of a tokenizer.
 
-    Where there are, `eos_token_id` and `stop_token_ids` end a text, and `special_tokens` (spelling → id) are never
-    shown.
+    Where there are, `eos_token_id` and `stop_token_ids` end a text, `special_tokens` (spelling → id) are never shown,
+    `encode_prompt` puts before a text what this tokenizer puts there, and no id is drawn that `known_ids` has not.
     """
 
     def encode(self, text: str) -> list[int]: ...
@@ -64,7 +64,14 @@ class TextStream:
         self._stops = StopStrings(stop)
         before = [token for token in prompt_ids[-1:] if token not in self._hidden]
         self._characters = WholeCharacters(tokenizer.decode, before)
-        self._ids = IdStream(decoder, prompt_ids, max_new_tokens=max_new_tokens, stop_ids=stop_ids, settings=settings)
+        self._ids = IdStream(
+            decoder,
+            prompt_ids,
+            max_new_tokens=max_new_tokens,
+            stop_ids=stop_ids,
+            settings=settings,
+            known=getattr(tokenizer, "known_ids", None),
+        )
         self.finish_reason: FinishReason | None = None
 
     @property
@@ -113,10 +120,11 @@ def stream_completion(
 ) -> TextStream:
     """Continue a plain text. An empty prompt lets the model begin.
 
-    The end-of-text token stands in front, since it stood before every document the model was trained on. Raises
-    `UserError` as `TextStream` does.
+    In front stands what the tokenizer itself puts there, such as a beginning-of-text token. Raises `UserError` as
+    `TextStream` does.
     """
-    ids = [*_document_start(tokenizer), *tokenizer.encode(prompt)]
+    encode = getattr(tokenizer, "encode_prompt", None)
+    ids = encode(prompt) if encode else [*_document_start(tokenizer), *tokenizer.encode(prompt)]
     return TextStream(decoder, tokenizer, ids, settings=settings, max_new_tokens=max_new_tokens, stop=stop)
 
 

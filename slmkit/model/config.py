@@ -20,7 +20,7 @@ from slmkit.model.published import from_published, to_published
 # Fields for a five-line training script: defaults of the trainer, no property of the model, never in config.json.
 TRAINING_FIELDS = {
     "learning_rate", "batch_size", "sequence_length", "gradient_clip_norm", "warmup_steps", "use_distillation",
-    "distillation_alpha", "distillation_temperature",
+    "distillation_alpha", "distillation_temperature", "generation_config",
 }  # fmt: skip
 
 
@@ -92,6 +92,8 @@ class SLMConfig(Settings):
     use_distillation: bool | None = None  # None: where the trainer is given a teacher
     distillation_alpha: float = Field(0.5, ge=0, le=1)  # the share of the labels' cross-entropy in the loss
     distillation_temperature: float = Field(3.0, gt=0)
+
+    generation_config: dict[str, Any] = Field(default_factory=dict)  # what the file of that name says beside the model
 
     @model_validator(mode="before")
     @classmethod
@@ -197,7 +199,19 @@ class SLMConfig(Settings):
         read = cls.model_fields.keys() - TRAINING_FIELDS - (optional_fields() - family_of(model_type).fields) | WINDOWS
         if ignored := sorted(key for key in content.keys() - read if content[key] not in (None, False)):
             _warn_once(f"{path}: ignored, since no {model_type} reads it: {', '.join(ignored)}")
-        return load_settings(cls, {key: content[key] for key in content if key in read}, origin=str(path))
+        config = load_settings(cls, {key: content[key] for key in content if key in read}, origin=str(path))
+        told = _generation_config(path.parent)
+        said_again = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
+        told = {key: value for key, value in told.items() if key not in said_again or value != said_again[key]}
+        return config.model_copy(update={"generation_config": {} if told == {"do_sample": True} else told})
+
+    def for_generation(self) -> dict[str, Any]:
+        """What goes into `generation_config.json`: what stood there, and all that ends a text."""
+        told = self.generation_config or {"do_sample": True}
+        ends = {*_listed(told.get("eos_token_id")), *_listed(self.eos_token_id)}
+        eos = min(ends, default=None) if len(ends) < 2 else sorted(ends)
+        pad = told.get("pad_token_id") if self.pad_token_id is None else self.pad_token_id
+        return told | {"eos_token_id": eos, "pad_token_id": pad}
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write `config.json` as transformers 4 and 5, vLLM and llama.cpp's converter read it."""
@@ -228,3 +242,17 @@ class SLMConfig(Settings):
         family = family_of(self.model_type)
         others = optional_fields() - family.fields
         return to_published(self.model_dump(exclude=TRAINING_FIELDS | others), family) | {"dtype": dtype}
+
+
+def _generation_config(directory: Path) -> dict[str, Any]:
+    """The object in a model's `generation_config.json`; empty where there is none."""
+    try:
+        content = json.loads((directory / "generation_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    made_by = ("_from_model_config", "transformers_version")
+    return {key: content[key] for key in content if key not in made_by} if isinstance(content, dict) else {}
+
+
+def _listed(ids: int | list[int] | None) -> list[int]:
+    return [] if ids is None else ids if isinstance(ids, list) else [ids]

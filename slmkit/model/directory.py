@@ -49,8 +49,8 @@ def save_decoder(
 
 def write_configs(config: SLMConfig, directory: Path, dtype: str = "float32") -> None:
     """Write `config.json` and `generation_config.json`; `dtype` is what the weights beside them are stored in."""
-    generation = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id, "do_sample": True}
-    for name, content in (("config.json", config.published(dtype)), ("generation_config.json", generation)):
+    files = {"config.json": config.published(dtype), "generation_config.json": config.for_generation()}
+    for name, content in files.items():
         (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

@@ -40,7 +40,9 @@ class ByteTokens:
 def make_models_say(ids: Sequence[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever model is asked in this test generates exactly `ids`."""
 
-    def steps(decoder: Decoder, prompt_ids: torch.Tensor, count: int, settings: object) -> Iterator[torch.Tensor]:
+    def steps(
+        decoder: Decoder, prompt_ids: torch.Tensor, count: int, settings: object, known: object = None
+    ) -> Iterator[torch.Tensor]:
         yield from (torch.tensor([token]) for token in ids[:count])
 
     monkeypatch.setattr(generator, "token_steps", steps)

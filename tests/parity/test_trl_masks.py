@@ -128,10 +128,5 @@ def test_a_hundred_random_conversations_have_the_masks_of_trl(name: str, base: S
         chat = ours.encode_chat(messages)
         learned = texts(ours, ids, trained)
         assert texts(ours, chat.ids, chat.trained) == learned
-        # Token for token too, where trl's text is cut at the borders of what is learned, as generation cuts it: white
-        # space that ends a prompt may else be one token with what the assistant says.
-        cut = [(index, is_learned) for text, is_learned in learned for index in ours.encode(text, allow_special=True)]
-        assert list(zip(chat.ids, chat.trained)) == cut
+        assert (chat.ids, chat.trained) == (ids, trained)
         assert sum(trained) > 0
-        if (name, len(base)) == ("gemma", 400):  # GPT-2's words, and one line end: no white space is joined
-            assert (chat.ids, chat.trained) == (ids, trained)

@@ -167,3 +167,13 @@ def test_fingerprints_tell_tokenizers_apart(tokenizer: SLMTokenizer) -> None:
 def test_importing_it_imports_neither_torch_nor_transformers() -> None:
     script = "import sys, slmkit.tokenizer; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_the_smallest_vocabulary_has_one_token_for_each_byte() -> None:
+    """As in recipes/own-text-characters.yaml."""
+    tokenizer = SLMTokenizer(260)
+    tokenizer.train(["Hello there, hello there."] * 9)
+    text = "Hello, café! 猫"
+    assert len(tokenizer) == 260
+    assert len(tokenizer.encode(text)) == len(text.encode())
+    assert tokenizer.decode(tokenizer.encode(text)) == text

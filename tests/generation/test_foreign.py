@@ -1,0 +1,117 @@
+"""Text given to a model's own directory: its tokenizer's conventions are kept, ids and text equal `transformers`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from slmkit import SLMForCausalLM
+from slmkit.cli.show import load_model
+from slmkit.generation import ChatSession, SamplingSettings, complete
+from slmkit.model import SLMConfig
+from slmkit.tokenizer import SLMTokenizer
+from tests.tokenizer.kinds import MADE, REAL, directory_of
+from tests.tokenizer.test_kinds import TEMPLATES
+
+transformers = pytest.importorskip("transformers")
+
+PROMPTS = ["The cat sat", "", " by the sea\n"]
+GREEDY = SamplingSettings(do_sample=False)
+WIDER = 7  # rows of the head that no token has
+
+
+def model_beside(directory: Path, seed: int = 0) -> None:
+    """A small Llama for the tokenizer there, its head wider than the vocabulary."""
+    tokenizer = SLMTokenizer.from_pretrained(directory)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer) + WIDER, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=128, tie_word_embeddings=False,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(50)
+        model.lm_head.weight[len(tokenizer) :] = 0  # so that transformers, which draws them too, finds others likelier
+    model.save_pretrained(directory)
+
+
+@pytest.mark.parametrize("kind", [*MADE, *REAL])
+def test_text_in_and_text_out_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
+    directory = directory_of(kind, tmp_path)
+    model_beside(directory)
+    decoder, tokenizer = load_model(str(directory), "cpu")
+    theirs = transformers.AutoTokenizer.from_pretrained(directory)
+    reference = transformers.LlamaForCausalLM.from_pretrained(directory)
+    for prompt in PROMPTS:
+        ids = theirs(prompt).input_ids
+        ids = ids[: len(ids) - len(tokenizer.ending)] or [tokenizer.eos_token_id]
+        stops = sorted(tokenizer.stop_token_ids)
+        made = reference.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False, eos_token_id=stops)
+        new = [index for index in made[0, len(ids) :].tolist() if index not in tokenizer.special_tokens.values()]
+        assert tokenizer.encode_prompt(prompt) == ids
+        if kind in ("wordpiece",) or max(new, default=0) >= len(tokenizer):
+            continue  # whose decoder cleans up across many tokens
+        assert complete(decoder, tokenizer, prompt, settings=GREEDY, max_new_tokens=12).text == text_behind(
+            tokenizer, ids[-1:], new
+        )
+
+
+def text_behind(tokenizer: SLMTokenizer, before: list[int], new: list[int]) -> str:
+    before = [index for index in before if index not in tokenizer.special_tokens.values()]
+    return tokenizer.decode([*before, *new])[len(tokenizer.decode(before)) :]
+
+
+@pytest.mark.parametrize("kind", ["metaspace-first", "byte-level"])
+def test_an_id_without_a_token_is_never_drawn(kind: str, tmp_path: Path) -> None:
+    """The head's further rows are made the likeliest of all; with and without sampling, alone and in an ensemble."""
+    directory = directory_of(kind, tmp_path)
+    model_beside(directory)
+    decoder, tokenizer = load_model(str(directory), "cpu")
+    size = len(tokenizer)
+
+    def biased(hidden: torch.Tensor) -> torch.Tensor:
+        logits = type(decoder).logits(decoder, hidden)
+        return torch.cat([logits[..., :size], logits[..., size:] + 100], dim=-1)
+
+    decoder.logits = biased  # type: ignore[method-assign]
+    for settings in (GREEDY, SamplingSettings(seed=1, temperature=2.0)):
+        assert complete(decoder, tokenizer, "The cat", settings=settings, max_new_tokens=20).tokens
+    tokenizer.chat_template = TEMPLATES["zephyr"]
+    assert isinstance("".join(ChatSession(decoder, tokenizer, GREEDY, max_new_tokens=10).reply("hello")), str)
+    model = SLMForCausalLM.from_pretrained(directory)
+    model.decoder.logits = biased  # type: ignore[method-assign]
+    assert int(model.generate(torch.tensor([[5, 6]]), max_new_tokens=20, do_sample=True, seed=3).max()) < size
+
+
+def test_what_generation_config_says_is_obeyed_and_carried_over(tmp_path: Path) -> None:
+    directory = directory_of("metaspace-first", tmp_path)
+    model_beside(directory)
+    pad = SLMTokenizer.from_pretrained(directory).special_tokens["<pad>"]
+    said: dict[str, Any] = {
+        "bos_token_id": 1, "eos_token_id": [2, pad], "do_sample": True, "temperature": 0.3, "top_p": 0.7,
+        "repetition_penalty": 1.2,
+    }  # fmt: skip
+    (directory / "generation_config.json").write_text(json.dumps(said))
+    _, tokenizer = load_model(str(directory), "cpu")
+    assert tokenizer.stop_token_ids == {2, pad}
+    usual = {"temperature": 0.8, "top_k": 0, "top_p": 0.95, "min_p": 0.05, "repetition_penalty": 1.0}
+    found = SamplingSettings.for_model(directory, 1, usual, temperature=None, top_p=0.5)
+    assert (found.temperature, found.top_p, found.min_p, found.repetition_penalty) == (0.3, 0.5, 0.0, 1.2)
+    model = SLMForCausalLM.from_pretrained(directory)
+    model.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "generation_config.json").read_text()) == said | {"pad_token_id": None}
+    again = SLMConfig.from_pretrained(tmp_path / "again")
+    assert again.generation_config == {key: said[key] for key in said}
+    assert "generation_config" not in json.loads((tmp_path / "again" / "config.json").read_text())
+
+
+def test_a_model_that_says_nothing_is_sampled_as_usual(tmp_path: Path) -> None:
+    usual = {"temperature": 0.8, "top_p": 0.95}
+    assert SamplingSettings.for_model(tmp_path, None, usual, temperature=None) == SamplingSettings(0.8, top_p=0.95)
+    (tmp_path / "generation_config.json").write_text('{"do_sample": false}')
+    assert SamplingSettings.for_model(tmp_path, None, usual).is_greedy
