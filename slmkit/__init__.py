@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from slmkit.api import SLMEnsemble, SLMForCausalLM, SLMTrainer
+    from slmkit.api.callbacks import Callback
     from slmkit.config import UserError
     from slmkit.data.text_dataset import TextDataset
     from slmkit.model.config import SLMConfig
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Callback",
     "DistillationLoss",
     "SLMConfig",
     "SLMEnsemble",
@@ -29,6 +31,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "Callback": "slmkit.api.callbacks",
     "DistillationLoss": "slmkit.training.distillation",
     "SLMConfig": "slmkit.model.config",
     "SLMEnsemble": "slmkit.api",

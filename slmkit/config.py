@@ -102,7 +102,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: expected `key: value` lines, found {type(content).__name__}")
+        found = "nothing" if content is None else "a list" if isinstance(content, list) else "one value"
+        raise UserError(f"{path}: expected `key: value` lines, found {found}")
     return content
 
 
@@ -161,7 +162,7 @@ def _apply(content: Any, override: str) -> None:
 
 def _entry(content: list[Any], name: str, key: str) -> int:
     if not name.isdecimal() or int(name) >= len(content):
-        raise UserError(f"{key}: {name!r} is no entry of a list of {len(content)}: number them from 0")
+        raise UserError(f"{key}: {name!r} is not an entry of a list of {len(content)}: number them from 0")
     return int(name)
 
 

@@ -47,8 +47,7 @@ SMALLER = {
 }  # fmt: skip
 IMPORTS = (
     "from typing import List\n"
-    "from slmkit import SLMConfig, SLMForCausalLM, SLMTokenizer, SLMTrainer, TextDataset\n"
-    "from slmkit.training.distillation import DistillationLoss\n"
+    "from slmkit import DistillationLoss, SLMConfig, SLMForCausalLM, SLMTokenizer, SLMTrainer, TextDataset\n"
 )
 
 

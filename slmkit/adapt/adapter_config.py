@@ -44,18 +44,18 @@ class AdapterConfig:
 
 
 def read_adapter_config(directory: Path) -> AdapterConfig:
-    """Raises `UserError` where the file is broken, or asks for what is not held here."""
+    """Raises `UserError` where the file is broken, or asks for what is not supported."""
     path = directory / ADAPTER_CONFIG
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable adapter_config.json: {error}") from None
     if not isinstance(content, dict) or content.pop("peft_type", None) != "LORA":
-        raise UserError(f"{path}: not a LoRA adapter: expected peft_type LORA, which is all that is held here")
+        raise UserError(f"{path}: not a LoRA adapter: expected peft_type LORA, the only kind that is supported")
     if (start := content.pop("init_lora_weights", True)) not in STARTS:
         raise UserError(f"{path}: init_lora_weights {start!r} changes the base too: have peft convert it to plain LoRA")
     if (bias := content.pop("bias", "none")) != "none":
-        raise UserError(f"{path}: bias {bias!r}: biases that are trained with an adapter are not held here")
+        raise UserError(f"{path}: bias {bias!r}: biases that are trained with an adapter are not supported")
     known = {key: content.pop(key) for key in tuple(content) if key in LoRASettings.model_fields}
     known = {key: value for key, value in known.items() if value is not None}
     excluded = content.get("exclude_modules") or []
@@ -65,7 +65,7 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
         known.setdefault("target_modules", [])
     for key, value in content.items():
         if key not in HARMLESS and value not in (None, False, {}, []):
-            raise UserError(f"{path}: {key} is {value!r}, which is not held here")
+            raise UserError(f"{path}: {key} is {value!r}, which is not supported")
     return AdapterConfig(
         load_settings(LoRASettings, known, origin=str(path)),
         pattern,

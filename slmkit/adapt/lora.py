@@ -151,4 +151,4 @@ def adapted_linears(decoder: nn.Module) -> dict[str, LoRALinear]:
 def expect_plain(decoder: nn.Module) -> None:
     """Raises `UserError` for a decoder that has an adapter: there is room for one."""
     if adapted_linears(decoder):
-        raise UserError("the model has an adapter already: fold() that first, or train it on")
+        raise UserError("the model has an adapter already: fold() it first, or continue training it")

@@ -136,11 +136,11 @@ class MergeRecipe(Settings):
                 "set base_model to the model that the others were fine-tuned from"
             )
         if not names:
-            raise ValueError("models: none besides the base_model; name what is added to it")
+            raise ValueError("models: only the base_model is there; name another model")
         if self.merge_method == "slerp" and len(names) != 2:
-            raise ValueError(f"merge_method slerp goes from one model to another: name two, not {len(names)}")
+            raise ValueError(f"merge_method slerp interpolates between two models: name two, not {len(names)}")
         if self.merge_method == "slerp" and self.base_model not in (None, *names):
-            raise ValueError(f"base_model {self.base_model} is neither of the two models that slerp goes between")
+            raise ValueError(f"base_model {self.base_model} is not one of the two models of slerp")
         return self
 
     @property

@@ -187,9 +187,7 @@ def _from_cache(m: Material, folder: Path) -> tuple[Stream | StreamedBatches, Ob
     wanted = lessons_of(recipe, m.corpus, rows, m.length, teacher)
     difference = found.difference(wanted)
     if difference is not None:
-        raise UserError(
-            f"{folder}: of something else than this run learns ({difference}): make one with `slm distill-cache`"
-        )
+        raise UserError(f"{folder}: made for other data or settings ({difference}): make one with `slm distill-cache`")
     taught_rows = taught(rows, folder, found)
     batches = stream_of(taught_rows, recipe.data, m.length, m.rows_per_step, recipe.seed)
     return batches, _objective_of(settings, found.tokens)(None)

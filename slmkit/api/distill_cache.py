@@ -35,7 +35,9 @@ def cache_teacher(recipe: Recipe, reporter: Reporter) -> Lessons:
     """
     settings = settings_of(recipe)
     if settings.teacher is None or settings.cache is None:
-        raise UserError("distill-cache needs distillation.teacher, whom to ask, and distillation.cache, where to store")
+        raise UserError(
+            "distill-cache needs distillation.teacher, a model, and distillation.cache, the folder to write"
+        )
     recipe, folder = with_the_teachers_tokenizer(recipe), Path(settings.cache)
     device = find_device(recipe.train.device, recipe.train.precision)
     base = find_model_directory(recipe.model.path) if recipe.model.path else None

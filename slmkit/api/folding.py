@@ -36,7 +36,7 @@ def fold_adapters(model: str | Path, adapters: Sequence[str | Path], output: str
     _expect_full_precision(directory)
     final = Path(output) if output is not None else free_path(f"{str(model).rstrip('/')}-merged")
     if final.exists():
-        raise UserError(f"{final}: exists already, and is left as it is: name another --output")
+        raise UserError(f"{final}: exists already and is not overwritten: name another --output")
     decoder, config = load_decoder(directory)
     before = functools.cache(functools.partial(fingerprint, decoder))
     for adapter in found:

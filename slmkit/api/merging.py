@@ -38,11 +38,11 @@ def prepare_merge(recipe: MergeRecipe) -> Merge:
     for name, directory in directories.items():
         if is_adapter(directory):
             raise UserError(
-                f"{name}: an adapter, and whole models are merged: "
+                f"{name}: an adapter; only whole models can be merged: "
                 f"fold it in first with `slm merge {base_of(directory)} --adapter {name}`"
             )
     if os.path.lexists(recipe.output_dir):
-        raise UserError(f"{recipe.output_dir}: exists already, and is not written over: name another output_dir")
+        raise UserError(f"{recipe.output_dir}: exists already and is not overwritten: name another output_dir")
     merge = plan_merge(recipe, directories)
     common_tokenizer([directories[recipe.merged[0].model], *directories.values()])
     return merge

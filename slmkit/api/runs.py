@@ -91,7 +91,7 @@ def resume_run(directory: str | Path, reporter: Reporter) -> RunDirectory:
     with join(device, settings.ddp_timeout) as group:
         reporter = reporter if group.is_main else SILENCE
         if group.is_main and not run.environment.is_file():
-            reporter.say(f"{run.root}: stopped before its data was ready, which is prepared again")
+            reporter.say(f"{run.root}: was stopped before its data was ready; preparing it again")
             _build(run, load_recipe(run.recipe), device, group, reporter, force=False)
         group.from_main(True)
         session = open_run(run, device, group, reporter)
@@ -105,7 +105,7 @@ def _prepare(recipe: Recipe, device: Device, group: Group, reporter: Reporter, f
     found = run_of_job(recipe.output_dir)
     if found is not None:
         session = open_run(found, device, group, reporter)
-        reporter.say(f"{found.root}: the run of this job, gone on with; {session.summary()}")
+        reporter.say(f"{found.root}: continuing the run of this job; {session.summary()}")
         return session
     run = new_run_directory(recipe.output_dir)
     try:
@@ -202,7 +202,7 @@ class _Session:
         self.stream = self.work.batches
         if not self.stream.has(0):
             raise UserError(
-                f"the data ends before the first step, which is {material.rows_per_step} rows of {self.length} tokens: "
+                f"the data is too short for one step of {material.rows_per_step} rows of {self.length} tokens: "
                 "add text, or lower train.tokens_per_step"
             )
         self.plan: Plan = make_plan(

@@ -92,7 +92,7 @@ class SLMTrainer:
         self.distils = teacher_model is not None and config.use_distillation is not False
         self.length = getattr(train_dataset, "length", None) or config.sequence_length or config.max_position_embeddings
         if teacher_model is None and (config.use_distillation or distillation_loss is not None):
-            raise UserError("distillation needs someone to learn from: give the trainer a teacher_model")
+            raise UserError("distillation needs a teacher: give the trainer a teacher_model")
         if teacher_model is not None:
             check_fit(teacher_model.decoder, len(tokenizer), self.length, "teacher_model")
         if loss is not None and self.distils:
@@ -263,5 +263,5 @@ def run_to_resume(output_dir: str, wanted: bool | str | Path | None) -> Path | N
     if wanted is not True:
         runs = [path for path in (named, *named.resolve().parents[:2]) if (path / "recipe.yaml").is_file()][:1]
     if not runs:
-        raise UserError(f"{named}: no run to go on with; expected the directory that an earlier train() made")
+        raise UserError(f"{named}: no run to resume; expected the directory that an earlier train() made")
     return max(runs, key=lambda path: (path / "recipe.yaml").stat().st_mtime)

@@ -37,10 +37,10 @@ def expect_a_model(recipe: Recipe) -> None:
     No check of `Recipe` itself: a recipe such as own-preferences is a form, and valid before its model is filled in.
     """
     if recipe.lora is not None and recipe.model.path is None:
-        raise UserError("lora: an adapter is for a finished model: name that in model.path, or drop lora")
+        raise UserError("lora needs a trained model to adapt: set model.path, or drop lora")
     if recipe.objective in ("dpo", "kto", "grpo") and recipe.model.path is None:
         raise UserError(
-            f"objective {recipe.objective} goes on from a model that talks: name a run or model directory as model.path"
+            f"objective {recipe.objective} needs a model that can chat: set model.path to a run or model directory"
         )
 
 

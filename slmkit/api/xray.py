@@ -43,7 +43,7 @@ def look(
         say(f"x-ray: {line}")
     if xray.findings and not force:
         more = f" (and {len(xray.findings) - 1} more)" if len(xray.findings) > 1 else ""
-        raise UserError(f"not begun: {xray.findings[0]}{more}; --force trains all the same")
+        raise UserError(f"training not started: {xray.findings[0]}{more}; --force trains anyway")
     return xray
 
 

@@ -19,37 +19,38 @@ if TYPE_CHECKING:
 app = new_app("Prepare text and conversations, and look at them.", add_completion=False)
 
 CLEAN = (
-    "What to leave out: exact_duplicates=true, near_duplicates=0.8, min_characters, max_characters, min_words, "
+    "Documents to leave out: exact_duplicates=true, near_duplicates=0.8, min_characters, max_characters, min_words, "
     "max_words, scripts=[Latin], min_script_share, min_letter_share, evaluation=[FILE], evaluation_words=13. "
     "May be given several times."
 )
 
 
 def prepare(
-    sources: Annotated[list[str], typer.Argument(help="Files, folders, URLs or data sets of the hub.")],
+    sources: Annotated[list[str], typer.Argument(metavar="SOURCE", help="Files, folders, URLs, data sets of the hub.")],
     tokenizer: Annotated[str, typer.Option(help="A tokenizer or model directory, or a run.")],
     output: Annotated[str, typer.Option("--output", "-o", help="Where the shards go.")],
     source: Annotated[
         list[str] | None,
-        typer.Option("--source", help="A setting of every source, such as text_column=body or on_bad_row=skip."),
+        typer.Option("--source", help="A setting of the sources, such as text_column=body; may be repeated."),
     ] = None,
-    chat: Annotated[bool, typer.Option(help="Conversations, with their loss masks.")] = False,
-    pairs: Annotated[bool, typer.Option(help="Pairs of a better and a worse answer, for objective dpo.")] = False,
-    judged: Annotated[bool, typer.Option(help="Answers labelled good or bad, for objective kto.")] = False,
-    shuffle: Annotated[int | None, typer.Option(help="Put all documents in the order that this seed names.")] = None,
+    chat: Annotated[bool, typer.Option(help="The sources hold conversations (objective sft).")] = False,
+    pairs: Annotated[bool, typer.Option(help="They hold pairs of answers, chosen and rejected (dpo).")] = False,
+    judged: Annotated[bool, typer.Option(help="They hold answers labelled good or bad (kto).")] = False,
+    shuffle: Annotated[int | None, typer.Option(help="Shuffle all documents, with this seed.")] = None,
     clean: Annotated[list[str] | None, typer.Option(help=CLEAN)] = None,
     length: Annotated[
-        int | None, typer.Option(help="Count the conversations that a row of so many tokens cuts.")
+        int | None, typer.Option(min=1, help="Count the conversations longer than so many tokens.")
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="Threads; as many as there are cores unless given.")] = None,
-    shard_characters: Annotated[int, typer.Option(help="Characters of text in a shard.")] = 1 << 26,
-    ray: Annotated[
-        str | None, typer.Option(help="Prepare on this Ray cluster (an address, `auto`, or `local` for one made here).")
-    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads; default: one for each core.")] = None,
+    shard_characters: Annotated[int, typer.Option(min=1, help="Characters of text in a shard.")] = 1 << 26,
+    ray: Annotated[str | None, typer.Option(help="Prepare on this Ray cluster: an address, auto, or local.")] = None,
 ) -> None:
-    """Tokenize text once, into shards that are read from any place. The same command goes on where it was stopped.
+    """Tokenize text once, into files to train from.
 
-    Example: slm data prepare books/ --tokenizer tokenizers/book -o shards/books --shuffle 0 --clean near_duplicates=0.8
+    The result (shards) is a folder that several runs can read. If it was stopped, the same command goes on.
+
+    Example: slm data prepare books/ --tokenizer tokenizers/book -o shards/books --shuffle 0
+    Example: slm data prepare chats.jsonl --chat --tokenizer runs/book -o shards/chats
     """
     from slmkit.cli.progress import PreparationProgress
     from slmkit.cli.show import TerminalReporter, counted
@@ -110,9 +111,11 @@ def inspect(
     source: Annotated[
         list[str] | None, typer.Option("--source", help="A setting of a file or folder, such as text_column=body.")
     ] = None,
-    length: Annotated[int | None, typer.Option(help="Count the documents that a row of so many tokens cuts.")] = None,
+    length: Annotated[
+        int | None, typer.Option(min=1, help="Count the documents that are longer than so many tokens.")
+    ] = None,
 ) -> None:
-    """Show the first rows of a file, folder or shards.
+    """Show what a file, folder or shards hold.
 
     What is read and not learned stands in ⟦brackets⟧.
 

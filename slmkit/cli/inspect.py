@@ -8,7 +8,7 @@ import typer
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A preset, a model or adapter directory, or a run.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A preset, a model, a run, or OWNER/NAME of the hub.")],
     batch: Annotated[int, typer.Option(min=1, help="Sequences in a batch.")] = 8,
     length: Annotated[
         int | None, typer.Option(min=1, help="Tokens in a sequence; default: the model's context, at most 2048.")

@@ -43,7 +43,7 @@ def merge(
     if adapter:
         _fold(what, adapter, output)
     elif output is not None:
-        raise UserError("--output goes with --adapter; a recipe says where in output_dir")
+        raise UserError("--output is for --adapter; for a recipe set output_dir")
     else:
         _merge(what, overrides or [], print_config, dry_run)
 

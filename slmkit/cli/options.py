@@ -11,7 +11,10 @@ Overrides = Annotated[
 ]
 PrintConfig = Annotated[bool, typer.Option("--print-config", help="Print the recipe with all its values, and stop.")]
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or a name that `slm recipes` lists.")]
-ModelPath = Annotated[str, typer.Argument(metavar="MODEL", help="A model directory, or a run (its best checkpoint).")]
+ModelPath = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A model directory, a run (its best checkpoint) or OWNER/NAME on the hub."),
+]
 RunPath = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, such as runs/book.")]
 DeviceName = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 Temperature = Annotated[

@@ -47,17 +47,18 @@ def plan(
     from slmkit.training.recipe import find_recipe, load_recipe
 
     if recipe is not None and (hours is not None or tokens is not None or output is not None):
-        raise UserError("--hours, --tokens and --output are for a proposal: leave the recipe out, or them")
+        raise UserError("--hours, --tokens and --output are for a proposal: give either a recipe or these options")
     if recipe is None and (hours is None) == (tokens is None):
         raise UserError("name a recipe to plan, or what to propose one for: --hours 1, or --tokens 1e8")
     reporter = TerminalReporter()
-    reporter.say("looking at this machine")
     if recipe is None:
+        reporter.say("looking at this machine")
         from slmkit.training.planning import propose
 
         ahead = propose(hours, None if tokens is None else int(tokens), device, measure, reporter.say)
     else:
         loaded = load_recipe(find_recipe(recipe), [f"train.device={device}", *(overrides or [])], reporter.say)
+        reporter.say("looking at this machine")
         from slmkit.api.planning import plan_recipe
 
         ahead = plan_recipe(loaded, measure, reporter.say)

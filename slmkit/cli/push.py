@@ -6,18 +6,25 @@ from typing import Annotated
 
 import typer
 
+from slmkit.cli.options import ModelPath
+
 
 def push(
-    model: Annotated[str, typer.Argument(help="A run (its best checkpoint) or a model directory.")],
-    name: Annotated[str, typer.Argument(help="OWNER/NAME: what it is to be called on the hub.")],
-    private: Annotated[bool, typer.Option("--private", help="A new repository is visible to you alone.")] = False,
-    revision: Annotated[str | None, typer.Option(help="The branch to publish on; else the main one.")] = None,
+    model: ModelPath,
+    name: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Its name on the hub.")],
+    private: Annotated[bool, typer.Option("--private", help="If the repository is new, make it private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="The branch to publish on; default: main.")] = None,
 ) -> None:
-    """Publish a model on the Hugging Face hub, with a model card made from its run.
+    """Publish a model on the Hugging Face hub.
+
+    A model card is made from its run.
 
     Example: slm push runs/book me/book --private
     """
-    from slmkit.api.push import push_model
+    from slmkit.find import find_model_directory
+
+    find_model_directory(model)
+    from slmkit.api.push import push_model  # imports torch: after the arguments were checked
 
     page = push_model(model, name, private, revision)
     print(f"published: {page}")

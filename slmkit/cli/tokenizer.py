@@ -19,24 +19,32 @@ def train(
         ),
     ],
     output: Annotated[str, typer.Option("--output", "-o", help="Where tokenizer.json goes.")] = "tokenizer",
-    vocab_size: Annotated[int, typer.Option(help="Tokens, the 256 bytes and the special ones included.")] = 16_384,
+    vocab_size: Annotated[
+        int, typer.Option(help="Number of tokens, with the 256 bytes and the special tokens.")
+    ] = 16_384,
     text_column: Annotated[
         str | None, typer.Option(help="The column that holds the text; `text` unless given.")
     ] = None,
     documents_per_source: Annotated[
         int | None,
-        typer.Option(min=1, help="Read so many of each; else as many characters of each, 100 million in all."),
+        typer.Option(min=1, help="Read so many documents of each source; default: 100 million characters in all."),
     ] = None,
 ) -> None:
-    """Train a tokenizer on any text, on as much of every source.
+    """Train a byte-level BPE tokenizer on any text.
 
-    Example: slm tokenizer train book.txt roneneldan/TinyStories --vocab-size 4096 -o tokenizers/both
+    Of several sources equal amounts are read.
+
+    Example: slm tokenizer train book.txt --vocab-size 4096 -o tokenizers/book
     """
-    from slmkit.data.corpus import texts_of
     from slmkit.data.data_settings import DataSettings, TokenizerSettings
+    from slmkit.data.sources.open import expect_source
     from slmkit.tokenizer import SLMTokenizer
 
     data = DataSettings.of_paths(sources, text_column)
+    for source in data.all_sources():
+        expect_source(source)
+    from slmkit.data.corpus import texts_of  # imports torch: after the arguments were checked
+
     tokenizer = SLMTokenizer(vocab_size)
     wanted = TokenizerSettings(vocab_size=vocab_size, documents_per_source=documents_per_source)
     tokenizer.train(texts_of("text", data, wanted))
@@ -47,8 +55,8 @@ def train(
 
 
 def encode(
-    tokenizer: Annotated[str, typer.Argument(help="A tokenizer or model directory, or a run.")],
-    text: Annotated[str, typer.Argument(help="The text to encode.")],
+    tokenizer: Annotated[str, typer.Argument(metavar="TOKENIZER", help="A tokenizer or model directory, or a run.")],
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="The text to encode.")],
 ) -> None:
     """Show the tokens of a text, each with its id.
 

@@ -30,6 +30,7 @@ def train(
     """
     from slmkit.cli.show import TerminalReporter, suggestion
     from slmkit.config import to_yaml
+    from slmkit.data.sources.open import expect_source
     from slmkit.training.recipe import find_recipe, load_recipe
 
     reporter = TerminalReporter()
@@ -37,7 +38,9 @@ def train(
     if print_config:
         print(to_yaml(loaded), end="")
         return
-    from slmkit.api import train_recipe
+    for source in loaded.data.all_sources():
+        expect_source(source)
+    from slmkit.api import train_recipe  # imports torch: after the arguments were checked
 
     run = train_recipe(loaded, reporter, dry_run=dry_run, force=force)
     if not dry_run:

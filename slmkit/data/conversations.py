@@ -80,6 +80,8 @@ class ConversationEncoder:
         """
         for batch in batches(map(self._render, conversations), lambda one: one.text_bytes, BATCH_BYTES):
             encoded = self.tokenizer.encode_rendered([one.chat for one in batch])
+            if hasattr(self.tokenizer, "check_losses"):
+                self.tokenizer.check_losses()
             for one, rows in zip(batch, map(rows_to_learn, encoded)):
                 if self._is_kept(one, rows):
                     yield EncodedConversation(rows, one.text_bytes)

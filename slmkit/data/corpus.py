@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slmkit.config import UserError
 from slmkit.data import stories
 from slmkit.data.conversations import ConversationEncoder
 from slmkit.data.data_settings import DataSettings, Reads, TokenizerSettings
@@ -92,6 +93,11 @@ def build_corpus(
 
 def open_corpus(folder: Path) -> Corpus:
     """What `build_corpus` left there. Raises `UserError` where it is incomplete, damaged or mixed up."""
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder.parent}: its data is not on disk, since it was given in a script: go on there, with "
+            f"SLMTrainer(…).train(resume_from_checkpoint={str(folder.parent)!r})"
+        )
     tokenizer = SLMTokenizer.from_pretrained(folder / "tokenizer")
     places = sorted((folder / "train").glob("[0-9][0-9]")) or [folder / "train"]
     train = [TokenShards.open(place) for place in places if place.exists()]

@@ -73,7 +73,7 @@ class DataSettings(Settings):
         if twice is not None:
             raise ValueError(f"two sources are called {twice!r}: give each a name of its own")
         if self.streaming and isinstance(self.source, list):
-            raise ValueError("streaming reads one source, or a list of data.sources, each with its path")
+            raise ValueError("streaming needs one source, or a list of data.sources, each with its path")
         if self.streaming and self.cleaning.is_active:
             raise ValueError("cleaning needs to read everything first: drop it, or drop streaming")
         if self.phases:

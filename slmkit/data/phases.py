@@ -45,7 +45,7 @@ def plan_phases(settings: Sequence[PhaseSettings], weights: Mapping[str, float],
             raise UserError(f"{where}: all weights are 0, so that nothing would be read; give one source a weight")
         is_last = number == len(settings)
         if phase.until_tokens is None and not is_last:
-            raise UserError(f"{where}: only the last phase goes on without an end; give this one until_tokens")
+            raise UserError(f"{where}: only the last phase may have no end; set until_tokens of this one")
         until = None if is_last or phase.until_tokens is None else round(phase.until_tokens / length)
         if until is not None and until <= (phases[-1].until or 0 if phases else 0):
             raise UserError(f"{where}: until_tokens {phase.until_tokens:,} is not after the phase before it ends")

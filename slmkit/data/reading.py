@@ -174,7 +174,7 @@ def tokenizer_sample(conversations: bool, data: DataSettings, wanted: TokenizerS
     for source in sources.values():
         texts = _texts_of_conversations(source) if conversations else documents_of(source)
         left, characters = wanted.documents_per_source, TOKENIZER_CHARACTERS // len(sources)
-        for text, ends in texts:
+        for text, ends, *_ in texts:
             yield text
             characters -= len(text)
             left = None if left is None else left - ends

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -89,11 +89,30 @@ def digest(documents: Sequence[Document]) -> str:
 def encode(tokenizer: SLMTokenizer, documents: Sequence[Document]) -> Encoded:
     """Tokens of documents, an end-of-text token after each, in the thread of the caller."""
     text = "".join(document.text for document in documents).encode("utf-8", "surrogatepass")
-    encoded = tokenizer.encode_batch([document.text for document in documents], threads=1)
+    encoded = document_ids(tokenizer, documents, threads=1)
     stops = np.cumsum(np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded)))
     stops = stops[np.fromiter((document.ends for document in documents), dtype=bool, count=len(documents))]
     ids = np.insert(np.concatenate(encoded), stops, tokenizer.eos_token_id)
     return Encoded(ids, stops + np.arange(1, len(stops) + 1), len(text), _digest(documents, text))
+
+
+def document_ids(tokenizer: Any, documents: Sequence[Document], threads: int | None = None) -> list[np.ndarray]:
+    """Tokens of each document or piece, without the end-of-text token behind it.
+
+    What the tokenizer itself puts before a text is put before each document too, unless it is the end-of-text token,
+    which stands there already. Raises `UserError` where the tokenizer loses more than a trace of the text.
+    """
+    encoded = list(tokenizer.encode_batch([document.text for document in documents], threads=threads))
+    if getattr(tokenizer, "has_edges", False):
+        tokenizer.check_losses()
+        for number, document in enumerate(documents):
+            if not document.begins:
+                encoded[number] = np.array(tokenizer.encode_further(document.text), dtype=np.uint32)
+    beginning = getattr(tokenizer, "beginning", [])
+    if beginning and beginning != [tokenizer.eos_token_id]:
+        start = np.array(beginning, dtype=np.uint32)
+        encoded = [np.concatenate([start, ids]) if doc.begins else ids for ids, doc in zip(encoded, documents)]
+    return encoded
 
 
 def write_shard(folder: ShardFolder, number: int, parts: Sequence[Encoded], shuffle_seed: int | None) -> Finished:
@@ -124,6 +143,6 @@ def reordered(ids: np.ndarray, ends: np.ndarray, order: np.ndarray) -> tuple[np.
 
 
 def _digest(documents: Sequence[Document], text: bytes) -> str:
-    hashed = hashlib.sha256(np.array([2 * len(text) + ends for text, ends in documents], dtype="<i8").tobytes())
+    hashed = hashlib.sha256(np.array([2 * len(each.text) + each.ends for each in documents], dtype="<i8").tobytes())
     hashed.update(text)
     return hashed.hexdigest()

@@ -15,6 +15,7 @@ from slmkit.data.blocks import Block, Blocks, Position
 from slmkit.data.conversations import ConversationEncoder
 from slmkit.data.order import mixed_seed, permuted
 from slmkit.data.packing import IGNORED, numbered, pack_whole, padded, row_of_labels
+from slmkit.data.shard_work import document_ids
 from slmkit.data.sources import Document, Message
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ class ConversationRows:
 def tokenized(documents: list[Document], tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
     """All tokens of documents, int64 [n], an end-of-text token after each; and which are the last of theirs, bool."""
     tokens, ends = [], []
-    for document, ids in zip(documents, tokenizer.encode_batch([document.text for document in documents])):
+    for document, ids in zip(documents, document_ids(tokenizer, documents)):
         tokens.append(np.append(ids, tokenizer.eos_token_id) if document.ends else ids)
         ends.append(np.zeros(len(tokens[-1]), dtype=bool))
         ends[-1][-1:] = document.ends

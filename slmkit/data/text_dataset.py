@@ -62,7 +62,7 @@ class TextDataset(Dataset, Rows):
         self._items = self._windows(0)
         self._rows = self._windows(1)  # the last token of a text has no next one: it is no input
         if not self._rows:
-            raise UserError(f"none of {len(texts)} texts has two tokens: there is nothing to learn")
+            raise UserError(f"none of {len(texts)} texts has two tokens, so there is nothing to learn")
 
     def __len__(self) -> int:
         return len(self._items)

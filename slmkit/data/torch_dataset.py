@@ -45,7 +45,7 @@ class ItemFormat:
         kept = slice(real[0], real[-1] + 1) if len(real) else slice(0)
         ids, labels = ids[kept].astype(np.int64), labels[kept].astype(np.int64)
         if len(ids) != len(real):
-            raise UserError(f"{where}: its attention_mask has zeros between ones, which training does not know")
+            raise UserError(f"{where}: its attention_mask has zeros between ones, which training does not support")
         if len(ids) > self.length + 1:
             raise UserError(
                 f"{where}: {len(ids):,} tokens are longer than {self.length:,}: cut it, or raise sequence_length or "
@@ -98,7 +98,7 @@ class IterableBatches(Batches):
         self.dataset, self.form, self.rows_per_step, self.separate = dataset, form, rows_per_step, False
         self.seek(0, {})
 
-    total_rows = rows_in_epoch = None  # type: ignore[assignment]  # nobody knows
+    total_rows = rows_in_epoch = None  # nobody knows
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         if step != self._step:

@@ -41,7 +41,7 @@ class Ensemble(nn.Module):
         weights = [1.0] * len(members) if weights is None else list(weights)
         sizes = [member.architecture.vocab_size for member in members]
         if not members:
-            raise UserError("an ensemble of no models: name at least one")
+            raise UserError("an ensemble without models: name at least one")
         if len(set(sizes)) > 1:
             raise UserError(f"an ensemble needs one vocabulary, found models of {_listed(sizes)} tokens")
         if len(weights) != len(members) or not all(0 < weight < math.inf for weight in weights):
@@ -94,7 +94,7 @@ def together(decoders: Sequence[Decoder]) -> LanguageModel:
 def common_tokenizer(directories: Sequence[str | Path]) -> SLMTokenizer:
     """The tokenizer of the first, which must be that of all. Raises `UserError` where an id means different things."""
     if not directories:
-        raise UserError("an ensemble of no models: name at least one")
+        raise UserError("an ensemble without models: name at least one")
     first, *others = directories
     tokenizer = SLMTokenizer.from_pretrained(first)
     for directory in others:

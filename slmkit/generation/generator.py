@@ -27,7 +27,7 @@ def room_after(decoder: LanguageModel, prompt: int, max_new_tokens: int) -> tupl
     """
     context = decoder.max_positions
     if prompt == 0:
-        raise UserError("a prompt of no tokens: begin with at least one, such as the end-of-text token")
+        raise UserError("an empty prompt: give at least one token, such as the end-of-text token")
     if prompt >= context:
         raise UserError(f"a prompt of {prompt} tokens fills the model's context of {context}: shorten it")
     if max_new_tokens < 1:

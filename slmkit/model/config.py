@@ -149,7 +149,7 @@ class SLMConfig(Settings):
                     "give one entry a layer, or none"
                 )
         if "sliding_attention" in (self.layer_types or ()) and self.sliding_window is None:
-            raise ValueError("layer_types has sliding_attention and sliding_window is not set: how wide is it?")
+            raise ValueError("layer_types has sliding_attention and sliding_window is not set: set it, in tokens")
         return self
 
     @model_validator(mode="after")

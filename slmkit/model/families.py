@@ -50,14 +50,14 @@ class Family:
 
 
 def family_of(model_type: str) -> Family:
-    """Raises `UserError` for a family that is not held here."""
+    """Raises `UserError` for a family that is not supported."""
     if model_type not in FAMILIES:
-        raise UserError(f"model_type {model_type!r} is not held here; known: {', '.join(sorted(FAMILIES))}")
+        raise UserError(f"model_type {model_type!r} is not supported; known: {', '.join(sorted(FAMILIES))}")
     return FAMILIES[model_type]
 
 
 def architecture_of(config: SLMConfig) -> Architecture:
-    """The decoder's choices for a config. Raises `UserError` for a family that is not held here."""
+    """The decoder's choices for a config. Raises `UserError` for a family that is not supported."""
     return family_of(config.model_type).architecture(config)
 
 
@@ -236,7 +236,7 @@ _GEMMA_DEFAULTS: dict[str, Any] = {
     "query_pre_attn_scalar": 256,
 }
 _GEMMA_ABSENT: dict[str, Any] = {"rms_norm_eps": 1e-6, "sliding_window": 4096, "head_dim": 256}
-# Experts are not held here: every layer is dense, and what experts there would be is never asked for.
+# Experts are not supported: every layer is dense, and what experts there would be is never asked for.
 _EXPERTS = (
     "n_routed_experts", "n_shared_experts", "n_group", "topk_group", "topk_method", "num_experts_per_tok",
     "moe_intermediate_size", "moe_layer_freq", "norm_topk_prob", "routed_scaling_factor", "scoring_func", "seq_aux",

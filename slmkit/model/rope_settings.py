@@ -27,7 +27,7 @@ def rope_of(parameters: dict[str, Any], kind: str, dim: int, max_positions: int)
         _refuse_others(where, own, {"factor"})
         return Rope(theta, dim, DynamicNTK(_factor(where, own), max_positions))
     if rope_type not in _SCALINGS:
-        raise UserError(f"rope_parameters.rope_type {rope_type!r} is not held here; known: {', '.join(KINDS)}")
+        raise UserError(f"rope_parameters.rope_type {rope_type!r} is not supported; known: {', '.join(KINDS)}")
     return Rope(theta, dim, _scaling(where, _SCALINGS[rope_type], own, max_positions))
 
 

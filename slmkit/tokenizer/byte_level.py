@@ -82,6 +82,19 @@ def is_byte_level(tokenizer: Tokenizer) -> bool:
     return any(part.get("type") == "ByteLevel" for part in [decoder, *decoder.get("decoders", [])])
 
 
+def holds_every_byte(tokenizer: Tokenizer) -> bool:
+    """Whether any text has tokens: each of the 256 bytes is one."""
+    if not isinstance(tokenizer.model, models.BPE):
+        return bool(getattr(tokenizer.model, "byte_fallback", False)) and _has_all(tokenizer, "<0x{:02X}>")
+    if is_byte_level(tokenizer):
+        return all(tokenizer.token_to_id(character) is not None for character in BYTE_CHARACTERS)
+    return bool(tokenizer.model.byte_fallback) and _has_all(tokenizer, "<0x{:02X}>")
+
+
+def _has_all(tokenizer: Tokenizer, spelling: str) -> bool:
+    return all(tokenizer.token_to_id(spelling.format(byte)) is not None for byte in range(256))
+
+
 def bytes_of_tokens(tokenizer: Tokenizer) -> list[bytes | None]:
     """What each id stands for, [largest id + 1]; None where the vocabulary has a gap.
 

@@ -282,7 +282,7 @@ def check_messages(messages: Sequence[Message], add_generation_prompt: bool = Fa
     Behind an assistant's message with tool calls stand the answers of the tools, then the assistant's next message.
     """
     if not messages:
-        raise ConversationError("a conversation without messages: expected at least one of the user's", EMPTY)
+        raise ConversationError("a conversation without messages: expected at least one from the user", EMPTY)
     expected = ["system", "user"]
     for number, message in enumerate(messages, start=1):
         _check_message(number, message)
@@ -295,9 +295,9 @@ def check_messages(messages: Sequence[Message], add_generation_prompt: bool = Fa
         else:
             expected = {"system": ["user"], "user": ["assistant"], "tool": ["tool", "assistant"]}[role]
     if messages[-1]["role"] == "system":
-        raise ConversationError("a conversation of a system message alone: expected one of the user's behind it", EMPTY)
+        raise ConversationError("a conversation with only a system message: expected a user's message after it", EMPTY)
     if add_generation_prompt and messages[-1]["role"] == "assistant":
-        raise ConversationError("the last message is the assistant's: add one of the user's for it to answer", DISORDER)
+        raise ConversationError("the last message is the assistant's: expected a user's message to answer", DISORDER)
 
 
 def _check_message(number: int, message: Any) -> None:
@@ -315,7 +315,7 @@ def _check_message(number: int, message: Any) -> None:
         _check_calls(number, role, calls)
     elif role == "assistant" and not (content or "").strip():
         raise ConversationError(
-            f"message {number}: the assistant says nothing; leave the exchange out or fill it", EMPTY
+            f"message {number}: the assistant's text is empty; leave the exchange out, or fill it in", EMPTY
         )
 
 

@@ -186,4 +186,4 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    return " ".join(str(error).split())

@@ -42,6 +42,9 @@ class TextEncoder:
         self.added = dict(sorted(library.get_added_tokens_decoder().items()))
         self.special = {token.content: index for index, token in self.added.items() if token.special}
         self.secret = {f"<|{secrets.token_hex(16)}|>": index for index in self.special.values()}
+        self.unknown = library.token_to_id(getattr(library.model, "unk_token", None) or "")
+        self.loses_nothing = byte_level.holds_every_byte(library)
+        self.read = self.lost = 0  # characters of what was encoded, of a vocabulary that may lose some
         self.spelled, self.secretly = _any_of(self.special), _any_of(self.secret)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -103,7 +106,11 @@ class TextEncoder:
             with ThreadPoolExecutor(threads) as pool:
                 return list(itertools.chain.from_iterable(pool.map(self._encode_here, parts)))
         try:
-            encodings = self.ordinary.encode_batch_fast(list(texts), add_special_tokens=False)
+            if self.loses_nothing:
+                encodings = self.ordinary.encode_batch_fast(list(texts), add_special_tokens=False)
+            else:
+                encodings = self.ordinary.encode_batch(list(texts), add_special_tokens=False)
+                self._count(texts, encodings)
         except TypeError:
             return [self.encode_array(text) for text in texts]
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
@@ -164,7 +171,10 @@ class TextEncoder:
             numbers = [number for number, row in enumerate(rows) if row.shielded == is_shielded]
             numbers = [number for number in numbers if not _SURROGATE.search(rows[number].text)]
             texts = [rows[number].text for number in numbers]
-            encodings |= zip(numbers, library.encode_batch(texts, add_special_tokens=False) if texts else [])
+            found = library.encode_batch(texts, add_special_tokens=False) if texts else []
+            encodings |= zip(numbers, found)
+            if not self.loses_nothing:
+                self._count(texts, found)
         return [
             _row_of(encodings[number], row) if number in encodings else self._row_apart(row)
             for number, row in enumerate(rows)
@@ -188,6 +198,16 @@ class TextEncoder:
             ends = np.cumsum(sizes)
             made.append(ChatRow(ids, is_learned(ends - sizes, ends, learned)))
         return made
+
+    def _count(self, texts: Sequence[str], encodings: Sequence[Any]) -> None:
+        """Count the characters, white space aside, for which there is no token but the unknown one."""
+        for text, encoding in zip(texts, encodings):
+            edges = np.zeros(len(text) + 1, dtype=np.int64)
+            places = [place for index, place in zip(encoding.ids, encoding.offsets) if index != self.unknown]
+            for column, change in ((0, 1), (1, -1)):
+                np.add.at(edges, [place[column] for place in places], change)
+            self.read += len(text)
+            self.lost += sum(not text[place].isspace() for place in np.flatnonzero(np.cumsum(edges)[:-1] == 0))
 
     def _cut(self, text: str, shielded: bool) -> Iterator[str | int]:
         """Ordinary text, and special tokens by their ids."""

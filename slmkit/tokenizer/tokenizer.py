@@ -28,6 +28,7 @@ from slmkit.tokenizer.encoder import PROBE, TextEncoder
 
 # Tried in this order where a tokenizer's config does not say, or its chat template.
 ENDS_OF_TEXT = (byte_level.END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
+LOST = 0.001  # of all characters: more than a trace
 ENDS_OF_TURN = (byte_level.TURN_END, "<|eot_id|>", "<end_of_turn>")
 
 
@@ -186,6 +187,24 @@ class SLMTokenizer(CallableTokenizer):
     def encode_batch(self, texts: Sequence[str], threads: int | None = None) -> list[np.ndarray]:
         """`encode_array` of each text, on so many threads (default: one a core): the way to tokenize a corpus."""
         return self._encoder.encode_batch(texts, threads)
+
+    def check_losses(self) -> None:
+        """Raise `UserError` where more than a trace of all that was encoded in batches has no tokens and is lost."""
+        read, lost = self._encoder.read, self._encoder.lost
+        if lost > LOST * read:
+            raise UserError(
+                f"this tokenizer loses {lost / read:.1%} of the text ({lost:,} of {read:,} characters have no token): "
+                "use one that is made for such text, or train one on it (tokenizer.vocab_size, without tokenizer.path)"
+            )
+
+    def encode_further(self, text: str) -> list[int]:
+        """Token ids of text that goes on where other text ended: nothing is put in front of it."""
+        return self._encoder.encode_further(text)
+
+    @property
+    def has_edges(self) -> bool:
+        """Whether the parts of a text, encoded alone, may be other tokens than those of the whole."""
+        return self._encoder.fast is None
 
     def encode_bytes(self, data: bytes) -> list[int]:
         """Token ids of any bytes: what is valid UTF-8 as text, every other byte as its own token.

@@ -109,7 +109,7 @@ def load_checkpoint(directory: Path, state: State, files: ModelFiles) -> None:
     verify(directory)
     weights, own = files.read(directory, state.model), state.model.state_dict()
     if weights.keys() != files.tensors(state.model).keys():
-        raise UserError(f"{directory}: a checkpoint of another model than the run's")
+        raise UserError(f"{directory}: a checkpoint of a different model than the run's")
     state.model.load_state_dict({name: share_like(full, own[name]) for name, full in weights.items()}, strict=False)
     tensors = load_file(directory / OPTIMIZER)
     for optimizer in state.optimizers:
@@ -232,7 +232,7 @@ def kept_in(folder: Path, model: Path) -> Path:
                 except OSError:
                     shutil.copyfile(path, folder / path.name)
     except OSError as error:
-        raise UserError(f"{folder}: the model to begin with cannot be kept here: {error}") from None
+        raise UserError(f"{folder}: the starting model cannot be saved here: {error}") from None
     return folder.resolve()
 
 

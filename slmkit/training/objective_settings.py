@@ -31,10 +31,12 @@ class DistillationSettings(Settings):
     @model_validator(mode="after")
     def _is_taught(self) -> DistillationSettings:
         if self.teacher is None and self.cache is None:
-            raise ValueError("no teacher: name a model directory as teacher, or what was stored of one as cache")
+            raise ValueError(
+                "no teacher: set teacher to a model directory, or cache to what `slm distill-cache` stored"
+            )
         if self.cache is not None and self.hidden_weight:
             raise ValueError(
-                "hidden_weight needs the teacher itself, of which a cache has the likeliest tokens alone: drop either"
+                "hidden_weight needs the teacher's hidden states, which a cache does not have: drop one of them"
             )
         return self
 

@@ -120,7 +120,7 @@ def plot_runs(runs: Sequence[str | Path], output: Path, over: Axis = "tokens", w
     drawn = [curves_of(each, what) for each in reports]
     labels = [curves.label for curves in drawn]
     if other := next((number for number, label in enumerate(labels) if label != labels[0]), None):
-        raise UserError(f"{runs[0]} has the {labels[0]}, {runs[other]} the {labels[other]}: draw them apart")
+        raise UserError(f"{runs[0]} has the {labels[0]}, {runs[other]} the {labels[other]}: draw them separately")
     both = [_curve(Path(run), each, curves, over) for run, each, curves in zip(runs, reports, drawn)]
     divisor, unit = _unit(over, max(x for trained, _ in both for x, _ in trained))
     figure = Figure(figsize=(9, 5.5), layout="constrained")

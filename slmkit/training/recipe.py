@@ -45,9 +45,7 @@ class ModelSettings(Settings):
             if name not in SLMConfig.model_fields:
                 raise ValueError(f"unknown key {name!r}; {did_you_mean(name, MODEL_KEYS, HINTS)}")
         if self.path is not None and (self.preset is not None or self.changes):
-            raise ValueError(
-                "path starts from a finished model, whose shape is fixed: drop preset and the sizes beside it"
-            )
+            raise ValueError("path names a trained model, whose shape is fixed: drop preset and the sizes beside it")
         return self
 
     @classmethod
@@ -135,7 +133,7 @@ class TrainSettings(Settings):
         for name, value in (("optimizer", self.optimizer), ("precision", self.precision)):
             if self.parallel == "fsdp" and value in ("adamw_8bit", "bfloat16-pure", "bfloat16-master"):
                 raise ValueError(
-                    f"{name} {value} needs whole weights, which parallel: fsdp does not leave: set parallel to ddp, or "
+                    f"{name} {value} needs whole weights, which parallel: fsdp splits: set parallel to ddp, or "
                     "use adamw, muon or lion in float32, bfloat16 or float16"
                 )
         return self
@@ -210,7 +208,7 @@ class Recipe(Settings):
     def _adapters_need_no_shares(self) -> Recipe:
         if self.lora is not None and self.train.parallel == "fsdp":
             raise ValueError(
-                "lora: parallel fsdp shares out what is trained, which is next to nothing here: set train.parallel to "
+                "lora: parallel fsdp splits what is trained, which is very little here: set train.parallel to "
                 "ddp, and lora.base_weights to int8 or nf4 where the base is too large for each process"
             )
         return self
@@ -219,10 +217,12 @@ class Recipe(Settings):
     def _is_taught(self) -> Recipe:
         if (self.objective == "distill") != (self.distillation is not None):
             raise ValueError(
-                "objective distill and a section `distillation` with its teacher belong together: add or drop"
+                "objective distill needs a section `distillation`, and no other objective has one: add it, or drop it"
             )
         if self.data.streaming and self.distillation is not None and self.distillation.cache is not None:
-            raise ValueError("distillation.cache has numbered rows, which streams do not: drop it, or data.streaming")
+            raise ValueError(
+                "distillation.cache needs numbered rows, which a stream does not have: drop it, or data.streaming"
+            )
         return self
 
     @model_validator(mode="after")
@@ -237,9 +237,7 @@ class Recipe(Settings):
         if self.objective == "grpo":
             length = self.train.sequence_length
             if length is None:
-                raise ValueError(
-                    "train.sequence_length: grpo has to know how long a question and its answer may be together"
-                )
+                raise ValueError("train.sequence_length: grpo needs the most tokens of a question with its answer")
             self.__dict__["train"] = self.train.model_copy(update={"tokens_per_step": self.grpo.rows_per_step * length})
         return self
 

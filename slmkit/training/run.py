@@ -183,7 +183,7 @@ def _warn_at_the_end(run: RunDirectory, state: State, plan: Plan, stream: Batche
         raise RunStopped(f"stopped after step {state.step} of {plan.steps}; go on with: slm resume {run.root}")
     warn(
         f"the data ended after step {state.step} of {plan.steps}: a source ran out, and data.when_exhausted does not "
-        "repeat it; the run is whole, with a checkpoint"
+        "repeat it; the run is complete, with a checkpoint"
     )
 
 
@@ -229,7 +229,7 @@ def roll_back(
     if settings.on_divergence == "stop":
         raise UserError(f"{report}; then lower train.learning_rate, or set guard.on_divergence=rollback")
     if before.rollbacks >= settings.max_rollbacks:
-        raise UserError(f"{report}; it was rolled back {before.rollbacks} times (guard.max_rollbacks) in vain")
+        raise UserError(f"{report}; it was rolled back {before.rollbacks} times (guard.max_rollbacks) without success")
     good = newest_intact(run, plan, warn, checkpoints.saved_while_all_was_well)
     if good is None:
         raise UserError(f"{report}; there is no checkpoint yet to go back to: lower train.learning_rate")

@@ -82,7 +82,7 @@ def test_an_adapter_of_another_family_is_refused(adapter: Path) -> None:
         ({"peft_type": "IA3"}, "expected peft_type LORA"),
         ({"bias": "all"}, "bias 'all': biases that are trained"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' changes the base too"),
-        ({"trainable_token_indices": [1]}, r"trainable_token_indices is \[1\], which is not held here"),
+        ({"trainable_token_indices": [1]}, r"trainable_token_indices is \[1\], which is not supported"),
         ({"r": 0}, "adapter_config.json: r: expected more than 0"),
     ],
 )

@@ -173,7 +173,8 @@ def test_an_adapter_is_to_be_folded_in_first(folder: Path) -> None:
     (folder / "tune-1" / "adapter_config.json").write_text(json.dumps(adapter))
     line = refused(folder, **MEAN)
     assert (
-        f"tune-1: an adapter, and whole models are merged: fold it in first with `slm merge {folder}/base --ad" in line
+        f"tune-1: an adapter; only whole models can be merged: fold it in first with `slm merge {folder}/base --ad"
+        in line
     )
 
 
@@ -198,13 +199,13 @@ def test_weights_that_are_not_those_of_the_config_are_refused(folder: Path) -> N
         ({"merge_method": "linear", "models": [{"model": "tune-0", "density": 0.5}]}, "not read models.0.density"),
         ({"merge_method": "linear", "models": [{"model": "tune-0", "weight": -1}]}, "weights [-1.0]: normalize"),
         ({"merge_method": "linear", "models": [{"model": "tune-0", "weight": 0}]}, "weights [0.0]: normalize"),
-        ({"merge_method": "slerp", "models": ["tune-0"]}, "slerp goes from one model to another: name two, not 1"),
-        ({"merge_method": "slerp", "base_model": "base"}, "neither of the two models that slerp goes between"),
+        ({"merge_method": "slerp", "models": ["tune-0"]}, "slerp interpolates between two models: name two, not 1"),
+        ({"merge_method": "slerp", "base_model": "base"}, "not one of the two models of slerp"),
         ({"merge_method": "slerp", "t": 1.5}, "t: expected numbers from 0 to 1, found 1.5"),
         ({"merge_method": "slerp", "t": []}, "t: expected a number, a list of numbers, or a list of {filter, value}"),
         ({"merge_method": "linear", "models": [{"model": "tune-0", "weight": [1, "x"]}]}, "models.0.weight"),
         ({"merge_method": "ties"}, "ties adds differences from a base model: set base_model"),
-        ({"merge_method": "ties", "base_model": "base", "models": ["base"]}, "none besides the base_model"),
+        ({"merge_method": "ties", "base_model": "base", "models": ["base"]}, "only the base_model is there"),
         ({"merge_method": "linear", "models": []}, "models: list should have at least 1 item"),
         ({"merge_method": "linear", "models": ["nowhere"]}, "nowhere: no such directory"),
     ],

@@ -135,6 +135,6 @@ def test_an_architecture_that_is_not_held_is_refused_with_those_that_are(directo
     content = json.loads((directory / "config.json").read_text()) | {"model_type": "mamba"}
     (directory / "config.json").write_text(json.dumps(content))
     with pytest.raises(
-        UserError, match=r"'mamba' is not held here; known: deepseek_v3, gemma2, gemma3_text, gpt2, llama"
+        UserError, match=r"'mamba' is not supported; known: deepseek_v3, gemma2, gemma3_text, gpt2, llama"
     ):
         load_decoder(directory)

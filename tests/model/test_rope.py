@@ -64,7 +64,7 @@ def test_a_rotation_keeps_lengths_and_products_depend_on_distance_alone() -> Non
 @pytest.mark.parametrize(
     ("parameters", "words"),
     [
-        ({"rope_type": "spiral"}, "rope_type 'spiral' is not held here; known: default, dynamic"),
+        ({"rope_type": "spiral"}, "rope_type 'spiral' is not supported; known: default, dynamic"),
         ({"rope_type": "linear"}, "factor None; expected a number of 1 or more"),
         ({"rope_type": "llama3", "factor": 8.0}, "low_freq_factor is missing"),
         ({"rope_type": "linear", "factor": 2.0, "facto": 1}, "unknown key 'facto'; did you mean 'factor'"),

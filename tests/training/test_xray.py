@@ -211,7 +211,7 @@ def test_a_run_with_a_finding_is_not_begun_unless_forced(tmp_path: Path, tokeniz
     chat = [f"output_dir={tmp_path}/chat", "objective=sft", "data.source=stories", "train.sequence_length=150"]
     recipe = load_recipe(find_recipe("quickstart-primer"), [*RECIPE, *chat])
     reporter = Silent()
-    with pytest.raises(UserError, match=r"not begun: .* cut there at 150 tokens.* --force trains all the same"):
+    with pytest.raises(UserError, match=r"training not started: .* cut there at 150 tokens.* --force trains anyway"):
         train_recipe(recipe, reporter)
     assert list(tmp_path.iterdir()) == []
     assert any(str(line).startswith("x-ray: rows") for line in reporter.lines)

@@ -58,5 +58,5 @@ def check_scripts(scripts: Sequence[str]) -> None:
             regex.compile(rf"\p{{Script={script}}}")
         except regex.error:
             raise UserError(
-                f"cleaning.scripts: Unicode knows no script {script!r}; {did_you_mean(script, USUAL_SCRIPTS)}"
+                f"cleaning.scripts: Unicode has no script {script!r}; {did_you_mean(script, USUAL_SCRIPTS)}"
             ) from None

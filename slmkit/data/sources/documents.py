@@ -20,10 +20,11 @@ Position: TypeAlias = dict[str, int]
 
 
 class Document(NamedTuple):
-    """A text, or a piece of a long one: then `ends` is False in all but its last piece."""
+    """A text, or a piece of a long one: then `ends` is False in all but its last, `begins` in all but its first."""
 
     text: str
     ends: bool = True
+    begins: bool = True
 
 
 class Conversation(list[Message]):
@@ -64,9 +65,9 @@ def pieces(text: str) -> Iterator[Document]:
     start = 0
     while len(text) - start > PIECE:
         length = cut_point(text[start : start + PIECE + 1], PIECE)
-        yield Document(text[start : start + length], ends=False)
+        yield Document(text[start : start + length], ends=False, begins=start == 0)
         start += length
-    yield Document(text[start:])
+    yield Document(text[start:], begins=start == 0)
 
 
 def cut_point(text: str, limit: int) -> int:

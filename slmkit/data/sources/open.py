@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from slmkit.config import UserError
 from slmkit.data.source_settings import SourceSettings
 from slmkit.data.sources.built_in import BUILT_IN
 from slmkit.data.sources.documents import Document, Message
@@ -26,9 +27,18 @@ def open_source(
     """
     patience = patience or Patience(settings.retry_for)
     if settings.path in BUILT_IN:
+        if settings.mapping or settings.row_format or settings.separator:
+            raise UserError(f"{settings.path}: built in, without columns: leave out those of columns and of row_format")
         return Source(settings, [StoryPart(settings.path, seed, held_out)], patience)
     files, found = patience.until_done(lambda: _files(settings, KINDS))
     return Source(settings, [FilePart(file, settings) for file in files], patience, found)
+
+
+def expect_source(settings: SourceSettings) -> None:
+    """Raises `UserError` for a file or folder that is not there. Nothing is read, and no network is asked."""
+    path = settings.path
+    if path not in BUILT_IN and not hub_name(path) and not is_url(path) and not Path(path).exists():
+        raise UserError(f"{path}: no such file or folder")
 
 
 def read_documents(paths: Paths, text_column: str | None = None) -> Iterator[Document]:

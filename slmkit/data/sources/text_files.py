@@ -33,7 +33,9 @@ def text_documents(file: File, start: Position, separator: str | None = None) ->
         at_line_start = line.text.endswith("\n")
         if is_separator:
             text = "".join(raw)
-            document = Document(_cleaned(text).removesuffix("\n"))  # that line end belongs to the separator
+            document = Document(
+                _cleaned(text).removesuffix("\n"), begins=not position["inside"]
+            )  # that line end belongs to the separator
             yield from _reported(file, text, offset, position)
             offset = line.end
             position, is_blank = {"offset": offset, "inside": 0}, not (position["inside"] or document.text.strip())
@@ -55,13 +57,13 @@ def text_documents(file: File, start: Position, separator: str | None = None) ->
             piece, left = joined[:raw_cut], joined[raw_cut:]
             begins = offset - _bytes(left)
             yield from _reported(file, piece, begins, position)
-            position = {"offset": begins, "inside": 1}
-            yield Document(text[:cut], ends=False), position
+            was_inside, position = position["inside"], {"offset": begins, "inside": 1}
+            yield Document(text[:cut], ends=False, begins=not was_inside), position
             raw, size = [left], len(left)
     text = "".join(raw)
     yield from _reported(file, text, offset, position)
     if position["inside"] or _cleaned(text).strip():
-        yield Document(_cleaned(text)), {"offset": offset, "inside": 0}
+        yield Document(_cleaned(text), begins=not position["inside"]), {"offset": offset, "inside": 0}
 
 
 def _taken_apart(lines: Iterator[Line], offset: int, separator: str) -> Iterator[Line]:

@@ -183,7 +183,7 @@ def test_scripts_and_letters_are_shares():
     assert dict(report.dropped) == {"another script": 3}
     assert clean(texts, scripts=["Han", "Hiragana"])[0] == ["猫が座った"]
     assert clean(texts, min_letter_share=0.5)[1].dropped == {"few letters": 1}
-    with pytest.raises(UserError, match="Unicode knows no script 'Latinn'; did you mean 'Latin'"):
+    with pytest.raises(UserError, match="Unicode has no script 'Latinn'; did you mean 'Latin'"):
         clean(texts, scripts=["Latinn"])
 
 

@@ -1,0 +1,59 @@
+"""A mistake in the arguments is answered before torch is loaded, which takes seconds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+CODE = """
+import json, sys
+from slmkit.cli import main
+for arguments, code in json.loads(sys.argv[1]):
+    sys.argv = ["slm", *arguments]
+    try:
+        main()
+    except SystemExit as end:
+        assert end.code == code, (arguments, end.code)
+    loaded = [name for name in ("torch", "transformers", "matplotlib") if name in sys.modules]
+    assert not loaded, (arguments, loaded)
+"""
+FINE = [["--help"], [], ["--version"], ["data"], ["tokenizer"], ["recipes"], ["train", "own-text", "--print-config"]]
+WRONG = [
+    ["trian"],
+    ["train", "nosuch"],
+    ["train", "own-text", "lr=1"],
+    ["train", "own-text", "train.learning_rate=fast"],
+    ["train", "own-text", "data=book.txt"],
+    ["train", "own-text"],
+    ["train", "own-text", "data.source=nosuch.txt"],
+    ["eval", "nosuch", "--data", "nosuch.txt"],
+    ["push", "nosuch", "me/book"],
+    ["generate", "nosuch", "x"],
+    ["generate", "nosuch", "x", "--temperature", "-1"],
+    ["generate", "nosuch", "x", "--max-new-tokens", "0"],
+    ["chat", "nosuch"],
+    ["inspect", "gpt3"],
+    ["resume", "nosuch"],
+    ["replay", "nosuch", "--step", "1"],
+    ["plan"],
+    ["plan", "nosuch"],
+    ["merge", "nosuch"],
+    ["merge", "ties", "lamda=1"],
+    ["distill-cache", "nosuch"],
+    ["tokenizer", "encode", "nosuch", "x"],
+    ["tokenizer", "train", "nosuch.txt"],
+    ["data", "inspect", "nosuch"],
+    ["data", "prepare", "nosuch.txt", "--tokenizer", "nosuch", "-o", "out"],
+    ["runs", "nosuch"],
+]
+
+
+def test_arguments_are_checked_before_anything_heavy_is_loaded(tmp_path: Path) -> None:
+    cases = json.dumps([*((arguments, 0) for arguments in FINE), *((arguments, 2) for arguments in WRONG)])
+    done = subprocess.run([sys.executable, "-c", CODE, cases], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(WRONG), done.stderr
+    assert all(line.startswith("slm: ") for line in lines)
