@@ -17,6 +17,7 @@ from slmkit.data.reading import judgements_of, pairs_of
 from slmkit.data.shards import TokenShards
 from slmkit.data.source_settings import SourceSettings
 from slmkit.data.sources import BadRow, Document, Message, Position, open_source
+from slmkit.data.sources.files import TEXT_KINDS
 
 if TYPE_CHECKING:
     from slmkit.tokenizer import SLMTokenizer
@@ -96,4 +97,4 @@ class Reading:
 
 def _is_plain(description: dict[str, Any]) -> bool:
     """Whether offsets in the text are offsets in the file."""
-    return str(description["path"]).lower().endswith((".txt", ".jsonl", ".json", ".csv"))
+    return str(description["path"]).lower().endswith((*TEXT_KINDS, ".jsonl", ".json", ".csv", ".tsv"))

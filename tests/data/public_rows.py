@@ -175,3 +175,11 @@ ALL = {
     )
     for name, schema in schemas.items()
 }  # fmt: skip
+
+# The rows of data sets that recipes name, with the columns that are not used.
+OF_RECIPES: dict[str, Schema] = {
+    "HuggingFaceTB/smoltalk": Schema({"messages": [SYSTEM, *TALK], "source": "everyday"}, [SYSTEM, *TALK]),
+    "Open-Orca/SlimOrca": CHATS["SlimOrca"],
+    "allenai/tulu-3-sft-personas-code": Schema({"id": "1", "prompt": "Hi", "messages": TALK}, TALK),
+    "tatsu-lab/alpaca": Schema({**CHATS["Alpaca"].row, "text": "Below is an instruction …"}, CHATS["Alpaca"].means),
+}

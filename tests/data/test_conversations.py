@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from slmkit.api import train_recipe
-from slmkit.cli.data import _print_documents
+from slmkit.cli.data import _print_samples
 from slmkit.config import UserError
 from slmkit.data import conversations
 from slmkit.data.conversations import IN_ROWS, UNLEARNED, ConversationEncoder
@@ -20,6 +20,7 @@ from slmkit.data.corpus import Corpus
 from slmkit.data.data_settings import DataSettings
 from slmkit.data.feed import make_batches
 from slmkit.data.prepare import prepare_chat
+from slmkit.data.preview import samples_of_shards
 from slmkit.data.reading import encoded_of, pairs_of, questions_of
 from slmkit.data.source_settings import SourceSettings
 from slmkit.data.sources import Source, open_source
@@ -27,11 +28,17 @@ from slmkit.data.stream import ChatRows
 from slmkit.tokenizer import ChatTokens, SLMTokenizer
 from slmkit.training.recipe import load_recipe
 from tests.cli.helpers import TINY, slm
-from tests.data.test_row_formats import CHATS, files
+from tests.data.public_rows import OF_RECIPES
+from tests.data.test_row_formats import write as write_rows
 
 TEMPLATES = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "gemma": "<end_of_turn>"}
 NONE = SourceSettings(path="nowhere")  # nothing is held out, then
 GOOD = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+
+
+def files(folder: Path, rows: list[dict[str, Any]]) -> list[Path]:
+    """The same rows as parquet and as JSON lines."""
+    return [write_rows(folder / name, rows) for name in ("a.parquet", "a.jsonl")]
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +56,11 @@ def source_of(path: Path, **settings: Any) -> Source:
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-@pytest.mark.parametrize("name", CHATS)
+@pytest.mark.parametrize("name", OF_RECIPES)
 def test_the_answers_of_public_rows_are_learned_in_every_template(
     tokenizer: SLMTokenizer, tmp_path: Path, name: str, template: str
 ) -> None:
-    row, messages = CHATS[name]
+    row, messages, _ = OF_RECIPES[name]
     ours = tokenizer.extended(chat_template=template)
     for path in files(tmp_path, [row]):
         (encoded,) = encoded_of(source_of(path), lambda source: ConversationEncoder(ours, source))
@@ -316,7 +323,7 @@ def test_the_command_prepares_counts_and_shows_what_is_learned(tokenizer: SLMTok
     shown = slm("data", "inspect", tmp_path / "shards", "--tokenizer", tmp_path / "tokenizer", "--length", "64",
                 "--documents", "3")  # fmt: skip
     assert shown.returncode == 0, shown.stderr
-    assert "truncated        1 documents" in shown.stdout
+    assert "truncated        1 of the documents" in shown.stdout
     assert "packed           2 rows of 64 tokens" in shown.stdout
     assert "1 of 3 conversations have nothing to learn within 64 tokens" in shown.stdout
 
@@ -344,11 +351,11 @@ def test_inspection_colours_what_is_learned_and_nothing_else(
     shards = prepare_chat([talk, GOOD], ours, tmp_path / "shards")
     for name, value in (("FORCE_COLOR", "1"), ("TERM", "xterm-256color")):
         monkeypatch.setenv(name, value)
-    _print_documents(shards, ours, 2)
+    _print_samples(samples_of_shards(shards, 2), ours)
     shown = capsys.readouterr().out
-    coloured = re.findall("\x1b\\[4;32m(.*?)\x1b\\[0m", shown, re.DOTALL)
+    coloured = "".join(re.findall("\x1b\\[[0-9;]*32m(.*?)\x1b\\[0m", shown, re.DOTALL))
     end = TEMPLATES[template]
-    assert coloured == [f"yes.{end}", f"Hello.{end}"]
+    assert coloured == f"yes.{end}Hello.{end}"
     assert re.sub("\x1b\\[[0-9;]*m", "", shown).count(end) == (7 if template != "gemma" else 6)
 
 

@@ -65,7 +65,7 @@ def test_what_was_taken_and_passed_over_is_said(tmp_path: Path):
     )
     source = open_source(SourceSettings(path=str(make(tmp_path, *names))))
     (line,) = source.report()
-    assert line.startswith(f"{tmp_path}: 2 .jsonl, 1 .txt files are read; passed over: ")
+    assert line.startswith(f"{tmp_path}: reads 2 .jsonl, 1 .txt; passes over ")
     for part in (
         "1 of split test",
         "1 .md beside the others",

@@ -14,8 +14,8 @@ import zstandard
 
 from slmkit.training.recipe import Recipe, load_recipe
 from tests.data.hub_server import HubServer
+from tests.data.public_rows import OF_RECIPES
 from tests.data.test_hub import ROOT, Ask, reader
-from tests.data.test_row_formats import CHATS
 
 RECIPES = {path.stem: path for path in sorted((ROOT / "recipes").glob("*.yaml"))}
 PUBLIC = {  # recipe → data set
@@ -52,7 +52,7 @@ def card(**configurations: dict[str, str]) -> bytes:
 
 
 def chat(name: str) -> dict[str, Any]:
-    return CHATS[name][0]
+    return OF_RECIPES[name].row
 
 
 HUB = {
@@ -124,7 +124,7 @@ def test_every_source_of_a_recipe_is_read_as_the_hub_has_it(ask: Ask, name: str)
         assert len(answer["items"]) == 1
         assert answer["skipped"] == {}
         if recipe.objective == "sft":
-            assert answer["items"][0][0] == CHATS[source.path][1]
+            assert answer["items"][0][0] == OF_RECIPES[source.path].means
         else:
             assert answer["items"][0][0] not in ("too much", "an older copy")
 

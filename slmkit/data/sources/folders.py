@@ -50,7 +50,7 @@ class Chosen:
         kinds = Counter(kind_of(name) for name in self.names)
         taken = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
         passed = ", ".join(f"{count:,} {what}" for what, count in self.passed.most_common())
-        return f"{self.folder}: {taken} files are read" + (f"; passed over: {passed}" if passed else "")
+        return f"{self.folder}: reads {taken}" + (f"; passes over {passed}" if passed else "")
 
 
 def find_files(paths: Paths, kinds: Sequence[str] = KINDS, split: str | None = "train") -> list[Path]:

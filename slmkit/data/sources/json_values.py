@@ -39,7 +39,9 @@ DECODER = json.JSONDecoder(parse_int=whole_number)
 
 def first_character(file: File) -> str:
     """The first one of a JSON file that is no space; '' where there is none."""
-    return _Characters(file, 0).next_one()
+    text = _Characters(file, 0)
+    with text.stream:
+        return text.next_one()
 
 
 def list_entries(file: File, offset: int = 0) -> Iterator[Value]:

@@ -150,6 +150,8 @@ def kto_formats(settings: SourceSettings, unused: Counter[str]) -> RowFormats:
 
 def _judged(row: Row, convert: Callable[[Row], Conversation], column: str) -> Judged:
     label = row[column]
+    if isinstance(label, str):  # as tables of text alone have it
+        label = {"true": True, "false": False}.get(label.lower(), label)
     if not isinstance(label, bool):
         raise RowError(f"expected true or false in column {column!r}, found {type(label).__name__}")
     messages = convert(row)

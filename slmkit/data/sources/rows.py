@@ -45,14 +45,15 @@ def json_rows(file: File, start: Position, formats: RowFormats) -> Iterator[Row]
 
 def _is_a_list(file: File, formats: RowFormats) -> bool:
     """Whether a file is to be read as one list, and not line by line."""
-    if first_character(file) != "{":
-        return first_character(file) == "["
+    first = first_character(file)
+    if first != "{" or file.kind != ".json":
+        return first == "["
     lines = (line.text for line in whole_lines(file) if line.text.strip())
     try:
         row = json.loads(next(lines))
     except (ValueError, RecursionError):
-        return file.kind == ".json"  # an object of several lines
-    is_alone = file.kind == ".json" and next(lines, None) is None and not formats.recognize(formats.renamed([*row]))
+        return True  # an object of several lines
+    is_alone = next(lines, None) is None and not formats.recognize(formats.renamed([*row]))
     return is_alone and any(isinstance(value, list) and isinstance([*value, 0][0], dict) for value in row.values())
 
 
