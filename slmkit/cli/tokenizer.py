@@ -47,7 +47,7 @@ def train(
 
     tokenizer = SLMTokenizer(vocab_size)
     wanted = TokenizerSettings(vocab_size=vocab_size, documents_per_source=documents_per_source)
-    tokenizer.train(texts_of("text", data, wanted))
+    tokenizer.train(texts_of("text", data, wanted), show_progress=True)
     tokenizer.save_pretrained(output)
     print(f"{len(tokenizer):,} tokens in {output}")
     if len(tokenizer) < vocab_size:
