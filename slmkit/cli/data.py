@@ -157,6 +157,8 @@ def inspect(
         _print_packing(opened, length)
     if facts.trained is not None:
         print(f"learned          {facts.trained:,} tokens ({facts.trained / max(1, len(opened)):.1%})")
+    if header.judged:
+        print(f"labels           {opened.labels.sum():,} good, {(~opened.labels).sum():,} bad")
     if header.perfect_loss is not None:
         print(f"perfect loss     {header.perfect_loss:.4f} nats per token")
     _print_cleaning(opened)
