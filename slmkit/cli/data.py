@@ -58,7 +58,6 @@ def prepare(
     from slmkit.data import prepare_text
     from slmkit.data.cleaning.settings import CleaningSettings
     from slmkit.data.many_sources import Reading
-    from slmkit.data.shard_folder import claim
     from slmkit.data.source_settings import SourceSettings
     from slmkit.find import find_tokenizer_directory
     from slmkit.tokenizer import SLMTokenizer
@@ -69,11 +68,7 @@ def prepare(
     directory = find_tokenizer_directory(tokenizer)
     loaded = SLMTokenizer.from_pretrained(directory)
     options: dict[str, Any] = {"shuffle_seed": shuffle, "cleaning": cleaning, "shard_characters": shard_characters}
-    reading = Reading(settings)
-    claim(output, {
-        "sources": [one.model_dump(mode="json") for one in settings], "reads": reads, "tokenizer": loaded.fingerprint,
-        "shuffle": shuffle, "cleaning": cleaning.model_dump(mode="json"), "shard_characters": shard_characters,
-    })  # fmt: skip
+    (reading := Reading(settings)).claim(output, loaded, reads=reads, **options)
     with PreparationProgress("tokenizing", reading.fraction) as progress:
         if reads is not None:
             shards = reading.prepare_conversations(reads, loaded, output, progress, length)

@@ -197,9 +197,8 @@ def fit(
         lack_of_memory_explained(inventory, settings, plan.rows_per_micro_batch, length, plan.device),
     ):
         logger = Logger(run, perfect_loss, warn, trackers)
-        improvement = Every(1, note_improvement, on_all_ranks=True)
-        written = hooks_on_disk(settings, interval, logger, saver, on_save)
-        all_hooks = (Every(1, gauges.update), *hooks, improvement, *written)
+        hooks = (Every(1, gauges.update), *hooks, Every(1, note_improvement, on_all_ranks=True))
+        all_hooks = (*hooks, *hooks_on_disk(settings, interval, logger, saver, on_save))
         while True:
             try:
                 train(state, objective, stream, plan, uncompiled(all_hooks, model), asked, recorder)
@@ -209,8 +208,6 @@ def fit(
                 roll_back(run, state, plan, error, warn, files)
                 logger.last_step = -1
     _warn_at_the_end(run, state, plan, stream, warn)
-    if group.is_main:
-        run.add(finished={"step": state.step, "steps": plan.steps, "patience": plan.patience})
     return state
 
 
@@ -232,8 +229,8 @@ def _warn_at_the_end(run: RunDirectory, state: State, plan: Plan, stream: Batche
     if not state.guard.has_learned and state.guard.idle:
         warn(f"{run.root}: {state.guard.idle_report()}")
     if state.step >= plan.steps:
-        return
-    if plan.is_stalled(state):
+        pass
+    elif plan.is_stalled(state):
         warn(
             f"ended after step {state.step} of {plan.steps}: the validation loss has not fallen in "
             f"{state.evaluations['in_vain']} evaluations (train.early_stopping_patience)"
@@ -245,6 +242,8 @@ def _warn_at_the_end(run: RunDirectory, state: State, plan: Plan, stream: Batche
             f"the data ended after step {state.step} of {plan.steps}: a source ran out, and data.when_exhausted does "
             "not repeat it; the run is complete, with a checkpoint"
         )
+    if plan.group.is_main:
+        run.add(finished={"step": state.step, "steps": plan.steps, "patience": plan.patience})
 
 
 def newest_intact(
