@@ -208,6 +208,7 @@ class SLMForCausalLM(GeneratingModel):
             )
         pieces = {token: range(old) for token in range(old, new_num_tokens)}
         self.decoder, self.config = grow_vocabulary(self.decoder, self.config, pieces)
+        self.__dict__["known_ids"] = None  # the tokenizer that was read with the model does not have the new ones
         return self.get_input_embeddings()
 
     def gradient_checkpointing_enable(

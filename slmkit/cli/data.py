@@ -38,9 +38,11 @@ def prepare(
     judged: Annotated[bool, typer.Option(help="They hold answers labelled good or bad (kto).")] = False,
     shuffle: Annotated[int | None, typer.Option(help="Shuffle all documents, with this seed.")] = None,
     clean: Annotated[list[str] | None, typer.Option(help=CLEAN)] = None,
-    length: Annotated[int | None, typer.Option(help="Count the conversations longer than so many tokens.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Threads; default: one for each core.")] = None,
-    shard_characters: Annotated[int, typer.Option(help="Characters of text in a shard.")] = 1 << 26,
+    length: Annotated[
+        int | None, typer.Option(min=1, help="Count the conversations longer than so many tokens.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads; default: one for each core.")] = None,
+    shard_characters: Annotated[int, typer.Option(min=1, help="Characters of text in a shard.")] = 1 << 26,
     ray: Annotated[str | None, typer.Option(help="Prepare on this Ray cluster: an address, auto, or local.")] = None,
 ) -> None:
     """Tokenize text once, into files to train from.
@@ -109,7 +111,9 @@ def inspect(
     source: Annotated[
         list[str] | None, typer.Option("--source", help="A setting of a file or folder, such as text_column=body.")
     ] = None,
-    length: Annotated[int | None, typer.Option(help="Count the documents that are longer than so many tokens.")] = None,
+    length: Annotated[
+        int | None, typer.Option(min=1, help="Count the documents that are longer than so many tokens.")
+    ] = None,
 ) -> None:
     """Show what a file, folder or shards hold.
 
@@ -148,6 +152,8 @@ def inspect(
         _print_packing(opened, length)
     if facts.trained is not None:
         print(f"learned          {facts.trained:,} tokens ({facts.trained / max(1, len(opened)):.1%})")
+    if header.judged:
+        print(f"labels           {opened.labels.sum():,} good, {(~opened.labels).sum():,} bad")
     if header.perfect_loss is not None:
         print(f"perfect loss     {header.perfect_loss:.4f} nats per token")
     _print_cleaning(opened)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -57,7 +58,7 @@ def in_words(error: BaseException) -> str | None:
     kinds = {kind.__name__ for kind in type(error).__mro__}
     text = " ".join(str(error).split())
     if isinstance(error, UserError) or "DeviceError" in kinds:  # the latter's module imports torch
-        return text
+        return re.sub(r"\[Errno \d+\] ", "", text)  # of a system's error that is quoted
     if isinstance(error, MemoryError) or "OutOfMemoryError" in kinds or "can't allocate memory" in text:
         return OUT_OF_MEMORY
     if isinstance(error, ModuleNotFoundError) and not (error.name or "slmkit").startswith("slmkit"):

@@ -22,8 +22,8 @@ def train(
 ) -> None:
     """Train a model as a recipe says.
 
-    The recipe's `objective` says how: pretrain, sft (fine-tuning on conversations), distill, dpo or grpo. Ctrl-C stops
-    it with a checkpoint; `slm resume` goes on.
+    The recipe's `objective` says how: pretrain, sft (fine-tuning on conversations), distill, dpo, kto or grpo. Ctrl-C
+    stops it with a checkpoint; `slm resume` goes on.
 
     Example: slm train own-text data.source=book.txt output_dir=runs/book
     Example: slm train own-text data.source=book.txt train.max_tokens=3e6 --dry-run

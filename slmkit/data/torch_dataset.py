@@ -98,7 +98,7 @@ class IterableBatches(Batches):
         self.dataset, self.form, self.rows_per_step, self.separate = dataset, form, rows_per_step, False
         self.seek(0, {})
 
-    total_rows = rows_in_epoch = None  # type: ignore[assignment]  # nobody knows
+    total_rows = rows_in_epoch = None  # nobody knows
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         if step != self._step:

@@ -299,6 +299,15 @@ class SLMTokenizer(CallableTokenizer):
         """The conversation as the chat template writes it. Raises as `encode_chat` does."""
         return chat.render(self._template(), messages, add_generation_prompt, tools, **self._names)
 
+    def prompt_is_history(self) -> bool:
+        """Whether the generation prompt has the tokens that stand before an answer in a conversation.
+
+        Not where its last characters and what follows them are other tokens together, as line ends are to GPT-2's.
+        """
+        asked = [{"role": "user", "content": "?"}]
+        prompt = self.encode_chat(asked, add_generation_prompt=True).ids
+        return self.encode_chat([*asked, {"role": "assistant", "content": chat.PROBE}]).ids[: len(prompt)] == prompt
+
     def _template(self) -> str:
         if self.chat_template is None:
             raise UserError(

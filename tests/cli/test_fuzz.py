@@ -88,7 +88,7 @@ NUMBERS = [
     ["inspect", "run", "--precision", "int3"], ["inspect", "run", "--optimizer", "sgd"],
     ["inspect", "run", "--length", "9999999"], ["generate", "run", "x", "--device", "tpu"],
     ["plan", "--hours", "-1"], ["plan", "--tokens", "0"], ["plan", "--hours", "1", "--tokens", "1e6"],
-    ["plot", "run", "--over", "moon"], ["plot", "run", "--what", "moon"], ["plot", "run", "-o", "out.nosuch"],
+    ["plot", "run", "--over", "moon"], ["plot", "run", "--what", "moon"],
     ["plot", "run", "-o", "no/such/folder/out.png"],
     ["tokenizer", "train", "book.txt", "--vocab-size", "-5", "-o", "out"],
     ["quickstart", "--minutes", "-1", "-o", "out"], ["data", "inspect", "run/data/train", "--length", "-1"],
