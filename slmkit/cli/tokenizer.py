@@ -60,7 +60,7 @@ def encode(
 ) -> None:
     """Show the tokens of a text, each with its id.
 
-    Example: slm tokenizer encode tokenizers/book "Once upon a time"
+    Example: slm tokenizer encode tokenizers/book "It was a fox"
     """
     from slmkit.find import find_tokenizer_directory
     from slmkit.tokenizer import SLMTokenizer
