@@ -26,8 +26,18 @@ def find_config_directory(path: str | Path) -> Path:
 
 
 def find_tokenizer_directory(path: str | Path) -> Path:
-    """The directory with the `tokenizer.json` of a tokenizer, model or run. Raises `UserError` for none of them."""
+    """The directory with the `tokenizer.json` of a tokenizer, model or run; `gpt2` is tiktoken's, and has none.
+
+    Raises `UserError` for none of them.
+    """
+    if is_gpt2(path):
+        return Path(path)
     return _find(path, "tokenizer.json", weights=False)
+
+
+def is_gpt2(path: str | Path) -> bool:
+    """Whether a tokenizer's name means GPT-2's own, of `tiktoken`: `gpt2`, and no such directory."""
+    return str(path) == "gpt2" and not Path(path).exists()
 
 
 def _find(path: str | Path, *names: str, weights: bool = True) -> Path:

@@ -54,7 +54,7 @@ def weights_hint(good: int, bad: int, settings: KtoSettings) -> str | None:
     """Which weight the paper advises where there are more answers of one kind; None where all is well."""
     low, high = BALANCED
     weighed_good, weighed_bad = settings.desirable_weight * good, settings.undesirable_weight * bad
-    if good == bad or not good or not bad or 0.99 * low <= weighed_good / weighed_bad <= 1.01 * high:
+    if good == bad or not good or not bad or 0.9 * low <= weighed_good / weighed_bad <= 1.1 * high:
         return None
     if good < bad:
         name, least = "desirable_weight", weighed_bad / good * low

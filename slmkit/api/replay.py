@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from slmkit.api.reporter import Reporter
-from slmkit.api.runs import open_run
+from slmkit.api.session import open_run
 from slmkit.config import UserError
 from slmkit.device import find_device
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training import checkpoints
+from slmkit.training.changes import recipe_at
 from slmkit.training.find import find_run
 from slmkit.training.loop import Every, Report
 from slmkit.training.progress import TrainingProgress
@@ -53,8 +54,9 @@ def replay_run(directory: str | Path, step: int, reporter: Reporter) -> RunRepla
     Raises `UserError` where there is no such run or step.
     """
     run = RunDirectory(find_run(directory))
-    recipe = load_recipe(run.recipe)
-    session = open_run(run, find_device(recipe.train.device, recipe.train.precision))
+    recipe = recipe_at(run.described(), step) or load_recipe(run.recipe)
+    is_new = not any(checkpoints.step_of(path) < step for path in checkpoints.complete_checkpoints(run.checkpoints))
+    session = open_run(run, find_device(recipe.train.device, recipe.train.precision), recipe=recipe, is_new=is_new)
     if not 1 <= step <= session.plan.steps:
         raise UserError(f"--step {step}: the run has steps 1 to {session.plan.steps}")
     recorded = recorded_report(run.records, step) or _line_of(run, step)

@@ -34,13 +34,23 @@ def inventory_of(recipe: Recipe, model: Decoder, tokens: int, device: Device) ->
 def expect_a_model(recipe: Recipe) -> None:
     """Raises `UserError` where a model is refined or adapted, and the recipe names none.
 
-    No check of `Recipe` itself: a recipe such as own-preferences is a form, and valid before its model is filled in.
+    Fine-tuning may start from new weights where the recipe says which model that is. No check of `Recipe` itself: one
+    with `model.path: null` written in it is a form, valid before its model is filled in and not to be trained without.
     """
-    if recipe.lora is not None and recipe.model.path is None:
+    model, objective = recipe.model, recipe.objective
+    if model.path is not None:
+        return
+    if recipe.lora is not None:
         raise UserError("lora needs a trained model to adapt: set model.path, or drop lora")
-    if recipe.objective in ("dpo", "kto", "grpo") and recipe.model.path is None:
+    if objective in ("dpo", "kto", "grpo"):
         raise UserError(
-            f"objective {recipe.objective} needs a model that can chat: set model.path to a run or model directory"
+            f"objective {objective} needs a model that can chat: set model.path to a run or model directory"
+        )
+    is_named = model.preset is not None or bool(model.changes)
+    if not is_named and (objective == "sft" or "path" in model.model_fields_set):
+        raise UserError(
+            "model.path is not set: this recipe goes on from a finished model; name a run or model directory as "
+            "model.path=…, or say which new model to train, such as model.preset=smollm2-135m"
         )
 
 

@@ -41,6 +41,11 @@ def look(
     say(f"  {LEGEND} Whole rows: {root / 'xray.md'}")
     for line in (*xray.notes, *xray.findings):
         say(f"x-ray: {line}")
+    if is_chat and hasattr(tokenizer, "prompt_is_history") and not tokenizer.prompt_is_history():
+        say(
+            "x-ray: with this tokenizer the chat template's prompt ends in other tokens than stand before the answers "
+            "it is trained on (as in transformers): chatml, whose prompt ends in one line end, avoids that"
+        )
     if xray.findings and not force:
         more = f" (and {len(xray.findings) - 1} more)" if len(xray.findings) > 1 else ""
         raise UserError(f"training not started: {xray.findings[0]}{more}; --force trains anyway")

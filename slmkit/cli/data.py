@@ -68,7 +68,7 @@ def prepare(
     directory = find_tokenizer_directory(tokenizer)
     loaded = SLMTokenizer.from_pretrained(directory)
     options: dict[str, Any] = {"shuffle_seed": shuffle, "cleaning": cleaning, "shard_characters": shard_characters}
-    reading = Reading(settings)
+    (reading := Reading(settings)).claim(output, loaded, reads=reads, **options)
     with PreparationProgress("tokenizing", reading.fraction) as progress:
         if reads is not None:
             shards = reading.prepare_conversations(reads, loaded, output, progress, length)
@@ -152,6 +152,8 @@ def inspect(
         _print_packing(opened, length)
     if facts.trained is not None:
         print(f"learned          {facts.trained:,} tokens ({facts.trained / max(1, len(opened)):.1%})")
+    if header.judged:
+        print(f"labels           {opened.labels.sum():,} good, {(~opened.labels).sum():,} bad")
     if header.perfect_loss is not None:
         print(f"perfect loss     {header.perfect_loss:.4f} nats per token")
     _print_cleaning(opened)

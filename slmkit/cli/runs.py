@@ -22,19 +22,19 @@ def runs(folder: Annotated[str, typer.Argument(metavar="[FOLDER]", help="Where t
         print(f"no runs in {folder}; `slm train` and `slm quickstart` make some")
         return
     print_table(
-        ("run", "objective", "parameters", "steps", "tokens", "validation loss", "when", "state"),
+        ("run", "objective", "size", "steps", "loss", "changed", "state"),
         [
             (
                 str(run.root),
                 run.objective,
                 "" if run.parameters is None else count(run.parameters),
-                f"{run.step:,}" + (f" of {run.steps:,}" if run.steps and run.steps != run.step else ""),
-                count(run.tokens),
+                f"{run.step}" + (f"/{run.steps}" if run.steps and run.steps != run.step else ""),
                 "" if run.validation_loss is None else f"{run.validation_loss:.3f}",
-                datetime.fromtimestamp(run.changed).strftime("%Y-%m-%d %H:%M"),
+                datetime.fromtimestamp(run.changed).strftime("%m-%d %H:%M"),
                 run.state,
             )
             for run in found
         ],
-        right=("parameters", "steps", "tokens", "validation loss"),
+        right=("size", "steps", "loss"),
     )
+    print("size: parameters; loss: the lowest validation loss")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Callable, Collection, Sequence
@@ -19,10 +20,13 @@ PLAIN_EVERY = 20_000  # documents between two plain lines
 
 
 class TerminalReporter:
-    """Says how far the long functions are, on stderr: one live line on a terminal, a few plain ones elsewhere."""
+    """Says how far the long functions are, on stderr: one live line on a terminal, a few plain ones elsewhere.
+
+    Of the processes that `torchrun` starts the first alone speaks.
+    """
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False)
+        self.console = Console(stderr=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
         self.is_counting = False  # a live line has no end yet
 
     def say(self, line: str | Text) -> None:

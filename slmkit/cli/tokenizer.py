@@ -47,7 +47,7 @@ def train(
 
     tokenizer = SLMTokenizer(vocab_size)
     wanted = TokenizerSettings(vocab_size=vocab_size, documents_per_source=documents_per_source)
-    tokenizer.train(texts_of("text", data, wanted))
+    tokenizer.train(texts_of("text", data, wanted), show_progress=True)
     tokenizer.save_pretrained(output)
     print(f"{len(tokenizer):,} tokens in {output}")
     if len(tokenizer) < vocab_size:
@@ -60,7 +60,7 @@ def encode(
 ) -> None:
     """Show the tokens of a text, each with its id.
 
-    Example: slm tokenizer encode tokenizers/book "Once upon a time"
+    Example: slm tokenizer encode tokenizers/book "It was a fox"
     """
     from slmkit.find import find_tokenizer_directory
     from slmkit.tokenizer import SLMTokenizer

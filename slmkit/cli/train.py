@@ -22,8 +22,8 @@ def train(
 ) -> None:
     """Train a model as a recipe says.
 
-    The recipe's `objective` says how: pretrain, sft (fine-tuning on conversations), distill, dpo or grpo. Ctrl-C stops
-    it with a checkpoint; `slm resume` goes on.
+    The recipe's `objective` says how: pretrain, sft (fine-tuning on conversations), distill, dpo, kto or grpo. Ctrl-C
+    stops it with a checkpoint; `slm resume` goes on.
 
     Example: slm train own-text data.source=book.txt output_dir=runs/book
     Example: slm train own-text data.source=book.txt train.max_tokens=3e6 --dry-run
@@ -48,12 +48,18 @@ def train(
         print(f"next: {suggestion(run)}")
 
 
-def resume(run: RunPath) -> None:
-    """Go on with a run that was stopped or killed.
+def resume(
+    run: RunPath,
+    overrides: Overrides = None,
+    replan: Annotated[
+        bool, typer.Option("--replan", help="Spread the learning rate's schedule over the run's new length.")
+    ] = False,
+) -> None:
+    """Go on with a run that was stopped or killed, or train it longer.
 
     It starts from the newest complete checkpoint and gives the model that the unbroken run would have given.
 
-    Example: slm resume runs/book
+    Example: slm resume runs/book train.max_tokens=6e6
     """
     from slmkit.cli.show import TerminalReporter
     from slmkit.training.find import find_run
@@ -61,7 +67,7 @@ def resume(run: RunPath) -> None:
     find_run(run)  # before anything is loaded
     from slmkit.api import resume_run
 
-    print(f"run: {resume_run(run, TerminalReporter()).root}")
+    print(f"run: {resume_run(run, TerminalReporter(), overrides or [], replan).root}")
 
 
 def replay(

@@ -74,7 +74,7 @@ def build_corpus(
         tokenizer = SLMTokenizer.from_pretrained(wanted.path)
     if tokenizer is None:
         tokenizer = SLMTokenizer(wanted.vocab_size)
-        tokenizer.train(texts_of(reads, data, wanted, seed))
+        tokenizer.train(texts_of(reads, data, wanted, seed), show_progress=True)
         reporter.say(f"tokenizer: {len(tokenizer):,} tokens")
     if wanted.extensions:
         before, tokenizer = len(tokenizer), tokenizer.extended(**wanted.extensions)

@@ -8,12 +8,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from slmkit.config import Settings
 from slmkit.data.conversations import ConversationEncoder, EncodedConversation
 from slmkit.data.data_settings import Reads
 from slmkit.data.judged import prepare_judgements
 from slmkit.data.pairs import prepare_pairs
 from slmkit.data.prepare import Progress, write_conversations
 from slmkit.data.reading import judgements_of, pairs_of
+from slmkit.data.shard_folder import claim
 from slmkit.data.shards import TokenShards
 from slmkit.data.source_settings import SourceSettings
 from slmkit.data.sources import BadRow, Document, Message, Position, open_source
@@ -48,6 +50,12 @@ class Reading:
     @functools.cached_property
     def _sizes(self) -> list[int | None]:
         return [part.get("bytes") if _is_plain(part) else None for part in self.descriptions]
+
+    def claim(self, directory: str | Path, tokenizer: SLMTokenizer, cleaning: Settings, **options: Any) -> None:
+        """Note that shards of these sources are made there. Raises `UserError` where others are: see `claim`."""
+        sources = [source.settings.model_dump(mode="json") for source in self.sources]
+        made = {"tokenizer": tokenizer.fingerprint, "cleaning": cleaning.model_dump(mode="json")}
+        claim(directory, {"sources": sources} | made | options)
 
     def read(self, start: Place = BEGINNING) -> Iterator[tuple[Document, Place]]:
         """Every document behind `start`, each with the place behind it."""

@@ -10,15 +10,18 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from slmkit.config import UserError
 from slmkit.data.shard_writer import OpenShard, disk_error, may_be_replaced, put_in_place, sync, sync_directory
-from slmkit.data.shards import FORMAT, HEADER, VERSION, Header, Shard, Vocabulary
+from slmkit.data.shards import FORMAT, HEADER, VERSION, Header, Shard, Vocabulary, read_header
+
+ASKED = "asked.json"
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,9 @@ class ShardFolder:
         for path in self.folder.iterdir():
             if path.is_file() and not path.with_suffix(".json").is_file():
                 path.unlink()
-        if any(self.folder.iterdir()):
+        if any(path.name != ASKED for path in self.folder.iterdir()):
             return True
-        self.folder.rmdir()
+        shutil.rmtree(self.folder)
         return False
 
     def find(self, number: int, content: str) -> Finished | None:
@@ -108,6 +111,29 @@ class ShardFolder:
 
     def _marker(self, number: int) -> Path:
         return self.folder / f"{number:05}.json"
+
+
+def claim(directory: str | Path, asked: Mapping[str, Any]) -> None:
+    """Note what shards of `directory` are to be made of, where those are made that are finished before the whole is.
+
+    Raises `UserError` where shards are there already, or finished ones of something else: none is ever replaced.
+    """
+    directory = Path(directory).absolute()
+    if (directory / HEADER).is_file():
+        of = ", ".join(str(source.get("path")) for source in read_header(directory).sources[:3])
+        raise UserError(f"{directory}: holds finished shards of {of}: choose another directory, or delete it first")
+    note = partial_folder(directory) / ASKED
+    text = json.dumps(asked, indent=2, sort_keys=True) + "\n"
+    if note.is_file() and note.read_text(encoding="utf-8") != text:
+        raise UserError(
+            f"{note.parent}: holds finished shards of what another command asked for (see {ASKED} there): give that "
+            "command again to go on with it, or delete the folder"
+        )
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise disk_error(error, directory) from None
 
 
 def partial_folder(directory: Path) -> Path:

@@ -173,6 +173,10 @@ class TokenShards:
                 f"and not by this one, {tokenizer.fingerprint[:12]} ({len(tokenizer):,} tokens): prepare the data again"
             )
 
+    def changed_at(self) -> float:
+        """When one of the files was written to last, in seconds since the epoch."""
+        return max(((self.directory / name).stat().st_mtime for name in self.header.file_sizes()), default=0.0)
+
     def verify(self) -> None:
         """Read everything and compare checksums. Raises `UserError` naming the first file that differs."""
         for shard in self.header.shards:

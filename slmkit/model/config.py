@@ -85,10 +85,12 @@ class SLMConfig(Settings):
     pad_token_id: int | None = None  # fills rows
 
     learning_rate: float = Field(1e-3, gt=0)
-    batch_size: int = Field(8, gt=0)  # sequences a step
-    sequence_length: int | None = None  # tokens; None: max_position_embeddings
+    batch_size: int = Field(64, gt=0)  # sequences a step
+    sequence_length: int | None = Field(  # tokens; where it is not given, no more than the context
+        default_factory=lambda values: min(8_192, values.get("max_position_embeddings", 8_192))
+    )
     gradient_clip_norm: float = Field(1.0, gt=0)
-    warmup_steps: int = Field(100, ge=0)
+    warmup_steps: int = Field(2_000, ge=0)
     use_distillation: bool | None = None  # None: where the trainer is given a teacher
     distillation_alpha: float = Field(0.5, ge=0, le=1)  # the share of the labels' cross-entropy in the loss
     distillation_temperature: float = Field(3.0, gt=0)

@@ -18,6 +18,7 @@ END_OF_TEXT, PADDING, TURN_START, TURN_END = "<|endoftext|>", "<|pad|>", "<|im_s
 SPECIALS = (END_OF_TEXT, PADDING, TURN_START, TURN_END)  # ids 0 to 3
 SMALLEST = len(SPECIALS) + 256
 
+LONGEST_WORD = 256  # bytes of a word that merges are learned from; longer ones are cut, in training alone
 # A pair seen once is an accident of the text.
 MIN_FREQUENCY = 2
 
@@ -72,7 +73,11 @@ def trained(texts: Iterable[str], vocab_size: int, show_progress: bool) -> Token
         initial_alphabet=BYTE_CHARACTERS,
         show_progress=show_progress,
     )
+    # The time that a merge takes grows with the length of the words it stands in: text without spaces is one word.
+    splits = tokenizer.pre_tokenizer
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([splits, pre_tokenizers.FixedLength(LONGEST_WORD)])
     tokenizer.train_from_iterator(_at_least_one(texts), trainer)
+    tokenizer.pre_tokenizer = splits
     return tokenizer
 
 

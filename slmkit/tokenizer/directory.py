@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from slmkit.config import UserError
+from slmkit.find import is_gpt2
 from slmkit.tokenizer.byte_level import END_OF_TEXT, PADDING, SPECIALS, TURN_END, TURN_START, is_byte_level
 
 TOKENIZER, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
@@ -105,11 +106,15 @@ def named_tokens(config: dict[str, Any]) -> dict[str, str]:
 
 
 def read(directory: str | Path) -> Contents:
-    """Read a directory with a `tokenizer.json`; the config and the template may be missing.
+    """Read a directory with a `tokenizer.json`; the config and the template may be missing. `gpt2`: tiktoken's.
 
     Raises `UserError` with the path for a file that is missing or not what its name says.
     """
     directory = Path(directory)
+    if is_gpt2(directory):
+        from slmkit.tokenizer import gpt2
+
+        return Contents(gpt2.gpt2_tokenizer(), dict(gpt2.CONFIG), None)
     path = directory / TOKENIZER
     text = _read_text(path)
     if text is None:

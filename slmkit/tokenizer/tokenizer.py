@@ -224,8 +224,12 @@ class SLMTokenizer(CallableTokenizer):
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Exactly the bytes that `ids` stand for. Raises `UserError` for an id outside the vocabulary."""
-        ids = [int(index) for index in ids]
+        """Exactly the bytes that `ids` stand for: none for an id below `vocab_size` that training has yet to fill.
+
+        Raises `UserError` for an id outside the vocabulary.
+        """
+        unfilled = range(len(self), self.vocab_size)
+        ids = [int(index) for index in ids if int(index) not in unfilled]
         pieces = [self.token_bytes(index) for index in ids]
         if self._encoder.is_byte_level:
             return b"".join(pieces)
@@ -298,6 +302,15 @@ class SLMTokenizer(CallableTokenizer):
     ) -> str:
         """The conversation as the chat template writes it. Raises as `encode_chat` does."""
         return chat.render(self._template(), messages, add_generation_prompt, tools, **self._names)
+
+    def prompt_is_history(self) -> bool:
+        """Whether the generation prompt has the tokens that stand before an answer in a conversation.
+
+        Not where its last characters and what follows them are other tokens together, as line ends are to GPT-2's.
+        """
+        asked = [{"role": "user", "content": "?"}]
+        prompt = self.encode_chat(asked, add_generation_prompt=True).ids
+        return self.encode_chat([*asked, {"role": "assistant", "content": chat.PROBE}]).ids[: len(prompt)] == prompt
 
     def _template(self) -> str:
         if self.chat_template is None:

@@ -125,7 +125,7 @@ def load_checkpoint(directory: Path, state: State, files: ModelFiles) -> None:
     plain = json.loads((directory / STATE).read_text(encoding="utf-8"))
     state.step, state.tokens, state.best = plain["step"], plain["tokens"], plain["best"]
     state.guard, state.loss_scale = Guard(**plain["guard"]), LossScale(**plain["loss_scale"])
-    state.data = plain.get("data", {})
+    state.data, state.evaluations = plain.get("data", {}), plain.get("evaluations", {})
     if plain["seed"] != state.seed:
         raise UserError(f"{directory}: made with seed {plain['seed']}, the recipe says {state.seed}")
 

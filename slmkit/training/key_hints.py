@@ -76,6 +76,9 @@ OTHER_NAMES = {
     "grpo.reward": "reward_fn reward_func reward_funcs reward_function",
     "grpo.num_generations": "group_size n_samples num_samples",
     "preference.loss": "loss_type dpo_loss",
+    "kto.beta": "kto_beta",
+    "kto.desirable_weight": "kto_chosen_weight chosen_weight",
+    "kto.undesirable_weight": "kto_rejected_weight rejected_weight",
 }
 HINTS = {name: key for key, names in OTHER_NAMES.items() for name in names.split()}
 # Keys that do not count what the other name does.

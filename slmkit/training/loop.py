@@ -46,6 +46,7 @@ class State:
     step: int = 0
     tokens: int = 0  # trained tokens so far
     best: dict[str, float] = field(default_factory=dict)  # {"step", "validation_loss"} of the best checkpoint
+    evaluations: dict[str, float] = field(default_factory=dict)  # {"lowest" loss, "in_vain": how many since}
     guard: Guard = field(default_factory=Guard)
     loss_scale: LossScale = field(default_factory=LossScale)
     data: dict[str, Any] = field(default_factory=dict)  # where a streamed corpus goes on; {} of shards
@@ -62,6 +63,11 @@ class Plan:
     device: Device
     guard: GuardSettings = field(default_factory=GuardSettings)
     group: Group = ALONE
+    patience: int | None = None  # evaluations without a lower validation loss after which the run is over
+
+    def is_stalled(self, state: State) -> bool:
+        """Whether so many evaluations were in vain that the run is over."""
+        return self.patience is not None and state.evaluations.get("in_vain", 0) >= self.patience
 
 
 Hook = Callable[[State, Report], Any]  # True ends the run after this step; of several ranks all must say so
@@ -127,7 +133,7 @@ def train(
     group = plan.group
     state.model.train()
     stream.seek(state.step, state.data)
-    while state.step < plan.steps and stream.has(state.step):
+    while state.step < plan.steps and stream.has(state.step) and not plan.is_stalled(state):
         state.guard.check(plan.guard)
         started, before = time.perf_counter(), state.tokens
         batch = stream.batch(state.step, group.rank, group.world)
@@ -137,9 +143,9 @@ def train(
         state.data = stream.position()
         if recorder is not None:
             recorder.note(batch, report)
-        is_last = state.step == plan.steps or not stream.has(state.step)
         is_stopping = group.any(stop is not None and stop.is_set)
         for hook in hooks:
+            is_last = state.step == plan.steps or not stream.has(state.step) or plan.is_stalled(state)
             is_due = is_last or state.step % hook.steps == 0 or (is_stopping and hook.on_stop)
             if is_due and (hook.on_all_ranks or group.is_main):
                 is_stopping |= hook.hook(state, report) is True
@@ -147,6 +153,16 @@ def train(
         if is_stopping:
             break
     return state
+
+
+def note_improvement(state: State, report: Report) -> None:
+    """A hook behind validation, for all ranks: count the evaluations since the lowest loss."""
+    if "validation_loss" in report:
+        loss, lowest = report["validation_loss"], state.evaluations.get("lowest")
+        if lowest is None or loss < lowest:
+            state.evaluations = {"lowest": loss, "in_vain": 0}
+        else:
+            state.evaluations = {"lowest": lowest, "in_vain": state.evaluations["in_vain"] + 1}
 
 
 def train_step(state: State, objective: Objective, batch: Batch, plan: Plan) -> Report:

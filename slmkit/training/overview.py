@@ -42,7 +42,9 @@ def read_run(root: Path) -> RunOverview:
     reports = MetricsLog(metrics).read()
     last = reports[-1] if reports else {"step": 0, "tokens": 0}
     plan = read_plan(root)
-    steps = plan.get("steps") or recipe.get("train", {}).get("max_steps")
+    finished = read_json(root / "environment.json").get("finished") or {}
+    steps = plan.get("steps") or recipe.get("train", {}).get("max_steps") or finished.get("steps")
+    is_whole = last["step"] == finished.get("step") or (steps and last["step"] >= steps)
     losses = [report["validation_loss"] for report in reports if "validation_loss" in report]
     return RunOverview(
         root=root,
@@ -53,14 +55,19 @@ def read_run(root: Path) -> RunOverview:
         tokens=last["tokens"],
         validation_loss=min(losses, default=None),
         changed=(metrics if reports else root / "recipe.yaml").stat().st_mtime,
-        state="running" if is_running(root) else "finished" if steps and last["step"] >= steps else "stopped",
+        state="running" if is_running(root) else "finished" if is_whole else "stopped",
     )
 
 
 def read_plan(root: Path) -> dict[str, Any]:
     """A run's `plan.json`; empty where there is none."""
+    return read_json(root / "plan.json")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What is in a file; empty where it is not there or no JSON."""
     try:
-        return json.loads((root / "plan.json").read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 

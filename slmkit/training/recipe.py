@@ -87,9 +87,10 @@ class TrainSettings(Settings):
     muon_momentum: float = Field(0.95, ge=0, lt=1)  # of Muon
     # how the learning rate falls
     lr_scheduler_type: Literal["cosine", "linear", "warmup_stable_decay", "inverse_sqrt"] = "cosine"
-    min_learning_rate_ratio: float = Field(0.1, ge=0, le=1)  # the last learning rate, as a share of the peak
+    min_learning_rate_ratio: float = Field(0.1, ge=0)  # the last rate, as a share of the peak; above 1 it rises to that
     warmup_steps: int | None = Field(None, ge=0)  # steps in which the learning rate rises
     warmup_ratio: float | None = Field(None, ge=0, lt=1)  # of all steps; None: 0.05 unless warmup_steps is given
+    lr_schedule_steps: int | None = Field(None, gt=0)  # None: those of the run; beyond, the last rate stays
     lr_decay_ratio: float = Field(0.2, gt=0, le=1)  # of warmup_stable_decay: the share of all steps in which it falls
     weight_decay: float = Field(0.1, ge=0)  # of matrices; norms and biases do not decay
     adam_beta1: float = Field(0.9, ge=0, lt=1)  # of AdamW and Lion
@@ -102,6 +103,7 @@ class TrainSettings(Settings):
     eval_steps: int | None = Field(None, gt=0)  # None: ten times a run
     save_steps: int | None = Field(None, gt=0)  # None: at each evaluation
     save_total_limit: int = Field(2, gt=0)  # the best checkpoint is kept besides
+    early_stopping_patience: int | None = Field(None, gt=0)  # evaluations without a lower loss that end the run
     sample_prompts: list[str] | None = None  # what samples.md continues; None: one from the validation data
     sample_tokens: int = Field(120, gt=0)  # tokens of each sample
     report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)  # besides metrics.jsonl
@@ -126,6 +128,15 @@ class TrainSettings(Settings):
             given = [name for name in names if getattr(self, name) is not None]
             if len(given) > 1:
                 raise ValueError(f"{' and '.join(given)} both say {what}: keep one (`{given[0]}: null` drops it)")
+        return self
+
+    @model_validator(mode="after")
+    def _rates_that_rise(self) -> TrainSettings:
+        if self.min_learning_rate_ratio > 1 and self.lr_scheduler_type not in ("cosine", "linear"):
+            raise ValueError(
+                f"min_learning_rate_ratio {self.min_learning_rate_ratio:g}: expected 0 to 1; above the peak only the "
+                "schedules cosine and linear can end"
+            )
         return self
 
     @model_validator(mode="after")
@@ -160,6 +171,7 @@ class TrainSettings(Settings):
 
     def schedule(self, steps: int) -> Schedule:
         """Step → share of the peak learning rate, over a run of `steps` steps."""
+        steps = self.lr_schedule_steps or steps
         warmup = self.total_warmup_steps(steps)
         return make_schedule(self.lr_scheduler_type, steps, warmup, self.min_learning_rate_ratio, self.lr_decay_ratio)
 

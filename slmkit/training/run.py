@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from slmkit.data.stream import Batches
 from slmkit.device import Device, keep_freed_memory
 from slmkit.model import Decoder, SLMConfig
 from slmkit.training import checkpoints
+from slmkit.training.changes import PROCESSES, Change
 from slmkit.training.compilation import compile_blocks, compile_pays, uncompiled
 from slmkit.training.disk_hooks import Logger, evaluation_interval, hooks_on_disk
 from slmkit.training.distributed import ALONE, Group
@@ -25,7 +27,7 @@ from slmkit.training.find import free_path
 from slmkit.training.gauges import Gauges
 from slmkit.training.guards import Diverged, GuardSettings
 from slmkit.training.inventory import Inventory, blueprint_of
-from slmkit.training.loop import Every, Plan, RunStopped, State, StopRequested, train
+from slmkit.training.loop import Every, Plan, RunStopped, State, StopRequested, note_improvement, train
 from slmkit.training.micro_batch import lack_of_memory_explained
 from slmkit.training.model_files import ModelFiles, WholeModel
 from slmkit.training.objectives import Objective, next_token
@@ -54,6 +56,20 @@ class RunDirectory:
         self.checkpoints = self.root / "checkpoints"
         self.latest = self.root / "latest"
         self.best = self.root / "best"
+        self._is_held = False
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Within, no other process trains in this directory. Raises `UserError` where one does already."""
+        if self._is_held:
+            yield
+            return
+        with mark_running(self.root):
+            self._is_held = True
+            try:
+                yield
+            finally:
+                self._is_held = False
 
     def claim(self, recipe: Recipe) -> None:
         """Write down what the run is to be, so that one that is killed while its data is prepared can go on."""
@@ -61,8 +77,35 @@ class RunDirectory:
 
     def describe(self, recipe: Recipe, device: Device, data: dict[str, Any]) -> None:
         """Write what would repeat the run; with its environment it counts as prepared."""
+        content = environment() | device.describe() | {"data": data, "job": job_id(), PROCESSES: device.ranks.world}
+        self._write(recipe, content | {"changes": []})
+
+    def described(self) -> dict[str, Any]:
+        """What `describe` wrote, and what was added since; empty where there is nothing."""
+        try:
+            return json.loads(self.environment.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+
+    def add(self, **facts: Any) -> None:
+        """Write down more about a run that is described; one that is not stays so."""
+        if content := self.described():
+            write_whole(self.environment, json.dumps(content | facts, indent=2) + "\n")
+
+    def newest_step(self) -> int:
+        """That of the newest complete checkpoint; 0 where there is none."""
+        return max(map(checkpoints.step_of, checkpoints.complete_checkpoints(self.checkpoints)), default=0)
+
+    def change(self, recipe: Recipe, changes: Sequence[Change], step: int) -> None:
+        """Go on with another recipe from behind `step` on, and write down what changed."""
+        content = self.described()
+        entries = [{"step": step} | dataclasses.asdict(change) for change in changes]
+        self._write(recipe, content | {"changes": content.get("changes", []) + entries})
+
+    def _write(self, recipe: Recipe, content: dict[str, Any]) -> None:
+        """In this order: what a crash leaves between them is a recipe that was edited."""
         write_whole(self.recipe, to_yaml(recipe))
-        content = environment() | device.describe() | {"data": data, "job": job_id()}
+        content = content | {"recipe": recipe.model_dump(mode="json")}
         write_whole(self.environment, json.dumps(content, indent=2) + "\n")
 
     def rewind(self, step: int) -> None:
@@ -73,12 +116,19 @@ class RunDirectory:
 
 def new_run_directory(wanted: str | Path) -> RunDirectory:
     """A fresh directory of the wanted name, numbered where that is taken: no run is ever overwritten."""
-    path = free_path(wanted)
-    try:
-        (path / "checkpoints").mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be made: {error}") from None
-    return RunDirectory(path)
+    while True:
+        path = free_path(wanted)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.mkdir()
+        except FileExistsError:  # by another process, just now
+            if path.is_dir():
+                continue
+            raise UserError(f"{path.parent}: not a folder, so that no run can be made in it") from None
+        except OSError as error:
+            raise UserError(f"{path}: cannot be made: {error}") from None
+        (path / "checkpoints").mkdir()
+        return RunDirectory(path)
 
 
 def run_of_job(wanted: str | Path) -> RunDirectory | None:
@@ -138,7 +188,7 @@ def fit(
     interval = evaluation_interval(settings, plan.steps)
     gauges = Gauges(model, plan.device, recipe.full(stream.rows_per_step), length, state.tokens, run.metrics.seconds())
     with (
-        mark_running(run.root) if group.is_main else contextlib.nullcontext(),
+        run.held() if group.is_main else contextlib.nullcontext(),
         open_trackers(
             settings.report_to if group.is_main else (), run.root, recipe.model_dump(mode="json"), state.step
         ) as trackers,
@@ -147,7 +197,8 @@ def fit(
         lack_of_memory_explained(inventory, settings, plan.rows_per_micro_batch, length, plan.device),
     ):
         logger = Logger(run, perfect_loss, warn, trackers)
-        all_hooks = (Every(1, gauges.update), *hooks, *hooks_on_disk(settings, interval, logger, saver, on_save))
+        hooks = (Every(1, gauges.update), *hooks, Every(1, note_improvement, on_all_ranks=True))
+        all_hooks = (*hooks, *hooks_on_disk(settings, interval, logger, saver, on_save))
         while True:
             try:
                 train(state, objective, stream, plan, uncompiled(all_hooks, model), asked, recorder)
@@ -174,17 +225,25 @@ def _begin(
 
 
 def _warn_at_the_end(run: RunDirectory, state: State, plan: Plan, stream: Batches, warn: Callable[[str], None]) -> None:
-    """Say that nothing was learned, or that the data has ended early. Raises `RunStopped` where the run was stopped."""
+    """Say that nothing was learned, or why the run is over early. Raises `RunStopped` where the run was stopped."""
     if not state.guard.has_learned and state.guard.idle:
         warn(f"{run.root}: {state.guard.idle_report()}")
     if state.step >= plan.steps:
-        return
-    if stream.has(state.step):
+        pass
+    elif plan.is_stalled(state):
+        warn(
+            f"ended after step {state.step} of {plan.steps}: the validation loss has not fallen in "
+            f"{state.evaluations['in_vain']} evaluations (train.early_stopping_patience)"
+        )
+    elif stream.has(state.step):
         raise RunStopped(f"stopped after step {state.step} of {plan.steps}; go on with: slm resume {run.root}")
-    warn(
-        f"the data ended after step {state.step} of {plan.steps}: a source ran out, and data.when_exhausted does not "
-        "repeat it; the run is complete, with a checkpoint"
-    )
+    else:
+        warn(
+            f"the data ended after step {state.step} of {plan.steps}: a source ran out, and data.when_exhausted does "
+            "not repeat it; the run is complete, with a checkpoint"
+        )
+    if plan.group.is_main:
+        run.add(finished={"step": state.step, "steps": plan.steps, "patience": plan.patience})
 
 
 def newest_intact(
@@ -271,6 +330,7 @@ def make_plan(
         device=device,
         guard=guard or GuardSettings(),
         group=group,
+        patience=settings.early_stopping_patience,
     )
 
 

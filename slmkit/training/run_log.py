@@ -11,6 +11,7 @@ import platform
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -21,7 +22,7 @@ from slmkit.training.files import sync, write_whole
 if TYPE_CHECKING:
     from slmkit.training.loop import Report  # its module imports torch, which reading a run does not need
 
-RUNNING = ".running"
+RUNNING, TRIES = ".running", 10
 SAMPLES_OF_A_STEP = re.compile(r"^## Step ([\d,]+)\n\n(?:> .*\n+)*", re.MULTILINE)
 
 # What the clock and the machine say: everything else in a line is the same, bit for bit, however often a run is killed.
@@ -126,10 +127,23 @@ def _git_revision() -> str | None:
 
 @contextlib.contextmanager
 def mark_running(root: Path) -> Iterator[None]:
-    """While this is open, `is_running(root)` says so to every process; it ends with this one, however that ends."""
-    with (root / RUNNING).open("a") as file:
-        _locked(file)
+    """While this is open, the run is this process's; it ends with the process, however that ends.
+
+    Raises `UserError` where the run is another's.
+    """
+    with (root / RUNNING).open("a+") as file:
+        tries = 0
+        while not _locked(file):
+            tries += 1
+            if tries == TRIES:
+                file.seek(0)
+                raise UserError(f"{root} is running ({file.read() or 'in another process'}): wait for it, or stop it")
+            time.sleep(0.05)  # it may be no more than a look at it
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
         yield
+        file.truncate(0)
 
 
 def is_running(root: Path) -> bool:
@@ -142,13 +156,15 @@ def is_running(root: Path) -> bool:
 
 
 def _locked(file: TextIO) -> bool:
-    """Take the file's lock; False where another process has it, or the system has none."""
+    """Take the file's lock; False where another process has it. Where the system has none it counts as taken."""
     try:
         import fcntl
     except ImportError:  # Windows
         return True
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return False
+    except OSError:  # a file system without locks
+        return True
     return True

@@ -139,7 +139,8 @@ def test_runs_are_listed_and_drawn(folder: Path) -> None:
     listed = slm("runs", cwd=folder)
     assert listed.returncode == 0, listed.stderr
     head, *rows = listed.stdout.splitlines()
-    assert head.split()[:3] == ["run", "objective", "parameters"]
+    assert head.split()[:3] == ["run", "objective", "size"]
+    assert max(map(len, listed.stdout.splitlines())) <= 80
     book = next(row for row in rows if row.startswith("runs/book "))
     assert book.split()[1] == "pretrain"
     assert book.endswith("finished")

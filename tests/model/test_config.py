@@ -24,7 +24,7 @@ def test_heads_follow_from_each_other_where_they_are_not_given() -> None:
     [
         ({"num_attention_heads": 6, "num_key_value_heads": 4}, "multiple"),
         ({"hidden_size": 30, "num_attention_heads": 6}, "even"),
-        ({"vocab_size": 0}, "greater than 0"),
+        ({"vocab_size": 0}, "more than 0"),
         ({"sequence_length": 4096, "max_position_embeddings": 128}, "longer"),
         ({"hiden_size": 3}, "unknown key"),
         ({"qk_norm": "head"}, "qk_norm is 'head', which model_type 'llama' does not have; those that do: slm"),

@@ -115,7 +115,7 @@ def test_where_the_parts_of_a_long_word_never_meet_it_is_encoded_in_one_go() -> 
     tokenizer = SLMTokenizer(300)
     tokenizer.train([("x" * 3000 + " ") * 30])
     text = "x" * 10_000
-    assert max(map(len, map(tokenizer.token_bytes, tokenizer.encode(text)))) > 256
+    assert max(map(len, map(tokenizer.token_bytes, tokenizer.encode(text)))) >= 128
     assert tokenizer.encode(text) == slow(tokenizer, text)
 
 

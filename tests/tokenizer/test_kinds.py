@@ -142,3 +142,8 @@ def test_all_that_is_encoded_is_decoded_as_transformers_does(ours: SLMTokenizer,
         ids = ours.encode(text)
         assert ours.decode(ids) == theirs.decode(ids, clean_up_tokenization_spaces=False)
         assert np.array_equal(ours.encode_array(text), ids)
+
+
+def test_where_prompt_and_history_cannot_agree_it_is_told(tokenizer: SLMTokenizer) -> None:
+    assert not tokenizer.extended(chat_template="llama3").prompt_is_history()
+    assert tokenizer.prompt_is_history()

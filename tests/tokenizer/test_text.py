@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import random
 import subprocess
 import sys
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -177,3 +179,21 @@ def test_the_smallest_vocabulary_has_one_token_for_each_byte() -> None:
     assert len(tokenizer) == 260
     assert len(tokenizer.encode(text)) == len(text.encode())
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_text_without_spaces_is_learned_from_in_seconds() -> None:
+    chance = random.Random(0)
+    dna = "".join(chance.choices("ACGT", k=300_000))
+    tokenizer, started = SLMTokenizer(600), time.process_time()
+    tokenizer.train([dna])
+    assert time.process_time() - started < 20  # minutes, where it is one word
+    assert len(tokenizer) == 600
+    assert tokenizer.encode(dna[:5_000]) == tokenizer._tokenizer.encode(dna[:5_000], add_special_tokens=False).ids
+    assert tokenizer.decode(tokenizer.encode(dna)) == dna
+
+
+def test_an_untrained_tokenizer_decodes_what_a_model_of_its_size_may_draw() -> None:
+    tokenizer = SLMTokenizer(1000)
+    assert tokenizer.decode([*tokenizer.encode("a"), 260, 999]) == "a"
+    with pytest.raises(UserError, match="token id 1000"):
+        tokenizer.decode([1000])

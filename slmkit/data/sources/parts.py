@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from slmkit.config import UserError
@@ -53,6 +54,12 @@ class FilePart:
 
     def describe(self) -> dict[str, Any]:
         return self.file.describe()
+
+    def looks(self) -> tuple[str, int | None, int | None]:
+        path = Path(self.file.name)
+        if not path.is_file():
+            return self.file.name, None, None
+        return str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns
 
     def _rows_of_objects(self, start: Position, formats: RowFormats) -> Iterator[tuple[Any, Position]]:
         if self.file.kind not in ROW_KINDS:
@@ -125,3 +132,6 @@ class StoryPart:
 
     def describe(self) -> dict[str, Any]:
         return {"path": self.kind, "seed": self.seed}
+
+    def looks(self) -> tuple[str, int | None, int | None]:
+        return f"{self.kind} {self.seed}", None, None

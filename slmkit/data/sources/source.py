@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from slmkit.config import UserError
@@ -17,6 +19,8 @@ from slmkit.data.sources.row_formats import NO_COLUMN
 from slmkit.network import NetworkError
 
 T = TypeVar("T")
+Looks = tuple[str, int | None, int | None]  # name, bytes and time of the last change, as far as they are at hand
+READ_WHOLE = 1 << 32  # bytes of a source that are read to tell whether it has changed
 
 
 class Part(Protocol):
@@ -33,6 +37,8 @@ class Part(Protocol):
     def judgements(self, start: Position) -> Iterator[Item[Judged]]: ...
 
     def describe(self) -> dict[str, Any]: ...
+
+    def looks(self) -> Looks: ...
 
 
 class Source:
@@ -105,6 +111,22 @@ class Source:
     def describe(self) -> list[dict[str, Any]]:
         """What was read, for the header of whatever is made of it."""
         return [self.patience.until_done(part.describe) for part in self.parts]
+
+    def fingerprint(self, known: Mapping[str, str | None] | None = None) -> dict[str, str | None]:
+        """Tells whether it is what it was: `looks` by names, sizes and times of its files, `content` by what they hold.
+
+        A `known` one is returned as it is where nothing looks changed; more than `READ_WHOLE` bytes are not read.
+        """
+        looks = [part.looks() for part in self.parts]
+        found = hashlib.sha256(json.dumps(looks).encode()).hexdigest()
+        if known is not None and known["looks"] == found:
+            return dict(known)
+        if sum(size or 0 for _, size, _ in looks) > READ_WHOLE:
+            return {"looks": found, "content": None}
+        described = [{name: value for name, value in one.items() if name != "path"} for one in self.describe()]
+        content = hashlib.sha256(json.dumps(described).encode()).hexdigest()
+        same = known is not None and content == known["content"]
+        return dict(known) if known is not None and same else {"looks": found, "content": content}
 
     def report(self) -> list[str]:
         """A line for each reason for which rows were left out or noted, of unused columns, and of a folder."""

@@ -1,0 +1,178 @@
+"""docs/documents.md: each figure in the column "here" is what the library computes."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from slmkit.model import SLMConfig
+from slmkit.model.architecture import Architecture
+from slmkit.model.families import architecture_of
+from slmkit.model.sizes import cache_size, flops_per_token, parameter_count, parameters_by_module
+from slmkit.training.recipe import find_recipe, load_recipe
+
+PAGE = (Path(__file__).parent.parent / "docs" / "documents.md").read_text(encoding="utf-8")
+ROWS = {
+    cells[0]: cells[1]
+    for cells in (
+        [cell.strip() for cell in line.strip("|").split("|")] for line in PAGE.splitlines() if line.startswith("| ")
+    )
+    if len(cells) == 3
+}
+GPT2 = 50_257
+
+
+def shape(preset: str, **changes: object) -> Architecture:
+    return architecture_of(SLMConfig.from_preset(preset, **changes))
+
+
+def unshared(a: Architecture) -> Architecture:
+    return replace(a, kv_heads=a.heads)
+
+
+def cache_share(a: Architecture) -> float:
+    return cache_size(unshared(a), 1024).at_length / cache_size(a, 1024).at_length
+
+
+def pairs(length: int, window: int) -> float:
+    """Pairs of a query and a key before it that a window leaves, as a share of all."""
+    inside = min(length, window)
+    return (inside * (inside + 1) / 2 + (length - inside) * window) / (length * (length + 1) / 2)
+
+
+def attention_saved(length: int) -> float:
+    a = shape("gemma-3-270m")
+    return 1 - sum(pairs(length, layer.window or length) for layer in a.layers) / a.depth
+
+
+def all_saved(length: int) -> float:
+    flops = flops_per_token(shape("gemma-3-270m", vocab_size=GPT2), length)
+    scores = flops.attention * (length + 1) / 2 / length  # of keys that are not behind the query
+    return scores * attention_saved(length) / (flops.matrices + scores)
+
+
+def mega(number: float) -> str:
+    return f"{number / 1e6:.0f} MB"
+
+
+def millions(a: Architecture) -> str:
+    return f"{parameter_count(a) / 1e6:.1f} M"
+
+
+def figures() -> dict[str, str]:
+    slm, clm, llama = shape("vector-slm"), shape("vector-clm-50m"), shape("llama-3.2-1b")
+    gemma, ours, smallm = shape("gemma-3-270m"), shape("gemma-3-270m", vocab_size=GPT2), shape("smallm-60m")
+    small, medium = shape("gpt2"), shape("gpt2", hidden_size=1024, num_hidden_layers=24, num_attention_heads=16)
+    blocks = 1 - parameters_by_module(slm)["embedding"] / parameter_count(slm)
+    n, embedding = parameter_count(llama), parameters_by_module(llama)["embedding"]
+    cache = [cache_size(llama, length).at_length for length in (8_192, 32_768, 131_072)]
+    parts, flops = parameters_by_module(ours), flops_per_token(ours, 128)
+    attention, mlp = 2 * parts["attention"] + flops.attention, 2 * parts["mlp"]
+    step = 3 * flops.forward * 32 * 128
+    saved = 1 - parameters_by_module(gemma)["attention"] / parameters_by_module(unshared(gemma))["attention"]
+    recipe = load_recipe(find_recipe("gemma-3-270m")).train
+    smallm_step = load_recipe(find_recipe("smallm-60m")).train.tokens_per_step
+    four_bits = 0.5 + 2 / 32  # and a scale of 16 bits for each 32 weights
+    return {
+        "VectorCLM: 50 million parameters": millions(clm),
+        "VectorSLM: a small vocabulary keeps parameters in the blocks": f"{blocks:.1%} of {millions(slm)}".replace(
+            "%", " %"
+        ),
+        "16,384 tokens": f"{slm.vocab_size:,}",
+        "fewer KV heads make the KV cache smaller": (
+            f"{cache_share(slm):.1f} times (VectorSLM), {cache_share(clm):.1f} times (VectorCLM)"
+        ),
+        "1.23 billion parameters": f"{n / 1e9:.3f} billion",
+        "training in float32, batch 1: 8 to 10 GB": f"{16 * n / 1e9:.1f} GB",
+        "training in float16, batch 1: 4 to 6 GB": f"{16 * n / 1e9:.1f} GB",
+        "weights to run: 2.3 GB in full precision": f"{4 * n / 1e9:.2f} GB in float32, {2 * n / 1e9:.2f} GB in 16 bits",
+        "weights to run: 1.1 GB in 4 bits": (
+            f"{(2 * embedding + four_bits * (n - embedding)) / 1e9:.2f} GB with the embedding in 16 bits, "
+            f"{four_bits * n / 1e9:.2f} GB without"
+        ),
+        "grouped queries make the KV cache 4 times smaller": f"{cache_share(llama):.1f} times",
+        "memory of 32 K and 128 K tokens: 4 and 16 times that of 8 K": (
+            f"{cache[1] / cache[0]:.1f} and {cache[2] / cache[0]:.1f} times: "
+            f"{cache[0] / 1e9:.2f}, {cache[1] / 1e9:.2f} and {cache[2] / 1e9:.2f} GB"
+        ),
+        "270 million parameters": f"{millions(ours)} with its tokenizer, {millions(gemma)} with Gemma's",
+        "weights in bfloat16: 540 MB": (
+            f"{mega(2 * parameter_count(ours))} with its tokenizer, {mega(2 * parameter_count(gemma))} with Gemma's"
+        ),
+        "KV cache of 1,024 tokens: 120 MB": (
+            f"{cache_size(gemma, 1024, 2).at_length / 1e6:.1f} MB in bfloat16, "
+            f"{cache_size(gemma, 1024, 4).at_length / 1e6:.1f} MB in float32"
+        ),
+        "grouped queries: 40 % fewer parameters in attention": f"{100 * saved:.1f} %",
+        "feed-forward 3.2 times as wide": f"{gemma.mlp_width / gemma.width:.1f} times",
+        "operations of the embedding (its product with the head): 80 M": (
+            f"{2 * parts['embedding'] / 1e6:.1f} M a token"
+        ),
+        "operations of attention: 850 M for 128 tokens": (
+            f"{attention / 1e6:.1f} M a token, {attention * 128 / 1e9:.2f} G for 128"
+        ),
+        "operations of the feed-forward: 1.2 G for 128 tokens": (
+            f"{mlp / 1e6:.1f} M a token, {mlp * 128 / 1e9:.1f} G for 128"
+        ),
+        "operations: 2.1 G a token": (
+            f"{flops.forward / 1e6:.1f} M a token, {flops.forward * 128 / 1e9:.1f} G for 128"
+        ),
+        "hybrid attention: 78 % fewer FLOPs": (
+            f"{100 * attention_saved(128):.0f} % of attention's at 128 and 512 tokens, "
+            f"{100 * attention_saved(1024):.1f} % at 1,024, {100 * attention_saved(32768):.1f} % at 32,768"
+        ),
+        "131,072 tokens a step": f"{recipe.tokens_per_step:,}",
+        "initial loss 9.71": f"{math.log(GPT2):.2f}",
+        "39.8 % less loss at 5.85": f"{100 * (1 - 5.85 / 9.71):.1f} %",
+        "0.3 s an iteration on a T4, batch 32": f"{step / 1e12:.1f} TFLOP, so {step / 0.3e12:.1f} TFLOP/s",
+        "150,000 iterations in 25 to 30 hours on a T4": (
+            f"{150_000 * 0.3 / 3600:.1f} hours at 0.3 s each; {150_000 * 32 * 0.3 / 3600:.0f} hours if"
+        ),
+        "context 32 times GPT-2's": f"{gemma.max_positions / small.max_positions:.0f} times",
+        "GPT-2 small: 124 M, 248 MB; medium: 355 M, 710 MB": "; ".join(
+            f"{millions(a)}, {mega(2 * parameter_count(a))}" for a in (small, medium)
+        ),
+        "training in float32 takes twice as much as in bfloat16": (
+            f"{16 * parameter_count(gemma) / 1e9:.2f} GB of weights"
+        ),
+        "cosine decay to `eta_min=5e-4`": f"{recipe.schedule(150_000)(149_999):.1f} times its peak",
+        "60 million parameters": millions(smallm),
+        "50,257 tokens, 6 layers, 6 heads, 384 wide, 128 tokens long": (
+            f"{smallm.vocab_size:,}, {smallm.depth}, {smallm.heads}, {smallm.width}, {smallm.max_positions}"
+        ),
+        "batch 32 with 32 accumulated": (
+            f"{smallm_step:,} tokens a step, {smallm_step * 20_000 / 1e9:.1f} billion in 20,000"
+        ),
+    }
+
+
+FIGURES = figures()
+
+
+@pytest.mark.parametrize("claim", FIGURES)
+def test_what_is_said_of_a_claim_is_what_is_computed(claim: str) -> None:
+    assert ROWS[claim].startswith(FIGURES[claim])
+
+
+def test_every_other_row_says_that_nothing_was_computed() -> None:
+    others = {claim: here for claim, here in ROWS.items() if claim not in {*FIGURES, "claim", "---", "document"}}
+    assert not [claim for claim, here in others.items() if not re.match("not (run|one figure|computed|measured)", here)
+                and "`" not in here]  # fmt: skip
+
+
+def test_the_figures_in_the_remarks() -> None:
+    assert attention_saved(15_740) >= 0.78 > attention_saved(15_739)
+    assert "from 15,740 tokens on" in PAGE
+    assert f"of all operations {100 * all_saved(32_768):.1f} % at 32,768" in PAGE
+    parts = parameters_by_module(shape("smallm-60m"))
+    untied = parameter_count(shape("smallm-60m", tie_word_embeddings=False))
+    blocks = sum(parts.values()) - parts["embedding"]
+    tied = f"{parts['embedding'] / 1e6:.1f} M in the embedding, which is the head too, and {blocks / 1e6:.1f} M in"
+    assert f"{tied} the blocks; untied it would be {untied / 1e6:.1f} M" in PAGE
+    state = 16 * parameter_count(shape("gemma-3-270m", vocab_size=GPT2))
+    assert f"with GPT-2's tokenizer they are {state / 1e9:.2f} GB" in PAGE
+    assert f"{2 * parameter_count(shape('llama-3.2-1b')) / 2**30:.2f} GiB" in PAGE

@@ -1,0 +1,73 @@
+"""The tokenizer called as the field does: what comes out equals what `transformers` gives for the same files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from slmkit.config import UserError
+from slmkit.tokenizer import SLMTokenizer
+
+from .kinds import directory_of
+
+transformers = pytest.importorskip("transformers")
+TEXTS = ["The cat sat", "x", "by the sea and"]
+
+
+@pytest.fixture(params=["metaspace-first", "byte-level", "wordpiece"])
+def both(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[SLMTokenizer, Any]:
+    directory = directory_of(request.param, tmp_path)
+    return SLMTokenizer.from_pretrained(directory), transformers.AutoTokenizer.from_pretrained(directory)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"padding": True, "return_tensors": "pt"},
+        {"padding": True, "truncation": True, "max_length": 4, "return_tensors": "pt"},
+        {"padding": "max_length", "max_length": 40},
+        {"add_special_tokens": False},
+        {},
+    ],
+)
+def test_a_call_gives_the_batch_of_transformers(both: tuple, side: str, options: dict) -> None:
+    ours, theirs = both
+    ours.padding_side = theirs.padding_side = side
+    found, expected = ours(TEXTS, **options), theirs(TEXTS, **options)
+    for name in ("input_ids", "attention_mask"):
+        assert (
+            torch.as_tensor(found[name]).tolist() == torch.as_tensor(expected[name]).tolist()
+            if ("return_tensors" in options)
+            else found[name] == expected[name]
+        )
+    assert found.input_ids is found["input_ids"]
+    assert {**found}.keys() == {"input_ids", "attention_mask"}
+    assert ours("The cat").input_ids == theirs("The cat").input_ids
+
+
+def test_names_and_conversions_are_theirs(both: tuple) -> None:
+    ours, theirs = both
+    for name in ("pad_token_id", "eos_token_id", "bos_token_id", "eos_token", "bos_token", "pad_token", "vocab_size"):
+        assert getattr(ours, name) == (len(theirs) if name == "vocab_size" else getattr(theirs, name))
+    ids = ours.encode(TEXTS[0])
+    assert ours.convert_ids_to_tokens(ids) == theirs.convert_ids_to_tokens(ids)
+    assert ours.convert_tokens_to_ids(ours.convert_ids_to_tokens(ids)) == ids
+    assert ours.get_vocab() == theirs.get_vocab()
+    assert ours.batch_decode([ids, ids]) == [ours.decode(ids)] * 2
+
+
+def test_what_makes_no_batch_is_refused(tokenizer: SLMTokenizer, gpt2_directory: Path) -> None:
+    with pytest.raises(UserError, match="pass padding=True"):
+        tokenizer(TEXTS, return_tensors="pt")
+    bare = SLMTokenizer.from_pretrained(gpt2_directory)
+    with pytest.raises(UserError, match="no padding token"):
+        bare(TEXTS, padding=True)
+    bare.pad_token = bare.eos_token
+    assert bare(TEXTS, padding=True).attention_mask[1].count(0) > 0
+    chat = [{"role": "user", "content": "hello"}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
+    assert ids.tolist() == [tokenizer.encode_chat(chat, add_generation_prompt=True).ids]
