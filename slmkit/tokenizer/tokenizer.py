@@ -224,8 +224,12 @@ class SLMTokenizer(CallableTokenizer):
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Exactly the bytes that `ids` stand for. Raises `UserError` for an id outside the vocabulary."""
-        ids = [int(index) for index in ids]
+        """Exactly the bytes that `ids` stand for: none for an id below `vocab_size` that training has yet to fill.
+
+        Raises `UserError` for an id outside the vocabulary.
+        """
+        unfilled = range(len(self), self.vocab_size)
+        ids = [int(index) for index in ids if int(index) not in unfilled]
         pieces = [self.token_bytes(index) for index in ids]
         if self._encoder.is_byte_level:
             return b"".join(pieces)

@@ -56,7 +56,7 @@ def test_text_that_cannot_be_trained_on(content: bytes | None, words: str, tmp_p
         (["none.yaml"], "no such recipe file"),
         (["own-text", "data.source=book.txt", "train.device=cuda:7"], "device 'cuda:7' is not available"),
         (["own-text", "data.source=book.txt", "train.sequence_length=900"], "longer than"),
-        (["own-chat", "data.source=x.jsonl", "model.path=nowhere"], "nowhere: no such directory"),
+        (["own-chat", "data.source=book.txt", "model.path=nowhere"], "nowhere: no such directory"),
         (["own-text", "data.source=book.txt", "model.preset=llama"], "unknown preset 'llama'"),
         (["own-text", "objective=rlhf"], "objective"),
     ],

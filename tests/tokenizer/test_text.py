@@ -190,3 +190,10 @@ def test_text_without_spaces_is_learned_from_in_seconds() -> None:
     assert len(tokenizer) == 600
     assert tokenizer.encode(dna[:5_000]) == tokenizer._tokenizer.encode(dna[:5_000], add_special_tokens=False).ids
     assert tokenizer.decode(tokenizer.encode(dna)) == dna
+
+
+def test_an_untrained_tokenizer_decodes_what_a_model_of_its_size_may_draw() -> None:
+    tokenizer = SLMTokenizer(1000)
+    assert tokenizer.decode([*tokenizer.encode("a"), 260, 999]) == "a"
+    with pytest.raises(UserError, match="token id 1000"):
+        tokenizer.decode([1000])
