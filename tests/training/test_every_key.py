@@ -23,7 +23,6 @@ from slmkit.training.run_log import MEASURED
 from tests.test_life import Silent
 from tests.training.every_key import ELSEWHERE, EVERY, KEYS, changed, make_world, scenario
 
-
 # They act where gradients jump or break, which tests/training/test_guards.py brings about.
 OF_THE_GUARD = ("guard.max_skipped", "guard.on_divergence", "guard.max_spike", "guard.window")
 
