@@ -75,6 +75,7 @@ READ_WHERE: dict[str, tuple[Reads, str]] = {
         "it is of data.source: stories as text",
     ),
     "data.validation_documents": (_counts_validation, "data.validation_fraction says how much is held out of files"),
+    "data.validation.name": (lambda r: False, "validation text is one source, and no figure bears its name"),
     "data.validation.weight": (lambda r: False, "validation text is not mixed"),
     "data.sources.*.weight": (lambda r: _mixes(r) and not r.data.phases, "there is one source, or data.phases weighs"),
     "train.muon_*": (lambda r: r.train.optimizer == "muon", "train.optimizer is not muon"),
