@@ -56,7 +56,8 @@ def changes_between(prepared: Recipe, edited: Recipe) -> list[Change]:
 
 def expect_obeyable(root: Path, prepared: Recipe, changes: Sequence[Change]) -> None:
     """Raises `UserError` for the first change that would make another run of it."""
-    for change in changes:
+    # What follows from another key comes last, so that the line names the key that was edited.
+    for change in sorted(changes, key=lambda change: change.key == "train.tokens_per_step"):
         if not _is_obeyable(prepared, change):
             raise UserError(
                 f"{root}: {change.key} cannot change in the middle of a run ({_shown(change.was)} → "
