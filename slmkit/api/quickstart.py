@@ -11,9 +11,9 @@ from pathlib import Path
 from slmkit.api.reporter import Reporter
 from slmkit.api.runs import train_recipe
 from slmkit.config import UserError
-from slmkit.data.sources import Message
 from slmkit.device import find_device
 from slmkit.evaluation import QuestionReport, ask
+from slmkit.evaluation.questions import Answer, Messages
 from slmkit.generation import LanguageModel
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.find import free_path
@@ -97,10 +97,10 @@ def train_quickstart(
 
 
 def ask_until(
-    decoder: LanguageModel, tokenizer: SLMTokenizer, questions: Sequence[tuple[Sequence[Message], str]], until: float
+    decoder: LanguageModel, tokenizer: SLMTokenizer, questions: Sequence[tuple[Messages, str]], until: float
 ) -> QuestionReport:
     """The answers to as many questions as there is time for until `until` (`time.monotonic`), and to the first few."""
-    answers = []
+    answers: list[Answer] = []
     for first in range(0, len(questions), 5):
         answers += ask(decoder, tokenizer, questions[first : first + 5]).answers
         if time.monotonic() >= until:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -41,12 +41,13 @@ def samples_of_source(settings: SourceSettings, tokenizer: SLMTokenizer, count: 
     Raises `UserError` where their columns make them none of these, and for a row that cannot be read.
     """
     source = open_source(settings)
-    rows = {
+    readers: dict[str, Callable[[], Iterator[Any]]] = {
         "pairs": source.read_pairs,
         "judgements": source.read_judgements,
         "conversations": source.read_conversations,
         "documents": source.read,
-    }[source.reads()]()
+    }
+    rows = readers[source.reads()]()
     samples = [
         Sample(f"{title} {number}", row.ids.tolist(), row.trained.tolist())
         for number, (item, _) in enumerate(itertools.islice(rows, count), start=1)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -11,7 +12,7 @@ from slmkit.generation import SamplingSettings, generate_ids
 from slmkit.generation.language_model import LanguageModel
 from slmkit.tokenizer import SLMTokenizer
 
-Messages = list[dict[str, str]]
+Messages = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)

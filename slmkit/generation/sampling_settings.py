@@ -53,11 +53,11 @@ class SamplingSettings:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):  # a model may come without
             content = {}
-        told = {name: content[name] for name in usual if content.get(name) is not None}
+        told: dict[str, Any] = {name: content[name] for name in usual if content.get(name) is not None}
         if content.get("do_sample") is False:
             told = {"temperature": 0.0} | {name: told[name] for name in told if name == "repetition_penalty"}
         chosen = {name: value for name, value in given.items() if value is not None}
-        return cls(seed=seed, **((told or usual) | chosen))
+        return cls(seed=seed, **({**(told or usual)} | chosen))
 
     @property
     def is_greedy(self) -> bool:

@@ -36,7 +36,11 @@ def excerpts(rows: Rows, vocabulary: Vocabulary) -> list[Text]:
     count = 2 if rows.kinds else 1
     first = [max(0, int(learned.argmax()) - BEFORE) for learned in rows.learned[:count]]
     stretches = [
-        Rows(*(part[[row], start : start + LENGTH] for part in (rows.ids, rows.labels, rows.padding)))
+        Rows(
+            rows.ids[[row], start : start + LENGTH],
+            rows.labels[[row], start : start + LENGTH],
+            rows.padding[[row], start : start + LENGTH],
+        )
         for row, start in enumerate(first)
     ]
     in_line = replace(vocabulary, decode=lambda ids: vocabulary.decode(ids).replace("\n", "↵"))

@@ -104,6 +104,7 @@ SMALLER = {  # what is added to an example so that it takes seconds; everything 
     "slm quickstart": None,  # takes minutes, and is run by tests of its own
     "slm push": None,  # needs a hub, and is run against one by tests of its own
     "slm bench": None,
+    "slm merge runs/book --adapter": None,  # folding is run by tests of its own, with the adapter's own base
     "slm distill-cache": None,  # after a quickstart
 }
 
