@@ -63,9 +63,15 @@ def expect_base(directory: str | Path, *found: Callable[[], str]) -> None:
         return  # whoever reads its tensors says what is wrong
     if wanted and all(one() != wanted for one in found):
         raise UserError(
-            f"{path}: its base has other weights than the model it was trained on (another model, or another step of "
-            f"the same run): use it with the model whose weights have the fingerprint {wanted[:12]}"
+            f"{path}: it was trained on other weights than this model's (another model, or another step of the same "
+            f"run): use it with its own base, {_own_base(Path(directory))}"
         )
+
+
+def _own_base(directory: Path) -> str:
+    """The path in an adapter's config, for a message."""
+    content = json.loads((directory / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    return str(content.get("base_model_name_or_path"))
 
 
 def trained_tensors(decoder: nn.Module) -> dict[str, Tensor]:
