@@ -49,7 +49,7 @@ def test_a_folded_model_says_what_the_adapter_said(base: Path) -> None:
     assert (logits(decoder) - logits(load_model(one)[0])).abs().max() <= 1e-4
     assert SLMTokenizer.from_pretrained(folded).fingerprint == TOKENIZER.fingerprint
     assert fold_adapters(base, [one]) == base.parent / "base-merged-2"
-    with pytest.raises(UserError, match="base-merged: exists already, and is left as it is"):
+    with pytest.raises(UserError, match="base-merged: exists already and is not overwritten"):
         fold_adapters(base, [one], folded)
 
 
