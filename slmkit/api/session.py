@@ -19,6 +19,7 @@ from slmkit.device import Device
 from slmkit.model import Decoder, SLMConfig
 from slmkit.model.sizes import parameter_count
 from slmkit.training.changes import PROCESSES, SHARING, Change, changes_between, is_of_length
+from slmkit.training.checkpoints import newest_intact, step_of
 from slmkit.training.distributed import ALONE, Group
 from slmkit.training.inventory import blueprint_of
 from slmkit.training.loop import Every, Plan, StopRequested
@@ -130,10 +131,13 @@ class Session:
             self.run.add(**{PROCESSES: self.group.world})
 
     def is_finished(self) -> bool:
-        """Whether nothing is left to do."""
+        """Whether nothing is left to do. Raises `UserError` where every checkpoint of a finished run is damaged."""
         step, ended = self.run.newest_step(), self.run.described().get("finished") or {}
         ended_early = step == ended.get("step") and step < ended["steps"] and self.plan.patience == ended["patience"]
-        return step >= self.plan.steps or ended_early
+        if not (step >= self.plan.steps or ended_early):
+            return False
+        newest = newest_intact(self.run.checkpoints, lambda line: None)
+        return newest is not None and step_of(newest) == step
 
     def finished(self) -> str:
         """That it is, and how to go on all the same."""
