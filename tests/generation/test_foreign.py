@@ -128,7 +128,8 @@ def test_a_model_that_says_nothing_is_sampled_as_usual(tmp_path: Path) -> None:
             (json.dumps({"do_sample": True, key: value}), f"generation_config.json: {key}")
             for key, value in [
                 ("eos_token_id", "</s>"), ("eos_token_id", [2, "</s>"]), ("eos_token_id", -1),
-                ("pad_token_id", "<pad>"), ("do_sample", "yes"), ("temperature", "0.6"), ("temperature", -1), ("top_k", -1), ("top_k", 1.5),
+                ("pad_token_id", "<pad>"), ("do_sample", "yes"),
+                ("temperature", "0.6"), ("temperature", -1), ("top_k", -1), ("top_k", 1.5),
                 ("top_p", 1.5), ("min_p", 1), ("repetition_penalty", 0), ("suppress_tokens", 5),
             ]
         ],
