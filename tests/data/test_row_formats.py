@@ -260,9 +260,9 @@ def test_a_format_can_be_named_where_the_columns_would_mean_another(tmp_path: Pa
     ("row", "expected", "reason"),
     [
         ({"messages": [TALK[1]]}, "assistant where it is the user's turn", "roles out of order"),
-        ({"messages": [TALK[0], say(" ")]}, "the assistant says nothing", "an empty turn"),
+        ({"messages": [TALK[0], say(" ")]}, "the assistant's text is empty", "an empty turn"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "message 1: role 'robot'", "not as expected"),
-        ({"instruction": "Add.", "input": "", "output": ""}, "the assistant says nothing", "an empty turn"),
+        ({"instruction": "Add.", "input": "", "output": ""}, "the assistant's text is empty", "an empty turn"),
         ({"conversations": [{"who": "user", "content": "Hi"}]}, "message 1: role None", "not as expected"),
         ({"conversations": [{"from": "human", "value": None}]}, "expected text", "not as expected"),
         ({"conversations": [{"from": ["human"], "value": "Hi"}]}, r"message 1: role \['human'\]", "not as expected"),
