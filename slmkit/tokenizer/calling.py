@@ -6,7 +6,7 @@ from collections import UserDict
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from slmkit.config import UserError
+from slmkit.config import UserError, methods_checked
 
 if TYPE_CHECKING:
     from slmkit.tokenizer.chat import ChatTokens, Message, Tools
@@ -25,6 +25,7 @@ class BatchEncoding(UserDict[str, Any]):
         return BatchEncoding({name: value.to(device) for name, value in self.data.items()})
 
 
+@methods_checked
 class CallableTokenizer:
     """The calls of `transformers`, by way of the methods of `SLMTokenizer`."""
 
