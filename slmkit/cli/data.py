@@ -55,10 +55,9 @@ def prepare(
     from slmkit.cli.progress import PreparationProgress
     from slmkit.cli.show import TerminalReporter, counted
     from slmkit.config import load_settings
-    from slmkit.data import prepare_text
     from slmkit.data.cleaning.settings import CleaningSettings
-    from slmkit.data.many_sources import Reading
     from slmkit.data.source_settings import SourceSettings
+    from slmkit.data.sources.open import expect_source
     from slmkit.find import find_tokenizer_directory
     from slmkit.tokenizer import SLMTokenizer
 
@@ -66,6 +65,11 @@ def prepare(
     cleaning = load_settings(CleaningSettings, {}, clean or [])
     settings = [load_settings(SourceSettings, {"path": path}, source or []) for path in sources]
     directory = find_tokenizer_directory(tokenizer)
+    for one in settings:
+        expect_source(one)
+    from slmkit.data import prepare_text
+    from slmkit.data.many_sources import Reading  # imports torch: after the arguments were checked
+
     loaded = SLMTokenizer.from_pretrained(directory)
     options: dict[str, Any] = {"shuffle_seed": shuffle, "cleaning": cleaning, "shard_characters": shard_characters}
     (reading := Reading(settings)).claim(output, loaded, reads=reads, **options)
@@ -124,15 +128,18 @@ def inspect(
     """
     from slmkit.cli.show import counted
     from slmkit.config import load_settings
+    from slmkit.data.source_settings import SourceSettings
+    from slmkit.data.sources.open import expect_source
+
+    settings = load_settings(SourceSettings, {"path": shards}, source or [])
+    expect_source(settings)
     from slmkit.data import TokenShards
-    from slmkit.data.preview import samples_of_shards
+    from slmkit.data.preview import samples_of_shards  # imports torch: after the arguments were checked
     from slmkit.data.reading import is_shards
     from slmkit.data.shard_facts import find_facts
-    from slmkit.data.source_settings import SourceSettings
     from slmkit.find import find_tokenizer_directory
     from slmkit.tokenizer import SLMTokenizer
 
-    settings = load_settings(SourceSettings, {"path": shards}, source or [])
     if not is_shards(settings):
         _inspect_source(settings, tokenizer, documents)
         return
