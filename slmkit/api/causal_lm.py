@@ -148,7 +148,9 @@ class GeneratingModel(nn.Module):
         directory = getattr(self, "directory", None)
         if directory is None or not (directory / "tokenizer.json").is_file():
             return None
-        return SLMTokenizer.from_pretrained(directory).known_ids
+        tokenizer = SLMTokenizer.from_pretrained(directory)
+        tokenizer.suppressed = self.config.generation_config.get("suppress_tokens") or []
+        return tokenizer.known_ids
 
 
 @methods_checked

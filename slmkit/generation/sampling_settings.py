@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from slmkit.config import UserError
+from slmkit.model.generation_config import FILE, not_obeyed, read_generation_config
 
 
 @dataclass(frozen=True)
@@ -46,15 +47,15 @@ class SamplingSettings:
     def for_model(cls, directory: str | Path, seed: int | None, usual: Mapping[str, float], **given: Any) -> Self:
         """What was `given`, and for whatever is None there what the model's `generation_config.json` recommends.
 
-        Where that recommends nothing, `usual` is taken.
+        Where that recommends nothing, `usual` is taken. As in transformers, a file with a recommendation is greedy
+        unless it says `do_sample: true`. Raises `UserError` for a wrong value in the file; logs what is not obeyed.
         """
-        path = Path(directory) / "generation_config.json"
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # a model may come without
-            content = {}
+        content = read_generation_config(Path(directory))
+        if ignored := not_obeyed(content):
+            path = Path(directory) / FILE
+            logging.getLogger(__name__).warning(f"{path}: ignored, since it is not supported: {', '.join(ignored)}")
         told: dict[str, Any] = {name: content[name] for name in usual if content.get(name) is not None}
-        if content.get("do_sample") is False:
+        if content.get("do_sample") is False or (told and not content.get("do_sample")):
             told = {"temperature": 0.0} | {name: told[name] for name in told if name == "repetition_penalty"}
         chosen = {name: value for name, value in given.items() if value is not None}
         return cls(seed=seed, **({**(told or usual)} | chosen))

@@ -76,7 +76,8 @@ class SLMTokenizer(CallableTokenizer):
         self._names = named | {"eos_token": eos}  # what the chat template may use
         self.eos_token_id = self.special_tokens[eos]
         self.pad_token_id = self.special_tokens.get(named.get("pad_token", ""))
-        self.further_stops: set[int] = set()  # special tokens that the model's own generation_config.json names
+        self.further_stops: set[int] = set()  # ids that the model's own generation_config.json names
+        self.suppressed: list[int] = []  # ids that are never generated, as that file may ask for
 
     def _whole(self) -> Tokenizer:
         """A copy of the library's tokenizer with its post-processor."""
@@ -347,14 +348,13 @@ class SLMTokenizer(CallableTokenizer):
         return {self.eos_token_id, self.end_of_turn_id, *self.further_stops}
 
     def stop_at(self, ids: int | Sequence[int] | None) -> None:
-        """End generation at these too, as a model's own settings ask for: those of them that are special tokens."""
-        listed = [ids] if isinstance(ids, int) else ids or []
-        self.further_stops = {*listed} & {*self.special_tokens.values()}
+        """End generation at these too, as a model's own settings ask for."""
+        self.further_stops = {ids} if isinstance(ids, int) else {*(ids or [])}
 
     @property
     def known_ids(self) -> np.ndarray:
-        """Which ids are tokens, bool [ids]: a vocabulary may have gaps, and a model's head may be wider."""
-        return np.array([token is not None for token in self._encoder.bytes])
+        """Which ids may be generated, bool [ids]: a vocabulary may have gaps, and a model's head may be wider."""
+        return np.array([t is not None and i not in self.suppressed for i, t in enumerate(self._encoder.bytes)])
 
     @property
     def bos_token_id(self) -> int | None:
