@@ -140,7 +140,17 @@ def load_settings(kind: type[S], content: dict[str, Any], overrides: Sequence[st
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML reads `3e-4` as a string; people who write recipes mean a number."""
+    """PyYAML reads `3e-4` as a string, and of a key that stands twice the last value; neither is what people mean."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                problem = f"the key {key.value!r} is set twice: keep one"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            if isinstance(key.value, str):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(

@@ -54,7 +54,7 @@ def resume(
         bool, typer.Option("--replan", help="Spread the learning rate's schedule over the run's new length.")
     ] = False,
 ) -> None:
-    """Go on with a run that was stopped or killed, or train it longer.
+    """Go on with a stopped run, or train a run longer.
 
     It starts from the newest complete checkpoint and gives the model that the unbroken run would have given.
 
