@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,6 +27,10 @@ class SamplingSettings:
     seed: int | None = None  # None: another text each time
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"):
+            kind, found = Integral if name in ("top_k", "seed") else Real, getattr(self, name)
+            if not isinstance(found, kind) and (name, found) != ("seed", None):
+                raise UserError(f"{name} {found!r}: expected a {'whole number' if kind is Integral else 'number'}")
         checks = (
             (0 <= self.temperature < math.inf, "temperature", "0 (greedy) or more", self.temperature),
             (self.top_k >= 0, "top_k", "0 (all tokens) or more", self.top_k),
