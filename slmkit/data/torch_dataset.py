@@ -13,6 +13,7 @@ from slmkit.data.batch import Batch
 from slmkit.data.packing import IGNORED, padded
 from slmkit.data.stream import Batches, Rows, share_of_rank
 
+KEYS = ("input_ids", "labels", "attention_mask", "position_ids", "token_type_ids")
 Row = tuple[np.ndarray, np.ndarray]  # ids and next-token labels, int64 [tokens] each
 
 
@@ -41,6 +42,11 @@ class ItemFormat:
                 f"{where}: expected one row of whole numbers each, of one length; found input_ids {ids.dtype} "
                 f"{list(ids.shape)}, labels {list(labels.shape)}, attention_mask {list(mask.shape)}"
             )
+        for name, value in item.items():
+            if name not in KEYS and np.shape(value)[:1] == ids.shape:
+                raise UserError(
+                    f"{where}: {name!r} has a value a token and is not read; put -100 into labels, or drop it"
+                )
         real = np.flatnonzero(mask)
         kept = slice(real[0], real[-1] + 1) if len(real) else slice(0)
         ids, labels = ids[kept].astype(np.int64), labels[kept].astype(np.int64)

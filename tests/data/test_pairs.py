@@ -16,6 +16,7 @@ from slmkit.data.prepare import prepare_chat
 from slmkit.data.source_settings import SourceSettings
 from slmkit.data.sources import open_source
 from slmkit.data.sources.pair_formats import pair_of
+from slmkit.data.torch_dataset import ItemFormat
 from slmkit.tokenizer import SLMTokenizer
 
 TOKENIZER = SLMTokenizer(260)
@@ -226,3 +227,27 @@ def test_built_in_answers_are_judged_by_whoever_made_them() -> None:
     labels = {one.label: one.messages for one, _ in source.read_judgements()}
     assert labels.keys() == {True, False}
     assert labels[True][-1]["content"] != labels[False][-1]["content"]
+
+
+@pytest.mark.parametrize("form", ["score_{}", "{}_score", "{}_rating", "{}-rating"])
+def test_pairs_the_wrong_way_round_by_their_scores_are_refused(tmp_path: Path, form: str) -> None:
+    pair = {"prompt": "Hi", "chosen": "a", "rejected": "b", form.format("chosen"): 1.0}
+    rows = [{**pair, form.format("rejected"): score} for score in (9, 0.5)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = open_source(SourceSettings(path=str(path), on_bad_row="skip"))
+    assert len(list(source.read_pairs())) == 1
+    assert source.skipped == {"pairs the wrong way round by their scores": 1}
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,text\na,b\n")
+    with pytest.raises(UserError, match="a.csv:1: two columns are called 'text'"):
+        list(open_source(SourceSettings(path=str(tmp_path / "a.csv"))).read())
+
+
+def test_an_item_with_a_mask_that_is_not_read_is_refused() -> None:
+    form, ids = ItemFormat(8, 0, 300), [1, 2, 3]
+    form.row({"input_ids": ids, "position_ids": ids, "text": "abc"}, 0)
+    with pytest.raises(UserError, match="item 0 of the data set: 'loss_mask' has a value a token"):
+        form.row({"input_ids": ids, "loss_mask": [0, 0, 1]}, 0)

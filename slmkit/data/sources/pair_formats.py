@@ -103,6 +103,11 @@ def _name(asked: str, better: str) -> str:
 
 
 def _pair(row: Row, asked: str | None, better: str, worse: str) -> Pair:
+    for form in ("score_{}", "{}_score", "{}_rating", "{}-rating", "{}_reward"):
+        scores = [row.get(form.format(name)) for name in (better, worse)]
+        if all(isinstance(score, int | float) for score in scores) and scores[0] < scores[1]:  # type: ignore[operator]
+            found = f"{form.format(better)} {scores[0]} is less than {form.format(worse)} {scores[1]}"
+            raise RowError(f"{found}: the pair is the wrong way round", "pairs the wrong way round by their scores")
     before = [] if asked is None or is_empty(row[asked]) else question(row, asked)
     return pair_of(*(_side(row, name, before) for name in (better, worse)))
 

@@ -123,6 +123,8 @@ class RowFormats:
 
     def problem(self, place: str, columns: Sequence[str], rows: int = 1) -> BadRow | None:
         """What is wrong with a table of these columns, if anything is."""
+        if twice := next((name for number, name in enumerate(columns) if name in columns[:number]), None):
+            return BadRow("two columns of one name", f"{place}: two columns are called {twice!r}; rename one", rows)
         if line := self.missing(columns):
             return BadRow(NO_COLUMN, f"{place}: {line}", rows)
         return None if self.find(self.renamed(columns)) else self.no_format(place, columns, rows)
@@ -141,7 +143,11 @@ class RowFormats:
         names = self.renamed(columns)
         used = {c for one in self.formats.values() if {*names}.issuperset(one.required) for c in one.used}
         used.update((*self.meaning, *WEIGHTS, *DROPPED, "split", *(JUDGED if self.meaning else ())))
-        return [column for column, name in zip(columns, names) if name in used or self._on_learning(name, "?")]
+        return [
+            column
+            for column, name in zip(columns, names)
+            if name in used or self._on_learning(name, "?") or _scores(name)
+        ]
 
     def _on_learning(self, name: str, value: Any) -> bool:
         return bool(self.meaning) and name not in (*WEIGHTS, *DROPPED) and is_on_learning(name, value)
@@ -211,6 +217,11 @@ class RowFormats:
                 part.place = place
                 self.unused.update(f"{key!r} of messages" for key in part.unused)
         return value if isinstance(value, str | list) else value._replace(place=place)
+
+
+def _scores(name: str) -> bool:
+    """Whether a column may say which of two answers is better."""
+    return name.endswith(("_score", "_rating", "-rating", "_reward")) or name.startswith("score_")
 
 
 def _is_a_label(name: str, value: Any) -> bool:
