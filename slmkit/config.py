@@ -78,6 +78,21 @@ def arguments_checked(call: Callable[P, T]) -> Callable[P, T]:
     return checked
 
 
+def kind_of_value(value: object) -> str:
+    """What a value is, in the words that errors use: nothing, true or false, a whole number, text, a list, …"""
+    if value is None:
+        return "nothing"
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", bytes: "bytes"}
+    words |= {list: "a list", tuple: "a list", Mapping: "an object"}
+    found = next((word for kind, word in words.items() if isinstance(value, kind)), None)
+    return found or f"a value of type {type(value).__name__}"
+
+
+def spelled(value: object) -> str:
+    """A value as errors show it: as Python spells it, but for nothing, true and false."""
+    return "nothing" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+
+
 def did_you_mean(word: str, choices: Iterable[str], hints: Mapping[str, str] | None = None) -> str:
     """`did you mean 'x'?` where something near exists, else the choices themselves; first of all what `hints` say."""
     choices, hint = list(choices), (hints or {}).get(word.lower().replace("-", "_"))
@@ -180,10 +195,11 @@ def _first_problem(kind: type[Settings], error: pydantic.ValidationError, origin
         return f"{where}{message}{more}"
     place, found = _place(kind, location), problem.get("input")
     if problem["type"] in ("model_type", "model_attributes_type", "dict_type") and place in kind.hints:
-        return f"{where}{place}: expected keys below it, found {found!r}; {did_you_mean(place, [], kind.hints)}{more}"
+        near = did_you_mean(place, [], kind.hints)
+        return f"{where}{place}: expected keys below it, found {spelled(found)}; {near}{more}"
     expected = list(dict.fromkeys(_expected(each) for each in problems if _place(kind, each["loc"]) == place))
     more = f" (and {len(problems) - len(expected)} more)" if len(problems) > len(expected) else ""
-    shown = "" if problem["type"] == "missing" or isinstance(found, dict) else f", found {found!r}"
+    shown = "" if problem["type"] == "missing" or isinstance(found, dict) else f", found {spelled(found)}"
     return f"{where}{place}: {' or '.join(expected).replace(' or expected', ' or')}{shown}{more}"
 
 

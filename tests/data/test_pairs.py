@@ -54,7 +54,7 @@ BAD = {
     "rejected does not end with an answer": {"chosen": [*ASKED, *say("a")], "rejected": ASKED},
     "rejected: message 2: the assistant says nothing": {"prompt": "Hi", "chosen": "a", "rejected": " "},
     "chosen: message 1: role 'robot'": {"chosen": [{"role": "robot", "content": "a"}], "rejected": [*ASKED, *say("b")]},
-    "expected text in column 'prompt', found int": {"prompt": 3, "chosen": "a", "rejected": "b"},
+    "expected text in column 'prompt', found a whole number": {"prompt": 3, "chosen": "a", "rejected": "b"},
 }
 
 
@@ -183,7 +183,7 @@ def test_an_answer_with_its_label_is_a_judgement(tmp_path: Path, name: str) -> N
         (TALK, True, f"{path}:2"),
     ]
     path.write_text(json.dumps({key: "no" if value is False else value for key, value in JUDGED[name].items()}))
-    with pytest.raises(UserError, match=r"judged.jsonl:1: expected true or false in column .*, found str"):
+    with pytest.raises(UserError, match=r"judged.jsonl:1: expected true or false in column .*, found text"):
         list(open_source(SourceSettings(path=str(path))).read_judgements())
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
+from slmkit.config import kind_of_value
 from slmkit.data.source_settings import SourceSettings
 from slmkit.data.sources.documents import Conversation, Message
 from slmkit.data.sources.row_formats import (
@@ -16,6 +18,7 @@ from slmkit.data.sources.row_formats import (
     LABELS,
     MEANING,
     NO_COLUMN,
+    NO_LABEL,
     SYSTEM,
     Row,
     RowFormat,
@@ -31,6 +34,7 @@ from slmkit.data.sources.turns import TOOLS, RowError, checked, conversation, is
 
 QUESTIONS = ("prompt", "question", "instruction", "query", *CHATS)
 ANSWERS = {"chosen": "rejected", "response_j": "response_k", "chosen_response": "rejected_response"}  # better: worse
+TURNS = ("\n\nHuman:", "\n\nAssistant:")  # how a dialogue in one text begins its turns
 RANKED = ("answers", "completions", "responses", "generations")
 
 
@@ -100,7 +104,7 @@ def _name(asked: str, better: str) -> str:
 
 
 def _pair(row: Row, asked: str | None, better: str, worse: str) -> Pair:
-    before = [] if asked is None or is_empty(row[asked]) else question(row, asked)
+    before = [] if asked is None or is_empty(row[asked]) else _dialogue(row[asked]) or question(row, asked)
     return pair_of(*(_side(row, name, before) for name in (better, worse)))
 
 
@@ -113,6 +117,10 @@ def _outputs(row: Row) -> Pair:
 
 
 def _ranked(row: Row, column: str) -> Pair:
+    answers = row[column] if isinstance(row[column], list) else []
+    keys = {key for answer in answers if isinstance(answer, dict) for key in answer}
+    if not any(word in str(key) for key in (*keys, *row) for word in ("score", "rank", "rating")) or not answers:
+        raise RowError("no column 'chosen' and 'rejected', nor others that make pairs of answers", NO_COLUMN)
     raise RowError(
         f"column {column!r} holds ranked answers: make pairs of chosen and rejected of them", "ranked answers"
     )
@@ -123,7 +131,7 @@ def _side(row: Row, column: str, before: list[Message]) -> Conversation:
     value = row[column]
     if isinstance(value, dict):
         row, value = {**row, column: [value]}, [value]
-    turns = said(row, column) if isinstance(value, str) else messages_in(row, column)
+    turns = _dialogue(value) or (said(row, column) if isinstance(value, str) else messages_in(row, column))
     try:
         answer = conversation(turns, first_of(row, TOOLS), column)
         if before and answer[0]["role"] == "assistant":
@@ -131,6 +139,16 @@ def _side(row: Row, column: str, before: list[Message]) -> Conversation:
         return checked(introduced(row, answer))
     except RowError as error:
         raise RowError(f"{column}: {error}", error.reason) from None
+
+
+def _dialogue(value: object) -> list[Message]:
+    """The messages of a text such as `\\n\\nHuman: …\\n\\nAssistant: …` (Anthropic/hh-rlhf); of any other text none."""
+    if not (isinstance(value, str) and value.startswith(TURNS)):
+        return []
+    _, *parts = re.split(f"({'|'.join(TURNS)})", value)
+    turns = zip(parts[::2], parts[1::2])
+    messages = [{"role": "user" if turn == TURNS[0] else "assistant", "content": said.strip()} for turn, said in turns]
+    return messages if messages[-1]["content"] else messages[:-1]  # a question may end where the answer begins
 
 
 def kto_formats(settings: SourceSettings, unused: Counter[str]) -> RowFormats:
@@ -153,7 +171,7 @@ def _judged(row: Row, convert: Callable[[Row], Conversation], column: str) -> Ju
     if isinstance(label, str):  # as tables of text alone have it
         label = {"true": True, "false": False}.get(label.lower(), label)
     if not isinstance(label, bool):
-        raise RowError(f"expected true or false in column {column!r}, found {type(label).__name__}")
+        raise RowError(f"expected true or false in column {column!r}, found {kind_of_value(label)}", NO_LABEL)
     messages = convert(row)
     if messages[-1]["role"] != "assistant":
         raise RowError("the conversation does not end with an answer of the assistant's")
