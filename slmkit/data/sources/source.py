@@ -111,7 +111,8 @@ class Source:
             self.count_anew()
             possible.append(name)
             rows = [item for item in items if isinstance(item, BadRow)]
-            if len(rows) < len(items) or any(row.has_columns and not row.harmless for row in rows):
+            refused = any(row.has_columns and not row.harmless for row in rows)
+            if len(rows) < len(items) or (refused and not left_out):
                 return name
             left_out += [name for row in rows if row.has_columns]
         return next(iter([*left_out, *reversed(possible)]), "documents")
