@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from slmkit.adapt.load import load_model
 from slmkit.adapt.lora import adapted_linears
-from slmkit.config import UserError
+from slmkit.config import UserError, methods_checked
 from slmkit.find import find_model_directory
 from slmkit.generation import Ensemble, SamplingSettings, generate_ids
 from slmkit.model import Decoder, SLMConfig, build_decoder, save_decoder
@@ -45,6 +45,7 @@ class CausalLMOutput(dict[str, Tensor]):
         return tuple(self.values())
 
 
+@methods_checked
 class GeneratingModel(nn.Module):
     """A model with its head, and the config that says how its texts end: token ids in, logits or more ids out."""
 
@@ -162,6 +163,7 @@ class GeneratingModel(nn.Module):
         return tokenizer.known_ids
 
 
+@methods_checked
 class SLMForCausalLM(GeneratingModel):
     """A decoder with its head, and the methods that `transformers.Trainer` and `accelerate` call."""
 

@@ -7,7 +7,7 @@ from collections import UserDict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from slmkit.config import UserError, did_you_mean
+from slmkit.config import UserError, did_you_mean, methods_checked
 
 if TYPE_CHECKING:
     from slmkit.tokenizer.chat import ChatTokens, Message, Tools
@@ -36,6 +36,7 @@ class BatchEncoding(UserDict[str, Any]):
         return BatchEncoding({name: value.to(device) for name, value in self.data.items()})
 
 
+@methods_checked
 class CallableTokenizer:
     """The calls of `transformers`, by way of the methods of `SLMTokenizer`."""
 

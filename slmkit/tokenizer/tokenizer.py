@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from tokenizers import AddedToken, Tokenizer
 
-from slmkit.config import UserError
+from slmkit.config import UserError, methods_checked
 from slmkit.find import find_tokenizer_directory
 from slmkit.tokenizer import byte_level, chat, directory
 from slmkit.tokenizer.byte_level import SPECIALS
@@ -33,6 +33,7 @@ LOST = 0.001  # of all characters: more than a trace
 ENDS_OF_TURN = (byte_level.TURN_END, "<|eot_id|>", "<end_of_turn>")
 
 
+@methods_checked
 class SLMTokenizer(CallableTokenizer):
     """A byte-level BPE of its own, or any Hugging Face `tokenizer.json` through `from_pretrained`.
 
