@@ -160,7 +160,7 @@ class Session:
         is_all = rows is not None and (self.plan.steps + 1) * self.stream.rows_per_step > rows
         ends = f" (then the data ends: {self.recipe.data.when_exhausted})" if is_all else ""
         return (
-            f"{parameters}, {tokens} training tokens, "
+            f"{parameters}, {tokens} training tokens in the data, "
             f"{self.plan.steps:,} steps of {self.stream.rows_per_step} × {self.length} tokens{ends}, "
             f"{self.device.describe()['device']} in {self.device.describe()['compute_dtype']}"
             + (f", {self.group.world} processes" if self.group.world > 1 else "")
