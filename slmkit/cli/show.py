@@ -90,6 +90,12 @@ def suggestion(run: RunDirectory) -> str:
     return f"slm chat {run.root}" + (f"  (and ask it: {prompt})" if prompt else "")
 
 
+def show_run(run: RunDirectory) -> None:
+    """Where a run is, and what to do with it next: the last lines of the commands that train."""
+    print(f"run: {run.root}")
+    print(f"next: {suggestion(run)}")
+
+
 def gibibytes(size: int) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
