@@ -64,18 +64,31 @@ T = TypeVar("T")
 
 
 def arguments_checked(call: Callable[P, T]) -> Callable[P, T]:
-    """A function whose unknown keyword arguments are a `UserError` that names the nearest known one."""
+    """A method whose unknown keyword arguments are a `UserError` that names the nearest known one."""
     known = [name for name in inspect.signature(call).parameters if name != "self"]
 
     @functools.wraps(call)
     def checked(*positional: P.args, **named: P.kwargs) -> T:
         for name in named:
             if name not in known:
-                called = call.__qualname__.removesuffix(".__init__")
-                raise UserError(f"{called}: unknown argument {name!r}; {did_you_mean(name, known)}")
+                owner = positional[0] if isinstance(positional[0], type) else type(positional[0])
+                method = "" if call.__name__ in ("__init__", "__call__", "forward") else f".{call.__name__}"
+                raise UserError(f"{owner.__name__}{method}: unknown argument {name!r}; {did_you_mean(name, known)}")
         return call(*positional, **named)
 
     return checked
+
+
+def methods_checked(owner: type[T]) -> type[T]:
+    """A class all of whose public methods are `arguments_checked`, but for those that take any keyword."""
+    for name, method in list(vars(owner).items()):
+        call = method.__func__ if isinstance(method, classmethod) else method
+        if not inspect.isfunction(call) or (name.startswith("_") and name not in ("__init__", "__call__")):
+            continue
+        if inspect.Parameter.VAR_KEYWORD not in {one.kind for one in inspect.signature(call).parameters.values()}:
+            checked = arguments_checked(call)
+            setattr(owner, name, classmethod(checked) if isinstance(method, classmethod) else checked)
+    return owner
 
 
 def did_you_mean(word: str, choices: Iterable[str], hints: Mapping[str, str] | None = None) -> str:
@@ -127,7 +140,17 @@ def load_settings(kind: type[S], content: dict[str, Any], overrides: Sequence[st
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML reads `3e-4` as a string; people who write recipes mean a number."""
+    """PyYAML reads `3e-4` as a string, and of a key that stands twice the last value; neither is what people mean."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                problem = f"the key {key.value!r} is set twice: keep one"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            if isinstance(key.value, str):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(

@@ -29,6 +29,20 @@ def test_values_come_from_the_file_and_overrides_win() -> None:
     assert loaded == Outer(name="b", train=Inner(learning_rate=3e-4, warmup_steps=5))
 
 
+@pytest.mark.parametrize(
+    "text", ["seed: 1\nname: a\nseed: 2\n", "train: {a: 1}\ntrain: {b: 2}\n", "a: {b: {c: 1, c: 1}}\n"]
+)
+def test_a_key_that_is_set_twice_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(UserError, match="recipe.yaml: not valid YAML: the key '(seed|train|c)' is set twice"):
+        read_yaml(tmp_path / "recipe.yaml")
+
+
+def test_merge_keys_of_yaml_are_read(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("a: &a {b: 1, c: 2}\nd:\n  <<: *a\n  c: 3\n")
+    assert read_yaml(tmp_path / "recipe.yaml")["d"] == {"b": 1, "c": 3}
+
+
 def test_an_override_does_not_change_the_mapping_it_was_given() -> None:
     content = {"train": {"warmup_steps": 5}}
     load_settings(Outer, content, ["train.warmup_steps=7"])

@@ -33,12 +33,13 @@ from slmkit.hub import hub_name, spelled
 from slmkit.model import Decoder, SLMConfig
 from slmkit.model.adapter_directory import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from slmkit.model.families import family_of
+from slmkit.model.generation_config import FILE as GENERATION
+from slmkit.model.generation_config import read_generation_config
 from slmkit.model.growth import grow_vocabulary
 from slmkit.model.lora_settings import LoRASettings
 from slmkit.model.stored import expect_finite, stored_tensors
 
 FINGERPRINT = "base_fingerprint"  # in the metadata of the adapter's tensors, which peft does not read
-GENERATION = "generation_config.json"  # what ends a text, which new tokens may have changed
 
 
 def fingerprint(decoder: nn.Module) -> str:
@@ -137,12 +138,9 @@ def grown_for(directory: str | Path, decoder: Decoder, config: SLMConfig) -> tup
     size = min(stored[key].shape[0] if key in stored else 0 for key in keys)
     if size > config.vocab_size:
         decoder, config = grow_vocabulary(decoder, config, {index: [0] for index in range(config.vocab_size, size)})
-    try:
-        generation = json.loads((directory / GENERATION).read_text(encoding="utf-8"))
-        named = {key: generation[key] for key in ("eos_token_id", "pad_token_id") if key in generation}
-        named["generation_config"] = generation
-    except (OSError, ValueError, TypeError):  # of peft's, which has none
-        named = {}
+    generation = read_generation_config(Path(directory))  # peft writes none
+    named = {key: generation[key] for key in ("eos_token_id", "pad_token_id") if key in generation}
+    named |= {"generation_config": generation} if generation else {}
     return decoder, config.model_copy(update=named)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from slmkit.config import Settings, UserError, load_settings, read_yaml
 
@@ -82,13 +82,6 @@ class MergedModel(Settings):
     def _as_mergekit_writes_it(cls, given: Any) -> Any:
         return _lifted(given)
 
-    @field_validator("model", mode="before")
-    @classmethod
-    def _is_named(cls, model: Any) -> Any:
-        if not model:
-            raise ValueError("not set: name a model directory or a run")
-        return model
-
 
 # Keys of mergekit's whose value changes nothing of the result: models that are merged here have one tokenizer.
 NO_OPS = (
@@ -113,7 +106,10 @@ class MergeRecipe(Settings):
     @model_validator(mode="before")
     @classmethod
     def _as_mergekit_writes_it(cls, given: Any) -> Any:
-        return _from_mergekit(given)
+        given = _from_mergekit(given)
+        if isinstance(given, dict):
+            _expect_all_named(given)
+        return given
 
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> MergeRecipe:
@@ -130,11 +126,6 @@ class MergeRecipe(Settings):
     @model_validator(mode="after")
     def _enough_models(self) -> MergeRecipe:
         names = [entry.model for entry in self.merged]
-        if self.method.needs_base and self.base_model is None:
-            raise ValueError(
-                f"merge_method {self.merge_method} adds differences from a base model: "
-                "set base_model to the model that the others were fine-tuned from"
-            )
         if not names:
             raise ValueError("models: only the base_model is there; name another model")
         if self.merge_method == "slerp" and len(names) != 2:
@@ -153,6 +144,11 @@ class MergeRecipe(Settings):
         if self.method.needs_base:
             return [entry for entry in self.models if entry.model != self.base_model]
         return sorted(self.models, key=lambda entry: entry.model != self.base_model) if self.base_model else self.models
+
+    @property
+    def names(self) -> list[str]:
+        """All models that are read, the base among them."""
+        return sorted({entry.model for entry in self.models} | ({self.base_model} if self.base_model else set()))
 
     @property
     def is_normalized(self) -> bool:
@@ -213,6 +209,18 @@ def _from_mergekit(given: Any) -> Any:
     if defaults and isinstance(given.get("models"), list):
         given["models"] = [_with(defaults, _lifted(one)) if isinstance(one, dict) else one for one in given["models"]]
     return given
+
+
+def _expect_all_named(given: dict[str, Any]) -> None:
+    """Raises `ValueError` that lists every model a form leaves open."""
+    method, models = METHODS.get(str(given.get("merge_method"))), given.get("models")
+    unset = ["base_model"] if method and method.needs_base and not given.get("base_model") else []
+    for number, entry in enumerate(models if isinstance(models, list) else []):
+        if isinstance(entry, dict) and "model" in entry and not entry["model"]:
+            unset.append(f"models.{number}.model")
+    if unset:
+        examples = " ".join(f"{key}=runs/{'book' if key == 'base_model' else 'tuned'}" for key in unset)
+        raise ValueError(f"set {', '.join(unset)} to model directories or runs, such as {examples}")
 
 
 def _with(defaults: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from slmkit.adapt.load import load_model
 from slmkit.adapt.lora import adapted_linears
-from slmkit.config import UserError
+from slmkit.config import UserError, methods_checked
 from slmkit.find import find_model_directory
 from slmkit.generation import Ensemble, SamplingSettings, generate_ids
 from slmkit.model import Decoder, SLMConfig, build_decoder, save_decoder
@@ -45,6 +45,7 @@ class CausalLMOutput(dict[str, Tensor]):
         return tuple(self.values())
 
 
+@methods_checked
 class GeneratingModel(nn.Module):
     """A model with its head, and the config that says how its texts end: token ids in, logits or more ids out."""
 
@@ -74,8 +75,13 @@ class GeneratingModel(nn.Module):
 
         `attention_mask` is 0 for padding, on either side, and 1 elsewhere. With `labels`, which are `input_ids` with
         -100 where nothing is learned (they are shifted here), `.loss` is the mean cross-entropy in nats; with
-        `num_items_in_batch` the sum divided by that number. Raises `UserError` for more tokens than the context.
+        `num_items_in_batch` the sum divided by that number. Raises `UserError` for more tokens than the context, for
+        anything but ids of this shape, and on the CPU for ids outside the vocabulary.
         """
+        _expect_ids("input_ids", input_ids, self.config.vocab_size)
+        _expect_mask(attention_mask, input_ids)
+        if labels is not None:
+            _expect_ids("labels", labels, self.config.vocab_size, input_ids.shape)
         if attention_mask is not None:
             # Right padding comes after every real token, which the causal mask hides already.
             attention_mask = attention_mask.bool()
@@ -124,6 +130,11 @@ class GeneratingModel(nn.Module):
             repetition_penalty=repetition_penalty,
             seed=seed,
         )
+        _expect_ids("input_ids", input_ids, self.config.vocab_size)
+        _expect_mask(attention_mask, input_ids)
+        for name, count in (("max_length", max_length), ("max_new_tokens", max_new_tokens)):
+            if count is not None and not isinstance(count, int):
+                raise UserError(f"{name} {count!r}: expected a whole number")
         prompt = input_ids.size(1)
         if max_new_tokens is None:
             max_new_tokens = (max_length or self.decoder.max_positions) - prompt
@@ -147,9 +158,12 @@ class GeneratingModel(nn.Module):
         directory = getattr(self, "directory", None)
         if directory is None or not (directory / "tokenizer.json").is_file():
             return None
-        return SLMTokenizer.from_pretrained(directory).known_ids
+        tokenizer = SLMTokenizer.from_pretrained(directory)
+        tokenizer.suppressed = self.config.generation_config.get("suppress_tokens") or []
+        return tokenizer.known_ids
 
 
+@methods_checked
 class SLMForCausalLM(GeneratingModel):
     """A decoder with its head, and the methods that `transformers.Trainer` and `accelerate` call."""
 
@@ -238,6 +252,31 @@ class SLMForCausalLM(GeneratingModel):
         return sum(p.numel() for p in counted if p not in left_out)
 
 
+def _expect_ids(name: str, ids: Any, vocab_size: int, shape: torch.Size | None = None) -> None:
+    """Raise `UserError` unless these are ids [batch, sequence], of `shape` where that is given, or -100 for labels."""
+    if not isinstance(ids, Tensor):
+        raise UserError(f"{name}: expected a tensor of ids [batch, sequence], found {type(ids).__name__}")
+    if ids.dim() != 2 or ids.numel() == 0 or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise UserError(
+            f"{name}: expected whole numbers [batch, sequence], at least one, found {ids.dtype} {[*ids.shape]}"
+        )
+    if shape is not None and ids.shape != shape:
+        raise UserError(f"{name}: expected the shape of input_ids, {[*shape]}, found {[*ids.shape]}")
+    if ids.device.type != "cpu" or torch.compiler.is_compiling():  # a look at the values would wait for the device
+        return
+    low, high = (ids if shape is None else ids.masked_fill(ids == IGNORED, 0)).aminmax()
+    if low < 0 or high >= vocab_size:
+        raise UserError(f"{name}: found {int(low if low < 0 else high)}, expected ids from 0 to {vocab_size - 1}")
+
+
+def _expect_mask(attention_mask: Tensor | None, input_ids: Tensor) -> None:
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise UserError(
+            f"attention_mask: expected 0 and 1 in the shape of input_ids, {[*input_ids.shape]}, "
+            f"found {[*attention_mask.shape]}"
+        )
+
+
 def _left_padding(attention_mask: Tensor | None) -> Tensor | None:
     """[batch, prompt] of 0 and 1 → [batch] zeros at the left. Raises `UserError` for a hole or an empty row."""
     if attention_mask is None or bool(attention_mask.all()):
@@ -250,7 +289,10 @@ def _left_padding(attention_mask: Tensor | None) -> Tensor | None:
 def _as_set(ids: int | Sequence[int] | None) -> set[int]:
     if ids is None:
         return set()
-    return {ids} if isinstance(ids, int) else set(ids)
+    listed = {ids} if isinstance(ids, int) else {*ids}
+    if not all(isinstance(one, int) for one in listed):
+        raise UserError(f"eos_token_id {ids!r}: expected an id or a list of ids")
+    return listed
 
 
 def _first(*values: int | None) -> int:

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from slmkit.api.causal_lm import GeneratingModel, SLMForCausalLM
+from slmkit.config import methods_checked
 from slmkit.find import find_model_directory
 from slmkit.generation import Ensemble, common_tokenizer
 
 
+@methods_checked
 class SLMEnsemble(GeneratingModel):
     """Models of one tokenizer, whose probabilities are averaged; `forward` and `generate` as `SLMForCausalLM` has them.
 

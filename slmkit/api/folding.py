@@ -15,7 +15,7 @@ from slmkit.adapt.adapter import expect_base, fingerprint, grown_for
 from slmkit.config import UserError
 from slmkit.find import find_model_directory
 from slmkit.model import load_decoder, save_decoder
-from slmkit.model.adapter_directory import base_of, is_adapter
+from slmkit.model.adapter_directory import base_of, find_adapter, is_adapter
 from slmkit.model.stored import expect_finite
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.find import free_path
@@ -29,7 +29,7 @@ def fold_adapters(model: str | Path, adapters: Sequence[str | Path], output: str
     than 16 bits, and where `output` exists.
     """
     directory = find_model_directory(model)
-    found = [_adapter(adapter) for adapter in adapters]
+    found = [find_adapter(adapter) for adapter in adapters]
     if is_adapter(directory):
         found, directory = [directory, *found], base_of(directory)
         logging.getLogger(__name__).warning(f"{model}: an adapter, which is folded into {directory} first")
@@ -60,13 +60,6 @@ def fold_adapters(model: str | Path, adapters: Sequence[str | Path], output: str
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return final
-
-
-def _adapter(path: str | Path) -> Path:
-    directory = find_model_directory(path)
-    if not is_adapter(directory):
-        raise UserError(f"{directory}: a model and no adapter: expected a directory with an adapter_config.json")
-    return directory
 
 
 def _expect_full_precision(directory: Path) -> None:

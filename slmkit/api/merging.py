@@ -33,8 +33,7 @@ def prepare_merge(recipe: MergeRecipe) -> Merge:
     models = [entry.model_copy(update={"model": at_commit(entry.model)}) for entry in recipe.models]
     base = None if recipe.base_model is None else at_commit(recipe.base_model)
     recipe = recipe.model_copy(update={"models": models, "base_model": base})
-    names = {entry.model for entry in recipe.models} | ({recipe.base_model} if recipe.base_model else set())
-    directories = {name: find_model_directory(name) for name in sorted(names)}
+    directories = {name: find_model_directory(name) for name in recipe.names}
     for name, directory in directories.items():
         if is_adapter(directory):
             raise UserError(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from slmkit.adapt.adapter_config import read_adapter_config
 from slmkit.adapt.lora import add_lora
 from slmkit.api.distill import teacher_like, with_the_teachers_tokenizer
-from slmkit.api.work import expect_a_model, inventory_of
+from slmkit.api.work import inventory_of
 from slmkit.device import Device
 from slmkit.find import find_model_directory, find_tokenizer_directory
 from slmkit.model import Decoder, SLMConfig, build_decoder
@@ -18,6 +18,7 @@ from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.planning import Outlook, outlook
 from slmkit.training.probe import Subject
 from slmkit.training.recipe import Recipe
+from slmkit.training.recipe_checks import expect_a_model
 
 Make = Callable[[SLMConfig], Decoder]
 

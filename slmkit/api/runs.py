@@ -16,7 +16,6 @@ from slmkit.api.reporter import SILENCE, Reporter
 from slmkit.api.resuming import expect_the_same
 from slmkit.api.session import Session, open_run
 from slmkit.api.vocabulary import tokenizer_of_base
-from slmkit.api.work import expect_a_model
 from slmkit.config import UserError
 from slmkit.data.corpus import build_corpus, open_corpus
 from slmkit.data.stream import DocumentRows
@@ -34,7 +33,7 @@ from slmkit.training.distributed import Group, join
 from slmkit.training.find import find_run
 from slmkit.training.loop import StopRequested
 from slmkit.training.recipe import ModelSettings, Recipe, load_recipe
-from slmkit.training.recipe_checks import unlikely, without_effect
+from slmkit.training.recipe_checks import expect_a_model, unlikely, without_effect
 from slmkit.training.run import (
     RunDirectory,
     new_run_directory,

@@ -19,7 +19,7 @@ from slmkit.api.causal_lm import SLMForCausalLM
 from slmkit.api.hooks import Validate
 from slmkit.api.runs import resolved
 from slmkit.api.xray import look
-from slmkit.config import UserError, arguments_checked
+from slmkit.config import UserError, methods_checked
 from slmkit.data.stream import Batches, Rows, Stream
 from slmkit.data.text_dataset import TextDataset
 from slmkit.data.torch_dataset import DatasetRows, ItemFormat, IterableBatches
@@ -41,6 +41,7 @@ from slmkit.training.teachers import OnlineTeacher, check_fit, frozen
 GIVEN_IN_A_SCRIPT = "given in a script"  # what stands for the data in the description of such a run
 
 
+@methods_checked
 class SLMTrainer:
     """Train a model on a data set in a script. What it leaves in `output_dir` is a run like any other.
 
@@ -59,7 +60,6 @@ class SLMTrainer:
     cross-entropy; see `slmkit.api.callbacks.GivenLoss`.
     """
 
-    @arguments_checked
     def __init__(
         self,
         config: SLMConfig,

@@ -10,7 +10,6 @@ from slmkit.api.grpo import grpo_inventory, grpo_work
 from slmkit.api.hooks import Sample, Validate
 from slmkit.api.material import Material, Work
 from slmkit.api.preference import kto_work, preference_inventory, preference_work
-from slmkit.config import UserError
 from slmkit.data.feed import make_batches
 from slmkit.data.stream import ChatRows, DocumentRows
 from slmkit.device import Device
@@ -29,29 +28,6 @@ def work_of(material: Material) -> Work:
 def inventory_of(recipe: Recipe, model: Decoder, tokens: int, device: Device) -> Inventory:
     """What a run has in memory beside `model`, which has no content; `tokens` are those of the tokenizer."""
     return INVENTORIES[recipe.objective](recipe, model, tokens, device)
-
-
-def expect_a_model(recipe: Recipe) -> None:
-    """Raises `UserError` where a model is refined or adapted, and the recipe names none.
-
-    Fine-tuning may start from new weights where the recipe says which model that is. No check of `Recipe` itself: one
-    with `model.path: null` written in it is a form, valid before its model is filled in and not to be trained without.
-    """
-    model, objective = recipe.model, recipe.objective
-    if model.path is not None:
-        return
-    if recipe.lora is not None:
-        raise UserError("lora needs a trained model to adapt: set model.path, or drop lora")
-    if objective in ("dpo", "kto", "grpo"):
-        raise UserError(
-            f"objective {objective} needs a model that can chat: set model.path to a run or model directory"
-        )
-    is_named = model.preset is not None or bool(model.changes)
-    if not is_named and (objective == "sft" or "path" in model.model_fields_set):
-        raise UserError(
-            "model.path is not set: this recipe goes on from a finished model; name a run or model directory as "
-            "model.path=…, or say which new model to train, such as model.preset=smollm2-135m"
-        )
 
 
 def next_token_work(m: Material) -> Work:

@@ -55,17 +55,17 @@ def prepare(
     from slmkit.cli.progress import PreparationProgress
     from slmkit.cli.show import TerminalReporter, counted
     from slmkit.config import load_settings
-    from slmkit.data import prepare_text
     from slmkit.data.cleaning.settings import CleaningSettings
-    from slmkit.data.many_sources import Reading
-    from slmkit.data.source_settings import SourceSettings
     from slmkit.find import find_tokenizer_directory
     from slmkit.tokenizer import SLMTokenizer
 
     reads = _kind_of_rows(chat, pairs, judged, bool(clean or ray or shuffle is not None), length)
     cleaning = load_settings(CleaningSettings, {}, clean or [])
-    settings = [load_settings(SourceSettings, {"path": path}, source or []) for path in sources]
+    settings = _settings_of(sources, source)
     directory = find_tokenizer_directory(tokenizer)
+    from slmkit.data import prepare_text
+    from slmkit.data.many_sources import Reading  # imports torch: after the arguments were checked
+
     loaded = SLMTokenizer.from_pretrained(directory)
     options: dict[str, Any] = {"shuffle_seed": shuffle, "cleaning": cleaning, "shard_characters": shard_characters}
     (reading := Reading(settings)).claim(output, loaded, reads=reads, **options)
@@ -85,6 +85,18 @@ def prepare(
         TerminalReporter().say(line)
     _print_cleaning(shards)
     print(f"{counted(shards.header.documents, 'document')}, {counted(len(shards), 'token')} in {output}")
+
+
+def _settings_of(paths: list[str], settings: list[str] | None) -> list[SourceSettings]:
+    """Raises `UserError` where a file or folder is not there."""
+    from slmkit.config import load_settings
+    from slmkit.data.source_settings import SourceSettings
+    from slmkit.data.sources.open import expect_source
+
+    found = [load_settings(SourceSettings, {"path": path}, settings or []) for path in paths]
+    for one in found:
+        expect_source(one)
+    return found
 
 
 def _kind_of_rows(chat: bool, pairs: bool, judged: bool, of_text: bool, length: int | None) -> Reads | None:
@@ -123,16 +135,15 @@ def inspect(
     Example: slm data inspect runs/book/data/train --tokenizer runs/book
     """
     from slmkit.cli.show import counted
-    from slmkit.config import load_settings
+
+    settings = _settings_of([shards], source)[0]
     from slmkit.data import TokenShards
-    from slmkit.data.preview import samples_of_shards
+    from slmkit.data.preview import samples_of_shards  # imports torch: after the arguments were checked
     from slmkit.data.reading import is_shards
     from slmkit.data.shard_facts import find_facts
-    from slmkit.data.source_settings import SourceSettings
     from slmkit.find import find_tokenizer_directory
     from slmkit.tokenizer import SLMTokenizer
 
-    settings = load_settings(SourceSettings, {"path": shards}, source or [])
     if not is_shards(settings):
         _inspect_source(settings, tokenizer, documents)
         return

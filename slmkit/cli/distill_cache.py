@@ -27,9 +27,11 @@ def distill_cache(
     """
     from slmkit.cli.show import TerminalReporter
     from slmkit.training.recipe import find_recipe, load_recipe
+    from slmkit.training.recipe_checks import expect_ready
 
     reporter = TerminalReporter()
     loaded = load_recipe(find_recipe(recipe), overrides or [], reporter.say)
+    expect_ready(loaded)
     from slmkit.api.distill_cache import cache_teacher
 
     stored = cache_teacher(loaded, reporter)

@@ -35,9 +35,12 @@ def evaluate(
     from slmkit.cli.show import TerminalReporter, print_table
     from slmkit.config import load_settings
     from slmkit.data.source_settings import SourceSettings
+    from slmkit.data.sources.open import expect_source
     from slmkit.training.find import find_model_directory
 
     sources = [load_settings(SourceSettings, {"path": path}, source or []) for path in data]
+    for one in sources:
+        expect_source(one)
     for model in models:
         find_model_directory(model)
     from slmkit.api.evaluation import evaluate_text  # imports torch: after the arguments were checked

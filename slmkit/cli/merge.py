@@ -49,25 +49,35 @@ def merge(
 
 
 def _fold(model: str, adapters: list[str], output: str | None) -> None:
-    from slmkit.api.folding import fold_adapters
+    from slmkit.cli.show import suggestion
+    from slmkit.find import find_model_directory
+    from slmkit.model.adapter_directory import find_adapter
+
+    find_model_directory(model)
+    for adapter in adapters:
+        find_adapter(adapter)
+    from slmkit.api.folding import fold_adapters  # imports torch: after the arguments were checked
 
     directory = fold_adapters(model, adapters, output)
     print(f"model: {directory}")
-    print(f"next: slm generate {directory}")
+    print(f"next: {suggestion(directory, adapters[-1])}")
 
 
 def _merge(recipe: str, overrides: list[str], print_config: bool, dry_run: bool) -> None:
     from slmkit.adapt.merge_recipe import load_merge_recipe
     from slmkit.config import to_yaml
+    from slmkit.find import find_model_directory
     from slmkit.training.recipe import find_recipe
 
     loaded = load_merge_recipe(recipe if Path(recipe).exists() else find_recipe(recipe, "merging"), overrides)
     if print_config:
         print(to_yaml(loaded), end="")
         return
+    for name in loaded.names:
+        find_model_directory(name)
     from slmkit.api.merging import prepare_merge, write_merge
     from slmkit.cli.progress import WritingProgress
-    from slmkit.cli.show import count, gibibytes
+    from slmkit.cli.show import count, gibibytes, suggestion
 
     prepared = prepare_merge(loaded)
     print(
@@ -79,4 +89,4 @@ def _merge(recipe: str, overrides: list[str], print_config: bool, dry_run: bool)
     with WritingProgress("merging", prepared.bytes) as progress:
         output = write_merge(prepared, progress)
     print(f"model: {output}")
-    print(f"next: slm generate {output}")
+    print(f"next: {suggestion(output, loaded.merged[0].model)}")

@@ -21,6 +21,7 @@ def push(
 
     Example: slm push runs/book me/book --private
     """
+    from slmkit.cli.show import suggestion
     from slmkit.find import find_model_directory
 
     find_model_directory(model)
@@ -28,4 +29,4 @@ def push(
 
     page = push_model(model, name, private, revision)
     print(f"published: {page}")
-    print(f"next: slm generate {name}{f'@{revision}' if revision else ''}")
+    print(f"next: {suggestion(name + (f'@{revision}' if revision else ''), model)}")

@@ -51,7 +51,7 @@ def quickstart(
     print(f"\nruns: {trained.stories.root} and {trained.chat.root}, after {clock(time.monotonic() - started)}")
     print("next:")
     for run in (trained.chat, trained.stories):
-        print(f"  {suggestion(run)}")
+        print(f"  {suggestion(run.root)}")
     print("  slm train own-text data.source=YOUR.txt output_dir=runs/mine")
 
 

@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -14,7 +15,6 @@ from rich.text import Text
 if TYPE_CHECKING:
     from slmkit.generation import LanguageModel
     from slmkit.tokenizer import SLMTokenizer
-    from slmkit.training.run import RunDirectory
 
 PLAIN_EVERY = 20_000  # documents between two plain lines
 
@@ -79,21 +79,25 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Co
         print("  ".join(cells).rstrip())
 
 
-def suggestion(run: RunDirectory) -> str:
-    """The command that shows what a run's model can do, with a prompt from the run's own data."""
+def suggestion(model: str | Path, source: str | Path | None = None) -> str:
+    """The command that shows what a model can do. The prompt is one of the data of the run that made it, or that made
+    its `source`: a model that it was merged or copied from.
+    """
+    from slmkit.training.find import run_of
     from slmkit.training.recipe import load_recipe
 
-    recipe = load_recipe(run.recipe)
-    prompt = next(iter(recipe.train.sample_prompts or []), "")
-    if recipe.reads == "text":
-        return f"slm generate {run.root} {shlex.quote(prompt)}".removesuffix(" ''")
-    return f"slm chat {run.root}" + (f"  (and ask it: {prompt})" if prompt else "")
+    run = run_of(model if source is None else source)
+    recipe = None if run is None else load_recipe(run / "recipe.yaml")
+    prompts = (recipe.train.sample_prompts or [""]) if recipe else ["Once upon a time"]
+    if recipe is None or recipe.reads == "text":
+        return f"slm generate {model} {shlex.quote(prompts[0])}".removesuffix(" ''")
+    return f"slm chat {model}" + (f"  (and ask it: {prompts[0]})" if prompts[0] else "")
 
 
 def show_run(run: RunDirectory) -> None:
     """Where a run is, and what to do with it next: the last lines of the commands that train."""
     print(f"run: {run.root}")
-    print(f"next: {suggestion(run)}")
+    print(f"next: {suggestion(run.root)}")
 
 
 def gibibytes(size: int) -> str:
@@ -115,4 +119,5 @@ def load_model(path: str, device: str, others: Sequence[str] = ()) -> tuple[Lang
     tokenizer, where = common_tokenizer(directories), find_device(device).torch_device
     loaded = [load(directory, where) for directory in directories]
     tokenizer.stop_at(loaded[0][1].for_generation()["eos_token_id"])
+    tokenizer.suppressed = loaded[0][1].generation_config.get("suppress_tokens") or []
     return together([decoder for decoder, _ in loaded]), tokenizer

@@ -30,16 +30,15 @@ def train(
     """
     from slmkit.cli.show import TerminalReporter, show_run
     from slmkit.config import to_yaml
-    from slmkit.data.sources.open import expect_source
     from slmkit.training.recipe import find_recipe, load_recipe
+    from slmkit.training.recipe_checks import expect_ready
 
     reporter = TerminalReporter()
     loaded = load_recipe(find_recipe(recipe), overrides or [], reporter.say)
     if print_config:
         print(to_yaml(loaded), end="")
         return
-    for source in loaded.data.all_sources():
-        expect_source(source)
+    expect_ready(loaded)
     from slmkit.api import train_recipe  # imports torch: after the arguments were checked
 
     run = train_recipe(loaded, reporter, dry_run=dry_run, force=force)
@@ -54,7 +53,7 @@ def resume(
         bool, typer.Option("--replan", help="Spread the learning rate's schedule over the run's new length.")
     ] = False,
 ) -> None:
-    """Go on with a run that was stopped or killed, or train it longer.
+    """Go on with a stopped run, or train a run longer.
 
     It starts from the newest complete checkpoint and gives the model that the unbroken run would have given.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -44,6 +44,13 @@ class TextDataset(Dataset, Rows):
         """
         if isinstance(texts, str):
             raise UserError('TextDataset: expected a list of texts, found one string: write TextDataset(["…"], …)')
+        if isinstance(texts, Mapping) or hasattr(texts, "encode"):
+            raise UserError(f"TextDataset: expected a list of texts, found {type(texts).__name__}")
+        if isinstance(tokenizer, str) or not hasattr(tokenizer, "encode"):
+            raise UserError("TextDataset: expected a tokenizer after the texts: SLMTokenizer.from_pretrained(…)")
+        for name, length in (("max_length", max_length), ("stride", stride)):
+            if length is not None and not isinstance(length, int | np.integer):
+                raise UserError(f"TextDataset: {name} {length!r}: expected a whole number")
         self.length, self.stride = max_length, max_length if stride is None else stride
         if max_length < 2:
             raise UserError(f"expected a max_length of at least 2 tokens, found {max_length}")

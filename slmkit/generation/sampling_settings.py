@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Self
 
 from slmkit.config import UserError
+from slmkit.model.generation_config import FILE, not_obeyed, read_generation_config
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,10 @@ class SamplingSettings:
     seed: int | None = None  # None: another text each time
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"):
+            kind, found = Integral if name in ("top_k", "seed") else Real, getattr(self, name)
+            if not isinstance(found, kind) and (name, found) != ("seed", None):
+                raise UserError(f"{name} {found!r}: expected a {'whole number' if kind is Integral else 'number'}")
         checks = (
             (0 <= self.temperature < math.inf, "temperature", "0 (greedy) or more", self.temperature),
             (self.top_k >= 0, "top_k", "0 (all tokens) or more", self.top_k),
@@ -46,15 +52,15 @@ class SamplingSettings:
     def for_model(cls, directory: str | Path, seed: int | None, usual: Mapping[str, float], **given: Any) -> Self:
         """What was `given`, and for whatever is None there what the model's `generation_config.json` recommends.
 
-        Where that recommends nothing, `usual` is taken.
+        Where that recommends nothing, `usual` is taken. As in transformers, a file with a recommendation is greedy
+        unless it says `do_sample: true`. Raises `UserError` for a wrong value in the file; logs what is not obeyed.
         """
-        path = Path(directory) / "generation_config.json"
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # a model may come without
-            content = {}
+        content = read_generation_config(Path(directory))
+        if ignored := not_obeyed(content):
+            path = Path(directory) / FILE
+            logging.getLogger(__name__).warning(f"{path}: ignored, since it is not supported: {', '.join(ignored)}")
         told: dict[str, Any] = {name: content[name] for name in usual if content.get(name) is not None}
-        if content.get("do_sample") is False:
+        if content.get("do_sample") is False or (told and not content.get("do_sample")):
             told = {"temperature": 0.0} | {name: told[name] for name in told if name == "repetition_penalty"}
         chosen = {name: value for name, value in given.items() if value is not None}
         return cls(seed=seed, **({**(told or usual)} | chosen))

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from slmkit.config import UserError
+from slmkit.find import find_model_directory
 from slmkit.hub import HubName, hub_directory, hub_name
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -15,6 +16,14 @@ def is_adapter(directory: str | Path) -> bool:
     """Whether a directory holds an adapter in `peft`'s format, and no model of its own."""
     directory = Path(directory)
     return (directory / ADAPTER_CONFIG).is_file() and not (directory / "config.json").is_file()
+
+
+def find_adapter(path: str | Path) -> Path:
+    """As `find_model_directory`. Raises `UserError` also where a whole model is found."""
+    directory = find_model_directory(path)
+    if not is_adapter(directory):
+        raise UserError(f"{directory}: a model and no adapter: expected a directory with an adapter_config.json")
+    return directory
 
 
 def base_of(directory: str | Path) -> Path:

@@ -14,6 +14,7 @@ from slmkit.config import Settings, UserError, did_you_mean, load_settings
 from slmkit.find import find_config_directory
 from slmkit.model.adapter_directory import config_directory
 from slmkit.model.families import FULL, SLIDING, families_with, family_of, optional_fields
+from slmkit.model.generation_config import read_generation_config
 from slmkit.model.presets import PRESETS
 from slmkit.model.published import from_published, to_published
 
@@ -202,7 +203,8 @@ class SLMConfig(Settings):
         if ignored := sorted(key for key in content.keys() - read if content[key] not in (None, False)):
             _warn_once(f"{path}: ignored, since no {model_type} reads it: {', '.join(ignored)}")
         config = load_settings(cls, {key: content[key] for key in content if key in read}, origin=str(path))
-        told = _generation_config(path.parent)
+        made_by = ("_from_model_config", "transformers_version")
+        told = {key: value for key, value in read_generation_config(path.parent).items() if key not in made_by}
         said_again = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
         told = {key: value for key, value in told.items() if key not in said_again or value != said_again[key]}
         return config.model_copy(update={"generation_config": {} if told == {"do_sample": True} else told})
@@ -244,16 +246,6 @@ class SLMConfig(Settings):
         family = family_of(self.model_type)
         others = optional_fields() - family.fields
         return to_published(self.model_dump(exclude=TRAINING_FIELDS | others), family) | {"dtype": dtype}
-
-
-def _generation_config(directory: Path) -> dict[str, Any]:
-    """The object in a model's `generation_config.json`; empty where there is none."""
-    try:
-        content = json.loads((directory / "generation_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    made_by = ("_from_model_config", "transformers_version")
-    return {key: content[key] for key in content if key not in made_by} if isinstance(content, dict) else {}
 
 
 def _listed(ids: int | list[int] | None) -> list[int]:

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import difflib
 from collections import UserDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from slmkit.config import UserError
+from slmkit.config import UserError, did_you_mean, methods_checked
 
 if TYPE_CHECKING:
     from slmkit.tokenizer.chat import ChatTokens, Message, Tools
+
+# The names that transformers has for these; of a pair of texts, only the first ever exists here.
+PADDING = {"longest": True, "max_length": "max_length", "do_not_pad": False}
+TRUNCATION = {"longest_first": True, "only_first": True, "do_not_truncate": False}
+# Arguments of transformers' `apply_chat_template`: those that are known, and others that are no template's switches.
+ARGUMENTS = ("add_generation_prompt", "tokenize", "tools", "return_tensors", "return_dict")
+NO_SWITCHES = (
+    "chat_template", "continue_final_message", "max_length", "padding", "return_assistant_tokens_mask",
+    "tokenizer_kwargs", "truncation",
+)  # fmt: skip
 
 
 class BatchEncoding(UserDict[str, Any]):
@@ -25,6 +36,7 @@ class BatchEncoding(UserDict[str, Any]):
         return BatchEncoding({name: value.to(device) for name, value in self.data.items()})
 
 
+@methods_checked
 class CallableTokenizer:
     """The calls of `transformers`, by way of the methods of `SLMTokenizer`."""
 
@@ -40,21 +52,30 @@ class CallableTokenizer:
     if TYPE_CHECKING:
 
         def encode(self, text: str, allow_special: bool = False) -> list[int]: ...
-        def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str: ...
+        def decode(self, ids: int | Iterable[int], skip_special_tokens: bool = False) -> str: ...
         def token_bytes(self, token_id: int) -> bytes: ...
         def render_text(
-            self, messages: Sequence[Message], add_generation_prompt: bool = ..., tools: Tools | None = ...
+            self,
+            messages: Sequence[Message],
+            add_generation_prompt: bool = ...,
+            tools: Tools | None = ...,
+            switches: Mapping[str, Any] | None = ...,
         ) -> str: ...
         def encode_chat(
-            self, messages: Sequence[Message], add_generation_prompt: bool = ..., tools: Tools | None = ...
+            self,
+            messages: Sequence[Message],
+            add_generation_prompt: bool = ...,
+            tools: Tools | None = ...,
+            switches: Mapping[str, Any] | None = ...,
         ) -> ChatTokens: ...
 
     def __call__(
         self,
-        text: str | Sequence[str],
+        text: str | Iterable[str],
+        *pair: Any,
         add_special_tokens: bool = True,
         padding: bool | str = False,
-        truncation: bool = False,
+        truncation: bool | str = False,
         max_length: int | None = None,
         return_tensors: str | None = None,
     ) -> BatchEncoding:
@@ -62,12 +83,21 @@ class CallableTokenizer:
 
         Special tokens spelled in a text are recognised, as in `transformers`: for what users write, `encode` is the
         safe way. `padding` ("longest", "max_length") is on `padding_side`; `truncation` cuts at `max_length`, the
-        tokens that end a text kept. With `return_tensors="pt"` int64 [texts, longest]. Raises `UserError` for padding
-        without a padding token, and for tensors of texts of different lengths.
+        tokens that end a text kept. With `return_tensors="pt"` int64 [texts, longest]. Raises `UserError` for anything
+        but texts, pairs of texts, padding without a padding token, and tensors of texts of different lengths.
         """
-        texts = [text] if isinstance(text, str) else list(text)
+        if pair:
+            raise UserError("tokenizer(…): takes no pairs of texts: pass several texts as a list, options by name")
+        is_several = isinstance(text, Iterable) and not isinstance(text, str | bytes | Mapping)
+        texts = list(text) if is_several else [text]
+        for one in texts:
+            if not isinstance(one, str):
+                raise UserError(f"tokenizer(…): expected a text or a list of texts, found {type(one).__name__} {one!r}")
+        truncation = _choice("truncation", truncation, TRUNCATION)
         before, behind = (self.beginning, self.ending) if add_special_tokens else ([], [])
         limit = (max_length or self.model_max_length) if truncation else None
+        if not isinstance(limit, int | None):
+            raise UserError(f"max_length {limit!r}: expected a whole number")
         room = None if limit is None else max(0, limit - len(before) - len(behind))
         rows = [[*before, *self.encode(one, allow_special=True)[:room], *behind] for one in texts]
         made = self.pad(rows, padding, max_length, return_tensors)
@@ -83,7 +113,10 @@ class CallableTokenizer:
         return_tensors: str | None = None,
     ) -> BatchEncoding:
         """Rows of ids as a batch; arguments and errors as for a call."""
-        length = (max_length or 0) if padding == "max_length" else max(map(len, rows), default=0)
+        padding, longest = _choice("padding", padding, PADDING), max(map(len, rows), default=0)
+        length = (max_length or self.model_max_length) if padding == "max_length" else longest
+        if not isinstance(length, int):
+            raise UserError(f"max_length {length!r}: padding='max_length' needs it as a whole number")
         ids, mask = [], []
         for row in rows:
             more = max(0, length - len(row)) if padding else 0
@@ -111,11 +144,22 @@ class CallableTokenizer:
         tools: Tools | None = None,
         return_tensors: str | None = None,
         return_dict: bool = False,
+        **template_kwargs: Any,
     ) -> Any:
-        """The ids of `encode_chat` (as a batch of one with `return_tensors`), or the text where `tokenize` is False."""
+        """The ids of `encode_chat` (as a batch of one with `return_tensors`), or the text where `tokenize` is False.
+
+        `template_kwargs` are the template's own switches, such as `enable_thinking`. Raises `UserError` for arguments
+        of transformers that have no counterpart here, and for several conversations at once.
+        """
+        for name, value in template_kwargs.items():
+            if name in NO_SWITCHES and value:
+                raise UserError(f"apply_chat_template: {name} is not supported: leave it out")
+            if near := difflib.get_close_matches(name, ARGUMENTS, n=1, cutoff=0.8):
+                raise UserError(f"apply_chat_template: unknown argument {name!r}; did you mean {near[0]!r}?")
+        switches = {name: value for name, value in template_kwargs.items() if name not in NO_SWITCHES}
         if not tokenize:
-            return self.render_text(messages, add_generation_prompt, tools)
-        ids = self.encode_chat(messages, add_generation_prompt, tools).ids
+            return self.render_text(messages, add_generation_prompt, tools, switches)
+        ids = self.encode_chat(messages, add_generation_prompt, tools, switches).ids
         if return_dict:
             made = self.pad([ids], return_tensors=return_tensors)
             return made if return_tensors else BatchEncoding({name: value[0] for name, value in made.items()})
@@ -153,6 +197,15 @@ class CallableTokenizer:
         if token not in self.special_tokens:
             raise UserError(f"pad_token {token!r}: not a special token of this tokenizer")
         self.pad_token_id = self.special_tokens[token]
+
+
+def _choice(name: str, value: Any, names: Mapping[str, Any]) -> Any:
+    """The meaning of `value`: True, False, None or one of `names`."""
+    if isinstance(value, bool | None):
+        return bool(value)
+    if value not in names:
+        raise UserError(f"{name} {value!r}: expected True or False; {did_you_mean(str(value), names)}")
+    return names[value]
 
 
 def _tensor(rows: list[list[Any]], kind: str | None) -> Any:

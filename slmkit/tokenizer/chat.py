@@ -301,6 +301,8 @@ def check_messages(messages: Sequence[Message], add_generation_prompt: bool = Fa
 
 
 def _check_message(number: int, message: Any) -> None:
+    if isinstance(message, list | tuple):
+        raise ConversationError("expected one conversation at a time, found a list of several")
     if not isinstance(message, Mapping):
         raise ConversationError(f"message {number}: expected an object with role and content, found {_shown(message)}")
     role, content, weight = message.get("role"), message.get("content"), message.get("weight")

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer
 
-from slmkit.config import UserError
+from slmkit.config import UserError, methods_checked
 from slmkit.find import find_tokenizer_directory
 from slmkit.tokenizer import byte_level, chat, directory
 from slmkit.tokenizer.byte_level import SPECIALS
@@ -32,6 +33,7 @@ LOST = 0.001  # of all characters: more than a trace
 ENDS_OF_TURN = (byte_level.TURN_END, "<|eot_id|>", "<end_of_turn>")
 
 
+@methods_checked
 class SLMTokenizer(CallableTokenizer):
     """A byte-level BPE of its own, or any Hugging Face `tokenizer.json` through `from_pretrained`.
 
@@ -75,7 +77,8 @@ class SLMTokenizer(CallableTokenizer):
         self._names = named | {"eos_token": eos}  # what the chat template may use
         self.eos_token_id = self.special_tokens[eos]
         self.pad_token_id = self.special_tokens.get(named.get("pad_token", ""))
-        self.further_stops: set[int] = set()  # special tokens that the model's own generation_config.json names
+        self.further_stops: set[int] = set()  # ids that the model's own generation_config.json names
+        self.suppressed: list[int] = []  # ids that are never generated, as that file may ask for
 
     def _whole(self) -> Tokenizer:
         """A copy of the library's tokenizer with its post-processor."""
@@ -178,6 +181,8 @@ class SLMTokenizer(CallableTokenizer):
 
         A half of a surrogate pair becomes the three bytes that UTF-8 would give it ("surrogatepass").
         """
+        if not isinstance(text, str):
+            raise UserError(f"encode: expected one text, found {type(text).__name__}; for several: encode_batch")
         return self._encoder.encode_special(text) if allow_special else self._encoder.encode(text)
 
     def encode_array(self, text: str) -> np.ndarray:
@@ -217,11 +222,21 @@ class SLMTokenizer(CallableTokenizer):
         """Token ids of a text to go on from, behind whatever this tokenizer puts before a text (`beginning`)."""
         return [*self.beginning, *self.encode(text)] or [self.eos_token_id]
 
-    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
-        """The text of `ids`; bytes that are not UTF-8 become U+FFFD. Raises `UserError` for an unknown id."""
+    def decode(self, ids: int | Iterable[int], skip_special_tokens: bool = False) -> str:
+        """The text of `ids`, or of one id; bytes that are not UTF-8 become U+FFFD.
+
+        Raises `UserError` for an unknown id, and for several rows of ids.
+        """
         special = self.special_tokens.values()
-        ids = [int(index) for index in ids if not (skip_special_tokens and int(index) in special)]
-        return self.decode_bytes(ids).decode("utf-8", "replace")
+        try:
+            row = [operator.index(ids)] if getattr(ids, "ndim", isinstance(ids, Iterable)) == 0 else [*ids]  # type: ignore
+            row = [operator.index(index) for index in row]
+        except TypeError:
+            row = None
+        if row is None or getattr(ids, "ndim", 1) > 1:
+            raise UserError("decode: expected the ids of one text; for several rows: batch_decode")
+        row = [index for index in row if not (skip_special_tokens and index in special)]
+        return self.decode_bytes(row).decode("utf-8", "replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Exactly the bytes that `ids` stand for: none for an id below `vocab_size` that training has yet to fill.
@@ -249,16 +264,20 @@ class SLMTokenizer(CallableTokenizer):
     # -- conversations ------------------------------------------------------------------------------------------------
 
     def encode_chat(
-        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Tools | None = None
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+        tools: Tools | None = None,
+        switches: Mapping[str, Any] | None = None,
     ) -> ChatTokens:
         """Token ids of a conversation, and which of them are learned: what the assistant says and its end of turn.
 
         `messages` are `{"role": …, "content": …}`: a system message or none, then user and assistant in turn; what the
         assistant says in a message of `"weight": 0` is not learned. With `add_generation_prompt` the ids are what a
         model is given to answer, and what training put before the answer. A special token spelled in a message is
-        ordinary text. Raises `UserError` for anything else.
+        ordinary text. The template gets `switches`, as `enable_thinking`. Raises `UserError` for anything else.
         """
-        (rows,) = self.encode_rendered([self.render_chat(messages, add_generation_prompt, tools)], threads=1)
+        (rows,) = self.encode_rendered([self.render_chat(messages, add_generation_prompt, tools, switches)], threads=1)
         return rows[-1].to_lists()
 
     def encode_chat_rows(self, messages: Sequence[Message], tools: Tools | None = None) -> list[ChatTokens]:
@@ -270,13 +289,18 @@ class SLMTokenizer(CallableTokenizer):
         return [row.to_lists() for row in rows_to_learn(rows)]
 
     def render_chat(
-        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Tools | None = None
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+        tools: Tools | None = None,
+        switches: Mapping[str, Any] | None = None,
     ) -> RenderedChat:
         """The first half of `encode_chat`: the text that the template makes, cut at its special tokens."""
         shielded, tools, marker = chat.shield(messages, tools, self._encoder.spelled)
         stops = self.stop_token_ids
         ends = [token for token, index in self.special_tokens.items() if index in stops]
-        rows = chat.rows_of_segments(self._template(), shielded, ends, add_generation_prompt, tools, **self._names)
+        names = {**self._names, **(switches or {})}
+        rows = chat.rows_of_segments(self._template(), shielded, ends, add_generation_prompt, tools, **names)
         return [self._joined(row, marker) for row in rows]
 
     def _joined(self, segments: Sequence[chat.Segment], marker: str) -> RenderedRow:
@@ -298,10 +322,15 @@ class SLMTokenizer(CallableTokenizer):
         return [[next(rows) for _ in chat] for chat in chats]
 
     def render_text(
-        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Tools | None = None
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+        tools: Tools | None = None,
+        switches: Mapping[str, Any] | None = None,
     ) -> str:
         """The conversation as the chat template writes it. Raises as `encode_chat` does."""
-        return chat.render(self._template(), messages, add_generation_prompt, tools, **self._names)
+        names = {**self._names, **(switches or {})}
+        return chat.render(self._template(), messages, add_generation_prompt, tools, **names)
 
     def prompt_is_history(self) -> bool:
         """Whether the generation prompt has the tokens that stand before an answer in a conversation.
@@ -346,14 +375,13 @@ class SLMTokenizer(CallableTokenizer):
         return {self.eos_token_id, self.end_of_turn_id, *self.further_stops}
 
     def stop_at(self, ids: int | Sequence[int] | None) -> None:
-        """End generation at these too, as a model's own settings ask for: those of them that are special tokens."""
-        listed = [ids] if isinstance(ids, int) else ids or []
-        self.further_stops = {*listed} & {*self.special_tokens.values()}
+        """End generation at these too, as a model's own settings ask for."""
+        self.further_stops = {ids} if isinstance(ids, int) else {*(ids or [])}
 
     @property
     def known_ids(self) -> np.ndarray:
-        """Which ids are tokens, bool [ids]: a vocabulary may have gaps, and a model's head may be wider."""
-        return np.array([token is not None for token in self._encoder.bytes])
+        """Which ids may be generated, bool [ids]: a vocabulary may have gaps, and a model's head may be wider."""
+        return np.array([t is not None and i not in self.suppressed for i, t in enumerate(self._encoder.bytes)])
 
     @property
     def bos_token_id(self) -> int | None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from slmkit.config import UserError, did_you_mean
+from slmkit.config import UserError, arguments_checked, did_you_mean
 from slmkit.training.losses import IGNORED
 from slmkit.training.outcomes import outcome_log_probabilities
 
@@ -68,6 +68,7 @@ class Lesson:
 class DistillationLoss(nn.Module):
     """The loss above. A subclass may have another `forward`, and is given to `SLMTrainer(distillation_loss=…)`."""
 
+    @arguments_checked
     def __init__(self, alpha: float = 0.5, temperature: float = 3.0, divergence: str = "forward_kl") -> None:
         """`alpha` (0 to 1) is the share of the labels' cross-entropy. Raises `UserError` for what makes no sense."""
         super().__init__()

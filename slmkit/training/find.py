@@ -15,6 +15,7 @@ __all__ = [
     "find_tokenizer_directory",
     "free_path",
     "learned_conversations",
+    "run_of",
 ]
 
 
@@ -36,12 +37,18 @@ def find_run(path: str | Path) -> Path:
     return path
 
 
+def run_of(model: str | Path) -> Path | None:
+    """The run that made a model, of which it is a checkpoint; None where there is none. Raises `UserError`."""
+    run = find_model_directory(model).resolve().parents[1]  # of RUN/checkpoints/STEP
+    return run if (run / "recipe.yaml").is_file() else None
+
+
 def learned_conversations(model: str | Path) -> bool | None:
     """Whether a run's model was trained on conversations; None where its recipe is not there, or does not tell."""
-    directory = find_model_directory(model).resolve()  # of a run RUN/checkpoints/STEP
-    if not (directory.parents[1] / "recipe.yaml").is_file():
+    run = run_of(model)
+    if run is None:
         return None
-    recipe = read_yaml(directory.parents[1] / "recipe.yaml")
+    recipe = read_yaml(run / "recipe.yaml")
     if recipe.get("objective") == "pretrain":
         return None if (recipe.get("model") or {}).get("path") else False
     return None if recipe.get("objective") == "distill" else True

@@ -1,4 +1,4 @@
-"""What of a recipe is set and has no effect on its run, said before the first step."""
+"""What of a recipe is missing, or is set and has no effect on its run; said before the first step."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from typing import Any
 
 import pydantic
 
+from slmkit.config import UserError
 from slmkit.data.source_settings import SourceSettings
 from slmkit.data.sources import BUILT_IN
+from slmkit.data.sources.open import expect_source
+from slmkit.find import find_config_directory, find_tokenizer_directory
 from slmkit.training.recipe import Recipe, TrainSettings
 
 Reads = Callable[[Recipe], bool]
@@ -101,6 +104,47 @@ READ_WHERE: dict[str, tuple[Reads, str]] = {
 
 
 FEW_STEPS = 20  # of a run whose warm-up, a share of them, is too short to protect its model
+
+
+def expect_ready(recipe: Recipe) -> None:
+    """Raises `UserError` for what a recipe lacks, and where a model, tokenizer or file that it names is not there.
+
+    Nothing here needs torch: commands ask before they load that.
+    """
+    expect_a_model(recipe)
+    data, teacher = recipe.data, recipe.distillation and recipe.distillation.teacher
+    paths = data.source if isinstance(data.source, list) else []
+    named = [data.validation] if data.validation else []
+    for source in (*data.all_sources(), *(SourceSettings(path=path) for path in paths), *named):
+        expect_source(source)
+    for path in (recipe.model.path, teacher):
+        if path:
+            find_config_directory(path)
+    if recipe.tokenizer.path:
+        find_tokenizer_directory(recipe.tokenizer.path)
+
+
+def expect_a_model(recipe: Recipe) -> None:
+    """Raises `UserError` where a model is refined or adapted, and the recipe names none.
+
+    Fine-tuning may start from new weights where the recipe says which model that is. No check of `Recipe` itself: one
+    with `model.path: null` written in it is a form, valid before its model is filled in and not to be trained without.
+    """
+    model, objective = recipe.model, recipe.objective
+    if model.path is not None:
+        return
+    if recipe.lora is not None:
+        raise UserError("lora needs a trained model to adapt: set model.path, or drop lora")
+    if objective in ("dpo", "kto", "grpo"):
+        raise UserError(
+            f"objective {objective} needs a model that can chat: set model.path to a run or model directory"
+        )
+    is_named = model.preset is not None or bool(model.changes)
+    if not is_named and (objective == "sft" or "path" in model.model_fields_set):
+        raise UserError(
+            "model.path is not set: this recipe goes on from a finished model; name a run or model directory as "
+            "model.path=…, or say which new model to train, such as model.preset=smollm2-135m"
+        )
 
 
 def without_effect(recipe: Recipe) -> list[str]:

@@ -204,7 +204,7 @@ def test_weights_that_are_not_those_of_the_config_are_refused(folder: Path) -> N
         ({"merge_method": "slerp", "t": 1.5}, "t: expected numbers from 0 to 1, found 1.5"),
         ({"merge_method": "slerp", "t": []}, "t: expected a number, a list of numbers, or a list of {filter, value}"),
         ({"merge_method": "linear", "models": [{"model": "tune-0", "weight": [1, "x"]}]}, "models.0.weight"),
-        ({"merge_method": "ties"}, "ties adds differences from a base model: set base_model"),
+        ({"merge_method": "ties"}, "set base_model to model directories or runs, such as base_model="),
         ({"merge_method": "ties", "base_model": "base", "models": ["base"]}, "only the base_model is there"),
         ({"merge_method": "linear", "models": []}, "models: list should have at least 1 item"),
         ({"merge_method": "linear", "models": ["nowhere"]}, "nowhere: no such directory"),

@@ -213,3 +213,33 @@ def test_a_config_answers_what_tools_for_transformers_ask() -> None:
     assert config.to_dict() == config.published()
     assert '"hidden_size": 32' in config.to_json_string()
     assert "use_cache" not in config.model_dump()
+
+
+IDS = torch.arange(12).view(2, 6)
+
+
+@pytest.mark.parametrize(
+    ("ids", "options", "said"),
+    [
+        *[(wrong, {}, "input_ids: expected") for wrong in ([[1, 2]], "a", IDS[0], IDS.float(), IDS[:, :0], IDS.bool())],
+        (IDS + 100, {}, "input_ids: found 111"),
+        (IDS - 5, {}, "input_ids: found -5"),
+        (IDS, {"attention_mask": torch.zeros(2, 1, 6, 6)}, "attention_mask: expected"),
+        (IDS, {"attention_mask": torch.ones(2, 3)}, "attention_mask: expected"),
+        (IDS, {"attention_mask": torch.ones(1, 6)}, "attention_mask: expected"),
+        (IDS, {"labels": IDS[:, :3]}, "labels: expected the shape"),
+        (IDS, {"labels": IDS.float()}, "labels: expected whole numbers"),
+        (IDS, {"labels": IDS - 1}, "labels: found -1"),
+        (IDS, {"temperature": "0.5"}, "temperature '0.5'"),
+        (IDS, {"top_k": 1.5}, "top_k 1.5"),
+        (IDS, {"eos_token_id": "a"}, "eos_token_id 'a'"),
+        (IDS, {"max_new_tokens": "3"}, "max_new_tokens '3'"),
+    ],
+)
+def test_what_is_no_batch_of_ids_is_refused_in_one_line(ids: Any, options: dict, said: str) -> None:
+    model = small()
+    calls = [model.generate] if options.keys() & {"temperature", "top_k", "eos_token_id", "max_new_tokens"} else [model]
+    for call in [*calls, model.generate] if not options else calls:
+        with pytest.raises(UserError, match=said) as raised:
+            call(ids, **options)
+        assert "\n" not in str(raised.value)

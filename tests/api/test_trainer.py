@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset, IterableDataset
 
-from slmkit import SLMConfig, SLMForCausalLM, SLMTokenizer, SLMTrainer, TextDataset, UserError
+from slmkit import (
+    DistillationLoss,
+    SLMConfig,
+    SLMEnsemble,
+    SLMForCausalLM,
+    SLMTokenizer,
+    SLMTrainer,
+    TextDataset,
+    UserError,
+)
 from slmkit.api import resume_run
 from slmkit.api.callbacks import Callback
 from slmkit.api.reporter import SILENCE
@@ -56,6 +66,7 @@ class InOrder(IterableDataset):
         return map(item, range(12))
 
 
+IDS = torch.tensor([[5, 6, 7]])
 DATASETS = {"map-style": Numbered(), "iterable": InOrder(), "list": [item(i) for i in range(12)]}
 
 
@@ -254,6 +265,29 @@ def test_a_short_run_warms_up_for_a_tenth_unless_the_config_says_otherwise(
     assert max(rates[:10]) == config.learning_rate
     assert max(rates[10:]) < config.learning_rate / 5
     assert "warmup_steps 100: the learning rate rises through all 10 steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("call", "line"),
+    [
+        (lambda: trainer(Path("nowhere")).train(num_epochs=1, max_step=3), "SLMTrainer.train: .*'max_steps'"),
+        (lambda: fresh()(IDS, lables=IDS), "SLMForCausalLM: .*'labels'"),
+        (lambda: fresh().generate(IDS, max_new_token=3), "SLMForCausalLM.generate: .*'max_new_tokens'"),
+        (lambda: SLMForCausalLM.from_pretrained("x", devise="cpu"), "SLMForCausalLM.from_pretrained: .*'device'"),
+        (lambda: fresh().save_pretrained(directry="x"), "SLMForCausalLM.save_pretrained: .*'directory'"),
+        (lambda: SLMEnsemble([fresh()], weight=[1]), "SLMEnsemble: .*'weights'"),
+        (lambda: SLMTokenizer(vocab_sise=300), "SLMTokenizer: .*'vocab_size'"),
+        (lambda: TOKENIZER("text", paddin=True), "SLMTokenizer: .*'padding'"),
+        (lambda: TOKENIZER.encode("text", allow_specials=True), "SLMTokenizer.encode: .*'allow_special'"),
+        (lambda: DistillationLoss(alfa=0.5), "DistillationLoss: .*'alpha'"),
+    ],
+    ids=["train", "forward", "generate", "read", "save", "ensemble", "tokenizer", "call", "encode", "loss"],
+)
+def test_a_misspelt_argument_of_any_method_names_the_right_one(call: Callable[[], Any], line: str) -> None:
+    with pytest.raises(UserError, match=rf"^{line}\?$"):
+        call()
+    known = list(inspect.signature(SLMForCausalLM.forward).parameters)  # what transformers.Trainer looks at
+    assert known == ["self", "input_ids", "attention_mask", "labels", "num_items_in_batch"]
 
 
 def test_wrong_arguments_and_callbacks_are_one_line(tmp_path: Path) -> None:

@@ -28,7 +28,22 @@ WRONG = [
     ["train", "own-text", "data=book.txt"],
     ["train", "own-text"],
     ["train", "own-text", "data.source=nosuch.txt"],
+    ["train", "own-text", "data.source=[book.txt,nosuch.txt]"],
+    ["train", "own-chat", "data.source=book.txt"],
+    ["train", "own-chat", "data.source=book.txt", "model.path=runs/nothing"],
+    ["train", "own-chat-lora", "data.source=book.txt"],
+    ["train", "own-preferences", "data.source=book.txt"],
+    ["train", "own-preferences", "data.source=book.txt", "model.path=runs/nothing"],
+    ["train", "own-chat", "data.source=book.txt", "model.path=model", "tokenizer.path=runs/nothing"],
+    ["train", "own-text", "data.source=book.txt", "data.validation.path=nosuch.txt"],
+    ["train", "quickstart-distill", "distillation.teacher=runs/nothing"],
+    ["distill-cache", "quickstart-distill", "distillation.teacher=runs/nothing", "distillation.cache=out"],
     ["eval", "nosuch", "--data", "nosuch.txt"],
+    ["eval", "model", "--data", "nosuch.txt"],
+    ["merge", "model", "--adapter", "model"],
+    ["merge", "model", "--adapter", "runs/nothing"],
+    ["merge", "ties"],
+    ["merge", "ties", "base_model=model", "models.0.model=model", "models.1.model=runs/nothing"],
     ["push", "nosuch", "me/book"],
     ["generate", "nosuch", "x"],
     ["generate", "nosuch", "x", "--temperature", "-1"],
@@ -51,6 +66,10 @@ WRONG = [
 
 
 def test_arguments_are_checked_before_anything_heavy_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "book.txt").write_text("A book.")
     cases = json.dumps([*((arguments, 0) for arguments in FINE), *((arguments, 2) for arguments in WRONG)])
     done = subprocess.run([sys.executable, "-c", CODE, cases], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -37,6 +37,13 @@ def texts(folder: Path, **changes: str) -> list[str]:
         ("valid.txt", "validation"), ("my.data/val.jsonl", "validation"), ("dev/1.txt", "validation"),
         ("eval_1.jsonl", "validation"), ("held_out/a.txt", "validation"), ("books-heldout.txt", "validation"),
         ("train/test.txt", "test"), ("contest.txt", None), ("the_test_of_time.txt", None), ("evaluated.txt", None),
+        *((f"{name}.txt", "test") for name in (
+            "wiki.test", "test1", "testset", "my_test_set", "my-test-data.v2", "data.test", "TestSplit", "wikiTest",
+            "a test 3",
+        )),
+        ("eval2.jsonl.zst", "validation"), ("wiki.valid.tokens.txt", None), ("devset.csv", "validation"),
+        ("wiki.train.txt", "train"), ("v1.test/a.jsonl", "test"),
+        *((f"{name}.txt", None) for name in ("latest", "contest1", "trainer", "values", "attestset", "testament")),
     ],
 )  # fmt: skip
 def test_names_of_splits_are_splits(name: str, split: str | None):
@@ -49,6 +56,16 @@ def test_of_a_folder_with_splits_the_one_that_is_asked_for_is_read(tmp_path: Pat
     expected = {"train": ["more.jsonl", "train.jsonl"], "test": ["x_test.jsonl"]}.get(split, ["validation/a.jsonl"])
     assert texts(tmp_path, split=split) == expected
     assert [one.text for one in read_documents(tmp_path)] == ["more.jsonl", "train.jsonl"]
+
+
+def test_a_name_inside_of_a_longer_one_counts_beside_files_named_train(tmp_path: Path):
+    make(tmp_path, "a_test_of_time.txt", "b.txt")
+    source = open_source(SourceSettings(path=str(tmp_path)))
+    assert sorted(one.text.strip() for one, _ in source.read()) == ["a_test_of_time.txt", "b.txt"]
+    assert source.report() == [f"{tmp_path}: reads 2 .txt, as train also a_test_of_time.txt"]
+    make(tmp_path, "xnli_train_en.txt", "xnli_test_en.txt", "wiki.valid.tokens.txt")
+    assert sorted(texts(tmp_path)) == ["b.txt", "xnli_train_en.txt"]
+    assert texts(tmp_path, split="validation") == ["wiki.valid.tokens.txt"]
 
 
 def test_what_was_taken_and_passed_over_is_said(tmp_path: Path):

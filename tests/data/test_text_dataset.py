@@ -98,6 +98,22 @@ def test_lengths_that_make_no_sense_are_refused():
             TextDataset(texts, Letters(), max_length=4)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (({"text": ["abc"]}, TOKENIZER, 4), "expected a list of texts, found dict"),
+        ((TOKENIZER, ["abc"], 4), "expected a list of texts"),
+        ((["abc"], "runs/base", 4), "expected a tokenizer"),
+        ((["abc"], TOKENIZER, "16"), "max_length '16'"),
+        ((["abc"], TOKENIZER, 16.5), "max_length 16.5"),
+        ((["abc"], TOKENIZER, 16, "4"), "stride '4'"),
+    ],
+)
+def test_arguments_of_another_type_are_refused(arguments: tuple, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        TextDataset(*arguments)
+
+
 def test_importing_the_package_does_not_wait_for_torch():
     code = "import sys, slmkit.data.shards; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -11,7 +11,9 @@ import torch
 
 from slmkit import SLMForCausalLM
 from slmkit.cli.show import load_model
-from slmkit.generation import ChatSession, SamplingSettings, complete
+from slmkit.config import UserError
+from slmkit.generation import ChatSession, SamplingSettings, complete, stream_completion
+from slmkit.generation.generator import IdStream
 from slmkit.model import SLMConfig
 from slmkit.tokenizer import SLMTokenizer
 from tests.tokenizer.kinds import MADE, REAL, directory_of
@@ -115,3 +117,69 @@ def test_a_model_that_says_nothing_is_sampled_as_usual(tmp_path: Path) -> None:
     assert SamplingSettings.for_model(tmp_path, None, usual, temperature=None) == SamplingSettings(0.8, top_p=0.95)
     (tmp_path / "generation_config.json").write_text('{"do_sample": false}')
     assert SamplingSettings.for_model(tmp_path, None, usual).is_greedy
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{not json", "not readable JSON"),
+        ("[1]", "expected an object, found list"),
+        *[
+            (json.dumps({"do_sample": True, key: value}), f"generation_config.json: {key}")
+            for key, value in [
+                ("eos_token_id", "</s>"), ("eos_token_id", [2, "</s>"]), ("eos_token_id", -1),
+                ("pad_token_id", "<pad>"), ("do_sample", "yes"),
+                ("temperature", "0.6"), ("temperature", -1), ("top_k", -1), ("top_k", 1.5),
+                ("top_p", 1.5), ("min_p", 1), ("repetition_penalty", 0), ("suppress_tokens", 5),
+            ]
+        ],
+    ],
+)  # fmt: skip
+def test_a_wrong_generation_config_is_one_line_that_names_file_and_key(content: str, said: str, tmp_path: Path) -> None:
+    directory = directory_of("metaspace-first", tmp_path)
+    model_beside(directory)
+    (directory / "generation_config.json").write_text(content)
+    for read in (lambda: SamplingSettings.for_model(directory, 1, {}), lambda: SLMConfig.from_pretrained(directory)):
+        with pytest.raises(UserError) as raised:
+            read()
+        assert str(raised.value).startswith(f"{directory}/generation_config.json")
+        assert said in str(raised.value)
+        assert "\n" not in str(raised.value)
+
+
+def test_ids_that_a_model_stops_at_or_suppresses_may_be_ordinary_tokens(tmp_path: Path) -> None:
+    directory = directory_of("metaspace-first", tmp_path)
+    model_beside(directory)
+    plain, tokenizer = load_model(str(directory), "cpu")
+    first, *_ = stream_ids(plain, tokenizer)
+    assert first not in tokenizer.special_tokens.values()
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, first]}))
+    stopped = stream_completion(*load_model(str(directory), "cpu"), "a", settings=GREEDY, max_new_tokens=9)
+    assert (list(stopped), stopped.tokens, stopped.finish_reason) == ([], 1, "stop")
+    (directory / "generation_config.json").write_text(json.dumps({"suppress_tokens": [first]}))
+    assert first not in stream_ids(*load_model(str(directory), "cpu"))
+    again = SLMForCausalLM.from_pretrained(directory)
+    prompt = torch.tensor([tokenizer.encode_prompt("a")])
+    assert first not in again.generate(prompt, max_new_tokens=9)[0, prompt.size(1) :]
+
+
+def stream_ids(decoder: Any, tokenizer: Any) -> list[int]:
+    known = tokenizer.known_ids
+    prompt = tokenizer.encode_prompt("a")
+    return list(IdStream(decoder, prompt, max_new_tokens=9, stop_ids=set(), settings=GREEDY, known=known))
+
+
+def test_settings_that_are_not_obeyed_are_named_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    silent = {"num_beams": 1, "typical_p": 1.0, "no_repeat_ngram_size": 0, "stop_strings": None, "max_length": 99}
+    loud = {
+        "bad_words_ids": [[3]], "begin_suppress_tokens": [3], "forced_bos_token_id": 3, "forced_eos_token_id": 3,
+        "min_new_tokens": 3, "no_repeat_ngram_size": 2, "num_beams": 4, "penalty_alpha": 0.6, "stop_strings": ["x"],
+        "typical_p": 0.9, "what_comes_next": 1,
+    }  # fmt: skip
+    (tmp_path / "generation_config.json").write_text(json.dumps(silent | {"temperature": 0.6, "top_p": 0.9}))
+    found = SamplingSettings.for_model(tmp_path, None, {"temperature": 0.8, "top_p": 0.95})
+    assert found.is_greedy, "transformers samples only where do_sample says so"
+    assert not caplog.records
+    (tmp_path / "generation_config.json").write_text(json.dumps(loud))
+    SamplingSettings.for_model(tmp_path, None, {})
+    assert [record.message.split(": ")[2] for record in caplog.records] == [", ".join(sorted(loud))]

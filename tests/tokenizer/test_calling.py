@@ -71,3 +71,54 @@ def test_what_makes_no_batch_is_refused(tokenizer: SLMTokenizer, gpt2_directory:
     chat = [{"role": "user", "content": "hello"}]
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
     assert ids.tolist() == [tokenizer.encode_chat(chat, add_generation_prompt=True).ids]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "said"),
+    [
+        *[((wrong,), {}, "expected a text") for wrong in (None, 5, [["a", "b"]], ["a", None], b"a", {"text": "a"})],
+        (("a", "b"), {}, "no pairs"),
+        (("a",), {"padding": "longst"}, "did you mean 'longest'"),
+        (("a",), {"padding": "max_length"}, "max_length None"),
+        (("a",), {"truncation": "only_frist"}, "did you mean 'only_first'"),
+        (("a",), {"truncation": True, "max_length": "4"}, "max_length '4'"),
+    ],
+)
+def test_a_call_refuses_what_is_no_text_or_option(
+    tokenizer: SLMTokenizer, arguments: tuple, options: dict, said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        tokenizer(*arguments, **options)
+
+
+def test_decode_takes_one_id_or_one_row(both: tuple) -> None:
+    ours, theirs = both
+    ids = ours.encode(TEXTS[0])
+    assert ours.decode(ids[1]) == theirs.decode(ids[1])
+    assert ours.decode(torch.tensor(ids[1])) == ours.decode(ids[1])
+    assert ours.decode(torch.tensor(ids)) == ours.decode(ids)
+    for wrong in (torch.tensor([ids]), torch.tensor([[ids[0]]]), [ids], "12", 1.5, None):
+        with pytest.raises(UserError, match="batch_decode"):
+            ours.decode(wrong)
+    for wrong in (5, None, ["a"]):
+        with pytest.raises(UserError, match="expected one text"):
+            ours.encode(wrong)
+
+
+def test_switches_reach_the_chat_template_as_in_transformers(both: tuple) -> None:
+    ours, theirs = both
+    ours.chat_template = theirs.chat_template = (
+        "{% for m in messages %}{{ m.content }}{% endfor %}{% if enable_thinking is false %} the cat{% endif %}"
+    )
+    chat = [{"role": "user", "content": "x"}]
+    for switches in ({}, {"enable_thinking": False}, {"enable_thinking": True}):
+        found = ours.apply_chat_template(chat, tokenize=False, continue_final_message=False, **switches)
+        assert found == theirs.apply_chat_template(chat, tokenize=False, **switches)
+        assert ours.decode(ours.apply_chat_template(chat, **switches)).strip() == found
+    assert found != ours.apply_chat_template(chat, tokenize=False, enable_thinking=False)
+    for wrong in ({"continue_final_message": True}, {"add_generation_promt": True}, {"padding": True}):
+        with pytest.raises(UserError, match=next(iter(wrong))):
+            ours.apply_chat_template(chat, **wrong)
+    for tokenize in (True, False):
+        with pytest.raises(UserError, match="one conversation at a time"):
+            ours.apply_chat_template([chat, chat], tokenize=tokenize)

@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 
 from slmkit.api.models import model_for
-from slmkit.api.work import expect_a_model
 from slmkit.config import UserError, load_settings
 from slmkit.data.shard_folder import ASKED, claim
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.recipe import Recipe, TrainSettings, find_recipe, load_recipe
-from slmkit.training.recipe_checks import unlikely, without_effect
+from slmkit.training.recipe_checks import expect_a_model, unlikely, without_effect
 
 SHIPPED = sorted(path.stem for path in find_recipe("own-text").parent.glob("*.yaml"))
 

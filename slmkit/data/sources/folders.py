@@ -16,11 +16,14 @@ from typing import Any
 
 from slmkit.config import UserError, did_you_mean
 from slmkit.data.shards import HEADER
-from slmkit.data.sources.files import KINDS, ROW_KINDS, WRITTEN, Paths, described, kind_of, listed
+from slmkit.data.sources.files import COMPRESSIONS, KINDS, ROW_KINDS, WRITTEN, Paths, described, kind_of, listed
 
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"} | dict.fromkeys(
     ("validation", "valid", "val", "dev", "eval", "evaluation", "heldout", "holdout"), "validation"
 )
+SPLIT_WORD = re.compile(rf"({'|'.join(SPLITS)})(?:set|split|data|file)?\d*")
+# Stand around a split's name in that of a file, and say nothing of it.
+NO_NAME = re.compile(r"set|split|data|dataset|files?|parts?|v?\d+|")
 NUMBERS = re.compile(r"[-_.]\d+([-_.]of[-_.]\d+)?$")  # of the files of a split
 TOOLS = ("__pycache__", "node_modules", "venv", "site-packages")
 ABOUT = ("readme", "license", "changelog", "contributing")  # of whatever they stand beside
@@ -44,13 +47,15 @@ class Chosen:
     folder: str
     names: list[str]
     passed: Counter[str] = field(default_factory=Counter)
+    unsure: list[str] = field(default_factory=list)  # taken, with the name of another split inside their own
 
     def line(self) -> str:
         """What was taken, and what was not."""
         kinds = Counter(kind_of(name) for name in self.names)
         taken = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
         passed = ", ".join(f"{count:,} {what}" for what, count in self.passed.most_common())
-        return f"{self.folder}: reads {taken}" + (f"; passes over {passed}" if passed else "")
+        unsure = f", as train also {', '.join(self.unsure[:3])}{', …' * (len(self.unsure) > 3)}" if self.unsure else ""
+        return f"{self.folder}: reads {taken}{unsure}" + (f"; passes over {passed}" if passed else "")
 
 
 def find_files(paths: Paths, kinds: Sequence[str] = KINDS, split: str | None = "train") -> list[Path]:
@@ -125,15 +130,27 @@ def choose(folder: str, names: Iterable[str], kinds: Sequence[str], split: str |
     if not found:
         over = ", ".join(f"{count:,} {what}" for what, count in passed.most_common())
         raise UserError(f"{folder}: no {listed(kinds)} file in this folder" + (f" (there are: {over})" if over else ""))
+    unsure: list[str] = []
     if split is not None:
-        found = kept(found, _of_another_split(folder, found, split))
-    return Chosen(folder, found, passed)
+        splits = splits_of(found)
+        found = kept(found, _of_another_split(folder, splits, split))
+        unsure = [name for name in found if not splits[name] and kind_of(name) not in WRITTEN and split_of(name, True)]
+    return Chosen(folder, found, passed, unsure)
 
 
-def split_of(name: str) -> str | None:
-    """The split that a file is of, by the first or last word of its name or of a folder that it is in."""
-    splits = [SPLITS.get(word) for part in _parts(name) for word in _outer_words(part)]
-    named = [split for split in splits if split]
+def splits_of(names: Sequence[str]) -> dict[str, str | None]:
+    """The splits of files of one folder. A name inside of longer ones counts where a file is named train."""
+    rows = [name for name in names if kind_of(name) not in WRITTEN]
+    inside = any(SPLITS.get(word) == "train" for name in rows for part in _parts(name) for word in _words(part))
+    return {name: split_of(name, inside) if name in {*rows} else None for name in names}
+
+
+def split_of(name: str, inside: bool = False) -> str | None:
+    """The split that a file is of, by the first or last word (`inside`: by any word) of its name or of a folder that it
+    is in.
+    """
+    words = [word for part in _parts(name) for word in (_words(part) if inside else _outer_words(part))]
+    named = [SPLITS[word] for word in words if word in SPLITS]
     return next((split for split in named if split != "train"), named[0] if named else None)
 
 
@@ -159,10 +176,9 @@ def _beside_rows(kinds: set[str]) -> Callable[[str], str | None]:
     return reason
 
 
-def _of_another_split(folder: str, names: Sequence[str], split: str) -> Callable[[str], str | None]:
-    splits = {name: None if kind_of(name) in WRITTEN else split_of(name) for name in names}
+def _of_another_split(folder: str, splits: dict[str, str | None], split: str) -> Callable[[str], str | None]:
     if split.lower() not in SPLITS and any(
-        split in _parts(name) for name in names
+        split in _parts(name) for name in splits
     ):  # such as train_sft beside train_gen
         return lambda name: None if split in _parts(name) else f"of split {splits[name] or 'without a name'}"
     wanted = SPLITS.get(split.lower(), split)
@@ -175,14 +191,23 @@ def _of_another_split(folder: str, names: Sequence[str], split: str) -> Callable
 
 
 def _parts(name: str) -> list[str]:
-    """The folders of a file and its name without endings and numbers, in lower case: `train` of train-00000-of-4.gz."""
-    *folders, file = PurePosixPath(name.lower()).parts
-    return [*folders, NUMBERS.sub("", file.partition(".")[0])]
+    """The folders of a file and its name without endings and numbers: `train` of train-00000-of-4.jsonl.gz."""
+    *folders, file = PurePosixPath(name).parts
+    stem = NUMBERS.sub("", file.removesuffix(next(filter(file.endswith, COMPRESSIONS), "")).rpartition(".")[0] or file)
+    return [*folders, stem, NUMBERS.sub("", stem.partition(".")[0])]
+
+
+def _words(part: str) -> list[str]:
+    """In lower case; those that name a split without a "set" or number behind them: `my`, `test` of my_TestSet2."""
+    part = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", part).lower()
+    words = re.split(r"[^\w]+|_", re.sub(r"(held|hold)[-_. ]?out", r"\1out", part))
+    named = [(SPLIT_WORD.fullmatch(word), word) for word in words if not NO_NAME.fullmatch(word)]
+    return [match[1] if match else word for match, word in named]
 
 
 def _outer_words(part: str) -> list[str]:
-    words = re.split(r"[-_ ]+", re.sub(r"(held|hold)[-_ ]out", r"\1out", part))
-    return [words[0], words[-1]]
+    words = _words(part)
+    return [*words[:1], *words[-1:]]
 
 
 def _is_hidden(name: str) -> bool:

@@ -1,0 +1,69 @@
+"""`generation_config.json` beside a model: which ids end a text, and how its makers advise to sample."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import pydantic
+from pydantic import Field
+
+from slmkit.config import Settings, UserError, load_settings
+
+FILE = "generation_config.json"
+Id = Annotated[int, Field(ge=0)]
+# Keys that change no token that is generated here, or only how many: commands have an option for that.
+HARMLESS = {
+    "_from_model_config", "assistant_confidence_threshold", "assistant_lookbehind", "bos_token_id", "cache_config",
+    "cache_implementation", "compile_config", "decoder_start_token_id", "disable_compile", "early_stopping",
+    "is_assistant", "length_penalty", "low_memory", "max_cache_len", "max_length", "max_matching_ngram_size",
+    "num_assistant_tokens", "num_assistant_tokens_schedule", "output_attentions", "output_hidden_states",
+    "output_logits", "output_scores", "pad_token_id", "prefill_chunk_size", "prompt_lookup_num_tokens",
+    "remove_invalid_values", "renormalize_logits", "return_dict_in_generate", "target_lookbehind",
+    "transformers_version", "use_cache",
+}  # fmt: skip
+# Keys whose neutral value is 1.
+NEUTRAL_AT_ONE = {
+    "encoder_repetition_penalty", "guidance_scale", "num_beam_groups", "num_beams", "num_return_sequences", "typical_p",
+}  # fmt: skip
+
+
+class GenerationAdvice(Settings):
+    """The keys that are obeyed, with the types and ranges that they have in transformers; others are ignored."""
+
+    model_config = pydantic.ConfigDict(extra="ignore", strict=True)
+
+    eos_token_id: Id | list[Id] | None = None
+    pad_token_id: int | None = None
+    suppress_tokens: list[Id] | None = None
+    do_sample: bool | None = None
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    top_k: Annotated[int, Field(ge=0)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    min_p: Annotated[float, Field(ge=0, lt=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+
+def read_generation_config(directory: Path) -> dict[str, Any]:
+    """The object in a model's `generation_config.json`; empty where there is none.
+
+    Raises `UserError` with the path for a file that is no JSON object, and for a wrong value of a key that is obeyed.
+    """
+    path = directory / FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable JSON ({error}); correct or remove it") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected an object, found {type(content).__name__}; correct or remove it")
+    load_settings(GenerationAdvice, content, origin=str(path))
+    return content
+
+
+def not_obeyed(content: dict[str, Any]) -> list[str]:
+    """The keys with a value that would change what is generated, and that nothing here obeys."""
+    others = content.keys() - HARMLESS - GenerationAdvice.model_fields.keys()
+    return sorted(key for key in others if content[key] and not (key in NEUTRAL_AT_ONE and content[key] == 1))
