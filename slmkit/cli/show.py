@@ -94,10 +94,10 @@ def suggestion(model: str | Path, source: str | Path | None = None) -> str:
     return f"slm chat {model}" + (f"  (and ask it: {prompts[0]})" if prompts[0] else "")
 
 
-def show_run(run: RunDirectory) -> None:
+def show_run(root: Path) -> None:
     """Where a run is, and what to do with it next: the last lines of the commands that train."""
-    print(f"run: {run.root}")
-    print(f"next: {suggestion(run.root)}")
+    print(f"run: {root}")
+    print(f"next: {suggestion(root)}")
 
 
 def gibibytes(size: int) -> str:

@@ -43,7 +43,7 @@ def train(
 
     run = train_recipe(loaded, reporter, dry_run=dry_run, force=force)
     if not dry_run:
-        show_run(run)
+        show_run(run.root)
 
 
 def resume(
@@ -65,7 +65,7 @@ def resume(
     find_run(run)  # before anything is loaded
     from slmkit.api import resume_run
 
-    show_run(resume_run(run, TerminalReporter(), overrides or [], replan))
+    show_run(resume_run(run, TerminalReporter(), overrides or [], replan).root)
 
 
 def replay(
