@@ -49,6 +49,13 @@ def test_as_many_configurations_are_compared_as_are_claimed() -> None:
     assert {row[0]: set(row[1:]) for row in claimed} == {family: {str(PER_FAMILY)} for family in DRAW}
 
 
+def test_the_readme_says_how_long_the_decoder_is() -> None:
+    lines = (DOCS.parent / "slmkit/model/decoder.py").read_text(encoding="utf-8").count("\n")
+    said = re.search(r"decoder of (\d+) lines", (DOCS.parent / "README.md").read_text(encoding="utf-8"))
+    assert said is not None
+    assert abs(int(said[1]) - lines) < 10
+
+
 def recipe_keys() -> Any:
     """docs/recipe_keys.py as a module."""
     spec = importlib.util.spec_from_file_location("recipe_keys", DOCS / "recipe_keys.py")

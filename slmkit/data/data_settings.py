@@ -23,7 +23,7 @@ class TokenizerSettings(Settings):
     """
 
     path: str | None = None  # a tokenizer, model or run directory
-    vocab_size: int = Field(16_384, ge=260)  # of a tokenizer that is trained; 260 is bytes alone
+    vocab_size: int = Field(16_384, ge=260)  # size of a tokenizer that is trained; 260: bytes alone
     documents_per_source: int | None = Field(None, gt=0)  # None: an equal share of 100 million characters
     chat_template: str | None = None  # chatml, llama3, gemma or a Jinja file; None: the tokenizer's own
     added_tokens: list[str] = Field(default_factory=list)  # words that get a token of their own in any text
@@ -50,19 +50,29 @@ class DataSettings(Settings):
     when_exhausted: WhenExhausted = "repeat"  # a source, or `stop` the run there, or `redistribute` its weight
     streaming: bool = False  # read while training and store nothing
     shuffle_buffer: int = Field(0, ge=0)  # documents of a stream that change places among themselves; 0: as they come
-    cleaning: CleaningSettings = Field(default_factory=CleaningSettings)  # of shards, before they are written
-    text_column: str | None = None  # of `source`, as the next three; `sources` have their own
-    messages_column: str | None = None  # the same of conversations
-    columns: dict[str, str] = Field(default_factory=dict)  # such as {prompt: question, completion: answer}
+    cleaning: CleaningSettings = Field(
+        default_factory=CleaningSettings
+    )  # which documents are left out when shards are written
+    text_column: str | None = None  # column of `source` with the text; each of `sources` has its own key
+    messages_column: str | None = None  # column of `source` with the conversation
+    columns: dict[str, str] = Field(
+        default_factory=dict
+    )  # renames columns, such as {prompt: question, completion: answer}
     separator: str | None = Field(None, min_length=1)  # between documents of text files; None: lines of <|endoftext|>
     on_bad_row: Literal["refuse", "skip"] = "refuse"  # stop at a row that cannot be read, or leave it out and count it
     on_long_conversation: OnLong = "cut"  # one that is longer than a row; whatever becomes of it, it is counted
-    validation: SourceSettings | None = None  # such as a split of its own; None: held out of the sources
-    validation_fraction: float = Field(0.05, gt=0, lt=1)  # of files and streams; held out of training
+    validation: SourceSettings | None = (
+        None  # a source of validation text, such as a split; None: a part of the sources is held out
+    )
+    validation_fraction: float = Field(
+        0.05, gt=0, lt=1
+    )  # the share of files and streams that is held out for validation
     separate_documents: bool = False  # attention and positions are kept inside each
-    documents: int = Field(20_000, gt=0)  # of the built-in corpus, like the next one
+    documents: int = Field(20_000, gt=0)  # documents of the built-in corpus
     primer_documents: int = Field(0, ge=0)  # spread among the stories, so that they do not make the primer forgotten
-    validation_documents: int = Field(300, gt=0)  # of the built-in corpus, of streams and of `validation`
+    validation_documents: int = Field(
+        300, gt=0
+    )  # validation documents of the built-in corpus, of streams and of `validation`
 
     @model_validator(mode="after")
     def _sources_and_phases_agree(self) -> DataSettings:

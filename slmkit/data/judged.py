@@ -43,7 +43,7 @@ def prepare_judgements(
     with ShardWriter(directory, tokenizer, masked=True, judged=True, sources=sources) as writer:
         waiting = iter(judgements)
         while batch := list(itertools.islice(waiting, AT_ONCE)):
-            chats = [[*one.messages[:-1], {**one.messages[-1], "weight": 1}] for one in batch]
+            chats = [one.messages for one in batch]
             encoded = tokenizer.encode_rendered(
                 [tokenizer.render_chat(chat, tools=tools_of(one.messages)) for one, chat in zip(batch, chats)]
             )

@@ -57,10 +57,10 @@ def prepare_pairs(
 
 def answers_alone(row: ChatRow, messages: Sequence[Message]) -> ChatRow:
     """Of what is learned of a conversation only the answers in `messages`, its last ones."""
-    answers = sum(message["role"] == "assistant" for message in messages)
+    answers = sum(message["role"] == "assistant" and message.get("weight") != 0 for message in messages)
     starts, stops = stretches(row.trained)
     own = np.zeros_like(row.trained)
-    for start, stop in zip(starts[-answers:], stops[-answers:]):
+    for start, stop in list(zip(starts, stops))[len(starts) - answers :]:
         own[start:stop] = True
     return ChatRow(row.ids, own)
 

@@ -21,12 +21,14 @@ class SourceSettings(Settings):
     path: str = Field(min_length=1)  # as above
     name: str | None = None  # what logs call it; from the path unless given
     weight: float = Field(1.0, gt=0)  # its share of a mixture, relative to the others'
-    config: str | None = None  # of a hub data set that has several, such as `sample-10BT`
-    revision: str | None = None  # of a hub data set: a commit, so that a resumed run reads what it began with
-    split: str = "train"  # of a hub data set, or of a folder laid out like one
+    config: str | None = None  # configuration of a hub data set that has several, such as `sample-10BT`
+    revision: str | None = None  # commit of a hub data set, so that a resumed run reads the same data
+    split: str = "train"  # split of a hub data set, or of a folder laid out like one
     text_column: str | None = None  # the same as columns: {text: …}
     messages_column: str | None = None  # the same as columns: {messages: …}
-    columns: dict[str, str] = Field(default_factory=dict)  # such as {prompt: question, completion: answer}
+    columns: dict[str, str] = Field(
+        default_factory=dict
+    )  # renames columns, such as {prompt: question, completion: answer}
     separator: str | None = Field(None, min_length=1)  # between documents of text files; None: lines of <|endoftext|>
     row_format: str | None = None  # how rows become text or messages; told by their columns unless named
     streaming: bool = False  # hub data sets: read over the network and store nothing; else files are downloaded once

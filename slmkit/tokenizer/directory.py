@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from slmkit.config import UserError
 from slmkit.find import is_gpt2
@@ -74,12 +74,16 @@ def with_tokens(
 
 
 def as_its_class_does(tokenizer: Tokenizer, config: dict[str, Any]) -> Tokenizer:
-    """The tokenizer as `transformers` builds it where the config names `LlamaTokenizer`.
+    """The tokenizer as `transformers` builds it where the config names `LlamaTokenizer` or `GemmaTokenizer`.
 
-    That class puts a space before the first word of a text and, unless `legacy`, behind no special token, whatever
+    The first puts a space before the first word of a text and, unless `legacy`, behind no special token, whatever
     normalizer stands in `tokenizer.json`.
     """
     name = str(config.get("tokenizer_class") or "").removesuffix("Fast")
+    if name == "GemmaTokenizer" and isinstance(tokenizer.model, models.BPE) and not is_byte_level(tokenizer):
+        tokenizer.normalizer = normalizers.Replace(" ", "▁")
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     if name == "LlamaTokenizer" and isinstance(tokenizer.model, models.BPE) and not is_byte_level(tokenizer):
         adds_space = config.get("add_prefix_space") is not False
         scheme = ("always" if config.get("legacy") else "first") if adds_space else "never"

@@ -30,7 +30,7 @@ class GuardSettings(Settings):
     max_spike: float | None = Field(None, gt=1)  # times the median of recent gradient norms; None: any norm is taken
     window: int = Field(64, ge=FEWEST_NORMS)  # steps whose gradient norms are "recent"
     rollback_learning_rate_ratio: float = Field(0.5, gt=0, le=1)  # by which each rollback lowers the learning rate
-    max_rollbacks: int = Field(3, gt=0)  # of a whole run; then it stops
+    max_rollbacks: int = Field(3, gt=0)  # rollbacks of a whole run; then it stops
     max_idle: int | None = Field(10, gt=0)  # steps without learning, from the first on, that end a run; None: none do
 
 

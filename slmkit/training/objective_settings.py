@@ -23,10 +23,10 @@ class DistillationSettings(Settings):
     cache: str | None = None  # what `slm distill-cache` stored of it: no teacher is in memory then
     reads: Literal["text", "conversations"] = "text"  # what is learned: all of a text, or the assistant's turns
     alpha: float = Field(0.5, ge=0, le=1)  # the share of the labels
-    temperature: float = Field(3.0, gt=0)  # of both distributions in the divergence
+    temperature: float = Field(3.0, gt=0)  # temperature of both distributions in the divergence
     divergence: Divergence = "forward_kl"  # how student and teacher are compared
-    top_k: int = Field(64, gt=0)  # of a cache: how many of the teacher's likeliest tokens are known at each position
-    hidden_weight: float = Field(0.0, ge=0)  # of matching hidden states besides, layer by layer
+    top_k: int = Field(64, gt=0)  # how many of the teacher's likeliest tokens a cache stores at each position
+    hidden_weight: float = Field(0.0, ge=0)  # weight of the distance between hidden states, layer by layer; 0: not used
 
     @model_validator(mode="after")
     def _is_taught(self) -> DistillationSettings:
@@ -45,11 +45,9 @@ class PreferenceSettings(Settings):
     """What is made of a pair. `dpo_norm` is DPO by the mean over an answer's tokens; `simpo` has no reference."""
 
     loss: Literal["dpo", "dpo_norm", "simpo"] = "dpo"  # docs/teaching.md has the formulas
-    beta: float | None = Field(None, gt=0)  # how hard pairs pull; None: 0.1 for dpo, 5 for dpo_norm, 2 for simpo
-    simpo_gamma: float = Field(0.5, ge=0)  # of simpo: by how much the better answer's reward should be higher
-    rpo_alpha: float = Field(
-        0.0, ge=0
-    )  # how much the better answer itself is learned besides, by the mean of its tokens
+    beta: float | None = Field(None, gt=0)  # strength of the preference; None: 0.1 for dpo, 5 for dpo_norm, 2 for simpo
+    simpo_gamma: float = Field(0.5, ge=0)  # simpo only: by how much the better answer's reward should be higher
+    rpo_alpha: float = Field(0.0, ge=0)  # weight of the better answer's own loss, the mean over its tokens
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)  # the share of pairs that are taken to be the wrong way round
 
     @property
@@ -65,9 +63,9 @@ class KtoSettings(Settings):
     """What is made of an answer with a label. `apo_zero_unpaired` is measured from 0 instead of from the divergence."""
 
     loss: Literal["kto", "apo_zero_unpaired"] = "kto"  # docs/teaching.md has the formulas
-    beta: float = Field(0.1, gt=0)  # how hard labels pull
-    desirable_weight: float = Field(1.0, gt=0)  # of good answers' losses, such as where there are fewer of them
-    undesirable_weight: float = Field(1.0, gt=0)  # of bad ones'
+    beta: float = Field(0.1, gt=0)  # strength of the labels
+    desirable_weight: float = Field(1.0, gt=0)  # weight of good answers' losses; raise it where they are fewer
+    undesirable_weight: float = Field(1.0, gt=0)  # weight of bad answers' losses
 
 
 class GrpoSettings(Settings):
@@ -76,10 +74,10 @@ class GrpoSettings(Settings):
     prompts_per_step: int = Field(16, gt=0)  # questions of a step
     num_generations: int = Field(8, ge=2)  # answers to each question: the group
     max_new_tokens: int = Field(48, gt=0)  # the longest answer
-    temperature: float = Field(1.0, gt=0)  # of sampling
+    temperature: float = Field(1.0, gt=0)  # temperature of sampling
     reward: str = "exact"  # `number`, one that a script added to REWARDS, or `file.py:function`
     loss: Literal["dr_grpo", "grpo"] = "dr_grpo"  # docs/teaching.md says how they differ
-    beta: float = Field(0.0, ge=0)  # of the divergence from the starting model, a copy of which is then kept
+    beta: float = Field(0.0, ge=0)  # weight of the divergence from the starting model, a copy of which is then kept
 
     @property
     def rows_per_step(self) -> int:

@@ -35,7 +35,9 @@ class ModelSettings(Settings):
 
     preset: str | None = None  # a shape by name, such as smollm2-135m; `slm inspect` knows them
     path: str | None = None  # a model or run directory whose weights are trained on
-    initialization: Literal["gpt2", "copying"] = "gpt2"  # of a new model's weights
+    # How a new model's weights start. copying: attention repeats the tokens it looks at, and embeddings are larger. A
+    # small model then learns to copy sooner; its loss begins above ln(vocabulary).
+    initialization: Literal["gpt2", "copying"] = "gpt2"
 
     @model_validator(mode="after")
     def _known_fields(self) -> ModelSettings:
@@ -83,19 +85,21 @@ class TrainSettings(Settings):
     num_train_epochs: float | None = Field(None, gt=0)  # stop after so many passes over the data
     optimizer: Literal["adamw", "adamw_8bit", "muon", "lion"] = "adamw"  # docs/training.md compares them
     learning_rate: float = Field(1e-3, gt=0)  # AdamW's; Lion wants a third of it or less
-    muon_learning_rate: float = Field(0.02, gt=0)  # of the matrices that Muon updates
-    muon_momentum: float = Field(0.95, ge=0, lt=1)  # of Muon
+    muon_learning_rate: float = Field(0.02, gt=0)  # learning rate of the matrices that Muon updates
+    muon_momentum: float = Field(0.95, ge=0, lt=1)  # momentum of Muon
     # how the learning rate falls
     lr_scheduler_type: Literal["cosine", "linear", "warmup_stable_decay", "inverse_sqrt"] = "cosine"
     min_learning_rate_ratio: float = Field(0.1, ge=0)  # the last rate, as a share of the peak; above 1 it rises to that
     warmup_steps: int | None = Field(None, ge=0)  # steps in which the learning rate rises
-    warmup_ratio: float | None = Field(None, ge=0, lt=1)  # of all steps; None: 0.05 unless warmup_steps is given
+    warmup_ratio: float | None = Field(
+        None, ge=0, lt=1
+    )  # warm-up as a share of all steps; None: 0.05 unless warmup_steps is given
     lr_schedule_steps: int | None = Field(None, gt=0)  # None: those of the run; beyond, the last rate stays
-    lr_decay_ratio: float = Field(0.2, gt=0, le=1)  # of warmup_stable_decay: the share of all steps in which it falls
-    weight_decay: float = Field(0.1, ge=0)  # of matrices; norms and biases do not decay
-    adam_beta1: float = Field(0.9, ge=0, lt=1)  # of AdamW and Lion
-    adam_beta2: float = Field(0.95, ge=0, lt=1)  # of AdamW
-    adam_epsilon: float = Field(1e-8, gt=0)  # of AdamW
+    lr_decay_ratio: float = Field(0.2, gt=0, le=1)  # warmup_stable_decay only: the share of all steps in which it falls
+    weight_decay: float = Field(0.1, ge=0)  # weight decay of matrices; norms and biases have none
+    adam_beta1: float = Field(0.9, ge=0, lt=1)  # beta 1 of AdamW and Lion
+    adam_beta2: float = Field(0.95, ge=0, lt=1)  # beta 2 of AdamW
+    adam_epsilon: float = Field(1e-8, gt=0)  # epsilon of AdamW
     max_grad_norm: float = Field(1.0, gt=0)  # longer gradients are shortened to this norm
     gradient_checkpointing: int = Field(0, ge=0)  # every n-th layer is computed again instead of kept: less memory
     compile: Literal["auto"] | bool = "auto"  # torch.compile of each block; auto: on CUDA devices
@@ -106,7 +110,9 @@ class TrainSettings(Settings):
     early_stopping_patience: int | None = Field(None, gt=0)  # evaluations without a lower loss that end the run
     sample_prompts: list[str] | None = None  # what samples.md continues; None: one from the validation data
     sample_tokens: int = Field(120, gt=0)  # tokens of each sample
-    report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)  # besides metrics.jsonl
+    report_to: list[Literal["tensorboard", "wandb"]] = Field(
+        default_factory=list
+    )  # where metrics go in addition to metrics.jsonl
     parallel: Literal["auto", "ddp", "fsdp"] = (
         "auto"  # of several processes: each the whole model (ddp, which is auto) or a share (fsdp)
     )
@@ -202,13 +208,13 @@ class Recipe(Settings):
 
     objective: Literal["pretrain", "sft", "distill", "dpo", "kto", "grpo"] = "pretrain"  # what is learned, as above
     output_dir: str = "runs/model"  # the run's folder; numbered where it exists
-    seed: int = 0  # of weights, data order, dropout and sampling
+    seed: int = 0  # the seed of weights, data order, dropout and sampling
     model: ModelSettings = Field(default_factory=ModelSettings)  # the model to train
     lora: LoRASettings | None = None  # train an adapter instead of the whole model
     tokenizer: TokenizerSettings = Field(default_factory=TokenizerSettings)  # load or train a tokenizer
     data: DataSettings = Field(default_factory=DataSettings)  # where text comes from
     train: TrainSettings = Field(default_factory=TrainSettings)  # length, optimizer, evaluation, saving
-    distillation: DistillationSettings | None = None  # of distill: the teacher
+    distillation: DistillationSettings | None = None  # settings of objective distill
 
     @model_validator(mode="after")
     def _streams_have_an_end(self) -> Recipe:
@@ -254,9 +260,9 @@ class Recipe(Settings):
         return self
 
     guard: GuardSettings = Field(default_factory=GuardSettings)  # what happens with losses that are not finite
-    preference: PreferenceSettings = Field(default_factory=PreferenceSettings)  # of dpo
-    kto: KtoSettings = Field(default_factory=KtoSettings)  # of kto
-    grpo: GrpoSettings = Field(default_factory=GrpoSettings)  # of grpo
+    preference: PreferenceSettings = Field(default_factory=PreferenceSettings)  # settings of objective dpo
+    kto: KtoSettings = Field(default_factory=KtoSettings)  # settings of objective kto
+    grpo: GrpoSettings = Field(default_factory=GrpoSettings)  # settings of objective grpo
 
     @property
     def reads(self) -> Reads:
@@ -286,9 +292,10 @@ def load_recipe(
     it does not know, and for two overrides that contradict each other.
     """
     content = read_yaml(path)
+    name = Path(path).stem if path in shipped_recipes().values() else str(path)
     for line in (*rename_old_keys(content), *make_room(content, overrides)):
-        tell(f"{path}: {line}")
-    return _with_reward_file(load_settings(Recipe, content, overrides, origin=str(path)), Path(path).parent)
+        tell(f"{name}: {line}")
+    return _with_reward_file(load_settings(Recipe, content, overrides, origin=name), Path(path).parent)
 
 
 def _with_reward_file(recipe: Recipe, folder: Path) -> Recipe:

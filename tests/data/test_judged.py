@@ -85,12 +85,6 @@ def test_answers_that_do_not_fit_are_cut_or_left_out_and_said_so(shards: TokenSh
         JudgedRows(shards, beginning)
 
 
-def test_a_label_counts_for_a_turn_that_was_not_to_be_learned(tmp_path: Path) -> None:
-    judgements = [Judged(talk("Why?", "So.", weight=0), True), Judged(talk("How?", "Thus."), False)]
-    rows = JudgedRows(prepare_judgements(judgements, TOKENIZER, tmp_path / "shards"), 256)
-    assert [learned(*rows.row(index)) for index in (0, 1)] == ["So.<|im_end|>", "Thus.<|im_end|>"]
-
-
 def test_labels_lie_in_the_shards_in_which_their_documents_end(tmp_path: Path) -> None:
     labels = np.array([True, False, False, True, True])
     ends = np.array([4, 9, 11, 17, 20])

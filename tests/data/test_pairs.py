@@ -52,7 +52,7 @@ BAD = {
         "rejected": [{"role": "user", "content": "B?"}, *say("b")],
     },
     "rejected does not end with an answer": {"chosen": [*ASKED, *say("a")], "rejected": ASKED},
-    "rejected: message 2: the assistant says nothing": {"prompt": "Hi", "chosen": "a", "rejected": " "},
+    "rejected: message 2: the assistant's text is empty": {"prompt": "Hi", "chosen": "a", "rejected": " "},
     "chosen: message 1: role 'robot'": {"chosen": [{"role": "robot", "content": "a"}], "rejected": [*ASKED, *say("b")]},
     "expected text in column 'prompt', found int": {"prompt": 3, "chosen": "a", "rejected": "b"},
 }
@@ -182,9 +182,43 @@ def test_an_answer_with_its_label_is_a_judgement(tmp_path: Path, name: str) -> N
         (TALK, False, f"{path}:1"),
         (TALK, True, f"{path}:2"),
     ]
-    path.write_text(json.dumps({key: "no" if value is False else value for key, value in JUDGED[name].items()}))
-    with pytest.raises(UserError, match=r"judged.jsonl:1: expected true or false in column .*, found str"):
+    path.write_text(json.dumps({key: "sour" if value is False else value for key, value in JUDGED[name].items()}))
+    with pytest.raises(UserError, match=r"judged.jsonl:1: expected true or false .* in column .*, found 'sour'"):
         list(open_source(SourceSettings(path=str(path))).read_judgements())
+
+
+@pytest.mark.parametrize("good", [1, "1", "true", "True", "good", "desirable", "chosen", "thumbs_up", 1.0, "👍"])
+@pytest.mark.parametrize("bad", [0, "0", "false", "bad", "Undesirable", "rejected", "thumbs down", "👎"])
+def test_labels_are_read_in_every_spelling_and_never_learned_as_conversations(
+    tmp_path: Path, good: Any, bad: Any
+) -> None:
+    path = tmp_path / "a.jsonl"
+    for columns in ({"prompt": "Hi", "completion": "Hello."}, {"messages": TALK}):
+        path.write_text("".join(json.dumps({**columns, "label": label}) + "\n" for label in (good, bad)))
+        assert [one.label for one, _ in open_source(SourceSettings(path=str(path))).read_judgements()] == [True, False]
+        source = open_source(SourceSettings(path=str(path), on_bad_row="skip"))
+        with pytest.raises(UserError, match="labels the answer good or bad: objective: kto"):
+            list(source.read_conversations())
+    path.write_text(json.dumps({"messages": TALK, "label": "greeting", "rating": 1}))
+    assert len(list(open_source(SourceSettings(path=str(path))).read_conversations())) == 1
+    path.write_text(json.dumps({"messages": TALK, "label": good, "kto_tag": bad}))
+    with pytest.raises(UserError, match="'label' and 'kto_tag' contradict each other"):
+        list(open_source(SourceSettings(path=str(path))).read_judgements())
+
+
+def test_answers_of_weight_0_are_left_out_and_counted(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    dull = [TALK[0], {**TALK[1], "weight": 0}]
+    path.write_text("".join(json.dumps({"messages": one, "label": True}) + "\n" for one in (dull, TALK)))
+    source = open_source(SourceSettings(path=str(path)))
+    assert [[*one.messages] for one, _ in source.read_judgements()] == [TALK]
+    assert source.skipped == {"not to be learned": 1}
+    other = [TALK[0], {**TALK[1], "content": "No.", "weight": 0}]
+    pairs = [{"chosen": dull, "rejected": other}, {"chosen": TALK, "rejected": [TALK[0], {**other[1], "weight": 1}]}]
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    source = open_source(SourceSettings(path=str(path)))
+    assert len(list(source.read_pairs())) == 1
+    assert source.skipped == {"not to be learned": 1}
 
 
 def test_built_in_answers_are_judged_by_whoever_made_them() -> None:

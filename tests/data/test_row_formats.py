@@ -83,7 +83,10 @@ def test_the_documentation_has_a_line_for_every_public_schema(name: str):
     assert any(all(f"`{column}`" in line for column in required) for line in table), required
 
 
-@pytest.mark.parametrize("column", ["tools", "system", "history", "images", "audios", "documents", "reasoning"])
+@pytest.mark.parametrize(
+    "column",
+    ["tools", "system", "history", "images", "inputs", "choices", "options", "audios", "documents", "reasoning"],
+)
 def test_a_column_with_a_meaning_is_used_or_the_row_is_refused(tmp_path: Path, column: str):
     row = {"messages": TALK, column: "[1]" if column == "tools" else "something"}
     source = opened(tmp_path / "a.jsonl", [row, {"messages": TALK}], on_bad_row="skip")
@@ -94,7 +97,7 @@ def test_a_column_with_a_meaning_is_used_or_the_row_is_refused(tmp_path: Path, c
     assert len(list(empty.read_conversations())) == 5
 
 
-@pytest.mark.parametrize("key", ["images", "train_detail", "audio", "refusal"])
+@pytest.mark.parametrize("key", ["images", "train_detail", "audio", "refusal", "channel"])
 def test_a_key_of_a_message_with_a_meaning_is_refused_and_another_one_counted(tmp_path: Path, key: str):
     row = {"messages": [TALK[0], {**TALK[1], key: ["x"], "id": 7}]}
     source = opened(tmp_path / "a.jsonl", [row, {"messages": [TALK[0], {**TALK[1], "id": 7}]}], on_bad_row="skip")
@@ -104,7 +107,17 @@ def test_a_key_of_a_message_with_a_meaning_is_refused_and_another_one_counted(tm
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("train", False), ("weight", 0), ("loss", False), ("loss_weight", 0.0), ("training", False)]
+    ("key", "value"),
+    [
+        ("train", False),
+        ("weight", 0),
+        ("loss", False),
+        ("loss_weight", 0.0),
+        ("training", False),
+        ("trainable", False),
+        ("learn", 0),
+        ("do_train", False),
+    ],
 )
 def test_a_turn_or_a_row_that_says_so_is_not_learned(tmp_path: Path, key: str, value: Any):
     later = [user("And?"), say("Good.")]
@@ -119,6 +132,46 @@ def test_a_turn_or_a_row_that_says_so_is_not_learned(tmp_path: Path, key: str, v
     assert source.skipped == {"not to be learned": 1}
     with pytest.raises(UserError, match=rf"a\.jsonl:1: message 2: {key} 0.3; expected 1 \(learned\) or 0"):
         list(opened(tmp_path / "a.jsonl", [{"messages": [TALK[0], {**TALK[1], key: 0.3}]}]).read_conversations())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "fine"),
+    [
+        ("mask", True, None), ("loss_mask", [0, 1], None), ("train_on_turn", [False, True], True),
+        ("trainable_turns", [1], None), ("lossMask", 1, None), ("no_train", True, None), ("is_masked", False, None),
+        ("skip_loss", True, None), ("delete", True, False), ("skipped", 1, False), ("ignored", "yes", "no"),
+        ("do_learn", False, True), ("turn_weight", 0.5, 1),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_other_keys_that_may_say_what_is_learned_are_refused(
+    tmp_path: Path, kind: str, key: str, value: Any, fine: Any
+):
+    for row in ({"messages": TALK, key: value}, {"messages": [TALK[0], {**TALK[1], key: value}]}):
+        source = opened(tmp_path / f"a.{kind}", [row, {"messages": TALK, key: None}], on_bad_row="skip")
+        assert len(list(source.read_conversations())) == 1
+        assert key in next(iter(source.skipped))
+    rows = [{"messages": TALK, key: fine, "constraints": "glossary", "unlearning": None}]
+    assert len(list(opened(tmp_path / f"b.{kind}", rows).read_conversations())) == 1
+
+
+@pytest.mark.parametrize("reads", ["read", "read_conversations"])
+@pytest.mark.parametrize(
+    ("key", "value"), [("deleted", True), ("loss", 0), ("train", "false"), ("skip", 1), ("split", "test")]
+)
+def test_rows_that_are_not_meant_are_left_out_and_counted(tmp_path: Path, reads: str, key: str, value: Any):
+    row = {"text": "Hi"} if reads == "read" else {"messages": TALK}
+    other = {"split": "train", "deleted": False, "skip": 0}.get(key)
+    for kind in ("jsonl", "parquet"):
+        rows = [{**row, key: value}, {**row, key: other}]
+        source = opened(tmp_path / f"a.{kind}", rows)
+        assert len(list(getattr(source, reads)())) == 1
+        assert source.skipped == {"of split test" if key == "split" else "not to be learned": 1}
+
+
+def test_what_belongs_to_a_conversation_is_not_lost_from_a_text(tmp_path: Path):
+    with pytest.raises(UserError, match="column 'system' belongs to a conversation"):
+        list(opened(tmp_path / "a.jsonl", [{"prompt": "Hi", "response": "Yes", "system": "Be kind."}]).read())
 
 
 def test_calls_of_one_turn_are_one_message(tmp_path: Path):
@@ -207,9 +260,9 @@ def test_a_format_can_be_named_where_the_columns_would_mean_another(tmp_path: Pa
     ("row", "expected", "reason"),
     [
         ({"messages": [TALK[1]]}, "assistant where it is the user's turn", "roles out of order"),
-        ({"messages": [TALK[0], say(" ")]}, "the assistant says nothing", "an empty turn"),
+        ({"messages": [TALK[0], say(" ")]}, "the assistant's text is empty", "an empty turn"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "message 1: role 'robot'", "not as expected"),
-        ({"instruction": "Add.", "input": "", "output": ""}, "the assistant says nothing", "an empty turn"),
+        ({"instruction": "Add.", "input": "", "output": ""}, "the assistant's text is empty", "an empty turn"),
         ({"conversations": [{"who": "user", "content": "Hi"}]}, "message 1: role None", "not as expected"),
         ({"conversations": [{"from": "human", "value": None}]}, "expected text", "not as expected"),
         ({"conversations": [{"from": ["human"], "value": "Hi"}]}, r"message 1: role \['human'\]", "not as expected"),

@@ -27,7 +27,7 @@ from slmkit.data.sources.row_formats import (
     said,
     spoken,
 )
-from slmkit.data.sources.turns import TOOLS, RowError, checked, conversation, is_empty
+from slmkit.data.sources.turns import TOOLS, RowError, checked, conversation, is_empty, judgement, shown
 
 QUESTIONS = ("prompt", "question", "instruction", "query", *CHATS)
 ANSWERS = {"chosen": "rejected", "response_j": "response_k", "chosen_response": "rejected_response"}  # better: worse
@@ -69,6 +69,9 @@ def pair_of(chosen: list[Message], rejected: list[Message]) -> Pair:
     for name, side in (("chosen", chosen), ("rejected", rejected)):
         if len(side) == shared or side[-1]["role"] != "assistant":
             raise RowError(f"{name} does not end with an answer of the assistant's")
+    for side in (chosen, rejected):
+        if all(message.get("weight") == 0 for message in side[shared:] if message["role"] == "assistant"):
+            raise RowError("an answer is not to be learned", "not to be learned", harmless=True)
     return Pair(chosen, rejected, shared)
 
 
@@ -140,7 +143,9 @@ def kto_formats(settings: SourceSettings, unused: Counter[str]) -> RowFormats:
     """
     formats = {
         f"{name}-{label}": RowFormat(
-            (*found.required, label), functools.partial(_judged, convert=found.convert, column=label), found.optional
+            (*found.required, label),
+            functools.partial(_judged, convert=found.convert, column=label),
+            (*found.optional, *LABELS),
         )
         for label in LABELS
         for name, found in spoken().items()
@@ -149,12 +154,14 @@ def kto_formats(settings: SourceSettings, unused: Counter[str]) -> RowFormats:
 
 
 def _judged(row: Row, convert: Callable[[Row], Conversation], column: str) -> Judged:
-    label = row[column]
-    if isinstance(label, str):  # as tables of text alone have it
-        label = {"true": True, "false": False}.get(label.lower(), label)
-    if not isinstance(label, bool):
-        raise RowError(f"expected true or false in column {column!r}, found {type(label).__name__}")
+    label = judgement(row[column])
+    if label is None:
+        raise RowError(f"expected true or false (1 or 0, good or bad) in column {column!r}, found {shown(row[column])}")
+    if any(judgement(row[name]) is not label for name in LABELS if not is_empty(row.get(name))):
+        raise RowError(f"columns {' and '.join(map(repr, LABELS))} contradict each other", "contradicting labels")
     messages = convert(row)
+    if messages[-1].get("weight") == 0:
+        raise RowError("its answer is not to be learned", "not to be learned", harmless=True)
     if messages[-1]["role"] != "assistant":
         raise RowError("the conversation does not end with an answer of the assistant's")
     return Judged(messages, label)

@@ -15,6 +15,7 @@ from typing import Any
 from slmkit.config import UserError, did_you_mean
 from slmkit.data.source_settings import SourceSettings
 from slmkit.data.sources.documents import BadRow, Conversation, Message
+from slmkit.data.sources.folders import SPLITS
 from slmkit.data.sources.turns import (
     EXAMPLE,
     MEDIA,
@@ -26,15 +27,20 @@ from slmkit.data.sources.turns import (
     conversation,
     from_json,
     is_empty,
+    is_on_learning,
+    judgement,
     shown,
 )
 
 Row = dict[str, Any]
 NO_COLUMN = "no such column"  # the reason of rows whose columns no format has
-SYSTEM = ("system", "system_prompt")
+SYSTEM = ("system", "system_prompt", "system_message")
 HISTORY = "history"  # earlier exchanges: a list of [question, answer]
 CONTEXT = ("input", "context")  # what a question is about
 LABELS = ("label", "kto_tag")
+# Of conversations these are refused where they look like a judgement on the answer.
+JUDGED = (*LABELS, "labels", "rating", "feedback", "verdict", "judgement", "judgment", "desirable", "is_good", "thumbs")
+DROPPED = ("deleted", "is_deleted", "skip", "ignore", "exclude")  # true: not learned
 CHATS = ("messages", "conversations", "conversation", "dialogue")
 # A question and its answer, in the order in which they are looked for.
 EXCHANGES = {
@@ -51,7 +57,10 @@ EXCHANGES = {
     "input-output": ("input", "output"),
 }
 # What changes a conversation, so that it is refused where a format has no use for it.
-MEANING = (*TOOLS, *SYSTEM, HISTORY, *REASONING, *MEDIA, "tool_calls", "chat_template", "chat_template_kwargs")
+MEANING = (
+    *TOOLS, *SYSTEM, HISTORY, *REASONING, *MEDIA, "tool_calls", "chat_template", "chat_template_kwargs", "inputs",
+    "options", "choices", "rejected_response",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -131,8 +140,11 @@ class RowFormats:
         """The columns of a table that may be used, or say that a row is refused."""
         names = self.renamed(columns)
         used = {c for one in self.formats.values() if {*names}.issuperset(one.required) for c in one.used}
-        used.update((*self.meaning, *WEIGHTS, *LABELS) if self.meaning else ("train",))
-        return [column for column, name in zip(columns, names) if name in used]
+        used.update((*self.meaning, *WEIGHTS, *DROPPED, "split", *(JUDGED if self.meaning else ())))
+        return [column for column, name in zip(columns, names) if name in used or self._on_learning(name, "?")]
+
+    def _on_learning(self, name: str, value: Any) -> bool:
+        return bool(self.meaning) and name not in (*WEIGHTS, *DROPPED) and is_on_learning(name, value)
 
     def convert(self, place: str, row: Any) -> Any:
         """What a row means, or a `BadRow`, or the place of one that is text saying what is wrong with it."""
@@ -173,22 +185,24 @@ class RowFormats:
         return BadRow(NO_COLUMN, f"{place}: {line}; data.columns names them, such as {{{mapped}}}", rows)
 
     def _expect_nothing_lost(self, row: Row, found: RowFormat) -> None:
-        for name in (*self.meaning, *(LABELS if self.what == "conversations" else ())):
-            if name in found.used or is_empty(value := row.get(name)):
+        split = row.get("split")
+        wanted = SPLITS.get(self.settings.split.lower(), self.settings.split)
+        if isinstance(split, str) and SPLITS.get(split.strip().lower(), wanted) != wanted:
+            raise RowError(f"column 'split' says {split}; set split to read it", f"of split {split}", harmless=True)
+        for name, value in row.items():
+            if name in found.used or is_empty(value):
                 continue
-            if name not in LABELS:
-                raise RowError(f"column {name!r} has a meaning that would be lost; drop it", f"column {name!r}")
-            if isinstance(value, bool):
-                raise RowError(
-                    f"column {name!r} labels the answer good or bad: objective: kto (prepare --judged)",
-                    "labelled answers",
-                )
-        for name in WEIGHTS if self.meaning else ("train",):
-            value = None if name in found.used or is_empty(row.get(name)) else row[name]
-            if value is False or (self.meaning and value == 0):
+            said = judgement(value)
+            if (name in WEIGHTS and said is False) or (name in DROPPED and said):
                 raise RowError(f"column {name!r} says {value}: not to be learned", "not to be learned", harmless=True)
-            if self.meaning and value not in (None, 1):
+            if self.meaning and name in WEIGHTS and not said:
                 raise RowError(f"column {name!r}: weight {shown(value)}; expected 1 or 0", f"column {name!r}")
+            if name in self.meaning or self._on_learning(name, value):
+                raise RowError(f"column {name!r} has a meaning that would be lost; drop it", f"column {name!r}")
+            if self.what == "conversations" and name in JUDGED and _is_a_label(name, value):
+                mapped = "" if name in LABELS else f" with data.columns: {{label: {name}}}"
+                hint = f"objective: kto (prepare --judged){mapped}"
+                raise RowError(f"column {name!r} labels the answer good or bad: {hint}", "labelled answers")
 
     def _placed(self, value: Any, place: str) -> Any:
         parts = [value] if isinstance(value, str | list) else [*value]  # a pair or a judged answer
@@ -197,6 +211,11 @@ class RowFormats:
                 part.place = place
                 self.unused.update(f"{key!r} of messages" for key in part.unused)
         return value if isinstance(value, str | list) else value._replace(place=place)
+
+
+def _is_a_label(name: str, value: Any) -> bool:
+    """Whether it looks like a judgement: a rating of 1 may be one of five."""
+    return (judgement(value) is not None and (name in LABELS or value != 1)) or value in (-1, "-1")
 
 
 EXAMPLES = ("text", "preference", "prompt-completion-label", "prompt-completion")  # of a mapping, in an error
@@ -225,14 +244,18 @@ def text_formats(settings: SourceSettings, unused: Counter[str]) -> RowFormats:
         {
             "text": RowFormat(("text",), lambda row: text_in(row, "text")),
             # nampdn-ai/tiny-codes
-            "prompt-response": RowFormat(
-                ("prompt", "response"), lambda row: f"{text_in(row, 'prompt')}\n\n{text_in(row, 'response')}"
-            ),
+            "prompt-response": RowFormat(("prompt", "response"), _asked_and_said, (*SYSTEM, *CONTEXT, HISTORY)),
         },
         settings,
         (),
         unused,
     )
+
+
+def _asked_and_said(row: Row) -> str:
+    if name := next((name for name in (*SYSTEM, *CONTEXT, HISTORY) if not is_empty(row.get(name))), None):
+        raise RowError(f"column {name!r} belongs to a conversation: objective: sft, or drop it", f"column {name!r}")
+    return f"{text_in(row, 'prompt')}\n\n{text_in(row, 'response')}"
 
 
 def chat_formats(settings: SourceSettings, unused: Counter[str]) -> RowFormats:

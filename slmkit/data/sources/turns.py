@@ -8,6 +8,7 @@ other key that is not empty is counted.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,7 +27,44 @@ ROLES = {
 }  # fmt: skip
 CALLS = ("function_call", "tool_call")  # roles whose text is a call, as JSON
 ROLE, CONTENT = ("role", "from"), ("content", "value", "text")
-WEIGHTS = ("weight", "loss_weight", "train", "training", "loss")  # 0 or false: not learned
+# 0 or false: not learned
+WEIGHTS = ("weight", "loss_weight", "train", "training", "loss", "trainable", "learn", "do_train")
+# Other names that say what is learned, some of them the other way round: refused, unless they say that it is learned.
+ON_LEARNING = re.compile(
+    r"(?:(?<![a-z])(?:is|do)?|(?<=[a-z])(?=[A-Z]))"
+    r"(?:([Mm]ask|(?:un|not?)_?(?:train|learn|loss))|([Ii]gnor|[Ss]kip|[Dd]elet|[Ee]xclu[ds])|[Tt]rain|[Ll]earn|[Ll]oss|[Ww]eight)"
+)
+# Words of a judgement, on an answer or on whether something is learned.
+GOOD = (
+    "true",
+    "1",
+    "1.0",
+    "yes",
+    "good",
+    "desirable",
+    "chosen",
+    "accepted",
+    "preferred",
+    "correct",
+    "thumbs up",
+    "like",
+    "👍",
+)
+BAD = (
+    "false",
+    "0",
+    "0.0",
+    "no",
+    "bad",
+    "undesirable",
+    "rejected",
+    "incorrect",
+    "wrong",
+    "thumbs down",
+    "dislike",
+    "👎",
+)
+JUDGEMENTS = dict.fromkeys(GOOD, True) | dict.fromkeys(BAD, False)
 REASONING = ("reasoning_content", "reasoning", "thinking")
 TOOLS = ("tools", "functions")
 USED = {*ROLE, *CONTENT, *WEIGHTS, *REASONING, *TOOLS, "tool_calls", "function_call", "name", "tool_call_id"}
@@ -52,6 +90,21 @@ def is_empty(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(map(is_empty, value))
     return value is None or (isinstance(value, float) and value != value)
+
+
+def judgement(value: Any) -> bool | None:
+    """Whether a value says true or good, or false or bad; None where it says neither."""
+    if isinstance(value, int | float) and value in (0, 1):
+        return bool(value)
+    return JUDGEMENTS.get(re.sub(r"[\s_-]+", " ", value.strip().lower())) if isinstance(value, str) else None
+
+
+def is_on_learning(name: str, value: Any) -> bool:
+    """Whether a key that is not among `WEIGHTS` may say that something is not learned."""
+    kinds = set() if is_empty(value) else {match.lastindex for match in ON_LEARNING.finditer(name)}
+    if not kinds or len(kinds) > 1 or 1 in kinds:
+        return bool(kinds)
+    return judgement(value) is not (None in kinds)  # 2: names that say the opposite
 
 
 def conversation(turns: list[Any], tools: Any = None, column: str = "messages") -> Conversation:
@@ -143,7 +196,7 @@ def _account_for_keys(turn: dict[str, Any], found: Conversation) -> None:
     for key, value in turn.items():
         if key in USED or is_empty(value):
             continue
-        if key in REFUSED:
+        if key in REFUSED or is_on_learning(key, value) or (key == "channel" and value != "final"):
             raise RowError(f"has {key!r}, which is not read", f"messages with {key!r}")
         found.unused.append(key)
     if not is_empty(tools := _first(turn, TOOLS)):
