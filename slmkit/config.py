@@ -188,17 +188,25 @@ def _apply(content: Any, override: str) -> None:
         raise UserError(f"{override!r}: expected key=value, such as train.learning_rate=3e-4")
     *parents, leaf = key.split(".")
     for name in parents:
-        content = content.setdefault(name, {}) if isinstance(content, dict) else content[_entry(content, name, key)]
+        if isinstance(content, dict) and content.get(name) is None:
+            content[name] = {}  # a section that was null
+        content = content[name if isinstance(content, dict) else _entry(content, name, key)]
         if not isinstance(content, dict | list):
             raise UserError(f"{key}: {name!r} is a single value, so it has no keys below it")
+    content[leaf if isinstance(content, dict) else _entry(content, leaf, key)] = value_of(text)
+
+
+def value_of(text: str) -> Any:
+    """What stands behind the `=` of an override, as YAML has it."""
     try:
-        value = yaml.load(text, Loader=_Loader) if text else ""
+        return yaml.load(text, Loader=_Loader) if text else ""
     except yaml.YAMLError:
-        value = text
-    content[leaf if isinstance(content, dict) else _entry(content, leaf, key)] = value
+        return text
 
 
 def _entry(content: list[Any], name: str, key: str) -> int:
+    if not content:
+        raise UserError(f"{key}: the list is empty, so it has no entry {name!r}: set the whole list")
     if not name.isdecimal() or int(name) >= len(content):
         raise UserError(f"{key}: {name!r} is not an entry of a list of {len(content)}: number them from 0")
     return int(name)
@@ -257,14 +265,14 @@ def _place(kind: type[Settings], location: Sequence[Any]) -> str:
     """The dotted key of a problem, without pydantic's names for the branches of a union."""
     parts: list[str] = []
     for part in map(str, location):
-        if part.isdigit() or not parts or part in _fields_at(kind, parts):
+        if part.isdigit() or not parts or part in fields_at(kind, parts):
             parts.append(part)
     return ".".join(parts)
 
 
 def _nearest_key(kind: type[Settings], location: Sequence[str]) -> str:
     """The key that was meant, beside the wrong one or anywhere else below `kind`."""
-    word, known = location[-1], _fields_at(kind, location[:-1])
+    word, known = location[-1], fields_at(kind, location[:-1])
     hint, section = kind.hints.get(word.lower().replace("-", "_"), ""), ".".join([*location[:-1], ""])
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if (hint.startswith(section) and hint) or (hint and not near):
@@ -286,7 +294,7 @@ def _dotted_keys(kind: type[Settings], above: str = "") -> Iterator[str]:
             yield from _dotted_keys(inner, f"{above}{name}.")
 
 
-def _fields_at(kind: type[Settings], location: Sequence[str]) -> list[str]:
+def fields_at(kind: type[Settings], location: Sequence[str]) -> list[str]:
     """The names of the settings at a dotted place below `kind`."""
     for name in location:
         if name.isdigit():  # a place in a list
