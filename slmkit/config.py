@@ -79,6 +79,21 @@ def arguments_checked(call: Callable[P, T]) -> Callable[P, T]:
     return checked
 
 
+def kind_of_value(value: object) -> str:
+    """What a value is, in the words that errors use: nothing, true or false, a whole number, text, a list, …"""
+    if value is None:
+        return "nothing"
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", bytes: "bytes"}
+    words |= {list: "a list", tuple: "a list", Mapping: "an object"}
+    found = next((word for kind, word in words.items() if isinstance(value, kind)), None)
+    return found or f"a value of type {type(value).__name__}"
+
+
+def spelled(value: object) -> str:
+    """A value as errors show it: as Python spells it, but for nothing, true and false."""
+    return "nothing" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+
+
 def methods_checked(owner: type[T]) -> type[T]:
     """A class all of whose public methods are `arguments_checked`, but for those that take any keyword."""
     for name, method in list(vars(owner).items()):
@@ -173,17 +188,25 @@ def _apply(content: Any, override: str) -> None:
         raise UserError(f"{override!r}: expected key=value, such as train.learning_rate=3e-4")
     *parents, leaf = key.split(".")
     for name in parents:
-        content = content.setdefault(name, {}) if isinstance(content, dict) else content[_entry(content, name, key)]
+        if isinstance(content, dict) and content.get(name) is None:
+            content[name] = {}  # a section that was null
+        content = content[name if isinstance(content, dict) else _entry(content, name, key)]
         if not isinstance(content, dict | list):
             raise UserError(f"{key}: {name!r} is a single value, so it has no keys below it")
+    content[leaf if isinstance(content, dict) else _entry(content, leaf, key)] = value_of(text)
+
+
+def value_of(text: str) -> Any:
+    """What stands behind the `=` of an override, as YAML has it."""
     try:
-        value = yaml.load(text, Loader=_Loader) if text else ""
+        return yaml.load(text, Loader=_Loader) if text else ""
     except yaml.YAMLError:
-        value = text
-    content[leaf if isinstance(content, dict) else _entry(content, leaf, key)] = value
+        return text
 
 
 def _entry(content: list[Any], name: str, key: str) -> int:
+    if not content:
+        raise UserError(f"{key}: the list is empty, so it has no entry {name!r}: set the whole list")
     if not name.isdecimal() or int(name) >= len(content):
         raise UserError(f"{key}: {name!r} is not an entry of a list of {len(content)}: number them from 0")
     return int(name)
@@ -203,10 +226,11 @@ def _first_problem(kind: type[Settings], error: pydantic.ValidationError, origin
         return f"{where}{message}{more}"
     place, found = _place(kind, location), problem.get("input")
     if problem["type"] in ("model_type", "model_attributes_type", "dict_type") and place in kind.hints:
-        return f"{where}{place}: expected keys below it, found {found!r}; {did_you_mean(place, [], kind.hints)}{more}"
+        near = did_you_mean(place, [], kind.hints)
+        return f"{where}{place}: expected keys below it, found {spelled(found)}; {near}{more}"
     expected = list(dict.fromkeys(_expected(each) for each in problems if _place(kind, each["loc"]) == place))
     more = f" (and {len(problems) - len(expected)} more)" if len(problems) > len(expected) else ""
-    shown = "" if problem["type"] == "missing" or isinstance(found, dict) else f", found {found!r}"
+    shown = "" if problem["type"] == "missing" or isinstance(found, dict) else f", found {spelled(found)}"
     return f"{where}{place}: {' or '.join(expected).replace(' or expected', ' or')}{shown}{more}"
 
 
@@ -241,14 +265,14 @@ def _place(kind: type[Settings], location: Sequence[Any]) -> str:
     """The dotted key of a problem, without pydantic's names for the branches of a union."""
     parts: list[str] = []
     for part in map(str, location):
-        if part.isdigit() or not parts or part in _fields_at(kind, parts):
+        if part.isdigit() or not parts or part in fields_at(kind, parts):
             parts.append(part)
     return ".".join(parts)
 
 
 def _nearest_key(kind: type[Settings], location: Sequence[str]) -> str:
     """The key that was meant, beside the wrong one or anywhere else below `kind`."""
-    word, known = location[-1], _fields_at(kind, location[:-1])
+    word, known = location[-1], fields_at(kind, location[:-1])
     hint, section = kind.hints.get(word.lower().replace("-", "_"), ""), ".".join([*location[:-1], ""])
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if (hint.startswith(section) and hint) or (hint and not near):
@@ -270,7 +294,7 @@ def _dotted_keys(kind: type[Settings], above: str = "") -> Iterator[str]:
             yield from _dotted_keys(inner, f"{above}{name}.")
 
 
-def _fields_at(kind: type[Settings], location: Sequence[str]) -> list[str]:
+def fields_at(kind: type[Settings], location: Sequence[str]) -> list[str]:
     """The names of the settings at a dotted place below `kind`."""
     for name in location:
         if name.isdigit():  # a place in a list

@@ -32,7 +32,7 @@ def find_tokenizer_directory(path: str | Path) -> Path:
     """
     if is_gpt2(path):
         return Path(path)
-    return _find(path, "tokenizer.json", weights=False)
+    return _find(path, "tokenizer.json", "tokenizer.json.gz", "tokenizer.model", weights=False)
 
 
 def is_gpt2(path: str | Path) -> bool:

@@ -49,6 +49,11 @@ def test_an_override_does_not_change_the_mapping_it_was_given() -> None:
     assert content == {"train": {"warmup_steps": 5}}
 
 
+def test_a_section_that_is_null_is_filled_by_what_is_set_below_it() -> None:
+    loaded = load_settings(Outer, {"maybe": None, "train": None}, ["maybe.warmup_steps=7", "train.warmup_steps=8"])
+    assert loaded == Outer(maybe=Inner(warmup_steps=7), train=Inner(warmup_steps=8))
+
+
 def test_an_entry_of_a_list_is_overridden_by_its_number() -> None:
     content = {"many": [{"warmup_steps": 5}, {"warmup_steps": 6}]}
     loaded = load_settings(Outer, content, ["many.1.warmup_steps=7", "lambda=2"])
@@ -70,6 +75,8 @@ def test_an_entry_of_a_list_is_overridden_by_its_number() -> None:
         ({"name": "a"}, ["name.first=x"], "single value"),
         ({"many": [{}]}, ["many.1.warmup_steps=3"], "many.1.warmup_steps: '1' is not an entry of a list of 1"),
         ({"many": [{}]}, ["many.first=3"], "many.first: 'first' is not an entry of a list of 1: number them from 0"),
+        ({"many": []}, ["many.0.warmup_steps=3"], "many.0.warmup_steps: the list is empty, so it has no entry '0'"),
+        ({"maybe": None}, ["maybe.warmup=1"], "unknown key 'maybe.warmup'; did you mean 'warmup_steps'?"),
         ({"many": [{}]}, ["many.0.warmup_step=3"], "unknown key 'many.0.warmup_step'; did you mean 'warmup_steps'?"),
         ({"lamda": 1}, [], "unknown key 'lamda'; did you mean 'lambda'?"),
     ],

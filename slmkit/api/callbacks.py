@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slmkit.config import UserError
+from slmkit.config import UserError, kind_of_value
 from slmkit.data.batch import Batch
 from slmkit.model import Decoder
 from slmkit.training.distributed import Group
@@ -83,7 +83,7 @@ class GivenLoss:
     def __call__(self, model: Decoder, batch: Batch) -> Loss:
         total = self.loss(model(batch.ids, documents=batch.documents), batch)
         if not isinstance(total, Tensor) or total.dim() or not total.requires_grad:
-            found = f"a tensor {list(total.shape)}" if isinstance(total, Tensor) else type(total).__name__
+            found = f"a tensor {list(total.shape)}" if isinstance(total, Tensor) else kind_of_value(total)
             raise UserError(
                 f"loss: expected a tensor of one number with a gradient, the sum over labels, found {found}"
             )
@@ -123,7 +123,7 @@ class TorchSchedule:
 def check_optimizer(optimizer: Any, model: torch.nn.Module) -> None:
     """Raises `UserError` unless it updates all that is trained of `model`, and nothing else."""
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise UserError(f"optimizers: expected (optimizer, scheduler or None), found {type(optimizer).__name__} first")
+        raise UserError(f"optimizers: expected (optimizer, scheduler or None), found {kind_of_value(optimizer)} first")
     has = {id(p) for group in optimizer.param_groups for p in group["params"]}
     wanted = {id(p): name for name, p in trained(model).items()}
     if has - wanted.keys():

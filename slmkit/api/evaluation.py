@@ -25,9 +25,9 @@ LENGTH = 2048  # tokens of a row, for models that have read longer ones
 class TextFigures:
     """How well a model predicts a text. `left_out` has a line for each reason for which rows were not read."""
 
-    documents: int
+    documents: int  # those that were evaluated
     report: LossReport
-    bits_per_byte: float | None  # None of conversations, of which only the answers are predicted
+    bits_per_byte: float  # of conversations: over the text of the answers, which alone are predicted
     length: int  # tokens of a row
     left_out: list[str]
 
@@ -57,13 +57,31 @@ def evaluate_text(
         raise UserError(f"{model}: it reads at most {config.max_position_embeddings:,} tokens at once: lower --length")
     reading = Reading([source])
     with tempfile.TemporaryDirectory(prefix="slmkit-eval-") as folder:
-        shards = (
-            write_conversations(reading.conversations(tokenizer, length), tokenizer, f"{folder}/shards")
-            if chat
-            else prepare_text(reading.documents(), tokenizer, f"{folder}/shards")
-        )
+        try:
+            shards = (
+                write_conversations(reading.conversations(tokenizer, length), tokenizer, f"{folder}/shards")
+                if chat
+                else prepare_text(reading.documents(), tokenizer, f"{folder}/shards")
+            )
+        except UserError as error:
+            problem, of_a_recipe, _ = str(error).partition(": objective: ")
+            if not of_a_recipe:
+                raise
+            raise UserError(
+                f"{problem}; eval reads text, or conversations with --chat; pairs are not evaluated"
+            ) from None
         rows = ChatRows(shards, length) if chat else DocumentRows(shards, length)
         report = validation_loss(decoder, rows, where, progress=progress)
-        left_out = [*reading.report(), *(rows.report() if chat else [])]
-    bits = None if chat else report.bits_per_byte(shards.header.text_bytes)
-    return TextFigures(shards.header.documents, report, bits, length, left_out)
+        left_out = reading.report()
+        if isinstance(rows, ChatRows):
+            documents, text_bytes = len(rows.starts) - rows.untrained, _learned_bytes(rows, tokenizer)
+        else:
+            documents, text_bytes = shards.header.documents, shards.header.text_bytes
+    return TextFigures(documents, report, report.bits_per_byte(text_bytes), length, left_out)
+
+
+def _learned_bytes(rows: ChatRows, tokenizer: SLMTokenizer) -> int:
+    """The UTF-8 length of what is learned of conversations, without special tokens."""
+    spans = [(start + 1, stop) for start, stop in zip(rows.starts.tolist(), rows.stops.tolist())]
+    learned = [rows.shards.tokens_in(*span)[rows.shards.trained_in(*span)].tolist() for span in spans]
+    return sum(len(tokenizer.decode(ids, skip_special_tokens=True).encode()) for ids in learned)

@@ -47,13 +47,13 @@ def _new_model(recipe: Recipe, tokenizer: SLMTokenizer) -> Start:
         "vocab_size": max(len(tokenizer), recipe.model.changes.get("vocab_size", 0)),
         "eos_token_id": sorted(tokenizer.stop_token_ids),
         "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
     }
-    if tokenizer.bos_token_id is not None:
-        known["bos_token_id"] = tokenizer.bos_token_id
     for name, value in known.items():
         given = recipe.model.changes.get(name)
         if given is not None and value not in (given, [given]):
-            raise UserError(f"model.{name} is {given} and the tokenizer's {value}: leave it out")
+            found = "the tokenizer has none" if value is None else f"the tokenizer's {value}"
+            raise UserError(f"model.{name} is {given} and {found}: leave it out")
     config = recipe.model.build_config(**known)
     return build_decoder(config, recipe.seed, recipe.model.initialization), config, WholeModel(config)
 

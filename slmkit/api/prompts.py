@@ -10,6 +10,7 @@ from slmkit.training.recipe import Recipe
 
 WORDS, CHARACTERS = 5, 40  # of a text's beginning
 LONGEST_QUESTION = 100  # characters
+QUESTION_WORDS = 3
 LOOKED_AT = 50  # documents
 MARK = "QUESTION"
 
@@ -23,25 +24,25 @@ def with_prompts(recipe: Recipe, corpus: Corpus) -> Recipe:
 
 
 def prompts_of(corpus: Corpus, reads: Reads) -> list[str]:
-    """One prompt: how a held-out text begins, or what is asked at the end of a held-out conversation's first question.
+    """One prompt: how a held-out text begins, or the shortest first question of the held-out conversations that has
+    `QUESTION_WORDS` or more; where none has, the shortest.
 
     Empty where none of the first documents has a short one.
     """
     shards, tokenizer = corpus.validation, corpus.tokenizer
     ends = shards.document_ends[:LOOKED_AT].tolist()
     around = None if reads == "text" else _around_a_question(corpus)
+    questions = []
     for start, end in zip([0, *ends], ends):
         if around is None:
-            prompt = _beginning(
-                tokenizer.decode(shards.tokens_in(start, min(end, start + 64)), skip_special_tokens=True)
-            )
+            head = shards.tokens_in(start, min(end, start + 64))
+            if prompt := _beginning(tokenizer.decode(head, skip_special_tokens=True)):
+                return [prompt]
         else:
             learned = shards.trained_in(start, end)
             asked = shards.tokens_in(start, start + int(learned.argmax()))
-            prompt = _question(tokenizer.decode(asked), *around)
-        if prompt:
-            return [prompt]
-    return []
+            questions.append(_question(tokenizer.decode(asked), *around))
+    return sorted(filter(None, questions), key=lambda asked: (len(asked.split()) < QUESTION_WORDS, len(asked)))[:1]
 
 
 def _beginning(text: str) -> str:
@@ -62,6 +63,9 @@ def _around_a_question(corpus: Corpus) -> tuple[str, str]:
 
 
 def _question(text: str, before: str, behind: str) -> str:
-    """The last message in a rendered conversation; empty where there is none, or a long one."""
-    _, found, question = text.removesuffix(behind).rpartition(before)
-    return question.strip() if before and found and len(question) <= LONGEST_QUESTION and "\n" not in question else ""
+    """The first message in a rendered conversation; empty where there is none, or a long one."""
+    if not (before and behind):
+        return ""
+    _, found, rest = text.partition(before)
+    question = rest.partition(behind)[0]
+    return question.strip() if found and len(question) <= LONGEST_QUESTION and "\n" not in question else ""

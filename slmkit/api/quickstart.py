@@ -75,7 +75,9 @@ def train_quickstart(
         except RunStopped:
             if stop.is_asked:  # by the user
                 raise
-            reporter.warn(f"the machine became slower: {root}/{part} is stopped early; `slm resume` goes on with it")
+            reporter.warn(
+                f"the machine became slower: {root}/{part} is stopped early; to finish it: slm resume {root}/{part}"
+            )
             return RunDirectory(root / part)
 
     _tell_the_plan(minutes, target - time.monotonic(), primer, reporter)
@@ -132,8 +134,8 @@ def _tell_the_plan(minutes: float, seconds: float, primer: float, reporter: Repo
     )
     if share < FLUENT:
         reporter.warn(
-            f"after so little text most sentences come out wrong: --minutes {math.ceil(FLUENT * whole / 60)} or more "
-            "makes a model that speaks"
+            "too little time for sentences here; this only shows the steps. For a model that speaks: "
+            f"slm quickstart --minutes {math.ceil(FLUENT * whole / 60)}"
         )
 
 

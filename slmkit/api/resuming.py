@@ -106,10 +106,12 @@ def said_of_length(before: Plan, after: Plan, replanned: Plan, train: TrainSetti
     if train.lr_schedule_steps is None:
         was = f", where it would have been {rate(before, step)}" if step else ""
         return f"the learning rate is planned anew over {after.steps} steps: {rate(after, step)} at the next step{was}"
+    now, last, anew = rate(after, step), rate(after, after.steps - 1), rate(replanned, step)
+    ahead = now if now == last else f"{now} at the next step, {last} at the last"
+    otherwise = "" if anew == now else f": {anew} at the next step"
     return (
-        f"the learning rate keeps to its schedule over {train.lr_schedule_steps} steps: {rate(after, step)} at the "
-        f"next step, {rate(after, after.steps - 1)} at the last (--replan would spread it over all {after.steps}: "
-        f"{rate(replanned, step)} at the next step)"
+        f"the learning rate keeps to its schedule over {train.lr_schedule_steps} steps: {ahead} "
+        f"(--replan would spread it over all {after.steps}{otherwise})"
     )
 
 

@@ -17,7 +17,7 @@ from types import ModuleType
 
 import numpy as np
 
-from slmkit.config import UserError, did_you_mean
+from slmkit.config import UserError, did_you_mean, kind_of_value
 
 # reward(prompt, answer, known) → any number; 1 is what a right answer is usually worth.
 Reward = Callable[[str, str, str], float]
@@ -103,7 +103,7 @@ def worth(name: str, reward: Reward, prompt: str, answer: str, known: str) -> fl
     is_number = isinstance(value, Real | np.number) or (getattr(value, "shape", None) == () and hasattr(value, "item"))
     if not is_number or not math.isfinite(value):
         raise UserError(
-            f"grpo.reward {name}: returned {_short(value)} ({type(value).__name__}) for the answer {_short(answer)}; "
+            f"grpo.reward {name}: returned {_short(value)} ({kind_of_value(value)}) for the answer {_short(answer)}; "
             "expected one finite number"
         )
     return float(value)

@@ -13,11 +13,10 @@ from slmkit.api.distill import with_the_teachers_tokenizer
 from slmkit.api.models import at_commits, model_for
 from slmkit.api.prompts import with_prompts
 from slmkit.api.reporter import SILENCE, Reporter
-from slmkit.api.resuming import (
-    expect_the_same,
-)
+from slmkit.api.resuming import expect_the_same
 from slmkit.api.session import Session, open_run
 from slmkit.api.vocabulary import tokenizer_of_base
+from slmkit.config import UserError
 from slmkit.data.corpus import build_corpus, open_corpus
 from slmkit.data.stream import DocumentRows
 from slmkit.device import Device, find_device
@@ -28,12 +27,7 @@ from slmkit.hub import spelled
 from slmkit.model import SLMConfig
 from slmkit.model.adapter_directory import config_directory, is_adapter
 from slmkit.model.config import TRAINING_FIELDS
-from slmkit.training.changes import (
-    NOW,
-    changes_between,
-    expect_obeyable,
-    recipe_at,
-)
+from slmkit.training.changes import NOW, changes_between, expect_obeyable, of_absent_sections, recipe_at
 from slmkit.training.checkpoints import complete_checkpoints, kept_in
 from slmkit.training.distributed import Group, join
 from slmkit.training.find import find_run
@@ -72,9 +66,13 @@ def train_recipe(
             session = open_run(RunDirectory(group.from_main("")), device, group)
         if not dry_run:
             resume = group.from_main(bool(complete_checkpoints(session.run.checkpoints)))
+            if not resume:
+                reporter.say(f"  Whole rows of the x-ray: {session.run.root / 'xray.md'}")
             session.run_to_the_end(reporter, resume, stop)
         elif group.is_main:
             shutil.rmtree(session.run.root)
+            steps = f"{session.plan.steps:,} step{'' if session.plan.steps == 1 else 's'}"
+            reporter.say(f"dry run: nothing was written; without --dry-run it trains {steps}")
     return session.run
 
 
@@ -89,14 +87,19 @@ def resume_run(
     a run, and for what it stands on and has changed beneath it.
     """
     run = RunDirectory(find_run(directory))
-    recipe = load_recipe(run.recipe, overrides, reporter.say)
+    try:
+        recipe = load_recipe(run.recipe, overrides, reporter.say)
+    except UserError:  # perhaps of a section that the run does not have: that it cannot get one is the better reason
+        if prepared := recipe_at(run.described(), NOW):
+            expect_obeyable(run.root, prepared, of_absent_sections(prepared, overrides), overrides)
+        raise
     check_trackers(recipe.train.report_to)
     device = find_device(recipe.train.device, recipe.train.precision)
     with join(device, recipe.train.ddp_timeout) as group, contextlib.ExitStack() as held:
         reporter = reporter if group.is_main else SILENCE
         if group.is_main:
             held.enter_context(run.held())
-            session = _go_on(run, recipe, device, group, reporter, replan)
+            session = _go_on(run, recipe, device, group, reporter, replan, overrides)
             group.from_main(True)
         else:
             group.from_main(True)
@@ -109,7 +112,13 @@ def resume_run(
 
 
 def _go_on(
-    run: RunDirectory, recipe: Recipe, device: Device, group: Group, reporter: Reporter, replan: bool
+    run: RunDirectory,
+    recipe: Recipe,
+    device: Device,
+    group: Group,
+    reporter: Reporter,
+    replan: bool = False,
+    overrides: Sequence[str] = (),
 ) -> Session:
     """The session of a run that was begun, with its recipe as it was edited; on the first process alone."""
     if not run.environment.is_file():
@@ -117,7 +126,7 @@ def _go_on(
         return _build(run, recipe, device, group, reporter, force=False)
     prepared = recipe_at(run.described(), NOW)
     if prepared is not None:
-        expect_obeyable(run.root, prepared, changes_between(prepared, recipe))
+        expect_obeyable(run.root, prepared, changes_between(prepared, recipe), overrides)
     session = open_run(run, device, group, reporter, recipe)
     expect_the_same(run, session.corpus, session.fingerprints)
     if prepared is not None:
@@ -134,7 +143,7 @@ def _prepare(
     if found is not None:
         held.enter_context(found.held())
         reporter.say(f"{found.root}: continuing the run of this job, as its recipe.yaml says")
-        return _go_on(found, load_recipe(found.recipe), device, group, reporter, replan=False)
+        return _go_on(found, load_recipe(found.recipe), device, group, reporter)
     run = new_run_directory(recipe.output_dir)
     held.enter_context(run.held())
     if run.root != Path(recipe.output_dir):

@@ -18,7 +18,7 @@ from slmkit.data.corpus import Corpus, open_corpus
 from slmkit.device import Device
 from slmkit.model import Decoder, SLMConfig
 from slmkit.model.sizes import parameter_count
-from slmkit.training.changes import PROCESSES, SHARING, Change, changes_between, is_of_length
+from slmkit.training.changes import PROCESSES, Change, changes_between, is_of_length
 from slmkit.training.checkpoints import newest_intact, step_of
 from slmkit.training.distributed import ALONE, Group
 from slmkit.training.inventory import blueprint_of
@@ -121,7 +121,9 @@ class Session:
         ranks = self.run.described().get(PROCESSES, 1)
         if ranks != self.group.world:
             changes.append(Change(PROCESSES, ranks, self.group.world))
-        if draws_by_process(self.recipe, self.config) and any(change.key in SHARING for change in changes):
+        share = -(-self.stream.rows_per_step // self.group.world)  # rows of a process
+        was, now = (min(plan.rows_per_micro_batch, share) for plan in (self._plan_of(prepared), self.plan))
+        if draws_by_process(self.recipe, self.config) and (ranks != self.group.world or was != now):
             reporter.warn(
                 "dropout and sampled answers follow how rows are shared out, which has changed: the run differs from "
                 "the one that it would have been by more than rounding"
@@ -160,7 +162,7 @@ class Session:
         is_all = rows is not None and (self.plan.steps + 1) * self.stream.rows_per_step > rows
         ends = f" (then the data ends: {self.recipe.data.when_exhausted})" if is_all else ""
         return (
-            f"{parameters}, {tokens} training tokens, "
+            f"{parameters}, {tokens} training tokens in the data, "
             f"{self.plan.steps:,} steps of {self.stream.rows_per_step} × {self.length} tokens{ends}, "
             f"{self.device.describe()['device']} in {self.device.describe()['compute_dtype']}"
             + (f", {self.group.world} processes" if self.group.world > 1 else "")

@@ -19,7 +19,7 @@ from slmkit.api.causal_lm import SLMForCausalLM
 from slmkit.api.hooks import Validate
 from slmkit.api.runs import resolved
 from slmkit.api.xray import look
-from slmkit.config import UserError, methods_checked
+from slmkit.config import UserError, kind_of_value, methods_checked
 from slmkit.data.stream import Batches, Rows, Stream
 from slmkit.data.text_dataset import TextDataset
 from slmkit.data.torch_dataset import DatasetRows, ItemFormat, IterableBatches
@@ -251,7 +251,7 @@ def _is_iterable(dataset: Any) -> bool:
         return False
     if isinstance(dataset, Iterable):
         return True
-    raise UserError(f"a data set has __getitem__ and __len__, or __iter__; found {type(dataset).__name__}")
+    raise UserError(f"a data set has __getitem__ and __len__, or __iter__; found {kind_of_value(dataset)}")
 
 
 def run_to_resume(output_dir: str, wanted: bool | str | Path | None) -> Path | None:

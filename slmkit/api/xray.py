@@ -38,7 +38,7 @@ def look(
     say(xray.summary())
     for row in excerpts(xray.rows, vocabulary):
         say(Text.assemble("  ", row))
-    say(f"  {LEGEND} Whole rows: {root / 'xray.md'}")
+    say(f"  {LEGEND}")
     for line in (*xray.notes, *xray.findings):
         say(f"x-ray: {line}")
     if is_chat and hasattr(tokenizer, "prompt_is_history") and not tokenizer.prompt_is_history():

@@ -53,8 +53,16 @@ def evaluate(
             )
         for line in found.left_out:
             reporter.say(line)
-        bits = "" if found.bits_per_byte is None else f"{found.bits_per_byte:.4f}"
         counts = f"{found.documents:,}", f"{found.report.tokens:,}", f"{found.length:,}"
-        rows.append((model, one.label, *counts, f"{found.report.loss:.4f}", f"{found.report.perplexity:.2f}", bits))
+        rows.append(
+            (
+                model,
+                one.label,
+                *counts,
+                f"{found.report.loss:.4f}",
+                f"{found.report.perplexity:.2f}",
+                f"{found.bits_per_byte:.4f}",
+            )
+        )
     columns = ("model", "data", "documents", "predicted tokens", "row", "loss (nats)", "perplexity", "bits per byte")
     print_table(columns, rows, right=columns[2:])

@@ -99,7 +99,7 @@ def _show(ahead: Outlook) -> None:
     if expected.beside:
         lines["model"] += f"; and a second model of {count(expected.beside)} that is not trained"
     if ahead.measured is not None:
-        lines["memory"] += f"; {gibibytes(ahead.measured.memory_bytes)} measured while the speed was"
+        lines["memory"] += f"; {gibibytes(ahead.measured.memory_bytes)} measured in the same steps"
     for name, value in lines.items():
         print(f"{name:<15}{value}")
     print("\nassumptions")
@@ -116,7 +116,7 @@ def _text(ahead: Outlook) -> str:
 
     if ahead.text is None or ahead.epochs is None:
         return f"as much as the steps need: {count(ahead.ahead.tokens)} tokens, if each is read once"
-    text = f"about {count(ahead.text)} tokens, read {ahead.epochs:.1f} times (epochs)"
+    text = f"about {count(ahead.text)} tokens, read {ahead.epochs:,.{0 if ahead.epochs > 10 else 1}f} times (epochs)"
     return text + ("; beyond some 16 times little is learned" if ahead.epochs > 16 else "")
 
 

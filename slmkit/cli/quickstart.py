@@ -95,11 +95,11 @@ def _show_figures(trained: Quickstart, decoder: LanguageModel, tokenizer: SLMTok
     print("\nThe figures:\n")
     if losses and perfect:
         print(f"  validation loss           {min(losses):.3f} nats per token")
-        print(f"  loss of a perfect model   {perfect:.3f}, so {min(losses) / perfect - 1:.1%} above it")
-    print(
-        f"  questions answered        {questions.share_right:.1%} of {len(questions.answers)}, word for word"
-        f" (± {questions.standard_error:.1%})"
-    )
+        above = min(losses) / perfect - 1
+        print(f"  loss of a perfect model   {perfect:.3f}" + (f", so {above:.1%} above it" if above < 2 else ""))
+    right, asked = sum(answer.is_right for answer in questions.answers), len(questions.answers)
+    share = f", {questions.share_right:.1%} (± {questions.standard_error:.1%})" if right and asked >= 50 else ""
+    print(f"  questions answered        {right} of {asked} right, word for word{share}")
 
 
 def _show_shares(trained: Quickstart, minutes: float) -> None:

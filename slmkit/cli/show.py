@@ -94,6 +94,12 @@ def suggestion(model: str | Path, source: str | Path | None = None) -> str:
     return f"slm chat {model}" + (f"  (and ask it: {prompts[0]})" if prompts[0] else "")
 
 
+def show_run(root: Path) -> None:
+    """Where a run is, and what to do with it next: the last lines of the commands that train."""
+    print(f"run: {root}")
+    print(f"next: {suggestion(root)}")
+
+
 def gibibytes(size: int) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 

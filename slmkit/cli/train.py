@@ -28,7 +28,7 @@ def train(
     Example: slm train own-text data.source=book.txt output_dir=runs/book
     Example: slm train own-text data.source=book.txt train.max_tokens=3e6 --dry-run
     """
-    from slmkit.cli.show import TerminalReporter, suggestion
+    from slmkit.cli.show import TerminalReporter, show_run
     from slmkit.config import to_yaml
     from slmkit.training.recipe import find_recipe, load_recipe
     from slmkit.training.recipe_checks import expect_ready
@@ -43,8 +43,7 @@ def train(
 
     run = train_recipe(loaded, reporter, dry_run=dry_run, force=force)
     if not dry_run:
-        print(f"run: {run.root}")
-        print(f"next: {suggestion(run.root)}")
+        show_run(run.root)
 
 
 def resume(
@@ -60,13 +59,13 @@ def resume(
 
     Example: slm resume runs/book train.max_tokens=6e6
     """
-    from slmkit.cli.show import TerminalReporter
+    from slmkit.cli.show import TerminalReporter, show_run
     from slmkit.training.find import find_run
 
     find_run(run)  # before anything is loaded
     from slmkit.api import resume_run
 
-    print(f"run: {resume_run(run, TerminalReporter(), overrides or [], replan).root}")
+    show_run(resume_run(run, TerminalReporter(), overrides or [], replan).root)
 
 
 def replay(

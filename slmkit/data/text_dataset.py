@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from slmkit.config import UserError, arguments_checked
+from slmkit.config import UserError, arguments_checked, kind_of_value
 from slmkit.data.packing import IGNORED, padded
 from slmkit.data.stream import Rows
 
@@ -64,7 +64,7 @@ class TextDataset(Dataset, Rows):
         end = [] if eos_id is None else [int(eos_id)]
         for number, text in enumerate(texts):
             if not isinstance(text, str):
-                raise UserError(f"TextDataset: text {number} is no string but a {type(text).__name__}")
+                raise UserError(f"TextDataset: text {number} is {kind_of_value(text)}; expected text")
         self._texts = [np.array([*tokenizer.encode(text), *end], dtype=np.int64) for text in texts if text]
         self._items = self._windows(0)
         self._rows = self._windows(1)  # the last token of a text has no next one: it is no input

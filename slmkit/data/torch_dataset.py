@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from slmkit.config import UserError
+from slmkit.config import UserError, kind_of_value
 from slmkit.data.batch import Batch
 from slmkit.data.packing import IGNORED, padded
 from slmkit.data.stream import Batches, Rows, share_of_rank
@@ -33,7 +33,7 @@ class ItemFormat:
         """
         where = f"item {index:,} of the data set"
         if not isinstance(item, Mapping) or "input_ids" not in item:
-            found = ", ".join(map(str, item)) if isinstance(item, Mapping) else type(item).__name__
+            found = ", ".join(map(str, item)) if isinstance(item, Mapping) else kind_of_value(item)
             raise UserError(f"{where}: expected a dict with input_ids (and labels), found {found}")
         ids, labels = (np.asarray(item.get(name, item["input_ids"])) for name in ("input_ids", "labels"))
         mask = np.asarray(item.get("attention_mask", np.ones(ids.shape[:1])))

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from slmkit.config import Settings, UserError, did_you_mean, load_settings
+from slmkit.config import Settings, UserError, did_you_mean, kind_of_value, load_settings
 from slmkit.find import find_config_directory
 from slmkit.model.adapter_directory import config_directory
 from slmkit.model.families import FULL, SLIDING, families_with, family_of, optional_fields
@@ -189,7 +189,7 @@ class SLMConfig(Settings):
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: not a readable config.json: {error}") from None
         if not isinstance(content, dict):
-            raise UserError(f"{path}: not a readable config.json: expected an object, found {type(content).__name__}")
+            raise UserError(f"{path}: not a readable config.json: expected an object, found {kind_of_value(content)}")
         model_type = content.get("model_type")
         if not isinstance(model_type, str):
             raise UserError(f"{path}: no model_type; expected the name of a family, such as 'llama'")

@@ -78,6 +78,9 @@ def _complete(rope: dict[str, Any], theta: float | None) -> dict[str, Any]:
     rope = dict(rope)
     if "type" in rope:  # transformers before 4.43
         rope.setdefault("rope_type", rope.pop("type"))
+    partial = rope.pop("partial_rotary_factor", None)
+    if partial not in (None, 1.0):
+        raise ValueError(f"partial_rotary_factor is {str(partial)[:80]}: only 1.0 is supported")
     return {"rope_type": "default", "rope_theta": theta or 10_000.0} | rope
 
 

@@ -24,7 +24,8 @@ def rope_of(parameters: dict[str, Any], kind: str, dim: int, max_positions: int)
         _refuse_others(where, own, set())
         return Rope(theta, dim)
     if rope_type == "dynamic":
-        _refuse_others(where, own, {"factor"})
+        # transformers takes max_position_embeddings for the original length, whatever this key says.
+        _refuse_others(where, own, {"factor", "original_max_position_embeddings"})
         return Rope(theta, dim, DynamicNTK(_factor(where, own), max_positions))
     if rope_type not in _SCALINGS:
         raise UserError(f"rope_parameters.rope_type {rope_type!r} is not supported; known: {', '.join(KINDS)}")

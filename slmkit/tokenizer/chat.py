@@ -21,7 +21,7 @@ import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from slmkit.config import UserError
+from slmkit.config import UserError, kind_of_value
 
 # {"role": one of ROLES, "content": text}, and with OpenAI's names "tool_calls", "tool_call_id", "name",
 # "reasoning_content": the template gets all keys but "weight". An assistant's message of weight 0 is read, not learned.
@@ -310,7 +310,7 @@ def _check_message(number: int, message: Any) -> None:
     if role not in ROLES:
         raise ConversationError(f"message {number}: role {_shown(role)}; expected one of {', '.join(ROLES)}")
     if not isinstance(content, str) and not (content is None and calls):
-        raise ConversationError(f"message {number}: content is {type(content).__name__}; expected text")
+        raise ConversationError(f"message {number}: content is {kind_of_value(content)}; expected text")
     if weight not in (None, 0, 1):
         raise ConversationError(f"message {number}: weight {_shown(weight)}; expected 1 (learned) or 0 (only read)")
     if calls:

@@ -6,19 +6,22 @@ here, whole or not at all.
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from slmkit.config import UserError
+from slmkit.config import UserError, kind_of_value
 from slmkit.find import is_gpt2
 from slmkit.tokenizer.byte_level import END_OF_TEXT, PADDING, SPECIALS, TURN_END, TURN_START, is_byte_level
 
 TOKENIZER, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+SENTENCEPIECE = "tokenizer.model"
 NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 MORE_TOKENS = ("additional_special_tokens", "extra_special_tokens")  # transformers 4's name and 5's
 
@@ -74,12 +77,16 @@ def with_tokens(
 
 
 def as_its_class_does(tokenizer: Tokenizer, config: dict[str, Any]) -> Tokenizer:
-    """The tokenizer as `transformers` builds it where the config names `LlamaTokenizer`.
+    """The tokenizer as `transformers` builds it where the config names `LlamaTokenizer` or `GemmaTokenizer`.
 
-    That class puts a space before the first word of a text and, unless `legacy`, behind no special token, whatever
+    The first puts a space before the first word of a text and, unless `legacy`, behind no special token, whatever
     normalizer stands in `tokenizer.json`.
     """
     name = str(config.get("tokenizer_class") or "").removesuffix("Fast")
+    if name == "GemmaTokenizer" and isinstance(tokenizer.model, models.BPE) and not is_byte_level(tokenizer):
+        tokenizer.normalizer = normalizers.Replace(" ", "▁")
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     if name == "LlamaTokenizer" and isinstance(tokenizer.model, models.BPE) and not is_byte_level(tokenizer):
         adds_space = config.get("add_prefix_space") is not False
         scheme = ("always" if config.get("legacy") else "first") if adds_space else "never"
@@ -116,7 +123,12 @@ def read(directory: str | Path) -> Contents:
 
         return Contents(gpt2.gpt2_tokenizer(), dict(gpt2.CONFIG), None)
     path = directory / TOKENIZER
-    text = _read_text(path)
+    text = _read_text(path) or _read_text(path.with_name(f"{TOKENIZER}.gz"))
+    if text is None and (directory / SENTENCEPIECE).is_file():
+        raise UserError(
+            f"{directory / SENTENCEPIECE}: SentencePiece's file is not read; write a {TOKENIZER} beside it with "
+            f"transformers: AutoTokenizer.from_pretrained({str(directory)!r}).save_pretrained({str(directory)!r})"
+        )
     if text is None:
         raise UserError(
             f"{path}: no such file; expected a directory that holds one, such as a model's or a tokenizer's"
@@ -162,7 +174,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(text)
         if not isinstance(config, dict):
-            raise ValueError(f"expected an object, found {type(config).__name__}")
+            raise ValueError(f"expected an object, found {kind_of_value(config)}")
         special_spellings(config)  # so that a malformed entry is found while its path is known
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
@@ -174,10 +186,11 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _read_text(path: Path) -> str | None:
     """The file's text, None where there is no file."""
     try:
-        return path.read_text(encoding="utf-8")
+        content = path.read_bytes()
+        return (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({_one_line(error)}); save or download it again") from None
 
 

@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from slmkit.config import UserError, load_settings
+from slmkit.config import UserError, fields_at, load_settings, value_of
 from slmkit.training.recipe import LENGTHS, Recipe
 
 OBEYED = (
@@ -27,7 +27,6 @@ OBEYED_BY_STREAMS = ("data.on_bad_row", "data.sources.*.on_bad_row", "data.sourc
 LENGTH = (*(f"train.{name}" for name in LENGTHS), "train.lr_schedule_steps")
 OF_COMPUTING = ("auto", "float32", "bfloat16")  # precisions between which a checkpoint holds the same
 PROCESSES = "processes"  # beside keys among the changes that are written down: how many carry the run out
-SHARING = (PROCESSES, "train.micro_batch_tokens", "train.parallel")  # what decides which rows are computed together
 NOW = 2**63  # behind all steps
 SHOWN = 60  # characters of a value in a message
 
@@ -54,10 +53,22 @@ def changes_between(prepared: Recipe, edited: Recipe) -> list[Change]:
     ]  # fmt: skip
 
 
-def expect_obeyable(root: Path, prepared: Recipe, changes: Sequence[Change]) -> None:
+def of_absent_sections(prepared: Recipe, overrides: Sequence[str]) -> list[Change]:
+    """The `key=value` overrides of keys that are below a null section or in an empty list of `prepared`."""
+    leaves, changes = dict(_leaves(prepared.model_dump(mode="json"))), []
+    for key, _, text in (override.partition("=") for override in overrides):
+        *parents, leaf = key.split(".")
+        if key not in leaves and leaf in fields_at(Recipe, parents) and value_of(text) is not None:
+            changes.append(Change(key, None, value_of(text)))
+    return changes
+
+
+def expect_obeyable(root: Path, prepared: Recipe, changes: Sequence[Change], overrides: Sequence[str] = ()) -> None:
     """Raises `UserError` for the first change that would make another run of it."""
-    # What follows from another key comes last, so that the line names the key that was edited.
-    for change in sorted(changes, key=lambda change: change.key == "train.tokens_per_step"):
+    # What follows from another key comes last, so that the line names the key that was typed or edited.
+    typed = [override.partition("=")[0] for override in overrides]
+    order = {key: place for place, key in enumerate([*typed, "", "train.tokens_per_step"])}
+    for change in sorted(changes, key=lambda change: order.get(change.key, len(typed))):
         if not _is_obeyable(prepared, change):
             raise UserError(
                 f"{root}: {change.key} cannot change in the middle of a run ({_shown(change.was)} → "

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from slmkit.config import UserError
+from slmkit.config import UserError, kind_of_value
 from slmkit.data.batch import Batch
 from slmkit.model import Decoder
 from slmkit.training.chunked_head import chunked_loss
@@ -79,7 +79,7 @@ class DistillAsGiven:
         if not isinstance(total, Tensor) or total.dim():
             raise UserError(
                 f"{type(self.loss).__name__}.forward: expected a tensor of one number, the sum over learned labels, "
-                f"found {tuple(total.shape) if isinstance(total, Tensor) else type(total).__name__}"
+                f"found {tuple(total.shape) if isinstance(total, Tensor) else kind_of_value(total)}"
             )
         learned = batch.labels != IGNORED
         with torch.no_grad():

@@ -64,4 +64,7 @@ def find_model_or_preset(name: str | Path) -> Path | str:
         return preset
     if Path(name).exists() or "/" in str(name):
         return find_config_directory(name)
-    raise UserError(f"{name}: neither a preset nor a directory; presets: {', '.join(sorted(PRESETS))}")
+    bare = {"".join(filter(str.isalnum, one)): one for one in PRESETS}
+    meant = bare.get("".join(filter(str.isalnum, preset)))
+    hint = f"did you mean {meant!r}?" if meant else f"presets: {', '.join(sorted(PRESETS))}"
+    raise UserError(f"{name}: neither a preset nor a directory; {hint}")

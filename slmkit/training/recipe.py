@@ -292,9 +292,10 @@ def load_recipe(
     it does not know, and for two overrides that contradict each other.
     """
     content = read_yaml(path)
+    name = Path(path).stem if path in shipped_recipes().values() else str(path)
     for line in (*rename_old_keys(content), *make_room(content, overrides)):
-        tell(f"{path}: {line}")
-    return _with_reward_file(load_settings(Recipe, content, overrides, origin=str(path)), Path(path).parent)
+        tell(f"{name}: {line}")
+    return _with_reward_file(load_settings(Recipe, content, overrides, origin=name), Path(path).parent)
 
 
 def _with_reward_file(recipe: Recipe, folder: Path) -> Recipe:

@@ -103,6 +103,9 @@ READ_WHERE: dict[str, tuple[Reads, str]] = {
 }
 
 
+FEW_STEPS = 20  # of a run whose warm-up, a share of them, is too short to protect its model
+
+
 def expect_ready(recipe: Recipe) -> None:
     """Raises `UserError` for what a recipe lacks, and where a model, tokenizer or file that it names is not there.
 
@@ -185,6 +188,10 @@ def unlikely(train: TrainSettings, steps: int) -> list[str]:
         )
     elif warmup + decay > planned:
         lines.append(f"warm-up ({warmup} steps) and train.lr_decay_ratio ({decay}) are longer than the run ({planned})")
+    elif train.warmup_steps is None and planned < FEW_STEPS and warmup <= 2:
+        more = "a smaller train.tokens_per_step" if train.max_steps is None else "a larger train.max_steps"
+        few = "1 step is" if planned == 1 else f"{planned} steps are"
+        lines.append(f"{few} few: the warm-up is {warmup} step{'' if warmup == 1 else 's'}; {more} gives more steps")
     for name in ("eval_steps", "save_steps", "logging_steps"):
         every = getattr(train, name)
         if name in train.model_fields_set and every is not None and every > steps and every != fields[name].default:

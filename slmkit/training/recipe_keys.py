@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from slmkit.config import UserError
+from slmkit.config import UserError, value_of
 
 # A key that is typed (patterns, the first that fits) → keys of a recipe file that cannot stand beside it.
 REPLACED = {
@@ -37,15 +37,17 @@ def make_room(content: dict[str, Any], overrides: Sequence[str]) -> list[str]:
 
     Raises `UserError` where two overrides say one thing in two ways.
     """
-    typed = dict(override.partition("=")[::2] for override in overrides)
-    typed = {key: value for key, value in typed.items() if value not in ("null", "~", "")}
+    named = dict(override.partition("=")[::2] for override in overrides)
+    typed = {key: value for key, value in named.items() if value not in ("null", "~", "")}
     lines = []
     for key, value in typed.items():
+        if value_of(value) == _value_at(content, key):
+            continue  # nothing becomes untrue
         patterns = _replaced_by(key, value)
         other = next((name for name in typed if name != key and _is_one_of(name, patterns)), None)
         if other is not None and not _is_one_of(other, BESIDE_EACH_OTHER):
             raise UserError(f"{key} and {other} contradict each other: leave one of them out")
-        given = [name for name in _keys_of(content) if name not in typed and name != key and _is_one_of(name, patterns)]
+        given = [name for name in _keys_of(content) if name not in named and _is_one_of(name, patterns)]
         replaced = {name: _pop(content, name) for name in given}
         shown = [f"{name}: {old}" for name, old in replaced.items() if old not in (None, [], {})]
         if shown:
@@ -79,6 +81,12 @@ def _keys_of(content: dict[str, Any]) -> Iterator[str]:
         yield section
         if isinstance(values, dict):
             yield from (f"{section}.{name}" for name in values)
+
+
+def _value_at(content: dict[str, Any], key: str) -> Any:
+    section, _, name = key.partition(".")
+    values = content.get(section)
+    return values if not name else values.get(name) if isinstance(values, dict) else None
 
 
 def _pop(content: dict[str, Any], key: str) -> Any:

@@ -273,7 +273,9 @@ def _figures(rows: Rows, vocabulary: Vocabulary, both: Overlap | None, is_chat: 
         figures["rows cut"] = f"{_cut_rows(rows, vocabulary):.0%}"
     if vocabulary.bos_id is not None:
         figures["doubled beginnings"] = f"{_doubled(rows, vocabulary)[0]:,}"
-    if both is not None:
+    if both is not None and not (both.documents or both.stretches):
+        figures["validation text in training"] = "none"
+    elif both is not None:
         figures["validation text in training"] = (
             f"{both.documents:.1%} of documents, {both.stretches:.1%} of stretches of 32 tokens "
             f"(training repeats {both.documents_repeated:.1%} and {both.stretches_repeated:.1%} of its own)"

@@ -63,6 +63,17 @@ def test_of_conversations_it_is_a_short_question(
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
+def test_it_is_a_first_question_and_the_shortest_of_three_words(
+    tokenizer: SLMTokenizer, tmp_path: Path, template: str
+) -> None:
+    chatting = tokenizer.extended(chat_template=template)
+    unlearned = {"role": "assistant", "content": "It flew.", "weight": 0}
+    followed = [{"role": "user", "content": "Who had a kite?"}, unlearned, *talk("Go on now")]
+    shards = prepare_chat([talk("Where is the red kite?"), followed, talk("Why?")], chatting, tmp_path / "chat")
+    assert prompts_of(Corpus(chatting, [], shards), "judgements") == ["Who had a kite?"]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
 def test_of_pairs_it_is_their_question(tokenizer: SLMTokenizer, tmp_path: Path, template: str) -> None:
     chatting = tokenizer.extended(chat_template=template)
     worse = [*talk("Who had it?")[:1], {"role": "assistant", "content": "The owl."}]

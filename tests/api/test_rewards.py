@@ -78,13 +78,13 @@ def test_a_run_finds_its_reward_again_and_refuses_a_changed_one(
 
 
 ANSWERS = {
-    "None": (lambda p, a, k: None, r"returned None \(NoneType\)"),
-    "NaN": (lambda p, a, k: float("nan"), r"returned nan \(float\)"),
+    "None": (lambda p, a, k: None, r"returned None \(nothing\)"),
+    "NaN": (lambda p, a, k: float("nan"), r"returned nan \(a number\)"),
     "infinite": (lambda p, a, k: np.float32("inf"), "returned .*inf"),
-    "text": (lambda p, a, k: "1.0", r"returned '1.0' \(str\)"),
-    "list": (lambda p, a, k: [1.0, 0.0], r"returned \[1.0, 0.0\] \(list\)"),
-    "list of one": (lambda p, a, k: [1.0], r"returned \[1.0\] \(list\)"),
-    "array": (lambda p, a, k: np.ones(2), r"returned array\(\[1., 1.\]\) \(ndarray\)"),
+    "text": (lambda p, a, k: "1.0", r"returned '1.0' \(text\)"),
+    "list": (lambda p, a, k: [1.0, 0.0], r"returned \[1.0, 0.0\] \(a list\)"),
+    "list of one": (lambda p, a, k: [1.0], r"returned \[1.0\] \(a list\)"),
+    "array": (lambda p, a, k: np.ones(2), r"returned array\(\[1., 1.\]\) \(a value of type ndarray\)"),
     "raises": (lambda p, a, k: 1 / 0, r"ZeroDivisionError: division by zero \(test_rewards.py, line \d+\),"),
     "raises of many lines": (lambda p, a, k: {}["a\nb"], r"KeyError: 'a\\nb' \(test_rewards.py, line \d+\),"),
 }
@@ -127,6 +127,6 @@ def test_a_file_without_such_a_function_is_refused_in_one_line(content: str, tmp
 
 def test_a_run_ends_with_the_line(written: Path) -> None:
     (written.parent / "scores.py").write_text("def score(prompt, answer, known):\n    pass\n")
-    with pytest.raises(UserError, match=r"scores.py:score: returned None \(NoneType\) for the answer"):
+    with pytest.raises(UserError, match=r"scores.py:score: returned None \(nothing\) for the answer"):
         train_recipe(load_recipe(written), Silent(), force=True)
     assert "scores" not in REWARDS

@@ -122,7 +122,7 @@ def test_padding_changes_no_update(tmp_path: Path) -> None:
     ("wrong", "words"),
     [
         ({"text": "a"}, "item 0 of the data set: expected a dict with input_ids .*found text"),
-        ("text", "expected a dict with input_ids .*found str"),
+        ("text", "expected a dict with input_ids .*found text"),
         ({"input_ids": [1, 2, 3], "labels": [1, 2]}, r"of one length; found input_ids int64 \[3\], labels \[2\]"),
         ({"input_ids": [[1, 2, 3]]}, r"one row of whole numbers each.*\[1, 3\]"),
         ({"input_ids": [0.5, 1.5]}, "whole numbers each.*float64"),
@@ -217,7 +217,7 @@ def test_optimizers_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         ((torch.optim.SGD(other.parameters(), lr=1), None), "not the model's"),
         ((torch.optim.SGD([next(model.parameters())], lr=1), None), "leaves out .* parameters, such as"),
         ((None, torch.optim.lr_scheduler.ExponentialLR(plateau, 0.5)), "a scheduler without its optimizer"),
-        (("adam", None), "found str first"),
+        (("adam", None), "found text first"),
     ]
     for optimizers, words in cases:
         with pytest.raises(UserError, match=words):
@@ -297,7 +297,7 @@ def test_wrong_arguments_and_callbacks_are_one_line(tmp_path: Path) -> None:
         TextDataset(["a text"], TOKENIZER, max_len=8)
     with pytest.raises(UserError, match="expected a list of texts, found one string"):
         TextDataset("a text", TOKENIZER, max_length=8)
-    with pytest.raises(UserError, match="text 1 is no string but a NoneType"):
+    with pytest.raises(UserError, match="text 1 is nothing; expected text"):
         TextDataset(["a text", None], TOKENIZER, max_length=8)
     for wrong in ([7], [Watch], [object()]):
         with pytest.raises(UserError, match="neither a function nor an object with on_step"):

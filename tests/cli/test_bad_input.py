@@ -143,6 +143,7 @@ def test_a_run_that_would_be_ruined_is_not_begun(run: Path, tmp_path: Path) -> N
     done = slm(*command, "--dry-run", cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert "x-ray: rows" in done.stderr
+    assert "xray.md" not in done.stderr  # its folder is gone
     assert done.stderr.splitlines()[-1].startswith("slm: training not started: ")
     assert not (tmp_path / "chat").exists()
     assert slm(*command, "--dry-run", "--force", cwd=tmp_path).returncode == 0

@@ -104,6 +104,7 @@ def test_a_finished_run_resumes_to_nothing_and_a_longer_one_goes_on(folder: Path
     before = (folder / "runs" / "book" / "metrics.jsonl").read_bytes()
     done = slm("resume", "runs/book", cwd=folder)
     assert done.returncode == 0, done.stderr
+    assert done.stdout == "run: runs/book\nnext: slm generate runs/book 'Once there was a fox'\n"
     assert (folder / "runs" / "book" / "metrics.jsonl").read_bytes() == before
 
 
@@ -118,7 +119,8 @@ def test_print_config_shows_every_value_and_trains_nothing(folder: Path) -> None
 def test_a_dry_run_leaves_nothing_behind(folder: Path) -> None:
     done = slm("train", "own-text", "data.source=book.txt", "output_dir=runs/dry", *TINY, "--dry-run", cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert "12 steps" in done.stderr
+    assert done.stderr.endswith("\ndry run: nothing was written; without --dry-run it trains 12 steps\n")
+    assert "xray.md" not in done.stderr
     assert not (folder / "runs" / "dry").exists()
 
 

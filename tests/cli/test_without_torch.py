@@ -50,6 +50,7 @@ WRONG = [
     ["generate", "nosuch", "x", "--max-new-tokens", "0"],
     ["chat", "nosuch"],
     ["inspect", "gpt3"],
+    ["inspect", "GPT-2"],
     ["resume", "nosuch"],
     ["replay", "nosuch", "--step", "1"],
     ["plan"],
@@ -73,6 +74,7 @@ def test_arguments_are_checked_before_anything_heavy_is_loaded(tmp_path: Path) -
     cases = json.dumps([*((arguments, 0) for arguments in FINE), *((arguments, 2) for arguments in WRONG)])
     done = subprocess.run([sys.executable, "-c", CODE, cases], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert "GPT-2: neither a preset nor a directory; did you mean 'gpt2'?" in done.stderr
     lines = done.stderr.splitlines()
     assert len(lines) == len(WRONG), done.stderr
     assert all(line.startswith("slm: ") for line in lines)

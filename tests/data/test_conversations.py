@@ -163,7 +163,7 @@ MIXED = [GOOD, LONG, LONG_QUESTION, UNWEIGHED, GOOD, LONG]
 @pytest.mark.parametrize("said", [{}, {"content": None}, {"content": 3}], ids=["nothing", "none", "a number"])
 def test_a_message_that_is_no_text_is_one_line(tokenizer: SLMTokenizer, tmp_path: Path, said: dict[str, Any]) -> None:
     talk = [{"role": "user", **said}, {"role": "assistant", "content": "Hello"}]
-    with pytest.raises(UserError, match="^conversation 1: message 1: content is (NoneType|int); expected text"):
+    with pytest.raises(UserError, match="^conversation 1: message 1: content is (nothing|a whole number);"):
         prepare_chat([talk], tokenizer, tmp_path / "shards")
 
 

@@ -55,7 +55,7 @@ BAD = {
     "rejected does not end with an answer": {"chosen": [*ASKED, *say("a")], "rejected": ASKED},
     "rejected: message 2: the assistant's text is empty": {"prompt": "Hi", "chosen": "a", "rejected": " "},
     "chosen: message 1: role 'robot'": {"chosen": [{"role": "robot", "content": "a"}], "rejected": [*ASKED, *say("b")]},
-    "expected text in column 'prompt', found int": {"prompt": 3, "chosen": "a", "rejected": "b"},
+    "expected text in column 'prompt', found a whole number": {"prompt": 3, "chosen": "a", "rejected": "b"},
 }
 
 

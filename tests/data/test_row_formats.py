@@ -72,7 +72,7 @@ def test_a_row_of_every_public_schema_is_read_and_what_it_has_besides_is_counted
     assert all(getattr(item, "tools", None) == schema.tools for item in items if reads == "read_conversations")
     unused = {} if kind == "parquet" else {"score": 2}  # of a table the columns are counted, whatever is in them
     assert unused.items() <= sum((part.unused for part in source.parts), start=type(source.skipped)()).items()
-    assert "score (2)" in source.report()[-1]
+    assert re.search(r"'score'.* \(2 rows\)", source.report()[-1])
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -103,7 +103,7 @@ def test_a_key_of_a_message_with_a_meaning_is_refused_and_another_one_counted(tm
     source = opened(tmp_path / "a.jsonl", [row, {"messages": [TALK[0], {**TALK[1], "id": 7}]}], on_bad_row="skip")
     assert [[*one] for one, _ in source.read_conversations()] == [TALK]
     assert source.skipped == {f"messages with {key!r}": 1}
-    assert "'id' of messages (1)" in source.report()[-1]
+    assert "column 'id' of messages is not used (1 row)" in source.report()[-1]
 
 
 @pytest.mark.parametrize(
@@ -263,10 +263,14 @@ def test_a_format_can_be_named_where_the_columns_would_mean_another(tmp_path: Pa
         ({"messages": [TALK[0], say(" ")]}, "the assistant's text is empty", "an empty turn"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "message 1: role 'robot'", "not as expected"),
         ({"instruction": "Add.", "input": "", "output": ""}, "the assistant's text is empty", "an empty turn"),
-        ({"conversations": [{"who": "user", "content": "Hi"}]}, "message 1: role None", "not as expected"),
+        ({"conversations": [{"who": "user", "content": "Hi"}]}, "message 1: role nothing", "not as expected"),
         ({"conversations": [{"from": "human", "value": None}]}, "expected text", "not as expected"),
         ({"conversations": [{"from": ["human"], "value": "Hi"}]}, r"message 1: role \['human'\]", "not as expected"),
-        ({"instruction": 3, "output": "a"}, "expected text in column 'instruction', found int", "not as expected"),
+        (
+            {"instruction": 3, "output": "a"},
+            "expected text in column 'instruction', found a whole number",
+            "not as expected",
+        ),
         ({"messages": [SYSTEM, *TALK], "system": "Be rude."}, "two system prompts", "not as expected"),
         ({"messages": TALK, "tools": [{"nom": 1}]}, "expected tools with a name", "not as expected"),
     ],
@@ -323,3 +327,42 @@ def test_a_field_of_any_type_is_a_fault_of_its_row_and_of_nothing_else(data: st.
         assert not re.search("Error|Traceback", value.message)
     elif reads == "read_conversations":
         json.dumps([*value])
+
+
+HH = "\n\nHuman: Who?\n\nAssistant: The fox.\n\nHuman: Why?\n\nAssistant: "
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind"),
+    [
+        ([{"messages": TALK, "train": False}] * 2 + [{"messages": TALK}], "conversations"),
+        ([{"messages": []}, {"messages": TALK}], "conversations"),
+        ([{"id": 1}, {"messages": TALK}], "conversations"),
+        ([{"messages": TALK, "label": "greeting"}], "conversations"),
+        ([{"messages": TALK, "label": True, "train": False}], "judgements"),
+        ([{"instruction": "a", "output": "b", "train": False}, {"instruction": "a", "output": "b"}], "conversations"),
+        ([{"question": "Who?", "context": "c", "answers": {"text": ["a"], "answer_start": [1]}}], "documents"),
+        ([{"prompt": "Who?", "answers": [{"text": "a", "score": 1}, {"text": "b", "score": 2}]}], "pairs"),
+        ([{"chosen": HH + "a", "rejected": HH + "b"}], "pairs"),
+    ],
+)
+def test_the_kind_of_rows_is_told_by_their_columns(tmp_path: Path, rows: list[dict], kind: str):
+    assert opened(tmp_path / "a.jsonl", rows).reads() == kind
+
+
+def test_the_keys_of_a_mapping_tell_the_kind_where_the_file_has_none_of_them(tmp_path: Path):
+    assert opened(tmp_path / "a.jsonl", [{"x": "a"}], columns={"prompt": "q", "completion": "a"}).reads() != "documents"
+
+
+def test_a_dialogue_in_one_text_is_taken_apart(tmp_path: Path):
+    source = opened(tmp_path / "a.jsonl", [{"chosen": HH + "A.", "rejected": HH + "B."}])
+    ((pair, _),) = source.read_pairs()
+    assert pair.shared == 3
+    assert [one["content"] for one in pair.chosen] == ["Who?", "The fox.", "Why?", "A."]
+    assert pair.rejected[-1] == {"role": "assistant", "content": "B."}
+
+
+def test_messages_under_an_unknown_name_are_suggested_as_messages(tmp_path: Path):
+    source = opened(tmp_path / "a.jsonl", [{"id": 1, "msgs": TALK}])
+    with pytest.raises(UserError, match=r"\{messages: msgs\}"):
+        next(source.read_conversations())

@@ -162,6 +162,10 @@ def test_a_published_config_is_read_with_all_its_keys(family: str, tmp_path: Pat
         ({"is_causal": False}, "is_causal is False: only True is supported"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config is {'quant_method': 'fp8'}: only None"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5: only 1.0"),
+        (
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor is 0.5: only",
+        ),
         ({"pruned_heads": {"0": [1]}}, "pruned_heads"),
         ({"attention_chunk_size": 8}, "attention_chunk_size"),
         ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "use_bidirectional_attention is True"),

@@ -23,6 +23,7 @@ def scalings(factor: float) -> dict[str, dict]:
         "default": {"rope_type": "default"},
         "linear": {"rope_type": "linear", "factor": factor},
         "dynamic": {"rope_type": "dynamic", "factor": factor},
+        "dynamic, original": {"rope_type": "dynamic", "factor": factor, "original_max_position_embeddings": 32},
         "yarn": {"rope_type": "yarn", "factor": factor} | ORIGINAL,
         "yarn, mscale": {"rope_type": "yarn", "factor": factor, "mscale": 0.7, "mscale_all_dim": 1.2} | ORIGINAL,
         "llama3": {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0} | ORIGINAL,
@@ -34,7 +35,7 @@ def scalings(factor: float) -> dict[str, dict]:
 def test_angles_at_8k_32k_and_128k_are_the_references(kind: str, length: int) -> None:
     parameters = scalings(length / TRAINED)[kind] | {"rope_theta": 500_000.0}
     shape = {"hidden_size": 256, "num_attention_heads": 4}
-    positions = TRAINED if kind == "dynamic" else length
+    positions = TRAINED if kind.startswith("dynamic") else length
     theirs = transformers.LlamaConfig(max_position_embeddings=positions, rope_parameters=dict(parameters), **shape)
     rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(theirs)
     architecture = architecture_of(SLMConfig(max_position_embeddings=positions, rope_parameters=parameters, **shape))

@@ -95,6 +95,11 @@ def llama_class(legacy: bool) -> Callable[[], Kind]:
     return lambda: (prepend()[0], CONFIG | {"tokenizer_class": "LlamaTokenizer", "legacy": legacy})
 
 
+def gemma_class() -> Kind:
+    """A tokenizer.json that strips a space when it decodes, which the class does not."""
+    return sentencepiece_bpe(), CONFIG | {"tokenizer_class": "GemmaTokenizer", "mask_token": "<pad>"}
+
+
 def gemma_like() -> Kind:
     tokenizer = with_bos(sentencepiece_bpe())
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
@@ -192,6 +197,7 @@ MADE: dict[str, Callable[[], Kind]] = {
     "metaspace-split": metaspace("first", split=True),
     "llama-class": llama_class(legacy=False),
     "llama-class-legacy": llama_class(legacy=True),
+    "gemma-class": gemma_class,
     "gemma-like": gemma_like,
     "unigram-first": unigram("first"),
     "unigram-always": unigram("always"),

@@ -268,8 +268,8 @@ def user(content: object = "hello") -> dict:
     [
         ([], False, "without messages"),
         (["hello"], False, "message 1: expected an object with role and content"),
-        ([{"role": "user"}], False, "message 1: content is NoneType"),
-        ([user(["hello"])], False, "message 1: content is list"),
+        ([{"role": "user"}], False, "message 1: content is nothing"),
+        ([user(["hello"])], False, "message 1: content is a list"),
         ([{"content": "hello"}], False, "message 1: role None"),
         ([user(), {"role": "tool", "content": "x"}], False, "message 2: tool where it is the assistant's turn"),
         ([{"role": "assistant", "content": "x"}], False, "message 1: assistant where it is the user's turn"),

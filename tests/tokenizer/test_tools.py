@@ -127,7 +127,7 @@ def test_neither_a_call_nor_a_tool_can_forge_a_special_token(tokenizer: SLMToken
         ([CALLING[1] | {"tool_calls": [call()]}], "message 1: tool_calls in a message of the user"),
         ([CALLING[1], CALLING[2] | {"tool_calls": [{"name": "f"}]}], "message 2: tool_calls: expected a list of"),
         ([CALLING[1], CALLING[2] | {"tool_calls": "f"}], "message 2: tool_calls: expected a list of"),
-        ([CALLING[1], {"role": "assistant", "content": None}], "message 2: content is NoneType"),
+        ([CALLING[1], {"role": "assistant", "content": None}], "message 2: content is nothing"),
     ],
 )
 def test_malformed_calls_are_one_line(tokenizer: SLMTokenizer, messages: list, words: str) -> None:

@@ -165,7 +165,7 @@ EVERY: dict[str, tuple[str, dict[str, Any], Any]] = {
     "model.num_attention_heads": ("text", {}, 4),
     "model.num_key_value_heads": ("text", {}, 1),
     "model.head_dim": ("text", {}, 4),
-    "model.max_position_embeddings": ("text", {}, 48),
+    "model.max_position_embeddings": ("text", {"train.sequence_length": None}, 48),
     "model.hidden_act": ("text", {}, "gelu_pytorch_tanh"),
     "model.rms_norm_eps": ("text", {}, 0.1),
     "model.rope_parameters": ("text", {}, {"rope_type": "default", "rope_theta": 10.0}),

@@ -115,6 +115,41 @@ def test_every_key_that_is_edited_in_the_middle_of_a_run_is_obeyed_or_refused_by
     assert "\n" not in found
 
 
+@pytest.mark.parametrize("key", [key for key in EVERY if key != "output_dir"])
+def test_every_key_that_is_typed_is_obeyed_or_refused_by_its_own_name(key: str, world: Path, tmp_path: Path) -> None:
+    """Of a run without any of the sections that a recipe may leave out."""
+    recipe = load_settings(Recipe, scenario("text", world))
+    (tmp_path / "environment.json").write_text(json.dumps({"recipe": recipe.model_dump(mode="json")}))
+    (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))
+    as_it_is = {"objective": "sft", "data.shuffle_buffer": 4}  # where `EVERY` has what this recipe says already
+    typed, value = key.replace("*", "0"), as_it_is.get(key, EVERY[key][2])
+    with pytest.raises((UserError, DeviceError)) as error:
+        resume_run(tmp_path, Silent(), [f"{typed}={json.dumps(value)}"])
+    found = str(error.value)
+    if key in OBEYED_KEYS:
+        assert "its data was given in a script" in found or "cuda:77" in found
+    else:
+        assert found.startswith(f"{tmp_path}: {typed}")
+        assert "cannot change in the middle of a run (" in found
+
+
+def test_a_key_that_is_typed_as_it_was_changes_nothing(run: Path) -> None:
+    recipe = read_yaml(run / "recipe.yaml")
+    assert recipe["model"]["vocab_size"]
+    said = resume(run, f"tokenizer.vocab_size={recipe['tokenizer']['vocab_size']}", "train.max_steps=8")
+    assert not any("replaces" in line or "from step" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("typed", "is_said"),
+    [("train.parallel=ddp", False), ("train.micro_batch_tokens=4096", False), ("train.micro_batch_tokens=32", True)],
+)
+def test_rows_that_are_shared_out_anew_are_said_where_there_is_dropout(typed: str, is_said: bool, run: Path) -> None:
+    resume(run, "train.micro_batch_tokens=128", "train.max_steps=5")
+    said = resume(run, typed, "train.max_steps=6")
+    assert any("how rows are shared out" in line for line in said) == is_said
+
+
 def test_what_can_be_obeyed_is_obeyed_from_the_next_step_on_and_written_down(run: Path) -> None:
     said = resume(
         run, "train.learning_rate=0.02", "train.sample_prompts=[fox]", "train.save_total_limit=9", "train.save_steps=1"
@@ -149,6 +184,8 @@ def test_a_longer_run_keeps_to_its_schedule_and_is_the_run_that_was_to_be_so_lon
     shutil.copytree(whole, tmp_path / "run", symlinks=True)
     said = resume(tmp_path / "run", "train.max_steps=12")
     assert any("keeps to its schedule over 8 steps" in line and "--replan" in line for line in said)
+    last = f"{0.01 * 0.1:.3g}"
+    assert any(f"over 8 steps: {last} (--replan would spread it over all 12: " in line for line in said)
     once = train(world, tmp_path / "once", **{"train.max_steps": 12, "train.lr_schedule_steps": 8})
     assert_same_weights(tmp_path / "run", once)
     assert rates(tmp_path / "run") == rates(once)

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.numpy import load_file
-from torch.nn import functional as F
 
 import slmkit.training.disk_hooks
 from slmkit.api import train_recipe
@@ -72,13 +71,13 @@ def built(content: dict[str, Any]) -> Any:
     """The model of a recipe as it is before its first step, and what it makes of some text; or why there is none."""
     try:
         recipe = load_settings(Recipe, content)
-        model, config, _ = model_for(recipe, SLMTokenizer(260), Path(recipe.model.path) if recipe.model.path else None)
+        model, _, _ = model_for(recipe, SLMTokenizer(260), Path(recipe.model.path) if recipe.model.path else None)
     except UserError as error:
         return str(error)
     torch.manual_seed(0)
     hidden = model.train()(torch.arange(40)[None])
     weights = {name: tensor.tolist() for name, tensor in model.state_dict().items()}
-    return config.model_dump(), weights, F.linear(hidden, model.head_weight).tolist()
+    return weights, model.logits(hidden).tolist()
 
 
 def test_every_key_has_a_line_and_every_line_a_key() -> None:
@@ -95,7 +94,7 @@ def test_a_key_changes_the_run_or_is_refused_or_said_to_have_no_effect(
         monkeypatch.setattr(slmkit.training.disk_hooks, draw, lambda *arguments: None)
     monkeypatch.setattr(PlanFile, "update", lambda *arguments: None)  # a second of arithmetic
     before = content_of(key, world, is_changed=False)
-    if key.startswith("model."):
+    if key.startswith("model.") and key != "model.max_position_embeddings":  # which is the length of a run's rows
         assert built(before) != built(content_of(key, world, is_changed=True))
         return
     known = json.dumps(before)

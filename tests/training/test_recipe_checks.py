@@ -52,9 +52,12 @@ def test_fine_tuning_that_names_no_model_at_all_is_refused() -> None:
         ({"save_steps": 11}, "train.save_steps is 11"),
         ({"logging_steps": 11}, "train.logging_steps is 11"),
         ({"early_stopping_patience": 10}, "it will not be ended early"),
-        ({"early_stopping_patience": 9}, None),
+        ({"early_stopping_patience": 9, "warmup_steps": 2}, None),
         ({"warmup_steps": 9}, None),
-        ({}, None),
+        ({}, "10 steps are few: the warm-up is 0 steps; a smaller train.tokens_per_step gives more steps"),
+        ({"warmup_ratio": 0.1, "max_steps": 10}, "the warm-up is 1 step; a larger train.max_steps gives more steps"),
+        ({"warmup_ratio": 0.5}, None),
+        ({"lr_schedule_steps": 20}, None),
     ],
 )
 def test_steps_that_do_not_suit_the_run_are_said(train: dict, words: str | None) -> None:

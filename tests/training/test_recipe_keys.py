@@ -83,6 +83,16 @@ def test_another_objective_leaves_the_teacher_behind() -> None:
     assert "objective=pretrain replaces distillation" in lines[0]
 
 
+def test_a_line_begins_with_the_name_as_it_was_typed_and_what_the_user_drops_is_not_replaced() -> None:
+    lines: list[str] = []
+    load_recipe(find_recipe("own-chat"), ["train.max_steps=4"], lines.append)
+    assert lines == ["own-chat: train.max_steps=4 replaces train.num_train_epochs: 3"]
+    train = load_recipe(find_recipe("own-chat"), ["train.num_train_epochs=null", "train.max_steps=4"], lines.append)
+    assert (train.train.max_steps, len(lines)) == (4, 1)
+    with pytest.raises(UserError, match="^own-chat: unknown key"):
+        load_recipe(find_recipe("own-chat"), ["train.max_step=4"])
+
+
 def test_a_share_of_warm_up_steps_in_an_older_recipe_is_read_and_said(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("train: {warmup_steps: 0.2}\n")
     lines: list[str] = []

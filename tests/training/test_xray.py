@@ -180,6 +180,9 @@ def test_validation_text_in_training(tmp_path: Path, tokenizer: SLMTokenizer) ->
     assert len(xray.findings) == 1
     assert "of the validation text stands in the training text" in xray.findings[0]
     assert xray.figures["validation text in training"].startswith("26.7% of documents")
+    apart = prepare_text([str(list(range(n, n + 60))) for n in range(5)], tokenizer, tmp_path / "apart")
+    xray = seen(train, vocabulary_of(tokenizer, len(tokenizer)), apart)
+    assert xray.figures["validation text in training"] == "none"
     some = prepare_text([*everything[:1], *texts(29, seed=9)], tokenizer, tmp_path / "some")
     xray = seen(train, vocabulary_of(tokenizer, len(tokenizer)), some)
     assert xray.findings == []

@@ -47,13 +47,15 @@ def tools_of(messages: list[Message]) -> list[dict[str, Any]] | None:
 class BadRow(NamedTuple):
     """What could not be read: a reason to count it by, the line that names it and its place, and how many rows it is.
 
-    A `harmless` one (blank text) is counted and never refused.
+    A `harmless` one (blank text) is counted and never refused. `has_columns`: those of what was to be
+    read.
     """
 
     reason: str
     message: str
     rows: int = 1
     harmless: bool = False
+    has_columns: bool = False
 
 
 T = TypeVar("T")

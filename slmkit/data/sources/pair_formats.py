@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from slmkit.data.sources.row_formats import (
     LABELS,
     MEANING,
     NO_COLUMN,
+    NO_LABEL,
     SYSTEM,
     Row,
     RowFormat,
@@ -31,6 +33,7 @@ from slmkit.data.sources.turns import TOOLS, RowError, checked, conversation, is
 
 QUESTIONS = ("prompt", "question", "instruction", "query", *CHATS)
 ANSWERS = {"chosen": "rejected", "response_j": "response_k", "chosen_response": "rejected_response"}  # better: worse
+TURNS = ("\n\nHuman:", "\n\nAssistant:")  # how a dialogue in one text begins its turns
 RANKED = ("answers", "completions", "responses", "generations")
 
 
@@ -108,7 +111,7 @@ def _pair(row: Row, asked: str | None, better: str, worse: str) -> Pair:
         if all(isinstance(score, int | float) for score in scores) and scores[0] < scores[1]:  # type: ignore[operator]
             found = f"{form.format(better)} {scores[0]} is less than {form.format(worse)} {scores[1]}"
             raise RowError(f"{found}: the pair is the wrong way round", "pairs the wrong way round by their scores")
-    before = [] if asked is None or is_empty(row[asked]) else question(row, asked)
+    before = [] if asked is None or is_empty(row[asked]) else _dialogue(row[asked]) or question(row, asked)
     return pair_of(*(_side(row, name, before) for name in (better, worse)))
 
 
@@ -121,6 +124,10 @@ def _outputs(row: Row) -> Pair:
 
 
 def _ranked(row: Row, column: str) -> Pair:
+    answers = row[column] if isinstance(row[column], list) else []
+    keys = {key for answer in answers if isinstance(answer, dict) for key in answer}
+    if not any(word in str(key) for key in (*keys, *row) for word in ("score", "rank", "rating")) or not answers:
+        raise RowError("no column 'chosen' and 'rejected', nor others that make pairs of answers", NO_COLUMN)
     raise RowError(
         f"column {column!r} holds ranked answers: make pairs of chosen and rejected of them", "ranked answers"
     )
@@ -131,7 +138,7 @@ def _side(row: Row, column: str, before: list[Message]) -> Conversation:
     value = row[column]
     if isinstance(value, dict):
         row, value = {**row, column: [value]}, [value]
-    turns = said(row, column) if isinstance(value, str) else messages_in(row, column)
+    turns = _dialogue(value) or (said(row, column) if isinstance(value, str) else messages_in(row, column))
     try:
         answer = conversation(turns, first_of(row, TOOLS), column)
         if before and answer[0]["role"] == "assistant":
@@ -139,6 +146,16 @@ def _side(row: Row, column: str, before: list[Message]) -> Conversation:
         return checked(introduced(row, answer))
     except RowError as error:
         raise RowError(f"{column}: {error}", error.reason) from None
+
+
+def _dialogue(value: object) -> list[Message]:
+    """The messages of a text such as `\\n\\nHuman: …\\n\\nAssistant: …` (Anthropic/hh-rlhf); of any other text none."""
+    if not (isinstance(value, str) and value.startswith(TURNS)):
+        return []
+    _, *parts = re.split(f"({'|'.join(TURNS)})", value)
+    turns = zip(parts[::2], parts[1::2])
+    messages = [{"role": "user" if turn == TURNS[0] else "assistant", "content": said.strip()} for turn, said in turns]
+    return messages if messages[-1]["content"] else messages[:-1]  # a question may end where the answer begins
 
 
 def kto_formats(settings: SourceSettings, unused: Counter[str]) -> RowFormats:
@@ -161,7 +178,9 @@ def kto_formats(settings: SourceSettings, unused: Counter[str]) -> RowFormats:
 def _judged(row: Row, convert: Callable[[Row], Conversation], column: str) -> Judged:
     label = judgement(row[column])
     if label is None:
-        raise RowError(f"expected true or false (1 or 0, good or bad) in column {column!r}, found {shown(row[column])}")
+        raise RowError(
+            f"expected true or false (1 or 0, good or bad) in column {column!r}, found {shown(row[column])}", NO_LABEL
+        )
     if any(judgement(row[name]) is not label for name in LABELS if not is_empty(row.get(name))):
         raise RowError(f"columns {' and '.join(map(repr, LABELS))} contradict each other", "contradicting labels")
     messages = convert(row)

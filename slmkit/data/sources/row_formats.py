@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from slmkit.config import UserError, did_you_mean
+from slmkit.config import UserError, did_you_mean, kind_of_value
 from slmkit.data.source_settings import SourceSettings
 from slmkit.data.sources.documents import BadRow, Conversation, Message
 from slmkit.data.sources.folders import SPLITS
@@ -20,6 +20,7 @@ from slmkit.data.sources.turns import (
     EXAMPLE,
     MEDIA,
     REASONING,
+    ROLE,
     TOOLS,
     WEIGHTS,
     RowError,
@@ -34,6 +35,7 @@ from slmkit.data.sources.turns import (
 
 Row = dict[str, Any]
 NO_COLUMN = "no such column"  # the reason of rows whose columns no format has
+NO_LABEL = "no label"  # of rows whose label is neither true nor false
 SYSTEM = ("system", "system_prompt", "system_message")
 HISTORY = "history"  # earlier exchanges: a list of [question, answer]
 CONTEXT = ("input", "context")  # what a question is about
@@ -164,12 +166,14 @@ class RowFormats:
         try:
             self._expect_nothing_lost(row, found)
             value = found.convert(row)
-            unused = [key for key, cell in row.items() if key not in found.used and not is_empty(cell)]
+            used = (*found.used, *WEIGHTS, *DROPPED)
+            unused = [key for key, cell in row.items() if key not in used and not is_empty(cell)]
         except RowError as error:
             line = f"{place}: {error}"
             for ours, (_, theirs) in self.settings.mapping.items():
                 line = line.replace(f"column {ours!r}", f"column {theirs!r}")
-            return BadRow(error.reason, line, harmless=error.harmless)
+            of_this_kind = error.reason not in (NO_COLUMN, NO_LABEL)
+            return BadRow(error.reason, line, harmless=error.harmless, has_columns=of_this_kind)
         except RecursionError:
             return BadRow("not as expected", f"{place}: objects within objects, too deep to be read")
         self.unused.update(unused)
@@ -177,6 +181,7 @@ class RowFormats:
 
     def no_format(self, place: str, columns: Iterable[str], rows: int = 1) -> BadRow:
         """That no format fits: the columns that are there, and the key that maps them."""
+        talks = [name for name, value in columns.items() if _are_messages(value)] if isinstance(columns, dict) else []
         columns = [*columns]
         there = ", ".join(map(repr, columns)) or "none"
         wanted = next(iter(self.formats.values())).required
@@ -184,6 +189,11 @@ class RowFormats:
         if len(self.formats) > 2:
             line = f"no column {' and '.join(map(repr, wanted))}, nor others that make {self.what}; there are: {there}"
         other = _others(columns)
+        if other is None and talks:
+            reader = "" if self.what == _TALKS[0] else f"; these are {_TALKS[0]}: {_TALKS[1]}"
+            return BadRow(
+                NO_COLUMN, f"{place}: {line}{reader}; data.columns names them: {{messages: {talks[0]}}}", rows
+            )
         if other is not None and other[0] != self.what:
             return BadRow(NO_COLUMN, f"{place}: {line}; these are {other[0]}: {other[1]}", rows)
         example = next((self.formats[name].required for name in EXAMPLES if name in self.formats), wanted)
@@ -200,7 +210,9 @@ class RowFormats:
                 continue
             said = judgement(value)
             if (name in WEIGHTS and said is False) or (name in DROPPED and said):
-                raise RowError(f"column {name!r} says {value}: not to be learned", "not to be learned", harmless=True)
+                raise RowError(
+                    f"column {name!r} says {shown(value)}: not to be learned", "not to be learned", harmless=True
+                )
             if self.meaning and name in WEIGHTS and not said:
                 raise RowError(f"column {name!r}: weight {shown(value)}; expected 1 or 0", f"column {name!r}")
             if name in self.meaning or self._on_learning(name, value):
@@ -246,6 +258,12 @@ OTHERS: dict[tuple[str, ...], tuple[str, str]] = {
 
 def _others(columns: Iterable[str]) -> tuple[str, str] | None:
     return next((hint for named, hint in OTHERS.items() if {*named} <= {*columns}), None)
+
+
+def _are_messages(value: Any) -> bool:
+    """Whether a value is a list of objects that say whose turn it is."""
+    is_list = isinstance(value, list) and len(value) > 0
+    return is_list and all(isinstance(turn, dict) and not turn.keys().isdisjoint(ROLE) for turn in value)
 
 
 def text_formats(settings: SourceSettings, unused: Counter[str]) -> RowFormats:
@@ -343,7 +361,7 @@ def first_of(row: Row, columns: Iterable[str]) -> Any:
 def text_in(row: Row, column: str) -> str:
     value = row[column]
     if not isinstance(value, str):
-        raise RowError(f"expected text in column {column!r}, found {type(value).__name__}")
+        raise RowError(f"expected text in column {column!r}, found {kind_of_value(value)}")
     return value
 
 
@@ -352,6 +370,6 @@ def messages_in(row: Row, column: str) -> list[Message]:
     if isinstance(value, str) and value.lstrip().startswith("["):  # as tables of text alone have them
         value = from_json(value, f"column {column!r}")
     if not (isinstance(value, list) and value and all(isinstance(message, dict) for message in value)):
-        found = f"a list of {len(value)}" if isinstance(value, list) else type(value).__name__
+        found = f"a list of {len(value)}" if isinstance(value, list) else kind_of_value(value)
         raise RowError(f"expected in column {column!r} a list of messages such as {EXAMPLE}, found {found}")
     return value

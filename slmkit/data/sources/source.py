@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,11 +16,11 @@ from slmkit.data.sources.folders import Chosen
 from slmkit.data.sources.pair_formats import Judged, Pair
 from slmkit.data.sources.parts import FilePart, StoryPart
 from slmkit.data.sources.patience import Patience
-from slmkit.data.sources.row_formats import NO_COLUMN
 from slmkit.network import NetworkError
 
 T = TypeVar("T")
 Looks = tuple[str, int | None, int | None]  # name, bytes and time of the last change, as far as they are at hand
+ROWS_LOOKED_AT = 50  # to tell what kind of rows they are
 READ_WHOLE = 1 << 32  # bytes of a source that are read to tell whether it has changed
 
 
@@ -97,16 +98,24 @@ class Source:
         return self._read(lambda part, inner: part.judgements(inner), lambda judged: True, None)
 
     def reads(self) -> str:
-        """What its first row is by its columns: `pairs`, `judgements`, `conversations`, or else `documents`."""
-        for name in ("pairs", "judgements", "conversations"):
+        """What its first rows are by their columns: `pairs`, `judgements`, `conversations`, or else `documents`.
+
+        Where no row has the columns of any, it is the first kind whose rows are all left out, or that the settings fit.
+        """
+        left_out, possible = [], []
+        for name in ("pairs", "judgements", "conversations", "documents"):
             try:
-                item, _ = next(getattr(self.parts[0], name)({}), (None, {}))
+                items = [item for item, _ in itertools.islice(getattr(self.parts[0], name)({}), ROWS_LOOKED_AT)]
             except UserError:  # a file without rows, or settings that fit other rows
                 continue
             self.count_anew()
-            if item is not None and not (isinstance(item, BadRow) and (item.harmless or item.reason == NO_COLUMN)):
+            possible.append(name)
+            rows = [item for item in items if isinstance(item, BadRow)]
+            refused = any(row.has_columns and not row.harmless for row in rows)
+            if len(rows) < len(items) or (refused and not left_out):
                 return name
-        return "documents"
+            left_out += [name for row in rows if row.has_columns]
+        return next(iter([*left_out, *reversed(possible)]), "documents")
 
     def describe(self) -> list[dict[str, Any]]:
         """What was read, for the header of whatever is made of it."""
@@ -137,14 +146,17 @@ class Source:
             for what, rows, reason in counted
         ]
         files = [part for part in self.parts if isinstance(part, FilePart)]
-        for what, counts in (
-            ("columns that are not used, with their rows", [part.unused for part in files]),
-            ("special tokens that are spelled in texts and read as text", [part.spelled for part in files]),
-        ):
-            if total := sum(counts, Counter[str]()):
-                names = ", ".join(f"{name} ({count:,})" for name, count in total.most_common(8))
-                more = f" and {len(total) - 8} more" if len(total) > 8 else ""
-                lines.append(f"{self.settings.label}: {what}: {names}{more}")
+        unused = sum((part.unused for part in files), Counter[str]())
+        spelled = sum((part.spelled for part in files), Counter[str]())
+        quoted = [(name if "'" in name else repr(name), _rows(rows)) for name, rows in unused.most_common()]
+        if len(quoted) == 1:
+            lines.append(f"{self.settings.label}: column {quoted[0][0]} is not used ({quoted[0][1]})")
+        elif quoted:
+            lines.append(f"{self.settings.label}: columns that are not used: {_first_ones(quoted)}")
+        if spelled:
+            named = [(name, f"{count:,}") for name, count in spelled.most_common()]
+            said = "special tokens that are spelled in texts and read as text"
+            lines.append(f"{self.settings.label}: {said}: {_first_ones(named)}")
         return lines + [one.line() for one in self.found]
 
     def count_anew(self) -> None:
@@ -212,3 +224,13 @@ class Source:
                 yield item, {**inner, "file": number, "documents": documents}
                 if documents == self.settings.documents:
                     return
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row{'' if count == 1 else 's'}"
+
+
+def _first_ones(counted: Sequence[tuple[str, str]], most: int = 8) -> str:
+    """Names with their counts, and how many more there are."""
+    more = f" and {len(counted) - most} more" if len(counted) > most else ""
+    return ", ".join(f"{name} ({count})" for name, count in counted[:most]) + more

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from slmkit.config import kind_of_value, spelled
 from slmkit.data.sources.documents import Conversation, Message
 from slmkit.tokenizer.chat import EMPTY, ConversationError, check_messages
 
@@ -164,25 +165,25 @@ def _message(turn: Any, found: Conversation, column: str) -> Message:
     if not isinstance(turn, dict):
         raise RowError(f"expected in column {column!r} a list of messages such as {EXAMPLE}, found {shown(turn)}")
     _account_for_keys(turn, found)
-    spelled = _first(turn, ROLE)
-    role = ROLES.get(spelled.lower()) if isinstance(spelled, str) else None
+    named = _first(turn, ROLE)
+    role = ROLES.get(named.lower()) if isinstance(named, str) else None
     if role is None:
-        raise RowError(f"role {shown(spelled)}; expected one of {', '.join(ROLES)}")
+        raise RowError(f"role {shown(named)}; expected one of {', '.join(ROLES)}")
     message: Message = {"role": role, "content": _text(_first(turn, CONTENT), role)}
     calls = turn.get("tool_calls") if not is_empty(turn.get("tool_calls")) else turn.get("function_call")
-    if isinstance(spelled, str) and spelled.lower() in CALLS:
+    if isinstance(named, str) and named.lower() in CALLS:
         calls, message["content"], message["is call"] = message["content"], "", True
     if not is_empty(calls):
         message["tool_calls"] = _calls(calls)
     elif message["content"] is None:
-        raise RowError("content is None; expected text")
+        raise RowError("content is nothing; expected text")
     message["content"] = message["content"] or ""
     if not is_empty(reasoning := _first(turn, REASONING)):
         message["reasoning_content"] = reasoning
     message |= {key: turn[key] for key in ("name", "tool_call_id") if not is_empty(turn.get(key))}
     for key in ("reasoning_content", "name", "tool_call_id"):
         if not isinstance(message.get(key, ""), str):
-            raise RowError(f"{key} is {type(message[key]).__name__}; expected text")
+            raise RowError(f"{key} is {kind_of_value(message[key])}; expected text")
     if role != "assistant" and message.keys() & {"tool_calls", "reasoning_content"}:
         raise RowError(f"a call or reasoning in a message of the {role}'s")
     if (weight := _weight(turn)) is not None and (weight == 0 or role == "assistant"):
@@ -217,7 +218,7 @@ def _text(content: Any, role: str) -> Any:
     if isinstance(content, float) and content != content:
         return None
     if not isinstance(content, str | None):
-        raise RowError(f"content is {type(content).__name__}; expected text")
+        raise RowError(f"content is {kind_of_value(content)}; expected text")
     return content
 
 
@@ -233,9 +234,9 @@ def _calls(value: Any) -> list[dict[str, Any]]:
         given = function.get("arguments", function.get("parameters"))
         arguments = {} if given is None or given == "" else from_json(given, "arguments")
         if not isinstance(arguments, dict):
-            raise RowError(f"the arguments of a call are {type(arguments).__name__}; expected an object")
-        named = {"id": call["id"]} if isinstance(call.get("id"), str) and call["id"] else {}
-        calls.append({**named, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
+            raise RowError(f"the arguments of a call are {kind_of_value(arguments)}; expected an object")
+        known = {"id": call["id"]} if isinstance(call.get("id"), str) and call["id"] else {}
+        calls.append({**known, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
     return as_json(calls, "a call")
 
 
@@ -272,9 +273,9 @@ def as_json(value: Any, what: str) -> Any:
 
 def shown(value: Any) -> str:
     try:
-        text = repr(value)
+        text = spelled(value)
     except (RecursionError, ValueError):  # too deep, or a whole number too long to be written
-        return type(value).__name__
+        return kind_of_value(value)
     return text if len(text) <= 60 else text[:57] + "…"
 
 
