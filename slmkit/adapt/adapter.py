@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors
 from safetensors.torch import load_file, save_file
@@ -139,7 +140,7 @@ def grown_for(directory: str | Path, decoder: Decoder, config: SLMConfig) -> tup
     if size > config.vocab_size:
         decoder, config = grow_vocabulary(decoder, config, {index: [0] for index in range(config.vocab_size, size)})
     generation = read_generation_config(Path(directory))  # peft writes none
-    named = {key: generation[key] for key in ("eos_token_id", "pad_token_id") if key in generation}
+    named: dict[str, Any] = {key: generation[key] for key in ("eos_token_id", "pad_token_id") if key in generation}
     named |= {"generation_config": generation} if generation else {}
     return decoder, config.model_copy(update=named)
 

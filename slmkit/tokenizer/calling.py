@@ -89,7 +89,7 @@ class CallableTokenizer:
         if pair:
             raise UserError("tokenizer(…): takes no pairs of texts: pass several texts as a list, options by name")
         is_several = isinstance(text, Iterable) and not isinstance(text, str | bytes | Mapping)
-        texts = list(text) if is_several else [text]
+        texts: list[Any] = list(text) if is_several else [text]
         for one in texts:
             if not isinstance(one, str):
                 raise UserError(f"tokenizer(…): expected a text or a list of texts, found {type(one).__name__} {one!r}")

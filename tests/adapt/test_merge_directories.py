@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks.merging import MEASURED
 from slmkit.adapt import merging as merging_room
 from slmkit.api import merging
-from slmkit.config import UserError, load_settings
+from slmkit.config import UserError, load_settings, read_yaml
 from slmkit.model import SLMConfig, build_decoder, load_decoder
 from slmkit.model.directory import SHARDS, WEIGHTS, empty_decoder, stored_names
 from slmkit.model.families import family_of
@@ -60,7 +60,7 @@ def test_the_result_is_a_model_directory_that_transformers_reads(folder: Path) -
     with torch.no_grad():
         ours = load_decoder(output)[0]
         assert (theirs.float()(x).logits - ours.logits(ours(x))).abs().max() < 1e-4
-    again = load_settings(MergeRecipe, merging.read_yaml(output / "merge.yaml"), [f"output_dir={folder}/again"])
+    again = load_settings(MergeRecipe, read_yaml(output / "merge.yaml"), [f"output_dir={folder}/again"])
     assert bits(merging.write_merge(merging.prepare_merge(again))) == bits(output)
 
 

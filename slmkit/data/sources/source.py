@@ -102,7 +102,8 @@ class Source:
 
         Where no row has the columns of any, it is the first kind whose rows are all left out, or that the settings fit.
         """
-        left_out, possible = [], []
+        left_out: list[str] = []
+        possible: list[str] = []
         for name in ("pairs", "judgements", "conversations", "documents"):
             try:
                 items = [item for item, _ in itertools.islice(getattr(self.parts[0], name)({}), ROWS_LOOKED_AT)]
