@@ -247,15 +247,19 @@ def test_training_memory_of_the_gemma_document() -> None:
 
 def test_inference_memory_of_the_gemma_document() -> None:
     ours = shape("gemma-3-270m", vocab_size=GPT2)
-    total = reading_bytes(ours, 1, 1024, torch.bfloat16)
-    short, long = (
-        mega(reading_bytes(ours, 1, n, torch.bfloat16) - 2 * parameter_count(ours) - cache_size(ours, n, 2).at_length)
-        for n in (128, 1024)
-    )
+
+    def needed(rows: int, length: int) -> int:
+        return reading_bytes(ours, rows, length, torch.bfloat16)
+
+    def passing_through(total: int, length: int) -> str:
+        return mega(total - 2 * parameter_count(ours) - cache_size(ours, length, 2).at_length)
+
+    total, few, some, many = (needed(rows, 1024) for rows in (1, 16, 32, 64))
+    short, long = passing_through(needed(1, 128), 128), passing_through(total, 1024)
     assert ROWS[IN_MEMORY[3]] == f"{long} for a row of 1,024 tokens in bfloat16, {short} for 128"
-    few, some, many = (f"{reading_bytes(ours, rows, 1024, torch.bfloat16) / 1e9:.1f}" for rows in (16, 32, 64))
-    assert ROWS[IN_MEMORY[7]] == f"{few}, {some} and {many} GB for rows of 1,024 tokens in bfloat16"
     assert ROWS[IN_MEMORY[4]] == f"{mega(total)} for a row of 1,024 tokens in bfloat16"
+    sizes = f"{few / 1e9:.1f}, {some / 1e9:.1f} and {many / 1e9:.1f} GB"
+    assert ROWS[IN_MEMORY[7]] == f"{sizes} for rows of 1,024 tokens in bfloat16"
 
 
 def test_every_figure_of_the_documents_is_on_the_page() -> None:
