@@ -89,7 +89,7 @@ def turn(role: str, content: str = "x", **more: Any) -> dict[str, Any]:
 # What is wrong with the row on line 2 → the row, the reason it is counted by, what the line says.
 BAD = {
     "order": ([turn("user"), turn("user")], "roles out of order", "message 2: user where it is the assistant's turn"),
-    "silence": ([turn("user"), turn("assistant", " ")], "an empty turn", "message 2: the assistant says nothing"),
+    "silence": ([turn("user"), turn("assistant", " ")], "an empty turn", "message 2: the assistant's text is empty"),
     "empty question": ([turn("user", ""), turn("assistant")], "an empty turn", "message 1: the user says nothing"),
     "no messages": ([], "not as expected", "expected in column 'messages' a list of messages"),
     "schema": (["Hi"], "not as expected", "expected in column 'messages' a list of messages"),
