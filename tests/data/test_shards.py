@@ -118,6 +118,7 @@ def test_the_header_says_what_is_inside(tmp_path: Path):
         "text_bytes": 6,
         "sources": sources,
         "masked": False,
+        "judged": False,
         "perfect_loss": 0.7,
         "shuffle_seed": None,
         "cleaning": None,
