@@ -123,7 +123,9 @@ def read(directory: str | Path) -> Contents:
 
         return Contents(gpt2.gpt2_tokenizer(), dict(gpt2.CONFIG), None)
     path = directory / TOKENIZER
-    text = _read_text(path) or _read_text(path.with_name(f"{TOKENIZER}.gz"))
+    text = _read_text(path)
+    if text is None:
+        text = _read_text(path.with_name(f"{TOKENIZER}.gz"))
     if text is None and (directory / SENTENCEPIECE).is_file():
         raise UserError(
             f"{directory / SENTENCEPIECE}: SentencePiece's file is not read; write a {TOKENIZER} beside it with "

@@ -154,5 +154,5 @@ def test_the_probe_trains_what_the_recipe_would(what: str, model: Path, tmp_path
 
 
 def test_an_adapter_without_a_model_is_no_plan() -> None:
-    with pytest.raises(UserError, match="lora: an adapter is for a finished model"):
+    with pytest.raises(UserError, match="lora needs a trained model to adapt"):
         plan_recipe(Recipe.model_validate({"lora": {}, "data": DATA, "train": TRAIN}), measure=False)

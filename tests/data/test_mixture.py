@@ -126,7 +126,7 @@ def test_phases_count_tokens_and_the_last_has_no_end() -> None:
         ([{"weights": {"stories": 0, "web": 0}}], "phase 1: all weights are 0"),
         ([{"weights": {}}], "phase 1: all weights are 0"),
         ([{"weights": {"web": -0.5, "stories": 1}}], "expected a weight of 0 or more for 'web', found -0.5"),
-        ([{"weights": {"web": 1}}, {"weights": {"web": 1}}], "phase 1: only the last phase goes on without an end"),
+        ([{"weights": {"web": 1}}, {"weights": {"web": 1}}], "phase 1: only the last phase may have no end"),
         (
             [
                 {"until_tokens": 900, "weights": {"web": 1}},

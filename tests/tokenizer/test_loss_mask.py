@@ -278,7 +278,7 @@ def user(content: object = "hello") -> dict:
         ([user(), user()], False, "message 2: user where it is the assistant's turn"),
         ([user(), {"role": "system", "content": "x"}], False, "message 2: system where it is the assistant's turn"),
         ([user(), {"role": "assistant", "content": " \n"}], False, "message 2: the assistant's text is empty"),
-        ([{"role": "system", "content": "x"}], True, "system message alone"),
+        ([{"role": "system", "content": "x"}], True, "only a system message"),
         ([user(), {"role": "assistant", "content": "x"}], True, "the last message is the assistant's"),
     ],
 )
