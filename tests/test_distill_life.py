@@ -146,7 +146,7 @@ def test_a_cache_that_was_not_finished_or_is_of_something_else_is_refused(here: 
         if change[0].startswith("data.source"):
             (tmp_path / "other.txt").write_text((here / "book.txt").read_text() * 2)
             change = [f"data.source={tmp_path / 'other.txt'}"]
-        with pytest.raises(UserError, match="of something else than this run learns") as caught:
+        with pytest.raises(UserError, match="made for other data or settings") as caught:
             train_recipe(recipe(here, "", "distill", at, f"output_dir={tmp_path / 'run'}", *change), Silent())
         assert words in str(caught.value)
         assert not (tmp_path / "run").exists()
@@ -179,8 +179,8 @@ def test_training_from_a_cache_needs_no_teacher_at_all(here: Path, tmp_path: Pat
         (["distillation.reads=pairs"], "conversations"),
         (["distillation.teacher=null"], "no teacher"),
         (["distillation.tempreature=2"], "did you mean 'temperature'?"),
-        (["distillation.cache=x", "distillation.hidden_weight=1"], "needs the teacher itself"),
-        (["distillation.cache=x", "data.streaming=true"], "numbered rows, which streams"),
+        (["distillation.cache=x", "distillation.hidden_weight=1"], "needs the teacher's hidden states"),
+        (["distillation.cache=x", "data.streaming=true"], "numbered rows, which a stream"),
         (["objective=pretrain"], "needs a section `distillation`"),
         (["distillation=null"], "needs a section `distillation`"),
         (["model.max_position_embeddings=128"], "reads 64 tokens at most, rows have 128"),

@@ -189,6 +189,6 @@ def test_a_script_trains_an_adapter(base: Path, tmp_path: Path) -> None:
 
 def test_an_adapter_of_nothing_is_refused(tmp_path: Path) -> None:
     recipe = load_recipe(find_recipe("own-chat-lora"), [f"output_dir={tmp_path}/run", "data.source=stories"])
-    with pytest.raises(UserError, match="lora: an adapter is for a finished model: name that in model.path"):
+    with pytest.raises(UserError, match="lora needs a trained model to adapt: set model.path"):
         train_recipe(recipe, Silent())
     assert not (tmp_path / "run").exists()

@@ -120,7 +120,7 @@ def test_two_processes_train_the_adapter_that_one_trains(base: Path, tmp_path: P
 
 
 def test_shares_of_a_frozen_model_are_refused(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="lora: parallel fsdp shares out what is trained"):
+    with pytest.raises(UserError, match="lora: parallel fsdp splits what is trained"):
         load_settings(Recipe, {"lora": {}, "model": {"path": str(base)}, "train": {"parallel": "fsdp"}})
 
 

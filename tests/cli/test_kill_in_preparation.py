@@ -29,7 +29,7 @@ def test_a_run_killed_while_its_data_is_prepared_becomes_the_run_that_was_not(tm
 
     resumed = slm("resume", "killed", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
-    assert "prepared again" in resumed.stderr
+    assert "preparing it again" in resumed.stderr
     whole = slm(*TRAIN, "output_dir=whole", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
     one, other = (file_sha256(tmp_path / run / "latest" / "model.safetensors") for run in ("killed", "whole"))

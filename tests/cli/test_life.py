@@ -159,7 +159,7 @@ def test_a_run_is_planned_before_and_compared_after(folder: Path) -> None:
     assert planned.returncode == 0, planned.stderr
     shown = dict(line.split(maxsplit=1) for line in planned.stdout.split("\n\n")[0].splitlines())
     assert shown["steps"].startswith("12 of 512")
-    assert shown["speed"].endswith("by rule of thumb")
+    assert shown["speed"].endswith("--probe measures it")
     content = json.loads((folder / "runs" / "book" / "plan.json").read_text())
     assert content["real"].keys() == content["predicted"].keys()
     assert content["steps"] == 12
@@ -168,4 +168,4 @@ def test_a_run_is_planned_before_and_compared_after(folder: Path) -> None:
     printed = slm("train", "mine.yaml", "data.source=book.txt", "--print-config", cwd=folder)
     assert "micro_batch_tokens" in printed.stdout
     assert "needs a budget" in refused("plan", cwd=folder)
-    assert "leave the recipe out" in refused("plan", "own-text", "--hours", "2", cwd=folder)
+    assert "give either a recipe or these options" in refused("plan", "own-text", "--hours", "2", cwd=folder)

@@ -217,14 +217,14 @@ def test_a_script_uses_it_as_a_model(directories: list[Path]) -> None:
 def test_models_of_different_tokenizers_are_refused_in_one_line(directories: list[Path]) -> None:
     with pytest.raises(UserError, match="model-2.*: its tokenizer .* is not that of .*model-0.*use models of one"):
         SLMEnsemble.from_pretrained(directories)
-    with pytest.raises(UserError, match="no models: name at least one"):
+    with pytest.raises(UserError, match="an ensemble without models: name at least one"):
         SLMEnsemble.from_pretrained([])
 
 
 @pytest.mark.parametrize(
     ("members", "weights", "words"),
     [
-        ([], None, "no models: name at least one"),
+        ([], None, "an ensemble without models: name at least one"),
         ([97, 98], None, "one vocabulary, found models of 97, 98 tokens"),
         ([97, 97], [1], "expected 2 positive numbers"),
         ([97, 97], [1, 0], "weights 1, 0: expected 2 positive"),

@@ -138,7 +138,7 @@ def test_the_same_seed_gives_the_same_tokens_and_another_one_others(decoder: Dec
 
 def test_a_prompt_of_no_tokens_is_refused(decoder: Decoder) -> None:
     for make in (generate, stream):
-        with pytest.raises(UserError, match="no tokens: begin with at least one"):
+        with pytest.raises(UserError, match="an empty prompt: give at least one token"):
             make(decoder, ids(1, 5)[:, :0], 3)
 
 

@@ -131,6 +131,6 @@ def test_a_job_survives_the_loss_of_a_host(tmp_path: Path, hosts: None, failure:
     assert [step for step, _ in ours] == list(range(1, STEPS + 1))
     assert [loss for _, loss in ours] == pytest.approx([loss for _, loss in expected], rel=1e-3)
     assert (
-        "the run of this job, gone on with"
+        "continuing the run of this job"
         in (tmp_path / "host-0.log").read_text() + (tmp_path / "host-1.log").read_text()
     )
