@@ -46,8 +46,6 @@ def open_run(
     `is_new`: the model's weights are to be those before the first step, whatever checkpoints there are.
     """
     recipe = recipe or load_recipe(run.recipe)
-    if not run.data.is_dir():
-        raise UserError(f"{run.root}: its data was given in a script, which alone can go on with it: run that again")
     corpus = open_corpus(run.data)
     base, named = find_base(run, recipe, is_new)
     model, config, files = model_for(named, corpus.tokenizer, base)
