@@ -188,7 +188,7 @@ def test_a_function_that_stops_the_run_leaves_a_checkpoint_and_the_run_goes_on_a
     assert finished["step"] == 10
     with pytest.raises(UserError, match=r"given in a script: go on there, with SLMTrainer\(…\).train\(resume_from"):
         resume_run(tmp_path / "run", SILENCE)
-    with pytest.raises(UserError, match="no run to go on with"):
+    with pytest.raises(UserError, match="no run to resume"):
         trainer(tmp_path).train(max_steps=10, resume_from_checkpoint=str(tmp_path / "none"))
 
 
