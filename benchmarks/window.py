@@ -124,6 +124,7 @@ def main() -> None:
         "what": f"{PRESET}, one row, float32, seconds, {arguments.rounds} rounds in turn (one from 32,768 tokens on)",
         "environment": environment() | device.describe(),
     }
+    in_turn(layer_ways(64, device), 1, device, backward=True)  # what libraries load is none of the first way's
     cases = [(length, name, ways) for length in arguments.lengths for name, ways in MEASURED.items()]
     for length, name, ways in cases:
         if name != "layer" and length > LONGEST_MODEL:
