@@ -143,7 +143,7 @@ def test_nothing_is_read_of_a_file_that_is_no_text(tmp_path: Path, what: str, ki
 @pytest.mark.parametrize("mark", [";", "\t"])
 def test_a_table_between_semicolons_or_tabs_is_read_from_any_place(tmp_path: Path, mark: str):
     path = tmp_path / "a.csv"
-    path.write_bytes(f'\ufeffid{mark}text\n1{mark}"Once, twice"\n2{mark}Then.\n'.encode())
+    path.write_bytes(f'\ufeff"id"{mark}"text"\n1{mark}"Once, twice"\n2{mark}Then.\n'.encode())
     read = list(source(path, "refuse").read())
     assert [document.text for document, _ in read] == ["Once, twice", "Then."]
     assert list(source(path, "refuse").read(read[0][1])) == read[1:]

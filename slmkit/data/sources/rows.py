@@ -125,10 +125,7 @@ def csv_rows(file: File, start: Position, formats: RowFormats) -> Iterator[Row]:
     A position is the `offset` of the next row, and the numbers of rows and lines before it.
     """
     csv.field_size_limit(LONGEST_ROW)  # the limit is the csv module's own, 128 KiB, and texts are longer
-    usual = "\t" if file.kind == ".tsv" else ","
-    headers = {mark: next(csv.reader(_Lines(file), delimiter=mark, strict=True), []) for mark in (usual, ";", "\t")}
-    delimiter = next((mark for mark, names in headers.items() if len(names) > 1), usual)
-    columns = headers[delimiter]
+    delimiter, columns = _header(file)
     if problem := formats.problem(f"{file.name}:1", columns):
         yield Row(problem, start)
         return
@@ -153,6 +150,16 @@ def csv_rows(file: File, start: Position, formats: RowFormats) -> Iterator[Row]:
         if number > 0:
             value = lines.problem or _csv_value(place, lines.number, columns, fields, formats)
             yield Row(value, {"row": number, "line": lines.number, "offset": lines.end})
+
+
+def _header(file: File) -> tuple[str, list[str]]:
+    """What stands between the columns, and their names."""
+    usual = "\t" if file.kind == ".tsv" else ","
+    for delimiter in (usual, ";", "\t"):
+        columns = next(csv.reader(_Lines(file), delimiter=delimiter), [])
+        if len(columns) > 1:
+            return delimiter, columns
+    return usual, columns
 
 
 def _csv_value(place: str, line: int, columns: Sequence[str], fields: Sequence[str], formats: RowFormats) -> Any:
