@@ -18,7 +18,7 @@ from .kinds import CONFIG, PROSE, byte_level, prepend, unigram, with_bos
 
 transformers = pytest.importorskip("transformers")
 
-TEXTS = [*PROSE, "trail  ", "it's 12345 12", "the  12 cats\n\n", "e\u0301te\u0301 ｆｕｌｌ", "\ttab", "the</s> cat <s>sat"]
+TEXTS = [*PROSE, "trail  ", "it's 12345 12", "the  12 cats\n\n", "e\u0301te\u0301 ｆｕｌｌ", "\ttab", "the</s> cat <s>"]
 T5 = ["<pad>", "</s>", "<unk>"]  # where the class expects them
 
 
@@ -86,7 +86,7 @@ def test_every_class_that_is_built_by_rules_of_its_own_is_known_or_named(caplog:
         with caplog.at_level(logging.WARNING):
             as_its_class_does(Tokenizer(models.BPE()), {"tokenizer_class": name}, "<s>")
         (line,) = caplog.messages
-        assert repr(name) in line and "tokenizer.json" in line
+        assert line.startswith(f"tokenizer_class {name!r}: ")
 
 
 @pytest.mark.parametrize("name", ["PreTrainedTokenizerFast", "TokenizersBackend", "LlamaTokenizer"])
