@@ -65,6 +65,11 @@ def test_steps_that_do_not_suit_the_run_are_said(train: dict, words: str | None)
     assert lines == [] if words is None else words in " ".join(lines)
 
 
+@pytest.mark.parametrize("name", ["own-chat", "own-chat-lora", "own-chat-gemma", "own-chat-llama3"])
+def test_a_hundred_conversations_get_a_warm_up_of_several_steps(name: str) -> None:
+    assert unlikely(load_recipe(find_recipe(name)).train, steps=12) == []
+
+
 def test_a_larger_vocabulary_is_padded_and_a_smaller_one_refused() -> None:
     def config(size: int):
         shape = {"vocab_size": size, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
