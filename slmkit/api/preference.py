@@ -102,8 +102,8 @@ def _refer(m: Material, all_rows: Sequence[PairRows | JudgedRows]) -> None:
         m.model.to(m.device.torch_device)
         to_weight_dtype(m.model, m.device)
         total = sum(rows.rows_in_epoch for rows in all_rows)
-        m.reporter.say(f"reference: what the starting model gives the answers of {total:,} {m.recipe.reads}")
-        progress = m.reporter.counter("reference")
+        m.reporter.say(f"reference: computing the starting model's log-probabilities of {total:,} {m.recipe.reads}")
+        progress = m.reporter.counter("reference", total)
         done = Counter[str]()
 
         def tell(rows: int, tokens: int) -> None:

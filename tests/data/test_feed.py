@@ -20,7 +20,7 @@ from slmkit.training.recipe import find_recipe, load_recipe
 class Silent:
     def say(self, line: str) -> None: ...
 
-    def counter(self, label: str):
+    def counter(self, label: str, total: int | None = None):
         return lambda *counts: None
 
 
