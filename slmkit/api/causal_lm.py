@@ -139,7 +139,7 @@ class GeneratingModel(nn.Module):
         if max_new_tokens is None:
             max_new_tokens = (max_length or self.decoder.max_positions) - prompt
         if max_new_tokens < 1:
-            raise UserError(f"max_length {max_length} leaves no room after a prompt of {prompt} tokens: raise it")
+            raise UserError(f"max_length {max_length} is not above the {prompt} tokens of the prompt: raise it")
         return generate_ids(
             self.decoder,
             input_ids,

@@ -123,7 +123,7 @@ def _stored(path: Path) -> dict[str, np.ndarray]:
     try:
         return load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read: {error}; delete it, and it is computed again") from None
+        raise UserError(f"{path}: cannot be read: {error}; delete it; it is then computed again") from None
 
 
 def _store(path: Path, arrays: dict[str, np.ndarray]) -> None:

@@ -80,6 +80,9 @@ def test_a_larger_vocabulary_is_padded_and_a_smaller_one_refused() -> None:
     tokens = len(SLMTokenizer(300))
     with pytest.raises(UserError, match=f"model.vocab_size is {tokens - 1} and the tokenizer's {tokens}"):
         config(tokens - 1)
+    shape = {"bos_token_id": 7, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    with pytest.raises(UserError, match=r"^model\.bos_token_id is 7 and .*: remove it from the recipe .*recipe\.yaml"):
+        model_for(load_settings(Recipe, {"model": shape}), SLMTokenizer(300), None)
 
 
 def test_shards_are_not_replaced_by_those_of_another_source(tmp_path: Path) -> None:
