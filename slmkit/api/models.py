@@ -66,7 +66,7 @@ def _adapter(recipe: Recipe, tokenizer: SLMTokenizer, base: Path) -> Start:
         return start_adapter(base, recipe.lora, recipe.seed)
     if is_adapter(base):
         raise UserError(
-            f"{base}: an adapter, and the recipe adds tokens, which need larger embeddings in its model: merge it first "
+            f"{base}: an adapter, and the recipe adds tokens, which need larger embeddings: merge it first "
             "with `slm merge`, and name the result in model.path"
         )
     saved = [*recipe.lora.modules_to_save, "embedding", "head"]

@@ -59,10 +59,7 @@ def test_the_base_is_found_from_the_adapter_and_from_where_one_is(adapter: Path,
     [
         ({"hidden_size": 48}, r"'model.layers.0.mlp.down_proj' is for a matrix of 32 × 48, its base has 48 × 48"),
         ({"num_hidden_layers": 1}, r"adapts 'model.layers.1.mlp.down_proj', which its base does not have"),
-        (
-            {"num_hidden_layers": 3},
-            r"no weights for 7 of the modules that its config names, such as 'model.layers.2.self",
-        ),
+        ({"num_hidden_layers": 3}, r"no weights for 7 of the modules in its config, such as 'model.layers.2.self"),
     ],
 )
 def test_an_adapter_of_another_base_is_refused(adapter: Path, changes: dict[str, Any], message: str) -> None:
