@@ -6,10 +6,9 @@ import ast
 import re
 from pathlib import Path
 
-import pytest
-
 PACKAGE = Path(__file__).parent.parent / "slmkit"
-MODULES = sorted(PACKAGE.rglob("*.py"))
+MODULES = {str(path.relative_to(PACKAGE)): path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
+TREES = {name: ast.parse(source) for name, source in MODULES.items()}
 
 BASE = {"config", "device", "network", "hub", "find"}
 GENERATION = BASE | {"model", "tokenizer"}
@@ -40,9 +39,9 @@ FAMILY_FILES = {"model/config.py", "model/families.py"}
 FAMILY_BRANCH = re.compile(r"(model_type|family)\s*(==|!=|in)\s*[\"'(\[{]")
 
 
-def room(path: Path) -> str:
-    """`slmkit/model/rope.py` → `model`."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def room(name: str) -> str:
+    """`model/rope.py` → `model`."""
+    return name.split("/")[0].removesuffix(".py")
 
 
 def imported_rooms(tree: ast.AST) -> set[str]:
@@ -58,50 +57,50 @@ def imported_rooms(tree: ast.AST) -> set[str]:
     return {name.split(".")[1] for name in names if name.startswith("slmkit.")}
 
 
-def forbidden_imports(home: str, source: str) -> set[str]:
+def forbidden_imports(home: str, tree: ast.AST) -> set[str]:
     if home in ("cli", "__init__", "__main__"):
         return set()
-    return imported_rooms(ast.parse(source)) - MAY_IMPORT[home] - {home}
+    return imported_rooms(tree) - MAY_IMPORT[home] - {home}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_a_module_imports_only_what_its_room_may(path: Path) -> None:
-    forbidden = forbidden_imports(room(path), path.read_text())
-    assert not forbidden, f"{room(path)} may not import {forbidden}"
+def test_a_module_imports_only_what_its_room_may() -> None:
+    found = {name: forbidden_imports(room(name), tree) for name, tree in TREES.items()}
+    assert not {name: rooms for name, rooms in found.items() if rooms}
 
 
-def test_a_forbidden_import_is_noticed_wherever_it_hides() -> None:
-    assert forbidden_imports("model", "def f():\n    from slmkit.training import loop") == {"training"}
-    assert forbidden_imports("training", "import slmkit.evaluation.loss") == {"evaluation"}
-    assert forbidden_imports("data", "from slmkit import cli") == {"cli"}
+def test_a_forbidden_import_is_found_wherever_it_stands() -> None:
+    def forbidden(home: str, source: str) -> set[str]:
+        return forbidden_imports(home, ast.parse(source))
+
+    assert forbidden("model", "def f():\n    from slmkit.training import loop") == {"training"}
+    assert forbidden("training", "import slmkit.evaluation.loss") == {"evaluation"}
+    assert forbidden("data", "from slmkit import cli") == {"cli"}
 
 
-def test_every_room_of_the_house_has_a_row_in_the_table() -> None:
-    assert {room(path) for path in MODULES} <= MAY_IMPORT.keys() | {"cli", "__init__", "__main__"}
+def test_every_room_has_a_row_in_the_table() -> None:
+    assert {room(name) for name in MODULES} <= MAY_IMPORT.keys() | {"cli", "__init__", "__main__"}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_files_and_functions_stay_short(path: Path) -> None:
-    source = path.read_text()
-    assert source.count("\n") <= LINES_IN_A_FILE
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            length = (node.end_lineno or 0) - node.lineno + 1
-            assert length <= LINES_IN_A_FUNCTION, f"{node.name} has {length} lines"
+def test_files_and_functions_are_short() -> None:
+    assert not {name: source.count("\n") for name, source in MODULES.items() if source.count("\n") > LINES_IN_A_FILE}
+    lengths = {
+        f"{name}: {node.name}": (node.end_lineno or 0) - node.lineno + 1
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    assert not {name: length for name, length in lengths.items() if length > LINES_IN_A_FUNCTION}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_nothing_branches_on_a_family(path: Path) -> None:
-    if str(path.relative_to(PACKAGE)) not in FAMILY_FILES:
-        assert not FAMILY_BRANCH.search(path.read_text())
+def test_nothing_branches_on_a_family() -> None:
+    found = {name: FAMILY_BRANCH.search(source) for name, source in MODULES.items() if name not in FAMILY_FILES}
+    assert not {name: match[0] for name, match in found.items() if match}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_modules_say_what_they_are_for(path: Path) -> None:
-    assert ast.get_docstring(ast.parse(path.read_text()))
+def test_every_module_has_a_docstring() -> None:
+    assert not [name for name, tree in TREES.items() if not ast.get_docstring(tree)]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_nothing_a_user_loads_is_a_pickle(path: Path) -> None:
-    source = path.read_text()
-    assert not re.search(r"\bimport pickle\b|torch\.load\(|torch\.save\(|allow_pickle\s*=\s*True", source)
+def test_nothing_a_user_loads_is_a_pickle() -> None:
+    pickled = re.compile(r"\bimport pickle\b|torch\.load\(|torch\.save\(|allow_pickle\s*=\s*True")
+    assert not [name for name, source in MODULES.items() if pickled.search(source)]

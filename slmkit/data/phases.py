@@ -48,6 +48,6 @@ def plan_phases(settings: Sequence[PhaseSettings], weights: Mapping[str, float],
             raise UserError(f"{where}: only the last phase may have no end; set until_tokens of this one")
         until = None if is_last or phase.until_tokens is None else round(phase.until_tokens / length)
         if until is not None and until <= (phases[-1].until or 0 if phases else 0):
-            raise UserError(f"{where}: until_tokens {phase.until_tokens:,} is not after the phase before it ends")
+            raise UserError(f"{where}: until_tokens {phase.until_tokens:,} is not more than that of the phase before")
         phases.append(Phase(until, tuple(phase.weights.get(name, 0.0) for name in weights)))
     return phases

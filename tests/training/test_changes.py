@@ -262,7 +262,7 @@ def change_tokenizer(root: Path, world: Path) -> None:
 
 
 BENEATH = {
-    "shards": ("text", change_shards, "its content is not what was written"),
+    "shards": ("text", change_shards, "its checksum is wrong"),
     "tokenizer": ("text", change_tokenizer, "tokenizer"),
     "teacher": ("distill", lambda root, world: replace_weights(world / "teacher"), "distillation.teacher is not what"),
     "stream": ("stream", lambda root, world: (world / "text.jsonl").write_text('{"text": "other"}\n' * 99),

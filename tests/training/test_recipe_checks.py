@@ -90,7 +90,7 @@ def test_shards_are_not_replaced_by_those_of_another_source(tmp_path: Path) -> N
 
     claim(tmp_path / "shards", {"sources": ["a.txt"]})
     claim(tmp_path / "shards", {"sources": ["a.txt"]})  # the same command goes on
-    with pytest.raises(UserError, match="give that command again to go on with it, or delete the folder"):
+    with pytest.raises(UserError, match="repeat that command to continue it, or delete the folder"):
         claim(tmp_path / "shards", {"sources": ["b.txt"]})
     shards = prepare_text(["some text"], SLMTokenizer(260), tmp_path / "shards", sources=[{"path": "a.txt"}])
     assert not list(tmp_path.rglob(ASKED))
