@@ -142,7 +142,7 @@ class GeneratingModel(nn.Module):
             room = (max_length or self.decoder.max_positions) - prompt
             max_new_tokens = room if max_length else new_tokens(self.config.generation_config, room, prompt)
         if max_new_tokens < 1:
-            raise UserError(f"max_length {max_length} leaves no room after a prompt of {prompt} tokens: raise it")
+            raise UserError(f"max_length {max_length} is not above the {prompt} tokens of the prompt: raise it")
         return generate_ids(
             self.decoder,
             input_ids,
