@@ -13,7 +13,7 @@ WhenExhausted = Literal["stop", "repeat", "redistribute"]
 
 
 class PhaseSettings(Settings):
-    """Weights by source name, up to so many tokens seen since the run began; the last phase has no end."""
+    """Weights by source name, until a number of tokens has been seen since the run began; the last phase has no end."""
 
     until_tokens: int | None = Field(None, gt=0)  # where the phase ends, in tokens seen
     weights: dict[str, float]  # source name: weight

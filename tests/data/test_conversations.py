@@ -279,7 +279,7 @@ class Listening:
 
     warn = say
 
-    def counter(self, label: str) -> Any:
+    def counter(self, label: str, total: int | None = None) -> Any:
         return lambda *done: None
 
 
