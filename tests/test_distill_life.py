@@ -122,8 +122,10 @@ def test_stored_with_all_tokens_a_teacher_teaches_what_it_teaches_online(
     for name, keys in runs.items():
         wanted = recipe(here, "", "distill", f"output_dir={tmp_path / name}", *keys, data=data)
         if name == "offline":
-            stored = cache_teacher(wanted, Silent())
+            told = Silent()
+            stored = cache_teacher(wanted, told)
             assert stored.k == stored.tokens
+            assert told.counted["teacher"] == (stored.rows, stored.rows)
         train_recipe(wanted, Silent())
     online, offline = (metrics(tmp_path / name) for name in runs)
     for theirs, ours in zip(online, offline, strict=True):

@@ -47,6 +47,7 @@ def prepare_pairs(
         while batch := list(itertools.islice(waiting, AT_ONCE)):
             sides = [side for pair in batch for side in pair.sides]
             encoded = tokenizer.encode_rendered([tokenizer.render_chat(side, tools=tools_of(side)) for side in sides])
+            tokenizer.check_losses()
             own = [side[pair.shared :] for pair in batch for side in pair.sides]
             rows = [answers_alone(chat[-1], messages) for chat, messages in zip(encoded, own)]
             ids, ends, trained = end_to_end(rows, tokenizer.eos_token_id)
@@ -82,7 +83,7 @@ class PairRows(Rows):
     def __init__(self, shards: TokenShards, length: int) -> None:
         """Raises `UserError` where the shards are not of pairs, or not one pair has anything to learn."""
         if not shards.header.masked or shards.header.judged or shards.header.documents % 2:
-            raise UserError(f"{shards.directory}: these shards are not of pairs of answers")
+            raise UserError(f"{shards.directory}: token shards without pairs of answers; prepare the data with --pairs")
         self.shards, self.length, self.pad_id = shards, length, shards.header.pad_token_id or 0
         ends = shards.document_ends
         starts = np.concatenate([np.zeros(1, dtype=np.int64), ends[:-1]])

@@ -223,7 +223,7 @@ def test_optimizers_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=words):
             trainer(tmp_path, model=model, optimizers=optimizers)
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(plateau)
-    with pytest.raises(UserError, match="ReduceLROnPlateau follows the loss"):
+    with pytest.raises(UserError, match="ReduceLROnPlateau needs the loss"):
         trainer(tmp_path, model=model, optimizers=(plateau, scheduler)).train(max_steps=1)
 
 

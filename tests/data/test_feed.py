@@ -20,7 +20,7 @@ from slmkit.training.recipe import find_recipe, load_recipe
 class Silent:
     def say(self, line: str) -> None: ...
 
-    def counter(self, label: str):
+    def counter(self, label: str, total: int | None = None):
         return lambda *counts: None
 
 
@@ -174,6 +174,8 @@ def test_a_tokenizer_learns_from_as_much_of_every_source(
         (["data.when_exhausted=again"], "data.when_exhausted"),
         (["data.sources=[{path: a, nmae: b}]"], "unknown key 'data.sources.0.nmae'; did you mean 'name'?"),
         (["data.sources=[{path: a, weight: 0}]"], "data.sources.0.weight"),
+        (["data.sources=null", "data.sources.0.weight=2"], "has no entry '0': set the whole list"),
+        (["data.weight=2"], "unknown key 'data.weight'; did you mean 'data.sources'? (a list: '[{path: a.txt, weight"),
         (["data.sources=[{path: a/b}, {path: hf://a/b}]"], "two sources are called 'a/b'"),
     ],
 )  # fmt: skip
@@ -189,7 +191,7 @@ def test_mistakes_are_named_before_anything_is_read(tmp_path: Path, changes: lis
 def test_a_stream_of_too_few_documents_says_how_validation_can_be_had(tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("one long text\n" * 50)
     data = DataSettings(source=str(tmp_path / "one.txt"), streaming=True, validation_fraction=0.001)
-    with pytest.raises(UserError, match=r"not one of its documents is held out .* data\.validation"):
+    with pytest.raises(UserError, match=r"no document was held out .* data\.validation"):
         build(data, tmp_path / "data")
 
 

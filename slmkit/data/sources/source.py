@@ -91,7 +91,10 @@ class Source:
 
     def read_pairs(self) -> Iterator[tuple[Pair, Position]]:
         """As `read_conversations`, of rows with a better and a worse answer."""
-        return self._read(lambda part, inner: part.pairs(inner), lambda pair: True, None)
+        for pair, position in self._read(lambda part, inner: part.pairs(inner), lambda pair: True, None):
+            if pair.prompt_removed:
+                self.note("pairs whose answers began with the prompt, which was removed from them", pair.place)
+            yield pair, position
 
     def read_judgements(self) -> Iterator[tuple[Judged, Position]]:
         """As `read_conversations`, of rows whose answer is labelled good or bad."""
@@ -211,7 +214,7 @@ class Source:
                 self.patience.wait(error)
         if not found:
             why = f"every row was left out, such as {left_out}" if left_out else "only blank lines or no rows"
-            raise UserError(f"{self.settings.path}: not one document in it: {why}")
+            raise UserError(f"{self.settings.path}: it holds no document: {why}")
 
     def _read_once(
         self, items: Callable[[Part, Position], Iterator[Item[T]]], ends: Callable[[T], bool], position: Position
