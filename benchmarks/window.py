@@ -1,6 +1,6 @@
 """A layer with a window beside one with full attention: the shapes of Gemma 3 270M, forward and backward.
 
-python -m benchmarks.window                # five minutes of one core; --lengths 600 --rounds 1 --no-output: seconds
+python -m benchmarks.window                # three minutes of one core; --smoke: seconds
 
 Each way in turn, in one run: attention in blocks of queries (FlexAttention on a GPU), full attention, and the mask of
 the whole row that a window took before. Of the model six layers are read, five with a window and one without, which is
@@ -30,9 +30,17 @@ from slmkit.model.context import Context, View
 from slmkit.model.families import architecture_of
 from slmkit.training.run_log import environment
 
-LENGTHS, LAYERS = [2_048, 8_192, 32_768], 6
-LONGEST_DENSE = LONGEST_MODEL = 8_192  # tokens; beyond, gigabytes or many minutes
-LONGEST_BACKWARD = {"layer": 8_192, "model": 2_048}
+CASES = [  # what, tokens, whether backward too, rounds: the cheapest first
+    ("layer", 2_048, False, 3),
+    ("layer", 2_048, True, 3),
+    ("layer", 8_192, False, 1),
+    ("model", 2_048, False, 1),
+    ("layer", 32_768, False, 1),
+    ("layer", 8_192, True, 1),
+]
+SMOKE = [("layer", 600, True, 1), ("model", 600, False, 1)]
+LAYERS = 6
+LONGEST_DENSE = 8_192  # tokens; beyond, the mask of a row takes gigabytes
 PRESET = "gemma-3-270m"
 RESULTS = Path(__file__).parent / "results" / "window.json"
 Ways = dict[str, Callable[[], torch.Tensor]]
@@ -112,33 +120,29 @@ def model_ways(length: int, device: Device) -> Ways:
     return {"window": lambda: windowed(ids), "full": lambda: full(ids), "mask": with_one_mask}
 
 
+MEASURED = {"layer": layer_ways, "model": model_ways}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
-    parser.add_argument("--rounds", type=int, default=3, help="at 2,048 tokens; one from 32,768 on")
+    parser.add_argument("--smoke", action="store_true", help="short texts, in seconds; writes nothing")
     parser.add_argument("--no-output", action="store_true")
     arguments = parser.parse_args()
     device = find_device("auto", "float32")
     result: dict[str, object] = {
         "date": datetime.date.today().isoformat(),
-        "what": f"{PRESET}, one row, float32, seconds, {arguments.rounds} rounds in turn (one from 32,768 tokens on)",
+        "what": f"{PRESET}, one row, float32, seconds, the ways in turn",
         "environment": environment() | device.describe(),
     }
     in_turn(layer_ways(64, device), 1, device, backward=True)  # what libraries load is none of the first way's
-    cases = [(length, name, ways) for length in arguments.lengths for name, ways in MEASURED.items()]
-    for length, name, ways in cases:
-        if name != "layer" and length > LONGEST_MODEL:
-            continue
-        rounds = 1 if length >= LENGTHS[-1] else arguments.rounds
-        for backward in [False, True] if length <= LONGEST_BACKWARD[name] else [False]:
-            key = f"{name}, {length} tokens, {'forward and backward' if backward else 'forward'}"
-            result[key] = in_turn(ways(length, device), rounds, device, backward)
-            print(key, result[key], flush=True)
-            if not arguments.no_output:
-                RESULTS.write_text(json.dumps(result, indent=2) + "\n")
+    for name, length, backward, rounds in SMOKE if arguments.smoke else CASES:
+        key = f"{name}, {length} tokens, {'forward and backward' if backward else 'forward'}"
+        found = in_turn(MEASURED[name](length, device), rounds, device, backward)
+        result[key] = {"rounds": rounds, **found}
+        print(key, result[key], flush=True)
+        if not (arguments.smoke or arguments.no_output):
+            RESULTS.write_text(json.dumps(result, indent=2) + "\n")
 
-
-MEASURED = {"layer": layer_ways, "model": model_ways}
 
 if __name__ == "__main__":
     main()
