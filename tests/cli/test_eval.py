@@ -64,7 +64,12 @@ def test_conversations_are_judged_by_their_answers(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     (found,) = figures(done.stdout)
     assert found[2] == "3"
-    assert len(found) == 7  # no bits per byte, since only a part of the text is predicted
+    tokens, loss, bits = int(found[3]), float(found[5]), float(found[7])
+    answers = len("The fox 0." * 3)  # bytes: what is asked is not predicted, and not counted
+    assert bits == pytest.approx(loss * tokens / math.log(2) / answers, rel=1e-3)
+    pair = {"prompt": "Who?", "chosen": "The fox.", "rejected": "The hen."}
+    (folder / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
+    assert "pairs are not evaluated" in refused("eval", "runs/book", "-d", "pairs.jsonl", "--chat", cwd=folder)
 
 
 def test_what_cannot_be_evaluated_is_one_line(folder: Path) -> None:
