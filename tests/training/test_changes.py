@@ -264,10 +264,10 @@ def change_tokenizer(root: Path, world: Path) -> None:
 BENEATH = {
     "shards": ("text", change_shards, "its checksum is wrong"),
     "tokenizer": ("text", change_tokenizer, "tokenizer"),
-    "teacher": ("distill", lambda root, world: replace_weights(world / "teacher"), "distillation.teacher is not what"),
+    "teacher": ("distill", lambda root, world: replace_weights(world / "teacher"), "distillation.teacher has changed"),
     "stream": ("stream", lambda root, world: (world / "text.jsonl").write_text('{"text": "other"}\n' * 99),
                "data: text has changed since the run began"),
-    "adapter's base": ("lora", lambda root, world: replace_weights(world / "base"), "model.path is not what"),
+    "adapter's base": ("lora", lambda root, world: replace_weights(world / "base"), "model.path has changed"),
 }  # fmt: skip
 
 
