@@ -288,7 +288,7 @@ def test_numbers_for_all_models_stand_behind_a_models_own(folder: Path) -> None:
         ({"slices": [{"sources": []}, {"sources": []}], "models": None}, "slices: only one slice of whole models"),
         ({"models": [{"model": "base", "layer_range": [0, 2]}, {"model": "tune-0"}]}, "layer_range is .0, 2."),
         ({"rescale": True}, "unknown key 'rescale'"),
-        ({"models": [{"model": None}, {"model": "tune-0"}]}, "models.0.model: not set: name a model directory"),
+        ({"models": [{"model": None}, {"model": "tune-0"}]}, "set models.0.model to model directories or runs"),
     ],
     ids=str,
 )
