@@ -47,6 +47,7 @@ def prepare_judgements(
             encoded = tokenizer.encode_rendered(
                 [tokenizer.render_chat(chat, tools=tools_of(one.messages)) for one, chat in zip(batch, chats)]
             )
+            tokenizer.check_losses()
             rows = [answers_alone(chat[-1], messages[-1:]) for chat, messages in zip(encoded, chats)]
             ids, ends, trained = end_to_end(rows, tokenizer.eos_token_id)
             labels = np.array([one.label for one in batch])

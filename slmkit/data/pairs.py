@@ -47,6 +47,7 @@ def prepare_pairs(
         while batch := list(itertools.islice(waiting, AT_ONCE)):
             sides = [side for pair in batch for side in pair.sides]
             encoded = tokenizer.encode_rendered([tokenizer.render_chat(side, tools=tools_of(side)) for side in sides])
+            tokenizer.check_losses()
             own = [side[pair.shared :] for pair in batch for side in pair.sides]
             rows = [answers_alone(chat[-1], messages) for chat, messages in zip(encoded, own)]
             ids, ends, trained = end_to_end(rows, tokenizer.eos_token_id)

@@ -172,19 +172,23 @@ def split_validation(
 
     Of many documents those are held out that a hash of their text picks, wherever they stand: copies of one document
     are on one side. Few documents (one long text, say) are cut in two at a line end, and the last part is held out.
-    Raises `UserError` for a fraction outside (0, 1) and for a text too short to cut.
+    Raises `UserError` for a fraction outside (0, 1), for a text too short to cut, and for copies of so few texts that
+    all of them are on one side.
     """
     _check_fraction(fraction)
     documents = characters = 0
-    many = math.ceil(HELD_OUT / fraction)
-    for document in read():
+    many, sides = math.ceil(HELD_OUT / fraction), set[bool]()
+    for document, is_held_out in _picked_by_hash(read(), fraction):
         documents += document.ends
         characters += len(document.text)
-        if documents >= many:
+        sides.add(is_held_out)
+        if documents >= many and len(sides) == 2:
             return (
                 (document for document, is_held_out in _picked_by_hash(read(), fraction) if not is_held_out),
                 (document for document, is_held_out in _picked_by_hash(read(), fraction) if is_held_out),
             )
+    if documents >= many:
+        raise UserError(_copies(f"{documents:,} documents"))
     place = characters - math.ceil(characters * fraction)
     if place <= 0:
         raise UserError(
@@ -209,8 +213,16 @@ def split_conversations(
     train = [one for one, hashed in zip(conversations, hashes) if hashed > limit]
     held_out = [one for one, hashed in zip(conversations, hashes) if hashed <= limit]
     if not train:
-        raise UserError(f"{len(conversations)} conversations are too few to hold any out; add some")
+        what, are_copies = f"{len(conversations):,} conversations", len({*hashes}) < len(hashes)
+        raise UserError(_copies(what) if are_copies else f"{what} are too few to hold any out; add some")
     return train, held_out
+
+
+def _copies(what: str) -> str:
+    return (
+        f"the {what} are copies of one text, or of very few, so that none can be held out for validation: add other "
+        "text, or name text of its own as data.validation"
+    )
 
 
 def _make_shards(

@@ -39,13 +39,13 @@ def find_facts(shards: TokenShards, length: int | None = None) -> ShardFacts:
     return ShardFacts(
         longest=int(lengths.max(initial=0)),
         median_length=int(np.median(lengths)) if len(lengths) else 0,
-        duplicates=len(ends) - len(np.unique(_document_hashes(shards))),
+        duplicates=len(ends) - len(np.unique(document_hashes(shards))),
         trained=trained,
         truncated=None if length is None else int((lengths - shards.header.masked > length).sum()),
     )
 
 
-def _document_hashes(shards: TokenShards) -> np.ndarray:
+def document_hashes(shards: TokenShards) -> np.ndarray:
     """64 bits of each document's tokens: uint64 [documents]."""
     ends = np.concatenate([[0], shards.document_ends])
     hashes = np.empty(len(ends) - 1, dtype="<u8")

@@ -99,8 +99,7 @@ def encode(tokenizer: SLMTokenizer, documents: Sequence[Document]) -> Encoded:
 def document_ids(tokenizer: Any, documents: Sequence[Document], threads: int | None = None) -> list[np.ndarray]:
     """Tokens of each document or piece, without the end-of-text token behind it.
 
-    What the tokenizer itself puts before a text is put before each document too, unless it is the end-of-text token,
-    which stands there already. Raises `UserError` where the tokenizer loses more than a trace of the text.
+    Raises `UserError` where the tokenizer loses more than a trace of the text.
     """
     encoded = list(tokenizer.encode_batch([document.text for document in documents], threads=threads))
     if getattr(tokenizer, "has_edges", False):
@@ -108,11 +107,16 @@ def document_ids(tokenizer: Any, documents: Sequence[Document], threads: int | N
         for number, document in enumerate(documents):
             if not document.begins:
                 encoded[number] = np.array(tokenizer.encode_further(document.text), dtype=np.uint32)
-    beginning = getattr(tokenizer, "beginning", [])
-    if beginning and beginning != [tokenizer.eos_token_id]:
+    if beginning := beginning_of(tokenizer):
         start = np.array(beginning, dtype=np.uint32)
         encoded = [np.concatenate([start, ids]) if doc.begins else ids for ids, doc in zip(encoded, documents)]
     return encoded
+
+
+def beginning_of(tokenizer: Any) -> list[int]:
+    """What the tokenizer itself puts before a text, unless it is the end-of-text token, which stands there already."""
+    beginning = getattr(tokenizer, "beginning", [])
+    return [] if beginning == [getattr(tokenizer, "eos_token_id", None)] else beginning
 
 
 def write_shard(folder: ShardFolder, number: int, parts: Sequence[Encoded], shuffle_seed: int | None) -> Finished:

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from slmkit.config import UserError, arguments_checked, kind_of_value
 from slmkit.data.packing import IGNORED, padded
+from slmkit.data.shard_work import beginning_of
 from slmkit.data.stream import Rows
 
 
@@ -26,10 +27,11 @@ class AnyTokenizer(Protocol):
 class TextDataset(Dataset, Rows):
     """Windows of `max_length` tokens over each text, one every `stride` (default: one behind the other).
 
-    An end-of-text token follows each text, and what is left of a window is padded. An item is what a Hugging Face model
-    takes: `input_ids` and `labels`, int64 [max_length], with labels equal to the ids (the model shifts them) except for
-    -100 on padding and on positions that the window before has already taught. Such a model never learns the first
-    token of a window, so that only a stride below `max_length` teaches all of a long text.
+    What the tokenizer puts before a text stands before each, as in shards; an end-of-text token follows, and what is
+    left of a window is padded. An item is what a Hugging Face model takes: `input_ids` and `labels`, int64
+    [max_length], with labels equal to the ids (the model shifts them) except for -100 on padding and on positions that
+    the window before has already taught. Such a model never learns the first token of a window, so that only a stride
+    below `max_length` teaches all of a long text.
 
     `rows_in_epoch` and `row(i)` are the same texts for `Stream`, labels shifted here: each token but a text's first is
     a label exactly once, whatever the stride.
@@ -65,7 +67,8 @@ class TextDataset(Dataset, Rows):
         for number, text in enumerate(texts):
             if not isinstance(text, str):
                 raise UserError(f"TextDataset: text {number} is {kind_of_value(text)}; expected text")
-        self._texts = [np.array([*tokenizer.encode(text), *end], dtype=np.int64) for text in texts if text]
+        start = beginning_of(tokenizer)
+        self._texts = [np.array([*start, *tokenizer.encode(text), *end], dtype=np.int64) for text in texts if text]
         self._items = self._windows(0)
         self._rows = self._windows(1)  # the last token of a text has no next one: it is no input
         if not self._rows:

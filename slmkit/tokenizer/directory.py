@@ -14,11 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer
 
 from slmkit.config import UserError, kind_of_value
 from slmkit.find import is_gpt2
-from slmkit.tokenizer.byte_level import END_OF_TEXT, PADDING, SPECIALS, TURN_END, TURN_START, is_byte_level
+from slmkit.tokenizer.byte_level import END_OF_TEXT, PADDING, SPECIALS, TURN_END, TURN_START
+from slmkit.tokenizer.classes import as_its_class_does
 
 TOKENIZER, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 SENTENCEPIECE = "tokenizer.model"
@@ -76,27 +77,6 @@ def with_tokens(
     return config | {"added_tokens_decoder": config.get("added_tokens_decoder", {}) | entries} | more | begins
 
 
-def as_its_class_does(tokenizer: Tokenizer, config: dict[str, Any]) -> Tokenizer:
-    """The tokenizer as `transformers` builds it where the config names `LlamaTokenizer` or `GemmaTokenizer`.
-
-    The first puts a space before the first word of a text and, unless `legacy`, behind no special token, whatever
-    normalizer stands in `tokenizer.json`.
-    """
-    name = str(config.get("tokenizer_class") or "").removesuffix("Fast")
-    if name == "GemmaTokenizer" and isinstance(tokenizer.model, models.BPE) and not is_byte_level(tokenizer):
-        tokenizer.normalizer = normalizers.Replace(" ", "▁")
-        tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
-        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    if name == "LlamaTokenizer" and isinstance(tokenizer.model, models.BPE) and not is_byte_level(tokenizer):
-        adds_space = config.get("add_prefix_space") is not False
-        scheme = ("always" if config.get("legacy") else "first") if adds_space else "never"
-        tokenizer.normalizer = None
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=scheme, split=False)
-        parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-        tokenizer.decoder = decoders.Sequence([*parts, *([decoders.Strip(" ", 1, 0)] if adds_space else [])])
-    return tokenizer
-
-
 def ends_of_a_text(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """The ids that the post-processor puts before a text and behind it.
 
@@ -142,6 +122,7 @@ def read(directory: str | Path) -> Contents:
             f"{path}: not a readable tokenizer.json ({_one_line(error)}); save or download it again"
         ) from None
     config = _read_config(directory / CONFIG)
+    tokenizer = as_its_class_does(tokenizer, config, named_tokens(config).get("bos_token", "<s>"))
     template = config.pop("chat_template", None)
     if isinstance(template, list):  # several templates, each with a name
         template = {entry["name"]: entry["template"] for entry in template}.get("default")

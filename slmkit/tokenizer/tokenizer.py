@@ -64,7 +64,6 @@ class SLMTokenizer(CallableTokenizer):
     def _use(self, tokenizer: Tokenizer, config: dict[str, Any]) -> None:
         """Take this vocabulary, and from the config what its special tokens are for."""
         self._config, self._post_processor = config, tokenizer.post_processor
-        tokenizer = directory.as_its_class_does(tokenizer, config)
         self.beginning, self.ending = directory.ends_of_a_text(tokenizer)
         tokenizer.post_processor = None  # it may trim the places of tokens; what it adds is in the two lines above
         self._tokenizer, self._encoder = tokenizer, TextEncoder(tokenizer)

@@ -16,6 +16,7 @@ import numpy as np
 
 from slmkit.data.batch import Batch
 from slmkit.data.packing import IGNORED
+from slmkit.data.shard_facts import document_hashes
 from slmkit.data.shards import TokenShards
 from slmkit.data.sources.documents import SPELLINGS
 from slmkit.data.stream import Batches
@@ -25,6 +26,7 @@ ROWS, TOKENS, STEPS = 64, 65_536, 64  # looked at: until one of them is reached
 SEPARATORS = 2  # spelled at ends of lines: more is no accident
 CUT_ROWS = 0.8  # share of rows that end within a conversation: almost all of it is cut
 KNOWN_TOKENS = 0.5  # share that must come back when text is made of tokens and tokens of it
+COMPARED = 1 << 27  # tokens: of more data, answers are not compared with each other
 LEAKED, SOME_LEAKED = 0.1, 0.01  # share of validation text in the training text, beyond what repeats anyway
 
 
@@ -108,7 +110,7 @@ def examine(
         _separators(rows, vocabulary, is_chat),
         _one_kind(train),
     )
-    notes = _notes(rows, both)
+    notes = _notes(rows, both) + _contradictions(rows, train)
     return XRay(rows, _figures(rows, vocabulary, both, is_chat), [found for check in checks for found in check], notes)
 
 
@@ -301,6 +303,23 @@ def _notes(rows: Rows, both: Overlap | None) -> list[str]:
     elif both.excess > SOME_LEAKED:
         notes.append(f"{share:.1%} of the validation text stands in the training text")
     return notes
+
+
+def _contradictions(rows: Rows, train: Sequence[TokenShards]) -> list[str]:
+    """How many pairs are there the other way round too, or how many answers are labelled both good and bad."""
+    are_pairs, are_judged = rows.kinds[:1] == ["chosen"], any(shards.header.judged for shards in train)
+    if not train or not (are_pairs or are_judged) or sum(map(len, train)) > COMPARED:
+        return []
+    hashes = np.concatenate([document_hashes(shards) for shards in train])  # [documents]
+    if are_pairs:
+        pairs = Counter(map(tuple, hashes.reshape(-1, 2).tolist()))
+        count = sum(times for (better, worse), times in pairs.items() if (worse, better) in pairs)
+        what = "pairs are there the other way round, too, with chosen and rejected exchanged"
+    else:
+        labels = np.concatenate([shards.labels for shards in train]).astype(bool)
+        count = int(np.isin(hashes, np.intersect1d(hashes[labels], hashes[~labels])).sum())
+        what = "answers to the same prompt are labelled good in one row and bad in another"
+    return [f"{count:,} of {len(hashes) // (1 + are_pairs):,} {what}: keep one of each"] if count else []
 
 
 def _cut_rows(rows: Rows, vocabulary: Vocabulary) -> float:

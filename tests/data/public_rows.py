@@ -156,6 +156,26 @@ PAIRS: dict[str, Schema] = {
     ),
     "two outputs": Schema({"instruction": "Hi", "input": "", "output": ["Good.", "Bad."]}, (GOOD, BAD)),
     "stack-exchange-paired": Schema({"question": "Hi", "response_j": "Good.", "response_k": "Bad."}, (GOOD, BAD)),
+    "PKU-SafeRLHF": Schema(
+        {"prompt": "Hi", "response_0": "Bad.", "response_1": "Good.", "better_response_id": 1, "safer_response_id": 0},
+        (GOOD, BAD),
+    ),
+    "ms-swift": Schema({"messages": GOOD, "rejected_response": "Bad."}, (GOOD, BAD)),
+    "ms-swift, query": Schema({"query": "Hi", "response": "Good.", "rejected_response": "Bad."}, (GOOD, BAD)),
+    "UltraFeedback": Schema(
+        {
+            "instruction": "Hi",
+            "completions": [
+                {"response": "So so.", "overall_score": 5.0, "fine-grained_score": 9.0},
+                {"response": "Good.", "overall_score": 8.5, "fine-grained_score": 4.0},
+                {"response": "Bad.", "overall_score": 1.0, "fine-grained_score": 4.0},
+            ],
+        },
+        (GOOD, BAD),
+    ),
+    "Nectar": Schema(
+        {"prompt": "Hi", "answers": [{"answer": "Bad.", "rank": 2.0}, {"answer": "Good.", "rank": 1.0}]}, (GOOD, BAD)
+    ),
 }  # fmt: skip
 JUDGED: dict[str, Schema] = {
     "trl": Schema({"prompt": "Hi", "completion": "Hello.", "label": False}, TALK),

@@ -9,10 +9,14 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from slmkit.config import UserError
+from slmkit.data import TextDataset
 from slmkit.data.conversations import ConversationEncoder
+from slmkit.data.judged import prepare_judgements
+from slmkit.data.pairs import prepare_pairs
 from slmkit.data.shard_work import document_ids, encode
-from slmkit.data.sources import Document
+from slmkit.data.sources import Document, Judged
 from slmkit.data.sources.documents import PIECE, pieces
+from slmkit.data.sources.pair_formats import Pair
 from slmkit.data.streamed_rows import tokenized
 from slmkit.tokenizer import SLMTokenizer
 from tests.tokenizer.conftest import save_foreign
@@ -35,6 +39,8 @@ def test_shards_hold_the_ids_of_transformers_and_decode_to_the_text(kind: str, t
         ids = theirs(text).input_ids
         expected += [*ids[: len(ids) - len(ours.ending)], ours.eos_token_id]
     assert encode(ours, documents).ids.tolist() == expected
+    dataset = TextDataset(TEXTS, ours, max_length=256)
+    assert [i for item in dataset for i in item["input_ids"][item["labels"] >= 0].tolist()] == expected
     assert tokenized(documents, ours)[0].tolist() == expected
     long = "The cat sat by the sea and sang. " * (2 * PIECE // 30)
     parts = list(pieces(long))
@@ -73,6 +79,19 @@ def test_more_than_a_trace_of_lost_text_is_refused_with_its_share(tmp_path: Path
     talk = [{"role": "user", "content": "猫" * 99}, {"role": "assistant", "content": "cat"}]
     with pytest.raises(UserError, match="of the text"):
         list(ConversationEncoder(again).encode_all([talk]))
+
+
+def test_lost_text_of_pairs_and_judgements_is_refused_too(tmp_path: Path) -> None:
+    ours = lossy(tmp_path, byte_level=True)
+    ours.chat_template = TEMPLATES["plain"]
+    asked = {"role": "user", "content": "cat"}
+    good, bad = ([asked, {"role": "assistant", "content": said}] for said in ("猫" * 99, "cat"))
+    with pytest.raises(UserError, match="of the text"):
+        prepare_pairs([Pair(good, bad, 1)], ours, tmp_path / "pairs")
+    ours = lossy(tmp_path, byte_level=True)
+    ours.chat_template = TEMPLATES["plain"]
+    with pytest.raises(UserError, match="of the text"):
+        prepare_judgements([Judged(good, True)], ours, tmp_path / "judgements")
 
 
 def test_a_vocabulary_with_every_byte_loses_nothing(tmp_path: Path) -> None:

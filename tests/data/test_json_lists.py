@@ -53,6 +53,7 @@ def test_a_list_called_jsonl_and_a_row_of_several_lines_are_read(tmp_path: Path)
     [
         ('{"text": tru, "b": [1, "}"]}', "not valid JSON"),
         ('{"text": "a" "b": 2}', "not valid JSON"),
+        ('{"text": "a", "b": {}, "text": "c"}', "not valid JSON"),
         ("7", "not a JSON object"),
         ("[" * 3000 + "]" * 3000, "not valid JSON"),
         ('{"text": "\\ud83d"}', "not UTF-8"),

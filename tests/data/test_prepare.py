@@ -166,6 +166,10 @@ def test_too_little_to_hold_out_is_said():
         split_validation(lambda: [Document("a")], 0.5)
     with pytest.raises(UserError, match="too few"):
         split_conversations([chat("?", "!")], 0.5)
+    for copies in (lambda: split_validation(lambda: [Document("a")] * 300, 0.1),
+                   lambda: split_conversations([chat("?", "!")] * 3, 0.5)):  # fmt: skip
+        with pytest.raises(UserError, match="are copies of one text, .* add other text, or name .* as data.validation"):
+            copies()
     for fraction in (0, 1, -0.1):
         with pytest.raises(UserError, match="between 0 and 1"):
             split_validation(lambda: [Document("a")], fraction)

@@ -189,8 +189,33 @@ def test_labelled_answers_and_pairs_are_not_learned_as_conversations(tmp_path: P
     row = {"conversations": SHAREGPT[:1], "chosen": SHAREGPT[1], "rejected": {"from": "gpt", "value": "No."}}
     with pytest.raises(UserError, match="columns 'chosen' and 'rejected' hold the answers: objective: dpo"):
         list(opened(tmp_path / "a.jsonl", [row]).read_conversations())
-    with pytest.raises(UserError, match="column 'answers' holds ranked answers: make pairs of chosen and rejected"):
-        list(opened(tmp_path / "a.jsonl", [{"prompt": "Hi", "answers": [{"text": "a", "score": 1}]}]).read_pairs())
+    for answers, message in (
+        ([{"text": "a", "score": 1}, {"text": "b", "score": 1}], "have one score, so that none is better"),
+        (
+            [{"said": "a", "score": 1}, {"said": "b", "score": 2}],
+            "make columns 'prompt', 'chosen' and 'rejected'",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            list(opened(tmp_path / "a.jsonl", [{"prompt": "Hi", "answers": answers}]).read_pairs())
+
+
+def test_a_prompt_in_front_of_both_answers_is_removed_and_counted(tmp_path: Path):
+    prompt = "Question: Why is the sky blue?\n\nAnswer: "
+    old = {"prompt": prompt, "chosen": prompt + "Air scatters light.", "rejected": prompt + "Paint."}
+    short = {"prompt": "Hello", "chosen": "Hello there.", "rejected": "Hello you."}  # an answer of its own
+    source = opened(tmp_path / "a.jsonl", [old, short, old])
+    assert [[side[-1]["content"] for side in pair.sides] for pair, _ in source.read_pairs()] == [
+        ["Air scatters light.", "Paint."], ["Hello there.", "Hello you."], ["Air scatters light.", "Paint."],
+    ]  # fmt: skip
+    (line,) = source.report()
+    assert "2 pairs whose answers began with the prompt, which was removed from them, such as" in line
+
+
+def test_the_split_that_is_read_is_no_unused_column(tmp_path: Path):
+    source = opened(tmp_path / "a.jsonl", [{"text": "a", "split": "train"}, {"text": "b", "split": "Training"}])
+    assert len(list(source.read())) == 2
+    assert source.report() == []
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "tsv", "parquet", "arrow"])

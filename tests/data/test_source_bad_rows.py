@@ -34,6 +34,18 @@ def texts(opened: Source) -> list[str]:
 BAD_ROWS = {
     "not JSON": (".jsonl", GOOD + b'{"text": \n' + GOOD, "not a JSON object", "a.jsonl:2"),
     "not an object": (".jsonl", GOOD + b'["text"]\n' + GOOD, "not a JSON object", "a.jsonl:2"),
+    "a key twice": (
+        ".jsonl",
+        GOOD + b'{"text": "a", "text": "b"}\n' + GOOD,
+        "not valid JSON",
+        "a.jsonl:2: the key",
+    ),
+    "a key twice within": (
+        ".jsonl",
+        GOOD + b'{"text": "a", "x": [{"k": 1, "k": 2}]}\n' + GOOD,
+        "not valid JSON",
+        "a.jsonl:2: the key 'k'",
+    ),
     "another column": (".jsonl", GOOD + b'{"body": "b"}\n' + GOOD, "no such column", "a.jsonl:2"),
     "null": (".jsonl", GOOD + b'{"text": null}\n' + GOOD, "not as expected", "a.jsonl:2"),
     "latin 1": (".jsonl", GOOD + b'{"text": "caf\xe9"}\n' + GOOD, "not UTF-8", "at offset 30"),
@@ -103,6 +115,38 @@ def test_bytes_that_are_no_text_are_left_out_of_a_text_file_wherever_reading_beg
         assert list(source(path).read(position)) == read[index + 1 :]
     with pytest.raises(UserError, match="found a byte that is none at offset"):
         texts(source(path, "refuse"))
+
+
+OF_ANOTHER_KIND = {
+    "gzip": (gzip.compress(b"Once."), r"it is a gzip file: end its name in \.gz"),
+    "zstd": (zstandard.compress(b"Once."), r"it is a zstd file"),
+    "UTF-16": ('{"text": "Once."}'.encode("utf-16"), "it is UTF-16 text: save it as UTF-8"),
+    "an office document": (b"PK\x03\x04\x14\0word/document.xml", "it is a zip archive or an office document"),
+}
+
+
+@pytest.mark.parametrize("kind", [".txt", ".md", ".jsonl", ".csv"])
+@pytest.mark.parametrize("what", OF_ANOTHER_KIND)
+def test_nothing_is_read_of_a_file_that_is_no_text(tmp_path: Path, what: str, kind: str):
+    content, message = OF_ANOTHER_KIND[what]
+    path = tmp_path / f"a{kind}"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"a\{kind}: cannot be read: {message}"):
+        texts(source(path, "refuse"))
+    (tmp_path / "b.txt").write_text("Once.")
+    (tmp_path / "c.jsonl").write_text('{"text": "Once."}')
+    opened = source(tmp_path)
+    assert set(texts(opened)) == {"Once."}
+    assert opened.skipped == ({} if kind == ".md" else {"unreadable file": 1})
+
+
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_a_table_between_semicolons_or_tabs_is_read_from_any_place(tmp_path: Path, mark: str):
+    path = tmp_path / "a.csv"
+    path.write_bytes(f'\ufeff"id"{mark}"text"\n1{mark}"Once, twice"\n2{mark}Then.\n'.encode())
+    read = list(source(path, "refuse").read())
+    assert [document.text for document, _ in read] == ["Once, twice", "Then."]
+    assert list(source(path, "refuse").read(read[0][1])) == read[1:]
 
 
 def damaged_parquet(path: Path, group: int) -> None:

@@ -15,9 +15,12 @@ from slmkit.api.xray import look, vocabulary_of
 from slmkit.config import UserError
 from slmkit.data import ShardWriter, TokenShards, prepare_chat, prepare_text, stories
 from slmkit.data.batch import Batch
+from slmkit.data.judged import JudgedRows, prepare_judgements
 from slmkit.data.packing import IGNORED
+from slmkit.data.pairs import PairRows, prepare_pairs
 from slmkit.data.source_settings import SourceSettings
 from slmkit.data.sources import open_source, read_documents
+from slmkit.data.sources.pair_formats import Judged, pair_of
 from slmkit.data.stream import ChatRows, PretrainRows, Stream
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.overlap import Text, overlap, text_of
@@ -187,6 +190,23 @@ def test_validation_text_in_training(tmp_path: Path, tokenizer: SLMTokenizer) ->
     xray = seen(train, vocabulary_of(tokenizer, len(tokenizer)), some)
     assert xray.findings == []
     assert len(xray.notes) == 1
+
+
+def test_answers_that_contradict_each_other_are_counted(tmp_path: Path, tokenizer: SLMTokenizer) -> None:
+    def asked(answer: str) -> list[dict[str, str]]:
+        return [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": answer}]
+
+    vocabulary = vocabulary_of(tokenizer, len(tokenizer))
+    pairs = [pair_of(asked(good), asked(bad)) for good, bad in (("A.", "B."), ("B.", "A."), ("A.", "C."), ("C.", "D."))]
+    rows = PairRows(prepare_pairs(pairs, tokenizer, tmp_path / "pairs"), LENGTH)
+    (note,) = examine(Stream(rows, 2), vocabulary, [rows.shards], is_padded=True).notes
+    assert note.startswith("2 of 4 pairs are there the other way round, too")
+    judged = [Judged(asked(text), label) for text, label in (("A.", True), ("A.", False), ("B.", True), ("C.", False))]
+    shards = prepare_judgements(judged, tokenizer, tmp_path / "judged")
+    (note,) = examine(Stream(JudgedRows(shards, LENGTH), 2), vocabulary, [shards], is_padded=True).notes
+    assert note.startswith("2 of 4 answers to the same prompt are labelled good in one row and bad in another")
+    consistent = prepare_judgements(judged[1:], tokenizer, tmp_path / "consistent")
+    assert not examine(Stream(JudgedRows(consistent, LENGTH), 2), vocabulary, [consistent], is_padded=True).notes
 
 
 # -- how it looks, and what it does to a run --------------------------------------------------------------------------

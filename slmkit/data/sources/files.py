@@ -25,6 +25,17 @@ WRITTEN = (
 TEXT_KINDS = (".txt", *WRITTEN)
 KINDS = (*TEXT_KINDS, *ROW_KINDS)
 COMPRESSIONS = (".gz", ".zst")
+# What is no text, by its first bytes: what it is, and what to do about it.
+UTF_16 = "UTF-16 text: save it as UTF-8 (iconv -f UTF-16 -t UTF-8)"
+NOT_TEXT = {
+    b"\xff\xfe": UTF_16, b"\xfe\xff": UTF_16,
+    b"\x1f\x8b": "a gzip file: end its name in .gz", b"\x28\xb5\x2f\xfd": "a zstd file: end its name in .zst",
+    b"PK\x03\x04": "a zip archive or an office document: unpack it, or save it as text",
+    b"BZh91AY": "a bzip2 file: unpack it", b"\xfd7zXZ": "an xz file: unpack it",
+    b"7z\xbc\xaf": "a 7z archive: unpack it",
+    b"PAR1": "a parquet file: end its name in .parquet", b"%PDF-": "a PDF: save it as text",
+    b"\xd0\xcf\x11\xe0": "an office document: save it as text",
+}  # fmt: skip
 
 Paths: TypeAlias = str | Path | Iterable[str | Path]
 
@@ -42,12 +53,15 @@ class File:
         return kind_of(self.name)
 
     def open_at(self, offset: int = 0) -> BinaryIO:
-        """The uncompressed bytes from `offset` on: sought where the file is plain, read and dropped where it isn't."""
+        """The uncompressed bytes from `offset` on: sought where the file is plain, read and dropped where it isn't.
+
+        Raises `OSError` at the beginning of a file that is certainly no UTF-8 text.
+        """
         compression = Path(self.name.lower()).suffix
         stream = self.open()
         if compression not in COMPRESSIONS:
             stream.seek(offset)
-            return stream
+            return stream if offset else self._expect_text(stream)
         if compression == ".gz":
             stream = cast(BinaryIO, gzip.GzipFile(fileobj=stream))
         else:
@@ -55,6 +69,14 @@ class File:
             stream = cast(BinaryIO, io.BufferedReader(pyarrow().CompressedInputStream(stream, "zstd"), PIECE))
         while offset and (dropped := len(stream.read(min(offset, PIECE)))):
             offset -= dropped
+        return stream
+
+    def _expect_text(self, stream: BinaryIO) -> BinaryIO:
+        head = stream.read(max(map(len, NOT_TEXT)))
+        stream.seek(0)
+        if what := next((what for first, what in NOT_TEXT.items() if head.startswith(first)), None):
+            stream.close()
+            raise OSError(f"it is {what}")
         return stream
 
 

@@ -34,7 +34,20 @@ def whole_number(digits: str) -> float:
     return int(digits) if len(digits) < 4300 else float(digits)
 
 
-DECODER = json.JSONDecoder(parse_int=whole_number)
+class RepeatedKeyError(ValueError):
+    """An object has one key twice: Python's own reader would keep the last value and drop the others."""
+
+
+def _object(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(members)
+    if len(found) < len(members):
+        keys = [key for key, _ in members]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise RepeatedKeyError(f"the key {twice!r} stands twice in one object; keep one of them")
+    return found
+
+
+DECODER = json.JSONDecoder(parse_int=whole_number, object_pairs_hook=_object)
 
 
 def first_character(file: File) -> str:
@@ -130,6 +143,8 @@ class _Characters:
                 problem = f"{error.msg} at offset {self.end + error.pos - self.at:,}"
                 if cut_short and self._more():
                     continue
+            except RepeatedKeyError as error:
+                problem = str(error)
             except RecursionError:
                 problem = f"objects within objects, too deep to be read, at offset {self.end:,}"
             self._take(self._end_of_brackets(problem))

@@ -6,7 +6,7 @@ import functools
 import re
 from collections import Counter
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from slmkit.data.source_settings import SourceSettings
 from slmkit.data.sources.documents import Conversation, Message
@@ -35,15 +35,24 @@ QUESTIONS = ("prompt", "question", "instruction", "query", *CHATS)
 ANSWERS = {"chosen": "rejected", "response_j": "response_k", "chosen_response": "rejected_response"}  # better: worse
 TURNS = ("\n\nHuman:", "\n\nAssistant:")  # how a dialogue in one text begins its turns
 RANKED = ("answers", "completions", "responses", "generations")
+ANSWER = ("response", "answer", "text", "content", "completion", "output")  # of a ranked answer
+SCORES = ("overall_score", "score", "pm_score", "rating")  # of a ranked answer; the greatest is the best
+NUMBERED = ("response_0", "response_1", "better_response_id")  # PKU-Alignment/PKU-SafeRLHF
+LONG_PROMPT = 20  # characters; both answers to a shorter one (`Hello`) may well begin with it
+REJECTED = "rejected_response"  # beside a conversation that ends with the better answer (ms-swift)
 
 
 class Pair(NamedTuple):
-    """Two conversations that begin alike, for `shared` messages; the better one first. `place` is where it was read."""
+    """Two conversations that begin alike, for `shared` messages; the better one first. `place` is where it was read.
+
+    `prompt_removed`: both answers began with the prompt, which was taken off them.
+    """
 
     chosen: list[Message]
     rejected: list[Message]
     shared: int
     place: str = ""
+    prompt_removed: bool = False
 
     @property
     def sides(self) -> tuple[list[Message], list[Message]]:
@@ -96,8 +105,13 @@ def pair_formats(settings: SourceSettings, unused: Counter[str]) -> RowFormats:
         ("chosen", "rejected"), functools.partial(_pair, asked=None, better="chosen", worse="rejected"), beside[:-3]
     )
     formats["outputs"] = RowFormat(("instruction", "output"), _outputs, beside)  # the better one first
+    formats["numbered"] = RowFormat(("prompt", *NUMBERED), _numbered, beside)
+    for name, found in spoken().items():
+        convert = functools.partial(_with_rejected, convert=found.convert)
+        formats[f"{name}-{REJECTED}"] = RowFormat((*found.required, REJECTED), convert, found.optional)
     for column in RANKED:
-        formats[f"ranked {column}"] = RowFormat((column,), functools.partial(_ranked, column=column))
+        convert = functools.partial(_ranked, column=column)
+        formats[f"ranked {column}"] = RowFormat((column,), convert, (*QUESTIONS, *beside))
     return RowFormats("pairs of answers", formats, settings, MEANING, unused)
 
 
@@ -112,25 +126,66 @@ def _pair(row: Row, asked: str | None, better: str, worse: str) -> Pair:
             found = f"{form.format(better)} {scores[0]} is less than {form.format(worse)} {scores[1]}"
             raise RowError(f"{found}: the pair is the wrong way round", "pairs the wrong way round by their scores")
     before = [] if asked is None or is_empty(row[asked]) else _dialogue(row[asked]) or question(row, asked)
-    return pair_of(*(_side(row, name, before) for name in (better, worse)))
+    answers = _without_prompt(row[asked], row[better], row[worse]) if asked is not None else []
+    row = {**row, **dict(zip((better, worse), answers))}
+    pair = pair_of(*(_side(row, name, before) for name in (better, worse)))
+    return pair._replace(prompt_removed=bool(answers))
+
+
+def _without_prompt(prompt: Any, *answers: Any) -> list[str]:
+    """The answers without the prompt that trl's old files have in front of both; none where it is not there."""
+    if not (isinstance(prompt, str) and len(prompt.strip()) >= LONG_PROMPT):
+        return []
+    if any(not isinstance(answer, str) or _dialogue(answer) or not answer.startswith(prompt) for answer in answers):
+        return []
+    rest = [answer.removeprefix(prompt).strip() for answer in answers]
+    return rest if all(rest) else []
 
 
 def _outputs(row: Row) -> Pair:
     answers = row["output"]
     if not (isinstance(answers, list) and len(answers) == 2):
         raise RowError("expected in column 'output' a list of two answers, the better one first", NO_COLUMN)
-    before = question(row, "instruction")
-    return pair_of(*(_side({**row, name: one}, name, before) for name, one in zip(("chosen", "rejected"), answers)))
+    return _chosen_and_rejected(row, "instruction", *answers)
+
+
+def _chosen_and_rejected(row: Row, asked: str, better: Any, worse: Any) -> Pair:
+    return _pair({**row, "chosen": better, "rejected": worse}, asked, "chosen", "rejected")
+
+
+def _numbered(row: Row) -> Pair:
+    is_second = judgement(row["better_response_id"])
+    if is_second is None:
+        raise RowError(f"expected 0 or 1 in column 'better_response_id', found {shown(row['better_response_id'])}")
+    answers = row["response_0"], row["response_1"]
+    return _chosen_and_rejected(row, "prompt", *(reversed(answers) if is_second else answers))
+
+
+def _with_rejected(row: Row, convert: Callable[[Row], Conversation]) -> Pair:
+    chosen = convert(row)
+    rejected = Conversation([*chosen[:-1], *said(row, REJECTED)], tools=chosen.tools)
+    return pair_of(chosen, checked(rejected))
 
 
 def _ranked(row: Row, column: str) -> Pair:
+    """The best answer against the worst one."""
     answers = row[column] if isinstance(row[column], list) else []
     keys = {key for answer in answers if isinstance(answer, dict) for key in answer}
     if not any(word in str(key) for key in (*keys, *row) for word in ("score", "rank", "rating")) or not answers:
         raise RowError("no column 'chosen' and 'rejected', nor others that make pairs of answers", NO_COLUMN)
-    raise RowError(
-        f"column {column!r} holds ranked answers: make pairs of chosen and rejected of them", "ranked answers"
-    )
+    asked = next((name for name in QUESTIONS if not is_empty(row.get(name))), None)
+    text, score = (next((name for name in names if name in keys), None) for names in (ANSWER, (*SCORES, "rank")))
+    scores = [answer.get(score) if isinstance(answer, dict) else None for answer in answers]
+    if asked is None or text is None or not all(isinstance(one, int | float) and one == one for one in scores):
+        raise RowError(
+            f"column {column!r} holds ranked answers that are not objects with a text ({', '.join(ANSWER)}) and a "
+            f"score ({', '.join(SCORES)}, rank): make columns 'prompt', 'chosen' and 'rejected' of them",
+            "ranked answers",
+        )
+    order = sorted(range(len(scores)), key=scores.__getitem__, reverse=score != "rank")
+    if scores[order[0]] == scores[order[-1]]:
+        raise RowError(f"the answers in column {column!r} have one score, so that none is better", "equal scores")
+    return _chosen_and_rejected(row, asked, *(answers[place].get(text) for place in (order[0], order[-1])))
 
 
 def _side(row: Row, column: str, before: list[Message]) -> Conversation:

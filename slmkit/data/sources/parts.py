@@ -95,8 +95,9 @@ class FilePart:
                 yield item
         except damage() as error:
             as_what = " as parquet" if self.file.kind == ".parquet" else ""
-            place = ", ".join(f"{unit} {number}" for unit, number in position.items()) or "its beginning"
-            message = f"{self.file.name}: cannot be read{as_what} (behind {place}): {one_line(error)}"
+            place = ", ".join(f"{unit} {number}" for unit, number in position.items() if number and unit != "file")
+            behind = f" (behind {place})" if place else ""
+            message = f"{self.file.name}: cannot be read{as_what}{behind}: {one_line(error)}"
             yield BadRow("unreadable file", message), position
 
 

@@ -168,6 +168,8 @@ class RowFormats:
             value = found.convert(row)
             used = (*found.used, *WEIGHTS, *DROPPED)
             unused = [key for key, cell in row.items() if key not in used and not is_empty(cell)]
+            if self._is_this_split(row.get("split")):
+                unused.remove("split")
         except RowError as error:
             line = f"{place}: {error}"
             for ours, (_, theirs) in self.settings.mapping.items():
@@ -202,8 +204,7 @@ class RowFormats:
 
     def _expect_nothing_lost(self, row: Row, found: RowFormat) -> None:
         split = row.get("split")
-        wanted = SPLITS.get(self.settings.split.lower(), self.settings.split)
-        if isinstance(split, str) and SPLITS.get(split.strip().lower(), wanted) != wanted:
+        if isinstance(split, str) and split.strip().lower() in SPLITS and not self._is_this_split(split):
             raise RowError(f"column 'split' says {split}; set split to read it", f"of split {split}", harmless=True)
         for name, value in row.items():
             if name in found.used or is_empty(value):
@@ -221,6 +222,10 @@ class RowFormats:
                 mapped = "" if name in LABELS else f" with data.columns: {{label: {name}}}"
                 hint = f"objective: kto (prepare --judged){mapped}"
                 raise RowError(f"column {name!r} labels the answer good or bad: {hint}", "labelled answers")
+
+    def _is_this_split(self, split: Any) -> bool:
+        wanted = SPLITS.get(self.settings.split.lower(), self.settings.split)
+        return isinstance(split, str) and SPLITS.get(split.strip().lower(), split) == wanted
 
     def _placed(self, value: Any, place: str) -> Any:
         parts = [value] if isinstance(value, str | list) else [*value]  # a pair or a judged answer
@@ -250,6 +255,7 @@ _PAIRS, _TALKS = (
 OTHERS: dict[tuple[str, ...], tuple[str, str]] = {
     ("chosen", "rejected"): _PAIRS,
     ("response_j", "response_k"): _PAIRS,
+    ("rejected_response",): _PAIRS,
     **dict.fromkeys(((name,) for name in CHATS), _TALKS),
     **dict.fromkeys(EXCHANGES.values(), _TALKS),
     ("text",): ("texts", "objective: pretrain"),

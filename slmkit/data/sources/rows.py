@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from slmkit.data.sources.documents import BadRow, Position
 from slmkit.data.sources.files import File, damage, pyarrow
-from slmkit.data.sources.json_values import BrokenJsonError, first_character, list_entries
+from slmkit.data.sources.json_values import DECODER, BrokenJsonError, RepeatedKeyError, first_character, list_entries
 from slmkit.data.sources.lines import LONGEST_ROW, whole_lines
 from slmkit.data.sources.row_formats import RowFormats
 from slmkit.data.sources.turns import shown
@@ -91,13 +91,16 @@ def _one_row(file: File, formats: RowFormats) -> Row | None:
         return None
     if not formats.recognize(formats.renamed([*row])):
         return None
-    return Row(_of_text(file.name, row, formats), {"row": 1, "offset": len(content)})
+    text = content.decode(json.detect_encoding(content), "surrogatepass")
+    return Row(_json_value(file.name, text, formats), {"row": 1, "offset": len(content)})
 
 
 def _json_value(place: str, line: str, formats: RowFormats) -> Any:
     problem = ""
     try:
-        row = json.loads(line)
+        row = DECODER.decode(line)
+    except RepeatedKeyError as error:
+        return BadRow("not valid JSON", f"{place}: {error}")
     except (ValueError, RecursionError) as error:
         row, problem = None, f": {error}"
     if not isinstance(row, dict):
@@ -117,13 +120,12 @@ def _of_text(place: str, row: dict[str, Any], formats: RowFormats, may_have_halv
 
 
 def csv_rows(file: File, start: Position, formats: RowFormats) -> Iterator[Row]:
-    """Rows under a header; of `.tsv` between tabs.
+    """Rows under a header; of `.tsv` between tabs, of `.csv` also between semicolons or tabs if its header is.
 
     A position is the `offset` of the next row, and the numbers of rows and lines before it.
     """
     csv.field_size_limit(LONGEST_ROW)  # the limit is the csv module's own, 128 KiB, and texts are longer
-    delimiter = "\t" if file.kind == ".tsv" else ","
-    columns = next(csv.reader(_Lines(file), delimiter=delimiter, strict=True), [])
+    delimiter, columns = _header(file)
     if problem := formats.problem(f"{file.name}:1", columns):
         yield Row(problem, start)
         return
@@ -148,6 +150,16 @@ def csv_rows(file: File, start: Position, formats: RowFormats) -> Iterator[Row]:
         if number > 0:
             value = lines.problem or _csv_value(place, lines.number, columns, fields, formats)
             yield Row(value, {"row": number, "line": lines.number, "offset": lines.end})
+
+
+def _header(file: File) -> tuple[str, list[str]]:
+    """What stands between the columns, and their names."""
+    usual = "\t" if file.kind == ".tsv" else ","
+    for delimiter in (usual, ";", "\t"):
+        columns = next(csv.reader(_Lines(file), delimiter=delimiter), [])
+        if len(columns) > 1:
+            return delimiter, columns
+    return usual, columns
 
 
 def _csv_value(place: str, line: int, columns: Sequence[str], fields: Sequence[str], formats: RowFormats) -> Any:

@@ -91,7 +91,10 @@ class Source:
 
     def read_pairs(self) -> Iterator[tuple[Pair, Position]]:
         """As `read_conversations`, of rows with a better and a worse answer."""
-        return self._read(lambda part, inner: part.pairs(inner), lambda pair: True, None)
+        for pair, position in self._read(lambda part, inner: part.pairs(inner), lambda pair: True, None):
+            if pair.prompt_removed:
+                self.note("pairs whose answers began with the prompt, which was removed from them", pair.place)
+            yield pair, position
 
     def read_judgements(self) -> Iterator[tuple[Judged, Position]]:
         """As `read_conversations`, of rows whose answer is labelled good or bad."""
