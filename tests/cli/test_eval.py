@@ -64,7 +64,9 @@ def test_conversations_are_judged_by_their_answers(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     (found,) = figures(done.stdout)
     assert found[2] == "3"
-    assert len(found) == 7  # no bits per byte, since only a part of the text is predicted
+    predicted, loss, bits = int(found[3]), float(found[5]), float(found[7])
+    answers = sum(len(f"The fox {n}.") for n in range(3))  # bytes; the end of each answer is predicted as well
+    assert bits == pytest.approx(loss * predicted / math.log(2) / answers, rel=1e-3)
 
 
 def test_what_cannot_be_evaluated_is_one_line(folder: Path) -> None:
