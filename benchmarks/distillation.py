@@ -76,7 +76,7 @@ SMOKE = Size(documents=100, teacher_steps=6, student_steps=3, seeds=1, cost_step
 class Quiet:
     def say(self, line: object) -> None: ...
 
-    def counter(self, label: str):
+    def counter(self, label: str, total: int | None = None):
         return lambda *counts: None
 
 

@@ -49,7 +49,7 @@ RESULTS = Path(__file__).parent / "results" / "gpu.json"
 class Quiet:
     def say(self, line: object) -> None: ...
 
-    def counter(self, label: str):
+    def counter(self, label: str, total: int | None = None):
         return lambda *counts: None
 
 

@@ -49,7 +49,7 @@ Curve = list[tuple[int, float, float]]  # tokens, seconds, validation loss
 class Quiet:
     def say(self, line: object) -> None: ...
 
-    def counter(self, label: str):
+    def counter(self, label: str, total: int | None = None):
         return lambda *counts: None
 
 

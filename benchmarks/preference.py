@@ -64,7 +64,7 @@ class Quiet:
 
     warn = say
 
-    def counter(self, label: str):
+    def counter(self, label: str, total: int | None = None):
         return lambda *counts: None
 
 

@@ -187,9 +187,9 @@ def _apply(content: Any, override: str) -> None:
     if not equals or not key:
         raise UserError(f"{override!r}: expected key=value, such as train.learning_rate=3e-4")
     *parents, leaf = key.split(".")
-    for name in parents:
+    for name, below in zip(parents, [*parents[1:], leaf]):
         if isinstance(content, dict) and content.get(name) is None:
-            content[name] = {}  # a section that was null
+            content[name] = [] if below.isdecimal() else {}  # a list or a section that was null
         content = content[name if isinstance(content, dict) else _entry(content, name, key)]
         if not isinstance(content, dict | list):
             raise UserError(f"{key}: {name!r} is a single value, so it has no keys below it")

@@ -128,7 +128,7 @@ def test_a_model_without_a_tokenizer_is_given_one_and_anothers_is_refused(tmp_pa
     other = SLMTokenizer(1000)
     other.train(f"word{number} word{number}" for number in range(2000))
     other.save_pretrained(tmp_path / "other")
-    with pytest.raises(UserError, match="it is another model's; name this model's own as tokenizer.path"):
+    with pytest.raises(UserError, match="it belongs to another model; set tokenizer.path to this model's tokenizer"):
         train_recipe(recipe_of(tmp_path, base, "pretrain", f"tokenizer.path={tmp_path / 'other'}"), Silent())
 
 

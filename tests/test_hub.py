@@ -326,5 +326,5 @@ def test_what_cannot_be_published_is_refused(hub: HubServer, tmp_path: Path) -> 
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "base")}))
     (adapter / "adapter_model.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match="which others do not have: publish that first"):
+    with pytest.raises(UserError, match="which is only on this machine: publish that first"):
         push_model(adapter, "me/adapter")

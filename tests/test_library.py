@@ -86,7 +86,7 @@ def test_max_length_counts_the_prompt_and_max_new_tokens_does_not(life: dict) ->
     model, prompt = life["model"], torch.tensor([[5, 6, 7]])
     assert model.generate(prompt, max_length=10, eos_token_id=[]).shape[1] == 10
     assert model.generate(prompt, max_new_tokens=10, eos_token_id=[]).shape[1] == 13
-    with pytest.raises(UserError, match="no room after a prompt of 3"):
+    with pytest.raises(UserError, match="is not above the 3 tokens of the prompt"):
         model.generate(prompt, max_length=3)
 
 

@@ -26,14 +26,15 @@ class Silent:
 
     def __init__(self) -> None:
         self.lines: list[str] = []
+        self.counted: dict[str, tuple[int | None, int]] = {}  # of each label its total, and what is done
 
     def say(self, line: str) -> None:
         self.lines.append(line)
 
     warn = say
 
-    def counter(self, label: str):
-        return lambda *done: None
+    def counter(self, label: str, total: int | None = None):
+        return lambda *done: self.counted.update({label: (total, done[0])})
 
 
 @pytest.fixture(scope="module")

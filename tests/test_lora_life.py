@@ -183,7 +183,7 @@ def test_a_script_trains_an_adapter(base: Path, tmp_path: Path) -> None:
         name.rpartition(".")[0].rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])
     }
     assert changed == {"query", "value"}
-    with pytest.raises(UserError, match="lora: an adapter names its model on disk"):
+    with pytest.raises(UserError, match="lora: an adapter needs a base model on disk"):
         SLMTrainer(config, SLMForCausalLM(config), tokenizer, dataset, lora=lora)
 
 

@@ -228,8 +228,7 @@ def _expect_all(
     missing = [name for name in expected if name not in updates]
     if missing and not described.only_some_layers:
         raise UserError(
-            f"{path}: nothing for {len(missing)} of the base's modules that it is for, such as {missing[0]!r}: "
-            f"{ANOTHER}"
+            f"{path}: no weights for {len(missing)} of the modules in its config, such as {missing[0]!r}: {ANOTHER}"
         )
 
 

@@ -53,9 +53,11 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
     if not isinstance(content, dict) or content.pop("peft_type", None) != "LORA":
         raise UserError(f"{path}: not a LoRA adapter: expected peft_type LORA, the only kind that is supported")
     if (start := content.pop("init_lora_weights", True)) not in STARTS:
-        raise UserError(f"{path}: init_lora_weights {start!r} changes the base too: have peft convert it to plain LoRA")
+        raise UserError(
+            f"{path}: init_lora_weights {start!r} also changes the base: convert it to plain LoRA with peft"
+        )
     if (bias := content.pop("bias", "none")) != "none":
-        raise UserError(f"{path}: bias {bias!r}: biases that are trained with an adapter are not supported")
+        raise UserError(f"{path}: bias {bias!r}: trained biases are not supported; expected none")
     known = {key: content.pop(key) for key in tuple(content) if key in LoRASettings.model_fields}
     known = {key: value for key, value in known.items() if value is not None}
     excluded = content.get("exclude_modules") or []

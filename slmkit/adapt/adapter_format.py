@@ -124,7 +124,7 @@ def from_peft(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor
         name = key.removeprefix(PREFIX)
         kind = next((kind for kind in (A, B, MAGNITUDE) if name.endswith(f".{kind}")), None)
         if name == key or ("lora_" in name and kind is None):
-            raise UserError(f"{key!r} is no tensor of a linear's LoRA")
+            raise UserError(f"{key!r} is not a LoRA weight of a linear layer")
         if kind is not None:
             updates.setdefault(name.removesuffix(f".{kind}"), {})[kind] = tensor
         elif ".base_layer." not in name:  # which peft stores of an adapted head, and nobody needs

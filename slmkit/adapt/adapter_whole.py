@@ -68,6 +68,8 @@ def _expect_tied(path: Path, family: Family, described: AdapterConfig, whole: di
     embedding, head = (f"{family.names[name]}.weight" for name in ("embedding", "head"))
     copy, is_there = whole.pop(head, None), embedding in whole
     if is_there != (copy is not None or (is_there and described.ties_head)):
-        raise UserError(f"{path}: changes one of embedding and head, which are one matrix in its base: not supported")
+        raise UserError(
+            f"{path}: changes only one of embedding and head, which share a matrix in its base: not supported"
+        )
     if copy is not None and not torch.equal(copy, whole[embedding]):
-        raise UserError(f"{path}: its embedding and its head differ, which are one matrix in its base: not supported")
+        raise UserError(f"{path}: its embedding and its head differ, but share one matrix in its base: not supported")

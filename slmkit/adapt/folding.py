@@ -21,8 +21,8 @@ def fold(decoder: Decoder) -> Decoder:
     for name, adapted in adapted_linears(decoder).items():
         if isinstance(adapted.base, FrozenLinear):
             raise UserError(
-                f"{name} is kept in {adapted.base.name}, whose steps are coarser than what was learned: "
-                "fold the adapter into the full weights, with `slm merge`"
+                f"{name} is stored in {adapted.base.name}, which is too coarse for what the adapter learned: "
+                "merge the adapter into the full weights, with `slm merge`"
             )
         replace(decoder, name, _plain(adapted.weight.detach(), adapted.bias))
     return decoder.requires_grad_(True)

@@ -176,7 +176,7 @@ def at(setting: Setting, depth: float, name: str, otherwise: float | None = None
         found = (one.value for one in conditions if one.filter in (None, "*") or one.filter in name)
         value = next(found, otherwise)
         if value is None:
-            raise UserError(f"no condition says what {name!r} gets: end the list with a `value` that has no filter")
+            raise UserError(f"no filter matches {name!r}: end the list with a `value` that has no filter")
         return at(value, depth, name)
     numbers = [one for one in setting if not isinstance(one, Condition)]
     position = depth * (len(numbers) - 1)

@@ -102,7 +102,7 @@ class TorchSchedule:
     def __init__(self, scheduler: Any) -> None:
         """Raises `UserError` for a schedule that follows the loss."""
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            raise UserError("optimizers: ReduceLROnPlateau follows the loss: step it in a callback's on_evaluation")
+            raise UserError("optimizers: ReduceLROnPlateau needs the loss: step it in a callback's on_evaluation")
         self.scheduler, self.done = scheduler, 0
         self._keep()
 
@@ -127,7 +127,7 @@ def check_optimizer(optimizer: Any, model: torch.nn.Module) -> None:
     has = {id(p) for group in optimizer.param_groups for p in group["params"]}
     wanted = {id(p): name for name, p in trained(model).items()}
     if has - wanted.keys():
-        raise UserError("optimizers: the optimizer has parameters that are not the model's: make it of this model")
+        raise UserError("optimizers: the optimizer has parameters of another model: give it this model's")
     if left := [name for key, name in wanted.items() if key not in has]:
         raise UserError(
             f"optimizers: the optimizer leaves out {len(left)} parameters, such as {left[0]}: give it all, or set "

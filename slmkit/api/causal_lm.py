@@ -18,6 +18,7 @@ from slmkit.config import UserError, methods_checked
 from slmkit.find import find_model_directory
 from slmkit.generation import Ensemble, SamplingSettings, generate_ids
 from slmkit.model import Decoder, SLMConfig, build_decoder, save_decoder
+from slmkit.model.generation_config import new_tokens
 from slmkit.model.growth import grow_vocabulary
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.losses import IGNORED
@@ -118,7 +119,8 @@ class GeneratingModel(nn.Module):
         transformers.
 
         `attention_mask` [batch, prompt] is 0 where a shorter prompt is padded, at its left, and 1 elsewhere.
-        `max_length` counts the prompt, `max_new_tokens` does not; with neither it is the model's whole context.
+        `max_length` counts the prompt, `max_new_tokens` does not; with neither it is as the model's
+        `generation_config.json` says, or its whole context.
         Rows that have ended are filled with `pad_token_id`.
         """
         settings = SamplingSettings(
@@ -137,9 +139,10 @@ class GeneratingModel(nn.Module):
                 raise UserError(f"{name} {count!r}: expected a whole number")
         prompt = input_ids.size(1)
         if max_new_tokens is None:
-            max_new_tokens = (max_length or self.decoder.max_positions) - prompt
+            room = (max_length or self.decoder.max_positions) - prompt
+            max_new_tokens = room if max_length else new_tokens(self.config.generation_config, room, prompt)
         if max_new_tokens < 1:
-            raise UserError(f"max_length {max_length} leaves no room after a prompt of {prompt} tokens: raise it")
+            raise UserError(f"max_length {max_length} is not above the {prompt} tokens of the prompt: raise it")
         return generate_ids(
             self.decoder,
             input_ids,

@@ -109,7 +109,7 @@ def check_same_tokenizer(directory: Path, tokenizer: SLMTokenizer) -> None:
     if theirs.fingerprint != tokenizer.fingerprint:
         raise UserError(
             f"teacher {directory}: its tokenizer {theirs.fingerprint[:12]} ({len(theirs):,} tokens) is not that of the "
-            f"student, {tokenizer.fingerprint[:12]} ({len(tokenizer):,}): its ids mean other tokens"
+            f"student, {tokenizer.fingerprint[:12]} ({len(tokenizer):,}): the same ids mean different tokens"
         )
 
 
@@ -187,7 +187,9 @@ def _from_cache(m: Material, folder: Path) -> tuple[Stream | StreamedBatches, Ob
     wanted = lessons_of(recipe, m.corpus, rows, m.length, teacher)
     difference = found.difference(wanted)
     if difference is not None:
-        raise UserError(f"{folder}: made for other data or settings ({difference}): make one with `slm distill-cache`")
+        raise UserError(
+            f"{folder}: made for other data or settings ({difference}): make it anew by `slm distill-cache`"
+        )
     taught_rows = taught(rows, folder, found)
     batches = stream_of(taught_rows, recipe.data, m.length, m.rows_per_step, recipe.seed)
     return batches, _objective_of(settings, found.tokens)(None)

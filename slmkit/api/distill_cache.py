@@ -56,7 +56,7 @@ def cache_teacher(recipe: Recipe, reporter: Reporter) -> Lessons:
     teacher = OnlineTeacher(load_teacher(settings.teacher, corpus.tokenizer, length, device), lessons.tokens)
     answer = answer_of(teacher, rows, lessons, device)
     at_once = recipe.train.rows_per_micro_batch(length)
-    write_cache(folder, lessons, starts, answer, at_once, reporter.counter("teacher"))
+    write_cache(folder, lessons, starts, answer, at_once, reporter.counter("teacher", lessons.rows))
     corpus.tokenizer.save_pretrained(folder / "tokenizer")
     shutil.rmtree(folder / "data")
     return lessons

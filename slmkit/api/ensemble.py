@@ -15,7 +15,7 @@ from slmkit.generation import Ensemble, common_tokenizer
 class SLMEnsemble(GeneratingModel):
     """Models of one tokenizer, whose probabilities are averaged; `forward` and `generate` as `SLMForCausalLM` has them.
 
-    What ends a text, and what pads one, is what the first model's config says.
+    What ends a text, what pads one, and which ids may be generated, is as for the first model.
     """
 
     decoder: Ensemble
@@ -24,6 +24,7 @@ class SLMEnsemble(GeneratingModel):
         """Raises `UserError` as `Ensemble` does. That the models share a tokenizer is the caller's word."""
         decoder = Ensemble([model.decoder for model in models], weights)
         super().__init__(models[0].config, decoder)
+        self.__dict__["known_ids"] = models[0].known_ids
 
     @classmethod
     def from_pretrained(

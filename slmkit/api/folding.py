@@ -73,6 +73,6 @@ def _expect_full_precision(directory: Path) -> None:
         raise UserError(f"{path}: not a readable config.json: {error}") from None
     if isinstance(content, dict) and content.get("quantization_config"):
         raise UserError(
-            f"{directory}: its weights are in few bits, whose steps are coarser than what an adapter learned: folded "
-            "into them it would be lost; name the full model that it was made from"
+            f"{directory}: its weights are quantized, too coarsely for what an adapter learned: name the full model "
+            "that it was made from"
         )

@@ -62,8 +62,8 @@ def _expect_the_same_reward(m: Material) -> None:
     stored, digest = m.run.data / REWARD_DIGEST, reward_digest(m.recipe.grpo.reward)
     if stored.is_file() and stored.read_text().strip() != str(digest):
         raise UserError(
-            f"grpo.reward {m.recipe.grpo.reward}: the file is not what it was when the run began: "
-            "put it back, or begin a new run"
+            f"grpo.reward {m.recipe.grpo.reward}: the file has changed since the run began: "
+            "restore it, or start a new run"
         )
     if m.group.is_main and not stored.is_file() and digest is not None:
         write_whole(stored, digest)

@@ -53,7 +53,7 @@ def _new_model(recipe: Recipe, tokenizer: SLMTokenizer) -> Start:
         given = recipe.model.changes.get(name)
         if given is not None and value not in (given, [given]):
             found = "the tokenizer has none" if value is None else f"the tokenizer's {value}"
-            raise UserError(f"model.{name} is {given} and {found}: leave it out")
+            raise UserError(f"model.{name} is {given} and {found}: remove it from the recipe (a run's: recipe.yaml)")
     config = recipe.model.build_config(**known)
     return build_decoder(config, recipe.seed, recipe.model.initialization), config, WholeModel(config)
 
@@ -66,8 +66,8 @@ def _adapter(recipe: Recipe, tokenizer: SLMTokenizer, base: Path) -> Start:
         return start_adapter(base, recipe.lora, recipe.seed)
     if is_adapter(base):
         raise UserError(
-            f"{base}: an adapter, and the recipe adds tokens, which need room in its model: fold it in first with "
-            "`slm merge`, and name the result in model.path"
+            f"{base}: an adapter, and the recipe adds tokens, which need larger embeddings: merge it first "
+            "with `slm merge`, and name the result in model.path"
         )
     saved = [*recipe.lora.modules_to_save, "embedding", "head"]
     settings = recipe.lora.model_copy(update={"modules_to_save": saved})

@@ -102,8 +102,8 @@ def _refer(m: Material, all_rows: Sequence[PairRows | JudgedRows]) -> None:
         m.model.to(m.device.torch_device)
         to_weight_dtype(m.model, m.device)
         total = sum(rows.rows_in_epoch for rows in all_rows)
-        m.reporter.say(f"reference: what the starting model gives the answers of {total:,} {m.recipe.reads}")
-        progress = m.reporter.counter("reference")
+        m.reporter.say(f"reference: computing the starting model's log-probabilities of {total:,} {m.recipe.reads}")
+        progress = m.reporter.counter("reference", total)
         done = Counter[str]()
 
         def tell(rows: int, tokens: int) -> None:
@@ -123,7 +123,7 @@ def _stored(path: Path) -> dict[str, np.ndarray]:
     try:
         return load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read: {error}; delete it, and it is computed again") from None
+        raise UserError(f"{path}: cannot be read: {error}; delete it; it is then computed again") from None
 
 
 def _store(path: Path, arrays: dict[str, np.ndarray]) -> None:

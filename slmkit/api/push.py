@@ -66,7 +66,7 @@ def _base(directory: Path, recipe: Mapping[str, Any]) -> str | None:
     found = hub_name(named) if named else None
     if found is None and is_adapter(directory):
         raise UserError(
-            f"{directory}: an adapter for {named}, which others do not have: publish that first and name it in "
+            f"{directory}: an adapter for {named}, which is only on this machine: publish that first and name it in "
             "base_model_name_or_path, or make one model of both with `slm merge`"
         )
     return None if found is None else found.name

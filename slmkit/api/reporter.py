@@ -25,7 +25,7 @@ class Silence:
 
     def warn(self, line: str) -> None: ...
 
-    def counter(self, label: str) -> Progress:
+    def counter(self, label: str, total: int | None = None) -> Progress:
         return lambda *done: None
 
 

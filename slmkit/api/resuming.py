@@ -69,7 +69,7 @@ def expect_the_same(run: RunDirectory, corpus: Corpus, found: dict[str, Any]) ->
     for what, fingerprint in found.items():
         if what != PREPARED and known.get(what, fingerprint) != fingerprint:
             raise UserError(
-                f"{run.root}: {what} is not what the run began with, its content has changed since: put that back, or "
+                f"{run.root}: {what} has changed since the run began: restore it, or "
                 f"start a new run: slm train {run.root}/recipe.yaml"
             )
     for shards in (*corpus.train, corpus.validation):

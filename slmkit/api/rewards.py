@@ -52,7 +52,7 @@ def find_reward(name: str) -> Reward:
         return REWARDS[name]
     module, colon, function = name.rpartition(":")
     if not colon:
-        raise UserError(f"grpo.reward {name!r}: {did_you_mean(name, REWARDS)} One of yours is `file.py:function`")
+        raise UserError(f"grpo.reward {name!r}: {did_you_mean(name, REWARDS)} Name your own as `file.py:function`")
     loaded = _load(name, module)
     if not callable(reward := getattr(loaded, function, None)):
         known = [key for key, value in vars(loaded).items() if callable(value) and not key.startswith("_")]

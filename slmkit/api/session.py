@@ -73,7 +73,7 @@ class Session:
         if self.length > config.max_position_embeddings:
             raise UserError(
                 f"train.sequence_length {self.length} is longer than the model's max_position_embeddings "
-                f"{config.max_position_embeddings}: shorten the one or raise the other"
+                f"{config.max_position_embeddings}: lower the first or raise the second"
             )
         inventory = inventory_of(recipe, blueprint_of(model), len(corpus.tokenizer), device)
         settings = resolve_micro_batch(recipe.train, model, inventory, self.length, device)

@@ -213,7 +213,7 @@ class SLMTrainer:
     def _begin_adapter(self, lora: LoRASettings) -> AdapterFiles:
         base = self.model.directory
         if base is None or is_adapter(base):
-            raise UserError("lora: an adapter names its model on disk: save_pretrained() that, and from_pretrained()")
+            raise UserError("lora: an adapter needs a base model on disk: save_pretrained(), then from_pretrained()")
         before = fingerprint(self.model.decoder)
         add_lora(self.model.decoder, self.config, lora, self.seed)
         return AdapterFiles(self.config, lora, base, before)

@@ -28,8 +28,8 @@ def fit_to_tokenizer(
     """
     if len(before) > config.vocab_size:
         raise UserError(
-            f"the tokenizer has {len(before):,} tokens and the model rows for {config.vocab_size:,}: it is another "
-            "model's; name this model's own as tokenizer.path"
+            f"the tokenizer has {len(before):,} tokens and the model rows for {config.vocab_size:,}: it belongs to "
+            "another model; set tokenizer.path to this model's tokenizer"
         )
     decoder, config = grow_vocabulary(decoder, config, after.pieces_of_new_tokens(before))
     known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]

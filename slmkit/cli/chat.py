@@ -21,7 +21,10 @@ CUT = {"length": " … (cut at {tokens} tokens: --max-new-tokens)", "context": "
 def chat(
     model: ModelPath,
     system: Annotated[str | None, typer.Option(help="A system message for the whole conversation.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop an answer after this many tokens.")] = 300,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Stop an answer after this many tokens; default: what the model advises, or 300."),
+    ] = None,
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
@@ -40,10 +43,12 @@ def chat(
     from slmkit.cli.show import load_model
     from slmkit.find import find_model_directory
     from slmkit.generation import SamplingSettings
+    from slmkit.model.generation_config import new_tokens, read_generation_config
     from slmkit.training.find import learned_conversations
 
+    directory = find_model_directory(model)
     settings = SamplingSettings.for_model(
-        find_model_directory(model), seed, USUAL | {"temperature": 0.6}, temperature=temperature, top_k=top_k,
+        directory, seed, USUAL | {"temperature": 0.6}, temperature=temperature, top_k=top_k,
         top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
     )  # fmt: skip
     decoder, tokenizer = load_model(model, device, others or [])
@@ -52,7 +57,8 @@ def chat(
     if learned_conversations(model) is False:
         print(f"note: {model} was trained on plain text alone and never saw a conversation, so it will hardly answer.")
         print(f"To teach it: slm train own-chat model.path={model} data.source=YOUR_CHATS.jsonl")
-    session = ChatSession(decoder, tokenizer, settings, system=system, max_new_tokens=max_new_tokens)
+    most = max_new_tokens or new_tokens(read_generation_config(directory), usual=300)
+    session = ChatSession(decoder, tokenizer, settings, system=system, max_new_tokens=most)
     print(HELP)
     while (line := _read_line()) is not None:
         if line.startswith("/"):

@@ -15,7 +15,10 @@ def generate(
         str,
         typer.Argument(metavar="[PROMPT]", help="The text to continue; - reads it from standard input; default: none."),
     ] = "",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after this many tokens.")] = 200,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Stop after this many tokens; default: what the model advises, or 200."),
+    ] = None,
     samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="How many continuations to write.")] = 1,
     temperature: Temperature = None,
     top_k: TopK = None,
@@ -39,9 +42,11 @@ def generate(
     from slmkit.cli.show import load_model
     from slmkit.find import find_model_directory
     from slmkit.generation import SamplingSettings
+    from slmkit.model.generation_config import new_tokens, read_generation_config
 
+    directory = find_model_directory(model)
     settings = SamplingSettings.for_model(
-        find_model_directory(model), seed, USUAL | {"temperature": 0.8}, temperature=temperature, top_k=top_k,
+        directory, seed, USUAL | {"temperature": 0.8}, temperature=temperature, top_k=top_k,
         top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
     )  # fmt: skip
     if prompt == "-":
@@ -49,11 +54,13 @@ def generate(
     decoder, tokenizer = load_model(model, device, others or [])
     from slmkit.generation import stream_completion
 
+    length = len(tokenizer.encode_prompt(prompt))
+    most = max_new_tokens or new_tokens(read_generation_config(directory), usual=200, prompt=length)
     for number in range(samples):
         if seed is not None:
             settings = dataclasses.replace(settings, seed=seed + number)
         stream = stream_completion(
-            decoder, tokenizer, prompt, settings=settings, max_new_tokens=max_new_tokens, stop=stop or []
+            decoder, tokenizer, prompt, settings=settings, max_new_tokens=most, stop=stop or []
         )  # refuses a prompt that is too long, before anything is printed
         if samples > 1:
             print(f"--- sample {number + 1} of {samples}")

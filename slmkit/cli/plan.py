@@ -37,7 +37,7 @@ def plan(
     With a recipe: of that run, on this machine. Without one: proposes the model with the lowest expected loss for so
     many hours or tokens.
 
-    Example: slm plan --hours 1 -o mine.yaml
+    Example: slm plan --hours 1 data.source=book.txt -o mine.yaml
     Example: slm plan own-text data.source=book.txt model.hidden_size=192
     """
     from pathlib import Path
@@ -46,7 +46,10 @@ def plan(
     from slmkit.config import UserError, to_yaml
     from slmkit.training.recipe import find_recipe, load_recipe
 
-    if recipe is not None and (hours is not None or tokens is not None or output is not None):
+    budget = hours is not None or tokens is not None
+    if recipe is not None and "=" in recipe and budget:  # there is no recipe: the first argument is an override
+        recipe, overrides = None, [recipe, *(overrides or [])]
+    if recipe is not None and (budget or output is not None):
         raise UserError("--hours, --tokens and --output are for a proposal: give either a recipe or these options")
     if recipe is None and (hours is None) == (tokens is None):
         raise UserError("name a recipe to plan, or what to propose one for: --hours 1, or --tokens 1e8")
@@ -55,7 +58,7 @@ def plan(
         reporter.say("looking at this machine")
         from slmkit.training.planning import propose
 
-        ahead = propose(hours, None if tokens is None else int(tokens), device, measure, reporter.say)
+        ahead = propose(hours, None if tokens is None else int(tokens), device, measure, reporter.say, overrides or [])
     else:
         loaded = load_recipe(find_recipe(recipe), [f"train.device={device}", *(overrides or [])], reporter.say)
         reporter.say("looking at this machine")
@@ -65,7 +68,10 @@ def plan(
     _show(ahead)
     if output is not None:
         Path(output).write_text(to_yaml(ahead.recipe), encoding="utf-8")
-        print(f"\nrecipe: {output}; next: slm train {output} data.source=YOUR.txt")
+        named = ahead.recipe.data.source or ahead.recipe.data.sources
+        print(f"\nrecipe: {output}; next: slm train {output}" + ("" if named else " data.source=YOUR.txt"))
+    elif recipe is None:
+        print("\nto train it, write the recipe to a file: the same command with -o mine.yaml")
 
 
 def _show(ahead: Outlook) -> None:

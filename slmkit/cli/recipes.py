@@ -10,19 +10,16 @@ def recipes() -> None:
 
     Example: slm recipes
     """
-    import shutil
-    import textwrap
-
     from slmkit.training.recipe import shipped_recipes
 
-    columns, folder = max(60, shutil.get_terminal_size().columns), None
+    folder = None
     for command, kind in (("train", ""), ("merge", "merging")):
         found = shipped_recipes(kind)
         print(f"slm {command} RECIPE, with RECIPE one of")
         width = max(map(len, found)) + 4
         for name, path in sorted(found.items()):
-            about = path.read_text(encoding="utf-8").partition("\n")[0].strip("# :")
-            print(textwrap.fill(f"{f'  {name}':<{width}}{about}", columns, subsequent_indent=" " * width))
+            about = path.read_text(encoding="utf-8").partition("\n")[0].strip("# :.")
+            print(f"{f'  {name}':<{width}}{about}")
             folder = folder or path.parent
         print()
     print(f"folder: {folder}")

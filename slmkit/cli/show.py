@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import time
 from collections.abc import Callable, Collection, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from slmkit.tokenizer import SLMTokenizer
 
 PLAIN_EVERY = 20_000  # documents between two plain lines
+PLAIN_LINES = 10  # of a count whose total is known
 
 
 class TerminalReporter:
@@ -38,18 +41,26 @@ class TerminalReporter:
     def warn(self, line: str) -> None:
         self.say(Text.assemble(("warning:", "yellow"), " ", line))
 
-    def counter(self, label: str) -> Callable[[int, int, int], None]:
-        """A callback for documents, tokens and bytes of text done."""
-        shown = 0
+    def counter(self, label: str, total: int | None = None) -> Callable[[int, int, int], None]:
+        """A callback for documents, tokens and bytes of text done; where their `total` is known, for rows."""
+        shown, first, began = 0, -1, time.monotonic()
+        every = max(1, total // PLAIN_LINES) if total else PLAIN_EVERY
 
         def update(documents: int, tokens: int, text_bytes: int) -> None:
-            nonlocal shown
+            nonlocal shown, first, began
+            if first < 0:  # of what goes on from an earlier run, the rows before this call took no time
+                first, began = documents, time.monotonic()
             line = f"{label}: {counted(documents, 'document')}, {tokens:,} tokens"
+            if total:
+                line = f"{label}: {documents:,}/{total:,} rows, {tokens:,} tokens"
+                if documents > first:
+                    seconds = (time.monotonic() - began) / (documents - first) * (total - documents)
+                    line += f", {timedelta(seconds=round(seconds))} left"
             if self.console.is_terminal:
                 self.is_counting = True
                 sys.stderr.write(f"\r{line}\x1b[K")
                 sys.stderr.flush()
-            elif documents - shown >= PLAIN_EVERY:
+            elif documents - shown >= every or documents == total:
                 shown = documents
                 self.say(line)
 

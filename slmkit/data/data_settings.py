@@ -17,17 +17,18 @@ Reads = Literal["text", "conversations", "questions", "pairs", "judgements"]
 
 
 class TokenizerSettings(Settings):
-    """A tokenizer that exists, or the size of one to train on the run's own text: as much of it from every source.
+    """An existing tokenizer, or the size of one to train on the run's own text, equal amounts from every source.
 
-    What is named besides is added to it, be it new, loaded, or that of `model.path`, whose embeddings then grow.
+    Tokens and templates named here are added to it, also to that of `model.path`, whose embeddings then grow.
     """
 
     path: str | None = None  # a tokenizer, model or run directory
-    vocab_size: int = Field(16_384, ge=260)  # size of a tokenizer that is trained; 260: bytes alone
-    documents_per_source: int | None = Field(None, gt=0)  # None: an equal share of 100 million characters
+    vocab_size: int = Field(16_384, ge=260)  # size of a tokenizer that is trained; 260: only bytes
+    # documents to train it on; None: an equal share of 100 million characters
+    documents_per_source: int | None = Field(None, gt=0)
     chat_template: str | None = None  # chatml, llama3, gemma or a Jinja file; None: the tokenizer's own
     added_tokens: list[str] = Field(default_factory=list)  # words that get a token of their own in any text
-    additional_special_tokens: list[str] = Field(default_factory=list)  # only in what a chat template writes
+    additional_special_tokens: list[str] = Field(default_factory=list)  # tokens that only a chat template can write
 
     @property
     def extensions(self) -> dict[str, Any]:
@@ -37,19 +38,20 @@ class TokenizerSettings(Settings):
 
 
 class DataSettings(Settings):
-    """Where text comes from, in which shares, and how it is fed.
+    """Where text comes from, with which weights, and how it is read.
 
-    `source` is files and folders, or what is built in: `stories`, the `primer` to read first, `sums`. `sources` are
-    several, with weights; `phases` changes the weights by tokens seen: a curriculum. `streaming` reads while training
-    and stores nothing of what is trained on.
+    `source` is files and folders, or a built-in corpus: `stories`, `primer` (read before the stories) or `sums`.
+    `sources` are several, with weights; `phases` changes the weights by tokens seen: a curriculum. `streaming` reads
+    while training and does not store the training data.
     """
 
     source: str | list[str] | None = None  # a file, folder, URL or hub data set, or several; or stories, primer, sums
-    sources: list[SourceSettings] = Field(default_factory=list)  # several places with settings of their own
-    phases: list[PhaseSettings] = Field(default_factory=list)  # other weights after some tokens
-    when_exhausted: WhenExhausted = "repeat"  # a source, or `stop` the run there, or `redistribute` its weight
+    sources: list[SourceSettings] = Field(default_factory=list)  # several sources, each with its own settings
+    phases: list[PhaseSettings] = Field(default_factory=list)  # weights of the sources that change during the run
+    # at a source's end: read it again, stop the run, or give its weight to the others
+    when_exhausted: WhenExhausted = "repeat"
     streaming: bool = False  # read while training and store nothing
-    shuffle_buffer: int = Field(0, ge=0)  # documents of a stream that change places among themselves; 0: as they come
+    shuffle_buffer: int = Field(0, ge=0)  # documents of a stream that are shuffled together; 0: no shuffling
     cleaning: CleaningSettings = Field(
         default_factory=CleaningSettings
     )  # which documents are left out when shards are written
@@ -58,18 +60,19 @@ class DataSettings(Settings):
     columns: dict[str, str] = Field(
         default_factory=dict
     )  # renames columns, such as {prompt: question, completion: answer}
-    separator: str | None = Field(None, min_length=1)  # between documents of text files; None: lines of <|endoftext|>
+    # text between the documents of a file; None: lines of <|endoftext|>
+    separator: str | None = Field(None, min_length=1)
     on_bad_row: Literal["refuse", "skip"] = "refuse"  # stop at a row that cannot be read, or leave it out and count it
-    on_long_conversation: OnLong = "cut"  # one that is longer than a row; whatever becomes of it, it is counted
+    on_long_conversation: OnLong = "cut"  # what happens to conversations longer than a row; they are also counted
     validation: SourceSettings | None = (
         None  # a source of validation text, such as a split; None: a part of the sources is held out
     )
     validation_fraction: float = Field(
         0.05, gt=0, lt=1
     )  # the share of files and streams that is held out for validation
-    separate_documents: bool = False  # attention and positions are kept inside each
+    separate_documents: bool = False  # attention and positions do not cross the borders of documents
     documents: int = Field(20_000, gt=0)  # documents of the built-in corpus
-    primer_documents: int = Field(0, ge=0)  # spread among the stories, so that they do not make the primer forgotten
+    primer_documents: int = Field(0, ge=0)  # mixed into the stories, so that the model does not forget the primer
     validation_documents: int = Field(
         300, gt=0
     )  # validation documents of the built-in corpus, of streams and of `validation`

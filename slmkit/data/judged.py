@@ -70,7 +70,10 @@ class JudgedRows(Rows):
     def __init__(self, shards: TokenShards, length: int, seed: int = 0) -> None:
         """Raises `UserError` where the shards are not of judged answers, or not one has anything to learn."""
         if not shards.header.judged:
-            raise UserError(f"{shards.directory}: these shards are not of answers labelled good or bad")
+            raise UserError(
+                f"{shards.directory}: these token shards hold no answers labelled good or bad; "
+                "prepare the data with --judged"
+            )
         self.shards, self.length, self.pad_id = shards, length, shards.header.pad_token_id or 0
         ends = shards.document_ends
         starts = np.concatenate([np.zeros(1, dtype=np.int64), ends[:-1]])

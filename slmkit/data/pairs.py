@@ -83,7 +83,7 @@ class PairRows(Rows):
     def __init__(self, shards: TokenShards, length: int) -> None:
         """Raises `UserError` where the shards are not of pairs, or not one pair has anything to learn."""
         if not shards.header.masked or shards.header.judged or shards.header.documents % 2:
-            raise UserError(f"{shards.directory}: these shards are not of pairs of answers")
+            raise UserError(f"{shards.directory}: token shards without pairs of answers; prepare the data with --pairs")
         self.shards, self.length, self.pad_id = shards, length, shards.header.pad_token_id or 0
         ends = shards.document_ends
         starts = np.concatenate([np.zeros(1, dtype=np.int64), ends[:-1]])

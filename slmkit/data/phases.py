@@ -13,7 +13,7 @@ WhenExhausted = Literal["stop", "repeat", "redistribute"]
 
 
 class PhaseSettings(Settings):
-    """Weights by source name, up to so many tokens seen since the run began; the last phase has no end."""
+    """Weights by source name, until a number of tokens has been seen since the run began; the last phase has no end."""
 
     until_tokens: int | None = Field(None, gt=0)  # where the phase ends, in tokens seen
     weights: dict[str, float]  # source name: weight
@@ -48,6 +48,6 @@ def plan_phases(settings: Sequence[PhaseSettings], weights: Mapping[str, float],
             raise UserError(f"{where}: only the last phase may have no end; set until_tokens of this one")
         until = None if is_last or phase.until_tokens is None else round(phase.until_tokens / length)
         if until is not None and until <= (phases[-1].until or 0 if phases else 0):
-            raise UserError(f"{where}: until_tokens {phase.until_tokens:,} is not after the phase before it ends")
+            raise UserError(f"{where}: until_tokens {phase.until_tokens:,} is not more than that of the phase before")
         phases.append(Phase(until, tuple(phase.weights.get(name, 0.0) for name in weights)))
     return phases

@@ -288,7 +288,7 @@ def _keeping_what_is_finished(partial: ShardFolder, ordered: ShardFolder) -> Ite
         left = ordered.drop_unfinished()
         left = partial.drop_unfinished() if partial is not ordered else left
         if left and isinstance(error, UserError):
-            raise UserError(f"{error} (finished shards are in {partial.folder}: the same call goes on there)") from None
+            raise UserError(f"{error} (finished shards are in {partial.folder}: the same call continues)") from None
         raise
 
 

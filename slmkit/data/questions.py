@@ -18,7 +18,7 @@ class Questions:
     def __init__(self, shards: TokenShards, length: int, max_new_tokens: int) -> None:
         """Raises `UserError` where the shards are of plain text, or not one question is left."""
         if not shards.header.masked:
-            raise UserError(f"{shards.directory}: these shards are of plain text, without questions and answers")
+            raise UserError(f"{shards.directory}: these token shards hold plain text, not questions and answers")
         self.shards, self.too_long, self.without_answer = shards, 0, 0
         self.places: list[tuple[int, int, int]] = []  # where a prompt begins, where it ends, where its answer does
         start = 0

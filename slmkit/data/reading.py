@@ -141,7 +141,7 @@ def held_out_of_streams(data: DataSettings, seed: int, encoder_of: EncoderOf | N
                 break
         if not found:
             raise UserError(
-                f"{name}: not one of its documents is held out for validation; raise data.validation_fraction, or name "
+                f"{name}: no document was held out for validation; raise data.validation_fraction, or name "
                 "a source of its own as data.validation"
             )
 

@@ -126,8 +126,8 @@ def claim(directory: str | Path, asked: Mapping[str, Any]) -> None:
     text = json.dumps(asked, indent=2, sort_keys=True) + "\n"
     if note.is_file() and note.read_text(encoding="utf-8") != text:
         raise UserError(
-            f"{note.parent}: holds finished shards of what another command asked for (see {ASKED} there): give that "
-            "command again to go on with it, or delete the folder"
+            f"{note.parent}: holds the finished shards of another command (see {ASKED} there): repeat that "
+            "command to continue it, or delete the folder"
         )
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
@@ -139,7 +139,7 @@ def claim(directory: str | Path, asked: Mapping[str, Any]) -> None:
 def partial_folder(directory: Path) -> Path:
     """Where the shards of `directory` are made. Raises `UserError` where it holds something else than shards."""
     if directory.exists() and not may_be_replaced(directory):
-        raise UserError(f"{directory}: holds something else than token shards; choose another directory")
+        raise UserError(f"{directory}: holds files that are not token shards; choose another directory")
     return directory.with_name(f".partial-{directory.name}")
 
 

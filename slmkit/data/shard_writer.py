@@ -53,7 +53,7 @@ class ShardWriter:
 
     def __enter__(self) -> ShardWriter:
         if self.directory.exists() and not may_be_replaced(self.directory):
-            raise UserError(f"{self.directory}: holds something else than token shards; choose another directory")
+            raise UserError(f"{self.directory}: holds files that are not token shards; choose another directory")
         try:
             shutil.rmtree(self.partial, ignore_errors=True)  # what a killed process left
             self.partial.mkdir(parents=True)

@@ -184,7 +184,7 @@ class TokenShards:
                 path = self.directory / f"{shard.name}.{kind}"
                 with path.open("rb") as file:
                     if hashlib.file_digest(file, "sha256").hexdigest() != expected:
-                        raise UserError(f"{path}: its content is not what was written; prepare the data again")
+                        raise UserError(f"{path}: its checksum is wrong: changed or damaged; prepare the data again")
 
     def _read(self, kind: str, dtype: np.dtype, start: int, stop: int) -> np.ndarray:
         if not 0 <= start <= stop <= len(self):

@@ -12,14 +12,14 @@ OnLong = Literal["cut", "skip", "refuse"]  # what becomes of a conversation that
 
 
 class SourceSettings(Settings):
-    """Where text comes from, which part of it is meant, and what happens to rows that cannot be read.
+    """Where text comes from, which part of it is read, and what happens to rows that cannot be read.
 
     `path` is a file or folder, a URL (`s3://`, `gs://`, `hf://`, `http://`, `https://`, any that `fsspec` knows), a
     data set of the Hugging Face hub as `owner/name`, or built in: `stories`, `primer`, `sums`.
     """
 
     path: str = Field(min_length=1)  # as above
-    name: str | None = None  # what logs call it; from the path unless given
+    name: str | None = None  # its name in logs; None: made from the path
     weight: float = Field(1.0, gt=0)  # its share of a mixture, relative to the others'
     config: str | None = None  # configuration of a hub data set that has several, such as `sample-10BT`
     revision: str | None = None  # commit of a hub data set, so that a resumed run reads the same data
@@ -29,12 +29,13 @@ class SourceSettings(Settings):
     columns: dict[str, str] = Field(
         default_factory=dict
     )  # renames columns, such as {prompt: question, completion: answer}
-    separator: str | None = Field(None, min_length=1)  # between documents of text files; None: lines of <|endoftext|>
-    row_format: str | None = None  # how rows become text or messages; told by their columns unless named
+    # text between the documents of a file; None: lines of <|endoftext|>
+    separator: str | None = Field(None, min_length=1)
+    row_format: str | None = None  # how rows become text or messages; None: decided by their columns
     streaming: bool = False  # hub data sets: read over the network and store nothing; else files are downloaded once
-    documents: int | None = Field(None, gt=0)  # at most so many
-    on_bad_row: Literal["refuse", "skip"] = "refuse"  # those skipped are counted by reason
-    retry_for: float = Field(3600.0, ge=0)  # seconds without a single document after which the network is given up
+    documents: int | None = Field(None, gt=0)  # read at most this many documents
+    on_bad_row: Literal["refuse", "skip"] = "refuse"  # stop at a row that cannot be read, or leave it out and count it
+    retry_for: float = Field(3600.0, ge=0)  # seconds without any document after which reading over the network fails
 
     @model_validator(mode="after")
     def _columns_are_named_once(self) -> SourceSettings:

@@ -52,7 +52,7 @@ class Reporter(Protocol):
 
     def say(self, line: str) -> None: ...
 
-    def counter(self, label: str) -> Progress: ...
+    def counter(self, label: str, total: int | None = None) -> Progress: ...
 
 
 class Preparation(NamedTuple):
@@ -189,10 +189,10 @@ def check_shards(data: DataSettings) -> None:
     """Raises `UserError` where sources that are token shards already are asked for what only text can give."""
     for settings in filter(is_shards, data.all_sources()):
         if data.streaming:
-            raise UserError(f"{settings.path}: token shards are read as memory anyway: drop data.streaming")
+            raise UserError(f"{settings.path}: token shards need no streaming: remove data.streaming")
         if data.validation is None:
             raise UserError(
-                f"{settings.path}: nothing is held out of token shards: name text or other shards as data.validation"
+                f"{settings.path}: token shards are not split: name text or other shards as data.validation"
             )
 
 

@@ -107,7 +107,7 @@ def write_cache(
         _put(folder / HEADER, json.dumps(dataclasses.asdict(lessons), indent=2) + "\n")
         (folder / PROGRESS).unlink()
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error}; the same command goes on from there") from None
+        raise UserError(f"{folder}: cannot be written: {error}; the same command continues from there") from None
 
 
 def read_lessons(folder: Path) -> Lessons:
@@ -192,7 +192,7 @@ def _rows_done(folder: Path, lessons: Lessons) -> int:
         return 0
     difference = _read(found).difference(lessons)
     if difference is not None:
-        raise UserError(f"{folder}: holds another cache ({difference}): name another place, or delete it")
+        raise UserError(f"{folder}: holds another cache ({difference}): choose another folder, or delete it")
     if found.name == HEADER:
         return lessons.rows
     return int(json.loads(found.read_text(encoding="utf-8"))["done"])

@@ -45,7 +45,7 @@ class ItemFormat:
         for name, value in item.items():
             if name not in KEYS and np.shape(value)[:1] == ids.shape:
                 raise UserError(
-                    f"{where}: {name!r} has a value a token and is not read; put -100 into labels, or drop it"
+                    f"{where}: {name!r} has one value per token and is not used; put -100 into labels, or remove it"
                 )
         real = np.flatnonzero(mask)
         kept = slice(real[0], real[-1] + 1) if len(real) else slice(0)
@@ -135,4 +135,4 @@ class IterableBatches(Batches):
             for item in self.dataset:
                 yield item
             if item is None:
-                raise UserError("the data set gives no items: there is nothing to learn, or it can be read only once")
+                raise UserError("the data set gave no items: it is empty, or it can be read only once")

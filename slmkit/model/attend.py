@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from slmkit.model.context import View
+from slmkit.model.context import Piece, View
 from slmkit.model.document_attention import SMALLEST_HEAD, attend_in_blocks, dense_mask
 
 # On a CPU in bfloat16 the matrix units are so fast that the fused kernel, which works in float32 inside, takes three
@@ -24,6 +26,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, view: View, scale: float, cap: float
     """
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    if view.pieces:
+        return _in_pieces(q, k, v, view.pieces, scale, cap, dropout)
     if view.blocks is not None:
         if not dropout and min(q.size(-1), v.size(-1)) >= SMALLEST_HEAD:
             return attend_in_blocks(q, k, v, view.blocks, scale, cap)
@@ -37,6 +41,34 @@ def attend(q: Tensor, k: Tensor, v: Tensor, view: View, scale: float, cap: float
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=view.mask, is_causal=view.is_causal, dropout_p=dropout, scale=scale, enable_gqa=grouped
     )
+
+
+def _in_pieces(
+    q: Tensor, k: Tensor, v: Tensor, pieces: Sequence[Piece], scale: float, cap: float | None, dropout: float
+) -> Tensor:
+    queries = q.split([piece.mask.size(-2) for piece in pieces], dim=2)
+    keys, values = (_Slices.apply(x, *(bound for piece in pieces for bound in piece.keys)) for x in (k, v))
+    rows = zip(queries, keys, values, pieces, strict=True)
+    return torch.cat([attend(*inputs, View(mask=piece.mask), scale, cap, dropout) for *inputs, piece in rows], dim=2)
+
+
+class _Slices(torch.autograd.Function):
+    """Slices of [batch, heads, seen, dim] from `bounds[0]` to `bounds[1]`, from `bounds[2]` to `bounds[3]`, ….
+
+    Autograd gives the gradient of each slice the size of the whole, so that many cost the square of the length.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *bounds: int) -> tuple[Tensor, ...]:
+        ctx.shape, ctx.bounds = x.shape, list(zip(bounds[::2], bounds[1::2]))
+        return tuple(x[:, :, start:stop] for start, stop in ctx.bounds)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        whole = gradients[0].new_zeros(ctx.shape)
+        for (start, stop), gradient in zip(ctx.bounds, gradients, strict=True):
+            whole[:, :, start:stop] += gradient
+        return whole, *[None] * 2 * len(ctx.bounds)
 
 
 def causal_products(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

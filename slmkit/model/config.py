@@ -56,34 +56,36 @@ class SLMConfig(Settings):
     head_dim: int = Field(default_factory=lambda values: values["hidden_size"] // values["num_attention_heads"], gt=0)
     max_position_embeddings: int = Field(2_048, gt=0)  # the longest text, in tokens
     hidden_act: str = "silu"  # the MLP's activation
-    rms_norm_eps: float = 1e-5  # of the norms, whichever kind they are
+    rms_norm_eps: float = 1e-5  # epsilon of all norms
     # rotary positions, as above
     rope_parameters: dict[str, Any] = Field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10_000.0})
     sliding_window: int | None = Field(None, gt=0)  # positions a query sees in sliding_attention, its own included
-    layer_types: list[Literal["full_attention", "sliding_attention"]] | None = None  # None: all alike
-    no_rope_layers: list[int] | None = None  # 1 for each layer that turns queries and keys, 0 for one that does not
-    query_pre_attn_scalar: int | float = Field(256, gt=0)  # scores are divided by its root
+    # the kind of each layer; None: all the same
+    layer_types: list[Literal["full_attention", "sliding_attention"]] | None = None
+    no_rope_layers: list[int] | None = None  # for each layer 1 with rotary positions, 0 without
+    query_pre_attn_scalar: int | float = Field(256, gt=0)  # attention scores are divided by its square root
     attn_logit_softcapping: float | None = Field(None, gt=0)  # cap of attention scores
     final_logit_softcapping: float | None = Field(None, gt=0)  # cap of the logits
-    q_lora_rank: int | None = Field(None, gt=0)  # of latent attention, as the next five; None: queries as ever
+    q_lora_rank: int | None = Field(None, gt=0)  # latent attention, as the next five; None: queries without a low rank
     kv_lora_rank: int = Field(512, gt=0)  # width of the cached latent
-    qk_rope_head_dim: int = Field(64, gt=0)  # channels of a head that turn
-    qk_nope_head_dim: int = Field(128, gt=0)  # channels that do not
+    qk_rope_head_dim: int = Field(64, gt=0)  # channels of a head with rotary positions
+    qk_nope_head_dim: int = Field(128, gt=0)  # channels of a head without rotary positions
     v_head_dim: int = Field(128, gt=0)  # width of a value head
-    rope_interleave: bool = True  # neighbouring channels turn together
-    norm: Literal["rms", "layer"] = "rms"  # this and the next three: of model_type slm, to study
-    norm_at: Literal["pre", "post", "both"] = "pre"  # before a branch, behind it, or both
+    rope_interleave: bool = True  # neighbouring channels are rotated as a pair
+    norm: Literal["rms", "layer"] = "rms"  # this and the next three: only for model_type slm
+    norm_at: Literal["pre", "post", "both"] = "pre"  # before a branch, after it, or both
     qk_norm: Literal["none", "head", "width"] = "none"  # norm of queries and keys
     gated_mlp: bool = True  # SwiGLU or GeGLU instead of a plain MLP
     attention_bias: bool = False  # biases in attention
     mlp_bias: bool = False  # biases in the MLP
     tie_word_embeddings: bool = True  # the head is the embedding
-    attention_dropout: float = Field(0.0, ge=0, lt=1)  # of attention weights
-    hidden_dropout: float = Field(0.0, ge=0, lt=1)  # on the embeddings and on what each branch adds to the residual
+    attention_dropout: float = Field(0.0, ge=0, lt=1)  # dropout of attention weights
+    # dropout of the embeddings and of what each branch adds to the residual
+    hidden_dropout: float = Field(0.0, ge=0, lt=1)
     initializer_range: float = Field(0.02, gt=0)  # standard deviation of new weights
-    bos_token_id: int | None = None  # begins a text
-    eos_token_id: int | list[int] | None = None  # ends a text
-    pad_token_id: int | None = None  # fills rows
+    bos_token_id: int | None = None  # the token that begins a text
+    eos_token_id: int | list[int] | None = None  # the token that ends a text
+    pad_token_id: int | None = None  # the token that fills rows
 
     learning_rate: float = Field(1e-3, gt=0)
     batch_size: int = Field(64, gt=0)  # sequences a step

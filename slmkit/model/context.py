@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,21 +11,34 @@ from torch import Tensor, nn
 
 from slmkit.model.architecture import Layer
 from slmkit.model.cache import KVCache
-from slmkit.model.document_attention import block_mask, skips_blocks
+from slmkit.model.document_attention import block_mask, skips_blocks, window_mask
 from slmkit.model.rope import Rope
 from slmkit.model.rotary import Rotation
+
+# A layer with a window attends in blocks of so many queries, each over the keys that its window reaches: small blocks
+# read few keys that are then masked, large ones take few calls.
+QUERIES_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A block of queries behind the one before it, and the keys that its window reaches."""
+
+    keys: tuple[int, int]  # from the first to behind the last, of those seen
+    mask: Tensor  # [batch or 1, 1, queries, keys], as `View.mask`
 
 
 @dataclass(frozen=True)
 class View:
     """What a layer sees of the text, and how it turns queries and keys (None: not)."""
 
-    turn_query: Rotation | None
-    turn_new: Rotation | None  # keys before they are cached
-    turn_seen: Rotation | None  # all keys that are seen, where their rotation depends on the length of the text
-    mask: Tensor | None  # [batch or 1, 1, new, seen], True where a query may look; None: everywhere, or `is_causal`
-    is_causal: bool
+    turn_query: Rotation | None = None
+    turn_new: Rotation | None = None  # keys before they are cached
+    turn_seen: Rotation | None = None  # all keys that are seen, where their rotation depends on the length of the text
+    mask: Tensor | None = None  # [batch or 1, 1, new, seen], True where a query may look; None: everywhere
+    is_causal: bool = False  # in the place of `mask`: a query sees what is not after it
     blocks: Any = None  # a `BlockMask` in the place of `mask`, where FlexAttention is used
+    pieces: tuple[Piece, ...] = ()  # in the place of `mask`, where a window is shorter than the text
 
 
 class Context:
@@ -50,22 +63,39 @@ class Context:
         self.columns = torch.arange(past, past + ids.size(1), device=ids.device)  # [new]
         self.starts = cache.starts(self.columns) if cache else _starts(documents, self.columns)  # [batch, new] or None
         self.positions = self.columns[None] if self.starts is None else self.columns - self.starts  # [batch or 1, new]
-        self.in_blocks = documents is not None and attention_mask is None and skips_blocks(ids.device)
+        self.in_blocks = cache is None and attention_mask is None and skips_blocks(ids.device)
         self.views = [self._view(kind) for kind in kinds]
 
     def _view(self, kind: Layer) -> View:
+        turns, new, past = self._turns(kind), self.columns.numel(), self.cache.length if self.cache else 0
+        if self.starts is None and self.attention_mask is None:
+            if new == 1:
+                return View(*turns)  # the cache holds no more than is seen
+            if past == 0 and (kind.window is None or new <= kind.window):
+                return View(*turns, is_causal=True)
         if self.in_blocks and self.starts is not None:
-            turn = None if kind.rope is None else self._rotation(kind.rope, self.positions)
-            return View(turn, turn, None, None, False, block_mask(self.starts, kind.window))
-        mask, is_causal = self._mask(kind)
+            return View(*turns, blocks=block_mask(self.starts, kind.window))
+        seen = self._seen(kind)
+        if kind.window is None or new <= QUERIES_AT_ONCE:
+            return View(*turns, mask=self._mask(kind.window, seen))
+        if self.in_blocks:
+            return View(*turns, blocks=window_mask(new, kind.window, self.columns.device))
+        return View(*turns, pieces=tuple(self._pieces(kind.window, seen)))
+
+    def _turns(self, kind: Layer) -> tuple[Rotation | None, Rotation | None, Rotation | None]:
+        """Of queries, of new keys, and of all keys."""
         if kind.rope is None:
-            return View(None, None, None, mask, is_causal)
+            return None, None, None
         rotation = self._rotation(kind.rope, self.positions)
         if self.cache is None or not kind.rope.depends_on_length:
-            return View(rotation, rotation, None, mask, is_causal)
-        seen = self.cache.seen(kind.window, self.columns.numel(), self.columns.device)
+            return rotation, rotation, None
         start = 0 if self.starts is None else self.starts[:, -1:]
-        return View(rotation, None, self._rotation(kind.rope, seen[None] - start), mask, is_causal)
+        return rotation, None, self._rotation(kind.rope, self._seen(kind)[None] - start)
+
+    def _seen(self, kind: Layer) -> Tensor:
+        """The columns of the keys.  [seen]"""
+        new = self.columns.numel()
+        return self.cache.seen(kind.window, new, self.columns.device) if self.cache else self.columns
 
     def _rotation(self, rope: Rope, positions: Tensor) -> Rotation:
         table = self.cache.tables.get(rope) if self.cache else None
@@ -74,25 +104,33 @@ class Context:
         cosines, sines = table
         return cosines[positions][:, None], sines[positions][:, None]
 
-    def _mask(self, kind: Layer) -> tuple[Tensor | None, bool]:
-        """Column k is seen from column q if it is not after q, of the same text, and in the window."""
-        new = self.columns.numel()
-        past = self.cache.length if self.cache else 0
-        if self.starts is None and self.attention_mask is None:
-            if new == 1:
-                return None, False  # the cache holds no more than is seen
-            if past == 0 and (kind.window is None or new <= kind.window):
-                return None, True
-        seen = self.cache.seen(kind.window, new, self.columns.device) if self.cache else self.columns
-        q, k = self.columns[:, None], seen[None, :]  # [new, 1], [1, seen]
+    def _pieces(self, window: int, seen: Tensor) -> Iterator[Piece]:
+        """A block's keys go from the first that its first query sees to its last query's own.
+
+        The new tokens' keys are the last of `seen`.
+        """
+        new, before = self.columns.numel(), seen.numel() - self.columns.numel()
+        for start in range(0, new, QUERIES_AT_ONCE):
+            stop = min(start + QUERIES_AT_ONCE, new)
+            keys = max(0, before + start + 1 - window), before + stop
+            yield Piece(keys, self._mask(window, seen, slice(start, stop), slice(*keys)))
+
+    def _mask(
+        self, window: int | None, seen: Tensor, queries: slice = slice(None), keys: slice = slice(None)
+    ) -> Tensor:
+        """Column k is seen from column q if it is not after q, of the same text, and in the window.
+
+        `seen` [seen] → [batch or 1, 1, queries, keys].
+        """
+        q, k = self.columns[queries, None], seen[None, keys]  # [queries, 1], [1, keys]
         mask = (k <= q)[None]
-        if kind.window is not None:
-            mask = mask & (k > q - kind.window)
+        if window is not None:
+            mask = mask & (k > q - window)
         if self.starts is not None:
-            mask = mask & (k >= self.starts[:, :, None])
+            mask = mask & (k >= self.starts[:, queries, None])
         if self.attention_mask is not None:
-            mask = mask & self.attention_mask[:, None, :]
-        return mask[:, None], False  # [batch or 1, 1, new, seen]
+            mask = mask & self.attention_mask[:, None, keys]
+        return mask[:, None]
 
 
 def _starts(documents: Tensor | None, columns: Tensor) -> Tensor | None:

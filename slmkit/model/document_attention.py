@@ -1,6 +1,6 @@
-"""Attention kept inside documents where most of a row is masked: FlexAttention skips whole blocks (arXiv:2412.05496).
+"""Attention kept inside documents and windows: FlexAttention skips blocks that are masked whole (arXiv:2412.05496).
 
-It is compiled for the GPU. Elsewhere the same mask is a tensor, and the outcome the same.
+It is compiled for the GPU. Elsewhere the same masks are tensors, and the outcome the same.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 # `torch.nn.attention.flex_attention` brings the compiler with it, seconds of import: only where it is used.
+BLOCK = 128  # queries and keys of a block, its default
 SMALLEST_HEAD = 16  # channels; its kernels take no smaller ones
 
 
 def skips_blocks(device: torch.device) -> bool:
-    """Whether masks of documents are block masks on this device."""
+    """Whether masks of documents and windows are block masks on this device."""
     return device.type == "cuda"
 
 
@@ -35,6 +36,26 @@ def block_mask(starts: Tensor, window: int | None) -> Any:
         return (k <= q) & (k >= starts[b, q]) & (k > q - reach)
 
     return create_block_mask(sees, batch, None, tokens, tokens, device=str(starts.device))
+
+
+def window_mask(tokens: int, window: int, device: torch.device) -> Any:
+    """Column k is seen from column q if it is not after q, and in the window: a `BlockMask`.
+
+    Its blocks follow from the window, while `create_block_mask` computes every element first.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    def sees(b: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (k <= q) & (k > q - window)
+
+    firsts = torch.arange(0, tokens, BLOCK, device=device, dtype=torch.int32)  # [blocks]
+    q, k = firsts[:, None], firsts[None]
+    reached = (k <= q) & (k + BLOCK - 1 > q - window)  # [query blocks, key blocks]: their last key from the first query
+    in_front = reached.int().argsort(dim=1, descending=True, stable=True).int()
+    count = reached.sum(1, dtype=torch.int32)
+    return BlockMask.from_kv_blocks(
+        count[None, None], in_front[None, None], BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(tokens, tokens)
+    )
 
 
 def dense_mask(mask: Any, device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""`generation_config.json` beside a model: which ids end a text, and how its makers advise to sample."""
+"""`generation_config.json` beside a model: which ids end a text, how long it is, how its makers advise to sample."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from slmkit.config import Settings, UserError, load_settings
 
 FILE = "generation_config.json"
 Id = Annotated[int, Field(ge=0)]
-# Keys that change no token that is generated here, or only how many: commands have an option for that.
+# Keys that change no token that is generated here.
 HARMLESS = {
     "_from_model_config", "assistant_confidence_threshold", "assistant_lookbehind", "bos_token_id", "cache_config",
     "cache_implementation", "compile_config", "decoder_start_token_id", "disable_compile", "early_stopping",
-    "is_assistant", "length_penalty", "low_memory", "max_cache_len", "max_length", "max_matching_ngram_size",
+    "is_assistant", "length_penalty", "low_memory", "max_cache_len", "max_matching_ngram_size",
     "num_assistant_tokens", "num_assistant_tokens_schedule", "output_attentions", "output_hidden_states",
     "output_logits", "output_scores", "pad_token_id", "prefill_chunk_size", "prompt_lookup_num_tokens",
     "remove_invalid_values", "renormalize_logits", "return_dict_in_generate", "target_lookbehind",
@@ -37,6 +37,8 @@ class GenerationAdvice(Settings):
     eos_token_id: Id | list[Id] | None = None
     pad_token_id: int | None = None
     suppress_tokens: list[Id] | None = None
+    max_new_tokens: Annotated[int, Field(gt=0)] | None = None
+    max_length: Annotated[int, Field(gt=0)] | None = None
     do_sample: bool | None = None
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
@@ -61,6 +63,21 @@ def read_generation_config(directory: Path) -> dict[str, Any]:
         raise UserError(f"{path}: expected an object, found {type(content).__name__}; correct or remove it")
     load_settings(GenerationAdvice, content, origin=str(path))
     return content
+
+
+def new_tokens(content: dict[str, Any], usual: int, prompt: int = 0) -> int:
+    """How many tokens may follow a prompt of so many: `max_new_tokens`, else `usual` within a `max_length` of both.
+
+    Raises `UserError` where that leaves none.
+    """
+    if content.get("max_new_tokens") is not None:
+        return int(content["max_new_tokens"])
+    whole = content.get("max_length")
+    if whole is not None and whole <= prompt:
+        raise UserError(
+            f"{FILE}: its max_length of {whole} leaves no room after a prompt of {prompt} tokens: give max_new_tokens"
+        )
+    return usual if whole is None else min(usual, whole - prompt)
 
 
 def not_obeyed(content: dict[str, Any]) -> list[str]:

@@ -20,11 +20,12 @@ class LoRASettings(Settings):
 
     r: int = Field(8, gt=0)  # the rank
     lora_alpha: float = Field(16, gt=0)  # the update's scale, times r
-    lora_dropout: float = Field(0.0, ge=0, lt=1)  # of the adapter's input
+    lora_dropout: float = Field(0.0, ge=0, lt=1)  # dropout of the adapter's input
     target_modules: str | list[str] = "all-linear"  # which linears get an adapter
-    use_rslora: bool = False  # scale by the root of r
-    use_dora: bool = False  # learn the lengths of rows apart
-    modules_to_save: list[str] = Field(default_factory=list)  # trained whole and stored with the adapter
+    use_rslora: bool = False  # scale by the square root of r
+    use_dora: bool = False  # learn the length of each row separately
+    # modules that are trained in full and stored with the adapter
+    modules_to_save: list[str] = Field(default_factory=list)
     # What the frozen matrices are kept in while the adapter is trained (QLoRA, arXiv:2305.14314): a half, a quarter
     # or an eighth of float32's memory. A finished adapter is used on the full weights.
     base_weights: Literal["float32", "bfloat16", "int8", "nf4"] = "float32"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from slmkit.model.architecture import Architecture, Layer
+from slmkit.model.context import QUERIES_AT_ONCE
 from slmkit.model.decoder import Decoder
 
 # Positions that have their logits together where nothing is learned: half a gibibyte of float32 with 262,144 tokens.
@@ -75,7 +76,8 @@ class Flops:
     """Operations a token when `length` tokens are read at once: a product of matrices counts two for each multiply-add.
 
     Everything else (norms, activations, softmax, rotations) is less than a hundredth at any useful size, and is not
-    counted. Attention is counted over the whole row for every query, as its products are computed.
+    counted. Attention is counted over the whole row for every query, as its products are computed; with a window, over
+    the keys that a block of queries reaches.
     """
 
     matrices: int
@@ -99,7 +101,8 @@ def flops_per_token(a: Architecture, length: int) -> Flops:
     key_dim, value_dim = a.head_dim, a.head_dim
     if a.latent is not None:
         key_dim, value_dim = a.latent.plain_dim + a.latent.rope_dim, a.latent.value_dim
-    return Flops(matrices, a.depth * 2 * a.heads * (key_dim + value_dim) * length)
+    seen = sum(min(length, layer.window + QUERIES_AT_ONCE) if layer.window else length for layer in a.layers)
+    return Flops(matrices, 2 * a.heads * (key_dim + value_dim) * seen)
 
 
 def _biases(a: Architecture) -> int:

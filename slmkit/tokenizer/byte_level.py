@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterable, Iterator
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -71,7 +72,8 @@ def trained(texts: Iterable[str], vocab_size: int, show_progress: bool) -> Token
         min_frequency=MIN_FREQUENCY,
         special_tokens=list(SPECIALS),
         initial_alphabet=BYTE_CHARACTERS,
-        show_progress=show_progress,
+        # The library ends each of its three bars with an empty line on stdout, whether or not there is a terminal.
+        show_progress=show_progress and sys.stderr.isatty() and sys.stdout.isatty(),
     )
     # The time that a merge takes grows with the length of the words it stands in: text without spaces is one word.
     splits = tokenizer.pre_tokenizer

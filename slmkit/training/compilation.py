@@ -7,8 +7,6 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
-import torch
-
 from slmkit.device import Device
 from slmkit.model import Decoder
 from slmkit.training.loop import Every, Hook, Report, State
@@ -27,24 +25,30 @@ def compile_blocks(model: Decoder) -> None:
 
 @contextlib.contextmanager
 def as_written(model: Decoder) -> Iterator[None]:
-    """Within, the model runs without its compiled code: generating has shapes of its own."""
-    if all(block._compiled_call_impl is None for block in model.blocks):
+    """Within, the model's blocks run without their compiled code: generating has shapes of its own.
+
+    FlexAttention inside them stays compiled: without, it would hold every score.
+    """
+    compiled = [block._compiled_call_impl for block in model.blocks]
+    for block in model.blocks:
+        block._compiled_call_impl = None
+    try:
         yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
+    finally:
+        for block, call in zip(model.blocks, compiled):
+            block._compiled_call_impl = call
 
 
 def uncompiled(hooks: Iterable[Every], model: Decoder) -> list[Every]:
     """The same hooks, in which the model runs as it is written: samples and validation have shapes of their own."""
     if all(block._compiled_call_impl is None for block in model.blocks):
         return [*hooks]
-    return [dataclasses.replace(each, hook=_uncompiled(each.hook)) for each in hooks]
+    return [dataclasses.replace(each, hook=_uncompiled(each.hook, model)) for each in hooks]
 
 
-def _uncompiled(hook: Hook) -> Hook:
+def _uncompiled(hook: Hook, model: Decoder) -> Hook:
     def call(state: State, report: Report) -> Any:
-        with torch.compiler.set_stance("force_eager"):
+        with as_written(model):
             return hook(state, report)
 
     return call

@@ -23,15 +23,16 @@ FEWEST_NORMS = 16  # a median of fewer says too little about what is usual
 
 
 class GuardSettings(Settings):
-    """What is refused, how much of that is borne, and what happens then."""
+    """Which steps are refused, how many of them are allowed, and what happens then."""
 
-    max_skipped: int = Field(10, gt=0)  # refused steps in a row before the run is taken back or stopped
+    max_skipped: int = Field(10, gt=0)  # refused steps in a row before `on_divergence` applies
     on_divergence: Literal["stop", "rollback"] = "stop"  # stop the run, or go back to a checkpoint
-    max_spike: float | None = Field(None, gt=1)  # times the median of recent gradient norms; None: any norm is taken
-    window: int = Field(64, ge=FEWEST_NORMS)  # steps whose gradient norms are "recent"
-    rollback_learning_rate_ratio: float = Field(0.5, gt=0, le=1)  # by which each rollback lowers the learning rate
-    max_rollbacks: int = Field(3, gt=0)  # rollbacks of a whole run; then it stops
-    max_idle: int | None = Field(10, gt=0)  # steps without learning, from the first on, that end a run; None: none do
+    # refuse a gradient norm above this many times the recent median; None: no limit
+    max_spike: float | None = Field(None, gt=1)
+    window: int = Field(64, ge=FEWEST_NORMS)  # how many recent steps that median is of
+    rollback_learning_rate_ratio: float = Field(0.5, gt=0, le=1)  # each rollback multiplies the learning rate by this
+    max_rollbacks: int = Field(3, gt=0)  # rollbacks in a whole run before it stops
+    max_idle: int | None = Field(10, gt=0)  # stop when this many steps from the start have changed nothing; None: never
 
 
 class Diverged(Exception):  # noqa: N818 - what follows on it is the recipe's choice

@@ -34,6 +34,7 @@ OTHER_NAMES = {
     "tokenizer.chat_template": "template prompt_template chat_format",
     "data.source": "data dataset datasets dataset_name dataset_path data_path data_dir data_file data_files input file "
     "text corpus train_file train_files train_data train_dataset train_path",
+    "data.sources": "weight weights mixture mixture_weights sampling_weights interleave_probs",
     "data.text_column": "text_field text_key dataset_text_field column",
     "data.validation": "val_file val_data valid_file validation_file validation_data eval_dataset eval_file test_file",
     "data.validation_fraction": "val_split val_ratio val_size validation_split validation_size eval_split test_size",
@@ -83,6 +84,7 @@ OTHER_NAMES = {
 HINTS = {name: key for key, names in OTHER_NAMES.items() for name in names.split()}
 # Keys that do not count what the other name does.
 NOTES = {
+    "data.sources": "a list: '[{path: a.txt, weight: 2}, {path: b.txt, weight: 1}]'",
     "train.tokens_per_step": "counted in tokens: rows × sequence length",
     "train.micro_batch_tokens": "tokens that go through the model at once; how often is accumulated follows from it",
     "train.min_learning_rate_ratio": "a share of learning_rate",

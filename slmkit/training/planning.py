@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from slmkit.config import UserError
+from slmkit.config import UserError, load_settings
 from slmkit.data.sources import BUILT_IN
 from slmkit.device import Device, available_memory, find_device
 from slmkit.find import find_config_directory
@@ -88,19 +88,23 @@ def propose(
     device_name: str = "auto",
     measure: bool = True,
     say: Callable[[str], None] = lambda line: None,
+    overrides: Sequence[str] = (),
 ) -> Outlook:
     """The best model for a budget of hours or of tokens on this device, by published laws and measured speed.
 
-    `say` is told which models are tried. Raises `UserError` unless one of both is given.
+    `say` is told which models are tried; `overrides` name the data and the folder of the run (`data.source=book.txt`).
+    Raises `UserError` unless one of both budgets is given, and for an override of anything else.
     """
     if (hours is None) == (tokens is None):
         raise UserError("a proposal needs a budget: --hours or --tokens, or a recipe to look at")
+    if other := next((each for each in overrides if not each.startswith(("data.", "output_dir="))), None):
+        raise UserError(f"{other}: a proposal takes only data.… and output_dir; change the rest in the file it writes")
     device = find_device(device_name)
     efficiency = 1.0  # of the guessed rate
     seen: dict[int, Probe] = {}
     for _ in range(ROUNDS if measure and hours is not None else 1):
         width, budget = _best(hours, tokens, device, efficiency)
-        recipe, config = _recipe_for(width, budget, device_name)
+        recipe, config = _recipe_for(width, budget, device_name, overrides)
         if not measure or width in seen:
             break
         size, length = parameter_count(architecture_of(config)), config.max_position_embeddings
@@ -110,7 +114,7 @@ def propose(
         efficiency = seen[width].tokens_per_second / guessed_rate(Inventory(architecture_of(config)), length, device)
     measured = seen.get(width)
     if hours is not None and measured is not None:  # what this very shape was seen to do, and no rule of thumb
-        recipe, config = _recipe_for(width, int(hours * 3600 * measured.tokens_per_second), device_name)
+        recipe, config = _recipe_for(width, int(hours * 3600 * measured.tokens_per_second), device_name, overrides)
     elif measure and measured is None:
         say(f"measuring the speed in up to {STEPS} steps, at most {ROUND_SECONDS:.0f} seconds")
         measured = probe(Subject.fresh(config), recipe.train, device, longest=ROUND_SECONDS)
@@ -122,7 +126,9 @@ def propose(
         "learning rate and batch: Li et al. 2025, for AdamW, fitted on 60 M parameters and more",
         f"text that is read once: about {size / 1e6:,.0f} MB, at {BYTES_PER_TOKEN} bytes a token",
     ]
-    return _outlook(recipe, config, Subject.fresh(config), steps, device, None, measured, assumptions)
+    ahead = _outlook(recipe, config, Subject.fresh(config), steps, device, None, measured, assumptions)
+    text = _tokens_of(recipe)[0] if overrides else None
+    return replace(ahead, text=text, epochs=ahead.ahead.tokens / text if text else None)
 
 
 def _outlook(
@@ -256,7 +262,7 @@ def _best(hours: float | None, tokens: int | None, device: Device, efficiency: f
     return width, budget
 
 
-def _recipe_for(width: int, tokens: int, device_name: str) -> tuple[Recipe, SLMConfig]:
+def _recipe_for(width: int, tokens: int, device_name: str, overrides: Sequence[str]) -> tuple[Recipe, SLMConfig]:
     model = _shape(width)
     config = model.build_config()
     a = architecture_of(config)
@@ -270,12 +276,10 @@ def _recipe_for(width: int, tokens: int, device_name: str) -> tuple[Recipe, SLMC
         learning_rate=float(f"{learning_rate_for(size, tokens):.2g}"),
         device=device_name,
     )
-    recipe = Recipe.model_validate(
-        {
-            "output_dir": "runs/planned",
-            "model": {key: value for key, value in model.changes.items() if key != "vocab_size"},
-            "tokenizer": {"vocab_size": config.vocab_size},
-            "train": settings.model_dump(exclude_unset=True),
-        }
-    )
-    return recipe, config
+    content = {
+        "output_dir": "runs/planned",
+        "model": {key: value for key, value in model.changes.items() if key != "vocab_size"},
+        "tokenizer": {"vocab_size": config.vocab_size},
+        "train": settings.model_dump(exclude_unset=True),
+    }
+    return load_settings(Recipe, content, overrides), config

@@ -48,12 +48,14 @@ class Preference:
         sums, tokens = answer_log_probabilities(model, batch.ids, batch.labels)  # [pairs, 2] each
         rewards = self.rewards(sums, tokens, batch.extra.get(REFERENCE))  # [pairs, 2]
         losses = self.losses(rewards)  # [pairs]
-        if self.settings.rpo_alpha:
-            losses = losses - self.settings.rpo_alpha * (sums / tokens.clamp(min=1))[:, 0]
         counts = (tokens > 0).all(dim=1)  # a pair of which nothing is learned is there to keep ranks in step
         chosen, rejected = rewards.detach().unbind(dim=1)
         figures = ((chosen > rejected).float(), chosen - rejected, *sums.detach().unbind(dim=1))
-        return Loss(losses[counts].sum(), {name: figure[counts].sum() for name, figure in zip(FIGURES, figures)})
+        told = {name: figure[counts].sum() for name, figure in zip(FIGURES, figures)}
+        if self.settings.rpo_alpha:
+            told["preference_loss"] = losses.detach()[counts].sum()
+            losses = losses - self.settings.rpo_alpha * (sums / tokens.clamp(min=1))[:, 0]
+        return Loss(losses[counts].sum(), told)
 
     def weight(self, batch: Batch) -> int:
         return int((batch.labels != IGNORED).any(dim=-1).all(dim=-1).sum())

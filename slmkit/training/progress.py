@@ -13,7 +13,8 @@ from slmkit.training.loop import Report, State
 
 # Beside the reference curves of a shipped recipe.
 WORDS = {"inside": "as expected", "above": "above its reference", "below": "below its reference"}
-SHARES = {"answers/right": "right", "rewards/accuracy": "told apart"}
+SHARES = {"answers/right": "right", "rewards/accuracy": "reward accuracy"}
+NO_MARGIN = 1e-4  # a mean margin at which policy and reference are one: only rounding orders the rewards
 LINES = 20  # how many plain lines a whole run prints
 
 
@@ -70,9 +71,12 @@ class TrainingProgress:
         if self.steps_in_epoch:
             figures.append(f"epoch {state.step / self.steps_in_epoch:.1f}/{self.steps / self.steps_in_epoch:.1f}")
         figures.append(f"loss {report['loss']:.3f}")
+        if "preference_loss" in report:
+            figures.append(f"preference loss {report['preference_loss']:.3f}")
         if self.validation_loss is not None:
             figures.append(f"validation {self.validation_loss:.3f}")
-        figures += [f"{share} {report[name]:.0%}" for name, share in SHARES.items() if name in report]
+        if abs(report.get("rewards/margin", 1)) > NO_MARGIN:
+            figures += [f"{share} {report[name]:.0%}" for name, share in SHARES.items() if name in report]
         figures += [f"{clock(left)} left", f"{report['tokens_per_second']:,} tokens/s"]
         if "mfu" in report:
             figures.append(f"MFU {report['mfu']:.0%}")

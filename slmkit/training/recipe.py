@@ -71,20 +71,20 @@ ENDLESS = "the length of a stream is not known: set train.max_tokens or train.ma
 
 
 class TrainSettings(Settings):
-    """How long, how fast, how often. Batch and length are counted in tokens; names are Hugging Face's where one exists.
+    """Length, batch, optimizer, evaluation and saving. Batch and length are in tokens; names are Hugging Face's if any.
 
     One of `max_tokens`, `max_steps` and `num_train_epochs` says when to stop; with none of them it is one epoch.
     """
 
-    sequence_length: int | None = Field(None, gt=1)  # None: the model's max_position_embeddings
+    sequence_length: int | None = Field(None, gt=1)  # tokens of a row; None: the model's max_position_embeddings
     tokens_per_step: int = Field(8_192, gt=0)  # tokens of one optimizer step, of all processes together
     # What goes through the model at once: less takes less memory, and changes nothing else. auto: the most that fits.
     micro_batch_tokens: Annotated[int, Field(gt=0)] | Literal["auto"] = 8_192
-    max_tokens: int | None = Field(None, gt=0)  # stop after so many trained tokens
-    max_steps: int | None = Field(None, gt=0)  # stop after so many optimizer steps
-    num_train_epochs: float | None = Field(None, gt=0)  # stop after so many passes over the data
+    max_tokens: int | None = Field(None, gt=0)  # stop after this many trained tokens
+    max_steps: int | None = Field(None, gt=0)  # stop after this many optimizer steps
+    num_train_epochs: float | None = Field(None, gt=0)  # stop after this many passes over the data
     optimizer: Literal["adamw", "adamw_8bit", "muon", "lion"] = "adamw"  # docs/training.md compares them
-    learning_rate: float = Field(1e-3, gt=0)  # AdamW's; Lion wants a third of it or less
+    learning_rate: float = Field(1e-3, gt=0)  # the peak, for AdamW; Lion needs a third of it or less
     muon_learning_rate: float = Field(0.02, gt=0)  # learning rate of the matrices that Muon updates
     muon_momentum: float = Field(0.95, ge=0, lt=1)  # momentum of Muon
     # how the learning rate falls
@@ -94,19 +94,21 @@ class TrainSettings(Settings):
     warmup_ratio: float | None = Field(
         None, ge=0, lt=1
     )  # warm-up as a share of all steps; None: 0.05 unless warmup_steps is given
-    lr_schedule_steps: int | None = Field(None, gt=0)  # None: those of the run; beyond, the last rate stays
+    # steps of the schedule; None: those of the run; later steps keep the last rate
+    lr_schedule_steps: int | None = Field(None, gt=0)
     lr_decay_ratio: float = Field(0.2, gt=0, le=1)  # warmup_stable_decay only: the share of all steps in which it falls
     weight_decay: float = Field(0.1, ge=0)  # weight decay of matrices; norms and biases have none
     adam_beta1: float = Field(0.9, ge=0, lt=1)  # beta 1 of AdamW and Lion
     adam_beta2: float = Field(0.95, ge=0, lt=1)  # beta 2 of AdamW
     adam_epsilon: float = Field(1e-8, gt=0)  # epsilon of AdamW
-    max_grad_norm: float = Field(1.0, gt=0)  # longer gradients are shortened to this norm
-    gradient_checkpointing: int = Field(0, ge=0)  # every n-th layer is computed again instead of kept: less memory
+    max_grad_norm: float = Field(1.0, gt=0)  # gradients with a larger norm are scaled down to it
+    # every n-th layer is recomputed in the backward pass: less memory; 0: none
+    gradient_checkpointing: int = Field(0, ge=0)
     compile: Literal["auto"] | bool = "auto"  # torch.compile of each block; auto: on CUDA devices
-    logging_steps: int = Field(10, gt=0)  # a line of metrics.jsonl every so many steps
-    eval_steps: int | None = Field(None, gt=0)  # None: ten times a run
-    save_steps: int | None = Field(None, gt=0)  # None: at each evaluation
-    save_total_limit: int = Field(2, gt=0)  # the best checkpoint is kept besides
+    logging_steps: int = Field(10, gt=0)  # steps from one line of metrics.jsonl to the next
+    eval_steps: int | None = Field(None, gt=0)  # steps between evaluations; None: ten evaluations in a run
+    save_steps: int | None = Field(None, gt=0)  # steps between checkpoints; None: one at each evaluation
+    save_total_limit: int = Field(2, gt=0)  # the newest checkpoints to keep, in addition to the best one
     early_stopping_patience: int | None = Field(None, gt=0)  # evaluations without a lower loss that end the run
     sample_prompts: list[str] | None = None  # what samples.md continues; None: one from the validation data
     sample_tokens: int = Field(120, gt=0)  # tokens of each sample
@@ -114,9 +116,9 @@ class TrainSettings(Settings):
         default_factory=list
     )  # where metrics go in addition to metrics.jsonl
     parallel: Literal["auto", "ddp", "fsdp"] = (
-        "auto"  # of several processes: each the whole model (ddp, which is auto) or a share (fsdp)
+        "auto"  # with several processes: each holds the whole model (ddp, also auto) or a share of it (fsdp)
     )
-    ddp_timeout: float = Field(600, gt=0)  # seconds without a word of another process, after which one gives up
+    ddp_timeout: float = Field(600, gt=0)  # seconds that a process waits for the others before it fails
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
     # docs/training.md lists what each means
     precision: Literal["auto", "float32", "bfloat16", "float16", "bfloat16-pure", "bfloat16-master"] = "auto"

@@ -59,7 +59,7 @@ def test_the_base_is_found_from_the_adapter_and_from_where_one_is(adapter: Path,
     [
         ({"hidden_size": 48}, r"'model.layers.0.mlp.down_proj' is for a matrix of 32 × 48, its base has 48 × 48"),
         ({"num_hidden_layers": 1}, r"adapts 'model.layers.1.mlp.down_proj', which its base does not have"),
-        ({"num_hidden_layers": 3}, r"nothing for 7 of the base's modules that it is for, such as 'model.layers.2.self"),
+        ({"num_hidden_layers": 3}, r"no weights for 7 of the modules in its config, such as 'model.layers.2.self"),
     ],
 )
 def test_an_adapter_of_another_base_is_refused(adapter: Path, changes: dict[str, Any], message: str) -> None:
@@ -80,8 +80,8 @@ def test_an_adapter_of_another_family_is_refused(adapter: Path) -> None:
     ("changes", "message"),
     [
         ({"peft_type": "IA3"}, "expected peft_type LORA"),
-        ({"bias": "all"}, "bias 'all': biases that are trained"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' changes the base too"),
+        ({"bias": "all"}, "bias 'all': trained biases are not supported"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' also changes the base: convert it"),
         ({"trainable_token_indices": [1]}, r"trainable_token_indices is \[1\], which is not supported"),
         ({"r": 0}, "adapter_config.json: r: expected more than 0"),
     ],
@@ -118,7 +118,7 @@ def test_damaged_and_missing_files_are_named(adapter: Path) -> None:
 def test_tensors_that_are_no_loras_are_named(adapter: Path) -> None:
     name = "base_model.model.model.layers.0.self_attn.q_proj"
     change_tensors(adapter, lambda tensors: tensors.update({f"{name}.lora_C.weight": torch.zeros(1)}))
-    with pytest.raises(UserError, match=r"lora_C.weight' is no tensor of a linear's LoRA"):
+    with pytest.raises(UserError, match=r"lora_C.weight' is not a LoRA weight of a linear layer"):
         load_model(adapter)
 
 
@@ -142,7 +142,7 @@ def test_an_embedding_of_another_vocabulary_is_refused(adapter: Path) -> None:
 def test_an_embedding_and_a_head_that_differ_are_refused_where_they_are_one(adapter: Path) -> None:
     embedding = "base_model.model.model.embed_tokens.weight"
     change_tensors(adapter, lambda tensors: tensors.update({embedding: torch.zeros(97, 32)}))
-    with pytest.raises(UserError, match="changes one of embedding and head, which are one matrix in its base"):
+    with pytest.raises(UserError, match="changes only one of embedding and head, which share a matrix"):
         load_model(adapter)
     change_tensors(adapter, lambda tensors: tensors.update({"base_model.model.lm_head.weight": torch.ones(97, 32)}))
     with pytest.raises(UserError, match="its embedding and its head differ"):

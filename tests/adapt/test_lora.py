@@ -211,7 +211,7 @@ def test_an_adapter_learns_beside_it(name: str) -> None:
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.5
     if name != "bfloat16":
-        with pytest.raises(UserError, match=f"kept in {name}, whose steps are coarser"):
+        with pytest.raises(UserError, match=f"stored in {name}, which is too coarse"):
             fold(decoder)
 
 

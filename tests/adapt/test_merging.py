@@ -282,7 +282,7 @@ def test_numbers_for_all_models_stand_behind_a_models_own(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"t": [{"filter": "mlp", "value": 0.5}]}, "no condition says what .* gets"),
+        ({"t": [{"filter": "mlp", "value": 0.5}]}, "no filter matches .*: end the list"),
         ({"t": [{"filter": "mlp", "value": 2}]}, "t: expected numbers from 0 to 1"),
         ({"t": [{"filtre": "mlp", "value": 1}]}, "filtre"),
         ({"slices": [{"sources": []}, {"sources": []}], "models": None}, "slices: only one slice of whole models"),

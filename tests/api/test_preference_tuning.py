@@ -11,6 +11,7 @@ import safetensors.numpy
 import torch
 
 from slmkit.api import resume_run, train_recipe
+from slmkit.api.preference import weights_hint
 from slmkit.api.replay import replay_run
 from slmkit.api.rewards import REWARDS, exact, find_reward, number
 from slmkit.config import UserError
@@ -19,6 +20,7 @@ from slmkit.data.pairs import PairRows
 from slmkit.device import find_device
 from slmkit.model import build_decoder, load_decoder, save_decoder
 from slmkit.training import loop
+from slmkit.training.objective_settings import KtoSettings
 from slmkit.training.plots import plot_runs
 from slmkit.training.preference import reference_log_probabilities
 from slmkit.training.recipe import Recipe
@@ -87,7 +89,8 @@ def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(
 
 
 def test_the_references_log_probabilities_are_the_starting_models_and_stored(start: Path, tmp_path: Path) -> None:
-    run = train_recipe(recipe(start, tmp_path / "dpo", "dpo"), Silent())
+    told = Silent()
+    run = train_recipe(recipe(start, tmp_path / "dpo", "dpo"), told)
     stored = safetensors.numpy.load_file(run.data / "reference.safetensors")
     corpus = open_corpus(run.data)
     for name, shards in (("00", corpus.train[0]), ("01", corpus.validation)):
@@ -95,6 +98,7 @@ def test_the_references_log_probabilities_are_the_starting_models_and_stored(sta
         device = find_device("cpu", "float32")
         expected = reference_log_probabilities(load_decoder(start)[0], rows, device, 16, lambda pairs, tokens: None)
         assert (stored[name] == expected).all()
+    assert told.counted["reference"] == (46, 46)  # pairs to learn from and held-out ones
     lines = run.metrics.read()
     assert lines[0]["rewards/margin"] != 0  # dropout alone
     assert {"validation/rewards/accuracy", "validation/rewards/margin"} <= lines[2].keys()
@@ -108,6 +112,17 @@ def test_the_reference_is_computed_once(start: Path, tmp_path: Path, monkeypatch
     assert stopped_and_resumed(run, 3, monkeypatch).metrics.comparable() == run.metrics.comparable()
     free = recipe(start, tmp_path / "simpo", "dpo", preference={"loss": "simpo"})
     assert not (train_recipe(free, Silent()).data / "reference.safetensors").exists()
+
+
+def test_far_more_good_answers_than_bad_ones_are_hinted_at() -> None:
+    hint = weights_hint(900, 100, KtoSettings())
+    assert hint is not None
+    assert "set kto.undesirable_weight between 6.8 and 9 (it is 1)" in hint
+    assert weights_hint(900, 100, KtoSettings(undesirable_weight=7)) is None
+    fewer = weights_hint(100, 900, KtoSettings())
+    assert fewer is not None
+    assert "set kto.desirable_weight between 9 and 12 (it is 1)" in fewer
+    assert weights_hint(110, 100, KtoSettings()) is None
 
 
 def test_a_batch_counts_both_answers_of_a_pair(start: Path, tmp_path: Path) -> None:

@@ -214,7 +214,7 @@ def test_optimizers_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     model, other = fresh(), fresh()
     plateau = torch.optim.SGD(model.parameters(), lr=1)
     cases: list[tuple[Any, str]] = [
-        ((torch.optim.SGD(other.parameters(), lr=1), None), "not the model's"),
+        ((torch.optim.SGD(other.parameters(), lr=1), None), "parameters of another model"),
         ((torch.optim.SGD([next(model.parameters())], lr=1), None), "leaves out .* parameters, such as"),
         ((None, torch.optim.lr_scheduler.ExponentialLR(plateau, 0.5)), "a scheduler without its optimizer"),
         (("adam", None), "found text first"),
@@ -223,7 +223,7 @@ def test_optimizers_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=words):
             trainer(tmp_path, model=model, optimizers=optimizers)
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(plateau)
-    with pytest.raises(UserError, match="ReduceLROnPlateau follows the loss"):
+    with pytest.raises(UserError, match="ReduceLROnPlateau needs the loss"):
         trainer(tmp_path, model=model, optimizers=(plateau, scheduler)).train(max_steps=1)
 
 

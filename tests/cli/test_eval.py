@@ -64,9 +64,12 @@ def test_conversations_are_judged_by_their_answers(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     (found,) = figures(done.stdout)
     assert found[2] == "3"
-    predicted, loss, bits = int(found[3]), float(found[5]), float(found[7])
-    answers = sum(len(f"The fox {n}.") for n in range(3))  # bytes; the end of each answer is predicted as well
-    assert bits == pytest.approx(loss * predicted / math.log(2) / answers, rel=1e-3)
+    tokens, loss, bits = int(found[3]), float(found[5]), float(found[7])
+    answers = len("The fox 0." * 3)  # bytes: what is asked is not predicted, and not counted
+    assert bits == pytest.approx(loss * tokens / math.log(2) / answers, rel=1e-3)
+    pair = {"prompt": "Who?", "chosen": "The fox.", "rejected": "The hen."}
+    (folder / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
+    assert "pairs are not evaluated" in refused("eval", "runs/book", "-d", "pairs.jsonl", "--chat", cwd=folder)
 
 
 def test_what_cannot_be_evaluated_is_one_line(folder: Path) -> None:

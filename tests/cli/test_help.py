@@ -93,6 +93,7 @@ def test_recipes_are_listed_with_what_they_are(run) -> None:
     assert code == 0
     names = [path.stem for path in (Path(__file__).parents[2] / "recipes").glob("*.yaml")]
     assert all(re.search(rf"^  {name}  +\S.*\w", out, re.MULTILINE) for name in [*names, "ties"])
+    assert max(len(line) for line in out.partition("folder: ")[0].splitlines()) <= 80
 
 
 # -- the examples, run as they are ------------------------------------------------------------------------------------

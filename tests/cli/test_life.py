@@ -163,9 +163,12 @@ def test_a_run_is_planned_before_and_compared_after(folder: Path) -> None:
     content = json.loads((folder / "runs" / "book" / "plan.json").read_text())
     assert content["real"].keys() == content["predicted"].keys()
     assert content["steps"] == 12
-    proposed = slm("plan", "--hours", "3", "--device", "cpu", "--no-probe", "-o", "mine.yaml", cwd=folder)
+    proposed = slm("plan", "--hours", "3", "--device", "cpu", "--no-probe", "-o", "mine.yaml", "data.source=book.txt",
+                   cwd=folder)  # fmt: skip
     assert proposed.returncode == 0, proposed.stderr
-    printed = slm("train", "mine.yaml", "data.source=book.txt", "--print-config", cwd=folder)
+    assert proposed.stdout.endswith("; next: slm train mine.yaml\n")
+    printed = slm("train", "mine.yaml", "--print-config", cwd=folder)
     assert "micro_batch_tokens" in printed.stdout
+    assert "source: book.txt" in printed.stdout
     assert "name a recipe to plan, or what to propose one for: --hours 1" in refused("plan", cwd=folder)
     assert "give either a recipe or these options" in refused("plan", "own-text", "--hours", "2", cwd=folder)

@@ -90,7 +90,11 @@ def turn(role: str, content: str = "x", **more: Any) -> dict[str, Any]:
 BAD = {
     "order": ([turn("user"), turn("user")], "roles out of order", "message 2: user where it is the assistant's turn"),
     "silence": ([turn("user"), turn("assistant", " ")], "an empty turn", "message 2: the assistant's text is empty"),
-    "empty question": ([turn("user", ""), turn("assistant")], "an empty turn", "message 1: the user says nothing"),
+    "empty question": (
+        [turn("user", ""), turn("assistant")],
+        "an empty turn",
+        "message 1: the text of the user is empty",
+    ),
     "no messages": ([], "not as expected", "expected in column 'messages' a list of messages"),
     "schema": (["Hi"], "not as expected", "expected in column 'messages' a list of messages"),
     "role": ([turn("narrator")], "not as expected", "role 'narrator'"),
@@ -209,7 +213,7 @@ def test_rows_are_counted_in_their_order_however_far_ahead_they_are_read(
     with pytest.raises(UserError, match=f"{path}:3: the chat template failed"):
         list(encoded_of(source_of(path), lambda source: ConversationEncoder(ours, source)))
     nothing = write(tmp_path / "b.jsonl", [disordered] * 3)
-    with pytest.raises(UserError, match="not one document"):
+    with pytest.raises(UserError, match="it holds no document"):
         list(encoded_of(source := source_of(nothing, on_bad_row="skip"), lambda s: ConversationEncoder(ours, s)))
     assert source.skipped == {"roles out of order": 3}
 
@@ -275,7 +279,7 @@ class Listening:
 
     warn = say
 
-    def counter(self, label: str) -> Any:
+    def counter(self, label: str, total: int | None = None) -> Any:
         return lambda *done: None
 
 

@@ -13,7 +13,7 @@ from tests.data.test_prepare import documents_in
 class Silent:
     def say(self, line: str) -> None: ...
 
-    def counter(self, label: str):
+    def counter(self, label: str, total: int | None = None):
         return lambda *done: None
 
 

@@ -20,7 +20,7 @@ from slmkit.training.recipe import find_recipe, load_recipe
 class Silent:
     def say(self, line: str) -> None: ...
 
-    def counter(self, label: str):
+    def counter(self, label: str, total: int | None = None):
         return lambda *counts: None
 
 
@@ -168,12 +168,14 @@ def test_a_tokenizer_learns_from_as_much_of_every_source(
         (["data.phases=[{weights: {vowel: 1}}]"], "no source is named 'vowel'; did you mean 'vowels'?"),
         (["data.phases=[{weights: {vowels: 0}}]"], "all weights are 0"),
         (["data.phases=[{until_tokens: 9, weights: {vowels: 1}}, {until_tokens: 5, weights: {others: 1}}, "
-          "{weights: {others: 1}}]"], "until_tokens 5 is not after"),
+          "{weights: {others: 1}}]"], "until_tokens 5 is not more than that of the phase before"),
         (["data.streaming=true"], "set train.max_tokens or train.max_steps, and not num_train_epochs"),
         (["data.streaming=true", "train.num_train_epochs=2"], "the length of a stream is not known"),
         (["data.when_exhausted=again"], "data.when_exhausted"),
         (["data.sources=[{path: a, nmae: b}]"], "unknown key 'data.sources.0.nmae'; did you mean 'name'?"),
         (["data.sources=[{path: a, weight: 0}]"], "data.sources.0.weight"),
+        (["data.sources=null", "data.sources.0.weight=2"], "has no entry '0': set the whole list"),
+        (["data.weight=2"], "unknown key 'data.weight'; did you mean 'data.sources'? (a list: '[{path: a.txt, weight"),
         (["data.sources=[{path: a/b}, {path: hf://a/b}]"], "two sources are called 'a/b'"),
     ],
 )  # fmt: skip
@@ -189,7 +191,7 @@ def test_mistakes_are_named_before_anything_is_read(tmp_path: Path, changes: lis
 def test_a_stream_of_too_few_documents_says_how_validation_can_be_had(tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("one long text\n" * 50)
     data = DataSettings(source=str(tmp_path / "one.txt"), streaming=True, validation_fraction=0.001)
-    with pytest.raises(UserError, match=r"not one of its documents is held out .* data\.validation"):
+    with pytest.raises(UserError, match=r"no document was held out .* data\.validation"):
         build(data, tmp_path / "data")
 
 

@@ -104,9 +104,9 @@ def test_judged_answers_are_not_taken_for_something_else(shards: TokenShards, tm
     """Bad answers must not be learned as though they were good."""
     with pytest.raises(UserError, match="found answers labelled good or bad, for objective kto"):
         ChatRows(shards, 256)
-    with pytest.raises(UserError, match="not of pairs"):
+    with pytest.raises(UserError, match="token shards without pairs"):
         PairRows(shards, 256)
     with ShardWriter(tmp_path / "plain", TOKENIZER) as writer:
         writer.add(np.arange(20), np.array([20]), text_bytes=20)
-    with pytest.raises(UserError, match="not of answers labelled good or bad"):
+    with pytest.raises(UserError, match="hold no answers labelled good or bad"):
         JudgedRows(TokenShards.open(tmp_path / "plain"), 256)

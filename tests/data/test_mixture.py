@@ -133,7 +133,7 @@ def test_phases_count_tokens_and_the_last_has_no_end() -> None:
                 {"until_tokens": 800, "weights": {"web": 1}},
                 {"weights": {"web": 1}},
             ],
-            "phase 2: until_tokens 800 is not after the phase before it ends",
+            "phase 2: until_tokens 800 is not more than that of the phase before",
         ),
     ],
 )

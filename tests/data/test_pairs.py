@@ -52,7 +52,7 @@ BAD = {
         "chosen": [{"role": "user", "content": "A?"}, *say("a")],
         "rejected": [{"role": "user", "content": "B?"}, *say("b")],
     },
-    "rejected does not end with an answer": {"chosen": [*ASKED, *say("a")], "rejected": ASKED},
+    "rejected does not end with a message of the assistant": {"chosen": [*ASKED, *say("a")], "rejected": ASKED},
     "rejected: message 2: the assistant's text is empty": {"prompt": "Hi", "chosen": "a", "rejected": " "},
     "chosen: message 1: role 'robot'": {"chosen": [{"role": "robot", "content": "a"}], "rejected": [*ASKED, *say("b")]},
     "expected text in column 'prompt', found a whole number": {"prompt": 3, "chosen": "a", "rejected": "b"},
@@ -153,7 +153,7 @@ def test_pairs_that_a_template_makes_equal_are_left_out(tmp_path: Path) -> None:
 
 def test_shards_of_something_else_are_refused(tmp_path: Path) -> None:
     talks = [[*ASKED, *say("a")]] * 3
-    with pytest.raises(UserError, match="not of pairs"):
+    with pytest.raises(UserError, match="token shards without pairs"):
         PairRows(prepare_chat(talks, TOKENIZER, tmp_path / "chat"), 64)
 
 
@@ -249,5 +249,5 @@ def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
 def test_an_item_with_a_mask_that_is_not_read_is_refused() -> None:
     form, ids = ItemFormat(8, 0, 300), [1, 2, 3]
     form.row({"input_ids": ids, "position_ids": ids, "text": "abc"}, 0)
-    with pytest.raises(UserError, match="item 0 of the data set: 'loss_mask' has a value a token"):
+    with pytest.raises(UserError, match="item 0 of the data set: 'loss_mask' has one value per token"):
         form.row({"input_ids": ids, "loss_mask": [0, 0, 1]}, 0)

@@ -189,7 +189,7 @@ def test_a_full_disk_is_one_line_and_finished_shards_stay(tmp_path: Path):
     code = f"from tests.data.test_preparation import on_a_full_disk; on_a_full_disk({str(tmp_path / 'shards')!r})"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "no space left" in output
-    assert "the same call goes on there" in output
+    assert "the same call continues" in output
     assert output.count("\n") == 1
     assert os.listdir(tmp_path) == [".partial-shards"]
     names = [path.name for path in (tmp_path / ".partial-shards").iterdir()]

@@ -258,10 +258,8 @@ def test_settings_that_name_what_is_not_there_are_one_line(tmp_path: Path):
             list(getattr(opened(tmp_path / "a.jsonl", [{"body": "x", "title": "y"}], **changes), reads)())
         return str(refused.value)
 
-    assert "are not made of a column 'promt'; did you mean 'prompt'?" in refusal(
-        "read_pairs", columns={"promt": "body"}
-    )
-    assert "conversations are not made of a column 'text'" in refusal("read_conversations", text_column="body")
+    assert "have no column 'promt'; did you mean 'prompt'?" in refusal("read_pairs", columns={"promt": "body"})
+    assert "conversations have no column 'text'" in refusal("read_conversations", text_column="body")
     assert "row_format 'instructions': did you mean 'instruction'" in refusal(
         "read_conversations", row_format="instructions"
     )

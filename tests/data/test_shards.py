@@ -173,7 +173,7 @@ def test_a_flipped_bit_is_found_by_its_checksum(tmp_path: Path):
     shards.verify()
     path = tmp_path / "00000.tokens"
     path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
-    with pytest.raises(UserError, match=r"00000\.tokens: its content is not what was written"):
+    with pytest.raises(UserError, match=r"00000\.tokens: its checksum is wrong"):
         shards.verify()
 
 
@@ -231,9 +231,9 @@ def test_a_failed_rename_puts_the_old_directory_back(tmp_path: Path, monkeypatch
 
 def test_a_directory_of_something_else_is_never_replaced(tmp_path: Path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="holds something else than token shards"):
+    with pytest.raises(UserError, match="holds files that are not token shards"):
         write(tmp_path, [3])
-    with pytest.raises(UserError, match="holds something else than token shards"):
+    with pytest.raises(UserError, match="holds files that are not token shards"):
         write(tmp_path / "thesis.txt", [3])
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 

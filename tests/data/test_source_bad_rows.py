@@ -113,7 +113,7 @@ def test_bytes_that_are_no_text_are_left_out_of_a_text_file_wherever_reading_beg
     assert len(read) >= 5
     for index, (_, position) in enumerate(read):
         assert list(source(path).read(position)) == read[index + 1 :]
-    with pytest.raises(UserError, match="found a byte that is none at offset"):
+    with pytest.raises(UserError, match="found a byte that is not UTF-8 at offset"):
         texts(source(path, "refuse"))
 
 

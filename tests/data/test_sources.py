@@ -137,13 +137,13 @@ def test_sources_are_described_by_size_and_checksum(tmp_path: Path):
 
 MISTAKES = {
     "empty.txt": (b"", "the file is empty"),
-    "blank.txt": (b" \n\n", "not one document"),
-    "rows.jsonl": (b"\n", "not one document"),
+    "blank.txt": (b" \n\n", "it holds no document"),
+    "rows.jsonl": (b"\n", "it holds no document"),
     "page.pdf": (b"%PDF", "expected text (.txt, .md, source code), .jsonl, .json, .csv, .tsv, .parquet or .arrow"),
     "nul.txt": (b"line\nab\0cd", "at offset 7"),
     "latin.txt": (b"line\ncaf\xe9 au lait", "at offset 8"),
     "cut.txt": ("line\ncafé".encode()[:-1], "at offset 8"),
-    "utf16.txt": ("text".encode("utf-16"), "at offset 0"),
+    "utf16.txt": ("text".encode("utf-16"), "cannot be read: it is UTF-16 text"),
     "bad.jsonl": (b'{"text": "a"}\n{"text": ', "bad.jsonl:2: expected one JSON object a line"),
     "array.json": (b'["a"]\n', "array.json: row 1: expected a list of objects, found 'a'"),
     "column.jsonl": (b'{"text": "a"}\n{"body": "b"}\n', "column.jsonl:2: no column 'text'; there are: 'body'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from slmkit import SLMForCausalLM
+from slmkit import SLMEnsemble, SLMForCausalLM
+from slmkit.cli.chat import chat
+from slmkit.cli.generate import generate
 from slmkit.cli.show import load_model
 from slmkit.config import UserError
 from slmkit.generation import ChatSession, SamplingSettings, complete, stream_completion
 from slmkit.generation.generator import IdStream
 from slmkit.model import SLMConfig
+from slmkit.model.generation_config import new_tokens
 from slmkit.tokenizer import SLMTokenizer
 from tests.tokenizer.kinds import MADE, REAL, directory_of
 from tests.tokenizer.test_kinds import TEMPLATES
@@ -87,7 +91,8 @@ def test_an_id_without_a_token_is_never_drawn(kind: str, tmp_path: Path) -> None
     assert isinstance("".join(ChatSession(decoder, tokenizer, GREEDY, max_new_tokens=10).reply("hello")), str)
     model = SLMForCausalLM.from_pretrained(directory)
     model.decoder.logits = biased  # type: ignore[method-assign]
-    assert int(model.generate(torch.tensor([[5, 6]]), max_new_tokens=20, do_sample=True, seed=3).max()) < size
+    for one in (model, SLMEnsemble([model, model])):
+        assert int(one.generate(torch.tensor([[5, 6]]), max_new_tokens=20, do_sample=True, seed=3).max()) < size
 
 
 def test_what_generation_config_says_is_obeyed_and_carried_over(tmp_path: Path) -> None:
@@ -130,7 +135,8 @@ def test_a_model_that_says_nothing_is_sampled_as_usual(tmp_path: Path) -> None:
                 ("eos_token_id", "</s>"), ("eos_token_id", [2, "</s>"]), ("eos_token_id", -1),
                 ("pad_token_id", "<pad>"), ("do_sample", "yes"),
                 ("temperature", "0.6"), ("temperature", -1), ("top_k", -1), ("top_k", 1.5),
-                ("top_p", 1.5), ("min_p", 1), ("repetition_penalty", 0), ("suppress_tokens", 5),
+                ("top_p", 1.5), ("min_p", 1), ("repetition_penalty", 0), ("suppress_tokens", 5), ("max_length", 0),
+                ("max_new_tokens", "9"),
             ]
         ],
     ],
@@ -161,6 +167,45 @@ def test_ids_that_a_model_stops_at_or_suppresses_may_be_ordinary_tokens(tmp_path
     again = SLMForCausalLM.from_pretrained(directory)
     prompt = torch.tensor([tokenizer.encode_prompt("a")])
     assert first not in again.generate(prompt, max_new_tokens=9)[0, prompt.size(1) :]
+
+
+@pytest.mark.parametrize(
+    ("said", "new"), [({"max_new_tokens": 4}, 4), ({"max_length": 9}, 6), ({"max_length": 9, "max_new_tokens": 2}, 2)]
+)
+def test_how_long_a_text_is_unless_the_caller_says(
+    said: dict[str, int], new: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = directory_of("byte-level", tmp_path)
+    model_beside(directory)
+    (directory / "generation_config.json").write_text(json.dumps(said | {"do_sample": False}))
+    model, prompt = SLMForCausalLM.from_pretrained(directory), torch.tensor([[5, 6, 7]])
+    assert model.generate(prompt, eos_token_id=[]).size(1) == 3 + new
+    reference = transformers.LlamaForCausalLM.from_pretrained(directory)
+    reference.generation_config.eos_token_id = None
+    assert reference.generate(prompt, pad_token_id=0).size(1) == 3 + new
+    assert model.generate(prompt, eos_token_id=[], max_new_tokens=7).size(1) == 3 + 7
+    assert model.generate(prompt, eos_token_id=[], max_length=8).size(1) == 8
+
+    asked: list[int] = []
+
+    def record(*_: Any, max_new_tokens: int, **__: Any) -> Any:
+        asked.append(max_new_tokens)
+        return iter(())
+
+    monkeypatch.setattr("slmkit.generation.stream_completion", record)
+    three = SLMTokenizer.from_pretrained(directory).decode([5, 6, 7])
+    generate(str(directory), three)
+    generate(str(directory), three, max_new_tokens=7)
+    assert asked == [new, 7]
+    monkeypatch.setattr("slmkit.generation.ChatSession", record)
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    chat(str(directory))
+    assert asked[2:] == [said.get("max_new_tokens", 9)]
+
+
+def test_a_length_that_the_prompt_fills_is_one_line() -> None:
+    with pytest.raises(UserError, match="max_length of 9 leaves no room after a prompt of 9 tokens: give"):
+        new_tokens({"max_length": 9}, usual=200, prompt=9)
 
 
 def stream_ids(decoder: Any, tokenizer: Any) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 from pathlib import Path
@@ -179,6 +180,17 @@ def test_fingerprints_tell_apart_how_text_is_split(tokenizer: SLMTokenizer, tmp_
 def test_a_loaded_tokenizer_is_not_trained(gpt2_directory: Path) -> None:
     with pytest.raises(UserError, match="train a new one"):
         SLMTokenizer.from_pretrained(gpt2_directory).train(TEXTS)
+
+
+def test_a_compressed_tokenizer_is_the_same_and_named_where_it_is_damaged(gpt2_directory: Path) -> None:
+    plain, packed = gpt2_directory / "tokenizer.json", gpt2_directory / "tokenizer.json.gz"
+    expected = SLMTokenizer.from_pretrained(gpt2_directory).fingerprint
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    plain.unlink()
+    assert SLMTokenizer.from_pretrained(gpt2_directory).fingerprint == expected
+    packed.write_bytes(packed.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"tokenizer\.json\.gz: cannot be read"):
+        SLMTokenizer.from_pretrained(gpt2_directory)
 
 
 def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:

@@ -197,3 +197,8 @@ def test_an_untrained_tokenizer_decodes_what_a_model_of_its_size_may_draw() -> N
     assert tokenizer.decode([*tokenizer.encode("a"), 260, 999]) == "a"
     with pytest.raises(UserError, match="token id 1000"):
         tokenizer.decode([1000])
+
+
+def test_training_prints_nothing_without_a_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    SLMTokenizer(300).train(TEXTS, show_progress=True)
+    assert capfd.readouterr() == ("", "")

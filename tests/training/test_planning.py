@@ -97,6 +97,18 @@ def test_a_proposal_without_a_budget_is_refused() -> None:
         propose()
 
 
+def test_a_proposal_takes_its_data_and_nothing_else(tmp_path: Path) -> None:
+    book = tmp_path / "book.txt"
+    book.write_text("x" * 400_000)
+    proposal = propose(
+        tokens=10_000_000, device_name="cpu", measure=False, overrides=[f"data.source={book}", "output_dir=mine"]
+    )
+    assert (proposal.recipe.data.source, proposal.recipe.output_dir) == (str(book), "mine")
+    assert proposal.epochs == pytest.approx(100, rel=0.01)
+    with pytest.raises(UserError, match=r"^model\.hidden_size=3: a proposal takes only data"):
+        propose(tokens=10_000_000, device_name="cpu", measure=False, overrides=["model.hidden_size=3"])
+
+
 def test_no_loss_is_promised_beyond_guessing() -> None:
     assert loss_ahead(1_000_000, 100_000, None, 4_096) is None
     assert loss_ahead(100_000_000, 2_000_000_000, None, 16_384) == pytest.approx(3.4, abs=0.2)

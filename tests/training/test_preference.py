@@ -148,7 +148,9 @@ def test_the_mean_is_over_pairs(rows: PairRows) -> None:
 
 def test_the_better_answer_itself_is_learned_as_much_as_is_asked(rows: PairRows) -> None:
     model, batch = policy(), rows.batch(range(len(ANSWERS)))
-    plain, both = (Preference(PreferenceSettings(rpo_alpha=alpha))(model, batch).total for alpha in (0, 0.7))
+    losses = [Preference(PreferenceSettings(rpo_alpha=alpha))(model, batch) for alpha in (0, 0.7)]
+    plain, both = (loss.total for loss in losses)
+    assert losses[1].figures["preference_loss"].item() == pytest.approx(plain.item(), rel=1e-6)
     expected = torch.zeros(())
     for ids, labels in zip(batch.ids[:, 0], batch.labels[:, 0]):
         logits = model.logits(model(ids[None]))[0]

@@ -65,6 +65,11 @@ def test_steps_that_do_not_suit_the_run_are_said(train: dict, words: str | None)
     assert lines == [] if words is None else words in " ".join(lines)
 
 
+@pytest.mark.parametrize("name", ["own-chat", "own-chat-lora", "own-chat-gemma", "own-chat-llama3"])
+def test_a_hundred_conversations_get_a_warm_up_of_several_steps(name: str) -> None:
+    assert unlikely(load_recipe(find_recipe(name)).train, steps=12) == []
+
+
 def test_a_larger_vocabulary_is_padded_and_a_smaller_one_refused() -> None:
     def config(size: int):
         shape = {"vocab_size": size, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
@@ -75,6 +80,9 @@ def test_a_larger_vocabulary_is_padded_and_a_smaller_one_refused() -> None:
     tokens = len(SLMTokenizer(300))
     with pytest.raises(UserError, match=f"model.vocab_size is {tokens - 1} and the tokenizer's {tokens}"):
         config(tokens - 1)
+    shape = {"bos_token_id": 7, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    with pytest.raises(UserError, match=r"^model\.bos_token_id is 7 and .*: remove it from the recipe .*recipe\.yaml"):
+        model_for(load_settings(Recipe, {"model": shape}), SLMTokenizer(300), None)
 
 
 def test_shards_are_not_replaced_by_those_of_another_source(tmp_path: Path) -> None:
@@ -82,7 +90,7 @@ def test_shards_are_not_replaced_by_those_of_another_source(tmp_path: Path) -> N
 
     claim(tmp_path / "shards", {"sources": ["a.txt"]})
     claim(tmp_path / "shards", {"sources": ["a.txt"]})  # the same command goes on
-    with pytest.raises(UserError, match="give that command again to go on with it, or delete the folder"):
+    with pytest.raises(UserError, match="repeat that command to continue it, or delete the folder"):
         claim(tmp_path / "shards", {"sources": ["b.txt"]})
     shards = prepare_text(["some text"], SLMTokenizer(260), tmp_path / "shards", sources=[{"path": "a.txt"}])
     assert not list(tmp_path.rglob(ASKED))

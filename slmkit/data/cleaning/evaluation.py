@@ -30,7 +30,7 @@ def evaluation_runs(paths: Sequence[str], length: int) -> np.ndarray:
     found = [full_runs(hash_words([text]), length).hashes for text in _all_texts(paths)] if paths else []
     runs = np.unique(np.concatenate(found)) if found else np.zeros(0, dtype=np.uint64)
     if paths and not len(runs):
-        raise UserError(f"{paths[0]}: no text of {length} words to look for; lower evaluation_words")
+        raise UserError(f"{paths[0]}: no text in it has {length} words; lower evaluation_words")
     return runs
 
 

@@ -8,19 +8,21 @@ from slmkit.config import Settings
 
 
 class CleaningSettings(Settings):
-    """Which documents are left out. Of copies the first one stays."""
+    """Which documents are left out. The first of several copies is kept."""
 
     exact_duplicates: bool = False  # leave out copies
-    near_duplicates: float | None = Field(None, ge=0.5, le=0.95)  # share of 5-word runs in common: 0.8 is usual
+    # leave out near copies: this share of 5-word sequences in common; 0.8 is usual
+    near_duplicates: float | None = Field(None, ge=0.5, le=0.95)
     min_characters: int | None = Field(None, gt=0)  # leave out shorter documents
     max_characters: int | None = Field(None, gt=0)  # leave out longer documents
     min_words: int | None = Field(None, gt=0)  # leave out documents of fewer words
     max_words: int | None = Field(None, gt=0)  # leave out documents of more words
-    scripts: list[str] = Field([])  # Unicode's names, such as Latin or Cyrillic
-    min_script_share: float = Field(0.9, gt=0, le=1)  # of a document's letters that are of these scripts
-    min_letter_share: float | None = Field(None, gt=0, le=1)  # of its characters but white space
+    scripts: list[str] = Field([])  # scripts that documents may use, by Unicode name, such as Latin or Cyrillic
+    min_script_share: float = Field(0.9, gt=0, le=1)  # the smallest share of letters of these scripts
+    # the smallest share of letters among characters that are not white space
+    min_letter_share: float | None = Field(None, gt=0, le=1)
     evaluation: list[str] = Field([])  # files of text that a model will be tested on
-    evaluation_words: int = Field(13, gt=0)  # so many words in a row that stand there too
+    evaluation_words: int = Field(13, gt=0)  # leave out documents with this many consecutive words from `evaluation`
 
     @property
     def is_active(self) -> bool:

@@ -73,7 +73,7 @@ def _too_long(file: File, start: int, length: int) -> BadRow:
 def not_text(file: File, offset: int, rows: int = 1) -> BadRow:
     return BadRow(
         "not UTF-8",
-        f"{file.name}: expected UTF-8 text, found a byte that is none at offset {offset}; "
+        f"{file.name}: expected UTF-8 text, found a byte that is not UTF-8 at offset {offset}; "
         "convert the file or leave it out",
         rows,
     )

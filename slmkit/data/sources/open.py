@@ -28,7 +28,7 @@ def open_source(
     patience = patience or Patience(settings.retry_for)
     if settings.path in BUILT_IN:
         if settings.mapping or settings.row_format or settings.separator:
-            raise UserError(f"{settings.path}: built in, without columns: leave out those of columns and of row_format")
+            raise UserError(f"{settings.path} is built in and has no columns: remove columns, row_format and separator")
         return Source(settings, [StoryPart(settings.path, seed, held_out)], patience)
     files, found = patience.until_done(lambda: _files(settings, KINDS))
     return Source(settings, [FilePart(file, settings) for file in files], patience, found)

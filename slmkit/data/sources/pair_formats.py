@@ -80,7 +80,7 @@ def pair_of(chosen: list[Message], rejected: list[Message]) -> Pair:
         raise RowError("chosen and rejected do not answer the same question")
     for name, side in (("chosen", chosen), ("rejected", rejected)):
         if len(side) == shared or side[-1]["role"] != "assistant":
-            raise RowError(f"{name} does not end with an answer of the assistant's")
+            raise RowError(f"{name} does not end with a message of the assistant")
     for side in (chosen, rejected):
         if all(message.get("weight") == 0 for message in side[shared:] if message["role"] == "assistant"):
             raise RowError("an answer is not to be learned", "not to be learned", harmless=True)
@@ -242,5 +242,5 @@ def _judged(row: Row, convert: Callable[[Row], Conversation], column: str) -> Ju
     if messages[-1].get("weight") == 0:
         raise RowError("its answer is not to be learned", "not to be learned", harmless=True)
     if messages[-1]["role"] != "assistant":
-        raise RowError("the conversation does not end with an answer of the assistant's")
+        raise RowError("the conversation does not end with a message of the assistant")
     return Judged(messages, label)

@@ -95,17 +95,19 @@ class RowFormats:
         """Raises `UserError` where the settings name a format or a column that this kind of thing does not have."""
         name, mapping = self.settings.row_format, self.settings.mapping
         if self.settings.separator is not None:
-            raise UserError(f"separator: {self.what} in rows have none; it is of text files (.txt)")
+            raise UserError(f"separator: it is for text files (.txt), and {self.what} are read from rows; remove it")
         if name is not None and name not in self.formats:
             raise UserError(f"row_format {name!r}: {did_you_mean(name, self.formats)}")
         known = {column for one in self.formats.values() for column in one.used}
         for ours, (key, _) in mapping.items():
             if ours not in known:
-                raise UserError(f"{key}: {self.what} are not made of a column {ours!r}; {did_you_mean(ours, known)}")
+                raise UserError(f"{key}: {self.what} have no column {ours!r}; {did_you_mean(ours, known)}")
         found = {name: self.formats[name]} if name else self.formats
         found = {name: one for name, one in found.items() if mapping.keys() <= {*one.used}}
         if not found:
-            raise UserError(f"data.columns: {self.what} are not made of {' and '.join(map(repr, mapping))} together")
+            raise UserError(
+                f"data.columns: no format of {self.what} has the columns {' and '.join(map(repr, mapping))} together"
+            )
         object.__setattr__(self, "formats", found)
 
     def renamed(self, columns: Sequence[str]) -> list[str]:
@@ -217,7 +219,9 @@ class RowFormats:
             if self.meaning and name in WEIGHTS and not said:
                 raise RowError(f"column {name!r}: weight {shown(value)}; expected 1 or 0", f"column {name!r}")
             if name in self.meaning or self._on_learning(name, value):
-                raise RowError(f"column {name!r} has a meaning that would be lost; drop it", f"column {name!r}")
+                raise RowError(
+                    f"column {name!r} changes the meaning of the row and is not read; remove it", f"column {name!r}"
+                )
             if self.what == "conversations" and name in JUDGED and _is_a_label(name, value):
                 mapped = "" if name in LABELS else f" with data.columns: {{label: {name}}}"
                 hint = f"objective: kto (prepare --judged){mapped}"
@@ -289,7 +293,9 @@ def text_formats(settings: SourceSettings, unused: Counter[str]) -> RowFormats:
 
 def _asked_and_said(row: Row) -> str:
     if name := next((name for name in (*SYSTEM, *CONTEXT, HISTORY) if not is_empty(row.get(name))), None):
-        raise RowError(f"column {name!r} belongs to a conversation: objective: sft, or drop it", f"column {name!r}")
+        raise RowError(
+            f"column {name!r} belongs to a conversation: set objective: sft, or remove it", f"column {name!r}"
+        )
     return f"{text_in(row, 'prompt')}\n\n{text_in(row, 'response')}"
 
 

@@ -214,7 +214,7 @@ class Source:
                 self.patience.wait(error)
         if not found:
             why = f"every row was left out, such as {left_out}" if left_out else "only blank lines or no rows"
-            raise UserError(f"{self.settings.path}: not one document in it: {why}")
+            raise UserError(f"{self.settings.path}: it holds no document: {why}")
 
     def _read_once(
         self, items: Callable[[Part, Position], Iterator[Item[T]]], ends: Callable[[T], bool], position: Position

@@ -139,7 +139,7 @@ def checked(messages: Conversation) -> Conversation:
         raise RowError(str(error), error.reason) from None
     for number, message in enumerate(messages, start=1):
         if message["role"] in ("system", "user") and not message["content"].strip():
-            raise RowError(f"message {number}: the {message['role']} says nothing", EMPTY)
+            raise RowError(f"message {number}: the text of the {message['role']} is empty", EMPTY)
     return messages
 
 
@@ -185,7 +185,7 @@ def _message(turn: Any, found: Conversation, column: str) -> Message:
         if not isinstance(message.get(key, ""), str):
             raise RowError(f"{key} is {kind_of_value(message[key])}; expected text")
     if role != "assistant" and message.keys() & {"tool_calls", "reasoning_content"}:
-        raise RowError(f"a call or reasoning in a message of the {role}'s")
+        raise RowError(f"a tool call or reasoning in a message of role {role}; only the assistant may have one")
     if (weight := _weight(turn)) is not None and (weight == 0 or role == "assistant"):
         message["weight"] = weight
     elif weight is not None:

@@ -205,7 +205,7 @@ def test_evaluation_text_is_left_out_wherever_it_hides(tmp_path: Path):
     assert kept == [texts[0], texts[2], texts[4], texts[5]]
     assert dict(report.dropped) == {"evaluation text": 2}
     assert texts[2] not in clean(texts, evaluation=[str(tmp_path)], evaluation_words=12)[0]
-    with pytest.raises(UserError, match="no text of 99 words to look for"):
+    with pytest.raises(UserError, match="no text in it has 99 words"):
         clean(texts, evaluation=[str(tmp_path)], evaluation_words=99)
     with pytest.raises(UserError, match="no such file"):
         clean(texts, evaluation=[str(tmp_path / "missing")])
