@@ -38,7 +38,8 @@ RECIPES = {
 }
 MEASURED = """
 import sys, time
-from slmkit.api.merging import load_merge_recipe, prepare_merge, write_merge
+from slmkit.adapt.merge_recipe import load_merge_recipe
+from slmkit.api.merging import prepare_merge, write_merge
 import torch
 torch.set_num_threads(1)
 def memory(kind):

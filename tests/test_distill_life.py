@@ -43,7 +43,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("distil")
     text = [f"{name} has a {thing} and takes it to the hill. " for name in ("Ann", "Ben", "Cleo") for thing in THINGS]
     documents = [f"{number}. {' '.join(text[number % 5 :][:6])}" for number in range(60)]
-    (folder / "book.txt").write_text("<|endoftext|>\n".join(documents))
+    (folder / "book.txt").write_text("\n<|endoftext|>\n".join(documents))
     (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CHATS))
     train_recipe(
         recipe(folder, "teacher", "pretrain", model=SHAPE | {"hidden_size": 48, "num_hidden_layers": 3}), Silent()

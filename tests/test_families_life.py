@@ -64,7 +64,8 @@ def test_inspect_says_how_large_a_preset_is() -> None:
 
 
 def test_inspect_of_nothing_and_of_too_long_a_text_is_one_line() -> None:
-    for arguments, words in ((["nothing"], "no such directory"), (["quickstart", "--length", "600"], "context of 512")):
+    both = (["nothing"], "neither a preset nor a directory"), (["quickstart", "--length", "600"], "context of 512")
+    for arguments, words in both:
         done = slm("inspect", *arguments)
         assert done.returncode == 2
         assert words in done.stderr

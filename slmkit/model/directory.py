@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import safetensors
@@ -61,18 +61,39 @@ def load_decoder(directory: str | Path, device: torch.device | str = "cpu") -> t
     or has a number that is NaN or infinite.
     """
     config = SLMConfig.from_pretrained(directory)
-    family, decoder = family_of(config.model_type), empty_decoder(config)
-    tensors = open_weights(directory, decoder, family)
-    shapes = {name: tensor.shape for name, tensor in decoder.state_dict().items()}
+    decoder = empty_decoder(config)
     state: dict[str, Tensor] = {}
-    for theirs, ours in stored_names(shapes, family).items():
-        tensor = tensors[theirs].read().to(device, torch.float32)
-        expect_finite(tensor, f"{tensors[theirs].path}: {theirs!r}", "the model is broken: use another checkpoint")
-        parts = from_disk(family, theirs, tensor).split([shapes[name][0] for name in ours])
-        state |= {name: part.contiguous() for name, part in zip(ours, parts)}
+    for place, parts in _read(directory, decoder, config, device):
+        for part in parts.values():
+            expect_finite(part, place, "the model is broken: use another checkpoint")
+        state |= parts
     decoder.to_empty(device=device)
     decoder.load_state_dict(state)
     return decoder.eval(), config
+
+
+def read_state(directory: str | Path, config: SLMConfig) -> dict[str, Tensor]:
+    """The state of a decoder, whatever its numbers are: those of a run that broke are what one wants to look at.
+
+    Raises `UserError` as `load_decoder` does for everything else.
+    """
+    state: dict[str, Tensor] = {}
+    for _, parts in _read(directory, empty_decoder(config), config, "cpu"):
+        state |= parts
+    return state
+
+
+def _read(
+    directory: str | Path, decoder: Decoder, config: SLMConfig, device: torch.device | str
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Each stored tensor's file and name, and the tensors of ours that it holds, in float32."""
+    family = family_of(config.model_type)
+    tensors = open_weights(directory, decoder, family)
+    shapes = {name: tensor.shape for name, tensor in decoder.state_dict().items()}
+    for theirs, ours in stored_names(shapes, family).items():
+        tensor = tensors[theirs].read().to(device, torch.float32)
+        parts = from_disk(family, theirs, tensor).split([shapes[name][0] for name in ours])
+        yield f"{tensors[theirs].path}: {theirs!r}", {name: part.contiguous() for name, part in zip(ours, parts)}
 
 
 def open_weights(directory: str | Path, decoder: Decoder, family: Family) -> dict[str, StoredTensor]:

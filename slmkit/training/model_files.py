@@ -9,7 +9,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from slmkit.model import Decoder, SLMConfig, load_decoder, save_decoder
+from slmkit.model import Decoder, SLMConfig, save_decoder
+from slmkit.model.directory import read_state
 
 
 class ModelFiles(Protocol):
@@ -38,4 +39,4 @@ class WholeModel:
         save_decoder(model, self.config, directory, tensors)
 
     def read(self, directory: Path, model: Decoder) -> dict[str, Tensor]:
-        return load_decoder(directory)[0].state_dict()
+        return read_state(directory, self.config)

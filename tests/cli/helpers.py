@@ -18,7 +18,7 @@ def refused(*arguments: str | Path, cwd: Path | None = None) -> str:
     assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
     *progress, last = done.stderr.splitlines()
     assert last.startswith("slm: ")
-    assert all(line.startswith("tokenizer: ") or " replaces " in line for line in progress), done.stderr
+    assert all(line.startswith(("tokenizer: ", "opening ")) or " replaces " in line for line in progress), done.stderr
     return last
 
 

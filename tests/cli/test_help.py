@@ -100,6 +100,7 @@ def test_recipes_are_listed_with_what_they_are(run) -> None:
 
 SMALLER = {  # what is added to an example so that it takes seconds; everything else is as it stands in the help
     "slm train own-text": [*TINY, "train.max_steps=4"],
+    "slm resume runs/book": ["train.max_tokens=8e3"],
     "slm plan own-text": ["--no-probe"],
     "slm plan --hours": ["--no-probe"],
     "slm quickstart": None,  # takes minutes, and is run by tests of its own
@@ -125,8 +126,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for copy in ("book-2", "chat-a", "chat-b", "quickstart/chat", "quickstart/stories"):
         (folder / "runs" / copy).parent.mkdir(exist_ok=True)
         (folder / "runs" / copy).symlink_to(folder / "runs" / "book")
-    (folder / "tokenizers").mkdir()
-    (folder / "tokenizers" / "book").symlink_to((folder / "runs" / "book" / "latest").resolve())
     lora = ("train", "own-chat-lora", "model.path=runs/book", "data.source=chats.jsonl", "output_dir=runs/book-lora")
     small = ("train.sequence_length=64", "train.max_steps=2", "train.tokens_per_step=128", "train.device=cpu")
     done = slm(*lora, *small, "--force", cwd=folder)
@@ -136,7 +135,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_examples_in_every_help_work(run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
-    for command in sorted(COMMANDS, key=lambda command: command != "merge"):  # before others train its models further
+    first = ["merge", "tokenizer train"]  # before others train the models further, and read the tokenizer
+    for command in [*first, *(command for command in COMMANDS if command not in first)]:
         for example in examples_of(run(*command.split(), "--help")[1]):
             key = next((key for key in SMALLER if example.startswith(key)), None)
             if key is not None and SMALLER[key] is None:

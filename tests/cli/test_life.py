@@ -170,5 +170,5 @@ def test_a_run_is_planned_before_and_compared_after(folder: Path) -> None:
     printed = slm("train", "mine.yaml", "--print-config", cwd=folder)
     assert "micro_batch_tokens" in printed.stdout
     assert "source: book.txt" in printed.stdout
-    assert "needs a budget" in refused("plan", cwd=folder)
+    assert "name a recipe to plan, or what to propose one for: --hours 1" in refused("plan", cwd=folder)
     assert "give either a recipe or these options" in refused("plan", "own-text", "--hours", "2", cwd=folder)

@@ -111,7 +111,7 @@ def test_encode_and_decode_are_all_a_tokenizer_needs(decoder: Decoder) -> None:
     whole = complete(decoder, plain, "Once", settings=settings, max_new_tokens=20)
     assert whole.tokens == 20
     assert whole.text
-    with pytest.raises(UserError, match="no tokens"):
+    with pytest.raises(UserError, match="an empty prompt"):
         complete(decoder, plain, "", settings=settings, max_new_tokens=20)
 
 

@@ -130,5 +130,5 @@ def test_what_needs_whole_weights_is_refused_where_processes_share_them(key: dic
 @pytest.mark.parametrize("changes", [{"optimizer": "adamw_8bit"}, {"precision": "bfloat16-master"}])
 def test_what_needs_whole_weights_is_refused_with_shares_of_them(changes: dict[str, str]) -> None:
     TrainSettings.model_validate(changes | {"parallel": "ddp"})
-    with pytest.raises(UserError, match="needs whole weights.*set parallel to ddp, or use adamw, muon or lion"):
+    with pytest.raises(ValueError, match="needs whole weights.*set parallel to ddp, or use adamw, muon or lion"):
         TrainSettings.model_validate(changes | {"parallel": "fsdp"})

@@ -37,7 +37,7 @@ def both(scale: float, tokens: int, k: int, temperature: float) -> tuple[tuple[T
 def test_values_and_gradients_are_those_of_the_plain_form(tokens: int, k: int, temperature: float) -> None:
     (value, gradient), (expected, slope) = both(2.0, tokens, k, temperature)
     assert (value - expected).abs().max() <= 1e-5
-    assert (gradient - slope).abs().max() <= 1e-6
+    assert (gradient - slope).abs().max() <= 1e-5
     assert not gradient[:, tokens:].any()
     assert gradient[:, :tokens].abs().max() > 0.1
 

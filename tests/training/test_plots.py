@@ -82,5 +82,5 @@ def test_losses_of_different_kinds_are_not_drawn_on_one_axis(tmp_path: Path) -> 
         (tmp_path / kind).mkdir()
         text = "".join(json.dumps(line) + "\n" for line in reports(kind))
         (tmp_path / kind / "metrics.jsonl").write_text(text)
-    with pytest.raises(UserError, match="preference loss .*draw them apart"):
+    with pytest.raises(UserError, match="preference loss .*draw them separately"):
         plot_runs([tmp_path / "pretrain", tmp_path / "dpo"], tmp_path / "x.png")
