@@ -1,15 +1,141 @@
-"""Run `slm` as a user does: in a process of its own."""
+"""Run `slm` as a user does: in a process of its own.
+
+Importing torch takes seconds, so the processes are forks of one that has imported it. What is tested about the start
+itself, about signals or about a launcher starts its own processes.
+"""
 
 from __future__ import annotations
 
+import atexit
+import gc
+import importlib
+import json
+import os
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import threading
+import traceback
+from functools import cache
 from pathlib import Path
+
+SLM = "from slmkit.cli import main; main()"
+LOADED_BEFORE = (
+    "torch._dynamo", "torch.distributed", "matplotlib.figure", "matplotlib.backends.backend_agg", "slmkit.api.resuming",
+    "slmkit.api.quickstart", "slmkit.training.run", "slmkit.training.plots", "slmkit.training.probe",
+    "slmkit.generation.text", "slmkit.evaluation.loss", "slmkit.data.prepare", "slmkit.cli",
+)  # fmt: skip
 
 
 def slm(*arguments: str | Path, cwd: Path | None = None, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from slmkit.cli import main; main()", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, input=stdin, check=False, timeout=300)
+    return python(SLM, *arguments, cwd=cwd, stdin=stdin)
+
+
+def python(
+    code: str, *arguments: str | Path, cwd: Path | None = None, stdin: str = "", timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """What `python -c code arguments` does, with this environment and torch imported before."""
+    words = [str(argument) for argument in arguments]
+    request = {"code": code, "arguments": words, "cwd": str(cwd or Path.cwd()), "environment": dict(os.environ)}
+    server, _ = _server(os.getpid())
+    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as error:
+        given.write(stdin.encode())
+        given.seek(0)
+        socket.send_fds(server, [b"!"], [file.fileno() for file in (given, out, error)])
+        line = json.dumps(request).encode()
+        server.sendall(len(line).to_bytes(8) + line)
+        process = int.from_bytes(_receive(server, 8))
+        server.settimeout(timeout)
+        try:
+            code_of_end = int.from_bytes(_receive(server, 8), signed=True)
+        except TimeoutError:
+            os.kill(process, signal.SIGKILL)
+            server.settimeout(None)
+            _receive(server, 8)
+            raise subprocess.TimeoutExpired(["slm", *words], timeout) from None
+        finally:
+            server.settimeout(None)
+        texts = []
+        for file in (out, error):
+            file.seek(0)
+            texts.append(file.read().decode())
+    return subprocess.CompletedProcess(["slm", *words], code_of_end, *texts)
+
+
+@cache
+def _server(asking: int) -> tuple[socket.socket, subprocess.Popen[bytes]]:
+    """The process that is forked, one for each process that asks, and the connection to it, with which it ends."""
+    ours, theirs = socket.socketpair()
+    root = Path(sys.modules[__name__.partition(".")[0]].__path__[0]).parent
+    code = f"import sys; from {__name__} import serve; serve(int(sys.argv[1]))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(theirs.fileno())],
+        cwd=root, pass_fds=[theirs.fileno()], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    theirs.close()
+    return ours, process
+
+
+def serve(descriptor: int) -> None:
+    """Fork for every request."""
+    for name in LOADED_BEFORE:
+        importlib.import_module(name)
+    assert len(os.listdir("/proc/self/task")) == 1, "a thread is not in a fork"
+    gc.collect()
+    gc.freeze()  # or the first collection in a fork would copy every page
+    connection = socket.socket(fileno=descriptor)
+    while True:
+        _, files, *_ = socket.recv_fds(connection, 1, 3)
+        if not files:
+            os._exit(0)
+        request = json.loads(_receive(connection, int.from_bytes(_receive(connection, 8))))
+        process = os.fork()
+        if process == 0:
+            connection.close()
+            for number, file in enumerate(files):
+                os.dup2(file, number)
+                os.close(file)
+            os.chdir(request["cwd"])
+            os.environ.clear()
+            os.environ.update(request["environment"])
+            sys.argv = ["-c", *request["arguments"]]
+            _run(request["code"])
+        for file in files:
+            os.close(file)
+        connection.sendall(process.to_bytes(8))
+        code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        connection.sendall(code.to_bytes(8, signed=True))
+
+
+def _run(code: str) -> None:
+    """Run it as `python -c` does, and end without taking the modules apart, which would copy their memory."""
+    status: object = 0
+    try:
+        exec(code, vars(sys.modules["__main__"]))
+    except SystemExit as end:
+        status = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    if not isinstance(status, int):
+        print(status, file=sys.stderr)
+        status = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _receive(connection: socket.socket, size: int) -> bytes:
+    read = b""
+    while len(read) < size:
+        part = connection.recv(size - len(read))
+        assert part, "the other process has ended"
+        read += part
+    return read
 
 
 def refused(*arguments: str | Path, cwd: Path | None = None) -> str:
