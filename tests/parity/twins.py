@@ -27,7 +27,7 @@ class Twins:
     config: SLMConfig
 
 
-@functools.lru_cache(maxsize=4)  # the checks of one configuration follow each other
+@functools.cache  # each check goes through all configurations, which are small
 def twins(family: str, number: int) -> Twins:
     """The family's configuration of that number, always the same one."""
     name, draw = DRAW[family]

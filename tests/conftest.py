@@ -1,0 +1,20 @@
+"""What holds for the tests of every folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def the_peak_is_measured_with_products_of_float32() -> Iterator[None]:
+    """Most CPUs emulate products of fewer bits: measuring their speed takes half a minute, for a figure (MFU) alone."""
+    from slmkit.training import gauges
+
+    measured = gauges.measured_peak
+    gauges.measured_peak = lambda device: measured(dataclasses.replace(device, compute_dtype=torch.float32))
+    yield
+    gauges.measured_peak = measured
