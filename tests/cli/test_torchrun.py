@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.helpers import python
+
 RECIPE = """
 model: {hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2,
   max_position_embeddings: 64}
@@ -21,6 +23,20 @@ train: {tokens_per_step: 256, max_steps: 40, eval_steps: 40, save_steps: 40, log
   precision: float32, sample_tokens: 5}
 """
 PATIENCE = 120  # seconds
+TWO_RANKS = """
+import os, socket
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    os.environ["MASTER_PORT"] = str(free.getsockname()[1])
+other = os.fork()
+os.environ["RANK"] = os.environ["LOCAL_RANK"] = "0" if other else "1"
+from slmkit.cli import main
+try:
+    main()
+finally:
+    if other:
+        assert os.waitpid(other, 0)[1] == 0
+"""
 
 
 def start(folder: Path, *words: str) -> subprocess.Popen[str]:
@@ -34,7 +50,9 @@ def start(folder: Path, *words: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-def test_a_job_that_is_stopped_goes_on_with_its_run_when_it_is_started_again(tmp_path: Path) -> None:
+def test_a_job_that_is_stopped_goes_on_with_its_run_when_it_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     run = tmp_path / "runs" / "job"
     command = ("train", "recipe.yaml", "output_dir=runs/job")
@@ -55,11 +73,13 @@ def test_a_job_that_is_stopped_goes_on_with_its_run_when_it_is_started_again(tmp
 
     recipe = run / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("max_steps: 4000", f"max_steps: {step + 2}"))
-    second = start(tmp_path, *command)
-    printed, said = second.communicate(timeout=PATIENCE)
-    assert second.returncode == 0, said[-2000:]
-    assert printed.splitlines()[0] == "run: runs/job"
-    assert printed.count("run: ") == 1
+    # A launcher and its two processes take long to start: here the environment is what it makes it.
+    for name, value in (("TORCHELASTIC_RUN_ID", "a-job"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1")):
+        monkeypatch.setenv(name, value)
+    second = python(TWO_RANKS, *command, cwd=tmp_path)
+    assert second.returncode == 0, second.stderr[-2000:]
+    assert second.stdout.splitlines()[0] == "run: runs/job"
+    assert second.stdout.count("run: ") == 1
     assert os.listdir(tmp_path / "runs") == ["job"]
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, step + 3))

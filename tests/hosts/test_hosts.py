@@ -18,6 +18,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.cli.helpers import slm
+
 whole = pytest.mark.skipif("SLMKIT_TEST_HOSTS" not in os.environ, reason="run by `make test-hosts`")
 HOSTS, ADDRESSES = ("slmkit-a", "slmkit-b"), ("10.77.0.1", "10.77.0.2")
 STEPS, PATIENCE = 80, 150
@@ -109,8 +111,8 @@ def losses(run: Path) -> list[tuple[int, float]]:
 @pytest.mark.parametrize("failure", ["killed", pytest.param("cut off", marks=whole)])
 def test_a_job_survives_the_loss_of_a_host(tmp_path: Path, hosts: None, failure: str) -> None:
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
-    alone = [sys.executable, "-m", "slmkit.cli", "train", "recipe.yaml", "output_dir=runs/alone"]
-    subprocess.run(alone, cwd=tmp_path, env=environment(), check=True, capture_output=True, timeout=PATIENCE)
+    alone = slm("train", "recipe.yaml", "output_dir=runs/alone", cwd=tmp_path)
+    assert alone.returncode == 0, alone.stderr
     launchers = [launch(number, tmp_path) for number in range(2)]
     try:
         wait_for_step(tmp_path, 12, launchers[0])

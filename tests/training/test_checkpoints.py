@@ -7,10 +7,7 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
@@ -31,6 +28,7 @@ from slmkit.training.checkpoints import (
 from slmkit.training.loop import train
 from slmkit.training.objectives import next_token
 from slmkit.training.run_log import MetricsLog
+from tests.cli.helpers import python
 from tests.training import helpers
 from tests.training.helpers import FILES, TOKENIZER, config, run, state
 
@@ -81,27 +79,28 @@ def test_a_run_that_goes_on_from_a_checkpoint_ends_as_the_unbroken_one(
 def test_a_killed_run_ends_as_the_unbroken_one(unbroken: Path, tmp_path: Path) -> None:
     """SIGKILL at whatever instant, twice, in a process of its own."""
     script = textwrap.dedent(f"""
-        import sys, time
+        import os, signal, sys, threading, time
         from pathlib import Path
         from tests.training.helpers import run
         from slmkit.training.loop import Every
         root = Path({str(tmp_path)!r})
         resume = any((root / "checkpoints").glob("step-*/MANIFEST.json"))
-        slow = Every(1, lambda state, report: (print("step", flush=True), time.sleep(0.05)))
-        run(root, resume=resume, hooks=(slow,))
+        steps_left = int(sys.argv[1])
+        def kill():
+            time.sleep(0.01 * int(sys.argv[1]))
+            os.kill(os.getpid(), signal.SIGKILL)
+        def slow(state, report):
+            global steps_left
+            steps_left -= 1
+            if steps_left == 0:
+                threading.Thread(target=kill).start()
+            time.sleep(0.05)
+        run(root, resume=resume, hooks=(Every(1, slow),))
     """)
     repository = Path(__file__).parents[2]
-    for kill_after in (5, 4):
-        process = subprocess.Popen(
-            [sys.executable, "-c", script], cwd=repository, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None
-        for _ in range(kill_after):
-            assert process.stdout.readline() == "step\n", process.stderr.read() if process.stderr else ""
-        time.sleep(0.01 * kill_after)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    subprocess.run([sys.executable, "-c", script], cwd=repository, check=True, capture_output=True)
+    for kill_after, end in ((5, -signal.SIGKILL), (4, -signal.SIGKILL), (0, 0)):
+        done = python(script, str(kill_after), cwd=repository)
+        assert done.returncode == end, done.stderr
     assert_same_run(tmp_path, unbroken)
 
 
@@ -204,7 +203,7 @@ def test_a_full_disk_leaves_what_was_there_and_is_one_line(kilobytes: int, tmp_p
             print(error)
     """)
     repository = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", script], cwd=repository, capture_output=True, text=True, check=False)
+    done = python(script, cwd=repository)
     assert done.returncode == 0, done.stderr
     assert "could not be written" in done.stdout
     assert "slm resume" in done.stdout

@@ -21,6 +21,7 @@ from slmkit.training.checkpoints import complete_checkpoints, load_checkpoint, n
 from slmkit.training.loop import Every, RunStopped, State
 from slmkit.training.run import RunDirectory
 from slmkit.training.saver import FAILURES_BORNE, Saver
+from tests.cli.helpers import python
 from tests.training.faults import disk_full, operations_on_files
 from tests.training.helpers import FILES, TOKENIZER, run, state
 from tests.training.test_checkpoints import assert_same_run
@@ -126,7 +127,7 @@ def test_a_disk_that_is_full_at_the_end_is_one_line_and_exit_code_2(tmp_path: Pa
             print(error)
             sys.exit(2)
     """)
-    done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    done = python(script, cwd=REPOSITORY)
     assert done.returncode == 2, done.stderr
     *warned, last = done.stdout.splitlines()
     assert all(line.startswith("warning: ") for line in warned)
@@ -144,7 +145,7 @@ SIGNALLED = """
     from tests.training.helpers import run
     def slow(state, report):
         print("step", state.step, flush=True)
-        time.sleep({pause})
+        time.sleep({pause} if state.step >= 3 else 0)
     run(Path({root!r}), hooks=(Every(1, slow),), save_steps=12, max_steps=12, eval_steps=12)
 """
 
