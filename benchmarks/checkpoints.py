@@ -20,16 +20,17 @@ import torch
 from benchmarks.figures import spread
 from slmkit.data.batch import Batch
 from slmkit.device import find_device, keep_freed_memory
-from slmkit.model import SLMConfig, build_decoder
+from slmkit.model.config import SLMConfig
+from slmkit.model.initialization import build_decoder
 from slmkit.tokenizer import SLMTokenizer
+from slmkit.training.checkpoints.model_files import WholeModel
+from slmkit.training.checkpoints.saver import Saver
+from slmkit.training.logging.metrics_log import environment
 from slmkit.training.loop import Plan, State, train_step
-from slmkit.training.model_files import WholeModel
-from slmkit.training.objectives import next_token
-from slmkit.training.optimizers import OPTIMIZERS
-from slmkit.training.recipe import TrainSettings
-from slmkit.training.run import RunDirectory
-from slmkit.training.run_log import environment
-from slmkit.training.saver import Saver
+from slmkit.training.objective import next_token
+from slmkit.training.optimizers.choose import OPTIMIZERS
+from slmkit.training.recipe.recipe import TrainSettings
+from slmkit.training.run_directory import RunDirectory
 
 EVERY, ROUNDS = 50, 3
 ROWS, LENGTH = 2, 128

@@ -11,9 +11,9 @@ from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 
-from slmkit.data.benchmark import ROUNDS, measure
-from slmkit.data.benchmark_peers import measure_peers
-from slmkit.training.run_log import environment
+from benchmarks.data_peers import measure_peers
+from slmkit.training.logging.metrics_log import environment
+from slmkit.workflows.bench import ROUNDS, measure
 
 RESULTS = Path(__file__).parent / "results" / "data.json"
 

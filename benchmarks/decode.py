@@ -19,9 +19,13 @@ import torch
 import transformers
 
 from slmkit.device import find_device
-from slmkit.generation import SamplingSettings, generate_ids
-from slmkit.model import Decoder, SLMConfig, build_decoder, save_decoder
-from slmkit.training.run_log import environment
+from slmkit.generation.generator import generate_ids
+from slmkit.generation.sampling_settings import SamplingSettings
+from slmkit.model.config import SLMConfig
+from slmkit.model.decoder import Decoder
+from slmkit.model.files.directory import save_decoder
+from slmkit.model.initialization import build_decoder
+from slmkit.training.logging.metrics_log import environment
 
 PROMPT, NEW, ROUNDS = 64, 64, 5
 MODELS = {

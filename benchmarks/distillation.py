@@ -29,24 +29,26 @@ from pathlib import Path
 
 import torch
 
-from slmkit.api.distill_cache import answer_of
-from slmkit.data.corpus import Corpus, DataSettings, TokenizerSettings, build_corpus
+from slmkit.data.prepare.corpus import Corpus, DataSettings, TokenizerSettings, build_corpus
+from slmkit.data.rows.teacher_cache import Lessons, learned_starts, read_lessons, taught, write_cache
+from slmkit.data.rows.text_dataset import TextDataset
 from slmkit.data.stream import DocumentRows, PretrainRows, Rows, Stream
-from slmkit.data.teacher_cache import Lessons, learned_starts, read_lessons, taught, write_cache
-from slmkit.data.text_dataset import TextDataset
 from slmkit.device import Device, find_device, keep_freed_memory, peak_memory, reset_peak_memory, resident_memory
 from slmkit.evaluation import validation_loss
-from slmkit.model import Decoder, SLMConfig, build_decoder
+from slmkit.model.config import SLMConfig
+from slmkit.model.decoder import Decoder
+from slmkit.model.initialization import build_decoder
 from slmkit.tokenizer import SLMTokenizer
-from slmkit.training.distill import Distill
-from slmkit.training.distillation import DistillationLoss
+from slmkit.training.fit import make_plan
+from slmkit.training.logging.metrics_log import environment
 from slmkit.training.loop import State, train, train_step
-from slmkit.training.objectives import Objective, next_token
-from slmkit.training.optimizers import make_optimizers
-from slmkit.training.recipe import TrainSettings
-from slmkit.training.run import make_plan
-from slmkit.training.run_log import environment
-from slmkit.training.teachers import OnlineTeacher, StoredTeacher, frozen, in_compute_type
+from slmkit.training.objective import Objective, next_token
+from slmkit.training.objectives.distill import Distill
+from slmkit.training.objectives.distillation import DistillationLoss
+from slmkit.training.objectives.teachers import OnlineTeacher, StoredTeacher, frozen, in_compute_type
+from slmkit.training.optimizers.choose import make_optimizers
+from slmkit.training.recipe.recipe import TrainSettings
+from slmkit.workflows.distill import answer_of
 
 LENGTH, VOCABULARY, TOKENS_PER_STEP, VALIDATION_ROWS = 128, 2_048, 2_048, 64
 STUDENT = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 2}

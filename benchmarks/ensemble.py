@@ -19,18 +19,19 @@ from pathlib import Path
 import torch
 
 from slmkit.adapt.merge_recipe import MergedModel, MergeRecipe
-from slmkit.api import train_recipe
-from slmkit.api.merging import prepare_merge, write_merge
-from slmkit.api.reporter import Silence
-from slmkit.data.corpus import open_corpus
+from slmkit.data.prepare.corpus import open_corpus
 from slmkit.data.stream import DocumentRows
 from slmkit.device import find_device, keep_freed_memory
 from slmkit.evaluation import validation_loss
-from slmkit.generation import Ensemble
-from slmkit.model import Decoder, load_decoder
-from slmkit.training.recipe import find_recipe, load_recipe
-from slmkit.training.run import RunDirectory
-from slmkit.training.run_log import environment
+from slmkit.generation.ensemble import Ensemble
+from slmkit.model.decoder import Decoder
+from slmkit.model.files.directory import load_decoder
+from slmkit.training.logging.metrics_log import environment
+from slmkit.training.recipe.recipe import find_recipe, load_recipe
+from slmkit.training.run_directory import RunDirectory
+from slmkit.workflows.context import Silence
+from slmkit.workflows.merge import prepare_merge, write_merge
+from slmkit.workflows.train import train_recipe
 
 RESULTS = Path(__file__).parent / "results" / "ensemble.json"
 

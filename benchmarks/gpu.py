@@ -24,18 +24,19 @@ import numpy as np
 import torch
 
 from slmkit.config import UserError
-from slmkit.data.corpus import DataSettings, TokenizerSettings, build_corpus
+from slmkit.data.prepare.corpus import DataSettings, TokenizerSettings, build_corpus
 from slmkit.data.stream import PretrainRows, Stream
 from slmkit.device import find_device, measured_peak, peak_memory, reset_peak_memory
-from slmkit.model import SLMConfig, build_decoder
+from slmkit.model.config import SLMConfig
+from slmkit.model.initialization import build_decoder
 from slmkit.model.sizes import flops_per_token
-from slmkit.training.inventory import Inventory
+from slmkit.training.estimate.memory_profile import Inventory
+from slmkit.training.estimate.micro_batch import resolve_micro_batch
+from slmkit.training.fit import fresh_state, make_plan
+from slmkit.training.logging.metrics_log import environment
 from slmkit.training.loop import Every, Report, State, StopRequested, train
-from slmkit.training.micro_batch import resolve_micro_batch
-from slmkit.training.objectives import next_token
-from slmkit.training.recipe import Recipe, find_recipe, load_recipe
-from slmkit.training.run import fresh_state, make_plan
-from slmkit.training.run_log import environment
+from slmkit.training.objective import next_token
+from slmkit.training.recipe.recipe import Recipe, find_recipe, load_recipe
 
 # What their own documents claim, as far as they do.
 CLAIMS = {"gemma-3-270m": "0.3 s an iteration of 32 × 128 tokens and 12 GB, on a T4"}

@@ -21,18 +21,22 @@ from pathlib import Path
 
 import torch
 
-from slmkit.data import ChatRows, DocumentRows, PretrainRows, Stream, TokenShards, prepare_chat, prepare_text, stories
+from slmkit.data import stories
+from slmkit.data.prepare.text_to_shards import prepare_chat, prepare_text
+from slmkit.data.shards.reader import TokenShards
+from slmkit.data.stream import ChatRows, DocumentRows, PretrainRows, Stream
 from slmkit.device import find_device, keep_freed_memory
 from slmkit.evaluation import validation_loss
-from slmkit.model import Decoder, SLMConfig, build_decoder
-from slmkit.model.growth import grow_vocabulary
+from slmkit.model.config import SLMConfig
+from slmkit.model.decoder import Decoder
+from slmkit.model.initialization import build_decoder, grow_vocabulary
 from slmkit.tokenizer import SLMTokenizer
+from slmkit.training.fit import make_plan
+from slmkit.training.logging.metrics_log import environment
 from slmkit.training.loop import Every, Report, State, train
-from slmkit.training.objectives import next_token
-from slmkit.training.optimizers import make_optimizers
-from slmkit.training.recipe import TrainSettings
-from slmkit.training.run import make_plan
-from slmkit.training.run_log import environment
+from slmkit.training.objective import next_token
+from slmkit.training.optimizers.choose import make_optimizers
+from slmkit.training.recipe.recipe import TrainSettings
 
 LENGTH, VOCABULARY, TOKENS_PER_STEP = 256, 512, 2_048
 SHAPE = {

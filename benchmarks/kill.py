@@ -24,12 +24,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from slmkit.api import resume_run, train_recipe
 from slmkit.cli.show import TerminalReporter
 from slmkit.device import find_device
-from slmkit.training.recipe import Recipe
-from slmkit.training.run import RunDirectory
-from slmkit.training.run_log import environment
+from slmkit.training.logging.metrics_log import environment
+from slmkit.training.recipe.recipe import Recipe
+from slmkit.training.run_directory import RunDirectory
+from slmkit.workflows.train import resume_run, train_recipe
 from tests.training.faults import kill, operations_on_files
 
 RESULTS = Path(__file__).parent / "results" / "kill.json"

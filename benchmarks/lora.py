@@ -27,18 +27,21 @@ from benchmarks.figures import spread
 from slmkit.adapt.adapter import save_adapter, trained_tensors
 from slmkit.adapt.load import start_adapter
 from slmkit.data import stories
+from slmkit.data.rows.text_dataset import TextDataset
 from slmkit.data.stream import Stream
-from slmkit.data.text_dataset import TextDataset
 from slmkit.device import find_device, keep_freed_memory, peak_memory, reset_peak_memory, resident_memory
 from slmkit.evaluation import validation_loss
-from slmkit.model import Decoder, SLMConfig, build_decoder, load_decoder, save_decoder
-from slmkit.model.lora_settings import LoRASettings
+from slmkit.model.config import SLMConfig
+from slmkit.model.decoder import Decoder
+from slmkit.model.files.adapter_directory import LoRASettings
+from slmkit.model.files.directory import load_decoder, save_decoder
+from slmkit.model.initialization import build_decoder
 from slmkit.tokenizer import SLMTokenizer
+from slmkit.training.logging.metrics_log import environment
 from slmkit.training.loop import Plan, State, train, train_step
-from slmkit.training.objectives import next_token
-from slmkit.training.optimizers import OPTIMIZERS
-from slmkit.training.recipe import TrainSettings
-from slmkit.training.run_log import environment
+from slmkit.training.objective import next_token
+from slmkit.training.optimizers.choose import OPTIMIZERS
+from slmkit.training.recipe.recipe import TrainSettings
 
 RESULTS = Path(__file__).parent / "results" / "lora.json"
 TOKENIZER = SLMTokenizer(260)

@@ -20,8 +20,8 @@ import torch
 from torch.nn import functional as F
 
 from slmkit.device import find_device, peak_memory, reset_peak_memory, resident_memory
+from slmkit.training.logging.metrics_log import environment
 from slmkit.training.losses import linear_cross_entropy
-from slmkit.training.run_log import environment
 
 # positions, vocabulary, width
 CASES = {"quickstart": (4096, 4_096, 128), "gpt2": (4096, 50_257, 768), "gemma-3-270m": (1024, 262_144, 640)}

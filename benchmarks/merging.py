@@ -19,12 +19,12 @@ from pathlib import Path
 
 import torch
 
-from slmkit.model import SLMConfig
-from slmkit.model.directory import WEIGHTS, empty_decoder, stored_names
+from slmkit.model.config import SLMConfig
 from slmkit.model.families import family_of
-from slmkit.model.stored import write_tensors
+from slmkit.model.files.directory import WEIGHTS, empty_decoder, stored_names
+from slmkit.model.files.stored import write_tensors
 from slmkit.tokenizer import SLMTokenizer
-from slmkit.training.run_log import environment
+from slmkit.training.logging.metrics_log import environment
 
 RESULTS = Path(__file__).parent / "results" / "merging.json"
 ROUNDS = 3
@@ -39,7 +39,7 @@ RECIPES = {
 MEASURED = """
 import sys, time
 from slmkit.adapt.merge_recipe import load_merge_recipe
-from slmkit.api.merging import prepare_merge, write_merge
+from slmkit.workflows.merge import prepare_merge, write_merge
 import torch
 torch.set_num_threads(1)
 def memory(kind):

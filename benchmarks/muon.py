@@ -22,17 +22,18 @@ from pathlib import Path
 
 import torch
 
-from slmkit.data.corpus import Corpus, DataSettings, TokenizerSettings, build_corpus
+from slmkit.data.prepare.corpus import Corpus, DataSettings, TokenizerSettings, build_corpus
 from slmkit.data.stream import DocumentRows, PretrainRows, Stream
 from slmkit.device import find_device, keep_freed_memory
 from slmkit.evaluation import validation_loss
-from slmkit.model import SLMConfig, build_decoder
+from slmkit.model.config import SLMConfig
+from slmkit.model.initialization import build_decoder
+from slmkit.training.fit import make_plan
+from slmkit.training.logging.metrics_log import environment
 from slmkit.training.loop import Every, Report, State, train
-from slmkit.training.objectives import next_token
-from slmkit.training.optimizers import make_optimizers
-from slmkit.training.recipe import TrainSettings
-from slmkit.training.run import make_plan
-from slmkit.training.run_log import environment
+from slmkit.training.objective import next_token
+from slmkit.training.optimizers.choose import make_optimizers
+from slmkit.training.recipe.recipe import TrainSettings
 
 LENGTH, VOCABULARY, TOKENS_PER_STEP = 128, 2_048, 2_048
 LOOKS, VALIDATION_ROWS = 12, 32

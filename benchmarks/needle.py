@@ -20,14 +20,16 @@ import torch
 
 from slmkit.data.stream import Stream
 from slmkit.device import find_device, keep_freed_memory
-from slmkit.model import Decoder, SLMConfig, build_decoder
-from slmkit.model.families import architecture_of
+from slmkit.model.architectures import architecture_of
+from slmkit.model.config import SLMConfig
+from slmkit.model.decoder import Decoder
+from slmkit.model.initialization import build_decoder
+from slmkit.training.fit import make_plan
+from slmkit.training.logging.metrics_log import environment
 from slmkit.training.loop import Every, State, train
-from slmkit.training.objectives import next_token
-from slmkit.training.optimizers import OPTIMIZERS
-from slmkit.training.recipe import TrainSettings
-from slmkit.training.run import make_plan
-from slmkit.training.run_log import environment
+from slmkit.training.objective import next_token
+from slmkit.training.optimizers.choose import OPTIMIZERS
+from slmkit.training.recipe.recipe import TrainSettings
 
 TRAINED, IGNORED = 128, -100
 LENGTHS = [128, 256, 512, 1_024, 2_048]

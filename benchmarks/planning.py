@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from slmkit.device import find_device
-from slmkit.training.run_log import environment
+from slmkit.training.logging.metrics_log import environment
 
 RESULTS = Path(__file__).parent / "results" / "planning.json"
 STORIES = {"data.source": "stories", "data.documents": 300, "data.validation_documents": 20}

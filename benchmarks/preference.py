@@ -24,15 +24,15 @@ from typing import Any
 
 import torch
 
-from slmkit.api import train_recipe
-from slmkit.api.grpo import AnswerSampler
 from slmkit.data.sources import BUILT_IN
 from slmkit.find import find_model_directory
-from slmkit.model import load_decoder
+from slmkit.model.files.directory import load_decoder
 from slmkit.tokenizer import SLMTokenizer
-from slmkit.training.recipe import Recipe
-from slmkit.training.run import RunDirectory
-from slmkit.training.run_log import environment
+from slmkit.training.logging.metrics_log import environment
+from slmkit.training.recipe.recipe import Recipe
+from slmkit.training.run_directory import RunDirectory
+from slmkit.workflows.grpo import AnswerSampler
+from slmkit.workflows.train import train_recipe
 
 RESULTS = Path(__file__).parent / "results" / "preference.json"
 HELD_OUT = 1_000_003  # the seed of the stream that questions for the table come from

@@ -16,13 +16,13 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from slmkit.api import train_recipe
 from slmkit.cli.show import TerminalReporter
 from slmkit.device import find_device
-from slmkit.model import SLMConfig
-from slmkit.training.recipe import find_recipe, load_recipe
-from slmkit.training.reference import CURVES, POINTS, band, signature, stretches
-from slmkit.training.run_log import MetricsLog, environment
+from slmkit.model.config import SLMConfig
+from slmkit.training.logging.metrics_log import MetricsLog, environment
+from slmkit.training.logging.reference_curves import CURVES, POINTS, band, signature, stretches
+from slmkit.training.recipe.recipe import find_recipe, load_recipe
+from slmkit.workflows.train import train_recipe
 
 RESULTS = Path(__file__).parent / "results" / "reference_curves.json"
 PARTS = ("primer", "stories", "chat")

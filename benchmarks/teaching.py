@@ -23,20 +23,21 @@ import torch
 
 from slmkit.adapt.load import load_model
 from slmkit.adapt.merge_recipe import MergeRecipe
-from slmkit.api import train_recipe
-from slmkit.api.merging import prepare_merge, write_merge
-from slmkit.api.reporter import SILENCE
 from slmkit.config import load_settings
-from slmkit.data import prepare_text
+from slmkit.data.prepare.text_to_shards import prepare_text
 from slmkit.data.stories import held_out_questions, tell_many
 from slmkit.data.stream import DocumentRows
 from slmkit.device import find_device, keep_freed_memory
 from slmkit.evaluation import ask, validation_loss
 from slmkit.find import find_model_directory, find_tokenizer_directory
-from slmkit.generation import LanguageModel, together
+from slmkit.generation.ensemble import together
+from slmkit.generation.language_model import LanguageModel
 from slmkit.tokenizer import SLMTokenizer
-from slmkit.training.recipe import find_recipe, load_recipe
-from slmkit.training.run_log import environment
+from slmkit.training.logging.metrics_log import environment
+from slmkit.training.recipe.recipe import find_recipe, load_recipe
+from slmkit.workflows.context import SILENCE
+from slmkit.workflows.merge import prepare_merge, write_merge
+from slmkit.workflows.train import train_recipe
 
 RESULTS = Path(__file__).parent / "results" / "teaching.json"
 SMOKE_DOCUMENTS = 40

@@ -23,12 +23,15 @@ import torch
 
 from benchmarks.figures import spread
 from slmkit.device import Device, find_device
-from slmkit.model import Decoder, SLMConfig, build_decoder, context
+from slmkit.model import context
 from slmkit.model.architecture import Layer
+from slmkit.model.architectures import architecture_of
 from slmkit.model.attend import attend
+from slmkit.model.config import SLMConfig
 from slmkit.model.context import Context, View
-from slmkit.model.families import architecture_of
-from slmkit.training.run_log import environment
+from slmkit.model.decoder import Decoder
+from slmkit.model.initialization import build_decoder
+from slmkit.training.logging.metrics_log import environment
 
 CASES = [  # what, tokens, whether backward too, rounds: the cheapest first
     ("layer", 2_048, False, 3),

@@ -18,9 +18,8 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from slmkit.config import Settings
-from slmkit.model import SLMConfig
-from slmkit.model.config import TRAINING_FIELDS
-from slmkit.training.recipe import Recipe
+from slmkit.model.config import TRAINING_FIELDS, SLMConfig
+from slmkit.training.recipe.recipe import Recipe
 
 PAGE = Path(__file__).with_name("recipe-keys.md")
 HEAD = """\

@@ -9,13 +9,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from slmkit.api import SLMEnsemble, SLMForCausalLM, SLMTrainer
     from slmkit.api.callbacks import Callback
+    from slmkit.api.causal_lm import SLMEnsemble, SLMForCausalLM
+    from slmkit.api.trainer import SLMTrainer
     from slmkit.config import UserError
-    from slmkit.data.text_dataset import TextDataset
+    from slmkit.data.rows.text_dataset import TextDataset
     from slmkit.model.config import SLMConfig
     from slmkit.tokenizer import SLMTokenizer
-    from slmkit.training.distillation import DistillationLoss
+    from slmkit.training.objectives.distillation import DistillationLoss
 
 __version__ = "0.1.0"
 __all__ = [
@@ -32,13 +33,13 @@ __all__ = [
 
 _HOME = {
     "Callback": "slmkit.api.callbacks",
-    "DistillationLoss": "slmkit.training.distillation",
+    "DistillationLoss": "slmkit.training.objectives.distillation",
     "SLMConfig": "slmkit.model.config",
-    "SLMEnsemble": "slmkit.api",
-    "SLMForCausalLM": "slmkit.api",
+    "SLMEnsemble": "slmkit.api.causal_lm",
+    "SLMForCausalLM": "slmkit.api.causal_lm",
     "SLMTokenizer": "slmkit.tokenizer",
-    "SLMTrainer": "slmkit.api",
-    "TextDataset": "slmkit.data.text_dataset",
+    "SLMTrainer": "slmkit.api.trainer",
+    "TextDataset": "slmkit.data.rows.text_dataset",
     "UserError": "slmkit.config",
 }
 

@@ -12,7 +12,7 @@ import torch
 @pytest.fixture(autouse=True, scope="session")
 def the_peak_is_measured_with_products_of_float32() -> Iterator[None]:
     """Most CPUs emulate products of fewer bits: measuring their speed takes half a minute, for a figure (MFU) alone."""
-    from slmkit.training import gauges
+    from slmkit.training.logging import throughput as gauges
 
     measured = gauges.measured_peak
     gauges.measured_peak = lambda device: measured(dataclasses.replace(device, compute_dtype=torch.float32))
@@ -23,7 +23,8 @@ def the_peak_is_measured_with_products_of_float32() -> Iterator[None]:
 @pytest.fixture
 def without_plan_and_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs without the arithmetic of plan.json and without drawings, seconds of each, for tests of something else."""
-    from slmkit.training import disk_hooks, plan_file
+    from slmkit.training.logging import disk_hooks
+    from slmkit.training.logging import plan_json as plan_file
 
     for draw in ("plot_losses", "plot_shares"):
         monkeypatch.setattr(disk_hooks, draw, lambda *arguments: None)

@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 from torch.distributed.run import get_args_parser
 
-from slmkit.training.recipe import find_recipe, load_recipe
+from slmkit.training.recipe.recipe import find_recipe, load_recipe
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "recipes" / "cluster"

@@ -12,15 +12,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from slmkit import DistillationLoss, SLMConfig, SLMForCausalLM, SLMTrainer, TextDataset
-from slmkit.api import resume_run, train_recipe
-from slmkit.api.distill_cache import cache_teacher
-from slmkit.api.replay import replay_run
 from slmkit.config import UserError, load_settings
-from slmkit.data.teacher_cache import HEADER, POSITIONS, PROGRESS, read_lessons
-from slmkit.model import load_decoder
+from slmkit.data.rows.teacher_cache import HEADER, POSITIONS, PROGRESS, read_lessons
+from slmkit.model.files.directory import load_decoder
 from slmkit.tokenizer import SLMTokenizer
-from slmkit.training.recipe import Recipe
-from slmkit.training.run import RunDirectory
+from slmkit.training.recipe.recipe import Recipe
+from slmkit.training.run_directory import RunDirectory
+from slmkit.workflows.distill import cache_teacher
+from slmkit.workflows.replay import replay_run
+from slmkit.workflows.train import resume_run, train_recipe
 from tests.test_life import Silent
 from tests.training.ranks import on_ranks
 

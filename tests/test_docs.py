@@ -12,18 +12,19 @@ import yaml
 
 from slmkit.adapt.merge_recipe import MergeRecipe
 from slmkit.config import load_settings
-from slmkit.data.source_settings import SourceSettings
 from slmkit.data.sources import open_source
 from slmkit.data.sources.built_in import BUILT_IN
+from slmkit.data.sources.settings import SourceSettings
+from slmkit.model.architectures import ARCHITECTURES
 from slmkit.model.families import FAMILIES
 from slmkit.model.presets import PRESETS
-from slmkit.training.optimizers import OPTIMIZERS
-from slmkit.training.recipe import Recipe
+from slmkit.training.optimizers.choose import OPTIMIZERS
+from slmkit.training.recipe.recipe import Recipe
 from tests.parity.configurations import DRAW, PER_FAMILY
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
-ARCHITECTURES = (DOCS / "architectures.md").read_text(encoding="utf-8")
+ARCHITECTURES_PAGE = (DOCS / "architectures.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -39,13 +40,13 @@ def test_every_recipe_in_the_docs_is_one(page: Path) -> None:
 
 
 def test_the_tables_name_every_family_and_preset() -> None:
-    rows = [row for row in re.findall(r"^\| `(\w+)` \|", ARCHITECTURES, re.MULTILINE) if row != "model_type"]
+    rows = [row for row in re.findall(r"^\| `(\w+)` \|", ARCHITECTURES_PAGE, re.MULTILINE) if row != "model_type"]
     assert sorted(rows) == sorted([*FAMILIES, *DRAW])
-    assert all(f"`{preset}`" in ARCHITECTURES for preset in PRESETS)
+    assert all(f"`{preset}`" in ARCHITECTURES_PAGE for preset in PRESETS)
 
 
 def test_as_many_configurations_are_compared_as_are_claimed() -> None:
-    claimed = re.findall(r"^\| `(\w+)` \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", ARCHITECTURES, re.MULTILINE)
+    claimed = re.findall(r"^\| `(\w+)` \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", ARCHITECTURES_PAGE, re.MULTILINE)
     assert {row[0]: set(row[1:]) for row in claimed} == {family: {str(PER_FAMILY)} for family in DRAW}
 
 
@@ -73,12 +74,17 @@ def test_the_page_of_recipe_keys_is_current_and_says_what_each_key_does() -> Non
     assert not silent, "a comment beside the field says what it does"
 
 
-def test_the_examples_of_how_to_extend_it_run() -> None:
-    before, optimizers = dict(BUILT_IN), dict(OPTIMIZERS)
+def test_the_examples_of_how_to_extend_it_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tables = BUILT_IN, OPTIMIZERS, FAMILIES, ARCHITECTURES
+    before = [dict(table) for table in tables]
     names: dict[str, Any] = {}
+    page = (DOCS.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert max(block.count("\n") for block in blocks) <= 40
     try:
-        for block in re.findall(r"```python\n(.*?)```", (DOCS / "extending.md").read_text(encoding="utf-8"), re.DOTALL):
-            exec(compile(block, "extending.md", "exec"), names)
+        for block in blocks:
+            exec(compile(block, "CONTRIBUTING.md", "exec"), names)
         assert names["losses"][-1] < names["losses"][0] - 0.5
         settings = SourceSettings(path="counting", documents=3)
         texts = [document.text for document, _ in open_source(settings, seed=1).read()]
@@ -86,6 +92,6 @@ def test_the_examples_of_how_to_extend_it_run() -> None:
         held_out = next(document.text for document, _ in open_source(settings, seed=1, held_out=True).read())
         assert held_out == "1005 1006 1007 1008 1009"
     finally:
-        for table, content in ((BUILT_IN, before), (OPTIMIZERS, optimizers)):
+        for table, content in zip(tables, before):
             table.clear()
-            table.update(content)  # type: ignore[arg-type]
+            table.update(content)  # type: ignore[attr-defined]

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from slmkit.device import find_device
-from slmkit.model import SLMConfig
 from slmkit.model.architecture import Architecture, Layer
-from slmkit.model.families import architecture_of
+from slmkit.model.architectures import architecture_of
+from slmkit.model.config import SLMConfig
 from slmkit.model.sizes import cache_size, flops_per_token, parameter_count, parameters_by_module
-from slmkit.training.inventory import Inventory
-from slmkit.training.memory import reading_bytes, training_bytes
-from slmkit.training.recipe import find_recipe, load_recipe
+from slmkit.training.estimate.memory import reading_bytes, training_bytes
+from slmkit.training.estimate.memory_profile import Inventory
+from slmkit.training.recipe.recipe import find_recipe, load_recipe
 from tests.real_data import real_data
 
 PAGE = (Path(__file__).parent.parent / "docs" / "documents.md").read_text(encoding="utf-8")

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from slmkit import SLMForCausalLM
-from slmkit.api import resume_run, train_recipe
-from slmkit.training.recipe import load_recipe
+from slmkit.training.recipe.recipe import load_recipe
+from slmkit.workflows.train import resume_run, train_recipe
 from tests.cli.helpers import slm
 from tests.model.test_cache import FAMILIES
 from tests.test_life import Silent

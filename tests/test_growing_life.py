@@ -9,15 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from slmkit.adapt import load_model
-from slmkit.api import resume_run, train_recipe
-from slmkit.api.folding import fold_adapters
-from slmkit.api.runs import RunDirectory
+from slmkit.adapt.load import load_model
 from slmkit.config import UserError
-from slmkit.generation import ChatSession, SamplingSettings
-from slmkit.model import load_decoder
+from slmkit.generation.chat import ChatSession
+from slmkit.generation.sampling_settings import SamplingSettings
+from slmkit.model.files.directory import load_decoder
 from slmkit.tokenizer import SLMTokenizer
-from slmkit.training.recipe import load_recipe
+from slmkit.training.recipe.recipe import load_recipe
+from slmkit.workflows.merge import fold_adapters
+from slmkit.workflows.train import RunDirectory, resume_run, train_recipe
 from tests.test_life import Silent
 from tests.tokenizer.conftest import TEXTS, byte_level_with, save_foreign
 

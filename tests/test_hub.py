@@ -14,17 +14,17 @@ import torch
 
 from slmkit import SLMConfig, SLMEnsemble, SLMForCausalLM, SLMTokenizer, UserError
 from slmkit.adapt.merge_recipe import MergeRecipe
-from slmkit.api import resume_run, train_recipe
-from slmkit.api.merging import prepare_merge, write_merge
-from slmkit.api.push import push_model
-from slmkit.api.reporter import SILENCE
 from slmkit.cli.show import load_model
 from slmkit.config import load_settings
 from slmkit.find import find_model_directory, find_tokenizer_directory
 from slmkit.hub import HubName, at_commit, hub_name
-from slmkit.model.adapter_directory import base_of
-from slmkit.training.inspection import inspect_model
-from slmkit.training.recipe import Recipe, load_recipe
+from slmkit.model.files.adapter_directory import base_of
+from slmkit.training.estimate.inspect import inspect_model
+from slmkit.training.recipe.recipe import Recipe, load_recipe
+from slmkit.workflows.context import SILENCE
+from slmkit.workflows.merge import prepare_merge, write_merge
+from slmkit.workflows.push import push_model
+from slmkit.workflows.train import resume_run, train_recipe
 from tests.data.hub_server import Fault, HubServer
 
 huggingface_hub = pytest.importorskip("huggingface_hub")

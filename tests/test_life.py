@@ -7,16 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from slmkit.api import RunFigures, evaluate_run, quickstart, resume_run, train_quickstart, train_recipe
-from slmkit.api.quickstart import EVALUATION, SMALLEST_SHARE, affordable_share
 from slmkit.config import UserError
-from slmkit.data import TokenShards
+from slmkit.data.shards.reader import TokenShards
 from slmkit.data.stories import held_out_questions
 from slmkit.evaluation import ask
 from slmkit.find import find_model_directory
-from slmkit.model import load_decoder
+from slmkit.model.files.directory import load_decoder
 from slmkit.tokenizer import SLMTokenizer
-from slmkit.training.recipe import Recipe, find_recipe, load_recipe
+from slmkit.training.recipe.recipe import Recipe, find_recipe, load_recipe
+from slmkit.workflows import quickstart
+from slmkit.workflows.quickstart import EVALUATION, SMALLEST_SHARE, affordable_share, train_quickstart
+from slmkit.workflows.train import RunFigures, evaluate_run, resume_run, train_recipe
 
 FEW_STEPS = ["train.num_train_epochs=null", "train.tokens_per_step=1024", "train.device=cpu", "train.sample_tokens=5"]
 

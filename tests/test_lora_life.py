@@ -11,18 +11,21 @@ import torch
 from safetensors.torch import load_file
 
 from slmkit import SLMForCausalLM, SLMTrainer, TextDataset, UserError
-from slmkit.adapt import LoRASettings, fold, load_adapted, load_model
 from slmkit.adapt.adapter import trained_tensors
-from slmkit.api import resume_run, train_recipe
-from slmkit.api.folding import fold_adapters
-from slmkit.api.replay import replay_run
+from slmkit.adapt.load import load_adapted, load_model
+from slmkit.adapt.lora import fold
 from slmkit.find import find_model_directory
-from slmkit.generation import ChatSession, SamplingSettings
-from slmkit.model import load_decoder
+from slmkit.generation.chat import ChatSession
+from slmkit.generation.sampling_settings import SamplingSettings
+from slmkit.model.files.adapter_directory import LoRASettings
+from slmkit.model.files.directory import load_decoder
 from slmkit.tokenizer import SLMTokenizer
-from slmkit.training.checkpoints import complete_checkpoints, delete
-from slmkit.training.overview import read_run
-from slmkit.training.recipe import find_recipe, load_recipe
+from slmkit.training.checkpoints.checkpoint import complete_checkpoints, delete
+from slmkit.training.logging.list_runs import read_run
+from slmkit.training.recipe.recipe import find_recipe, load_recipe
+from slmkit.workflows.merge import fold_adapters
+from slmkit.workflows.replay import replay_run
+from slmkit.workflows.train import resume_run, train_recipe
 from tests.test_life import FEW_STEPS, Silent
 
 TINY = [

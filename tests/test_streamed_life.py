@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from slmkit.api import evaluate_run, resume_run, train_recipe
 from slmkit.config import load_settings
 from slmkit.training.loop import RunStopped, StopRequested
-from slmkit.training.recipe import Recipe
+from slmkit.training.recipe.recipe import Recipe
+from slmkit.workflows.train import evaluate_run, resume_run, train_recipe
 from tests.test_life import Silent
 
 WORDS = {"foxes": "the fox ran over the hill and sang", "owls": "an owl sat in a tree and slept"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,14 @@ from slmkit.adapt.lora import DoRALinear, LoRALinear, adapted_linears, expect_pl
 from slmkit.adapt.swapping import Linear, linear, linears, matching, replace
 from slmkit.config import UserError
 from slmkit.hub import hub_name, spelled
-from slmkit.model import Decoder, SLMConfig
-from slmkit.model.adapter_directory import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from slmkit.model.config import SLMConfig
+from slmkit.model.decoder import Decoder
 from slmkit.model.families import family_of
-from slmkit.model.generation_config import FILE as GENERATION
-from slmkit.model.generation_config import read_generation_config
-from slmkit.model.growth import grow_vocabulary
-from slmkit.model.lora_settings import LoRASettings
-from slmkit.model.stored import expect_finite, stored_tensors
+from slmkit.model.files.adapter_directory import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LoRASettings
+from slmkit.model.files.generation_config import FILE as GENERATION
+from slmkit.model.files.generation_config import read_generation_config
+from slmkit.model.files.stored import expect_finite, stored_tensors
+from slmkit.model.initialization import grow_vocabulary
 
 FINGERPRINT = "base_fingerprint"  # in the metadata of the adapter's tensors, which peft does not read
 
@@ -255,3 +256,23 @@ def _fill(linear: LoRALinear, update: Update) -> None:
     linear.lora_B.data.copy_(update.b)
     if isinstance(linear, DoRALinear) and update.magnitude is not None:
         linear.magnitude.data.copy_(update.magnitude)
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """An adapter's directory, for the model in `base`; a `training.model_files.ModelFiles`."""
+
+    config: SLMConfig
+    settings: LoRASettings
+    base: Path
+    base_fingerprint: str
+
+    def tensors(self, model: Decoder) -> Mapping[str, Tensor]:
+        return trained_tensors(model)
+
+    def write(self, model: Decoder, tensors: Mapping[str, Tensor], directory: Path) -> None:
+        save_adapter(model, self.config, self.settings, self.base, directory, tensors, self.base_fingerprint)
+
+    def read(self, directory: Path, model: Decoder) -> dict[str, Tensor]:
+        expect_base(directory, lambda: self.base_fingerprint)
+        return read_tensors(model, self.config, directory)

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from slmkit.config import UserError, load_settings
-from slmkit.model.adapter_directory import ADAPTER_CONFIG
 from slmkit.model.families import Family
-from slmkit.model.lora_settings import LoRASettings, scale_of
+from slmkit.model.files.adapter_directory import ADAPTER_CONFIG, LoRASettings, scale_of
 
 # Keys that change nothing of what is computed, or nothing that a file's tensors do not say themselves.
 HARMLESS = {

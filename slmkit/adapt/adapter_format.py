@@ -18,9 +18,9 @@ from torch import Tensor
 from slmkit.adapt.adapter_config import Shape
 from slmkit.adapt.lora import LoRALinear
 from slmkit.config import UserError
-from slmkit.model import SLMConfig
-from slmkit.model.directory import reference_name
+from slmkit.model.config import SLMConfig
 from slmkit.model.families import family_of
+from slmkit.model.files.directory import reference_name
 
 PREFIX = "base_model.model."
 A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"

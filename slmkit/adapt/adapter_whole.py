@@ -10,9 +10,10 @@ from torch import Tensor
 
 from slmkit.adapt.adapter_config import AdapterConfig
 from slmkit.config import UserError
-from slmkit.model import Decoder, SLMConfig
-from slmkit.model.directory import from_disk, stored_names, to_disk
+from slmkit.model.config import SLMConfig
+from slmkit.model.decoder import Decoder
 from slmkit.model.families import Family, family_of
+from slmkit.model.files.directory import from_disk, stored_names, to_disk
 
 EMBEDDING = "embedding.weight"
 ANOTHER = "it is an adapter of another model"

@@ -7,16 +7,14 @@ from pathlib import Path
 
 import torch
 
-from slmkit.adapt.adapter import expect_base, fingerprint, grown_for, load_adapter
+from slmkit.adapt.adapter import AdapterFiles, expect_base, fingerprint, grown_for, load_adapter
 from slmkit.adapt.adapter_config import read_adapter_config
-from slmkit.adapt.adapter_files import AdapterFiles
-from slmkit.adapt.folding import fold
-from slmkit.adapt.lora import adapted_linears, add_lora, keep_base_in, modules_to_save
+from slmkit.adapt.lora import adapted_linears, add_lora, fold, keep_base_in, modules_to_save
 from slmkit.config import UserError
-from slmkit.model import Decoder, SLMConfig, load_decoder
-from slmkit.model.adapter_directory import base_of, is_adapter
-from slmkit.model.directory import empty_decoder
-from slmkit.model.lora_settings import LoRASettings
+from slmkit.model.config import SLMConfig
+from slmkit.model.decoder import Decoder
+from slmkit.model.files.adapter_directory import LoRASettings, base_of, is_adapter
+from slmkit.model.files.directory import empty_decoder, load_decoder
 
 Prepare = Callable[[Decoder, SLMConfig], tuple[Decoder, SLMConfig]]
 

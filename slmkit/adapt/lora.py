@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from slmkit.adapt.adapter_config import apart, expect_no_dora
-from slmkit.adapt.lora_base import FORMATS
-from slmkit.adapt.swapping import ALL_LINEAR, Linear, matching, swap
+from slmkit.adapt.lora_base import FORMATS, FrozenLinear
+from slmkit.adapt.swapping import ALL_LINEAR, Linear, matching, replace, swap
 from slmkit.config import UserError
-from slmkit.model import Decoder, SLMConfig
-from slmkit.model.directory import reference_name
+from slmkit.model.config import SLMConfig
+from slmkit.model.decoder import Decoder
 from slmkit.model.families import family_of
-from slmkit.model.lora_settings import LoRASettings
+from slmkit.model.files.adapter_directory import LoRASettings
+from slmkit.model.files.directory import reference_name
 
 
 class LoRALinear(nn.Module):
@@ -152,3 +153,27 @@ def expect_plain(decoder: nn.Module) -> None:
     """Raises `UserError` for a decoder that has an adapter: there is room for one."""
     if adapted_linears(decoder):
         raise UserError("the model has an adapter already: fold() it first, or continue training it")
+
+
+def fold(decoder: Decoder) -> Decoder:
+    """Put one linear in the place of each adapted one, in place; the decoder computes what it computed.
+
+    Raises `UserError` for a base that is kept in fewer bits: most of an update is smaller than their steps, and what is
+    rounded to them again has lost what was learned.
+    """
+    for name, adapted in adapted_linears(decoder).items():
+        if isinstance(adapted.base, FrozenLinear):
+            raise UserError(
+                f"{name} is stored in {adapted.base.name}, which is too coarse for what the adapter learned: "
+                "merge the adapter into the full weights, with `slm merge`"
+            )
+        replace(decoder, name, _plain(adapted.weight.detach(), adapted.bias))
+    return decoder.requires_grad_(True)
+
+
+def _plain(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    linear = nn.Linear(weight.size(1), weight.size(0), bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach())
+    return linear

@@ -22,12 +22,12 @@ from torch import Tensor
 from slmkit.adapt.merge_methods import arc, drop, elect, least_kept, linear, task_arithmetic, trim
 from slmkit.adapt.merge_recipe import MergeRecipe, at
 from slmkit.config import UserError
-from slmkit.model import SLMConfig
 from slmkit.model.architecture import Architecture
-from slmkit.model.config import TRAINING_FIELDS
-from slmkit.model.directory import WEIGHTS, empty_decoder, open_weights, stored_names, write_configs
-from slmkit.model.families import architecture_of, family_of
-from slmkit.model.stored import DTYPES, StoredTensor, expect_finite, write_tensors
+from slmkit.model.architectures import architecture_of
+from slmkit.model.config import TRAINING_FIELDS, SLMConfig
+from slmkit.model.families import family_of
+from slmkit.model.files.directory import WEIGHTS, empty_decoder, open_weights, stored_names, write_configs
+from slmkit.model.files.stored import DTYPES, StoredTensor, expect_finite, write_tensors
 
 # What models may differ in and still be one architecture: it is that of the first which the result has.
 MAY_DIFFER = TRAINING_FIELDS | {

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from slmkit.config import UserError, kind_of_value
 from slmkit.data.batch import Batch
-from slmkit.model import Decoder
+from slmkit.model.decoder import Decoder
 from slmkit.training.distributed import Group
 from slmkit.training.loop import Report, State
-from slmkit.training.objectives import Loss
-from slmkit.training.optimizers import trained
+from slmkit.training.objective import Loss
+from slmkit.training.optimizers.choose import trained
 
 MOMENTS = ("on_step", "on_evaluation", "on_save")
 LossFunction = Callable[[Tensor, Batch], Tensor]

@@ -16,10 +16,14 @@ from slmkit.adapt.load import load_model
 from slmkit.adapt.lora import adapted_linears
 from slmkit.config import UserError, methods_checked
 from slmkit.find import find_model_directory
-from slmkit.generation import Ensemble, SamplingSettings, generate_ids
-from slmkit.model import Decoder, SLMConfig, build_decoder, save_decoder
-from slmkit.model.generation_config import new_tokens
-from slmkit.model.growth import grow_vocabulary
+from slmkit.generation.ensemble import Ensemble, common_tokenizer
+from slmkit.generation.generator import generate_ids
+from slmkit.generation.sampling_settings import SamplingSettings
+from slmkit.model.config import SLMConfig
+from slmkit.model.decoder import Decoder
+from slmkit.model.files.directory import save_decoder
+from slmkit.model.files.generation_config import new_tokens
+from slmkit.model.initialization import build_decoder, grow_vocabulary
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.losses import IGNORED
 
@@ -300,3 +304,31 @@ def _as_set(ids: int | Sequence[int] | None) -> set[int]:
 
 def _first(*values: int | None) -> int:
     return next(value for value in values if value is not None)
+
+
+@methods_checked
+class SLMEnsemble(GeneratingModel):
+    """Models of one tokenizer, whose probabilities are averaged; `forward` and `generate` as `SLMForCausalLM` has them.
+
+    What ends a text, what pads one, and which ids may be generated, is as for the first model.
+    """
+
+    decoder: Ensemble
+
+    def __init__(self, models: Sequence[SLMForCausalLM], weights: Sequence[float] | None = None) -> None:
+        """Raises `UserError` as `Ensemble` does. That the models share a tokenizer is the caller's word."""
+        decoder = Ensemble([model.decoder for model in models], weights)
+        super().__init__(models[0].config, decoder)
+        self.__dict__["known_ids"] = models[0].known_ids
+
+    @classmethod
+    def from_pretrained(
+        cls, directories: Sequence[str | Path], weights: Sequence[float] | None = None, device: str = "cpu"
+    ) -> SLMEnsemble:
+        """Read model directories, runs or models of the hub, each with its tokenizer.
+
+        Raises `UserError`, also where their tokenizers differ.
+        """
+        found = [find_model_directory(directory) for directory in directories]
+        common_tokenizer(found)
+        return cls([SLMForCausalLM.from_pretrained(directory, device) for directory in found], weights).eval()

@@ -11,32 +11,32 @@ from typing import Any
 from rich.console import Console
 from torch.utils.data import IterableDataset
 
-from slmkit.adapt import LoRASettings, add_lora
-from slmkit.adapt.adapter import fingerprint
-from slmkit.adapt.adapter_files import AdapterFiles
+from slmkit.adapt.adapter import AdapterFiles, fingerprint
+from slmkit.adapt.lora import add_lora
 from slmkit.api.callbacks import Callbacks, GivenLoss, LossFunction, TorchSchedule, check_optimizer
 from slmkit.api.causal_lm import SLMForCausalLM
-from slmkit.api.hooks import Validate
-from slmkit.api.runs import resolved
-from slmkit.api.xray import look
 from slmkit.config import UserError, kind_of_value, methods_checked
+from slmkit.data.rows.text_dataset import TextDataset
+from slmkit.data.rows.torch_dataset import DatasetRows, ItemFormat, IterableBatches
 from slmkit.data.stream import Batches, Rows, Stream
-from slmkit.data.text_dataset import TextDataset
-from slmkit.data.torch_dataset import DatasetRows, ItemFormat, IterableBatches
 from slmkit.device import Device, find_device
-from slmkit.model import SLMConfig
-from slmkit.model.adapter_directory import is_adapter
-from slmkit.training.checkpoints import kept_in
-from slmkit.training.distill import objective_of
-from slmkit.training.distillation import DistillationLoss
+from slmkit.model.config import SLMConfig
+from slmkit.model.files.adapter_directory import LoRASettings, is_adapter
+from slmkit.training.checkpoints.checkpoint import kept_in
+from slmkit.training.diagnostics.xray_page import look
 from slmkit.training.distributed import Group, join
+from slmkit.training.fit import evaluation_interval, fit, make_plan
+from slmkit.training.logging.progress import TrainingProgress
 from slmkit.training.loop import Every, Plan, Report, RunStopped
-from slmkit.training.objective_settings import DistillationSettings
-from slmkit.training.objectives import Objective, next_token
-from slmkit.training.progress import TrainingProgress
-from slmkit.training.recipe import ModelSettings, Recipe, TrainSettings
-from slmkit.training.run import RunDirectory, evaluation_interval, fit, make_plan, new_run_directory
-from slmkit.training.teachers import OnlineTeacher, check_fit, frozen
+from slmkit.training.objective import Objective, next_token
+from slmkit.training.objectives.distill import objective_of
+from slmkit.training.objectives.distillation import DistillationLoss
+from slmkit.training.objectives.teachers import OnlineTeacher, check_fit, frozen
+from slmkit.training.recipe.objective_settings import DistillationSettings
+from slmkit.training.recipe.recipe import ModelSettings, Recipe, TrainSettings
+from slmkit.training.run_directory import RunDirectory, new_run_directory
+from slmkit.workflows.hooks import Validate
+from slmkit.workflows.train import resolved
 
 GIVEN_IN_A_SCRIPT = "given in a script"  # what stands for the data in the description of such a run
 
@@ -47,7 +47,7 @@ class SLMTrainer:
 
     `config` carries the training fields: `learning_rate`, `batch_size` (sequences a step), `sequence_length`,
     `gradient_clip_norm`, `warmup_steps`. A data set is a `TextDataset`, or any torch data set, map-style or iterable,
-    of dicts with `input_ids` and `labels`, as `slmkit.data.torch_dataset.ItemFormat.row` reads them.
+    of dicts with `input_ids` and `labels`, as `slmkit.data.rows.torch_dataset.ItemFormat.row` reads them.
 
     With a `teacher_model` of the same tokenizer it distils, with the config's `distillation_alpha` and
     `distillation_temperature` or with a `DistillationLoss` of its own. With `lora` the model is frozen, and what is

@@ -17,22 +17,18 @@ from slmkit.cli import (
     bench,
     chat,
     data,
-    distill_cache,
     eval,
-    generate,
     inspect,
     merge,
     plan,
-    plot,
     push,
     quickstart,
-    recipes,
     runs,
     tokenizer,
     train,
 )
 from slmkit.cli.errors import explain
-from slmkit.cli.help import add_command, new_app
+from slmkit.cli.options import add_command, new_app
 
 app = new_app(
     "Train small language models, from raw text to a model you talk to.\n\nStart with: slm quickstart",
@@ -41,20 +37,20 @@ app = new_app(
 )
 for name, command in (
     ("quickstart", quickstart.quickstart),
-    ("recipes", recipes.recipes),
+    ("recipes", runs.recipes),
     ("train", train.train),
     ("resume", train.resume),
     ("runs", runs.runs),
-    ("plot", plot.plot),
+    ("plot", runs.plot),
     ("push", push.push),
     ("replay", train.replay),
     ("plan", plan.plan),
-    ("generate", generate.generate),
+    ("generate", chat.generate),
     ("chat", chat.chat),
     ("eval", eval.evaluate),
     ("inspect", inspect.inspect),
     ("merge", merge.merge),
-    ("distill-cache", distill_cache.distill_cache),
+    ("distill-cache", train.distill_cache),
 ):
     add_command(app, name, command)
 app.add_typer(tokenizer.app, name="tokenizer")

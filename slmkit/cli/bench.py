@@ -6,8 +6,7 @@ from typing import Annotated
 
 import typer
 
-from slmkit.cli.help import add_command, new_app
-from slmkit.cli.options import DeviceName
+from slmkit.cli.options import DeviceName, add_command, new_app
 
 app = new_app("Measure the speed of this machine.", add_completion=False)
 
@@ -29,14 +28,14 @@ def train(
     """
     from slmkit.cli.show import gibibytes, print_table
     from slmkit.config import load_settings
-    from slmkit.training.recipe import TrainSettings
+    from slmkit.training.recipe.recipe import TrainSettings
 
     values = {
         "sequence_length": length, "tokens_per_step": tokens_per_step, "optimizer": optimizer, "device": device,
         "precision": precision,
     }  # fmt: skip
     settings = load_settings(TrainSettings, values, origin="slm bench train")
-    from slmkit.api.benchmark import training_speed
+    from slmkit.workflows.bench import training_speed
 
     rows = []
     for preset in presets or ["quickstart"]:
@@ -67,8 +66,8 @@ def decode(
 
     Example: slm bench decode quickstart smollm2-135m --new 32
     """
-    from slmkit.api.benchmark import decoding_speed
     from slmkit.cli.show import print_table
+    from slmkit.workflows.bench import decoding_speed
 
     rows = [
         (model, str(speed.batch), f"{speed.prompt:,.0f}", f"{speed.new:,.1f}", f"{1e3 * speed.batch / speed.new:.2f}")
@@ -95,8 +94,8 @@ def data(
     """
     import itertools
 
-    from slmkit.data.benchmark import measure
-    from slmkit.data.benchmark_peers import measure_peers
+    from benchmarks.data_peers import measure_peers
+    from slmkit.workflows.bench import measure
 
     for name, result in itertools.chain(
         measure(megabytes, gigabytes, rounds), measure_peers(megabytes) if peers else ()

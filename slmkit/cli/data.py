@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slmkit.cli.help import add_command, new_app
+from slmkit.cli.options import add_command, new_app
 
 if TYPE_CHECKING:
-    from slmkit.data import TokenShards
-    from slmkit.data.data_settings import Reads
-    from slmkit.data.preview import Sample
-    from slmkit.data.source_settings import SourceSettings
+    from slmkit.data.prepare.preview import Sample
+    from slmkit.data.settings import Reads
+    from slmkit.data.shards.reader import TokenShards
+    from slmkit.data.sources.settings import SourceSettings
     from slmkit.tokenizer import SLMTokenizer
 
 app = new_app("Prepare text and conversations, and look at them.", add_completion=False)
@@ -63,8 +63,8 @@ def prepare(
     cleaning = load_settings(CleaningSettings, {}, clean or [])
     settings = _settings_of(sources, source)
     directory = find_tokenizer_directory(tokenizer)
-    from slmkit.data import prepare_text
-    from slmkit.data.many_sources import Reading  # imports torch: after the arguments were checked
+    from slmkit.data.prepare.many_sources import Reading  # imports torch: after the arguments were checked
+    from slmkit.data.prepare.text_to_shards import prepare_text
 
     loaded = SLMTokenizer.from_pretrained(directory)
     options: dict[str, Any] = {"shuffle_seed": shuffle, "cleaning": cleaning, "shard_characters": shard_characters}
@@ -73,7 +73,7 @@ def prepare(
         if reads is not None:
             shards = reading.prepare_conversations(reads, loaded, output, progress, length)
         elif ray:
-            from slmkit.data.cluster import prepare_text_on_ray
+            from slmkit.data.prepare.ray import prepare_text_on_ray
 
             shards = prepare_text_on_ray(settings, directory, output, address=ray, progress=progress, **options)
         else:
@@ -90,8 +90,8 @@ def prepare(
 def _settings_of(paths: list[str], settings: list[str] | None) -> list[SourceSettings]:
     """Raises `UserError` where a file or folder is not there."""
     from slmkit.config import load_settings
-    from slmkit.data.source_settings import SourceSettings
     from slmkit.data.sources.open import expect_source
+    from slmkit.data.sources.settings import SourceSettings
 
     found = [load_settings(SourceSettings, {"path": path}, settings or []) for path in paths]
     for one in found:
@@ -137,10 +137,10 @@ def inspect(
     from slmkit.cli.show import counted
 
     settings = _settings_of([shards], source)[0]
-    from slmkit.data import TokenShards
-    from slmkit.data.preview import samples_of_shards  # imports torch: after the arguments were checked
-    from slmkit.data.reading import is_shards
-    from slmkit.data.shard_facts import find_facts
+    from slmkit.data.prepare.open_sources import is_shards
+    from slmkit.data.prepare.preview import samples_of_shards  # imports torch: after the arguments were checked
+    from slmkit.data.shards.facts import find_facts
+    from slmkit.data.shards.reader import TokenShards
     from slmkit.find import find_tokenizer_directory
     from slmkit.tokenizer import SLMTokenizer
 
@@ -175,7 +175,7 @@ def inspect(
 
 
 def _inspect_source(settings: SourceSettings, tokenizer: str | None, count: int) -> None:
-    from slmkit.data.preview import samples_of_source
+    from slmkit.data.prepare.preview import samples_of_source
     from slmkit.find import find_tokenizer_directory
     from slmkit.tokenizer import SLMTokenizer
 
@@ -198,7 +198,7 @@ def _print_cleaning(shards: TokenShards) -> None:
 
 def _print_packing(shards: TokenShards, length: int) -> None:
     """How conversations fill rows, and which of them teach nothing there."""
-    from slmkit.data import ChatRows
+    from slmkit.data.stream import ChatRows
 
     rows = ChatRows(shards, length)
     filled = rows.tokens / (rows.rows_in_epoch * length)
@@ -211,8 +211,7 @@ def _print_samples(samples: Iterable[Sample], tokenizer: SLMTokenizer) -> None:
     """The first and last tokens of each; what is only read is in brackets."""
     from rich.console import Console
 
-    from slmkit.api.xray import vocabulary_of
-    from slmkit.training.xray_page import LEGEND, rendered
+    from slmkit.training.diagnostics.xray_page import LEGEND, rendered, vocabulary_of
 
     console, vocabulary = Console(highlight=False), vocabulary_of(tokenizer, len(tokenizer))
     console.print(LEGEND, markup=False, soft_wrap=True)

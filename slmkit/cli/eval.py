@@ -34,16 +34,16 @@ def evaluate(
     from slmkit.cli.progress import EvaluationProgress
     from slmkit.cli.show import TerminalReporter, print_table
     from slmkit.config import load_settings
-    from slmkit.data.source_settings import SourceSettings
     from slmkit.data.sources.open import expect_source
-    from slmkit.training.find import find_model_directory
+    from slmkit.data.sources.settings import SourceSettings
+    from slmkit.model.files.find import find_model_directory
 
     sources = [load_settings(SourceSettings, {"path": path}, source or []) for path in data]
     for one in sources:
         expect_source(one)
     for model in models:
         find_model_directory(model)
-    from slmkit.api.evaluation import evaluate_text  # imports torch: after the arguments were checked
+    from slmkit.workflows.evaluate import evaluate_text  # imports torch: after the arguments were checked
 
     reporter, rows = TerminalReporter(), []
     for model, one in itertools.product(models, sources):

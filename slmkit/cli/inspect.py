@@ -22,12 +22,12 @@ def inspect(
 
     Example: slm inspect llama-3.2-1b --batch 1 --length 8192
     """
-    from slmkit.training.find import find_model_or_preset
+    from slmkit.model.files.find import find_model_or_preset
 
     find_model_or_preset(model)  # before anything is loaded
     from slmkit.adapt.load import adapter_blueprint
     from slmkit.cli.show import count, gibibytes
-    from slmkit.training.inspection import inspect_model
+    from slmkit.training.estimate.inspect import inspect_model
 
     report = inspect_model(model, batch, length, precision, optimizer, adapter_blueprint)
     print(f"{model}: {report.summary}\n")

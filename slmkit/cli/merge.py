@@ -51,12 +51,12 @@ def merge(
 def _fold(model: str, adapters: list[str], output: str | None) -> None:
     from slmkit.cli.show import suggestion
     from slmkit.find import find_model_directory
-    from slmkit.model.adapter_directory import find_adapter
+    from slmkit.model.files.adapter_directory import find_adapter
 
     find_model_directory(model)
     for adapter in adapters:
         find_adapter(adapter)
-    from slmkit.api.folding import fold_adapters  # imports torch: after the arguments were checked
+    from slmkit.workflows.merge import fold_adapters  # imports torch: after the arguments were checked
 
     directory = fold_adapters(model, adapters, output)
     print(f"model: {directory}")
@@ -67,7 +67,7 @@ def _merge(recipe: str, overrides: list[str], print_config: bool, dry_run: bool)
     from slmkit.adapt.merge_recipe import load_merge_recipe
     from slmkit.config import to_yaml
     from slmkit.find import find_model_directory
-    from slmkit.training.recipe import find_recipe
+    from slmkit.training.recipe.recipe import find_recipe
 
     loaded = load_merge_recipe(recipe if Path(recipe).exists() else find_recipe(recipe, "merging"), overrides)
     if print_config:
@@ -75,9 +75,9 @@ def _merge(recipe: str, overrides: list[str], print_config: bool, dry_run: bool)
         return
     for name in loaded.names:
         find_model_directory(name)
-    from slmkit.api.merging import prepare_merge, write_merge
     from slmkit.cli.progress import WritingProgress
     from slmkit.cli.show import count, gibibytes, suggestion
+    from slmkit.workflows.merge import prepare_merge, write_merge
 
     prepared = prepare_merge(loaded)
     print(

@@ -9,7 +9,7 @@ import typer
 from slmkit.cli.options import DeviceName, Overrides
 
 if TYPE_CHECKING:
-    from slmkit.training.planning import Outlook
+    from slmkit.training.estimate.plan import Outlook
 
 
 def plan(
@@ -44,7 +44,7 @@ def plan(
 
     from slmkit.cli.show import TerminalReporter
     from slmkit.config import UserError, to_yaml
-    from slmkit.training.recipe import find_recipe, load_recipe
+    from slmkit.training.recipe.recipe import find_recipe, load_recipe
 
     budget = hours is not None or tokens is not None
     if recipe is not None and "=" in recipe and budget:  # there is no recipe: the first argument is an override
@@ -56,13 +56,13 @@ def plan(
     reporter = TerminalReporter()
     if recipe is None:
         reporter.say("looking at this machine")
-        from slmkit.training.planning import propose
+        from slmkit.training.estimate.plan import propose
 
         ahead = propose(hours, None if tokens is None else int(tokens), device, measure, reporter.say, overrides or [])
     else:
         loaded = load_recipe(find_recipe(recipe), [f"train.device={device}", *(overrides or [])], reporter.say)
         reporter.say("looking at this machine")
-        from slmkit.api.planning import plan_recipe
+        from slmkit.workflows.plan import plan_recipe
 
         ahead = plan_recipe(loaded, measure, reporter.say)
     _show(ahead)
@@ -76,7 +76,7 @@ def plan(
 
 def _show(ahead: Outlook) -> None:
     from slmkit.cli.show import count, gibibytes
-    from slmkit.training.progress import clock
+    from slmkit.training.logging.progress import clock
 
     expected, train = ahead.ahead, ahead.recipe.train
     config, described = ahead.config, ahead.device.describe()

@@ -25,7 +25,7 @@ def push(
     from slmkit.find import find_model_directory
 
     find_model_directory(model)
-    from slmkit.api.push import push_model  # imports torch: after the arguments were checked
+    from slmkit.workflows.push import push_model  # imports torch: after the arguments were checked
 
     page = push_model(model, name, private, revision)
     print(f"published: {page}")

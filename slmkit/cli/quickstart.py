@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from slmkit.api.quickstart import Quickstart
-    from slmkit.generation import LanguageModel
+    from slmkit.generation.language_model import LanguageModel
     from slmkit.tokenizer import SLMTokenizer
+    from slmkit.workflows.quickstart import Quickstart
 
 QUESTIONS = 200
 SCENE = 5  # of the stream that is shown; no training reads it
@@ -34,9 +34,9 @@ def quickstart(
     import time
 
     started = time.monotonic()
-    from slmkit.api import train_quickstart
     from slmkit.cli.show import TerminalReporter, load_model, suggestion
-    from slmkit.training.progress import clock
+    from slmkit.training.logging.progress import clock
+    from slmkit.workflows.quickstart import train_quickstart
 
     reporter = TerminalReporter()
     trained = train_quickstart(output, seed, minutes, reporter, started)
@@ -71,7 +71,8 @@ def _show_story(decoder: LanguageModel, tokenizer: SLMTokenizer, until: float) -
     """A story that is asked for as in its corpus, printed as it is written."""
     import time
 
-    from slmkit.generation import ChatSession, SamplingSettings
+    from slmkit.generation.chat import ChatSession
+    from slmkit.generation.sampling_settings import SamplingSettings
 
     session = ChatSession(decoder, tokenizer, SamplingSettings(temperature=0.3, min_p=0.1, seed=2), max_new_tokens=300)
     print(f"\nA story:\n\n  you>   {STORY}\n  model> ", end="", flush=True)
@@ -85,9 +86,9 @@ def _show_story(decoder: LanguageModel, tokenizer: SLMTokenizer, until: float) -
 
 def _show_figures(trained: Quickstart, decoder: LanguageModel, tokenizer: SLMTokenizer) -> None:
     """The validation loss beside a perfect model's, and the share of questions answered exactly."""
-    from slmkit.api.quickstart import ask_until
-    from slmkit.data import TokenShards
+    from slmkit.data.shards.reader import TokenShards
     from slmkit.data.stories import held_out_questions
+    from slmkit.workflows.quickstart import ask_until
 
     losses = [line["validation_loss"] for line in trained.stories.metrics.read() if "validation_loss" in line]
     perfect = TokenShards.open(trained.stories.data / "validation").header.perfect_loss

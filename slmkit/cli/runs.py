@@ -15,7 +15,7 @@ def runs(folder: Annotated[str, typer.Argument(metavar="[FOLDER]", help="Where t
     from datetime import datetime
 
     from slmkit.cli.show import count, print_table
-    from slmkit.training.overview import list_runs
+    from slmkit.training.logging.list_runs import list_runs
 
     found = list_runs(folder)
     if not found:
@@ -38,3 +38,56 @@ def runs(folder: Annotated[str, typer.Argument(metavar="[FOLDER]", help="Where t
         right=("size", "steps", "loss"),
     )
     print("size: parameters; loss: the lowest validation loss")
+
+
+def plot(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN", help="Run directories, such as runs/book.")],
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="The picture to write: .png, .svg or .pdf.")
+    ] = "loss.png",
+    over: Annotated[str, typer.Option(help="The horizontal axis: tokens, time or steps.")] = "tokens",
+    what: Annotated[
+        str | None, typer.Option(help="loss, reward, right (share of right answers) or preferred (share of pairs).")
+    ] = None,
+) -> None:
+    """Draw the losses of one or more runs into a picture.
+
+    With --what also their rewards, their shares of right answers, or of pairs told apart.
+
+    Example: slm plot runs/book --over time -o book.png
+    """
+    from pathlib import Path
+
+    from slmkit.config import UserError, did_you_mean
+    from slmkit.training.logging.plots import CURVES, KEYS, plot_runs
+
+    if over not in KEYS:
+        raise UserError(f"--over {over}: {did_you_mean(over, KEYS)}")
+    if what is not None and what not in CURVES:
+        raise UserError(f"--what {what}: {did_you_mean(what, CURVES)}")
+    path = Path(output if Path(output).suffix else f"{output}.png")
+    plot_runs(runs, path, over, what)  # type: ignore[arg-type]
+    print(path)
+
+
+def recipes() -> None:
+    """List the recipes that come with slmkit.
+
+    Each is a YAML file of the folder named below the list; values can be changed on the command line, or in a copy.
+
+    Example: slm recipes
+    """
+    from slmkit.training.recipe.recipe import shipped_recipes
+
+    folder = None
+    for command, kind in (("train", ""), ("merge", "merging")):
+        found = shipped_recipes(kind)
+        print(f"slm {command} RECIPE, with RECIPE one of")
+        width = max(map(len, found)) + 4
+        for name, path in sorted(found.items()):
+            about = path.read_text(encoding="utf-8").partition("\n")[0].strip("# :.")
+            print(f"{f'  {name}':<{width}}{about}")
+            folder = folder or path.parent
+        print()
+    print(f"folder: {folder}")
+    print("every value of one: slm train RECIPE --print-config")

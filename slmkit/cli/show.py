@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from slmkit.generation import LanguageModel
+    from slmkit.generation.language_model import LanguageModel
     from slmkit.tokenizer import SLMTokenizer
 
 PLAIN_EVERY = 20_000  # documents between two plain lines
@@ -94,8 +94,8 @@ def suggestion(model: str | Path, source: str | Path | None = None) -> str:
     """The command that shows what a model can do. The prompt is one of the data of the run that made it, or that made
     its `source`: a model that it was merged or copied from.
     """
-    from slmkit.training.find import run_of
-    from slmkit.training.recipe import load_recipe
+    from slmkit.model.files.find import run_of
+    from slmkit.training.recipe.recipe import load_recipe
 
     run = run_of(model if source is None else source)
     recipe = None if run is None else load_recipe(run / "recipe.yaml")
@@ -125,7 +125,7 @@ def load_model(path: str, device: str, others: Sequence[str] = ()) -> tuple[Lang
     directories = [find_model_directory(found) for found in (path, *others)]
     from slmkit.adapt.load import load_model as load  # not before it is sure that there is something to load
     from slmkit.device import find_device
-    from slmkit.generation import common_tokenizer, together
+    from slmkit.generation.ensemble import common_tokenizer, together
 
     tokenizer, where = common_tokenizer(directories), find_device(device).torch_device
     loaded = [load(directory, where) for directory in directories]

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from slmkit.cli.help import add_command, new_app
+from slmkit.cli.options import add_command, new_app
 
 app = new_app("Train a tokenizer, and look at its tokens.", add_completion=False)
 
@@ -36,14 +36,14 @@ def train(
 
     Example: slm tokenizer train book.txt --vocab-size 4096 -o tokenizers/book
     """
-    from slmkit.data.data_settings import DataSettings, TokenizerSettings
+    from slmkit.data.settings import DataSettings, TokenizerSettings
     from slmkit.data.sources.open import expect_source
     from slmkit.tokenizer import SLMTokenizer
 
     data = DataSettings.of_paths(sources, text_column)
     for source in data.all_sources():
         expect_source(source)
-    from slmkit.data.corpus import texts_of  # imports torch: after the arguments were checked
+    from slmkit.data.prepare.corpus import texts_of  # imports torch: after the arguments were checked
 
     tokenizer = SLMTokenizer(vocab_size)
     wanted = TokenizerSettings(vocab_size=vocab_size, documents_per_source=documents_per_source)

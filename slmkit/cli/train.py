@@ -30,8 +30,8 @@ def train(
     """
     from slmkit.cli.show import TerminalReporter, show_run
     from slmkit.config import to_yaml
-    from slmkit.training.recipe import find_recipe, load_recipe
-    from slmkit.training.recipe_checks import expect_ready
+    from slmkit.training.recipe.checks import expect_ready
+    from slmkit.training.recipe.recipe import find_recipe, load_recipe
 
     reporter = TerminalReporter()
     loaded = load_recipe(find_recipe(recipe), overrides or [], reporter.say)
@@ -39,7 +39,7 @@ def train(
         print(to_yaml(loaded), end="")
         return
     expect_ready(loaded)
-    from slmkit.api import train_recipe  # imports torch: after the arguments were checked
+    from slmkit.workflows.train import train_recipe  # imports torch: after the arguments were checked
 
     run = train_recipe(loaded, reporter, dry_run=dry_run, force=force)
     if not dry_run:
@@ -60,10 +60,10 @@ def resume(
     Example: slm resume runs/book train.max_tokens=6e6
     """
     from slmkit.cli.show import TerminalReporter, show_run
-    from slmkit.training.find import find_run
+    from slmkit.model.files.find import find_run
 
     find_run(run)  # before anything is loaded
-    from slmkit.api import resume_run
+    from slmkit.workflows.train import resume_run
 
     show_run(resume_run(run, TerminalReporter(), overrides or [], replan).root)
 
@@ -80,12 +80,12 @@ def replay(
     Example: slm replay runs/book --step 12
     """
     from slmkit.cli.show import TerminalReporter
-    from slmkit.training.find import find_run
+    from slmkit.model.files.find import find_run
 
     find_run(run)  # before anything is loaded
     reporter = TerminalReporter()
     reporter.say(f"opening {run}")
-    from slmkit.api.replay import replay_run
+    from slmkit.workflows.replay import replay_run
 
     done = replay_run(run, step, reporter)
     figures = done.replay.report
@@ -110,3 +110,34 @@ def replay(
     for row in done.replay.rows[:5]:
         start = done.text_before(row.number, 15)
         print(f"  row {row.number}: loss {row.loss:.4g}, gradient norm {row.grad_norm:.4g}, begins {start!r}")
+
+
+def distill_cache(
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE", help="A recipe of objective distill: a file, or a name that `slm recipes` lists."
+        ),
+    ],
+    overrides: Overrides = None,
+) -> None:
+    """Store a teacher's predictions for `slm train` to learn from.
+
+    The likeliest tokens of each position go to the folder that `distillation.cache` names; training reads them from
+    there and needs no teacher in memory. If it was stopped, the same command goes on.
+
+    Example: slm distill-cache quickstart-distill distillation.cache=runs/taught
+    """
+    from slmkit.cli.show import TerminalReporter
+    from slmkit.training.recipe.checks import expect_ready
+    from slmkit.training.recipe.recipe import find_recipe, load_recipe
+
+    reporter = TerminalReporter()
+    loaded = load_recipe(find_recipe(recipe), overrides or [], reporter.say)
+    expect_ready(loaded)
+    from slmkit.workflows.distill import cache_teacher
+
+    stored = cache_teacher(loaded, reporter)
+    assert loaded.distillation is not None
+    print(f"{loaded.distillation.cache}: the {stored.k} likeliest tokens of each position, in {stored.rows:,} rows")
+    print(f"next: slm train {recipe} {' '.join(overrides or [])}".rstrip())

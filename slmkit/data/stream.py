@@ -12,12 +12,11 @@ import numpy as np
 
 from slmkit.config import UserError
 from slmkit.data.batch import Batch, stacked
-from slmkit.data.conversations import OnLong
-from slmkit.data.mixture import Schedule
+from slmkit.data.mixture import Phase, Schedule, WhenExhausted
 from slmkit.data.order import mixed_seed, permuted
 from slmkit.data.packing import IGNORED, numbered, pack_whole, padded, row_of_labels, windows
-from slmkit.data.phases import Phase, WhenExhausted
-from slmkit.data.shards import TokenShards
+from slmkit.data.prepare.conversations import OnLong
+from slmkit.data.shards.reader import TokenShards
 
 
 class Rows(Protocol):

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from slmkit.generation import SamplingSettings, generate_ids
+from slmkit.generation.generator import generate_ids
 from slmkit.generation.language_model import LanguageModel
+from slmkit.generation.sampling_settings import SamplingSettings
 from slmkit.tokenizer import SLMTokenizer
 
 Messages = Sequence[Mapping[str, Any]]

@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from slmkit.model import SLMConfig
-from slmkit.model.families import architecture_of
+from slmkit.model.architectures import architecture_of
+from slmkit.model.config import SLMConfig
 from slmkit.model.sizes import parameter_count
 
 TRAINING_KEYS = (

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from slmkit.config import UserError
 from slmkit.generation.language_model import LanguageModel
-from slmkit.model import Decoder, KVCache
+from slmkit.model.cache import KVCache
+from slmkit.model.decoder import Decoder
 from slmkit.tokenizer import SLMTokenizer
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from slmkit.config import UserError
-from slmkit.model.generation_config import FILE, not_obeyed, read_generation_config
+from slmkit.model.files.generation_config import FILE, not_obeyed, read_generation_config
 
 
 @dataclass(frozen=True)

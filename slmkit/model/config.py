@@ -12,11 +12,11 @@ from pydantic import Field, model_validator
 
 from slmkit.config import Settings, UserError, did_you_mean, kind_of_value, load_settings
 from slmkit.find import find_config_directory
-from slmkit.model.adapter_directory import config_directory
 from slmkit.model.families import FULL, SLIDING, families_with, family_of, optional_fields
-from slmkit.model.generation_config import read_generation_config
+from slmkit.model.files.adapter_directory import config_directory
+from slmkit.model.files.generation_config import read_generation_config
+from slmkit.model.files.published import from_published, to_published
 from slmkit.model.presets import PRESETS
-from slmkit.model.published import from_published, to_published
 
 # Fields for a five-line training script: defaults of the trainer, no property of the model, never in config.json.
 TRAINING_FIELDS = {

@@ -1,23 +1,16 @@
-"""The families: for each one function from its config to an `Architecture`, and a row of `FAMILIES`.
+"""The families: a row each, with the table of weight names, the fields that are read, and the spelling of config.json.
 
-Whatever else tells a family apart is data in its row: its table of weight names, the fields it reads, and what its
-config.json spells otherwise.
+What a family's decoder computes is a function in `architectures.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from slmkit.config import UserError
-from slmkit.model import names
-from slmkit.model.architecture import Architecture, Latent, Layer
-from slmkit.model.rope import DynamicNTK, Yarn, yarn_growth
-from slmkit.model.rope_settings import rope_of
-
-if TYPE_CHECKING:
-    from slmkit.model.config import SLMConfig
+from slmkit.model.files import names
 
 Names = Mapping[str, str]
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -32,7 +25,6 @@ class Family:
     """
 
     class_name: str  # `architectures` in config.json
-    architecture: Callable[[SLMConfig], Architecture]
     names: Names
     fields: frozenset[str] = frozenset()
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -56,142 +48,14 @@ def family_of(model_type: str) -> Family:
     return FAMILIES[model_type]
 
 
-def architecture_of(config: SLMConfig) -> Architecture:
-    """The decoder's choices for a config. Raises `UserError` for a family that is not supported."""
-    return family_of(config.model_type).architecture(config)
-
-
 def optional_fields() -> frozenset[str]:
     """The fields of `SLMConfig` that some families have and others do not."""
     return frozenset().union(*(family.fields for family in FAMILIES.values()))
 
 
-def _layers(config: SLMConfig) -> tuple[Layer, ...]:
-    """What the config says of each layer: its rotation, by kind where kinds differ in it, and its window."""
-    depth, positions = config.num_hidden_layers, config.max_position_embeddings
-    kinds = config.layer_types or ["sliding_attention" if config.sliding_window else "full_attention"] * depth
-    turns = config.no_rope_layers or [1] * depth  # 1: does turn
-    return tuple(
-        Layer(
-            rope=rope_of(config.rope_parameters, kind, config.head_dim, positions) if turn else None,
-            window=config.sliding_window if kind == "sliding_attention" else None,
-        )
-        for kind, turn in zip(kinds, turns)
-    )
-
-
 def families_with(field_name: str) -> list[str]:
     """The families that read this field."""
     return sorted(name for name, family in FAMILIES.items() if field_name in family.fields)
-
-
-def _positions(config: SLMConfig, layers: tuple[Layer, ...]) -> int:
-    """The longest text: what the config says, and with dynamic NTK, which begins where that ends, its factor more."""
-    scalings = [layer.rope.scaling for layer in layers if layer.rope is not None]
-    growth = max((scaling.factor for scaling in scalings if isinstance(scaling, DynamicNTK)), default=1.0)
-    return round(config.max_position_embeddings * growth)
-
-
-def _llama(config: SLMConfig, **choices: Any) -> Architecture:
-    """Llama 3.2, and what others have in common with it: `choices` are where they differ."""
-    layers = choices.get("layers") or _layers(config)
-    common: dict[str, Any] = {
-        "vocab_size": config.vocab_size,
-        "width": config.hidden_size,
-        "heads": config.num_attention_heads,
-        "kv_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "mlp_width": config.intermediate_size,
-        "max_positions": _positions(config, layers),
-        "layers": layers,
-        "norm": "rms",
-        "norm_eps": config.rms_norm_eps,
-        "norm_at": "pre",
-        "qk_norm": "none",
-        "activation": config.hidden_act,
-        "gated_mlp": True,
-        "qkv_bias": config.attention_bias,
-        "out_bias": config.attention_bias,
-        "mlp_bias": config.mlp_bias,
-        "tied": config.tie_word_embeddings,
-        "attention_scale": config.head_dim**-0.5,
-        "attention_dropout": config.attention_dropout,
-        "hidden_dropout": config.hidden_dropout,
-    }
-    return Architecture(**common | choices)
-
-
-def _gpt2(config: SLMConfig) -> Architecture:
-    return _llama(
-        config,
-        kv_heads=config.num_attention_heads,
-        head_dim=config.hidden_size // config.num_attention_heads,
-        layers=(Layer(),) * config.num_hidden_layers,
-        learned_positions=True,
-        norm="layer",
-        gated_mlp=False,
-        qkv_bias=True,
-        out_bias=True,
-        mlp_bias=True,
-    )
-
-
-def _qwen3(config: SLMConfig) -> Architecture:
-    return _llama(config, qk_norm="head")
-
-
-def _qwen2(config: SLMConfig) -> Architecture:
-    return _llama(config, qkv_bias=True)
-
-
-def _olmo2(config: SLMConfig) -> Architecture:
-    return _llama(config, norm_at="post", qk_norm="width")
-
-
-def _gemma2(config: SLMConfig, **choices: Any) -> Architecture:
-    common: dict[str, Any] = {
-        "norm": "rms+1",
-        "norm_at": "both",
-        "embedding_scale": config.hidden_size**0.5,
-        "attention_scale": config.query_pre_attn_scalar**-0.5,
-        "attention_cap": config.attn_logit_softcapping,
-        "logit_cap": config.final_logit_softcapping,
-    }
-    return _llama(config, **common | choices)
-
-
-def _gemma3(config: SLMConfig) -> Architecture:
-    return _gemma2(config, qk_norm="head")
-
-
-def _deepseek(config: SLMConfig) -> Architecture:
-    latent = Latent(
-        query_rank=config.q_lora_rank,
-        kv_rank=config.kv_lora_rank,
-        rope_dim=config.qk_rope_head_dim,
-        plain_dim=config.qk_nope_head_dim,
-        value_dim=config.v_head_dim,
-        neighbours_turn=config.rope_interleave,
-    )
-    layer = Layer(rope_of(config.rope_parameters, FULL, latent.rope_dim, config.max_position_embeddings))
-    scale, scaling = (latent.plain_dim + latent.rope_dim) ** -0.5, layer.rope and layer.rope.scaling
-    if isinstance(scaling, Yarn) and scaling.mscale_all_dim:  # longer, as the turned channels are
-        scale *= yarn_growth(scaling.factor, scaling.mscale_all_dim) ** 2
-    layers = (layer,) * config.num_hidden_layers
-    return _llama(config, layers=layers, kv_heads=config.num_attention_heads, latent=latent, attention_scale=scale)
-
-
-def _slm(config: SLMConfig) -> Architecture:
-    """No published family: every choice is a field, to study what each of them does."""
-    return _llama(
-        config,
-        norm=config.norm,
-        norm_at=config.norm_at,
-        qk_norm=config.qk_norm,
-        gated_mlp=config.gated_mlp,
-        attention_cap=config.attn_logit_softcapping,
-        logit_cap=config.final_logit_softcapping,
-    )
 
 
 def _layer_types(fields: dict[str, Any], full_every: int | None = None) -> list[str] | None:
@@ -250,7 +114,6 @@ _DENSE: dict[str, Any] = dict.fromkeys(_EXPERTS) | {
 FAMILIES: dict[str, Family] = {
     "gpt2": Family(
         "GPT2LMHeadModel",
-        _gpt2,
         names.GPT2,
         defaults={"hidden_act": "gelu_new", "intermediate_size": lambda fields: 4 * fields["hidden_size"]},
         spelling={
@@ -272,17 +135,15 @@ FAMILIES: dict[str, Family] = {
         },
         transposed=names.GPT2_TRANSPOSED,
     ),
-    "llama": Family("LlamaForCausalLM", _llama, names.LLAMA, _ROTARY | _BIASES, absent=_UNTIED),
+    "llama": Family("LlamaForCausalLM", names.LLAMA, _ROTARY | _BIASES, absent=_UNTIED),
     "mistral": Family(
         "MistralForCausalLM",
-        _llama,
         names.LLAMA,
         _ROTARY | {"sliding_window"},
         absent=_UNTIED | {"sliding_window": 4096},
     ),
     "qwen2": Family(
         "Qwen2ForCausalLM",
-        _qwen2,
         names.LLAMA,
         _ROTARY | _WINDOWS,
         defaults={"layer_types": _layer_types},
@@ -291,7 +152,6 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
-        _qwen3,
         names.QWEN3,
         _ROTARY | _WINDOWS | {"attention_bias"},
         defaults={"layer_types": _layer_types},
@@ -300,7 +160,6 @@ FAMILIES: dict[str, Family] = {
     ),
     "smollm3": Family(
         "SmolLM3ForCausalLM",
-        _llama,
         names.LLAMA,
         _ROTARY | _WINDOWS | _BIASES | {"no_rope_layers"},
         defaults={"no_rope_layers": _three_of_four_turn},
@@ -309,14 +168,12 @@ FAMILIES: dict[str, Family] = {
     ),
     "olmo2": Family(
         "Olmo2ForCausalLM",
-        _olmo2,
         names.OLMO2,
         _ROTARY | {"attention_bias"},
         absent={"tie_word_embeddings": False},
     ),
     "olmo3": Family(
         "Olmo3ForCausalLM",
-        _olmo2,
         names.OLMO2,
         _ROTARY | _WINDOWS | {"attention_bias"},
         defaults={"layer_types": _one_in(4), "rope_parameters": _bases(full=5e5, sliding=5e5)},
@@ -325,7 +182,6 @@ FAMILIES: dict[str, Family] = {
     ),
     "gemma2": Family(
         "Gemma2ForCausalLM",
-        _gemma2,
         names.GEMMA2,
         _ROTARY | _WINDOWS | _CAPS | {"attention_bias", "query_pre_attn_scalar"},
         defaults=_GEMMA_DEFAULTS | {"layer_types": _one_in(2)},
@@ -335,7 +191,6 @@ FAMILIES: dict[str, Family] = {
     ),
     "gemma3_text": Family(
         "Gemma3ForCausalLM",
-        _gemma3,
         names.GEMMA3,
         _ROTARY | _WINDOWS | {"attention_bias", "query_pre_attn_scalar", "final_logit_softcapping"},
         defaults=_GEMMA_DEFAULTS | {"layer_types": _one_in(6), "rope_parameters": _bases(full=1e6, sliding=1e4)},
@@ -347,7 +202,6 @@ FAMILIES: dict[str, Family] = {
     ),
     "deepseek_v3": Family(
         "DeepseekV3ForCausalLM",
-        _deepseek,
         names.DEEPSEEK,
         _LATENT | {"rope_parameters", "rope_interleave", "attention_bias"},
         absent=_UNTIED | {"first_k_dense_replace": 3},
@@ -358,7 +212,6 @@ FAMILIES: dict[str, Family] = {
     ),
     "slm": Family(
         "SLMForCausalLM",
-        _slm,
         names.SLM,
         _ROTARY | _WINDOWS | _BIASES | _CAPS | {"no_rope_layers", "norm", "norm_at", "qk_norm", "gated_mlp"},
     ),

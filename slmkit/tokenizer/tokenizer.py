@@ -142,7 +142,8 @@ class SLMTokenizer(CallableTokenizer):
         `chat_template` is `chatml`, `llama3`, `gemma` or a Jinja file; what one of the named three is written with is
         added where it is missing. `added_tokens` are recognised in any text, `additional_special_tokens` only in what a
         template writes. What is one token already stays as it is. Models need a row for each new id: see
-        `slmkit.model.growth`. Raises `UserError` for an unknown template, an empty token, and for one named as both.
+        `slmkit.model.initialization`. Raises `UserError` for an unknown template, an empty token, and for one named as
+        both.
         """
         chosen = ChatFormat(self.chat_template) if chat_template is None else find_format(chat_template)
         bos = None if "bos_token" in self._names else chosen.bos_token  # one of its own goes on to begin texts

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 from slmkit.device import Device
-from slmkit.model import Decoder
+from slmkit.model.decoder import Decoder
 from slmkit.training.loop import Every, Hook, Report, State
 
 

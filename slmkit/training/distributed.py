@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from slmkit.config import UserError
 from slmkit.device import Device, Ranks
-from slmkit.model import Decoder
+from slmkit.model.decoder import Decoder
 
 Parallel = Literal["auto", "ddp", "fsdp"]
 T = TypeVar("T")

@@ -23,10 +23,10 @@ from slmkit.config import UserError
 from slmkit.data.batch import Batch
 from slmkit.data.stream import Batches
 from slmkit.device import Device
-from slmkit.model import Decoder
+from slmkit.model.decoder import Decoder
 from slmkit.training.distributed import ALONE, Group, own_share, whole
 from slmkit.training.guards import LEAST_NORM, Guard, GuardSettings
-from slmkit.training.objectives import Objective, Sums, surveyed
+from slmkit.training.objective import Objective, Sums, surveyed
 from slmkit.training.precision import LossScale
 
 SAMPLED = 4096  # weights of each parameter that are looked at, to see whether a first step changes anything

@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 
-from slmkit.adapt import LoRASettings, add_lora
 from slmkit.adapt.adapter import trained_tensors
-from slmkit.model import Decoder, SLMConfig, save_decoder
+from slmkit.adapt.lora import add_lora
+from slmkit.model.config import SLMConfig
+from slmkit.model.decoder import Decoder
+from slmkit.model.files.adapter_directory import LoRASettings
+from slmkit.model.files.directory import save_decoder
 from tests.parity.test_transformers import randomised
 
 SHAPE = {

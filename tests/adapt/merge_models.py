@@ -10,11 +10,13 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from slmkit.adapt.merge_recipe import MergeRecipe
-from slmkit.api.merging import prepare_merge, write_merge
 from slmkit.config import load_settings
-from slmkit.model import Decoder, SLMConfig, build_decoder, save_decoder
-from slmkit.model.directory import WEIGHTS
+from slmkit.model.config import SLMConfig
+from slmkit.model.decoder import Decoder
+from slmkit.model.files.directory import WEIGHTS, save_decoder
+from slmkit.model.initialization import build_decoder
 from slmkit.tokenizer import SLMTokenizer
+from slmkit.workflows.merge import prepare_merge, write_merge
 
 Arrays = dict[str, NDArray[np.float64]]
 TOKENIZER = SLMTokenizer(260)

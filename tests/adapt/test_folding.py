@@ -11,15 +11,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from slmkit import SLMForCausalLM
-from slmkit.adapt import LoRASettings, fold, load_adapter, load_model, save_adapter
-from slmkit.adapt.adapter import trained_tensors
-from slmkit.adapt.load import adapter_blueprint, start_adapter
-from slmkit.api.folding import fold_adapters
+from slmkit.adapt.adapter import load_adapter, save_adapter, trained_tensors
+from slmkit.adapt.load import adapter_blueprint, load_model, start_adapter
+from slmkit.adapt.lora import fold
 from slmkit.config import UserError
-from slmkit.model import load_decoder, save_decoder
+from slmkit.model.files.adapter_directory import LoRASettings
+from slmkit.model.files.directory import load_decoder, save_decoder
 from slmkit.model.sizes import parameter_count
 from slmkit.tokenizer import SLMTokenizer
-from slmkit.training.inspection import inspect_model
+from slmkit.training.estimate.inspect import inspect_model
+from slmkit.workflows.merge import fold_adapters
 from tests.adapt.helpers import adapted, base_in, config_of, logits, shake
 from tests.cli.helpers import slm
 from tests.training.helpers import TOKENIZER

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from slmkit.adapt import LoRASettings, add_lora, fold
 from slmkit.adapt.adapter import trained_tensors
-from slmkit.adapt.lora import DoRALinear, LoRALinear, adapted_linears
+from slmkit.adapt.lora import DoRALinear, LoRALinear, adapted_linears, add_lora, fold
 from slmkit.adapt.lora_base import FORMATS, NF4Linear
 from slmkit.config import UserError
-from slmkit.model import SLMConfig, build_decoder
+from slmkit.model.config import SLMConfig
+from slmkit.model.files.adapter_directory import LoRASettings
+from slmkit.model.initialization import build_decoder
 from tests.adapt.helpers import FAMILIES, KINDS, adapted, config_of, ids, logits
 
 

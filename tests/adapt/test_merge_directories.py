@@ -14,12 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.merging import MEASURED
 from slmkit.adapt import merging as merging_room
-from slmkit.api import merging
 from slmkit.config import UserError, load_settings, read_yaml
-from slmkit.model import SLMConfig, build_decoder, load_decoder
-from slmkit.model.directory import SHARDS, WEIGHTS, empty_decoder, stored_names
+from slmkit.model.config import SLMConfig
 from slmkit.model.families import family_of
+from slmkit.model.files.directory import SHARDS, WEIGHTS, empty_decoder, load_decoder, stored_names
+from slmkit.model.initialization import build_decoder
 from slmkit.tokenizer import SLMTokenizer
+from slmkit.workflows import merge as merging
 from tests.adapt.merge_models import MergeRecipe, bits, merge, small, write, write_family
 from tests.model.test_cache import FAMILIES, config
 

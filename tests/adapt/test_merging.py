@@ -11,9 +11,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from slmkit.adapt.merge_recipe import MergeRecipe
-from slmkit.api.merging import prepare_merge, write_merge
 from slmkit.config import UserError, load_settings
-from slmkit.model.directory import WEIGHTS as WEIGHTS_FILE
+from slmkit.model.files.directory import WEIGHTS as WEIGHTS_FILE
+from slmkit.workflows.merge import prepare_merge, write_merge
 from tests.adapt import merge_reference as reference
 from tests.adapt.merge_models import Arrays, arrays, bits, merge, small, write_family
 

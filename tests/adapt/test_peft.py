@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from slmkit.adapt import LoRASettings, fold, load_adapted, load_model, save_adapter
-from slmkit.adapt.adapter import read_tensors, trained_tensors
-from slmkit.adapt.lora import adapted_linears
+from slmkit.adapt.adapter import read_tensors, save_adapter, trained_tensors
+from slmkit.adapt.load import load_adapted, load_model
+from slmkit.adapt.lora import adapted_linears, fold
 from slmkit.config import UserError
-from slmkit.model import Decoder, load_decoder
+from slmkit.model.decoder import Decoder
+from slmkit.model.files.adapter_directory import LoRASettings
+from slmkit.model.files.directory import load_decoder
 from tests.adapt.helpers import FAMILIES, KINDS, adapted, base_in, config_of, ids, logits, shake
 from tests.parity.test_transformers import randomised
 
@@ -213,7 +215,7 @@ def test_a_fused_adapter_of_pefts_is_split_and_written_as_one_again(tmp_path: Pa
 
 
 def test_folded_it_is_a_plain_model_for_transformers(tmp_path: Path) -> None:
-    from slmkit.model import save_decoder
+    from slmkit.model.files.directory import save_decoder
 
     decoder, _ = ours_in(tmp_path, "gpt2", KINDS["dora"])
     before = logits(decoder)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from slmkit.adapt import swap
 from slmkit.adapt.lora import reference_names
+from slmkit.adapt.swapping import swap
 from slmkit.config import UserError
-from slmkit.model import build_decoder
+from slmkit.model.initialization import build_decoder
 from tests.adapt.helpers import config_of
 
 

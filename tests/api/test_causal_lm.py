@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from slmkit import SLMConfig, SLMEnsemble, SLMForCausalLM, UserError
-from slmkit.generation import Ensemble
+from slmkit.generation.ensemble import Ensemble
 from slmkit.model.families import FAMILIES
 from tests.parity.configurations import DRAW, VOCAB
 from tests.parity.twins import twins

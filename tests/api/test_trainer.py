@@ -25,12 +25,12 @@ from slmkit import (
     TextDataset,
     UserError,
 )
-from slmkit.api import resume_run
 from slmkit.api.callbacks import Callback
-from slmkit.api.reporter import SILENCE
 from slmkit.data.batch import Batch
+from slmkit.training.logging.list_runs import list_runs
 from slmkit.training.loop import Report, State
-from slmkit.training.overview import list_runs
+from slmkit.workflows.context import SILENCE
+from slmkit.workflows.train import resume_run
 
 TOKENIZER = SLMTokenizer(vocab_size=260)
 CONFIG = SLMConfig(

@@ -23,9 +23,10 @@ from pathlib import Path
 
 SLM = "from slmkit.cli import main; main()"
 LOADED_BEFORE = (
-    "torch._dynamo", "torch.distributed", "matplotlib.figure", "matplotlib.backends.backend_agg", "slmkit.api.resuming",
-    "slmkit.api.quickstart", "slmkit.training.run", "slmkit.training.plots", "slmkit.training.probe",
-    "slmkit.generation.text", "slmkit.evaluation.loss", "slmkit.data.prepare", "slmkit.cli",
+    "torch._dynamo", "torch.distributed", "matplotlib.figure", "matplotlib.backends.backend_agg",
+    "slmkit.workflows.resume", "slmkit.workflows.quickstart", "slmkit.training.fit", "slmkit.training.logging.plots",
+    "slmkit.training.estimate.probe", "slmkit.generation.text", "slmkit.evaluation.loss",
+    "slmkit.data.prepare.text_to_shards", "slmkit.cli",
 )  # fmt: skip
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from slmkit.data import TokenShards, stories
+from slmkit.data import stories
+from slmkit.data.shards.reader import TokenShards
 from slmkit.tokenizer import SLMTokenizer
 from tests.cli.helpers import refused, slm
 

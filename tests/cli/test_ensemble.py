@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from slmkit.generation import Ensemble, SamplingSettings, complete
-from slmkit.model import SLMConfig, build_decoder, load_decoder, save_decoder
+from slmkit.generation.ensemble import Ensemble
+from slmkit.generation.sampling_settings import SamplingSettings
+from slmkit.generation.text import complete
+from slmkit.model.config import SLMConfig
+from slmkit.model.files.directory import load_decoder, save_decoder
+from slmkit.model.initialization import build_decoder
 from slmkit.tokenizer import SLMTokenizer
 from tests.cli.helpers import refused, slm
 

@@ -29,7 +29,7 @@ def figures(stdout: str) -> list[list[str]]:
 def test_the_validation_text_as_a_file_has_the_validation_s_loss(folder: Path) -> None:
     """Through another way: the text that was held out, written to a file, tokenized and read again."""
     from slmkit import SLMTokenizer
-    from slmkit.data import TokenShards
+    from slmkit.data.shards.reader import TokenShards
 
     run = folder / "runs" / "book"
     shards, tokenizer = TokenShards.open(run / "data" / "validation"), SLMTokenizer.from_pretrained(run / "best")

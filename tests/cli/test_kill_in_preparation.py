@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from slmkit.training.checkpoints import file_sha256
+from slmkit.training.checkpoints.checkpoint import file_sha256
 from tests.cli.helpers import TINY, slm
 
 STORY = "Once there was a fox who had a kite. The kite flew over the hill and the fox ran after it, laughing. "

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from slmkit.model import build_decoder, load_decoder, save_decoder
-from slmkit.training.run_log import MetricsLog
+from slmkit.model.files.directory import load_decoder, save_decoder
+from slmkit.model.initialization import build_decoder
+from slmkit.training.logging.metrics_log import MetricsLog
 from tests.cli.helpers import slm
 from tests.real_data import real_data
 from tests.training.helpers import TOKENIZER, config

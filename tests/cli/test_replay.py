@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from slmkit.tokenizer import SLMTokenizer
-from slmkit.training.checkpoints import _write_manifest
+from slmkit.training.checkpoints.checkpoint import _write_manifest
 from tests.cli.helpers import TINY, refused, slm
 
 STORY = "Once there was a fox who had a kite. The kite flew over the hill and the fox ran after it, laughing. "

@@ -13,8 +13,8 @@ from typing import Any
 import huggingface_hub.utils._http
 
 from slmkit.config import UserError
-from slmkit.data.source_settings import SourceSettings
 from slmkit.data.sources import Patience, open_source
+from slmkit.data.sources.settings import SourceSettings
 
 
 class Clock:

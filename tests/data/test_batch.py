@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from slmkit.data.batch import Batch
+from slmkit.data.mixture import plan_phases
 from slmkit.data.packing import IGNORED
-from slmkit.data.phases import plan_phases
 from slmkit.data.stream import MixtureStream, Rows, Stream
 
 

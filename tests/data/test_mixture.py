@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from slmkit.config import UserError
-from slmkit.data.mixture import Schedule
-from slmkit.data.phases import Phase, PhaseSettings, plan_phases
+from slmkit.data.mixture import Phase, PhaseSettings, Schedule, plan_phases
 
 
 def counted(schedule: Schedule, rows: int, sources: int) -> np.ndarray:

@@ -6,8 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slmkit.data import IGNORED, pack_whole, windows
-from slmkit.data.packing import padded, row_of_labels
+from slmkit.data.packing import IGNORED, pack_whole, padded, row_of_labels, windows
 
 
 @given(st.integers(0, 200), st.integers(1, 20))

@@ -9,18 +9,12 @@ import pytest
 import torch
 
 from slmkit.config import UserError
-from slmkit.data import (
-    IGNORED,
-    Batch,
-    ChatRows,
-    DocumentRows,
-    PretrainRows,
-    ShardWriter,
-    Stream,
-    TokenShards,
-    prepare_chat,
-    prepare_text,
-)
+from slmkit.data.batch import Batch
+from slmkit.data.packing import IGNORED
+from slmkit.data.prepare.text_to_shards import prepare_chat, prepare_text
+from slmkit.data.shards.reader import TokenShards
+from slmkit.data.shards.writer import ShardWriter
+from slmkit.data.stream import ChatRows, DocumentRows, PretrainRows, Stream
 from tests.data.byte_tokenizer import ByteTokenizer, chat
 
 TOKENIZER = ByteTokenizer()

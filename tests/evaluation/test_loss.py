@@ -10,15 +10,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from slmkit.data import prepare_text
+from slmkit.data.prepare.text_to_shards import prepare_text
 from slmkit.data.stories import tell_many
 from slmkit.data.stream import DocumentRows, Rows
 from slmkit.device import find_device
 from slmkit.evaluation import LossReport, validation_loss
-from slmkit.model import SLMConfig, build_decoder
+from slmkit.model.config import SLMConfig
 from slmkit.model.decoder import Decoder
+from slmkit.model.initialization import build_decoder
 from slmkit.tokenizer import SLMTokenizer
-from slmkit.training.memory import Ledger
+from slmkit.training.estimate.memory import Ledger
 
 CPU = find_device("cpu", "float32")
 

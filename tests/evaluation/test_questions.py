@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import pytest
 
+from slmkit.data.rows.text_dataset import TextDataset
 from slmkit.data.stream import Stream
-from slmkit.data.text_dataset import TextDataset
 from slmkit.evaluation import ask
 from slmkit.evaluation.questions import Answer, QuestionReport
-from slmkit.model import SLMConfig, build_decoder
+from slmkit.model.config import SLMConfig
 from slmkit.model.decoder import Decoder
+from slmkit.model.initialization import build_decoder
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.loop import train
-from slmkit.training.objectives import next_token
+from slmkit.training.objective import next_token
 from tests.training.helpers import plan, state
 
 TOKENIZER = SLMTokenizer(260)
@@ -44,7 +45,7 @@ def parrot() -> Decoder:
         SLMConfig(vocab_size=260, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
                   max_position_embeddings=128, initializer_range=0.1)
     )  # fmt: skip
-    from slmkit.training.optimizers import adamw
+    from slmkit.training.optimizers.choose import adamw
     from tests.training.helpers import settings
 
     learner.optimizers = adamw(learner.model, settings())

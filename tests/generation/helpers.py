@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from slmkit.generation import generator
-from slmkit.model import SLMConfig, build_decoder
+from slmkit.model.config import SLMConfig
 from slmkit.model.decoder import Decoder
+from slmkit.model.initialization import build_decoder
 from slmkit.tokenizer import SLMTokenizer
 
 TOKENIZER = SLMTokenizer(260)

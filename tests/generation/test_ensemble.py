@@ -12,12 +12,19 @@ from torch.nn import functional as F
 
 from slmkit import SLMEnsemble, SLMForCausalLM
 from slmkit.config import UserError
-from slmkit.data import prepare_text
+from slmkit.data.prepare.text_to_shards import prepare_text
 from slmkit.data.stream import DocumentRows
 from slmkit.device import find_device
 from slmkit.evaluation import ask, validation_loss
-from slmkit.generation import ChatSession, Ensemble, SamplingSettings, complete, generate_ids
-from slmkit.model import Decoder, SLMConfig, build_decoder, save_decoder
+from slmkit.generation.chat import ChatSession
+from slmkit.generation.ensemble import Ensemble
+from slmkit.generation.generator import generate_ids
+from slmkit.generation.sampling_settings import SamplingSettings
+from slmkit.generation.text import complete
+from slmkit.model.config import SLMConfig
+from slmkit.model.decoder import Decoder
+from slmkit.model.files.directory import save_decoder
+from slmkit.model.initialization import build_decoder
 from slmkit.tokenizer import SLMTokenizer
 from tests.generation.helpers import TOKENIZER, byte_decoder
 from tests.model.test_cache import FAMILIES, config

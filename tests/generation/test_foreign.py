@@ -11,14 +11,15 @@ import pytest
 import torch
 
 from slmkit import SLMEnsemble, SLMForCausalLM
-from slmkit.cli.chat import chat
-from slmkit.cli.generate import generate
+from slmkit.cli.chat import chat, generate
 from slmkit.cli.show import load_model
 from slmkit.config import UserError
-from slmkit.generation import ChatSession, SamplingSettings, complete, stream_completion
+from slmkit.generation.chat import ChatSession
 from slmkit.generation.generator import IdStream
-from slmkit.model import SLMConfig
-from slmkit.model.generation_config import new_tokens
+from slmkit.generation.sampling_settings import SamplingSettings
+from slmkit.generation.text import complete, stream_completion
+from slmkit.model.config import SLMConfig
+from slmkit.model.files.generation_config import new_tokens
 from slmkit.tokenizer import SLMTokenizer
 from tests.tokenizer.kinds import MADE, REAL, directory_of
 from tests.tokenizer.test_kinds import TEMPLATES

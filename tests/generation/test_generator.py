@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from slmkit.config import UserError
-from slmkit.generation import IdStream, SamplingSettings, generate_ids
-from slmkit.model import build_decoder, save_decoder
+from slmkit.generation.generator import IdStream, generate_ids
+from slmkit.generation.sampling_settings import SamplingSettings
 from slmkit.model.decoder import Decoder
+from slmkit.model.files.directory import save_decoder
+from slmkit.model.initialization import build_decoder
 from tests.model.test_decoder import ids, tiny
 
 GREEDY = SamplingSettings(do_sample=False)

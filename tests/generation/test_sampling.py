@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slmkit.config import UserError
-from slmkit.generation import SamplingSettings
 from slmkit.generation.sampling import Sampler, min_p, repetition_penalty, rules_of, temperature, top_k, top_p
+from slmkit.generation.sampling_settings import SamplingSettings
 
 process = pytest.importorskip("transformers.generation.logits_process")
 CPU = torch.device("cpu")

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from slmkit.config import UserError
-from slmkit.generation import SamplingSettings, TextStream, complete, generate_ids, stream_completion
+from slmkit.generation.generator import generate_ids
+from slmkit.generation.sampling_settings import SamplingSettings
+from slmkit.generation.text import TextStream, complete, stream_completion
 from slmkit.model.decoder import Decoder
 from tests.generation.helpers import TOKENIZER, ByteTokens, byte_decoder, make_models_say
 

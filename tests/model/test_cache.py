@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from slmkit.model import Decoder, SLMConfig, build_decoder
+from slmkit.model.config import SLMConfig
+from slmkit.model.decoder import Decoder
+from slmkit.model.initialization import build_decoder
 
 LENGTH = 40
 SIZES = {

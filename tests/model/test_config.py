@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from slmkit.config import UserError
-from slmkit.model import SLMConfig
-from slmkit.model.config import PRESETS, TRAINING_FIELDS
+from slmkit.model.config import PRESETS, TRAINING_FIELDS, SLMConfig
 from slmkit.model.families import FAMILIES
 
 

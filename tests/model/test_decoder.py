@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from slmkit.config import UserError
-from slmkit.model import SLMConfig, build_decoder
+from slmkit.model.config import SLMConfig
+from slmkit.model.initialization import build_decoder
 
 
 def tiny(**changes: object) -> SLMConfig:

@@ -65,7 +65,8 @@ def test_dropout_and_small_heads_take_the_mask() -> None:
 
 @pytest.mark.parametrize("preset", ["gpt2", "gemma-3-270m"])
 def test_a_whole_decoder_gives_the_same_either_way(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from slmkit.model import SLMConfig, build_decoder
+    from slmkit.model.config import SLMConfig
+    from slmkit.model.initialization import build_decoder
 
     sizes = {"vocab_size": 50, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
     more = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 256}

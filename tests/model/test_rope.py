@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from slmkit.config import UserError
-from slmkit.model import SLMConfig
-from slmkit.model.families import architecture_of
+from slmkit.model.architectures import architecture_of
+from slmkit.model.config import SLMConfig
 from slmkit.model.rope import Rope
 from slmkit.model.rotary import Rotary, rotate
 

@@ -7,8 +7,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from slmkit.model import Decoder, SLMConfig, build_decoder
-from slmkit.model.families import architecture_of
+from slmkit.model.architectures import architecture_of
+from slmkit.model.config import SLMConfig
+from slmkit.model.decoder import Decoder
+from slmkit.model.initialization import build_decoder
 from slmkit.model.presets import PRESETS
 from slmkit.model.sizes import cache_size, cache_variants, count_parameters, flops_per_token, parameter_count
 from tests.model.test_cache import FAMILIES, SIZES, config

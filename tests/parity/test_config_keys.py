@@ -9,7 +9,7 @@ import pytest
 
 from slmkit.model.config import TRAINING_FIELDS, SLMConfig
 from slmkit.model.families import FAMILIES
-from slmkit.model.published import HARMLESS_KEYS, ONLY_WITH
+from slmkit.model.files.published import HARMLESS_KEYS, ONLY_WITH
 
 transformers = pytest.importorskip("transformers")
 

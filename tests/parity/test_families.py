@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 pytest.importorskip("transformers")
 
-from slmkit.generation import SamplingSettings, generate_ids
-from slmkit.model.directory import save_decoder, stored_names
+from slmkit.generation.generator import generate_ids
+from slmkit.generation.sampling_settings import SamplingSettings
 from slmkit.model.families import family_of
+from slmkit.model.files.directory import save_decoder, stored_names
 from tests.parity.configurations import DRAW, PER_FAMILY
 from tests.parity.twins import BEFORE_5, Twins, text, twins, twins_of
 

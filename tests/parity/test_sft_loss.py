@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from slmkit.data import ChatRows, prepare_chat
 from slmkit.data.batch import Batch
 from slmkit.data.packing import IGNORED
-from slmkit.data.stream import Stream
-from slmkit.model import SLMConfig, build_decoder
-from slmkit.model.directory import save_decoder
+from slmkit.data.prepare.text_to_shards import prepare_chat
+from slmkit.data.stream import ChatRows, Stream
+from slmkit.model.config import SLMConfig
+from slmkit.model.files.directory import save_decoder
+from slmkit.model.initialization import build_decoder
 from slmkit.tokenizer import SLMTokenizer
-from slmkit.training.objectives import next_token
+from slmkit.training.objective import next_token
 
 transformers = pytest.importorskip("transformers")
 

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from slmkit.model import SLMConfig, build_decoder, load_decoder, save_decoder
+from slmkit.model.config import SLMConfig
 from slmkit.model.decoder import Decoder
+from slmkit.model.files.directory import load_decoder, save_decoder
+from slmkit.model.initialization import build_decoder
 from tests.model.test_decoder import tiny
 
 transformers = pytest.importorskip("transformers")
@@ -109,6 +111,6 @@ def test_the_biggest_preset_has_the_size_of_the_published_model() -> None:
 
 
 def build_decoder_architecture(preset: str) -> Any:
-    from slmkit.model.families import architecture_of
+    from slmkit.model.architectures import architecture_of
 
     return architecture_of(SLMConfig.from_preset(preset))

@@ -12,9 +12,9 @@ import torch
 
 pytest.importorskip("transformers")
 
-from slmkit.model import Decoder
 from slmkit.model.architecture import Architecture, Layer
 from slmkit.model.context import Context
+from slmkit.model.decoder import Decoder
 from slmkit.model.rope import Rope, Yarn
 from tests.parity.configurations import LLAMA3, VOCAB, YARN, Settings
 from tests.parity.twins import text, twins_of

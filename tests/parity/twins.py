@@ -12,7 +12,9 @@ import torch
 import transformers
 from torch import Tensor
 
-from slmkit.model import Decoder, SLMConfig, load_decoder
+from slmkit.model.config import SLMConfig
+from slmkit.model.decoder import Decoder
+from slmkit.model.files.directory import load_decoder
 from tests.parity.configurations import DRAW, LENGTH, VOCAB
 
 BEFORE_5 = transformers.__version__ < "5"

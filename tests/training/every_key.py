@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 
-from slmkit.api import SLMForCausalLM
+from slmkit.api.causal_lm import SLMForCausalLM
 from slmkit.config import Settings
-from slmkit.model import SLMConfig
-from slmkit.model.config import TRAINING_FIELDS
+from slmkit.model.config import TRAINING_FIELDS, SLMConfig
 from slmkit.tokenizer import SLMTokenizer
-from slmkit.training.recipe import ModelSettings, Recipe
+from slmkit.training.recipe.recipe import ModelSettings, Recipe
 
 SHAPE = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,

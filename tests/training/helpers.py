@@ -8,20 +8,23 @@ from pathlib import Path
 from torch import Tensor
 
 from slmkit.data.batch import Batch
+from slmkit.data.rows.text_dataset import TextDataset
 from slmkit.data.stream import Stream
-from slmkit.data.text_dataset import TextDataset
 from slmkit.device import find_device
-from slmkit.model import Decoder, SLMConfig, build_decoder
+from slmkit.model.config import SLMConfig
+from slmkit.model.decoder import Decoder
+from slmkit.model.initialization import build_decoder
 from slmkit.tokenizer import SLMTokenizer
-from slmkit.training.checkpoints import take_snapshot
+from slmkit.training.checkpoints.checkpoint import take_snapshot
+from slmkit.training.checkpoints.model_files import WholeModel
+from slmkit.training.fit import fit, make_plan
 from slmkit.training.guards import GuardSettings
 from slmkit.training.loop import Plan, State
-from slmkit.training.model_files import WholeModel
-from slmkit.training.objectives import Loss, NextToken
-from slmkit.training.optimizers import make_optimizers
+from slmkit.training.objective import Loss, NextToken
+from slmkit.training.optimizers.choose import make_optimizers
 from slmkit.training.precision import LossScale, to_weight_dtype
-from slmkit.training.recipe import Recipe, TrainSettings
-from slmkit.training.run import RunDirectory, fit, make_plan
+from slmkit.training.recipe.recipe import Recipe, TrainSettings
+from slmkit.training.run_directory import RunDirectory
 
 TOKENIZER = SLMTokenizer(260)
 TEXTS = [f"{name} has a {thing}. " * 4 for name in ("Ann", "Ben", "Cleo") for thing in ("kite", "drum", "boat")]

@@ -10,7 +10,7 @@ import torch
 from slmkit.device import Device
 from slmkit.training.compilation import compile_blocks, compile_pays, uncompiled
 from slmkit.training.loop import Every, train_step
-from slmkit.training.objectives import next_token
+from slmkit.training.objective import next_token
 from tests.training.helpers import plan, state, stream
 
 CPU, CUDA = (Device(torch.device(kind), torch.bfloat16) for kind in ("cpu", "cuda"))

@@ -16,19 +16,21 @@ import torch
 from safetensors.torch import load_file
 from torch.profiler import profile
 
-from slmkit.api import SLMForCausalLM, SLMTrainer
-from slmkit.api.hooks import Validate
+from slmkit.api.causal_lm import SLMForCausalLM
+from slmkit.api.trainer import SLMTrainer
 from slmkit.config import UserError
+from slmkit.data.rows.text_dataset import TextDataset
 from slmkit.data.stream import Rows, Stream
-from slmkit.data.text_dataset import TextDataset
 from slmkit.device import DeviceError, Ranks, find_device, find_ranks
-from slmkit.model import build_decoder
+from slmkit.model.initialization import build_decoder
 from slmkit.training.distributed import Group, join, whole
+from slmkit.training.fit import fit, make_plan
 from slmkit.training.loop import Every, Plan, Report, RunStopped, State, train_step
-from slmkit.training.objectives import next_token
-from slmkit.training.optimizers import OPTIMIZERS
-from slmkit.training.recipe import Recipe
-from slmkit.training.run import RunDirectory, fit, make_plan
+from slmkit.training.objective import next_token
+from slmkit.training.optimizers.choose import OPTIMIZERS
+from slmkit.training.recipe.recipe import Recipe
+from slmkit.training.run_directory import RunDirectory
+from slmkit.workflows.hooks import Validate
 from tests.training.helpers import LENGTH, TOKENIZER, Changed, config, settings
 from tests.training.ranks import on_ranks
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from slmkit.data.batch import Batch
 from slmkit.training.loop import State, compute_gradients, train_step
 from slmkit.training.losses import IGNORED
-from slmkit.training.objectives import next_token
+from slmkit.training.objective import next_token
 from tests.training.helpers import plan, state
 
 ROWS, LENGTH = 6, 16

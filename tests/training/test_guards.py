@@ -11,11 +11,11 @@ import pytest
 from slmkit.config import UserError
 from slmkit.training import loop
 from slmkit.training.guards import Diverged, Guard, GuardSettings
+from slmkit.training.logging.metrics_log import MetricsLog
 from slmkit.training.loop import Every, State, train, train_step
-from slmkit.training.objectives import Objective, next_token
-from slmkit.training.run_log import MetricsLog
+from slmkit.training.objective import Objective, next_token
+from tests.training.checkpoints.test_checkpoint import assert_same_run
 from tests.training.helpers import Changed, plan, run, snapshot_of, state, stream
-from tests.training.test_checkpoints import assert_same_run
 
 
 def poisoned(factor: float, steps: set[int], learner: State) -> Objective:

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from slmkit.data.batch import Batch
 from slmkit.data.packing import IGNORED
-from slmkit.model import Decoder
+from slmkit.model.decoder import Decoder
 from slmkit.training.loop import Every, StopRequested, seed_everything, train, train_step
-from slmkit.training.objectives import Loss, NextToken, next_token
+from slmkit.training.objective import Loss, NextToken, next_token
 from tests.training.helpers import plan, snapshot_of, state, stream
 
 
@@ -39,7 +39,7 @@ def test_every_cut_of_a_batch_gives_the_same_update(rows: int) -> None:
 
 def test_the_loss_is_the_mean_over_trained_tokens_as_transformers_has_it(tmp_path) -> None:
     transformers = pytest.importorskip("transformers")
-    from slmkit.model import save_decoder
+    from slmkit.model.files.directory import save_decoder
     from tests.training.helpers import config
 
     ours, batch = state(), uneven_batch()

@@ -104,8 +104,8 @@ def test_gradients_in_16_bits_are_those_of_float32_but_for_rounding(
 def test_the_loss_of_training_is_capped_as_the_logits_are() -> None:
     """As Gemma 2 has it: what is trained is the likelihood that generation and evaluation use."""
     from slmkit.data.batch import Batch
-    from slmkit.model import build_decoder
-    from slmkit.training.objectives import next_token
+    from slmkit.model.initialization import build_decoder
+    from slmkit.training.objective import next_token
     from tests.training.helpers import config
 
     model = build_decoder(config(model_type="gemma2", final_logit_softcapping=1.5, initializer_range=0.8), 0)

@@ -11,17 +11,18 @@ import pytest
 import torch
 
 from slmkit import SLMForCausalLM, SLMTrainer
-from slmkit.api import train_recipe
-from slmkit.api.rewards import REWARDS
 from slmkit.config import UserError
 from slmkit.data.batch import Batch
-from slmkit.model import build_decoder, save_decoder
+from slmkit.model.files.directory import save_decoder
+from slmkit.model.initialization import build_decoder
 from slmkit.training.guards import GuardSettings
 from slmkit.training.loop import Every, State, train
-from slmkit.training.recipe import Recipe
+from slmkit.training.recipe.recipe import Recipe
+from slmkit.workflows.grpo import REWARDS
+from slmkit.workflows.train import train_recipe
 from tests.test_life import Silent
 from tests.training.helpers import TOKENIZER, Changed, config, dataset, plan, state, stream
-from tests.training.test_preference import CONFIG
+from tests.training.objectives.test_preference import CONFIG
 
 
 class Masked:

@@ -10,7 +10,7 @@ import torch
 from slmkit.device import PRECISIONS, find_device
 from slmkit.training import precision
 from slmkit.training.loop import train, train_step
-from slmkit.training.objectives import next_token
+from slmkit.training.objective import next_token
 from slmkit.training.precision import LossScale, UpdatedInFloat32, rounded_stochastically
 from tests.training.helpers import Changed, plan, state, stream
 

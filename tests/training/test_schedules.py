@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from slmkit.training.recipe import TrainSettings
+from slmkit.training.recipe.recipe import TrainSettings
 from slmkit.training.schedules import make_schedule
 
 KINDS = ("cosine", "linear", "inverse_sqrt", "warmup_stable_decay")

@@ -24,7 +24,7 @@ from slmkit.data.cleaning.minhash import band_keys, bands_and_rows
 from slmkit.data.cleaning.seen import SeenKeys
 from slmkit.data.cleaning.settings import CleaningSettings
 from slmkit.data.cleaning.words import any_in, hash_words
-from slmkit.data.ordered_map import ordered_map
+from slmkit.data.prepare.ordered_map import ordered_map
 from slmkit.data.sources import Document
 
 BATCH_CHARACTERS = 1 << 20

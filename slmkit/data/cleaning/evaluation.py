@@ -10,13 +10,13 @@ import numpy as np
 
 from slmkit.config import UserError
 from slmkit.data.cleaning.words import HashedWords, hash_runs, hash_words
-from slmkit.data.source_settings import SourceSettings
 from slmkit.data.sources import read_documents
 from slmkit.data.sources.documents import BadRow
 from slmkit.data.sources.files import local_file
 from slmkit.data.sources.folders import find_files
 from slmkit.data.sources.row_formats import RowFormat, RowFormats
 from slmkit.data.sources.rows import ROWS
+from slmkit.data.sources.settings import SourceSettings
 
 KINDS = (".txt", ".jsonl", ".json", ".csv")
 ALL_TEXT = {"all text": RowFormat((), lambda row: "\n".join(_texts(row)))}

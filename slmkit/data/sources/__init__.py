@@ -11,7 +11,7 @@ from slmkit.data.sources.files import Paths
 from slmkit.data.sources.folders import describe_sources, find_files
 from slmkit.data.sources.open import open_source, read_conversations, read_documents
 from slmkit.data.sources.pair_formats import Judged, Pair
-from slmkit.data.sources.patience import Patience
+from slmkit.data.sources.remote import Patience
 from slmkit.data.sources.source import Source
 
 __all__ = [

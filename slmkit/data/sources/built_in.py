@@ -9,7 +9,7 @@ from slmkit.data import stories
 from slmkit.data.sources.documents import Message
 from slmkit.data.sources.pair_formats import Pair
 from slmkit.data.stories.primer import primer_text
-from slmkit.data.sums import sum_pair
+from slmkit.data.stories.sums import sum_pair
 
 STORIES, PRIMER, SUMS = "stories", "primer", "sums"  # the sources that name them
 

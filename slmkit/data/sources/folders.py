@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from slmkit.config import UserError, did_you_mean
-from slmkit.data.shards import HEADER
+from slmkit.data.shards.reader import HEADER
 from slmkit.data.sources.files import COMPRESSIONS, KINDS, ROW_KINDS, WRITTEN, Paths, described, kind_of, listed
 
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"} | dict.fromkeys(

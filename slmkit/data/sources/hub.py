@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from slmkit.config import UserError, did_you_mean
-from slmkit.data.source_settings import SourceSettings
 from slmkit.data.sources.files import KINDS, File, kind_of, listed, local_file
 from slmkit.data.sources.remote import remote_file
-from slmkit.network import network, one_line
+from slmkit.data.sources.settings import SourceSettings
+from slmkit.hub import network, one_line
 
 PREFIX = "hf://datasets/"
 NAME = re.compile(r"[\w.-]+/[\w.-]+")

@@ -6,15 +6,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from slmkit.config import UserError
-from slmkit.data.source_settings import SourceSettings
 from slmkit.data.sources.built_in import BUILT_IN
 from slmkit.data.sources.documents import Document, Message
 from slmkit.data.sources.files import KINDS, ROW_KINDS, File, Paths, local_file
 from slmkit.data.sources.folders import Chosen, find
 from slmkit.data.sources.hub import hub_files, hub_name, is_laid_out_like_the_hub
 from slmkit.data.sources.parts import FilePart, StoryPart
-from slmkit.data.sources.patience import Patience
-from slmkit.data.sources.remote import find_remote, is_url
+from slmkit.data.sources.remote import Patience, find_remote, is_url
+from slmkit.data.sources.settings import SourceSettings
 from slmkit.data.sources.source import Source
 
 

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from slmkit.data.source_settings import SourceSettings
 from slmkit.data.sources.documents import Conversation, Message
 from slmkit.data.sources.row_formats import (
     CHATS,
@@ -29,6 +28,7 @@ from slmkit.data.sources.row_formats import (
     said,
     spoken,
 )
+from slmkit.data.sources.settings import SourceSettings
 from slmkit.data.sources.turns import TOOLS, RowError, checked, conversation, is_empty, judgement, shown
 
 QUESTIONS = ("prompt", "question", "instruction", "query", *CHATS)

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from slmkit.config import UserError
-from slmkit.data.source_settings import SourceSettings
 from slmkit.data.sources.built_in import BUILT_IN
 from slmkit.data.sources.documents import SPELLINGS, BadRow, Document, Item, Message, Position, pieces
 from slmkit.data.sources.files import ROW_KINDS, TEXT_KINDS, File, damage, kind_of, listed
 from slmkit.data.sources.pair_formats import Judged, Pair, kto_formats, pair_formats
 from slmkit.data.sources.row_formats import RowFormats, chat_formats, text_formats
 from slmkit.data.sources.rows import ROWS
+from slmkit.data.sources.settings import SourceSettings
 from slmkit.data.sources.text_files import text_documents
-from slmkit.network import one_line
+from slmkit.hub import one_line
 
 
 @dataclass(frozen=True)

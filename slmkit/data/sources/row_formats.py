@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from slmkit.config import UserError, did_you_mean, kind_of_value
-from slmkit.data.source_settings import SourceSettings
 from slmkit.data.sources.documents import BadRow, Conversation, Message
 from slmkit.data.sources.folders import SPLITS
+from slmkit.data.sources.settings import SourceSettings
 from slmkit.data.sources.turns import (
     EXAMPLE,
     MEDIA,

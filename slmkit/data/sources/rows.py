@@ -14,7 +14,7 @@ from slmkit.data.sources.json_values import DECODER, BrokenJsonError, RepeatedKe
 from slmkit.data.sources.lines import LONGEST_ROW, whole_lines
 from slmkit.data.sources.row_formats import RowFormats
 from slmkit.data.sources.turns import shown
-from slmkit.network import one_line
+from slmkit.hub import one_line
 
 SURROGATE_ESCAPE, SURROGATE = re.compile(r"\\u[dD]"), re.compile("[\ud800-\udfff]")
 PARQUET_BATCH = 256  # rows taken out of their columns at once

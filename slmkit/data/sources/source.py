@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from slmkit.config import UserError
-from slmkit.data.source_settings import SourceSettings
 from slmkit.data.sources.documents import BadRow, Document, Item, Message, Position
 from slmkit.data.sources.folders import Chosen
 from slmkit.data.sources.pair_formats import Judged, Pair
 from slmkit.data.sources.parts import FilePart, StoryPart
-from slmkit.data.sources.patience import Patience
-from slmkit.network import NetworkError
+from slmkit.data.sources.remote import Patience
+from slmkit.data.sources.settings import SourceSettings
+from slmkit.hub import NetworkError
 
 T = TypeVar("T")
 Looks = tuple[str, int | None, int | None]  # name, bytes and time of the last change, as far as they are at hand

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from slmkit.config import UserError
-from slmkit.data import Document, TokenShards, prepare_text, stories
+from slmkit.data import stories
 from slmkit.data.cleaning import cleaner
 from slmkit.data.cleaning.characters import shares
 from slmkit.data.cleaning.cleaner import Cleaner, CleaningReport
@@ -21,6 +21,9 @@ from slmkit.data.cleaning.minhash import PLACES, bands_and_rows, signatures
 from slmkit.data.cleaning.seen import SeenKeys
 from slmkit.data.cleaning.settings import CleaningSettings
 from slmkit.data.cleaning.words import hash_runs, hash_words
+from slmkit.data.prepare.text_to_shards import prepare_text
+from slmkit.data.shards.reader import TokenShards
+from slmkit.data.sources import Document
 from tests.data.byte_tokenizer import ByteTokenizer
 
 FIRST, SECOND = ("ba", "ko", "mi", "tu", "re", "sol"), ("ra", "ne", "lo", "tik", "s")

@@ -1,0 +1,90 @@
+"""From a prepared corpus and the `data` section of a recipe to the batches of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from slmkit.data.mixture import plan_phases
+from slmkit.data.order import mixed_seed
+from slmkit.data.prepare.conversations import ConversationEncoder
+from slmkit.data.prepare.corpus import Corpus
+from slmkit.data.prepare.open_sources import is_kept_in, open_sources, written
+from slmkit.data.settings import DataSettings, Reads
+from slmkit.data.shards.reader import TokenShards
+from slmkit.data.sources import Source
+from slmkit.data.stream import ChatRows, MixtureStream, PretrainRows, Rows, Stream
+from slmkit.data.streaming.batches import StreamedBatches
+from slmkit.data.streaming.blocks import Blocks, document_size
+from slmkit.data.streaming.rows import ConversationRows, StreamedRows, TextRows
+from slmkit.tokenizer import SLMTokenizer
+
+TOGETHER = 64  # documents tokenized at once, where none change places
+LOOK_AHEAD = 512  # conversations among which those are looked for that fill a row
+
+
+def make_batches(
+    reads: Reads, data: DataSettings, corpus: Corpus, length: int, rows_per_step: int, seed: int
+) -> Stream | StreamedBatches:
+    """Rows of `length` tokens: from shards or streamed, of one source or of several in the turns of their weights.
+
+    Raises `UserError` for sources that cannot be found or are too short for a row.
+    """
+    if data.streaming:
+        phases, opened = plan_phases(data.phases, data.weights, length), open_sources(data, seed)
+        sources = {
+            name: _streamed(reads, data, source, corpus.tokenizer, length, mixed_seed(seed, name))
+            for name, source in opened.items()
+        }
+        return StreamedBatches(
+            sources, phases, data.when_exhausted, rows_per_step, data.separate_documents, origins=[*opened.values()]
+        )
+    return stream_of(stored_rows(reads, data, corpus, length), data, length, rows_per_step, seed)
+
+
+def stored_rows(reads: Reads, data: DataSettings, corpus: Corpus, length: int) -> dict[str, Rows]:
+    """The numbered rows of each source that is in shards."""
+
+    def rows_of(shards: TokenShards) -> Rows:
+        if reads == "conversations":
+            return ChatRows(shards, length, data.on_long_conversation)
+        return PretrainRows(shards, length)
+
+    return {name: rows_of(shards) for name, shards in zip(data.weights, corpus.train, strict=True)}
+
+
+def stream_of(rows: Mapping[str, Rows], data: DataSettings, length: int, rows_per_step: int, seed: int) -> Stream:
+    """Numbered rows in the order of (seed, step)."""
+    if len(rows) == 1 and data.when_exhausted == "repeat":
+        return Stream(next(iter(rows.values())), rows_per_step, seed, data.separate_documents)
+    phases = plan_phases(data.phases, data.weights, length)
+    return MixtureStream(rows, phases, data.when_exhausted, rows_per_step, seed, data.separate_documents)
+
+
+def _streamed(
+    reads: Reads, data: DataSettings, source: Source, tokenizer: SLMTokenizer, length: int, seed: int
+) -> StreamedRows:
+    is_kept, repeat = is_kept_in(data, source), data.when_exhausted == "repeat"
+    if reads == "conversations":
+        conversations = Blocks(
+            source.read_conversations,
+            name=source.settings.label,
+            documents=max(LOOK_AHEAD, data.shuffle_buffer),
+            size=lambda conversation: sum(len(str(message.get("content"))) for message in conversation),
+            ends=lambda conversation: True,
+            is_kept=lambda conversation: is_kept(written(conversation)),
+            shuffle_seed=seed,  # no harm done: packing moves them about anyway
+            repeat=repeat,
+        )
+        encoder = ConversationEncoder(tokenizer, source, length, data.on_long_conversation)
+        return ConversationRows(conversations, encoder, length, seed)
+    documents = Blocks(
+        source.read,
+        name=source.settings.label,
+        documents=data.shuffle_buffer or TOGETHER,
+        size=document_size,
+        ends=lambda document: document.ends,
+        is_kept=lambda document: is_kept(document.text),
+        shuffle_seed=seed if data.shuffle_buffer else None,
+        repeat=repeat,
+    )
+    return TextRows(documents, tokenizer, length)

@@ -1,0 +1,226 @@
+"""What a teacher said, on disk: of every learned position of numbered rows its likeliest tokens.
+
+A directory holds `header.json`, written last; `positions`, a record for each learned position, row by row: the log of
+the probability of all but the k likeliest tokens at the temperature (float32), the logits of these k, less the largest
+(float16), and their ids (uint16 where the vocabulary allows it, else int32); `starts`, the number of each row's first
+record (int64, and one past the last); and the tokenizer. All of it little-endian. Records are mapped, not read: a run
+holds those of its batch.
+
+It is written row by row. `progress.json` says how far what is on disk can be trusted, so that a writer that was killed
+goes on from there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from slmkit.config import UserError
+from slmkit.data.packing import IGNORED
+from slmkit.data.shards.reader import TokenShards
+from slmkit.data.stream import Rows
+
+FORMAT, VERSION = "slmkit-teacher", 1
+HEADER, PROGRESS, POSITIONS, STARTS = "header.json", "progress.json", "positions", "starts"
+ROWS_BETWEEN_SYNCS = 256
+LOGITS, IDS, REST = "teacher_logits", "teacher_ids", "teacher_rest"  # in `Batch.extra`
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """What decides what a cache holds. Fingerprints are sha256 (hex)."""
+
+    teacher: str
+    tokenizer: str
+    data: str
+    reads: str  # text or conversations
+    separate: bool  # no document of a row saw another
+    length: int  # of a row
+    rows: int
+    tokens: int  # of the tokenizer
+    k: int
+    temperature: float
+    format: str = FORMAT
+    version: int = VERSION
+
+    @property
+    def record(self) -> np.dtype:
+        """Of one position."""
+        ids = "<u2" if self.tokens <= 2**16 else "<i4"
+        return np.dtype([("rest", "<f4"), ("logits", "<f2", (self.k,)), ("ids", ids, (self.k,))])
+
+    def difference(self, wanted: Lessons, ignored: Sequence[str] = ()) -> str | None:
+        """The first thing in which these are not `wanted`, in words."""
+        for field in dataclasses.fields(self):
+            here, there = getattr(self, field.name), getattr(wanted, field.name)
+            if field.name not in ignored and here != there:
+                return f"{field.name} {_short(here)}, not {_short(there)}"
+        return None
+
+
+def data_fingerprint(shards: Iterable[TokenShards]) -> str:
+    """Of the tokens, documents and masks of several shards, in order."""
+    files = [[shard.sha256 for shard in each.header.shards] for each in shards]
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+Answer = Callable[[list[int]], list[np.ndarray]]  # numbers of rows → the records [positions] of each
+
+
+def write_cache(
+    folder: Path,
+    lessons: Lessons,
+    starts: np.ndarray,
+    answer: Answer,
+    rows_at_once: int,
+    progress: Callable[[int, int, int], None],
+) -> None:
+    """Write all rows, or those that an earlier writer left.
+
+    `starts` [rows + 1] counts the learned positions before each row; `progress` is told of rows, positions and bytes.
+
+    Raises `UserError` where another cache is there, or the disk is full.
+    """
+    done = _rows_done(folder, lessons)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        starts.astype("<i8").tofile(folder / STARTS)
+        with (folder / POSITIONS).open("ab") as file:
+            file.truncate(int(starts[done]) * lessons.record.itemsize)
+            for first in range(done, lessons.rows, rows_at_once):
+                rows = list(range(first, min(first + rows_at_once, lessons.rows)))
+                for records in answer(rows):
+                    file.write(records.tobytes())
+                done = rows[-1] + 1
+                progress(done, int(starts[done]), file.tell())
+                if done // ROWS_BETWEEN_SYNCS > first // ROWS_BETWEEN_SYNCS:
+                    _note(folder, lessons, done, file)
+            _note(folder, lessons, done, file)
+        _put(folder / HEADER, json.dumps(dataclasses.asdict(lessons), indent=2) + "\n")
+        (folder / PROGRESS).unlink()
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error}; the same command continues from there") from None
+
+
+def read_lessons(folder: Path) -> Lessons:
+    """What a finished cache holds. Raises `UserError` where there is none, or one that is not finished or damaged."""
+    path = folder / HEADER
+    if not path.is_file():
+        stopped = (folder / PROGRESS).is_file()
+        what = (
+            "was not finished: the same `slm distill-cache` goes on" if stopped else "make it with `slm distill-cache`"
+        )
+        raise UserError(f"{folder}: no stored teacher here; {what}")
+    lessons = _read(path)
+    try:
+        expected = int(np.fromfile(folder / STARTS, dtype="<i8")[-1]) * lessons.record.itemsize
+        found = (folder / POSITIONS).stat().st_size
+    except (OSError, IndexError) as error:
+        raise UserError(f"{folder}: damaged ({error}); delete it and make it again") from None
+    if found != expected:
+        raise UserError(f"{folder / POSITIONS}: {found:,} bytes instead of {expected:,}; delete it and make it again")
+    return lessons
+
+
+class TaughtRows(Rows):
+    """Rows as they are, each with what a teacher said of it: of its `length` places the first ones are filled, one for
+    each learned position.
+    """
+
+    def __init__(self, rows: Rows, folder: Path, lessons: Lessons, first: int) -> None:
+        """`first` is the number of row 0 in the cache."""
+        self.inner, self.first, self.places = rows, first, (lessons.length, lessons.k)
+        self.starts = np.memmap(folder / STARTS, dtype="<i8", mode="r")
+        self.positions = np.memmap(folder / POSITIONS, dtype=lessons.record, mode="r")
+
+    @property
+    def rows_in_epoch(self) -> int:
+        return self.inner.rows_in_epoch
+
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.inner.row(index)
+
+    def rows(self, indices: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        return self.inner.rows(indices)
+
+    def documents(self, index: int) -> np.ndarray:
+        return self.inner.documents(index)
+
+    def report(self) -> list[str]:
+        return self.inner.report()
+
+    def extra(self, index: int) -> dict[str, np.ndarray]:
+        """float16 and int32 [length, k], float32 [length]: logits, ids, and the log of what the others have."""
+        start, stop = self.starts[self.first + index : self.first + index + 2]
+        records = self.positions[start:stop]
+        logits, ids, rest = (
+            np.zeros(*shape) for shape in ((self.places, "f2"), (self.places, "i4"), (self.places[0], "f4"))
+        )
+        for array, name in ((logits, "logits"), (ids, "ids"), (rest, "rest")):
+            array[: len(records)] = records[name]
+        return {LOGITS: logits, IDS: ids, REST: rest}
+
+
+def taught(rows: Mapping[str, Rows], folder: Path, lessons: Lessons) -> dict[str, Rows]:
+    """The rows of all sources with what was stored of them, in the order in which the cache was made."""
+    firsts = np.cumsum([0, *(source.rows_in_epoch for source in rows.values())])
+    return {
+        name: TaughtRows(source, folder, lessons, int(first)) for first, (name, source) in zip(firsts, rows.items())
+    }
+
+
+def learned_starts(rows: Iterable[Rows]) -> np.ndarray:
+    """How many learned positions are before each row, and in all: int64 [rows + 1]."""
+    counts = [
+        np.count_nonzero(source.row(index)[1] != IGNORED) for source in rows for index in range(source.rows_in_epoch)
+    ]
+    return np.cumsum([0, *counts])
+
+
+def _rows_done(folder: Path, lessons: Lessons) -> int:
+    """How many rows an earlier writer of the same left. Raises `UserError` where something else is there."""
+    found = next((path for path in (folder / HEADER, folder / PROGRESS) if path.is_file()), None)
+    if found is None:
+        return 0
+    difference = _read(found).difference(lessons)
+    if difference is not None:
+        raise UserError(f"{folder}: holds another cache ({difference}): choose another folder, or delete it")
+    if found.name == HEADER:
+        return lessons.rows
+    return int(json.loads(found.read_text(encoding="utf-8"))["done"])
+
+
+def _note(folder: Path, lessons: Lessons, done: int, file: BinaryIO) -> None:
+    """See what was written onto the disk, and then that it is there."""
+    file.flush()
+    os.fsync(file.fileno())
+    _put(folder / PROGRESS, json.dumps(dataclasses.asdict(lessons) | {"done": done}) + "\n")
+
+
+def _put(path: Path, text: str) -> None:
+    fresh = path.with_name(f".{path.name}")
+    fresh.write_text(text, encoding="utf-8")
+    os.replace(fresh, path)
+
+
+def _read(path: Path) -> Lessons:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        lessons = Lessons(**{name: value for name, value in content.items() if name != "done"})
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: damaged ({error}); delete the directory and make it again") from None
+    if (lessons.format, lessons.version) != (FORMAT, VERSION):
+        raise UserError(f"{path}: format {lessons.format} {lessons.version}, this slmkit reads {FORMAT} {VERSION}")
+    return lessons
+
+
+def _short(value: object) -> str:
+    return value[:12] if isinstance(value, str) else str(value)

@@ -1,0 +1,1 @@
+"""Token shards on disk: their format, writing, reading, shuffling."""

@@ -1,0 +1,253 @@
+"""Tokens on disk: written once (`writer.py`, `prepare/text_to_shards.py`), then read from any place.
+
+A directory holds `header.json`; the tokens themselves, `00000.tokens` (uint16 where the vocabulary allows it, else
+uint32); `00000.ends` (int64: one past each document's last token, which is its end-of-text token, counted from the
+first token of this shard; a document stands in the shard in which it ends); for conversations `00000.trained`
+(uint8: 1 where a token is learned); and for judged answers `00000.labels` (uint8, one a document: 1 where it is good).
+All of it little-endian.
+
+Nothing in a shard depends on the shards before it, so that they can be made in any order, anywhere. They are read with
+`pread` and not mapped: a process then holds what it asked for and no more, however large the corpus, and a file that is
+cut while it is read is an error and not a crash.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+import os
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from slmkit.config import UserError
+
+FORMAT = "slmkit-tokens"
+VERSION = 2
+HEADER = "header.json"
+OPEN_FILES = 256  # of one directory at a time: a process may have 1,024 on most systems
+
+
+class Vocabulary(Protocol):
+    """What shards know of the tokenizer that made them."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def eos_token_id(self) -> int: ...
+
+    @property
+    def pad_token_id(self) -> int | None: ...
+
+    def __len__(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard's entry in the header. `sha256`: of each of its files, by extension."""
+
+    name: str
+    tokens: int
+    documents: int
+    sha256: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Header:
+    """What `header.json` says."""
+
+    dtype: str  # "uint16" or "uint32"
+    tokenizer: str  # its fingerprint
+    vocab_size: int
+    eos_token_id: int
+    pad_token_id: int | None
+    tokens: int
+    documents: int
+    text_bytes: int  # of the text in UTF-8, for bits per byte
+    sources: list[dict[str, Any]]  # path, bytes, sha256
+    masked: bool  # whether there are `.trained` files
+    perfect_loss: float | None  # nats a token of the best possible model, where the corpus knows it
+    shards: list[Shard]
+    shuffle_seed: int | None = None  # of the order of all documents; None: as they came
+    cleaning: dict[str, Any] | None = None  # what was asked, and how many documents were kept and dropped
+    judged: bool = False  # whether there are `.labels` files
+    format: str = FORMAT
+    version: int = VERSION
+
+    def file_sizes(self) -> dict[str, int]:
+        """Bytes of each file that belongs to this header, by name."""
+        width = np.dtype(self.dtype).itemsize
+        sizes = {}
+        for shard in self.shards:
+            sizes[f"{shard.name}.tokens"] = shard.tokens * width
+            sizes[f"{shard.name}.ends"] = shard.documents * 8
+            if self.masked:
+                sizes[f"{shard.name}.trained"] = shard.tokens
+            if self.judged:
+                sizes[f"{shard.name}.labels"] = shard.documents
+        return sizes
+
+
+class TokenShards:
+    """A directory of shards. Opening it reads the header alone; threads and forked processes may share it."""
+
+    def __init__(self, directory: Path, header: Header) -> None:
+        self.directory, self.header = directory, header
+        self._starts = [0, *itertools.accumulate(shard.tokens for shard in header.shards)]  # each shard's first token
+        self._dtype = np.dtype(header.dtype).newbyteorder("<")
+        self._open = functools.lru_cache(OPEN_FILES)(functools.partial(_OpenFile, directory, header.shards))
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a spawned process opens the files anew
+        return TokenShards.open, (self.directory,)
+
+    @classmethod
+    def open(cls, directory: str | Path) -> TokenShards:
+        """Raises `UserError` for what is missing, cut short, or not a directory of shards."""
+        directory = Path(directory)
+        header = read_header(directory)
+        for name, expected in header.file_sizes().items():
+            found = (directory / name).stat().st_size if (directory / name).is_file() else None
+            if found != expected:
+                shown = "is missing" if found is None else f"has {found:,} bytes where its header says {expected:,}"
+                raise UserError(f"{directory / name}: {shown}; delete the directory and prepare the data again")
+        return cls(directory, header)
+
+    def __len__(self) -> int:
+        return self.header.tokens
+
+    @functools.cached_property
+    def document_ends(self) -> np.ndarray:
+        """One past each document's last token: int64 [documents], 8 bytes a document, read at the first call."""
+        parts = [
+            np.fromfile(self.directory / f"{shard.name}.ends", dtype="<i8") + start
+            for shard, start in zip(self.header.shards, self._starts)
+        ]
+        return np.concatenate(parts)
+
+    @functools.cached_property
+    def labels(self) -> np.ndarray:
+        """Whether each document is a good answer: bool [documents]. Only where `header.judged`."""
+        parts = [np.fromfile(self.directory / f"{shard.name}.labels", dtype="u1") for shard in self.header.shards]
+        return np.concatenate(parts).astype(bool)
+
+    def tokens_in(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop), across shard borders: uint16 or uint32 [stop - start], to be read only."""
+        return self._read("tokens", self._dtype, start, stop)
+
+    def runs(self, starts: Sequence[int], length: int) -> np.ndarray:
+        """`tokens_in(start, start + length)` for each start, read into one place: uint16 or uint32 [runs, length]."""
+        runs = np.empty((len(starts), length), self._dtype)
+        if not runs.size:
+            return runs
+        memory, itemsize = runs.data.cast("B"), self._dtype.itemsize
+        width = itemsize * length
+        for row, start in enumerate(starts):
+            shard = bisect_right(self._starts, start) - 1
+            if start >= 0 and start + length <= self._starts[min(shard + 1, len(self._starts) - 1)]:  # nearly always
+                place = memory[row * width : (row + 1) * width]
+                offset = (start - self._starts[shard]) * itemsize
+                try:
+                    if os.preadv(self._open(shard, "tokens").descriptor, [place], offset) == width:
+                        continue
+                except OSError:
+                    pass
+            runs[row] = self.tokens_in(start, start + length)  # across a border; or it says what is wrong
+        return runs
+
+    def trained_in(self, start: int, stop: int) -> np.ndarray:
+        """Whether each of these tokens is learned: bool [stop - start]. Only where `header.masked`."""
+        return self._read("trained", np.dtype("u1"), start, stop).astype(bool)
+
+    def check_tokenizer(self, tokenizer: Vocabulary) -> None:
+        """Raises `UserError` where these tokens are another tokenizer's."""
+        if tokenizer.fingerprint != self.header.tokenizer:
+            raise UserError(
+                f"{self.directory}: made by tokenizer {self.header.tokenizer[:12]} ({self.header.vocab_size:,} tokens) "
+                f"and not by this one, {tokenizer.fingerprint[:12]} ({len(tokenizer):,} tokens): prepare the data again"
+            )
+
+    def changed_at(self) -> float:
+        """When one of the files was written to last, in seconds since the epoch."""
+        return max(((self.directory / name).stat().st_mtime for name in self.header.file_sizes()), default=0.0)
+
+    def verify(self) -> None:
+        """Read everything and compare checksums. Raises `UserError` naming the first file that differs."""
+        for shard in self.header.shards:
+            for kind, expected in shard.sha256.items():
+                path = self.directory / f"{shard.name}.{kind}"
+                with path.open("rb") as file:
+                    if hashlib.file_digest(file, "sha256").hexdigest() != expected:
+                        raise UserError(f"{path}: its checksum is wrong: changed or damaged; prepare the data again")
+
+    def _read(self, kind: str, dtype: np.dtype, start: int, stop: int) -> np.ndarray:
+        if not 0 <= start <= stop <= len(self):
+            raise IndexError(f"expected a range within {len(self)} tokens, found [{start}, {stop})")
+        shard = bisect_right(self._starts, start) - 1
+        if stop <= self._starts[min(shard + 1, len(self._starts) - 1)]:  # nearly always
+            return np.frombuffer(self._bytes(shard, kind, dtype.itemsize, start, stop), dtype)
+        pieces = []
+        while start < stop:
+            until = min(stop, self._starts[shard + 1])
+            pieces.append(self._bytes(shard, kind, dtype.itemsize, start, until))
+            start, shard = until, shard + 1
+        return np.frombuffer(b"".join(pieces), dtype)
+
+    def _bytes(self, shard: int, kind: str, width: int, start: int, stop: int) -> bytes:
+        """Of tokens [start, stop), all in one shard. Raises `UserError` where the file is gone or shorter."""
+        if start == stop:
+            return b""
+        wanted, offset = (stop - start) * width, (start - self._starts[shard]) * width
+        content = b""
+        try:
+            file = self._open(shard, kind)
+            while len(content) < wanted:  # once, but for more than the 2 GiB that one call reads at most
+                more = os.pread(file.descriptor, wanted - len(content), offset + len(content))
+                if not more:
+                    raise UserError(f"{file.path}: cut short since it was opened; prepare the data again")
+                content = content + more if content else more
+        except OSError as error:
+            path = self.directory / f"{self.header.shards[shard].name}.{kind}"
+            raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+        return content
+
+
+class _OpenFile:
+    """A file of a shard to read from, closed when nobody holds it any more."""
+
+    def __init__(self, directory: Path, shards: list[Shard], shard: int, kind: str) -> None:
+        self.path = directory / f"{shards[shard].name}.{kind}"
+        self.descriptor = os.open(self.path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+def read_header(directory: Path) -> Header:
+    """Raises `UserError` where `directory` has no header, or one that is not of token shards."""
+    path = directory / HEADER
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{directory}: no token shards here ({HEADER} is missing); make them with `slm data prepare`"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}; prepare the data again") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path}: not the header of token shards")
+    if content.get("version") != VERSION:
+        raise UserError(
+            f"{path}: format version {content.get('version')!r}, this slmkit reads {VERSION}; prepare the data again"
+        )
+    try:
+        return Header(**content | {"shards": [Shard(**shard) for shard in content["shards"]]})
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged header: {error}; prepare the data again") from None

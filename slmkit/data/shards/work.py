@@ -1,0 +1,152 @@
+"""The work of preparing a corpus: cut into shards by a rule that knows the documents alone, then encoded and written.
+
+So the shards are the same whoever makes them, in whatever order: threads of one process, or the machines of a cluster.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from slmkit.data.order import random_keys
+from slmkit.data.shards.folder import Finished, ShardFolder, content_of
+from slmkit.data.sources import Document
+
+if TYPE_CHECKING:
+    from slmkit.tokenizer import SLMTokenizer
+
+SHARD_CHARACTERS = 1 << 26  # of text in a shard, or the one document that is longer: some 30 MB of 16-bit tokens
+BATCH_CHARACTERS = 1 << 20  # encoded by a thread in one go
+
+
+@dataclass(frozen=True)
+class Work:
+    """Documents of a shard, and whether they are its last. A shard that is there already has none."""
+
+    shard: int
+    documents: list[Document]
+    last: bool
+    finished: Finished | None = None
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Tokens [n], one past the last token of each document that ends here [documents], and what they were made of."""
+
+    ids: np.ndarray
+    ends: np.ndarray
+    text_bytes: int
+    digest: str
+
+
+def cut(documents: Iterable[Document], shard_characters: int, batch_characters: int) -> Iterator[Work]:
+    """Documents in shards of at least so many characters (but the last), each in batches. A shard holds whole ones."""
+    shard, in_shard, batch, in_batch = 0, 0, list[Document](), 0
+    waiting: Work | None = None  # until it is known whether anything follows in its shard
+    for document in documents:
+        if waiting:
+            yield waiting
+            waiting = None
+        batch.append(document)
+        in_batch += len(document.text) + 1
+        in_shard += len(document.text) + 1
+        shard_is_full = document.ends and in_shard >= shard_characters
+        if shard_is_full:
+            yield Work(shard, batch, last=True)
+            shard, in_shard, batch, in_batch = shard + 1, 0, [], 0
+        elif in_batch >= batch_characters:
+            waiting = Work(shard, batch, last=False)
+            batch, in_batch = [], 0
+    if batch:
+        yield Work(shard, batch, last=True)
+    elif waiting:
+        yield Work(waiting.shard, waiting.documents, last=True)
+
+
+def without_finished(works: Iterable[Work], folder: ShardFolder) -> Iterator[Work]:
+    """The work that is left: shards that `folder` has, made of the same text, come as what they are."""
+    held: list[Work] = []
+    for work in works:
+        if not folder.has(work.shard):
+            yield work
+            continue
+        held.append(work)
+        if work.last:
+            finished = folder.find(work.shard, content_of([digest(part.documents) for part in held]))
+            yield from [Work(work.shard, [], last=True, finished=finished)] if finished else held
+            held = []
+
+
+def digest(documents: Sequence[Document]) -> str:
+    """A hash of texts and of where they end."""
+    return _digest(documents, "".join(document.text for document in documents).encode("utf-8", "surrogatepass"))
+
+
+def encode(tokenizer: SLMTokenizer, documents: Sequence[Document]) -> Encoded:
+    """Tokens of documents, an end-of-text token after each, in the thread of the caller."""
+    text = "".join(document.text for document in documents).encode("utf-8", "surrogatepass")
+    encoded = document_ids(tokenizer, documents, threads=1)
+    stops = np.cumsum(np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded)))
+    stops = stops[np.fromiter((document.ends for document in documents), dtype=bool, count=len(documents))]
+    ids = np.insert(np.concatenate(encoded), stops, tokenizer.eos_token_id)
+    return Encoded(ids, stops + np.arange(1, len(stops) + 1), len(text), _digest(documents, text))
+
+
+def document_ids(tokenizer: Any, documents: Sequence[Document], threads: int | None = None) -> list[np.ndarray]:
+    """Tokens of each document or piece, without the end-of-text token behind it.
+
+    Raises `UserError` where the tokenizer loses more than a trace of the text.
+    """
+    encoded = list(tokenizer.encode_batch([document.text for document in documents], threads=threads))
+    if getattr(tokenizer, "has_edges", False):
+        tokenizer.check_losses()
+        for number, document in enumerate(documents):
+            if not document.begins:
+                encoded[number] = np.array(tokenizer.encode_further(document.text), dtype=np.uint32)
+    if beginning := beginning_of(tokenizer):
+        start = np.array(beginning, dtype=np.uint32)
+        encoded = [np.concatenate([start, ids]) if doc.begins else ids for ids, doc in zip(encoded, documents)]
+    return encoded
+
+
+def beginning_of(tokenizer: Any) -> list[int]:
+    """What the tokenizer itself puts before a text, unless it is the end-of-text token, which stands there already."""
+    beginning = getattr(tokenizer, "beginning", [])
+    return [] if beginning == [getattr(tokenizer, "eos_token_id", None)] else beginning
+
+
+def write_shard(folder: ShardFolder, number: int, parts: Sequence[Encoded], shuffle_seed: int | None) -> Finished:
+    """Put the batches of a shard on disk; with a seed, its documents in the order of their keys (see `shuffle.py`)."""
+    ids, ends = joined([(part.ids, part.ends) for part in parts])
+    if shuffle_seed is not None:
+        ids, ends = reordered(ids, ends, np.argsort(random_keys(len(ends), shuffle_seed, number)))
+    content = content_of([part.digest for part in parts])
+    return folder.write(number, content, ids, ends, sum(part.text_bytes for part in parts))
+
+
+def joined(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and document ends of parts, one behind the other."""
+    starts = np.cumsum([0] + [len(ids) for ids, _ in parts[:-1]])
+    return (
+        np.concatenate([ids for ids, _ in parts]),
+        np.concatenate([ends + start for start, (_, ends) in zip(starts, parts)]),
+    )
+
+
+def reordered(ids: np.ndarray, ends: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Whole documents in another order."""
+    starts = np.concatenate([[0], ends[:-1]])
+    if not len(order):
+        return ids, ends
+    documents = [ids[start:end] for start, end in zip(starts[order].tolist(), ends[order].tolist())]
+    return np.concatenate(documents), np.cumsum((ends - starts)[order])
+
+
+def _digest(documents: Sequence[Document], text: bytes) -> str:
+    hashed = hashlib.sha256(np.array([2 * len(each.text) + each.ends for each in documents], dtype="<i8").tobytes())
+    hashed.update(text)
+    return hashed.hexdigest()

@@ -1,0 +1,194 @@
+"""A model on disk: a Hugging Face model directory (`config.json`, `generation_config.json`, `model.safetensors`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from slmkit.config import UserError
+from slmkit.model.architectures import architecture_of
+from slmkit.model.config import SLMConfig
+from slmkit.model.decoder import Decoder
+from slmkit.model.families import Family, family_of
+from slmkit.model.files.stored import StoredTensor, expect_finite, stored_tensors
+
+WEIGHTS = "model.safetensors"
+SHARDS = "model.safetensors.index.json"
+# Constants that older versions of transformers stored among the weights.
+CONSTANTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+
+
+def save_decoder(
+    decoder: Decoder, config: SLMConfig, directory: str | Path, weights: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write the model's files into `directory`, tensors under the reference implementation's names.
+
+    `weights` are the tensors to write where they are not the decoder's own, as when each process holds a share.
+
+    Files are written in place: for a write that a crash cannot tear, write into a fresh directory and rename it.
+    Raises `UserError` when the disk is full or cannot be written.
+    """
+    directory = Path(directory)
+    family, state = family_of(config.model_type), weights if weights is not None else decoder.state_dict()
+    tensors = {
+        theirs: to_disk(family, theirs, [state[name] for name in ours])
+        for theirs, ours in stored_names(state, family).items()
+    }
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_configs(config, directory)
+        save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{directory}: the model cannot be written: {error}") from None
+
+
+def write_configs(config: SLMConfig, directory: Path, dtype: str = "float32") -> None:
+    """Write `config.json` and `generation_config.json`; `dtype` is what the weights beside them are stored in."""
+    files = {"config.json": config.published(dtype), "generation_config.json": config.for_generation()}
+    for name, content in files.items():
+        (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def load_decoder(directory: str | Path, device: torch.device | str = "cpu") -> tuple[Decoder, SLMConfig]:
+    """Read a model directory, in one file or in shards, in float32 whatever it was stored in. Loading is strict.
+
+    Raises `UserError` for a missing or truncated file, and by name for a tensor that is missing, unexpected, misshapen
+    or has a number that is NaN or infinite.
+    """
+    config = SLMConfig.from_pretrained(directory)
+    decoder = empty_decoder(config)
+    state: dict[str, Tensor] = {}
+    for place, parts in _read(directory, decoder, config, device):
+        for part in parts.values():
+            expect_finite(part, place, "the model is broken: use another checkpoint")
+        state |= parts
+    decoder.to_empty(device=device)
+    decoder.load_state_dict(state)
+    return decoder.eval(), config
+
+
+def read_state(directory: str | Path, config: SLMConfig) -> dict[str, Tensor]:
+    """The state of a decoder, whatever its numbers are: those of a run that broke are what one wants to look at.
+
+    Raises `UserError` as `load_decoder` does for everything else.
+    """
+    state: dict[str, Tensor] = {}
+    for _, parts in _read(directory, empty_decoder(config), config, "cpu"):
+        state |= parts
+    return state
+
+
+def _read(
+    directory: str | Path, decoder: Decoder, config: SLMConfig, device: torch.device | str
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Each stored tensor's file and name, and the tensors of ours that it holds, in float32."""
+    family = family_of(config.model_type)
+    tensors = open_weights(directory, decoder, family)
+    shapes = {name: tensor.shape for name, tensor in decoder.state_dict().items()}
+    for theirs, ours in stored_names(shapes, family).items():
+        tensor = tensors[theirs].read().to(device, torch.float32)
+        parts = from_disk(family, theirs, tensor).split([shapes[name][0] for name in ours])
+        yield f"{tensors[theirs].path}: {theirs!r}", {name: part.contiguous() for name, part in zip(ours, parts)}
+
+
+def open_weights(directory: str | Path, decoder: Decoder, family: Family) -> dict[str, StoredTensor]:
+    """The tensors of a model directory, by their names on disk, before any is read: all that `decoder` has, no other.
+
+    Raises `UserError` as `load_decoder` does.
+    """
+    path, tensors = _open(Path(directory))
+    wanted = stored_names(decoder.state_dict(), family)
+    _forgive(path, decoder, wanted, tensors)
+    _check(path, decoder, family, wanted, tensors)
+    return {name: tensors[name] for name in wanted}
+
+
+def empty_decoder(config: SLMConfig) -> Decoder:
+    """A decoder on the meta device: all its names and shapes, and no memory."""
+    with torch.device("meta"):
+        return Decoder(architecture_of(config))
+
+
+def stored_names(state: Iterable[str], family: Family) -> dict[str, list[str]]:
+    """The name of each tensor on disk → ours; several where the reference implementation fuses them, in its order."""
+    names: dict[str, list[str]] = {}
+    for ours in state:
+        module, _, parameter = ours.rpartition(".")
+        names.setdefault(f"{reference_name(module, family)}.{parameter}", []).append(ours)
+    return names
+
+
+def reference_name(module: str, family: Family) -> str:
+    """What the reference implementation calls a module of ours."""
+    number = next((part for part in module.split(".") if part.isdigit()), "")
+    return family.names[module.replace(f".{number}.", ".{}.") if number else module].format(number)
+
+
+def to_disk(family: Family, name: str, parts: list[Tensor]) -> Tensor:
+    """The tensor that is stored under the reference's name, of the parts that it fuses."""
+    tensor = parts[0].detach() if len(parts) == 1 else torch.cat([part.detach() for part in parts])
+    return (tensor.T if name.endswith(family.transposed) else tensor).contiguous()
+
+
+def from_disk(family: Family, name: str, tensor: Tensor) -> Tensor:
+    """A stored tensor, [out, in] where it is a matrix; what is fused lies below each other."""
+    return tensor.T if name.endswith(family.transposed) else tensor
+
+
+def _open(directory: Path) -> tuple[Path, dict[str, StoredTensor]]:
+    """All tensors of a directory, and the file to name where one of them is wrong."""
+    path, index = directory / WEIGHTS, directory / SHARDS
+    if path.is_file() or not index.is_file():
+        return path, stored_tensors(path)
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted({Path(name).name for name in weight_map.values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index}: not a readable index of shards: {error}") from None
+    tensors: dict[str, StoredTensor] = {}
+    for shard in shards:
+        tensors |= stored_tensors(directory / shard)
+    return index, tensors
+
+
+def _forgive(path: Path, decoder: Decoder, wanted: dict[str, list[str]], tensors: dict[str, StoredTensor]) -> None:
+    """Drop what some tools store besides the weights, and put in front what they leave off of names."""
+    for name in [name for name in tensors if name.endswith(CONSTANTS)]:
+        del tensors[name]
+    embedding = next(theirs for theirs, ours in wanted.items() if ours == ["embedding.weight"])
+    prefix, _, bare = embedding.partition(".")
+    if bare in tensors and embedding not in tensors:  # a model saved without its head
+        for name in [name for name in tensors if name != "lm_head.weight"]:
+            tensors[f"{prefix}.{name}"] = tensors.pop(name)
+    head = tensors.get("lm_head.weight") if decoder.architecture.tied else None
+    if head is not None:
+        if embedding in tensors and not torch.equal(head.read(), tensors[embedding].read()):
+            raise UserError(
+                f"{path}: 'lm_head.weight' is not the embedding, its config says tie_word_embeddings: set that to false"
+            )
+        del tensors["lm_head.weight"]
+
+
+def _check(
+    path: Path, decoder: Decoder, family: Family, wanted: dict[str, list[str]], tensors: dict[str, StoredTensor]
+) -> None:
+    """Every tensor the decoder has, no other, and each of the right shape."""
+    missing = sorted(set(wanted) - set(tensors))
+    unexpected = sorted(set(tensors) - set(wanted))
+    for problem, names in (("missing", missing), ("unexpected", unexpected)):
+        if names:
+            raise UserError(
+                f"{path}: {len(names)} {problem} tensors, such as {names[0]!r}: not the model of its config"
+            )
+    state = decoder.state_dict()
+    for theirs, ours in wanted.items():
+        expected = tuple(to_disk(family, theirs, [state[name] for name in ours]).shape)
+        found = tensors[theirs].shape
+        if found != expected:
+            raise UserError(f"{path}: {theirs!r} has shape {found}, its config says {expected}")

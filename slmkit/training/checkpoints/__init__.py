@@ -1,0 +1,1 @@
+"""Checkpoints: writing them asynchronously, finding and loading them."""

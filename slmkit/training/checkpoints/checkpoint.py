@@ -1,0 +1,288 @@
+"""Checkpoints: a model directory, or an adapter's, with `training_state/` inside and a manifest written last.
+
+A checkpoint is written beside its final name, synced, and renamed, so that it is there whole or not at all. Optimizer
+state is safetensors under the parameters' own names, the rest JSON: nothing here is a pickle.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from slmkit.config import UserError
+from slmkit.files import sync
+from slmkit.model.decoder import Decoder
+from slmkit.training.checkpoints.model_files import ModelFiles
+from slmkit.training.distributed import ALONE, Group, on_main, share_like
+from slmkit.training.guards import Guard
+from slmkit.training.loop import State
+from slmkit.training.precision import LossScale
+
+MANIFEST = "MANIFEST.json"
+STATE = "training_state/state.json"
+OPTIMIZER = "training_state/optimizer.safetensors"
+
+Companions = Callable[[Path], None]  # writes what belongs beside the weights, such as the tokenizer
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A state at one instant, copied: what is written of it does not change while the run goes on."""
+
+    step: int
+    model: Decoder  # for its shape and names alone
+    files: ModelFiles
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]  # of the optimizers
+    plain: str  # the rest, as JSON
+
+
+def take_snapshot(state: State, files: ModelFiles, group: Group = ALONE) -> Snapshot:
+    """Copy everything that a checkpoint holds into the memory of the CPU; of several ranks', the first one's.
+
+    All ranks must call it together. What is written of it any number of ranks can read.
+    """
+    return Snapshot(
+        step=state.step,
+        model=state.model,
+        files=files,
+        weights=on_main(files.tensors(state.model), group),
+        moments=on_main(_optimizer_tensors(state), group),
+        plain=json.dumps(_plain_state(state), indent=2) + "\n",
+    )
+
+
+def save_checkpoint(state: State, files: ModelFiles, folder: Path, companions: Companions) -> Path:
+    """Write the state as it is now; see `write_checkpoint`."""
+    return write_checkpoint(take_snapshot(state, files), folder, companions)
+
+
+def write_checkpoint(snapshot: Snapshot, folder: Path, companions: Companions) -> Path:
+    """Write `folder/step-…` and return it. On any failure nothing is left and older checkpoints stay as they were.
+
+    Raises `UserError` when the disk is full or cannot be written.
+    """
+    final = folder / checkpoint_name(snapshot.step)
+    partial = folder / f".partial-{final.name}"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        (partial / "training_state").mkdir(parents=True)
+        snapshot.files.write(snapshot.model, snapshot.weights, partial)
+        companions(partial)
+        save_file(snapshot.moments, partial / OPTIMIZER)
+        (partial / STATE).write_text(snapshot.plain, encoding="utf-8")
+        _write_manifest(partial)
+        if final.exists():  # of a run that went back to an earlier step
+            delete(final)
+        os.replace(partial, final)
+        sync(folder)
+    except (OSError, safetensors.SafetensorError, UserError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(
+            f"{final}: the checkpoint could not be written ({error}); earlier ones are untouched: "
+            "free some space, then `slm resume`"
+        ) from None
+    return final
+
+
+def load_checkpoint(directory: Path, state: State, files: ModelFiles) -> None:
+    """Put a checkpoint's weights, optimizer and counters into `state`, which was built for the same recipe.
+
+    Raises `UserError` for a file that is missing, damaged or of another model.
+    """
+    verify(directory)
+    weights, own = files.read(directory, state.model), state.model.state_dict()
+    if weights.keys() != files.tensors(state.model).keys():
+        raise UserError(f"{directory}: a checkpoint of a different model than the run's")
+    state.model.load_state_dict({name: share_like(full, own[name]) for name, full in weights.items()}, strict=False)
+    tensors = load_file(directory / OPTIMIZER)
+    for optimizer in state.optimizers:
+        moments: dict[int, dict[str, Tensor]] = {
+            index: {
+                key.rpartition("/")[2]: share_like(tensors[key], own[name])
+                for key in tensors
+                if key.rpartition("/")[0] == name
+            }
+            for index, name in enumerate(_names_in(optimizer, state.model))
+        }
+        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    plain = json.loads((directory / STATE).read_text(encoding="utf-8"))
+    state.step, state.tokens, state.best = plain["step"], plain["tokens"], plain["best"]
+    state.guard, state.loss_scale = Guard(**plain["guard"]), LossScale(**plain["loss_scale"])
+    state.data, state.evaluations = plain.get("data", {}), plain.get("evaluations", {})
+    if plain["seed"] != state.seed:
+        raise UserError(f"{directory}: made with seed {plain['seed']}, the recipe says {state.seed}")
+
+
+def verify(directory: Path) -> None:
+    """Compare every file with the manifest. Raises `UserError` naming the first that differs."""
+    try:
+        listed = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"{directory}: not a complete checkpoint: its {MANIFEST} is missing or damaged") from None
+    for name, expected in listed.items():
+        path = directory / name
+        if not path.is_file():
+            raise UserError(f"{path}: missing; the checkpoint is damaged, use another one")
+        if path.stat().st_size != expected["size"]:
+            raise UserError(
+                f"{path}: {path.stat().st_size} bytes where its manifest says {expected['size']}: "
+                "the checkpoint is damaged, use another one"
+            )
+        if file_sha256(path) != expected["sha256"]:
+            raise UserError(f"{path}: its content is not what its manifest says: the checkpoint is damaged")
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints that have a manifest, oldest first."""
+    return sorted((path.parent for path in folder.glob(f"step-*/{MANIFEST}")), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """`…/step-000500` → 500."""
+    return int(path.name.removeprefix("step-"))
+
+
+def newest_intact(
+    folder: Path, warn: Callable[[str], None], is_wanted: Callable[[Path], bool] = lambda path: True
+) -> Path | None:
+    """The latest checkpoint that passes `verify`; damaged and half-written ones are passed over with a warning.
+
+    `is_wanted` may pass over others. None where there is none of that kind. Raises `UserError` where all are damaged.
+    """
+    for path in sorted(folder.glob(".partial-*")):
+        warn(f"{path.name}: half-written, ignored")
+    damaged = len(complete_checkpoints(folder)) < len(list(folder.glob("step-*")))
+    for path in reversed(complete_checkpoints(folder)):
+        try:
+            verify(path)
+        except UserError as error:
+            warn(f"passed over: {error}")
+            damaged = True
+            continue
+        if is_wanted(path):
+            return path
+    if damaged:
+        raise UserError(f"{folder}: no complete checkpoint to go on from; start the run again with `slm train`")
+    return None
+
+
+def saved_while_all_was_well(checkpoint: Path) -> bool:
+    """Whether the step before it was none that the guard refused."""
+    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["guard"]["in_a_row"] == 0
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Delete what a crash left half-written or half-deleted."""
+    for path in folder.glob(".*-step-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def point_link(link: Path, target: Path) -> None:
+    """Move `link` to `target` in one step: it names the old checkpoint or the new one, never neither."""
+    fresh = link.with_name(f".{link.name}-{os.getpid()}")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(os.path.relpath(target, link.parent))
+    os.replace(fresh, link)
+    sync(link.parent)
+
+
+def keep_newest(folder: Path, count: int, keep: set[str], until: int) -> None:
+    """Delete all but the newest `count` of the checkpoints up to step `until`, and those named in `keep`.
+
+    Later ones are what a run that went back has not reached again: they are not among those it could go on from.
+    """
+    for path in [path for path in complete_checkpoints(folder) if step_of(path) <= until][: -count or None]:
+        if path.name not in keep:
+            delete(path)
+
+
+def kept_in(folder: Path, model: Path) -> Path:
+    """Where a model is that a new run begins with: in `folder` of the run where it is another run's checkpoint.
+
+    That run may delete its checkpoint as it goes on. What is kept are hard links, which take no room on the disk, or
+    copies where the file system has none. Raises `UserError` where the disk does not take them.
+    """
+    model = model.resolve()
+    if not (model / MANIFEST).is_file():  # no checkpoint, or one that is kept already
+        return model
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        for path in model.iterdir():
+            if path.is_file() and path.name != MANIFEST:
+                try:
+                    os.link(path, folder / path.name)
+                except OSError:
+                    shutil.copyfile(path, folder / path.name)
+    except OSError as error:
+        raise UserError(f"{folder}: the starting model cannot be saved here: {error}") from None
+    return folder.resolve()
+
+
+def delete(checkpoint: Path) -> None:
+    """Delete a checkpoint so that no half of it is ever taken for a whole one: renamed in one step, deleted in many."""
+    doomed = checkpoint.with_name(f".deleted-{checkpoint.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(checkpoint, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _plain_state(state: State) -> dict[str, Any]:
+    skipped = ("model", "optimizers")
+    values = {f.name: getattr(state, f.name) for f in dataclasses.fields(state) if f.name not in skipped}
+    return {
+        name: dataclasses.asdict(value) if name in ("guard", "loss_scale") else value for name, value in values.items()
+    }
+
+
+def _names_in(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iterator[str]:
+    """Names of an optimizer's parameters, in the order in which it numbers them."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            yield names[id(parameter)]
+
+
+def _optimizer_tensors(state: State) -> dict[str, Tensor]:
+    """`parameter/moment` → tensor, over all optimizers: no parameter has two."""
+    return {
+        f"{name}/{key}": torch.as_tensor(value)
+        for optimizer in state.optimizers
+        for index, name in enumerate(_names_in(optimizer, state.model))
+        for key, value in optimizer.state_dict()["state"].get(index, {}).items()
+        if value is not None  # such as SGD's momentum before there is any
+    }
+
+
+def _write_manifest(directory: Path) -> None:
+    """List every file with size and checksum, and see all of it onto the disk."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    listed = {
+        str(path.relative_to(directory)): {"size": path.stat().st_size, "sha256": file_sha256(path)} for path in files
+    }
+    manifest = directory / MANIFEST
+    manifest.write_text(json.dumps({"files": listed}, indent=2) + "\n", encoding="utf-8")
+    for path in (*files, manifest, directory / "training_state", directory):
+        sync(path)

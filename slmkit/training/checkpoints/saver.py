@@ -1,0 +1,125 @@
+"""Checkpoints behind the back of a run that goes on: copied between two steps, written by a thread, one at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from slmkit.config import UserError
+from slmkit.training.checkpoints import checkpoint as checkpoints
+from slmkit.training.checkpoints.model_files import ModelFiles
+from slmkit.training.distributed import ALONE, Group
+from slmkit.training.loop import Report, State
+
+if TYPE_CHECKING:
+    from slmkit.training.run_directory import RunDirectory
+
+FAILURES_BORNE = 3  # saves in a row that fail before the run is ended: a disk that is full now may have room later
+
+
+class Saver:
+    """Saves as a hook, and moves `latest` and `best` once what they are to name is whole.
+
+    As a context manager it sees the last checkpoint onto the disk before the run is over. A second Ctrl-C waits for
+    nothing: what is half-written then is ignored later.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        files: ModelFiles,
+        companions: checkpoints.Companions,
+        save_total_limit: int,
+        warn: Callable[[str], None],
+        needed: Callable[[], set[str]] = set,
+        group: Group = ALONE,
+    ) -> None:
+        """`needed` names checkpoints that are kept besides the newest `save_total_limit` and the best."""
+        self.run, self.files, self.companions, self.limit = run, files, companions, save_total_limit
+        self.warn, self.needed, self.group = warn, needed, group
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._failures = 0
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.finish()
+        elif self._thread is not None and not issubclass(kind, KeyboardInterrupt):
+            self._thread.join()
+
+    def save(self, state: State, report: Report) -> None:
+        """Copy the state and begin to write it; waits for the checkpoint before, where that is not written yet."""
+        loss = report.get("validation_loss")
+        if loss is not None and loss < state.best.get("validation_loss", float("inf")):
+            state.best = {"step": state.step, "validation_loss": loss}
+        self._settle()
+        snapshot = checkpoints.take_snapshot(state, self.files, self.group)
+        if not self.group.is_main:
+            return
+        self._thread = threading.Thread(target=self._write, args=(snapshot, best_checkpoint(state)), daemon=True)
+        self._thread.start()
+
+    def check(self, state: State, report: Report) -> None:
+        """A hook for every step: say that a checkpoint could not be written as soon as that is known."""
+        if self._thread is not None and not self._thread.is_alive():
+            self._settle()
+
+    def finish(self) -> None:
+        """Wait for the run's last checkpoint. Raises `UserError` where it could not be written."""
+        self._failures = FAILURES_BORNE
+        self._settle()
+
+    def wait(self) -> None:
+        """Wait for the checkpoint in flight, before others are looked at."""
+        self._settle()
+
+    def _settle(self) -> None:
+        if self._thread is None:
+            return
+        self._thread.join()
+        error, self._thread, self._error = self._error, None, None
+        if error is None:
+            self._failures = 0
+            return
+        self._failures += 1
+        older = checkpoints.complete_checkpoints(self.run.checkpoints)
+        if not isinstance(error, UserError) or not older or self._failures >= FAILURES_BORNE:
+            raise error
+        self.warn(f"{error}; the run goes on, and would be resumed from {older[-1].name}")
+
+    def _write(self, snapshot: checkpoints.Snapshot, best: str | None) -> None:
+        try:
+            path = self._written(snapshot)
+            point_links(self.run, path, best)
+            keep = self.needed() | ({best} if best else set())
+            checkpoints.keep_newest(self.run.checkpoints, self.limit, keep, until=snapshot.step)
+        except OSError as error:
+            self._error = UserError(f"{self.run.root}: {error}; free some space, then `slm resume`")
+        except BaseException as error:  # raised in the run's own thread
+            self._error = error
+
+    def _written(self, snapshot: checkpoints.Snapshot) -> Path:
+        self.run.metrics.sync()  # a checkpoint must not outlive the lines of the steps before it
+        return checkpoints.write_checkpoint(snapshot, self.run.checkpoints, self.companions)
+
+
+def best_checkpoint(state: State) -> str | None:
+    """The name of the checkpoint with the lowest validation loss so far."""
+    return checkpoints.checkpoint_name(int(state.best["step"])) if state.best else None
+
+
+def point_links(run: RunDirectory, latest: Path, best: str | None) -> None:
+    """Have the run's links name these checkpoints, or no best one where it is not there any more."""
+    checkpoints.point_link(run.latest, latest)
+    if best is not None and (run.checkpoints / best / checkpoints.MANIFEST).is_file():
+        checkpoints.point_link(run.best, run.checkpoints / best)
+    else:
+        run.best.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Looking at data before the first step, and at one step again."""

@@ -1,0 +1,348 @@
+"""The X-ray: what is fed and what is learned, looked at before the first step.
+
+Most ruined runs were ruined before they began: nothing or the wrong thing was learned. The first batches, as the loop
+will get them, are counted and a few rows shown; `findings` are reasons not to begin.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from slmkit.data.batch import Batch
+from slmkit.data.packing import IGNORED
+from slmkit.data.shards.facts import document_hashes
+from slmkit.data.shards.reader import TokenShards
+from slmkit.data.sources.documents import SPELLINGS
+from slmkit.data.stream import Batches
+from slmkit.training.diagnostics.overlap import Overlap, overlap, text_of
+
+ROWS, TOKENS, STEPS = 64, 65_536, 64  # looked at: until one of them is reached
+SEPARATORS = 2  # spelled at ends of lines: more is no accident
+CUT_ROWS = 0.8  # share of rows that end within a conversation: almost all of it is cut
+KNOWN_TOKENS = 0.5  # share that must come back when text is made of tokens and tokens of it
+COMPARED = 1 << 27  # tokens: of more data, answers are not compared with each other
+LEAKED, SOME_LEAKED = 0.1, 0.01  # share of validation text in the training text, beyond what repeats anyway
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What must be known of the tokenizer that the model has."""
+
+    decode: Callable[[list[int]], str]
+    size: int  # of the model's embedding
+    end_ids: Collection[int]  # of texts and of turns
+    special_ids: Collection[int] = ()
+    spellings: Collection[str] = SPELLINGS  # of special tokens, these and others'
+    bos_id: int | None = None
+    pad_id: int | None = None
+    encode: Callable[[str], Sequence[int]] | None = None
+    fingerprint: str | None = None
+
+    @functools.cached_property
+    def spelled(self) -> re.Pattern[str]:
+        """Finds what spells a special token, in text that is none."""
+        return re.compile("|".join(map(re.escape, sorted(self.spellings, key=len, reverse=True))))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows that were looked at. All arrays [rows, length]."""
+
+    ids: np.ndarray
+    labels: np.ndarray  # of the position; IGNORED where nothing is learned
+    padding: np.ndarray  # bool
+    kinds: Sequence[str] = ()  # of each row, where the data says it: chosen or rejected, good or bad
+
+    def until_the_longest(self) -> Rows:
+        """Without the columns that are padding in all rows."""
+        used = slice(0, max(1, int((~self.padding).any(axis=0).sum())))
+        return replace(self, ids=self.ids[:, used], labels=self.labels[:, used], padding=self.padding[:, used])
+
+    @property
+    def learned(self) -> np.ndarray:
+        return self.labels != IGNORED
+
+
+@dataclass(frozen=True)
+class XRay:
+    """What was seen. `findings` stop a run, `notes` are shown; both are sentences."""
+
+    rows: Rows
+    figures: dict[str, str]
+    findings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def summary(self) -> str:
+        return "x-ray: " + ", ".join(f"{name} {value}" for name, value in self.figures.items())
+
+
+def examine(
+    stream: Batches,
+    vocabulary: Vocabulary,
+    train: Sequence[TokenShards] = (),
+    validation: Sequence[TokenShards] = (),
+    is_chat: bool = False,
+    is_padded: bool = False,
+) -> XRay:
+    """Look at the first batches of `stream`, and at the shards that they and the validation rows come from.
+
+    `is_padded`: a row is one text, and of padding no more is computed than the longest row leaves. Takes about a second
+    at most: of large data, a sample. The stream is left at its beginning.
+    """
+    rows = _first_rows(stream, vocabulary)
+    if is_padded:
+        rows = rows.until_the_longest()
+    ends_expected = _documents_in(train, int((~rows.padding).sum()))
+    both = overlap(text_of(train), text_of(validation)) if train and validation else None
+    checks = (
+        _labels(rows),
+        _cut(rows, vocabulary) if is_chat else [],
+        _ends(rows, vocabulary, ends_expected),
+        _beginnings(rows, vocabulary),
+        _tokenizer(rows, vocabulary, (*train, *validation)),
+        _leaks(both),
+        _separators(rows, vocabulary, is_chat),
+        _one_kind(train),
+    )
+    notes = _notes(rows, both) + _contradictions(rows, train)
+    return XRay(rows, _figures(rows, vocabulary, both, is_chat), [found for check in checks for found in check], notes)
+
+
+def _first_rows(stream: Batches, vocabulary: Vocabulary) -> Rows:
+    ids: list[np.ndarray] = []  # [rows, length] each
+    labels: list[np.ndarray] = []
+    kinds: list[str] = []
+    step = rows = 0
+    while step < STEPS and stream.has(step) and rows < ROWS and sum(part.size for part in ids) < TOKENS:
+        batch = stream.batch(step)
+        ids.append(batch.ids.flatten(0, -2).numpy())  # of pairs both answers
+        labels.append(batch.labels.flatten(0, -2).numpy())
+        kinds += _kinds(batch)
+        step, rows = step + 1, rows + len(ids[-1])
+    stream.seek(0, {})
+    longest = max(part.shape[1] for part in ids)
+    all_ids = np.concatenate([_widened(part, longest, vocabulary.pad_id or 0) for part in ids])[:ROWS]
+    all_labels = np.concatenate([_widened(part, longest, IGNORED) for part in labels])[:ROWS]
+    filler = (all_ids == (vocabulary.pad_id or 0)) & (all_labels == IGNORED)
+    # Padding is what stands behind everything else in its row: by position, for its id may have other uses.
+    return Rows(all_ids, all_labels, np.logical_and.accumulate(filler[:, ::-1], axis=1)[:, ::-1], kinds[:ROWS])
+
+
+def _kinds(batch: Batch) -> list[str]:
+    """What each row of a batch is, where its objective treats rows differently; empty elsewhere."""
+    if batch.ids.dim() == 3:  # pairs
+        return ["chosen", "rejected"] * len(batch.ids)
+    return ["good" if label else "bad" for label in batch.extra.get("desirable", ())]
+
+
+def _widened(rows: np.ndarray, length: int, value: int) -> np.ndarray:
+    """[rows, shorter] → [rows, length]."""
+    return np.pad(rows, ((0, 0), (0, length - rows.shape[1])), constant_values=value)
+
+
+def _documents_in(shards: Sequence[TokenShards], tokens: int) -> float:
+    """How many documents so many tokens should hold."""
+    total = sum(map(len, shards))
+    return tokens * sum(one.header.documents for one in shards) / total if total else 0.0
+
+
+# -- findings: each check returns the reasons it has for not beginning ------------------------------------------------
+
+
+def _labels(rows: Rows) -> list[str]:
+    if rows.learned.any():
+        return []
+    return [
+        f"not one of {rows.labels.size:,} labels is learned: all are masked; "
+        "check that the conversations have assistant turns with text"
+    ]
+
+
+def _cut(rows: Rows, vocabulary: Vocabulary) -> list[str]:
+    share = _cut_rows(rows, vocabulary)
+    if share < CUT_ROWS:
+        return []
+    return [
+        f"{share:.0%} of the rows end in the middle of a conversation, which is cut there at {rows.ids.shape[1]:,} "
+        "tokens: raise train.sequence_length"
+    ]
+
+
+def _ends(rows: Rows, vocabulary: Vocabulary, expected: float) -> list[str]:
+    present = int((np.isin(rows.ids, [*vocabulary.end_ids]) & ~rows.padding).sum())
+    learned = np.isin(rows.labels, [*vocabulary.end_ids]).any()
+    if learned or not rows.learned.any() or not (present or expected >= 5):
+        return []
+    there = f"{present:,} are there and none is a label" if present else f"none among {rows.ids.size:,} tokens"
+    return [f"no end token is learned ({there}): the model would never stop; end each text with the end-of-text token"]
+
+
+def _beginnings(rows: Rows, vocabulary: Vocabulary) -> list[str]:
+    doubled, beginnings = _doubled(rows, vocabulary)
+    # Where the token that begins a text is also the one that ends it, an empty text looks the same.
+    is_shared = vocabulary.bos_id in vocabulary.end_ids
+    if doubled == 0 or (is_shared and doubled < beginnings / 2):
+        return []
+    return [
+        f"{doubled:,} texts begin with the beginning-of-text token twice: the chat template writes one already, "
+        "so that the tokenizer must not"
+    ]
+
+
+def _tokenizer(rows: Rows, vocabulary: Vocabulary, shards: Sequence[TokenShards]) -> list[str]:
+    prints = {one.header.tokenizer for one in shards} - {vocabulary.fingerprint}
+    if vocabulary.fingerprint is not None and prints:
+        return [
+            f"the tokens were made by tokenizer {min(prints)[:12]}, the model's is {vocabulary.fingerprint[:12]}: "
+            "prepare the data again"
+        ]
+    largest = int(rows.ids.max())
+    if largest >= vocabulary.size:
+        return [f"token {largest:,} is beyond the model's vocabulary of {vocabulary.size:,}: prepare the data again"]
+    share = _known_again(rows, vocabulary)
+    if share < KNOWN_TOKENS:
+        return [
+            f"only {share:.0%} of the tokens come back when their text is tokenized again: "
+            "they seem to be another tokenizer's; prepare the data again"
+        ]
+    return []
+
+
+def _leaks(both: Overlap | None) -> list[str]:
+    if both is None or both.excess < LEAKED:
+        return []
+    return [
+        f"{max(both.documents, both.stretches):.0%} of the validation text stands in the training text: "
+        "its loss would say nothing; hold out other documents"
+    ]
+
+
+def _separators(rows: Rows, vocabulary: Vocabulary, is_chat: bool) -> list[str]:
+    """Special tokens that are spelled at the ends of lines or texts, where somebody meant to end a document."""
+    ends = Counter(
+        match[0]
+        for text in _plain_texts(rows, vocabulary)
+        for match in vocabulary.spelled.finditer(text)
+        if not text[match.end() :].partition("\n")[0].strip()
+    )
+    way_out = (
+        "remove it from the messages, whose ends the chat template writes" if is_chat
+        else "put <|endoftext|> on a line of its own, or name it as data.separator (of rows: remove it)"
+    )  # fmt: skip
+    return [
+        f"{spelling} stands {times:,} times at the end of a line, as plain text that ends no document: {way_out}"
+        for spelling, times in ends.most_common(1)
+        if times >= SEPARATORS
+    ]
+
+
+def _plain_texts(rows: Rows, vocabulary: Vocabulary) -> Iterator[str]:
+    """The texts between special tokens."""
+    for ids, padding in zip(rows.ids, rows.padding):
+        special = np.isin(ids, [*vocabulary.special_ids, *vocabulary.end_ids]) | padding
+        for stretch in np.split(ids, np.flatnonzero(special)):
+            yield vocabulary.decode(stretch[~np.isin(stretch, [*vocabulary.special_ids, *vocabulary.end_ids])].tolist())
+
+
+def _one_kind(train: Sequence[TokenShards]) -> list[str]:
+    """Of judged answers: whether all have one label."""
+    labels = [shards.labels for shards in train if shards.header.judged]
+    if not labels or len(kinds := np.unique(np.concatenate(labels))) == 2:
+        return []
+    if kinds[0]:
+        return ["all answers are labelled good and none bad: objective sft learns from good answers alone"]
+    return ["all answers are labelled bad and none good: nothing would be learned of what to answer instead"]
+
+
+# -- figures and notes ------------------------------------------------------------------------------------------------
+
+
+def _figures(rows: Rows, vocabulary: Vocabulary, both: Overlap | None, is_chat: bool) -> dict[str, str]:
+    learned = rows.learned.sum(axis=1)
+    figures = {
+        "rows": f"{len(rows.ids):,} of {rows.ids.shape[1]:,} tokens",
+        "learned": f"{learned.mean():,.0f} a row ({rows.learned.mean():.0%})",
+        "end tokens learned": f"{int(np.isin(rows.labels, [*vocabulary.end_ids]).sum()):,}",
+        "padding": f"{rows.padding.mean():.0%}",
+    }
+    if is_chat:
+        figures["rows cut"] = f"{_cut_rows(rows, vocabulary):.0%}"
+    if vocabulary.bos_id is not None:
+        figures["doubled beginnings"] = f"{_doubled(rows, vocabulary)[0]:,}"
+    if both is not None and not (both.documents or both.stretches):
+        figures["validation text in training"] = "none"
+    elif both is not None:
+        figures["validation text in training"] = (
+            f"{both.documents:.1%} of documents, {both.stretches:.1%} of stretches of 32 tokens "
+            f"(training repeats {both.documents_repeated:.1%} and {both.stretches_repeated:.1%} of its own)"
+        )
+    return figures
+
+
+def _notes(rows: Rows, both: Overlap | None) -> list[str]:
+    notes = []
+    empty = (~rows.learned).all(axis=1).mean()
+    if 0.1 < empty < 1:
+        notes.append(f"in {empty:.0%} of the rows nothing is learned")
+    if rows.padding.mean() > 0.5:
+        notes.append(f"{rows.padding.mean():.0%} of what is computed is padding: lower train.sequence_length")
+    if both is None or both.excess >= LEAKED:
+        return notes
+    share = max(both.documents, both.stretches)
+    if share > 0.5:
+        notes.append(
+            f"{share:.0%} of the validation text stands in the training text, which repeats itself as much: "
+            "the validation loss will not tell learning from remembering"
+        )
+    elif both.excess > SOME_LEAKED:
+        notes.append(f"{share:.1%} of the validation text stands in the training text")
+    return notes
+
+
+def _contradictions(rows: Rows, train: Sequence[TokenShards]) -> list[str]:
+    """How many pairs are there the other way round too, or how many answers are labelled both good and bad."""
+    are_pairs, are_judged = rows.kinds[:1] == ["chosen"], any(shards.header.judged for shards in train)
+    if not train or not (are_pairs or are_judged) or sum(map(len, train)) > COMPARED:
+        return []
+    hashes = np.concatenate([document_hashes(shards) for shards in train])  # [documents]
+    if are_pairs:
+        pairs = Counter(map(tuple, hashes.reshape(-1, 2).tolist()))
+        count = sum(times for (better, worse), times in pairs.items() if (worse, better) in pairs)
+        what = "pairs are there the other way round, too, with chosen and rejected exchanged"
+    else:
+        labels = np.concatenate([shards.labels for shards in train]).astype(bool)
+        count = int(np.isin(hashes, np.intersect1d(hashes[labels], hashes[~labels])).sum())
+        what = "answers to the same prompt are labelled good in one row and bad in another"
+    return [f"{count:,} of {len(hashes) // (1 + are_pairs):,} {what}: keep one of each"] if count else []
+
+
+def _cut_rows(rows: Rows, vocabulary: Vocabulary) -> float:
+    """The share of rows that are full and do not end with an end token."""
+    return float((~rows.padding[:, -1] & ~np.isin(rows.ids[:, -1], [*vocabulary.end_ids])).mean())
+
+
+def _doubled(rows: Rows, vocabulary: Vocabulary) -> tuple[int, int]:
+    """How often the beginning-of-text token follows itself, and how often it is there."""
+    begins = (rows.ids == (-1 if vocabulary.bos_id is None else vocabulary.bos_id)) & ~rows.padding
+    return int((begins[:, 1:] & begins[:, :-1]).sum()), int(begins.sum())
+
+
+def _known_again(rows: Rows, vocabulary: Vocabulary) -> float:
+    """The share of plain tokens that are there again when their text is tokenized; 1 where nobody can tell."""
+    if vocabulary.encode is None:
+        return 1.0
+    found = total = 0
+    for ids, padding in zip(rows.ids[:16], rows.padding):
+        special = np.isin(ids, [*vocabulary.special_ids]) | padding
+        for stretch in np.split(ids, np.flatnonzero(special)):
+            plain = stretch[~np.isin(stretch, [*vocabulary.special_ids])].tolist()
+            again = Counter(vocabulary.encode(vocabulary.decode(plain)))
+            found += sum((Counter(plain) & again).values())
+            total += len(plain)
+    return found / total if total else 1.0

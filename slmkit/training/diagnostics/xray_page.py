@@ -1,0 +1,158 @@
+"""Rows as a person reads them: what is learned in green, what is only read in brackets and dim."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.text import Text
+
+from slmkit.config import UserError
+from slmkit.data.packing import IGNORED
+from slmkit.data.shards.reader import TokenShards
+from slmkit.data.sources.documents import SPELLINGS
+from slmkit.data.stream import Batches
+from slmkit.training.diagnostics.xray import Rows, Vocabulary, XRay, examine
+
+SHOWN = 2  # rows
+HEAD, TAIL = 100, 40  # tokens of each: its beginning and its end
+LEGEND = "In ⟦brackets⟧: read, not learned. Behind a \\ : text that spells a special token and is none."
+BEFORE, LENGTH = 12, 48  # tokens of an excerpt: before the first that is learned, and in all
+LEARNED, READ, SPECIAL = "green", "dim", "bold reverse"
+
+
+def write_xray(xray: XRay, vocabulary: Vocabulary, path: Path) -> None:
+    """Leave what was seen in the run, as Markdown."""
+    lines = ["# What is fed and what is learned", ""]
+    lines += [f"- {name}: {value}" for name, value in xray.figures.items()]
+    lines += [f"- **{finding}**" for finding in xray.findings]
+    lines += [f"- note: {note}" for note in xray.notes]
+    lines += ["", LEGEND, ""]
+    for row in rendered_rows(xray.rows, vocabulary):
+        lines += ["```", row.plain.replace("```", "'''"), "```", ""]
+    path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def excerpts(rows: Rows, vocabulary: Vocabulary) -> list[Text]:
+    """Of the first row, of a pair of both, some tokens around the first that is learned, on one line."""
+    count = 2 if rows.kinds else 1
+    first = [max(0, int(learned.argmax()) - BEFORE) for learned in rows.learned[:count]]
+    stretches = [
+        Rows(
+            rows.ids[[row], start : start + LENGTH],
+            rows.labels[[row], start : start + LENGTH],
+            rows.padding[[row], start : start + LENGTH],
+        )
+        for row, start in enumerate(first)
+    ]
+    in_line = replace(vocabulary, decode=lambda ids: vocabulary.decode(ids).replace("\n", "↵"))
+    shown = [rendered_rows(stretch, in_line)[0] for stretch in stretches]
+    dots = [Text("… " if start else "") for start in first]
+    names = [Text(f"{kind}: ", "bold") for kind in rows.kinds[:count]] or [Text("")]
+    return [Text.assemble(name, dot, text, " …") for name, dot, text in zip(names, dots, shown)]
+
+
+def rendered_rows(rows: Rows, vocabulary: Vocabulary, count: int = SHOWN) -> list[Text]:
+    """The first `count` rows as text with styles; without them the brackets still tell what is not learned."""
+    shown = [
+        _row(ids, labels, int(padding.sum()), vocabulary)
+        for ids, labels, padding in zip(rows.ids[:count], rows.labels, rows.padding)
+    ]
+    if not rows.kinds:
+        return shown
+    return [Text.assemble((f"{kind}: ", "bold"), row) for kind, row in zip(rows.kinds, shown)]
+
+
+def _row(ids: np.ndarray, labels: np.ndarray, padding: int, vocabulary: Vocabulary) -> Text:
+    """ids, labels [length]: a token is learned where it is the label of the position before it."""
+    end = len(ids) - padding
+    tokens, learned = ids[:end].tolist(), [False, *(labels[: end - 1] != IGNORED).tolist()]
+    if end == len(ids) and labels[-1] != IGNORED:  # the label that stands behind the row
+        tokens, learned = [*tokens, int(labels[-1])], [*learned, True]
+    text = rendered(tokens, learned, vocabulary)
+    if padding:
+        text.append(f"⟦padding × {padding:,}⟧", READ)
+    return text
+
+
+def rendered(
+    tokens: list[int], learned: list[bool], vocabulary: Vocabulary, head: int = HEAD, tail: int = TAIL
+) -> Text:
+    """Tokens as text, as `LEGEND` has it; of long ones the first and the last."""
+    text = Text()
+    if len(tokens) <= head + tail:
+        _append(text, tokens, learned, vocabulary)
+    else:
+        _append(text, tokens[:head], learned[:head], vocabulary)
+        text.append(f" … {len(tokens) - head - tail:,} tokens … ", READ)
+        _append(text, tokens[-tail:], learned[-tail:], vocabulary)
+    return text
+
+
+def _append(text: Text, tokens: list[int], learned: list[bool], vocabulary: Vocabulary) -> None:
+    """Neighbours of one kind are decoded together: a character may be several tokens."""
+    specials = {*vocabulary.special_ids, *vocabulary.end_ids}
+    for is_learned, group in groupby(zip(tokens, learned), key=lambda pair: pair[1]):
+        stretch = Text(style=LEARNED if is_learned else READ)
+        for is_special, part in groupby((token for token, _ in group), key=lambda token: token in specials):
+            decoded = vocabulary.decode(list(part))
+            shown = decoded if is_special else vocabulary.spelled.sub(r"\\\g<0>", decoded)
+            stretch.append(shown, SPECIAL if is_special else None)
+        text.append_text(stretch if is_learned else Text.assemble(("⟦", READ), stretch, ("⟧", READ)))
+
+
+def look(
+    stream: Batches,
+    tokenizer: Any,
+    vocab_size: int,
+    root: Path,
+    say: Callable[[str | Text], None],
+    train: Sequence[TokenShards] = (),
+    validation: Sequence[TokenShards] = (),
+    is_chat: bool = False,
+    is_padded: bool = False,
+    force: bool = False,
+) -> XRay:
+    """Show what is about to be fed and learned, and leave it as `xray.md` in `root`.
+
+    Raises `UserError` with the reason where something is off, unless `force`.
+    """
+    vocabulary = vocabulary_of(tokenizer, vocab_size)
+    xray = examine(stream, vocabulary, train, validation, is_chat, is_padded)
+    write_xray(xray, vocabulary, root / "xray.md")
+    say(xray.summary())
+    for row in excerpts(xray.rows, vocabulary):
+        say(Text.assemble("  ", row))
+    say(f"  {LEGEND}")
+    for line in (*xray.notes, *xray.findings):
+        say(f"x-ray: {line}")
+    if is_chat and hasattr(tokenizer, "prompt_is_history") and not tokenizer.prompt_is_history():
+        say(
+            "x-ray: with this tokenizer the chat template's prompt ends in other tokens than stand before the answers "
+            "it is trained on (as in transformers): chatml, whose prompt ends in one line end, avoids that"
+        )
+    if xray.findings and not force:
+        more = f" (and {len(xray.findings) - 1} more)" if len(xray.findings) > 1 else ""
+        raise UserError(f"training not started: {xray.findings[0]}{more}; --force trains anyway")
+    return xray
+
+
+def vocabulary_of(tokenizer: Any, vocab_size: int) -> Vocabulary:
+    """What the X-ray wants of a tokenizer: of an `SLMTokenizer` everything, of another whatever it has."""
+    specials = getattr(tokenizer, "special_tokens", {})
+    eos = getattr(tokenizer, "eos_token_id", None)
+    return Vocabulary(
+        decode=tokenizer.decode,
+        size=vocab_size,
+        end_ids=getattr(tokenizer, "stop_token_ids", {eos} if eos is not None else set()),
+        special_ids=set(specials.values()) if isinstance(specials, dict) else set(),
+        spellings={*SPELLINGS, *specials},
+        bos_id=getattr(tokenizer, "bos_token_id", None),
+        pad_id=getattr(tokenizer, "pad_token_id", None),
+        encode=tokenizer.encode if hasattr(tokenizer, "fingerprint") else None,
+        fingerprint=getattr(tokenizer, "fingerprint", None),
+    )

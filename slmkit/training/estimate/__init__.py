@@ -1,0 +1,1 @@
+"""Memory, time, disk and loss of a run before it starts."""

@@ -1,0 +1,125 @@
+"""What a run will take: memory, time, disk, and the loss to expect; by arithmetic, and by speed where it was measured.
+
+(`loop.Plan` is what the loop is told to do; a forecast is what to expect of it.)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from slmkit.device import Device, measured_peak
+from slmkit.model.architectures import architecture_of
+from slmkit.model.config import SLMConfig
+from slmkit.model.sizes import parameter_count
+from slmkit.training.estimate.flops import operations_per_token
+from slmkit.training.estimate.memory import checkpoint_bytes, reading_peaks, state_bytes, training_bytes
+from slmkit.training.estimate.memory_profile import Inventory
+from slmkit.training.estimate.scaling_laws import expected_loss
+from slmkit.training.recipe.recipe import TrainSettings
+
+EFFICIENCY = {"cpu": 0.25, "cuda": 0.35}  # of plain products' speed that a small model's step reaches, unmeasured
+FORWARD_SHARE = 1 / 3  # of a training step's operations
+EVALUATION_SECONDS = 1.0  # for samples, the picture and the checkpoint, beside the validation itself
+# On a CPU: what libraries load and compile in a run's first steps and evaluation, and what glibc holds for each byte in
+# use, since it keeps freed blocks (device.keep_freed_memory). Measured on Linux, models of 1 to 29 M parameters.
+LIBRARIES, HELD = 120 << 20, 1.37
+# What evaluations, samples, pictures and checkpoints add to what the first steps were seen to hold, measured alike.
+BETWEEN_STEPS = 70 << 20
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Bytes, seconds, and nats a token; None where nothing can be said."""
+
+    parameters: int  # of the whole model, without an adapter
+    trained: int
+    beside: int  # parameters of a teacher or a reference; 0 where none is in memory
+    steps: int
+    tokens: int  # positions that pass through the model
+    tokens_per_second: float
+    seconds: float
+    memory_bytes: int  # that training adds to the process, or takes of the device
+    counted_bytes: int  # the same by arithmetic alone
+    disk_bytes: int
+    loss: float | None
+
+
+def forecast(
+    config: SLMConfig,
+    settings: TrainSettings,
+    steps: int,
+    device: Device,
+    *,
+    tokens_per_second: float | None = None,
+    held_bytes: int | None = None,
+    unique_tokens: int | None = None,
+    validation_tokens: int = 0,
+    from_scratch: bool = True,
+    inventory: Inventory | None = None,
+) -> Forecast:
+    """The forecast of a run of `steps`. Without a measured `tokens_per_second`, by the device's measured peak; and by
+    arithmetic without `held_bytes`, the most that a few of its steps were seen to add to the process.
+
+    `unique_tokens` is the training text's length; its shards count among the disk it takes. `inventory` says what is
+    in memory, where that is more than a fresh model which learns the next token.
+    """
+    a = architecture_of(config)
+    inventory = inventory or Inventory(a)
+    length = settings.sequence_length or config.max_position_embeddings
+    rows = settings.rows_per_step(length)
+    tokens = steps * rows * length
+    rate = tokens_per_second or guessed_rate(inventory, length, device)
+    evaluations = -(-steps // (settings.eval_steps or max(1, steps // 10)))
+    evaluating = evaluations * (validation_tokens * FORWARD_SHARE / rate + EVALUATION_SECONDS)
+    checkpoint = checkpoint_bytes(inventory, settings, device)
+    memory, counted = run_bytes(inventory, settings, rows, length, device, held_bytes)
+    return Forecast(
+        parameters=parameter_count(a),
+        trained=inventory.trained,
+        beside=parameter_count(inventory.beside.architecture) if inventory.beside is not None else 0,
+        steps=steps,
+        tokens=tokens,
+        tokens_per_second=rate,
+        seconds=tokens / rate + evaluating,
+        memory_bytes=memory,
+        counted_bytes=counted,
+        disk_bytes=disk_bytes(checkpoint, settings, steps, config.vocab_size, unique_tokens or 0),
+        loss=loss_ahead(parameter_count(a), tokens, unique_tokens, config.vocab_size) if from_scratch else None,
+    )
+
+
+def loss_ahead(parameters: int, tokens: int, unique_tokens: int | None, vocab_size: int) -> float | None:
+    """The law's loss; None for so few tokens that it leads beyond the loss of guessing, where it holds nothing."""
+    loss = expected_loss(parameters, tokens, unique_tokens)
+    return loss if loss < math.log(vocab_size) else None
+
+
+def guessed_rate(inventory: Inventory, length: int, device: Device) -> float:
+    """Tokens a second by the device's peak and the share of it that such models reach."""
+    efficiency = EFFICIENCY.get(device.torch_device.type, EFFICIENCY["cpu"])
+    return efficiency * measured_peak(device) / operations_per_token(inventory, length)
+
+
+def run_bytes(
+    inventory: Inventory, settings: TrainSettings, rows: int, length: int, device: Device, held: int | None = None
+) -> tuple[int, int]:
+    """The most that a run adds to its process, or takes of the device, in a step or in what is read between two: by
+    `held`, what a few steps were seen to add, and by arithmetic alone. Both are the same where nothing was seen.
+    """
+    micro, used = min(rows, settings.rows_per_micro_batch(length)), inventory.used(length)
+    training = training_bytes(inventory, settings, micro, used, device, settings.gradient_checkpointing)
+    reading, state = max(reading_peaks(inventory, used, device)), state_bytes(inventory, settings, device)
+    if device.torch_device.type != "cpu":
+        return max(held or training, state + reading), max(training, state + reading)
+    # Blocks that a step has left are in pieces too small for a reading that needs more than all of them.
+    beside = reading if reading > training - state else 0
+    counted = LIBRARIES + round(HELD * training) + beside
+    return (held + BETWEEN_STEPS + beside if held else counted), counted
+
+
+def disk_bytes(state: int, settings: TrainSettings, steps: int, vocab_size: int, unique_tokens: int) -> int:
+    """Checkpoints at their most (those kept, the best, and one being written), and the text's tokens."""
+    interval = settings.save_steps or settings.eval_steps or max(1, steps // 10)
+    checkpoints = min(-(-steps // interval), settings.save_total_limit + 1) + 1
+    return checkpoints * state + unique_tokens * (2 if vocab_size <= 65_536 else 4)

@@ -1,0 +1,130 @@
+"""A few real steps on made-up tokens: how fast a model of some shape trains here, and how much memory that takes."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from slmkit.data.batch import Batch
+from slmkit.device import Device, peak_memory, reset_peak_memory, resident_memory
+from slmkit.model.architectures import architecture_of
+from slmkit.model.config import SLMConfig
+from slmkit.model.decoder import Decoder
+from slmkit.model.initialization import build_decoder
+from slmkit.training.estimate.memory_profile import Inventory
+from slmkit.training.fit import fresh_state
+from slmkit.training.loop import Every, Plan, Report, State, StopRequested, train
+from slmkit.training.objective import Objective
+from slmkit.training.recipe.recipe import Recipe, TrainSettings
+
+STEPS = 20
+FIRST = 3  # steps that are not counted: what is loaded, compiled or allocated at first use is not there again
+LONGEST = 20.0  # seconds
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What was measured. `memory_bytes` is what training added to the process, or took of the device."""
+
+    tokens_per_second: float
+    step_seconds: float  # of a whole step, with all its micro-batches
+    memory_bytes: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is planned: what its run has in memory, and models of random weights to try it with, the one that is trained
+    and the one beside it."""
+
+    inventory: Inventory
+    models: Callable[[], tuple[Decoder, Decoder | None]]
+
+    @classmethod
+    def fresh(cls, config: SLMConfig) -> Subject:
+        """A new model that learns the next token."""
+        return cls(Inventory(architecture_of(config)), lambda: (build_decoder(config, seed=0), None))
+
+
+class MadeUp:
+    """Batches of random tokens, as many rows in each step as its turn says."""
+
+    def __init__(self, inventory: Inventory, length: int, rows: list[int]) -> None:
+        self.vocab_size, self.length, self.rows = inventory.architecture.vocab_size, length, rows
+        self.extra = inventory.extra
+        self.rows_per_step, self.separate = max(rows), False
+        self.total_rows: int | None = None
+        self.rows_in_epoch: int | None = None
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        generator = torch.Generator().manual_seed(step)
+        rows, length = self.rows[step], self.length
+        ids = torch.randint(self.vocab_size, (rows, length + 1), generator=generator)
+        extra = self.extra(rows, length)
+        return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), rows * length, extra=extra)
+
+    def has(self, step: int) -> bool:
+        return step < len(self.rows)
+
+    def shares(self, step: int) -> dict[str, float]:
+        return {}
+
+    def position(self) -> dict[str, Any]:
+        return {}
+
+    def seek(self, step: int, position: dict[str, Any]) -> None:
+        """Every batch is as near as any other."""
+
+
+def probe(
+    subject: Subject, settings: TrainSettings, device: Device, steps: int = STEPS, longest: float = LONGEST
+) -> Probe:
+    """Train the subject for `steps` real steps, or for `longest` seconds.
+
+    Where a step has several micro-batches, the steps have one and two of them in turn, and the rest is arithmetic: a
+    step is its micro-batches and one update.
+    """
+    length = settings.sequence_length or subject.inventory.architecture.max_positions
+    micro, rows = settings.rows_per_micro_batch(length), settings.rows_per_step(length)
+    parts = max(1, rows / micro)
+    turns = [min(rows, micro) * (1 + (parts > 1 and number % 2)) for number in range(steps)]
+    before = resident_memory()
+    reset_peak_memory(device)
+    model, beside = subject.models()
+    objective = subject.inventory.objective(None if beside is None else beside.to(device.torch_device))
+    state = fresh_state(Recipe(train=settings), model, device)
+    batches, plan = MadeUp(subject.inventory, length, turns), _plan(steps, micro, settings, device)
+    seconds = _times(state, objective, batches, plan, longest)
+    counted = list(zip(turns, seconds))[min(FIRST, len(seconds) // 2) :]
+    ones, twos = ([time for rows, time in counted if (rows == turns[0]) is is_one] for is_one in (True, False))
+    one = statistics.median(ones or [time / 2 for time in twos])
+    whole = max(one, one + (parts - 1) * (statistics.median(twos) - one)) if ones and twos else one * parts
+    used = peak_memory(device) - (before if device.torch_device.type != "cuda" else 0)
+    return Probe(rows * length / whole, whole, max(0, used), len(seconds))
+
+
+def _times(state: State, objective: Objective, batches: MadeUp, plan: Plan, longest: float) -> list[float]:
+    """Seconds of each step, of as many as `longest` seconds have room for."""
+    seconds: list[float] = []
+    stop, began = StopRequested(), time.perf_counter()
+    last = began
+
+    def note(state: State, report: Report) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        seconds.append(now - last)
+        stop.is_set = now - began > longest
+        last = now
+
+    train(state, objective, batches, plan, (Every(1, note),), stop)
+    return seconds
+
+
+def _plan(steps: int, micro: int, settings: TrainSettings, device: Device) -> Plan:
+    # One more step than there are, so that none of them is the last and asks for nothing besides.
+    return Plan(steps, micro, settings.max_grad_norm, lambda step: 1.0, device)

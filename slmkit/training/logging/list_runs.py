@@ -1,0 +1,89 @@
+"""What runs there are and how each stands, read from their files alone: nothing here loads a model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slmkit.config import UserError, read_yaml
+from slmkit.training.logging.metrics_log import MetricsLog, is_running
+
+
+@dataclass(frozen=True)
+class RunOverview:
+    """One row of `slm runs`."""
+
+    root: Path
+    objective: str
+    parameters: int | None  # None before the first checkpoint
+    step: int
+    steps: int | None  # of the whole run; None where its plan is not there
+    tokens: int
+    validation_loss: float | None  # the best
+    changed: float  # seconds since the epoch
+    state: str  # running, finished or stopped
+
+
+def list_runs(folder: str | Path) -> list[RunOverview]:
+    """All runs below `folder`, or `folder` itself, the latest last. Raises `UserError` where it is not there."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; runs are made by `slm train`")
+    found = {path.parent for path in folder.rglob("recipe.yaml") if (path.parent / "checkpoints").is_dir()}
+    return sorted(map(read_run, found), key=lambda run: (run.changed, run.root))
+
+
+def read_run(root: Path) -> RunOverview:
+    """How a run stands, from its recipe, its figures and its plan."""
+    recipe = read_yaml(root / "recipe.yaml")
+    metrics = root / "metrics.jsonl"
+    reports = MetricsLog(metrics).read()
+    last = reports[-1] if reports else {"step": 0, "tokens": 0}
+    plan = read_plan(root)
+    finished = read_json(root / "environment.json").get("finished") or {}
+    steps = plan.get("steps") or recipe.get("train", {}).get("max_steps") or finished.get("steps")
+    is_whole = last["step"] == finished.get("step") or (steps and last["step"] >= steps)
+    losses = [report["validation_loss"] for report in reports if "validation_loss" in report]
+    return RunOverview(
+        root=root,
+        objective=recipe.get("objective", "pretrain"),
+        parameters=plan.get("parameters") or _parameters(root / "latest" / "model.safetensors"),
+        step=last["step"],
+        steps=steps,
+        tokens=last["tokens"],
+        validation_loss=min(losses, default=None),
+        changed=(metrics if reports else root / "recipe.yaml").stat().st_mtime,
+        state="running" if is_running(root) else "finished" if is_whole else "stopped",
+    )
+
+
+def read_plan(root: Path) -> dict[str, Any]:
+    """A run's `plan.json`; empty where there is none."""
+    return read_json(root / "plan.json")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What is in a file; empty where it is not there or no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _parameters(weights: Path) -> int | None:
+    """Numbers in a file of weights, from its header."""
+    from safetensors import safe_open
+
+    if not weights.is_file():
+        return None
+    with safe_open(weights, framework="numpy") as file:
+        return sum(_product(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 - no mapping
+
+
+def _product(shape: list[int]) -> int:
+    result = 1
+    for size in shape:
+        result *= size
+    return result

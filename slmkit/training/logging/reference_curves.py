@@ -1,0 +1,117 @@
+"""Is this loss normal? The curves of shipped recipes, from several seeds, and where a run stands beside them.
+
+`benchmarks/reference_curves.py` measures them. A curve holds the mean training loss of each stretch of so many
+trained tokens, and between which losses it should be: three standard deviations of one run among the seeds, pooled over
+neighbouring stretches, on either side of their mean.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from slmkit.model.config import SLMConfig
+    from slmkit.training.loop import Report, State
+    from slmkit.training.recipe.recipe import Recipe
+
+CURVES = Path(__file__).with_name("reference_curves.json")
+POINTS = 40  # stretches of a run
+DEVIATIONS, NEIGHBOURS, NARROWEST = 3.0, 3, 0.02  # the last in nats: with few seeds some stretch agrees by chance
+# What does not change what is learned, whatever else does.
+WITHOUT_EFFECT = {
+    "logging_steps", "eval_steps", "save_steps", "save_total_limit", "sample_prompts", "sample_tokens", "report_to",
+    "device", "micro_batch_tokens", "gradient_checkpointing",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Point:
+    """The mean loss of the trained tokens up to `tokens`, and since the point before."""
+
+    tokens: int
+    mean: float
+    low: float
+    high: float
+
+
+def signature(recipe: Recipe, config: SLMConfig) -> str:
+    """Equal for two runs whose losses should be alike: all but seed, names and intervals."""
+    matters = {
+        "objective": recipe.objective,
+        "data": recipe.data.model_dump(mode="json", exclude_defaults=True, exclude={"validation_documents"}),
+        "train": recipe.train.model_dump(mode="json", exclude_defaults=True, exclude=WITHOUT_EFFECT),
+        "model": config.model_dump(mode="json", exclude_defaults=True),
+        "initialization": recipe.model.initialization if recipe.model.path is None else "trained",
+    }
+    if recipe.lora is not None:
+        matters["lora"] = recipe.lora.model_dump(mode="json")
+    return hashlib.sha256(json.dumps(matters, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def find_curve(recipe: Recipe, config: SLMConfig, path: Path = CURVES) -> list[Point] | None:
+    """The reference of exactly this recipe and shape; None where there is none."""
+    if not path.is_file():
+        return None
+    wanted = signature(recipe, config)
+    curves: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["curves"]
+    return next(
+        ([Point(*point) for point in curve["points"]] for curve in curves if curve["signature"] == wanted), None
+    )
+
+
+class Beside:
+    """A hook for every step: adds `reference` to the report, `inside`, `above` or `below` the band."""
+
+    def __init__(self, curve: Sequence[Point]) -> None:
+        self.curve = curve
+        self.number = 0  # of the stretch
+        self.losses: list[float] = []
+        self.is_whole = False  # seen from its beginning: not where a run goes on in the middle
+        self.word: str | None = None
+
+    def update(self, state: State, report: Report) -> None:
+        if not self.losses and not self.is_whole:
+            self.is_whole = report["step"] == 1
+        while self.number < len(self.curve) and report["tokens"] > self.curve[self.number].tokens:
+            if self.is_whole and self.losses:
+                self.word = verdict(self.curve[self.number], statistics.fmean(self.losses))
+            self.losses, self.number, self.is_whole = [], self.number + 1, bool(self.losses)
+        self.losses.append(report["loss"])
+        if self.word is not None:
+            report["reference"] = self.word
+
+
+def verdict(point: Point, loss: float) -> str:
+    return "above" if loss > point.high else "below" if loss < point.low else "inside"
+
+
+def stretches(reports: Sequence[Report], ends: Sequence[int]) -> list[float]:
+    """The mean loss between each two of `ends`, in trained tokens, of a run that logged every step."""
+    sums, counts, number = [0.0] * len(ends), [0] * len(ends), 0
+    for report in reports:
+        while number < len(ends) and report["tokens"] > ends[number]:
+            number += 1
+        if number == len(ends):
+            break
+        sums[number] += report["loss"]
+        counts[number] += 1
+    return [total / count for total, count in zip(sums, counts) if count]
+
+
+def band(ends: Sequence[int], seeds: Sequence[Sequence[float]]) -> list[Point]:
+    """Points of a curve from the stretches of each seed, of which there are at least two."""
+    columns = list(zip(*seeds))
+    variances = [statistics.variance(column) for column in columns]
+    points = []
+    for number, (end, column) in enumerate(zip(ends, columns)):
+        near = variances[max(0, number - NEIGHBOURS) : number + NEIGHBOURS + 1]
+        mean = statistics.fmean(column)
+        half = max(NARROWEST, DEVIATIONS * (statistics.fmean(near) * (1 + 1 / len(seeds))) ** 0.5)
+        points.append(Point(end, round(mean, 4), round(mean - half, 4), round(mean + half, 4)))
+    return points

@@ -1,0 +1,110 @@
+"""What a step minimises. An objective goes from model and batch to a sum of losses; the loop knows no more."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from slmkit.data.batch import Batch
+from slmkit.device import Device
+from slmkit.model.decoder import Decoder
+from slmkit.training.distributed import Group
+from slmkit.training.losses import IGNORED, linear_cross_entropy
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Sums over a batch, to be divided by the objective's weight of the whole step.
+
+    `figures` are told of in the report beside the loss, such as how often a preferred answer is the likelier one. One
+    of two numbers is a sum and what its mean is over, where that is not the objective's weight.
+    """
+
+    total: Tensor  # in nats, with its graph
+    figures: Mapping[str, Tensor] = field(default_factory=dict)  # without one; [] or [2] each
+
+
+class Objective(Protocol):
+    """What is minimised, and what its sums are divided by."""
+
+    def __call__(self, model: Decoder, batch: Batch) -> Loss: ...
+
+    def weight(self, batch: Batch) -> int:
+        """What of a batch the mean is over: its trained tokens, its pairs, …; 0 where there is nothing to learn."""
+
+
+MEAN_OF_STEP = "mean_of_step"  # in a batch's extras: [rows], the same in each
+
+
+class Surveying(Objective, Protocol):
+    """An objective whose loss of a row depends on a mean over the whole step, which is taken before any gradient."""
+
+    def survey(self, model: Decoder, batch: Batch) -> Tensor:
+        """What that mean is of, summed over the rows that count in `weight`."""
+
+
+@torch.no_grad()
+def surveyed(
+    objective: Objective, model: Decoder, batches: Sequence[Batch], device: Device, group: Group
+) -> list[Batch]:
+    """All batches of a step, with the mean over all ranks where the objective wants one. Dropout is off meanwhile."""
+    survey = getattr(objective, "survey", None)
+    if survey is None:
+        return list(batches)
+    was_training = model.training
+    model.eval()
+    total, weight = 0.0, 0
+    for batch in batches:
+        with device.autocast():
+            total += survey(model, batch).item()
+        weight += objective.weight(batch)
+    model.train(was_training)
+    sum_of_all, weight_of_all = group.sum(total, weight)
+    mean = sum_of_all / max(1, weight_of_all)
+    return [batch.with_extra(**{MEAN_OF_STEP: torch.full((len(batch.ids),), mean).to(batch.ids.device)})
+            for batch in batches]  # fmt: skip
+
+
+class Sums:
+    """Losses and figures added up over the batches of a step, or of a validation, to be divided once."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | float = 0.0
+        self.figures: dict[str, Tensor] = {}
+
+    def add(self, loss: Loss) -> None:
+        self.total = self.total + loss.total.detach()
+        for name, figure in loss.figures.items():
+            self.figures[name] = self.figures[name] + figure if name in self.figures else figure
+
+    def means(self, weight: float, group: Group) -> tuple[float, dict[str, float]]:
+        """The mean loss and figures of all ranks. A figure that has nothing to be the mean of is left out."""
+        numbers = [number for figure in self.figures.values() for number in figure.reshape(-1).tolist()]
+        total, *sums = group.sum(float(self.total), *numbers)
+        means, rest = {}, iter(sums)
+        for name, figure in self.figures.items():
+            amount, over = next(rest), next(rest) if figure.dim() else max(1, weight)
+            if over:
+                means[name] = amount / over
+        return total / max(1, weight), means
+
+
+class NextToken:
+    """Cross-entropy of every label that is learned: pretraining, and fine-tuning on the assistant's tokens alone."""
+
+    def __call__(self, model: Decoder, batch: Batch) -> Loss:
+        hidden = model(batch.ids, documents=batch.documents)  # [rows, length, width]
+        learned = batch.labels != IGNORED  # [rows, length]
+        # Only learned positions reach the head: in a conversation most are not, and the head is the widest matrix.
+        cap = model.architecture.logit_cap
+        return Loss(linear_cross_entropy(hidden[learned], model.head_weight, batch.labels[learned], cap))
+
+    def weight(self, batch: Batch) -> int:
+        return batch.weight
+
+
+next_token = NextToken()

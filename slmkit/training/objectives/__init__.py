@@ -1,0 +1,1 @@
+"""Objectives beside next-token prediction: distillation, DPO, KTO, GRPO."""

@@ -1,0 +1,195 @@
+"""Learning from answers that can be checked: of a group of answers to one question, the better ones become likelier.
+
+GRPO (Shao et al. 2024, arXiv:2402.03300): an answer's advantage is its reward less the mean of its group, so that no
+second model has to guess what a question is worth. Answers are sampled anew for every update, by the very weights that
+it changes: the ratio to the policy that sampled is 1, and there is nothing to clip.
+
+By default as Dr. GRPO (Liu et al. 2025, arXiv:2503.20783): tokens are summed over a constant, and rewards are not
+divided by their group's standard deviation; dividing by an answer's own length would punish long wrong answers less,
+and by the deviation would favour questions that are nearly always or nearly never answered. `loss: grpo` has both, as
+published first. DAPO's mean over a step's tokens (arXiv:2503.14476) differs from the default by one factor a step,
+which Adam's scaling all but undoes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slmkit.data.batch import Batch, stacked
+from slmkit.data.order import mixed_seed
+from slmkit.data.packing import IGNORED, padded, row_of_labels
+from slmkit.data.rows.questions import Questions
+from slmkit.data.stream import share_of_rank, shuffled
+from slmkit.model.decoder import Decoder
+from slmkit.training.compilation import as_written
+from slmkit.training.distributed import Group
+from slmkit.training.loop import random_seed
+from slmkit.training.objective import Loss
+from slmkit.training.objectives.preference import label_log_probabilities
+from slmkit.training.recipe.objective_settings import GrpoSettings
+
+SMALLEST_DEVIATION = 1e-4  # of rewards: what a group's advantages are divided by at least
+
+
+class Judged(NamedTuple):
+    """What an answer is worth, and whether it is the known one."""
+
+    reward: float
+    is_right: bool
+
+
+@dataclass(frozen=True)
+class Judge:
+    """How answers come about and what they are worth; both speak the tokenizer's language, which is not known here."""
+
+    # Model, prompts, how many answers to each, seed → answers, those to one prompt side by side.
+    sample: Callable[[Decoder, Sequence[np.ndarray], int, int], list[np.ndarray]]
+    judge: Callable[[np.ndarray, np.ndarray, np.ndarray], Judged]  # prompt, answer, known answer
+
+
+class Rollouts:
+    """Batches of answers that the model, as it is at that step, gives to shuffled questions. As `Batches`.
+
+    Every random number follows from (seed, step, rank), so that weights and step say all of a batch.
+    """
+
+    separate = False
+    total_rows: int | None = None
+
+    def __init__(
+        self,
+        questions: Questions,
+        model: Decoder,
+        reference: Decoder | None,
+        judge: Judge,
+        settings: GrpoSettings,
+        length: int,
+        seed: int,
+        group: Group,
+    ) -> None:
+        """`reference`: where `settings.beta` wants one. Rows are of `length` tokens."""
+        self.questions, self.model, self.reference, self.judge = questions, model, reference, judge
+        self.settings, self.length, self.seed, self.group = settings, length, seed, group
+        self.pad_id = questions.shards.header.pad_token_id or 0
+        self.rows_per_step = settings.rows_per_step
+        self.rows_in_epoch: int | None = len(questions) * settings.num_generations
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        """`[questions * num_generations, length]`, the answers to one question side by side."""
+        asked, size = self.settings.prompts_per_step, self.settings.num_generations
+        places = np.arange(asked, dtype=np.int64)[share_of_rank(asked, rank, world)]
+        # Neighbours of one length: little padding is computed.
+        indices = sorted(shuffled(step * asked + places, len(self.questions), self.seed), key=self.questions.length)
+        asking = [self.questions.prompt(index) for index in indices]
+        seed = random_seed(mixed_seed(self.seed, "answers"), step, rank)
+        with self.group.whole(self.model), as_written(self.model):
+            answers = self.judge.sample(self.model, asking, size, seed)
+        prompts = [prompt for prompt in asking for _ in range(size)]
+        extras: list[dict[str, np.ndarray]] = []
+        for number, index in enumerate(indices):
+            group = slice(number * size, (number + 1) * size)
+            known = self.questions.known(index)
+            extras += self._worth(
+                [self.judge.judge(*each, known) for each in zip(prompts[group], answers[group], strict=True)]
+            )
+        batch = Batch.of(*self._rows(prompts, answers), extra=stacked(extras))
+        return batch if self.reference is None else self._referred(batch, self.reference)
+
+    def has(self, step: int) -> bool:
+        return True
+
+    def shares(self, step: int) -> dict[str, float]:
+        return {}
+
+    def position(self) -> dict[str, Any]:
+        return {}
+
+    def seek(self, step: int, position: dict[str, Any]) -> None:
+        """Nothing to do: a batch follows from its step and the weights."""
+
+    def _worth(self, group: Sequence[Judged]) -> list[dict[str, np.ndarray]]:
+        """What goes with each answer of a group: its advantage, and what is told of it."""
+        rewards = np.array([each.reward for each in group], dtype=np.float32)
+        advantages = rewards - rewards.mean()
+        if self.settings.loss == "grpo":
+            advantages = advantages / (rewards.std(ddof=1) + SMALLEST_DEVIATION)
+        is_silent = bool((rewards == rewards[0]).all())
+        columns = (advantages, rewards, [each.is_right for each in group], [is_silent] * len(group))
+        names = ("advantage", "reward", "right", "silent")
+        return [
+            {name: np.float32(value) for name, value in zip(names, values)}  # type: ignore[misc]
+            for values in zip(*columns, strict=True)
+        ]
+
+    def _rows(self, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and labels [rows, length]; the answers alone are learned."""
+        ids, labels = [], []
+        for prompt, answer in zip(prompts, answers, strict=True):
+            tokens = np.concatenate([prompt, answer])
+            ids.append(padded([tokens], self.length, self.pad_id))
+            labels.append(padded([row_of_labels(tokens, np.arange(len(tokens)) >= len(prompt))], self.length, IGNORED))
+        return np.stack(ids), np.stack(labels)
+
+    @torch.no_grad()
+    def _referred(self, batch: Batch, reference: Decoder) -> Batch:
+        """The batch with the starting model's log-probabilities of its labels: [rows, length]."""
+        device = next(reference.parameters()).device
+        found = torch.zeros(batch.labels.shape)
+        each = label_log_probabilities(
+            reference, batch.ids.to(device), batch.labels.to(device), self.settings.temperature
+        )
+        found[:, : each.size(1)] = each.float().cpu()
+        return Batch(batch.ids, batch.labels, batch.weight, None, {**batch.extra, "reference": found})
+
+
+class GroupRelative:
+    """An objective whose mean is over answers: each token's log-probability, weighed by its answer's advantage.
+
+    The loss itself is near 0 whatever is learned. Figures: the share of right answers, the mean reward and length, and
+    the share of answers in groups without signal, whose rewards are all the same.
+    """
+
+    def __init__(self, settings: GrpoSettings) -> None:
+        self.settings = settings
+
+    def __call__(self, model: Decoder, batch: Batch) -> Loss:
+        settings, figures = self.settings, _told_of(batch)
+        if not settings.beta:
+            batch = _with_signal(batch)
+        extra = batch.extra
+        found = label_log_probabilities(model, batch.ids, batch.labels, settings.temperature)  # [rows, used]
+        learned = (batch.labels != IGNORED)[:, : found.size(1)]
+        tokens = learned.sum(dim=1).clamp(min=1)  # [rows]
+        # What sampled is what is updated: the ratio is 1, and has the gradient of the log-probability.
+        losses = -(found - found.detach()).exp() * extra["advantage"][:, None]
+        if settings.beta:
+            away = extra["reference"][:, : found.size(1)] - found
+            divergence = (away.exp() - away - 1) * learned  # of the policy from the reference, arXiv:2402.03300 (4)
+            losses = losses + settings.beta * divergence
+            figures["divergence"] = (divergence.detach().sum(dim=1) / tokens).sum()
+        over = tokens if settings.loss == "grpo" else settings.max_new_tokens
+        return Loss(((losses * learned).sum(dim=1) / over).sum(), figures)
+
+    def weight(self, batch: Batch) -> int:
+        return int((batch.labels != IGNORED).any(dim=-1).sum())
+
+
+def _told_of(batch: Batch) -> dict[str, Tensor]:
+    """Sums over answers. A row of which nothing is learned is there to keep ranks in step, and does not count."""
+    tokens = (batch.labels != IGNORED).sum(dim=1)  # [rows]
+    told = {"answers/right": batch.extra["right"], "answers/reward": batch.extra["reward"], "answers/tokens": tokens}
+    told["groups/without_signal"] = batch.extra["silent"]
+    return {name: figure[tokens > 0].float().sum() for name, figure in told.items()}
+
+
+def _with_signal(batch: Batch) -> Batch:
+    """The answers from which anything is learned, or one other: what is as good as its group need not be read."""
+    chosen = batch.extra["advantage"] != 0
+    chosen[0] |= ~chosen.any()
+    return batch.only(chosen)

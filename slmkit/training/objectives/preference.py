@@ -1,0 +1,186 @@
+"""Learning from judged answers: better ones become likelier than worse ones, measured from a reference model.
+
+DPO (Rafailov et al. 2023, arXiv:2305.18290), its form by the mean of an answer's tokens instead of their sum (Tülu 3,
+Lambert et al. 2024, arXiv:2411.15124), and SimPO, which needs no reference (Meng et al. 2024, arXiv:2405.14734). The
+reference is the model that training starts from. It never changes, so that its log-probabilities are computed once,
+before the first step, and one model is in memory.
+
+KTO learns from single answers that were labelled good or bad (Ethayarajh et al. 2024, arXiv:2402.01306); APO-zero, as
+`apo_zero_unpaired`, does without an estimated divergence (D'Oosterlinck et al. 2024, arXiv:2408.06266).
+
+Two answers are told apart also where both become less likely, the worse one more so. With `rpo_alpha` the better one's
+own negative log-likelihood is added (Pang et al. 2024, arXiv:2404.19733), which keeps it from that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from slmkit.data.batch import Batch
+from slmkit.data.rows.judged import JudgedRows
+from slmkit.data.rows.pairs import PairRows
+from slmkit.device import Device
+from slmkit.model.decoder import Decoder
+from slmkit.training.losses import IGNORED, token_log_probabilities
+from slmkit.training.objective import MEAN_OF_STEP, Loss
+from slmkit.training.recipe.objective_settings import KtoSettings, PreferenceSettings
+
+REFERENCE = "reference"  # in a batch's extras: [pairs, 2]
+FIGURES = ("rewards/accuracy", "rewards/margin", "log_probability/chosen", "log_probability/rejected")
+ROUNDED_TO = 32  # columns of padding that are left out come in such steps, so that shapes repeat
+
+
+class Preference:
+    """An objective whose mean is over pairs. Rows are [2, length]: the better answer, then the worse one.
+
+    Figures: how often the better answer has the higher reward, by how much, and the log-probability of each answer.
+    """
+
+    def __init__(self, settings: PreferenceSettings) -> None:
+        self.settings, self.beta = settings, settings.strength
+
+    def __call__(self, model: Decoder, batch: Batch) -> Loss:
+        sums, tokens = answer_log_probabilities(model, batch.ids, batch.labels)  # [pairs, 2] each
+        rewards = self.rewards(sums, tokens, batch.extra.get(REFERENCE))  # [pairs, 2]
+        losses = self.losses(rewards)  # [pairs]
+        counts = (tokens > 0).all(dim=1)  # a pair of which nothing is learned is there to keep ranks in step
+        chosen, rejected = rewards.detach().unbind(dim=1)
+        figures = ((chosen > rejected).float(), chosen - rejected, *sums.detach().unbind(dim=1))
+        told = {name: figure[counts].sum() for name, figure in zip(FIGURES, figures)}
+        if self.settings.rpo_alpha:
+            told["preference_loss"] = losses.detach()[counts].sum()
+            losses = losses - self.settings.rpo_alpha * (sums / tokens.clamp(min=1))[:, 0]
+        return Loss(losses[counts].sum(), told)
+
+    def weight(self, batch: Batch) -> int:
+        return int((batch.labels != IGNORED).any(dim=-1).all(dim=-1).sum())
+
+    def rewards(self, sums: Tensor, tokens: Tensor, reference: Tensor | None) -> Tensor:
+        """The reward that a model gives itself for each answer: beta log(p / p of the reference).  all [pairs, 2]"""
+        relative = sums - reference if self.settings.needs_reference and reference is not None else sums
+        return self.beta * (relative if self.settings.loss == "dpo" else relative / tokens.clamp(min=1))
+
+    def losses(self, rewards: Tensor) -> Tensor:
+        """-log sigmoid(chosen - rejected), smoothed as if some pairs were the wrong way round.  [pairs, 2] → [pairs]"""
+        margin = rewards[:, 0] - rewards[:, 1]
+        if self.settings.loss == "simpo":
+            margin = margin - self.settings.simpo_gamma
+        wrong = self.settings.label_smoothing
+        return -(1 - wrong) * F.logsigmoid(margin) - wrong * F.logsigmoid(-margin)
+
+
+class Kto:
+    """An objective whose mean is over answers, each with a label of its own.
+
+    A good answer's reward is to be above the divergence of the model from its reference, and a bad one's below. The
+    divergence is estimated over the whole step, from prompts with answers of other rows, and has no gradient.
+
+    Figures: the mean reward of good and of bad answers, the divergence in nats, and the share of good answers.
+    """
+
+    def __init__(self, settings: KtoSettings) -> None:
+        self.settings = settings
+        if settings.loss == "kto":
+            self.survey = self._of_other_answers
+
+    def __call__(self, model: Decoder, batch: Batch) -> Loss:
+        settings, good, counts = self.settings, batch.extra["desirable"], self._counts(batch)
+        sums = label_log_probabilities(model, batch.ids, batch.labels).sum(dim=-1)  # [rows]
+        rewards = settings.beta * (sums - batch.extra[REFERENCE][:, 0])  # [rows]
+        divergence = batch.extra.get(MEAN_OF_STEP, torch.zeros_like(rewards)).clamp(min=0)  # [rows]
+        above = rewards - settings.beta * divergence
+        losses = torch.where(
+            good, settings.desirable_weight * (-above).sigmoid(), settings.undesirable_weight * above.sigmoid()
+        )
+        figures = {
+            f"rewards/{name}": torch.stack([rewards.detach()[chosen].sum(), chosen.sum().to(rewards)])
+            for name, chosen in (("chosen", counts & good), ("rejected", counts & ~good))
+        }
+        figures |= {"divergence": divergence[counts].sum(), "desirable": (counts & good).sum()}
+        return Loss(losses[counts].sum(), figures)
+
+    def weight(self, batch: Batch) -> int:
+        return int(self._counts(batch).sum())
+
+    def _counts(self, batch: Batch) -> Tensor:
+        return (batch.labels != IGNORED).any(dim=-1)
+
+    def _of_other_answers(self, model: Decoder, batch: Batch) -> Tensor:
+        """log(p / p of the reference) of the other rows' answers, summed."""
+        sums = label_log_probabilities(model, batch.extra["other_ids"], batch.extra["other_labels"]).sum(dim=-1)
+        return (sums - batch.extra[REFERENCE][:, 1])[self._counts(batch)].sum()
+
+
+def both_answers(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Ids and labels of what the reference has to read: of a pair both sides, else also the other row's answer.
+
+    [rows, 2, length] each.
+    """
+    if batch.ids.dim() == 3:
+        return batch.ids, batch.labels
+    sides = ((batch.ids, batch.extra["other_ids"]), (batch.labels, batch.extra["other_labels"]))
+    return torch.stack(sides[0], dim=1), torch.stack(sides[1], dim=1)
+
+
+def answer_log_probabilities(model: Decoder, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each answer the sum of its tokens' log-probabilities, and how many they are.
+
+    ids, labels [pairs, 2, length] → [pairs, 2] each, in nats.
+    """
+    pairs = ids.shape[:-1]
+    each = label_log_probabilities(model, ids.flatten(0, -2), labels.flatten(0, -2))  # [2 * pairs, used]
+    return each.sum(dim=-1).unflatten(0, pairs), (labels != IGNORED).sum(dim=-1)
+
+
+def label_log_probabilities(model: Decoder, ids: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+    """The log-probability of every label that is learned, 0 elsewhere.  [rows, length] → [rows, used]
+
+    `used` is how many columns there are until nothing is learned any more: a causal model needs no others.
+    """
+    used = columns_used(labels)
+    ids, labels = ids[:, :used], labels[:, :used]
+    hidden = model(ids)  # [rows, used, width]
+    learned = labels != IGNORED
+    cap = model.architecture.logit_cap
+    found = token_log_probabilities(hidden[learned], model.head_weight, labels[learned], cap, temperature)
+    return torch.zeros(labels.shape, device=found.device).masked_scatter(learned, found)
+
+
+def columns_used(labels: Tensor) -> int:
+    """One past the last column in which anything is learned, rounded up; at least 1.  labels [rows, length]"""
+    columns = (labels != IGNORED).any(dim=0).nonzero()
+    last = int(columns[-1]) + 1 if len(columns) else 1
+    return min(labels.size(1), rounded_up(last))
+
+
+def rounded_up(columns: int) -> int:
+    """How many columns are computed where so many are wanted."""
+    return -(-columns // ROUNDED_TO) * ROUNDED_TO
+
+
+@torch.no_grad()
+def reference_log_probabilities(
+    model: Decoder, rows: PairRows | JudgedRows, device: Device, rows_at_once: int, progress: Callable[[int, int], None]
+) -> np.ndarray:
+    """What `model`, as it is, gives both answers of every row: float32 [rows, 2].
+
+    `progress` is told of the rows, and of their learned tokens, that were done just now.
+    """
+    found = np.empty((rows.rows_in_epoch, 2), dtype=np.float32)
+    was_training = model.training
+    model.eval()
+    order = rows.longest_first()  # neighbours of one length: little padding is computed
+    for start in range(0, len(order), rows_at_once):
+        indices = order[start : start + rows_at_once]
+        batch = rows.batch(indices).to(device.torch_device)
+        with device.autocast():
+            sums, _ = answer_log_probabilities(model, *both_answers(batch))
+        found[indices] = sums.float().cpu().numpy()
+        progress(len(indices), batch.weight)
+    model.train(was_training)
+    return found

@@ -1,0 +1,1 @@
+"""The recipe: settings, checks, and which keys may change in the middle of a run."""

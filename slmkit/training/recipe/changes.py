@@ -1,0 +1,121 @@
+"""A run's recipe as it was edited, beside the one that the run was prepared with: which keys may change, and how.
+
+Every key is compared. What only says how a run is carried out is obeyed from the next step on, and so is what an update
+uses without remembering it. The length has its schedule stated. Whatever else changed is refused by its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from slmkit.config import UserError, fields_at, load_settings, value_of
+from slmkit.training.recipe.recipe import LENGTHS, Recipe
+
+OBEYED = (
+    "train.micro_batch_tokens", "train.gradient_checkpointing", "train.compile", "train.parallel", "train.ddp_timeout",
+    "train.device", "train.logging_steps", "train.eval_steps", "train.save_steps", "train.save_total_limit",
+    "train.sample_prompts", "train.sample_tokens", "train.report_to", "train.early_stopping_patience",
+    "train.learning_rate", "train.muon_learning_rate", "train.weight_decay", "train.max_grad_norm",
+    "guard.max_skipped", "guard.on_divergence", "guard.max_spike", "guard.window", "guard.max_rollbacks",
+    "guard.max_idle",
+)  # fmt: skip
+OBEYED_BY_STREAMS = ("data.on_bad_row", "data.sources.*.on_bad_row", "data.sources.*.retry_for")
+LENGTH = (*(f"train.{name}" for name in LENGTHS), "train.lr_schedule_steps")
+OF_COMPUTING = ("auto", "float32", "bfloat16")  # precisions between which a checkpoint holds the same
+PROCESSES = "processes"  # beside keys among the changes that are written down: how many carry the run out
+NOW = 2**63  # behind all steps
+SHOWN = 60  # characters of a value in a message
+
+
+@dataclass(frozen=True)
+class Change:
+    """A key by its dotted name, with both values as JSON has them."""
+
+    key: str
+    was: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.key} {_shown(self.was)} → {_shown(self.now)}"
+
+
+def changes_between(prepared: Recipe, edited: Recipe) -> list[Change]:
+    """Every key whose value is another."""
+    was, now = (dict(_leaves(recipe.model_dump(mode="json"))) for recipe in (prepared, edited))
+    return [
+        Change(key, was.get(key), now.get(key))
+        for key in dict.fromkeys([*was, *now])
+        if was.get(key) != now.get(key)
+    ]  # fmt: skip
+
+
+def of_absent_sections(prepared: Recipe, overrides: Sequence[str]) -> list[Change]:
+    """The `key=value` overrides of keys that are below a null section or in an empty list of `prepared`."""
+    leaves, changes = dict(_leaves(prepared.model_dump(mode="json"))), []
+    for key, _, text in (override.partition("=") for override in overrides):
+        *parents, leaf = key.split(".")
+        if key not in leaves and leaf in fields_at(Recipe, parents) and value_of(text) is not None:
+            changes.append(Change(key, None, value_of(text)))
+    return changes
+
+
+def expect_obeyable(root: Path, prepared: Recipe, changes: Sequence[Change], overrides: Sequence[str] = ()) -> None:
+    """Raises `UserError` for the first change that would make another run of it."""
+    # What follows from another key comes last, so that the line names the key that was typed or edited.
+    typed = [override.partition("=")[0] for override in overrides]
+    order = {key: place for place, key in enumerate([*typed, "", "train.tokens_per_step"])}
+    for change in sorted(changes, key=lambda change: order.get(change.key, len(typed))):
+        if not _is_obeyable(prepared, change):
+            raise UserError(
+                f"{root}: {change.key} cannot change in the middle of a run ({_shown(change.was)} → "
+                f"{_shown(change.now)}): put it back, or start a new run: slm train {root}/recipe.yaml "
+                f"{change.key}={_shown(change.now)}"
+            )
+
+
+def is_of_length(change: Change) -> bool:
+    return change.key in LENGTH
+
+
+def recipe_at(described: dict[str, Any], step: int) -> Recipe | None:
+    """The recipe by which a run did `step` (from 1), of what its environment.json holds; None of an older run."""
+    if "recipe" not in described:
+        return None
+    content = described["recipe"]
+    for entry in reversed(described.get("changes", [])):
+        if entry["step"] >= step and entry["key"] != PROCESSES:
+            *parents, leaf = entry["key"].split(".")
+            place = content
+            for name in parents:
+                place = place[int(name)] if isinstance(place, list) else place[name]
+            place[int(leaf) if isinstance(place, list) else leaf] = entry["was"]
+    return load_settings(Recipe, content)
+
+
+def _is_obeyable(prepared: Recipe, change: Change) -> bool:
+    if change.key == "train.precision":
+        return change.was in OF_COMPUTING and change.now in OF_COMPUTING
+    allowed = (*OBEYED, *LENGTH, *(OBEYED_BY_STREAMS if prepared.data.streaming else ()))
+    return any(fnmatchcase(change.key, pattern) for pattern in allowed)
+
+
+def _leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    """`(dotted key, value)` of everything below; a list is a value unless mappings are in it."""
+    if isinstance(value, dict) and value:
+        items: Any = value.items()
+    elif isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
+        items = enumerate(value)
+    else:
+        yield place, value
+        return
+    for name, inner in items:
+        yield from _leaves(inner, f"{place}.{name}" if place else str(name))
+
+
+def _shown(value: Any) -> str:
+    text = "null" if value is None else str(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"

@@ -1,0 +1,130 @@
+"""The layout of a run directory, and how one is made and described."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from slmkit.config import UserError, to_yaml
+from slmkit.device import Device
+from slmkit.files import write_whole
+from slmkit.model.files.find import free_path
+from slmkit.training.checkpoints import checkpoint as checkpoints
+from slmkit.training.logging.metrics_log import MetricsLog, environment, mark_running, rewind_samples
+from slmkit.training.recipe.changes import PROCESSES, Change
+from slmkit.training.recipe.recipe import Recipe
+
+
+class RunDirectory:
+    """The names inside `runs/NAME/`."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        self.recipe = self.root / "recipe.yaml"
+        self.environment = self.root / "environment.json"
+        self.metrics = MetricsLog(self.root / "metrics.jsonl")
+        self.plot = self.root / "loss.png"
+        self.shares = self.root / "shares.png"  # of right answers, or of pairs told apart, where there are such
+        self.samples = self.root / "samples.md"
+        self.records = self.root / "records"
+        self.data = self.root / "data"
+        self.checkpoints = self.root / "checkpoints"
+        self.latest = self.root / "latest"
+        self.best = self.root / "best"
+        self._is_held = False
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Within, no other process trains in this directory. Raises `UserError` where one does already."""
+        if self._is_held:
+            yield
+            return
+        with mark_running(self.root):
+            self._is_held = True
+            try:
+                yield
+            finally:
+                self._is_held = False
+
+    def claim(self, recipe: Recipe) -> None:
+        """Write down what the run is to be, so that one that is killed while its data is prepared can go on."""
+        write_whole(self.recipe, to_yaml(recipe.model_copy(update={"output_dir": str(self.root)})))
+
+    def describe(self, recipe: Recipe, device: Device, data: dict[str, Any]) -> None:
+        """Write what would repeat the run; with its environment it counts as prepared."""
+        content = environment() | device.describe() | {"data": data, "job": job_id(), PROCESSES: device.ranks.world}
+        self._write(recipe, content | {"changes": []})
+
+    def described(self) -> dict[str, Any]:
+        """What `describe` wrote, and what was added since; empty where there is nothing."""
+        try:
+            return json.loads(self.environment.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+
+    def add(self, **facts: Any) -> None:
+        """Write down more about a run that is described; one that is not stays so."""
+        if content := self.described():
+            write_whole(self.environment, json.dumps(content | facts, indent=2) + "\n")
+
+    def newest_step(self) -> int:
+        """That of the newest complete checkpoint; 0 where there is none."""
+        return max(map(checkpoints.step_of, checkpoints.complete_checkpoints(self.checkpoints)), default=0)
+
+    def change(self, recipe: Recipe, changes: Sequence[Change], step: int) -> None:
+        """Go on with another recipe from behind `step` on, and write down what changed."""
+        content = self.described()
+        entries = [{"step": step} | dataclasses.asdict(change) for change in changes]
+        self._write(recipe, content | {"changes": content.get("changes", []) + entries})
+
+    def _write(self, recipe: Recipe, content: dict[str, Any]) -> None:
+        """In this order: what a crash leaves between them is a recipe that was edited."""
+        write_whole(self.recipe, to_yaml(recipe))
+        content = content | {"recipe": recipe.model_dump(mode="json")}
+        write_whole(self.environment, json.dumps(content, indent=2) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Drop what was logged after `step`, which is about to be repeated."""
+        self.metrics.rewind(step)
+        rewind_samples(self.samples, step)
+
+
+def new_run_directory(wanted: str | Path) -> RunDirectory:
+    """A fresh directory of the wanted name, numbered where that is taken: no run is ever overwritten."""
+    while True:
+        path = free_path(wanted)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.mkdir()
+        except FileExistsError:  # by another process, just now
+            if path.is_dir():
+                continue
+            raise UserError(f"{path.parent}: not a folder, so that no run can be made in it") from None
+        except OSError as error:
+            raise UserError(f"{path}: cannot be made: {error}") from None
+        (path / "checkpoints").mkdir()
+        return RunDirectory(path)
+
+
+def run_of_job(wanted: str | Path) -> RunDirectory | None:
+    """The run of this name that the same `torchrun` job made before it was started again, if there is one."""
+    path, number = Path(wanted), 1
+    while job_id() is not None and path.exists():
+        run = RunDirectory(path)
+        with contextlib.suppress(OSError, ValueError):
+            if json.loads(run.environment.read_text(encoding="utf-8")).get("job") == job_id():
+                return run
+        number += 1
+        path = Path(f"{wanted}-{number}")
+    return None
+
+
+def job_id() -> str | None:
+    """What `torchrun --rdzv-id` calls the job; None without one."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return None if name == "none" else name

@@ -1,0 +1,1 @@
+"""What a command does, as functions: train, resume, replay, plan, merge, quickstart."""

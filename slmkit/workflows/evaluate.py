@@ -1,0 +1,87 @@
+"""The loss of any model on any text."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from slmkit.adapt.load import load_model
+from slmkit.config import UserError
+from slmkit.data.prepare.many_sources import Reading
+from slmkit.data.prepare.text_to_shards import prepare_text, write_conversations
+from slmkit.data.sources.settings import SourceSettings
+from slmkit.data.stream import ChatRows, DocumentRows
+from slmkit.device import find_device
+from slmkit.evaluation import LossReport, validation_loss
+from slmkit.model.files.find import find_model_directory, find_tokenizer_directory
+from slmkit.tokenizer import SLMTokenizer
+
+LENGTH = 2048  # tokens of a row, for models that have read longer ones
+
+
+@dataclass(frozen=True)
+class TextFigures:
+    """How well a model predicts a text. `left_out` has a line for each reason for which rows were not read."""
+
+    documents: int  # those that were evaluated
+    report: LossReport
+    bits_per_byte: float  # of conversations: over the text of the answers, which alone are predicted
+    length: int  # tokens of a row
+    left_out: list[str]
+
+
+def evaluate_text(
+    model: str | Path,
+    source: SourceSettings,
+    *,
+    chat: bool = False,
+    length: int | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    progress: Callable[[int, int], None] = lambda done, rows: None,
+) -> TextFigures:
+    """Loss of a model directory, adapter or run on what `source` names, every token predicted once.
+
+    Documents stand one after the other in rows of `length` tokens, as in the validation of a training run; a longer one
+    is cut. With `chat` the source is of conversations, and the assistant's turns are predicted. `progress` is told of
+    the rows that are done, and of how many there are. Raises `UserError` for what cannot be read, and for a length that
+    the model does not have.
+    """
+    where = find_device(device, precision)
+    tokenizer = SLMTokenizer.from_pretrained(find_tokenizer_directory(model))
+    decoder, config = load_model(find_model_directory(model), where.torch_device)
+    length = length or min(config.max_position_embeddings, LENGTH)
+    if length > config.max_position_embeddings:
+        raise UserError(f"{model}: it reads at most {config.max_position_embeddings:,} tokens at once: lower --length")
+    reading = Reading([source])
+    with tempfile.TemporaryDirectory(prefix="slmkit-eval-") as folder:
+        try:
+            shards = (
+                write_conversations(reading.conversations(tokenizer, length), tokenizer, f"{folder}/shards")
+                if chat
+                else prepare_text(reading.documents(), tokenizer, f"{folder}/shards")
+            )
+        except UserError as error:
+            problem, of_a_recipe, _ = str(error).partition(": objective: ")
+            if not of_a_recipe:
+                raise
+            raise UserError(
+                f"{problem}; eval reads text, or conversations with --chat; pairs are not evaluated"
+            ) from None
+        rows = ChatRows(shards, length) if chat else DocumentRows(shards, length)
+        report = validation_loss(decoder, rows, where, progress=progress)
+        left_out = reading.report()
+        if isinstance(rows, ChatRows):
+            documents, text_bytes = len(rows.starts) - rows.untrained, _learned_bytes(rows, tokenizer)
+        else:
+            documents, text_bytes = shards.header.documents, shards.header.text_bytes
+    return TextFigures(documents, report, report.bits_per_byte(text_bytes), length, left_out)
+
+
+def _learned_bytes(rows: ChatRows, tokenizer: SLMTokenizer) -> int:
+    """The UTF-8 length of what is learned of conversations, without special tokens."""
+    spans = [(start + 1, stop) for start, stop in zip(rows.starts.tolist(), rows.stops.tolist())]
+    learned = [rows.shards.tokens_in(*span)[rows.shards.trained_in(*span)].tolist() for span in spans]
+    return sum(len(tokenizer.decode(ids, skip_special_tokens=True).encode()) for ids in learned)

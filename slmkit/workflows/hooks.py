@@ -1,0 +1,144 @@
+"""What the loop calls now and then, and must not know itself: evaluation, and samples of what the model writes."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+from slmkit.config import UserError
+from slmkit.data.prepare.corpus import Corpus
+from slmkit.data.settings import Reads
+from slmkit.device import Device
+from slmkit.evaluation import validation_loss
+from slmkit.evaluation.loss import LossReport, Rows
+from slmkit.generation.chat import ChatSession
+from slmkit.generation.sampling_settings import SamplingSettings
+from slmkit.generation.text import complete
+from slmkit.model.decoder import Decoder
+from slmkit.tokenizer import SLMTokenizer
+from slmkit.training.distributed import ALONE, Group
+from slmkit.training.logging.metrics_log import append_samples
+from slmkit.training.loop import Report, State
+from slmkit.training.recipe.recipe import Recipe
+
+
+class Validate:
+    """A hook for all ranks that adds `validation_loss` to the report: each reads a share of the rows.
+
+    Where the rows are a whole text of so many `text_bytes`, it adds `validation_bits_per_byte`.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        device: Device,
+        separate: bool = False,
+        group: Group = ALONE,
+        text_bytes: int | None = None,
+    ) -> None:
+        self.rows, self.device, self.separate, self.group, self.text_bytes = rows, device, separate, group, text_bytes
+
+    def __call__(self, state: State, report: Report) -> None:
+        group = self.group
+        with group.whole(state.model):
+            mine = validation_loss(
+                state.model, self.rows, self.device, separate=self.separate, rank=group.rank, world=group.world
+            )
+        nats, tokens = group.sum(mine.nats, mine.tokens)
+        whole = LossReport(nats, int(tokens))
+        report["validation_loss"] = whole.loss
+        if self.text_bytes:
+            report["validation_bits_per_byte"] = whole.bits_per_byte(self.text_bytes)
+
+
+class Sample:
+    """A hook for all ranks that writes what the model says to the recipe's prompts into a file: `samples.md`."""
+
+    def __init__(self, file: Path, recipe: Recipe, tokenizer: SLMTokenizer, talks: bool, group: Group = ALONE) -> None:
+        """`talks`: the prompts are what a user says, and not how a text begins."""
+        self.file, self.recipe, self.tokenizer, self.talks, self.group = file, recipe, tokenizer, talks, group
+
+    def __call__(self, state: State, report: Report) -> None:
+        with self.group.whole(state.model):
+            if self.group.is_main:
+                prompts = self.recipe.train.sample_prompts or []
+                append_samples(
+                    self.file, state.step, [(prompt, self._written(state.model, prompt)) for prompt in prompts]
+                )
+
+    def _written(self, model: Decoder, prompt: str) -> str:
+        try:
+            return self._continued(model, prompt)
+        except UserError as error:  # no sample is worth a run
+            return f" ({error})"
+
+    def _continued(self, model: Decoder, prompt: str) -> str:
+        settings = SamplingSettings(temperature=0.8, top_p=0.95, seed=self.recipe.seed)
+        longest = self.recipe.train.sample_tokens
+        if self.talks:
+            session = ChatSession(model, self.tokenizer, settings, max_new_tokens=longest)
+            return "\n" + "".join(session.reply(prompt))
+        return complete(model, self.tokenizer, prompt, settings=settings, max_new_tokens=longest).text
+
+
+WORDS, CHARACTERS = 5, 40  # of a text's beginning
+LONGEST_QUESTION = 100  # characters
+QUESTION_WORDS = 3
+LOOKED_AT = 50  # documents
+MARK = "QUESTION"
+
+
+def with_prompts(recipe: Recipe, corpus: Corpus) -> Recipe:
+    """The recipe with a prompt for its samples, unless it has some, or says that it wants none."""
+    if recipe.train.sample_prompts is not None:
+        return recipe
+    train = recipe.train.model_copy(update={"sample_prompts": prompts_of(corpus, recipe.reads)})
+    return recipe.model_copy(update={"train": train})
+
+
+def prompts_of(corpus: Corpus, reads: Reads) -> list[str]:
+    """One prompt: how a held-out text begins, or the shortest first question of the held-out conversations that has
+    `QUESTION_WORDS` or more; where none has, the shortest.
+
+    Empty where none of the first documents has a short one.
+    """
+    shards, tokenizer = corpus.validation, corpus.tokenizer
+    ends = shards.document_ends[:LOOKED_AT].tolist()
+    around = None if reads == "text" else _around_a_question(corpus)
+    questions = []
+    for start, end in zip([0, *ends], ends):
+        if around is None:
+            head = shards.tokens_in(start, min(end, start + 64))
+            if prompt := _beginning(tokenizer.decode(head, skip_special_tokens=True)):
+                return [prompt]
+        else:
+            learned = shards.trained_in(start, end)
+            asked = shards.tokens_in(start, start + int(learned.argmax()))
+            questions.append(_question(tokenizer.decode(asked), *around))
+    return sorted(filter(None, questions), key=lambda asked: (len(asked.split()) < QUESTION_WORDS, len(asked)))[:1]
+
+
+def _beginning(text: str) -> str:
+    """The first words of the first line."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    return " ".join(lines[0].split()[:WORDS])[:CHARACTERS].rstrip("\ufffd ") if lines else ""
+
+
+def _around_a_question(corpus: Corpus) -> tuple[str, str]:
+    """What the chat template writes before and behind a user's last message."""
+    tokenizer, user = corpus.tokenizer, {"role": "user", "content": MARK}
+    first, later = (
+        tokenizer.decode(tokenizer.encode_chat(messages, add_generation_prompt=True).ids).split(MARK)
+        for messages in ([user], [user, {"role": "assistant", "content": MARK}, user])
+    )
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(reversed(first[0]), reversed(later[-2])))
+    return "".join(letter for letter, _ in same)[::-1], first[-1]
+
+
+def _question(text: str, before: str, behind: str) -> str:
+    """The first message in a rendered conversation; empty where there is none, or a long one."""
+    if not (before and behind):
+        return ""
+    _, found, rest = text.partition(before)
+    question = rest.partition(behind)[0]
+    return question.strip() if found and len(question) <= LONGEST_QUESTION and "\n" not in question else ""

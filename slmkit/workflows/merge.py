@@ -1,0 +1,140 @@
+"""Merging models from a recipe: what `slm merge RECIPE` stands on."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from slmkit.adapt.adapter import expect_base, fingerprint, grown_for, load_adapter
+from slmkit.adapt.lora import fold
+from slmkit.adapt.merge_recipe import MergeRecipe
+from slmkit.adapt.merging import Merge, plan_merge
+from slmkit.config import UserError, to_yaml
+from slmkit.files import sync
+from slmkit.find import find_model_directory
+from slmkit.generation.ensemble import common_tokenizer
+from slmkit.hub import at_commit
+from slmkit.model.files.adapter_directory import base_of, find_adapter, is_adapter
+from slmkit.model.files.directory import load_decoder, save_decoder
+from slmkit.model.files.find import free_path
+from slmkit.model.files.stored import expect_finite
+from slmkit.tokenizer import SLMTokenizer
+
+# What goes along from the first of the models: how text becomes ids, and how it is generated from.
+COMPANIONS = (
+    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "tokenizer.model", "generation_config.json",
+)  # fmt: skip
+MADE_FROM = "merge.yaml"
+
+
+def prepare_merge(recipe: MergeRecipe) -> Merge:
+    """Find, open and compare the models of a recipe; no weights are read yet.
+
+    Raises `UserError` for a missing model, the first difference between two, and an `output_dir` that is taken.
+    """
+    # What is written beside the result names models of the hub with the commit that was read.
+    models = [entry.model_copy(update={"model": at_commit(entry.model)}) for entry in recipe.models]
+    base = None if recipe.base_model is None else at_commit(recipe.base_model)
+    recipe = recipe.model_copy(update={"models": models, "base_model": base})
+    directories = {name: find_model_directory(name) for name in recipe.names}
+    for name, directory in directories.items():
+        if is_adapter(directory):
+            raise UserError(
+                f"{name}: an adapter; only whole models can be merged: "
+                f"fold it in first with `slm merge {base_of(directory)} --adapter {name}`"
+            )
+    if os.path.lexists(recipe.output_dir):
+        raise UserError(f"{recipe.output_dir}: exists already and is not overwritten: name another output_dir")
+    merge = plan_merge(recipe, directories)
+    common_tokenizer([directories[recipe.merged[0].model], *directories.values()])
+    return merge
+
+
+def write_merge(merge: Merge, progress: Callable[[int], None] = lambda written: None) -> Path:
+    """Write the model directory of a prepared merge; it is there whole or not at all. Raises `UserError`.
+
+    Config, tokenizer and generation settings are those of the first of the models; `merge.yaml` beside them says how
+    the model was made.
+    """
+    output = Path(merge.recipe.output_dir)
+    first = find_model_directory(merge.recipe.merged[0].model)
+    fresh = output.parent / f".{output.name}.{os.getpid()}"
+    try:
+        fresh.mkdir(parents=True)
+        merge.write(fresh, progress)
+        for name in COMPANIONS:
+            if (first / name).is_file():
+                shutil.copyfile(first / name, fresh / name)
+        (fresh / MADE_FROM).write_text(to_yaml(merge.recipe), encoding="utf-8")
+        for path in fresh.iterdir():
+            sync(path)
+        os.rename(fresh, output)
+        sync(output.parent)
+    except OSError as error:
+        raise UserError(f"{output}: the model cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return output
+
+
+def fold_adapters(model: str | Path, adapters: Sequence[str | Path], output: str | Path | None = None) -> Path:
+    """Write `model` with `adapters` folded in, one after another, to a directory of its own, and return that.
+
+    All are directories or runs; the tokenizer is the last adapter's, or else the model's. Without `output` it is beside
+    the model. Nothing is left where it fails. Raises `UserError` for what does not fit together, for a model of fewer
+    than 16 bits, and where `output` exists.
+    """
+    directory = find_model_directory(model)
+    found = [find_adapter(adapter) for adapter in adapters]
+    if is_adapter(directory):
+        found, directory = [directory, *found], base_of(directory)
+        logging.getLogger(__name__).warning(f"{model}: an adapter, which is folded into {directory} first")
+    _expect_full_precision(directory)
+    final = Path(output) if output is not None else free_path(f"{str(model).rstrip('/')}-merged")
+    if final.exists():
+        raise UserError(f"{final}: exists already and is not overwritten: name another --output")
+    decoder, config = load_decoder(directory)
+    before = functools.cache(functools.partial(fingerprint, decoder))
+    for adapter in found:
+        expect_base(adapter, before, functools.partial(fingerprint, decoder))
+        decoder, config = grown_for(adapter, decoder, config)
+        load_adapter(decoder, config, adapter)
+        fold(decoder)
+    for name, tensor in decoder.state_dict().items():
+        expect_finite(tensor, f"{name!r} of the merged model", "an adapter is too large for it: use another checkpoint")
+    partial = final.with_name(f".partial-{final.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        save_decoder(decoder, config, partial)
+        for source in reversed([directory, *found]):
+            if (source / "tokenizer.json").is_file():
+                SLMTokenizer.from_pretrained(source).save_pretrained(partial)
+                break
+        os.replace(partial, final)
+    except OSError as error:
+        raise UserError(f"{final}: cannot be written: {error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return final
+
+
+def _expect_full_precision(directory: Path) -> None:
+    """Raises `UserError` for a model whose weights are in 8 bits or 4."""
+    path = directory / "config.json"
+    if not path.is_file():
+        return
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable config.json: {error}") from None
+    if isinstance(content, dict) and content.get("quantization_config"):
+        raise UserError(
+            f"{directory}: its weights are quantized, too coarsely for what an adapter learned: name the full model "
+            "that it was made from"
+        )

@@ -1,0 +1,109 @@
+"""What a run begins with: fresh weights, a finished model's, or an adapter for one; and how it is saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from slmkit.adapt.load import load_model, start_adapter
+from slmkit.config import UserError
+from slmkit.find import find_tokenizer_directory
+from slmkit.hub import at_commit
+from slmkit.model.config import SLMConfig
+from slmkit.model.decoder import Decoder
+from slmkit.model.files.adapter_directory import is_adapter
+from slmkit.model.initialization import build_decoder, grow_vocabulary
+from slmkit.tokenizer import SLMTokenizer
+from slmkit.training.checkpoints.model_files import ModelFiles, WholeModel
+from slmkit.training.recipe.recipe import Recipe
+
+Start = tuple[Decoder, SLMConfig, ModelFiles]
+
+
+def model_for(recipe: Recipe, tokenizer: SLMTokenizer, base: Path | None) -> Start:
+    """A new model for the tokenizer's vocabulary, or that of `base`, grown to it; with `lora` an adapter for that."""
+    if base is None:
+        return _new_model(recipe, tokenizer)
+    if recipe.lora is not None:
+        return _adapter(recipe, tokenizer, base)
+    model, config = fit_to_tokenizer(*load_model(base), tokenizer_of_base(recipe, base), tokenizer)
+    return model, config, WholeModel(config)
+
+
+def at_commits(recipe: Recipe) -> Recipe:
+    """The recipe with the commit of each model of the hub that it names, so that a resumed run has the same ones."""
+    model, tokenizer, taught = recipe.model, recipe.tokenizer, recipe.distillation
+    changes: dict[str, Any] = {}
+    if model.path:
+        changes["model"] = model.model_copy(update={"path": at_commit(model.path)})
+    if tokenizer.path:
+        changes["tokenizer"] = tokenizer.model_copy(update={"path": at_commit(tokenizer.path)})
+    if taught and taught.teacher:
+        changes["distillation"] = taught.model_copy(update={"teacher": at_commit(taught.teacher)})
+    return recipe.model_copy(update=changes)
+
+
+def _new_model(recipe: Recipe, tokenizer: SLMTokenizer) -> Start:
+    """With rows for all tokens of the tokenizer, or as many more as model.vocab_size says. Raises `UserError`."""
+    known: dict[str, Any] = {
+        "vocab_size": max(len(tokenizer), recipe.model.changes.get("vocab_size", 0)),
+        "eos_token_id": sorted(tokenizer.stop_token_ids),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+    }
+    for name, value in known.items():
+        given = recipe.model.changes.get(name)
+        if given is not None and value not in (given, [given]):
+            found = "the tokenizer has none" if value is None else f"the tokenizer's {value}"
+            raise UserError(f"model.{name} is {given} and {found}: remove it from the recipe (a run's: recipe.yaml)")
+    config = recipe.model.build_config(**known)
+    return build_decoder(config, recipe.seed, recipe.model.initialization), config, WholeModel(config)
+
+
+def _adapter(recipe: Recipe, tokenizer: SLMTokenizer, base: Path) -> Start:
+    """An adapter for `base`, or the adapter in `base`. With new tokens it holds the embedding and the head too."""
+    assert recipe.lora is not None
+    before = tokenizer_of_base(recipe, base)
+    if not tokenizer.pieces_of_new_tokens(before):
+        return start_adapter(base, recipe.lora, recipe.seed)
+    if is_adapter(base):
+        raise UserError(
+            f"{base}: an adapter, and the recipe adds tokens, which need larger embeddings: merge it first "
+            "with `slm merge`, and name the result in model.path"
+        )
+    saved = [*recipe.lora.modules_to_save, "embedding", "head"]
+    settings = recipe.lora.model_copy(update={"modules_to_save": saved})
+    return start_adapter(
+        base, settings, recipe.seed, lambda decoder, config: fit_to_tokenizer(decoder, config, before, tokenizer)
+    )
+
+
+def tokenizer_of_base(recipe: Recipe, base: Path) -> SLMTokenizer:
+    """The one in the model's directory, or the one that the recipe names where a model came without."""
+    return SLMTokenizer.from_pretrained(
+        find_tokenizer_directory(recipe.tokenizer.path) if recipe.tokenizer.path else base
+    )
+
+
+def fit_to_tokenizer(
+    decoder: Decoder, config: SLMConfig, before: SLMTokenizer, after: SLMTokenizer
+) -> tuple[Decoder, SLMConfig]:
+    """The model with a row for every token of `after`, and a config that names what ends a text and a turn now.
+
+    `before` is the tokenizer that the model knows. Raises `UserError` where it is not the model's.
+    """
+    if len(before) > config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {len(before):,} tokens and the model rows for {config.vocab_size:,}: it belongs to "
+            "another model; set tokenizer.path to this model's tokenizer"
+        )
+    decoder, config = grow_vocabulary(decoder, config, after.pieces_of_new_tokens(before))
+    known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    # transformers names id 2 where nobody said anything, which may be any word.
+    ends = after.stop_token_ids | {*after.special_tokens.values()}.intersection(known)
+    changes = {
+        "eos_token_id": sorted(ends) if len(ends) > 1 else min(ends),
+        "pad_token_id": after.pad_token_id if config.pad_token_id is None else config.pad_token_id,
+        "bos_token_id": config.bos_token_id if after.bos_token_id == before.bos_token_id else after.bos_token_id,
+    }
+    return decoder, config.model_copy(update=changes)

@@ -1,0 +1,67 @@
+"""What an objective makes of a run: what the one loop is fed, what it minimises, what it is measured by, and what all
+of that has in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from slmkit.data.make_batches import make_batches
+from slmkit.data.stream import ChatRows, DocumentRows
+from slmkit.device import Device
+from slmkit.evaluation.loss import Rows
+from slmkit.model.decoder import Decoder
+from slmkit.training.estimate.memory_profile import Inventory
+from slmkit.training.objective import next_token
+from slmkit.training.recipe.recipe import Recipe
+from slmkit.workflows.context import Material, Work
+from slmkit.workflows.distill import distill_inventory, distill_work
+from slmkit.workflows.grpo import grpo_inventory, grpo_work
+from slmkit.workflows.hooks import Sample, Validate
+from slmkit.workflows.preference import kto_work, preference_inventory, preference_work
+
+
+def work_of(material: Material) -> Work:
+    """Raises `UserError` for what does not fit together."""
+    return WORK[material.recipe.objective](material)
+
+
+def inventory_of(recipe: Recipe, model: Decoder, tokens: int, device: Device) -> Inventory:
+    """What a run has in memory beside `model`, which has no content; `tokens` are those of the tokenizer."""
+    return INVENTORIES[recipe.objective](recipe, model, tokens, device)
+
+
+def next_token_work(m: Material) -> Work:
+    """Pretraining on text, fine-tuning on conversations."""
+    recipe, talks = m.recipe, m.recipe.reads == "conversations"
+    batches = make_batches(recipe.reads, recipe.data, m.corpus, m.length, m.rows_per_step, recipe.seed)
+    rows: Rows = (ChatRows if talks else DocumentRows)(m.corpus.validation, m.length)
+    return Work(
+        batches=batches,
+        objective=next_token,
+        validate=Validate(rows, m.device, batches.separate, m.group, m.text_bytes),
+        sample=Sample(m.run.samples, recipe, m.corpus.tokenizer, talks, m.group),
+        validation_tokens=rows.rows_in_epoch * m.length,
+        report=batches.report,
+    )
+
+
+def next_token_inventory(recipe: Recipe, model: Decoder, tokens: int, device: Device) -> Inventory:
+    return Inventory(model)
+
+
+WORK: dict[str, Callable[[Material], Work]] = {
+    "pretrain": next_token_work,
+    "sft": next_token_work,
+    "distill": distill_work,
+    "dpo": preference_work,
+    "kto": kto_work,
+    "grpo": grpo_work,
+}
+INVENTORIES: dict[str, Callable[[Recipe, Decoder, int, Device], Inventory]] = {
+    "pretrain": next_token_inventory,
+    "sft": next_token_inventory,
+    "distill": distill_inventory,
+    "dpo": preference_inventory,
+    "kto": preference_inventory,
+    "grpo": grpo_inventory,
+}

@@ -1,0 +1,155 @@
+"""Pairs of answers, and answers labelled good or bad, to the work of a run: their rows, what the starting model gives
+them, and how held-out ones fare."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import torch
+from safetensors.numpy import load_file, save_file
+
+from slmkit.config import UserError
+from slmkit.data.make_batches import stream_of
+from slmkit.data.rows.judged import JudgedRows
+from slmkit.data.rows.pairs import PairRows
+from slmkit.device import Device
+from slmkit.files import sync
+from slmkit.model.decoder import Decoder
+from slmkit.training.estimate.memory_profile import Inventory, read_answers
+from slmkit.training.loop import Report, State
+from slmkit.training.objective import Sums, surveyed
+from slmkit.training.objectives.preference import Kto, Preference, reference_log_probabilities, rounded_up
+from slmkit.training.precision import to_weight_dtype
+from slmkit.training.recipe.objective_settings import KtoSettings
+from slmkit.training.recipe.recipe import Recipe
+from slmkit.workflows.context import Material, Work
+from slmkit.workflows.hooks import Sample
+
+REFERENCE = "reference.safetensors"  # in the data of a run
+ROWS_AT_ONCE = 16  # of those that are read and not learned from
+BALANCED = (1.0, 4 / 3)  # weight × number of good answers over that of bad ones: arXiv:2402.01306, equation (8)
+
+
+def preference_work(m: Material) -> Work:
+    """DPO and its kin."""
+    settings = m.recipe.preference
+    return _work(m, PairRows, Preference(settings), settings.needs_reference)
+
+
+def kto_work(m: Material) -> Work:
+    """KTO: answers with a label each."""
+    work = _work(m, functools.partial(JudgedRows, seed=m.recipe.seed), Kto(m.recipe.kto), needs_reference=True)
+    labels = np.concatenate([shards.labels for shards in m.corpus.train])
+    if hint := weights_hint(int(labels.sum()), int((~labels).sum()), m.recipe.kto):
+        m.reporter.say(hint)
+    return work
+
+
+def weights_hint(good: int, bad: int, settings: KtoSettings) -> str | None:
+    """Which weight the paper advises where there are more answers of one kind; None where all is well."""
+    low, high = BALANCED
+    weighed_good, weighed_bad = settings.desirable_weight * good, settings.undesirable_weight * bad
+    if good == bad or not good or not bad or 0.9 * low <= weighed_good / weighed_bad <= 1.1 * high:
+        return None
+    if good < bad:
+        name, least = "desirable_weight", weighed_bad / good * low
+    else:
+        name, least = "undesirable_weight", weighed_good / bad / high
+    return (
+        f"kto: {good:,} good and {bad:,} bad answers do not weigh the same: "
+        f"set kto.{name} between {least:.2g} and {least * high / low:.2g} (it is {getattr(settings, name):g})"
+    )
+
+
+def _work(
+    m: Material, make_rows: Callable[..., PairRows | JudgedRows], objective: Preference | Kto, needs_reference: bool
+) -> Work:
+    """The reference's log-probabilities are computed where they are needed and not there yet."""
+    data = m.recipe.data
+    train = dict(zip(data.weights, (make_rows(shards, m.length) for shards in m.corpus.train), strict=True))
+    validation = make_rows(m.corpus.validation, m.length)
+    for name, rows in {**train, "validation": validation}.items():
+        for line in rows.report():
+            m.reporter.say(f"{name}: {line}")
+    if needs_reference:
+        _refer(m, [*train.values(), validation])
+    return Work(
+        batches=stream_of(train, data, m.recipe.tokens_of_row(m.length), m.rows_per_step, m.recipe.seed),
+        objective=objective,
+        validate=ValidateAnswers(validation, objective, m),
+        sample=Sample(m.run.samples, m.recipe, m.corpus.tokenizer, True, m.group),
+        validation_tokens=2 * validation.rows_in_epoch * m.length,
+        longest=rounded_up(max(rows.longest for rows in (*train.values(), validation))),
+    )
+
+
+def preference_inventory(recipe: Recipe, model: Decoder, tokens: int, device: Device) -> Inventory:
+    """One model: of the reference its log-probabilities are all that is kept."""
+    return Inventory(model, readings=(lambda model, beside, length: read_answers(model, 2 * ROWS_AT_ONCE, length),))
+
+
+def _refer(m: Material, all_rows: Sequence[PairRows | JudgedRows]) -> None:
+    """Give each the log-probabilities of the model as it is before the first step, stored in the run's data."""
+    path = m.run.data / REFERENCE
+    found = _stored(path) if path.is_file() else {}
+    wanted = {f"{number:02}": rows for number, rows in enumerate(all_rows)}
+    if {name: (rows.rows_in_epoch, 2) for name, rows in wanted.items()} != {n: a.shape for n, a in found.items()}:
+        m.model.to(m.device.torch_device)
+        to_weight_dtype(m.model, m.device)
+        total = sum(rows.rows_in_epoch for rows in all_rows)
+        m.reporter.say(f"reference: computing the starting model's log-probabilities of {total:,} {m.recipe.reads}")
+        progress = m.reporter.counter("reference", total)
+        done = Counter[str]()
+
+        def tell(rows: int, tokens: int) -> None:
+            done.update(rows=rows, tokens=tokens)
+            progress(done["rows"], done["tokens"], 0)
+
+        found = {
+            name: reference_log_probabilities(m.model, rows, m.device, ROWS_AT_ONCE, tell)
+            for name, rows in wanted.items()
+        }
+        _store(path, found)
+    for name, rows in wanted.items():
+        rows.reference = found[name]
+
+
+def _stored(path: Path) -> dict[str, np.ndarray]:
+    try:
+        return load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read: {error}; delete it; it is then computed again") from None
+
+
+def _store(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    fresh = path.with_name(f".{path.name}")
+    save_file(arrays, fresh)
+    sync(fresh)
+    fresh.rename(path)
+    sync(path.parent)
+
+
+class ValidateAnswers:
+    """A hook for all ranks: the objective's loss and figures over held-out rows, of which each rank reads a share."""
+
+    def __init__(self, rows: PairRows | JudgedRows, objective: Preference | Kto, m: Material) -> None:
+        self.rows, self.objective, self.device, self.group = rows, objective, m.device, m.group
+
+    def __call__(self, state: State, report: Report) -> None:
+        group, sums = self.group, Sums()
+        mine = range(group.rank, self.rows.rows_in_epoch, group.world)
+        parts = [mine[start : start + ROWS_AT_ONCE] for start in range(0, max(1, len(mine)), ROWS_AT_ONCE)]
+        batches = [self.rows.batch(part) if len(part) else self.rows.batch([0]).untrained() for part in parts]
+        batches = [batch.to(self.device.torch_device) for batch in batches]
+        state.model.eval()
+        with group.whole(state.model), torch.no_grad():
+            for batch in surveyed(self.objective, state.model, batches, self.device, group):
+                with self.device.autocast():
+                    sums.add(self.objective(state.model, batch))
+        report["validation_loss"], means = sums.means(self.rows.rows_in_epoch, group)
+        report |= {f"validation/{name}": mean for name, mean in means.items()}

@@ -1,0 +1,72 @@
+"""Publishing a model on the hub: what `slm push` stands on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from slmkit.config import UserError, read_yaml
+from slmkit.export.model_card import CardFacts, model_card
+from slmkit.find import find_model_directory
+from slmkit.hub import HubName, hub_name, publish
+from slmkit.model.config import SLMConfig
+from slmkit.model.files.adapter_directory import ADAPTER_CONFIG, is_adapter
+from slmkit.training.run_directory import RunDirectory
+
+# Of the files in a checkpoint those that are not the model.
+LEFT_OUT = ("MANIFEST.json", "README.md")
+
+
+def push_model(source: str | Path, name: str, private: bool = False, revision: str | None = None) -> str:
+    """Publish a run's best checkpoint, or a model directory, as `OWNER/NAME`, with a model card.
+
+    The repository is made where it is not there (`private` says how), `revision` is a branch, made likewise. One commit
+    has all files; nothing of the training state is among them. Returns the address of the page. Raises `UserError`.
+    """
+    wanted = hub_name(name if name.startswith("hf://") else f"hf://{name}")
+    if wanted is None or (wanted.revision is not None and revision is not None):
+        raise UserError(f"{name}: expected OWNER/NAME, as the hub names a model")
+    wanted = HubName(wanted.name, wanted.revision or revision)
+    directory = find_model_directory(source)
+    files: dict[str, Path | bytes] = {
+        path.name: path for path in sorted(directory.iterdir()) if path.is_file() and path.name not in LEFT_OUT
+    }
+    if not any(file.endswith(".safetensors") for file in files):
+        raise UserError(f"{directory}: it has no weights in safetensors: there is nothing to publish")
+    own_card = directory / "README.md"
+    files["README.md"] = own_card if own_card.is_file() else _card(Path(source), directory, wanted.name).encode()
+    return publish(wanted, files, private, f"Upload from slmkit: {directory.resolve().name}")
+
+
+def _card(source: Path, directory: Path, name: str) -> str:
+    run = RunDirectory(source)
+    recipe = read_yaml(run.recipe) if run.recipe.is_file() else {}
+    environment = {}
+    with contextlib.suppress(OSError, ValueError):
+        environment = json.loads(run.environment.read_text(encoding="utf-8"))
+    facts = CardFacts(
+        name=name,
+        base=_base(directory, recipe),
+        is_adapter=is_adapter(directory),
+        recipe=recipe,
+        metrics=run.metrics.read(),
+        environment=environment,
+    )
+    return model_card(facts, SLMConfig.from_pretrained(directory))
+
+
+def _base(directory: Path, recipe: Mapping[str, Any]) -> str | None:
+    """The hub's name of the model that this one was trained on from. Raises `UserError` for an adapter without one."""
+    named = (recipe.get("model") or {}).get("path")
+    if is_adapter(directory):
+        named = json.loads((directory / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    found = hub_name(named) if named else None
+    if found is None and is_adapter(directory):
+        raise UserError(
+            f"{directory}: an adapter for {named}, which is only on this machine: publish that first and name it in "
+            "base_model_name_or_path, or make one model of both with `slm merge`"
+        )
+    return None if found is None else found.name

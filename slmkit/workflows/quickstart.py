@@ -1,0 +1,153 @@
+"""The quickstart: three runs on the built-in stories, of as much text as there is time for on this machine."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from slmkit.config import UserError
+from slmkit.device import find_device
+from slmkit.evaluation import QuestionReport, ask
+from slmkit.evaluation.questions import Answer, Messages
+from slmkit.generation.language_model import LanguageModel
+from slmkit.model.files.find import free_path
+from slmkit.tokenizer import SLMTokenizer
+from slmkit.training.estimate.probe import Subject, probe
+from slmkit.training.loop import RunStopped, StopRequested
+from slmkit.training.recipe.recipe import Recipe, find_recipe, load_recipe
+from slmkit.training.run_directory import RunDirectory
+from slmkit.workflows.context import Reporter
+from slmkit.workflows.train import train_recipe
+
+PRIMER_STEPS = 720  # the time of the whole primer, preparation and validation included, in steps of its size
+# The time of each part relative to the primer's, whatever the machine.
+STORIES, CHAT, EVALUATION = 3.3, 2.9, 0.2
+FIXED = 8.0  # seconds that loading and saving take, however little is read
+MOST_EVALUATION = 0.15  # of the time that is left: fewer questions are asked where it is short
+SMALLEST_SHARE = 0.01
+RESERVE = 0.07  # of the time: the machine may become slower
+OVERRUN = 1.25  # a part that takes so many times the time planned is stopped
+FLUENT = 0.3  # the share of the corpus below which few sentences come out right
+
+
+@dataclass(frozen=True)
+class Quickstart:
+    """The runs on stories and on conversations, how much of the corpus they read, and the time all of it would take."""
+
+    stories: RunDirectory
+    chat: RunDirectory
+    shares: dict[str, float]  # part → share of its documents
+    whole: float  # seconds for all of the corpus, at the speed that was measured
+    ends: float  # when everything has to be over, as `time.monotonic` counts
+
+    def share_in(self, minutes: float) -> float:
+        """About how much of the corpus is read in so many minutes on this machine."""
+        return min(1.0, 60 * minutes * (1 - RESERVE) / self.whole)
+
+
+def train_quickstart(
+    output: str | Path, seed: int, minutes: float, reporter: Reporter, started: float | None = None
+) -> Quickstart:
+    """Train on primer, stories and conversations, below a folder that is named `output` or numbered.
+
+    A few steps tell how fast the machine is, and so how much of the primer, stories and conversations there is time for
+    in `minutes` from `started` (`time.monotonic`; default: now), evaluation included. Each part is planned with the
+    speed of the one before, and a part that takes much longer than planned is stopped with a checkpoint. Raises
+    `UserError` where the time is too short for anything, and as `train_recipe` does.
+    """
+    ends = 60 * minutes + (time.monotonic() if started is None else started)
+    target = ends - 60 * minutes * RESERVE
+    root, shares = free_path(output), dict[str, float]()
+    primer = PRIMER_STEPS * _seconds_of_a_step()  # of all of it
+
+    def run(part: str, share: float, planned: float, base: RunDirectory | None = None) -> RunDirectory:
+        shares[part] = share
+        if share < 1:
+            reporter.say(f"{share:.0%} of it, in about {planned:.0f} seconds")
+        values = [f"output_dir={root}/{part}", f"seed={seed}"] + ([f"model.path={base.root}"] if base else [])
+        stop = StopRequested(min(time.monotonic() + OVERRUN * planned + FIXED, target))
+        try:
+            recipe = load_recipe(find_recipe(f"quickstart-{part}"), values)
+            return train_recipe(_shortened(recipe, share), reporter, stop=stop)
+        except RunStopped:
+            if stop.is_asked:  # by the user
+                raise
+            reporter.warn(
+                f"the machine became slower: {root}/{part} is stopped early; to finish it: slm resume {root}/{part}"
+            )
+            return RunDirectory(root / part)
+
+    _tell_the_plan(minutes, target - time.monotonic(), primer, reporter)
+    reporter.say("\n1/4  primer: short scenes with questions, to learn to look back in the text")
+    began = time.monotonic()
+    share = min(1.0, 2 * affordable_share(target - began, primer, 1 + STORIES + CHAT))
+    reader = run("primer", share, share * primer)
+
+    reporter.say("\n2/4  pretraining: stories")
+    began, primer = time.monotonic(), (time.monotonic() - began) / share
+    share = affordable_share(target - began, primer, STORIES + CHAT)
+    stories = run("stories", share, share * STORIES * primer, reader)
+
+    reporter.say("\n3/4  fine-tuning: conversations about scenes and stories")
+    began, primer = time.monotonic(), (time.monotonic() - began) / (share * STORIES)  # other programs come and go
+    share = affordable_share(target - began, primer, CHAT)
+    chat = run("chat", share, share * CHAT * primer, stories)
+    return Quickstart(stories, chat, shares, primer * (1 + STORIES + CHAT + EVALUATION), ends)
+
+
+def ask_until(
+    decoder: LanguageModel, tokenizer: SLMTokenizer, questions: Sequence[tuple[Messages, str]], until: float
+) -> QuestionReport:
+    """The answers to as many questions as there is time for until `until` (`time.monotonic`), and to the first few."""
+    answers: list[Answer] = []
+    for first in range(0, len(questions), 5):
+        answers += ask(decoder, tokenizer, questions[first : first + 5]).answers
+        if time.monotonic() >= until:
+            break
+    return QuestionReport(tuple(answers))
+
+
+def affordable_share(seconds: float, primer_seconds: float, parts: float) -> float:
+    """How much of what takes `parts` times the primer can be done in `seconds`, evaluation included.
+
+    Between `SMALLEST_SHARE` and 1.
+    """
+    evaluation = min(EVALUATION * primer_seconds, MOST_EVALUATION * seconds)
+    share = (seconds - evaluation) / (parts * primer_seconds)
+    return min(1.0, max(SMALLEST_SHARE, share))
+
+
+def _tell_the_plan(minutes: float, seconds: float, primer: float, reporter: Reporter) -> None:
+    """Say how much of the corpus there is time for. Raises `UserError` where that is next to nothing."""
+    parts = 1 + STORIES + CHAT
+    whole = (parts + EVALUATION) * primer / (1 - RESERVE)
+    share = affordable_share(seconds - FIXED, primer, parts)
+    least = SMALLEST_SHARE * parts * primer / (1 - MOST_EVALUATION) + FIXED + 60 * minutes - seconds
+    if least > 60 * minutes:
+        raise UserError(f"--minutes {minutes:g}: too short on this machine; it needs at least {math.ceil(least / 60)}")
+    reporter.say(
+        f"in {minutes:g} minutes there is time for about {share:.0%} of the corpus on this machine; "
+        f"all of it takes about {math.ceil(whole / 60)} minutes (--minutes)"
+    )
+    if share < FLUENT:
+        reporter.warn(
+            "too little time for sentences here; this only shows the steps. For a model that speaks: "
+            f"slm quickstart --minutes {math.ceil(FLUENT * whole / 60)}"
+        )
+
+
+def _seconds_of_a_step() -> float:
+    """Of the primer's training, as fast as this machine is now."""
+    recipe = load_recipe(find_recipe("quickstart-primer"))
+    return probe(Subject.fresh(recipe.model.build_config()), recipe.train, find_device(), steps=6).step_seconds
+
+
+def _shortened(recipe: Recipe, share: float) -> Recipe:
+    """The recipe with this share of its documents."""
+    names = ("documents", "primer_documents", "validation_documents")
+    counts = {name: round(share * getattr(recipe.data, name)) for name in names}
+    counts["validation_documents"] = max(10, counts["validation_documents"])
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=counts)})

@@ -1,0 +1,88 @@
+"""JSON files that are one list, or one object with a list in it, read a row at a time."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slmkit.config import UserError
+from slmkit.data.sources import Source, open_source
+from slmkit.data.sources.settings import SourceSettings
+
+ROWS = [{"text": f'{number} é🙂 [{{\\" }}] ' + "x" * number * 40, "n": number} for number in range(60)]
+LAYOUTS = {
+    "a list": json.dumps(ROWS),
+    "a list, indented": "\ufeff \n" + json.dumps(ROWS, indent=2, ensure_ascii=False),
+    "a list in an object": json.dumps({"version": "1", "info": {"a": [1]}, "data": ROWS, "end": None}),
+    "a list in an object, indented": json.dumps({"data": ROWS, "size": 60}, indent=1),
+    "JSON Lines": "".join(json.dumps(row) + "\n" for row in ROWS),
+}
+
+
+def opened(path: Path, content: str, **changes: Any) -> Source:
+    path.write_bytes(gzip.compress(content.encode()) if path.suffix == ".gz" else content.encode())
+    return open_source(SourceSettings(path=str(path), **changes))
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_same_rows_from_every_position(tmp_path: Path, layout: str, name: str):
+    source = opened(tmp_path / name, LAYOUTS[layout])
+    whole = list(source.read())
+    assert [document.text for document, _ in whole] == [row["text"] for row in ROWS]
+    for index in range(0, 60, 7):
+        assert list(source.read(json.loads(json.dumps(whole[index][1])))) == whole[index + 1 :]
+
+
+def test_a_list_called_jsonl_and_a_row_of_several_lines_are_read(tmp_path: Path):
+    assert len(list(opened(tmp_path / "a.jsonl", LAYOUTS["a list"]).read())) == 60
+    assert [one.text for one, _ in opened(tmp_path / "b.json", json.dumps(ROWS[0], indent=1)).read()] == [
+        ROWS[0]["text"]
+    ]
+    talk = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
+    for indent in (None, 1):
+        assert len(list(opened(tmp_path / "c.json", json.dumps(talk, indent=indent)).read_conversations())) == 1
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ('{"text": tru, "b": [1, "}"]}', "not valid JSON"),
+        ('{"text": "a" "b": 2}', "not valid JSON"),
+        ('{"text": "a", "b": {}, "text": "c"}', "not valid JSON"),
+        ("7", "not a JSON object"),
+        ("[" * 3000 + "]" * 3000, "not valid JSON"),
+        ('{"text": "\\ud83d"}', "not UTF-8"),
+        ('{"text": ' + "9" * 5000 + "}", "not as expected"),
+        ('{"text": NaN}', "not as expected"),
+        ('{"body": "b"}', "no such column"),
+    ],
+)
+def test_a_bad_row_is_a_fault_of_that_row(tmp_path: Path, bad: str, reason: str):
+    content = f'[{{"text": "one"}}, {bad}, {{"text": "two"}}]'
+    with pytest.raises(UserError, match=r"a\.json: row 2: "):
+        list(opened(tmp_path / "a.json", content).read())
+    source = opened(tmp_path / "a.json", content, on_bad_row="skip")
+    assert [document.text for document, _ in source.read()] == ["one", "two"]
+    assert source.skipped == {reason: 1}
+
+
+@pytest.mark.parametrize("end", ["", ',{"text": "tw', ',{"text": "two"} {"text": 3}]'])
+def test_a_list_that_breaks_off_is_read_up_to_there(tmp_path: Path, end: str):
+    source = opened(tmp_path / "a.json", '[{"text": "one"}' + end, on_bad_row="skip")
+    assert next(source.read())[0].text == "one"
+    list(source.read())
+    assert sum(source.skipped.values()) == 1
+    with pytest.raises(UserError, match=r"a\.json"):
+        list(opened(tmp_path / "a.json", '[{"text": "one"}' + end).read())
+
+
+def test_an_object_with_two_lists_of_rows_or_none_is_refused(tmp_path: Path):
+    with pytest.raises(UserError, match="an object with two lists of rows in it"):
+        list(opened(tmp_path / "a.json", json.dumps({"train": ROWS, "test": ROWS})).read())
+    with pytest.raises(UserError, match=r"a\.json"):
+        list(opened(tmp_path / "a.json", json.dumps({"a": 1}, indent=1)).read())

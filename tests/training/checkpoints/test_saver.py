@@ -1,0 +1,208 @@
+"""Checkpoints written behind the run's back: of one instant, one at a time, and a failure is borne while it can be."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from slmkit.config import UserError
+from slmkit.training.checkpoints import checkpoint as checkpoints
+from slmkit.training.checkpoints.checkpoint import complete_checkpoints, load_checkpoint, newest_intact, verify
+from slmkit.training.checkpoints.saver import FAILURES_BORNE, Saver
+from slmkit.training.loop import Every, RunStopped, State
+from slmkit.training.run_directory import RunDirectory
+from tests.cli.helpers import python
+from tests.training.checkpoints.test_checkpoint import assert_same_run
+from tests.training.checkpoints.test_crash_points import state_at
+from tests.training.faults import disk_full, operations_on_files
+from tests.training.helpers import FILES, TOKENIZER, run, state
+
+REPOSITORY = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def warnings() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def saver(tmp_path: Path, warnings: list[str]) -> Saver:
+    (tmp_path / "checkpoints").mkdir()
+    return Saver(RunDirectory(tmp_path), FILES, TOKENIZER.save_pretrained, 9, warnings.append)
+
+
+def test_what_is_written_is_the_instant_of_the_save(saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run goes on while a slow disk takes its time, and the checkpoint knows nothing of that."""
+    write, may_write = checkpoints.write_checkpoint, threading.Event()
+
+    def slow(*arguments):
+        may_write.wait()
+        return write(*arguments)
+
+    monkeypatch.setattr(checkpoints, "write_checkpoint", slow)
+    learner = state_at(4)
+    learner.guard.norms = [1.0]
+    saver.save(learner, {})
+    learner.step, learner.guard.norms[0] = 5, 2.0
+    with torch.no_grad():
+        learner.model.norm.weight.fill_(5)
+    assert complete_checkpoints(saver.run.checkpoints) == []
+    assert not saver.run.latest.exists()  # no link to what is not there yet
+    may_write.set()
+    saver.finish()
+    loaded = state()
+    load_checkpoint(saver.run.latest, loaded, FILES)
+    assert (loaded.step, loaded.guard.norms, loaded.model.norm.weight[0].item()) == (4, [1.0], 4)
+
+
+def fail(saver: Saver, step: int) -> None:
+    saver.wait()
+    with operations_on_files(3, disk_full):
+        saver.save(state_at(step), {})
+        assert saver._thread is not None
+        saver._thread.join()
+
+
+def test_a_failed_save_does_not_end_a_run_that_can_go_on(saver: Saver, warnings: list[str]) -> None:
+    saver.save(state_at(1), {})
+    saver.wait()
+    fail(saver, 2)
+    saver.check(state_at(3), {})  # at the next step
+    assert len(warnings) == 1
+    assert "No space left on device" in warnings[0]
+    assert warnings[0].endswith("the run goes on, and would be resumed from step-000001")
+    assert "\n" not in warnings[0]
+    saver.save(state_at(4), {})
+    saver.finish()
+    assert [path.name for path in complete_checkpoints(saver.run.checkpoints)] == ["step-000001", "step-000004"]
+
+
+def test_several_in_a_row_do(saver: Saver, warnings: list[str]) -> None:
+    saver.save(state_at(1), {})
+    for step in range(2, 2 + FAILURES_BORNE):
+        fail(saver, step)  # which is told of at the next save
+    with pytest.raises(UserError, match="could not be written"):
+        saver.save(state_at(9), {})
+    assert len(warnings) == FAILURES_BORNE - 1
+    assert newest_intact(saver.run.checkpoints, warnings.append) == saver.run.checkpoints / "step-000001"
+
+
+def test_so_does_the_first_without_anything_to_go_on_from_and_the_last(saver: Saver) -> None:
+    fail(saver, 1)
+    with pytest.raises(UserError, match="could not be written"):
+        saver.check(state_at(2), {})
+    saver.save(state_at(2), {})
+    saver.wait()
+    fail(saver, 3)
+    with pytest.raises(UserError, match="could not be written"):
+        saver.finish()
+
+
+def test_a_disk_that_is_full_at_the_end_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    """The limit on file size stands in for the disk: a line of metrics fits, a checkpoint does not."""
+    script = textwrap.dedent(f"""
+        import resource, sys, time
+        from pathlib import Path
+        from slmkit.config import UserError
+        from slmkit.training.loop import Every
+        from tests.training.helpers import run
+        def fill(state, report):
+            if state.step == 5:
+                while not Path({str(tmp_path)!r}, "latest").exists():
+                    time.sleep(0.01)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))
+        try:
+            run(Path({str(tmp_path)!r}), hooks=(Every(1, fill),), warn=lambda line: print("warning:", line))
+        except UserError as error:
+            print(error)
+            sys.exit(2)
+    """)
+    done = python(script, cwd=REPOSITORY)
+    assert done.returncode == 2, done.stderr
+    *warned, last = done.stdout.splitlines()
+    assert all(line.startswith("warning: ") for line in warned)
+    assert sum("step-000008: the checkpoint could not be written" in line for line in warned) == 1
+    assert "step-000012: the checkpoint could not be written" in last
+    assert "slm resume" in last
+    verify((tmp_path / "latest").resolve())
+    assert (tmp_path / "latest").resolve().name == "step-000004"
+
+
+SIGNALLED = """
+    import time
+    from pathlib import Path
+    from slmkit.training.loop import Every
+    from tests.training.helpers import run
+    def slow(state, report):
+        print("step", state.step, flush=True)
+        time.sleep({pause} if state.step >= 3 else 0)
+    run(Path({root!r}), hooks=(Every(1, slow),), save_steps=12, max_steps=12, eval_steps=12)
+"""
+
+
+def started(root: Path, pause: float) -> subprocess.Popen[str]:
+    """A run in a process of its own, through the command line's way of ending, in its third step."""
+    script = textwrap.dedent(SIGNALLED).format(root=str(root), pause=pause)
+    wrapper = "import sys; from slmkit import cli; cli.app = lambda *a, **k: exec(sys.stdin.read(), {}); cli.main()"
+    process = subprocess.Popen([sys.executable, "-c", wrapper], cwd=REPOSITORY, text=True, stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(script)
+    process.stdin.close()
+    process.stdin = None
+    for step in (1, 2, 3):
+        assert process.stdout.readline() == f"step {step}\n", process.stderr.read() if process.stderr else ""
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_one_signal_ends_the_run_with_a_checkpoint_and_exit_code_0(number: int, tmp_path: Path) -> None:
+    process = started(tmp_path, pause=0.3)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    found = re.search(r"slm: stopped after step (\d+) of 12; go on with: slm resume", stderr)
+    assert found, stderr
+    assert (tmp_path / "latest").resolve().name == f"step-{found[1]:>06}"
+    assert int(found[1]) < 12
+    verify((tmp_path / "latest").resolve())
+
+
+def test_a_second_ctrl_c_ends_it_at_once(tmp_path: Path) -> None:
+    process = started(tmp_path, pause=30)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)  # the first is handled by now, and the hook sleeps on
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 130, stderr
+    assert "slm: stopped" in stderr
+    assert not (tmp_path / "latest").exists()
+
+
+def test_a_stopped_run_has_the_metrics_of_one_that_was_not(tmp_path: Path) -> None:
+    def interrupt(learner: State, report: dict) -> None:
+        if learner.step in (3, 7):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def validate(learner: State, report: dict) -> None:
+        report["validation_loss"] = learner.model.norm.weight.sum().item()
+
+    run(tmp_path / "whole", hooks=(Every(4, validate),), logging_steps=5)
+    hooks = (Every(4, validate), Every(1, interrupt))
+    for resume in (False, True):
+        with pytest.raises(RunStopped):
+            run(tmp_path / "stopped", hooks=hooks, logging_steps=5, resume=resume)
+    run(tmp_path / "stopped", hooks=hooks, logging_steps=5, resume=True)
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")

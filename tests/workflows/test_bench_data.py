@@ -1,0 +1,74 @@
+"""`slm bench data` on very little: every measure is there, of the work that it says. No test looks at the clock."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks import data_peers as benchmark_peers
+from slmkit.workflows.bench import TEMPLATES, corpus, plain_tokenizer, talks_of, write_sparse_shards
+from tests.cli.helpers import slm
+
+
+def test_both_encoders_of_the_benchmark_do_the_same_work():
+    texts, tokenizer = corpus(0.05)
+    plain = plain_tokenizer(tokenizer)
+    assert sum(map(len, texts)) >= 50_000
+    for text, ids in zip(texts, tokenizer.encode_batch(texts, threads=1)):
+        assert plain.encode(text, add_special_tokens=False).ids == ids.tolist()
+
+
+def test_the_conversations_of_the_benchmark_hold_all_of_the_text():
+    assert [len(talk) for talk in talks_of([str(number) for number in range(20)])] == [6, 6, 6]
+    said = [message["content"] for talk in talks_of([str(number) for number in range(20)]) for message in talk]
+    assert said == [str(number) for number in range(18)]
+
+
+def test_sparse_shards_are_read_like_any_and_take_no_room(tmp_path: Path):
+    shards = write_sparse_shards(tmp_path / "large", 3_000_000_000)
+    assert len(shards) >= 3_000_000_000
+    assert not shards.tokens_in(len(shards) - 2**28 - 5, len(shards) - 2**28 + 5).any()
+    assert sum(path.stat().st_blocks for path in (tmp_path / "large").iterdir()) * 512 < 1 << 20
+
+
+def test_the_command_says_every_measure():
+    done = slm("bench", "data", "--megabytes", "0.6", "--gigabytes", "2", "--rounds", "1", "--no-peers")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line for line in lines if not line.startswith(" ")] == [
+        "encoding, one thread",
+        "a megabyte of one character",
+        "preparation, all cores",
+        *(f"conversations, {name}" for name in TEMPLATES),
+        "loading",
+        "loading from 2 GB",
+        "first batch of a process",
+    ]
+    figures = [re.split(r"\s{2,}", line.strip()) for line in lines if line.startswith(" ")]
+    assert all(len(figure) == 2 and "{" not in figure[1] for figure in figures), figures
+    tokens = [int(value.replace(",", "")) for name, value in figures if name == "tokens in the shards"]
+    assert tokens[1] >= 1_000_000_000
+
+
+def test_training_and_generation_are_measured_and_printed_as_tables():
+    trained = slm("bench", "train", "quickstart", "--length", "64", "--tokens-per-step", "128", "--steps", "4")
+    assert trained.returncode == 0, trained.stderr
+    head, row = trained.stdout.splitlines()
+    assert head.split()[:3] == ["model", "parameters", "tokens/s"]
+    assert row.split()[:2] == ["quickstart", "1,377,408"]
+    assert float(row.split()[2].replace(",", "")) > 0
+    decoded = slm("bench", "decode", "quickstart", "--prompt", "8", "--new", "4", "--rounds", "1")
+    assert decoded.returncode == 0, decoded.stderr
+    assert [line.split()[:2] for line in decoded.stdout.splitlines()[1:]] == [["quickstart", "1"], ["quickstart", "8"]]
+    assert "did you mean 'quickstart'" in slm("bench", "train", "quickstar").stderr
+
+
+def test_a_peer_that_is_missing_is_said(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("SLMKIT_LITDATA_PYTHON", raising=False)
+    for name in ("_datasets", "_conversations"):
+        monkeypatch.setattr(benchmark_peers, name, lambda *_: {"skipped": "not here"})
+    results = dict(benchmark_peers.measure_peers(0.6))
+    assert results["litdata"] == {"skipped": "SLMKIT_LITDATA_PYTHON names no interpreter that has litdata"}
+    assert results["slmkit"]["loading M tokens/s"] > 0
