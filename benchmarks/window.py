@@ -28,7 +28,7 @@ from slmkit.model.architecture import Layer
 from slmkit.model.architectures import architecture_of
 from slmkit.model.attend import attend
 from slmkit.model.config import SLMConfig
-from slmkit.model.context import Context, View
+from slmkit.model.context import AttentionInputs, Context
 from slmkit.model.decoder import Decoder
 from slmkit.model.initialization import build_decoder
 from slmkit.training.logging.metrics_log import environment
@@ -97,7 +97,7 @@ def layer_ways(length: int, device: Device) -> Ways:
     k, v = (torch.randn(1, a.kv_heads, length, a.head_dim, **where) for _ in range(2))
     ids = torch.zeros(1, length, dtype=torch.long, device=device.torch_device)
 
-    def view(layer: Layer) -> View:
+    def view(layer: Layer) -> AttentionInputs:
         return Context([layer], {}, ids, cache=None, documents=None).views[0]
 
     views = {"window": view(Layer(window=local.window)), "full": view(Layer())}

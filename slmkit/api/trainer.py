@@ -158,7 +158,7 @@ class SLMTrainer:
                     self.config,
                     stream,
                     plan,
-                    companions=self._companions,
+                    extra_files=self._companions,
                     objective=self._objective(device),
                     files=self.files,
                     hooks=[*self._hooks(settings, plan, device, group, last), Every(1, progress.update)],

@@ -9,7 +9,7 @@ import typer
 from slmkit.cli.options import DeviceName, Overrides
 
 if TYPE_CHECKING:
-    from slmkit.training.estimate.plan import Outlook
+    from slmkit.training.estimate.plan import RunEstimate
 
 
 def plan(
@@ -74,7 +74,7 @@ def plan(
         print("\nto train it, write the recipe to a file: the same command with -o mine.yaml")
 
 
-def _show(ahead: Outlook) -> None:
+def _show(ahead: RunEstimate) -> None:
     from slmkit.cli.show import count, gibibytes
     from slmkit.training.logging.progress import clock
 
@@ -117,7 +117,7 @@ def _show(ahead: Outlook) -> None:
         )
 
 
-def _text(ahead: Outlook) -> str:
+def _text(ahead: RunEstimate) -> str:
     from slmkit.cli.show import count
 
     if ahead.text is None or ahead.epochs is None:
@@ -126,7 +126,7 @@ def _text(ahead: Outlook) -> str:
     return text + ("; beyond some 16 times little is learned" if ahead.epochs > 16 else "")
 
 
-def _loss(ahead: Outlook) -> str:
+def _loss(ahead: RunEstimate) -> str:
     if ahead.ahead.loss is not None:
         return f"about {ahead.ahead.loss:.2f} nats a token"
     if ahead.recipe.objective != "pretrain" or ahead.recipe.model.path is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from slmkit.model.context import Piece, View
+from slmkit.model.context import AttentionInputs, Piece
 from slmkit.model.document_attention import SMALLEST_HEAD, attend_in_blocks, dense_mask
 
 # On a CPU in bfloat16 the matrix units are so fast that the fused kernel, which works in float32 inside, takes three
@@ -19,27 +19,29 @@ from slmkit.model.document_attention import SMALLEST_HEAD, attend_in_blocks, den
 LONGEST_IN_PRODUCTS = 512  # tokens
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, view: View, scale: float, cap: float | None, dropout: float) -> Tensor:
-    """softmax(scale q·k) v over what the view lets each query see; with a cap, cap tanh(scale q·k / cap) instead.
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs, scale: float, cap: float | None, dropout: float
+) -> Tensor:
+    """softmax(scale q·k) v over the keys that `inputs` lets each query see; with a cap, cap tanh(scale q·k / cap).
 
     q [batch, heads, new, head_dim], k and v [batch, kv_heads, seen, head_dim or another] → [batch, heads, new, v's].
     """
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-    if view.pieces:
-        return _in_pieces(q, k, v, view.pieces, scale, cap, dropout)
-    if view.blocks is not None:
+    if inputs.pieces:
+        return _in_pieces(q, k, v, inputs.pieces, scale, cap, dropout)
+    if inputs.blocks is not None:
         if not dropout and min(q.size(-1), v.size(-1)) >= SMALLEST_HEAD:
-            return attend_in_blocks(q, k, v, view.blocks, scale, cap)
-        view = replace(view, mask=dense_mask(view.blocks, q.device), blocks=None)
+            return attend_in_blocks(q, k, v, inputs.blocks, scale, cap)
+        inputs = replace(inputs, mask=dense_mask(inputs.blocks, q.device), blocks=None)
     if cap is not None:
-        return _capped(q, k, v, view, scale, cap, dropout)
+        return _capped(q, k, v, inputs, scale, cap, dropout)
     trains_on_cpu_in_bfloat16 = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad
-    if trains_on_cpu_in_bfloat16 and view.is_causal and q.size(2) <= LONGEST_IN_PRODUCTS and not dropout:
+    if trains_on_cpu_in_bfloat16 and inputs.is_causal and q.size(2) <= LONGEST_IN_PRODUCTS and not dropout:
         return causal_products(q, k, v, scale)
     grouped = q.size(1) != k.size(1)
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=view.mask, is_causal=view.is_causal, dropout_p=dropout, scale=scale, enable_gqa=grouped
+        q, k, v, attn_mask=inputs.mask, is_causal=inputs.is_causal, dropout_p=dropout, scale=scale, enable_gqa=grouped
     )
 
 
@@ -49,7 +51,9 @@ def _in_pieces(
     queries = q.split([piece.mask.size(-2) for piece in pieces], dim=2)
     keys, values = (_Slices.apply(x, *(bound for piece in pieces for bound in piece.keys)) for x in (k, v))
     rows = zip(queries, keys, values, pieces, strict=True)
-    return torch.cat([attend(a, b, c, View(mask=piece.mask), scale, cap, dropout) for a, b, c, piece in rows], dim=2)
+    return torch.cat(
+        [attend(a, b, c, AttentionInputs(mask=piece.mask), scale, cap, dropout) for a, b, c, piece in rows], dim=2
+    )
 
 
 class _Slices(torch.autograd.Function):
@@ -86,16 +90,18 @@ def causal_products(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return (scores.softmax(-1) @ v).unflatten(0, (batch, heads))
 
 
-def _capped(q: Tensor, k: Tensor, v: Tensor, view: View, scale: float, cap: float, dropout: float) -> Tensor:
+def _capped(
+    q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs, scale: float, cap: float, dropout: float
+) -> Tensor:
     """No fused kernel has a cap everywhere."""
     k, v = (_for_every_head(x, q.size(1)) for x in (k, v))
     scores = (cap * torch.tanh(q @ k.mT * (scale / cap))).float()  # [batch, heads, new, seen]
-    mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril() if view.is_causal else view.mask
+    mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril() if inputs.is_causal else inputs.mask
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     weights = scores.softmax(-1)
-    if view.mask is not None:
-        weights = weights * view.mask  # padding that may see no key at all reads nothing, as in the fused kernels
+    if inputs.mask is not None:
+        weights = weights * inputs.mask  # padding that may see no key at all reads nothing, as in the fused kernels
     return F.dropout(weights.to(v.dtype), dropout) @ v
 
 

@@ -25,15 +25,15 @@ class Piece:
     """A block of queries behind the one before it, and the keys that its window reaches."""
 
     keys: tuple[int, int]  # from the first to behind the last, of those seen
-    mask: Tensor  # [batch or 1, 1, queries, keys], as `View.mask`
+    mask: Tensor  # [batch or 1, 1, queries, keys], as `AttentionInputs.mask`
 
 
 @dataclass(frozen=True)
-class View:
+class AttentionInputs:
     """What a layer sees of the text, and how it turns queries and keys (None: not)."""
 
-    turn_query: Rotation | None = None
-    turn_new: Rotation | None = None  # keys before they are cached
+    rope_q: Rotation | None = None
+    rope_k: Rotation | None = None  # keys before they are cached
     turn_seen: Rotation | None = None  # all keys that are seen, where their rotation depends on the length of the text
     mask: Tensor | None = None  # [batch or 1, 1, new, seen], True where a query may look; None: everywhere
     is_causal: bool = False  # in the place of `mask`: a query sees what is not after it
@@ -66,21 +66,21 @@ class Context:
         self.in_blocks = cache is None and attention_mask is None and skips_blocks(ids.device)
         self.views = [self._view(kind) for kind in kinds]
 
-    def _view(self, kind: Layer) -> View:
+    def _view(self, kind: Layer) -> AttentionInputs:
         turns, new, past = self._turns(kind), self.columns.numel(), self.cache.length if self.cache else 0
         if self.starts is None and self.attention_mask is None:
             if new == 1:
-                return View(*turns)  # the cache holds no more than is seen
+                return AttentionInputs(*turns)  # the cache holds no more than is seen
             if past == 0 and (kind.window is None or new <= kind.window):
-                return View(*turns, is_causal=True)
+                return AttentionInputs(*turns, is_causal=True)
         if self.in_blocks and self.starts is not None:
-            return View(*turns, blocks=block_mask(self.starts, kind.window))
+            return AttentionInputs(*turns, blocks=block_mask(self.starts, kind.window))
         seen = self._seen(kind)
         if kind.window is None or new <= QUERIES_AT_ONCE:
-            return View(*turns, mask=self._mask(kind.window, seen))
+            return AttentionInputs(*turns, mask=self._mask(kind.window, seen))
         if self.in_blocks:
-            return View(*turns, blocks=window_mask(new, kind.window, self.columns.device))
-        return View(*turns, pieces=tuple(self._pieces(kind.window, seen)))
+            return AttentionInputs(*turns, blocks=window_mask(new, kind.window, self.columns.device))
+        return AttentionInputs(*turns, pieces=tuple(self._pieces(kind.window, seen)))
 
     def _turns(self, kind: Layer) -> tuple[Rotation | None, Rotation | None, Rotation | None]:
         """Of queries, of new keys, and of all keys."""

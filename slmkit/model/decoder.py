@@ -22,7 +22,7 @@ from slmkit.config import UserError, did_you_mean
 from slmkit.model.architecture import Architecture
 from slmkit.model.attend import attend
 from slmkit.model.cache import KVCache
-from slmkit.model.context import Context, View
+from slmkit.model.context import AttentionInputs, Context
 from slmkit.model.latent_attention import LatentAttention
 from slmkit.model.norms import make_norm
 from slmkit.model.rotary import Rotary, rotate
@@ -52,15 +52,15 @@ class Attention(nn.Module):
         self.query_norm = make_norm(a, *(() if per_head else (a.heads,)), a.head_dim, present=there)
         self.key_norm = make_norm(a, *(() if per_head else (a.kv_heads,)), a.head_dim, present=there)
 
-    def forward(self, x: Tensor, view: View, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, inputs: AttentionInputs, cache: KVCache | None) -> Tensor:
         # x [batch, new, width] → [batch, new, heads or kv_heads, head_dim]
         q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)) for f in (self.query, self.key, self.value))
         q, k, v = self.query_norm(q).transpose(1, 2), self.key_norm(k).transpose(1, 2), v.transpose(1, 2)
-        q, k = rotate(q, view.turn_query), rotate(k, view.turn_new)  # [batch, heads or kv_heads, new, head_dim]
+        q, k = rotate(q, inputs.rope_q), rotate(k, inputs.rope_k)  # [batch, heads or kv_heads, new, head_dim]
         if cache is not None:
             k, v = cache.extend(self.index, k, v)  # [batch, kv_heads, seen, head_dim]
-        k = rotate(k, view.turn_seen)
-        y = attend(q, k, v, view, self.scale, self.cap, self.dropout if self.training else 0.0)
+        k = rotate(k, inputs.turn_seen)
+        y = attend(q, k, v, inputs, self.scale, self.cap, self.dropout if self.training else 0.0)
         return self.out(y.transpose(1, 2).flatten(2))  # [batch, new, width]
 
 
@@ -94,8 +94,8 @@ class Block(nn.Module):
         self.attention_out, self.mlp_out = (make_norm(a, a.width, present=after) for _ in range(2))
         self.dropout = nn.Dropout(a.hidden_dropout)
 
-    def forward(self, x: Tensor, view: View, cache: KVCache | None) -> Tensor:
-        x = x + self.dropout(self.attention_out(self.attention(self.attention_in(x), view, cache)))
+    def forward(self, x: Tensor, inputs: AttentionInputs, cache: KVCache | None) -> Tensor:
+        x = x + self.dropout(self.attention_out(self.attention(self.attention_in(x), inputs, cache)))
         return x + self.dropout(self.mlp_out(self.mlp(self.mlp_in(x))))
 
 

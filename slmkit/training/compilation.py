@@ -24,7 +24,7 @@ def compile_blocks(model: Decoder) -> None:
 
 
 @contextlib.contextmanager
-def as_written(model: Decoder) -> Iterator[None]:
+def eager(model: Decoder) -> Iterator[None]:
     """Within, the model's blocks run without their compiled code: generating has shapes of its own.
 
     FlexAttention inside them stays compiled: without, it would hold every score.
@@ -48,7 +48,7 @@ def uncompiled(hooks: Iterable[Every], model: Decoder) -> list[Every]:
 
 def _uncompiled(hook: Hook, model: Decoder) -> Hook:
     def call(state: State, report: Report) -> Any:
-        with as_written(model):
+        with eager(model):
             return hook(state, report)
 
     return call

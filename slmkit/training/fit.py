@@ -21,11 +21,11 @@ from slmkit.training.checkpoints.model_files import ModelFiles, WholeModel
 from slmkit.training.checkpoints.saver import Saver, best_checkpoint, point_links
 from slmkit.training.compilation import compile_blocks, compile_pays, uncompiled
 from slmkit.training.distributed import ALONE, Group
-from slmkit.training.estimate.memory_profile import Inventory, blueprint_of
+from slmkit.training.estimate.memory_profile import MemoryProfile, meta_model_of
 from slmkit.training.estimate.micro_batch import lack_of_memory_explained
 from slmkit.training.guards import Diverged, GuardSettings
 from slmkit.training.logging.disk_hooks import Logger, evaluation_interval, hooks_on_disk
-from slmkit.training.logging.throughput import Gauges
+from slmkit.training.logging.throughput import ThroughputMonitor
 from slmkit.training.logging.trackers import open_trackers
 from slmkit.training.loop import Every, Plan, RunStopped, State, StopRequested, note_improvement, train
 from slmkit.training.objective import Objective, next_token
@@ -43,9 +43,9 @@ def fit(
     stream: Batches,
     plan: Plan,
     *,
-    companions: checkpoints.Companions,
+    extra_files: checkpoints.ExtraFiles,
     objective: Objective = next_token,
-    inventory: Inventory | None = None,
+    inventory: MemoryProfile | None = None,
     files: ModelFiles | None = None,
     hooks: Sequence[Every] = (),
     perfect_loss: float | None = None,
@@ -63,15 +63,16 @@ def fit(
     called on all ranks with each checkpoint that is complete. Raises `RunStopped` when a signal or `stop` ended
     it, with one.
     """
-    settings, group, inventory = recipe.train, plan.group, inventory or Inventory(blueprint_of(model))
+    settings, group, inventory = recipe.train, plan.group, inventory or MemoryProfile(meta_model_of(model))
     files = files or WholeModel(config)
     state = fresh_state(recipe, model, plan.device, group, optimizer)
     _begin(run, state, plan, files, resume, warn)
     recorder = FlightRecorder(run.records, recipe.seed, warn, group)
-    saver = Saver(run, files, companions, settings.save_total_limit, warn, recorder.needed_checkpoints, group)
+    saver = Saver(run, files, extra_files, settings.save_total_limit, warn, recorder.needed_checkpoints, group)
     length = settings.sequence_length or config.max_position_embeddings
     interval = evaluation_interval(settings, plan.steps)
-    gauges = Gauges(model, plan.device, recipe.full(stream.rows_per_step), length, state.tokens, run.metrics.seconds())
+    rows = recipe.full(stream.rows_per_step)
+    throughput = ThroughputMonitor(model, plan.device, rows, length, state.tokens, run.metrics.seconds())
     with (
         run.held() if group.is_main else contextlib.nullcontext(),
         open_trackers(
@@ -82,7 +83,7 @@ def fit(
         lack_of_memory_explained(inventory, settings, plan.rows_per_micro_batch, length, plan.device),
     ):
         logger = Logger(run, perfect_loss, warn, trackers)
-        hooks = (Every(1, gauges.update), *hooks, Every(1, note_improvement, on_all_ranks=True))
+        hooks = (Every(1, throughput.update), *hooks, Every(1, note_improvement, on_all_ranks=True))
         all_hooks = (*hooks, *hooks_on_disk(settings, interval, logger, saver, on_save))
         while True:
             try:

@@ -38,7 +38,7 @@ from slmkit.model.initialization import build_decoder
 from slmkit.model.presets import PRESETS
 from slmkit.model.sizes import flops_per_token, parameter_count
 from slmkit.tokenizer import SLMTokenizer
-from slmkit.training.estimate.probe import Probe, Subject, probe
+from slmkit.training.estimate.probe import Probe, ProbeTarget, probe
 from slmkit.training.recipe.recipe import TrainSettings
 
 BATCHES = (1, 8)  # sequences that are generated at once
@@ -63,7 +63,7 @@ class DecodingSpeed:
 def training_speed(preset: str, settings: TrainSettings, steps: int) -> TrainingSpeed:
     """Train a new model of a preset on random tokens for some real steps."""
     device = find_device(settings.device, settings.precision)
-    subject = Subject.fresh(SLMConfig.from_preset(preset))
+    subject = ProbeTarget.fresh(SLMConfig.from_preset(preset))
     architecture = subject.inventory.architecture
     measured = probe(subject, settings, device, steps)
     flops = flops_per_token(architecture, settings.sequence_length or architecture.max_positions)

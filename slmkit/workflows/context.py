@@ -23,7 +23,7 @@ from slmkit.training.run_directory import RunDirectory
 
 
 @dataclass(frozen=True)
-class Material:
+class RunContext:
     """A run with all that its recipe names built."""
 
     run: RunDirectory
@@ -48,7 +48,7 @@ class Material:
 
 
 @dataclass(frozen=True)
-class Work:
+class ObjectiveParts:
     """The hooks are for all ranks, and due at every evaluation.
 
     `longest`: the longest row, in tokens as they are computed, where rows are not filled to their ends. `report`: a

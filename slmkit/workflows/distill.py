@@ -39,7 +39,7 @@ from slmkit.model.files.directory import empty_decoder
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.checkpoints.checkpoint import file_sha256
 from slmkit.training.compilation import compile_blocks, compile_pays
-from slmkit.training.estimate.memory_profile import Inventory
+from slmkit.training.estimate.memory_profile import MemoryProfile
 from slmkit.training.losses import in_chunks
 from slmkit.training.objective import Objective
 from slmkit.training.objectives.distill import Distill, DistillWithStates
@@ -54,12 +54,12 @@ from slmkit.training.objectives.teachers import (
 )
 from slmkit.training.recipe.objective_settings import DistillationSettings
 from slmkit.training.recipe.recipe import Recipe
-from slmkit.workflows.context import Material, Reporter, Work
+from slmkit.workflows.context import ObjectiveParts, Reporter, RunContext
 from slmkit.workflows.hooks import Sample, Validate
 from slmkit.workflows.model import tokenizer_of_base
 
 
-def distill_work(m: Material) -> Work:
+def distill_work(m: RunContext) -> ObjectiveParts:
     """Text or conversations, learned from a teacher besides; validation is the plain cross-entropy of the labels.
 
     Raises `UserError` where teacher and student do not fit together, or a cache is of something else.
@@ -67,7 +67,7 @@ def distill_work(m: Material) -> Work:
     settings, talks = settings_of(m.recipe), m.recipe.reads == "conversations"
     batches, objective = _from_cache(m, Path(settings.cache)) if settings.cache else _from_teacher(m)
     rows: Rows = (ChatRows if talks else DocumentRows)(m.corpus.validation, m.length)
-    return Work(
+    return ObjectiveParts(
         batches=batches,
         objective=objective,
         validate=Validate(rows, m.device, batches.separate, m.group, m.text_bytes),
@@ -77,13 +77,13 @@ def distill_work(m: Material) -> Work:
     )
 
 
-def distill_inventory(recipe: Recipe, model: Decoder, tokens: int, device: Device) -> Inventory:
+def distill_inventory(recipe: Recipe, model: Decoder, tokens: int, device: Device) -> MemoryProfile:
     """With a teacher beside the student, or with what was stored of one."""
     settings = settings_of(recipe)
     objective = _objective_of(settings, tokens)
     if settings.cache:
-        return Inventory(model, objective=objective, extra=_stored_of(min(settings.top_k, tokens)))
-    return Inventory(model, beside=teacher_like(settings, device, empty_decoder), objective=objective)
+        return MemoryProfile(model, objective=objective, extra=_stored_of(min(settings.top_k, tokens)))
+    return MemoryProfile(model, beside=teacher_like(settings, device, empty_decoder), objective=objective)
 
 
 def teacher_like(settings: DistillationSettings, device: Device, make: Callable[[SLMConfig], Decoder]) -> Decoder:
@@ -164,7 +164,7 @@ def lessons_of(recipe: Recipe, corpus: Corpus, rows: dict[str, Rows], length: in
     )
 
 
-def _expect_another_model(m: Material, settings: DistillationSettings) -> None:
+def _expect_another_model(m: RunContext, settings: DistillationSettings) -> None:
     """Raises `UserError` where the teacher is the student and there are no labels to learn from; else says so."""
     if m.recipe.model.path is None or settings.teacher is None:
         return
@@ -193,7 +193,7 @@ def _objective_of(settings: DistillationSettings, tokens: int) -> Callable[[Deco
     return objective
 
 
-def _from_teacher(m: Material) -> tuple[Stream | StreamedBatches, Objective]:
+def _from_teacher(m: RunContext) -> tuple[Stream | StreamedBatches, Objective]:
     recipe, settings = m.recipe, settings_of(m.recipe)
     assert settings.teacher is not None
     _expect_another_model(m, settings)
@@ -204,7 +204,7 @@ def _from_teacher(m: Material) -> tuple[Stream | StreamedBatches, Objective]:
     return batches, _objective_of(settings, len(m.corpus.tokenizer))(decoder)
 
 
-def _from_cache(m: Material, folder: Path) -> tuple[Stream | StreamedBatches, Objective]:
+def _from_cache(m: RunContext, folder: Path) -> tuple[Stream | StreamedBatches, Objective]:
     recipe, settings = m.recipe, settings_of(m.recipe)
     found = read_lessons(folder)
     rows = stored_rows(recipe.reads, recipe.data, m.corpus, m.length)

@@ -28,21 +28,21 @@ from slmkit.generation.generator import generate_ids
 from slmkit.generation.sampling_settings import SamplingSettings
 from slmkit.model.decoder import Decoder
 from slmkit.tokenizer import SLMTokenizer
-from slmkit.training.compilation import as_written
-from slmkit.training.estimate.memory_profile import Inventory, blueprint_of, read_answers, write_answers
+from slmkit.training.compilation import eager
+from slmkit.training.estimate.memory_profile import MemoryProfile, meta_model_of, read_answers, write_answers
 from slmkit.training.loop import Report, State
-from slmkit.training.objectives.grpo import GroupRelative, GrpoSettings, Judge, Judged, Rollouts
+from slmkit.training.objectives.grpo import GroupRelative, GrpoSettings, Judged, RewardFunction, Rollouts
 from slmkit.training.objectives.preference import rounded_up
 from slmkit.training.precision import to_weight_dtype
 from slmkit.training.recipe.recipe import Recipe
-from slmkit.workflows.context import Material, Work
+from slmkit.workflows.context import ObjectiveParts, RunContext
 from slmkit.workflows.hooks import Sample
 
 REWARD_DIGEST = "reward.sha256"  # in the data of a run
 ROWS_AT_ONCE = 128  # answers that are sampled side by side
 
 
-def grpo_work(m: Material) -> Work:
+def grpo_work(m: RunContext) -> ObjectiveParts:
     """GRPO: every batch is sampled from the model as it is."""
     settings = m.recipe.grpo
     if len(m.corpus.train) > 1:
@@ -58,7 +58,7 @@ def grpo_work(m: Material) -> Work:
     judge = judge_of(m.corpus.tokenizer, settings)
     _expect_the_same_reward(m)
     reference = copy.deepcopy(m.model).eval().requires_grad_(False) if settings.beta else None
-    return Work(
+    return ObjectiveParts(
         batches=Rollouts(train, m.model, reference, judge, settings, m.length, m.recipe.seed, m.group),
         objective=GroupRelative(settings),
         validate=ValidateAnswers(held_out, judge, settings, m),
@@ -68,7 +68,7 @@ def grpo_work(m: Material) -> Work:
     )
 
 
-def _expect_the_same_reward(m: Material) -> None:
+def _expect_the_same_reward(m: RunContext) -> None:
     """Store the digest of the reward's file with the run. Raises `UserError` where it has changed since."""
     stored, digest = m.run.data / REWARD_DIGEST, reward_digest(m.recipe.grpo.reward)
     if stored.is_file() and stored.read_text().strip() != str(digest):
@@ -80,7 +80,7 @@ def _expect_the_same_reward(m: Material) -> None:
         write_whole(stored, digest)
 
 
-def grpo_inventory(recipe: Recipe, model: Decoder, tokens: int, device: Device) -> Inventory:
+def grpo_inventory(recipe: Recipe, model: Decoder, tokens: int, device: Device) -> MemoryProfile:
     """Answers are sampled side by side, and with `beta` read by the model as it was, all of a step at once."""
     settings = recipe.grpo
     count, new = settings.num_generations, settings.max_new_tokens
@@ -94,13 +94,13 @@ def grpo_inventory(recipe: Recipe, model: Decoder, tokens: int, device: Device) 
         read_answers(beside, settings.rows_per_step, length)
 
     if not settings.beta:
-        return Inventory(model, readings=(write,))
-    reference = blueprint_of(model)
+        return MemoryProfile(model, readings=(write,))
+    reference = meta_model_of(model)
     to_weight_dtype(reference, device)
-    return Inventory(model, reference, readings=(write, read))
+    return MemoryProfile(model, reference, readings=(write, read))
 
 
-def judge_of(tokenizer: SLMTokenizer, settings: GrpoSettings) -> Judge:
+def judge_of(tokenizer: SLMTokenizer, settings: GrpoSettings) -> RewardFunction:
     """The project's own generator, and the reward that the recipe names. Raises `UserError` where there is no such."""
     reward = find_reward(settings.reward)
 
@@ -112,7 +112,7 @@ def judge_of(tokenizer: SLMTokenizer, settings: GrpoSettings) -> Judge:
         value = worth(settings.reward, reward, text(prompt), said, right)
         return Judged(value, said.strip() == right.strip())
 
-    return Judge(AnswerSampler(tokenizer, settings.max_new_tokens, settings.temperature), judge)
+    return RewardFunction(AnswerSampler(tokenizer, settings.max_new_tokens, settings.temperature), judge)
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class ValidateAnswers:
     checkpoint is the one with the best answers.
     """
 
-    def __init__(self, questions: Questions, judge: Judge, settings: GrpoSettings, m: Material) -> None:
+    def __init__(self, questions: Questions, judge: RewardFunction, settings: GrpoSettings, m: RunContext) -> None:
         self.questions, self.judge, self.group = questions, judge, m.group
         self.greedy = AnswerSampler(m.corpus.tokenizer, settings.max_new_tokens, temperature=0.0)
 
@@ -172,7 +172,7 @@ class ValidateAnswers:
         group, count = self.group, len(self.questions)
         mine = range(group.rank, count, group.world)
         prompts = [self.questions.prompt(index) for index in mine]
-        with group.whole(state.model), as_written(state.model):
+        with group.whole(state.model), eager(state.model):
             answers = self.greedy(state.model, prompts, count=1, seed=0)
         judged = [
             self.judge.judge(prompt, answer, self.questions.known(index))

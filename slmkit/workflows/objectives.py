@@ -10,32 +10,32 @@ from slmkit.data.stream import ChatRows, DocumentRows
 from slmkit.device import Device
 from slmkit.evaluation.loss import Rows
 from slmkit.model.decoder import Decoder
-from slmkit.training.estimate.memory_profile import Inventory
+from slmkit.training.estimate.memory_profile import MemoryProfile
 from slmkit.training.objective import next_token
 from slmkit.training.recipe.recipe import Recipe
-from slmkit.workflows.context import Material, Work
+from slmkit.workflows.context import ObjectiveParts, RunContext
 from slmkit.workflows.distill import distill_inventory, distill_work
 from slmkit.workflows.grpo import grpo_inventory, grpo_work
 from slmkit.workflows.hooks import Sample, Validate
 from slmkit.workflows.preference import kto_work, preference_inventory, preference_work
 
 
-def work_of(material: Material) -> Work:
+def work_of(material: RunContext) -> ObjectiveParts:
     """Raises `UserError` for what does not fit together."""
     return WORK[material.recipe.objective](material)
 
 
-def inventory_of(recipe: Recipe, model: Decoder, tokens: int, device: Device) -> Inventory:
+def inventory_of(recipe: Recipe, model: Decoder, tokens: int, device: Device) -> MemoryProfile:
     """What a run has in memory beside `model`, which has no content; `tokens` are those of the tokenizer."""
     return INVENTORIES[recipe.objective](recipe, model, tokens, device)
 
 
-def next_token_work(m: Material) -> Work:
+def next_token_work(m: RunContext) -> ObjectiveParts:
     """Pretraining on text, fine-tuning on conversations."""
     recipe, talks = m.recipe, m.recipe.reads == "conversations"
     batches = make_batches(recipe.reads, recipe.data, m.corpus, m.length, m.rows_per_step, recipe.seed)
     rows: Rows = (ChatRows if talks else DocumentRows)(m.corpus.validation, m.length)
-    return Work(
+    return ObjectiveParts(
         batches=batches,
         objective=next_token,
         validate=Validate(rows, m.device, batches.separate, m.group, m.text_bytes),
@@ -45,11 +45,11 @@ def next_token_work(m: Material) -> Work:
     )
 
 
-def next_token_inventory(recipe: Recipe, model: Decoder, tokens: int, device: Device) -> Inventory:
-    return Inventory(model)
+def next_token_inventory(recipe: Recipe, model: Decoder, tokens: int, device: Device) -> MemoryProfile:
+    return MemoryProfile(model)
 
 
-WORK: dict[str, Callable[[Material], Work]] = {
+WORK: dict[str, Callable[[RunContext], ObjectiveParts]] = {
     "pretrain": next_token_work,
     "sft": next_token_work,
     "distill": distill_work,
@@ -57,7 +57,7 @@ WORK: dict[str, Callable[[Material], Work]] = {
     "kto": kto_work,
     "grpo": grpo_work,
 }
-INVENTORIES: dict[str, Callable[[Recipe, Decoder, int, Device], Inventory]] = {
+INVENTORIES: dict[str, Callable[[Recipe, Decoder, int, Device], MemoryProfile]] = {
     "pretrain": next_token_inventory,
     "sft": next_token_inventory,
     "distill": distill_inventory,

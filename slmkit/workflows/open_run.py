@@ -17,18 +17,18 @@ from slmkit.training.checkpoints.checkpoint import newest_intact, step_of
 from slmkit.training.checkpoints.model_files import ModelFiles
 from slmkit.training.diagnostics.xray_page import look
 from slmkit.training.distributed import ALONE, Group
-from slmkit.training.estimate.memory_profile import blueprint_of
+from slmkit.training.estimate.memory_profile import meta_model_of
 from slmkit.training.estimate.micro_batch import resolve_micro_batch
 from slmkit.training.fit import evaluation_interval, fit, make_plan
 from slmkit.training.logging.plan_json import PlanFile
 from slmkit.training.logging.progress import TrainingProgress
-from slmkit.training.logging.reference_curves import Beside, find_curve
+from slmkit.training.logging.reference_curves import ReferenceBand, find_curve
 from slmkit.training.loop import Every, Plan, StopRequested
 from slmkit.training.optimizers.choose import trained
 from slmkit.training.recipe.changes import PROCESSES, Change, changes_between, is_of_length
 from slmkit.training.recipe.recipe import LENGTHS, Recipe, load_recipe
 from slmkit.training.run_directory import RunDirectory
-from slmkit.workflows.context import SILENCE, Material, Reporter
+from slmkit.workflows.context import SILENCE, Reporter, RunContext
 from slmkit.workflows.model import model_for
 from slmkit.workflows.objectives import inventory_of, work_of
 from slmkit.workflows.resume import draws_by_process, find_base, fingerprints_of, said_of_length, with_length
@@ -76,10 +76,10 @@ class Session:
                 f"train.sequence_length {self.length} is longer than the model's max_position_embeddings "
                 f"{config.max_position_embeddings}: lower the first or raise the second"
             )
-        inventory = inventory_of(recipe, blueprint_of(model), len(corpus.tokenizer), device)
+        inventory = inventory_of(recipe, meta_model_of(model), len(corpus.tokenizer), device)
         settings = resolve_micro_batch(recipe.train, model, inventory, self.length, device)
         self.recipe = recipe = recipe.model_copy(update={"train": settings})
-        material = Material(run, recipe, corpus, model, config, device, group, self.length, reporter)
+        material = RunContext(run, recipe, corpus, model, config, device, group, self.length, reporter)
         self.work = work_of(material)
         self.inventory = replace(inventory, longest=self.work.longest)
         self.stream = self.work.batches
@@ -197,14 +197,14 @@ class Session:
                 self.config,
                 self.stream,
                 self.plan,
-                companions=self.corpus.tokenizer.save_pretrained,
+                extra_files=self.corpus.tokenizer.save_pretrained,
                 objective=self.work.objective,
                 inventory=self.inventory,
                 files=self.files,
                 hooks=(
                     Every(interval, self.work.validate, on_all_ranks=True),
                     Every(interval, self.work.sample, on_all_ranks=True),
-                    *([Every(1, Beside(curve).update)] if curve else []),
+                    *([Every(1, ReferenceBand(curve).update)] if curve else []),
                     Every(1, progress.update),
                     Every(1, plan_file.update),
                 ),

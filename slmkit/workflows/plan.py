@@ -14,8 +14,8 @@ from slmkit.model.files.adapter_directory import LoRASettings, is_adapter
 from slmkit.model.files.directory import empty_decoder
 from slmkit.model.initialization import build_decoder
 from slmkit.tokenizer import SLMTokenizer
-from slmkit.training.estimate.plan import Outlook, outlook
-from slmkit.training.estimate.probe import Subject
+from slmkit.training.estimate.plan import RunEstimate, outlook
+from slmkit.training.estimate.probe import ProbeTarget
 from slmkit.training.recipe.checks import expect_a_model
 from slmkit.training.recipe.recipe import Recipe
 from slmkit.workflows.distill import teacher_like, with_the_teachers_tokenizer
@@ -24,7 +24,7 @@ from slmkit.workflows.objectives import inventory_of
 Make = Callable[[SLMConfig], Decoder]
 
 
-def plan_recipe(recipe: Recipe, measure: bool = True, say: Callable[[str], None] = lambda line: None) -> Outlook:
+def plan_recipe(recipe: Recipe, measure: bool = True, say: Callable[[str], None] = lambda line: None) -> RunEstimate:
     """What a run of this recipe will take on this machine; `say` is told what is being measured.
 
     Raises `UserError` for what it lacks to be planned.
@@ -33,7 +33,7 @@ def plan_recipe(recipe: Recipe, measure: bool = True, say: Callable[[str], None]
     return outlook(_with_known_vocabulary(with_the_teachers_tokenizer(recipe)), subject_of, measure, say)
 
 
-def subject_of(recipe: Recipe, config: SLMConfig, device: Device) -> Subject:
+def subject_of(recipe: Recipe, config: SLMConfig, device: Device) -> ProbeTarget:
     """What the recipe trains, from nothing but configs."""
     inventory = inventory_of(recipe, _model_like(recipe, config, empty_decoder), config.vocab_size, device)
 
@@ -43,7 +43,7 @@ def subject_of(recipe: Recipe, config: SLMConfig, device: Device) -> Subject:
             return model, teacher_like(recipe.distillation, device, build_decoder)
         return model, inventory.built_beside()
 
-    return Subject(inventory, models)
+    return ProbeTarget(inventory, models)
 
 
 def _model_like(recipe: Recipe, config: SLMConfig, make: Make) -> Decoder:

@@ -20,14 +20,14 @@ from slmkit.data.rows.pairs import PairRows
 from slmkit.device import Device
 from slmkit.files import sync
 from slmkit.model.decoder import Decoder
-from slmkit.training.estimate.memory_profile import Inventory, read_answers
+from slmkit.training.estimate.memory_profile import MemoryProfile, read_answers
 from slmkit.training.loop import Report, State
 from slmkit.training.objective import Sums, surveyed
 from slmkit.training.objectives.preference import Kto, Preference, reference_log_probabilities, rounded_up
 from slmkit.training.precision import to_weight_dtype
 from slmkit.training.recipe.objective_settings import KtoSettings
 from slmkit.training.recipe.recipe import Recipe
-from slmkit.workflows.context import Material, Work
+from slmkit.workflows.context import ObjectiveParts, RunContext
 from slmkit.workflows.hooks import Sample
 
 REFERENCE = "reference.safetensors"  # in the data of a run
@@ -35,13 +35,13 @@ ROWS_AT_ONCE = 16  # of those that are read and not learned from
 BALANCED = (1.0, 4 / 3)  # weight × number of good answers over that of bad ones: arXiv:2402.01306, equation (8)
 
 
-def preference_work(m: Material) -> Work:
+def preference_work(m: RunContext) -> ObjectiveParts:
     """DPO and its kin."""
     settings = m.recipe.preference
     return _work(m, PairRows, Preference(settings), settings.needs_reference)
 
 
-def kto_work(m: Material) -> Work:
+def kto_work(m: RunContext) -> ObjectiveParts:
     """KTO: answers with a label each."""
     work = _work(m, functools.partial(JudgedRows, seed=m.recipe.seed), Kto(m.recipe.kto), needs_reference=True)
     labels = np.concatenate([shards.labels for shards in m.corpus.train])
@@ -67,8 +67,8 @@ def weights_hint(good: int, bad: int, settings: KtoSettings) -> str | None:
 
 
 def _work(
-    m: Material, make_rows: Callable[..., PairRows | JudgedRows], objective: Preference | Kto, needs_reference: bool
-) -> Work:
+    m: RunContext, make_rows: Callable[..., PairRows | JudgedRows], objective: Preference | Kto, needs_reference: bool
+) -> ObjectiveParts:
     """The reference's log-probabilities are computed where they are needed and not there yet."""
     data = m.recipe.data
     train = dict(zip(data.weights, (make_rows(shards, m.length) for shards in m.corpus.train), strict=True))
@@ -78,7 +78,7 @@ def _work(
             m.reporter.say(f"{name}: {line}")
     if needs_reference:
         _refer(m, [*train.values(), validation])
-    return Work(
+    return ObjectiveParts(
         batches=stream_of(train, data, m.recipe.tokens_of_row(m.length), m.rows_per_step, m.recipe.seed),
         objective=objective,
         validate=ValidateAnswers(validation, objective, m),
@@ -88,12 +88,12 @@ def _work(
     )
 
 
-def preference_inventory(recipe: Recipe, model: Decoder, tokens: int, device: Device) -> Inventory:
+def preference_inventory(recipe: Recipe, model: Decoder, tokens: int, device: Device) -> MemoryProfile:
     """One model: of the reference its log-probabilities are all that is kept."""
-    return Inventory(model, readings=(lambda model, beside, length: read_answers(model, 2 * ROWS_AT_ONCE, length),))
+    return MemoryProfile(model, readings=(lambda model, beside, length: read_answers(model, 2 * ROWS_AT_ONCE, length),))
 
 
-def _refer(m: Material, all_rows: Sequence[PairRows | JudgedRows]) -> None:
+def _refer(m: RunContext, all_rows: Sequence[PairRows | JudgedRows]) -> None:
     """Give each the log-probabilities of the model as it is before the first step, stored in the run's data."""
     path = m.run.data / REFERENCE
     found = _stored(path) if path.is_file() else {}
@@ -137,7 +137,7 @@ def _store(path: Path, arrays: dict[str, np.ndarray]) -> None:
 class ValidateAnswers:
     """A hook for all ranks: the objective's loss and figures over held-out rows, of which each rank reads a share."""
 
-    def __init__(self, rows: PairRows | JudgedRows, objective: Preference | Kto, m: Material) -> None:
+    def __init__(self, rows: PairRows | JudgedRows, objective: Preference | Kto, m: RunContext) -> None:
         self.rows, self.objective, self.device, self.group = rows, objective, m.device, m.group
 
     def __call__(self, state: State, report: Report) -> None:

@@ -15,7 +15,7 @@ from slmkit.evaluation.questions import Answer, Messages
 from slmkit.generation.language_model import LanguageModel
 from slmkit.model.files.find import free_path
 from slmkit.tokenizer import SLMTokenizer
-from slmkit.training.estimate.probe import Subject, probe
+from slmkit.training.estimate.probe import ProbeTarget, probe
 from slmkit.training.loop import RunStopped, StopRequested
 from slmkit.training.recipe.recipe import Recipe, find_recipe, load_recipe
 from slmkit.training.run_directory import RunDirectory
@@ -142,7 +142,7 @@ def _tell_the_plan(minutes: float, seconds: float, primer: float, reporter: Repo
 def _seconds_of_a_step() -> float:
     """Of the primer's training, as fast as this machine is now."""
     recipe = load_recipe(find_recipe("quickstart-primer"))
-    return probe(Subject.fresh(recipe.model.build_config()), recipe.train, find_device(), steps=6).step_seconds
+    return probe(ProbeTarget.fresh(recipe.model.build_config()), recipe.train, find_device(), steps=6).step_seconds
 
 
 def _shortened(recipe: Recipe, share: float) -> Recipe:

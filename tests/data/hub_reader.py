@@ -13,7 +13,7 @@ from typing import Any
 import huggingface_hub.utils._http
 
 from slmkit.config import UserError
-from slmkit.data.sources import Patience, open_source
+from slmkit.data.sources import RetryPolicy, open_source
 from slmkit.data.sources.settings import SourceSettings
 
 
@@ -35,7 +35,7 @@ class Clock:
 def answer(settings: dict[str, Any], start: Any, conversations: bool) -> dict[str, Any]:
     clock, said = Clock(), []
     wanted = SourceSettings(**settings)
-    patience = Patience(wanted.retry_for, now=clock.now, sleep=clock.sleep, say=said.append)
+    patience = RetryPolicy(wanted.retry_for, now=clock.now, sleep=clock.sleep, say=said.append)
     result: dict[str, Any] = {"items": [], "said": said, "slept": clock.slept, "error": None, "skipped": {}}
     try:
         source = open_source(wanted, patience=patience)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from slmkit.model import attend as module
 from slmkit.model.attend import attend, causal_products
-from slmkit.model.context import View
+from slmkit.model.context import AttentionInputs
 
 
 def heads(tokens: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> list[Tensor]:
@@ -26,7 +26,7 @@ def outcome(f: object, inputs: list[Tensor]) -> list[Tensor]:
 
 
 SCALE = 0.125
-CAUSAL = View(None, None, None, mask=None, is_causal=True)
+CAUSAL = AttentionInputs(None, None, None, mask=None, is_causal=True)
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ def test_training_in_bfloat16_on_a_cpu_goes_by_products_and_generation_does_not(
 def test_a_cap_so_high_that_it_never_bites_changes_nothing(kv_heads: int, masked: bool) -> None:
     inputs = heads(20, kv_heads, 16, torch.float32)
     mask = torch.rand(1, 1, 20, 20, generator=torch.Generator().manual_seed(0)) < 0.5
-    view = View(None, None, None, mask | torch.eye(20, dtype=torch.bool), False) if masked else CAUSAL
+    view = AttentionInputs(None, None, None, mask | torch.eye(20, dtype=torch.bool), False) if masked else CAUSAL
     for plain, ours in zip(
         outcome(lambda *x: attend(*x, view, SCALE, None, 0.0), inputs),
         outcome(lambda *x: attend(*x, view, SCALE, 1e4, 0.0), inputs),

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from slmkit.model import context as module
 from slmkit.model.attend import attend
-from slmkit.model.context import View, _starts
+from slmkit.model.context import AttentionInputs, _starts
 from slmkit.model.document_attention import block_mask, dense_mask
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -29,7 +29,7 @@ def heads(kv_heads: int, device: str = "cpu") -> list[Tensor]:
     return [torch.randn(shape, generator=draw).to(device) for shape in shapes]
 
 
-def views(window: int | None, device: str = "cpu") -> tuple[View, View]:
+def views(window: int | None, device: str = "cpu") -> tuple[AttentionInputs, AttentionInputs]:
     """With a block mask, and with the mask written out here."""
     numbers = documents().to(device)
     columns = torch.arange(TOKENS, device=device)
@@ -38,8 +38,8 @@ def views(window: int | None, device: str = "cpu") -> tuple[View, View]:
     mask = (k <= q) & (numbers[:, :, None] == numbers[:, None, :])
     if window is not None:
         mask = mask & (k > q - window)
-    blocks = View(None, None, None, None, False, block_mask(starts, window))
-    return blocks, View(None, None, None, mask[:, None], False)
+    blocks = AttentionInputs(None, None, None, None, False, block_mask(starts, window))
+    return blocks, AttentionInputs(None, None, None, mask[:, None], False)
 
 
 @pytest.mark.parametrize("window", [None, 7])

@@ -12,7 +12,7 @@ from slmkit.model import context as module
 from slmkit.model.architecture import Layer
 from slmkit.model.attend import attend
 from slmkit.model.config import SLMConfig
-from slmkit.model.context import QUERIES_AT_ONCE, Context, View
+from slmkit.model.context import QUERIES_AT_ONCE, AttentionInputs, Context
 from slmkit.model.document_attention import block_mask, dense_mask
 from slmkit.model.initialization import build_decoder
 from slmkit.model.sizes import flops_per_token
@@ -23,7 +23,7 @@ WITH_WINDOW = [family for family in FAMILIES if any(layer.window for layer in de
 LONG = 2 * QUERIES_AT_ONCE + 37  # tokens
 
 
-def view_of(tokens: int, window: int) -> View:
+def view_of(tokens: int, window: int) -> AttentionInputs:
     """Of a whole row, without documents."""
     ids_of_rows = torch.zeros(2, tokens, dtype=torch.long)
     return Context([Layer(window=window)], {}, ids_of_rows, cache=None, documents=None).views[0]
@@ -40,7 +40,7 @@ def heads(tokens: int, kv_heads: int, dtype: torch.dtype = torch.float32) -> lis
     return [torch.randn(shape, generator=draw).to(dtype).requires_grad_() for shape in shapes]
 
 
-def outcome(inputs: list[Tensor], view: View, cap: float | None = None) -> list[Tensor]:
+def outcome(inputs: list[Tensor], view: AttentionInputs, cap: float | None = None) -> list[Tensor]:
     """The output and the gradients of all three inputs, for one arbitrary loss."""
     y = attend(*inputs, view, 0.3, cap, 0.0)
     weight = torch.linspace(-1, 1, y.numel()).view(y.shape)
@@ -53,7 +53,7 @@ def test_blocks_of_queries_equal_the_mask(tokens: int, window: int, monkeypatch:
     monkeypatch.setattr(module, "QUERIES_AT_ONCE", SHORT)
     view = view_of(tokens, window)
     assert (len(view.pieces) > 1) == (tokens > window)  # a window that holds the whole text is none
-    masked = View(mask=mask_of(tokens, window)[None, None])
+    masked = AttentionInputs(mask=mask_of(tokens, window)[None, None])
     for kv_heads, cap in [(1, None), (4, None), (2, 3.0)]:
         inputs = heads(tokens, kv_heads)
         for ours, plain in zip(outcome(inputs, view, cap), outcome(inputs, masked, cap)):
@@ -65,7 +65,9 @@ def test_at_the_length_of_real_blocks(dtype: torch.dtype) -> None:
     inputs, view = heads(LONG, 2, dtype), view_of(LONG, 300)
     assert len(view.pieces) == 3
     tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
-    for ours, plain in zip(outcome(inputs, view), outcome(inputs, View(mask=mask_of(LONG, 300)[None, None]))):
+    for ours, plain in zip(
+        outcome(inputs, view), outcome(inputs, AttentionInputs(mask=mask_of(LONG, 300)[None, None]))
+    ):
         torch.testing.assert_close(ours, plain, **tolerance)
 
 
@@ -73,7 +75,9 @@ def test_at_the_length_of_real_blocks(dtype: torch.dtype) -> None:
 def test_a_window_off_by_one_is_noticed(wrong: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "QUERIES_AT_ONCE", SHORT)
     inputs = heads(23, 2)
-    ours, plain = (outcome(inputs, view)[0] for view in (view_of(23, 7 + wrong), View(mask=mask_of(23, 7)[None, None])))
+    ours, plain = (
+        outcome(inputs, view)[0] for view in (view_of(23, 7 + wrong), AttentionInputs(mask=mask_of(23, 7)[None, None]))
+    )
     assert (ours - plain).abs().amax((0, 1, 3))[7:].min() > 1e-3  # at every query whose window is full
 
 
@@ -134,7 +138,9 @@ def test_a_block_mask_is_the_same_window(window: int, monkeypatch: pytest.Monkey
     blocks, mask = view_of(LONG, window).blocks, mask_of(LONG, window)[None, None]
     assert torch.equal(dense_mask(blocks, torch.device("cpu")), mask)
     inputs = [x.detach() for x in heads(LONG, 2)]
-    ours, plain = (attend(*inputs, view, 0.3, None, 0.0) for view in (View(blocks=blocks), View(mask=mask)))
+    ours, plain = (
+        attend(*inputs, view, 0.3, None, 0.0) for view in (AttentionInputs(blocks=blocks), AttentionInputs(mask=mask))
+    )
     torch.testing.assert_close(ours, plain, rtol=0, atol=1e-5)
     # A compiled kernel visits just these blocks.
     every_element = block_mask(torch.zeros(1, LONG, dtype=torch.long), window)

@@ -106,7 +106,7 @@ def run(
         shape,
         Stream(rows, train.rows_per_step(LENGTH), seed=0),
         make_plan(train, rows.rows_in_epoch, LENGTH, device, GuardSettings(**guard or {})),
-        companions=TOKENIZER.save_pretrained,
+        extra_files=TOKENIZER.save_pretrained,
         hooks=hooks,
         resume=resume,
         warn=warn,

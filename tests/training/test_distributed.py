@@ -77,7 +77,7 @@ def train_run(root: Path, parallel: str, optimizer: str, resume: bool = False, s
         try:
             fit(
                 directory, recipe, model, shape, stream, plan,
-                companions=TOKENIZER.save_pretrained, hooks=hooks, resume=resume,
+                extra_files=TOKENIZER.save_pretrained, hooks=hooks, resume=resume,
             )  # fmt: skip
         except RunStopped:
             assert stop_at is not None

@@ -24,10 +24,10 @@ from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.checkpoints.checkpoint import complete_checkpoints, verify
 from slmkit.training.distributed import join
 from slmkit.training.estimate.memory import checkpoint_bytes, state_bytes, training_bytes
-from slmkit.training.estimate.memory_profile import Inventory, blueprint_of
+from slmkit.training.estimate.memory_profile import MemoryProfile, meta_model_of
 from slmkit.training.fit import fit, make_plan
 from slmkit.training.logging.metrics_log import MetricsLog
-from slmkit.training.logging.throughput import Gauges
+from slmkit.training.logging.throughput import ThroughputMonitor
 from slmkit.training.loop import State
 from slmkit.training.recipe.recipe import Recipe
 from slmkit.training.run_directory import RunDirectory
@@ -59,7 +59,7 @@ def lora_run(root: Path, base: Path, resume: bool = False, train: dict[str, Any]
             RunDirectory(root), recipe, model, shape,
             Stream(rows, train_settings.rows_per_step(LENGTH), seed=0),
             make_plan(train_settings, rows.rows_in_epoch, LENGTH, device, group=group),
-            companions=TOKENIZER.save_pretrained, files=files, resume=resume, warn=lambda line: None,
+            extra_files=TOKENIZER.save_pretrained, files=files, resume=resume, warn=lambda line: None,
         )  # fmt: skip
 
 
@@ -153,10 +153,10 @@ def test_a_base_in_fewer_bits_is_kept_so_when_an_adapter_is_trained_on(base: Pat
 def test_memory_is_estimated_of_what_is_trained(base: Path) -> None:
     """Full fine-tuning keeps four numbers a weight; an adapter's run one, or an eighth of one."""
     plain, _ = load_decoder(base)
-    needed = {"full": state_bytes(Inventory(blueprint_of(plain)), settings(), CPU)}
+    needed = {"full": state_bytes(MemoryProfile(meta_model_of(plain)), settings(), CPU)}
     for name in ("float32", "int8", "nf4"):
         model, _, _ = start_adapter(base, LoRASettings(r=1, target_modules=["query"], base_weights=name))
-        inventory = Inventory(blueprint_of(model))
+        inventory = MemoryProfile(meta_model_of(model))
         needed[name] = state_bytes(inventory, settings(), CPU)
         trained = sum(tensor.numel() for tensor in trained_tensors(model).values())
         kept = checkpoint_bytes(inventory, settings(), CPU)
@@ -171,7 +171,8 @@ def test_memory_is_estimated_of_what_is_trained(base: Path) -> None:
 def test_estimates_are_the_same_for_a_blueprint_as_for_its_architecture(base: Path) -> None:
     plain, _ = load_decoder(base)
     of_either = [
-        training_bytes(Inventory(b), settings(), 4, LENGTH, CPU, 1) for b in (plain.architecture, blueprint_of(plain))
+        training_bytes(MemoryProfile(b), settings(), 4, LENGTH, CPU, 1)
+        for b in (plain.architecture, meta_model_of(plain))
     ]
     assert of_either[0] == of_either[1]
 
@@ -179,5 +180,5 @@ def test_estimates_are_the_same_for_a_blueprint_as_for_its_architecture(base: Pa
 def test_mfu_counts_no_gradients_of_frozen_matrices(base: Path) -> None:
     plain, _ = load_decoder(base)
     adapted, _, _ = start_adapter(base, LoRASettings(r=1, target_modules=["query"]))
-    full, lora = (Gauges(model, CPU, 4, LENGTH).step_flops(4 * LENGTH) for model in (plain, adapted))
+    full, lora = (ThroughputMonitor(model, CPU, 4, LENGTH).step_flops(4 * LENGTH) for model in (plain, adapted))
     assert 2 / 3 * full < lora < 0.75 * full

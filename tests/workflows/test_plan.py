@@ -19,9 +19,9 @@ from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.estimate import plan as planning
 from slmkit.training.estimate.forecast import disk_bytes
 from slmkit.training.estimate.memory import reading_peaks, state_bytes, training_bytes, weights_bytes
-from slmkit.training.estimate.memory_profile import Inventory
+from slmkit.training.estimate.memory_profile import MemoryProfile
 from slmkit.training.estimate.micro_batch import USABLE, fitting_rows
-from slmkit.training.estimate.plan import Outlook
+from slmkit.training.estimate.plan import RunEstimate
 from slmkit.training.recipe.recipe import Recipe, find_recipe, load_recipe
 from slmkit.workflows.plan import plan_recipe
 
@@ -83,12 +83,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def planned(model: Path, objective: str, measure: bool = False, **sections: object) -> Outlook:
+def planned(model: Path, objective: str, measure: bool = False, **sections: object) -> RunEstimate:
     return plan_once(model, objective, measure, json.dumps(sections))
 
 
 @functools.cache
-def plan_once(model: Path, objective: str, measure: bool, written: str) -> Outlook:
+def plan_once(model: Path, objective: str, measure: bool, written: str) -> RunEstimate:
     sections = json.loads(written)
     of = {} if objective == "distill" else {"path": str(model)}
     if objective == "distill":
@@ -124,7 +124,7 @@ def test_a_teacher_is_in_memory_where_it_is_asked_and_not_where_it_was_stored(mo
     assert (asked.ahead.beside, stored.ahead.beside) == (parameter_count(architecture_of(SLMConfig(**SHAPE))), 0)
     teacher = weights_bytes(asked.inventory) - weights_bytes(stored.inventory)
     assert teacher == pytest.approx(4 * asked.ahead.beside, rel=0.01)
-    alone = Inventory(asked.inventory.model)
+    alone = MemoryProfile(asked.inventory.model)
     needed = [training_bytes(each, asked.recipe.train, 4, 64, CPU) for each in (asked.inventory, alone)]
     assert needed[0] > needed[1] + teacher
     assert asked.ahead.tokens_per_second < stored.ahead.tokens_per_second
@@ -143,7 +143,7 @@ def test_a_reference_is_kept_where_beta_asks_for_one(model: Path) -> None:
 def test_fewer_rows_fit_beside_a_teacher(model: Path) -> None:
     asked = planned(model, "distill", distillation={"teacher": str(model)})
     free = int(training_bytes(asked.inventory, asked.recipe.train, 8, 64, CPU) / USABLE["cpu"]) + 1
-    alone = Inventory(asked.inventory.model)
+    alone = MemoryProfile(asked.inventory.model)
     rows = [fitting_rows(each, asked.recipe.train, 9, 64, CPU, free) for each in (asked.inventory, alone)]
     assert rows == [8, 9]
 

@@ -26,7 +26,7 @@ BATCH_BYTES = 1 << 20  # of text, encoded in one go
 IN_ROWS = "in several rows each, since the chat template rewrites earlier turns"
 
 
-class Ledger(Protocol):
+class SkippedRows(Protocol):
     """Where rows are counted: a `Source`."""
 
     def note(self, what: str, message: str) -> None: ...
@@ -65,7 +65,7 @@ class ConversationEncoder:
     def __init__(
         self,
         tokenizer: SLMTokenizer,
-        ledger: Ledger | None = None,
+        ledger: SkippedRows | None = None,
         length: int | None = None,
         on_long: OnLong = "cut",
     ) -> None:

@@ -31,7 +31,7 @@ from slmkit.data.shards.work import (
     BATCH_CHARACTERS,
     SHARD_CHARACTERS,
     Encoded,
-    Work,
+    ShardWork,
     cut,
     encode,
     without_finished,
@@ -226,7 +226,7 @@ def _copies(what: str) -> str:
 
 
 def _make_shards(
-    work: Iterable[Work],
+    work: Iterable[ShardWork],
     folder: ShardFolder,
     tokenizer: SLMTokenizer,
     shuffle_seed: int | None,
@@ -236,7 +236,7 @@ def _make_shards(
 ) -> Iterator[Finished]:
     """Encode and write all shards, in order. A few batches and shards are in memory at any time."""
 
-    def encoded(one: Work) -> Encoded | None:
+    def encoded(one: ShardWork) -> Encoded | None:
         return encode(tokenizer, one.documents) if one.documents else None
 
     parts: list[Encoded] = []

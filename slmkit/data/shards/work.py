@@ -24,7 +24,7 @@ BATCH_CHARACTERS = 1 << 20  # encoded by a thread in one go
 
 
 @dataclass(frozen=True)
-class Work:
+class ShardWork:
     """Documents of a shard, and whether they are its last. A shard that is there already has none."""
 
     shard: int
@@ -43,10 +43,10 @@ class Encoded:
     digest: str
 
 
-def cut(documents: Iterable[Document], shard_characters: int, batch_characters: int) -> Iterator[Work]:
+def cut(documents: Iterable[Document], shard_characters: int, batch_characters: int) -> Iterator[ShardWork]:
     """Documents in shards of at least so many characters (but the last), each in batches. A shard holds whole ones."""
     shard, in_shard, batch, in_batch = 0, 0, list[Document](), 0
-    waiting: Work | None = None  # until it is known whether anything follows in its shard
+    waiting: ShardWork | None = None  # until it is known whether anything follows in its shard
     for document in documents:
         if waiting:
             yield waiting
@@ -56,20 +56,20 @@ def cut(documents: Iterable[Document], shard_characters: int, batch_characters: 
         in_shard += len(document.text) + 1
         shard_is_full = document.ends and in_shard >= shard_characters
         if shard_is_full:
-            yield Work(shard, batch, last=True)
+            yield ShardWork(shard, batch, last=True)
             shard, in_shard, batch, in_batch = shard + 1, 0, [], 0
         elif in_batch >= batch_characters:
-            waiting = Work(shard, batch, last=False)
+            waiting = ShardWork(shard, batch, last=False)
             batch, in_batch = [], 0
     if batch:
-        yield Work(shard, batch, last=True)
+        yield ShardWork(shard, batch, last=True)
     elif waiting:
-        yield Work(waiting.shard, waiting.documents, last=True)
+        yield ShardWork(waiting.shard, waiting.documents, last=True)
 
 
-def without_finished(works: Iterable[Work], folder: ShardFolder) -> Iterator[Work]:
+def without_finished(works: Iterable[ShardWork], folder: ShardFolder) -> Iterator[ShardWork]:
     """The work that is left: shards that `folder` has, made of the same text, come as what they are."""
-    held: list[Work] = []
+    held: list[ShardWork] = []
     for work in works:
         if not folder.has(work.shard):
             yield work
@@ -77,7 +77,7 @@ def without_finished(works: Iterable[Work], folder: ShardFolder) -> Iterator[Wor
         held.append(work)
         if work.last:
             finished = folder.find(work.shard, content_of([digest(part.documents) for part in held]))
-            yield from [Work(work.shard, [], last=True, finished=finished)] if finished else held
+            yield from [ShardWork(work.shard, [], last=True, finished=finished)] if finished else held
             held = []
 
 

@@ -11,7 +11,7 @@ from slmkit.data.sources.files import Paths
 from slmkit.data.sources.folders import describe_sources, find_files
 from slmkit.data.sources.open import open_source, read_conversations, read_documents
 from slmkit.data.sources.pair_formats import Judged, Pair
-from slmkit.data.sources.remote import Patience
+from slmkit.data.sources.remote import RetryPolicy
 from slmkit.data.sources.source import Source
 
 __all__ = [
@@ -26,8 +26,8 @@ __all__ = [
     "Message",
     "Pair",
     "Paths",
-    "Patience",
     "Position",
+    "RetryPolicy",
     "Source",
     "cut_point",
     "describe_sources",

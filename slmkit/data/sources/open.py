@@ -12,19 +12,19 @@ from slmkit.data.sources.files import KINDS, ROW_KINDS, File, Paths, local_file
 from slmkit.data.sources.folders import Chosen, find
 from slmkit.data.sources.hub import hub_files, hub_name, is_laid_out_like_the_hub
 from slmkit.data.sources.parts import FilePart, StoryPart
-from slmkit.data.sources.remote import Patience, find_remote, is_url
+from slmkit.data.sources.remote import RetryPolicy, find_remote, is_url
 from slmkit.data.sources.settings import SourceSettings
 from slmkit.data.sources.source import Source
 
 
 def open_source(
-    settings: SourceSettings, seed: int = 0, patience: Patience | None = None, held_out: bool = False
+    settings: SourceSettings, seed: int = 0, patience: RetryPolicy | None = None, held_out: bool = False
 ) -> Source:
     """Find what `settings` name; `seed` and `held_out` are for what is built in: which of it, and of what split.
 
     Raises `UserError` where there is nothing to read, with what was looked for.
     """
-    patience = patience or Patience(settings.retry_for)
+    patience = patience or RetryPolicy(settings.retry_for)
     if settings.path in BUILT_IN:
         if settings.mapping or settings.row_format or settings.separator:
             raise UserError(f"{settings.path} is built in and has no columns: remove columns, row_format and separator")
@@ -79,4 +79,4 @@ def _local_files(found: Sequence[Chosen]) -> list[File]:
 def _local_source(found: list[Chosen], **columns: str | None) -> Source:
     files = _local_files(found)
     settings = SourceSettings(path=files[0].name, **columns)
-    return Source(settings, [FilePart(file, settings) for file in files], Patience(settings.retry_for), found)
+    return Source(settings, [FilePart(file, settings) for file in files], RetryPolicy(settings.retry_for), found)

@@ -145,7 +145,7 @@ FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds
 
 
 @dataclass
-class Patience:
+class RetryPolicy:
     """Waits between tries, for `retry_for` seconds without success in all."""
 
     retry_for: float

@@ -14,7 +14,7 @@ from slmkit.data.sources.documents import BadRow, Document, Item, Message, Posit
 from slmkit.data.sources.folders import Chosen
 from slmkit.data.sources.pair_formats import Judged, Pair
 from slmkit.data.sources.parts import FilePart, StoryPart
-from slmkit.data.sources.remote import Patience
+from slmkit.data.sources.remote import RetryPolicy
 from slmkit.data.sources.settings import SourceSettings
 from slmkit.hub import NetworkError
 
@@ -51,7 +51,7 @@ class Source:
     """
 
     def __init__(
-        self, settings: SourceSettings, parts: Sequence[Part], patience: Patience, found: Sequence[Chosen] = ()
+        self, settings: SourceSettings, parts: Sequence[Part], patience: RetryPolicy, found: Sequence[Chosen] = ()
     ) -> None:
         self.settings, self.parts, self.patience = settings, parts, patience
         self.found = [one for one in found if one.folder]

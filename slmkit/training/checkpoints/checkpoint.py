@@ -34,7 +34,7 @@ MANIFEST = "MANIFEST.json"
 STATE = "training_state/state.json"
 OPTIMIZER = "training_state/optimizer.safetensors"
 
-Companions = Callable[[Path], None]  # writes what belongs beside the weights, such as the tokenizer
+ExtraFiles = Callable[[Path], None]  # writes what belongs beside the weights, such as the tokenizer
 
 
 def checkpoint_name(step: int) -> str:
@@ -68,12 +68,12 @@ def take_snapshot(state: State, files: ModelFiles, group: Group = ALONE) -> Snap
     )
 
 
-def save_checkpoint(state: State, files: ModelFiles, folder: Path, companions: Companions) -> Path:
+def save_checkpoint(state: State, files: ModelFiles, folder: Path, extra_files: ExtraFiles) -> Path:
     """Write the state as it is now; see `write_checkpoint`."""
-    return write_checkpoint(take_snapshot(state, files), folder, companions)
+    return write_checkpoint(take_snapshot(state, files), folder, extra_files)
 
 
-def write_checkpoint(snapshot: Snapshot, folder: Path, companions: Companions) -> Path:
+def write_checkpoint(snapshot: Snapshot, folder: Path, extra_files: ExtraFiles) -> Path:
     """Write `folder/step-…` and return it. On any failure nothing is left and older checkpoints stay as they were.
 
     Raises `UserError` when the disk is full or cannot be written.
@@ -84,7 +84,7 @@ def write_checkpoint(snapshot: Snapshot, folder: Path, companions: Companions) -
     try:
         (partial / "training_state").mkdir(parents=True)
         snapshot.files.write(snapshot.model, snapshot.weights, partial)
-        companions(partial)
+        extra_files(partial)
         save_file(snapshot.moments, partial / OPTIMIZER)
         (partial / STATE).write_text(snapshot.plain, encoding="utf-8")
         _write_manifest(partial)

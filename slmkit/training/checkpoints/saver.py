@@ -31,14 +31,14 @@ class Saver:
         self,
         run: RunDirectory,
         files: ModelFiles,
-        companions: checkpoints.Companions,
+        extra_files: checkpoints.ExtraFiles,
         save_total_limit: int,
         warn: Callable[[str], None],
         needed: Callable[[], set[str]] = set,
         group: Group = ALONE,
     ) -> None:
         """`needed` names checkpoints that are kept besides the newest `save_total_limit` and the best."""
-        self.run, self.files, self.companions, self.limit = run, files, companions, save_total_limit
+        self.run, self.files, self.extra_files, self.limit = run, files, extra_files, save_total_limit
         self.warn, self.needed, self.group = warn, needed, group
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -108,7 +108,7 @@ class Saver:
 
     def _written(self, snapshot: checkpoints.Snapshot) -> Path:
         self.run.metrics.sync()  # a checkpoint must not outlive the lines of the steps before it
-        return checkpoints.write_checkpoint(snapshot, self.run.checkpoints, self.companions)
+        return checkpoints.write_checkpoint(snapshot, self.run.checkpoints, self.extra_files)
 
 
 def best_checkpoint(state: State) -> str | None:

@@ -24,7 +24,7 @@ from slmkit.training.optimizers.choose import trained
 
 
 @dataclass(frozen=True)
-class Broken:
+class NonFinite:
     """The first thing that was not finite: an output on the way forward, or a gradient on the way back."""
 
     what: str  # such as `output of blocks.3.mlp.up`
@@ -48,7 +48,7 @@ class Replay:
     start: int  # the step from which it was reached
     batch: Batch
     report: Report
-    broken: Broken | None
+    broken: NonFinite | None
     gradients: list[tuple[str, float]]  # the norm of each parameter's gradient, the largest first
     rows: list[Row]  # the largest gradient first
 
@@ -98,7 +98,7 @@ def differences(replayed: Report, recorded: Report) -> dict[str, tuple[Any, Any]
 class Watch:
     """What the hooks of `watched` saw."""
 
-    broken: Broken | None = None
+    broken: NonFinite | None = None
     norms: dict[str, float] = field(default_factory=dict)
     micro_batch: int = -1  # which one is on its way
 
@@ -107,11 +107,11 @@ class Watch:
         if self.broken is not None or torch.isfinite(tensor).all():
             return
         if first_row is None or tensor.dim() < 3:  # not [rows, length, width]
-            self.broken = Broken(what)
+            self.broken = NonFinite(what)
             return
         places = (~torch.isfinite(tensor)).flatten(2).any(-1).nonzero()  # [broken, 2]
         row, position = places[0].tolist()
-        self.broken = Broken(what, first_row + row, position)
+        self.broken = NonFinite(what, first_row + row, position)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from slmkit.model.decoder import Decoder
 from slmkit.model.sizes import Flops, flops_per_token
-from slmkit.training.estimate.memory_profile import Inventory
+from slmkit.training.estimate.memory_profile import MemoryProfile
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class StepOperations:
         return (2 if self.is_frozen else 3) * matrices + 3 * (attention + adapter)
 
 
-def operations_per_token(inventory: Inventory, length: int) -> int:
+def operations_per_token(inventory: MemoryProfile, length: int) -> int:
     """Of a learned token: those of its step, and of the model beside that reads it, too."""
     beside = 0 if inventory.beside is None else flops_per_token(inventory.beside.architecture, length).forward
     if not isinstance(inventory.model, Decoder):

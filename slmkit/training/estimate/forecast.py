@@ -14,7 +14,7 @@ from slmkit.model.config import SLMConfig
 from slmkit.model.sizes import parameter_count
 from slmkit.training.estimate.flops import operations_per_token
 from slmkit.training.estimate.memory import checkpoint_bytes, reading_peaks, state_bytes, training_bytes
-from slmkit.training.estimate.memory_profile import Inventory
+from slmkit.training.estimate.memory_profile import MemoryProfile
 from slmkit.training.estimate.scaling_laws import expected_loss
 from slmkit.training.recipe.recipe import TrainSettings
 
@@ -29,7 +29,7 @@ BETWEEN_STEPS = 70 << 20
 
 
 @dataclass(frozen=True)
-class Forecast:
+class Estimate:
     """Bytes, seconds, and nats a token; None where nothing can be said."""
 
     parameters: int  # of the whole model, without an adapter
@@ -56,8 +56,8 @@ def forecast(
     unique_tokens: int | None = None,
     validation_tokens: int = 0,
     from_scratch: bool = True,
-    inventory: Inventory | None = None,
-) -> Forecast:
+    inventory: MemoryProfile | None = None,
+) -> Estimate:
     """The forecast of a run of `steps`. Without a measured `tokens_per_second`, by the device's measured peak; and by
     arithmetic without `held_bytes`, the most that a few of its steps were seen to add to the process.
 
@@ -65,7 +65,7 @@ def forecast(
     in memory, where that is more than a fresh model which learns the next token.
     """
     a = architecture_of(config)
-    inventory = inventory or Inventory(a)
+    inventory = inventory or MemoryProfile(a)
     length = settings.sequence_length or config.max_position_embeddings
     rows = settings.rows_per_step(length)
     tokens = steps * rows * length
@@ -74,7 +74,7 @@ def forecast(
     evaluating = evaluations * (validation_tokens * FORWARD_SHARE / rate + EVALUATION_SECONDS)
     checkpoint = checkpoint_bytes(inventory, settings, device)
     memory, counted = run_bytes(inventory, settings, rows, length, device, held_bytes)
-    return Forecast(
+    return Estimate(
         parameters=parameter_count(a),
         trained=inventory.trained,
         beside=parameter_count(inventory.beside.architecture) if inventory.beside is not None else 0,
@@ -95,14 +95,14 @@ def loss_ahead(parameters: int, tokens: int, unique_tokens: int | None, vocab_si
     return loss if loss < math.log(vocab_size) else None
 
 
-def guessed_rate(inventory: Inventory, length: int, device: Device) -> float:
+def guessed_rate(inventory: MemoryProfile, length: int, device: Device) -> float:
     """Tokens a second by the device's peak and the share of it that such models reach."""
     efficiency = EFFICIENCY.get(device.torch_device.type, EFFICIENCY["cpu"])
     return efficiency * measured_peak(device) / operations_per_token(inventory, length)
 
 
 def run_bytes(
-    inventory: Inventory, settings: TrainSettings, rows: int, length: int, device: Device, held: int | None = None
+    inventory: MemoryProfile, settings: TrainSettings, rows: int, length: int, device: Device, held: int | None = None
 ) -> tuple[int, int]:
     """The most that a run adds to its process, or takes of the device, in a step or in what is read between two: by
     `held`, what a few steps were seen to add, and by arithmetic alone. Both are the same where nothing was seen.

@@ -18,7 +18,7 @@ from slmkit.model.files.find import find_model_or_preset
 from slmkit.model.files.stored import stored_tensors
 from slmkit.model.sizes import cache_size, cache_variants, flops_per_token, parameters_by_module
 from slmkit.training.estimate.memory import reading_bytes, training_bytes
-from slmkit.training.estimate.memory_profile import Blueprint, Inventory
+from slmkit.training.estimate.memory_profile import Blueprint, MemoryProfile
 from slmkit.training.recipe.recipe import TrainSettings
 
 LONGEST_BY_DEFAULT = 2_048  # tokens
@@ -112,7 +112,7 @@ def _adapter_of(directory: Path | None) -> dict[str, int]:
 def _memory(
     a: Architecture, blueprint: Blueprint, rows: int, length: int, device: Device, optimizer: str
 ) -> dict[str, int]:
-    settings, inventory = TrainSettings(optimizer=optimizer), Inventory(blueprint)
+    settings, inventory = TrainSettings(optimizer=optimizer), MemoryProfile(blueprint)
     return {
         f"training with {optimizer}": training_bytes(inventory, settings, rows, length, device),
         "… and gradient_checkpointing": training_bytes(inventory, settings, rows, length, device, recompute_every=1),

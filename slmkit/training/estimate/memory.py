@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 from slmkit.device import Device
 from slmkit.model.architecture import Architecture
 from slmkit.model.decoder import Decoder
-from slmkit.training.estimate.memory_profile import Inventory
+from slmkit.training.estimate.memory_profile import MemoryProfile
 from slmkit.training.optimizers.choose import make_optimizers, trained
 from slmkit.training.precision import to_weight_dtype
 from slmkit.training.recipe.recipe import TrainSettings
@@ -61,7 +61,7 @@ def _is_masked(indices: Sequence[Tensor | None]) -> bool:
 
 
 def training_bytes(
-    inventory: Inventory,
+    inventory: MemoryProfile,
     settings: TrainSettings,
     rows: int,
     length: int,
@@ -89,7 +89,7 @@ def training_bytes(
     return ledger.peak
 
 
-def state_bytes(inventory: Inventory, settings: TrainSettings, device: Device) -> int:
+def state_bytes(inventory: MemoryProfile, settings: TrainSettings, device: Device) -> int:
     """What stays between two steps: weights, the optimizer's state, and the model beside."""
     with FakeTensorMode(), Ledger() as ledger:
         decoder, beside = inventory.built()
@@ -102,14 +102,14 @@ def state_bytes(inventory: Inventory, settings: TrainSettings, device: Device) -
     return held
 
 
-def weights_bytes(inventory: Inventory) -> int:
+def weights_bytes(inventory: MemoryProfile) -> int:
     """Of all models, as they are before the first step."""
     with FakeTensorMode():
         models = [model for model in inventory.built() if model is not None]
         return sum(tensor.nbytes for model in models for tensor in _tensors_of(model))
 
 
-def checkpoint_bytes(inventory: Inventory, settings: TrainSettings, device: Device) -> int:
+def checkpoint_bytes(inventory: MemoryProfile, settings: TrainSettings, device: Device) -> int:
     """What is trained, and the optimizer's state: frozen weights go into no checkpoint."""
     state = state_bytes(replace(inventory, beside=None), settings, device)
     if isinstance(inventory.model, Architecture):
@@ -117,7 +117,7 @@ def checkpoint_bytes(inventory: Inventory, settings: TrainSettings, device: Devi
     return state - sum(tensor.nbytes for tensor in _tensors_of(inventory.model) if not tensor.requires_grad)
 
 
-def reading_peaks(inventory: Inventory, length: int, device: Device) -> list[int]:
+def reading_peaks(inventory: MemoryProfile, length: int, device: Device) -> list[int]:
     """What each of the readings between two steps adds at most to what is there already."""
     peaks = []
     for read in inventory.readings:

@@ -29,7 +29,7 @@ Blueprint = Architecture | Decoder
 Reading = Callable[[Decoder, Decoder | None, int], object]  # the model, the one beside it, tokens of a row
 
 
-def blueprint_of(model: Decoder) -> Decoder:
+def meta_model_of(model: Decoder) -> Decoder:
     """The model as it is built now, what is trained of it and what is not, with tensors that have shapes alone."""
     return _copy(model, lambda tensor: tensor.detach().to("meta"))
 
@@ -90,7 +90,7 @@ def nothing_besides(rows: int, length: int) -> Mapping[str, Tensor]:
 
 
 @dataclass(frozen=True)
-class Inventory:
+class MemoryProfile:
     """What is trained, what is kept beside it, and what is done with both.
 
     `beside` is a frozen model without its content: a teacher, or the model as it was. `objective` says what a step

@@ -11,7 +11,7 @@ from slmkit.config import UserError
 from slmkit.device import Device, available_memory
 from slmkit.model.decoder import Decoder
 from slmkit.training.estimate.memory import training_bytes
-from slmkit.training.estimate.memory_profile import Inventory
+from slmkit.training.estimate.memory_profile import MemoryProfile
 from slmkit.training.optimizers.choose import make_optimizers
 from slmkit.training.precision import to_weight_dtype
 from slmkit.training.recipe.recipe import TrainSettings
@@ -22,7 +22,7 @@ USABLE_ELSEWHERE = 0.85
 
 
 def resolve_micro_batch(
-    settings: TrainSettings, model: Decoder, inventory: Inventory, length: int, device: Device
+    settings: TrainSettings, model: Decoder, inventory: MemoryProfile, length: int, device: Device
 ) -> TrainSettings:
     """`settings` with `micro_batch_tokens: auto` replaced by the most tokens that fit; others as they are.
 
@@ -40,7 +40,7 @@ def resolve_micro_batch(
 
 
 def fitting_rows(
-    inventory: Inventory, settings: TrainSettings, most: int, length: int, device: Device, free: int
+    inventory: MemoryProfile, settings: TrainSettings, most: int, length: int, device: Device, free: int
 ) -> int:
     """The largest number of rows, at most `most`, whose step is estimated to need no more than is usable of `free`.
 
@@ -70,7 +70,7 @@ def fitting_rows(
 
 
 def tried_rows(
-    model: Decoder, inventory: Inventory, settings: TrainSettings, rows: int, length: int, device: Device
+    model: Decoder, inventory: MemoryProfile, settings: TrainSettings, rows: int, length: int, device: Device
 ) -> int:
     """The largest of `rows`, `rows // 2`, … that goes through the model and its optimizers without running out, with
     one like that of the inventory beside it.
@@ -89,7 +89,9 @@ def tried_rows(
             torch.cuda.empty_cache()
 
 
-def _try(model: Decoder, inventory: Inventory, settings: TrainSettings, rows: int, length: int, device: Device) -> None:
+def _try(
+    model: Decoder, inventory: MemoryProfile, settings: TrainSettings, rows: int, length: int, device: Device
+) -> None:
     """Two forward and backward passes with an update between them that changes nothing: no gradient, no rate."""
     model.to(device.torch_device)
     to_weight_dtype(model, device)
@@ -121,7 +123,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def lack_of_memory_explained(
-    inventory: Inventory, settings: TrainSettings, rows: int, length: int, device: Device
+    inventory: MemoryProfile, settings: TrainSettings, rows: int, length: int, device: Device
 ) -> Iterator[None]:
     """Within, running out of memory is a `UserError` that says what to change, with figures."""
     free = available_memory(device)
@@ -134,7 +136,7 @@ def lack_of_memory_explained(
 
 
 def lack_of_memory(
-    inventory: Inventory, settings: TrainSettings, rows: int, length: int, device: Device, free: int
+    inventory: MemoryProfile, settings: TrainSettings, rows: int, length: int, device: Device, free: int
 ) -> UserError:
     """What a step of micro-batches of `rows` rows needs, what there was, and what each remedy would need."""
 

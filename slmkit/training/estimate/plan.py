@@ -15,10 +15,10 @@ from slmkit.model.architectures import architecture_of
 from slmkit.model.config import SLMConfig
 from slmkit.model.files.adapter_directory import config_directory
 from slmkit.model.sizes import parameter_count, parameters_by_module
-from slmkit.training.estimate.forecast import Forecast, forecast, guessed_rate
-from slmkit.training.estimate.memory_profile import Inventory
+from slmkit.training.estimate.forecast import Estimate, forecast, guessed_rate
+from slmkit.training.estimate.memory_profile import MemoryProfile
 from slmkit.training.estimate.micro_batch import fitting_rows
-from slmkit.training.estimate.probe import LONGEST, STEPS, Probe, Subject, probe
+from slmkit.training.estimate.probe import LONGEST, STEPS, Probe, ProbeTarget, probe
 from slmkit.training.estimate.scaling_laws import expected_loss, learning_rate_for, parameters_for, tokens_per_step_for
 from slmkit.training.recipe.recipe import ModelSettings, Recipe, TrainSettings
 
@@ -31,14 +31,14 @@ ROUND_SECONDS = 8.0  # of measuring, in each of them
 
 
 @dataclass(frozen=True)
-class Outlook:
+class RunEstimate:
     """What `slm plan` says. `recipe` is the one that was asked about, or the one proposed."""
 
     recipe: Recipe
     config: SLMConfig
-    inventory: Inventory
+    inventory: MemoryProfile
     device: Device
-    ahead: Forecast
+    ahead: Estimate
     guessed_rate: float  # tokens/s before anything was measured
     measured: Probe | None
     text: int | None  # tokens that the training text has, about; None where nobody knows
@@ -55,10 +55,10 @@ class Outlook:
 
 def outlook(
     recipe: Recipe,
-    subject_of: Callable[[Recipe, SLMConfig, Device], Subject],
+    subject_of: Callable[[Recipe, SLMConfig, Device], ProbeTarget],
     measure: bool = True,
     say: Callable[[str], None] = lambda line: None,
-) -> Outlook:
+) -> RunEstimate:
     """What a recipe will take on this machine. `subject_of` says what it trains, and beside what; `say` is told what
     is being measured.
 
@@ -89,7 +89,7 @@ def propose(
     measure: bool = True,
     say: Callable[[str], None] = lambda line: None,
     overrides: Sequence[str] = (),
-) -> Outlook:
+) -> RunEstimate:
     """The best model for a budget of hours or of tokens on this device, by published laws and measured speed.
 
     `say` is told which models are tried; `overrides` name the data and the folder of the run (`data.source=book.txt`).
@@ -109,15 +109,17 @@ def propose(
             break
         size, length = parameter_count(architecture_of(config)), config.max_position_embeddings
         say(f"measuring a model of {size / 1e6:.1f} M parameters, at most {ROUND_SECONDS:.0f} seconds")
-        seen[width] = probe(Subject.fresh(config), recipe.train, device, longest=ROUND_SECONDS)
+        seen[width] = probe(ProbeTarget.fresh(config), recipe.train, device, longest=ROUND_SECONDS)
         say(f"  {seen[width].tokens_per_second:,.0f} tokens/s")
-        efficiency = seen[width].tokens_per_second / guessed_rate(Inventory(architecture_of(config)), length, device)
+        efficiency = seen[width].tokens_per_second / guessed_rate(
+            MemoryProfile(architecture_of(config)), length, device
+        )
     measured = seen.get(width)
     if hours is not None and measured is not None:  # what this very shape was seen to do, and no rule of thumb
         recipe, config = _recipe_for(width, int(hours * 3600 * measured.tokens_per_second), device_name, overrides)
     elif measure and measured is None:
         say(f"measuring the speed in up to {STEPS} steps, at most {ROUND_SECONDS:.0f} seconds")
-        measured = probe(Subject.fresh(config), recipe.train, device, longest=ROUND_SECONDS)
+        measured = probe(ProbeTarget.fresh(config), recipe.train, device, longest=ROUND_SECONDS)
     steps = recipe.train.total_steps(0, config.max_position_embeddings)
     size = steps * recipe.train.tokens_per_step * BYTES_PER_TOKEN
     assumptions = [
@@ -126,7 +128,7 @@ def propose(
         "learning rate and batch: Li et al. 2025, for AdamW, fitted on 60 M parameters and more",
         f"text that is read once: about {size / 1e6:,.0f} MB, at {BYTES_PER_TOKEN} bytes a token",
     ]
-    ahead = _outlook(recipe, config, Subject.fresh(config), steps, device, None, measured, assumptions)
+    ahead = _outlook(recipe, config, ProbeTarget.fresh(config), steps, device, None, measured, assumptions)
     text = _tokens_of(recipe)[0] if overrides else None
     return replace(ahead, text=text, epochs=ahead.ahead.tokens / text if text else None)
 
@@ -134,13 +136,13 @@ def propose(
 def _outlook(
     recipe: Recipe,
     config: SLMConfig,
-    subject: Subject,
+    subject: ProbeTarget,
     steps: int,
     device: Device,
     text: int | None,
     measure: bool | Probe | None,
     assumptions: list[str],
-) -> Outlook:
+) -> RunEstimate:
     length, inventory = recipe.train.sequence_length or config.max_position_embeddings, subject.inventory
     if recipe.train.micro_batch_tokens == "auto":
         most = recipe.train.rows_per_step(length)
@@ -166,7 +168,7 @@ def _outlook(
         if path.exists()
     )
     free = available_memory(device), shutil.disk_usage(folder).free
-    return Outlook(recipe, config, inventory, device, ahead, guess, measured, None, None, *free, assumptions)
+    return RunEstimate(recipe, config, inventory, device, ahead, guess, measured, None, None, *free, assumptions)
 
 
 def _config_of(recipe: Recipe) -> tuple[SLMConfig, list[str]]:
@@ -253,7 +255,7 @@ def _best(hours: float | None, tokens: int | None, device: Device, efficiency: f
         a = architecture_of(_shape(width).build_config())
         size, length = parameter_count(a), a.max_positions
         if hours is not None:
-            budget = int(hours * 3600 * efficiency * guessed_rate(Inventory(a), length, device))
+            budget = int(hours * 3600 * efficiency * guessed_rate(MemoryProfile(a), length, device))
             candidates.append((expected_loss(size, max(1, budget)), width, budget))
         else:
             assert tokens is not None

@@ -16,7 +16,7 @@ from slmkit.model.architectures import architecture_of
 from slmkit.model.config import SLMConfig
 from slmkit.model.decoder import Decoder
 from slmkit.model.initialization import build_decoder
-from slmkit.training.estimate.memory_profile import Inventory
+from slmkit.training.estimate.memory_profile import MemoryProfile
 from slmkit.training.fit import fresh_state
 from slmkit.training.loop import Every, Plan, Report, State, StopRequested, train
 from slmkit.training.objective import Objective
@@ -38,23 +38,23 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Subject:
+class ProbeTarget:
     """What is planned: what its run has in memory, and models of random weights to try it with, the one that is trained
     and the one beside it."""
 
-    inventory: Inventory
+    inventory: MemoryProfile
     models: Callable[[], tuple[Decoder, Decoder | None]]
 
     @classmethod
-    def fresh(cls, config: SLMConfig) -> Subject:
+    def fresh(cls, config: SLMConfig) -> ProbeTarget:
         """A new model that learns the next token."""
-        return cls(Inventory(architecture_of(config)), lambda: (build_decoder(config, seed=0), None))
+        return cls(MemoryProfile(architecture_of(config)), lambda: (build_decoder(config, seed=0), None))
 
 
-class MadeUp:
+class RandomBatches:
     """Batches of random tokens, as many rows in each step as its turn says."""
 
-    def __init__(self, inventory: Inventory, length: int, rows: list[int]) -> None:
+    def __init__(self, inventory: MemoryProfile, length: int, rows: list[int]) -> None:
         self.vocab_size, self.length, self.rows = inventory.architecture.vocab_size, length, rows
         self.extra = inventory.extra
         self.rows_per_step, self.separate = max(rows), False
@@ -82,7 +82,7 @@ class MadeUp:
 
 
 def probe(
-    subject: Subject, settings: TrainSettings, device: Device, steps: int = STEPS, longest: float = LONGEST
+    subject: ProbeTarget, settings: TrainSettings, device: Device, steps: int = STEPS, longest: float = LONGEST
 ) -> Probe:
     """Train the subject for `steps` real steps, or for `longest` seconds.
 
@@ -98,7 +98,7 @@ def probe(
     model, beside = subject.models()
     objective = subject.inventory.objective(None if beside is None else beside.to(device.torch_device))
     state = fresh_state(Recipe(train=settings), model, device)
-    batches, plan = MadeUp(subject.inventory, length, turns), _plan(steps, micro, settings, device)
+    batches, plan = RandomBatches(subject.inventory, length, turns), _plan(steps, micro, settings, device)
     seconds = _times(state, objective, batches, plan, longest)
     counted = list(zip(turns, seconds))[min(FIRST, len(seconds) // 2) :]
     ones, twos = ([time for rows, time in counted if (rows == turns[0]) is is_one] for is_one in (True, False))
@@ -108,7 +108,7 @@ def probe(
     return Probe(rows * length / whole, whole, max(0, used), len(seconds))
 
 
-def _times(state: State, objective: Objective, batches: MadeUp, plan: Plan, longest: float) -> list[float]:
+def _times(state: State, objective: Objective, batches: RandomBatches, plan: Plan, longest: float) -> list[float]:
     """Seconds of each step, of as many as `longest` seconds have room for."""
     seconds: list[float] = []
     stop, began = StopRequested(), time.perf_counter()

@@ -14,7 +14,7 @@ from slmkit.device import Device, peak_memory, reset_peak_memory, resident_memor
 from slmkit.model.config import SLMConfig
 from slmkit.training.estimate.forecast import forecast
 from slmkit.training.estimate.memory import weights_bytes
-from slmkit.training.estimate.memory_profile import Inventory
+from slmkit.training.estimate.memory_profile import MemoryProfile
 from slmkit.training.logging.progress import clock
 from slmkit.training.loop import Report, State
 from slmkit.training.recipe.recipe import TrainSettings
@@ -49,7 +49,7 @@ class PlanFile:
         settings: TrainSettings,
         steps: int,
         device: Device,
-        inventory: Inventory,
+        inventory: MemoryProfile,
         *,
         unique_tokens: int | None = None,
         validation_tokens: int = 0,

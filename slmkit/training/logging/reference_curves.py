@@ -65,7 +65,7 @@ def find_curve(recipe: Recipe, config: SLMConfig, path: Path = CURVES) -> list[P
     )
 
 
-class Beside:
+class ReferenceBand:
     """A hook for every step: adds `reference` to the report, `inside`, `above` or `below` the band."""
 
     def __init__(self, curve: Sequence[Point]) -> None:

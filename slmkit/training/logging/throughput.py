@@ -10,7 +10,7 @@ from slmkit.training.estimate.flops import StepOperations
 from slmkit.training.loop import Report, State
 
 
-class Gauges:
+class ThroughputMonitor:
     """A hook for every step that adds `seconds` of the run so far, `mfu` and `memory_bytes` to its report.
 
     MFU (model FLOPs utilisation; Chowdhery et al. 2022, arXiv:2204.02311, appendix B) is the operations that the

@@ -22,7 +22,7 @@ from slmkit.training.objectives.teachers import OnlineTeacher, Teacher
 class Distill:
     """A `DistillationLoss` at the learned positions, in chunks: logits are never held all at once.
 
-    Beside the loss it tells of the cross-entropy of the labels and of the divergence from the teacher, in nats.
+    ReferenceBand the loss it tells of the cross-entropy of the labels and of the divergence from the teacher, in nats.
     """
 
     def __init__(self, loss: DistillationLoss, teacher: Teacher) -> None:

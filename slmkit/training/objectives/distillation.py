@@ -45,7 +45,7 @@ DIVERGENCES: dict[str, Divergence] = {
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TeacherTargets:
     """What a teacher says at some positions, at a temperature.
 
     The outcomes are all `tokens`; or, with `ids`, the teacher's k likeliest and whichever other as one more outcome
@@ -91,11 +91,11 @@ class DistillationLoss(nn.Module):
         lesson = self.lesson(teacher, min(student.size(-1), teacher.size(-1)))
         return self.mixed(*self.parts(student, lesson, labels[learned]))
 
-    def lesson(self, teacher_logits: Tensor, tokens: int) -> Lesson:
+    def lesson(self, teacher_logits: Tensor, tokens: int) -> TeacherTargets:
         """float32 logits [positions, vocab_size], of which the first `tokens` count."""
-        return Lesson(F.log_softmax(teacher_logits[:, :tokens] / self.temperature, dim=-1), tokens)
+        return TeacherTargets(F.log_softmax(teacher_logits[:, :tokens] / self.temperature, dim=-1), tokens)
 
-    def parts(self, student_logits: Tensor, lesson: Lesson, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def parts(self, student_logits: Tensor, lesson: TeacherTargets, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Sums of cross-entropy and divergence, in nats: float32 logits [positions, vocab_size], labels [positions]."""
         divergence = DIVERGENCES[self.divergence](lesson.log_p, lesson.asked_of(student_logits, self.temperature))
         return F.cross_entropy(student_logits, labels, reduction="sum"), divergence.sum()

@@ -27,7 +27,7 @@ from slmkit.data.packing import IGNORED, padded, row_of_labels
 from slmkit.data.rows.questions import Questions
 from slmkit.data.stream import share_of_rank, shuffled
 from slmkit.model.decoder import Decoder
-from slmkit.training.compilation import as_written
+from slmkit.training.compilation import eager
 from slmkit.training.distributed import Group
 from slmkit.training.loop import random_seed
 from slmkit.training.objective import Loss
@@ -45,7 +45,7 @@ class Judged(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Judge:
+class RewardFunction:
     """How answers come about and what they are worth; both speak the tokenizer's language, which is not known here."""
 
     # Model, prompts, how many answers to each, seed → answers, those to one prompt side by side.
@@ -67,7 +67,7 @@ class Rollouts:
         questions: Questions,
         model: Decoder,
         reference: Decoder | None,
-        judge: Judge,
+        judge: RewardFunction,
         settings: GrpoSettings,
         length: int,
         seed: int,
@@ -88,7 +88,7 @@ class Rollouts:
         indices = sorted(shuffled(step * asked + places, len(self.questions), self.seed), key=self.questions.length)
         asking = [self.questions.prompt(index) for index in indices]
         seed = random_seed(mixed_seed(self.seed, "answers"), step, rank)
-        with self.group.whole(self.model), as_written(self.model):
+        with self.group.whole(self.model), eager(self.model):
             answers = self.judge.sample(self.model, asking, size, seed)
         prompts = [prompt for prompt in asking for _ in range(size)]
         extras: list[dict[str, np.ndarray]] = []

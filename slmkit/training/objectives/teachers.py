@@ -14,13 +14,13 @@ from slmkit.data.batch import Batch
 from slmkit.data.rows.teacher_cache import IDS, LOGITS, REST
 from slmkit.device import Device
 from slmkit.model.decoder import Decoder
-from slmkit.training.objectives.distillation import DistillationLoss, Lesson
+from slmkit.training.objectives.distillation import DistillationLoss, TeacherTargets
 
 
 class Teacher(Protocol):
     """Whoever says what a student should."""
 
-    def lessons(self, loss: DistillationLoss, batch: Batch, learned: Tensor) -> Callable[[slice], Lesson]:
+    def lessons(self, loss: DistillationLoss, batch: Batch, learned: Tensor) -> Callable[[slice], TeacherTargets]:
         """What is said at any of the learned positions, which `learned` [rows, length] shows, row by row."""
 
 
@@ -41,11 +41,11 @@ class OnlineTeacher:
         """All of them, float32 [rows, length, vocab_size]."""
         return self.decoder.logits(self.states(batch)).float()
 
-    def lessons(self, loss: DistillationLoss, batch: Batch, learned: Tensor) -> Callable[[slice], Lesson]:
+    def lessons(self, loss: DistillationLoss, batch: Batch, learned: Tensor) -> Callable[[slice], TeacherTargets]:
         states = self.states(batch)[learned]  # [positions, width]
 
         @torch.no_grad()
-        def lesson(place: slice) -> Lesson:
+        def lesson(place: slice) -> TeacherTargets:
             return loss.lesson(self.decoder.logits(states[place]).float(), self.tokens)
 
         return lesson
@@ -57,18 +57,18 @@ class StoredTeacher:
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
 
-    def lessons(self, loss: DistillationLoss, batch: Batch, learned: Tensor) -> Callable[[slice], Lesson]:
+    def lessons(self, loss: DistillationLoss, batch: Batch, learned: Tensor) -> Callable[[slice], TeacherTargets]:
         # Of a row's places, the first ones hold its learned positions.
         filled = torch.arange(learned.size(1), device=learned.device) < learned.sum(1, keepdim=True)
         logits, ids, rest = (batch.extra[name][filled] for name in (LOGITS, IDS, REST))
 
-        def lesson(place: slice) -> Lesson:
+        def lesson(place: slice) -> TeacherTargets:
             return stored_lesson(logits[place], ids[place], rest[place], self.tokens, loss.temperature)
 
         return lesson
 
 
-def stored_lesson(logits: Tensor, ids: Tensor, rest: Tensor, tokens: int, temperature: float) -> Lesson:
+def stored_lesson(logits: Tensor, ids: Tensor, rest: Tensor, tokens: int, temperature: float) -> TeacherTargets:
     """The k likeliest tokens and whichever other: logits and ids [positions, k]; `rest` [positions], the log of the
     probability of all others at this temperature.
 
@@ -76,9 +76,9 @@ def stored_lesson(logits: Tensor, ids: Tensor, rest: Tensor, tokens: int, temper
     """
     log_p = F.log_softmax(logits.float() / temperature, dim=-1)  # [positions, k]
     if ids.size(-1) == tokens:
-        return Lesson(log_p, tokens, ids.long())
+        return TeacherTargets(log_p, tokens, ids.long())
     rest = rest.float()[:, None]  # [positions, 1]
-    return Lesson(torch.cat([log_p + torch.log1p(-rest.exp()), rest], dim=-1), tokens, ids.long())
+    return TeacherTargets(torch.cat([log_p + torch.log1p(-rest.exp()), rest], dim=-1), tokens, ids.long())
 
 
 @torch.no_grad()

@@ -164,7 +164,8 @@ def slow_preparation(directory: str) -> None:
 
 
 def test_a_killed_process_leaves_shards_to_go_on_with(tmp_path: Path):
-    code = f"from tests.data.prepare.test_preparation import slow_preparation; slow_preparation({str(tmp_path / 'shards')!r})"
+    shards = str(tmp_path / "shards")
+    code = f"from tests.data.prepare.test_preparation import slow_preparation; slow_preparation({shards!r})"
     process = subprocess.Popen([sys.executable, "-c", code])
     deadline = time.monotonic() + 60
     while len(finished := list(tmp_path.glob(".partial-shards/*.json"))) < 3 and time.monotonic() < deadline:

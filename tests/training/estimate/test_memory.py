@@ -16,7 +16,7 @@ from slmkit.model.architectures import architecture_of
 from slmkit.model.config import SLMConfig
 from slmkit.model.decoder import Decoder
 from slmkit.training.estimate.memory import reading_bytes, training_bytes
-from slmkit.training.estimate.memory_profile import Inventory
+from slmkit.training.estimate.memory_profile import MemoryProfile
 from slmkit.training.losses import linear_cross_entropy
 from slmkit.training.optimizers.choose import OPTIMIZERS
 from slmkit.training.recipe.recipe import TrainSettings
@@ -101,7 +101,7 @@ def test_training(model: str, precision: str, optimizer: str, recompute_every: i
     shape = SHAPE | MODELS[model]
     settings, device = TrainSettings(optimizer=optimizer), find_device("cpu", precision)
     said = training_bytes(
-        Inventory(architecture_of(SLMConfig(**shape))), settings, ROWS, LENGTH, device, recompute_every
+        MemoryProfile(architecture_of(SLMConfig(**shape))), settings, ROWS, LENGTH, device, recompute_every
     )
     assert said == pytest.approx(measured(train, model, precision, optimizer, recompute_every), rel=0.15)
 
@@ -115,7 +115,7 @@ def test_reading(model: str) -> None:
 
 
 def test_recomputing_takes_less_and_every_second_block_between() -> None:
-    a = Inventory(architecture_of(SLMConfig(**SHAPE)))
+    a = MemoryProfile(architecture_of(SLMConfig(**SHAPE)))
     device = find_device("cpu", "float32")
     whole, second, every = (training_bytes(a, TrainSettings(), ROWS, LENGTH, device, n) for n in (0, 2, 1))
     assert every < 0.8 * whole

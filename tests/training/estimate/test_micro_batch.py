@@ -12,7 +12,7 @@ from slmkit.model.initialization import build_decoder
 from slmkit.training import objective as objectives
 from slmkit.training.estimate import micro_batch
 from slmkit.training.estimate.memory import training_bytes
-from slmkit.training.estimate.memory_profile import Inventory
+from slmkit.training.estimate.memory_profile import MemoryProfile
 from slmkit.training.estimate.micro_batch import (
     fitting_rows,
     is_out_of_memory,
@@ -27,9 +27,9 @@ from tests.training.helpers import LENGTH, config, plan, settings, state, stream
 CPU = find_device("cpu", "float32")
 
 
-def fresh(**changes: object) -> Inventory:
+def fresh(**changes: object) -> MemoryProfile:
     """A new model that learns the next token."""
-    return Inventory(architecture_of(config(**changes)))
+    return MemoryProfile(architecture_of(config(**changes)))
 
 
 def memory_for(rows: int, **changes: object) -> int:

@@ -16,9 +16,9 @@ from slmkit.model.architectures import architecture_of
 from slmkit.model.config import SLMConfig
 from slmkit.training.estimate.forecast import disk_bytes, forecast, loss_ahead
 from slmkit.training.estimate.memory import state_bytes
-from slmkit.training.estimate.memory_profile import Inventory
+from slmkit.training.estimate.memory_profile import MemoryProfile
 from slmkit.training.estimate.plan import propose
-from slmkit.training.estimate.probe import Subject, probe
+from slmkit.training.estimate.probe import ProbeTarget, probe
 from slmkit.training.recipe.recipe import Recipe, TrainSettings
 from tests.training.helpers import config, settings
 from tests.training.helpers import run as trained
@@ -37,7 +37,7 @@ def test_a_checkpoint_takes_what_was_said(tmp_path: Path) -> None:
         checkpoint = (root / "latest").resolve()
         files = [checkpoint / "model.safetensors", *(checkpoint / "training_state").glob("*.safetensors")]
         real = sum(path.stat().st_size for path in files)
-        said = state_bytes(Inventory(architecture_of(config())), settings(optimizer=optimizer), CPU)
+        said = state_bytes(MemoryProfile(architecture_of(config())), settings(optimizer=optimizer), CPU)
         assert said == pytest.approx(real, rel=0.1), optimizer  # the rest is names
 
 
@@ -52,7 +52,7 @@ def test_disk_counts_those_kept_the_best_and_the_one_being_written() -> None:
 @pytest.mark.parametrize("rows_per_micro_batch", [8, 2])
 def test_the_probe_takes_real_steps_also_where_one_has_several_micro_batches(rows_per_micro_batch: int) -> None:
     train = settings(tokens_per_step=8 * 32, micro_batch_tokens=rows_per_micro_batch * 32)
-    found = probe(Subject.fresh(config()), train, CPU, steps=12)
+    found = probe(ProbeTarget.fresh(config()), train, CPU, steps=12)
     assert found.steps == 12
     assert found.tokens_per_second == pytest.approx(8 * 32 / found.step_seconds)
 
@@ -64,12 +64,12 @@ from slmkit.device import find_device
 from slmkit.model.config import SLMConfig
 from slmkit.model.initialization import build_decoder
 from slmkit.training.estimate.forecast import forecast
-from slmkit.training.estimate.probe import Subject, probe
+from slmkit.training.estimate.probe import ProbeTarget, probe
 from slmkit.training.recipe.recipe import TrainSettings
 shape = SLMConfig(**json.loads(sys.argv[1]))
 train = TrainSettings(sequence_length=256, tokens_per_step=4096, micro_batch_tokens=4096)
 device = find_device("cpu", "float32")
-measured = probe(Subject.fresh(shape), train, device, steps=3).memory_bytes
+measured = probe(ProbeTarget.fresh(shape), train, device, steps=3).memory_bytes
 print(json.dumps([forecast(shape, train, 100, device, tokens_per_second=1.0).memory_bytes, measured]))
 """
     shape = json.dumps(SHAPE)

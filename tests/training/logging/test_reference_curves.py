@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 from slmkit.training.logging.metrics_log import MetricsLog
-from slmkit.training.logging.reference_curves import CURVES, Beside, Point, band, find_curve, signature, stretches
+from slmkit.training.logging.reference_curves import (
+    CURVES,
+    Point,
+    ReferenceBand,
+    band,
+    find_curve,
+    signature,
+    stretches,
+)
 from slmkit.training.loop import Every
 from slmkit.training.recipe.recipe import Recipe, find_recipe, load_recipe
 from tests.training.helpers import config, run, settings
@@ -61,7 +69,7 @@ def test_a_run_is_told_where_it_is(tmp_path: Path, shift: float, word: str) -> N
     ends = [lines[3]["tokens"], lines[7]["tokens"], lines[11]["tokens"]]
     losses = [loss + shift for loss in stretches(lines, ends)]
     curve = [Point(end, loss, loss - 0.1, loss + 0.1) for end, loss in zip(ends, losses)]
-    run(tmp_path / "second", hooks=(Every(1, Beside(curve).update),))
+    run(tmp_path / "second", hooks=(Every(1, ReferenceBand(curve).update),))
     words = [line.get("reference") for line in MetricsLog(tmp_path / "second" / "metrics.jsonl").read()]
     assert words == [None] * 4 + [word] * 8  # the last stretch ends with the run: nothing comes after it
 
@@ -70,7 +78,7 @@ def test_a_resumed_run_judges_no_stretch_of_which_it_saw_a_part(tmp_path: Path) 
     run(tmp_path, max_steps=12)
     tokens = [line["tokens"] for line in MetricsLog(tmp_path / "metrics.jsonl").read()]
     ends = [tokens[9], round(tokens[11] * 1.5), tokens[11] * 2]
-    beside = Beside([Point(end, 0.0, -0.1, 0.1) for end in ends])
+    beside = ReferenceBand([Point(end, 0.0, -0.1, 0.1) for end in ends])
     run(tmp_path, resume=True, max_steps=30, hooks=(Every(1, beside.update),))
     lines = MetricsLog(tmp_path / "metrics.jsonl").read()
     judged = [line["step"] for line in lines if "reference" in line]

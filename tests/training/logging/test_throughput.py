@@ -13,7 +13,7 @@ from slmkit.device import find_device, measured_peak, peak_memory, reset_peak_me
 from slmkit.model.initialization import build_decoder
 from slmkit.model.sizes import flops_per_token
 from slmkit.training.logging.metrics_log import MetricsLog
-from slmkit.training.logging.throughput import Gauges
+from slmkit.training.logging.throughput import ThroughputMonitor
 from slmkit.training.objective import next_token
 from tests.training.helpers import LENGTH, config, run, stream
 
@@ -29,14 +29,14 @@ def test_the_operations_of_a_step_are_those_that_are_counted(share: float) -> No
     labels = torch.where(learned, batch.ids, -100)
     with FlopCounterMode(display=False) as counter:
         next_token(model, type(batch)(batch.ids, labels, int(learned.sum()))).total.backward()
-    gauges = Gauges(model, CPU, rows_per_step=4, length=LENGTH)
+    gauges = ThroughputMonitor(model, CPU, rows_per_step=4, length=LENGTH)
     # torch's counter does not look into the attention kernel of CPUs; test_sizes counts its products.
     attention = 3 * batch.ids.numel() * flops_per_token(model.architecture, LENGTH).attention
     assert gauges.step_flops(int(learned.sum())) - attention == counter.get_total_flops()
 
 
 def test_half_the_time_is_twice_the_share() -> None:
-    gauges = Gauges(build_decoder(config(), seed=0), CPU, rows_per_step=8, length=LENGTH)
+    gauges = ThroughputMonitor(build_decoder(config(), seed=0), CPU, rows_per_step=8, length=LENGTH)
     first = {"tokens": 256, "tokens_per_second": 100_000}
     second = {"tokens": 512, "tokens_per_second": 200_000}
     for report in (first, second):

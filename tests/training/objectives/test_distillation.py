@@ -24,7 +24,7 @@ from slmkit.training.objectives.distill import (
     paired_layers,
     relations_apart,
 )
-from slmkit.training.objectives.distillation import DIVERGENCES, DistillationLoss, Lesson
+from slmkit.training.objectives.distillation import DIVERGENCES, DistillationLoss, TeacherTargets
 from slmkit.training.objectives.teachers import (
     OnlineTeacher,
     StoredTeacher,
@@ -292,5 +292,5 @@ def test_a_teacher_that_does_not_fit_is_refused_with_the_reason() -> None:
 
 
 def test_a_lesson_of_all_tokens_has_as_many_outcomes() -> None:
-    lesson = Lesson(torch.zeros(2, 5), 5, torch.arange(5).expand(2, 5))
+    lesson = TeacherTargets(torch.zeros(2, 5), 5, torch.arange(5).expand(2, 5))
     assert lesson.asked_of(torch.randn(2, 7), 1.0).shape == (2, 5)

@@ -15,7 +15,7 @@ from slmkit.data.rows.questions import Questions
 from slmkit.model.decoder import Decoder
 from slmkit.model.initialization import build_decoder
 from slmkit.training.distributed import ALONE
-from slmkit.training.objectives.grpo import GroupRelative, GrpoSettings, Judge, Judged, Rollouts
+from slmkit.training.objectives.grpo import GroupRelative, GrpoSettings, Judged, RewardFunction, Rollouts
 from tests.training.helpers import TOKENIZER
 from tests.training.objectives.test_preference import CONFIG
 
@@ -45,7 +45,7 @@ def by_first_token(prompt: np.ndarray, answer: np.ndarray, known: np.ndarray) ->
 
 def rollouts(folder: Path, model: Decoder, reference: Decoder | None = None, **changes: object) -> Rollouts:
     settings = GrpoSettings(**SETTINGS | changes)
-    judge = Judge(drawn, by_first_token)
+    judge = RewardFunction(drawn, by_first_token)
     return Rollouts(questions(folder), model, reference, judge, settings, LENGTH, seed=3, group=ALONE)
 
 
@@ -146,7 +146,7 @@ def test_questions_of_a_step_are_in_order_of_their_length(tmp_path: Path) -> Non
         prepared,
         build_decoder(CONFIG, 0),
         None,
-        Judge(drawn, by_first_token),
+        RewardFunction(drawn, by_first_token),
         GrpoSettings(**SETTINGS),
         LENGTH,
         3,
