@@ -193,12 +193,12 @@ def test_how_long_a_text_is_unless_the_caller_says(
         asked.append(max_new_tokens)
         return iter(())
 
-    monkeypatch.setattr("slmkit.generation.stream_completion", record)
+    monkeypatch.setattr("slmkit.generation.text.stream_completion", record)
     three = SLMTokenizer.from_pretrained(directory).decode([5, 6, 7])
     generate(str(directory), three)
     generate(str(directory), three, max_new_tokens=7)
     assert asked == [new, 7]
-    monkeypatch.setattr("slmkit.generation.ChatSession", record)
+    monkeypatch.setattr("slmkit.generation.chat.ChatSession", record)
     monkeypatch.setattr("sys.stdin", io.StringIO())
     chat(str(directory))
     assert asked[2:] == [said.get("max_new_tokens", 9)]
