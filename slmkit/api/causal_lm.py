@@ -209,7 +209,7 @@ class SLMForCausalLM(GeneratingModel):
         if not is_main_process:
             return
         if adapted_linears(self.decoder):
-            raise UserError("the model has an adapter: fold(model.decoder) that first, with slmkit.adapt.fold")
+            raise UserError("the model has an adapter: fold(model.decoder) that first, with slmkit.adapt.lora.fold")
         weights = None if state_dict is None else {k.removeprefix("decoder."): v for k, v in state_dict.items()}
         save_decoder(self.decoder, self.config, directory, weights)
 
