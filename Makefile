@@ -1,5 +1,6 @@
 # make quickstart   the whole life of a small model, offline, in minutes
 # make test         everything the project promises, checked
+# make test-fast    units, one family of parity, the shape of the code: about two minutes
 # make test-kill    a run killed a hundred times and resumed, compared with one that nobody killed
 # make test-transformers4   the comparisons with transformers 4
 # make test-hosts   two hosts, one of which is lost in mid-run (root, iproute2)
@@ -10,13 +11,16 @@ BIN := $(VENV)/bin
 # pip's view of the pinned set: the same versions for everybody.
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: quickstart test test-transformers4 test-long test-hosts test-kill lint types check format clean
+.PHONY: quickstart test test-fast test-transformers4 test-long test-hosts test-kill lint types check format clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/slm quickstart
 
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
+
+test-fast: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto -m "not slow"
 
 test-kill: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.kill --no-output

@@ -51,8 +51,8 @@ class SLMTrainer:
 
     With a `teacher_model` of the same tokenizer it distils, with the config's `distillation_alpha` and
     `distillation_temperature` or with a `DistillationLoss` of its own. With `lora` the model is frozen, and what is
-    trained and saved is an adapter for the directory that the model was read from; `slmkit.adapt.lora.fold(model.decoder)`
-    makes a plain model of both.
+    trained and saved is an adapter for the directory that the model was read from;
+    `slmkit.adapt.lora.fold(model.decoder)` makes a plain model of both.
 
     `optimizers=(optimizer, scheduler)` take the place of AdamW and of warm-up and cosine; with a scheduler of None the
     rates of the optimizer's groups are the peaks of that schedule. `callbacks` are functions of (state, report), called

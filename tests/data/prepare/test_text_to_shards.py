@@ -103,7 +103,8 @@ def prepare_with_real_tokenizer(directory: str) -> None:
 
 def test_the_number_of_threads_changes_nothing(tmp_path: Path):
     for threads in ("1", "3"):
-        code = f"from tests.data.prepare import test_text_to_shards as t; t.prepare_with_real_tokenizer({str(tmp_path / threads)!r})"
+        module = "tests.data.prepare.test_text_to_shards"
+        code = f"import {module} as t; t.prepare_with_real_tokenizer({str(tmp_path / threads)!r})"
         environment = os.environ | {"RAYON_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "true"}
         subprocess.run([sys.executable, "-c", code], env=environment, check=True)
     for name in ("header.json", "00000.tokens", "00000.ends"):
