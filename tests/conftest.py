@@ -18,7 +18,8 @@ SLOW = (
     "adapt/test_folding.py", "adapt/test_merge_directories.py", "adapt/test_peft.py", "api/",
     "data/sources/test_hub.py", "data/sources/test_urls.py", "data/prepare/test_ray.py", "generation/test_ensemble.py",
     "model/test_cache.py", "model/test_document_attention.py", "model/files/test_directory.py",
-    "parity/test_transformers.py", "parity/test_wrong_readings.py", "tokenizer/test_kinds.py", "tokenizer/test_stock_templates.py",
+    "parity/test_transformers.py", "parity/test_wrong_readings.py", "tokenizer/test_kinds.py",
+    "tokenizer/test_stock_templates.py",
 )  # fmt: skip
 
 
