@@ -18,3 +18,13 @@ def the_peak_is_measured_with_products_of_float32() -> Iterator[None]:
     gauges.measured_peak = lambda device: measured(dataclasses.replace(device, compute_dtype=torch.float32))
     yield
     gauges.measured_peak = measured
+
+
+@pytest.fixture
+def without_plan_and_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs without the arithmetic of plan.json and without drawings, seconds of each, for tests of something else."""
+    from slmkit.training import disk_hooks, plan_file
+
+    for draw in ("plot_losses", "plot_shares"):
+        monkeypatch.setattr(disk_hooks, draw, lambda *arguments: None)
+    monkeypatch.setattr(plan_file.PlanFile, "update", lambda *arguments: None)

@@ -48,7 +48,7 @@ def plan(
 
     budget = hours is not None or tokens is not None
     if recipe is not None and "=" in recipe and budget:  # there is no recipe: the first argument is an override
-        recipe, overrides = None, [recipe, *(overrides or [])]
+        overrides, recipe = [recipe, *(overrides or [])], None
     if recipe is not None and (budget or output is not None):
         raise UserError("--hours, --tokens and --output are for a proposal: give either a recipe or these options")
     if recipe is None and (hours is None) == (tokens is None):

@@ -49,7 +49,7 @@ def _in_pieces(
     queries = q.split([piece.mask.size(-2) for piece in pieces], dim=2)
     keys, values = (_Slices.apply(x, *(bound for piece in pieces for bound in piece.keys)) for x in (k, v))
     rows = zip(queries, keys, values, pieces, strict=True)
-    return torch.cat([attend(*inputs, View(mask=piece.mask), scale, cap, dropout) for *inputs, piece in rows], dim=2)
+    return torch.cat([attend(a, b, c, View(mask=piece.mask), scale, cap, dropout) for a, b, c, piece in rows], dim=2)
 
 
 class _Slices(torch.autograd.Function):

@@ -175,14 +175,14 @@ def _ranked(row: Row, column: str) -> Pair:
         raise RowError("no column 'chosen' and 'rejected', nor others that make pairs of answers", NO_COLUMN)
     asked = next((name for name in QUESTIONS if not is_empty(row.get(name))), None)
     text, score = (next((name for name in names if name in keys), None) for names in (ANSWER, (*SCORES, "rank")))
-    scores = [answer.get(score) if isinstance(answer, dict) else None for answer in answers]
+    scores: list[Any] = [answer.get(score) if isinstance(answer, dict) else None for answer in answers]
     if asked is None or text is None or not all(isinstance(one, int | float) and one == one for one in scores):
         raise RowError(
             f"column {column!r} holds ranked answers that are not objects with a text ({', '.join(ANSWER)}) and a "
             f"score ({', '.join(SCORES)}, rank): make columns 'prompt', 'chosen' and 'rejected' of them",
             "ranked answers",
         )
-    order = sorted(range(len(scores)), key=scores.__getitem__, reverse=score != "rank")
+    order = sorted(range(len(scores)), key=lambda place: scores[place], reverse=score != "rank")
     if scores[order[0]] == scores[order[-1]]:
         raise RowError(f"the answers in column {column!r} have one score, so that none is better", "equal scores")
     return _chosen_and_rejected(row, asked, *(answers[place].get(text) for place in (order[0], order[-1])))
