@@ -17,6 +17,8 @@ from slmkit.training.run_log import MetricsLog
 from tests.training.helpers import Changed, plan, run, snapshot_of, state, stream
 from tests.training.test_checkpoints import assert_same_run
 
+pytestmark = pytest.mark.usefixtures("without_plan_and_pictures")
+
 
 def poisoned(factor: float, steps: set[int], learner: State) -> Objective:
     """The objective, with the loss of some steps times a factor."""

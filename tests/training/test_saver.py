@@ -27,6 +27,7 @@ from tests.training.helpers import FILES, TOKENIZER, run, state
 from tests.training.test_checkpoints import assert_same_run
 from tests.training.test_crash_points import state_at
 
+pytestmark = pytest.mark.usefixtures("without_plan_and_pictures")
 REPOSITORY = Path(__file__).parents[2]
 
 
