@@ -50,3 +50,4 @@ def without_plan_and_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     for draw in ("plot_losses", "plot_shares"):
         monkeypatch.setattr(disk_hooks, draw, lambda *arguments: None)
     monkeypatch.setattr(plan_file.PlanFile, "update", lambda *arguments: None)
+    monkeypatch.setattr(plan_file, "weights_bytes", lambda inventory: 0)

@@ -30,7 +30,10 @@ CHOICES = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_family_is_trained_resumed_and_talks(family: str, tmp_path: Path) -> None:
+def test_a_family_is_trained_resumed_and_talks(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "slmkit.training.logging.disk_hooks.plot_losses", lambda *arguments: None
+    )  # slow, and no family's own
     (tmp_path / "recipe.yaml").write_text(json.dumps({"data": {"source": "stories", "documents": 40}}))
     keys = [
         f"output_dir={tmp_path / 'run'}", f"model.model_type={family}", "model.max_position_embeddings=64",

@@ -23,6 +23,7 @@ from tests.tokenizer.conftest import TEXTS, byte_level_with, save_foreign
 
 transformers = pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.usefixtures("without_plan_and_pictures")
 END = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "gemma": "<end_of_turn>"}
 
 

@@ -28,6 +28,7 @@ from slmkit.workflows.replay import replay_run
 from slmkit.workflows.train import resume_run, train_recipe
 from tests.test_life import FEW_STEPS, Silent
 
+pytestmark = pytest.mark.usefixtures("without_plan_and_pictures")  # the runs of fixtures have both
 TINY = [
     "model.hidden_size=32", "model.intermediate_size=64", "model.num_hidden_layers=2", "model.num_attention_heads=2",
     "tokenizer.vocab_size=400", "data.documents=60", "data.validation_documents=6",

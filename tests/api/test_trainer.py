@@ -32,6 +32,8 @@ from slmkit.training.loop import Report, State
 from slmkit.workflows.context import SILENCE
 from slmkit.workflows.train import resume_run
 
+pytestmark = pytest.mark.usefixtures("without_plan_and_pictures")
+
 TOKENIZER = SLMTokenizer(vocab_size=260)
 CONFIG = SLMConfig(
     vocab_size=280, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,

@@ -149,8 +149,8 @@ def refused(*arguments: str | Path, cwd: Path | None = None) -> str:
     return last
 
 
-TINY = (
+TINY = (  # with two evaluations, since every one draws the losses, which takes longer than the steps
     "model.hidden_size=32", "model.intermediate_size=64", "model.num_hidden_layers=2", "model.num_attention_heads=2",
     "model.max_position_embeddings=64", "tokenizer.vocab_size=300", "train.tokens_per_step=512",
-    "train.max_tokens=null", "train.max_steps=12", "train.device=cpu", "train.sample_tokens=10",
+    "train.max_tokens=null", "train.max_steps=12", "train.eval_steps=6", "train.device=cpu", "train.sample_tokens=10",
 )  # fmt: skip

@@ -23,8 +23,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = [f"{STORY}In the garden number {number} was a zebra.\n" * 3 for number in range(40)]
     (folder / "book.txt").write_text("".join(text))
     done = slm(
-        "train", "own-text", "data.source=book.txt", "output_dir=run", "train.save_steps=4", "train.eval_steps=12",
-        "train.save_total_limit=9", "model.hidden_dropout=0.1", *TINY, cwd=folder,
+        "train", "own-text", "data.source=book.txt", "output_dir=run", *TINY, "train.save_steps=4",
+        "train.eval_steps=12", "train.save_total_limit=9", "model.hidden_dropout=0.1", cwd=folder,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return folder / "run"

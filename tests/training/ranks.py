@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from slmkit.training.logging import disk_hooks
+
 PATIENCE = 120  # seconds for all processes together
 
 processes = multiprocessing.get_context("forkserver")
@@ -47,6 +49,8 @@ def _on_rank(rank: int, world: int, port: int, errors: Any, function: Callable[.
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for draw in ("plot_losses", "plot_shares"):  # pictures are those of one process, and take seconds
+        setattr(disk_hooks, draw, lambda *arguments: None)
     try:
         function(*arguments)
     except Exception:

@@ -17,6 +17,8 @@ from slmkit.training.objective import Objective, next_token
 from tests.training.checkpoints.test_checkpoint import assert_same_run
 from tests.training.helpers import Changed, plan, run, snapshot_of, state, stream
 
+pytestmark = pytest.mark.usefixtures("without_plan_and_pictures")
+
 
 def poisoned(factor: float, steps: set[int], learner: State) -> Objective:
     """The objective, with the loss of some steps times a factor."""

@@ -24,6 +24,8 @@ from tests.test_life import Silent
 from tests.training.helpers import TOKENIZER, Changed, config, dataset, plan, state, stream
 from tests.training.objectives.test_preference import CONFIG
 
+pytestmark = pytest.mark.usefixtures("without_plan_and_pictures")
+
 
 class Masked:
     """A stream whose labels are all masked from some step to another."""

@@ -35,6 +35,8 @@ from tests.adapt.helpers import KINDS
 from tests.training.helpers import LENGTH, TOKENIZER, config, dataset, settings
 from tests.training.ranks import on_ranks
 
+pytestmark = pytest.mark.usefixtures("without_plan_and_pictures")
+
 CPU = find_device("cpu", "float32")
 
 

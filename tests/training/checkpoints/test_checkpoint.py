@@ -32,6 +32,8 @@ from tests.cli.helpers import python
 from tests.training import helpers
 from tests.training.helpers import FILES, TOKENIZER, config, run, state
 
+pytestmark = pytest.mark.usefixtures("without_plan_and_pictures")
+
 
 def silent(line: str) -> None:
     pass

@@ -27,7 +27,8 @@ from tests.training.checkpoints.test_crash_points import state_at
 from tests.training.faults import disk_full, operations_on_files
 from tests.training.helpers import FILES, TOKENIZER, run, state
 
-REPOSITORY = Path(__file__).parents[3]
+pytestmark = pytest.mark.usefixtures("without_plan_and_pictures")
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture

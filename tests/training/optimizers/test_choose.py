@@ -15,6 +15,8 @@ from slmkit.training.optimizers.lion import Lion
 from slmkit.training.recipe.recipe import TrainSettings
 from tests.training.helpers import plan, run, state, stream
 
+pytestmark = pytest.mark.usefixtures("without_plan_and_pictures")
+
 
 def rates_for(optimizer: str) -> dict[str, float]:
     return {"learning_rate": 2e-3} if optimizer == "lion" else {}

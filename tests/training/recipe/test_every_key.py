@@ -10,12 +10,10 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-import slmkit.training.logging.disk_hooks
 from slmkit.config import UserError, load_settings
 from slmkit.device import DeviceError
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.logging.metrics_log import MEASURED
-from slmkit.training.logging.plan_json import PlanFile
 from slmkit.training.recipe.recipe import Recipe
 from slmkit.workflows.model import model_for
 from slmkit.workflows.train import train_recipe
@@ -88,11 +86,8 @@ def test_every_key_has_a_line_and_every_line_a_key() -> None:
 
 @pytest.mark.parametrize("key", [key for key in EVERY if key not in OF_THE_GUARD])
 def test_a_key_changes_the_run_or_is_refused_or_said_to_have_no_effect(
-    key: str, world: Path, seen: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    key: str, world: Path, seen: dict[str, Any], tmp_path: Path, without_plan_and_pictures: None
 ) -> None:
-    for draw in ("plot_losses", "plot_shares"):
-        monkeypatch.setattr(slmkit.training.logging.disk_hooks, draw, lambda *arguments: None)
-    monkeypatch.setattr(PlanFile, "update", lambda *arguments: None)  # a second of arithmetic
     before = content_of(key, world, is_changed=False)
     if key.startswith("model.") and key != "model.max_position_embeddings":  # which is the length of a run's rows
         assert built(before) != built(content_of(key, world, is_changed=True))
