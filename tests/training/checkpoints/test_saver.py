@@ -28,7 +28,7 @@ from tests.training.faults import disk_full, operations_on_files
 from tests.training.helpers import FILES, TOKENIZER, run, state
 
 pytestmark = pytest.mark.usefixtures("without_plan_and_pictures")
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 
 
 @pytest.fixture
