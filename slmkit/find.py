@@ -26,7 +26,7 @@ def find_config_directory(path: str | Path) -> Path:
 
 
 def find_tokenizer_directory(path: str | Path) -> Path:
-    """The directory with the `tokenizer.json` of a tokenizer, model or run; for `gpt2` (tiktoken's) there is no such file.
+    """The directory with the `tokenizer.json` of a tokenizer, model or run; `gpt2` itself, which needs no files.
 
     Raises `UserError` if there is none.
     """

@@ -145,7 +145,7 @@ def _check_weights(wanted: HubName, directory: Path) -> None:
     files = sorted(directory.glob(WEIGHTS))
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        with contextlib.suppress(ValueError, KeyError, AttributeError):  # loading the model reports these errors in more detail
+        with contextlib.suppress(ValueError, KeyError, AttributeError):  # loading reports these in more detail
             shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
             if missing := shards - {path.name for path in files}:
                 raise UserError(f"{wanted}: {sorted(missing)[0]} is missing, which its index of weights names")
@@ -257,7 +257,7 @@ def interruption(what: str, error: BaseException) -> NetworkError:
         if _is(cause, SLOW):
             return NetworkError(f"{what}: the server does not answer in time")
     for cause in causes:
-        if type(cause).__name__ in OFFLINE:  # the exact class only: derived ones, such as a connection reset, are not offline
+        if type(cause).__name__ in OFFLINE:  # not its subclasses, such as a connection reset
             return NetworkError(f"{what}: cannot be reached: this machine is offline, or told to be", lasting=True)
     if any(isinstance(cause, FileNotFoundError) for cause in causes):
         return NetworkError(f"{what}: {STATUS[404][0]}", lasting=True)
