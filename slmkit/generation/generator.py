@@ -45,8 +45,7 @@ def token_steps(
     num_return_sequences: int = 1,
     known: np.ndarray | None = None,
 ) -> Iterator[Tensor]:
-    """Yield the next token of every sequence, [batch * num_return_sequences], `count` times; prompt_ids [batch,
-    prompt].
+    """prompt_ids [batch, prompt] → yields the next token per sequence [batch * num_return_sequences], `count` times.
 
     `padding` [batch]: padding tokens at the left of each sequence. `known` bool [ids]: ids that may be drawn, none
     beyond; None: all. A prompt is read once, and the sequences that continue it are adjacent in the batch. The caller

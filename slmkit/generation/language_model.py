@@ -11,8 +11,9 @@ from torch import Tensor
 class LanguageModel(Protocol):
     """Token ids → hidden states → logits.
 
-    The last dimension of hidden states is opaque: callers may index positions and pass those to `logits`. A cache comes
-    from `new_cache` and belongs to one batch; its `repeat(times)` repeats each sequence.
+    Callers may index positions of the hidden states and pass those to `logits`, but not interpret the last dimension.
+    A cache comes from `new_cache` and belongs to one batch.
+    `cache.repeat(times)` repeats each sequence of it.
     """
 
     training: bool
