@@ -37,9 +37,8 @@ ENDS_OF_TURN = (byte_level.TURN_END, "<|eot_id|>", "<end_of_turn>")
 class SLMTokenizer(CallableTokenizer):
     """A trainable byte-level BPE, or any Hugging Face `tokenizer.json` through `from_pretrained`.
 
-    `chat_template` is Jinja and can be set; None if a loaded tokenizer has none. `special_tokens` is spelling → id,
-    like `added_words`, the added tokens that any text may contain. `pad_token_id` is None if a loaded tokenizer has no
-    padding token.
+    `chat_template` (Jinja, can be set) is None if a loaded tokenizer has none. `special_tokens` is spelling → id, like
+    `added_words`, added tokens that any text may contain. `pad_token_id` is None if a loaded tokenizer has no padding.
     """
 
     chat_template: str | None
