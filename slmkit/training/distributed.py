@@ -69,7 +69,7 @@ class Group:
 
     @contextlib.contextmanager
     def whole(self, model: Decoder) -> Iterator[None]:
-        """Context manager in which every rank holds all weights and can run the model alone. All ranks must enter it."""
+        """Context manager in which every rank holds all weights and can run the model alone. All ranks enter it."""
         for shard in self._shards:
             shard.set_reshard_after_forward(False, recurse=False)
             shard.unshard()

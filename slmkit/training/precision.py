@@ -34,7 +34,7 @@ class LossScale:
         return cls(FIRST_SCALE, LARGEST_SCALE) if device.compute_dtype == torch.float16 else cls()
 
     def overflows(self, loss: float, grad_norm: float) -> bool:
-        """Record a step's figures. True if its gradients overflowed because of the scale, which has then been lowered."""
+        """Record a step's figures. True if its gradients overflowed because of the scale, which is then lowered."""
         if math.isfinite(grad_norm):
             self.good_steps += 1
             if self.good_steps == STEPS_TO_DOUBLE:
@@ -52,8 +52,8 @@ class UpdatedInFloat32(torch.optim.Optimizer):
 
     Between steps the float32 weights are either kept (`master`: Micikevicius et al. 2018, arXiv:1710.03740) or rounded
     stochastically to bfloat16 (Zamirai et al. 2020, arXiv:2010.06192): most updates are smaller than half the distance
-    between bfloat16 neighbours, and rounding to the nearest would lose them. Rounding draws from torch's generator. Only
-    a few weights at a time are in float32, to save memory.
+    between bfloat16 neighbours, and rounding to the nearest would lose them. Rounding draws from torch's generator.
+    Only a few weights at a time are in float32, to save memory.
     """
 
     def __init__(self, inner: torch.optim.Optimizer, master: bool) -> None:
@@ -121,7 +121,7 @@ class UpdatedInFloat32(torch.optim.Optimizer):
 def rounded_stochastically(x: Tensor) -> Tensor:
     """Stochastic rounding of float32 `x` [...] to bfloat16 [...], with expectation `x`.
 
-    bfloat16 is float32 without its last 16 bits: a random 16-bit number added to them carries with the right probability.
+    bfloat16 is float32 without its last 16 bits: adding a random 16-bit number carries with the right probability.
     """
     bits = x.view(torch.int32)
     carried = torch.randint_like(bits, 2**16).add_(bits)
