@@ -1,7 +1,7 @@
-"""Settings for everybody: a strict base class, dotted overrides, and errors in the words of whoever typed it.
+"""Base class of settings: strict validation, dotted overrides, one-line errors.
 
-A settings file is YAML; every value in it can be overridden by its dotted key (`train.learning_rate=3e-4`); an unknown
-key or a value of the wrong type is one line that names the key and the nearest right one.
+A settings file is YAML. Every value can be overridden by its dotted key (`train.learning_rate=3e-4`). An unknown key
+or a value of the wrong type gives one line that names the key and the nearest known one.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ else:
 
 
 class UserError(Exception):
-    """The user's mistake, or their machine's: one line that says what was found and what to do (exit code 2)."""
+    """An error that the user can resolve: one line that says what was found and what to do (exit code 2)."""
 
 
 class _OneLineErrors(ModelMetaclass):
-    """A call of the class raises `UserError`. No `__init__`, since pydantic would call that for nested settings too."""
+    """Makes calls of the class raise `UserError`. Not in `__init__`, which pydantic also calls for nested settings."""
 
     def __call__(cls, *positional: Any, **values: Any) -> Any:  # noqa: N805 (of a metaclass)
         try:
@@ -41,14 +41,14 @@ class _OneLineErrors(ModelMetaclass):
 
 
 class Settings(pydantic.BaseModel, metaclass=_OneLineErrors):
-    """Base of all settings: unknown keys are refused, and values are checked when they are set (`UserError`)."""
+    """Base of all settings. Unknown keys and invalid values, also on assignment, raise `UserError`."""
 
     model_config = pydantic.ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
-    hints: ClassVar[Mapping[str, str]] = {}  # what others call a key → what to say of it
+    hints: ClassVar[Mapping[str, str]] = {}  # key in other libraries → hint for the error message
 
     @classmethod
     def key_names(cls) -> list[str]:
-        """The names of the settings, as they are written."""
+        """The names of the settings as written in YAML."""
         return [field.alias or name for name, field in cls.model_fields.items()]
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -64,7 +64,7 @@ T = TypeVar("T")
 
 
 def arguments_checked(call: Callable[P, T]) -> Callable[P, T]:
-    """A method whose unknown keyword arguments are a `UserError` that names the nearest known one."""
+    """Wrap a method so that an unknown keyword argument raises a `UserError` that names the nearest known one."""
     known = [name for name in inspect.signature(call).parameters if name != "self"]
 
     @functools.wraps(call)
@@ -80,7 +80,7 @@ def arguments_checked(call: Callable[P, T]) -> Callable[P, T]:
 
 
 def kind_of_value(value: object) -> str:
-    """What a value is, in the words that errors use: nothing, true or false, a whole number, text, a list, …"""
+    """The kind of a value as error messages name it: nothing, true or false, a whole number, text, a list, …"""
     if value is None:
         return "nothing"
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", bytes: "bytes"}
@@ -90,12 +90,12 @@ def kind_of_value(value: object) -> str:
 
 
 def spelled(value: object) -> str:
-    """A value as errors show it: as Python spells it, but for nothing, true and false."""
+    """A value as error messages show it: its `repr`, except for nothing, true and false."""
     return "nothing" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def methods_checked(owner: type[T]) -> type[T]:
-    """A class all of whose public methods are `arguments_checked`, but for those that take any keyword."""
+    """Apply `arguments_checked` to all public methods of a class, except those with `**kwargs`."""
     for name, method in list(vars(owner).items()):
         call = method.__func__ if isinstance(method, classmethod) else method
         if not inspect.isfunction(call) or (name.startswith("_") and name not in ("__init__", "__call__")):
@@ -107,7 +107,7 @@ def methods_checked(owner: type[T]) -> type[T]:
 
 
 def did_you_mean(word: str, choices: Iterable[str], hints: Mapping[str, str] | None = None) -> str:
-    """`did you mean 'x'?` where something near exists, else the choices themselves; first of all what `hints` say."""
+    """The entry of `hints` if any, else `did you mean 'x'?` if a choice is similar, else the list of choices."""
     choices, hint = list(choices), (hints or {}).get(word.lower().replace("-", "_"))
     if hint is not None:
         key, _, note = hint.partition(" ")
@@ -119,7 +119,7 @@ def did_you_mean(word: str, choices: Iterable[str], hints: Mapping[str, str] | N
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file; anything else is a `UserError`."""
+    """The mapping in a YAML file. Raises `UserError` if the file is missing, unreadable or no mapping."""
     path = Path(path)
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # _Loader is a SafeLoader
@@ -136,7 +136,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def to_yaml(settings: Settings) -> str:
-    """Every value of `settings`, defaults included, as YAML that `load_settings` reads back."""
+    """All values of `settings`, defaults included, as YAML for `load_settings`."""
     return yaml.safe_dump(settings.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
 
 
@@ -155,7 +155,7 @@ def load_settings(kind: type[S], content: dict[str, Any], overrides: Sequence[st
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML reads `3e-4` as a string, and of a key that stands twice the last value; neither is what people mean."""
+    """Reads `3e-4` as a number and refuses duplicate keys; PyYAML reads a string and keeps the last value."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -182,7 +182,7 @@ def _copy(content: Any) -> Any:
 
 
 def _apply(content: Any, override: str) -> None:
-    """Set what a dotted key names; an entry of a list is named by its number, from 0."""
+    """Set the value of a dotted key; entries of lists are numbered from 0."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"{override!r}: expected key=value, such as train.learning_rate=3e-4")
@@ -197,7 +197,7 @@ def _apply(content: Any, override: str) -> None:
 
 
 def value_of(text: str) -> Any:
-    """What stands behind the `=` of an override, as YAML has it."""
+    """The value of an override (the part after `=`), parsed as YAML."""
     try:
         return yaml.load(text, Loader=_Loader) if text else ""
     except yaml.YAMLError:
@@ -213,7 +213,7 @@ def _entry(content: list[Any], name: str, key: str) -> int:
 
 
 def _first_problem(kind: type[Settings], error: pydantic.ValidationError, origin: str) -> str:
-    # Defaults that follow from other fields are not computed where one of those is wrong.
+    # Default factories that depend on an invalid field are not run; that is not a problem of its own.
     problems = [each for each in error.errors() if each["type"] != "default_factory_not_called"]
     problem = problems[0]
     location = [str(part) for part in problem["loc"]]
@@ -234,7 +234,7 @@ def _first_problem(kind: type[Settings], error: pydantic.ValidationError, origin
     return f"{where}{place}: {' or '.join(expected).replace(' or expected', ' or')}{shown}{more}"
 
 
-EXPECTED = {  # by the beginning of pydantic's name of the problem
+EXPECTED = {  # prefix of pydantic's error type → expected value
     "missing": "is missing",
     "int": "expected a whole number",
     "float": "expected a number",
@@ -253,7 +253,7 @@ EXPECTED = {  # by the beginning of pydantic's name of the problem
 
 
 def _expected(problem: Any) -> str:
-    """What a value should be; what a check of our own says is left as it is."""
+    """The expected value, for the error message; messages of our own validators are kept."""
     for kind in sorted(EXPECTED, key=len, reverse=True):
         if problem["type"].startswith(kind):
             return EXPECTED[kind].format_map(collections.defaultdict(str, problem.get("ctx", {})))
@@ -262,7 +262,7 @@ def _expected(problem: Any) -> str:
 
 
 def _place(kind: type[Settings], location: Sequence[Any]) -> str:
-    """The dotted key of a problem, without pydantic's names for the branches of a union."""
+    """The dotted key of a problem, without pydantic's names of union branches."""
     parts: list[str] = []
     for part in map(str, location):
         if part.isdigit() or not parts or part in fields_at(kind, parts):
@@ -271,7 +271,7 @@ def _place(kind: type[Settings], location: Sequence[Any]) -> str:
 
 
 def _nearest_key(kind: type[Settings], location: Sequence[str]) -> str:
-    """The key that was meant, beside the wrong one or anywhere else below `kind`."""
+    """The known key most similar to the wrong one, from the same section or any other below `kind`."""
     word, known = location[-1], fields_at(kind, location[:-1])
     hint, section = kind.hints.get(word.lower().replace("-", "_"), ""), ".".join([*location[:-1], ""])
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
@@ -285,7 +285,7 @@ def _nearest_key(kind: type[Settings], location: Sequence[str]) -> str:
 
 
 def _dotted_keys(kind: type[Settings], above: str = "") -> Iterator[str]:
-    """All keys below `kind` that can be given as `dotted.key=value`; entries of lists have none."""
+    """All dotted keys below `kind`; entries of lists have none."""
     for name in kind.key_names():
         yield above + name
         field = kind.model_fields.get(name)
@@ -295,7 +295,7 @@ def _dotted_keys(kind: type[Settings], above: str = "") -> Iterator[str]:
 
 
 def fields_at(kind: type[Settings], location: Sequence[str]) -> list[str]:
-    """The names of the settings at a dotted place below `kind`."""
+    """The names of the settings in the section `location` below `kind`."""
     for name in location:
         if name.isdigit():  # a place in a list
             continue

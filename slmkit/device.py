@@ -1,4 +1,4 @@
-"""The machine: which device, which precision pays on it, which process of how many. Asked once, passed on."""
+"""The device, its precision and the process's rank. Determined once, then passed on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-# How each precision multiplies matrices, and what its weights are; `bfloat16-master` keeps them in float32 besides.
+# Precision → type of matrix products, type of weights. `bfloat16-master` also keeps float32 copies of the weights.
 PRECISIONS = {
     "float32": (torch.float32, torch.float32),
     "bfloat16": (torch.bfloat16, torch.float32),
@@ -24,12 +24,12 @@ PRECISIONS = {
 
 
 class DeviceError(ValueError):
-    """A device or precision that this machine does not have; one line, like `slmkit.config.UserError`."""
+    """This machine lacks the requested device or precision; one line, like `slmkit.config.UserError`."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Which process of how many this is: `rank` of all of them, `local_rank` of those on this host."""
+    """Ranks of this process: `rank` among all `world` processes, `local_rank` among those on this host."""
 
     rank: int = 0
     local_rank: int = 0
@@ -38,22 +38,22 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Device:
-    """Where tensors live, the type in which matrices are multiplied there, and that of weights in training."""
+    """The torch device, the type of its matrix products, and the type of weights in training."""
 
     torch_device: torch.device
     compute_dtype: torch.dtype
     weight_dtype: torch.dtype = torch.float32
-    keeps_master: bool = False  # float32 copies of weights in bfloat16, which is what updates are added to
+    keeps_master: bool = False  # float32 master copies of bfloat16 weights, to which updates are added
     ranks: Ranks = Ranks()
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """Matrix products in `compute_dtype`; does nothing in float32."""
+        """Autocast of matrix products to `compute_dtype`; does nothing in float32."""
         if self.compute_dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.torch_device.type, self.compute_dtype)
 
     def describe(self) -> dict[str, str | int]:
-        """What a reader of a run's figures has to know of the machine."""
+        """The device, its types and the number of threads, for a run's records."""
         if self.torch_device.type == "cuda":
             name = torch.cuda.get_device_name(self.torch_device)
         else:
@@ -68,10 +68,10 @@ class Device:
 
 
 def find_device(name: str = "auto", precision: str = "auto") -> Device:
-    """The best device here, or the one named (`cpu`, `cuda`, `cuda:1`, `mps`).
+    """The requested device (`cpu`, `cuda`, `cuda:1`, `mps`); for `auto`, the best one here.
 
-    `auto` precision is bfloat16 where the hardware multiplies in it: on CPUs only with AVX-512-BF16 or AMX, since
-    without them it is emulated and many times slower than float32. Raises `DeviceError` for what is not there.
+    `auto` precision is bfloat16 if the hardware supports it: on CPUs only with AVX-512-BF16 or AMX, since it is
+    otherwise emulated and many times slower than float32. Raises `DeviceError` if the machine has no such device.
     """
     if precision not in PRECISIONS and precision != "auto":
         raise DeviceError(f"unknown precision {precision!r}; known: auto, {', '.join(PRECISIONS)}")
@@ -86,7 +86,7 @@ def find_device(name: str = "auto", precision: str = "auto") -> Device:
 
 
 def find_ranks() -> Ranks:
-    """What `torchrun` says in the environment; a process by itself without it. Raises `DeviceError` for nonsense."""
+    """The ranks in `torchrun`'s environment variables; rank 0 of 1 without them. Raises `DeviceError` if invalid."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     if not any(name in os.environ for name in names):
         return Ranks()
@@ -117,7 +117,7 @@ def _checked(name: str) -> str:
 
 @functools.cache
 def multiplies_in_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware has products of bfloat16; else they are emulated, 25 times as slow as float32."""
+    """Whether the hardware multiplies in bfloat16; emulation is 25 times as slow as float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
@@ -127,11 +127,10 @@ def multiplies_in_bfloat16(device: torch.device) -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep freed blocks for the next step instead of giving them back to the system.
+    """Make glibc keep freed blocks for the next step instead of returning them to the system.
 
-    A training step on a CPU frees and takes the same hundreds of megabytes again and again; each time the system
-    hands out fresh pages one fault at a time. Keeping them takes a fifth off a step of a 2 M-parameter model. Does
-    nothing where there is no glibc.
+    A training step on a CPU allocates and frees the same hundreds of megabytes again and again, and fresh pages cost
+    one page fault each. Keeping them shortens a step of a 2 M-parameter model by 20 %. Does nothing without glibc.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -146,25 +145,28 @@ def keep_freed_memory() -> None:
 
 @functools.lru_cache
 def measured_peak(device: Device) -> float:
-    """Operations a second that plain matrix products reach here in `compute_dtype`: what a training step could use.
+    """Measured peak rate of matrix products in `compute_dtype`, in FLOP/s: the reference for MFU.
 
-    The best of a few products of about a tenth of a second together, large enough that nothing but arithmetic counts;
-    measured once a process. A datasheet's figure is a quarter higher on most accelerators, and nobody reaches it.
+    The best of some products within half a second, large enough to be bound by arithmetic; a CPU that emulates this
+    type is too slow for large ones. Measured once a process. The datasheet's figure is about 25 % higher on most
+    accelerators and not reachable.
     """
-    size = 1_024 if device.torch_device.type == "cpu" else 8_192
-    a = torch.randn(size, size, device=device.torch_device).to(device.compute_dtype)
-    seconds = []
-    for _ in range(12):
-        _wait_for(device)
-        started = time.perf_counter()
-        a @ a
-        _wait_for(device)
-        seconds.append(time.perf_counter() - started)
-    return 2 * size**3 / min(seconds)
+    begun, best = time.perf_counter(), 0.0
+    for size in (256, 1_024) if device.torch_device.type == "cpu" else (8_192,):
+        a = torch.randn(size, size, device=device.torch_device).to(device.compute_dtype)
+        for _ in range(12):
+            _wait_for(device)
+            started = time.perf_counter()
+            a @ a
+            _wait_for(device)
+            best = max(best, 2 * size**3 / (time.perf_counter() - started))
+            if time.perf_counter() - begun > 0.5:
+                return best
+    return best
 
 
 def _wait_for(device: Device) -> None:
-    """An accelerator's queue is worked off."""
+    """Wait until the accelerator's queue is empty."""
     if device.torch_device.type == "cuda":
         torch.cuda.synchronize(device.torch_device)
     elif device.torch_device.type == "mps":
@@ -172,16 +174,16 @@ def _wait_for(device: Device) -> None:
 
 
 def reset_peak_memory(device: Device) -> None:
-    """Forget the most memory that was used so far, where the system lets one."""
+    """Reset the peak-memory counter, where the system supports it."""
     if device.torch_device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device.torch_device)
     else:
-        with contextlib.suppress(OSError):  # Linux alone has it
+        with contextlib.suppress(OSError):  # only on Linux
             Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory(device: Device) -> int:
-    """Bytes: the most that PyTorch held on a CUDA device, elsewhere the most that the process held resident."""
+    """Peak memory in bytes: allocated by PyTorch on a CUDA device, else the process's peak resident set."""
     if device.torch_device.type == "cuda":
         return torch.cuda.max_memory_allocated(device.torch_device)
     if found := _status("VmHWM"):
@@ -194,12 +196,12 @@ def peak_memory(device: Device) -> int:
 
 
 def resident_memory() -> int:
-    """Bytes that the process holds in memory now; 0 where the system does not say."""
+    """Resident memory of the process in bytes; 0 if unknown."""
     return _status("VmRSS")
 
 
 def available_memory(device: Device) -> int:
-    """Bytes that are free for more; 0 where the system does not say."""
+    """Free memory in bytes; 0 if unknown."""
     if device.torch_device.type == "cuda":
         return torch.cuda.mem_get_info(device.torch_device)[0]
     return _field(Path("/proc/meminfo"), "MemAvailable")
@@ -210,7 +212,7 @@ def _status(name: str) -> int:
 
 
 def _field(path: Path, name: str) -> int:
-    """A size in one of Linux's tables, in bytes; 0 where there is none."""
+    """A size in one of Linux's /proc tables, in bytes; 0 if absent."""
     try:
         line = next(line for line in path.read_text().splitlines() if line.startswith(f"{name}:"))
     except (OSError, StopIteration):

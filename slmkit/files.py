@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, also after the power has gone."""
+"""Atomic, durable file writes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Put `text` where `path` is in one step: whoever looks finds the old content or the new one."""
+    """Write `text` to `path` atomically: a reader sees the old content or the new, never a part."""
     fresh = path.with_name(f".{path.name}-{os.getpid()}")
     fresh.write_text(text, encoding="utf-8")
     sync(fresh)
@@ -16,7 +16,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """See a file's content, or a folder's names, onto the disk."""
+    """fsync a file or folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

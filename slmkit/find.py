@@ -1,5 +1,5 @@
-"""Where runs and models lie: on disk, or on the hub. Nothing heavy is imported here: commands ask before they load
-anything.
+"""Finds the directories of runs, models and tokenizers, on disk or on the hub. Imports nothing heavy: commands call it
+before they load torch.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from slmkit.hub import PUBLISHED, hub_directory, hub_name
 
 
 def find_model_directory(path: str | Path) -> Path:
-    """The directory of a model or an adapter as it is; of a run its best checkpoint, else its latest; of a name of the
-    hub (`OWNER/NAME@REVISION`) its copy in the cache, downloaded where it is not there.
+    """The directory of a model or an adapter; for a run, its best checkpoint, else its latest; for a hub name
+    (`OWNER/NAME@REVISION`), its cached copy, downloaded if necessary.
 
-    Raises `UserError` for none of them.
+    Raises `UserError` if there is none.
     """
     return _find(path, "config.json", "adapter_config.json")
 
 
 def find_config_directory(path: str | Path) -> Path:
-    """As `find_model_directory`, but of a model of the hub no weights are downloaded."""
+    """Like `find_model_directory`, but downloads no weights from the hub."""
     return _find(path, "config.json", "adapter_config.json", weights=False)
 
 
 def find_tokenizer_directory(path: str | Path) -> Path:
-    """The directory with the `tokenizer.json` of a tokenizer, model or run; `gpt2` is tiktoken's, and has none.
+    """The directory with the `tokenizer.json` of a tokenizer, model or run; `gpt2` itself, which needs no files.
 
-    Raises `UserError` for none of them.
+    Raises `UserError` if there is none.
     """
     if is_gpt2(path):
         return Path(path)
@@ -36,14 +36,14 @@ def find_tokenizer_directory(path: str | Path) -> Path:
 
 
 def is_gpt2(path: str | Path) -> bool:
-    """Whether a tokenizer's name means GPT-2's own, of `tiktoken`: `gpt2`, and no such directory."""
+    """Whether a tokenizer's name means `tiktoken`'s GPT-2: it is `gpt2` and no directory has that name."""
     return str(path) == "gpt2" and not Path(path).exists()
 
 
 def _find(path: str | Path, *names: str, weights: bool = True) -> Path:
-    """The directory that holds a file of one of these names."""
+    """The directory that contains a file with one of these names. Raises `UserError` if there is none."""
     wanted, local = hub_name(path), Path(path)
-    # `best_model` is what other trainers call the best checkpoint in their output.
+    # Other trainers name the best checkpoint in their output directory `best_model`.
     run = local.parent if local.name == "best_model" and not local.exists() else local
     for candidate in (local, run / "best", run / "latest"):
         if any((candidate / name).is_file() for name in names):

@@ -1,6 +1,6 @@
-"""Models of the Hugging Face hub: read through `huggingface_hub` and its cache, and published there.
+"""Reads models from the Hugging Face hub through `huggingface_hub` and its cache, and publishes them there.
 
-Its environment variables hold here too: HF_TOKEN, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE.
+Respects `huggingface_hub`'s environment variables: HF_TOKEN, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CACHED = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<c
 SMALL = ["*.json", "*.jinja"]  # configs and tokenizers
 WEIGHTS = "*.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# Where the weights of presets, which are shapes alone, are published.
+# Hub repositories with the weights of presets; a preset itself has only shapes.
 PUBLISHED = {
     "gpt2": "openai-community/gpt2",
     "smollm2-135m": "HuggingFaceTB/SmolLM2-135M",
@@ -35,7 +35,7 @@ PUBLISHED = {
 
 @dataclass(frozen=True)
 class HubName:
-    """`OWNER/NAME`, at a branch, tag or commit; None: the main branch."""
+    """`OWNER/NAME` and a branch, tag or commit; a `revision` of None is the main branch."""
 
     name: str
     revision: str | None
@@ -45,10 +45,10 @@ class HubName:
 
 
 def hub_name(path: str | Path) -> HubName | None:
-    """What `OWNER/NAME`, `OWNER/NAME@REVISION` or `hf://OWNER/NAME` names; None for a local path.
+    """The hub name in `OWNER/NAME`, `OWNER/NAME@REVISION` or `hf://OWNER/NAME`; None for a local path.
 
-    A local file or directory of that name comes first, and a name in a local folder, such as `runs/x`, is a local one
-    also where it is missing; with `hf://` it is always the hub's.
+    An existing local file or directory takes precedence. A name inside a local folder, such as `runs/x`, is local even
+    if it does not exist. `hf://` always means the hub.
     """
     found = NAME.fullmatch(str(path))
     if found is None or found["name"].startswith("."):
@@ -59,9 +59,9 @@ def hub_name(path: str | Path) -> HubName | None:
 
 
 def hub_directory(wanted: HubName, weights: bool = True) -> Path:
-    """The directory in the hub's cache that holds a model, its name the resolved commit; what is missing is downloaded.
+    """The model's directory in the hub's cache, named by its resolved commit; missing files are downloaded.
 
-    Without `weights` only its JSON files. Raises `UserError` where it cannot be had, or has no weights in safetensors.
+    Without `weights`, only JSON files. Raises `UserError` if the download fails or there are no safetensors weights.
     """
     hub = _client()
     patterns = [*SMALL, WEIGHTS] if weights else SMALL
@@ -78,21 +78,21 @@ def hub_directory(wanted: HubName, weights: bool = True) -> Path:
 
 
 def at_commit(path: str) -> str:
-    """A name of the hub with the commit that it stands for now; anything else as it is."""
+    """A hub name pinned to its current commit; any other path unchanged. Raises `UserError` as `hub_directory`."""
     wanted = hub_name(path)
     return path if wanted is None else f"hf://{wanted.name}@{hub_directory(wanted, weights=False).name}"
 
 
 def spelled(directory: Path) -> str:
-    """The name with its commit of a directory in the hub's cache, the absolute path of any other."""
+    """The pinned hub name of a directory in the hub's cache; the absolute path of any other directory."""
     found = CACHED.search(directory.as_posix())
     return f"hf://{found['owner']}/{found['name']}@{found['commit']}" if found else str(directory.resolve())
 
 
 def publish(wanted: HubName, files: Mapping[str, Path | bytes], private: bool, message: str) -> str:
-    """One commit with these files, by their names there; the repository and branch are made where missing.
+    """Upload `files` (name in the repository → content) in one commit and return the URL of the model's page.
 
-    Returns the address of the model's page. Raises `UserError`.
+    Creates the repository and the branch if they do not exist. Raises `UserError` if the upload fails.
     """
     hub = _client()
     operations = [
@@ -110,7 +110,7 @@ def publish(wanted: HubName, files: Mapping[str, Path | bytes], private: bool, m
 
 @contextlib.contextmanager
 def _explained(wanted: HubName) -> Iterator[None]:
-    """Within, what the hub or the network does is a `UserError` of one line that says what to do."""
+    """Context that turns errors of the hub or the network into a one-line `UserError` with advice."""
     try:
         with network(str(wanted)):
             yield
@@ -130,7 +130,7 @@ def _explained(wanted: HubName) -> Iterator[None]:
 
 
 def _nearest(name: str) -> str:
-    """Models that are often meant, where one is spelled nearly so."""
+    """A hint with similar names of common models; empty if none is similar."""
     bare = name.partition("/")[2]
     known = {published.lower(): published for published in PUBLISHED.values()}
     bare_names = {published.partition("/")[2].lower(): published for published in PUBLISHED.values()}
@@ -141,11 +141,11 @@ def _nearest(name: str) -> str:
 
 
 def _check_weights(wanted: HubName, directory: Path) -> None:
-    """Raises `UserError` for weights that are pickles, are not all there, or were cut short in the cache."""
+    """Raises `UserError` if weights are pickles, missing or truncated."""
     files = sorted(directory.glob(WEIGHTS))
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        with contextlib.suppress(ValueError, KeyError, AttributeError):  # reading the model says more of these
+        with contextlib.suppress(ValueError, KeyError, AttributeError):  # loading reports these in more detail
             shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
             if missing := shards - {path.name for path in files}:
                 raise UserError(f"{wanted}: {sorted(missing)[0]} is missing, which its index of weights names")
@@ -170,7 +170,7 @@ def _check_weights(wanted: HubName, directory: Path) -> None:
 
 
 def stored_size(path: Path) -> int:
-    """How many bytes a safetensors file says that it has; -1 where its header is not readable."""
+    """Size in bytes that a safetensors file's header implies; -1 if the header is unreadable."""
     with path.open("rb") as file, contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
         length = int.from_bytes(file.read(8), "little")
         if length <= path.stat().st_size:
@@ -193,7 +193,7 @@ def _client() -> Any:
 
 
 LOGIN = "log in with `hf auth login` or set HF_TOKEN"
-# What an HTTP status means, and whether it lasts until somebody does something about it.
+# HTTP status → meaning, and whether the failure is permanent (retrying does not help).
 STATUS = {
     401: (f"not allowed without an account that has access (401): {LOGIN}", True),
     403: (f"not allowed (403): ask for access on its page, then {LOGIN}", True),
@@ -201,7 +201,7 @@ STATUS = {
     410: ("gone (410): check the name", True),
     429: ("too many requests (429)", False),
 }
-# Names of classes of several libraries, of which not all are installed.
+# Class names of several libraries, some of which may not be installed.
 GATED, ABSENT = ("GatedRepoError",), ("DatasetNotFoundError", "RepositoryNotFoundError", "EntryNotFoundError")
 OFFLINE = (
     "OfflineModeIsEnabled", "ConnectError", "ClientConnectorError", "ClientConnectorDNSError", "ConnectionError",
@@ -211,9 +211,9 @@ SLOW = ("TimeoutException", "TimeoutError", "ServerTimeoutError", "FSTimeoutErro
 
 
 class NetworkError(Exception):
-    """The network, or what is behind it, failed. Without any read before it, a `lasting` failure is the user's to mend.
+    """A network or server failure. `lasting`: retrying does not help, the user has to act.
 
-    `retry_after`: the seconds that the server asks for.
+    `retry_after`: seconds, from the server's Retry-After header; 0 if absent.
     """
 
     def __init__(self, message: str, lasting: bool = False, retry_after: float = 0.0) -> None:
@@ -227,7 +227,7 @@ def one_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def network(what: str) -> Iterator[None]:
-    """Whatever fails inside is the network's failure: raises `NetworkError` with a line that begins with `what`."""
+    """Context that turns any exception into a `NetworkError` whose message begins with `what`."""
     try:
         yield
     except (NetworkError, UserError, ImportError):
@@ -237,7 +237,7 @@ def network(what: str) -> Iterator[None]:
 
 
 def interruption(what: str, error: BaseException) -> NetworkError:
-    """The line for `error`, by the first thing in the chain of its causes that is known here."""
+    """The `NetworkError` for `error`, from the first known exception in its chain of causes."""
     causes = _causes(error)
     for cause in causes:
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
@@ -257,7 +257,7 @@ def interruption(what: str, error: BaseException) -> NetworkError:
         if _is(cause, SLOW):
             return NetworkError(f"{what}: the server does not answer in time")
     for cause in causes:
-        if type(cause).__name__ in OFFLINE:  # and not what is derived from it, such as a connection that was reset
+        if type(cause).__name__ in OFFLINE:  # not its subclasses, such as a connection reset
             return NetworkError(f"{what}: cannot be reached: this machine is offline, or told to be", lasting=True)
     if any(isinstance(cause, FileNotFoundError) for cause in causes):
         return NetworkError(f"{what}: {STATUS[404][0]}", lasting=True)
@@ -265,12 +265,12 @@ def interruption(what: str, error: BaseException) -> NetworkError:
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:
-    """The error, and what it was raised from or while handling; the first is the last that happened."""
+    """The error and its chain of causes and contexts, newest first."""
     causes: list[BaseException] = []
     while error is not None and error not in causes:
         causes.append(error)
         error = error.__cause__ or error.__context__
-    # Says no more than that the file is not here, and is raised from the reason why it could not be brought.
+    # This one only says that the file is not cached; its cause says why the download failed.
     return [cause for cause in causes if not _is(cause, ("LocalEntryNotFoundError",))] or causes
 
 
@@ -289,4 +289,4 @@ def _retry_after(error: BaseException) -> float:
     try:
         return float(headers.get("Retry-After", 0))
     except ValueError:
-        return 0.0  # a date: the ordinary wait will do
+        return 0.0  # a date: use the default wait

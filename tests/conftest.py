@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 # What `make test-fast` leaves out: whole lives of models, processes, kills, and all families of parity but Llama.
 SLOW = (
@@ -28,17 +25,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         path = item.path.relative_to(Path(__file__).parent).as_posix()
         if path.startswith(SLOW) or (path == "parity/test_families.py" and "llama" not in item.name):
             item.add_marker(pytest.mark.slow)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def the_peak_is_measured_with_products_of_float32() -> Iterator[None]:
-    """Most CPUs emulate products of fewer bits: measuring their speed takes half a minute, for a figure (MFU) alone."""
-    from slmkit.training.logging import throughput as gauges
-
-    measured = gauges.measured_peak
-    gauges.measured_peak = lambda device: measured(dataclasses.replace(device, compute_dtype=torch.float32))
-    yield
-    gauges.measured_peak = measured
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""How good a model is: loss and bits per byte, and the share of questions it answers exactly."""
+"""Evaluation of a model: loss, bits per byte and exact-match accuracy on questions."""
 
 from slmkit.evaluation.loss import LossReport, validation_loss
 from slmkit.evaluation.questions import QuestionReport, ask

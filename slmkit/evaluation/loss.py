@@ -20,7 +20,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class LossReport:
-    """A sum of losses and what it is over."""
+    """The summed loss in nats, and the number of tokens it was summed over."""
 
     nats: float
     tokens: int
@@ -35,7 +35,7 @@ class LossReport:
         return math.exp(self.loss)
 
     def bits_per_byte(self, text_bytes: int) -> float:
-        """Comparable between tokenizers. `text_bytes` is the UTF-8 length of the text that was evaluated."""
+        """Bits per UTF-8 byte, comparable between tokenizers. `text_bytes`: UTF-8 length of the evaluated text."""
         return self.nats / math.log(2) / text_bytes
 
 
@@ -50,11 +50,10 @@ def validation_loss(
     world: int = 1,
     progress: Callable[[int, int], None] = lambda done, rows: None,
 ) -> LossReport:
-    """Cross-entropy of every label in `rows`, in the precision the model is used in.
+    """Cross-entropy summed over all labels of `rows`, in the device's compute precision.
 
-    `separate`: no document of a row sees another, as it was in training with `data.separate_documents`. Each of `world`
-    ranks sums its share of the batches; a share may be empty. `progress` is told of the rows that are done, and of how
-    many there are.
+    `separate`: attention stays inside a document, as in training with `data.separate_documents`. Each of `world` ranks
+    sums its share of the batches; a share may be empty. `progress` gets the rows done and their total number.
     """
     was_training = model.training
     model.eval()

@@ -1,4 +1,4 @@
-"""Questions with one right answer: the model is asked in a conversation and must say exactly that."""
+"""Exact-match accuracy on questions with one right answer, asked as conversations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Messages = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Answer:
-    """What was asked last, what is right, and what the model said."""
+    """A question, its expected answer and the model's answer."""
 
     question: str
     expected: str
@@ -39,7 +39,7 @@ class QuestionReport:
 
     @property
     def standard_error(self) -> float:
-        """Of the share, as of a proportion."""
+        """Standard error of the share (binomial)."""
         return (self.share_right * (1 - self.share_right) / len(self.answers)) ** 0.5
 
 
@@ -49,14 +49,14 @@ def ask(
     questions: Sequence[tuple[Messages, str]],
     progress: Callable[[int], None] = lambda done: None,
 ) -> QuestionReport:
-    """Answer each conversation's last question greedily. `questions` pairs messages with the expected answer."""
+    """Generate answers greedily and compare them. `questions`: pairs of messages and the expected answer."""
     greedy = SamplingSettings(do_sample=False)
     device = decoder.device
     answers = []
     for done, (messages, expected) in enumerate(questions, start=1):
         prompt = tokenizer.encode_chat(messages, add_generation_prompt=True).ids
         room = min(2 * len(tokenizer.encode(expected)) + 8, decoder.max_positions - len(prompt))
-        if room < 1:  # the story alone fills the context: counted as wrong, not left out
+        if room < 1:  # the prompt fills the context: counted as wrong
             answers.append(Answer(messages[-1]["content"], expected, ""))
             continue
         ids = generate_ids(

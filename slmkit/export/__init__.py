@@ -1,1 +1,1 @@
-"""Models for other engines: GGUF, ONNX, model cards. Empty until the first of them stands."""
+"""Export of models: the model card. GGUF and ONNX are still to come."""

@@ -1,4 +1,4 @@
-"""The README.md of a published model: what it is, how it is loaded, what it was trained on, and how good it is."""
+"""The README.md of a published model: its shape, how to load it, its training data and its results."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ TRAINING_KEYS = (
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card says besides the model's shape; what is empty is left out."""
+    """Contents of a model card besides the model's shape; empty ones are left out."""
 
     name: str  # OWNER/NAME
-    base: str | None = None  # the model that it was trained on from, by its name on the hub
+    base: str | None = None  # hub name of the base model
     is_adapter: bool = False
     recipe: Mapping[str, Any] = field(default_factory=dict)
     metrics: Sequence[Mapping[str, Any]] = ()  # lines of metrics.jsonl
@@ -32,7 +32,7 @@ class CardFacts:
 
 
 def model_card(facts: CardFacts, config: SLMConfig) -> str:
-    """The file's text: a YAML header that the hub reads, and Markdown."""
+    """The text of the model card: a YAML header for the hub, then Markdown."""
     a = architecture_of(config)
     sources = _sources(facts.recipe)
     header: dict[str, Any] = {
@@ -95,7 +95,7 @@ def _results(metrics: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _sources(recipe: Mapping[str, Any]) -> list[str]:
-    """Names of the data: of the hub as they are, of local paths the last part alone."""
+    """Names of the data sources; for local paths only the last part."""
     data = recipe.get("data", {})
     one = data.get("source") or []
     paths = [one] if isinstance(one, str) else [*one]

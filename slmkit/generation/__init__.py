@@ -1,1 +1,1 @@
-"""From logits to text: sampling, the generator, streaming, conversations. The names are loaded when first used."""
+"""Text generation: sampling, the generator, streaming, conversations. Names are loaded on first use."""

@@ -1,4 +1,4 @@
-"""A conversation with a model: history in, the next answer out."""
+"""Chat sessions: message history in, streamed answer out."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ Messages = list[dict[str, str]]
 class ChatSession:
     """Keeps the messages of a conversation and streams the model's answers.
 
-    When history and answer outgrow the context, the oldest exchanges are forgotten (`forgotten` counts their messages),
-    the system message never.
+    When history and answer exceed the context, the oldest exchanges are left out of the prompt (`forgotten` counts
+    their messages); the system message is kept.
     """
 
     def __init__(
@@ -39,16 +39,16 @@ class ChatSession:
         self.max_new_tokens = max_new_tokens
         self.messages: Messages = [{"role": "system", "content": system}] if system else []
         self.forgotten = 0
-        self.finish_reason: FinishReason | None = None  # of the last answer; None where it was stopped
+        self.finish_reason: FinishReason | None = None  # of the last answer; None if it was interrupted
 
     def reset(self) -> None:
-        """Forget everything but the system message."""
+        """Delete all messages but the system message."""
         self.messages, self.forgotten = _beginning(self.messages), 0
 
     def reply(self, text: str) -> Generator[str, None, None]:
-        """Stream the answer to `text`. What was said of it by the time the stream ends or is closed is remembered.
+        """Stream the answer to `text`. What was generated until the stream ends or is closed is added to the messages.
 
-        Raises `UserError` for a message that leaves no room for an answer; nothing is remembered or forgotten then.
+        Raises `UserError` if the message leaves no room for an answer; the messages then stay unchanged.
         """
         messages, prompt = self._that_fit([*self.messages, {"role": "user", "content": text}])
         stream = TextStream(
@@ -67,12 +67,12 @@ class ChatSession:
             if answer:
                 self.messages.append({"role": "assistant", "content": answer})
             else:
-                self.messages.pop()  # nothing was said: the template has no empty turns
+                self.messages.pop()  # no answer: the template has no empty turns
 
     def _that_fit(self, messages: Messages) -> tuple[Messages, list[int]]:
-        """The messages without the oldest exchanges, as few as leave room for an answer, and their tokens."""
+        """The messages without the oldest exchanges, as few as leave room for an answer, and their ids [prompt]."""
         context = self.decoder.max_positions
-        # A quarter of the context at least: room for all of a long `max_new_tokens` would leave none for the history.
+        # At most a quarter of the context: reserving all of a large `max_new_tokens` would leave none for the history.
         room = max(1, min(self.max_new_tokens, context // 4))
         beginning = _beginning(messages)
         ids: list[int] = []
@@ -85,15 +85,15 @@ class ChatSession:
         raise UserError(f"{len(ids)} tokens leave no room for an answer in a context of {context}: write {what}")
 
     def save(self, path: str | Path) -> None:
-        """Write the conversation as JSON (`{"messages": […]}`), on one line, as fine-tuning reads it.
+        """Write the conversation as one line of JSON (`{"messages": […]}`), the format of fine-tuning data.
 
-        Raises `UserError` where it cannot be written; what stood there before stays then.
+        Raises `UserError` if it cannot be written; an existing file then stays unchanged.
         """
         path = Path(path)
         fresh = path.parent / f".{path.name}.tmp"
         line = json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n"
         try:
-            fresh.write_bytes(line.encode("utf-8", "replace"))  # a terminal may hand over halves of surrogate pairs
+            fresh.write_bytes(line.encode("utf-8", "replace"))  # terminals may pass lone surrogates
             os.replace(fresh, path)
         except (OSError, ValueError) as error:
             with contextlib.suppress(OSError, ValueError):
@@ -101,9 +101,9 @@ class ChatSession:
             raise UserError(f"{path}: the conversation cannot be saved: {error}") from None
 
     def load(self, path: str | Path) -> None:
-        """Go on with a conversation that was saved, its system message included.
+        """Replace the messages by those of a saved conversation, its system message included.
 
-        Raises `UserError` for a file that is missing or holds anything else; the present conversation stays then.
+        Raises `UserError` for a missing or invalid file; the current messages then stay unchanged.
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -113,17 +113,17 @@ class ChatSession:
 
 
 def _beginning(messages: Messages) -> Messages:
-    """The system message, where there is one."""
+    """The system message, if there is one."""
     return [message for message in messages[:1] if message["role"] == "system"]
 
 
 def _checked(content: Any, path: str | Path) -> Messages:
-    """The messages in a saved file, when they are exchanges that all have their answer."""
+    """The messages of a saved file. Raises `UserError` unless every user message has its answer."""
     messages = content.get("messages") if isinstance(content, dict) else None
     if not isinstance(messages, list):
         raise UserError(f'{path}: not a saved conversation: expected {{"messages": […]}}')
     try:
-        # As if one more were asked: so that a conversation may be empty, but not end with an unanswered message.
+        # With one more question appended, an empty conversation passes and one that ends with a question does not.
         check_messages([*messages, {"role": "user", "content": ""}], add_generation_prompt=True)
     except UserError as error:
         raise UserError(f"{path}: not a saved conversation: {error}") from None

@@ -1,8 +1,8 @@
-"""An ensemble: several models that read the same tokens, whose probabilities are averaged at every position.
+"""An ensemble: several models with one vocabulary, whose probabilities are averaged at every position.
 
     p(token) = Σ w_i p_i(token),   Σ w_i = 1
 
-It is used wherever a decoder is: its hidden states are the members' beside each other, its cache is theirs.
+It has a decoder's interface: its hidden states are the members' concatenated, its cache is a list of theirs.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from slmkit.tokenizer import SLMTokenizer
 
 
 class MemberCaches(list[KVCache]):
-    """One of each member."""
+    """The KV cache of each member."""
 
     def repeat(self, times: int) -> None:
-        """As `KVCache.repeat`."""
+        """Repeat each sequence `times` times in every cache, as `KVCache.repeat`."""
         for cache in self:
             cache.repeat(times)
 
 
 class Ensemble(nn.Module):
-    """The mean of the members' probabilities, weighted by `weights` (default: all alike), which need not sum to one.
+    """The mean of the members' probabilities, weighted by `weights` (default: equal), which need not sum to one.
 
-    Members may differ in everything but the vocabulary; the context is the shortest of theirs. Raises `UserError` for
-    no members, vocabularies of different sizes, and weights that are not one positive number a member.
+    Members may differ in everything but the vocabulary; the context is that of the shortest. Raises `UserError` for
+    no members, vocabularies of different sizes, and weights that are not one positive number per member.
     """
 
     def __init__(self, members: Sequence[Decoder], weights: Sequence[float] | None = None) -> None:
@@ -48,7 +48,7 @@ class Ensemble(nn.Module):
         if len(weights) != len(members) or not all(0 < weight < math.inf for weight in weights):
             raise UserError(f"weights {_listed(weights)}: expected {len(members)} positive numbers, one a model")
         self.members = list(members)
-        self.registered = nn.ModuleList(members)  # so that `to`, `eval` and `train` reach them
+        self.registered = nn.ModuleList(members)  # for `to`, `eval` and `train`
         self.log_weights = [math.log(weight / sum(weights)) for weight in weights]
         self.widths = [member.architecture.width for member in members]
         self.max_positions = min(member.max_positions for member in members)
@@ -59,7 +59,7 @@ class Ensemble(nn.Module):
         return self.members[0].device
 
     def new_cache(self, batch_size: int, max_length: int, padding: Tensor | None = None) -> MemberCaches:
-        """An empty cache of each member."""
+        """An empty cache for each member; padding [batch]: tokens at the left of each sequence to be masked."""
         return MemberCaches(member.new_cache(batch_size, max_length, padding) for member in self.members)
 
     def forward(
@@ -69,7 +69,7 @@ class Ensemble(nn.Module):
         documents: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """ids [batch, new] → the members' hidden states beside each other [batch, new, sum of widths]."""
+        """ids [batch, new] → the members' hidden states, concatenated [batch, new, sum of widths]."""
         caches: Sequence[KVCache | None] = cache or [None] * len(self.members)
         hidden = [member(ids, its, documents, attention_mask) for member, its in zip(self.members, caches)]
         return torch.cat(hidden, dim=-1)
@@ -77,8 +77,8 @@ class Ensemble(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden states [..., sum of widths] → logits [..., vocab_size], float32, whose softmax is the mean.
 
-        They are log-probabilities plus the mean of the members' normalizers: one number a position, which no
-        probability feels, but without which a repetition penalty, which goes by sign, would not find a model's logits.
+        The mean's log-probabilities plus the mean of the members' log-normalizers. This shift changes no probability;
+        the repetition penalty needs it, since it depends on the sign of the logits.
         """
         each = [member.logits(part).float() for member, part in zip(self.members, hidden.split(self.widths, dim=-1))]
         norms = torch.stack([logits.logsumexp(-1, keepdim=True) for logits in each])  # [members, ..., 1]
@@ -88,12 +88,12 @@ class Ensemble(nn.Module):
 
 
 def together(decoders: Sequence[Decoder]) -> LanguageModel:
-    """A model as it is; of several the ensemble, in which all count alike."""
+    """The model itself if there is one, else the ensemble with equal weights."""
     return decoders[0] if len(decoders) == 1 else Ensemble(decoders)
 
 
 def common_tokenizer(directories: Sequence[str | Path]) -> SLMTokenizer:
-    """The tokenizer of the first, which must be that of all. Raises `UserError` where an id means different things."""
+    """The tokenizer of the first directory. Raises `UserError` if another's ids differ, or if there is no directory."""
     if not directories:
         raise UserError("an ensemble without models: name at least one")
     first, *others = directories

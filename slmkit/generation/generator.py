@@ -1,4 +1,4 @@
-"""The generator: read the prompt once, then one position a step over the KV cache."""
+"""The generator: prefill of the prompt, then one token per step with the KV cache."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from slmkit.generation.language_model import LanguageModel
 from slmkit.generation.sampling import Sampler
 from slmkit.generation.sampling_settings import SamplingSettings
 
-# A stop token or string, as many tokens as were asked for, or no room left in the model's context.
+# A stop token or string, `max_new_tokens` reached, or the model's context is full.
 FinishReason = Literal["stop", "length", "context"]
 
 
 def room_after(decoder: LanguageModel, prompt: int, max_new_tokens: int) -> tuple[int, FinishReason]:
-    """How many tokens can follow a prompt of so many, and what ends them if nothing else does.
+    """The number of tokens that can follow a prompt of `prompt` tokens, and the finish reason when all are used.
 
     Raises `UserError` for an empty prompt, one that fills the context, and fewer than one new token.
     """
@@ -45,13 +45,12 @@ def token_steps(
     num_return_sequences: int = 1,
     known: np.ndarray | None = None,
 ) -> Iterator[Tensor]:
-    """The next token of every row, [batch * num_return_sequences], `count` times; prompt_ids [batch, prompt].
+    """prompt_ids [batch, prompt] → yields the next token per sequence [batch * num_return_sequences], `count` times.
 
-    `padding` [batch]: how many tokens at the left of each row are none of its own. `known` bool [ids]: which ids may be
-    drawn, and none beyond; None: all. A prompt is read once, however many
-    texts are to follow it: they are rows side by side. The caller decides when rows have
-    ended. Between two steps nothing is left changed, neither the model's mode nor torch's, so that whoever takes the
-    tokens may train meanwhile, generate something else, or never come back.
+    `padding` [batch]: padding tokens at the left of each sequence. `known` bool [ids]: ids that may be drawn, none
+    beyond; None: all. A prompt is read once, and the sequences that continue it are adjacent in the batch. The caller
+    detects ended sequences. The model's mode and torch's gradient mode are restored before each yield, so the caller
+    may train or generate between steps, or stop early.
     """
     sampler = Sampler(settings, prompt_ids.device, known)
     cache = decoder.new_cache(prompt_ids.size(0), prompt_ids.size(1) + count, padding)
@@ -69,7 +68,7 @@ def token_steps(
 
 
 def _own_tokens(ids: Tensor, padding: Tensor | None) -> Tensor:
-    """`ids` with padding replaced by the first token behind it, so that nothing is taken for said that was not."""
+    """ids [batch, sequence], padding replaced by the first token after it, so the repetition penalty ignores it."""
     if padding is None:
         return ids
     columns = torch.arange(ids.size(1), device=ids.device)
@@ -78,7 +77,7 @@ def _own_tokens(ids: Tensor, padding: Tensor | None) -> Tensor:
 
 @contextmanager
 def _evaluating(decoder: LanguageModel) -> Iterator[None]:
-    """Without dropout and without gradients. Touches no module where none is in training mode: that would take time."""
+    """Evaluation and inference mode; visits no module of a model that is in evaluation mode, to save time."""
     was_training = decoder.training
     if was_training:
         decoder.eval()
@@ -102,12 +101,12 @@ def generate_ids(
     num_return_sequences: int = 1,
     known: np.ndarray | None = None,
 ) -> Tensor:
-    """prompt_ids [batch, prompt] → [batch * num_return_sequences, prompt + new]: the prompt, the new tokens and the one
-    that ended them; what follows one prompt is side by side.
+    """prompt_ids [batch, prompt] → [batch * num_return_sequences, prompt + new]: prompt, new tokens and the stop token.
 
-    Prompts of different lengths stand at the right, behind `padding` [batch] tokens that are not read. Rows that have
-    ended are filled with `pad_token_id`; it ends when all have, or the context is full. Raises `UserError` as
-    `room_after` does, and for fewer than one sequence.
+    The continuations of one prompt are adjacent. Shorter prompts are left-padded; `padding` [batch] counts the tokens
+    to be masked. Ended sequences are filled with `pad_token_id`; generation ends when all have ended or the context is
+    full. `known` bool [ids] as in `token_steps`. Raises `UserError` as `room_after` does, and for fewer than one
+    sequence.
     """
     if num_return_sequences < 1:
         raise UserError(f"num_return_sequences {num_return_sequences}: expected 1 or more")
@@ -125,10 +124,10 @@ def generate_ids(
 
 
 class IdStream:
-    """Iterates once over the new ids of one sequence as they come, the one that ends it included.
+    """Iterates once over the new ids of one sequence, prompt_ids [prompt], as they are generated, stop token included.
 
-    `tokens` counts them, `seconds` is the time their making took, whatever was done with them meanwhile;
-    `finish_reason` is known at the end, and None until then. Raises `UserError` as `room_after` does.
+    `tokens` counts them; `seconds` is the generation time without the caller's own; `finish_reason` is None until the
+    end. `known` bool [ids] as in `token_steps`. Raises `UserError` as `room_after` does.
     """
 
     def __init__(
@@ -151,7 +150,7 @@ class IdStream:
     def __iter__(self) -> Iterator[int]:
         started = time.perf_counter()
         for step in self._steps:
-            token = int(step)  # waits for the device
+            token = int(step)  # synchronizes with the device
             self.seconds += time.perf_counter() - started
             self.tokens += 1
             if token in self._stop_ids:

@@ -1,4 +1,4 @@
-"""What generation and evaluation ask of a model: a decoder is one, and so is an ensemble."""
+"""The interface that generation and evaluation require of a model; decoders and ensembles have it."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from torch import Tensor
 
 
 class LanguageModel(Protocol):
-    """Token ids in, hidden states out; logits from hidden states.
+    """Token ids → hidden states → logits.
 
-    What the last dimension of hidden states means is the model's own affair: whoever holds them may choose positions
-    among them, and hand those to `logits`. A cache is made by `new_cache`, and goes with the rows it was made for; its
-    `repeat(times)` makes of each row so many.
+    Callers may index positions of the hidden states and pass those to `logits`, but not interpret the last dimension.
+    A cache comes from `new_cache` and belongs to one batch.
+    `cache.repeat(times)` repeats each sequence of it.
     """
 
     training: bool
 
     @property
     def max_positions(self) -> int:
-        """The longest text, in tokens."""
+        """The context length in tokens."""
 
     @property
     def device(self) -> torch.device:
-        """Where ids must be."""
+        """The device for ids."""
 
     def __call__(self, ids: Tensor, cache: Any = None, documents: Tensor | None = None) -> Tensor:
-        """ids [batch, new] → hidden states [batch, new, width]; with a cache, ids continue what it holds."""
+        """ids [batch, new] → hidden states [batch, new, width]; with a cache, ids continue the cached ones."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden states [..., width] → logits [..., vocab_size]."""
 
     def new_cache(self, batch_size: int, max_length: int, padding: Tensor | None = None) -> Any:
-        """An empty cache; `padding` [batch] columns at the left of each row are not read."""
+        """An empty cache; padding [batch]: tokens at the left of each sequence to be masked."""
 
     def eval(self) -> Any: ...
 

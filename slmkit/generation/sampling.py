@@ -1,4 +1,4 @@
-"""How the next token is chosen. Each rule is a function from logits to logits; their order is that of transformers."""
+"""Sampling of the next token. Each rule is a function from logits to logits, applied in transformers' order."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from slmkit.generation.sampling_settings import SamplingSettings
 # logits [batch, vocab_size], ids so far [batch, sequence] → logits [batch, vocab_size]
 Rule = Callable[[Tensor, Tensor], Tensor]
 NEVER = -torch.inf
-FEW = 64  # candidates that a nucleus is first looked for among
+FEW = 64  # candidates that `top_p` sorts first
 
 
 def rules_of(settings: SamplingSettings) -> list[Rule]:
-    """Those that change anything, in order. Greedy decoding is subject to the penalty alone."""
+    """The rules that have an effect with these settings, in order. Greedy decoding uses only the repetition penalty."""
     rules: list[Rule] = []
     if settings.repetition_penalty != 1:
         rules.append(repetition_penalty(settings.repetition_penalty))
@@ -37,7 +37,7 @@ def rules_of(settings: SamplingSettings) -> list[Rule]:
 
 
 def repetition_penalty(penalty: float) -> Rule:
-    """Divide the positive logits of tokens already there by `penalty`, multiply negative ones (arXiv:1909.05858)."""
+    """Divide positive logits of tokens already in `ids` by `penalty`, multiply negative ones (arXiv:1909.05858)."""
 
     def rule(logits: Tensor, ids: Tensor) -> Tensor:
         said = logits.gather(-1, ids)  # [batch, sequence]
@@ -47,12 +47,12 @@ def repetition_penalty(penalty: float) -> Rule:
 
 
 def temperature(t: float) -> Rule:
-    """Divide all logits by t: below 1 the likely becomes likelier, above 1 everything becomes more alike."""
+    """Divide all logits by t: below 1 sharpens the distribution, above 1 flattens it."""
     return lambda logits, ids: logits / t
 
 
 def top_k(k: int) -> Rule:
-    """Keep the k likeliest tokens, and whatever ties with the last of them."""
+    """Keep the k most likely tokens, and all that tie with the last of them."""
 
     def rule(logits: Tensor, ids: Tensor) -> Tensor:
         last = logits.topk(min(k, logits.size(-1))).values[..., -1:]  # [batch, 1]
@@ -62,18 +62,18 @@ def top_k(k: int) -> Rule:
 
 
 def top_p(p: float) -> Rule:
-    """Keep the smallest set of likeliest tokens that together have probability p (nucleus, arXiv:1904.09751)."""
+    """Keep the smallest set of most likely tokens with total probability p (nucleus, arXiv:1904.09751)."""
 
     def rule(logits: Tensor, ids: Tensor) -> Tensor:
         probabilities, vocab_size = logits.softmax(-1), logits.size(-1)
-        # A nucleus is mostly small, and sorting a whole vocabulary can take longer than the model: look among a few
-        # first, then among more.
+        # A nucleus is mostly small, and sorting a whole vocabulary can take longer than the model: sort a few
+        # candidates first, then more.
         count = min(FEW, vocab_size)
-        likeliest, order = probabilities.topk(count)  # [batch, count], falling
+        likeliest, order = probabilities.topk(count)  # [batch, count], descending
         while count < vocab_size and bool((likeliest.sum(-1) < p).any()):
             count = min(8 * count, vocab_size)
             likeliest, order = probabilities.topk(count)
-        likelier = likeliest.cumsum(-1) - likeliest  # what all likelier tokens have together: 0 for the first
+        likelier = likeliest.cumsum(-1) - likeliest  # probability of all more likely tokens: 0 for the first
         kept = logits.gather(-1, order).masked_fill(likelier >= p, NEVER)
         return torch.full_like(logits, NEVER).scatter(-1, order, kept)
 
@@ -81,7 +81,7 @@ def top_p(p: float) -> Rule:
 
 
 def min_p(p: float) -> Rule:
-    """Keep tokens at least p times as likely as the likeliest (arXiv:2407.01082)."""
+    """Keep tokens at least p times as likely as the most likely one (arXiv:2407.01082)."""
 
     def rule(logits: Tensor, ids: Tensor) -> Tensor:
         probabilities = logits.softmax(-1)
@@ -91,10 +91,10 @@ def min_p(p: float) -> Rule:
 
 
 class Sampler:
-    """Chooses one token a row, from a generator of its own: the same seed gives the same tokens."""
+    """Chooses one token per sequence with a generator of its own: the same seed gives the same tokens."""
 
     def __init__(self, settings: SamplingSettings, device: torch.device, known: np.ndarray | None = None) -> None:
-        """`known` bool [ids]: which ids are tokens. The head's others, and all beyond, are never chosen."""
+        """`known` bool [ids]: which ids are tokens. All others, and those beyond it, are never chosen."""
         self.rules, self.is_greedy = rules_of(settings), settings.is_greedy
         self.known = None if known is None else torch.from_numpy(known).to(device)
         self.generator = torch.Generator(device)
@@ -104,9 +104,9 @@ class Sampler:
             self.generator.manual_seed(settings.seed)
 
     def __call__(self, logits: Tensor, ids: Tensor) -> Tensor:
-        """logits [batch, vocab_size], ids so far [batch, sequence] → [batch]. Raises `UserError` for logits of NaN."""
+        """logits [batch, vocab_size], ids so far [batch, sequence] → [batch]. Raises `UserError` unless finite."""
         logits = logits.float()
-        if not logits.amax(-1).isfinite().all():  # NaN is the largest; greedy decoding would take it
+        if not logits.amax(-1).isfinite().all():  # amax propagates NaN; argmax would choose it
             raise UserError("the model's logits are not finite: its weights are damaged, or its training diverged")
         if self.known is not None:
             beyond = max(0, logits.size(-1) - len(self.known))
@@ -116,11 +116,11 @@ class Sampler:
         return logits.argmax(-1) if self.is_greedy else self._draw(logits.softmax(-1))
 
     def _draw(self, probabilities: Tensor) -> Tensor:
-        """One index a row, as likely as its probability.  [batch, vocab_size] → [batch]
+        """probabilities [batch, vocab_size] → one index per sequence, drawn with its probability [batch].
 
-        A point between 0 and the sum, and the token in whose stretch it lies: ten times as fast as
-        `torch.multinomial`, which draws a number for every token of the vocabulary.
+        Inverse transform sampling: ten times as fast as `torch.multinomial`, which draws one number per token of the
+        vocabulary.
         """
-        ends = probabilities.cumsum(-1)  # [batch, vocab_size]; a token that is never drawn has a stretch of nothing
+        ends = probabilities.cumsum(-1)  # [batch, vocab_size]; a token of probability 0 has an empty interval
         points = torch.rand(ends.size(0), 1, device=ends.device, generator=self.generator) * ends[:, -1:]
         return torch.searchsorted(ends, points, right=True).squeeze(-1)

@@ -1,4 +1,4 @@
-"""What the next token is chosen by. No torch here: a command checks its options before it loads anything."""
+"""Sampling settings. Does not import torch, so that a command can check its options first."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from slmkit.model.files.generation_config import FILE, not_obeyed, read_generati
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """What to sample by. Temperature 0, or `do_sample=False`, is greedy. Raises `UserError` for values out of range."""
+    """Sampling settings. Temperature 0 or `do_sample=False` is greedy. Raises `UserError` for values out of range."""
 
     temperature: float = 1.0
     top_k: int = 0  # 0: all tokens
@@ -50,10 +50,10 @@ class SamplingSettings:
 
     @classmethod
     def for_model(cls, directory: str | Path, seed: int | None, usual: Mapping[str, float], **given: Any) -> Self:
-        """What was `given`, and for whatever is None there what the model's `generation_config.json` recommends.
+        """The values in `given`; for those that are None, the model's `generation_config.json`, then `usual`.
 
-        Where that recommends nothing, `usual` is taken. As in transformers, a file with a recommendation is greedy
-        unless it says `do_sample: true`. Raises `UserError` for a wrong value in the file; logs what is not obeyed.
+        As in transformers, a file with a recommendation is greedy unless it says `do_sample: true`. Raises `UserError`
+        for a wrong value in the file; logs the recommendations that are ignored.
         """
         content = read_generation_config(Path(directory))
         if ignored := not_obeyed(content):

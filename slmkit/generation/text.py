@@ -1,4 +1,4 @@
-"""Text out of a model, as it comes: whole characters only, and nothing of what ends it."""
+"""Generates text, whole or streamed, without incomplete characters, stop tokens and stop strings."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from slmkit.generation.sampling_settings import SamplingSettings
 
 
 class TextTokenizer(Protocol):
-    """What generating text needs of a tokenizer.
+    """The interface that text generation requires of a tokenizer; ids are [tokens].
 
-    Where there are, `eos_token_id` and `stop_token_ids` end a text, `special_tokens` (spelling → id) are never shown,
-    `encode_prompt` puts before a text what this tokenizer puts there, and no id is drawn that `known_ids` has not.
+    Optional: `eos_token_id` and `stop_token_ids` end a text, `special_tokens` (spelling → id) are not shown,
+    `encode_prompt` prepends the tokenizer's own beginning, `known_ids` are the only ids that are drawn.
     """
 
     def encode(self, text: str) -> list[int]: ...
@@ -26,9 +26,9 @@ class TextTokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Continuation:
-    """What was generated, without the prompt.
+    """The generated text, without the prompt.
 
-    `tokens` includes the one that ended it, which is not in the text; `seconds` includes reading the prompt.
+    `tokens` includes the stop token, which is not in the text; `seconds` includes the prefill.
     """
 
     text: str
@@ -42,11 +42,12 @@ class Continuation:
 
 
 class TextStream:
-    """Iterates once over the pieces of a text as they come. Together they are the text.
+    """Iterates once over the pieces of a text as they are generated; prompt_ids [prompt]. Concatenated, they are the
+    text.
 
-    Bytes that are no whole character yet, and text that may be the beginning of a stop string, are held back until
-    it is clear what they are. `finish_reason` is known at the end, and None until then. Raises `UserError` for an
-    empty prompt, one that fills the context, and fewer than one new token.
+    Incomplete characters, and text that may begin a stop string, are held back until they are complete.
+    `finish_reason` is None until the end. Raises `UserError` for an empty prompt, one that fills the context, and fewer
+    than one new token.
     """
 
     def __init__(
@@ -76,12 +77,12 @@ class TextStream:
 
     @property
     def tokens(self) -> int:
-        """How many tokens were generated so far, the one that ended the text included."""
+        """The number of tokens generated so far, stop token included."""
         return self._ids.tokens
 
     @property
     def seconds(self) -> float:
-        """How long that took, without what was done with the pieces meanwhile."""
+        """The generation time so far, without the caller's own."""
         return self._ids.seconds
 
     def __iter__(self) -> Iterator[str]:
@@ -118,10 +119,10 @@ def stream_completion(
     max_new_tokens: int,
     stop: Sequence[str] = (),
 ) -> TextStream:
-    """Continue a plain text. An empty prompt lets the model begin.
+    """Stream the continuation of a plain text; an empty prompt starts a new text.
 
-    In front stands what the tokenizer itself puts there, such as a beginning-of-text token. Raises `UserError` as
-    `TextStream` does.
+    The tokenizer's own beginning, such as a beginning-of-text token, is prepended. Raises `UserError` as `TextStream`
+    does.
     """
     encode = getattr(tokenizer, "encode_prompt", None)
     ids = encode(prompt) if encode else [*_document_start(tokenizer), *tokenizer.encode(prompt)]
@@ -137,7 +138,7 @@ def complete(
     max_new_tokens: int,
     stop: Sequence[str] = (),
 ) -> Continuation:
-    """All of what `stream_completion` streams, at once."""
+    """The whole continuation of `prompt`, generated at once. Raises `UserError` as `TextStream` does."""
     stream = stream_completion(decoder, tokenizer, prompt, settings=settings, max_new_tokens=max_new_tokens, stop=stop)
     text = "".join(stream)
     assert stream.finish_reason is not None, "a stream that has been read to its end knows why it ended"

@@ -1,4 +1,4 @@
-"""Text to tokens and back: train a byte-level BPE, load any `tokenizer.json`, render conversations with a loss mask."""
+"""Text to tokens and back: trains a byte-level BPE, loads any `tokenizer.json`, renders chats with a loss mask."""
 
 from slmkit.tokenizer.chat import ChatTokens
 from slmkit.tokenizer.tokenizer import SLMTokenizer

@@ -1,7 +1,7 @@
-"""Byte-level BPE: every text is bytes, every byte is a token, and merges of frequent pairs make longer tokens.
+"""Byte-level BPE: each of the 256 bytes is a token, and merges of frequent pairs form longer tokens.
 
 GPT-2 (Radford et al. 2019, section 2.2) writes each byte as one printable character, so that a vocabulary is readable
-JSON; here is that alphabet, a vocabulary of bytes alone, its training, and the bytes that each token stands for.
+JSON. This module has that alphabet, the vocabulary without merges, its training, and the bytes of each token.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ END_OF_TEXT, PADDING, TURN_START, TURN_END = "<|endoftext|>", "<|pad|>", "<|im_s
 SPECIALS = (END_OF_TEXT, PADDING, TURN_START, TURN_END)  # ids 0 to 3
 SMALLEST = len(SPECIALS) + 256
 
-LONGEST_WORD = 256  # bytes of a word that merges are learned from; longer ones are cut, in training alone
-# A pair seen once is an accident of the text.
+LONGEST_WORD = 256  # bytes; in training, longer words are cut
+# A pair must occur at least twice to be merged.
 MIN_FREQUENCY = 2
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -28,7 +28,7 @@ _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # SentencePiece's spelling of a b
 
 
 def _byte_characters() -> list[str]:
-    """The character that stands for each of the 256 bytes: itself where it is printable, else one from U+0100 on."""
+    """The character for each of the 256 bytes: the byte's own if printable, else one from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     characters, others = [], 0
     for byte in range(256):
@@ -42,17 +42,17 @@ _BYTE_OF = {character: byte for byte, character in enumerate(BYTE_CHARACTERS)}
 
 
 def untrained() -> Tokenizer:
-    """The special tokens and the 256 bytes, no merges: usable as it is.
+    """A usable tokenizer of the special tokens and the 256 bytes, without merges.
 
-    The bytes stand in the order of their characters, as the trainer puts them, so that training keeps their ids.
+    The bytes are in the order of their characters, like the trainer's, so that training keeps their ids.
     """
     vocabulary = {token: index for index, token in enumerate([*SPECIALS, *sorted(BYTE_CHARACTERS)])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    # llama.cpp has this very pre-tokenizer under the name "gpt-2": an exported vocabulary splits text there as here.
+    # llama.cpp has the same pre-tokenizer under the name "gpt-2", so an exported vocabulary splits text alike.
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIALS])
-    # In training it stands before every document, so that it stands before every prompt too, whoever loads this.
+    # In training the end-of-text token precedes every document; the post-processor puts it before every prompt.
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{END_OF_TEXT} $A", pair=f"{END_OF_TEXT} $A $B:1", special_tokens=[(END_OF_TEXT, 0)]
     )
@@ -60,9 +60,9 @@ def untrained() -> Tokenizer:
 
 
 def trained(texts: Iterable[str], vocab_size: int, show_progress: bool) -> Tokenizer:
-    """`untrained`, and the merges most frequent in `texts` up to `vocab_size` tokens, or as many as there are.
+    """`untrained` plus the most frequent merges in `texts`, up to `vocab_size` tokens or until no pair repeats.
 
-    Raises `UserError` when `texts` holds no text, or is one string instead of several.
+    Raises `UserError` if `texts` has no text or is a single string.
     """
     if isinstance(texts, str):
         raise UserError("expected several texts to train on, found one string: put it into a list")
@@ -72,10 +72,10 @@ def trained(texts: Iterable[str], vocab_size: int, show_progress: bool) -> Token
         min_frequency=MIN_FREQUENCY,
         special_tokens=list(SPECIALS),
         initial_alphabet=BYTE_CHARACTERS,
-        # The library ends each of its three bars with an empty line on stdout, whether or not there is a terminal.
+        # The library ends its progress bars with empty lines on stdout, with or without a terminal.
         show_progress=show_progress and sys.stderr.isatty() and sys.stdout.isatty(),
     )
-    # The time that a merge takes grows with the length of the words it stands in: text without spaces is one word.
+    # A merge takes time in proportion to the length of its words, and text without spaces is one word: cut words.
     splits = tokenizer.pre_tokenizer
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([splits, pre_tokenizers.FixedLength(LONGEST_WORD)])
     tokenizer.train_from_iterator(_at_least_one(texts), trainer)
@@ -84,13 +84,13 @@ def trained(texts: Iterable[str], vocab_size: int, show_progress: bool) -> Token
 
 
 def is_byte_level(tokenizer: Tokenizer) -> bool:
-    """Whether the vocabulary is written in `BYTE_CHARACTERS`, which its decoder tells."""
+    """Whether the vocabulary is spelled in `BYTE_CHARACTERS`, according to its decoder."""
     decoder = json.loads(tokenizer.decoder.__getstate__()) if tokenizer.decoder else {}
     return any(part.get("type") == "ByteLevel" for part in [decoder, *decoder.get("decoders", [])])
 
 
 def holds_every_byte(tokenizer: Tokenizer) -> bool:
-    """Whether any text has tokens: each of the 256 bytes is one."""
+    """Whether each of the 256 bytes is a token, so that any text can be encoded."""
     if not isinstance(tokenizer.model, models.BPE):
         return bool(getattr(tokenizer.model, "byte_fallback", False)) and _has_all(tokenizer, "<0x{:02X}>")
     if is_byte_level(tokenizer):
@@ -103,10 +103,10 @@ def _has_all(tokenizer: Tokenizer, spelling: str) -> bool:
 
 
 def bytes_of_tokens(tokenizer: Tokenizer) -> list[bytes | None]:
-    """What each id stands for, [largest id + 1]; None where the vocabulary has a gap.
+    """The bytes of each id, [largest id + 1]; None for an unused id.
 
-    Added tokens are spelled as they are, never in `BYTE_CHARACTERS`; the library's own decoder mistakes `č` for a
-    carriage return there. A vocabulary that is not byte-level is read as SentencePiece writes it: `▁` for a space.
+    Added tokens are spelled as plain text, not in `BYTE_CHARACTERS`; the library's decoder would read `č` in one as a
+    carriage return. A vocabulary that is not byte-level is read like SentencePiece's: `▁` is a space.
     """
     of_token = _byte_level_token if is_byte_level(tokenizer) else _sentencepiece_token
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
@@ -119,7 +119,7 @@ def bytes_of_tokens(tokenizer: Tokenizer) -> list[bytes | None]:
 
 
 def byte_token_id(tokenizer: Tokenizer, byte: int) -> int:
-    """The id of the token that is one byte. Raises `UserError` for a vocabulary without it."""
+    """The id of a single byte's token. Raises `UserError` if the vocabulary has none."""
     token = BYTE_CHARACTERS[byte] if is_byte_level(tokenizer) else f"<0x{byte:02X}>"
     index = tokenizer.token_to_id(token)
     if index is None:
@@ -131,14 +131,14 @@ def byte_token_id(tokenizer: Tokenizer, byte: int) -> int:
 
 
 def spelled_bytes(token: str) -> bytes:
-    """The bytes that `BYTE_CHARACTERS` spell. Raises `KeyError` for another character."""
+    """The bytes of a token spelled in `BYTE_CHARACTERS`. Raises `KeyError` for another character."""
     return bytes([_BYTE_OF[character] for character in token])
 
 
 def _byte_level_token(token: str) -> bytes:
     try:
         return spelled_bytes(token)
-    except KeyError:  # a foreign vocabulary may hold control tokens that it does not declare as added
+    except KeyError:  # some vocabularies have control tokens not declared as added
         return token.encode()
 
 
@@ -148,7 +148,7 @@ def _sentencepiece_token(token: str) -> bytes:
 
 
 def _at_least_one(texts: Iterable[str]) -> Iterator[str]:
-    """The texts, halves of surrogate pairs (which are no text) made `?`."""
+    """The texts, lone surrogates replaced by `?`. Raises `UserError` if all are empty."""
     found = False
     for text in texts:
         found = found or bool(text)

@@ -1,4 +1,4 @@
-"""The tokenizer as `transformers` users call it: a call gives `input_ids` and `attention_mask`, as lists or tensors."""
+"""The call interface of `transformers` tokenizers: `input_ids` and `attention_mask`, as lists or tensors."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from slmkit.config import UserError, did_you_mean, methods_checked
 if TYPE_CHECKING:
     from slmkit.tokenizer.chat import ChatTokens, Message, Tools
 
-# The names that transformers has for these; of a pair of texts, only the first ever exists here.
+# transformers' names of the padding and truncation modes; pairs of texts are not supported.
 PADDING = {"longest": True, "max_length": "max_length", "do_not_pad": False}
 TRUNCATION = {"longest_first": True, "only_first": True, "do_not_truncate": False}
-# Arguments of transformers' `apply_chat_template`: those that are known, and others that are no template's switches.
+# Arguments of transformers' `apply_chat_template`: the supported ones, and those that are no switches of a template.
 ARGUMENTS = ("add_generation_prompt", "tokenize", "tools", "return_tensors", "return_dict")
 NO_SWITCHES = (
     "chat_template", "continue_final_message", "max_length", "padding", "return_assistant_tokens_mask",
@@ -24,7 +24,7 @@ NO_SWITCHES = (
 
 
 class BatchEncoding(UserDict[str, Any]):
-    """What a call gives: `input_ids` and `attention_mask`, by key or as attributes; `to(device)` moves tensors."""
+    """The result of a call: `input_ids` and `attention_mask` [texts, tokens], by key or attribute."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -38,7 +38,7 @@ class BatchEncoding(UserDict[str, Any]):
 
 @methods_checked
 class CallableTokenizer:
-    """The calls of `transformers`, by way of the methods of `SLMTokenizer`."""
+    """Methods of `transformers` tokenizers, implemented with those of `SLMTokenizer`."""
 
     padding_side: str = "right"
     model_max_length: int | None = None
@@ -79,12 +79,12 @@ class CallableTokenizer:
         max_length: int | None = None,
         return_tensors: str | None = None,
     ) -> BatchEncoding:
-        """Ids of a text or of several, with what this tokenizer puts before and behind a text.
+        """Ids of one or several texts, including this tokenizer's beginning and ending tokens.
 
-        Special tokens spelled in a text are recognised, as in `transformers`: for what users write, `encode` is the
-        safe way. `padding` ("longest", "max_length") is on `padding_side`; `truncation` cuts at `max_length`, the
-        tokens that end a text kept. With `return_tensors="pt"` int64 [texts, longest]. Raises `UserError` for anything
-        but texts, pairs of texts, padding without a padding token, and tensors of texts of different lengths.
+        Special tokens spelled in a text are recognised, as in `transformers`; for untrusted text use `encode`.
+        `padding` ("longest", "max_length") is on `padding_side`; `truncation` cuts to `max_length` and keeps the ending
+        tokens. `return_tensors="pt"` gives int64 [texts, longest]. Raises `UserError` for anything but texts, for pairs
+        of texts, for padding without a padding token, and for tensors of texts of different lengths.
         """
         if pair:
             raise UserError("tokenizer(…): takes no pairs of texts: pass several texts as a list, options by name")
@@ -112,7 +112,7 @@ class CallableTokenizer:
         max_length: int | None = None,
         return_tensors: str | None = None,
     ) -> BatchEncoding:
-        """Rows of ids as a batch; arguments and errors as for a call."""
+        """Pad sequences of ids [tokens] to a batch [rows, longest]; arguments and `UserError`s as for a call."""
         padding, longest = _choice("padding", padding, PADDING), max(map(len, rows), default=0)
         length = (max_length or self.model_max_length) if padding == "max_length" else longest
         if not isinstance(length, int):
@@ -133,7 +133,7 @@ class CallableTokenizer:
         )
 
     def batch_decode(self, sequences: Iterable[Iterable[int]], skip_special_tokens: bool = False) -> list[str]:
-        """`decode` of each."""
+        """`decode` of each sequence of ids [tokens]."""
         return [self.decode(ids, skip_special_tokens) for ids in sequences]
 
     def apply_chat_template(
@@ -146,10 +146,10 @@ class CallableTokenizer:
         return_dict: bool = False,
         **template_kwargs: Any,
     ) -> Any:
-        """The ids of `encode_chat` (as a batch of one with `return_tensors`), or the text where `tokenize` is False.
+        """The ids [tokens] of `encode_chat` (a batch of one with `return_tensors`), or the text if `tokenize` is False.
 
-        `template_kwargs` are the template's own switches, such as `enable_thinking`. Raises `UserError` for arguments
-        of transformers that have no counterpart here, and for several conversations at once.
+        `template_kwargs` are the template's own switches, such as `enable_thinking`. Raises `UserError` for unsupported
+        arguments of transformers, and for several conversations at once.
         """
         for name, value in template_kwargs.items():
             if name in NO_SWITCHES and value:
@@ -166,17 +166,17 @@ class CallableTokenizer:
         return ids if return_tensors is None else _tensor([ids], return_tensors)
 
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any:
-        """The id of a token as the vocabulary spells it, or of several; None for one that it does not have."""
+        """The id of a token in the vocabulary's spelling, or a list of ids for several; None if unknown."""
         library: Any = self._tokenizer  # type: ignore[attr-defined]
         return library.token_to_id(tokens) if isinstance(tokens, str) else [library.token_to_id(one) for one in tokens]
 
     def convert_ids_to_tokens(self, ids: int | Sequence[int]) -> Any:
-        """The other way."""
+        """The vocabulary's spelling of an id, or a list for several ids [tokens]."""
         library: Any = self._tokenizer  # type: ignore[attr-defined]
         return library.id_to_token(int(ids)) if isinstance(ids, int) else [library.id_to_token(int(one)) for one in ids]
 
     def get_vocab(self) -> dict[str, int]:
-        """Every token as the vocabulary spells it, with its id."""
+        """All tokens in the vocabulary's spelling, with their ids."""
         return dict(self._tokenizer.get_vocab(with_added_tokens=True))  # type: ignore[attr-defined]
 
     @property
@@ -189,7 +189,7 @@ class CallableTokenizer:
 
     @property
     def pad_token(self) -> str | None:
-        """The spelling of `pad_token_id`; it may be set to that of any special token."""
+        """The spelling of `pad_token_id`. May be set to any special token; raises `UserError` for another one."""
         return next((token for token, index in self.special_tokens.items() if index == self.pad_token_id), None)
 
     @pad_token.setter
@@ -200,7 +200,7 @@ class CallableTokenizer:
 
 
 def _choice(name: str, value: Any, names: Mapping[str, Any]) -> Any:
-    """The meaning of `value`: True, False, None or one of `names`."""
+    """The meaning of `value`: True, False, None or one of `names`. Raises `UserError` for another value."""
     if isinstance(value, bool | None):
         return bool(value)
     if value not in names:
@@ -209,7 +209,7 @@ def _choice(name: str, value: Any, names: Mapping[str, Any]) -> Any:
 
 
 def _tensor(rows: list[list[Any]], kind: str | None) -> Any:
-    """The rows as they are, as a torch tensor ("pt") or as a numpy array ("np")."""
+    """The rows as lists (None), a torch tensor ("pt") or a numpy array ("np"), [rows, tokens]. Raises `UserError`."""
     if kind is None:
         return rows
     if len({len(row) for row in rows}) > 1:

@@ -1,9 +1,8 @@
-"""Conversations to text, and which of that text is learned: what the assistant says, and that it then stops.
+"""Renders conversations as text, with the loss mask: the assistant's answers and their end-of-turn tokens are learned.
 
-The loss mask is made while rendering, turn by turn, never by looking for tokens afterwards: what a template adds
-between "now the assistant speaks" and the assistant's whole turn is what the assistant said. Hence it needs no
-`{% generation %}` in the template, which hardly any has. Templates are Jinja as `transformers` runs it
-(chat_template_utils.py), in a sandbox, since they come with models from anywhere.
+The mask is made during rendering, turn by turn: what the template adds between the generation prompt and the
+assistant's whole turn is learned. So the template needs no `{% generation %}`, which few have. Templates are Jinja as
+in `transformers` (chat_template_utils.py), run in a sandbox, since they come with models from anywhere.
 """
 
 from __future__ import annotations
@@ -23,30 +22,30 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from slmkit.config import UserError, kind_of_value
 
-# {"role": one of ROLES, "content": text}, and with OpenAI's names "tool_calls", "tool_call_id", "name",
-# "reasoning_content": the template gets all keys but "weight". An assistant's message of weight 0 is read, not learned.
+# {"role": one of ROLES, "content": text}, and OpenAI's "tool_calls", "tool_call_id", "name", "reasoning_content". The
+# template gets all keys but "weight". An assistant's message of weight 0 is input only, not learned.
 Message = Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]]  # {"type": "function", "function": {"name", "description", "parameters"}}
 
 ROLES = ("system", "user", "assistant", "tool")
-# Why messages are no conversation, beside being no messages.
+# Reasons why messages are not a valid conversation.
 DISORDER, EMPTY, REFUSED = "roles out of order", "an empty turn", "refused by the chat template"
 DROPPED = "more than the chat template renders"
-REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one field
-PROBE = "Xyzzy"  # said by an assistant to see what a template puts behind it
-NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # Unicode keeps them out of all text, for uses like this
+REASONING = ("reasoning_content", "thinking", "reasoning")  # different names of the same field
+PROBE = "Xyzzy"  # a sample answer, to find out what a template writes after it
+NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # code points that Unicode reserves for internal use
 
 
 @dataclass(frozen=True)
 class ChatTokens:
-    """A conversation as a model sees it: `ids` and, for each, whether it is learned."""
+    """The token ids of a conversation [tokens], and whether each is learned [tokens]."""
 
     ids: list[int]
     trained: list[bool]
 
 
 class ConversationError(UserError):
-    """Messages that are no conversation. `reason` is one of few, to count them by."""
+    """Messages that are not a valid conversation. `reason` is one of few, for counting."""
 
     def __init__(self, message: str, reason: str = "not as expected") -> None:
         super().__init__(message)
@@ -67,10 +66,10 @@ def render(
     tools: Tools | None = None,
     **names: Any,
 ) -> str:
-    """The conversation as text. `names` are what the template may use beside it, such as `bos_token`.
+    """The conversation as text. `names`: further variables for the template, such as `bos_token`.
 
-    Raises `UserError` for malformed messages, for what the template would drop, and with the template's own words
-    where it refuses or fails.
+    Raises `UserError` for malformed messages, for content that the template would drop, and with the template's own
+    message if it refuses or fails.
     """
     check_messages(messages, add_generation_prompt)
     _check_nothing_is_dropped(template, messages, tools, names)
@@ -78,7 +77,7 @@ def render(
 
 
 def _plain(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """What the template gets: all but the weight, the reasoning under each of the names that transformers gives it."""
+    """The messages as the template gets them: without weights, reasoning under each of transformers' names for it."""
     plain = []
     for message in messages:
         rest = {key: value for key, value in message.items() if key != "weight"}
@@ -92,12 +91,12 @@ def _plain(messages: Sequence[Message]) -> list[dict[str, Any]]:
 def _rendered(
     template: str, messages: list[dict[str, Any]], add_generation_prompt: bool, names: Mapping[str, Any]
 ) -> str:
-    """As `render`, of messages that were checked."""
-    names = {"tools": None, "documents": None, **names}  # defined for every template in transformers too
+    """`render` for messages that were checked before."""
+    names = {"tools": None, "documents": None, **names}  # transformers defines these for every template
     compiled = _compiled(template)
     try:
         return compiled.render(messages=messages, add_generation_prompt=add_generation_prompt, **names)
-    except Exception as error:  # a template is a program of somebody else's and fails in any way it likes
+    except Exception as error:  # a template is foreign code and can fail in any way
         message = f"the chat template failed on this conversation: {' '.join(str(error).split())}"
         raise ConversationError(message, REFUSED) from None
 
@@ -105,7 +104,7 @@ def _rendered(
 def _check_nothing_is_dropped(
     template: str, messages: Sequence[Message], tools: Tools | None, names: Mapping[str, Any]
 ) -> None:
-    """Raise `ConversationError` where the conversation has tools, calls or reasoning that the template leaves out."""
+    """Raise `ConversationError` if the template leaves out the conversation's tools, calls or reasoning."""
     wanted = {
         "tools": bool(tools),
         "tool_calls": any(message.get("tool_calls") for message in messages),
@@ -125,7 +124,7 @@ def _check_nothing_is_dropped(
 
 @lru_cache(maxsize=64)
 def _dropped(template: str, names: tuple[tuple[str, str], ...]) -> frozenset[str]:
-    """What of a conversation with a tool and reasoning is not in the text that the template makes of it."""
+    """Which of tools, calls and reasoning the template leaves out, found with sample conversations."""
     call = {"name": "xyzzy_call", "arguments": {"xyzzy_key": "xyzzy_value"}}
     tool = {"name": "xyzzy_tool", "description": "xyzzy", "parameters": {"type": "object", "properties": {}}}
     tools = [{"type": "function", "function": tool}]
@@ -147,7 +146,7 @@ def _dropped(template: str, names: tuple[tuple[str, str], ...]) -> frozenset[str
     for what, (messages, expected) in probes.items():
         try:
             text = _rendered(template, _plain(messages), False, {**dict(names), "tools": tools})
-        except ConversationError:  # the template says itself what it does not take, of the conversation that is meant
+        except ConversationError:  # the real conversation will give the template's own message
             continue
         if expected not in text:
             dropped.add(what)
@@ -162,19 +161,18 @@ def rows_of_segments(
     tools: Tools | None = None,
     **names: Any,
 ) -> list[list[Segment]]:
-    """The text of `render`, cut where learning begins and ends: one row, or several where the template rewrites.
+    """The text of `render`, split where learning begins and ends: one row, or several if the template rewrites turns.
 
     An assistant's turn is learned from the end of its generation prompt through the first of `ends_of_turn`, where
-    generation would stop; no message may spell one (see `shield`). A turn of weight 0 is not learned.
+    generation would stop; no message may contain one (see `shield`). A turn of weight 0 is not learned.
 
-    Some templates write a turn differently once others follow it: Qwen 3's leaves the reasoning out of all turns but
-    those behind the last question. What a turn is answered to is then not what stands before it in the whole
-    conversation, so that it is learned in a row of its own that ends with it: there it stands behind exactly the text
-    that generation will put before it. Each row holds the turns that no row before it has; the last one is the whole
-    conversation as `render` has it.
+    Some templates write a turn differently once others follow it: Qwen 3's leaves out the reasoning of all turns before
+    the last question. In the whole conversation such a turn then follows another text than in generation, so it is
+    learned in a row of its own that ends with it, after exactly the text that generation would put before it. Each row
+    has the turns that no earlier row has; the last one is the whole conversation as in `render`.
 
     Raises `UserError` as `render` does, for a template that does not end the assistant's turns, and for one whose
-    generation prompt is not what it writes before an answer, unless it is only to be answered.
+    generation prompt differs from what it writes before an answer, except with `add_generation_prompt`.
     """
     check_messages(messages, add_generation_prompt)
     _check_nothing_is_dropped(template, messages, tools, names)
@@ -183,7 +181,7 @@ def rows_of_segments(
     plain, done = _plain(messages), ""
 
     def grow(count: int, prompt: bool) -> str:
-        """What rendering the first `count` messages adds to what is done; all of it where that was rewritten."""
+        """What rendering the first `count` messages adds to the current row; all of the text if that was rewritten."""
         nonlocal done
         text = _rendered(template, plain[:count], prompt, names)
         if not text.startswith(done):
@@ -212,7 +210,7 @@ def rows_of_segments(
 
 
 def _answer(said: str, ends_of_turn: Sequence[str], is_learned: bool) -> list[Segment]:
-    """What the assistant says and its end of turn, and what the template writes behind that."""
+    """Segments of the answer with its end of turn, and of what the template writes after it. Raises `UserError`."""
     stop = re.search("|".join(map(re.escape, ends_of_turn)), said)
     if not stop:
         raise UserError(
@@ -225,11 +223,11 @@ def _answer(said: str, ends_of_turn: Sequence[str], is_learned: bool) -> list[Se
 
 @lru_cache(maxsize=64)
 def end_of_turn(template: str, spellings: tuple[str, ...], names: tuple[tuple[str, str], ...]) -> str | None:
-    """The first of `spellings` that the template writes behind what the assistant says; None where there is none."""
+    """The first of `spellings` that the template writes after an answer; None if there is none."""
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}]
     try:
         said = render(template, messages, False, None, **dict(names))
-    except UserError:  # it will say so again, of a conversation that somebody means
+    except UserError:  # rendering a real conversation will raise it again
         return None
     _, found, behind = said.rpartition(PROBE)
     longest_first = "|".join(map(re.escape, sorted(spellings, key=len, reverse=True)))
@@ -240,10 +238,10 @@ def end_of_turn(template: str, spellings: tuple[str, ...], names: tuple[tuple[st
 def shield(
     messages: Sequence[Message], tools: Tools | None, special: re.Pattern[str]
 ) -> tuple[list[Message], Tools | None, str]:
-    """The messages and tools with no special token spelled in them, and the marker to remove from the rendered text.
+    """The messages and tools with special tokens in them made unrecognisable, and the marker to remove after rendering.
 
-    The marker, a character that no message holds, follows every character of such a spelling, so that nothing in it,
-    nor a token that overlaps it, is taken for the template's own. It is '' where no message spells any.
+    The marker, a character in no message, is put after every character of such a spelling, so that neither it nor a
+    token overlapping it is read as the template's own. It is '' if no message contains a special token.
     """
     check_messages(messages)
     said = list(_strings([list(messages), tools]))
@@ -266,7 +264,7 @@ def shield(
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """All text in a value of JSON."""
+    """All strings in a JSON value."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -277,9 +275,10 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def check_messages(messages: Sequence[Message], add_generation_prompt: bool = False) -> None:
-    """Raise `ConversationError` unless this is a system message or none, then user and assistant in turn, with text.
+    """Raise `ConversationError` unless there is at most one system message, then user and assistant alternate, with
+    text.
 
-    Behind an assistant's message with tool calls stand the answers of the tools, then the assistant's next message.
+    An assistant's message with tool calls is followed by the tools' results, then the assistant's next message.
     """
     if not messages:
         raise ConversationError("a conversation without messages: expected at least one from the user", EMPTY)
@@ -352,7 +351,7 @@ def _compiled(template: str) -> jinja2.Template:
 
 
 class _Generation(jinja2.ext.Extension):
-    """Lets `{% generation %} … {% endgeneration %}` pass: transformers' own loss mask, which few templates have."""
+    """Ignores the tags `{% generation %} … {% endgeneration %}`, transformers' own loss mask."""
 
     tags = {"generation"}  # noqa: RUF012, as the base class declares it
 
@@ -362,7 +361,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 def _to_json(value: Any, **options: Any) -> str:
-    """Jinja's own filter escapes HTML characters; a model reads plain JSON."""
+    """JSON without Jinja's HTML escapes."""
     return json.dumps(value, **{"ensure_ascii": False, **options})
 
 

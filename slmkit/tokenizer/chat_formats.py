@@ -1,4 +1,4 @@
-"""The chat templates that come with slmkit, and the tokens they are written with."""
+"""The built-in chat templates and their special tokens."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ TEMPLATES = Path(__file__).with_name("templates")
 
 
 class ChatFormat(NamedTuple):
-    """A template, the special tokens that it writes, and the one among them that begins a text."""
+    """A template, the special tokens that it writes, and its beginning-of-text token."""
 
     template: str | None
     tokens: tuple[str, ...] = ()
     bos_token: str | None = None
 
 
-# ChatML is OpenAI's, written by Qwen and SmolLM too; the others are those of Meta's and Google's models.
+# ChatML is OpenAI's, also used by Qwen and SmolLM; the others are Meta's and Google's.
 TOKENS: dict[str, tuple[str, ...]] = {
     "chatml": ("<|im_start|>", "<|im_end|>"),
     "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
@@ -28,7 +28,7 @@ BEGINNINGS = {"llama3": "<|begin_of_text|>", "gemma": "<bos>"}
 
 
 def find_format(name: str) -> ChatFormat:
-    """`chatml`, `llama3`, `gemma`, or the path of a Jinja file, whose tokens nobody knows but its author.
+    """The format `chatml`, `llama3` or `gemma`, or the one in a Jinja file, whose special tokens are unknown.
 
     Raises `UserError` for another name and for a file that cannot be read.
     """

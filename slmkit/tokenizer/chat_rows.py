@@ -1,4 +1,4 @@
-"""Rendered conversations, and the rows of tokens that they become."""
+"""Rendered conversations, and the token rows made of them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from slmkit.tokenizer.chat import ChatTokens
 
 
 class RenderedRow(NamedTuple):
-    """The text of a conversation, and the stretches of it that are learned, in characters: start, one past the end.
+    """The text of a conversation and its learned ranges, in characters: start, one past the end.
 
-    `shielded`: somebody spells special tokens in it, so that the template's own bear secret spellings.
+    `shielded`: a message spells special tokens, so the template's own are written in secret spellings.
     """
 
     text: str
@@ -35,7 +35,7 @@ class ChatRow(NamedTuple):
 
 
 def is_learned(starts: np.ndarray, ends: np.ndarray, learned: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Which tokens hold a character that is learned, of their places in the text [tokens].  → bool [tokens]"""
+    """Whether each token, int64 starts and ends [tokens], overlaps a learned range of the text.  → bool [tokens]"""
     found = np.zeros(len(starts), dtype=bool)
     for first, last in learned:
         found |= (starts < last) & (ends > first) | (starts == ends) & (starts >= first) & (starts < last)
@@ -43,5 +43,5 @@ def is_learned(starts: np.ndarray, ends: np.ndarray, learned: Sequence[tuple[int
 
 
 def rows_to_learn(rows: list[ChatRow]) -> list[ChatRow]:
-    """Those with anything to learn; the whole conversation where there is nothing in any."""
+    """The rows with learned tokens; the last row, the whole conversation, if there is none."""
     return [row for row in rows if row.trained.any()] or rows[-1:]

@@ -1,7 +1,7 @@
-"""`tokenizer_class` of a `tokenizer_config.json`: `transformers` 5 builds some classes by rules of their own.
+"""Rules of `tokenizer_class` in `tokenizer_config.json`, for classes that `transformers` 5 builds in its own way.
 
-Of `tokenizer.json` it then takes the vocabulary, the merges and, mostly, the post-processor. The classes that language
-models name are built here as there; of any other class it is said that the ids may differ.
+For these it takes only the vocabulary, the merges and, mostly, the post-processor from `tokenizer.json`. The classes
+of language models are built here likewise; for any other class there is a warning that the ids may differ.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ PLAIN = {"", "PreTrainedTokenizer", "PreTrainedTokenizerFast", "TokenizersBacken
 SENTENCEPIECE = {"LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer"}
 LETTERS = {"Qwen2Tokenizer": r"\p{L}", "Qwen3_5Tokenizer": r"\p{L}\p{M}"}
 BYTE_LEVEL = {"GPT2Tokenizer", "GPTNeoXTokenizer", "CohereTokenizer", *LETTERS}
-QWEN = (  # its splits; LETTERS stands for the letters
+QWEN = (  # its pre-tokenizer pattern; LETTERS is replaced by the letters
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[LETTERS]+|\p{N}| ?[^\sLETTERS\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
 def as_its_class_does(tokenizer: Tokenizer, config: dict[str, Any], bos_token: str) -> Tokenizer:
-    """The tokenizer with the rules of the class that the config names; a warning where they are not known."""
+    """The tokenizer with the rules of the config's class; warns if they are unknown."""
     named = str(config.get("tokenizer_class") or "")
     name, spaced = named.removesuffix("Fast"), config.get("add_prefix_space")
     is_bpe, bytes_spelled = isinstance(tokenizer.model, models.BPE), is_byte_level(tokenizer)
@@ -36,14 +36,14 @@ def as_its_class_does(tokenizer: Tokenizer, config: dict[str, Any], bos_token: s
         _sentencepiece(tokenizer, name, spaced is not False, bool(config.get("legacy")))
     elif name == "T5Tokenizer" and isinstance(tokenizer.model, models.Unigram):
         _t5(tokenizer)
-    elif named not in PLAIN and not (name == "LlamaTokenizer" and bytes_spelled):  # which is read as the file has it
+    elif named not in PLAIN and not (name == "LlamaTokenizer" and bytes_spelled):  # used as in the file
         _warn_once(
             f"tokenizer_class {named!r}: transformers may build this class by rules of its own, and the ids used here "
             "are those of tokenizer.json as it stands; if they are right, set tokenizer_class to "
             "'PreTrainedTokenizerFast' in tokenizer_config.json"
         )
     begins = tokenizer.token_to_id(bos_token)
-    if name == "CodeLlamaTokenizer" and begins is not None:  # whatever post-processor the file has
+    if name == "CodeLlamaTokenizer" and begins is not None:  # replaces the file's post-processor
         pair = [bos_token, "$A", bos_token, "$B:1"]
         tokenizer.post_processor = processors.TemplateProcessing(pair[:2], pair, [(bos_token, begins)])
     return tokenizer
@@ -64,7 +64,7 @@ def _byte_level(tokenizer: Tokenizer, name: str, adds_space: bool) -> None:
 
 
 def _sentencepiece(tokenizer: Tokenizer, name: str, adds_space: bool, legacy: bool) -> None:
-    """A space before the first word of a text and, unless `legacy`, behind no special token; Gemma's adds none."""
+    """A space before the first word of a text and, if `legacy`, after special tokens; Gemma's has none."""
     parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     if name == "GemmaTokenizer":
         tokenizer.normalizer = normalizers.Replace(" ", "▁")
@@ -96,5 +96,5 @@ def _t5(tokenizer: Tokenizer) -> None:
 
 @functools.cache
 def _warn_once(line: str) -> None:
-    """A command reads the same tokenizer several times."""
+    """Log a line once, since a command reads the same tokenizer several times."""
     logging.getLogger(__name__).warning(line)

@@ -1,7 +1,6 @@
-"""A tokenizer as a directory: `tokenizer.json` and `tokenizer_config.json`, as Hugging Face's libraries read them.
+"""Reads and writes a tokenizer's directory: `tokenizer.json` and `tokenizer_config.json`, in Hugging Face's format.
 
-Whoever loads a vocabulary from there learns what its special tokens are for from the config; both are read and written
-here, whole or not at all.
+The config says what the vocabulary's special tokens are for. Writing is atomic per file.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ MORE_TOKENS = ("additional_special_tokens", "extra_special_tokens")  # transform
 
 
 class Contents(NamedTuple):
-    """What a tokenizer's directory holds."""
+    """Contents of a tokenizer's directory."""
 
     tokenizer: Tokenizer
     config: dict[str, Any]  # tokenizer_config.json without its chat template
@@ -36,7 +35,7 @@ class Contents(NamedTuple):
 
 
 def own_config() -> dict[str, Any]:
-    """The `tokenizer_config.json` of a tokenizer trained here, readable by transformers 4 and 5."""
+    """The `tokenizer_config.json` of a tokenizer trained here, for transformers 4 and 5."""
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -49,7 +48,7 @@ def own_config() -> dict[str, Any]:
 
 
 def special_spellings(config: dict[str, Any]) -> dict[str, str]:
-    """Every token that the config calls special, by its spelling; the value is its key there or ''."""
+    """Spelling → key in the config, or '', of every token that the config calls special."""
     spellings = {}
     for entry in (config.get("added_tokens_decoder") or {}).values():
         if entry.get("special"):
@@ -63,7 +62,7 @@ def special_spellings(config: dict[str, Any]) -> dict[str, str]:
 def with_tokens(
     config: dict[str, Any], tokenizer: Tokenizer, added: Sequence[str], bos_token: str | None
 ) -> dict[str, Any]:
-    """The config of a tokenizer that has got further tokens, and `bos_token` to begin a text unless that is None."""
+    """The config with further tokens, and with `bos_token` as beginning-of-text token unless that is None."""
     of_id = {token.content: (index, token) for index, token in tokenizer.get_added_tokens_decoder().items()}
     flags = ("lstrip", "normalized", "rstrip", "single_word", "special")
     entries = {
@@ -78,9 +77,9 @@ def with_tokens(
 
 
 def ends_of_a_text(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """The ids that the post-processor puts before a text and behind it.
+    """The ids that the post-processor puts before a text [tokens] and after it [tokens].
 
-    `add_bos_token` of the config says nothing beside a `tokenizer.json`, as in `transformers`.
+    `add_bos_token` of the config has no effect with a `tokenizer.json`, as in `transformers`.
     """
     plain, whole = (tokenizer.encode("a", add_special_tokens=adds).ids for adds in (False, True))
     start = next(place for place in range(len(whole) + 1) if whole[place : place + len(plain)] == plain)
@@ -88,14 +87,14 @@ def ends_of_a_text(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
 
 
 def named_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """`{"eos_token": "<|endoftext|>", …}`: the tokens that the config gives a job."""
+    """Tokens with a named role in the config: `{"eos_token": "<|endoftext|>", …}`."""
     return {key: _spelling(config[key]) for key in NAMED_TOKENS if config.get(key)}
 
 
 def read(directory: str | Path) -> Contents:
-    """Read a directory with a `tokenizer.json`; the config and the template may be missing. `gpt2`: tiktoken's.
+    """Contents of a directory with a `tokenizer.json`; config and template are optional. `gpt2` is tiktoken's.
 
-    Raises `UserError` with the path for a file that is missing or not what its name says.
+    Raises `UserError` with the path for a missing or invalid file.
     """
     directory = Path(directory)
     if is_gpt2(directory):
@@ -117,20 +116,20 @@ def read(directory: str | Path) -> Contents:
         )
     try:
         tokenizer = Tokenizer.from_str(text)
-    except Exception as error:  # the library raises nothing more precise
+    except Exception as error:  # the library raises plain `Exception`
         raise UserError(
             f"{path}: not a readable tokenizer.json ({_one_line(error)}); save or download it again"
         ) from None
     config = _read_config(directory / CONFIG)
     tokenizer = as_its_class_does(tokenizer, config, named_tokens(config).get("bos_token", "<s>"))
     template = config.pop("chat_template", None)
-    if isinstance(template, list):  # several templates, each with a name
+    if isinstance(template, list):  # several named templates
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     return Contents(tokenizer, config, _read_text(directory / TEMPLATE) or template)
 
 
 def write(directory: str | Path, contents: Contents) -> None:
-    """Write `tokenizer.json` and `tokenizer_config.json`, each whole or not at all. Raises `UserError` if it cannot."""
+    """Write `tokenizer.json` and `tokenizer_config.json` atomically. Raises `UserError` if they cannot be written."""
     directory = Path(directory)
     config = dict(contents.config)
     if contents.chat_template is not None:
@@ -139,14 +138,14 @@ def write(directory: str | Path, contents: Contents) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         _write_text(directory / TOKENIZER, contents.tokenizer.to_str(pretty=True))
         _write_text(directory / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-        # The template of a tokenizer that stood here before would win over the one in the config.
+        # A template file left from an earlier tokenizer would take precedence over the config's.
         (directory / TEMPLATE).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{directory}: the tokenizer cannot be written here: {error.strerror or error}") from None
 
 
 def _spelling(token: Any) -> str:
-    """A token is a string, or an object with its `content`."""
+    """The spelling of a token: the string itself, or an object's `content`."""
     return token["content"] if isinstance(token, dict) else str(token)
 
 
@@ -158,7 +157,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = json.loads(text)
         if not isinstance(config, dict):
             raise ValueError(f"expected an object, found {kind_of_value(config)}")
-        special_spellings(config)  # so that a malformed entry is found while its path is known
+        special_spellings(config)  # reports a malformed entry with this path
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path}: cannot be read as a tokenizer's settings ({_one_line(error)}); save or download it again"
@@ -167,7 +166,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _read_text(path: Path) -> str | None:
-    """The file's text, None where there is no file."""
+    """The file's text, None if it does not exist. Raises `UserError` if it cannot be read."""
     try:
         content = path.read_bytes()
         return (gzip.decompress(content) if path.suffix == ".gz" else content).decode()

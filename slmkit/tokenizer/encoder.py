@@ -1,9 +1,9 @@
-"""Text to ids through a `tokenizers.Tokenizer`, with special tokens recognised in it or read as ordinary text.
+"""Text to ids through a `tokenizers.Tokenizer`, with special tokens either recognised or read as ordinary text.
 
-A tokenizer has rules at the edges of a text: a space in front of its first word, or in front of whatever follows a
-special token. So text is encoded whole. Two libraries' tokenizers do it: one recognises special tokens as
-`transformers` does; in the other they bear secret spellings, so that no text holds one, neither as an added token nor
-as an entry of the model's vocabulary (a Unigram model finds `</s>` there too).
+Tokenizers have rules at the beginning of a text or after a special token, such as a space before the first word, so
+text is encoded whole, by one of two copies of the library's tokenizer. One recognises special tokens as `transformers`
+does; in the other they have secret spellings, so that no text contains one, neither as an added token nor as an entry
+of the model's vocabulary (a Unigram model would find `</s>` there).
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from slmkit.tokenizer.chat_rows import ChatRow, RenderedRow, is_learned
 from slmkit.tokenizer.fast_encoder import FastEncoder
 
 PROBE = "The cat  sat; it's 12345.\n\n\tCAFÉ cafe\u0301 ﬁ ½ x_y=f(z)!!! 猫が座った 🐈\r\n "
-STAND_INS = "\ufdd0\n\u2028x"  # characters put where others were; one that merges with its neighbour is of no use
+STAND_INS = "\ufdd0\n\u2028x"  # characters put before text; one that does not merge with it is used
 
-_INVALID_UTF8 = re.compile("([\udc80-\udcff]+)")  # what errors="surrogateescape" makes of bytes that are not UTF-8
+_INVALID_UTF8 = re.compile("([\udc80-\udcff]+)")  # from errors="surrogateescape": bytes that are not UTF-8
 _SURROGATE = re.compile("([\ud800-\udfff])")
 
 
 class TextEncoder:
-    """Ids of any text. `library` recognises special tokens; `special` is spelling → id."""
+    """Encodes any text. `library` recognises special tokens; `special` is spelling → id."""
 
     def __init__(self, library: Tokenizer) -> None:
         self.library = library
-        self.bytes = byte_level.bytes_of_tokens(library)  # by id; None in a gap
+        self.bytes = byte_level.bytes_of_tokens(library)  # by id; None for an unused id
         self.is_byte_level = byte_level.is_byte_level(library)
         self.added = dict(sorted(library.get_added_tokens_decoder().items()))
         self.special = {token.content: index for index, token in self.added.items() if token.special}
         self.secret = {f"<|{secrets.token_hex(16)}|>": index for index in self.special.values()}
         self.unknown = library.token_to_id(getattr(library.model, "unk_token", None) or "")
         self.loses_nothing = byte_level.holds_every_byte(library)
-        self.read = self.lost = 0  # characters of what was encoded, of a vocabulary that may lose some
+        self.read = self.lost = 0  # characters encoded and lost, if the vocabulary may lose some
         self.spelled, self.secretly = _any_of(self.special), _any_of(self.secret)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -52,14 +52,14 @@ class TextEncoder:
 
     @cached_property
     def fast(self) -> FastEncoder | None:
-        """Made when first needed, in about a tenth of a second; None where only `tokenizers` gives these ids."""
+        """The fast encoder, made on first use in about 0.1 s; None if its ids would differ from `tokenizers`'."""
         encoder = FastEncoder.of(self.library)
         is_sure = encoder and encoder.encode(PROBE) == self.library.encode(PROBE, add_special_tokens=False).ids
         return encoder if is_sure else None
 
     @cached_property
     def ordinary(self) -> Tokenizer:
-        """The library's tokenizer with each special token under its secret spelling."""
+        """The library's tokenizer with each special token in its secret spelling."""
         renamed = dict(zip(self.special, self.secret))
         content = json.loads(self.library.to_str())
         model, content["post_processor"] = content["model"], None
@@ -69,7 +69,7 @@ class TextEncoder:
             model["vocab"] = [[renamed.get(token, token), score] for token, score in model["vocab"]]
         if model.get("unk_token") in renamed:
             model["unk_token"] = renamed[model["unk_token"]]
-        if "merges" in model:  # none may make a special token
+        if "merges" in model:  # no merge may form a special token
             model["merges"] = [pair for pair in model["merges"] if not {*pair, "".join(pair)} & renamed.keys()]
         for token in content["added_tokens"]:
             if token["special"]:
@@ -79,16 +79,16 @@ class TextEncoder:
     # -- ordinary text ------------------------------------------------------------------------------------------------
 
     def encode(self, text: str) -> list[int]:
-        """No special token is recognised. Half a surrogate pair becomes the bytes that "surrogatepass" gives it."""
+        """Ids [tokens], special tokens read as ordinary text. Lone surrogates are encoded with "surrogatepass"."""
         try:
             if self.fast:
                 return self.fast.encode(text)
             return self.ordinary.encode(text, add_special_tokens=False).ids
-        except (TypeError, UnicodeEncodeError):  # neither library takes half a surrogate pair
+        except (TypeError, UnicodeEncodeError):  # neither library takes lone surrogates
             return self.encode_bytes(text.encode("utf-8", "surrogatepass"))
 
     def encode_array(self, text: str) -> np.ndarray:
-        """`encode` as uint32 [tokens], without a Python integer for each."""
+        """`encode` as uint32 [tokens], without a Python integer per token."""
         try:
             if self.fast:
                 return self.fast.encode_array(text)
@@ -97,7 +97,7 @@ class TextEncoder:
         return np.array(self.encode(text), dtype=np.uint32)
 
     def encode_batch(self, texts: Sequence[str], threads: int | None = None) -> list[np.ndarray]:
-        """`encode_array` of each text, on so many threads (default: one a core)."""
+        """`encode_array` of each text, uint32 [tokens] each, on `threads` threads (default: one per core)."""
         if self.fast:
             threads = threads or os.cpu_count() or 1
             if threads == 1:
@@ -124,9 +124,9 @@ class TextEncoder:
         return [self.encode_array(text) for text in texts]
 
     def encode_further(self, text: str) -> list[int]:
-        """As `encode`, of text that goes on where other text ended: nothing is put in front of it.
+        """Ids [tokens] of text that continues other text: as `encode`, but without a space put before it.
 
-        It is encoded behind a character whose tokens are then left out, one that merges with nothing in it.
+        It is encoded after a character that merges with nothing in it, whose tokens are then removed.
         """
         for before in "" if self.fast else self._stand_ins:
             encoding = self.ordinary.encode(before + text, add_special_tokens=False)
@@ -136,14 +136,14 @@ class TextEncoder:
 
     @cached_property
     def _stand_ins(self) -> list[str]:
-        """Those of `STAND_INS` that this vocabulary holds: where one is left out, places are not to be trusted."""
+        """The `STAND_INS` in this vocabulary. Others would be left out, which shifts the tokens' offsets."""
         ids = [self.ordinary.encode(character, add_special_tokens=False).ids for character in STAND_INS]
         return [one for one, its in zip(STAND_INS, ids) if one.isspace() or one in self.ordinary.decode(its)]
 
     def encode_bytes(self, data: bytes) -> list[int]:
-        """What is valid UTF-8 as text, every other byte as its own token.
+        """Ids [tokens] of bytes: valid UTF-8 as text, every other byte as its own token.
 
-        Raises `UserError` for bytes that a vocabulary without byte tokens cannot hold.
+        Raises `UserError` for invalid UTF-8 if the vocabulary has no byte tokens.
         """
         pieces = _INVALID_UTF8.split(data.decode("utf-8", "surrogateescape"))  # text, invalid, text, invalid, …, text
         ids = self.encode(pieces[0]) if pieces[0] else []
@@ -155,14 +155,14 @@ class TextEncoder:
     # -- text with special tokens -------------------------------------------------------------------------------------
 
     def encode_special(self, text: str) -> list[int]:
-        """Special tokens are recognised as `transformers` does, white space beside them swallowed where they say so."""
+        """Ids [tokens], special tokens recognised as in `transformers`, which may strip white space next to them."""
         try:
             return self.library.encode(text, add_special_tokens=False).ids
         except TypeError:
             return [index for ids, _ in self._apart(RenderedRow(text, [], False)) for index in ids]
 
     def encode_rows(self, rows: Sequence[RenderedRow], threads: int | None = None) -> list[ChatRow]:
-        """Ids of rendered conversations, and which are learned: those with any character that is."""
+        """Ids and loss masks of rendered conversations; a token is learned if any character of it is."""
         has_rules = any(token.lstrip or token.rstrip or token.single_word for token in self.added.values())
         if self.fast and not has_rules:
             return self._encode_rows_fast(rows, threads)
@@ -181,7 +181,7 @@ class TextEncoder:
         ]
 
     def _encode_rows_fast(self, rows: Sequence[RenderedRow], threads: int | None) -> list[ChatRow]:
-        """Many texts in one call: what stands between special tokens is encoded alone, as the library does too."""
+        """`encode_rows` in one call: text between special tokens is encoded separately, as in the library."""
         cuts = [list(self._cut(row.text, row.shielded)) for row in rows]
         encoded = iter(self.encode_batch([part for cut in cuts for part in cut if isinstance(part, str)], threads))
         widths = np.array([len(token or b"") for token in self.bytes])  # of each id, in bytes
@@ -200,7 +200,7 @@ class TextEncoder:
         return made
 
     def _count(self, texts: Sequence[str], encodings: Sequence[Any]) -> None:
-        """Count the characters, white space aside, for which there is no token but the unknown one."""
+        """Count characters that are not white space and have no token but the unknown one."""
         for text, encoding in zip(texts, encodings):
             edges = np.zeros(len(text) + 1, dtype=np.int64)
             places = [place for index, place in zip(encoding.ids, encoding.offsets) if index != self.unknown]
@@ -210,7 +210,7 @@ class TextEncoder:
             self.lost += sum(not text[place].isspace() for place in np.flatnonzero(np.cumsum(edges)[:-1] == 0))
 
     def _cut(self, text: str, shielded: bool) -> Iterator[str | int]:
-        """Ordinary text, and special tokens by their ids."""
+        """The text's parts: ordinary text as strings, special tokens as ids."""
         pattern, ids = (self.secretly, self.secret) if shielded else (self.spelled, self.special)
         for number, part in enumerate(pattern.split(text)):
             if part:
@@ -222,7 +222,7 @@ class TextEncoder:
         return ChatRow(np.array([index for ids, _ in parts for index in ids], dtype=np.uint32), trained.astype(bool))
 
     def _apart(self, row: RenderedRow) -> Iterator[tuple[list[int], bool]]:
-        """Where text holds halves of surrogate pairs, cut at special tokens and where learning begins and ends."""
+        """Ids and mask of each part of a row with lone surrogates, cut at special tokens and learned ranges."""
         edges = sorted({0, len(row.text), *itertools.chain.from_iterable(row.learned)})
         for start, stop in itertools.pairwise(edges):
             is_trained = any(first <= start < last for first, last in row.learned)
@@ -236,7 +236,7 @@ def _row_of(encoding: Any, row: RenderedRow) -> ChatRow:
 
 
 def _any_of(spellings: dict[str, int]) -> re.Pattern[str]:
-    """One of these, the longest where several begin at one place; nothing where there are none."""
+    """A pattern for any of the spellings, the longest first; matches nothing if there are none."""
     longest_first = sorted(spellings, key=len, reverse=True)
     return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 

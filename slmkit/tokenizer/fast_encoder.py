@@ -1,11 +1,11 @@
-"""Encoding through tiktoken's core, with the ids that `tokenizers` gives, several times as fast.
+"""Encodes with tiktoken's core: the same ids as `tokenizers`, several times as fast.
 
 `tokenizers` merges the pair that comes first in its list of merges, tiktoken the pair whose joined bytes have the
-lowest rank. Neither looks beyond the two tokens of a merge, so whatever stands in a text at some moment also stands
-there when its bytes are encoded alone. Hence a token that its own bytes do not give is never made and can be left out;
-and every other token T is only ever made by the merge that makes it last from its own bytes. Let that merge be T's
-rank: where each token ranks above its two parts, both ways do the same merges in the same order. `FastEncoder.of`
-checks this for every token of a vocabulary.
+lowest rank. Both look only at the two tokens of a merge, so a token that occurs while encoding a text also occurs when
+its bytes are encoded alone. Hence a token that its own bytes do not give never occurs and can be left out, and every
+other token T is only made by the last merge of its own bytes. Let that merge's position be T's rank: if each token
+ranks above its two parts, both libraries do the same merges in the same order. `FastEncoder.of` checks this for every
+token of a vocabulary.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from tokenizers.pre_tokenizers import Split
 
 from slmkit.tokenizer.byte_level import BYTE_CHARACTERS, spelled_bytes
 
-# GPT-2's split. What needs no look-around stands together in front: tiktoken gives that to a much faster engine.
+# GPT-2's pattern. Alternatives without look-around come first: tiktoken runs those in a much faster engine.
 WORDS = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s+$|\s+(?!\S)|\s"
-CLASSES = Split(Regex(r"\p{L}+|\p{N}+|[^\s\p{L}\p{N}]+|\s+"), "isolated")  # within a run of one, that split never cuts
+CLASSES = Split(Regex(r"\p{L}+|\p{N}+|[^\s\p{L}\p{N}]+|\s+"), "isolated")  # GPT-2's never cuts in such a run
 
-# The time that merging takes per byte grows with a word's length: longer ones than this (characters) are cut.
+# The time of merging per byte grows with a word's length: words longer than this (characters) are cut.
 LONG = 2048
-SEPARATOR = "\ufdd0"  # no character: Unicode keeps it for a program's own use
-OVERLAP = 4  # tokens by which the parts of a long word overlap
+SEPARATOR = "\ufdd0"  # a Unicode noncharacter, reserved for internal use
+OVERLAP = 4  # tokens of overlap between the parts of a long word
 
 
 class FastEncoder:
-    """Text to ids, for tokenizers that are certain to give the same ones (see `of`)."""
+    """Text to ids, for tokenizers for which the ids are certain to be the same (see `of`)."""
 
     def __init__(self, ranks: dict[bytes, int], id_of_rank: np.ndarray) -> None:
         """`id_of_rank`: uint32 [largest rank + 1]."""
-        # `encode_array` searches the text for special tokens. None is allowed there, but without any to look for the
-        # search stops at every character.
+        # `encode_array` needs at least one special token in the core, even if none is allowed: without any, its search
+        # stops at every character.
         self._core = _tiktoken.CoreBPE(ranks, {SEPARATOR: len(id_of_rank)}, WORDS)
         self._separator = len(id_of_rank)
         self._bytes_of = {rank: token for token, rank in ranks.items()}
@@ -46,7 +46,7 @@ class FastEncoder:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> FastEncoder | None:
-        """None where the ids could differ: another split of words, a normalizer, tokens that are cut out first."""
+        """The encoder; None if ids could differ: another pre-tokenizer, a normalizer, added tokens in ordinary text."""
         content = json.loads(tokenizer.to_str())
         if not (_is_plain_bpe(content["model"]) and _splits_like_gpt2(content)):
             return None
@@ -56,20 +56,20 @@ class FastEncoder:
             return None
         in_order = [vocabulary[token] for token in sorted(ranks, key=ranks.__getitem__)]
         if all(one < following for one, following in pairwise(in_order[len(BYTE_CHARACTERS) :])):
-            ranks = {token: vocabulary[token] for token in ranks}  # ids stand in the same order: ranks need no table
+            ranks = {token: vocabulary[token] for token in ranks}  # ids in the order of ranks: no table needed
         id_of_rank = np.arange(1 + max(ranks.values()), dtype=np.uint32)
         for token, rank in ranks.items():
             id_of_rank[rank] = vocabulary[token]
         return cls({spelled_bytes(token): rank for token, rank in ranks.items()}, id_of_rank)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids. Raises `UnicodeEncodeError` for half a surrogate pair."""
+        """Ids [tokens]. Raises `UnicodeEncodeError` for lone surrogates."""
         cuts = cuts_in_long_words(text)
         ranks = self._encode_in_parts(text, cuts) if cuts else self._core.encode_ordinary(text)
         return ranks if self._id_of_rank is None else self._id_of_rank[ranks].tolist()
 
     def encode_array(self, text: str) -> np.ndarray:
-        """The same as uint32 [tokens]: no Python integer is made on the way."""
+        """`encode` as uint32 [tokens], without a Python integer per token."""
         if cuts := cuts_in_long_words(text):
             ranks = np.array(self._encode_in_parts(text, cuts), dtype=np.uint32)
         else:
@@ -77,7 +77,7 @@ class FastEncoder:
         return ranks if self._id_of_rank is None else self._id_of_rank[ranks]
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode_array` of each text, in one call to the core: what a call costs is shared by all of them."""
+        """`encode_array` of each text, uint32 [tokens] each, in one call to the core to save its overhead."""
         joined = SEPARATOR.join(texts)
         if len(texts) < 2 or joined.count(SEPARATOR) != len(texts) - 1 or cuts_in_long_words(joined):
             return [self.encode_array(text) for text in texts]
@@ -87,18 +87,19 @@ class FastEncoder:
         return parts if self._id_of_rank is None else [self._id_of_rank[part] for part in parts]
 
     def _encode_in_parts(self, text: str, cuts: list[int]) -> list[int]:
-        """Ranks of a text with long words: each part begins some tokens before the end of the one in front of it.
+        """Ranks [tokens] of a text with long words, encoded in parts; each begins some tokens before the end of the
+        last.
 
-        Tokens encode their bytes if every two neighbours encode theirs: the first merge to go another way would be
-        within two of them. So where the next part begins with the very token that stands at that place in this one,
-        nothing is changed by the cut. Where one does not, the text is encoded in one go.
+        Two neighbours encode their bytes in the same way in both parts unless a merge within two tokens differs. So if
+        a part begins with the same token as the previous part has there, the cut changes nothing. If not, the text is
+        encoded whole.
         """
         done: list[int] = []
         part, last_cut = self._core.encode_ordinary(text[: cuts[0]]), cuts[0]
         for cut in [*cuts[1:], len(text)]:
             kept = len(part) - OVERLAP
             overlap = b"".join(self._bytes_of[rank] for rank in part[kept:])
-            while 0x80 <= overlap[0] < 0xC0:  # in the middle of a character
+            while 0x80 <= overlap[0] < 0xC0:  # inside a UTF-8 character
                 kept -= 1
                 overlap = self._bytes_of[part[kept]] + overlap
             start = last_cut - len(overlap.decode())
@@ -111,12 +112,12 @@ class FastEncoder:
 
 
 def cuts_in_long_words(text: str) -> list[int]:
-    """Where at least `LONG` characters on either side are of one class, so that they are one word."""
+    """Positions [cuts] with at least `LONG` characters of one class, that is of one word, on either side."""
     cuts = []
-    before = ""  # the block before, where it is of one class
+    before = ""  # the previous block, if it is of one class
     for start in range(0, len(text) - LONG + 1, LONG) if len(text) >= 2 * LONG else ():
         block = text[start : start + LONG]
-        # The first look is cheap, and enough for nearly all text.
+        # A cheap test first, which suffices for nearly all text.
         is_one_class = (" " not in block or block.isspace()) and _is_one_class(block)
         if is_one_class and before and _is_one_class(before[0] + block[0]):
             cuts.append(start)
@@ -129,7 +130,7 @@ def _is_one_class(text: str) -> bool:
 
 
 def _is_plain_bpe(model: dict[str, Any]) -> bool:
-    """Byte-level BPE without the options that change what is merged."""
+    """Whether it is byte-level BPE without options that change the merges."""
     options = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
     return (
         model.get("type") == "BPE"
@@ -139,7 +140,7 @@ def _is_plain_bpe(model: dict[str, Any]) -> bool:
 
 
 def _splits_like_gpt2(content: dict[str, Any]) -> bool:
-    """Words as GPT-2's, of the text as it is, and no added token that is recognised in ordinary text."""
+    """Whether words are split as GPT-2's, without normalizer or added tokens that occur in ordinary text."""
     words = content["pre_tokenizer"] or {}
     asked = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
     return (
@@ -150,7 +151,7 @@ def _splits_like_gpt2(content: dict[str, Any]) -> bool:
 
 
 def _ranks(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> dict[str, int] | None:
-    """The rank of each token that can be made, as the module's docstring has it; None where a part ranks above."""
+    """The rank of each token that can occur (see the module's docstring); None if a part ranks above its token."""
     rank_of_merge = {merge: rank for rank, merge in enumerate(merges, start=len(BYTE_CHARACTERS))}
     made_by: dict[str, list[tuple[str, str]]] = {}
     for first, second in merges:
@@ -169,7 +170,7 @@ def _ranks(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> dict[st
 
 
 def _last_merge(token: str, rank_of_merge: dict[tuple[str, str], int]) -> tuple[str, str]:
-    """The merge that makes `token` from its bytes, found by doing them all. For tokens that several merges make."""
+    """The merge that makes `token` from its bytes, found by encoding it. For tokens with several merges."""
     parts = list(token)
     while len(parts) > 2:
         _, place = min((rank_of_merge[pair], i) for i, pair in enumerate(pairwise(parts)) if pair in rank_of_merge)

@@ -1,7 +1,7 @@
-"""GPT-2's tokenizer as `tiktoken` has it, made a `tokenizer.json`: `tokenizer.path: gpt2`.
+"""Converts `tiktoken`'s GPT-2 vocabulary to a `tokenizer.json`, for `tokenizer.path: gpt2`.
 
-tiktoken downloads the vocabulary once into TIKTOKEN_CACHE_DIR (else a temporary folder); with it there no network is
-needed. Every id is tiktoken's, `<|endoftext|>` (50256) included.
+tiktoken downloads the vocabulary once into TIKTOKEN_CACHE_DIR (else a temporary folder); afterwards no network is
+needed. Ids are tiktoken's, `<|endoftext|>` (50256) included.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ CONFIG: dict[str, Any] = {
 
 
 def gpt2_tokenizer() -> Tokenizer:
-    """Raises `UserError` where tiktoken has no vocabulary and cannot download it."""
+    """GPT-2's tokenizer. Raises `UserError` if tiktoken has no vocabulary and cannot download it."""
     try:
         encoding = tiktoken.get_encoding("gpt2")
-    except Exception as error:  # whatever its download raises
+    except Exception as error:  # any error of the download
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(
             f"tokenizer gpt2: tiktoken cannot load its vocabulary ({reason}): "
@@ -47,7 +47,7 @@ def gpt2_tokenizer() -> Tokenizer:
 
 
 def _last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[str, str]:
-    """The two parts that are merged last into a token: at each step the pair of lowest rank becomes one."""
+    """The two parts whose merge gives the token: merges the pair of lowest rank until two are left."""
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
         pairs = [ranks.get(one + following, len(ranks)) for one, following in itertools.pairwise(parts)]

@@ -1,7 +1,7 @@
 """`SLMTokenizer`: text, bytes and conversations to token ids and back, without loss.
 
-What a user writes can never become a special token: ordinary encoding reads `<|im_end|>` as the ten characters it is.
-Only the chat template writes special tokens, the beginning of a text among them.
+User text never becomes a special token: ordinary encoding reads `<|im_end|>` as ten characters. Only the chat template
+writes special tokens, the beginning-of-text token included.
 """
 
 from __future__ import annotations
@@ -27,19 +27,18 @@ from slmkit.tokenizer.chat_formats import ChatFormat, find_format
 from slmkit.tokenizer.chat_rows import ChatRow, RenderedChat, RenderedRow, rows_to_learn
 from slmkit.tokenizer.encoder import PROBE, TextEncoder
 
-# Tried in this order where a tokenizer's config does not say, or its chat template.
+# End-of-text tokens, tried in this order if neither the config nor the chat template names one.
 ENDS_OF_TEXT = (byte_level.END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
-LOST = 0.001  # of all characters: more than a trace
+LOST = 0.001  # tolerated share of characters without a token
 ENDS_OF_TURN = (byte_level.TURN_END, "<|eot_id|>", "<end_of_turn>")
 
 
 @methods_checked
 class SLMTokenizer(CallableTokenizer):
-    """A byte-level BPE of its own, or any Hugging Face `tokenizer.json` through `from_pretrained`.
+    """A trainable byte-level BPE, or any Hugging Face `tokenizer.json` through `from_pretrained`.
 
-    `chat_template` is Jinja and can be set; None where a loaded tokenizer has none. `special_tokens` maps spelling to
-    id, and so does `added_words`: tokens beside the merges that any text may hold. `pad_token_id` is None where a
-    loaded tokenizer has no padding.
+    `chat_template` (Jinja, can be set) is None if a loaded tokenizer has none. `special_tokens` is spelling → id, like
+    `added_words`, added tokens that any text may contain. `pad_token_id` is None if a loaded tokenizer has no padding.
     """
 
     chat_template: str | None
@@ -49,7 +48,7 @@ class SLMTokenizer(CallableTokenizer):
     pad_token_id: int | None
 
     def __init__(self, vocab_size: int = 16384) -> None:
-        """Four special tokens and the 256 bytes; `train` then adds merges up to `vocab_size` tokens in all.
+        """Create a tokenizer of four special tokens and the 256 bytes; `train` adds merges up to `vocab_size` tokens.
 
         Raises `UserError` for a `vocab_size` below 260.
         """
@@ -62,10 +61,10 @@ class SLMTokenizer(CallableTokenizer):
         self._use(byte_level.untrained(), directory.own_config())
 
     def _use(self, tokenizer: Tokenizer, config: dict[str, Any]) -> None:
-        """Take this vocabulary, and from the config what its special tokens are for."""
+        """Set the vocabulary and special tokens' roles from the config. Raises `UserError` without an end of text."""
         self._config, self._post_processor = config, tokenizer.post_processor
         self.beginning, self.ending = directory.ends_of_a_text(tokenizer)
-        tokenizer.post_processor = None  # it may trim the places of tokens; what it adds is in the two lines above
+        tokenizer.post_processor = None  # it may trim offsets; the two lines above have its tokens
         self._tokenizer, self._encoder = tokenizer, TextEncoder(tokenizer)
         self.special_tokens = self._encoder.special
         self.added_words = {token.content: index for index, token in self._encoder.added.items() if not token.special}
@@ -73,11 +72,11 @@ class SLMTokenizer(CallableTokenizer):
         eos = named.get("eos_token") or next((token for token in ENDS_OF_TEXT if token in self.special_tokens), None)
         if eos is None:
             raise UserError(f"this tokenizer has no end-of-text token: name one as eos_token in its {directory.CONFIG}")
-        self._names = named | {"eos_token": eos}  # what the chat template may use
+        self._names = named | {"eos_token": eos}  # variables for the chat template
         self.eos_token_id = self.special_tokens[eos]
         self.pad_token_id = self.special_tokens.get(named.get("pad_token", ""))
-        self.further_stops: set[int] = set()  # ids that the model's own generation_config.json names
-        self.suppressed: list[int] = []  # ids that are never generated, as that file may ask for
+        self.further_stops: set[int] = set()  # ids in the model's generation_config.json
+        self.suppressed: list[int] = []  # ids never generated, also from that file
 
     def _whole(self) -> Tokenizer:
         """A copy of the library's tokenizer with its post-processor."""
@@ -88,11 +87,11 @@ class SLMTokenizer(CallableTokenizer):
     # -- training, saving, loading ------------------------------------------------------------------------------------
 
     def train(self, texts: Iterable[str], show_progress: bool = False) -> None:
-        """Learn merges until there are `vocab_size` tokens; fewer where `texts` holds no more pairs that repeat.
+        """Learn merges up to `vocab_size` tokens, or fewer if no pair in `texts` repeats.
 
-        Special tokens and bytes keep their ids; merges learned before are replaced. Counts of all distinct words are
-        held in memory: for more than a few gigabytes of text, give a sample. Raises `UserError` for no text at all,
-        and for a loaded tokenizer, whose ids a model already knows.
+        Special tokens and bytes keep their ids; earlier merges are replaced. Counts of all distinct words are held in
+        memory: for more than a few gigabytes of text, pass a sample. Raises `UserError` if there is no text, and for a
+        loaded tokenizer, since models rely on its ids.
         """
         if self._target is None:
             raise UserError("a loaded tokenizer cannot be trained, since models rely on its ids: train a new one")
@@ -101,28 +100,28 @@ class SLMTokenizer(CallableTokenizer):
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`, which `transformers.AutoTokenizer` reads too.
 
-        Raises `UserError` where they cannot be written.
+        Raises `UserError` if they cannot be written.
         """
         directory.write(save_directory, directory.Contents(self._whole(), self._config, self.chat_template))
 
     @classmethod
     def from_pretrained(cls, model_directory: str | Path) -> SLMTokenizer:
-        """Load any directory with a `tokenizer.json`: saved here, by `transformers`, or downloaded with a model; a run;
-        or a model of the hub, by name.
+        """Load a directory with a `tokenizer.json` (saved here, by `transformers`, or of a model), a run, or a hub
+        model.
 
-        Its `tokenizer_config.json` says which tokens end a text and pad, and holds the chat template (or
-        `chat_template.jinja` does). Raises `UserError` for missing and damaged files, with their path.
+        `tokenizer_config.json` names the end-of-text and padding tokens and has the chat template (or
+        `chat_template.jinja` does). Raises `UserError` with the path for missing and damaged files.
         """
         contents = directory.read(find_tokenizer_directory(model_directory))
         tokenizer = contents.tokenizer
-        tokenizer.no_truncation()  # some files come with a length of their own; a corpus is never cut silently
+        tokenizer.no_truncation()  # some files set a maximum length, which would cut text silently
         tokenizer.no_padding()
         known = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
         for spelling, key in directory.special_spellings(contents.config).items():
             if spelling in known:
                 continue
             if tokenizer.token_to_id(spelling) is not None:
-                tokenizer.add_special_tokens([spelling])  # tokenizer.json forgot that it is special; it keeps its id
+                tokenizer.add_special_tokens([spelling])  # special only in the config; keeps its id
             elif key in ("eos_token", "pad_token"):
                 job = "end-of-text" if key == "eos_token" else "padding"
                 raise UserError(
@@ -137,16 +136,16 @@ class SLMTokenizer(CallableTokenizer):
         added_tokens: Sequence[str] = (),
         additional_special_tokens: Sequence[str] = (),
     ) -> SLMTokenizer:
-        """This tokenizer with another chat template and further tokens, behind all ids that there are.
+        """This tokenizer with another chat template and further tokens, whose ids follow the existing ones.
 
-        `chat_template` is `chatml`, `llama3`, `gemma` or a Jinja file; what one of the named three is written with is
-        added where it is missing. `added_tokens` are recognised in any text, `additional_special_tokens` only in what a
-        template writes. What is one token already stays as it is. Models need a row for each new id: see
-        `slmkit.model.initialization`. Raises `UserError` for an unknown template, an empty token, and for one named as
-        both.
+        `chat_template` is `chatml`, `llama3`, `gemma` or a Jinja file; missing special tokens of the three named
+        templates are added. `added_tokens` are recognised in any text, `additional_special_tokens` only in what a
+        template writes. Existing tokens stay unchanged. A model needs an embedding row for each new id: see
+        `slmkit.model.initialization`. Raises `UserError` for an unknown template, an empty token, and for a token named
+        as both kinds.
         """
         chosen = ChatFormat(self.chat_template) if chat_template is None else find_format(chat_template)
-        bos = None if "bos_token" in self._names else chosen.bos_token  # one of its own goes on to begin texts
+        bos = None if "bos_token" in self._names else chosen.bos_token  # an existing beginning-of-text token is kept
         special = [token for token in chosen.tokens if bos or token != chosen.bos_token]
         special += additional_special_tokens
         for token in (*added_tokens, *special):
@@ -163,7 +162,7 @@ class SLMTokenizer(CallableTokenizer):
         return self._loaded(tokenizer, config, chosen.template)
 
     def pieces_of_new_tokens(self, before: SLMTokenizer) -> dict[int, list[int]]:
-        """Of each id that `before` does not have, the ids that it made of the same text."""
+        """New id → the ids [tokens] that the tokenizer `before` gives for the same text."""
         added = (self.special_tokens | self.added_words).items()
         return {index: before.encode(spelling) for spelling, index in added if index >= len(before)}
 
@@ -177,24 +176,24 @@ class SLMTokenizer(CallableTokenizer):
     # -- text and bytes -----------------------------------------------------------------------------------------------
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
-        """Token ids of any string. Special tokens are recognised in it only where `allow_special` says so.
+        """Token ids [tokens] of a text. Special tokens in it are recognised only with `allow_special`.
 
-        A half of a surrogate pair becomes the three bytes that UTF-8 would give it ("surrogatepass").
+        Lone surrogates are encoded with "surrogatepass". Raises `UserError` for anything but one string.
         """
         if not isinstance(text, str):
             raise UserError(f"encode: expected one text, found {type(text).__name__}; for several: encode_batch")
         return self._encoder.encode_special(text) if allow_special else self._encoder.encode(text)
 
     def encode_array(self, text: str) -> np.ndarray:
-        """`encode` as uint32 [tokens], without a Python integer for each."""
+        """`encode` as uint32 [tokens], without a Python integer per token."""
         return self._encoder.encode_array(text)
 
     def encode_batch(self, texts: Sequence[str], threads: int | None = None) -> list[np.ndarray]:
-        """`encode_array` of each text, on so many threads (default: one a core): the way to tokenize a corpus."""
+        """`encode_array` of each text, uint32 [tokens] each, on `threads` threads (default: one per core)."""
         return self._encoder.encode_batch(texts, threads)
 
     def check_losses(self) -> None:
-        """Raise `UserError` where more than a trace of all that was encoded in batches has no tokens and is lost."""
+        """Raise `UserError` if more than 0.1 % of the characters encoded in batches had no token and were lost."""
         read, lost = self._encoder.read, self._encoder.lost
         if lost > LOST * read:
             raise UserError(
@@ -203,29 +202,29 @@ class SLMTokenizer(CallableTokenizer):
             )
 
     def encode_further(self, text: str) -> list[int]:
-        """Token ids of text that goes on where other text ended: nothing is put in front of it."""
+        """Token ids [tokens] of text that continues other text: no space is put before it."""
         return self._encoder.encode_further(text)
 
     @property
     def has_edges(self) -> bool:
-        """Whether the parts of a text, encoded alone, may be other tokens than those of the whole."""
+        """Whether parts of a text, encoded separately, may give other tokens than the whole."""
         return self._encoder.fast is None
 
     def encode_bytes(self, data: bytes) -> list[int]:
-        """Token ids of any bytes: what is valid UTF-8 as text, every other byte as its own token.
+        """Token ids [tokens] of bytes: valid UTF-8 as text, every other byte as its own token.
 
-        Raises `UserError` for bytes that a loaded tokenizer without byte tokens cannot hold.
+        Raises `UserError` for invalid UTF-8 if a loaded tokenizer has no byte tokens.
         """
         return self._encoder.encode_bytes(data)
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Token ids of a text to go on from, behind whatever this tokenizer puts before a text (`beginning`)."""
+        """Token ids [tokens] of a prompt: this tokenizer's `beginning`, then the text; never empty."""
         return [*self.beginning, *self.encode(text)] or [self.eos_token_id]
 
     def decode(self, ids: int | Iterable[int], skip_special_tokens: bool = False) -> str:
-        """The text of `ids`, or of one id; bytes that are not UTF-8 become U+FFFD.
+        """The text of ids [tokens], or of one id; bytes that are not UTF-8 become U+FFFD.
 
-        Raises `UserError` for an unknown id, and for several rows of ids.
+        Raises `UserError` for an unknown id, and for several sequences of ids.
         """
         special = self.special_tokens.values()
         try:
@@ -239,7 +238,7 @@ class SLMTokenizer(CallableTokenizer):
         return self.decode_bytes(row).decode("utf-8", "replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Exactly the bytes that `ids` stand for: none for an id below `vocab_size` that training has yet to fill.
+        """The exact bytes of ids [tokens]; empty for an id below `vocab_size` that training has not used yet.
 
         Raises `UserError` for an id outside the vocabulary.
         """
@@ -248,11 +247,11 @@ class SLMTokenizer(CallableTokenizer):
         pieces = [self.token_bytes(index) for index in ids]
         if self._encoder.is_byte_level:
             return b"".join(pieces)
-        # Other vocabularies have rules between tokens, such as the space that begins a text.
+        # Other vocabularies have rules that depend on neighbours, such as the space at the beginning of a text.
         return self._tokenizer.decode(ids, skip_special_tokens=False).encode()
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of one token, to show a text as it is written: not always whole characters.
+        """The bytes of one token, for streaming; not always whole characters.
 
         A special token's are its spelling. Raises `UserError` for an id outside the vocabulary.
         """
@@ -270,20 +269,21 @@ class SLMTokenizer(CallableTokenizer):
         tools: Tools | None = None,
         switches: Mapping[str, Any] | None = None,
     ) -> ChatTokens:
-        """Token ids of a conversation, and which of them are learned: what the assistant says and its end of turn.
+        """Token ids [tokens] of a conversation, and which are learned: the assistant's answers with their end of turn.
 
-        `messages` are `{"role": …, "content": …}`: a system message or none, then user and assistant in turn; what the
-        assistant says in a message of `"weight": 0` is not learned. With `add_generation_prompt` the ids are what a
-        model is given to answer, and what training put before the answer. A special token spelled in a message is
-        ordinary text. The template gets `switches`, as `enable_thinking`. Raises `UserError` for anything else.
+        `messages` are `{"role": …, "content": …}`: at most one system message, then user and assistant in turn; an
+        assistant's message with `"weight": 0` is not learned. `add_generation_prompt` appends the generation prompt, so
+        that the model can answer. Special tokens spelled in a message are ordinary text. `switches` go to the template,
+        such as `enable_thinking`. Raises `UserError` for invalid messages and for a tokenizer without chat template.
         """
         (rows,) = self.encode_rendered([self.render_chat(messages, add_generation_prompt, tools, switches)], threads=1)
         return rows[-1].to_lists()
 
     def encode_chat_rows(self, messages: Sequence[Message], tools: Tools | None = None) -> list[ChatTokens]:
-        """A conversation to learn from, every turn of the assistant's in one row: nearly always all of them.
+        """Token rows for training on a conversation: each of the assistant's turns is in one row, nearly always the
+        same.
 
-        Several rows where the template writes a turn differently once others follow (see `chat.rows_of_segments`).
+        There are several rows if the template rewrites earlier turns (see `chat.rows_of_segments`).
         """
         (rows,) = self.encode_rendered([self.render_chat(messages, tools=tools)], threads=1)
         return [row.to_lists() for row in rows_to_learn(rows)]
@@ -295,7 +295,7 @@ class SLMTokenizer(CallableTokenizer):
         tools: Tools | None = None,
         switches: Mapping[str, Any] | None = None,
     ) -> RenderedChat:
-        """The first half of `encode_chat`: the text that the template makes, cut at its special tokens."""
+        """The text of `encode_chat`, cut at special tokens. Raises `UserError` as it does."""
         shielded, tools, marker = chat.shield(messages, tools, self._encoder.spelled)
         stops = self.stop_token_ids
         ends = [token for token, index in self.special_tokens.items() if index in stops]
@@ -304,7 +304,7 @@ class SLMTokenizer(CallableTokenizer):
         return [self._joined(row, marker) for row in rows]
 
     def _joined(self, segments: Sequence[chat.Segment], marker: str) -> RenderedRow:
-        """The text of a row. Where messages spell special tokens, the template's own get their secret spellings."""
+        """The text of a row; if messages spell special tokens, the template's own get their secret spellings."""
         text, learned = "", []
         own = re.compile(self._encoder.spelled.pattern + f"(?!{marker})") if marker else None
         secret = dict(zip(self.special_tokens, self._encoder.secret))
@@ -317,7 +317,7 @@ class SLMTokenizer(CallableTokenizer):
         return RenderedRow(text, learned, shielded=own is not None)
 
     def encode_rendered(self, chats: Sequence[RenderedChat], threads: int | None = None) -> list[list[ChatRow]]:
-        """All rows of each conversation, on so many threads (default: one a core)."""
+        """All rows of each conversation, on `threads` threads (default: one per core)."""
         rows = iter(self._encoder.encode_rows([row for chat in chats for row in chat], threads))
         return [[next(rows) for _ in chat] for chat in chats]
 
@@ -328,14 +328,14 @@ class SLMTokenizer(CallableTokenizer):
         tools: Tools | None = None,
         switches: Mapping[str, Any] | None = None,
     ) -> str:
-        """The conversation as the chat template writes it. Raises as `encode_chat` does."""
+        """The conversation as the chat template writes it. Raises `UserError` as `encode_chat` does."""
         names = {**self._names, **(switches or {})}
         return chat.render(self._template(), messages, add_generation_prompt, tools, **names)
 
     def prompt_is_history(self) -> bool:
-        """Whether the generation prompt has the tokens that stand before an answer in a conversation.
+        """Whether the generation prompt's tokens are those before an answer in a conversation.
 
-        Not where its last characters and what follows them are other tokens together, as line ends are to GPT-2's.
+        They differ if its last characters merge with the answer's first, as line ends do in GPT-2's vocabulary.
         """
         asked = [{"role": "user", "content": "?"}]
         prompt = self.encode_chat(asked, add_generation_prompt=True).ids
@@ -352,17 +352,17 @@ class SLMTokenizer(CallableTokenizer):
     # -- what it is ---------------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        """The number of ids: a model's embedding needs as many rows."""
+        """The number of ids, equal to the rows of a model's embedding."""
         return len(self._encoder.bytes)
 
     @property
     def vocab_size(self) -> int:
-        """The size asked for; of a loaded tokenizer, its length."""
+        """The requested size; for a loaded tokenizer, its length."""
         return len(self) if self._target is None else self._target
 
     @property
     def end_of_turn_id(self) -> int:
-        """The token that the chat template writes behind what the assistant says; known ones where it writes none."""
+        """The token that the chat template writes after an answer; without one, a well-known end-of-turn token."""
         found = None
         if self.chat_template is not None:
             found = chat.end_of_turn(self.chat_template, tuple(self.special_tokens), tuple(self._names.items()))
@@ -371,28 +371,28 @@ class SLMTokenizer(CallableTokenizer):
 
     @property
     def stop_token_ids(self) -> set[int]:
-        """Whatever ends generation: the end of the text and the end of a turn, and `further_stops`."""
+        """Ids that end generation: end of text, end of turn, and `further_stops`."""
         return {self.eos_token_id, self.end_of_turn_id, *self.further_stops}
 
     def stop_at(self, ids: int | Sequence[int] | None) -> None:
-        """End generation at these too, as a model's own settings ask for."""
+        """Set `further_stops`: an id, or several [ids], from the model's own settings."""
         self.further_stops = {ids} if isinstance(ids, int) else {*(ids or [])}
 
     @property
     def known_ids(self) -> np.ndarray:
-        """Which ids may be generated, bool [ids]: a vocabulary may have gaps, and a model's head may be wider."""
+        """Which ids may be generated, bool [ids]. A vocabulary may have gaps, and a model's head may be wider."""
         return np.array([t is not None and i not in self.suppressed for i, t in enumerate(self._encoder.bytes)])
 
     @property
     def bos_token_id(self) -> int | None:
-        """The token that begins a text, where the vocabulary has one: the chat template writes it, nobody else."""
+        """The beginning-of-text token, if there is one; only the chat template writes it."""
         return self.special_tokens.get(self._names.get("bos_token", ""))
 
     @property
     def fingerprint(self) -> str:
-        """sha256 (hex) over vocabulary, merges, special tokens and the ids of `PROBE`. Equal after saving and loading.
+        """sha256 (hex) of vocabulary, merges, special tokens and the ids of `PROBE`. Equal after saving and loading.
 
-        The probe stands for how text is split and normalized: how the library writes that down changes as it grows.
+        The probe covers pre-tokenizer and normalizer, whose serialization changes between versions of the library.
         """
         content = json.loads(self._tokenizer.to_str())
         parts = [content["model"].get("vocab"), content["model"].get("merges"), self.special_tokens, self.encode(PROBE)]

@@ -318,7 +318,8 @@ EVERY: dict[str, tuple[str, dict[str, Any], Any]] = {
     "preference.simpo_gamma": ("pairs", {"preference.loss": "simpo"}, 3.0),
     "preference.rpo_alpha": ("pairs", {}, 3.0),
     "preference.label_smoothing": ("pairs", {}, 0.3),
-    "kto.loss": ("judged", {}, "apo_zero_unpaired"),
+    # As many steps as the divergence, which one of both losses subtracts, needs to be above 0.
+    "kto.loss": ("judged", {"train.max_steps": 6, "train.learning_rate": 0.05}, "apo_zero_unpaired"),
     "kto.beta": ("judged", {}, 3.0),
     "kto.desirable_weight": ("judged", {}, 3.0),
     "kto.undesirable_weight": ("judged", {}, 3.0),
