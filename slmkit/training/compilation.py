@@ -1,4 +1,4 @@
-"""torch.compile, where it pays: block by block and in place, so that one block's code serves all of its kind."""
+"""torch.compile, block by block and in place, so that blocks of one kind share their compiled code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from slmkit.training.loop import Every, Hook, Report, State
 
 
 def compile_pays(wanted: Literal["auto"] | bool, device: Device) -> bool:
-    """`auto`: on CUDA devices. On a CPU it takes half a minute before the first step, so that one has to ask for it."""
+    """Whether to compile. `auto`: on CUDA devices only; on a CPU it delays the first step by half a minute."""
     return device.torch_device.type == "cuda" if wanted == "auto" else wanted
 
 
@@ -25,9 +25,9 @@ def compile_blocks(model: Decoder) -> None:
 
 @contextlib.contextmanager
 def eager(model: Decoder) -> Iterator[None]:
-    """Within, the model's blocks run without their compiled code: generating has shapes of its own.
+    """Context manager in which the blocks run without their compiled code, since generation has varying shapes.
 
-    FlexAttention inside them stays compiled: without, it would hold every score.
+    FlexAttention stays compiled: uncompiled, it would hold all attention scores in memory.
     """
     compiled = [block._compiled_call_impl for block in model.blocks]
     for block in model.blocks:
@@ -40,7 +40,7 @@ def eager(model: Decoder) -> Iterator[None]:
 
 
 def uncompiled(hooks: Iterable[Every], model: Decoder) -> list[Every]:
-    """The same hooks, in which the model runs as it is written: samples and validation have shapes of their own."""
+    """The same hooks, with the model uncompiled while they run: samples and validation use other shapes."""
     if all(block._compiled_call_impl is None for block in model.blocks):
         return [*hooks]
     return [dataclasses.replace(each, hook=_uncompiled(each.hook, model)) for each in hooks]

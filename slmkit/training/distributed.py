@@ -1,10 +1,10 @@
-"""Many processes, one update: who they are to each other, and how they share a model, numbers and files.
+"""Distributed training: process groups, DDP and FSDP, gathering and broadcasting of values.
 
-Every process reads its own rows of a step. With `ddp` each holds the whole model and the gradients are summed over
-processes once a step (Li et al. 2020, arXiv:2006.15704); with `fsdp` each holds a share of every weight, gradient and
-moment, and gathers a block's weights when it comes to that block (Zhao et al. 2023, arXiv:2304.11277). Losses are sums,
-divided by the trained tokens of the step on all ranks, so that an update is that of one process. The first process
-alone writes files and speaks.
+Every process reads its own rows of a step. With `ddp` each holds the whole model and gradients are summed over
+processes once a step (Li et al. 2020, arXiv:2006.15704); with `fsdp` each holds a shard of every weight, gradient and
+moment, and a block's weights are gathered when that block runs (Zhao et al. 2023, arXiv:2304.11277). Losses are sums,
+divided by the trained tokens of the step on all ranks, so that an update equals that of one process. Only rank 0
+writes files and prints.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ PREPARATION = datetime.timedelta(days=30)  # how long the others wait for the fi
 
 
 class Group:
-    """The processes of a run. One by itself is a group too, in which there is nothing to share or to wait for."""
+    """The processes of a run. A group of one process needs no communication."""
 
     def __init__(self, ranks: Ranks, patient: dist.ProcessGroup | None = None) -> None:
-        """`patient` is the same processes with a timeout that no preparation of data reaches."""
+        """`patient` is the same processes with a timeout long enough for data preparation."""
         self.rank, self.world, self._patient = ranks.rank, ranks.world, patient
         self._replica: DistributedDataParallel | None = None
-        self._shards: list[Any] = []  # with fsdp the blocks and the model itself, each of which gathers its weights
+        self._shards: list[Any] = []  # with fsdp: the modules that gather their weights, each block and the model
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes files and speaks."""
+        """Whether this is rank 0, which writes files and prints."""
         return self.rank == 0
 
     def share(self, model: Decoder, parallel: Parallel, device: torch.device) -> None:
-        """Make `model`, which is the same on every rank and on its device, one that all ranks train together.
+        """Wrap `model` for training on all ranks; it must be the same on every rank, and on its device.
 
-        Its parameters keep their names. With `fsdp` they become shares, so that optimizers are to be made afterwards.
+        Parameters keep their names. With `fsdp` they become shards: make the optimizers afterwards.
         """
         if self.world == 1:
             return
@@ -54,12 +54,12 @@ class Group:
             self._shards = _sharded(model, self.world, device)
         else:
             where = [device] if device.type == "cuda" else None
-            with warnings.catch_warnings():  # the name that torch 2.13 wants instead is not known to 2.11
+            with warnings.catch_warnings():  # torch 2.11 lacks the name that torch 2.13 recommends
                 warnings.simplefilter("ignore", FutureWarning)
                 self._replica = _Replica(model, device_ids=where, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def prepared(self, model: Decoder, is_last: bool) -> Decoder:
-        """What to call in place of `model` for a micro-batch. Ranks exchange gradients in the step's last one alone."""
+        """The module to call for a micro-batch. Ranks exchange gradients in the step's last micro-batch only."""
         if self._replica is not None:
             self._replica.require_backward_grad_sync = is_last
             return cast(Decoder, self._replica)
@@ -69,7 +69,7 @@ class Group:
 
     @contextlib.contextmanager
     def whole(self, model: Decoder) -> Iterator[None]:
-        """Within, every rank holds all weights and can run the model by itself. All ranks must enter together."""
+        """Context manager in which every rank holds all weights and can run the model alone. All ranks enter it."""
         for shard in self._shards:
             shard.set_reshard_after_forward(False, recurse=False)
             shard.unshard()
@@ -79,7 +79,7 @@ class Group:
             shard.set_reshard_after_forward(shard is not model, recurse=False)
 
     def gather(self, *numbers: float) -> list[list[float]]:
-        """Each of the numbers from all ranks, in their order: one list a number."""
+        """Gathers each number from all ranks, in rank order: one list per number."""
         if self.world == 1:
             return [[number] for number in numbers]
         mine = torch.tensor(numbers, dtype=torch.float64)
@@ -88,11 +88,11 @@ class Group:
         return torch.stack(everyone).T.tolist()  # [numbers][world]
 
     def sum(self, *numbers: float) -> list[float]:
-        """The sums over all ranks, the same to the last bit on each."""
+        """Sums over all ranks, bit-identical on each."""
         return [sum(everyone) for everyone in self.gather(*numbers)]
 
     def collect(self, thing: T) -> list[T]:
-        """Something of each rank, in their order, on all of them."""
+        """Gathers one object from each rank, in rank order, on all ranks."""
         if self.world == 1:
             return [thing]
         things: list[Any] = [None] * self.world
@@ -100,11 +100,11 @@ class Group:
         return things
 
     def any(self, is_so: bool) -> bool:
-        """Whether it is so on any rank: the same answer on all of them."""
+        """Whether the condition holds on any rank: the same answer on all."""
         return any(self.gather(is_so)[0])
 
     def from_main(self, value: T) -> T:
-        """The value that the first rank gives, on every rank, however long it takes to come. It must be JSON-like."""
+        """Broadcasts rank 0's JSON-like value to every rank, without the timeout of a step."""
         if self.world == 1:
             return value
         box = [value]
@@ -116,7 +116,7 @@ ALONE = Group(Ranks())
 
 
 class _Replica(DistributedDataParallel):
-    """A model that sums its gradients over ranks as they arise, and otherwise looks like the one inside."""
+    """DDP wrapper that passes attribute access on to the wrapped model."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -127,10 +127,10 @@ class _Replica(DistributedDataParallel):
 
 @contextlib.contextmanager
 def join(device: Device, timeout_seconds: float) -> Iterator[Group]:
-    """Meet the other processes that `torchrun` started; alone, this does nothing.
+    """Joins the processes that `torchrun` started; a single process needs no group.
 
-    A rank that hears nothing of another for `timeout_seconds` in the middle of a step gives up. Raises `UserError`
-    where another process has failed or cannot be reached, so that none waits for it forever.
+    Communication in a step times out after `timeout_seconds`. Raises `UserError` where another process has failed or
+    cannot be reached.
     """
     ranks = device.ranks
     if ranks.world == 1:
@@ -138,7 +138,7 @@ def join(device: Device, timeout_seconds: float) -> Iterator[Group]:
         return
     if device.torch_device.type == "cuda":
         torch.cuda.set_device(device.torch_device)
-    # Numbers of Python go over gloo also where gradients go over NCCL: no need to wait for the accelerator.
+    # Python numbers go over gloo even where gradients go over NCCL: no synchronisation with the accelerator.
     backend = "cpu:gloo,cuda:nccl" if device.torch_device.type == "cuda" else "gloo"
     try:
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds))
@@ -158,39 +158,39 @@ def _is_about_peers(error: RuntimeError) -> bool:
 
 
 def _sharded(model: Decoder, world: int, device: torch.device) -> list[Any]:
-    """Leave this rank its share of every parameter; returns what gathers them: blocks, and the model for the rest."""
+    """Shards all parameters over ranks. Returns the modules that gather them: blocks, and the model for the rest."""
     from torch.distributed.device_mesh import init_device_mesh  # here, since importing it takes a second
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(device.type, (world,))
-    # Weights are gathered as they are and cast by autocast, as in one process; gradients are summed in float32.
+    # Weights are gathered in their own type and cast by autocast, as in one process; gradients are summed in float32.
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    # What is outside the blocks stays gathered until the backward pass: the loss needs the head.
+    # Parameters outside the blocks stay gathered until the backward pass: the loss needs the head.
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     return [*model.blocks, model]
 
 
 def is_share(tensor: Tensor) -> bool:
-    """Whether this rank holds only a part of it: a `DTensor`, told without its class, whose import takes a second."""
+    """Whether `tensor` is a shard (`DTensor`); tested without importing the class, which takes a second."""
     return hasattr(tensor, "full_tensor")
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor as it is, or all of one of which this rank holds a share. All ranks must ask together."""
+    """The full tensor: a shard is gathered, a plain tensor returned unchanged. All ranks must call it."""
     return cast(Any, tensor).full_tensor() if is_share(tensor) else tensor
 
 
 def own_share(tensor: Tensor) -> Tensor:
-    """A tensor as it is, or the part of it that this rank holds."""
+    """The part of a tensor that this rank holds; a plain tensor is returned unchanged."""
     return cast(Any, tensor).to_local() if is_share(tensor) else tensor
 
 
 def on_main(tensors: Mapping[str, Tensor], group: Group) -> dict[str, Tensor]:
-    """Copies of all of `tensors` in the first rank's CPU memory; nothing on the others. All ranks must ask together.
+    """Copies of all `tensors` in rank 0's CPU memory; empty on other ranks. All ranks must call it.
 
-    Shares are gathered one by one: no device holds more than one whole tensor at a time.
+    Shards are gathered one by one: no device holds more than one full tensor at a time.
     """
     copies = {}
     for name, tensor in tensors.items():
@@ -201,7 +201,7 @@ def on_main(tensors: Mapping[str, Tensor], group: Group) -> dict[str, Tensor]:
 
 
 def share_like(full: Tensor, like: Tensor) -> Tensor:
-    """This rank's share of a tensor that every rank holds whole, placed as `like`'s; as it is where `like` is whole."""
+    """This rank's shard of a full tensor, placed as `like`; unchanged where `like` is a plain tensor."""
     if not is_share(like) or full.shape != like.shape:
         return full
     from torch.distributed.tensor import distribute_tensor

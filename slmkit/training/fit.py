@@ -1,4 +1,4 @@
-"""`fit`: train a model as its recipe says, and fill the run directory."""
+"""`fit`: train a model by its recipe and write the run directory."""
 
 from __future__ import annotations
 
@@ -55,13 +55,12 @@ def fit(
     on_save: Callable[[State, Path], Any] | None = None,
     stop: StopRequested | None = None,
 ) -> State:
-    """Train `model` as the recipe says, and leave a run on disk. Returns the state after the last step.
+    """Train `model` by the recipe and write the run directory. Returns the state after the last step.
 
-    `hooks` come from outside (validation, samples, progress) and fire before the report is logged, with what they add.
-    `inventory` says what is in memory, `files` what of the model a checkpoint holds: without them all of it. With
-    `resume` it goes on from the newest intact checkpoint. `optimizer` takes the place of the recipe's; `on_save` is
-    called on all ranks with each checkpoint that is complete. Raises `RunStopped` when a signal or `stop` ended
-    it, with one.
+    `hooks` (validation, samples, progress) are called before the report is logged and may add to it. `inventory`
+    describes what is in memory, `files` which tensors of the model a checkpoint holds (default: all). With `resume`,
+    training continues from the newest intact checkpoint. `optimizer` replaces the recipe's; `on_save` is called on all
+    ranks with each complete checkpoint. Raises `RunStopped` when a signal or `stop` ended the run, after a checkpoint.
     """
     settings, group, inventory = recipe.train, plan.group, inventory or MemoryProfile(meta_model_of(model))
     files = files or WholeModel(config)
@@ -100,7 +99,7 @@ def fit(
 def _begin(
     run: RunDirectory, state: State, plan: Plan, files: ModelFiles, resume: bool, warn: Callable[[str], None]
 ) -> None:
-    """Load the newest intact checkpoint where the run is resumed, and drop what was written after it."""
+    """Load the newest intact checkpoint if the run is resumed, and drop what was logged after it."""
     if resume and (newest := newest_intact(run, plan, warn)) is not None:
         checkpoints.load_checkpoint(newest, state, files)
     if plan.group.is_main:
@@ -111,7 +110,7 @@ def _begin(
 
 
 def _warn_at_the_end(run: RunDirectory, state: State, plan: Plan, stream: Batches, warn: Callable[[str], None]) -> None:
-    """Say that nothing was learned, or why the run is over early. Raises `RunStopped` where the run was stopped."""
+    """Warn that nothing was learned, or why the run ended early. Raises `RunStopped` if it was stopped."""
     if not state.guard.has_learned and state.guard.idle:
         warn(f"{run.root}: {state.guard.idle_report()}")
     if state.step >= plan.steps:
@@ -135,7 +134,7 @@ def _warn_at_the_end(run: RunDirectory, state: State, plan: Plan, stream: Batche
 def newest_intact(
     run: RunDirectory, plan: Plan, warn: Callable[[str], None], wanted: Callable[[Path], bool] | None = None
 ) -> Path | None:
-    """The checkpoint that the first rank finds to go on from, on all of them."""
+    """The checkpoint to resume from, found by rank 0 and broadcast to all ranks."""
     found = None
     if plan.group.is_main:
         found = checkpoints.newest_intact(run.checkpoints, warn, *([wanted] if wanted else []))
@@ -161,9 +160,9 @@ def fresh_state(
 def roll_back(
     run: RunDirectory, state: State, plan: Plan, why: Diverged, warn: Callable[[str], None], files: ModelFiles
 ) -> None:
-    """Take the run back to the last checkpoint before the refused steps, with a lower learning rate.
+    """Return the run to the last checkpoint before the refused steps, with a lower learning rate.
 
-    Raises `UserError` where the recipe wants it to stop instead, or nothing is left to try.
+    Raises `UserError` if the recipe says to stop, all rollbacks are used up, or there is no checkpoint.
     """
     first = state.step - state.guard.in_a_row + 1
     report = (
@@ -182,7 +181,7 @@ def roll_back(
     state.guard.rollbacks, state.guard.skipped = before.rollbacks + 1, before.skipped
     if not plan.group.is_main:
         return
-    # In this order, so that a crash in between leaves a run that goes on from the same checkpoint.
+    # This order lets a run that crashes in between resume from the same checkpoint.
     point_links(run, good, best_checkpoint(state))
     for later in checkpoints.complete_checkpoints(run.checkpoints):
         if checkpoints.step_of(later) > state.step:
@@ -201,9 +200,9 @@ def make_plan(
     total_rows: int | None = None,
     group: Group = ALONE,
 ) -> Plan:
-    """What the loop needs of the settings, with everything counted out.
+    """The loop's `Plan`, computed from the settings.
 
-    `total_rows`: what the data has until it ends, where that is known; there are no more steps than that.
+    `total_rows`: rows of the data if known; they bound the number of steps.
     """
     steps = settings.total_steps(rows_in_epoch, sequence_length)
     if total_rows is not None:
@@ -222,9 +221,9 @@ def make_plan(
 
 @contextlib.contextmanager
 def stop_on_signals(stop: StopRequested | None = None) -> Iterator[StopRequested]:
-    """Ctrl-C and SIGTERM end the run after the step it is in, with a checkpoint; a second Ctrl-C ends it at once.
+    """Context manager in which Ctrl-C and SIGTERM end the run after the current step; a second Ctrl-C ends it at once.
 
-    A second SIGTERM does not: cluster managers send it to every process, and launchers pass it on once more.
+    A second SIGTERM does not: cluster managers send it to every process, and launchers forward it again.
     """
     stop = stop or StopRequested()
 
@@ -235,7 +234,7 @@ def stop_on_signals(stop: StopRequested | None = None) -> Iterator[StopRequested
 
     try:
         before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread: whoever runs us there has signals of their own
+    except ValueError:  # not in the main thread, where Python allows no signal handlers
         yield stop
         return
     try:

@@ -1,10 +1,10 @@
-"""The guard: which updates are refused, and when a run that does nothing else is taken back or ended.
+"""The guard: refuses single updates, and stops or rolls back a run whose updates are refused many times in a row.
 
-A run whose first steps change nothing is ended as well, with the reason: no label, no gradient, or updates too small.
+A run whose first steps change no weight is stopped too, with the reason: no label, no gradient, or updates too small.
 
-A loss or gradient that is not finite never reaches the weights; a gradient far above its recent median does not where
-the recipe asks for that (PaLM skipped such batches by hand: arXiv:2204.02311, section 5.1). What the guard remembers is
-part of the state that a checkpoint holds, so that a resumed run refuses what the unbroken one would have refused.
+A non-finite loss or gradient never reaches the weights; nor, if the recipe sets a limit, does a gradient far above its
+recent median (PaLM skipped such batches by hand: arXiv:2204.02311, section 5.1). The guard's state is part of a
+checkpoint, so that a resumed run refuses the same updates as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pydantic import Field
 
 from slmkit.config import Settings, UserError
 
-LEAST_NORM = 1e-12  # a gradient norm below it is 0 but for rounding
-FEWEST_NORMS = 16  # a median of fewer says too little about what is usual
+LEAST_NORM = 1e-12  # smaller gradient norms count as 0
+FEWEST_NORMS = 16  # a median of fewer norms is unreliable
 
 
 class GuardSettings(Settings):
@@ -36,23 +36,23 @@ class GuardSettings(Settings):
 
 
 class Diverged(Exception):  # noqa: N818 - what follows on it is the recipe's choice
-    """So many steps in a row were refused that going on makes no sense."""
+    """Too many steps in a row were refused."""
 
 
 @dataclass
 class Guard:
-    """What the guard remembers from step to step."""
+    """State of the guard between steps."""
 
-    norms: list[float] = field(default_factory=list)  # gradient norms of the last steps that were taken
+    norms: list[float] = field(default_factory=list)  # gradient norms of the last accepted steps
     skipped: int = 0  # refused steps of the whole run
     in_a_row: int = 0
     rollbacks: int = 0
-    idle: int = 0  # steps in a row from which nothing was learned, up to the last one
+    idle: int = 0  # latest steps in a row from which nothing was learned
     idle_reason: str = ""  # why
     has_learned: bool = False  # whether any step changed a weight
 
     def judge(self, settings: GuardSettings, loss: float, grad_norm: float) -> str | None:
-        """Why this update is refused, or None: it may be taken."""
+        """Why this update is refused; None if it is accepted."""
         reason = self._objection(settings, loss, grad_norm)
         if reason is None:
             self.in_a_row = 0
@@ -63,25 +63,25 @@ class Guard:
         return reason
 
     def check(self, settings: GuardSettings) -> None:
-        """Raises `Diverged` when no further step should be tried."""
+        """Raises `Diverged` after too many refused steps in a row, `UserError` after too many without effect."""
         if self.in_a_row >= settings.max_skipped:
             raise Diverged(f"{self.in_a_row} steps in a row were refused")
         if settings.max_idle is not None and self.idle >= settings.max_idle and not self.has_learned:
             raise UserError(f"stopped: {self.idle_report()} (guard.max_idle says how many such steps end a run)")
 
     def note_learning(self, why_not: str | None) -> None:
-        """Whether something was learned from the last step: None; or why it was not."""
+        """Record why nothing was learned from the last step; None if something was."""
         self.idle = 0 if why_not is None else self.idle + 1
         self.idle_reason = why_not or ""
         self.has_learned |= why_not is None
 
     def idle_report(self) -> str:
-        """How long nothing has been learned, and why."""
+        """In how many steps nothing was learned, and why."""
         since = "the last" if self.has_learned else "the first"
         return f"nothing was learned in {since} {self.idle} steps: {self.idle_reason}"
 
     def learning_rate_ratio(self, settings: GuardSettings) -> float:
-        """What rollbacks have left of the learning rate."""
+        """Factor on the learning rate after all rollbacks so far."""
         return settings.rollback_learning_rate_ratio**self.rollbacks
 
     def _objection(self, settings: GuardSettings, loss: float, grad_norm: float) -> str | None:

@@ -1,8 +1,7 @@
-"""The loop: one for every objective. Read it from top to bottom in one sitting.
+"""The training loop, the same for every objective.
 
 A step takes its batch, a function of (seed, step) alone; sums the losses of its micro-batches; divides once, by
-the trained tokens of the whole step; and updates. Whatever else happens (logging, validation, samples, checkpoints)
-is a hook.
+the trained tokens of the whole step; and updates. Logging, validation, samples and checkpoints are hooks.
 """
 
 from __future__ import annotations
@@ -29,15 +28,15 @@ from slmkit.training.guards import LEAST_NORM, Guard, GuardSettings
 from slmkit.training.objective import Objective, Sums, surveyed
 from slmkit.training.precision import LossScale
 
-SAMPLED = 4096  # weights of each parameter that are looked at, to see whether a first step changes anything
+SAMPLED = 4096  # weights sampled per parameter to see whether the first steps change anything
 Report = dict[str, Any]  # one line of metrics.jsonl; hooks may add to it
 
 
 @dataclass
 class State:
-    """Everything that must survive a crash for the run to go on as if it had not happened.
+    """The state that a checkpoint holds, so that a resumed run equals an uninterrupted one.
 
-    Every random number follows from `seed` and `step`, and so does the place in shards; a streamed corpus adds its own.
+    Random numbers and the position in shards follow from `seed` and `step`; a streamed corpus adds its own position.
     """
 
     model: Decoder
@@ -46,15 +45,15 @@ class State:
     step: int = 0
     tokens: int = 0  # trained tokens so far
     best: dict[str, float] = field(default_factory=dict)  # {"step", "validation_loss"} of the best checkpoint
-    evaluations: dict[str, float] = field(default_factory=dict)  # {"lowest" loss, "in_vain": how many since}
+    evaluations: dict[str, float] = field(default_factory=dict)  # {"lowest": loss, "in_vain": evaluations since}
     guard: Guard = field(default_factory=Guard)
     loss_scale: LossScale = field(default_factory=LossScale)
-    data: dict[str, Any] = field(default_factory=dict)  # where a streamed corpus goes on; {} of shards
+    data: dict[str, Any] = field(default_factory=dict)  # position in a streamed corpus; {} for shards
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how: what the loop needs of a recipe."""
+    """The loop's parameters, computed from a recipe."""
 
     steps: int
     rows_per_micro_batch: int
@@ -63,23 +62,22 @@ class Plan:
     device: Device
     guard: GuardSettings = field(default_factory=GuardSettings)
     group: Group = ALONE
-    patience: int | None = None  # evaluations without a lower validation loss after which the run is over
+    patience: int | None = None  # evaluations without a lower validation loss that end the run
 
     def is_stalled(self, state: State) -> bool:
-        """Whether so many evaluations were in vain that the run is over."""
+        """Whether `patience` evaluations in a row brought no lower validation loss."""
         return self.patience is not None and state.evaluations.get("in_vain", 0) >= self.patience
 
 
-Hook = Callable[[State, Report], Any]  # True ends the run after this step; of several ranks all must say so
+Hook = Callable[[State, Report], Any]  # True ends the run after this step; all ranks must return the same
 
 
 @dataclass(frozen=True)
 class Every:
     """Call `hook` after each `steps`-th step, and after the last one of the run.
 
-    A run that is stopped early ends as it would have gone on, so that a resumed one has the same metrics as an unbroken
-    one: only what must not be lost (`on_stop`) is done out of turn. Of several processes the first alone calls hooks,
-    but for those that are a matter of all.
+    When a run is stopped early, only hooks with `on_stop` are called out of turn, so that a resumed run has the same
+    metrics as an uninterrupted one. Only rank 0 calls hooks, except those that concern all ranks.
     """
 
     steps: int
@@ -89,19 +87,19 @@ class Every:
 
 
 class Recorder(Protocol):
-    """Is told of every step with its batch, and writes down what is needed to look at one again."""
+    """Called after every step with its batch; records what a replay needs."""
 
     def note(self, batch: Batch, report: Report) -> None: ...
 
 
 class RunStopped(Exception):  # noqa: N818 - no error: the user asked for it
-    """The run was asked to stop and did, with a checkpoint: nothing is wrong, but nothing should follow on it."""
+    """The run was stopped on request, after a checkpoint; later stages of a workflow must not run."""
 
 
 class StopRequested:
-    """Ends the loop after the step it is in: set from outside (a signal, a test), or by the clock.
+    """Ends the loop after the current step: set from outside (a signal, a test), or at a given time.
 
-    `at` is a time of `time.monotonic`.
+    `at` is a time of `time.monotonic`, in seconds.
     """
 
     def __init__(self, at: float = math.inf) -> None:
@@ -125,10 +123,10 @@ def train(
     stop: StopRequested | None = None,
     recorder: Recorder | None = None,
 ) -> State:
-    """Run from `state.step` to `plan.steps`, or to the end of the data.
+    """Train from `state.step` to `plan.steps`, or to the end of the data. Returns the state.
 
-    Hooks fire in their order; a stop makes the step it ends the last one. Raises `Diverged` when the guard has refused
-    too many steps in a row.
+    Hooks are called in order; after a stop request the current step is the last. Raises `Diverged` when the guard has
+    refused too many steps in a row.
     """
     group = plan.group
     state.model.train()
@@ -156,7 +154,7 @@ def train(
 
 
 def note_improvement(state: State, report: Report) -> None:
-    """A hook behind validation, for all ranks: count the evaluations since the lowest loss."""
+    """Hook after validation, for all ranks: count the evaluations since the lowest loss."""
     if "validation_loss" in report:
         loss, lowest = report["validation_loss"], state.evaluations.get("lowest")
         if lowest is None or loss < lowest:
@@ -166,7 +164,7 @@ def note_improvement(state: State, report: Report) -> None:
 
 
 def train_step(state: State, objective: Objective, batch: Batch, plan: Plan) -> Report:
-    """One update, or none where the guard refuses it or there is nothing to learn: then `skipped` says why."""
+    """One update and its report; `skipped` says why if the guard refused it or there was nothing to learn."""
     rate = plan.schedule(state.step) * state.guard.learning_rate_ratio(plan.guard)
     for optimizer in state.optimizers:
         for group in optimizer.param_groups:
@@ -181,7 +179,7 @@ def train_step(state: State, objective: Objective, batch: Batch, plan: Plan) -> 
     else:
         refused = state.guard.judge(plan.guard, found.loss, found.norm)
     if refused is None:
-        seed_everything(state.seed, state.step)  # rounding draws what it draws on every rank
+        seed_everything(state.seed, state.step)  # stochastic rounding draws the same numbers on every rank
         for optimizer in state.optimizers:
             optimizer.step()
         state.tokens += found.tokens
@@ -192,7 +190,7 @@ def train_step(state: State, objective: Objective, batch: Batch, plan: Plan) -> 
     report = {
         "step": state.step,
         "tokens": state.tokens,
-        "loss": found.loss,  # nats a trained token, where that is what the objective's mean is over
+        "loss": found.loss,  # mean over the objective's weight: nats per trained token for `next_token`
         "learning_rate": state.optimizers[-1].param_groups[0]["lr"],
         "grad_norm": found.norm,
         **found.figures,
@@ -205,7 +203,7 @@ def train_step(state: State, objective: Objective, batch: Batch, plan: Plan) -> 
 
 
 def _why_nothing_is_learned(state: State, found: Gradients, before: list[Tensor] | None, plan: Plan) -> str | None:
-    """Why a step leaves the model as it was; None where it learns. `before`: a sample of the weights before it."""
+    """Why a step left the model unchanged; None if it learned. `before`: a sample of the weights before the step."""
     if found.weight == 0:
         return "their batches have not one trained token"
     if found.norm < LEAST_NORM:
@@ -219,23 +217,23 @@ def _why_nothing_is_learned(state: State, found: Gradients, before: list[Tensor]
 
 
 def _sample_of(model: nn.Module) -> list[Tensor]:
-    """Copies of some weights of every parameter that is trained, of this rank's share of it."""
+    """Copies of some weights of every trained parameter, from this rank's shard."""
     parts = [own_share(p.detach()).flatten() for p in model.parameters() if p.requires_grad]
     return [part[:: max(1, part.numel() // SAMPLED)].clone() for part in parts]
 
 
 class Gradients(NamedTuple):
-    """What the gradients that lie in the parameters are of: of all ranks, and the same on each."""
+    """Figures of the gradients now in the parameters: over all ranks, the same on each."""
 
     loss: float  # the mean
     norm: float  # before it was clipped
-    weight: int  # what the mean is over
-    tokens: int  # trained ones
-    figures: dict[str, float]  # means of what else the objective tells
+    weight: int  # the mean's divisor
+    tokens: int  # trained tokens
+    figures: dict[str, float]  # means of the objective's other figures
 
 
 def compute_gradients(state: State, objective: Objective, batch: Batch, plan: Plan) -> Gradients:
-    """Leave the clipped gradients of the mean loss in the parameters."""
+    """Compute the clipped gradients of the mean loss. Raises `UserError` if it depends on no trained weight."""
     group, scale = plan.group, state.loss_scale.value
     seed_everything(state.seed, state.step, group.rank)
     state.model.zero_grad(set_to_none=True)
@@ -243,7 +241,7 @@ def compute_gradients(state: State, objective: Objective, batch: Batch, plan: Pl
     micro_batches = batch.split(plan.rows_per_micro_batch)
     weights, tokens, counts = group.gather(objective.weight(batch), batch.weight, len(micro_batches))
     weight = int(sum(weights))
-    # Ranks go through the model equally often, since with FSDP all must take part.
+    # All ranks run the model equally often, since every rank must take part in FSDP's collectives.
     micro_batches += [batch.untrained()] * int(max(counts) - len(micro_batches))
     micro_batches = surveyed(objective, state.model, micro_batches, plan.device, group)
     sums = Sums()
@@ -253,7 +251,7 @@ def compute_gradients(state: State, objective: Objective, batch: Batch, plan: Pl
             loss = objective(model, micro_batch)
         if not loss.total.requires_grad:
             raise UserError("the loss does not depend on any weight that is trained: nothing can be learned from it")
-        (loss.total * (scale * group.world / max(1, weight))).backward()  # the mean of all ranks' gradients is taken
+        (loss.total * (scale * group.world / max(1, weight))).backward()  # DDP and FSDP average over ranks
         sums.add(loss)
     if scale != 1:
         torch._foreach_div_([p.grad for p in state.model.parameters() if p.grad is not None], scale)
@@ -263,7 +261,7 @@ def compute_gradients(state: State, objective: Objective, batch: Batch, plan: Pl
 
 
 def seed_everything(seed: int, step: int, rank: int = 0) -> None:
-    """Every generator's numbers follow from (seed, step, rank): a resumed run draws what the unbroken one drew."""
+    """Seed all generators from (seed, step, rank), so that a resumed run draws the same numbers."""
     number = random_seed(seed, step, rank)
     random.seed(number)
     np.random.seed(number % 2**32)
@@ -271,6 +269,6 @@ def seed_everything(seed: int, step: int, rank: int = 0) -> None:
 
 
 def random_seed(seed: int, step: int, rank: int = 0) -> int:
-    """A 63-bit seed of a step, unrelated to its neighbours' and to those of other ranks."""
+    """A 63-bit seed for a step, independent of other steps' and ranks' seeds."""
     digest = hashlib.blake2b(f"{seed}:{step}{f':{rank}' * bool(rank)}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

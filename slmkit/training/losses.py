@@ -1,4 +1,4 @@
-"""Losses over hidden states: sums, never means, since the loop divides once by what the whole step trained."""
+"""Losses over hidden states, as sums: the loop divides once by the trained tokens of the whole step."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-IGNORED = -100  # a label that is not learned, as everywhere in the field
+IGNORED = -100  # a label that is not learned, as in PyTorch and transformers
 
-# Logits of one chunk should stay in the cache of a core: 512 positions over 2,048 tokens are 4 MiB. On two cores this
-# takes 24 ms for 4,096 positions of width 192, against 64 ms for the plain form. An accelerator wants larger products.
+# Logits of one chunk should fit a core's cache: 512 positions over 2,048 tokens are 4 MiB. On two cores this takes
+# 24 ms for 4,096 positions of width 192, against 64 ms unchunked. Accelerators need larger products.
 LOGITS_PER_CHUNK = {"cpu": 2**20}
 LOGITS_PER_CHUNK_ELSEWHERE = 2**26
-# Fewer positions than this would read and write the head and its gradient more often than they multiply: with 50,257
+# Smaller chunks spend more time on reading and writing the head and its gradient than on products: with 50,257
 # tokens of width 384, chunks of 20 positions take four times as long as chunks of 256.
 SMALLEST_CHUNK = 256
 
 
 def linear_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, cap: float | None = None) -> Tensor:
-    """Sum of -log softmax(logits)[label] in nats for logits = hidden @ head.T, without ever holding all of them.
+    """Sum of -log softmax(logits)[label] in nats for logits = hidden @ head.T, computed in chunks.
 
     hidden [positions, width], head [vocab_size, width], labels [positions] without ignored ones. With `cap` the logits
     are cap * tanh(logits / cap) (Gemma 2, arXiv:2408.00118). Under autocast the products are in its type; the softmax
@@ -38,8 +38,8 @@ def token_log_probabilities(
 ) -> Tensor:
     """log softmax(logits / temperature)[label] of each position, in nats and float32: [positions].
 
-    Arguments as for `linear_cross_entropy`. What is done with each is for the caller to say, so that the gradient is
-    not known on the way forward: the logits of each chunk are computed a second time on the way back.
+    Arguments as for `linear_cross_entropy`. The gradient of each value is not known in the forward pass: the logits of
+    each chunk are computed again in the backward pass.
     """
     chunk = positions_per_chunk(head.size(0), hidden.device)
     if len(hidden) <= chunk:
@@ -54,7 +54,7 @@ def token_log_probabilities(
 
 
 def _log_probabilities(hidden: Tensor, head: Tensor, labels: Tensor, cap: float | None, temperature: float) -> Tensor:
-    """The plain form: all logits at once."""
+    """Unchunked form of `token_log_probabilities`: [positions]."""
     logits = F.linear(hidden, head.to(hidden.dtype)).float()  # [positions, vocab_size]
     if cap is not None:
         logits = cap * torch.tanh(logits / cap)
@@ -63,15 +63,15 @@ def _log_probabilities(hidden: Tensor, head: Tensor, labels: Tensor, cap: float 
 
 
 def positions_per_chunk(vocab_size: int, device: torch.device) -> int:
-    """How many positions have their logits at once."""
+    """Positions whose logits are computed at once."""
     return max(SMALLEST_CHUNK, LOGITS_PER_CHUNK.get(device.type, LOGITS_PER_CHUNK_ELSEWHERE) // vocab_size)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """Loss and gradients in one pass: d loss / d logits = softmax(logits) - onehot(label), chunk by chunk.
 
-    The exponentials are neither divided by their sum nor lessened by the label's one where they are widest: rows are
-    divided, and the label's part subtracted, after the products with them.
+    The division by the exponentials' sum and the subtraction of the one-hot labels follow after the matrix products,
+    where tensors are [chunk, width] instead of [chunk, vocab_size].
     """
 
     @staticmethod
@@ -101,7 +101,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 powers.mul_(slopes)
                 at_label = slopes.gather(-1, y[:, None])
                 label_rows, label_inputs = label_rows * at_label, label_inputs * at_label
-            if hidden.dtype == torch.float16:  # it ends at 65,504: rows are brought to a sum within it
+            if hidden.dtype == torch.float16:  # its maximum is 65,504: scale rows to a sum below it
                 powers.mul_(256 / sums)
                 sums = torch.full_like(sums, 256)
             powers = powers.to(hidden.dtype)
@@ -116,12 +116,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
         hidden_grad, head_grad = ctx.saved_tensors
-        (scale,) = outputs  # in float32: rounded to 16 bits it would put one error into all gradients
+        (scale,) = outputs  # in float32: rounding it to 16 bits would bias all gradients alike
         scaled = (hidden_grad.float() * scale).to(hidden_grad.dtype), head_grad.mul_(scale).to(ctx.head_dtype)
         return *scaled, None, None
 
 
-# Float32 logits [chunk, vocab_size] of the positions that the slice names → their loss, and figures [n] to be summed.
+# Float32 logits [chunk, vocab_size] and the slice of their positions → loss [], and figures [n] to be summed.
 LossOfChunk = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 
 
@@ -129,7 +129,7 @@ def chunked_loss(hidden: Tensor, head: Tensor, cap: float | None, loss: LossOfCh
     """Sums of `loss` and of its figures over hidden [positions, width] @ head.T, head [vocab_size, width].
 
     With `cap` the logits are cap * tanh(logits / cap). Under autocast the products are in its type, logits in float32.
-    Gradients are made in the same pass: those of `loss` must not depend on what is done with it later but by a factor.
+    Gradients are computed in the same pass: the result may only be scaled afterwards.
     """
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
@@ -137,22 +137,22 @@ def chunked_loss(hidden: Tensor, head: Tensor, cap: float | None, loss: LossOfCh
 
 
 def in_chunks(positions: int, vocab_size: int, device: torch.device) -> list[slice]:
-    """All positions, as many at once as should have logits; an empty slice where there is none.
+    """Slices of all positions, as many at once as should have logits; one empty slice if there are none.
 
-    Half of what a plain loss takes: the gradients of this one come with a dozen tensors as large as the logits.
+    Half of `positions_per_chunk`: the gradients need a dozen tensors as large as the logits.
     """
     chunk = positions_per_chunk(vocab_size, device) // 2
     return [slice(start, start + chunk) for start in range(0, max(1, positions), chunk)]
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Chunk by chunk: logits, the loss's own gradient at them, and the two products with it."""
+    """For each chunk: logits, the loss's gradient at them, and its products with head and hidden states."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, cap: float | None, loss: LossOfChunk) -> tuple[Tensor, Tensor]:
         wants_gradient, head_learns = any(ctx.needs_input_grad), ctx.needs_input_grad[1]
         weight = head.to(hidden.dtype)
-        # Float16 ends at 6e-8 below, where many of a softmax's gradients are.
+        # Float16 underflows below 6e-8, where many of a softmax's gradients are: they are scaled up.
         up = 256.0 if hidden.dtype == torch.float16 else 1.0
         hidden_grad = torch.empty_like(hidden, dtype=torch.float32) if wants_gradient else None
         head_grad = torch.zeros_like(head, dtype=torch.float32) if head_learns else None

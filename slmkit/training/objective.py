@@ -1,4 +1,4 @@
-"""What a step minimises. An objective goes from model and batch to a sum of losses; the loop knows no more."""
+"""Objectives: from model and batch to a sum of losses."""
 
 from __future__ import annotations
 
@@ -20,38 +20,38 @@ from slmkit.training.losses import IGNORED, linear_cross_entropy
 class Loss:
     """Sums over a batch, to be divided by the objective's weight of the whole step.
 
-    `figures` are told of in the report beside the loss, such as how often a preferred answer is the likelier one. One
-    of two numbers is a sum and what its mean is over, where that is not the objective's weight.
+    `figures` are reported beside the loss, such as how often a preferred answer is the likelier one. A figure of two
+    numbers is a sum and its own divisor.
     """
 
-    total: Tensor  # in nats, with its graph
-    figures: Mapping[str, Tensor] = field(default_factory=dict)  # without one; [] or [2] each
+    total: Tensor  # [], in nats, with autograd graph
+    figures: Mapping[str, Tensor] = field(default_factory=dict)  # detached; [] or [2] each
 
 
 class Objective(Protocol):
-    """What is minimised, and what its sums are divided by."""
+    """What is minimised, and the divisor of its sums."""
 
     def __call__(self, model: Decoder, batch: Batch) -> Loss: ...
 
     def weight(self, batch: Batch) -> int:
-        """What of a batch the mean is over: its trained tokens, its pairs, …; 0 where there is nothing to learn."""
+        """The divisor of a batch's loss: its trained tokens, its pairs, …; 0 where there is nothing to learn."""
 
 
-MEAN_OF_STEP = "mean_of_step"  # in a batch's extras: [rows], the same in each
+MEAN_OF_STEP = "mean_of_step"  # key in `Batch.extra`: [rows], the same value in each
 
 
 class Surveying(Objective, Protocol):
-    """An objective whose loss of a row depends on a mean over the whole step, which is taken before any gradient."""
+    """An objective whose loss of a row depends on a mean over the whole step, computed before any gradient."""
 
     def survey(self, model: Decoder, batch: Batch) -> Tensor:
-        """What that mean is of, summed over the rows that count in `weight`."""
+        """Sum [] of that quantity over the rows that count in `weight`."""
 
 
 @torch.no_grad()
 def surveyed(
     objective: Objective, model: Decoder, batches: Sequence[Batch], device: Device, group: Group
 ) -> list[Batch]:
-    """All batches of a step, with the mean over all ranks where the objective wants one. Dropout is off meanwhile."""
+    """The batches of a step, with the mean over all ranks if the objective needs one. Dropout is off meanwhile."""
     survey = getattr(objective, "survey", None)
     if survey is None:
         return list(batches)
@@ -70,7 +70,7 @@ def surveyed(
 
 
 class Sums:
-    """Losses and figures added up over the batches of a step, or of a validation, to be divided once."""
+    """Sums of losses and figures over the batches of a step or a validation, divided once."""
 
     def __init__(self) -> None:
         self.total: Tensor | float = 0.0
@@ -82,7 +82,7 @@ class Sums:
             self.figures[name] = self.figures[name] + figure if name in self.figures else figure
 
     def means(self, weight: float, group: Group) -> tuple[float, dict[str, float]]:
-        """The mean loss and figures of all ranks. A figure that has nothing to be the mean of is left out."""
+        """Mean loss and figures over all ranks. A figure with divisor 0 is left out."""
         numbers = [number for figure in self.figures.values() for number in figure.reshape(-1).tolist()]
         total, *sums = group.sum(float(self.total), *numbers)
         means, rest = {}, iter(sums)

@@ -1,4 +1,4 @@
-"""What training in 16 bits needs besides autocast: a scale for float16's losses, and updates in float32."""
+"""16-bit training: loss scaling for float16, and float32 updates of bfloat16 weights."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from slmkit.device import Device
 
 FIRST_SCALE, LARGEST_SCALE = 2.0**16, 2.0**24
 STEPS_TO_DOUBLE = 2_000
-LARGEST_CHUNK = 2**24  # elements of weights that are in float32 at once
+LARGEST_CHUNK = 2**24  # elements of weights converted to float32 at once
 
 
 @dataclass
 class LossScale:
-    """What losses are multiplied by, so that small gradients are not lost in float16 (arXiv:1710.03740).
+    """Factor on the loss, so that small gradients do not underflow in float16 (arXiv:1710.03740).
 
-    Where gradients overflow it is halved, and the batch computed again: none is lost. After many steps without that it
-    doubles. A scale of at most 1 never changes: other types need none.
+    When gradients overflow it is halved and the batch computed again; after many steps without overflow it doubles. A
+    scale of at most 1 never changes: other types need none.
     """
 
     value: float = 1.0
@@ -34,30 +34,30 @@ class LossScale:
         return cls(FIRST_SCALE, LARGEST_SCALE) if device.compute_dtype == torch.float16 else cls()
 
     def overflows(self, loss: float, grad_norm: float) -> bool:
-        """Note a step's figures; whether its gradients overflowed for the scale's sake, which then is lower now."""
+        """Record a step's figures. True if its gradients overflowed because of the scale, which is then lowered."""
         if math.isfinite(grad_norm):
             self.good_steps += 1
             if self.good_steps == STEPS_TO_DOUBLE:
                 self.value, self.good_steps = min(2 * self.value, self.largest), 0
             return False
         self.good_steps = 0
-        if self.value <= 1 or not math.isfinite(loss):  # a loss that is not finite was so before it was scaled
+        if self.value <= 1 or not math.isfinite(loss):  # a non-finite loss was so before scaling
             return False
         self.value /= 2
         return True
 
 
 class UpdatedInFloat32(torch.optim.Optimizer):
-    """Weights in bfloat16, updated by an optimizer that sees them, and keeps its moments, in float32.
+    """Optimizer wrapper: weights are bfloat16, the inner optimizer sees float32 weights and keeps float32 moments.
 
     Between steps the float32 weights are either kept (`master`: Micikevicius et al. 2018, arXiv:1710.03740) or rounded
-    to one of the two neighbours in bfloat16, to the nearer one more often (Zamirai et al. 2020, arXiv:2010.06192): most
-    updates are smaller than half their distance, and rounded to the nearest would be nothing. Rounding draws from
-    torch's generator. A few weights at a time are in float32, so that rounding takes no more memory than it saves.
+    stochastically to bfloat16 (Zamirai et al. 2020, arXiv:2010.06192): most updates are smaller than half the distance
+    between bfloat16 neighbours, and rounding to the nearest would lose them. Rounding draws from torch's generator.
+    Only a few weights at a time are in float32, to save memory.
     """
 
     def __init__(self, inner: torch.optim.Optimizer, master: bool) -> None:
-        """`inner` is fresh, and made for the same parameters, whatever their type."""
+        """`inner` has no state yet, and is made for the same parameters, of any type."""
         super().__init__([dict(group) for group in inner.param_groups], {})
         self.inner, self.master = inner, master
         for group in inner.param_groups:
@@ -82,7 +82,7 @@ class UpdatedInFloat32(torch.optim.Optimizer):
                     wide.data = _nothing(weight)
 
     def state_dict(self) -> dict[str, Any]:
-        """The moments of `inner` by the number of each parameter, and `master`: its float32 weights, if kept."""
+        """The state of `inner` by parameter number, and `master`: the float32 weights, if kept."""
         state = {index: dict(moments) for index, moments in self.inner.state_dict()["state"].items()}
         if self.master:
             for index, (_, wide) in enumerate(self._pairs()):
@@ -100,12 +100,12 @@ class UpdatedInFloat32(torch.optim.Optimizer):
         self.inner.load_state_dict({"state": {i: m for i, m in moments.items() if m}, "param_groups": groups})
 
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each weight with its float32 one, in the order of their numbers."""
+        """Pairs of weight and float32 weight, in the order of parameter numbers."""
         for group, inner in zip(self.param_groups, self.inner.param_groups):
             yield from zip(group["params"], inner["params"])
 
     def _chunks(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
-        """Those that have gradients, as many together as are to be in float32 at once."""
+        """Pairs that have gradients, grouped by how many may be in float32 at once."""
         chunk: list[tuple[Tensor, Tensor]] = []
         for weight, wide in self._pairs():
             if weight.grad is None:
@@ -119,9 +119,9 @@ class UpdatedInFloat32(torch.optim.Optimizer):
 
 
 def rounded_stochastically(x: Tensor) -> Tensor:
-    """float32 to bfloat16, up or down with the probabilities that leave the mean as it is.
+    """Stochastic rounding of float32 `x` [...] to bfloat16 [...], with expectation `x`.
 
-    bfloat16 is float32 without its last 16 bits; a random number added to those carries as often as they ask for.
+    bfloat16 is float32 without its last 16 bits: adding a random 16-bit number carries with the right probability.
     """
     bits = x.view(torch.int32)
     carried = torch.randint_like(bits, 2**16).add_(bits)
@@ -130,7 +130,7 @@ def rounded_stochastically(x: Tensor) -> Tensor:
 
 
 def to_weight_dtype(model: nn.Module, device: Device) -> None:
-    """Bring a model's weights into the type in which they are trained; tables that are not learned stay as they are."""
+    """Convert a model's weights to the type in which they are trained; buffers that are not learned keep theirs."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(device.weight_dtype)
 

@@ -21,7 +21,7 @@ from slmkit.training.recipe.recipe import Recipe
 
 
 class RunDirectory:
-    """The names inside `runs/NAME/`."""
+    """Paths inside `runs/NAME/`."""
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
@@ -29,7 +29,7 @@ class RunDirectory:
         self.environment = self.root / "environment.json"
         self.metrics = MetricsLog(self.root / "metrics.jsonl")
         self.plot = self.root / "loss.png"
-        self.shares = self.root / "shares.png"  # of right answers, or of pairs told apart, where there are such
+        self.shares = self.root / "shares.png"  # shares of right answers or correctly ranked pairs, if any
         self.samples = self.root / "samples.md"
         self.records = self.root / "records"
         self.data = self.root / "data"
@@ -40,7 +40,7 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Within, no other process trains in this directory. Raises `UserError` where one does already."""
+        """Context manager that locks the directory. Raises `UserError` if another process trains in it."""
         if self._is_held:
             yield
             return
@@ -52,56 +52,56 @@ class RunDirectory:
                 self._is_held = False
 
     def claim(self, recipe: Recipe) -> None:
-        """Write down what the run is to be, so that one that is killed while its data is prepared can go on."""
+        """Write the recipe, so that a run killed during data preparation can be resumed."""
         write_whole(self.recipe, to_yaml(recipe.model_copy(update={"output_dir": str(self.root)})))
 
     def describe(self, recipe: Recipe, device: Device, data: dict[str, Any]) -> None:
-        """Write what would repeat the run; with its environment it counts as prepared."""
+        """Write recipe and environment.json, from which the run can be repeated; it then counts as prepared."""
         content = environment() | device.describe() | {"data": data, "job": job_id(), PROCESSES: device.ranks.world}
         self._write(recipe, content | {"changes": []})
 
     def described(self) -> dict[str, Any]:
-        """What `describe` wrote, and what was added since; empty where there is nothing."""
+        """Content of environment.json; empty if there is none."""
         try:
             return json.loads(self.environment.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
 
     def add(self, **facts: Any) -> None:
-        """Write down more about a run that is described; one that is not stays so."""
+        """Add facts to the environment.json of a prepared run; does nothing for another."""
         if content := self.described():
             write_whole(self.environment, json.dumps(content | facts, indent=2) + "\n")
 
     def newest_step(self) -> int:
-        """That of the newest complete checkpoint; 0 where there is none."""
+        """Step of the newest complete checkpoint; 0 if there is none."""
         return max(map(checkpoints.step_of, checkpoints.complete_checkpoints(self.checkpoints)), default=0)
 
     def change(self, recipe: Recipe, changes: Sequence[Change], step: int) -> None:
-        """Go on with another recipe from behind `step` on, and write down what changed."""
+        """Replace the recipe for the steps after `step`, and record the changes."""
         content = self.described()
         entries = [{"step": step} | dataclasses.asdict(change) for change in changes]
         self._write(recipe, content | {"changes": content.get("changes", []) + entries})
 
     def _write(self, recipe: Recipe, content: dict[str, Any]) -> None:
-        """In this order: what a crash leaves between them is a recipe that was edited."""
+        """Write the recipe first: after a crash in between it counts as edited."""
         write_whole(self.recipe, to_yaml(recipe))
         content = content | {"recipe": recipe.model_dump(mode="json")}
         write_whole(self.environment, json.dumps(content, indent=2) + "\n")
 
     def rewind(self, step: int) -> None:
-        """Drop what was logged after `step`, which is about to be repeated."""
+        """Drop what was logged after `step`; those steps will be repeated."""
         self.metrics.rewind(step)
         rewind_samples(self.samples, step)
 
 
 def new_run_directory(wanted: str | Path) -> RunDirectory:
-    """A fresh directory of the wanted name, numbered where that is taken: no run is ever overwritten."""
+    """A new directory of the wanted name, numbered if taken. Raises `UserError` if it cannot be made."""
     while True:
         path = free_path(wanted)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.mkdir()
-        except FileExistsError:  # by another process, just now
+        except FileExistsError:  # made by another process in the meantime
             if path.is_dir():
                 continue
             raise UserError(f"{path.parent}: not a folder, so that no run can be made in it") from None
@@ -112,7 +112,7 @@ def new_run_directory(wanted: str | Path) -> RunDirectory:
 
 
 def run_of_job(wanted: str | Path) -> RunDirectory | None:
-    """The run of this name that the same `torchrun` job made before it was started again, if there is one."""
+    """The run of this name made by the same `torchrun` job before a restart; None if there is none."""
     path, number = Path(wanted), 1
     while job_id() is not None and path.exists():
         run = RunDirectory(path)
@@ -125,6 +125,6 @@ def run_of_job(wanted: str | Path) -> RunDirectory | None:
 
 
 def job_id() -> str | None:
-    """What `torchrun --rdzv-id` calls the job; None without one."""
+    """The job's id as given by `torchrun --rdzv-id`; None without one."""
     name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return None if name == "none" else name

@@ -1,7 +1,6 @@
-"""The learning rate over a run, as a share of its peak.
+"""Learning rate schedules, as a factor on the peak.
 
-Each schedule rises linearly over `warmup_steps` and then falls in its own way. Steps count from 0; the first one has a
-rate above zero, so that no step is spent on nothing.
+Each rises linearly over `warmup_steps`, then falls. Steps count from 0; the rate of the first is above zero.
 """
 
 from __future__ import annotations
@@ -25,16 +24,16 @@ def linear(since: int, until_end: int, warmup_steps: int, floor: float) -> float
 
 
 def inverse_sqrt(since: int, until_end: int, warmup_steps: int, floor: float) -> float:
-    """As the inverse square root of the step, never below `floor` (Vaswani et al. 2017, arXiv:1706.03762).
+    """Proportional to the inverse square root of the step, at least `floor` (Vaswani et al. 2017, arXiv:1706.03762).
 
-    The peak is at the end of the warm-up: after four times as many steps it is half of it.
+    The peak is at the end of the warm-up; after four times as many steps the rate is half of it.
     """
     peak_at = max(1, warmup_steps)
     return max(floor, math.sqrt(peak_at / (peak_at + since)))
 
 
 def warmup_stable_decay(share: float) -> Fall:
-    """The peak held, and a straight line down to `floor` over the last `share` of all steps (arXiv:2404.06395)."""
+    """Constant at the peak, then linear to `floor` over the last `share` of all steps (arXiv:2404.06395)."""
 
     def fall(since: int, until_end: int, warmup_steps: int, floor: float) -> float:
         decay = min(until_end, round(share * (warmup_steps + until_end + 1)))
@@ -44,9 +43,9 @@ def warmup_stable_decay(share: float) -> Fall:
 
 
 def make_schedule(kind: str, steps: int, warmup_steps: int, floor: float, decay_share: float = 0.2) -> Schedule:
-    """The schedule of a run of `steps` steps by Hugging Face's name for it.
+    """The schedule `kind` (Hugging Face's name) for a run of `steps` steps.
 
-    `decay_share` is the part of all steps in which `warmup_stable_decay` falls. Raises `KeyError` for an unknown name.
+    `decay_share` is the share of all steps in which `warmup_stable_decay` falls. Raises `KeyError` for an unknown name.
     """
     falls: dict[str, Fall] = {
         "cosine": cosine,

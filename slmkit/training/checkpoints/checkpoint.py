@@ -1,7 +1,7 @@
 """Checkpoints: a model directory, or an adapter's, with `training_state/` inside and a manifest written last.
 
-A checkpoint is written beside its final name, synced, and renamed, so that it is there whole or not at all. Optimizer
-state is safetensors under the parameters' own names, the rest JSON: nothing here is a pickle.
+A checkpoint is written under a temporary name, synced and renamed, so that it is complete or absent. Optimizer state
+is safetensors under the parameters' names, the rest JSON: no pickle.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MANIFEST = "MANIFEST.json"
 STATE = "training_state/state.json"
 OPTIMIZER = "training_state/optimizer.safetensors"
 
-ExtraFiles = Callable[[Path], None]  # writes what belongs beside the weights, such as the tokenizer
+ExtraFiles = Callable[[Path], None]  # writes the files beside the weights, such as the tokenizer
 
 
 def checkpoint_name(step: int) -> str:
@@ -43,20 +43,20 @@ def checkpoint_name(step: int) -> str:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A state at one instant, copied: what is written of it does not change while the run goes on."""
+    """A copy of a state at one step, unaffected by further training."""
 
     step: int
-    model: Decoder  # for its shape and names alone
+    model: Decoder  # only for shapes and names
     files: ModelFiles
     weights: dict[str, Tensor]
-    moments: dict[str, Tensor]  # of the optimizers
+    moments: dict[str, Tensor]  # optimizer state
     plain: str  # the rest, as JSON
 
 
 def take_snapshot(state: State, files: ModelFiles, group: Group = ALONE) -> Snapshot:
-    """Copy everything that a checkpoint holds into the memory of the CPU; of several ranks', the first one's.
+    """Copy everything that a checkpoint holds to rank 0's CPU memory. All ranks must call it.
 
-    All ranks must call it together. What is written of it any number of ranks can read.
+    The checkpoint can be loaded on any number of ranks.
     """
     return Snapshot(
         step=state.step,
@@ -69,12 +69,12 @@ def take_snapshot(state: State, files: ModelFiles, group: Group = ALONE) -> Snap
 
 
 def save_checkpoint(state: State, files: ModelFiles, folder: Path, extra_files: ExtraFiles) -> Path:
-    """Write the state as it is now; see `write_checkpoint`."""
+    """Write the current state synchronously; see `write_checkpoint`."""
     return write_checkpoint(take_snapshot(state, files), folder, extra_files)
 
 
 def write_checkpoint(snapshot: Snapshot, folder: Path, extra_files: ExtraFiles) -> Path:
-    """Write `folder/step-…` and return it. On any failure nothing is left and older checkpoints stay as they were.
+    """Write `folder/step-…` and return it. On failure partial files are deleted, older checkpoints unchanged.
 
     Raises `UserError` when the disk is full or cannot be written.
     """
@@ -88,7 +88,7 @@ def write_checkpoint(snapshot: Snapshot, folder: Path, extra_files: ExtraFiles) 
         save_file(snapshot.moments, partial / OPTIMIZER)
         (partial / STATE).write_text(snapshot.plain, encoding="utf-8")
         _write_manifest(partial)
-        if final.exists():  # of a run that went back to an earlier step
+        if final.exists():  # left by a run that was rolled back
             delete(final)
         os.replace(partial, final)
         sync(folder)
@@ -102,7 +102,7 @@ def write_checkpoint(snapshot: Snapshot, folder: Path, extra_files: ExtraFiles) 
 
 
 def load_checkpoint(directory: Path, state: State, files: ModelFiles) -> None:
-    """Put a checkpoint's weights, optimizer and counters into `state`, which was built for the same recipe.
+    """Load a checkpoint's weights, optimizer and counters into `state`, which was built for the same recipe.
 
     Raises `UserError` for a file that is missing, damaged or of another model.
     """
@@ -131,7 +131,7 @@ def load_checkpoint(directory: Path, state: State, files: ModelFiles) -> None:
 
 
 def verify(directory: Path) -> None:
-    """Compare every file with the manifest. Raises `UserError` naming the first that differs."""
+    """Check every file against the manifest. Raises `UserError` naming the first that differs."""
     try:
         listed = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError):
@@ -162,9 +162,9 @@ def step_of(path: Path) -> int:
 def newest_intact(
     folder: Path, warn: Callable[[str], None], is_wanted: Callable[[Path], bool] = lambda path: True
 ) -> Path | None:
-    """The latest checkpoint that passes `verify`; damaged and half-written ones are passed over with a warning.
+    """The latest checkpoint that passes `verify`; damaged and partial ones are skipped with a warning.
 
-    `is_wanted` may pass over others. None where there is none of that kind. Raises `UserError` where all are damaged.
+    `is_wanted` may exclude others. None if no checkpoint is left. Raises `UserError` if all are damaged.
     """
     for path in sorted(folder.glob(".partial-*")):
         warn(f"{path.name}: half-written, ignored")
@@ -184,18 +184,18 @@ def newest_intact(
 
 
 def saved_while_all_was_well(checkpoint: Path) -> bool:
-    """Whether the step before it was none that the guard refused."""
+    """Whether the guard accepted the step before the checkpoint."""
     return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["guard"]["in_a_row"] == 0
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Delete what a crash left half-written or half-deleted."""
+    """Delete checkpoints that a crash left partially written or deleted."""
     for path in folder.glob(".*-step-*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def point_link(link: Path, target: Path) -> None:
-    """Move `link` to `target` in one step: it names the old checkpoint or the new one, never neither."""
+    """Point `link` to `target` atomically."""
     fresh = link.with_name(f".{link.name}-{os.getpid()}")
     fresh.unlink(missing_ok=True)
     fresh.symlink_to(os.path.relpath(target, link.parent))
@@ -204,9 +204,9 @@ def point_link(link: Path, target: Path) -> None:
 
 
 def keep_newest(folder: Path, count: int, keep: set[str], until: int) -> None:
-    """Delete all but the newest `count` of the checkpoints up to step `until`, and those named in `keep`.
+    """Delete the checkpoints up to step `until`, except the newest `count` and those named in `keep`.
 
-    Later ones are what a run that went back has not reached again: they are not among those it could go on from.
+    Later checkpoints, written before a rollback, are neither counted nor deleted.
     """
     for path in [path for path in complete_checkpoints(folder) if step_of(path) <= until][: -count or None]:
         if path.name not in keep:
@@ -214,13 +214,12 @@ def keep_newest(folder: Path, count: int, keep: set[str], until: int) -> None:
 
 
 def kept_in(folder: Path, model: Path) -> Path:
-    """Where a model is that a new run begins with: in `folder` of the run where it is another run's checkpoint.
+    """Path of a new run's starting model; another run's checkpoint is kept in `folder`, since that run may delete it.
 
-    That run may delete its checkpoint as it goes on. What is kept are hard links, which take no room on the disk, or
-    copies where the file system has none. Raises `UserError` where the disk does not take them.
+    The files are hard links, or copies where the file system has none. Raises `UserError` if they cannot be written.
     """
     model = model.resolve()
-    if not (model / MANIFEST).is_file():  # no checkpoint, or one that is kept already
+    if not (model / MANIFEST).is_file():  # not a checkpoint, or one that is kept already
         return model
     try:
         shutil.rmtree(folder, ignore_errors=True)
@@ -237,7 +236,7 @@ def kept_in(folder: Path, model: Path) -> Path:
 
 
 def delete(checkpoint: Path) -> None:
-    """Delete a checkpoint so that no half of it is ever taken for a whole one: renamed in one step, deleted in many."""
+    """Delete a checkpoint; it is renamed first, so that a partially deleted one is never taken for complete."""
     doomed = checkpoint.with_name(f".deleted-{checkpoint.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     os.replace(checkpoint, doomed)
@@ -258,7 +257,7 @@ def _plain_state(state: State) -> dict[str, Any]:
 
 
 def _names_in(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iterator[str]:
-    """Names of an optimizer's parameters, in the order in which it numbers them."""
+    """Names of an optimizer's parameters, in its numbering order."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -266,18 +265,18 @@ def _names_in(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iterator[st
 
 
 def _optimizer_tensors(state: State) -> dict[str, Tensor]:
-    """`parameter/moment` → tensor, over all optimizers: no parameter has two."""
+    """`parameter/moment` → tensor, over all optimizers: each parameter belongs to one."""
     return {
         f"{name}/{key}": torch.as_tensor(value)
         for optimizer in state.optimizers
         for index, name in enumerate(_names_in(optimizer, state.model))
         for key, value in optimizer.state_dict()["state"].get(index, {}).items()
-        if value is not None  # such as SGD's momentum before there is any
+        if value is not None  # such as SGD's momentum before the first step
     }
 
 
 def _write_manifest(directory: Path) -> None:
-    """List every file with size and checksum, and see all of it onto the disk."""
+    """List every file with size and checksum, and fsync all of them."""
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     listed = {
         str(path.relative_to(directory)): {"size": path.stat().st_size, "sha256": file_sha256(path)} for path in files

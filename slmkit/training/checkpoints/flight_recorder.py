@@ -1,8 +1,8 @@
-"""The flight recorder: the last steps and their batches are kept, and written down when one of them is refused.
+"""Flight recorder: keeps the last steps' batches in memory and writes them to disk when a step is refused.
 
-Every random number and, with shards, every batch follow from (seed, step), so that any step of a run can be done again
-from the checkpoint before it (`slm replay`). A record spares that the batches, which a stream may not give twice, and
-keeps the checkpoint from being deleted.
+Random numbers and, with shards, batches follow from (seed, step), so that `slm replay` can repeat any step from the
+checkpoint before it. A record adds the batches, which a stream may not yield twice, and protects that checkpoint from
+deletion.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FIGURES, BATCHES = "steps.json", "batches.safetensors"
 
 
 class FlightRecorder:
-    """Told of each step; writes `records/step-…/` for one that was refused, and keeps the newest few of those."""
+    """Called after each step; writes `records/step-…/` for a refused step and keeps the newest few records."""
 
     def __init__(self, folder: Path, seed: int, warn: Callable[[str], None], group: Group = ALONE) -> None:
         self.folder, self.seed, self.warn, self.group = folder, seed, warn, group
@@ -38,10 +38,10 @@ class FlightRecorder:
         self.batches: deque[tuple[int, Batch]] = deque(maxlen=BATCHES_KEPT)
 
     def note(self, batch: Batch, report: Report) -> None:
-        """Keep a step that was just done."""
+        """Keep the batch of the last step; write a record if the step was refused."""
         self.reports.append(dict(report))
         self.batches.append((report["step"], batch))
-        if "skipped" not in report:  # as on all other ranks
+        if "skipped" not in report:  # the same on all ranks
             return
         batches = self._of_all_ranks()
         if self.group.is_main:
@@ -51,21 +51,21 @@ class FlightRecorder:
                 self.warn(f"{self.folder}: no record of step {report['step']}: {error}")
 
     def needed_checkpoints(self) -> set[str]:
-        """The checkpoint from which the newest recorded step can be done again."""
+        """The checkpoint from which the newest recorded step can be replayed."""
         records = recorded_steps(self.folder)
         earlier = [path for path in complete_checkpoints(self.folder.parent / "checkpoints")
                    if records and step_of(path) < records[-1]]  # fmt: skip
         return {earlier[-1].name} if earlier else set()
 
     def _of_all_ranks(self) -> list[tuple[int, Batch]]:
-        """The kept batches with every rank's rows, in order."""
+        """The kept batches with the rows of all ranks, in order."""
         shares = self.group.collect(list(self.batches))
         return [(parts[0][0], Batch.joined([batch for _, batch in parts])) for parts in zip(*shares)]
 
     def _write(self, step: int, batches: list[tuple[int, Batch]]) -> None:
         final = self.folder / checkpoint_name(step)
         partial = self.folder / f".partial-{final.name}"
-        for path in (partial, final):  # the same step of a run that went back
+        for path in (partial, final):  # the same step before a rollback
             shutil.rmtree(path, ignore_errors=True)
         partial.mkdir(parents=True)
         tensors: dict[str, torch.Tensor] = {}
@@ -85,12 +85,12 @@ class FlightRecorder:
 
 
 def recorded_steps(folder: Path) -> list[int]:
-    """The steps of which there is a record, in order."""
+    """Steps that have a record, ascending."""
     return sorted(step_of(path) for path in folder.glob("step-*"))
 
 
 def recorded_report(folder: Path, step: int) -> Report | None:
-    """The figures of a step as its record has them; None where there is no record."""
+    """The recorded report of a step; None without a record."""
     path = folder / checkpoint_name(step) / FIGURES
     if not path.is_file():
         return None
@@ -98,7 +98,7 @@ def recorded_report(folder: Path, step: int) -> Report | None:
 
 
 def recorded_batches(folder: Path, step: int) -> dict[int, Batch]:
-    """The batches that the record of a step holds, by their step; none where there is no record."""
+    """Recorded batches by step; empty without a record. Raises `UserError` for an unreadable file."""
     path = folder / checkpoint_name(step) / BATCHES
     if not path.is_file():
         return {}

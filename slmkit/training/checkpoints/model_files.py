@@ -1,4 +1,4 @@
-"""What of a model goes into a checkpoint, and how: all of it, or, handed in from outside, what was trained of it."""
+"""Which tensors of a model a checkpoint holds, and in which format: all, or only the trained ones."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from slmkit.model.files.directory import read_state, save_decoder
 
 
 class ModelFiles(Protocol):
-    """The form in which a run's model is on disk. What it writes, others load as they load any model."""
+    """The format of a run's model on disk; every loader of models reads it."""
 
     def tensors(self, model: Decoder) -> Mapping[str, Tensor]:
-        """What is copied of a model between two steps, under its own names."""
+        """The tensors to save, by the model's own names."""
 
     def write(self, model: Decoder, tensors: Mapping[str, Tensor], directory: Path) -> None:
-        """Write what was copied; of `model` only shapes and names count. Raises `UserError` when it cannot."""
+        """Write the tensors; `model` gives shapes and names. Raises `UserError` when that fails."""
 
     def read(self, directory: Path, model: Decoder) -> dict[str, Tensor]:
-        """What was written, as it was copied. Raises `UserError` for a file that is damaged or of another model."""
+        """The tensors as saved. Raises `UserError` for a file that is damaged or of another model."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Checkpoints behind the back of a run that goes on: copied between two steps, written by a thread, one at a time."""
+"""Asynchronous checkpoint writer: the state is copied between two steps and written by a thread, one at a time."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from slmkit.training.loop import Report, State
 if TYPE_CHECKING:
     from slmkit.training.run_directory import RunDirectory
 
-FAILURES_BORNE = 3  # saves in a row that fail before the run is ended: a disk that is full now may have room later
+FAILURES_BORNE = 3  # failed saves in a row that end the run: a disk that is full now may have room later
 
 
 class Saver:
-    """Saves as a hook, and moves `latest` and `best` once what they are to name is whole.
+    """Hook that saves checkpoints, and moves the links `latest` and `best` once a checkpoint is complete.
 
-    As a context manager it sees the last checkpoint onto the disk before the run is over. A second Ctrl-C waits for
-    nothing: what is half-written then is ignored later.
+    As a context manager it waits for the last checkpoint. A second Ctrl-C does not wait, and leaves a partial
+    checkpoint that is ignored later.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Saver:
         needed: Callable[[], set[str]] = set,
         group: Group = ALONE,
     ) -> None:
-        """`needed` names checkpoints that are kept besides the newest `save_total_limit` and the best."""
+        """`needed` names checkpoints to keep in addition to the newest `save_total_limit` and the best."""
         self.run, self.files, self.extra_files, self.limit = run, files, extra_files, save_total_limit
         self.warn, self.needed, self.group = warn, needed, group
         self._thread: threading.Thread | None = None
@@ -56,7 +56,7 @@ class Saver:
             self._thread.join()
 
     def save(self, state: State, report: Report) -> None:
-        """Copy the state and begin to write it; waits for the checkpoint before, where that is not written yet."""
+        """Copy the state and start writing it, after the previous checkpoint has been written."""
         loss = report.get("validation_loss")
         if loss is not None and loss < state.best.get("validation_loss", float("inf")):
             state.best = {"step": state.step, "validation_loss": loss}
@@ -68,17 +68,17 @@ class Saver:
         self._thread.start()
 
     def check(self, state: State, report: Report) -> None:
-        """A hook for every step: say that a checkpoint could not be written as soon as that is known."""
+        """Hook for every step: report a failed save as soon as it is known."""
         if self._thread is not None and not self._thread.is_alive():
             self._settle()
 
     def finish(self) -> None:
-        """Wait for the run's last checkpoint. Raises `UserError` where it could not be written."""
+        """Wait for the run's last checkpoint. Raises `UserError` if it could not be written."""
         self._failures = FAILURES_BORNE
         self._settle()
 
     def wait(self) -> None:
-        """Wait for the checkpoint in flight, before others are looked at."""
+        """Wait for the checkpoint being written."""
         self._settle()
 
     def _settle(self) -> None:
@@ -103,11 +103,11 @@ class Saver:
             checkpoints.keep_newest(self.run.checkpoints, self.limit, keep, until=snapshot.step)
         except OSError as error:
             self._error = UserError(f"{self.run.root}: {error}; free some space, then `slm resume`")
-        except BaseException as error:  # raised in the run's own thread
+        except BaseException as error:  # raised again in the main thread
             self._error = error
 
     def _written(self, snapshot: checkpoints.Snapshot) -> Path:
-        self.run.metrics.sync()  # a checkpoint must not outlive the lines of the steps before it
+        self.run.metrics.sync()  # the log must hold all steps up to a checkpoint
         return checkpoints.write_checkpoint(snapshot, self.run.checkpoints, self.extra_files)
 
 
@@ -117,7 +117,7 @@ def best_checkpoint(state: State) -> str | None:
 
 
 def point_links(run: RunDirectory, latest: Path, best: str | None) -> None:
-    """Have the run's links name these checkpoints, or no best one where it is not there any more."""
+    """Point the run's links to these checkpoints; remove the link `best` if its checkpoint no longer exists."""
     checkpoints.point_link(run.latest, latest)
     if best is not None and (run.checkpoints / best / checkpoints.MANIFEST).is_file():
         checkpoints.point_link(run.best, run.checkpoints / best)

@@ -1,1 +1,1 @@
-"""Looking at data before the first step, and at one step again."""
+"""Checks of the data before training, and replay of one step."""

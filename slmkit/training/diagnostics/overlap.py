@@ -1,7 +1,7 @@
-"""How much of the validation text stands in the training text too: whole documents, and stretches of tokens.
+"""Share of the validation text that is also in the training text: whole documents, and windows of tokens.
 
-Every stretch has a hash: a polynomial in an odd base modulo 2^64 over scrambled tokens (Karp and Rabin, 1987), from
-prefix sums, so that all stretches of millions of tokens are hashed in a tenth of a second.
+Every window has a hash: a polynomial in an odd base modulo 2^64 over scrambled tokens (Karp and Rabin, 1987), from
+prefix sums, so that all windows of millions of tokens are hashed in 0.1 s.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import numpy as np
 
 from slmkit.data.shards.reader import TokenShards
 
-STRETCH = 32  # tokens: some two sentences, which nobody writes twice by chance
-READ = 2_000_000  # tokens at most of either text; of a larger one, documents from all over it
-ASKED = 4_000  # stretches that are looked up
+STRETCH = 32  # tokens of a window: about two sentences, which rarely occur twice by chance
+READ = 2_000_000  # tokens at most of either text; larger ones are sampled evenly
+ASKED = 4_000  # windows that are looked up
 SPANS = 64
 BASE = 0x9E3779B97F4A7C15
 
@@ -30,15 +30,15 @@ class Text:
 
 @dataclass(frozen=True)
 class Overlap:
-    """Shares of the validation text that stand in the training text, and how much the latter repeats itself.
+    """Shares of the validation text found in the training text, and of the training text that is repeated in itself.
 
-    A corpus that says the same again and again, as templates do, has that in its validation text too; only what goes
-    beyond it has come there by mistake.
+    A repetitive corpus, such as one of templates, has repetitions in its validation text too; only the `excess` is
+    contamination.
     """
 
     documents: float
     stretches: float
-    documents_repeated: float  # of the training text's documents, those that stand there twice
+    documents_repeated: float  # share of the training documents that occur twice
     stretches_repeated: float
 
     @property
@@ -47,7 +47,7 @@ class Overlap:
 
 
 def overlap(train: Text, validation: Text) -> Overlap:
-    """Compare two texts. A share is 0 where there is nothing to compare, such as no document as long as a stretch."""
+    """Compare two texts. A share is 0 if there is nothing to compare, such as no document as long as a window."""
     ours, theirs = _Hashes(train.ids), _Hashes(validation.ids)
     train_documents, validation_documents = ours.of_documents(train.ends), theirs.of_documents(validation.ends)
     train_stretches = ours.of_stretches(np.arange(max(0, len(train.ids) - STRETCH + 1)))
@@ -62,7 +62,7 @@ def overlap(train: Text, validation: Text) -> Overlap:
 
 
 def text_of(shards: Sequence[TokenShards], limit: int = READ) -> Text:
-    """The documents of shards, at most about `limit` tokens of them: of more, some from all over."""
+    """The documents of shards, up to about `limit` tokens; larger shards are sampled evenly."""
     share = limit // max(1, len(shards))
     pieces = [piece for one in shards for piece in _spans(one, share)]
     ids = [one.tokens_in(start, stop).astype(np.int64) for one, start, stop in pieces]
@@ -75,7 +75,7 @@ def text_of(shards: Sequence[TokenShards], limit: int = READ) -> Text:
 
 
 def _spans(shards: TokenShards, limit: int) -> list[tuple[TokenShards, int, int]]:
-    """Ranges of tokens from all over. A document cut by the border of one is found nowhere: they are few."""
+    """Evenly spread ranges of tokens. The few documents cut at a range's border are not found."""
     total, size = len(shards), max(1, limit // SPANS)
     if total <= limit:
         return [(shards, 0, total)]
@@ -87,13 +87,13 @@ def _joined(parts: list[np.ndarray]) -> np.ndarray:
 
 
 def _evenly(tokens: int) -> np.ndarray:
-    """Where the stretches begin that are looked up: at most `ASKED`, none over another."""
+    """Starts int64 [windows] of the windows that are looked up: at most `ASKED`, not overlapping."""
     count = min(ASKED, tokens // STRETCH)
     return np.linspace(0, max(0, tokens - STRETCH), count).astype(np.int64)
 
 
 class _Hashes:
-    """Hashes of any stretches of one text."""
+    """Hashes of windows of one text."""
 
     def __init__(self, ids: np.ndarray) -> None:
         n = len(ids)
@@ -111,7 +111,7 @@ class _Hashes:
         return self._between(starts, ends)
 
     def _between(self, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-        """uint64, one for each pair. Two stretches of other lengths have other hashes, like any two that differ."""
+        """uint64 [ranges]: the hash of each range. Ranges of different lengths hash differently, up to collisions."""
         return (self.prefix[stops] - self.prefix[starts]) * self.unshift[starts] + (stops - starts).astype(np.uint64)
 
 
@@ -123,7 +123,7 @@ def _powers(base: int, count: int) -> np.ndarray:
 
 
 def _share_found(asked: np.ndarray, among: np.ndarray, at_least: int) -> float:
-    """The share of `asked` hashes that stand `at_least` so many times among the others."""
+    """The share of `asked` hashes that occur `at_least` so many times in `among`."""
     if not len(asked) or not len(among):
         return 0.0
     known = np.unique(asked)

@@ -1,7 +1,7 @@
-"""One step of a run done again with every module watched: which of them broke, at which row and which token.
+"""Replay of one step with hooks on every module: which one produced NaN or infinity, at which row and token.
 
-The weights before the step are reached from the checkpoint before it by the steps in between, which are the same bit
-for bit on the same kind of machine. Nothing is written.
+Training goes from the checkpoint before the step through the steps in between, which are bit-identical on the same
+kind of machine. Nothing is written.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ from slmkit.training.optimizers.choose import trained
 
 @dataclass(frozen=True)
 class NonFinite:
-    """The first thing that was not finite: an output on the way forward, or a gradient on the way back."""
+    """The first non-finite tensor: an output in the forward pass, or a gradient in the backward pass."""
 
     what: str  # such as `output of blocks.3.mlp.up`
-    row: int | None = None  # of the batch; None for the gradient of a weight, in which all rows are summed
+    row: int | None = None  # of the batch; None for a weight's gradient, which is a sum over rows
     position: int | None = None  # the first in that row
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one row does when it is alone. Dropout draws other numbers for it than in the batch."""
+    """Loss and gradient of one row alone. Dropout draws other numbers than in the batch."""
 
     number: int
-    loss: float  # nats a trained token
+    loss: float  # nats per trained token
     grad_norm: float
 
 
 @dataclass(frozen=True)
 class Replay:
-    """A step done again."""
+    """Results of a replayed step."""
 
-    start: int  # the step from which it was reached
+    start: int  # the step that training started from
     batch: Batch
     report: Report
     broken: NonFinite | None
@@ -62,9 +62,9 @@ def replay_step(
     recorded: Batch | None = None,
     hooks: Sequence[Every] = (),
 ) -> Replay:
-    """Go on from `state`, which is of an earlier step, through step `step` (from 1, as in metrics.jsonl).
+    """Train from `state`, of an earlier step, through step `step` (from 1, as in metrics.jsonl).
 
-    With a `recorded` batch that one is taken for the step itself. `hooks` are called in the steps before it.
+    A `recorded` batch replaces the stream's for that step. `hooks` are called in the steps before it.
     """
     start = state.step
     train(state, objective, stream, dataclasses.replace(plan, steps=step - 1), hooks)
@@ -86,7 +86,7 @@ def replay_step(
 
 
 def differences(replayed: Report, recorded: Report) -> dict[str, tuple[Any, Any]]:
-    """Figures that are not the same bit for bit: name → (replayed, recorded)."""
+    """Figures that are not bit-identical: name → (replayed, recorded)."""
     return {
         key: (value, recorded[key])
         for key, value in finite(replayed).items()
@@ -96,14 +96,14 @@ def differences(replayed: Report, recorded: Report) -> dict[str, tuple[Any, Any]
 
 @dataclass
 class Watch:
-    """What the hooks of `watched` saw."""
+    """Results of the hooks of `watched`."""
 
     broken: NonFinite | None = None
     norms: dict[str, float] = field(default_factory=dict)
-    micro_batch: int = -1  # which one is on its way
+    micro_batch: int = -1  # index of the current one
 
     def see(self, what: str, tensor: Tensor, first_row: int | None) -> None:
-        """Note the first tensor that is not finite."""
+        """Record the first non-finite tensor."""
         if self.broken is not None or torch.isfinite(tensor).all():
             return
         if first_row is None or tensor.dim() < 3:  # not [rows, length, width]
@@ -116,14 +116,14 @@ class Watch:
 
 @contextmanager
 def watched(model: nn.Module, rows_per_micro_batch: int, rows: int) -> Iterator[Watch]:
-    """Watch every module's output, the gradient of every output, and every weight's gradient."""
+    """Context manager with hooks on every module's output, every output's gradient and every weight's gradient."""
     watch = Watch()
     micro_batches = -(-rows // rows_per_micro_batch)
     handles: list[Any] = []
 
     def begin(*_: Any) -> None:
         watch.micro_batch = (watch.micro_batch + 1) % micro_batches
-        if watch.micro_batch == 0:  # anew, with a lower scale of the loss
+        if watch.micro_batch == 0:  # the step starts again, with a lower loss scale
             watch.broken = None
 
     def after(name: str) -> Callable[..., None]:
@@ -158,5 +158,5 @@ def watched(model: nn.Module, rows_per_micro_batch: int, rows: int) -> Iterator[
 
 
 def _size(named: tuple[Any, float]) -> float:
-    """To sort by: what is not a number is larger than all numbers."""
+    """Sort key: NaN counts as larger than all numbers."""
     return named[1] if named[1] == named[1] else float("inf")

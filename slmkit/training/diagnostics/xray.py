@@ -1,7 +1,7 @@
-"""The X-ray: what is fed and what is learned, looked at before the first step.
+"""X-ray: checks of the data and labels of the first batches, before training.
 
-Most ruined runs were ruined before they began: nothing or the wrong thing was learned. The first batches, as the loop
-will get them, are counted and a few rows shown; `findings` are reasons not to begin.
+Many failed runs had no labels, or wrong ones, from the start. The first batches, as the loop will get them, are
+counted and a few rows shown; `findings` are reasons not to start.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from slmkit.data.sources.documents import SPELLINGS
 from slmkit.data.stream import Batches
 from slmkit.training.diagnostics.overlap import Overlap, overlap, text_of
 
-ROWS, TOKENS, STEPS = 64, 65_536, 64  # looked at: until one of them is reached
-SEPARATORS = 2  # spelled at ends of lines: more is no accident
-CUT_ROWS = 0.8  # share of rows that end within a conversation: almost all of it is cut
-KNOWN_TOKENS = 0.5  # share that must come back when text is made of tokens and tokens of it
-COMPARED = 1 << 27  # tokens: of more data, answers are not compared with each other
-LEAKED, SOME_LEAKED = 0.1, 0.01  # share of validation text in the training text, beyond what repeats anyway
+ROWS, TOKENS, STEPS = 64, 65_536, 64  # inspected, until one limit is reached
+SEPARATORS = 2  # spelled at ends of lines: more are not an accident
+CUT_ROWS = 0.8  # share of rows that end within a conversation, above which it is a finding
+KNOWN_TOKENS = 0.5  # least share of tokens that must survive decoding and encoding
+COMPARED = 1 << 27  # tokens: in larger data, answers are not compared with each other
+LEAKED, SOME_LEAKED = 0.1, 0.01  # share of validation text in the training text, beyond repetition within it
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What must be known of the tokenizer that the model has."""
+    """Properties of the model's tokenizer that the checks need."""
 
     decode: Callable[[list[int]], str]
     size: int  # of the model's embedding
@@ -46,21 +46,21 @@ class Vocabulary:
 
     @functools.cached_property
     def spelled(self) -> re.Pattern[str]:
-        """Finds what spells a special token, in text that is none."""
+        """Regular expression for spellings of special tokens in plain text."""
         return re.compile("|".join(map(re.escape, sorted(self.spellings, key=len, reverse=True))))
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows that were looked at. All arrays [rows, length]."""
+    """The inspected rows. All arrays [rows, length]."""
 
     ids: np.ndarray
-    labels: np.ndarray  # of the position; IGNORED where nothing is learned
+    labels: np.ndarray  # label of each position; IGNORED where nothing is learned
     padding: np.ndarray  # bool
-    kinds: Sequence[str] = ()  # of each row, where the data says it: chosen or rejected, good or bad
+    kinds: Sequence[str] = ()  # of each row, if the data says it: chosen or rejected, good or bad
 
     def until_the_longest(self) -> Rows:
-        """Without the columns that are padding in all rows."""
+        """The rows without the columns that are padding in all of them."""
         used = slice(0, max(1, int((~self.padding).any(axis=0).sum())))
         return replace(self, ids=self.ids[:, used], labels=self.labels[:, used], padding=self.padding[:, used])
 
@@ -71,7 +71,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class XRay:
-    """What was seen. `findings` stop a run, `notes` are shown; both are sentences."""
+    """Results of the checks. `findings` stop a run, `notes` are shown; both are sentences."""
 
     rows: Rows
     figures: dict[str, str]
@@ -90,10 +90,10 @@ def examine(
     is_chat: bool = False,
     is_padded: bool = False,
 ) -> XRay:
-    """Look at the first batches of `stream`, and at the shards that they and the validation rows come from.
+    """Check the first batches of `stream`, and the shards of the training and validation rows.
 
-    `is_padded`: a row is one text, and of padding no more is computed than the longest row leaves. Takes about a second
-    at most: of large data, a sample. The stream is left at its beginning.
+    `is_padded`: each row is one text, padded to the longest row. Takes about a second at most, since large data is
+    sampled. The stream is left at its beginning.
     """
     rows = _first_rows(stream, vocabulary)
     if is_padded:
@@ -121,7 +121,7 @@ def _first_rows(stream: Batches, vocabulary: Vocabulary) -> Rows:
     step = rows = 0
     while step < STEPS and stream.has(step) and rows < ROWS and sum(part.size for part in ids) < TOKENS:
         batch = stream.batch(step)
-        ids.append(batch.ids.flatten(0, -2).numpy())  # of pairs both answers
+        ids.append(batch.ids.flatten(0, -2).numpy())  # both answers of a pair
         labels.append(batch.labels.flatten(0, -2).numpy())
         kinds += _kinds(batch)
         step, rows = step + 1, rows + len(ids[-1])
@@ -130,29 +130,29 @@ def _first_rows(stream: Batches, vocabulary: Vocabulary) -> Rows:
     all_ids = np.concatenate([_widened(part, longest, vocabulary.pad_id or 0) for part in ids])[:ROWS]
     all_labels = np.concatenate([_widened(part, longest, IGNORED) for part in labels])[:ROWS]
     filler = (all_ids == (vocabulary.pad_id or 0)) & (all_labels == IGNORED)
-    # Padding is what stands behind everything else in its row: by position, for its id may have other uses.
+    # Padding is the end of a row: found by position, since its id may have other uses.
     return Rows(all_ids, all_labels, np.logical_and.accumulate(filler[:, ::-1], axis=1)[:, ::-1], kinds[:ROWS])
 
 
 def _kinds(batch: Batch) -> list[str]:
-    """What each row of a batch is, where its objective treats rows differently; empty elsewhere."""
+    """The kind of each row of a batch, if its objective distinguishes kinds; else empty."""
     if batch.ids.dim() == 3:  # pairs
         return ["chosen", "rejected"] * len(batch.ids)
     return ["good" if label else "bad" for label in batch.extra.get("desirable", ())]
 
 
 def _widened(rows: np.ndarray, length: int, value: int) -> np.ndarray:
-    """[rows, shorter] → [rows, length]."""
+    """Pad [rows, shorter] with `value` to [rows, length]."""
     return np.pad(rows, ((0, 0), (0, length - rows.shape[1])), constant_values=value)
 
 
 def _documents_in(shards: Sequence[TokenShards], tokens: int) -> float:
-    """How many documents so many tokens should hold."""
+    """Expected number of documents in so many tokens."""
     total = sum(map(len, shards))
     return tokens * sum(one.header.documents for one in shards) / total if total else 0.0
 
 
-# -- findings: each check returns the reasons it has for not beginning ------------------------------------------------
+# -- findings: each check returns its reasons not to start ------------------------------------------------------------
 
 
 def _labels(rows: Rows) -> list[str]:
@@ -185,7 +185,7 @@ def _ends(rows: Rows, vocabulary: Vocabulary, expected: float) -> list[str]:
 
 def _beginnings(rows: Rows, vocabulary: Vocabulary) -> list[str]:
     doubled, beginnings = _doubled(rows, vocabulary)
-    # Where the token that begins a text is also the one that ends it, an empty text looks the same.
+    # If one token both begins and ends texts, an empty text looks the same.
     is_shared = vocabulary.bos_id in vocabulary.end_ids
     if doubled == 0 or (is_shared and doubled < beginnings / 2):
         return []
@@ -224,7 +224,7 @@ def _leaks(both: Overlap | None) -> list[str]:
 
 
 def _separators(rows: Rows, vocabulary: Vocabulary, is_chat: bool) -> list[str]:
-    """Special tokens that are spelled at the ends of lines or texts, where somebody meant to end a document."""
+    """Special tokens that are spelled at the ends of lines or texts, probably meant as document separators."""
     ends = Counter(
         match[0]
         for text in _plain_texts(rows, vocabulary)
@@ -251,7 +251,7 @@ def _plain_texts(rows: Rows, vocabulary: Vocabulary) -> Iterator[str]:
 
 
 def _one_kind(train: Sequence[TokenShards]) -> list[str]:
-    """Of judged answers: whether all have one label."""
+    """A finding if all judged answers have the same label."""
     labels = [shards.labels for shards in train if shards.header.judged]
     if not labels or len(kinds := np.unique(np.concatenate(labels))) == 2:
         return []
@@ -306,7 +306,7 @@ def _notes(rows: Rows, both: Overlap | None) -> list[str]:
 
 
 def _contradictions(rows: Rows, train: Sequence[TokenShards]) -> list[str]:
-    """How many pairs are there the other way round too, or how many answers are labelled both good and bad."""
+    """Notes on pairs that also occur in reverse order, or answers labelled both good and bad."""
     are_pairs, are_judged = rows.kinds[:1] == ["chosen"], any(shards.header.judged for shards in train)
     if not train or not (are_pairs or are_judged) or sum(map(len, train)) > COMPARED:
         return []
@@ -328,13 +328,13 @@ def _cut_rows(rows: Rows, vocabulary: Vocabulary) -> float:
 
 
 def _doubled(rows: Rows, vocabulary: Vocabulary) -> tuple[int, int]:
-    """How often the beginning-of-text token follows itself, and how often it is there."""
+    """How often the beginning-of-text token follows itself, and how often it occurs."""
     begins = (rows.ids == (-1 if vocabulary.bos_id is None else vocabulary.bos_id)) & ~rows.padding
     return int((begins[:, 1:] & begins[:, :-1]).sum()), int(begins.sum())
 
 
 def _known_again(rows: Rows, vocabulary: Vocabulary) -> float:
-    """The share of plain tokens that are there again when their text is tokenized; 1 where nobody can tell."""
+    """The share of plain tokens that their decoded text encodes to again; 1 if that cannot be tested."""
     if vocabulary.encode is None:
         return 1.0
     found = total = 0

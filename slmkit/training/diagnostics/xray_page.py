@@ -1,4 +1,4 @@
-"""Rows as a person reads them: what is learned in green, what is only read in brackets and dim."""
+"""Rows as text: learned tokens in green, others dim and in brackets."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from slmkit.data.stream import Batches
 from slmkit.training.diagnostics.xray import Rows, Vocabulary, XRay, examine
 
 SHOWN = 2  # rows
-HEAD, TAIL = 100, 40  # tokens of each: its beginning and its end
+HEAD, TAIL = 100, 40  # tokens shown of each row: at its beginning and its end
 LEGEND = "In ⟦brackets⟧: read, not learned. Behind a \\ : text that spells a special token and is none."
-BEFORE, LENGTH = 12, 48  # tokens of an excerpt: before the first that is learned, and in all
+BEFORE, LENGTH = 12, 48  # tokens of an excerpt: before the first learned one, and in total
 LEARNED, READ, SPECIAL = "green", "dim", "bold reverse"
 
 
 def write_xray(xray: XRay, vocabulary: Vocabulary, path: Path) -> None:
-    """Leave what was seen in the run, as Markdown."""
+    """Write the X-ray as Markdown."""
     lines = ["# What is fed and what is learned", ""]
     lines += [f"- {name}: {value}" for name, value in xray.figures.items()]
     lines += [f"- **{finding}**" for finding in xray.findings]
@@ -38,7 +38,7 @@ def write_xray(xray: XRay, vocabulary: Vocabulary, path: Path) -> None:
 
 
 def excerpts(rows: Rows, vocabulary: Vocabulary) -> list[Text]:
-    """Of the first row, of a pair of both, some tokens around the first that is learned, on one line."""
+    """One-line excerpts around the first learned token: of the first row, or of both rows of a pair."""
     count = 2 if rows.kinds else 1
     first = [max(0, int(learned.argmax()) - BEFORE) for learned in rows.learned[:count]]
     stretches = [
@@ -57,7 +57,7 @@ def excerpts(rows: Rows, vocabulary: Vocabulary) -> list[Text]:
 
 
 def rendered_rows(rows: Rows, vocabulary: Vocabulary, count: int = SHOWN) -> list[Text]:
-    """The first `count` rows as text with styles; without them the brackets still tell what is not learned."""
+    """The first `count` rows as styled text, with brackets around tokens that are not learned."""
     shown = [
         _row(ids, labels, int(padding.sum()), vocabulary)
         for ids, labels, padding in zip(rows.ids[:count], rows.labels, rows.padding)
@@ -68,10 +68,10 @@ def rendered_rows(rows: Rows, vocabulary: Vocabulary, count: int = SHOWN) -> lis
 
 
 def _row(ids: np.ndarray, labels: np.ndarray, padding: int, vocabulary: Vocabulary) -> Text:
-    """ids, labels [length]: a token is learned where it is the label of the position before it."""
+    """ids, labels [length]: a token is learned if it is the label of the position before it."""
     end = len(ids) - padding
     tokens, learned = ids[:end].tolist(), [False, *(labels[: end - 1] != IGNORED).tolist()]
-    if end == len(ids) and labels[-1] != IGNORED:  # the label that stands behind the row
+    if end == len(ids) and labels[-1] != IGNORED:  # the last label follows the row's last token
         tokens, learned = [*tokens, int(labels[-1])], [*learned, True]
     text = rendered(tokens, learned, vocabulary)
     if padding:
@@ -82,7 +82,7 @@ def _row(ids: np.ndarray, labels: np.ndarray, padding: int, vocabulary: Vocabula
 def rendered(
     tokens: list[int], learned: list[bool], vocabulary: Vocabulary, head: int = HEAD, tail: int = TAIL
 ) -> Text:
-    """Tokens as text, as `LEGEND` has it; of long ones the first and the last."""
+    """Tokens as text in the style of `LEGEND`; of long sequences the first `head` and last `tail` tokens."""
     text = Text()
     if len(tokens) <= head + tail:
         _append(text, tokens, learned, vocabulary)
@@ -94,7 +94,7 @@ def rendered(
 
 
 def _append(text: Text, tokens: list[int], learned: list[bool], vocabulary: Vocabulary) -> None:
-    """Neighbours of one kind are decoded together: a character may be several tokens."""
+    """Append decoded tokens; adjacent ones of a kind are decoded together, since a character may span several."""
     specials = {*vocabulary.special_ids, *vocabulary.end_ids}
     for is_learned, group in groupby(zip(tokens, learned), key=lambda pair: pair[1]):
         stretch = Text(style=LEARNED if is_learned else READ)
@@ -117,9 +117,9 @@ def look(
     is_padded: bool = False,
     force: bool = False,
 ) -> XRay:
-    """Show what is about to be fed and learned, and leave it as `xray.md` in `root`.
+    """Check the first batches, print what will be learned, and write it to `xray.md` in `root`.
 
-    Raises `UserError` with the reason where something is off, unless `force`.
+    Raises `UserError` with the reason if a check fails, unless `force`.
     """
     vocabulary = vocabulary_of(tokenizer, vocab_size)
     xray = examine(stream, vocabulary, train, validation, is_chat, is_padded)
@@ -142,7 +142,7 @@ def look(
 
 
 def vocabulary_of(tokenizer: Any, vocab_size: int) -> Vocabulary:
-    """What the X-ray wants of a tokenizer: of an `SLMTokenizer` everything, of another whatever it has."""
+    """The `Vocabulary` of an `SLMTokenizer`, or of another tokenizer by the attributes that it has."""
     specials = getattr(tokenizer, "special_tokens", {})
     eos = getattr(tokenizer, "eos_token_id", None)
     return Vocabulary(

@@ -1,4 +1,4 @@
-"""Operations of a step of training: what its products need, and no more than that."""
+"""FLOPs of a training step, counting matrix products only."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from slmkit.training.estimate.memory_profile import MemoryProfile
 
 @dataclass(frozen=True)
 class StepOperations:
-    """Forward and backward, once each. A frozen matrix has no gradient of its own to be computed; what is trained
-    beside it, `adapter` parameters, has products of its own."""
+    """FLOPs per position of one forward and backward pass. A frozen matrix needs no weight gradient; `adapter`
+    parameters beside it have their own products."""
 
     flops: Flops
     is_frozen: bool
@@ -27,14 +27,14 @@ class StepOperations:
         return cls(flops_per_token(a, length), is_frozen, adapter, 2 * a.vocab_size * a.width)
 
     def of_step(self, positions: int, trained: int) -> int:
-        """Of an update in which `trained` of all positions are learned: only they pass the head."""
+        """FLOPs of an update in which `trained` of all positions are learned: only those pass through the head."""
         matrices = positions * self.flops.matrices - (positions - trained) * self.head
         attention, adapter = positions * self.flops.attention, positions * 2 * self.adapter
         return (2 if self.is_frozen else 3) * matrices + 3 * (attention + adapter)
 
 
 def operations_per_token(inventory: MemoryProfile, length: int) -> int:
-    """Of a learned token: those of its step, and of the model beside that reads it, too."""
+    """FLOPs per learned token: of its step, and of the teacher or reference model that reads it."""
     beside = 0 if inventory.beside is None else flops_per_token(inventory.beside.architecture, length).forward
     if not isinstance(inventory.model, Decoder):
         return 3 * flops_per_token(inventory.model, length).forward + beside

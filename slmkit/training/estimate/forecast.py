@@ -1,6 +1,6 @@
-"""What a run will take: memory, time, disk, and the loss to expect; by arithmetic, and by speed where it was measured.
+"""Forecast of a run's memory, time, disk and loss, by arithmetic or from measured speed.
 
-(`loop.Plan` is what the loop is told to do; a forecast is what to expect of it.)
+(`loop.Plan` is the loop's input; a forecast is its expected cost.)
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from slmkit.training.estimate.memory_profile import MemoryProfile
 from slmkit.training.estimate.scaling_laws import expected_loss
 from slmkit.training.recipe.recipe import TrainSettings
 
-EFFICIENCY = {"cpu": 0.25, "cuda": 0.35}  # of plain products' speed that a small model's step reaches, unmeasured
+EFFICIENCY = {"cpu": 0.25, "cuda": 0.35}  # share of the peak that a small model's step reaches, if not measured
 FORWARD_SHARE = 1 / 3  # of a training step's operations
-EVALUATION_SECONDS = 1.0  # for samples, the picture and the checkpoint, beside the validation itself
-# On a CPU: what libraries load and compile in a run's first steps and evaluation, and what glibc holds for each byte in
-# use, since it keeps freed blocks (device.keep_freed_memory). Measured on Linux, models of 1 to 29 M parameters.
+EVALUATION_SECONDS = 1.0  # for samples, the plot and the checkpoint, without the validation itself
+# On a CPU: bytes that libraries load and compile in the first steps and evaluation, and bytes that glibc holds per byte
+# in use, since it keeps freed blocks (device.keep_freed_memory). Measured on Linux, models of 1 to 29 M parameters.
 LIBRARIES, HELD = 120 << 20, 1.37
-# What evaluations, samples, pictures and checkpoints add to what the first steps were seen to hold, measured alike.
+# Bytes that evaluations, samples, plots and checkpoints add to those of the first steps, measured the same way.
 BETWEEN_STEPS = 70 << 20
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes, seconds, and nats a token; None where nothing can be said."""
+    """Bytes, seconds, and nats per token; None if unknown."""
 
     parameters: int  # of the whole model, without an adapter
     trained: int
-    beside: int  # parameters of a teacher or a reference; 0 where none is in memory
+    beside: int  # parameters of a teacher or reference model; 0 if none is in memory
     steps: int
     tokens: int  # positions that pass through the model
     tokens_per_second: float
     seconds: float
-    memory_bytes: int  # that training adds to the process, or takes of the device
+    memory_bytes: int  # added to the process by training, or allocated on the device
     counted_bytes: int  # the same by arithmetic alone
     disk_bytes: int
     loss: float | None
@@ -58,11 +58,11 @@ def forecast(
     from_scratch: bool = True,
     inventory: MemoryProfile | None = None,
 ) -> Estimate:
-    """The forecast of a run of `steps`. Without a measured `tokens_per_second`, by the device's measured peak; and by
-    arithmetic without `held_bytes`, the most that a few of its steps were seen to add to the process.
+    """The forecast of a run of `steps` steps. Speed is `tokens_per_second` or estimated from the device's measured
+    peak; memory is from `held_bytes`, the most that a few measured steps added to the process, or by arithmetic.
 
-    `unique_tokens` is the training text's length; its shards count among the disk it takes. `inventory` says what is
-    in memory, where that is more than a fresh model which learns the next token.
+    `unique_tokens` is the training text's length; its shards count as disk space. `inventory` is needed if memory
+    holds more than a new model with next-token loss.
     """
     a = architecture_of(config)
     inventory = inventory or MemoryProfile(a)
@@ -90,13 +90,13 @@ def forecast(
 
 
 def loss_ahead(parameters: int, tokens: int, unique_tokens: int | None, vocab_size: int) -> float | None:
-    """The law's loss; None for so few tokens that it leads beyond the loss of guessing, where it holds nothing."""
+    """Expected loss in nats per token; None for so few tokens that the law exceeds the loss of guessing."""
     loss = expected_loss(parameters, tokens, unique_tokens)
     return loss if loss < math.log(vocab_size) else None
 
 
 def guessed_rate(inventory: MemoryProfile, length: int, device: Device) -> float:
-    """Tokens a second by the device's peak and the share of it that such models reach."""
+    """Tokens per second, from the device's peak and `EFFICIENCY`."""
     efficiency = EFFICIENCY.get(device.torch_device.type, EFFICIENCY["cpu"])
     return efficiency * measured_peak(device) / operations_per_token(inventory, length)
 
@@ -104,22 +104,22 @@ def guessed_rate(inventory: MemoryProfile, length: int, device: Device) -> float
 def run_bytes(
     inventory: MemoryProfile, settings: TrainSettings, rows: int, length: int, device: Device, held: int | None = None
 ) -> tuple[int, int]:
-    """The most that a run adds to its process, or takes of the device, in a step or in what is read between two: by
-    `held`, what a few steps were seen to add, and by arithmetic alone. Both are the same where nothing was seen.
+    """Peak bytes of a run, in a step or a forward pass between two: from `held`, measured in a few steps, and by
+    arithmetic alone. Both are equal without `held`.
     """
     micro, used = min(rows, settings.rows_per_micro_batch(length)), inventory.used(length)
     training = training_bytes(inventory, settings, micro, used, device, settings.gradient_checkpointing)
     reading, state = max(reading_peaks(inventory, used, device)), state_bytes(inventory, settings, device)
     if device.torch_device.type != "cpu":
         return max(held or training, state + reading), max(training, state + reading)
-    # Blocks that a step has left are in pieces too small for a reading that needs more than all of them.
+    # Blocks freed by a step are too small to reuse for a forward pass that needs more than all of them.
     beside = reading if reading > training - state else 0
     counted = LIBRARIES + round(HELD * training) + beside
     return (held + BETWEEN_STEPS + beside if held else counted), counted
 
 
 def disk_bytes(state: int, settings: TrainSettings, steps: int, vocab_size: int, unique_tokens: int) -> int:
-    """Checkpoints at their most (those kept, the best, and one being written), and the text's tokens."""
+    """Bytes of the checkpoints at most (those kept, the best, and one being written), and of the text's tokens."""
     interval = settings.save_steps or settings.eval_steps or max(1, steps // 10)
     checkpoints = min(-(-steps // interval), settings.save_total_limit + 1) + 1
     return checkpoints * state + unique_tokens * (2 if vocab_size <= 65_536 else 4)

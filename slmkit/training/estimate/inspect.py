@@ -1,4 +1,4 @@
-"""What a model will ask for before it is trained or run: everything that `slm inspect` prints, as numbers."""
+"""Parameters, memory and FLOPs of a model: the figures that `slm inspect` prints."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ LONGEST_BY_DEFAULT = 2_048  # tokens
 
 @dataclass(frozen=True)
 class Inspection:
-    """Sizes of one model. Bytes are bytes, operations are per token, and a product counts two for a multiply-add."""
+    """Figures of one model: sizes in bytes, FLOPs per token; a multiply-add counts as two."""
 
     summary: str
     length: int
     parameters: dict[str, int]
     operations: dict[str, int]
-    cache_bytes: dict[str, int]  # a token, of layers without a window; as it is, and with keys shared otherwise
+    cache_bytes: dict[str, int]  # per token, of layers without a window: this configuration and others
     windows: str
     cache_of_a_row: int
     memory: dict[str, int]
@@ -53,8 +53,8 @@ def inspect_model(
 ) -> Inspection:
     """`model` is a model directory, an adapter, a run or a preset; `rows` of `length` tokens go through it at once.
 
-    `adapted` builds what an adapter's directory describes: training is then that of the adapter beside a frozen base.
-    Raises `UserError` for a model that is not there, and for a length beyond its context.
+    `adapted` builds the model of an adapter directory: training is then that of the adapter on a frozen base. Raises
+    `UserError` for a model that does not exist, and for a length beyond its context.
     """
     config = config_of(model)
     a = architecture_of(config)
@@ -96,13 +96,13 @@ def config_of(model: str | Path) -> SLMConfig:
 
 
 def _adapter_directory(model: str | Path) -> Path | None:
-    """The directory of an adapter, where `model` is one."""
+    """The directory of `model` if it is an adapter; else None."""
     found = find_model_or_preset(model)
     return find_model_directory(model) if isinstance(found, Path) and is_adapter(found) else None
 
 
 def _adapter_of(directory: Path | None) -> dict[str, int]:
-    """Parameters of an adapter: what is stored of it, and not its base."""
+    """Parameters of an adapter, without its base."""
     if directory is None:
         return {}
     tensors = stored_tensors(directory / ADAPTER_WEIGHTS).values()

@@ -1,4 +1,4 @@
-"""How much memory a step of training or of reading takes: it is run on tensors that have shapes and no content."""
+"""Peak memory of a training step or a forward pass, measured by running it on meta tensors."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from slmkit.training.recipe.recipe import TrainSettings
 
 
 class Ledger(TorchDispatchMode):
-    """Adds up the bytes of all tensors alive while it is on; `peak` is the most there were at once.
+    """Adds up the bytes of all live tensors while active; `peak` is the maximum.
 
-    Every mask is taken to be full, since what has no content cannot say what of it is wanted.
+    Boolean masks count as all True, since meta tensors have no values.
     """
 
     def __init__(self) -> None:
@@ -68,11 +68,11 @@ def training_bytes(
     device: Device,
     recompute_every: int = 0,
 ) -> int:
-    """The most that a step needs at once: weights, gradients, the optimizer's state, what the backward pass keeps, and
-    whatever stays beside the model.
+    """Peak bytes of a step: weights, gradients, optimizer state, activations kept for the backward pass, and the
+    teacher or reference model.
 
-    `rows` of `length` tokens are one micro-batch, of which every token is learned, with `recompute_every` n-th block
-    computed a second time.
+    One micro-batch is `rows` of `length` tokens, all learned; every `recompute_every`-th block is recomputed in the
+    backward pass.
     """
     with FakeTensorMode(), Ledger() as ledger:
         decoder, beside = inventory.built()
@@ -81,7 +81,7 @@ def training_bytes(
         batch, objective = inventory.batch(rows, length), inventory.objective(beside)
         for parameter in trained(decoder).values():
             parameter.grad = torch.empty_like(parameter)
-        _update(optimizers)  # so that their state is there, as in every step but the first
+        _update(optimizers)  # creates the optimizer state that all steps but the first have
         with device.autocast():
             loss = objective(decoder, batch).total
         loss.backward()
@@ -90,7 +90,7 @@ def training_bytes(
 
 
 def state_bytes(inventory: MemoryProfile, settings: TrainSettings, device: Device) -> int:
-    """What stays between two steps: weights, the optimizer's state, and the model beside."""
+    """Bytes held between two steps: weights, optimizer state, and the teacher or reference model."""
     with FakeTensorMode(), Ledger() as ledger:
         decoder, beside = inventory.built()
         optimizers = _optimizers_of(decoder, settings, device)
@@ -103,14 +103,14 @@ def state_bytes(inventory: MemoryProfile, settings: TrainSettings, device: Devic
 
 
 def weights_bytes(inventory: MemoryProfile) -> int:
-    """Of all models, as they are before the first step."""
+    """Bytes of all models before the first step."""
     with FakeTensorMode():
         models = [model for model in inventory.built() if model is not None]
         return sum(tensor.nbytes for model in models for tensor in _tensors_of(model))
 
 
 def checkpoint_bytes(inventory: MemoryProfile, settings: TrainSettings, device: Device) -> int:
-    """What is trained, and the optimizer's state: frozen weights go into no checkpoint."""
+    """Bytes of a checkpoint: trained weights and optimizer state, without frozen weights."""
     state = state_bytes(replace(inventory, beside=None), settings, device)
     if isinstance(inventory.model, Architecture):
         return state
@@ -118,7 +118,7 @@ def checkpoint_bytes(inventory: MemoryProfile, settings: TrainSettings, device: 
 
 
 def reading_peaks(inventory: MemoryProfile, length: int, device: Device) -> list[int]:
-    """What each of the readings between two steps adds at most to what is there already."""
+    """Peak bytes that each forward pass between two steps adds to those held already."""
     peaks = []
     for read in inventory.readings:
         with FakeTensorMode(), torch.no_grad(), Ledger() as ledger:
@@ -135,15 +135,15 @@ def _tensors_of(model: Decoder) -> Iterator[Tensor]:
 
 
 def _optimizers_of(decoder: Decoder, settings: TrainSettings, device: Device) -> list[torch.optim.Optimizer]:
-    """The optimizers of a decoder whose tensors have no content, its weights in their type."""
+    """The optimizers of a meta decoder, with its weights in their training type."""
     to_weight_dtype(decoder, device)
-    if settings.optimizer == "adamw_8bit":  # bitsandbytes' runs on real tensors alone
+    if settings.optimizer == "adamw_8bit":  # bitsandbytes' needs real tensors
         return [_MomentsOf8Bits(trained(decoder).values(), {})]
     return make_optimizers(decoder, settings, device)
 
 
 class _MomentsOf8Bits(torch.optim.Optimizer):
-    """Takes the memory that bitsandbytes' AdamW takes: two bytes a parameter, and two numbers a block of 256."""
+    """Takes as much memory as bitsandbytes' AdamW: two bytes per parameter, and two numbers per block of 256."""
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for p in self.param_groups[0]["params"]:
@@ -159,7 +159,7 @@ def _update(optimizers: list[torch.optim.Optimizer]) -> None:
 
 
 def reading_bytes(architecture: Architecture, rows: int, length: int, dtype: torch.dtype) -> int:
-    """The most that reading `rows` prompts of `length` tokens needs at once: weights, cache and what passes through."""
+    """Peak bytes of reading `rows` prompts of `length` tokens: weights, KV cache and activations."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

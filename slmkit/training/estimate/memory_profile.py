@@ -1,7 +1,6 @@
-"""What a run has in memory, in the one form in which every objective describes it.
+"""Memory profile of a run: the models and passes of its objective.
 
-`slm plan`, a run's `plan.json` and `micro_batch_tokens: auto` count it all in the same way: what is described here is
-done on tensors that have shapes and no content (`memory`).
+`slm plan`, a run's `plan.json` and `micro_batch_tokens: auto` all measure it by running it on meta tensors (`memory`).
 """
 
 from __future__ import annotations
@@ -22,27 +21,27 @@ from slmkit.model.sizes import LOGITS_AT_ONCE, parameter_count
 from slmkit.training.losses import token_log_probabilities
 from slmkit.training.objective import Objective, next_token
 
-VALIDATION_ROWS = 8  # that go through the model at once
+VALIDATION_ROWS = 8  # rows per validation batch
 
-# What a model is made of: its architecture, or where something has been changed in it, itself without its content.
+# An architecture or, if the model was modified, the model itself on the meta device.
 Blueprint = Architecture | Decoder
-Reading = Callable[[Decoder, Decoder | None, int], object]  # the model, the one beside it, tokens of a row
+Reading = Callable[[Decoder, Decoder | None, int], object]  # the model, the teacher or reference model, tokens per row
 
 
 def meta_model_of(model: Decoder) -> Decoder:
-    """The model as it is built now, what is trained of it and what is not, with tensors that have shapes alone."""
+    """A copy of the model on the meta device, with the same frozen parameters."""
     return _copy(model, lambda tensor: tensor.detach().to("meta"))
 
 
 def built(blueprint: Blueprint, device: torch.device | str = "cpu") -> Decoder:
-    """A model in training, made anew of an architecture; else one like the blueprint on `device`, of zeros."""
+    """A model in training mode: new from an architecture, else a copy of the blueprint on `device`, all zeros."""
     if isinstance(blueprint, Architecture):
         return Decoder(blueprint)
     return _copy(blueprint, lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)).train()
 
 
 def _copy(model: Decoder, make: Callable[[Tensor], Tensor]) -> Decoder:
-    """A copy of a model in which `make(tensor)` stands for each of its tensors."""
+    """A copy of a model with each tensor replaced by `make(tensor)`."""
     memo: dict[int, Any] = {}
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         made = make(tensor)
@@ -51,24 +50,24 @@ def _copy(model: Decoder, make: Callable[[Tensor], Tensor]) -> Decoder:
     return copy.deepcopy(model, memo)
 
 
-# -- what is read between two steps -----------------------------------------------------------------------------------
+# -- forward passes between two steps ---------------------------------------------------------------------------------
 
 
 def read_text(model: Decoder, beside: Decoder | None, length: int) -> None:
-    """A batch of validation, with as many of its logits as are there together."""
+    """Forward pass of a validation batch, with as many logits as are held at once."""
     ids = torch.zeros(VALIDATION_ROWS, length, dtype=torch.long)
     hidden, labels = model(ids).flatten(0, 1), ids.flatten()[:LOGITS_AT_ONCE]
     nn.functional.cross_entropy(model.logits(hidden[:LOGITS_AT_ONCE]).float(), labels, reduction="sum")
 
 
 def read_answers(model: Decoder, rows: int, length: int) -> None:
-    """The log-probabilities of rows, whose logits are never held all at once."""
+    """Log-probabilities of `rows` rows, with chunked logits."""
     ids = torch.zeros(rows, length, dtype=torch.long)
     token_log_probabilities(model(ids).flatten(0, 1), model.head_weight, ids.flatten(), model.architecture.logit_cap)
 
 
 def write_answers(model: Decoder, prompts: int, count: int, length: int, new: int) -> None:
-    """Prompts of `length` tokens read side by side, then `count` answers of `new` tokens to each, in the type of
+    """Generation for a batch of prompts of `length` tokens: `count` answers of `new` tokens to each, in the type of
     the weights.
     """
     with torch.autocast("cpu", enabled=False):
@@ -91,11 +90,11 @@ def nothing_besides(rows: int, length: int) -> Mapping[str, Tensor]:
 
 @dataclass(frozen=True)
 class MemoryProfile:
-    """What is trained, what is kept beside it, and what is done with both.
+    """The trained model, the frozen model in memory, and the passes through both.
 
-    `beside` is a frozen model without its content: a teacher, or the model as it was. `objective` says what a step
-    minimises with one like it at hand, and `extra(rows, length)` is what comes with a batch besides. `readings` happen
-    between two steps. `longest` is the longest row, in tokens, where rows are not filled to their ends.
+    `beside` is a frozen model on the meta device: a teacher or a reference model. `objective` makes a step's objective
+    from it; `extra(rows, length)` gives the extra tensors required by the objective. `readings` are the forward passes
+    between two steps. `longest` is the longest row in tokens, if rows are padded.
     """
 
     model: Blueprint
@@ -111,23 +110,23 @@ class MemoryProfile:
 
     @property
     def trained(self) -> int:
-        """How many parameters are trained."""
+        """Number of trained parameters."""
         if isinstance(self.model, Architecture):
             return parameter_count(self.model)
         return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
 
     def built(self) -> tuple[Decoder, Decoder | None]:
-        """The model in training, and the one beside it, which only reads."""
+        """The trained model, and the teacher or reference model."""
         return built(self.model), self.built_beside()
 
     def built_beside(self, device: torch.device | str = "cpu") -> Decoder | None:
         return None if self.beside is None else built(self.beside, device).eval().requires_grad_(False)
 
     def batch(self, rows: int, length: int) -> Batch:
-        """Rows of which every token is learned."""
+        """A batch in which every token is learned: [rows, length]."""
         ids = torch.zeros(rows, length, dtype=torch.long)
         return Batch(ids, ids, rows * length, extra=self.extra(rows, length))
 
     def used(self, length: int) -> int:
-        """Of `length` tokens of a row, how many are computed at most."""
+        """Positions computed at most for a row of `length` tokens."""
         return min(length, self.longest or length)

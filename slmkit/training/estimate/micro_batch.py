@@ -1,4 +1,4 @@
-"""How much goes through a model at once: the most that fits, and what to say when it did not."""
+"""Micro-batch size: the largest that fits in memory, and the error when none fits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from slmkit.training.optimizers.choose import make_optimizers
 from slmkit.training.precision import to_weight_dtype
 from slmkit.training.recipe.recipe import TrainSettings
 
-# Of the free memory: the estimate is right to 15 %, and allocators waste some.
+# Share of the free memory: the estimate is right to 15 %, and allocators waste some.
 USABLE = {"cpu": 0.7}
 USABLE_ELSEWHERE = 0.85
 
@@ -24,10 +24,10 @@ USABLE_ELSEWHERE = 0.85
 def resolve_micro_batch(
     settings: TrainSettings, model: Decoder, inventory: MemoryProfile, length: int, device: Device
 ) -> TrainSettings:
-    """`settings` with `micro_batch_tokens: auto` replaced by the most tokens that fit; others as they are.
+    """`settings` with `micro_batch_tokens: auto` replaced by the most tokens that fit.
 
-    Rows are shared out evenly, so that a step is not ended by a small rest. An accelerator is asked, by a step whose
-    update is nothing. Raises `UserError` when not even one row of `length` tokens fits.
+    The micro-batches of a step are of about equal size. On an accelerator the size is tested by a step without effect.
+    Raises `UserError` when not even one row of `length` tokens fits.
     """
     if settings.micro_batch_tokens != "auto":
         return settings
@@ -42,9 +42,9 @@ def resolve_micro_batch(
 def fitting_rows(
     inventory: MemoryProfile, settings: TrainSettings, most: int, length: int, device: Device, free: int
 ) -> int:
-    """The largest number of rows, at most `most`, whose step is estimated to need no more than is usable of `free`.
+    """The largest number of rows, at most `most`, whose estimated memory is within the usable share of `free` bytes.
 
-    Raises `UserError` when that is none. A system that does not say what is free gets one row.
+    Raises `UserError` when not even one fits. One row if the system does not report free memory.
     """
     usable = int(free * USABLE.get(device.torch_device.type, USABLE_ELSEWHERE))
 
@@ -59,7 +59,7 @@ def fitting_rows(
         raise lack_of_memory(inventory, settings, 1, length, device, free)
     if of_fails <= usable:
         return most
-    while fits + 1 < fails:  # memory is nearly linear in rows: a straight line finds its place in a few steps
+    while fits + 1 < fails:  # memory is nearly linear in rows: interpolation needs few steps
         guess = fits + (fails - fits) * (usable - of_fits) // (of_fails - of_fits)
         middle = min(max(guess, fits + 1), fails - 1)
         if (of_middle := needed(middle)) <= usable:
@@ -72,8 +72,8 @@ def fitting_rows(
 def tried_rows(
     model: Decoder, inventory: MemoryProfile, settings: TrainSettings, rows: int, length: int, device: Device
 ) -> int:
-    """The largest of `rows`, `rows // 2`, … that goes through the model and its optimizers without running out, with
-    one like that of the inventory beside it.
+    """The largest of `rows`, `rows // 2`, … for which a step fits in memory, beside the inventory's teacher or
+    reference model.
     """
     while True:
         try:
@@ -82,7 +82,7 @@ def tried_rows(
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or rows == 1:
                 raise
-        # Out of the except clause, whose traceback holds the tensors.
+        # Outside the except clause, whose traceback keeps the tensors alive.
         rows //= 2
         model.zero_grad(set_to_none=True)
         if device.torch_device.type == "cuda":
@@ -92,7 +92,7 @@ def tried_rows(
 def _try(
     model: Decoder, inventory: MemoryProfile, settings: TrainSettings, rows: int, length: int, device: Device
 ) -> None:
-    """Two forward and backward passes with an update between them that changes nothing: no gradient, no rate."""
+    """Two forward and backward passes with an update in between that changes nothing: no gradient, no rate."""
     model.to(device.torch_device)
     to_weight_dtype(model, device)
     model.recompute_every = settings.gradient_checkpointing
@@ -114,7 +114,7 @@ def _try(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator says that there is no memory left, in the words of whichever device it is of."""
+    """Whether the error is an out-of-memory error, of any device's allocator."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     words = ("can't allocate memory", "not enough memory", "out of memory")
@@ -125,7 +125,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def lack_of_memory_explained(
     inventory: MemoryProfile, settings: TrainSettings, rows: int, length: int, device: Device
 ) -> Iterator[None]:
-    """Within, running out of memory is a `UserError` that says what to change, with figures."""
+    """Context manager that turns an out-of-memory error into a `UserError` with figures and remedies."""
     free = available_memory(device)
     try:
         yield
@@ -138,7 +138,7 @@ def lack_of_memory_explained(
 def lack_of_memory(
     inventory: MemoryProfile, settings: TrainSettings, rows: int, length: int, device: Device, free: int
 ) -> UserError:
-    """What a step of micro-batches of `rows` rows needs, what there was, and what each remedy would need."""
+    """The error for micro-batches of `rows` rows: memory needed, memory free, and memory needed with each remedy."""
 
     def needed(rows: int, recompute_every: int, changed: TrainSettings = settings) -> str:
         return f"about {training_bytes(inventory, changed, rows, length, device, recompute_every) / 2**30:.2f} GiB"

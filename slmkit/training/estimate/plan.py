@@ -1,4 +1,4 @@
-"""`slm plan`: does it fit, how long, how much disk, what loss; of a recipe, or of the best that a budget allows."""
+"""`slm plan`: memory, time, disk and loss of a recipe, or of the best recipe for a budget."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ from slmkit.training.estimate.probe import LONGEST, STEPS, Probe, ProbeTarget, p
 from slmkit.training.estimate.scaling_laws import expected_loss, learning_rate_for, parameters_for, tokens_per_step_for
 from slmkit.training.recipe.recipe import ModelSettings, Recipe, TrainSettings
 
-BYTES_PER_TOKEN = 4  # of English in a vocabulary of some ten thousand
-SAMPLE = 200  # of the built-in corpus' documents, to know their length
+BYTES_PER_TOKEN = 4  # of English, with a vocabulary of about ten thousand
+SAMPLE = 200  # documents of the built-in corpus whose length is measured
 WIDTHS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1_024, 1_280, 1_536, 1_792, 2_048)
 FEWEST_STEPS = 200
-ROUNDS = 3  # of proposing, measuring and proposing again
-ROUND_SECONDS = 8.0  # of measuring, in each of them
+ROUNDS = 3  # of proposing a shape and measuring it
+ROUND_SECONDS = 8.0  # of measuring, in each round
 
 
 @dataclass(frozen=True)
 class RunEstimate:
-    """What `slm plan` says. `recipe` is the one that was asked about, or the one proposed."""
+    """Result of `slm plan`. `recipe` is the given one, or the proposed one."""
 
     recipe: Recipe
     config: SLMConfig
     inventory: MemoryProfile
     device: Device
     ahead: Estimate
-    guessed_rate: float  # tokens/s before anything was measured
+    guessed_rate: float  # tokens/s, before any measurement
     measured: Probe | None
-    text: int | None  # tokens that the training text has, about; None where nobody knows
+    text: int | None  # approximate tokens of the training text; None if unknown
     epochs: float | None  # how often the run reads it
-    memory_free: int  # bytes; 0 where the system does not say
+    memory_free: int  # bytes; 0 if the system does not report it
     disk_free: int
     assumptions: list[str] = field(default_factory=list)
 
@@ -59,10 +59,10 @@ def outlook(
     measure: bool = True,
     say: Callable[[str], None] = lambda line: None,
 ) -> RunEstimate:
-    """What a recipe will take on this machine. `subject_of` says what it trains, and beside what; `say` is told what
-    is being measured.
+    """Estimate of a recipe on this machine. `subject_of` gives the models to measure; `say` is called with what is
+    being measured.
 
-    Raises `UserError` for what the recipe lacks to be planned.
+    Raises `UserError` for a setting that the plan needs and the recipe lacks.
     """
     device = find_device(recipe.train.device, recipe.train.precision)
     config, assumptions = _config_of(recipe)
@@ -92,7 +92,7 @@ def propose(
 ) -> RunEstimate:
     """The best model for a budget of hours or of tokens on this device, by published laws and measured speed.
 
-    `say` is told which models are tried; `overrides` name the data and the folder of the run (`data.source=book.txt`).
+    `say` is called with the models tried; `overrides` name the data and the folder of the run (`data.source=book.txt`).
     Raises `UserError` unless one of both budgets is given, and for an override of anything else.
     """
     if (hours is None) == (tokens is None):
@@ -100,7 +100,7 @@ def propose(
     if other := next((each for each in overrides if not each.startswith(("data.", "output_dir="))), None):
         raise UserError(f"{other}: a proposal takes only data.… and output_dir; change the rest in the file it writes")
     device = find_device(device_name)
-    efficiency = 1.0  # of the guessed rate
+    efficiency = 1.0  # factor on the guessed rate
     seen: dict[int, Probe] = {}
     for _ in range(ROUNDS if measure and hours is not None else 1):
         width, budget = _best(hours, tokens, device, efficiency)
@@ -115,7 +115,7 @@ def propose(
             MemoryProfile(architecture_of(config)), length, device
         )
     measured = seen.get(width)
-    if hours is not None and measured is not None:  # what this very shape was seen to do, and no rule of thumb
+    if hours is not None and measured is not None:  # the speed measured for this shape replaces the guess
         recipe, config = _recipe_for(width, int(hours * 3600 * measured.tokens_per_second), device_name, overrides)
     elif measure and measured is None:
         say(f"measuring the speed in up to {STEPS} steps, at most {ROUND_SECONDS:.0f} seconds")
@@ -172,19 +172,19 @@ def _outlook(
 
 
 def _config_of(recipe: Recipe) -> tuple[SLMConfig, list[str]]:
-    """The model's config, and what had to be assumed of it."""
+    """The model's config, and the assumptions made."""
     if recipe.model.path is not None:
         try:
             return SLMConfig.from_pretrained(config_directory(find_config_directory(recipe.model.path))), []
         except UserError:
-            if recipe.output_dir.startswith("runs/quickstart"):  # its parts follow on each other
+            if recipe.output_dir.startswith("runs/quickstart"):  # its stages depend on each other
                 return SLMConfig.from_preset("quickstart"), [f"{recipe.model.path} will be as the preset quickstart"]
             raise
     return recipe.model.build_config(vocab_size=recipe.tokenizer.vocab_size), []
 
 
 def _rows_of(recipe: Recipe, text: int | None, length: int) -> tuple[int, list[str]]:
-    """How many rows an epoch has, and what had to be assumed."""
+    """Rows of an epoch, and the assumptions made."""
     if not recipe.is_padded:
         return max(1, (text or 0) // length), []
     about = [f"{recipe.reads} that fill their rows of {length} tokens: shorter ones are faster"]
@@ -196,7 +196,7 @@ def _rows_of(recipe: Recipe, text: int | None, length: int) -> tuple[int, list[s
 
 
 def _built_in_text(recipe: Recipe, index: int) -> str:
-    """What a document of the built-in source says."""
+    """Text of a document of the built-in source."""
     built_in = BUILT_IN[str(recipe.data.source)]
     if recipe.reads == "text":
         return built_in.text(0, index, False)
@@ -206,7 +206,7 @@ def _built_in_text(recipe: Recipe, index: int) -> str:
 
 
 def _tokens_of(recipe: Recipe) -> tuple[int | None, list[str]]:
-    """About how many tokens the training text has, and by which rule; None where only reading it would tell."""
+    """Approximate tokens of the training text, and the rule used; None if the text would have to be read."""
     data = recipe.data
     if data.is_built_in:
         made = (_built_in_text(recipe, index) for index in range(SAMPLE))
@@ -233,7 +233,7 @@ def _tokens_of(recipe: Recipe) -> tuple[int | None, list[str]]:
 
 
 def _shape(width: int) -> ModelSettings:
-    """A Llama of this width: depth grows with it, heads of 64 channels."""
+    """A Llama of this width: depth grows with it, heads have 64 channels."""
     depth = min(32, max(4, round(width / 48)))
     vocabulary = 4_096 if width <= 192 else 16_384 if width <= 1_024 else 32_768
     return ModelSettings.model_validate(
@@ -249,7 +249,7 @@ def _shape(width: int) -> ModelSettings:
 
 
 def _best(hours: float | None, tokens: int | None, device: Device, efficiency: float) -> tuple[int, int]:
-    """Width and tokens: the lowest loss in so many hours, or the size for which so many tokens are just enough."""
+    """Width and tokens: the lowest loss in so many hours, or the compute-optimal size for so many tokens."""
     candidates = []
     for width in WIDTHS:
         a = architecture_of(_shape(width).build_config())

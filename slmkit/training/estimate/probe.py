@@ -1,4 +1,4 @@
-"""A few real steps on made-up tokens: how fast a model of some shape trains here, and how much memory that takes."""
+"""Training speed and memory of a model, measured by a few real steps on random tokens."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from slmkit.training.objective import Objective
 from slmkit.training.recipe.recipe import Recipe, TrainSettings
 
 STEPS = 20
-FIRST = 3  # steps that are not counted: what is loaded, compiled or allocated at first use is not there again
+FIRST = 3  # warm-up steps, not counted: loading, compiling and allocating at first use
 LONGEST = 20.0  # seconds
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What was measured. `memory_bytes` is what training added to the process, or took of the device."""
+    """Measurements. `memory_bytes` is what training added to the process, or allocated on the device."""
 
     tokens_per_second: float
     step_seconds: float  # of a whole step, with all its micro-batches
@@ -39,20 +39,20 @@ class Probe:
 
 @dataclass(frozen=True)
 class ProbeTarget:
-    """What is planned: what its run has in memory, and models of random weights to try it with, the one that is trained
-    and the one beside it."""
+    """What to measure: the memory profile, and models with random weights: the trained one, and the teacher or
+    reference model."""
 
     inventory: MemoryProfile
     models: Callable[[], tuple[Decoder, Decoder | None]]
 
     @classmethod
     def fresh(cls, config: SLMConfig) -> ProbeTarget:
-        """A new model that learns the next token."""
+        """Next-token training of a new model."""
         return cls(MemoryProfile(architecture_of(config)), lambda: (build_decoder(config, seed=0), None))
 
 
 class RandomBatches:
-    """Batches of random tokens, as many rows in each step as its turn says."""
+    """Batches of random tokens; `rows` gives the number of rows of each step."""
 
     def __init__(self, inventory: MemoryProfile, length: int, rows: list[int]) -> None:
         self.vocab_size, self.length, self.rows = inventory.architecture.vocab_size, length, rows
@@ -78,7 +78,7 @@ class RandomBatches:
         return {}
 
     def seek(self, step: int, position: dict[str, Any]) -> None:
-        """Every batch is as near as any other."""
+        """Does nothing: any batch can be made at any time."""
 
 
 def probe(
@@ -86,8 +86,8 @@ def probe(
 ) -> Probe:
     """Train the subject for `steps` real steps, or for `longest` seconds.
 
-    Where a step has several micro-batches, the steps have one and two of them in turn, and the rest is arithmetic: a
-    step is its micro-batches and one update.
+    If a step has several micro-batches, steps of one and two micro-batches alternate, and the time of a whole step is
+    computed from both: its micro-batches and one update.
     """
     length = settings.sequence_length or subject.inventory.architecture.max_positions
     micro, rows = settings.rows_per_micro_batch(length), settings.rows_per_step(length)
@@ -109,7 +109,7 @@ def probe(
 
 
 def _times(state: State, objective: Objective, batches: RandomBatches, plan: Plan, longest: float) -> list[float]:
-    """Seconds of each step, of as many as `longest` seconds have room for."""
+    """Seconds of each step, as many as fit into `longest` seconds."""
     seconds: list[float] = []
     stop, began = StopRequested(), time.perf_counter()
     last = began
@@ -126,5 +126,5 @@ def _times(state: State, objective: Objective, batches: RandomBatches, plan: Pla
 
 
 def _plan(steps: int, micro: int, settings: TrainSettings, device: Device) -> Plan:
-    # One more step than there are, so that none of them is the last and asks for nothing besides.
+    # One more step than there are, so that none is treated as the run's last.
     return Plan(steps, micro, settings.max_grad_norm, lambda step: 1.0, device)

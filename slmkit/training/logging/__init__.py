@@ -1,1 +1,1 @@
-"""What a run writes for people: metrics, plots, progress, trackers, lists of runs."""
+"""Run logs: metrics, plots, progress, trackers, lists of runs."""

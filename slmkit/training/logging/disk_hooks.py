@@ -1,4 +1,4 @@
-"""What is written as a run goes on: lines of metrics, pictures, checkpoints."""
+"""Hooks that write metrics, plots and checkpoints during a run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def hooks_on_disk(
     saver: Saver,
     on_save: Callable[[State, Path], Any] | None = None,
 ) -> tuple[Every, ...]:
-    """What is written as the run goes on, in this order: lines first, so that no checkpoint is ahead of them.
+    """Hooks that write to disk, in this order: metrics first, so that no checkpoint is ahead of them.
 
     `on_save` is called on all ranks with each checkpoint that is complete.
     """
@@ -52,7 +52,7 @@ def hooks_on_disk(
 
 
 class Logger:
-    """Appends to `metrics.jsonl`, tells the trackers, and redraws `loss.png`."""
+    """Appends to `metrics.jsonl`, calls the trackers, and redraws `loss.png`."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class Logger:
         self.last_step = -1
 
     def log(self, state: State, report: Report) -> None:
-        """A line for the step, once, whichever interval asks for it: no validation goes unrecorded."""
+        """Log the step, once even if several intervals ask for it; every validation is logged."""
         if state.step != self.last_step:
             self.run.metrics.append(report)
             for tracker in self.trackers:
@@ -73,7 +73,7 @@ class Logger:
         self.last_step = state.step
 
     def log_if_skipped(self, state: State, report: Report) -> None:
-        """No refused step goes unrecorded either. Many in a row from which nothing was learned are worth a line."""
+        """Log every refused step, and warn after many in a row from which nothing was learned."""
         if state.guard.has_learned and state.guard.idle and state.guard.idle % IDLE_REPORTED == 0:
             self.warn(f"step {state.step}: {state.guard.idle_report()}")
         if "skipped" in report:
@@ -86,5 +86,5 @@ class Logger:
             reports = self.run.metrics.read()
             plot_losses(reports, self.run.plot, self.run.root.name, self.perfect_loss)
             plot_shares(reports, self.run.shares, self.run.root.name)
-        except OSError as error:  # no picture is worth a run
+        except OSError as error:  # a failed plot must not end the run
             self.warn(f"{self.run.plot}: not drawn: {error}")

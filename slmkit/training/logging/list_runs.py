@@ -1,4 +1,4 @@
-"""What runs there are and how each stands, read from their files alone: nothing here loads a model."""
+"""List of runs and their state, read from their files without loading a model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class RunOverview:
     objective: str
     parameters: int | None  # None before the first checkpoint
     step: int
-    steps: int | None  # of the whole run; None where its plan is not there
+    steps: int | None  # of the whole run; None without a plan
     tokens: int
     validation_loss: float | None  # the best
     changed: float  # seconds since the epoch
@@ -36,7 +36,7 @@ def list_runs(folder: str | Path) -> list[RunOverview]:
 
 
 def read_run(root: Path) -> RunOverview:
-    """How a run stands, from its recipe, its figures and its plan."""
+    """State of a run, from its recipe, metrics and plan."""
     recipe = read_yaml(root / "recipe.yaml")
     metrics = root / "metrics.jsonl"
     reports = MetricsLog(metrics).read()
@@ -65,7 +65,7 @@ def read_plan(root: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What is in a file; empty where it is not there or no JSON."""
+    """Content of a JSON file; empty if it is missing or invalid."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -73,7 +73,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _parameters(weights: Path) -> int | None:
-    """Numbers in a file of weights, from its header."""
+    """Number of weights in a safetensors file, from its header."""
     from safetensors import safe_open
 
     if not weights.is_file():

@@ -1,4 +1,4 @@
-"""What a run leaves to read: `metrics.jsonl`, `samples.md`, `environment.json`; and whether it is running."""
+"""Log files of a run: `metrics.jsonl`, `samples.md`, `environment.json`; and whether it is running."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ if TYPE_CHECKING:
 RUNNING, TRIES = ".running", 10
 SAMPLES_OF_A_STEP = re.compile(r"^## Step ([\d,]+)\n\n(?:> .*\n+)*", re.MULTILINE)
 
-# What the clock and the machine say: everything else in a line is the same, bit for bit, however often a run is killed.
+# Measured keys. The others are bit-identical, however often a run is killed and resumed.
 MEASURED = ("tokens_per_second", "seconds", "mfu", "memory_bytes")
 
 
 def finite(report: Report) -> Report:
-    """A report as JSON can hold it, which knows neither infinity nor NaN: null stands for them."""
+    """A report for JSON: null in place of infinity and NaN."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in report.items()
     }
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one line a logged step, appended; a resumed run first drops what it is about to repeat."""
+    """`metrics.jsonl`: one appended line per logged step; a resumed run first drops the lines it will repeat."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -47,7 +47,7 @@ class MetricsLog:
         _append(self.path, json.dumps(finite(report)) + "\n")
 
     def read(self) -> list[Report]:
-        """All whole lines, up to where a crash left something else."""
+        """All complete lines, up to a partial one left by a crash."""
         if not self.path.exists():
             return []
         reports = []
@@ -59,7 +59,7 @@ class MetricsLog:
         return reports
 
     def seconds(self) -> float:
-        """How long the run has taken so far, pauses left out."""
+        """Training time so far in seconds, without pauses."""
         return max((report.get("seconds", 0.0) for report in self.read()), default=0.0)
 
     def rewind(self, step: int) -> None:
@@ -68,12 +68,12 @@ class MetricsLog:
         write_whole(self.path, "".join(json.dumps(report) + "\n" for report in kept))
 
     def sync(self) -> None:
-        """See the lines onto the disk."""
+        """fsync the file."""
         if self.path.exists():
             sync(self.path)
 
     def comparable(self) -> list[Report]:
-        """The lines without what is `MEASURED`: those of a run that was killed equal those of one that was not."""
+        """The lines without `MEASURED` keys: equal for interrupted and uninterrupted runs."""
         return [{key: value for key, value in report.items() if key not in MEASURED} for report in self.read()]
 
 
@@ -88,13 +88,13 @@ def _append(path: Path, text: str) -> None:
 
 
 def append_samples(path: Path, step: int, samples: list[tuple[str, str]]) -> None:
-    """Add what the model wrote for each fixed prompt at this step. Raises `UserError` when the disk is full."""
+    """Append the `samples` (prompt, continuation) of a step. Raises `UserError` when the disk is full."""
     quoted = ((prompt + text).strip().replace("\n", "\n> ") for prompt, text in samples)
     _append(path, f"## Step {step:,}\n\n" + "".join(f"> {text}\n\n" for text in quoted))
 
 
 def rewind_samples(path: Path, step: int) -> None:
-    """Drop the samples after `step`, and what a crash left of some."""
+    """Drop the samples after `step`, and partial ones left by a crash."""
     if path.exists():
         sections = SAMPLES_OF_A_STEP.finditer(path.read_text(encoding="utf-8", errors="replace"))
         kept = [section[0] for section in sections if int(section[1].replace(",", "")) <= step]
@@ -102,7 +102,7 @@ def rewind_samples(path: Path, step: int) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, machine and revision: what somebody who repeats the run has to know."""
+    """Versions, machine and git revision, for repeating the run."""
     packages = ("slmkit", "torch", "numpy", "tokenizers", "safetensors")
     return {
         "python": sys.version.split()[0],
@@ -114,7 +114,7 @@ def environment() -> dict[str, Any]:
 
 
 def _git_revision() -> str | None:
-    """The commit of the folder one works in, `-dirty` where it has changes; None outside a repository."""
+    """The commit of the working directory, `-dirty` if it has changes; None outside a repository."""
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
@@ -127,9 +127,9 @@ def _git_revision() -> str | None:
 
 @contextlib.contextmanager
 def mark_running(root: Path) -> Iterator[None]:
-    """While this is open, the run is this process's; it ends with the process, however that ends.
+    """Context manager that locks the run for this process; the lock ends with the process in any case.
 
-    Raises `UserError` where the run is another's.
+    Raises `UserError` if another process holds it.
     """
     with (root / RUNNING).open("a+") as file:
         tries = 0
@@ -138,7 +138,7 @@ def mark_running(root: Path) -> Iterator[None]:
             if tries == TRIES:
                 file.seek(0)
                 raise UserError(f"{root} is running ({file.read() or 'in another process'}): wait for it, or stop it")
-            time.sleep(0.05)  # it may be no more than a look at it
+            time.sleep(0.05)  # the lock may belong to a short check by `is_running`
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()
@@ -147,7 +147,7 @@ def mark_running(root: Path) -> Iterator[None]:
 
 
 def is_running(root: Path) -> bool:
-    """Whether a process trains in this run's directory now."""
+    """Whether a process is training in this run's directory."""
     try:
         with (root / RUNNING).open("r+") as file:
             return not _locked(file)
@@ -156,7 +156,7 @@ def is_running(root: Path) -> bool:
 
 
 def _locked(file: TextIO) -> bool:
-    """Take the file's lock; False where another process has it. Where the system has none it counts as taken."""
+    """Take the file's lock; False if another process has it. True if the system has no locks."""
     try:
         import fcntl
     except ImportError:  # Windows

@@ -1,4 +1,4 @@
-"""`plan.json` of a run: what it was expected to take, and what it took, side by side."""
+"""`plan.json` of a run: predicted and actual memory, time and disk."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from slmkit.training.logging.progress import clock
 from slmkit.training.loop import Report, State
 from slmkit.training.recipe.recipe import TrainSettings
 
-FIRST, PROBED = 3, 20  # steps that are not counted, and after which the speed is known
+FIRST, PROBED = 3, 20  # warm-up steps that are not counted; steps after which the speed is known
 NAME = "plan.json"
 
 
@@ -36,10 +36,10 @@ SHOWN: dict[str, tuple[str, Callable[[Any], str]]] = {
 
 
 class PlanFile:
-    """A hook for every step that writes the forecast once the speed is known; `complete` adds what was real.
+    """Hook for every step that writes the forecast once the speed is known; `complete` adds the actual figures.
 
-    Make it when all models of its inventory are there and nothing of training is in memory yet, and fire it last, so
-    that all that a step does is in its time. Seconds are those of this process, from the step that it goes on from.
+    Create it when all models of its inventory are in memory but nothing else of training, and call it last, so that
+    its times cover the whole step. Seconds are those of this process, from its first step.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class PlanFile:
         self.path, self.config, self.settings, self.steps, self.device = root / NAME, config, settings, steps, device
         self.unique_tokens, self.validation_tokens, self.from_scratch = unique_tokens, validation_tokens, from_scratch
         self.inventory = inventory
-        weights = weights_bytes(inventory)  # first: counting itself loads what counts among what was there before
+        weights = weights_bytes(inventory)  # first: counting loads libraries, which belong to the memory before the run
         self.before = 0 if device.torch_device.type == "cuda" else max(0, resident_memory() - weights)
         self.content: dict[str, Any] = {"steps": steps}
         reset_peak_memory(device)
@@ -70,7 +70,7 @@ class PlanFile:
         if self.begun < 0:
             self.begun = state.step - 1
             self.probed = self.begun + min(PROBED, max(1, (self.steps - self.begun) // 3))
-            self._write()  # and not before: a run that cannot go on stays as it was
+            self._write()  # not before: a run that cannot be resumed keeps its file
         now = time.perf_counter()
         self.seconds.append(now - self.last)
         self.last = now
@@ -79,7 +79,7 @@ class PlanFile:
             self.last = time.perf_counter()
 
     def complete(self, validation_loss: float | None) -> str:
-        """Write what was real; returns both as a line to show. Empty where nothing was predicted."""
+        """Write the actual figures; returns both as one line. Empty if nothing was predicted."""
         if "predicted" not in self.content:
             return ""
         self.content["real"] = {
@@ -117,7 +117,7 @@ class PlanFile:
         self.content |= {
             "parameters": ahead.parameters,
             "tokens": ahead.tokens,
-            "memory_before_bytes": self.before,  # of the memory below, what was there before the run
+            "memory_before_bytes": self.before,  # the part of the memory below that was in use before the run
             "counted_memory_bytes": self.before + ahead.counted_bytes,  # by arithmetic alone, as `slm plan` says it
             "probe": {"steps": len(counted), "tokens_per_second": round(rate), "memory_bytes": self.before + held},
             "predicted": {

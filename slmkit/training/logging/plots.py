@@ -1,4 +1,4 @@
-"""Pictures of metrics.jsonl: of one run while it trains, and of several runs in one picture."""
+"""Plots of metrics.jsonl: of one run while it trains, and of several runs together."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Points = list[tuple[float, float]]
 
 
 class Curves(NamedTuple):
-    """A quantity that is drawn: its keys in metrics.jsonl, in training and in validation, and the axis' label."""
+    """A plotted quantity: its keys in metrics.jsonl for training and validation, and the axis label."""
 
     trained: str
     validated: str
@@ -34,7 +34,7 @@ CURVES = {
     "reward": Curves("answers/reward", "validation/reward", "mean reward of an answer", max),
     "loss": Curves("loss", "validation_loss", "cross-entropy (nats per token)"),
 }
-# What an objective minimises is a quantity of its own. A run is recognised by a key that only its lines have.
+# The loss of each objective. A run is recognised by a key that only its lines have.
 LOSSES = {
     "answers/reward": CURVES["reward"],  # GRPO's loss is about 0 by construction, so its reward is drawn
     "desirable": Curves("loss", "validation_loss", "KTO loss (mean per answer)"),
@@ -46,23 +46,23 @@ LOSSES = {
 
 
 def curves_of(reports: Sequence[Report], what: str | None = None) -> Curves:
-    """The curves called `what`, where "loss" is what these reports' objective is judged by."""
+    """The curves called `what`; "loss" is the main quantity of these reports' objective."""
     if what is not None and what != "loss":
         return CURVES[what]
     return next((curves for key, curves in LOSSES.items() if any(key in each for each in reports)), CURVES["loss"])
 
 
 def plot_losses(reports: list[Report], path: Path, title: str, perfect_loss: float | None = None) -> None:
-    """Draw what a run's objective is judged by over tokens, and a perfect model's loss where the corpus knows it.
+    """Plot the main quantity of a run's objective over tokens, and a perfect model's loss if the corpus knows it.
 
-    That is the cross-entropy, of a distillation that of the labels with the divergence from the teacher beside it, the
-    loss of preference tuning, or GRPO's reward. Nothing is drawn without matplotlib.
+    That is the cross-entropy (in distillation with the divergence from the teacher), the preference loss, or GRPO's
+    reward. Does nothing without matplotlib.
     """
     _draw_run(reports, path, title, curves_of(reports), "tokens", perfect_loss)
 
 
 def plot_shares(reports: list[Report], path: Path, title: str) -> None:
-    """Draw the share of right answers, or of pairs ranked correctly, over steps; nothing where a run has neither."""
+    """Plot the share of right answers, or of pairs ranked correctly, over steps; nothing if a run has neither."""
     for curves in (CURVES["right"], CURVES["preferred"]):
         if _points(reports, "step", curves.trained):
             _draw_run(reports, path, title, curves, "steps")
@@ -75,7 +75,7 @@ def _draw_run(
     try:
         from matplotlib.figure import Figure  # no global state and no window system, unlike pyplot
     except ImportError:
-        return  # an optional extra: the figures are in metrics.jsonl all the same
+        return  # an optional extra: metrics.jsonl has the figures
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     trained, validated = (_points(reports, KEYS[over], key) for key in (curves.trained, curves.validated))
@@ -104,11 +104,11 @@ def _points(reports: Sequence[Report], x: str, y: str) -> Points:
 
 
 def plot_runs(runs: Sequence[str | Path], output: Path, over: Axis = "tokens", what: str | None = None) -> None:
-    """Draw several runs in one picture, one colour each: training as a thin line, validation as a line with points.
+    """Plot several runs together, one colour each: training as a thin line, validation as a line with points.
 
     `what` is one of `CURVES`; None: the share of right answers where all runs have one, else the loss. Raises
-    `UserError` for a run without figures, without those or the times that are asked for, for losses of different kinds,
-    and without matplotlib.
+    `UserError` for a run without figures or without the requested ones, for losses of different kinds, and without
+    matplotlib.
     """
     try:
         from matplotlib.figure import Figure
@@ -153,7 +153,7 @@ def _curve(run: Path, reports: list[Report], drawn: Curves, over: Axis) -> tuple
 
 
 def _unit(over: Axis, largest: float) -> tuple[float, str]:
-    """What the horizontal axis is divided by, and its label."""
+    """Divisor and label of the horizontal axis."""
     if over == "tokens":
         return 1.0, "trained tokens"
     if over == "steps":
@@ -165,14 +165,14 @@ def _unit(over: Axis, largest: float) -> tuple[float, str]:
 
 
 def _short_names(runs: Sequence[str | Path]) -> list[str]:
-    """The runs' paths without the folders that all of them share."""
+    """The runs' paths without their common parent folders."""
     paths = [Path(run).absolute() for run in runs]
     common = os.path.commonpath([path.parent for path in paths])
     return [str(path.relative_to(common)) for path in paths]
 
 
 def _finish(figure: Any, axes: Any, path: Path) -> None:
-    """Set the style, and write the picture in one step."""
+    """Set the style, and write the image atomically."""
     from matplotlib.ticker import EngFormatter
 
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))

@@ -11,17 +11,17 @@ from rich.table import Column
 
 from slmkit.training.loop import Report, State
 
-# Beside the reference curves of a shipped recipe.
+# Position relative to the reference curve of a shipped recipe.
 WORDS = {"inside": "as expected", "above": "above its reference", "below": "below its reference"}
 SHARES = {"answers/right": "right", "rewards/accuracy": "reward accuracy"}
-NO_MARGIN = 1e-4  # a mean margin at which policy and reference are one: only rounding orders the rewards
-LINES = 20  # how many plain lines a whole run prints
+NO_MARGIN = 1e-4  # a mean margin below which rewards differ by rounding only
+LINES = 20  # plain lines printed in a whole run
 
 
 class TrainingProgress:
-    """A hook for every step: its number, the epoch, this step's loss, the time left and the rate.
+    """Hook for every step that shows step, epoch, loss, time left and rate.
 
-    Use it as a context manager. `steps_in_epoch` is None where the data's length is not known.
+    Use it as a context manager. `steps_in_epoch` is None if the data's length is unknown.
     """
 
     def __init__(

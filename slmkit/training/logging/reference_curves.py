@@ -1,8 +1,8 @@
-"""Is this loss normal? The curves of shipped recipes, from several seeds, and where a run stands beside them.
+"""Reference loss curves of shipped recipes, from several seeds, and a run's position relative to them.
 
-`benchmarks/reference_curves.py` measures them. A curve holds the mean training loss of each stretch of so many
-trained tokens, and between which losses it should be: three standard deviations of one run among the seeds, pooled over
-neighbouring stretches, on either side of their mean.
+`benchmarks/reference_curves.py` measures them. A curve holds the mean training loss of each window of trained tokens,
+and its band: three standard deviations of one run among the seeds, pooled over neighbouring windows, on either side of
+their mean.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from slmkit.training.recipe.recipe import Recipe
 
 CURVES = Path(__file__).with_name("reference_curves.json")
-POINTS = 40  # stretches of a run
-DEVIATIONS, NEIGHBOURS, NARROWEST = 3.0, 3, 0.02  # the last in nats: with few seeds some stretch agrees by chance
-# What does not change what is learned, whatever else does.
+POINTS = 40  # windows of a run
+DEVIATIONS, NEIGHBOURS, NARROWEST = 3.0, 3, 0.02  # the last in nats: with few seeds some windows agree by chance
+# Settings that do not change what is learned.
 WITHOUT_EFFECT = {
     "logging_steps", "eval_steps", "save_steps", "save_total_limit", "sample_prompts", "sample_tokens", "report_to",
     "device", "micro_batch_tokens", "gradient_checkpointing",
@@ -32,7 +32,7 @@ WITHOUT_EFFECT = {
 
 @dataclass(frozen=True)
 class Point:
-    """The mean loss of the trained tokens up to `tokens`, and since the point before."""
+    """The mean loss, in nats, over the trained tokens from the previous point to `tokens`."""
 
     tokens: int
     mean: float
@@ -41,7 +41,7 @@ class Point:
 
 
 def signature(recipe: Recipe, config: SLMConfig) -> str:
-    """Equal for two runs whose losses should be alike: all but seed, names and intervals."""
+    """Hash of all settings but seed, names and intervals: equal for two runs whose losses should agree."""
     matters = {
         "objective": recipe.objective,
         "data": recipe.data.model_dump(mode="json", exclude_defaults=True, exclude={"validation_documents"}),
@@ -55,7 +55,7 @@ def signature(recipe: Recipe, config: SLMConfig) -> str:
 
 
 def find_curve(recipe: Recipe, config: SLMConfig, path: Path = CURVES) -> list[Point] | None:
-    """The reference of exactly this recipe and shape; None where there is none."""
+    """The reference curve of exactly this recipe and shape; None if there is none."""
     if not path.is_file():
         return None
     wanted = signature(recipe, config)
@@ -66,13 +66,13 @@ def find_curve(recipe: Recipe, config: SLMConfig, path: Path = CURVES) -> list[P
 
 
 class ReferenceBand:
-    """A hook for every step: adds `reference` to the report, `inside`, `above` or `below` the band."""
+    """Hook for every step: adds `reference` to the report: `inside`, `above` or `below` the band."""
 
     def __init__(self, curve: Sequence[Point]) -> None:
         self.curve = curve
-        self.number = 0  # of the stretch
+        self.number = 0  # index of the window
         self.losses: list[float] = []
-        self.is_whole = False  # seen from its beginning: not where a run goes on in the middle
+        self.is_whole = False  # False if a run was resumed within the window
         self.word: str | None = None
 
     def update(self, state: State, report: Report) -> None:
@@ -92,7 +92,7 @@ def verdict(point: Point, loss: float) -> str:
 
 
 def stretches(reports: Sequence[Report], ends: Sequence[int]) -> list[float]:
-    """The mean loss between each two of `ends`, in trained tokens, of a run that logged every step."""
+    """Mean losses, in nats, between consecutive `ends` (trained tokens) of a run that logged every step."""
     sums, counts, number = [0.0] * len(ends), [0] * len(ends), 0
     for report in reports:
         while number < len(ends) and report["tokens"] > ends[number]:
@@ -105,7 +105,7 @@ def stretches(reports: Sequence[Report], ends: Sequence[int]) -> list[float]:
 
 
 def band(ends: Sequence[int], seeds: Sequence[Sequence[float]]) -> list[Point]:
-    """Points of a curve from the stretches of each seed, of which there are at least two."""
+    """Points of a curve from the window means of at least two seeds."""
     columns = list(zip(*seeds))
     variances = [statistics.variance(column) for column in columns]
     points = []

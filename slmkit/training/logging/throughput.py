@@ -1,4 +1,4 @@
-"""How hard the machine works: time, memory, and operations a second as a share of what it can do (MFU)."""
+"""Seconds, memory and MFU of a run."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from slmkit.training.loop import Report, State
 
 
 class ThroughputMonitor:
-    """A hook for every step that adds `seconds` of the run so far, `mfu` and `memory_bytes` to its report.
+    """Hook for every step that adds `seconds` of the run so far, `mfu` and `memory_bytes` to its report.
 
-    MFU (model FLOPs utilisation; Chowdhery et al. 2022, arXiv:2204.02311, appendix B) is the operations that the
-    model's products need, forward and backward and once each, over what the device's own plain products reach in the
-    same type: of a measured peak, not of a datasheet's. Recomputed layers count once.
+    MFU (model FLOPs utilisation; Chowdhery et al. 2022, arXiv:2204.02311, appendix B) is the FLOPs per second of the
+    model's matrix products, forward and backward, over the device's peak in the same type: a measured peak, not the
+    datasheet's. Recomputed layers count once.
     """
 
     def __init__(
@@ -27,11 +27,11 @@ class ThroughputMonitor:
         tokens: int = 0,
         seconds: float = 0.0,
     ) -> None:
-        """`rows_per_step` rows of `length` tokens are one update, on as many such devices as there are ranks.
+        """An update is `rows_per_step` rows of `length` tokens, on as many such devices as there are ranks.
 
-        None where rows are of any length: then there is no `mfu`, since nobody counts the operations.
+        None if rows vary in length: then there is no `mfu`.
 
-        A run that goes on has trained `tokens` and taken `seconds` already.
+        `tokens` and `seconds` are those of a resumed run so far.
         """
         self.device, self.positions = device, (rows_per_step or 0) * length
         self.operations = StepOperations.of(model, length)
@@ -48,5 +48,5 @@ class ThroughputMonitor:
         report["memory_bytes"] = peak_memory(self.device)
 
     def step_flops(self, trained: int) -> int:
-        """Operations of an update in which `trained` of all positions are learned."""
+        """FLOPs of an update in which `trained` of all positions are learned."""
         return self.operations.of_step(self.positions, trained)

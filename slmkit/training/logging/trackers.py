@@ -1,4 +1,4 @@
-"""Run logs that other programs draw: TensorBoard and Weights & Biases, beside the JSON lines that are always there."""
+"""Trackers: TensorBoard and Weights & Biases, in addition to metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any, Protocol
 from slmkit.config import UserError
 from slmkit.training.loop import Report
 
-AXES = ("step", "tokens")  # what figures are drawn over
+AXES = ("step", "tokens")  # horizontal axes of plots
 
 
 class Tracker(Protocol):
-    """Takes each line of the run log."""
+    """Receives each line of the run log."""
 
     def log(self, report: Report) -> None: ...
 
@@ -28,7 +28,7 @@ class TensorBoard:
     def __init__(self, root: Path, recipe: dict[str, Any], step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # What a resumed run is about to repeat is dropped, as in metrics.jsonl.
+        # Steps that a resumed run will repeat are dropped, as in metrics.jsonl.
         self.writer = SummaryWriter(str(root / "tensorboard"), purge_step=step + 1 if step else None)
         if not step:
             self.writer.add_text("recipe", "\n".join(f"    {key}: {value}" for key, value in _flat(recipe).items()))
@@ -43,7 +43,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of the project `slmkit`, or of WANDB_PROJECT's. WANDB_MODE=offline keeps it in `wandb/`."""
+    """A run in the project `slmkit`, or the one in WANDB_PROJECT. WANDB_MODE=offline keeps it in `wandb/`."""
 
     def __init__(self, root: Path, recipe: dict[str, Any], step: int) -> None:
         import os
@@ -56,10 +56,10 @@ class WeightsAndBiases:
             name=root.name,
             dir=str(root),
             config=recipe,
-            id=earlier[-1].name.rpartition("-")[2] if earlier else None,  # a resumed run goes on as the same
+            id=earlier[-1].name.rpartition("-")[2] if earlier else None,  # a resumed run continues the same one
             resume="allow" if earlier else None,
         )
-        # Its own step never goes back; ours does where a resumed run repeats some.
+        # The step of W&B never decreases; ours does when a resumed run repeats steps.
         self.run.define_metric("*", step_metric="step")
 
     def log(self, report: Report) -> None:
@@ -76,7 +76,7 @@ TRACKERS: dict[str, Callable[[Path, dict[str, Any], int], Tracker]] = {
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raises `UserError` for one whose package is missing, before any work is done."""
+    """Raises `UserError` for a tracker whose package is missing."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"train.report_to: {name} is not installed: pip install slmkit[track]")
@@ -84,7 +84,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 @contextmanager
 def open_trackers(names: Sequence[str], root: Path, recipe: dict[str, Any], step: int) -> Iterator[list[Tracker]]:
-    """The trackers of a run that is about to go on after `step`; closed, their files complete, whatever ends it."""
+    """Context manager with the trackers of a run that continues after `step`; closes them in any case."""
     check_trackers(names)
     with ExitStack() as stack:
         trackers: list[Tracker] = []

@@ -1,1 +1,1 @@
-"""Objectives beside next-token prediction: distillation, DPO, KTO, GRPO."""
+"""Objectives other than next-token prediction: distillation, DPO, KTO, GRPO."""

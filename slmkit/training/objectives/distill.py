@@ -1,4 +1,4 @@
-"""The objective of distillation, in the one loop."""
+"""Distillation objectives of the training loop."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from slmkit.training.objectives.teachers import OnlineTeacher, Teacher
 
 
 class Distill:
-    """A `DistillationLoss` at the learned positions, in chunks: logits are never held all at once.
+    """A `DistillationLoss` at the learned positions, with chunked logits.
 
-    ReferenceBand the loss it tells of the cross-entropy of the labels and of the divergence from the teacher, in nats.
+    Figures: the cross-entropy of the labels and the divergence from the teacher, in nats.
     """
 
     def __init__(self, loss: DistillationLoss, teacher: Teacher) -> None:
@@ -47,7 +47,7 @@ class Distill:
 
 
 class DistillWithStates:
-    """`Distill`, and hidden states that are matched layer by layer, told of as `hidden`."""
+    """`Distill`, plus a layer-wise loss on hidden states, reported as `hidden`."""
 
     def __init__(self, logits: Distill, teacher: OnlineTeacher, share: float) -> None:
         self.logits, self.teacher, self.share = logits, teacher, share
@@ -68,7 +68,10 @@ class DistillWithStates:
 
 
 class DistillAsGiven:
-    """A loss of somebody's own, which gets all logits: [rows, length, vocab_size], labels [rows, length]."""
+    """A user's own loss, called with all logits: [rows, length, vocab_size], labels [rows, length].
+
+    Raises `UserError` if it does not return a tensor of one number.
+    """
 
     def __init__(self, loss: DistillationLoss, teacher: OnlineTeacher) -> None:
         self.loss, self.teacher = loss, teacher
@@ -93,19 +96,19 @@ class DistillAsGiven:
 
 
 def objective_of(loss: DistillationLoss, teacher: OnlineTeacher) -> Distill | DistillAsGiven:
-    """In chunks, unless `loss` has a `forward` of its own."""
+    """`Distill`, or `DistillAsGiven` if `loss` overrides `forward`."""
     is_built_in = type(loss).forward is DistillationLoss.forward
     return Distill(loss, teacher) if is_built_in else DistillAsGiven(loss, teacher)
 
 
 def paired_layers(students: int, teachers: int) -> list[tuple[int, int]]:
-    """Each of the student's layers with the teacher's at the same share of the depth; the last ones are a pair."""
+    """Pairs of student and teacher layers at the same relative depth; the last layers are a pair."""
     return [(layer, -(-(layer + 1) * teachers // students) - 1) for layer in range(students)]
 
 
 @contextmanager
 def watched_layers(model: Decoder, layers: Sequence[int]) -> Iterator[list[Tensor]]:
-    """Within, each pass through the model leaves the outputs of these blocks, in order: [rows, length, width] each."""
+    """Context manager that collects these blocks' outputs in each forward pass: [rows, length, width] each."""
     seen: list[Tensor] = []
 
     @torch.compiler.disable
@@ -121,8 +124,8 @@ def watched_layers(model: Decoder, layers: Sequence[int]) -> Iterator[list[Tenso
 
 
 def relations_apart(student: Tensor, teacher: Tensor, learned: Tensor) -> Tensor:
-    """Of states [rows, length, width] each, where `learned` [rows, length]: the sum over positions of the mean squared
-    difference between their cosines to all positions of their row.
+    """Sum [] over the positions of `learned` [rows, length] of the mean squared difference between the cosine
+    similarities to all positions of the row, in student and teacher states [rows, length, width].
     """
     total = torch.zeros((), device=student.device)
     with torch.autocast(student.device.type, enabled=False):

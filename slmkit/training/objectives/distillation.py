@@ -1,12 +1,12 @@
-"""Distillation: a student learns a teacher's whole distribution besides the label.
+"""Distillation: a student learns a teacher's distribution in addition to the labels.
 
     loss = alpha * CE(student, label) + (1 - alpha) * T² * D(p, q)
     p = softmax(teacher's logits / T),  q = softmax(student's logits / T)
 
-Hinton et al. 2015, arXiv:1503.02531: T > 1 shows what the teacher thinks of the tokens that it finds unlikely, and T²
-keeps the gradient as large as at T = 1. `alpha` is the share of the labels. D is the forward KL(p || q), which covers
-all that the teacher would say; the reverse KL(q || p), which keeps to what it would say most (MiniLLM,
-arXiv:2306.08543); or the Jensen-Shannon divergence, half of either to their mean (GKD, arXiv:2306.13649).
+Hinton et al. 2015, arXiv:1503.02531: T > 1 gives the teacher's unlikely tokens more weight, and T² keeps the gradient
+as large as at T = 1. `alpha` is the weight of the labels. D is the forward KL(p || q), which covers all modes of the
+teacher; the reverse KL(q || p), which is mode-seeking (MiniLLM, arXiv:2306.08543); or the Jensen-Shannon divergence
+(GKD, arXiv:2306.13649).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def jensen_shannon(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Half of KL(p || m) + KL(q || m) with m = (p + q) / 2: at most log 2."""
+    """(KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2: [positions, outcomes] twice → nats [positions]."""
     log_m = torch.logaddexp(log_p, log_q) - math.log(2)
     return (kl(log_p, log_m) + kl(log_q, log_m)) / 2
 
@@ -46,14 +46,14 @@ DIVERGENCES: dict[str, Divergence] = {
 
 @dataclass(frozen=True)
 class TeacherTargets:
-    """What a teacher says at some positions, at a temperature.
+    """A teacher's distribution at some positions, at a temperature.
 
-    The outcomes are all `tokens`; or, with `ids`, the teacher's k likeliest and whichever other as one more outcome
-    (which there is none of where k is all tokens).
+    The outcomes are all `tokens`; or, with `ids`, the teacher's top k plus one outcome for all other tokens (absent if
+    k is all tokens).
     """
 
     log_p: Tensor  # float32 [positions, outcomes]
-    tokens: int  # that teacher and student both know: the first of either's vocabulary
+    tokens: int  # shared by teacher and student: the first of both vocabularies
     ids: Tensor | None = None  # int64 [positions, k]
 
     def asked_of(self, logits: Tensor, temperature: float) -> Tensor:
@@ -66,11 +66,11 @@ class TeacherTargets:
 
 
 class DistillationLoss(nn.Module):
-    """The loss above. A subclass may have another `forward`, and is given to `SLMTrainer(distillation_loss=…)`."""
+    """The loss above. A subclass may override `forward`, and is given to `SLMTrainer(distillation_loss=…)`."""
 
     @arguments_checked
     def __init__(self, alpha: float = 0.5, temperature: float = 3.0, divergence: str = "forward_kl") -> None:
-        """`alpha` (0 to 1) is the share of the labels' cross-entropy. Raises `UserError` for what makes no sense."""
+        """`alpha` (0 to 1) is the weight of the labels' cross-entropy. Raises `UserError` for values out of range."""
         super().__init__()
         if not 0 <= alpha <= 1:
             raise UserError(f"expected an alpha from 0 to 1, found {alpha}: it is the share of the labels")
@@ -81,10 +81,10 @@ class DistillationLoss(nn.Module):
         self.alpha, self.temperature, self.divergence = alpha, temperature, divergence
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
-        """Logits [..., vocab_size] each, labels [...] of the same positions → the sum over labels that are learned.
+        """Logits [..., vocab_size] each, labels [...] of the same positions → sum [] over learned ones, in nats.
 
-        `labels[t]` is what follows position t, or -100: not learned. A sum, in nats, since the loop divides once by the
-        labels of the whole step. Of two vocabularies of unlike size the divergence is over the first tokens of both.
+        `labels[t]` is the token after position t, or -100: not learned. A sum: the loop divides once by the labels
+        of the whole step. If the vocabularies differ in size, the divergence is over the first tokens of both.
         """
         learned = labels != IGNORED
         student, teacher = student_logits[learned].float(), teacher_logits[learned].float()  # [positions, vocab_size]
@@ -92,7 +92,7 @@ class DistillationLoss(nn.Module):
         return self.mixed(*self.parts(student, lesson, labels[learned]))
 
     def lesson(self, teacher_logits: Tensor, tokens: int) -> TeacherTargets:
-        """float32 logits [positions, vocab_size], of which the first `tokens` count."""
+        """Targets from float32 logits [positions, vocab_size], of which the first `tokens` columns count."""
         return TeacherTargets(F.log_softmax(teacher_logits[:, :tokens] / self.temperature, dim=-1), tokens)
 
     def parts(self, student_logits: Tensor, lesson: TeacherTargets, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,7 +105,7 @@ class DistillationLoss(nn.Module):
 
 
 def outcome_log_probabilities(logits: Tensor, ids: Tensor, tokens: int, temperature: float = 1.0) -> Tensor:
-    """log softmax(logits[:, :tokens] / temperature) of `ids` [positions, k], and of all other tokens taken together.
+    """log softmax(logits[:, :tokens] / temperature) of `ids` [positions, k], and of all other tokens together.
 
     float32 logits [positions, vocab_size], k < tokens → [positions, k + 1].
     """
@@ -113,9 +113,9 @@ def outcome_log_probabilities(logits: Tensor, ids: Tensor, tokens: int, temperat
 
 
 class _OutcomeLogProbabilities(torch.autograd.Function):
-    """The other tokens share their outcome's gradient as they share its probability.
+    """The gradient of the remainder outcome is distributed over its tokens in proportion to their probabilities.
 
-    So one exponential of each logit is all that the way back needs: autograd would take those of every step apart.
+    The backward pass thus needs only one exponential per logit; autograd would keep those of every operation.
     """
 
     @staticmethod
@@ -134,6 +134,6 @@ class _OutcomeLogProbabilities(torch.autograd.Function):
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None, None, None]:
         others, sums, log_q, ids = ctx.saved_tensors
         (given,) = outputs  # [positions, k + 1]
-        slopes = (given - log_q.exp() * given.sum(-1, keepdim=True)) / ctx.temperature  # at the outcomes' scores
+        slopes = (given - log_q.exp() * given.sum(-1, keepdim=True)) / ctx.temperature  # at the logits
         of_logits = (others * (slopes[:, -1:] / sums)).scatter_(-1, ids, slopes[:, :-1])  # [positions, tokens]
         return F.pad(of_logits, (0, ctx.vocab_size - of_logits.size(-1))), None, None, None

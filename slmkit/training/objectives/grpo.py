@@ -1,14 +1,14 @@
-"""Learning from answers that can be checked: of a group of answers to one question, the better ones become likelier.
+"""GRPO: answers are sampled in groups, one group per question, and scored; the better ones become likelier.
 
-GRPO (Shao et al. 2024, arXiv:2402.03300): an answer's advantage is its reward less the mean of its group, so that no
-second model has to guess what a question is worth. Answers are sampled anew for every update, by the very weights that
-it changes: the ratio to the policy that sampled is 1, and there is nothing to clip.
+GRPO (Shao et al. 2024, arXiv:2402.03300): an answer's advantage is its reward minus the mean of its group, so that no
+value model is needed. Answers are sampled anew for every update with the current weights: the importance ratio is 1,
+and nothing is clipped.
 
-By default as Dr. GRPO (Liu et al. 2025, arXiv:2503.20783): tokens are summed over a constant, and rewards are not
-divided by their group's standard deviation; dividing by an answer's own length would punish long wrong answers less,
+By default as Dr. GRPO (Liu et al. 2025, arXiv:2503.20783): token sums are divided by a constant, and rewards are not
+divided by their group's standard deviation; dividing by an answer's own length would penalise long wrong answers less,
 and by the deviation would favour questions that are nearly always or nearly never answered. `loss: grpo` has both, as
-published first. DAPO's mean over a step's tokens (arXiv:2503.14476) differs from the default by one factor a step,
-which Adam's scaling all but undoes.
+published first. DAPO's mean over a step's tokens (arXiv:2503.14476) differs from the default by one factor per step,
+which Adam's scaling largely cancels.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from slmkit.training.objective import Loss
 from slmkit.training.objectives.preference import label_log_probabilities
 from slmkit.training.recipe.objective_settings import GrpoSettings
 
-SMALLEST_DEVIATION = 1e-4  # of rewards: what a group's advantages are divided by at least
+SMALLEST_DEVIATION = 1e-4  # least standard deviation of rewards by which advantages are divided
 
 
 class Judged(NamedTuple):
-    """What an answer is worth, and whether it is the known one."""
+    """Reward of an answer, and whether it is the known one."""
 
     reward: float
     is_right: bool
@@ -46,17 +46,17 @@ class Judged(NamedTuple):
 
 @dataclass(frozen=True)
 class RewardFunction:
-    """How answers come about and what they are worth; both speak the tokenizer's language, which is not known here."""
+    """Functions that sample and score answers; both use the tokenizer, which this module does not know."""
 
-    # Model, prompts, how many answers to each, seed → answers, those to one prompt side by side.
+    # Model, prompts, answers per prompt, seed → answers, those to one prompt adjacent.
     sample: Callable[[Decoder, Sequence[np.ndarray], int, int], list[np.ndarray]]
     judge: Callable[[np.ndarray, np.ndarray, np.ndarray], Judged]  # prompt, answer, known answer
 
 
 class Rollouts:
-    """Batches of answers that the model, as it is at that step, gives to shuffled questions. As `Batches`.
+    """Batches of answers to shuffled questions, sampled from the model at that step. Implements `Batches`.
 
-    Every random number follows from (seed, step, rank), so that weights and step say all of a batch.
+    Every random number follows from (seed, step, rank), so that weights and step determine a batch.
     """
 
     separate = False
@@ -73,7 +73,7 @@ class Rollouts:
         seed: int,
         group: Group,
     ) -> None:
-        """`reference`: where `settings.beta` wants one. Rows are of `length` tokens."""
+        """`reference`: required if `settings.beta` is above 0. Rows have `length` tokens."""
         self.questions, self.model, self.reference, self.judge = questions, model, reference, judge
         self.settings, self.length, self.seed, self.group = settings, length, seed, group
         self.pad_id = questions.shards.header.pad_token_id or 0
@@ -81,10 +81,10 @@ class Rollouts:
         self.rows_in_epoch: int | None = len(questions) * settings.num_generations
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
-        """`[questions * num_generations, length]`, the answers to one question side by side."""
+        """`[questions * num_generations, length]`, the answers to one question adjacent."""
         asked, size = self.settings.prompts_per_step, self.settings.num_generations
         places = np.arange(asked, dtype=np.int64)[share_of_rank(asked, rank, world)]
-        # Neighbours of one length: little padding is computed.
+        # Questions of similar length together: little padding.
         indices = sorted(shuffled(step * asked + places, len(self.questions), self.seed), key=self.questions.length)
         asking = [self.questions.prompt(index) for index in indices]
         seed = random_seed(mixed_seed(self.seed, "answers"), step, rank)
@@ -111,10 +111,10 @@ class Rollouts:
         return {}
 
     def seek(self, step: int, position: dict[str, Any]) -> None:
-        """Nothing to do: a batch follows from its step and the weights."""
+        """Does nothing: a batch follows from its step and the weights."""
 
     def _worth(self, group: Sequence[Judged]) -> list[dict[str, np.ndarray]]:
-        """What goes with each answer of a group: its advantage, and what is told of it."""
+        """Extra values of each answer of a group: its advantage and its figures."""
         rewards = np.array([each.reward for each in group], dtype=np.float32)
         advantages = rewards - rewards.mean()
         if self.settings.loss == "grpo":
@@ -128,7 +128,7 @@ class Rollouts:
         ]
 
     def _rows(self, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and labels [rows, length]; the answers alone are learned."""
+        """Ids and labels [rows, length]; only the answers are learned."""
         ids, labels = [], []
         for prompt, answer in zip(prompts, answers, strict=True):
             tokens = np.concatenate([prompt, answer])
@@ -138,7 +138,7 @@ class Rollouts:
 
     @torch.no_grad()
     def _referred(self, batch: Batch, reference: Decoder) -> Batch:
-        """The batch with the starting model's log-probabilities of its labels: [rows, length]."""
+        """The batch with the reference model's log-probabilities of its labels: [rows, length]."""
         device = next(reference.parameters()).device
         found = torch.zeros(batch.labels.shape)
         each = label_log_probabilities(
@@ -149,10 +149,10 @@ class Rollouts:
 
 
 class GroupRelative:
-    """An objective whose mean is over answers: each token's log-probability, weighed by its answer's advantage.
+    """An objective averaged over answers: each token's log-probability times its answer's advantage.
 
-    The loss itself is near 0 whatever is learned. Figures: the share of right answers, the mean reward and length, and
-    the share of answers in groups without signal, whose rewards are all the same.
+    The loss itself is always near 0. Figures: the share of right answers, the mean reward and length, and the share of
+    answers in groups whose rewards are all the same.
     """
 
     def __init__(self, settings: GrpoSettings) -> None:
@@ -166,7 +166,7 @@ class GroupRelative:
         found = label_log_probabilities(model, batch.ids, batch.labels, settings.temperature)  # [rows, used]
         learned = (batch.labels != IGNORED)[:, : found.size(1)]
         tokens = learned.sum(dim=1).clamp(min=1)  # [rows]
-        # What sampled is what is updated: the ratio is 1, and has the gradient of the log-probability.
+        # The sampling policy is the updated one: the ratio is 1, and has the gradient of the log-probability.
         losses = -(found - found.detach()).exp() * extra["advantage"][:, None]
         if settings.beta:
             away = extra["reference"][:, : found.size(1)] - found
@@ -181,7 +181,7 @@ class GroupRelative:
 
 
 def _told_of(batch: Batch) -> dict[str, Tensor]:
-    """Sums over answers. A row of which nothing is learned is there to keep ranks in step, and does not count."""
+    """Figures [] summed over answers. Rows without learned tokens, which keep ranks in step, do not count."""
     tokens = (batch.labels != IGNORED).sum(dim=1)  # [rows]
     told = {"answers/right": batch.extra["right"], "answers/reward": batch.extra["reward"], "answers/tokens": tokens}
     told["groups/without_signal"] = batch.extra["silent"]
@@ -189,7 +189,7 @@ def _told_of(batch: Batch) -> dict[str, Tensor]:
 
 
 def _with_signal(batch: Batch) -> Batch:
-    """The answers from which anything is learned, or one other: what is as good as its group need not be read."""
+    """The answers with an advantage other than 0, or else one answer: the others have no gradient."""
     chosen = batch.extra["advantage"] != 0
     chosen[0] |= ~chosen.any()
     return batch.only(chosen)

@@ -1,15 +1,15 @@
-"""Learning from judged answers: better ones become likelier than worse ones, measured from a reference model.
+"""Preference losses: better answers become likelier than worse ones, relative to a reference model.
 
-DPO (Rafailov et al. 2023, arXiv:2305.18290), its form by the mean of an answer's tokens instead of their sum (Tülu 3,
-Lambert et al. 2024, arXiv:2411.15124), and SimPO, which needs no reference (Meng et al. 2024, arXiv:2405.14734). The
-reference is the model that training starts from. It never changes, so that its log-probabilities are computed once,
-before the first step, and one model is in memory.
+DPO (Rafailov et al. 2023, arXiv:2305.18290), its length-normalised form (Tülu 3, Lambert et al. 2024,
+arXiv:2411.15124), and SimPO, which needs no reference (Meng et al. 2024, arXiv:2405.14734). The reference is the model
+that training starts from. It is frozen: its log-probabilities are computed once, before the first step, and only one
+model is in memory.
 
 KTO learns from single answers that were labelled good or bad (Ethayarajh et al. 2024, arXiv:2402.01306); APO-zero, as
-`apo_zero_unpaired`, does without an estimated divergence (D'Oosterlinck et al. 2024, arXiv:2408.06266).
+`apo_zero_unpaired`, needs no estimated divergence (D'Oosterlinck et al. 2024, arXiv:2408.06266).
 
-Two answers are told apart also where both become less likely, the worse one more so. With `rpo_alpha` the better one's
-own negative log-likelihood is added (Pang et al. 2024, arXiv:2404.19733), which keeps it from that.
+A loss of pairs also falls when both answers become less likely, the worse one more so. To prevent that, `rpo_alpha`
+adds the better answer's negative log-likelihood (Pang et al. 2024, arXiv:2404.19733).
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from slmkit.training.losses import IGNORED, token_log_probabilities
 from slmkit.training.objective import MEAN_OF_STEP, Loss
 from slmkit.training.recipe.objective_settings import KtoSettings, PreferenceSettings
 
-REFERENCE = "reference"  # in a batch's extras: [pairs, 2]
+REFERENCE = "reference"  # key in `Batch.extra`: [pairs, 2]
 FIGURES = ("rewards/accuracy", "rewards/margin", "log_probability/chosen", "log_probability/rejected")
-ROUNDED_TO = 32  # columns of padding that are left out come in such steps, so that shapes repeat
+ROUNDED_TO = 32  # padding columns are dropped in multiples of this, so that shapes repeat
 
 
 class Preference:
-    """An objective whose mean is over pairs. Rows are [2, length]: the better answer, then the worse one.
+    """An objective averaged over pairs. Rows are [2, length]: the better answer, then the worse one.
 
-    Figures: how often the better answer has the higher reward, by how much, and the log-probability of each answer.
+    Figures: how often the better answer has the higher reward, the margin, and the log-probability of each answer.
     """
 
     def __init__(self, settings: PreferenceSettings) -> None:
@@ -48,7 +48,7 @@ class Preference:
         sums, tokens = answer_log_probabilities(model, batch.ids, batch.labels)  # [pairs, 2] each
         rewards = self.rewards(sums, tokens, batch.extra.get(REFERENCE))  # [pairs, 2]
         losses = self.losses(rewards)  # [pairs]
-        counts = (tokens > 0).all(dim=1)  # a pair of which nothing is learned is there to keep ranks in step
+        counts = (tokens > 0).all(dim=1)  # a pair without learned tokens only keeps ranks in step
         chosen, rejected = rewards.detach().unbind(dim=1)
         figures = ((chosen > rejected).float(), chosen - rejected, *sums.detach().unbind(dim=1))
         told = {name: figure[counts].sum() for name, figure in zip(FIGURES, figures)}
@@ -61,12 +61,12 @@ class Preference:
         return int((batch.labels != IGNORED).any(dim=-1).all(dim=-1).sum())
 
     def rewards(self, sums: Tensor, tokens: Tensor, reference: Tensor | None) -> Tensor:
-        """The reward that a model gives itself for each answer: beta log(p / p of the reference).  all [pairs, 2]"""
+        """The implicit reward of each answer: beta log(p / p of the reference).  all [pairs, 2]"""
         relative = sums - reference if self.settings.needs_reference and reference is not None else sums
         return self.beta * (relative if self.settings.loss == "dpo" else relative / tokens.clamp(min=1))
 
     def losses(self, rewards: Tensor) -> Tensor:
-        """-log sigmoid(chosen - rejected), smoothed as if some pairs were the wrong way round.  [pairs, 2] → [pairs]"""
+        """-log sigmoid(chosen - rejected), with label smoothing.  [pairs, 2] → [pairs]"""
         margin = rewards[:, 0] - rewards[:, 1]
         if self.settings.loss == "simpo":
             margin = margin - self.settings.simpo_gamma
@@ -75,9 +75,9 @@ class Preference:
 
 
 class Kto:
-    """An objective whose mean is over answers, each with a label of its own.
+    """An objective averaged over answers, each labelled good or bad.
 
-    A good answer's reward is to be above the divergence of the model from its reference, and a bad one's below. The
+    A good answer's reward should be above the divergence of the model from its reference, and a bad one's below. The
     divergence is estimated over the whole step, from prompts with answers of other rows, and has no gradient.
 
     Figures: the mean reward of good and of bad answers, the divergence in nats, and the share of good answers.
@@ -111,13 +111,13 @@ class Kto:
         return (batch.labels != IGNORED).any(dim=-1)
 
     def _of_other_answers(self, model: Decoder, batch: Batch) -> Tensor:
-        """log(p / p of the reference) of the other rows' answers, summed."""
+        """Sum [] of log(p / p of the reference) of the other rows' answers."""
         sums = label_log_probabilities(model, batch.extra["other_ids"], batch.extra["other_labels"]).sum(dim=-1)
         return (sums - batch.extra[REFERENCE][:, 1])[self._counts(batch)].sum()
 
 
 def both_answers(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Ids and labels of what the reference has to read: of a pair both sides, else also the other row's answer.
+    """Ids and labels that the reference reads: both sides of a pair, or a row's answer and the other row's.
 
     [rows, 2, length] each.
     """
@@ -128,7 +128,7 @@ def both_answers(batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def answer_log_probabilities(model: Decoder, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each answer the sum of its tokens' log-probabilities, and how many they are.
+    """The sum of the log-probabilities of each answer's tokens, and the number of tokens.
 
     ids, labels [pairs, 2, length] → [pairs, 2] each, in nats.
     """
@@ -138,9 +138,9 @@ def answer_log_probabilities(model: Decoder, ids: Tensor, labels: Tensor) -> tup
 
 
 def label_log_probabilities(model: Decoder, ids: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
-    """The log-probability of every label that is learned, 0 elsewhere.  [rows, length] → [rows, used]
+    """The log-probability, in nats, of every learned label, 0 elsewhere.  [rows, length] → [rows, used]
 
-    `used` is how many columns there are until nothing is learned any more: a causal model needs no others.
+    `used` is the number of columns up to the last learned one: a causal model needs no others.
     """
     used = columns_used(labels)
     ids, labels = ids[:, :used], labels[:, :used]
@@ -159,7 +159,7 @@ def columns_used(labels: Tensor) -> int:
 
 
 def rounded_up(columns: int) -> int:
-    """How many columns are computed where so many are wanted."""
+    """Columns computed where `columns` are needed."""
     return -(-columns // ROUNDED_TO) * ROUNDED_TO
 
 
@@ -167,14 +167,14 @@ def rounded_up(columns: int) -> int:
 def reference_log_probabilities(
     model: Decoder, rows: PairRows | JudgedRows, device: Device, rows_at_once: int, progress: Callable[[int, int], None]
 ) -> np.ndarray:
-    """What `model`, as it is, gives both answers of every row: float32 [rows, 2].
+    """Log-probabilities, in nats, of both answers of every row under the current `model`: float32 [rows, 2].
 
-    `progress` is told of the rows, and of their learned tokens, that were done just now.
+    `progress` is called with the number of rows just done and of their learned tokens.
     """
     found = np.empty((rows.rows_in_epoch, 2), dtype=np.float32)
     was_training = model.training
     model.eval()
-    order = rows.longest_first()  # neighbours of one length: little padding is computed
+    order = rows.longest_first()  # rows of similar length together: little padding
     for start in range(0, len(order), rows_at_once):
         indices = order[start : start + rows_at_once]
         batch = rows.batch(indices).to(device.torch_device)

@@ -1,4 +1,4 @@
-"""Teachers: one that is asked during training, and one of whom only the likeliest tokens were stored."""
+"""Teachers: a model in memory, or a cache of top-k logits."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from slmkit.training.objectives.distillation import DistillationLoss, TeacherTar
 
 
 class Teacher(Protocol):
-    """Whoever says what a student should."""
+    """Source of a student's targets."""
 
     def lessons(self, loss: DistillationLoss, batch: Batch, learned: Tensor) -> Callable[[slice], TeacherTargets]:
-        """What is said at any of the learned positions, which `learned` [rows, length] shows, row by row."""
+        """Function from a slice of the learned positions (`learned` [rows, length], row by row) to their targets."""
 
 
 class OnlineTeacher:
-    """A frozen model, asked at each step. It is no part of the state, and so in no checkpoint."""
+    """A frozen model, evaluated at each step. It is not part of the state or of checkpoints."""
 
     def __init__(self, decoder: Decoder, tokens: int) -> None:
-        """`tokens`: of the tokenizer; what a vocabulary holds beyond them is padding, and is not learned."""
+        """`tokens`: size of the tokenizer; further entries of the vocabulary are padding, and not learned."""
         self.decoder, self.tokens = decoder, tokens
 
     @torch.no_grad()
@@ -38,7 +38,7 @@ class OnlineTeacher:
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
-        """All of them, float32 [rows, length, vocab_size]."""
+        """All logits, float32 [rows, length, vocab_size]."""
         return self.decoder.logits(self.states(batch)).float()
 
     def lessons(self, loss: DistillationLoss, batch: Batch, learned: Tensor) -> Callable[[slice], TeacherTargets]:
@@ -52,13 +52,13 @@ class OnlineTeacher:
 
 
 class StoredTeacher:
-    """What `slm distill-cache` stored of a teacher, which comes with each batch."""
+    """Top-k logits stored by `slm distill-cache`, which are part of each batch."""
 
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
 
     def lessons(self, loss: DistillationLoss, batch: Batch, learned: Tensor) -> Callable[[slice], TeacherTargets]:
-        # Of a row's places, the first ones hold its learned positions.
+        # The first places of a row hold its learned positions.
         filled = torch.arange(learned.size(1), device=learned.device) < learned.sum(1, keepdim=True)
         logits, ids, rest = (batch.extra[name][filled] for name in (LOGITS, IDS, REST))
 
@@ -69,10 +69,10 @@ class StoredTeacher:
 
 
 def stored_lesson(logits: Tensor, ids: Tensor, rest: Tensor, tokens: int, temperature: float) -> TeacherTargets:
-    """The k likeliest tokens and whichever other: logits and ids [positions, k]; `rest` [positions], the log of the
-    probability of all others at this temperature.
+    """Targets of the top k and a remainder outcome: logits and ids [positions, k]; `rest` [positions], the
+    log-probability of all other tokens at this temperature.
 
-    The k share what the rest leaves as their logits say, so that only the differences of these matter.
+    The probability not in `rest` is distributed by the softmax of the k logits: only their differences matter.
     """
     log_p = F.log_softmax(logits.float() / temperature, dim=-1)  # [positions, k]
     if ids.size(-1) == tokens:
@@ -83,8 +83,8 @@ def stored_lesson(logits: Tensor, ids: Tensor, rest: Tensor, tokens: int, temper
 
 @torch.no_grad()
 def likeliest(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """What is stored of float32 logits [positions, tokens]: the k largest, less the largest of all, their ids, both
-    [positions, k], and the log of what all others have of the probability at `temperature` [positions].
+    """Top k of float32 logits [positions, tokens] for the cache: logits minus the largest, and ids, both
+    [positions, k]; and the log-probability of all others at `temperature` [positions].
     """
     top, ids = logits.topk(k, dim=-1)
     log_p = F.log_softmax(logits / temperature, dim=-1)
@@ -93,14 +93,14 @@ def likeliest(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tenso
 
 
 def frozen(decoder: Decoder, device: Device) -> Decoder:
-    """A teacher as a run uses it: on its device, for reading alone."""
+    """The decoder frozen, in evaluation mode, on the run's device."""
     return decoder.to(device.torch_device).eval().requires_grad_(False)
 
 
 def in_compute_type(decoder: Decoder, device: Device) -> Decoder:
-    """Weights in the type in which matrices are multiplied, half the memory of bfloat16 runs.
+    """The decoder with weights in the type of matrix products: half the memory in bfloat16 runs.
 
-    Float16 leaves them as they are: hidden states may grow beyond what that type holds.
+    Float16 runs keep the weights' type: hidden states may overflow in float16.
     """
     if device.compute_dtype == torch.bfloat16:
         for parameter in decoder.parameters():
@@ -109,7 +109,7 @@ def in_compute_type(decoder: Decoder, device: Device) -> Decoder:
 
 
 def check_fit(decoder: Decoder, tokens: int, length: int, who: str) -> None:
-    """Raises `UserError` where a teacher does not know all of a tokenizer's tokens, or cannot read a whole row."""
+    """Raises `UserError` if the model lacks tokens of the tokenizer, or its context is shorter than a row."""
     a = decoder.architecture
     if a.vocab_size < tokens:
         raise UserError(

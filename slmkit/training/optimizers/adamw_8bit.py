@@ -1,6 +1,6 @@
-"""AdamW whose moments take 8 bits each: that of bitsandbytes, which runs on CPUs too and compiles nothing.
+"""AdamW with 8-bit moments, from bitsandbytes; runs on CPUs too, without compilation.
 
-Import this module only where it is asked for: bitsandbytes is an extra, and takes seconds to import.
+Import this module only where it is used: bitsandbytes is an extra, and takes seconds to import.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of 4-bit products that nobody here asks for
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of 4-bit products, which are not used here
 
 import bitsandbytes.optim  # noqa: E402 - after the line above
 
-CODES = {"qmap1": "dynamic", "qmap2": "udynamic"}  # what the 256 codes of each moment mean, the same for all tensors
+CODES = {"qmap1": "dynamic", "qmap2": "udynamic"}  # names of the 256 codes of each moment, the same for all tensors
 
 
 class AdamW8bit(bitsandbytes.optim.AdamW8bit):
     """Block-wise quantised moments (Dettmers et al. 2022, arXiv:2110.02861); of small tensors they stay in float32.
 
-    Its state is told as other optimizers tell theirs, a flat dictionary of tensors, and read back from one.
+    Its state dict has a flat dictionary of tensors per parameter, as in other optimizers.
     """
 
     def state_dict(self) -> dict[str, Any]:
@@ -37,7 +37,7 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
 
 
 def _flat(moments: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Without the layer that bitsandbytes puts around quantised tensors, and without the codes."""
+    """The moments without bitsandbytes' wrapper around quantised tensors, and without the codes."""
     nested = [value for value in moments.values() if isinstance(value, dict)]
     flat = {key: value for part in (moments, *nested) for key, value in part.items() if not isinstance(value, dict)}
     return {key: torch.as_tensor(value) for key, value in flat.items() if key not in CODES}

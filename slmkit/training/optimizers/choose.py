@@ -1,7 +1,7 @@
-"""The optimizers, and the one rule that says which of the parameters that are trained each of them updates.
+"""The optimizers, and which of the trained parameters each of them updates.
 
-Matrices inside the blocks are what Muon is for; the embedding, the head, norms and biases are AdamW's in any case.
-Weight decay is decoupled, and on matrices alone.
+Muon updates matrices inside the blocks; the embedding, the head, norms and biases are always updated by AdamW. Weight
+decay is decoupled, and on matrices only.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Optimizers = list[torch.optim.Optimizer]
 def make_optimizers(model: nn.Module, settings: TrainSettings, device: Device) -> Optimizers:
     """The recipe's optimizers for `model`, whose weights have the device's `weight_dtype`.
 
-    Raises `UserError` when the optimizer needs a package that is not there, and where every parameter is frozen.
+    Raises `UserError` when the optimizer's package is missing, and if every parameter is frozen.
     """
     if not trained(model):
         raise UserError("nothing is trained: every parameter is frozen; set requires_grad on those that are to change")
@@ -58,7 +58,7 @@ def adamw_8bit(model: nn.Module, settings: TrainSettings) -> Optimizers:
 
 
 def lion(model: nn.Module, settings: TrainSettings) -> Optimizers:
-    """Lion for everything, with its own second momentum of 0.99."""
+    """Lion for everything, with a beta 2 of 0.99."""
     groups = _decayed_and_not(trained(model).values(), settings)
     return [with_peaks(Lion(groups, lr=settings.learning_rate, betas=(settings.adam_beta1, LION_BETA2)))]
 
@@ -66,8 +66,8 @@ def lion(model: nn.Module, settings: TrainSettings) -> Optimizers:
 def muon(model: nn.Module, settings: TrainSettings) -> Optimizers:
     """Muon for the hidden matrices (Jordan 2024), AdamW for the rest.
 
-    A step's matrix is the momentum made orthogonal by five Newton-Schulz products, so that no direction is left
-    behind: fewer tokens to a loss, for some matrix products a step, which large steps hardly notice.
+    The update is the momentum, orthogonalised by five Newton-Schulz iterations: fewer tokens to the same loss, for a
+    few extra matrix products per step.
     """
     parameters = trained(model)
     hidden = {name for name, parameter in parameters.items() if name.startswith("blocks.") and parameter.dim() == 2}
@@ -86,7 +86,7 @@ def _adamw(parameters: Iterable[nn.Parameter], settings: TrainSettings) -> torch
 
 
 def _decayed_and_not(parameters: Iterable[nn.Parameter], settings: TrainSettings) -> list[dict[str, Any]]:
-    """The rule for weight decay: on matrices, and on nothing else."""
+    """Parameter groups: weight decay on matrices only."""
     parameters = list(parameters)
     return [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
@@ -103,7 +103,7 @@ def _adam_rates(settings: TrainSettings) -> dict[str, Any]:
 
 
 def with_peaks(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Each group remembers its peak rate, which the loop multiplies by the schedule."""
+    """Store each group's peak rate, which the loop multiplies by the schedule."""
     for group in optimizer.param_groups:
         group["peak_lr"] = group["lr"]
     return optimizer

@@ -1,4 +1,4 @@
-"""Lion: steps of one size in every coordinate, by the sign of the momentum; half of Adam's state."""
+"""Lion: updates by the sign of the momentum; half of Adam's state."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 class Lion(torch.optim.Optimizer):
     """Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms", arXiv:2302.06675, algorithm 2.
 
-    It wants a learning rate three to ten times below AdamW's, and as much more weight decay, which is decoupled.
+    Use a learning rate three to ten times below AdamW's, and a weight decay as many times higher; it is decoupled.
     """
 
     def __init__(self, params: Any, lr: float, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0):

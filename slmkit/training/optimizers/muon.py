@@ -1,4 +1,4 @@
-"""Muon: momentum made orthogonal, many matrices of one shape at a time."""
+"""Muon: orthogonalised momentum, many matrices of one shape at a time."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 from slmkit.device import multiplies_in_bfloat16
 from slmkit.training.distributed import share_like, whole
 
-# Small matrices win by going through one batched product together (17 → 7 ms for 28 of width 128 on two cores); large
-# ones win nothing and would need the memory.
+# Small matrices are faster in one batched product (17 → 7 ms for 28 of width 128 on two cores); large ones are not,
+# and would need the memory.
 LARGEST_STACK = 2**22  # elements
 
 
@@ -44,7 +44,7 @@ class Muon(torch.optim.Muon):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         momenta = [self.state[p]["momentum_buffer"] for p in matrices]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-        # Singular values are those of whole matrices: where ranks hold shares, each gathers and makes all of them.
+        # Singular values need full matrices: where ranks hold shards, each rank gathers and orthogonalises all of them.
         ahead = torch.stack([whole(part) for part in torch._foreach_lerp(gradients, momenta, group["momentum"])])
         rows, columns = matrices[0].shape
         step = group["lr"] * max(1.0, rows / columns) ** 0.5
@@ -57,7 +57,7 @@ class Muon(torch.optim.Muon):
 def orthogonal(matrices: Tensor, coefficients: Sequence[float], rounds: int, eps: float) -> Tensor:
     """Each matrix with its singular values driven towards 1 by an odd polynomial.  [matrices, rows, columns]
 
-    Products are of the shorter side, in bfloat16 where the hardware has such products and else in float32.
+    Products are of the shorter side, in bfloat16 if the hardware supports it, else in float32.
     """
     if matrices.size(-2) > matrices.size(-1):
         return orthogonal(matrices.mT, coefficients, rounds, eps).mT
@@ -71,7 +71,7 @@ def orthogonal(matrices: Tensor, coefficients: Sequence[float], rounds: int, eps
 
 
 def _stacks(matrices: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Matrices of one shape together, as many as go into one stack."""
+    """Groups of matrices of one shape, up to `LARGEST_STACK` elements each."""
     of_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
     for matrix in matrices:
         of_shape[matrix.shape].append(matrix)

@@ -1,7 +1,7 @@
-"""A run's recipe as it was edited, beside the one that the run was prepared with: which keys may change, and how.
+"""Changes to the recipe of a prepared run: which keys may change, and how.
 
-Every key is compared. What only says how a run is carried out is obeyed from the next step on, and so is what an update
-uses without remembering it. The length has its schedule stated. Whatever else changed is refused by its name.
+Every key is compared. Keys that only affect execution, or that an update uses without state, apply from the next step
+on. A change of length requires a stated schedule. Any other change is refused by name.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ OBEYED = (
 )  # fmt: skip
 OBEYED_BY_STREAMS = ("data.on_bad_row", "data.sources.*.on_bad_row", "data.sources.*.retry_for")
 LENGTH = (*(f"train.{name}" for name in LENGTHS), "train.lr_schedule_steps")
-OF_COMPUTING = ("auto", "float32", "bfloat16")  # precisions between which a checkpoint holds the same
-PROCESSES = "processes"  # beside keys among the changes that are written down: how many carry the run out
-NOW = 2**63  # behind all steps
+OF_COMPUTING = ("auto", "float32", "bfloat16")  # precisions with the same checkpoint content
+PROCESSES = "processes"  # recorded among the changes, beside recipe keys: the number of processes
+NOW = 2**63  # after all steps
 SHOWN = 60  # characters of a value in a message
 
 
@@ -44,7 +44,7 @@ class Change:
 
 
 def changes_between(prepared: Recipe, edited: Recipe) -> list[Change]:
-    """Every key whose value is another."""
+    """Every key whose value differs."""
     was, now = (dict(_leaves(recipe.model_dump(mode="json"))) for recipe in (prepared, edited))
     return [
         Change(key, was.get(key), now.get(key))
@@ -64,8 +64,8 @@ def of_absent_sections(prepared: Recipe, overrides: Sequence[str]) -> list[Chang
 
 
 def expect_obeyable(root: Path, prepared: Recipe, changes: Sequence[Change], overrides: Sequence[str] = ()) -> None:
-    """Raises `UserError` for the first change that would make another run of it."""
-    # What follows from another key comes last, so that the line names the key that was typed or edited.
+    """Raises `UserError` for the first change that a prepared run cannot apply."""
+    # Derived keys come last, so that the message names the key that was typed or edited.
     typed = [override.partition("=")[0] for override in overrides]
     order = {key: place for place, key in enumerate([*typed, "", "train.tokens_per_step"])}
     for change in sorted(changes, key=lambda change: order.get(change.key, len(typed))):
@@ -82,7 +82,7 @@ def is_of_length(change: Change) -> bool:
 
 
 def recipe_at(described: dict[str, Any], step: int) -> Recipe | None:
-    """The recipe by which a run did `step` (from 1), of what its environment.json holds; None of an older run."""
+    """The recipe of `step` (from 1), from the content of environment.json; None for a run of an older version."""
     if "recipe" not in described:
         return None
     content = described["recipe"]

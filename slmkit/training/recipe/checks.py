@@ -1,4 +1,4 @@
-"""What of a recipe is missing, or is set and has no effect on its run; said before the first step."""
+"""Checks of a recipe before the first step: missing settings, and settings without effect."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _has_built_in(recipe: Recipe) -> bool:
     return recipe.data.is_built_in or any(source.path in BUILT_IN for source in recipe.data.sources)
 
 
-# Keys (patterns) → what has to be so for the run to read them, and that in words.
+# Key patterns → the condition under which the run reads them, and the condition in words.
 READ_WHERE: dict[str, tuple[Reads, str]] = {
     "model.initialization": (lambda r: r.model.path is None, "the weights are those of model.path"),
     "tokenizer.vocab_size": (_trains_tokenizer, "the tokenizer is there already"),
@@ -103,13 +103,13 @@ READ_WHERE: dict[str, tuple[Reads, str]] = {
 }
 
 
-FEW_STEPS = 20  # of a run whose warm-up, a share of them, is too short to protect its model
+FEW_STEPS = 20  # in a shorter run, a relative warm-up is too short to protect the model
 
 
 def expect_ready(recipe: Recipe) -> None:
-    """Raises `UserError` for what a recipe lacks, and where a model, tokenizer or file that it names is not there.
+    """Raises `UserError` for missing settings, and for a named model, tokenizer or file that does not exist.
 
-    Nothing here needs torch: commands ask before they load that.
+    Needs no torch: commands call it before importing torch.
     """
     expect_a_model(recipe)
     data, teacher = recipe.data, recipe.distillation and recipe.distillation.teacher
@@ -125,10 +125,10 @@ def expect_ready(recipe: Recipe) -> None:
 
 
 def expect_a_model(recipe: Recipe) -> None:
-    """Raises `UserError` where a model is refined or adapted, and the recipe names none.
+    """Raises `UserError` if a model is to be fine-tuned or adapted, and the recipe names none.
 
-    Fine-tuning may start from new weights where the recipe says which model that is. No check of `Recipe` itself: one
-    with `model.path: null` written in it is a form, valid before its model is filled in and not to be trained without.
+    Fine-tuning may start from new weights if the recipe describes the model. Not a validator of `Recipe`: a recipe
+    with `model.path: null` is valid as a template.
     """
     model, objective = recipe.model, recipe.objective
     if model.path is not None:
@@ -148,7 +148,7 @@ def expect_a_model(recipe: Recipe) -> None:
 
 
 def without_effect(recipe: Recipe) -> list[str]:
-    """A line for each key that is set to something else than its default, and that this run does not read."""
+    """A line for each key that is set to a value other than its default and that this run does not read."""
     lines = []
     for key, value in _set_values(recipe):
         place, _, name = key.rpartition(".")
@@ -165,7 +165,7 @@ def without_effect(recipe: Recipe) -> list[str]:
 
 
 def _unread_of(name: str, source: SourceSettings) -> str | None:
-    """Why a setting of a source is not read; None where it is."""
+    """Why a setting of a source is not read; None if it is."""
     built_in, is_here = source.path in BUILT_IN, Path(source.path).exists()
     if name in ("config", "split") and (built_in or Path(source.path).is_file()):
         return "path is one thing, of which there are no parts"
@@ -177,7 +177,7 @@ def _unread_of(name: str, source: SourceSettings) -> str | None:
 
 
 def unlikely(train: TrainSettings, steps: int) -> list[str]:
-    """A line for each number of steps that does not suit a run of `steps` steps."""
+    """A line for each step setting that does not suit a run of `steps` steps."""
     lines, fields, planned = [], TrainSettings.model_fields, train.lr_schedule_steps or steps
     warmup = train.total_warmup_steps(planned)
     last = train.schedule(steps)(steps - 1)
@@ -206,7 +206,7 @@ def unlikely(train: TrainSettings, steps: int) -> list[str]:
 
 
 def _set_values(settings: pydantic.BaseModel, place: str = "") -> Iterator[tuple[str, Any]]:
-    """`(dotted key, value)` of all that was given and is no default."""
+    """`(dotted key, value)` of all given values other than defaults."""
     for name in type(settings).model_fields:
         value, key = getattr(settings, name), f"{place}{name}"
         if isinstance(value, pydantic.BaseModel):

@@ -1,4 +1,4 @@
-"""What other programs call the keys of a recipe, so that a key of theirs is answered with ours."""
+"""Names of recipe keys in other programs, for hints in error messages."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ OTHER_NAMES = {
     "kto.undesirable_weight": "kto_rejected_weight rejected_weight",
 }
 HINTS = {name: key for key, names in OTHER_NAMES.items() for name in names.split()}
-# Keys that do not count what the other name does.
+# Keys whose unit differs from that of the other name.
 NOTES = {
     "data.sources": "a list: '[{path: a.txt, weight: 2}, {path: b.txt, weight: 1}]'",
     "train.tokens_per_step": "counted in tokens: rows × sequence length",

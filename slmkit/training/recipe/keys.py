@@ -1,4 +1,4 @@
-"""What the keys of a recipe are to each other: which of them say the same thing in two ways."""
+"""Recipe keys that replace or exclude each other."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from slmkit.config import UserError, value_of
 
-# A key that is typed (patterns, the first that fits) → keys of a recipe file that cannot stand beside it.
+# A typed key (patterns, the first match) → keys of a recipe file that it replaces.
 REPLACED = {
     "train.max_tokens": ("train.max_steps", "train.num_train_epochs"),
     "train.max_steps": ("train.max_tokens", "train.num_train_epochs"),
@@ -19,7 +19,7 @@ REPLACED = {
     "data.sources": ("data.source",),
     "model.path": ("model.*",),
     "model.*": ("model.path",),
-    # With another tokenizer the vocabulary and the special tokens of a run's own recipe are not true any more.
+    # With another tokenizer, the vocabulary and the special tokens of a run's recipe no longer apply.
     "tokenizer.path": (
         "tokenizer.vocab_size",
         "tokenizer.documents_per_source",
@@ -29,20 +29,20 @@ REPLACED = {
     "tokenizer.vocab_size": ("tokenizer.path", "model.vocab_size", "model.*_token_id"),
     "objective": ("distillation",),  # unless it is distill
 }
-BESIDE_EACH_OTHER = ("model.vocab_size", "model.*_token_id", "distillation")  # typed together they are no contradiction
+BESIDE_EACH_OTHER = ("model.vocab_size", "model.*_token_id", "distillation")  # may be typed together
 
 
 def make_room(content: dict[str, Any], overrides: Sequence[str]) -> list[str]:
-    """Remove from a recipe file's content what the overrides say in another way; a line for each that did.
+    """Remove the keys from a recipe file's content that the overrides replace; returns a line for each.
 
-    Raises `UserError` where two overrides say one thing in two ways.
+    Raises `UserError` if two overrides contradict each other.
     """
     named = dict(override.partition("=")[::2] for override in overrides)
     typed = {key: value for key, value in named.items() if value not in ("null", "~", "")}
     lines = []
     for key, value in typed.items():
         if value_of(value) == _value_at(content, key):
-            continue  # nothing becomes untrue
+            continue  # nothing becomes invalid
         patterns = _replaced_by(key, value)
         other = next((name for name in typed if name != key and _is_one_of(name, patterns)), None)
         if other is not None and not _is_one_of(other, BESIDE_EACH_OTHER):
@@ -57,7 +57,7 @@ def make_room(content: dict[str, Any], overrides: Sequence[str]) -> list[str]:
 
 
 def rename_old_keys(content: dict[str, Any]) -> list[str]:
-    """Give keys of earlier versions their present names; a line for each."""
+    """Rename the keys of earlier versions; returns a line for each."""
     train = content.get("train")
     if isinstance(train, dict) and isinstance(train.get("warmup_steps"), float) and 0 < train["warmup_steps"] < 1:
         train["warmup_ratio"] = train.pop("warmup_steps")
@@ -76,7 +76,7 @@ def _is_one_of(key: str, patterns: Sequence[str]) -> bool:
 
 
 def _keys_of(content: dict[str, Any]) -> Iterator[str]:
-    """`section` and `section.key` of everything that is there."""
+    """`section` and `section.key` of all content."""
     for section, values in content.items():
         yield section
         if isinstance(values, dict):

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from slmkit.config import Settings
 
-BETA = {"dpo": 0.1, "dpo_norm": 5.0, "simpo": 2.0}  # as published: a mean over tokens is far smaller than their sum
+BETA = {"dpo": 0.1, "dpo_norm": 5.0, "simpo": 2.0}  # published values: a mean over tokens is far smaller than their sum
 Divergence = Literal["forward_kl", "reverse_kl", "js"]
 
 

@@ -166,7 +166,7 @@ class TrainSettings(Settings):
         return max(1, round(self.tokens_per_step / sequence_length))
 
     def rows_per_micro_batch(self, sequence_length: int) -> int:
-        """Of `auto` all rows of a step, until `resolve_micro_batch` has found how many fit."""
+        """Rows per micro-batch; for `auto` all rows of a step, until `resolve_micro_batch` has found how many fit."""
         if self.micro_batch_tokens == "auto":
             return self.rows_per_step(sequence_length)
         return min(self.rows_per_step(sequence_length), max(1, self.micro_batch_tokens // sequence_length))
@@ -258,7 +258,7 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _answers_make_a_step(self) -> Recipe:
-        """Of `grpo`, tokens_per_step follows from how many answers there are."""
+        """For `grpo`, tokens_per_step follows from the number of answers."""
         if self.objective == "grpo":
             length = self.train.sequence_length
             if length is None:
@@ -273,30 +273,30 @@ class Recipe(Settings):
 
     @property
     def reads(self) -> Reads:
-        """What the run makes of its sources."""
+        """The kind of data that the run reads from its sources."""
         return READS[self.objective] if self.distillation is None else self.distillation.reads
 
     @property
     def is_padded(self) -> bool:
-        """Whether rows end with the longest that is in a micro-batch, so that nobody knows how much is computed."""
+        """Whether rows are padded to the longest of their micro-batch, so that the computed positions vary."""
         return self.reads in ("pairs", "judgements", "questions")
 
     def full(self, rows: int) -> int | None:
-        """Of so many rows those that are filled to their ends; None where nobody knows."""
+        """`rows` if sequences are packed, else None."""
         return None if self.is_padded else rows
 
     def tokens_of_row(self, sequence_length: int) -> int:
-        """A pair is a row of two sequences."""
+        """Tokens of a row: a pair has two sequences."""
         return 2 * sequence_length if self.reads == "pairs" else sequence_length
 
 
 def load_recipe(
     path: str | Path, overrides: Sequence[str] = (), tell: Callable[[str], None] = lambda line: None
 ) -> Recipe:
-    """Read a recipe file and apply `dotted.key=value` overrides, which win over what the file says in another way.
+    """Read a recipe file and apply `dotted.key=value` overrides, which replace contradicting keys of the file.
 
-    `tell` is called with a line for each key of the file that was replaced or renamed. Raises `UserError` for anything
-    it does not know, and for two overrides that contradict each other.
+    `tell` is called with a line for each key of the file that was replaced or renamed. Raises `UserError` for unknown
+    keys, and for two overrides that contradict each other.
     """
     content = read_yaml(path)
     name = Path(path).stem if path in shipped_recipes().values() else str(path)
@@ -306,9 +306,9 @@ def load_recipe(
 
 
 def _with_reward_file(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe with the whole path of the file that has its reward function, in the working directory or `folder`.
+    """The recipe with the absolute path of its reward function's file, in the working directory or `folder`.
 
-    `rewards.py:score` and `rewards:score` are such functions; so a run finds its own again wherever it is resumed.
+    `rewards.py:score` and `rewards:score` name such functions; a run can thus be resumed in any directory.
     """
     file, colon, function = recipe.grpo.reward.rpartition(":")
     name = file if file.endswith(".py") else f"{file}.py"
@@ -329,7 +329,7 @@ def shipped_recipes(kind: str = "") -> dict[str, Path]:
 
 
 def find_recipe(name: str, kind: str = "") -> Path:
-    """A recipe file as it is, or one that comes with slmkit by its bare name. Raises `UserError` for neither."""
+    """The path of a recipe file, or of one that comes with slmkit by its bare name. Raises `UserError` for neither."""
     if Path(name).is_file():
         return Path(name)
     if Path(name).is_dir() and (Path(name) / "recipe.yaml").is_file():
