@@ -1,1 +1,1 @@
-"""From raw text to batches: sources, token shards, packing, and the stream that feeds the model."""
+"""From raw text to batches: sources, token shards, packing, mixtures and batches."""

@@ -1,4 +1,4 @@
-"""What one update is made of."""
+"""The batch of one update."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from slmkit.data.packing import IGNORED
 class Batch:
     """Rows for one update. `weight` is the number of labels that are learned.
 
-    With `documents`, attention and positions are kept inside each. A row of a pair is [2, length]. `extra` has what an
-    objective wants besides, by name: a tensor with a first dimension of rows each.
+    With `documents`, attention and positions stay inside each document. Pairs have rows of [2, length]. `extra` has the
+    further tensors that the objective needs, by name, [rows, …] each.
     """
 
     ids: Tensor  # int64 [rows, length]
@@ -34,18 +34,18 @@ class Batch:
         documents: np.ndarray | None = None,
         extra: Mapping[str, np.ndarray] | None = None,
     ) -> Batch:
-        """int64 [rows, length] each, and whatever an objective wants besides."""
+        """Batch of int64 arrays [rows, length] each; `extra` [rows, …] each."""
         weight = int(np.count_nonzero(labels != IGNORED))
         kept_apart = None if documents is None else torch.from_numpy(documents)
         besides = {name: torch.from_numpy(array) for name, array in (extra or {}).items()}
         return cls(torch.from_numpy(ids), torch.from_numpy(labels), weight, kept_apart, besides)
 
-    def to(self, device: torch.device | str) -> Batch:
+    def to(self, device: torch.device | str) -> Batch:  # [rows, …] as here
         return self._each(lambda tensor: tensor.to(device), self.weight)
 
     @staticmethod
     def joined(parts: list[Batch]) -> Batch:
-        """The rows of several, in order."""
+        """Concatenate the rows [rows, …] of several batches, in order."""
         ids, labels = (torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "labels"))
         documents = [part.documents for part in parts if part.documents is not None]
         extra = {name: torch.cat([part.extra[name] for part in parts]) for name in parts[0].extra}
@@ -53,20 +53,20 @@ class Batch:
         return Batch(ids, labels, weight, torch.cat(documents) if documents else None, extra)
 
     def untrained(self) -> Batch:
-        """One row of it, of which nothing is learned."""
+        """Its first row, [1, length], with no label learned."""
         first = self._each(lambda tensor: tensor[:1], 0)
         return Batch(first.ids, torch.full_like(first.labels, IGNORED), 0, first.documents, first.extra)
 
     def with_extra(self, **extra: Tensor) -> Batch:
-        """With more for its objective: [rows, …] each."""
+        """Add extra tensors for the objective, [rows, …] each."""
         return replace(self, extra={**self.extra, **extra})
 
     def only(self, rows: Tensor) -> Batch:
-        """Those of its rows that `rows`, bool [rows], names."""
+        """The rows selected by `rows`, bool [rows]."""
         return self._each(lambda tensor: tensor[rows], int((self.labels[rows] != IGNORED).sum()))
 
     def split(self, rows: int) -> list[Batch]:
-        """Micro-batches of at most `rows` rows, in order."""
+        """Micro-batches of at most `rows` rows [rows, length], in order."""
         if len(self.ids) <= rows:
             return [self]
         parts = [slice(start, start + rows) for start in range(0, len(self.ids), rows)]
@@ -83,5 +83,5 @@ class Batch:
 
 
 def stacked(rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Arrays of one row each → arrays of all rows, by name."""
+    """Arrays […] of each row, by name → arrays [rows, …]."""
     return {name: np.stack([row[name] for row in rows]) for name in (rows[0] if rows else {})}

@@ -1,4 +1,4 @@
-"""From a prepared corpus and the `data` section of a recipe to the batches of a run."""
+"""Makes the batches of a run from a prepared corpus and the recipe's `data` section."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from slmkit.data.streaming.blocks import Blocks, document_size
 from slmkit.data.streaming.rows import ConversationRows, StreamedRows, TextRows
 from slmkit.tokenizer import SLMTokenizer
 
-TOGETHER = 64  # documents tokenized at once, where none change places
-LOOK_AHEAD = 512  # conversations among which those are looked for that fill a row
+TOGETHER = 64  # documents tokenized at once without shuffling
+LOOK_AHEAD = 512  # conversations that are packed together
 
 
 def make_batches(
     reads: Reads, data: DataSettings, corpus: Corpus, length: int, rows_per_step: int, seed: int
 ) -> Stream | StreamedBatches:
-    """Rows of `length` tokens: from shards or streamed, of one source or of several in the turns of their weights.
+    """Batches of rows [rows, length], from shards or streamed, of one source or of several mixed by weight.
 
     Raises `UserError` for sources that cannot be found or are too short for a row.
     """
@@ -42,7 +42,7 @@ def make_batches(
 
 
 def stored_rows(reads: Reads, data: DataSettings, corpus: Corpus, length: int) -> dict[str, Rows]:
-    """The numbered rows of each source that is in shards."""
+    """The rows of each source in shards, by name."""
 
     def rows_of(shards: TokenShards) -> Rows:
         if reads == "conversations":
@@ -53,7 +53,7 @@ def stored_rows(reads: Reads, data: DataSettings, corpus: Corpus, length: int) -
 
 
 def stream_of(rows: Mapping[str, Rows], data: DataSettings, length: int, rows_per_step: int, seed: int) -> Stream:
-    """Numbered rows in the order of (seed, step)."""
+    """Batches of these rows in the order of (seed, step)."""
     if len(rows) == 1 and data.when_exhausted == "repeat":
         return Stream(next(iter(rows.values())), rows_per_step, seed, data.separate_documents)
     phases = plan_phases(data.phases, data.weights, length)
@@ -72,7 +72,7 @@ def _streamed(
             size=lambda conversation: sum(len(str(message.get("content"))) for message in conversation),
             ends=lambda conversation: True,
             is_kept=lambda conversation: is_kept(written(conversation)),
-            shuffle_seed=seed,  # no harm done: packing moves them about anyway
+            shuffle_seed=seed,  # harmless: packing reorders them anyway
             repeat=repeat,
         )
         encoder = ConversationEncoder(tokenizer, source, length, data.on_long_conversation)

@@ -1,8 +1,8 @@
-"""Which source each row of training comes from: weights, phases of weights (a curriculum), and sources that run out.
+"""The source of each training row: weights, phases of weights (a curriculum), and what happens when a source ends.
 
-Within a phase the sources take turns as even as their weights allow: of the first n rows of a phase each source has its
-weight times n, but for a row or two. That turn-taking is periodic, so that the source of any row, and how many rows of
-that source stand before it, follow in closed form: nothing is replayed to reach a step.
+Within a phase, of the first n rows each source has its weight times n, to within a row or two. This order is periodic,
+so that the source of any row, and how many rows of that source precede it, follow in closed form: no step needs a
+replay.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from pydantic import Field
 
 from slmkit.config import Settings, UserError, did_you_mean
 
-PERIOD = 10_000  # rows after which the turns repeat, about: shares are exact to a hundredth of a per cent
+PERIOD = 10_000  # approximate rows in a period: shares are exact to 0.01 %
 
 
 class Schedule:
-    """The source of every row, and its number among the rows of that source.
+    """The source of every row, and its index among the rows of that source.
 
-    `sizes`: how many rows each source has, None where that is not known (yet). `stop`: the rows end where a source is
-    asked for a row that it does not have. `repeat`: its rows are numbered on, a next epoch. `redistribute`: its weight
-    goes to the phase's other sources in proportion to theirs; where none of them has a row left, the rows end.
+    `sizes`: rows of each source; None if not known (yet). At the end of a source: `stop` ends all rows; `repeat` starts
+    its next epoch; `redistribute` gives its weight to the phase's other sources in proportion to theirs, and ends all
+    rows if none has any left.
     """
 
     def __init__(self, phases: Sequence[Phase], sizes: Sequence[int | None], when_exhausted: WhenExhausted) -> None:
-        self._segments: list[_Segment] = []  # of rows that follow one table
-        self.total: int | None = None  # rows in all; None where they never end
+        self._segments: list[_Segment] = []  # of rows with one table
+        self.total: int | None = None  # number of rows; None if endless
         before = np.zeros(len(sizes), dtype=np.int64)
         start = 0
         for until, weights in phases:
@@ -53,7 +53,7 @@ class Schedule:
                 start, before = end, segment.counts(end)
 
     def locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The source of each row, and its number among that source's: int64 [n] → int64 [n] each."""
+        """The source of each row, and its index in that source: int64 [n] → int64 [n] each."""
         rows = np.asarray(rows, dtype=np.int64)
         starts = [segment.start for segment in self._segments]
         sources, numbers = np.empty_like(rows), np.empty_like(rows)
@@ -64,35 +64,35 @@ class Schedule:
         return sources, numbers
 
     def counts(self, row: int) -> np.ndarray:
-        """How many of the rows before `row` each source has: int64 [sources]."""
+        """The number of rows of each source before `row`: int64 [sources]."""
         index = bisect_right(self._segments, row, key=lambda segment: segment.start) - 1
         return self._segments[max(0, index)].counts(row)
 
 
 class _Segment:
-    """Rows from `start` on that follow one table of turns."""
+    """Rows from `start` on that follow one periodic table of sources."""
 
     def __init__(self, start: int, before: np.ndarray, weights: np.ndarray) -> None:
-        self.start, self.before = start, before  # rows of each source in front of it: int64 [sources]
+        self.start, self.before = start, before  # rows of each source before `start`: int64 [sources]
         self.order = turns(weights)  # the source of each row of a period
         self.period_counts = np.bincount(self.order, minlength=len(weights))
-        self.numbers = np.empty_like(self.order)  # of each row among its source's in the period
+        self.numbers = np.empty_like(self.order)  # index of each row among its source's in the period
         for source in np.unique(self.order):
             here = self.order == source
             self.numbers[here] = np.arange(here.sum())
 
-    def locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # int64 [n] → [n] each
         periods, places = np.divmod(rows - self.start, len(self.order))
         sources = self.order[places]
         return sources, self.before[sources] + periods * self.period_counts[sources] + self.numbers[places]
 
-    def counts(self, row: int) -> np.ndarray:
+    def counts(self, row: int) -> np.ndarray:  # int64 [sources]
         periods, place = divmod(row - self.start, len(self.order))
         begun = np.bincount(self.order[:place], minlength=len(self.before))
         return self.before + periods * self.period_counts + begun
 
     def first_missing(self, sizes: Sequence[int | None]) -> int | None:
-        """The first row that is asked of a source which has none left; None where there is no such row."""
+        """The first row whose source has ended; None if there is none."""
         missing = []
         for source, size in enumerate(sizes):
             if size is not None and self.period_counts[source]:
@@ -103,10 +103,10 @@ class _Segment:
 
 
 def turns(weights: np.ndarray) -> np.ndarray:
-    """The source of each row of a period, as evenly mixed as it goes: float64 [sources] → int64 [period].
+    """The source of each row of a period, mixed as evenly as possible: float64 [sources] → int64 [period].
 
-    The j-th of a source's n rows is due at (j + ½) / n of the period, and rows stand in the order in which they are due
-    (as in stride scheduling: Waldspurger and Weihl, 1995).
+    The j-th of a source's n rows is due at (j + ½) / n of the period, and rows are sorted by when they are due (stride
+    scheduling: Waldspurger and Weihl, 1995).
     """
     shares = weights / weights.sum()
     counts = np.where(shares > 0, np.maximum(1, np.rint(shares * PERIOD)), 0).astype(np.int64)
@@ -126,16 +126,16 @@ class PhaseSettings(Settings):
 
 
 class Phase(NamedTuple):
-    """`until`: one past the last row, None where it never ends. `weights` by source, in the order of the sources."""
+    """`until`: one past the last row, None if endless. `weights`: one per source, in order."""
 
     until: int | None
     weights: tuple[float, ...]
 
 
 def plan_phases(settings: Sequence[PhaseSettings], weights: Mapping[str, float], length: int) -> list[Phase]:
-    """Phases in rows of `length` tokens; without any, one endless phase of the sources' own `weights`, by name.
+    """Phases in rows of `length` tokens; without settings, one endless phase with the sources' own `weights` by name.
 
-    Raises `UserError` for phases out of order, sources that do not exist, and weights that are negative or all zero.
+    Raises `UserError` for phases out of order, unknown sources, and weights that are negative or all zero.
     """
     if not settings:
         settings = [PhaseSettings(weights=dict(weights))]

@@ -1,7 +1,7 @@
-"""The order of an epoch: a seeded shuffle that is never stored, so a position is an integer and resuming is instant.
+"""The order of an epoch: a seeded permutation computed on the fly, so that a position is an integer.
 
-A Feistel network is a bijection of the numbers of some bits whatever its round function; numbers that fall beyond the
-size are sent through again until they fall within ("cycle walking"), which keeps it a bijection of range(size).
+A Feistel network is a bijection of b-bit numbers for any round function. Results beyond the size are permuted again
+until they are within ("cycle walking"), which makes it a bijection of range(size).
 Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002.
 """
 
@@ -15,7 +15,7 @@ ROUNDS = 6
 
 
 def permuted(positions: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
-    """Where `positions` (int64, any shape, each in range(size)) go in the shuffle that (seed, epoch) names.
+    """The images of `positions` (int64, any shape, in range(size)) under the permutation of (seed, epoch), same shape.
 
     A bijection of range(size), in time and memory independent of `size`.
     """
@@ -31,13 +31,13 @@ def permuted(positions: np.ndarray, size: int, seed: int, epoch: int) -> np.ndar
 
 
 def mixed_seed(*parts: int | str) -> int:
-    """A 63-bit seed that depends on every part, unrelated to its neighbours'."""
+    """A 63-bit seed derived from all parts, unrelated to the seeds of similar parts."""
     digest = hashlib.blake2b(":".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def random_keys(size: int, *seeds: int) -> np.ndarray:
-    """A number for each of `size` things, uint64 [size], that looks random and depends on `seeds` alone.
+    """Pseudorandom keys, uint64 [size], determined by `seeds` alone.
 
     Sorting by them is a shuffle.
     """

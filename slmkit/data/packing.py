@@ -1,4 +1,4 @@
-"""Which tokens make a row: windows over a text without borders, and whole documents side by side."""
+"""Packing of tokens into rows: windows across documents, and whole documents."""
 
 from __future__ import annotations
 
@@ -7,36 +7,36 @@ from typing import NamedTuple
 
 import numpy as np
 
-IGNORED = -100  # the label of a position where nothing is learned; cross-entropy's own default
+IGNORED = -100  # label that is not learned; cross-entropy's default
 
 
 class Packing(NamedTuple):
-    """`rows`: indices of the documents in each row, in order. `too_long`: those that fit no row, left to the caller."""
+    """`rows`: indices of the documents in each row, in order. `too_long`: documents longer than a row."""
 
     rows: list[list[int]]
     too_long: list[int]
 
 
 def windows(n_tokens: int, length: int) -> range:
-    """Starts of contiguous rows that fill `length` from end to end; the last incomplete one is left out.
+    """Starts of contiguous, full rows of `length` tokens; an incomplete last row is left out.
 
-    A row at `start` has inputs [start, start + length) and labels one further, so every token but the first of the text
-    is a label at most once.
+    A row at `start` has inputs [start, start + length) and labels one further, so every token but the first is a label
+    at most once.
     """
     rows = max(0, n_tokens - 1) // length
     return range(0, rows * length, length)
 
 
 def pack_whole(lengths: Sequence[int] | np.ndarray, row_length: int) -> Packing:
-    """Put whole documents into as few rows of `row_length` tokens as best-fit decreasing finds. Deterministic.
+    """Pack whole documents into rows of `row_length` tokens by best-fit decreasing; `lengths` int [documents].
 
-    Each document goes, longest first, into the fullest row that still has room for it.
+    Each document goes, longest first, into the fullest row that has room for it. Deterministic.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     longest_first = np.argsort(-lengths, kind="stable")
     rows: list[list[int]] = []
     rows_with_room: list[list[int]] = [[] for _ in range(row_length + 1)]  # by tokens left
-    rooms = 0  # bit n is set where rows_with_room[n] is not empty: the tightest fit is its lowest bit from `length` on
+    rooms = 0  # bit n is set if rows_with_room[n] is not empty: the best fit is the lowest set bit from `length` on
     too_long = []
     for index, length in zip(longest_first.tolist(), lengths[longest_first].tolist()):
         if length > row_length:
@@ -58,14 +58,14 @@ def pack_whole(lengths: Sequence[int] | np.ndarray, row_length: int) -> Packing:
 
 
 def row_of_labels(ids: np.ndarray, learned: np.ndarray) -> np.ndarray:
-    """Next-token labels of a row: `labels[t] = ids[t + 1]` where `learned[t + 1]`, else `IGNORED`. All [length]."""
+    """Next-token labels of a row: `labels[t] = ids[t + 1]` if `learned[t + 1]`, else `IGNORED`. All [length]."""
     labels = np.full(len(ids), IGNORED, dtype=np.int64)
     np.copyto(labels[:-1], ids[1:], where=learned[1:])
     return labels
 
 
 def padded(parts: Iterable[np.ndarray], length: int, fill: int) -> np.ndarray:
-    """Arrays joined, cut to `length` and filled up behind: int64 [length]."""
+    """Concatenate arrays [n], cut to `length` and right-pad with `fill`: int64 [length]."""
     row = np.full(length, fill, dtype=np.int64)
     end = 0
     for part in parts:
@@ -76,5 +76,5 @@ def padded(parts: Iterable[np.ndarray], length: int, fill: int) -> np.ndarray:
 
 
 def numbered(lengths: np.ndarray, row_length: int) -> np.ndarray:
-    """0 for each token of the first document, 1 for the second, …, and a number of its own for padding."""
+    """Document number of each token, 0, 1, …; padding has the next number. int [documents] → int64 [row_length]."""
     return padded([np.repeat(np.arange(len(lengths)), lengths)], row_length, len(lengths))

@@ -32,7 +32,7 @@ class TokenizerSettings(Settings):
 
     @property
     def extensions(self) -> dict[str, Any]:
-        """What is to be added, as `SLMTokenizer.extended` takes it; empty where nothing is."""
+        """The settings for `SLMTokenizer.extended`; empty if nothing is to be added."""
         names = ("chat_template", "added_tokens", "additional_special_tokens")
         return {name: value for name in names if (value := getattr(self, name))}
 
@@ -98,7 +98,7 @@ class DataSettings(Settings):
 
     @classmethod
     def of_paths(cls, paths: list[str], text_column: str | None = None) -> DataSettings:
-        """One source, or several of equal weight, to be read without storing them. Raises `UserError` for one twice."""
+        """Settings for streaming one source, or several of equal weight. Raises `UserError` if one occurs twice."""
         if len(paths) == 1:
             return cls(source=paths[0], text_column=text_column, streaming=True)
         sources = [{"path": path, "text_column": text_column} for path in paths]
@@ -106,18 +106,18 @@ class DataSettings(Settings):
 
     @property
     def is_built_in(self) -> bool:
-        """Whether the built-in corpus is all there is."""
-        from slmkit.data.sources import BUILT_IN  # here: it reads the stories' words
+        """Whether all text is from the built-in corpus."""
+        from slmkit.data.sources import BUILT_IN  # a late import: it loads the stories' words
 
         return self.source in [*BUILT_IN]
 
     @property
     def weights(self) -> dict[str, float]:
-        """The sources' own weights by name, in order."""
+        """The weight of each source by name, in order."""
         return {settings.label: settings.weight for settings in self.all_sources()}
 
     def all_sources(self) -> list[SourceSettings]:
-        """Raises `UserError` where no source is set; of a `source` of several paths it is the first that is named."""
+        """All sources; a `source` of several paths is one, named by its first. Raises `UserError` if none is set."""
         if self.sources:
             return self.sources
         if not self.source:

@@ -1,6 +1,6 @@
-"""What the model is fed: rows of token shards, and batches of rows as a pure function of (seed, step).
+"""Rows of token shards, and batches of rows as a pure function of (seed, step).
 
-Rows know nothing of order and epochs, the stream nothing of tokens: whatever has `rows_in_epoch` and `row(i)` is fed.
+Rows have no order and no epochs; `Stream` orders anything with `rows_in_epoch` and `row(i)`.
 """
 
 from __future__ import annotations
@@ -20,71 +20,72 @@ from slmkit.data.shards.reader import TokenShards
 
 
 class Rows(Protocol):
-    """Numbered rows of ids and labels, int64 [length] each: `labels[t]` follows `ids[t]`, or is -100: not learned.
+    """Numbered rows of ids and labels, int64 [length] each: `labels[t]` is the token after `ids[t]`, or -100: not
+    learned.
 
-    `documents` [length] numbers the documents of a row: two tokens of one have the same number.
+    `documents` [length]: the document number of each token of a row.
     """
 
     @property
     def rows_in_epoch(self) -> int: ...
 
-    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]: ...
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]: ...  # int64 [length] each
 
-    def documents(self, index: int) -> np.ndarray: ...
+    def documents(self, index: int) -> np.ndarray: ...  # int64 [length]
 
     def rows(self, indices: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and labels of several: int64 [rows, length] each. One by one, where nothing faster is known."""
+        """Ids and labels of several rows: int64 [rows, length] each. By default one `row` at a time."""
         ids, labels = zip(*map(self.row, indices))
         return np.stack(ids), np.stack(labels)
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        """Some of them, with all that an objective wants."""
+        """Batch of these rows [rows, length], with `extra`."""
         return Batch.of(*self.rows([*indices]), extra=stacked([self.extra(index) for index in indices]))
 
     def report(self) -> list[str]:
-        """What of the documents is left out or cut, a line each; nothing, unless a class says so."""
+        """One line for each kind of documents that are left out or cut; by default none."""
         return []
 
     def extra(self, index: int) -> dict[str, np.ndarray]:
-        """What an objective wants of a row besides, such as a teacher's logits; nothing, unless a class says so."""
+        """Further arrays […] of a row for the objective, such as a teacher's logits; by default none."""
         return {}
 
 
 class Batches(Protocol):
-    """What the loop is fed: the batch of any step, and a position that goes into every checkpoint."""
+    """The batches of the training loop: one for each step, and a position for checkpoints."""
 
     rows_per_step: int
-    separate: bool  # batches say which document each token belongs to, so that none is read across a border
+    separate: bool  # batches have document numbers, and attention stays inside a document
 
     @property
     def total_rows(self) -> int | None:
-        """How many rows there are until the data ends; None where it never does, or where nobody knows yet."""
+        """The number of rows until the data ends; None if it never does or the number is not known yet."""
 
     @property
     def rows_in_epoch(self) -> int | None:
-        """None where that is not known."""
+        """The number of rows in an epoch; None if not known."""
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
-        """Rows of step `step` (from 0), or the contiguous share of them that falls to one of `world` ranks.
+        """Rows [rows, length] of step `step` (from 0), or one rank's contiguous share of them.
 
-        Raises `UserError` when a step has fewer rows than there are ranks.
+        Raises `UserError` if a step has fewer rows than there are ranks.
         """
 
     def has(self, step: int) -> bool:
-        """Whether there is a batch for this step: False where the data has ended."""
+        """Whether there is a batch for this step; False after the end of the data."""
 
     def shares(self, step: int) -> dict[str, float]:
-        """Of all rows before `step`, the share of each source; empty where there is one source alone."""
+        """Share of each source in all rows before `step`; empty if there is only one source."""
 
     def position(self) -> dict[str, Any]:
-        """Where to go on after the batch that was given last, as JSON; empty where the step says it all."""
+        """The position after the last batch, as JSON; empty if the step is enough."""
 
     def seek(self, step: int, position: dict[str, Any]) -> None:
-        """Go on with `step`, at a position that was saved; from the beginning where it is empty."""
+        """Continue with `step` at a saved position; from the beginning if that is empty."""
 
 
 def share_of_rank(rows_per_step: int, rank: int, world: int) -> slice:
-    """Which of a step's rows fall to one of `world` ranks. Raises `UserError` where there are more ranks than rows."""
+    """The slice of a step's rows for one of `world` ranks. Raises `UserError` if there are more ranks than rows."""
     if rows_per_step < world:
         raise UserError(
             f"{rows_per_step} rows a step cannot be shared by {world} processes; "
@@ -94,14 +95,14 @@ def share_of_rank(rows_per_step: int, rank: int, world: int) -> slice:
 
 
 def expect_a_row(rows_per_step: int) -> int:
-    """Raises `UserError` for less than one row a step."""
+    """`rows_per_step` itself. Raises `UserError` if it is less than one."""
     if rows_per_step < 1:
         raise UserError(f"expected at least one row a step, found {rows_per_step}; raise tokens_per_step")
     return rows_per_step
 
 
 class Stream:
-    """The endless sequence of epochs over `rows`, each shuffled by (seed, epoch). Its only position is the step."""
+    """An endless sequence of epochs over `rows`, each shuffled by (seed, epoch). Its position is the step."""
 
     def __init__(self, source: Rows, rows_per_step: int, seed: int = 0, separate: bool = False) -> None:
         self.source, self.rows_per_step, self.seed, self.separate = source, expect_a_row(rows_per_step), seed, separate
@@ -109,7 +110,7 @@ class Stream:
         self.total_rows: int | None = None
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
-        """As in `Batches`, and a pure function of its arguments."""
+        """Rows [rows, length] as in `Batches`; a pure function of its arguments."""
         places = np.arange(self.rows_per_step, dtype=np.int64)[share_of_rank(self.rows_per_step, rank, world)]
         chosen = self._rows_at(step * self.rows_per_step + places)
         parts = [rows.rows(indices) for rows, indices, _ in chosen]
@@ -117,7 +118,7 @@ class Stream:
         extras = [rows.extra(index) for rows, indices, _ in chosen for index in indices]
         if len(chosen) == 1:
             return Batch.of(*parts[0], np.stack(documents) if documents else None, stacked(extras))
-        order = np.argsort(np.concatenate([place for _, _, place in chosen]))  # from source after source to their turns
+        order = np.argsort(np.concatenate([place for _, _, place in chosen]))  # the order of the rows
         ids, labels = (np.concatenate(column)[order] for column in zip(*parts))
         extras = [extras[place] for place in order]
         return Batch.of(ids, labels, np.stack(documents)[order] if documents else None, stacked(extras))
@@ -129,22 +130,22 @@ class Stream:
         return {}
 
     def report(self) -> list[str]:
-        """What of the documents is left out or cut, a line each."""
+        """One line for each kind of documents that are left out or cut."""
         return self.source.report()
 
     def position(self) -> dict[str, Any]:
         return {}
 
     def seek(self, step: int, position: dict[str, Any]) -> None:
-        """Nothing to do: every batch is as near as any other."""
+        """Does nothing: batches have no state."""
 
     def _rows_at(self, positions: np.ndarray) -> list[tuple[Rows, list[int], np.ndarray]]:
-        """What stands at `positions` of the endless sequence: by source, which of its rows, and at which of them."""
+        """Rows at `positions`, int64 [n], of the endless sequence: by source, row indices and their places in [n]."""
         return [(self.source, shuffled(positions, self.source.rows_in_epoch, self.seed), np.arange(len(positions)))]
 
 
 class MixtureStream(Stream):
-    """Rows of several sources in the turns of a schedule, each source an endless sequence of shuffled epochs."""
+    """Mixed rows of several sources by a schedule; each source is an endless sequence of shuffled epochs."""
 
     def __init__(
         self,
@@ -158,7 +159,7 @@ class MixtureStream(Stream):
         self.names, self.sources = list(sources), list(sources.values())
         sizes = [source.rows_in_epoch for source in self.sources]
         self.schedule = Schedule(phases, sizes, when_exhausted)
-        self.seeds = [mixed_seed(seed, name) for name in self.names]  # sources of one size differ in their order too
+        self.seeds = [mixed_seed(seed, name) for name in self.names]  # so that equally long sources differ
         self.rows_per_step, self.separate = expect_a_row(rows_per_step), separate
         self.total_rows = self.schedule.total
         self.rows_in_epoch = sum(sizes) if self.total_rows is None else self.total_rows
@@ -180,12 +181,12 @@ class MixtureStream(Stream):
 
 
 def shares_of(names: Sequence[str], counts: np.ndarray) -> dict[str, float]:
-    """Counts of rows as shares of their sum, rounded to what a log should show."""
+    """Counts of rows [sources] as shares of their sum, by name, rounded for logs."""
     return {name: round(float(count) / max(1, int(counts.sum())), 5) for name, count in zip(names, counts)}
 
 
 def shuffled(positions: np.ndarray, size: int, seed: int) -> list[int]:
-    """Which of `size` rows stand at `positions` of their endless sequence of epochs."""
+    """The row indices at `positions` int64 [n] of a source's endless sequence of epochs; list of n."""
     epochs, places = positions // size, positions % size
     indices = np.empty_like(places)
     for epoch in np.unique(epochs).tolist():
@@ -195,10 +196,10 @@ def shuffled(positions: np.ndarray, size: int, seed: int) -> list[int]:
 
 
 class PretrainRows(Rows):
-    """Windows that fill `length` from end to end, over document borders; every label is learned."""
+    """Full windows of `length` tokens across document borders; every label is learned."""
 
     def __init__(self, shards: TokenShards, length: int) -> None:
-        """Raises `UserError` when there are not tokens enough for one row."""
+        """Raises `UserError` if there are not enough tokens for one row, or `length` is less than 1."""
         if length < 1:
             raise UserError(f"expected a sequence_length of at least 1, found {length}")
         self.shards, self.length = shards, length
@@ -213,34 +214,34 @@ class PretrainRows(Rows):
     def rows_in_epoch(self) -> int:
         return len(self.starts)
 
-    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:  # int64 [length] each
         start = self.starts[index]
         tokens = self.shards.tokens_in(start, start + self.length + 1).astype(np.int64)
         return tokens[:-1], tokens[1:]
 
     def rows(self, indices: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        """As `row`, but read into one place and made int64 in one go: several times as fast."""
+        """`row` of several, int64 [rows, length] each, in one read and one conversion: several times as fast."""
         tokens = self.shards.runs([self.starts[index] for index in indices], self.length + 1)
-        both = np.empty((2, len(indices), self.length), dtype=np.int64)  # one block: memory that the allocator keeps
+        both = np.empty((2, len(indices), self.length), dtype=np.int64)  # one block, which the allocator reuses
         both[0], both[1] = tokens[:, :-1], tokens[:, 1:]
         return both[0], both[1]
 
-    def documents(self, index: int) -> np.ndarray:
+    def documents(self, index: int) -> np.ndarray:  # int64 [length]
         positions = self.starts[index] + np.arange(self.length)
         return np.searchsorted(self.shards.document_ends, positions, side="right")
 
 
 class ChatRows(Rows):
-    """Whole conversations packed side by side, padded behind; only what their masks say is learned.
+    """Whole conversations, packed and right-padded; the labels are the tokens in their loss masks.
 
     `truncated` conversations are longer than a row, and are cut at its end unless `on_long` says otherwise;
-    `untrained` ones have nothing to learn in what is left of them, and are skipped.
+    `untrained` ones have nothing to learn within a row, and are left out.
     """
 
     def __init__(self, shards: TokenShards, length: int, on_long: OnLong = "cut") -> None:
-        """Raises `UserError` when not one conversation has anything to learn, or the shards have no masks.
+        """Raises `UserError` if no conversation has anything to learn, or the shards have no masks.
 
-        And for the first conversation that is too long, where that is to be refused.
+        With `on_long="refuse"`, also for a conversation longer than a row.
         """
         if not shards.header.masked or shards.header.judged:
             found = "answers labelled good or bad, for objective kto" if shards.header.judged else "plain text"
@@ -255,7 +256,7 @@ class ChatRows(Rows):
                 f"{shards.directory}: conversation {int(too_long.argmax()) + 1:,} is longer than {length:,} tokens: "
                 "raise train.sequence_length, or set data.on_long_conversation to cut or skip"
             )
-        # The first token of a conversation follows nothing, so that it is never a label.
+        # The first token of a conversation has no token before it, so it is never a label.
         learned = np.flatnonzero(shards.trained_in(0, len(shards)))
         counts = np.searchsorted(learned, self.stops) - np.searchsorted(learned, self.starts + 1)
         self.truncated = int(too_long.sum())
@@ -283,7 +284,7 @@ class ChatRows(Rows):
         }
         return [f"{count:,} of {len(self.starts):,} conversations {said}" for said, count in lines.items() if count]
 
-    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:  # int64 [length] each
         ids, labels = [], []
         for document in self.packed[index].tolist():
             start, stop = int(self.starts[document]), int(self.stops[document])
@@ -291,16 +292,16 @@ class ChatRows(Rows):
             labels.append(row_of_labels(ids[-1], self.shards.trained_in(start, stop)))
         return padded(ids, self.length, self.pad_id), padded(labels, self.length, IGNORED)
 
-    def documents(self, index: int) -> np.ndarray:
+    def documents(self, index: int) -> np.ndarray:  # int64 [length]
         lengths = (self.stops - self.starts)[self.packed[index]]
         return numbered(lengths, self.length)
 
 
 class DocumentRows(Rows):
-    """For validation: whole documents side by side behind an end-of-text token, so that all of each is predicted.
+    """Validation rows: whole documents after an end-of-text token, packed, so that all of each is predicted.
 
     Every token of every document is a label exactly once. A document longer than a row is cut: its further rows begin
-    with the token before the cut.
+    with the token before the cut. Raises `UserError` if `length` is less than 1.
     """
 
     def __init__(self, shards: TokenShards, length: int) -> None:
@@ -322,7 +323,7 @@ class DocumentRows(Rows):
     def rows_in_epoch(self) -> int:
         return len(self._rows)
 
-    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:  # int64 [length] each
         content = np.concatenate([self.shards.tokens_in(start, stop) for start, stop in self._rows[index]])
         context = np.array([self._contexts[index]])
         return (
@@ -331,7 +332,7 @@ class DocumentRows(Rows):
         )
 
     def documents(self, index: int) -> np.ndarray:
-        """The token in front belongs to the first; the last token of each predicts the next one's first, as ever."""
+        """int64 [length]. The end-of-text token at the start belongs to the first document."""
         lengths = np.array([stop - start for start, stop in self._rows[index]])
         lengths[0] += 1
         lengths[-1] -= 1
@@ -339,6 +340,6 @@ class DocumentRows(Rows):
 
 
 def _documents(shards: TokenShards) -> tuple[np.ndarray, np.ndarray]:
-    """First token of each document and one past its last: int64 [documents] each."""
+    """First token of each document, and one past its last: int64 [documents] each."""
     ends = shards.document_ends
     return np.concatenate([np.zeros(1, dtype=np.int64), ends[:-1]]), ends

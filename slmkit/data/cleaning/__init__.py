@@ -1,1 +1,1 @@
-"""What a real corpus needs before it is tokenized: copies, near-copies, odd texts and evaluation text left out."""
+"""Cleaning of a corpus: leaves out duplicates, near-duplicates, unusual texts and evaluation text."""

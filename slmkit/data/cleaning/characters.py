@@ -1,4 +1,4 @@
-"""How much of a text is letters, and letters of which scripts."""
+"""The shares of letters, and of letters of given scripts, in a text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import regex
 
 from slmkit.config import UserError, did_you_mean
 
-# To name where another name is wrong; Unicode knows 170.
+# Listed in the error message for an unknown script; Unicode has 170.
 USUAL_SCRIPTS = (
     "Latin",
     "Cyrillic",
@@ -29,7 +29,7 @@ SPACE, LETTER, WANTED = 1, 2, 4  # bits of a character's class
 def shares(text: str, scripts: tuple[str, ...]) -> tuple[float, float]:
     """The share of letters among all characters but white space, and of these scripts' letters among all letters.
 
-    A text without letters has none of another script.
+    Both are from 0 to 1; the second is 1 for a text without letters.
     """
     classes = class_table(scripts)[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")]
     counts = np.bincount(classes, minlength=8)
@@ -52,7 +52,7 @@ def class_table(scripts: tuple[str, ...]) -> np.ndarray:
 
 
 def check_scripts(scripts: Sequence[str]) -> None:
-    """Raises `UserError` for a script that Unicode does not know."""
+    """Raises `UserError` for an unknown script."""
     for script in scripts:
         try:
             regex.compile(rf"\p{{Script={script}}}")

@@ -1,9 +1,9 @@
-"""Documents in, the same documents out but for those that are left out, each for a reason that is counted.
+"""Leaves documents out, and counts for which reason.
 
-What a document looks like is worked out in threads, a batch at a time; whether it has been seen before is decided one
-after the other, so that the result does not depend on how many threads there are. Memory: the documents of a few
-batches (the longest whole, unless `max_characters` drops it as it comes), and of every document that is kept 8 bytes
-for exact copies and 8 bytes a band for near ones (`minhash.bands_and_rows`; 72 bytes at a threshold of 0.8).
+Single documents are checked in threads, a batch at a time; duplicates are decided in order, so that the result does
+not depend on the number of threads. Memory: the documents of a few batches (the longest whole, unless
+`max_characters` drops it while it is read), and for every kept document 8 bytes for exact duplicates and 8 bytes per
+band for near-duplicates (`minhash.bands_and_rows`; 72 bytes at a threshold of 0.8).
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from slmkit.data.sources import Document
 BATCH_CHARACTERS = 1 << 20
 EXACT, NEAR = "exact duplicate", "near duplicate"
 
-Pieces = list[Document]  # of one document
+Pieces = list[Document]  # the pieces of one document
 
 
 @dataclass
 class CleaningReport:
-    """How many documents were read, and how many of them were dropped for each reason."""
+    """The number of documents read, and of those dropped for each reason."""
 
     settings: CleaningSettings
     documents: int = 0
@@ -46,7 +46,7 @@ class CleaningReport:
         return self.documents - self.dropped.total()
 
     def to_dict(self) -> dict[str, Any] | None:
-        """For the header of shards; None where nothing was asked for."""
+        """For the header of shards; None without cleaning."""
         if not self.settings.is_active:
             return None
         settings = self.settings.model_dump(mode="json", exclude_defaults=True)
@@ -59,12 +59,12 @@ class CleaningReport:
         return f"{self.documents:,} documents: {self.kept:,} kept; dropped {dropped or 'none'}"
 
     def why_nothing(self) -> str:
-        """What to add where no document is left."""
+        """Text for the error message if no document is left."""
         return f" (of {self.in_words()})" if self.documents else ""
 
 
 class _Looks(NamedTuple):
-    """Of a batch of documents: why each is left out whatever came before, or None; and the keys of its text."""
+    """For a batch of documents: the reason to leave each out, or None, and the keys for duplicates."""
 
     reasons: list[str | None]
     exact: np.ndarray  # uint64 [documents, 1]
@@ -72,7 +72,7 @@ class _Looks(NamedTuple):
 
 
 class Cleaner:
-    """Cleans one corpus; `report` grows as it is read. Raises `UserError` for unknown scripts and evaluation files."""
+    """Cleans one corpus; `report` counts. Raises `UserError` for unknown scripts and unreadable evaluation files."""
 
     def __init__(self, settings: CleaningSettings) -> None:
         self.settings, self.report = settings, CleaningReport(settings)
@@ -92,7 +92,7 @@ class Cleaner:
     def decide(
         self, documents: Iterable[Document], pool: Executor, workers: int
     ) -> Iterator[tuple[Pieces, str | None]]:
-        """Every document, in order, with the reason for which it is left out, or None."""
+        """Every document, in order, with the reason to leave it out, or None."""
         batches = _batched(whole_documents(documents, self.settings.max_characters))
         for batch, looks in ordered_map(pool, self._look, batches, ahead=2 * workers):
             reasons = list(looks.reasons)
@@ -138,7 +138,7 @@ class Cleaner:
 
 
 def whole_documents(documents: Iterable[Document], max_characters: int | None) -> Iterator[Pieces]:
-    """The pieces of each document together; of one that is too long, no more than shows that it is."""
+    """The pieces of each document together; a document over `max_characters` is truncated shortly after them."""
     pieces: Pieces = []
     characters = 0
     for document in documents:
@@ -169,7 +169,7 @@ def _exact_keys(texts: Sequence[str]) -> np.ndarray:
 
 
 def _drop_seen(reasons: list[str | None], seen: SeenKeys, keys: np.ndarray, reason: str) -> None:
-    comparable = (keys != 0).any(axis=1).tolist()  # not those without a single word
+    comparable = (keys != 0).any(axis=1).tolist()  # texts without words have keys of 0
     left = [index for index, other in enumerate(reasons) if other is None and comparable[index]]
     for index, is_new in zip(left, seen.new_ones(keys[left]).tolist()):
         if not is_new:

@@ -1,4 +1,4 @@
-"""Text that a model will be tested on, as runs of words to look for."""
+"""Evaluation text as hashed n-grams of words, for the contamination check."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ ALL_TEXT = {"all text": RowFormat((), lambda row: "\n".join(_texts(row)))}
 
 
 def evaluation_runs(paths: Sequence[str], length: int) -> np.ndarray:
-    """The runs of `length` words in these files, all text columns of their rows: uint64 [runs], sorted.
+    """The n-grams of `length` words in all text columns of these files, hashed: uint64 [runs], sorted.
 
-    Raises `UserError` for what cannot be read, and where no text has so many words.
+    Raises `UserError` for unreadable files, and if no text has so many words.
     """
     found = [full_runs(hash_words([text]), length).hashes for text in _all_texts(paths)] if paths else []
     runs = np.unique(np.concatenate(found)) if found else np.zeros(0, dtype=np.uint64)
@@ -35,7 +35,7 @@ def evaluation_runs(paths: Sequence[str], length: int) -> np.ndarray:
 
 
 def full_runs(words: HashedWords, length: int) -> HashedWords:
-    """Runs of exactly so many words: none of a shorter text."""
+    """N-grams of exactly `length` words; none for a shorter text."""
     runs = hash_runs(words, length)
     is_full = np.repeat(words.counts >= length, runs.counts)
     counts = np.where(words.counts >= length, runs.counts, 0)

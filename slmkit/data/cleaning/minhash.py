@@ -1,9 +1,9 @@
-"""Near-copies found without comparing every two documents: MinHash signatures in bands.
+"""Near-duplicates without pairwise comparison: MinHash signatures with LSH bands.
 
-Two documents agree at one place of their signatures with a probability that is the share of word runs they have in
-common (Broder, "On the resemblance and containment of documents", 1997). A band is several places; documents that agree
-in all places of any band are taken for near-copies (Leskovec, Rajaraman and Ullman, "Mining of Massive Datasets",
-chapter 3). Signatures of a whole batch are computed at once; see LOG.md for the speed beside `datasketch`.
+Two documents agree at one place of their signatures with a probability equal to the Jaccard similarity of their word
+n-grams (Broder, "On the resemblance and containment of documents", 1997). Documents that agree in all places of any
+band count as near-duplicates (Leskovec, Rajaraman and Ullman, "Mining of Massive Datasets", chapter 3). Signatures of
+a batch are computed at once; LOG.md has the speed next to `datasketch`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from slmkit.data.cleaning.words import HashedWords, hash_runs
 from slmkit.data.order import random_keys
 
 PLACES = 128
-RUN = 5  # words
-BLOCK = 1 << 14  # runs at once: what fits a core's cache
+RUN = 5  # words in an n-gram
+BLOCK = 1 << 14  # n-grams at once: fits the cache of a core
 
 
 def bands_and_rows(threshold: float) -> tuple[int, int]:
-    """Bands, and places in each, of at most `PLACES`, that come nearest to "alike above the threshold and only there".
+    """Numbers of bands and of places per band, together at most `PLACES`, that fit the threshold best.
 
-    Documents with a share s of runs in common are taken for near-copies with the probability 1 - (1 - s^rows)^bands.
+    Documents of similarity s count as near-duplicates with probability 1 - (1 - s^rows)^bands.
     """
     shares = np.linspace(0, 1, 201)
     wanted = shares >= threshold
@@ -36,16 +36,16 @@ def bands_and_rows(threshold: float) -> tuple[int, int]:
 
 
 def band_keys(words: HashedWords, bands: int, rows: int) -> np.ndarray:
-    """What stands in each band of each text's signature, hashed: uint64 [texts, bands]; 0 where a text has no words."""
+    """Hash of each band of each text's signature: uint64 [texts, bands]; 0 for texts without words."""
     signature = signatures(words, bands * rows).astype(np.uint64).reshape(len(words.starts), bands, rows)
     keys = (signature * (random_keys(rows, 3) | np.uint64(1))).sum(axis=2, dtype=np.uint64)
-    keys = keys * (random_keys(bands, 4) | np.uint64(1)) ^ random_keys(bands, 5)  # the bands are kept apart
+    keys = keys * (random_keys(bands, 4) | np.uint64(1)) ^ random_keys(bands, 5)  # keys differ between bands
     keys ^= keys >> np.uint64(29)
     return np.where(words.counts[:, None] > 0, keys, 0)
 
 
 def signatures(words: HashedWords, places: int) -> np.ndarray:
-    """The least of a text's runs in each of `places` orders: uint32 [texts, places]."""
+    """MinHash signatures: the smallest n-gram hash in each of `places` orders, uint32 [texts, places]."""
     runs = hash_runs(words, RUN)
     factors, offsets = _orders(places)
     signature = np.full((len(words.starts), places), np.uint32(0xFFFFFFFF))
@@ -59,6 +59,6 @@ def signatures(words: HashedWords, places: int) -> np.ndarray:
 
 @functools.cache
 def _orders(places: int) -> tuple[np.ndarray, np.ndarray]:
-    """Odd factors and offsets: each pair is an order of all 32-bit numbers. uint32 [places] each."""
+    """Odd factors and offsets, uint32 [places] each; each pair permutes the 32-bit numbers."""
     keys = random_keys(places, 6)
     return (keys >> np.uint64(32)).astype(np.uint32) | np.uint32(1), keys.astype(np.uint32)

@@ -1,4 +1,4 @@
-"""What may be asked of cleaning; nothing is done that is not asked for."""
+"""Settings of cleaning; by default nothing is left out."""
 
 from __future__ import annotations
 

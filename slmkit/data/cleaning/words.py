@@ -1,6 +1,6 @@
-"""Words and runs of words as 64-bit hashes, of many texts at once, in a few operations on arrays.
+"""Words and word n-grams as 64-bit hashes, for many texts at once with array operations.
 
-A word is a run of letters and digits whatever their case; of scripts that put no space between words, one character.
+A word is a run of letters and digits, case ignored; in scripts without spaces between words, one character.
 """
 
 from __future__ import annotations
@@ -14,32 +14,32 @@ from slmkit.data.order import random_keys
 
 _LETTERS = b"0123456789abcdefghijklmnopqrstuvwxyz" + bytes(range(0x80, 0x100))
 IS_WORD = np.isin(np.arange(256), np.frombuffer(_LETTERS, dtype=np.uint8))
-WIDE, WIDER = 0xE0, 0xF0  # first bytes of the characters that UTF-8 spells in three bytes or more, and in four
+WIDE, WIDER = 0xE0, 0xF0  # smallest first byte of UTF-8 characters of three bytes, and of four
 PUNCTUATION = {
     0xC2: range(0x80, 0xC0),
     0xE2: (0x80, 0x81),
     0xE3: (0x80,),
 }  # « “ … 。 by their first two bytes
 BYTE_KEYS = np.where(IS_WORD, random_keys(256, 1), np.uint64(0))
-PLACES = random_keys(64, 2) | np.uint64(1)  # factors for the bytes of a word and the words of a run, by their place
+PLACES = random_keys(64, 2) | np.uint64(1)  # factors by place: of a byte in a word, of a word in an n-gram
 
 
 class HashedWords(NamedTuple):
-    """The words of several texts: hashes uint64 [words], and where each text's words begin and end: int64 [texts]."""
+    """Words of several texts: hashes uint64 [words], each text's first word and one past its last int64 [texts]."""
 
     hashes: np.ndarray
     starts: np.ndarray
     stops: np.ndarray
 
     @property
-    def counts(self) -> np.ndarray:
+    def counts(self) -> np.ndarray:  # int64 [texts]
         return self.stops - self.starts
 
 
 def hash_words(texts: Sequence[str]) -> HashedWords:
-    """The words of each text, in order."""
+    """The hashed words of each text, in order."""
     encoded = [text.lower().encode("utf-8", "surrogatepass") for text in texts]
-    text_bytes = np.frombuffer(b"\n".join([*encoded, b""]), dtype=np.uint8)  # each text has a line end behind it
+    text_bytes = np.frombuffer(b"\n".join([*encoded, b""]), dtype=np.uint8)  # each text ends with a line end
     text_stops = np.cumsum([len(text) + 1 for text in encoded])
     is_word, begins = _words_in(text_bytes)
     places = np.flatnonzero(begins)
@@ -54,7 +54,7 @@ def hash_words(texts: Sequence[str]) -> HashedWords:
 
 
 def hash_runs(words: HashedWords, length: int) -> HashedWords:
-    """Every run of so many words within a text; of a text with fewer words, all of it is one run."""
+    """All n-grams of `length` words within a text; a text with fewer words is one n-gram."""
     total = np.zeros(len(words.hashes), dtype=np.uint64)
     stop_of_word = np.repeat(words.stops, words.counts)
     place = np.arange(len(total))
@@ -69,7 +69,7 @@ def hash_runs(words: HashedWords, length: int) -> HashedWords:
 
 
 def any_in(sorted_keys: np.ndarray, words: HashedWords) -> np.ndarray:
-    """Whether any hash of each text is one of `sorted_keys` (uint64 [keys]): bool [texts]."""
+    """Whether any hash of each text is in `sorted_keys` (uint64 [keys]): bool [texts]."""
     if not len(sorted_keys) or not len(words.hashes):
         return np.zeros(len(words.starts), dtype=bool)
     found = sorted_keys[np.minimum(np.searchsorted(sorted_keys, words.hashes), len(sorted_keys) - 1)] == words.hashes
@@ -78,12 +78,12 @@ def any_in(sorted_keys: np.ndarray, words: HashedWords) -> np.ndarray:
 
 
 def _words_in(text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which bytes are of words, and which begin one: bool [bytes] each."""
+    """Which bytes, uint8 [bytes], belong to words, and which begin one: bool [bytes] each."""
     is_word = IS_WORD[text]
-    is_apart = np.zeros(len(text), dtype=bool)  # of a character that is a word alone
+    is_apart = np.zeros(len(text), dtype=bool)  # bytes of characters that are words by themselves
     for first, seconds in PUNCTUATION.items():
         found = np.flatnonzero(text == first)
-        found = found[np.isin(text[found + 1], seconds)]  # there is always a line end behind
+        found = found[np.isin(text[found + 1], seconds)]  # the text ends with a line end
         for place in range(2 if first < WIDE else 3):
             is_word[found + place] = False
     wide = np.flatnonzero((text >= WIDE) & is_word)
@@ -96,6 +96,6 @@ def _words_in(text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:
-    """Sums of products to bits that all depend on all of them."""
+    """Mix the bits of sums of products, uint64 [n] → uint64 [n]."""
     values = (values ^ (values >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
     return values ^ (values >> np.uint64(32))

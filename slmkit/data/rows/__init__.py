@@ -1,1 +1,1 @@
-"""What one row of a data set is, for each objective."""
+"""Rows of each objective's data."""

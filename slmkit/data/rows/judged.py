@@ -1,6 +1,6 @@
-"""Answers that were labelled good or bad, as token shards, and the rows of them: what KTO learns from.
+"""Answers labelled good or bad as token shards, and their rows, for KTO.
 
-In a directory of judged shards each document is a conversation whose last answer has a label. Of it only that answer is
+In a directory of judged shards each document is a conversation whose last answer has a label. Only that answer is
 learned.
 """
 
@@ -36,9 +36,9 @@ def prepare_judgements(
     sources: Sequence[dict[str, Any]] = (),
     progress: Progress = no_progress,
 ) -> TokenShards:
-    """Render and tokenize each conversation, an end-of-text token after it, and store its label.
+    """Tokenize each conversation, with an end-of-text token after it, and write it with its label to shards.
 
-    Arguments and errors as for `prepare_chat`.
+    Arguments and `UserError`s as for `prepare_chat`.
     """
     with ShardWriter(directory, tokenizer, masked=True, judged=True, sources=sources) as writer:
         waiting = iter(judgements)
@@ -57,18 +57,17 @@ def prepare_judgements(
 
 
 class JudgedRows(Rows):
-    """Judged answers, one a row: ids and labels [length] of the conversation through its answer, padded behind.
+    """Judged answers, one per row: ids and labels [length] of the conversation up to the answer's end, right-padded.
 
-    With each row come `desirable`, whether its answer is good; `other_ids` and `other_labels` [length], its prompt with
-    the answer of another row, from which KTO estimates a divergence; and `reference` [2] where it is set, the reference
-    model's log-probabilities of both answers. Which other row follows from `seed`: every row's answer is taken once.
+    Extra tensors: `desirable`, whether the answer is good; `other_ids` and `other_labels` [length], the prompt with the
+    answer of another row, from which KTO estimates a divergence; and `reference` [2], if set, the reference model's
+    log-probabilities of both answers. `seed` decides the other row; every row's answer is used once.
 
-    `truncated` answers are longer than a row and are cut at its end; `untrained` ones, of which nothing is left, are
-    skipped.
+    `truncated` answers are cut at the end of the row; `untrained` ones begin after it and are left out.
     """
 
     def __init__(self, shards: TokenShards, length: int, seed: int = 0) -> None:
-        """Raises `UserError` where the shards are not of judged answers, or not one has anything to learn."""
+        """Raises `UserError` if the shards have no judged answers, or no answer has anything to learn."""
         if not shards.header.judged:
             raise UserError(
                 f"{shards.directory}: these token shards hold no answers labelled good or bad; "
@@ -78,8 +77,8 @@ class JudgedRows(Rows):
         ends = shards.document_ends
         starts = np.concatenate([np.zeros(1, dtype=np.int64), ends[:-1]])
         learned = np.append(np.flatnonzero(shards.trained_in(0, len(shards))), len(shards))
-        firsts = learned[np.searchsorted(learned, starts)]  # where the answers begin
-        lasts = learned[np.searchsorted(learned, ends) - 1] + 1  # one past where they end
+        firsts = learned[np.searchsorted(learned, starts)]  # first token of each answer
+        lasts = learned[np.searchsorted(learned, ends) - 1] + 1  # one past its last token
         kept = (starts < firsts) & (firsts < np.minimum(ends, starts + length))
         self.untrained, self.truncated = int((~kept).sum()), int((lasts - starts > length)[kept].sum())
         if not kept.any():
@@ -91,7 +90,7 @@ class JudgedRows(Rows):
         self.answers = np.stack([firsts, lasts], axis=1)[kept]
         self.desirable = shards.labels[kept]
         order = permuted(np.arange(len(self.prompts)), len(self.prompts), seed, 0)
-        self.others = np.empty_like(order)  # whose answer stands behind a row's prompt: never its own but in one row
+        self.others = np.empty_like(order)  # the row with the other answer; itself only if there is no other
         self.others[order] = np.roll(order, 1)
         self.reference: np.ndarray | None = None
 
@@ -101,26 +100,26 @@ class JudgedRows(Rows):
 
     @property
     def longest(self) -> int:
-        """The tokens of the longest prompt with an answer, its own or the other one."""
+        """Tokens of the longest prompt with an answer, its own or the other one."""
         return min(self.length, int(self._lengths().max()))
 
-    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:  # int64 [length] each
         return self._with_answer(index, index)
 
     def documents(self, index: int) -> np.ndarray:
-        """A row is one conversation, with nothing beside it."""
+        """int64 [length], all zero: a row is one conversation."""
         return np.zeros(self.length, dtype=np.int64)
 
-    def extra(self, index: int) -> dict[str, np.ndarray]:
+    def extra(self, index: int) -> dict[str, np.ndarray]:  # [length], desirable [], reference [2]
         ids, labels = self._with_answer(index, int(self.others[index]))
         found = {"desirable": np.asarray(self.desirable[index]), "other_ids": ids, "other_labels": labels}
         return found if self.reference is None else found | {"reference": self.reference[index]}
 
-    def longest_first(self) -> list[int]:
+    def longest_first(self) -> list[int]:  # [rows]
         return np.argsort(-self._lengths(), kind="stable").tolist()
 
     def report(self) -> list[str]:
-        """A line for each way in which rows are not all that they could be; none where all is well."""
+        """One line for each kind of rows that are left out or cut."""
         lines = []
         if self.untrained:
             lines.append(f"{self.untrained:,} rows left out: their answer begins beyond {self.length:,} tokens")
@@ -133,7 +132,7 @@ class JudgedRows(Rows):
         return prompts + np.maximum(answers, answers[self.others])
 
     def _with_answer(self, index: int, other: int) -> tuple[np.ndarray, np.ndarray]:
-        """The prompt of one row and the answer of another: ids and labels [length]."""
+        """The prompt of one row and the answer of another: ids and labels, int64 [length] each."""
         prompt, answer = self.prompts[index].tolist(), self.answers[other].tolist()
         both = np.concatenate([self.shards.tokens_in(*prompt), self.shards.tokens_in(*answer)])
         tokens = both[: self.length].astype(np.int64)

@@ -1,7 +1,7 @@
-"""Two answers to one question as token shards, and the rows of them.
+"""Pairs of answers as token shards, and their rows, for preference tuning.
 
-In a directory of shards documents 2i and 2i + 1 are the conversations with the better and with the worse answer of pair
-i. Of both only what stands behind their common beginning is learned.
+In a directory of shards, documents 2i and 2i + 1 are the conversations with the better and the worse answer of pair i.
+In both, only the part after their common beginning is learned.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from slmkit.tokenizer.chat_rows import ChatRow
 if TYPE_CHECKING:
     from slmkit.tokenizer import SLMTokenizer
 
-AT_ONCE = 512  # pairs written in one go
+AT_ONCE = 512  # pairs written at once
 
 
 def prepare_pairs(
@@ -38,9 +38,9 @@ def prepare_pairs(
     sources: Sequence[dict[str, Any]] = (),
     progress: Progress = no_progress,
 ) -> TokenShards:
-    """Render and tokenize both conversations of each pair, an end-of-text token after each.
+    """Tokenize both conversations of each pair, with an end-of-text token after each, and write them to shards.
 
-    Arguments and errors as for `prepare_chat`.
+    Arguments and `UserError`s as for `prepare_chat`.
     """
     with ShardWriter(directory, tokenizer, masked=True, sources=sources) as writer:
         waiting = iter(pairs)
@@ -57,7 +57,7 @@ def prepare_pairs(
 
 
 def answers_alone(row: ChatRow, messages: Sequence[Message]) -> ChatRow:
-    """Of what is learned of a conversation only the answers in `messages`, its last ones."""
+    """The row with only the answers in `messages`, its last ones, learned."""
     answers = sum(message["role"] == "assistant" and message.get("weight") != 0 for message in messages)
     starts, stops = stretches(row.trained)
     own = np.zeros_like(row.trained)
@@ -67,21 +67,21 @@ def answers_alone(row: ChatRow, messages: Sequence[Message]) -> ChatRow:
 
 
 def stretches(trained: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where learned tokens begin, and one past where they end, turn by turn.  bool [n] → int64 [turns] each"""
+    """First token of each learned range, and one past its last.  bool [n] → int64 [ranges] each"""
     edges = np.diff(np.concatenate([[0], trained.astype(np.int8), [0]]))
     return np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
 
 
 class PairRows(Rows):
-    """Pairs, one a row: ids and labels [2, length], the better answer first; padded behind.
+    """Pairs, one per row: ids and labels [2, length], the better answer first; right-padded.
 
-    `truncated` pairs have an answer that is longer than a row and is cut at its end. Left out are `untrained` pairs,
-    with an answer of which nothing is left, and `equal` ones, whose two answers have the same tokens: the chat template
-    or the end of the row took away the difference. `reference` [pairs, 2] goes with each row where it is set.
+    `truncated` pairs have an answer that is cut at the end of the row. `untrained` pairs, with an answer that begins
+    after it, and `equal` pairs, whose answers have the same tokens (because of the chat template or the cut), are left
+    out. `reference` [pairs, 2], if set, is an extra tensor of each row.
     """
 
     def __init__(self, shards: TokenShards, length: int) -> None:
-        """Raises `UserError` where the shards are not of pairs, or not one pair has anything to learn."""
+        """Raises `UserError` if the shards have no pairs, or no pair has anything to learn."""
         if not shards.header.masked or shards.header.judged or shards.header.documents % 2:
             raise UserError(f"{shards.directory}: token shards without pairs of answers; prepare the data with --pairs")
         self.shards, self.length, self.pad_id = shards, length, shards.header.pad_token_id or 0
@@ -111,16 +111,16 @@ class PairRows(Rows):
 
     @property
     def longest(self) -> int:
-        """The tokens of the longest answer with all before it."""
+        """Tokens of the longest answer with its prompt."""
         return int((self.stops - self.starts).max())
 
     def _is_equal(self, index: int) -> bool:
-        """Whether both rows of a pair have the same tokens."""
+        """Whether both answers of a pair have the same tokens."""
         better, worse = zip(self.starts[index].tolist(), self.stops[index].tolist())
         same_length = better[1] - better[0] == worse[1] - worse[0]
         return same_length and bool((self.shards.tokens_in(*better) == self.shards.tokens_in(*worse)).all())
 
-    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:  # int64 [2, length] each
         ids, labels = [], []
         for start, stop in zip(self.starts[index].tolist(), self.stops[index].tolist()):
             tokens = self.shards.tokens_in(start, stop).astype(np.int64)
@@ -129,17 +129,17 @@ class PairRows(Rows):
         return np.stack(ids), np.stack(labels)
 
     def documents(self, index: int) -> np.ndarray:
-        """Each answer is a document of its own, with nothing beside it."""
+        """int64 [2, length], all zero: each answer's row is one conversation."""
         return np.zeros((2, self.length), dtype=np.int64)
 
-    def extra(self, index: int) -> dict[str, np.ndarray]:
+    def extra(self, index: int) -> dict[str, np.ndarray]:  # reference [2]
         return {} if self.reference is None else {"reference": self.reference[index]}
 
-    def longest_first(self) -> list[int]:
+    def longest_first(self) -> list[int]:  # [pairs]
         return np.argsort(-(self.stops - self.starts).max(axis=1), kind="stable").tolist()
 
     def report(self) -> list[str]:
-        """A line for each way in which pairs are not all that they could be; none where all is well."""
+        """One line for each kind of pairs that are left out or cut."""
         lines = []
         if self.untrained:
             lines.append(f"{self.untrained:,} pairs left out: nothing of an answer lies within {self.length:,} tokens")

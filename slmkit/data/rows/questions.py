@@ -1,4 +1,4 @@
-"""Questions whose right answers are known, out of shards of conversations: each one's last answer is what is right."""
+"""Questions with known answers, from shards of conversations; the last answer of each is the right one."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from slmkit.data.shards.reader import TokenShards
 
 
 class Questions:
-    """Prompts that leave room for an answer of `max_new_tokens` within `length` tokens, and what is right.
+    """Prompts that leave room for `max_new_tokens` within `length` tokens, and their right answers.
 
-    `too_long` ones leave none and are left out, as are those `without_answer`.
+    Prompts that are `too_long` and conversations `without_answer` are left out, and counted.
     """
 
     def __init__(self, shards: TokenShards, length: int, max_new_tokens: int) -> None:
-        """Raises `UserError` where the shards are of plain text, or not one question is left."""
+        """Raises `UserError` if the shards hold plain text, or no question is left."""
         if not shards.header.masked:
             raise UserError(f"{shards.directory}: these token shards hold plain text, not questions and answers")
         self.shards, self.too_long, self.without_answer = shards, 0, 0
-        self.places: list[tuple[int, int, int]] = []  # where a prompt begins, where it ends, where its answer does
+        self.places: list[tuple[int, int, int]] = []  # first token of a prompt, of its answer, and one past that
         start = 0
         for end in shards.document_ends.tolist():
             starts, stops = stretches(shards.trained_in(start, end))
@@ -42,26 +42,26 @@ class Questions:
 
     @property
     def longest(self) -> int:
-        """The tokens of the longest prompt."""
+        """Tokens of the longest prompt."""
         return max(map(self.length, range(len(self))))
 
     def prompt(self, index: int) -> np.ndarray:
-        """Everything up to where the assistant is to speak: int64 [prompt]."""
+        """The prompt including the generation prompt: int64 [prompt]."""
         start, stop, _ = self.places[index]
         return self.shards.tokens_in(start, stop).astype(np.int64)
 
     def length(self, index: int) -> int:
-        """Of its prompt, in tokens."""
+        """Tokens in the prompt."""
         start, stop, _ = self.places[index]
         return stop - start
 
     def known(self, index: int) -> np.ndarray:
-        """The right answer, with the token that ends it: int64 [answer]."""
+        """The right answer and its end-of-turn token: int64 [answer]."""
         _, start, stop = self.places[index]
         return self.shards.tokens_in(start, stop).astype(np.int64)
 
     def report(self) -> list[str]:
-        """A line for each reason for which questions were left out; none where all are there."""
+        """One line for each kind of questions that are left out."""
         lines = []
         if self.too_long:
             lines.append(f"{self.too_long:,} questions left out: no room for an answer behind them")

@@ -1,13 +1,13 @@
-"""What a teacher said, on disk: of every learned position of numbered rows its likeliest tokens.
+"""Cache of top-k teacher logits.
 
 A directory holds `header.json`, written last; `positions`, a record for each learned position, row by row: the log of
-the probability of all but the k likeliest tokens at the temperature (float32), the logits of these k, less the largest
-(float16), and their ids (uint16 where the vocabulary allows it, else int32); `starts`, the number of each row's first
-record (int64, and one past the last); and the tokenizer. All of it little-endian. Records are mapped, not read: a run
+the total probability of all but the top k tokens at the temperature (float32), the logits of the top k, less the
+largest (float16), and their ids (uint16 if the vocabulary allows it, else int32); `starts`, the index of each row's
+first record (int64, and one past the last); and the tokenizer. All is little-endian. Records are memory-mapped: a run
 holds those of its batch.
 
-It is written row by row. `progress.json` says how far what is on disk can be trusted, so that a writer that was killed
-goes on from there.
+It is written row by row. `progress.json` says how many rows are safely on disk, so that a writer that was killed can
+continue.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ LOGITS, IDS, REST = "teacher_logits", "teacher_ids", "teacher_rest"  # in `Batch
 
 @dataclass(frozen=True)
 class Lessons:
-    """What decides what a cache holds. Fingerprints are sha256 (hex)."""
+    """Header of a cache: everything that determines its contents. Fingerprints are sha256 (hex)."""
 
     teacher: str
     tokenizer: str
     data: str
     reads: str  # text or conversations
-    separate: bool  # no document of a row saw another
-    length: int  # of a row
+    separate: bool  # attention stayed inside each document
+    length: int  # of a row, in tokens
     rows: int
-    tokens: int  # of the tokenizer
+    tokens: int  # vocabulary size
     k: int
     temperature: float
     format: str = FORMAT
@@ -53,12 +53,12 @@ class Lessons:
 
     @property
     def record(self) -> np.dtype:
-        """Of one position."""
+        """The record of one position: logits and ids [k]."""
         ids = "<u2" if self.tokens <= 2**16 else "<i4"
         return np.dtype([("rest", "<f4"), ("logits", "<f2", (self.k,)), ("ids", ids, (self.k,))])
 
     def difference(self, wanted: Lessons, ignored: Sequence[str] = ()) -> str | None:
-        """The first thing in which these are not `wanted`, in words."""
+        """The first field that differs from `wanted`, in words; None if all are equal."""
         for field in dataclasses.fields(self):
             here, there = getattr(self, field.name), getattr(wanted, field.name)
             if field.name not in ignored and here != there:
@@ -67,12 +67,12 @@ class Lessons:
 
 
 def data_fingerprint(shards: Iterable[TokenShards]) -> str:
-    """Of the tokens, documents and masks of several shards, in order."""
+    """sha256 (hex) of the tokens, documents and masks of several shards, in order."""
     files = [[shard.sha256 for shard in each.header.shards] for each in shards]
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
-Answer = Callable[[list[int]], list[np.ndarray]]  # numbers of rows → the records [positions] of each
+Answer = Callable[[list[int]], list[np.ndarray]]  # row indices → the records [positions] of each
 
 
 def write_cache(
@@ -85,9 +85,9 @@ def write_cache(
 ) -> None:
     """Write all rows, or those that an earlier writer left.
 
-    `starts` [rows + 1] counts the learned positions before each row; `progress` is told of rows, positions and bytes.
+    `starts` int64 [rows + 1] counts the learned positions before each row; `progress` gets rows, positions and bytes.
 
-    Raises `UserError` where another cache is there, or the disk is full.
+    Raises `UserError` if there is another cache, or the disk is full.
     """
     done = _rows_done(folder, lessons)
     try:
@@ -111,7 +111,7 @@ def write_cache(
 
 
 def read_lessons(folder: Path) -> Lessons:
-    """What a finished cache holds. Raises `UserError` where there is none, or one that is not finished or damaged."""
+    """The header of a finished cache. Raises `UserError` if it is missing, unfinished or damaged."""
     path = folder / HEADER
     if not path.is_file():
         stopped = (folder / PROGRESS).is_file()
@@ -131,12 +131,12 @@ def read_lessons(folder: Path) -> Lessons:
 
 
 class TaughtRows(Rows):
-    """Rows as they are, each with what a teacher said of it: of its `length` places the first ones are filled, one for
-    each learned position.
+    """Rows with cached teacher logits as extra tensors: entry j of `length` belongs to the row's j-th learned position;
+    the rest is zero.
     """
 
     def __init__(self, rows: Rows, folder: Path, lessons: Lessons, first: int) -> None:
-        """`first` is the number of row 0 in the cache."""
+        """`first`: the index of the first row in the cache."""
         self.inner, self.first, self.places = rows, first, (lessons.length, lessons.k)
         self.starts = np.memmap(folder / STARTS, dtype="<i8", mode="r")
         self.positions = np.memmap(folder / POSITIONS, dtype=lessons.record, mode="r")
@@ -145,20 +145,20 @@ class TaughtRows(Rows):
     def rows_in_epoch(self) -> int:
         return self.inner.rows_in_epoch
 
-    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:  # int64 [length] each
         return self.inner.row(index)
 
-    def rows(self, indices: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    def rows(self, indices: list[int]) -> tuple[np.ndarray, np.ndarray]:  # int64 [rows, length] each
         return self.inner.rows(indices)
 
-    def documents(self, index: int) -> np.ndarray:
+    def documents(self, index: int) -> np.ndarray:  # int64 [length]
         return self.inner.documents(index)
 
     def report(self) -> list[str]:
         return self.inner.report()
 
     def extra(self, index: int) -> dict[str, np.ndarray]:
-        """float16 and int32 [length, k], float32 [length]: logits, ids, and the log of what the others have."""
+        """Logits float16 and ids int32 [length, k], and log-probability of all other tokens float32 [length]."""
         start, stop = self.starts[self.first + index : self.first + index + 2]
         records = self.positions[start:stop]
         logits, ids, rest = (
@@ -170,7 +170,7 @@ class TaughtRows(Rows):
 
 
 def taught(rows: Mapping[str, Rows], folder: Path, lessons: Lessons) -> dict[str, Rows]:
-    """The rows of all sources with what was stored of them, in the order in which the cache was made."""
+    """The rows of all sources with their cached logits; sources in the order of the cache."""
     firsts = np.cumsum([0, *(source.rows_in_epoch for source in rows.values())])
     return {
         name: TaughtRows(source, folder, lessons, int(first)) for first, (name, source) in zip(firsts, rows.items())
@@ -178,7 +178,7 @@ def taught(rows: Mapping[str, Rows], folder: Path, lessons: Lessons) -> dict[str
 
 
 def learned_starts(rows: Iterable[Rows]) -> np.ndarray:
-    """How many learned positions are before each row, and in all: int64 [rows + 1]."""
+    """The number of learned positions before each row, and in all: int64 [rows + 1]."""
     counts = [
         np.count_nonzero(source.row(index)[1] != IGNORED) for source in rows for index in range(source.rows_in_epoch)
     ]
@@ -186,7 +186,7 @@ def learned_starts(rows: Iterable[Rows]) -> np.ndarray:
 
 
 def _rows_done(folder: Path, lessons: Lessons) -> int:
-    """How many rows an earlier writer of the same left. Raises `UserError` where something else is there."""
+    """How many rows an earlier writer finished. Raises `UserError` if there is another cache."""
     found = next((path for path in (folder / HEADER, folder / PROGRESS) if path.is_file()), None)
     if found is None:
         return 0
@@ -199,7 +199,7 @@ def _rows_done(folder: Path, lessons: Lessons) -> int:
 
 
 def _note(folder: Path, lessons: Lessons, done: int, file: BinaryIO) -> None:
-    """See what was written onto the disk, and then that it is there."""
+    """fsync the records, then write `progress.json`."""
     file.flush()
     os.fsync(file.fileno())
     _put(folder / PROGRESS, json.dumps(dataclasses.asdict(lessons) | {"done": done}) + "\n")

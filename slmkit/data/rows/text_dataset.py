@@ -1,4 +1,4 @@
-"""A list of texts as a data set: what a five-line script hands to a trainer, ours or another."""
+"""A list of texts as a data set, for `SLMTrainer` or a Hugging Face trainer."""
 
 from __future__ import annotations
 
@@ -17,33 +17,30 @@ from slmkit.data.stream import Rows
 
 
 class AnyTokenizer(Protocol):
-    """All that a tokenizer needs for this; `eos_token_id` and `pad_token_id` are used where it has them."""
+    """The interface required of a tokenizer; `eos_token_id` and `pad_token_id` are used if present."""
 
-    def encode(self, text: str, /) -> list[int]: ...
+    def encode(self, text: str, /) -> list[int]: ...  # [tokens]
 
     def __len__(self) -> int: ...
 
 
 class TextDataset(Dataset, Rows):
-    """Windows of `max_length` tokens over each text, one every `stride` (default: one behind the other).
+    """Windows of `max_length` tokens over each text, one every `stride` tokens (default: `max_length`).
 
-    What the tokenizer puts before a text stands before each, as in shards; an end-of-text token follows, and what is
-    left of a window is padded. An item is what a Hugging Face model takes: `input_ids` and `labels`, int64
-    [max_length], with labels equal to the ids (the model shifts them) except for -100 on padding and on positions that
-    the window before has already taught. Such a model never learns the first token of a window, so that only a stride
-    below `max_length` teaches all of a long text.
+    The tokenizer's own beginning precedes each text, as in shards, and an end-of-text token follows; windows are
+    right-padded. An item is what a Hugging Face model takes: `input_ids` and `labels`, int64 [max_length]. Labels equal
+    the ids (the model shifts them), except for -100 on padding and on positions learned in the window before. Such a
+    model never learns the first token of a window, so only a stride below `max_length` teaches all of a long text.
 
-    `rows_in_epoch` and `row(i)` are the same texts for `Stream`, labels shifted here: each token but a text's first is
-    a label exactly once, whatever the stride.
+    `rows_in_epoch` and `row(i)` give the same texts to `Stream`, with labels already shifted: each token but a text's
+    first is a label exactly once, for any stride.
     """
 
     @arguments_checked
     def __init__(
         self, texts: Sequence[str], tokenizer: AnyTokenizer, max_length: int, stride: int | None = None
     ) -> None:
-        """Raises `UserError` for lengths that make no sense, one string in place of a list, and when no text has two
-        tokens.
-        """
+        """Raises `UserError` for invalid lengths, for one string instead of a list, and if no text has two tokens."""
         if isinstance(texts, str):
             raise UserError('TextDataset: expected a list of texts, found one string: write TextDataset(["…"], …)')
         if isinstance(texts, Mapping) or hasattr(texts, "encode"):
@@ -70,7 +67,7 @@ class TextDataset(Dataset, Rows):
         start = beginning_of(tokenizer)
         self._texts = [np.array([*start, *tokenizer.encode(text), *end], dtype=np.int64) for text in texts if text]
         self._items = self._windows(0)
-        self._rows = self._windows(1)  # the last token of a text has no next one: it is no input
+        self._rows = self._windows(1)  # the last token of a text has no label, so it is no input
         if not self._rows:
             raise UserError(f"none of {len(texts)} texts has two tokens, so there is nothing to learn")
 
@@ -88,17 +85,17 @@ class TextDataset(Dataset, Rows):
         return len(self._rows)
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and next-token labels, int64 [max_length] each, as `Stream` takes them."""
+        """Ids and next-token labels, int64 [max_length] each, for `Stream`."""
         text, start = self._rows[index]
         tokens = self._texts[text][start : start + self.length + 1]
         return self._padded(tokens[:-1], tokens[1:], start)
 
     def documents(self, index: int) -> np.ndarray:
-        """A row is of one text."""
+        """int64 [max_length], all zero: a row is one text."""
         return np.zeros(self.length, dtype=np.int64)
 
     def _windows(self, reserved: int) -> list[tuple[int, int]]:
-        """(text, start) of the windows that together cover each text but its last `reserved` tokens."""
+        """(text, start) of the windows that together cover all but the last `reserved` tokens of each text."""
         windows = []
         for text, tokens in enumerate(self._texts):
             length = len(tokens) - reserved

@@ -1,4 +1,4 @@
-"""Any torch data set of token ids, as the rows and batches that the training loop reads."""
+"""Rows and batches from any torch data set of token ids."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ Row = tuple[np.ndarray, np.ndarray]  # ids and next-token labels, int64 [tokens]
 
 @dataclass(frozen=True)
 class ItemFormat:
-    """How an item becomes a row: the longest row in tokens, what pads a shorter one, and the model's vocabulary."""
+    """How to convert an item to a row: maximum length in tokens, padding id, and the model's vocabulary size."""
 
     length: int
     pad_id: int
     vocab_size: int
 
     def row(self, item: Any, index: int) -> Row:
-        """`input_ids` [tokens] as a list, array or tensor, and, where the item has them, `labels` of the same positions
-        (-100: not learned; else every token is) and an `attention_mask` whose zeros at either end are padding.
+        """Ids and next-token labels, int64 [tokens] each, of an item.
 
-        Raises `UserError` that names the item.
+        `input_ids` [tokens] is a list, array or tensor. Optional: `labels` of the same positions (-100: not learned;
+        default: all are) and an `attention_mask` whose zeros at either end are padding. Raises `UserError` that names
+        the item.
         """
         where = f"item {index:,} of the data set"
         if not isinstance(item, Mapping) or "input_ids" not in item:
@@ -64,17 +65,17 @@ class ItemFormat:
         return ids[:-1], labels[1:]
 
     def stacked(self, rows: list[Row]) -> Row:
-        """int64 [rows, longest] each, padded behind."""
+        """Ids and labels, int64 [rows, longest] each, right-padded."""
         longest = max(1, *(len(ids) for ids, _ in rows))
         ids = np.stack([padded([ids], longest, self.pad_id) for ids, _ in rows])
         return ids, np.stack([padded([labels], longest, IGNORED) for _, labels in rows])
 
 
 class DatasetRows(Rows):
-    """A map-style data set (`len` and `[index]`): rows are as long as the longest of those read together."""
+    """A map-style data set (`len` and `[index]`); rows read together are padded to the longest of them."""
 
     def __init__(self, dataset: Any, form: ItemFormat) -> None:
-        """Raises `UserError` where it is empty."""
+        """Raises `UserError` if it is empty."""
         self.dataset, self.form = dataset, form
         if not len(dataset):
             raise UserError("the data set has no items: there is nothing to learn")
@@ -83,30 +84,31 @@ class DatasetRows(Rows):
     def rows_in_epoch(self) -> int:
         return len(self.dataset)
 
-    def row(self, index: int) -> Row:
+    def row(self, index: int) -> Row:  # int64 [tokens] each
         return self.form.row(self.dataset[index], index)
 
-    def rows(self, indices: list[int]) -> Row:
+    def rows(self, indices: list[int]) -> Row:  # int64 [rows, longest] each
         return self.form.stacked([self.row(index) for index in indices])
 
     def documents(self, index: int) -> np.ndarray:
-        """A row is of one text."""
+        """int64 [tokens], all zero: a row is one text."""
         return np.zeros(len(self.row(index)[0]), dtype=np.int64)
 
 
 class IterableBatches(Batches):
-    """An iterable data set in its own order, from the beginning again when it has ended.
+    """An iterable data set in its own order, repeated when it ends.
 
-    To go on with a step it is read anew up to there, so that it has to give the same items each time.
+    To continue at a step, the items before it are read again, so iterations must give the same items each time. Raises
+    `UserError` if it gives no items.
     """
 
     def __init__(self, dataset: Any, form: ItemFormat, rows_per_step: int) -> None:
         self.dataset, self.form, self.rows_per_step, self.separate = dataset, form, rows_per_step, False
         self.seek(0, {})
 
-    total_rows = rows_in_epoch = None  # nobody knows
+    total_rows = rows_in_epoch = None  # not known
 
-    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:  # ids and labels [rows, longest]
         if step != self._step:
             self.seek(step, {})
         items = [next(self._items) for _ in range(self.rows_per_step)]

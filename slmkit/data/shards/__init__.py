@@ -1,1 +1,1 @@
-"""Token shards on disk: their format, writing, reading, shuffling."""
+"""Token shards on disk: format, writing, reading, shuffling."""

@@ -1,4 +1,4 @@
-"""What a directory of shards holds, in figures."""
+"""Statistics of a directory of shards."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ TOKENS_AT_ONCE = 1 << 24
 
 @dataclass(frozen=True)
 class ShardFacts:
-    """Lengths in tokens, each with its end-of-text token, which a conversation may lose unharmed.
+    """Lengths in tokens, each with its end-of-text token, which need not fit into a row for a conversation.
 
-    Duplicates: documents equal to one before them.
+    Duplicates: documents equal to an earlier one.
     """
 
     longest: int
     median_length: int
     duplicates: int
-    trained: int | None  # tokens that are learned, of conversations
-    truncated: int | None  # documents longer than asked
+    trained: int | None  # learned tokens; None for text
+    truncated: int | None  # documents longer than `length`
 
 
 def find_facts(shards: TokenShards, length: int | None = None) -> ShardFacts:
-    """Read all shards once; 8 bytes a document stay in memory. `length`: count the documents that are longer."""
+    """Statistics from one pass over all shards; uses 8 bytes per document. `length`: to count longer documents."""
     ends = shards.document_ends
     lengths = np.diff(ends, prepend=0)
     trained = None
@@ -46,10 +46,10 @@ def find_facts(shards: TokenShards, length: int | None = None) -> ShardFacts:
 
 
 def document_hashes(shards: TokenShards) -> np.ndarray:
-    """64 bits of each document's tokens: uint64 [documents]."""
+    """64-bit hash of each document's tokens: uint64 [documents]."""
     ends = np.concatenate([[0], shards.document_ends])
     hashes = np.empty(len(ends) - 1, dtype="<u8")
-    # Whole documents of about so many tokens at once: one read for many of them.
+    # Read whole documents of about this many tokens at once.
     cuts = np.searchsorted(ends, np.arange(TOKENS_AT_ONCE, len(shards), TOKENS_AT_ONCE))
     for first, stop in pairwise(np.unique([0, *cuts.tolist(), len(hashes)]).tolist()):
         tokens = shards.tokens_in(int(ends[first]), int(ends[stop]))

@@ -1,7 +1,7 @@
-"""Finished shards in a folder, each whole on disk with a marker that says what it was made of.
+"""A folder of finished shards, each with a marker that identifies its content, so that preparation can continue.
 
-A preparation that is killed leaves such a folder behind. The next one makes the same pieces of work again, takes every
-shard whose marker names the same text and tokenizer, and only makes the rest.
+When a preparation is killed, the next one makes the same pieces of work again, reuses every shard whose marker names
+the same text and tokenizer, and makes only the others.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ASKED = "asked.json"
 
 @dataclass(frozen=True)
 class Finished:
-    """A shard on disk. `origin` tells whether it can be used again: a hash of all that it depends on."""
+    """A shard on disk. `origin`: a hash of everything that determines its content."""
 
     shard: Shard
     text_bytes: int
@@ -34,12 +34,12 @@ class Finished:
 
 
 class ShardFolder:
-    """Writes shards in any order, from any thread or process. Raises `UserError` where the disk is full."""
+    """Writes shards in any order, from any thread or process. Raises `UserError` if the disk is full."""
 
     def __init__(self, folder: Path, tokenizer: Vocabulary) -> None:
         self.folder = folder
         self.vocab_size, self.dtype = len(tokenizer), np.dtype("<u2" if len(tokenizer) <= 1 << 16 else "<u4")
-        self.fingerprint = tokenizer.fingerprint  # which takes a while: asked once
+        self.fingerprint = tokenizer.fingerprint  # slow, so computed once
         self.maker = f"{FORMAT} {VERSION} {self.fingerprint} {self.dtype.name}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -47,11 +47,11 @@ class ShardFolder:
             raise disk_error(error, folder) from None
 
     def has(self, number: int) -> bool:
-        """Whether there is a shard of this number, of whatever text."""
+        """Whether there is a shard of this number, of any content."""
         return self._marker(number).is_file()
 
     def drop_unfinished(self) -> bool:
-        """Remove what is not whole; the folder too where nothing is. Returns whether anything is left."""
+        """Delete unfinished shards, and the folder if it is empty then. Returns whether anything is left."""
         for path in self.folder.iterdir():
             if path.is_file() and not path.with_suffix(".json").is_file():
                 path.unlink()
@@ -61,7 +61,7 @@ class ShardFolder:
         return False
 
     def find(self, number: int, content: str) -> Finished | None:
-        """The shard of this number if it was made of `content` by the same tokenizer, and is as it was written."""
+        """The shard of this number if it has this `content` and tokenizer and its checksums match, else None."""
         try:
             marker = json.loads(self._marker(number).read_text())
             finished = Finished(Shard(**marker.pop("shard")), **marker)
@@ -76,7 +76,10 @@ class ShardFolder:
         return finished
 
     def write(self, number: int, content: str, ids: np.ndarray, ends: np.ndarray, text_bytes: int) -> Finished:
-        """All tokens [n] of a shard and one past each document's last [documents]. The marker is written last."""
+        """Write a shard: tokens [n], and one past each document's last token [documents]. The marker is written last.
+
+        Raises `ValueError` for a token outside the vocabulary, `UserError` if the disk is full.
+        """
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
             raise ValueError(f"expected tokens below {self.vocab_size}, found {ids.min()} to {ids.max()}")
         try:
@@ -97,9 +100,9 @@ class ShardFolder:
         return finished
 
     def read(self, finished: Finished, first: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Documents [first, stop) of a shard: tokens, uint16 or uint32 [n], and one past each one's last, int64."""
+        """Documents [first, stop) of a shard: tokens, uint16 or uint32 [n], and their ends, int64 [documents]."""
         path = self.folder / finished.shard.name
-        before = min(first, 1)  # the end of the document in front is where the first begins
+        before = min(first, 1)  # a document begins at the end of the one before
         ends = np.fromfile(f"{path}.ends", "<i8", count=stop - first + before, offset=8 * (first - before))
         begin = int(ends[0]) if before else 0
         size = int(ends[-1]) - begin if stop > first else 0
@@ -114,9 +117,9 @@ class ShardFolder:
 
 
 def claim(directory: str | Path, asked: Mapping[str, Any]) -> None:
-    """Note what shards of `directory` are to be made of, where those are made that are finished before the whole is.
+    """Record what the shards of `directory` are made of, before the first of them is finished.
 
-    Raises `UserError` where shards are there already, or finished ones of something else: none is ever replaced.
+    Raises `UserError` if there are shards already, or finished ones of something else: none is ever replaced.
     """
     directory = Path(directory).absolute()
     if (directory / HEADER).is_file():
@@ -137,14 +140,14 @@ def claim(directory: str | Path, asked: Mapping[str, Any]) -> None:
 
 
 def partial_folder(directory: Path) -> Path:
-    """Where the shards of `directory` are made. Raises `UserError` where it holds something else than shards."""
+    """The folder for unfinished work on `directory`. Raises `UserError` if that holds anything but shards."""
     if directory.exists() and not may_be_replaced(directory):
         raise UserError(f"{directory}: holds files that are not token shards; choose another directory")
     return directory.with_name(f".partial-{directory.name}")
 
 
 def complete(partial: Path, directory: Path, header: Header) -> None:
-    """Write the header, remove what it does not name, and put everything in its place."""
+    """Write the header, delete other files, and move all to `directory`. Raises `UserError` if the disk is full."""
     try:
         with (partial / HEADER).open("w", encoding="utf-8") as file:
             file.write(json.dumps(dataclasses.asdict(header), indent=2) + "\n")
@@ -162,5 +165,5 @@ def complete(partial: Path, directory: Path, header: Header) -> None:
 
 
 def content_of(digests: Sequence[str]) -> str:
-    """One digest of many, in their order."""
+    """One digest of several, in order."""
     return hashlib.sha256(" ".join(digests).encode()).hexdigest()

@@ -1,14 +1,14 @@
-"""Tokens on disk: written once (`writer.py`, `prepare/text_to_shards.py`), then read from any place.
+"""Reader of token shards (written by `writer.py` and `prepare/text_to_shards.py`), with random access.
 
-A directory holds `header.json`; the tokens themselves, `00000.tokens` (uint16 where the vocabulary allows it, else
-uint32); `00000.ends` (int64: one past each document's last token, which is its end-of-text token, counted from the
-first token of this shard; a document stands in the shard in which it ends); for conversations `00000.trained`
-(uint8: 1 where a token is learned); and for judged answers `00000.labels` (uint8, one a document: 1 where it is good).
-All of it little-endian.
+A directory holds `header.json`; the tokens, `00000.tokens` (uint16 if the vocabulary allows it, else uint32);
+`00000.ends` (int64: one past each document's last token, which is its end-of-text token, counted from the first token
+of this shard; a document belongs to the shard in which it ends); for conversations `00000.trained` (uint8: 1 if a
+token is learned); and for judged answers `00000.labels` (uint8, one per document: 1 if it is good). All is
+little-endian.
 
-Nothing in a shard depends on the shards before it, so that they can be made in any order, anywhere. They are read with
-`pread` and not mapped: a process then holds what it asked for and no more, however large the corpus, and a file that is
-cut while it is read is an error and not a crash.
+A shard does not depend on the shards before it, so that they can be made in any order, anywhere. They are read with
+`pread`, not memory-mapped: a process then holds only what it asked for, however large the corpus, and a file truncated
+during reading is an error, not a crash.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from slmkit.config import UserError
 FORMAT = "slmkit-tokens"
 VERSION = 2
 HEADER = "header.json"
-OPEN_FILES = 256  # of one directory at a time: a process may have 1,024 on most systems
+OPEN_FILES = 256  # of one directory; most systems allow 1,024 per process
 
 
 class Vocabulary(Protocol):
-    """What shards know of the tokenizer that made them."""
+    """The interface that shards require of their tokenizer."""
 
     @property
     def fingerprint(self) -> str: ...
@@ -51,7 +51,7 @@ class Vocabulary(Protocol):
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard's entry in the header. `sha256`: of each of its files, by extension."""
+    """One shard's entry in the header. `sha256`: hex digest of each of its files, by extension."""
 
     name: str
     tokens: int
@@ -61,28 +61,28 @@ class Shard:
 
 @dataclass(frozen=True)
 class Header:
-    """What `header.json` says."""
+    """Contents of `header.json`."""
 
     dtype: str  # "uint16" or "uint32"
-    tokenizer: str  # its fingerprint
+    tokenizer: str  # fingerprint
     vocab_size: int
     eos_token_id: int
     pad_token_id: int | None
     tokens: int
     documents: int
-    text_bytes: int  # of the text in UTF-8, for bits per byte
+    text_bytes: int  # UTF-8 size of the text, for bits per byte
     sources: list[dict[str, Any]]  # path, bytes, sha256
     masked: bool  # whether there are `.trained` files
-    perfect_loss: float | None  # nats a token of the best possible model, where the corpus knows it
+    perfect_loss: float | None  # nats per token of the best possible model, if the corpus knows it
     shards: list[Shard]
-    shuffle_seed: int | None = None  # of the order of all documents; None: as they came
-    cleaning: dict[str, Any] | None = None  # what was asked, and how many documents were kept and dropped
+    shuffle_seed: int | None = None  # of a shuffle of all documents; None: in their original order
+    cleaning: dict[str, Any] | None = None  # cleaning settings, and how many documents were kept and dropped
     judged: bool = False  # whether there are `.labels` files
     format: str = FORMAT
     version: int = VERSION
 
     def file_sizes(self) -> dict[str, int]:
-        """Bytes of each file that belongs to this header, by name."""
+        """Size in bytes of each file of this header, by name."""
         width = np.dtype(self.dtype).itemsize
         sizes = {}
         for shard in self.shards:
@@ -96,20 +96,20 @@ class Header:
 
 
 class TokenShards:
-    """A directory of shards. Opening it reads the header alone; threads and forked processes may share it."""
+    """A directory of shards. Opening reads only the header; threads and forked processes may share it."""
 
     def __init__(self, directory: Path, header: Header) -> None:
         self.directory, self.header = directory, header
-        self._starts = [0, *itertools.accumulate(shard.tokens for shard in header.shards)]  # each shard's first token
+        self._starts = [0, *itertools.accumulate(shard.tokens for shard in header.shards)]  # first token of each shard
         self._dtype = np.dtype(header.dtype).newbyteorder("<")
         self._open = functools.lru_cache(OPEN_FILES)(functools.partial(_OpenFile, directory, header.shards))
 
-    def __reduce__(self) -> tuple[Any, ...]:  # a spawned process opens the files anew
+    def __reduce__(self) -> tuple[Any, ...]:  # a spawned process opens the files again
         return TokenShards.open, (self.directory,)
 
     @classmethod
     def open(cls, directory: str | Path) -> TokenShards:
-        """Raises `UserError` for what is missing, cut short, or not a directory of shards."""
+        """Raises `UserError` for a missing or truncated file, and for anything but a directory of shards."""
         directory = Path(directory)
         header = read_header(directory)
         for name, expected in header.file_sizes().items():
@@ -124,7 +124,7 @@ class TokenShards:
 
     @functools.cached_property
     def document_ends(self) -> np.ndarray:
-        """One past each document's last token: int64 [documents], 8 bytes a document, read at the first call."""
+        """One past each document's last token: int64 [documents], read at the first call and kept."""
         parts = [
             np.fromfile(self.directory / f"{shard.name}.ends", dtype="<i8") + start
             for shard, start in zip(self.header.shards, self._starts)
@@ -133,16 +133,16 @@ class TokenShards:
 
     @functools.cached_property
     def labels(self) -> np.ndarray:
-        """Whether each document is a good answer: bool [documents]. Only where `header.judged`."""
+        """Whether each document is a good answer: bool [documents]. Requires `header.judged`."""
         parts = [np.fromfile(self.directory / f"{shard.name}.labels", dtype="u1") for shard in self.header.shards]
         return np.concatenate(parts).astype(bool)
 
     def tokens_in(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop), across shard borders: uint16 or uint32 [stop - start], to be read only."""
+        """Tokens [start, stop), across shard borders: uint16 or uint32 [stop - start], read-only."""
         return self._read("tokens", self._dtype, start, stop)
 
     def runs(self, starts: Sequence[int], length: int) -> np.ndarray:
-        """`tokens_in(start, start + length)` for each start, read into one place: uint16 or uint32 [runs, length]."""
+        """`tokens_in(start, start + length)` of each start in one array: uint16 or uint32 [runs, length]."""
         runs = np.empty((len(starts), length), self._dtype)
         if not runs.size:
             return runs
@@ -150,7 +150,7 @@ class TokenShards:
         width = itemsize * length
         for row, start in enumerate(starts):
             shard = bisect_right(self._starts, start) - 1
-            if start >= 0 and start + length <= self._starts[min(shard + 1, len(self._starts) - 1)]:  # nearly always
+            if start >= 0 and start + length <= self._starts[min(shard + 1, len(self._starts) - 1)]:  # the common case
                 place = memory[row * width : (row + 1) * width]
                 offset = (start - self._starts[shard]) * itemsize
                 try:
@@ -158,15 +158,15 @@ class TokenShards:
                         continue
                 except OSError:
                     pass
-            runs[row] = self.tokens_in(start, start + length)  # across a border; or it says what is wrong
+            runs[row] = self.tokens_in(start, start + length)  # across a border, or out of range, which raises
         return runs
 
     def trained_in(self, start: int, stop: int) -> np.ndarray:
-        """Whether each of these tokens is learned: bool [stop - start]. Only where `header.masked`."""
+        """Whether each of these tokens is learned: bool [stop - start]. Requires `header.masked`."""
         return self._read("trained", np.dtype("u1"), start, stop).astype(bool)
 
     def check_tokenizer(self, tokenizer: Vocabulary) -> None:
-        """Raises `UserError` where these tokens are another tokenizer's."""
+        """Raises `UserError` if these tokens are another tokenizer's."""
         if tokenizer.fingerprint != self.header.tokenizer:
             raise UserError(
                 f"{self.directory}: made by tokenizer {self.header.tokenizer[:12]} ({self.header.vocab_size:,} tokens) "
@@ -174,11 +174,11 @@ class TokenShards:
             )
 
     def changed_at(self) -> float:
-        """When one of the files was written to last, in seconds since the epoch."""
+        """The latest modification time of its files, in seconds since the epoch."""
         return max(((self.directory / name).stat().st_mtime for name in self.header.file_sizes()), default=0.0)
 
     def verify(self) -> None:
-        """Read everything and compare checksums. Raises `UserError` naming the first file that differs."""
+        """Compare the checksums of all files. Raises `UserError` that names the first one that differs."""
         for shard in self.header.shards:
             for kind, expected in shard.sha256.items():
                 path = self.directory / f"{shard.name}.{kind}"
@@ -190,7 +190,7 @@ class TokenShards:
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"expected a range within {len(self)} tokens, found [{start}, {stop})")
         shard = bisect_right(self._starts, start) - 1
-        if stop <= self._starts[min(shard + 1, len(self._starts) - 1)]:  # nearly always
+        if stop <= self._starts[min(shard + 1, len(self._starts) - 1)]:  # the common case
             return np.frombuffer(self._bytes(shard, kind, dtype.itemsize, start, stop), dtype)
         pieces = []
         while start < stop:
@@ -200,14 +200,14 @@ class TokenShards:
         return np.frombuffer(b"".join(pieces), dtype)
 
     def _bytes(self, shard: int, kind: str, width: int, start: int, stop: int) -> bytes:
-        """Of tokens [start, stop), all in one shard. Raises `UserError` where the file is gone or shorter."""
+        """Bytes of tokens [start, stop) of one shard. Raises `UserError` if the file is missing or truncated."""
         if start == stop:
             return b""
         wanted, offset = (stop - start) * width, (start - self._starts[shard]) * width
         content = b""
         try:
             file = self._open(shard, kind)
-            while len(content) < wanted:  # once, but for more than the 2 GiB that one call reads at most
+            while len(content) < wanted:  # one call reads at most 2 GiB
                 more = os.pread(file.descriptor, wanted - len(content), offset + len(content))
                 if not more:
                     raise UserError(f"{file.path}: cut short since it was opened; prepare the data again")
@@ -219,7 +219,7 @@ class TokenShards:
 
 
 class _OpenFile:
-    """A file of a shard to read from, closed when nobody holds it any more."""
+    """An open file of a shard, closed when no longer referenced."""
 
     def __init__(self, directory: Path, shards: list[Shard], shard: int, kind: str) -> None:
         self.path = directory / f"{shards[shard].name}.{kind}"
@@ -231,7 +231,7 @@ class _OpenFile:
 
 
 def read_header(directory: Path) -> Header:
-    """Raises `UserError` where `directory` has no header, or one that is not of token shards."""
+    """The header of `directory`. Raises `UserError` if there is none, or if it is not one of token shards."""
     path = directory / HEADER
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -1,9 +1,8 @@
-"""All documents of a corpus in random order, in the memory of a few shards however large it is.
+"""Shuffles all documents of a corpus in the memory of a few shards.
 
-Every document has a random key that the seed and its place alone decide. Each shard is first written with its documents
-sorted by key, so that those whose keys lie in one interval are neighbours in every shard; there are as many intervals
-as shards, and the documents of one, put in random order, are a shard of the result. That order of all documents is as
-likely as any other.
+Every document has a random key, determined by the seed and its position. Each shard is first written with its documents
+sorted by key, so that documents with keys of one interval are contiguous in every shard. There are as many intervals as
+shards; the documents of one interval, shuffled, are a shard of the result. All orders are equally likely.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from slmkit.data.shards.work import joined, reordered
 
 
 class GlobalShuffle:
-    """Turns shards sorted by key into as many shards in random order. `shard(number)` may be called from any thread."""
+    """Turns shards sorted by key into as many shards in random order. `shard(number)` is thread-safe."""
 
     def __init__(self, ordered: ShardFolder, parts: Sequence[Finished], target: ShardFolder, seed: int) -> None:
         self.ordered, self.parts, self.target, self.seed = ordered, parts, target, seed
@@ -26,13 +25,13 @@ class GlobalShuffle:
         self.content = f"shuffled {seed} {content_of(digests)}"
         count = len(parts)
         limits = np.array([(number << 64) // count for number in range(count)], dtype=np.uint64)
-        self.bounds = []  # of each part: where each interval begins among its documents, int64 [intervals + 1]
+        self.bounds = []  # for each part: index of its first document in each interval, int64 [intervals + 1]
         for number, part in enumerate(parts):
             keys = np.sort(random_keys(part.shard.documents, seed, number))
             self.bounds.append(np.append(np.searchsorted(keys, limits), len(keys)))
 
     def shard(self, number: int) -> Finished:
-        """Gather the documents of an interval, unless that was done before."""
+        """Write the shard of an interval's documents, unless it is there already."""
         content = f"{self.content} {number}"
         finished = self.target.find(number, content)
         if finished is None:

@@ -1,6 +1,6 @@
-"""The work of preparing a corpus: cut into shards by a rule that knows the documents alone, then encoded and written.
+"""The work of preparing a corpus: split into shards by the documents alone, then encoded and written.
 
-So the shards are the same whoever makes them, in whatever order: threads of one process, or the machines of a cluster.
+So the shards are the same in any order of work, in threads of one process or on the machines of a cluster.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from slmkit.data.sources import Document
 if TYPE_CHECKING:
     from slmkit.tokenizer import SLMTokenizer
 
-SHARD_CHARACTERS = 1 << 26  # of text in a shard, or the one document that is longer: some 30 MB of 16-bit tokens
-BATCH_CHARACTERS = 1 << 20  # encoded by a thread in one go
+SHARD_CHARACTERS = 1 << 26  # of text in a shard, unless a document is longer: about 30 MB of 16-bit tokens
+BATCH_CHARACTERS = 1 << 20  # encoded by a thread at once
 
 
 @dataclass(frozen=True)
 class ShardWork:
-    """Documents of a shard, and whether they are its last. A shard that is there already has none."""
+    """Documents of a shard, and whether they are its last. A shard that is finished already has none."""
 
     shard: int
     documents: list[Document]
@@ -35,7 +35,7 @@ class ShardWork:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokens [n], one past the last token of each document that ends here [documents], and what they were made of."""
+    """Tokens [n], one past the last token of each document that ends here [documents], and a digest of the text."""
 
     ids: np.ndarray
     ends: np.ndarray
@@ -44,9 +44,12 @@ class Encoded:
 
 
 def cut(documents: Iterable[Document], shard_characters: int, batch_characters: int) -> Iterator[ShardWork]:
-    """Documents in shards of at least so many characters (but the last), each in batches. A shard holds whole ones."""
+    """Split documents into shards of at least `shard_characters` (the last may have fewer), and these into batches.
+
+    A shard has whole documents.
+    """
     shard, in_shard, batch, in_batch = 0, 0, list[Document](), 0
-    waiting: ShardWork | None = None  # until it is known whether anything follows in its shard
+    waiting: ShardWork | None = None  # held back until it is known whether it is the last of its shard
     for document in documents:
         if waiting:
             yield waiting
@@ -68,7 +71,7 @@ def cut(documents: Iterable[Document], shard_characters: int, batch_characters: 
 
 
 def without_finished(works: Iterable[ShardWork], folder: ShardFolder) -> Iterator[ShardWork]:
-    """The work that is left: shards that `folder` has, made of the same text, come as what they are."""
+    """The works, with shards that `folder` already has, made of the same text, replaced by the finished ones."""
     held: list[ShardWork] = []
     for work in works:
         if not folder.has(work.shard):
@@ -82,12 +85,12 @@ def without_finished(works: Iterable[ShardWork], folder: ShardFolder) -> Iterato
 
 
 def digest(documents: Sequence[Document]) -> str:
-    """A hash of texts and of where they end."""
+    """Hash of the texts and of where documents end."""
     return _digest(documents, "".join(document.text for document in documents).encode("utf-8", "surrogatepass"))
 
 
 def encode(tokenizer: SLMTokenizer, documents: Sequence[Document]) -> Encoded:
-    """Tokens of documents, an end-of-text token after each, in the thread of the caller."""
+    """Tokens of documents, with an end-of-text token after each, encoded in the calling thread."""
     text = "".join(document.text for document in documents).encode("utf-8", "surrogatepass")
     encoded = document_ids(tokenizer, documents, threads=1)
     stops = np.cumsum(np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded)))
@@ -97,9 +100,9 @@ def encode(tokenizer: SLMTokenizer, documents: Sequence[Document]) -> Encoded:
 
 
 def document_ids(tokenizer: Any, documents: Sequence[Document], threads: int | None = None) -> list[np.ndarray]:
-    """Tokens of each document or piece, without the end-of-text token behind it.
+    """Tokens, uint32 [tokens], of each document or piece, without end-of-text tokens.
 
-    Raises `UserError` where the tokenizer loses more than a trace of the text.
+    Raises `UserError` if the tokenizer loses more than 0.1 % of the text.
     """
     encoded = list(tokenizer.encode_batch([document.text for document in documents], threads=threads))
     if getattr(tokenizer, "has_edges", False):
@@ -114,13 +117,13 @@ def document_ids(tokenizer: Any, documents: Sequence[Document], threads: int | N
 
 
 def beginning_of(tokenizer: Any) -> list[int]:
-    """What the tokenizer itself puts before a text, unless it is the end-of-text token, which stands there already."""
+    """The tokenizer's own beginning of a text [tokens]; empty if it is the end-of-text token, already there."""
     beginning = getattr(tokenizer, "beginning", [])
     return [] if beginning == [getattr(tokenizer, "eos_token_id", None)] else beginning
 
 
 def write_shard(folder: ShardFolder, number: int, parts: Sequence[Encoded], shuffle_seed: int | None) -> Finished:
-    """Put the batches of a shard on disk; with a seed, its documents in the order of their keys (see `shuffle.py`)."""
+    """Write the batches of a shard; with a seed, its documents sorted by key (see `shuffle.py`)."""
     ids, ends = joined([(part.ids, part.ends) for part in parts])
     if shuffle_seed is not None:
         ids, ends = reordered(ids, ends, np.argsort(random_keys(len(ends), shuffle_seed, number)))
@@ -129,7 +132,7 @@ def write_shard(folder: ShardFolder, number: int, parts: Sequence[Encoded], shuf
 
 
 def joined(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and document ends of parts, one behind the other."""
+    """Concatenate parts of tokens [n] and document ends [documents]."""
     starts = np.cumsum([0] + [len(ids) for ids, _ in parts[:-1]])
     return (
         np.concatenate([ids for ids, _ in parts]),
@@ -138,7 +141,7 @@ def joined(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, 
 
 
 def reordered(ids: np.ndarray, ends: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Whole documents in another order."""
+    """Tokens [n] and document ends [documents] with the documents in the given order [documents]."""
     starts = np.concatenate([[0], ends[:-1]])
     if not len(order):
         return ids, ends

@@ -1,4 +1,4 @@
-"""Writing token shards (their format is in `reader.py`): a directory appears whole, or what was there stays."""
+"""Atomic writer of token shards (format: see `reader.py`)."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ SHARD_TOKENS = 1 << 28  # a shard of 16-bit tokens is 512 MiB
 
 
 class ShardWriter:
-    """Writes a directory of shards as a context manager; the directory appears, or is replaced, when all is on disk.
+    """Context manager that writes a directory of shards; the directory appears, or is replaced, when all is on disk.
 
-    It is written beside its final name. After an error in the block or on the disk nothing of it is left, and what was
-    there before is untouched. Raises `UserError` when the disk is full or not writable, when `directory` holds
-    something else than shards, and when nothing was written.
+    Files are written to a temporary directory next to it. After an error these are deleted, and the existing directory
+    is unchanged. Raises `UserError` if the disk is full or not writable, if `directory` holds anything but shards, and
+    if nothing was written.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class ShardWriter:
         if self.directory.exists() and not may_be_replaced(self.directory):
             raise UserError(f"{self.directory}: holds files that are not token shards; choose another directory")
         try:
-            shutil.rmtree(self.partial, ignore_errors=True)  # what a killed process left
+            shutil.rmtree(self.partial, ignore_errors=True)  # left by a killed process
             self.partial.mkdir(parents=True)
         except OSError as error:
             raise self._user_error(error) from None
@@ -72,10 +72,10 @@ class ShardWriter:
     ) -> None:
         """Append tokens [n] of any number of documents.
 
-        `ends` [documents]: one past the last token of each that ends here, counted from `ids[0]`; the next call goes on
-        with one that does not. `trained` [n]: which tokens are learned, for masked shards. `labels` [documents]: which
-        of those that end here are good, for judged ones. `text_bytes`: of the text in UTF-8. Raises `ValueError` for a
-        token that the vocabulary does not have.
+        `ends` [documents]: one past the last token of each document that ends here, counted from `ids[0]`; the last one
+        may continue in the next call. `trained` [n]: which tokens are learned, for masked shards. `labels` [documents]:
+        which of the documents that end here are good, for judged ones. `text_bytes`: UTF-8 size of the text. Raises
+        `ValueError` for a token outside the vocabulary.
         """
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(self.tokenizer):
             raise ValueError(f"expected tokens below {len(self.tokenizer)}, found {ids.min()} to {ids.max()}")
@@ -150,7 +150,7 @@ class ShardWriter:
 
 
 class OpenShard:
-    """The files of the shard that is being written, and the hashes of what went into them."""
+    """The open files of the shard being written, and their hashes."""
 
     def __init__(self, directory: Path, name: str, masked: bool, judged: bool = False) -> None:
         kinds = ("tokens", "ends", *["trained"] * masked, *["labels"] * judged)
@@ -178,7 +178,7 @@ class OpenShard:
         return Shard(self.name, self.tokens, self.documents, digests)
 
     def close(self) -> None:
-        """Give the files up: they are about to be deleted, so that what cannot be flushed does not matter."""
+        """Close the files, which are about to be deleted, ignoring errors."""
         for file in self.files.values():
             with contextlib.suppress(OSError):
                 file.close()
@@ -190,14 +190,14 @@ class OpenShard:
 
 
 def disk_error(error: OSError, directory: Path, after: str = "") -> UserError:
-    """What went wrong on a disk, in one line."""
+    """The `UserError` for a disk error, in one line."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return UserError(f"{directory}: no space left{after}: {error.strerror}; free some or use another disk")
     return UserError(f"{directory}: cannot be written: {error.strerror or error}")
 
 
 def may_be_replaced(directory: Path) -> bool:
-    """Only what was certainly made here, or is an empty directory, is ever deleted."""
+    """Whether it is an empty directory or one of token shards, which may be deleted."""
     if not directory.is_dir():
         return False
     if not any(directory.iterdir()):
@@ -210,7 +210,7 @@ def may_be_replaced(directory: Path) -> bool:
 
 
 def put_in_place(partial: Path, final: Path) -> None:
-    """Rename `partial` to `final`; what is there gives way first and comes back if that fails."""
+    """Rename `partial` to `final`; an existing `final` is moved away first, and back if that fails."""
     previous = final.with_name(f".previous-{final.name}")
     shutil.rmtree(previous, ignore_errors=True)
     if final.exists():

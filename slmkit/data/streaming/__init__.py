@@ -1,1 +1,1 @@
-"""Batches from sources that are read while training runs, with nothing on disk."""
+"""Batches from sources that are read during training, with nothing on disk."""

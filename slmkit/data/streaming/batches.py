@@ -1,8 +1,7 @@
-"""Batches from streamed sources: rows in the turns of a schedule, made a little ahead in the background.
+"""Batches from streamed sources: rows mixed by a schedule, prefetched in the background.
 
-All of it is sequential, so that a batch is a function of (seed, step) by being reached from a position: the one saved
-in a checkpoint, or the beginning. Every process walks the whole stream and takes its share of each batch, which makes
-the order independent of their number.
+Streams are sequential, so a batch is reached from a saved position or from the beginning. Every process reads the whole
+stream and takes its share of each batch, which makes the order independent of the number of processes.
 """
 
 from __future__ import annotations
@@ -20,19 +19,19 @@ from slmkit.data.sources import Source
 from slmkit.data.stream import expect_a_row, share_of_rank, shares_of
 from slmkit.data.streaming.rows import Row, StreamedRows
 
-AHEAD = 2  # batches made before they are asked for
+AHEAD = 2  # batches to prefetch
 
 
 @dataclass(frozen=True)
 class _Made:
-    """A step's rows, None where the data ended before; `position` and `counts` are those behind them."""
+    """A step's rows, None after the end of the data, and the position after them."""
 
     rows: list[Row] | None
     position: dict[str, Any]
 
 
 class StreamedBatches:
-    """Implements `Batches` over `StreamedRows` by source name; not to be shared between threads."""
+    """Implements `Batches` over `StreamedRows` by source name; not thread-safe."""
 
     def __init__(
         self,
@@ -43,20 +42,21 @@ class StreamedBatches:
         separate: bool = False,
         origins: Sequence[Source] = (),
     ) -> None:
-        """`origins` count what of the rows in them is left out or cut."""
+        """`origins`: sources whose counts of skipped and cut rows are reported."""
         self.origins = origins
         self.sources, self.phases, self.when_exhausted = dict(sources), phases, when_exhausted
         self.rows_per_step, self.separate = expect_a_row(rows_per_step), separate
         self.total_rows: int | None = None
         self.rows_in_epoch: int | None = None
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="batches")
-        self._coming: dict[int, Future[_Made]] = {}  # from the step that was given last
+        self._coming: dict[int, Future[_Made]] = {}  # from the last returned step on
         self.seek(0, {})
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
-        """As in `Batches`. The step behind the last one is at hand; any other is walked to.
+        """Rows [rows, length] as in `Batches`. The next steps are prefetched; any other one is reached by reading up to
+        it.
 
-        Raises `UserError` for what cannot be read, and `IndexError` for a step that the data does not reach.
+        Raises `UserError` for unreadable data, and `IndexError` for a step after the end of the data.
         """
         mine = share_of_rank(self.rows_per_step, rank, world)
         made = self._made(step)
@@ -72,31 +72,31 @@ class StreamedBatches:
         return self._made(step).rows is not None
 
     def shares(self, step: int) -> dict[str, float]:
-        """Of all rows before `step`, which must not be beyond the next one."""
+        """Share of each source in all rows before `step`, which is at most the next one."""
         names = list(self.sources)
         return shares_of(names, self._schedule.counts(step * self.rows_per_step)) if len(names) > 1 else {}
 
     def report(self) -> list[str]:
-        """What was left out or cut, a line each: all that was read since the last `seek`, as often as it was read."""
+        """One line for each kind of documents left out or cut since the last `seek`, counted once per reading."""
         return [line for source in self.origins for line in source.report()]
 
     def position(self) -> dict[str, Any]:
         return self._position
 
     def seek(self, step: int, position: dict[str, Any]) -> None:
-        """Go on with `step` at a position that was saved for it; with an empty one, walk there from the beginning."""
+        """Continue with `step` at its saved position; if that is empty, read up to it from the beginning."""
         for future in self._coming.values():
             future.cancel()
-        self._worker.submit(self._seek, position).result()  # behind what the worker may still be at
+        self._worker.submit(self._seek, position).result()  # runs after the worker's current task
         self._coming, self._position = {}, position
-        self._next = step if position else 0  # the step that the worker makes next
+        self._next = step if position else 0  # the worker's next step
 
     def _made(self, step: int) -> _Made:
         if step not in self._coming and step < self._next:
             self.seek(0, {})
         while self._next <= step + AHEAD:
             self._coming[self._next] = self._worker.submit(self._make, self._next)
-            if self._next < step - AHEAD:  # only walked over
+            if self._next < step - AHEAD:  # skipped
                 self._coming.pop(self._next).result()
             self._next += 1
         return self._coming[step].result()
@@ -104,7 +104,7 @@ class StreamedBatches:
     # -- in the worker's thread ---------------------------------------------------------------------------------------
 
     def _seek(self, position: dict[str, Any]) -> None:
-        self._sizes: dict[str, int] = dict(position.get("sizes", {}))  # rows of the sources that have run out
+        self._sizes: dict[str, int] = dict(position.get("sizes", {}))  # rows of the sources that have ended
         self._plan()
         for origin in self.origins:
             origin.count_anew()
@@ -125,7 +125,7 @@ class StreamedBatches:
             which, number = self._schedule.locate(np.array([row]))
             name = names[int(which[0])]
             made = self.sources[name].next_row()
-            if made is None:  # its size is known now: from this very row on the rule has it
+            if made is None:  # now its size is known: the schedule applies from this row on
                 self._sizes[name] = int(number[0])
                 self._plan()
             else:

@@ -1,7 +1,7 @@
-"""Streams of documents in blocks: bounded memory, a seeded shuffle, and a position that is a few integers.
+"""Streams of documents in blocks: bounded memory, a seeded shuffle, and a position of a few integers.
 
-A block is read, shuffled inside itself and given out. Its order follows from (seed, epoch, number of the block), so
-that whoever goes on later needs to know where the block began, and nothing of what was in it.
+A block is read, shuffled and returned. Its order follows from (seed, epoch, number of the block), so that a position
+only needs the block's beginning.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from slmkit.config import UserError
 from slmkit.data.order import mixed_seed, permuted
 from slmkit.data.sources import Document
 
-BLOCK_CHARACTERS = 1 << 24  # a block is full with so much text, however few documents it is
+BLOCK_CHARACTERS = 1 << 24  # characters that fill a block, however few documents they are
 
 T = TypeVar("T")
 Position = dict[str, Any]
-Read = Callable[[Position | None], Iterator[tuple[T, Position]]]  # from a position on, each item with the one behind it
+Read = Callable[[Position | None], Iterator[tuple[T, Position]]]  # each item with the position after it
 
 
 class Block(NamedTuple, Generic[T]):
-    """`position`: where the block begins, for `Blocks.read` to begin there again."""
+    """`position`: the block's beginning, for `Blocks.read`."""
 
     items: list[T]
     position: Position
 
 
 class Blocks(Generic[T]):
-    """Items of a source in blocks of `documents` documents, for one epoch or, with `repeat`, for ever.
+    """Items of a source in blocks of `documents` documents, for one epoch or, with `repeat`, endlessly.
 
-    `is_kept` says of the first (or only) piece of a document whether the document is to be given at all; `size` and
-    `ends` say of an item how many characters it has and whether a document ends with it.
+    `is_kept` tells from the first (or only) piece of a document whether the document is used; `size` is an item's
+    number of characters; `ends` is whether a document ends with it.
     """
 
     def __init__(
@@ -53,9 +53,9 @@ class Blocks(Generic[T]):
         self._size, self._ends, self._is_kept, self.shuffle_seed = size, ends, is_kept, shuffle_seed
 
     def read(self, position: Position) -> Iterator[Block[T]]:
-        """Blocks from `position` on, from the very beginning where it is empty.
+        """Blocks from `position` on; from the beginning if it is empty.
 
-        Raises `UserError` for an epoch in which there is nothing.
+        Raises `UserError` for an epoch without documents.
         """
         epoch, number = position.get("epoch", 0), position.get("block", 0)
         place, inside = position.get("source"), position.get("inside", False)
@@ -72,7 +72,7 @@ class Blocks(Generic[T]):
             epoch, number, place, inside = epoch + 1, 0, None, False
 
     def _of_one_epoch(self, place: Position | None, inside: bool) -> Iterator[tuple[list[T], Position | None]]:
-        """Items of each block as they are read, and where it begins; a document may go on in the next."""
+        """Items of each block in order, and its beginning; a document may continue in the next block."""
         items: list[T] = []
         documents = size = 0
         begins, kept = place, inside
@@ -83,7 +83,8 @@ class Blocks(Generic[T]):
                 items.append(item)
                 size += self._size(item)
                 documents += not inside
-            # Only what is kept may be cut by the end of a block: of the rest nobody would know where it goes on.
+            # A block ends only after an item that is kept: in a document that is not, a position could not tell that it
+            # is not.
             if items and kept and (documents >= self.documents or size >= BLOCK_CHARACTERS):
                 yield items, begins
                 items, documents, size, begins = [], 0, 0, behind
@@ -91,7 +92,7 @@ class Blocks(Generic[T]):
             yield items, begins
 
     def _shuffled(self, items: list[T], epoch: int, number: int, inside: bool) -> list[T]:
-        """Whole documents change places; the end of one that began earlier stays in front, an open one at the end."""
+        """Shuffle whole documents; the end of one that began earlier stays first, an unfinished one last."""
         if self.shuffle_seed is None:
             return items
         documents: list[list[T]] = [[]]
@@ -106,9 +107,9 @@ class Blocks(Generic[T]):
 
 
 def is_held_out(text: str, fraction: float) -> bool:
-    """Whether a hash of the text picks it: copies of one document are on one side, wherever they stand."""
+    """Whether a hash of the text selects it: copies of a document are on the same side of the split."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "little") / 2**48 < fraction
 
 
 def document_size(document: Document) -> int:
-    return 64 + len(document.text)  # an object takes memory too
+    return 64 + len(document.text)  # characters, and the object's own memory

@@ -1,6 +1,6 @@
-"""Rows of training made while documents are read: tokenized and packed on the fly, nothing on disk.
+"""Training rows from streamed documents, tokenized and packed on the fly, with nothing on disk.
 
-A position is that of a block (see `blocks.py`) and how much of the block has been used: its tokens, or its rows.
+A position is that of a block (see `blocks.py`) and how many of its tokens, or rows, have been used.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Row(NamedTuple):
-    """int64 [length] each, as `Rows` in `stream.py` has them."""
+    """int64 [length] each, as in `stream.Rows`."""
 
     ids: np.ndarray
     labels: np.ndarray
@@ -34,18 +34,18 @@ class StreamedRows(Protocol):
     """Rows one after another, from any position on."""
 
     def next_row(self) -> Row | None:
-        """None where the source has run out."""
+        """The next row; None at the end of the source. Raises `UserError` if nothing can be learned."""
 
     def position(self) -> Position:
-        """Where the next row begins, as JSON."""
+        """The position of the next row, as JSON."""
 
     def seek(self, position: Position) -> None: ...
 
 
 class TextRows:
-    """Documents end to end, an end-of-text token after each, over the borders of rows, blocks and epochs.
+    """Documents concatenated, with an end-of-text token after each, across rows, blocks and epochs.
 
-    Where the source runs out, the tokens that do not fill a row are left over.
+    At the end of the source, tokens that do not fill a row are left out.
     """
 
     def __init__(self, blocks: Blocks[Document], tokenizer: SLMTokenizer, length: int) -> None:
@@ -54,8 +54,8 @@ class TextRows:
 
     def seek(self, position: Position) -> None:
         self._coming: Iterator[Block[Document]] = self.blocks.read(position.get("block", {}))
-        self._tokens, self._ends = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=bool)  # of the blocks in hand
-        self._begun: list[tuple[int, Position]] = [(0, position.get("block", {}))]  # where in them each block begins
+        self._tokens, self._ends = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=bool)  # of the blocks in memory
+        self._begun: list[tuple[int, Position]] = [(0, position.get("block", {}))]  # where each block begins in them
         self._used = position.get("token", 0)
 
     def position(self) -> Position:
@@ -75,10 +75,10 @@ class TextRows:
         return Row(tokens[:-1], tokens[1:], begins.cumsum())
 
     def _add(self, block: Block[Document]) -> None:
-        """Drop what is used, and put the block's tokens behind the rest."""
+        """Append the block's tokens to the unused ones."""
         if len(self._tokens):
             position = self.position()
-            rest = self._used - position["token"]  # of the block that the next row begins in, and all behind it
+            rest = self._used - position["token"]  # the next row's block and those after it are kept
             self._tokens, self._ends, self._used = self._tokens[rest:], self._ends[rest:], position["token"]
             self._begun = [(start - rest, begun) for start, begun in self._begun if start >= rest]
         else:
@@ -89,10 +89,11 @@ class TextRows:
 
 
 class ConversationRows:
-    """Whole conversations side by side, best-fit among those of a block, padded behind; only what is learned counts.
+    """Whole conversations, packed by best fit within a block and right-padded; only their loss masks' tokens are
+    learned.
 
     As in shards, a conversation longer than a row is cut at its end, and one with nothing to learn is left out; the
-    encoder counts them.
+    encoder counts them. Raises `UserError` if no conversation has anything to learn.
     """
 
     def __init__(self, blocks: Blocks[list[Message]], encoder: ConversationEncoder, length: int, seed: int) -> None:
@@ -118,7 +119,7 @@ class ConversationRows:
             if block is None:
                 return None
             epochs.add(block.position["epoch"])
-            if len(epochs) > 2:  # a whole one in between
+            if len(epochs) > 2:  # includes a complete one
                 raise UserError(
                     f"{self.blocks.name}: nothing to learn within {self.length:,} tokens in any of its conversations; "
                     "raise sequence_length, or check that they have assistant turns"
@@ -152,7 +153,7 @@ class ConversationRows:
 
 
 def tokenized(documents: list[Document], tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
-    """All tokens of documents, int64 [n], an end-of-text token after each; and which are the last of theirs, bool."""
+    """Tokens of all documents, an end-of-text token after each, and which end a document: int64, bool [n]."""
     tokens, ends = [], []
     for document, ids in zip(documents, document_ids(tokenizer, documents)):
         tokens.append(np.append(ids, tokenizer.eos_token_id) if document.ends else ids)
