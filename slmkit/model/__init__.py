@@ -1,1 +1,1 @@
-"""The architecture: what a model is made of, how it is initialised, and how it is written to and read from disk."""
+"""The architecture: decoder, configs, initialisation, and files on disk."""

@@ -1,4 +1,4 @@
-"""What a family's config says, reduced to the choices that the decoder makes: a frozen value, no branch in it."""
+"""The decoder's choices, derived from a family's config."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from slmkit.model.rope import Rope
 
 @dataclass(frozen=True)
 class Layer:
-    """What one block does that its neighbours may not."""
+    """Choices that may differ between layers."""
 
-    rope: Rope | None = None  # None: queries and keys are not turned
+    rope: Rope | None = None  # None: queries and keys are not rotated
     window: int | None = None  # how many positions a query sees, its own included; None: the whole past
 
 
 @dataclass(frozen=True)
 class Latent:
-    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): how wide its compressed and its turned parts are."""
+    """Sizes of multi-head latent attention (DeepSeek-V2, arXiv:2405.04434), in channels."""
 
     query_rank: int | None  # None: queries are not compressed
     kv_rank: int
-    rope_dim: int  # channels of a head that turn, in keys shared by all heads
-    plain_dim: int  # channels of a head that do not
+    rope_dim: int  # rotary channels of a head; their keys are shared by all heads
+    plain_dim: int  # channels of a head without RoPE
     value_dim: int
-    neighbours_turn: bool  # channels 2i and 2i + 1 turn together, instead of i and i + rope_dim / 2
+    neighbours_turn: bool  # channels 2i and 2i + 1 are rotated as a pair, instead of i and i + rope_dim / 2
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Architecture:
 
     norm: Literal["rms", "rms+1", "layer"]  # rms+1: the weight is stored as an offset from one
     norm_eps: float
-    norm_at: Literal["pre", "post", "both"]  # of a branch: before it, after it, or at both ends
+    norm_at: Literal["pre", "post", "both"]  # before a branch, after it, or both
     qk_norm: Literal["none", "head", "width"]  # over the channels of one head, or over all heads' together
     activation: str
     gated_mlp: bool
@@ -52,7 +52,7 @@ class Architecture:
     out_bias: bool
     mlp_bias: bool
     tied: bool
-    attention_scale: float  # what q·k is multiplied by
+    attention_scale: float  # factor on q·k
     embedding_scale: float = 1.0
     attention_cap: float | None = None  # soft bounds: cap * tanh(x / cap)
     logit_cap: float | None = None
@@ -75,8 +75,8 @@ class Architecture:
 
     @property
     def cached_per_position(self) -> tuple[int, int, int]:
-        """What a layer's KV cache holds of a position: heads, numbers of a key, numbers of a value."""
+        """Sizes of a layer's KV cache per position: heads, channels of a key, channels of a value."""
         if self.latent is None:
             return self.kv_heads, self.head_dim, self.head_dim
-        # One latent for all heads, keys and values both, and the key channels that turn beside it.
+        # One latent for all heads' keys and values, and the rotary key channels.
         return 1, self.latent.kv_rank + self.latent.rope_dim, 0

@@ -1,4 +1,4 @@
-"""From a config to an `Architecture`: one function for each kind of decoder, and which of them a family uses."""
+"""From a config to an `Architecture`: one function for each kind of decoder, and the one of each family."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def architecture_of(config: SLMConfig) -> Architecture:
 
 
 def _layers(config: SLMConfig) -> tuple[Layer, ...]:
-    """What the config says of each layer: its rotation, by kind where kinds differ in it, and its window."""
+    """RoPE and window of each layer."""
     depth, positions = config.num_hidden_layers, config.max_position_embeddings
     kinds = config.layer_types or ["sliding_attention" if config.sliding_window else "full_attention"] * depth
-    turns = config.no_rope_layers or [1] * depth  # 1: does turn
+    turns = config.no_rope_layers or [1] * depth  # 1: with RoPE
     return tuple(
         Layer(
             rope=rope_of(config.rope_parameters, kind, config.head_dim, positions) if turn else None,
@@ -32,14 +32,14 @@ def _layers(config: SLMConfig) -> tuple[Layer, ...]:
 
 
 def _positions(config: SLMConfig, layers: tuple[Layer, ...]) -> int:
-    """The longest text: what the config says, and with dynamic NTK, which begins where that ends, its factor more."""
+    """The longest text in tokens: the config's, or with dynamic NTK that times its factor."""
     scalings = [layer.rope.scaling for layer in layers if layer.rope is not None]
     growth = max((scaling.factor for scaling in scalings if isinstance(scaling, DynamicNTK)), default=1.0)
     return round(config.max_position_embeddings * growth)
 
 
 def llama(config: SLMConfig, **choices: Any) -> Architecture:
-    """Llama 3.2, and what others have in common with it: `choices` are where they differ."""
+    """Llama 3.2, and the base of similar families: `choices` replace its fields."""
     layers = choices.get("layers") or _layers(config)
     common: dict[str, Any] = {
         "vocab_size": config.vocab_size,
@@ -121,14 +121,14 @@ def deepseek(config: SLMConfig) -> Architecture:
     )
     layer = Layer(rope_of(config.rope_parameters, FULL, latent.rope_dim, config.max_position_embeddings))
     scale, scaling = (latent.plain_dim + latent.rope_dim) ** -0.5, layer.rope and layer.rope.scaling
-    if isinstance(scaling, Yarn) and scaling.mscale_all_dim:  # longer, as the turned channels are
+    if isinstance(scaling, Yarn) and scaling.mscale_all_dim:  # larger, as for the rotary channels
         scale *= yarn_growth(scaling.factor, scaling.mscale_all_dim) ** 2
     layers = (layer,) * config.num_hidden_layers
     return llama(config, layers=layers, kv_heads=config.num_attention_heads, latent=latent, attention_scale=scale)
 
 
 def slm(config: SLMConfig) -> Architecture:
-    """No published family: every choice is a field, to study what each of them does."""
+    """slmkit's own family: every choice is a config field, for ablations."""
     return llama(
         config,
         norm=config.norm,

@@ -1,4 +1,4 @@
-"""Softmax attention of heads over heads: PyTorch's fused kernel, and plain products where those are faster."""
+"""Softmax attention: PyTorch's fused kernel, or plain products where those are faster."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch.nn import functional as F
 from slmkit.model.context import AttentionInputs, Piece
 from slmkit.model.document_attention import SMALLEST_HEAD, attend_in_blocks, dense_mask
 
-# On a CPU in bfloat16 the matrix units are so fast that the fused kernel, which works in float32 inside, takes three
-# times as long as plain products over rows this short (two heads of 64, two rows of 512: 5.3 against 1.7 ms).
-# Their scores are kept for the backward pass: 1 KiB a token and head at 512.
+# On a CPU in bfloat16 the fused kernel, which computes in float32, takes three times as long as plain products over
+# rows this short (two heads of 64, two rows of 512: 5.3 against 1.7 ms). Products keep their scores for the backward
+# pass: 1 KiB per token and head at 512.
 LONGEST_IN_PRODUCTS = 512  # tokens
 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs, scale: float, cap: float | None, dropout: float
 ) -> Tensor:
-    """softmax(scale q·k) v over the keys that `inputs` lets each query see; with a cap, cap tanh(scale q·k / cap).
+    """softmax(scale q·k) v over the keys that `inputs` unmasks; with a cap, softmax(cap tanh(scale q·k / cap)) v.
 
     q [batch, heads, new, head_dim], k and v [batch, kv_heads, seen, head_dim or another] → [batch, heads, new, v's].
     """
@@ -59,7 +59,7 @@ def _in_pieces(
 class _Slices(torch.autograd.Function):
     """Slices of [batch, heads, seen, dim] from `bounds[0]` to `bounds[1]`, from `bounds[2]` to `bounds[3]`, ….
 
-    Autograd gives the gradient of each slice the size of the whole, so that many cost the square of the length.
+    Autograd would allocate the gradient of each slice in full size: quadratic cost for many slices.
     """
 
     @staticmethod
@@ -93,7 +93,7 @@ def causal_products(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 def _capped(
     q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs, scale: float, cap: float, dropout: float
 ) -> Tensor:
-    """No fused kernel has a cap everywhere."""
+    """Attention with a cap on scores, as plain products: no fused kernel supports it on all devices."""
     k, v = (_for_every_head(x, q.size(1)) for x in (k, v))
     scores = (cap * torch.tanh(q @ k.mT * (scale / cap))).float()  # [batch, heads, new, seen]
     mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril() if inputs.is_causal else inputs.mask
@@ -101,10 +101,10 @@ def _capped(
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     weights = scores.softmax(-1)
     if inputs.mask is not None:
-        weights = weights * inputs.mask  # padding that may see no key at all reads nothing, as in the fused kernels
+        weights = weights * inputs.mask  # padding without any key reads 0, as in the fused kernels
     return F.dropout(weights.to(v.dtype), dropout) @ v
 
 
 def _for_every_head(x: Tensor, heads: int) -> Tensor:
-    """[batch, kv_heads, ...] → [batch, heads, ...]: each key and value head once for every query head of its group."""
+    """[batch, kv_heads, ...] → [batch, heads, ...]: each key and value head repeated for its query heads."""
     return x if x.size(1) == heads else x.repeat_interleave(heads // x.size(1), dim=1)

@@ -1,4 +1,4 @@
-"""`SLMConfig`: what a user writes and what `config.json` holds, in Hugging Face's names."""
+"""`SLMConfig`: a model's config, with the names of Hugging Face's `config.json`."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from slmkit.model.files.generation_config import read_generation_config
 from slmkit.model.files.published import from_published, to_published
 from slmkit.model.presets import PRESETS
 
-# Fields for a five-line training script: defaults of the trainer, no property of the model, never in config.json.
+# Training fields for short scripts: defaults of the trainer, never written to config.json.
 TRAINING_FIELDS = {
     "learning_rate", "batch_size", "sequence_length", "gradient_clip_norm", "warmup_steps", "use_distillation",
     "distillation_alpha", "distillation_temperature", "generation_config",
 }  # fmt: skip
 
 
-# Read for whatever family by transformers' caches: of one that has no windows here they are refused, not ignored.
+# transformers' caches read these for every family: refused, not ignored, for a family without windows here.
 WINDOWS = {"layer_types", "sliding_window"}
 
 
 @functools.cache
 def _warn_once(line: str) -> None:
-    """A command reads the same file several times."""
+    """Warn once per line: a command reads the same file several times."""
     logging.getLogger(__name__).warning(line)
 
 
@@ -179,7 +179,7 @@ class SLMConfig(Settings):
         of transformers 4 or 5.
 
         Keys that the family's code does not read are ignored, with one warning that lists them. Raises `UserError`
-        where the file is missing or broken, or says of the model what is not supported.
+        if the file is missing or invalid, or the model is not supported.
         """
         path = Path(directory) / "config.json"
         if not path.is_file():
@@ -212,7 +212,7 @@ class SLMConfig(Settings):
         return config.model_copy(update={"generation_config": {} if told == {"do_sample": True} else told})
 
     def for_generation(self) -> dict[str, Any]:
-        """What goes into `generation_config.json`: what stood there, and all that ends a text."""
+        """Content of `generation_config.json`: its previous content, and all ids that end a text."""
         told = self.generation_config or {"do_sample": True}
         ends = {*_listed(told.get("eos_token_id")), *_listed(self.eos_token_id)}
         eos = min(ends, default=None) if len(ends) < 2 else sorted(ends)
@@ -226,25 +226,25 @@ class SLMConfig(Settings):
 
     @property
     def use_cache(self) -> bool:
-        """Part of transformers' configs, and set by its `Trainer`; here the caller of a decoder decides, each time."""
+        """For transformers' `Trainer`, which sets it; here each call of a decoder is given a cache or none."""
         return True
 
     @use_cache.setter
     def use_cache(self, value: bool) -> None: ...
 
     def to_dict(self) -> dict[str, Any]:
-        """What `config.json` holds, under the name that tools written for transformers ask for."""
+        """Content of `config.json`, by the method name that tools for transformers use."""
         return self.published()
 
     def to_json_string(self) -> str:
         return json.dumps(self.published(), indent=2)
 
     def get_text_config(self) -> SLMConfig:
-        """transformers' models of several modalities have one for each; this is a text model's."""
+        """This config. In transformers' multimodal models, the config of the text model."""
         return self
 
     def published(self, dtype: str = "float32") -> dict[str, Any]:
-        """The content of `config.json` beside weights of `dtype`: RoPE both ways, training fields not at all."""
+        """Content of `config.json` for weights of `dtype`, with both spellings of RoPE and without training fields."""
         family = family_of(self.model_type)
         others = optional_fields() - family.fields
         return to_published(self.model_dump(exclude=TRAINING_FIELDS | others), family) | {"dtype": dtype}

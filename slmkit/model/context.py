@@ -1,4 +1,4 @@
-"""What depends on positions and not on weights: rotations and masks, made once a forward, shared by layers."""
+"""Rotations and masks of a forward pass, computed once and shared by layers."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ from slmkit.model.document_attention import block_mask, skips_blocks, window_mas
 from slmkit.model.rope import Rope
 from slmkit.model.rotary import Rotation
 
-# A layer with a window attends in blocks of so many queries, each over the keys that its window reaches: small blocks
-# read few keys that are then masked, large ones take few calls.
+# A layer with a window attends in blocks of this many queries, each over the keys in reach: smaller blocks mask fewer
+# keys, larger ones need fewer calls.
 QUERIES_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A block of queries behind the one before it, and the keys that its window reaches."""
+    """A block of consecutive queries, and the keys that its window reaches."""
 
-    keys: tuple[int, int]  # from the first to behind the last, of those seen
+    keys: tuple[int, int]  # start and end (exclusive) within the seen keys
     mask: Tensor  # [batch or 1, 1, queries, keys], as `AttentionInputs.mask`
 
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """What a layer sees of the text, and how it turns queries and keys (None: not)."""
+    """Mask and rotations (None: no RoPE) of one kind of layer."""
 
     rope_q: Rotation | None = None
     rope_k: Rotation | None = None  # keys before they are cached
-    turn_seen: Rotation | None = None  # all keys that are seen, where their rotation depends on the length of the text
-    mask: Tensor | None = None  # [batch or 1, 1, new, seen], True where a query may look; None: everywhere
-    is_causal: bool = False  # in the place of `mask`: a query sees what is not after it
-    blocks: Any = None  # a `BlockMask` in the place of `mask`, where FlexAttention is used
-    pieces: tuple[Piece, ...] = ()  # in the place of `mask`, where a window is shorter than the text
+    turn_seen: Rotation | None = None  # all seen keys, if their rotation depends on the length of the text
+    mask: Tensor | None = None  # [batch or 1, 1, new, seen], True: may attend; None: everywhere
+    is_causal: bool = False  # instead of `mask`: a query attends to itself and earlier positions
+    blocks: Any = None  # a `BlockMask` instead of `mask`, for FlexAttention
+    pieces: tuple[Piece, ...] = ()  # instead of `mask`, if a window is shorter than the text
 
 
 class Context:
-    """The views of one forward, one for each kind of layer.
+    """The `AttentionInputs` of one forward pass, one for each kind of layer.
 
     A text begins at the first column, after the padding of the cache, or where the number in `documents` [batch,
-    new] changes: positions are counted from there, and nothing before it is seen. No token sees one where
-    `attention_mask` [batch, new] is False.
+    new] changes: positions are counted from there, and earlier columns are masked. Columns where `attention_mask`
+    [batch, new] is False are masked too.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Context:
         turns, new, past = self._turns(kind), self.columns.numel(), self.cache.length if self.cache else 0
         if self.starts is None and self.attention_mask is None:
             if new == 1:
-                return AttentionInputs(*turns)  # the cache holds no more than is seen
+                return AttentionInputs(*turns)  # all keys in the cache are seen
             if past == 0 and (kind.window is None or new <= kind.window):
                 return AttentionInputs(*turns, is_causal=True)
         if self.in_blocks and self.starts is not None:
@@ -83,7 +83,7 @@ class Context:
         return AttentionInputs(*turns, pieces=tuple(self._pieces(kind.window, seen)))
 
     def _turns(self, kind: Layer) -> tuple[Rotation | None, Rotation | None, Rotation | None]:
-        """Of queries, of new keys, and of all keys."""
+        """Rotations of queries, of new keys, and of all keys."""
         if kind.rope is None:
             return None, None, None
         rotation = self._rotation(kind.rope, self.positions)
@@ -105,9 +105,9 @@ class Context:
         return cosines[positions][:, None], sines[positions][:, None]
 
     def _pieces(self, window: int, seen: Tensor) -> Iterator[Piece]:
-        """A block's keys go from the first that its first query sees to its last query's own.
+        """Blocks of queries; a block's keys go from the first that its first query sees to its last query's own.
 
-        The new tokens' keys are the last of `seen`.
+        The new tokens' keys are the last of `seen` [seen].
         """
         new, before = self.columns.numel(), seen.numel() - self.columns.numel()
         for start in range(0, new, QUERIES_AT_ONCE):
@@ -118,7 +118,7 @@ class Context:
     def _mask(
         self, window: int | None, seen: Tensor, queries: slice = slice(None), keys: slice = slice(None)
     ) -> Tensor:
-        """Column k is seen from column q if it is not after q, of the same text, and in the window.
+        """Mask in which query q attends to key k if k is not after q, in the same text and in the window.
 
         `seen` [seen] → [batch or 1, 1, queries, keys].
         """
@@ -134,7 +134,7 @@ class Context:
 
 
 def _starts(documents: Tensor | None, columns: Tensor) -> Tensor | None:
-    """Where the document of each column begins: at the newest change of number.  [batch, new]"""
+    """The first column of each column's document, at the latest change of number.  [batch, new]"""
     if documents is None:
         return None
     changed = documents[:, 1:] != documents[:, :-1]

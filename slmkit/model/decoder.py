@@ -4,9 +4,8 @@
     h = h + attention(norm(h));  h = h + mlp(norm(h))      in every block
     h = norm(h);  logits = h @ head.T
 
-Which norms there are and where, which layers turn, see a window or look through latents: all of it is decided once,
-in `__init__`, from an `Architecture`; `forward` is the formula. The head is applied by whoever needs logits
-(`Decoder.logits`), since a loss rarely needs all of them at once.
+Norms, RoPE, windows and latent attention are chosen in `__init__`, from an `Architecture`; `forward` is the formula.
+The head is applied by the caller (`Decoder.logits`), since a loss rarely needs all logits at once.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from slmkit.model.rotary import Rotary, rotate
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,  # with a gate: SwiGLU
     "gelu": F.gelu,  # with a gate: GeGLU
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),  # GPT-2's name for the next one
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),  # GPT-2's name for gelu_pytorch_tanh
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(),  # ReLU², Primer (arXiv:2109.08668)
@@ -38,7 +37,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Attention(nn.Module):
-    """Causal self-attention in which groups of query heads share a key and a value head (GQA, arXiv:2305.13245)."""
+    """Causal self-attention with grouped key and value heads (GQA, arXiv:2305.13245).  [batch, new, width] → same"""
 
     def __init__(self, a: Architecture, index: int) -> None:
         super().__init__()
@@ -65,7 +64,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """down(activation(up(x))), or with a gate down(activation(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202)."""
+    """down(activation(up(x))), or gated: down(activation(gate(x)) * up(x)) (arXiv:2002.05202).  [..., width] → same"""
 
     def __init__(self, a: Architecture) -> None:
         super().__init__()
@@ -83,7 +82,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention, then MLP, each between its norms and added to the residual stream."""
+    """One layer: attention and MLP with their norms, each added to the residual stream.  [batch, new, width]"""
 
     def __init__(self, a: Architecture, index: int) -> None:
         super().__init__()
@@ -115,8 +114,8 @@ class Decoder(nn.Module):
         self.kind_of_block = [self.kinds.index(layer) for layer in a.layers]
         self.ropes = list(dict.fromkeys(kind.rope for kind in self.kinds if kind.rope is not None))
         self.rotary = nn.ModuleList(Rotary(rope) for rope in self.ropes)
-        # Every n-th block keeps nothing for the backward pass but its input, and is computed a second time there
-        # (activation checkpointing, arXiv:1604.06174); 0: none does.
+        # Every n-th block keeps only its input for the backward pass, and is recomputed there (activation
+        # checkpointing, arXiv:1604.06174); 0: none.
         self.recompute_every = 0
 
     def forward(
@@ -126,12 +125,13 @@ class Decoder(nn.Module):
         documents: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """ids [batch, new] → hidden states [batch, new, width]; with a cache, ids continue what it holds.
+        """ids [batch, new] → hidden states [batch, new, width]; with a cache, ids continue its text.
 
-        `documents` [batch, new], without a cache: a number for each token's document. Attention stays inside a
-        document, and positions start anew in each. `attention_mask` [batch, new], bool, without a cache: False for
+        `documents` [batch, new], without a cache: the number of each token's document. Attention stays inside a
+        document, and positions start at 0 in each. `attention_mask` [batch, new], bool, without a cache: False for
         tokens that no other token may attend to, such as padding; positions count all columns, as in transformers.
-        Raises `UserError` when past and new tokens together are more than the model's positions.
+        Raises `UserError` when past and new tokens together exceed the model's positions, and `ValueError` for
+        `documents` or `attention_mask` with a cache.
         """
         past, new = cache.length if cache else 0, ids.size(1)
         self.architecture.expect(past + new)
@@ -167,7 +167,7 @@ class Decoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are, and the ids it reads must be."""
+        """Device of the weights, on which the ids must be."""
         return self.embedding.weight.device
 
     @property
@@ -176,9 +176,9 @@ class Decoder(nn.Module):
         return self.embedding.weight if self.head is None else self.head.weight
 
     def new_cache(self, batch_size: int, max_length: int, padding: Tensor | None = None) -> KVCache:
-        """An empty cache of the decoder's own device and precision.
+        """An empty cache for `max_length` positions, on the decoder's device and in its precision.
 
-        `padding` [batch]: how many of the first columns of each row are padding, for prompts of different lengths.
+        `padding` [batch]: number of padding columns at the left of each row, for prompts of different lengths.
         """
         weight = self.embedding.weight
         cache = KVCache(self.architecture, batch_size, max_length, weight.device, weight.dtype, padding)

@@ -1,6 +1,6 @@
-"""Attention kept inside documents and windows: FlexAttention skips blocks that are masked whole (arXiv:2412.05496).
+"""Attention within documents and windows: FlexAttention skips fully masked blocks (arXiv:2412.05496).
 
-It is compiled for the GPU. Elsewhere the same masks are tensors, and the outcome the same.
+It is compiled for GPUs. Other devices use the same masks as tensors, with the same result.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# `torch.nn.attention.flex_attention` brings the compiler with it, seconds of import: only where it is used.
+# `torch.nn.attention.flex_attention` imports the compiler, which takes seconds: imported only where it is used.
 BLOCK = 128  # queries and keys of a block, its default
-SMALLEST_HEAD = 16  # channels; its kernels take no smaller ones
+SMALLEST_HEAD = 16  # channels; the least that its kernels support
 
 
 def skips_blocks(device: torch.device) -> bool:
-    """Whether masks of documents and windows are block masks on this device."""
+    """Whether this device uses block masks for documents and windows."""
     return device.type == "cuda"
 
 
 def block_mask(starts: Tensor, window: int | None) -> Any:
-    """Column k is seen from column q if it is not after q, of the same document, and in the window: a `BlockMask`.
+    """`BlockMask` in which query q attends to key k if k is not after q, in the same document and in the window.
 
     `starts` [batch, tokens]: the column in which the document of each column begins.
     """
@@ -39,9 +39,9 @@ def block_mask(starts: Tensor, window: int | None) -> Any:
 
 
 def window_mask(tokens: int, window: int, device: torch.device) -> Any:
-    """Column k is seen from column q if it is not after q, and in the window: a `BlockMask`.
+    """`BlockMask` in which query q attends to key k if k is not after q, and in the window.
 
-    Its blocks follow from the window, while `create_block_mask` computes every element first.
+    Its blocks are computed from the window, while `create_block_mask` would compute every element first.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -59,7 +59,7 @@ def window_mask(tokens: int, window: int, device: torch.device) -> Any:
 
 
 def dense_mask(mask: Any, device: torch.device) -> Tensor:
-    """The same as a tensor.  [batch, 1, tokens, tokens]"""
+    """A `BlockMask` as a tensor.  [batch, 1, tokens, tokens]"""
     from torch.nn.attention.flex_attention import create_mask
 
     batch, _, tokens, seen = mask.shape

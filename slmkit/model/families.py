@@ -1,6 +1,6 @@
-"""The families: a row each, with the table of weight names, the fields that are read, and the spelling of config.json.
+"""The families: one row each, with weight names, supported fields, and the spelling of config.json.
 
-What a family's decoder computes is a function in `architectures.py`.
+The function from a family's config to its `Architecture` is in `architectures.py`.
 """
 
 from __future__ import annotations
@@ -18,38 +18,38 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 @dataclass(frozen=True)
 class Family:
-    """What slmkit knows of a family.
+    """Description of a family.
 
-    `fields` are those of `SLMConfig` that not all families have and this one reads. `defaults` are its own where
-    `SLMConfig`'s would be wrong; a function gets the other fields.
+    `fields` are the optional fields of `SLMConfig` that this family reads. `defaults` replace those of `SLMConfig`; a
+    function is called with the other fields.
     """
 
     class_name: str  # `architectures` in config.json
     names: Names
     fields: frozenset[str] = frozenset()
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    # Of config.json: what a missing key means, our fields that are spelled otherwise, keys with one legal value, and
-    # keys that follow from others (None: read and dropped, never written).
+    # In config.json: values of missing keys, other spellings of our fields, keys with one supported value, and keys
+    # derived from others (None: read and dropped, never written).
     absent: Mapping[str, Any] = field(default_factory=dict)
     spelling: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     derived: Mapping[str, Callable[[dict[str, Any]], Any] | None] = field(default_factory=dict)
-    or_more: tuple[str, ...] = ()  # of `fixed`: a larger number means the same
+    or_more: tuple[str, ...] = ()  # keys of `fixed` for which a larger number means the same
     rope_by_kind: bool = False  # rope_parameters are written once for each kind of layer
-    # Ends of linears' names that peft takes for parts of fused experts: an adapter's file names their weights instead.
+    # Suffixes of linears that peft treats as parts of fused experts: an adapter's file names their weights instead.
     experts_of_peft: tuple[str, ...] = ()
     transposed: tuple[str, ...] = ()  # endings of the names of matrices that are stored [in, out]
 
 
 def family_of(model_type: str) -> Family:
-    """Raises `UserError` for a family that is not supported."""
+    """The family of a `model_type`. Raises `UserError` if it is not supported."""
     if model_type not in FAMILIES:
         raise UserError(f"model_type {model_type!r} is not supported; known: {', '.join(sorted(FAMILIES))}")
     return FAMILIES[model_type]
 
 
 def optional_fields() -> frozenset[str]:
-    """The fields of `SLMConfig` that some families have and others do not."""
+    """The fields of `SLMConfig` that not all families have."""
     return frozenset().union(*(family.fields for family in FAMILIES.values()))
 
 
@@ -59,7 +59,7 @@ def families_with(field_name: str) -> list[str]:
 
 
 def _layer_types(fields: dict[str, Any], full_every: int | None = None) -> list[str] | None:
-    """Layers with the window, every so many of them one without; None where nothing has a window."""
+    """Sliding layers, with every `full_every`-th layer full; None without a window."""
     if not fields["sliding_window"]:
         return None
     layers = range(1, fields["num_hidden_layers"] + 1)
@@ -79,7 +79,7 @@ def _three_of_four_turn(fields: dict[str, Any]) -> list[int]:
 
 
 def _first_sliding(fields: dict[str, Any]) -> int:
-    """The first layer with a window, as Qwen's older configs say which layers have one; the depth where none has."""
+    """Index of the first layer with a window, as in Qwen's older configs; the number of layers if none has one."""
     kinds = fields["layer_types"] or []
     return kinds.index(SLIDING) if SLIDING in kinds else fields["num_hidden_layers"]
 
@@ -100,7 +100,7 @@ _GEMMA_DEFAULTS: dict[str, Any] = {
     "query_pre_attn_scalar": 256,
 }
 _GEMMA_ABSENT: dict[str, Any] = {"rms_norm_eps": 1e-6, "sliding_window": 4096, "head_dim": 256}
-# Experts are not supported: every layer is dense, and what experts there would be is never asked for.
+# Experts are not supported: every layer is dense, and the keys that describe experts are ignored.
 _EXPERTS = (
     "n_routed_experts", "n_shared_experts", "n_group", "topk_group", "topk_method", "num_experts_per_tok",
     "moe_intermediate_size", "moe_layer_freq", "norm_topk_prob", "routed_scaling_factor", "scoring_func", "seq_aux",
@@ -196,7 +196,7 @@ FAMILIES: dict[str, Family] = {
         defaults=_GEMMA_DEFAULTS | {"layer_types": _one_in(6), "rope_parameters": _bases(full=1e6, sliding=1e4)},
         absent=_GEMMA_ABSENT | {"rope_theta": 1e6, "rope_local_base_freq": 1e4},
         spelling={"hidden_act": "hidden_activation"},
-        # The reference reads a cap of scores and never applies it.
+        # The reference reads attn_logit_softcapping and never applies it.
         fixed={"attn_logit_softcapping": None, "use_bidirectional_attention": False},
         rope_by_kind=True,
     ),

@@ -1,4 +1,4 @@
-"""Initial weights: all of them, in one place."""
+"""Initial weights, and growth of the vocabulary."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from slmkit.model.decoder import Attention, Decoder
 
 
 def build_decoder(config: SLMConfig, seed: int = 0, initialization: str = "gpt2") -> Decoder:
-    """A decoder with fresh weights; the same seed gives the same weights whatever was drawn before.
+    """A decoder with new weights, which depend only on config, `seed` and `initialization`.
 
     `initialization` is a name in `INITIALIZATIONS`. Raises `UserError` for another one.
     """
@@ -26,7 +26,7 @@ def build_decoder(config: SLMConfig, seed: int = 0, initialization: str = "gpt2"
 
 
 def gpt2(decoder: Decoder, config: SLMConfig, generator: torch.Generator) -> None:
-    """Normal weights of one standard deviation, less where a block adds to the residual stream (GPT-2)."""
+    """Normal weights of one standard deviation, scaled down where a block adds to the residual stream (GPT-2)."""
     residual_std = config.initializer_range / (2 * config.num_hidden_layers) ** 0.5
     for name, parameter in decoder.named_parameters():
         if name.endswith(("attention.out.weight", "mlp.down.weight")):
@@ -36,16 +36,16 @@ def gpt2(decoder: Decoder, config: SLMConfig, generator: torch.Generator) -> Non
             nn.init.normal_(parameter, std=config.initializer_range, generator=generator)
         elif name.endswith("bias"):
             nn.init.zeros_(parameter)
-    # The weights of norms are left as they were made: they change nothing.
+    # Weights of norms keep their neutral values.
 
 
 def copying(decoder: Decoder, config: SLMConfig, generator: torch.Generator) -> None:
-    """Attention that repeats what it looks at, so that a small model soon learns where to look.
+    """Attention that starts as copying, so that a small model soon learns where to attend.
 
     The output projection starts as the transpose of the value projection: their product is near the identity, and
     with tied embeddings a head then raises the probability of the tokens it attends to (mimetic initialization,
-    Trockman & Kolter 2023, arXiv:2305.09828). Larger embeddings keep tokens apart while all of them are pushed the
-    same way in the first steps.
+    Trockman & Kolter 2023, arXiv:2305.09828). Larger embeddings keep tokens apart while the first
+    steps move all of them in the same direction.
     """
     gpt2(decoder, config, generator)
     nn.init.normal_(decoder.embedding.weight, std=0.3, generator=generator)
@@ -69,22 +69,21 @@ INITIALIZATIONS: dict[str, Callable[[Decoder, SLMConfig, torch.Generator], None]
 def grow_vocabulary(
     decoder: Decoder, config: SLMConfig, pieces: Mapping[int, Sequence[int]]
 ) -> tuple[Decoder, SLMConfig]:
-    """The same model with rows for further tokens in its embedding, and in its head where that is not tied to it.
+    """The model with rows for further tokens in its embedding, and in its head if untied.
 
-    `pieces` names for each new id the ids that its spelling was made of before; they must follow on the rows that there
-    are, or stand in rows that no token has used (many models have some to spare). A new row is the mean of its pieces'
-    rows, in both matrices, as in Fast Vocabulary Transfer (Gee et al. 2022, arXiv:2402.09977): a word of ordinary text
-    means about what its pieces did, and even the names of a chat template's tokens (`user`, `start`, `end`) tell one
-    from another.
+    `pieces` maps each new id to the ids that its spelling was encoded as before. New ids must follow the existing rows
+    without a gap, or be in unused rows. A new row is the mean of its pieces' rows, in both matrices, as in Fast
+    Vocabulary Transfer (Gee et al. 2022, arXiv:2402.09977): a word means about what its pieces did, and even tokens of
+    a chat template differ by their names (`user`, `start`, `end`).
 
-    It disturbs little of what the model says. A mean of logits exponentiates to the geometric mean of the pieces'
-    probabilities, so that before training a new token takes no more of the probability than the mean of its pieces has;
-    random rows may take nearly all of it (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language
-    Models", shows this for the mean of all rows). No noise is added: tokens of equal pieces are told apart by their
-    first gradient. `benchmarks/growth.py` compares it with the mean of all rows and with random ones: after 60 steps
-    on a small model the three are within 1 % of one another, and none is ahead on both of its tasks.
+    Predictions change little: a mean of logits exponentiates to the geometric mean of the pieces' probabilities, so
+    that before training a new token has no more probability than the mean of its pieces; random rows may take nearly
+    all of it (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models", shows this for the mean
+    of all rows). No noise is added: the first gradient separates tokens of equal pieces. `benchmarks/growth.py`
+    compares it with the mean of all rows and with random ones: after 60 steps on a small model the three are within 1 %
+    of one another, and none is ahead on both of its tasks.
 
-    `decoder` is left as it is; all but the grown matrices is shared with it. Raises `UserError` for ids with a gap.
+    `decoder` is unchanged and shares all but the grown matrices. Raises `UserError` for ids with a gap.
     """
     size = max([config.vocab_size, *(index + 1 for index in pieces)])
     missing = set(range(config.vocab_size, size)) - pieces.keys()

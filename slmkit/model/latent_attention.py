@@ -1,11 +1,11 @@
-"""Multi-head latent attention: what is cached of a position is one short latent instead of every head's key and value.
+"""Multi-head latent attention: the cache holds one short latent per position instead of every head's key and value.
 
-    latent, turned key = latent(x)                                      cached: kv_rank + rope_dim numbers
+    latent, rotary key = latent(x)                                      cached: kv_rank + rope_dim numbers
     plain key, value of each head = key_value(norm(latent))
-    score = plain query · plain key + turned query · turned key
+    score = plain query · plain key + rotary query · rotary key
 
-DeepSeek-V2 (arXiv:2405.04434), section 2.1. RoPE cannot pass through the projection from the latent, so it turns
-channels of its own, whose key all heads share.
+DeepSeek-V2 (arXiv:2405.04434), section 2.1. RoPE does not commute with the projection from the latent, so it is applied
+to separate channels, whose key all heads share.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from slmkit.model.context import AttentionInputs
 from slmkit.model.norms import RMSNorm
 from slmkit.model.rotary import rotate
 
-EPS = 1e-6  # of the norms on latents, whatever that of the others
+EPS = 1e-6  # of the norms on latents, independent of `rms_norm_eps`
 
 
 class LatentAttention(nn.Module):
-    """Causal self-attention over latents. Decoding never expands them: see `_absorbed`."""
+    """Causal self-attention over latents, which decoding does not expand.  [batch, new, width] → same"""
 
     def __init__(self, a: Architecture, latent: Latent, index: int) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class LatentAttention(nn.Module):
     def _expanded(
         self, q_plain: Tensor, q_turned: Tensor, latent: Tensor, k_turned: Tensor, inputs: AttentionInputs
     ) -> Tensor:
-        """Every head's keys and values written out: fewest operations where many positions are read at once."""
+        """Attention with every head's keys and values computed: fewest FLOPs when many positions are read at once."""
         expanded = self.key_value(latent[:, 0]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k_plain, v = expanded.split([self.sizes.plain_dim, self.sizes.value_dim], dim=-1)  # [batch, heads, seen, …]
         k = torch.cat((k_plain, k_turned.to(k_plain.dtype).expand(-1, self.heads, -1, -1)), dim=-1)
@@ -73,7 +73,7 @@ class LatentAttention(nn.Module):
     def _absorbed(
         self, q_plain: Tensor, q_turned: Tensor, latent: Tensor, k_turned: Tensor, inputs: AttentionInputs
     ) -> Tensor:
-        """q · (W_k latent) = (W_k^T q) · latent: the latents are read as they are, a key for all heads."""
+        """q · (W_k latent) = (W_k^T q) · latent: attention over the latents, which are one key for all heads."""
         weight = self.key_value.weight.unflatten(0, (self.heads, -1))  # [heads, plain_dim + value_dim, kv_rank]
         to_key, to_value = weight.split([self.sizes.plain_dim, self.sizes.value_dim], dim=1)
         q = torch.cat((q_plain @ to_key, q_turned), dim=-1)  # [batch, heads, 1, kv_rank + rope_dim]
@@ -81,5 +81,5 @@ class LatentAttention(nn.Module):
         return attend(q, k, latent, inputs, self.scale, None, 0.0) @ to_value.mT
 
     def _halves(self, x: Tensor) -> Tensor:
-        """Channels in the order in which `rotate` pairs them."""
+        """x [..., rope_dim] with channels in the order in which `rotate` pairs them."""
         return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) if self.sizes.neighbours_turn else x

@@ -1,4 +1,4 @@
-"""Norms: what keeps the residual stream in bounds."""
+"""RMSNorm and LayerNorm."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from slmkit.model.architecture import Architecture
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axes, in float32 (Zhang & Sennrich 2019, arXiv:1910.07467).
+    """x / rms(x) * weight over the last axes, in float32 (Zhang & Sennrich 2019, arXiv:1910.07467).  [...] → [...]
 
-    Over (heads, head_dim) it normalises all heads together, over (head_dim) each by itself. The weight is flat.
+    Over (heads, head_dim) it normalises all heads together, over (head_dim) each separately. The weight is 1-D.
     """
 
     def __init__(self, *shape: int, eps: float, offset: float = 0.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.full((math.prod(shape),), 1 - offset))
-        self.shape, self.eps, self.offset = shape, eps, offset  # offset: what is added to the weight
+        self.shape, self.eps, self.offset = shape, eps, offset  # offset: added to the weight
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.float() + self.offset if self.offset else self.weight.float()
@@ -28,7 +28,7 @@ class RMSNorm(nn.Module):
 
 
 def make_norm(a: Architecture, *shape: int, present: bool = True) -> nn.Module:
-    """The architecture's norm over the last axes; a norm that it does not have is an Identity."""
+    """The architecture's norm over the last axes; an Identity if not `present`."""
     if not present:
         return nn.Identity()
     if a.norm == "layer":

@@ -1,4 +1,4 @@
-"""Shapes with a name: the published sizes, and slmkit's own."""
+"""Presets: the published sizes, and slmkit's own."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _LLAMA3_ROPE = {
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # 1.4 M parameters: learns the built-in stories in minutes on two CPU cores. Nearly every word of theirs is one
-    # token of 4,096, and heads of 64 channels take a fifth less time there than heads of 32.
+    # 1.4 M parameters: learns the built-in stories in minutes on two CPU cores. With 4,096 tokens nearly every word
+    # is one token, and heads of 64 channels take a fifth less time than heads of 32.
     "quickstart": {
         "vocab_size": 4_096, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
         "num_attention_heads": 2, "max_position_embeddings": 512,
@@ -51,7 +51,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 12, "max_position_embeddings": 1_024,
         "attention_dropout": 0.1, "hidden_dropout": 0.1, "bos_token_id": 50_256, "eos_token_id": 50_256,
     },
-    # 30.0 M parameters, 19.3 M of them in the embedding: what it has of SmaLLM's 60 M, whose embeddings are tied.
+    # 30.0 M parameters, 19.3 M of them in the tied embedding.
     "smallm-60m": {
         "model_type": "gpt2", "vocab_size": 50_257, "hidden_size": 384, "num_hidden_layers": 6,
         "num_attention_heads": 6, "max_position_embeddings": 128,

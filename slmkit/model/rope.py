@@ -1,7 +1,7 @@
-"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), and its ways to texts longer than it was trained on.
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), and its scalings for longer texts than in training.
 
-Channel pair i of a head turns by theta^(-2i / dim) radians a position. A scaling changes those frequencies, so that
-positions never seen in training give angles that were.
+Channel pair i of a head is rotated by theta^(-2i / dim) radians per position. A scaling lowers those frequencies, so
+that new positions have angles known from training.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from slmkit.config import UserError, did_you_mean
 
 @dataclass(frozen=True)
 class Linear:
-    """Every channel turns `factor` times slower (Chen et al. 2023, arXiv:2306.15595)."""
+    """Divides all frequencies by `factor` (Chen et al. 2023, arXiv:2306.15595)."""
 
     factor: float
 
@@ -31,10 +31,10 @@ class Linear:
 
 @dataclass(frozen=True)
 class Llama3:
-    """Slow channels turn `factor` times slower, fast ones as before, those between by a smooth mixture of both.
+    """Divides low frequencies by `factor`, keeps high ones, and interpolates those between.
 
-    Slow and fast are told by how many whole turns a channel makes within the original context: fewer than
-    `low_freq_factor` or more than `high_freq_factor` (Llama 3.1's reference implementation).
+    A frequency is low or high if the channel makes fewer than `low_freq_factor` or more than `high_freq_factor` turns
+    within the original context (Llama 3.1's reference implementation).
     """
 
     factor: float
@@ -45,24 +45,24 @@ class Llama3:
     def stretch(self, frequencies: Tensor, theta: float, dim: int) -> Tensor:
         turns = self.original_max_position_embeddings * frequencies / (2 * math.pi)
         low, high = self.low_freq_factor, self.high_freq_factor
-        kept = ((turns - low) / (high - low)).clamp(0, 1)  # 1: as before, 0: stretched in full
+        kept = ((turns - low) / (high - low)).clamp(0, 1)  # 1: unchanged, 0: divided by factor
         return kept * frequencies + (1 - kept) * frequencies / self.factor
 
 
 @dataclass(frozen=True)
 class Yarn:
-    """As Llama3, with a ramp over channels instead of turns, and longer queries and keys (arXiv:2309.00071).
+    """As Llama3, with a ramp over channels instead of turns, and scaled queries and keys (arXiv:2309.00071).
 
-    Channels that turn more than `beta_fast` times within the original context are kept, those that turn less than
-    `beta_slow` times are stretched by `factor`.
+    Frequencies of more than `beta_fast` turns within the original context are kept, those of fewer than `beta_slow`
+    turns are divided by `factor`.
     """
 
     factor: float
     original_max_position_embeddings: int
     beta_fast: float = 32.0
     beta_slow: float = 1.0
-    truncate: bool = True  # the ramp begins and ends at whole channels
-    attention_factor: float | None = None  # None: from the three below it
+    truncate: bool = True  # round the ramp's ends to whole channels
+    attention_factor: float | None = None  # None: computed from factor, mscale and mscale_all_dim
     mscale: float | None = None
     mscale_all_dim: float | None = None
 
@@ -76,12 +76,12 @@ class Yarn:
         return kept * frequencies + (1 - kept) * frequencies / self.factor
 
     def _channel(self, turns: float, theta: float, dim: int) -> float:
-        """The (fractional) channel that turns so many times within the original context."""
+        """The (fractional) channel that makes `turns` turns within the original context."""
         return dim * math.log(self.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     @property
     def length(self) -> float:
-        """What cosines and sines are multiplied by: scores grow sharper as there is more to choose from."""
+        """Factor on cosines and sines, which sharpens attention in longer contexts."""
         if self.attention_factor is not None:
             return self.attention_factor
         if self.mscale and self.mscale_all_dim:
@@ -96,9 +96,9 @@ def yarn_growth(factor: float, mscale: float = 1.0) -> float:
 
 @dataclass(frozen=True)
 class DynamicNTK:
-    """A base that grows with the text once it is longer than `original` (arXiv:2309.00071, section 3.3).
+    """A base that grows with the text once it is longer than `original` positions (arXiv:2309.00071, section 3.3).
 
-    The only scaling whose frequencies depend on the text: what was read is turned anew at every position.
+    The only scaling whose frequencies depend on the text's length: cached keys are rotated again at every position.
     """
 
     factor: float
@@ -115,7 +115,7 @@ Scaling = Linear | Llama3 | Yarn | DynamicNTK
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary positions of a layer, over `dim` channels of each head."""
+    """RoPE of a layer, over `dim` channels of each head."""
 
     theta: float
     dim: int
@@ -126,7 +126,7 @@ class Rope:
         return isinstance(self.scaling, DynamicNTK)
 
     def frequencies(self) -> Tensor:
-        """How far each pair of channels turns per position, in radians; dynamic NTK's before it grows.  [dim / 2]"""
+        """Frequency of each pair of channels, in radians per position; for dynamic NTK the unscaled one.  [dim / 2]"""
         frequencies = 1.0 / self.theta ** (channels(self.dim) / self.dim)
         if self.scaling is None or isinstance(self.scaling, DynamicNTK):
             return frequencies
@@ -135,7 +135,7 @@ class Rope:
 
 def channels(dim: int) -> Tensor:
     """The first channel of each pair.  [dim / 2]"""
-    import torch  # here, since whoever checks a config does not wait for it
+    import torch  # here, so that checking a config does not import torch
 
     return torch.arange(0, dim, 2, dtype=torch.float32)
 
@@ -145,9 +145,9 @@ _SCALINGS: dict[str, type[Linear | Llama3 | Yarn]] = {"linear": Linear, "llama3"
 
 
 def rope_of(parameters: dict[str, Any], kind: str, dim: int, max_positions: int) -> Rope:
-    """The rotation of layers of a kind (`full_attention`, `sliding_attention`), where kinds differ in it.
+    """The `Rope` of layers of a kind (`full_attention`, `sliding_attention`).
 
-    Raises `UserError` for an unknown `rope_type`, and for a number that it needs and lacks or does not know.
+    Raises `UserError` for an unknown `rope_type`, and for missing or unknown keys.
     """
     own = dict(parameters.get(kind, parameters))
     rope_type, theta = own.pop("rope_type", "default"), float(own.pop("rope_theta", 10_000.0))
@@ -156,7 +156,7 @@ def rope_of(parameters: dict[str, Any], kind: str, dim: int, max_positions: int)
         _refuse_others(where, own, set())
         return Rope(theta, dim)
     if rope_type == "dynamic":
-        # transformers takes max_position_embeddings for the original length, whatever this key says.
+        # transformers uses max_position_embeddings as the original length and ignores this key.
         _refuse_others(where, own, {"factor", "original_max_position_embeddings"})
         return Rope(theta, dim, DynamicNTK(_factor(where, own), max_positions))
     if rope_type not in _SCALINGS:
@@ -167,7 +167,7 @@ def rope_of(parameters: dict[str, Any], kind: str, dim: int, max_positions: int)
 def _scaling(where: str, kind: type[Linear | Llama3 | Yarn], own: dict[str, Any], max_positions: int) -> Scaling:
     fields = {field.name: field for field in dataclasses.fields(kind)}
     _refuse_others(where, own, set(fields))
-    given = {name: value for name, value in own.items() if value is not None}  # null: as if it were not there
+    given = {name: value for name, value in own.items() if value is not None}  # null counts as absent
     original = "original_max_position_embeddings"
     if original in fields:
         given.setdefault(original, max_positions)

@@ -1,4 +1,4 @@
-"""Rotary positions as the decoder applies them: cosines and sines of a `Rope`, and queries and keys turned by them."""
+"""Application of RoPE: cosines and sines of a `Rope`, and rotation of queries and keys."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Rotary(nn.Module):
         self.register_buffer("frequencies", rope.frequencies(), persistent=False)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Rotary:
-        """After `to_empty`, `to` or `half`: computed again in float32, since no file holds the frequencies."""
+        """Recompute the frequencies in float32 after `to_empty`, `to` or `half`: they are in no file."""
         super()._apply(*args, **kwargs)
         self._compute(self.frequencies.device)
         return self
@@ -32,8 +32,8 @@ class Rotary(nn.Module):
             self.frequencies = self.rope.frequencies().to(device)
 
     def forward(self, positions: Tensor, length: Tensor) -> Rotation:
-        """positions [batch or 1, sequence], length [batch or 1] of the whole text; float32 under autocast too."""
-        if self.frequencies.is_meta and not positions.is_meta:  # built there, and its weights were assigned
+        """positions [batch or 1, sequence], length [batch or 1] of the whole text → `Rotation`, in float32."""
+        if self.frequencies.is_meta and not positions.is_meta:  # built on meta, then weights assigned
             self._compute(positions.device)
         frequencies = self.frequencies  # [dim / 2]
         if isinstance(self.rope.scaling, DynamicNTK):
@@ -47,7 +47,7 @@ class Rotary(nn.Module):
 
 
 def rotate(x: Tensor, rotation: Rotation | None) -> Tensor:
-    """Turn channel i together with channel i + dim / 2, as Hugging Face's weights expect; None turns nothing.
+    """Rotate channels i and i + dim / 2 as a pair, as Hugging Face's weights expect; None: x unchanged.
 
     x [batch, heads, sequence, dim] → the same shape and precision.
     """

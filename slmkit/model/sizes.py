@@ -1,4 +1,4 @@
-"""How large a model is: parameters, operations a token and bytes of its KV cache, from its architecture alone."""
+"""Parameters, FLOPs per token and KV cache bytes of a model, from its architecture."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from slmkit.model.architecture import Architecture, Layer
 from slmkit.model.context import QUERIES_AT_ONCE
 from slmkit.model.decoder import Decoder
 
-# Positions that have their logits together where nothing is learned: half a gibibyte of float32 with 262,144 tokens.
+# Positions whose logits are computed at once outside of training: 512 MiB of float32 with 262,144 tokens.
 LOGITS_AT_ONCE = 512
 
 
 def parameters_by_module(a: Architecture) -> dict[str, int]:
-    """Parameters of each kind of module, all layers together. A head that is tied costs nothing of its own."""
+    """Parameters of each kind of module, summed over layers. A tied head counts as 0."""
     norm = 2 * a.width if a.norm == "layer" else a.width  # LayerNorm has a bias
     norms_of_a_block = 4 if a.norm_at == "both" else 2
     sizes = {
@@ -73,11 +73,11 @@ def _mlp(a: Architecture) -> int:
 
 @dataclass(frozen=True)
 class Flops:
-    """Operations a token when `length` tokens are read at once: a product of matrices counts two for each multiply-add.
+    """FLOPs per token when `length` tokens are read at once: two per multiply-add of a matrix product.
 
-    Everything else (norms, activations, softmax, rotations) is less than a hundredth at any useful size, and is not
-    counted. Attention is counted over the whole row for every query, as its products are computed; with a window, over
-    the keys that a block of queries reaches.
+    Norms, activations, softmax and rotations are less than 1 % at any useful size, and not counted. Attention is
+    counted over the whole row for every query, as its products are computed; with a window, over the keys that a block
+    of queries reaches.
     """
 
     matrices: int
@@ -89,12 +89,12 @@ class Flops:
 
     @property
     def backward(self) -> int:
-        """Each product has two in the backward pass: for the gradient of either factor."""
+        """FLOPs of the backward pass: two products for each one of the forward pass."""
         return 2 * self.forward
 
 
 def flops_per_token(a: Architecture, length: int) -> Flops:
-    """Forward operations a token in rows of `length`; the head included, the embedding (a look-up) not."""
+    """Forward FLOPs per token in rows of `length` tokens, with the head, without the embedding (a look-up)."""
     weights = {name: n for name, n in parameters_by_module(a).items() if name in ("attention", "mlp")}
     biases_and_norms = a.depth * (_biases(a) + _norms_in_attention(a))
     matrices = 2 * (sum(weights.values()) - biases_and_norms + a.vocab_size * a.width)
@@ -106,7 +106,7 @@ def flops_per_token(a: Architecture, length: int) -> Flops:
 
 
 def _biases(a: Architecture) -> int:
-    """Numbers of a block's biases, which are added and not multiplied."""
+    """Number of a block's bias parameters."""
     mlp = (2 if a.gated_mlp else 1) * a.mlp_width + a.width if a.mlp_bias else 0
     out = a.width if a.out_bias else 0
     if a.latent is not None:
@@ -123,15 +123,15 @@ def _norms_in_attention(a: Architecture) -> int:
 
 @dataclass(frozen=True)
 class CacheSize:
-    """Bytes of the KV cache of one row: what each further token adds, and what windows hold once they are full."""
+    """Bytes of the KV cache of one row: per further token, and of full windows."""
 
     per_token: int
     of_windows: int
-    at_length: int  # of all layers, at the length that was asked for
+    at_length: int  # of all layers, at the given length
 
 
 def cache_size(a: Architecture, length: int, bytes_per_number: int = 2) -> CacheSize:
-    """How much room the keys and values of one row of `length` tokens take."""
+    """Bytes of the keys and values of one row of `length` tokens."""
     heads, key_dim, value_dim = a.cached_per_position
     per_layer = heads * (key_dim + value_dim) * bytes_per_number
     windows = [layer.window for layer in a.layers if layer.window is not None]
@@ -141,7 +141,7 @@ def cache_size(a: Architecture, length: int, bytes_per_number: int = 2) -> Cache
 
 
 def cache_variants(a: Architecture) -> Mapping[str, Architecture]:
-    """The same heads with their keys and values shared less or more, and without windows, to compare caches by."""
+    """The architecture with other numbers of KV heads, and without windows, to compare cache sizes."""
     open_layers = tuple(Layer(rope=layer.rope) for layer in a.layers)
     head_dim = a.head_dim if a.latent is None else a.latent.plain_dim
     plain = replace(a, latent=None, head_dim=head_dim, layers=open_layers)
@@ -153,6 +153,6 @@ def cache_variants(a: Architecture) -> Mapping[str, Architecture]:
 
 
 def count_parameters(a: Architecture) -> int:
-    """Counted on the modules themselves, which takes no memory; `parameter_count` is the arithmetic."""
+    """Parameters counted on the modules of a meta model; `parameter_count` computes them."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in Decoder(a).parameters())

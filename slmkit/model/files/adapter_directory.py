@@ -1,4 +1,4 @@
-"""An adapter on disk, as far as its base is concerned: which model it belongs to."""
+"""Adapter directories: finding them and their base models, and the settings of LoRA."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def is_adapter(directory: str | Path) -> bool:
 
 
 def find_adapter(path: str | Path) -> Path:
-    """As `find_model_directory`. Raises `UserError` also where a whole model is found."""
+    """The directory of an adapter, as `find_model_directory`. Raises `UserError` also for a whole model."""
     directory = find_model_directory(path)
     if not is_adapter(directory):
         raise UserError(f"{directory}: a model and no adapter: expected a directory with an adapter_config.json")
@@ -30,10 +30,10 @@ def find_adapter(path: str | Path) -> Path:
 
 
 def base_of(directory: str | Path) -> Path:
-    """The directory of an adapter's base; a relative path counts from the adapter, else from where one is, else it
-    is a name of the hub.
+    """The directory of an adapter's base: a path relative to the adapter or to the working directory, or a name on
+    the hub.
 
-    Raises `UserError` where the adapter does not name its base, or that is not there.
+    Raises `UserError` if the adapter does not name its base, or the base does not exist.
     """
     path = Path(directory) / ADAPTER_CONFIG
     try:
@@ -43,7 +43,7 @@ def base_of(directory: str | Path) -> Path:
         raise UserError(f"{path}: not a readable adapter_config.json: {error}") from None
     if not isinstance(named, str) or not named:
         raise UserError(f"{path}: does not say which model it adapts: put its directory in base_model_name_or_path")
-    of_its_run = Path(directory).resolve().parents[1] / "base"  # where the folder of a run was moved as a whole
+    of_its_run = Path(directory).resolve().parents[1] / "base"  # for a run whose folder was moved
     for base in (Path(directory) / named, Path(named), of_its_run):
         if (base / "config.json").is_file():
             return base.resolve()
@@ -60,7 +60,7 @@ def base_of(directory: str | Path) -> Path:
 
 
 def config_directory(directory: str | Path) -> Path:
-    """Where the `config.json` of a model directory or of an adapter's base is. Raises `UserError` as `base_of`."""
+    """The directory with the `config.json` of a model or an adapter's base. Raises `UserError` as `base_of`."""
     return base_of(directory) if is_adapter(directory) else Path(directory)
 
 
@@ -87,7 +87,7 @@ class LoRASettings(Settings):
 
     @property
     def scale(self) -> float:
-        """What a layer's update is multiplied by."""
+        """Factor on a layer's update."""
         return scale_of(self.lora_alpha, self.r, self.use_rslora)
 
 

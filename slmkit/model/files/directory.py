@@ -29,9 +29,9 @@ def save_decoder(
 ) -> None:
     """Write the model's files into `directory`, tensors under the reference implementation's names.
 
-    `weights` are the tensors to write where they are not the decoder's own, as when each process holds a share.
+    `weights` replace the decoder's own tensors, for example if each process holds a shard.
 
-    Files are written in place: for a write that a crash cannot tear, write into a fresh directory and rename it.
+    Files are written in place: for an atomic write, write into a new directory and rename it.
     Raises `UserError` when the disk is full or cannot be written.
     """
     directory = Path(directory)
@@ -49,17 +49,17 @@ def save_decoder(
 
 
 def write_configs(config: SLMConfig, directory: Path, dtype: str = "float32") -> None:
-    """Write `config.json` and `generation_config.json`; `dtype` is what the weights beside them are stored in."""
+    """Write `config.json` and `generation_config.json`; `dtype` is that of the stored weights."""
     files = {"config.json": config.published(dtype), "generation_config.json": config.for_generation()}
     for name, content in files.items():
         (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def load_decoder(directory: str | Path, device: torch.device | str = "cpu") -> tuple[Decoder, SLMConfig]:
-    """Read a model directory, in one file or in shards, in float32 whatever it was stored in. Loading is strict.
+    """Read a model directory, in one file or in shards, and convert it to float32. Loading is strict.
 
-    Raises `UserError` for a missing or truncated file, and by name for a tensor that is missing, unexpected, misshapen
-    or has a number that is NaN or infinite.
+    Raises `UserError` for a missing or truncated file, and by name for a tensor that is missing, unexpected, of a
+    wrong shape, or has a NaN or infinite value.
     """
     config = SLMConfig.from_pretrained(directory)
     decoder = empty_decoder(config)
@@ -74,7 +74,7 @@ def load_decoder(directory: str | Path, device: torch.device | str = "cpu") -> t
 
 
 def read_state(directory: str | Path, config: SLMConfig) -> dict[str, Tensor]:
-    """The state of a decoder, whatever its numbers are: those of a run that broke are what one wants to look at.
+    """The state of a decoder, without the check for NaN and infinity, to inspect runs that diverged.
 
     Raises `UserError` as `load_decoder` does for everything else.
     """
@@ -87,7 +87,7 @@ def read_state(directory: str | Path, config: SLMConfig) -> dict[str, Tensor]:
 def _read(
     directory: str | Path, decoder: Decoder, config: SLMConfig, device: torch.device | str
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Each stored tensor's file and name, and the tensors of ours that it holds, in float32."""
+    """Yields each stored tensor's file and name, and our tensors that it holds, in float32."""
     family = family_of(config.model_type)
     tensors = open_weights(directory, decoder, family)
     shapes = {name: tensor.shape for name, tensor in decoder.state_dict().items()}
@@ -98,7 +98,7 @@ def _read(
 
 
 def open_weights(directory: str | Path, decoder: Decoder, family: Family) -> dict[str, StoredTensor]:
-    """The tensors of a model directory, by their names on disk, before any is read: all that `decoder` has, no other.
+    """The unread tensors of a model directory, by their names on disk: exactly those of `decoder`.
 
     Raises `UserError` as `load_decoder` does.
     """
@@ -110,7 +110,7 @@ def open_weights(directory: str | Path, decoder: Decoder, family: Family) -> dic
 
 
 def empty_decoder(config: SLMConfig) -> Decoder:
-    """A decoder on the meta device: all its names and shapes, and no memory."""
+    """A decoder on the meta device: names and shapes without memory."""
     with torch.device("meta"):
         return Decoder(architecture_of(config))
 
@@ -125,24 +125,24 @@ def stored_names(state: Iterable[str], family: Family) -> dict[str, list[str]]:
 
 
 def reference_name(module: str, family: Family) -> str:
-    """What the reference implementation calls a module of ours."""
+    """The reference implementation's name of a module of ours."""
     number = next((part for part in module.split(".") if part.isdigit()), "")
     return family.names[module.replace(f".{number}.", ".{}.") if number else module].format(number)
 
 
 def to_disk(family: Family, name: str, parts: list[Tensor]) -> Tensor:
-    """The tensor that is stored under the reference's name, of the parts that it fuses."""
+    """The tensor stored under the reference's name: `parts` [out, in] or [out], concatenated along `out`."""
     tensor = parts[0].detach() if len(parts) == 1 else torch.cat([part.detach() for part in parts])
     return (tensor.T if name.endswith(family.transposed) else tensor).contiguous()
 
 
 def from_disk(family: Family, name: str, tensor: Tensor) -> Tensor:
-    """A stored tensor, [out, in] where it is a matrix; what is fused lies below each other."""
+    """A stored tensor in our layout: matrices as [out, in], fused parts concatenated along `out`."""
     return tensor.T if name.endswith(family.transposed) else tensor
 
 
 def _open(directory: Path) -> tuple[Path, dict[str, StoredTensor]]:
-    """All tensors of a directory, and the file to name where one of them is wrong."""
+    """All tensors of a directory, and the file to name in errors."""
     path, index = directory / WEIGHTS, directory / SHARDS
     if path.is_file() or not index.is_file():
         return path, stored_tensors(path)
@@ -158,7 +158,7 @@ def _open(directory: Path) -> tuple[Path, dict[str, StoredTensor]]:
 
 
 def _forgive(path: Path, decoder: Decoder, wanted: dict[str, list[str]], tensors: dict[str, StoredTensor]) -> None:
-    """Drop what some tools store besides the weights, and put in front what they leave off of names."""
+    """Drop constants that some tools store, and add prefixes that they omit from names, in place."""
     for name in [name for name in tensors if name.endswith(CONSTANTS)]:
         del tensors[name]
     embedding = next(theirs for theirs, ours in wanted.items() if ours == ["embedding.weight"])
@@ -178,7 +178,7 @@ def _forgive(path: Path, decoder: Decoder, wanted: dict[str, list[str]], tensors
 def _check(
     path: Path, decoder: Decoder, family: Family, wanted: dict[str, list[str]], tensors: dict[str, StoredTensor]
 ) -> None:
-    """Every tensor the decoder has, no other, and each of the right shape."""
+    """Raises `UserError` unless the tensors are exactly the decoder's, each of the right shape."""
     missing = sorted(set(wanted) - set(tensors))
     unexpected = sorted(set(tensors) - set(wanted))
     for problem, names in (("missing", missing), ("unexpected", unexpected)):

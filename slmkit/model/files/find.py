@@ -1,4 +1,4 @@
-"""Runs and presets by name. Nothing heavy is imported here: commands ask before they load anything."""
+"""Runs and presets by name. Imports no torch: commands call it first."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = [
 
 
 def free_path(wanted: str | Path) -> Path:
-    """`wanted`, or `wanted-2`, `-3`… where that name is taken."""
+    """`wanted`, or `wanted-2`, `-3`… if that name is taken."""
     path, number = Path(wanted), 1
     while path.exists():
         number += 1
@@ -38,13 +38,13 @@ def find_run(path: str | Path) -> Path:
 
 
 def run_of(model: str | Path) -> Path | None:
-    """The run that made a model, of which it is a checkpoint; None where there is none. Raises `UserError`."""
+    """The run of which a model is a checkpoint; None if it is not one. Raises `UserError` for no model."""
     run = find_model_directory(model).resolve().parents[1]  # of RUN/checkpoints/STEP
     return run if (run / "recipe.yaml").is_file() else None
 
 
 def learned_conversations(model: str | Path) -> bool | None:
-    """Whether a run's model was trained on conversations; None where its recipe is not there, or does not tell."""
+    """Whether a run's model was trained on conversations; None if its recipe is missing, or does not tell."""
     run = run_of(model)
     if run is None:
         return None
@@ -55,7 +55,7 @@ def learned_conversations(model: str | Path) -> bool | None:
 
 
 def find_model_or_preset(name: str | Path) -> Path | str:
-    """A directory with the config of a model (of the hub: without its weights), or the name of a preset, in any case.
+    """A directory with the config of a model (from the hub: without its weights), or the name of a preset.
 
     Raises `UserError` for neither.
     """

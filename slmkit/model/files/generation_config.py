@@ -1,4 +1,4 @@
-"""`generation_config.json` beside a model: which ids end a text, how long it is, how its makers advise to sample."""
+"""`generation_config.json` of a model: ids that end a text, its length, and recommended sampling settings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from slmkit.config import Settings, UserError, load_settings
 
 FILE = "generation_config.json"
 Id = Annotated[int, Field(ge=0)]
-# Keys that change no token that is generated here.
+# Keys that do not affect generation here.
 HARMLESS = {
     "_from_model_config", "assistant_confidence_threshold", "assistant_lookbehind", "bos_token_id", "cache_config",
     "cache_implementation", "compile_config", "decoder_start_token_id", "disable_compile", "early_stopping",
@@ -30,7 +30,7 @@ NEUTRAL_AT_ONE = {
 
 
 class GenerationAdvice(Settings):
-    """The keys that are obeyed, with the types and ranges that they have in transformers; others are ignored."""
+    """The supported keys, with the types and ranges that they have in transformers; others are ignored."""
 
     model_config = pydantic.ConfigDict(extra="ignore", strict=True)
 
@@ -48,9 +48,9 @@ class GenerationAdvice(Settings):
 
 
 def read_generation_config(directory: Path) -> dict[str, Any]:
-    """The object in a model's `generation_config.json`; empty where there is none.
+    """The object in a model's `generation_config.json`; empty if there is none.
 
-    Raises `UserError` with the path for a file that is no JSON object, and for a wrong value of a key that is obeyed.
+    Raises `UserError` with the path for a file that is not a JSON object, and for a wrong value of a supported key.
     """
     path = directory / FILE
     try:
@@ -66,9 +66,9 @@ def read_generation_config(directory: Path) -> dict[str, Any]:
 
 
 def new_tokens(content: dict[str, Any], usual: int, prompt: int = 0) -> int:
-    """How many tokens may follow a prompt of so many: `max_new_tokens`, else `usual` within a `max_length` of both.
+    """Tokens to generate after `prompt` tokens: `max_new_tokens`, else `usual` within `max_length` for both.
 
-    Raises `UserError` where that leaves none.
+    Raises `UserError` if that leaves none.
     """
     if content.get("max_new_tokens") is not None:
         return int(content["max_new_tokens"])
@@ -81,6 +81,6 @@ def new_tokens(content: dict[str, Any], usual: int, prompt: int = 0) -> int:
 
 
 def not_obeyed(content: dict[str, Any]) -> list[str]:
-    """The keys with a value that would change what is generated, and that nothing here obeys."""
+    """The unsupported keys whose values would affect generation."""
     others = content.keys() - HARMLESS - GenerationAdvice.model_fields.keys()
     return sorted(key for key in others if content[key] and not (key in NEUTRAL_AT_ONE and content[key] == 1))

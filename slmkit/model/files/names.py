@@ -1,8 +1,8 @@
-"""Names of weights on disk: those of each family's reference implementation, beside ours.
+"""Names of weights on disk: those of each family's reference implementation, paired with ours.
 
-A table pairs a module of ours with the reference's and serves both directions; `{}` is the layer's number. Several of
-ours under one name are fused there, in this order. The reference's `post_attention_layernorm` stands before the MLP
-where norms come first and behind attention where they come last, which ours say by where they are.
+A table serves both directions; `{}` is the layer's number. Several of our modules under one name are fused there, in
+this order. The reference's `post_attention_layernorm` is before the MLP in pre-norm families and after attention in
+post-norm families; our names say where a norm is.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ OLMO2 = _ENDS | _ATTENTION | _MLP | _POST_NORMS | _QK_NORMS
 GEMMA2 = _ENDS | _ATTENTION | _MLP | _FOUR_NORMS
 GEMMA3 = GEMMA2 | _QK_NORMS
 DEEPSEEK = _ENDS | _LATENT_ATTENTION | _MLP | _PRE_NORMS
-SLM = GEMMA3  # whatever norms there are
+SLM = GEMMA3  # for any placement of norms
 GPT2 = {
     "embedding": "transformer.wte",
     "place": "transformer.wpe",

@@ -1,4 +1,4 @@
-"""config.json: how a config is spelled there, in transformers 4 and 5, and what older files leave to be guessed."""
+"""config.json: its spelling in transformers 4 and 5, and defaults for older files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from slmkit.model.families import FULL, SLIDING, Family
 
-# Common keys of a published config.json that say nothing about what the model computes: read over without a word.
+# Common keys of a published config.json that do not affect the computation: ignored without a warning.
 HARMLESS_KEYS = {
     "_name_or_path", "architectures", "auto_map", "cache_implementation", "chunk_size_feed_forward", "dtype",
     "gradient_checkpointing", "id2label", "is_decoder", "is_llama_config", "label2id", "output_attentions",
@@ -14,13 +14,13 @@ HARMLESS_KEYS = {
     "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj", "task_specific_params",
     "tokenizer_class", "torch_dtype", "transformers.js_config", "transformers_version", "use_cache",
 }  # fmt: skip
-# What transformers reads for every family, or older programs wrote: the one value that is supported.
+# Keys that transformers reads for every family, or older programs wrote: the one supported value.
 ONLY_WITH: dict[str, Any] = {
     "attention_chunk_size": None, "cross_attention_hidden_size": None, "is_causal": True, "is_encoder_decoder": False,
     "partial_rotary_factor": 1.0, "per_layer_config": None, "pruned_heads": {},
     "quantization_config": None, "rope_interleaved": False, "tie_encoder_decoder": False, "use_mrope": False,
 }  # fmt: skip
-# Written as null where it follows from other fields.
+# Written as null if derived from other fields.
 NULL_IS_ABSENT = {"head_dim", "intermediate_size", "layer_types", "no_rope_layers", "num_key_value_heads"}
 
 
@@ -29,7 +29,7 @@ def from_published(content: dict[str, Any], family: Family) -> dict[str, Any]:
     ours = {theirs: name for name, theirs in family.spelling.items()}
     content = {family.spelling.get(key, key): value for key, value in family.absent.items()} | content
     spelled = {ours[key]: content.pop(key) for key in tuple(content) if key in ours}
-    content |= spelled  # where both stand in the file, the family's own spelling counts
+    content |= spelled  # if the file has both, the family's spelling counts
     for key in NULL_IS_ABSENT:
         if content.get(key, ...) is None:
             del content[key]
@@ -47,7 +47,7 @@ def from_published(content: dict[str, Any], family: Family) -> dict[str, Any]:
 
 
 def to_published(fields: dict[str, Any], family: Family) -> dict[str, Any]:
-    """Fields of `SLMConfig` → the content of a config.json, RoPE and windows written as every version reads them."""
+    """Fields of `SLMConfig` → the content of a config.json, with RoPE and windows in the spellings of all versions."""
     content = {family.spelling.get(name, name): value for name, value in fields.items()}
     if "rope_parameters" in fields:
         content |= _older_rope(fields["rope_parameters"])
@@ -61,7 +61,7 @@ def _fixed(family: Family, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_rope(content: dict[str, Any], by_kind: bool) -> None:
-    """Fold the older `rope_theta`, `rope_local_base_freq` and `rope_scaling` into `rope_parameters`."""
+    """Convert the older `rope_theta`, `rope_local_base_freq` and `rope_scaling` to `rope_parameters`, in place."""
     theta, local, scaling = (content.pop(key, None) for key in ("rope_theta", "rope_local_base_freq", "rope_scaling"))
     newer = content.get("rope_parameters")
     if newer and FULL in newer:
@@ -70,7 +70,7 @@ def _read_rope(content: dict[str, Any], by_kind: bool) -> None:
         }
         return
     rope = _complete(newer or scaling or {}, theta)
-    # Layers with a window may turn by a base of their own, and are never scaled.
+    # Layers with a window may have another RoPE base, and are never scaled.
     content["rope_parameters"] = {FULL: rope, SLIDING: _complete({}, local or theta)} if by_kind else rope
 
 
@@ -94,7 +94,7 @@ def _older_rope(rope: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_layers(content: dict[str, Any]) -> None:
-    """Turn the shorthands for which layers slide into `sliding_window` and `layer_types`."""
+    """Convert the shorthands for sliding layers to `sliding_window` and `layer_types`, in place."""
     first = content.pop("max_window_layers", None)
     every = content.pop("sliding_window_pattern", content.pop("_sliding_window_pattern", None))
     turning_every = content.pop("no_rope_layer_interval", None)

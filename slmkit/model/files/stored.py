@@ -1,7 +1,4 @@
-"""Tensors in safetensors files, one at a time: read when asked for, written as they come.
-
-What a process holds is the tensor in its hands, however large the model is.
-"""
+"""Tensors in safetensors files, read and written one at a time, so that only one is in memory."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from torch import Tensor
 
 from slmkit.config import UserError
 
-# The precisions that weights are written in, as the files spell them.
+# Precisions of stored weights, as spelled in the files.
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SPELLED = {dtype: spelling for spelling, dtype in DTYPES.items()}
 ALIGNMENT = 8  # of the first tensor, in bytes
@@ -27,7 +24,7 @@ ALL = slice(None)
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of a file: its shape and precision are known, its numbers are read by `read`."""
+    """A tensor of a file, with shape and precision; `read` loads its values."""
 
     path: Path
     name: str
@@ -35,7 +32,7 @@ class StoredTensor:
     spelling: str  # of its precision, such as F32 or BF16
 
     def read(self, rows: slice = ALL) -> Tensor:
-        """The numbers, as they are stored, or some rows of them. Raises `UserError` for a file gone or damaged."""
+        """The stored values, or some rows of them. Raises `UserError` for a missing or damaged file."""
         try:
             with safetensors.safe_open(self.path, framework="pt") as file:  # opened anew, so that no page stays mapped
                 return file.get_tensor(self.name) if rows == ALL else file.get_slice(self.name)[rows]
@@ -44,7 +41,7 @@ class StoredTensor:
 
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    """What a file holds. Raises `UserError` where it is missing, damaged or cut short."""
+    """The tensors of a file by name. Raises `UserError` if it is missing, damaged or truncated."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
@@ -59,8 +56,8 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def expect_finite(tensor: Tensor, name: str, way_out: str) -> None:
-    """Raises `UserError` that begins with `name` where a number of the tensor is NaN or infinite."""
-    if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():  # NaN is the least and the largest
+    """Raises `UserError` that begins with `name` if a value of `tensor`, of any shape, is NaN or infinite."""
+    if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():  # NaN is both minimum and maximum
         raise UserError(f"{name} has numbers that are not finite (NaN or infinity): {way_out}")
 
 
@@ -71,10 +68,10 @@ def damaged(path: Path, error: Exception) -> UserError:
 def write_tensors(
     path: Path, shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]], tensors: Iterable[tuple[str, Tensor]]
 ) -> None:
-    """Write a safetensors file whose tensors are known by shape and precision, and come in the order of `shapes`.
+    """Write a safetensors file from `tensors` in the order of `shapes` (name → shape, precision).
 
-    The header holds every place, so it can be written first. Raises `OSError` where the disk does not take it, and
-    `ValueError` for a tensor that is not the one announced.
+    The header holds all offsets, so it is written first. Raises `OSError` if writing fails, and `ValueError` for a
+    tensor that does not match `shapes`.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
