@@ -1,8 +1,8 @@
-"""Conversations to rows of tokens, and what becomes of those of which not everything can be learned: each is counted.
+"""Encodes conversations as token rows, and counts those that are left out or only partly learned.
 
-A row that is no conversation never comes here: sources leave it out (see `row_formats.py`). What only the tokens tell
-is told here, and counted with the same source: a conversation that the chat template refuses, one that is longer than
-a row, one of which nothing is learned.
+Rows that are no conversation were left out by their source (see `row_formats.py`). What only tokens show is counted
+here, with the same source: conversations that the chat template refuses, that are longer than a row, or of which
+nothing is learned.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from slmkit.tokenizer import SLMTokenizer
 
 UNLEARNED = "with nothing to learn"
-BATCH_BYTES = 1 << 20  # of text, encoded in one go
+BATCH_BYTES = 1 << 20  # of text, encoded at once
 IN_ROWS = "in several rows each, since the chat template rewrites earlier turns"
 
 
 class SkippedRows(Protocol):
-    """Where rows are counted: a `Source`."""
+    """The interface that counts rows: a `Source` has it."""
 
     def note(self, what: str, message: str) -> None: ...
 
@@ -35,7 +35,7 @@ class SkippedRows(Protocol):
 
 
 class Strict:
-    """The ledger of conversations that come from no source: nothing may be left out, nothing else is counted."""
+    """For conversations without a source: raises `UserError` for rows to be left out, counts nothing."""
 
     def note(self, what: str, message: str) -> None: ...
 
@@ -44,14 +44,14 @@ class Strict:
 
 
 class EncodedConversation(NamedTuple):
-    """A conversation as the rows of tokens that are learned of it, nearly always one."""
+    """The token rows of a conversation, nearly always one, and its UTF-8 size in bytes."""
 
     rows: list[ChatRow]
     text_bytes: int
 
 
 class _Rendered(NamedTuple):
-    """A conversation whose turn to be counted comes later, or what was left out in its place."""
+    """A rendered conversation to be encoded, or the row that was left out in its place."""
 
     place: str
     text_bytes: int
@@ -60,7 +60,7 @@ class _Rendered(NamedTuple):
 
 
 class ConversationEncoder:
-    """From conversations to tokens and masks. With a `length` those that are longer are counted, skipped or refused."""
+    """Encodes conversations with loss masks. With `length`, longer ones are counted, skipped or refused."""
 
     def __init__(
         self,
@@ -73,10 +73,10 @@ class ConversationEncoder:
         self.length, self.on_long, self._number = length, on_long, 0
 
     def encode_all(self, conversations: Iterable[list[Message] | BadRow]) -> Iterator[EncodedConversation]:
-        """Those that are kept, in order; a row that is too long is given whole: see `ChatRows`.
+        """The conversations that are kept, in order; rows longer than `length` are not cut here: see `ChatRows`.
 
-        A megabyte of text is read ahead and encoded in one call, on every core; a `BadRow` stands for a row that is to
-        be left out when its turn comes. Raises `UserError` with the place of the first that may not be left out.
+        A megabyte of text is read ahead and encoded in one call, on all cores; a `BadRow` is a row to be left out.
+        Raises `UserError` with the place of the first row that must not be left out.
         """
         for batch in batches(map(self._render, conversations), lambda one: one.text_bytes, BATCH_BYTES):
             encoded = self.tokenizer.encode_rendered([one.chat for one in batch])
@@ -93,13 +93,13 @@ class ConversationEncoder:
         place = getattr(conversation, "place", f"conversation {self._number:,}")
         try:
             tools = getattr(conversation, "tools", None)
-            chat = self.tokenizer.render_chat(conversation, tools=tools)  # first: it refuses what is no text
+            chat = self.tokenizer.render_chat(conversation, tools=tools)  # first, since it checks the messages
         except ConversationError as error:
             return _Rendered(place, 0, [], BadRow(error.reason, f"{place}: {error}"))
         return _Rendered(place, text_bytes(conversation), chat)
 
     def _is_kept(self, one: _Rendered, rows: list[ChatRow]) -> bool:
-        """Whether a conversation is learned from; whatever is the matter with it is counted."""
+        """Whether a conversation is kept; counts its problems. Raises `UserError` for a refused one."""
         if one.left_out:
             self.ledger.leave_out(one.left_out)
             return False
@@ -124,7 +124,7 @@ class ConversationEncoder:
 
 
 def text_bytes(conversation: Iterable[Message]) -> int:
-    """Of all that is said, thought and called, in UTF-8."""
+    """UTF-8 size of all content, reasoning and calls, in bytes."""
     said = []
     for message in conversation:
         said += [message["content"] or "", message.get("reasoning_content") or ""]

@@ -1,4 +1,4 @@
-"""From the `data` and `tokenizer` sections of a recipe to a tokenizer and token shards, in a folder of the run."""
+"""Makes the tokenizer and token shards of a run from its `data` and `tokenizer` settings."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from slmkit.data.shards.reader import TokenShards
 from slmkit.data.sources import BUILT_IN, STORIES, SUMS, Document
 from slmkit.tokenizer import SLMTokenizer
 
-REVISION_STREAM = 500_009  # added to the seed: the primer's texts that go among the stories
-# The stories are made to be talked about: what the chat template says at each turn should be few tokens.
+REVISION_STREAM = 500_009  # added to the seed for the primer's texts among the stories
+# Added to the tokenizer's training text, so that the chat template's words are few tokens.
 CHAT_WORDS = ("user\n", "assistant\n", "Tell me a story about")
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """What a run trains on and is measured by. `train` has the shards of each source; none where they are streamed."""
+    """Tokenizer, training shards (one directory per source; none if streamed) and validation shards of a run."""
 
     tokenizer: SLMTokenizer
     train: list[TokenShards]
     validation: TokenShards
 
     def describe(self) -> dict[str, Any]:
-        """What was read, so that a repeated run can tell whether it reads the same."""
+        """Counts and fingerprints, to tell whether a repeated run reads the same data."""
         return {
             "tokenizer": self.tokenizer.fingerprint,
             "sources": [source for shards in self.train or [self.validation] for source in shards.header.sources],
@@ -50,7 +50,7 @@ class Corpus:
 
     @property
     def training_tokens(self) -> int | None:
-        """None where they are streamed."""
+        """The number of training tokens; None if streamed."""
         return sum(map(len, self.train)) if self.train else None
 
 
@@ -64,10 +64,10 @@ def build_corpus(
     reporter: Reporter,
     length: int | None = None,
 ) -> Corpus:
-    """Prepare everything in `folder`; a tokenizer is loaded or trained unless one is given (with a model to train on).
+    """Prepare tokenizer and shards in `folder`; the tokenizer is loaded or trained unless it is given (with a model).
 
-    `length`: tokens of a row, so that conversations which are longer are counted, and left out where that is asked for.
-    Raises `UserError` for whatever is wrong with the sources.
+    `length`: tokens in a row, to count longer conversations and, if configured, leave them out. Raises `UserError` for
+    unusable sources.
     """
     check_shards(data)
     if tokenizer is None and wanted.path is not None:
@@ -92,7 +92,7 @@ def build_corpus(
 
 
 def open_corpus(folder: Path) -> Corpus:
-    """What `build_corpus` left there. Raises `UserError` where it is incomplete, damaged or mixed up."""
+    """The corpus that `build_corpus` left in `folder`. Raises `UserError` if incomplete, damaged or inconsistent."""
     if not folder.is_dir():
         raise UserError(
             f"{folder.parent}: its data is not on disk, since it was given in a script: go on there, with "
@@ -108,11 +108,11 @@ def open_corpus(folder: Path) -> Corpus:
 
 
 def texts_of(reads: Reads, data: DataSettings, wanted: TokenizerSettings, seed: int = 0) -> Iterator[str]:
-    """Training text for a tokenizer to learn from, of every source as much."""
+    """Training text for a tokenizer, an equal amount from every source."""
     if data.source == SUMS:
         yield from (BUILT_IN[SUMS].text(seed, index, False) for index in range(data.documents))
     elif data.is_built_in and reads == "text":
-        # A model goes from the one to the other, and to conversations: one tokenizer for all.
+        # One tokenizer for stories, primer and conversations, since a model is trained on one after the other.
         yield from (story.text for story in stories.tell_many(seed, data.documents))
         yield from stories.primer_texts(seed, data.documents)
         yield from CHAT_WORDS * (data.documents // 10)
@@ -134,7 +134,7 @@ def _prepare_built_in(
         train = _stories_and_primer(data, seed)
         held_out = list(stories.tell_many(seed + VALIDATION_STREAM, data.validation_documents))
         validation = [story.text for story in held_out]
-        # Every document is its tokens and one end-of-text token, and the generator knows the probability of it all.
+        # Each document is its tokens and one end-of-text token, and the generator knows its probability.
         tokens = sum(len(ids) + 1 for ids in tokenizer.encode_batch([story.text for story in held_out]))
         perfect_loss = -sum(story.log_probability for story in held_out) / tokens
     sources = [{"path": data.source, "seed": seed}]
@@ -145,7 +145,7 @@ def _prepare_built_in(
 
 
 def _stories_and_primer(data: DataSettings, seed: int) -> Iterator[str]:
-    """The stories, and evenly among them texts of a primer that no run on the primer alone has read."""
+    """The stories, evenly mixed with primer texts that no run on the primer alone has read."""
     primer = iter(stories.primer_texts(seed + REVISION_STREAM, data.primer_documents))
     for index, story in enumerate(stories.tell_many(seed, data.documents)):
         yield story.text

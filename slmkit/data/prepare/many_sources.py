@@ -1,4 +1,4 @@
-"""Several sources one after the other, read from any place on, and how far one is."""
+"""Reads several sources one after the other, from any position, with progress."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Place(NamedTuple):
-    """Just behind a document: which source, and the position in it."""
+    """The position after a document: which source, and the position in it."""
 
     source: int
     position: Position | None
@@ -44,7 +44,7 @@ class Reading:
 
     @functools.cached_property
     def descriptions(self) -> list[dict[str, Any]]:
-        """Of each file: what a header says of where its tokens came from."""
+        """A description of each file, for the header of shards."""
         return [part for source in self.sources for part in source.describe()]
 
     @functools.cached_property
@@ -52,13 +52,13 @@ class Reading:
         return [part.get("bytes") if _is_plain(part) else None for part in self.descriptions]
 
     def claim(self, directory: str | Path, tokenizer: SLMTokenizer, cleaning: Settings, **options: Any) -> None:
-        """Note that shards of these sources are made there. Raises `UserError` where others are: see `claim`."""
+        """Record that shards of these sources are made there. Raises `UserError` if others are: see `folder.claim`."""
         sources = [source.settings.model_dump(mode="json") for source in self.sources]
         made = {"tokenizer": tokenizer.fingerprint, "cleaning": cleaning.model_dump(mode="json")}
         claim(directory, {"sources": sources} | made | options)
 
     def read(self, start: Place = BEGINNING) -> Iterator[tuple[Document, Place]]:
-        """Every document behind `start`, each with the place behind it."""
+        """Every document after `start`, each with the position after it."""
         for number in range(start.source, len(self.sources)):
             position = start.position if number == start.source else None
             for document, behind in self.sources[number].read(position):
@@ -69,7 +69,7 @@ class Reading:
         return (document for document, _ in self.read())
 
     def conversations(self, tokenizer: SLMTokenizer, length: int | None = None) -> Iterator[EncodedConversation]:
-        """All of them as tokens; with a `length` those that are longer are counted."""
+        """All conversations, encoded; with `length`, longer ones are counted."""
         for number, source in enumerate(self.sources):
             yield from ConversationEncoder(tokenizer, source, length).encode_all(self._conversations(number))
 
@@ -81,7 +81,7 @@ class Reading:
     def prepare_conversations(
         self, reads: Reads, tokenizer: SLMTokenizer, directory: str | Path, progress: Progress, length: int | None
     ) -> TokenShards:
-        """Shards of conversations, of pairs of answers, or of judged answers. Errors as for `prepare_chat`."""
+        """Write shards of conversations, pairs or judged answers. Raises `UserError` as `prepare_chat` does."""
         options: dict[str, Any] = {"sources": self.descriptions, "progress": progress}
         if reads == "conversations":
             return write_conversations(self.conversations(tokenizer, length), tokenizer, directory, **options)
@@ -90,7 +90,7 @@ class Reading:
         return write(items, tokenizer, directory, **options)
 
     def fraction(self) -> float | None:
-        """How much of all bytes has been read; None where the sizes do not say: compressed, remote or endless."""
+        """The share of all bytes read so far, 0 to 1; None if sizes are unknown: compressed, remote or endless."""
         if any(size is None for size in self._sizes):
             return None
         number, behind = self._behind
@@ -99,7 +99,7 @@ class Reading:
         return done / max(1, sum(size or 0 for size in self._sizes))
 
     def report(self) -> list[str]:
-        """A line for each reason for which rows were left out."""
+        """One line for each reason for which rows were left out."""
         return [line for source in self.sources for line in source.report()]
 
 

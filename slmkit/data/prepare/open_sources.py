@@ -1,4 +1,4 @@
-"""The sources of a recipe, opened: what is trained on, what is held out, and what a tokenizer learns from."""
+"""Opens a recipe's sources: training data, held-out data, and text for a tokenizer."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ if TYPE_CHECKING:
 
 EncoderOf = Callable[[Source], ConversationEncoder]
 
-TOKENIZER_CHARACTERS = 100_000_000  # merges are learned from so much text at most; more changes little and takes memory
-VALIDATION_STREAM = 1_000_003  # added to the seed: stories that no training stream of a nearby seed holds
+TOKENIZER_CHARACTERS = 100_000_000  # limit of training text: more changes the merges little and takes memory
+VALIDATION_STREAM = 1_000_003  # added to the seed: stories that no training stream of a nearby seed has
 
 
 def is_shards(settings: SourceSettings) -> bool:
-    """Whether its path is a directory of token shards, as `slm data prepare` makes them."""
+    """Whether its path is a directory of token shards, as written by `slm data prepare`."""
     return (Path(settings.path) / HEADER).is_file()
 
 
 def open_sources(data: DataSettings, seed: int) -> dict[str, Source]:
-    """Every source of text by its name, shards left out. Raises `UserError` for one that cannot be found."""
+    """Every source of text by its name, shards excluded. Raises `UserError` for one that cannot be found."""
     opened = {}
     for settings in data.all_sources():
         if is_shards(settings):
             continue
         changes: dict[str, object] = {"streaming": settings.streaming or data.streaming}
-        if settings.path in BUILT_IN and not data.streaming:  # it has no end of its own
+        if settings.path in BUILT_IN and not data.streaming:  # it is endless
             changes["documents"] = settings.documents or data.documents
         opened[settings.label] = open_source(settings.model_copy(update=changes), seed)
-    if isinstance(data.source, list):  # several paths that are one source
+    if isinstance(data.source, list):  # several paths of one source
         (name, first), *_ = opened.items()
         rest = [open_source(first.settings.model_copy(update={"path": path}), seed) for path in data.source[1:]]
         whole = [first, *rest]
@@ -52,25 +52,25 @@ def open_sources(data: DataSettings, seed: int) -> dict[str, Source]:
 
 
 def documents_of(source: Source) -> Iterator[Document]:
-    """All of them, from the beginning; what is skipped is counted anew."""
+    """All documents, from the beginning; resets the counts of skipped rows."""
     source.count_anew()
     return (document for document, _ in source.read())
 
 
 def conversations_of(source: Source) -> Iterator[list[Message]]:
-    """As `documents_of`."""
+    """All conversations, from the beginning; resets the counts of skipped rows."""
     source.count_anew()
     return (conversation for conversation, _ in source.read_conversations())
 
 
 def encoded_of(source: Source, encoder_of: EncoderOf) -> Iterator[EncodedConversation]:
-    """All conversations of a source as tokens; those that are left out are counted with it."""
+    """All conversations of a source, encoded; those left out are counted with it."""
     source.count_anew()
     return encoder_of(source).encode_all(row for row, _ in source.read_conversation_rows())
 
 
 def pairs_of(source: Source, tokenizer: SLMTokenizer) -> Iterator[Pair]:
-    """As `documents_of`; a pair of which the chat template refuses a side is left out and counted, too."""
+    """All pairs, as `documents_of`; those that the chat template refuses are left out and counted."""
     source.count_anew()
     for pair, _ in source.read_pairs():
         if _can_be_rendered(pair.sides, pair.place, source, tokenizer):
@@ -78,7 +78,7 @@ def pairs_of(source: Source, tokenizer: SLMTokenizer) -> Iterator[Pair]:
 
 
 def judgements_of(source: Source, tokenizer: SLMTokenizer) -> Iterator[Judged]:
-    """As `pairs_of`."""
+    """All judged answers, as `pairs_of`."""
     source.count_anew()
     for judged, _ in source.read_judgements():
         if _can_be_rendered([judged.messages], judged.place, source, tokenizer):
@@ -86,7 +86,7 @@ def judgements_of(source: Source, tokenizer: SLMTokenizer) -> Iterator[Judged]:
 
 
 def questions_of(source: Source, tokenizer: SLMTokenizer) -> Iterator[list[Message]]:
-    """As `pairs_of`."""
+    """All questions, as `pairs_of`."""
     source.count_anew()
     for question, _ in source.read_questions():
         if _can_be_rendered([question], getattr(question, "place", ""), source, tokenizer):
@@ -106,18 +106,18 @@ def _can_be_rendered(
 
 
 def validation_source(data: DataSettings, settings: SourceSettings, seed: int) -> Source:
-    """The source that is validation text and nothing else, of at most `validation_documents` documents."""
+    """The source of validation text alone, limited to `validation_documents` documents."""
     limit = min(settings.documents or data.validation_documents, data.validation_documents)
     changes = {"streaming": settings.streaming or data.streaming, "documents": limit}
     return open_source(settings.model_copy(update=changes), seed + VALIDATION_STREAM, held_out=True)
 
 
 def held_out_of_streams(data: DataSettings, seed: int, encoder_of: EncoderOf | None = None) -> Iterator[Any]:
-    """Of every source as many of what training leaves out: `validation_documents` documents or conversations in all.
+    """Validation items that streamed training leaves out: `validation_documents` in all, as many from every source.
 
-    With `encoder_of` they are conversations, and come as what it makes of them.
+    They are documents, or with `encoder_of` encoded conversations.
 
-    Raises `UserError` for a source of which none is held out.
+    Raises `UserError` for a source of which nothing is held out.
     """
     sources = open_sources(data, seed)
     count = -(-data.validation_documents // len(sources))
@@ -132,7 +132,7 @@ def held_out_of_streams(data: DataSettings, seed: int, encoder_of: EncoderOf | N
             picked = _held_out_documents(documents_of(source), data.validation_fraction)
         else:
             chosen = (one for one in conversations_of(source) if is_held_out(written(one), data.validation_fraction))
-            encoder = encoder_of(source)  # asked for one at a time, since few of a long stream are wanted
+            encoder = encoder_of(source)  # one at a time, since few of a long stream are needed
             picked = (encoded for one in chosen for encoded in encoder.encode_all([one]))
         for item in picked:
             yield item
@@ -147,26 +147,26 @@ def held_out_of_streams(data: DataSettings, seed: int, encoder_of: EncoderOf | N
 
 
 def is_kept_in(data: DataSettings, source: Source) -> Callable[[str], bool]:
-    """Whether a document, known by its text or its first piece, is trained on where the source is streamed."""
+    """A function that tells, from a document's text or first piece, whether streamed training uses it."""
     if data.validation is not None or is_endless(source):
         return lambda text: True
     return lambda text: not is_held_out(text, data.validation_fraction)
 
 
 def is_endless(source: Source) -> bool:
-    """Whether other text of its kind is at hand for validation: the built-in corpus."""
+    """Whether it is the built-in corpus, which generates other text for validation."""
     return source.settings.path in BUILT_IN
 
 
 def written(conversation: list[Message]) -> str:
-    """One string for a conversation, for a hash to tell it by."""
+    """The conversation as a string, to be hashed."""
     return json.dumps(conversation, sort_keys=True)
 
 
 def tokenizer_sample(conversations: bool, data: DataSettings, wanted: TokenizerSettings, seed: int) -> Iterator[str]:
-    """As much text of every source: so many documents, or as many characters; read as it is asked for.
+    """Text for a tokenizer, an equal number of documents or characters from every source, read lazily.
 
-    Raises `UserError` where all sources are shards.
+    Raises `UserError` if all sources are shards.
     """
     sources = open_sources(data, seed)
     if not sources:
@@ -183,7 +183,7 @@ def tokenizer_sample(conversations: bool, data: DataSettings, wanted: TokenizerS
 
 
 def _texts_of_conversations(source: Source) -> Iterator[tuple[str, bool]]:
-    """What is said, and whether the conversation ends with it."""
+    """The content of each message, and whether it is the conversation's last."""
     for conversation in conversations_of(source):
         said = [message["content"] for message in conversation if isinstance(message.get("content"), str)]
         yield from zip(said, itertools.chain(itertools.repeat(False, len(said) - 1), [True]))

@@ -1,4 +1,4 @@
-"""Streams in bounded memory: a parallel map whose results come in order, and batches."""
+"""Bounded-memory streaming: a parallel map with results in order, and batching."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ R = TypeVar("R")
 
 
 def ordered_map(pool: Executor, function: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[tuple[T, R]]:
-    """Each item with its result, in order; at most `ahead` items are read before the first of them is given."""
+    """Each item with its result, in order; at most `ahead` items are read before the first is returned."""
     waiting: deque[tuple[T, Future[R]]] = deque()
     for item in items:
         waiting.append((item, pool.submit(function, item)))
@@ -25,7 +25,7 @@ def ordered_map(pool: Executor, function: Callable[[T], R], items: Iterable[T], 
 
 
 def batches(items: Iterable[T], size: Callable[[T], int], full: int) -> Iterator[list[T]]:
-    """Items in lists of about `full` size together; where reading fails, what was read before is given first."""
+    """Lists of items of about `full` total size; if reading fails, the items read so far are returned first."""
     batch: list[T] = []
     total = 0
     try:

@@ -1,4 +1,4 @@
-"""The first rows of a source or of shards as tokens and what is learned of them, for a person to look at."""
+"""The first rows of a source or of shards, with tokens and loss mask, for inspection."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Sample(NamedTuple):
-    """A row: what it is, its tokens, and for each whether it is learned."""
+    """A row: its title, ids [tokens], and whether each is learned [tokens]."""
 
     title: str
     ids: list[int]
@@ -36,9 +36,9 @@ def samples_of_shards(shards: TokenShards, count: int) -> Iterator[Sample]:
 
 
 def samples_of_source(settings: SourceSettings, tokenizer: SLMTokenizer, count: int) -> tuple[Source, list[Sample]]:
-    """The first `count` rows as what their columns make them: pairs, judged answers, conversations or text.
+    """The first `count` rows, by their columns: pairs, judged answers, conversations or text.
 
-    Raises `UserError` where their columns make them none of these, and for a row that cannot be read.
+    Raises `UserError` if the columns fit none of these, and for a row that cannot be read.
     """
     source = open_source(settings)
     readers: dict[str, Callable[[], Iterator[Any]]] = {
@@ -57,7 +57,7 @@ def samples_of_source(settings: SourceSettings, tokenizer: SLMTokenizer, count: 
 
 
 def _rows(item: Any, tokenizer: SLMTokenizer) -> Iterator[tuple[str, ChatRow]]:
-    """What a row of a source is, and its tokens."""
+    """Title and tokens of each part of a row."""
     from slmkit.tokenizer.chat_rows import ChatRow, rows_to_learn
 
     def spoken(

@@ -1,8 +1,8 @@
-"""The same preparation by the machines of a Ray cluster: the shards are those of `prepare_text`, byte for byte.
+"""`prepare_text` on the machines of a Ray cluster: the shards are the same, byte for byte.
 
-This process reads the text once to clean it and to find where each shard begins; the workers read their own share from
-there, encode it and write it, so that sources and output are at paths that all machines share. Shards that an earlier
-call has finished are used again.
+This process reads the text once, cleans it and finds where each shard begins. Workers read their own share from there,
+encode it and write it, so sources and output must be at paths that all machines share. Shards finished by an earlier
+call are reused.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from slmkit.tokenizer import SLMTokenizer
 
 @dataclass(frozen=True)
 class Share:
-    """A shard to make: where its text begins, which of the documents from there on are in it, the hash of it all."""
+    """A shard to make: where its text begins, which of the documents after that are in it, and a hash of the text."""
 
     number: int
     start: Place
-    kept: str  # a character a document: 1 where it is kept
+    kept: str  # one character per document: 1 if it is kept
     content: str
 
 
@@ -54,9 +54,9 @@ def prepare_text_on_ray(
     cleaning: CleaningSettings | None = None,
     shard_characters: int = SHARD_CHARACTERS,
 ) -> TokenShards:
-    """As `prepare_text`, on the Ray cluster at `address`, or on one that is started here where that is `local`.
+    """`prepare_text` on the Ray cluster at `address`, or on one started here if that is `local`.
 
-    A Ray that this process has started is used as it is. Raises `UserError` where Ray is missing or cannot be reached.
+    A Ray that this process has already started is used. Raises `UserError` if Ray is missing or cannot be reached.
     """
     directory, tokenizer_directory = Path(directory).absolute(), str(Path(tokenizer_directory).absolute())
     sources = [_with_absolute_path(one) for one in sources]
@@ -89,9 +89,9 @@ def prepare_text_on_ray(
 
 
 def _shares(reading: Reading, cleaner: Cleaner, pool: ThreadPoolExecutor, shard_characters: int) -> Iterator[Share]:
-    """The cut of `prepare_text`, told as places to read from."""
-    places: deque[Place] = deque()  # behind each document that was read and not decided yet
-    decided: deque[tuple[Place, bool]] = deque()  # documents of no share yet
+    """The shards of `prepare_text`, as positions to read from."""
+    places: deque[Place] = deque()  # after each document that was read and not decided yet
+    decided: deque[tuple[Place, bool]] = deque()  # documents not in a share yet
 
     def read() -> Iterator[Document]:
         for document, place in reading.read():
@@ -120,10 +120,10 @@ def _shares(reading: Reading, cleaner: Cleaner, pool: ThreadPoolExecutor, shard_
 
 
 def _on_the_cluster(ray: Any, shares: Sequence[Share], arguments: tuple[Any, ...]) -> Iterator[int]:
-    """Have the shares made; their numbers, in the order in which they are finished."""
+    """Make the shares on the cluster; yields their numbers as they are finished."""
     if not shares:
         return
-    # As text: Arrow would give all positions the fields of any.
+    # As JSON: Arrow would give every position the fields of all.
     items = [{"share": json.dumps(asdict(share))} for share in shares]
     rows = ray.data.from_items(items, override_num_blocks=len(items)).map(_make, fn_args=arguments)
     for row in rows.iter_rows():
@@ -133,7 +133,7 @@ def _on_the_cluster(ray: Any, shares: Sequence[Share], arguments: tuple[Any, ...
 def _make(
     row: dict[str, Any], sources: list[dict[str, Any]], tokenizer_directory: str, folder: str, shuffle_seed: int | None
 ) -> dict[str, int]:
-    """What a worker does: read the documents of a share, encode them, and write the shard."""
+    """The worker's task: read the documents of a share, encode them, and write the shard."""
     share = json.loads(row["share"])
     tokenizer = _tokenizer(tokenizer_directory)
     reading = Reading([SourceSettings(**one) for one in sources])
@@ -159,14 +159,14 @@ def _tokenizer(directory: str) -> SLMTokenizer:
 
 
 def _with_absolute_path(settings: SourceSettings) -> SourceSettings:
-    """Workers have folders of their own to work in."""
+    """An absolute path, since workers have other working directories."""
     path = Path(settings.path)
     return settings.model_copy(update={"path": str(path.absolute())}) if path.exists() else settings
 
 
 @contextlib.contextmanager
 def _connected(address: str) -> Iterator[Any]:
-    """The `ray` module, connected; what was started here is shut down."""
+    """Context with the connected `ray` module; shuts down what it started. Raises `UserError` if it cannot connect."""
     try:
         import ray
         import ray.data

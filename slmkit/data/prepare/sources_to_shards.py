@@ -1,7 +1,7 @@
-"""The sources of a recipe to token shards: one loop, whatever is made of them.
+"""Writes token shards from a recipe's sources, whatever kind of items they have.
 
-Text, conversations, questions and pairs differ in how a source is read, how some of it is held out, and how it is
-written: see `Preparation`.
+Text, conversations, questions and pairs differ in how a source is read, how a part is held out, and how it is written:
+see `Preparation`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ Items = Iterable[Any]  # documents, encoded conversations, questions or pairs
 
 
 class Reporter(Protocol):
-    """Where progress goes."""
+    """The interface for progress output."""
 
     def say(self, line: str) -> None: ...
 
@@ -56,16 +56,16 @@ class Reporter(Protocol):
 
 
 class Preparation(NamedTuple):
-    """How the items of a source become shards."""
+    """How to turn a source's items into shards."""
 
     read: Callable[[Source], Items]  # all of them
-    split: Callable[[Source, float], tuple[Items, Items]]  # what is trained on, and about such a share that is held out
+    split: Callable[[Source, float], tuple[Items, Items]]  # training items, and held-out ones of about this share
     write: Callable[..., TokenShards]
-    in_training: Mapping[str, Any] = {}  # what `write` does with training items alone
+    in_training: Mapping[str, Any] = {}  # arguments of `write` for training items only
 
 
 def preparation_of(reads: Reads, data: DataSettings, tokenizer: SLMTokenizer, encoder_of: EncoderOf) -> Preparation:
-    """`encoder_of` is for conversations."""
+    """The preparation for `reads`; `encoder_of` is for conversations."""
     if reads == "text":
         return Preparation(documents_of, _split_documents, prepare_text, {"cleaning": data.cleaning})
     if reads == "conversations":
@@ -87,7 +87,7 @@ def _split_documents(source: Source, fraction: float) -> tuple[Iterator[Document
 
 
 def _read_again(source: Source, documents: Iterable[Document]) -> Iterator[Document]:
-    """What is left out is counted once; the last document ends even where its text was cut in two."""
+    """The documents, with counts reset, so that skipped rows are counted once; the last one always ends."""
     source.count_anew()
     ends = True
     for document in documents:
@@ -108,7 +108,7 @@ def _split_encoded(
 def prepare_sources(
     way: Preparation, data: DataSettings, seed: int, folder: Path, tokenizer: SLMTokenizer, reporter: Reporter
 ) -> tuple[list[TokenShards], TokenShards]:
-    """Shards of every source, and one directory of what they are validated by: named, or held out of all of them."""
+    """Training shards of every source, and one directory of validation shards: named, or held out of all sources."""
     train, held_out = list[TokenShards](), list[Items]()
     described, opened = list[dict[str, Any]](), list[Source]()
     try:
@@ -129,7 +129,7 @@ def prepare_sources(
         if data.validation is None:
             held = itertools.chain.from_iterable(held_out)
             return train, way.write(held, tokenizer, folder / "validation", sources=described)
-    finally:  # what was left out may be the reason why there is nothing
+    finally:  # what was left out may explain why nothing is left
         _say_all(reporter, opened)
     return train, _prepare_validation(way, data, data.validation, seed, folder, tokenizer, reporter)
 
@@ -143,7 +143,7 @@ def prepare_validation_of_streams(
     reporter: Reporter,
     encoder_of: EncoderOf | None,
 ) -> TokenShards:
-    """All that is stored where sources are streamed; `encoder_of` where they are conversations."""
+    """Validation shards, all that is stored of streamed sources; `encoder_of` for conversations."""
     if data.validation is not None:
         return _prepare_validation(way, data, data.validation, seed, folder, tokenizer, reporter)
     sources = [settings.model_dump(exclude_defaults=True) for settings in data.all_sources()]
@@ -159,7 +159,7 @@ def _prepare_validation(
     tokenizer: SLMTokenizer,
     reporter: Reporter,
 ) -> TokenShards:
-    """Of a source of its own."""
+    """Validation shards of the source named as validation."""
     if is_shards(settings):
         return _linked(settings, folder / "validation", tokenizer)
     source = validation_source(data, settings, seed)
@@ -170,7 +170,7 @@ def _prepare_validation(
 
 
 def _places(data: DataSettings, seed: int, folder: Path) -> Iterator[tuple[Path, SourceSettings, Source | None]]:
-    """Where the shards of each source go (below `train` if there are several), and the source unless it is shards."""
+    """Each source's directory of shards (below `train` if there are several), and the source; None if it is shards."""
     sources, all_settings = open_sources(data, seed), data.all_sources()
     for number, settings in enumerate(all_settings):
         place = folder / "train" if len(all_settings) == 1 else folder / "train" / f"{number:02}"
@@ -178,7 +178,7 @@ def _places(data: DataSettings, seed: int, folder: Path) -> Iterator[tuple[Path,
 
 
 def _linked(settings: SourceSettings, place: Path, tokenizer: SLMTokenizer) -> TokenShards:
-    """Shards that exist, under the name that they have in this run. Raises `UserError` where another tokenizer's."""
+    """Existing shards, linked into this run. Raises `UserError` if they are another tokenizer's."""
     TokenShards.open(settings.path).check_tokenizer(tokenizer)
     place.parent.mkdir(parents=True, exist_ok=True)
     place.symlink_to(Path(settings.path).absolute())
@@ -186,7 +186,7 @@ def _linked(settings: SourceSettings, place: Path, tokenizer: SLMTokenizer) -> T
 
 
 def check_shards(data: DataSettings) -> None:
-    """Raises `UserError` where sources that are token shards already are asked for what only text can give."""
+    """Raises `UserError` if settings that need text are used with sources that are token shards."""
     for settings in filter(is_shards, data.all_sources()):
         if data.streaming:
             raise UserError(f"{settings.path}: token shards need no streaming: remove data.streaming")

@@ -1,7 +1,7 @@
-"""Text to token shards, once; and which part of it is held out for validation.
+"""Writes text and conversations as token shards, and splits off validation data.
 
-Tokenizing is parallel in threads: tiktoken's core, where nearly all the time goes, leaves Python's lock to others, so
-that threads are as fast as processes would be, and a user's script needs no `if __name__ == "__main__"`.
+Tokenizing is parallel in threads: tiktoken's core, which takes nearly all the time, releases the GIL, so that threads
+are as fast as processes, and a user's script needs no `if __name__ == "__main__"`.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ if TYPE_CHECKING:
     from slmkit.tokenizer.chat_rows import ChatRow
 
 BATCH_CONVERSATIONS = 1024
-HELD_OUT = 10  # documents; a corpus too small to hold out so many is cut in two instead
+HELD_OUT = 10  # documents; a corpus with too few for that is cut in two instead
 
-Progress = Callable[[int, int, int], None]  # documents, tokens and bytes of text done
+Progress = Callable[[int, int, int], None]  # documents, tokens and UTF-8 bytes done
 
 
 def no_progress(documents: int, tokens: int, text_bytes: int) -> None:
-    """Says nothing."""
+    """A `Progress` that does nothing."""
 
 
 def prepare_text(
@@ -69,10 +69,10 @@ def prepare_text(
 ) -> TokenShards:
     """Tokenize documents into a directory of shards, an end-of-text token after each. A `str` is a whole document.
 
-    With `shuffle_seed` all documents come in a random order that this seed names. `workers` threads (default: one a
-    core) change nothing but the time. Where an earlier call was killed, the shards that it finished are used again if
-    the same documents come again. `sources` (see `describe_sources`) and `perfect_loss` (nats a token) are for the
-    header. Raises `UserError` when there is no text or the disk is full; what was in `directory` before is untouched.
+    `shuffle_seed` shuffles all documents. The number of `workers` (threads; default: one per core) does not change the
+    result. Shards that a killed call finished are reused if the same documents come again. `sources` (see
+    `describe_sources`) and `perfect_loss` (nats per token) are for the header. Raises `UserError` if there is no text
+    or the disk is full; existing contents of `directory` then stay unchanged.
     """
     directory = Path(directory).absolute()
     workers = workers or os.cpu_count() or 1
@@ -103,7 +103,7 @@ def header_of(
     shuffle_seed: int | None,
     cleaning: CleaningReport,
 ) -> Header:
-    """What is true of all `shards` in `folder`, which hold the documents of `parts`."""
+    """The header for all `shards` in `folder`, which hold the documents of `parts`."""
     return Header(
         dtype=folder.dtype.name,
         tokenizer=folder.fingerprint,
@@ -130,9 +130,9 @@ def prepare_chat(
     sources: Sequence[dict[str, Any]] = (),
     progress: Progress = no_progress,
 ) -> TokenShards:
-    """Render and tokenize conversations with their loss masks, an end-of-text token that is not learned after each.
+    """Tokenize conversations with their loss masks, an end-of-text token that is not learned after each.
 
-    Arguments and errors as for `prepare_text`.
+    Arguments and `UserError`s as for `prepare_text`.
     """
     encoded = ConversationEncoder(tokenizer).encode_all(conversations)
     return write_conversations(encoded, tokenizer, directory, sources=sources, progress=progress)
@@ -146,7 +146,7 @@ def write_conversations(
     sources: Sequence[dict[str, Any]] = (),
     progress: Progress = no_progress,
 ) -> TokenShards:
-    """As `prepare_chat`, of conversations that are tokens already; a row of one is a document of the shards."""
+    """`prepare_chat` for encoded conversations; each row of one is a document of the shards. Raises as it does."""
     with ShardWriter(directory, tokenizer, masked=True, sources=sources) as writer:
         for batch in batches(encoded, lambda conversation: 1, BATCH_CONVERSATIONS):
             ids, ends, trained = end_to_end([row for one in batch for row in one.rows], tokenizer.eos_token_id)
@@ -156,7 +156,7 @@ def write_conversations(
 
 
 def end_to_end(rows: Sequence[ChatRow], eos_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ids [n], one past the end of each row [rows], and what is learned, bool [n]: not the end of text behind each."""
+    """Ids [n], one past the end of each row [rows], and loss mask, bool [n], False for the end-of-text tokens."""
     stops = np.cumsum([len(row.ids) for row in rows], dtype=np.int64)
     return (
         np.insert(np.concatenate([row.ids for row in rows]), stops, eos_id),
@@ -168,12 +168,12 @@ def end_to_end(rows: Sequence[ChatRow], eos_id: int) -> tuple[np.ndarray, np.nda
 def split_validation(
     read: Callable[[], Iterable[Document]], fraction: float
 ) -> tuple[Iterator[Document], Iterator[Document]]:
-    """Documents to train on, and about `fraction` of them held out. `read` begins the corpus anew at each call.
+    """Documents to train on, and about `fraction` of them held out. `read` starts reading the corpus again at each
+    call.
 
-    Of many documents those are held out that a hash of their text picks, wherever they stand: copies of one document
-    are on one side. Few documents (one long text, say) are cut in two at a line end, and the last part is held out.
-    Raises `UserError` for a fraction outside (0, 1), for a text too short to cut, and for copies of so few texts that
-    all of them are on one side.
+    Many documents are split by a hash of their text, so that copies of a document are on one side. Few documents (one
+    long text, say) are cut in two at a line end, and the last part is held out. Raises `UserError` for a fraction
+    outside (0, 1), for a text too short to cut, and if all documents are copies on one side.
     """
     _check_fraction(fraction)
     documents = characters = 0
@@ -205,7 +205,7 @@ def split_conversations(
 ) -> tuple[list[list[Message]], list[list[Message]]]:
     """Conversations to train on, and about `fraction` of them (at least one) held out by a hash; copies stay together.
 
-    Raises `UserError` for a fraction outside (0, 1) and where one side would be left without any.
+    Raises `UserError` for a fraction outside (0, 1), and if one side would be empty.
     """
     _check_fraction(fraction)
     hashes = [_hash(json.dumps(conversation, sort_keys=True)) for conversation in conversations]
@@ -262,7 +262,7 @@ def _make_shards(
 
 
 def finished_already(finished: Finished) -> Future[Finished]:
-    """A shard of an earlier call, in the row of those that are being written."""
+    """A completed future for a shard of an earlier call."""
     future: Future[Finished] = Future()
     future.set_result(finished)
     return future
@@ -270,7 +270,7 @@ def finished_already(finished: Finished) -> Future[Finished]:
 
 @contextlib.contextmanager
 def _stopping_at_once(pool: ThreadPoolExecutor) -> Iterator[ThreadPoolExecutor]:
-    """A pool that drops what it has not begun when an error or Ctrl-C comes."""
+    """Context of a pool that cancels pending work on errors and Ctrl-C."""
     try:
         yield pool
     except BaseException:
@@ -281,7 +281,7 @@ def _stopping_at_once(pool: ThreadPoolExecutor) -> Iterator[ThreadPoolExecutor]:
 
 @contextlib.contextmanager
 def _keeping_what_is_finished(partial: ShardFolder, ordered: ShardFolder) -> Iterator[None]:
-    """After an error, whole shards stay for the next call to go on with; nothing else does."""
+    """Context that after an error keeps finished shards for the next call and deletes all else."""
     try:
         yield
     except BaseException as error:
@@ -293,7 +293,7 @@ def _keeping_what_is_finished(partial: ShardFolder, ordered: ShardFolder) -> Ite
 
 
 def _all_ended(documents: Iterable[Document | str]) -> Iterator[Document]:
-    """The documents, the last one ended even where its text was cut in two for validation."""
+    """The documents; the last one always ends, even if its text was cut for validation."""
     ends = True
     for item in documents:
         document = Document(item) if isinstance(item, str) else item
@@ -309,7 +309,7 @@ def _check_fraction(fraction: float) -> None:
 
 
 def _hash(text: str) -> float:
-    """A number in [0, 1) that looks random and depends on the text alone."""
+    """A pseudorandom number in [0, 1) determined by the text."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "little") / 2**48
 
 
@@ -323,7 +323,7 @@ def _picked_by_hash(documents: Iterable[Document], fraction: float) -> Iterator[
 
 
 def _cut_in_two(documents: Iterable[Document], place: int) -> Iterator[tuple[Document, bool]]:
-    """Documents before and from the `place`-th character, moved back to a line end where its piece has one."""
+    """Documents before and after the `place`-th character, cut at the last line end before it if its piece has one."""
     for document in documents:
         length = len(document.text)
         if place <= 0 or place >= length:

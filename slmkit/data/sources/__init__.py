@@ -1,8 +1,8 @@
-"""Where text comes from: files and folders, data sets of the hub, URLs, and the built-in corpus, read as a stream.
+"""Sources of text: files and folders, hub data sets, URLs, and the built-in corpus, read as streams.
 
-`.txt`, `.jsonl` (or `.json`: one object a line) and `.csv`, plain or as `.gz` or `.zst`, and `.parquet`. A `.txt` file
-is one long text, or documents separated by lines that hold `<|endoftext|>`, as in TinyStories' own files. Whatever is
-read comes with a position to go on from, and every mistake is named by file and place.
+Formats: `.txt`, `.jsonl` (or `.json`: one object per line) and `.csv`, plain or as `.gz` or `.zst`, and `.parquet`. A
+`.txt` file is one long text, or documents separated by lines with `<|endoftext|>`, as in TinyStories' files. Every item
+comes with a position from which reading can continue, and every error names file and place.
 """
 
 from slmkit.data.sources.built_in import BUILT_IN, PRIMER, STORIES, SUMS

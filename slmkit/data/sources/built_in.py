@@ -1,4 +1,4 @@
-"""What is built in: endless, seeded streams of texts, of conversations, and of questions with answers."""
+"""The built-in sources: endless, seeded streams of texts, conversations, and questions with answers."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from slmkit.data.sources.pair_formats import Pair
 from slmkit.data.stories.primer import primer_text
 from slmkit.data.stories.sums import sum_pair
 
-STORIES, PRIMER, SUMS = "stories", "primer", "sums"  # the sources that name them
+STORIES, PRIMER, SUMS = "stories", "primer", "sums"  # names of the sources
 
 
 @dataclass(frozen=True)
 class BuiltIn:
-    """Each is a function from a seed, a number, and whether it is to be one that nobody trains on.
+    """Functions from a seed, an index, and whether the item is held out, to an item.
 
-    Of stories there are so many that another seed is all it takes.
+    There are so many stories that held-out ones only need another seed.
     """
 
     text: Callable[[int, int, bool], str]

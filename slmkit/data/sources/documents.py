@@ -1,26 +1,26 @@
-"""What sources give: documents, whole or in pieces, and conversations, each with a position to go on from."""
+"""The items of sources: documents, whole or in pieces, and conversations, each with a position to continue from."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
-# Longer texts are read, and tokenized, in pieces of this many characters: bounded memory, and work for every core.
+# Longer texts are read and tokenized in pieces of this many characters, for bounded memory and parallel work.
 PIECE = 1 << 16
 
-# How texts spell the special tokens of well-known tokenizers. A spelling in a text is text, whatever the tokenizer.
+# Spellings of well-known tokenizers' special tokens. In a text they are ordinary text.
 SPELLINGS = (
     "<|endoftext|>", "<|end_of_text|>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|begin_of_text|>", "<s>", "</s>",
     "<bos>", "<eos>", "<pad>", "<start_of_turn>", "<end_of_turn>",
 )  # fmt: skip
 
 Message: TypeAlias = dict[str, Any]
-# The place just behind a document, as a few integers that JSON can hold: which file, then the byte or the row in it.
+# The position after a document, as a few integers for JSON: which file, then the byte or row in it.
 Position: TypeAlias = dict[str, int]
 
 
 class Document(NamedTuple):
-    """A text, or a piece of a long one: then `ends` is False in all but its last, `begins` in all but its first."""
+    """A text, or a piece of a long one: `ends` is False in all but its last piece, `begins` in all but its first."""
 
     text: str
     ends: bool = True
@@ -30,7 +30,7 @@ class Document(NamedTuple):
 class Conversation(list[Message]):
     """Messages, with the `tools` that they may call (JSON schemas) or None.
 
-    `place` is where they were read, such as `chats.jsonl:17`; `unused` the keys of messages that were not used.
+    `place` is where they were read, such as `chats.jsonl:17`; `unused` the unused keys of messages.
     """
 
     def __init__(self, messages: Iterable[Message], place: str = "", tools: list[dict[str, Any]] | None = None) -> None:
@@ -40,15 +40,15 @@ class Conversation(list[Message]):
 
 
 def tools_of(messages: list[Message]) -> list[dict[str, Any]] | None:
-    """The tools of a conversation that was read; of a plain list there are none."""
+    """The tools of a conversation that was read; None for a plain list."""
     return messages.tools if isinstance(messages, Conversation) else None
 
 
 class BadRow(NamedTuple):
-    """What could not be read: a reason to count it by, the line that names it and its place, and how many rows it is.
+    """A row that could not be read: the reason for counting, a message with its place, and how many rows it stands for.
 
-    A `harmless` one (blank text) is counted and never refused. `has_columns`: those of what was to be
-    read.
+    A `harmless` one (blank text) is counted and never refused. `has_columns`: whether it has the columns of what was to
+    be read.
     """
 
     reason: str
@@ -59,11 +59,11 @@ class BadRow(NamedTuple):
 
 
 T = TypeVar("T")
-Item: TypeAlias = tuple[T | BadRow, Position]  # with the position behind it
+Item: TypeAlias = tuple[T | BadRow, Position]  # with the position after it
 
 
 def pieces(text: str) -> Iterator[Document]:
-    """A text as documents of at most `PIECE` characters, of which the last one ends."""
+    """A text as pieces of at most `PIECE` characters; the last one ends."""
     start = 0
     while len(text) - start > PIECE:
         length = cut_point(text[start : start + PIECE + 1], PIECE)
@@ -73,9 +73,9 @@ def pieces(text: str) -> Iterator[Document]:
 
 
 def cut_point(text: str, limit: int) -> int:
-    """The best place at or before `limit` to cut `text`, which is longer than `limit`.
+    """The best index at or before `limit` to cut `text`, which is longer than `limit`.
 
-    After a line end that has text on both sides, since a byte-level tokenizer then gives the same tokens as without the
+    After a line end with text on both sides, since a byte-level tokenizer then gives the same tokens as without the
     cut; else after any line end, else before a space, else at `limit`.
     """
     last_end = text.rfind("\n", 0, limit)

@@ -1,4 +1,4 @@
-"""Files of text: which of them a path means, and their bytes, uncompressed, from any offset on."""
+"""Text files: their kinds, and reading uncompressed bytes from any offset."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from slmkit.config import UserError
 from slmkit.data.sources.documents import PIECE
 
 ROW_KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
-# One text each: source code and what is written beside it.
+# Kinds of files with one text each: source code and notes.
 WRITTEN = (
     ".md", ".rst", ".tex", ".html", ".css", ".py", ".js", ".ts", ".jsx", ".tsx", ".c", ".h", ".cpp", ".hpp", ".cc",
     ".cs", ".rs", ".go", ".java", ".kt", ".swift", ".scala", ".rb", ".php", ".lua", ".jl", ".r", ".hs", ".ml", ".sh",
@@ -25,7 +25,7 @@ WRITTEN = (
 TEXT_KINDS = (".txt", *WRITTEN)
 KINDS = (*TEXT_KINDS, *ROW_KINDS)
 COMPRESSIONS = (".gz", ".zst")
-# What is no text, by its first bytes: what it is, and what to do about it.
+# First bytes of files that are not UTF-8 text: what they are, and what to do.
 UTF_16 = "UTF-16 text: save it as UTF-8 (iconv -f UTF-16 -t UTF-8)"
 NOT_TEXT = {
     b"\xff\xfe": UTF_16, b"\xfe\xff": UTF_16,
@@ -42,7 +42,7 @@ Paths: TypeAlias = str | Path | Iterable[str | Path]
 
 @dataclass(frozen=True)
 class File:
-    """A file somewhere: its name as messages show it, what is in it, and a way to open its bytes as stored."""
+    """A local or remote file: its name for messages, how to open its stored bytes, and its description."""
 
     name: str
     open: Callable[[], BinaryIO]
@@ -53,9 +53,9 @@ class File:
         return kind_of(self.name)
 
     def open_at(self, offset: int = 0) -> BinaryIO:
-        """The uncompressed bytes from `offset` on: sought where the file is plain, read and dropped where it isn't.
+        """The uncompressed bytes from `offset` on; seeks in a plain file, reads and drops in a compressed one.
 
-        Raises `OSError` at the beginning of a file that is certainly no UTF-8 text.
+        Raises `OSError` at the beginning of a file that is clearly not UTF-8 text.
         """
         compression = Path(self.name.lower()).suffix
         stream = self.open()
@@ -65,7 +65,7 @@ class File:
         if compression == ".gz":
             stream = cast(BinaryIO, gzip.GzipFile(fileobj=stream))
         else:
-            # Not zstandard's own reader: it ends without a word where a file was cut short.
+            # zstandard's own reader gives no error for a truncated file.
             stream = cast(BinaryIO, io.BufferedReader(pyarrow().CompressedInputStream(stream, "zstd"), PIECE))
         while offset and (dropped := len(stream.read(min(offset, PIECE)))):
             offset -= dropped
@@ -93,7 +93,7 @@ def described(path: Path) -> dict[str, Any]:
 
 
 def kind_of(name: str) -> str:
-    """The extension that says what is inside: `.jsonl` of `a.jsonl.gz`; empty for hidden files."""
+    """The extension without compression: `.jsonl` for `a.jsonl.gz`; empty for hidden files."""
     inner = Path(name.lower())
     if inner.name.startswith("."):
         return ""
@@ -104,7 +104,7 @@ def kind_of(name: str) -> str:
 
 
 def listed(kinds: Sequence[str]) -> str:
-    """The kinds as messages name them: those of source code are many."""
+    """The kinds as messages name them; those of source code are summarized."""
     names = [kind for kind in kinds if kind not in WRITTEN]
     if len(names) < len(kinds):
         names[names.index(".txt")] = "text (.txt, .md, source code)"
@@ -112,7 +112,7 @@ def listed(kinds: Sequence[str]) -> str:
 
 
 def pyarrow() -> Any:
-    """Raises `UserError` where it is not installed."""
+    """The module `pyarrow`. Raises `UserError` if it is not installed."""
     try:
         import pyarrow
         import pyarrow.ipc
@@ -123,6 +123,6 @@ def pyarrow() -> Any:
 
 
 def damage() -> tuple[type[Exception], ...]:
-    """What reading a damaged file raises."""
+    """The exceptions that reading a damaged file raises."""
     arrow = () if "pyarrow" not in sys.modules else (pyarrow().ArrowException,)
     return (OSError, EOFError, zlib.error, *arrow)

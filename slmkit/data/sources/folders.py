@@ -1,7 +1,7 @@
-"""Which files of a folder are meant: one rule, for folders here and for those behind URLs.
+"""Selects the files of a folder to read, by one rule for local folders and URLs.
 
-Hidden files, what tools and runs leave behind, and other splits than the one asked for are passed over; so are notes
-and source code beside files of rows. What was taken and what was passed over is said in one line.
+Left out are hidden files, files of tools and runs, files of other splits, and notes and source code next to files of
+rows. One line reports what was selected and what was left out.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "tes
     ("validation", "valid", "val", "dev", "eval", "evaluation", "heldout", "holdout"), "validation"
 )
 SPLIT_WORD = re.compile(rf"({'|'.join(SPLITS)})(?:set|split|data|file)?\d*")
-# Stand around a split's name in that of a file, and say nothing of it.
+# Words next to a split's name in a file name, without a meaning of their own.
 NO_NAME = re.compile(r"set|split|data|dataset|files?|parts?|v?\d+|")
-NUMBERS = re.compile(r"[-_.]\d+([-_.]of[-_.]\d+)?$")  # of the files of a split
+NUMBERS = re.compile(r"[-_.]\d+([-_.]of[-_.]\d+)?$")  # shard numbers of a split's files
 TOOLS = ("__pycache__", "node_modules", "venv", "site-packages")
-ABOUT = ("readme", "license", "changelog", "contributing")  # of whatever they stand beside
-# A folder below the one that was named, with one of these files in it, was made by a tool: a run, a model, shards.
+ABOUT = ("readme", "license", "changelog", "contributing")  # files about the data next to them
+# A subfolder with one of these files was made by a tool: a run, a model, shards.
 MADE = {
     "pyvenv.cfg": "a virtual environment", "environment.json": "a run", "MANIFEST.json": "a checkpoint",
     HEADER: "token shards", "model.safetensors": "a model", "adapter_config.json": "an adapter",
@@ -42,15 +42,15 @@ BOOKKEEPING = {
 
 @dataclass
 class Chosen:
-    """Names of files, sorted, below a folder; and how many were passed over, by what they are."""
+    """Sorted names of the selected files below a folder, and how many were left out, by kind."""
 
     folder: str
     names: list[str]
     passed: Counter[str] = field(default_factory=Counter)
-    unsure: list[str] = field(default_factory=list)  # taken, with the name of another split inside their own
+    unsure: list[str] = field(default_factory=list)  # selected, although the name contains another split's
 
     def line(self) -> str:
-        """What was taken, and what was not."""
+        """One line that says what was selected and what was left out."""
         kinds = Counter(kind_of(name) for name in self.names)
         taken = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
         passed = ", ".join(f"{count:,} {what}" for what, count in self.passed.most_common())
@@ -59,15 +59,15 @@ class Chosen:
 
 
 def find_files(paths: Paths, kinds: Sequence[str] = KINDS, split: str | None = "train") -> list[Path]:
-    """The files meant by paths of files and folders; of folders those that `search` finds.
+    """All files for the given paths; in folders, those selected by `search`.
 
-    Raises `UserError` for a missing or empty file, one of another kind, and a folder without any of these kinds.
+    Raises `UserError` for a missing or empty file, one of another kind, and a folder without files of these kinds.
     """
     return [file for found in find(paths, kinds, split) for file in map(Path(found.folder).joinpath, found.names)]
 
 
 def find(paths: Paths, kinds: Sequence[str] = KINDS, split: str | None = "train") -> list[Chosen]:
-    """As `find_files`, for each path what was found; of a file its name alone, with no folder."""
+    """`find_files` per path; a file's entry has its name and no folder. Raises `UserError` as `find_files`."""
     found = []
     for path in [Path(paths)] if isinstance(paths, str | Path) else map(Path, paths):
         if path.is_dir():
@@ -87,12 +87,12 @@ def find(paths: Paths, kinds: Sequence[str] = KINDS, split: str | None = "train"
 
 
 def describe_sources(paths: Paths) -> list[dict[str, Any]]:
-    """Path, size in bytes and sha256 of every file, for whoever wants to know later what something was made of."""
+    """Path, size in bytes and sha256 of every file, for the header of shards."""
     return list(map(described, find_files(paths)))
 
 
 def search(folder: Path, kinds: Sequence[str], split: str | None = "train") -> Chosen:
-    """The files of a folder here and its subfolders; `split` None: of every split. Raises `UserError` as `choose`."""
+    """Selected files of a local folder and its subfolders; `split` None: all splits. Raises `UserError` as `choose`."""
     passed: Counter[str] = Counter()
 
     def below() -> Iterator[str]:
@@ -114,9 +114,9 @@ def search(folder: Path, kinds: Sequence[str], split: str | None = "train") -> C
 
 
 def choose(folder: str, names: Iterable[str], kinds: Sequence[str], split: str | None) -> Chosen:
-    """Of the files named, relative to `folder`, those that are meant.
+    """The selected ones of the files named, relative to `folder`.
 
-    Raises `UserError` where there are none, and for a split that is not there.
+    Raises `UserError` if there are none, and for a split that is not there.
     """
     passed: Counter[str] = Counter()
 
@@ -139,15 +139,15 @@ def choose(folder: str, names: Iterable[str], kinds: Sequence[str], split: str |
 
 
 def splits_of(names: Sequence[str]) -> dict[str, str | None]:
-    """The splits of files of one folder. A name inside of longer ones counts where a file is named train."""
+    """The split of each file of a folder. If any file is named train, split names inside longer names count too."""
     rows = [name for name in names if kind_of(name) not in WRITTEN]
     inside = any(SPLITS.get(word) == "train" for name in rows for part in _parts(name) for word in _words(part))
     return {name: split_of(name, inside) if name in {*rows} else None for name in names}
 
 
 def split_of(name: str, inside: bool = False) -> str | None:
-    """The split that a file is of, by the first or last word (`inside`: by any word) of its name or of a folder that it
-    is in.
+    """The split of a file, by the first or last word (`inside`: any word) of its name or of one of its folders; None if
+    there is none.
     """
     words = [word for part in _parts(name) for word in (_words(part) if inside else _outer_words(part))]
     named = [SPLITS[word] for word in words if word in SPLITS]
@@ -164,7 +164,7 @@ def _why_not(path: PurePosixPath, kinds: Sequence[str]) -> str | None:
 
 
 def _beside_rows(kinds: set[str]) -> Callable[[str], str | None]:
-    """Notes and code beside rows are no rows; the `.json` files beside source code are its settings."""
+    """Leaves out notes and code next to rows, and the `.json` files next to source code, which are its settings."""
     rows, code = kinds & {*ROW_KINDS}, kinds & {*WRITTEN} - {".md"}
     left_out = {".json"} if rows == {".json"} and code else {*WRITTEN} if rows else set()
     about = ABOUT if kinds - {".md"} else ()
@@ -179,7 +179,7 @@ def _beside_rows(kinds: set[str]) -> Callable[[str], str | None]:
 def _of_another_split(folder: str, splits: dict[str, str | None], split: str) -> Callable[[str], str | None]:
     if split.lower() not in SPLITS and any(
         split in _parts(name) for name in splits
-    ):  # such as train_sft beside train_gen
+    ):  # such as train_sft next to train_gen
         return lambda name: None if split in _parts(name) else f"of split {splits[name] or 'without a name'}"
     wanted = SPLITS.get(split.lower(), split)
     is_meant = {name: found == wanted or (found is None and wanted == "train") for name, found in splits.items()}
@@ -191,14 +191,14 @@ def _of_another_split(folder: str, splits: dict[str, str | None], split: str) ->
 
 
 def _parts(name: str) -> list[str]:
-    """The folders of a file and its name without endings and numbers: `train` of train-00000-of-4.jsonl.gz."""
+    """Folders and name of a file, without endings and numbers: `train` for train-00000-of-4.jsonl.gz."""
     *folders, file = PurePosixPath(name).parts
     stem = NUMBERS.sub("", file.removesuffix(next(filter(file.endswith, COMPRESSIONS), "")).rpartition(".")[0] or file)
     return [*folders, stem, NUMBERS.sub("", stem.partition(".")[0])]
 
 
 def _words(part: str) -> list[str]:
-    """In lower case; those that name a split without a "set" or number behind them: `my`, `test` of my_TestSet2."""
+    """Words in lower case; split names without "set" or number after them: `my`, `test` for my_TestSet2."""
     part = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", part).lower()
     words = re.split(r"[^\w]+|_", re.sub(r"(held|hold)[-_. ]?out", r"\1out", part))
     named = [(SPLIT_WORD.fullmatch(word), word) for word in words if not NO_NAME.fullmatch(word)]

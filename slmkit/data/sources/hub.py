@@ -1,7 +1,7 @@
-"""Data sets of the Hugging Face hub, and folders laid out like one: which files are a configuration's split.
+"""Files of a split of a Hugging Face data set, or of a folder laid out like one.
 
-`datasets` answers that (README, names of files and folders; never a loading script). The files are read here, as all
-others are: the same rows whether they are streamed or downloaded, and a position that is exact to the row.
+`datasets` names the files (from README and file names; never by a loading script). They are read here like all others:
+the same rows streamed or downloaded, with a position exact to the row.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ FILE_URL = re.compile(rf"{PREFIX}(?P<name>[^/]+/[^@/]+)@(?P<revision>[^/]+)/(?P<
 
 
 def hub_name(path: str) -> str | None:
-    """`owner/name` where that is what a path means: not a file or folder, nor something inside of a data set."""
+    """`owner/name` if the path is a hub data set; None for a file or folder, or something inside a data set."""
     name = path.removeprefix(PREFIX).rstrip("/")
-    is_local = path == name and (Path(path).exists() or kind_of(path) in KINDS)  # or meant to be
+    is_local = path == name and (Path(path).exists() or kind_of(path) in KINDS)  # or a missing local file
     return name if NAME.fullmatch(name) and not is_local else None
 
 
 def is_laid_out_like_the_hub(folder: Path, settings: SourceSettings) -> bool:
-    """Whether a folder has configurations: asked for, or told by its README."""
+    """Whether a folder has configurations: set by the user, or in its README."""
     if settings.config:
         return True
     readme = folder / "README.md"
@@ -39,9 +39,9 @@ def is_laid_out_like_the_hub(folder: Path, settings: SourceSettings) -> bool:
 
 
 def hub_files(path: str, settings: SourceSettings, kinds: Sequence[str]) -> list[File]:
-    """The files of a split of a data set named `owner/name`, or of a folder.
+    """The files of a split of a data set `owner/name`, or of a folder.
 
-    Raises `UserError` for a configuration or split that does not exist, naming those that do, and `NetworkError`.
+    Raises `UserError` for an unknown configuration or split, with the known ones, and `NetworkError`.
     """
     urls = _data_files(path, settings)
     unknown = next((url for url in urls if kind_of(url) not in kinds), None)
@@ -60,7 +60,7 @@ def _data_files(path: str, settings: SourceSettings) -> list[str]:
             builder = datasets.load_dataset_builder(path, name=settings.config, revision=settings.revision)
         except datasets.exceptions.DataFilesNotFoundError:
             raise UserError(f"{what}: holds no data files of a known kind") from None
-        except (ValueError, RuntimeError) as error:  # a wrong configuration; a loading script
+        except (ValueError, RuntimeError) as error:  # a wrong configuration, or a loading script
             if not str(error).startswith(("BuilderConfig", "Config name", "Dataset scripts")):
                 raise
             hint = " (config)" if "onfig" in str(error) else ""
@@ -72,7 +72,7 @@ def _data_files(path: str, settings: SourceSettings) -> list[str]:
 
 
 def _downloaded_file(url: str) -> File:
-    """Downloaded into the hub's own cache when it is first opened, a broken download continued."""
+    """A file that is downloaded to the hub's cache when first opened, resuming a partial download."""
 
     def path() -> Path:
         from huggingface_hub import hf_hub_download
@@ -98,5 +98,5 @@ def _datasets() -> Any:
         from huggingface_hub.utils import logging
     except ImportError:
         raise UserError("data sets of the hub need one more package: pip install slmkit[hub]") from None
-    logging.set_verbosity_error()  # what it tries again is told by one line of ours, if it fails for good
+    logging.set_verbosity_error()  # its retries are not shown; a final failure is one line of ours
     return datasets

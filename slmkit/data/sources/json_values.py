@@ -1,4 +1,4 @@
-"""Objects out of a JSON file that is one list, or one object with a list in it; one at a time, from any offset on."""
+"""Streams objects of a JSON file that is a list, or an object with a list in it, from any offset."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from slmkit.data.sources.lines import LONGEST_ROW
 
 SPACE = re.compile(r"[ \t\r\n]*")
 BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[][{}]', re.DOTALL)
-NEAR_THE_END = 16  # characters: more than any number or escape that the end of what is read may cut
+NEAR_THE_END = 16  # characters: longer than any number or escape that may be cut at the end of the buffer
 
 
 class Value(NamedTuple):
-    """An entry of a list, or what is wrong with it, and the offset of the byte behind it."""
+    """An entry of a list, or its problem, and the byte offset after it."""
 
     value: Any
     problem: str
@@ -26,16 +26,16 @@ class Value(NamedTuple):
 
 
 class BrokenJsonError(ValueError):
-    """What stands in a file is no JSON, and nobody can say where it goes on."""
+    """Invalid JSON after which the next entry cannot be found."""
 
 
 def whole_number(digits: str) -> float:
-    """Python refuses to read whole numbers of more than 4,300 digits."""
+    """A whole number of any length; Python's `int` refuses more than 4,300 digits."""
     return int(digits) if len(digits) < 4300 else float(digits)
 
 
 class RepeatedKeyError(ValueError):
-    """An object has one key twice: Python's own reader would keep the last value and drop the others."""
+    """An object has the same key twice; Python's reader would silently keep the last value."""
 
 
 def _object(members: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -51,17 +51,17 @@ DECODER = json.JSONDecoder(parse_int=whole_number, object_pairs_hook=_object)
 
 
 def first_character(file: File) -> str:
-    """The first one of a JSON file that is no space; '' where there is none."""
+    """The first character of a JSON file that is not white space; '' if there is none."""
     text = _Characters(file, 0)
     with text.stream:
         return text.next_one()
 
 
 def list_entries(file: File, offset: int = 0) -> Iterator[Value]:
-    """The entries of the list that a file is, or of the first list in the object that it is.
+    """The entries of the list in a file, or of the first list in its object.
 
-    `offset` is 0 or that of a `Value` before. Raises `BrokenJsonError` where nobody can say where the next entry
-    begins, and for an object with two lists of objects, or none.
+    `offset` is 0 or that of an earlier `Value`. Raises `BrokenJsonError` if the next entry cannot be found, and for an
+    object with no list of objects, or two.
     """
     text = _Characters(file, offset)
     in_object = False
@@ -81,7 +81,7 @@ def list_entries(file: File, offset: int = 0) -> Iterator[Value]:
 
 
 def _up_to_a_list(text: _Characters) -> bool:
-    """Pass over the members of an object up to the next one that is a list of objects; False where there is none."""
+    """Skip members of an object up to the next list of objects; False if there is none."""
     while (character := text.next_one()) not in ("}", ""):
         if character in "{,":
             text.take(character)
@@ -95,7 +95,7 @@ def _up_to_a_list(text: _Characters) -> bool:
 
 
 class _Characters:
-    """The characters of a file, read as they are needed; `end` is the offset of the next one in the file."""
+    """Buffered characters of a file; `end` is the byte offset of the next one."""
 
     def __init__(self, file: File, offset: int) -> None:
         self.stream, self.end = file.open_at(offset), offset
@@ -103,7 +103,7 @@ class _Characters:
         self.text, self.at, self.is_all = "", 0, False
 
     def next_one(self) -> str:
-        """The next character that is no space, not taken yet; '' at the end."""
+        """The next character that is not white space, not consumed; '' at the end."""
         while True:
             space = SPACE.match(self.text, self.at)
             assert space is not None
@@ -131,7 +131,7 @@ class _Characters:
         return begun[1] == "{"
 
     def value(self) -> Value:
-        """The next value. One that is no JSON is passed over where its brackets say where it ends."""
+        """The next value. An invalid one is skipped if its brackets show where it ends, else `BrokenJsonError`."""
         self.next_one()
         while True:
             try:
@@ -151,7 +151,7 @@ class _Characters:
             return Value(None, problem, self.end)
 
     def _end_of_brackets(self, problem: str) -> int:
-        """Where the object or list that begins here ends, by its brackets alone."""
+        """The end of the object or list that begins here, by its brackets alone."""
         while True:
             depth = 0
             for match in BRACKETS.finditer(self.text, self.at):
@@ -168,7 +168,7 @@ class _Characters:
         self.at = at
 
     def _more(self) -> bool:
-        """Read on, as much again as is there and not taken; False at the end, or where a value is longer than a row."""
+        """Read more, doubling the unread buffer; False at the end, or if a value is longer than `LONGEST_ROW`."""
         rest = self.text[self.at :]
         if self.is_all or len(rest) > LONGEST_ROW:
             return False

@@ -1,4 +1,4 @@
-"""Lines of text files with their byte offsets, in bounded memory however long a line is."""
+"""Lines of text files with byte offsets, in memory bounded for any line length."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import NamedTuple
 from slmkit.data.sources.documents import PIECE, BadRow
 from slmkit.data.sources.files import File
 
-LONGEST_ROW = 1 << 25  # bytes; a row is held whole, and several times over while it is taken apart
+LONGEST_ROW = 1 << 25  # bytes; a row is held in memory several times while it is parsed
 
 
 class Line(NamedTuple):
-    """A line (or a part of one) with its line end, and the offset behind it in the uncompressed file."""
+    """A line (or a part of one) with its line end, and the offset after it in the uncompressed file."""
 
     text: str
     end: int
@@ -21,9 +21,9 @@ class Line(NamedTuple):
 
 
 def whole_lines(file: File, offset: int = 0) -> Iterator[Line]:
-    """Every line from `offset` on, from UTF-8 with or without a byte-order mark.
+    """All lines from `offset` on, decoded as UTF-8 with or without byte-order mark.
 
-    One that is longer than `LONGEST_ROW` or that is no text comes empty, with its problem.
+    A line that is longer than `LONGEST_ROW` or is not text is empty and has a `problem`.
     """
     with file.open_at(offset) as stream:
         while raw := stream.readline(LONGEST_ROW + 1):
@@ -45,9 +45,9 @@ def whole_lines(file: File, offset: int = 0) -> Iterator[Line]:
 
 
 def parts_of_lines(file: File, offset: int = 0) -> Iterator[Line]:
-    """As `whole_lines`, but a line of more than `PIECE` bytes comes in several parts, of which the last has a line end.
+    """`whole_lines`, with lines of more than `PIECE` bytes split into parts, of which the last has a line end.
 
-    Bytes that are no UTF-8 come as Python's surrogate escapes, so that the text encodes back to what was read.
+    Invalid UTF-8 becomes Python's surrogate escapes, so that the text encodes back to the bytes read.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
     with file.open_at(offset) as stream:
@@ -56,7 +56,7 @@ def parts_of_lines(file: File, offset: int = 0) -> Iterator[Line]:
             is_first, offset = offset == 0, offset + len(raw)
             text = decoder.decode(raw, final=not raw)
             if text:
-                held = len(decoder.getstate()[0])  # bytes of a character whose rest is in the next part
+                held = len(decoder.getstate()[0])  # bytes of an incomplete character
                 yield Line(text.removeprefix("\ufeff") if is_first else text, offset - held)
             if not raw:
                 return

@@ -1,4 +1,4 @@
-"""From what a recipe says to a source that can be read."""
+"""Opens the source that settings describe."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from slmkit.data.sources.source import Source
 def open_source(
     settings: SourceSettings, seed: int = 0, patience: RetryPolicy | None = None, held_out: bool = False
 ) -> Source:
-    """Find what `settings` name; `seed` and `held_out` are for what is built in: which of it, and of what split.
+    """The source for `settings`; `seed` and `held_out` select the stream of a built-in source.
 
-    Raises `UserError` where there is nothing to read, with what was looked for.
+    Raises `UserError` if there is nothing to read, with what was looked for.
     """
     patience = patience or RetryPolicy(settings.retry_for)
     if settings.path in BUILT_IN:
@@ -34,24 +34,24 @@ def open_source(
 
 
 def expect_source(settings: SourceSettings) -> None:
-    """Raises `UserError` for a file or folder that is not there. Nothing is read, and no network is asked."""
+    """Raises `UserError` if a local file or folder does not exist. Reads nothing and uses no network."""
     path = settings.path
     if path not in BUILT_IN and not hub_name(path) and not is_url(path) and not Path(path).exists():
         raise UserError(f"{path}: no such file or folder")
 
 
 def read_documents(paths: Paths, text_column: str | None = None) -> Iterator[Document]:
-    """Every document in files and folders (sorted, with their subfolders), in order. Blank ones are left out.
+    """All documents in files and folders (sorted, with subfolders), in order, without blank ones.
 
-    Texts longer than `PIECE` characters come in pieces, cut at line ends where there are some. Raises `UserError` for
-    whatever cannot be read as text, as it is reached, and when there is no document at all.
+    Texts longer than `PIECE` characters come in pieces, cut at line ends if possible. Raises `UserError` for unreadable
+    text when it is reached, and if there is no document.
     """
     source = _local_source(find(paths), text_column=text_column)
     return (document for document, _ in source.read())
 
 
 def read_conversations(paths: Paths, messages_column: str | None = None) -> Iterator[list[Message]]:
-    """Every conversation in JSON lines and parquet files and folders of them: lists of messages, as given.
+    """All conversations in JSON lines and parquet files and folders of them, as lists of messages.
 
     Raises `UserError` as `read_documents` does, and for a row that is not a list of objects.
     """
@@ -60,7 +60,7 @@ def read_conversations(paths: Paths, messages_column: str | None = None) -> Iter
 
 
 def _files(settings: SourceSettings, kinds: Sequence[str]) -> tuple[list[File], list[Chosen]]:
-    """The files, and what was chosen of the folder that they are in."""
+    """The files, and what was selected in their folders. Raises `UserError` if there are none."""
     folder = Path(settings.path)
     if folder.is_dir() and is_laid_out_like_the_hub(folder, settings):
         return hub_files(settings.path, settings, kinds), []

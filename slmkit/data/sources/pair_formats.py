@@ -1,4 +1,4 @@
-"""What the rows of public preference sets mean: a better and a worse answer, or one that is labelled good or bad."""
+"""Row formats of public preference sets: a better and a worse answer, or one answer labelled good or bad."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ from slmkit.data.sources.turns import TOOLS, RowError, checked, conversation, is
 
 QUESTIONS = ("prompt", "question", "instruction", "query", *CHATS)
 ANSWERS = {"chosen": "rejected", "response_j": "response_k", "chosen_response": "rejected_response"}  # better: worse
-TURNS = ("\n\nHuman:", "\n\nAssistant:")  # how a dialogue in one text begins its turns
+TURNS = ("\n\nHuman:", "\n\nAssistant:")  # beginnings of turns in a dialogue given as one text
 RANKED = ("answers", "completions", "responses", "generations")
 ANSWER = ("response", "answer", "text", "content", "completion", "output")  # of a ranked answer
-SCORES = ("overall_score", "score", "pm_score", "rating")  # of a ranked answer; the greatest is the best
+SCORES = ("overall_score", "score", "pm_score", "rating")  # of a ranked answer; the highest is the best
 NUMBERED = ("response_0", "response_1", "better_response_id")  # PKU-Alignment/PKU-SafeRLHF
-LONG_PROMPT = 20  # characters; both answers to a shorter one (`Hello`) may well begin with it
-REJECTED = "rejected_response"  # beside a conversation that ends with the better answer (ms-swift)
+LONG_PROMPT = 20  # characters; a shorter prompt (`Hello`) may be the beginning of both answers by chance
+REJECTED = "rejected_response"  # next to a conversation that ends with the better answer (ms-swift)
 
 
 class Pair(NamedTuple):
-    """Two conversations that begin alike, for `shared` messages; the better one first. `place` is where it was read.
+    """Two conversations, the better one first, whose first `shared` messages are the same. `place`: where it was read.
 
-    `prompt_removed`: both answers began with the prompt, which was taken off them.
+    `prompt_removed`: both answers began with the prompt, which was removed.
     """
 
     chosen: list[Message]
@@ -60,7 +60,7 @@ class Pair(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """A conversation whose last answer was judged good (`label` True) or bad. `place` is where it was read."""
+    """A conversation whose last answer was judged good (`label` True) or bad. `place`: where it was read."""
 
     messages: list[Message]
     label: bool
@@ -68,7 +68,7 @@ class Judged(NamedTuple):
 
 
 def pair_of(chosen: list[Message], rejected: list[Message]) -> Pair:
-    """Raises `RowError` where the two do not answer one question, or say the same."""
+    """The pair. Raises `RowError` if the two answer different questions, or are the same."""
     shared = 0
     for better, worse in zip(chosen, rejected):
         if better != worse:
@@ -88,9 +88,9 @@ def pair_of(chosen: list[Message], rejected: list[Message]) -> Pair:
 
 
 def pair_formats(settings: SourceSettings, unused: Counter[str]) -> RowFormats:
-    """From rows to pairs.
+    """The formats of pairs.
 
-    Answers are texts, a message or messages, behind a question that is a text or messages; or whole conversations
+    Answers are texts, a message or messages, to a question that is a text or messages; or whole conversations
     (HuggingFaceH4/ultrafeedback_binarized, mlabonne/orpo-dpo-mix-40k, trl's explicit and implicit prompts).
     """
     beside = (*SYSTEM, *TOOLS, HISTORY, *CONTEXT)
@@ -133,7 +133,7 @@ def _pair(row: Row, asked: str | None, better: str, worse: str) -> Pair:
 
 
 def _without_prompt(prompt: Any, *answers: Any) -> list[str]:
-    """The answers without the prompt that trl's old files have in front of both; none where it is not there."""
+    """The answers without the prompt that both begin with in trl's old files; empty if they do not."""
     if not (isinstance(prompt, str) and len(prompt.strip()) >= LONG_PROMPT):
         return []
     if any(not isinstance(answer, str) or _dialogue(answer) or not answer.startswith(prompt) for answer in answers):
@@ -168,7 +168,7 @@ def _with_rejected(row: Row, convert: Callable[[Row], Conversation]) -> Pair:
 
 
 def _ranked(row: Row, column: str) -> Pair:
-    """The best answer against the worst one."""
+    """The best answer and the worst one."""
     answers = row[column] if isinstance(row[column], list) else []
     keys = {key for answer in answers if isinstance(answer, dict) for key in answer}
     if not any(word in str(key) for key in (*keys, *row) for word in ("score", "rank", "rating")) or not answers:
@@ -189,7 +189,7 @@ def _ranked(row: Row, column: str) -> Pair:
 
 
 def _side(row: Row, column: str, before: list[Message]) -> Conversation:
-    """One answer with all before it."""
+    """One answer with the messages before it."""
     value = row[column]
     if isinstance(value, dict):
         row, value = {**row, column: [value]}, [value]
@@ -204,19 +204,19 @@ def _side(row: Row, column: str, before: list[Message]) -> Conversation:
 
 
 def _dialogue(value: object) -> list[Message]:
-    """The messages of a text such as `\\n\\nHuman: …\\n\\nAssistant: …` (Anthropic/hh-rlhf); of any other text none."""
+    """The messages of a text such as `\\n\\nHuman: …\\n\\nAssistant: …` (Anthropic/hh-rlhf); empty for others."""
     if not (isinstance(value, str) and value.startswith(TURNS)):
         return []
     _, *parts = re.split(f"({'|'.join(TURNS)})", value)
     turns = zip(parts[::2], parts[1::2])
     messages = [{"role": "user" if turn == TURNS[0] else "assistant", "content": said.strip()} for turn, said in turns]
-    return messages if messages[-1]["content"] else messages[:-1]  # a question may end where the answer begins
+    return messages if messages[-1]["content"] else messages[:-1]  # a prompt may end where the answer begins
 
 
 def kto_formats(settings: SourceSettings, unused: Counter[str]) -> RowFormats:
-    """From rows to judged answers: a conversation in any format of `chat_formats`.
+    """The formats of judged answers: a conversation in any format of `chat_formats`.
 
-    Its label is a bool in a column `label` (trl) or `kto_tag` (LLaMA-Factory).
+    The label is a bool in a column `label` (trl) or `kto_tag` (LLaMA-Factory).
     """
     formats = {
         f"{name}-{label}": RowFormat(

@@ -1,4 +1,4 @@
-"""What a source consists of: files, and the built-in corpus; each gives documents or conversations with positions."""
+"""Parts of a source: files, and built-in streams; each yields documents or conversations with positions."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from slmkit.hub import one_line
 
 @dataclass(frozen=True)
 class FilePart:
-    """The rows of one file. A position is that of its kind, and `piece`: how many of the next row have been given."""
+    """The rows of one file. A position is that of its kind, plus `piece`: how many pieces of the next row were read."""
 
     file: File
     settings: SourceSettings
-    unused: Counter[str] = field(default_factory=Counter)  # rows with a column that is not used, by column
+    unused: Counter[str] = field(default_factory=Counter)  # rows with an unused column, by column
     spelled: Counter[str] = field(default_factory=Counter)  # documents, or pieces, that spell a special token
 
     def documents(self, start: Position) -> Iterator[Item[Document]]:
@@ -73,7 +73,7 @@ class FilePart:
         return self._until_damage(ROWS[self.file.kind](self.file, start, formats), start)
 
     def _cut(self, rows: Iterator[tuple[Any, Position]], start: Position) -> Iterator[Item[Document]]:
-        """Long texts in pieces; those of the first row that were given before `start` are left out."""
+        """Long texts in pieces; pieces of the first row before `start` are skipped."""
         before, given = start, start.get("piece", 0)
         for value, position in rows:
             if isinstance(value, BadRow):
@@ -87,7 +87,7 @@ class FilePart:
             before, given = position, 0
 
     def _until_damage(self, items: Iterator[Any], start: Position) -> Iterator[Any]:
-        """Everything in front of the place where the file is damaged, then what is wrong there."""
+        """All items before the damaged place of a file, then a `BadRow` for it."""
         position = start
         try:
             for item in items:
@@ -103,7 +103,7 @@ class FilePart:
 
 @dataclass(frozen=True)
 class StoryPart:
-    """Something built in: an endless stream whose position is a `row`."""
+    """A built-in, endless stream; the position is a `row`."""
 
     kind: str
     seed: int
@@ -126,7 +126,7 @@ class StoryPart:
             yield BUILT_IN[self.kind].pair(self.seed, row, self.held_out), {"row": row + 1}
 
     def judgements(self, start: Position) -> Iterator[tuple[Judged, Position]]:
-        """Right and wrong answers in turn, each to a question of its own."""
+        """Right and wrong answers alternately, each to its own question."""
         for row in itertools.count(start.get("row", 0)):
             pair = BUILT_IN[self.kind].pair(self.seed, row, self.held_out)
             yield Judged(pair.sides[row % 2], label=row % 2 == 0), {"row": row + 1}

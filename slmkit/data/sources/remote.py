@@ -1,4 +1,4 @@
-"""Files at URLs, through `fsspec`: read block by block, nothing stored."""
+"""Files at URLs through `fsspec`, read block by block, with nothing stored."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from slmkit.data.sources.files import File, kind_of, listed
 from slmkit.data.sources.folders import Chosen, choose
 from slmkit.hub import NetworkError, network
 
-BLOCK = 1 << 23  # bytes asked for at once
-STALLED = 20.0  # seconds without a byte after which a connection over plain http counts as broken
+BLOCK = 1 << 23  # bytes per request
+STALLED = 20.0  # seconds without data after which a plain http connection counts as broken
 T = TypeVar("T")
 
 
@@ -26,9 +26,9 @@ def is_url(path: str) -> bool:
 
 
 def find_remote(url: str, kinds: Sequence[str], split: str) -> tuple[list[File], list[Chosen]]:
-    """The file at a URL, or those in a folder, as `choose` has it.
+    """The file at a URL, or those of a folder, selected as by `choose`.
 
-    Raises `UserError` where nothing there can be read, and `NetworkError`.
+    Raises `UserError` if nothing there can be read, and `NetworkError`.
     """
     system, path = _file_system(url)
     if kind_of(_without_query(url)) in kinds:
@@ -88,9 +88,9 @@ def _described(system: Any, path: str, url: str) -> dict[str, Any]:
 
 
 class _Stream(io.RawIOBase):
-    """A remote file whose every failure is the network's, told apart from damage in the file by its class.
+    """A remote file whose errors are `NetworkError`s, so that they are distinct from damage in the file.
 
-    An end before the size that the server named is a failure too.
+    An end before the size that the server gave is also one.
     """
 
     def __init__(self, stream: Any, url: str) -> None:
@@ -121,7 +121,7 @@ class _Stream(io.RawIOBase):
         except NetworkError as error:
             if not isinstance(error.__cause__, ValueError) or place < self.place:
                 raise
-            self._read_up_to(place)  # a server that gives no byte ranges
+            self._read_up_to(place)  # the server does not support byte ranges
         self.place = place
         return place
 
@@ -146,7 +146,7 @@ FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds
 
 @dataclass
 class RetryPolicy:
-    """Waits between tries, for `retry_for` seconds without success in all."""
+    """Waits between retries, up to `retry_for` seconds in all without success."""
 
     retry_for: float
     now: Callable[[], float] = time.monotonic
@@ -157,12 +157,12 @@ class RetryPolicy:
     failing_since: float = field(default=0.0, init=False)
 
     def wait(self, error: NetworkError) -> None:
-        """Until the next try. Raises `UserError` where none will help or the time is over."""
+        """Wait for the next try. Raises `UserError` if the error is permanent or the time is over."""
         if error.lasting and not self.has_read:
             raise UserError(str(error)) from None
         if self.tries == 0:
             self.failing_since = self.now()
-        # A little by chance, so that many processes do not all come back at once.
+        # With random jitter, so that many processes do not retry at once.
         delay = min(FIRST_WAIT * 2**self.tries, LONGEST_WAIT) * random.uniform(1, 1.25)
         delay = max(delay, error.retry_after)
         self.tries += 1
@@ -176,7 +176,7 @@ class RetryPolicy:
         self.tries, self.has_read = 0, True
 
     def until_done(self, work: Callable[[], T]) -> T:
-        """The result of `work`, tried again as long as it is interrupted."""
+        """The result of `work`, retried while it raises `NetworkError`. Raises `UserError` as `wait` does."""
         while True:
             try:
                 result = work()

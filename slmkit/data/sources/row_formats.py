@@ -1,7 +1,7 @@
-"""What the rows of public data sets mean: which columns hold the text, the conversation, the pair of answers.
+"""Row formats of public data sets: which columns hold the text, the conversation, the pair of answers.
 
-`docs/sources.md` has the table of them. Every column that a row has is used, refused because it carries meaning that
-would be lost, or counted as unused.
+`docs/sources.md` has the table. Every column of a row is used, refused because its meaning would be lost, or counted
+as unused.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from slmkit.data.sources.turns import (
 )
 
 Row = dict[str, Any]
-NO_COLUMN = "no such column"  # the reason of rows whose columns no format has
-NO_LABEL = "no label"  # of rows whose label is neither true nor false
+NO_COLUMN = "no such column"  # reason for rows whose columns fit no format
+NO_LABEL = "no label"  # for rows whose label is neither true nor false
 SYSTEM = ("system", "system_prompt", "system_message")
 HISTORY = "history"  # earlier exchanges: a list of [question, answer]
 CONTEXT = ("input", "context")  # what a question is about
 LABELS = ("label", "kto_tag")
-# Of conversations these are refused where they look like a judgement on the answer.
+# In conversations these are refused if they look like a judgement on the answer.
 JUDGED = (*LABELS, "labels", "rating", "feedback", "verdict", "judgement", "judgment", "desirable", "is_good", "thumbs")
 DROPPED = ("deleted", "is_deleted", "skip", "ignore", "exclude")  # true: not learned
 CHATS = ("messages", "conversations", "conversation", "dialogue")
-# A question and its answer, in the order in which they are looked for.
+# Question and answer columns, in order of precedence.
 EXCHANGES = {
     "instruction": ("instruction", "output"),  # tatsu-lab/alpaca
     "instruction-response": ("instruction", "response"),  # databricks-dolly-15k
@@ -58,7 +58,7 @@ EXCHANGES = {
     "problem-solution": ("problem", "solution"),
     "input-output": ("input", "output"),
 }
-# What changes a conversation, so that it is refused where a format has no use for it.
+# Columns that change a conversation: refused if a format does not use them.
 MEANING = (
     *TOOLS, *SYSTEM, HISTORY, *REASONING, *MEDIA, "tool_calls", "chat_template", "chat_template_kwargs", "inputs",
     "options", "choices", "rejected_response",
@@ -67,7 +67,7 @@ MEANING = (
 
 @dataclass(frozen=True)
 class RowFormat:
-    """The columns that a row must have, those that it may have, and what it means. `convert` raises `RowError`."""
+    """Required and optional columns, and the conversion of a row. `convert` raises `RowError`."""
 
     required: tuple[str, ...]
     convert: Callable[[Row], Any]
@@ -80,9 +80,9 @@ class RowFormat:
 
 @dataclass(frozen=True)
 class RowFormats:
-    """The formats of rows that become one kind of thing, called `what`; the first whose columns are there is meant.
+    """The formats of one kind of item, called `what`; the first whose columns are there applies.
 
-    `meaning`: columns that are refused where a format does not use them. `unused` counts the others, by column.
+    `meaning`: columns that are refused if a format does not use them. `unused` counts the others, by column.
     """
 
     what: str
@@ -92,7 +92,7 @@ class RowFormats:
     unused: Counter[str]
 
     def __post_init__(self) -> None:
-        """Raises `UserError` where the settings name a format or a column that this kind of thing does not have."""
+        """Raises `UserError` if the settings name a format or column that this kind does not have."""
         name, mapping = self.settings.row_format, self.settings.mapping
         if self.settings.separator is not None:
             raise UserError(f"separator: it is for text files (.txt), and {self.what} are read from rows; remove it")
@@ -111,13 +111,13 @@ class RowFormats:
         object.__setattr__(self, "formats", found)
 
     def renamed(self, columns: Sequence[str]) -> list[str]:
-        """The columns of a table under the names that formats have for them."""
+        """The columns of a table, renamed to those of the formats."""
         ours = {theirs: name for name, (_, theirs) in self.settings.mapping.items()}
         taken = {*ours.values()}
         return [ours.get(name, f"{name} (the file's own)" if name in taken else name) for name in columns]
 
     def missing(self, columns: Iterable[str]) -> str:
-        """The line for a column that the user named and that is not among `columns`; '' where all are there."""
+        """Message about a column that the user named and that is not in `columns`; '' if all are there."""
         columns = [*columns]
         for key, theirs in self.settings.mapping.values():
             if theirs not in columns:
@@ -126,7 +126,7 @@ class RowFormats:
         return ""
 
     def problem(self, place: str, columns: Sequence[str], rows: int = 1) -> BadRow | None:
-        """What is wrong with a table of these columns, if anything is."""
+        """The problem of a table with these columns; None if there is none."""
         if twice := next((name for number, name in enumerate(columns) if name in columns[:number]), None):
             return BadRow("two columns of one name", f"{place}: two columns are called {twice!r}; rename one", rows)
         if line := self.missing(columns):
@@ -134,16 +134,16 @@ class RowFormats:
         return None if self.find(self.renamed(columns)) else self.no_format(place, columns, rows)
 
     def find(self, columns: Iterable[str]) -> RowFormat | None:
-        """The first format whose columns are all there."""
+        """The first format whose columns are all there; None if there is none."""
         present = {*columns}
         return next((one for one in self.formats.values() if present.issuperset(one.required)), None)
 
     def recognize(self, columns: Sequence[str]) -> bool:
-        """Whether the columns are those of a row, be it of another kind of thing."""
+        """Whether these are columns of a row, of this kind or another."""
         return self.find(columns) is not None or _others(columns) is not None
 
     def needed(self, columns: Sequence[str]) -> list[str]:
-        """The columns of a table that may be used, or say that a row is refused."""
+        """The columns of a table that may be used, or that may cause a row to be refused."""
         names = self.renamed(columns)
         used = {c for one in self.formats.values() if {*names}.issuperset(one.required) for c in one.used}
         used.update((*self.meaning, *WEIGHTS, *DROPPED, "split", *(JUDGED if self.meaning else ())))
@@ -157,7 +157,7 @@ class RowFormats:
         return bool(self.meaning) and name not in (*WEIGHTS, *DROPPED) and is_on_learning(name, value)
 
     def convert(self, place: str, row: Any) -> Any:
-        """What a row means, or a `BadRow`, or the place of one that is text saying what is wrong with it."""
+        """The item of a row, or a `BadRow`."""
         if self.settings.mapping:
             if line := self.missing(row):
                 return BadRow(NO_COLUMN, f"{place}: {line}")
@@ -184,7 +184,7 @@ class RowFormats:
         return self._placed(value, place)
 
     def no_format(self, place: str, columns: Iterable[str], rows: int = 1) -> BadRow:
-        """That no format fits: the columns that are there, and the key that maps them."""
+        """The `BadRow` if no format fits: names the columns and the setting that maps them."""
         talks = [name for name, value in columns.items() if _are_messages(value)] if isinstance(columns, dict) else []
         columns = [*columns]
         there = ", ".join(map(repr, columns)) or "none"
@@ -246,16 +246,16 @@ def _scores(name: str) -> bool:
 
 
 def _is_a_label(name: str, value: Any) -> bool:
-    """Whether it looks like a judgement: a rating of 1 may be one of five."""
+    """Whether a value looks like a judgement; a rating of 1 may be out of five."""
     return (judgement(value) is not None and (name in LABELS or value != 1)) or value in (-1, "-1")
 
 
-EXAMPLES = ("text", "preference", "prompt-completion-label", "prompt-completion")  # of a mapping, in an error
+EXAMPLES = ("text", "preference", "prompt-completion-label", "prompt-completion")  # shown in an error message
 _PAIRS, _TALKS = (
     ("pairs of answers", "objective: dpo, or prepare --pairs"),
     ("conversations", "objective: sft, or prepare --chat"),
 )
-# By columns: what they are, and what reads it.
+# Columns → what they are, and what reads them.
 OTHERS: dict[tuple[str, ...], tuple[str, str]] = {
     ("chosen", "rejected"): _PAIRS,
     ("response_j", "response_k"): _PAIRS,
@@ -271,13 +271,13 @@ def _others(columns: Iterable[str]) -> tuple[str, str] | None:
 
 
 def _are_messages(value: Any) -> bool:
-    """Whether a value is a list of objects that say whose turn it is."""
+    """Whether a value is a list of objects with roles."""
     is_list = isinstance(value, list) and len(value) > 0
     return is_list and all(isinstance(turn, dict) and not turn.keys().isdisjoint(ROLE) for turn in value)
 
 
 def text_formats(settings: SourceSettings, unused: Counter[str]) -> RowFormats:
-    """From rows to text."""
+    """The formats of text."""
     return RowFormats(
         "texts",
         {
@@ -300,7 +300,7 @@ def _asked_and_said(row: Row) -> str:
 
 
 def chat_formats(settings: SourceSettings, unused: Counter[str]) -> RowFormats:
-    """From rows to `Conversation`s."""
+    """The formats of `Conversation`s."""
     return RowFormats("conversations", spoken(), settings, MEANING, unused)
 
 
@@ -335,7 +335,7 @@ def exchange(row: Row, asked: str, answer: str) -> Conversation:
 
 
 def question(row: Row, column: str) -> list[Message]:
-    """What a row asks, with its history before it and its context in it."""
+    """The messages of a row's question, with its history before it and its context in it."""
     if isinstance(row[column], list):
         return messages_in(row, column)
     asked = [text_in(row, column)]
@@ -350,7 +350,7 @@ def question(row: Row, column: str) -> list[Message]:
 
 
 def introduced(row: Row, messages: Conversation) -> Conversation:
-    """With the system prompt of the row in front."""
+    """The messages, with the row's system prompt first."""
     column = next((name for name in SYSTEM if not is_empty(row.get(name))), None)
     if column is None:
         return messages
@@ -379,7 +379,7 @@ def text_in(row: Row, column: str) -> str:
 
 def messages_in(row: Row, column: str) -> list[Message]:
     value = row[column]
-    if isinstance(value, str) and value.lstrip().startswith("["):  # as tables of text alone have them
+    if isinstance(value, str) and value.lstrip().startswith("["):  # JSON in a text column
         value = from_json(value, f"column {column!r}")
     if not (isinstance(value, list) and value and all(isinstance(message, dict) for message in value)):
         found = f"a list of {len(value)}" if isinstance(value, list) else kind_of_value(value)

@@ -1,4 +1,4 @@
-"""Rows of JSON, `.csv`, `.tsv`, `.parquet` and `.arrow` files, each with its place and with the position behind it."""
+"""Rows of JSON, `.csv`, `.tsv`, `.parquet` and `.arrow` files, each with its place and the position after it."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from slmkit.data.sources.turns import shown
 from slmkit.hub import one_line
 
 SURROGATE_ESCAPE, SURROGATE = re.compile(r"\\u[dD]"), re.compile("[\ud800-\udfff]")
-PARQUET_BATCH = 256  # rows taken out of their columns at once
+PARQUET_BATCH = 256  # rows converted from columns at once
 
 
 class Row(NamedTuple):
-    """What a `RowFormat` makes of a row, or a `BadRow`; and the position behind it."""
+    """The item that `RowFormats` makes of a row, or a `BadRow`; and the position after it."""
 
     value: Any
     position: Position
 
 
 def json_rows(file: File, start: Position, formats: RowFormats) -> Iterator[Row]:
-    """One object a line, or a list of objects, or one object with such a list in it; whatever the file is called.
+    """Rows of one object per line, of a list of objects, or of an object with such a list, for any file name.
 
-    A position is the `offset` behind a row, and the number of the last `line`, or of the last `row` of a list.
+    A position is the `offset` after a row, and the number of the last `line`, or of the last `row` of a list.
     """
     if "row" in start or ("line" not in start and _is_a_list(file, formats)):
         yield from _list_rows(file, start, formats)
@@ -44,7 +44,7 @@ def json_rows(file: File, start: Position, formats: RowFormats) -> Iterator[Row]
 
 
 def _is_a_list(file: File, formats: RowFormats) -> bool:
-    """Whether a file is to be read as one list, and not line by line."""
+    """Whether a file is read as one list instead of line by line."""
     first = first_character(file)
     if first != "{" or file.kind != ".json":
         return first == "["
@@ -80,7 +80,7 @@ def _list_rows(file: File, start: Position, formats: RowFormats) -> Iterator[Row
 
 
 def _one_row(file: File, formats: RowFormats) -> Row | None:
-    """The row that a file is which holds one object with the columns of a row."""
+    """The row of a file that is one object with the columns of a row; None for another file."""
     if first_character(file) != "{":
         return None
     with file.open_at() as stream:
@@ -110,7 +110,7 @@ def _json_value(place: str, line: str, formats: RowFormats) -> Any:
 
 
 def _of_text(place: str, row: dict[str, Any], formats: RowFormats, may_have_halves: bool = True) -> Any:
-    """JSON can spell half of a surrogate pair, which is no text and which no tokenizer takes."""
+    """The row, or a `BadRow` if its JSON has lone surrogates, which are not text and cannot be tokenized."""
     try:
         if may_have_halves and SURROGATE.search(json.dumps(row, ensure_ascii=False)):
             return BadRow("not UTF-8", f"{place}: half a surrogate pair (such as \\ud83d alone) is not text")
@@ -120,11 +120,11 @@ def _of_text(place: str, row: dict[str, Any], formats: RowFormats, may_have_halv
 
 
 def csv_rows(file: File, start: Position, formats: RowFormats) -> Iterator[Row]:
-    """Rows under a header; of `.tsv` between tabs, of `.csv` also between semicolons or tabs if its header is.
+    """Rows after a header; `.tsv` is separated by tabs, `.csv` by commas, semicolons or tabs, as its header.
 
     A position is the `offset` of the next row, and the numbers of rows and lines before it.
     """
-    csv.field_size_limit(LONGEST_ROW)  # the limit is the csv module's own, 128 KiB, and texts are longer
+    csv.field_size_limit(LONGEST_ROW)  # the csv module's default of 128 KiB is too small for texts
     delimiter, columns = _header(file)
     if problem := formats.problem(f"{file.name}:1", columns):
         yield Row(problem, start)
@@ -144,7 +144,7 @@ def csv_rows(file: File, start: Position, formats: RowFormats) -> Iterator[Row]:
         if fields is None:
             return
         if not (fields or lines.problem):
-            continue  # blank lines are no rows
+            continue  # a blank line
         number += 1
         place = f"{file.name}: row {number}"
         if number > 0:
@@ -153,7 +153,7 @@ def csv_rows(file: File, start: Position, formats: RowFormats) -> Iterator[Row]:
 
 
 def _header(file: File) -> tuple[str, list[str]]:
-    """What stands between the columns, and their names."""
+    """The column separator, and the columns' names."""
     usual = "\t" if file.kind == ".tsv" else ","
     for delimiter in (usual, ";", "\t"):
         columns = next(csv.reader(_Lines(file), delimiter=delimiter), [])
@@ -170,7 +170,7 @@ def _csv_value(place: str, line: int, columns: Sequence[str], fields: Sequence[s
 
 
 class _Lines:
-    """The lines of a file as the csv module wants them: text alone, while this remembers what belongs to it."""
+    """The lines of a file as text for the csv module; keeps their offsets and problems."""
 
     def __init__(self, file: File, offset: int = 0, number: int = 0) -> None:
         self.lines, self.end, self.number = whole_lines(file, offset), offset, number
@@ -186,9 +186,9 @@ class _Lines:
 
 
 def parquet_rows(file: File, start: Position, formats: RowFormats) -> Iterator[Row]:
-    """The rows, of which only the columns that are needed are read. A position is the number of rows before it.
+    """The rows; only the needed columns are read. A position is the number of rows before it.
 
-    A row group that is damaged is one `BadRow` of all the rows that were left in it.
+    A damaged row group is one `BadRow` for all the rows left in it.
     """
     reader = pyarrow().parquet.ParquetFile
     begin, behind = start.get("row", 0), 0
@@ -212,7 +212,7 @@ def parquet_rows(file: File, start: Position, formats: RowFormats) -> Iterator[R
 
 
 def arrow_rows(file: File, start: Position, formats: RowFormats) -> Iterator[Row]:
-    """As `parquet_rows`, of Arrow's own files: streams, as `datasets` saves them, or files."""
+    """`parquet_rows` for Arrow's own formats: streams, as saved by `datasets`, or files."""
     arrow, number = pyarrow(), start.get("row", 0)
     with file.open() as stream:
         try:
@@ -245,7 +245,7 @@ def _row_group(parquet: Any, group: int, columns: list[str], skip: int) -> Itera
 
 
 def _values(batch: Any) -> Iterator[dict[str, Any] | str]:
-    """The rows of an Arrow batch; instead of one that holds something else than text, what is wrong with it."""
+    """The rows of an Arrow batch; for a row with invalid text, a message instead."""
     try:
         yield from batch.to_pylist()
     except UnicodeDecodeError:

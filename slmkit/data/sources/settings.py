@@ -1,4 +1,4 @@
-"""What a recipe says about one source of text."""
+"""Settings of one source of text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from slmkit.config import Settings
 
-OnLong = Literal["cut", "skip", "refuse"]  # what becomes of a conversation that is longer than a row
+OnLong = Literal["cut", "skip", "refuse"]  # what to do with a conversation longer than a row
 
 
 class SourceSettings(Settings):

@@ -1,4 +1,4 @@
-"""A source: everything that one entry of a recipe's `data.sources` gives, read from any position on."""
+"""A source: everything that one entry of a recipe's `data.sources` yields, from any position on."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from slmkit.data.sources.settings import SourceSettings
 from slmkit.hub import NetworkError
 
 T = TypeVar("T")
-Looks = tuple[str, int | None, int | None]  # name, bytes and time of the last change, as far as they are at hand
-ROWS_LOOKED_AT = 50  # to tell what kind of rows they are
-READ_WHOLE = 1 << 32  # bytes of a source that are read to tell whether it has changed
+Looks = tuple[str, int | None, int | None]  # name, bytes and modification time, as far as known
+ROWS_LOOKED_AT = 50  # to tell their kind
+READ_WHOLE = 1 << 32  # largest source in bytes that is read to tell whether it has changed
 
 
 class Part(Protocol):
-    """A piece of a source that positions count: a file, or an endless stream of the built-in corpus."""
+    """A numbered part of a source: a file, or an endless built-in stream."""
 
     def documents(self, start: Position) -> Iterator[Item[Document]]: ...
 
@@ -45,9 +45,9 @@ class Part(Protocol):
 class Source:
     """Documents or conversations of one source, in a fixed order.
 
-    A position is a few integers: `file` numbers `parts`, `documents` counts the whole documents before it, and the rest
-    says where in the file it is. `skipped` counts the rows that were left out, by reason; `noted` those that were kept
-    and are not all that they could be, by what is the matter with them.
+    A position is a few integers: `file` is the index in `parts`, `documents` the number of whole documents before it,
+    and the rest is the position in the file. `skipped` counts rows that were left out, by reason; `noted` counts rows
+    that were kept with a problem, by problem.
     """
 
     def __init__(
@@ -57,60 +57,60 @@ class Source:
         self.found = [one for one in found if one.folder]
         self.skipped: Counter[str] = Counter()
         self.noted: Counter[str] = Counter()
-        self.first_seen: dict[str, str] = {}  # of each reason: the line that names it and its place
+        self.first_seen: dict[str, str] = {}  # by reason: a message about the first row with its place
 
     @property
     def endless(self) -> bool:
-        """Whether it never runs out: the built-in corpus where `documents` sets no end."""
+        """Whether it never ends: the built-in corpus without a limit in `documents`."""
         return self.settings.documents is None and any(isinstance(part, StoryPart) for part in self.parts)
 
     def read(self, start: Position | None = None) -> Iterator[tuple[Document, Position]]:
-        """Every document, each with the position just behind it, from which another `read` goes on with the next.
+        """Every document, each with the position after it, from which another `read` continues.
 
-        Documents longer than `PIECE` characters come in pieces. Blank ones are left out. Raises `UserError` for what
-        cannot be read unless `on_bad_row` is `skip`, and when there is not one document.
+        Documents longer than `PIECE` characters come in pieces. Blank ones are left out. Raises `UserError` for
+        unreadable data unless `on_bad_row` is `skip`, and if there is no document.
         """
         return self._read(lambda part, inner: part.documents(inner), lambda document: document.ends, start)
 
     def read_conversations(self, start: Position | None = None) -> Iterator[tuple[list[Message], Position]]:
-        """As `read`, for rows that are conversations: lists of messages, `{"role": …, "content": …}`.
+        """`read` for rows that are conversations: lists of messages, `{"role": …, "content": …}`.
 
-        Where a data set weighs its turns, a message also has a `weight`; 0 means that it is not to be learned.
+        If a data set weights its turns, messages also have a `weight`; 0 means not learned.
         """
         return self._read(lambda part, inner: part.conversations(inner), lambda conversation: True, start)
 
     def read_conversation_rows(self) -> Iterator[Item[list[Message]]]:
-        """As `read_conversations`, but rows that are none stand in their places: for those who read ahead, and call
-        `leave_out` when their turn has come.
+        """`read_conversations`, with a `BadRow` in place of each bad row, for callers that read ahead: they call
+        `leave_out` when they get to it.
         """
         return self._read_rows(lambda part, inner: part.conversations(inner), lambda conversation: True, None)
 
     def read_questions(self) -> Iterator[tuple[list[Message], Position]]:
-        """As `read_conversations`, of those that end with the right answer to a question."""
+        """`read_conversations` for conversations that end with the right answer to a question."""
         return self._read(lambda part, inner: part.questions(inner), lambda question: True, None)
 
     def read_pairs(self) -> Iterator[tuple[Pair, Position]]:
-        """As `read_conversations`, of rows with a better and a worse answer."""
+        """`read_conversations` for rows with a better and a worse answer."""
         for pair, position in self._read(lambda part, inner: part.pairs(inner), lambda pair: True, None):
             if pair.prompt_removed:
                 self.note("pairs whose answers began with the prompt, which was removed from them", pair.place)
             yield pair, position
 
     def read_judgements(self) -> Iterator[tuple[Judged, Position]]:
-        """As `read_conversations`, of rows whose answer is labelled good or bad."""
+        """`read_conversations` for rows whose answer is labelled good or bad."""
         return self._read(lambda part, inner: part.judgements(inner), lambda judged: True, None)
 
     def reads(self) -> str:
-        """What its first rows are by their columns: `pairs`, `judgements`, `conversations`, or else `documents`.
+        """The kind of its first rows by their columns: `pairs`, `judgements`, `conversations`, or else `documents`.
 
-        Where no row has the columns of any, it is the first kind whose rows are all left out, or that the settings fit.
+        If no row has the columns of any, the first kind with the columns of rows left out, or that fits the settings.
         """
         left_out: list[str] = []
         possible: list[str] = []
         for name in ("pairs", "judgements", "conversations", "documents"):
             try:
                 items = [item for item, _ in itertools.islice(getattr(self.parts[0], name)({}), ROWS_LOOKED_AT)]
-            except UserError:  # a file without rows, or settings that fit other rows
+            except UserError:  # a file without rows, or settings for other rows
                 continue
             self.count_anew()
             possible.append(name)
@@ -122,13 +122,14 @@ class Source:
         return next(iter([*left_out, *reversed(possible)]), "documents")
 
     def describe(self) -> list[dict[str, Any]]:
-        """What was read, for the header of whatever is made of it."""
+        """Descriptions of its files, for the header of shards."""
         return [self.patience.until_done(part.describe) for part in self.parts]
 
     def fingerprint(self, known: Mapping[str, str | None] | None = None) -> dict[str, str | None]:
-        """Tells whether it is what it was: `looks` by names, sizes and times of its files, `content` by what they hold.
+        """Tells whether it has changed: `looks` is from names, sizes and times of its files, `content` from their
+        contents.
 
-        A `known` one is returned as it is where nothing looks changed; more than `READ_WHOLE` bytes are not read.
+        A `known` one is returned unchanged if `looks` is the same; more than `READ_WHOLE` bytes are not read.
         """
         looks = [part.looks() for part in self.parts]
         found = hashlib.sha256(json.dumps(looks).encode()).hexdigest()
@@ -142,7 +143,7 @@ class Source:
         return dict(known) if known is not None and same else {"looks": found, "content": content}
 
     def report(self) -> list[str]:
-        """A line for each reason for which rows were left out or noted, of unused columns, and of a folder."""
+        """One line for each reason for which rows were left out or noted, for unused columns, and for each folder."""
         counted = [(f"skipped ({reason})", rows, reason) for reason, rows in self.skipped.most_common()]
         counted += [(what, rows, what) for what, rows in self.noted.most_common()]
         lines = [
@@ -164,7 +165,7 @@ class Source:
         return lines + [one.line() for one in self.found]
 
     def count_anew(self) -> None:
-        """Before it is read from the beginning again."""
+        """Reset the counts, before it is read from the beginning again."""
         for counted in (self.skipped, self.noted, self.first_seen):
             counted.clear()
         for part in self.parts:
@@ -173,12 +174,12 @@ class Source:
                 part.spelled.clear()
 
     def note(self, what: str, message: str) -> None:
-        """Count a row that is kept; `message` names it and its place."""
+        """Count a row that is kept with a problem; `message` names the row's place."""
         self.noted[what] += 1
         self.first_seen.setdefault(what, message)
 
     def leave_out(self, row: BadRow) -> None:
-        """Count a row that is not kept. Raises `UserError` where none may be left out."""
+        """Count a row that is left out. Raises `UserError` if `on_bad_row` is `refuse`."""
         if self.settings.on_bad_row == "refuse" and not row.harmless:
             raise UserError(row.message)
         self.skipped[row.reason] += row.rows
@@ -196,7 +197,7 @@ class Source:
     def _read_rows(
         self, items: Callable[[Part, Position], Iterator[Item[T]]], ends: Callable[[T], bool], start: Position | None
     ) -> Iterator[Item[T]]:
-        """What there is from `start` on; after a failure of the network, again from the last position."""
+        """Items from `start` on; after a network error, from the last position. Raises `UserError` if none."""
         position = start or {"file": 0, "documents": 0}
         found, left_out = start is not None, ""
         while True:

@@ -1,4 +1,4 @@
-"""A `.txt` file: one long text, or documents separated by lines that hold `<|endoftext|>`, as in TinyStories."""
+"""Reads a `.txt` file: one long text, or documents separated by `<|endoftext|>` lines, as in TinyStories."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from slmkit.data.sources.files import File
 from slmkit.data.sources.lines import Line, not_text, parts_of_lines
 
 SEPARATOR = "<|endoftext|>"
-NO_TEXT = re.compile("[\0\udc80-\udcff]")  # bytes that are none, as `parts_of_lines` gives them
-LEFT_OUT = re.compile("\r(?=\n)|[\0\udc80-\udcff]")  # these too, and what Windows puts before a line end
+NO_TEXT = re.compile("[\0\udc80-\udcff]")  # bytes that are not text, as decoded by `parts_of_lines`
+LEFT_OUT = re.compile("\r(?=\n)|[\0\udc80-\udcff]")  # these, and the carriage return of Windows line ends
 
 
 def text_documents(file: File, start: Position, separator: str | None = None) -> Iterator[Item[Document]]:
-    """Documents between separator lines, or `separator`s wherever they stand; without any, the whole file is one.
+    """Documents between separator lines, or between any `separator`s; without them the whole file is one.
 
     Windows line ends become `\\n`.
 
     A position is the `offset` in the uncompressed file, and whether that is `inside` a document begun before. Bytes
-    that are no text are left out, and reported before the document that they are left out of.
+    that are not text are removed, and reported before the document they are removed from.
     """
     offset, inside = start.get("offset", 0), start.get("inside", 0)
     position = {"offset": offset, "inside": inside}
     at_line_start = offset == 0 or _byte_before(file, offset) == b"\n"
-    raw: list[str] = []  # of the document or its piece that is being read; it ends at `offset`
+    raw: list[str] = []  # of the document or piece that is being read; it ends at `offset`
     size = 0
     lines = parts_of_lines(file, offset)
     for line in lines if separator is None else _taken_apart(lines, offset, separator):
@@ -35,7 +35,7 @@ def text_documents(file: File, start: Position, separator: str | None = None) ->
             text = "".join(raw)
             document = Document(
                 _cleaned(text).removesuffix("\n"), begins=not position["inside"]
-            )  # that line end belongs to the separator
+            )  # the line end belongs to the separator
             yield from _reported(file, text, offset, position)
             offset = line.end
             position, is_blank = {"offset": offset, "inside": 0}, not (position["inside"] or document.text.strip())
@@ -67,7 +67,7 @@ def text_documents(file: File, start: Position, separator: str | None = None) ->
 
 
 def _taken_apart(lines: Iterator[Line], offset: int, separator: str) -> Iterator[Line]:
-    """The lines, each separator in them a line of its own with the line end behind it."""
+    """The lines, split so that each separator is a line of its own with the line end after it."""
     found, held = re.compile(rf"({re.escape(separator)}[ \t]*\r?\n?)"), ""
     for line in lines:
         *parts, last = found.split(held + line.text)
@@ -83,13 +83,13 @@ def _taken_apart(lines: Iterator[Line], offset: int, separator: str) -> Iterator
 
 
 def _cleaned(raw: str) -> str:
-    """Without what `LEFT_OUT` finds, and in two quick steps."""
+    """The text without what `LEFT_OUT` matches, in two fast steps."""
     text = raw.replace("\r\n", "\n")
     return text if _is_text(text) else NO_TEXT.sub("", text)
 
 
 def _is_text(raw: str) -> bool:
-    """Whether `NO_TEXT` finds nothing, found out at the speed of memory."""
+    """Whether `NO_TEXT` matches nothing, tested faster than by the pattern."""
     try:
         raw.encode()
     except UnicodeEncodeError:
@@ -98,10 +98,10 @@ def _is_text(raw: str) -> bool:
 
 
 def _raw_cut(raw: str, cut: int) -> int:
-    """Where in `raw` the text goes on that goes on at `cut` in the cleaned text."""
+    """The index in `raw` that corresponds to `cut` in the cleaned text."""
     if len(_cleaned(raw)) == len(raw):
         return cut
-    for match in LEFT_OUT.finditer(raw):  # a position in `raw`, as `cut` becomes one
+    for match in LEFT_OUT.finditer(raw):  # `cut` becomes an index in `raw`
         if match.start() >= cut:
             break
         cut += 1
@@ -109,7 +109,7 @@ def _raw_cut(raw: str, cut: int) -> int:
 
 
 def _reported(file: File, raw: str, end: int, position: Position) -> Iterator[Item[Document]]:
-    """The bytes in `raw` that are no text, `raw` ending at the offset `end`."""
+    """A `BadRow` for the bytes in `raw` that are not text; `raw` ends at the offset `end`."""
     first = None if _is_text(raw) else NO_TEXT.search(raw)
     if first:
         place = end - _bytes(raw[first.start() :])

@@ -1,8 +1,8 @@
-"""The messages of a conversation as public data sets spell them, brought to OpenAI's names.
+"""Converts messages in public data sets' spellings to OpenAI's names.
 
-`role` (system, user, assistant, tool) and `content`; where they are there also `tool_calls`, `reasoning_content`,
-`name`, `tool_call_id`, and `weight` (0: not learned). A key that carries meaning and has no place here is refused; any
-other key that is not empty is counted.
+`role` (system, user, assistant, tool) and `content`; if present, also `tool_calls`, `reasoning_content`, `name`,
+`tool_call_id`, and `weight` (0: not learned). A key whose meaning would be lost is refused; any other key that is not
+empty is counted.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ CALLS = ("function_call", "tool_call")  # roles whose text is a call, as JSON
 ROLE, CONTENT = ("role", "from"), ("content", "value", "text")
 # 0 or false: not learned
 WEIGHTS = ("weight", "loss_weight", "train", "training", "loss", "trainable", "learn", "do_train")
-# Other names that say what is learned, some of them the other way round: refused, unless they say that it is learned.
+# Other names that say what is learned, some with inverse meaning: refused, unless they say that it is learned.
 ON_LEARNING = re.compile(
     r"(?:(?<![a-z])(?:is|do)?|(?<=[a-z])(?=[A-Z]))"
     r"(?:([Mm]ask|(?:un|not?)_?(?:train|learn|loss))|([Ii]gnor|[Ss]kip|[Dd]elet|[Ee]xclu[ds])|[Tt]rain|[Ll]earn|[Ll]oss|[Ww]eight)"
 )
-# Words of a judgement, on an answer or on whether something is learned.
+# Words that judge an answer, or whether something is learned.
 GOOD = (
     "true",
     "1",
@@ -69,13 +69,13 @@ JUDGEMENTS = dict.fromkeys(GOOD, True) | dict.fromkeys(BAD, False)
 REASONING = ("reasoning_content", "reasoning", "thinking")
 TOOLS = ("tools", "functions")
 USED = {*ROLE, *CONTENT, *WEIGHTS, *REASONING, *TOOLS, "tool_calls", "function_call", "name", "tool_call_id"}
-# What would change what is read or learned, and cannot be kept.
+# Keys that would change what is read or learned, and cannot be kept.
 MEDIA = ("images", "image", "videos", "video", "audios", "audio", "documents", "files")
 REFUSED = (*MEDIA, "train_detail", "training_detail", "refusal")
 
 
 class RowError(ValueError):
-    """A row that is left out, or refused unless it is `harmless`. `reason` is one of few, to count them by."""
+    """A row that is left out, or refused unless it is `harmless`. `reason` is one of few, for counting."""
 
     def __init__(self, message: str, reason: str = "not as expected", harmless: bool = False) -> None:
         super().__init__(message)
@@ -83,7 +83,7 @@ class RowError(ValueError):
 
 
 def is_empty(value: Any) -> bool:
-    """None, NaN, blank text, and lists and objects of nothing else: what tables put where a row has no value."""
+    """Whether it is None, NaN, blank text, or a list or object of only such: a missing value in tables."""
     if isinstance(value, str):
         return value.strip() in ("", "[]", "{}", "null")
     if isinstance(value, dict):
@@ -94,22 +94,22 @@ def is_empty(value: Any) -> bool:
 
 
 def judgement(value: Any) -> bool | None:
-    """Whether a value says true or good, or false or bad; None where it says neither."""
+    """Whether a value means true or good, or false or bad; None for neither."""
     if isinstance(value, int | float) and value in (0, 1):
         return bool(value)
     return JUDGEMENTS.get(re.sub(r"[\s_-]+", " ", value.strip().lower())) if isinstance(value, str) else None
 
 
 def is_on_learning(name: str, value: Any) -> bool:
-    """Whether a key that is not among `WEIGHTS` may say that something is not learned."""
+    """Whether a key that is not in `WEIGHTS` may say that something is not learned."""
     kinds = set() if is_empty(value) else {match.lastindex for match in ON_LEARNING.finditer(name)}
     if not kinds or len(kinds) > 1 or 1 in kinds:
         return bool(kinds)
-    return judgement(value) is not (None in kinds)  # 2: names that say the opposite
+    return judgement(value) is not (None in kinds)  # 2: names of inverse meaning
 
 
 def conversation(turns: list[Any], tools: Any = None, column: str = "messages") -> Conversation:
-    """The conversation that `turns` spell. Raises `RowError` where they are none, or cannot be kept as they are."""
+    """The conversation in `turns`. Raises `RowError` if it is none, or cannot be kept unchanged."""
     found = Conversation([], tools=tools_in(tools))
     for number, turn in enumerate(turns, start=1):
         try:
@@ -120,16 +120,16 @@ def conversation(turns: list[Any], tools: Any = None, column: str = "messages") 
         if message.pop("is call", False) and last.get("role") == "assistant":
             if last.get("weight") != message.get("weight"):
                 raise RowError(f"message {number}: a call and the text before it have different weights")
-            last.setdefault("tool_calls", []).extend(message["tool_calls"])  # the calls of one turn
+            last.setdefault("tool_calls", []).extend(message["tool_calls"])  # calls of one turn
         else:
             found.append(message)
     return found
 
 
 def checked(messages: Conversation) -> Conversation:
-    """The conversation, if it is one: public sets hold turns out of order and turns without a word.
+    """The conversation. Raises `RowError` if turns are out of order or empty, as in some public data sets.
 
-    A system message without a word, of which they hold many, is none at all.
+    An empty system message, which many have, is removed.
     """
     if len(messages) > 1 and messages[0]["role"] == "system" and not str(messages[0]["content"]).strip():
         del messages[0]
@@ -144,7 +144,7 @@ def checked(messages: Conversation) -> Conversation:
 
 
 def tools_in(value: Any) -> list[dict[str, Any]] | None:
-    """Tools as lists of `{"type": "function", "function": {…}}`, from a list or its JSON."""
+    """Tools as a list of `{"type": "function", "function": {…}}`, from a list or its JSON. Raises `RowError`."""
     if is_empty(value):
         return None
     value = from_json(value, "tools")
@@ -161,7 +161,7 @@ def tools_in(value: Any) -> list[dict[str, Any]] | None:
 
 
 def _message(turn: Any, found: Conversation, column: str) -> Message:
-    """One turn; what it says of tools goes to the whole conversation."""
+    """One message; the tools that it names go to the conversation."""
     if not isinstance(turn, dict):
         raise RowError(f"expected in column {column!r} a list of messages such as {EXAMPLE}, found {shown(turn)}")
     _account_for_keys(turn, found)
@@ -189,7 +189,7 @@ def _message(turn: Any, found: Conversation, column: str) -> Message:
     if (weight := _weight(turn)) is not None and (weight == 0 or role == "assistant"):
         message["weight"] = weight
     elif weight is not None:
-        found.unused.append("weight")  # what others than the assistant say is never learned
+        found.unused.append("weight")  # messages of other roles are never learned
     return message
 
 
@@ -207,7 +207,7 @@ def _account_for_keys(turn: dict[str, Any], found: Conversation) -> None:
 
 
 def _text(content: Any, role: str) -> Any:
-    """Text, or the text in a list of parts; None where there is none."""
+    """Text, or the text in a list of parts; None if there is none."""
     if isinstance(content, list) and all(isinstance(part, dict) for part in content):
         kinds = {shown(part.get("type", "text")) for part in content} - {"'text'", "'input_text'", "'output_text'"}
         if kinds:
@@ -241,7 +241,7 @@ def _calls(value: Any) -> list[dict[str, Any]]:
 
 
 def _weight(turn: dict[str, Any]) -> float | None:
-    """The smallest of what the turn says of being learned: 0, 1, or nothing."""
+    """The smallest of the turn's weights: 0, 1, or None."""
     said = []
     for key in WEIGHTS:
         value = turn.get(key)
@@ -263,7 +263,7 @@ def from_json(value: Any, what: str) -> Any:
 
 
 def as_json(value: Any, what: str) -> Any:
-    """The value, if JSON can hold it: tables have dates and bytes besides."""
+    """The value. Raises `RowError` if JSON cannot hold it: tables may have dates and bytes."""
     try:
         json.dumps(value)
     except (TypeError, ValueError, RecursionError):
@@ -274,13 +274,13 @@ def as_json(value: Any, what: str) -> Any:
 def shown(value: Any) -> str:
     try:
         text = spelled(value)
-    except (RecursionError, ValueError):  # too deep, or a whole number too long to be written
+    except (RecursionError, ValueError):  # too deeply nested, or too long a number to print
         return kind_of_value(value)
     return text if len(text) <= 60 else text[:57] + "…"
 
 
 def _first(turn: dict[str, Any], keys: Iterable[str]) -> Any:
-    """What is under the first of the keys that is there and not empty."""
+    """The value of the first of the keys that is present and not empty."""
     return next(
         (turn[key] for key in keys if not is_empty(turn.get(key))), next((turn[k] for k in keys if k in turn), None)
     )

@@ -1,7 +1,7 @@
-"""Who and what a story is about: characters, things and places, each settled word by word at its first mention.
+"""Entities of a story: characters, things and places. Each word of theirs is chosen at its first mention.
 
-An entity asks the teller for a word only when the text is about to say that word. So text and choices advance
-together, no choice is left without a trace in the text, and a reader of the text can follow every choice.
+An entity asks the teller for a word only when the text is about to contain it. So text and choices advance together,
+every choice shows in the text, and a parser of the text can recover every choice.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Protocol
 
 from slmkit.data.stories.words import ScriptError, WordBook, held_out_things
 
-CHARACTERS = {  # class of a role -> the lists its kind, its female names and its male names come from
+CHARACTERS = {  # class of a role → the lists of its kinds, its female names and its male names
     "anyone": ("anyone", "girl_name", "boy_name"),
     "animal": ("animal", "girl_name", "boy_name"),
     "child": ("child", "girl_name", "boy_name"),
@@ -29,7 +29,7 @@ ASPECTS = {
 
 
 class Chooser(Protocol):
-    """What an entity needs of the teller."""
+    """The interface that an entity requires of the teller."""
 
     book: WordBook
     split: str
@@ -47,7 +47,7 @@ class Entity(Protocol):
 
 @dataclass
 class Role:
-    """A part that a plot declares: its name, what it is (character, thing, place), and the lists it is filled from."""
+    """A role of a plot: its name, its sort (character, thing, place), and the word lists for it."""
 
     name: str
     sort: str
@@ -55,7 +55,7 @@ class Role:
     _options: dict[tuple[str, str], tuple[str, ...]] = field(default_factory=dict)
 
     def things(self, kind: str, teller: Chooser) -> tuple[str, ...]:
-        """The things that may stand in a story of this split whose hero is of this kind."""
+        """The things allowed in a story of this split whose hero is of this kind."""
         key = (kind, teller.split)
         if key not in self._options:
             self._options[key] = tuple(word for name in self.lists for word in self._share(name, kind, teller))
@@ -71,12 +71,12 @@ class Role:
         return words
 
     def new(self) -> Entity:
-        """An entity about which nothing is settled yet."""
+        """An entity with no words chosen yet."""
         return {"character": Character, "thing": Thing, "place": Place}[self.sort](self)
 
 
 def pick_unused(teller: Chooser, words: tuple[str, ...]) -> str:
-    """Choose a word that names nothing else in this story."""
+    """Choose a word that no other entity of this story has."""
     if not teller.used.isdisjoint(words):
         words = tuple(word for word in words if word not in teller.used)
     word = teller.pick(words)
@@ -86,7 +86,7 @@ def pick_unused(teller: Chooser, words: tuple[str, ...]) -> str:
 
 @dataclass
 class Character:
-    """Somebody with a name, a kind (fox, girl, baker) and, once named, a gender."""
+    """A character with a name, a kind (fox, girl, baker) and, once named, a gender."""
 
     role: Role
     name: str = ""
@@ -94,7 +94,7 @@ class Character:
     female: bool | None = None
 
     def say(self, aspect: str, teller: Chooser) -> str:
-        """The name, the kind, or a pronoun in its masculine form turned to this character's gender."""
+        """The name, the kind, or the pronoun `aspect` (given in masculine form) in this character's gender."""
         if aspect == "":
             return self.name or self._choose_name(teller)
         if aspect == "kind":
@@ -116,18 +116,18 @@ class Character:
 
     def _choose_kind(self, teller: Chooser) -> str:
         kinds = teller.book.lists[CHARACTERS[self.role.lists[0]][0]]
-        if self.female is not None:  # a girl's name makes a girl, an animal may have any
+        if self.female is not None:  # a girl's name fits only a girl; animals may have any
             kinds = tuple(kind for kind in kinds if kind not in CHILDREN or (kind == "girl") == self.female)
         self.kind = pick_unused(teller, kinds)
         if self.kind in CHILDREN:
-            teller.used.discard(self.kind)  # two girls may meet; two foxes would be confused
+            teller.used.discard(self.kind)  # two girls may occur, but two foxes would be ambiguous
             self.female = self.kind == "girl"
         return self.kind
 
 
 @dataclass
 class Thing:
-    """Something to have, lose and find: a noun, and a look that is settled where it is first described."""
+    """A thing: a noun, and an adjective that is chosen when it is first described."""
 
     role: Role
     noun: str = ""
@@ -149,13 +149,13 @@ class Thing:
 
 @dataclass
 class Place:
-    """Somewhere to be: `meadow`, `in the meadow`, `to the meadow`."""
+    """A place: `meadow`, `in the meadow`, `to the meadow`."""
 
     role: Role
     noun: str = ""
 
     def say(self, aspect: str, teller: Chooser) -> str:
-        """The noun, or where somebody is, or where somebody goes."""
+        """The noun, alone or with a preposition of location or direction."""
         if not self.noun:
             self.noun = pick_unused(teller, tuple(word for name in self.role.lists for word in teller.book.lists[name]))
         if aspect == "at":
@@ -165,10 +165,10 @@ class Place:
 
 @dataclass
 class Word:
-    """A word or phrase that the text has said and may say again."""
+    """A word or phrase that was used and may be repeated."""
 
     text: str
 
     def say(self, aspect: str, teller: Chooser) -> str:
-        """The words themselves."""
+        """The text."""
         return self.text

@@ -1,7 +1,7 @@
-"""Questions about a scene or a story with the right answer, and with a wrong one that sounds like it.
+"""Questions about a scene or a story, with a right and a plausible wrong answer.
 
-A wrong answer says what another question of the same wording has for its answer: the place where somebody else went,
-the colour of another thing. It is taken from the same text where that has one, else from other scenes.
+A wrong answer is that of another question with the same wording: the place where another character went, the colour of
+another thing. It is from the same text if that has one, else from other scenes.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from slmkit.data.stories.story import tell
 from slmkit.data.stories.talk import Message, pasted
 from slmkit.data.stories.teller import random_stream
 
-STORIES = 0.25  # how many questions are about a whole story, and not about a scene
-OTHER_SCENES = 400  # whose questions are at hand where a text has no other of the same wording
+STORIES = 0.25  # share of questions about a whole story; the others are about a scene
+OTHER_SCENES = 400  # scenes for wrong answers that the text itself does not have
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class AskedTwice:
 
 
 def question_pair(seed: int, index: int, split: str = "train") -> AskedTwice:
-    """Number `index` of the stream `seed`."""
+    """Item `index` of the stream `seed`."""
     chance = random_stream("question pair", seed, split, index)
     while True:
         text, questions = _text(chance, seed, index, split)
@@ -61,7 +61,7 @@ def _wrong_answer(asked: Question, questions: Sequence[Question], chance: random
 
 @functools.cache
 def _questions_of_others() -> dict[str, list[Question]]:
-    """By form, those of a few hundred scenes."""
+    """Questions of a few hundred scenes, by form."""
     found: dict[str, list[Question]] = {}
     for index in range(OTHER_SCENES):
         for question in scene(random_stream("other scene", index)).questions:
@@ -70,7 +70,7 @@ def _questions_of_others() -> dict[str, list[Question]]:
 
 
 def adapted(other: Question, asked: Question) -> str | None:
-    """What `other` has for its answer, said of what was `asked`; None where their wordings differ.
+    """The answer of `other`, adapted to the question `asked`; None if their wordings differ.
 
     `Where did Ada go?` → `Ada went to the mill.`, asked of Max: `Max went to the mill.`
     """
@@ -85,6 +85,6 @@ def adapted(other: Question, asked: Question) -> str | None:
 
 
 def _bare(word: str) -> str:
-    """A word without what punctuation and grammar put behind it: `Ada's` and `Ada?` are `Ada`."""
+    """A word without trailing punctuation and endings: `Ada` for `Ada's` and `Ada?`."""
     word = word.rstrip(".?!,")
     return word.removesuffix("'s")

@@ -1,9 +1,9 @@
 """The primer: short scenes of plain facts, most of them told twice, each followed by questions and their answers.
 
-A model that reads stories alone takes long to notice that a name said once will be said again: the places where it
-matters are one token in thirty. Here they are every other one. A scene told twice teaches to go on as it went on before
-(an induction head, Olsson et al. 2022, arXiv:2209.11895), a question to look for who or what it is about; stories and
-conversations are then learned by a model that can do both.
+In stories only one token in thirty depends on a name mentioned before, so a model trained on stories alone learns
+slowly to look names up. In the primer it is every other token. A scene told twice teaches copying (induction heads,
+Olsson et al. 2022, arXiv:2209.11895), a question teaches looking up an entity. Stories and conversations are trained
+afterwards.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from slmkit.data.stories.script import load_library
 from slmkit.data.stories.teller import Teller, random_stream
 
 FEWEST_QUESTIONS, MOST_QUESTIONS = 3, 7
-RECITED = 0.6  # how many scenes are told twice, word for word, before the questions
+RECITED = 0.6  # share of scenes that are told twice, word for word, before the questions
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Scene:
 
 
 def scene(chance: random.Random) -> Scene:
-    """Any scene. Like the stories of the train split, none puts a held-out pair of hero's kind and thing together."""
+    """A random scene. As in the train split, no held-out pair of hero's kind and thing occurs."""
     teller = Teller(load_library(plots="primer.txt"), "train", chance.random)
     teller.tell()
     questions = list(questions_about(teller))
@@ -39,7 +39,7 @@ def scene(chance: random.Random) -> Scene:
 
 
 def primer_text(seed: int, index: int) -> str:
-    """Number `index` of the stream `seed`: a scene, perhaps again, then its questions, each with its answer."""
+    """Item `index` of the stream `seed`: a scene, perhaps repeated, then its questions, each with its answer."""
     chance = random_stream("primer", seed, index)
     told = scene(chance)
     recited = [f"Once more: {told.text}"] if chance.random() < RECITED else []
@@ -47,5 +47,5 @@ def primer_text(seed: int, index: int) -> str:
 
 
 def primer_texts(seed: int, count: int) -> Iterator[str]:
-    """The first `count` of the stream `seed`."""
+    """The first `count` texts of the stream `seed`."""
     return (primer_text(seed, index) for index in range(count))

@@ -1,4 +1,4 @@
-"""Questions about a story that has been told, with the one answer that follows from its text."""
+"""Questions about a finished story, each with the one answer that follows from its text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from slmkit.data.stories.template import Sequence
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a story, its answer, and the form it has (`has`, `colour`, ...; `plot` for a plot's own)."""
+    """A question about a story, its answer, and its form (`has`, `colour`, ...; `plot` for a plot's own)."""
 
     question: str
     answer: str
@@ -21,22 +21,22 @@ class Question:
 
 
 class UnsettledError(Exception):
-    """A sentence would name something that the story never told."""
+    """A sentence would name something that the story did not mention."""
 
 
 class Narrator(Teller):
-    """Says sentences about a story that is finished: nothing is left to choose."""
+    """Fills sentences about a finished story; makes no choices."""
 
     def __init__(self, teller: Teller):
         super().__init__(teller.library, teller.split, teller.chance)
         self.bound = dict(teller.bound)
 
     def choose(self, options: tuple[str, ...]) -> int:
-        """Refuse: the story is over."""
+        """Raises `UnsettledError`: the story is finished."""
         raise UnsettledError
 
     def pick(self, words: tuple[str, ...]) -> str:
-        """Refuse: the story is over."""
+        """Raises `UnsettledError`: the story is finished."""
         raise UnsettledError
 
     def say(self, template: Sequence) -> str:
@@ -79,7 +79,7 @@ def _ask(narrator: Narrator, wording: AskedOf, form: str) -> Iterator[Question]:
 
 
 def _facts_of_the_cast(teller: Teller) -> Iterator[Fact]:
-    """What the text told of its people and things while naming them: kinds, colours, looks."""
+    """Facts that the text stated while naming characters and things: kinds, colours, looks."""
     entities: list[Entity] = [entity for name, entity in teller.bound.items() if not isinstance(entity, Word | Place)]
     for entity in entities:
         if isinstance(entity, Character) and entity.name and entity.kind:

@@ -1,7 +1,7 @@
 """The exact probability of any text under the story generator, found by parsing it.
 
-The generator is replayed with the text in hand. At each choice only those ways on are kept that can go on as the text
-does; where several can, each is replayed in turn. A story has one parse, so that its probability is known both ways.
+The generator is replayed against the text. At each choice only the options that match the text are kept; if several
+match, each is replayed in turn. A story has one parse, so its probability is also known from generation.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import random
 from slmkit.data.stories.script import Library, load_library
 from slmkit.data.stories.teller import Teller
 
-REACH = 32  # a word that is picked stands within this many characters, after a preposition, an article, a look
+REACH = 32  # characters within which a chosen word follows, after a preposition, an article, a look
 
 
 class DeadEndError(Exception):
-    """The choices made so far cannot lead to the text."""
+    """The choices so far cannot lead to the text."""
 
 
 class Follower(Teller):
-    """Replays the choices of a prefix, and from there follows the text; what else could have been is kept aside."""
+    """Replays the choices of a prefix, then follows the text; other matching choices are collected in `branches`."""
 
     def __init__(self, library: Library, split: str, text: str, prefix: list[int]):
         super().__init__(library, split, random.random)
@@ -31,14 +31,14 @@ class Follower(Teller):
         self.branches: list[list[int]] = []
 
     def choose(self, options: tuple[str, ...]) -> int:
-        """Take the first of the ways that begin as the text goes on."""
+        """Take the first option that matches the text."""
         self.log_probability -= math.log(len(options))
         if len(self.taken) < len(self.prefix):
             return self._take([self.prefix[len(self.taken)]])
         return self._take([i for i, head in enumerate(options) if self.target.startswith(head, self.place)])
 
     def pick(self, words: tuple[str, ...]) -> str:
-        """Take the first of the words that stand just ahead."""
+        """Take the first word that occurs in the next `REACH` characters."""
         if len(self.taken) < len(self.prefix):
             index = self._take([self.prefix[len(self.taken)]])
         else:
@@ -56,7 +56,7 @@ class Follower(Teller):
         return candidates[0]
 
     def write(self, text: str) -> None:
-        """Go on in the text, which must say the same."""
+        """Advance in the target, which must have the same text. Raises `DeadEndError` if it has not."""
         if not self.target.startswith(text, self.place):
             raise DeadEndError
         self.place += len(text)
@@ -86,7 +86,7 @@ def count_parses(text: str, split: str = "train") -> int:
 
 
 def log_probability(text: str, split: str = "train") -> float:
-    """The natural logarithm of the probability that the generator tells exactly this story; -inf if it cannot."""
+    """Log-probability in nats that the generator gives exactly this story; -inf if it cannot."""
     found = parses(text, split)
     if not found:
         return -math.inf

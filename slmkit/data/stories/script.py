@@ -44,7 +44,7 @@ ROLE_LINE = re.compile(r"([a-z_]+\d?): (.+)")
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a script file, and where it stands."""
+    """A line of a script file, and its file and line number."""
 
     text: str
     where: str
@@ -52,7 +52,7 @@ class Line:
 
 @dataclass(frozen=True)
 class AskedOf:
-    """A question and its answer, to be filled in from the story that was told."""
+    """A question and its answer, to be filled in from a finished story."""
 
     question: Sequence
     answer: Sequence
@@ -60,9 +60,9 @@ class AskedOf:
 
 @dataclass(frozen=True)
 class Form:
-    """A relation, the wordings of the question about it, and which of its facts still count.
+    """A relation, the wordings of its question, and which of its facts count.
 
-    `last_of` is "subject" or "object" where a later fact about the same one takes the place of an earlier one.
+    `last_of` is "subject" or "object" if a later fact about the same one replaces an earlier one.
     """
 
     relation: str
@@ -72,7 +72,7 @@ class Form:
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot ready to be told: its roles, its beats and facts in order, and its own questions."""
+    """A parsed plot: its roles, its beats and facts in order, and its own questions."""
 
     name: str
     roles: dict[str, Role]
@@ -82,7 +82,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class Library:
-    """Everything that the scripts hold."""
+    """The parsed scripts: words, plots and forms of questions."""
 
     book: WordBook
     plots: tuple[Plot, ...]
@@ -91,7 +91,7 @@ class Library:
 
 @functools.cache
 def load_library(folder: Path = FOLDER, plots: str = "plots_*.txt") -> Library:
-    """Read a folder's words, forms and shared beats, and the plots of every file whose name matches; once."""
+    """The words, forms and shared beats of a folder, and the plots of all files whose name matches; cached."""
     book = load_words(folder / "words.txt")
     forms = _load_forms(folder / "forms.txt", book)
     fragments: dict[str, list[Line]] = {}
@@ -103,7 +103,7 @@ def load_library(folder: Path = FOLDER, plots: str = "plots_*.txt") -> Library:
 
 
 def read_lines(path: Path) -> Iterator[Line]:
-    """Lines without comments, continuations joined to the line they continue; blank lines are kept."""
+    """Lines without comments, with continuation lines joined; blank lines are kept."""
     pending: Line | None = None
     for number, raw in enumerate(path.read_text(encoding="ascii").splitlines(), start=1):
         text = raw.rstrip()
@@ -120,7 +120,7 @@ def read_lines(path: Path) -> Iterator[Line]:
 
 
 def _sort_sections(path: Path, fragments: dict[str, list[Line]], plots: dict[str, list[Line]]) -> None:
-    """Put the lines of each `--` fragment and each `==` plot under its name."""
+    """Add the lines of each `--` fragment and each `==` plot to the dictionaries by name."""
     section: list[Line] | None = None
     for line in read_lines(path):
         mark, name = line.text[:2], line.text[2:].strip()
@@ -136,7 +136,7 @@ def _sort_sections(path: Path, fragments: dict[str, list[Line]], plots: dict[str
 
 
 def _expand(lines: list[Line], fragments: dict[str, list[Line]]) -> Iterator[Line]:
-    """The lines of a plot with those of its fragments in place."""
+    """The lines of a plot with its fragments inserted."""
     for line in lines:
         if not line.text.startswith(">"):
             yield line
@@ -144,7 +144,7 @@ def _expand(lines: list[Line], fragments: dict[str, list[Line]]) -> Iterator[Lin
         name = line.text[1:].strip()
         if name not in fragments:
             raise ScriptError(f"{line.where}: no fragment is named {name!r}; there are {sorted(fragments)}")
-        blank = Line("", line.where)  # a fragment's beats never run into those around it
+        blank = Line("", line.where)  # separates a fragment's beats from those around it
         yield from _expand([blank, *fragments[name], blank], fragments)
 
 
@@ -177,7 +177,7 @@ def _read_plot(
 
 
 def _role(line: Line, book: WordBook) -> Role | None:
-    """The role that a line like `hero: animal` declares."""
+    """The role that a line like `hero: animal` declares; None for another line."""
     match = ROLE_LINE.fullmatch(line.text)
     if match is None:
         return None

@@ -1,4 +1,4 @@
-"""Stories by number: story `index` of stream `seed`, the same everywhere."""
+"""Stories by number: story `index` of stream `seed`, the same on every machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from slmkit.data.stories.words import SPLITS
 
 @dataclass(frozen=True)
 class Story:
-    """A story, the natural logarithm of its probability, its plot, and who and what it is about."""
+    """A story, its log-probability in nats, its plot, hero and thing."""
 
     text: str
     log_probability: float
@@ -23,18 +23,18 @@ class Story:
     hero: str
     hero_kind: str
     thing: str
-    teller: Teller = field(repr=False, compare=False)  # who told it, and knows the world as the story left it
+    teller: Teller = field(repr=False, compare=False)  # with the state of the world at the story's end
 
     @cached_property
     def questions(self) -> tuple[Question, ...]:
-        """The questions that the text answers; made when first asked for, since most readers want the text alone."""
+        """The questions that the text answers, made on first use."""
         return questions_about(self.teller)
 
 
 def tell(seed: int, index: int, split: str = "train") -> Story:
-    """Story number `index` of the stream `seed`; its log-probability is that of its text within the split."""
+    """Story `index` of the stream `seed`. Raises `UserError` for an unknown split."""
     if split not in SPLITS:
-        from slmkit.config import UserError  # not at the top: it takes longer to import than all of this package
+        from slmkit.config import UserError  # not at the top: its import takes longer than this whole package's
 
         raise UserError(f"split {split!r} of the story corpus: expected one of {', '.join(SPLITS)}")
     teller = Teller(load_library(), split, random_stream("story", seed, split, index).random)

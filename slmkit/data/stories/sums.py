@@ -1,18 +1,18 @@
-"""Small arithmetic: an endless, seeded stream of sums as conversations, whose answers are known."""
+"""Small arithmetic: an endless, seeded stream of sums as conversations with known answers."""
 
 from __future__ import annotations
 
 from slmkit.data.stories.teller import random_stream
 
-LARGEST = 20  # of what is added
+LARGEST = 20  # largest summand
 ASKED = ("What is {a} + {b}?", "{a} + {b} = ?", "How much is {a} plus {b}?")
-NEAR = (-10, -2, -1, 1, 2, 10)  # how far off a wrong answer is: a slip of counting, or of carrying
+NEAR = (-10, -2, -1, 1, 2, 10)  # errors of wrong answers: off by one or two, or a wrong carry
 
 
 def sum_pair(seed: int, index: int, held_out: bool = False) -> tuple[str, str, str]:
-    """A question, its answer and a wrong one that is near it: number `index` of the stream `seed`.
+    """A question, its answer and a wrong one close to it: item `index` of the stream `seed`.
 
-    A tenth of all sums is held out: never asked elsewhere, and all that is asked there.
+    A tenth of all sums is held out: asked only with `held_out`.
     """
     chance = random_stream("sum", seed, held_out, index)
     while True:
@@ -24,5 +24,5 @@ def sum_pair(seed: int, index: int, held_out: bool = False) -> tuple[str, str, s
 
 
 def is_held_out(a: int, b: int) -> bool:
-    """Whether nobody who trains ever meets this sum."""
+    """Whether this sum is held out from training."""
     return random_stream("held-out sum", a, b).random() < 0.1

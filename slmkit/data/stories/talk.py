@@ -1,4 +1,4 @@
-"""Conversations about stories: somebody asks for one or brings one, asks about it, or just says hello."""
+"""Conversations about stories: a user asks for or pastes a story, asks questions about it, or makes small talk."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from slmkit.data.stories.words import ScriptError
 
 Message = dict[str, str]
 
-KINDS = {"request": 4, "pasted": 3, "scene": 9, "small talk": 1}  # how often each kind of conversation is held
+KINDS = {"request": 4, "pasted": 3, "scene": 9, "small talk": 1}  # relative frequency of each kind of conversation
 SMALL_TALK = ("hello", "who", "thanks", "bye")
 
 
 def conversation(seed: int, index: int, split: str = "train") -> list[Message]:
-    """Conversation number `index` of the stream `seed`; the story in it, if any, is `tell(seed, index, split)`."""
+    """Conversation `index` of the stream `seed`; the story in it, if any, is `tell(seed, index, split)`."""
     chance = random_stream("conversation", seed, split, index)
     kind = chance.choices(list(KINDS), list(KINDS.values()))[0]
     if kind == "small talk":
@@ -42,7 +42,7 @@ def conversation(seed: int, index: int, split: str = "train") -> list[Message]:
 
 
 def held_out_questions(count: int, seed: int = 0) -> list[tuple[list[Message], str]]:
-    """Questions about stories of the held-out split: the messages up to the user's question, and the right answer."""
+    """Questions about stories of the held-out split: the messages up to the question, and the right answer."""
     asked = []
     for index in range(count):
         chance = random_stream("held-out question", seed, index)
@@ -57,7 +57,7 @@ def held_out_questions(count: int, seed: int = 0) -> list[tuple[list[Message], s
 
 
 def held_out_scene(index: int) -> tuple[Scene, list[tuple[list[Message], str]]]:
-    """A scene that no training reads, and each of its questions as a conversation of its own, with the right answer."""
+    """A scene that is not in training, and each of its questions as a conversation, with the right answer."""
     chance = random_stream("held-out scene", index)
     told = scene(chance)
     asked = [[{"role": "user", "content": pasted(chance, told.text, question)}] for question in told.questions]
@@ -70,7 +70,7 @@ def _request(chance: random.Random, story: Story) -> list[Message]:
 
 
 def _questioned(chance: random.Random, text: str, questions: Sequence[Question]) -> list[Message]:
-    """The user brings a text with a question about it, and asks on."""
+    """The user pastes a text with a question about it, then asks further questions."""
     first, *others = questions
     return [*_exchange(pasted(chance, text, first), first.answer), *_next_questions(chance, others)]
 
@@ -87,7 +87,7 @@ def _next_questions(chance: random.Random, questions: Sequence[Question]) -> lis
 
 
 def _small_talk(chance: random.Random) -> list[Message]:
-    """One to three exchanges: hello, who are you, thank you, goodbye, in this order."""
+    """One to three exchanges in this order: hello, who are you, thank you, goodbye."""
     messages: list[Message] = []
     for topic in sorted(chance.sample(SMALL_TALK, chance.randint(1, 3)), key=SMALL_TALK.index):
         messages += _exchange(*_pair(chance, topic))
@@ -95,7 +95,7 @@ def _small_talk(chance: random.Random) -> list[Message]:
 
 
 def _draw(chance: random.Random, story: Story, count: int) -> list[Question]:
-    """Questions of different forms, each form as likely, in any order."""
+    """Questions of different forms, each form equally likely, in random order."""
     forms: dict[str, list[Question]] = {}
     for question in story.questions:
         forms.setdefault(question.form, []).append(question)
@@ -108,12 +108,12 @@ def _exchange(asked: str, answered: str) -> list[Message]:
 
 
 def _say(chance: random.Random, topic: str, **words: str) -> str:
-    """One of a topic's lines, filled in."""
+    """A random line of a topic, filled in."""
     return chance.choice(_wordings()[topic]).format(**words).replace("\\n", "\n")
 
 
 def _pair(chance: random.Random, topic: str) -> tuple[str, str]:
-    """What the user says, and the reply."""
+    """The user's message and the reply."""
     asked, _, answered = chance.choice(_wordings()[topic]).partition(" => ")
     return asked, answered
 

@@ -1,4 +1,4 @@
-"""The teller: walks a plot, makes every choice, writes the text, and keeps the probability of what it wrote."""
+"""The teller: walks through a plot, makes every choice, writes the text, and tracks its probability."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ LOG = [0.0, *(math.log(n) for n in range(1, 2000))]
 
 
 def random_stream(*key: object) -> random.Random:
-    """A random stream that depends on the key alone, the same everywhere and in every process."""
+    """A random generator seeded by the key alone, the same in every process and on every machine."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=16).digest()
     return random.Random(int.from_bytes(digest, "big"))
 
 
 @dataclass(frozen=True)
 class Fact:
-    """Something that holds in a story: `hero gave thing to friend` with the entities themselves."""
+    """A fact of a story, such as `hero gave thing to friend`, with the entities."""
 
     relation: str
     subject: Entity
@@ -35,7 +35,7 @@ class Fact:
 
 
 class Teller:
-    """Tells one story. Subclasses choose otherwise; everything else about a story follows from the choices."""
+    """Tells one story. Subclasses override the choices, from which all else follows."""
 
     def __init__(self, library: Library, split: str, chance: Callable[[], float]):
         self.book: WordBook = library.book
@@ -59,16 +59,16 @@ class Teller:
 
     @property
     def text(self) -> str:
-        """What has been written; every beat wrote the space before it, and the first has no need of one."""
+        """The text so far, without the space that the first beat begins with."""
         return "".join(self.parts)[1:]
 
     def choose(self, options: tuple[str, ...]) -> int:
-        """Choose one of several ways on, all as likely; each is known by the text with which it begins."""
+        """The index of a uniformly chosen option; each option is given by its first text."""
         self.log_probability -= LOG[len(options)]
         return int(self.chance() * len(options))
 
     def pick(self, words: tuple[str, ...]) -> str:
-        """Choose a word, by weight where the list has weights; it is written next, perhaps after an article."""
+        """A chosen word, weighted if the list has weights; it is written next, perhaps after an article."""
         weights = self.book.weights_of(words)
         if weights is None:
             self.log_probability -= LOG[len(words)]
@@ -79,11 +79,11 @@ class Teller:
         return words[index]
 
     def write(self, text: str) -> None:
-        """Add to the story."""
+        """Append to the story."""
         self.parts.append(text)
 
     def note(self, note: Note) -> None:
-        """Record a fact, or insist on one."""
+        """Record a fact, or check a needed one. Raises `ScriptError` if it does not hold."""
         try:
             object_ = self.bound[note.object] if isinstance(note.object, str) else note.object
             recipient = self.bound[note.recipient] if note.recipient else None
@@ -96,7 +96,7 @@ class Teller:
             raise ScriptError(f"{note.where}: `{note.subject} {note.relation} {note.object}` does not hold here")
 
     def standing_facts(self) -> list[Fact]:
-        """The facts that count now: of those that change (who has a thing, where somebody is), the last."""
+        """The facts that hold now: of those that change (who has a thing, where someone is), the last."""
         standing: dict[object, Fact] = {}
         for fact in self.facts:
             rule = self.library.forms[fact.relation].last_of

@@ -27,7 +27,7 @@ SOUNDS_LIKE_A_VOWEL = ("honest", "hour")
 
 
 class Teller(Protocol):
-    """What a template needs of the teller."""
+    """The interface that a template requires of the teller."""
 
     book: WordBook
     split: str
@@ -48,16 +48,16 @@ class Node(Protocol):
 
 @dataclass
 class Scope:
-    """What names a template may use: the word lists, a plot's roles, words remembered, relations of facts."""
+    """The names that a template may use: word lists, a plot's roles, remembered words, relations of facts."""
 
     book: WordBook
     roles: dict[str, Role]
     words: set[str]
     relations: frozenset[str]
-    anything: frozenset[str] = frozenset()  # names that stand for whatever a fact is about
+    anything: frozenset[str] = frozenset()  # names for the entities of a fact
 
     def sort_of(self, name: str) -> str | None:
-        """character, thing, place, word or anything; None for a name that is unknown."""
+        """character, thing, place, word or anything; None for an unknown name."""
         if name in self.roles:
             return self.roles[name].sort
         return "word" if name in self.words else "anything" if name in self.anything else None
@@ -65,7 +65,7 @@ class Scope:
 
 @dataclass
 class Text:
-    """Words that are always written."""
+    """Fixed text."""
 
     text: str
 
@@ -85,13 +85,13 @@ class Sequence:
 
     @property
     def head(self) -> str:
-        """The text with which this surely begins."""
+        """The fixed text that it begins with."""
         return self.nodes[0].text if self.nodes and isinstance(self.nodes[0], Text) else ""
 
 
 @dataclass
 class Alternatives:
-    """Ways to go on, of which one is told."""
+    """Options, of which one is told."""
 
     options: tuple[Sequence, ...]
     heads: tuple[str, ...] = field(init=False)
@@ -104,7 +104,7 @@ class Alternatives:
 
 
 def dress(text: str, article: str, capital: bool) -> str:
-    """Put the article that fits before the text, and a capital where one is due."""
+    """The text with the right article before it, and a capital letter if required."""
     if article:
         vowel = text[0] in "aeiou" and not text.startswith(SOUNDS_LIKE_A_CONSONANT)
         vowel = vowel or text.startswith(SOUNDS_LIKE_A_VOWEL)
@@ -114,7 +114,7 @@ def dress(text: str, article: str, capital: bool) -> str:
 
 @dataclass
 class WordSlot:
-    """A place for a word from a list, chosen when it is written."""
+    """A slot for a word from a list, chosen when it is written."""
 
     words: tuple[str, ...]
     article: str
@@ -130,7 +130,7 @@ class WordSlot:
 
 @dataclass
 class EntitySlot:
-    """A place for somebody, something or a remembered word."""
+    """A slot for a character, thing, place or remembered word."""
 
     name: str
     aspect: str
@@ -145,7 +145,7 @@ class EntitySlot:
 
 @dataclass
 class Note:
-    """A fact: `hero found thing`, `hero gave thing to friend`; `needed` ones are asserted, not recorded."""
+    """A fact: `hero found thing`, `hero gave thing to friend`; `needed` ones are checked, not recorded."""
 
     relation: str
     subject: str
@@ -159,7 +159,7 @@ class Note:
 
 
 def parse_template(text: str, scope: Scope, where: str) -> Sequence:
-    """Read a template; a name that is neither a role, a list nor a remembered word is a `ScriptError`."""
+    """Parse a template. Raises `ScriptError` for a name that is no role, list or remembered word."""
     nodes, end = _sequence(text, 0, scope, where)
     if end != len(text):
         raise ScriptError(f"{where}: {text[end]!r} without its opening bracket in {text!r}")
@@ -190,7 +190,7 @@ def _sequence(text: str, at: int, scope: Scope, where: str) -> tuple[Sequence, i
 
 
 def _closing_brace(text: str, at: int, where: str) -> int:
-    """Where the slot that opens at `at` ends; a fact in a slot may hold slots itself."""
+    """The end of the slot that opens at `at`; a fact in a slot may contain slots."""
     depth = 0
     for i in range(at, len(text)):
         depth += {"{": 1, "}": -1}.get(text[i], 0)
@@ -200,7 +200,7 @@ def _closing_brace(text: str, at: int, where: str) -> int:
 
 
 def _alternatives(text: str, at: int, scope: Scope, where: str) -> tuple[Node, int]:
-    """The alternatives after a `[`, up to and with its `]`."""
+    """The alternatives after a `[`, through its `]`."""
     options, starts = [], [at]
     while True:
         option, at = _sequence(text, at, scope, where)
@@ -215,7 +215,7 @@ def _alternatives(text: str, at: int, scope: Scope, where: str) -> tuple[Node, i
 
 
 def alternatives(options: Iterable[Sequence], sources: list[str], where: str) -> Alternatives:
-    """Alternatives that all differ: two alike would make one text from two choices."""
+    """Alternatives, which must differ: equal ones would make one text from two choices. Raises `ScriptError`."""
     if len(sources) < 2 or len(set(sources)) < len(sources):
         raise ScriptError(f"{where}: expected two or more different alternatives, found {sources}")
     return Alternatives(tuple(options))
@@ -242,7 +242,7 @@ def _slot(source: str, scope: Scope, where: str) -> Node:
 
 
 def parse_note(source: str, scope: Scope, where: str) -> Note:
-    """Read `[needs] subject relation [object [to recipient]]`; an object may be a "quoted template"."""
+    """Parse `[needs] subject relation [object [to recipient]]`; an object may be a "quoted template"."""
     words = re.findall(r'"[^"]*"|\S+', source)
     needed = words[:1] == ["needs"]
     words = words[1:] if needed else words

@@ -16,39 +16,39 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 SPLITS = ("train", "heldout")
-HELD_OUT_SHARE = 10  # one pair of hero and thing in ten never stands together in the train split
+HELD_OUT_SHARE = 10  # one pair of hero's kind and thing in ten never occurs in the train split
 
 
 class ScriptError(ValueError):
-    """A word list or plot that breaks the rules: names the file and the line."""
+    """An invalid word list or plot; names the file and the line."""
 
 
 @dataclass
 class WordBook:
-    """Every word list by name, what is known of things and places, and the weights that are not 1."""
+    """All word lists by name, attributes of things and places, and weights other than 1."""
 
     lists: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    weights: dict[str, int] = field(default_factory=dict)  # word -> weight, where it is not 1
-    looks: dict[str, tuple[str, ...]] = field(default_factory=dict)  # thing -> the adjectives that suit it
+    weights: dict[str, int] = field(default_factory=dict)  # word → weight, if it is not 1
+    looks: dict[str, tuple[str, ...]] = field(default_factory=dict)  # thing → adjectives for it
     thing_lists: set[str] = field(default_factory=set)
-    prepositions: dict[str, str] = field(default_factory=dict)  # place -> in, on, at, by
+    prepositions: dict[str, str] = field(default_factory=dict)  # place → in, on, at, by
     place_lists: set[str] = field(default_factory=set)
 
     def weights_of(self, words: tuple[str, ...]) -> list[int] | None:
-        """The weight of each word, or None where all weigh the same."""
+        """The weight of each word [words]; None if all are equal."""
         if self.weights.keys().isdisjoint(words):
             return None
         return [self.weights.get(word, 1) for word in words]
 
 
 def held_out_things(kind: str, things: tuple[str, ...]) -> frozenset[str]:
-    """The things of one list that a hero of this kind meets in the held-out split alone: those of smallest hash."""
+    """The things of one list that are held out for heroes of this kind: those with the smallest hashes."""
     ranked = sorted(things, key=lambda thing: hashlib.sha256(f"{kind}/{thing}".encode()).digest())
     return frozenset(ranked[: max(1, round(len(things) / HELD_OUT_SHARE))])
 
 
 def load_words(path: Path) -> WordBook:
-    """Read a file of word lists; anything unclear is a `ScriptError`."""
+    """Read a file of word lists. Raises `ScriptError` for invalid lines."""
     book = WordBook()
     name, kind = "", ""
     sources: tuple[str, ...] = ()
@@ -66,7 +66,7 @@ def load_words(path: Path) -> WordBook:
 
 
 def _refuse_repetition(book: WordBook, file: str) -> None:
-    """One word is one choice: twice in a list, or in two lists that a role may join, one text would have two parses."""
+    """Raise `ScriptError` if a word is in a list twice, or in two lists of a role: a text would have two parses."""
     groups = {**book.lists, **{f"looks of {thing}": looks for thing, looks in book.looks.items()}}
     for kind, names in (("things", book.thing_lists), ("places", book.place_lists)):
         groups[f"all {kind}"] = tuple(word for name in names for word in book.lists[name])
@@ -77,7 +77,7 @@ def _refuse_repetition(book: WordBook, file: str) -> None:
 
 
 def _heading(book: WordBook, line: str, where: str) -> tuple[str, tuple[str, ...], str]:
-    """Open the list that a `=` line names; returns its name, the lists it draws on, and thing, place or nothing."""
+    """Open the list of a `=` line; returns its name, the lists it draws on, and thing, place or nothing."""
     head, _, tail = line[1:].partition(":")
     kind, _, name = head.strip().rpartition(" ")
     sources = tuple(part.strip() for part in tail.split("+") if part.strip())
@@ -96,7 +96,7 @@ def _heading(book: WordBook, line: str, where: str) -> tuple[str, tuple[str, ...
 
 
 def _add_words(book: WordBook, name: str, looks: tuple[str, ...], kind: str, line: str, where: str) -> None:
-    """Add one line of words to the list that is open."""
+    """Add a line of words to the open list."""
     words = []
     for entry in line.rstrip(",").split(","):
         word, _, weight = (part.strip() for part in entry.partition("*"))
