@@ -1,4 +1,4 @@
-"""How fast this machine trains a model, and how fast it generates with one."""
+"""Benchmarks of this machine: training, generation, and data preparation and loading."""
 
 from __future__ import annotations
 
@@ -41,27 +41,27 @@ from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.estimate.probe import Probe, ProbeTarget, probe
 from slmkit.training.recipe.recipe import TrainSettings
 
-BATCHES = (1, 8)  # sequences that are generated at once
+BATCHES = (1, 8)  # sequences generated at once
 
 
 @dataclass(frozen=True)
 class TrainingSpeed:
     parameters: int
     measured: Probe
-    mfu: float  # share of the speed that large matrix products have on this machine
+    mfu: float  # share of the measured peak of large matrix products
 
 
 @dataclass(frozen=True)
 class DecodingSpeed:
-    """Tokens a second, of all sequences of a batch together; medians of several rounds."""
+    """Tokens per second, over all sequences of a batch; medians of several rounds."""
 
     batch: int
-    prompt: float  # of the prompt, which is read at once
-    new: float  # of new tokens, one after the other
+    prompt: float  # prompt tokens, read at once
+    new: float  # new tokens, one after the other
 
 
 def training_speed(preset: str, settings: TrainSettings, steps: int) -> TrainingSpeed:
-    """Train a new model of a preset on random tokens for some real steps."""
+    """Speed of `steps` real training steps of a new model of a preset on random tokens."""
     device = find_device(settings.device, settings.precision)
     subject = ProbeTarget.fresh(SLMConfig.from_preset(preset))
     architecture = subject.inventory.architecture
@@ -72,9 +72,9 @@ def training_speed(preset: str, settings: TrainSettings, steps: int) -> Training
 
 
 def decoding_speed(model: str, prompt: int, new: int, rounds: int, device: str) -> list[DecodingSpeed]:
-    """Greedy generation with a preset of random weights, a model directory or a run, for one sequence and for several.
+    """Speed of greedy generation with a preset (random weights), a model directory or a run, for each of `BATCHES`.
 
-    Raises `UserError` where prompt and new tokens do not fit into the model's context.
+    Raises `UserError` if prompt and new tokens do not fit into the model's context.
     """
     where = find_device(device)
     if model in PRESETS:
@@ -96,7 +96,7 @@ def _decoding_speed(
         generate_ids(decoder, ids, max_new_tokens=count, stop_ids=set(), settings=greedy, pad_token_id=0).cpu()
         return time.perf_counter() - started
 
-    seconds(2)  # what is loaded or allocated at first use
+    seconds(2)  # warm-up: loading and allocating at first use
     times = [(seconds(1), seconds(1 + new)) for _ in range(rounds)]
     first = statistics.median(one for one, _ in times)
     more = statistics.median(max(whole - one, 1e-9) for one, whole in times)
@@ -119,14 +119,14 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def processor_seconds(run: Callable[[], object]) -> float:
-    """Of all threads of this process: what other programs take does not count."""
+    """CPU seconds of all threads of this process."""
     started = time.process_time()
     run()
     return time.process_time() - started
 
 
 def side_by_side(ours: Callable[[], object], other: Callable[[], object], rounds: int = ROUNDS) -> Result:
-    """Median seconds of both, run in turn, and how many times as long the other takes."""
+    """Median seconds of both, run alternately, and the ratio of the other's to ours."""
     pairs = [(seconds(ours), seconds(other)) for _ in range(rounds)]
     ratios = [theirs / mine for mine, theirs in pairs]
     return {
@@ -144,7 +144,7 @@ def _median(values: list[float], digits: int) -> Result:
 
 
 def corpus(megabytes: float) -> tuple[list[str], SLMTokenizer]:
-    """So much of the built-in stories, and a tokenizer trained on some of it."""
+    """`megabytes` of the built-in stories, and a tokenizer trained on part of it."""
     texts: list[str] = []
     size = 0
     for story in stories.tell_many(0, 10_000_000):
@@ -158,14 +158,14 @@ def corpus(megabytes: float) -> tuple[list[str], SLMTokenizer]:
 
 
 def plain_tokenizer(tokenizer: SLMTokenizer) -> Tokenizer:
-    """The same vocabulary as the `tokenizers` library reads it."""
+    """The same vocabulary as a tokenizer of the `tokenizers` library."""
     with temporary_folder() as folder:
         tokenizer.save_pretrained(folder)
         return Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
 def encoding(texts: list[str], tokenizer: SLMTokenizer, rounds: int = ROUNDS) -> Result:
-    """One thread: our encoder beside `tokenizers` called from Python, text by text; rates in MB/s."""
+    """One thread: our encoder compared with `tokenizers` called from Python, text by text; rates in MB/s."""
     plain = plain_tokenizer(tokenizer)
     size = sum(map(len, texts)) / 1e6
     result = side_by_side(
@@ -178,7 +178,7 @@ def encoding(texts: list[str], tokenizer: SLMTokenizer, rounds: int = ROUNDS) ->
 
 
 def one_character(texts: list[str], tokenizer: SLMTokenizer, rounds: int = ROUNDS) -> Result:
-    """A megabyte of one letter beside a megabyte of stories: the ratio is ordinary text's time to the other's."""
+    """A megabyte of one letter compared with a megabyte of stories: the ratio is stories' time to the letter's."""
     ordinary = "\n".join(texts)[: 1 << 20]
     result = side_by_side(
         lambda: tokenizer.encode_array("a" * len(ordinary)), lambda: tokenizer.encode_array(ordinary), rounds
@@ -187,7 +187,7 @@ def one_character(texts: list[str], tokenizer: SLMTokenizer, rounds: int = ROUND
 
 
 def preparation(texts: list[str], tokenizer: SLMTokenizer, folder: Path, rounds: int = ROUNDS) -> Result:
-    """`prepare_text` on all cores beside the encoder alone on the same texts and cores: the ratio is its share."""
+    """`prepare_text` compared with the encoder alone, on the same texts and cores: the ratio is the encoder's share."""
     numbers = itertools.count()
     size = sum(map(len, texts)) / 1e6
 
@@ -203,14 +203,14 @@ def preparation(texts: list[str], tokenizer: SLMTokenizer, folder: Path, rounds:
 
 
 def talks_of(texts: list[str]) -> list[list[Message]]:
-    """Conversations of six turns, each of them a text."""
+    """Conversations of six turns, one text per turn."""
     roles = ("user", "assistant") * 3
     starts = range(0, len(texts) - len(roles) + 1, len(roles))
     return [[{"role": r, "content": text} for r, text in zip(roles, texts[start:])] for start in starts]
 
 
 def conversations(texts: list[str], tokenizer: SLMTokenizer, folder: Path, rounds: int = ROUNDS) -> Result:
-    """`prepare_chat` beside rendering and encoding conversation by conversation, which writes nothing."""
+    """`prepare_chat` compared with rendering and encoding single conversations without writing."""
     talks, numbers = talks_of(texts), itertools.count()
     size = sum(len(message["content"]) for talk in talks for message in talk) / 1e6
 
@@ -228,7 +228,7 @@ def conversations(texts: list[str], tokenizer: SLMTokenizer, folder: Path, round
 
 
 def write_sparse_shards(folder: Path, tokens: int) -> TokenShards:
-    """Shards of so many tokens, all 0, that take no room on disk: files with nothing in them but their length."""
+    """Shards of `tokens` tokens, all 0, as sparse files that take no disk space."""
     folder.mkdir(parents=True)
     names = [f"{number:05}" for number in range(-(-tokens // SHARD_TOKENS))]
     for name in names:
@@ -245,7 +245,7 @@ def write_sparse_shards(folder: Path, tokens: int) -> TokenShards:
 
 
 def loading(folder: Path, batches: int = 400) -> Result:
-    """Batches of random rows from shards, one core: tokens/s, memory that grew meanwhile, and the time to resume."""
+    """Batches of random rows from shards, one core: tokens/s, growth of memory (MB), and seconds to resume."""
     opened = seconds(lambda: Stream(PretrainRows(TokenShards.open(folder), ROW), ROWS).batch(0))
     stream = Stream(PretrainRows(TokenShards.open(folder), ROW), ROWS)
     for step in range(20):
@@ -279,12 +279,12 @@ def _resumed(folder: Path, step: int) -> object:
 
 
 def _peak_memory() -> float:
-    """Of this process so far, in MB."""
+    """Peak memory of this process so far, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def first_batch(folder: Path, rounds: int = ROUNDS) -> Result:
-    """Seconds from the start of a process to its first batch, and those of them that importing torch takes."""
+    """Seconds from the start of a process to its first batch, and the part spent on importing torch."""
     code = (
         "import sys; from slmkit.data.shards.reader import TokenShards; "
         "from slmkit.data.stream import PretrainRows, Stream; "
@@ -299,7 +299,7 @@ def _run(code: str, *arguments: str) -> None:
 
 
 def measure(megabytes: float = 20, gigabytes: float = 50, rounds: int = ROUNDS) -> Iterator[tuple[str, Result]]:
-    """Every measure by its name, as it is done. The shards of `gigabytes` take no room on the disk."""
+    """Yields every measurement with its name. The shards of `gigabytes` are sparse files."""
     texts, tokenizer = corpus(megabytes)
     some = texts[: max(1, len(texts) // 10)]
     yield "encoding, one thread", encoding(some, tokenizer, rounds)

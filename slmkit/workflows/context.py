@@ -1,4 +1,4 @@
-"""What a run has built, and what an objective makes of it for the loop."""
+"""`RunContext`: the parts of a run; `ObjectiveParts`: the objective's input to the loop."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from slmkit.training.run_directory import RunDirectory
 
 @dataclass(frozen=True)
 class RunContext:
-    """A run with all that its recipe names built."""
+    """A run with everything in its recipe built."""
 
     run: RunDirectory
     recipe: Recipe
@@ -38,7 +38,7 @@ class RunContext:
 
     @property
     def text_bytes(self) -> int | None:
-        """Of the validation text; None of conversations, of which only the answers are predicted."""
+        """Bytes of the validation text; None for conversations, of which only the answers are predicted."""
         header = self.corpus.validation.header
         return None if header.masked else header.text_bytes
 
@@ -49,10 +49,10 @@ class RunContext:
 
 @dataclass(frozen=True)
 class ObjectiveParts:
-    """The hooks are for all ranks, and due at every evaluation.
+    """Batches, objective and hooks of a run. The hooks are for all ranks, and called at every evaluation.
 
-    `longest`: the longest row, in tokens as they are computed, where rows are not filled to their ends. `report`: a
-    line for whatever of the data is left out or cut, as far as it is known when it is asked for.
+    `longest`: computed tokens of the longest row, if rows are padded. `report`: a line for each reason why data was
+    skipped or cut so far.
     """
 
     batches: Batches
@@ -65,7 +65,7 @@ class ObjectiveParts:
 
 
 class Reporter(source_shards.Reporter, Protocol):
-    """Where the long functions below say how far they are; a `Text` has colours that mean something."""
+    """Receives progress messages of long functions; the colours of a `Text` are significant."""
 
     def say(self, line: str | Text) -> None: ...
 
@@ -73,7 +73,7 @@ class Reporter(source_shards.Reporter, Protocol):
 
 
 class Silence:
-    """A reporter for the processes that do not speak."""
+    """A reporter without output, for ranks other than 0."""
 
     def say(self, line: str | Text) -> None: ...
 

@@ -1,4 +1,4 @@
-"""What distillation makes of a run: a teacher who is loaded or was stored, and the objective that learns from it."""
+"""Distillation runs: a loaded or cached teacher, and its objective."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ from slmkit.workflows.model import tokenizer_of_base
 
 
 def distill_work(m: RunContext) -> ObjectiveParts:
-    """Text or conversations, learned from a teacher besides; validation is the plain cross-entropy of the labels.
+    """Objective parts of distillation on text or conversations; validation is the labels' cross-entropy.
 
-    Raises `UserError` where teacher and student do not fit together, or a cache is of something else.
+    Raises `UserError` if teacher and student do not fit together, or the cache is of other data or another teacher.
     """
     settings, talks = settings_of(m.recipe), m.recipe.reads == "conversations"
     batches, objective = _from_cache(m, Path(settings.cache)) if settings.cache else _from_teacher(m)
@@ -78,7 +78,7 @@ def distill_work(m: RunContext) -> ObjectiveParts:
 
 
 def distill_inventory(recipe: Recipe, model: Decoder, tokens: int, device: Device) -> MemoryProfile:
-    """With a teacher beside the student, or with what was stored of one."""
+    """Memory profile with a teacher in memory, or with cached logits."""
     settings = settings_of(recipe)
     objective = _objective_of(settings, tokens)
     if settings.cache:
@@ -87,14 +87,14 @@ def distill_inventory(recipe: Recipe, model: Decoder, tokens: int, device: Devic
 
 
 def teacher_like(settings: DistillationSettings, device: Device, make: Callable[[SLMConfig], Decoder]) -> Decoder:
-    """What `make` makes of the teacher's config, in the type in which a run has it."""
+    """A model made by `make` from the teacher's config, in the type that a run uses."""
     assert settings.teacher is not None
     config = SLMConfig.from_pretrained(config_directory(find_model_directory(settings.teacher)))
     return in_compute_type(make(config), device).eval().requires_grad_(False)
 
 
 def _stored_of(k: int) -> Callable[[int, int], dict[str, torch.Tensor]]:
-    """The form of what a cache gives of rows: an even distribution over one token, and half for the others."""
+    """Extra tensors shaped as a cache's: an even distribution over the top k, and half for other tokens."""
 
     def extra(rows: int, length: int) -> dict[str, torch.Tensor]:
         logits = torch.zeros(rows, length, k, dtype=torch.float16)
@@ -110,7 +110,7 @@ def settings_of(recipe: Recipe) -> DistillationSettings:
 
 
 def with_the_teachers_tokenizer(recipe: Recipe) -> Recipe:
-    """A student that begins from nothing has its teacher's tokenizer, unless the recipe names another. Others as is."""
+    """The recipe with the teacher's tokenizer if the student is new and the recipe names none; else unchanged."""
     settings = recipe.distillation
     if settings is None or recipe.model.path is not None or recipe.tokenizer.path is not None:
         return recipe
@@ -120,7 +120,7 @@ def with_the_teachers_tokenizer(recipe: Recipe) -> Recipe:
 
 
 def load_teacher(path: str, tokenizer: SLMTokenizer, length: int, device: Device) -> Decoder:
-    """The frozen model of a model or run directory. Raises `UserError` for one that does not fit tokenizer or rows."""
+    """The frozen model of a model or run directory. Raises `UserError` if it does not fit tokenizer or row length."""
     directory = find_model_directory(path)
     check_same_tokenizer(directory, tokenizer)
     decoder, _ = load_model(directory)
@@ -129,7 +129,7 @@ def load_teacher(path: str, tokenizer: SLMTokenizer, length: int, device: Device
 
 
 def check_same_tokenizer(directory: Path, tokenizer: SLMTokenizer) -> None:
-    """Raises `UserError` where a teacher has another tokenizer than its student."""
+    """Raises `UserError` if the teacher's tokenizer differs from the student's."""
     theirs = SLMTokenizer.from_pretrained(directory)
     if theirs.fingerprint != tokenizer.fingerprint:
         raise UserError(
@@ -139,7 +139,7 @@ def check_same_tokenizer(directory: Path, tokenizer: SLMTokenizer) -> None:
 
 
 def teacher_fingerprint(directory: Path) -> str:
-    """sha256 (hex) over a model's config and weights; of an adapter, over those of its base, too."""
+    """sha256 (hex) over a model's config and weights; for an adapter also over its base's."""
     files = [directory / name for name in ("config.json", ADAPTER_CONFIG)] + sorted(directory.glob("*.safetensors"))
     parts = [f"{path.name} {file_sha256(path)}" for path in files if path.is_file()]
     if is_adapter(directory):
@@ -148,7 +148,7 @@ def teacher_fingerprint(directory: Path) -> str:
 
 
 def lessons_of(recipe: Recipe, corpus: Corpus, rows: dict[str, Rows], length: int, teacher: str) -> Lessons:
-    """What a cache for this recipe must hold. `teacher` is the fingerprint of one."""
+    """Description of the cache for this recipe. `teacher` is the teacher's fingerprint."""
     settings, tokens = settings_of(recipe), len(corpus.tokenizer)
     return Lessons(
         teacher=teacher,
@@ -165,7 +165,7 @@ def lessons_of(recipe: Recipe, corpus: Corpus, rows: dict[str, Rows], length: in
 
 
 def _expect_another_model(m: RunContext, settings: DistillationSettings) -> None:
-    """Raises `UserError` where the teacher is the student and there are no labels to learn from; else says so."""
+    """If the teacher is the student: raises `UserError` if no labels are used, else prints a warning."""
     if m.recipe.model.path is None or settings.teacher is None:
         return
     student, teacher = find_model_directory(m.recipe.model.path), find_model_directory(settings.teacher)
@@ -180,7 +180,7 @@ def _expect_another_model(m: RunContext, settings: DistillationSettings) -> None
 
 
 def _objective_of(settings: DistillationSettings, tokens: int) -> Callable[[Decoder | None], Objective]:
-    """What is minimised with a teacher at hand, or, with None, with what was stored of one."""
+    """Function from a teacher, or None for cached logits, to the objective."""
     loss = DistillationLoss(settings.alpha, settings.temperature, settings.divergence)
 
     def objective(decoder: Decoder | None) -> Objective:
@@ -221,9 +221,9 @@ def _from_cache(m: RunContext, folder: Path) -> tuple[Stream | StreamedBatches, 
 
 
 def cache_teacher(recipe: Recipe, reporter: Reporter) -> Lessons:
-    """Fill the recipe's `distillation.cache` with what its teacher says of every learned position of its rows.
+    """Fill the recipe's `distillation.cache` with the teacher's top-k logits at every learned position of its rows.
 
-    One that was stopped goes on. Raises `UserError` for whatever in the recipe or its data is wrong.
+    A partial cache is continued. Raises `UserError` for errors in the recipe or its data.
     """
     settings = settings_of(recipe)
     if settings.teacher is None or settings.cache is None:
@@ -255,7 +255,7 @@ def cache_teacher(recipe: Recipe, reporter: Reporter) -> Lessons:
 
 
 def answer_of(teacher: OnlineTeacher, rows: Mapping[str, Rows], lessons: Lessons, device: Device) -> Answer:
-    """The records of any rows, numbered over all sources in their order."""
+    """Function from row numbers, counted over all sources in order, to their records."""
     sources = list(rows.values())
     firsts = np.cumsum([0, *(source.rows_in_epoch for source in sources)])
 
@@ -273,7 +273,7 @@ def answer_of(teacher: OnlineTeacher, rows: Mapping[str, Rows], lessons: Lessons
 
 
 def records_of(teacher: OnlineTeacher, states: torch.Tensor, lessons: Lessons) -> np.ndarray:
-    """What is stored of hidden states [positions, width]: records [positions]."""
+    """Cache records [positions] of the teacher's hidden states [positions, width]."""
     records = np.empty(len(states), lessons.record)
     for place in in_chunks(len(states), teacher.decoder.architecture.vocab_size, states.device):
         logits = teacher.decoder.logits(states[place]).float()[:, : lessons.tokens]  # [chunk, tokens]

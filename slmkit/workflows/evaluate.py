@@ -1,4 +1,4 @@
-"""The loss of any model on any text."""
+"""Loss of a model on a text."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from slmkit.evaluation import LossReport, validation_loss
 from slmkit.model.files.find import find_model_directory, find_tokenizer_directory
 from slmkit.tokenizer import SLMTokenizer
 
-LENGTH = 2048  # tokens of a row, for models that have read longer ones
+LENGTH = 2048  # tokens of a row, for models with a longer context
 
 
 @dataclass(frozen=True)
 class TextFigures:
-    """How well a model predicts a text. `left_out` has a line for each reason for which rows were not read."""
+    """Loss figures of a model on a text. `left_out` has a line for each reason for which rows were skipped."""
 
-    documents: int  # those that were evaluated
+    documents: int  # number evaluated
     report: LossReport
-    bits_per_byte: float  # of conversations: over the text of the answers, which alone are predicted
+    bits_per_byte: float  # for conversations: over the text of the answers only
     length: int  # tokens of a row
     left_out: list[str]
 
@@ -42,12 +42,11 @@ def evaluate_text(
     precision: str = "auto",
     progress: Callable[[int, int], None] = lambda done, rows: None,
 ) -> TextFigures:
-    """Loss of a model directory, adapter or run on what `source` names, every token predicted once.
+    """Loss of a model directory, adapter or run on the data of `source`, every token predicted once.
 
-    Documents stand one after the other in rows of `length` tokens, as in the validation of a training run; a longer one
-    is cut. With `chat` the source is of conversations, and the assistant's turns are predicted. `progress` is told of
-    the rows that are done, and of how many there are. Raises `UserError` for what cannot be read, and for a length that
-    the model does not have.
+    Documents are packed into rows of `length` tokens, as in the validation of a training run; longer ones are cut. With
+    `chat` the source has conversations, and the assistant's turns are predicted. `progress` is called with rows done
+    and rows in total. Raises `UserError` for unreadable data, and for a length beyond the model's context.
     """
     where = find_device(device, precision)
     tokenizer = SLMTokenizer.from_pretrained(find_tokenizer_directory(model))
@@ -81,7 +80,7 @@ def evaluate_text(
 
 
 def _learned_bytes(rows: ChatRows, tokenizer: SLMTokenizer) -> int:
-    """The UTF-8 length of what is learned of conversations, without special tokens."""
+    """Bytes (UTF-8) of the learned text of conversations, without special tokens."""
     spans = [(start + 1, stop) for start, stop in zip(rows.starts.tolist(), rows.stops.tolist())]
     learned = [rows.shards.tokens_in(*span)[rows.shards.trained_in(*span)].tolist() for span in spans]
     return sum(len(tokenizer.decode(ids, skip_special_tokens=True).encode()) for ids in learned)

@@ -1,4 +1,4 @@
-"""Questions with known answers to the work of a run: how answers are sampled and judged, and how held-out ones fare."""
+"""GRPO runs: sampling and scoring of answers, and validation on held-out questions."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ from slmkit.training.recipe.recipe import Recipe
 from slmkit.workflows.context import ObjectiveParts, RunContext
 from slmkit.workflows.hooks import Sample
 
-REWARD_DIGEST = "reward.sha256"  # in the data of a run
-ROWS_AT_ONCE = 128  # answers that are sampled side by side
+REWARD_DIGEST = "reward.sha256"  # in a run's data folder
+ROWS_AT_ONCE = 128  # answers sampled in one batch
 
 
 def grpo_work(m: RunContext) -> ObjectiveParts:
-    """GRPO: every batch is sampled from the model as it is."""
+    """Objective parts of GRPO; batches are sampled from the current model. Raises `UserError` for several sources."""
     settings = m.recipe.grpo
     if len(m.corpus.train) > 1:
         raise UserError("grpo reads its questions from one source: name it as data.source")
@@ -69,7 +69,7 @@ def grpo_work(m: RunContext) -> ObjectiveParts:
 
 
 def _expect_the_same_reward(m: RunContext) -> None:
-    """Store the digest of the reward's file with the run. Raises `UserError` where it has changed since."""
+    """Store the digest of the reward's file with the run. Raises `UserError` if the file has changed since."""
     stored, digest = m.run.data / REWARD_DIGEST, reward_digest(m.recipe.grpo.reward)
     if stored.is_file() and stored.read_text().strip() != str(digest):
         raise UserError(
@@ -81,7 +81,7 @@ def _expect_the_same_reward(m: RunContext) -> None:
 
 
 def grpo_inventory(recipe: Recipe, model: Decoder, tokens: int, device: Device) -> MemoryProfile:
-    """Answers are sampled side by side, and with `beta` read by the model as it was, all of a step at once."""
+    """Memory profile: a batch of answers is sampled, and with `beta` the reference reads all of a step at once."""
     settings = recipe.grpo
     count, new = settings.num_generations, settings.max_new_tokens
     prompts = min(settings.prompts_per_step, max(1, ROWS_AT_ONCE // count))
@@ -101,7 +101,7 @@ def grpo_inventory(recipe: Recipe, model: Decoder, tokens: int, device: Device) 
 
 
 def judge_of(tokenizer: SLMTokenizer, settings: GrpoSettings) -> RewardFunction:
-    """The project's own generator, and the reward that the recipe names. Raises `UserError` where there is no such."""
+    """slmkit's generator, and the recipe's reward function. Raises `UserError` if that does not exist."""
     reward = find_reward(settings.reward)
 
     def text(ids: np.ndarray) -> str:
@@ -117,7 +117,7 @@ def judge_of(tokenizer: SLMTokenizer, settings: GrpoSettings) -> RewardFunction:
 
 @dataclass(frozen=True)
 class AnswerSampler:
-    """`count` answers to each of some prompts, of any lengths: each with the token that ended it, where one did."""
+    """Samples `count` answers to each prompt, of any lengths; an answer includes its end token, if any."""
 
     tokenizer: SLMTokenizer
     max_new_tokens: int
@@ -152,15 +152,15 @@ class AnswerSampler:
 
 
 def _until_its_end(ids: np.ndarray, stops: set[int]) -> np.ndarray:
-    """The tokens of an answer through the first that ends it."""
+    """The tokens of an answer up to its first end token, inclusive.  [new] → [at most new]"""
     ends = np.flatnonzero(np.isin(ids, [*stops]))
     return ids[: ends[0] + 1] if len(ends) else ids
 
 
 class ValidateAnswers:
-    """A hook for all ranks: how many held-out questions are answered rightly where the likeliest token is taken.
+    """Hook for all ranks: accuracy of greedy answers to held-out questions.
 
-    `validation/right` is their share. `validation_loss` is what their rewards lack of 1 on average, so that the best
+    `validation/right` is the share of right answers. `validation_loss` is 1 minus the mean reward, so that the best
     checkpoint is the one with the best answers.
     """
 
@@ -197,7 +197,7 @@ def exact(prompt: str, answer: str, known: str) -> float:
 
 
 def number(prompt: str, answer: str, known: str) -> float:
-    """1 where the last number of the answer is the last one of the known answer, whatever stands around it."""
+    """1 if the last number of the answer equals the last number of the known answer, else 0."""
     said, right = (NUMBER.findall(text) for text in (answer, known))
     return float(bool(said and right) and _value(said[-1]) == _value(right[-1]))
 
@@ -210,9 +210,9 @@ REWARDS: dict[str, Reward] = {"exact": exact, "number": number}
 
 
 def find_reward(name: str) -> Reward:
-    """One of `REWARDS`, to which a script may add, or `file.py:function` or `module:function`.
+    """The function of a name in `REWARDS`, to which a script may add, of `file.py:function` or `module:function`.
 
-    Raises `UserError` where there is no such function, or it does not take three arguments.
+    Raises `UserError` if there is no such function, or it does not take three arguments.
     """
     if name in REWARDS:
         return REWARDS[name]
@@ -232,19 +232,19 @@ def find_reward(name: str) -> Reward:
         raise UserError(
             f"grpo.reward {name}: takes {taken}; expected a function of three texts: prompt, answer and known answer"
         ) from None
-    except ValueError:  # some built-in functions do not say what they take
+    except ValueError:  # some built-in functions have no signature
         pass
     return reward
 
 
 def _load(name: str, module: str) -> ModuleType:
-    """The module of that name, or of that file. Raises `UserError` with what went wrong in it."""
+    """The module of that name or file. Raises `UserError` with the reason if it cannot be loaded."""
     path = Path(module)
     if module.endswith(".py") and not path.is_file():
         raise UserError(f"grpo.reward {name}: cannot be found: no such file, here or beside the recipe")
     folder = str(path.resolve().parent) if module.endswith(".py") else str(Path.cwd())
     if folder not in sys.path:
-        sys.path.append(folder)  # what a reward function imports may lie beside it
+        sys.path.append(folder)  # a reward function may import modules beside it
     try:
         if not module.endswith(".py"):
             return importlib.import_module(module)
@@ -261,7 +261,7 @@ def _load(name: str, module: str) -> ModuleType:
 
 
 def worth(name: str, reward: Reward, prompt: str, answer: str, known: str) -> float:
-    """What an answer is worth. Raises `UserError` that names it where the function fails or returns no number."""
+    """Reward of an answer. Raises `UserError` that names the function if it fails or returns no finite number."""
     try:
         value = reward(prompt, answer, known)
     except Exception as error:
@@ -276,7 +276,7 @@ def worth(name: str, reward: Reward, prompt: str, answer: str, known: str) -> fl
 
 
 def reward_digest(name: str) -> str | None:
-    """sha256 (hex) of the file that a reward function is in; None for one that is not in a file of its own."""
+    """sha256 (hex) of a reward function's file; None if it is not given as a file."""
     file = name.rpartition(":")[0]
     return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file.endswith(".py") else None
 
@@ -287,7 +287,7 @@ def _short(value: object) -> str:
 
 
 def _said(error: Exception) -> str:
-    """An exception in one line, with the line of the user's own file where it arose."""
+    """An exception in one line, with the line number in the user's file."""
     text = f"{type(error).__name__}: {' '.join(str(error).split())}"
     last = traceback.extract_tb(error.__traceback__)[-1:]
     return f"{text} ({Path(last[0].filename).name}, line {last[0].lineno})" if last else text

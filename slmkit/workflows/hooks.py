@@ -1,4 +1,4 @@
-"""What the loop calls now and then, and must not know itself: evaluation, and samples of what the model writes."""
+"""Hooks of the training loop: validation, and text samples."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from slmkit.training.recipe.recipe import Recipe
 
 
 class Validate:
-    """A hook for all ranks that adds `validation_loss` to the report: each reads a share of the rows.
+    """Hook for all ranks that adds `validation_loss` (nats per token) to the report; rows are shared among ranks.
 
-    Where the rows are a whole text of so many `text_bytes`, it adds `validation_bits_per_byte`.
+    If the rows are a whole text of `text_bytes` bytes, it adds `validation_bits_per_byte`.
     """
 
     def __init__(
@@ -52,10 +52,10 @@ class Validate:
 
 
 class Sample:
-    """A hook for all ranks that writes what the model says to the recipe's prompts into a file: `samples.md`."""
+    """Hook for all ranks that writes the model's continuations of the recipe's prompts to `samples.md`."""
 
     def __init__(self, file: Path, recipe: Recipe, tokenizer: SLMTokenizer, talks: bool, group: Group = ALONE) -> None:
-        """`talks`: the prompts are what a user says, and not how a text begins."""
+        """`talks`: the prompts are user messages, not beginnings of texts."""
         self.file, self.recipe, self.tokenizer, self.talks, self.group = file, recipe, tokenizer, talks, group
 
     def __call__(self, state: State, report: Report) -> None:
@@ -69,7 +69,7 @@ class Sample:
     def _written(self, model: Decoder, prompt: str) -> str:
         try:
             return self._continued(model, prompt)
-        except UserError as error:  # no sample is worth a run
+        except UserError as error:  # a failed sample must not end the run
             return f" ({error})"
 
     def _continued(self, model: Decoder, prompt: str) -> str:
@@ -81,15 +81,15 @@ class Sample:
         return complete(model, self.tokenizer, prompt, settings=settings, max_new_tokens=longest).text
 
 
-WORDS, CHARACTERS = 5, 40  # of a text's beginning
+WORDS, CHARACTERS = 5, 40  # taken from a text's beginning
 LONGEST_QUESTION = 100  # characters
 QUESTION_WORDS = 3
-LOOKED_AT = 50  # documents
+LOOKED_AT = 50  # documents searched
 MARK = "QUESTION"
 
 
 def with_prompts(recipe: Recipe, corpus: Corpus) -> Recipe:
-    """The recipe with a prompt for its samples, unless it has some, or says that it wants none."""
+    """The recipe with a prompt for its samples, unless `sample_prompts` is set, also to an empty list."""
     if recipe.train.sample_prompts is not None:
         return recipe
     train = recipe.train.model_copy(update={"sample_prompts": prompts_of(corpus, recipe.reads)})
@@ -97,10 +97,10 @@ def with_prompts(recipe: Recipe, corpus: Corpus) -> Recipe:
 
 
 def prompts_of(corpus: Corpus, reads: Reads) -> list[str]:
-    """One prompt: how a held-out text begins, or the shortest first question of the held-out conversations that has
-    `QUESTION_WORDS` or more; where none has, the shortest.
+    """One prompt: the beginning of a held-out text, or the shortest first question of held-out conversations with at
+    least `QUESTION_WORDS` words, or else the shortest.
 
-    Empty where none of the first documents has a short one.
+    Empty if none of the first documents has a short one.
     """
     shards, tokenizer = corpus.validation, corpus.tokenizer
     ends = shards.document_ends[:LOOKED_AT].tolist()
@@ -125,7 +125,7 @@ def _beginning(text: str) -> str:
 
 
 def _around_a_question(corpus: Corpus) -> tuple[str, str]:
-    """What the chat template writes before and behind a user's last message."""
+    """The chat template's text before and after a user's last message."""
     tokenizer, user = corpus.tokenizer, {"role": "user", "content": MARK}
     first, later = (
         tokenizer.decode(tokenizer.encode_chat(messages, add_generation_prompt=True).ids).split(MARK)
@@ -136,7 +136,7 @@ def _around_a_question(corpus: Corpus) -> tuple[str, str]:
 
 
 def _question(text: str, before: str, behind: str) -> str:
-    """The first message in a rendered conversation; empty where there is none, or a long one."""
+    """The first message in a rendered conversation; empty if there is none, or it is long."""
     if not (before and behind):
         return ""
     _, found, rest = text.partition(before)

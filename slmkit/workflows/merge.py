@@ -1,4 +1,4 @@
-"""Merging models from a recipe: what `slm merge RECIPE` stands on."""
+"""`slm merge`: merge models from a recipe, or fold adapters into a model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from slmkit.model.files.find import free_path
 from slmkit.model.files.stored import expect_finite
 from slmkit.tokenizer import SLMTokenizer
 
-# What goes along from the first of the models: how text becomes ids, and how it is generated from.
+# Files copied from the first model: tokenizer and generation settings.
 COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "tokenizer.model", "generation_config.json",
@@ -38,7 +38,7 @@ def prepare_merge(recipe: MergeRecipe) -> Merge:
 
     Raises `UserError` for a missing model, the first difference between two, and an `output_dir` that is taken.
     """
-    # What is written beside the result names models of the hub with the commit that was read.
+    # `merge.yaml` names hub models with the commit that was read.
     models = [entry.model_copy(update={"model": at_commit(entry.model)}) for entry in recipe.models]
     base = None if recipe.base_model is None else at_commit(recipe.base_model)
     recipe = recipe.model_copy(update={"models": models, "base_model": base})
@@ -57,10 +57,9 @@ def prepare_merge(recipe: MergeRecipe) -> Merge:
 
 
 def write_merge(merge: Merge, progress: Callable[[int], None] = lambda written: None) -> Path:
-    """Write the model directory of a prepared merge; it is there whole or not at all. Raises `UserError`.
+    """Write the model directory of a prepared merge atomically. Raises `UserError` if it cannot be written.
 
-    Config, tokenizer and generation settings are those of the first of the models; `merge.yaml` beside them says how
-    the model was made.
+    Config, tokenizer and generation settings are those of the first model; `merge.yaml` holds the merge recipe.
     """
     output = Path(merge.recipe.output_dir)
     first = find_model_directory(merge.recipe.merged[0].model)
@@ -84,11 +83,11 @@ def write_merge(merge: Merge, progress: Callable[[int], None] = lambda written: 
 
 
 def fold_adapters(model: str | Path, adapters: Sequence[str | Path], output: str | Path | None = None) -> Path:
-    """Write `model` with `adapters` folded in, one after another, to a directory of its own, and return that.
+    """Write `model` with `adapters` folded in, one after another, to a new directory, and return that.
 
-    All are directories or runs; the tokenizer is the last adapter's, or else the model's. Without `output` it is beside
-    the model. Nothing is left where it fails. Raises `UserError` for what does not fit together, for a model of fewer
-    than 16 bits, and where `output` exists.
+    All are directories or runs; the tokenizer is the last adapter's, or else the model's. `output` defaults to a
+    directory beside the model; it is written atomically. Raises `UserError` for adapters of another model, for a model
+    of fewer than 16 bits, and if `output` exists.
     """
     directory = find_model_directory(model)
     found = [find_adapter(adapter) for adapter in adapters]
@@ -125,7 +124,7 @@ def fold_adapters(model: str | Path, adapters: Sequence[str | Path], output: str
 
 
 def _expect_full_precision(directory: Path) -> None:
-    """Raises `UserError` for a model whose weights are in 8 bits or 4."""
+    """Raises `UserError` for a model whose weights are quantized to 8 or 4 bits."""
     path = directory / "config.json"
     if not path.is_file():
         return

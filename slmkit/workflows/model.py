@@ -1,4 +1,4 @@
-"""What a run begins with: fresh weights, a finished model's, or an adapter for one; and how it is saved."""
+"""The starting model of a run: new weights, a trained model, or an adapter; and how it is saved."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Start = tuple[Decoder, SLMConfig, ModelFiles]
 
 
 def model_for(recipe: Recipe, tokenizer: SLMTokenizer, base: Path | None) -> Start:
-    """A new model for the tokenizer's vocabulary, or that of `base`, grown to it; with `lora` an adapter for that."""
+    """A new model for the tokenizer's vocabulary, or `base` with its vocabulary extended; with `lora` an adapter."""
     if base is None:
         return _new_model(recipe, tokenizer)
     if recipe.lora is not None:
@@ -31,7 +31,7 @@ def model_for(recipe: Recipe, tokenizer: SLMTokenizer, base: Path | None) -> Sta
 
 
 def at_commits(recipe: Recipe) -> Recipe:
-    """The recipe with the commit of each model of the hub that it names, so that a resumed run has the same ones."""
+    """The recipe with the commit of each hub model that it names, so that a resumed run uses the same ones."""
     model, tokenizer, taught = recipe.model, recipe.tokenizer, recipe.distillation
     changes: dict[str, Any] = {}
     if model.path:
@@ -44,7 +44,7 @@ def at_commits(recipe: Recipe) -> Recipe:
 
 
 def _new_model(recipe: Recipe, tokenizer: SLMTokenizer) -> Start:
-    """With rows for all tokens of the tokenizer, or as many more as model.vocab_size says. Raises `UserError`."""
+    """A new model with the tokenizer's vocabulary, or a larger `model.vocab_size`. Raises `UserError` on conflict."""
     known: dict[str, Any] = {
         "vocab_size": max(len(tokenizer), recipe.model.changes.get("vocab_size", 0)),
         "eos_token_id": sorted(tokenizer.stop_token_ids),
@@ -61,7 +61,7 @@ def _new_model(recipe: Recipe, tokenizer: SLMTokenizer) -> Start:
 
 
 def _adapter(recipe: Recipe, tokenizer: SLMTokenizer, base: Path) -> Start:
-    """An adapter for `base`, or the adapter in `base`. With new tokens it holds the embedding and the head too."""
+    """A new adapter for `base`, or the adapter in `base`. With new tokens it includes embedding and head."""
     assert recipe.lora is not None
     before = tokenizer_of_base(recipe, base)
     if not tokenizer.pieces_of_new_tokens(before):
@@ -79,7 +79,7 @@ def _adapter(recipe: Recipe, tokenizer: SLMTokenizer, base: Path) -> Start:
 
 
 def tokenizer_of_base(recipe: Recipe, base: Path) -> SLMTokenizer:
-    """The one in the model's directory, or the one that the recipe names where a model came without."""
+    """The tokenizer in the model's directory, or the recipe's if there is none."""
     return SLMTokenizer.from_pretrained(
         find_tokenizer_directory(recipe.tokenizer.path) if recipe.tokenizer.path else base
     )
@@ -88,9 +88,9 @@ def tokenizer_of_base(recipe: Recipe, base: Path) -> SLMTokenizer:
 def fit_to_tokenizer(
     decoder: Decoder, config: SLMConfig, before: SLMTokenizer, after: SLMTokenizer
 ) -> tuple[Decoder, SLMConfig]:
-    """The model with a row for every token of `after`, and a config that names what ends a text and a turn now.
+    """The model with a row for every token of `after`, and a config with its ids that end texts and turns.
 
-    `before` is the tokenizer that the model knows. Raises `UserError` where it is not the model's.
+    `before` is the model's present tokenizer. Raises `UserError` if it does not match the model.
     """
     if len(before) > config.vocab_size:
         raise UserError(
@@ -99,7 +99,7 @@ def fit_to_tokenizer(
         )
     decoder, config = grow_vocabulary(decoder, config, after.pieces_of_new_tokens(before))
     known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    # transformers names id 2 where nobody said anything, which may be any word.
+    # transformers defaults to id 2, which may be any word.
     ends = after.stop_token_ids | {*after.special_tokens.values()}.intersection(known)
     changes = {
         "eos_token_id": sorted(ends) if len(ends) > 1 else min(ends),

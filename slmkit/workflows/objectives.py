@@ -1,5 +1,4 @@
-"""What an objective makes of a run: what the one loop is fed, what it minimises, what it is measured by, and what all
-of that has in memory."""
+"""Parts of each objective (batches, loss, validation hooks), and its memory profile."""
 
 from __future__ import annotations
 
@@ -21,12 +20,12 @@ from slmkit.workflows.preference import kto_work, preference_inventory, preferen
 
 
 def work_of(material: RunContext) -> ObjectiveParts:
-    """Raises `UserError` for what does not fit together."""
+    """The parts of the recipe's objective. Raises `UserError` if its settings, model or data do not fit together."""
     return WORK[material.recipe.objective](material)
 
 
 def inventory_of(recipe: Recipe, model: Decoder, tokens: int, device: Device) -> MemoryProfile:
-    """What a run has in memory beside `model`, which has no content; `tokens` are those of the tokenizer."""
+    """The memory profile of a run of `model`, on the meta device; `tokens`: size of the tokenizer."""
     return INVENTORIES[recipe.objective](recipe, model, tokens, device)
 
 

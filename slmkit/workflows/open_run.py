@@ -1,4 +1,4 @@
-"""A run opened: its recipe with everything that it names built, as `train` and `resume` want it."""
+"""Opening a run: building the data, model and plan of its recipe, for `train` and `resume`."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def open_run(
     recipe: Recipe | None = None,
     is_new: bool = False,
 ) -> Session:
-    """A run whose data is prepared, with its recipe as it stands there unless another is given.
+    """The session of a run whose data is prepared, with its own recipe unless another is given.
 
-    `is_new`: the model's weights are to be those before the first step, whatever checkpoints there are.
+    `is_new`: use the weights before the first step, even if there are checkpoints.
     """
     recipe = recipe or load_recipe(run.recipe)
     corpus = open_corpus(run.data)
@@ -54,7 +54,7 @@ def open_run(
 
 
 class Session:
-    """A recipe with everything it names built: what `train` and `resume` have in common."""
+    """A run with everything in its recipe built, shared by `train` and `resume`."""
 
     def __init__(
         self,
@@ -103,11 +103,11 @@ class Session:
 
     @property
     def fingerprints(self) -> dict[str, Any]:
-        """Of all that the run stands on."""
+        """Fingerprints of the data and models that the run depends on."""
         return fingerprints_of(self.run, self.recipe, self.corpus, self.stream)
 
     def take_over(self, prepared: Recipe, reporter: Reporter, replan: bool) -> None:
-        """Obey the changes since the run was prepared, say them, and write them down. Raises `UserError`."""
+        """Apply, report and record the recipe's changes since preparation. Raises `UserError` for one not allowed."""
         step, changes = self.run.newest_step(), changes_between(prepared, self.recipe)
         if replan or any(map(is_of_length, changes)):
             anew = self._plan_of(self.recipe)
@@ -120,7 +120,7 @@ class Session:
         ranks = self.run.described().get(PROCESSES, 1)
         if ranks != self.group.world:
             changes.append(Change(PROCESSES, ranks, self.group.world))
-        share = -(-self.stream.rows_per_step // self.group.world)  # rows of a process
+        share = -(-self.stream.rows_per_step // self.group.world)  # rows per process
         was, now = (min(plan.rows_per_micro_batch, share) for plan in (self._plan_of(prepared), self.plan))
         if draws_by_process(self.recipe, self.config) and (ranks != self.group.world or was != now):
             reporter.warn(
@@ -132,7 +132,7 @@ class Session:
             self.run.add(**{PROCESSES: self.group.world})
 
     def is_finished(self) -> bool:
-        """Whether nothing is left to do. Raises `UserError` where every checkpoint of a finished run is damaged."""
+        """Whether all steps are done or the run ended early. Raises `UserError` if all its checkpoints are damaged."""
         step, ended = self.run.newest_step(), self.run.described().get("finished") or {}
         ended_early = step == ended.get("step") and step < ended["steps"] and self.plan.patience == ended["patience"]
         if not (step >= self.plan.steps or ended_early):
@@ -141,7 +141,7 @@ class Session:
         return newest is not None and step_of(newest) == step
 
     def finished(self) -> str:
-        """That it is, and how to go on all the same."""
+        """Message that the run is finished, and how to train it longer."""
         step, train, root = self.run.newest_step(), self.recipe.train, self.run.root
         name = next((name for name in LENGTHS if getattr(train, name) is not None), "num_train_epochs")
         if step < self.plan.steps:
@@ -168,7 +168,7 @@ class Session:
         )
 
     def look(self, reporter: Reporter, force: bool) -> None:
-        """The X-ray. Raises `UserError` for what it finds, unless `force`."""
+        """Run the X-ray. Raises `UserError` for its findings, unless `force`."""
         look(
             self.stream,
             self.corpus.tokenizer,
@@ -213,7 +213,7 @@ class Session:
                 warn=reporter.warn,
                 stop=stop,
             )
-        if self.corpus.training_tokens is None:  # streams know now what of them was left out
+        if self.corpus.training_tokens is None:  # streams know only now which rows were skipped
             for line in self.work.report():
                 reporter.say(line)
         if compared := plan_file.complete(state.best.get("validation_loss")):

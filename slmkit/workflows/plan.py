@@ -1,4 +1,4 @@
-"""The plan of a recipe: what it would train, and beside what, before anything of that is there."""
+"""`slm plan` of a recipe: the models and memory profile that its run would have."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ Make = Callable[[SLMConfig], Decoder]
 
 
 def plan_recipe(recipe: Recipe, measure: bool = True, say: Callable[[str], None] = lambda line: None) -> RunEstimate:
-    """What a run of this recipe will take on this machine; `say` is told what is being measured.
+    """Estimate of a run of this recipe on this machine; `say` is called with what is being measured.
 
-    Raises `UserError` for what it lacks to be planned.
+    Raises `UserError` for a setting that the plan needs and the recipe lacks.
     """
     expect_a_model(recipe)
     return outlook(_with_known_vocabulary(with_the_teachers_tokenizer(recipe)), subject_of, measure, say)
 
 
 def subject_of(recipe: Recipe, config: SLMConfig, device: Device) -> ProbeTarget:
-    """What the recipe trains, from nothing but configs."""
+    """The models and memory profile of the recipe's run, built from configs without weights."""
     inventory = inventory_of(recipe, _model_like(recipe, config, empty_decoder), config.vocab_size, device)
 
     def models() -> tuple[Decoder, Decoder | None]:
@@ -47,7 +47,7 @@ def subject_of(recipe: Recipe, config: SLMConfig, device: Device) -> ProbeTarget
 
 
 def _model_like(recipe: Recipe, config: SLMConfig, make: Make) -> Decoder:
-    """What the recipe trains, of what `make` makes of its config: with `lora` an adapter beside it."""
+    """The model that the recipe trains, made by `make` from a config; with `lora` it has an adapter."""
     decoder = make(config)
     if recipe.lora is not None:
         add_lora(decoder, config, _adapter_settings(recipe, recipe.lora))
@@ -55,14 +55,14 @@ def _model_like(recipe: Recipe, config: SLMConfig, make: Make) -> Decoder:
 
 
 def _adapter_settings(recipe: Recipe, wanted: LoRASettings) -> LoRASettings:
-    """Those of the adapter that is trained on, where the recipe starts from one."""
+    """Settings of the adapter that the recipe starts from, else `wanted`."""
     if recipe.model.path is None or not is_adapter(base := find_model_directory(recipe.model.path)):
         return wanted
     return read_adapter_config(base).settings.model_copy(update={"base_weights": wanted.base_weights})
 
 
 def _with_known_vocabulary(recipe: Recipe) -> Recipe:
-    """The recipe with as many tokens as its tokenizer has, where that is there already."""
+    """The recipe with the vocabulary size of its tokenizer, if that exists already."""
     if recipe.tokenizer.path is None:
         return recipe
     size = len(SLMTokenizer.from_pretrained(find_tokenizer_directory(recipe.tokenizer.path)))

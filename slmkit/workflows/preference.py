@@ -1,5 +1,4 @@
-"""Pairs of answers, and answers labelled good or bad, to the work of a run: their rows, what the starting model gives
-them, and how held-out ones fare."""
+"""DPO and KTO runs: rows of answers, the reference's log-probabilities, and validation on held-out answers."""
 
 from __future__ import annotations
 
@@ -30,19 +29,19 @@ from slmkit.training.recipe.recipe import Recipe
 from slmkit.workflows.context import ObjectiveParts, RunContext
 from slmkit.workflows.hooks import Sample
 
-REFERENCE = "reference.safetensors"  # in the data of a run
-ROWS_AT_ONCE = 16  # of those that are read and not learned from
+REFERENCE = "reference.safetensors"  # in a run's data folder
+ROWS_AT_ONCE = 16  # rows per batch without gradients
 BALANCED = (1.0, 4 / 3)  # weight × number of good answers over that of bad ones: arXiv:2402.01306, equation (8)
 
 
 def preference_work(m: RunContext) -> ObjectiveParts:
-    """DPO and its kin."""
+    """Objective parts of DPO and the other losses of pairs."""
     settings = m.recipe.preference
     return _work(m, PairRows, Preference(settings), settings.needs_reference)
 
 
 def kto_work(m: RunContext) -> ObjectiveParts:
-    """KTO: answers with a label each."""
+    """Objective parts of KTO: answers with a label each."""
     work = _work(m, functools.partial(JudgedRows, seed=m.recipe.seed), Kto(m.recipe.kto), needs_reference=True)
     labels = np.concatenate([shards.labels for shards in m.corpus.train])
     if hint := weights_hint(int(labels.sum()), int((~labels).sum()), m.recipe.kto):
@@ -51,7 +50,7 @@ def kto_work(m: RunContext) -> ObjectiveParts:
 
 
 def weights_hint(good: int, bad: int, settings: KtoSettings) -> str | None:
-    """Which weight the paper advises where there are more answers of one kind; None where all is well."""
+    """A line with the paper's recommended weight if there are more answers of one kind; None if balanced."""
     low, high = BALANCED
     weighed_good, weighed_bad = settings.desirable_weight * good, settings.undesirable_weight * bad
     if good == bad or not good or not bad or 0.9 * low <= weighed_good / weighed_bad <= 1.1 * high:
@@ -69,7 +68,7 @@ def weights_hint(good: int, bad: int, settings: KtoSettings) -> str | None:
 def _work(
     m: RunContext, make_rows: Callable[..., PairRows | JudgedRows], objective: Preference | Kto, needs_reference: bool
 ) -> ObjectiveParts:
-    """The reference's log-probabilities are computed where they are needed and not there yet."""
+    """Objective parts; computes the reference's log-probabilities if they are needed and missing."""
     data = m.recipe.data
     train = dict(zip(data.weights, (make_rows(shards, m.length) for shards in m.corpus.train), strict=True))
     validation = make_rows(m.corpus.validation, m.length)
@@ -89,12 +88,12 @@ def _work(
 
 
 def preference_inventory(recipe: Recipe, model: Decoder, tokens: int, device: Device) -> MemoryProfile:
-    """One model: of the reference its log-probabilities are all that is kept."""
+    """Memory profile with one model: only log-probabilities of the reference are kept."""
     return MemoryProfile(model, readings=(lambda model, beside, length: read_answers(model, 2 * ROWS_AT_ONCE, length),))
 
 
 def _refer(m: RunContext, all_rows: Sequence[PairRows | JudgedRows]) -> None:
-    """Give each the log-probabilities of the model as it is before the first step, stored in the run's data."""
+    """Add the starting model's log-probabilities to each of `all_rows`, and store them in the run's data."""
     path = m.run.data / REFERENCE
     found = _stored(path) if path.is_file() else {}
     wanted = {f"{number:02}": rows for number, rows in enumerate(all_rows)}
@@ -135,7 +134,7 @@ def _store(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 class ValidateAnswers:
-    """A hook for all ranks: the objective's loss and figures over held-out rows, of which each rank reads a share."""
+    """Hook for all ranks: the objective's loss and figures over held-out rows, distributed over the ranks."""
 
     def __init__(self, rows: PairRows | JudgedRows, objective: Preference | Kto, m: RunContext) -> None:
         self.rows, self.objective, self.device, self.group = rows, objective, m.device, m.group

@@ -1,4 +1,4 @@
-"""Publishing a model on the hub: what `slm push` stands on."""
+"""`slm push`: publish a model on the hub."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from slmkit.model.config import SLMConfig
 from slmkit.model.files.adapter_directory import ADAPTER_CONFIG, is_adapter
 from slmkit.training.run_directory import RunDirectory
 
-# Of the files in a checkpoint those that are not the model.
+# Files of a checkpoint that do not belong to the model.
 LEFT_OUT = ("MANIFEST.json", "README.md")
 
 
 def push_model(source: str | Path, name: str, private: bool = False, revision: str | None = None) -> str:
     """Publish a run's best checkpoint, or a model directory, as `OWNER/NAME`, with a model card.
 
-    The repository is made where it is not there (`private` says how), `revision` is a branch, made likewise. One commit
-    has all files; nothing of the training state is among them. Returns the address of the page. Raises `UserError`.
+    Creates the repository (`private` or public) and the branch `revision` if they do not exist. One commit has all
+    files, without the training state. Returns the URL of the page. Raises `UserError` for a wrong name, a model without
+    safetensors, and errors of the hub.
     """
     wanted = hub_name(name if name.startswith("hf://") else f"hf://{name}")
     if wanted is None or (wanted.revision is not None and revision is not None):
@@ -59,7 +60,7 @@ def _card(source: Path, directory: Path, name: str) -> str:
 
 
 def _base(directory: Path, recipe: Mapping[str, Any]) -> str | None:
-    """The hub's name of the model that this one was trained on from. Raises `UserError` for an adapter without one."""
+    """The hub name of this model's base, if it has one. Raises `UserError` for an adapter without one."""
     named = (recipe.get("model") or {}).get("path")
     if is_adapter(directory):
         named = json.loads((directory / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]

@@ -1,4 +1,4 @@
-"""The quickstart: three runs on the built-in stories, of as much text as there is time for on this machine."""
+"""The quickstart: three runs on the built-in stories, with the amount of text that fits the time limit."""
 
 from __future__ import annotations
 
@@ -22,41 +22,41 @@ from slmkit.training.run_directory import RunDirectory
 from slmkit.workflows.context import Reporter
 from slmkit.workflows.train import train_recipe
 
-PRIMER_STEPS = 720  # the time of the whole primer, preparation and validation included, in steps of its size
-# The time of each part relative to the primer's, whatever the machine.
+PRIMER_STEPS = 720  # time of the whole primer, with preparation and validation, in steps
+# The time of each part relative to the primer's.
 STORIES, CHAT, EVALUATION = 3.3, 2.9, 0.2
-FIXED = 8.0  # seconds that loading and saving take, however little is read
-MOST_EVALUATION = 0.15  # of the time that is left: fewer questions are asked where it is short
+FIXED = 8.0  # seconds for loading and saving, independent of the amount of data
+MOST_EVALUATION = 0.15  # share of the remaining time, which limits the number of questions
 SMALLEST_SHARE = 0.01
-RESERVE = 0.07  # of the time: the machine may become slower
-OVERRUN = 1.25  # a part that takes so many times the time planned is stopped
-FLUENT = 0.3  # the share of the corpus below which few sentences come out right
+RESERVE = 0.07  # share of the time kept free: the machine may become slower
+OVERRUN = 1.25  # a part is stopped after this many times its planned time
+FLUENT = 0.3  # share of the corpus below which few sentences are correct
 
 
 @dataclass(frozen=True)
 class Quickstart:
-    """The runs on stories and on conversations, how much of the corpus they read, and the time all of it would take."""
+    """The runs on stories and conversations, their shares of the corpus, and the time that all of it would take."""
 
     stories: RunDirectory
     chat: RunDirectory
     shares: dict[str, float]  # part → share of its documents
-    whole: float  # seconds for all of the corpus, at the speed that was measured
-    ends: float  # when everything has to be over, as `time.monotonic` counts
+    whole: float  # seconds for the whole corpus, at the measured speed
+    ends: float  # deadline, a time of `time.monotonic`
 
     def share_in(self, minutes: float) -> float:
-        """About how much of the corpus is read in so many minutes on this machine."""
+        """Approximate share of the corpus that is read in `minutes` on this machine."""
         return min(1.0, 60 * minutes * (1 - RESERVE) / self.whole)
 
 
 def train_quickstart(
     output: str | Path, seed: int, minutes: float, reporter: Reporter, started: float | None = None
 ) -> Quickstart:
-    """Train on primer, stories and conversations, below a folder that is named `output` or numbered.
+    """Train on primer, stories and conversations, in the folder `output`, numbered if taken.
 
-    A few steps tell how fast the machine is, and so how much of the primer, stories and conversations there is time for
-    in `minutes` from `started` (`time.monotonic`; default: now), evaluation included. Each part is planned with the
-    speed of the one before, and a part that takes much longer than planned is stopped with a checkpoint. Raises
-    `UserError` where the time is too short for anything, and as `train_recipe` does.
+    A few steps measure the machine's speed, which determines how much of the primer, stories and conversations is read
+    in `minutes` from `started` (`time.monotonic`; default: now), with evaluation. Each part is planned with the speed
+    of the one before, and a part that takes much longer than planned is stopped with a checkpoint. Raises `UserError`
+    if the time is too short, and as `train_recipe` does.
     """
     ends = 60 * minutes + (time.monotonic() if started is None else started)
     target = ends - 60 * minutes * RESERVE
@@ -92,7 +92,7 @@ def train_quickstart(
     stories = run("stories", share, share * STORIES * primer, reader)
 
     reporter.say("\n3/4  fine-tuning: conversations about scenes and stories")
-    began, primer = time.monotonic(), (time.monotonic() - began) / (share * STORIES)  # other programs come and go
+    began, primer = time.monotonic(), (time.monotonic() - began) / (share * STORIES)  # the machine's load may change
     share = affordable_share(target - began, primer, CHAT)
     chat = run("chat", share, share * CHAT * primer, stories)
     return Quickstart(stories, chat, shares, primer * (1 + STORIES + CHAT + EVALUATION), ends)
@@ -101,7 +101,7 @@ def train_quickstart(
 def ask_until(
     decoder: LanguageModel, tokenizer: SLMTokenizer, questions: Sequence[tuple[Messages, str]], until: float
 ) -> QuestionReport:
-    """The answers to as many questions as there is time for until `until` (`time.monotonic`), and to the first few."""
+    """Answers to the first few questions, and to as many more as fit before `until` (`time.monotonic`)."""
     answers: list[Answer] = []
     for first in range(0, len(questions), 5):
         answers += ask(decoder, tokenizer, questions[first : first + 5]).answers
@@ -111,7 +111,7 @@ def ask_until(
 
 
 def affordable_share(seconds: float, primer_seconds: float, parts: float) -> float:
-    """How much of what takes `parts` times the primer can be done in `seconds`, evaluation included.
+    """Share of a work of `parts` times the primer that fits into `seconds`, with evaluation.
 
     Between `SMALLEST_SHARE` and 1.
     """
@@ -121,7 +121,7 @@ def affordable_share(seconds: float, primer_seconds: float, parts: float) -> flo
 
 
 def _tell_the_plan(minutes: float, seconds: float, primer: float, reporter: Reporter) -> None:
-    """Say how much of the corpus there is time for. Raises `UserError` where that is next to nothing."""
+    """Print how much of the corpus fits into the time. Raises `UserError` if that is too little."""
     parts = 1 + STORIES + CHAT
     whole = (parts + EVALUATION) * primer / (1 - RESERVE)
     share = affordable_share(seconds - FIXED, primer, parts)
@@ -140,13 +140,13 @@ def _tell_the_plan(minutes: float, seconds: float, primer: float, reporter: Repo
 
 
 def _seconds_of_a_step() -> float:
-    """Of the primer's training, as fast as this machine is now."""
+    """Measured seconds of a training step of the primer."""
     recipe = load_recipe(find_recipe("quickstart-primer"))
     return probe(ProbeTarget.fresh(recipe.model.build_config()), recipe.train, find_device(), steps=6).step_seconds
 
 
 def _shortened(recipe: Recipe, share: float) -> Recipe:
-    """The recipe with this share of its documents."""
+    """The recipe with a `share` (0 to 1) of its documents."""
     names = ("documents", "primer_documents", "validation_documents")
     counts = {name: round(share * getattr(recipe.data, name)) for name in names}
     counts["validation_documents"] = max(10, counts["validation_documents"])

@@ -1,4 +1,4 @@
-"""A step of a run done again from its files: what `slm replay` stands on."""
+"""`slm replay`: repeat a step of a run from its files."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from slmkit.training.run_directory import RunDirectory
 from slmkit.workflows.context import Reporter
 from slmkit.workflows.open_run import open_run
 
-TOKENS_BEFORE = 24  # of context shown in front of the token at which something broke
+TOKENS_BEFORE = 24  # context shown before the first token with a non-finite value
 
 
 @dataclass(frozen=True)
 class RunReplay:
-    """A step done again, and what the run had written of it."""
+    """A replayed step, and the run's record of it."""
 
     replay: Replay
-    recorded: Report | None  # the step's line of figures, where it was logged
+    recorded: Report | None  # the step's line in metrics.jsonl, if it was logged
     tokenizer: SLMTokenizer
 
     @property
     def differences(self) -> dict[str, tuple[Any, Any]]:
-        """Figures that are not the recorded ones bit for bit; of another kind of machine, some may be."""
+        """Figures that are not bit-identical to the recorded ones; on another kind of machine, some differ."""
         return differences(self.replay.report, self.recorded) if self.recorded is not None else {}
 
     def text_before(self, row: int, position: int) -> str:
-        """What stands in a row up to a token, that one included."""
+        """Text of a row up to a token, inclusive."""
         ids = self.replay.batch.ids[row, max(0, position - TOKENS_BEFORE) : position + 1]
         return self.tokenizer.decode(ids.tolist())
 
@@ -50,9 +50,9 @@ class RunReplay:
 
 
 def replay_run(directory: str | Path, step: int, reporter: Reporter) -> RunReplay:
-    """Do step `step` of a run again, watched. Nothing in the run is changed.
+    """Repeat step `step` of a run with hooks on every module. Nothing in the run is changed.
 
-    Raises `UserError` where there is no such run or step.
+    Raises `UserError` if there is no such run or step.
     """
     run = RunDirectory(find_run(directory))
     recipe = recipe_at(run.described(), step) or load_recipe(run.recipe)

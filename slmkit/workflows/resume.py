@@ -1,4 +1,4 @@
-"""What a run that goes on must find again, and what its new length means."""
+"""Checks of a resumed run's base model and data, and its schedule after a change of length."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ BASE, PREPARED = "model.path", "prepared"
 
 
 def find_base(run: RunDirectory, recipe: Recipe, is_new: bool = False) -> tuple[Path | None, Recipe]:
-    """The directory that a run's model is built from, and the recipe for that.
+    """The directory of a run's base model, and the recipe for it.
 
-    A model that is trained whole is in the run's own checkpoints, so that it does not matter what became of its base.
+    A fully trained model is in the run's checkpoints and no longer needs its base.
     """
     if recipe.model.path is None:
         return None, recipe
@@ -45,7 +45,7 @@ def _needs_base(run: RunDirectory, recipe: Recipe) -> bool:
 
 
 def fingerprints_of(run: RunDirectory, recipe: Recipe, corpus: Corpus, stream: Batches) -> dict[str, Any]:
-    """Of everything outside of its checkpoints that a run stands on; and when they were taken."""
+    """Fingerprints of everything outside of its checkpoints that a run depends on, and their time."""
     known = run.described().get("fingerprints", {})
     found: dict[str, Any] = {
         "tokenizer": corpus.tokenizer.fingerprint,
@@ -64,7 +64,7 @@ def fingerprints_of(run: RunDirectory, recipe: Recipe, corpus: Corpus, stream: B
 
 
 def expect_the_same(run: RunDirectory, corpus: Corpus, found: dict[str, Any]) -> None:
-    """Raises `UserError` for the first thing that is not what the run began with."""
+    """Raises `UserError` for the first fingerprint that differs from the run's start."""
     known = run.described().get("fingerprints", {})
     for what, fingerprint in found.items():
         if what != PREPARED and known.get(what, fingerprint) != fingerprint:
@@ -80,7 +80,7 @@ def expect_the_same(run: RunDirectory, corpus: Corpus, found: dict[str, Any]) ->
 def with_length(
     root: Path, prepared: Recipe, recipe: Recipe, plan_of: Callable[[Recipe], Plan], step: int, replan: bool
 ) -> Recipe:
-    """The recipe with its schedule as it was, or, with `replan` or before the first step, spread over the new length.
+    """The recipe with its previous schedule or, with `replan` or before the first step, one over the new length.
 
     Raises `UserError` for a length that the run has passed.
     """
@@ -98,7 +98,7 @@ def with_length(
 
 
 def said_of_length(before: Plan, after: Plan, replanned: Plan, train: TrainSettings, step: int) -> str:
-    """How the learning rate goes on in a run that is longer or shorter now."""
+    """Message on the learning rate after the run's length was changed."""
 
     def rate(plan: Plan, step: int) -> str:
         return f"{train.learning_rate * plan.schedule(step):.3g}"
@@ -116,6 +116,6 @@ def said_of_length(before: Plan, after: Plan, replanned: Plan, train: TrainSetti
 
 
 def draws_by_process(recipe: Recipe, config: SLMConfig) -> bool:
-    """Whether random numbers of a step depend on how its rows are shared out."""
+    """Whether random numbers of a step depend on the number of processes."""
     dropout = max(config.hidden_dropout, config.attention_dropout, recipe.lora.lora_dropout if recipe.lora else 0.0)
     return dropout > 0 or recipe.objective == "grpo"

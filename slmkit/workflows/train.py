@@ -1,4 +1,4 @@
-"""A whole run from its recipe: what `slm train`, `slm resume` and `slm quickstart` stand on."""
+"""`train_recipe` and `resume_run`: whole runs from a recipe."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ from slmkit.workflows.resume import expect_the_same
 def train_recipe(
     recipe: Recipe, reporter: Reporter, dry_run: bool = False, force: bool = False, stop: StopRequested | None = None
 ) -> RunDirectory:
-    """Do a whole run: tokenizer, shards, model, training. Nothing is left behind when it fails before the first step.
+    """Do a whole run: tokenizer, shards, model, training. If it fails before the first step, its files are deleted.
 
-    Under `torchrun` the first process prepares the data while the others wait, and a job that is started again goes on
-    with the run it made. Raises `UserError` for whatever in the recipe or its data is wrong, and for what the X-ray
-    finds, unless `force`; `RunStopped`, with a checkpoint, where a signal or `stop` ends it early.
+    Under `torchrun` rank 0 prepares the data while the others wait, and a restarted job continues its run. Raises
+    `UserError` for errors in the recipe or its data, and for findings of the X-ray, unless `force`; `RunStopped`, after
+    a checkpoint, if a signal or `stop` ends it early.
     """
     check_trackers(recipe.train.report_to)
     expect_a_model(recipe)
@@ -73,18 +73,17 @@ def train_recipe(
 def resume_run(
     directory: str | Path, reporter: Reporter, overrides: Sequence[str] = (), replan: bool = False
 ) -> RunDirectory:
-    """Go on with a run from its newest intact checkpoint, on any number of processes.
+    """Resume a run from its newest intact checkpoint, on any number of processes.
 
-    `overrides`, and what was edited in its recipe.yaml, are obeyed as `slmkit.training.recipe.changes` says. In a run
-    that becomes longer or shorter the learning rate keeps to its schedule, unless `replan` spreads that over the new
-    length.
-    Raises `UserError` where there is no checkpoint, for a run that is running, for what cannot change in the middle of
-    a run, and for what it stands on and has changed beneath it.
+    `overrides` and edits of recipe.yaml are applied by the rules of `slmkit.training.recipe.changes`. If the length
+    changes, the learning rate keeps its schedule, unless `replan` spreads that over the new length.
+    Raises `UserError` if there is no checkpoint, the run is running, a change is not allowed during a run, or its data
+    or base model has changed.
     """
     run = RunDirectory(find_run(directory))
     try:
         recipe = load_recipe(run.recipe, overrides, reporter.say)
-    except UserError:  # perhaps of a section that the run does not have: that it cannot get one is the better reason
+    except UserError:  # an override of an absent section gets a clearer message
         if prepared := recipe_at(run.described(), NOW):
             expect_obeyable(run.root, prepared, of_absent_sections(prepared, overrides), overrides)
         raise
@@ -115,7 +114,7 @@ def _go_on(
     replan: bool = False,
     overrides: Sequence[str] = (),
 ) -> Session:
-    """The session of a run that was begun, with its recipe as it was edited; on the first process alone."""
+    """The session of a prepared run with its edited recipe; on rank 0 only."""
     if not run.environment.is_file():
         reporter.say(f"{run.root}: was stopped before its data was ready; preparing it again")
         return _build(run, recipe, device, group, reporter, force=False)
@@ -133,7 +132,7 @@ def _go_on(
 def _prepare(
     recipe: Recipe, device: Device, group: Group, reporter: Reporter, force: bool, held: contextlib.ExitStack
 ) -> Session:
-    """A new run with its data, or the one that this job made before it was started again."""
+    """The session of a new run, or of the one that this job made before a restart."""
     found = run_of_job(recipe.output_dir)
     if found is not None:
         held.enter_context(found.held())
@@ -155,7 +154,7 @@ def _prepare(
 
 
 def _build(run: RunDirectory, recipe: Recipe, device: Device, group: Group, reporter: Reporter, force: bool) -> Session:
-    """Tokenizer, data and model, and a run described: from here on it can be opened."""
+    """Prepare tokenizer, data and model, and describe the run, which can be opened from then on."""
     base = kept_in(run.root / "base", find_model_directory(recipe.model.path)) if recipe.model.path else None
     if base is not None and is_adapter(base):
         is_trained = "is trained on" if recipe.lora is not None else "is folded into its model first"
@@ -182,15 +181,15 @@ def _build(run: RunDirectory, recipe: Recipe, device: Device, group: Group, repo
 
 @dataclass(frozen=True)
 class RunFigures:
-    """How good a run's best model is on its validation text."""
+    """Losses of a run's best model on its validation text."""
 
     report: LossReport
     bits_per_byte: float
-    perfect_loss: float | None  # nats per token of the corpus' own generator, where it has one
+    perfect_loss: float | None  # nats per token of the corpus' generator, if it has one
 
 
 def evaluate_run(directory: str | Path) -> RunFigures:
-    """Validation loss of a pretraining run's best checkpoint, in float32, every document in full context."""
+    """Validation losses of a pretraining run's best checkpoint, in float32, every document in full context."""
     run = RunDirectory(directory)
     decoder, config = load_model(find_model_directory(directory))
     shards = open_corpus(run.data).validation
@@ -202,9 +201,9 @@ def evaluate_run(directory: str | Path) -> RunFigures:
 
 
 def _resolve(recipe: Recipe, run: RunDirectory, config: SLMConfig, base: Path | None) -> Recipe:
-    """The recipe with nothing left to a preset, so that it still means the same when presets change."""
+    """The recipe with all values of presets written out, so that later changes of presets do not affect it."""
     model = recipe.model if base is not None else resolved(config, recipe.model.initialization)
-    if base is not None:  # a run's best model may be another one later
+    if base is not None:  # a run's best checkpoint may change later
         model = model.model_copy(update={"path": spelled(base)})
     return recipe.model_copy(update={"output_dir": str(run.root), "model": model})
 
