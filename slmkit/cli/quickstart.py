@@ -35,10 +35,12 @@ def quickstart(
 
     started = time.monotonic()
     from slmkit.cli.show import TerminalReporter, load_model, suggestion
+
+    reporter = TerminalReporter()
+    reporter.say("measuring this machine's speed, in at most about 20 seconds once PyTorch is loaded")
     from slmkit.training.logging.progress import clock
     from slmkit.workflows.quickstart import train_quickstart
 
-    reporter = TerminalReporter()
     trained = train_quickstart(output, seed, minutes, reporter, started)
 
     reporter.say("\n4/4  evaluation")
