@@ -20,8 +20,7 @@ from slmkit.data.shards.reader import TokenShards
 
 
 class Rows(Protocol):
-    """Numbered rows of ids and labels, int64 [length] each: `labels[t]` is the token after `ids[t]`, or -100: not
-    learned.
+    """Numbered rows of ids and labels, int64 [length] each: `labels[t]` is the token after `ids[t]`, or -100.
 
     `documents` [length]: the document number of each token of a row.
     """

@@ -23,7 +23,7 @@ Messages = list[dict[str, str]]
 class ChatSession:
     """Keeps the messages of a conversation and streams the model's answers.
 
-    When history and answer exceed the context, the oldest exchanges are left out of the prompt (`forgotten` counts
+    When history and answer exceed the context, the oldest exchanges are dropped (`forgotten` counts
     their messages); the system message is kept.
     """
 

@@ -42,8 +42,7 @@ class Continuation:
 
 
 class TextStream:
-    """Iterates once over the pieces of a text as they are generated; prompt_ids [prompt]. Concatenated, they are the
-    text.
+    """Iterates once over the pieces of a text as they are generated; prompt_ids [prompt]. Joined, they are the text.
 
     Incomplete characters, and text that may begin a stop string, are held back until they are complete.
     `finish_reason` is None until the end. Raises `UserError` for an empty prompt, one that fills the context, and fewer

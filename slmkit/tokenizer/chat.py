@@ -275,8 +275,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def check_messages(messages: Sequence[Message], add_generation_prompt: bool = False) -> None:
-    """Raise `ConversationError` unless there is at most one system message, then user and assistant alternate, with
-    text.
+    """Raise `ConversationError` unless there is at most one system message, then user and assistant in turn.
 
     An assistant's message with tool calls is followed by the tools' results, then the assistant's next message.
     """

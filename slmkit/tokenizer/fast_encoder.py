@@ -87,8 +87,7 @@ class FastEncoder:
         return parts if self._id_of_rank is None else [self._id_of_rank[part] for part in parts]
 
     def _encode_in_parts(self, text: str, cuts: list[int]) -> list[int]:
-        """Ranks [tokens] of a text with long words, encoded in parts; each begins some tokens before the end of the
-        last.
+        """Ranks [tokens] of a text with long words, encoded in parts; each overlaps the end of the one before.
 
         Two neighbours encode their bytes in the same way in both parts unless a merge within two tokens differs. So if
         a part begins with the same token as the previous part has there, the cut changes nothing. If not, the text is

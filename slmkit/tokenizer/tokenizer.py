@@ -106,8 +106,7 @@ class SLMTokenizer(CallableTokenizer):
 
     @classmethod
     def from_pretrained(cls, model_directory: str | Path) -> SLMTokenizer:
-        """Load a directory with a `tokenizer.json` (saved here, by `transformers`, or of a model), a run, or a hub
-        model.
+        """Load a tokenizer from a directory with a `tokenizer.json`, from a run, or from the hub by name.
 
         `tokenizer_config.json` names the end-of-text and padding tokens and has the chat template (or
         `chat_template.jinja` does). Raises `UserError` with the path for missing and damaged files.
@@ -280,8 +279,7 @@ class SLMTokenizer(CallableTokenizer):
         return rows[-1].to_lists()
 
     def encode_chat_rows(self, messages: Sequence[Message], tools: Tools | None = None) -> list[ChatTokens]:
-        """Token rows for training on a conversation: each of the assistant's turns is in one row, nearly always the
-        same.
+        """Token rows for training on a conversation; each of the assistant's turns is learned in exactly one row.
 
         There are several rows if the template rewrites earlier turns (see `chat.rows_of_segments`).
         """

@@ -138,7 +138,7 @@ class Cleaner:
 
 
 def whole_documents(documents: Iterable[Document], max_characters: int | None) -> Iterator[Pieces]:
-    """The pieces of each document together; a document over `max_characters` is truncated shortly after them."""
+    """The pieces of each document together; a document is truncated shortly after `max_characters`."""
     pieces: Pieces = []
     characters = 0
     for document in documents:

@@ -1,7 +1,6 @@
 """Answers labelled good or bad as token shards, and their rows, for KTO.
 
-In a directory of judged shards each document is a conversation whose last answer has a label. Only that answer is
-learned.
+In a directory of judged shards each document is a conversation whose last answer has a label. Only it is learned.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ class _Stream(io.RawIOBase):
             raise NetworkError(f"{self.url}: the connection broke: {self.place:,} of {self.size:,} bytes came")
         return len(data)
 
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:  # `UserError` if the size is unknown
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self.place}.get(whence, self.size)
         if base is None:
             raise UserError(f"{self.url}: the server does not tell the size of the file; download it first")

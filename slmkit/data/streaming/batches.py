@@ -53,8 +53,7 @@ class StreamedBatches:
         self.seek(0, {})
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
-        """Rows [rows, length] as in `Batches`. The next steps are prefetched; any other one is reached by reading up to
-        it.
+        """Rows [rows, length] as in `Batches`. The next steps are prefetched; any other needs reading up to it.
 
         Raises `UserError` for unreadable data, and `IndexError` for a step after the end of the data.
         """

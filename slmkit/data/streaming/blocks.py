@@ -83,8 +83,7 @@ class Blocks(Generic[T]):
                 items.append(item)
                 size += self._size(item)
                 documents += not inside
-            # A block ends only after an item that is kept: in a document that is not, a position could not tell that it
-            # is not.
+            # A block only ends inside a kept document: a position in another could not tell that it is left out.
             if items and kept and (documents >= self.documents or size >= BLOCK_CHARACTERS):
                 yield items, begins
                 items, documents, size, begins = [], 0, 0, behind

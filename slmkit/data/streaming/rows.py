@@ -89,8 +89,7 @@ class TextRows:
 
 
 class ConversationRows:
-    """Whole conversations, packed by best fit within a block and right-padded; only their loss masks' tokens are
-    learned.
+    """Whole conversations, packed by best fit within a block and right-padded; only tokens of the loss masks count.
 
     As in shards, a conversation longer than a row is cut at its end, and one with nothing to learn is left out; the
     encoder counts them. Raises `UserError` if no conversation has anything to learn.
