@@ -72,7 +72,7 @@ class DoRALinear(LoRALinear):
         self.squares: Tensor
         self.register_buffer("squares", lengths.square(), persistent=False)  # squared norms of the frozen rows
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # [..., in] → [..., out]
         plain = self.base(x)
         bias = plain.new_zeros(()) if self.base.bias is None else self.base.bias.to(plain.dtype)
         stretch = (self.magnitude / self.lengths()).to(plain.dtype)

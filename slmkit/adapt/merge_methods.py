@@ -18,7 +18,7 @@ PARALLEL = 0.9995
 
 
 def linear(tensors: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
-    """Σ w_i θ_i, of any shape. A weight of 1 among zeros gives that tensor, bit for bit."""
+    """Σ w_i θ_i: [...] each → [...]. A weight of 1 among zeros gives that tensor, bit for bit."""
     total: Tensor | None = None
     for tensor, weight in zip(tensors, weights):
         if weight:
@@ -59,7 +59,7 @@ def least_kept(sizes: np.ndarray, density: float) -> float:
 
 
 def trim(delta: Tensor, least: float) -> Tensor:
-    """The task vector with elements of a magnitude below `least` set to 0; equal ones are kept."""
+    """The task vector [...] with elements of a magnitude below `least` set to 0; equal ones are kept."""
     return torch.where(delta.abs() >= least, delta, 0.0)
 
 

@@ -59,7 +59,7 @@ class Place:
         return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
     def read(self, rows: slice) -> list[Tensor]:
-        """The rows of all models, the base first if any, in float32. Raises `UserError` for NaN or infinity."""
+        """The rows [rows, ...] of all models, base first, in float32. Raises `UserError` for NaN or infinity."""
         sources = (*([self.base] if self.base else []), *self.parts)
         read = [(stored, stored.read(rows).float()) for stored in sources]
         for stored, tensor in read:
@@ -144,7 +144,7 @@ def plan_merge(recipe: MergeRecipe, directories: Mapping[str, Path]) -> Merge:
 
 
 def merged_tensor(recipe: MergeRecipe, name: str, place: Place) -> Tensor:
-    """One tensor of the result, of the models' shape: computed in float32, and rounded once to its stored type."""
+    """One tensor [rows, ...] of the result: computed in float32, and rounded once to its stored type."""
     combine = _combination(recipe, name, place)
     result = torch.empty(place.shape, dtype=place.dtype)
     for rows in place.slices:

@@ -221,7 +221,7 @@ class SLMForCausalLM(GeneratingModel):
         return self.decoder.embedding if self.decoder.head is None else self.decoder.head
 
     def resize_token_embeddings(self, new_num_tokens: int) -> nn.Module:
-        """Add rows for new tokens, each the mean of all rows; make optimizers afterwards. Raises `UserError` if fewer."""
+        """Add rows for new tokens, each the mean of all; make optimizers afterwards. Raises `UserError` for fewer."""
         old = self.config.vocab_size
         if new_num_tokens < old:
             raise UserError(

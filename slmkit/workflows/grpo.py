@@ -117,7 +117,7 @@ def judge_of(tokenizer: SLMTokenizer, settings: GrpoSettings) -> RewardFunction:
 
 @dataclass(frozen=True)
 class AnswerSampler:
-    """Samples `count` answers to each prompt, of any lengths; an answer includes its end token, if any."""
+    """Samples `count` answers [new] to each prompt [prompt], of any lengths; answers include their end tokens."""
 
     tokenizer: SLMTokenizer
     max_new_tokens: int
