@@ -30,7 +30,7 @@ class BrokenJsonError(ValueError):
 
 
 def whole_number(digits: str) -> float:
-    """A whole number of any length; Python's `int` refuses more than 4,300 digits."""
+    """The number as an int, from 4,300 digits on as a float, since Python's `int` refuses more."""
     return int(digits) if len(digits) < 4300 else float(digits)
 
 
