@@ -54,7 +54,10 @@ def open_run(
 
 
 class Session:
-    """A run with everything in its recipe built, shared by `train` and `resume`."""
+    """A run with everything in its recipe built, shared by `train` and `resume`.
+
+    Raises `UserError` for rows longer than the context, and for data too short for one step.
+    """
 
     def __init__(
         self,
