@@ -25,7 +25,7 @@ from slmkit.model.files.adapter_directory import LoRASettings, is_adapter
 from slmkit.training.checkpoints.checkpoint import kept_in
 from slmkit.training.diagnostics.xray_page import look
 from slmkit.training.distributed import Group, join
-from slmkit.training.fit import evaluation_interval, fit, make_plan
+from slmkit.training.fit import fit, make_plan
 from slmkit.training.logging.progress import TrainingProgress
 from slmkit.training.loop import Every, Plan, Report, RunStopped
 from slmkit.training.objective import Objective, next_token
@@ -201,7 +201,7 @@ class SLMTrainer:
     def _hooks(
         self, settings: TrainSettings, plan: Plan, device: Device, group: Group, last: Report
     ) -> Iterator[Every]:
-        interval = evaluation_interval(settings, plan.steps)
+        interval = settings.evaluation_interval(plan.steps)
         if not isinstance(self.train_dataset, TextDataset):  # the computed tokens of a row are not known
             yield Every(1, lambda state, report: report.pop("mfu", None))
         if self.eval_dataset is not None:
