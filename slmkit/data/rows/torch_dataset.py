@@ -53,7 +53,9 @@ class ItemFormat:
                 raise UserError(
                     f"{where}: {name!r} has one value per token and is not used; put -100 into labels, or remove it"
                 )
-            if (name in WEIGHTS and value != 1) or (name not in KEYS and is_on_learning(str(name), value)):
+            if (name in WEIGHTS and np.any(np.asarray(value) != 1)) or (
+                name not in KEYS and is_on_learning(str(name), value)
+            ):
                 raise UserError(
                     f"{where}: {name!r} is not read: put -100 into labels for what is not learned, and remove it"
                 )
