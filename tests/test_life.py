@@ -115,6 +115,24 @@ def test_a_quickstart_without_the_time_for_anything_says_so_before_it_trains(
     assert not (tmp_path / "q").exists()
 
 
+@pytest.mark.parametrize("step", [0.3, 3.0, 30.0])
+@pytest.mark.parametrize("passed", [5.0, 120.0])
+def test_the_minutes_that_a_quickstart_advises_are_enough(step: float, passed: float) -> None:
+    """At the same speed, with as many seconds passed before the plan: no error with the first, no warning with both."""
+    reporter, primer = Silent(), quickstart.PRIMER_STEPS * step
+
+    def plan(minutes: float) -> None:
+        quickstart._tell_the_plan(minutes, 60 * minutes * (1 - quickstart.RESERVE) - passed, primer, reporter)
+
+    with pytest.raises(UserError) as refused:
+        plan(0.1)
+    plan(float(str(refused.value).split()[-1]))
+    (warning,) = (line for line in reporter.lines if "too little time" in line)
+    reporter.lines.clear()
+    plan(float(warning.split()[-1]))
+    assert not any("too little time" in line for line in reporter.lines)
+
+
 def test_a_quickstart_on_a_machine_that_becomes_slower_stops_each_part_at_its_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

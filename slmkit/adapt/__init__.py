@@ -1,1 +1,1 @@
-"""What changes a built model: LoRA, merging, quantization. The names below are loaded when they are first used."""
+"""Changes of built models: LoRA, merging, quantization. The names below are imported at first use."""

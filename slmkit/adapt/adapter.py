@@ -1,4 +1,4 @@
-"""An adapter's directory: `adapter_config.json` and `adapter_model.safetensors`, as `peft` writes and reads them."""
+"""Adapter directories in `peft`'s format: `adapter_config.json` and `adapter_model.safetensors`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ FINGERPRINT = "base_fingerprint"  # in the metadata of the adapter's tensors, wh
 
 
 def fingerprint(decoder: nn.Module) -> str:
-    """sha256 (hex) over a model's weights: their names, shapes and float32 numbers, however its files are laid out."""
+    """sha256 (hex) over a model's weights: names, shapes and float32 values, independent of their files."""
     digest = hashlib.sha256()
     for name, tensor in sorted(decoder.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
@@ -54,16 +54,16 @@ def fingerprint(decoder: nn.Module) -> str:
 
 
 def expect_base(directory: str | Path, *found: Callable[[], str]) -> None:
-    """Raises `UserError` where the adapter in `directory` was trained on a model with none of these fingerprints.
+    """Raises `UserError` if the adapter in `directory` was trained on a model with none of these fingerprints.
 
-    Adapters of peft's own do not say what they were trained on, and are not refused.
+    Adapters written by peft have no fingerprint, and are not refused.
     """
     path = Path(directory) / ADAPTER_WEIGHTS
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             wanted = (file.metadata() or {}).get(FINGERPRINT)
     except (OSError, safetensors.SafetensorError):
-        return  # whoever reads its tensors says what is wrong
+        return  # reading its tensors will raise the error
     if wanted and all(one() != wanted for one in found):
         raise UserError(
             f"{path}: it was trained on other weights than this model's (another model, or another step of the same "
@@ -72,13 +72,13 @@ def expect_base(directory: str | Path, *found: Callable[[], str]) -> None:
 
 
 def _own_base(directory: Path) -> str:
-    """The path in an adapter's config, for a message."""
+    """The base's path in an adapter's config, for a message."""
     content = json.loads((directory / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     return str(content.get("base_model_name_or_path"))
 
 
 def trained_tensors(decoder: nn.Module) -> dict[str, Tensor]:
-    """What an adapter is: the parameters that are trained, under our names."""
+    """The trained parameters, under our names."""
     return {name: parameter for name, parameter in decoder.named_parameters() if parameter.requires_grad}
 
 
@@ -91,9 +91,9 @@ def save_adapter(
     tensors: Mapping[str, Tensor] | None = None,
     base_fingerprint: str | None = None,
 ) -> None:
-    """Write what `decoder` learned beside the model in `base`; `tensors` are those to write where not its own.
+    """Write the adapter of `decoder` for the model in `base`; `tensors` replace the decoder's own.
 
-    `base_fingerprint` is the `fingerprint` of the model in `base`: with any other the adapter will be refused.
+    `base_fingerprint` is the `fingerprint` of the model in `base`: on any other model the adapter is refused.
 
     Raises `UserError` when the disk is full or cannot be written.
     """
@@ -130,9 +130,9 @@ def save_adapter(
 
 
 def grown_for(directory: str | Path, decoder: Decoder, config: SLMConfig) -> tuple[Decoder, SLMConfig]:
-    """A model with as many tokens as the adapter in `directory` has embeddings for, and what ends a text with it.
+    """The model with its vocabulary extended to the adapter's in `directory`, and a config with its end tokens.
 
-    An adapter that came with new tokens holds the embedding and the head, whose rows it will fill.
+    An adapter with new tokens holds the embedding and the head, which will fill the new rows.
     """
     directory, family = Path(directory), family_of(config.model_type)
     stored = stored_tensors(directory / ADAPTER_WEIGHTS)
@@ -147,7 +147,7 @@ def grown_for(directory: str | Path, decoder: Decoder, config: SLMConfig) -> tup
 
 
 def load_adapter(decoder: Decoder, config: SLMConfig, directory: str | Path) -> LoRASettings:
-    """Put the adapter in `directory` beside the linears of the model that it was made for; returns its settings.
+    """Add the adapter in `directory` to the linears of its base model; returns its settings.
 
     Raises `UserError` for a file that is missing or damaged, and for an adapter of another base.
     """
@@ -175,9 +175,9 @@ def load_adapter(decoder: Decoder, config: SLMConfig, directory: str | Path) -> 
 
 
 def read_tensors(decoder: Decoder, config: SLMConfig, directory: str | Path) -> dict[str, Tensor]:
-    """The tensors of a saved adapter, under our names, for a decoder that is adapted in the same way.
+    """The tensors of a saved adapter, under our names, for a decoder with an adapter of the same settings.
 
-    Raises `UserError` where the adapter is not of its shape.
+    Raises `UserError` if the shapes differ.
     """
     directory = Path(directory)
     described, path = read_adapter_config(directory), directory / ADAPTER_WEIGHTS
@@ -218,7 +218,7 @@ def _read(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
 def _expect_all(
     path: Path, decoder: Decoder, config: SLMConfig, described: AdapterConfig, updates: Mapping[str, object]
 ) -> None:
-    """An update for every module that the adapter is for, and for none that this base lacks."""
+    """Raises `UserError` unless every target module has an update, and every update a module in the base."""
     there = list(fused_linears(config, linears(decoder)))
     for name in updates:
         if name not in there:
@@ -236,7 +236,7 @@ def _expect_all(
 def _checked(
     path: Path, name: str, tensors: Mapping[str, Tensor], modules: list[Linear], described: AdapterConfig
 ) -> Update:
-    """The update of one of the reference's matrices. Raises `UserError` where its shapes are not those of the base."""
+    """The update of one of the reference's matrices. Raises `UserError` if its shapes do not fit the base."""
     wanted = {A, B, MAGNITUDE} if described.settings.use_dora else {A, B}
     if tensors.keys() != wanted:
         raise UserError(f"{path}: {name!r} has {', '.join(sorted(tensors))}; expected {', '.join(sorted(wanted))}")
@@ -260,7 +260,7 @@ def _fill(linear: LoRALinear, update: Update) -> None:
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """An adapter's directory, for the model in `base`; a `training.model_files.ModelFiles`."""
+    """`ModelFiles` that writes and reads an adapter for the model in `base`."""
 
     config: SLMConfig
     settings: LoRASettings

@@ -1,4 +1,4 @@
-"""`adapter_config.json` of a directory that `peft` writes or reads."""
+"""`adapter_config.json` in the format of `peft`."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from slmkit.config import UserError, load_settings
 from slmkit.model.families import Family
 from slmkit.model.files.adapter_directory import ADAPTER_CONFIG, LoRASettings, scale_of
 
-# Keys that change nothing of what is computed, or nothing that a file's tensors do not say themselves.
+# Keys that do not affect the result, or are redundant with the file's tensors.
 HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "exclude_modules", "fan_in_fan_out",
     "inference_mode", "layers_pattern", "layers_to_transform", "megatron_core", "peft_version", "qalora_group_size",
     "rank_pattern", "revision", "runtime_config", "task_type",
 }  # fmt: skip
-WEIGHT = r"(\.weight)?"  # at the end of a pattern: peft compares it with the module's name or its weight's
-# What A and B started as. Other ways to start change the base too, which is not stored with the adapter.
+WEIGHT = r"(\.weight)?"  # at the end of a pattern: peft compares it with names of modules or of weights
+# Initialisations of A and B that leave the base unchanged; others change it, and it is not stored with the adapter.
 STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What an adapter's config says: its settings, and the scales of layers that have their own."""
+    """Content of an adapter's config: settings, and layers with their own scales."""
 
     settings: LoRASettings
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     exclude_modules: Sequence[str] = ()
     only_some_layers: bool = False
-    parameters: Sequence[str] = ()  # ends of the names of linears that are named by their weights
-    ties_head: bool = False  # a copy of the embedding is the head's too
+    parameters: Sequence[str] = ()  # suffixes of linears that are named by their weights
+    ties_head: bool = False  # the stored embedding is also the head
 
     def scale(self, name: str, r: int) -> float:
-        """What the update of the reference's module of that name, of rank `r`, is multiplied by."""
+        """Factor on the update of the reference's module `name`, of rank `r`."""
         alphas = (alpha for key, alpha in self.alpha_pattern.items() if re.match(rf"(.*\.)?({key})$", name))
         return scale_of(next(alphas, self.settings.lora_alpha), r, self.settings.use_rslora)
 
 
 def read_adapter_config(directory: Path) -> AdapterConfig:
-    """Raises `UserError` where the file is broken, or asks for what is not supported."""
+    """The adapter's config. Raises `UserError` if the file is invalid, or needs an unsupported feature."""
     path = directory / ADAPTER_CONFIG
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -62,7 +62,7 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
     excluded = content.get("exclude_modules") or []
     pattern = content.pop("alpha_pattern", None) or {}
     weights = [name for name in content.pop("target_parameters", None) or [] if isinstance(name, str)]
-    if weights:  # those of experts, which no model here has, match nothing in peft either
+    if weights:  # experts' weights, which no model here has, match nothing in peft either
         known.setdefault("target_modules", [])
     for key, value in content.items():
         if key not in HARMLESS and value not in (None, False, {}, []):
@@ -79,7 +79,7 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
 
 @dataclass(frozen=True)
 class Shape:
-    """One adapted module of the reference's: its rank, and what its update is multiplied by."""
+    """Rank and scale of one adapted module of the reference's."""
 
     r: int
     scale: float
@@ -88,10 +88,10 @@ class Shape:
 def adapter_config(
     base: str, settings: LoRASettings, shapes: Mapping[str, Shape], others: Sequence[str], family: Family
 ) -> dict[str, Any]:
-    """The content of the file for modules of these names and shapes; `others` are linears that are not adapted.
+    """Content of the file for modules of these names and shapes; `others` are linears that are not adapted.
 
-    peft, for families with experts, looks for fused experts where modules are called as their parts are, also in dense
-    layers. It finds these linears by the names of their weights, beside which it allows no dropout and no DoRA.
+    In families with experts, peft treats modules with names of experts' parts as fused experts, also in dense layers.
+    It finds such linears by the names of their weights, for which it supports neither dropout nor DoRA.
     """
     modules, weights = apart(shapes, family)
     expect_no_dora(weights, settings)
@@ -121,7 +121,7 @@ def adapter_config(
 
 
 def apart(names: Iterable[str], family: Family) -> tuple[list[str], list[str]]:
-    """The reference's names of linears that peft finds as modules, and of those that it finds by their weights."""
+    """The reference's names of linears that peft finds as modules, and those that it finds by their weights."""
     weights = [name for name in names if name.endswith(family.experts_of_peft)]
     return [name for name in names if name not in weights], weights
 
@@ -136,7 +136,7 @@ def expect_no_dora(weights: Sequence[str], settings: LoRASettings) -> None:
 
 
 def target_names(adapted: Sequence[str], others: Sequence[str]) -> list[str]:
-    """The shortest ends of names that all adapted modules have, and no other."""
+    """The shortest name suffixes that match all adapted modules, and no other."""
     ends: dict[str, None] = {}
     for name in adapted:
         parts = name.split(".")
@@ -148,12 +148,12 @@ def target_names(adapted: Sequence[str], others: Sequence[str]) -> list[str]:
 
 
 def _common(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The commonest value, and those of the names that have another."""
+    """The most common value, and the entries with another."""
     common = Counter(values.values()).most_common(1)[0][0]
     return common, {f"{re.escape(name)}{WEIGHT}": value for name, value in values.items() if value != common}
 
 
 def _whole(number: float) -> float:
-    """As an integer where it is one but for rounding, which is what peft expects of an alpha."""
+    """The number as an integer if it is one up to rounding, as peft expects of an alpha."""
     nearest = round(number)
     return nearest if abs(number - nearest) < 1e-9 * max(1, nearest) else number

@@ -1,9 +1,9 @@
-"""The tensors of an adapter as `peft` names them, and ours.
+"""Conversion of an adapter's tensors between `peft`'s names and ours.
 
     base_model.model.{module}.lora_A.weight  [r, in]      …lora_B.weight  [out, r]      …lora_magnitude_vector  [out]
 
-Where the reference implementation fuses several of our linears into one matrix, their updates are one too: A's below
-each other, and B's as blocks along a diagonal, so that every row of the sum gets its own update and nothing else.
+Where the reference implementation fuses several of our linears into one matrix, their updates are fused too: the A's
+are concatenated along r, and the B's are blocks on a diagonal, so that each part gets its own update only.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 
 @dataclass(frozen=True)
 class Update:
-    """What is learned of one linear: tensors as in `LoRALinear`, and what their product is multiplied by."""
+    """The update of one linear: tensors as in `LoRALinear`, and their scale."""
 
     a: Tensor  # [r, in]
     b: Tensor  # [out, r]
@@ -41,13 +41,13 @@ class Update:
 
 
 def update_of(linear: LoRALinear, tensors: Mapping[str, Tensor], name: str) -> Update:
-    """The update of the linear `name`, of `tensors` under our names."""
+    """The update of the linear `name`, from `tensors` under our names."""
     a, b = tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"]
     return Update(a, b, tensors.get(f"{name}.magnitude"), linear.scale)
 
 
 def fused_linears(config: SLMConfig, linears: list[str]) -> dict[str, list[str]]:
-    """The reference's name of each matrix → the names of ours that are in it, in its order."""
+    """The reference's name of each matrix → our linears that are fused in it, in order."""
     family = family_of(config.model_type)
     fused: dict[str, list[str]] = {}
     for name in linears:
@@ -56,7 +56,7 @@ def fused_linears(config: SLMConfig, linears: list[str]) -> dict[str, list[str]]
 
 
 def fuse(parts: Sequence[Update | Tensor]) -> Update:
-    """The updates of the parts of one matrix as one; a part that is not adapted is given as its weight [out, in]."""
+    """One update of a fused matrix from its parts' updates; a part without one is given as its weight [out, in]."""
     if len(parts) == 1 and isinstance(parts[0], Update):
         return parts[0]
     updates = [part for part in parts if isinstance(part, Update)]
@@ -79,10 +79,10 @@ def fuse(parts: Sequence[Update | Tensor]) -> Update:
 
 
 def split(update: Update, rows: list[int], ranks: list[int] | None = None) -> list[Update | None]:
-    """The update of each part of a matrix of so many rows; None where there is none.
+    """The update of each part of a fused matrix, with `rows` rows each; None for a part without one.
 
-    `ranks`: of each part, 0 for one that is not adapted, where they are known. Else a matrix that was not made of
-    blocks gives every part the whole of A.
+    `ranks`: rank of each part if known, 0 for one that is not adapted. Else, without block structure in B, every part
+    gets all of A.
     """
     if len(rows) == 1:
         return [update]
@@ -98,13 +98,13 @@ def split(update: Update, rows: list[int], ranks: list[int] | None = None) -> li
     parts: list[Update | None] = []
     for b, chosen, magnitude in zip(b_rows, columns, magnitudes):
         if ranks is None and magnitude is not None and not len(chosen):
-            chosen = torch.zeros(1, dtype=torch.long)  # B is zero there: the magnitude alone is learned
+            chosen = torch.zeros(1, dtype=torch.long)  # B is zero there: only the magnitude is learned
         parts.append(Update(update.a[chosen], b[:, chosen], magnitude, update.scale) if len(chosen) else None)
     return parts
 
 
 def to_peft(updates: Mapping[str, Update]) -> dict[str, Tensor]:
-    """The reference's name of a module → its update, as the tensors of `adapter_model.safetensors`."""
+    """Updates by the reference's module names → the tensors of `adapter_model.safetensors`."""
     tensors: dict[str, Tensor] = {}
     for name, update in updates.items():
         tensors[f"{PREFIX}{name}.{A}"], tensors[f"{PREFIX}{name}.{B}"] = update.a, update.b
@@ -114,7 +114,7 @@ def to_peft(updates: Mapping[str, Update]) -> dict[str, Tensor]:
 
 
 def from_peft(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Tensors of a file → by module those of its update, and by name those that are stored whole.
+    """Tensors of a file → tensors of updates by module, and fully trained tensors by name.
 
     Raises `UserError` for a name that is neither.
     """
@@ -127,6 +127,6 @@ def from_peft(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor
             raise UserError(f"{key!r} is not a LoRA weight of a linear layer")
         if kind is not None:
             updates.setdefault(name.removesuffix(f".{kind}"), {})[kind] = tensor
-        elif ".base_layer." not in name:  # which peft stores of an adapted head, and nobody needs
+        elif ".base_layer." not in name:  # stored by peft for an adapted head, and not needed
             whole[name] = tensor
     return updates, whole

@@ -1,4 +1,4 @@
-"""What an adapter holds besides low-rank updates: modules that were trained whole, such as embeddings of new tokens."""
+"""Fully trained modules of an adapter, such as embeddings of new tokens."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ ANOTHER = "it is an adapter of another model"
 
 
 def _stored(decoder: Decoder, config: SLMConfig) -> dict[str, list[str]]:
-    """The reference's name of each tensor of the model as it was before it was adapted → ours."""
+    """The reference's name of each tensor of the base model → ours."""
     with torch.device("meta"):
         return stored_names(Decoder(decoder.architecture).state_dict(), family_of(config.model_type))
 
 
 def whole_to_disk(decoder: Decoder, config: SLMConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The modules that are trained whole, of `tensors` under our names, under the reference's.
+    """The fully trained modules in `tensors`, under the reference's names.
 
-    An embedding that is the head too is stored as both: peft copies the modules that it trains, and so unties them.
+    A tied embedding is stored twice, also as the head: peft copies the modules that it trains, and so unties them.
     """
     family = family_of(config.model_type)
     state = {name: tensor.detach() for name, tensor in decoder.state_dict().items()}
@@ -45,7 +45,7 @@ def whole_to_disk(decoder: Decoder, config: SLMConfig, tensors: Mapping[str, Ten
 def whole_from_disk(
     path: Path, decoder: Decoder, config: SLMConfig, described: AdapterConfig, whole: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Tensors that are stored whole, under our names. Raises `UserError` for those of another model."""
+    """Fully trained tensors of a file, under our names. Raises `UserError` for those of another model."""
     family, wanted = family_of(config.model_type), _stored(decoder, config)
     shapes = {name: tensor.shape for name, tensor in decoder.state_dict().items()}
     if decoder.head is None:
@@ -65,7 +65,7 @@ def whole_from_disk(
 
 
 def _expect_tied(path: Path, family: Family, described: AdapterConfig, whole: dict[str, Tensor]) -> None:
-    """Of a base whose head is its embedding: drop the head's copy, which must be the same."""
+    """For a base with a tied head: drop the head's copy. Raises `UserError` if it differs from the embedding."""
     embedding, head = (f"{family.names[name]}.weight" for name in ("embedding", "head"))
     copy, is_there = whole.pop(head, None), embedding in whole
     if is_there != (copy is not None or (is_there and described.ties_head)):

@@ -1,4 +1,4 @@
-"""Whatever a MODEL may be: a model directory, or an adapter beside the model it belongs to."""
+"""Loading a model directory, or an adapter with its base."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Prepare = Callable[[Decoder, SLMConfig], tuple[Decoder, SLMConfig]]
 def load_model(directory: str | Path, device: torch.device | str = "cpu") -> tuple[Decoder, SLMConfig]:
     """Read a model directory as `load_decoder` does; an adapter is folded into its base.
 
-    Raises `UserError` as `load_decoder` and `load_adapter` do, and where an adapter's base is not there.
+    Raises `UserError` as `load_decoder` and `load_adapter` do, and if an adapter's base is missing.
     """
     if not is_adapter(directory):
         return load_decoder(directory, device)
@@ -31,7 +31,7 @@ def load_model(directory: str | Path, device: torch.device | str = "cpu") -> tup
 
 
 def load_adapted(directory: str | Path, device: torch.device | str = "cpu") -> tuple[Decoder, SLMConfig, LoRASettings]:
-    """An adapter beside its frozen base, to be trained on. Raises `UserError` as `load_model` does."""
+    """A frozen base with its adapter, for further training. Raises `UserError` as `load_model` does."""
     decoder, config = load_decoder(base_of(directory), device)
     expect_base(directory, lambda: fingerprint(decoder))
     decoder, config = grown_for(directory, decoder, config)
@@ -40,7 +40,7 @@ def load_adapted(directory: str | Path, device: torch.device | str = "cpu") -> t
 
 
 def adapter_blueprint(directory: str | Path) -> Decoder:
-    """What `load_adapted` reads, of tensors that have shapes and no content: to know what it would take."""
+    """The model that `load_adapted` reads, on the meta device, to estimate memory."""
     config = SLMConfig.from_pretrained(base_of(directory))
     decoder, config = grown_for(directory, empty_decoder(config), config)
     load_adapter(decoder, config, directory)
@@ -50,11 +50,11 @@ def adapter_blueprint(directory: str | Path) -> Decoder:
 def start_adapter(
     directory: str | Path, settings: LoRASettings, seed: int = 0, prepare: Prepare | None = None
 ) -> tuple[Decoder, SLMConfig, AdapterFiles]:
-    """What a run trains: a new adapter for the model in `directory`, or the one that is there, and how it is saved.
+    """A new adapter for the model in `directory`, or the adapter in `directory`, to be trained, and its files.
 
-    `prepare` changes a model before it gets a new adapter, such as by giving it a larger vocabulary.
+    `prepare` changes a model before it gets a new adapter, for example its vocabulary.
 
-    Raises `UserError` where the adapter that is there is not as `settings` ask for.
+    Raises `UserError` if the settings of an existing adapter differ from `settings`.
     """
     if not is_adapter(directory):
         decoder, config = load_decoder(directory)

@@ -1,10 +1,10 @@
-"""LoRA: a frozen model, and beside each of its linears a product of two small matrices that is trained.
+"""LoRA: a frozen model with a trained product of two small matrices added to its linears.
 
     y = x W^T + s (x A^T) B^T                                   A [r, in], B [out, r], s = lora_alpha / r
 
-B starts at zero, so that an adapted model starts as the model it was (Hu et al. 2021, arXiv:2106.09685). rsLoRA divides
+B starts at zero, so that an adapted model starts equal to its base (Hu et al. 2021, arXiv:2106.09685). rsLoRA divides
 by √r instead of r, which keeps the update's size at larger ranks (Kalajdzievski 2023, arXiv:2312.03732). DoRA learns
-the length of each row of W + s B A apart from its direction (Liu et al. 2024, arXiv:2402.09353).
+the norm of each row of W + s B A separately from its direction (Liu et al. 2024, arXiv:2402.09353).
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from slmkit.model.files.directory import reference_name
 
 
 class LoRALinear(nn.Module):
-    """A linear that is frozen, and its low-rank update."""
+    """A frozen linear with a low-rank update."""
 
     def __init__(self, base: Linear, r: int, scale: float, dropout: float = 0.0) -> None:
-        """`base`, in whatever form it keeps its matrix, is frozen. A and B are zero until they are initialised."""
+        """Freezes `base`. A and B are zero until `initialise`."""
         super().__init__()
         self.base: Linear = base.requires_grad_(False)
         self.scale, self.in_features, self.out_features = scale, base.in_features, base.out_features
@@ -39,7 +39,7 @@ class LoRALinear(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def initialise(self, generator: torch.Generator) -> None:
-        """A as `peft` draws it, uniform within ±1/√in; B stays zero."""
+        """Draw A as in `peft`, uniform within ±1/√in; B stays zero."""
         drawn = torch.empty(self.lora_A.shape).uniform_(-1, 1, generator=generator) / self.lora_A.size(1) ** 0.5
         with torch.no_grad():
             self.lora_A.copy_(drawn)
@@ -49,12 +49,12 @@ class LoRALinear(nn.Module):
         return self.base(x) + self.update(x)
 
     def update(self, x: Tensor) -> Tensor:
-        """s (x A^T) B^T, of an input some of whose channels are left out in training."""
+        """s (x A^T) B^T, with dropout on x in training.  [..., in] → [..., out]"""
         return F.linear(F.linear(self.dropout(x), self.lora_A) * self.scale, self.lora_B)
 
     @property
     def weight(self) -> Tensor:
-        """W + s B A, for whoever reads the matrix itself.  [out, in]"""
+        """W + s B A.  [out, in]"""
         return self.base.weight + self.scale * self.lora_B @ self.lora_A
 
     @property
@@ -63,25 +63,25 @@ class LoRALinear(nn.Module):
 
 
 class DoRALinear(LoRALinear):
-    """As LoRALinear, with `magnitude` [out]: the length that each row of the sum is given."""
+    """As LoRALinear, with `magnitude` [out]: the learned norm of each row of the sum."""
 
     def __init__(self, base: Linear, r: int, scale: float, dropout: float = 0.0) -> None:
         super().__init__(base, r, scale, dropout)
         lengths = base.weight.detach().norm(dim=1)
         self.magnitude = nn.Parameter(lengths.clone())
         self.squares: Tensor
-        self.register_buffer("squares", lengths.square(), persistent=False)  # of the frozen rows' lengths
+        self.register_buffer("squares", lengths.square(), persistent=False)  # squared norms of the frozen rows
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # [..., in] → [..., out]
         plain = self.base(x)
         bias = plain.new_zeros(()) if self.base.bias is None else self.base.bias.to(plain.dtype)
         stretch = (self.magnitude / self.lengths()).to(plain.dtype)
         return stretch * (plain - bias + self.update(x)) + bias
 
     def lengths(self) -> Tensor:
-        """Of the rows of W + s B A, a constant to the gradient (section 4.3).  [out]
+        """Norms of the rows of W + s B A, detached from the graph (section 4.3).  [out]
 
-        |w + s b A|² = |w|² + 2 s b · (A w) + s² b (A A^T) b, so that the sum is never written out.
+        |w + s b A|² = |w|² + 2 s b · (A w) + s² b (A A^T) b, so that the sum is never computed.
         """
         a, b = self.lora_A.detach(), self.lora_B.detach()
         with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
@@ -96,9 +96,9 @@ class DoRALinear(LoRALinear):
 
 
 def add_lora(decoder: Decoder, config: SLMConfig, settings: LoRASettings, seed: int = 0) -> list[str]:
-    """Freeze a decoder and give the linears that `settings` name an update to be trained; returns their names.
+    """Freeze a decoder and add a trained update to the linears that `settings` name; returns their names.
 
-    Raises `UserError` for a name that nothing has.
+    Raises `UserError` for a name that matches no linear.
     """
     expect_plain(decoder)
     decoder.requires_grad_(False)
@@ -121,13 +121,13 @@ def add_lora(decoder: Decoder, config: SLMConfig, settings: LoRASettings, seed: 
 
 
 def keep_base_in(decoder: Decoder, base_weights: str, except_for: Sequence[str] = ()) -> None:
-    """Keep the linears' matrices, all but the head's and those named, in fewer bits; `float32` leaves them."""
+    """Store the linears' matrices, except the head's and those named, as `base_weights`; `float32`: unchanged."""
     if base_weights != "float32":
         swap(decoder, ALL_LINEAR, FORMATS[base_weights], except_for=except_for)
 
 
 def modules_to_save(decoder: Decoder, config: SLMConfig, settings: LoRASettings) -> list[str]:
-    """The modules that are trained whole. Of tied embeddings the head is the embedding."""
+    """The modules that are fully trained; a tied head is the embedding. Raises `UserError` for an unknown name."""
     aliases = reference_names(decoder, config)
     wanted = ["embedding" if decoder.head is None and one in ("head", "lm_head") else one
               for one in settings.modules_to_save]  # fmt: skip
@@ -138,7 +138,7 @@ def modules_to_save(decoder: Decoder, config: SLMConfig, settings: LoRASettings)
 
 
 def reference_names(decoder: Decoder, config: SLMConfig) -> dict[str, str]:
-    """Every module that has weights of its own, and what the reference implementation calls it."""
+    """Every module with weights → its name in the reference implementation."""
     family = family_of(config.model_type)
     modules = (name.rpartition(".")[0] for name in decoder.state_dict())
     return {module: reference_name(module, family) for module in dict.fromkeys(modules)}
@@ -150,16 +150,16 @@ def adapted_linears(decoder: nn.Module) -> dict[str, LoRALinear]:
 
 
 def expect_plain(decoder: nn.Module) -> None:
-    """Raises `UserError` for a decoder that has an adapter: there is room for one."""
+    """Raises `UserError` for a decoder that has an adapter already."""
     if adapted_linears(decoder):
         raise UserError("the model has an adapter already: fold() it first, or continue training it")
 
 
 def fold(decoder: Decoder) -> Decoder:
-    """Put one linear in the place of each adapted one, in place; the decoder computes what it computed.
+    """Merge each update into its linear, in place; the decoder's outputs stay the same.
 
-    Raises `UserError` for a base that is kept in fewer bits: most of an update is smaller than their steps, and what is
-    rounded to them again has lost what was learned.
+    Raises `UserError` for a quantized base: most of an update is smaller than its quantization steps, and would be lost
+    by rounding.
     """
     for name, adapted in adapted_linears(decoder).items():
         if isinstance(adapted.base, FrozenLinear):

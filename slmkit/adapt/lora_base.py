@@ -1,7 +1,7 @@
-"""A frozen linear whose matrix is kept in fewer bits, and written out only while a product needs it (QLoRA).
+"""A frozen linear whose matrix is quantized, and dequantized only for each product (QLoRA).
 
-Gradients flow through it to its input and never to the matrix. Neither pass keeps the matrix that it wrote out: the
-backward pass writes it out a second time (Dettmers et al. 2023, arXiv:2305.14314).
+Gradients go to its input and never to the matrix. Neither pass keeps the dequantized matrix: the backward pass
+dequantizes it again (Dettmers et al. 2023, arXiv:2305.14314).
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-BLOCK = 64  # weights that share one scale in NF4
-# NF4's sixteen values: quantiles of the normal distribution, zero among them, scaled to [-1, 1] (QLoRA, appendix E).
+BLOCK = 64  # weights per scale in NF4
+# NF4's sixteen values: quantiles of the normal distribution with zero, scaled to [-1, 1] (QLoRA, appendix E).
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -22,7 +22,7 @@ NF4 = (
 
 
 class FrozenLinear(nn.Module):
-    """x W^T + b of a matrix that is not trained. `codes` and `scales` are what is kept of it."""
+    """x W^T + b with a frozen matrix, stored as `codes` and `scales`."""
 
     name: str
 
@@ -37,12 +37,12 @@ class FrozenLinear(nn.Module):
         self.register_buffer("scales", scales)
 
     def encode(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """[out, in] → what is kept."""
+        """Weight [out, in] → codes and scales."""
         raise NotImplementedError
 
     @property
     def weight(self) -> Tensor:
-        """The matrix written out.  [out, in], float32"""
+        """The dequantized matrix.  [out, in], float32"""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class FrozenLinear(nn.Module):
 
 
 class BFloat16Linear(FrozenLinear):
-    """Two bytes a weight."""
+    """Two bytes per weight."""
 
     name = "bfloat16"
 
@@ -64,7 +64,7 @@ class BFloat16Linear(FrozenLinear):
 
 
 class Int8Linear(FrozenLinear):
-    """A byte a weight, and a scale for each row: rounded to at most 1/254 of the row's largest."""
+    """One byte per weight and a scale per row: the rounding error is at most 1/254 of the row's maximum."""
 
     name = "int8"
 
@@ -78,7 +78,7 @@ class Int8Linear(FrozenLinear):
 
 
 class NF4Linear(FrozenLinear):
-    """Half a byte a weight, and a scale for each block of 64: 4.5 bits together."""
+    """Half a byte per weight and a scale per block of 64: 4.5 bits in total."""
 
     name = "nf4"
 
@@ -93,14 +93,14 @@ class NF4Linear(FrozenLinear):
     @property
     def weight(self) -> Tensor:
         values = torch.tensor(NF4, device=self.codes.device)
-        # A look-up of pairs: one of 256 for each byte, which is half the look-ups.
+        # Look up pairs of values, one of 256 for each byte: half as many look-ups.
         pairs = torch.stack((values.repeat_interleave(16), values.repeat(16)), dim=1)  # [256, 2]
         blocks = pairs[self.codes.int()].flatten(1) * self.scales[:, None]  # [blocks, 64]
         return blocks.flatten()[: self.out_features * self.in_features].view(self.out_features, self.in_features)
 
 
 class _Product(torch.autograd.Function):
-    """x W^T + b, of which nothing is kept for the backward pass but the linear itself."""
+    """x W^T + b that keeps only the linear for the backward pass.  [..., in] → [..., out]"""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, linear: FrozenLinear) -> Tensor:

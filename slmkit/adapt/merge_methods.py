@@ -1,7 +1,7 @@
-"""How tensors of several models become one: linear, SLERP, task arithmetic, TIES and DARE.
+"""Merge methods for tensors: linear, SLERP, task arithmetic, TIES and DARE.
 
-All but SLERP's angle and TIES' threshold goes number by number, so that parts of a tensor can be merged one after the
-other. A task vector is what fine-tuning changed: τ_i = θ_i - θ_base.
+All but SLERP's angle and TIES' threshold is elementwise, so that parts of a tensor can be merged one after the other.
+A task vector is the change by fine-tuning: τ_i = θ_i - θ_base. Tensors have any shape, the same for all models.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Vectors so nearly parallel that the arc between them is a line: sin θ would be lost to rounding.
+# Cosine above which the arc is replaced by a line: sin θ would be lost to rounding.
 PARALLEL = 0.9995
 
 
 def linear(tensors: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
-    """Σ w_i θ_i, of any shape. A weight of 1 among zeros gives that tensor, bit for bit."""
+    """Σ w_i θ_i: [...] each → [...]. A weight of 1 among zeros gives that tensor, bit for bit."""
     total: Tensor | None = None
     for tensor, weight in zip(tensors, weights):
         if weight:
@@ -30,12 +30,12 @@ def linear(tensors: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def arc(product: float, lengths: float, t: float) -> tuple[float, float]:
-    """How much of each of two vectors is in the point t of the arc between them (SLERP, Shoemake 1985).
+    """Coefficients of two vectors at the point t (0 to 1) of the arc between them (SLERP, Shoemake 1985).
 
         sin((1 - t) Ω) / sin Ω,  sin(t Ω) / sin Ω,   cos Ω = θ_1 · θ_2 / (|θ_1| |θ_2|)
 
-    `product` is their dot product, `lengths` that of their lengths. On a line where they are parallel, or one of them
-    is zero and has no direction.
+    `product` is their dot product, `lengths` the product of their norms. Linear if they are parallel, or one of them
+    is zero.
     """
     cosine = product / lengths if lengths else 1.0
     if abs(cosine) > PARALLEL:
@@ -45,32 +45,32 @@ def arc(product: float, lengths: float, t: float) -> tuple[float, float]:
 
 
 def task_arithmetic(base: Tensor, tuned: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
-    """θ_base + Σ w_i τ_i (arXiv:2212.04089), as (1 - Σ w_i) θ_base + Σ w_i θ_i, which rounds less."""
+    """θ_base + Σ w_i τ_i (arXiv:2212.04089), as (1 - Σ w_i) θ_base + Σ w_i θ_i, which has less rounding error."""
     return linear((base, *tuned), (1 - sum(weights), *weights))
 
 
 def least_kept(sizes: np.ndarray, density: float) -> float:
-    """The smallest magnitude that is kept of `sizes` [numbers], where the share `density` is; reorders them."""
+    """The smallest kept magnitude if the share `density` of `sizes` [elements] is kept; reorders `sizes`."""
     kept = round(density * sizes.size)
     if kept == 0:
         return math.inf
-    sizes.partition(sizes.size - kept)  # in place: torch's kthvalue makes an index of eight bytes for every number
+    sizes.partition(sizes.size - kept)  # in place: torch's kthvalue allocates an index of eight bytes per element
     return float(sizes[sizes.size - kept])
 
 
 def trim(delta: Tensor, least: float) -> Tensor:
-    """A task vector without what is smaller than `least`; what ties with it is kept."""
+    """The task vector [...] with elements of a magnitude below `least` set to 0; equal ones are kept."""
     return torch.where(delta.abs() >= least, delta, 0.0)
 
 
 def drop(delta: Tensor, density: float, generator: torch.Generator) -> Tensor:
-    """Keep each number of a task vector with probability `density`, and divide it by that (DARE, arXiv:2311.03099)."""
+    """Keep each element of a task vector with probability `density`, divided by `density` (DARE, arXiv:2311.03099)."""
     kept = torch.rand(delta.shape, generator=generator) < density
     return torch.where(kept, delta / density, 0.0) if density else torch.zeros_like(delta)
 
 
 def elect(deltas: Sequence[Tensor], weights: Sequence[float], normalize: bool) -> Tensor:
-    """Σ w_i τ_i over those task vectors that have, at each place, the sign of the sum of all (TIES, arXiv:2306.01708).
+    """Σ w_i τ_i over the task vectors that have, at each element, the sign of the sum of all (TIES, arXiv:2306.01708).
 
     `normalize`: the weighted mean of those, instead of the sum.
     """

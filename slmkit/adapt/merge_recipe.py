@@ -1,4 +1,4 @@
-"""What a merge is made of: a YAML file with the keys that mergekit's users know."""
+"""The recipe of a merge: a YAML file with mergekit's keys."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Setting = float | list[float] | list[Condition]
 
 
 def _numbers(setting: Setting) -> list[float]:
-    """Every number of a setting. Raises `ValueError` where there is none, or one that is not finite."""
+    """All numbers of a setting. Raises `ValueError` if there is none, or one is not finite."""
     parts = setting if isinstance(setting, list) else [setting]
     numbers = [number for part in parts for number in (_numbers(part.value) if isinstance(part, Condition) else [part])]
     if not numbers or not all(map(math.isfinite, numbers)):
@@ -43,19 +43,19 @@ def _share(setting: Setting) -> Setting:
     return setting
 
 
-# One number, a list that is spread over the layers, or a list of conditions by the names of tensors.
+# One number, a list that is interpolated over the layers, or a list of conditions on names of tensors.
 Number = Annotated[Setting, AfterValidator(_number)]
 Share = Annotated[Setting, AfterValidator(_share)]
 
 
 @dataclass(frozen=True)
 class Method:
-    """What a method reads of a recipe, besides `models`."""
+    """The keys that a merge method reads, in addition to `models`."""
 
     keys: frozenset[str] = frozenset()  # of the recipe
     model_keys: frozenset[str] = frozenset({"weight"})  # of an entry in `models`
     needs_base: bool = False
-    normalizes: bool = False  # where `normalize` is not given
+    normalizes: bool = False  # default of `normalize`
 
 
 _DELTAS, _SPARSE = frozenset({"base_model", "lambda", "normalize"}), frozenset({"weight", "density"})
@@ -83,7 +83,7 @@ class MergedModel(Settings):
         return _lifted(given)
 
 
-# Keys of mergekit's whose value changes nothing of the result: models that are merged here have one tokenizer.
+# Keys of mergekit without effect here: merged models have one tokenizer.
 NO_OPS = (
     ("int8_mask", True), ("int8_mask", False), ("tokenizer_source", "base"), ("tokenizer_source", "union"),
     ("tokenizer_source", None),
@@ -140,14 +140,14 @@ class MergeRecipe(Settings):
 
     @property
     def merged(self) -> list[MergedModel]:
-        """The models in their order, without the base (it may stand among them); of slerp that of t = 0 first."""
+        """The models in order, without the base, which may be among them; for slerp the model of t = 0 first."""
         if self.method.needs_base:
             return [entry for entry in self.models if entry.model != self.base_model]
         return sorted(self.models, key=lambda entry: entry.model != self.base_model) if self.base_model else self.models
 
     @property
     def names(self) -> list[str]:
-        """All models that are read, the base among them."""
+        """All models that are read, with the base."""
         return sorted({entry.model for entry in self.models} | ({self.base_model} if self.base_model else set()))
 
     @property
@@ -163,11 +163,11 @@ def load_merge_recipe(path: str | Path, overrides: Sequence[str] = ()) -> MergeR
 
 
 def at(setting: Setting, depth: float, name: str, otherwise: float | None = None) -> float:
-    """The value of a setting for a tensor, as mergekit finds it.
+    """The value of a setting for a tensor, as in mergekit.
 
-    A list is interpolated over the layers: `depth` is 0 in the first and 1 in the last. Of conditions the first counts
-    whose `filter` is part of the tensor's name on disk; where none is, the value is `otherwise`, the key's default.
-    Raises `UserError` where there is no default.
+    A list is interpolated over the layers: `depth` is 0 in the first and 1 in the last. The first condition applies
+    whose `filter` is part of the tensor's name on disk; without one, the value is `otherwise`, the key's default.
+    Raises `UserError` if there is no default.
     """
     if not isinstance(setting, list):
         return setting
@@ -186,14 +186,14 @@ def at(setting: Setting, depth: float, name: str, otherwise: float | None = None
 
 
 def _lifted(given: Any) -> Any:
-    """mergekit keeps a method's numbers in a mapping `parameters`; here they stand beside the other keys."""
+    """The mapping with mergekit's `parameters` moved up to the other keys."""
     if not isinstance(given, dict) or not isinstance(given.get("parameters"), dict):
         return given
     return given["parameters"] | {key: value for key, value in given.items() if key != "parameters"}
 
 
 def _from_mergekit(given: Any) -> Any:
-    """mergekit's other ways to write the same: one slice of whole models, defaults for all models, no-op keys."""
+    """Converts mergekit's other spellings: one slice of whole models, defaults for all models, no-op keys."""
     given = _lifted(given)
     if not isinstance(given, dict):
         return given
@@ -212,7 +212,7 @@ def _from_mergekit(given: Any) -> Any:
 
 
 def _expect_all_named(given: dict[str, Any]) -> None:
-    """Raises `ValueError` that lists every model a form leaves open."""
+    """Raises `ValueError` that lists every model that a template leaves unset."""
     method, models = METHODS.get(str(given.get("merge_method"))), given.get("models")
     unset = ["base_model"] if method and method.needs_base and not given.get("base_model") else []
     for number, entry in enumerate(models if isinstance(models, list) else []):
@@ -224,7 +224,7 @@ def _expect_all_named(given: dict[str, Any]) -> None:
 
 
 def _with(defaults: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
-    """A model's own numbers before those that stand for all models, also behind its last condition."""
+    """A model's own values before the defaults for all models, also after its last condition."""
     both = defaults | entry
     for key, default in defaults.items():
         if isinstance(both[key], list) and both[key] and isinstance(both[key][0], dict) and key in entry:

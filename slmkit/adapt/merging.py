@@ -1,9 +1,9 @@
-"""Merging models of one architecture into one, tensor by tensor and rows at a time.
+"""Merging models of one architecture, tensor by tensor and some rows at a time.
 
-What is held is one tensor of the result, and of TIES the magnitudes of one task vector: never a model.
+Memory holds one tensor of the result, and for TIES the magnitudes of one task vector.
 
-TIES trims and DARE drops within each tensor, as a merge that is streamed can, and as mergekit does; the paper of TIES
-ranks all weights of a model at once.
+TIES trims and DARE drops within each tensor, as in mergekit, so that the merge can be streamed; the paper of TIES ranks
+all weights of a model at once.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from slmkit.model.families import family_of
 from slmkit.model.files.directory import WEIGHTS, empty_decoder, open_weights, stored_names, write_configs
 from slmkit.model.files.stored import DTYPES, StoredTensor, expect_finite, write_tensors
 
-# What models may differ in and still be one architecture: it is that of the first which the result has.
+# Config fields in which merged models may differ; the result has those of the first.
 MAY_DIFFER = TRAINING_FIELDS | {
     "initializer_range", "attention_dropout", "hidden_dropout", "bos_token_id", "eos_token_id", "pad_token_id",
 }  # fmt: skip
 
 
-NUMBERS = 1 << 20  # of a tensor that are merged at a time
+NUMBERS = 1 << 20  # elements of a tensor merged at a time
 
 
 @dataclass(frozen=True)
 class Place:
-    """One tensor of the result: where it is read in each model, how deep it sits (0 to 1), and what it is stored in."""
+    """One tensor of the result: its source in each model, its depth (0 to 1), and its stored type."""
 
     base: StoredTensor | None
     parts: list[StoredTensor]
@@ -53,13 +53,13 @@ class Place:
 
     @property
     def slices(self) -> list[slice]:
-        """All rows, in their order, as many at a time as have `NUMBERS` numbers, but one at least."""
+        """Slices of all rows in order, each of at most `NUMBERS` elements but at least one row."""
         rows = self.shape[0]
         step = max(1, NUMBERS * rows // torch.Size(self.shape).numel())
         return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
     def read(self, rows: slice) -> list[Tensor]:
-        """Rows of all models, the base first where there is one, in float32. Raises `UserError` for NaN or infinity."""
+        """The rows [rows, ...] of all models, base first, in float32. Raises `UserError` for NaN or infinity."""
         sources = (*([self.base] if self.base else []), *self.parts)
         read = [(stored, stored.read(rows).float()) for stored in sources]
         for stored, tensor in read:
@@ -69,15 +69,15 @@ class Place:
 
 @dataclass(frozen=True)
 class Merge:
-    """A merge that has been checked: all that is left is to read, compute and write."""
+    """A checked merge, ready to be computed and written."""
 
     recipe: MergeRecipe
     config: SLMConfig
-    places: dict[str, Place]  # by the names of the result
+    places: dict[str, Place]  # by name in the result
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the widest of its tensors is stored in."""
+        """The widest stored type among the tensors."""
         return functools.reduce(torch.promote_types, (place.dtype for place in self.places.values()))
 
     @property
@@ -89,9 +89,9 @@ class Merge:
         return sum(torch.Size(place.shape).numel() * place.dtype.itemsize for place in self.places.values())
 
     def write(self, directory: Path, progress: Callable[[int], None] = lambda written: None) -> None:
-        """Write config and weights into a fresh `directory`; `progress` gets the bytes of each tensor written.
+        """Write config and weights into a new `directory`; `progress` is called with the bytes of each tensor written.
 
-        Raises `UserError` where a model's file is damaged or the disk does not take the result.
+        Raises `UserError` if a model's file is damaged or the result cannot be written.
         """
         write_configs(self.config, directory, str(self.dtype).removeprefix("torch."))
         shapes = {name: (place.shape, place.dtype) for name, place in self.places.items()}
@@ -108,9 +108,9 @@ class Merge:
 
 
 def plan_merge(recipe: MergeRecipe, directories: Mapping[str, Path]) -> Merge:
-    """Open all models of a recipe, whose names `directories` leads to their directories, and compare them.
+    """Open and compare all models of a recipe; `directories` maps their names to their directories.
 
-    Raises `UserError` for the first difference that keeps them from being merged, and for weights that sum to nothing.
+    Raises `UserError` for the first difference that prevents a merge, and for weights that sum to 0.
     """
     names = [entry.model for entry in recipe.merged]
     configs = {name: SLMConfig.from_pretrained(directories[name]) for name in (*names, *_base(recipe))}
@@ -144,7 +144,7 @@ def plan_merge(recipe: MergeRecipe, directories: Mapping[str, Path]) -> Merge:
 
 
 def merged_tensor(recipe: MergeRecipe, name: str, place: Place) -> Tensor:
-    """One tensor of the result, computed in float32 some rows at a time, and rounded once to what it is stored in."""
+    """One tensor [rows, ...] of the result: computed in float32, and rounded once to its stored type."""
     combine = _combination(recipe, name, place)
     result = torch.empty(place.shape, dtype=place.dtype)
     for rows in place.slices:
@@ -154,9 +154,9 @@ def merged_tensor(recipe: MergeRecipe, name: str, place: Place) -> Tensor:
 
 
 def _combination(recipe: MergeRecipe, name: str, place: Place) -> Callable[..., Tensor]:
-    """What makes rows of the result from the same rows of the models, the base first where there is one.
+    """Function from rows of the models, the base first if any, to the same rows of the result.
 
-    What a method needs to know of whole tensors is read before.
+    Statistics of whole tensors that a method needs are computed first.
     """
     weights, scale = _weights(recipe, name, place.depth), at(recipe.scale, place.depth, name, otherwise=1.0)
     if recipe.merge_method == "linear":
@@ -178,7 +178,7 @@ def _combination(recipe: MergeRecipe, name: str, place: Place) -> Callable[..., 
 
 
 def _sparsifier(recipe: MergeRecipe, number: int, name: str, place: Place) -> Callable[[Tensor], Tensor]:
-    """What thins out a model's task vector; called for rows in their order."""
+    """Function that sparsifies rows of a model's task vector; called for rows in order."""
     density = at(recipe.merged[number].density, place.depth, name, otherwise=1.0)
     if recipe.merge_method.startswith("dare"):
         generator = torch.Generator().manual_seed(_seed(recipe.seed, number, name))
@@ -194,7 +194,7 @@ def _sparsifier(recipe: MergeRecipe, number: int, name: str, place: Place) -> Ca
 
 
 def _product_and_lengths(place: Place) -> tuple[float, float]:
-    """The dot product of two tensors, and that of their lengths, in double precision."""
+    """The dot product of two tensors, and the product of their norms, in float64."""
     sums = torch.zeros(3, dtype=torch.float64)
     for rows in place.slices:
         first, second = (part.double().flatten() for part in place.read(rows))
@@ -203,24 +203,24 @@ def _product_and_lengths(place: Place) -> tuple[float, float]:
 
 
 def _weights(recipe: MergeRecipe, name: str, depth: float) -> list[float]:
-    """The weight of each model at a depth, divided by their sum where that is all that normalizing means."""
+    """The weight of each model at a depth; normalized except for TIES. Raises `UserError` if that is not possible."""
     weights = [at(entry.weight, depth, name) for entry in recipe.merged]
     if not recipe.is_normalized:
         return weights
     if min(weights) < 0 or not sum(weights):
         raise UserError(f"weights {weights}: normalize divides by their sum: give positive ones, or normalize: false")
-    if recipe.merge_method.endswith("ties"):  # where signs are elected, the sum is another at every place
+    if recipe.merge_method.endswith("ties"):  # after sign election, the sum differs at every element
         return weights
     return [weight / sum(weights) for weight in weights]
 
 
 def _base(recipe: MergeRecipe) -> list[str]:
-    """The name of the model that task vectors are differences from, where there is one."""
+    """The name of the base of task vectors, if there is one."""
     return [recipe.base_model] if recipe.method.needs_base and recipe.base_model else []
 
 
 def _check_alike(first: str, config: SLMConfig, name: str, other: SLMConfig) -> None:
-    """Raises `UserError` that names the first field in which two models are not of one architecture."""
+    """Raises `UserError` that names the first field in which two architectures differ."""
     if _architecture(config) == _architecture(other):
         return
     for field in type(config).model_fields:
@@ -232,14 +232,14 @@ def _check_alike(first: str, config: SLMConfig, name: str, other: SLMConfig) -> 
 
 
 def _architecture(config: SLMConfig) -> Architecture:
-    """What a model computes, once it is trained."""
+    """The architecture without fields that matter in training only."""
     return dataclasses.replace(architecture_of(config), attention_dropout=0.0, hidden_dropout=0.0)
 
 
 def _depth(name: str, layers: int) -> float:
-    """Where a tensor of the decoder sits: 0 in the first layer, 1 in the last.
+    """Relative depth of a tensor of the decoder: 0 in the first layer, 1 in the last.
 
-    As in mergekit 0 outside of the layers too (embedding, final norm, head), and 1 in the only layer of a model.
+    As in mergekit, also 0 outside of the layers (embedding, final norm, head), and 1 in a model's only layer.
     """
     parts = name.split(".")
     if parts[0] != "blocks":
@@ -248,5 +248,5 @@ def _depth(name: str, layers: int) -> float:
 
 
 def _seed(seed: int, number: int, name: str) -> int:
-    """Of what is dropped from a tensor of a model: the same in whatever order tensors are merged."""
+    """Seed of the dropped elements of a model's tensor, independent of the order of tensors."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{number}/{name}".encode()).digest()[:7])

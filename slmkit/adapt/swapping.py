@@ -1,4 +1,4 @@
-"""The one way to change a built model: other modules in the places of its linears."""
+"""Replacing the linears of a built model by other modules."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from slmkit.config import UserError
 
-ALL_LINEAR = "all-linear"  # every linear but the head, whose product with the hidden states is the loss's
+ALL_LINEAR = "all-linear"  # every linear but the head, whose product is part of the loss
 HEAD = "head"
 Patterns = str | Sequence[str]
 
 
 class Linear(Protocol):
-    """x W^T + b, in whatever form it keeps W."""
+    """x W^T + b, with W stored in any form."""
 
     in_features: int
     out_features: int
@@ -37,10 +37,10 @@ def swap(
     aliases: Mapping[str, str] | None = None,
     except_for: Patterns = (),
 ) -> list[str]:
-    """Put `make(linear)` in the place of every linear whose dotted name matches; returns the names.
+    """Replace every linear whose dotted name matches by `make(linear)`; returns the names.
 
-    A pattern is the name, its end, or a regular expression for all of it; `all-linear` is every linear but the head.
-    `aliases` are second names by which a linear may be called. Raises `UserError` where a pattern matches nothing.
+    A pattern is a name, its end, or a regular expression for all of it; `all-linear` is every linear but the head.
+    `aliases` are second names of linears. Raises `UserError` if a pattern matches nothing.
     """
     names = matching(linears(model), pattern, aliases, except_for)
     for name in names:
@@ -49,19 +49,19 @@ def swap(
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` where `name` is."""
+    """Replace the module `name` by `module`."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 
 
 def linears(model: nn.Module) -> list[str]:
-    """The dotted names of a model's linears, in whatever form they keep their matrices, adapted ones included."""
+    """The dotted names of a model's linears, with quantized and adapted ones."""
     names = (name for name, module in model.named_modules() if hasattr(module, "in_features"))
     return [name for name in names if name.rpartition(".")[2] != "base"]
 
 
 def linear(model: nn.Module, name: str) -> Linear:
-    """The linear of that name."""
+    """The linear of a dotted name."""
     return cast(Linear, model.get_submodule(name))
 
 
@@ -71,9 +71,9 @@ def matching(
     aliases: Mapping[str, str] | None = None,
     except_for: Patterns = (),
 ) -> list[str]:
-    """Those of `names` that some pattern matches, in their order.
+    """The names that match any pattern, in order.
 
-    Raises `UserError` for a pattern that matches none of them, with a list of what there is.
+    Raises `UserError` that lists the names for a pattern that matches none of them.
     """
     aliases = aliases or {}
 
@@ -105,7 +105,7 @@ def _as_list(patterns: Patterns) -> list[str]:
 
 
 def _overview(names: Iterable[str], aliases: Mapping[str, str]) -> str:
-    """Every kind of name once, and beside it how else it may be called."""
+    """Each kind of name once, with its alias."""
     kinds: dict[str, str] = {}
     for name in names:
         kind = re.sub(r"^.*\.\d+\.", "", name)

@@ -1,1 +1,1 @@
-"""The classes that a script wants: `SLMForCausalLM`, `SLMEnsemble`, `SLMTrainer`."""
+"""The classes for scripts: `SLMForCausalLM`, `SLMEnsemble`, `SLMTrainer`."""

@@ -1,4 +1,4 @@
-"""What a script may add to a run of `SLMTrainer`: callbacks, an optimizer with its schedule, a loss."""
+"""Extensions of `SLMTrainer`: callbacks, an optimizer with its schedule, a loss."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ LossFunction = Callable[[Tensor, Batch], Tensor]
 
 
 class Callback:
-    """Base class of callbacks; a plain function is `on_step`. Each method that returns True ends the run after this
-    step, with a checkpoint. `state` has the decoder, the optimizers and the step; `report` is the line of metrics.
+    """Base class of callbacks; a plain function is `on_step`. A method that returns True ends the run after this step,
+    with a checkpoint. `state` has the decoder, the optimizers and the step; `report` is the line of metrics.
     """
 
     def on_step(self, state: State, report: Report) -> bool | None:
         """After each update: `report` has step, tokens, loss, learning_rate and grad_norm."""
 
     def on_evaluation(self, state: State, report: Report) -> bool | None:
-        """After each evaluation: `report` has validation_loss besides."""
+        """After each evaluation: `report` also has validation_loss."""
 
     def on_save(self, state: State, directory: Path) -> bool | None:
         """After a checkpoint is complete on disk, in `directory`."""
 
 
 class Callbacks:
-    """All of a run's, called on the first rank; what they decide holds on all ranks."""
+    """The callbacks of a run, called on rank 0; their decisions apply to all ranks."""
 
     def __init__(self, given: Sequence[Any]) -> None:
-        """Raises `UserError` for one that has none of the methods, or one that takes other arguments."""
+        """Raises `UserError` for a callback without any of the methods, or with other arguments."""
         self.given, self.has_stopped = [_as_callback(each) for each in given], False
 
     def at(self, moment: str, group: Group) -> Callable[[State, Any], bool]:
@@ -71,10 +71,10 @@ def _as_callback(given: Any) -> Any:
 class GivenLoss:
     """The objective of a function `loss(hidden, batch)`.
 
-    `hidden` [rows, length, width] are hidden states (`model.decoder.logits(hidden)` makes logits of them),
+    `hidden` [rows, length, width] are hidden states (`model.decoder.logits(hidden)` gives logits),
     `batch` has `ids` and `labels` [rows, length], where `labels[:, t]` is the token after position t, or -100: not
-    learned. It returns the sum over learned labels, a tensor of one number: the loop divides by their number in the
-    whole step, so that every split into micro-batches gives the same update.
+    learned. It returns the sum [] over learned labels: the loop divides by their number in the whole step, so that
+    every split into micro-batches gives the same update. Raises `UserError` for another result.
     """
 
     def __init__(self, loss: LossFunction) -> None:
@@ -94,13 +94,13 @@ class GivenLoss:
 
 
 class TorchSchedule:
-    """A scheduler of torch as the loop's schedule: it is stepped once after each update, and sets the peak rates.
+    """A torch scheduler as the loop's schedule: it is stepped once after each update, and sets the peak rates.
 
-    In a run that goes on it is stepped as often as there were updates, so it must follow from their number alone.
+    A resumed run steps it once for each past update, so its rates must depend on their number only.
     """
 
     def __init__(self, scheduler: Any) -> None:
-        """Raises `UserError` for a schedule that follows the loss."""
+        """Raises `UserError` for a scheduler that depends on the loss."""
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             raise UserError("optimizers: ReduceLROnPlateau needs the loss: step it in a callback's on_evaluation")
         self.scheduler, self.done = scheduler, 0
@@ -121,7 +121,7 @@ class TorchSchedule:
 
 
 def check_optimizer(optimizer: Any, model: torch.nn.Module) -> None:
-    """Raises `UserError` unless it updates all that is trained of `model`, and nothing else."""
+    """Raises `UserError` unless it updates exactly the trained parameters of `model`."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise UserError(f"optimizers: expected (optimizer, scheduler or None), found {kind_of_value(optimizer)} first")
     has = {id(p) for group in optimizer.param_groups for p in group["params"]}

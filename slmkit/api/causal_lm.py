@@ -1,4 +1,4 @@
-"""`SLMForCausalLM`: a model as a script uses it. Its forward pass and its output are those of a transformers model."""
+"""`SLMForCausalLM` and `SLMEnsemble`: models with the forward pass, output and `generate` of transformers."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from slmkit.training.losses import IGNORED
 
 
 class CausalLMOutput(dict[str, Tensor]):
-    """`loss` (where labels were given) and `logits`: read as attributes, by name, by index or as a tuple, as an output
-    of transformers; `loss, logits = output` unpacks the tensors.
+    """`loss` [] (if labels were given) and `logits` [batch, sequence, vocab_size]: read as attributes, by name, by
+    index or as a tuple, as in transformers; `loss, logits = output` unpacks the tensors.
     """
 
     def __getattr__(self, name: str) -> Tensor | None:
@@ -52,9 +52,9 @@ class CausalLMOutput(dict[str, Tensor]):
 
 @methods_checked
 class GeneratingModel(nn.Module):
-    """A model with its head, and the config that says how its texts end: token ids in, logits or more ids out."""
+    """Base class: forward pass to logits, and generation."""
 
-    # transformers.Trainer then hands `num_items_in_batch` to `forward`, and counts for it the labels that are learned.
+    # With these, transformers.Trainer passes the number of learned labels as `num_items_in_batch` to `forward`.
     accepts_loss_kwargs, loss_type = True, "ForCausalLM"
 
     def __init__(self, config: SLMConfig, decoder: Decoder | Ensemble) -> None:
@@ -79,16 +79,16 @@ class GeneratingModel(nn.Module):
         """input_ids, attention_mask and labels [batch, sequence] → `.logits` [batch, sequence, vocab_size], float32.
 
         `attention_mask` is 0 for padding, on either side, and 1 elsewhere. With `labels`, which are `input_ids` with
-        -100 where nothing is learned (they are shifted here), `.loss` is the mean cross-entropy in nats; with
+        -100 for positions to ignore (they are shifted here), `.loss` is the mean cross-entropy in nats; with
         `num_items_in_batch` the sum divided by that number. Raises `UserError` for more tokens than the context, for
-        anything but ids of this shape, and on the CPU for ids outside the vocabulary.
+        inputs of another type or shape, and on the CPU for ids outside the vocabulary.
         """
         _expect_ids("input_ids", input_ids, self.config.vocab_size)
         _expect_mask(attention_mask, input_ids)
         if labels is not None:
             _expect_ids("labels", labels, self.config.vocab_size, input_ids.shape)
         if attention_mask is not None:
-            # Right padding comes after every real token, which the causal mask hides already.
+            # Right padding comes after every real token, so that the causal mask suffices.
             attention_mask = attention_mask.bool()
             if not bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any()):
                 attention_mask = None
@@ -119,13 +119,13 @@ class GeneratingModel(nn.Module):
         num_return_sequences: int = 1,
         seed: int | None = None,
     ) -> Tensor:
-        """input_ids [batch, prompt] → [batch * num_return_sequences, prompt + new], the prompt included; meanings as in
+        """input_ids [batch, prompt] → [batch * num_return_sequences, prompt + new], with the prompt; arguments as in
         transformers.
 
-        `attention_mask` [batch, prompt] is 0 where a shorter prompt is padded, at its left, and 1 elsewhere.
-        `max_length` counts the prompt, `max_new_tokens` does not; with neither it is as the model's
-        `generation_config.json` says, or its whole context.
-        Rows that have ended are filled with `pad_token_id`.
+        `attention_mask` [batch, prompt] is 0 for padding, at the left of shorter prompts, and 1 elsewhere.
+        `max_length` counts the prompt, `max_new_tokens` does not; the default is that of the model's
+        `generation_config.json`, or its whole context.
+        Finished rows are filled with `pad_token_id`. Raises `UserError` for invalid arguments.
         """
         settings = SamplingSettings(
             do_sample=do_sample,
@@ -161,7 +161,7 @@ class GeneratingModel(nn.Module):
 
     @cached_property
     def known_ids(self) -> np.ndarray | None:
-        """Which ids its tokenizer has, bool [ids], where one stands beside it; no other is generated."""
+        """The ids of the tokenizer in the model's directory, bool [ids]; no others are generated. None without one."""
         directory = getattr(self, "directory", None)
         if directory is None or not (directory / "tokenizer.json").is_file():
             return None
@@ -172,21 +172,21 @@ class GeneratingModel(nn.Module):
 
 @methods_checked
 class SLMForCausalLM(GeneratingModel):
-    """A decoder with its head, and the methods that `transformers.Trainer` and `accelerate` call."""
+    """A causal language model, with the methods that `transformers.Trainer` and `accelerate` call."""
 
     decoder: Decoder
 
     def __init__(self, config: SLMConfig, decoder: Decoder | None = None) -> None:
-        """Fresh weights, drawn from torch's global generator (`torch.manual_seed`), unless a decoder is given."""
+        """New weights, drawn from torch's global generator (`torch.manual_seed`), unless a decoder is given."""
         super().__init__(config, decoder or build_decoder(config, seed=int(torch.randint(2**62, (), device="cpu"))))
         self.directory: Path | None = None  # where it was read from
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, device: str = "cpu") -> SLMForCausalLM:
-        """Read a model directory, an adapter folded into its base, a run's best checkpoint, or a model of the hub by
-        its name (`OWNER/NAME@REVISION`), in evaluation mode.
+        """Read a model directory, an adapter (folded into its base), a run's best checkpoint, or a hub model
+        (`OWNER/NAME@REVISION`), in evaluation mode.
 
-        Raises `UserError`.
+        Raises `UserError` for a missing or damaged model.
         """
         found = find_model_directory(directory).resolve()
         decoder, config = load_model(found, device)
@@ -201,10 +201,10 @@ class SLMForCausalLM(GeneratingModel):
         state_dict: dict[str, Tensor] | None = None,
         save_function: Any = None,
     ) -> None:
-        """Write a Hugging Face model directory. Raises `UserError` when it cannot be written, or has an adapter.
+        """Write a Hugging Face model directory. Raises `UserError` if that fails, or the model has an adapter.
 
-        The last three are what `accelerate` passes: only the main process writes, `state_dict` stands for the model's
-        own where that is sharded, and `save_function` is ignored, since weights are always safetensors.
+        The other arguments are for `accelerate`: only the main process writes, `state_dict` replaces the model's own if
+        that is sharded, and `save_function` is ignored, since weights are always safetensors.
         """
         if not is_main_process:
             return
@@ -221,7 +221,7 @@ class SLMForCausalLM(GeneratingModel):
         return self.decoder.embedding if self.decoder.head is None else self.decoder.head
 
     def resize_token_embeddings(self, new_num_tokens: int) -> nn.Module:
-        """Add rows for further tokens, each the mean of all rows; make optimizers afterwards. Raises `UserError`."""
+        """Add rows for new tokens, each the mean of all; make optimizers afterwards. Raises `UserError` for fewer."""
         old = self.config.vocab_size
         if new_num_tokens < old:
             raise UserError(
@@ -229,7 +229,7 @@ class SLMForCausalLM(GeneratingModel):
             )
         pieces = {token: range(old) for token in range(old, new_num_tokens)}
         self.decoder, self.config = grow_vocabulary(self.decoder, self.config, pieces)
-        self.__dict__["known_ids"] = None  # the tokenizer that was read with the model does not have the new ones
+        self.__dict__["known_ids"] = None  # the tokenizer in the model's directory lacks the new ids
         return self.get_input_embeddings()
 
     def gradient_checkpointing_enable(
@@ -239,7 +239,7 @@ class SLMForCausalLM(GeneratingModel):
         offload: bool = False,
         activation_checkpointing_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        """Compute every n-th layer again in the backward pass instead of keeping its activations.
+        """Recompute every n-th layer in the backward pass instead of keeping its activations.
 
         The keyword arguments for `torch.utils.checkpoint` are ignored. Raises `UserError` for `offload`.
         """
@@ -260,7 +260,7 @@ class SLMForCausalLM(GeneratingModel):
 
 
 def _expect_ids(name: str, ids: Any, vocab_size: int, shape: torch.Size | None = None) -> None:
-    """Raise `UserError` unless these are ids [batch, sequence], of `shape` where that is given, or -100 for labels."""
+    """Raises `UserError` unless `ids` are ids [batch, sequence], of `shape` if given; labels may be -100."""
     if not isinstance(ids, Tensor):
         raise UserError(f"{name}: expected a tensor of ids [batch, sequence], found {type(ids).__name__}")
     if ids.dim() != 2 or ids.numel() == 0 or ids.is_floating_point() or ids.dtype == torch.bool:
@@ -269,7 +269,7 @@ def _expect_ids(name: str, ids: Any, vocab_size: int, shape: torch.Size | None =
         )
     if shape is not None and ids.shape != shape:
         raise UserError(f"{name}: expected the shape of input_ids, {[*shape]}, found {[*ids.shape]}")
-    if ids.device.type != "cpu" or torch.compiler.is_compiling():  # a look at the values would wait for the device
+    if ids.device.type != "cpu" or torch.compiler.is_compiling():  # reading values would synchronise with the device
         return
     low, high = (ids if shape is None else ids.masked_fill(ids == IGNORED, 0)).aminmax()
     if low < 0 or high >= vocab_size:
@@ -285,7 +285,7 @@ def _expect_mask(attention_mask: Tensor | None, input_ids: Tensor) -> None:
 
 
 def _left_padding(attention_mask: Tensor | None) -> Tensor | None:
-    """[batch, prompt] of 0 and 1 → [batch] zeros at the left. Raises `UserError` for a hole or an empty row."""
+    """[batch, prompt] of 0 and 1 → [batch], zeros at the left. Raises `UserError` for other zeros or an empty row."""
     if attention_mask is None or bool(attention_mask.all()):
         return None
     if bool((attention_mask.diff(dim=1) < 0).any()) or not bool(attention_mask[:, -1].all()):
@@ -308,15 +308,15 @@ def _first(*values: int | None) -> int:
 
 @methods_checked
 class SLMEnsemble(GeneratingModel):
-    """Models of one tokenizer, whose probabilities are averaged; `forward` and `generate` as `SLMForCausalLM` has them.
+    """Models with one tokenizer, whose probabilities are averaged; `forward` and `generate` as in `SLMForCausalLM`.
 
-    What ends a text, what pads one, and which ids may be generated, is as for the first model.
+    End tokens, padding, and the ids that may be generated are those of the first model.
     """
 
     decoder: Ensemble
 
     def __init__(self, models: Sequence[SLMForCausalLM], weights: Sequence[float] | None = None) -> None:
-        """Raises `UserError` as `Ensemble` does. That the models share a tokenizer is the caller's word."""
+        """Raises `UserError` as `Ensemble` does. Does not check that the models share a tokenizer."""
         decoder = Ensemble([model.decoder for model in models], weights)
         super().__init__(models[0].config, decoder)
         self.__dict__["known_ids"] = models[0].known_ids
@@ -325,9 +325,9 @@ class SLMEnsemble(GeneratingModel):
     def from_pretrained(
         cls, directories: Sequence[str | Path], weights: Sequence[float] | None = None, device: str = "cpu"
     ) -> SLMEnsemble:
-        """Read model directories, runs or models of the hub, each with its tokenizer.
+        """Read model directories, runs or hub models, each with its tokenizer.
 
-        Raises `UserError`, also where their tokenizers differ.
+        Raises `UserError` for a missing or damaged model, and if their tokenizers differ.
         """
         found = [find_model_directory(directory) for directory in directories]
         common_tokenizer(found)

@@ -1,4 +1,4 @@
-"""`SLMTrainer`: texts, a model and a tokenizer to a run on disk, for a script."""
+"""`SLMTrainer`: training from a script, with a run directory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from slmkit.model.files.adapter_directory import LoRASettings, is_adapter
 from slmkit.training.checkpoints.checkpoint import kept_in
 from slmkit.training.diagnostics.xray_page import look
 from slmkit.training.distributed import Group, join
-from slmkit.training.fit import evaluation_interval, fit, make_plan
+from slmkit.training.fit import fit, make_plan
 from slmkit.training.logging.progress import TrainingProgress
 from slmkit.training.loop import Every, Plan, Report, RunStopped
 from slmkit.training.objective import Objective, next_token
@@ -38,26 +38,26 @@ from slmkit.training.run_directory import RunDirectory, new_run_directory
 from slmkit.workflows.hooks import Validate
 from slmkit.workflows.train import resolved
 
-GIVEN_IN_A_SCRIPT = "given in a script"  # what stands for the data in the description of such a run
+GIVEN_IN_A_SCRIPT = "given in a script"  # in place of the data in environment.json
 
 
 @methods_checked
 class SLMTrainer:
-    """Train a model on a data set in a script. What it leaves in `output_dir` is a run like any other.
+    """Train a model on a data set in a script; writes a run to `output_dir`.
 
-    `config` carries the training fields: `learning_rate`, `batch_size` (sequences a step), `sequence_length`,
+    `config` has the training fields: `learning_rate`, `batch_size` (sequences per step), `sequence_length` (tokens),
     `gradient_clip_norm`, `warmup_steps`. A data set is a `TextDataset`, or any torch data set, map-style or iterable,
-    of dicts with `input_ids` and `labels`, as `slmkit.data.rows.torch_dataset.ItemFormat.row` reads them.
+    of dicts with `input_ids` and `labels`; see `slmkit.data.rows.torch_dataset.ItemFormat.row`.
 
     With a `teacher_model` of the same tokenizer it distils, with the config's `distillation_alpha` and
-    `distillation_temperature` or with a `DistillationLoss` of its own. With `lora` the model is frozen, and what is
-    trained and saved is an adapter for the directory that the model was read from;
-    `slmkit.adapt.lora.fold(model.decoder)` makes a plain model of both.
+    `distillation_temperature` or with the given `DistillationLoss`. With `lora` the model is frozen, and an adapter for
+    the directory that the model was read from is trained and saved; `slmkit.adapt.lora.fold(model.decoder)` merges
+    both.
 
-    `optimizers=(optimizer, scheduler)` take the place of AdamW and of warm-up and cosine; with a scheduler of None the
-    rates of the optimizer's groups are the peaks of that schedule. `callbacks` are functions of (state, report), called
-    after each step, or objects as `slmkit.api.callbacks.Callback`. `loss(hidden, batch)` takes the place of the
-    cross-entropy; see `slmkit.api.callbacks.GivenLoss`.
+    `optimizers=(optimizer, scheduler)` replace AdamW, and warm-up and cosine; with a scheduler of None the rates of the
+    optimizer's groups are the peaks of that schedule. `callbacks` are functions of (state, report), called after each
+    step, or objects as `slmkit.api.callbacks.Callback`. `loss(hidden, batch)` replaces the cross-entropy; see
+    `slmkit.api.callbacks.GivenLoss`.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class SLMTrainer:
         callbacks: Sequence[Any] = (),
         loss: LossFunction | None = None,
     ) -> None:
-        """Raises `UserError` for what does not fit; `train` does so for what the X-ray finds, unless `force`."""
+        """Raises `UserError` for conflicting arguments; `train` raises it for the X-ray's findings, unless `force`."""
         if len(tokenizer) > config.vocab_size:
             raise UserError(
                 f"the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}: "
@@ -112,10 +112,11 @@ class SLMTrainer:
         max_steps: int | None = None,
         resume_from_checkpoint: bool | str | Path | None = None,
     ) -> dict[str, float]:
-        """Train and return the last step's figures: `loss`, `tokens`, `validation_loss` where there is an eval set.
+        """Train and return the last step's figures: `loss` (nats per token), `tokens`, and with an eval set
+        `validation_loss`.
 
-        With `resume_from_checkpoint` the newest run of `output_dir` (True), or the run named, goes on from its newest
-        intact checkpoint. Raises `UserError` where there is none.
+        `resume_from_checkpoint` continues the newest run of `output_dir` (True), or the named run, from its newest
+        intact checkpoint. Raises `UserError` if there is none.
         """
         settings = TrainSettings(
             sequence_length=self.length,
@@ -189,7 +190,7 @@ class SLMTrainer:
         return ItemFormat(self.length, 0 if pad_id is None else pad_id, self.config.vocab_size)
 
     def _warmup(self, steps: int) -> int:
-        """The config's `warmup_steps`; where it leaves them at their default, no more than a tenth of the run."""
+        """The config's `warmup_steps`; if they are not set, at most a tenth of the run."""
         warmup = self.config.warmup_steps
         if "warmup_steps" not in self.config.model_fields_set:
             return min(warmup, steps // 10)
@@ -200,8 +201,8 @@ class SLMTrainer:
     def _hooks(
         self, settings: TrainSettings, plan: Plan, device: Device, group: Group, last: Report
     ) -> Iterator[Every]:
-        interval = evaluation_interval(settings, plan.steps)
-        if not isinstance(self.train_dataset, TextDataset):  # nobody counts how much of a row is computed
+        interval = settings.evaluation_interval(plan.steps)
+        if not isinstance(self.train_dataset, TextDataset):  # the computed tokens of a row are not known
             yield Every(1, lambda state, report: report.pop("mfu", None))
         if self.eval_dataset is not None:
             yield Every(interval, Validate(self._rows(self.eval_dataset), device, group=group), on_all_ranks=True)
@@ -219,7 +220,7 @@ class SLMTrainer:
         return AdapterFiles(self.config, lora, base, before)
 
     def _recipe(self, run: RunDirectory, settings: TrainSettings) -> Recipe:
-        """What of the run can be written down."""
+        """The recipe of the run, without the objects given in the script."""
         model = resolved(self.config) if self.files is None else ModelSettings(path=str(self.files.base))
         recipe = Recipe(output_dir=str(run.root), seed=self.seed, model=model, lora=self.lora, train=settings)
         if not self.distils:
@@ -246,7 +247,7 @@ class SLMTrainer:
 
 
 def _is_iterable(dataset: Any) -> bool:
-    """Whether it has items in an order of its own, and none by number. Raises `UserError` for no data set at all."""
+    """Whether a data set is iterable and not map-style. Raises `UserError` if it is neither."""
     if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset):
         return False
     if isinstance(dataset, Iterable):
@@ -255,7 +256,7 @@ def _is_iterable(dataset: Any) -> bool:
 
 
 def run_to_resume(output_dir: str, wanted: bool | str | Path | None) -> Path | None:
-    """The run that `train` goes on with; None where it begins a new one. Raises `UserError` where it is not there."""
+    """The run that `train` resumes; None for a new one. Raises `UserError` if it does not exist."""
     if wanted is None or wanted is False:
         return None
     named = Path(output_dir if wanted is True else wanted)

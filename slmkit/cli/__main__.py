@@ -1,4 +1,4 @@
-"""`python -m slmkit.cli …` is `slm …`, as `torchrun` wants it: `torchrun --nproc-per-node 2 -m slmkit.cli train …`."""
+"""`python -m slmkit.cli …` is `slm …`, for `torchrun --nproc-per-node 2 -m slmkit.cli train …`."""
 
 from slmkit.cli import main
 

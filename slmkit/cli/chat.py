@@ -70,7 +70,7 @@ def chat(
 
 
 def _read_line() -> str | None:
-    """What the user typed; None at the end of the input. Ctrl-C at the prompt clears the line."""
+    """The user's line; None at the end of the input. Ctrl-C at the prompt clears the line."""
     try:
         return input("you> ").strip()
     except EOFError:
@@ -82,7 +82,7 @@ def _read_line() -> str | None:
 
 
 def _obey(line: str, session: ChatSession) -> bool:
-    """Carry out a slash command; False ends the chat."""
+    """Run a slash command; False ends the chat."""
     from slmkit.config import UserError
 
     command, _, argument = line.partition(" ")
@@ -104,7 +104,7 @@ def _obey(line: str, session: ChatSession) -> bool:
 
 
 def _answer(session: ChatSession, line: str) -> None:
-    """Print the answer as it comes. Ctrl-C ends it and keeps what was said."""
+    """Print the answer while it is generated. Ctrl-C ends it and keeps the text so far."""
     from slmkit.config import UserError
 
     pieces, forgotten = session.reply(line), session.forgotten
@@ -174,7 +174,7 @@ def generate(
             settings = dataclasses.replace(settings, seed=seed + number)
         stream = stream_completion(
             decoder, tokenizer, prompt, settings=settings, max_new_tokens=most, stop=stop or []
-        )  # refuses a prompt that is too long, before anything is printed
+        )  # raises for a prompt that is too long, before anything is printed
         if samples > 1:
             print(f"--- sample {number + 1} of {samples}")
         print(prompt, end="", flush=True)

@@ -88,7 +88,7 @@ def prepare(
 
 
 def _settings_of(paths: list[str], settings: list[str] | None) -> list[SourceSettings]:
-    """Raises `UserError` where a file or folder is not there."""
+    """Settings of all sources. Raises `UserError` if a file or folder does not exist."""
     from slmkit.config import load_settings
     from slmkit.data.sources.open import expect_source
     from slmkit.data.sources.settings import SourceSettings
@@ -100,7 +100,7 @@ def _settings_of(paths: list[str], settings: list[str] | None) -> list[SourceSet
 
 
 def _kind_of_rows(chat: bool, pairs: bool, judged: bool, of_text: bool, length: int | None) -> Reads | None:
-    """What is prepared instead of text. Raises `UserError` for options that do not go together."""
+    """The kind of rows, None for text. Raises `UserError` for options that exclude each other."""
     from slmkit.config import UserError
 
     kinds: dict[Reads, bool] = {"conversations": chat, "pairs": pairs, "judgements": judged}
@@ -197,7 +197,7 @@ def _print_cleaning(shards: TokenShards) -> None:
 
 
 def _print_packing(shards: TokenShards, length: int) -> None:
-    """How conversations fill rows, and which of them teach nothing there."""
+    """Print how conversations fill rows, and how many have no learned tokens in them."""
     from slmkit.data.stream import ChatRows
 
     rows = ChatRows(shards, length)
@@ -208,7 +208,7 @@ def _print_packing(shards: TokenShards, length: int) -> None:
 
 
 def _print_samples(samples: Iterable[Sample], tokenizer: SLMTokenizer) -> None:
-    """The first and last tokens of each; what is only read is in brackets."""
+    """Print the first and last tokens of each; tokens that are not learned are in brackets."""
     from rich.console import Console
 
     from slmkit.training.diagnostics.xray_page import LEGEND, rendered, vocabulary_of

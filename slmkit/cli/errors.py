@@ -1,4 +1,4 @@
-"""What a user is told when a command fails: one line on stderr, and the exit code."""
+"""Error messages of the command line: one line on stderr, and the exit code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from slmkit.config import UserError
 
 PACKAGE = Path(__file__).parents[1]
 OUT_OF_MEMORY = "out of memory: take a smaller model, fewer tokens at once (train.micro_batch_tokens) or another device"
-# Errors of libraries that a file's content causes, by class name: importing the libraries would take long.
+# Library errors caused by a file's content, by class name: importing the libraries would take long.
 DAMAGED = {
     "JSONDecodeError": "a file is not valid JSON",
     "YAMLError": "a file is not valid YAML",
@@ -26,13 +26,13 @@ DAMAGED = {
 
 
 def explain(error: BaseException, command: str) -> int:
-    """Print the one line that `error` is worth; returns the exit code: 2 for a user's mistake, 1 for ours."""
+    """Print `error` in one line; returns the exit code: 2 for a user's mistake, 1 for a bug."""
     rank = os.environ.get("RANK")
     if isinstance(error, BrokenPipeError):  # `slm generate … | head`
         sys.stderr.close()
         return 0
     kind = type(error).__name__
-    if kind == "NoArgsIsHelpError":  # a group of commands alone
+    if kind == "NoArgsIsHelpError":  # a group of commands without a command
         print(error)
         return 0
     if kind == "RunStopped":
@@ -54,11 +54,11 @@ def explain(error: BaseException, command: str) -> int:
 
 
 def in_words(error: BaseException) -> str | None:
-    """What went wrong outside of slmkit; None where it is an error of its own."""
+    """The message of an expected error; None for a bug."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
     text = " ".join(str(error).split())
     if isinstance(error, UserError) or "DeviceError" in kinds:  # the latter's module imports torch
-        return re.sub(r"\[Errno \d+\] ", "", text)  # of a system's error that is quoted
+        return re.sub(r"\[Errno \d+\] ", "", text)  # from a quoted system error
     if isinstance(error, MemoryError) or "OutOfMemoryError" in kinds or "can't allocate memory" in text:
         return OUT_OF_MEMORY
     if isinstance(error, ModuleNotFoundError) and not (error.name or "slmkit").startswith("slmkit"):
@@ -83,7 +83,7 @@ def _internal(error: BaseException, command: str) -> str:
 
 
 def _say(name: str, message: str, style: str = "red") -> None:
-    """On a terminal the name is coloured, unless NO_COLOR is set."""
+    """Print the message; on a terminal the name is coloured, unless NO_COLOR is set."""
     from rich.console import Console
     from rich.text import Text
 

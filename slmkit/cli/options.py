@@ -36,7 +36,7 @@ OtherModels = Annotated[
     typer.Option("--with", help="Average the probabilities with this model's; may be given several times."),
 ]
 
-# Where neither the user nor the model says how to sample.
+# Defaults of sampling if neither the user nor the model sets them.
 USUAL = {"temperature": 0.8, "top_k": 0, "top_p": 0.95, "min_p": 0.05, "repetition_penalty": 1.0}
 
 
@@ -44,14 +44,14 @@ EXAMPLE = "Example: "
 
 
 def new_app(about: str, **options: Any) -> typer.Typer:
-    """A group of commands; alone it prints its help."""
+    """A group of commands; without a command it prints its help."""
     return typer.Typer(help=about, no_args_is_help=True, rich_markup_mode=None, **options)
 
 
 def add_command(app: typer.Typer, name: str, command: Callable[..., None]) -> None:
-    """The docstring's first sentence is the command's line in the list of commands, so it must be short.
+    """Add a command. Its docstring's first sentence is shown in the list of commands, so it must be short.
 
-    Lines that begin with `Example: ` are shown under the options, one a line, whatever their length.
+    Lines that begin with `Example: ` are shown under the options, one per line, without wrapping.
     """
     lines = (inspect.getdoc(command) or "").splitlines()
     about = "\n".join(line for line in lines if not line.startswith(EXAMPLE)).strip()

@@ -1,4 +1,4 @@
-"""How far a long preparation or a long write is: a bar on a terminal, a plain line every few seconds elsewhere."""
+"""Progress of long operations: a bar on a terminal, a plain line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EVERY = 10.0  # seconds between two plain lines
 
 
 class _Bar:
-    """What both bars below do at their beginning and end: on a terminal they are drawn, elsewhere lines are printed."""
+    """Base class of the bars below: drawn on a terminal, lines elsewhere."""
 
     console: Console
     bar: Progress
@@ -43,9 +43,9 @@ class _Bar:
 
 
 class PreparationProgress(_Bar):
-    """A context manager that gives a callback for documents, tokens and bytes of text done.
+    """Context manager that returns a callback for documents, tokens and bytes of text done.
 
-    `fraction` says how much of the input has been read, or None: then there is a rate but no time left.
+    `fraction` returns the share of the input that has been read, or None: then no time left is shown.
     """
 
     def __init__(self, label: str, fraction: Callable[[], float | None]) -> None:
@@ -76,7 +76,7 @@ class PreparationProgress(_Bar):
 
 
 class WritingProgress(_Bar):
-    """A context manager that gives a callback for bytes written, of `total`."""
+    """Context manager that returns a callback for bytes written, of `total`."""
 
     def __init__(self, label: str, total: int) -> None:
         self.label, self.total = label, total
@@ -104,7 +104,7 @@ class WritingProgress(_Bar):
 
 
 class EvaluationProgress(_Bar):
-    """A context manager that gives a callback for rows done, and of how many."""
+    """Context manager that returns a callback for rows done and rows in total."""
 
     def __init__(self, label: str) -> None:
         self.label = label

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from slmkit.workflows.quickstart import Quickstart
 
 QUESTIONS = 200
-SCENE = 5  # of the stream that is shown; no training reads it
+SCENE = 5  # stream of the scene that is shown; not used in training
 STORY = "Tell me a story about a fox and a lantern."
 
 
@@ -35,10 +35,12 @@ def quickstart(
 
     started = time.monotonic()
     from slmkit.cli.show import TerminalReporter, load_model, suggestion
+
+    reporter = TerminalReporter()
+    reporter.say("measuring this machine's speed, in at most about 20 seconds once PyTorch is loaded")
     from slmkit.training.logging.progress import clock
     from slmkit.workflows.quickstart import train_quickstart
 
-    reporter = TerminalReporter()
     trained = train_quickstart(output, seed, minutes, reporter, started)
 
     reporter.say("\n4/4  evaluation")
@@ -56,7 +58,7 @@ def quickstart(
 
 
 def _show_answers(decoder: LanguageModel, tokenizer: SLMTokenizer) -> None:
-    """A scene that it never read, and questions about it."""
+    """Print a scene that is not in the training data, with the model's answers to questions about it."""
     from slmkit.data.stories import held_out_scene
     from slmkit.evaluation import ask
 
@@ -68,7 +70,7 @@ def _show_answers(decoder: LanguageModel, tokenizer: SLMTokenizer) -> None:
 
 
 def _show_story(decoder: LanguageModel, tokenizer: SLMTokenizer, until: float) -> None:
-    """A story that is asked for as in its corpus, printed as it is written."""
+    """Print a story, requested as in its corpus, while it is generated."""
     import time
 
     from slmkit.generation.chat import ChatSession
@@ -85,7 +87,7 @@ def _show_story(decoder: LanguageModel, tokenizer: SLMTokenizer, until: float) -
 
 
 def _show_figures(trained: Quickstart, decoder: LanguageModel, tokenizer: SLMTokenizer) -> None:
-    """The validation loss beside a perfect model's, and the share of questions answered exactly."""
+    """Print the validation loss and a perfect model's, and the share of questions answered exactly."""
     from slmkit.data.shards.reader import TokenShards
     from slmkit.data.stories import held_out_questions
     from slmkit.workflows.quickstart import ask_until
@@ -104,7 +106,7 @@ def _show_figures(trained: Quickstart, decoder: LanguageModel, tokenizer: SLMTok
 
 
 def _show_shares(trained: Quickstart, minutes: float) -> None:
-    """How much of the corpus was read, and what more time would give."""
+    """Print the share of the corpus that was read, and the share that more time would allow."""
     names = {"primer": "primer", "stories": "stories", "chat": "conversations"}
     shares = ", ".join(f"{share:.0%} of the {names[part]}" for part, share in trained.shares.items())
     more = max(10.0, 2 * minutes)

@@ -1,4 +1,4 @@
-"""What several commands print with, and how they open a model."""
+"""Output helpers of several commands, and loading of a model."""
 
 from __future__ import annotations
 
@@ -19,18 +19,17 @@ if TYPE_CHECKING:
     from slmkit.tokenizer import SLMTokenizer
 
 PLAIN_EVERY = 20_000  # documents between two plain lines
-PLAIN_LINES = 10  # of a count whose total is known
+PLAIN_LINES = 10  # for a count with a known total
 
 
 class TerminalReporter:
-    """Says how far the long functions are, on stderr: one live line on a terminal, a few plain ones elsewhere.
-
-    Of the processes that `torchrun` starts the first alone speaks.
+    """Prints progress on stderr: one live line on a terminal, a few plain ones elsewhere. Under `torchrun` only on
+    rank 0.
     """
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
-        self.is_counting = False  # a live line has no end yet
+        self.is_counting = False  # a live line is unfinished
 
     def say(self, line: str | Text) -> None:
         if self.is_counting:
@@ -42,13 +41,13 @@ class TerminalReporter:
         self.say(Text.assemble(("warning:", "yellow"), " ", line))
 
     def counter(self, label: str, total: int | None = None) -> Callable[[int, int, int], None]:
-        """A callback for documents, tokens and bytes of text done; where their `total` is known, for rows."""
+        """A callback for documents, tokens and bytes of text done; with a `total`, for rows."""
         shown, first, began = 0, -1, time.monotonic()
         every = max(1, total // PLAIN_LINES) if total else PLAIN_EVERY
 
         def update(documents: int, tokens: int, text_bytes: int) -> None:
             nonlocal shown, first, began
-            if first < 0:  # of what goes on from an earlier run, the rows before this call took no time
+            if first < 0:  # rows done before a resume took no time in this process
                 first, began = documents, time.monotonic()
             line = f"{label}: {counted(documents, 'document')}, {tokens:,} tokens"
             if total:
@@ -81,7 +80,7 @@ def count(number: int) -> str:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[str] = ()) -> None:
-    """Columns as wide as what is in them; those named in `right` end where their heads end."""
+    """Print a table with columns as wide as their content; those named in `right` are right-aligned."""
     widths = [max(map(len, column)) for column in zip(columns, *rows)]
     for row in (columns, *rows):
         cells = (
@@ -91,8 +90,8 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Co
 
 
 def suggestion(model: str | Path, source: str | Path | None = None) -> str:
-    """The command that shows what a model can do. The prompt is one of the data of the run that made it, or that made
-    its `source`: a model that it was merged or copied from.
+    """A command to try the model. Its prompt is from the data of the run that made it, or made its `source`: a model
+    that it was merged or copied from.
     """
     from slmkit.model.files.find import run_of
     from slmkit.training.recipe.recipe import load_recipe
@@ -106,7 +105,7 @@ def suggestion(model: str | Path, source: str | Path | None = None) -> str:
 
 
 def show_run(root: Path) -> None:
-    """Where a run is, and what to do with it next: the last lines of the commands that train."""
+    """Print a run's folder and the next commands, at the end of commands that train."""
     print(f"run: {root}")
     print(f"next: {suggestion(root)}")
 
@@ -116,14 +115,14 @@ def gibibytes(size: int) -> str:
 
 
 def load_model(path: str, device: str, others: Sequence[str] = ()) -> tuple[LanguageModel, SLMTokenizer]:
-    """The model and tokenizer of a model directory, adapter or run, on the device asked for.
+    """The model and tokenizer of a model directory, adapter or run, on `device`; with `others`, an ensemble of all.
 
-    With `others`, all of them as one ensemble. Raises `UserError`.
+    Raises `UserError` for a missing or damaged model, and if tokenizers differ.
     """
     from slmkit.find import find_model_directory
 
     directories = [find_model_directory(found) for found in (path, *others)]
-    from slmkit.adapt.load import load_model as load  # not before it is sure that there is something to load
+    from slmkit.adapt.load import load_model as load  # after the model was found, since it imports torch
     from slmkit.device import find_device
     from slmkit.generation.ensemble import common_tokenizer, together
 

@@ -64,7 +64,10 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """down(activation(up(x))), or gated: down(activation(gate(x)) * up(x)) (arXiv:2002.05202).  [..., width] → same"""
+    """down(activation(up(x))), or gated: down(activation(gate(x)) * up(x)) (arXiv:2002.05202).  [..., width] → same
+
+    Raises `UserError` for an unknown activation.
+    """
 
     def __init__(self, a: Architecture) -> None:
         super().__init__()

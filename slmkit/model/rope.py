@@ -25,7 +25,7 @@ class Linear:
 
     factor: float
 
-    def stretch(self, frequencies: Tensor, theta: float, dim: int) -> Tensor:
+    def stretch(self, frequencies: Tensor, theta: float, dim: int) -> Tensor:  # [dim / 2] → [dim / 2]
         return frequencies / self.factor
 
 
@@ -42,7 +42,7 @@ class Llama3:
     high_freq_factor: float
     original_max_position_embeddings: int
 
-    def stretch(self, frequencies: Tensor, theta: float, dim: int) -> Tensor:
+    def stretch(self, frequencies: Tensor, theta: float, dim: int) -> Tensor:  # [dim / 2] → [dim / 2]
         turns = self.original_max_position_embeddings * frequencies / (2 * math.pi)
         low, high = self.low_freq_factor, self.high_freq_factor
         kept = ((turns - low) / (high - low)).clamp(0, 1)  # 1: unchanged, 0: divided by factor
@@ -66,7 +66,7 @@ class Yarn:
     mscale: float | None = None
     mscale_all_dim: float | None = None
 
-    def stretch(self, frequencies: Tensor, theta: float, dim: int) -> Tensor:
+    def stretch(self, frequencies: Tensor, theta: float, dim: int) -> Tensor:  # [dim / 2] → [dim / 2]
         fast, slow = (self._channel(turns, theta, dim) for turns in (self.beta_fast, self.beta_slow))
         if self.truncate:
             fast, slow = math.floor(fast), math.ceil(slow)

@@ -1,1 +1,1 @@
-"""One loop for every objective, and what it needs: optimizers, schedules, checkpoints, the run log."""
+"""Training: the loop, objectives, optimizers, schedules, checkpoints and run logs."""

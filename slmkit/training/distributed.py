@@ -178,12 +178,12 @@ def is_share(tensor: Tensor) -> bool:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The full tensor: a shard is gathered, a plain tensor returned unchanged. All ranks must call it."""
+    """The full tensor [...]: a shard is gathered, a plain tensor returned unchanged. All ranks must call it."""
     return cast(Any, tensor).full_tensor() if is_share(tensor) else tensor
 
 
 def own_share(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this rank holds; a plain tensor is returned unchanged."""
+    """The part of a tensor [...] that this rank holds, split along the first axis; a plain tensor unchanged."""
     return cast(Any, tensor).to_local() if is_share(tensor) else tensor
 
 

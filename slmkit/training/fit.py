@@ -24,7 +24,7 @@ from slmkit.training.distributed import ALONE, Group
 from slmkit.training.estimate.memory_profile import MemoryProfile, meta_model_of
 from slmkit.training.estimate.micro_batch import lack_of_memory_explained
 from slmkit.training.guards import Diverged, GuardSettings
-from slmkit.training.logging.disk_hooks import Logger, evaluation_interval, hooks_on_disk
+from slmkit.training.logging.disk_hooks import Logger, hooks_on_disk
 from slmkit.training.logging.throughput import ThroughputMonitor
 from slmkit.training.logging.trackers import open_trackers
 from slmkit.training.loop import Every, Plan, RunStopped, State, StopRequested, note_improvement, train
@@ -69,7 +69,7 @@ def fit(
     recorder = FlightRecorder(run.records, recipe.seed, warn, group)
     saver = Saver(run, files, extra_files, settings.save_total_limit, warn, recorder.needed_checkpoints, group)
     length = settings.sequence_length or config.max_position_embeddings
-    interval = evaluation_interval(settings, plan.steps)
+    interval = settings.evaluation_interval(plan.steps)
     rows = recipe.full(stream.rows_per_step)
     throughput = ThroughputMonitor(model, plan.device, rows, length, state.tokens, run.metrics.seconds())
     with (

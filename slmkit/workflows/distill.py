@@ -94,7 +94,7 @@ def teacher_like(settings: DistillationSettings, device: Device, make: Callable[
 
 
 def _stored_of(k: int) -> Callable[[int, int], dict[str, torch.Tensor]]:
-    """Extra tensors shaped as a cache's: an even distribution over the top k, and half for other tokens."""
+    """Extra tensors shaped as a cache's: equal logits for the top k, and half the probability for other tokens."""
 
     def extra(rows: int, length: int) -> dict[str, torch.Tensor]:
         logits = torch.zeros(rows, length, k, dtype=torch.float16)
@@ -165,7 +165,7 @@ def lessons_of(recipe: Recipe, corpus: Corpus, rows: dict[str, Rows], length: in
 
 
 def _expect_another_model(m: RunContext, settings: DistillationSettings) -> None:
-    """If the teacher is the student: raises `UserError` if no labels are used, else prints a warning."""
+    """If the teacher is the student: raises `UserError` if no labels are used, else prints a note."""
     if m.recipe.model.path is None or settings.teacher is None:
         return
     student, teacher = find_model_directory(m.recipe.model.path), find_model_directory(settings.teacher)

@@ -117,7 +117,7 @@ def judge_of(tokenizer: SLMTokenizer, settings: GrpoSettings) -> RewardFunction:
 
 @dataclass(frozen=True)
 class AnswerSampler:
-    """Samples `count` answers to each prompt, of any lengths; an answer includes its end token, if any."""
+    """Samples `count` answers [new] to each prompt [prompt], of any lengths; answers include their end tokens."""
 
     tokenizer: SLMTokenizer
     max_new_tokens: int
@@ -185,7 +185,7 @@ class ValidateAnswers:
         report |= {"validation/right": right / count, "validation/tokens": tokens / count}
 
 
-# reward(prompt, answer, known) → any number; 1 is what a right answer is usually worth.
+# reward(prompt, answer, known) → any finite number, usually 1 for a right answer.
 Reward = Callable[[str, str, str], float]
 MOST_SHOWN = 160  # characters of an answer, in an error
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")

@@ -19,7 +19,7 @@ from slmkit.training.diagnostics.xray_page import look
 from slmkit.training.distributed import ALONE, Group
 from slmkit.training.estimate.memory_profile import meta_model_of
 from slmkit.training.estimate.micro_batch import resolve_micro_batch
-from slmkit.training.fit import evaluation_interval, fit, make_plan
+from slmkit.training.fit import fit, make_plan
 from slmkit.training.logging.plan_json import PlanFile
 from slmkit.training.logging.progress import TrainingProgress
 from slmkit.training.logging.reference_curves import ReferenceBand, find_curve
@@ -54,7 +54,10 @@ def open_run(
 
 
 class Session:
-    """A run with everything in its recipe built, shared by `train` and `resume`."""
+    """A run with everything in its recipe built, shared by `train` and `resume`.
+
+    Raises `UserError` for rows longer than the context, and for data too short for one step.
+    """
 
     def __init__(
         self,
@@ -183,7 +186,7 @@ class Session:
         )
 
     def run_to_the_end(self, reporter: Reporter, resume: bool, stop: StopRequested | None = None) -> None:
-        interval = evaluation_interval(self.recipe.train, self.plan.steps)
+        interval = self.recipe.train.evaluation_interval(self.plan.steps)
         console = None if self.group.is_main else Console(quiet=True)
         plan_file = self._plan_file()
         curve = find_curve(self.recipe, self.config)

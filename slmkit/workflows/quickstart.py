@@ -30,6 +30,7 @@ MOST_EVALUATION = 0.15  # share of the remaining time, which limits the number o
 SMALLEST_SHARE = 0.01
 RESERVE = 0.07  # share of the time kept free: the machine may become slower
 OVERRUN = 1.25  # a part is stopped after this many times its planned time
+MARGIN = 1.25  # of advised minutes: the next measurement may be slower
 FLUENT = 0.3  # share of the corpus below which few sentences are correct
 
 
@@ -123,19 +124,25 @@ def affordable_share(seconds: float, primer_seconds: float, parts: float) -> flo
 def _tell_the_plan(minutes: float, seconds: float, primer: float, reporter: Reporter) -> None:
     """Print how much of the corpus fits into the time. Raises `UserError` if that is too little."""
     parts = 1 + STORIES + CHAT
-    whole = (parts + EVALUATION) * primer / (1 - RESERVE)
     share = affordable_share(seconds - FIXED, primer, parts)
-    least = SMALLEST_SHARE * parts * primer / (1 - MOST_EVALUATION) + FIXED + 60 * minutes - seconds
-    if least > 60 * minutes:
-        raise UserError(f"--minutes {minutes:g}: too short on this machine; it needs at least {math.ceil(least / 60)}")
+
+    def needed(share: float) -> float:
+        """Minutes in which this share can be read: the inverse of `affordable_share`, with what has passed already."""
+        work, passed = share * parts * primer, 60 * minutes * (1 - RESERVE) - seconds
+        read = min(work + EVALUATION * primer, work / (1 - MOST_EVALUATION))
+        return (read + FIXED + passed) / (1 - RESERVE) / 60
+
+    if needed(SMALLEST_SHARE) > minutes:
+        least = math.ceil(MARGIN * needed(SMALLEST_SHARE))
+        raise UserError(f"--minutes {minutes:g}: too short on this machine; it needs at least {least}")
     reporter.say(
         f"in {minutes:g} minutes there is time for about {share:.0%} of the corpus on this machine; "
-        f"all of it takes about {math.ceil(whole / 60)} minutes (--minutes)"
+        f"all of it takes about {math.ceil(needed(1))} minutes (--minutes)"
     )
     if share < FLUENT:
         reporter.warn(
             "too little time for sentences here; this only shows the steps. For a model that speaks: "
-            f"slm quickstart --minutes {math.ceil(FLUENT * whole / 60)}"
+            f"slm quickstart --minutes {math.ceil(MARGIN * needed(FLUENT))}"
         )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.helpers import TINY, refused, slm
+from tests.cli.helpers import SLM, TINY, python, refused, slm
 
 STORY = "Once there was a fox who had a kite. The kite flew over the hill and the fox ran after it, laughing. "
 
@@ -172,3 +172,13 @@ def test_a_run_is_planned_before_and_compared_after(folder: Path) -> None:
     assert "source: book.txt" in printed.stdout
     assert "name a recipe to plan, or what to propose one for: --hours 1" in refused("plan", cwd=folder)
     assert "give either a recipe or these options" in refused("plan", "own-text", "--hours", "2", cwd=folder)
+
+
+def test_the_quickstart_says_that_it_measures_before_it_does(tmp_path: Path) -> None:
+    code = (
+        "import sys; from slmkit.workflows import quickstart as q; q._seconds_of_a_step = lambda: sys.exit('measured')"
+    )
+    done = python(f"{code}; {SLM}", "quickstart", "-o", tmp_path / "q")
+    first, second = done.stderr.splitlines()
+    assert first.startswith("measuring this machine's speed")
+    assert second == "measured"

@@ -32,7 +32,7 @@ class StoredTensor:
     spelling: str  # of its precision, such as F32 or BF16
 
     def read(self, rows: slice = ALL) -> Tensor:
-        """The stored values, or some rows of them. Raises `UserError` for a missing or damaged file."""
+        """The stored values [rows, ...], all or some rows. Raises `UserError` for a missing or damaged file."""
         try:
             with safetensors.safe_open(self.path, framework="pt") as file:  # opened anew, so that no page stays mapped
                 return file.get_tensor(self.name) if rows == ALL else file.get_slice(self.name)[rows]

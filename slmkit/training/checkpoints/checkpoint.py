@@ -164,7 +164,7 @@ def newest_intact(
 ) -> Path | None:
     """The latest checkpoint that passes `verify`; damaged and partial ones are skipped with a warning.
 
-    `is_wanted` may exclude others. None if no checkpoint is left. Raises `UserError` if all are damaged.
+    `is_wanted` may exclude others. None if none is left. Raises `UserError` if none is left and some are damaged.
     """
     for path in sorted(folder.glob(".partial-*")):
         warn(f"{path.name}: half-written, ignored")

@@ -18,7 +18,7 @@ class ModelFiles(Protocol):
     """The format of a run's model on disk; every loader of models reads it."""
 
     def tensors(self, model: Decoder) -> Mapping[str, Tensor]:
-        """The tensors to save, by the model's own names."""
+        """The tensors to save, by the model's own names, in the parameters' shapes."""
 
     def write(self, model: Decoder, tensors: Mapping[str, Tensor], directory: Path) -> None:
         """Write the tensors; `model` gives shapes and names. Raises `UserError` when that fails."""

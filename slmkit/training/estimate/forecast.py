@@ -70,7 +70,7 @@ def forecast(
     rows = settings.rows_per_step(length)
     tokens = steps * rows * length
     rate = tokens_per_second or guessed_rate(inventory, length, device)
-    evaluations = -(-steps // (settings.eval_steps or max(1, steps // 10)))
+    evaluations = -(-steps // settings.evaluation_interval(steps))
     evaluating = evaluations * (validation_tokens * FORWARD_SHARE / rate + EVALUATION_SECONDS)
     checkpoint = checkpoint_bytes(inventory, settings, device)
     memory, counted = run_bytes(inventory, settings, rows, length, device, held_bytes)
@@ -120,6 +120,6 @@ def run_bytes(
 
 def disk_bytes(state: int, settings: TrainSettings, steps: int, vocab_size: int, unique_tokens: int) -> int:
     """Bytes of the checkpoints at most (those kept, the best, and one being written), and of the text's tokens."""
-    interval = settings.save_steps or settings.eval_steps or max(1, steps // 10)
+    interval = settings.save_steps or settings.evaluation_interval(steps)
     checkpoints = min(-(-steps // interval), settings.save_total_limit + 1) + 1
     return checkpoints * state + unique_tokens * (2 if vocab_size <= 65_536 else 4)

@@ -20,10 +20,6 @@ if TYPE_CHECKING:
 IDLE_REPORTED = 10  # steps in a row
 
 
-def evaluation_interval(settings: TrainSettings, steps: int) -> int:
-    return settings.eval_steps or max(1, steps // 10)
-
-
 def hooks_on_disk(
     settings: TrainSettings,
     eval_steps: int,

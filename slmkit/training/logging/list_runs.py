@@ -27,7 +27,7 @@ class RunOverview:
 
 
 def list_runs(folder: str | Path) -> list[RunOverview]:
-    """All runs below `folder`, or `folder` itself, the latest last. Raises `UserError` where it is not there."""
+    """All runs below `folder`, or `folder` itself, the latest last. Raises `UserError` if it does not exist."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; runs are made by `slm train`")
@@ -60,7 +60,7 @@ def read_run(root: Path) -> RunOverview:
 
 
 def read_plan(root: Path) -> dict[str, Any]:
-    """A run's `plan.json`; empty where there is none."""
+    """A run's `plan.json`; empty if there is none."""
     return read_json(root / "plan.json")
 
 

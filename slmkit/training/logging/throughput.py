@@ -1,4 +1,4 @@
-"""Seconds, memory and MFU of a run."""
+"""Time, memory and MFU of a run."""
 
 from __future__ import annotations
 

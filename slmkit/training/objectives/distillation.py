@@ -100,7 +100,7 @@ class DistillationLoss(nn.Module):
         divergence = DIVERGENCES[self.divergence](lesson.log_p, lesson.asked_of(student_logits, self.temperature))
         return F.cross_entropy(student_logits, labels, reduction="sum"), divergence.sum()
 
-    def mixed(self, cross_entropy: Tensor, divergence: Tensor) -> Tensor:
+    def mixed(self, cross_entropy: Tensor, divergence: Tensor) -> Tensor:  # [] each
         return self.alpha * cross_entropy + (1 - self.alpha) * self.temperature**2 * divergence
 
 

@@ -159,7 +159,7 @@ def columns_used(labels: Tensor) -> int:
 
 
 def rounded_up(columns: int) -> int:
-    """Columns computed where `columns` are needed."""
+    """`columns` rounded up to a multiple of `ROUNDED_TO`."""
     return -(-columns // ROUNDED_TO) * ROUNDED_TO
 
 

@@ -196,7 +196,7 @@ def unlikely(train: TrainSettings, steps: int) -> list[str]:
         every = getattr(train, name)
         if name in train.model_fields_set and every is not None and every > steps and every != fields[name].default:
             lines.append(f"train.{name} is {every} and the run takes {steps} steps: it happens once, at the end")
-    evaluations = -(-steps // (train.eval_steps or max(1, steps // 10)))
+    evaluations = -(-steps // train.evaluation_interval(steps))
     if train.early_stopping_patience is not None and train.early_stopping_patience >= evaluations:
         lines.append(
             f"train.early_stopping_patience is {train.early_stopping_patience}, and the run is evaluated {evaluations} "

@@ -111,7 +111,7 @@ class TrainSettings(Settings):
     gradient_checkpointing: int = Field(0, ge=0)
     compile: Literal["auto"] | bool = "auto"  # torch.compile of each block; auto: on CUDA devices
     logging_steps: int = Field(10, gt=0)  # steps from one line of metrics.jsonl to the next
-    eval_steps: int | None = Field(None, gt=0)  # steps between evaluations; None: ten evaluations in a run
+    eval_steps: int | None = Field(None, gt=0)  # steps between evaluations; None: at most ten evaluations in a run
     save_steps: int | None = Field(None, gt=0)  # steps between checkpoints; None: one at each evaluation
     save_total_limit: int = Field(2, gt=0)  # the newest checkpoints to keep, in addition to the best one
     early_stopping_patience: int | None = Field(None, gt=0)  # evaluations without a lower loss that end the run
@@ -181,6 +181,9 @@ class TrainSettings(Settings):
         if rows_in_epoch is None:
             raise UserError(ENDLESS)
         return max(1, round((self.num_train_epochs or 1) * rows_in_epoch / rows_per_step))
+
+    def evaluation_interval(self, steps: int) -> int:
+        return self.eval_steps or max(1, -(-steps // 10))
 
     def schedule(self, steps: int) -> Schedule:
         """Step → share of the peak learning rate, over a run of `steps` steps."""

@@ -65,6 +65,12 @@ def test_steps_that_do_not_suit_the_run_are_said(train: dict, words: str | None)
     assert lines == [] if words is None else words in " ".join(lines)
 
 
+@pytest.mark.parametrize("steps", [1, 9, 10, 11, 19, 29, 732])
+def test_a_run_has_at_most_ten_evaluations_by_itself(steps: int) -> None:
+    evaluations = -(-steps // TrainSettings().evaluation_interval(steps))
+    assert min(steps, 6) <= evaluations <= 10
+
+
 @pytest.mark.parametrize("name", ["own-chat", "own-chat-lora", "own-chat-gemma", "own-chat-llama3"])
 def test_a_hundred_conversations_get_a_warm_up_of_several_steps(name: str) -> None:
     assert unlikely(load_recipe(find_recipe(name)).train, steps=12) == []
