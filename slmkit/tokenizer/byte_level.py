@@ -89,17 +89,21 @@ def is_byte_level(tokenizer: Tokenizer) -> bool:
     return any(part.get("type") == "ByteLevel" for part in [decoder, *decoder.get("decoders", [])])
 
 
+def fallback_bytes(tokenizer: Tokenizer) -> list[str]:
+    """The 256 spellings of the bytes that stand for unknown characters; empty if the model does not do that."""
+    model = tokenizer.model
+    # Only BPE has the attribute, so look at what the library writes; no string in JSON can hold these quotes.
+    falls_back = (
+        model.byte_fallback if isinstance(model, models.BPE) else b'"byte_fallback":true' in model.__getstate__()
+    )
+    return [f"<0x{byte:02X}>" for byte in range(256)] if falls_back else []
+
+
 def holds_every_byte(tokenizer: Tokenizer) -> bool:
-    """Whether each of the 256 bytes is a token, so that any text can be encoded."""
-    if not isinstance(tokenizer.model, models.BPE):
-        return bool(getattr(tokenizer.model, "byte_fallback", False)) and _has_all(tokenizer, "<0x{:02X}>")
-    if is_byte_level(tokenizer):
-        return all(tokenizer.token_to_id(character) is not None for character in BYTE_CHARACTERS)
-    return bool(tokenizer.model.byte_fallback) and _has_all(tokenizer, "<0x{:02X}>")
-
-
-def _has_all(tokenizer: Tokenizer, spelling: str) -> bool:
-    return all(tokenizer.token_to_id(spelling.format(byte)) is not None for byte in range(256))
+    """Whether the model is BPE and each of the 256 bytes is a token, so that any text can be encoded."""
+    spellings = BYTE_CHARACTERS if is_byte_level(tokenizer) else fallback_bytes(tokenizer)
+    is_spelled = bool(spellings) and all(tokenizer.token_to_id(spelling) is not None for spelling in spellings)
+    return is_spelled and isinstance(tokenizer.model, models.BPE)
 
 
 def bytes_of_tokens(tokenizer: Tokenizer) -> list[bytes | None]:
@@ -113,8 +117,10 @@ def bytes_of_tokens(tokenizer: Tokenizer) -> list[bytes | None]:
     table: list[bytes | None] = [None] * (1 + max(vocabulary.values()))
     for token, index in vocabulary.items():
         table[index] = of_token(token)
+    of_bytes = {*fallback_bytes(tokenizer)}  # some files declare these as added, and even as special
     for index, added in tokenizer.get_added_tokens_decoder().items():
-        table[index] = added.content.encode()
+        if added.content not in of_bytes:
+            table[index] = added.content.encode()
     return table
 
 

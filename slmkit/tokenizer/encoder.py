@@ -40,7 +40,9 @@ class TextEncoder:
         self.bytes = byte_level.bytes_of_tokens(library)  # by id; None for an unused id
         self.is_byte_level = byte_level.is_byte_level(library)
         self.added = dict(sorted(library.get_added_tokens_decoder().items()))
-        self.special = {token.content: index for index, token in self.added.items() if token.special}
+        self.fallback = {*byte_level.fallback_bytes(library)}  # text, which some files declare as special
+        special = {token.content: index for index, token in self.added.items() if token.special}
+        self.special = {token: index for token, index in special.items() if token not in self.fallback}
         self.secret = {f"<|{secrets.token_hex(16)}|>": index for index in self.special.values()}
         self.unknown = library.token_to_id(getattr(library.model, "unk_token", None) or "")
         self.loses_nothing = byte_level.holds_every_byte(library)
@@ -63,14 +65,18 @@ class TextEncoder:
         renamed = dict(zip(self.special, self.secret))
         content = json.loads(self.library.to_str())
         model, content["post_processor"] = content["model"], None
-        if isinstance(model["vocab"], dict):
-            model["vocab"] = {renamed.get(token, token): index for token, index in model["vocab"].items()}
+        if isinstance(vocabulary := model["vocab"], dict):
+            model["vocab"] = {renamed.get(token, token): index for token, index in vocabulary.items()}
+            if self.is_byte_level:  # a byte that is special, such as GPT-2's `!` as padding, keeps its name as well
+                model["vocab"] |= {byte: vocabulary[byte] for byte in renamed if byte in byte_level.BYTE_CHARACTERS}
         else:
-            model["vocab"] = [[renamed.get(token, token), score] for token, score in model["vocab"]]
+            model["vocab"] = [[renamed.get(token, token), score] for token, score in vocabulary]
         if model.get("unk_token") in renamed:
             model["unk_token"] = renamed[model["unk_token"]]
         if "merges" in model:  # no merge may form a special token
             model["merges"] = [pair for pair in model["merges"] if not {*pair, "".join(pair)} & renamed.keys()]
+        added = content["added_tokens"]
+        content["added_tokens"] = [token for token in added if token["content"] not in self.fallback]
         for token in content["added_tokens"]:
             if token["special"]:
                 token |= {"content": renamed[token["content"]], "normalized": False, "single_word": False}

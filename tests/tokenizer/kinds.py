@@ -43,6 +43,25 @@ def _pieces(extra: list[str] = ()) -> list[str]:  # type: ignore[assignment]
     return [*dict.fromkeys([*extra, "▁", "▁▁", *(f"▁{word}" for word in words[:60]), *words[:60], *characters])]
 
 
+def special_bytes(make: Callable[[], Kind]) -> Callable[[], Kind]:
+    """As `BpeTrainer(special_tokens=[*BYTES])` leaves it: the bytes are declared as special."""
+
+    def made() -> Kind:
+        tokenizer, config = make()
+        tokenizer.add_special_tokens(BYTES)
+        return tokenizer, config
+
+    return made
+
+
+def special_padding() -> Kind:
+    """A byte-level vocabulary that pads with the token of a character, as CLIP's does."""
+    tokenizer, config = byte_level()()
+    tokenizer.normalizer = normalizers.NFC()  # which the fast encoder does not do
+    tokenizer.add_special_tokens(["!"])
+    return tokenizer, config | {"pad_token": "!"}
+
+
 def sentencepiece_bpe() -> Tokenizer:
     """As Llama 2's: trained merges over `▁`, unknown characters as bytes. Its edges are the caller's."""
     trained = Tokenizer(models.BPE())
@@ -201,6 +220,8 @@ MADE: dict[str, Callable[[], Kind]] = {
     "gemma-like": gemma_like,
     "unigram-first": unigram("first"),
     "unigram-always": unigram("always"),
+    "metaspace-special-bytes": special_bytes(metaspace("first")),
+    "unigram-special-bytes": special_bytes(unigram("first")),
     "unigram-unknown": unigram("first", byte_fallback=False),
     "wordpiece": wordpiece,
     "word-level": word_level,

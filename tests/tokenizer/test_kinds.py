@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from slmkit.tokenizer import ChatTokens, SLMTokenizer
 
-from .kinds import MADE, PROSE, REAL, directory_of
+from .kinds import MADE, PROSE, REAL, directory_of, special_padding
 
 transformers = pytest.importorskip("transformers")
 
@@ -83,6 +84,21 @@ def test_no_text_becomes_a_special_token(ours: SLMTokenizer, theirs: Any) -> Non
     special = {*ours.special_tokens.values()} - {theirs.unk_token_id}
     for text in texts_with_special(ours):
         assert not special & {*ours.encode(text)}, text
+
+
+def test_no_text_is_lost_where_bytes_are_special(tmp_path: Path) -> None:
+    tokenizer, config = special_padding()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours, theirs = SLMTokenizer.from_pretrained(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.pad_token_id == theirs.pad_token_id == ours.encode("!")[0]
+    for text in ("the cat! sat", "!!! no! !\n"):
+        assert ours.encode(text) == theirs(text, add_special_tokens=False).input_ids
+        assert ours.decode(ours.encode(text)) == text
+    fallback = SLMTokenizer.from_pretrained(directory_of("metaspace-special-bytes", tmp_path))
+    newline = fallback.encode("\n")[-1]
+    assert fallback.decode(fallback.encode("cat\nsat"), skip_special_tokens=True) == "cat\nsat"
+    assert fallback.token_bytes(newline) == b"\n"
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
