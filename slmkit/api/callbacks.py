@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ class Callbacks:
 
     def __init__(self, given: Sequence[Any]) -> None:
         """Raises `UserError` for a callback without any of the methods, or with other arguments."""
+        if not isinstance(given, Iterable):
+            raise UserError(f"callbacks: expected a list, found {given!r}: put it into one, callbacks=[…]")
         self.given, self.has_stopped = [_as_callback(each) for each in given], False
 
     def at(self, moment: str, group: Group) -> Callable[[State, Any], bool]:
@@ -62,10 +64,21 @@ class Callbacks:
 
 def _as_callback(given: Any) -> Any:
     if inspect.isfunction(given) or inspect.ismethod(given):
+        _expect_two_arguments(given, f"the function {given.__name__}")
         return type("Function", (Callback,), {"on_step": staticmethod(given)})()
     if inspect.isclass(given) or not any(callable(getattr(given, moment, None)) for moment in MOMENTS):
         raise UserError(f"callbacks: {given!r} is neither a function nor an object with {', '.join(MOMENTS)}")
+    for moment in filter(lambda name: callable(getattr(given, name, None)), MOMENTS):
+        _expect_two_arguments(getattr(given, moment), f"{moment} of {type(given).__name__}")
     return given
+
+
+def _expect_two_arguments(call: Callable[..., Any], name: str) -> None:
+    try:
+        inspect.signature(call).bind(None, None)
+    except TypeError:
+        what = "directory" if name.startswith("on_save") else "report"
+        raise UserError(f"callbacks: {name} does not take (state, {what}); see slmkit.api.callbacks.Callback") from None
 
 
 class GivenLoss:
@@ -120,10 +133,24 @@ class TorchSchedule:
             group["peak_lr"] = group["lr"]
 
 
+def check_pair(optimizers: Any) -> tuple[Any, Any]:
+    """The optimizer and the scheduler. Raises `UserError` for anything but a pair."""
+    if not isinstance(optimizers, tuple | list) or len(optimizers) != 2:
+        found = "" if isinstance(optimizers, tuple | list) else f", found {type(optimizers).__name__}"
+        raise UserError(f"optimizers: expected a pair (optimizer, scheduler or None){found}")
+    return optimizers[0], optimizers[1]
+
+
 def check_optimizer(optimizer: Any, model: torch.nn.Module) -> None:
     """Raises `UserError` unless it updates exactly the trained parameters of `model`."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise UserError(f"optimizers: expected (optimizer, scheduler or None), found {kind_of_value(optimizer)} first")
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise UserError(
+            f"optimizers: {type(optimizer).__name__} computes the loss again within its step, which training here does "
+            "not support: take one whose step() needs no closure, such as torch.optim.AdamW"
+        )
     has = {id(p) for group in optimizer.param_groups for p in group["params"]}
     wanted = {id(p): name for name, p in trained(model).items()}
     if has - wanted.keys():

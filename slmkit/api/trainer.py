@@ -13,14 +13,14 @@ from torch.utils.data import IterableDataset
 
 from slmkit.adapt.adapter import AdapterFiles, fingerprint
 from slmkit.adapt.lora import add_lora
-from slmkit.api.callbacks import Callbacks, GivenLoss, LossFunction, TorchSchedule, check_optimizer
+from slmkit.api.callbacks import Callbacks, GivenLoss, LossFunction, TorchSchedule, check_optimizer, check_pair
 from slmkit.api.causal_lm import SLMForCausalLM
 from slmkit.config import UserError, kind_of_value, methods_checked
 from slmkit.data.rows.text_dataset import TextDataset
 from slmkit.data.rows.torch_dataset import DatasetRows, ItemFormat, IterableBatches
 from slmkit.data.stream import Batches, Rows, Stream
 from slmkit.device import Device, find_device
-from slmkit.model.config import SLMConfig
+from slmkit.model.config import TRAINING_FIELDS, SLMConfig
 from slmkit.model.files.adapter_directory import LoRASettings, is_adapter
 from slmkit.training.checkpoints.checkpoint import kept_in
 from slmkit.training.diagnostics.xray_page import look
@@ -84,6 +84,7 @@ class SLMTrainer:
                 f"the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}: "
                 f"set vocab_size={len(tokenizer)} in its config"
             )
+        check_config(config, model.config)
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.output_dir, self.device_name, self.seed = output_dir, device, seed
@@ -91,13 +92,14 @@ class SLMTrainer:
         self.teacher_model, self.distillation_loss = teacher_model, distillation_loss
         self.distils = teacher_model is not None and config.use_distillation is not False
         self.length = getattr(train_dataset, "length", None) or config.sequence_length or config.max_position_embeddings
+        self.evaluated = None if eval_dataset is None else self._rows(eval_dataset, "eval_dataset")
         if teacher_model is None and (config.use_distillation or distillation_loss is not None):
             raise UserError("distillation needs a teacher: give the trainer a teacher_model")
         if teacher_model is not None:
             check_fit(teacher_model.decoder, len(tokenizer), self.length, "teacher_model")
         if loss is not None and self.distils:
             raise UserError("loss and teacher_model: a loss with a teacher is a DistillationLoss, as distillation_loss")
-        self.optimizer, self.scheduler = optimizers
+        self.optimizer, self.scheduler = check_pair(optimizers)
         if self.optimizer is not None and lora is not None:
             raise UserError("optimizers with lora: the adapter's parameters are made here: set the rates in the config")
         self.lora, self.files = lora, None if lora is None else self._begin_adapter(lora)
@@ -167,9 +169,10 @@ class SLMTrainer:
                     optimizer=self.optimizer,
                     on_save=self.callbacks.at("on_save", group) if self.callbacks.has("on_save") else None,
                 )
-            except RunStopped:
+            except RunStopped as stopped:
                 if not self.callbacks.has_stopped:
-                    raise
+                    way = f"SLMTrainer(…).train(resume_from_checkpoint={str(run.root)!r})"  # `slm resume` has no data
+                    raise RunStopped(f"{str(stopped).partition(';')[0]}; go on with: {way}") from None
         self.model.eval()
         return last or run.metrics.read()[-1]
 
@@ -177,17 +180,16 @@ class SLMTrainer:
         if not _is_iterable(dataset):
             rows = self._rows(dataset)
             return Stream(rows, min(self.config.batch_size, rows.rows_in_epoch), self.seed)
-        return IterableBatches(dataset, self._form, self.config.batch_size)
+        return IterableBatches(dataset, self._form(), self.config.batch_size)
 
-    def _rows(self, dataset: Any) -> Rows:
+    def _rows(self, dataset: Any, name: str = "the data set") -> Rows:
         if isinstance(dataset, TextDataset):
             return dataset
-        return DatasetRows(list(dataset) if _is_iterable(dataset) else dataset, self._form)
+        return DatasetRows(list(dataset) if _is_iterable(dataset) else dataset, self._form(name))
 
-    @property
-    def _form(self) -> ItemFormat:
+    def _form(self, name: str = "the data set") -> ItemFormat:
         pad_id = getattr(self.tokenizer, "pad_token_id", None)
-        return ItemFormat(self.length, 0 if pad_id is None else pad_id, self.config.vocab_size)
+        return ItemFormat(self.length, 0 if pad_id is None else pad_id, self.config.vocab_size, name)
 
     def _warmup(self, steps: int) -> int:
         """The config's `warmup_steps`; if they are not set, at most a tenth of the run."""
@@ -204,11 +206,11 @@ class SLMTrainer:
         interval = settings.evaluation_interval(plan.steps)
         if not isinstance(self.train_dataset, TextDataset):  # the computed tokens of a row are not known
             yield Every(1, lambda state, report: report.pop("mfu", None))
-        if self.eval_dataset is not None:
-            yield Every(interval, Validate(self._rows(self.eval_dataset), device, group=group), on_all_ranks=True)
+        if self.evaluated is not None:
+            yield Every(interval, Validate(self.evaluated, device, group=group), on_all_ranks=True)
         yield Every(1, lambda state, report: last.update(report), on_all_ranks=True)
         yield Every(1, self.callbacks.at("on_step", group), on_all_ranks=True)
-        if self.eval_dataset is not None:
+        if self.evaluated is not None:
             yield Every(interval, self.callbacks.at("on_evaluation", group), on_all_ranks=True)
 
     def _begin_adapter(self, lora: LoRASettings) -> AdapterFiles:
@@ -244,6 +246,16 @@ class SLMTrainer:
     def _companions(self, directory: Path) -> None:
         if hasattr(self.tokenizer, "save_pretrained"):
             self.tokenizer.save_pretrained(str(directory))
+
+
+def check_config(config: SLMConfig, of_model: SLMConfig) -> None:
+    """Raise `UserError` if `config`, which is saved with the weights, describes another model than `of_model`."""
+    told, built = (each.model_dump(exclude=TRAINING_FIELDS) for each in (config, of_model))
+    if differ := [f"{name} {told[name]!r} and {built[name]!r}" for name in told if told[name] != built[name]]:
+        raise UserError(
+            f"the config and the model's own differ in {', '.join(differ)}: give the trainer model.config, "
+            "or a copy with other training fields"
+        )
 
 
 def _is_iterable(dataset: Any) -> bool:

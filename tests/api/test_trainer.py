@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from slmkit import (
 from slmkit.api.callbacks import Callback
 from slmkit.data.batch import Batch
 from slmkit.training.logging.list_runs import list_runs
-from slmkit.training.loop import Report, State
+from slmkit.training.loop import Report, RunStopped, State
 from slmkit.workflows.context import SILENCE
 from slmkit.workflows.train import resume_run
 
@@ -146,6 +148,18 @@ def test_data_sets_of_nothing_are_refused(tmp_path: Path) -> None:
             trainer(tmp_path, wrong).train(max_steps=1)
     with pytest.raises(UserError, match="max_steps"):
         trainer(tmp_path, InOrder()).train(num_epochs=2)
+    for wrong in ([], iter([])):
+        with pytest.raises(UserError, match="^eval_dataset has no items"):
+            trainer(tmp_path, eval_dataset=wrong)
+
+
+def test_a_config_that_does_not_fit_the_weights_is_refused(tmp_path: Path) -> None:
+    model = fresh()
+    model.config = CONFIG.model_copy(update={"hidden_size": 8, "rms_norm_eps": 1.0, "learning_rate": 7.0})
+    with pytest.raises(UserError, match="differ in hidden_size 16 and 8, rms_norm_eps 1e-05 and 1.0: give .*model.con"):
+        trainer(tmp_path, model=model)
+    model.config = CONFIG.model_copy(update={"learning_rate": 7.0, "batch_size": 1, "generation_config": {"top_k": 2}})
+    trainer(tmp_path, model=model)
 
 
 class Watch(Callback):
@@ -194,6 +208,15 @@ def test_a_function_that_stops_the_run_leaves_a_checkpoint_and_the_run_goes_on_a
         trainer(tmp_path).train(max_steps=10, resume_from_checkpoint=str(tmp_path / "none"))
 
 
+def test_a_signal_names_the_way_on_in_a_script(tmp_path: Path) -> None:
+    calls = [lambda state, report: report["step"] == 2 and os.kill(os.getpid(), signal.SIGTERM)]
+    with pytest.raises(
+        RunStopped, match=r"^stopped after step \d of 9; go on with: SLMTrainer\(…\)\.train\(resume_fro"
+    ):
+        trainer(tmp_path, callbacks=calls).train(max_steps=9)
+    assert trainer(tmp_path).train(max_steps=9, resume_from_checkpoint=str(tmp_path / "run"))["step"] == 9
+
+
 def test_an_optimizer_and_its_scheduler_set_the_rates_also_after_a_stop(tmp_path: Path) -> None:
     def optimizers(model: SLMForCausalLM) -> tuple[Any, Any]:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
@@ -220,6 +243,9 @@ def test_optimizers_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         ((torch.optim.SGD([next(model.parameters())], lr=1), None), "leaves out .* parameters, such as"),
         ((None, torch.optim.lr_scheduler.ExponentialLR(plateau, 0.5)), "a scheduler without its optimizer"),
         (("adam", None), "found text first"),
+        (plateau, r"expected a pair \(optimizer, scheduler or None\), found SGD"),
+        ((plateau,), "expected a pair"),
+        ((torch.optim.LBFGS(model.parameters()), None), "LBFGS computes the loss again .*: take one"),
     ]
     for optimizers, words in cases:
         with pytest.raises(UserError, match=words):
@@ -304,6 +330,16 @@ def test_wrong_arguments_and_callbacks_are_one_line(tmp_path: Path) -> None:
     for wrong in ([7], [Watch], [object()]):
         with pytest.raises(UserError, match="neither a function nor an object with on_step"):
             trainer(tmp_path, callbacks=wrong)
+    for wrong in (Watch(), lambda state, report: None):
+        with pytest.raises(
+            UserError, match=r"^callbacks: expected a list, found .*: put it into one, callbacks=\[…\]$"
+        ):
+            trainer(tmp_path, callbacks=wrong)
+    transformers = pytest.importorskip("transformers")
+    with pytest.raises(UserError, match=r"^callbacks: on_save of TrainerCallback does not take \(state, directory\)"):
+        trainer(tmp_path, callbacks=[transformers.TrainerCallback()])
+    with pytest.raises(UserError, match=r"^callbacks: the function <lambda> does not take \(state, report\)"):
+        trainer(tmp_path, callbacks=[lambda state: None])
     with contextlib.suppress(UserError):
         SLMConfig(hiden_size=3)
     for name in SLMConfig.model_fields:

@@ -11,6 +11,7 @@ import numpy as np
 from slmkit.config import UserError, kind_of_value
 from slmkit.data.batch import Batch
 from slmkit.data.packing import IGNORED, padded
+from slmkit.data.sources.turns import WEIGHTS, is_on_learning
 from slmkit.data.stream import Batches, Rows, share_of_rank
 
 KEYS = ("input_ids", "labels", "attention_mask", "position_ids", "token_type_ids")
@@ -19,11 +20,15 @@ Row = tuple[np.ndarray, np.ndarray]  # ids and next-token labels, int64 [tokens]
 
 @dataclass(frozen=True)
 class ItemFormat:
-    """How to convert an item to a row: maximum length in tokens, padding id, and the model's vocabulary size."""
+    """How to convert an item to a row: maximum length in tokens, padding id, the model's vocabulary size.
+
+    `name` is what error messages call the data set.
+    """
 
     length: int
     pad_id: int
     vocab_size: int
+    name: str = "the data set"
 
     def row(self, item: Any, index: int) -> Row:
         """Ids and next-token labels, int64 [tokens] each, of an item.
@@ -32,7 +37,7 @@ class ItemFormat:
         default: all are) and an `attention_mask` whose zeros at either end are padding. Raises `UserError` that names
         the item.
         """
-        where = f"item {index:,} of the data set"
+        where = f"item {index:,} of {self.name}"
         if not isinstance(item, Mapping) or "input_ids" not in item:
             found = ", ".join(map(str, item)) if isinstance(item, Mapping) else kind_of_value(item)
             raise UserError(f"{where}: expected a dict with input_ids (and labels), found {found}")
@@ -47,6 +52,12 @@ class ItemFormat:
             if name not in KEYS and np.shape(value)[:1] == ids.shape:
                 raise UserError(
                     f"{where}: {name!r} has one value per token and is not used; put -100 into labels, or remove it"
+                )
+            if (name in WEIGHTS and np.any(np.asarray(value) != 1)) or (
+                name not in KEYS and is_on_learning(str(name), value)
+            ):
+                raise UserError(
+                    f"{where}: {name!r} is not read: put -100 into labels for what is not learned, and remove it"
                 )
         real = np.flatnonzero(mask)
         kept = slice(real[0], real[-1] + 1) if len(real) else slice(0)
@@ -78,7 +89,7 @@ class DatasetRows(Rows):
         """Raises `UserError` if it is empty."""
         self.dataset, self.form = dataset, form
         if not len(dataset):
-            raise UserError("the data set has no items: there is nothing to learn")
+            raise UserError(f"{form.name} has no items: at least one is needed")
 
     @property
     def rows_in_epoch(self) -> int:

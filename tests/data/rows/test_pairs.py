@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from slmkit.config import UserError
 from slmkit.data.prepare.text_to_shards import prepare_chat
@@ -251,3 +252,7 @@ def test_an_item_with_a_mask_that_is_not_read_is_refused() -> None:
     form.row({"input_ids": ids, "position_ids": ids, "text": "abc"}, 0)
     with pytest.raises(UserError, match="item 0 of the data set: 'loss_mask' has one value per token"):
         form.row({"input_ids": ids, "loss_mask": [0, 0, 1]}, 0)
+    form.row({"input_ids": ids, "weight": 1, "idx": 7, "length": 3}, 0)
+    for name, value in (("weight", 0.1), ("weight", torch.tensor(0.1)), ("sample_weight", 0.5), ("masked", True)):
+        with pytest.raises(UserError, match=f"item 0 of the data set: '{name}' is not read"):
+            form.row({"input_ids": ids, name: value}, 0)
