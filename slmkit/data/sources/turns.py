@@ -37,34 +37,12 @@ ON_LEARNING = re.compile(
 )
 # Words that judge an answer, or whether something is learned.
 GOOD = (
-    "true",
-    "1",
-    "1.0",
-    "yes",
-    "good",
-    "desirable",
-    "chosen",
-    "accepted",
-    "preferred",
-    "correct",
-    "thumbs up",
-    "like",
+    "true", "1", "1.0", "yes", "good", "desirable", "chosen", "accepted", "preferred", "correct", "thumbs up", "like",
     "👍",
-)
+)  # fmt: skip
 BAD = (
-    "false",
-    "0",
-    "0.0",
-    "no",
-    "bad",
-    "undesirable",
-    "rejected",
-    "incorrect",
-    "wrong",
-    "thumbs down",
-    "dislike",
-    "👎",
-)
+    "false", "0", "0.0", "no", "bad", "undesirable", "rejected", "incorrect", "wrong", "thumbs down", "dislike", "👎",
+)  # fmt: skip
 JUDGEMENTS = dict.fromkeys(GOOD, True) | dict.fromkeys(BAD, False)
 REASONING = ("reasoning_content", "reasoning", "thinking")
 TOOLS = ("tools", "functions")
