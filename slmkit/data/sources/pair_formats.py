@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -21,7 +22,6 @@ from slmkit.data.sources.row_formats import (
     Row,
     RowFormat,
     RowFormats,
-    first_of,
     introduced,
     messages_in,
     question,
@@ -29,7 +29,17 @@ from slmkit.data.sources.row_formats import (
     spoken,
 )
 from slmkit.data.sources.settings import SourceSettings
-from slmkit.data.sources.turns import TOOLS, RowError, checked, conversation, is_empty, judgement, shown
+from slmkit.data.sources.turns import (
+    TOOLS,
+    RowError,
+    checked,
+    conversation,
+    is_empty,
+    judgement,
+    shown,
+    the_one,
+    tools_in,
+)
 
 QUESTIONS = ("prompt", "question", "instruction", "query", *CHATS)
 ANSWERS = {"chosen": "rejected", "response_j": "response_k", "chosen_response": "rejected_response"}  # better: worse
@@ -174,18 +184,36 @@ def _ranked(row: Row, column: str) -> Pair:
     if not any(word in str(key) for key in (*keys, *row) for word in ("score", "rank", "rating")) or not answers:
         raise RowError("no column 'chosen' and 'rejected', nor others that make pairs of answers", NO_COLUMN)
     asked = next((name for name in QUESTIONS if not is_empty(row.get(name))), None)
-    text, score = (next((name for name in names if name in keys), None) for names in (ANSWER, (*SCORES, "rank")))
-    scores: list[Any] = [answer.get(score) if isinstance(answer, dict) else None for answer in answers]
-    if asked is None or text is None or not all(isinstance(one, int | float) and one == one for one in scores):
+    text = next((name for name in ANSWER if name in keys), None)
+    values = {name: [_score(answer, name) for answer in answers] for name in (*SCORES, "rank") if name in keys}
+    score, scores = next(iter(values.items()), ("", [None]))
+    if asked is None or text is None or None in scores:
         raise RowError(
             f"column {column!r} holds ranked answers that are not objects with a text ({', '.join(ANSWER)}) and a "
             f"score ({', '.join(SCORES)}, rank): make columns 'prompt', 'chosen' and 'rejected' of them",
             "ranked answers",
         )
-    order = sorted(range(len(scores)), key=lambda place: scores[place], reverse=score != "rank")
+    for number, answer in enumerate(answers, start=1):
+        if the_one(answer, ANSWER) is None or answer.get(text) is None:
+            raise RowError(f"answer {number} in column {column!r} has no {text!r}, which others have")
+    for name, others in values.items():
+        pairs = itertools.permutations(zip(scores, others), 2)
+        if any(None not in (c, d) and a > b and c < d for (a, c), (b, d) in pairs):
+            raise RowError(
+                f"{score!r} and {name!r} of the answers in column {column!r} contradict each other: drop one"
+            )
+    order = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)
     if scores[order[0]] == scores[order[-1]]:
         raise RowError(f"the answers in column {column!r} have one score, so that none is better", "equal scores")
     return _chosen_and_rejected(row, asked, *(answers[place].get(text) for place in (order[0], order[-1])))
+
+
+def _score(answer: Any, name: str) -> Any:
+    """A number that is higher for a better answer; None if the answer has none."""
+    found = answer.get(name) if isinstance(answer, dict) else None
+    if not isinstance(found, int | float) or found != found:
+        return None
+    return -found if name == "rank" else found
 
 
 def _side(row: Row, column: str, before: list[Message]) -> Conversation:
@@ -195,9 +223,9 @@ def _side(row: Row, column: str, before: list[Message]) -> Conversation:
         row, value = {**row, column: [value]}, [value]
     turns = _dialogue(value) or (said(row, column) if isinstance(value, str) else messages_in(row, column))
     try:
-        answer = conversation(turns, first_of(row, TOOLS), column)
+        answer = conversation(turns, the_one(row, TOOLS, tools_in), column)
         if before and answer[0]["role"] == "assistant":
-            answer = conversation([*before, *turns], first_of(row, TOOLS), column)
+            answer = conversation([*before, *turns], the_one(row, TOOLS, tools_in), column)
         return checked(introduced(row, answer))
     except RowError as error:
         raise RowError(f"{column}: {error}", error.reason) from None

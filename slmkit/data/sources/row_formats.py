@@ -31,6 +31,8 @@ from slmkit.data.sources.turns import (
     is_on_learning,
     judgement,
     shown,
+    the_one,
+    tools_in,
 )
 
 Row = dict[str, Any]
@@ -320,7 +322,7 @@ def spoken() -> dict[str, RowFormat]:
 
 
 def _talk(row: Row, column: str) -> Conversation:
-    messages = introduced(row, conversation(messages_in(row, column), first_of(row, TOOLS), column))
+    messages = introduced(row, conversation(messages_in(row, column), the_one(row, TOOLS, tools_in), column))
     if "chosen" in row and "rejected" in row and messages and messages[-1]["role"] != "assistant":
         raise RowError("columns 'chosen' and 'rejected' hold the answers: objective: dpo", "pairs of answers")
     return checked(messages)
@@ -328,10 +330,10 @@ def _talk(row: Row, column: str) -> Conversation:
 
 def exchange(row: Row, asked: str, answer: str) -> Conversation:
     turns = messages_in(row, answer) if isinstance(row[answer], list) else said(row, answer)
-    reasoning = first_of(row, REASONING)
+    reasoning = the_one(row, REASONING)
     if not is_empty(reasoning):
         turns = [*turns[:-1], {**turns[-1], "reasoning_content": reasoning}]
-    return checked(introduced(row, conversation([*question(row, asked), *turns], first_of(row, TOOLS), asked)))
+    return checked(introduced(row, conversation([*question(row, asked), *turns], the_one(row, TOOLS, tools_in), asked)))
 
 
 def question(row: Row, column: str) -> list[Message]:
@@ -354,6 +356,7 @@ def introduced(row: Row, messages: Conversation) -> Conversation:
     column = next((name for name in SYSTEM if not is_empty(row.get(name))), None)
     if column is None:
         return messages
+    the_one(row, SYSTEM)
     prompt = {"role": "system", "content": text_in(row, column)}
     if not messages or messages[0]["role"] != "system":
         messages.insert(0, prompt)
@@ -364,10 +367,6 @@ def introduced(row: Row, messages: Conversation) -> Conversation:
 
 def said(row: Row, column: str) -> list[Message]:
     return [{"role": "assistant", "content": text_in(row, column)}]
-
-
-def first_of(row: Row, columns: Iterable[str]) -> Any:
-    return next((row[name] for name in columns if not is_empty(row.get(name))), None)
 
 
 def text_in(row: Row, column: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from slmkit.config import kind_of_value, spelled
@@ -69,6 +69,23 @@ def is_empty(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(map(is_empty, value))
     return value is None or (isinstance(value, float) and value != value)
+
+
+def _stripped(value: Any) -> Any:
+    return value.strip() if isinstance(value, str) else value
+
+
+def the_one(row: dict[str, Any], keys: Iterable[str], meaning: Callable[[Any], Any] = _stripped) -> Any:
+    """The value of the first of the keys that is not empty. Raises `RowError` if another's `meaning` is not the same.
+
+    If all are empty: the value of the first that is there; None if none is.
+    """
+    there = [key for key in keys if key in row]
+    first, *others = [key for key in there if not is_empty(row[key])] or there[:1] or [""]
+    for other in others:
+        if meaning(row[other]) != meaning(row[first]):
+            raise RowError(f"column {first!r} and column {other!r} contradict each other: drop one", "contradictions")
+    return row.get(first)
 
 
 def judgement(value: Any) -> bool | None:
@@ -143,12 +160,15 @@ def _message(turn: Any, found: Conversation, column: str) -> Message:
     if not isinstance(turn, dict):
         raise RowError(f"expected in column {column!r} a list of messages such as {EXAMPLE}, found {shown(turn)}")
     _account_for_keys(turn, found)
-    named = _first(turn, ROLE)
+    named = the_one(turn, ROLE, lambda name: ROLES.get(str(name).lower(), name))
     role = ROLES.get(named.lower()) if isinstance(named, str) else None
     if role is None:
         raise RowError(f"role {shown(named)}; expected one of {', '.join(ROLES)}")
-    message: Message = {"role": role, "content": _text(_first(turn, CONTENT), role)}
-    calls = turn.get("tool_calls") if not is_empty(turn.get("tool_calls")) else turn.get("function_call")
+    message: Message = {
+        "role": role,
+        "content": _text(the_one(turn, CONTENT, lambda text: _stripped(_text(text, role))), role),
+    }
+    calls = the_one(turn, ("tool_calls", "function_call"), lambda its: [call["function"] for call in _calls(its)])
     if isinstance(named, str) and named.lower() in CALLS:
         calls, message["content"], message["is call"] = message["content"], "", True
     if not is_empty(calls):
@@ -156,7 +176,7 @@ def _message(turn: Any, found: Conversation, column: str) -> Message:
     elif message["content"] is None:
         raise RowError("content is nothing; expected text")
     message["content"] = message["content"] or ""
-    if not is_empty(reasoning := _first(turn, REASONING)):
+    if not is_empty(reasoning := the_one(turn, REASONING)):
         message["reasoning_content"] = reasoning
     message |= {key: turn[key] for key in ("name", "tool_call_id") if not is_empty(turn.get(key))}
     for key in ("reasoning_content", "name", "tool_call_id"):
@@ -178,7 +198,7 @@ def _account_for_keys(turn: dict[str, Any], found: Conversation) -> None:
         if key in REFUSED or is_on_learning(key, value) or (key == "channel" and value != "final"):
             raise RowError(f"has {key!r}, which is not read", f"messages with {key!r}")
         found.unused.append(key)
-    if not is_empty(tools := _first(turn, TOOLS)):
+    if not is_empty(tools := the_one(turn, TOOLS, tools_in)):
         if found.tools is not None:
             raise RowError("names tools, which the row or a message before names too")
         found.tools = tools_in(tools)
@@ -255,10 +275,3 @@ def shown(value: Any) -> str:
     except (RecursionError, ValueError):  # too deeply nested, or too long a number to print
         return kind_of_value(value)
     return text if len(text) <= 60 else text[:57] + "…"
-
-
-def _first(turn: dict[str, Any], keys: Iterable[str]) -> Any:
-    """The value of the first of the keys that is present and not empty."""
-    return next(
-        (turn[key] for key in keys if not is_empty(turn.get(key))), next((turn[k] for k in keys if k in turn), None)
-    )

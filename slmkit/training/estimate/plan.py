@@ -15,7 +15,7 @@ from slmkit.model.architectures import architecture_of
 from slmkit.model.config import SLMConfig
 from slmkit.model.files.adapter_directory import config_directory
 from slmkit.model.sizes import parameter_count, parameters_by_module
-from slmkit.training.estimate.forecast import Estimate, forecast, guessed_rate
+from slmkit.training.estimate.forecast import EVALUATION_SECONDS, Estimate, forecast, guessed_rate
 from slmkit.training.estimate.memory_profile import MemoryProfile
 from slmkit.training.estimate.micro_batch import fitting_rows
 from slmkit.training.estimate.probe import LONGEST, STEPS, Probe, ProbeTarget, probe
@@ -100,6 +100,8 @@ def propose(
     if other := next((each for each in overrides if not each.startswith(("data.", "output_dir="))), None):
         raise UserError(f"{other}: a proposal takes only data.… and output_dir; change the rest in the file it writes")
     device = find_device(device_name)
+    if hours is not None:  # the run's ten evaluations take their time too
+        hours = max(hours / 2, hours - 10 * EVALUATION_SECONDS / 3600)
     efficiency = 1.0  # factor on the guessed rate
     seen: dict[int, Probe] = {}
     for _ in range(ROUNDS if measure and hours is not None else 1):

@@ -41,16 +41,18 @@ def read_run(root: Path) -> RunOverview:
     metrics = root / "metrics.jsonl"
     reports = MetricsLog(metrics).read()
     last = reports[-1] if reports else {"step": 0, "tokens": 0}
+    newest = (root / "latest").resolve().name  # may be of a step that was not logged
+    step = max(last["step"], int(newest.removeprefix("step-")) if newest.startswith("step-") else 0)
     plan = read_plan(root)
     finished = read_json(root / "environment.json").get("finished") or {}
     steps = plan.get("steps") or recipe.get("train", {}).get("max_steps") or finished.get("steps")
-    is_whole = last["step"] == finished.get("step") or (steps and last["step"] >= steps)
+    is_whole = step == finished.get("step") or (steps and step >= steps)
     losses = [report["validation_loss"] for report in reports if "validation_loss" in report]
     return RunOverview(
         root=root,
         objective=recipe.get("objective", "pretrain"),
         parameters=plan.get("parameters") or _parameters(root / "latest" / "model.safetensors"),
-        step=last["step"],
+        step=step,
         steps=steps,
         tokens=last["tokens"],
         validation_loss=min(losses, default=None),

@@ -97,6 +97,34 @@ def test_a_column_with_a_meaning_is_used_or_the_row_is_refused(tmp_path: Path, c
     assert len(list(empty.read_conversations())) == 5
 
 
+CALL = {"name": "f", "arguments": {}}
+SAID_TWICE = {  # two names for one thing: the value of the first, one that means the same, and another
+    ("system", "system_prompt"): ("Be kind.", "Be kind.\n", "Be brief."),
+    ("role", "from"): ("assistant", "gpt", "human"),
+    ("content", "value"): ("Hello.", [{"type": "text", "text": "Hello."}], "No."),
+    ("reasoning_content", "reasoning"): ("Think.", "Think.", "Not."),
+    ("tool_calls", "function_call"): ([{"function": CALL}], CALL, {**CALL, "name": "g"}),
+}
+
+
+@pytest.mark.parametrize("names", SAID_TWICE, ids="-".join)
+def test_what_a_row_says_twice_has_to_be_the_same(tmp_path: Path, names: tuple[str, str]):
+    first, same, other = SAID_TWICE[names]
+    turn = {"role": "assistant", "content": "Hello.", names[0]: first}
+    rows = [
+        {"instruction": "Hi", "output": "Hello.", names[0]: first, names[1]: second}
+        if "system" in names
+        else {"messages": [TALK[0], {**turn, names[1]: second}]}
+        for second in (same, other, None)
+    ]
+    source = opened(tmp_path / "a.jsonl", rows, on_bad_row="skip")
+    talks = [[*one] for one, _ in source.read_conversations()]
+    assert len(talks) == 2
+    assert talks[0] == talks[1]
+    assert source.skipped == {"contradictions": 1}
+    assert f"column {names[0]!r} and column {names[1]!r} contradict each other: drop one" in source.report()[0]
+
+
 @pytest.mark.parametrize("key", ["images", "train_detail", "audio", "refusal", "channel"])
 def test_a_key_of_a_message_with_a_meaning_is_refused_and_another_one_counted(tmp_path: Path, key: str):
     row = {"messages": [TALK[0], {**TALK[1], key: ["x"], "id": 7}]}
@@ -194,6 +222,19 @@ def test_labelled_answers_and_pairs_are_not_learned_as_conversations(tmp_path: P
         (
             [{"said": "a", "score": 1}, {"said": "b", "score": 2}],
             "make columns 'prompt', 'chosen' and 'rejected'",
+        ),
+        (
+            [{"text": "a", "score": 1, "rank": 1}, {"text": "b", "score": 2, "rank": 2}],
+            "'score' and 'rank' of the answers in column 'answers' contradict each other",
+        ),
+        (
+            [{"text": "a", "score": 9, "overall_score": 1}, {"text": "b", "score": 2, "overall_score": 5}],
+            "'overall_score' and 'score' of the answers",
+        ),
+        ([{"text": "a", "score": 1}, {"answer": "b", "score": 2}], "answer 1 in column 'answers' has no 'answer'"),
+        (
+            [{"text": "a", "content": "x", "score": 1}, {"text": "b", "score": 2}],
+            "column 'text' and column 'content' contradict each other",
         ),
     ):
         with pytest.raises(UserError, match=message):

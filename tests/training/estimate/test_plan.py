@@ -88,6 +88,7 @@ def test_a_proposal_spends_its_budget_and_more_time_buys_a_lower_loss() -> None:
         assert isinstance(proposal.recipe, Recipe)
     assert long.ahead.parameters > short.ahead.parameters
     assert long.ahead.loss < short.ahead.loss
+    assert propose(hours=0.1, device_name="cpu", measure=False).ahead.seconds <= 360
     by_tokens = propose(tokens=2_000_000_000, device_name="cpu", measure=False)
     assert by_tokens.ahead.tokens == pytest.approx(2e9, rel=0.01)
     assert 10 < 2e9 / by_tokens.ahead.parameters < 40

@@ -42,6 +42,15 @@ def test_every_run_is_listed_with_how_it_stands(folder: Path) -> None:
     assert whole.parameters == shape.vocab_size * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32) + 32
 
 
+def test_a_checkpoint_of_a_step_that_was_not_logged_counts(tmp_path: Path) -> None:
+    run(tmp_path, max_steps=5, logging_steps=4)
+    log = tmp_path / "metrics.jsonl"
+    log.write_text("".join(line for line in log.read_text().splitlines(keepends=True) if json.loads(line)["step"] < 5))
+    (tmp_path / "recipe.yaml").write_text(to_yaml(Recipe(train=settings(max_steps=8))))
+    overview = read_run(tmp_path)
+    assert (overview.step, overview.steps, overview.state) == (5, 8, "stopped")
+
+
 def test_a_run_is_running_as_long_as_its_process_lives(folder: Path) -> None:
     root = folder / "group" / "half"
     code = (
