@@ -66,10 +66,7 @@ def linear(model: nn.Module, name: str) -> Linear:
 
 
 def matching(
-    names: Sequence[str],
-    pattern: Patterns,
-    aliases: Mapping[str, str] | None = None,
-    except_for: Patterns = (),
+    names: Sequence[str], pattern: Patterns, aliases: Mapping[str, str] | None = None, except_for: Patterns = ()
 ) -> list[str]:
     """The names that match any pattern, in order.
 

@@ -13,20 +13,7 @@ from typing import Annotated
 import typer
 
 from slmkit import __version__
-from slmkit.cli import (
-    bench,
-    chat,
-    data,
-    eval,
-    inspect,
-    merge,
-    plan,
-    push,
-    quickstart,
-    runs,
-    tokenizer,
-    train,
-)
+from slmkit.cli import bench, chat, data, eval, inspect, merge, plan, push, quickstart, runs, tokenizer, train
 from slmkit.cli.errors import explain
 from slmkit.cli.options import add_command, new_app
 

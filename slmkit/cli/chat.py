@@ -129,8 +129,7 @@ def generate(
         typer.Argument(metavar="[PROMPT]", help="The text to continue; - reads it from standard input; default: none."),
     ] = "",
     max_new_tokens: Annotated[
-        int | None,
-        typer.Option(min=1, help="Stop after this many tokens; default: what the model advises, or 200."),
+        int | None, typer.Option(min=1, help="Stop after this many tokens; default: what the model advises, or 200.")
     ] = None,
     samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="How many continuations to write.")] = 1,
     temperature: Temperature = None,

@@ -68,10 +68,7 @@ def resume(
     show_run(resume_run(run, TerminalReporter(), overrides or [], replan).root)
 
 
-def replay(
-    run: RunPath,
-    step: Annotated[int, typer.Option(help="The step's number in metrics.jsonl.")],
-) -> None:
+def replay(run: RunPath, step: Annotated[int, typer.Option(help="The step's number in metrics.jsonl.")]) -> None:
     """Repeat one step of a run, and look inside it.
 
     It says whether the figures are the recorded ones, which layer, row and token first gave a value that is not finite,

@@ -325,10 +325,7 @@ class DocumentRows(Rows):
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:  # int64 [length] each
         content = np.concatenate([self.shards.tokens_in(start, stop) for start, stop in self._rows[index]])
         context = np.array([self._contexts[index]])
-        return (
-            padded([context, content[:-1]], self.length, self.pad_id),
-            padded([content], self.length, IGNORED),
-        )
+        return (padded([context, content[:-1]], self.length, self.pad_id), padded([content], self.length, IGNORED))
 
     def documents(self, index: int) -> np.ndarray:
         """int64 [length]. The end-of-text token at the start belongs to the first document."""

@@ -107,9 +107,7 @@ _EXPERTS = (
     "aux_loss_alpha", "ep_size", "num_nextn_predict_layers", "num_mtp_layers", "output_router_logits",
     "router_aux_loss_coef", "num_key_value_heads", "head_dim", "qk_head_dim",
 )  # fmt: skip
-_DENSE: dict[str, Any] = dict.fromkeys(_EXPERTS) | {
-    "num_key_value_heads": lambda fields: fields["num_attention_heads"],
-}
+_DENSE: dict[str, Any] = dict.fromkeys(_EXPERTS) | {"num_key_value_heads": lambda fields: fields["num_attention_heads"]}
 
 FAMILIES: dict[str, Family] = {
     "gpt2": Family(
@@ -137,10 +135,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "llama": Family("LlamaForCausalLM", names.LLAMA, _ROTARY | _BIASES, absent=_UNTIED),
     "mistral": Family(
-        "MistralForCausalLM",
-        names.LLAMA,
-        _ROTARY | {"sliding_window"},
-        absent=_UNTIED | {"sliding_window": 4096},
+        "MistralForCausalLM", names.LLAMA, _ROTARY | {"sliding_window"}, absent=_UNTIED | {"sliding_window": 4096}
     ),
     "qwen2": Family(
         "Qwen2ForCausalLM",
@@ -167,10 +162,7 @@ FAMILIES: dict[str, Family] = {
         derived={"use_sliding_window": _QWEN_WINDOWS["use_sliding_window"], "no_rope_layer_interval": None},
     ),
     "olmo2": Family(
-        "Olmo2ForCausalLM",
-        names.OLMO2,
-        _ROTARY | {"attention_bias"},
-        absent={"tie_word_embeddings": False},
+        "Olmo2ForCausalLM", names.OLMO2, _ROTARY | {"attention_bias"}, absent={"tie_word_embeddings": False}
     ),
     "olmo3": Family(
         "Olmo3ForCausalLM",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import UserDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from slmkit.config import UserError, did_you_mean, methods_checked
@@ -54,20 +54,9 @@ class CallableTokenizer:
         def encode(self, text: str, allow_special: bool = False) -> list[int]: ...
         def decode(self, ids: int | Iterable[int], skip_special_tokens: bool = False) -> str: ...
         def token_bytes(self, token_id: int) -> bytes: ...
-        def render_text(
-            self,
-            messages: Sequence[Message],
-            add_generation_prompt: bool = ...,
-            tools: Tools | None = ...,
-            switches: Mapping[str, Any] | None = ...,
-        ) -> str: ...
-        def encode_chat(
-            self,
-            messages: Sequence[Message],
-            add_generation_prompt: bool = ...,
-            tools: Tools | None = ...,
-            switches: Mapping[str, Any] | None = ...,
-        ) -> ChatTokens: ...
+
+        render_text: Callable[..., str]
+        encode_chat: Callable[..., ChatTokens]
 
     def __call__(
         self,
@@ -75,16 +64,19 @@ class CallableTokenizer:
         *pair: Any,
         add_special_tokens: bool = True,
         padding: bool | str = False,
-        truncation: bool | str = False,
+        truncation: bool | str | None = None,
         max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
         return_tensors: str | None = None,
     ) -> BatchEncoding:
         """Ids of one or several texts, including this tokenizer's beginning and ending tokens.
 
         Special tokens spelled in a text are recognised, as in `transformers`; for untrusted text use `encode`.
-        `padding` ("longest", "max_length") is on `padding_side`; `truncation` cuts to `max_length` and keeps the ending
-        tokens. `return_tensors="pt"` gives int64 [texts, longest]. Raises `UserError` for anything but texts, for pairs
-        of texts, for padding without a padding token, and for tensors of texts of different lengths.
+        `padding` ("longest", "max_length") is on `padding_side`, to a multiple of `pad_to_multiple_of`. `truncation`
+        cuts to `max_length` (default: `model_max_length`, from the tokenizer's config) and keeps the ending tokens; a
+        `max_length` without padding or truncation cuts too. `return_tensors="pt"` gives int64 [texts, longest]. Raises
+        `UserError` for anything but texts, for pairs of texts, for padding without a padding token, and for tensors of
+        texts of different lengths.
         """
         if pair:
             raise UserError("tokenizer(…): takes no pairs of texts: pass several texts as a list, options by name")
@@ -93,6 +85,8 @@ class CallableTokenizer:
         for one in texts:
             if not isinstance(one, str):
                 raise UserError(f"tokenizer(…): expected a text or a list of texts, found {type(one).__name__} {one!r}")
+        if truncation is None and not padding:
+            truncation = max_length is not None
         truncation = _choice("truncation", truncation, TRUNCATION)
         before, behind = (self.beginning, self.ending) if add_special_tokens else ([], [])
         limit = (max_length or self.model_max_length) if truncation else None
@@ -100,31 +94,40 @@ class CallableTokenizer:
             raise UserError(f"max_length {limit!r}: expected a whole number")
         room = None if limit is None else max(0, limit - len(before) - len(behind))
         rows = [[*before, *self.encode(one, allow_special=True)[:room], *behind] for one in texts]
-        made = self.pad(rows, padding, max_length, return_tensors)
+        made = self.pad(rows, padding, max_length, pad_to_multiple_of, return_tensors)
         if isinstance(text, str) and return_tensors is None:
             return BatchEncoding({name: value[0] for name, value in made.items()})
         return made
 
     def pad(
         self,
-        rows: Sequence[Sequence[int]],
+        rows: Sequence[Any] | Mapping[str, Any],
         padding: bool | str = True,
         max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
         return_tensors: str | None = None,
     ) -> BatchEncoding:
-        """Pad sequences of ids [tokens] to a batch [rows, longest]; arguments and `UserError`s as for a call."""
+        """Pad rows to a batch [rows, longest]; arguments and `UserError`s as for a call.
+
+        A row is ids [tokens] or has `input_ids` and `attention_mask` [tokens]; several may be one mapping of lists.
+        """
+        if isinstance(rows, Mapping):
+            rows = [dict(zip(rows, row)) for row in zip(*rows.values())]
+        masks = [_mask_of(row) for row in rows]
+        rows = [[*map(int, row["input_ids"] if isinstance(row, Mapping) else row)] for row in rows]
         padding, longest = _choice("padding", padding, PADDING), max(map(len, rows), default=0)
         length = (max_length or self.model_max_length) if padding == "max_length" else longest
         if not isinstance(length, int):
             raise UserError(f"max_length {length!r}: padding='max_length' needs it as a whole number")
+        length += -length % (pad_to_multiple_of or 1)
         ids, mask = [], []
-        for row in rows:
+        for row, ones in zip(rows, masks):
             more = max(0, length - len(row)) if padding else 0
             if more and self.pad_token_id is None:
                 raise UserError(
                     "this tokenizer has no padding token: set tokenizer.pad_token_id, to tokenizer.eos_token_id for one"
                 )
-            fill, none, ones = [self.pad_token_id] * more, [0] * more, [1] * len(row)
+            fill, none = [self.pad_token_id] * more, [0] * more
             on_left = self.padding_side == "left"
             ids.append([*fill, *row] if on_left else [*row, *fill])
             mask.append([*none, *ones] if on_left else [*ones, *none])
@@ -197,6 +200,15 @@ class CallableTokenizer:
         if token not in self.special_tokens:
             raise UserError(f"pad_token {token!r}: not a special token of this tokenizer")
         self.pad_token_id = self.special_tokens[token]
+
+
+def _mask_of(row: Any) -> list[int]:
+    """The attention mask [tokens] of a row of `pad`. Raises `UserError` for a mapping with other keys."""
+    if not isinstance(row, Mapping):
+        return [1] * len(row)
+    if {*row} - {"attention_mask"} != {"input_ids"}:
+        raise UserError(f"pad: expected input_ids and attention_mask, found {', '.join(map(str, row))}")
+    return [*map(int, row.get("attention_mask", [1] * len(row["input_ids"])))]
 
 
 def _choice(name: str, value: Any, names: Mapping[str, Any]) -> Any:

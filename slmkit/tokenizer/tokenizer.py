@@ -77,6 +77,8 @@ class SLMTokenizer(CallableTokenizer):
         self.pad_token_id = self.special_tokens.get(named.get("pad_token", ""))
         self.further_stops: set[int] = set()  # ids in the model's generation_config.json
         self.suppressed: list[int] = []  # ids never generated, also from that file
+        longest = config.get("model_max_length")  # transformers writes 1e30 for one without a limit
+        self.model_max_length = longest if isinstance(longest, int) and longest <= 10**20 else None
 
     def _whole(self) -> Tokenizer:
         """A copy of the library's tokenizer with its post-processor."""

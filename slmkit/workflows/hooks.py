@@ -29,12 +29,7 @@ class Validate:
     """
 
     def __init__(
-        self,
-        rows: Rows,
-        device: Device,
-        separate: bool = False,
-        group: Group = ALONE,
-        text_bytes: int | None = None,
+        self, rows: Rows, device: Device, separate: bool = False, group: Group = ALONE, text_bytes: int | None = None
     ) -> None:
         self.rows, self.device, self.separate, self.group, self.text_bytes = rows, device, separate, group, text_bytes
 

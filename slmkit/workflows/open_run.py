@@ -118,8 +118,8 @@ class Session:
             self.plan = self._plan_of(self.recipe)
             reporter.say(said_of_length(self._plan_of(prepared), self.plan, anew, self.recipe.train, step))
             changes = changes_between(prepared, self.recipe)
-        for change in changes:
-            reporter.say(f"from step {step + 1} on: {change}")
+        if changes:
+            reporter.say(f"from step {step + 1} on: {', '.join(map(str, changes))}")
         ranks = self.run.described().get(PROCESSES, 1)
         if ranks != self.group.world:
             changes.append(Change(PROCESSES, ranks, self.group.world))

@@ -174,7 +174,7 @@ def _build(run: RunDirectory, recipe: Recipe, device: Device, group: Group, repo
     for line in unlikely(session.recipe.train, session.plan.steps):
         reporter.warn(line)
     for line in session.work.report():
-        reporter.say(line)
+        reporter.say(f"training data: {line}")
     session.look(reporter, force)
     return session
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,13 @@ def both(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[SLMTokenizer, 
         {"padding": True, "return_tensors": "pt"},
         {"padding": True, "truncation": True, "max_length": 4, "return_tensors": "pt"},
         {"padding": "max_length", "max_length": 40},
+        {"max_length": 3},
+        {"max_length": 3, "truncation": False},
+        {"max_length": 3, "padding": True},
+        {"truncation": True},
+        {"padding": True, "pad_to_multiple_of": 8},
+        {"padding": "max_length", "max_length": 13, "pad_to_multiple_of": 8},
+        {"pad_to_multiple_of": 8},
         {"add_special_tokens": False},
         {},
     ],
@@ -45,8 +53,40 @@ def test_a_call_gives_the_batch_of_transformers(both: tuple, side: str, options:
             else found[name] == expected[name]
         )
     assert found.input_ids is found["input_ids"]
+    if options.get("padding") is True and "max_length" not in options:
+        unpadded = [ours(text) for text in TEXTS]
+        for rows in (unpadded, [row.input_ids for row in unpadded], ours(TEXTS)):
+            again = ours.pad(rows, pad_to_multiple_of=options.get("pad_to_multiple_of"))
+            assert {**again} == {name: torch.as_tensor(found[name]).tolist() for name in found}
     assert {**found}.keys() == {"input_ids", "attention_mask"}
     assert ours("The cat").input_ids == theirs("The cat").input_ids
+
+
+def test_the_collators_of_transformers_take_the_tokenizer(both: tuple) -> None:
+    for multiple in (None, 8):
+        batches = []
+        for tokenizer in both:
+            collate = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False, pad_to_multiple_of=multiple)
+            batches += [
+                collate([tokenizer(text) for text in TEXTS]),
+                collate([tokenizer(text).input_ids for text in TEXTS]),
+            ]
+        for found, expected in zip(batches[:2], batches[2:]):
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[name], expected[name]) for name in found)
+    with pytest.raises(UserError, match="pad: expected input_ids and attention_mask, found input_ids, labels"):
+        both[0].pad([{"input_ids": [1], "labels": [1]}])
+
+
+@pytest.mark.parametrize("longest", [4, 10**30, 1e30])
+def test_the_length_in_the_config_cuts_as_in_transformers(longest: float, tmp_path: Path) -> None:
+    directory = directory_of("byte-level", tmp_path)
+    path = directory / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": longest}))
+    ours, theirs = SLMTokenizer.from_pretrained(directory), transformers.AutoTokenizer.from_pretrained(directory)
+    assert ours(TEXTS, truncation=True).input_ids == theirs(TEXTS, truncation=True).input_ids
+    assert (max(map(len, ours(TEXTS, truncation=True).input_ids)) == 4) is (longest == 4)
+    assert ours(TEXTS).input_ids == theirs(TEXTS).input_ids
 
 
 def test_names_and_conversions_are_theirs(both: tuple) -> None:

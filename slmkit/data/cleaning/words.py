@@ -15,11 +15,7 @@ from slmkit.data.order import random_keys
 _LETTERS = b"0123456789abcdefghijklmnopqrstuvwxyz" + bytes(range(0x80, 0x100))
 IS_WORD = np.isin(np.arange(256), np.frombuffer(_LETTERS, dtype=np.uint8))
 WIDE, WIDER = 0xE0, 0xF0  # smallest first byte of UTF-8 characters of three bytes, and of four
-PUNCTUATION = {
-    0xC2: range(0x80, 0xC0),
-    0xE2: (0x80, 0x81),
-    0xE3: (0x80,),
-}  # « “ … 。 by their first two bytes
+PUNCTUATION = {0xC2: range(0x80, 0xC0), 0xE2: (0x80, 0x81), 0xE3: (0x80,)}  # « “ … 。 by their first two bytes
 BYTE_KEYS = np.where(IS_WORD, random_keys(256, 1), np.uint64(0))
 PLACES = random_keys(64, 2) | np.uint64(1)  # factors by place: of a byte in a word, of a word in an n-gram
 

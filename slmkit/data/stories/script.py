@@ -28,14 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slmkit.data.stories.cast import CHARACTERS, Role
-from slmkit.data.stories.template import (
-    Node,
-    Scope,
-    Sequence,
-    alternatives,
-    parse_note,
-    parse_template,
-)
+from slmkit.data.stories.template import Node, Scope, Sequence, alternatives, parse_note, parse_template
 from slmkit.data.stories.words import ScriptError, WordBook, load_words
 
 FOLDER = Path(__file__).parent

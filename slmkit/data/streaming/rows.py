@@ -145,9 +145,7 @@ class ConversationRows:
         ids, labels = zip(*conversations)
         lengths = np.array([len(part) for part in ids])
         return Row(
-            padded(ids, self.length, self.pad_id),
-            padded(labels, self.length, IGNORED),
-            numbered(lengths, self.length),
+            padded(ids, self.length, self.pad_id), padded(labels, self.length, IGNORED), numbered(lengths, self.length)
         )
 
 

@@ -125,9 +125,9 @@ def look(
     xray = examine(stream, vocabulary, train, validation, is_chat, is_padded)
     write_xray(xray, vocabulary, root / "xray.md")
     say(xray.summary())
+    say(f"  {LEGEND}")
     for row in excerpts(xray.rows, vocabulary):
         say(Text.assemble("  ", row))
-    say(f"  {LEGEND}")
     for line in (*xray.notes, *xray.findings):
         say(f"x-ray: {line}")
     if is_chat and hasattr(tokenizer, "prompt_is_history") and not tokenizer.prompt_is_history():

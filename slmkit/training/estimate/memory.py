@@ -61,12 +61,7 @@ def _is_masked(indices: Sequence[Tensor | None]) -> bool:
 
 
 def training_bytes(
-    inventory: MemoryProfile,
-    settings: TrainSettings,
-    rows: int,
-    length: int,
-    device: Device,
-    recompute_every: int = 0,
+    inventory: MemoryProfile, settings: TrainSettings, rows: int, length: int, device: Device, recompute_every: int = 0
 ) -> int:
     """Peak bytes of a step: weights, gradients, optimizer state, activations kept for the backward pass, and the
     teacher or reference model.

@@ -40,7 +40,8 @@ class Change:
     now: Any
 
     def __str__(self) -> str:
-        return f"{self.key} {_shown(self.was)} → {_shown(self.now)}"
+        now = "removed" if self.now is None else _shown(self.now)
+        return f"{self.key} {_shown(self.was)} → {now}"
 
 
 def changes_between(prepared: Recipe, edited: Recipe) -> list[Change]:

@@ -199,9 +199,12 @@ def unlikely(train: TrainSettings, steps: int) -> list[str]:
     elif warmup + decay > planned:
         lines.append(f"warm-up ({warmup} steps) and train.lr_decay_ratio ({decay}) are longer than the run ({planned})")
     elif train.warmup_steps is None and planned < FEW_STEPS and warmup <= 2:
-        more = "a smaller train.tokens_per_step" if train.max_steps is None else "a larger train.max_steps"
+        longer = "a larger train.max_tokens" if train.max_tokens else "more rows, more epochs (train.num_train_epochs)"
+        more = f"{longer} or a smaller train.tokens_per_step gives more steps"
+        if train.max_steps is not None:
+            more = "a larger train.max_steps or train.warmup_ratio makes it longer"
         few = "1 step is" if planned == 1 else f"{planned} steps are"
-        lines.append(f"{few} few: the warm-up is {warmup} step{'' if warmup == 1 else 's'}; {more} gives more steps")
+        lines.append(f"{few} few: the warm-up is {warmup} step{'' if warmup == 1 else 's'}; {more}")
     for name in ("eval_steps", "save_steps", "logging_steps"):
         every = getattr(train, name)
         if name in train.model_fields_set and every is not None and every > steps and every != fields[name].default:

@@ -302,7 +302,7 @@ def test_a_run_says_what_it_leaves_out_and_cuts(tmp_path: Path, streaming: bool)
     begins = [line for line in reporter.lines if "conversations are longer than 64 tokens and cut" in line]
     assert len(begins) == (not streaming)
     if not streaming:
-        assert begins[0].startswith("1 of ")
+        assert begins[0].startswith("training data: 1 of ")
         assert any("chats.jsonl: 1 skipped (roles out of order)" in line for line in reporter.lines)
     keys += ["data.on_bad_row=refuse"]
     with pytest.raises(UserError, match=r"chats\.jsonl:31: message 2: user where it is the assistant's turn"):

@@ -240,6 +240,7 @@ def test_a_run_with_a_finding_is_not_begun_unless_forced(tmp_path: Path, tokeniz
         train_recipe(recipe, reporter)
     assert list(tmp_path.iterdir()) == []
     assert any(str(line).startswith("x-ray: rows") for line in reporter.lines)
+    assert "In ⟦brackets⟧" in str(next(line for line in reporter.lines if "⟦" in str(line)))  # before the excerpts
     run = train_recipe(recipe, Silent(), force=True)
     assert (run.root / "latest").exists()
     page = (run.root / "xray.md").read_text(encoding="utf-8")

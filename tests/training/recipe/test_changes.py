@@ -154,7 +154,8 @@ def test_what_can_be_obeyed_is_obeyed_from_the_next_step_on_and_written_down(run
     said = resume(
         run, "train.learning_rate=0.02", "train.sample_prompts=[fox]", "train.save_total_limit=9", "train.save_steps=1"
     )
-    assert "from step 5 on: train.learning_rate 0.01 → 0.02" in said
+    (line,) = (line for line in said if line.startswith("from step 5 on: "))
+    assert "train.learning_rate 0.01 → 0.02, " in line
     schedule = load_settings(Recipe, read_yaml(run / "recipe.yaml")).train.schedule(8)
     assert rates(run) == pytest.approx([(0.01 if step < 4 else 0.02) * schedule(step) for step in range(8)])
     assert [path.name for path in sorted((run / "checkpoints").iterdir())][-3:] == [
@@ -200,6 +201,9 @@ def test_a_longer_run_keeps_to_its_schedule_and_is_the_run_that_was_to_be_so_lon
 def test_a_longer_run_may_be_planned_anew(length: str, whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, tmp_path / "run", symlinks=True)
     said = resume(tmp_path / "run", length, replan=True)
+    (line,) = (line for line in said if line.startswith("from step 9 on: "))
+    assert ("train.max_steps 8 → removed" in line) == ("max_tokens" in length)
+    assert "→ null" not in line
     schedule = load_settings(Recipe, read_yaml(tmp_path / "run" / "recipe.yaml")).train.schedule(12)
     assert rates(tmp_path / "run")[8:] == pytest.approx([0.01 * schedule(step) for step in range(8, 12)])
     assert any(f"planned anew over 12 steps: {0.01 * schedule(8):.3g} at the next step, where" in line for line in said)
