@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from slmkit.config import Settings, UserError, load_settings
 from slmkit.data.cleaning.settings import CleaningSettings
 from slmkit.data.mixture import PhaseSettings, WhenExhausted, plan_phases
-from slmkit.data.sources.settings import OnLong, SourceSettings
+from slmkit.data.sources.settings import Columns, OnLong, SourceSettings
 
 # What a run makes of its sources. A question is a conversation that ends with the right answer; a pair has a better one
 # and a worse one; a judgement has one that is labelled good or bad.
@@ -57,8 +57,8 @@ class DataSettings(Settings):
     )  # which documents are left out when shards are written
     text_column: str | None = None  # column of `source` with the text; each of `sources` has its own key
     messages_column: str | None = None  # column of `source` with the conversation
-    columns: dict[str, str] = Field(
-        default_factory=dict
+    columns: Columns = Field(
+        default_factory=dict, validate_default=True
     )  # renames columns, such as {prompt: question, completion: answer}
     # text between the documents of a file; None: lines of <|endoftext|>
     separator: str | None = Field(None, min_length=1)

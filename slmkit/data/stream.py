@@ -262,8 +262,11 @@ class ChatRows(Rows):
         self.untrained = int((counts <= 0).sum())
         kept = np.flatnonzero((counts > 0) & ~(too_long & (on_long == "skip")))
         if not len(kept):
+            read = [str(source["path"]) for source in shards.header.sources if "path" in source]
+            text = f"{read[0]}{f' and {len(read) - 1} more' * (len(read) > 1)}" if read else shards.directory
+            part = " held out for validation" if shards.directory.name == "validation" else ""
             raise UserError(
-                f"{shards.directory}: nothing to learn within {length:,} tokens in any of {len(ends):,} conversations; "
+                f"{text}: nothing to learn within {length:,} tokens in any of {len(ends):,} conversations{part}; "
                 "raise sequence_length, or check that they have assistant turns"
             )
         lengths = (self.stops - self.starts)[kept]

@@ -176,6 +176,9 @@ def test_a_tokenizer_learns_from_as_much_of_every_source(
         (["data.sources=[{path: a, weight: 0}]"], "data.sources.0.weight"),
         (["data.sources=null", "data.sources.0.weight=2"], "has no entry '0': set the whole list"),
         (["data.weight=2"], "unknown key 'data.weight'; did you mean 'data.sources'? (a list: '[{path: a.txt, weight"),
+        (["data.columns={prompt: q, completion: q}"], "data.columns: column 'q' is named twice"),
+        (["data.text_column=q", "data.messages_column=q"], "data.columns: column 'q' is named twice"),
+        (["data.text_column=q", "data.columns={text: a}"], "data.columns: text_column and columns both name"),
         (["data.sources=[{path: a/b}, {path: hf://a/b}]"], "two sources are called 'a/b'"),
     ],
 )  # fmt: skip

@@ -113,7 +113,7 @@ ROWS = {
     "kto": '{"prompt": "Hi", "completion": "Yes.", "label": true}\n',
 }
 SAID = {
-    "sft": "nothing to learn within 64 tokens in any of",
+    "sft": r"rows\.jsonl: nothing to learn within 64 tokens in any of .* conversations",
     "dpo": "no pair to learn from: .* the same tokens within 64",
     "kto": "all answers are labelled good and none bad",
     "grpo": "nothing was learned in the first 10 steps: every gradient is 0, since all answers to a question get",

@@ -15,25 +15,7 @@ from slmkit.data.sources.remote import RetryPolicy
 from slmkit.data.sources.source import Source
 
 __all__ = [
-    "BUILT_IN",
-    "PIECE",
-    "PRIMER",
-    "STORIES",
-    "SUMS",
-    "BadRow",
-    "Document",
-    "Judged",
-    "Message",
-    "Pair",
-    "Paths",
-    "Position",
-    "RetryPolicy",
-    "Source",
-    "cut_point",
-    "describe_sources",
-    "find_files",
-    "open_source",
-    "read_conversations",
-    "read_documents",
-    "tools_of",
-]
+    "BUILT_IN", "PIECE", "PRIMER", "STORIES", "SUMS", "BadRow", "Document", "Judged", "Message", "Pair", "Paths",
+    "Position", "RetryPolicy", "Source", "cut_point", "describe_sources", "find_files", "open_source",
+    "read_conversations", "read_documents", "tools_of",
+]  # fmt: skip

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo
 
 from slmkit.config import Settings
 
 OnLong = Literal["cut", "skip", "refuse"]  # what to do with a conversation longer than a row
+
+
+def _named_once(columns: dict[str, str], info: ValidationInfo) -> dict[str, str]:
+    """The columns. Raises `ValueError` if one is named twice, also by `text_column` or `messages_column`."""
+    given = {ours: info.data.get(f"{ours}_column") for ours in ("text", "messages")}
+    for ours, column in given.items():
+        if column is not None and ours in columns:
+            raise ValueError(f"{ours}_column and columns both name the column of {ours}: keep one")
+    named = [*columns.values(), *filter(None, given.values())]
+    if twice := next((column for column in named if named.count(column) > 1), None):
+        raise ValueError(f"column {twice!r} is named twice: keep one")
+    return columns
+
+
+Columns = Annotated[dict[str, str], AfterValidator(_named_once)]
 
 
 class SourceSettings(Settings):
@@ -26,8 +41,8 @@ class SourceSettings(Settings):
     split: str = "train"  # split of a hub data set, or of a folder laid out like one
     text_column: str | None = None  # the same as columns: {text: …}
     messages_column: str | None = None  # the same as columns: {messages: …}
-    columns: dict[str, str] = Field(
-        default_factory=dict
+    columns: Columns = Field(
+        default_factory=dict, validate_default=True
     )  # renames columns, such as {prompt: question, completion: answer}
     # text between the documents of a file; None: lines of <|endoftext|>
     separator: str | None = Field(None, min_length=1)
@@ -36,15 +51,6 @@ class SourceSettings(Settings):
     documents: int | None = Field(None, gt=0)  # read at most this many documents
     on_bad_row: Literal["refuse", "skip"] = "refuse"  # stop at a row that cannot be read, or leave it out and count it
     retry_for: float = Field(3600.0, ge=0)  # seconds without any document after which reading over the network fails
-
-    @model_validator(mode="after")
-    def _columns_are_named_once(self) -> SourceSettings:
-        for ours, key in (("text", "text_column"), ("messages", "messages_column")):
-            if ours in self.columns and getattr(self, key) is not None:
-                raise ValueError(f"{key} and columns both name the column of {ours}: keep one")
-        if len({theirs for _, theirs in self.mapping.values()}) < len(self.mapping):
-            raise ValueError("columns: one column is named twice")
-        return self
 
     @property
     def mapping(self) -> dict[str, tuple[str, str]]:

@@ -15,14 +15,6 @@ from slmkit.data.stories.talk import conversation, held_out_questions, held_out_
 from slmkit.data.stories.words import SPLITS
 
 __all__ = [
-    "SPLITS",
-    "Question",
-    "Story",
-    "conversation",
-    "held_out_questions",
-    "held_out_scene",
-    "primer_texts",
-    "question_pair",
-    "tell",
-    "tell_many",
-]
+    "SPLITS", "Question", "Story", "conversation", "held_out_questions", "held_out_scene", "primer_texts",
+    "question_pair", "tell", "tell_many",
+]  # fmt: skip

@@ -203,6 +203,19 @@ def point_link(link: Path, target: Path) -> None:
     sync(link.parent)
 
 
+def remove_copy(link: Path, folder: Path) -> None:
+    """Delete the folder that `cp -rL` or `scp -r` makes of a link, if it is a copy of a checkpoint in `folder`.
+
+    Raises `UserError` for another folder.
+    """
+    if link.is_symlink() or not link.is_dir():
+        return
+    manifest = (link / MANIFEST).read_bytes() if (link / MANIFEST).is_file() else None
+    if all((path / MANIFEST).read_bytes() != manifest for path in complete_checkpoints(folder)):
+        raise UserError(f"{link} is a folder where a link to a checkpoint belongs: move it away, then `slm resume`")
+    delete(link)
+
+
 def keep_newest(folder: Path, count: int, keep: set[str], until: int) -> None:
     """Delete the checkpoints up to step `until`, except the newest `count` and those named in `keep`.
 

@@ -117,7 +117,12 @@ def best_checkpoint(state: State) -> str | None:
 
 
 def point_links(run: RunDirectory, latest: Path, best: str | None) -> None:
-    """Point the run's links to these checkpoints; remove the link `best` if its checkpoint no longer exists."""
+    """Point the run's links to these checkpoints; remove the link `best` if its checkpoint no longer exists.
+
+    Raises `UserError` if a link has become a folder that is no copy of a checkpoint.
+    """
+    for link in (run.latest, run.best):
+        checkpoints.remove_copy(link, run.checkpoints)
     checkpoints.point_link(run.latest, latest)
     if best is not None and (run.checkpoints / best / checkpoints.MANIFEST).is_file():
         checkpoints.point_link(run.best, run.checkpoints / best)

@@ -11,6 +11,7 @@ import pydantic
 
 from slmkit.config import UserError
 from slmkit.data.sources import BUILT_IN
+from slmkit.data.sources.files import TEXT_KINDS, kind_of
 from slmkit.data.sources.open import expect_source
 from slmkit.data.sources.settings import SourceSettings
 from slmkit.find import find_config_directory, find_tokenizer_directory
@@ -35,6 +36,12 @@ def _one_source_of_files(recipe: Recipe) -> bool:
     return not recipe.data.sources and not recipe.data.is_built_in
 
 
+def _names_a_column(recipe: Recipe) -> bool:
+    source = recipe.data.source
+    paths = source if isinstance(source, list) else [source]
+    return _one_source_of_files(recipe) and not all(kind_of(path) in TEXT_KINDS for path in paths)
+
+
 def _holds_out(recipe: Recipe) -> bool:
     return recipe.data.validation is None and not recipe.data.is_built_in
 
@@ -48,6 +55,7 @@ def _has_built_in(recipe: Recipe) -> bool:
     return recipe.data.is_built_in or any(source.path in BUILT_IN for source in recipe.data.sources)
 
 
+NO_COLUMNS = "text files have no columns, and data.sources have their own setting"
 # Key patterns → the condition under which the run reads them, and the condition in words.
 READ_WHERE: dict[str, tuple[Reads, str]] = {
     "model.initialization": (lambda r: r.model.path is None, "the weights are those of model.path"),
@@ -62,9 +70,9 @@ READ_WHERE: dict[str, tuple[Reads, str]] = {
     "data.cleaning.*": (_stored_text, "only text of your own that is stored before training is cleaned"),
     "data.cleaning.min_script_share": (lambda r: bool(r.data.cleaning.scripts), "data.cleaning.scripts is not set"),
     "data.cleaning.evaluation_words": (lambda r: bool(r.data.cleaning.evaluation), "data.cleaning.evaluation is empty"),
-    "data.text_column": (_one_source_of_files, "it is of data.source, and data.sources have their own"),
-    "data.messages_column": (_one_source_of_files, "it is of data.source, and data.sources have their own"),
-    "data.columns": (_one_source_of_files, "it is of data.source, and data.sources have their own"),
+    "data.text_column": (_names_a_column, NO_COLUMNS),
+    "data.messages_column": (_names_a_column, NO_COLUMNS),
+    "data.columns": (_names_a_column, NO_COLUMNS),
     "data.on_bad_row": (_one_source_of_files, "it is of data.source, and data.sources have their own"),
     "data.on_long_conversation": (lambda r: r.reads == "conversations", "the run reads no conversations"),
     "data.validation_fraction": (_holds_out, "validation text is named, or made anew of what is built in"),
@@ -173,6 +181,8 @@ def _unread_of(name: str, source: SourceSettings) -> str | None:
         return "path is on this machine"
     if name in ("row_format", "on_bad_row", "text_column", "messages_column", "columns") and built_in:
         return "path is built in"
+    if name in ("row_format", "text_column", "messages_column", "columns") and kind_of(source.path) in TEXT_KINDS:
+        return "text files have no columns"
     return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import torch
 from slmkit.config import UserError
 from slmkit.training.checkpoints import checkpoint as checkpoints
 from slmkit.training.checkpoints.checkpoint import complete_checkpoints, load_checkpoint, newest_intact, verify
-from slmkit.training.checkpoints.saver import FAILURES_BORNE, Saver
+from slmkit.training.checkpoints.saver import FAILURES_BORNE, Saver, point_links
 from slmkit.training.loop import Every, RunStopped, State
 from slmkit.training.run_directory import RunDirectory
 from tests.cli.helpers import python
@@ -64,6 +65,25 @@ def test_what_is_written_is_the_instant_of_the_save(saver: Saver, monkeypatch: p
     loaded = state()
     load_checkpoint(saver.run.latest, loaded, FILES)
     assert (loaded.step, loaded.guard.norms, loaded.model.norm.weight[0].item()) == (4, [1.0], 4)
+
+
+def test_a_run_copied_without_its_links_gets_them_back(saver: Saver) -> None:
+    """`cp -rL` and `scp -r` make folders of `latest` and `best`."""
+    saver.save(state_at(2), {})
+    saver.finish()
+    only, links = saver.run.checkpoints / "step-000002", (saver.run.latest, saver.run.best)
+    for link in links:
+        link.unlink(missing_ok=True)
+        shutil.copytree(only, link)
+    point_links(saver.run, only, only.name)
+    assert [link.is_symlink() and link.resolve() == only.resolve() for link in links] == [True, True]
+    assert {path.name for path in saver.run.root.iterdir()} == {"checkpoints", "latest", "best"}
+    saver.run.latest.unlink()
+    saver.run.latest.mkdir()
+    (saver.run.latest / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="latest is a folder where a link to a checkpoint belongs: move it away"):
+        point_links(saver.run, only, only.name)
+    assert (saver.run.latest / "notes.txt").read_text() == "mine"
 
 
 def fail(saver: Saver, step: int) -> None:

@@ -21,6 +21,18 @@ def test_shipped_recipes_set_nothing_in_vain(name: str) -> None:
     assert without_effect(load_recipe(find_recipe(name))) == []
 
 
+@pytest.mark.parametrize("setting", ["text_column: a", "messages_column: a", "columns: {text: a}"])
+def test_a_column_of_a_text_file_is_said_to_have_no_effect(tmp_path: Path, setting: str) -> None:
+    for source, lines in (("a.txt", 1), ("[a.txt, b.md.gz]", 1), ("[a.txt, b.jsonl]", 0), ("folder", 0)):
+        (tmp_path / "recipe.yaml").write_text(f"data: {{source: {source}, {setting}}}\n")
+        said = without_effect(load_recipe(tmp_path / "recipe.yaml"))
+        assert len(said) == lines, source
+        assert all("has no effect: text files have no columns" in line for line in said)
+    (tmp_path / "recipe.yaml").write_text(f"data: {{sources: [{{path: a.txt, {setting}}}, {{path: b.jsonl}}]}}\n")
+    (line,) = without_effect(load_recipe(tmp_path / "recipe.yaml"))
+    assert "has no effect: text files have no columns" in line
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_recipe_for_a_finished_model_is_refused_without_one(name: str) -> None:
     recipe = load_recipe(find_recipe(name))
