@@ -39,7 +39,7 @@ def _one_source_of_files(recipe: Recipe) -> bool:
 def _names_a_column(recipe: Recipe) -> bool:
     source = recipe.data.source
     paths = source if isinstance(source, list) else [source]
-    return _one_source_of_files(recipe) and not all(kind_of(path) in TEXT_KINDS for path in paths)
+    return _one_source_of_files(recipe) and not all(kind_of(path) in TEXT_KINDS for path in paths if path is not None)
 
 
 def _holds_out(recipe: Recipe) -> bool:
