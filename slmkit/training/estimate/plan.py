@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,6 +22,7 @@ from slmkit.training.estimate.probe import LONGEST, STEPS, Probe, ProbeTarget, p
 from slmkit.training.estimate.scaling_laws import expected_loss, learning_rate_for, parameters_for, tokens_per_step_for
 from slmkit.training.recipe.recipe import ModelSettings, Recipe, TrainSettings
 
+BYTES_PER_TOKEN = 4  # of English, with a vocabulary of about ten thousand
 SAMPLE = 200  # documents of the built-in corpus whose length is measured
 WIDTHS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1_024, 1_280, 1_536, 1_792, 2_048)
 FEWEST_STEPS = 200
@@ -67,7 +67,7 @@ def outlook(
     device = find_device(recipe.train.device, recipe.train.precision)
     config, assumptions = _config_of(recipe)
     length = recipe.train.sequence_length or config.max_position_embeddings
-    text, about_text = _tokens_of(recipe, config.vocab_size)
+    text, about_text = _tokens_of(recipe)
     assumptions += about_text
     if text is None and recipe.train.max_steps is None and recipe.train.max_tokens is None:
         raise UserError("the length of this text is not known before it is read: set train.max_tokens or max_steps")
@@ -123,16 +123,15 @@ def propose(
         say(f"measuring the speed in up to {STEPS} steps, at most {ROUND_SECONDS:.0f} seconds")
         measured = probe(ProbeTarget.fresh(config), recipe.train, device, longest=ROUND_SECONDS)
     steps = recipe.train.total_steps(0, config.max_position_embeddings)
-    per_token = bytes_per_token(config.vocab_size)
-    size = steps * recipe.train.tokens_per_step * per_token
+    size = steps * recipe.train.tokens_per_step * BYTES_PER_TOKEN
     assumptions = [
         "size and loss: Hoffmann et al. 2022 as corrected by Besiroglu et al. 2024, fitted on web text in a vocabulary "
         "of 32,000 and on 44 M parameters and more; simpler text has a lower loss",
         "learning rate and batch: Li et al. 2025, for AdamW, fitted on 60 M parameters and more",
-        f"text that is read once: about {size / 1e6:,.0f} MB, at {per_token:.1f} bytes a token",
+        f"text that is read once: about {size / 1e6:,.0f} MB, at {BYTES_PER_TOKEN} bytes a token",
     ]
     ahead = _outlook(recipe, config, ProbeTarget.fresh(config), steps, device, None, measured, assumptions)
-    text = _tokens_of(recipe, config.vocab_size)[0] if overrides else None
+    text = _tokens_of(recipe)[0] if overrides else None
     return replace(ahead, text=text, epochs=ahead.ahead.tokens / text if text else None)
 
 
@@ -208,23 +207,13 @@ def _built_in_text(recipe: Recipe, index: int) -> str:
     return said * (2 if recipe.reads == "pairs" else 1)
 
 
-def bytes_per_token(vocab_size: int) -> float:
-    """Approximate UTF-8 bytes of English in a token.
-
-    Measured with this toolkit's tokenizer trained on WikiText-2 and on the built-in stories, on other text of the same
-    kind: 1.4 with 300 tokens, 2.1 with 512, 2.5 to 2.8 with 1,000, 3.3 to 4.2 with 4,096, 3.7 to 4.3 with 8,192.
-    """
-    return max(1.0, min(vocab_size / 210, 2.1 + 0.45 * math.log2(max(vocab_size, 1) / 512), 4.5))
-
-
-def _tokens_of(recipe: Recipe, vocab_size: int) -> tuple[int | None, list[str]]:
+def _tokens_of(recipe: Recipe) -> tuple[int | None, list[str]]:
     """Approximate tokens of the training text, and the rule used; None if the text would have to be read."""
-    data, width = recipe.data, bytes_per_token(vocab_size)
-    about = f"{width:.1f} bytes of text a token, for a vocabulary of {vocab_size:,}"
+    data = recipe.data
     if data.is_built_in:
         made = (_built_in_text(recipe, index) for index in range(SAMPLE))
         size = sum(len(text.encode()) for text in made) // SAMPLE * data.documents
-        return int(size / width), [about]
+        return size // BYTES_PER_TOKEN, [f"{BYTES_PER_TOKEN} bytes of text a token"]
     if not data.source:
         what = "several sources" if data.sources else "no data.source"
         return None, [f"{what}: any amount of text that the steps need"]
@@ -239,7 +228,7 @@ def _tokens_of(recipe: Recipe, vocab_size: int) -> tuple[int | None, list[str]]:
         for file in files
         if file.is_file()
     )
-    return int(size / width), [f"{about}, compressed files a third of their text"]
+    return size // BYTES_PER_TOKEN, [f"{BYTES_PER_TOKEN} bytes of text a token, compressed files a third of their text"]
 
 
 # -- the proposal -----------------------------------------------------------------------------------------------------
