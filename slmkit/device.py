@@ -76,7 +76,7 @@ def find_device(name: str = "auto", precision: str = "auto") -> Device:
     if precision not in PRECISIONS and precision != "auto":
         raise DeviceError(f"unknown precision {precision!r}; known: auto, {', '.join(PRECISIONS)}")
     ranks = find_ranks()
-    device = torch.device(_best() if name == "auto" else _checked(name))
+    device = torch.device(_best() if name == "auto" else checked_device(name))
     if device == torch.device("cuda") and ranks.world > 1:
         device = torch.device("cuda", ranks.local_rank)
     if precision == "auto":
@@ -106,7 +106,8 @@ def _best() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def _checked(name: str) -> str:
+def checked_device(name: str) -> str:
+    """The name. Raises `DeviceError` if this machine has no such device."""
     kind = name.partition(":")[0]
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not there.get(kind, False):

@@ -7,7 +7,7 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-from slmkit.config import UserError
+from slmkit.config import UserError, kind_of_value
 from slmkit.hub import PUBLISHED, hub_directory, hub_name
 
 
@@ -40,9 +40,17 @@ def is_gpt2(path: str | Path) -> bool:
     return str(path) == "gpt2" and not Path(path).exists()
 
 
+def as_path(path: str | Path) -> Path:
+    """Raises `UserError` for anything but a path."""
+    if not isinstance(path, str | Path):
+        raise UserError(f"expected a directory or a name on the hub, found {kind_of_value(path)}")
+    return Path(path)
+
+
 def _find(path: str | Path, *names: str, weights: bool = True) -> Path:
     """The directory that contains a file with one of these names. Raises `UserError` if there is none."""
-    wanted, local = hub_name(path), Path(path)
+    local = as_path(path)
+    wanted = hub_name(path)
     # Other trainers name the best checkpoint in their output directory `best_model`.
     run = local.parent if local.name == "best_model" and not local.exists() else local
     for candidate in (local, run / "best", run / "latest"):
@@ -60,6 +68,8 @@ def _find(path: str | Path, *names: str, weights: bool = True) -> Path:
 
 
 def _not_found(path: Path, name: str) -> str:
+    if (path / "recipe.yaml").is_file():
+        return f"{path}: a run without a checkpoint yet: train on with `slm resume {path}`"
     if path.exists():
         what = f"no {name} in it: neither a model directory nor a run with a checkpoint"
     elif str(path) in PUBLISHED:

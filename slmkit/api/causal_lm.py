@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from slmkit.adapt.load import load_model
 from slmkit.adapt.lora import adapted_linears
 from slmkit.config import UserError, methods_checked
+from slmkit.device import DeviceError, checked_device
 from slmkit.find import find_model_directory
 from slmkit.generation.ensemble import Ensemble, common_tokenizer
 from slmkit.generation.generator import generate_ids
@@ -26,6 +28,8 @@ from slmkit.model.files.generation_config import new_tokens
 from slmkit.model.initialization import build_decoder, grow_vocabulary
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.losses import IGNORED
+
+_LOGGER = logging.getLogger(__name__)
 
 
 class CausalLMOutput(dict[str, Tensor]):
@@ -83,20 +87,19 @@ class GeneratingModel(nn.Module):
         `num_items_in_batch` the sum divided by that number. Raises `UserError` for more tokens than the context, for
         inputs of another type or shape, and on the CPU for ids outside the vocabulary.
         """
-        _expect_ids("input_ids", input_ids, self.config.vocab_size)
-        _expect_mask(attention_mask, input_ids)
+        self._expect(input_ids, attention_mask)
         if labels is not None:
             _expect_ids("labels", labels, self.config.vocab_size, input_ids.shape)
         if attention_mask is not None:
             # Right padding comes after every real token, so that the causal mask suffices.
             attention_mask = attention_mask.bool()
-            if not bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any()):
+            if not attention_mask.is_meta and not bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any()):
                 attention_mask = None
         hidden = self.decoder(input_ids, attention_mask=attention_mask)
         logits = self.decoder.logits(hidden).float()
         if labels is None:
             return CausalLMOutput(logits=logits)
-        shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten().to(logits.device)
+        shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten().to(logits.device).long()
         if num_items_in_batch is None:
             return CausalLMOutput(loss=F.cross_entropy(logits.flatten(0, 1), shifted), logits=logits)
         total = F.cross_entropy(logits.flatten(0, 1), shifted, reduction="sum")
@@ -128,16 +131,11 @@ class GeneratingModel(nn.Module):
         Finished rows are filled with `pad_token_id`. Raises `UserError` for invalid arguments.
         """
         settings = SamplingSettings(
-            do_sample=do_sample,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-        )
-        _expect_ids("input_ids", input_ids, self.config.vocab_size)
-        _expect_mask(attention_mask, input_ids)
+            do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+            repetition_penalty=repetition_penalty, seed=seed,
+        )  # fmt: skip
+        _expect_weights(self.decoder)
+        self._expect(input_ids, attention_mask)
         for name, count in (("max_length", max_length), ("max_new_tokens", max_new_tokens)):
             if count is not None and not isinstance(count, int):
                 raise UserError(f"{name} {count!r}: expected a whole number")
@@ -145,9 +143,11 @@ class GeneratingModel(nn.Module):
         if max_new_tokens is None:
             room = (max_length or self.decoder.max_positions) - prompt
             max_new_tokens = room if max_length else new_tokens(self.config.generation_config, room, prompt)
-        if max_new_tokens < 1:
-            raise UserError(f"max_length {max_length} is not above the {prompt} tokens of the prompt: raise it")
-        return generate_ids(
+            if max_length and room < 1:
+                raise UserError(f"max_length {max_length} is not above the {prompt} tokens of the prompt: raise it")
+        for name, given in (("eos_token_id", eos_token_id), ("pad_token_id", pad_token_id)):
+            _expect_known(name, given, self.config.vocab_size)
+        ids = generate_ids(
             self.decoder,
             input_ids,
             max_new_tokens=max_new_tokens,
@@ -158,6 +158,24 @@ class GeneratingModel(nn.Module):
             num_return_sequences=num_return_sequences,
             known=self.known_ids,
         )
+        if ids.size(1) == self.decoder.max_positions < prompt + max_new_tokens:
+            _LOGGER.warning(
+                f"the model's context of {ids.size(1)} tokens ends the text after {ids.size(1) - prompt} new ones, "
+                f"not {max_new_tokens}"
+            )
+        return ids
+
+    def _expect(self, input_ids: Any, attention_mask: Tensor | None) -> None:
+        """Raise `UserError` unless both are [batch, sequence], on the model's device, and the ids in its vocabulary."""
+        _expect_ids("input_ids", input_ids, self.config.vocab_size)
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise UserError(
+                f"attention_mask: expected 0 and 1 in the shape of input_ids, {[*input_ids.shape]}, "
+                f"found {[*attention_mask.shape]}"
+            )
+        for name, given in (("input_ids", input_ids), ("attention_mask", attention_mask)):
+            if given is not None and given.device != self.device:
+                raise UserError(f"{name}: on {given.device}, the model is on {self.device}: {name}.to(model.device)")
 
     @cached_property
     def known_ids(self) -> np.ndarray | None:
@@ -189,7 +207,10 @@ class SLMForCausalLM(GeneratingModel):
         Raises `UserError` for a missing or damaged model.
         """
         found = find_model_directory(directory).resolve()
-        decoder, config = load_model(found, device)
+        try:
+            decoder, config = load_model(found, checked_device(str(device)))
+        except DeviceError as error:
+            raise UserError(str(error)) from None
         model = cls(config, decoder)
         model.directory = found
         return model.eval()
@@ -208,6 +229,8 @@ class SLMForCausalLM(GeneratingModel):
         """
         if not is_main_process:
             return
+        if state_dict is None:
+            _expect_weights(self.decoder)
         if adapted_linears(self.decoder):
             raise UserError("the model has an adapter: fold(model.decoder) that first, with slmkit.adapt.lora.fold")
         weights = None if state_dict is None else {k.removeprefix("decoder."): v for k, v in state_dict.items()}
@@ -276,12 +299,9 @@ def _expect_ids(name: str, ids: Any, vocab_size: int, shape: torch.Size | None =
         raise UserError(f"{name}: found {int(low if low < 0 else high)}, expected ids from 0 to {vocab_size - 1}")
 
 
-def _expect_mask(attention_mask: Tensor | None, input_ids: Tensor) -> None:
-    if attention_mask is not None and attention_mask.shape != input_ids.shape:
-        raise UserError(
-            f"attention_mask: expected 0 and 1 in the shape of input_ids, {[*input_ids.shape]}, "
-            f"found {[*attention_mask.shape]}"
-        )
+def _expect_weights(decoder: Decoder | Ensemble) -> None:
+    if decoder.device.type == "meta":
+        raise UserError("the model has no weights yet, it is on the meta device: to_empty(), then load_state_dict()")
 
 
 def _left_padding(attention_mask: Tensor | None) -> Tensor | None:
@@ -296,10 +316,15 @@ def _left_padding(attention_mask: Tensor | None) -> Tensor | None:
 def _as_set(ids: int | Sequence[int] | None) -> set[int]:
     if ids is None:
         return set()
-    listed = {ids} if isinstance(ids, int) else {*ids}
-    if not all(isinstance(one, int) for one in listed):
-        raise UserError(f"eos_token_id {ids!r}: expected an id or a list of ids")
-    return listed
+    return {*ids} if isinstance(ids, Sequence) else {ids}
+
+
+def _expect_known(name: str, ids: Any, vocab_size: int) -> None:
+    """Raise `UserError` unless `ids` is None, an id of the vocabulary, or several."""
+    listed = [] if ids is None else [*ids] if name == "eos_token_id" and isinstance(ids, Sequence) else [ids]
+    if not all(isinstance(one, int | np.integer) and 0 <= one < vocab_size for one in listed):
+        expected = "an id or a list of ids" if name == "eos_token_id" else "an id"
+        raise UserError(f"{name} {ids!r}: expected {expected} from 0 to {vocab_size - 1}")
 
 
 def _first(*values: int | None) -> int:

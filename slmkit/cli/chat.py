@@ -180,3 +180,5 @@ def generate(
         for piece in stream:
             print(piece, end="", flush=True)
         print()
+        if max_new_tokens and stream.finish_reason == "context":
+            print(f"the model's context of {decoder.max_positions} tokens ends the text here", file=sys.stderr)

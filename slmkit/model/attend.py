@@ -26,7 +26,7 @@ def attend(
 
     q [batch, heads, new, head_dim], k and v [batch, kv_heads, seen, head_dim or another] → [batch, heads, new, v's].
     """
-    if torch.is_autocast_enabled(q.device.type):
+    if not q.is_meta and torch.is_autocast_enabled(q.device.type):  # the meta device has no autocast
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     if inputs.pieces:
         return _in_pieces(q, k, v, inputs.pieces, scale, cap, dropout)

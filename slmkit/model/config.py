@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from slmkit.config import Settings, UserError, did_you_mean, kind_of_value, load_settings
-from slmkit.find import find_config_directory
+from slmkit.find import as_path, find_config_directory
 from slmkit.model.families import FULL, SLIDING, families_with, family_of, optional_fields
 from slmkit.model.files.adapter_directory import config_directory
 from slmkit.model.files.generation_config import read_generation_config
@@ -181,7 +181,7 @@ class SLMConfig(Settings):
         Keys that the family's code does not read are ignored, with one warning that lists them. Raises `UserError`
         if the file is missing or invalid, or the model is not supported.
         """
-        path = Path(directory) / "config.json"
+        path = as_path(directory) / "config.json"
         if not path.is_file():
             path = config_directory(find_config_directory(directory)) / "config.json"
         try:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from slmkit import SLMConfig, SLMEnsemble, SLMForCausalLM, UserError
+from slmkit import SLMConfig, SLMEnsemble, SLMForCausalLM, SLMTokenizer, UserError
 from slmkit.generation.ensemble import Ensemble
 from slmkit.model.families import FAMILIES
 from tests.parity.configurations import DRAW, VOCAB
@@ -116,6 +116,15 @@ def test_a_model_is_built_on_the_meta_device_and_filled_later(family: str, assig
     with torch.device("meta"):
         empty = SLMForCausalLM(config).eval()
     assert all(tensor.is_meta for tensor in empty.state_dict().values())
+    ids = torch.zeros(2, 20, dtype=torch.long, device="meta")
+    for mask in (None, torch.ones_like(ids)):
+        output = empty(ids, attention_mask=mask, labels=ids)
+        assert (output.logits.shape, output.loss.shape) == ((2, 20, 60), ())
+    for call in (lambda: empty.generate(ids, max_new_tokens=2), lambda: empty.save_pretrained("nowhere")):
+        with pytest.raises(UserError, match="^the model has no weights yet, it is on the meta device: to_empty"):
+            call()
+    with pytest.raises(UserError, match=r"^input_ids: on cpu, the model is on meta: input_ids.to\(model.device\)$"):
+        empty(torch.arange(20)[None])
     if not assign:
         empty.to_empty(device="cpu")
     empty.load_state_dict(model.state_dict(), assign=assign)
@@ -233,13 +242,49 @@ IDS = torch.arange(12).view(2, 6)
         (IDS, {"temperature": "0.5"}, "temperature '0.5'"),
         (IDS, {"top_k": 1.5}, "top_k 1.5"),
         (IDS, {"eos_token_id": "a"}, "eos_token_id 'a'"),
+        (IDS, {"eos_token_id": 60}, "eos_token_id 60: expected an id or a list of ids from 0 to 59"),
+        (IDS, {"eos_token_id": [1, -1]}, r"eos_token_id \[1, -1\]: expected"),
+        (IDS, {"pad_token_id": -1}, "pad_token_id -1: expected an id from 0 to 59"),
+        (IDS, {"pad_token_id": [1]}, r"pad_token_id \[1\]: expected an id from"),
+        (IDS, {"max_new_tokens": 0}, "^max_new_tokens 0: expected 1 or more"),
+        (IDS, {"max_new_tokens": -1}, "^max_new_tokens -1: expected 1 or more"),
         (IDS, {"max_new_tokens": "3"}, "max_new_tokens '3'"),
     ],
 )
 def test_what_is_no_batch_of_ids_is_refused_in_one_line(ids: Any, options: dict, said: str) -> None:
     model = small()
-    calls = [model.generate] if options.keys() & {"temperature", "top_k", "eos_token_id", "max_new_tokens"} else [model]
+    calls = [model] if options.keys() <= {"attention_mask", "labels"} else [model.generate]
     for call in [*calls, model.generate] if not options else calls:
         with pytest.raises(UserError, match=said) as raised:
             call(ids, **options)
         assert "\n" not in str(raised.value)
+
+
+def test_a_text_that_the_context_ends_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    model = small()
+    assert model.generate(IDS, max_new_tokens=100, eos_token_id=[]).shape == (2, 64)
+    assert model.generate(IDS, max_length=100, eos_token_id=[]).shape == (2, 64)
+    assert [line.replace("94", "100") for line in caplog.messages] == [
+        "the model's context of 64 tokens ends the text after 58 new ones, not 100"
+    ] * 2
+    caplog.clear()
+    for options in ({}, {"max_new_tokens": 58}, {"max_length": 64}):
+        assert model.generate(IDS, eos_token_id=[], **options).shape == (2, 64)
+    assert model.generate(IDS, max_new_tokens=100, eos_token_id=list(range(60))).shape == (2, 7)
+    assert not caplog.messages
+
+
+def test_narrow_labels_are_read_as_narrow_ids_are() -> None:
+    model = small()
+    torch.testing.assert_close(model(IDS.int(), labels=IDS.int()).loss, model(IDS, labels=IDS).loss)
+
+
+def test_what_is_no_model_and_no_device_is_one_line(tmp_path: Path) -> None:
+    small().save_pretrained(tmp_path)
+    for device in ("gpu", "cuda", "mps"):
+        if device == "gpu" or not getattr(torch, device).is_available():
+            with pytest.raises(UserError, match=f"^device '{device}' is not available; this machine has: .*cpu"):
+                SLMForCausalLM.from_pretrained(tmp_path, device=device)
+    for read in (SLMForCausalLM, SLMConfig, SLMTokenizer):
+        with pytest.raises(UserError, match="^expected a directory or a name on the hub, found nothing$"):
+            read.from_pretrained(None)

@@ -174,7 +174,11 @@ def test_ids_that_a_model_stops_at_or_suppresses_may_be_ordinary_tokens(tmp_path
     ("said", "new"), [({"max_new_tokens": 4}, 4), ({"max_length": 9}, 6), ({"max_length": 9, "max_new_tokens": 2}, 2)]
 )
 def test_how_long_a_text_is_unless_the_caller_says(
-    said: dict[str, int], new: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    said: dict[str, int],
+    new: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     directory = directory_of("byte-level", tmp_path)
     model_beside(directory)
@@ -189,15 +193,23 @@ def test_how_long_a_text_is_unless_the_caller_says(
 
     asked: list[int] = []
 
+    class Ended(list[str]):
+        finish_reason = "context"
+
     def record(*_: Any, max_new_tokens: int, **__: Any) -> Any:
         asked.append(max_new_tokens)
-        return iter(())
+        return Ended()
 
     monkeypatch.setattr("slmkit.generation.text.stream_completion", record)
     three = SLMTokenizer.from_pretrained(directory).decode([5, 6, 7])
+    capsys.readouterr()
     generate(str(directory), three)
+    assert capsys.readouterr().err == ""
     generate(str(directory), three, max_new_tokens=7)
     assert asked == [new, 7]
+    assert (
+        capsys.readouterr().err == f"the model's context of {model.decoder.max_positions} tokens ends the text here\n"
+    )
     monkeypatch.setattr("slmkit.generation.chat.ChatSession", record)
     monkeypatch.setattr("sys.stdin", io.StringIO())
     chat(str(directory))

@@ -61,6 +61,9 @@ def test_a_place_without_a_model_is_refused_by_name(tmp_path: Path) -> None:
         find_model_directory(tmp_path)
     with pytest.raises(UserError, match="no such directory"):
         find_model_directory(tmp_path / "none")
+    (tmp_path / "recipe.yaml").touch()
+    with pytest.raises(UserError, match="a run without a checkpoint yet: train on with `slm resume "):
+        find_model_directory(tmp_path)
 
 
 def test_metrics_survive_a_line_cut_short_and_are_rewound(tmp_path: Path) -> None:
