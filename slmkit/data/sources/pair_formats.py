@@ -202,7 +202,7 @@ def _ranked(row: Row, column: str) -> Pair:
             raise RowError(
                 f"{score!r} and {name!r} of the answers in column {column!r} contradict each other: drop one"
             )
-    order = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)
+    order = sorted(range(len(scores)), key=lambda place: scores[place], reverse=True)
     if scores[order[0]] == scores[order[-1]]:
         raise RowError(f"the answers in column {column!r} have one score, so that none is better", "equal scores")
     return _chosen_and_rejected(row, asked, *(answers[place].get(text) for place in (order[0], order[-1])))
