@@ -185,8 +185,10 @@ def _ranked(row: Row, column: str) -> Pair:
         raise RowError("no column 'chosen' and 'rejected', nor others that make pairs of answers", NO_COLUMN)
     asked = next((name for name in QUESTIONS if not is_empty(row.get(name))), None)
     text = next((name for name in ANSWER if name in keys), None)
-    values = {name: [_score(answer, name) for answer in answers] for name in (*SCORES, "rank") if name in keys}
-    score, scores = next(iter(values.items()), ("", [None]))
+    values: dict[str, list[Any]] = {
+        name: [_score(answer, name) for answer in answers] for name in (*SCORES, "rank") if name in keys
+    }
+    score, scores = next(iter(values.items()), ("", list[Any]([None])))
     if asked is None or text is None or None in scores:
         raise RowError(
             f"column {column!r} holds ranked answers that are not objects with a text ({', '.join(ANSWER)}) and a "
