@@ -78,7 +78,7 @@ def prepare_text(
     workers = workers or os.cpu_count() or 1
     partial = ShardFolder(partial_folder(directory), tokenizer)
     ordered = partial if shuffle_seed is None else ShardFolder(partial.folder / "ordered", tokenizer)
-    with _stopping_at_once(ThreadPoolExecutor(workers)) as pool, _keeping_what_is_finished(partial, ordered):
+    with _keeping_what_is_finished(partial, ordered), _stopping_at_once(ThreadPoolExecutor(workers)) as pool:
         cleaner = Cleaner(cleaning or CleaningSettings())
         kept = cleaner.clean(_all_ended(documents), pool, workers)
         work = without_finished(cut(kept, shard_characters, BATCH_CHARACTERS), ordered)
