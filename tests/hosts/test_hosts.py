@@ -1,6 +1,7 @@
 """Two hosts, as network namespaces with addresses of their own: one fails in mid-run, and the job ends as if none had.
 
-Needs root and iproute2, and is skipped where they are missing. `make test-hosts` does both failures, `make test` one.
+Needs root and iproute2, and is skipped where they are missing. Run by `make test-hosts` alone: it takes minutes, mostly
+of torchrun's waiting. `tests/cli/test_torchrun.py` is the short form, a job that is stopped and started again.
 """
 
 from __future__ import annotations
@@ -108,7 +109,8 @@ def losses(run: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in lines]
 
 
-@pytest.mark.parametrize("failure", ["killed", pytest.param("cut off", marks=whole)])
+@whole
+@pytest.mark.parametrize("failure", ["killed", "cut off"])
 def test_a_job_survives_the_loss_of_a_host(tmp_path: Path, hosts: None, failure: str) -> None:
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
     alone = slm("train", "recipe.yaml", "output_dir=runs/alone", cwd=tmp_path)
