@@ -19,7 +19,8 @@ import numpy as np
 
 from slmkit.config import UserError
 from slmkit.data.shards.reader import FORMAT, HEADER, VERSION, Header, Shard, Vocabulary, read_header
-from slmkit.data.shards.writer import OpenShard, disk_error, may_be_replaced, put_in_place, sync, sync_directory
+from slmkit.data.shards.writer import OpenShard, disk_error, may_be_replaced, put_in_place, sync
+from slmkit.files import sync as sync_path
 
 ASKED = "asked.json"
 
@@ -158,7 +159,7 @@ def complete(partial: Path, directory: Path, header: Header) -> None:
                 shutil.rmtree(path)
             elif path.name not in kept:
                 path.unlink()
-        sync_directory(partial)
+        sync_path(partial)
         put_in_place(partial, directory)
     except OSError as error:
         raise disk_error(error, directory) from None

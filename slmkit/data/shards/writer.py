@@ -18,6 +18,7 @@ import numpy as np
 
 from slmkit.config import UserError
 from slmkit.data.shards.reader import HEADER, Header, Shard, Vocabulary, read_header
+from slmkit.files import sync as sync_path
 
 SHARD_TOKENS = 1 << 28  # a shard of 16-bit tokens is 512 MiB
 
@@ -142,7 +143,7 @@ class ShardWriter:
         with (self.partial / HEADER).open("wb") as file:
             file.write(json.dumps(dataclasses.asdict(header), indent=2).encode() + b"\n")
             sync(file)
-        sync_directory(self.partial)
+        sync_path(self.partial)
         put_in_place(self.partial, self.directory)
 
     def _user_error(self, error: OSError) -> UserError:
@@ -221,18 +222,10 @@ def put_in_place(partial: Path, final: Path) -> None:
         if previous.exists():
             os.replace(previous, final)
         raise
-    sync_directory(final.parent)
+    sync_path(final.parent)
     shutil.rmtree(previous, ignore_errors=True)
 
 
 def sync(file: IO[Any]) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
