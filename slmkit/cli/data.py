@@ -90,7 +90,7 @@ def prepare(
 def _settings_of(paths: list[str], settings: list[str] | None) -> list[SourceSettings]:
     """Settings of all sources. Raises `UserError` if a file or folder does not exist."""
     from slmkit.config import load_settings
-    from slmkit.data.sources.open import expect_source
+    from slmkit.data.sources import expect_source
     from slmkit.data.sources.settings import SourceSettings
 
     found = [load_settings(SourceSettings, {"path": path}, settings or []) for path in paths]

@@ -34,7 +34,7 @@ def evaluate(
     from slmkit.cli.progress import EvaluationProgress
     from slmkit.cli.show import TerminalReporter, print_table
     from slmkit.config import load_settings
-    from slmkit.data.sources.open import expect_source
+    from slmkit.data.sources import expect_source
     from slmkit.data.sources.settings import SourceSettings
     from slmkit.model.files.find import find_model_directory
 
