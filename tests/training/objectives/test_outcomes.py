@@ -37,9 +37,7 @@ def both(scale: float, tokens: int, k: int, temperature: float) -> tuple[tuple[T
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0, 0.5])
 @pytest.mark.parametrize(("tokens", "k"), [(50, 4), (50, 49), (43, 4), (43, 1)])
-def test_values_and_gradients_are_those_of_summed_probabilities(
-    tokens: int, k: int, temperature: float
-) -> None:
+def test_values_and_gradients_are_those_of_summed_probabilities(tokens: int, k: int, temperature: float) -> None:
     (value, gradient), (expected, slope) = both(2.0, tokens, k, temperature)
     assert (value - expected).abs().max() <= 1e-5
     assert (gradient - slope).abs().max() <= 1e-5
