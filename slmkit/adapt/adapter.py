@@ -101,7 +101,7 @@ class AdapterFiles:
 
     config: SLMConfig
     settings: LoRASettings
-    base: str | Path
+    base: Path
     base_fingerprint: str | None = None
 
     def tensors(self, model: Decoder) -> Mapping[str, Tensor]:
@@ -124,7 +124,7 @@ class AdapterFiles:
                 others.append(theirs)
         shapes = {name: (update.a.size(0), update.scale) for name, update in updates.items()}
         whole = _whole_to_disk(model, config, tensors)
-        hub = hub_name(spelled(Path(self.base)))
+        hub = hub_name(spelled(self.base))
         base = hub.name if hub else str(self.base)
         content = adapter_config(base, self.settings, shapes, others, family_of(config.model_type))
         content["revision"] = hub.revision if hub else None

@@ -55,7 +55,7 @@ def adapted(decoder: Decoder, config: SLMConfig, **settings: Any) -> LoRASetting
 def save_adapter(
     decoder: Decoder, config: SLMConfig, settings: LoRASettings, base: str | Path, directory: Path
 ) -> None:
-    AdapterFiles(config, settings, base).write(decoder, trained_tensors(decoder), directory)
+    AdapterFiles(config, settings, Path(base)).write(decoder, trained_tensors(decoder), directory)
 
 
 def shake(tensors: dict[str, torch.Tensor]) -> None:
