@@ -54,12 +54,12 @@ from slmkit.training.objectives.teachers import (
 )
 from slmkit.training.recipe.objective_settings import DistillationSettings
 from slmkit.training.recipe.recipe import Recipe
-from slmkit.workflows.context import ObjectiveParts, Reporter, RunContext
+from slmkit.workflows.context import ObjectiveParts, RecipeContext, Reporter
 from slmkit.workflows.hooks import Sample, Validate
 from slmkit.workflows.model import tokenizer_of_base
 
 
-def distill_work(m: RunContext) -> ObjectiveParts:
+def distill_work(m: RecipeContext) -> ObjectiveParts:
     """Objective parts of distillation on text or conversations; validation is the labels' cross-entropy.
 
     Raises `UserError` if teacher and student do not fit together, or the cache is of other data or another teacher.
@@ -164,7 +164,7 @@ def lessons_of(recipe: Recipe, corpus: Corpus, rows: dict[str, Rows], length: in
     )
 
 
-def _expect_another_model(m: RunContext, settings: DistillationSettings) -> None:
+def _expect_another_model(m: RecipeContext, settings: DistillationSettings) -> None:
     """If the teacher is the student: raises `UserError` if no labels are used, else prints a note."""
     if m.recipe.model.path is None or settings.teacher is None:
         return
@@ -193,7 +193,7 @@ def _objective_of(settings: DistillationSettings, tokens: int) -> Callable[[Deco
     return objective
 
 
-def _from_teacher(m: RunContext) -> tuple[Stream | StreamedBatches, Objective]:
+def _from_teacher(m: RecipeContext) -> tuple[Stream | StreamedBatches, Objective]:
     recipe, settings = m.recipe, settings_of(m.recipe)
     assert settings.teacher is not None
     _expect_another_model(m, settings)
@@ -204,7 +204,7 @@ def _from_teacher(m: RunContext) -> tuple[Stream | StreamedBatches, Objective]:
     return batches, _objective_of(settings, len(m.corpus.tokenizer))(decoder)
 
 
-def _from_cache(m: RunContext, folder: Path) -> tuple[Stream | StreamedBatches, Objective]:
+def _from_cache(m: RecipeContext, folder: Path) -> tuple[Stream | StreamedBatches, Objective]:
     recipe, settings = m.recipe, settings_of(m.recipe)
     found = read_lessons(folder)
     rows = stored_rows(recipe.reads, recipe.data, m.corpus, m.length)

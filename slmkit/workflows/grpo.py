@@ -35,14 +35,14 @@ from slmkit.training.objectives.grpo import GroupRelative, GrpoSettings, Judged,
 from slmkit.training.objectives.preference import rounded_up
 from slmkit.training.precision import to_weight_dtype
 from slmkit.training.recipe.recipe import Recipe
-from slmkit.workflows.context import ObjectiveParts, RunContext
+from slmkit.workflows.context import ObjectiveParts, RecipeContext
 from slmkit.workflows.hooks import Sample
 
 REWARD_DIGEST = "reward.sha256"  # in a run's data folder
 ROWS_AT_ONCE = 128  # answers sampled in one batch
 
 
-def grpo_work(m: RunContext) -> ObjectiveParts:
+def grpo_work(m: RecipeContext) -> ObjectiveParts:
     """Objective parts of GRPO; batches are sampled from the current model. Raises `UserError` for several sources."""
     settings = m.recipe.grpo
     if len(m.corpus.train) > 1:
@@ -68,7 +68,7 @@ def grpo_work(m: RunContext) -> ObjectiveParts:
     )
 
 
-def _expect_the_same_reward(m: RunContext) -> None:
+def _expect_the_same_reward(m: RecipeContext) -> None:
     """Store the digest of the reward's file with the run. Raises `UserError` if the file has changed since."""
     stored, digest = m.run.data / REWARD_DIGEST, reward_digest(m.recipe.grpo.reward)
     if stored.is_file() and stored.read_text().strip() != str(digest):
@@ -164,7 +164,7 @@ class ValidateAnswers:
     checkpoint is the one with the best answers.
     """
 
-    def __init__(self, questions: Questions, judge: RewardFunction, settings: GrpoSettings, m: RunContext) -> None:
+    def __init__(self, questions: Questions, judge: RewardFunction, settings: GrpoSettings, m: RecipeContext) -> None:
         self.questions, self.judge, self.group = questions, judge, m.group
         self.greedy = AnswerSampler(m.corpus.tokenizer, settings.max_new_tokens, temperature=0.0)
 

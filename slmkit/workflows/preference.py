@@ -26,7 +26,7 @@ from slmkit.training.objectives.preference import Kto, Preference, reference_log
 from slmkit.training.precision import to_weight_dtype
 from slmkit.training.recipe.objective_settings import KtoSettings
 from slmkit.training.recipe.recipe import Recipe
-from slmkit.workflows.context import ObjectiveParts, RunContext
+from slmkit.workflows.context import ObjectiveParts, RecipeContext
 from slmkit.workflows.hooks import Sample
 
 REFERENCE = "reference.safetensors"  # in a run's data folder
@@ -34,13 +34,13 @@ ROWS_AT_ONCE = 16  # rows per batch without gradients
 BALANCED = (1.0, 4 / 3)  # weight × number of good answers over that of bad ones: arXiv:2402.01306, equation (8)
 
 
-def preference_work(m: RunContext) -> ObjectiveParts:
+def preference_work(m: RecipeContext) -> ObjectiveParts:
     """Objective parts of DPO and the other losses of pairs."""
     settings = m.recipe.preference
     return _work(m, PairRows, Preference(settings), settings.needs_reference)
 
 
-def kto_work(m: RunContext) -> ObjectiveParts:
+def kto_work(m: RecipeContext) -> ObjectiveParts:
     """Objective parts of KTO: answers with a label each."""
     work = _work(m, functools.partial(JudgedRows, seed=m.recipe.seed), Kto(m.recipe.kto), needs_reference=True)
     labels = np.concatenate([shards.labels for shards in m.corpus.train])
@@ -66,7 +66,10 @@ def weights_hint(good: int, bad: int, settings: KtoSettings) -> str | None:
 
 
 def _work(
-    m: RunContext, make_rows: Callable[..., PairRows | JudgedRows], objective: Preference | Kto, needs_reference: bool
+    m: RecipeContext,
+    make_rows: Callable[..., PairRows | JudgedRows],
+    objective: Preference | Kto,
+    needs_reference: bool,
 ) -> ObjectiveParts:
     """Objective parts; computes the reference's log-probabilities if they are needed and missing."""
     data = m.recipe.data
@@ -92,7 +95,7 @@ def preference_inventory(recipe: Recipe, model: Decoder, tokens: int, device: De
     return MemoryProfile(model, readings=(lambda model, beside, length: read_answers(model, 2 * ROWS_AT_ONCE, length),))
 
 
-def _refer(m: RunContext, all_rows: Sequence[PairRows | JudgedRows]) -> None:
+def _refer(m: RecipeContext, all_rows: Sequence[PairRows | JudgedRows]) -> None:
     """Add the starting model's log-probabilities to each of `all_rows`, and store them in the run's data."""
     path = m.run.data / REFERENCE
     found = _stored(path) if path.is_file() else {}
@@ -136,7 +139,7 @@ def _store(path: Path, arrays: dict[str, np.ndarray]) -> None:
 class ValidateAnswers:
     """Hook for all ranks: the objective's loss and figures over held-out rows, distributed over the ranks."""
 
-    def __init__(self, rows: PairRows | JudgedRows, objective: Preference | Kto, m: RunContext) -> None:
+    def __init__(self, rows: PairRows | JudgedRows, objective: Preference | Kto, m: RecipeContext) -> None:
         self.rows, self.objective, self.device, self.group = rows, objective, m.device, m.group
 
     def __call__(self, state: State, report: Report) -> None:
