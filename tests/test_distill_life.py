@@ -13,7 +13,7 @@ from torch import Tensor
 
 from slmkit import DistillationLoss, SLMConfig, SLMForCausalLM, SLMTrainer, TextDataset
 from slmkit.config import UserError, load_settings
-from slmkit.data.rows.teacher_cache import HEADER, POSITIONS, PROGRESS, read_lessons
+from slmkit.data.rows.teacher_cache import HEADER, POSITIONS, PROGRESS, read_header
 from slmkit.model.files.directory import load_decoder
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.recipe.recipe import Recipe
@@ -160,7 +160,7 @@ def test_a_cache_that_was_not_finished_or_is_of_something_else_is_refused(here: 
         train_recipe(recipe(here, "", "distill", at, f"output_dir={tmp_path / 'run'}"), Silent())
     cache_teacher(recipe(here, "", "distill", at), Silent())
     assert (tmp_path / "cache" / POSITIONS).read_bytes() == complete
-    assert read_lessons(tmp_path / "cache").k == 16
+    assert read_header(tmp_path / "cache").k == 16
 
 
 def test_training_from_a_cache_needs_no_teacher_at_all(here: Path, tmp_path: Path) -> None:

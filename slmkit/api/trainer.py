@@ -30,9 +30,7 @@ from slmkit.training.fit import RunContext, fit
 from slmkit.training.logging.progress import TrainingProgress
 from slmkit.training.loop import Every, Report, RunStopped, Stage
 from slmkit.training.objective import Objective, next_token
-from slmkit.training.objectives.distill import objective_of
-from slmkit.training.objectives.distillation import DistillationLoss
-from slmkit.training.objectives.teachers import OnlineTeacher, check_fit, frozen
+from slmkit.training.objectives.distillation import DistillationLoss, OnlineTeacher, check_fit, frozen, objective_of
 from slmkit.training.recipe.objective_settings import DistillationSettings
 from slmkit.training.recipe.recipe import ModelSettings, Recipe, TrainSettings
 from slmkit.training.run_directory import RunDirectory, new_run_directory
