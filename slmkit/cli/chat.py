@@ -148,7 +148,6 @@ def generate(
     Example: slm generate runs/quickstart/stories -n 3 --max-new-tokens 50
     Example: echo "Once there was a fox" | slm generate runs/quickstart/stories -
     """
-    import dataclasses
     import sys
 
     from slmkit.cli.show import load_model
@@ -170,7 +169,7 @@ def generate(
     most = max_new_tokens or new_tokens(read_generation_config(directory), usual=200, prompt=length)
     for number in range(samples):
         if seed is not None:
-            settings = dataclasses.replace(settings, seed=seed + number)
+            settings = settings.model_copy(update={"seed": seed + number})
         stream = stream_completion(
             decoder, tokenizer, prompt, settings=settings, max_new_tokens=most, stop=stop or []
         )  # raises for a prompt that is too long, before anything is printed

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from slmkit.generation.language_model import LanguageModel
+    from slmkit.generation.ensemble import LanguageModel
     from slmkit.tokenizer import SLMTokenizer
 
 PLAIN_EVERY = 20_000  # documents between two plain lines
