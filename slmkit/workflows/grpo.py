@@ -43,7 +43,7 @@ from slmkit.training.objectives.preference import label_log_probabilities, round
 from slmkit.training.precision import to_weight_dtype
 from slmkit.training.recipe.objective_settings import GrpoSettings
 from slmkit.training.recipe.recipe import Recipe
-from slmkit.workflows.context import ObjectiveParts, RunContext
+from slmkit.workflows.context import ObjectiveParts, RecipeContext
 from slmkit.workflows.hooks import Sample
 
 SMALLEST_DEVIATION = 1e-4  # least standard deviation of rewards by which advantages are divided
@@ -51,7 +51,7 @@ REWARD_DIGEST = "reward.sha256"  # in a run's data folder
 ROWS_AT_ONCE = 128  # answers sampled in one batch
 
 
-def grpo_work(m: RunContext) -> ObjectiveParts:
+def grpo_work(m: RecipeContext) -> ObjectiveParts:
     """Objective parts of GRPO; batches are sampled from the current model. Raises `UserError` for several sources."""
     settings = m.recipe.grpo
     if len(m.corpus.train) > 1:
@@ -78,7 +78,7 @@ def grpo_work(m: RunContext) -> ObjectiveParts:
     )
 
 
-def _expect_the_same_reward(m: RunContext) -> None:
+def _expect_the_same_reward(m: RecipeContext) -> None:
     """Store the sha256 of the reward's file with the run. Raises `UserError` if the file has changed since."""
     reward, stored = m.recipe.grpo.reward, m.run.data / REWARD_DIGEST
     file = Path(reward.rpartition(":")[0])

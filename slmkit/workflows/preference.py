@@ -25,7 +25,7 @@ from slmkit.training.objectives.preference import Kto, Preference, reference_log
 from slmkit.training.precision import to_weight_dtype
 from slmkit.training.recipe.objective_settings import KtoSettings
 from slmkit.training.recipe.recipe import Recipe
-from slmkit.workflows.context import ObjectiveParts, RunContext
+from slmkit.workflows.context import ObjectiveParts, RecipeContext
 from slmkit.workflows.hooks import Sample
 
 REFERENCE = "reference.safetensors"  # in a run's data folder
@@ -33,13 +33,13 @@ ROWS_AT_ONCE = 16  # rows per batch without gradients
 BALANCED = (1.0, 4 / 3)  # weight × number of good answers over that of bad ones: arXiv:2402.01306, equation (8)
 
 
-def preference_work(m: RunContext) -> ObjectiveParts:
+def preference_work(m: RecipeContext) -> ObjectiveParts:
     """Objective parts of DPO and the other losses of pairs."""
     settings = m.recipe.preference
     return _work(m, lambda shards: PairRows(shards, m.length), Preference(settings), settings.needs_reference)
 
 
-def kto_work(m: RunContext) -> ObjectiveParts:
+def kto_work(m: RecipeContext) -> ObjectiveParts:
     """Objective parts of KTO: answers with a label each."""
     labels = np.concatenate([shards.labels for shards in m.corpus.train])
     if hint := weights_hint(int(labels.sum()), int((~labels).sum()), m.recipe.kto):
@@ -64,7 +64,7 @@ def weights_hint(good: int, bad: int, settings: KtoSettings) -> str | None:
 
 
 def _work(
-    m: RunContext,
+    m: RecipeContext,
     rows_of: Callable[[TokenShards], PairRows | JudgedRows],
     objective: Preference | Kto,
     needs_reference: bool,
@@ -94,7 +94,7 @@ def preference_inventory(recipe: Recipe, model: Decoder, tokens: int, device: De
     return MemoryProfile(model, readings=(lambda model, beside, length: read_answers(model, 2 * ROWS_AT_ONCE, length),))
 
 
-def _add_reference(m: RunContext, all_rows: Sequence[PairRows | JudgedRows]) -> None:
+def _add_reference(m: RecipeContext, all_rows: Sequence[PairRows | JudgedRows]) -> None:
     """Add the starting model's log-probabilities to each of `all_rows`, and store them in the run's data."""
     path = m.run.data / REFERENCE
     try:
@@ -127,7 +127,7 @@ def _add_reference(m: RunContext, all_rows: Sequence[PairRows | JudgedRows]) -> 
 class ValidateAnswers:
     """Hook for all ranks: the objective's loss and figures over held-out rows, distributed over the ranks."""
 
-    def __init__(self, rows: PairRows | JudgedRows, objective: Preference | Kto, m: RunContext) -> None:
+    def __init__(self, rows: PairRows | JudgedRows, objective: Preference | Kto, m: RecipeContext) -> None:
         self.rows, self.objective, self.device, self.group = rows, objective, m.device, m.group
 
     def __call__(self, state: State, report: Report) -> None:
