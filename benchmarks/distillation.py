@@ -30,7 +30,13 @@ from pathlib import Path
 import torch
 
 from slmkit.data.prepare.corpus import Corpus, DataSettings, TokenizerSettings, build_corpus
-from slmkit.data.rows.teacher_cache import Lessons, learned_starts, read_lessons, taught, write_cache
+from slmkit.data.rows.teacher_cache import (
+    CacheHeader,
+    learned_starts,
+    read_header,
+    with_cached_logits,
+    write_cache,
+)
 from slmkit.data.rows.text_dataset import TextDataset
 from slmkit.data.stream import DocumentRows, PretrainRows, Rows, Stream
 from slmkit.device import Device, find_device, keep_freed_memory, peak_memory, reset_peak_memory, resident_memory
@@ -43,12 +49,17 @@ from slmkit.training.fit import make_plan
 from slmkit.training.logging.metrics_log import environment
 from slmkit.training.loop import State, train, train_step
 from slmkit.training.objective import Objective, next_token
-from slmkit.training.objectives.distill import Distill
-from slmkit.training.objectives.distillation import DistillationLoss
-from slmkit.training.objectives.teachers import OnlineTeacher, StoredTeacher, frozen, in_compute_type
+from slmkit.training.objectives.distillation import (
+    CachedTeacher,
+    Distill,
+    DistillationLoss,
+    OnlineTeacher,
+    frozen,
+    in_compute_type,
+)
 from slmkit.training.optimizers.choose import make_optimizers
 from slmkit.training.recipe.recipe import TrainSettings
-from slmkit.workflows.distill import answer_of
+from slmkit.workflows.distill import top_k_records
 
 LENGTH, VOCABULARY, TOKENS_PER_STEP, VALIDATION_ROWS = 128, 2_048, 2_048, 64
 STUDENT = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -191,9 +202,10 @@ def cost_teacher(device: Device) -> OnlineTeacher:
 
 def make_cost_cache(folder: Path, rows_needed: int) -> None:
     device, (rows, _) = find_device("cpu"), cost_rows()
-    lessons = Lessons("", "", "", "text", False, LENGTH, rows_needed, 16_384, 64, 1.0)
+    header = CacheHeader("", "", "", "text", False, LENGTH, rows_needed, 16_384, 64, 1.0)
     starts = learned_starts(rows.values())[: rows_needed + 1]
-    write_cache(folder, lessons, starts, answer_of(cost_teacher(device), rows, lessons, device), 16, lambda *done: None)
+    records = top_k_records(cost_teacher(device), rows, header, device)
+    write_cache(folder, header, starts, records, 16, lambda *done: None)
 
 
 def cost(how: str, folder: Path, steps: int) -> dict[str, float]:
@@ -206,7 +218,7 @@ def cost(how: str, folder: Path, steps: int) -> dict[str, float]:
     if how == "online":
         objective = Distill(loss, cost_teacher(device))
     elif how == "offline":
-        objective, rows = Distill(loss, StoredTeacher(16_384)), taught(rows, folder, read_lessons(folder))
+        objective, rows = Distill(loss, CachedTeacher(16_384)), with_cached_logits(rows, folder, read_header(folder))
     settings = TrainSettings(sequence_length=LENGTH, tokens_per_step=TOKENS_PER_STEP, max_steps=steps)
     model = cost_model(COST_STUDENT)
     plan = make_plan(settings, None, LENGTH, device)

@@ -30,8 +30,7 @@ from slmkit.data.stream import DocumentRows
 from slmkit.device import find_device, keep_freed_memory
 from slmkit.evaluation import ask, validation_loss
 from slmkit.find import find_model_directory, find_tokenizer_directory
-from slmkit.generation.ensemble import together
-from slmkit.generation.language_model import LanguageModel
+from slmkit.generation.ensemble import LanguageModel, together
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.logging.metrics_log import environment
 from slmkit.training.recipe.recipe import find_recipe, load_recipe

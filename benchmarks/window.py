@@ -24,8 +24,7 @@ import torch
 from benchmarks.figures import spread
 from slmkit.device import Device, find_device
 from slmkit.model import context
-from slmkit.model.architecture import Layer
-from slmkit.model.architectures import architecture_of
+from slmkit.model.architectures import Layer, architecture_of
 from slmkit.model.attend import attend
 from slmkit.model.config import SLMConfig
 from slmkit.model.context import AttentionInputs, Context

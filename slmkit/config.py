@@ -236,6 +236,7 @@ EXPECTED = {  # prefix of pydantic's error type → expected value
     "missing": "is missing",
     "int": "expected a whole number",
     "float": "expected a number",
+    "finite_number": "expected a finite number",
     "bool": "expected true or false",
     "string": "expected text",
     "list": "expected a list, such as [a, b]",

@@ -9,9 +9,12 @@ from pathlib import Path
 def write_whole(path: Path, text: str) -> None:
     """Write `text` to `path` atomically: a reader sees the old content or the new, never a part."""
     fresh = path.with_name(f".{path.name}-{os.getpid()}")
-    fresh.write_text(text, encoding="utf-8")
-    sync(fresh)
-    os.replace(fresh, path)
+    try:
+        fresh.write_text(text, encoding="utf-8")
+        sync(fresh)
+        os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
     sync(path.parent)
 
 

@@ -14,7 +14,7 @@ SLOW = (
     "training/test_guards.py", "training/test_nothing_learned.py", "training/optimizers/", "adapt/test_merging.py",
     "adapt/test_folding.py", "adapt/test_merge_directories.py", "adapt/test_peft.py", "api/",
     "data/sources/test_hub.py", "data/sources/test_urls.py", "data/prepare/test_ray.py", "generation/test_ensemble.py",
-    "model/test_cache.py", "model/test_document_attention.py", "model/files/test_directory.py",
+    "model/test_cache.py", "model/test_context.py", "model/files/test_directory.py",
     "parity/test_transformers.py", "parity/test_wrong_readings.py", "tokenizer/test_kinds.py",
     "tokenizer/test_stock_templates.py",
 )  # fmt: skip
@@ -30,10 +30,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def without_plan_and_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs without the arithmetic of plan.json and without drawings, seconds of each, for tests of something else."""
-    from slmkit.training.logging import disk_hooks
+    from slmkit.training.logging import logger
     from slmkit.training.logging import plan_json as plan_file
 
     for draw in ("plot_losses", "plot_shares"):
-        monkeypatch.setattr(disk_hooks, draw, lambda *arguments: None)
+        monkeypatch.setattr(logger, draw, lambda *arguments: None)
     monkeypatch.setattr(plan_file.PlanFile, "update", lambda *arguments: None)
     monkeypatch.setattr(plan_file, "weights_bytes", lambda inventory: 0)

@@ -13,14 +13,15 @@ from torch import Tensor
 
 from slmkit import DistillationLoss, SLMConfig, SLMForCausalLM, SLMTrainer, TextDataset
 from slmkit.config import UserError, load_settings
-from slmkit.data.rows.teacher_cache import HEADER, POSITIONS, PROGRESS, read_lessons
+from slmkit.data.rows.teacher_cache import HEADER, POSITIONS, PROGRESS, read_header
 from slmkit.model.files.directory import load_decoder
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.recipe.recipe import Recipe
 from slmkit.training.run_directory import RunDirectory
 from slmkit.workflows.distill import cache_teacher
 from slmkit.workflows.replay import replay_run
-from slmkit.workflows.train import resume_run, train_recipe
+from slmkit.workflows.resume import resume_run
+from slmkit.workflows.train import train_recipe
 from tests.test_life import Silent
 from tests.training.ranks import on_ranks
 
@@ -159,7 +160,7 @@ def test_a_cache_that_was_not_finished_or_is_of_something_else_is_refused(here: 
         train_recipe(recipe(here, "", "distill", at, f"output_dir={tmp_path / 'run'}"), Silent())
     cache_teacher(recipe(here, "", "distill", at), Silent())
     assert (tmp_path / "cache" / POSITIONS).read_bytes() == complete
-    assert read_lessons(tmp_path / "cache").k == 16
+    assert read_header(tmp_path / "cache").k == 16
 
 
 def test_training_from_a_cache_needs_no_teacher_at_all(here: Path, tmp_path: Path) -> None:

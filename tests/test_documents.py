@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from slmkit.device import find_device
-from slmkit.model.architecture import Architecture, Layer
-from slmkit.model.architectures import architecture_of
+from slmkit.model.architectures import Architecture, Layer, architecture_of
 from slmkit.model.config import SLMConfig
 from slmkit.model.sizes import cache_size, flops_per_token, parameter_count, parameters_by_module
 from slmkit.training.estimate.memory import reading_bytes, training_bytes

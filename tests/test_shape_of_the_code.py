@@ -61,9 +61,9 @@ WALKS = {
     ),
     "from a document to a shard on disk": "data/prepare/text_to_shards data/shards/writer data/shards/reader",
     "from a shard to a batch": "data/make_batches data/stream data/shards/reader",
-    "from a config to the decoder": "model/initialization model/architectures model/architecture",
+    "from a config to the decoder": "model/initialization model/architectures",
     "from the loop to a checkpoint": (
-        "training/fit training/logging/disk_hooks training/checkpoints/saver training/checkpoints/checkpoint "
+        "training/fit training/checkpoints/saver training/checkpoints/checkpoint "
         "training/checkpoints/model_files model/files/directory"
     ),
 }

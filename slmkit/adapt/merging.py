@@ -22,8 +22,7 @@ from torch import Tensor
 from slmkit.adapt.merge_methods import arc, drop, elect, least_kept, linear, task_arithmetic, trim
 from slmkit.adapt.merge_recipe import MergeRecipe, at
 from slmkit.config import UserError
-from slmkit.model.architecture import Architecture
-from slmkit.model.architectures import architecture_of
+from slmkit.model.architectures import Architecture, architecture_of
 from slmkit.model.config import TRAINING_FIELDS, SLMConfig
 from slmkit.model.families import family_of
 from slmkit.model.files.directory import WEIGHTS, empty_decoder, open_weights, stored_names, write_configs

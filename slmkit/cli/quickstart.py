@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from slmkit.generation.language_model import LanguageModel
+    from slmkit.generation.ensemble import LanguageModel
     from slmkit.tokenizer import SLMTokenizer
     from slmkit.workflows.quickstart import Quickstart
 

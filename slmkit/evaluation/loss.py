@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from slmkit.data.stream import Rows
 from slmkit.device import Device
-from slmkit.generation.language_model import LanguageModel
+from slmkit.generation.ensemble import LanguageModel
 from slmkit.model.sizes import LOGITS_AT_ONCE
 
 IGNORED = -100

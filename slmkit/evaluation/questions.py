@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from slmkit.generation.ensemble import LanguageModel
 from slmkit.generation.generator import generate_ids
-from slmkit.generation.language_model import LanguageModel
 from slmkit.generation.sampling_settings import SamplingSettings
 from slmkit.tokenizer import SLMTokenizer
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 from slmkit.config import UserError
+from slmkit.files import write_whole
+from slmkit.generation.ensemble import LanguageModel
 from slmkit.generation.generator import FinishReason
-from slmkit.generation.language_model import LanguageModel
 from slmkit.generation.sampling_settings import SamplingSettings
 from slmkit.generation.text import TextStream
 from slmkit.tokenizer import SLMTokenizer
@@ -89,15 +88,10 @@ class ChatSession:
 
         Raises `UserError` if it cannot be written; an existing file then stays unchanged.
         """
-        path = Path(path)
-        fresh = path.parent / f".{path.name}.tmp"
         line = json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n"
         try:
-            fresh.write_bytes(line.encode("utf-8", "replace"))  # terminals may pass lone surrogates
-            os.replace(fresh, path)
+            write_whole(Path(path), line.encode("utf-8", "replace").decode())  # terminals may pass lone surrogates
         except (OSError, ValueError) as error:
-            with contextlib.suppress(OSError, ValueError):
-                fresh.unlink()
             raise UserError(f"{path}: the conversation cannot be saved: {error}") from None
 
     def load(self, path: str | Path) -> None:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from slmkit.config import UserError
-from slmkit.generation.language_model import LanguageModel
 from slmkit.model.cache import KVCache
 from slmkit.model.decoder import Decoder
 from slmkit.tokenizer import SLMTokenizer
@@ -85,6 +84,11 @@ class Ensemble(nn.Module):
         mean = sum(norm * math.exp(weight) for norm, weight in zip(norms, self.log_weights))
         shares = [x + (mean - norm + weight) for x, norm, weight in zip(each, norms, self.log_weights)]
         return torch.stack(shares).logsumexp(0)
+
+
+# A decoder or several, for callers that pass hidden states of one's `forward` to its `logits`, and caches from its
+# `new_cache` to its `forward`, without looking into them.
+LanguageModel = Decoder | Ensemble
 
 
 def together(decoders: Sequence[Decoder]) -> LanguageModel:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from typing import Literal
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from slmkit.config import UserError
-from slmkit.generation.language_model import LanguageModel
+from slmkit.generation.ensemble import LanguageModel
 from slmkit.generation.sampling import Sampler
 from slmkit.generation.sampling_settings import SamplingSettings
 
@@ -126,8 +125,8 @@ def generate_ids(
 class IdStream:
     """Iterates once over the new ids of one sequence, prompt_ids [prompt], as they are generated, stop token included.
 
-    `tokens` counts them; `seconds` is the generation time without the caller's own; `finish_reason` is None until the
-    end. `known` bool [ids] as in `token_steps`. Raises `UserError` as `room_after` does.
+    `tokens` counts them; `finish_reason` is None until the end. `known` bool [ids] as in `token_steps`. Raises
+    `UserError` as `room_after` does.
     """
 
     def __init__(
@@ -143,20 +142,16 @@ class IdStream:
         count, self._reason_at_the_end = room_after(decoder, len(prompt_ids), max_new_tokens)
         prompt = torch.tensor([list(prompt_ids)], dtype=torch.long, device=decoder.device)
         self._steps = token_steps(decoder, prompt, count, settings, known=known)
-        self._stop_ids = stop_ids
-        self.tokens, self.seconds = 0, 0.0
+        self._stop_ids, self.tokens = stop_ids, 0
         self.finish_reason: FinishReason | None = None
 
     def __iter__(self) -> Iterator[int]:
-        started = time.perf_counter()
         for step in self._steps:
-            token = int(step)  # synchronizes with the device
-            self.seconds += time.perf_counter() - started
+            token = int(step)
             self.tokens += 1
             if token in self._stop_ids:
                 self.finish_reason = "stop"
-                yield token
-                return
             yield token
-            started = time.perf_counter()
+            if self.finish_reason:
+                return
         self.finish_reason = self._reason_at_the_end

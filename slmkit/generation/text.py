@@ -1,15 +1,16 @@
-"""Generates text, whole or streamed, without incomplete characters, stop tokens and stop strings."""
+"""Streams generated text, without incomplete characters, stop tokens and stop strings."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
+from slmkit.config import UserError
+from slmkit.generation.ensemble import LanguageModel
 from slmkit.generation.generator import FinishReason, IdStream
-from slmkit.generation.language_model import LanguageModel
-from slmkit.generation.pieces import StopStrings, WholeCharacters
 from slmkit.generation.sampling_settings import SamplingSettings
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # decoded from bytes that are no (complete) character
 
 
 class TextTokenizer(Protocol):
@@ -22,23 +23,6 @@ class TextTokenizer(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
-
-
-@dataclass(frozen=True)
-class Continuation:
-    """The generated text, without the prompt.
-
-    `tokens` includes the stop token, which is not in the text; `seconds` includes the prefill.
-    """
-
-    text: str
-    tokens: int
-    finish_reason: FinishReason
-    seconds: float
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds
 
 
 class TextStream:
@@ -78,11 +62,6 @@ class TextStream:
     def tokens(self) -> int:
         """The number of tokens generated so far, stop token included."""
         return self._ids.tokens
-
-    @property
-    def seconds(self) -> float:
-        """The generation time so far, without the caller's own."""
-        return self._ids.seconds
 
     def __iter__(self) -> Iterator[str]:
         held = ""
@@ -128,22 +107,58 @@ def stream_completion(
     return TextStream(decoder, tokenizer, ids, settings=settings, max_new_tokens=max_new_tokens, stop=stop)
 
 
-def complete(
-    decoder: LanguageModel,
-    tokenizer: TextTokenizer,
-    prompt: str,
-    *,
-    settings: SamplingSettings,
-    max_new_tokens: int,
-    stop: Sequence[str] = (),
-) -> Continuation:
-    """The whole continuation of `prompt`, generated at once. Raises `UserError` as `TextStream` does."""
-    stream = stream_completion(decoder, tokenizer, prompt, settings=settings, max_new_tokens=max_new_tokens, stop=stop)
-    text = "".join(stream)
-    assert stream.finish_reason is not None, "a stream that has been read to its end knows why it ended"
-    return Continuation(text, stream.tokens, stream.finish_reason, stream.seconds)
-
-
 def _document_start(tokenizer: TextTokenizer) -> list[int]:
     eos_token_id = getattr(tokenizer, "eos_token_id", None)
     return [] if eos_token_id is None else [eos_token_id]
+
+
+class WholeCharacters:
+    """Decodes token ids one by one; bytes of an incomplete character are held back.
+
+    `decode` maps ids [tokens] to text. A token is decoded together with the one before it, because many vocabularies
+    drop the space before the first decoded token. `before`: the last ids of the preceding text.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], before: Sequence[int] = ()) -> None:
+        self._decode = decode
+        self._window = list(before)  # the last token of the returned text, and those not returned in full
+        self._shown = len(decode(self._window))  # in characters of the window's text
+
+    def add(self, token: int) -> str:
+        """The text completed by one more token; may be empty."""
+        self._window.append(token)
+        text = self._decode(self._window)
+        if text.endswith(REPLACEMENT):  # may be an incomplete character: one U+FFFD per byte
+            incomplete = min(3, len(text) - len(text.rstrip(REPLACEMENT)))
+            piece = text[self._shown : len(text) - incomplete]
+            self._shown += len(piece)
+        else:
+            piece = text[self._shown :]
+            self._window, self._shown = [token], len(self._decode([token]))
+        return piece
+
+    def rest(self) -> str:
+        """The text held back so far, for the end of the sequence."""
+        return self._decode(self._window)[self._shown :]
+
+
+class StopStrings:
+    """Finds the stop string that is complete first, independent of how the text is split into pieces.
+
+    Raises `UserError` for one string instead of several.
+    """
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        if isinstance(strings, str):
+            raise UserError(f"expected a list of stop strings, found the string {strings!r}: put it into a list")
+        self._strings = [string for string in strings if string]
+
+    def find(self, text: str) -> int | None:
+        """The index at which the text has to end; None without a stop string."""
+        found = [(start + len(string), start) for string in self._strings if (start := text.find(string)) >= 0]
+        return min(found)[1] if found else None
+
+    def may_begin(self, text: str) -> int:
+        """How many of the last characters of `text` may begin a stop string."""
+        beginnings = (string[:length] for string in self._strings for length in range(1, len(string)))
+        return max((len(beginning) for beginning in beginnings if text.endswith(beginning)), default=0)

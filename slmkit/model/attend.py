@@ -1,22 +1,23 @@
-"""Softmax attention: PyTorch's fused kernel, or plain products where those are faster."""
+"""Softmax attention: PyTorch's fused kernels, or plain products where those are faster."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from slmkit.model.context import AttentionInputs, Piece
-from slmkit.model.document_attention import SMALLEST_HEAD, attend_in_blocks, dense_mask
+from slmkit.model.context import AttentionInputs, Piece, dense_mask
 
 # On a CPU in bfloat16 the fused kernel, which computes in float32, takes three times as long as plain products over
 # rows this short (two heads of 64, two rows of 512: 5.3 against 1.7 ms). Products keep their scores for the backward
 # pass: 1 KiB per token and head at 512.
 LONGEST_IN_PRODUCTS = 512  # tokens
+SMALLEST_HEAD = 16  # channels; the least that FlexAttention's kernels support
 
 
 def attend(
@@ -108,3 +109,21 @@ def _capped(
 def _for_every_head(x: Tensor, heads: int) -> Tensor:
     """[batch, kv_heads, ...] → [batch, heads, ...]: each key and value head repeated for its query heads."""
     return x if x.size(1) == heads else x.repeat_interleave(heads // x.size(1), dim=1)
+
+
+def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float, cap: float | None) -> Tensor:
+    """As `attend`, without dropout. q [batch, heads, tokens, head_dim], k and v [batch, kv_heads, tokens, …] → as q."""
+    score_mod = None if cap is None else _capped_at(cap)
+    return _flex(q.device.type)(q, k, v, score_mod, mask, scale, q.size(1) != k.size(1))
+
+
+@cache
+def _capped_at(cap: float) -> Callable[..., Tensor]:
+    return lambda score, *place: cap * torch.tanh(score / cap)
+
+
+@cache
+def _flex(device_type: str) -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention) if device_type == "cuda" else flex_attention

@@ -10,9 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slmkit.model.architecture import Architecture
-from slmkit.model.rope import Rope
-from slmkit.model.rotary import Rotation
+from slmkit.model.architectures import Architecture
+from slmkit.model.rope import Rope, Rotation
 
 
 class KVCache:

@@ -131,21 +131,18 @@ class SLMConfig(Settings):
         return self
 
     @model_validator(mode="after")
-    def _heads_must_fit(self) -> SLMConfig:
+    def _sizes_must_fit(self) -> SLMConfig:
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
                 f"num_key_value_heads ({self.num_key_value_heads})"
             )
-        turning = "qk_rope_head_dim" if "qk_rope_head_dim" in family_of(self.model_type).fields else "head_dim"
-        if getattr(self, turning) % 2 and "rope_parameters" in family_of(self.model_type).fields:
+        fields = family_of(self.model_type).fields
+        turning = "qk_rope_head_dim" if "qk_rope_head_dim" in fields else "head_dim"
+        if getattr(self, turning) % 2 and "rope_parameters" in fields:
             raise ValueError(
                 f"{turning} must be even for RoPE, found {getattr(self, turning)}: change hidden_size or the heads"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _layers_must_fit(self) -> SLMConfig:
         for name in ("layer_types", "no_rope_layers"):
             layers = getattr(self, name)
             if layers is not None and len(layers) != self.num_hidden_layers:
@@ -153,12 +150,8 @@ class SLMConfig(Settings):
                     f"{name} names {len(layers)} layers, num_hidden_layers is {self.num_hidden_layers}: "
                     "give one entry a layer, or none"
                 )
-        if "sliding_attention" in (self.layer_types or ()) and self.sliding_window is None:
+        if SLIDING in (self.layer_types or ()) and self.sliding_window is None:
             raise ValueError("layer_types has sliding_attention and sliding_window is not set: set it, in tokens")
-        return self
-
-    @model_validator(mode="after")
-    def _length_must_fit(self) -> SLMConfig:
         if self.sequence_length is not None and self.sequence_length > self.max_position_embeddings:
             raise ValueError(
                 f"sequence_length ({self.sequence_length}) is longer than max_position_embeddings "

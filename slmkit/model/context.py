@@ -1,4 +1,8 @@
-"""Rotations and masks of a forward pass, computed once and shared by layers."""
+"""Rotations and masks of a forward pass, computed once and shared by layers.
+
+On GPUs, FlexAttention skips fully masked blocks of documents and windows (arXiv:2412.05496). Other devices use the same
+masks as tensors, with the same result.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slmkit.model.architecture import Layer
+from slmkit.model.architectures import Layer
 from slmkit.model.cache import KVCache
-from slmkit.model.document_attention import block_mask, skips_blocks, window_mask
-from slmkit.model.rope import Rope
-from slmkit.model.rotary import Rotation
+from slmkit.model.rope import Rope, Rotation
 
 # A layer with a window attends in blocks of this many queries, each over the keys in reach: smaller blocks mask fewer
 # keys, larger ones need fewer calls.
 QUERIES_AT_ONCE = 256
+# `torch.nn.attention.flex_attention` imports the compiler, which takes seconds: imported only where it is used.
+BLOCK = 128  # queries and keys of a block, its default
 
 
 @dataclass(frozen=True)
@@ -140,3 +144,52 @@ def _starts(documents: Tensor | None, columns: Tensor) -> Tensor | None:
     changed = documents[:, 1:] != documents[:, :-1]
     begins = torch.where(changed, columns[1:], 0)
     return torch.cat((torch.zeros_like(begins[:, :1]), begins.cummax(1).values), dim=1)
+
+
+def skips_blocks(device: torch.device) -> bool:
+    """Whether this device uses block masks for documents and windows."""
+    return device.type == "cuda"
+
+
+def block_mask(starts: Tensor, window: int | None) -> Any:
+    """`BlockMask` in which query q attends to key k if k is not after q, in the same document and in the window.
+
+    `starts` [batch, tokens]: the column in which the document of each column begins.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    batch, tokens = starts.shape
+    reach = tokens if window is None else window
+
+    def sees(b: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (k <= q) & (k >= starts[b, q]) & (k > q - reach)
+
+    return create_block_mask(sees, batch, None, tokens, tokens, device=str(starts.device))
+
+
+def window_mask(tokens: int, window: int, device: torch.device) -> Any:
+    """`BlockMask` in which query q attends to key k if k is not after q, and in the window.
+
+    Its blocks are computed from the window, while `create_block_mask` would compute every element first.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    def sees(b: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (k <= q) & (k > q - window)
+
+    firsts = torch.arange(0, tokens, BLOCK, device=device, dtype=torch.int32)  # [blocks]
+    q, k = firsts[:, None], firsts[None]
+    reached = (k <= q) & (k + BLOCK - 1 > q - window)  # [query blocks, key blocks]: their last key from the first query
+    in_front = reached.int().argsort(dim=1, descending=True, stable=True).int()
+    count = reached.sum(1, dtype=torch.int32)
+    return BlockMask.from_kv_blocks(
+        count[None, None], in_front[None, None], BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(tokens, tokens)
+    )
+
+
+def dense_mask(mask: Any, device: torch.device) -> Tensor:
+    """A `BlockMask` as a tensor.  [batch, 1, tokens, tokens]"""
+    from torch.nn.attention.flex_attention import create_mask
+
+    batch, _, tokens, seen = mask.shape
+    return create_mask(mask.mask_mod, batch, 1, tokens, seen, device=str(device))

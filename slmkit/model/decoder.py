@@ -18,13 +18,13 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from slmkit.config import UserError, did_you_mean
-from slmkit.model.architecture import Architecture
+from slmkit.model.architectures import Architecture
 from slmkit.model.attend import attend
 from slmkit.model.cache import KVCache
 from slmkit.model.context import AttentionInputs, Context
 from slmkit.model.latent_attention import LatentAttention
 from slmkit.model.norms import make_norm
-from slmkit.model.rotary import Rotary, rotate
+from slmkit.model.rope import Rotary, rotate
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,  # with a gate: SwiGLU

@@ -15,12 +15,12 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from slmkit.model.architecture import Architecture, Latent
+from slmkit.model.architectures import Architecture, Latent
 from slmkit.model.attend import attend
 from slmkit.model.cache import KVCache
 from slmkit.model.context import AttentionInputs
 from slmkit.model.norms import RMSNorm
-from slmkit.model.rotary import rotate
+from slmkit.model.rope import rotate
 
 EPS = 1e-6  # of the norms on latents, independent of `rms_norm_eps`
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from slmkit.model.architecture import Architecture
+from slmkit.model.architectures import Architecture
 
 
 class RMSNorm(nn.Module):

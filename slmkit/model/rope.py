@@ -6,17 +6,18 @@ that new positions have angles known from training.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-import dataclasses
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from slmkit.config import UserError, did_you_mean
+
+ORIGINAL = "original_max_position_embeddings"
+Rotation = tuple[Tensor, Tensor]  # cosines and sines, each [batch or 1, 1, sequence, dim]
 
 
 @dataclass(frozen=True)
@@ -96,17 +97,18 @@ def yarn_growth(factor: float, mscale: float = 1.0) -> float:
 
 @dataclass(frozen=True)
 class DynamicNTK:
-    """A base that grows with the text once it is longer than `original` positions (arXiv:2309.00071, section 3.3).
+    """A base that grows with the text once it is longer than the original context (arXiv:2309.00071, section 3.3).
 
     The only scaling whose frequencies depend on the text's length: cached keys are rotated again at every position.
     """
 
     factor: float
-    original: int
+    original_max_position_embeddings: int
 
     def theta(self, theta: float, dim: int, length: Tensor) -> Tensor:
         """length [...], in positions → the base at that length  [...]."""
-        growth = self.factor * length.clamp(min=self.original) / self.original - (self.factor - 1)
+        original = self.original_max_position_embeddings
+        growth = self.factor * length.clamp(min=original) / original - (self.factor - 1)
         return theta * growth ** (dim / (dim - 2))
 
 
@@ -135,13 +137,11 @@ class Rope:
 
 def channels(dim: int) -> Tensor:
     """The first channel of each pair.  [dim / 2]"""
-    import torch  # here, so that checking a config does not import torch
-
     return torch.arange(0, dim, 2, dtype=torch.float32)
 
 
-KINDS = ("default", "dynamic", "linear", "llama3", "yarn")
-_SCALINGS: dict[str, type[Linear | Llama3 | Yarn]] = {"linear": Linear, "llama3": Llama3, "yarn": Yarn}
+# By `rope_type`.
+SCALINGS: dict[str, Any] = {"default": None, "dynamic": DynamicNTK, "linear": Linear, "llama3": Llama3, "yarn": Yarn}
 
 
 def rope_of(parameters: dict[str, Any], kind: str, dim: int, max_positions: int) -> Rope:
@@ -149,44 +149,75 @@ def rope_of(parameters: dict[str, Any], kind: str, dim: int, max_positions: int)
 
     Raises `UserError` for an unknown `rope_type`, and for missing or unknown keys.
     """
-    own = dict(parameters.get(kind, parameters))
+    own = {name: value for name, value in parameters.get(kind, parameters).items() if value is not None}
     rope_type, theta = own.pop("rope_type", "default"), float(own.pop("rope_theta", 10_000.0))
-    where = f"rope_parameters of rope_type {rope_type!r}"
-    if rope_type == "default":
-        _refuse_others(where, own, set())
+    if rope_type not in SCALINGS:
+        raise UserError(f"rope_parameters.rope_type {rope_type!r} is not supported; known: {', '.join(SCALINGS)}")
+    where, scaling = f"rope_parameters of rope_type {rope_type!r}", SCALINGS[rope_type]
+    fields = {} if scaling is None else {field.name: field for field in dataclasses.fields(scaling)}
+    for name in own:
+        if name not in fields:
+            raise UserError(
+                f"{where}: unknown key {name!r}; {did_you_mean(name, [*fields, 'rope_theta', 'rope_type'])}"
+            )
+    if scaling is None:
         return Rope(theta, dim)
-    if rope_type == "dynamic":
-        # transformers uses max_position_embeddings as the original length and ignores this key.
-        _refuse_others(where, own, {"factor", "original_max_position_embeddings"})
-        return Rope(theta, dim, DynamicNTK(_factor(where, own), max_positions))
-    if rope_type not in _SCALINGS:
-        raise UserError(f"rope_parameters.rope_type {rope_type!r} is not supported; known: {', '.join(KINDS)}")
-    return Rope(theta, dim, _scaling(where, _SCALINGS[rope_type], own, max_positions))
-
-
-def _scaling(where: str, kind: type[Linear | Llama3 | Yarn], own: dict[str, Any], max_positions: int) -> Scaling:
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    _refuse_others(where, own, set(fields))
-    given = {name: value for name, value in own.items() if value is not None}  # null counts as absent
-    original = "original_max_position_embeddings"
-    if original in fields:
-        given.setdefault(original, max_positions)
-        given.setdefault("factor", max_positions / given[original])
-    _factor(where, given)
-    for name, field in fields.items():
-        if name not in given and field.default is dataclasses.MISSING:
-            raise UserError(f"{where}: {name} is missing; expected a number")
-    return kind(**given)
-
-
-def _factor(where: str, own: dict[str, Any]) -> float:
+    if scaling is DynamicNTK:
+        own[ORIGINAL] = max_positions  # transformers does not read the key either
+    elif ORIGINAL in fields:
+        own.setdefault(ORIGINAL, max_positions)
+        own.setdefault("factor", max_positions / own[ORIGINAL])
     factor = own.get("factor")
     if not isinstance(factor, int | float) or factor < 1:
         raise UserError(f"{where}: factor {factor!r}; expected a number of 1 or more")
-    return float(factor)
+    for name, field in fields.items():
+        if name not in own and field.default is dataclasses.MISSING:
+            raise UserError(f"{where}: {name} is missing; expected a number")
+    return Rope(theta, dim, scaling(**own))
 
 
-def _refuse_others(where: str, own: dict[str, Any], known: set[str]) -> None:
-    for name in own:
-        if name not in known:
-            raise UserError(f"{where}: unknown key {name!r}; {did_you_mean(name, known | {'rope_theta', 'rope_type'})}")
+class Rotary(nn.Module):
+    """Cosines and sines of one `Rope`, computed from positions and shared by its layers."""
+
+    def __init__(self, rope: Rope) -> None:
+        super().__init__()
+        self.rope = rope
+        self.frequencies: Tensor
+        self.register_buffer("frequencies", rope.frequencies(), persistent=False)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Rotary:
+        """Recompute the frequencies in float32 after `to_empty`, `to` or `half`: they are in no file."""
+        super()._apply(*args, **kwargs)
+        self._compute(self.frequencies.device)
+        return self
+
+    def _compute(self, device: torch.device) -> None:
+        with torch.device("cpu"):
+            self.frequencies = self.rope.frequencies().to(device)
+
+    def forward(self, positions: Tensor, length: Tensor) -> Rotation:
+        """positions [batch or 1, sequence], length [batch or 1] of the whole text → `Rotation`, in float32."""
+        if self.frequencies.is_meta and not positions.is_meta:  # built on meta, then weights assigned
+            self._compute(positions.device)
+        frequencies = self.frequencies  # [dim / 2]
+        if isinstance(self.rope.scaling, DynamicNTK):
+            theta = self.rope.scaling.theta(self.rope.theta, self.rope.dim, length)  # [batch or 1]
+            pairs = channels(self.rope.dim).to(length.device)
+            frequencies = 1.0 / theta[:, None, None] ** (pairs / self.rope.dim)  # [batch or 1, 1, dim / 2]
+        angles = positions[:, :, None] * frequencies  # [batch or 1, sequence, dim / 2]
+        angles = torch.cat((angles, angles), dim=-1)[:, None]  # [batch or 1, 1, sequence, dim]
+        growth = self.rope.scaling.length if isinstance(self.rope.scaling, Yarn) else 1.0
+        return angles.cos() * growth, angles.sin() * growth
+
+
+def rotate(x: Tensor, rotation: Rotation | None) -> Tensor:
+    """Rotate channels i and i + dim / 2 as a pair, as Hugging Face's weights expect; None: x unchanged.
+
+    x [batch, heads, sequence, dim] → the same shape and precision.
+    """
+    if rotation is None:
+        return x
+    cosines, sines = rotation
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return (x * cosines + turned * sines).to(x.dtype)

@@ -30,8 +30,8 @@ from slmkit.data.sources import Message
 from slmkit.data.stream import PretrainRows, Stream
 from slmkit.device import Device, find_device, measured_peak
 from slmkit.find import find_model_directory
+from slmkit.generation.ensemble import LanguageModel
 from slmkit.generation.generator import generate_ids
-from slmkit.generation.language_model import LanguageModel
 from slmkit.generation.sampling_settings import SamplingSettings
 from slmkit.model.config import SLMConfig
 from slmkit.model.initialization import build_decoder

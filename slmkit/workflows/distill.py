@@ -20,15 +20,15 @@ from slmkit.data.rows.teacher_cache import (
     IDS,
     LOGITS,
     REST,
-    Answer,
-    Lessons,
+    CacheHeader,
+    RecordsOfRows,
     data_fingerprint,
     learned_starts,
-    read_lessons,
-    taught,
+    read_header,
+    with_cached_logits,
     write_cache,
 )
-from slmkit.data.stream import ChatRows, DocumentRows, Rows, Stream
+from slmkit.data.stream import Rows, Stream
 from slmkit.data.streaming.batches import StreamedBatches
 from slmkit.device import Device, find_device
 from slmkit.find import find_model_directory, find_tokenizer_directory
@@ -41,48 +41,54 @@ from slmkit.training.checkpoints.checkpoint import file_sha256
 from slmkit.training.compilation import compile_blocks, compile_pays
 from slmkit.training.estimate.memory_profile import MemoryProfile
 from slmkit.training.losses import in_chunks
-from slmkit.training.objective import Objective
-from slmkit.training.objectives.distill import Distill, DistillWithStates
-from slmkit.training.objectives.distillation import DistillationLoss
-from slmkit.training.objectives.teachers import (
+from slmkit.training.objectives.distillation import (
+    CachedTeacher,
+    Distill,
+    DistillationLoss,
     OnlineTeacher,
-    StoredTeacher,
     check_fit,
     frozen,
     in_compute_type,
-    likeliest,
+    top_k,
 )
 from slmkit.training.recipe.objective_settings import DistillationSettings
 from slmkit.training.recipe.recipe import Recipe
-from slmkit.workflows.context import ObjectiveParts, Reporter, RunContext
-from slmkit.workflows.hooks import Sample, Validate
+from slmkit.workflows.context import RecipeContext, Reporter
 from slmkit.workflows.model import tokenizer_of_base
 
 
-def distill_work(m: RunContext) -> ObjectiveParts:
-    """Objective parts of distillation on text or conversations; validation is the labels' cross-entropy.
+def distill_batches(m: RecipeContext) -> tuple[Stream | StreamedBatches, Distill]:
+    """Batches of text or conversations, and the objective.
 
     Raises `UserError` if teacher and student do not fit together, or the cache is of other data or another teacher.
     """
-    settings, talks = settings_of(m.recipe), m.recipe.reads == "conversations"
-    batches, objective = _from_cache(m, Path(settings.cache)) if settings.cache else _from_teacher(m)
-    rows: Rows = (ChatRows if talks else DocumentRows)(m.corpus.validation, m.length)
-    return ObjectiveParts(
-        batches=batches,
-        objective=objective,
-        validate=Validate(rows, m.device, batches.separate, m.group, m.text_bytes),
-        sample=Sample(m.run.samples, m.recipe, m.corpus.tokenizer, talks, m.group),
-        validation_tokens=rows.rows_in_epoch * m.length,
-        report=batches.report,
-    )
+    recipe, settings, tokens = m.recipe, _settings_of(m.recipe), len(m.corpus.tokenizer)
+    if settings.cache:
+        rows = _rows_from_cache(m, settings, Path(settings.cache))
+        return stream_of(rows, recipe.data, m.length, m.rows_per_step, recipe.seed), _objective(settings, tokens, None)
+    assert settings.teacher is not None
+    _expect_another_model(m, settings)
+    decoder = load_teacher(settings.teacher, m.corpus.tokenizer, m.length, m.device)
+    if compile_pays(recipe.train.compile, m.device):
+        compile_blocks(decoder)
+    batches = make_batches(recipe.reads, recipe.data, m.corpus, m.length, m.rows_per_step, recipe.seed)
+    return batches, _objective(settings, tokens, decoder)
 
 
 def distill_inventory(recipe: Recipe, model: Decoder, tokens: int, device: Device) -> MemoryProfile:
     """Memory profile with a teacher in memory, or with cached logits."""
-    settings = settings_of(recipe)
-    objective = _objective_of(settings, tokens)
+    settings = _settings_of(recipe)
+    k = min(settings.top_k, tokens)
+
+    def objective(teacher: Decoder | None) -> Distill:
+        return _objective(settings, tokens, teacher)
+
+    def cached_logits(rows: int, length: int) -> dict[str, torch.Tensor]:
+        logits = torch.zeros(rows, length, k, dtype=torch.float16)
+        return {LOGITS: logits, IDS: logits.int(), REST: torch.full((rows, length), -0.7)}
+
     if settings.cache:
-        return MemoryProfile(model, objective=objective, extra=_stored_of(min(settings.top_k, tokens)))
+        return MemoryProfile(model, objective=objective, extra=cached_logits)
     return MemoryProfile(model, beside=teacher_like(settings, device, empty_decoder), objective=objective)
 
 
@@ -91,22 +97,6 @@ def teacher_like(settings: DistillationSettings, device: Device, make: Callable[
     assert settings.teacher is not None
     config = SLMConfig.from_pretrained(config_directory(find_model_directory(settings.teacher)))
     return in_compute_type(make(config), device).eval().requires_grad_(False)
-
-
-def _stored_of(k: int) -> Callable[[int, int], dict[str, torch.Tensor]]:
-    """Extra tensors shaped as a cache's: equal logits for the top k, and half the probability for other tokens."""
-
-    def extra(rows: int, length: int) -> dict[str, torch.Tensor]:
-        logits = torch.zeros(rows, length, k, dtype=torch.float16)
-        return {LOGITS: logits, IDS: logits.int(), REST: torch.full((rows, length), -0.7)}
-
-    return extra
-
-
-def settings_of(recipe: Recipe) -> DistillationSettings:
-    if recipe.distillation is None:
-        raise UserError("the recipe has no section `distillation`: set its objective to distill and name a teacher")
-    return recipe.distillation
 
 
 def with_the_teachers_tokenizer(recipe: Recipe) -> Recipe:
@@ -122,20 +112,15 @@ def with_the_teachers_tokenizer(recipe: Recipe) -> Recipe:
 def load_teacher(path: str, tokenizer: SLMTokenizer, length: int, device: Device) -> Decoder:
     """The frozen model of a model or run directory. Raises `UserError` if it does not fit tokenizer or row length."""
     directory = find_model_directory(path)
-    check_same_tokenizer(directory, tokenizer)
-    decoder, _ = load_model(directory)
-    check_fit(decoder, len(tokenizer), length, f"teacher {path}")
-    return frozen(in_compute_type(decoder, device), device)
-
-
-def check_same_tokenizer(directory: Path, tokenizer: SLMTokenizer) -> None:
-    """Raises `UserError` if the teacher's tokenizer differs from the student's."""
     theirs = SLMTokenizer.from_pretrained(directory)
     if theirs.fingerprint != tokenizer.fingerprint:
         raise UserError(
             f"teacher {directory}: its tokenizer {theirs.fingerprint[:12]} ({len(theirs):,} tokens) is not that of the "
             f"student, {tokenizer.fingerprint[:12]} ({len(tokenizer):,}): the same ids mean different tokens"
         )
+    decoder, _ = load_model(directory)
+    check_fit(decoder, len(tokenizer), length, f"teacher {path}")
+    return frozen(in_compute_type(decoder, device), device)
 
 
 def teacher_fingerprint(directory: Path) -> str:
@@ -147,10 +132,49 @@ def teacher_fingerprint(directory: Path) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def lessons_of(recipe: Recipe, corpus: Corpus, rows: dict[str, Rows], length: int, teacher: str) -> Lessons:
-    """Description of the cache for this recipe. `teacher` is the teacher's fingerprint."""
-    settings, tokens = settings_of(recipe), len(corpus.tokenizer)
-    return Lessons(
+def _settings_of(recipe: Recipe) -> DistillationSettings:
+    assert recipe.distillation is not None  # checked by the recipe
+    return recipe.distillation
+
+
+def _objective(settings: DistillationSettings, tokens: int, teacher: Decoder | None) -> Distill:
+    """The objective with a teacher, or None for cached logits."""
+    loss = DistillationLoss(settings.alpha, settings.temperature, settings.divergence)
+    source = CachedTeacher(tokens) if teacher is None else OnlineTeacher(teacher, tokens)
+    return Distill(loss, source, settings.hidden_weight)
+
+
+def _expect_another_model(m: RecipeContext, settings: DistillationSettings) -> None:
+    """If the teacher is the student: raises `UserError` if no labels are used, else prints a note."""
+    if m.recipe.model.path is None or settings.teacher is None:
+        return
+    student, teacher = find_model_directory(m.recipe.model.path), find_model_directory(settings.teacher)
+    if teacher_fingerprint(student) != teacher_fingerprint(teacher):
+        return
+    if settings.alpha == 0:
+        raise UserError(
+            f"distillation.teacher {settings.teacher} is the model of model.path, and with alpha 0 nothing else is "
+            "learned: name another teacher, or raise distillation.alpha"
+        )
+    m.reporter.say(f"teacher: {settings.teacher} is the student's own model: at first only the labels teach anything")
+
+
+def _rows_from_cache(m: RecipeContext, settings: DistillationSettings, folder: Path) -> dict[str, Rows]:
+    """The run's rows with their cached logits."""
+    found, rows = read_header(folder), stored_rows(m.recipe.reads, m.recipe.data, m.corpus, m.length)
+    teacher = teacher_fingerprint(find_model_directory(settings.teacher)) if settings.teacher else found.teacher
+    difference = found.difference(_header_of(m.recipe, m.corpus, rows, m.length, teacher))
+    if difference is not None:
+        raise UserError(
+            f"{folder}: made for other data or settings ({difference}): make it anew by `slm distill-cache`"
+        )
+    return with_cached_logits(rows, folder, found)
+
+
+def _header_of(recipe: Recipe, corpus: Corpus, rows: dict[str, Rows], length: int, teacher: str) -> CacheHeader:
+    """The header of this recipe's cache. `teacher` is the teacher's fingerprint."""
+    settings, tokens = _settings_of(recipe), len(corpus.tokenizer)
+    return CacheHeader(
         teacher=teacher,
         tokenizer=corpus.tokenizer.fingerprint,
         data=data_fingerprint(corpus.train),
@@ -164,120 +188,62 @@ def lessons_of(recipe: Recipe, corpus: Corpus, rows: dict[str, Rows], length: in
     )
 
 
-def _expect_another_model(m: RunContext, settings: DistillationSettings) -> None:
-    """If the teacher is the student: raises `UserError` if no labels are used, else prints a note."""
-    if m.recipe.model.path is None or settings.teacher is None:
-        return
-    student, teacher = find_model_directory(m.recipe.model.path), find_model_directory(settings.teacher)
-    if not student.samefile(teacher) and teacher_fingerprint(student) != teacher_fingerprint(teacher):
-        return
-    if settings.alpha == 0:
-        raise UserError(
-            f"distillation.teacher {settings.teacher} is the model of model.path, and with alpha 0 nothing else is "
-            "learned: name another teacher, or raise distillation.alpha"
-        )
-    m.reporter.say(f"teacher: {settings.teacher} is the student's own model: at first only the labels teach anything")
+# -- slm distill-cache ------------------------------------------------------------------------------------------------
 
 
-def _objective_of(settings: DistillationSettings, tokens: int) -> Callable[[Decoder | None], Objective]:
-    """Function from a teacher, or None for cached logits, to the objective."""
-    loss = DistillationLoss(settings.alpha, settings.temperature, settings.divergence)
-
-    def objective(decoder: Decoder | None) -> Objective:
-        if decoder is None:
-            return Distill(loss, StoredTeacher(tokens))
-        teacher = OnlineTeacher(decoder, tokens)
-        plain = Distill(loss, teacher)
-        return DistillWithStates(plain, teacher, settings.hidden_weight) if settings.hidden_weight else plain
-
-    return objective
-
-
-def _from_teacher(m: RunContext) -> tuple[Stream | StreamedBatches, Objective]:
-    recipe, settings = m.recipe, settings_of(m.recipe)
-    assert settings.teacher is not None
-    _expect_another_model(m, settings)
-    decoder = load_teacher(settings.teacher, m.corpus.tokenizer, m.length, m.device)
-    if compile_pays(recipe.train.compile, m.device):
-        compile_blocks(decoder)
-    batches = make_batches(recipe.reads, recipe.data, m.corpus, m.length, m.rows_per_step, recipe.seed)
-    return batches, _objective_of(settings, len(m.corpus.tokenizer))(decoder)
-
-
-def _from_cache(m: RunContext, folder: Path) -> tuple[Stream | StreamedBatches, Objective]:
-    recipe, settings = m.recipe, settings_of(m.recipe)
-    found = read_lessons(folder)
-    rows = stored_rows(recipe.reads, recipe.data, m.corpus, m.length)
-    teacher = teacher_fingerprint(find_model_directory(settings.teacher)) if settings.teacher else found.teacher
-    wanted = lessons_of(recipe, m.corpus, rows, m.length, teacher)
-    difference = found.difference(wanted)
-    if difference is not None:
-        raise UserError(
-            f"{folder}: made for other data or settings ({difference}): make it anew by `slm distill-cache`"
-        )
-    taught_rows = taught(rows, folder, found)
-    batches = stream_of(taught_rows, recipe.data, m.length, m.rows_per_step, recipe.seed)
-    return batches, _objective_of(settings, found.tokens)(None)
-
-
-def cache_teacher(recipe: Recipe, reporter: Reporter) -> Lessons:
+def cache_teacher(recipe: Recipe, reporter: Reporter) -> CacheHeader:
     """Fill the recipe's `distillation.cache` with the teacher's top-k logits at every learned position of its rows.
 
     A partial cache is continued. Raises `UserError` for errors in the recipe or its data.
     """
-    settings = settings_of(recipe)
-    if settings.teacher is None or settings.cache is None:
+    settings = recipe.distillation
+    if settings is None or settings.teacher is None or settings.cache is None:
         raise UserError(
-            "distill-cache needs distillation.teacher, a model, and distillation.cache, the folder to write"
+            "distill-cache needs a recipe of objective distill with distillation.teacher, a model, and "
+            "distillation.cache, the folder to write"
         )
     recipe, folder = with_the_teachers_tokenizer(recipe), Path(settings.cache)
     device = find_device(recipe.train.device, recipe.train.precision)
     base = find_model_directory(recipe.model.path) if recipe.model.path else None
     tokenizer = tokenizer_of_base(recipe, base) if base else None
-    directory = find_model_directory(settings.teacher)
     corpus = build_corpus(
         recipe.reads, recipe.data, recipe.tokenizer, recipe.seed, folder / "data", tokenizer, reporter
     )
     config = SLMConfig.from_pretrained(config_directory(base)) if base else recipe.model.build_config()
     length = recipe.train.sequence_length or config.max_position_embeddings
     rows = stored_rows(recipe.reads, recipe.data, corpus, length)
-    lessons = lessons_of(recipe, corpus, rows, length, teacher_fingerprint(directory))
+    header = _header_of(recipe, corpus, rows, length, teacher_fingerprint(find_model_directory(settings.teacher)))
     starts = learned_starts(rows.values())
-    size = int(starts[-1]) * lessons.record.itemsize
-    reporter.say(f"{folder}: {lessons.rows:,} rows, {int(starts[-1]):,} learned positions, {size / 2**20:,.0f} MiB")
-    teacher = OnlineTeacher(load_teacher(settings.teacher, corpus.tokenizer, length, device), lessons.tokens)
-    answer = answer_of(teacher, rows, lessons, device)
+    size = int(starts[-1]) * header.record.itemsize
+    reporter.say(f"{folder}: {header.rows:,} rows, {int(starts[-1]):,} learned positions, {size / 2**20:,.0f} MiB")
+    teacher = OnlineTeacher(load_teacher(settings.teacher, corpus.tokenizer, length, device), header.tokens)
+    records_of_rows = top_k_records(teacher, rows, header, device)
     at_once = recipe.train.rows_per_micro_batch(length)
-    write_cache(folder, lessons, starts, answer, at_once, reporter.counter("teacher", lessons.rows))
+    write_cache(folder, header, starts, records_of_rows, at_once, reporter.counter("teacher", header.rows))
     corpus.tokenizer.save_pretrained(folder / "tokenizer")
     shutil.rmtree(folder / "data")
-    return lessons
+    return header
 
 
-def answer_of(teacher: OnlineTeacher, rows: Mapping[str, Rows], lessons: Lessons, device: Device) -> Answer:
+def top_k_records(
+    teacher: OnlineTeacher, rows: Mapping[str, Rows], header: CacheHeader, device: Device
+) -> RecordsOfRows:
     """Function from row numbers, counted over all sources in order, to their records."""
-    sources = list(rows.values())
-    firsts = np.cumsum([0, *(source.rows_in_epoch for source in sources)])
+    places = [(source, index) for source in rows.values() for index in range(source.rows_in_epoch)]
 
-    def answer(numbers: list[int]) -> list[np.ndarray]:
-        places = [(int(i := np.searchsorted(firsts, n, side="right") - 1), n - int(firsts[i])) for n in numbers]
-        ids, labels = (np.stack(column) for column in zip(*(sources[i].row(index) for i, index in places)))
-        documents = np.stack([sources[i].documents(index) for i, index in places]) if lessons.separate else None
+    def records_of_rows(numbers: list[int]) -> list[np.ndarray]:
+        chosen = [places[number] for number in numbers]
+        ids, labels = (np.stack(column) for column in zip(*(source.row(index) for source, index in chosen)))
+        documents = np.stack([source.documents(index) for source, index in chosen]) if header.separate else None
         batch = Batch.of(ids, labels, documents).to(device.torch_device)
-        learned = batch.labels != IGNORED
+        learned = batch.labels != IGNORED  # [rows, length]
         with device.autocast(), torch.no_grad():
-            records = records_of(teacher, teacher.states(batch)[learned], lessons)
+            states = teacher.states(batch)[learned]  # [positions, width]
+            records = np.empty(len(states), header.record)
+            for chunk in in_chunks(len(states), teacher.decoder.architecture.vocab_size, states.device):
+                logits = teacher.logits(states[chunk])[:, : header.tokens]  # [chunk, tokens]
+                for name, found in zip(("logits", "ids", "rest"), top_k(logits, header.k, header.temperature)):
+                    records[name][chunk] = found.cpu().numpy()
         return np.split(records, np.cumsum(learned.sum(1).cpu().numpy())[:-1])
 
-    return answer
-
-
-def records_of(teacher: OnlineTeacher, states: torch.Tensor, lessons: Lessons) -> np.ndarray:
-    """Cache records [positions] of the teacher's hidden states [positions, width]."""
-    records = np.empty(len(states), lessons.record)
-    for place in in_chunks(len(states), teacher.decoder.architecture.vocab_size, states.device):
-        logits = teacher.decoder.logits(states[place]).float()[:, : lessons.tokens]  # [chunk, tokens]
-        found = likeliest(logits, lessons.k, lessons.temperature)
-        for name, tensor in zip(("logits", "ids", "rest"), found):
-            records[name][place] = tensor.cpu().numpy()
-    return records
+    return records_of_rows

@@ -10,16 +10,16 @@ from slmkit.device import Device
 from slmkit.evaluation.loss import Rows
 from slmkit.model.decoder import Decoder
 from slmkit.training.estimate.memory_profile import MemoryProfile
-from slmkit.training.objective import next_token
+from slmkit.training.objective import Objective, next_token
 from slmkit.training.recipe.recipe import Recipe
-from slmkit.workflows.context import ObjectiveParts, RunContext
-from slmkit.workflows.distill import distill_inventory, distill_work
+from slmkit.workflows.context import ObjectiveParts, RecipeContext
+from slmkit.workflows.distill import distill_batches, distill_inventory
 from slmkit.workflows.grpo import grpo_inventory, grpo_work
 from slmkit.workflows.hooks import Sample, Validate
 from slmkit.workflows.preference import kto_work, preference_inventory, preference_work
 
 
-def work_of(material: RunContext) -> ObjectiveParts:
+def work_of(material: RecipeContext) -> ObjectiveParts:
     """The parts of the recipe's objective. Raises `UserError` if its settings, model or data do not fit together."""
     return WORK[material.recipe.objective](material)
 
@@ -29,14 +29,18 @@ def inventory_of(recipe: Recipe, model: Decoder, tokens: int, device: Device) ->
     return INVENTORIES[recipe.objective](recipe, model, tokens, device)
 
 
-def next_token_work(m: RunContext) -> ObjectiveParts:
-    """Pretraining on text, fine-tuning on conversations."""
+def text_work(m: RecipeContext) -> ObjectiveParts:
+    """Text or conversations, with a teacher or without; validation is the labels' cross-entropy."""
     recipe, talks = m.recipe, m.recipe.reads == "conversations"
-    batches = make_batches(recipe.reads, recipe.data, m.corpus, m.length, m.rows_per_step, recipe.seed)
+    objective: Objective = next_token
+    if recipe.objective == "distill":
+        batches, objective = distill_batches(m)
+    else:
+        batches = make_batches(recipe.reads, recipe.data, m.corpus, m.length, m.rows_per_step, recipe.seed)
     rows: Rows = (ChatRows if talks else DocumentRows)(m.corpus.validation, m.length)
     return ObjectiveParts(
         batches=batches,
-        objective=next_token,
+        objective=objective,
         validate=Validate(rows, m.device, batches.separate, m.group, m.text_bytes),
         sample=Sample(m.run.samples, recipe, m.corpus.tokenizer, talks, m.group),
         validation_tokens=rows.rows_in_epoch * m.length,
@@ -48,10 +52,10 @@ def next_token_inventory(recipe: Recipe, model: Decoder, tokens: int, device: De
     return MemoryProfile(model)
 
 
-WORK: dict[str, Callable[[RunContext], ObjectiveParts]] = {
-    "pretrain": next_token_work,
-    "sft": next_token_work,
-    "distill": distill_work,
+WORK: dict[str, Callable[[RecipeContext], ObjectiveParts]] = {
+    "pretrain": text_work,
+    "sft": text_work,
+    "distill": text_work,
     "dpo": preference_work,
     "kto": kto_work,
     "grpo": grpo_work,

@@ -12,7 +12,7 @@ from slmkit.config import UserError
 from slmkit.device import find_device
 from slmkit.evaluation import QuestionReport, ask
 from slmkit.evaluation.questions import Answer, Messages
-from slmkit.generation.language_model import LanguageModel
+from slmkit.generation.ensemble import LanguageModel
 from slmkit.model.files.find import free_path
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.estimate.probe import ProbeTarget, probe

@@ -103,10 +103,10 @@ def test_an_empty_prompt_lets_the_model_begin(run: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "value", "words"),
     [
-        ("--temperature", "-1", "temperature -1.0: expected"),
-        ("--top-p", "0", "top_p 0.0: expected"),
-        ("--min-p", "2", "min_p 2.0: expected"),
-        ("--repetition-penalty", "0", "repetition_penalty 0.0: expected"),
+        ("--temperature", "-1", "temperature: expected 0.0 or more, found -1.0"),
+        ("--top-p", "0", "top_p: expected more than 0.0, found 0.0"),
+        ("--min-p", "2", "min_p: expected less than 1.0, found 2.0"),
+        ("--repetition-penalty", "0", "repetition_penalty: expected more than 0.0, found 0.0"),
         ("--max-new-tokens", "many", "should be a valid integer"),
     ],
 )

@@ -8,12 +8,12 @@ import pytest
 
 from slmkit.generation.ensemble import Ensemble
 from slmkit.generation.sampling_settings import SamplingSettings
-from slmkit.generation.text import complete
 from slmkit.model.config import SLMConfig
 from slmkit.model.files.directory import load_decoder, save_decoder
 from slmkit.model.initialization import build_decoder
 from slmkit.tokenizer import SLMTokenizer
 from tests.cli.helpers import refused, slm
+from tests.generation.helpers import complete
 
 TEXT = "the fox had a kite and the owl had a drum and the hen had a hat "
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from slmkit.generation import generator
+from slmkit.generation.ensemble import LanguageModel
+from slmkit.generation.text import TextStream, TextTokenizer, stream_completion
 from slmkit.model.config import SLMConfig
 from slmkit.model.decoder import Decoder
 from slmkit.model.initialization import build_decoder
@@ -36,6 +38,18 @@ class ByteTokens:
 
     def decode(self, ids: Sequence[int]) -> str:
         return b"".join(self.tokens[index] for index in ids).decode("utf-8", "replace")
+
+
+class Continuation:
+    """A text that was streamed to its end."""
+
+    def __init__(self, stream: TextStream) -> None:
+        self.text = "".join(stream)
+        self.tokens, self.finish_reason = stream.tokens, stream.finish_reason
+
+
+def complete(decoder: LanguageModel, tokenizer: TextTokenizer, prompt: str, **options: object) -> Continuation:
+    return Continuation(stream_completion(decoder, tokenizer, prompt, **options))
 
 
 def make_models_say(ids: Sequence[int], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -194,7 +194,7 @@ def test_a_save_that_fails_keeps_what_was_saved_before(tmp_path: Path, monkeypat
     def fail(*arguments: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("slmkit.generation.chat.os.replace", fail)
+    monkeypatch.setattr("slmkit.files.os.replace", fail)
     with pytest.raises(UserError, match="no space left"):
         session().save(path)
     assert path.read_text() == "before"

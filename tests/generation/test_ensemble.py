@@ -20,13 +20,12 @@ from slmkit.generation.chat import ChatSession
 from slmkit.generation.ensemble import Ensemble
 from slmkit.generation.generator import generate_ids
 from slmkit.generation.sampling_settings import SamplingSettings
-from slmkit.generation.text import complete
 from slmkit.model.config import SLMConfig
 from slmkit.model.decoder import Decoder
 from slmkit.model.files.directory import save_decoder
 from slmkit.model.initialization import build_decoder
 from slmkit.tokenizer import SLMTokenizer
-from tests.generation.helpers import TOKENIZER, byte_decoder
+from tests.generation.helpers import TOKENIZER, byte_decoder, complete
 from tests.model.test_cache import FAMILIES, config
 from tests.model.test_decoder import ids, tiny
 

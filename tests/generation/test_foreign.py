@@ -17,10 +17,11 @@ from slmkit.config import UserError
 from slmkit.generation.chat import ChatSession
 from slmkit.generation.generator import IdStream
 from slmkit.generation.sampling_settings import SamplingSettings
-from slmkit.generation.text import complete, stream_completion
+from slmkit.generation.text import stream_completion
 from slmkit.model.config import SLMConfig
 from slmkit.model.files.generation_config import new_tokens
 from slmkit.tokenizer import SLMTokenizer
+from tests.generation.helpers import complete
 from tests.tokenizer.kinds import MADE, REAL, directory_of
 from tests.tokenizer.test_kinds import TEMPLATES
 
@@ -120,7 +121,9 @@ def test_what_generation_config_says_is_obeyed_and_carried_over(tmp_path: Path) 
 
 def test_a_model_that_says_nothing_is_sampled_as_usual(tmp_path: Path) -> None:
     usual = {"temperature": 0.8, "top_p": 0.95}
-    assert SamplingSettings.for_model(tmp_path, None, usual, temperature=None) == SamplingSettings(0.8, top_p=0.95)
+    assert SamplingSettings.for_model(tmp_path, None, usual, temperature=None) == SamplingSettings(
+        temperature=0.8, top_p=0.95
+    )
     (tmp_path / "generation_config.json").write_text('{"do_sample": false}')
     assert SamplingSettings.for_model(tmp_path, None, usual).is_greedy
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slmkit.config import UserError
-from slmkit.generation.pieces import StopStrings, WholeCharacters
+from slmkit.generation.text import StopStrings, WholeCharacters
 from tests.generation.helpers import ByteTokens
 
 TEXTS = st.text(alphabet="abé🦊\ufffd \n", max_size=12)

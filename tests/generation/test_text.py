@@ -8,9 +8,9 @@ import torch
 from slmkit.config import UserError
 from slmkit.generation.generator import generate_ids
 from slmkit.generation.sampling_settings import SamplingSettings
-from slmkit.generation.text import TextStream, complete, stream_completion
+from slmkit.generation.text import TextStream, stream_completion
 from slmkit.model.decoder import Decoder
-from tests.generation.helpers import TOKENIZER, ByteTokens, byte_decoder, make_models_say
+from tests.generation.helpers import TOKENIZER, ByteTokens, byte_decoder, complete, make_models_say
 
 SETTINGS = SamplingSettings(seed=2)
 
@@ -115,11 +115,6 @@ def test_encode_and_decode_are_all_a_tokenizer_needs(decoder: Decoder) -> None:
     assert whole.text
     with pytest.raises(UserError, match="an empty prompt"):
         complete(decoder, plain, "", settings=settings, max_new_tokens=20)
-
-
-def test_how_fast_it_went_is_known(decoder: Decoder) -> None:
-    whole = complete(decoder, TOKENIZER, "Once", settings=SETTINGS, max_new_tokens=20)
-    assert whole.tokens_per_second == pytest.approx(whole.tokens / whole.seconds)
 
 
 def test_a_wrong_prompt_is_refused_before_the_first_piece_is_asked_for(decoder: Decoder) -> None:

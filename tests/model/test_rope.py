@@ -8,8 +8,7 @@ import torch
 from slmkit.config import UserError
 from slmkit.model.architectures import architecture_of
 from slmkit.model.config import SLMConfig
-from slmkit.model.rope import Rope
-from slmkit.model.rotary import Rotary, rotate
+from slmkit.model.rope import Rope, Rotary, rotate
 
 transformers = pytest.importorskip("transformers")
 

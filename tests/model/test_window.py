@@ -9,11 +9,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from slmkit.model import context as module
-from slmkit.model.architecture import Layer
+from slmkit.model.architectures import Layer
 from slmkit.model.attend import attend
 from slmkit.model.config import SLMConfig
-from slmkit.model.context import QUERIES_AT_ONCE, AttentionInputs, Context
-from slmkit.model.document_attention import block_mask, dense_mask
+from slmkit.model.context import QUERIES_AT_ONCE, AttentionInputs, Context, block_mask, dense_mask
 from slmkit.model.initialization import build_decoder
 from slmkit.model.sizes import flops_per_token
 from tests.model.test_cache import FAMILIES, decoder_of, ids, in_pieces

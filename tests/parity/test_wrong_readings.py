@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from slmkit.model.architecture import Architecture, Layer
+from slmkit.model.architectures import Architecture, Layer
 from slmkit.model.context import Context
 from slmkit.model.decoder import Decoder
 from slmkit.model.rope import Rope, Yarn

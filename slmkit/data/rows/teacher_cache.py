@@ -16,7 +16,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -27,6 +27,7 @@ from slmkit.config import UserError
 from slmkit.data.packing import IGNORED
 from slmkit.data.shards.reader import TokenShards
 from slmkit.data.stream import Rows
+from slmkit.files import write_whole
 
 FORMAT, VERSION = "slmkit-teacher", 1
 HEADER, PROGRESS, POSITIONS, STARTS = "header.json", "progress.json", "positions", "starts"
@@ -35,8 +36,8 @@ LOGITS, IDS, REST = "teacher_logits", "teacher_ids", "teacher_rest"  # in `Batch
 
 
 @dataclass(frozen=True)
-class Lessons:
-    """Header of a cache: everything that determines its contents. Fingerprints are sha256 (hex)."""
+class CacheHeader:
+    """Everything that determines a cache's contents. Fingerprints are sha256 (hex)."""
 
     teacher: str
     tokenizer: str
@@ -57,12 +58,12 @@ class Lessons:
         ids = "<u2" if self.tokens <= 2**16 else "<i4"
         return np.dtype([("rest", "<f4"), ("logits", "<f2", (self.k,)), ("ids", ids, (self.k,))])
 
-    def difference(self, wanted: Lessons, ignored: Sequence[str] = ()) -> str | None:
+    def difference(self, wanted: CacheHeader) -> str | None:
         """The first field that differs from `wanted`, in words; None if all are equal."""
-        for field in dataclasses.fields(self):
-            here, there = getattr(self, field.name), getattr(wanted, field.name)
-            if field.name not in ignored and here != there:
-                return f"{field.name} {_short(here)}, not {_short(there)}"
+        for name, here in vars(self).items():
+            there = getattr(wanted, name)
+            if here != there:
+                return f"{name} {here!s:.12}, not {there!s:.12}"
         return None
 
 
@@ -72,14 +73,14 @@ def data_fingerprint(shards: Iterable[TokenShards]) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
-Answer = Callable[[list[int]], list[np.ndarray]]  # row indices → the records [positions] of each
+RecordsOfRows = Callable[[list[int]], list[np.ndarray]]  # row indices → the records [positions] of each
 
 
 def write_cache(
     folder: Path,
-    lessons: Lessons,
+    header: CacheHeader,
     starts: np.ndarray,
-    answer: Answer,
+    records_of_rows: RecordsOfRows,
     rows_at_once: int,
     progress: Callable[[int, int, int], None],
 ) -> None:
@@ -89,57 +90,55 @@ def write_cache(
 
     Raises `UserError` if there is another cache, or the disk is full.
     """
-    done = _rows_done(folder, lessons)
+    done = _rows_done(folder, header)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         starts.astype("<i8").tofile(folder / STARTS)
         with (folder / POSITIONS).open("ab") as file:
-            file.truncate(int(starts[done]) * lessons.record.itemsize)
-            for first in range(done, lessons.rows, rows_at_once):
-                rows = list(range(first, min(first + rows_at_once, lessons.rows)))
-                for records in answer(rows):
+            file.truncate(int(starts[done]) * header.record.itemsize)
+            for first in range(done, header.rows, rows_at_once):
+                rows = list(range(first, min(first + rows_at_once, header.rows)))
+                for records in records_of_rows(rows):
                     file.write(records.tobytes())
                 done = rows[-1] + 1
                 progress(done, int(starts[done]), file.tell())
-                if done // ROWS_BETWEEN_SYNCS > first // ROWS_BETWEEN_SYNCS:
-                    _note(folder, lessons, done, file)
-            _note(folder, lessons, done, file)
-        _put(folder / HEADER, json.dumps(dataclasses.asdict(lessons), indent=2) + "\n")
-        (folder / PROGRESS).unlink()
+                if done // ROWS_BETWEEN_SYNCS > first // ROWS_BETWEEN_SYNCS or done == header.rows:
+                    _note_progress(folder, header, done, file)
+        write_whole(folder / HEADER, json.dumps(dataclasses.asdict(header), indent=2) + "\n")
+        (folder / PROGRESS).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error}; the same command continues from there") from None
 
 
-def read_lessons(folder: Path) -> Lessons:
+def read_header(folder: Path) -> CacheHeader:
     """The header of a finished cache. Raises `UserError` if it is missing, unfinished or damaged."""
-    path = folder / HEADER
-    if not path.is_file():
+    if not (folder / HEADER).is_file():
         stopped = (folder / PROGRESS).is_file()
         what = (
             "was not finished: the same `slm distill-cache` goes on" if stopped else "make it with `slm distill-cache`"
         )
         raise UserError(f"{folder}: no stored teacher here; {what}")
-    lessons = _read(path)
+    header = _read(folder / HEADER)
     try:
-        expected = int(np.fromfile(folder / STARTS, dtype="<i8")[-1]) * lessons.record.itemsize
+        expected = int(np.fromfile(folder / STARTS, dtype="<i8")[-1]) * header.record.itemsize
         found = (folder / POSITIONS).stat().st_size
     except (OSError, IndexError) as error:
         raise UserError(f"{folder}: damaged ({error}); delete it and make it again") from None
     if found != expected:
         raise UserError(f"{folder / POSITIONS}: {found:,} bytes instead of {expected:,}; delete it and make it again")
-    return lessons
+    return header
 
 
-class TaughtRows(Rows):
+class CachedRows(Rows):
     """Rows with cached teacher logits as extra tensors: entry j of `length` belongs to the row's j-th learned position;
     the rest is zero.
     """
 
-    def __init__(self, rows: Rows, folder: Path, lessons: Lessons, first: int) -> None:
+    def __init__(self, rows: Rows, folder: Path, header: CacheHeader, first: int) -> None:
         """`first`: the index of the first row in the cache."""
-        self.inner, self.first, self.places = rows, first, (lessons.length, lessons.k)
+        self.inner, self.first, self.length = rows, first, header.length
         self.starts = np.memmap(folder / STARTS, dtype="<i8", mode="r")
-        self.positions = np.memmap(folder / POSITIONS, dtype=lessons.record, mode="r")
+        self.positions = np.memmap(folder / POSITIONS, dtype=header.record, mode="r")
 
     @property
     def rows_in_epoch(self) -> int:
@@ -160,21 +159,15 @@ class TaughtRows(Rows):
     def extra(self, index: int) -> dict[str, np.ndarray]:
         """Logits float16 and ids int32 [length, k], and log-probability of all other tokens float32 [length]."""
         start, stop = self.starts[self.first + index : self.first + index + 2]
-        records = self.positions[start:stop]
-        logits, ids, rest = (
-            np.zeros(*shape) for shape in ((self.places, "f2"), (self.places, "i4"), (self.places[0], "f4"))
-        )
-        for array, name in ((logits, "logits"), (ids, "ids"), (rest, "rest")):
-            array[: len(records)] = records[name]
-        return {LOGITS: logits, IDS: ids, REST: rest}
+        records = np.zeros(self.length, self.positions.dtype)
+        records[: stop - start] = self.positions[start:stop]
+        return {LOGITS: records["logits"], IDS: records["ids"].astype(np.int32), REST: records["rest"]}
 
 
-def taught(rows: Mapping[str, Rows], folder: Path, lessons: Lessons) -> dict[str, Rows]:
+def with_cached_logits(rows: Mapping[str, Rows], folder: Path, header: CacheHeader) -> dict[str, Rows]:
     """The rows of all sources with their cached logits; sources in the order of the cache."""
     firsts = np.cumsum([0, *(source.rows_in_epoch for source in rows.values())])
-    return {
-        name: TaughtRows(source, folder, lessons, int(first)) for first, (name, source) in zip(firsts, rows.items())
-    }
+    return {name: CachedRows(source, folder, header, int(first)) for first, (name, source) in zip(firsts, rows.items())}
 
 
 def learned_starts(rows: Iterable[Rows]) -> np.ndarray:
@@ -185,42 +178,32 @@ def learned_starts(rows: Iterable[Rows]) -> np.ndarray:
     return np.cumsum([0, *counts])
 
 
-def _rows_done(folder: Path, lessons: Lessons) -> int:
+def _rows_done(folder: Path, header: CacheHeader) -> int:
     """How many rows an earlier writer finished. Raises `UserError` if there is another cache."""
     found = next((path for path in (folder / HEADER, folder / PROGRESS) if path.is_file()), None)
     if found is None:
         return 0
-    difference = _read(found).difference(lessons)
+    difference = _read(found).difference(header)
     if difference is not None:
         raise UserError(f"{folder}: holds another cache ({difference}): choose another folder, or delete it")
     if found.name == HEADER:
-        return lessons.rows
+        return header.rows
     return int(json.loads(found.read_text(encoding="utf-8"))["done"])
 
 
-def _note(folder: Path, lessons: Lessons, done: int, file: BinaryIO) -> None:
+def _note_progress(folder: Path, header: CacheHeader, done: int, file: BinaryIO) -> None:
     """fsync the records, then write `progress.json`."""
     file.flush()
     os.fsync(file.fileno())
-    _put(folder / PROGRESS, json.dumps(dataclasses.asdict(lessons) | {"done": done}) + "\n")
+    write_whole(folder / PROGRESS, json.dumps(dataclasses.asdict(header) | {"done": done}) + "\n")
 
 
-def _put(path: Path, text: str) -> None:
-    fresh = path.with_name(f".{path.name}")
-    fresh.write_text(text, encoding="utf-8")
-    os.replace(fresh, path)
-
-
-def _read(path: Path) -> Lessons:
+def _read(path: Path) -> CacheHeader:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        lessons = Lessons(**{name: value for name, value in content.items() if name != "done"})
+        header = CacheHeader(**{name: value for name, value in content.items() if name != "done"})
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: damaged ({error}); delete the directory and make it again") from None
-    if (lessons.format, lessons.version) != (FORMAT, VERSION):
-        raise UserError(f"{path}: format {lessons.format} {lessons.version}, this slmkit reads {FORMAT} {VERSION}")
-    return lessons
-
-
-def _short(value: object) -> str:
-    return value[:12] if isinstance(value, str) else str(value)
+    if (header.format, header.version) != (FORMAT, VERSION):
+        raise UserError(f"{path}: format {header.format} {header.version}, this slmkit reads {FORMAT} {VERSION}")
+    return header

@@ -13,6 +13,12 @@ from slmkit.config import Settings, UserError, load_settings
 
 FILE = "generation_config.json"
 Id = Annotated[int, Field(ge=0)]
+# Ranges of sampling settings, as in transformers.
+Temperature = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+TopK = Annotated[int, Field(ge=0)]
+TopP = Annotated[float, Field(gt=0, le=1)]
+MinP = Annotated[float, Field(ge=0, lt=1)]
+Penalty = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 # Keys that do not affect generation here.
 HARMLESS = {
     "_from_model_config", "assistant_confidence_threshold", "assistant_lookbehind", "bos_token_id", "cache_config",
@@ -40,11 +46,11 @@ class GenerationAdvice(Settings):
     max_new_tokens: Annotated[int, Field(gt=0)] | None = None
     max_length: Annotated[int, Field(gt=0)] | None = None
     do_sample: bool | None = None
-    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    min_p: Annotated[float, Field(ge=0, lt=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    temperature: Temperature | None = None
+    top_k: TopK | None = None
+    top_p: TopP | None = None
+    min_p: MinP | None = None
+    repetition_penalty: Penalty | None = None
 
 
 def read_generation_config(directory: Path) -> dict[str, Any]:

@@ -10,8 +10,7 @@ import torch
 
 from slmkit.device import Device, find_device
 from slmkit.find import find_model_directory
-from slmkit.model.architecture import Architecture
-from slmkit.model.architectures import architecture_of
+from slmkit.model.architectures import Architecture, architecture_of
 from slmkit.model.config import SLMConfig
 from slmkit.model.files.adapter_directory import ADAPTER_WEIGHTS, config_directory, is_adapter
 from slmkit.model.files.find import find_model_or_preset

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from slmkit.device import Device
-from slmkit.model.architecture import Architecture
+from slmkit.model.architectures import Architecture
 from slmkit.model.decoder import Decoder
 from slmkit.training.estimate.memory_profile import MemoryProfile
 from slmkit.training.optimizers.choose import make_optimizers, trained

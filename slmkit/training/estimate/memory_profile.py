@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from slmkit.data.batch import Batch
-from slmkit.model.architecture import Architecture
+from slmkit.model.architectures import Architecture
 from slmkit.model.decoder import Decoder
 from slmkit.model.sizes import LOGITS_AT_ONCE, parameter_count
 from slmkit.training.losses import token_log_probabilities

@@ -18,10 +18,10 @@ from slmkit.data.rows.teacher_cache import (
     POSITIONS,
     PROGRESS,
     REST,
-    Lessons,
+    CacheHeader,
     learned_starts,
-    read_lessons,
-    taught,
+    read_header,
+    with_cached_logits,
     write_cache,
 )
 from slmkit.data.stream import MixtureStream, Rows, Stream
@@ -48,7 +48,7 @@ class Numbered(Rows):
 
 
 SOURCES: dict[str, Rows] = {"a": Numbered(1, 7), "b": Numbered(2, 10)}
-LESSONS = Lessons("t" * 64, "k" * 64, "d" * 64, "text", False, LENGTH, rows=17, tokens=70_000, k=K, temperature=2.0)
+WANTED = CacheHeader("t" * 64, "k" * 64, "d" * 64, "text", False, LENGTH, rows=17, tokens=70_000, k=K, temperature=2.0)
 
 
 def answer(numbers: list[int]) -> list[np.ndarray]:
@@ -58,24 +58,24 @@ def answer(numbers: list[int]) -> list[np.ndarray]:
         source, index = (SOURCES["a"], number) if number < 7 else (SOURCES["b"], number - 7)
         ids, labels = source.row(index)
         learned = ids[labels != -100]
-        records = np.zeros(len(learned), LESSONS.record)
+        records = np.zeros(len(learned), WANTED.record)
         records["ids"], records["logits"], records["rest"] = learned[:, None] + [0, 1, 2], [0, -1, -2], -learned
         found.append(records)
     return found
 
 
-def write(folder: Path, lessons: Lessons = LESSONS, asked=answer, rows_at_once: int = 4) -> list[int]:
+def write(folder: Path, header: CacheHeader = WANTED, asked=answer, rows_at_once: int = 4) -> list[int]:
     """Returns the rows after which progress was told."""
     told: list[int] = []
     starts = learned_starts(SOURCES.values())
-    write_cache(folder, lessons, starts, asked, rows_at_once, lambda rows, positions, size: told.append(rows))
+    write_cache(folder, header, starts, asked, rows_at_once, lambda rows, positions, size: told.append(rows))
     return told
 
 
 def test_every_row_comes_with_what_was_said_of_its_learned_positions(tmp_path: Path) -> None:
     assert write(tmp_path) == [4, 8, 12, 16, 17]
-    assert read_lessons(tmp_path) == LESSONS
-    for source, rows in taught(SOURCES, tmp_path, LESSONS).items():
+    assert read_header(tmp_path) == WANTED
+    for source, rows in with_cached_logits(SOURCES, tmp_path, WANTED).items():
         for index in range(rows.rows_in_epoch):
             ids, labels = rows.row(index)
             np.testing.assert_array_equal(ids, SOURCES[source].row(index)[0])
@@ -87,7 +87,7 @@ def test_every_row_comes_with_what_was_said_of_its_learned_positions(tmp_path: P
 
 def test_streams_carry_it_with_every_row(tmp_path: Path) -> None:
     write(tmp_path)
-    rows = taught(SOURCES, tmp_path, LESSONS)
+    rows = with_cached_logits(SOURCES, tmp_path, WANTED)
     mixture = MixtureStream(rows, [Phase(None, (0.5, 0.5))], "repeat", rows_per_step=8)
     for stream in (Stream(rows["b"], 8), mixture):
         for step in range(4):
@@ -112,7 +112,7 @@ def test_a_writer_that_was_killed_goes_on_and_leaves_the_same_files(
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "cut", asked=killed, rows_at_once=2)
     with pytest.raises(UserError, match="was not finished: the same `slm distill-cache` goes on"):
-        read_lessons(tmp_path / "cut")
+        read_header(tmp_path / "cut")
     assert write(tmp_path / "cut", rows_at_once=2) == [10, 12, 14, 16, 17]  # what was written after row 8 is done again
     for path in (tmp_path / "whole").iterdir():
         assert (tmp_path / "cut" / path.name).read_bytes() == path.read_bytes()
@@ -125,9 +125,9 @@ def test_another_cache_is_neither_gone_on_with_nor_overwritten(tmp_path: Path, c
     write(tmp_path)
     before = (tmp_path / POSITIONS).read_bytes()
     with pytest.raises(UserError, match=f"holds another cache .{next(iter(change))}"):
-        write(tmp_path, dataclasses.replace(LESSONS, **change))
+        write(tmp_path, dataclasses.replace(WANTED, **change))
     assert (tmp_path / POSITIONS).read_bytes() == before
-    difference = read_lessons(tmp_path).difference(dataclasses.replace(LESSONS, **change))
+    difference = read_header(tmp_path).difference(dataclasses.replace(WANTED, **change))
     assert difference is not None
     assert difference.startswith(next(iter(change)))
 
@@ -137,17 +137,17 @@ def test_what_is_damaged_is_said(tmp_path: Path) -> None:
     with (tmp_path / POSITIONS).open("ab") as file:
         file.write(b"x")
     with pytest.raises(UserError, match="delete it and make it again"):
-        read_lessons(tmp_path)
-    (tmp_path / HEADER).write_text(json.dumps(dataclasses.asdict(LESSONS) | {"version": 99}))
+        read_header(tmp_path)
+    (tmp_path / HEADER).write_text(json.dumps(dataclasses.asdict(WANTED) | {"version": 99}))
     with pytest.raises(UserError, match="slmkit-teacher 99, this slmkit reads slmkit-teacher 1"):
-        read_lessons(tmp_path)
+        read_header(tmp_path)
     (tmp_path / HEADER).write_text("{")
     with pytest.raises(UserError, match="damaged"):
-        read_lessons(tmp_path)
+        read_header(tmp_path)
     with pytest.raises(UserError, match="make it with `slm distill-cache`"):
-        read_lessons(tmp_path / "none")
+        read_header(tmp_path / "none")
 
 
 def test_ids_are_as_narrow_as_the_vocabulary_allows() -> None:
-    assert LESSONS.record.itemsize == 4 + K * (2 + 4)
-    assert dataclasses.replace(LESSONS, tokens=65_536).record.itemsize == 4 + K * (2 + 2)
+    assert WANTED.record.itemsize == 4 + K * (2 + 4)
+    assert dataclasses.replace(WANTED, tokens=65_536).record.itemsize == 4 + K * (2 + 2)

@@ -16,22 +16,20 @@ from slmkit.device import find_device
 from slmkit.model.decoder import Decoder
 from slmkit.model.initialization import build_decoder
 from slmkit.training import losses
-from slmkit.training.objectives.distill import (
+from slmkit.training.objectives.distillation import (
+    DIVERGENCES,
+    CachedTeacher,
     Distill,
-    DistillAsGiven,
-    DistillWithStates,
+    DistillationLoss,
+    DistillOwnLoss,
+    OnlineTeacher,
+    check_fit,
+    frozen,
     objective_of,
     paired_layers,
     relations_apart,
-)
-from slmkit.training.objectives.distillation import DIVERGENCES, DistillationLoss, TeacherTargets
-from slmkit.training.objectives.teachers import (
-    OnlineTeacher,
-    StoredTeacher,
-    check_fit,
-    frozen,
-    likeliest,
-    stored_lesson,
+    targets_of_top_k,
+    top_k,
 )
 from tests.training.helpers import config
 
@@ -152,7 +150,7 @@ def stored(rows: Batch, master: Decoder, k: int, temperature: float, dtype: torc
     }
     for row, here in enumerate(learned):
         logits = master.logits(master(rows.ids[row : row + 1])[0, here]).float()[:, :TOKENS]
-        for name, found in zip((LOGITS, IDS, REST), likeliest(logits, k, temperature)):
+        for name, found in zip((LOGITS, IDS, REST), top_k(logits, k, temperature)):
             extra[name][row, : int(here.sum())] = found.to(extra[name].dtype)
     return Batch(rows.ids, rows.labels, rows.weight, None, extra)
 
@@ -161,7 +159,7 @@ def stored(rows: Batch, master: Decoder, k: int, temperature: float, dtype: torc
 def test_with_all_tokens_stored_it_is_the_loss_online(divergence: str) -> None:
     pupil, master, loss = student(), teacher(), DistillationLoss(0.5, 3.0, divergence)
     online = Distill(loss, OnlineTeacher(master, TOKENS))(pupil, batch())
-    offline = Distill(loss, StoredTeacher(TOKENS))(pupil, stored(batch(), master, TOKENS, 3.0))
+    offline = Distill(loss, CachedTeacher(TOKENS))(pupil, stored(batch(), master, TOKENS, 3.0))
     torch.testing.assert_close(offline.total, online.total, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradients(offline.total, pupil), gradients(online.total, pupil), rtol=1e-4, atol=1e-5)
 
@@ -171,9 +169,9 @@ def test_what_is_not_stored_is_one_outcome_more(divergence: str) -> None:
     """Against distributions whose other tokens are summed up by hand."""
     z, t = (torch.randn(6, 40, generator=torch.Generator().manual_seed(seed)) * 3 for seed in (1, 2))
     k, temperature = 5, 2.0
-    lesson = stored_lesson(*likeliest(t, k, temperature), tokens=40, temperature=temperature)
+    targets = targets_of_top_k(*top_k(t, k, temperature), tokens=40, temperature=temperature)
     loss = DistillationLoss(0.0, temperature, divergence)
-    _, found = loss.parts(z, lesson, torch.zeros(6, dtype=torch.long))
+    _, found = loss.parts(z, targets, torch.zeros(6, dtype=torch.long))
     expected = 0.0
     for mine, theirs in zip(z.double(), t.double()):
         chosen = theirs.topk(k).indices.tolist()
@@ -186,15 +184,15 @@ def test_what_is_not_stored_is_one_outcome_more(divergence: str) -> None:
 def test_fewer_outcomes_never_say_more_than_all_of_them() -> None:
     z, t = (torch.randn(6, 40, generator=torch.Generator().manual_seed(seed)) * 3 for seed in (1, 2))
     loss, labels = DistillationLoss(0.0, 1.0), torch.zeros(6, dtype=torch.long)
-    apart = [loss.parts(z, stored_lesson(*likeliest(t, k, 1.0), 40, 1.0), labels)[1].item() for k in (1, 4, 16, 40)]
+    apart = [loss.parts(z, targets_of_top_k(*top_k(t, k, 1.0), 40, 1.0), labels)[1].item() for k in (1, 4, 16, 40)]
     assert apart == sorted(apart)
-    assert apart[-1] == pytest.approx(loss.parts(z, loss.lesson(t, 40), labels)[1].item(), rel=1e-5)
+    assert apart[-1] == pytest.approx(loss.parts(z, loss.targets(t, 40), labels)[1].item(), rel=1e-5)
 
 
 def test_rounding_to_what_is_stored_hardly_changes_the_loss() -> None:
     pupil, master, loss = student(), teacher(), DistillationLoss()
     online = Distill(loss, OnlineTeacher(master, TOKENS))(pupil, batch()).total
-    offline = Distill(loss, StoredTeacher(TOKENS))(pupil, stored(batch(), master, TOKENS, 3.0, torch.float16)).total
+    offline = Distill(loss, CachedTeacher(TOKENS))(pupil, stored(batch(), master, TOKENS, 3.0, torch.float16)).total
     assert offline.item() == pytest.approx(online.item(), rel=1e-4)
 
 
@@ -215,8 +213,8 @@ class Mistaken(DistillationLoss):
 def test_a_subclass_gets_plain_logits_and_is_minimised() -> None:
     pupil, master = student(), OnlineTeacher(teacher(), TOKENS)
     own, built_in = objective_of(Doubled(), master), objective_of(DistillationLoss(), master)
-    assert isinstance(own, DistillAsGiven)
-    assert isinstance(built_in, Distill)
+    assert isinstance(own, DistillOwnLoss)
+    assert type(built_in) is Distill
     found, expected = own(pupil, batch()), built_in(pupil, batch())
     torch.testing.assert_close(found.total, 2 * expected.total)
     torch.testing.assert_close(dict(found.figures), dict(expected.figures))
@@ -257,7 +255,7 @@ def test_states_that_are_turned_and_stretched_are_the_same_and_others_are_not() 
 def test_matching_states_adds_their_share_and_leaves_the_rest_as_it_was() -> None:
     pupil, master = student(), OnlineTeacher(teacher(), TOKENS)
     plain = Distill(DistillationLoss(), master)
-    with_states = DistillWithStates(plain, master, 0.25)
+    with_states = Distill(DistillationLoss(), master, 0.25)
     rows = batch()
     found, expected = with_states(pupil, rows), plain(pupil, rows)
     learned = rows.labels != losses.IGNORED
@@ -291,6 +289,6 @@ def test_a_teacher_that_does_not_fit_is_refused_with_the_reason() -> None:
     check_fit(teacher(), 260, 32, "teacher")
 
 
-def test_a_lesson_of_all_tokens_has_as_many_outcomes() -> None:
-    lesson = TeacherTargets(torch.zeros(2, 5), 5, torch.arange(5).expand(2, 5))
-    assert lesson.asked_of(torch.randn(2, 7), 1.0).shape == (2, 5)
+def test_targets_of_all_tokens_have_as_many_outcomes() -> None:
+    targets = targets_of_top_k(*top_k(torch.randn(2, 5), 5, 1.0), tokens=5, temperature=1.0)
+    assert targets.log_p.shape == targets.log_probabilities(torch.randn(2, 7), 1.0).shape == (2, 5)

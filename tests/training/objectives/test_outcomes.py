@@ -1,20 +1,23 @@
-"""The outcomes of a stored lesson: equal to the plain form, in value and in gradient, also where little is left."""
+"""The outcomes of cached targets: equal to the form in float64, in value and in gradient, also where little is left."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from slmkit.training.objectives.distillation import outcome_log_probabilities
+from slmkit.training.objectives.distillation import TeacherTargets
 
 
-def plain(logits: Tensor, ids: Tensor, tokens: int, temperature: float) -> Tensor:
-    """From all probabilities, for autograd to differentiate."""
-    scores = logits[:, :tokens] / temperature
-    others = scores.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
-    return F.log_softmax(torch.cat([scores.gather(-1, ids), others], dim=-1), dim=-1)
+def outcome_log_probabilities(logits: Tensor, ids: Tensor, tokens: int, temperature: float = 1.0) -> Tensor:
+    return TeacherTargets(torch.empty(0), tokens, ids).log_probabilities(logits, temperature)
+
+
+def by_hand(logits: Tensor, ids: Tensor, tokens: int, temperature: float) -> Tensor:
+    """From the probabilities of the tokens themselves, in float64."""
+    p = (logits[:, :tokens].double() / temperature).softmax(dim=-1)
+    others = p.masked_fill(torch.zeros_like(p).scatter(-1, ids, 1).bool(), 0).sum(-1, keepdim=True)
+    return torch.cat([p.gather(-1, ids), others], dim=-1).log()
 
 
 def both(scale: float, tokens: int, k: int, temperature: float) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -24,17 +27,17 @@ def both(scale: float, tokens: int, k: int, temperature: float) -> tuple[tuple[T
     ids = logits[:, :tokens].topk(k, dim=-1).indices
     given = torch.randn(6, k + 1, generator=random)
     found = []
-    for form in (outcome_log_probabilities, plain):
+    for form in (outcome_log_probabilities, by_hand):
         leaf = logits.clone().requires_grad_()
         log_q = form(leaf, ids, tokens, temperature)
         (log_q * given).sum().backward()
-        found.append((log_q.detach(), leaf.grad))
+        found.append((log_q.detach().float(), leaf.grad))
     return found[0], found[1]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0, 0.5])
 @pytest.mark.parametrize(("tokens", "k"), [(50, 4), (50, 49), (43, 4), (43, 1)])
-def test_values_and_gradients_are_those_of_the_plain_form(tokens: int, k: int, temperature: float) -> None:
+def test_values_and_gradients_are_those_of_summed_probabilities(tokens: int, k: int, temperature: float) -> None:
     (value, gradient), (expected, slope) = both(2.0, tokens, k, temperature)
     assert (value - expected).abs().max() <= 1e-5
     assert (gradient - slope).abs().max() <= 1e-5

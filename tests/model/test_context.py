@@ -8,8 +8,7 @@ from torch import Tensor
 
 from slmkit.model import context as module
 from slmkit.model.attend import attend
-from slmkit.model.context import AttentionInputs, _starts
-from slmkit.model.document_attention import block_mask, dense_mask
+from slmkit.model.context import AttentionInputs, _starts, block_mask, dense_mask
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
