@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +16,6 @@ from slmkit.data.shards.reader import HEADER
 from slmkit.data.sources import BUILT_IN, BadRow, Document, Message, Source, open_source, tools_of
 from slmkit.data.sources.documents import Judged, Pair
 from slmkit.data.sources.settings import SourceSettings
-from slmkit.data.streaming.blocks import is_held_out
 from slmkit.tokenizer.chat import ConversationError
 
 if TYPE_CHECKING:
@@ -151,6 +151,11 @@ def is_kept_in(data: DataSettings, source: Source) -> Callable[[str], bool]:
     if data.validation is not None or is_endless(source):
         return lambda text: True
     return lambda text: not is_held_out(text, data.validation_fraction)
+
+
+def is_held_out(text: str, fraction: float) -> bool:
+    """Whether a hash of the text selects it: copies of a document are on the same side of the split."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "little") / 2**48 < fraction
 
 
 def is_endless(source: Source) -> bool:
