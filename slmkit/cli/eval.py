@@ -32,7 +32,7 @@ def evaluate(
     import itertools
 
     from slmkit.cli.show import TerminalReporter, print_table, progress_bar
-    from slmkit.model.files.find import find_model_directory
+    from slmkit.find import find_model_directory
 
     sources = sources_of(data, source)
     for model in models:

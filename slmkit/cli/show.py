@@ -121,7 +121,7 @@ def suggestion(model: str | Path, source: str | Path | None = None) -> str:
     """A command to try the model. Its prompt is from the data of the run that made it, or made its `source`: a model
     that it was merged or copied from.
     """
-    from slmkit.model.files.find import run_of
+    from slmkit.find import run_of
     from slmkit.training.recipe.recipe import load_recipe
 
     run = run_of(model if source is None else source)

@@ -12,8 +12,8 @@ from slmkit.config import UserError
 from slmkit.device import find_device
 from slmkit.evaluation import QuestionReport, ask
 from slmkit.evaluation.questions import Answer, Messages
+from slmkit.find import free_path
 from slmkit.generation.ensemble import LanguageModel
-from slmkit.model.files.find import free_path
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.estimate.probe import ProbeTarget, probe
 from slmkit.training.loop import RunStopped, StopRequested

@@ -8,7 +8,7 @@ from typing import Any
 
 from slmkit.config import UserError
 from slmkit.device import find_device
-from slmkit.model.files.find import find_run
+from slmkit.find import find_run
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.checkpoints import checkpoint as checkpoints
 from slmkit.training.checkpoints.flight_recorder import recorded_batches, recorded_report
