@@ -1,6 +1,7 @@
 """Reads and writes a tokenizer's directory: `tokenizer.json` and `tokenizer_config.json`, in Hugging Face's format.
 
-The config says what the vocabulary's special tokens are for. Writing is atomic per file.
+The config says what the vocabulary's special tokens are for. Writing is atomic per file. The built-in chat templates
+are here too, with their special tokens.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
-from slmkit.config import UserError, kind_of_value
+from slmkit.config import UserError, did_you_mean, kind_of_value
 from slmkit.files import write_whole
 from slmkit.find import is_gpt2
 from slmkit.hub import one_line
@@ -23,6 +24,7 @@ from slmkit.tokenizer.classes import as_its_class_does
 
 TOKENIZER, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 SENTENCEPIECE = "tokenizer.model"
+TEMPLATES = Path(__file__).with_name("templates")
 NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 MORE_TOKENS = ("additional_special_tokens", "extra_special_tokens")  # transformers 4's name and 5's
 FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")  # of an added token
@@ -182,3 +184,39 @@ def _read_text(path: Path) -> str | None:
         return None
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({one_line(error)}); save or download it again") from None
+
+
+class ChatFormat(NamedTuple):
+    """A template, the special tokens that it writes, and its beginning-of-text token."""
+
+    template: str | None
+    tokens: tuple[str, ...] = ()
+    bos_token: str | None = None
+
+
+# ChatML is OpenAI's, also used by Qwen and SmolLM; the others are Meta's and Google's.
+TOKENS: dict[str, tuple[str, ...]] = {
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "gemma": ("<bos>", "<start_of_turn>", "<end_of_turn>"),
+}
+BEGINNINGS = {"llama3": "<|begin_of_text|>", "gemma": "<bos>"}
+
+
+def find_format(name: str) -> ChatFormat:
+    """The format `chatml`, `llama3` or `gemma`, or the one in a Jinja file, whose special tokens are unknown.
+
+    Raises `UserError` for another name and for a file that cannot be read.
+    """
+    if name in TOKENS:
+        template = (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
+        return ChatFormat(template, TOKENS[name], BEGINNINGS.get(name))
+    path = Path(name)
+    if not path.is_file():
+        raise UserError(
+            f"chat_template {name!r}: no file, and no template that comes with slmkit; {did_you_mean(name, TOKENS)}"
+        )
+    try:
+        return ChatFormat(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a chat template: {error}") from None
