@@ -29,7 +29,7 @@ from slmkit.generation.sampling_settings import SamplingSettings
 from slmkit.model.decoder import Decoder
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.compilation import eager
-from slmkit.training.estimate.memory_profile import MemoryProfile, meta_model_of, read_answers, write_answers
+from slmkit.training.estimate.memory import MemoryProfile, meta_model_of, read_answers, write_answers
 from slmkit.training.loop import Report, State
 from slmkit.training.objectives.grpo import GroupRelative, GrpoSettings, Judged, RewardFunction, Rollouts
 from slmkit.training.objectives.preference import rounded_up

@@ -17,10 +17,10 @@ from slmkit.training.checkpoints.checkpoint import newest_intact, step_of
 from slmkit.training.checkpoints.model_files import ModelFiles
 from slmkit.training.diagnostics.xray_page import look
 from slmkit.training.distributed import ALONE, Group
-from slmkit.training.estimate.memory_profile import meta_model_of
+from slmkit.training.estimate.forecast import PlanFile
+from slmkit.training.estimate.memory import meta_model_of
 from slmkit.training.estimate.micro_batch import resolve_micro_batch
 from slmkit.training.fit import fit, make_plan
-from slmkit.training.logging.plan_json import PlanFile
 from slmkit.training.logging.progress import TrainingProgress
 from slmkit.training.logging.reference_curves import ReferenceBand, find_curve
 from slmkit.training.loop import Every, Plan, StopRequested
@@ -225,11 +225,10 @@ class Session:
     def _plan_file(self) -> PlanFile:
         return PlanFile(
             self.run.root,
-            self.config,
+            self.inventory,
             self.recipe.train,
             self.plan.steps,
             self.device,
-            self.inventory,
             unique_tokens=self.corpus.training_tokens,
             validation_tokens=self.work.validation_tokens,
             from_scratch=self.recipe.objective == "pretrain" and self.recipe.model.path is None,
