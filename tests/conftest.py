@@ -31,9 +31,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def without_plan_and_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs without the arithmetic of plan.json and without drawings, seconds of each, for tests of something else."""
     from slmkit.training.estimate import forecast
-    from slmkit.training.logging import disk_hooks
+    from slmkit.training.logging import logger
 
     for draw in ("plot_losses", "plot_shares"):
-        monkeypatch.setattr(disk_hooks, draw, lambda *arguments: None)
+        monkeypatch.setattr(logger, draw, lambda *arguments: None)
     monkeypatch.setattr(forecast.PlanFile, "update", lambda *arguments: None)
     monkeypatch.setattr(forecast, "weights_bytes", lambda profile: 0)

@@ -20,7 +20,8 @@ from slmkit.training.recipe.recipe import Recipe
 from slmkit.training.run_directory import RunDirectory
 from slmkit.workflows.distill import cache_teacher
 from slmkit.workflows.replay import replay_run
-from slmkit.workflows.train import resume_run, train_recipe
+from slmkit.workflows.resume import resume_run
+from slmkit.workflows.train import train_recipe
 from tests.test_life import Silent
 from tests.training.ranks import on_ranks
 

@@ -63,7 +63,7 @@ WALKS = {
     "from a shard to a batch": "data/make_batches data/stream data/shards/reader",
     "from a config to the decoder": "model/initialization model/architectures",
     "from the loop to a checkpoint": (
-        "training/fit training/logging/disk_hooks training/checkpoints/saver training/checkpoints/checkpoint "
+        "training/fit training/checkpoints/saver training/checkpoints/checkpoint "
         "training/checkpoints/model_files model/files/directory"
     ),
 }

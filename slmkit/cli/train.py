@@ -63,7 +63,7 @@ def resume(
     from slmkit.model.files.find import find_run
 
     find_run(run)  # before anything is loaded
-    from slmkit.workflows.train import resume_run
+    from slmkit.workflows.resume import resume_run
 
     show_run(resume_run(run, TerminalReporter(), overrides or [], replan).root)
 

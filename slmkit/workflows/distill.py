@@ -53,11 +53,11 @@ from slmkit.training.objectives.distillation import (
 )
 from slmkit.training.recipe.objective_settings import DistillationSettings
 from slmkit.training.recipe.recipe import Recipe
-from slmkit.workflows.context import Reporter, RunContext
+from slmkit.workflows.context import RecipeContext, Reporter
 from slmkit.workflows.model import tokenizer_of_base
 
 
-def distill_batches(m: RunContext) -> tuple[Stream | StreamedBatches, Distill]:
+def distill_batches(m: RecipeContext) -> tuple[Stream | StreamedBatches, Distill]:
     """Batches of text or conversations, and the objective.
 
     Raises `UserError` if teacher and student do not fit together, or the cache is of other data or another teacher.
@@ -144,7 +144,7 @@ def _objective(settings: DistillationSettings, tokens: int, teacher: Decoder | N
     return Distill(loss, source, settings.hidden_weight)
 
 
-def _expect_another_model(m: RunContext, settings: DistillationSettings) -> None:
+def _expect_another_model(m: RecipeContext, settings: DistillationSettings) -> None:
     """If the teacher is the student: raises `UserError` if no labels are used, else prints a note."""
     if m.recipe.model.path is None or settings.teacher is None:
         return
@@ -159,7 +159,7 @@ def _expect_another_model(m: RunContext, settings: DistillationSettings) -> None
     m.reporter.say(f"teacher: {settings.teacher} is the student's own model: at first only the labels teach anything")
 
 
-def _rows_from_cache(m: RunContext, settings: DistillationSettings, folder: Path) -> dict[str, Rows]:
+def _rows_from_cache(m: RecipeContext, settings: DistillationSettings, folder: Path) -> dict[str, Rows]:
     """The run's rows with their cached logits."""
     found, rows = read_header(folder), stored_rows(m.recipe.reads, m.recipe.data, m.corpus, m.length)
     teacher = teacher_fingerprint(find_model_directory(settings.teacher)) if settings.teacher else found.teacher

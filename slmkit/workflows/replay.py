@@ -57,18 +57,18 @@ def replay_run(directory: str | Path, step: int, reporter: Reporter) -> RunRepla
     run = RunDirectory(find_run(directory))
     recipe = recipe_at(run.described(), step) or load_recipe(run.recipe)
     is_new = not any(checkpoints.step_of(path) < step for path in checkpoints.complete_checkpoints(run.checkpoints))
-    session = open_run(run, find_device(recipe.train.device, recipe.train.precision), recipe=recipe, is_new=is_new)
-    if not 1 <= step <= session.plan.steps:
-        raise UserError(f"--step {step}: the run has steps 1 to {session.plan.steps}")
+    prepared = open_run(run, find_device(recipe.train.device, recipe.train.precision), recipe=recipe, is_new=is_new)
+    if not 1 <= step <= prepared.plan.steps:
+        raise UserError(f"--step {step}: the run has steps 1 to {prepared.plan.steps}")
     recorded = recorded_report(run.records, step) or _line_of(run, step)
-    state = fresh_state(recipe, session.model, session.device)
+    state = fresh_state(recipe, prepared.context.model, prepared.context.device)
     base = checkpoints.newest_intact(
         run.checkpoints, reporter.warn, lambda checkpoint: checkpoints.step_of(checkpoint) < step
     )
     if base is None:
         reporter.say(f"there is no checkpoint before step {step}: repeating all steps from the first")
     else:
-        checkpoints.load_checkpoint(base, state, session.files)
+        checkpoints.load_checkpoint(base, state, prepared.context.files)
         reporter.say(f"starting from {base.name}: {step - 1 - state.step:,} steps to repeat before step {step}")
     if recorded is not None:  # a rollback after that checkpoint lowered the learning rate
         state.guard.rollbacks = recorded.get("rollbacks", 0)
@@ -76,14 +76,14 @@ def replay_run(directory: str | Path, step: int, reporter: Reporter) -> RunRepla
     with TrainingProgress("replay", step - 1) as progress:
         replay = replay_step(
             state,
-            session.work.objective,
-            session.stream,
-            session.plan,
+            prepared.parts.objective,
+            prepared.parts.batches,
+            prepared.plan,
             step,
             recorded_batch,
             hooks=(Every(1, progress.update),),
         )
-    return RunReplay(replay, recorded, session.corpus.tokenizer)
+    return RunReplay(replay, recorded, prepared.context.corpus.tokenizer)
 
 
 def _line_of(run: RunDirectory, step: int) -> Report | None:

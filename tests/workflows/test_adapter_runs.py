@@ -24,10 +24,11 @@ from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.checkpoints.checkpoint import complete_checkpoints, verify
 from slmkit.training.distributed import join
 from slmkit.training.estimate.memory import MemoryProfile, checkpoint_bytes, meta_model_of, state_bytes, training_bytes
-from slmkit.training.fit import fit, make_plan
+from slmkit.training.fit import RunContext, fit
 from slmkit.training.logging.metrics_log import MetricsLog
 from slmkit.training.logging.throughput import ThroughputMonitor
 from slmkit.training.loop import State
+from slmkit.training.objective import next_token
 from slmkit.training.recipe.recipe import Recipe
 from slmkit.training.run_directory import RunDirectory
 from tests.adapt.helpers import KINDS
@@ -56,12 +57,12 @@ def lora_run(root: Path, base: Path, resume: bool = False, train: dict[str, Any]
     rows, device = dataset(), find_device("cpu", train_settings.precision)
     with join(device, 60) as group:
         RunDirectory(root).checkpoints.mkdir(parents=True, exist_ok=True)
-        return fit(
-            RunDirectory(root), recipe, model, shape,
-            Stream(rows, train_settings.rows_per_step(LENGTH), seed=0),
-            make_plan(train_settings, rows.rows_in_epoch, LENGTH, device, group=group),
-            extra_files=TOKENIZER.save_pretrained, files=files, resume=resume, warn=lambda line: None,
+        context = RunContext(
+            run=RunDirectory(root), recipe=recipe, model=model, config=shape, files=files,
+            extra_files=TOKENIZER.save_pretrained, device=device, group=group, warn=lambda line: None,
         )  # fmt: skip
+        batches = Stream(rows, train_settings.rows_per_step(LENGTH), seed=0)
+        return fit(context, batches, next_token, context.plan(batches), resume=resume)
 
 
 def metrics(root: Path) -> list[dict[str, Any]]:

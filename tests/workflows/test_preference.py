@@ -26,7 +26,8 @@ from slmkit.training.run_directory import RunDirectory
 from slmkit.workflows.grpo import REWARDS, exact, find_reward, number
 from slmkit.workflows.preference import weights_hint
 from slmkit.workflows.replay import replay_run
-from slmkit.workflows.train import resume_run, train_recipe
+from slmkit.workflows.resume import resume_run
+from slmkit.workflows.train import train_recipe
 from tests.test_life import Silent
 from tests.training.helpers import TOKENIZER
 from tests.training.objectives.test_preference import CONFIG
