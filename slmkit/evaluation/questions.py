@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +16,7 @@ from slmkit.generation.sampling_settings import SamplingSettings
 from slmkit.tokenizer import SLMTokenizer
 
 Messages = Sequence[Mapping[str, Any]]
+LEAST_ASKED = 5
 
 
 @dataclass(frozen=True)
@@ -47,13 +50,17 @@ def ask(
     decoder: LanguageModel,
     tokenizer: SLMTokenizer,
     questions: Sequence[tuple[Messages, str]],
-    progress: Callable[[int], None] = lambda done: None,
+    until: float = math.inf,
 ) -> QuestionReport:
-    """Generate answers greedily and compare them. `questions`: pairs of messages and the expected answer."""
-    greedy = SamplingSettings(do_sample=False)
-    device = decoder.device
-    answers = []
-    for done, (messages, expected) in enumerate(questions, start=1):
+    """Generate answers greedily and compare them. `questions`: pairs of messages and the expected answer.
+
+    After `until` (`time.monotonic`) only the first few are asked.
+    """
+    greedy, device = SamplingSettings(do_sample=False), decoder.device
+    answers: list[Answer] = []
+    for messages, expected in questions:
+        if len(answers) >= LEAST_ASKED and time.monotonic() >= until:
+            break
         prompt = tokenizer.encode_chat(messages, add_generation_prompt=True).ids
         room = min(2 * len(tokenizer.encode(expected)) + 8, decoder.max_positions - len(prompt))
         if room < 1:  # the prompt fills the context: counted as wrong
@@ -70,5 +77,4 @@ def ask(
         )
         given = tokenizer.decode(ids[0, len(prompt) :].tolist(), skip_special_tokens=True)
         answers.append(Answer(messages[-1]["content"], expected, given))
-        progress(done)
     return QuestionReport(tuple(answers))
