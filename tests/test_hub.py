@@ -154,7 +154,7 @@ def test_wrong_names_are_told_with_what_is_meant(hub: HubServer) -> None:
     assert "did you mean 'openai-community/gpt2'?" in refusal("openai/gpt2")
     assert refusal("gpt2") == "gpt2: a preset is a shape without weights; trained ones are on the hub: " \
                               "openai-community/gpt2"  # fmt: skip
-    assert "no branch, tag or commit 'v9'" in refusal(f"{TINY}@v9")
+    assert f"{TINY}@v9: no such branch, tag or commit" in refusal(f"{TINY}@v9")
     assert "nor is there a directory run/book" in refusal("run/book")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,7 +11,9 @@ import typer
 from slmkit.cli.options import add_command, new_app, sources_of
 
 if TYPE_CHECKING:
+    from slmkit.data.prepare.many_sources import Reading
     from slmkit.data.prepare.preview import Sample
+    from slmkit.data.prepare.text_to_shards import Progress
     from slmkit.data.settings import Reads
     from slmkit.data.shards.reader import TokenShards
     from slmkit.tokenizer import SLMTokenizer
@@ -67,13 +69,8 @@ def prepare(
     loaded = SLMTokenizer.from_pretrained(directory)
     options: dict[str, Any] = {"shuffle_seed": shuffle, "cleaning": cleaning, "shard_characters": shard_characters}
     (reading := Reading(settings)).claim(output, loaded, reads=reads, **options)
-    began = time.monotonic()
     with progress_bar("tokenizing") as show:
-
-        def progress(documents: int, tokens: int, text_bytes: int) -> None:
-            rate = text_bytes / max(time.monotonic() - began, 1e-3) / 1e6
-            show(f"{counted(documents, 'document')}, {tokens:,} tokens, {rate:.1f} MB/s", reading.fraction())
-
+        progress = _with_rate(show, reading)
         if reads is not None:
             shards = reading.prepare_conversations(reads, loaded, output, progress, length)
         elif ray:
@@ -89,6 +86,19 @@ def prepare(
         TerminalReporter().say(line)
     _print_cleaning(shards)
     print(f"{counted(shards.header.documents, 'document')}, {counted(len(shards), 'token')} in {output}")
+
+
+def _with_rate(show: Callable[[str, float | None], None], reading: Reading) -> Progress:
+    """Callback that shows the documents, tokens and bytes of text done."""
+    from slmkit.cli.show import counted
+
+    began = time.monotonic()
+
+    def progress(documents: int, tokens: int, text_bytes: int) -> None:
+        rate = text_bytes / max(time.monotonic() - began, 1e-3) / 1e6
+        show(f"{counted(documents, 'document')}, {tokens:,} tokens, {rate:.1f} MB/s", reading.fraction())
+
+    return progress
 
 
 def _kind_of_rows(chat: bool, pairs: bool, judged: bool, of_text: bool, length: int | None) -> Reads | None:

@@ -70,7 +70,7 @@ def add_command(app: typer.Typer, name: str, command: Callable[..., None]) -> No
 def sources_of(paths: list[str], overrides: list[str] | None) -> list[SourceSettings]:
     """Settings of all sources. Raises `UserError` if a file or folder does not exist."""
     from slmkit.config import load_settings
-    from slmkit.data.sources.open import expect_source
+    from slmkit.data.sources import expect_source
     from slmkit.data.sources.settings import SourceSettings
 
     found = [load_settings(SourceSettings, {"path": path}, overrides or []) for path in paths]

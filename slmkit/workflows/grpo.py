@@ -36,7 +36,7 @@ from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.checkpoints.checkpoint import file_sha256
 from slmkit.training.compilation import eager
 from slmkit.training.distributed import Group
-from slmkit.training.estimate.memory_profile import MemoryProfile, meta_model_of, read_answers, write_answers
+from slmkit.training.estimate.memory import MemoryProfile, meta_model_of, read_answers, write_answers
 from slmkit.training.loop import Report, State, random_seed
 from slmkit.training.objectives.grpo import GroupRelative
 from slmkit.training.objectives.preference import label_log_probabilities, rounded_up

@@ -9,7 +9,7 @@ from slmkit.data.stream import ChatRows, DocumentRows
 from slmkit.device import Device
 from slmkit.evaluation.loss import Rows
 from slmkit.model.decoder import Decoder
-from slmkit.training.estimate.memory_profile import MemoryProfile
+from slmkit.training.estimate.memory import MemoryProfile
 from slmkit.training.objective import Objective, next_token
 from slmkit.training.recipe.recipe import Recipe
 from slmkit.workflows.context import ObjectiveParts, RecipeContext

@@ -22,10 +22,10 @@ from slmkit.model.sizes import parameter_count
 from slmkit.training.checkpoints.checkpoint import complete_checkpoints, file_sha256, kept_in, newest_intact
 from slmkit.training.diagnostics.xray_page import look
 from slmkit.training.distributed import ALONE, Group
-from slmkit.training.estimate.memory_profile import MemoryProfile, meta_model_of
+from slmkit.training.estimate.forecast import PlanFile
+from slmkit.training.estimate.memory import MemoryProfile, meta_model_of
 from slmkit.training.estimate.micro_batch import resolve_micro_batch
 from slmkit.training.fit import fit
-from slmkit.training.logging.plan_json import PlanFile
 from slmkit.training.logging.progress import TrainingProgress
 from slmkit.training.logging.reference_curves import ReferenceBand, find_curve
 from slmkit.training.loop import Every, Plan, Stage, StopRequested
@@ -226,11 +226,10 @@ class PreparedRun:
         context = self.context
         return PlanFile(
             context.run.root,
-            context.config,
+            self.memory,
             context.recipe.train,
             self.plan.steps,
             context.device,
-            self.memory,
             unique_tokens=context.corpus.training_tokens,
             validation_tokens=self.parts.validation_tokens,
             from_scratch=context.recipe.objective == "pretrain" and context.recipe.model.path is None,

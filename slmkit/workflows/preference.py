@@ -18,7 +18,7 @@ from slmkit.data.shards.reader import TokenShards
 from slmkit.device import Device
 from slmkit.files import sync
 from slmkit.model.decoder import Decoder
-from slmkit.training.estimate.memory_profile import MemoryProfile, read_answers
+from slmkit.training.estimate.memory import MemoryProfile, read_answers
 from slmkit.training.loop import Report, State
 from slmkit.training.objective import Sums, surveyed
 from slmkit.training.objectives.preference import Kto, Preference, reference_log_probabilities, rounded_up

@@ -17,7 +17,7 @@ from slmkit.device import find_device
 from slmkit.model.files.directory import load_decoder, save_decoder
 from slmkit.model.initialization import build_decoder
 from slmkit.training import loop
-from slmkit.training.logging.plan_json import PlanFile
+from slmkit.training.estimate.forecast import PlanFile
 from slmkit.training.logging.plots import plot_runs
 from slmkit.training.objectives.preference import reference_log_probabilities
 from slmkit.training.recipe.objective_settings import KtoSettings

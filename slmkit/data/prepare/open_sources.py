@@ -13,7 +13,7 @@ from slmkit.data.prepare.conversations import ConversationEncoder, EncodedConver
 from slmkit.data.settings import DataSettings, TokenizerSettings
 from slmkit.data.shards.reader import HEADER
 from slmkit.data.sources import BUILT_IN, BadRow, Document, Message, Source, open_source, tools_of
-from slmkit.data.sources.pair_formats import Judged, Pair
+from slmkit.data.sources.documents import Judged, Pair
 from slmkit.data.sources.settings import SourceSettings
 from slmkit.data.streaming.blocks import is_held_out
 from slmkit.tokenizer.chat import ConversationError

@@ -20,7 +20,7 @@ from slmkit.data.prepare.text_to_shards import Progress, end_to_end, no_progress
 from slmkit.data.shards.reader import TokenShards
 from slmkit.data.shards.writer import ShardWriter
 from slmkit.data.sources import Message, tools_of
-from slmkit.data.sources.pair_formats import Pair
+from slmkit.data.sources.documents import Pair
 from slmkit.data.stream import Rows
 from slmkit.tokenizer.chat_rows import ChatRow
 

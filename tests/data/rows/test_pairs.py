@@ -16,7 +16,7 @@ from slmkit.data.prepare.text_to_shards import prepare_chat
 from slmkit.data.rows.pairs import PairRows, prepare_pairs
 from slmkit.data.rows.torch_dataset import ItemFormat
 from slmkit.data.sources import open_source
-from slmkit.data.sources.pair_formats import pair_of
+from slmkit.data.sources.formats import pair_of
 from slmkit.data.sources.settings import SourceSettings
 from slmkit.tokenizer import SLMTokenizer
 
