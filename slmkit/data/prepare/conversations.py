@@ -16,7 +16,7 @@ from slmkit.data.prepare.ordered_map import batches
 from slmkit.data.sources import BadRow, Message
 from slmkit.data.sources.settings import OnLong
 from slmkit.tokenizer.chat import ConversationError
-from slmkit.tokenizer.chat_rows import ChatRow, RenderedChat, rows_to_learn
+from slmkit.tokenizer.encoder import ChatRow, RenderedChat, rows_to_learn
 
 if TYPE_CHECKING:
     from slmkit.tokenizer import SLMTokenizer

@@ -15,7 +15,7 @@ from slmkit.data.sources.settings import SourceSettings
 
 if TYPE_CHECKING:
     from slmkit.tokenizer import SLMTokenizer
-    from slmkit.tokenizer.chat_rows import ChatRow
+    from slmkit.tokenizer.encoder import ChatRow
 
 
 class Sample(NamedTuple):
@@ -58,7 +58,7 @@ def samples_of_source(settings: SourceSettings, tokenizer: SLMTokenizer, count: 
 
 def _rows(item: Any, tokenizer: SLMTokenizer) -> Iterator[tuple[str, ChatRow]]:
     """Title and tokens of each part of a row."""
-    from slmkit.tokenizer.chat_rows import ChatRow, rows_to_learn
+    from slmkit.tokenizer.encoder import ChatRow, rows_to_learn
 
     def spoken(
         title: str, messages: list[Message], answers: list[Message] | None = None

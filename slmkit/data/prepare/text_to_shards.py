@@ -42,7 +42,7 @@ from slmkit.data.sources import Document, Message, cut_point
 
 if TYPE_CHECKING:
     from slmkit.tokenizer import SLMTokenizer
-    from slmkit.tokenizer.chat_rows import ChatRow
+    from slmkit.tokenizer.encoder import ChatRow
 
 BATCH_CONVERSATIONS = 1024
 HELD_OUT = 10  # documents; a corpus with too few for that is cut in two instead

@@ -22,7 +22,7 @@ from slmkit.data.shards.writer import ShardWriter
 from slmkit.data.sources import Message, tools_of
 from slmkit.data.sources.documents import Pair
 from slmkit.data.stream import Rows
-from slmkit.tokenizer.chat_rows import ChatRow
+from slmkit.tokenizer.encoder import ChatRow
 
 if TYPE_CHECKING:
     from slmkit.tokenizer import SLMTokenizer
