@@ -95,7 +95,7 @@ def prepared_run(
             f"{start.config.max_position_embeddings}: lower the first or raise the second"
         )
     memory = inventory_of(recipe, meta_model_of(start.decoder), len(corpus.tokenizer), device)
-    settings = resolve_micro_batch(recipe.train, start.decoder, memory, length, device)
+    settings = resolve_micro_batch(recipe.train, memory, length, device)
     context.recipe = recipe.model_copy(update={"train": settings})
     parts = work_of(context)
     if not parts.batches.has(0):
