@@ -13,7 +13,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from slmkit.data.prepare.text_to_shards import prepare_chat, prepare_text
+from slmkit.data.prepare.conversations import prepare_chat
+from slmkit.data.prepare.text_to_shards import prepare_text
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.workflows.bench import (
     ROW,

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from slmkit.config import UserError, did_you_mean, kind_of_value
-from slmkit.data.rows.questions import Questions
+from slmkit.data.rows.answers import Questions
 from slmkit.device import Device
 from slmkit.files import write_whole
 from slmkit.generation.generator import generate_ids

@@ -6,7 +6,6 @@ only needs the block's beginning.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -103,11 +102,6 @@ class Blocks(Generic[T]):
         seed = mixed_seed(self.shuffle_seed, epoch, number)
         order = permuted(np.arange(len(documents)), len(documents), seed, epoch) if documents else ()
         return [*first, *(item for index in order for item in documents[index]), *last]
-
-
-def is_held_out(text: str, fraction: float) -> bool:
-    """Whether a hash of the text selects it: copies of a document are on the same side of the split."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "little") / 2**48 < fraction
 
 
 def document_size(document: Document) -> int:

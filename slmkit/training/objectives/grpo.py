@@ -24,7 +24,7 @@ from torch import Tensor
 from slmkit.data.batch import Batch, stacked
 from slmkit.data.order import mixed_seed
 from slmkit.data.packing import IGNORED, padded, row_of_labels
-from slmkit.data.rows.questions import Questions
+from slmkit.data.rows.answers import Questions
 from slmkit.data.stream import share_of_rank, shuffled
 from slmkit.model.decoder import Decoder
 from slmkit.training.compilation import eager

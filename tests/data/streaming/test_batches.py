@@ -15,10 +15,11 @@ from slmkit.data.batch import Batch
 from slmkit.data.mixture import Phase
 from slmkit.data.packing import IGNORED
 from slmkit.data.prepare.conversations import ConversationEncoder
+from slmkit.data.prepare.held_out import is_held_out
 from slmkit.data.sources import open_source
 from slmkit.data.sources.settings import SourceSettings
 from slmkit.data.streaming.batches import StreamedBatches
-from slmkit.data.streaming.blocks import Blocks, document_size, is_held_out
+from slmkit.data.streaming.blocks import Blocks, document_size
 from slmkit.data.streaming.rows import ConversationRows, TextRows
 from tests.data.byte_tokenizer import ByteTokenizer, chat
 
