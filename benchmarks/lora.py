@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks.figures import spread
-from slmkit.adapt.adapter import save_adapter, trained_tensors
+from slmkit.adapt.adapter import AdapterFiles, trained_tensors
 from slmkit.adapt.load import start_adapter
 from slmkit.data import stories
 from slmkit.data.rows.text_dataset import TextDataset
@@ -120,7 +120,7 @@ def tune(method: str, base: Path, size: dict[str, int]) -> dict[str, float]:
         if settings is None:
             save_decoder(model, config, folder)
         else:
-            save_adapter(model, config, chosen, base, folder)
+            AdapterFiles(config, chosen, base).write(model, trained_tensors(model), Path(folder))
         disk = sum(path.stat().st_size for path in Path(folder).iterdir())
     return {
         "trained_parameters": sum(tensor.numel() for tensor in trained_tensors(model).values()),

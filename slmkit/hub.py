@@ -115,16 +115,6 @@ def _explained(wanted: HubName) -> Iterator[None]:
         with network(str(wanted)):
             yield
     except NetworkError as error:
-        cause = error.__cause__
-        kinds = {kind.__name__ for kind in type(cause).__mro__}
-        if "IncompleteSnapshotError" in kinds:
-            raise UserError(
-                f"{wanted}: its copy in the cache is incomplete, and the hub cannot be reached: try again online"
-            ) from None
-        if "RevisionNotFoundError" in kinds:
-            raise UserError(f"{wanted}: it has no branch, tag or commit {wanted.revision!r}") from None
-        if kinds & {"HFValidationError", "LocalTokenNotFoundError"}:
-            raise UserError(f"{wanted}: {one_line(cause)}") from None  # type: ignore[arg-type]
         hint = _nearest(wanted.name) if "not found (404)" in str(error) or "(401)" in str(error) else ""
         raise UserError(f"{error}{hint}{'' if error.lasting else '; try again'}") from None
 
@@ -142,6 +132,8 @@ def _nearest(name: str) -> str:
 
 def _check_weights(wanted: HubName, directory: Path) -> None:
     """Raises `UserError` if weights are pickles, missing or truncated."""
+    import safetensors  # a late import, since most commands download nothing
+
     files = sorted(directory.glob(WEIGHTS))
     index = directory / "model.safetensors.index.json"
     if index.is_file():
@@ -161,23 +153,14 @@ def _check_weights(wanted: HubName, directory: Path) -> None:
             )
         raise UserError(f"{wanted}: it has no weights in safetensors at its top, the only kind that is read")
     for path in files:
-        expected, size = stored_size(path), path.stat().st_size
-        if size != expected:
+        try:
+            with safetensors.safe_open(path, framework="numpy"):
+                pass
+        except (OSError, safetensors.SafetensorError) as error:
             raise UserError(
-                f"{wanted}: {path.name} has {size:,} bytes in the cache, not the {expected:,} that it begins with: "
-                f"delete {path.resolve()} and run this again"
-            )
-
-
-def stored_size(path: Path) -> int:
-    """Size in bytes that a safetensors file's header implies; -1 if the header is unreadable."""
-    with path.open("rb") as file, contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-        length = int.from_bytes(file.read(8), "little")
-        if length <= path.stat().st_size:
-            header = json.loads(file.read(length))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-            return 8 + length + max(ends, default=0)
-    return -1
+                f"{wanted}: {path.name} is damaged or cut short in the cache ({error}): delete {path.resolve()} and "
+                "run this again"
+            ) from None
 
 
 def _client() -> Any:
@@ -193,21 +176,30 @@ def _client() -> Any:
 
 
 LOGIN = "log in with `hf auth login` or set HF_TOKEN"
+ABSENT = "not found (404): misspelt, renamed or private; check the name"
 # HTTP status → meaning, and whether the failure is permanent (retrying does not help).
 STATUS = {
     401: (f"not allowed without an account that has access (401): {LOGIN}", True),
     403: (f"not allowed (403): ask for access on its page, then {LOGIN}", True),
-    404: ("not found (404): misspelt, renamed or private; check the name", True),
+    404: (ABSENT, True),
     410: ("gone (410): check the name", True),
     429: ("too many requests (429)", False),
 }
-# Class names of several libraries, some of which may not be installed.
-GATED, ABSENT = ("GatedRepoError",), ("DatasetNotFoundError", "RepositoryNotFoundError", "EntryNotFoundError")
+# Permanent failures, by class names of several libraries, some of which may not be installed; the first row that fits
+# an error or one of its causes applies. An empty meaning is the error's own text.
+PERMANENT = {
+    ("IncompleteSnapshotError",): "its cached copy is incomplete, and the hub cannot be reached: try again online",
+    ("GatedRepoError",): f"gated; accept its terms on its page on the hub, then {LOGIN}",
+    ("DisabledRepoError",): "its owner or the hub has disabled it",
+    ("RevisionNotFoundError",): "no such branch, tag or commit",
+    ("DatasetNotFoundError", "RepositoryNotFoundError", "EntryNotFoundError"): f"{ABSENT}, or {LOGIN} if it is private",
+    ("HFValidationError", "LocalTokenNotFoundError"): "",
+}
 OFFLINE = (
     "OfflineModeIsEnabled", "ConnectError", "ClientConnectorError", "ClientConnectorDNSError", "ConnectionError",
     "ConnectionRefusedError", "gaierror",
 )  # fmt: skip
-SLOW = ("TimeoutException", "TimeoutError", "ServerTimeoutError", "FSTimeoutError")
+SLOW = {"TimeoutException", "TimeoutError", "ServerTimeoutError", "FSTimeoutError"}
 
 
 class NetworkError(Exception):
@@ -242,25 +234,20 @@ def interruption(what: str, error: BaseException) -> NetworkError:
     for cause in causes:
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             return NetworkError(f"{what}: cannot be stored here: {one_line(cause)}", lasting=True)
+    for names, meaning in PERMANENT.items():
+        for cause in causes:
+            if not _kinds(cause).isdisjoint(names):
+                return NetworkError(f"{what}: {meaning or one_line(cause)}", lasting=True)
     for cause in causes:
-        if _is(cause, GATED) or "is a gated dataset" in str(cause):  # `datasets` cuts the chain of causes
-            return NetworkError(f"{what}: gated; accept its terms on its page on the hub, then {LOGIN}", lasting=True)
-        if _is(cause, ("DisabledRepoError",)):
-            return NetworkError(f"{what}: its owner or the hub has disabled it", lasting=True)
-        if _is(cause, ABSENT):
-            return NetworkError(f"{what}: {STATUS[404][0]}, or {LOGIN} if it is private", lasting=True)
-        status = _status(cause)
-        if status is not None:
+        if status := _status(cause):
             meaning, lasting = STATUS.get(status, (f"the server answers {status}", 400 <= status < 500))
             return NetworkError(f"{what}: {meaning}", lasting, _retry_after(cause))
-    for cause in causes:
-        if _is(cause, SLOW):
-            return NetworkError(f"{what}: the server does not answer in time")
-    for cause in causes:
-        if type(cause).__name__ in OFFLINE:  # not its subclasses, such as a connection reset
-            return NetworkError(f"{what}: cannot be reached: this machine is offline, or told to be", lasting=True)
+    if any(_kinds(cause) & SLOW for cause in causes):
+        return NetworkError(f"{what}: the server does not answer in time")
+    if any(type(cause).__name__ in OFFLINE for cause in causes):  # not its subclasses, such as a connection reset
+        return NetworkError(f"{what}: cannot be reached: this machine is offline, or told to be", lasting=True)
     if any(isinstance(cause, FileNotFoundError) for cause in causes):
-        return NetworkError(f"{what}: {STATUS[404][0]}", lasting=True)
+        return NetworkError(f"{what}: {ABSENT}", lasting=True)
     return NetworkError(f"{what}: the connection broke: {type(error).__name__} {one_line(error)}".rstrip())
 
 
@@ -271,11 +258,13 @@ def _causes(error: BaseException | None) -> list[BaseException]:
         causes.append(error)
         error = error.__cause__ or error.__context__
     # This one only says that the file is not cached; its cause says why the download failed.
-    return [cause for cause in causes if not _is(cause, ("LocalEntryNotFoundError",))] or causes
+    return [cause for cause in causes if type(cause).__name__ != "LocalEntryNotFoundError"] or causes
 
 
-def _is(error: BaseException, names: tuple[str, ...]) -> bool:
-    return any(kind.__name__ in names for kind in type(error).__mro__)
+def _kinds(error: BaseException) -> set[str]:
+    """The names of an error's classes."""
+    gated = {"GatedRepoError"} if "is a gated dataset" in str(error) else set()  # `datasets` cuts the chain of causes
+    return {kind.__name__ for kind in type(error).__mro__} | gated
 
 
 def _status(error: BaseException) -> int | None:

@@ -10,7 +10,8 @@ import torch
 
 from slmkit import SLMForCausalLM
 from slmkit.training.recipe.recipe import load_recipe
-from slmkit.workflows.train import resume_run, train_recipe
+from slmkit.workflows.resume import resume_run
+from slmkit.workflows.train import train_recipe
 from tests.cli.helpers import slm
 from tests.model.test_cache import FAMILIES
 from tests.test_life import Silent
@@ -32,7 +33,7 @@ CHOICES = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_is_trained_resumed_and_talks(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "slmkit.training.logging.disk_hooks.plot_losses", lambda *arguments: None
+        "slmkit.training.logging.logger.plot_losses", lambda *arguments: None
     )  # slow, and no family's own
     (tmp_path / "recipe.yaml").write_text(json.dumps({"data": {"source": "stories", "documents": 40}}))
     keys = [

@@ -24,7 +24,8 @@ from slmkit.training.recipe.recipe import Recipe, load_recipe
 from slmkit.workflows.context import SILENCE
 from slmkit.workflows.merge import prepare_merge, write_merge
 from slmkit.workflows.push import push_model
-from slmkit.workflows.train import resume_run, train_recipe
+from slmkit.workflows.resume import resume_run
+from slmkit.workflows.train import train_recipe
 from tests.data.hub_server import Fault, HubServer
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
@@ -153,7 +154,7 @@ def test_wrong_names_are_told_with_what_is_meant(hub: HubServer) -> None:
     assert "did you mean 'openai-community/gpt2'?" in refusal("openai/gpt2")
     assert refusal("gpt2") == "gpt2: a preset is a shape without weights; trained ones are on the hub: " \
                               "openai-community/gpt2"  # fmt: skip
-    assert "no branch, tag or commit 'v9'" in refusal(f"{TINY}@v9")
+    assert f"{TINY}@v9: no such branch, tag or commit" in refusal(f"{TINY}@v9")
     assert "nor is there a directory run/book" in refusal("run/book")
 
 

@@ -25,7 +25,8 @@ from slmkit.training.logging.list_runs import read_run
 from slmkit.training.recipe.recipe import find_recipe, load_recipe
 from slmkit.workflows.merge import fold_adapters
 from slmkit.workflows.replay import replay_run
-from slmkit.workflows.train import resume_run, train_recipe
+from slmkit.workflows.resume import resume_run
+from slmkit.workflows.train import train_recipe
 from tests.test_life import FEW_STEPS, Silent
 
 pytestmark = pytest.mark.usefixtures("without_plan_and_pictures")  # the runs of fixtures have both

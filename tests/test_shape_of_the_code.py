@@ -56,14 +56,13 @@ WALKS = {
     "from the loop to the loss": "training/loop training/objective training/losses",
     "from the loop to attention": "training/loop model/decoder model/attend",
     "from a text file to a shard": (
-        "data/prepare/corpus data/prepare/open_sources data/sources/__init__ data/sources/open data/sources/source "
-        "data/sources/parts"
+        "data/prepare/corpus data/prepare/open_sources data/sources/__init__ data/sources/source data/sources/rows"
     ),
     "from a document to a shard on disk": "data/prepare/text_to_shards data/shards/writer data/shards/reader",
     "from a shard to a batch": "data/make_batches data/stream data/shards/reader",
     "from a config to the decoder": "model/initialization model/architectures",
     "from the loop to a checkpoint": (
-        "training/fit training/logging/disk_hooks training/checkpoints/saver training/checkpoints/checkpoint "
+        "training/fit training/checkpoints/saver training/checkpoints/checkpoint "
         "training/checkpoints/model_files model/files/directory"
     ),
 }

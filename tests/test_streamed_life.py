@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from slmkit.config import load_settings
 from slmkit.training.loop import RunStopped, StopRequested
 from slmkit.training.recipe.recipe import Recipe
-from slmkit.workflows.train import evaluate_run, resume_run, train_recipe
+from slmkit.workflows.resume import resume_run
+from slmkit.workflows.train import evaluate_run, train_recipe
 from tests.test_life import Silent
 
 WORDS = {"foxes": "the fox ran over the hill and sang", "owls": "an owl sat in a tree and slept"}

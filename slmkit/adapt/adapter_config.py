@@ -77,27 +77,21 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
     )
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Rank and scale of one adapted module of the reference's."""
-
-    r: int
-    scale: float
-
-
 def adapter_config(
-    base: str, settings: LoRASettings, shapes: Mapping[str, Shape], others: Sequence[str], family: Family
+    base: str,
+    settings: LoRASettings,
+    shapes: Mapping[str, tuple[int, float]],
+    others: Sequence[str],
+    family: Family,
 ) -> dict[str, Any]:
-    """Content of the file for modules of these names and shapes; `others` are linears that are not adapted.
+    """Content of the file for modules of these names, ranks and scales; `others` are linears that are not adapted.
 
     In families with experts, peft treats modules with names of experts' parts as fused experts, also in dense layers.
     It finds such linears by the names of their weights, for which it supports neither dropout nor DoRA.
     """
-    modules, weights = apart(shapes, family)
-    expect_no_dora(weights, settings)
-    ranks = {name: shape.r for name, shape in shapes.items()}
-    alphas = {name: shape.scale * (shape.r**0.5 if settings.use_rslora else shape.r) for name, shape in shapes.items()}
-    r, rank_pattern = _common(ranks)
+    modules, weights = modules_and_weights(shapes, family, settings)
+    alphas = {name: scale * (r**0.5 if settings.use_rslora else r) for name, (r, scale) in shapes.items()}
+    r, rank_pattern = _common({name: r for name, (r, _) in shapes.items()})
     alpha, alpha_pattern = _common({name: _whole(alpha) for name, alpha in alphas.items()})
     return {
         "peft_type": "LORA",
@@ -120,19 +114,18 @@ def adapter_config(
     }
 
 
-def apart(names: Iterable[str], family: Family) -> tuple[list[str], list[str]]:
-    """The reference's names of linears that peft finds as modules, and those that it finds by their weights."""
+def modules_and_weights(names: Iterable[str], family: Family, settings: LoRASettings) -> tuple[list[str], list[str]]:
+    """The reference's names of linears that peft finds as modules, and those that it finds by their weights.
+
+    Raises `UserError` for DoRA of the latter.
+    """
     weights = [name for name in names if name.endswith(family.experts_of_peft)]
-    return [name for name in names if name not in weights], weights
-
-
-def expect_no_dora(weights: Sequence[str], settings: LoRASettings) -> None:
-    """Raises `UserError` for DoRA of linears that peft finds by their weights."""
     if weights and settings.use_dora:
         raise UserError(
             f"use_dora: peft cannot load DoRA of {weights[0]!r} in this family: "
             "set lora.target_modules to linears of the attention, or drop use_dora"
         )
+    return [name for name in names if name not in weights], weights
 
 
 def target_names(adapted: Sequence[str], others: Sequence[str]) -> list[str]:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from slmkit.adapt.adapter import AdapterFiles, expect_base, fingerprint, grown_for, load_adapter
+from slmkit.adapt.adapter import AdapterFiles, expect_base, fingerprint, load_adapter
 from slmkit.adapt.adapter_config import read_adapter_config
-from slmkit.adapt.lora import adapted_linears, add_lora, fold, keep_base_in, modules_to_save
+from slmkit.adapt.lora import adapted_linears, add_lora, fold
 from slmkit.config import UserError
 from slmkit.model.config import SLMConfig
 from slmkit.model.decoder import Decoder
@@ -34,17 +34,14 @@ def load_adapted(directory: str | Path, device: torch.device | str = "cpu") -> t
     """A frozen base with its adapter, for further training. Raises `UserError` as `load_model` does."""
     decoder, config = load_decoder(base_of(directory), device)
     expect_base(directory, lambda: fingerprint(decoder))
-    decoder, config = grown_for(directory, decoder, config)
-    settings = load_adapter(decoder, config, directory)
+    decoder, config, settings = load_adapter(decoder, config, directory)
     return decoder.eval(), config, settings
 
 
 def adapter_blueprint(directory: str | Path) -> Decoder:
     """The model that `load_adapted` reads, on the meta device, to estimate memory."""
     config = SLMConfig.from_pretrained(base_of(directory))
-    decoder, config = grown_for(directory, empty_decoder(config), config)
-    load_adapter(decoder, config, directory)
-    return decoder
+    return load_adapter(empty_decoder(config), config, directory)[0]
 
 
 def start_adapter(
@@ -56,13 +53,26 @@ def start_adapter(
 
     Raises `UserError` if the settings of an existing adapter differ from `settings`.
     """
-    if not is_adapter(directory):
-        decoder, config = load_decoder(directory)
-        before = fingerprint(decoder)
+    has_adapter = is_adapter(directory)
+    if has_adapter:
+        _expect_same(directory, settings)
+    base = base_of(directory) if has_adapter else Path(directory)
+    decoder, config = load_decoder(base)
+    before = fingerprint(decoder)
+    if has_adapter:
+        expect_base(directory, lambda: before)
+        decoder, config, _ = load_adapter(decoder, config, directory, settings.base_weights)
+        for adapted in adapted_linears(decoder).values():
+            adapted.dropout.p = settings.lora_dropout
+    else:
         if prepare is not None:
             decoder, config = prepare(decoder, config)
         add_lora(decoder, config, settings, seed)
-        return decoder, config, AdapterFiles(config, settings, Path(directory).resolve(), before)
+    return decoder, config, AdapterFiles(config, settings, base.resolve(), before)
+
+
+def _expect_same(directory: str | Path, settings: LoRASettings) -> None:
+    """Raises `UserError` if the adapter in `directory` has another rank, scale or kind."""
     described = read_adapter_config(Path(directory)).settings
     for name in ("r", "lora_alpha", "use_rslora", "use_dora"):
         found, wanted = getattr(described, name), getattr(settings, name)
@@ -71,13 +81,3 @@ def start_adapter(
                 f"{directory}: an adapter of {name} {found}, the recipe's lora.{name} is {wanted}: "
                 "set it so to train that adapter on, or fold it in first with `slm merge`"
             )
-    base = base_of(directory)
-    decoder, config = load_decoder(base)
-    before = fingerprint(decoder)
-    expect_base(directory, lambda: before)
-    decoder, config = grown_for(directory, decoder, config)
-    keep_base_in(decoder, settings.base_weights, modules_to_save(decoder, config, described))
-    load_adapter(decoder, config, directory)
-    for adapted in adapted_linears(decoder).values():
-        adapted.dropout.p = settings.lora_dropout
-    return decoder, config, AdapterFiles(config, settings, base, before)

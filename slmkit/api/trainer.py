@@ -23,20 +23,21 @@ from slmkit.device import Device, find_device
 from slmkit.model.config import TRAINING_FIELDS, SLMConfig
 from slmkit.model.files.adapter_directory import LoRASettings, is_adapter
 from slmkit.training.checkpoints.checkpoint import kept_in
+from slmkit.training.checkpoints.model_files import WholeModel
 from slmkit.training.diagnostics.xray_page import look
 from slmkit.training.distributed import Group, join
-from slmkit.training.fit import fit, make_plan
+from slmkit.training.fit import RunContext, fit
 from slmkit.training.logging.progress import TrainingProgress
-from slmkit.training.loop import Every, Plan, Report, RunStopped
+from slmkit.training.loop import Every, Report, RunStopped, Stage
 from slmkit.training.objective import Objective, next_token
 from slmkit.training.objectives.distillation import DistillationLoss, OnlineTeacher, check_fit, frozen, objective_of
 from slmkit.training.recipe.objective_settings import DistillationSettings
 from slmkit.training.recipe.recipe import ModelSettings, Recipe, TrainSettings
 from slmkit.training.run_directory import RunDirectory, new_run_directory
 from slmkit.workflows.hooks import Validate
-from slmkit.workflows.train import resolved
 
 GIVEN_IN_A_SCRIPT = "given in a script"  # in place of the data in environment.json
+SHOW = Stage.SHOW
 
 
 @methods_checked
@@ -100,7 +101,7 @@ class SLMTrainer:
         self.optimizer, self.scheduler = check_pair(optimizers)
         if self.optimizer is not None and lora is not None:
             raise UserError("optimizers with lora: the adapter's parameters are made here: set the rates in the config")
-        self.lora, self.files = lora, None if lora is None else self._begin_adapter(lora)
+        self.lora, self.adapter = lora, None if lora is None else self._begin_adapter(lora)
         if self.optimizer is not None:
             check_optimizer(self.optimizer, model.decoder)
         elif self.scheduler is not None:
@@ -138,41 +139,48 @@ class SLMTrainer:
         settings = settings.model_copy(
             update={"max_steps": steps, "num_train_epochs": None, "warmup_steps": self._warmup(steps)}
         )
-        plan = make_plan(settings, stream.rows_in_epoch, self.length, device, group=group)
+        context = self._context(settings, device, group, resumed)
+        plan = context.plan(stream)
         if self.scheduler is not None:
             plan = replace(plan, schedule=TorchSchedule(self.scheduler))
-        root = resumed or (new_run_directory(self.output_dir).root if group.is_main else "")
-        run = RunDirectory(group.from_main(str(root)))
-        if self.files is not None and group.is_main:
-            self.files = replace(self.files, base=kept_in(run.root / "base", self.files.base))
-        recipe = self._recipe(run, settings)
         if group.is_main and resumed is None:
-            run.describe(recipe, device, {"texts": GIVEN_IN_A_SCRIPT})
-            look(stream, self.tokenizer, self.config.vocab_size, run.root, lambda line: None, force=self.force)
+            context.run.describe(context.recipe, device, {"texts": GIVEN_IN_A_SCRIPT})
+            look(stream, self.tokenizer, self.config.vocab_size, context.run.root, lambda line: None, force=self.force)
         last: Report = {}
-        with TrainingProgress("training", plan.steps, None if group.is_main else Console(quiet=True)) as progress:
+        with TrainingProgress("training", steps, None if group.is_main else Console(quiet=True)) as progress:
             try:
                 fit(
-                    run,
-                    recipe,
-                    self.model.decoder,
-                    self.config,
+                    context,
                     stream,
+                    self._objective(device),
                     plan,
-                    extra_files=self._companions,
-                    objective=self._objective(device),
-                    files=self.files,
-                    hooks=[*self._hooks(settings, plan, device, group, last), Every(1, progress.update)],
+                    [*self._hooks(settings.evaluation_interval(steps), context, last), Every(1, progress.update, SHOW)],
                     resume=resumed is not None,
                     optimizer=self.optimizer,
                     on_save=self.callbacks.at("on_save", group) if self.callbacks.has("on_save") else None,
                 )
             except RunStopped as stopped:
                 if not self.callbacks.has_stopped:
-                    way = f"SLMTrainer(…).train(resume_from_checkpoint={str(run.root)!r})"  # `slm resume` has no data
+                    way = f"SLMTrainer(…).train(resume_from_checkpoint={str(context.run.root)!r})"  # not `slm resume`
                     raise RunStopped(f"{str(stopped).partition(';')[0]}; go on with: {way}") from None
         self.model.eval()
-        return last or run.metrics.read()[-1]
+        return last or context.run.metrics.read()[-1]
+
+    def _context(self, settings: TrainSettings, device: Device, group: Group, resumed: Path | None) -> RunContext:
+        root = resumed or (new_run_directory(self.output_dir).root if group.is_main else "")
+        run = RunDirectory(group.from_main(str(root)))
+        if self.adapter is not None and group.is_main:
+            self.adapter = replace(self.adapter, base=kept_in(run.root / "base", self.adapter.base))
+        return RunContext(
+            run=run,
+            recipe=self._recipe(run, settings),
+            model=self.model.decoder,
+            config=self.config,
+            files=self.adapter or WholeModel(self.config),
+            extra_files=self._extra_files,
+            device=device,
+            group=group,
+        )
 
     def _stream(self, dataset: Any) -> Batches:
         if not _is_iterable(dataset):
@@ -198,18 +206,16 @@ class SLMTrainer:
             print(f"warning: warmup_steps {warmup}: the learning rate rises through all {steps} steps", file=sys.stderr)
         return warmup
 
-    def _hooks(
-        self, settings: TrainSettings, plan: Plan, device: Device, group: Group, last: Report
-    ) -> Iterator[Every]:
-        interval = settings.evaluation_interval(plan.steps)
+    def _hooks(self, interval: int, context: RunContext, last: Report) -> Iterator[Every]:
+        group = context.group
         if not isinstance(self.train_dataset, TextDataset):  # the computed tokens of a row are not known
             yield Every(1, lambda state, report: report.pop("mfu", None))
         if self.evaluated is not None:
-            yield Every(interval, Validate(self.evaluated, device, group=group), on_all_ranks=True)
-        yield Every(1, lambda state, report: last.update(report), on_all_ranks=True)
-        yield Every(1, self.callbacks.at("on_step", group), on_all_ranks=True)
+            yield Every(interval, Validate(self.evaluated, context.device, group=group), on_all_ranks=True)
+        yield Every(1, lambda state, report: last.update(report), SHOW, on_all_ranks=True)
+        yield Every(1, self.callbacks.at("on_step", group), SHOW, on_all_ranks=True)
         if self.evaluated is not None:
-            yield Every(interval, self.callbacks.at("on_evaluation", group), on_all_ranks=True)
+            yield Every(interval, self.callbacks.at("on_evaluation", group), SHOW, on_all_ranks=True)
 
     def _begin_adapter(self, lora: LoRASettings) -> AdapterFiles:
         base = self.model.directory
@@ -221,13 +227,15 @@ class SLMTrainer:
 
     def _recipe(self, run: RunDirectory, settings: TrainSettings) -> Recipe:
         """The recipe of the run, without the objects given in the script."""
-        model = resolved(self.config) if self.files is None else ModelSettings(path=str(self.files.base))
+        model = (
+            ModelSettings.of_config(self.config) if self.adapter is None else ModelSettings(path=str(self.adapter.base))
+        )
         recipe = Recipe(output_dir=str(run.root), seed=self.seed, model=model, lora=self.lora, train=settings)
         if not self.distils:
             return recipe
         loss = self._distillation_loss()
         alpha, temperature = loss.alpha, loss.temperature
-        taught = DistillationSettings(teacher="given in a script", alpha=alpha, temperature=temperature)
+        taught = DistillationSettings(teacher=GIVEN_IN_A_SCRIPT, alpha=alpha, temperature=temperature)
         return recipe.model_copy(update={"objective": "distill", "distillation": taught})
 
     def _distillation_loss(self) -> DistillationLoss:
@@ -241,7 +249,7 @@ class SLMTrainer:
         teacher = OnlineTeacher(frozen(self.teacher_model.decoder, device), len(self.tokenizer))
         return objective_of(self._distillation_loss(), teacher)
 
-    def _companions(self, directory: Path) -> None:
+    def _extra_files(self, directory: Path) -> None:
         if hasattr(self.tokenizer, "save_pretrained"):
             self.tokenizer.save_pretrained(str(directory))
 

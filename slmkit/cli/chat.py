@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,7 +10,9 @@ from slmkit.cli.options import USUAL, DeviceName, MinP, ModelPath, OtherModels, 
 
 if TYPE_CHECKING:
     from slmkit.generation.chat import ChatSession
-
+    from slmkit.generation.ensemble import LanguageModel
+    from slmkit.generation.sampling_settings import SamplingSettings
+    from slmkit.tokenizer import SLMTokenizer
 
 HELP = (
     "/reset forgets the conversation, /save FILE keeps it, /load FILE goes on with it, /quit leaves; "
@@ -41,24 +43,18 @@ def chat(
 
     Example: slm chat runs/quickstart/chat
     """
-    from slmkit.cli.show import load_model
-    from slmkit.find import find_model_directory
-    from slmkit.generation.sampling_settings import SamplingSettings
-    from slmkit.model.files.find import learned_conversations
-    from slmkit.model.files.generation_config import new_tokens, read_generation_config
-
-    directory = find_model_directory(model)
-    settings = SamplingSettings.for_model(
-        directory, seed, USUAL | {"temperature": 0.6}, temperature=temperature, top_k=top_k,
+    decoder, tokenizer, settings, advice = _open(
+        model, others, device, seed, USUAL | {"temperature": 0.6}, temperature=temperature, top_k=top_k,
         top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
     )  # fmt: skip
-    decoder, tokenizer = load_model(model, device, others or [])
     from slmkit.generation.chat import ChatSession
+    from slmkit.model.files.find import learned_conversations
+    from slmkit.model.files.generation_config import new_tokens
 
     if learned_conversations(model) is False:
         print(f"note: {model} was trained on plain text alone and never saw a conversation, so it will hardly answer.")
         print(f"To teach it: slm train own-chat model.path={model} data.source=YOUR_CHATS.jsonl")
-    most = max_new_tokens or new_tokens(read_generation_config(directory), usual=300)
+    most = max_new_tokens or new_tokens(advice, usual=300)
     session = ChatSession(decoder, tokenizer, settings, system=system, max_new_tokens=most)
     print(HELP)
     while (line := _read_line()) is not None:
@@ -67,6 +63,20 @@ def chat(
                 break
         elif line:
             _answer(session, line)
+
+
+def _open(
+    model: str, others: list[str] | None, device: str, seed: int | None, usual: dict[str, float], **given: Any
+) -> tuple[LanguageModel, SLMTokenizer, SamplingSettings, dict[str, Any]]:
+    """The model with its tokenizer, how to sample from it, and its `generation_config.json`."""
+    from slmkit.cli.show import load_model
+    from slmkit.find import find_model_directory
+    from slmkit.generation.sampling_settings import SamplingSettings
+    from slmkit.model.files.generation_config import read_generation_config
+
+    directory = find_model_directory(model)
+    settings = SamplingSettings.for_model(directory, seed, usual, **given)  # before the model is loaded
+    return *load_model(model, device, others or []), settings, read_generation_config(directory)
 
 
 def _read_line() -> str | None:
@@ -150,23 +160,17 @@ def generate(
     """
     import sys
 
-    from slmkit.cli.show import load_model
-    from slmkit.find import find_model_directory
-    from slmkit.generation.sampling_settings import SamplingSettings
-    from slmkit.model.files.generation_config import new_tokens, read_generation_config
-
-    directory = find_model_directory(model)
-    settings = SamplingSettings.for_model(
-        directory, seed, USUAL | {"temperature": 0.8}, temperature=temperature, top_k=top_k,
+    decoder, tokenizer, settings, advice = _open(
+        model, others, device, seed, USUAL, temperature=temperature, top_k=top_k,
         top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
     )  # fmt: skip
+    from slmkit.generation.text import stream_completion
+    from slmkit.model.files.generation_config import new_tokens
+
     if prompt == "-":
         prompt = sys.stdin.read().rstrip("\n")
-    decoder, tokenizer = load_model(model, device, others or [])
-    from slmkit.generation.text import stream_completion
-
     length = len(tokenizer.encode_prompt(prompt))
-    most = max_new_tokens or new_tokens(read_generation_config(directory), usual=200, prompt=length)
+    most = max_new_tokens or new_tokens(advice, usual=200, prompt=length)
     for number in range(samples):
         if seed is not None:
             settings = settings.model_copy(update={"seed": seed + number})

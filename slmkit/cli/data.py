@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slmkit.cli.options import add_command, new_app
+from slmkit.cli.options import add_command, new_app, sources_of
 
 if TYPE_CHECKING:
+    from slmkit.data.prepare.open_sources import Reading
     from slmkit.data.prepare.preview import Sample
+    from slmkit.data.prepare.text_to_shards import Progress
     from slmkit.data.settings import Reads
     from slmkit.data.shards.reader import TokenShards
-    from slmkit.data.sources.settings import SourceSettings
     from slmkit.tokenizer import SLMTokenizer
 
 app = new_app("Prepare text and conversations, and look at them.", add_completion=False)
@@ -52,8 +54,7 @@ def prepare(
     Example: slm data prepare books/ --tokenizer tokenizers/book -o shards/books --shuffle 0
     Example: slm data prepare chats.jsonl --chat --tokenizer runs/book -o shards/chats
     """
-    from slmkit.cli.progress import PreparationProgress
-    from slmkit.cli.show import TerminalReporter, counted
+    from slmkit.cli.show import TerminalReporter, counted, progress_bar
     from slmkit.config import load_settings
     from slmkit.data.cleaning.settings import CleaningSettings
     from slmkit.find import find_tokenizer_directory
@@ -61,8 +62,7 @@ def prepare(
 
     reads = _kind_of_rows(chat, pairs, judged, bool(clean or ray or shuffle is not None), length)
     cleaning = load_settings(CleaningSettings, {}, clean or [])
-    settings = _settings_of(sources, source)
-    directory = find_tokenizer_directory(tokenizer)
+    settings, directory = sources_of(sources, source), find_tokenizer_directory(tokenizer)
     from slmkit.data.prepare.conversations import write_conversations  # imports torch: after the arguments were checked
     from slmkit.data.prepare.open_sources import Reading
     from slmkit.data.prepare.text_to_shards import prepare_text
@@ -70,7 +70,8 @@ def prepare(
     loaded = SLMTokenizer.from_pretrained(directory)
     options: dict[str, Any] = {"shuffle_seed": shuffle, "cleaning": cleaning, "shard_characters": shard_characters}
     (reading := Reading(settings)).claim(output, loaded, reads=reads, **options)
-    with PreparationProgress("tokenizing", reading.fraction) as progress:
+    with progress_bar("tokenizing") as show:
+        progress = _with_rate(show, reading)
         told: dict[str, Any] = {"sources": reading.descriptions, "progress": progress}
         if reads is not None:
             encoded = reading.encoded(reads, loaded, length)
@@ -87,16 +88,17 @@ def prepare(
     print(f"{counted(shards.header.documents, 'document')}, {counted(len(shards), 'token')} in {output}")
 
 
-def _settings_of(paths: list[str], settings: list[str] | None) -> list[SourceSettings]:
-    """Settings of all sources. Raises `UserError` if a file or folder does not exist."""
-    from slmkit.config import load_settings
-    from slmkit.data.sources.open import expect_source
-    from slmkit.data.sources.settings import SourceSettings
+def _with_rate(show: Callable[[str, float | None], None], reading: Reading) -> Progress:
+    """Callback that shows the documents, tokens and bytes of text done."""
+    from slmkit.cli.show import counted
 
-    found = [load_settings(SourceSettings, {"path": path}, settings or []) for path in paths]
-    for one in found:
-        expect_source(one)
-    return found
+    began = time.monotonic()
+
+    def progress(documents: int, tokens: int, text_bytes: int) -> None:
+        rate = text_bytes / max(time.monotonic() - began, 1e-3) / 1e6
+        show(f"{counted(documents, 'document')}, {tokens:,} tokens, {rate:.1f} MB/s", reading.fraction())
+
+    return progress
 
 
 def _kind_of_rows(chat: bool, pairs: bool, judged: bool, of_text: bool, length: int | None) -> Reads | None:
@@ -134,21 +136,40 @@ def inspect(
     Example: slm data inspect chats.jsonl --tokenizer runs/book
     Example: slm data inspect runs/book/data/train --tokenizer runs/book
     """
-    from slmkit.cli.show import counted
-
-    settings = _settings_of([shards], source)[0]
+    settings = sources_of([shards], source)[0]
     from slmkit.data.prepare.open_sources import is_shards
-    from slmkit.data.prepare.preview import samples_of_shards  # imports torch: after the arguments were checked
-    from slmkit.data.shards.facts import find_facts
+    from slmkit.data.prepare.preview import (  # imports torch: after the arguments were checked
+        samples_of_shards,
+        samples_of_source,
+    )
     from slmkit.data.shards.reader import TokenShards
     from slmkit.find import find_tokenizer_directory
     from slmkit.tokenizer import SLMTokenizer
 
-    if not is_shards(settings):
-        _inspect_source(settings, tokenizer, documents)
+    loaded = None if tokenizer is None else SLMTokenizer.from_pretrained(find_tokenizer_directory(tokenizer))
+    if is_shards(settings):
+        opened = TokenShards.open(shards)
+        _print_facts(opened, length)
+        if loaded is not None:
+            opened.check_tokenizer(loaded)
+            _print_samples(samples_of_shards(opened, documents), loaded)
         return
-    opened = TokenShards.open(shards)
-    header, facts = opened.header, find_facts(opened, length)
+    if loaded is None:
+        print("shown with ChatML, a byte a token; --tokenizer shows it with a tokenizer of your own")
+        loaded = SLMTokenizer(260)
+    read, samples = samples_of_source(settings, loaded, documents)
+    _print_samples(samples, loaded)
+    print()
+    for line in read.report():
+        print(line)
+
+
+def _print_facts(shards: TokenShards, length: int | None) -> None:
+    from slmkit.cli.show import counted
+    from slmkit.data.shards.facts import find_facts
+    from slmkit.data.stream import ChatRows
+
+    header, facts = shards.header, find_facts(shards, length)
     order = "as they came" if header.shuffle_seed is None else f"shuffled by seed {header.shuffle_seed}"
     print(f"documents        {header.documents:,}, {order}")
     print(f"tokens           {header.tokens:,} as {header.dtype}, in {counted(len(header.shards), 'shard')}")
@@ -160,33 +181,18 @@ def inspect(
     if facts.truncated is not None:
         print(f"truncated        {facts.truncated:,} of the documents are longer than {length:,} tokens")
     if length is not None and header.masked:
-        _print_packing(opened, length)
+        rows = ChatRows(shards, length)
+        filled = rows.tokens / (rows.rows_in_epoch * length)
+        print(f"packed           {rows.rows_in_epoch:,} rows of {length:,} tokens, {filled:.1%} of them filled")
+        for line in rows.report():
+            print(f"                 {line}")
     if facts.trained is not None:
-        print(f"learned          {facts.trained:,} tokens ({facts.trained / max(1, len(opened)):.1%})")
+        print(f"learned          {facts.trained:,} tokens ({facts.trained / max(1, len(shards)):.1%})")
     if header.judged:
-        print(f"labels           {opened.labels.sum():,} good, {(~opened.labels).sum():,} bad")
+        print(f"labels           {shards.labels.sum():,} good, {(~shards.labels).sum():,} bad")
     if header.perfect_loss is not None:
         print(f"perfect loss     {header.perfect_loss:.4f} nats per token")
-    _print_cleaning(opened)
-    if tokenizer is not None:
-        loaded = SLMTokenizer.from_pretrained(find_tokenizer_directory(tokenizer))
-        opened.check_tokenizer(loaded)
-        _print_samples(samples_of_shards(opened, documents), loaded)
-
-
-def _inspect_source(settings: SourceSettings, tokenizer: str | None, count: int) -> None:
-    from slmkit.data.prepare.preview import samples_of_source
-    from slmkit.find import find_tokenizer_directory
-    from slmkit.tokenizer import SLMTokenizer
-
-    if tokenizer is None:
-        print("shown with ChatML, a byte a token; --tokenizer shows it with a tokenizer of your own")
-    loaded = SLMTokenizer.from_pretrained(find_tokenizer_directory(tokenizer)) if tokenizer else SLMTokenizer(260)
-    source, samples = samples_of_source(settings, loaded, count)
-    _print_samples(samples, loaded)
-    print()
-    for line in source.report():
-        print(line)
+    _print_cleaning(shards)
 
 
 def _print_cleaning(shards: TokenShards) -> None:
@@ -194,17 +200,6 @@ def _print_cleaning(shards: TokenShards) -> None:
     if report is not None:
         dropped = ", ".join(f"{count:,} {reason}" for reason, count in report["dropped"].items()) or "none"
         print(f"cleaning         {report['kept']:,} of {report['documents']:,} documents kept; dropped: {dropped}")
-
-
-def _print_packing(shards: TokenShards, length: int) -> None:
-    """Print how conversations fill rows, and how many have no learned tokens in them."""
-    from slmkit.data.stream import ChatRows
-
-    rows = ChatRows(shards, length)
-    filled = rows.tokens / (rows.rows_in_epoch * length)
-    print(f"packed           {rows.rows_in_epoch:,} rows of {length:,} tokens, {filled:.1%} of them filled")
-    for line in rows.report():
-        print(f"                 {line}")
 
 
 def _print_samples(samples: Iterable[Sample], tokenizer: SLMTokenizer) -> None:

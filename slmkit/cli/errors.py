@@ -46,11 +46,8 @@ def explain(error: BaseException, command: str) -> int:
         _say(name, f"{message[:1].lower()}{' '.join(message[1:].split()).rstrip('.')} (see `{path} --help`)")
         return int(error.exit_code)
     message = in_words(error)
-    if message is None:
-        _say(name, _internal(error, command))
-        return 1
-    _say(name, message)
-    return 2
+    _say(name, message or _internal(error, command))
+    return 2 if message else 1
 
 
 def in_words(error: BaseException) -> str | None:
@@ -72,14 +69,16 @@ def in_words(error: BaseException) -> str | None:
 
 def _internal(error: BaseException, command: str) -> str:
     frames = traceback.extract_tb(error.__traceback__)
-    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(PACKAGE)] or frames
+    frame = next((frame for frame in reversed(frames) if Path(frame.filename).is_relative_to(PACKAGE)), frames[-1])
+    path = Path(frame.filename)
+    file = path.relative_to(PACKAGE.parent) if path.is_relative_to(PACKAGE) else path.name
     text = " ".join(str(error).split())[:300] or "no message"
     if isinstance(error, KeyError):
         text = f"there is no entry {text}"
-    where = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else "an unknown place"
-    if ours and Path(ours[-1].filename).is_relative_to(PACKAGE):
-        where = f"slmkit/{Path(ours[-1].filename).relative_to(PACKAGE)}:{ours[-1].lineno}"
-    return f"internal error in {where} during `slm {command}`: {text}; please report it with the output of --debug"
+    return (
+        f"internal error in {file}:{frame.lineno} during `slm {command}`: {text}; "
+        "please report it with the output of --debug"
+    )
 
 
 def _say(name: str, message: str, style: str = "red") -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from slmkit.cli.options import DeviceName
+from slmkit.cli.options import DeviceName, sources_of
 
 
 def evaluate(
@@ -31,38 +31,25 @@ def evaluate(
     """
     import itertools
 
-    from slmkit.cli.progress import EvaluationProgress
-    from slmkit.cli.show import TerminalReporter, print_table
-    from slmkit.config import load_settings
-    from slmkit.data.sources.open import expect_source
-    from slmkit.data.sources.settings import SourceSettings
+    from slmkit.cli.show import TerminalReporter, print_table, progress_bar
     from slmkit.model.files.find import find_model_directory
 
-    sources = [load_settings(SourceSettings, {"path": path}, source or []) for path in data]
-    for one in sources:
-        expect_source(one)
+    sources = sources_of(data, source)
     for model in models:
         find_model_directory(model)
     from slmkit.workflows.evaluate import evaluate_text  # imports torch: after the arguments were checked
 
     reporter, rows = TerminalReporter(), []
     for model, one in itertools.product(models, sources):
-        with EvaluationProgress(f"{model} on {one.label}") as progress:
+        with progress_bar(f"{model} on {one.label}") as show:
             found = evaluate_text(
-                model, one, chat=chat, length=length, device=device, precision=precision, progress=progress
-            )
+                model, one, chat=chat, length=length, device=device, precision=precision,
+                progress=lambda done, rows: show(f"{done:,} of {rows:,} rows", done / rows),
+            )  # fmt: skip
         for line in found.left_out:
             reporter.say(line)
-        counts = f"{found.documents:,}", f"{found.report.tokens:,}", f"{found.length:,}"
-        rows.append(
-            (
-                model,
-                one.label,
-                *counts,
-                f"{found.report.loss:.4f}",
-                f"{found.report.perplexity:.2f}",
-                f"{found.bits_per_byte:.4f}",
-            )
-        )
+        counts = (f"{number:,}" for number in (found.documents, found.report.tokens, found.length))
+        losses = f"{found.report.loss:.4f}", f"{found.report.perplexity:.2f}", f"{found.bits_per_byte:.4f}"
+        rows.append((model, one.label, *counts, *losses))
     columns = ("model", "data", "documents", "predicted tokens", "row", "loss (nats)", "perplexity", "bits per byte")
     print_table(columns, rows, right=columns[2:])

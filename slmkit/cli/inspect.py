@@ -41,11 +41,12 @@ def inspect(
     for name, n in report.operations.items():
         print(f"  {name:<28}{count(n):>16}")
 
-    print(f"\nKV cache, bytes a token in bfloat16{report.windows}")
+    windows = f", and {report.window_bytes:,} a row for layers with a window" if report.window_bytes else ""
+    print(f"\nKV cache, bytes a token in bfloat16{windows}")
     for name, n in report.cache_bytes.items():
         print(f"  {name:<28}{n:>16,}")
     print(f"  {f'one row of {report.length:,}':<28}{gibibytes(report.cache_of_a_row):>16}")
 
-    print(f"\nmemory, {batch} × {report.length:,} tokens at once, {report.device}")
+    print(f"\nmemory, {batch} × {report.length:,} tokens at once, products in {report.compute_dtype}")
     for name, n in report.memory.items():
         print(f"  {name:<28}{gibibytes(n):>16}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -75,8 +76,7 @@ def _merge(recipe: str, overrides: list[str], print_config: bool, dry_run: bool)
         return
     for name in loaded.names:
         find_model_directory(name)
-    from slmkit.cli.progress import WritingProgress
-    from slmkit.cli.show import count, gibibytes, suggestion
+    from slmkit.cli.show import count, gibibytes, progress_bar, suggestion
     from slmkit.workflows.merge import prepare_merge, write_merge
 
     prepared = prepare_merge(loaded)
@@ -86,7 +86,16 @@ def _merge(recipe: str, overrides: list[str], print_config: bool, dry_run: bool)
     )
     if dry_run:
         return
-    with WritingProgress("merging", prepared.bytes) as progress:
+    began, written = time.monotonic(), 0
+    with progress_bar("merging") as show:
+
+        def progress(more: int) -> None:
+            nonlocal written
+            written += more
+            rate = written / max(time.monotonic() - began, 1e-3)
+            figures = f"{written / 1e6:,.0f} of {prepared.bytes / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s"
+            show(figures, written / prepared.bytes)
+
         output = write_merge(prepared, progress)
     print(f"model: {output}")
     print(f"next: {suggestion(output, loaded.merged[0].model)}")

@@ -5,9 +5,12 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from slmkit.data.sources.settings import SourceSettings
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]", help="Values that replace the recipe's, by dotted key.")
@@ -62,3 +65,15 @@ def add_command(app: typer.Typer, name: str, command: Callable[..., None]) -> No
         short_help=re.split(r"(?<=\.)\s", about, maxsplit=1)[0],
         epilog="\n".join(("\b", "Examples:" if len(examples) > 1 else "Example:", *examples)),
     )(command)
+
+
+def sources_of(paths: list[str], overrides: list[str] | None) -> list[SourceSettings]:
+    """Settings of all sources. Raises `UserError` if a file or folder does not exist."""
+    from slmkit.config import load_settings
+    from slmkit.data.sources import expect_source
+    from slmkit.data.sources.settings import SourceSettings
+
+    found = [load_settings(SourceSettings, {"path": path}, overrides or []) for path in paths]
+    for one in found:
+        expect_source(one)
+    return found

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 PLAIN_EVERY = 20_000  # documents between two plain lines
 PLAIN_LINES = 10  # for a count with a known total
+SECONDS_BETWEEN_LINES = 10.0
 
 
 class TerminalReporter:
@@ -64,6 +67,31 @@ class TerminalReporter:
                 self.say(line)
 
         return update
+
+
+@contextlib.contextmanager
+def progress_bar(label: str) -> Iterator[Callable[[str, float | None], None]]:
+    """A bar on a terminal, elsewhere a plain line every few seconds.
+
+    Gives a function that shows figures and the time left, from the share done; the share is None if it is not known.
+    """
+    console = Console(stderr=True, highlight=False)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}"))
+    bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
+    task = bar.add_task(label, total=None, figures="")
+    began = shown = time.monotonic()
+
+    def show(figures: str, share: float | None) -> None:
+        nonlocal shown
+        bar.update(task, total=None if share is None else 1.0, completed=share or 0.0, figures=figures)
+        now = time.monotonic()
+        if not console.is_terminal and now - shown >= SECONDS_BETWEEN_LINES:
+            shown = now
+            left = f", {(now - began) * (1 - share) / share:.0f} s left" if share else ""
+            console.print(f"{label}: {figures}{left}", soft_wrap=True, markup=False)
+
+    with bar if console.is_terminal else contextlib.nullcontext():
+        yield show
 
 
 def counted(number: int, noun: str) -> str:

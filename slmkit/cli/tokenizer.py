@@ -37,7 +37,7 @@ def train(
     Example: slm tokenizer train book.txt --vocab-size 4096 -o tokenizers/book
     """
     from slmkit.data.settings import DataSettings, TokenizerSettings
-    from slmkit.data.sources.open import expect_source
+    from slmkit.data.sources import expect_source
     from slmkit.tokenizer import SLMTokenizer
 
     data = DataSettings.of_paths(sources, text_column)

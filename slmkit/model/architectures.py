@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -95,7 +95,7 @@ def architecture_of(config: SLMConfig) -> Architecture:
 def _layers(config: SLMConfig) -> tuple[Layer, ...]:
     """RoPE and window of each layer."""
     depth, positions = config.num_hidden_layers, config.max_position_embeddings
-    kinds = config.layer_types or [SLIDING if config.sliding_window else FULL] * depth
+    kinds: Sequence[str] = config.layer_types or [SLIDING if config.sliding_window else FULL] * depth
     turns = config.no_rope_layers or [1] * depth  # 1: with RoPE
     return tuple(
         Layer(

@@ -1,10 +1,11 @@
-"""`fit`: train a model by its recipe and write the run directory."""
+"""`fit`: train the model of a `RunContext` by its recipe and write the run directory."""
 
 from __future__ import annotations
 
 import contextlib
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,100 +18,169 @@ from slmkit.model.config import SLMConfig
 from slmkit.model.decoder import Decoder
 from slmkit.training.checkpoints import checkpoint as checkpoints
 from slmkit.training.checkpoints.flight_recorder import FlightRecorder
-from slmkit.training.checkpoints.model_files import ModelFiles, WholeModel
+from slmkit.training.checkpoints.model_files import ModelFiles
 from slmkit.training.checkpoints.saver import Saver, best_checkpoint, point_links
 from slmkit.training.compilation import compile_blocks, compile_pays, uncompiled
 from slmkit.training.distributed import ALONE, Group
-from slmkit.training.estimate.memory_profile import MemoryProfile, meta_model_of
+from slmkit.training.estimate.memory import MemoryProfile, meta_model_of
 from slmkit.training.estimate.micro_batch import lack_of_memory_explained
 from slmkit.training.guards import Diverged, GuardSettings
-from slmkit.training.logging.disk_hooks import Logger, hooks_on_disk
+from slmkit.training.logging.logger import Logger
 from slmkit.training.logging.throughput import ThroughputMonitor
 from slmkit.training.logging.trackers import open_trackers
-from slmkit.training.loop import Every, Plan, RunStopped, State, StopRequested, note_improvement, train
-from slmkit.training.objective import Objective, next_token
+from slmkit.training.loop import (
+    Every,
+    Plan,
+    Report,
+    RunStopped,
+    Stage,
+    State,
+    StopRequested,
+    note_improvement,
+    train,
+)
+from slmkit.training.objective import Objective
 from slmkit.training.optimizers.choose import make_optimizers, with_peaks
 from slmkit.training.precision import LossScale, to_weight_dtype
 from slmkit.training.recipe.recipe import Recipe, TrainSettings
 from slmkit.training.run_directory import RunDirectory
 
 
+@dataclass(kw_only=True)
+class RunContext:
+    """What a run trains, by which recipe and where: made of a recipe by `open_run`, of given objects by `SLMTrainer`.
+
+    `extra_files` writes the tokenizer into the directory of each checkpoint.
+    """
+
+    run: RunDirectory
+    recipe: Recipe
+    model: Decoder
+    config: SLMConfig
+    files: ModelFiles  # the format of a checkpoint: the whole model, or an adapter
+    extra_files: checkpoints.ExtraFiles
+    device: Device
+    group: Group = ALONE
+    warn: Callable[[str], None] = print
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row."""
+        return self.recipe.train.sequence_length or self.config.max_position_embeddings
+
+    def plan(self, batches: Batches, recipe: Recipe | None = None) -> Plan:
+        """The plan of the recipe, or of another with the same batches."""
+        recipe = recipe or self.recipe
+        tokens_of_row = recipe.tokens_of_row(self.length)
+        return make_plan(
+            recipe.train,
+            batches.rows_in_epoch,
+            tokens_of_row,
+            self.device,
+            recipe.guard,
+            batches.total_rows,
+            self.group,
+        )
+
+
 def fit(
-    run: RunDirectory,
-    recipe: Recipe,
-    model: Decoder,
-    config: SLMConfig,
-    stream: Batches,
+    context: RunContext,
+    batches: Batches,
+    objective: Objective,
     plan: Plan,
-    *,
-    extra_files: checkpoints.ExtraFiles,
-    objective: Objective = next_token,
-    inventory: MemoryProfile | None = None,
-    files: ModelFiles | None = None,
     hooks: Sequence[Every] = (),
-    perfect_loss: float | None = None,
+    *,
     resume: bool = False,
-    warn: Callable[[str], None] = print,
+    memory: MemoryProfile | None = None,
+    perfect_loss: float | None = None,
     optimizer: Optimizer | None = None,
     on_save: Callable[[State, Path], Any] | None = None,
     stop: StopRequested | None = None,
 ) -> State:
-    """Train `model` by the recipe and write the run directory. Returns the state after the last step.
+    """Train the model by the recipe and write the run directory. Returns the state after the last step.
 
-    `hooks` (validation, samples, progress) are called before the report is logged and may add to it. `inventory`
-    describes what is in memory, `files` which tensors of the model a checkpoint holds (default: all). With `resume`,
-    training continues from the newest intact checkpoint. `optimizer` replaces the recipe's; `on_save` is called on all
-    ranks with each complete checkpoint. Raises `RunStopped` when a signal or `stop` ended the run, after a checkpoint.
+    `hooks` are called besides those that measure, log and save. With `resume`, training continues from the newest
+    intact checkpoint. `memory` describes what is in memory besides the model, `perfect_loss` (nats per token) is drawn
+    into the plot, `optimizer` replaces the recipe's, and `on_save` is called on all ranks with each complete
+    checkpoint. Raises `RunStopped` when a signal or `stop` ended the run, after a checkpoint.
     """
-    settings, group, inventory = recipe.train, plan.group, inventory or MemoryProfile(meta_model_of(model))
-    files = files or WholeModel(config)
-    state = fresh_state(recipe, model, plan.device, group, optimizer)
-    _begin(run, state, plan, files, resume, warn)
-    recorder = FlightRecorder(run.records, recipe.seed, warn, group)
-    saver = Saver(run, files, extra_files, settings.save_total_limit, warn, recorder.needed_checkpoints, group)
-    length = settings.sequence_length or config.max_position_embeddings
-    interval = settings.evaluation_interval(plan.steps)
-    rows = recipe.full(stream.rows_per_step)
-    throughput = ThroughputMonitor(model, plan.device, rows, length, state.tokens, run.metrics.seconds())
+    run, settings, group, warn = context.run, context.recipe.train, context.group, context.warn
+    memory = memory or MemoryProfile(meta_model_of(context.model))
+    state = fresh_state(context.recipe, context.model, context.device, group, optimizer)
+    _begin(context, state, resume)
+    recorder = FlightRecorder(run.records, context.recipe.seed, warn, group)
+    keep = recorder.needed_checkpoints
+    saver = Saver(run, context.files, context.extra_files, settings.save_total_limit, warn, keep, group)
+    reported_to = settings.report_to if group.is_main else ()
     with (
         run.held() if group.is_main else contextlib.nullcontext(),
-        open_trackers(
-            settings.report_to if group.is_main else (), run.root, recipe.model_dump(mode="json"), state.step
-        ) as trackers,
+        open_trackers(reported_to, run.root, context.recipe.model_dump(mode="json"), state.step) as trackers,
         stop_on_signals(stop) as asked,
         saver,
-        lack_of_memory_explained(inventory, settings, plan.rows_per_micro_batch, length, plan.device),
+        lack_of_memory_explained(memory, settings, plan.rows_per_micro_batch, context.length, plan.device),
     ):
         logger = Logger(run, perfect_loss, warn, trackers)
-        hooks = (Every(1, throughput.update), *hooks, Every(1, note_improvement, on_all_ranks=True))
-        all_hooks = (*hooks, *hooks_on_disk(settings, interval, logger, saver, on_save))
+        own_hooks = _hooks(context, batches, plan, state, logger, saver, on_save)
+        all_hooks = uncompiled([*hooks, *own_hooks], context.model)
         while True:
             try:
-                train(state, objective, stream, plan, uncompiled(all_hooks, model), asked, recorder)
+                train(state, objective, batches, plan, all_hooks, asked, recorder)
                 break
             except Diverged as error:
                 saver.wait()
-                roll_back(run, state, plan, error, warn, files)
+                roll_back(context, state, plan, error)
                 logger.last_step = -1
-    _warn_at_the_end(run, state, plan, stream, warn)
+    _warn_at_the_end(context, state, plan, batches)
     return state
 
 
-def _begin(
-    run: RunDirectory, state: State, plan: Plan, files: ModelFiles, resume: bool, warn: Callable[[str], None]
-) -> None:
+def _hooks(
+    context: RunContext,
+    batches: Batches,
+    plan: Plan,
+    state: State,
+    logger: Logger,
+    saver: Saver,
+    on_save: Callable[[State, Path], Any] | None,
+) -> Iterator[Every]:
+    """The hooks of every run: throughput, the count for early stopping, the log and checkpoints."""
+    settings = context.recipe.train
+    rows, seconds = context.recipe.full(batches.rows_per_step), context.run.metrics.seconds()
+    monitor = ThroughputMonitor(context.model, context.device, rows, context.length, state.tokens, seconds)
+    evaluated = settings.evaluation_interval(plan.steps)
+    saved = settings.save_steps or evaluated
+
+    def tell(state: State, report: Report) -> Any:
+        saver.wait()
+        assert on_save is not None
+        return on_save(state, context.run.checkpoints / checkpoints.checkpoint_name(state.step))
+
+    yield Every(1, monitor.update, Stage.MEASURE)
+    yield Every(1, note_improvement, Stage.COUNT, on_all_ranks=True)
+    yield Every(1, logger.log_if_skipped, Stage.LOG)
+    yield Every(settings.logging_steps, logger.log, Stage.LOG)
+    yield Every(evaluated, logger.log_and_draw, Stage.LOG)
+    yield Every(saved, saver.save, Stage.SAVE, on_stop=True, on_all_ranks=True)
+    if on_save is not None:
+        yield Every(saved, tell, Stage.SAVE, on_stop=True, on_all_ranks=True)
+    yield Every(1, saver.check, Stage.SAVE)
+
+
+def _begin(context: RunContext, state: State, resume: bool) -> None:
     """Load the newest intact checkpoint if the run is resumed, and drop what was logged after it."""
-    if resume and (newest := newest_intact(run, plan, warn)) is not None:
-        checkpoints.load_checkpoint(newest, state, files)
-    if plan.group.is_main:
+    run = context.run
+    if resume and (newest := _newest_intact(context)) is not None:
+        checkpoints.load_checkpoint(newest, state, context.files)
+    if context.group.is_main:
         if state.step:
             point_links(run, run.checkpoints / checkpoints.checkpoint_name(state.step), best_checkpoint(state))
         run.rewind(state.step)
         checkpoints.clear_leftovers(run.checkpoints)
 
 
-def _warn_at_the_end(run: RunDirectory, state: State, plan: Plan, stream: Batches, warn: Callable[[str], None]) -> None:
+def _warn_at_the_end(context: RunContext, state: State, plan: Plan, batches: Batches) -> None:
     """Warn that nothing was learned, or why the run ended early. Raises `RunStopped` if it was stopped."""
+    run, warn = context.run, context.warn
     if not state.guard.has_learned and state.guard.idle:
         warn(f"{run.root}: {state.guard.idle_report()}")
     if state.step >= plan.steps:
@@ -120,25 +190,22 @@ def _warn_at_the_end(run: RunDirectory, state: State, plan: Plan, stream: Batche
             f"ended after step {state.step} of {plan.steps}: the validation loss has not fallen in "
             f"{state.evaluations['in_vain']} evaluations (train.early_stopping_patience)"
         )
-    elif stream.has(state.step):
+    elif batches.has(state.step):
         raise RunStopped(f"stopped after step {state.step} of {plan.steps}; go on with: slm resume {run.root}")
     else:
         warn(
             f"the data ended after step {state.step} of {plan.steps}: a source ran out, and data.when_exhausted does "
             "not repeat it; the run is complete, with a checkpoint"
         )
-    if plan.group.is_main:
+    if context.group.is_main:
         run.add(finished={"step": state.step, "steps": plan.steps, "patience": plan.patience})
 
 
-def newest_intact(
-    run: RunDirectory, plan: Plan, warn: Callable[[str], None], wanted: Callable[[Path], bool] | None = None
-) -> Path | None:
-    """The checkpoint to resume from, found by rank 0 and broadcast to all ranks."""
-    found = None
-    if plan.group.is_main:
-        found = checkpoints.newest_intact(run.checkpoints, warn, *([wanted] if wanted else []))
-    return plan.group.from_main(found)
+def _newest_intact(context: RunContext, wanted: Callable[[Path], bool] = lambda checkpoint: True) -> Path | None:
+    """The newest checkpoint that is complete and wanted, found by rank 0 for all ranks."""
+    group = context.group
+    found = checkpoints.newest_intact(context.run.checkpoints, context.warn, wanted) if group.is_main else None
+    return group.from_main(found)
 
 
 def fresh_state(
@@ -157,13 +224,12 @@ def fresh_state(
     return State(model, optimizers, seed=recipe.seed, loss_scale=LossScale.of(device))
 
 
-def roll_back(
-    run: RunDirectory, state: State, plan: Plan, why: Diverged, warn: Callable[[str], None], files: ModelFiles
-) -> None:
+def roll_back(context: RunContext, state: State, plan: Plan, why: Diverged) -> None:
     """Return the run to the last checkpoint before the refused steps, with a lower learning rate.
 
     Raises `UserError` if the recipe says to stop, all rollbacks are used up, or there is no checkpoint.
     """
+    run = context.run
     first = state.step - state.guard.in_a_row + 1
     report = (
         f"{run.root}: {why}, steps {first} to {state.step}; the weights are those of step {first - 1}. "
@@ -174,12 +240,12 @@ def roll_back(
         raise UserError(f"{report}; then lower train.learning_rate, or set guard.on_divergence=rollback")
     if before.rollbacks >= settings.max_rollbacks:
         raise UserError(f"{report}; it was rolled back {before.rollbacks} times (guard.max_rollbacks) without success")
-    good = newest_intact(run, plan, warn, checkpoints.saved_while_all_was_well)
+    good = _newest_intact(context, checkpoints.saved_while_all_was_well)
     if good is None:
         raise UserError(f"{report}; there is no checkpoint yet to go back to: lower train.learning_rate")
-    checkpoints.load_checkpoint(good, state, files)
+    checkpoints.load_checkpoint(good, state, context.files)
     state.guard.rollbacks, state.guard.skipped = before.rollbacks + 1, before.skipped
-    if not plan.group.is_main:
+    if not context.group.is_main:
         return
     # This order lets a run that crashes in between resume from the same checkpoint.
     point_links(run, good, best_checkpoint(state))
@@ -188,7 +254,8 @@ def roll_back(
             checkpoints.delete(later)
     run.rewind(state.step)
     ratio = state.guard.learning_rate_ratio(settings)
-    warn(f"{why}, steps {first} to {first + before.in_a_row - 1}; back to step {state.step}, learning rate × {ratio:g}")
+    last = first + before.in_a_row - 1
+    context.warn(f"{why}, steps {first} to {last}; back to step {state.step}, learning rate × {ratio:g}")
 
 
 def make_plan(

@@ -12,6 +12,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -72,6 +73,17 @@ class Plan:
 Hook = Callable[[State, Report], Any]  # True ends the run after this step; all ranks must return the same
 
 
+class Stage(IntEnum):
+    """The order in which the hooks of one step are called."""
+
+    MEASURE = 0  # time and memory of the step, before evaluation adds to them
+    EVALUATE = 1  # adds losses and samples to the report
+    COUNT = 2  # counts evaluations without a lower loss: the checkpoint holds the count
+    SHOW = 3  # progress bar, predictions, callbacks of a script: they see the whole report
+    LOG = 4  # metrics.jsonl, before the checkpoint, which must not be ahead of it
+    SAVE = 5  # checkpoints
+
+
 @dataclass(frozen=True)
 class Every:
     """Call `hook` after each `steps`-th step, and after the last one of the run.
@@ -82,6 +94,7 @@ class Every:
 
     steps: int
     hook: Hook
+    stage: Stage = Stage.EVALUATE
     on_stop: bool = False
     on_all_ranks: bool = False
 
@@ -125,10 +138,10 @@ def train(
 ) -> State:
     """Train from `state.step` to `plan.steps`, or to the end of the data. Returns the state.
 
-    Hooks are called in order; after a stop request the current step is the last. Raises `Diverged` when the guard has
-    refused too many steps in a row.
+    Hooks are called by stage, and within a stage in the order given; after a stop request the current step is the last.
+    Raises `Diverged` when the guard has refused too many steps in a row.
     """
-    group = plan.group
+    group, hooks = plan.group, sorted(hooks, key=lambda each: each.stage)
     state.model.train()
     stream.seek(state.step, state.data)
     while state.step < plan.steps and stream.has(state.step) and not plan.is_stalled(state):

@@ -1,4 +1,4 @@
-"""`RunContext`: the parts of a run; `ObjectiveParts`: the objective's input to the loop."""
+"""`RecipeContext`: the context of a recipe's run; `ObjectiveParts`: the objective's input to the loop."""
 
 from __future__ import annotations
 
@@ -12,28 +12,16 @@ from slmkit.data.prepare import corpus as prepared
 from slmkit.data.prepare.corpus import Corpus
 from slmkit.data.prepare.text_to_shards import Progress
 from slmkit.data.stream import Batches
-from slmkit.device import Device
-from slmkit.model.config import SLMConfig
-from slmkit.model.decoder import Decoder
-from slmkit.training.distributed import Group
+from slmkit.training.fit import RunContext
 from slmkit.training.loop import Hook
 from slmkit.training.objective import Objective
-from slmkit.training.recipe.recipe import Recipe
-from slmkit.training.run_directory import RunDirectory
 
 
-@dataclass(frozen=True)
-class RunContext:
-    """A run with everything in its recipe built."""
+@dataclass(kw_only=True)
+class RecipeContext(RunContext):
+    """The context of a recipe's run, from which its objective builds its parts."""
 
-    run: RunDirectory
-    recipe: Recipe
     corpus: Corpus
-    model: Decoder
-    config: SLMConfig
-    device: Device
-    group: Group
-    length: int  # tokens of a row
     reporter: Reporter
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +39,7 @@ from slmkit.model.files.directory import empty_decoder
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.checkpoints.checkpoint import file_sha256
 from slmkit.training.compilation import compile_blocks, compile_pays
-from slmkit.training.estimate.memory_profile import MemoryProfile
+from slmkit.training.estimate.memory import MemoryProfile
 from slmkit.training.losses import in_chunks
 from slmkit.training.objectives.distillation import (
     CachedTeacher,
@@ -53,11 +53,11 @@ from slmkit.training.objectives.distillation import (
 )
 from slmkit.training.recipe.objective_settings import DistillationSettings
 from slmkit.training.recipe.recipe import Recipe
-from slmkit.workflows.context import Reporter, RunContext
+from slmkit.workflows.context import RecipeContext, Reporter
 from slmkit.workflows.model import tokenizer_of_base
 
 
-def distill_batches(m: RunContext) -> tuple[Stream | StreamedBatches, Distill]:
+def distill_batches(m: RecipeContext) -> tuple[Stream | StreamedBatches, Distill]:
     """Batches of text or conversations, and the objective.
 
     Raises `UserError` if teacher and student do not fit together, or the cache is of other data or another teacher.
@@ -89,14 +89,14 @@ def distill_inventory(recipe: Recipe, model: Decoder, tokens: int, device: Devic
 
     if settings.cache:
         return MemoryProfile(model, objective=objective, extra=cached_logits)
-    return MemoryProfile(model, beside=teacher_like(settings, device, empty_decoder), objective=objective)
+    return MemoryProfile(model, beside=_meta_teacher(settings, device), objective=objective)
 
 
-def teacher_like(settings: DistillationSettings, device: Device, make: Callable[[SLMConfig], Decoder]) -> Decoder:
-    """A model made by `make` from the teacher's config, in the type that a run uses."""
+def _meta_teacher(settings: DistillationSettings, device: Device) -> Decoder:
+    """The teacher on the meta device, in the type that a run uses."""
     assert settings.teacher is not None
     config = SLMConfig.from_pretrained(config_directory(find_model_directory(settings.teacher)))
-    return in_compute_type(make(config), device).eval().requires_grad_(False)
+    return in_compute_type(empty_decoder(config), device).eval().requires_grad_(False)
 
 
 def with_the_teachers_tokenizer(recipe: Recipe) -> Recipe:
@@ -144,7 +144,7 @@ def _objective(settings: DistillationSettings, tokens: int, teacher: Decoder | N
     return Distill(loss, source, settings.hidden_weight)
 
 
-def _expect_another_model(m: RunContext, settings: DistillationSettings) -> None:
+def _expect_another_model(m: RecipeContext, settings: DistillationSettings) -> None:
     """If the teacher is the student: raises `UserError` if no labels are used, else prints a note."""
     if m.recipe.model.path is None or settings.teacher is None:
         return
@@ -159,7 +159,7 @@ def _expect_another_model(m: RunContext, settings: DistillationSettings) -> None
     m.reporter.say(f"teacher: {settings.teacher} is the student's own model: at first only the labels teach anything")
 
 
-def _rows_from_cache(m: RunContext, settings: DistillationSettings, folder: Path) -> dict[str, Rows]:
+def _rows_from_cache(m: RecipeContext, settings: DistillationSettings, folder: Path) -> dict[str, Rows]:
     """The run's rows with their cached logits."""
     found, rows = read_header(folder), stored_rows(m.recipe.reads, m.recipe.data, m.corpus, m.length)
     teacher = teacher_fingerprint(find_model_directory(settings.teacher)) if settings.teacher else found.teacher

@@ -2,47 +2,56 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import hashlib
 import importlib
-import importlib.util
 import inspect
 import math
 import re
+import runpy
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
-from types import ModuleType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from slmkit.config import UserError, did_you_mean, kind_of_value
+from slmkit.data.batch import Batch
+from slmkit.data.order import mixed_seed
+from slmkit.data.packing import IGNORED, padded, row_of_labels
 from slmkit.data.rows.answers import Questions
+from slmkit.data.stream import share_of_rank, shuffled
 from slmkit.device import Device
 from slmkit.files import write_whole
 from slmkit.generation.generator import generate_ids
 from slmkit.generation.sampling_settings import SamplingSettings
 from slmkit.model.decoder import Decoder
 from slmkit.tokenizer import SLMTokenizer
+from slmkit.training.checkpoints.checkpoint import file_sha256
 from slmkit.training.compilation import eager
-from slmkit.training.estimate.memory_profile import MemoryProfile, meta_model_of, read_answers, write_answers
-from slmkit.training.loop import Report, State
-from slmkit.training.objectives.grpo import GroupRelative, GrpoSettings, Judged, RewardFunction, Rollouts
-from slmkit.training.objectives.preference import rounded_up
+from slmkit.training.distributed import Group
+from slmkit.training.estimate.memory import MemoryProfile, meta_model_of, read_answers, write_answers
+from slmkit.training.loop import Report, State, random_seed
+from slmkit.training.objectives.grpo import GroupRelative
+from slmkit.training.objectives.preference import label_log_probabilities, rounded_up
 from slmkit.training.precision import to_weight_dtype
+from slmkit.training.recipe.objective_settings import GrpoSettings
 from slmkit.training.recipe.recipe import Recipe
-from slmkit.workflows.context import ObjectiveParts, RunContext
+from slmkit.workflows.context import ObjectiveParts, RecipeContext
 from slmkit.workflows.hooks import Sample
 
+SMALLEST_DEVIATION = 1e-4  # least standard deviation of rewards by which advantages are divided
 REWARD_DIGEST = "reward.sha256"  # in a run's data folder
 ROWS_AT_ONCE = 128  # answers sampled in one batch
 
 
-def grpo_work(m: RunContext) -> ObjectiveParts:
+def grpo_work(m: RecipeContext) -> ObjectiveParts:
     """Objective parts of GRPO; batches are sampled from the current model. Raises `UserError` for several sources."""
     settings = m.recipe.grpo
     if len(m.corpus.train) > 1:
@@ -55,28 +64,30 @@ def grpo_work(m: RunContext) -> ObjectiveParts:
             m.reporter.say(f"{name}: {line}")
     m.model.to(m.device.torch_device)
     to_weight_dtype(m.model, m.device)
-    judge = judge_of(m.corpus.tokenizer, settings)
+    judge = judge_of(m.corpus.tokenizer, settings.reward)
     _expect_the_same_reward(m)
+    sample = AnswerSampler(m.corpus.tokenizer, settings.max_new_tokens, settings.temperature)
     reference = copy.deepcopy(m.model).eval().requires_grad_(False) if settings.beta else None
     return ObjectiveParts(
-        batches=Rollouts(train, m.model, reference, judge, settings, m.length, m.recipe.seed, m.group),
+        batches=Rollouts(train, m.model, reference, sample, judge, settings, m.length, m.recipe.seed, m.group),
         objective=GroupRelative(settings),
-        validate=ValidateAnswers(held_out, judge, settings, m),
+        validate=ValidateAnswers(held_out, replace(sample, temperature=0.0), judge, m.group),
         sample=Sample(m.run.samples, m.recipe, m.corpus.tokenizer, True, m.group),
         validation_tokens=sum(len(held_out.prompt(index)) + settings.max_new_tokens for index in range(len(held_out))),
         longest=rounded_up(max(train.longest, held_out.longest) + settings.max_new_tokens),
     )
 
 
-def _expect_the_same_reward(m: RunContext) -> None:
-    """Store the digest of the reward's file with the run. Raises `UserError` if the file has changed since."""
-    stored, digest = m.run.data / REWARD_DIGEST, reward_digest(m.recipe.grpo.reward)
-    if stored.is_file() and stored.read_text().strip() != str(digest):
+def _expect_the_same_reward(m: RecipeContext) -> None:
+    """Store the sha256 of the reward's file with the run. Raises `UserError` if the file has changed since."""
+    reward, stored = m.recipe.grpo.reward, m.run.data / REWARD_DIGEST
+    file = Path(reward.rpartition(":")[0])
+    digest = file_sha256(file) if file.suffix == ".py" else ""
+    if stored.is_file() and stored.read_text().strip() != digest:
         raise UserError(
-            f"grpo.reward {m.recipe.grpo.reward}: the file has changed since the run began: "
-            "restore it, or start a new run"
+            f"grpo.reward {reward}: the file has changed since the run began: restore it, or start a new run"
         )
-    if m.group.is_main and not stored.is_file() and digest is not None:
+    if m.group.is_main and not stored.is_file() and digest:
         write_whole(stored, digest)
 
 
@@ -100,19 +111,102 @@ def grpo_inventory(recipe: Recipe, model: Decoder, tokens: int, device: Device) 
     return MemoryProfile(model, reference, readings=(write, read))
 
 
-def judge_of(tokenizer: SLMTokenizer, settings: GrpoSettings) -> RewardFunction:
-    """slmkit's generator, and the recipe's reward function. Raises `UserError` if that does not exist."""
-    reward = find_reward(settings.reward)
+# -- sampled answers --------------------------------------------------------------------------------------------------
 
-    def text(ids: np.ndarray) -> str:
-        return tokenizer.decode(ids.tolist(), skip_special_tokens=True)
 
-    def judge(prompt: np.ndarray, answer: np.ndarray, known: np.ndarray) -> Judged:
-        said, right = text(answer), text(known)
-        value = worth(settings.reward, reward, text(prompt), said, right)
-        return Judged(value, said.strip() == right.strip())
+class Judged(NamedTuple):
+    """Reward of an answer, and whether it is the known one."""
 
-    return RewardFunction(AnswerSampler(tokenizer, settings.max_new_tokens, settings.temperature), judge)
+    reward: float
+    is_right: bool
+
+
+# Model, prompts, answers per prompt, seed → answers, those to one prompt adjacent.
+SampleAnswers = Callable[[Decoder, Sequence[np.ndarray], int, int], list[np.ndarray]]
+Judge = Callable[[np.ndarray, np.ndarray, np.ndarray], Judged]  # prompt, answer, known answer
+
+
+class Rollouts:
+    """Batches of answers to shuffled questions, sampled from the model at that step. Implements `Batches`.
+
+    Every random number follows from (seed, step, rank), so that weights and step determine a batch.
+    """
+
+    separate = False
+    total_rows: int | None = None
+
+    def __init__(
+        self,
+        questions: Questions,
+        model: Decoder,
+        reference: Decoder | None,
+        sample: SampleAnswers,
+        judge: Judge,
+        settings: GrpoSettings,
+        length: int,
+        seed: int,
+        group: Group,
+    ) -> None:
+        """`reference`: required if `settings.beta` is above 0. Rows have `length` tokens."""
+        self.questions, self.model, self.reference = questions, model, reference
+        self.sample, self.judge, self.settings = sample, judge, settings
+        self.length, self.seed, self.group = length, seed, group
+        self.pad_id = questions.shards.header.pad_token_id or 0
+        self.rows_per_step = settings.rows_per_step
+        self.rows_in_epoch: int | None = len(questions) * settings.num_generations
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        """`[questions * num_generations, length]`, the answers to one question adjacent."""
+        asked, size = self.settings.prompts_per_step, self.settings.num_generations
+        places = np.arange(asked, dtype=np.int64)[share_of_rank(asked, rank, world)]
+        # Questions of similar length together: little padding.
+        indices = sorted(shuffled(step * asked + places, len(self.questions), self.seed), key=self.questions.length)
+        asking = [self.questions.prompt(index) for index in indices]
+        seed = random_seed(mixed_seed(self.seed, "answers"), step, rank)
+        with self.group.whole(self.model), eager(self.model):
+            answers = self.sample(self.model, asking, size, seed)
+        prompts = [prompt for prompt in asking for _ in range(size)]
+        known = [self.questions.known(index) for index in indices for _ in range(size)]
+        judged = [self.judge(*each) for each in zip(prompts, answers, known, strict=True)]
+        ids, labels = zip(*map(self._row, prompts, answers))
+        batch = Batch.of(np.stack(ids), np.stack(labels), extra=self._extra(judged))
+        return batch if self.reference is None else self._referred(batch, self.reference)
+
+    def has(self, step: int) -> bool:
+        return True
+
+    def shares(self, step: int) -> dict[str, float]:
+        return {}
+
+    def position(self) -> dict[str, Any]:
+        return {}
+
+    def seek(self, step: int, position: dict[str, Any]) -> None:
+        """Does nothing: a batch follows from its step and the weights."""
+
+    def _row(self, prompt: np.ndarray, answer: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and labels [length]; only the answer is learned."""
+        tokens = np.concatenate([prompt, answer])
+        labels = row_of_labels(tokens, np.arange(len(tokens)) >= len(prompt))
+        return padded([tokens], self.length, self.pad_id), padded([labels], self.length, IGNORED)
+
+    def _extra(self, judged: Sequence[Judged]) -> dict[str, np.ndarray]:
+        """Advantage and figures of each answer: float32 [rows] each."""
+        rewards, right = np.array(judged, dtype=np.float32).T  # [rows] each
+        groups = rewards.reshape(-1, self.settings.num_generations)  # [questions, num_generations]
+        advantages = groups - groups.mean(axis=1, keepdims=True)
+        if self.settings.loss == "grpo":
+            advantages = advantages / (groups.std(axis=1, ddof=1, keepdims=True) + SMALLEST_DEVIATION)
+        silent = np.broadcast_to((groups == groups[:, :1]).all(axis=1, keepdims=True), groups.shape)
+        columns = {"advantage": advantages.ravel(), "reward": rewards, "right": right, "silent": silent.ravel()}
+        return {name: np.ascontiguousarray(column, dtype=np.float32) for name, column in columns.items()}
+
+    @torch.no_grad()
+    def _referred(self, batch: Batch, reference: Decoder) -> Batch:
+        """The batch with the reference model's log-probabilities of its labels: [rows, length]."""
+        ids, labels = (tensor.to(reference.embedding.weight.device) for tensor in (batch.ids, batch.labels))
+        each = label_log_probabilities(reference, ids, labels, self.settings.temperature).float().cpu()  # [rows, used]
+        return batch.with_extra(reference=F.pad(each, (0, batch.labels.size(1) - each.size(1))))
 
 
 @dataclass(frozen=True)
@@ -127,16 +221,14 @@ class AnswerSampler:
         answers: list[np.ndarray] = []
         at_once = max(1, ROWS_AT_ONCE // count)
         for start in range(0, len(prompts), at_once):
-            answers += self._side_by_side(model, prompts[start : start + at_once], count, seed + start)
+            answers += self._in_one_batch(model, prompts[start : start + at_once], count, seed + start)
         return answers
 
-    def _side_by_side(self, model: Decoder, prompts: Sequence[np.ndarray], count: int, seed: int) -> list[np.ndarray]:
+    def _in_one_batch(self, model: Decoder, prompts: Sequence[np.ndarray], count: int, seed: int) -> list[np.ndarray]:
         pad_id, stops = self.tokenizer.pad_token_id or 0, self.tokenizer.stop_token_ids
-        longest = max(map(len, prompts))
-        ids = np.full((len(prompts), longest), pad_id, dtype=np.int64)
-        for row, prompt in zip(ids, prompts):
-            row[longest - len(prompt) :] = prompt
-        device = model.embedding.weight.device
+        longest, device = max(map(len, prompts)), model.embedding.weight.device
+        padding = [longest - len(prompt) for prompt in prompts]
+        ids = np.stack([np.pad(prompt, (left, 0), constant_values=pad_id) for prompt, left in zip(prompts, padding)])
         found = generate_ids(
             model,
             torch.from_numpy(ids).to(device),
@@ -144,7 +236,7 @@ class AnswerSampler:
             stop_ids=stops,
             settings=SamplingSettings(temperature=self.temperature, seed=seed % 2**63),
             pad_token_id=pad_id,
-            padding=torch.tensor([longest - len(prompt) for prompt in prompts], device=device),
+            padding=torch.tensor(padding, device=device),
             num_return_sequences=count,
             known=self.tokenizer.known_ids,
         )
@@ -157,6 +249,17 @@ def _until_its_end(ids: np.ndarray, stops: set[int]) -> np.ndarray:
     return ids[: ends[0] + 1] if len(ends) else ids
 
 
+def judge_of(tokenizer: SLMTokenizer, name: str) -> Judge:
+    """Scores answers by the recipe's reward function. Raises `UserError` if that does not exist."""
+    reward = find_reward(name)
+
+    def judge(*ids: np.ndarray) -> Judged:
+        prompt, answer, known = (tokenizer.decode(each.tolist(), skip_special_tokens=True) for each in ids)
+        return Judged(worth(name, reward, prompt, answer, known), answer.strip() == known.strip())
+
+    return judge
+
+
 class ValidateAnswers:
     """Hook for all ranks: accuracy of greedy answers to held-out questions.
 
@@ -164,26 +267,24 @@ class ValidateAnswers:
     checkpoint is the one with the best answers.
     """
 
-    def __init__(self, questions: Questions, judge: RewardFunction, settings: GrpoSettings, m: RunContext) -> None:
-        self.questions, self.judge, self.group = questions, judge, m.group
-        self.greedy = AnswerSampler(m.corpus.tokenizer, settings.max_new_tokens, temperature=0.0)
+    def __init__(self, questions: Questions, greedy: SampleAnswers, judge: Judge, group: Group) -> None:
+        self.questions, self.greedy, self.judge, self.group = questions, greedy, judge, group
 
     def __call__(self, state: State, report: Report) -> None:
         group, count = self.group, len(self.questions)
         mine = range(group.rank, count, group.world)
         prompts = [self.questions.prompt(index) for index in mine]
         with group.whole(state.model), eager(state.model):
-            answers = self.greedy(state.model, prompts, count=1, seed=0)
-        judged = [
-            self.judge.judge(prompt, answer, self.questions.known(index))
-            for index, prompt, answer in zip(mine, prompts, answers)
-        ]
+            answers = self.greedy(state.model, prompts, 1, 0)
+        judged = [self.judge(*each) for each in zip(prompts, answers, map(self.questions.known, mine))]
         right, reward, tokens = group.sum(
             sum(each.is_right for each in judged), sum(each.reward for each in judged), sum(map(len, answers))
         )
         report["validation_loss"], report["validation/reward"] = 1 - reward / count, reward / count
         report |= {"validation/right": right / count, "validation/tokens": tokens / count}
 
+
+# -- rewards ----------------------------------------------------------------------------------------------------------
 
 # reward(prompt, answer, known) → any finite number, usually 1 for a right answer.
 Reward = Callable[[str, str, str], float]
@@ -199,11 +300,7 @@ def exact(prompt: str, answer: str, known: str) -> float:
 def number(prompt: str, answer: str, known: str) -> float:
     """1 if the last number of the answer equals the last number of the known answer, else 0."""
     said, right = (NUMBER.findall(text) for text in (answer, known))
-    return float(bool(said and right) and _value(said[-1]) == _value(right[-1]))
-
-
-def _value(text: str) -> float:
-    return float(text.replace(",", ""))
+    return float(bool(said and right) and float(said[-1].replace(",", "")) == float(right[-1].replace(",", "")))
 
 
 REWARDS: dict[str, Reward] = {"exact": exact, "number": number}
@@ -220,40 +317,33 @@ def find_reward(name: str) -> Reward:
     if not colon:
         raise UserError(f"grpo.reward {name!r}: {did_you_mean(name, REWARDS)} Name your own as `file.py:function`")
     loaded = _load(name, module)
-    if not callable(reward := getattr(loaded, function, None)):
-        known = [key for key, value in vars(loaded).items() if callable(value) and not key.startswith("_")]
+    reward = loaded.get(function)
+    if not callable(reward):
+        known = [key for key, value in loaded.items() if callable(value) and not key.startswith("_")]
         raise UserError(
             f"grpo.reward {name}: cannot be found: no function {function!r}; {did_you_mean(function, known)}"
         )
-    try:
-        inspect.signature(reward).bind("", "", "")
-    except TypeError:
+    with contextlib.suppress(ValueError):  # some built-in functions have no signature
         taken = inspect.signature(reward)
-        raise UserError(
-            f"grpo.reward {name}: takes {taken}; expected a function of three texts: prompt, answer and known answer"
-        ) from None
-    except ValueError:  # some built-in functions have no signature
-        pass
+        try:
+            taken.bind("", "", "")
+        except TypeError:
+            raise UserError(
+                f"grpo.reward {name}: takes {taken}; expected a function of three texts: prompt, answer, known answer"
+            ) from None
     return reward
 
 
-def _load(name: str, module: str) -> ModuleType:
-    """The module of that name or file. Raises `UserError` with the reason if it cannot be loaded."""
-    path = Path(module)
-    if module.endswith(".py") and not path.is_file():
+def _load(name: str, module: str) -> dict[str, Any]:
+    """What the module of that name or file defines. Raises `UserError` with the reason if it cannot be loaded."""
+    is_file = module.endswith(".py")
+    if is_file and not Path(module).is_file():
         raise UserError(f"grpo.reward {name}: cannot be found: no such file, here or beside the recipe")
-    folder = str(path.resolve().parent) if module.endswith(".py") else str(Path.cwd())
+    folder = str(Path(module).resolve().parent if is_file else Path.cwd())
     if folder not in sys.path:
         sys.path.append(folder)  # a reward function may import modules beside it
     try:
-        if not module.endswith(".py"):
-            return importlib.import_module(module)
-        spec = importlib.util.spec_from_file_location(f"slmkit_reward_{path.stem}", path)
-        assert spec is not None
-        assert spec.loader is not None
-        loaded = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(loaded)
-        return loaded
+        return runpy.run_path(module, run_name="slmkit_reward") if is_file else vars(importlib.import_module(module))
     except ModuleNotFoundError as error:
         raise UserError(f"grpo.reward {name}: cannot be found: {error}") from error
     except Exception as error:
@@ -273,12 +363,6 @@ def worth(name: str, reward: Reward, prompt: str, answer: str, known: str) -> fl
             "expected one finite number"
         )
     return float(value)
-
-
-def reward_digest(name: str) -> str | None:
-    """sha256 (hex) of a reward function's file; None if it is not given as a file."""
-    file = name.rpartition(":")[0]
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file.endswith(".py") else None
 
 
 def _short(value: object) -> str:

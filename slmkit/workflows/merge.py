@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from slmkit.adapt.adapter import expect_base, fingerprint, grown_for, load_adapter
+from slmkit.adapt.adapter import expect_base, fingerprint, load_adapter
 from slmkit.adapt.lora import fold
 from slmkit.adapt.merge_recipe import MergeRecipe
 from slmkit.adapt.merging import Merge, plan_merge
@@ -102,8 +102,7 @@ def fold_adapters(model: str | Path, adapters: Sequence[str | Path], output: str
     before = functools.cache(functools.partial(fingerprint, decoder))
     for adapter in found:
         expect_base(adapter, before, functools.partial(fingerprint, decoder))
-        decoder, config = grown_for(adapter, decoder, config)
-        load_adapter(decoder, config, adapter)
+        decoder, config, _ = load_adapter(decoder, config, adapter)
         fold(decoder)
     for name, tensor in decoder.state_dict().items():
         expect_finite(tensor, f"{name!r} of the merged model", "an adapter is too large for it: use another checkpoint")

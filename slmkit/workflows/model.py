@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from slmkit.adapt.load import load_model, start_adapter
 from slmkit.config import UserError
@@ -17,17 +17,27 @@ from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.checkpoints.model_files import ModelFiles, WholeModel
 from slmkit.training.recipe.recipe import Recipe
 
-Start = tuple[Decoder, SLMConfig, ModelFiles]
+
+class StartingModel(NamedTuple):
+    """A run's model before its first step, and how it is saved."""
+
+    decoder: Decoder
+    config: SLMConfig
+    files: ModelFiles
 
 
-def model_for(recipe: Recipe, tokenizer: SLMTokenizer, base: Path | None) -> Start:
-    """A new model for the tokenizer's vocabulary, or `base` with its vocabulary extended; with `lora` an adapter."""
+def model_for(recipe: Recipe, tokenizer: SLMTokenizer, base: Path | None, shape: SLMConfig | None) -> StartingModel:
+    """A new model of this shape with the tokenizer's vocabulary, or `base` with the tokens added that it lacks.
+
+    With `lora` it is an adapter of `base`.
+    """
     if base is None:
-        return _new_model(recipe, tokenizer)
+        assert shape is not None
+        return _new_model(recipe, shape, tokenizer)
     if recipe.lora is not None:
         return _adapter(recipe, tokenizer, base)
     model, config = fit_to_tokenizer(*load_model(base), tokenizer_of_base(recipe, base), tokenizer)
-    return model, config, WholeModel(config)
+    return StartingModel(model, config, WholeModel(config))
 
 
 def at_commits(recipe: Recipe) -> Recipe:
@@ -43,7 +53,7 @@ def at_commits(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update=changes)
 
 
-def _new_model(recipe: Recipe, tokenizer: SLMTokenizer) -> Start:
+def _new_model(recipe: Recipe, shape: SLMConfig, tokenizer: SLMTokenizer) -> StartingModel:
     """A new model with the tokenizer's vocabulary, or a larger `model.vocab_size`. Raises `UserError` on conflict."""
     known: dict[str, Any] = {
         "vocab_size": max(len(tokenizer), recipe.model.changes.get("vocab_size", 0)),
@@ -56,16 +66,16 @@ def _new_model(recipe: Recipe, tokenizer: SLMTokenizer) -> Start:
         if given is not None and value not in (given, [given]):
             found = "the tokenizer has none" if value is None else f"the tokenizer's {value}"
             raise UserError(f"model.{name} is {given} and {found}: remove it from the recipe (a run's: recipe.yaml)")
-    config = recipe.model.build_config(**known)
-    return build_decoder(config, recipe.seed, recipe.model.initialization), config, WholeModel(config)
+    config = shape.model_copy(update=known)
+    return StartingModel(build_decoder(config, recipe.seed, recipe.model.initialization), config, WholeModel(config))
 
 
-def _adapter(recipe: Recipe, tokenizer: SLMTokenizer, base: Path) -> Start:
+def _adapter(recipe: Recipe, tokenizer: SLMTokenizer, base: Path) -> StartingModel:
     """A new adapter for `base`, or the adapter in `base`. With new tokens it includes embedding and head."""
     assert recipe.lora is not None
     before = tokenizer_of_base(recipe, base)
     if not tokenizer.pieces_of_new_tokens(before):
-        return start_adapter(base, recipe.lora, recipe.seed)
+        return StartingModel(*start_adapter(base, recipe.lora, recipe.seed))
     if is_adapter(base):
         raise UserError(
             f"{base}: an adapter, and the recipe adds tokens, which need larger embeddings: merge it first "
@@ -73,8 +83,10 @@ def _adapter(recipe: Recipe, tokenizer: SLMTokenizer, base: Path) -> Start:
         )
     saved = [*recipe.lora.modules_to_save, "embedding", "head"]
     settings = recipe.lora.model_copy(update={"modules_to_save": saved})
-    return start_adapter(
-        base, settings, recipe.seed, lambda decoder, config: fit_to_tokenizer(decoder, config, before, tokenizer)
+    return StartingModel(
+        *start_adapter(
+            base, settings, recipe.seed, lambda decoder, config: fit_to_tokenizer(decoder, config, before, tokenizer)
+        )
     )
 
 

@@ -9,17 +9,17 @@ from slmkit.data.stream import ChatRows, DocumentRows
 from slmkit.device import Device
 from slmkit.evaluation.loss import Rows
 from slmkit.model.decoder import Decoder
-from slmkit.training.estimate.memory_profile import MemoryProfile
+from slmkit.training.estimate.memory import MemoryProfile
 from slmkit.training.objective import Objective, next_token
 from slmkit.training.recipe.recipe import Recipe
-from slmkit.workflows.context import ObjectiveParts, RunContext
+from slmkit.workflows.context import ObjectiveParts, RecipeContext
 from slmkit.workflows.distill import distill_batches, distill_inventory
 from slmkit.workflows.grpo import grpo_inventory, grpo_work
 from slmkit.workflows.hooks import Sample, Validate
 from slmkit.workflows.preference import kto_work, preference_inventory, preference_work
 
 
-def work_of(material: RunContext) -> ObjectiveParts:
+def work_of(material: RecipeContext) -> ObjectiveParts:
     """The parts of the recipe's objective. Raises `UserError` if its settings, model or data do not fit together."""
     return WORK[material.recipe.objective](material)
 
@@ -29,7 +29,7 @@ def inventory_of(recipe: Recipe, model: Decoder, tokens: int, device: Device) ->
     return INVENTORIES[recipe.objective](recipe, model, tokens, device)
 
 
-def text_work(m: RunContext) -> ObjectiveParts:
+def text_work(m: RecipeContext) -> ObjectiveParts:
     """Text or conversations, with a teacher or without; validation is the labels' cross-entropy."""
     recipe, talks = m.recipe, m.recipe.reads == "conversations"
     objective: Objective = next_token
@@ -52,7 +52,7 @@ def next_token_inventory(recipe: Recipe, model: Decoder, tokens: int, device: De
     return MemoryProfile(model)
 
 
-WORK: dict[str, Callable[[RunContext], ObjectiveParts]] = {
+WORK: dict[str, Callable[[RecipeContext], ObjectiveParts]] = {
     "pretrain": text_work,
     "sft": text_work,
     "distill": text_work,

@@ -1,37 +1,46 @@
-"""Opening a run: building the data, model and plan of its recipe, for `train` and `resume`."""
+"""`build_run` and `open_run`: data, model, batches and plan of a recipe, for `train`, `resume` and `replay`."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from slmkit.config import UserError
-from slmkit.data.prepare.corpus import Corpus, open_corpus
+from slmkit.data.prepare.corpus import Corpus, build_corpus, open_corpus
+from slmkit.data.rows.teacher_cache import HEADER, data_fingerprint
+from slmkit.data.settings import TokenizerSettings
 from slmkit.device import Device
+from slmkit.find import find_model_directory
+from slmkit.hub import spelled
 from slmkit.model.config import SLMConfig
-from slmkit.model.decoder import Decoder
+from slmkit.model.files.adapter_directory import config_directory, is_adapter
 from slmkit.model.sizes import parameter_count
-from slmkit.training.checkpoints.checkpoint import newest_intact, step_of
-from slmkit.training.checkpoints.model_files import ModelFiles
+from slmkit.training.checkpoints.checkpoint import complete_checkpoints, file_sha256, kept_in, newest_intact
 from slmkit.training.diagnostics.xray_page import look
 from slmkit.training.distributed import ALONE, Group
-from slmkit.training.estimate.memory_profile import meta_model_of
+from slmkit.training.estimate.forecast import PlanFile
+from slmkit.training.estimate.memory import MemoryProfile, meta_model_of
 from slmkit.training.estimate.micro_batch import resolve_micro_batch
-from slmkit.training.fit import fit, make_plan
-from slmkit.training.logging.plan_json import PlanFile
+from slmkit.training.fit import fit
 from slmkit.training.logging.progress import TrainingProgress
 from slmkit.training.logging.reference_curves import ReferenceBand, find_curve
-from slmkit.training.loop import Every, Plan, StopRequested
+from slmkit.training.loop import Every, Plan, Stage, StopRequested
 from slmkit.training.optimizers.choose import trained
-from slmkit.training.recipe.changes import PROCESSES, Change, changes_between, is_of_length
-from slmkit.training.recipe.recipe import LENGTHS, Recipe, load_recipe
+from slmkit.training.recipe.checks import unlikely
+from slmkit.training.recipe.recipe import ModelSettings, Recipe, load_recipe
 from slmkit.training.run_directory import RunDirectory
-from slmkit.workflows.context import SILENCE, Reporter, RunContext
-from slmkit.workflows.model import model_for
+from slmkit.workflows.context import SILENCE, ObjectiveParts, RecipeContext, Reporter
+from slmkit.workflows.distill import teacher_fingerprint
+from slmkit.workflows.hooks import with_prompts
+from slmkit.workflows.model import StartingModel, model_for, tokenizer_of_base
 from slmkit.workflows.objectives import inventory_of, work_of
-from slmkit.workflows.resume import draws_by_process, find_base, fingerprints_of, said_of_length, with_length
+from slmkit.workflows.preference import REFERENCE
+
+BASE, PREPARED = "model.path", "prepared"
 
 
 def open_run(
@@ -41,196 +50,227 @@ def open_run(
     reporter: Reporter = SILENCE,
     recipe: Recipe | None = None,
     is_new: bool = False,
-) -> Session:
-    """The session of a run whose data is prepared, with its own recipe unless another is given.
+) -> PreparedRun:
+    """A run whose data is prepared, with its own recipe unless another is given.
 
     `is_new`: use the weights before the first step, even if there are checkpoints.
     """
     recipe = recipe or load_recipe(run.recipe)
     corpus = open_corpus(run.data)
     base, named = find_base(run, recipe, is_new)
-    model, config, files = model_for(named, corpus.tokenizer, base)
-    return Session(run, recipe, corpus, model, config, files, device, group, reporter)
+    start = model_for(named, corpus.tokenizer, base, None if base else named.model.build_config())
+    return prepared_run(run, recipe, corpus, start, device, group, reporter)
 
 
-class Session:
-    """A run with everything in its recipe built, shared by `train` and `resume`.
+def prepared_run(
+    run: RunDirectory,
+    recipe: Recipe,
+    corpus: Corpus,
+    start: StartingModel,
+    device: Device,
+    group: Group,
+    reporter: Reporter,
+) -> PreparedRun:
+    """The run with the parts of its objective.
 
-    Raises `UserError` for rows longer than the context, and for data too short for one step.
+    Raises `UserError` for rows longer than the model's context, and for data too short for one step.
     """
-
-    def __init__(
-        self,
-        run: RunDirectory,
-        recipe: Recipe,
-        corpus: Corpus,
-        model: Decoder,
-        config: SLMConfig,
-        files: ModelFiles,
-        device: Device,
-        group: Group,
-        reporter: Reporter,
-    ) -> None:
-        self.run, self.recipe, self.corpus, self.model, self.config = run, recipe, corpus, model, config
-        self.files, self.device, self.group = files, device, group
-        self.length = recipe.train.sequence_length or config.max_position_embeddings
-        if self.length > config.max_position_embeddings:
-            raise UserError(
-                f"train.sequence_length {self.length} is longer than the model's max_position_embeddings "
-                f"{config.max_position_embeddings}: lower the first or raise the second"
-            )
-        inventory = inventory_of(recipe, meta_model_of(model), len(corpus.tokenizer), device)
-        settings = resolve_micro_batch(recipe.train, model, inventory, self.length, device)
-        self.recipe = recipe = recipe.model_copy(update={"train": settings})
-        material = RunContext(run, recipe, corpus, model, config, device, group, self.length, reporter)
-        self.work = work_of(material)
-        self.inventory = replace(inventory, longest=self.work.longest)
-        self.stream = self.work.batches
-        if not self.stream.has(0):
-            raise UserError(
-                f"the data is too short for one step of {material.rows_per_step} rows of {self.length} tokens: "
-                "add text, or lower train.tokens_per_step"
-            )
-        self.plan = self._plan_of(recipe)
-
-    def _plan_of(self, recipe: Recipe) -> Plan:
-        return make_plan(
-            recipe.train,
-            self.stream.rows_in_epoch,
-            recipe.tokens_of_row(self.length),
-            self.device,
-            recipe.guard,
-            self.stream.total_rows,
-            self.group,
+    context = RecipeContext(
+        run=run,
+        recipe=recipe,
+        model=start.decoder,
+        config=start.config,
+        files=start.files,
+        extra_files=corpus.tokenizer.save_pretrained,
+        device=device,
+        group=group,
+        warn=reporter.warn,
+        corpus=corpus,
+        reporter=reporter,
+    )
+    length = context.length
+    if length > start.config.max_position_embeddings:
+        raise UserError(
+            f"train.sequence_length {length} is longer than the model's max_position_embeddings "
+            f"{start.config.max_position_embeddings}: lower the first or raise the second"
         )
+    memory = inventory_of(recipe, meta_model_of(start.decoder), len(corpus.tokenizer), device)
+    settings = resolve_micro_batch(recipe.train, start.decoder, memory, length, device)
+    context.recipe = recipe.model_copy(update={"train": settings})
+    parts = work_of(context)
+    if not parts.batches.has(0):
+        raise UserError(
+            f"the data is too short for one step of {context.rows_per_step} rows of {length} tokens: "
+            "add text, or lower train.tokens_per_step"
+        )
+    return PreparedRun(context, parts, replace(memory, longest=parts.longest), context.plan(parts.batches))
 
-    @property
-    def fingerprints(self) -> dict[str, Any]:
-        """Fingerprints of the data and models that the run depends on."""
-        return fingerprints_of(self.run, self.recipe, self.corpus, self.stream)
 
-    def take_over(self, prepared: Recipe, reporter: Reporter, replan: bool) -> None:
-        """Apply, report and record the recipe's changes since preparation. Raises `UserError` for one not allowed."""
-        step, changes = self.run.newest_step(), changes_between(prepared, self.recipe)
-        if replan or any(map(is_of_length, changes)):
-            anew = self._plan_of(self.recipe)
-            self.recipe = with_length(self.run.root, prepared, self.recipe, self._plan_of, step, replan)
-            self.plan = self._plan_of(self.recipe)
-            reporter.say(said_of_length(self._plan_of(prepared), self.plan, anew, self.recipe.train, step))
-            changes = changes_between(prepared, self.recipe)
-        if changes:
-            reporter.say(f"from step {step + 1} on: {', '.join(map(str, changes))}")
-        ranks = self.run.described().get(PROCESSES, 1)
-        if ranks != self.group.world:
-            changes.append(Change(PROCESSES, ranks, self.group.world))
-        share = -(-self.stream.rows_per_step // self.group.world)  # rows per process
-        was, now = (min(plan.rows_per_micro_batch, share) for plan in (self._plan_of(prepared), self.plan))
-        if draws_by_process(self.recipe, self.config) and (ranks != self.group.world or was != now):
-            reporter.warn(
-                "dropout and sampled answers follow how rows are shared out, which has changed: the run differs from "
-                "the one that it would have been by more than rounding"
-            )
-        if changes:
-            self.run.change(self.recipe, changes, step)
-            self.run.add(**{PROCESSES: self.group.world})
+def build_run(
+    run: RunDirectory, recipe: Recipe, device: Device, group: Group, reporter: Reporter, force: bool
+) -> PreparedRun:
+    """Prepare tokenizer, data and model, and describe the run, which can be opened from then on. X-ray its data."""
+    base = kept_in(run.root / "base", find_model_directory(recipe.model.path)) if recipe.model.path else None
+    if base is not None and is_adapter(base):
+        is_trained = "is trained on" if recipe.lora is not None else "is folded into its model first"
+        reporter.say(f"{recipe.model.path}: an adapter, which {is_trained}")
+    tokenizer = tokenizer_of_base(recipe, base) if base else None
+    shape = SLMConfig.from_pretrained(config_directory(base)) if base else recipe.model.build_config()
+    length = recipe.train.sequence_length or shape.max_position_embeddings
+    corpus = build_corpus(
+        recipe.reads, recipe.data, recipe.tokenizer, recipe.seed, run.data, tokenizer, reporter, length
+    )
+    start = model_for(recipe, corpus.tokenizer, base, shape)
+    resolved_recipe = _resolve(with_prompts(recipe, corpus), run, start.config, base)
+    prepared = prepared_run(run, resolved_recipe, corpus, start, device, group, reporter)
+    context = prepared.context
+    run.describe(context.recipe, device, corpus.describe())
+    run.add(fingerprints=fingerprints_of(prepared))
+    reporter.say(prepared.summary())
+    for line in unlikely(context.recipe.train, prepared.plan.steps):
+        reporter.warn(line)
+    for line in prepared.parts.report():
+        reporter.say(f"training data: {line}")
+    prepared.look(force)
+    return prepared
 
-    def is_finished(self) -> bool:
-        """Whether all steps are done or the run ended early. Raises `UserError` if all its checkpoints are damaged."""
-        step, ended = self.run.newest_step(), self.run.described().get("finished") or {}
-        ended_early = step == ended.get("step") and step < ended["steps"] and self.plan.patience == ended["patience"]
-        if not (step >= self.plan.steps or ended_early):
-            return False
-        newest = newest_intact(self.run.checkpoints, lambda line: None)
-        return newest is not None and step_of(newest) == step
 
-    def finished(self) -> str:
-        """Message that the run is finished, and how to train it longer."""
-        step, train, root = self.run.newest_step(), self.recipe.train, self.run.root
-        name = next((name for name in LENGTHS if getattr(train, name) is not None), "num_train_epochs")
-        if step < self.plan.steps:
-            if train.early_stopping_patience is None:
-                return f"{root}: finished at step {step} of {self.plan.steps}, where its data ended"
-            name = "early_stopping_patience"
-        longer = f"slm resume {root} train.{name}={2 * (getattr(train, name) or 1):g}"
-        return f"{root}: finished at step {step}; to train longer: {longer}"
+def _resolve(recipe: Recipe, run: RunDirectory, config: SLMConfig, base: Path | None) -> Recipe:
+    """The recipe with all values of presets written out, so that later changes of presets do not affect it."""
+    if base is None:
+        model = ModelSettings.of_config(config, recipe.model.initialization)
+    else:  # a run's best checkpoint may change later
+        model = recipe.model.model_copy(update={"path": spelled(base)})
+    return recipe.model_copy(update={"output_dir": str(run.root), "model": model})
+
+
+@dataclass
+class PreparedRun:
+    """A run that can be trained: its context, the parts of its objective, what is in memory, and the loop's plan."""
+
+    context: RecipeContext
+    parts: ObjectiveParts
+    memory: MemoryProfile
+    plan: Plan
 
     def summary(self) -> str:
-        learned, whole = sum(p.numel() for p in trained(self.model).values()), parameter_count(self.model.architecture)
+        """One line with the size of model, data and run."""
+        context, batches = self.context, self.parts.batches
+        learned = sum(p.numel() for p in trained(context.model).values())
+        whole = parameter_count(context.model.architecture)
         parameters = f"{learned:,} parameters"
-        if self.recipe.lora is not None:
+        if context.recipe.lora is not None:
             parameters += f" ({learned / (whole + learned):.2%}) beside {whole:,} that are frozen"
-        tokens = f"{self.corpus.training_tokens:,}" if self.corpus.training_tokens else "streamed"
-        rows = self.stream.total_rows
-        is_all = rows is not None and (self.plan.steps + 1) * self.stream.rows_per_step > rows
-        ends = f" (then the data ends: {self.recipe.data.when_exhausted})" if is_all else ""
+        tokens = f"{context.corpus.training_tokens:,}" if context.corpus.training_tokens else "streamed"
+        rows, device = batches.total_rows, context.device.describe()
+        is_all = rows is not None and (self.plan.steps + 1) * batches.rows_per_step > rows
+        ends = f" (then the data ends: {context.recipe.data.when_exhausted})" if is_all else ""
+        processes = f", {context.group.world} processes" if context.group.world > 1 else ""
         return (
             f"{parameters}, {tokens} training tokens in the data, "
-            f"{self.plan.steps:,} steps of {self.stream.rows_per_step} × {self.length} tokens{ends}, "
-            f"{self.device.describe()['device']} in {self.device.describe()['compute_dtype']}"
-            + (f", {self.group.world} processes" if self.group.world > 1 else "")
+            f"{self.plan.steps:,} steps of {batches.rows_per_step} × {context.length} tokens{ends}, "
+            f"{device['device']} in {device['compute_dtype']}{processes}"
         )
 
-    def look(self, reporter: Reporter, force: bool) -> None:
+    def look(self, force: bool) -> None:
         """Run the X-ray. Raises `UserError` for its findings, unless `force`."""
+        context = self.context
         look(
-            self.stream,
-            self.corpus.tokenizer,
-            self.config.vocab_size,
-            self.run.root,
-            reporter.say,
-            train=self.corpus.train,
-            validation=[self.corpus.validation],
-            is_chat=self.recipe.reads in ("conversations", "pairs", "judgements"),
-            is_padded=self.recipe.is_padded,
+            self.parts.batches,
+            context.corpus.tokenizer,
+            context.config.vocab_size,
+            context.run.root,
+            context.reporter.say,
+            train=context.corpus.train,
+            validation=[context.corpus.validation],
+            is_chat=context.recipe.reads in ("conversations", "pairs", "judgements"),
+            is_padded=context.recipe.is_padded,
             force=force,
         )
 
-    def run_to_the_end(self, reporter: Reporter, resume: bool, stop: StopRequested | None = None) -> None:
-        interval = self.recipe.train.evaluation_interval(self.plan.steps)
-        console = None if self.group.is_main else Console(quiet=True)
+    def train(self, resume: bool, stop: StopRequested | None = None) -> None:
+        """Train to the end, with progress bar, evaluations, samples and plan.json."""
+        context, parts, plan, recipe = self.context, self.parts, self.plan, self.context.recipe
+        evaluated = recipe.train.evaluation_interval(plan.steps)
+        console = None if context.group.is_main else Console(quiet=True)
         plan_file = self._plan_file()
-        curve = find_curve(self.recipe, self.config)
-        rows = self.stream.rows_in_epoch
-        epoch = rows / self.stream.rows_per_step if rows else None
-        with TrainingProgress(self.recipe.objective, self.plan.steps, console, epoch) as progress:
+        rows = parts.batches.rows_in_epoch
+        epoch = rows / parts.batches.rows_per_step if rows else None
+        with TrainingProgress(recipe.objective, plan.steps, console, epoch) as progress:
+            hooks = [
+                Every(evaluated, parts.validate, Stage.EVALUATE, on_all_ranks=True),
+                Every(evaluated, parts.sample, Stage.EVALUATE, on_all_ranks=True),
+                Every(1, progress.update, Stage.SHOW),
+                Every(1, plan_file.update, Stage.SHOW),
+            ]
+            if curve := find_curve(recipe, context.config):
+                hooks.append(Every(1, ReferenceBand(curve).update, Stage.EVALUATE))
             state = fit(
-                self.run,
-                self.recipe,
-                self.model,
-                self.config,
-                self.stream,
-                self.plan,
-                extra_files=self.corpus.tokenizer.save_pretrained,
-                objective=self.work.objective,
-                inventory=self.inventory,
-                files=self.files,
-                hooks=(
-                    Every(interval, self.work.validate, on_all_ranks=True),
-                    Every(interval, self.work.sample, on_all_ranks=True),
-                    *([Every(1, ReferenceBand(curve).update)] if curve else []),
-                    Every(1, progress.update),
-                    Every(1, plan_file.update),
-                ),
-                perfect_loss=self.corpus.validation.header.perfect_loss,
+                context,
+                parts.batches,
+                parts.objective,
+                plan,
+                hooks,
                 resume=resume,
-                warn=reporter.warn,
+                memory=self.memory,
+                perfect_loss=context.corpus.validation.header.perfect_loss,
                 stop=stop,
             )
-        if self.corpus.training_tokens is None:  # streams know only now which rows were skipped
-            for line in self.work.report():
-                reporter.say(line)
+        if context.corpus.training_tokens is None:  # streams know only now which rows were skipped
+            for line in parts.report():
+                context.reporter.say(line)
         if compared := plan_file.complete(state.best.get("validation_loss")):
-            reporter.say(compared)
+            context.reporter.say(compared)
 
     def _plan_file(self) -> PlanFile:
+        context = self.context
         return PlanFile(
-            self.run.root,
-            self.config,
-            self.recipe.train,
+            context.run.root,
+            self.memory,
+            context.recipe.train,
             self.plan.steps,
-            self.device,
-            self.inventory,
-            unique_tokens=self.corpus.training_tokens,
-            validation_tokens=self.work.validation_tokens,
-            from_scratch=self.recipe.objective == "pretrain" and self.recipe.model.path is None,
+            context.device,
+            unique_tokens=context.corpus.training_tokens,
+            validation_tokens=self.parts.validation_tokens,
+            from_scratch=context.recipe.objective == "pretrain" and context.recipe.model.path is None,
         )
+
+
+def find_base(run: RunDirectory, recipe: Recipe, is_new: bool = False) -> tuple[Path | None, Recipe]:
+    """The directory of a run's base model, and the recipe for it.
+
+    A fully trained model is in the run's checkpoints and no longer needs its base.
+    """
+    if recipe.model.path is None:
+        return None, recipe
+    if is_new or _needs_base(run, recipe):
+        return find_model_directory(recipe.model.path), recipe
+    own = newest_intact(run.checkpoints, lambda line: None)
+    return own, recipe.model_copy(update={"tokenizer": TokenizerSettings()})
+
+
+def _needs_base(run: RunDirectory, recipe: Recipe) -> bool:
+    has_reference = recipe.objective == "kto" or (recipe.objective == "dpo" and recipe.preference.needs_reference)
+    refers = has_reference and not (run.data / REFERENCE).is_file()
+    compares = recipe.objective == "grpo" and recipe.grpo.beta > 0
+    return recipe.lora is not None or refers or compares or not complete_checkpoints(run.checkpoints)
+
+
+def fingerprints_of(prepared: PreparedRun) -> dict[str, Any]:
+    """Fingerprints of everything outside of its checkpoints that a run depends on, and their time."""
+    run, recipe, corpus = prepared.context.run, prepared.context.recipe, prepared.context.corpus
+    known = run.described().get("fingerprints", {})
+    found: dict[str, Any] = {
+        "tokenizer": corpus.tokenizer.fingerprint,
+        "data": data_fingerprint([*corpus.train, corpus.validation]),
+    }
+    for source in getattr(prepared.parts.batches, "origins", ()):
+        name = f"data: {source.settings.label}"
+        found[name] = source.fingerprint(known.get(name))
+    if recipe.model.path is not None and _needs_base(run, recipe):
+        found[BASE] = teacher_fingerprint(find_model_directory(recipe.model.path))
+    if recipe.distillation is not None and recipe.distillation.cache is not None:
+        found["distillation.cache"] = file_sha256(Path(recipe.distillation.cache) / HEADER)
+    elif recipe.distillation is not None and recipe.distillation.teacher is not None:
+        found["distillation.teacher"] = teacher_fingerprint(find_model_directory(recipe.distillation.teacher))
+    return found | {PREPARED: time.time()}

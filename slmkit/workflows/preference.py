@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import safetensors
@@ -15,17 +13,18 @@ from safetensors.numpy import load_file, save_file
 from slmkit.config import UserError
 from slmkit.data.make_batches import stream_of
 from slmkit.data.rows.answers import JudgedRows, PairRows
+from slmkit.data.shards.reader import TokenShards
 from slmkit.device import Device
 from slmkit.files import sync
 from slmkit.model.decoder import Decoder
-from slmkit.training.estimate.memory_profile import MemoryProfile, read_answers
+from slmkit.training.estimate.memory import MemoryProfile, read_answers
 from slmkit.training.loop import Report, State
 from slmkit.training.objective import Sums, surveyed
 from slmkit.training.objectives.preference import Kto, Preference, reference_log_probabilities, rounded_up
 from slmkit.training.precision import to_weight_dtype
 from slmkit.training.recipe.objective_settings import KtoSettings
 from slmkit.training.recipe.recipe import Recipe
-from slmkit.workflows.context import ObjectiveParts, RunContext
+from slmkit.workflows.context import ObjectiveParts, RecipeContext
 from slmkit.workflows.hooks import Sample
 
 REFERENCE = "reference.safetensors"  # in a run's data folder
@@ -33,19 +32,18 @@ ROWS_AT_ONCE = 16  # rows per batch without gradients
 BALANCED = (1.0, 4 / 3)  # weight × number of good answers over that of bad ones: arXiv:2402.01306, equation (8)
 
 
-def preference_work(m: RunContext) -> ObjectiveParts:
+def preference_work(m: RecipeContext) -> ObjectiveParts:
     """Objective parts of DPO and the other losses of pairs."""
     settings = m.recipe.preference
-    return _work(m, PairRows, Preference(settings), settings.needs_reference)
+    return _work(m, lambda shards: PairRows(shards, m.length), Preference(settings), settings.needs_reference)
 
 
-def kto_work(m: RunContext) -> ObjectiveParts:
+def kto_work(m: RecipeContext) -> ObjectiveParts:
     """Objective parts of KTO: answers with a label each."""
-    work = _work(m, functools.partial(JudgedRows, seed=m.recipe.seed), Kto(m.recipe.kto), needs_reference=True)
     labels = np.concatenate([shards.labels for shards in m.corpus.train])
     if hint := weights_hint(int(labels.sum()), int((~labels).sum()), m.recipe.kto):
         m.reporter.say(hint)
-    return work
+    return _work(m, lambda shards: JudgedRows(shards, m.length, m.recipe.seed), Kto(m.recipe.kto), True)
 
 
 def weights_hint(good: int, bad: int, settings: KtoSettings) -> str | None:
@@ -65,24 +63,28 @@ def weights_hint(good: int, bad: int, settings: KtoSettings) -> str | None:
 
 
 def _work(
-    m: RunContext, make_rows: Callable[..., PairRows | JudgedRows], objective: Preference | Kto, needs_reference: bool
+    m: RecipeContext,
+    rows_of: Callable[[TokenShards], PairRows | JudgedRows],
+    objective: Preference | Kto,
+    needs_reference: bool,
 ) -> ObjectiveParts:
     """Objective parts; computes the reference's log-probabilities if they are needed and missing."""
     data = m.recipe.data
-    train = dict(zip(data.weights, (make_rows(shards, m.length) for shards in m.corpus.train), strict=True))
-    validation = make_rows(m.corpus.validation, m.length)
-    for name, rows in {**train, "validation": validation}.items():
+    train = dict(zip(data.weights, map(rows_of, m.corpus.train), strict=True))
+    validation = rows_of(m.corpus.validation)
+    all_rows = {**train, "validation": validation}
+    for name, rows in all_rows.items():
         for line in rows.report():
             m.reporter.say(f"{name}: {line}")
     if needs_reference:
-        _refer(m, [*train.values(), validation])
+        _add_reference(m, [*all_rows.values()])
     return ObjectiveParts(
         batches=stream_of(train, data, m.recipe.tokens_of_row(m.length), m.rows_per_step, m.recipe.seed),
         objective=objective,
         validate=ValidateAnswers(validation, objective, m),
         sample=Sample(m.run.samples, m.recipe, m.corpus.tokenizer, True, m.group),
         validation_tokens=2 * validation.rows_in_epoch * m.length,
-        longest=rounded_up(max(rows.longest for rows in (*train.values(), validation))),
+        longest=rounded_up(max(rows.longest for rows in all_rows.values())),
     )
 
 
@@ -91,51 +93,40 @@ def preference_inventory(recipe: Recipe, model: Decoder, tokens: int, device: De
     return MemoryProfile(model, readings=(lambda model, beside, length: read_answers(model, 2 * ROWS_AT_ONCE, length),))
 
 
-def _refer(m: RunContext, all_rows: Sequence[PairRows | JudgedRows]) -> None:
+def _add_reference(m: RecipeContext, all_rows: Sequence[PairRows | JudgedRows]) -> None:
     """Add the starting model's log-probabilities to each of `all_rows`, and store them in the run's data."""
     path = m.run.data / REFERENCE
-    found = _stored(path) if path.is_file() else {}
+    try:
+        found = load_file(path) if path.is_file() else {}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read: {error}; delete it; it is then computed again") from None
     wanted = {f"{number:02}": rows for number, rows in enumerate(all_rows)}
     if {name: (rows.rows_in_epoch, 2) for name, rows in wanted.items()} != {n: a.shape for n, a in found.items()}:
         m.model.to(m.device.torch_device)
         to_weight_dtype(m.model, m.device)
         total = sum(rows.rows_in_epoch for rows in all_rows)
         m.reporter.say(f"reference: computing the starting model's log-probabilities of {total:,} {m.recipe.reads}")
-        progress = m.reporter.counter("reference", total)
-        done = Counter[str]()
+        progress, done = m.reporter.counter("reference", total), Counter[str]()
 
         def tell(rows: int, tokens: int) -> None:
             done.update(rows=rows, tokens=tokens)
             progress(done["rows"], done["tokens"], 0)
 
-        found = {
-            name: reference_log_probabilities(m.model, rows, m.device, ROWS_AT_ONCE, tell)
-            for name, rows in wanted.items()
-        }
-        _store(path, found)
+        for name, rows in wanted.items():
+            found[name] = reference_log_probabilities(m.model, rows, m.device, ROWS_AT_ONCE, tell)
+        fresh = path.with_name(f".{path.name}")
+        save_file({name: found[name] for name in wanted}, fresh)
+        sync(fresh)
+        fresh.rename(path)
+        sync(path.parent)
     for name, rows in wanted.items():
         rows.reference = found[name]
-
-
-def _stored(path: Path) -> dict[str, np.ndarray]:
-    try:
-        return load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read: {error}; delete it; it is then computed again") from None
-
-
-def _store(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    fresh = path.with_name(f".{path.name}")
-    save_file(arrays, fresh)
-    sync(fresh)
-    fresh.rename(path)
-    sync(path.parent)
 
 
 class ValidateAnswers:
     """Hook for all ranks: the objective's loss and figures over held-out rows, distributed over the ranks."""
 
-    def __init__(self, rows: PairRows | JudgedRows, objective: Preference | Kto, m: RunContext) -> None:
+    def __init__(self, rows: PairRows | JudgedRows, objective: Preference | Kto, m: RecipeContext) -> None:
         self.rows, self.objective, self.device, self.group = rows, objective, m.device, m.group
 
     def __call__(self, state: State, report: Report) -> None:

@@ -13,9 +13,11 @@ from slmkit.device import find_device
 from slmkit.evaluation import QuestionReport, ask
 from slmkit.evaluation.questions import Answer, Messages
 from slmkit.generation.ensemble import LanguageModel
+from slmkit.model.files.directory import empty_decoder
 from slmkit.model.files.find import free_path
 from slmkit.tokenizer import SLMTokenizer
-from slmkit.training.estimate.probe import ProbeTarget, probe
+from slmkit.training.estimate.memory import MemoryProfile
+from slmkit.training.estimate.probe import probe
 from slmkit.training.loop import RunStopped, StopRequested
 from slmkit.training.recipe.recipe import Recipe, find_recipe, load_recipe
 from slmkit.training.run_directory import RunDirectory
@@ -149,7 +151,8 @@ def _tell_the_plan(minutes: float, seconds: float, primer: float, reporter: Repo
 def _seconds_of_a_step() -> float:
     """Measured seconds of a training step of the primer."""
     recipe = load_recipe(find_recipe("quickstart-primer"))
-    return probe(ProbeTarget.fresh(recipe.model.build_config()), recipe.train, find_device(), steps=6).step_seconds
+    profile = MemoryProfile(empty_decoder(recipe.model.build_config()))
+    return probe(profile, recipe.train, find_device(), steps=6).step_seconds
 
 
 def _shortened(recipe: Recipe, share: float) -> Recipe:

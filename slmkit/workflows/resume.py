@@ -1,70 +1,126 @@
-"""Checks of a resumed run's base model and data, and its schedule after a change of length."""
+"""`resume_run`: go on with a run, checked against its start, perhaps with changes to its recipe."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+import contextlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from slmkit.config import UserError
-from slmkit.data.prepare.corpus import Corpus
-from slmkit.data.rows.teacher_cache import HEADER, data_fingerprint
-from slmkit.data.settings import TokenizerSettings
-from slmkit.data.stream import Batches
-from slmkit.find import find_model_directory
+from slmkit.device import Device, find_device
 from slmkit.model.config import SLMConfig
-from slmkit.training.checkpoints.checkpoint import complete_checkpoints, file_sha256, newest_intact
+from slmkit.model.files.find import find_run
+from slmkit.training.checkpoints.checkpoint import newest_intact, step_of
+from slmkit.training.distributed import Group, join
+from slmkit.training.logging.trackers import check_trackers
 from slmkit.training.loop import Plan
-from slmkit.training.recipe.recipe import LENGTHS, Recipe, TrainSettings
+from slmkit.training.recipe.changes import (
+    NOW,
+    PROCESSES,
+    Change,
+    changes_between,
+    expect_obeyable,
+    is_of_length,
+    of_absent_sections,
+    recipe_at,
+)
+from slmkit.training.recipe.recipe import LENGTHS, Recipe, TrainSettings, load_recipe
 from slmkit.training.run_directory import RunDirectory
-from slmkit.workflows.distill import teacher_fingerprint
-from slmkit.workflows.preference import REFERENCE
-
-BASE, PREPARED = "model.path", "prepared"
+from slmkit.workflows.context import SILENCE, Reporter
+from slmkit.workflows.open_run import PREPARED, PreparedRun, build_run, fingerprints_of, open_run
 
 
-def find_base(run: RunDirectory, recipe: Recipe, is_new: bool = False) -> tuple[Path | None, Recipe]:
-    """The directory of a run's base model, and the recipe for it.
+def resume_run(
+    directory: str | Path, reporter: Reporter, overrides: Sequence[str] = (), replan: bool = False
+) -> RunDirectory:
+    """Resume a run from its newest intact checkpoint, on any number of processes.
 
-    A fully trained model is in the run's checkpoints and no longer needs its base.
+    `overrides` and edits of recipe.yaml are applied by the rules of `slmkit.training.recipe.changes`. If the length
+    changes, the learning rate keeps its schedule, unless `replan` spreads that over the new length.
+    Raises `UserError` if there is no checkpoint, the run is running, a change is not allowed during a run, or its data
+    or base model has changed.
     """
-    if recipe.model.path is None:
-        return None, recipe
-    if is_new or _needs_base(run, recipe):
-        return find_model_directory(recipe.model.path), recipe
-    own = newest_intact(run.checkpoints, lambda line: None)
-    return own, recipe.model_copy(update={"tokenizer": TokenizerSettings()})
+    run = RunDirectory(find_run(directory))
+    try:
+        recipe = load_recipe(run.recipe, overrides, reporter.say)
+    except UserError:  # an override of an absent section gets a clearer message
+        if prepared := recipe_at(run.described(), NOW):
+            expect_obeyable(run.root, prepared, of_absent_sections(prepared, overrides), overrides)
+        raise
+    check_trackers(recipe.train.report_to)
+    device = find_device(recipe.train.device, recipe.train.precision)
+    with join(device, recipe.train.ddp_timeout) as group, contextlib.ExitStack() as held:
+        reporter = reporter if group.is_main else SILENCE
+        if group.is_main:
+            held.enter_context(run.held())
+            opened = go_on(run, recipe, device, group, reporter, overrides, replan)
+            group.from_main(True)
+        else:
+            group.from_main(True)
+            opened = open_run(run, device, group)
+        if group.from_main(_is_finished(opened)):
+            reporter.say(_finished(opened))
+            return run
+        opened.train(resume=True)
+    return run
 
 
-def _needs_base(run: RunDirectory, recipe: Recipe) -> bool:
-    has_reference = recipe.objective == "kto" or (recipe.objective == "dpo" and recipe.preference.needs_reference)
-    refers = has_reference and not (run.data / REFERENCE).is_file()
-    compares = recipe.objective == "grpo" and recipe.grpo.beta > 0
-    return recipe.lora is not None or refers or compares or not complete_checkpoints(run.checkpoints)
+def go_on(
+    run: RunDirectory,
+    recipe: Recipe,
+    device: Device,
+    group: Group,
+    reporter: Reporter,
+    overrides: Sequence[str] = (),
+    replan: bool = False,
+) -> PreparedRun:
+    """The run with its edited recipe; on rank 0 only. Prepares the data if the run was stopped before that."""
+    if not run.environment.is_file():
+        reporter.say(f"{run.root}: was stopped before its data was ready; preparing it again")
+        return build_run(run, recipe, device, group, reporter, force=False)
+    before = recipe_at(run.described(), NOW)
+    if before is not None:
+        expect_obeyable(run.root, before, changes_between(before, recipe), overrides)
+    opened = open_run(run, device, group, reporter, recipe)
+    expect_the_same(opened)
+    if before is not None:
+        _apply_changes(opened, before, replan)
+    reporter.say(opened.summary())
+    return opened
 
 
-def fingerprints_of(run: RunDirectory, recipe: Recipe, corpus: Corpus, stream: Batches) -> dict[str, Any]:
-    """Fingerprints of everything outside of its checkpoints that a run depends on, and their time."""
-    known = run.described().get("fingerprints", {})
-    found: dict[str, Any] = {
-        "tokenizer": corpus.tokenizer.fingerprint,
-        "data": data_fingerprint([*corpus.train, corpus.validation]),
-    }
-    for source in getattr(stream, "origins", ()):
-        name = f"data: {source.settings.label}"
-        found[name] = source.fingerprint(known.get(name))
-    if recipe.model.path is not None and _needs_base(run, recipe):
-        found[BASE] = teacher_fingerprint(find_model_directory(recipe.model.path))
-    if recipe.distillation is not None and recipe.distillation.cache is not None:
-        found["distillation.cache"] = file_sha256(Path(recipe.distillation.cache) / HEADER)
-    elif recipe.distillation is not None and recipe.distillation.teacher is not None:
-        found["distillation.teacher"] = teacher_fingerprint(find_model_directory(recipe.distillation.teacher))
-    return found | {PREPARED: time.time()}
+def _apply_changes(opened: PreparedRun, before: Recipe, replan: bool) -> None:
+    """Apply, report and record the changes since the recipe `before`. Raises `UserError` for one not allowed."""
+    context, batches = opened.context, opened.parts.batches
+    run, reporter, world = context.run, context.reporter, context.group.world
+    step, changes = run.newest_step(), changes_between(before, context.recipe)
+    plan_before = context.plan(batches, before)
+    if replan or any(map(is_of_length, changes)):
+        replanned = opened.plan
+        context.recipe = with_length(run.root, before, context.recipe, plan_before.steps, replanned.steps, step, replan)
+        opened.plan = context.plan(batches)
+        reporter.say(said_of_length(plan_before, opened.plan, replanned, context.recipe.train, step))
+        changes = changes_between(before, context.recipe)
+    if changes:
+        reporter.say(f"from step {step + 1} on: {', '.join(map(str, changes))}")
+    ranks = run.described().get(PROCESSES, 1)
+    if ranks != world:
+        changes.append(Change(PROCESSES, ranks, world))
+    share = -(-batches.rows_per_step // world)  # rows per process
+    was, now = (min(plan.rows_per_micro_batch, share) for plan in (plan_before, opened.plan))
+    if draws_by_process(context.recipe, context.config) and (ranks != world or was != now):
+        reporter.warn(
+            "dropout and sampled answers follow how rows are shared out, which has changed: the run differs from "
+            "the one that it would have been by more than rounding"
+        )
+    if changes:
+        run.change(context.recipe, changes, step)
+        run.add(**{PROCESSES: world})
 
 
-def expect_the_same(run: RunDirectory, corpus: Corpus, found: dict[str, Any]) -> None:
+def expect_the_same(prepared: PreparedRun) -> None:
     """Raises `UserError` for the first fingerprint that differs from the run's start."""
+    run, corpus, found = prepared.context.run, prepared.context.corpus, fingerprints_of(prepared)
     known = run.described().get("fingerprints", {})
     for what, fingerprint in found.items():
         if what != PREPARED and known.get(what, fingerprint) != fingerprint:
@@ -78,13 +134,13 @@ def expect_the_same(run: RunDirectory, corpus: Corpus, found: dict[str, Any]) ->
 
 
 def with_length(
-    root: Path, prepared: Recipe, recipe: Recipe, plan_of: Callable[[Recipe], Plan], step: int, replan: bool
+    root: Path, prepared: Recipe, recipe: Recipe, before: int, after: int, step: int, replan: bool
 ) -> Recipe:
     """The recipe with its previous schedule or, with `replan` or before the first step, one over the new length.
 
+    `before` and `after` are the run's steps by the recipe `prepared` and by the edited one, `step` those done.
     Raises `UserError` for a length that the run has passed.
     """
-    before, after = plan_of(prepared).steps, plan_of(recipe).steps
     if after < step:
         key = next(name for name in (*LENGTHS, "num_train_epochs") if getattr(recipe.train, name, None) is not None)
         raise UserError(f"{root}: step {step} is done, and train.{key} would end the run at step {after}: raise it")
@@ -119,3 +175,27 @@ def draws_by_process(recipe: Recipe, config: SLMConfig) -> bool:
     """Whether random numbers of a step depend on the number of processes."""
     dropout = max(config.hidden_dropout, config.attention_dropout, recipe.lora.lora_dropout if recipe.lora else 0.0)
     return dropout > 0 or recipe.objective == "grpo"
+
+
+def _is_finished(opened: PreparedRun) -> bool:
+    """Whether all steps are done or the run ended early. Raises `UserError` if all its checkpoints are damaged."""
+    run, plan = opened.context.run, opened.plan
+    step, ended = run.newest_step(), run.described().get("finished") or {}
+    ended_early = step == ended.get("step") and step < ended["steps"] and plan.patience == ended["patience"]
+    if not (step >= plan.steps or ended_early):
+        return False
+    newest = newest_intact(run.checkpoints, lambda line: None)
+    return newest is not None and step_of(newest) == step
+
+
+def _finished(opened: PreparedRun) -> str:
+    """Message that the run is finished, and how to train it longer."""
+    run, train, steps = opened.context.run, opened.context.recipe.train, opened.plan.steps
+    step, root = run.newest_step(), run.root
+    name = next((name for name in LENGTHS if getattr(train, name) is not None), "num_train_epochs")
+    if step < steps:
+        if train.early_stopping_patience is None:
+            return f"{root}: finished at step {step} of {steps}, where its data ended"
+        name = "early_stopping_patience"
+    longer = f"slm resume {root} train.{name}={2 * (getattr(train, name) or 1):g}"
+    return f"{root}: finished at step {step}; to train longer: {longer}"

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from slmkit.adapt.adapter import trained_tensors
+from slmkit.adapt.adapter import AdapterFiles, trained_tensors
 from slmkit.adapt.lora import add_lora
 from slmkit.model.config import SLMConfig
 from slmkit.model.decoder import Decoder
@@ -50,6 +50,12 @@ def adapted(decoder: Decoder, config: SLMConfig, **settings: Any) -> LoRASetting
     add_lora(decoder, config, chosen, seed=3)
     shake(trained_tensors(decoder))
     return chosen
+
+
+def save_adapter(
+    decoder: Decoder, config: SLMConfig, settings: LoRASettings, base: str | Path, directory: Path
+) -> None:
+    AdapterFiles(config, settings, Path(base)).write(decoder, trained_tensors(decoder), directory)
 
 
 def shake(tensors: dict[str, torch.Tensor]) -> None:

@@ -11,11 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from slmkit.adapt.adapter import save_adapter
 from slmkit.adapt.adapter_config import target_names
 from slmkit.adapt.load import load_adapted, load_model
 from slmkit.config import UserError
-from tests.adapt.helpers import adapted, base_in, config_of, logits
+from tests.adapt.helpers import adapted, base_in, config_of, logits, save_adapter
 
 ANOTHER = "it is an adapter of another model"
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from slmkit import SLMForCausalLM
-from slmkit.adapt.adapter import load_adapter, save_adapter, trained_tensors
+from slmkit.adapt.adapter import load_adapter, trained_tensors
 from slmkit.adapt.load import adapter_blueprint, load_model, start_adapter
 from slmkit.adapt.lora import fold
 from slmkit.config import UserError
@@ -21,7 +21,7 @@ from slmkit.model.sizes import parameter_count
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.estimate.inspect import inspect_model
 from slmkit.workflows.merge import fold_adapters
-from tests.adapt.helpers import adapted, base_in, config_of, logits, shake
+from tests.adapt.helpers import adapted, base_in, config_of, logits, save_adapter, shake
 from tests.cli.helpers import slm
 from tests.training.helpers import TOKENIZER
 
@@ -58,7 +58,7 @@ def test_several_are_folded_one_after_another(base: Path, caplog: pytest.LogCapt
     found = [adapter(base, "one"), adapter(base, "two", target_modules=["down_proj"], r=2)]
     decoder, config = load_decoder(base)
     for directory in found:
-        load_adapter(decoder, config, directory)
+        decoder, config, _ = load_adapter(decoder, config, directory)
         fold(decoder)
     folded = fold_adapters(base, found, base.parent / "both")
     assert torch.equal(logits(load_decoder(folded)[0]), logits(decoder))

@@ -7,8 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from slmkit.adapt.adapter import trained_tensors
-from slmkit.adapt.lora import DoRALinear, LoRALinear, adapted_linears, add_lora, fold
-from slmkit.adapt.lora_base import FORMATS, NF4Linear
+from slmkit.adapt.lora import FORMATS, DoRALinear, LoRALinear, NF4Linear, adapted_linears, add_lora, fold
 from slmkit.config import UserError
 from slmkit.model.config import SLMConfig
 from slmkit.model.files.adapter_directory import LoRASettings

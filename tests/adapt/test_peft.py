@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from slmkit.adapt.adapter import read_tensors, save_adapter, trained_tensors
+from slmkit.adapt.adapter import AdapterFiles, trained_tensors
 from slmkit.adapt.load import load_adapted, load_model
 from slmkit.adapt.lora import adapted_linears, fold
 from slmkit.config import UserError
 from slmkit.model.decoder import Decoder
 from slmkit.model.files.adapter_directory import LoRASettings
 from slmkit.model.files.directory import load_decoder
-from tests.adapt.helpers import FAMILIES, KINDS, adapted, base_in, config_of, ids, logits, shake
+from tests.adapt.helpers import FAMILIES, KINDS, adapted, base_in, config_of, ids, logits, save_adapter, shake
 from tests.parity.test_transformers import randomised
 
 transformers = pytest.importorskip("transformers")
@@ -196,8 +196,9 @@ def test_a_head_of_its_own_can_be_adapted(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_read_back_is_what_was_written_bit_for_bit(family: str, kind: str, tmp_path: Path) -> None:
-    decoder, _ = ours_in(tmp_path, family, KINDS[kind] | {"target_modules": ["key", "value", r".*mlp\.(gate|up)"]})
-    read = read_tensors(decoder, config_of(family), tmp_path / "adapter")
+    targets = {"target_modules": ["key", "value", r".*mlp\.(gate|up)"]}
+    decoder, settings = ours_in(tmp_path, family, KINDS[kind] | targets)
+    read = AdapterFiles(config_of(family), settings, tmp_path / "base").read(tmp_path / "adapter", decoder)
     written = trained_tensors(decoder)
     assert read.keys() == written.keys()
     assert all(torch.equal(read[name], written[name]) for name in read)

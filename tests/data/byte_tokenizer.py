@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from slmkit.tokenizer.chat_rows import ChatRow
+from slmkit.tokenizer.encoder import ChatRow
 
 
 @dataclass

@@ -17,10 +17,10 @@ from slmkit.model.initialization import build_decoder
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.checkpoints.checkpoint import take_snapshot
 from slmkit.training.checkpoints.model_files import WholeModel
-from slmkit.training.fit import fit, make_plan
+from slmkit.training.fit import RunContext, fit
 from slmkit.training.guards import GuardSettings
 from slmkit.training.loop import Plan, State
-from slmkit.training.objective import Loss, NextToken
+from slmkit.training.objective import Loss, NextToken, next_token
 from slmkit.training.optimizers.choose import make_optimizers
 from slmkit.training.precision import LossScale, to_weight_dtype
 from slmkit.training.recipe.recipe import Recipe, TrainSettings
@@ -98,16 +98,15 @@ def run(
     directory.checkpoints.mkdir(parents=True, exist_ok=True)
     shape = config(hidden_dropout=0.2, attention_dropout=0.1)
     rows = dataset()
-    device = find_device("cpu", train.precision)
-    return fit(
-        directory,
-        Recipe(output_dir=str(root), train=train),
-        build_decoder(shape, seed=1),
-        shape,
-        Stream(rows, train.rows_per_step(LENGTH), seed=0),
-        make_plan(train, rows.rows_in_epoch, LENGTH, device, GuardSettings(**guard or {})),
+    context = RunContext(
+        run=directory,
+        recipe=Recipe(output_dir=str(root), train=train, guard=GuardSettings(**guard or {})),
+        model=build_decoder(shape, seed=1),
+        config=shape,
+        files=WholeModel(shape),
         extra_files=TOKENIZER.save_pretrained,
-        hooks=hooks,
-        resume=resume,
+        device=find_device("cpu", train.precision),
         warn=warn,
     )
+    batches = Stream(rows, train.rows_per_step(LENGTH), seed=0)
+    return fit(context, batches, next_token, context.plan(batches), hooks, resume=resume)

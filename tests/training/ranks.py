@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from slmkit.training.logging import disk_hooks
+from slmkit.training.logging import logger
 
 PATIENCE = 120  # seconds for all processes together
 
@@ -50,7 +50,7 @@ def _on_rank(rank: int, world: int, port: int, errors: Any, function: Callable[.
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     for draw in ("plot_losses", "plot_shares"):  # pictures are those of one process, and take seconds
-        setattr(disk_hooks, draw, lambda *arguments: None)
+        setattr(logger, draw, lambda *arguments: None)
     try:
         function(*arguments)
     except Exception:

@@ -24,8 +24,9 @@ from slmkit.data.rows.text_dataset import TextDataset
 from slmkit.data.stream import Rows, Stream
 from slmkit.device import DeviceError, Ranks, find_device, find_ranks
 from slmkit.model.initialization import build_decoder
+from slmkit.training.checkpoints.model_files import WholeModel
 from slmkit.training.distributed import Group, join, whole
-from slmkit.training.fit import fit, make_plan
+from slmkit.training.fit import RunContext, fit
 from slmkit.training.loop import Every, Plan, Report, RunStopped, State, train_step
 from slmkit.training.objective import next_token
 from slmkit.training.optimizers.choose import OPTIMIZERS
@@ -72,14 +73,13 @@ def train_run(root: Path, parallel: str, optimizer: str, resume: bool = False, s
                 os.kill(os.getpid(), signal.SIGTERM)
 
         hooks = (Every(2, Validate(rows, device, group=group), on_all_ranks=True), Every(1, stop, on_all_ranks=True))
-        plan = make_plan(train, rows.rows_in_epoch, LENGTH, device, group=group)
-        stream, recipe = Stream(rows, train.rows_per_step(LENGTH)), Recipe(output_dir=str(root), train=train)
-        model = build_decoder(shape, seed=1)
+        context = RunContext(
+            run=directory, recipe=Recipe(output_dir=str(root), train=train), model=build_decoder(shape, seed=1),
+            config=shape, files=WholeModel(shape), extra_files=TOKENIZER.save_pretrained, device=device, group=group,
+        )  # fmt: skip
+        batches = Stream(rows, train.rows_per_step(LENGTH))
         try:
-            fit(
-                directory, recipe, model, shape, stream, plan,
-                extra_files=TOKENIZER.save_pretrained, hooks=hooks, resume=resume,
-            )  # fmt: skip
+            fit(context, batches, next_token, context.plan(batches), hooks, resume=resume)
         except RunStopped:
             assert stop_at is not None
 

@@ -18,17 +18,17 @@ from slmkit.data.stream import Stream
 from slmkit.device import find_device
 from slmkit.find import find_model_directory
 from slmkit.model.files.adapter_directory import LoRASettings
-from slmkit.model.files.directory import load_decoder, save_decoder
+from slmkit.model.files.directory import empty_decoder, load_decoder, save_decoder
 from slmkit.model.initialization import build_decoder
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.checkpoints.checkpoint import complete_checkpoints, verify
 from slmkit.training.distributed import join
-from slmkit.training.estimate.memory import checkpoint_bytes, state_bytes, training_bytes
-from slmkit.training.estimate.memory_profile import MemoryProfile, meta_model_of
-from slmkit.training.fit import fit, make_plan
+from slmkit.training.estimate.memory import MemoryProfile, checkpoint_bytes, meta_model_of, state_bytes, training_bytes
+from slmkit.training.fit import RunContext, fit
 from slmkit.training.logging.metrics_log import MetricsLog
 from slmkit.training.logging.throughput import ThroughputMonitor
 from slmkit.training.loop import State
+from slmkit.training.objective import next_token
 from slmkit.training.recipe.recipe import Recipe
 from slmkit.training.run_directory import RunDirectory
 from tests.adapt.helpers import KINDS
@@ -57,12 +57,12 @@ def lora_run(root: Path, base: Path, resume: bool = False, train: dict[str, Any]
     rows, device = dataset(), find_device("cpu", train_settings.precision)
     with join(device, 60) as group:
         RunDirectory(root).checkpoints.mkdir(parents=True, exist_ok=True)
-        return fit(
-            RunDirectory(root), recipe, model, shape,
-            Stream(rows, train_settings.rows_per_step(LENGTH), seed=0),
-            make_plan(train_settings, rows.rows_in_epoch, LENGTH, device, group=group),
-            extra_files=TOKENIZER.save_pretrained, files=files, resume=resume, warn=lambda line: None,
+        context = RunContext(
+            run=RunDirectory(root), recipe=recipe, model=model, config=shape, files=files,
+            extra_files=TOKENIZER.save_pretrained, device=device, group=group, warn=lambda line: None,
         )  # fmt: skip
+        batches = Stream(rows, train_settings.rows_per_step(LENGTH), seed=0)
+        return fit(context, batches, next_token, context.plan(batches), resume=resume)
 
 
 def metrics(root: Path) -> list[dict[str, Any]]:
@@ -170,11 +170,11 @@ def test_memory_is_estimated_of_what_is_trained(base: Path) -> None:
     assert needed["nf4"] < needed["int8"] < needed["float32"]
 
 
-def test_estimates_are_the_same_for_a_blueprint_as_for_its_architecture(base: Path) -> None:
-    plain, _ = load_decoder(base)
+def test_estimates_are_the_same_for_a_loaded_model_as_for_one_of_its_config(base: Path) -> None:
+    plain, shape = load_decoder(base)
     of_either = [
-        training_bytes(MemoryProfile(b), settings(), 4, LENGTH, CPU, 1)
-        for b in (plain.architecture, meta_model_of(plain))
+        training_bytes(MemoryProfile(model), settings(gradient_checkpointing=1), 4, LENGTH, CPU)
+        for model in (empty_decoder(shape), meta_model_of(plain))
     ]
     assert of_either[0] == of_either[1]
 

@@ -17,7 +17,7 @@ from slmkit.device import find_device
 from slmkit.model.files.directory import load_decoder, save_decoder
 from slmkit.model.initialization import build_decoder
 from slmkit.training import loop
-from slmkit.training.logging.plan_json import PlanFile
+from slmkit.training.estimate.forecast import PlanFile
 from slmkit.training.logging.plots import plot_runs
 from slmkit.training.objectives.preference import reference_log_probabilities
 from slmkit.training.recipe.objective_settings import KtoSettings
@@ -26,7 +26,8 @@ from slmkit.training.run_directory import RunDirectory
 from slmkit.workflows.grpo import REWARDS, exact, find_reward, number
 from slmkit.workflows.preference import weights_hint
 from slmkit.workflows.replay import replay_run
-from slmkit.workflows.train import resume_run, train_recipe
+from slmkit.workflows.resume import resume_run
+from slmkit.workflows.train import train_recipe
 from tests.test_life import Silent
 from tests.training.helpers import TOKENIZER
 from tests.training.objectives.test_preference import CONFIG
@@ -169,7 +170,7 @@ def test_a_step_of_sampled_answers_is_replayed_bit_for_bit(start: Path, tmp_path
     replayed = replay_run(run.root, 3, Silent())
     assert replayed.recorded is not None
     assert not replayed.differences
-    assert len(replayed.replay.rows) == 16
+    assert len(replayed.rows) == 16
 
 
 def test_a_refused_step_keeps_its_answers_to_be_replayed(
@@ -188,7 +189,7 @@ def test_a_refused_step_keeps_its_answers_to_be_replayed(
     assert (run.records / "step-000004" / "batches.safetensors").is_file()
     replayed = replay_run(run.root, 4, Silent())
     assert not replayed.differences
-    assert "advantage" in replayed.replay.batch.extra
+    assert "advantage" in replayed.batch.extra
 
 
 def test_the_x_ray_shows_both_answers_and_sampled_ones(start: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from slmkit.data.prepare.conversations import prepare_chat
 from slmkit.data.prepare.corpus import Corpus
 from slmkit.data.prepare.text_to_shards import prepare_text
 from slmkit.data.sources import Message
-from slmkit.data.sources.pair_formats import Pair
+from slmkit.data.sources.documents import Pair
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.recipe.recipe import Recipe
 from slmkit.workflows.hooks import prompts_of, with_prompts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,16 +9,11 @@ import numpy as np
 
 from slmkit.config import UserError
 from slmkit.data.cleaning.words import HashedWords, hash_runs, hash_words
-from slmkit.data.sources import read_documents
-from slmkit.data.sources.documents import BadRow
+from slmkit.data.sources import BadRow, find_files, read_documents
 from slmkit.data.sources.files import local_file
-from slmkit.data.sources.folders import find_files
-from slmkit.data.sources.row_formats import RowFormat, RowFormats
 from slmkit.data.sources.rows import ROWS
-from slmkit.data.sources.settings import SourceSettings
 
 KINDS = (".txt", ".jsonl", ".json", ".csv")
-ALL_TEXT = {"all text": RowFormat((), lambda row: "\n".join(_texts(row)))}
 
 
 def evaluation_runs(paths: Sequence[str], length: int) -> np.ndarray:
@@ -49,11 +43,10 @@ def _all_texts(paths: Sequence[str]) -> Iterator[str]:
         if file.kind == ".txt":
             yield from (document.text for document in read_documents(path))
             continue
-        formats = RowFormats("texts", ALL_TEXT, SourceSettings(path=str(path)), (), Counter())
-        for row in ROWS[file.kind](file, {}, formats):
+        for row in ROWS[file.kind](file, {}):
             if isinstance(row.value, BadRow):
                 raise UserError(row.value.message)
-            yield row.value
+            yield "\n".join(_texts(row.value))
 
 
 def _texts(value: Any) -> Iterator[str]:

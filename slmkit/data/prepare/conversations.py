@@ -23,7 +23,7 @@ from slmkit.data.shards.writer import ShardWriter
 from slmkit.data.sources import BadRow, Judged, Message, Pair, RetryPolicy, Source, tools_of
 from slmkit.data.sources.settings import OnLong, SourceSettings
 from slmkit.tokenizer.chat import ConversationError
-from slmkit.tokenizer.chat_rows import ChatRow, RenderedChat, rows_to_learn
+from slmkit.tokenizer.encoder import ChatRow, RenderedChat, rows_to_learn
 
 if TYPE_CHECKING:
     from slmkit.tokenizer import SLMTokenizer

@@ -13,7 +13,7 @@ from slmkit.data.prepare.open_sources import items_of
 from slmkit.data.shards.reader import TokenShards
 from slmkit.data.sources import Document, Judged, Pair, Source, open_source, tools_of
 from slmkit.data.sources.settings import SourceSettings
-from slmkit.tokenizer.chat_rows import ChatRow
+from slmkit.tokenizer.encoder import ChatRow
 
 if TYPE_CHECKING:
     from slmkit.tokenizer import SLMTokenizer

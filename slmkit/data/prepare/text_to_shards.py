@@ -63,7 +63,7 @@ def prepare_text(
 
     `shuffle_seed` shuffles all documents. The number of `workers` (threads; default: one per core) does not change the
     result. Shards that a killed call finished are reused if the same documents come again. `sources` (see
-    `describe_sources`) and `perfect_loss` (nats per token) are for the header. Raises `UserError` if there is no text
+    `Source.describe`) and `perfect_loss` (nats per token) are for the header. Raises `UserError` if there is no text
     or the disk is full; existing contents of `directory` then stay unchanged.
     """
     workers = workers or os.cpu_count() or 1

@@ -6,16 +6,24 @@ comes with a position from which reading can continue, and every error names fil
 """
 
 from slmkit.data.sources.built_in import BUILT_IN, PRIMER, STORIES, SUMS
-from slmkit.data.sources.documents import PIECE, BadRow, Document, Message, Position, cut_point, tools_of
+from slmkit.data.sources.documents import (
+    PIECE,
+    BadRow,
+    Document,
+    Judged,
+    Message,
+    Pair,
+    Position,
+    cut_point,
+    tools_of,
+)  # fmt: skip
 from slmkit.data.sources.files import Paths
-from slmkit.data.sources.folders import describe_sources, find_files
-from slmkit.data.sources.open import open_source, read_conversations, read_documents
-from slmkit.data.sources.pair_formats import Judged, Pair
+from slmkit.data.sources.folders import find_files
 from slmkit.data.sources.remote import RetryPolicy
-from slmkit.data.sources.source import Source
+from slmkit.data.sources.source import Source, expect_source, open_source, read_conversations, read_documents
 
 __all__ = [
     "BUILT_IN", "PIECE", "PRIMER", "STORIES", "SUMS", "BadRow", "Document", "Judged", "Message", "Pair", "Paths",
-    "Position", "RetryPolicy", "Source", "cut_point", "describe_sources", "find_files", "open_source",
+    "Position", "RetryPolicy", "Source", "cut_point", "expect_source", "find_files", "open_source",
     "read_conversations", "read_documents", "tools_of",
 ]  # fmt: skip

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from slmkit.data import stories
-from slmkit.data.sources.documents import Message
-from slmkit.data.sources.pair_formats import Pair
+from slmkit.data.sources.documents import Document, Judged, Message, Pair, Position
 from slmkit.data.stories.primer import primer_text
 from slmkit.data.stories.sums import sum_pair
 
@@ -25,17 +27,40 @@ class BuiltIn:
     conversation: Callable[[int, int, bool], list[Message]]
     pair: Callable[[int, int, bool], Pair]
 
-    def question(self, seed: int, index: int, held_out: bool) -> list[Message]:
-        """A conversation that ends with the answer to a question."""
-        return self.pair(seed, index, held_out).chosen
+    def item(self, kind: str, *which: Any) -> Any:
+        """The item of a kind, such as `pairs`, of a seed, an index, and whether it is held out."""
+        if kind == "documents":
+            return Document(self.text(*which))
+        if kind == "conversations":
+            return self.conversation(*which)
+        pair = self.pair(*which)
+        if kind == "judgements":  # right and wrong answers alternately, each to its own question
+            return Judged(pair.sides[which[1] % 2], label=which[1] % 2 == 0)
+        return pair.chosen if kind == "questions" else pair
 
 
-def _answered(messages: list[Message], answer: str) -> list[Message]:
-    return [*messages, {"role": "assistant", "content": answer}]
+@dataclass(frozen=True)
+class BuiltInPart:
+    """The part of a source that is an endless stream; the position is a `row`."""
+
+    name: str
+    seed: int
+    held_out: bool = False
+
+    def items(self, kind: str, start: Position, unused: Counter[str]) -> Iterator[tuple[Any, Position]]:
+        for row in itertools.count(start.get("row", 0)):
+            yield BUILT_IN[self.name].item(kind, self.seed, row, self.held_out), {"row": row + 1}
+
+    def describe(self) -> dict[str, Any]:
+        return {"path": self.name, "seed": self.seed}
+
+    def looks(self) -> tuple[str, int | None, int | None]:
+        return f"{self.name} {self.seed}", None, None
 
 
 def _pair(messages: list[Message], right: str, wrong: str) -> Pair:
-    return Pair(_answered(messages, right), _answered(messages, wrong), shared=len(messages))
+    chosen, rejected = ([*messages, {"role": "assistant", "content": answer}] for answer in (right, wrong))
+    return Pair(chosen, rejected, shared=len(messages))
 
 
 def _story_pair(seed: int, index: int, held_out: bool) -> Pair:

@@ -1,4 +1,4 @@
-"""The items of sources: documents, whole or in pieces, and conversations, each with a position to continue from."""
+"""The items of sources: documents, conversations, pairs and judged answers, each with a position to continue from."""
 
 from __future__ import annotations
 
@@ -44,6 +44,31 @@ def tools_of(messages: list[Message]) -> list[dict[str, Any]] | None:
     return messages.tools if isinstance(messages, Conversation) else None
 
 
+class Pair(NamedTuple):
+    """Two conversations, the better one first, whose first `shared` messages are the same. `place`: where it was read.
+
+    `prompt_removed`: both answers began with the prompt, which was removed.
+    """
+
+    chosen: list[Message]
+    rejected: list[Message]
+    shared: int
+    place: str = ""
+    prompt_removed: bool = False
+
+    @property
+    def sides(self) -> tuple[list[Message], list[Message]]:
+        return self.chosen, self.rejected
+
+
+class Judged(NamedTuple):
+    """A conversation whose last answer was judged good (`label` True) or bad. `place`: where it was read."""
+
+    messages: list[Message]
+    label: bool
+    place: str = ""
+
+
 class BadRow(NamedTuple):
     """A row that could not be read: the reason for counting, a message with its place, and how many rows it stands for.
 
@@ -56,6 +81,14 @@ class BadRow(NamedTuple):
     rows: int = 1
     harmless: bool = False
     has_columns: bool = False
+
+
+class RowError(ValueError):
+    """A row that is left out, or refused unless it is `harmless`. `reason` is one of few, for counting."""
+
+    def __init__(self, message: str, reason: str = "not as expected", harmless: bool = False, rows: int = 1) -> None:
+        super().__init__(message)
+        self.reason, self.harmless, self.rows = reason, harmless, rows
 
 
 T = TypeVar("T")

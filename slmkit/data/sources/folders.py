@@ -9,14 +9,13 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from slmkit.config import UserError, did_you_mean
 from slmkit.data.shards.reader import HEADER
-from slmkit.data.sources.files import COMPRESSIONS, KINDS, ROW_KINDS, WRITTEN, Paths, described, kind_of, listed
+from slmkit.data.sources.files import COMPRESSIONS, KINDS, ROW_KINDS, WRITTEN, Paths, kind_of, listed
 
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"} | dict.fromkeys(
     ("validation", "valid", "val", "dev", "eval", "evaluation", "heldout", "holdout"), "validation"
@@ -49,13 +48,20 @@ class Chosen:
     passed: Counter[str] = field(default_factory=Counter)
     unsure: list[str] = field(default_factory=list)  # selected, although the name contains another split's
 
+    @property
+    def paths(self) -> list[Path]:
+        return [Path(self.folder, name) for name in self.names]
+
     def line(self) -> str:
         """One line that says what was selected and what was left out."""
-        kinds = Counter(kind_of(name) for name in self.names)
-        taken = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
-        passed = ", ".join(f"{count:,} {what}" for what, count in self.passed.most_common())
+        taken = _counts(Counter(kind_of(name) for name in self.names))
         unsure = f", as train also {', '.join(self.unsure[:3])}{', …' * (len(self.unsure) > 3)}" if self.unsure else ""
-        return f"{self.folder}: reads {taken}{unsure}" + (f"; passes over {passed}" if passed else "")
+        passed = f"; passes over {_counts(self.passed)}" if self.passed else ""
+        return f"{self.folder}: reads {taken}{unsure}{passed}"
+
+
+def _counts(kinds: Counter[str]) -> str:
+    return ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
 
 
 def find_files(paths: Paths, kinds: Sequence[str] = KINDS, split: str | None = "train") -> list[Path]:
@@ -63,7 +69,7 @@ def find_files(paths: Paths, kinds: Sequence[str] = KINDS, split: str | None = "
 
     Raises `UserError` for a missing or empty file, one of another kind, and a folder without files of these kinds.
     """
-    return [file for found in find(paths, kinds, split) for file in map(Path(found.folder).joinpath, found.names)]
+    return [path for found in find(paths, kinds, split) for path in found.paths]
 
 
 def find(paths: Paths, kinds: Sequence[str] = KINDS, split: str | None = "train") -> list[Chosen]:
@@ -80,36 +86,27 @@ def find(paths: Paths, kinds: Sequence[str] = KINDS, split: str | None = "train"
             found.append(Chosen("", [str(path)]))
     if not found:
         raise UserError("no files to read: the list of paths is empty")
-    for path in (Path(one.folder, name) for one in found for name in one.names):
-        if path.stat().st_size == 0:
-            raise UserError(f"{path}: the file is empty")
+    if empty := next((path for one in found for path in one.paths if path.stat().st_size == 0), None):
+        raise UserError(f"{empty}: the file is empty")
     return found
-
-
-def describe_sources(paths: Paths) -> list[dict[str, Any]]:
-    """Path, size in bytes and sha256 of every file, for the header of shards."""
-    return list(map(described, find_files(paths)))
 
 
 def search(folder: Path, kinds: Sequence[str], split: str | None = "train") -> Chosen:
     """Selected files of a local folder and its subfolders; `split` None: all splits. Raises `UserError` as `choose`."""
     passed: Counter[str] = Counter()
-
-    def below() -> Iterator[str]:
-        for here, folders, files in os.walk(folder):
-            place = Path(here)
-            made = next((what for name, what in MADE.items() if name in files), None) if place != folder else None
-            if made:
-                passed[f"{'folder' if made else ''} of {made}"] += 1
-                folders.clear()
-                continue
-            for name in [name for name in folders if _is_hidden(name)]:
-                folders.remove(name)
-                passed["hidden or of tools"] += 1
-            yield from ((place / name).relative_to(folder).as_posix() for name in files if (place / name).is_file())
-
-    chosen = choose(str(folder), below(), kinds, split)
-    chosen.passed.update(passed)
+    names: list[str] = []
+    for here, folders, files in os.walk(folder):
+        place = Path(here)
+        made = next((what for name, what in MADE.items() if name in files), None)
+        if made and place != folder:
+            passed[f"folder of {made}"] += 1
+            folders.clear()
+            continue
+        passed["hidden or of tools"] += sum(map(_is_hidden, folders))
+        folders[:] = [name for name in folders if not _is_hidden(name)]
+        names += [(place / name).relative_to(folder).as_posix() for name in files if (place / name).is_file()]
+    chosen = choose(str(folder), names, kinds, split)
+    chosen.passed = +(chosen.passed + passed)
     return chosen
 
 
@@ -128,8 +125,8 @@ def choose(folder: str, names: Iterable[str], kinds: Sequence[str], split: str |
     found = kept(sorted(names, key=PurePosixPath), lambda name: _why_not(PurePosixPath(name), kinds))
     found = kept(found, _beside_rows({kind_of(name) for name in found}))
     if not found:
-        over = ", ".join(f"{count:,} {what}" for what, count in passed.most_common())
-        raise UserError(f"{folder}: no {listed(kinds)} file in this folder" + (f" (there are: {over})" if over else ""))
+        there = f" (there are: {_counts(passed)})" if passed else ""
+        raise UserError(f"{folder}: no {listed(kinds)} file in this folder{there}")
     unsure: list[str] = []
     if split is not None:
         splits = splits_of(found)
@@ -149,8 +146,10 @@ def split_of(name: str, inside: bool = False) -> str | None:
     """The split of a file, by the first or last word (`inside`: any word) of its name or of one of its folders; None if
     there is none.
     """
-    words = [word for part in _parts(name) for word in (_words(part) if inside else _outer_words(part))]
-    named = [SPLITS[word] for word in words if word in SPLITS]
+    named: list[str] = []
+    for part in _parts(name):
+        words = _words(part)
+        named += [SPLITS[word] for word in (words if inside else [*words[:1], *words[-1:]]) if word in SPLITS]
     return next((split for split in named if split != "train"), named[0] if named else None)
 
 
@@ -177,9 +176,8 @@ def _beside_rows(kinds: set[str]) -> Callable[[str], str | None]:
 
 
 def _of_another_split(folder: str, splits: dict[str, str | None], split: str) -> Callable[[str], str | None]:
-    if split.lower() not in SPLITS and any(
-        split in _parts(name) for name in splits
-    ):  # such as train_sft next to train_gen
+    is_a_name = any(split in _parts(name) for name in splits)  # such as train_sft next to train_gen
+    if split.lower() not in SPLITS and is_a_name:
         return lambda name: None if split in _parts(name) else f"of split {splits[name] or 'without a name'}"
     wanted = SPLITS.get(split.lower(), split)
     is_meant = {name: found == wanted or (found is None and wanted == "train") for name, found in splits.items()}
@@ -203,11 +201,6 @@ def _words(part: str) -> list[str]:
     words = re.split(r"[^\w]+|_", re.sub(r"(held|hold)[-_. ]?out", r"\1out", part))
     named = [(SPLIT_WORD.fullmatch(word), word) for word in words if not NO_NAME.fullmatch(word)]
     return [match[1] if match else word for match, word in named]
-
-
-def _outer_words(part: str) -> list[str]:
-    words = _words(part)
-    return [*words[:1], *words[-1:]]
 
 
 def _is_hidden(name: str) -> bool:

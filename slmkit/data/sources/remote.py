@@ -1,23 +1,35 @@
-"""Files at URLs through `fsspec`, read block by block, with nothing stored."""
+"""Files at URLs through `fsspec`, read block by block with nothing stored, and files of Hugging Face data sets.
+
+`datasets` names the files of a data set (from README and file names; never by a loading script). They are read here
+like all others: the same rows streamed or downloaded, with a position exact to the row.
+"""
 
 from __future__ import annotations
 
 import io
 import logging
 import random
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
-from slmkit.config import UserError
+from slmkit.config import UserError, did_you_mean
 from slmkit.data.sources.documents import PIECE
-from slmkit.data.sources.files import File, kind_of, listed
+from slmkit.data.sources.files import KINDS, File, kind_of, listed, local_file
 from slmkit.data.sources.folders import Chosen, choose
-from slmkit.hub import NetworkError, network
+from slmkit.data.sources.settings import SourceSettings
+from slmkit.hub import NetworkError, network, one_line
 
 BLOCK = 1 << 23  # bytes per request
 STALLED = 20.0  # seconds without data after which a plain http connection counts as broken
+FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds
+PREFIX = "hf://datasets/"
+NAME = re.compile(r"[\w.-]+/[\w.-]+")
+FRONT_MATTER = re.compile(r"\A---\n.*?^(configs|dataset_info):.*?^---$", re.DOTALL | re.MULTILINE)
+FILE_URL = re.compile(rf"{PREFIX}(?P<name>[^/]+/[^@/]+)@(?P<revision>[^/]+)/(?P<file>.+)")
 T = TypeVar("T")
 
 
@@ -25,29 +37,38 @@ def is_url(path: str) -> bool:
     return "://" in path
 
 
-def find_remote(url: str, kinds: Sequence[str], split: str) -> tuple[list[File], list[Chosen]]:
+def find_remote(url: str, split: str) -> tuple[list[File], list[Chosen]]:
     """The file at a URL, or those of a folder, selected as by `choose`.
 
     Raises `UserError` if nothing there can be read, and `NetworkError`.
     """
+    if kind_of(_without_query(url)) in KINDS:
+        return [remote_file(url)], []
     system, path = _file_system(url)
-    if kind_of(_without_query(url)) in kinds:
-        return [_remote_file(system, path, url)], []
     with network(url):
         inside = {name.removeprefix(path).lstrip("/"): name for name in system.find(path)}
     if not inside:
-        raise UserError(f"{url}: no {listed(kinds)} file there (all but .parquet and .arrow also as .gz or .zst)")
-    chosen = choose(url, inside, kinds, split)
-    names = [inside[name] for name in chosen.names]
-    return [_remote_file(system, name, system.unstrip_protocol(name)) for name in names], [chosen]
+        raise UserError(f"{url}: no {listed(KINDS)} file there (all but .parquet and .arrow also as .gz or .zst)")
+    chosen = choose(url, inside, KINDS, split)
+    return [remote_file(system.unstrip_protocol(inside[name])) for name in chosen.names], [chosen]
 
 
 def remote_file(url: str) -> File:
-    return _remote_file(*_file_system(url), url)
+    """The file at a URL, and its description: its size, and its version as far as the server tells it."""
+    system, path = _file_system(url)
 
+    def opened() -> BinaryIO:
+        with network(url):
+            stream = system.open(path, "rb", block_size=BLOCK)
+        return cast(BinaryIO, io.BufferedReader(_Stream(stream, url), PIECE))
 
-def _remote_file(system: Any, path: str, url: str) -> File:
-    return File(_without_query(url), lambda: _opened(system, path, url), lambda: _described(system, path, url))
+    def described() -> dict[str, Any]:
+        with network(url):
+            info = system.info(path)
+        version = (info.get("lfs") or {}).get("sha256") or info.get("blob_id") or info.get("ETag") or info.get("etag")
+        return {"path": url, "bytes": info.get("size"), "version": version}
+
+    return File(_without_query(url), opened, described)
 
 
 def _without_query(url: str) -> str:
@@ -58,10 +79,8 @@ def _file_system(url: str) -> tuple[Any, str]:
     protocol = url.partition("://")[0]
     try:
         import fsspec
-    except ImportError:
-        raise UserError(f"{url}: reading from URLs needs fsspec: pip install slmkit[hub]") from None
-    options: dict[str, Any] = {}
-    try:
+
+        options: dict[str, Any] = {}
         if protocol in ("http", "https"):
             import aiohttp
 
@@ -69,22 +88,10 @@ def _file_system(url: str) -> tuple[Any, str]:
             options = {"client_kwargs": {"timeout": timeout}}
         return cast(tuple[Any, str], fsspec.core.url_to_fs(url, **options))
     except ImportError as error:
-        raise UserError(f"{url}: {protocol}:// needs one more package: {error}") from None
+        known = "fsspec and aiohttp come with pip install slmkit[hub]"
+        raise UserError(f"{url}: {protocol}:// needs one more package: {error}; {known}") from None
     except ValueError:
         raise UserError(f"{url}: unknown kind of URL {protocol}://") from None
-
-
-def _opened(system: Any, path: str, url: str) -> BinaryIO:
-    with network(url):
-        stream = system.open(path, "rb", block_size=BLOCK)
-    return cast(BinaryIO, io.BufferedReader(_Stream(stream, url), PIECE))
-
-
-def _described(system: Any, path: str, url: str) -> dict[str, Any]:
-    with network(url):
-        info = system.info(path)
-    version = (info.get("lfs") or {}).get("sha256") or info.get("blob_id") or info.get("ETag") or info.get("etag")
-    return {"path": url, "bytes": info.get("size"), "version": version}
 
 
 class _Stream(io.RawIOBase):
@@ -103,8 +110,12 @@ class _Stream(io.RawIOBase):
     def seekable(self) -> bool:
         return True
 
+    def tell(self) -> int:
+        return self.place
+
     def readinto(self, buffer: Any) -> int:
-        data = self._try(lambda: self.stream.read(len(buffer)))
+        with network(self.url):
+            data = self.stream.read(len(buffer))
         buffer[: len(data)] = data
         self.place += len(data)
         if not data and len(buffer) and self.size is not None and self.place < self.size:
@@ -115,33 +126,20 @@ class _Stream(io.RawIOBase):
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self.place}.get(whence, self.size)
         if base is None:
             raise UserError(f"{self.url}: the server does not tell the size of the file; download it first")
-        place = base + offset
-        try:
-            self._try(lambda: self.stream.seek(place))
-        except NetworkError as error:
-            if not isinstance(error.__cause__, ValueError) or place < self.place:
-                raise
-            self._read_up_to(place)  # the server does not support byte ranges
-        self.place = place
-        return place
-
-    def tell(self) -> int:
+        with network(self.url):
+            try:
+                self.stream.seek(base + offset)
+                self.place = base + offset
+            except ValueError:  # the server does not support byte ranges
+                if base + offset < self.place:
+                    raise
+                while self.place < base + offset and self.readinto(bytearray(min(BLOCK, base + offset - self.place))):
+                    pass
         return self.place
 
     def close(self) -> None:
         self.stream.close()
         super().close()
-
-    def _read_up_to(self, place: int) -> None:
-        while self.place < place and (data := self._try(lambda: self.stream.read(min(BLOCK, place - self.place)))):
-            self.place += len(data)
-
-    def _try(self, work: Callable[[], T]) -> T:
-        with network(self.url):
-            return work()
-
-
-FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds
 
 
 @dataclass
@@ -185,3 +183,71 @@ class RetryPolicy:
             else:
                 self.tries = 0
                 return result
+
+
+def hub_name(path: str) -> str | None:
+    """`owner/name` if the path is a hub data set; None for a file or folder, or something inside a data set."""
+    name = path.removeprefix(PREFIX).rstrip("/")
+    is_local = path == name and (Path(path).exists() or kind_of(path) in KINDS)  # or a missing local file
+    return name if NAME.fullmatch(name) and not is_local else None
+
+
+def is_laid_out_like_the_hub(folder: Path, settings: SourceSettings) -> bool:
+    """Whether a folder has configurations: set by the user, or in its README."""
+    readme = folder / "README.md"
+    if settings.config or not readme.is_file():
+        return bool(settings.config)
+    return bool(FRONT_MATTER.search(readme.read_text(encoding="utf-8", errors="replace")))
+
+
+def hub_files(path: str, settings: SourceSettings) -> list[File]:
+    """The files of a split of a data set `owner/name`, or of a folder.
+
+    Raises `UserError` for an unknown configuration or split, with the known ones, and `NetworkError`.
+    """
+    datasets = _datasets()
+    what = f"data set {path}"
+    with network(what):
+        try:
+            builder = datasets.load_dataset_builder(path, name=settings.config, revision=settings.revision)
+        except datasets.exceptions.DataFilesNotFoundError:
+            raise UserError(f"{what}: holds no data files of a known kind") from None
+        except (ValueError, RuntimeError) as error:  # a wrong configuration, or a loading script
+            if not str(error).startswith(("BuilderConfig", "Config name", "Dataset scripts")):
+                raise
+            hint = " (config)" if "onfig" in str(error) else ""
+            raise UserError(f"{what}: {one_line(error)}{hint}") from None
+    splits = builder.config.data_files or {}
+    if settings.split not in splits:
+        raise UserError(f"{what}: no split {settings.split!r}; {did_you_mean(settings.split, map(str, splits))}")
+    urls = [*map(str, splits[settings.split])]
+    if unknown := next((url for url in urls if kind_of(url) not in KINDS), None):
+        raise UserError(f"{settings.path}: {Path(unknown).name}: expected {listed(KINDS)} (also as .gz or .zst)")
+    open_as = local_file if Path(path).is_dir() else remote_file if settings.streaming else _downloaded_file
+    return [*map(open_as, urls)]
+
+
+def _downloaded_file(url: str) -> File:
+    """A file that is downloaded to the hub's cache when first opened, resuming a partial download."""
+
+    def opened() -> BinaryIO:
+        from huggingface_hub import hf_hub_download
+
+        found = FILE_URL.fullmatch(url)
+        assert found, url
+        with network(url):
+            path = hf_hub_download(found["name"], found["file"], repo_type="dataset", revision=found["revision"])
+        return Path(path).open("rb")
+
+    return File(url, opened, lambda: remote_file(url).describe())
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+        import datasets.exceptions
+        from huggingface_hub.utils import logging
+    except ImportError:
+        raise UserError("data sets of the hub need one more package: pip install slmkit[hub]") from None
+    logging.set_verbosity_error()  # its retries are not shown; a final failure is one line of ours
+    return datasets

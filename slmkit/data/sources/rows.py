@@ -2,133 +2,181 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
+import functools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, BinaryIO, NamedTuple, TypeAlias, cast
 
-from slmkit.data.sources.documents import BadRow, Position
+from slmkit.data.sources.documents import PIECE, BadRow, Position, RowError
 from slmkit.data.sources.files import File, damage, pyarrow
-from slmkit.data.sources.json_values import DECODER, BrokenJsonError, RepeatedKeyError, first_character, list_entries
-from slmkit.data.sources.lines import LONGEST_ROW, whole_lines
 from slmkit.data.sources.row_formats import RowFormats
-from slmkit.data.sources.turns import shown
+from slmkit.data.sources.text_files import LONGEST_ROW, Line, byte_length, whole_lines
 from slmkit.hub import one_line
 
-SURROGATE_ESCAPE, SURROGATE = re.compile(r"\\u[dD]"), re.compile("[\ud800-\udfff]")
 PARQUET_BATCH = 256  # rows converted from columns at once
+# Surrogates, or escapes that may be one; a lone surrogate is not text and cannot be tokenized.
+MAY_BE_SURROGATE, SURROGATE = re.compile(r"\\u[dD]|[\ud800-\udfff]"), re.compile("[\ud800-\udfff]")
+JSON_TOKEN = re.compile(r'"(?:[^"\\]++|\\.)*+"|["\[\]{},]', re.DOTALL)  # a text, the beginning of one, or punctuation
 
 
 class Row(NamedTuple):
-    """The item that `RowFormats` makes of a row, or a `BadRow`; and the position after it."""
+    """A row, its place for messages, and the position after it."""
 
-    value: Any
+    place: str
+    value: dict[str, Any] | BadRow
     position: Position
 
 
-def json_rows(file: File, start: Position, formats: RowFormats) -> Iterator[Row]:
+def json_rows(file: File, start: Position, formats: RowFormats | None = None) -> Iterator[Row]:
     """Rows of one object per line, of a list of objects, or of an object with such a list, for any file name.
 
     A position is the `offset` after a row, and the number of the last `line`, or of the last `row` of a list.
     """
-    if "row" in start or ("line" not in start and _is_a_list(file, formats)):
-        yield from _list_rows(file, start, formats)
+    layout = next((unit for unit in ("line", "row") if unit in start), None) or _layout(file, formats)
+    if layout == "whole":
+        with file.open_at() as stream:
+            content = stream.read()
+        yield Row(file.name, _json_value(file.name, content.decode("utf-8-sig")), {"line": 1, "offset": len(content)})
         return
-    number = start.get("line", 0)
-    for line in whole_lines(file, start.get("offset", 0)):
-        number += 1
-        if line.problem or line.text.strip():
-            value = line.problem or _json_value(f"{file.name}:{number}", line.text, formats)
-            yield Row(value, {"line": number, "offset": line.end})
-
-
-def _is_a_list(file: File, formats: RowFormats) -> bool:
-    """Whether a file is read as one list instead of line by line."""
-    first = first_character(file)
-    if first != "{" or file.kind != ".json":
-        return first == "["
-    lines = (line.text for line in whole_lines(file) if line.text.strip())
+    number, entries = start.get(layout, 0), whole_lines if layout == "line" else list_entries
     try:
-        row = json.loads(next(lines))
-    except (ValueError, RecursionError):
-        return True  # an object of several lines
-    is_alone = next(lines, None) is None and not formats.recognize(formats.renamed([*row]))
-    return is_alone and any(isinstance(value, list) and isinstance([*value, 0][0], dict) for value in row.values())
-
-
-def _list_rows(file: File, start: Position, formats: RowFormats) -> Iterator[Row]:
-    number = start.get("row", 0)
-    try:
-        if number == 0 and (whole := _one_row(file, formats)):
-            yield whole
-            return
-        for entry in list_entries(file, start.get("offset", 0)):
+        for entry in entries(file, start.get("offset", 0)):
             number += 1
-            place = f"{file.name}: row {number:,}"
-            if entry.problem:
-                value = BadRow("not valid JSON", f"{place}: not valid JSON: {entry.problem}")
-            elif not isinstance(entry.value, dict):
-                found = f"expected a list of objects, found {shown(entry.value)}"
-                value = BadRow("not a JSON object", f"{place}: {found}")
-            else:
-                value = _of_text(place, entry.value, formats)
-            yield Row(value, {"row": number, "offset": entry.end})
-    except BrokenJsonError as error:
-        behind = f"cannot be read as JSON behind row {number:,}"
-        yield Row(BadRow("unreadable file", f"{file.name}: {behind}: {error}"), {"row": number})
+            if entry.problem or entry.text.strip():
+                place = f"{file.name}:{number}" if layout == "line" else f"{file.name}: row {number:,}"
+                value = entry.problem or _json_value(place, entry.text)
+                yield Row(place, value, {layout: number, "offset": entry.end})
+    except RowError as error:
+        message = f"{file.name}: cannot be read as JSON behind row {number:,}: {error}"
+        raise RowError(message, "unreadable file") from None
 
 
-def _one_row(file: File, formats: RowFormats) -> Row | None:
-    """The row of a file that is one object with the columns of a row; None for another file."""
-    if first_character(file) != "{":
-        return None
+def _layout(file: File, formats: RowFormats | None) -> str:
+    """Whether each `line` of a file is a row, each `row` is an entry of one list, or the `whole` file is one row."""
     with file.open_at() as stream:
-        content = stream.read(LONGEST_ROW)
+        content = stream.read(PIECE).removeprefix(codecs.BOM_UTF8).lstrip()
+        if content[:1] != b"{" or file.kind != ".json":
+            return "row" if content[:1] == b"[" else "line"
+        first_line, _, rest = content.partition(b"\n")
+        if rest.strip() and _parsed(first_line):
+            return "line"
+        content += stream.read(LONGEST_ROW)
+    whole = _parsed(content)
+    if whole is None:  # several objects, or one that is damaged or longer than a row
+        return "line" if _parsed(content.partition(b"\n")[0]) else "row"
+    has_list = any(isinstance(value, list) and isinstance([*value, 0][0], dict) for value in whole.values())
+    return "row" if has_list and not (formats and formats.recognize([*whole])) else "whole"
+
+
+def _parsed(content: bytes) -> Any:
     try:
-        row = json.loads(content)
+        return json.loads(content)
     except (ValueError, RecursionError):
         return None
-    if not formats.recognize(formats.renamed([*row])):
-        return None
-    text = content.decode(json.detect_encoding(content), "surrogatepass")
-    return Row(_json_value(file.name, text, formats), {"row": 1, "offset": len(content)})
 
 
-def _json_value(place: str, line: str, formats: RowFormats) -> Any:
-    problem = ""
+def list_entries(file: File, offset: int = 0) -> Iterator[Line]:
+    """The entries of the list in a JSON file, or of the first list of objects in its object, as text.
+
+    `offset` is 0 or that after an earlier entry. Raises `RowError` where the next entry cannot be found, and for an
+    object with no list of objects, or two.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+    text, previous = "", ""
+    begin = at = 0  # where the entry begins in `text`, and where the search for its end goes on
+    depth = inside = lists = resumed = min(offset, 1)  # open brackets; those around an entry, 0 outside of the list
+    with file.open_at(offset) as stream:
+        while len(text) - begin <= LONGEST_ROW and (raw := stream.read(max(PIECE, len(text) - begin))):
+            text, at, begin = text[begin:] + decoder.decode(raw), at - begin, 0
+            for match in JSON_TOKEN.finditer(text, at):
+                token, start, at = match[0], match.start(), match.end()
+                if token == '"':
+                    at = start  # its end is not read yet
+                    break
+                if not inside:
+                    is_first_row = token == "{" and depth == 2 and previous == "["
+                    if is_first_row or (token == "[" and depth == 0):
+                        inside, lists = depth + (token == "["), lists + 1
+                    if lists > 1 or (lists and depth == inside == 0):
+                        raise RowError("a second list of rows, or text behind the first: make each list a file")
+                    begun = start if is_first_row else at
+                    offset, begin = offset + byte_length(text[begin:begun]), begun
+                elif depth == inside and token in ",]}":
+                    entry = text[begin:start]
+                    offset += byte_length(entry)
+                    if entry.strip():
+                        yield Line(entry, offset)
+                    if token == "}":
+                        raise RowError(f"expected ']' at offset {offset:,}, found '}}'")
+                    if token == "]" and resumed:
+                        return
+                    inside = inside if token == "," else 0
+                    offset, begin = offset + 1, at
+                depth += (token in "[{") - (token in "]}")
+                previous = token
+    if depth == inside and text[begin:].strip():  # whole, although the list is not
+        yield Line(text[begin:], offset + byte_length(text[begin:]))
+    if inside or depth:
+        raise RowError(f"it breaks off, or an entry is longer than {LONGEST_ROW:,} bytes")
+    if not lists:
+        raise RowError("an object without a list of rows in it")
+
+
+def whole_number(digits: str) -> float:
+    """The number as an int, from 4,300 digits on as a float, since Python's `int` refuses more."""
+    return int(digits) if len(digits) < 4300 else float(digits)
+
+
+def _unique_keys(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object. Raises `RowError` for a key that stands twice: Python's reader would keep the last value."""
+    keys = [key for key, _ in members]
+    if len({*keys}) < len(keys):
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise RowError(f"the key {twice!r} stands twice in one object; keep one of them")
+    return dict(members)
+
+
+DECODER = json.JSONDecoder(parse_int=whole_number, object_pairs_hook=_unique_keys)
+
+
+def _json_value(place: str, text: str) -> dict[str, Any] | BadRow:
+    """The object in a JSON text, or a `BadRow`; a lone surrogate is not text and cannot be tokenized."""
     try:
-        row = DECODER.decode(line)
-    except RepeatedKeyError as error:
+        row = DECODER.decode(text.removeprefix("\ufeff").strip())
+        if MAY_BE_SURROGATE.search(text) and SURROGATE.search(json.dumps(row, ensure_ascii=False)):
+            return BadRow("not UTF-8", f"{place}: half a surrogate pair (such as \\ud83d alone) is not text")
+    except RowError as error:
         return BadRow("not valid JSON", f"{place}: {error}")
     except (ValueError, RecursionError) as error:
-        row, problem = None, f": {error}"
+        return BadRow("not valid JSON", f"{place}: expected a JSON object, found {_short(text)}: {error}")
     if not isinstance(row, dict):
-        found = f"expected one JSON object a line, found {_short(line)}{problem}"
-        return BadRow("not a JSON object", f"{place}: {found}")
-    return _of_text(place, row, formats, SURROGATE_ESCAPE.search(line) is not None)
+        return BadRow("not a JSON object", f"{place}: expected a JSON object, found {_short(text)}")
+    return row
 
 
-def _of_text(place: str, row: dict[str, Any], formats: RowFormats, may_have_halves: bool = True) -> Any:
-    """The row, or a `BadRow` if its JSON has lone surrogates, which are not text and cannot be tokenized."""
-    try:
-        if may_have_halves and SURROGATE.search(json.dumps(row, ensure_ascii=False)):
-            return BadRow("not UTF-8", f"{place}: half a surrogate pair (such as \\ud83d alone) is not text")
-    except RecursionError:
-        return BadRow("not as expected", f"{place}: objects within objects, too deep to be read")
-    return formats.convert(place, row)
+def _short(text: str) -> str:
+    text = text[:100].strip()
+    return repr(text if len(text) <= 40 else text[:40] + "…")
 
 
-def csv_rows(file: File, start: Position, formats: RowFormats) -> Iterator[Row]:
+def _check_columns(place: str, columns: list[str], formats: RowFormats | None, rows: int = 1) -> list[str]:
+    """Those of a table's columns that are needed. Raises `RowError` if they fit no format, or one is there twice."""
+    if twice := next((name for number, name in enumerate(columns) if name in columns[:number]), None):
+        raise RowError(f"{place}: two columns are called {twice!r}; rename one", "two columns of one name", rows=rows)
+    return columns if formats is None else formats.needed(place, columns, rows)
+
+
+def csv_rows(file: File, start: Position, formats: RowFormats | None = None) -> Iterator[Row]:
     """Rows after a header; `.tsv` is separated by tabs, `.csv` by commas, semicolons or tabs, as its header.
 
     A position is the `offset` of the next row, and the numbers of rows and lines before it.
     """
     csv.field_size_limit(LONGEST_ROW)  # the csv module's default of 128 KiB is too small for texts
     delimiter, columns = _header(file)
-    if problem := formats.problem(f"{file.name}:1", columns):
-        yield Row(problem, start)
-        return
+    _check_columns(f"{file.name}:1", columns, formats)
     lines = _Lines(file, start.get("offset", 0), start.get("line", 0))
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     number = start.get("row", -1)  # the header is row 0
@@ -137,19 +185,20 @@ def csv_rows(file: File, start: Position, formats: RowFormats) -> Iterator[Row]:
         try:
             fields = next(reader, None)
         except csv.Error as error:
-            lines.problem = lines.problem or BadRow(
-                "not valid CSV", f"{file.name}:{lines.number}: not valid CSV: {error}"
-            )
-            fields = []
+            problem = BadRow("not valid CSV", f"{file.name}:{lines.number}: not valid CSV: {error}")
+            fields, lines.problem = [], lines.problem or problem
         if fields is None:
             return
         if not (fields or lines.problem):
             continue  # a blank line
         number += 1
-        place = f"{file.name}: row {number}"
+        place, value = f"{file.name}: row {number}", lines.problem
+        if value is None and len(fields) != len(columns):
+            found = f"expected {len(columns)} fields as in the header, found {len(fields)}"
+            value = BadRow("wrong number of fields", f"{place} (line {lines.number}): {found}")
         if number > 0:
-            value = lines.problem or _csv_value(place, lines.number, columns, fields, formats)
-            yield Row(value, {"row": number, "line": lines.number, "offset": lines.end})
+            position = {"row": number, "line": lines.number, "offset": lines.end}
+            yield Row(place, value or dict(zip(columns, fields)), position)
 
 
 def _header(file: File) -> tuple[str, list[str]]:
@@ -160,13 +209,6 @@ def _header(file: File) -> tuple[str, list[str]]:
         if len(columns) > 1:
             return delimiter, columns
     return usual, columns
-
-
-def _csv_value(place: str, line: int, columns: Sequence[str], fields: Sequence[str], formats: RowFormats) -> Any:
-    if len(fields) != len(columns):
-        found = f"expected {len(columns)} fields as in the header, found {len(fields)}"
-        return BadRow("wrong number of fields", f"{place} (line {line}): {found}")
-    return formats.convert(place, dict(zip(columns, fields)))
 
 
 class _Lines:
@@ -185,87 +227,79 @@ class _Lines:
         return line.text
 
 
-def parquet_rows(file: File, start: Position, formats: RowFormats) -> Iterator[Row]:
-    """The rows; only the needed columns are read. A position is the number of rows before it.
+def table_rows(file: File, start: Position, formats: RowFormats | None = None) -> Iterator[Row]:
+    """Rows of parquet and Arrow files; only the needed columns are read. A position is the number of rows before it.
 
-    A damaged row group is one `BadRow` for all the rows left in it.
+    A damaged row group (of Arrow: batch) is one `BadRow` for all the rows left in it.
     """
-    reader = pyarrow().parquet.ParquetFile
-    begin, behind = start.get("row", 0), 0
-    with file.open() as stream, reader(stream) as parquet:
-        names = parquet.schema_arrow.names
-        if problem := formats.problem(file.name, names, max(parquet.metadata.num_rows - begin, 1)):
-            yield Row(problem, {"row": parquet.metadata.num_rows})
-            return
-        columns = formats.needed(names)
-        for group in range(parquet.num_row_groups):
-            first, behind = behind, behind + parquet.metadata.row_group(group).num_rows
-            number = max(begin, first)
-            try:
-                for row in _row_group(parquet, group, columns, number - first) if number < behind else ():
-                    number += 1
-                    yield Row(_table_value(f"{file.name}: row {number}", row, formats), {"row": number})
-                    formats.unused.update(name for name in names if name not in columns)
-            except damage() as error:
-                message = f"{file.name}: rows {number + 1} to {behind} cannot be read as parquet: {one_line(error)}"
-                yield Row(BadRow("unreadable file", message, behind - number), {"row": behind})
-
-
-def arrow_rows(file: File, start: Position, formats: RowFormats) -> Iterator[Row]:
-    """`parquet_rows` for Arrow's own formats: streams, as saved by `datasets`, or files."""
-    arrow, number = pyarrow(), start.get("row", 0)
+    number, behind = start.get("row", 0), 0
     with file.open() as stream:
-        try:
-            batches = arrow.ipc.open_stream(stream)
-            read: Iterable[Any] = batches
-        except arrow.ArrowInvalid:
-            batches = arrow.ipc.open_file(stream)
-            read = map(batches.get_batch, range(batches.num_record_batches))
-        names = batches.schema.names
-        if problem := formats.problem(file.name, names):
-            yield Row(problem, start)
-            return
-        columns, skip = formats.needed(names), number
-        for batch in read:
-            for row in _values(batch.select(columns).slice(skip)):
-                number += 1
-                yield Row(_table_value(f"{file.name}: row {number}", row, formats), {"row": number})
-                formats.unused.update(name for name in names if name not in columns)
-            skip = max(skip - len(batch), 0)
-
-
-def _table_value(place: str, row: dict[str, Any] | str, formats: RowFormats) -> Any:
-    return BadRow("not UTF-8", f"{place}: {row}") if isinstance(row, str) else formats.convert(place, row)
-
-
-def _row_group(parquet: Any, group: int, columns: list[str], skip: int) -> Iterator[dict[str, Any] | str]:
-    for batch in parquet.iter_batches(batch_size=PARQUET_BATCH, row_groups=[group], columns=columns):
-        yield from _values(batch.slice(skip))
-        skip = max(skip - len(batch), 0)
-
-
-def _values(batch: Any) -> Iterator[dict[str, Any] | str]:
-    """The rows of an Arrow batch; for a row with invalid text, a message instead."""
-    try:
-        yield from batch.to_pylist()
-    except UnicodeDecodeError:
-        for index in range(len(batch)):
+        names, rows, groups = (_row_groups if file.kind == ".parquet" else _record_batches)(stream)
+        columns = _check_columns(file.name, names, formats, max(rows - number, 1))
+        unread = [name for name in names if name not in columns]
+        for size, read in groups:
+            first, behind = behind, behind + size
+            if behind <= number:
+                continue
+            skip = max(number - first, 0)
             try:
-                yield batch.slice(index, 1).to_pylist()[0]
-            except UnicodeDecodeError as error:
-                yield f"expected UTF-8 text: {error}"
+                for batch in read(columns=columns):
+                    for value in _values(batch.slice(skip)):
+                        number += 1
+                        place = f"{file.name}: row {number}"
+                        if isinstance(value, UnicodeDecodeError):
+                            value = BadRow("not UTF-8", f"{place}: expected UTF-8 text: {value}")
+                        elif formats:
+                            formats.unused.update(unread)
+                        yield Row(place, value, {"row": number})
+                    skip = max(skip - len(batch), 0)
+            except damage() as error:
+                rows_left = f"rows {number + 1} to {behind} cannot be read as {file.kind[1:]}"
+                message = f"{file.name}: {rows_left}: {one_line(error)}"
+                yield Row(file.name, BadRow("unreadable file", message, behind - number), {"row": behind})
+                number = behind
 
 
-ROWS: dict[str, Callable[[File, Position, RowFormats], Iterator[Row]]] = {
-    ".jsonl": json_rows,
-    ".json": json_rows,
-    ".csv": csv_rows,
-    ".tsv": csv_rows,
-    ".arrow": arrow_rows,
-    ".parquet": parquet_rows,
-}
+# Column names, the number of rows as far as known, and of each group of rows its size and how to read its batches.
+Table: TypeAlias = tuple[list[str], int, Iterable[tuple[int, Callable[..., Iterable[Any]]]]]
 
 
-def _short(line: str) -> str:
-    line = line[:100].strip()
-    return repr(line if len(line) <= 40 else line[:40] + "…")
+def _row_groups(stream: BinaryIO) -> Table:
+    parquet = pyarrow().parquet.ParquetFile(stream)
+    groups = (
+        (parquet.metadata.row_group(group).num_rows, functools.partial(parquet.iter_batches, PARQUET_BATCH, [group]))
+        for group in range(parquet.num_row_groups)
+    )
+    return parquet.schema_arrow.names, parquet.metadata.num_rows, groups
+
+
+def _record_batches(stream: BinaryIO) -> Table:
+    """Of Arrow's own formats: streams, as saved by `datasets`, or files."""
+    arrow = pyarrow()
+    try:
+        opened = arrow.ipc.open_stream(stream)
+        batches = iter(opened)
+    except arrow.ArrowInvalid:
+        opened = arrow.ipc.open_file(stream)
+        batches = map(opened.get_batch, range(opened.num_record_batches))
+    return opened.schema.names, 0, ((len(batch), functools.partial(_selected, batch)) for batch in batches)
+
+
+def _selected(batch: Any, columns: list[str]) -> list[Any]:
+    return [batch.select(columns)]
+
+
+def _values(batch: Any) -> list[Any]:
+    """The rows of an Arrow batch; for a row with invalid text, the error."""
+    try:
+        return cast(list[Any], batch.to_pylist())
+    except UnicodeDecodeError as error:
+        if len(batch) == 1:
+            return [error]
+        return [value for index in range(len(batch)) for value in _values(batch.slice(index, 1))]
+
+
+ROWS: dict[str, Callable[..., Iterator[Row]]] = {
+    ".jsonl": json_rows, ".json": json_rows, ".csv": csv_rows, ".tsv": csv_rows,
+    ".arrow": table_rows, ".parquet": table_rows,
+}  # fmt: skip

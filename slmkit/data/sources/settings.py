@@ -53,12 +53,10 @@ class SourceSettings(Settings):
     retry_for: float = Field(3600.0, ge=0)  # seconds without any document after which reading over the network fails
 
     @property
-    def mapping(self) -> dict[str, tuple[str, str]]:
-        """Columns that the user named, each of them required: our name → the key that names it, and theirs."""
-        named = {"text": ("text_column", self.text_column), "messages": ("messages_column", self.messages_column)}
-        return {ours: (f"columns.{ours}", theirs) for ours, theirs in self.columns.items()} | {
-            ours: (key, theirs) for ours, (key, theirs) in named.items() if theirs is not None
-        }
+    def mapping(self) -> dict[str, str]:
+        """Columns that the user named, each of them required: our name → theirs."""
+        named = {"text": self.text_column, "messages": self.messages_column}
+        return self.columns | {ours: theirs for ours, theirs in named.items() if theirs is not None}
 
     @property
     def label(self) -> str:

@@ -6,63 +6,127 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from slmkit.config import UserError
-from slmkit.data.sources.documents import BadRow, Document, Item, Message, Position
-from slmkit.data.sources.folders import Chosen
-from slmkit.data.sources.pair_formats import Judged, Pair
-from slmkit.data.sources.parts import FilePart, StoryPart
-from slmkit.data.sources.remote import RetryPolicy
+from slmkit.data.sources.built_in import BUILT_IN, BuiltInPart
+from slmkit.data.sources.documents import (
+    SPELLINGS,
+    BadRow,
+    Document,
+    Item,
+    Judged,
+    Message,
+    Pair,
+    Position,
+    RowError,
+    pieces,
+)
+from slmkit.data.sources.files import ROW_KINDS, TEXT_KINDS, File, Paths, damage, kind_of, listed, local_file
+from slmkit.data.sources.folders import Chosen, find, find_files
+from slmkit.data.sources.remote import (
+    RetryPolicy,
+    find_remote,
+    hub_files,
+    hub_name,
+    is_laid_out_like_the_hub,
+    is_url,
+)
+from slmkit.data.sources.row_formats import RowFormats
+from slmkit.data.sources.rows import ROWS
 from slmkit.data.sources.settings import SourceSettings
-from slmkit.hub import NetworkError
+from slmkit.data.sources.text_files import text_documents
+from slmkit.hub import NetworkError, one_line
 
-T = TypeVar("T")
-Looks = tuple[str, int | None, int | None]  # name, bytes and modification time, as far as known
 ROWS_LOOKED_AT = 50  # to tell their kind
 READ_WHOLE = 1 << 32  # largest source in bytes that is read to tell whether it has changed
 
 
-class Part(Protocol):
-    """A numbered part of a source: a file, or an endless built-in stream."""
+@dataclass(frozen=True)
+class FilePart:
+    """The part of a source that is one file. A position is that of its kind, plus `piece`: how many pieces of the next
+    row were read.
+    """
 
-    def documents(self, start: Position) -> Iterator[Item[Document]]: ...
+    file: File
+    settings: SourceSettings
 
-    def conversations(self, start: Position) -> Iterator[Item[list[Message]]]: ...
+    def items(self, kind: str, start: Position, unused: Counter[str]) -> Iterator[Item[Any]]:
+        """Its items of a kind, such as `pairs`, then a `BadRow` if the rest cannot be read."""
+        position, items = start, self._items(kind, start, unused)
+        try:
+            for item, position in items:
+                yield item, position
+        except RowError as error:
+            yield BadRow(error.reason, str(error), error.rows), position
+        except damage() as error:
+            as_what = " as parquet" if self.file.kind == ".parquet" else ""
+            place = ", ".join(f"{unit} {number}" for unit, number in position.items() if number and unit != "file")
+            behind = f" (behind {place})" if place else ""
+            message = f"{self.file.name}: cannot be read{as_what}{behind}: {one_line(error)}"
+            yield BadRow("unreadable file", message), position
 
-    def questions(self, start: Position) -> Iterator[Item[list[Message]]]: ...
+    def _items(self, kind: str, start: Position, unused: Counter[str]) -> Iterator[Item[Any]]:
+        if kind == "documents" and self.file.kind in TEXT_KINDS:
+            yield from text_documents(self.file, start, self.settings.separator)
+        elif self.file.kind in ROW_KINDS:
+            formats = RowFormats(kind, self.settings, unused)
+            before, given = start, start.get("piece", 0)
+            for place, row, position in ROWS[self.file.kind](self.file, start, formats):
+                item = row if isinstance(row, BadRow) else formats.convert(place, row)
+                if not isinstance(item, str):
+                    yield item, position
+                elif not item.strip():
+                    yield BadRow("blank", f"{place}: a row without text", harmless=True), position
+                else:  # a long text in pieces, of which those of the first row before `start` are skipped
+                    for number, document in enumerate(pieces(item), start=1):
+                        if number > given:
+                            yield document, position if document.ends else {**before, "piece": number}
+                before, given = position, 0
+        elif kind_of(self.settings.path) in TEXT_KINDS:
+            raise UserError(f"{self.file.name}: expected {listed(ROW_KINDS)} (also as .gz or .zst)")
+        else:  # a file of a folder of several kinds
+            reason = f"{self.file.kind} files, which hold no rows"
+            yield BadRow(reason, self.file.name, harmless=True), start
 
-    def pairs(self, start: Position) -> Iterator[Item[Pair]]: ...
+    def describe(self) -> dict[str, Any]:
+        return self.file.describe()
 
-    def judgements(self, start: Position) -> Iterator[Item[Judged]]: ...
-
-    def describe(self) -> dict[str, Any]: ...
-
-    def looks(self) -> Looks: ...
+    def looks(self) -> tuple[str, int | None, int | None]:
+        """Name, bytes and modification time, as far as known."""
+        path = Path(self.file.name)
+        if not path.is_file():
+            return self.file.name, None, None
+        return str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns
 
 
 class Source:
     """Documents or conversations of one source, in a fixed order.
 
     A position is a few integers: `file` is the index in `parts`, `documents` the number of whole documents before it,
-    and the rest is the position in the file. `skipped` counts rows that were left out, by reason; `noted` counts rows
-    that were kept with a problem, by problem.
+    and the rest is the position in the file. `skipped` counts rows that were left out, by reason; `noted` rows that
+    were kept with a problem, by problem; `unused` those with a column that is not used, by column; `spelled` texts that
+    spell a special token.
     """
 
     def __init__(
-        self, settings: SourceSettings, parts: Sequence[Part], patience: RetryPolicy, found: Sequence[Chosen] = ()
+        self,
+        settings: SourceSettings,
+        parts: Sequence[FilePart | BuiltInPart],
+        patience: RetryPolicy,
+        found: Sequence[Chosen] = (),
     ) -> None:
         self.settings, self.parts, self.patience = settings, parts, patience
         self.found = [one for one in found if one.folder]
-        self.skipped: Counter[str] = Counter()
-        self.noted: Counter[str] = Counter()
-        self.first_seen: dict[str, str] = {}  # by reason: a message about the first row with its place
+        self.count_anew()
 
-    @property
-    def endless(self) -> bool:
-        """Whether it never ends: the built-in corpus without a limit in `documents`."""
-        return self.settings.documents is None and any(isinstance(part, StoryPart) for part in self.parts)
+    def count_anew(self) -> None:
+        """Reset the counts, before it is read from the beginning again."""
+        self.skipped, self.noted, self.unused, self.spelled = (Counter[str]() for _ in range(4))
+        self.first_seen: dict[str, str] = {}  # by reason: a message about the first row with its place
 
     def read(self, start: Position | None = None) -> Iterator[tuple[Document, Position]]:
         """Every document, each with the position after it, from which another `read` continues.
@@ -70,35 +134,35 @@ class Source:
         Documents longer than `PIECE` characters come in pieces. Blank ones are left out. Raises `UserError` for
         unreadable data unless `on_bad_row` is `skip`, and if there is no document.
         """
-        return self._read(lambda part, inner: part.documents(inner), lambda document: document.ends, start)
+        return self._read("documents", start)
 
     def read_conversations(self, start: Position | None = None) -> Iterator[tuple[list[Message], Position]]:
         """`read` for rows that are conversations: lists of messages, `{"role": …, "content": …}`.
 
         If a data set weights its turns, messages also have a `weight`; 0 means not learned.
         """
-        return self._read(lambda part, inner: part.conversations(inner), lambda conversation: True, start)
+        return self._read("conversations", start)
 
     def read_conversation_rows(self) -> Iterator[Item[list[Message]]]:
         """`read_conversations`, with a `BadRow` in place of each bad row, for callers that read ahead: they call
         `leave_out` when they get to it.
         """
-        return self._read_rows(lambda part, inner: part.conversations(inner), lambda conversation: True, None)
+        return self._read_rows("conversations", None)
 
     def read_questions(self) -> Iterator[tuple[list[Message], Position]]:
         """`read_conversations` for conversations that end with the right answer to a question."""
-        return self._read(lambda part, inner: part.questions(inner), lambda question: True, None)
+        return self._read("questions")
 
     def read_pairs(self) -> Iterator[tuple[Pair, Position]]:
         """`read_conversations` for rows with a better and a worse answer."""
-        for pair, position in self._read(lambda part, inner: part.pairs(inner), lambda pair: True, None):
+        for pair, position in self._read("pairs"):
             if pair.prompt_removed:
                 self.note("pairs whose answers began with the prompt, which was removed from them", pair.place)
             yield pair, position
 
     def read_judgements(self) -> Iterator[tuple[Judged, Position]]:
         """`read_conversations` for rows whose answer is labelled good or bad."""
-        return self._read(lambda part, inner: part.judgements(inner), lambda judged: True, None)
+        return self._read("judgements")
 
     def reads(self) -> str:
         """The kind of its first rows by their columns: `pairs`, `judgements`, `conversations`, or else `documents`.
@@ -107,18 +171,17 @@ class Source:
         """
         left_out: list[str] = []
         possible: list[str] = []
-        for name in ("pairs", "judgements", "conversations", "documents"):
+        for kind in ("pairs", "judgements", "conversations", "documents"):
             try:
-                items = [item for item, _ in itertools.islice(getattr(self.parts[0], name)({}), ROWS_LOOKED_AT)]
+                items = [item for item, _ in itertools.islice(self.parts[0].items(kind, {}, Counter()), ROWS_LOOKED_AT)]
             except UserError:  # a file without rows, or settings for other rows
                 continue
-            self.count_anew()
-            possible.append(name)
+            possible.append(kind)
             rows = [item for item in items if isinstance(item, BadRow)]
             refused = any(row.has_columns and not row.harmless for row in rows)
             if len(rows) < len(items) or (refused and not left_out):
-                return name
-            left_out += [name for row in rows if row.has_columns]
+                return kind
+            left_out += [kind for row in rows if row.has_columns]
         return next(iter([*left_out, *reversed(possible)]), "documents")
 
     def describe(self) -> list[dict[str, Any]]:
@@ -146,32 +209,16 @@ class Source:
         """One line for each reason for which rows were left out or noted, for unused columns, and for each folder."""
         counted = [(f"skipped ({reason})", rows, reason) for reason, rows in self.skipped.most_common()]
         counted += [(what, rows, what) for what, rows in self.noted.most_common()]
-        lines = [
-            f"{self.settings.label}: {rows:,} {what}, such as {self.first_seen[reason]}"
-            for what, rows, reason in counted
-        ]
-        files = [part for part in self.parts if isinstance(part, FilePart)]
-        unused = sum((part.unused for part in files), Counter[str]())
-        spelled = sum((part.spelled for part in files), Counter[str]())
-        quoted = [(name if "'" in name else repr(name), _rows(rows)) for name, rows in unused.most_common()]
-        if len(quoted) == 1:
-            lines.append(f"{self.settings.label}: column {quoted[0][0]} is not used ({quoted[0][1]})")
-        elif quoted:
-            lines.append(f"{self.settings.label}: columns that are not used: {_first_ones(quoted)}")
-        if spelled:
-            named = [(name, f"{count:,}") for name, count in spelled.most_common()]
-            said = "special tokens that are spelled in texts and read as text"
-            lines.append(f"{self.settings.label}: {said}: {_first_ones(named)}")
-        return lines + [one.line() for one in self.found]
-
-    def count_anew(self) -> None:
-        """Reset the counts, before it is read from the beginning again."""
-        for counted in (self.skipped, self.noted, self.first_seen):
-            counted.clear()
-        for part in self.parts:
-            if isinstance(part, FilePart):
-                part.unused.clear()
-                part.spelled.clear()
+        lines = [f"{rows:,} {what}, such as {self.first_seen[reason]}" for what, rows, reason in counted]
+        unused = [(name if "'" in name else repr(name), _rows(rows)) for name, rows in self.unused.most_common()]
+        if len(unused) == 1:
+            lines.append(f"column {unused[0][0]} is not used ({unused[0][1]})")
+        elif unused:
+            lines.append(f"columns that are not used: {_first_ones(unused)}")
+        if self.spelled:
+            spelled = [(name, f"{count:,}") for name, count in self.spelled.most_common()]
+            lines.append(f"special tokens that are spelled in texts and read as text: {_first_ones(spelled)}")
+        return [f"{self.settings.label}: {line}" for line in lines] + [one.line() for one in self.found]
 
     def note(self, what: str, message: str) -> None:
         """Count a row that is kept with a problem; `message` names the row's place."""
@@ -185,24 +232,20 @@ class Source:
         self.skipped[row.reason] += row.rows
         self.first_seen.setdefault(row.reason, row.message)
 
-    def _read(
-        self, items: Callable[[Part, Position], Iterator[Item[T]]], ends: Callable[[T], bool], start: Position | None
-    ) -> Iterator[tuple[T, Position]]:
-        for item, behind in self._read_rows(items, ends, start):
+    def _read(self, kind: str, start: Position | None = None) -> Iterator[tuple[Any, Position]]:
+        for item, behind in self._read_rows(kind, start):
             if isinstance(item, BadRow):
                 self.leave_out(item)
             else:
                 yield item, behind
 
-    def _read_rows(
-        self, items: Callable[[Part, Position], Iterator[Item[T]]], ends: Callable[[T], bool], start: Position | None
-    ) -> Iterator[Item[T]]:
+    def _read_rows(self, kind: str, start: Position | None) -> Iterator[Item[Any]]:
         """Items from `start` on; after a network error, from the last position. Raises `UserError` if none."""
         position = start or {"file": 0, "documents": 0}
         found, left_out = start is not None, ""
         while True:
             try:
-                for item, behind in self._read_once(items, ends, position):
+                for item, behind in self._read_once(kind, position):
                     position = behind
                     if isinstance(item, BadRow):
                         left_out = left_out or item.message
@@ -217,15 +260,15 @@ class Source:
             why = f"every row was left out, such as {left_out}" if left_out else "only blank lines or no rows"
             raise UserError(f"{self.settings.path}: it holds no document: {why}")
 
-    def _read_once(
-        self, items: Callable[[Part, Position], Iterator[Item[T]]], ends: Callable[[T], bool], position: Position
-    ) -> Iterator[Item[T]]:
-        index, documents = position["file"], position["documents"]
-        for number in range(index, len(self.parts)):
+    def _read_once(self, kind: str, position: Position) -> Iterator[Item[Any]]:
+        first, documents = position["file"], position["documents"]
+        for number, part in enumerate(self.parts[first:], start=first):
             if documents == self.settings.documents:
                 return
-            for item, inner in items(self.parts[number], position if number == index else {}):
-                documents += not isinstance(item, BadRow) and ends(item)
+            for item, inner in part.items(kind, position if number == first else {}, self.unused):
+                documents += not isinstance(item, BadRow) and getattr(item, "ends", True)
+                if isinstance(item, Document) and isinstance(part, FilePart):
+                    self.spelled.update(spelling for spelling in SPELLINGS if spelling in item.text)
                 yield item, {**inner, "file": number, "documents": documents}
                 if documents == self.settings.documents:
                     return
@@ -239,3 +282,63 @@ def _first_ones(counted: Sequence[tuple[str, str]], most: int = 8) -> str:
     """Names with their counts, and how many more there are."""
     more = f" and {len(counted) - most} more" if len(counted) > most else ""
     return ", ".join(f"{name} ({count})" for name, count in counted[:most]) + more
+
+
+def open_source(
+    settings: SourceSettings, seed: int = 0, patience: RetryPolicy | None = None, held_out: bool = False
+) -> Source:
+    """The source for `settings`; `seed` and `held_out` select the stream of a built-in source.
+
+    Raises `UserError` if there is nothing to read, with what was looked for.
+    """
+    patience = patience or RetryPolicy(settings.retry_for)
+    if settings.path in BUILT_IN:
+        if settings.mapping or settings.row_format or settings.separator:
+            raise UserError(f"{settings.path} is built in and has no columns: remove columns, row_format and separator")
+        return Source(settings, [BuiltInPart(settings.path, seed, held_out)], patience)
+    files, found = patience.until_done(lambda: _find_files(settings))
+    return Source(settings, [FilePart(file, settings) for file in files], patience, found)
+
+
+def _find_files(settings: SourceSettings) -> tuple[list[File], list[Chosen]]:
+    """The files, and what was selected in their folders. Raises `UserError` if there are none."""
+    folder, name = Path(settings.path), hub_name(settings.path)
+    if folder.is_dir() and is_laid_out_like_the_hub(folder, settings):
+        return hub_files(settings.path, settings), []
+    if name:
+        return hub_files(name, settings), []
+    if is_url(settings.path):
+        return find_remote(settings.path, settings.split)
+    found = find(settings.path, split=settings.split)
+    return [local_file(path) for one in found for path in one.paths], found
+
+
+def expect_source(settings: SourceSettings) -> None:
+    """Raises `UserError` if a local file or folder does not exist. Reads nothing and uses no network."""
+    path = settings.path
+    if path not in BUILT_IN and not hub_name(path) and not is_url(path) and not Path(path).exists():
+        raise UserError(f"{path}: no such file or folder")
+
+
+def read_documents(paths: Paths, text_column: str | None = None) -> Iterator[Document]:
+    """All documents in files and folders (sorted, with subfolders), in order, without blank ones.
+
+    Texts longer than `PIECE` characters come in pieces, cut at line ends if possible. Raises `UserError` for unreadable
+    text when it is reached, and if there is no document.
+    """
+    source = _local_source(find_files(paths), text_column=text_column)
+    return (document for document, _ in source.read())
+
+
+def read_conversations(paths: Paths, messages_column: str | None = None) -> Iterator[list[Message]]:
+    """All conversations in JSON lines and parquet files and folders of them, as lists of messages.
+
+    Raises `UserError` as `read_documents` does, and for a row that is not a list of objects.
+    """
+    source = _local_source(find_files(paths, ROW_KINDS), messages_column=messages_column)
+    return (conversation for conversation, _ in source.read_conversations())
+
+
+def _local_source(paths: list[Path], **columns: str | None) -> Source:
+    settings = SourceSettings(path=str(paths[0]), **columns)
+    return Source(settings, [FilePart(local_file(path), settings) for path in paths], RetryPolicy(settings.retry_for))

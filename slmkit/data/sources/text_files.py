@@ -1,17 +1,74 @@
-"""Reads a `.txt` file: one long text, or documents separated by `<|endoftext|>` lines, as in TinyStories."""
+"""Lines of text files with byte offsets, and the documents of a `.txt` file; in memory bounded for any line length.
+
+A `.txt` file is one long text, or documents separated by `<|endoftext|>` lines, as in TinyStories.
+"""
 
 from __future__ import annotations
 
+import codecs
+import itertools
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
-from slmkit.data.sources.documents import PIECE, Document, Item, Position, cut_point
+from slmkit.data.sources.documents import PIECE, BadRow, Document, Item, Position, cut_point
 from slmkit.data.sources.files import File
-from slmkit.data.sources.lines import Line, not_text, parts_of_lines
 
+LONGEST_ROW = 1 << 25  # bytes; a row is held in memory several times while it is parsed
 SEPARATOR = "<|endoftext|>"
 NO_TEXT = re.compile("[\0\udc80-\udcff]")  # bytes that are not text, as decoded by `parts_of_lines`
 LEFT_OUT = re.compile("\r(?=\n)|[\0\udc80-\udcff]")  # these, and the carriage return of Windows line ends
+
+
+class Line(NamedTuple):
+    """A line (or a part of one) with its line end, and the offset after it in the uncompressed file."""
+
+    text: str
+    end: int
+    problem: BadRow | None = None
+
+
+def whole_lines(file: File, offset: int = 0) -> Iterator[Line]:
+    """All lines from `offset` on, decoded as UTF-8 with or without byte-order mark.
+
+    A line that is longer than `LONGEST_ROW` or is not text is empty and has a `problem`.
+    """
+    with file.open_at(offset) as stream:
+        while raw := stream.readline(LONGEST_ROW + 1):
+            start, offset = offset, offset + len(raw)
+            text, problem = "", None
+            if len(raw) > LONGEST_ROW:
+                while not raw.endswith(b"\n") and (raw := stream.readline(PIECE)):
+                    offset += len(raw)
+                found = f"{file.name}: the line at offset {start} has {offset - start:,} bytes"
+                way_out = f"a row may have {LONGEST_ROW:,}; split it, or make it a .txt file"
+                problem = BadRow("row too long", f"{found}, and {way_out}")
+            elif b"\0" in raw:
+                problem = _not_text(file, start + raw.index(b"\0"))
+            else:
+                try:
+                    text = raw.removeprefix(codecs.BOM_UTF8 if start == 0 else b"").decode()
+                except UnicodeDecodeError as error:
+                    problem = _not_text(file, offset - len(error.object) + error.start)
+            yield Line(text, offset, problem)
+
+
+def parts_of_lines(file: File, offset: int = 0) -> Iterator[Line]:
+    """`whole_lines`, with lines of more than `PIECE` bytes split into parts, of which the last has a line end.
+
+    Invalid UTF-8 becomes Python's surrogate escapes, so that the text encodes back to the bytes read.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+    with file.open_at(offset) as stream:
+        while True:
+            raw = stream.readline(PIECE)
+            is_first, offset = offset == 0, offset + len(raw)
+            text = decoder.decode(raw, final=not raw)
+            if text:
+                held = len(decoder.getstate()[0])  # bytes of an incomplete character
+                yield Line(text.removeprefix("\ufeff") if is_first else text, offset - held)
+            if not raw:
+                return
 
 
 def text_documents(file: File, start: Position, separator: str | None = None) -> Iterator[Item[Document]]:
@@ -28,45 +85,41 @@ def text_documents(file: File, start: Position, separator: str | None = None) ->
     raw: list[str] = []  # of the document or piece that is being read; it ends at `offset`
     size = 0
     lines = parts_of_lines(file, offset)
-    for line in lines if separator is None else _taken_apart(lines, offset, separator):
-        is_separator = line.text.strip() == (separator or SEPARATOR) and (at_line_start or separator is not None)
-        at_line_start = line.text.endswith("\n")
-        if is_separator:
-            text = "".join(raw)
-            document = Document(
-                _cleaned(text).removesuffix("\n"), begins=not position["inside"]
-            )  # the line end belongs to the separator
-            yield from _reported(file, text, offset, position)
-            offset = line.end
-            position, is_blank = {"offset": offset, "inside": 0}, not (position["inside"] or document.text.strip())
-            if not is_blank:
-                yield document, position
-            raw, size = [], 0
-            continue
-        offset = line.end
-        raw.append(line.text)
-        size += len(line.text)
-        if size <= PIECE:
-            continue
-        joined = "".join(raw)
-        text = _cleaned(joined)
-        size = len(text)
-        if size > PIECE:
+    for line in itertools.chain(lines if separator is None else _split_lines(lines, offset, separator), [None]):
+        is_separator = line is not None and line.text.strip() == (separator or SEPARATOR)
+        if line is not None and not (is_separator and (at_line_start or separator)):
+            at_line_start, offset = line.text.endswith("\n"), line.end
+            raw.append(line.text)
+            size += len(line.text)
+            if size <= PIECE:
+                continue
+            joined = "".join(raw)
+            text = _cleaned(joined)
+            size = len(text)
+            if size <= PIECE:
+                continue
             cut = cut_point(text, PIECE)
-            raw_cut = _raw_cut(joined, cut)
+            raw_cut = cut if len(text) == len(joined) else _raw_cut(joined, cut)
             piece, left = joined[:raw_cut], joined[raw_cut:]
-            begins = offset - _bytes(left)
+            begins = offset - byte_length(left)
             yield from _reported(file, piece, begins, position)
             was_inside, position = position["inside"], {"offset": begins, "inside": 1}
             yield Document(text[:cut], ends=False, begins=not was_inside), position
             raw, size = [left], len(left)
-    text = "".join(raw)
-    yield from _reported(file, text, offset, position)
-    if position["inside"] or _cleaned(text).strip():
-        yield Document(_cleaned(text), begins=not position["inside"]), {"offset": offset, "inside": 0}
+            continue
+        joined = "".join(raw)
+        text = _cleaned(joined)
+        yield from _reported(file, joined, offset, position)
+        if line is not None:
+            text = text.removesuffix("\n")  # it belongs to the separator
+            at_line_start, offset = line.text.endswith("\n"), line.end
+        was_inside, position = position["inside"], {"offset": offset, "inside": 0}
+        if was_inside or text.strip():
+            yield Document(text, begins=not was_inside), position
+        raw, size = [], 0
 
 
-def _taken_apart(lines: Iterator[Line], offset: int, separator: str) -> Iterator[Line]:
+def _split_lines(lines: Iterator[Line], offset: int, separator: str) -> Iterator[Line]:
     """The lines, split so that each separator is a line of its own with the line end after it."""
     found, held = re.compile(rf"({re.escape(separator)}[ \t]*\r?\n?)"), ""
     for line in lines:
@@ -75,11 +128,11 @@ def _taken_apart(lines: Iterator[Line], offset: int, separator: str) -> Iterator
         kept = 0 if last.endswith("\n") else len(separator) - 1
         held = last[max(0, len(last) - kept) :] if kept else ""
         for text in (*parts, last[: len(last) - len(held)]):
-            offset += _bytes(text)
+            offset += byte_length(text)
             if text:
                 yield Line(text, offset)
     if held:
-        yield Line(held, offset + _bytes(held))
+        yield Line(held, offset + byte_length(held))
 
 
 def _cleaned(raw: str) -> str:
@@ -99,8 +152,6 @@ def _is_text(raw: str) -> bool:
 
 def _raw_cut(raw: str, cut: int) -> int:
     """The index in `raw` that corresponds to `cut` in the cleaned text."""
-    if len(_cleaned(raw)) == len(raw):
-        return cut
     for match in LEFT_OUT.finditer(raw):  # `cut` becomes an index in `raw`
         if match.start() >= cut:
             break
@@ -112,11 +163,17 @@ def _reported(file: File, raw: str, end: int, position: Position) -> Iterator[It
     """A `BadRow` for the bytes in `raw` that are not text; `raw` ends at the offset `end`."""
     first = None if _is_text(raw) else NO_TEXT.search(raw)
     if first:
-        place = end - _bytes(raw[first.start() :])
-        yield not_text(file, place, rows=len(NO_TEXT.findall(raw))), position
+        place = end - byte_length(raw[first.start() :])
+        yield _not_text(file, place, rows=len(NO_TEXT.findall(raw))), position
 
 
-def _bytes(raw: str) -> int:
+def _not_text(file: File, offset: int, rows: int = 1) -> BadRow:
+    found = f"{file.name}: expected UTF-8 text, found a byte that is not UTF-8 at offset {offset}"
+    return BadRow("not UTF-8", f"{found}; convert the file or leave it out", rows)
+
+
+def byte_length(raw: str) -> int:
+    """UTF-8 bytes of a text decoded by `parts_of_lines`."""
     return len(raw.encode(errors="surrogateescape"))
 
 

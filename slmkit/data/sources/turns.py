@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from slmkit.config import kind_of_value, spelled
-from slmkit.data.sources.documents import Conversation, Message
+from slmkit.data.sources.documents import Conversation, Message, RowError
 from slmkit.tokenizer.chat import EMPTY, ConversationError, check_messages
 
 EXAMPLE = '{"role": …, "content": …}'
@@ -50,14 +50,6 @@ USED = {*ROLE, *CONTENT, *WEIGHTS, *REASONING, *TOOLS, "tool_calls", "function_c
 # Keys that would change what is read or learned, and cannot be kept.
 MEDIA = ("images", "image", "videos", "video", "audios", "audio", "documents", "files")
 REFUSED = (*MEDIA, "train_detail", "training_detail", "refusal")
-
-
-class RowError(ValueError):
-    """A row that is left out, or refused unless it is `harmless`. `reason` is one of few, for counting."""
-
-    def __init__(self, message: str, reason: str = "not as expected", harmless: bool = False) -> None:
-        super().__init__(message)
-        self.reason, self.harmless = reason, harmless
 
 
 def is_empty(value: Any) -> bool:

@@ -122,8 +122,8 @@ def both_answers(batch: Batch) -> tuple[Tensor, Tensor]:
     """
     if batch.ids.dim() == 3:
         return batch.ids, batch.labels
-    sides = ((batch.ids, batch.extra["other_ids"]), (batch.labels, batch.extra["other_labels"]))
-    return torch.stack(sides[0], dim=1), torch.stack(sides[1], dim=1)
+    ids, labels = [batch.ids, batch.extra["other_ids"]], [batch.labels, batch.extra["other_labels"]]
+    return torch.stack(ids, dim=1), torch.stack(labels, dim=1)
 
 
 def answer_log_probabilities(model: Decoder, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,8 +14,7 @@ from torch import nn
 
 from slmkit.config import UserError
 from slmkit.device import Device
-from slmkit.training.optimizers.lion import Lion
-from slmkit.training.optimizers.muon import Muon
+from slmkit.training.optimizers.lion_and_muon import Lion, Muon
 from slmkit.training.precision import UpdatedInFloat32
 from slmkit.training.recipe.recipe import TrainSettings
 

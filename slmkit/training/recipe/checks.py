@@ -10,9 +10,8 @@ from typing import Any
 import pydantic
 
 from slmkit.config import UserError
-from slmkit.data.sources import BUILT_IN
+from slmkit.data.sources import BUILT_IN, expect_source
 from slmkit.data.sources.files import TEXT_KINDS, kind_of
-from slmkit.data.sources.open import expect_source
 from slmkit.data.sources.settings import SourceSettings
 from slmkit.find import find_config_directory, find_tokenizer_directory
 from slmkit.training.recipe.recipe import Recipe, TrainSettings

@@ -31,6 +31,7 @@ MODEL_KEYS = [
     "initialization",
     *(name for name in SLMConfig.model_fields if name not in TRAINING_FIELDS),
 ]
+Initialization = Literal["gpt2", "copying"]
 
 
 class ModelSettings(Settings):
@@ -42,7 +43,7 @@ class ModelSettings(Settings):
     path: str | None = None  # a model or run directory whose weights are trained on
     # How a new model's weights start. copying: attention repeats the tokens it looks at, and embeddings are larger. A
     # small model then learns to copy sooner; its loss begins above ln(vocabulary).
-    initialization: Literal["gpt2", "copying"] = "gpt2"
+    initialization: Initialization = "gpt2"
 
     @model_validator(mode="after")
     def _known_fields(self) -> ModelSettings:
@@ -54,6 +55,11 @@ class ModelSettings(Settings):
         if self.path is not None and (self.preset is not None or self.changes):
             raise ValueError("path names a trained model, whose shape is fixed: drop preset and the sizes beside it")
         return self
+
+    @classmethod
+    def of_config(cls, config: SLMConfig, initialization: Initialization = "gpt2") -> ModelSettings:
+        """A new model of this config, with every value written out."""
+        return cls.model_construct(initialization=initialization, **config.model_dump(exclude=TRAINING_FIELDS))
 
     @classmethod
     def key_names(cls) -> list[str]:

@@ -13,8 +13,7 @@ from slmkit.data.prepare.conversations import ConversationEncoder, prepare_chat
 from slmkit.data.rows.text_dataset import TextDataset
 from slmkit.data.shards.work import document_ids, encode
 from slmkit.data.sources import Document, Judged
-from slmkit.data.sources.documents import PIECE, pieces
-from slmkit.data.sources.pair_formats import Pair
+from slmkit.data.sources.documents import PIECE, Pair, pieces
 from slmkit.data.streaming.rows import tokenized
 from slmkit.tokenizer import SLMTokenizer
 from tests.tokenizer.conftest import save_foreign

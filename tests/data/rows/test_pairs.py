@@ -16,7 +16,7 @@ from slmkit.data.prepare.conversations import prepare_chat
 from slmkit.data.rows.answers import PairRows
 from slmkit.data.rows.torch_dataset import ItemFormat
 from slmkit.data.sources import open_source
-from slmkit.data.sources.pair_formats import pair_of
+from slmkit.data.sources.formats import pair_of
 from slmkit.data.sources.settings import SourceSettings
 from slmkit.tokenizer import SLMTokenizer
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,25 +18,22 @@ from hypothesis import strategies as st
 from slmkit.config import UserError
 from slmkit.data.sources import Source, open_source
 from slmkit.data.sources.documents import BadRow
-from slmkit.data.sources.pair_formats import kto_formats, pair_formats
-from slmkit.data.sources.row_formats import RowFormats, chat_formats, text_formats
+from slmkit.data.sources.row_formats import RowFormats
 from slmkit.data.sources.settings import SourceSettings
 from tests.data.public_rows import ALL, SHAREGPT, SYSTEM, TALK, say, user
 
 DOCS = Path(__file__).parents[3] / "docs" / "sources.md"
-FORMATS = {
-    "read": text_formats,
-    "read_conversations": chat_formats,
-    "read_pairs": pair_formats,
-    "read_judgements": kto_formats,
+KINDS = {
+    "read": "documents",
+    "read_conversations": "conversations",
+    "read_pairs": "pairs",
+    "read_judgements": "judgements",
 }
 NO_FILE = SourceSettings(path="a.jsonl")
 
 
 def formats_of(reads: str) -> RowFormats:
-    from collections import Counter
-
-    return FORMATS[reads](NO_FILE, Counter())
+    return RowFormats(KINDS[reads], NO_FILE, Counter())
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -71,14 +69,14 @@ def test_a_row_of_every_public_schema_is_read_and_what_it_has_besides_is_counted
     assert [meaning(item) for item in items] == [schema.means] * 2
     assert all(getattr(item, "tools", None) == schema.tools for item in items if reads == "read_conversations")
     unused = {} if kind == "parquet" else {"score": 2}  # of a table the columns are counted, whatever is in them
-    assert unused.items() <= sum((part.unused for part in source.parts), start=type(source.skipped)()).items()
+    assert unused.items() <= source.unused.items()
     assert re.search(r"'score'.* \(2 rows\)", source.report()[-1])
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_the_documentation_has_a_line_for_every_public_schema(name: str):
     reads, schema = ALL[name]
-    required = formats_of(reads).find(schema.row).required
+    required = formats_of(reads).kind.find(schema.row).required
     table = [line for line in DOCS.read_text().splitlines() if line.startswith("|")]
     assert any(all(f"`{column}`" in line for column in required) for line in table), required
 
@@ -278,11 +276,9 @@ def test_columns_are_mapped_in_every_kind_of_file_and_a_named_one_is_required(tm
     for index, (_, position) in enumerate(whole):
         assert list(open_source(named).read_conversations(position)) == whole[index + 1 :]
     for wrong in ({"columns": {"prompt": "q", "completion": "answr", "system": "qq"}}, {"messages_column": "qq"}):
-        with pytest.raises(
-            UserError, match=r"no column '(answr|qq)', which (columns.completion|messages_column) names; "
-        ):
+        with pytest.raises(UserError, match=r"no column '(answr|qq)', which is set as '(completion|messages)'; "):
             list(open_source(SourceSettings(path=str(path), **wrong)).read_conversations())
-    with pytest.raises(UserError, match=r"no column 'ids', which text_column names; did you mean 'id'\?"):
+    with pytest.raises(UserError, match=r"no column 'ids', which is set as 'text'; did you mean 'id'\?"):
         list(open_source(SourceSettings(path=str(path), text_column="ids")).read())
 
 

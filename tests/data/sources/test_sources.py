@@ -14,7 +14,8 @@ import pytest
 import zstandard
 
 from slmkit.config import UserError
-from slmkit.data.sources import PIECE, Document, cut_point, describe_sources, read_conversations, read_documents
+from slmkit.data.sources import PIECE, Document, cut_point, open_source, read_conversations, read_documents
+from slmkit.data.sources.settings import SourceSettings
 
 TEXTS = ["one\nline more", 'two, with "quotes" and é', "three 🙂"]
 COMPRESS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}
@@ -125,7 +126,7 @@ def test_conversations_come_as_given_from_json_lines_and_parquet(tmp_path: Path)
 
 def test_sources_are_described_by_size_and_checksum(tmp_path: Path):
     (tmp_path / "a.txt").write_text("abc")
-    assert describe_sources(tmp_path / "a.txt") == [
+    assert open_source(SourceSettings(path=str(tmp_path / "a.txt"))).describe() == [
         {
             "path": str(tmp_path / "a.txt"),
             "bytes": 3,
@@ -143,8 +144,8 @@ MISTAKES = {
     "latin.txt": (b"line\ncaf\xe9 au lait", "at offset 8"),
     "cut.txt": ("line\ncafé".encode()[:-1], "at offset 8"),
     "utf16.txt": ("text".encode("utf-16"), "cannot be read: it is UTF-16 text"),
-    "bad.jsonl": (b'{"text": "a"}\n{"text": ', "bad.jsonl:2: expected one JSON object a line"),
-    "array.json": (b'["a"]\n', "array.json: row 1: expected a list of objects, found 'a'"),
+    "bad.jsonl": (b'{"text": "a"}\n{"text": ', "bad.jsonl:2: expected a JSON object, found"),
+    "array.json": (b'["a"]\n', "array.json: row 1: expected a JSON object, found '\"a\"'"),
     "column.jsonl": (b'{"text": "a"}\n{"body": "b"}\n', "column.jsonl:2: no column 'text'; there are: 'body'"),
     "null.jsonl": (b'{"text": null}\n', "null.jsonl:1: expected text in column 'text', found nothing"),
     "half.jsonl": (b'{"text": "\\ud83d\\uDE42"}\n{"text": "\\uD83D"}\n', "half.jsonl:2: half a surrogate pair"),

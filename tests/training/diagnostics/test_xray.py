@@ -20,7 +20,8 @@ from slmkit.data.rows.answers import JudgedRows, PairRows
 from slmkit.data.shards.reader import TokenShards
 from slmkit.data.shards.writer import ShardWriter
 from slmkit.data.sources import open_source, read_documents
-from slmkit.data.sources.pair_formats import Judged, pair_of
+from slmkit.data.sources.documents import Judged
+from slmkit.data.sources.formats import pair_of
 from slmkit.data.sources.settings import SourceSettings
 from slmkit.data.stream import ChatRows, PretrainRows, Stream
 from slmkit.tokenizer import SLMTokenizer

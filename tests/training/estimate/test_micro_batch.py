@@ -7,12 +7,11 @@ import torch
 
 from slmkit.config import UserError, load_settings
 from slmkit.device import find_device
-from slmkit.model.architectures import architecture_of
+from slmkit.model.files.directory import empty_decoder
 from slmkit.model.initialization import build_decoder
 from slmkit.training import objective as objectives
 from slmkit.training.estimate import micro_batch
-from slmkit.training.estimate.memory import training_bytes
-from slmkit.training.estimate.memory_profile import MemoryProfile
+from slmkit.training.estimate.memory import MemoryProfile, training_bytes
 from slmkit.training.estimate.micro_batch import (
     fitting_rows,
     is_out_of_memory,
@@ -29,13 +28,13 @@ CPU = find_device("cpu", "float32")
 
 def fresh(**changes: object) -> MemoryProfile:
     """A new model that learns the next token."""
-    return MemoryProfile(architecture_of(config(**changes)))
+    return MemoryProfile(empty_decoder(config(**changes)))
 
 
 def memory_for(rows: int, **changes: object) -> int:
     """Free bytes in which a step of `rows` rows just fits."""
     chosen = settings(**changes)
-    needed = training_bytes(fresh(), chosen, rows, LENGTH, CPU, chosen.gradient_checkpointing)
+    needed = training_bytes(fresh(), chosen, rows, LENGTH, CPU)
     return int(needed / micro_batch.USABLE["cpu"]) + 1
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from slmkit.data.batch import Batch
 from slmkit.data.prepare.conversations import prepare_chat
 from slmkit.data.rows.answers import PairRows
-from slmkit.data.sources.pair_formats import pair_of
+from slmkit.data.sources.formats import pair_of
 from slmkit.model.config import SLMConfig
 from slmkit.model.decoder import Decoder
 from slmkit.model.files.directory import save_decoder

@@ -13,15 +13,16 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
-import slmkit.training.logging.disk_hooks
+import slmkit.training.logging.logger
 from slmkit.config import UserError, load_settings, read_yaml, to_yaml
 from slmkit.device import DeviceError
-from slmkit.training.logging.plan_json import PlanFile
+from slmkit.training.estimate.forecast import PlanFile
 from slmkit.training.loop import RunStopped, StopRequested
 from slmkit.training.recipe.changes import LENGTH, OBEYED
 from slmkit.training.recipe.recipe import Recipe
 from slmkit.workflows.replay import replay_run
-from slmkit.workflows.train import resume_run, train_recipe
+from slmkit.workflows.resume import resume_run
+from slmkit.workflows.train import train_recipe
 from tests.test_life import Silent
 from tests.training.every_key import EVERY, changed, make_world, scenario
 
@@ -39,7 +40,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PlanFile, "update", lambda *arguments: None)
     for draw in ("plot_losses", "plot_shares"):
-        monkeypatch.setattr(slmkit.training.logging.disk_hooks, draw, lambda *arguments: None)
+        monkeypatch.setattr(slmkit.training.logging.logger, draw, lambda *arguments: None)
 
 
 def train(world: Path, root: Path, name: str = "text", stop_at: int | None = None, **keys: Any) -> Path:

@@ -15,7 +15,9 @@ from slmkit.data.rows.answers import Questions
 from slmkit.model.decoder import Decoder
 from slmkit.model.initialization import build_decoder
 from slmkit.training.distributed import ALONE
-from slmkit.training.objectives.grpo import GroupRelative, GrpoSettings, Judged, RewardFunction, Rollouts
+from slmkit.training.objectives.grpo import GroupRelative
+from slmkit.training.recipe.objective_settings import GrpoSettings
+from slmkit.workflows.grpo import Judged, Rollouts
 from tests.training.helpers import TOKENIZER
 from tests.training.objectives.test_preference import CONFIG
 
@@ -45,8 +47,7 @@ def by_first_token(prompt: np.ndarray, answer: np.ndarray, known: np.ndarray) ->
 
 def rollouts(folder: Path, model: Decoder, reference: Decoder | None = None, **changes: object) -> Rollouts:
     settings = GrpoSettings(**SETTINGS | changes)
-    judge = RewardFunction(drawn, by_first_token)
-    return Rollouts(questions(folder), model, reference, judge, settings, LENGTH, seed=3, group=ALONE)
+    return Rollouts(questions(folder), model, reference, drawn, by_first_token, settings, LENGTH, seed=3, group=ALONE)
 
 
 def test_a_question_is_all_before_the_last_answer_which_is_what_is_right(tmp_path: Path) -> None:
@@ -146,7 +147,8 @@ def test_questions_of_a_step_are_in_order_of_their_length(tmp_path: Path) -> Non
         prepared,
         build_decoder(CONFIG, 0),
         None,
-        RewardFunction(drawn, by_first_token),
+        drawn,
+        by_first_token,
         GrpoSettings(**SETTINGS),
         LENGTH,
         3,

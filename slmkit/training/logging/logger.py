@@ -1,50 +1,18 @@
-"""Hooks that write metrics, plots and checkpoints during a run."""
+"""Hooks that write metrics and plots during a run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from slmkit.training.checkpoints import checkpoint as checkpoints
-from slmkit.training.checkpoints.saver import Saver
 from slmkit.training.logging.plots import plot_losses, plot_shares
 from slmkit.training.logging.trackers import Tracker
-from slmkit.training.loop import Every, Report, State
-from slmkit.training.recipe.recipe import TrainSettings
+from slmkit.training.loop import Report, State
 
 if TYPE_CHECKING:
     from slmkit.training.run_directory import RunDirectory
 
-
 IDLE_REPORTED = 10  # steps in a row
-
-
-def hooks_on_disk(
-    settings: TrainSettings,
-    eval_steps: int,
-    logger: Logger,
-    saver: Saver,
-    on_save: Callable[[State, Path], Any] | None = None,
-) -> tuple[Every, ...]:
-    """Hooks that write to disk, in this order: metrics first, so that no checkpoint is ahead of them.
-
-    `on_save` is called on all ranks with each checkpoint that is complete.
-    """
-
-    def saved(state: State, report: Report) -> Any:
-        saver.wait()
-        path = saver.run.checkpoints / checkpoints.checkpoint_name(state.step)
-        return on_save(state, path) if on_save is not None else None
-
-    return (
-        Every(1, logger.log_if_skipped),
-        Every(settings.logging_steps, logger.log),
-        Every(eval_steps, logger.log_and_draw),
-        Every(settings.save_steps or eval_steps, saver.save, on_stop=True, on_all_ranks=True),
-        *([Every(settings.save_steps or eval_steps, saved, on_stop=True, on_all_ranks=True)] if on_save else []),
-        Every(1, saver.check),
-    )
 
 
 class Logger:
