@@ -16,7 +16,7 @@ from slmkit.data.sources.settings import SourceSettings
 from slmkit.data.stream import ChatRows, DocumentRows
 from slmkit.device import find_device
 from slmkit.evaluation import LossReport, validation_loss
-from slmkit.model.files.find import find_model_directory, find_tokenizer_directory
+from slmkit.find import find_model_directory, find_tokenizer_directory
 from slmkit.tokenizer import SLMTokenizer
 
 LENGTH = 2048  # tokens of a row, for models with a longer context

@@ -14,7 +14,7 @@ from slmkit.data.rows.text_dataset import TextDataset
 from slmkit.data.shards.work import document_ids, encode
 from slmkit.data.sources import Document, Judged
 from slmkit.data.sources.documents import PIECE, Pair, pieces
-from slmkit.data.streaming.rows import tokenized
+from slmkit.data.streaming import tokenized
 from slmkit.tokenizer import SLMTokenizer
 from tests.tokenizer.conftest import save_foreign
 from tests.tokenizer.kinds import CONFIG, MADE, REAL, directory_of
