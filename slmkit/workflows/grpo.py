@@ -25,8 +25,8 @@ from slmkit.config import UserError, did_you_mean, kind_of_value
 from slmkit.data.batch import Batch
 from slmkit.data.order import mixed_seed
 from slmkit.data.packing import IGNORED, padded, row_of_labels
-from slmkit.data.rows.questions import Questions
-from slmkit.data.stream import share_of_rank, shuffled
+from slmkit.data.rows.answers import Questions
+from slmkit.data.stream import Batches, share_of_rank, shuffled
 from slmkit.device import Device
 from slmkit.files import write_whole
 from slmkit.generation.generator import generate_ids
@@ -126,14 +126,11 @@ SampleAnswers = Callable[[Decoder, Sequence[np.ndarray], int, int], list[np.ndar
 Judge = Callable[[np.ndarray, np.ndarray, np.ndarray], Judged]  # prompt, answer, known answer
 
 
-class Rollouts:
-    """Batches of answers to shuffled questions, sampled from the model at that step. Implements `Batches`.
+class Rollouts(Batches):
+    """Batches of answers to shuffled questions, sampled from the model at that step.
 
     Every random number follows from (seed, step, rank), so that weights and step determine a batch.
     """
-
-    separate = False
-    total_rows: int | None = None
 
     def __init__(
         self,
@@ -153,7 +150,7 @@ class Rollouts:
         self.length, self.seed, self.group = length, seed, group
         self.pad_id = questions.shards.header.pad_token_id or 0
         self.rows_per_step = settings.rows_per_step
-        self.rows_in_epoch: int | None = len(questions) * settings.num_generations
+        self.rows_in_epoch = len(questions) * settings.num_generations
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """`[questions * num_generations, length]`, the answers to one question adjacent."""
@@ -171,18 +168,6 @@ class Rollouts:
         ids, labels = zip(*map(self._row, prompts, answers))
         batch = Batch.of(np.stack(ids), np.stack(labels), extra=self._extra(judged))
         return batch if self.reference is None else self._referred(batch, self.reference)
-
-    def has(self, step: int) -> bool:
-        return True
-
-    def shares(self, step: int) -> dict[str, float]:
-        return {}
-
-    def position(self) -> dict[str, Any]:
-        return {}
-
-    def seek(self, step: int, position: dict[str, Any]) -> None:
-        """Does nothing: a batch follows from its step and the weights."""
 
     def _row(self, prompt: np.ndarray, answer: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Ids and labels [length]; only the answer is learned."""
