@@ -238,7 +238,7 @@ class ChatRows(Rows):
             raise UserError(f"{shards.directory}: expected shards of conversations, found {found}")
         self.shards, self.length, self.pad_id = shards, length, shards.header.pad_token_id or 0
         self.on_long = on_long
-        self.starts, ends = _documents(shards)
+        self.starts, ends = document_spans(shards)
         self.stops = np.minimum(ends, self.starts + length)
         too_long = ends - 1 - self.starts > length  # without the end-of-text token, which is not learned
         if on_long == "refuse" and too_long.any():
@@ -302,7 +302,7 @@ class DocumentRows(Rows):
             raise UserError(f"expected a sequence_length of at least 1, found {length}")
         self.shards, self.length, self.pad_id = shards, length, shards.header.pad_token_id or 0
         eos_id = shards.header.eos_token_id
-        starts, ends = _documents(shards)
+        starts, ends = document_spans(shards)
         packing = pack_whole(ends - starts, length)
         self._rows = [[(int(starts[i]), int(ends[i])) for i in row] for row in packing.rows]
         self._contexts = [eos_id] * len(self._rows)
@@ -329,7 +329,7 @@ class DocumentRows(Rows):
         return numbered(lengths, self.length)
 
 
-def _documents(shards: TokenShards) -> tuple[np.ndarray, np.ndarray]:
+def document_spans(shards: TokenShards) -> tuple[np.ndarray, np.ndarray]:
     """First token of each document, and one past its last: int64 [documents] each."""
     ends = shards.document_ends
     return np.concatenate([np.zeros(1, dtype=np.int64), ends[:-1]]), ends

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from rich.text import Text
 
-from slmkit.data.prepare import sources_to_shards as source_shards
+from slmkit.data.prepare import corpus as prepared
 from slmkit.data.prepare.corpus import Corpus
 from slmkit.data.prepare.text_to_shards import Progress
 from slmkit.data.stream import Batches
@@ -48,7 +48,7 @@ class ObjectiveParts:
     longest: int | None = None
 
 
-class Reporter(source_shards.Reporter, Protocol):
+class Reporter(prepared.Reporter, Protocol):
     """Receives progress messages of long functions; the colours of a `Text` are significant."""
 
     def say(self, line: str | Text) -> None: ...

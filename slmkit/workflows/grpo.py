@@ -25,7 +25,7 @@ from slmkit.config import UserError, did_you_mean, kind_of_value
 from slmkit.data.batch import Batch
 from slmkit.data.order import mixed_seed
 from slmkit.data.packing import IGNORED, padded, row_of_labels
-from slmkit.data.rows.questions import Questions
+from slmkit.data.rows.answers import Questions
 from slmkit.data.stream import Batches, share_of_rank, shuffled
 from slmkit.device import Device
 from slmkit.files import write_whole

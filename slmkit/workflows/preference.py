@@ -12,8 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from slmkit.config import UserError
 from slmkit.data.make_batches import stream_of
-from slmkit.data.rows.judged import JudgedRows
-from slmkit.data.rows.pairs import PairRows
+from slmkit.data.rows.answers import JudgedRows, PairRows
 from slmkit.data.shards.reader import TokenShards
 from slmkit.device import Device
 from slmkit.files import sync
