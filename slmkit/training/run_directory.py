@@ -13,7 +13,7 @@ from typing import Any
 from slmkit.config import UserError, to_yaml
 from slmkit.device import Device
 from slmkit.files import write_whole
-from slmkit.model.files.find import free_path
+from slmkit.find import free_path
 from slmkit.training.checkpoints import checkpoint as checkpoints
 from slmkit.training.logging.metrics_log import MetricsLog, environment, mark_running, read_json, rewind_samples
 from slmkit.training.recipe.changes import PROCESSES, Change

@@ -29,7 +29,7 @@ from slmkit.data.rows.teacher_cache import (
     write_cache,
 )
 from slmkit.data.stream import Rows, Stream
-from slmkit.data.streaming.batches import StreamedBatches
+from slmkit.data.streaming import StreamedBatches
 from slmkit.device import Device, find_device
 from slmkit.find import find_model_directory, find_tokenizer_directory
 from slmkit.model.config import SLMConfig

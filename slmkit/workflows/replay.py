@@ -6,7 +6,7 @@ from pathlib import Path
 
 from slmkit.config import UserError
 from slmkit.device import find_device
-from slmkit.model.files.find import find_run
+from slmkit.find import find_run
 from slmkit.training.checkpoints import checkpoint as checkpoints
 from slmkit.training.checkpoints.flight_recorder import read_record
 from slmkit.training.diagnostics.replay import Replay, replay_step

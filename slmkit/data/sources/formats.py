@@ -247,7 +247,8 @@ def _ranked(row: Row, column: str) -> Pair:
     text = next((name for name in ANSWER if name in keys), None)
     ranks = [name for name in (*SCORES, "rank") if name in keys]
     values: dict[str, list[Any]] = {name: [_score(answer, name) for answer in answers] for name in ranks}
-    score, scores = next(iter(values.items()), ("", [None]))
+    score = next(iter(values), "")
+    scores = values.get(score, [None])
     if asked is None or text is None or None in scores:
         raise RowError(
             f"column {column!r} holds ranked answers that are not objects with a text ({', '.join(ANSWER)}) and a "
