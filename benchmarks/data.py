@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.data_peers import measure_peers, plain_tokenizer
-from slmkit.data.prepare.text_to_shards import prepare_chat, prepare_text
+from slmkit.data.prepare.conversations import prepare_chat
+from slmkit.data.prepare.text_to_shards import prepare_text
 from slmkit.data.shards.reader import TokenShards
 from slmkit.data.stream import PretrainRows, Stream
 from slmkit.tokenizer import SLMTokenizer

@@ -16,7 +16,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from slmkit.data.prepare.text_to_shards import prepare_chat, prepare_text
+from slmkit.data.prepare.conversations import prepare_chat
+from slmkit.data.prepare.text_to_shards import prepare_text
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.workflows.bench import ROW, ROWS, corpus, loading_speed, seconds, talks_of
 

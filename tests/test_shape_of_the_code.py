@@ -56,8 +56,7 @@ WALKS = {
     "from the loop to the loss": "training/loop training/objective training/losses",
     "from the loop to attention": "training/loop model/decoder model/attend",
     "from a text file to a shard": (
-        "data/prepare/corpus data/prepare/sources_to_shards data/prepare/open_sources data/sources/__init__ "
-        "data/sources/source data/sources/rows"
+        "data/prepare/corpus data/prepare/open_sources data/sources/__init__ data/sources/source data/sources/rows"
     ),
     "from a document to a shard on disk": "data/prepare/text_to_shards data/shards/writer data/shards/reader",
     "from a shard to a batch": "data/make_batches data/stream data/shards/reader",

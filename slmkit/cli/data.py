@@ -57,7 +57,8 @@ def prepare(
     reads = _kind_of_rows(chat, pairs, judged, bool(clean or ray or shuffle is not None), length)
     cleaning = load_settings(CleaningSettings, {}, clean or [])
     settings, directory = sources_of(sources, source), find_tokenizer_directory(tokenizer)
-    from slmkit.data.prepare.many_sources import Reading  # imports torch: after the arguments were checked
+    from slmkit.data.prepare.conversations import write_conversations  # imports torch: after the arguments were checked
+    from slmkit.data.prepare.open_sources import Reading
     from slmkit.data.prepare.text_to_shards import prepare_text
 
     loaded = SLMTokenizer.from_pretrained(directory)
@@ -68,17 +69,16 @@ def prepare(
         def progress(documents: int, tokens: int, text_bytes: int) -> None:
             show(f"{counted(documents, 'document')}, {tokens:,} tokens", reading.fraction(), text_bytes)
 
+        told: dict[str, Any] = {"sources": reading.descriptions, "progress": progress}
         if reads is not None:
-            shards = reading.prepare_conversations(reads, loaded, output, progress, length)
+            encoded = reading.encoded(reads, loaded, length)
+            shards = write_conversations(encoded, loaded, output, judged=judged, **told)
         elif ray:
             from slmkit.data.prepare.ray import prepare_text_on_ray
 
             shards = prepare_text_on_ray(settings, directory, output, address=ray, progress=progress, **options)
         else:
-            shards = prepare_text(
-                reading.documents(), loaded, output, sources=reading.descriptions, progress=progress,
-                workers=workers, **options,
-            )  # fmt: skip
+            shards = prepare_text(reading.documents(), loaded, output, workers=workers, **told, **options)
     for line in reading.report():
         TerminalReporter().say(line)
     _print_cleaning(shards)

@@ -8,7 +8,8 @@ from slmkit.data.mixture import plan_phases
 from slmkit.data.order import mixed_seed
 from slmkit.data.prepare.conversations import ConversationEncoder
 from slmkit.data.prepare.corpus import Corpus
-from slmkit.data.prepare.open_sources import is_kept_in, open_sources, written
+from slmkit.data.prepare.held_out import written
+from slmkit.data.prepare.open_sources import is_kept_in, open_sources
 from slmkit.data.settings import DataSettings, Reads
 from slmkit.data.shards.reader import TokenShards
 from slmkit.data.sources import Source

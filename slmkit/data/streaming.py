@@ -22,7 +22,7 @@ from slmkit.data.packing import IGNORED, numbered, pack_whole, padded, row_of_la
 from slmkit.data.prepare.conversations import ConversationEncoder
 from slmkit.data.shards.work import document_ids
 from slmkit.data.sources import Document, Message, Source
-from slmkit.data.stream import expect_a_row, share_of_rank, shares_of
+from slmkit.data.stream import Batches, expect_a_row, share_of_rank, shares_of
 
 if TYPE_CHECKING:
     from slmkit.tokenizer import SLMTokenizer
@@ -254,8 +254,8 @@ def tokenized(documents: list[Document], tokenizer: Any) -> tuple[np.ndarray, np
 StreamedRows = TextRows | ConversationRows  # rows one after another, from any position on
 
 
-class StreamedBatches:
-    """Implements `Batches` over `StreamedRows` by source name; not thread-safe."""
+class StreamedBatches(Batches):
+    """Batches of `StreamedRows` by source name; not thread-safe."""
 
     def __init__(
         self,
@@ -270,8 +270,6 @@ class StreamedBatches:
         self.origins = origins
         self.sources, self.phases, self.when_exhausted = dict(sources), phases, when_exhausted
         self.rows_per_step, self.separate = expect_a_row(rows_per_step), separate
-        self.total_rows: int | None = None
-        self.rows_in_epoch: int | None = None
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="batches")
         # From the last returned step on: rows, None after the end of the data, and the position after them.
         self._coming: dict[int, Future[tuple[list[Row] | None, Position]]] = {}

@@ -20,7 +20,8 @@ import torch
 
 from slmkit.adapt.load import load_model
 from slmkit.data import stories
-from slmkit.data.prepare.text_to_shards import prepare_chat, prepare_text
+from slmkit.data.prepare.conversations import prepare_chat
+from slmkit.data.prepare.text_to_shards import prepare_text
 from slmkit.data.shards.reader import HEADER, Header, Shard, TokenShards
 from slmkit.data.sources import Message
 from slmkit.data.stream import PretrainRows, Stream

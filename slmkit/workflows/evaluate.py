@@ -9,8 +9,9 @@ from pathlib import Path
 
 from slmkit.adapt.load import load_model
 from slmkit.config import UserError
-from slmkit.data.prepare.many_sources import Reading
-from slmkit.data.prepare.text_to_shards import prepare_text, write_conversations
+from slmkit.data.prepare.conversations import write_conversations
+from slmkit.data.prepare.open_sources import Reading
+from slmkit.data.prepare.text_to_shards import prepare_text
 from slmkit.data.sources.settings import SourceSettings
 from slmkit.data.stream import ChatRows, DocumentRows
 from slmkit.device import find_device
@@ -58,7 +59,7 @@ def evaluate_text(
     with tempfile.TemporaryDirectory(prefix="slmkit-eval-") as folder:
         try:
             shards = (
-                write_conversations(reading.conversations(tokenizer, length), tokenizer, f"{folder}/shards")
+                write_conversations(reading.encoded("conversations", tokenizer, length), tokenizer, f"{folder}/shards")
                 if chat
                 else prepare_text(reading.documents(), tokenizer, f"{folder}/shards")
             )

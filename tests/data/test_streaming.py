@@ -15,7 +15,7 @@ from slmkit.data.batch import Batch
 from slmkit.data.mixture import Phase
 from slmkit.data.packing import IGNORED
 from slmkit.data.prepare.conversations import ConversationEncoder
-from slmkit.data.prepare.open_sources import is_held_out
+from slmkit.data.prepare.held_out import is_held_out
 from slmkit.data.sources import open_source
 from slmkit.data.sources.settings import SourceSettings
 from slmkit.data.streaming import Blocks, ConversationRows, StreamedBatches, TextRows

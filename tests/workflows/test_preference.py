@@ -12,7 +12,7 @@ import torch
 
 from slmkit.config import UserError
 from slmkit.data.prepare.corpus import open_corpus
-from slmkit.data.rows.pairs import PairRows
+from slmkit.data.rows.answers import PairRows
 from slmkit.device import find_device
 from slmkit.model.files.directory import load_decoder, save_decoder
 from slmkit.model.initialization import build_decoder
