@@ -8,24 +8,20 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from slmkit.data.prepare.text_to_shards import prepare_chat, prepare_text
+from tokenizers import Tokenizer
+
+from slmkit.data.prepare.conversations import prepare_chat
+from slmkit.data.prepare.text_to_shards import prepare_text
 from slmkit.tokenizer import SLMTokenizer
-from slmkit.workflows.bench import (
-    ROW,
-    ROWS,
-    Result,
-    corpus,
-    loading,
-    plain_tokenizer,
-    seconds,
-    talks_of,
-    temporary_folder,
-)
+from slmkit.workflows.bench import ROW, ROWS, corpus, loading_speed, seconds, talks_of
+
+Result = dict[str, Any]
 
 LITDATA = """
 import json, os, sys, time
@@ -59,14 +55,22 @@ MASKED_CHATML = (
 def measure_peers(megabytes: float = 20) -> Iterator[tuple[str, Result]]:
     """Each peer's figures by its name, or the reason why there are none; ours on the same text stand beside."""
     texts, tokenizer = corpus(megabytes)
-    with temporary_folder() as folder:
+    with tempfile.TemporaryDirectory(prefix="slmkit-bench-") as name:
+        folder = Path(name)
         prepared = seconds(lambda: prepare_text(texts, tokenizer, folder / "shards"))
         size = sum(map(len, texts)) / 1e6
-        ours = loading(folder / "shards")["M tokens/s"]["median"]
+        ours = round(loading_speed(folder / "shards")["M tokens/s"], 1)
         yield "slmkit", {"preparation MB/s": round(size / prepared, 2), "loading M tokens/s": ours}
         yield "datasets.map and DataLoader", _datasets(texts, tokenizer, folder, size)
         yield "litdata", _litdata(folder)
         yield "conversations by datasets.map", _conversations(texts, tokenizer, folder)
+
+
+def plain_tokenizer(tokenizer: SLMTokenizer) -> Tokenizer:
+    """The same vocabulary as a tokenizer of the `tokenizers` library."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return Tokenizer.from_file(f"{folder}/tokenizer.json")
 
 
 def _datasets(texts: list[str], tokenizer: SLMTokenizer, folder: Path, size: float) -> Result:

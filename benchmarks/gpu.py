@@ -30,7 +30,7 @@ from slmkit.device import find_device, measured_peak, peak_memory, reset_peak_me
 from slmkit.model.config import SLMConfig
 from slmkit.model.initialization import build_decoder
 from slmkit.model.sizes import flops_per_token
-from slmkit.training.estimate.memory_profile import MemoryProfile
+from slmkit.training.estimate.memory import MemoryProfile, meta_model_of
 from slmkit.training.estimate.micro_batch import resolve_micro_batch
 from slmkit.training.fit import fresh_state, make_plan
 from slmkit.training.logging.metrics_log import environment
@@ -92,7 +92,7 @@ def steps_of(
         settings = settings.model_copy(update={"tokens_per_step": tokens, "micro_batch_tokens": tokens})
     device = find_device(settings.device, settings.precision)
     model = build_decoder(config, recipe.seed)
-    settings = resolve_micro_batch(settings, model, MemoryProfile(model.architecture), length, device)
+    settings = resolve_micro_batch(settings, MemoryProfile(meta_model_of(model)), length, device)
     recipe = recipe.model_copy(update={"train": settings})
     state: State = fresh_state(recipe, model, device)
     plan = make_plan(settings, 10**6, length, device)

@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 
 from slmkit.data import stories
-from slmkit.data.prepare.text_to_shards import prepare_chat, prepare_text
+from slmkit.data.prepare.conversations import prepare_chat
+from slmkit.data.prepare.text_to_shards import prepare_text
 from slmkit.data.shards.reader import TokenShards
 from slmkit.data.stream import ChatRows, DocumentRows, PretrainRows, Stream
 from slmkit.device import find_device, keep_freed_memory

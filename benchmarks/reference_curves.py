@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import tempfile
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -20,12 +22,15 @@ from slmkit.cli.show import TerminalReporter
 from slmkit.device import find_device
 from slmkit.model.config import SLMConfig
 from slmkit.training.logging.metrics_log import MetricsLog, environment
-from slmkit.training.logging.reference_curves import CURVES, POINTS, band, signature, stretches
+from slmkit.training.logging.reference_curves import CURVES, Point, signature
+from slmkit.training.loop import Report
 from slmkit.training.recipe.recipe import find_recipe, load_recipe
 from slmkit.workflows.train import train_recipe
 
 RESULTS = Path(__file__).parent / "results" / "reference_curves.json"
 PARTS = ("primer", "stories", "chat")
+POINTS = 40  # windows of a run
+DEVIATIONS, NEIGHBOURS, NARROWEST = 3.0, 3, 0.02  # the last in nats: with few seeds some windows agree by chance
 
 
 def live(seed: int, folder: Path, parts: int, few: list[str]) -> dict[str, dict[str, Any]]:
@@ -64,6 +69,32 @@ def curves(results: dict[str, Any]) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def stretches(reports: Sequence[Report], ends: Sequence[int]) -> list[float]:
+    """Mean losses, in nats, between consecutive `ends` (trained tokens) of a run that logged every step."""
+    sums, counts, number = [0.0] * len(ends), [0] * len(ends), 0
+    for report in reports:
+        while number < len(ends) and report["tokens"] > ends[number]:
+            number += 1
+        if number == len(ends):
+            break
+        sums[number] += report["loss"]
+        counts[number] += 1
+    return [total / count for total, count in zip(sums, counts) if count]
+
+
+def band(ends: Sequence[int], seeds: Sequence[Sequence[float]]) -> list[Point]:
+    """Points of a curve from the window means of at least two seeds."""
+    columns = list(zip(*seeds))
+    variances = [statistics.variance(column) for column in columns]
+    points = []
+    for number, (end, column) in enumerate(zip(ends, columns)):
+        near = variances[max(0, number - NEIGHBOURS) : number + NEIGHBOURS + 1]
+        mean = statistics.fmean(column)
+        half = max(NARROWEST, DEVIATIONS * (statistics.fmean(near) * (1 + 1 / len(seeds))) ** 0.5)
+        points.append(Point(end, round(mean, 4), round(mean - half, 4), round(mean + half, 4)))
+    return points
 
 
 def main() -> None:

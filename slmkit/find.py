@@ -7,7 +7,7 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-from slmkit.config import UserError, kind_of_value
+from slmkit.config import UserError, kind_of_value, read_yaml
 from slmkit.hub import PUBLISHED, hub_directory, hub_name
 
 
@@ -33,6 +33,41 @@ def find_tokenizer_directory(path: str | Path) -> Path:
     if is_gpt2(path):
         return Path(path)
     return _find(path, "tokenizer.json", "tokenizer.json.gz", "tokenizer.model", weights=False)
+
+
+def free_path(wanted: str | Path) -> Path:
+    """`wanted`, or `wanted-2`, `-3`… if that name is taken."""
+    path, number = Path(wanted), 1
+    while path.exists():
+        number += 1
+        path = Path(f"{wanted}-{number}")
+    return path
+
+
+def find_run(path: str | Path) -> Path:
+    """A run's directory. Raises `UserError` for anything else."""
+    path = Path(path)
+    if not (path / "recipe.yaml").is_file():
+        what = "not a run: it has no recipe.yaml" if path.exists() else "no such directory"
+        raise UserError(f"{path}: {what}; expected the folder of a run that `slm train` made (`slm runs` lists them)")
+    return path
+
+
+def run_of(model: str | Path) -> Path | None:
+    """The run of which a model is a checkpoint; None if it is not one. Raises `UserError` for no model."""
+    run = find_model_directory(model).resolve().parents[1]  # of RUN/checkpoints/STEP
+    return run if (run / "recipe.yaml").is_file() else None
+
+
+def learned_conversations(model: str | Path) -> bool | None:
+    """Whether a run's model was trained on conversations; None if its recipe is missing, or does not tell."""
+    run = run_of(model)
+    if run is None:
+        return None
+    recipe = read_yaml(run / "recipe.yaml")
+    if recipe.get("objective") == "pretrain":
+        return None if (recipe.get("model") or {}).get("path") else False
+    return None if recipe.get("objective") == "distill" else True
 
 
 def is_gpt2(path: str | Path) -> bool:

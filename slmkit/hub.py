@@ -121,12 +121,12 @@ def _explained(wanted: HubName) -> Iterator[None]:
 
 def _nearest(name: str) -> str:
     """A hint with similar names of common models; empty if none is similar."""
-    bare = name.partition("/")[2]
-    known = {published.lower(): published for published in PUBLISHED.values()}
-    bare_names = {published.partition("/")[2].lower(): published for published in PUBLISHED.values()}
-    near = difflib.get_close_matches(name.lower(), known, 1, 0.8)
-    near_bare = difflib.get_close_matches(bare.lower(), bare_names, 1, 0.8)
-    meant = known[near[0]] if near else bare_names[near_bare[0]] if near_bare else PUBLISHED.get(bare.lower())
+    known: dict[str, str] = {}
+    for preset, published in PUBLISHED.items():
+        known |= dict.fromkeys((preset, published.lower(), published.lower().partition("/")[2]), published)
+    tried = (name.lower(), name.lower().partition("/")[2])
+    near = next(filter(None, (difflib.get_close_matches(one, known, 1, 0.8) for one in tried)), [])
+    meant = known[near[0]] if near else ""
     return f"; did you mean {meant!r}?" if meant and meant != name else ""
 
 

@@ -30,10 +30,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def without_plan_and_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs without the arithmetic of plan.json and without drawings, seconds of each, for tests of something else."""
+    from slmkit.training.estimate import forecast
     from slmkit.training.logging import logger
-    from slmkit.training.logging import plan_json as plan_file
 
     for draw in ("plot_losses", "plot_shares"):
         monkeypatch.setattr(logger, draw, lambda *arguments: None)
-    monkeypatch.setattr(plan_file.PlanFile, "update", lambda *arguments: None)
-    monkeypatch.setattr(plan_file, "weights_bytes", lambda inventory: 0)
+    monkeypatch.setattr(forecast.PlanFile, "update", lambda *arguments: None)
+    monkeypatch.setattr(forecast, "weights_bytes", lambda profile: 0)

@@ -110,7 +110,7 @@ def test_a_run_that_was_cut_is_resumed_to_the_same_bits(here: Path, tmp_path: Pa
     replay = replay_run(tmp_path / "run", 7, Silent())
     assert replay.recorded is not None
     assert not replay.differences
-    assert replay.replay.broken is None
+    assert replay.broken is None
 
 
 @pytest.mark.parametrize("reads", ["text", "conversations"])

@@ -13,9 +13,9 @@ import torch
 from slmkit.device import find_device
 from slmkit.model.architectures import Architecture, Layer, architecture_of
 from slmkit.model.config import SLMConfig
+from slmkit.model.files.directory import empty_decoder
 from slmkit.model.sizes import cache_size, flops_per_token, parameter_count, parameters_by_module
-from slmkit.training.estimate.memory import reading_bytes, training_bytes
-from slmkit.training.estimate.memory_profile import MemoryProfile
+from slmkit.training.estimate.memory import MemoryProfile, reading_bytes, training_bytes
 from slmkit.training.recipe.recipe import find_recipe, load_recipe
 from tests.real_data import real_data
 
@@ -223,12 +223,13 @@ def test_the_figures_in_the_remarks() -> None:
 
 def test_training_memory_of_the_gemma_document() -> None:
     ours, settings = (
-        MemoryProfile(shape("gemma-3-270m", vocab_size=GPT2)),
+        MemoryProfile(empty_decoder(SLMConfig.from_preset("gemma-3-270m", vocab_size=GPT2))),
         load_recipe(find_recipe("gemma-3-270m")).train,
     )
 
     def needed(rows: int, precision: str, recompute_every: int = 0) -> float:
-        return training_bytes(ours, settings, rows, 128, find_device("cpu", precision), recompute_every) / 1e9
+        chosen = settings.model_copy(update={"gradient_checkpointing": recompute_every})
+        return training_bytes(ours, chosen, rows, 128, find_device("cpu", precision)) / 1e9
 
     rows = {}
     for precision in ("bfloat16", "float32"):

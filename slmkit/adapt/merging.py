@@ -1,6 +1,7 @@
 """Merging models of one architecture, tensor by tensor and some rows at a time.
 
-Memory holds one tensor of the result, and for TIES the magnitudes of one task vector.
+Memory holds one tensor of the result, and for TIES the magnitudes of one task vector. All methods but SLERP's angle and
+TIES' threshold are elementwise. A task vector is the change by fine-tuning: τ_i = θ_i - θ_base.
 
 TIES trims and DARE drops within each tensor, as in mergekit, so that the merge can be streamed; the paper of TIES ranks
 all weights of a model at once.
@@ -11,7 +12,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slmkit.adapt.merge_methods import arc, drop, elect, least_kept, linear, task_arithmetic, trim
-from slmkit.adapt.merge_recipe import MergeRecipe, at
+from slmkit.adapt.merge_recipe import MergeRecipe, Setting, at
 from slmkit.config import UserError
 from slmkit.model.architectures import Architecture, architecture_of
 from slmkit.model.config import TRAINING_FIELDS, SLMConfig
@@ -32,15 +33,16 @@ from slmkit.model.files.stored import DTYPES, StoredTensor, expect_finite, write
 MAY_DIFFER = TRAINING_FIELDS | {
     "initializer_range", "attention_dropout", "hidden_dropout", "bos_token_id", "eos_token_id", "pad_token_id",
 }  # fmt: skip
-
-
 NUMBERS = 1 << 20  # elements of a tensor merged at a time
+# Cosine above which SLERP's arc is replaced by a line: sin θ would be lost to rounding.
+PARALLEL = 0.9995
 
 
 @dataclass(frozen=True)
 class Place:
     """One tensor of the result: its source in each model, its depth (0 to 1), and its stored type."""
 
+    name: str
     base: StoredTensor | None
     parts: list[StoredTensor]
     depth: float
@@ -51,10 +53,18 @@ class Place:
         return self.parts[0].shape
 
     @property
+    def size(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    def value(self, setting: Setting, otherwise: float | None = None) -> float:
+        """The value of a recipe's setting for this tensor."""
+        return at(setting, self.depth, self.name, otherwise)
+
+    @property
     def slices(self) -> list[slice]:
         """Slices of all rows in order, each of at most `NUMBERS` elements but at least one row."""
         rows = self.shape[0]
-        step = max(1, NUMBERS * rows // torch.Size(self.shape).numel())
+        step = max(1, NUMBERS * rows // self.size)
         return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
     def read(self, rows: slice) -> list[Tensor]:
@@ -72,20 +82,20 @@ class Merge:
 
     recipe: MergeRecipe
     config: SLMConfig
-    places: dict[str, Place]  # by name in the result
+    places: list[Place]
 
     @property
     def dtype(self) -> torch.dtype:
         """The widest stored type among the tensors."""
-        return functools.reduce(torch.promote_types, (place.dtype for place in self.places.values()))
+        return functools.reduce(torch.promote_types, (place.dtype for place in self.places))
 
     @property
     def parameters(self) -> int:
-        return sum(torch.Size(place.shape).numel() for place in self.places.values())
+        return sum(place.size for place in self.places)
 
     @property
     def bytes(self) -> int:
-        return sum(torch.Size(place.shape).numel() * place.dtype.itemsize for place in self.places.values())
+        return sum(place.size * place.dtype.itemsize for place in self.places)
 
     def write(self, directory: Path, progress: Callable[[int], None] = lambda written: None) -> None:
         """Write config and weights into a new `directory`; `progress` is called with the bytes of each tensor written.
@@ -93,16 +103,16 @@ class Merge:
         Raises `UserError` if a model's file is damaged or the result cannot be written.
         """
         write_configs(self.config, directory, str(self.dtype).removeprefix("torch."))
-        shapes = {name: (place.shape, place.dtype) for name, place in self.places.items()}
+        shapes = {place.name: (place.shape, place.dtype) for place in self.places}
         try:
             write_tensors(directory / WEIGHTS, shapes, self._tensors(progress))
         except OSError as error:
             raise UserError(f"{directory}: the model cannot be written: {error}") from None
 
     def _tensors(self, progress: Callable[[int], None]) -> Iterator[tuple[str, Tensor]]:
-        for name, place in self.places.items():
-            tensor = merged_tensor(self.recipe, name, place)
-            yield name, tensor
+        for place in self.places:
+            tensor = merged_tensor(self.recipe, place)
+            yield place.name, tensor
             progress(tensor.nbytes)
 
 
@@ -130,42 +140,41 @@ def plan_merge(recipe: MergeRecipe, directories: Mapping[str, Path]) -> Merge:
                 f"{entry.model}: layer_range is {list(entry.layer_range)}: only whole models are merged here"
             )
     base = next((tensors[name] for name in _base(recipe)), None)
-    places = {}
+    places = []
     for theirs, ours in stored_names(decoder.state_dict(), family).items():
-        parts = [tensors[name][theirs] for name in names]
-        depth = _depth(ours[0], decoder.architecture.depth)
-        _weights(recipe, theirs, depth)
-        origin = base[theirs] if base else None
-        widest = [DTYPES[part.spelling] for part in (*parts, *([origin] if origin else []))]
-        dtype = getattr(torch, recipe.dtype) if recipe.dtype else functools.reduce(torch.promote_types, widest)
-        places[theirs] = Place(origin, parts, depth, dtype)
+        parts, origin = [tensors[name][theirs] for name in names], base[theirs] if base else None
+        stored = [DTYPES[part.spelling] for part in (*parts, *([origin] if origin else []))]
+        dtype = getattr(torch, recipe.dtype) if recipe.dtype else functools.reduce(torch.promote_types, stored)
+        place = Place(theirs, origin, parts, _depth(ours[0], decoder.architecture.depth), dtype)
+        _weights(recipe, place)
+        places.append(place)
     return Merge(recipe, config, places)
 
 
-def merged_tensor(recipe: MergeRecipe, name: str, place: Place) -> Tensor:
+def merged_tensor(recipe: MergeRecipe, place: Place) -> Tensor:
     """One tensor [rows, ...] of the result: computed in float32, and rounded once to its stored type."""
-    combine = _combination(recipe, name, place)
+    combine = _combination(recipe, place)
     result = torch.empty(place.shape, dtype=place.dtype)
     for rows in place.slices:
         result[rows] = combine(*place.read(rows))
-    expect_finite(result, f"the merged {name!r}", f"its numbers do not fit {place.dtype}: set dtype: float32")
+    expect_finite(result, f"the merged {place.name!r}", f"its numbers do not fit {place.dtype}: set dtype: float32")
     return result
 
 
-def _combination(recipe: MergeRecipe, name: str, place: Place) -> Callable[..., Tensor]:
+def _combination(recipe: MergeRecipe, place: Place) -> Callable[..., Tensor]:
     """Function from rows of the models, the base first if any, to the same rows of the result.
 
     Statistics of whole tensors that a method needs are computed first.
     """
-    weights, scale = _weights(recipe, name, place.depth), at(recipe.scale, place.depth, name, otherwise=1.0)
+    weights, scale = _weights(recipe, place), place.value(recipe.scale, otherwise=1.0)
     if recipe.merge_method == "linear":
         return lambda *parts: linear(parts, weights)
     if recipe.merge_method == "slerp":
-        shares = arc(*_product_and_lengths(place), at(recipe.t, place.depth, name))
+        shares = arc(*_product_and_lengths(place), place.value(recipe.t))
         return lambda *parts: linear(parts, shares)
     if recipe.merge_method == "task_arithmetic":
         return lambda base, *tuned: task_arithmetic(base, tuned, [scale * weight for weight in weights])
-    sparsify = [_sparsifier(recipe, number, name, place) for number in range(len(weights))]
+    sparsify = [_sparsifier(recipe, number, place) for number in range(len(weights))]
 
     def add_sparse(base: Tensor, *tuned: Tensor) -> Tensor:
         deltas = [sparse(part - base) for sparse, part in zip(sparsify, tuned)]
@@ -176,11 +185,11 @@ def _combination(recipe: MergeRecipe, name: str, place: Place) -> Callable[..., 
     return add_sparse
 
 
-def _sparsifier(recipe: MergeRecipe, number: int, name: str, place: Place) -> Callable[[Tensor], Tensor]:
+def _sparsifier(recipe: MergeRecipe, number: int, place: Place) -> Callable[[Tensor], Tensor]:
     """Function that sparsifies rows of a model's task vector; called for rows in order."""
-    density = at(recipe.merged[number].density, place.depth, name, otherwise=1.0)
+    density = place.value(recipe.merged[number].density, otherwise=1.0)
     if recipe.merge_method.startswith("dare"):
-        generator = torch.Generator().manual_seed(_seed(recipe.seed, number, name))
+        generator = torch.Generator().manual_seed(_seed(recipe.seed, number, place.name))
         return lambda delta: drop(delta, density, generator)
     if density == 1:
         return lambda delta: delta
@@ -201,9 +210,9 @@ def _product_and_lengths(place: Place) -> tuple[float, float]:
     return sums[0].item(), (sums[1] * sums[2]).sqrt().item()
 
 
-def _weights(recipe: MergeRecipe, name: str, depth: float) -> list[float]:
-    """The weight of each model at a depth; normalized except for TIES. Raises `UserError` if that is not possible."""
-    weights = [at(entry.weight, depth, name) for entry in recipe.merged]
+def _weights(recipe: MergeRecipe, place: Place) -> list[float]:
+    """The weight of each model for a tensor; normalized except for TIES. Raises `UserError` if that is not possible."""
+    weights = [place.value(entry.weight) for entry in recipe.merged]
     if not recipe.is_normalized:
         return weights
     if min(weights) < 0 or not sum(weights):
@@ -249,3 +258,73 @@ def _depth(name: str, layers: int) -> float:
 def _seed(seed: int, number: int, name: str) -> int:
     """Seed of the dropped elements of a model's tensor, independent of the order of tensors."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{number}/{name}".encode()).digest()[:7])
+
+
+# -- the methods, for parts of tensors [...] of all models -------------------------------------------------------------
+
+
+def linear(tensors: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
+    """Σ w_i θ_i: [...] each → [...]. A weight of 1 among zeros gives that tensor, bit for bit."""
+    total: Tensor | None = None
+    for tensor, weight in zip(tensors, weights):
+        if weight:
+            total = weight * tensor if total is None else total.add_(tensor, alpha=weight)
+        elif total is None and not any(weights):
+            total = torch.zeros_like(tensor)
+    assert total is not None, "there is a tensor"
+    return total
+
+
+def arc(product: float, lengths: float, t: float) -> tuple[float, float]:
+    """Coefficients of two vectors at the point t (0 to 1) of the arc between them (SLERP, Shoemake 1985).
+
+        sin((1 - t) Ω) / sin Ω,  sin(t Ω) / sin Ω,   cos Ω = θ_1 · θ_2 / (|θ_1| |θ_2|)
+
+    `product` is their dot product, `lengths` the product of their norms. Linear if they are parallel, or one of them
+    is zero.
+    """
+    cosine = product / lengths if lengths else 1.0
+    if abs(cosine) > PARALLEL:
+        return 1 - t, t
+    angle = math.acos(cosine)
+    return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
+
+
+def task_arithmetic(base: Tensor, tuned: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
+    """θ_base + Σ w_i τ_i (arXiv:2212.04089), as (1 - Σ w_i) θ_base + Σ w_i θ_i, which has less rounding error."""
+    return linear((base, *tuned), (1 - sum(weights), *weights))
+
+
+def least_kept(sizes: np.ndarray, density: float) -> float:
+    """The smallest kept magnitude if the share `density` of `sizes` [elements] is kept; reorders `sizes`."""
+    kept = round(density * sizes.size)
+    if kept == 0:
+        return math.inf
+    sizes.partition(sizes.size - kept)  # in place: torch's kthvalue allocates an index of eight bytes per element
+    return float(sizes[sizes.size - kept])
+
+
+def trim(delta: Tensor, least: float) -> Tensor:
+    """The task vector [...] with elements of a magnitude below `least` set to 0; equal ones are kept."""
+    return torch.where(delta.abs() >= least, delta, 0.0)
+
+
+def drop(delta: Tensor, density: float, generator: torch.Generator) -> Tensor:
+    """Keep each element of a task vector with probability `density`, divided by `density` (DARE, arXiv:2311.03099)."""
+    kept = torch.rand(delta.shape, generator=generator) < density
+    return torch.where(kept, delta / density, 0.0) if density else torch.zeros_like(delta)
+
+
+def elect(deltas: Sequence[Tensor], weights: Sequence[float], normalize: bool) -> Tensor:
+    """Σ w_i τ_i over the task vectors that have, at each element, the sign of the sum of all (TIES, arXiv:2306.01708).
+
+    `normalize`: the weighted mean of those, instead of the sum.
+    """
+    positive = linear(deltas, weights) >= 0
+    total, share = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
+    for delta, weight in zip(deltas, weights):
+        pull = weight * delta
+        agrees = torch.where(positive, pull > 0, pull < 0)
+        total += torch.where(agrees, pull, 0.0)
+        share += agrees * weight
+    return total / torch.where(share == 0, 1.0, share) if normalize else total

@@ -84,27 +84,19 @@ def data(
         float, typer.Option(help="Size of the shards to read from; they take no room on the disk.")
     ] = 50,
     rounds: Annotated[int, typer.Option(min=1, help="How often each is measured.")] = 5,
-    peers: Annotated[bool, typer.Option(help="Also measure `datasets` and `litdata`, if they are installed.")] = True,
 ) -> None:
     """Measure how fast data is prepared and loaded.
 
-    Encoding, preparation, loading, resuming, and the time to the first batch.
+    Encoding, preparation, loading, resuming, and the time to the first batch; medians.
 
     Example: slm bench data --megabytes 5 --gigabytes 1 --rounds 2
     """
-    import itertools
+    from slmkit.workflows.bench import data_speed
 
-    from benchmarks.data_peers import measure_peers
-    from slmkit.workflows.bench import measure
-
-    for name, result in itertools.chain(
-        measure(megabytes, gigabytes, rounds), measure_peers(megabytes) if peers else ()
-    ):
+    for name, figures in data_speed(megabytes, gigabytes, rounds):
         print(name)
-        for figure, value in result.items():
-            if isinstance(value, dict):  # a median with its range
-                value = f"{value['median']:,} ({' to '.join(f'{end:,}' for end in value['range'])})"
-            print(f"  {figure:<34}{value:>24}" if isinstance(value, str) else f"  {figure:<34}{value:>24,}", flush=True)
+        for figure, value in figures.items():
+            print(f"  {figure:<34}{value:>24,.{2 if value < 1000 else 0}f}", flush=True)
 
 
 for name, command in (("train", train), ("decode", decode), ("data", data)):

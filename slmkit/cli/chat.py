@@ -47,8 +47,8 @@ def chat(
         model, others, device, seed, USUAL | {"temperature": 0.6}, temperature=temperature, top_k=top_k,
         top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
     )  # fmt: skip
+    from slmkit.find import learned_conversations
     from slmkit.generation.chat import ChatSession
-    from slmkit.model.files.find import learned_conversations
     from slmkit.model.files.generation_config import new_tokens
 
     if learned_conversations(model) is False:

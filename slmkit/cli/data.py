@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slmkit.cli.options import add_command, new_app, sources_of
+from slmkit.cli.options import SourceOptions, add_command, new_app, sources_of
 
 if TYPE_CHECKING:
     from slmkit.data.prepare.preview import Sample
@@ -29,10 +28,7 @@ def prepare(
     sources: Annotated[list[str], typer.Argument(metavar="SOURCE", help="Files, folders, URLs, data sets of the hub.")],
     tokenizer: Annotated[str, typer.Option(help="A tokenizer or model directory, or a run.")],
     output: Annotated[str, typer.Option("--output", "-o", help="Where the shards go.")],
-    source: Annotated[
-        list[str] | None,
-        typer.Option("--source", help="A setting of the sources, such as text_column=body; may be repeated."),
-    ] = None,
+    source: SourceOptions = None,
     chat: Annotated[bool, typer.Option(help="The sources hold conversations (objective sft).")] = False,
     pairs: Annotated[bool, typer.Option(help="They hold pairs of answers, chosen and rejected (dpo).")] = False,
     judged: Annotated[bool, typer.Option(help="They hold answers labelled good or bad (kto).")] = False,
@@ -61,30 +57,28 @@ def prepare(
     reads = _kind_of_rows(chat, pairs, judged, bool(clean or ray or shuffle is not None), length)
     cleaning = load_settings(CleaningSettings, {}, clean or [])
     settings, directory = sources_of(sources, source), find_tokenizer_directory(tokenizer)
-    from slmkit.data.prepare.many_sources import Reading  # imports torch: after the arguments were checked
+    from slmkit.data.prepare.conversations import write_conversations  # imports torch: after the arguments were checked
+    from slmkit.data.prepare.open_sources import Reading
     from slmkit.data.prepare.text_to_shards import prepare_text
 
     loaded = SLMTokenizer.from_pretrained(directory)
     options: dict[str, Any] = {"shuffle_seed": shuffle, "cleaning": cleaning, "shard_characters": shard_characters}
     (reading := Reading(settings)).claim(output, loaded, reads=reads, **options)
-    began = time.monotonic()
     with progress_bar("tokenizing") as show:
 
         def progress(documents: int, tokens: int, text_bytes: int) -> None:
-            rate = text_bytes / max(time.monotonic() - began, 1e-3) / 1e6
-            show(f"{counted(documents, 'document')}, {tokens:,} tokens, {rate:.1f} MB/s", reading.fraction())
+            show(f"{counted(documents, 'document')}, {tokens:,} tokens", reading.fraction(), text_bytes)
 
+        told: dict[str, Any] = {"sources": reading.descriptions, "progress": progress}
         if reads is not None:
-            shards = reading.prepare_conversations(reads, loaded, output, progress, length)
+            encoded = reading.encoded(reads, loaded, length)
+            shards = write_conversations(encoded, loaded, output, judged=judged, **told)
         elif ray:
             from slmkit.data.prepare.ray import prepare_text_on_ray
 
             shards = prepare_text_on_ray(settings, directory, output, address=ray, progress=progress, **options)
         else:
-            shards = prepare_text(
-                reading.documents(), loaded, output, sources=reading.descriptions, progress=progress,
-                workers=workers, **options,
-            )  # fmt: skip
+            shards = prepare_text(reading.documents(), loaded, output, workers=workers, **told, **options)
     for line in reading.report():
         TerminalReporter().say(line)
     _print_cleaning(shards)
@@ -112,9 +106,7 @@ def inspect(
     ],
     tokenizer: Annotated[str | None, typer.Option(help="The tokenizer to show documents with.")] = None,
     documents: Annotated[int, typer.Option(help="How many documents or rows to show.")] = 2,
-    source: Annotated[
-        list[str] | None, typer.Option("--source", help="A setting of a file or folder, such as text_column=body.")
-    ] = None,
+    source: SourceOptions = None,
     length: Annotated[
         int | None, typer.Option(min=1, help="Count the documents that are longer than so many tokens.")
     ] = None,

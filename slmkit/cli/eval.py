@@ -6,22 +6,19 @@ from typing import Annotated
 
 import typer
 
-from slmkit.cli.options import DeviceName, sources_of
+from slmkit.cli.options import DeviceName, Precision, SourceOptions, sources_of
 
 
 def evaluate(
     models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Model directories, adapters or runs.")],
     data: Annotated[list[str], typer.Option("--data", "-d", help="A file, folder, URL or data set of the hub.")],
-    source: Annotated[
-        list[str] | None,
-        typer.Option("--source", help="A setting of every source, such as text_column=body or split=test."),
-    ] = None,
+    source: SourceOptions = None,
     chat: Annotated[bool, typer.Option(help="The data is conversations; the assistant's turns are predicted.")] = False,
     length: Annotated[
         int | None, typer.Option(min=2, help="Tokens of a row; default: the model's longest, at most 2,048.")
     ] = None,
     device: DeviceName = "auto",
-    precision: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    precision: Precision = "auto",
 ) -> None:
     """Measure the loss of models on any text.
 
@@ -32,7 +29,7 @@ def evaluate(
     import itertools
 
     from slmkit.cli.show import TerminalReporter, print_table, progress_bar
-    from slmkit.model.files.find import find_model_directory
+    from slmkit.find import find_model_directory
 
     sources = sources_of(data, source)
     for model in models:

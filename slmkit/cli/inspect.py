@@ -22,7 +22,7 @@ def inspect(
 
     Example: slm inspect llama-3.2-1b --batch 1 --length 8192
     """
-    from slmkit.model.files.find import find_model_or_preset
+    from slmkit.model.presets import find_model_or_preset
 
     find_model_or_preset(model)  # before anything is loaded
     from slmkit.adapt.load import adapter_blueprint
@@ -41,11 +41,12 @@ def inspect(
     for name, n in report.operations.items():
         print(f"  {name:<28}{count(n):>16}")
 
-    print(f"\nKV cache, bytes a token in bfloat16{report.windows}")
+    windows = f", and {report.window_bytes:,} a row for layers with a window" if report.window_bytes else ""
+    print(f"\nKV cache, bytes a token in bfloat16{windows}")
     for name, n in report.cache_bytes.items():
         print(f"  {name:<28}{n:>16,}")
     print(f"  {f'one row of {report.length:,}':<28}{gibibytes(report.cache_of_a_row):>16}")
 
-    print(f"\nmemory, {batch} × {report.length:,} tokens at once, {report.device}")
+    print(f"\nmemory, {batch} × {report.length:,} tokens at once, products in {report.compute_dtype}")
     for name, n in report.memory.items():
         print(f"  {name:<28}{gibibytes(n):>16}")

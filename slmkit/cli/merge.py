@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -86,15 +85,13 @@ def _merge(recipe: str, overrides: list[str], print_config: bool, dry_run: bool)
     )
     if dry_run:
         return
-    began, written = time.monotonic(), 0
+    written = 0
     with progress_bar("merging") as show:
 
         def progress(more: int) -> None:
             nonlocal written
             written += more
-            rate = written / max(time.monotonic() - began, 1e-3)
-            figures = f"{written / 1e6:,.0f} of {prepared.bytes / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s"
-            show(figures, written / prepared.bytes)
+            show(f"{written / 1e6:,.0f} of {prepared.bytes / 1e6:,.0f} MB", written / prepared.bytes, written)
 
         output = write_merge(prepared, progress)
     print(f"model: {output}")

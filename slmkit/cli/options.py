@@ -39,6 +39,14 @@ OtherModels = Annotated[
     typer.Option("--with", help="Average the probabilities with this model's; may be given several times."),
 ]
 
+SourceOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--source", help="A setting of every source, such as text_column=body or split=test; may be repeated."
+    ),
+]
+Precision = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")]
+
 # Defaults of sampling if neither the user nor the model sets them.
 USUAL = {"temperature": 0.8, "top_k": 0, "top_p": 0.95, "min_p": 0.05, "repetition_penalty": 1.0}
 

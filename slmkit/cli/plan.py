@@ -9,7 +9,7 @@ import typer
 from slmkit.cli.options import DeviceName, Overrides
 
 if TYPE_CHECKING:
-    from slmkit.training.estimate.plan import RunEstimate
+    from slmkit.training.estimate.proposal import RunEstimate
 
 
 def plan(
@@ -54,16 +54,16 @@ def plan(
     if recipe is None and (hours is None) == (tokens is None):
         raise UserError("name a recipe to plan, or what to propose one for: --hours 1, or --tokens 1e8")
     reporter = TerminalReporter()
-    if recipe is None:
-        reporter.say("looking at this machine")
-        from slmkit.training.estimate.plan import propose
+    loaded = None
+    if recipe is not None:
+        loaded = load_recipe(find_recipe(recipe), [f"train.device={device}", *(overrides or [])], reporter.say)
+    reporter.say("looking at this machine")
+    from slmkit.training.estimate.proposal import propose  # imports torch: after the arguments were checked
+    from slmkit.workflows.plan import plan_recipe
 
+    if loaded is None:
         ahead = propose(hours, None if tokens is None else int(tokens), device, measure, reporter.say, overrides or [])
     else:
-        loaded = load_recipe(find_recipe(recipe), [f"train.device={device}", *(overrides or [])], reporter.say)
-        reporter.say("looking at this machine")
-        from slmkit.workflows.plan import plan_recipe
-
         ahead = plan_recipe(loaded, measure, reporter.say)
     _show(ahead)
     if output is not None:
@@ -78,39 +78,38 @@ def _show(ahead: RunEstimate) -> None:
     from slmkit.cli.show import count, gibibytes
     from slmkit.training.logging.progress import clock
 
-    expected, train = ahead.ahead, ahead.recipe.train
+    expected, train, measured = ahead.ahead, ahead.recipe.train, ahead.measured
     config, described = ahead.config, ahead.device.describe()
-    length = train.sequence_length or config.max_position_embeddings
-    speed = f"{expected.tokens_per_second:,.0f} tokens/s"
-    if ahead.measured is not None:
-        speed += f", measured in {ahead.measured.steps} steps (estimate without measuring: {ahead.guessed_rate:,.0f})"
-    else:
-        speed += ", estimated from the speed of matrix products; --probe measures it"
-    per_step = train.rows_per_step(length) * length
+
+    def of_free(needed: int, free: int) -> str:
+        return gibibytes(needed) + (f" of {gibibytes(free)} free" if free else "")
+
     lines = {
         "model": f"{count(expected.parameters)} parameters: {config.num_hidden_layers} layers of {config.hidden_size}, "
-        f"{config.vocab_size:,} tokens, rows of {length:,}",
-        "steps": f"{expected.steps:,} of {per_step:,} tokens: {count(expected.tokens)} tokens",
+        f"{config.vocab_size:,} tokens, rows of {ahead.length:,}",
+        "steps": f"{expected.steps:,} of {train.rows_per_step(ahead.length) * ahead.length:,} tokens: "
+        f"{count(expected.tokens)} tokens",
         "text": _text(ahead),
         "learning rate": f"{train.learning_rate:g}, {train.optimizer}",
         "device": f"{described['device']}, {described['device_name']}, {described['compute_dtype']}",
-        "speed": speed,
+        "speed": f"{expected.tokens_per_second:,.0f} tokens/s, ",
         "time": clock(expected.seconds),
-        "memory": _of(expected.memory_bytes, ahead.memory_free),
-        "disk": _of(expected.disk_bytes, ahead.disk_free),
+        "memory": of_free(expected.memory_bytes, ahead.memory_free),
+        "disk": of_free(expected.disk_bytes, ahead.disk_free),
         "loss": _loss(ahead),
     }
     if expected.trained < expected.parameters:
         lines["model"] += f"; {count(expected.trained)} of them in an adapter, which alone is trained"
     if expected.beside:
         lines["model"] += f"; and a second model of {count(expected.beside)} that is not trained"
-    if ahead.measured is not None:
-        lines["memory"] += f"; {gibibytes(ahead.measured.memory_bytes)} measured in the same steps"
+    if measured is None:
+        lines["speed"] += "estimated from the speed of matrix products; --probe measures it"
+    else:
+        lines["speed"] += f"measured in {measured.steps} steps (estimate without measuring: {ahead.guessed_rate:,.0f})"
+        lines["memory"] += f"; {gibibytes(measured.memory_bytes)} measured in the same steps"
     for name, value in lines.items():
         print(f"{name:<15}{value}")
-    print("\nassumptions")
-    for assumption in ahead.assumptions:
-        print(f"  {assumption}")
+    print("\nassumptions", *ahead.assumptions, sep="\n  ")
     if not ahead.fits:
         print(
             "\nit does not fit: lower train.micro_batch_tokens, set train.gradient_checkpointing=1, or shrink the model"
@@ -132,9 +131,3 @@ def _loss(ahead: RunEstimate) -> str:
     if ahead.recipe.objective != "pretrain" or ahead.recipe.model.path is not None:
         return "not estimated: the published laws are about pretraining from scratch"
     return "not estimated: for so few tokens the published laws do not hold"
-
-
-def _of(needed: int, free: int) -> str:
-    from slmkit.cli.show import gibibytes
-
-    return gibibytes(needed) + (f" of {gibibytes(free)} free" if free else "")

@@ -90,11 +90,11 @@ def _show_figures(trained: Quickstart, decoder: LanguageModel, tokenizer: SLMTok
     """Print the validation loss and a perfect model's, and the share of questions answered exactly."""
     from slmkit.data.shards.reader import TokenShards
     from slmkit.data.stories import held_out_questions
-    from slmkit.workflows.quickstart import ask_until
+    from slmkit.evaluation import ask
 
     losses = [line["validation_loss"] for line in trained.stories.metrics.read() if "validation_loss" in line]
     perfect = TokenShards.open(trained.stories.data / "validation").header.perfect_loss
-    questions = ask_until(decoder, tokenizer, held_out_questions(QUESTIONS), trained.ends - 1)
+    questions = ask(decoder, tokenizer, held_out_questions(QUESTIONS), trained.ends - 1)
     print("\nThe figures:\n")
     if losses and perfect:
         print(f"  validation loss           {min(losses):.3f} nats per token")

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -69,22 +69,27 @@ class TerminalReporter:
         return update
 
 
-@contextlib.contextmanager
-def progress_bar(label: str) -> Iterator[Callable[[str, float | None], None]]:
-    """A bar on a terminal, elsewhere a plain line every few seconds.
+class Show(Protocol):
+    """Shows figures, the time left by the share done (None if it is not known), and the rate of the bytes done."""
 
-    Gives a function that shows figures and the time left, from the share done; the share is None if it is not known.
-    """
+    def __call__(self, figures: str, share: float | None, done_bytes: int | None = None) -> None: ...
+
+
+@contextlib.contextmanager
+def progress_bar(label: str) -> Iterator[Show]:
+    """A bar on a terminal, elsewhere a plain line every few seconds."""
     console = Console(stderr=True, highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}"))
     bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
     task = bar.add_task(label, total=None, figures="")
     began = shown = time.monotonic()
 
-    def show(figures: str, share: float | None) -> None:
+    def show(figures: str, share: float | None, done_bytes: int | None = None) -> None:
         nonlocal shown
-        bar.update(task, total=None if share is None else 1.0, completed=share or 0.0, figures=figures)
         now = time.monotonic()
+        if done_bytes is not None:
+            figures += f", {done_bytes / max(now - began, 1e-3) / 1e6:.1f} MB/s"
+        bar.update(task, total=None if share is None else 1.0, completed=share or 0.0, figures=figures)
         if not console.is_terminal and now - shown >= SECONDS_BETWEEN_LINES:
             shown = now
             left = f", {(now - began) * (1 - share) / share:.0f} s left" if share else ""
@@ -121,7 +126,7 @@ def suggestion(model: str | Path, source: str | Path | None = None) -> str:
     """A command to try the model. Its prompt is from the data of the run that made it, or made its `source`: a model
     that it was merged or copied from.
     """
-    from slmkit.model.files.find import run_of
+    from slmkit.find import run_of
     from slmkit.training.recipe.recipe import load_recipe
 
     run = run_of(model if source is None else source)

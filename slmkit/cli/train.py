@@ -60,7 +60,7 @@ def resume(
     Example: slm resume runs/book train.max_tokens=6e6
     """
     from slmkit.cli.show import TerminalReporter, show_run
-    from slmkit.model.files.find import find_run
+    from slmkit.find import find_run
 
     find_run(run)  # before anything is loaded
     from slmkit.workflows.resume import resume_run
@@ -77,7 +77,7 @@ def replay(run: RunPath, step: Annotated[int, typer.Option(help="The step's numb
     Example: slm replay runs/book --step 12
     """
     from slmkit.cli.show import TerminalReporter
-    from slmkit.model.files.find import find_run
+    from slmkit.find import find_run
 
     find_run(run)  # before anything is loaded
     reporter = TerminalReporter()
@@ -85,7 +85,7 @@ def replay(run: RunPath, step: Annotated[int, typer.Option(help="The step's numb
     from slmkit.workflows.replay import replay_run
 
     done = replay_run(run, step, reporter)
-    figures = done.replay.report
+    figures = done.report
     print(f"step {step}: loss {figures['loss']:.6g}, gradient norm {figures['grad_norm']:.6g}")
     if "skipped" in figures:
         print(f"  refused: {figures['skipped']}")
@@ -95,16 +95,16 @@ def replay(run: RunPath, step: Annotated[int, typer.Option(help="The step's numb
         print(f"  {name}: {now} now, {then} when it was recorded")
     if done.recorded is not None and not done.differences:
         print("  the same as recorded, bit for bit")
-    broken = done.replay.broken
+    broken = done.broken
     if broken is not None:
         print(f"first to break: {broken.what}")
     if broken is not None and broken.row is not None and broken.position is not None:
-        token_id, token = done.token(broken.row, broken.position)
-        print(f"  row {broken.row}, position {broken.position}: token {token_id} {token!r}")
+        token = int(done.batch.ids[broken.row, broken.position])
+        print(f"  row {broken.row}, position {broken.position}: token {token} {done.decode([token])!r}")
         print(f"  …{done.text_before(broken.row, broken.position)!r}")
-    print("largest gradients: " + ", ".join(f"{name} {norm:.3g}" for name, norm in done.replay.gradients[:5]))
+    print("largest gradients: " + ", ".join(f"{name} {norm:.3g}" for name, norm in done.gradients[:5]))
     print("rows by gradient, each alone:")
-    for row in done.replay.rows[:5]:
+    for row in done.rows[:5]:
         start = done.text_before(row.number, 15)
         print(f"  row {row.number}: loss {row.loss:.4g}, gradient norm {row.grad_norm:.4g}, begins {start!r}")
 

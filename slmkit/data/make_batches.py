@@ -8,14 +8,13 @@ from slmkit.data.mixture import plan_phases
 from slmkit.data.order import mixed_seed
 from slmkit.data.prepare.conversations import ConversationEncoder
 from slmkit.data.prepare.corpus import Corpus
-from slmkit.data.prepare.open_sources import is_kept_in, open_sources, written
+from slmkit.data.prepare.held_out import written
+from slmkit.data.prepare.open_sources import is_kept_in, open_sources
 from slmkit.data.settings import DataSettings, Reads
 from slmkit.data.shards.reader import TokenShards
 from slmkit.data.sources import Source
 from slmkit.data.stream import ChatRows, MixtureStream, PretrainRows, Rows, Stream
-from slmkit.data.streaming.batches import StreamedBatches
-from slmkit.data.streaming.blocks import Blocks, document_size
-from slmkit.data.streaming.rows import ConversationRows, StreamedRows, TextRows
+from slmkit.data.streaming import Blocks, ConversationRows, StreamedBatches, StreamedRows, TextRows
 from slmkit.tokenizer import SLMTokenizer
 
 TOGETHER = 64  # documents tokenized at once without shuffling
@@ -63,28 +62,13 @@ def stream_of(rows: Mapping[str, Rows], data: DataSettings, length: int, rows_pe
 def _streamed(
     reads: Reads, data: DataSettings, source: Source, tokenizer: SLMTokenizer, length: int, seed: int
 ) -> StreamedRows:
-    is_kept, repeat = is_kept_in(data, source), data.when_exhausted == "repeat"
+    is_kept, repeat, name = is_kept_in(data, source), data.when_exhausted == "repeat", source.settings.label
     if reads == "conversations":
-        conversations = Blocks(
-            source.read_conversations,
-            name=source.settings.label,
-            documents=max(LOOK_AHEAD, data.shuffle_buffer),
-            size=lambda conversation: sum(len(str(message.get("content"))) for message in conversation),
-            ends=lambda conversation: True,
-            is_kept=lambda conversation: is_kept(written(conversation)),
-            shuffle_seed=seed,  # harmless: packing reorders them anyway
-            repeat=repeat,
-        )
+        at_once = max(LOOK_AHEAD, data.shuffle_buffer)
+        # The shuffle is harmless: packing reorders them anyway.
+        talks = Blocks(source.read_conversations, name, at_once, lambda talk: is_kept(written(talk)), seed, repeat)
         encoder = ConversationEncoder(tokenizer, source, length, data.on_long_conversation)
-        return ConversationRows(conversations, encoder, length, seed)
-    documents = Blocks(
-        source.read,
-        name=source.settings.label,
-        documents=data.shuffle_buffer or TOGETHER,
-        size=document_size,
-        ends=lambda document: document.ends,
-        is_kept=lambda document: is_kept(document.text),
-        shuffle_seed=seed if data.shuffle_buffer else None,
-        repeat=repeat,
-    )
-    return TextRows(documents, tokenizer, length)
+        return ConversationRows(talks, encoder, length, seed)
+    at_once, shuffle_seed = data.shuffle_buffer or TOGETHER, seed if data.shuffle_buffer else None
+    texts = Blocks(source.read, name, at_once, lambda document: is_kept(document.text), shuffle_seed, repeat)
+    return TextRows(texts, tokenizer, length)

@@ -64,6 +64,12 @@ def row_of_labels(ids: np.ndarray, learned: np.ndarray) -> np.ndarray:
     return labels
 
 
+def learned_ranges(learned: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First token of each learned range, and one past its last: bool [n] → int64 [ranges] each."""
+    edges = np.diff(np.concatenate([[0], learned.astype(np.int8), [0]]))
+    return np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
+
+
 def padded(parts: Iterable[np.ndarray], length: int, fill: int) -> np.ndarray:
     """Concatenate arrays [n], cut to `length` and right-pad with `fill`: int64 [length]."""
     row = np.full(length, fill, dtype=np.int64)

@@ -50,34 +50,39 @@ class Rows(Protocol):
         return {}
 
 
-class Batches(Protocol):
-    """The batches of the training loop: one for each step, and a position for checkpoints."""
+class Batches:
+    """The batches of the training loop: one for each step, and a position for checkpoints.
+
+    By default the data never ends, and the step is the whole position.
+    """
 
     rows_per_step: int
-    separate: bool  # batches have document numbers, and attention stays inside a document
-
-    @property
-    def total_rows(self) -> int | None:
-        """The number of rows until the data ends; None if it never does or the number is not known yet."""
-
-    @property
-    def rows_in_epoch(self) -> int | None:
-        """The number of rows in an epoch; None if not known."""
+    separate = False  # batches have document numbers, and attention stays inside a document
+    total_rows: int | None = None  # rows until the data ends; None if it never does or the number is not known yet
+    rows_in_epoch: int | None = None  # None if not known
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """Rows [rows, length] of step `step` (from 0), or one rank's contiguous share of them.
 
         Raises `UserError` if a step has fewer rows than there are ranks.
         """
+        raise NotImplementedError
 
     def has(self, step: int) -> bool:
         """Whether there is a batch for this step; False after the end of the data."""
+        return self.total_rows is None or (step + 1) * self.rows_per_step <= self.total_rows
 
     def shares(self, step: int) -> dict[str, float]:
         """Share of each source in all rows before `step`; empty if there is only one source."""
+        return {}
+
+    def report(self) -> list[str]:
+        """One line for each kind of documents that are left out or cut; by default none."""
+        return []
 
     def position(self) -> dict[str, Any]:
         """The position after the last batch, as JSON; empty if the step is enough."""
+        return {}
 
     def seek(self, step: int, position: dict[str, Any]) -> None:
         """Continue with `step` at a saved position; from the beginning if that is empty."""
@@ -100,13 +105,12 @@ def expect_a_row(rows_per_step: int) -> int:
     return rows_per_step
 
 
-class Stream:
+class Stream(Batches):
     """An endless sequence of epochs over `rows`, each shuffled by (seed, epoch). Its position is the step."""
 
     def __init__(self, source: Rows, rows_per_step: int, seed: int = 0, separate: bool = False) -> None:
         self.source, self.rows_per_step, self.seed, self.separate = source, expect_a_row(rows_per_step), seed, separate
-        self.rows_in_epoch: int | None = source.rows_in_epoch
-        self.total_rows: int | None = None
+        self.rows_in_epoch = source.rows_in_epoch
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """Rows [rows, length] as in `Batches`; a pure function of its arguments."""
@@ -122,21 +126,8 @@ class Stream:
         extras = [extras[place] for place in order]
         return Batch.of(ids, labels, np.stack(documents)[order] if documents else None, stacked(extras))
 
-    def has(self, step: int) -> bool:
-        return self.total_rows is None or (step + 1) * self.rows_per_step <= self.total_rows
-
-    def shares(self, step: int) -> dict[str, float]:
-        return {}
-
     def report(self) -> list[str]:
-        """One line for each kind of documents that are left out or cut."""
         return self.source.report()
-
-    def position(self) -> dict[str, Any]:
-        return {}
-
-    def seek(self, step: int, position: dict[str, Any]) -> None:
-        """Does nothing: batches have no state."""
 
     def _rows_at(self, positions: np.ndarray) -> list[tuple[Rows, list[int], np.ndarray]]:
         """Rows at `positions`, int64 [n], of the endless sequence: by source, row indices and their places in [n]."""
@@ -247,7 +238,7 @@ class ChatRows(Rows):
             raise UserError(f"{shards.directory}: expected shards of conversations, found {found}")
         self.shards, self.length, self.pad_id = shards, length, shards.header.pad_token_id or 0
         self.on_long = on_long
-        self.starts, ends = _documents(shards)
+        self.starts, ends = document_spans(shards)
         self.stops = np.minimum(ends, self.starts + length)
         too_long = ends - 1 - self.starts > length  # without the end-of-text token, which is not learned
         if on_long == "refuse" and too_long.any():
@@ -311,7 +302,7 @@ class DocumentRows(Rows):
             raise UserError(f"expected a sequence_length of at least 1, found {length}")
         self.shards, self.length, self.pad_id = shards, length, shards.header.pad_token_id or 0
         eos_id = shards.header.eos_token_id
-        starts, ends = _documents(shards)
+        starts, ends = document_spans(shards)
         packing = pack_whole(ends - starts, length)
         self._rows = [[(int(starts[i]), int(ends[i])) for i in row] for row in packing.rows]
         self._contexts = [eos_id] * len(self._rows)
@@ -338,7 +329,7 @@ class DocumentRows(Rows):
         return numbered(lengths, self.length)
 
 
-def _documents(shards: TokenShards) -> tuple[np.ndarray, np.ndarray]:
+def document_spans(shards: TokenShards) -> tuple[np.ndarray, np.ndarray]:
     """First token of each document, and one past its last: int64 [documents] each."""
     ends = shards.document_ends
     return np.concatenate([np.zeros(1, dtype=np.int64), ends[:-1]]), ends

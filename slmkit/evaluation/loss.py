@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
+from slmkit.data.packing import IGNORED
 from slmkit.data.stream import Rows
 from slmkit.device import Device
 from slmkit.generation.ensemble import LanguageModel
 from slmkit.model.sizes import LOGITS_AT_ONCE
-
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,9 @@ def validation_loss(
         indices = range(start, min(start + rows_per_batch, rows.rows_in_epoch))
         columns = rows.rows(list(indices))
         ids, labels = (torch.from_numpy(each).to(device.torch_device) for each in columns)  # [rows, length] each
-        documents = _documents(rows, indices, device) if separate else None
+        documents = None
+        if separate:
+            documents = torch.from_numpy(np.stack([*map(rows.documents, indices)])).to(device.torch_device)
         with device.autocast():
             asked = labels != IGNORED
             hidden = model(ids, documents=documents)[asked]  # [asked, width]
@@ -73,7 +74,3 @@ def validation_loss(
         progress(indices.stop, rows.rows_in_epoch)
     model.train(was_training)
     return LossReport(nats, tokens)
-
-
-def _documents(rows: Rows, indices: Iterable[int], device: Device) -> torch.Tensor:
-    return torch.from_numpy(np.stack([rows.documents(index) for index in indices])).to(device.torch_device)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from slmkit.generation.ensemble import LanguageModel
-from slmkit.generation.generator import generate_ids
 from slmkit.generation.sampling_settings import SamplingSettings
+from slmkit.generation.text import TextStream
 from slmkit.tokenizer import SLMTokenizer
 
 Messages = Sequence[Mapping[str, Any]]
+LEAST_ASKED = 5
 
 
 @dataclass(frozen=True)
@@ -47,28 +48,21 @@ def ask(
     decoder: LanguageModel,
     tokenizer: SLMTokenizer,
     questions: Sequence[tuple[Messages, str]],
-    progress: Callable[[int], None] = lambda done: None,
+    until: float = math.inf,
 ) -> QuestionReport:
-    """Generate answers greedily and compare them. `questions`: pairs of messages and the expected answer."""
+    """Generate answers greedily and compare them. `questions`: pairs of messages and the expected answer.
+
+    After `until` (`time.monotonic`) only the first few are asked.
+    """
     greedy = SamplingSettings(do_sample=False)
-    device = decoder.device
-    answers = []
-    for done, (messages, expected) in enumerate(questions, start=1):
+    answers: list[Answer] = []
+    for messages, expected in questions:
+        if len(answers) >= LEAST_ASKED and time.monotonic() >= until:
+            break
         prompt = tokenizer.encode_chat(messages, add_generation_prompt=True).ids
         room = min(2 * len(tokenizer.encode(expected)) + 8, decoder.max_positions - len(prompt))
-        if room < 1:  # the prompt fills the context: counted as wrong
-            answers.append(Answer(messages[-1]["content"], expected, ""))
-            continue
-        ids = generate_ids(
-            decoder,
-            torch.tensor([prompt], device=device),
-            max_new_tokens=room,
-            stop_ids=tokenizer.stop_token_ids,
-            settings=greedy,
-            pad_token_id=tokenizer.pad_token_id or 0,
-            known=tokenizer.known_ids,
-        )
-        given = tokenizer.decode(ids[0, len(prompt) :].tolist(), skip_special_tokens=True)
+        given = ""  # counted as wrong if the prompt fills the context
+        if room >= 1:
+            given = "".join(TextStream(decoder, tokenizer, prompt, settings=greedy, max_new_tokens=room))
         answers.append(Answer(messages[-1]["content"], expected, given))
-        progress(done)
     return QuestionReport(tuple(answers))

@@ -10,16 +10,7 @@ from typing import Any, Self
 from pydantic import ConfigDict, Field, field_validator
 
 from slmkit.config import Settings, load_settings
-from slmkit.model.files.generation_config import (
-    FILE,
-    MinP,
-    Penalty,
-    Temperature,
-    TopK,
-    TopP,
-    not_obeyed,
-    read_generation_config,
-)
+from slmkit.model.files import generation_config as published
 
 
 class SamplingSettings(Settings):
@@ -27,11 +18,11 @@ class SamplingSettings(Settings):
 
     model_config = ConfigDict(frozen=True, strict=True)
 
-    temperature: Temperature = 1.0
-    top_k: TopK = 0  # 0: all tokens
-    top_p: TopP = 1.0
-    min_p: MinP = 0.0
-    repetition_penalty: Penalty = 1.0
+    temperature: published.Temperature = 1.0
+    top_k: published.TopK = 0  # 0: all tokens
+    top_p: published.TopP = 1.0
+    min_p: published.MinP = 0.0
+    repetition_penalty: published.Penalty = 1.0
     do_sample: bool = True
     seed: int | None = Field(None, ge=0, lt=2**63)  # None: another text each time
 
@@ -48,9 +39,9 @@ class SamplingSettings(Settings):
         As in transformers, a file with a recommendation is greedy unless it says `do_sample: true`. Raises `UserError`
         for a wrong value in the file; logs the recommendations that are ignored.
         """
-        content = read_generation_config(Path(directory))
-        if ignored := not_obeyed(content):
-            path = Path(directory) / FILE
+        content = published.read_generation_config(Path(directory))
+        if ignored := published.not_obeyed(content):
+            path = Path(directory) / published.FILE
             logging.getLogger(__name__).warning(f"{path}: ignored, since it is not supported: {', '.join(ignored)}")
         told: dict[str, Any] = {name: content[name] for name in usual if content.get(name) is not None}
         if content.get("do_sample") is False or (told and not content.get("do_sample")):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+from slmkit.config import UserError
+from slmkit.find import find_config_directory
 
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -65,3 +69,19 @@ PRESETS: dict[str, dict[str, Any]] = {
         "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0,
     },
 }  # fmt: skip
+
+
+def find_model_or_preset(name: str | Path) -> Path | str:
+    """A directory with the config of a model (from the hub: without its weights), or the name of a preset.
+
+    Raises `UserError` for neither.
+    """
+    preset = str(name).lower()
+    if preset in PRESETS and not Path(name).exists():
+        return preset
+    if Path(name).exists() or "/" in str(name):
+        return find_config_directory(name)
+    bare = {"".join(filter(str.isalnum, one)): one for one in PRESETS}
+    meant = bare.get("".join(filter(str.isalnum, preset)))
+    hint = f"did you mean {meant!r}?" if meant else f"presets: {', '.join(sorted(PRESETS))}"
+    raise UserError(f"{name}: neither a preset nor a directory; {hint}")

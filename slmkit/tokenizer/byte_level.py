@@ -1,7 +1,8 @@
 """Byte-level BPE: each of the 256 bytes is a token, and merges of frequent pairs form longer tokens.
 
 GPT-2 (Radford et al. 2019, section 2.2) writes each byte as one printable character, so that a vocabulary is readable
-JSON. This module has that alphabet, the vocabulary without merges, its training, and the bytes of each token.
+JSON. This module has that alphabet, the vocabulary without merges, its training, GPT-2's own vocabulary, and the bytes
+of each token.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 
+import tiktoken
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from slmkit.config import UserError
@@ -41,17 +44,22 @@ BYTE_CHARACTERS = _byte_characters()
 _BYTE_OF = {character: byte for byte, character in enumerate(BYTE_CHARACTERS)}
 
 
+def _byte_level_bpe(vocabulary: dict[str, int], merges: list[tuple[str, str]], special: Iterable[str]) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    # llama.cpp has the same pre-tokenizer under the name "gpt-2", so an exported vocabulary splits text alike.
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    return tokenizer
+
+
 def untrained() -> Tokenizer:
     """A usable tokenizer of the special tokens and the 256 bytes, without merges.
 
     The bytes are in the order of their characters, like the trainer's, so that training keeps their ids.
     """
     vocabulary = {token: index for index, token in enumerate([*SPECIALS, *sorted(BYTE_CHARACTERS)])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    # llama.cpp has the same pre-tokenizer under the name "gpt-2", so an exported vocabulary splits text alike.
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIALS])
+    tokenizer = _byte_level_bpe(vocabulary, [], SPECIALS)
     # In training the end-of-text token precedes every document; the post-processor puts it before every prompt.
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{END_OF_TEXT} $A", pair=f"{END_OF_TEXT} $A $B:1", special_tokens=[(END_OF_TEXT, 0)]
@@ -81,6 +89,41 @@ def trained(texts: Iterable[str], vocab_size: int, show_progress: bool) -> Token
     tokenizer.train_from_iterator(_at_least_one(texts), trainer)
     tokenizer.pre_tokenizer = splits
     return tokenizer
+
+
+def gpt2() -> Tokenizer:
+    """GPT-2's tokenizer, of `tiktoken`'s vocabulary: ids are tiktoken's, `<|endoftext|>` (50256) included.
+
+    tiktoken downloads it once into TIKTOKEN_CACHE_DIR (else a temporary folder); afterwards no network is needed.
+    Raises `UserError` if it cannot.
+    """
+    try:
+        encoding = tiktoken.get_encoding("gpt2")
+    except Exception as error:  # any error of the download
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(
+            f"tokenizer gpt2: tiktoken cannot load its vocabulary ({reason}): "
+            "go online once, or set TIKTOKEN_CACHE_DIR to a folder that has it"
+        ) from None
+    ranks = {
+        "".join(BYTE_CHARACTERS[byte] for byte in token): rank for token, rank in encoding._mergeable_ranks.items()
+    }
+    in_order = sorted(ranks, key=ranks.__getitem__)
+    merges = [last_merge(token, lambda pair: ranks.get("".join(pair))) for token in in_order if len(token) > 1]
+    return _byte_level_bpe(ranks | {END_OF_TEXT: encoding.eot_token}, merges, [END_OF_TEXT])
+
+
+def last_merge(token: str, rank: Callable[[tuple[str, str]], int | None]) -> tuple[str, str]:
+    """The two parts whose merge gives the token: merges the pair of lowest `rank` until two are left.
+
+    `rank` of a pair that is not merged is None.
+    """
+    parts = list(token)
+    while len(parts) > 2:
+        ranked = [(rank(pair), place) for place, pair in enumerate(pairwise(parts))]
+        _, place = min((number, place) for number, place in ranked if number is not None)
+        parts[place : place + 2] = [parts[place] + parts[place + 1]]
+    return parts[0], parts[1]
 
 
 def is_byte_level(tokenizer: Tokenizer) -> bool:

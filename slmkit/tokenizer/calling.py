@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 from collections import UserDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
 
 from slmkit.config import UserError, did_you_mean, methods_checked
-
-if TYPE_CHECKING:
-    from slmkit.tokenizer.chat import ChatTokens, Message, Tools
+from slmkit.tokenizer import chat
+from slmkit.tokenizer.chat import Message, Tools
 
 # transformers' names of the padding and truncation modes; pairs of texts are not supported.
 PADDING = {"longest": True, "max_length": "max_length", "do_not_pad": False}
@@ -47,16 +49,12 @@ class CallableTokenizer:
     special_tokens: dict[str, int]
     eos_token_id: int
     pad_token_id: int | None
+    encode: Callable[..., list[int]]
+    decode: Callable[..., str]
+    encode_chat: Callable[..., chat.ChatTokens]
     _names: dict[str, str]
-
-    if TYPE_CHECKING:
-
-        def encode(self, text: str, allow_special: bool = False) -> list[int]: ...
-        def decode(self, ids: int | Iterable[int], skip_special_tokens: bool = False) -> str: ...
-        def token_bytes(self, token_id: int) -> bytes: ...
-
-        render_text: Callable[..., str]
-        encode_chat: Callable[..., ChatTokens]
+    _tokenizer: Tokenizer
+    _template: Callable[[], str]
 
     def __call__(
         self,
@@ -161,7 +159,8 @@ class CallableTokenizer:
                 raise UserError(f"apply_chat_template: unknown argument {name!r}; did you mean {near[0]!r}?")
         switches = {name: value for name, value in template_kwargs.items() if name not in NO_SWITCHES}
         if not tokenize:
-            return self.render_text(messages, add_generation_prompt, tools, switches)
+            names = {**self._names, **switches}
+            return chat.render(self._template(), messages, add_generation_prompt, tools, **names)
         ids = self.encode_chat(messages, add_generation_prompt, tools, switches).ids
         if return_dict:
             made = self.pad([ids], return_tensors=return_tensors)
@@ -170,17 +169,17 @@ class CallableTokenizer:
 
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any:
         """The id of a token in the vocabulary's spelling, or a list of ids for several; None if unknown."""
-        library: Any = self._tokenizer  # type: ignore[attr-defined]
-        return library.token_to_id(tokens) if isinstance(tokens, str) else [library.token_to_id(one) for one in tokens]
+        find = self._tokenizer.token_to_id
+        return find(tokens) if isinstance(tokens, str) else [find(one) for one in tokens]
 
     def convert_ids_to_tokens(self, ids: int | Sequence[int]) -> Any:
         """The vocabulary's spelling of an id, or a list for several ids [tokens]."""
-        library: Any = self._tokenizer  # type: ignore[attr-defined]
-        return library.id_to_token(int(ids)) if isinstance(ids, int) else [library.id_to_token(int(one)) for one in ids]
+        spell = self._tokenizer.id_to_token
+        return spell(ids) if isinstance(ids, int) else [spell(int(one)) for one in ids]
 
     def get_vocab(self) -> dict[str, int]:
         """All tokens in the vocabulary's spelling, with their ids."""
-        return dict(self._tokenizer.get_vocab(with_added_tokens=True))  # type: ignore[attr-defined]
+        return dict(self._tokenizer.get_vocab(with_added_tokens=True))
 
     @property
     def eos_token(self) -> str:
@@ -227,8 +226,6 @@ def _tensor(rows: list[list[Any]], kind: str | None) -> Any:
     if len({len(row) for row in rows}) > 1:
         raise UserError("texts of different lengths make no tensor: pass padding=True")
     if kind == "np":
-        import numpy as np
-
         return np.array(rows, dtype=np.int64)
     if kind != "pt":
         raise UserError(f"return_tensors {kind!r}: expected 'pt' or 'np'")

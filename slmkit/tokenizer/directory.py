@@ -1,13 +1,13 @@
 """Reads and writes a tokenizer's directory: `tokenizer.json` and `tokenizer_config.json`, in Hugging Face's format.
 
-The config says what the vocabulary's special tokens are for. Writing is atomic per file.
+The config says what the vocabulary's special tokens are for. Writing is atomic per file. The built-in chat templates
+are here too, with their special tokens.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
-import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,15 +15,28 @@ from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
-from slmkit.config import UserError, kind_of_value
+from slmkit.config import UserError, did_you_mean, kind_of_value
+from slmkit.files import write_whole
 from slmkit.find import is_gpt2
-from slmkit.tokenizer.byte_level import END_OF_TEXT, PADDING, SPECIALS, TURN_END, TURN_START
+from slmkit.hub import one_line
+from slmkit.tokenizer.byte_level import END_OF_TEXT, PADDING, SPECIALS, TURN_END, TURN_START, gpt2
 from slmkit.tokenizer.classes import as_its_class_does
 
 TOKENIZER, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 SENTENCEPIECE = "tokenizer.model"
+TEMPLATES = Path(__file__).with_name("templates")
 NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 MORE_TOKENS = ("additional_special_tokens", "extra_special_tokens")  # transformers 4's name and 5's
+FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")  # of an added token
+GPT2: dict[str, Any] = {
+    "tokenizer_class": "GPT2Tokenizer",
+    "bos_token": END_OF_TEXT,
+    "eos_token": END_OF_TEXT,
+    "unk_token": END_OF_TEXT,
+    "add_bos_token": False,
+    "add_prefix_space": False,
+    "clean_up_tokenization_spaces": False,
+}
 
 
 class Contents(NamedTuple):
@@ -36,7 +49,7 @@ class Contents(NamedTuple):
 
 def own_config() -> dict[str, Any]:
     """The `tokenizer_config.json` of a tokenizer trained here, for transformers 4 and 5."""
-    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    flags = dict.fromkeys(FLAGS, False) | {"special": True}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "added_tokens_decoder": {str(index): {"content": token, **flags} for index, token in enumerate(SPECIALS)},
@@ -64,9 +77,8 @@ def with_tokens(
 ) -> dict[str, Any]:
     """The config with further tokens, and with `bos_token` as beginning-of-text token unless that is None."""
     of_id = {token.content: (index, token) for index, token in tokenizer.get_added_tokens_decoder().items()}
-    flags = ("lstrip", "normalized", "rstrip", "single_word", "special")
     entries = {
-        str(index): {"content": token.content} | {flag: getattr(token, flag) for flag in flags}
+        str(index): {"content": token.content} | {flag: getattr(token, flag) for flag in FLAGS}
         for index, token in (of_id[spelling] for spelling in added)
     }
     special = [spelling for spelling in added if of_id[spelling][1].special]
@@ -98,9 +110,7 @@ def read(directory: str | Path) -> Contents:
     """
     directory = Path(directory)
     if is_gpt2(directory):
-        from slmkit.tokenizer import gpt2
-
-        return Contents(gpt2.gpt2_tokenizer(), dict(gpt2.CONFIG), None)
+        return Contents(gpt2(), dict(GPT2), None)
     path = directory / TOKENIZER
     text = _read_text(path)
     if text is None:
@@ -118,7 +128,7 @@ def read(directory: str | Path) -> Contents:
         tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # the library raises plain `Exception`
         raise UserError(
-            f"{path}: not a readable tokenizer.json ({_one_line(error)}); save or download it again"
+            f"{path}: not a readable tokenizer.json ({one_line(error)}); save or download it again"
         ) from None
     config = _read_config(directory / CONFIG)
     tokenizer = as_its_class_does(tokenizer, config, named_tokens(config).get("bos_token", "<s>"))
@@ -136,8 +146,8 @@ def write(directory: str | Path, contents: Contents) -> None:
         config["chat_template"] = contents.chat_template
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        _write_text(directory / TOKENIZER, contents.tokenizer.to_str(pretty=True))
-        _write_text(directory / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        write_whole(directory / TOKENIZER, contents.tokenizer.to_str(pretty=True))
+        write_whole(directory / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
         # A template file left from an earlier tokenizer would take precedence over the config's.
         (directory / TEMPLATE).unlink(missing_ok=True)
     except OSError as error:
@@ -160,7 +170,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         special_spellings(config)  # reports a malformed entry with this path
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path}: cannot be read as a tokenizer's settings ({_one_line(error)}); save or download it again"
+            f"{path}: cannot be read as a tokenizer's settings ({one_line(error)}); save or download it again"
         ) from None
     return config
 
@@ -173,17 +183,40 @@ def _read_text(path: Path) -> str | None:
     except FileNotFoundError:
         return None
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({_one_line(error)}); save or download it again") from None
+        raise UserError(f"{path}: cannot be read ({one_line(error)}); save or download it again") from None
 
 
-def _write_text(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+class ChatFormat(NamedTuple):
+    """A template, the special tokens that it writes, and its beginning-of-text token."""
+
+    template: str | None
+    tokens: tuple[str, ...] = ()
+    bos_token: str | None = None
+
+
+# ChatML is OpenAI's, also used by Qwen and SmolLM; the others are Meta's and Google's.
+TOKENS: dict[str, tuple[str, ...]] = {
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "gemma": ("<bos>", "<start_of_turn>", "<end_of_turn>"),
+}
+BEGINNINGS = {"llama3": "<|begin_of_text|>", "gemma": "<bos>"}
+
+
+def find_format(name: str) -> ChatFormat:
+    """The format `chatml`, `llama3` or `gemma`, or the one in a Jinja file, whose special tokens are unknown.
+
+    Raises `UserError` for another name and for a file that cannot be read.
+    """
+    if name in TOKENS:
+        template = (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
+        return ChatFormat(template, TOKENS[name], BEGINNINGS.get(name))
+    path = Path(name)
+    if not path.is_file():
+        raise UserError(
+            f"chat_template {name!r}: no file, and no template that comes with slmkit; {did_you_mean(name, TOKENS)}"
+        )
     try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+        return ChatFormat(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a chat template: {error}") from None

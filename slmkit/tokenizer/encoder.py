@@ -16,13 +16,13 @@ import secrets
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from slmkit.tokenizer import byte_level
-from slmkit.tokenizer.chat_rows import ChatRow, RenderedRow, is_learned
+from slmkit.tokenizer.chat import ChatTokens
 from slmkit.tokenizer.fast_encoder import FastEncoder
 
 PROBE = "The cat  sat; it's 12345.\n\n\tCAFÉ cafe\u0301 ﬁ ½ x_y=f(z)!!! 猫が座った 🐈\r\n "
@@ -30,6 +30,43 @@ STAND_INS = "\ufdd0\n\u2028x"  # characters put before text; one that does not m
 
 _INVALID_UTF8 = re.compile("([\udc80-\udcff]+)")  # from errors="surrogateescape": bytes that are not UTF-8
 _SURROGATE = re.compile("([\ud800-\udfff])")
+
+
+class RenderedRow(NamedTuple):
+    """The text of a conversation and its learned ranges, in characters: start, one past the end.
+
+    `shielded`: a message spells special tokens, so the template's own are written in secret spellings.
+    """
+
+    text: str
+    learned: list[tuple[int, int]]
+    shielded: bool
+
+
+RenderedChat = list[RenderedRow]  # the rows of a conversation, nearly always one
+
+
+class ChatRow(NamedTuple):
+    """Ids, uint32 [tokens], and which of them are learned, bool [tokens]."""
+
+    ids: np.ndarray
+    trained: np.ndarray
+
+    def to_lists(self) -> ChatTokens:
+        return ChatTokens(self.ids.tolist(), self.trained.tolist())
+
+
+def is_learned(starts: np.ndarray, ends: np.ndarray, learned: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Whether each token, int64 starts and ends [tokens], overlaps a learned range of the text.  → bool [tokens]"""
+    found = np.zeros(len(starts), dtype=bool)
+    for first, last in learned:
+        found |= (starts < last) & (ends > first) | (starts == ends) & (starts >= first) & (starts < last)
+    return found
+
+
+def rows_to_learn(rows: list[ChatRow]) -> list[ChatRow]:
+    """The rows with learned tokens; the last row, the whole conversation, if there is none."""
+    return [row for row in rows if row.trained.any()] or rows[-1:]
 
 
 class TextEncoder:

@@ -20,7 +20,7 @@ from tiktoken import _tiktoken  # type: ignore[attr-defined]
 from tokenizers import Regex, Tokenizer, models
 from tokenizers.pre_tokenizers import Split
 
-from slmkit.tokenizer.byte_level import BYTE_CHARACTERS, spelled_bytes
+from slmkit.tokenizer.byte_level import BYTE_CHARACTERS, last_merge, spelled_bytes
 
 # GPT-2's pattern. Alternatives without look-around come first: tiktoken runs those in a much faster engine.
 WORDS = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s+$|\s+(?!\S)|\s"
@@ -160,18 +160,9 @@ def _ranks(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> dict[st
     last_merges = {}
     for token, candidates in made_by.items():
         if len(plain.tokenize(token)) == 1:
-            last_merges[token] = candidates[0] if len(candidates) == 1 else _last_merge(token, rank_of_merge)
+            last_merges[token] = candidates[0] if len(candidates) == 1 else last_merge(token, rank_of_merge.get)
             ranks[token] = rank_of_merge[last_merges[token]]
     for token, parts in last_merges.items():
         if not all(part in ranks and ranks[part] < ranks[token] for part in parts):
             return None
     return ranks
-
-
-def _last_merge(token: str, rank_of_merge: dict[tuple[str, str], int]) -> tuple[str, str]:
-    """The merge that makes `token` from its bytes, found by encoding it. For tokens with several merges."""
-    parts = list(token)
-    while len(parts) > 2:
-        _, place = min((rank_of_merge[pair], i) for i, pair in enumerate(pairwise(parts)) if pair in rank_of_merge)
-        parts[place : place + 2] = [parts[place] + parts[place + 1]]
-    return parts[0], parts[1]

@@ -23,9 +23,8 @@ from slmkit.tokenizer import byte_level, chat, directory
 from slmkit.tokenizer.byte_level import SPECIALS
 from slmkit.tokenizer.calling import CallableTokenizer
 from slmkit.tokenizer.chat import ChatTokens, Message, Tools
-from slmkit.tokenizer.chat_formats import ChatFormat, find_format
-from slmkit.tokenizer.chat_rows import ChatRow, RenderedChat, RenderedRow, rows_to_learn
-from slmkit.tokenizer.encoder import PROBE, TextEncoder
+from slmkit.tokenizer.directory import ChatFormat, find_format
+from slmkit.tokenizer.encoder import PROBE, ChatRow, RenderedChat, RenderedRow, TextEncoder, rows_to_learn
 
 # End-of-text tokens, tried in this order if neither the config nor the chat template names one.
 ENDS_OF_TEXT = (byte_level.END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
@@ -320,17 +319,6 @@ class SLMTokenizer(CallableTokenizer):
         """All rows of each conversation, on `threads` threads (default: one per core)."""
         rows = iter(self._encoder.encode_rows([row for chat in chats for row in chat], threads))
         return [[next(rows) for _ in chat] for chat in chats]
-
-    def render_text(
-        self,
-        messages: Sequence[Message],
-        add_generation_prompt: bool = False,
-        tools: Tools | None = None,
-        switches: Mapping[str, Any] | None = None,
-    ) -> str:
-        """The conversation as the chat template writes it. Raises `UserError` as `encode_chat` does."""
-        names = {**self._names, **(switches or {})}
-        return chat.render(self._template(), messages, add_generation_prompt, tools, **names)
 
     def prompt_is_history(self) -> bool:
         """Whether the generation prompt's tokens are those before an answer in a conversation.

@@ -22,7 +22,7 @@ from slmkit.training.checkpoints.model_files import ModelFiles
 from slmkit.training.checkpoints.saver import Saver, best_checkpoint, point_links
 from slmkit.training.compilation import compile_blocks, compile_pays, uncompiled
 from slmkit.training.distributed import ALONE, Group
-from slmkit.training.estimate.memory_profile import MemoryProfile, meta_model_of
+from slmkit.training.estimate.memory import MemoryProfile, meta_model_of
 from slmkit.training.estimate.micro_batch import lack_of_memory_explained
 from slmkit.training.guards import Diverged, GuardSettings
 from slmkit.training.logging.logger import Logger

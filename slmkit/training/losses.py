@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-IGNORED = -100  # a label that is not learned, as in PyTorch and transformers
+from slmkit.data.packing import IGNORED as IGNORED
 
 # Logits of one chunk should fit a core's cache: 512 positions over 2,048 tokens are 4 MiB. On two cores this takes
 # 24 ms for 4,096 positions of width 192, against 64 ms unchunked. Accelerators need larger products.

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -16,32 +14,43 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 
 from slmkit.adapt.load import load_model
 from slmkit.data import stories
-from slmkit.data.prepare.text_to_shards import prepare_chat, prepare_text
+from slmkit.data.prepare.conversations import prepare_chat
+from slmkit.data.prepare.text_to_shards import prepare_text
 from slmkit.data.shards.reader import HEADER, Header, Shard, TokenShards
 from slmkit.data.sources import Message
 from slmkit.data.stream import PretrainRows, Stream
-from slmkit.device import Device, find_device, measured_peak
+from slmkit.device import find_device, measured_peak
 from slmkit.find import find_model_directory
 from slmkit.generation.ensemble import LanguageModel
 from slmkit.generation.generator import generate_ids
 from slmkit.generation.sampling_settings import SamplingSettings
 from slmkit.model.config import SLMConfig
+from slmkit.model.files.directory import empty_decoder
 from slmkit.model.initialization import build_decoder
 from slmkit.model.presets import PRESETS
 from slmkit.model.sizes import flops_per_token, parameter_count
 from slmkit.tokenizer import SLMTokenizer
-from slmkit.training.estimate.probe import Probe, ProbeTarget, probe
+from slmkit.training.estimate.memory import MemoryProfile
+from slmkit.training.estimate.probe import Probe, probe
 from slmkit.training.recipe.recipe import TrainSettings
 
 BATCHES = (1, 8)  # sequences generated at once
+VOCABULARY = 4096
+SHARD_TOKENS = 1 << 28
+TEMPLATES = ("chatml", "llama3", "gemma")
+ROW, ROWS = 1024, 128  # tokens in a row, rows in a batch
+FIRST_BATCH = f"""
+import sys
+from slmkit.data.shards.reader import TokenShards
+from slmkit.data.stream import PretrainRows, Stream
+Stream(PretrainRows(TokenShards.open(sys.argv[1]), {ROW}), {ROWS}).batch(0)
+"""
 
 
 @dataclass(frozen=True)
@@ -60,15 +69,25 @@ class DecodingSpeed:
     new: float  # new tokens, one after the other
 
 
+def seconds(run: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def median_seconds(run: Callable[[], object], rounds: int) -> float:
+    return statistics.median(seconds(run) for _ in range(rounds))
+
+
 def training_speed(preset: str, settings: TrainSettings, steps: int) -> TrainingSpeed:
     """Speed of `steps` real training steps of a new model of a preset on random tokens."""
     device = find_device(settings.device, settings.precision)
-    subject = ProbeTarget.fresh(SLMConfig.from_preset(preset))
-    architecture = subject.inventory.architecture
-    measured = probe(subject, settings, device, steps)
-    flops = flops_per_token(architecture, settings.sequence_length or architecture.max_positions)
+    model = empty_decoder(SLMConfig.from_preset(preset))
+    a = model.architecture
+    measured = probe(MemoryProfile(model), settings, device, steps)
+    flops = flops_per_token(a, settings.sequence_length or a.max_positions)
     mfu = measured.tokens_per_second * (flops.forward + flops.backward) / measured_peak(device)
-    return TrainingSpeed(parameter_count(architecture), measured, mfu)
+    return TrainingSpeed(parameter_count(a), measured, mfu)
 
 
 def decoding_speed(model: str, prompt: int, new: int, rounds: int, device: str) -> list[DecodingSpeed]:
@@ -76,71 +95,63 @@ def decoding_speed(model: str, prompt: int, new: int, rounds: int, device: str) 
 
     Raises `UserError` if prompt and new tokens do not fit into the model's context.
     """
-    where = find_device(device)
+    where = find_device(device).torch_device
     if model in PRESETS:
-        decoder: LanguageModel = build_decoder(SLMConfig.from_preset(model), seed=0).to(where.torch_device).eval()
+        decoder: LanguageModel = build_decoder(SLMConfig.from_preset(model), seed=0).to(where).eval()
     else:
-        decoder = load_model(find_model_directory(model), where.torch_device)[0]
+        decoder = load_model(find_model_directory(model), where)[0]
     return [_decoding_speed(decoder, batch, prompt, new, rounds, where) for batch in BATCHES]
 
 
 def _decoding_speed(
-    decoder: LanguageModel, batch: int, prompt: int, new: int, rounds: int, device: Device
+    decoder: LanguageModel, batch: int, prompt: int, new: int, rounds: int, where: torch.device
 ) -> DecodingSpeed:
-    ids = torch.randint(200, (batch, prompt), generator=torch.Generator().manual_seed(0))
-    ids = ids.to(device.torch_device)
+    ids = torch.randint(200, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(where)
     greedy = SamplingSettings(do_sample=False)
 
-    def seconds(count: int) -> float:
-        started = time.perf_counter()
+    def generate(count: int) -> None:
         generate_ids(decoder, ids, max_new_tokens=count, stop_ids=set(), settings=greedy, pad_token_id=0).cpu()
-        return time.perf_counter() - started
 
-    seconds(2)  # warm-up: loading and allocating at first use
-    times = [(seconds(1), seconds(1 + new)) for _ in range(rounds)]
+    generate(2)  # warm-up: loading and allocating at first use
+    times = [(seconds(lambda: generate(1)), seconds(lambda: generate(1 + new))) for _ in range(rounds)]
     first = statistics.median(one for one, _ in times)
     more = statistics.median(max(whole - one, 1e-9) for one, whole in times)
     return DecodingSpeed(batch, batch * prompt / first, batch * new / more)
 
 
-ROUNDS = 5
-VOCABULARY = 4096
-SHARD_TOKENS = 1 << 28
-TEMPLATES = ("chatml", "llama3", "gemma")
-ROW, ROWS = 1024, 128  # tokens in a row, rows in a batch
-
-Result = dict[str, Any]
+# -- data -------------------------------------------------------------------------------------------------------------
 
 
-def seconds(run: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
+def data_speed(megabytes: float, gigabytes: float, rounds: int) -> Iterator[tuple[str, dict[str, float]]]:
+    """Yields the figures of each kind of work, with its name. The shards of `gigabytes` are sparse files."""
+    texts, tokenizer = corpus(megabytes)
+    talks, numbers = talks_of(texts[: max(1, len(texts) // 10)]), itertools.count()
+    size, size_of_talks = sum(map(len, texts)) / 1e6, sum(len(m["content"]) for talk in talks for m in talk) / 1e6
+    with tempfile.TemporaryDirectory(prefix="slmkit-bench-") as name:
+        folder = Path(name)
+        taken = median_seconds(lambda: tokenizer.encode_batch(texts, threads=1), rounds)
+        yield "encoding, one thread", {"MB/s": size / taken}
+        taken = median_seconds(lambda: prepare_text(texts, tokenizer, folder / str(next(numbers))), rounds)
+        yield "preparation, all cores", {"MB/s": size / taken}
+        for template in TEMPLATES:
+            chatting = tokenizer.extended(chat_template=template)
 
+            def prepare(chatting: SLMTokenizer = chatting) -> None:
+                prepare_chat(talks, chatting, folder / f"chat-{next(numbers)}")
 
-def processor_seconds(run: Callable[[], object]) -> float:
-    """CPU seconds of all threads of this process."""
-    started = time.process_time()
-    run()
-    return time.process_time() - started
-
-
-def side_by_side(ours: Callable[[], object], other: Callable[[], object], rounds: int = ROUNDS) -> Result:
-    """Median seconds of both, run alternately, and the ratio of the other's to ours."""
-    pairs = [(seconds(ours), seconds(other)) for _ in range(rounds)]
-    ratios = [theirs / mine for mine, theirs in pairs]
-    return {
-        "seconds": round(statistics.median(mine for mine, _ in pairs), 4),
-        "other_seconds": round(statistics.median(theirs for _, theirs in pairs), 4),
-        "ratio": _median(ratios, 3),
-    }
-
-
-def _median(values: list[float], digits: int) -> Result:
-    return {
-        "median": round(statistics.median(values), digits),
-        "range": [round(min(values), digits), round(max(values), digits)],
-    }
+            taken = median_seconds(prepare, rounds)
+            yield f"conversations, {template}", {"conversations/s": len(talks) / taken, "MB/s": size_of_talks / taken}
+        yield "loading", loading_speed(folder / "0")
+        large = str(folder / "large")
+        write_sparse_shards(Path(large), round(gigabytes * 1e9 / 2))
+        yield f"loading from {gigabytes:g} GB", loading_speed(Path(large))
+        yield (
+            "first batch of a process",
+            {
+                "seconds": median_seconds(lambda: run_python(FIRST_BATCH, large), rounds),
+                "of them importing torch": median_seconds(lambda: run_python("import torch"), rounds),
+            },
+        )
 
 
 def corpus(megabytes: float) -> tuple[list[str], SLMTokenizer]:
@@ -157,74 +168,11 @@ def corpus(megabytes: float) -> tuple[list[str], SLMTokenizer]:
     return texts, tokenizer
 
 
-def plain_tokenizer(tokenizer: SLMTokenizer) -> Tokenizer:
-    """The same vocabulary as a tokenizer of the `tokenizers` library."""
-    with temporary_folder() as folder:
-        tokenizer.save_pretrained(folder)
-        return Tokenizer.from_file(str(folder / "tokenizer.json"))
-
-
-def encoding(texts: list[str], tokenizer: SLMTokenizer, rounds: int = ROUNDS) -> Result:
-    """One thread: our encoder compared with `tokenizers` called from Python, text by text; rates in MB/s."""
-    plain = plain_tokenizer(tokenizer)
-    size = sum(map(len, texts)) / 1e6
-    result = side_by_side(
-        lambda: tokenizer.encode_batch(texts, threads=1),
-        lambda: [plain.encode(text, add_special_tokens=False).ids for text in texts],
-        rounds,
-    )
-    rates = {"MB/s": size / result["seconds"], "tokenizers MB/s": size / result["other_seconds"]}
-    return result | {name: round(rate, 2) for name, rate in rates.items()}
-
-
-def one_character(texts: list[str], tokenizer: SLMTokenizer, rounds: int = ROUNDS) -> Result:
-    """A megabyte of one letter compared with a megabyte of stories: the ratio is stories' time to the letter's."""
-    ordinary = "\n".join(texts)[: 1 << 20]
-    result = side_by_side(
-        lambda: tokenizer.encode_array("a" * len(ordinary)), lambda: tokenizer.encode_array(ordinary), rounds
-    )
-    return result | {"times ordinary text": round(1 / result["ratio"]["median"], 3)}
-
-
-def preparation(texts: list[str], tokenizer: SLMTokenizer, folder: Path, rounds: int = ROUNDS) -> Result:
-    """`prepare_text` compared with the encoder alone, on the same texts and cores: the ratio is the encoder's share."""
-    numbers = itertools.count()
-    size = sum(map(len, texts)) / 1e6
-
-    def prepare() -> None:
-        prepare_text(texts, tokenizer, folder / str(next(numbers)))
-
-    def encode() -> None:
-        tokenizer.encode_batch(texts)
-
-    result = side_by_side(prepare, encode, rounds)
-    shares = [processor_seconds(encode) / processor_seconds(prepare) for _ in range(rounds)]
-    return result | {"MB/s": round(size / result["seconds"], 2), "ratio of processor time": _median(shares, 3)}
-
-
 def talks_of(texts: list[str]) -> list[list[Message]]:
     """Conversations of six turns, one text per turn."""
     roles = ("user", "assistant") * 3
     starts = range(0, len(texts) - len(roles) + 1, len(roles))
     return [[{"role": r, "content": text} for r, text in zip(roles, texts[start:])] for start in starts]
-
-
-def conversations(texts: list[str], tokenizer: SLMTokenizer, folder: Path, rounds: int = ROUNDS) -> Result:
-    """`prepare_chat` compared with rendering and encoding single conversations without writing."""
-    talks, numbers = talks_of(texts), itertools.count()
-    size = sum(len(message["content"]) for talk in talks for message in talk) / 1e6
-
-    def prepare() -> None:
-        prepare_chat(talks, tokenizer, folder / f"chat-{next(numbers)}")
-
-    def one_by_one() -> None:
-        for talk in talks:
-            tokenizer.encode_chat_rows(talk)
-
-    result = side_by_side(prepare, one_by_one, rounds)
-    shares = [processor_seconds(one_by_one) / processor_seconds(prepare) for _ in range(rounds)]
-    rates = {"conversations/s": round(len(talks) / result["seconds"]), "MB/s": round(size / result["seconds"], 2)}
-    return result | rates | {"ratio of processor time": _median(shares, 3)}
 
 
 def write_sparse_shards(folder: Path, tokens: int) -> TokenShards:
@@ -244,79 +192,26 @@ def write_sparse_shards(folder: Path, tokens: int) -> TokenShards:
     return TokenShards.open(folder)
 
 
-def loading(folder: Path, batches: int = 400) -> Result:
-    """Batches of random rows from shards, one core: tokens/s, growth of memory (MB), and seconds to resume."""
-    opened = seconds(lambda: Stream(PretrainRows(TokenShards.open(folder), ROW), ROWS).batch(0))
-    stream = Stream(PretrainRows(TokenShards.open(folder), ROW), ROWS)
-    for step in range(20):
+def loading_speed(folder: Path, steps: int = 200) -> dict[str, float]:
+    """Batches of random rows from shards, one core: their rate, and the time to open the shards at any step."""
+
+    def resumed(step: int) -> Stream:
+        stream = Stream(PretrainRows(TokenShards.open(folder), ROW), ROWS)
         stream.batch(step)
-    before, rates, alone = _peak_memory(), [], []
-    for begin in range(20, batches, 40):
-        rates.append(20 * ROWS * ROW / seconds(functools.partial(_read, stream, range(begin, begin + 20))) / 1e6)
-        taken = processor_seconds(functools.partial(_read, stream, range(begin + 20, begin + 40)))
-        alone.append(20 * ROWS * ROW / taken / 1e6)
-    grown = _peak_memory() - before
-    steps = (stream.rows_in_epoch or 0) // ROWS
-    positions = np.linspace(0, 3 * steps, 20, dtype=int).tolist()
-    places = [seconds(functools.partial(_resumed, folder, step)) for step in positions]
+        return stream
+
+    opened = seconds(lambda: resumed(0))
+    stream = resumed(0)
+    times = [seconds(functools.partial(stream.batch, step)) for step in range(20, 20 + steps)]
+    positions = np.linspace(0, 3 * (stream.rows_in_epoch or 0) // ROWS, 20, dtype=int).tolist()
+    places = [seconds(functools.partial(resumed, step)) for step in positions]
     return {
         "tokens in the shards": len(TokenShards.open(folder)),
-        "M tokens/s": _median(rates, 1),
-        "M tokens/s of processor time": _median(alone, 1),
-        "peak memory grown by MB": round(grown, 1),
-        "first open and batch in ms": round(1e3 * opened, 1),
-        "resume anywhere in ms": _median([1e3 * place for place in places], 2),
+        "M tokens/s": ROWS * ROW / statistics.median(times) / 1e6,
+        "first open and batch in ms": 1e3 * opened,
+        "resume anywhere in ms": 1e3 * statistics.median(places),
     }
 
 
-def _read(stream: Stream, steps: range) -> None:
-    for step in steps:
-        stream.batch(step)
-
-
-def _resumed(folder: Path, step: int) -> object:
-    return Stream(PretrainRows(TokenShards.open(folder), ROW), ROWS).batch(step)
-
-
-def _peak_memory() -> float:
-    """Peak memory of this process so far, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def first_batch(folder: Path, rounds: int = ROUNDS) -> Result:
-    """Seconds from the start of a process to its first batch, and the part spent on importing torch."""
-    code = (
-        "import sys; from slmkit.data.shards.reader import TokenShards; "
-        "from slmkit.data.stream import PretrainRows, Stream; "
-        f"Stream(PretrainRows(TokenShards.open(sys.argv[1]), {ROW}), {ROWS}).batch(0)"
-    )
-    result = side_by_side(lambda: _run(code, str(folder)), lambda: _run("import torch"), rounds)
-    return {"seconds": result["seconds"], "of them importing torch": result["other_seconds"]}
-
-
-def _run(code: str, *arguments: str) -> None:
+def run_python(code: str, *arguments: str) -> None:
     subprocess.run([sys.executable, "-c", code, *arguments], check=True)
-
-
-def measure(megabytes: float = 20, gigabytes: float = 50, rounds: int = ROUNDS) -> Iterator[tuple[str, Result]]:
-    """Yields every measurement with its name. The shards of `gigabytes` are sparse files."""
-    texts, tokenizer = corpus(megabytes)
-    some = texts[: max(1, len(texts) // 10)]
-    yield "encoding, one thread", encoding(some, tokenizer, rounds)
-    yield "a megabyte of one character", one_character(texts, tokenizer, rounds)
-    with temporary_folder() as folder:
-        yield "preparation, all cores", preparation(texts, tokenizer, folder, rounds)
-        for name in TEMPLATES:
-            chatting = tokenizer.extended(chat_template=name)
-            yield f"conversations, {name}", conversations(some, chatting, folder, rounds)
-        shards = folder / "0"
-        yield "loading", loading(shards)
-        write_sparse_shards(folder / "large", round(gigabytes * 1e9 / 2))
-        yield f"loading from {gigabytes:g} GB", loading(folder / "large")
-        yield "first batch of a process", first_batch(folder / "large", rounds)
-
-
-@contextlib.contextmanager
-def temporary_folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="slmkit-bench-") as folder:
-        yield Path(folder)

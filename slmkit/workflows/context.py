@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from rich.text import Text
 
-from slmkit.data.prepare import sources_to_shards as source_shards
+from slmkit.data.prepare import corpus as prepared
 from slmkit.data.prepare.corpus import Corpus
 from slmkit.data.prepare.text_to_shards import Progress
 from slmkit.data.stream import Batches
@@ -37,22 +36,19 @@ class RecipeContext(RunContext):
 
 @dataclass(frozen=True)
 class ObjectiveParts:
-    """Batches, objective and hooks of a run. The hooks are for all ranks, and called at every evaluation.
+    """Batches, objective and validation of a run. `validate` is for all ranks, and called at every evaluation.
 
-    `longest`: computed tokens of the longest row, if rows are padded. `report`: a line for each reason why data was
-    skipped or cut so far.
+    `longest`: computed tokens of the longest row, if rows are padded.
     """
 
     batches: Batches
     objective: Objective
     validate: Hook
-    sample: Hook
     validation_tokens: int
-    report: Callable[[], list[str]] = list
     longest: int | None = None
 
 
-class Reporter(source_shards.Reporter, Protocol):
+class Reporter(prepared.Reporter, Protocol):
     """Receives progress messages of long functions; the colours of a `Text` are significant."""
 
     def say(self, line: str | Text) -> None: ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,7 @@ from slmkit.data.rows.teacher_cache import (
     write_cache,
 )
 from slmkit.data.stream import Rows, Stream
-from slmkit.data.streaming.batches import StreamedBatches
+from slmkit.data.streaming import StreamedBatches
 from slmkit.device import Device, find_device
 from slmkit.find import find_model_directory, find_tokenizer_directory
 from slmkit.model.config import SLMConfig
@@ -39,7 +39,7 @@ from slmkit.model.files.directory import empty_decoder
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.checkpoints.checkpoint import file_sha256
 from slmkit.training.compilation import compile_blocks, compile_pays
-from slmkit.training.estimate.memory_profile import MemoryProfile
+from slmkit.training.estimate.memory import MemoryProfile
 from slmkit.training.losses import in_chunks
 from slmkit.training.objectives.distillation import (
     CachedTeacher,
@@ -89,14 +89,14 @@ def distill_inventory(recipe: Recipe, model: Decoder, tokens: int, device: Devic
 
     if settings.cache:
         return MemoryProfile(model, objective=objective, extra=cached_logits)
-    return MemoryProfile(model, beside=teacher_like(settings, device, empty_decoder), objective=objective)
+    return MemoryProfile(model, beside=_meta_teacher(settings, device), objective=objective)
 
 
-def teacher_like(settings: DistillationSettings, device: Device, make: Callable[[SLMConfig], Decoder]) -> Decoder:
-    """A model made by `make` from the teacher's config, in the type that a run uses."""
+def _meta_teacher(settings: DistillationSettings, device: Device) -> Decoder:
+    """The teacher on the meta device, in the type that a run uses."""
     assert settings.teacher is not None
     config = SLMConfig.from_pretrained(config_directory(find_model_directory(settings.teacher)))
-    return in_compute_type(make(config), device).eval().requires_grad_(False)
+    return in_compute_type(empty_decoder(config), device).eval().requires_grad_(False)
 
 
 def with_the_teachers_tokenizer(recipe: Recipe) -> Recipe:

@@ -9,13 +9,14 @@ from pathlib import Path
 
 from slmkit.adapt.load import load_model
 from slmkit.config import UserError
-from slmkit.data.prepare.many_sources import Reading
-from slmkit.data.prepare.text_to_shards import prepare_text, write_conversations
+from slmkit.data.prepare.conversations import write_conversations
+from slmkit.data.prepare.open_sources import Reading
+from slmkit.data.prepare.text_to_shards import prepare_text
 from slmkit.data.sources.settings import SourceSettings
 from slmkit.data.stream import ChatRows, DocumentRows
 from slmkit.device import find_device
 from slmkit.evaluation import LossReport, validation_loss
-from slmkit.model.files.find import find_model_directory, find_tokenizer_directory
+from slmkit.find import find_model_directory, find_tokenizer_directory
 from slmkit.tokenizer import SLMTokenizer
 
 LENGTH = 2048  # tokens of a row, for models with a longer context
@@ -58,7 +59,7 @@ def evaluate_text(
     with tempfile.TemporaryDirectory(prefix="slmkit-eval-") as folder:
         try:
             shards = (
-                write_conversations(reading.conversations(tokenizer, length), tokenizer, f"{folder}/shards")
+                write_conversations(reading.encoded("conversations", tokenizer, length), tokenizer, f"{folder}/shards")
                 if chat
                 else prepare_text(reading.documents(), tokenizer, f"{folder}/shards")
             )

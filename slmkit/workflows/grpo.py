@@ -25,8 +25,8 @@ from slmkit.config import UserError, did_you_mean, kind_of_value
 from slmkit.data.batch import Batch
 from slmkit.data.order import mixed_seed
 from slmkit.data.packing import IGNORED, padded, row_of_labels
-from slmkit.data.rows.questions import Questions
-from slmkit.data.stream import share_of_rank, shuffled
+from slmkit.data.rows.answers import Questions
+from slmkit.data.stream import Batches, share_of_rank, shuffled
 from slmkit.device import Device
 from slmkit.files import write_whole
 from slmkit.generation.generator import generate_ids
@@ -36,7 +36,7 @@ from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.checkpoints.checkpoint import file_sha256
 from slmkit.training.compilation import eager
 from slmkit.training.distributed import Group
-from slmkit.training.estimate.memory_profile import MemoryProfile, meta_model_of, read_answers, write_answers
+from slmkit.training.estimate.memory import MemoryProfile, meta_model_of, read_answers, write_answers
 from slmkit.training.loop import Report, State, random_seed
 from slmkit.training.objectives.grpo import GroupRelative
 from slmkit.training.objectives.preference import label_log_probabilities, rounded_up
@@ -44,7 +44,6 @@ from slmkit.training.precision import to_weight_dtype
 from slmkit.training.recipe.objective_settings import GrpoSettings
 from slmkit.training.recipe.recipe import Recipe
 from slmkit.workflows.context import ObjectiveParts, RecipeContext
-from slmkit.workflows.hooks import Sample
 
 SMALLEST_DEVIATION = 1e-4  # least standard deviation of rewards by which advantages are divided
 REWARD_DIGEST = "reward.sha256"  # in a run's data folder
@@ -59,9 +58,8 @@ def grpo_work(m: RecipeContext) -> ObjectiveParts:
     train, held_out = (
         Questions(shards, m.length, settings.max_new_tokens) for shards in (m.corpus.train[0], m.corpus.validation)
     )
-    for name, questions in (("train", train), ("validation", held_out)):
-        for line in questions.report():
-            m.reporter.say(f"{name}: {line}")
+    for line in held_out.report():
+        m.reporter.say(f"validation: {line}")
     m.model.to(m.device.torch_device)
     to_weight_dtype(m.model, m.device)
     judge = judge_of(m.corpus.tokenizer, settings.reward)
@@ -72,7 +70,6 @@ def grpo_work(m: RecipeContext) -> ObjectiveParts:
         batches=Rollouts(train, m.model, reference, sample, judge, settings, m.length, m.recipe.seed, m.group),
         objective=GroupRelative(settings),
         validate=ValidateAnswers(held_out, replace(sample, temperature=0.0), judge, m.group),
-        sample=Sample(m.run.samples, m.recipe, m.corpus.tokenizer, True, m.group),
         validation_tokens=sum(len(held_out.prompt(index)) + settings.max_new_tokens for index in range(len(held_out))),
         longest=rounded_up(max(train.longest, held_out.longest) + settings.max_new_tokens),
     )
@@ -126,14 +123,11 @@ SampleAnswers = Callable[[Decoder, Sequence[np.ndarray], int, int], list[np.ndar
 Judge = Callable[[np.ndarray, np.ndarray, np.ndarray], Judged]  # prompt, answer, known answer
 
 
-class Rollouts:
-    """Batches of answers to shuffled questions, sampled from the model at that step. Implements `Batches`.
+class Rollouts(Batches):
+    """Batches of answers to shuffled questions, sampled from the model at that step.
 
     Every random number follows from (seed, step, rank), so that weights and step determine a batch.
     """
-
-    separate = False
-    total_rows: int | None = None
 
     def __init__(
         self,
@@ -153,7 +147,7 @@ class Rollouts:
         self.length, self.seed, self.group = length, seed, group
         self.pad_id = questions.shards.header.pad_token_id or 0
         self.rows_per_step = settings.rows_per_step
-        self.rows_in_epoch: int | None = len(questions) * settings.num_generations
+        self.rows_in_epoch = len(questions) * settings.num_generations
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """`[questions * num_generations, length]`, the answers to one question adjacent."""
@@ -172,17 +166,8 @@ class Rollouts:
         batch = Batch.of(np.stack(ids), np.stack(labels), extra=self._extra(judged))
         return batch if self.reference is None else self._referred(batch, self.reference)
 
-    def has(self, step: int) -> bool:
-        return True
-
-    def shares(self, step: int) -> dict[str, float]:
-        return {}
-
-    def position(self) -> dict[str, Any]:
-        return {}
-
-    def seek(self, step: int, position: dict[str, Any]) -> None:
-        """Does nothing: a batch follows from its step and the weights."""
+    def report(self) -> list[str]:
+        return self.questions.report()
 
     def _row(self, prompt: np.ndarray, answer: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Ids and labels [length]; only the answer is learned."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from slmkit.adapt.adapter import expect_base, fingerprint, load_adapter
@@ -16,12 +17,11 @@ from slmkit.adapt.merge_recipe import MergeRecipe
 from slmkit.adapt.merging import Merge, plan_merge
 from slmkit.config import UserError, to_yaml
 from slmkit.files import sync
-from slmkit.find import find_model_directory
+from slmkit.find import find_model_directory, free_path
 from slmkit.generation.ensemble import common_tokenizer
 from slmkit.hub import at_commit
 from slmkit.model.files.adapter_directory import base_of, find_adapter, is_adapter
 from slmkit.model.files.directory import load_decoder, save_decoder
-from slmkit.model.files.find import free_path
 from slmkit.model.files.stored import expect_finite
 from slmkit.tokenizer import SLMTokenizer
 
@@ -63,23 +63,33 @@ def write_merge(merge: Merge, progress: Callable[[int], None] = lambda written: 
     """
     output = Path(merge.recipe.output_dir)
     first = find_model_directory(merge.recipe.merged[0].model)
-    fresh = output.parent / f".{output.name}.{os.getpid()}"
-    try:
-        fresh.mkdir(parents=True)
-        merge.write(fresh, progress)
+    with new_directory(output) as folder:
+        merge.write(folder, progress)
         for name in COMPANIONS:
             if (first / name).is_file():
-                shutil.copyfile(first / name, fresh / name)
-        (fresh / MADE_FROM).write_text(to_yaml(merge.recipe), encoding="utf-8")
+                shutil.copyfile(first / name, folder / name)
+        (folder / MADE_FROM).write_text(to_yaml(merge.recipe), encoding="utf-8")
+    return output
+
+
+@contextlib.contextmanager
+def new_directory(final: Path) -> Iterator[Path]:
+    """Context manager with a folder that becomes `final` at its end, and is deleted if it fails.
+
+    Raises `UserError` if it cannot be written.
+    """
+    fresh = final.with_name(f".{final.name}.{os.getpid()}")
+    try:
+        fresh.mkdir(parents=True)
+        yield fresh
         for path in fresh.iterdir():
             sync(path)
-        os.rename(fresh, output)
-        sync(output.parent)
+        os.rename(fresh, final)
+        sync(final.parent)
     except OSError as error:
-        raise UserError(f"{output}: the model cannot be written: {error.strerror or error}") from None
+        raise UserError(f"{final}: the model cannot be written: {error.strerror or error}") from None
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-    return output
 
 
 def fold_adapters(model: str | Path, adapters: Sequence[str | Path], output: str | Path | None = None) -> Path:
@@ -106,33 +116,19 @@ def fold_adapters(model: str | Path, adapters: Sequence[str | Path], output: str
         fold(decoder)
     for name, tensor in decoder.state_dict().items():
         expect_finite(tensor, f"{name!r} of the merged model", "an adapter is too large for it: use another checkpoint")
-    partial = final.with_name(f".partial-{final.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        save_decoder(decoder, config, partial)
-        for source in reversed([directory, *found]):
-            if (source / "tokenizer.json").is_file():
-                SLMTokenizer.from_pretrained(source).save_pretrained(partial)
-                break
-        os.replace(partial, final)
-    except OSError as error:
-        raise UserError(f"{final}: cannot be written: {error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with new_directory(final) as folder:
+        save_decoder(decoder, config, folder)
+        source = next((each for each in reversed([directory, *found]) if (each / "tokenizer.json").is_file()), None)
+        if source is not None:
+            SLMTokenizer.from_pretrained(source).save_pretrained(folder)
     return final
 
 
 def _expect_full_precision(directory: Path) -> None:
     """Raises `UserError` for a model whose weights are quantized to 8 or 4 bits."""
-    path = directory / "config.json"
-    if not path.is_file():
-        return
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable config.json: {error}") from None
-    if isinstance(content, dict) and content.get("quantization_config"):
-        raise UserError(
-            f"{directory}: its weights are quantized, too coarsely for what an adapter learned: name the full model "
-            "that it was made from"
-        )
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # what is wrong with the file, `load_decoder` says
+        if json.loads((directory / "config.json").read_text(encoding="utf-8")).get("quantization_config"):
+            raise UserError(
+                f"{directory}: its weights are quantized, too coarsely for what an adapter learned: name the full "
+                "model that it was made from"
+            )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from slmkit.config import UserError, read_yaml
-from slmkit.export.model_card import CardFacts, model_card
+from slmkit.export.model_card import model_card
 from slmkit.find import find_model_directory
 from slmkit.hub import HubName, hub_name, publish
 from slmkit.model.config import SLMConfig
@@ -48,15 +48,15 @@ def _card(source: Path, directory: Path, name: str) -> str:
     environment = {}
     with contextlib.suppress(OSError, ValueError):
         environment = json.loads(run.environment.read_text(encoding="utf-8"))
-    facts = CardFacts(
-        name=name,
+    return model_card(
+        name,
+        SLMConfig.from_pretrained(directory),
         base=_base(directory, recipe),
         is_adapter=is_adapter(directory),
         recipe=recipe,
         metrics=run.metrics.read(),
         environment=environment,
     )
-    return model_card(facts, SLMConfig.from_pretrained(directory))
 
 
 def _base(directory: Path, recipe: Mapping[str, Any]) -> str | None:

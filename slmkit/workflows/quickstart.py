@@ -10,12 +10,10 @@ from pathlib import Path
 
 from slmkit.config import UserError
 from slmkit.device import find_device
-from slmkit.evaluation import QuestionReport, ask
-from slmkit.evaluation.questions import Answer, Messages
-from slmkit.generation.ensemble import LanguageModel
-from slmkit.model.files.find import free_path
-from slmkit.tokenizer import SLMTokenizer
-from slmkit.training.estimate.probe import ProbeTarget, probe
+from slmkit.find import free_path
+from slmkit.model.files.directory import empty_decoder
+from slmkit.training.estimate.memory import MemoryProfile
+from slmkit.training.estimate.probe import probe
 from slmkit.training.loop import RunStopped, StopRequested
 from slmkit.training.recipe.recipe import Recipe, find_recipe, load_recipe
 from slmkit.training.run_directory import RunDirectory
@@ -23,8 +21,13 @@ from slmkit.workflows.context import Reporter
 from slmkit.workflows.train import train_recipe
 
 PRIMER_STEPS = 720  # time of the whole primer, with preparation and validation, in steps
-# The time of each part relative to the primer's.
-STORIES, CHAT, EVALUATION = 3.3, 2.9, 0.2
+PARTS = {
+    "primer": "primer: short scenes with questions, to learn to look back in the text",
+    "stories": "pretraining: stories",
+    "chat": "fine-tuning: conversations about scenes and stories",
+}
+LENGTHS = {"primer": 1.0, "stories": 3.3, "chat": 2.9}  # the time of each part relative to the primer's
+ALL_PARTS, EVALUATION = sum(LENGTHS.values()), 0.2
 FIXED = 8.0  # seconds for loading and saving, independent of the amount of data
 MOST_EVALUATION = 0.15  # share of the remaining time, which limits the number of questions
 SMALLEST_SHARE = 0.01
@@ -61,54 +64,40 @@ def train_quickstart(
     """
     ends = 60 * minutes + (time.monotonic() if started is None else started)
     target = ends - 60 * minutes * RESERVE
-    root, shares = free_path(output), dict[str, float]()
+    root, runs, shares = free_path(output), dict[str, RunDirectory](), dict[str, float]()
     primer = PRIMER_STEPS * _seconds_of_a_step()  # of all of it
-
-    def run(part: str, share: float, planned: float, base: RunDirectory | None = None) -> RunDirectory:
-        shares[part] = share
+    _tell_the_plan(minutes, target - time.monotonic(), primer, reporter)
+    left = ALL_PARTS
+    for number, (part, about) in enumerate(PARTS.items(), start=1):
+        reporter.say(f"\n{number}/4  {about}")
+        began, length = time.monotonic(), LENGTHS[part]
+        share = affordable_share(target - began, primer, left)
+        if part == "primer":
+            share = min(1.0, 2 * share)
+        planned = share * length * primer
         if share < 1:
             reporter.say(f"{share:.0%} of it, in about {planned:.0f} seconds")
-        values = [f"output_dir={root}/{part}", f"seed={seed}"] + ([f"model.path={base.root}"] if base else [])
-        stop = StopRequested(min(time.monotonic() + OVERRUN * planned + FIXED, target))
-        try:
-            recipe = load_recipe(find_recipe(f"quickstart-{part}"), values)
-            return train_recipe(_shortened(recipe, share), reporter, stop=stop)
-        except RunStopped:
-            if stop.is_asked:  # by the user
-                raise
-            reporter.warn(
-                f"the machine became slower: {root}/{part} is stopped early; to finish it: slm resume {root}/{part}"
-            )
-            return RunDirectory(root / part)
-
-    _tell_the_plan(minutes, target - time.monotonic(), primer, reporter)
-    reporter.say("\n1/4  primer: short scenes with questions, to learn to look back in the text")
-    began = time.monotonic()
-    share = min(1.0, 2 * affordable_share(target - began, primer, 1 + STORIES + CHAT))
-    reader = run("primer", share, share * primer)
-
-    reporter.say("\n2/4  pretraining: stories")
-    began, primer = time.monotonic(), (time.monotonic() - began) / share
-    share = affordable_share(target - began, primer, STORIES + CHAT)
-    stories = run("stories", share, share * STORIES * primer, reader)
-
-    reporter.say("\n3/4  fine-tuning: conversations about scenes and stories")
-    began, primer = time.monotonic(), (time.monotonic() - began) / (share * STORIES)  # the machine's load may change
-    share = affordable_share(target - began, primer, CHAT)
-    chat = run("chat", share, share * CHAT * primer, stories)
-    return Quickstart(stories, chat, shares, primer * (1 + STORIES + CHAT + EVALUATION), ends)
+        values = [f"output_dir={root}/{part}", f"seed={seed}"]
+        if runs:
+            values.append(f"model.path={[*runs.values()][-1].root}")
+        runs[part] = _train_part(part, values, share, min(began + OVERRUN * planned + FIXED, target), reporter)
+        shares[part], left = share, left - length
+        primer = (time.monotonic() - began) / (share * length)  # measured anew: the machine's load may change
+    return Quickstart(runs["stories"], runs["chat"], shares, primer * (ALL_PARTS + EVALUATION), ends)
 
 
-def ask_until(
-    decoder: LanguageModel, tokenizer: SLMTokenizer, questions: Sequence[tuple[Messages, str]], until: float
-) -> QuestionReport:
-    """Answers to the first few questions, and to as many more as fit before `until` (`time.monotonic`)."""
-    answers: list[Answer] = []
-    for first in range(0, len(questions), 5):
-        answers += ask(decoder, tokenizer, questions[first : first + 5]).answers
-        if time.monotonic() >= until:
-            break
-    return QuestionReport(tuple(answers))
+def _train_part(part: str, values: Sequence[str], share: float, until: float, reporter: Reporter) -> RunDirectory:
+    """A run of a part's recipe on a share of its documents, stopped at `until` (`time.monotonic`)."""
+    recipe = load_recipe(find_recipe(f"quickstart-{part}"), values)
+    stop = StopRequested(until)
+    try:
+        return train_recipe(_shortened(recipe, share), reporter, stop=stop)
+    except RunStopped:
+        if stop.is_asked:  # by the user
+            raise
+        root = recipe.output_dir
+        reporter.warn(f"the machine became slower: {root} is stopped early; to finish it: slm resume {root}")
+        return RunDirectory(root)
 
 
 def affordable_share(seconds: float, primer_seconds: float, parts: float) -> float:
@@ -123,12 +112,11 @@ def affordable_share(seconds: float, primer_seconds: float, parts: float) -> flo
 
 def _tell_the_plan(minutes: float, seconds: float, primer: float, reporter: Reporter) -> None:
     """Print how much of the corpus fits into the time. Raises `UserError` if that is too little."""
-    parts = 1 + STORIES + CHAT
-    share = affordable_share(seconds - FIXED, primer, parts)
+    share = affordable_share(seconds - FIXED, primer, ALL_PARTS)
 
     def needed(share: float) -> float:
         """Minutes in which this share can be read: the inverse of `affordable_share`, with what has passed already."""
-        work, passed = share * parts * primer, 60 * minutes * (1 - RESERVE) - seconds
+        work, passed = share * ALL_PARTS * primer, 60 * minutes * (1 - RESERVE) - seconds
         read = min(work + EVALUATION * primer, work / (1 - MOST_EVALUATION))
         return (read + FIXED + passed) / (1 - RESERVE) / 60
 
@@ -149,7 +137,8 @@ def _tell_the_plan(minutes: float, seconds: float, primer: float, reporter: Repo
 def _seconds_of_a_step() -> float:
     """Measured seconds of a training step of the primer."""
     recipe = load_recipe(find_recipe("quickstart-primer"))
-    return probe(ProbeTarget.fresh(recipe.model.build_config()), recipe.train, find_device(), steps=6).step_seconds
+    profile = MemoryProfile(empty_decoder(recipe.model.build_config()))
+    return probe(profile, recipe.train, find_device(), steps=6).step_seconds
 
 
 def _shortened(recipe: Recipe, share: float) -> Recipe:

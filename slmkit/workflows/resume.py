@@ -8,8 +8,8 @@ from pathlib import Path
 
 from slmkit.config import UserError
 from slmkit.device import Device, find_device
+from slmkit.find import find_run
 from slmkit.model.config import SLMConfig
-from slmkit.model.files.find import find_run
 from slmkit.training.checkpoints.checkpoint import newest_intact, step_of
 from slmkit.training.distributed import Group, join
 from slmkit.training.logging.trackers import check_trackers

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from slmkit.tokenizer.chat_rows import ChatRow
+from slmkit.tokenizer.encoder import ChatRow
 
 
 @dataclass
@@ -38,6 +38,9 @@ class ByteTokenizer:
     def encode_rendered(self, chats: list[list], threads: int | None = None) -> list[list[ChatRow]]:
         encoded = [self.encode_chat(messages) for (messages,) in chats]
         return [[ChatRow(np.array(one.ids, dtype=np.uint32), np.array(one.trained, dtype=bool))] for one in encoded]
+
+    def check_losses(self) -> None:
+        """Every text is bytes: none is lost."""
 
     def encode_chat(self, messages: list[dict[str, str]]) -> EncodedChat:
         """What the assistant says is learned; who speaks is not."""

@@ -11,7 +11,8 @@ import torch
 from slmkit.config import UserError
 from slmkit.data.batch import Batch
 from slmkit.data.packing import IGNORED
-from slmkit.data.prepare.text_to_shards import prepare_chat, prepare_text
+from slmkit.data.prepare.conversations import prepare_chat
+from slmkit.data.prepare.text_to_shards import prepare_text
 from slmkit.data.shards.reader import TokenShards
 from slmkit.data.shards.writer import ShardWriter
 from slmkit.data.stream import ChatRows, DocumentRows, PretrainRows, Stream

@@ -11,7 +11,7 @@ import torch
 
 from slmkit.data.batch import Batch
 from slmkit.data.packing import IGNORED
-from slmkit.data.prepare.text_to_shards import prepare_chat
+from slmkit.data.prepare.conversations import prepare_chat
 from slmkit.data.stream import ChatRows, Stream
 from slmkit.model.config import SLMConfig
 from slmkit.model.files.directory import save_decoder

@@ -18,13 +18,12 @@ from slmkit.data.stream import Stream
 from slmkit.device import find_device
 from slmkit.find import find_model_directory
 from slmkit.model.files.adapter_directory import LoRASettings
-from slmkit.model.files.directory import load_decoder, save_decoder
+from slmkit.model.files.directory import empty_decoder, load_decoder, save_decoder
 from slmkit.model.initialization import build_decoder
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.checkpoints.checkpoint import complete_checkpoints, verify
 from slmkit.training.distributed import join
-from slmkit.training.estimate.memory import checkpoint_bytes, state_bytes, training_bytes
-from slmkit.training.estimate.memory_profile import MemoryProfile, meta_model_of
+from slmkit.training.estimate.memory import MemoryProfile, checkpoint_bytes, meta_model_of, state_bytes, training_bytes
 from slmkit.training.fit import RunContext, fit
 from slmkit.training.logging.metrics_log import MetricsLog
 from slmkit.training.logging.throughput import ThroughputMonitor
@@ -171,11 +170,11 @@ def test_memory_is_estimated_of_what_is_trained(base: Path) -> None:
     assert needed["nf4"] < needed["int8"] < needed["float32"]
 
 
-def test_estimates_are_the_same_for_a_blueprint_as_for_its_architecture(base: Path) -> None:
-    plain, _ = load_decoder(base)
+def test_estimates_are_the_same_for_a_loaded_model_as_for_one_of_its_config(base: Path) -> None:
+    plain, shape = load_decoder(base)
     of_either = [
-        training_bytes(MemoryProfile(b), settings(), 4, LENGTH, CPU, 1)
-        for b in (plain.architecture, meta_model_of(plain))
+        training_bytes(MemoryProfile(model), settings(gradient_checkpointing=1), 4, LENGTH, CPU)
+        for model in (empty_decoder(shape), meta_model_of(plain))
     ]
     assert of_either[0] == of_either[1]
 

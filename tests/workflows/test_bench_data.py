@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 from benchmarks import data_peers as benchmark_peers
-from slmkit.workflows.bench import TEMPLATES, corpus, plain_tokenizer, talks_of, write_sparse_shards
+from benchmarks.data import measure
+from slmkit.workflows.bench import TEMPLATES, corpus, talks_of, write_sparse_shards
 from tests.cli.helpers import slm
 
 
 def test_both_encoders_of_the_benchmark_do_the_same_work():
     texts, tokenizer = corpus(0.05)
-    plain = plain_tokenizer(tokenizer)
+    plain = benchmark_peers.plain_tokenizer(tokenizer)
     assert sum(map(len, texts)) >= 50_000
     for text, ids in zip(texts, tokenizer.encode_batch(texts, threads=1)):
         assert plain.encode(text, add_special_tokens=False).ids == ids.tolist()
@@ -34,12 +35,11 @@ def test_sparse_shards_are_read_like_any_and_take_no_room(tmp_path: Path):
 
 
 def test_the_command_says_every_measure():
-    done = slm("bench", "data", "--megabytes", "0.6", "--gigabytes", "2", "--rounds", "1", "--no-peers")
+    done = slm("bench", "data", "--megabytes", "0.6", "--gigabytes", "2", "--rounds", "1")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [line for line in lines if not line.startswith(" ")] == [
         "encoding, one thread",
-        "a megabyte of one character",
         "preparation, all cores",
         *(f"conversations, {name}" for name in TEMPLATES),
         "loading",
@@ -50,6 +50,18 @@ def test_the_command_says_every_measure():
     assert all(len(figure) == 2 and "{" not in figure[1] for figure in figures), figures
     tokens = [int(value.replace(",", "")) for name, value in figures if name == "tokens in the shards"]
     assert tokens[1] >= 1_000_000_000
+
+
+def test_the_benchmark_measures_the_same_work_beside_others():
+    results = dict(measure(0.6, 2, rounds=1))
+    assert [name for name, result in results.items() if "ratio" in result] == [
+        "encoding, one thread",
+        "a megabyte of one character",
+        "preparation, all cores",
+        *(f"conversations, {name}" for name in TEMPLATES),
+    ]
+    assert results["loading from 2 GB"]["tokens in the shards"] >= 1_000_000_000
+    assert results["first batch of a process"]["seconds"] > 0
 
 
 def test_training_and_generation_are_measured_and_printed_as_tables():

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from slmkit.config import UserError
-from slmkit.data.prepare.text_to_shards import prepare_chat
-from slmkit.data.rows.questions import Questions
+from slmkit.data.prepare.conversations import prepare_chat
+from slmkit.data.rows.answers import Questions
 from slmkit.model.decoder import Decoder
 from slmkit.model.initialization import build_decoder
 from slmkit.training.distributed import ALONE
@@ -60,7 +60,7 @@ def test_a_question_is_all_before_the_last_answer_which_is_what_is_right(tmp_pat
 
 def test_questions_without_room_for_an_answer_are_left_out_and_counted(tmp_path: Path) -> None:
     found = questions(tmp_path, talk("much too long " * 5, "a"))
-    assert (len(found), found.too_long) == (7, 1)
+    assert (len(found), *found.left_out.values()) == (7, 1, 0)
     assert "1 questions left out" in found.report()[0]
     with pytest.raises(UserError, match="not one question leaves room"):
         questions(tmp_path / "short", length=10)

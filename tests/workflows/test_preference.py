@@ -12,12 +12,12 @@ import torch
 
 from slmkit.config import UserError
 from slmkit.data.prepare.corpus import open_corpus
-from slmkit.data.rows.pairs import PairRows
+from slmkit.data.rows.answers import PairRows
 from slmkit.device import find_device
 from slmkit.model.files.directory import load_decoder, save_decoder
 from slmkit.model.initialization import build_decoder
 from slmkit.training import loop
-from slmkit.training.logging.plan_json import PlanFile
+from slmkit.training.estimate.forecast import PlanFile
 from slmkit.training.logging.plots import plot_runs
 from slmkit.training.objectives.preference import reference_log_probabilities
 from slmkit.training.recipe.objective_settings import KtoSettings
@@ -170,7 +170,7 @@ def test_a_step_of_sampled_answers_is_replayed_bit_for_bit(start: Path, tmp_path
     replayed = replay_run(run.root, 3, Silent())
     assert replayed.recorded is not None
     assert not replayed.differences
-    assert len(replayed.replay.rows) == 16
+    assert len(replayed.rows) == 16
 
 
 def test_a_refused_step_keeps_its_answers_to_be_replayed(
@@ -189,7 +189,7 @@ def test_a_refused_step_keeps_its_answers_to_be_replayed(
     assert (run.records / "step-000004" / "batches.safetensors").is_file()
     replayed = replay_run(run.root, 4, Silent())
     assert not replayed.differences
-    assert "advantage" in replayed.replay.batch.extra
+    assert "advantage" in replayed.batch.extra
 
 
 def test_the_x_ray_shows_both_answers_and_sampled_ones(start: Path, tmp_path: Path) -> None:

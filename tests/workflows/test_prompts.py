@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from slmkit.data.prepare.conversations import prepare_chat
 from slmkit.data.prepare.corpus import Corpus
-from slmkit.data.prepare.text_to_shards import prepare_chat, prepare_text
-from slmkit.data.rows.pairs import prepare_pairs
+from slmkit.data.prepare.text_to_shards import prepare_text
 from slmkit.data.sources import Message
 from slmkit.data.sources.documents import Pair
 from slmkit.tokenizer import SLMTokenizer
@@ -77,7 +77,7 @@ def test_it_is_a_first_question_and_the_shortest_of_three_words(
 def test_of_pairs_it_is_their_question(tokenizer: SLMTokenizer, tmp_path: Path, template: str) -> None:
     chatting = tokenizer.extended(chat_template=template)
     worse = [*talk("Who had it?")[:1], {"role": "assistant", "content": "The owl."}]
-    shards = prepare_pairs([Pair(talk("Who had it?"), worse, 1)], chatting, tmp_path / "pairs")
+    shards = prepare_chat([Pair(talk("Who had it?"), worse, 1)], chatting, tmp_path / "pairs")
     assert prompts_of(Corpus(chatting, [], shards), "pairs") == ["Who had it?"]
 
 

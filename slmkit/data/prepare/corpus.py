@@ -2,33 +2,46 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from slmkit.config import UserError
 from slmkit.data import stories
-from slmkit.data.prepare.conversations import ConversationEncoder
-from slmkit.data.prepare.open_sources import VALIDATION_STREAM, tokenizer_sample
-from slmkit.data.prepare.sources_to_shards import (
-    Reporter,
-    check_shards,
-    preparation_of,
-    prepare_sources,
-    prepare_validation_of_streams,
+from slmkit.data.prepare.conversations import ConversationEncoder, write_conversations
+from slmkit.data.prepare.held_out import is_held_out, picked_by_hash, split_conversations, split_validation, written
+from slmkit.data.prepare.open_sources import (
+    VALIDATION_STREAM,
+    is_endless,
+    is_shards,
+    items_of,
+    open_sources,
+    read_rows,
+    tokenizer_sample,
+    validation_source,
 )
-from slmkit.data.prepare.text_to_shards import prepare_text
+from slmkit.data.prepare.text_to_shards import Progress, no_progress, prepare_text
 from slmkit.data.settings import DataSettings, Reads, TokenizerSettings
 from slmkit.data.shards.reader import TokenShards
-from slmkit.data.sources import BUILT_IN, STORIES, SUMS, Document
+from slmkit.data.sources import BUILT_IN, STORIES, SUMS, Document, Source
+from slmkit.data.sources.settings import SourceSettings
 from slmkit.tokenizer import SLMTokenizer
 
 REVISION_STREAM = 500_009  # added to the seed for the primer's texts among the stories
 # Added to the tokenizer's training text, so that the chat template's words are few tokens.
 CHAT_WORDS = ("user\n", "assistant\n", "Tell me a story about")
+
+Items = Iterable[Any]  # documents, or encoded conversations
+
+
+class Reporter(Protocol):
+    """The interface for progress output."""
+
+    def say(self, line: str) -> None: ...
+
+    def counter(self, label: str, total: int | None = None) -> Progress: ...
 
 
 @dataclass(frozen=True)
@@ -69,7 +82,7 @@ def build_corpus(
     `length`: tokens in a row, to count longer conversations and, if configured, leave them out. Raises `UserError` for
     unusable sources.
     """
-    check_shards(data)
+    _check_shards(data)
     if tokenizer is None and wanted.path is not None:
         tokenizer = SLMTokenizer.from_pretrained(wanted.path)
     if tokenizer is None:
@@ -80,15 +93,11 @@ def build_corpus(
         before, tokenizer = len(tokenizer), tokenizer.extended(**wanted.extensions)
         reporter.say(f"tokenizer: {len(tokenizer) - before:,} tokens added to {before:,}")
     tokenizer.save_pretrained(folder / "tokenizer")
-    if data.is_built_in and reads == "text" and not data.streaming:
-        return Corpus(tokenizer, *_prepare_built_in(data, seed, folder, tokenizer, reporter))
-    encoder_of = functools.partial(ConversationEncoder, tokenizer, length=length, on_long=data.on_long_conversation)
-    way = preparation_of(reads, data, tokenizer, encoder_of)
+    preparation = _Preparation(reads, data, seed, folder, tokenizer, reporter, length)
     if data.streaming:
-        encoders = encoder_of if reads == "conversations" else None
-        validation = prepare_validation_of_streams(way, data, seed, folder, tokenizer, reporter, encoders)
-        return Corpus(tokenizer, [], validation)
-    return Corpus(tokenizer, *prepare_sources(way, data, seed, folder, tokenizer, reporter))
+        return Corpus(tokenizer, [], preparation.streamed())
+    is_built_in = data.is_built_in and reads == "text"
+    return Corpus(tokenizer, *(preparation.built_in() if is_built_in else preparation.stored()))
 
 
 def open_corpus(folder: Path) -> Corpus:
@@ -120,28 +129,169 @@ def texts_of(reads: Reads, data: DataSettings, wanted: TokenizerSettings, seed: 
         yield from tokenizer_sample(reads != "text", data, wanted, seed)
 
 
-def _prepare_built_in(
-    data: DataSettings, seed: int, folder: Path, tokenizer: SLMTokenizer, reporter: Reporter
-) -> tuple[list[TokenShards], TokenShards]:
-    train: Iterable[Document | str]
-    validation: Iterable[Document | str]
-    perfect_loss = None
-    if data.source != STORIES:
-        text = BUILT_IN[str(data.source)].text
-        train = (text(seed, index, False) for index in range(data.documents))
-        validation = (text(seed + VALIDATION_STREAM, index, True) for index in range(data.validation_documents))
-    else:
-        train = _stories_and_primer(data, seed)
-        held_out = list(stories.tell_many(seed + VALIDATION_STREAM, data.validation_documents))
-        validation = [story.text for story in held_out]
-        # Each document is its tokens and one end-of-text token, and the generator knows its probability.
-        tokens = sum(len(ids) + 1 for ids in tokenizer.encode_batch([story.text for story in held_out]))
-        perfect_loss = -sum(story.log_probability for story in held_out) / tokens
-    sources = [{"path": data.source, "seed": seed}]
-    return (
-        [prepare_text(train, tokenizer, folder / "train", sources=sources, progress=reporter.counter("tokenizing"))],
-        prepare_text(validation, tokenizer, folder / "validation", sources=sources, perfect_loss=perfect_loss),
-    )
+@dataclass(frozen=True)
+class _Preparation:
+    """Makes the shards of a run from its sources, of the kind of items that `reads` names."""
+
+    reads: Reads
+    data: DataSettings
+    seed: int
+    folder: Path
+    tokenizer: SLMTokenizer
+    reporter: Reporter
+    length: int | None
+
+    def built_in(self) -> tuple[list[TokenShards], TokenShards]:
+        """Training and validation shards of the built-in corpus, with the perfect loss if it is stories."""
+        train: Iterable[Document | str]
+        validation: Iterable[Document | str]
+        data, seed, perfect_loss = self.data, self.seed, None
+        if data.source != STORIES:
+            text = BUILT_IN[str(data.source)].text
+            train = (text(seed, index, False) for index in range(data.documents))
+            validation = (text(seed + VALIDATION_STREAM, index, True) for index in range(data.validation_documents))
+        else:
+            train = _stories_and_primer(data, seed)
+            held_out = list(stories.tell_many(seed + VALIDATION_STREAM, data.validation_documents))
+            validation = [story.text for story in held_out]
+            # Each document is its tokens and one end-of-text token, and the generator knows its probability.
+            tokens = sum(len(ids) + 1 for ids in self.tokenizer.encode_batch([story.text for story in held_out]))
+            perfect_loss = -sum(story.log_probability for story in held_out) / tokens
+        options: dict[str, Any] = {"tokenizer": self.tokenizer, "sources": [{"path": data.source, "seed": seed}]}
+        progress = self.reporter.counter("tokenizing")
+        return (
+            [prepare_text(train, directory=self.folder / "train", progress=progress, **options)],
+            prepare_text(validation, directory=self.folder / "validation", perfect_loss=perfect_loss, **options),
+        )
+
+    def stored(self) -> tuple[list[TokenShards], TokenShards]:
+        """Training shards of every source, and validation shards: of a source named, or held out of all."""
+        data, train, held_out = self.data, list[TokenShards](), list[Items]()
+        described, opened = list[dict[str, Any]](), open_sources(self.data, self.seed)
+        all_settings = data.all_sources()
+        try:
+            for number, settings in enumerate(all_settings):
+                place = Path("train") if len(all_settings) == 1 else Path("train", f"{number:02}")
+                source = opened.get(settings.label)
+                if source is None:
+                    train.append(self._linked(settings, place))
+                    continue
+                items = self._items(source)
+                if data.validation is None and is_endless(source):
+                    held_out.append(self._items(validation_source(data, source.settings, self.seed)))
+                elif data.validation is None:
+                    items, rest = self._split(source)
+                    held_out.append(rest)
+                described += (sources := source.describe())
+                train.append(self._write(items, place, sources, f"tokenizing {source.settings.label}"))
+            if data.validation is None:
+                return train, self._write(itertools.chain.from_iterable(held_out), Path("validation"), described)
+        finally:  # what was left out may explain why nothing is left
+            self._say_what_was_left_out(opened.values())
+        return train, self._named_validation(data.validation)
+
+    def streamed(self) -> TokenShards:
+        """Validation shards, all that is stored of streamed sources."""
+        if self.data.validation is not None:
+            return self._named_validation(self.data.validation)
+        sources = [settings.model_dump(exclude_defaults=True) for settings in self.data.all_sources()]
+        return self._write(self._held_out_of_streams(), Path("validation"), sources)
+
+    def _named_validation(self, settings: SourceSettings) -> TokenShards:
+        """Validation shards of the source named as validation."""
+        if is_shards(settings):
+            return self._linked(settings, Path("validation"))
+        source = validation_source(self.data, settings, self.seed)
+        try:
+            return self._write(self._items(source), Path("validation"), source.describe())
+        finally:
+            self._say_what_was_left_out([source])
+
+    def _encoder(self, source: Source) -> ConversationEncoder:
+        if self.reads != "conversations":
+            return ConversationEncoder(self.tokenizer, source)
+        return ConversationEncoder(self.tokenizer, source, self.length, self.data.on_long_conversation)
+
+    def _items(self, source: Source) -> Items:
+        """All items of a source; those left out are counted with it."""
+        if self.reads == "text":
+            return items_of(source, "text")
+        return self._encoder(source).encode_all(row for row, _ in read_rows(source, self.reads))
+
+    def _split(self, source: Source) -> tuple[Items, Items]:
+        """Items to train on, and the share of them that is held out."""
+        fraction = self.data.validation_fraction
+        if self.reads == "text":
+            return split_validation(lambda: items_of(source, "text"), fraction, self.folder)
+        encoder = self._encoder(source)
+        training, held_out = split_conversations([*items_of(source, self.reads)], fraction)
+        return encoder.encode_all(training), encoder.encode_all(held_out)
+
+    def _held_out_of_streams(self) -> Iterator[Any]:
+        """Items that streamed training leaves out: `validation_documents` in all, as many from every source.
+
+        Raises `UserError` for a source of which nothing is held out.
+        """
+        sources = open_sources(self.data, self.seed)
+        count = -(-self.data.validation_documents // len(sources))
+        for name, source in sources.items():
+            if is_endless(source):
+                yield from self._items(validation_source(self.data, source.settings, self.seed, count))
+                continue
+            found = 0
+            for item in self._held_out_of(source):
+                yield item
+                found += item.ends if isinstance(item, Document) else 1
+                if found == count:
+                    break
+            if not found:
+                raise UserError(
+                    f"{name}: no document was held out for validation; raise data.validation_fraction, or name "
+                    "a source of its own as data.validation"
+                )
+
+    def _held_out_of(self, source: Source) -> Items:
+        fraction, items = self.data.validation_fraction, items_of(source, self.reads)
+        if self.reads == "text":
+            return (document for document, held_out in picked_by_hash(items, fraction) if held_out)
+        chosen = (one for one in items if is_held_out(written(one), fraction))
+        encoder = self._encoder(source)  # one at a time, since few of a long stream are needed
+        return (encoded for one in chosen for encoded in encoder.encode_all([one]))
+
+    def _write(self, items: Items, place: Path, sources: list[dict[str, Any]], label: str | None = None) -> TokenShards:
+        """Shards of items in `place` of the folder; training items have a `label` for progress, and text is cleaned."""
+        options: dict[str, Any] = {
+            "sources": sources,
+            "progress": self.reporter.counter(label) if label else no_progress,
+        }
+        if self.reads == "text":
+            cleaning = self.data.cleaning if label else None
+            return prepare_text(items, self.tokenizer, self.folder / place, cleaning=cleaning, **options)
+        judged = self.reads == "judgements"
+        return write_conversations(items, self.tokenizer, self.folder / place, judged=judged, **options)
+
+    def _linked(self, settings: SourceSettings, place: Path) -> TokenShards:
+        """Existing shards, linked into this run. Raises `UserError` if they are another tokenizer's."""
+        TokenShards.open(settings.path).check_tokenizer(self.tokenizer)
+        link = self.folder / place
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(Path(settings.path).absolute())
+        return TokenShards.open(link)
+
+    def _say_what_was_left_out(self, sources: Iterable[Source]) -> None:
+        for line in (line for source in sources for line in source.report()):
+            self.reporter.say(line)
+
+
+def _check_shards(data: DataSettings) -> None:
+    """Raises `UserError` if settings that need text are used with sources that are token shards."""
+    for settings in filter(is_shards, data.all_sources()):
+        if data.streaming:
+            raise UserError(f"{settings.path}: token shards need no streaming: remove data.streaming")
+        if data.validation is None:
+            raise UserError(
+                f"{settings.path}: token shards are not split: name text or other shards as data.validation"
+            )
 
 
 def _stories_and_primer(data: DataSettings, seed: int) -> Iterator[str]:

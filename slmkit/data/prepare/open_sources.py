@@ -1,27 +1,25 @@
-"""Opens a recipe's sources: training data, held-out data, and text for a tokenizer."""
+"""Opens a recipe's sources: training data, validation data, and text for a tokenizer; reads several in order."""
 
 from __future__ import annotations
 
-import itertools
-import json
-from collections.abc import Callable, Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from slmkit.config import UserError
+from slmkit.config import Settings, UserError
 from slmkit.data.prepare.conversations import ConversationEncoder, EncodedConversation
-from slmkit.data.settings import DataSettings, TokenizerSettings
+from slmkit.data.prepare.held_out import is_held_out
+from slmkit.data.settings import DataSettings, Reads, TokenizerSettings
+from slmkit.data.shards.folder import claim
 from slmkit.data.shards.reader import HEADER
-from slmkit.data.sources import BUILT_IN, BadRow, Document, Message, Source, open_source, tools_of
-from slmkit.data.sources.documents import Judged, Pair
+from slmkit.data.sources import BUILT_IN, BadRow, Document, Position, Source, open_source
+from slmkit.data.sources.documents import Item
+from slmkit.data.sources.files import TEXT_KINDS
 from slmkit.data.sources.settings import SourceSettings
-from slmkit.data.streaming.blocks import is_held_out
-from slmkit.tokenizer.chat import ConversationError
 
 if TYPE_CHECKING:
     from slmkit.tokenizer import SLMTokenizer
-
-EncoderOf = Callable[[Source], ConversationEncoder]
 
 TOKENIZER_CHARACTERS = 100_000_000  # limit of training text: more changes the merges little and takes memory
 VALIDATION_STREAM = 1_000_003  # added to the seed: stories that no training stream of a nearby seed has
@@ -30,6 +28,11 @@ VALIDATION_STREAM = 1_000_003  # added to the seed: stories that no training str
 def is_shards(settings: SourceSettings) -> bool:
     """Whether its path is a directory of token shards, as written by `slm data prepare`."""
     return (Path(settings.path) / HEADER).is_file()
+
+
+def is_endless(source: Source) -> bool:
+    """Whether it is the built-in corpus, which generates other text for validation."""
+    return source.settings.path in BUILT_IN
 
 
 def open_sources(data: DataSettings, seed: int) -> dict[str, Source]:
@@ -51,99 +54,11 @@ def open_sources(data: DataSettings, seed: int) -> dict[str, Source]:
     return opened
 
 
-def documents_of(source: Source) -> Iterator[Document]:
-    """All documents, from the beginning; resets the counts of skipped rows."""
-    source.count_anew()
-    return (document for document, _ in source.read())
-
-
-def conversations_of(source: Source) -> Iterator[list[Message]]:
-    """All conversations, from the beginning; resets the counts of skipped rows."""
-    source.count_anew()
-    return (conversation for conversation, _ in source.read_conversations())
-
-
-def encoded_of(source: Source, encoder_of: EncoderOf) -> Iterator[EncodedConversation]:
-    """All conversations of a source, encoded; those left out are counted with it."""
-    source.count_anew()
-    return encoder_of(source).encode_all(row for row, _ in source.read_conversation_rows())
-
-
-def pairs_of(source: Source, tokenizer: SLMTokenizer) -> Iterator[Pair]:
-    """All pairs, as `documents_of`; those that the chat template refuses are left out and counted."""
-    source.count_anew()
-    for pair, _ in source.read_pairs():
-        if _can_be_rendered(pair.sides, pair.place, source, tokenizer):
-            yield pair
-
-
-def judgements_of(source: Source, tokenizer: SLMTokenizer) -> Iterator[Judged]:
-    """All judged answers, as `pairs_of`."""
-    source.count_anew()
-    for judged, _ in source.read_judgements():
-        if _can_be_rendered([judged.messages], judged.place, source, tokenizer):
-            yield judged
-
-
-def questions_of(source: Source, tokenizer: SLMTokenizer) -> Iterator[list[Message]]:
-    """All questions, as `pairs_of`."""
-    source.count_anew()
-    for question, _ in source.read_questions():
-        if _can_be_rendered([question], getattr(question, "place", ""), source, tokenizer):
-            yield question
-
-
-def _can_be_rendered(
-    conversations: Iterable[list[Message]], place: str, source: Source, tokenizer: SLMTokenizer
-) -> bool:
-    try:
-        for conversation in conversations:
-            tokenizer.render_chat(conversation, tools=tools_of(conversation))
-    except ConversationError as error:
-        source.leave_out(BadRow(error.reason, f"{place}: {error}"))
-        return False
-    return True
-
-
-def validation_source(data: DataSettings, settings: SourceSettings, seed: int) -> Source:
-    """The source of validation text alone, limited to `validation_documents` documents."""
-    limit = min(settings.documents or data.validation_documents, data.validation_documents)
-    changes = {"streaming": settings.streaming or data.streaming, "documents": limit}
+def validation_source(data: DataSettings, settings: SourceSettings, seed: int, count: int | None = None) -> Source:
+    """The source of validation text alone, limited to `count` documents, by default `validation_documents`."""
+    limit = count or data.validation_documents
+    changes = {"streaming": settings.streaming or data.streaming, "documents": min(settings.documents or limit, limit)}
     return open_source(settings.model_copy(update=changes), seed + VALIDATION_STREAM, held_out=True)
-
-
-def held_out_of_streams(data: DataSettings, seed: int, encoder_of: EncoderOf | None = None) -> Iterator[Any]:
-    """Validation items that streamed training leaves out: `validation_documents` in all, as many from every source.
-
-    They are documents, or with `encoder_of` encoded conversations.
-
-    Raises `UserError` for a source of which nothing is held out.
-    """
-    sources = open_sources(data, seed)
-    count = -(-data.validation_documents // len(sources))
-    for name, source in sources.items():
-        if is_endless(source):
-            source = validation_source(data.model_copy(update={"validation_documents": count}), source.settings, seed)
-            yield from documents_of(source) if encoder_of is None else encoded_of(source, encoder_of)
-            continue
-        found = 0
-        picked: Iterable[Any]
-        if encoder_of is None:
-            picked = _held_out_documents(documents_of(source), data.validation_fraction)
-        else:
-            chosen = (one for one in conversations_of(source) if is_held_out(written(one), data.validation_fraction))
-            encoder = encoder_of(source)  # one at a time, since few of a long stream are needed
-            picked = (encoded for one in chosen for encoded in encoder.encode_all([one]))
-        for item in picked:
-            yield item
-            found += item.ends if isinstance(item, Document) else 1
-            if found == count:
-                break
-        if not found:
-            raise UserError(
-                f"{name}: no document was held out for validation; raise data.validation_fraction, or name "
-                "a source of its own as data.validation"
-            )
 
 
 def is_kept_in(data: DataSettings, source: Source) -> Callable[[str], bool]:
@@ -153,14 +68,29 @@ def is_kept_in(data: DataSettings, source: Source) -> Callable[[str], bool]:
     return lambda text: not is_held_out(text, data.validation_fraction)
 
 
-def is_endless(source: Source) -> bool:
-    """Whether it is the built-in corpus, which generates other text for validation."""
-    return source.settings.path in BUILT_IN
+def read_rows(source: Source, reads: Reads) -> Iterator[Item[Any]]:
+    """All items of a source, each with the position after it.
+
+    Conversations have a `BadRow` in place of each bad row, since their encoder reads ahead.
+    """
+    readers: dict[Reads, Callable[[], Iterator[Item[Any]]]] = {
+        "text": source.read,
+        "conversations": source.read_conversation_rows,
+        "questions": source.read_questions,
+        "pairs": source.read_pairs,
+        "judgements": source.read_judgements,
+    }
+    return readers[reads]()
 
 
-def written(conversation: list[Message]) -> str:
-    """The conversation as a string, to be hashed."""
-    return json.dumps(conversation, sort_keys=True)
+def items_of(source: Source, reads: Reads) -> Iterator[Any]:
+    """All items that are read, from the beginning; resets the counts of skipped rows."""
+    source.count_anew()
+    for item, _ in read_rows(source, reads):
+        if isinstance(item, BadRow):
+            source.leave_out(item)
+        else:
+            yield item
 
 
 def tokenizer_sample(conversations: bool, data: DataSettings, wanted: TokenizerSettings, seed: int) -> Iterator[str]:
@@ -172,7 +102,7 @@ def tokenizer_sample(conversations: bool, data: DataSettings, wanted: TokenizerS
     if not sources:
         raise UserError("tokenizer.path is needed, since the sources are token shards: name the tokenizer they are of")
     for source in sources.values():
-        texts = _texts_of_conversations(source) if conversations else documents_of(source)
+        texts = _texts_of_conversations(source) if conversations else items_of(source, "text")
         left, characters = wanted.documents_per_source, TOKENIZER_CHARACTERS // len(sources)
         for text, ends, *_ in texts:
             yield text
@@ -184,15 +114,77 @@ def tokenizer_sample(conversations: bool, data: DataSettings, wanted: TokenizerS
 
 def _texts_of_conversations(source: Source) -> Iterator[tuple[str, bool]]:
     """The content of each message, and whether it is the conversation's last."""
-    for conversation in conversations_of(source):
+    for conversation in items_of(source, "conversations"):
         said = [message["content"] for message in conversation if isinstance(message.get("content"), str)]
-        yield from zip(said, itertools.chain(itertools.repeat(False, len(said) - 1), [True]))
+        yield from ((text, number == len(said)) for number, text in enumerate(said, start=1))
 
 
-def _held_out_documents(documents: Iterable[Document], fraction: float) -> Iterator[Document]:
-    begins, is_chosen = True, False
-    for document in documents:
-        is_chosen = is_held_out(document.text, fraction) if begins else is_chosen
-        begins = document.ends
-        if is_chosen:
-            yield document
+class Place(NamedTuple):
+    """The position after a document: which source, and the position in it."""
+
+    source: int
+    position: Position | None
+
+
+BEGINNING = Place(0, None)
+
+
+class Reading:
+    """Several sources one after the other, from any position. Raises `UserError` as `open_source` and `Source.read`."""
+
+    def __init__(self, settings: Sequence[SourceSettings]) -> None:
+        self.sources = [open_source(one) for one in settings]
+        self._behind: tuple[int, Position] = (0, {})
+
+    @functools.cached_property
+    def descriptions(self) -> list[dict[str, Any]]:
+        """A description of each file, for the header of shards."""
+        return [part for source in self.sources for part in source.describe()]
+
+    @functools.cached_property
+    def _sizes(self) -> list[int | None]:
+        """Bytes of each file in which offsets are those of the text; None of any other."""
+        plain = (*TEXT_KINDS, ".jsonl", ".json", ".csv", ".tsv")
+        return [part.get("bytes") if str(part["path"]).lower().endswith(plain) else None for part in self.descriptions]
+
+    def claim(self, directory: str | Path, tokenizer: SLMTokenizer, cleaning: Settings, **options: Any) -> None:
+        """Record that shards of these sources are made there. Raises `UserError` if others are: see `folder.claim`."""
+        sources = [source.settings.model_dump(mode="json") for source in self.sources]
+        made = {"tokenizer": tokenizer.fingerprint, "cleaning": cleaning.model_dump(mode="json")}
+        claim(directory, {"sources": sources} | made | options)
+
+    def read(self, start: Place = BEGINNING) -> Iterator[tuple[Document, Place]]:
+        """Every document after `start`, each with the position after it."""
+        for number in range(start.source, len(self.sources)):
+            rows = self.sources[number].read(start.position if number == start.source else None)
+            yield from ((document, Place(*self._behind)) for document in self._followed(number, rows))
+
+    def documents(self) -> Iterator[Document]:
+        return (document for document, _ in self.read())
+
+    def encoded(
+        self, reads: Reads, tokenizer: SLMTokenizer, length: int | None = None
+    ) -> Iterator[EncodedConversation]:
+        """All conversations, pairs or judged answers, encoded; with `length`, longer conversations are counted."""
+        for number, source in enumerate(self.sources):
+            rows = self._followed(number, read_rows(source, reads))
+            yield from ConversationEncoder(tokenizer, source, length).encode_all(rows)
+
+    def _followed(self, number: int, rows: Iterator[Item[Any]]) -> Iterator[Any]:
+        """The items of a source; keeps the position after the last one."""
+        for item, behind in rows:
+            self._behind = number, behind
+            yield item
+
+    def fraction(self) -> float | None:
+        """The share of all bytes read so far, 0 to 1; None if sizes are unknown: compressed, remote or endless."""
+        if any(size is None for size in self._sizes):
+            return None
+        number, behind = self._behind
+        files = sum(len(source.parts) for source in self.sources[:number]) + behind.get("file", 0)
+        done = sum(size or 0 for size in self._sizes[:files]) + behind.get("offset", 0)
+        return done / max(1, sum(size or 0 for size in self._sizes))
+
+    def report(self) -> list[str]:
+        """One line for each reason for which rows were left out."""
+        return [line for source in self.sources for line in source.report()]

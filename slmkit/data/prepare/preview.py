@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from slmkit.data.rows.pairs import answers_alone
+from slmkit.data.prepare.conversations import conversations_in, learned_rows
+from slmkit.data.prepare.open_sources import items_of
 from slmkit.data.shards.reader import TokenShards
-from slmkit.data.sources import Document, Judged, Message, Pair, Source, open_source, tools_of
+from slmkit.data.sources import Document, Judged, Pair, Source, open_source, tools_of
 from slmkit.data.sources.settings import SourceSettings
+from slmkit.tokenizer.encoder import ChatRow
 
 if TYPE_CHECKING:
     from slmkit.tokenizer import SLMTokenizer
-    from slmkit.tokenizer.chat_rows import ChatRow
 
 
 class Sample(NamedTuple):
@@ -41,16 +42,11 @@ def samples_of_source(settings: SourceSettings, tokenizer: SLMTokenizer, count: 
     Raises `UserError` if the columns fit none of these, and for a row that cannot be read.
     """
     source = open_source(settings)
-    readers: dict[str, Callable[[], Iterator[Any]]] = {
-        "pairs": source.read_pairs,
-        "judgements": source.read_judgements,
-        "conversations": source.read_conversations,
-        "documents": source.read,
-    }
-    rows = readers[source.reads()]()
+    kind: Any = source.reads()
+    items = items_of(source, "text" if kind == "documents" else kind)
     samples = [
         Sample(f"{title} {number}", row.ids.tolist(), row.trained.tolist())
-        for number, (item, _) in enumerate(itertools.islice(rows, count), start=1)
+        for number, item in enumerate(itertools.islice(items, count), start=1)
         for title, row in _rows(item, tokenizer)
     ]
     return source, samples
@@ -58,23 +54,16 @@ def samples_of_source(settings: SourceSettings, tokenizer: SLMTokenizer, count: 
 
 def _rows(item: Any, tokenizer: SLMTokenizer) -> Iterator[tuple[str, ChatRow]]:
     """Title and tokens of each part of a row."""
-    from slmkit.tokenizer.chat_rows import ChatRow, rows_to_learn
-
-    def spoken(
-        title: str, messages: list[Message], answers: list[Message] | None = None
-    ) -> Iterator[tuple[str, ChatRow]]:
-        rendered = tokenizer.render_chat(messages, tools=tools_of(messages))
-        (rows,) = tokenizer.encode_rendered([rendered], threads=1)
-        for row in rows_to_learn(rows) if answers is None else rows[-1:]:
-            yield title, row if answers is None else answers_alone(row, answers)
-
-    if isinstance(item, Pair):
-        yield from spoken("chosen", item.chosen, item.chosen[item.shared :])
-        yield from spoken("rejected", item.rejected, item.rejected[item.shared :])
-    elif isinstance(item, Judged):
-        yield from spoken("good" if item.label else "bad", item.messages, item.messages[-1:])
-    elif isinstance(item, Document):
+    if isinstance(item, Document):
         ids = np.array(tokenizer.encode(item.text), dtype=np.uint32)
         yield "text", ChatRow(ids, np.ones(len(ids), dtype=bool))
-    else:
-        yield from spoken("conversation", item)
+        return
+    titles = ["conversation"]
+    if isinstance(item, Pair):
+        titles = ["chosen", "rejected"]
+    elif isinstance(item, Judged):
+        titles = ["good" if item.label else "bad"]
+    for title, (messages, answers) in zip(titles, conversations_in(item)):
+        rendered = tokenizer.render_chat(messages, tools=tools_of(messages))
+        (rows,) = tokenizer.encode_rendered([rendered], threads=1)
+        yield from ((title, row) for row in learned_rows(rows, answers))

@@ -22,11 +22,10 @@ from typing import Any
 from slmkit.config import UserError
 from slmkit.data.cleaning.cleaner import Cleaner
 from slmkit.data.cleaning.settings import CleaningSettings
-from slmkit.data.prepare.many_sources import BEGINNING, Place, Reading
-from slmkit.data.prepare.text_to_shards import Progress, header_of, no_progress
-from slmkit.data.shards.folder import ShardFolder, complete, content_of, partial_folder
+from slmkit.data.prepare.open_sources import BEGINNING, Place, Reading
+from slmkit.data.prepare.text_to_shards import Progress, TextShards, no_progress
+from slmkit.data.shards.folder import ShardFolder, content_of
 from slmkit.data.shards.reader import TokenShards
-from slmkit.data.shards.shuffle import GlobalShuffle
 from slmkit.data.shards.work import BATCH_CHARACTERS, SHARD_CHARACTERS, cut, digest, encode, write_shard
 from slmkit.data.sources import Document
 from slmkit.data.sources.settings import SourceSettings
@@ -58,34 +57,29 @@ def prepare_text_on_ray(
 
     A Ray that this process has already started is used. Raises `UserError` if Ray is missing or cannot be reached.
     """
-    directory, tokenizer_directory = Path(directory).absolute(), str(Path(tokenizer_directory).absolute())
+    tokenizer_directory = str(Path(tokenizer_directory).absolute())
     sources = [_with_absolute_path(one) for one in sources]
-    tokenizer = SLMTokenizer.from_pretrained(tokenizer_directory)
-    partial = ShardFolder(partial_folder(directory), tokenizer)
-    ordered = partial if shuffle_seed is None else ShardFolder(partial.folder / "ordered", tokenizer)
+    making = TextShards(directory, SLMTokenizer.from_pretrained(tokenizer_directory), shuffle_seed)
+    ordered = making.ordered
     cleaner, reading = Cleaner(cleaning or CleaningSettings()), Reading(sources)
     with ThreadPoolExecutor() as pool:
         shares = list(_shares(reading, cleaner, pool, shard_characters))
-    if not shares:
-        raise UserError(f"{directory}: there is no text to prepare{cleaner.report.why_nothing()}")
-    finished = {share.number: ordered.find(share.number, share.content) for share in shares}
-    work = [share for share in shares if finished[share.number] is None]
-    arguments = ([one.model_dump() for one in sources], tokenizer_directory, str(ordered.folder), shuffle_seed)
-    with _connected(address) as ray:
-        for number in _on_the_cluster(ray, work, arguments):
-            finished[number] = ordered.find(number, shares[number].content)
-            done = [one for one in finished.values() if one]
-            tokens = sum(one.shard.tokens for one in done)
-            progress(sum(one.shard.documents for one in done), tokens, sum(one.text_bytes for one in done))
-    parts = [one for one in finished.values() if one]
-    if len(parts) < len(shares):
-        raise UserError(f"{ordered.folder}: the workers' shards are not there; use a folder that all machines share")
-    shards = parts
-    if shuffle_seed is not None:
-        shards = [GlobalShuffle(ordered, parts, partial, shuffle_seed).shard(number) for number in range(len(parts))]
-    header = header_of(partial, tokenizer, parts, shards, reading.descriptions, None, shuffle_seed, cleaner.report)
-    complete(partial.folder, directory, header)
-    return TokenShards.open(directory)
+        finished = {share.number: ordered.find(share.number, share.content) for share in shares}
+        work = [share for share in shares if finished[share.number] is None]
+        arguments = ([one.model_dump() for one in sources], tokenizer_directory, str(ordered.folder), shuffle_seed)
+        with _connected(address) as ray:
+            for number in _on_the_cluster(ray, work, arguments):
+                finished[number] = ordered.find(number, shares[number].content)
+                done = [one for one in finished.values() if one]
+                tokens = sum(one.shard.tokens for one in done)
+                progress(sum(one.shard.documents for one in done), tokens, sum(one.text_bytes for one in done))
+        parts = [one for one in finished.values() if one]
+        if len(parts) < len(shares):
+            raise UserError(
+                f"{ordered.folder}: the workers' shards are not there; use a folder that all machines share"
+            )
+        shards = making.shuffled(parts, cleaner.report, pool)
+    return making.complete(parts, shards, cleaner.report, reading.descriptions)
 
 
 def _shares(reading: Reading, cleaner: Cleaner, pool: ThreadPoolExecutor, shard_characters: int) -> Iterator[Share]:

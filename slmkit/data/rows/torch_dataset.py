@@ -114,10 +114,8 @@ class IterableBatches(Batches):
     """
 
     def __init__(self, dataset: Any, form: ItemFormat, rows_per_step: int) -> None:
-        self.dataset, self.form, self.rows_per_step, self.separate = dataset, form, rows_per_step, False
+        self.dataset, self.form, self.rows_per_step = dataset, form, rows_per_step
         self.seek(0, {})
-
-    total_rows = rows_in_epoch = None  # not known
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:  # ids and labels [rows, longest]
         if step != self._step:
@@ -127,15 +125,6 @@ class IterableBatches(Batches):
         chosen = range(self.rows_per_step)[share_of_rank(self.rows_per_step, rank, world)]
         first = step * self.rows_per_step
         return Batch.of(*self.form.stacked([self.form.row(items[place], first + place) for place in chosen]))
-
-    def has(self, step: int) -> bool:
-        return True
-
-    def shares(self, step: int) -> dict[str, float]:
-        return {}
-
-    def position(self) -> dict[str, Any]:
-        return {}
 
     def seek(self, step: int, position: dict[str, Any]) -> None:
         self._step, self._items = step, self._repeated()

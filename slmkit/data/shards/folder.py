@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from slmkit.config import UserError
-from slmkit.data.shards.reader import FORMAT, HEADER, VERSION, Header, Shard, Vocabulary, read_header
-from slmkit.data.shards.writer import OpenShard, disk_error, may_be_replaced, put_in_place, sync
-from slmkit.files import sync as sync_path
+from slmkit.data.shards.reader import FORMAT, HEADER, VERSION, Shard, Vocabulary, damaged_file, read_header
+from slmkit.data.shards.writer import OpenShard, check_range, disk_error, dtype_of, partial_folder
+from slmkit.files import write_whole
 
 ASKED = "asked.json"
 
@@ -38,10 +38,8 @@ class ShardFolder:
     """Writes shards in any order, from any thread or process. Raises `UserError` if the disk is full."""
 
     def __init__(self, folder: Path, tokenizer: Vocabulary) -> None:
-        self.folder = folder
-        self.vocab_size, self.dtype = len(tokenizer), np.dtype("<u2" if len(tokenizer) <= 1 << 16 else "<u4")
-        self.fingerprint = tokenizer.fingerprint  # slow, so computed once
-        self.maker = f"{FORMAT} {VERSION} {self.fingerprint} {self.dtype.name}"
+        self.folder, self.tokenizer, self.dtype = folder, tokenizer, dtype_of(tokenizer)
+        self.maker = f"{FORMAT} {VERSION} {tokenizer.fingerprint} {self.dtype.name}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -66,23 +64,17 @@ class ShardFolder:
         try:
             marker = json.loads(self._marker(number).read_text())
             finished = Finished(Shard(**marker.pop("shard")), **marker)
-            if finished.origin != self._origin(content):
-                return None
-            for kind, expected in finished.shard.sha256.items():
-                with (self.folder / f"{finished.shard.name}.{kind}").open("rb") as file:
-                    if hashlib.file_digest(file, "sha256").hexdigest() != expected:
-                        return None
+            is_usable = finished.origin == self._origin(content) and not damaged_file(self.folder, finished.shard)
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return None
-        return finished
+        return finished if is_usable else None
 
     def write(self, number: int, content: str, ids: np.ndarray, ends: np.ndarray, text_bytes: int) -> Finished:
         """Write a shard: tokens [n], and one past each document's last token [documents]. The marker is written last.
 
         Raises `ValueError` for a token outside the vocabulary, `UserError` if the disk is full.
         """
-        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
-            raise ValueError(f"expected tokens below {self.vocab_size}, found {ids.min()} to {ids.max()}")
+        check_range(ids, self.tokenizer)
         try:
             self._marker(number).unlink(missing_ok=True)
             file = OpenShard(self.folder, f"{number:05}", masked=False)
@@ -91,11 +83,7 @@ class ShardFolder:
                 finished = Finished(file.finish(), text_bytes, self._origin(content))
             finally:
                 file.close()
-            unfinished = self._marker(number).with_suffix(".unfinished")
-            with unfinished.open("w") as marker:
-                json.dump(dataclasses.asdict(finished), marker)
-                sync(marker)
-            unfinished.replace(self._marker(number))
+            write_whole(self._marker(number), json.dumps(dataclasses.asdict(finished)))
         except OSError as error:
             raise disk_error(error, self.folder) from None
         return finished
@@ -136,31 +124,6 @@ def claim(directory: str | Path, asked: Mapping[str, Any]) -> None:
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
         note.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise disk_error(error, directory) from None
-
-
-def partial_folder(directory: Path) -> Path:
-    """The folder for unfinished work on `directory`. Raises `UserError` if that holds anything but shards."""
-    if directory.exists() and not may_be_replaced(directory):
-        raise UserError(f"{directory}: holds files that are not token shards; choose another directory")
-    return directory.with_name(f".partial-{directory.name}")
-
-
-def complete(partial: Path, directory: Path, header: Header) -> None:
-    """Write the header, delete other files, and move all to `directory`. Raises `UserError` if the disk is full."""
-    try:
-        with (partial / HEADER).open("w", encoding="utf-8") as file:
-            file.write(json.dumps(dataclasses.asdict(header), indent=2) + "\n")
-            sync(file)
-        kept = header.file_sizes().keys() | {HEADER}
-        for path in partial.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name not in kept:
-                path.unlink()
-        sync_path(partial)
-        put_in_place(partial, directory)
     except OSError as error:
         raise disk_error(error, directory) from None
 

@@ -81,6 +81,21 @@ class Header:
     format: str = FORMAT
     version: int = VERSION
 
+    @classmethod
+    def of(cls, tokenizer: Vocabulary, shards: Sequence[Shard], **fields: Any) -> Header:
+        """The header of shards that are made with a tokenizer."""
+        return cls(
+            dtype="uint16" if len(tokenizer) <= 1 << 16 else "uint32",
+            tokenizer=tokenizer.fingerprint,
+            vocab_size=len(tokenizer),
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            tokens=sum(shard.tokens for shard in shards),
+            documents=sum(shard.documents for shard in shards),
+            shards=list(shards),
+            **fields,
+        )
+
     def file_sizes(self) -> dict[str, int]:
         """Size in bytes of each file of this header, by name."""
         width = np.dtype(self.dtype).itemsize
@@ -180,11 +195,8 @@ class TokenShards:
     def verify(self) -> None:
         """Compare the checksums of all files. Raises `UserError` that names the first one that differs."""
         for shard in self.header.shards:
-            for kind, expected in shard.sha256.items():
-                path = self.directory / f"{shard.name}.{kind}"
-                with path.open("rb") as file:
-                    if hashlib.file_digest(file, "sha256").hexdigest() != expected:
-                        raise UserError(f"{path}: its checksum is wrong: changed or damaged; prepare the data again")
+            if path := damaged_file(self.directory, shard):
+                raise UserError(f"{path}: its checksum is wrong: changed or damaged; prepare the data again")
 
     def _read(self, kind: str, dtype: np.dtype, start: int, stop: int) -> np.ndarray:
         if not 0 <= start <= stop <= len(self):
@@ -228,6 +240,16 @@ class _OpenFile:
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
             os.close(self.descriptor)
+
+
+def damaged_file(directory: Path, shard: Shard) -> Path | None:
+    """The first file of a shard whose checksum is wrong; None if there is none. Raises `OSError` for a missing one."""
+    for kind, expected in shard.sha256.items():
+        path = directory / f"{shard.name}.{kind}"
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != expected:
+                return path
+    return None
 
 
 def read_header(directory: Path) -> Header:

@@ -6,7 +6,7 @@ So the shards are the same in any order of work, in threads of one process or on
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -123,12 +123,43 @@ def beginning_of(tokenizer: Any) -> list[int]:
 
 
 def write_shard(folder: ShardFolder, number: int, parts: Sequence[Encoded], shuffle_seed: int | None) -> Finished:
-    """Write the batches of a shard; with a seed, its documents sorted by key (see `shuffle.py`)."""
+    """Write the batches of a shard; with a seed, its documents sorted by key (see `shuffle`)."""
     ids, ends = joined([(part.ids, part.ends) for part in parts])
     if shuffle_seed is not None:
         ids, ends = reordered(ids, ends, np.argsort(random_keys(len(ends), shuffle_seed, number)))
     content = content_of([part.digest for part in parts])
     return folder.write(number, content, ids, ends, sum(part.text_bytes for part in parts))
+
+
+def shuffle(
+    ordered: ShardFolder, parts: Sequence[Finished], target: ShardFolder, seed: int
+) -> Callable[[int], Finished]:
+    """A function that writes the shard of a number to `target`, unless it is there already; it is thread-safe.
+
+    It shuffles all documents of a corpus in the memory of a few shards. Every document has a random key, determined by
+    the seed and its position. Each shard in `ordered` has its documents sorted by key, so that documents with keys of
+    one interval are contiguous in every shard. There are as many intervals as shards; the documents of one interval,
+    shuffled, are a shard of the result. All orders are equally likely.
+    """
+    count = len(parts)
+    every_part = content_of([digest for part in parts for digest in part.shard.sha256.values()])
+    limits = np.array([(number << 64) // count for number in range(count)], dtype=np.uint64)
+    bounds = []  # for each part: index of its first document in each interval, int64 [intervals + 1]
+    for number, part in enumerate(parts):
+        keys = np.sort(random_keys(part.shard.documents, seed, number))
+        bounds.append(np.append(np.searchsorted(keys, limits), len(keys)))
+
+    def shard(number: int) -> Finished:
+        content = f"shuffled {seed} {every_part} {number}"
+        if finished := target.find(number, content):
+            return finished
+        ids, ends = joined(
+            [ordered.read(part, int(own[number]), int(own[number + 1])) for part, own in zip(parts, bounds)]
+        )
+        order = np.argsort(random_keys(len(ends), seed, number, count))
+        return target.write(number, content, *reordered(ids, ends, order), text_bytes=0)
+
+    return shard
 
 
 def joined(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:

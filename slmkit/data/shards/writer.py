@@ -12,13 +12,13 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from slmkit.config import UserError
 from slmkit.data.shards.reader import HEADER, Header, Shard, Vocabulary, read_header
-from slmkit.files import sync as sync_path
+from slmkit.files import sync, write_whole
 
 SHARD_TOKENS = 1 << 28  # a shard of 16-bit tokens is 512 MiB
 
@@ -43,23 +43,20 @@ class ShardWriter:
         shard_tokens: int = SHARD_TOKENS,
     ) -> None:
         self.directory = Path(directory).absolute()
-        self.partial = self.directory.with_name(f".partial-{self.directory.name}")
         self.tokenizer, self.sources, self.perfect_loss = tokenizer, list(sources), perfect_loss
-        self.masked, self.judged = masked, judged
-        self.dtype = np.dtype("<u2" if len(tokenizer) <= 1 << 16 else "<u4")
-        self.shard_tokens = shard_tokens
-        self.tokens = self.documents = self.text_bytes = 0
+        self.masked, self.judged, self.shard_tokens = masked, judged, shard_tokens
+        self.dtype = dtype_of(tokenizer)
+        self.tokens = self.text_bytes = 0
         self.shards: list[Shard] = []
         self._open: OpenShard | None = None
 
     def __enter__(self) -> ShardWriter:
-        if self.directory.exists() and not may_be_replaced(self.directory):
-            raise UserError(f"{self.directory}: holds files that are not token shards; choose another directory")
+        self.partial = partial_folder(self.directory)
         try:
             shutil.rmtree(self.partial, ignore_errors=True)  # left by a killed process
             self.partial.mkdir(parents=True)
         except OSError as error:
-            raise self._user_error(error) from None
+            raise disk_error(error, self.directory) from None
         return self
 
     def add(
@@ -78,8 +75,7 @@ class ShardWriter:
         which of the documents that end here are good, for judged ones. `text_bytes`: UTF-8 size of the text. Raises
         `ValueError` for a token outside the vocabulary.
         """
-        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(self.tokenizer):
-            raise ValueError(f"expected tokens below {len(self.tokenizer)}, found {ids.min()} to {ids.max()}")
+        check_range(ids, self.tokenizer)
         if self.masked != (trained is not None) or (trained is not None and len(trained) != len(ids)):
             raise ValueError("expected `trained`, as long as `ids`, for masked shards and for no others")
         if self.judged != (labels is not None) or (labels is not None and len(labels) != len(ends)):
@@ -99,12 +95,10 @@ class ShardWriter:
                 )
                 start = stop
                 if self._open.tokens == self.shard_tokens:
-                    self.shards.append(self._open.finish())
-                    self._open = None
+                    self._finish_shard()
         except OSError as error:
-            raise self._user_error(error) from None
+            raise disk_error(error, self.directory, f" after {self.tokens:,} tokens") from None
         self.tokens += len(ids)
-        self.documents += len(ends)
         self.text_bytes += text_bytes
 
     def __exit__(
@@ -114,40 +108,31 @@ class ShardWriter:
             if kind is None:
                 self._complete()
         except OSError as failure:
-            raise self._user_error(failure) from None
+            raise disk_error(failure, self.directory, f" after {self.tokens:,} tokens") from None
         finally:
             if self._open:
                 self._open.close()
             shutil.rmtree(self.partial, ignore_errors=True)
 
-    def _complete(self) -> None:
-        if not self.documents:
-            raise UserError(f"{self.directory}: there is no text to prepare")
+    def _finish_shard(self) -> None:
         if self._open:
             self.shards.append(self._open.finish())
-        header = Header(
-            dtype=self.dtype.name,
-            tokenizer=self.tokenizer.fingerprint,
-            vocab_size=len(self.tokenizer),
-            eos_token_id=self.tokenizer.eos_token_id,
-            pad_token_id=self.tokenizer.pad_token_id,
-            tokens=self.tokens,
-            documents=self.documents,
+            self._open = None
+
+    def _complete(self) -> None:
+        self._finish_shard()
+        if not any(shard.documents for shard in self.shards):
+            raise UserError(f"{self.directory}: there is no text to prepare")
+        header = Header.of(
+            self.tokenizer,
+            self.shards,
             text_bytes=self.text_bytes,
             sources=self.sources,
             masked=self.masked,
             judged=self.judged,
             perfect_loss=self.perfect_loss,
-            shards=self.shards,
         )
-        with (self.partial / HEADER).open("wb") as file:
-            file.write(json.dumps(dataclasses.asdict(header), indent=2).encode() + b"\n")
-            sync(file)
-        sync_path(self.partial)
-        put_in_place(self.partial, self.directory)
-
-    def _user_error(self, error: OSError) -> UserError:
-        return disk_error(error, self.directory, f" after {self.tokens:,} tokens")
+        complete(self.partial, self.directory, header)
 
 
 class OpenShard:
@@ -162,18 +147,21 @@ class OpenShard:
     def write(
         self, ids: np.ndarray, ends: np.ndarray, trained: np.ndarray | None, labels: np.ndarray | None = None
     ) -> None:
-        self._write("tokens", ids)
-        self._write("ends", ends.astype("<i8"))
-        if trained is not None:
-            self._write("trained", trained.astype(np.uint8))
-        if labels is not None:
-            self._write("labels", labels.astype(np.uint8))
+        """Append tokens [n] and the ends of their documents [documents], masks [n] and labels [documents]."""
+        arrays = {"tokens": ids, "ends": ends.astype("<i8")}
+        arrays |= {} if trained is None else {"trained": trained.astype(np.uint8)}
+        arrays |= {} if labels is None else {"labels": labels.astype(np.uint8)}
+        for kind, values in arrays.items():
+            content = values.tobytes()
+            self.hashes[kind].update(content)
+            self.files[kind].write(content)
         self.tokens += len(ids)
         self.documents += len(ends)
 
     def finish(self) -> Shard:
         for file in self.files.values():
-            sync(file)
+            file.flush()
+            os.fsync(file.fileno())
             file.close()
         digests = {kind: digest.hexdigest() for kind, digest in self.hashes.items()}
         return Shard(self.name, self.tokens, self.documents, digests)
@@ -184,10 +172,16 @@ class OpenShard:
             with contextlib.suppress(OSError):
                 file.close()
 
-    def _write(self, kind: str, values: np.ndarray) -> None:
-        content = values.tobytes()
-        self.hashes[kind].update(content)
-        self.files[kind].write(content)
+
+def dtype_of(tokenizer: Vocabulary) -> np.dtype:
+    """The type of tokens on disk: 16 bits where the vocabulary allows it."""
+    return np.dtype("<u2" if len(tokenizer) <= 1 << 16 else "<u4")
+
+
+def check_range(ids: np.ndarray, tokenizer: Vocabulary) -> None:
+    """Raises `ValueError` for a token [n] outside the vocabulary."""
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(tokenizer):
+        raise ValueError(f"expected tokens below {len(tokenizer)}, found {ids.min()} to {ids.max()}")
 
 
 def disk_error(error: OSError, directory: Path, after: str = "") -> UserError:
@@ -197,35 +191,41 @@ def disk_error(error: OSError, directory: Path, after: str = "") -> UserError:
     return UserError(f"{directory}: cannot be written: {error.strerror or error}")
 
 
-def may_be_replaced(directory: Path) -> bool:
-    """Whether it is an empty directory or one of token shards, which may be deleted."""
-    if not directory.is_dir():
-        return False
-    if not any(directory.iterdir()):
-        return True
+def partial_folder(directory: Path) -> Path:
+    """The folder for unfinished work on `directory`. Raises `UserError` if that holds anything but shards."""
+    is_folder = directory.is_dir()
     try:
-        read_header(directory)
+        if is_folder and any(directory.iterdir()):
+            read_header(directory)
     except UserError:
-        return False
-    return True
+        is_folder = False
+    if directory.exists() and not is_folder:
+        raise UserError(f"{directory}: holds files that are not token shards; choose another directory")
+    return directory.with_name(f".partial-{directory.name}")
 
 
-def put_in_place(partial: Path, final: Path) -> None:
-    """Rename `partial` to `final`; an existing `final` is moved away first, and back if that fails."""
-    previous = final.with_name(f".previous-{final.name}")
+def complete(partial: Path, directory: Path, header: Header) -> None:
+    """Write the header, delete all that is not of it, and rename `partial` to `directory`.
+
+    An existing `directory` is moved away first, and back if that fails.
+    """
+    write_whole(partial / HEADER, json.dumps(dataclasses.asdict(header), indent=2) + "\n")
+    kept = header.file_sizes().keys() | {HEADER}
+    for path in partial.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in kept:
+            path.unlink()
+    sync(partial)
+    previous = directory.with_name(f".previous-{directory.name}")
     shutil.rmtree(previous, ignore_errors=True)
-    if final.exists():
-        os.replace(final, previous)
+    if directory.exists():
+        os.replace(directory, previous)
     try:
-        os.replace(partial, final)
+        os.replace(partial, directory)
     except OSError:
         if previous.exists():
-            os.replace(previous, final)
+            os.replace(previous, directory)
         raise
-    sync_path(final.parent)
+    sync(directory.parent)
     shutil.rmtree(previous, ignore_errors=True)
-
-
-def sync(file: IO[Any]) -> None:
-    file.flush()
-    os.fsync(file.fileno())

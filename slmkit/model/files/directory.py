@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import safetensors
@@ -63,38 +63,30 @@ def load_decoder(directory: str | Path, device: torch.device | str = "cpu") -> t
     """
     config = SLMConfig.from_pretrained(directory)
     decoder = empty_decoder(config)
-    state: dict[str, Tensor] = {}
-    for place, parts in _read(directory, decoder, config, device):
-        for part in parts.values():
-            expect_finite(part, place, "the model is broken: use another checkpoint")
-        state |= parts
+    state = read_state(directory, config, device, is_finite=True)
     decoder.to_empty(device=device)
     decoder.load_state_dict(state)
     return decoder.eval(), config
 
 
-def read_state(directory: str | Path, config: SLMConfig) -> dict[str, Tensor]:
-    """The state of a decoder, without the check for NaN and infinity, to inspect runs that diverged.
+def read_state(
+    directory: str | Path, config: SLMConfig, device: torch.device | str = "cpu", is_finite: bool = False
+) -> dict[str, Tensor]:
+    """The state of a decoder, in float32. Raises `UserError` as `load_decoder` does.
 
-    Raises `UserError` as `load_decoder` does for everything else.
+    Only with `is_finite` for NaN and infinity: without, runs that diverged can be inspected.
     """
-    state: dict[str, Tensor] = {}
-    for _, parts in _read(directory, empty_decoder(config), config, "cpu"):
-        state |= parts
-    return state
-
-
-def _read(
-    directory: str | Path, decoder: Decoder, config: SLMConfig, device: torch.device | str
-) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Yields each stored tensor's file and name, and our tensors that it holds, in float32."""
-    family = family_of(config.model_type)
+    decoder, family = empty_decoder(config), family_of(config.model_type)
     tensors = open_weights(directory, decoder, family)
     shapes = {name: tensor.shape for name, tensor in decoder.state_dict().items()}
+    state: dict[str, Tensor] = {}
     for theirs, ours in stored_names(shapes, family).items():
         tensor = tensors[theirs].read().to(device, torch.float32)
+        if is_finite:
+            expect_finite(tensor, f"{tensors[theirs].path}: {theirs!r}", "the model is broken: use another checkpoint")
         parts = from_disk(family, theirs, tensor).split([shapes[name][0] for name in ours])
-        yield f"{tensors[theirs].path}: {theirs!r}", {name: part.contiguous() for name, part in zip(ours, parts)}
+        state |= {name: part.contiguous() for name, part in zip(ours, parts)}
+    return state
 
 
 def open_weights(directory: str | Path, decoder: Decoder, family: Family) -> dict[str, StoredTensor]:

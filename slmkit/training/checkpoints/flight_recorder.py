@@ -89,32 +89,22 @@ def recorded_steps(folder: Path) -> list[int]:
     return sorted(step_of(path) for path in folder.glob("step-*"))
 
 
-def recorded_report(folder: Path, step: int) -> Report | None:
-    """The recorded report of a step; None without a record."""
-    path = folder / checkpoint_name(step) / FIGURES
-    if not path.is_file():
-        return None
-    return next((report for report in json.loads(path.read_text(encoding="utf-8")) if report["step"] == step), None)
-
-
-def recorded_batches(folder: Path, step: int) -> dict[int, Batch]:
-    """Recorded batches by step; empty without a record. Raises `UserError` for an unreadable file."""
-    path = folder / checkpoint_name(step) / BATCHES
-    if not path.is_file():
-        return {}
+def read_record(folder: Path, step: int) -> tuple[Report | None, Batch | None]:
+    """The recorded report and batch of a step; None without a record. Raises `UserError` for an unreadable file."""
+    figures, batches = (folder / checkpoint_name(step) / name for name in (FIGURES, BATCHES))
+    if not figures.is_file() or not batches.is_file():
+        return None, None
     try:
-        tensors = load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    return {
-        number: _batch(tensors, f"{number}/") for number in sorted({int(name.partition("/")[0]) for name in tensors})
-    }
-
-
-def _batch(tensors: dict[str, torch.Tensor], prefix: str) -> Batch:
-    ids, labels = (tensors[prefix + name].long() for name in ("ids", "labels"))
-    documents = tensors.get(f"{prefix}documents")
-    besides = f"{prefix}extra/"
-    extra = {name.removeprefix(besides): tensor for name, tensor in tensors.items() if name.startswith(besides)}
-    weight = int((labels != IGNORED).sum())
-    return Batch(ids, labels, weight, None if documents is None else documents.long(), extra)
+        tensors = {
+            name.removeprefix(f"{step}/"): tensor
+            for name, tensor in load_file(batches).items()
+            if name.startswith(f"{step}/")
+        }
+        reports = json.loads(figures.read_text(encoding="utf-8"))
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise UserError(f"{folder / checkpoint_name(step)}: cannot be read: {error}") from None
+    report = next((report for report in reports if report["step"] == step), None)
+    ids, labels = tensors.pop("ids").long(), tensors.pop("labels").long()
+    documents = tensors.pop("documents").long() if "documents" in tensors else None
+    extra = {name.removeprefix("extra/"): tensor for name, tensor in tensors.items()}
+    return report, Batch(ids, labels, int((labels != IGNORED).sum()), documents, extra)

@@ -1,11 +1,8 @@
-"""Share of the validation text that is also in the training text: whole documents, and windows of tokens.
-
-Every window has a hash: a polynomial in an odd base modulo 2^64 over scrambled tokens (Karp and Rabin, 1987), from
-prefix sums, so that all windows of millions of tokens are hashed in 0.1 s.
-"""
+"""Share of the validation text that is also in the training text: whole documents, and windows of tokens."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +14,6 @@ STRETCH = 32  # tokens of a window: about two sentences, which rarely occur twic
 READ = 2_000_000  # tokens at most of either text; larger ones are sampled evenly
 ASKED = 4_000  # windows that are looked up
 SPANS = 64
-BASE = 0x9E3779B97F4A7C15
 
 
 @dataclass(frozen=True)
@@ -48,78 +44,55 @@ class Overlap:
 
 def overlap(train: Text, validation: Text) -> Overlap:
     """Compare two texts. A share is 0 if there is nothing to compare, such as no document as long as a window."""
-    ours, theirs = _Hashes(train.ids), _Hashes(validation.ids)
-    train_documents, validation_documents = ours.of_documents(train.ends), theirs.of_documents(validation.ends)
-    train_stretches = ours.of_stretches(np.arange(max(0, len(train.ids) - STRETCH + 1)))
-    asked = theirs.of_stretches(_evenly(len(validation.ids)))
-    own = train_stretches[_evenly(len(train.ids))] if len(train_stretches) else train_stretches
+    train_documents, train_stretches = _document_hashes(train), _stretch_hashes(train)
     return Overlap(
-        documents=_share_found(validation_documents, train_documents, at_least=1),
-        stretches=_share_found(asked, train_stretches, at_least=1),
+        documents=_share_found(_document_hashes(validation), train_documents, at_least=1),
+        stretches=_share_found(_evenly(_stretch_hashes(validation)), train_stretches, at_least=1),
         documents_repeated=_share_found(train_documents, train_documents, at_least=2),
-        stretches_repeated=_share_found(own, train_stretches, at_least=2),
+        stretches_repeated=_share_found(_evenly(train_stretches), train_stretches, at_least=2),
     )
 
 
 def text_of(shards: Sequence[TokenShards], limit: int = READ) -> Text:
-    """The documents of shards, up to about `limit` tokens; larger shards are sampled evenly."""
+    """The documents of shards, up to about `limit` tokens; larger shards are sampled evenly in ranges of tokens.
+
+    The few documents cut at a range's border are not found.
+    """
     share = limit // max(1, len(shards))
-    pieces = [piece for one in shards for piece in _spans(one, share)]
-    ids = [one.tokens_in(start, stop).astype(np.int64) for one, start, stop in pieces]
-    ends, before = [], 0
-    for one, start, stop in pieces:
-        inside = one.document_ends[(one.document_ends > start) & (one.document_ends <= stop)]
-        ends.append(inside - start + before)
-        before += stop - start
-    return Text(_joined(ids), _joined(ends))
+    ids, ends, before = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)], 0
+    for one in shards:
+        total, size = len(one), max(1, share // SPANS)
+        starts = np.linspace(0, total - size, SPANS).astype(np.int64).tolist()
+        for start, stop in [(0, total)] if total <= share else [(start, start + size) for start in starts]:
+            inside = one.document_ends[(one.document_ends > start) & (one.document_ends <= stop)]
+            ids.append(one.tokens_in(start, stop).astype(np.int64))
+            ends.append(inside.astype(np.int64) - start + before)
+            before += stop - start
+    return Text(np.concatenate(ids), np.concatenate(ends))
 
 
-def _spans(shards: TokenShards, limit: int) -> list[tuple[TokenShards, int, int]]:
-    """Evenly spread ranges of tokens. The few documents cut at a range's border are not found."""
-    total, size = len(shards), max(1, limit // SPANS)
-    if total <= limit:
-        return [(shards, 0, total)]
-    return [(shards, start, start + size) for start in np.linspace(0, total - size, SPANS).astype(np.int64).tolist()]
+def _document_hashes(text: Text) -> np.ndarray:
+    """int64 [documents]."""
+    borders = itertools.pairwise([0, *text.ends.tolist()])
+    return np.array([hash(text.ids[start:end].tobytes()) for start, end in borders], dtype=np.int64)
 
 
-def _joined(parts: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, dtype=np.int64)
+def _stretch_hashes(text: Text) -> np.ndarray:
+    """uint64 [windows]: the hash of every window of `STRETCH` tokens, a polynomial of scrambled tokens modulo 2^64."""
+    scrambled = (text.ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0xBF58476D1CE4E5B9)
+    scrambled ^= scrambled >> np.uint64(29)
+    count = max(0, len(scrambled) - STRETCH + 1)
+    hashes = np.zeros(count, dtype=np.uint64)
+    for offset in range(STRETCH):
+        hashes *= np.uint64(0x9E3779B97F4A7C15)
+        hashes += scrambled[offset : offset + count]
+    return hashes
 
 
-def _evenly(tokens: int) -> np.ndarray:
-    """Starts int64 [windows] of the windows that are looked up: at most `ASKED`, not overlapping."""
-    count = min(ASKED, tokens // STRETCH)
-    return np.linspace(0, max(0, tokens - STRETCH), count).astype(np.int64)
-
-
-class _Hashes:
-    """Hashes of windows of one text."""
-
-    def __init__(self, ids: np.ndarray) -> None:
-        n = len(ids)
-        scrambled = (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0xBF58476D1CE4E5B9)
-        scrambled ^= scrambled >> np.uint64(29)
-        self.prefix = np.zeros(n + 1, dtype=np.uint64)
-        np.cumsum(scrambled * _powers(BASE, n), out=self.prefix[1:])
-        self.unshift = _powers(pow(BASE, -1, 2**64), n + 1)
-
-    def of_stretches(self, starts: np.ndarray) -> np.ndarray:
-        return self._between(starts, starts + STRETCH)
-
-    def of_documents(self, ends: np.ndarray) -> np.ndarray:
-        starts = np.concatenate([np.zeros(1, dtype=np.int64), ends[:-1]])[: len(ends)]
-        return self._between(starts, ends)
-
-    def _between(self, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-        """uint64 [ranges]: the hash of each range. Ranges of different lengths hash differently, up to collisions."""
-        return (self.prefix[stops] - self.prefix[starts]) * self.unshift[starts] + (stops - starts).astype(np.uint64)
-
-
-def _powers(base: int, count: int) -> np.ndarray:
-    """base^0 … base^(count - 1), modulo 2^64."""
-    powers = np.full(count, base, dtype=np.uint64)
-    powers[:1] = 1
-    return np.cumprod(powers, dtype=np.uint64)
+def _evenly(hashes: np.ndarray) -> np.ndarray:
+    """At most `ASKED` of the hashes, of windows that do not overlap."""
+    count = min(ASKED, (len(hashes) + STRETCH - 1) // STRETCH)
+    return hashes[np.linspace(0, max(0, len(hashes) - 1), count).astype(np.int64)]
 
 
 def _share_found(asked: np.ndarray, among: np.ndarray, at_least: int) -> float:

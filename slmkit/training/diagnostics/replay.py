@@ -7,6 +7,8 @@ kind of machine. Nothing is written.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +23,8 @@ from slmkit.training.logging.metrics_log import finite
 from slmkit.training.loop import Every, Plan, Report, State, compute_gradients, train, train_step
 from slmkit.training.objective import Objective
 from slmkit.training.optimizers.choose import trained
+
+TOKENS_BEFORE = 24  # context shown before a token
 
 
 @dataclass(frozen=True)
@@ -43,14 +47,29 @@ class Row:
 
 @dataclass(frozen=True)
 class Replay:
-    """Results of a replayed step."""
+    """A replayed step, and the run's record of it."""
 
-    start: int  # the step that training started from
     batch: Batch
     report: Report
+    recorded: Report | None  # the step's line in metrics.jsonl, if it was logged
     broken: NonFinite | None
     gradients: list[tuple[str, float]]  # the norm of each parameter's gradient, the largest first
     rows: list[Row]  # the largest gradient first
+    decode: Callable[[list[int]], str]
+
+    @property
+    def differences(self) -> dict[str, tuple[Any, Any]]:
+        """Figures that are not bit-identical, name → (replayed, recorded); on another kind of machine, some differ."""
+        recorded = self.recorded or {}
+        return {
+            key: (value, recorded[key])
+            for key, value in finite(self.report).items()
+            if key in recorded and recorded[key] != value
+        }
+
+    def text_before(self, row: int, position: int) -> str:
+        """Text of a row up to a token, inclusive."""
+        return self.decode(self.batch.ids[row, max(0, position - TOKENS_BEFORE) : position + 1].tolist())
 
 
 def replay_step(
@@ -59,51 +78,62 @@ def replay_step(
     stream: Batches,
     plan: Plan,
     step: int,
-    recorded: Batch | None = None,
+    recorded: Report | None,
+    recorded_batch: Batch | None,
+    decode: Callable[[list[int]], str],
     hooks: Sequence[Every] = (),
 ) -> Replay:
     """Train from `state`, of an earlier step, through step `step` (from 1, as in metrics.jsonl).
 
-    A `recorded` batch replaces the stream's for that step. `hooks` are called in the steps before it.
+    `recorded_batch` replaces the stream's for that step. `hooks` are called in the steps before it.
     """
-    start = state.step
     train(state, objective, stream, dataclasses.replace(plan, steps=step - 1), hooks)
-    batch = stream.batch(step - 1) if recorded is None else recorded
+    batch = stream.batch(step - 1) if recorded_batch is None else recorded_batch
     state.model.train()
     rows = [
         Row(number, *compute_gradients(state, objective, row, plan)[:2]) for number, row in enumerate(batch.split(1))
     ]
     with watched(state.model, plan.rows_per_micro_batch, len(batch.ids)) as watch:
         report = train_step(state, objective, batch, plan)
-    return Replay(
-        start=start,
-        batch=batch,
-        report=report,
-        broken=watch.broken,
-        gradients=sorted(watch.norms.items(), key=_size, reverse=True),
-        rows=sorted(rows, key=lambda row: _size((row.number, row.grad_norm)), reverse=True),
-    )
+    gradients = sorted(watch.norms.items(), key=lambda named: _size(named[1]), reverse=True)
+    rows.sort(key=lambda row: _size(row.grad_norm), reverse=True)
+    return Replay(batch, report, recorded, watch.broken, gradients, rows, decode)
 
 
-def differences(replayed: Report, recorded: Report) -> dict[str, tuple[Any, Any]]:
-    """Figures that are not bit-identical: name → (replayed, recorded)."""
-    return {
-        key: (value, recorded[key])
-        for key, value in finite(replayed).items()
-        if key in recorded and recorded[key] != value
-    }
+def _size(norm: float) -> float:
+    """Sort key: NaN counts as larger than all numbers."""
+    return math.inf if math.isnan(norm) else norm
 
 
 @dataclass
 class Watch:
-    """Results of the hooks of `watched`."""
+    """Hooks that note the first non-finite tensor of a step, and the norm of each weight's gradient."""
 
+    rows_per_micro_batch: int
+    micro_batches: int
     broken: NonFinite | None = None
     norms: dict[str, float] = field(default_factory=dict)
     micro_batch: int = -1  # index of the current one
 
-    def see(self, what: str, tensor: Tensor, first_row: int | None) -> None:
-        """Record the first non-finite tensor."""
+    def begin(self, *_: Any) -> None:
+        self.micro_batch = (self.micro_batch + 1) % self.micro_batches
+        if self.micro_batch == 0:  # the step starts again, with a lower loss scale
+            self.broken = None
+
+    def after_forward(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        first_row = self.micro_batch * self.rows_per_micro_batch
+        for tensor in output if isinstance(output, tuple) else (output,):
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                self.see(f"output of {name}", first_row, tensor.detach())
+                if tensor.requires_grad:
+                    tensor.register_hook(functools.partial(self.see, f"gradient at the output of {name}", first_row))
+
+    def after_backward(self, name: str, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            self.see(f"gradient of {name}", None, parameter.grad)
+            self.norms[name] = parameter.grad.norm().item()
+
+    def see(self, what: str, first_row: int | None, tensor: Tensor) -> None:
         if self.broken is not None or torch.isfinite(tensor).all():
             return
         if first_row is None or tensor.dim() < 3:  # not [rows, length, width]
@@ -117,46 +147,16 @@ class Watch:
 @contextmanager
 def watched(model: nn.Module, rows_per_micro_batch: int, rows: int) -> Iterator[Watch]:
     """Context manager with hooks on every module's output, every output's gradient and every weight's gradient."""
-    watch = Watch()
-    micro_batches = -(-rows // rows_per_micro_batch)
-    handles: list[Any] = []
-
-    def begin(*_: Any) -> None:
-        watch.micro_batch = (watch.micro_batch + 1) % micro_batches
-        if watch.micro_batch == 0:  # the step starts again, with a lower loss scale
-            watch.broken = None
-
-    def after(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            first_row = watch.micro_batch * rows_per_micro_batch
-            for tensor in output if isinstance(output, tuple) else (output,):
-                if isinstance(tensor, Tensor) and tensor.is_floating_point():
-                    watch.see(f"output of {name}", tensor.detach(), first_row)
-                    if tensor.requires_grad:
-                        tensor.register_hook(
-                            lambda gradient: watch.see(f"gradient at the output of {name}", gradient, first_row)
-                        )
-
-        return hook
-
-    def arrived(name: str) -> Callable[[Tensor], None]:
-        def hook(parameter: Tensor) -> None:
-            if parameter.grad is not None:
-                watch.see(f"gradient of {name}", parameter.grad, None)
-                watch.norms[name] = parameter.grad.norm().item()
-
-        return hook
-
-    handles.append(model.register_forward_pre_hook(begin))
-    handles += [module.register_forward_hook(after(name)) for name, module in model.named_modules() if name]
-    handles += [p.register_post_accumulate_grad_hook(arrived(name)) for name, p in trained(model).items()]
+    watch = Watch(rows_per_micro_batch, -(-rows // rows_per_micro_batch))
+    handles: list[Any] = [model.register_forward_pre_hook(watch.begin)]
+    for name, module in model.named_modules():
+        if name:
+            handles.append(module.register_forward_hook(functools.partial(watch.after_forward, name)))
+    for name, parameter in trained(model).items():
+        hook = functools.partial(watch.after_backward, name)
+        handles.append(parameter.register_post_accumulate_grad_hook(hook))
     try:
         yield watch
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _size(named: tuple[Any, float]) -> float:
-    """Sort key: NaN counts as larger than all numbers."""
-    return named[1] if named[1] == named[1] else float("inf")

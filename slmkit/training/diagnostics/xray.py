@@ -10,7 +10,7 @@ import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -23,11 +23,13 @@ from slmkit.data.stream import Batches
 from slmkit.training.diagnostics.overlap import Overlap, overlap, text_of
 
 ROWS, TOKENS, STEPS = 64, 65_536, 64  # inspected, until one limit is reached
+ENCODED_AGAIN = 16  # rows
 SEPARATORS = 2  # spelled at ends of lines: more are not an accident
 CUT_ROWS = 0.8  # share of rows that end within a conversation, above which it is a finding
 KNOWN_TOKENS = 0.5  # least share of tokens that must survive decoding and encoding
 COMPARED = 1 << 27  # tokens: in larger data, answers are not compared with each other
 LEAKED, SOME_LEAKED = 0.1, 0.01  # share of validation text in the training text, beyond repetition within it
+EXPECTED_ENDS = 5  # documents in as many tokens as are inspected, below which a missing end is no finding
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,17 @@ class Vocabulary:
         """Regular expression for spellings of special tokens in plain text."""
         return re.compile("|".join(map(re.escape, sorted(self.spellings, key=len, reverse=True))))
 
+    def is_end(self, ids: np.ndarray) -> np.ndarray:
+        """Whether each token ends a text or a turn: bool, shaped as `ids`."""
+        return np.isin(ids, [*self.end_ids])
+
+    def is_special(self, ids: np.ndarray) -> np.ndarray:
+        """Whether each token is special: bool, shaped as `ids`."""
+        return np.isin(ids, [*self.special_ids, *self.end_ids])
+
 
 @dataclass(frozen=True)
-class Rows:
+class SampledRows:
     """The inspected rows. All arrays [rows, length]."""
 
     ids: np.ndarray
@@ -59,21 +69,27 @@ class Rows:
     padding: np.ndarray  # bool
     kinds: Sequence[str] = ()  # of each row, if the data says it: chosen or rejected, good or bad
 
-    def until_the_longest(self) -> Rows:
-        """The rows without the columns that are padding in all of them."""
-        used = slice(0, max(1, int((~self.padding).any(axis=0).sum())))
-        return replace(self, ids=self.ids[:, used], labels=self.labels[:, used], padding=self.padding[:, used])
+    def part(self, rows: slice, columns: slice) -> SampledRows:
+        arrays = (array[rows, columns] for array in (self.ids, self.labels, self.padding))
+        return SampledRows(*arrays, self.kinds[rows])
 
     @property
     def learned(self) -> np.ndarray:
         return self.labels != IGNORED
+
+    def plain_parts(self, vocabulary: Vocabulary) -> Iterator[list[int]]:
+        """The tokens between special ones, row by row."""
+        for ids, padding in zip(self.ids, self.padding):
+            is_special = vocabulary.is_special(ids)
+            for part in np.split(np.arange(len(ids)), np.flatnonzero(is_special | padding)):
+                yield ids[part[~is_special[part]]].tolist()
 
 
 @dataclass(frozen=True)
 class XRay:
     """Results of the checks. `findings` stop a run, `notes` are shown; both are sentences."""
 
-    rows: Rows
+    rows: SampledRows
     figures: dict[str, str]
     findings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -97,24 +113,18 @@ def examine(
     """
     rows = _first_rows(stream, vocabulary)
     if is_padded:
-        rows = rows.until_the_longest()
-    ends_expected = _documents_in(train, int((~rows.padding).sum()))
+        rows = rows.part(slice(None), slice(0, max(1, int((~rows.padding).any(axis=0).sum()))))
     both = overlap(text_of(train), text_of(validation)) if train and validation else None
-    checks = (
-        _labels(rows),
-        _cut(rows, vocabulary) if is_chat else [],
-        _ends(rows, vocabulary, ends_expected),
-        _beginnings(rows, vocabulary),
-        _tokenizer(rows, vocabulary, (*train, *validation)),
-        _leaks(both),
-        _separators(rows, vocabulary, is_chat),
-        _one_kind(train),
+    findings = (
+        *_label_findings(rows, vocabulary, train, is_chat),
+        *_token_findings(rows, vocabulary, (*train, *validation), is_chat),
+        *_corpus_findings(train, both),
     )
-    notes = _notes(rows, both) + _contradictions(rows, train)
-    return XRay(rows, _figures(rows, vocabulary, both, is_chat), [found for check in checks for found in check], notes)
+    notes = [*_notes(rows, both), *_contradictions(rows, train)]
+    return XRay(rows, _figures(rows, vocabulary, both, is_chat), [*findings], notes)
 
 
-def _first_rows(stream: Batches, vocabulary: Vocabulary) -> Rows:
+def _first_rows(stream: Batches, vocabulary: Vocabulary) -> SampledRows:
     ids: list[np.ndarray] = []  # [rows, length] each
     labels: list[np.ndarray] = []
     kinds: list[str] = []
@@ -127,11 +137,17 @@ def _first_rows(stream: Batches, vocabulary: Vocabulary) -> Rows:
         step, rows = step + 1, rows + len(ids[-1])
     stream.seek(0, {})
     longest = max(part.shape[1] for part in ids)
-    all_ids = np.concatenate([_widened(part, longest, vocabulary.pad_id or 0) for part in ids])[:ROWS]
-    all_labels = np.concatenate([_widened(part, longest, IGNORED) for part in labels])[:ROWS]
-    filler = (all_ids == (vocabulary.pad_id or 0)) & (all_labels == IGNORED)
+    pad_id = vocabulary.pad_id or 0
+    all_ids, all_labels = (
+        np.concatenate([np.pad(part, ((0, 0), (0, longest - part.shape[1])), constant_values=value) for part in parts])[
+            :ROWS
+        ]
+        for parts, value in ((ids, pad_id), (labels, IGNORED))
+    )
+    filler = (all_ids == pad_id) & (all_labels == IGNORED)
     # Padding is the end of a row: found by position, since its id may have other uses.
-    return Rows(all_ids, all_labels, np.logical_and.accumulate(filler[:, ::-1], axis=1)[:, ::-1], kinds[:ROWS])
+    padding = np.logical_and.accumulate(filler[:, ::-1], axis=1)[:, ::-1]
+    return SampledRows(all_ids, all_labels, padding, kinds[:ROWS])
 
 
 def _kinds(batch: Batch) -> list[str]:
@@ -141,93 +157,59 @@ def _kinds(batch: Batch) -> list[str]:
     return ["good" if label else "bad" for label in batch.extra.get("desirable", ())]
 
 
-def _widened(rows: np.ndarray, length: int, value: int) -> np.ndarray:
-    """Pad [rows, shorter] with `value` to [rows, length]."""
-    return np.pad(rows, ((0, 0), (0, length - rows.shape[1])), constant_values=value)
+# -- findings: reasons not to start -----------------------------------------------------------------------------------
 
 
-def _documents_in(shards: Sequence[TokenShards], tokens: int) -> float:
-    """Expected number of documents in so many tokens."""
-    total = sum(map(len, shards))
-    return tokens * sum(one.header.documents for one in shards) / total if total else 0.0
-
-
-# -- findings: each check returns its reasons not to start ------------------------------------------------------------
-
-
-def _labels(rows: Rows) -> list[str]:
-    if rows.learned.any():
-        return []
-    return [
-        f"not one of {rows.labels.size:,} labels is learned: all are masked; "
-        "check that the conversations have assistant turns with text"
-    ]
-
-
-def _cut(rows: Rows, vocabulary: Vocabulary) -> list[str]:
-    share = _cut_rows(rows, vocabulary)
-    if share < CUT_ROWS:
-        return []
-    return [
-        f"{share:.0%} of the rows end in the middle of a conversation, which is cut there at {rows.ids.shape[1]:,} "
-        "tokens: raise train.sequence_length"
-    ]
-
-
-def _ends(rows: Rows, vocabulary: Vocabulary, expected: float) -> list[str]:
-    present = int((np.isin(rows.ids, [*vocabulary.end_ids]) & ~rows.padding).sum())
-    learned = np.isin(rows.labels, [*vocabulary.end_ids]).any()
-    if learned or not rows.learned.any() or not (present or expected >= 5):
-        return []
-    there = f"{present:,} are there and none is a label" if present else f"none among {rows.ids.size:,} tokens"
-    return [f"no end token is learned ({there}): the model would never stop; end each text with the end-of-text token"]
-
-
-def _beginnings(rows: Rows, vocabulary: Vocabulary) -> list[str]:
+def _label_findings(
+    rows: SampledRows, vocabulary: Vocabulary, train: Sequence[TokenShards], is_chat: bool
+) -> Iterator[str]:
+    if not rows.learned.any():
+        yield (
+            f"not one of {rows.labels.size:,} labels is learned: all are masked; "
+            "check that the conversations have assistant turns with text"
+        )
+    cut = _cut_share(rows, vocabulary)
+    if is_chat and cut >= CUT_ROWS:
+        yield (
+            f"{cut:.0%} of the rows end in the middle of a conversation, which is cut there at {rows.ids.shape[1]:,} "
+            "tokens: raise train.sequence_length"
+        )
+    present = int((vocabulary.is_end(rows.ids) & ~rows.padding).sum())
+    share = (~rows.padding).sum() / max(1, sum(map(len, train)))
+    expected = share * sum(shards.header.documents for shards in train)
+    if rows.learned.any() and not vocabulary.is_end(rows.labels).any() and (present or expected >= EXPECTED_ENDS):
+        there = f"{present:,} are there and none is a label" if present else f"none among {rows.ids.size:,} tokens"
+        yield f"no end token is learned ({there}): the model would never stop; end each text with the end-of-text token"
     doubled, beginnings = _doubled(rows, vocabulary)
     # If one token both begins and ends texts, an empty text looks the same.
-    is_shared = vocabulary.bos_id in vocabulary.end_ids
-    if doubled == 0 or (is_shared and doubled < beginnings / 2):
-        return []
-    return [
-        f"{doubled:,} texts begin with the beginning-of-text token twice: the chat template writes one already, "
-        "so that the tokenizer must not"
-    ]
+    if doubled and not (vocabulary.bos_id in vocabulary.end_ids and doubled < beginnings / 2):
+        yield (
+            f"{doubled:,} texts begin with the beginning-of-text token twice: the chat template writes one already, "
+            "so that the tokenizer must not"
+        )
 
 
-def _tokenizer(rows: Rows, vocabulary: Vocabulary, shards: Sequence[TokenShards]) -> list[str]:
-    prints = {one.header.tokenizer for one in shards} - {vocabulary.fingerprint}
-    if vocabulary.fingerprint is not None and prints:
-        return [
-            f"the tokens were made by tokenizer {min(prints)[:12]}, the model's is {vocabulary.fingerprint[:12]}: "
+def _token_findings(
+    rows: SampledRows, vocabulary: Vocabulary, shards: Sequence[TokenShards], is_chat: bool
+) -> Iterator[str]:
+    """Tokens of another tokenizer, and special tokens that are spelled at the ends of lines, probably as separators."""
+    others = {one.header.tokenizer for one in shards} - {vocabulary.fingerprint}
+    if vocabulary.fingerprint is not None and others:
+        yield (
+            f"the tokens were made by tokenizer {min(others)[:12]}, the model's is {vocabulary.fingerprint[:12]}: "
             "prepare the data again"
-        ]
-    largest = int(rows.ids.max())
-    if largest >= vocabulary.size:
-        return [f"token {largest:,} is beyond the model's vocabulary of {vocabulary.size:,}: prepare the data again"]
-    share = _known_again(rows, vocabulary)
-    if share < KNOWN_TOKENS:
-        return [
+        )
+    elif (largest := int(rows.ids.max())) >= vocabulary.size:
+        yield f"token {largest:,} is beyond the model's vocabulary of {vocabulary.size:,}: prepare the data again"
+    elif (share := _known_again(rows, vocabulary)) < KNOWN_TOKENS:
+        yield (
             f"only {share:.0%} of the tokens come back when their text is tokenized again: "
             "they seem to be another tokenizer's; prepare the data again"
-        ]
-    return []
-
-
-def _leaks(both: Overlap | None) -> list[str]:
-    if both is None or both.excess < LEAKED:
-        return []
-    return [
-        f"{max(both.documents, both.stretches):.0%} of the validation text stands in the training text: "
-        "its loss would say nothing; hold out other documents"
-    ]
-
-
-def _separators(rows: Rows, vocabulary: Vocabulary, is_chat: bool) -> list[str]:
-    """Special tokens that are spelled at the ends of lines or texts, probably meant as document separators."""
-    ends = Counter(
+        )
+    texts = map(vocabulary.decode, rows.plain_parts(vocabulary))
+    separators = Counter(
         match[0]
-        for text in _plain_texts(rows, vocabulary)
+        for text in texts
         for match in vocabulary.spelled.finditer(text)
         if not text[match.end() :].partition("\n")[0].strip()
     )
@@ -235,44 +217,39 @@ def _separators(rows: Rows, vocabulary: Vocabulary, is_chat: bool) -> list[str]:
         "remove it from the messages, whose ends the chat template writes" if is_chat
         else "put <|endoftext|> on a line of its own, or name it as data.separator (of rows: remove it)"
     )  # fmt: skip
-    return [
-        f"{spelling} stands {times:,} times at the end of a line, as plain text that ends no document: {way_out}"
-        for spelling, times in ends.most_common(1)
-        if times >= SEPARATORS
-    ]
+    for spelling, times in separators.most_common(1):
+        if times >= SEPARATORS:
+            stands = f"{spelling} stands {times:,} times at the end of a line, as plain text that ends no document"
+            yield f"{stands}: {way_out}"
 
 
-def _plain_texts(rows: Rows, vocabulary: Vocabulary) -> Iterator[str]:
-    """The texts between special tokens."""
-    for ids, padding in zip(rows.ids, rows.padding):
-        special = np.isin(ids, [*vocabulary.special_ids, *vocabulary.end_ids]) | padding
-        for stretch in np.split(ids, np.flatnonzero(special)):
-            yield vocabulary.decode(stretch[~np.isin(stretch, [*vocabulary.special_ids, *vocabulary.end_ids])].tolist())
-
-
-def _one_kind(train: Sequence[TokenShards]) -> list[str]:
-    """A finding if all judged answers have the same label."""
+def _corpus_findings(train: Sequence[TokenShards], both: Overlap | None) -> Iterator[str]:
+    """Validation text in the training text, and judged answers that all have the same label."""
+    if both is not None and both.excess >= LEAKED:
+        yield (
+            f"{max(both.documents, both.stretches):.0%} of the validation text stands in the training text: "
+            "its loss would say nothing; hold out other documents"
+        )
     labels = [shards.labels for shards in train if shards.header.judged]
-    if not labels or len(kinds := np.unique(np.concatenate(labels))) == 2:
-        return []
-    if kinds[0]:
-        return ["all answers are labelled good and none bad: objective sft learns from good answers alone"]
-    return ["all answers are labelled bad and none good: nothing would be learned of what to answer instead"]
+    kinds = np.unique(np.concatenate(labels)).tolist() if labels else []
+    if len(kinds) == 1 and kinds[0]:
+        yield "all answers are labelled good and none bad: objective sft learns from good answers alone"
+    elif len(kinds) == 1:
+        yield "all answers are labelled bad and none good: nothing would be learned of what to answer instead"
 
 
 # -- figures and notes ------------------------------------------------------------------------------------------------
 
 
-def _figures(rows: Rows, vocabulary: Vocabulary, both: Overlap | None, is_chat: bool) -> dict[str, str]:
-    learned = rows.learned.sum(axis=1)
+def _figures(rows: SampledRows, vocabulary: Vocabulary, both: Overlap | None, is_chat: bool) -> dict[str, str]:
     figures = {
         "rows": f"{len(rows.ids):,} of {rows.ids.shape[1]:,} tokens",
-        "learned": f"{learned.mean():,.0f} a row ({rows.learned.mean():.0%})",
-        "end tokens learned": f"{int(np.isin(rows.labels, [*vocabulary.end_ids]).sum()):,}",
+        "learned": f"{rows.learned.sum(axis=1).mean():,.0f} a row ({rows.learned.mean():.0%})",
+        "end tokens learned": f"{int(vocabulary.is_end(rows.labels).sum()):,}",
         "padding": f"{rows.padding.mean():.0%}",
     }
     if is_chat:
-        figures["rows cut"] = f"{_cut_rows(rows, vocabulary):.0%}"
+        figures["rows cut"] = f"{_cut_share(rows, vocabulary):.0%}"
     if vocabulary.bos_id is not None:
         figures["doubled beginnings"] = f"{_doubled(rows, vocabulary)[0]:,}"
     if both is not None and not (both.documents or both.stretches):
@@ -285,27 +262,25 @@ def _figures(rows: Rows, vocabulary: Vocabulary, both: Overlap | None, is_chat: 
     return figures
 
 
-def _notes(rows: Rows, both: Overlap | None) -> list[str]:
-    notes = []
+def _notes(rows: SampledRows, both: Overlap | None) -> Iterator[str]:
     empty = (~rows.learned).all(axis=1).mean()
     if 0.1 < empty < 1:
-        notes.append(f"in {empty:.0%} of the rows nothing is learned")
+        yield f"in {empty:.0%} of the rows nothing is learned"
     if rows.padding.mean() > 0.5:
-        notes.append(f"{rows.padding.mean():.0%} of what is computed is padding: lower train.sequence_length")
+        yield f"{rows.padding.mean():.0%} of what is computed is padding: lower train.sequence_length"
     if both is None or both.excess >= LEAKED:
-        return notes
+        return
     share = max(both.documents, both.stretches)
     if share > 0.5:
-        notes.append(
+        yield (
             f"{share:.0%} of the validation text stands in the training text, which repeats itself as much: "
             "the validation loss will not tell learning from remembering"
         )
     elif both.excess > SOME_LEAKED:
-        notes.append(f"{share:.1%} of the validation text stands in the training text")
-    return notes
+        yield f"{share:.1%} of the validation text stands in the training text"
 
 
-def _contradictions(rows: Rows, train: Sequence[TokenShards]) -> list[str]:
+def _contradictions(rows: SampledRows, train: Sequence[TokenShards]) -> list[str]:
     """Notes on pairs that also occur in reverse order, or answers labelled both good and bad."""
     are_pairs, are_judged = rows.kinds[:1] == ["chosen"], any(shards.header.judged for shards in train)
     if not train or not (are_pairs or are_judged) or sum(map(len, train)) > COMPARED:
@@ -322,27 +297,24 @@ def _contradictions(rows: Rows, train: Sequence[TokenShards]) -> list[str]:
     return [f"{count:,} of {len(hashes) // (1 + are_pairs):,} {what}: keep one of each"] if count else []
 
 
-def _cut_rows(rows: Rows, vocabulary: Vocabulary) -> float:
+def _cut_share(rows: SampledRows, vocabulary: Vocabulary) -> float:
     """The share of rows that are full and do not end with an end token."""
-    return float((~rows.padding[:, -1] & ~np.isin(rows.ids[:, -1], [*vocabulary.end_ids])).mean())
+    return float((~rows.padding[:, -1] & ~vocabulary.is_end(rows.ids[:, -1])).mean())
 
 
-def _doubled(rows: Rows, vocabulary: Vocabulary) -> tuple[int, int]:
+def _doubled(rows: SampledRows, vocabulary: Vocabulary) -> tuple[int, int]:
     """How often the beginning-of-text token follows itself, and how often it occurs."""
     begins = (rows.ids == (-1 if vocabulary.bos_id is None else vocabulary.bos_id)) & ~rows.padding
     return int((begins[:, 1:] & begins[:, :-1]).sum()), int(begins.sum())
 
 
-def _known_again(rows: Rows, vocabulary: Vocabulary) -> float:
+def _known_again(rows: SampledRows, vocabulary: Vocabulary) -> float:
     """The share of plain tokens that their decoded text encodes to again; 1 if that cannot be tested."""
     if vocabulary.encode is None:
         return 1.0
     found = total = 0
-    for ids, padding in zip(rows.ids[:16], rows.padding):
-        special = np.isin(ids, [*vocabulary.special_ids]) | padding
-        for stretch in np.split(ids, np.flatnonzero(special)):
-            plain = stretch[~np.isin(stretch, [*vocabulary.special_ids])].tolist()
-            again = Counter(vocabulary.encode(vocabulary.decode(plain)))
-            found += sum((Counter(plain) & again).values())
-            total += len(plain)
+    for plain in rows.part(slice(0, ENCODED_AGAIN), slice(None)).plain_parts(vocabulary):
+        again = Counter(vocabulary.encode(vocabulary.decode(plain)))
+        found += sum((Counter(plain) & again).values())
+        total += len(plain)
     return found / total if total else 1.0

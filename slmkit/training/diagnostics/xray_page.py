@@ -8,7 +8,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.text import Text
 
 from slmkit.config import UserError
@@ -16,7 +15,7 @@ from slmkit.data.packing import IGNORED
 from slmkit.data.shards.reader import TokenShards
 from slmkit.data.sources.documents import SPELLINGS
 from slmkit.data.stream import Batches
-from slmkit.training.diagnostics.xray import Rows, Vocabulary, XRay, examine
+from slmkit.training.diagnostics.xray import SampledRows, Vocabulary, XRay, examine
 
 SHOWN = 2  # rows
 HEAD, TAIL = 100, 40  # tokens shown of each row: at its beginning and its end
@@ -37,46 +36,30 @@ def write_xray(xray: XRay, vocabulary: Vocabulary, path: Path) -> None:
     path.write_text("\n".join(lines), encoding="utf-8")
 
 
-def excerpts(rows: Rows, vocabulary: Vocabulary) -> list[Text]:
+def excerpts(rows: SampledRows, vocabulary: Vocabulary) -> list[Text]:
     """One-line excerpts around the first learned token: of the first row, or of both rows of a pair."""
-    count = 2 if rows.kinds else 1
-    first = [max(0, int(learned.argmax()) - BEFORE) for learned in rows.learned[:count]]
-    stretches = [
-        Rows(
-            rows.ids[[row], start : start + LENGTH],
-            rows.labels[[row], start : start + LENGTH],
-            rows.padding[[row], start : start + LENGTH],
-        )
-        for row, start in enumerate(first)
-    ]
     in_line = replace(vocabulary, decode=lambda ids: vocabulary.decode(ids).replace("\n", "↵"))
-    shown = [rendered_rows(stretch, in_line)[0] for stretch in stretches]
-    dots = [Text("… " if start else "") for start in first]
-    names = [Text(f"{kind}: ", "bold") for kind in rows.kinds[:count]] or [Text("")]
-    return [Text.assemble(name, dot, text, " …") for name, dot, text in zip(names, dots, shown)]
+    found = []
+    for row in range(2 if rows.kinds else 1):
+        start = max(0, int(rows.learned[row].argmax()) - BEFORE)
+        excerpt = replace(rows.part(slice(row, row + 1), slice(start, start + LENGTH)), kinds=())
+        kind = Text(f"{rows.kinds[row]}: " if rows.kinds else "", "bold")
+        found.append(Text.assemble(kind, "… " if start else "", rendered_rows(excerpt, in_line)[0], " …"))
+    return found
 
 
-def rendered_rows(rows: Rows, vocabulary: Vocabulary, count: int = SHOWN) -> list[Text]:
+def rendered_rows(rows: SampledRows, vocabulary: Vocabulary, count: int = SHOWN) -> list[Text]:
     """The first `count` rows as styled text, with brackets around tokens that are not learned."""
-    shown = [
-        _row(ids, labels, int(padding.sum()), vocabulary)
-        for ids, labels, padding in zip(rows.ids[:count], rows.labels, rows.padding)
-    ]
-    if not rows.kinds:
-        return shown
-    return [Text.assemble((f"{kind}: ", "bold"), row) for kind, row in zip(rows.kinds, shown)]
-
-
-def _row(ids: np.ndarray, labels: np.ndarray, padding: int, vocabulary: Vocabulary) -> Text:
-    """ids, labels [length]: a token is learned if it is the label of the position before it."""
-    end = len(ids) - padding
-    tokens, learned = ids[:end].tolist(), [False, *(labels[: end - 1] != IGNORED).tolist()]
-    if end == len(ids) and labels[-1] != IGNORED:  # the last label follows the row's last token
-        tokens, learned = [*tokens, int(labels[-1])], [*learned, True]
-    text = rendered(tokens, learned, vocabulary)
-    if padding:
-        text.append(f"⟦padding × {padding:,}⟧", READ)
-    return text
+    found = []
+    for row, (ids, labels, padding) in enumerate(zip(rows.ids[:count], rows.labels, rows.padding.sum(axis=1).tolist())):
+        end = len(ids) - padding  # a token is learned if it is the label of the position before it
+        tokens, learned = ids[:end].tolist(), [False, *(labels[: end - 1] != IGNORED).tolist()]
+        if not padding and labels[-1] != IGNORED:  # the last label follows the row's last token
+            tokens, learned = [*tokens, int(labels[-1])], [*learned, True]
+        kind = Text(f"{rows.kinds[row]}: " if rows.kinds else "", "bold")
+        filler = Text(f"⟦padding × {padding:,}⟧" if padding else "", READ)
+        found.append(Text.assemble(kind, rendered(tokens, learned, vocabulary), filler))
+    return found
 
 
 def rendered(

@@ -1,21 +1,37 @@
-"""Forecast of a run's memory, time, disk and loss, by arithmetic or from measured speed.
+"""Forecast of a run's memory, time, disk and loss, by arithmetic or from measured speed; `plan.json` of a run.
 
 (`loop.Plan` is the loop's input; a forecast is its expected cost.)
 """
 
 from __future__ import annotations
 
+import functools
+import json
 import math
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from slmkit.device import Device, measured_peak
-from slmkit.model.architectures import architecture_of
-from slmkit.model.config import SLMConfig
-from slmkit.model.sizes import parameter_count
-from slmkit.training.estimate.flops import operations_per_token
-from slmkit.training.estimate.memory import checkpoint_bytes, reading_peaks, state_bytes, training_bytes
-from slmkit.training.estimate.memory_profile import MemoryProfile
+import numpy as np
+
+from slmkit.device import Device, measured_peak, peak_memory, reset_peak_memory, resident_memory
+from slmkit.files import write_whole
+from slmkit.model.sizes import flops_per_token, parameter_count
+from slmkit.training.estimate.memory import (
+    MemoryProfile,
+    checkpoint_bytes,
+    reading_peaks,
+    state_bytes,
+    training_bytes,
+    weights_bytes,
+)
 from slmkit.training.estimate.scaling_laws import expected_loss
+from slmkit.training.logging.progress import clock
+from slmkit.training.logging.throughput import StepFlops
+from slmkit.training.loop import Report, State
+from slmkit.training.optimizers.choose import trained
 from slmkit.training.recipe.recipe import TrainSettings
 
 EFFICIENCY = {"cpu": 0.25, "cuda": 0.35}  # share of the peak that a small model's step reaches, if not measured
@@ -26,6 +42,7 @@ EVALUATION_SECONDS = 1.0  # for samples, the plot and the checkpoint, without th
 LIBRARIES, HELD = 120 << 20, 1.37
 # Bytes that evaluations, samples, plots and checkpoints add to those of the first steps, measured the same way.
 BETWEEN_STEPS = 70 << 20
+WARM_UP, PROBED = 3, 20  # steps that are not counted; steps after which the speed is known
 
 
 @dataclass(frozen=True)
@@ -46,7 +63,7 @@ class Estimate:
 
 
 def forecast(
-    config: SLMConfig,
+    profile: MemoryProfile,
     settings: TrainSettings,
     steps: int,
     device: Device,
@@ -56,36 +73,32 @@ def forecast(
     unique_tokens: int | None = None,
     validation_tokens: int = 0,
     from_scratch: bool = True,
-    inventory: MemoryProfile | None = None,
 ) -> Estimate:
     """The forecast of a run of `steps` steps. Speed is `tokens_per_second` or estimated from the device's measured
     peak; memory is from `held_bytes`, the most that a few measured steps added to the process, or by arithmetic.
 
-    `unique_tokens` is the training text's length; its shards count as disk space. `inventory` is needed if memory
-    holds more than a new model with next-token loss.
+    `unique_tokens` is the training text's length; its shards count as disk space.
     """
-    a = architecture_of(config)
-    inventory = inventory or MemoryProfile(a)
-    length = settings.sequence_length or config.max_position_embeddings
-    rows = settings.rows_per_step(length)
-    tokens = steps * rows * length
-    rate = tokens_per_second or guessed_rate(inventory, length, device)
+    a = profile.model.architecture
+    length = settings.sequence_length or a.max_positions
+    tokens = steps * settings.rows_per_step(length) * length
+    rate = tokens_per_second or guessed_rate(profile, length, device)
     evaluations = -(-steps // settings.evaluation_interval(steps))
     evaluating = evaluations * (validation_tokens * FORWARD_SHARE / rate + EVALUATION_SECONDS)
-    checkpoint = checkpoint_bytes(inventory, settings, device)
-    memory, counted = run_bytes(inventory, settings, rows, length, device, held_bytes)
+    memory, counted = run_bytes(profile, settings, length, device, held_bytes)
+    checkpoint = checkpoint_bytes(profile, settings, device)
     return Estimate(
         parameters=parameter_count(a),
-        trained=inventory.trained,
-        beside=parameter_count(inventory.beside.architecture) if inventory.beside is not None else 0,
+        trained=sum(parameter.numel() for parameter in trained(profile.model).values()),
+        beside=parameter_count(profile.beside.architecture) if profile.beside is not None else 0,
         steps=steps,
         tokens=tokens,
         tokens_per_second=rate,
         seconds=tokens / rate + evaluating,
         memory_bytes=memory,
         counted_bytes=counted,
-        disk_bytes=disk_bytes(checkpoint, settings, steps, config.vocab_size, unique_tokens or 0),
-        loss=loss_ahead(parameter_count(a), tokens, unique_tokens, config.vocab_size) if from_scratch else None,
+        disk_bytes=disk_bytes(checkpoint, settings, steps, a.vocab_size, unique_tokens or 0),
+        loss=loss_ahead(parameter_count(a), tokens, unique_tokens, a.vocab_size) if from_scratch else None,
     )
 
 
@@ -95,21 +108,22 @@ def loss_ahead(parameters: int, tokens: int, unique_tokens: int | None, vocab_si
     return loss if loss < math.log(vocab_size) else None
 
 
-def guessed_rate(inventory: MemoryProfile, length: int, device: Device) -> float:
+def guessed_rate(profile: MemoryProfile, length: int, device: Device) -> float:
     """Tokens per second, from the device's peak and `EFFICIENCY`."""
     efficiency = EFFICIENCY.get(device.torch_device.type, EFFICIENCY["cpu"])
-    return efficiency * measured_peak(device) / operations_per_token(inventory, length)
+    beside = 0 if profile.beside is None else flops_per_token(profile.beside.architecture, length).forward
+    return efficiency * measured_peak(device) / (StepFlops(profile.model, length).of_step(1, 1) + beside)
 
 
 def run_bytes(
-    inventory: MemoryProfile, settings: TrainSettings, rows: int, length: int, device: Device, held: int | None = None
+    profile: MemoryProfile, settings: TrainSettings, length: int, device: Device, held: int | None = None
 ) -> tuple[int, int]:
     """Peak bytes of a run, in a step or a forward pass between two: from `held`, measured in a few steps, and by
     arithmetic alone. Both are equal without `held`.
     """
-    micro, used = min(rows, settings.rows_per_micro_batch(length)), inventory.used(length)
-    training = training_bytes(inventory, settings, micro, used, device, settings.gradient_checkpointing)
-    reading, state = max(reading_peaks(inventory, used, device)), state_bytes(inventory, settings, device)
+    used = profile.used(length)
+    training = training_bytes(profile, settings, settings.rows_per_micro_batch(length), used, device)
+    reading, state = max(reading_peaks(profile, used, device)), state_bytes(profile, settings, device)
     if device.torch_device.type != "cpu":
         return max(held or training, state + reading), max(training, state + reading)
     # Blocks freed by a step are too small to reuse for a forward pass that needs more than all of them.
@@ -118,8 +132,99 @@ def run_bytes(
     return (held + BETWEEN_STEPS + beside if held else counted), counted
 
 
-def disk_bytes(state: int, settings: TrainSettings, steps: int, vocab_size: int, unique_tokens: int) -> int:
+def disk_bytes(checkpoint: int, settings: TrainSettings, steps: int, vocab_size: int, unique_tokens: int) -> int:
     """Bytes of the checkpoints at most (those kept, the best, and one being written), and of the text's tokens."""
     interval = settings.save_steps or settings.evaluation_interval(steps)
     checkpoints = min(-(-steps // interval), settings.save_total_limit + 1) + 1
-    return checkpoints * state + unique_tokens * (2 if vocab_size <= 65_536 else 4)
+    return checkpoints * checkpoint + unique_tokens * (2 if vocab_size <= 65_536 else 4)
+
+
+# -- plan.json --------------------------------------------------------------------------------------------------------
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB"
+
+
+SHOWN: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "seconds": ("time", clock),
+    "memory_bytes": ("memory", _mebibytes),
+    "disk_bytes": ("disk", _mebibytes),
+    "validation_loss": ("loss", "{:.3f}".format),
+}
+
+
+class PlanFile:
+    """Hook for every step that writes the forecast once the speed is known; `complete` adds the actual figures.
+
+    Create it when all models of its profile are in memory but nothing else of training, and call it last, so that
+    its times cover the whole step. Seconds are those of this process, from its first step.
+    """
+
+    def __init__(
+        self, root: Path, profile: MemoryProfile, settings: TrainSettings, steps: int, device: Device, **data: Any
+    ) -> None:
+        """`data` are arguments of `forecast` about the training text."""
+        self.path, self.steps, self.device = root / "plan.json", steps, device
+        self.forecast = functools.partial(forecast, profile, settings, steps, device, **data)
+        weights = weights_bytes(profile)  # first: counting loads libraries, which belong to the memory before the run
+        self.before = 0 if device.torch_device.type == "cuda" else max(0, resident_memory() - weights)
+        self.content: dict[str, Any] = {"steps": steps}
+        reset_peak_memory(device)
+        length = settings.sequence_length or profile.model.architecture.max_positions
+        self.tokens_per_step = settings.rows_per_step(length) * length
+        self.times = [time.perf_counter()]  # of the beginning, and of the end of each step
+        self.first = 0  # step that this process starts from
+
+    def update(self, state: State, report: Report) -> None:
+        if "predicted" in self.content:
+            return
+        if len(self.times) == 1:
+            self.first = state.step - 1
+            self._write()  # not before: a run that cannot be resumed keeps its file
+        self.times.append(time.perf_counter())
+        if state.step - self.first == min(PROBED, max(1, (self.steps - self.first) // 3)):
+            self._predict()
+
+    def complete(self, validation_loss: float | None) -> str:
+        """Write the actual figures; returns both as one line. Empty if nothing was predicted."""
+        if "predicted" not in self.content:
+            return ""
+        self.content["real"] = {
+            "seconds": round(time.perf_counter() - self.times[0], 1),
+            "memory_bytes": peak_memory(self.device),
+            "disk_bytes": sum(path.stat().st_size for path in self.path.parent.rglob("*") if path.is_file()),
+            "validation_loss": validation_loss,
+        }
+        self._write()
+        predicted, real = self.content["predicted"], self.content["real"]
+        parts = [
+            f"{what} {show(real[name])} where {show(predicted[name])} was expected"
+            for name, (what, show) in SHOWN.items()
+            if real[name] and predicted[name]
+        ]
+        return "the run took: " + ", ".join(parts)
+
+    def _predict(self) -> None:
+        held = peak_memory(self.device) - self.before
+        seconds = np.diff(self.times)
+        counted = seconds[min(WARM_UP, len(seconds) - 1) :]
+        rate = self.tokens_per_step / float(np.median(counted))
+        ahead = self.forecast(tokens_per_second=rate, held_bytes=held)
+        self.content |= {
+            "parameters": ahead.parameters,
+            "tokens": ahead.tokens,
+            "memory_before_bytes": self.before,  # the part of the memory below that was in use before the run
+            "counted_memory_bytes": self.before + ahead.counted_bytes,  # by arithmetic alone, as `slm plan` says it
+            "probe": {"steps": len(counted), "tokens_per_second": round(rate), "memory_bytes": self.before + held},
+            "predicted": {
+                "seconds": round(ahead.seconds * (self.steps - self.first) / self.steps, 1),
+                "memory_bytes": self.before + ahead.memory_bytes,
+                "disk_bytes": ahead.disk_bytes,
+                "validation_loss": None if ahead.loss is None else round(ahead.loss, 3),
+            },
+        }
+        self._write()
+
+    def _write(self) -> None:
+        write_whole(self.path, json.dumps(self.content, indent=2) + "\n")

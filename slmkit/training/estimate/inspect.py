@@ -8,16 +8,17 @@ from pathlib import Path
 
 import torch
 
-from slmkit.device import Device, find_device
+from slmkit.device import find_device
 from slmkit.find import find_model_directory
 from slmkit.model.architectures import Architecture, architecture_of
 from slmkit.model.config import SLMConfig
+from slmkit.model.decoder import Decoder
 from slmkit.model.files.adapter_directory import ADAPTER_WEIGHTS, config_directory, is_adapter
-from slmkit.model.files.find import find_model_or_preset
+from slmkit.model.files.directory import empty_decoder
 from slmkit.model.files.stored import stored_tensors
+from slmkit.model.presets import find_model_or_preset
 from slmkit.model.sizes import cache_size, cache_variants, flops_per_token, parameters_by_module
-from slmkit.training.estimate.memory import reading_bytes, training_bytes
-from slmkit.training.estimate.memory_profile import Blueprint, MemoryProfile
+from slmkit.training.estimate.memory import MemoryProfile, reading_bytes, training_bytes
 from slmkit.training.recipe.recipe import TrainSettings
 
 LONGEST_BY_DEFAULT = 2_048  # tokens
@@ -32,10 +33,10 @@ class Inspection:
     parameters: dict[str, int]
     operations: dict[str, int]
     cache_bytes: dict[str, int]  # per token, of layers without a window: this configuration and others
-    windows: str
+    window_bytes: int  # of a row's cache, for layers with a window
     cache_of_a_row: int
     memory: dict[str, int]
-    device: str
+    compute_dtype: str
 
     @property
     def parameter_count(self) -> int:
@@ -48,27 +49,34 @@ def inspect_model(
     length: int | None = None,
     precision: str = "auto",
     optimizer: str = "adamw",
-    adapted: Callable[[Path], Blueprint] | None = None,
+    adapted: Callable[[Path], Decoder] | None = None,
 ) -> Inspection:
     """`model` is a model directory, an adapter, a run or a preset; `rows` of `length` tokens go through it at once.
 
-    `adapted` builds the model of an adapter directory: training is then that of the adapter on a frozen base. Raises
-    `UserError` for a model that does not exist, and for a length beyond its context.
+    `adapted` builds the meta model of an adapter directory: training is then that of the adapter on a frozen base.
+    Raises `UserError` for a model that does not exist, and for a length beyond its context.
     """
-    config = config_of(model)
-    a = architecture_of(config)
+    found = find_model_or_preset(model)
+    if isinstance(found, str):
+        config = SLMConfig.from_preset(found)
+    else:
+        config = SLMConfig.from_pretrained(config_directory(found))
+    a, decoder = architecture_of(config), empty_decoder(config)
     length = length or min(a.max_positions, LONGEST_BY_DEFAULT)
     a.expect(length)
-    device = find_device("cpu", precision)
-    adapter = _adapter_directory(model)
-    blueprint = adapted(adapter) if adapted is not None and adapter is not None else a
-    flops = flops_per_token(a, length)
-    cache = cache_size(a, length)
-    windows = f", and {cache.of_windows:,} a row for layers with a window" if cache.of_windows else ""
+    parameters = parameters_by_module(a)
+    if isinstance(found, Path) and is_adapter(found):
+        adapter = find_model_directory(model)
+        tensors = stored_tensors(adapter / ADAPTER_WEIGHTS).values()
+        parameters["adapter"] = sum(torch.Size(tensor.shape).numel() for tensor in tensors)
+        decoder = decoder if adapted is None else adapted(adapter)
+    device, flops, cache = find_device("cpu", precision), flops_per_token(a, length), cache_size(a, length)
+    settings, profile = TrainSettings(optimizer=optimizer), MemoryProfile(decoder)
+    recomputed = settings.model_copy(update={"gradient_checkpointing": 1})
     return Inspection(
         summary=_summary(config, a),
         length=length,
-        parameters=parameters_by_module(a) | _adapter_of(adapter),
+        parameters=parameters,
         operations={
             "forward, matrices": flops.matrices,
             "forward, attention": flops.attention,
@@ -76,48 +84,16 @@ def inspect_model(
         },
         cache_bytes={"as it is": cache.per_token}
         | {name: cache_size(variant, length).per_token for name, variant in cache_variants(a).items()},
-        windows=windows,
+        window_bytes=cache.of_windows,
         cache_of_a_row=cache.at_length,
-        memory=_memory(a, blueprint, rows, length, device, optimizer),
-        device=f"products in {device.describe()['compute_dtype']}",
+        memory={
+            f"training with {optimizer}": training_bytes(profile, settings, rows, length, device),
+            "… and gradient_checkpointing": training_bytes(profile, recomputed, rows, length, device),
+            "running in float32": reading_bytes(a, rows, length, torch.float32),
+            "running in bfloat16": reading_bytes(a, rows, length, torch.bfloat16),
+        },
+        compute_dtype=str(device.describe()["compute_dtype"]),
     )
-
-
-def config_of(model: str | Path) -> SLMConfig:
-    """The config of a preset, a model directory, an adapter's base or a run's best checkpoint.
-
-    Raises `UserError` for none of them.
-    """
-    found = find_model_or_preset(model)
-    return (
-        SLMConfig.from_preset(found) if isinstance(found, str) else SLMConfig.from_pretrained(config_directory(found))
-    )
-
-
-def _adapter_directory(model: str | Path) -> Path | None:
-    """The directory of `model` if it is an adapter; else None."""
-    found = find_model_or_preset(model)
-    return find_model_directory(model) if isinstance(found, Path) and is_adapter(found) else None
-
-
-def _adapter_of(directory: Path | None) -> dict[str, int]:
-    """Parameters of an adapter, without its base."""
-    if directory is None:
-        return {}
-    tensors = stored_tensors(directory / ADAPTER_WEIGHTS).values()
-    return {"adapter": sum(torch.Size(tensor.shape).numel() for tensor in tensors)}
-
-
-def _memory(
-    a: Architecture, blueprint: Blueprint, rows: int, length: int, device: Device, optimizer: str
-) -> dict[str, int]:
-    settings, inventory = TrainSettings(optimizer=optimizer), MemoryProfile(blueprint)
-    return {
-        f"training with {optimizer}": training_bytes(inventory, settings, rows, length, device),
-        "… and gradient_checkpointing": training_bytes(inventory, settings, rows, length, device, recompute_every=1),
-        "running in float32": reading_bytes(a, rows, length, torch.float32),
-        "running in bfloat16": reading_bytes(a, rows, length, torch.bfloat16),
-    }
 
 
 def _summary(config: SLMConfig, a: Architecture) -> str:

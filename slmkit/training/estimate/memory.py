@@ -1,26 +1,127 @@
-"""Peak memory of a training step or a forward pass, measured by running it on meta tensors."""
+"""Peak memory of a run: its models and passes, run on meta tensors.
+
+`slm plan`, `slm inspect`, a run's `plan.json` and `micro_batch_tokens: auto` use it.
+"""
 
 from __future__ import annotations
 
+import copy
 import itertools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from slmkit.data.batch import Batch
 from slmkit.device import Device
 from slmkit.model.architectures import Architecture
 from slmkit.model.decoder import Decoder
-from slmkit.training.estimate.memory_profile import MemoryProfile
+from slmkit.model.sizes import LOGITS_AT_ONCE
+from slmkit.training.losses import token_log_probabilities
+from slmkit.training.objective import Objective, next_token
 from slmkit.training.optimizers.choose import make_optimizers, trained
 from slmkit.training.precision import to_weight_dtype
 from slmkit.training.recipe.recipe import TrainSettings
+
+VALIDATION_ROWS = 8  # rows per validation batch
+
+Reading = Callable[[Decoder, Decoder | None, int], object]  # the model, the teacher or reference model, tokens per row
+
+
+def meta_model_of(model: Decoder) -> Decoder:
+    """A copy of the model on the meta device, with the same frozen parameters."""
+    return _copy(model, lambda tensor: tensor.detach().to("meta"))
+
+
+def zeros_like(model: Decoder, device: torch.device | str = "cpu") -> Decoder:
+    """A copy of a meta model on `device`, all zeros, in training mode."""
+    return _copy(model, lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)).train()
+
+
+def tensors_of(model: nn.Module) -> Iterator[Tensor]:
+    return itertools.chain(model.parameters(), model.buffers())
+
+
+def _copy(model: Decoder, make: Callable[[Tensor], Tensor]) -> Decoder:
+    """A copy of a model with each tensor replaced by `make(tensor)`."""
+    memo: dict[int, Any] = {}
+    for tensor in tensors_of(model):
+        made = make(tensor)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(made, requires_grad=tensor.requires_grad) if is_parameter else made
+    return copy.deepcopy(model, memo)
+
+
+# -- forward passes between two steps ---------------------------------------------------------------------------------
+
+
+def read_text(model: Decoder, beside: Decoder | None, length: int) -> None:
+    """Forward pass of a validation batch, with as many logits as are held at once."""
+    ids = torch.zeros(VALIDATION_ROWS, length, dtype=torch.long)
+    hidden, labels = model(ids).flatten(0, 1), ids.flatten()[:LOGITS_AT_ONCE]
+    nn.functional.cross_entropy(model.logits(hidden[:LOGITS_AT_ONCE]).float(), labels, reduction="sum")
+
+
+def read_answers(model: Decoder, rows: int, length: int) -> None:
+    """Log-probabilities of `rows` rows, with chunked logits."""
+    ids = torch.zeros(rows, length, dtype=torch.long)
+    token_log_probabilities(model(ids).flatten(0, 1), model.head_weight, ids.flatten(), model.architecture.logit_cap)
+
+
+def write_answers(model: Decoder, prompts: int, count: int, length: int, new: int) -> None:
+    """Generation for a batch of prompts of `length` tokens: `count` answers of `new` tokens to each, in the type of
+    the weights.
+    """
+    with torch.autocast("cpu", enabled=False):
+        cache = model.new_cache(prompts, length + new, padding=torch.zeros(prompts, dtype=torch.long))
+        hidden = model(torch.zeros(prompts, length, dtype=torch.long), cache)[:, -1]
+        cache.repeat(count)
+        model.logits(hidden.repeat_interleave(count, dim=0))
+
+
+# -- the models and passes of an objective ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MemoryProfile:
+    """The trained model, the frozen model in memory, and the passes through both. Both are on the meta device.
+
+    `beside` is a teacher or a reference model. `objective` makes a step's objective from it; `extra(rows, length)`
+    gives the extra tensors required by the objective. `readings` are the forward passes between two steps. `longest` is
+    the longest row in tokens, if rows are padded.
+    """
+
+    model: Decoder
+    beside: Decoder | None = None
+    objective: Callable[[Decoder | None], Objective] = lambda beside: next_token
+    extra: Callable[[int, int], Mapping[str, Tensor]] = lambda rows, length: {}
+    readings: tuple[Reading, ...] = (read_text,)
+    longest: int | None = None
+
+    def built(self, device: torch.device | str = "cpu") -> tuple[Decoder, Decoder | None]:
+        """The trained model, and the teacher or reference model: all zeros."""
+        return zeros_like(self.model, device), self.built_beside(device)
+
+    def built_beside(self, device: torch.device | str = "cpu") -> Decoder | None:
+        return None if self.beside is None else zeros_like(self.beside, device).eval().requires_grad_(False)
+
+    def batch(self, rows: int, length: int) -> Batch:
+        """A batch in which every token is learned: [rows, length]."""
+        ids = torch.zeros(rows, length, dtype=torch.long)
+        return Batch(ids, ids, rows * length, extra=self.extra(rows, length))
+
+    def used(self, length: int) -> int:
+        """Positions computed at most for a row of `length` tokens."""
+        return min(length, self.longest or length)
+
+
+# -- bytes ------------------------------------------------------------------------------------------------------------
 
 
 class Ledger(TorchDispatchMode):
@@ -35,8 +136,9 @@ class Ledger(TorchDispatchMode):
         self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.index.Tensor and _is_masked(args[1]):
-            result = args[0].flatten(0, args[1][0].dim() - 1).clone()
+        indices = args[1] if func is torch.ops.aten.index.Tensor else []
+        if len(indices) == 1 and indices[0] is not None and indices[0].dtype == torch.bool:
+            result = args[0].flatten(0, indices[0].dim() - 1).clone()
         else:
             result = func(*args, **(kwargs or {}))
         tree_map_only(Tensor, self._note, result)
@@ -56,68 +158,59 @@ class Ledger(TorchDispatchMode):
         self.now -= size
 
 
-def _is_masked(indices: Sequence[Tensor | None]) -> bool:
-    return len(indices) == 1 and indices[0] is not None and indices[0].dtype == torch.bool
-
-
-def training_bytes(
-    inventory: MemoryProfile, settings: TrainSettings, rows: int, length: int, device: Device, recompute_every: int = 0
-) -> int:
+def training_bytes(profile: MemoryProfile, settings: TrainSettings, rows: int, length: int, device: Device) -> int:
     """Peak bytes of a step: weights, gradients, optimizer state, activations kept for the backward pass, and the
-    teacher or reference model.
-
-    One micro-batch is `rows` of `length` tokens, all learned; every `recompute_every`-th block is recomputed in the
-    backward pass.
+    teacher or reference model. One micro-batch is `rows` of `length` tokens, all learned.
     """
     with FakeTensorMode(), Ledger() as ledger:
-        decoder, beside = inventory.built()
-        decoder.recompute_every = recompute_every
-        optimizers = _optimizers_of(decoder, settings, device)
-        batch, objective = inventory.batch(rows, length), inventory.objective(beside)
-        for parameter in trained(decoder).values():
-            parameter.grad = torch.empty_like(parameter)
-        _update(optimizers)  # creates the optimizer state that all steps but the first have
-        with device.autocast():
-            loss = objective(decoder, batch).total
-        loss.backward()
-        _update(optimizers)
+        run_step(profile, settings, rows, length, device, torch.device("cpu"))
     return ledger.peak
 
 
-def state_bytes(inventory: MemoryProfile, settings: TrainSettings, device: Device) -> int:
+def run_step(
+    profile: MemoryProfile, settings: TrainSettings, rows: int, length: int, device: Device, where: torch.device
+) -> None:
+    """A training step of the profile's models, on zeros, in the types of `device`."""
+    decoder, beside = profile.built(where)
+    optimizers = _optimizers_after_a_step(decoder, settings, device)
+    decoder.recompute_every = settings.gradient_checkpointing
+    objective, batch = profile.objective(beside), profile.batch(rows, length).to(where)
+    with device.autocast():
+        loss = objective(decoder, batch).total
+    loss.backward()
+    for optimizer in optimizers:
+        optimizer.step()
+
+
+def state_bytes(profile: MemoryProfile, settings: TrainSettings, device: Device) -> int:
     """Bytes held between two steps: weights, optimizer state, and the teacher or reference model."""
     with FakeTensorMode(), Ledger() as ledger:
-        decoder, beside = inventory.built()
-        optimizers = _optimizers_of(decoder, settings, device)
-        for parameter in trained(decoder).values():
-            parameter.grad = torch.empty_like(parameter)
-        _update(optimizers)
+        models = profile.built()
+        optimizers = _optimizers_after_a_step(models[0], settings, device)
         held = ledger.now
-        del beside
+        del models, optimizers
     return held
 
 
-def weights_bytes(inventory: MemoryProfile) -> int:
+def weights_bytes(profile: MemoryProfile) -> int:
     """Bytes of all models before the first step."""
     with FakeTensorMode():
-        models = [model for model in inventory.built() if model is not None]
-        return sum(tensor.nbytes for model in models for tensor in _tensors_of(model))
+        return sum(tensor.nbytes for model in profile.built() if model is not None for tensor in tensors_of(model))
 
 
-def checkpoint_bytes(inventory: MemoryProfile, settings: TrainSettings, device: Device) -> int:
+def checkpoint_bytes(profile: MemoryProfile, settings: TrainSettings, device: Device) -> int:
     """Bytes of a checkpoint: trained weights and optimizer state, without frozen weights."""
-    state = state_bytes(replace(inventory, beside=None), settings, device)
-    if isinstance(inventory.model, Architecture):
-        return state
-    return state - sum(tensor.nbytes for tensor in _tensors_of(inventory.model) if not tensor.requires_grad)
+    frozen = [tensor for tensor in tensors_of(profile.model) if not tensor.requires_grad]
+    beside = [] if profile.beside is None else [*tensors_of(profile.beside)]
+    return state_bytes(profile, settings, device) - sum(tensor.nbytes for tensor in (*frozen, *beside))
 
 
-def reading_peaks(inventory: MemoryProfile, length: int, device: Device) -> list[int]:
+def reading_peaks(profile: MemoryProfile, length: int, device: Device) -> list[int]:
     """Peak bytes that each forward pass between two steps adds to those held already."""
     peaks = []
-    for read in inventory.readings:
+    for read in profile.readings:
         with FakeTensorMode(), torch.no_grad(), Ledger() as ledger:
-            decoder, beside = inventory.built()
+            decoder, beside = profile.built()
             weights = ledger.now
             with device.autocast():
                 read(decoder.eval(), beside, length)
@@ -125,16 +218,22 @@ def reading_peaks(inventory: MemoryProfile, length: int, device: Device) -> list
     return peaks
 
 
-def _tensors_of(model: Decoder) -> Iterator[Tensor]:
-    return itertools.chain(model.parameters(), model.buffers())
-
-
-def _optimizers_of(decoder: Decoder, settings: TrainSettings, device: Device) -> list[torch.optim.Optimizer]:
-    """The optimizers of a meta decoder, with its weights in their training type."""
+def _optimizers_after_a_step(decoder: Decoder, settings: TrainSettings, device: Device) -> list[torch.optim.Optimizer]:
+    """The optimizers of a meta decoder, with the state that all steps but the first have; weights in their training
+    type.
+    """
     to_weight_dtype(decoder, device)
+    parameters = trained(decoder).values()
     if settings.optimizer == "adamw_8bit":  # bitsandbytes' needs real tensors
-        return [_MomentsOf8Bits(trained(decoder).values(), {})]
-    return make_optimizers(decoder, settings, device)
+        optimizers: list[torch.optim.Optimizer] = [_MomentsOf8Bits(parameters, {})]
+    else:
+        optimizers = make_optimizers(decoder, settings, device)
+    for parameter in parameters:
+        parameter.grad = torch.empty_like(parameter)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return optimizers
 
 
 class _MomentsOf8Bits(torch.optim.Optimizer):
@@ -143,14 +242,8 @@ class _MomentsOf8Bits(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for p in self.param_groups[0]["params"]:
             if not self.state[p]:
-                blocks = torch.empty(2, -(-p.numel() // 256))
-                self.state[p] = {"moments": torch.empty(2, *p.shape, dtype=torch.uint8), "blocks": blocks}
-
-
-def _update(optimizers: list[torch.optim.Optimizer]) -> None:
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+                blocks = p.new_empty(2, -(-p.numel() // 256), dtype=torch.float32)
+                self.state[p] = {"moments": p.new_empty(2, *p.shape, dtype=torch.uint8), "blocks": blocks}
 
 
 def reading_bytes(architecture: Architecture, rows: int, length: int, dtype: torch.dtype) -> int:

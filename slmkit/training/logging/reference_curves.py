@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from slmkit.training.recipe.recipe import Recipe
 
 CURVES = Path(__file__).with_name("reference_curves.json")
-POINTS = 40  # windows of a run
-DEVIATIONS, NEIGHBOURS, NARROWEST = 3.0, 3, 0.02  # the last in nats: with few seeds some windows agree by chance
 # Settings that do not change what is learned.
 WITHOUT_EFFECT = {
     "logging_steps", "eval_steps", "save_steps", "save_total_limit", "sample_prompts", "sample_tokens", "report_to",
@@ -80,38 +78,9 @@ class ReferenceBand:
             self.is_whole = report["step"] == 1
         while self.number < len(self.curve) and report["tokens"] > self.curve[self.number].tokens:
             if self.is_whole and self.losses:
-                self.word = verdict(self.curve[self.number], statistics.fmean(self.losses))
+                point, loss = self.curve[self.number], statistics.fmean(self.losses)
+                self.word = "above" if loss > point.high else "below" if loss < point.low else "inside"
             self.losses, self.number, self.is_whole = [], self.number + 1, bool(self.losses)
         self.losses.append(report["loss"])
         if self.word is not None:
             report["reference"] = self.word
-
-
-def verdict(point: Point, loss: float) -> str:
-    return "above" if loss > point.high else "below" if loss < point.low else "inside"
-
-
-def stretches(reports: Sequence[Report], ends: Sequence[int]) -> list[float]:
-    """Mean losses, in nats, between consecutive `ends` (trained tokens) of a run that logged every step."""
-    sums, counts, number = [0.0] * len(ends), [0] * len(ends), 0
-    for report in reports:
-        while number < len(ends) and report["tokens"] > ends[number]:
-            number += 1
-        if number == len(ends):
-            break
-        sums[number] += report["loss"]
-        counts[number] += 1
-    return [total / count for total, count in zip(sums, counts) if count]
-
-
-def band(ends: Sequence[int], seeds: Sequence[Sequence[float]]) -> list[Point]:
-    """Points of a curve from the window means of at least two seeds."""
-    columns = list(zip(*seeds))
-    variances = [statistics.variance(column) for column in columns]
-    points = []
-    for number, (end, column) in enumerate(zip(ends, columns)):
-        near = variances[max(0, number - NEIGHBOURS) : number + NEIGHBOURS + 1]
-        mean = statistics.fmean(column)
-        half = max(NARROWEST, DEVIATIONS * (statistics.fmean(near) * (1 + 1 / len(seeds))) ** 0.5)
-        points.append(Point(end, round(mean, 4), round(mean - half, 4), round(mean + half, 4)))
-    return points

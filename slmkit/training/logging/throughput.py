@@ -6,8 +6,27 @@ import time
 
 from slmkit.device import Device, measured_peak, peak_memory
 from slmkit.model.decoder import Decoder
-from slmkit.training.estimate.flops import StepOperations
+from slmkit.model.sizes import flops_per_token
 from slmkit.training.loop import Report, State
+
+
+class StepFlops:
+    """FLOPs of an update, forward and backward. A frozen matrix needs no weight gradient; adapter parameters beside it
+    have their own products.
+    """
+
+    def __init__(self, model: Decoder, length: int) -> None:
+        a = model.architecture
+        self.per_token, self.head = flops_per_token(a, length), 2 * a.vocab_size * a.width
+        self.is_frozen = not all(parameter.requires_grad for parameter in model.parameters())
+        trained = sum(p.numel() for p in model.blocks.parameters() if p.requires_grad and p.dim() == 2)
+        self.adapter = trained if self.is_frozen else 0
+
+    def of_step(self, positions: int, trained: int) -> int:
+        """FLOPs of an update in which `trained` of all positions are learned: only those pass through the head."""
+        matrices = positions * self.per_token.matrices - (positions - trained) * self.head
+        attention, adapter = positions * self.per_token.attention, positions * 2 * self.adapter
+        return (2 if self.is_frozen else 3) * matrices + 3 * (attention + adapter)
 
 
 class ThroughputMonitor:
@@ -34,7 +53,7 @@ class ThroughputMonitor:
         `tokens` and `seconds` are those of a resumed run so far.
         """
         self.device, self.positions = device, (rows_per_step or 0) * length
-        self.operations = StepOperations.of(model, length)
+        self.flops = StepFlops(model, length)
         self.peak = measured_peak(device) * device.ranks.world
         self.tokens = tokens
         self.started = time.monotonic() - seconds
@@ -49,4 +68,4 @@ class ThroughputMonitor:
 
     def step_flops(self, trained: int) -> int:
         """FLOPs of an update in which `trained` of all positions are learned."""
-        return self.operations.of_step(self.positions, trained)
+        return self.flops.of_step(self.positions, trained)

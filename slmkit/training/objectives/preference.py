@@ -22,8 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from slmkit.data.batch import Batch
-from slmkit.data.rows.judged import JudgedRows
-from slmkit.data.rows.pairs import PairRows
+from slmkit.data.rows.answers import JudgedRows, PairRows
 from slmkit.device import Device
 from slmkit.model.decoder import Decoder
 from slmkit.training.losses import IGNORED, token_log_probabilities

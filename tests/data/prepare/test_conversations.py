@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,11 @@ from slmkit.cli.data import _print_samples
 from slmkit.config import UserError
 from slmkit.data.make_batches import make_batches
 from slmkit.data.prepare import conversations
-from slmkit.data.prepare.conversations import IN_ROWS, UNLEARNED, ConversationEncoder
+from slmkit.data.prepare.conversations import IN_ROWS, UNLEARNED, ConversationEncoder, EncodedConversation, prepare_chat
 from slmkit.data.prepare.corpus import Corpus
-from slmkit.data.prepare.open_sources import encoded_of, pairs_of, questions_of
+from slmkit.data.prepare.open_sources import read_rows
 from slmkit.data.prepare.preview import samples_of_shards
-from slmkit.data.prepare.text_to_shards import prepare_chat
-from slmkit.data.settings import DataSettings
+from slmkit.data.settings import DataSettings, Reads
 from slmkit.data.sources import Source, open_source
 from slmkit.data.sources.settings import SourceSettings
 from slmkit.data.stream import ChatRows
@@ -53,6 +53,12 @@ def learned(tokenizer: SLMTokenizer, chat: ChatTokens) -> list[str]:
 
 def source_of(path: Path, **settings: Any) -> Source:
     return open_source(SourceSettings(path=str(path), **settings))
+
+
+def encoded_of(
+    source: Source, encoder_of: Callable[[Source], ConversationEncoder], reads: Reads = "conversations"
+) -> Iterator[EncodedConversation]:
+    return encoder_of(source).encode_all(row for row, _ in read_rows(source, reads))
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -138,10 +144,8 @@ def test_a_bad_row_is_refused_by_its_place_or_left_out_and_counted(
 
 @pytest.mark.parametrize("reads", ["pairs", "questions"])
 def test_pairs_and_questions_that_the_template_refuses_are_left_out_and_counted(
-    tokenizer: SLMTokenizer, tmp_path: Path, reads: str
+    tokenizer: SLMTokenizer, tmp_path: Path, reads: Reads
 ) -> None:
-    read: Any = {"pairs": pairs_of, "questions": questions_of}[reads]
-
     def row(asked: str) -> dict[str, Any]:
         if reads == "pairs":
             return {"prompt": asked, "chosen": "a", "rejected": "b"}
@@ -150,10 +154,10 @@ def test_pairs_and_questions_that_the_template_refuses_are_left_out_and_counted(
     path, ours = tmp_path / "a.jsonl", with_refusal(tokenizer)
     path.write_text("".join(json.dumps(row(asked)) + "\n" for asked in ("Hi", "forbidden", "Hello")))
     with pytest.raises(UserError, match="not here") as raised:
-        list(read(source_of(path), ours))
+        list(encoded_of(source_of(path), lambda source: ConversationEncoder(ours, source), reads))
     assert str(raised.value).startswith(f"{path}:2: ")
     source = source_of(path, on_bad_row="skip", name="mine")
-    assert len(list(read(source, ours))) == 2
+    assert len(list(encoded_of(source, lambda source: ConversationEncoder(ours, source), reads))) == 2
     (line,) = source.report()
     assert line.startswith(f"mine: 1 skipped (refused by the chat template), such as {path}:2: ")
 

@@ -9,14 +9,12 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from slmkit.config import UserError
-from slmkit.data.prepare.conversations import ConversationEncoder
-from slmkit.data.rows.judged import prepare_judgements
-from slmkit.data.rows.pairs import prepare_pairs
+from slmkit.data.prepare.conversations import ConversationEncoder, prepare_chat
 from slmkit.data.rows.text_dataset import TextDataset
 from slmkit.data.shards.work import document_ids, encode
 from slmkit.data.sources import Document, Judged
 from slmkit.data.sources.documents import PIECE, Pair, pieces
-from slmkit.data.streaming.rows import tokenized
+from slmkit.data.streaming import tokenized
 from slmkit.tokenizer import SLMTokenizer
 from tests.tokenizer.conftest import save_foreign
 from tests.tokenizer.kinds import CONFIG, MADE, REAL, directory_of
@@ -86,11 +84,11 @@ def test_lost_text_of_pairs_and_judgements_is_refused_too(tmp_path: Path) -> Non
     asked = {"role": "user", "content": "cat"}
     good, bad = ([asked, {"role": "assistant", "content": said}] for said in ("猫" * 99, "cat"))
     with pytest.raises(UserError, match="of the text"):
-        prepare_pairs([Pair(good, bad, 1)], ours, tmp_path / "pairs")
+        prepare_chat([Pair(good, bad, 1)], ours, tmp_path / "pairs")
     ours = lossy(tmp_path, byte_level=True)
     ours.chat_template = TEMPLATES["plain"]
     with pytest.raises(UserError, match="of the text"):
-        prepare_judgements([Judged(good, True)], ours, tmp_path / "judgements")
+        prepare_chat([Judged(good, True)], ours, tmp_path / "judgements", judged=True)
 
 
 def test_a_vocabulary_with_every_byte_loses_nothing(tmp_path: Path) -> None:

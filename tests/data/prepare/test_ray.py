@@ -12,7 +12,7 @@ import pytest
 from slmkit.config import UserError
 from slmkit.data import stories
 from slmkit.data.cleaning.settings import CleaningSettings
-from slmkit.data.prepare.many_sources import Reading
+from slmkit.data.prepare.open_sources import Reading
 from slmkit.data.prepare.ray import prepare_text_on_ray
 from slmkit.data.prepare.text_to_shards import prepare_text
 from slmkit.data.sources.settings import SourceSettings

@@ -12,8 +12,11 @@ from pathlib import Path
 import pytest
 
 from slmkit.config import UserError
+from slmkit.data.prepare import conversations
 from slmkit.data.prepare import text_to_shards as prepare
-from slmkit.data.prepare.text_to_shards import prepare_chat, prepare_text, split_conversations, split_validation
+from slmkit.data.prepare.conversations import prepare_chat
+from slmkit.data.prepare.held_out import split_conversations, split_validation
+from slmkit.data.prepare.text_to_shards import prepare_text
 from slmkit.data.shards.reader import TokenShards
 from slmkit.data.sources import Document, read_documents
 from tests.data.byte_tokenizer import ByteTokenizer, chat
@@ -53,7 +56,7 @@ def test_shards_do_not_depend_on_how_much_is_tokenized_at_once(
     tmp_path: Path, batch: int, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(prepare, "BATCH_CHARACTERS", batch)
-    monkeypatch.setattr(prepare, "BATCH_CONVERSATIONS", 3)
+    monkeypatch.setattr(conversations, "BATCH_CONVERSATIONS", 3)
     shards = prepare_text([f"document {i}" for i in range(50)], TOKENIZER, tmp_path / "shards")
     assert documents_in(shards) == [[*f"document {i}".encode(), EOS] for i in range(50)]
     shards = prepare_chat([chat(f"{i}?", f"{i}!") for i in range(8)], TOKENIZER, tmp_path / "chats")

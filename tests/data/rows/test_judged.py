@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from slmkit.config import UserError
-from slmkit.data.rows.judged import JudgedRows, prepare_judgements
-from slmkit.data.rows.pairs import PairRows
+from slmkit.data.prepare.conversations import prepare_chat
+from slmkit.data.rows.answers import JudgedRows, PairRows
 from slmkit.data.shards.reader import TokenShards
 from slmkit.data.shards.writer import ShardWriter
 from slmkit.data.sources import Judged
@@ -30,7 +30,7 @@ ROWS = [(talk(f"What is {n}?", "An answer " * n), n % 3 == 0) for n in range(1, 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> TokenShards:
     judgements = [Judged(messages, label) for messages, label in ROWS]
-    return prepare_judgements(judgements, TOKENIZER, tmp_path_factory.mktemp("judged") / "shards")
+    return prepare_chat(judgements, TOKENIZER, tmp_path_factory.mktemp("judged") / "shards", judged=True)
 
 
 def learned(ids: np.ndarray, labels: np.ndarray) -> str:
@@ -76,7 +76,7 @@ def test_each_answer_stands_once_behind_the_prompt_of_another_row(shards: TokenS
 def test_answers_that_do_not_fit_are_cut_or_left_out_and_said_so(shards: TokenShards) -> None:
     beginning = len(TOKENIZER.encode_chat(ROWS[0][0][:-1], add_generation_prompt=True).ids)
     rows = JudgedRows(shards, beginning + 25)
-    assert (rows.rows_in_epoch, rows.truncated, rows.untrained) == (7, 5, 0)
+    assert (rows.rows_in_epoch, *rows.left_out.values()) == (7, 0, 5)
     assert rows.report() == [f"5 answers are cut at {beginning + 25} tokens"]
     assert all(
         (row != -100).any() for index in range(7) for row in (rows.row(index)[1], rows.extra(index)["other_labels"])

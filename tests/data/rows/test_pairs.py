@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from slmkit.config import UserError
-from slmkit.data.prepare.text_to_shards import prepare_chat
-from slmkit.data.rows.pairs import PairRows, prepare_pairs
+from slmkit.data.prepare.conversations import prepare_chat
+from slmkit.data.rows.answers import PairRows
 from slmkit.data.rows.torch_dataset import ItemFormat
 from slmkit.data.sources import open_source
 from slmkit.data.sources.formats import pair_of
@@ -102,7 +102,7 @@ def test_rows_without_the_columns_name_them(tmp_path: Path) -> None:
 
 def rows_of(folder: Path, length: int, *answers: tuple[str, str]) -> PairRows:
     pairs = [pair_of([*BEFORE, *say(good)], [*BEFORE, *say(bad)]) for good, bad in answers]
-    return PairRows(prepare_pairs(pairs, TOKENIZER, folder / "shards"), length)
+    return PairRows(prepare_chat(pairs, TOKENIZER, folder / "shards"), length)
 
 
 def test_a_row_is_both_answers_and_only_they_are_learned(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_answers_that_do_not_fit_are_cut_or_left_out_and_said_so(tmp_path: Path)
     long = "very " * 20
     beginning = len(TOKENIZER.encode_chat(BEFORE, add_generation_prompt=True).ids)
     rows = rows_of(tmp_path, beginning + 20, ("Good.", "Bad."), (long, "No"), ("Yes", long))
-    assert (rows.rows_in_epoch, rows.truncated, rows.untrained) == (3, 2, 0)
+    assert (rows.rows_in_epoch, *rows.left_out.values()) == (3, 0, 0, 2)
     assert "2 pairs have an answer that is cut" in rows.report()[0]
     with pytest.raises(UserError, match="no pair to learn from: 3 pairs left out: nothing of an answer"):
         PairRows(rows.shards, beginning)
@@ -133,11 +133,11 @@ def test_pairs_whose_tokens_are_the_same_are_left_out_and_counted(tmp_path: Path
     beginning = len(TOKENIZER.encode_chat(BEFORE, add_generation_prompt=True).ids)
     same = ("the same words, then this", "the same words, then that")
     rows = rows_of(tmp_path, beginning + 10, same, ("Good.", "Bad."), same)
-    assert (rows.rows_in_epoch, rows.equal) == (1, 2)
+    assert (rows.rows_in_epoch, *rows.left_out.values()) == (1, 0, 2, 0)
     assert rows.report()[0] == f"2 pairs left out: their answers have the same tokens within {beginning + 10}"
     assert TOKENIZER.decode(rows.row(0)[0][0].tolist()).count("Good.")
     whole = PairRows(rows.shards, 160)
-    assert (whole.rows_in_epoch, whole.equal) == (3, 0)
+    assert (whole.rows_in_epoch, *whole.left_out.values()) == (3, 0, 0, 0)
 
 
 def test_pairs_that_a_template_makes_equal_are_left_out(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_pairs_that_a_template_makes_equal_are_left_out(tmp_path: Path) -> None:
     )
     pairs = [pair_of([*ASKED, *say("Good.")], [*ASKED, *say("Good. ")])] * 2
     with pytest.raises(UserError, match="no pair to learn from: 2 pairs left out: their answers have the same tokens"):
-        PairRows(prepare_pairs(pairs, trimming, tmp_path / "shards"), 160)
+        PairRows(prepare_chat(pairs, trimming, tmp_path / "shards"), 160)
 
 
 def test_shards_of_something_else_are_refused(tmp_path: Path) -> None:

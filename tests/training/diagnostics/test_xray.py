@@ -14,9 +14,9 @@ from slmkit.config import UserError
 from slmkit.data import stories
 from slmkit.data.batch import Batch
 from slmkit.data.packing import IGNORED
-from slmkit.data.prepare.text_to_shards import prepare_chat, prepare_text
-from slmkit.data.rows.judged import JudgedRows, prepare_judgements
-from slmkit.data.rows.pairs import PairRows, prepare_pairs
+from slmkit.data.prepare.conversations import prepare_chat
+from slmkit.data.prepare.text_to_shards import prepare_text
+from slmkit.data.rows.answers import JudgedRows, PairRows
 from slmkit.data.shards.reader import TokenShards
 from slmkit.data.shards.writer import ShardWriter
 from slmkit.data.sources import open_source, read_documents
@@ -201,14 +201,14 @@ def test_answers_that_contradict_each_other_are_counted(tmp_path: Path, tokenize
 
     vocabulary = vocabulary_of(tokenizer, len(tokenizer))
     pairs = [pair_of(asked(good), asked(bad)) for good, bad in (("A.", "B."), ("B.", "A."), ("A.", "C."), ("C.", "D."))]
-    rows = PairRows(prepare_pairs(pairs, tokenizer, tmp_path / "pairs"), LENGTH)
+    rows = PairRows(prepare_chat(pairs, tokenizer, tmp_path / "pairs"), LENGTH)
     (note,) = examine(Stream(rows, 2), vocabulary, [rows.shards], is_padded=True).notes
     assert note.startswith("2 of 4 pairs are there the other way round, too")
     judged = [Judged(asked(text), label) for text, label in (("A.", True), ("A.", False), ("B.", True), ("C.", False))]
-    shards = prepare_judgements(judged, tokenizer, tmp_path / "judged")
+    shards = prepare_chat(judged, tokenizer, tmp_path / "judged", judged=True)
     (note,) = examine(Stream(JudgedRows(shards, LENGTH), 2), vocabulary, [shards], is_padded=True).notes
     assert note.startswith("2 of 4 answers to the same prompt are labelled good in one row and bad in another")
-    consistent = prepare_judgements(judged[1:], tokenizer, tmp_path / "consistent")
+    consistent = prepare_chat(judged[1:], tokenizer, tmp_path / "consistent", judged=True)
     assert not examine(Stream(JudgedRows(consistent, LENGTH), 2), vocabulary, [consistent], is_padded=True).notes
 
 

@@ -7,15 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.reference_curves import band, stretches
 from slmkit.training.logging.metrics_log import MetricsLog
 from slmkit.training.logging.reference_curves import (
     CURVES,
     Point,
     ReferenceBand,
-    band,
     find_curve,
     signature,
-    stretches,
 )
 from slmkit.training.loop import Every
 from slmkit.training.recipe.recipe import Recipe, find_recipe, load_recipe

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from slmkit.data.batch import Batch
-from slmkit.data.rows.judged import JudgedRows, prepare_judgements
+from slmkit.data.prepare.conversations import prepare_chat
+from slmkit.data.rows.answers import JudgedRows
 from slmkit.data.sources import Judged
 from slmkit.model.files.directory import save_decoder
 from slmkit.model.initialization import build_decoder
@@ -32,7 +33,9 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> JudgedRows:
         Judged([{"role": "user", "content": f"What is {n}?"}, {"role": "assistant", "content": answer}], label)
         for n, (answer, label) in enumerate(ANSWERS)
     ]
-    rows = JudgedRows(prepare_judgements(judgements, TOKENIZER, tmp_path_factory.mktemp("judged") / "shards"), LENGTH)
+    rows = JudgedRows(
+        prepare_chat(judgements, TOKENIZER, tmp_path_factory.mktemp("judged") / "shards", judged=True), LENGTH
+    )
     rows.reference = reference_log_probabilities(build_decoder(CONFIG, 1), rows, DEVICE, 2, lambda rows, tokens: None)
     return rows
 

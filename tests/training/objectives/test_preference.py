@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from slmkit.data.batch import Batch
-from slmkit.data.rows.pairs import PairRows, prepare_pairs
+from slmkit.data.prepare.conversations import prepare_chat
+from slmkit.data.rows.answers import PairRows
 from slmkit.data.sources.formats import pair_of
 from slmkit.model.config import SLMConfig
 from slmkit.model.decoder import Decoder
@@ -36,7 +37,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> PairRows:
         return [*before, {"role": "user", "content": "What?"}, {"role": "assistant", "content": answer}]
 
     pairs = [pair_of(talk(i, better), talk(i, worse)) for i, (better, worse) in enumerate(ANSWERS)]
-    rows = PairRows(prepare_pairs(pairs, TOKENIZER, tmp_path_factory.mktemp("pairs") / "shards"), LENGTH)
+    rows = PairRows(prepare_chat(pairs, TOKENIZER, tmp_path_factory.mktemp("pairs") / "shards"), LENGTH)
     reference = build_decoder(CONFIG, seed=1)
     rows.reference = reference_log_probabilities(reference, rows, plan(1).device, 3, lambda pairs, tokens: None)
     return rows

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 import slmkit.training.logging.logger
 from slmkit.config import UserError, load_settings, read_yaml, to_yaml
 from slmkit.device import DeviceError
-from slmkit.training.logging.plan_json import PlanFile
+from slmkit.training.estimate.forecast import PlanFile
 from slmkit.training.loop import RunStopped, StopRequested
 from slmkit.training.recipe.changes import LENGTH, OBEYED
 from slmkit.training.recipe.recipe import Recipe

@@ -15,11 +15,10 @@ from slmkit.data.batch import Batch
 from slmkit.data.mixture import Phase
 from slmkit.data.packing import IGNORED
 from slmkit.data.prepare.conversations import ConversationEncoder
+from slmkit.data.prepare.held_out import is_held_out
 from slmkit.data.sources import open_source
 from slmkit.data.sources.settings import SourceSettings
-from slmkit.data.streaming.batches import StreamedBatches
-from slmkit.data.streaming.blocks import Blocks, document_size, is_held_out
-from slmkit.data.streaming.rows import ConversationRows, TextRows
+from slmkit.data.streaming import Blocks, ConversationRows, StreamedBatches, TextRows
 from tests.data.byte_tokenizer import ByteTokenizer, chat
 
 TOKENIZER = ByteTokenizer()
@@ -42,8 +41,6 @@ def blocks(path: Path, shuffle: int = 0, repeat: bool = True, held_out: float = 
         source.read,
         name="it",
         documents=shuffle or documents,
-        size=document_size,
-        ends=lambda document: document.ends,
         is_kept=lambda document: not is_held_out(document.text, held_out),
         shuffle_seed=3 if shuffle else None,
         repeat=repeat,
@@ -57,8 +54,7 @@ def text_rows(path: Path, **options) -> TextRows:
 def chat_blocks(path: Path, repeat: bool = True) -> Blocks:
     source = open_source(SourceSettings(path=str(path)))
     return Blocks(
-        source.read_conversations, name="it", documents=8, size=lambda _: 100, ends=lambda _: True,
-        is_kept=lambda _: True, shuffle_seed=3, repeat=repeat,
+        source.read_conversations, name="it", documents=8, is_kept=lambda _: True, shuffle_seed=3, repeat=repeat,
     )  # fmt: skip
 
 
@@ -124,7 +120,7 @@ def test_a_shuffle_moves_whole_documents_within_a_block_and_differs_by_epoch(tmp
 
 
 def test_a_document_of_many_pieces_stays_in_one_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slmkit.data.streaming.blocks.BLOCK_CHARACTERS", 200_000)
+    monkeypatch.setattr("slmkit.data.streaming.BLOCK_CHARACTERS", 200_000)
     long = "".join(f"{number} is a number\n" for number in range(20_000))  # five pieces, more than a block holds
     texts = [*numbered_texts("a", 5), long, *numbered_texts("b", 5)]
     path = write(tmp_path / "a.jsonl", *texts)

@@ -10,16 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from slmkit.config import UserError
 from slmkit.device import find_device
-from slmkit.model.architectures import architecture_of
 from slmkit.model.config import SLMConfig
+from slmkit.model.files.directory import empty_decoder
 from slmkit.training.estimate.forecast import disk_bytes, forecast, loss_ahead
-from slmkit.training.estimate.memory import state_bytes
-from slmkit.training.estimate.memory_profile import MemoryProfile
-from slmkit.training.estimate.plan import propose
-from slmkit.training.estimate.probe import ProbeTarget, probe
-from slmkit.training.recipe.recipe import Recipe, TrainSettings
+from slmkit.training.estimate.memory import MemoryProfile, state_bytes
+from slmkit.training.estimate.probe import probe
+from slmkit.training.recipe.recipe import TrainSettings
 from tests.training.helpers import config, settings
 from tests.training.helpers import run as trained
 
@@ -28,6 +25,7 @@ SHAPE = {
     "vocab_size": 2_048, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4,
     "num_attention_heads": 3, "max_position_embeddings": 256,
 }  # fmt: skip
+PROFILE = MemoryProfile(empty_decoder(SLMConfig(**SHAPE)))
 
 
 def test_a_checkpoint_takes_what_was_said(tmp_path: Path) -> None:
@@ -37,7 +35,7 @@ def test_a_checkpoint_takes_what_was_said(tmp_path: Path) -> None:
         checkpoint = (root / "latest").resolve()
         files = [checkpoint / "model.safetensors", *(checkpoint / "training_state").glob("*.safetensors")]
         real = sum(path.stat().st_size for path in files)
-        said = state_bytes(MemoryProfile(architecture_of(config())), settings(optimizer=optimizer), CPU)
+        said = state_bytes(MemoryProfile(empty_decoder(config())), settings(optimizer=optimizer), CPU)
         assert said == pytest.approx(real, rel=0.1), optimizer  # the rest is names
 
 
@@ -52,7 +50,7 @@ def test_disk_counts_those_kept_the_best_and_the_one_being_written() -> None:
 @pytest.mark.parametrize("rows_per_micro_batch", [8, 2])
 def test_the_probe_takes_real_steps_also_where_one_has_several_micro_batches(rows_per_micro_batch: int) -> None:
     train = settings(tokens_per_step=8 * 32, micro_batch_tokens=rows_per_micro_batch * 32)
-    found = probe(ProbeTarget.fresh(config()), train, CPU, steps=12)
+    found = probe(MemoryProfile(empty_decoder(config())), train, CPU, steps=12)
     assert found.steps == 12
     assert found.tokens_per_second == pytest.approx(8 * 32 / found.step_seconds)
 
@@ -62,15 +60,16 @@ def test_a_probe_measures_the_memory_that_training_adds() -> None:
 import json, sys
 from slmkit.device import find_device
 from slmkit.model.config import SLMConfig
-from slmkit.model.initialization import build_decoder
+from slmkit.model.files.directory import empty_decoder
 from slmkit.training.estimate.forecast import forecast
-from slmkit.training.estimate.probe import ProbeTarget, probe
+from slmkit.training.estimate.memory import MemoryProfile
+from slmkit.training.estimate.probe import probe
 from slmkit.training.recipe.recipe import TrainSettings
-shape = SLMConfig(**json.loads(sys.argv[1]))
+profile = MemoryProfile(empty_decoder(SLMConfig(**json.loads(sys.argv[1]))))
 train = TrainSettings(sequence_length=256, tokens_per_step=4096, micro_batch_tokens=4096)
 device = find_device("cpu", "float32")
-measured = probe(ProbeTarget.fresh(shape), train, device, steps=3).memory_bytes
-print(json.dumps([forecast(shape, train, 100, device, tokens_per_second=1.0).memory_bytes, measured]))
+measured = probe(profile, train, device, steps=3).memory_bytes
+print(json.dumps([forecast(profile, train, 100, device, tokens_per_second=1.0).memory_bytes, measured]))
 """
     shape = json.dumps(SHAPE)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -81,53 +80,22 @@ print(json.dumps([forecast(shape, train, 100, device, tokens_per_second=1.0).mem
     assert said == pytest.approx(measured, rel=0.25)  # a whole run has an evaluation besides
 
 
-def test_a_proposal_spends_its_budget_and_more_time_buys_a_lower_loss() -> None:
-    short, long = (propose(hours=hours, device_name="cpu", measure=False) for hours in (50, 5_000))
-    for proposal, hours in ((short, 50), (long, 5_000)):
-        assert proposal.ahead.seconds == pytest.approx(hours * 3600, rel=0.05)
-        assert isinstance(proposal.recipe, Recipe)
-    assert long.ahead.parameters > short.ahead.parameters
-    assert long.ahead.loss < short.ahead.loss
-    assert propose(hours=0.1, device_name="cpu", measure=False).ahead.seconds <= 360
-    by_tokens = propose(tokens=2_000_000_000, device_name="cpu", measure=False)
-    assert by_tokens.ahead.tokens == pytest.approx(2e9, rel=0.01)
-    assert 10 < 2e9 / by_tokens.ahead.parameters < 40
-
-
-def test_a_proposal_without_a_budget_is_refused() -> None:
-    with pytest.raises(UserError, match="needs a budget"):
-        propose()
-
-
-def test_a_proposal_takes_its_data_and_nothing_else(tmp_path: Path) -> None:
-    book = tmp_path / "book.txt"
-    book.write_text("x" * 400_000)
-    proposal = propose(
-        tokens=10_000_000, device_name="cpu", measure=False, overrides=[f"data.source={book}", "output_dir=mine"]
-    )
-    assert (proposal.recipe.data.source, proposal.recipe.output_dir) == (str(book), "mine")
-    assert proposal.epochs == pytest.approx(100, rel=0.01)
-    with pytest.raises(UserError, match=r"^model\.hidden_size=3: a proposal takes only data"):
-        propose(tokens=10_000_000, device_name="cpu", measure=False, overrides=["model.hidden_size=3"])
-
-
 def test_no_loss_is_promised_beyond_guessing() -> None:
     assert loss_ahead(1_000_000, 100_000, None, 4_096) is None
     assert loss_ahead(100_000_000, 2_000_000_000, None, 16_384) == pytest.approx(3.4, abs=0.2)
 
 
 def test_what_steps_were_seen_to_hold_counts_more_than_arithmetic() -> None:
-    shape, train = SLMConfig(**SHAPE), TrainSettings(tokens_per_step=4_096, micro_batch_tokens=4_096)
-    counted, seen, more = (forecast(shape, train, 10, CPU, held_bytes=held) for held in (None, 300 << 20, 400 << 20))
+    train = TrainSettings(tokens_per_step=4_096, micro_batch_tokens=4_096)
+    counted, seen, more = (forecast(PROFILE, train, 10, CPU, held_bytes=held) for held in (None, 300 << 20, 400 << 20))
     assert counted.memory_bytes == counted.counted_bytes == seen.counted_bytes
     assert more.memory_bytes - seen.memory_bytes == 100 << 20
     assert 300 << 20 < seen.memory_bytes < 450 << 20
 
 
 def test_a_larger_batch_takes_more_memory_and_a_measured_speed_counts() -> None:
-    shape = SLMConfig(**SHAPE)
     small, large = (
-        forecast(shape, TrainSettings(tokens_per_step=n, micro_batch_tokens=n), 10, CPU, tokens_per_second=1_000.0)
+        forecast(PROFILE, TrainSettings(tokens_per_step=n, micro_batch_tokens=n), 10, CPU, tokens_per_second=1_000.0)
         for n in (4_096, 16_384)
     )
     assert large.memory_bytes > 2 * small.memory_bytes

@@ -1,1 +1,0 @@
-"""Batches from sources that are read during training, with nothing on disk."""
