@@ -25,8 +25,8 @@ from slmkit.data.sources.documents import (
     RowError,
     pieces,
 )
-from slmkit.data.sources.files import ROW_KINDS, TEXT_KINDS, File, Paths, damage, kind_of, listed, local_file
-from slmkit.data.sources.folders import Chosen, find, find_files
+from slmkit.data.sources.files import KINDS, ROW_KINDS, TEXT_KINDS, File, damage, kind_of, listed, local_file
+from slmkit.data.sources.folders import Chosen, find
 from slmkit.data.sources.remote import (
     RetryPolicy,
     find_remote,
@@ -309,8 +309,8 @@ def _find_files(settings: SourceSettings) -> tuple[list[File], list[Chosen]]:
         return hub_files(name, settings), []
     if is_url(settings.path):
         return find_remote(settings.path, settings.split)
-    found = find(settings.path, split=settings.split)
-    return [local_file(path) for one in found for path in one.paths], found
+    found = find(folder, KINDS, settings.split)
+    return [local_file(path) for path in found.paths], [found]
 
 
 def expect_source(settings: SourceSettings) -> None:
@@ -318,27 +318,3 @@ def expect_source(settings: SourceSettings) -> None:
     path = settings.path
     if path not in BUILT_IN and not hub_name(path) and not is_url(path) and not Path(path).exists():
         raise UserError(f"{path}: no such file or folder")
-
-
-def read_documents(paths: Paths, text_column: str | None = None) -> Iterator[Document]:
-    """All documents in files and folders (sorted, with subfolders), in order, without blank ones.
-
-    Texts longer than `PIECE` characters come in pieces, cut at line ends if possible. Raises `UserError` for unreadable
-    text when it is reached, and if there is no document.
-    """
-    source = _local_source(find_files(paths), text_column=text_column)
-    return (document for document, _ in source.read())
-
-
-def read_conversations(paths: Paths, messages_column: str | None = None) -> Iterator[list[Message]]:
-    """All conversations in JSON lines and parquet files and folders of them, as lists of messages.
-
-    Raises `UserError` as `read_documents` does, and for a row that is not a list of objects.
-    """
-    source = _local_source(find_files(paths, ROW_KINDS), messages_column=messages_column)
-    return (conversation for conversation, _ in source.read_conversations())
-
-
-def _local_source(paths: list[Path], **columns: str | None) -> Source:
-    settings = SourceSettings(path=str(paths[0]), **columns)
-    return Source(settings, [FilePart(local_file(path), settings) for path in paths], RetryPolicy(settings.retry_for))
