@@ -242,36 +242,29 @@ class Source:
     def _read_rows(self, kind: str, start: Position | None) -> Iterator[Item[Any]]:
         """Items from `start` on; after a network error, from the last position. Raises `UserError` if none."""
         position = start or {"file": 0, "documents": 0}
-        found, left_out = start is not None, ""
-        while True:
+        found, left_out, number = start is not None, "", position["file"]
+        while number < len(self.parts) and position["documents"] != self.settings.documents:
+            part = self.parts[number]
             try:
-                for item, behind in self._read_once(kind, position):
-                    position = behind
+                for item, inner in part.items(kind, position if position["file"] == number else {}, self.unused):
+                    ends = item.ends if isinstance(item, Document) else not isinstance(item, BadRow)
+                    position = {**inner, "file": number, "documents": position["documents"] + ends}
                     if isinstance(item, BadRow):
                         left_out = left_out or item.message
                     else:
                         found = True
                         self.patience.succeeded()
+                    if isinstance(item, Document) and isinstance(part, FilePart):
+                        self.spelled.update(spelling for spelling in SPELLINGS if spelling in item.text)
                     yield item, position
-                break
+                    if position["documents"] == self.settings.documents:
+                        return
+                number += 1
             except NetworkError as error:
                 self.patience.wait(error)
         if not found:
             why = f"every row was left out, such as {left_out}" if left_out else "only blank lines or no rows"
             raise UserError(f"{self.settings.path}: it holds no document: {why}")
-
-    def _read_once(self, kind: str, position: Position) -> Iterator[Item[Any]]:
-        first, documents = position["file"], position["documents"]
-        for number, part in enumerate(self.parts[first:], start=first):
-            if documents == self.settings.documents:
-                return
-            for item, inner in part.items(kind, position if number == first else {}, self.unused):
-                documents += not isinstance(item, BadRow) and getattr(item, "ends", True)
-                if isinstance(item, Document) and isinstance(part, FilePart):
-                    self.spelled.update(spelling for spelling in SPELLINGS if spelling in item.text)
-                yield item, {**inner, "file": number, "documents": documents}
-                if documents == self.settings.documents:
-                    return
 
 
 def _rows(count: int) -> str:
