@@ -35,7 +35,7 @@ ROUNDED_TO = 32  # padding columns are dropped in multiples of this, so that sha
 
 
 class PerAnswer(Objective):
-    """An objective averaged over rows, a pair of answers or one; rows without learned tokens only keep ranks in step."""
+    """Averaged over rows, a pair of answers or one each; rows without learned tokens only keep ranks in step."""
 
     def weight(self, batch: Batch) -> int:
         return int(self.counts(batch).sum())
