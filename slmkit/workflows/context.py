@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -37,18 +36,15 @@ class RecipeContext(RunContext):
 
 @dataclass(frozen=True)
 class ObjectiveParts:
-    """Batches, objective and hooks of a run. The hooks are for all ranks, and called at every evaluation.
+    """Batches, objective and validation of a run. `validate` is for all ranks, and called at every evaluation.
 
-    `longest`: computed tokens of the longest row, if rows are padded. `report`: a line for each reason why data was
-    skipped or cut so far.
+    `longest`: computed tokens of the longest row, if rows are padded.
     """
 
     batches: Batches
     objective: Objective
     validate: Hook
-    sample: Hook
     validation_tokens: int
-    report: Callable[[], list[str]] = list
     longest: int | None = None
 
 

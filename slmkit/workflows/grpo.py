@@ -44,7 +44,6 @@ from slmkit.training.precision import to_weight_dtype
 from slmkit.training.recipe.objective_settings import GrpoSettings
 from slmkit.training.recipe.recipe import Recipe
 from slmkit.workflows.context import ObjectiveParts, RecipeContext
-from slmkit.workflows.hooks import Sample
 
 SMALLEST_DEVIATION = 1e-4  # least standard deviation of rewards by which advantages are divided
 REWARD_DIGEST = "reward.sha256"  # in a run's data folder
@@ -59,9 +58,8 @@ def grpo_work(m: RecipeContext) -> ObjectiveParts:
     train, held_out = (
         Questions(shards, m.length, settings.max_new_tokens) for shards in (m.corpus.train[0], m.corpus.validation)
     )
-    for name, questions in (("train", train), ("validation", held_out)):
-        for line in questions.report():
-            m.reporter.say(f"{name}: {line}")
+    for line in held_out.report():
+        m.reporter.say(f"validation: {line}")
     m.model.to(m.device.torch_device)
     to_weight_dtype(m.model, m.device)
     judge = judge_of(m.corpus.tokenizer, settings.reward)
@@ -72,7 +70,6 @@ def grpo_work(m: RecipeContext) -> ObjectiveParts:
         batches=Rollouts(train, m.model, reference, sample, judge, settings, m.length, m.recipe.seed, m.group),
         objective=GroupRelative(settings),
         validate=ValidateAnswers(held_out, replace(sample, temperature=0.0), judge, m.group),
-        sample=Sample(m.run.samples, m.recipe, m.corpus.tokenizer, True, m.group),
         validation_tokens=sum(len(held_out.prompt(index)) + settings.max_new_tokens for index in range(len(held_out))),
         longest=rounded_up(max(train.longest, held_out.longest) + settings.max_new_tokens),
     )
@@ -168,6 +165,9 @@ class Rollouts(Batches):
         ids, labels = zip(*map(self._row, prompts, answers))
         batch = Batch.of(np.stack(ids), np.stack(labels), extra=self._extra(judged))
         return batch if self.reference is None else self._referred(batch, self.reference)
+
+    def report(self) -> list[str]:
+        return self.questions.report()
 
     def _row(self, prompt: np.ndarray, answer: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Ids and labels [length]; only the answer is learned."""

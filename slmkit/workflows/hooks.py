@@ -49,9 +49,8 @@ class Validate:
 class Sample:
     """Hook for all ranks that writes the model's continuations of the recipe's prompts to `samples.md`."""
 
-    def __init__(self, file: Path, recipe: Recipe, tokenizer: SLMTokenizer, talks: bool, group: Group = ALONE) -> None:
-        """`talks`: the prompts are user messages, not beginnings of texts."""
-        self.file, self.recipe, self.tokenizer, self.talks, self.group = file, recipe, tokenizer, talks, group
+    def __init__(self, file: Path, recipe: Recipe, tokenizer: SLMTokenizer, group: Group = ALONE) -> None:
+        self.file, self.recipe, self.tokenizer, self.group = file, recipe, tokenizer, group
 
     def __call__(self, state: State, report: Report) -> None:
         with self.group.whole(state.model):
@@ -70,7 +69,7 @@ class Sample:
     def _continued(self, model: Decoder, prompt: str) -> str:
         settings = SamplingSettings(temperature=0.8, top_p=0.95, seed=self.recipe.seed)
         longest = self.recipe.train.sample_tokens
-        if self.talks:
+        if self.recipe.reads != "text":  # the prompts are user messages
             session = ChatSession(model, self.tokenizer, settings, max_new_tokens=longest)
             return "\n" + "".join(session.reply(prompt))
         return "".join(stream_completion(model, self.tokenizer, prompt, settings=settings, max_new_tokens=longest))

@@ -15,7 +15,7 @@ from slmkit.training.recipe.recipe import Recipe
 from slmkit.workflows.context import ObjectiveParts, RecipeContext
 from slmkit.workflows.distill import distill_batches, distill_inventory
 from slmkit.workflows.grpo import grpo_inventory, grpo_work
-from slmkit.workflows.hooks import Sample, Validate
+from slmkit.workflows.hooks import Validate
 from slmkit.workflows.preference import kto_work, preference_inventory, preference_work
 
 
@@ -31,20 +31,18 @@ def inventory_of(recipe: Recipe, model: Decoder, tokens: int, device: Device) ->
 
 def text_work(m: RecipeContext) -> ObjectiveParts:
     """Text or conversations, with a teacher or without; validation is the labels' cross-entropy."""
-    recipe, talks = m.recipe, m.recipe.reads == "conversations"
+    recipe = m.recipe
     objective: Objective = next_token
     if recipe.objective == "distill":
         batches, objective = distill_batches(m)
     else:
         batches = make_batches(recipe.reads, recipe.data, m.corpus, m.length, m.rows_per_step, recipe.seed)
-    rows: Rows = (ChatRows if talks else DocumentRows)(m.corpus.validation, m.length)
+    rows: Rows = (ChatRows if recipe.reads == "conversations" else DocumentRows)(m.corpus.validation, m.length)
     return ObjectiveParts(
         batches=batches,
         objective=objective,
         validate=Validate(rows, m.device, batches.separate, m.group, m.text_bytes),
-        sample=Sample(m.run.samples, recipe, m.corpus.tokenizer, talks, m.group),
         validation_tokens=rows.rows_in_epoch * m.length,
-        report=batches.report,
     )
 
 

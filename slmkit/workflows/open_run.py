@@ -26,7 +26,7 @@ from slmkit.training.estimate.forecast import PlanFile
 from slmkit.training.estimate.memory import MemoryProfile, meta_model_of
 from slmkit.training.estimate.micro_batch import resolve_micro_batch
 from slmkit.training.fit import fit
-from slmkit.training.logging.progress import TrainingProgress
+from slmkit.training.logging.progress import training_progress
 from slmkit.training.logging.reference_curves import ReferenceBand, find_curve
 from slmkit.training.loop import Every, Plan, Stage, StopRequested
 from slmkit.training.optimizers.choose import trained
@@ -35,7 +35,7 @@ from slmkit.training.recipe.recipe import ModelSettings, Recipe, load_recipe
 from slmkit.training.run_directory import RunDirectory
 from slmkit.workflows.context import SILENCE, ObjectiveParts, RecipeContext, Reporter
 from slmkit.workflows.distill import teacher_fingerprint
-from slmkit.workflows.hooks import with_prompts
+from slmkit.workflows.hooks import Sample, with_prompts
 from slmkit.workflows.model import StartingModel, model_for, tokenizer_of_base
 from slmkit.workflows.objectives import inventory_of, work_of
 from slmkit.workflows.preference import REFERENCE
@@ -95,7 +95,7 @@ def prepared_run(
             f"{start.config.max_position_embeddings}: lower the first or raise the second"
         )
     memory = inventory_of(recipe, meta_model_of(start.decoder), len(corpus.tokenizer), device)
-    settings = resolve_micro_batch(recipe.train, start.decoder, memory, length, device)
+    settings = resolve_micro_batch(recipe.train, memory, length, device)
     context.recipe = recipe.model_copy(update={"train": settings})
     parts = work_of(context)
     if not parts.batches.has(0):
@@ -129,7 +129,7 @@ def build_run(
     reporter.say(prepared.summary())
     for line in unlikely(context.recipe.train, prepared.plan.steps):
         reporter.warn(line)
-    for line in prepared.parts.report():
+    for line in prepared.parts.batches.report():
         reporter.say(f"training data: {line}")
     prepared.look(force)
     return prepared
@@ -194,13 +194,14 @@ class PreparedRun:
         evaluated = recipe.train.evaluation_interval(plan.steps)
         console = None if context.group.is_main else Console(quiet=True)
         plan_file = self._plan_file()
+        sample = Sample(context.run.samples, recipe, context.corpus.tokenizer, context.group)
         rows = parts.batches.rows_in_epoch
         epoch = rows / parts.batches.rows_per_step if rows else None
-        with TrainingProgress(recipe.objective, plan.steps, console, epoch) as progress:
+        with training_progress(recipe.objective, plan.steps, console, epoch) as progress:
             hooks = [
                 Every(evaluated, parts.validate, Stage.EVALUATE, on_all_ranks=True),
-                Every(evaluated, parts.sample, Stage.EVALUATE, on_all_ranks=True),
-                Every(1, progress.update, Stage.SHOW),
+                Every(evaluated, sample, Stage.EVALUATE, on_all_ranks=True),
+                Every(1, progress, Stage.SHOW),
                 Every(1, plan_file.update, Stage.SHOW),
             ]
             if curve := find_curve(recipe, context.config):
@@ -217,7 +218,7 @@ class PreparedRun:
                 stop=stop,
             )
         if context.corpus.training_tokens is None:  # streams know only now which rows were skipped
-            for line in parts.report():
+            for line in parts.batches.report():
                 context.reporter.say(line)
         if compared := plan_file.complete(state.best.get("validation_loss")):
             context.reporter.say(compared)

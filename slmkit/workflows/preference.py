@@ -25,7 +25,6 @@ from slmkit.training.precision import to_weight_dtype
 from slmkit.training.recipe.objective_settings import KtoSettings
 from slmkit.training.recipe.recipe import Recipe
 from slmkit.workflows.context import ObjectiveParts, RecipeContext
-from slmkit.workflows.hooks import Sample
 
 REFERENCE = "reference.safetensors"  # in a run's data folder
 ROWS_AT_ONCE = 16  # rows per batch without gradients
@@ -72,19 +71,17 @@ def _work(
     data = m.recipe.data
     train = dict(zip(data.weights, map(rows_of, m.corpus.train), strict=True))
     validation = rows_of(m.corpus.validation)
-    all_rows = {**train, "validation": validation}
-    for name, rows in all_rows.items():
-        for line in rows.report():
-            m.reporter.say(f"{name}: {line}")
+    all_rows = [*train.values(), validation]
+    for line in validation.report():
+        m.reporter.say(f"validation: {line}")
     if needs_reference:
-        _add_reference(m, [*all_rows.values()])
+        _add_reference(m, all_rows)
     return ObjectiveParts(
         batches=stream_of(train, data, m.recipe.tokens_of_row(m.length), m.rows_per_step, m.recipe.seed),
         objective=objective,
         validate=ValidateAnswers(validation, objective, m),
-        sample=Sample(m.run.samples, m.recipe, m.corpus.tokenizer, True, m.group),
         validation_tokens=2 * validation.rows_in_epoch * m.length,
-        longest=rounded_up(max(rows.longest for rows in all_rows.values())),
+        longest=rounded_up(max(rows.longest for rows in all_rows)),
     )
 
 
