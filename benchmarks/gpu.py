@@ -92,7 +92,7 @@ def steps_of(
         settings = settings.model_copy(update={"tokens_per_step": tokens, "micro_batch_tokens": tokens})
     device = find_device(settings.device, settings.precision)
     model = build_decoder(config, recipe.seed)
-    settings = resolve_micro_batch(settings, model, MemoryProfile(meta_model_of(model)), length, device)
+    settings = resolve_micro_batch(settings, MemoryProfile(meta_model_of(model)), length, device)
     recipe = recipe.model_copy(update={"train": settings})
     state: State = fresh_state(recipe, model, device)
     plan = make_plan(settings, 10**6, length, device)

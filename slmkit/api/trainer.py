@@ -27,7 +27,7 @@ from slmkit.training.checkpoints.model_files import WholeModel
 from slmkit.training.diagnostics.xray_page import look
 from slmkit.training.distributed import Group, join
 from slmkit.training.fit import RunContext, fit
-from slmkit.training.logging.progress import TrainingProgress
+from slmkit.training.logging.progress import training_progress
 from slmkit.training.loop import Every, Report, RunStopped, Stage
 from slmkit.training.objective import Objective, next_token
 from slmkit.training.objectives.distillation import DistillationLoss, OnlineTeacher, check_fit, frozen, objective_of
@@ -147,14 +147,14 @@ class SLMTrainer:
             context.run.describe(context.recipe, device, {"texts": GIVEN_IN_A_SCRIPT})
             look(stream, self.tokenizer, self.config.vocab_size, context.run.root, lambda line: None, force=self.force)
         last: Report = {}
-        with TrainingProgress("training", steps, None if group.is_main else Console(quiet=True)) as progress:
+        with training_progress("training", steps, None if group.is_main else Console(quiet=True)) as progress:
             try:
                 fit(
                     context,
                     stream,
                     self._objective(device),
                     plan,
-                    [*self._hooks(settings.evaluation_interval(steps), context, last), Every(1, progress.update, SHOW)],
+                    [*self._hooks(settings.evaluation_interval(steps), context, last), Every(1, progress, SHOW)],
                     resume=resumed is not None,
                     optimizer=self.optimizer,
                     on_save=self.callbacks.at("on_save", group) if self.callbacks.has("on_save") else None,

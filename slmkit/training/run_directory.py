@@ -15,7 +15,7 @@ from slmkit.device import Device
 from slmkit.files import write_whole
 from slmkit.find import free_path
 from slmkit.training.checkpoints import checkpoint as checkpoints
-from slmkit.training.logging.metrics_log import MetricsLog, environment, mark_running, rewind_samples
+from slmkit.training.logging.metrics_log import MetricsLog, environment, mark_running, read_json, rewind_samples
 from slmkit.training.recipe.changes import PROCESSES, Change
 from slmkit.training.recipe.recipe import Recipe
 
@@ -62,10 +62,7 @@ class RunDirectory:
 
     def described(self) -> dict[str, Any]:
         """Content of environment.json; empty if there is none."""
-        try:
-            return json.loads(self.environment.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
+        return read_json(self.environment)
 
     def add(self, **facts: Any) -> None:
         """Add facts to the environment.json of a prepared run; does nothing for another."""
@@ -116,9 +113,8 @@ def run_of_job(wanted: str | Path) -> RunDirectory | None:
     path, number = Path(wanted), 1
     while job_id() is not None and path.exists():
         run = RunDirectory(path)
-        with contextlib.suppress(OSError, ValueError):
-            if json.loads(run.environment.read_text(encoding="utf-8")).get("job") == job_id():
-                return run
+        if run.described().get("job") == job_id():
+            return run
         number += 1
         path = Path(f"{wanted}-{number}")
     return None

@@ -26,7 +26,7 @@ from slmkit.training.estimate.forecast import PlanFile
 from slmkit.training.estimate.memory import MemoryProfile, meta_model_of
 from slmkit.training.estimate.micro_batch import resolve_micro_batch
 from slmkit.training.fit import fit
-from slmkit.training.logging.progress import TrainingProgress
+from slmkit.training.logging.progress import training_progress
 from slmkit.training.logging.reference_curves import ReferenceBand, find_curve
 from slmkit.training.loop import Every, Plan, Stage, StopRequested
 from slmkit.training.optimizers.choose import trained
@@ -95,7 +95,7 @@ def prepared_run(
             f"{start.config.max_position_embeddings}: lower the first or raise the second"
         )
     memory = inventory_of(recipe, meta_model_of(start.decoder), len(corpus.tokenizer), device)
-    settings = resolve_micro_batch(recipe.train, start.decoder, memory, length, device)
+    settings = resolve_micro_batch(recipe.train, memory, length, device)
     context.recipe = recipe.model_copy(update={"train": settings})
     parts = work_of(context)
     if not parts.batches.has(0):
@@ -197,11 +197,11 @@ class PreparedRun:
         sample = Sample(context.run.samples, recipe, context.corpus.tokenizer, context.group)
         rows = parts.batches.rows_in_epoch
         epoch = rows / parts.batches.rows_per_step if rows else None
-        with TrainingProgress(recipe.objective, plan.steps, console, epoch) as progress:
+        with training_progress(recipe.objective, plan.steps, console, epoch) as progress:
             hooks = [
                 Every(evaluated, parts.validate, Stage.EVALUATE, on_all_ranks=True),
                 Every(evaluated, sample, Stage.EVALUATE, on_all_ranks=True),
-                Every(1, progress.update, Stage.SHOW),
+                Every(1, progress, Stage.SHOW),
                 Every(1, plan_file.update, Stage.SHOW),
             ]
             if curve := find_curve(recipe, context.config):

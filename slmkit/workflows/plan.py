@@ -7,7 +7,7 @@ from collections.abc import Callable
 from slmkit.adapt.adapter_config import read_adapter_config
 from slmkit.adapt.lora import add_lora
 from slmkit.config import UserError
-from slmkit.device import available_memory, find_device
+from slmkit.device import find_device
 from slmkit.find import find_config_directory, find_model_directory, find_tokenizer_directory
 from slmkit.model.config import SLMConfig
 from slmkit.model.decoder import Decoder
@@ -15,7 +15,7 @@ from slmkit.model.files.adapter_directory import config_directory, is_adapter
 from slmkit.model.files.directory import empty_decoder
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.estimate.forecast import forecast
-from slmkit.training.estimate.micro_batch import fitting_rows
+from slmkit.training.estimate.micro_batch import resolve_micro_batch
 from slmkit.training.estimate.probe import LONGEST, STEPS, probe
 from slmkit.training.estimate.proposal import RunEstimate, tokens_of
 from slmkit.training.recipe.checks import expect_a_model
@@ -44,11 +44,7 @@ def plan_recipe(recipe: Recipe, measure: bool = True, say: Callable[[str], None]
     rows = _rows_of(recipe, text, length, assumptions)
     steps = recipe.train.total_steps(rows, recipe.tokens_of_row(length))
     profile = inventory_of(recipe, _meta_model(recipe, config), config.vocab_size, device)
-    if recipe.train.micro_batch_tokens == "auto":
-        most = recipe.train.rows_per_step(length)
-        fitting = fitting_rows(profile, recipe.train, most, length, device, available_memory(device))
-        train = recipe.train.model_copy(update={"micro_batch_tokens": fitting * length})
-        recipe = recipe.model_copy(update={"train": train})
+    recipe = recipe.model_copy(update={"train": resolve_micro_batch(recipe.train, profile, length, device)})
     measured = None
     if measure:
         say(f"measuring the speed in up to {STEPS} steps on random tokens, at most {LONGEST:.0f} seconds")

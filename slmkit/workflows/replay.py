@@ -11,7 +11,7 @@ from slmkit.training.checkpoints import checkpoint as checkpoints
 from slmkit.training.checkpoints.flight_recorder import read_record
 from slmkit.training.diagnostics.replay import Replay, replay_step
 from slmkit.training.fit import fresh_state
-from slmkit.training.logging.progress import TrainingProgress
+from slmkit.training.logging.progress import training_progress
 from slmkit.training.loop import Every
 from slmkit.training.recipe.changes import recipe_at
 from slmkit.training.recipe.recipe import load_recipe
@@ -44,6 +44,6 @@ def replay_run(directory: str | Path, step: int, reporter: Reporter) -> Replay:
     if recorded is not None:  # a rollback after that checkpoint lowered the learning rate
         state.guard.rollbacks = recorded.get("rollbacks", 0)
     parts, plan, decode = prepared.parts, prepared.plan, context.corpus.tokenizer.decode
-    with TrainingProgress("replay", step - 1) as progress:
-        hooks = (Every(1, progress.update),)
+    with training_progress("replay", step - 1) as progress:
+        hooks = (Every(1, progress),)
         return replay_step(state, parts.objective, parts.batches, plan, step, recorded, recorded_batch, decode, hooks)

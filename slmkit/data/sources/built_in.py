@@ -10,8 +10,8 @@ from typing import Any
 
 from slmkit.data import stories
 from slmkit.data.sources.documents import Document, Judged, Message, Pair, Position
-from slmkit.data.stories.primer import primer_text
-from slmkit.data.stories.sums import sum_pair
+from slmkit.data.stories.story import primer_text
+from slmkit.data.stories.talk import sum_pair
 
 STORIES, PRIMER, SUMS = "stories", "primer", "sums"  # names of the sources
 

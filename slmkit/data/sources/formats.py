@@ -62,17 +62,20 @@ TURNS = ("\n\nHuman:", "\n\nAssistant:")  # beginnings of turns in a dialogue gi
 RANKED = ("answers", "completions", "responses", "generations")
 ANSWER = ("response", "answer", "text", "content", "completion", "output")  # of a ranked answer
 SCORES = ("overall_score", "score", "pm_score", "rating")  # of a ranked answer; the highest is the best
-NUMBERED = ("response_0", "response_1", "better_response_id")  # PKU-Alignment/PKU-SafeRLHF
 LONG_PROMPT = 20  # characters; a shorter prompt (`Hello`) may be the beginning of both answers by chance
 REJECTED = "rejected_response"  # next to a conversation that ends with the better answer (ms-swift)
 
 
 class RowFormat(NamedTuple):
-    """Required and optional columns, and the conversion of a row. `convert` raises `RowError`."""
+    """Required and optional columns, and the conversion of a row, by `function(row, *required)`."""
 
     required: tuple[str, ...]
-    convert: Callable[[Row], Any]
+    function: Callable[..., Any]
     optional: tuple[str, ...] = ()
+
+    def convert(self, row: Row) -> Any:
+        """The item of a row with the required columns. Raises `RowError`."""
+        return self.function(row, *self.required)
 
     @property
     def used(self) -> tuple[str, ...]:
@@ -85,11 +88,11 @@ def _text(row: Row, column: str) -> str:
     return str(row[column])
 
 
-def _prompt_and_response(row: Row) -> str:
+def _prompt_and_response(row: Row, *columns: str) -> str:
     if name := next((name for name in (*SYSTEM, *CONTEXT, HISTORY) if not is_empty(row.get(name))), None):
         line = f"column {name!r} belongs to a conversation: set objective: sft, or remove it"
         raise RowError(line, f"column {name!r}")
-    return f"{_text(row, 'prompt')}\n\n{_text(row, 'response')}"
+    return "\n\n".join(_text(row, column) for column in columns)
 
 
 def _talk(row: Row, column: str) -> Conversation:
@@ -166,7 +169,7 @@ def pair_of(chosen: list[Message], rejected: list[Message]) -> Pair:
     return Pair(chosen, rejected, shared)
 
 
-def _pair(row: Row, asked: str | None, better: str = "chosen", worse: str = "rejected") -> Pair:
+def _pair(row: Row, asked: str | None, better: str, worse: str) -> Pair:
     """The pair of the answers in two columns: texts, a message or messages each, or whole conversations."""
     for form in SCORED:
         scores = [row.get(form.format(name)) for name in (better, worse)]
@@ -216,24 +219,28 @@ def _dialogue(value: object) -> list[Message]:
     return messages if messages[-1]["content"] else messages[:-1]  # a prompt may end where the answer begins
 
 
-def _outputs(row: Row) -> Pair:
-    answers = row["output"]
+def _chosen_and_rejected(row: Row, asked: str | None, chosen: Any, rejected: Any) -> Pair:
+    return _pair({**row, "chosen": chosen, "rejected": rejected}, asked, "chosen", "rejected")
+
+
+def _outputs(row: Row, asked: str, column: str) -> Pair:
+    answers = row[column]
     if not (isinstance(answers, list) and len(answers) == 2):
-        raise RowError("expected in column 'output' a list of two answers, the better one first", NO_COLUMN)
-    return _pair({**row, "chosen": answers[0], "rejected": answers[1]}, "instruction")
+        raise RowError(f"expected in column {column!r} a list of two answers, the better one first", NO_COLUMN)
+    return _chosen_and_rejected(row, asked, *answers)
 
 
-def _numbered(row: Row) -> Pair:
-    is_second = judgement(row["better_response_id"])
+def _numbered(row: Row, asked: str, first: str, second: str, better: str) -> Pair:
+    is_second = judgement(row[better])
     if is_second is None:
-        raise RowError(f"expected 0 or 1 in column 'better_response_id', found {shown(row['better_response_id'])}")
-    better, worse = ("response_1", "response_0") if is_second else ("response_0", "response_1")
-    return _pair({**row, "chosen": row[better], "rejected": row[worse]}, "prompt")
+        raise RowError(f"expected 0 or 1 in column {better!r}, found {shown(row[better])}")
+    answers = row[first], row[second]
+    return _chosen_and_rejected(row, asked, *(reversed(answers) if is_second else answers))
 
 
-def _with_rejected(row: Row, convert: Callable[[Row], Conversation]) -> Pair:
-    chosen = convert(row)
-    rejected = Conversation([*chosen[:-1], *_said(row, REJECTED)], tools=chosen.tools)
+def _with_rejected(talk: RowFormat, row: Row, *columns: str) -> Pair:
+    chosen: Conversation = talk.convert(row)
+    rejected = Conversation([*chosen[:-1], *_said(row, columns[-1])], tools=chosen.tools)
     return pair_of(chosen, checked(rejected))
 
 
@@ -267,8 +274,7 @@ def _ranked(row: Row, column: str) -> Pair:
     order = sorted(range(len(scores)), key=lambda place: scores[place], reverse=True)
     if scores[order[0]] == scores[order[-1]]:
         raise RowError(f"the answers in column {column!r} have one score, so that none is better", "equal scores")
-    best, worst = (answers[place][text] for place in (order[0], order[-1]))
-    return _pair({**row, "chosen": best, "rejected": worst}, asked)
+    return _chosen_and_rejected(row, asked, answers[order[0]][text], answers[order[-1]][text])
 
 
 def _score(answer: Any, name: str) -> Any:
@@ -279,14 +285,14 @@ def _score(answer: Any, name: str) -> Any:
     return -found if name == "rank" else found
 
 
-def _judged(row: Row, convert: Callable[[Row], Conversation], column: str) -> Judged:
-    label = judgement(row[column])
+def _judged(talk: RowFormat, row: Row, *columns: str) -> Judged:
+    label = judgement(row[columns[-1]])
     if label is None:
-        found = f"in column {column!r}, found {shown(row[column])}"
+        found = f"in column {columns[-1]!r}, found {shown(row[columns[-1]])}"
         raise RowError(f"expected true or false (1 or 0, good or bad) {found}", NO_LABEL)
     if any(judgement(row[name]) is not label for name in LABELS if not is_empty(row.get(name))):
         raise RowError(f"columns {' and '.join(map(repr, LABELS))} contradict each other", "contradicting labels")
-    messages = convert(row)
+    messages = talk.convert(row)
     if messages[-1].get("weight") == 0:
         raise RowError("its answer is not to be learned", "not to be learned", harmless=True)
     if messages[-1]["role"] != "assistant":
@@ -294,59 +300,37 @@ def _judged(row: Row, convert: Callable[[Row], Conversation], column: str) -> Ju
     return Judged(messages, label)
 
 
+AROUND = (*SYSTEM, *TOOLS)  # a conversation
+BESIDE = (*AROUND, HISTORY, *CONTEXT)  # a pair
 TEXTS = {
-    "text": RowFormat(("text",), functools.partial(_text, column="text")),
+    "text": RowFormat(("text",), _text),
     # nampdn-ai/tiny-codes
     "prompt-response": RowFormat(("prompt", "response"), _prompt_and_response, (*SYSTEM, *CONTEXT, HISTORY)),
 }
-CONVERSATIONS = {
-    name: RowFormat((name,), functools.partial(_talk, column=name), (*SYSTEM, *TOOLS)) for name in CHATS
-} | {
-    name: RowFormat(
-        columns,
-        functools.partial(_exchange, asked=columns[0], answer=columns[1]),
-        (*SYSTEM, *TOOLS, *REASONING, HISTORY, *(context for context in CONTEXT if context not in columns)),
-    )
-    for name, columns in EXCHANGES.items()
-}
-BESIDE = (*SYSTEM, *TOOLS, HISTORY, *CONTEXT)  # a pair
+columns: tuple[str, ...]
+CONVERSATIONS = {name: RowFormat((name,), _talk, AROUND) for name in CHATS}
+for name, columns in EXCHANGES.items():
+    besides = (*REASONING, HISTORY, *(context for context in CONTEXT if context not in columns))
+    CONVERSATIONS[name] = RowFormat(columns, _exchange, (*AROUND, *besides))
 # HuggingFaceH4/ultrafeedback_binarized, mlabonne/orpo-dpo-mix-40k, trl's explicit and implicit prompts, and others.
-PAIRS = {
-    (
-        "preference"
-        if (asked, better) == ("prompt", "chosen")
-        else asked
-        if better == "chosen"
-        else f"{asked}-{better}"
-    ): RowFormat((asked, better, worse), functools.partial(_pair, asked=asked, better=better, worse=worse), BESIDE)
-    for better, worse in ANSWERS.items()
-    for asked in QUESTIONS
-}
-PAIRS |= {
-    "whole": RowFormat(("chosen", "rejected"), functools.partial(_pair, asked=None), (*SYSTEM, *TOOLS)),
-    "outputs": RowFormat(("instruction", "output"), _outputs, BESIDE),  # the better one first
-    "numbered": RowFormat(("prompt", *NUMBERED), _numbered, BESIDE),
-}
-PAIRS |= {
-    f"{name}-{REJECTED}": RowFormat(
-        (*found.required, REJECTED), functools.partial(_with_rejected, convert=found.convert), found.optional
-    )
-    for name, found in CONVERSATIONS.items()
-}
-PAIRS |= {
-    f"ranked {name}": RowFormat((name,), functools.partial(_ranked, column=name), (*QUESTIONS, *BESIDE))
-    for name in RANKED
-}
-# A bool in a column `label` (trl) or `kto_tag` (LLaMA-Factory), beside any conversation.
-JUDGED = {
-    f"{name}-{label}": RowFormat(
-        (*found.required, label),
-        functools.partial(_judged, convert=found.convert, column=label),
-        (*found.optional, *LABELS),
-    )
-    for label in LABELS
-    for name, found in CONVERSATIONS.items()
-}
+PAIRS: dict[str, RowFormat] = {}
+for better, worse in ANSWERS.items():
+    for asked in QUESTIONS:
+        name = "preference" if (asked, better) == ("prompt", "chosen") else f"{asked}-{better}".removesuffix("-chosen")
+        PAIRS[name] = RowFormat((asked, better, worse), _pair, BESIDE)
+PAIRS["whole"] = RowFormat(("chosen", "rejected"), lambda row, *columns: _pair(row, None, *columns), AROUND)
+PAIRS["outputs"] = RowFormat(("instruction", "output"), _outputs, BESIDE)
+# PKU-Alignment/PKU-SafeRLHF
+PAIRS["numbered"] = RowFormat(("prompt", "response_0", "response_1", "better_response_id"), _numbered, BESIDE)
+for name, talk in CONVERSATIONS.items():
+    columns = (*talk.required, REJECTED)
+    PAIRS[f"{name}-{REJECTED}"] = RowFormat(columns, functools.partial(_with_rejected, talk), talk.optional)
+PAIRS |= {f"ranked {name}": RowFormat((name,), _ranked, (*QUESTIONS, *BESIDE)) for name in RANKED}
+JUDGED: dict[str, RowFormat] = {}
+for label in LABELS:  # a bool in a column `label` (trl) or `kto_tag` (LLaMA-Factory), beside any conversation
+    for name, talk in CONVERSATIONS.items():
+        columns, besides = (*talk.required, label), (*talk.optional, *LABELS)
+        JUDGED[f"{name}-{label}"] = RowFormat(columns, functools.partial(_judged, talk), besides)
 
 
 class Kind(NamedTuple):

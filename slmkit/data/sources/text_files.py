@@ -6,7 +6,6 @@ A `.txt` file is one long text, or documents separated by `<|endoftext|>` lines,
 from __future__ import annotations
 
 import codecs
-import itertools
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -16,12 +15,13 @@ from slmkit.data.sources.files import File
 
 LONGEST_ROW = 1 << 25  # bytes; a row is held in memory several times while it is parsed
 SEPARATOR = "<|endoftext|>"
-NO_TEXT = re.compile("[\0\udc80-\udcff]")  # bytes that are not text, as decoded by `parts_of_lines`
+SEPARATOR_LINE = re.compile(rf"^[^\S\n]*{re.escape(SEPARATOR)}[^\S\n]*(?:\n|\Z)", re.MULTILINE)
+NO_TEXT = re.compile("[\0\udc80-\udcff]")  # bytes that are not text, as decoded with surrogate escapes
 LEFT_OUT = re.compile("\r(?=\n)|[\0\udc80-\udcff]")  # these, and the carriage return of Windows line ends
 
 
 class Line(NamedTuple):
-    """A line (or a part of one) with its line end, and the offset after it in the uncompressed file."""
+    """A line with its line end, and the offset after it in the uncompressed file."""
 
     text: str
     end: int
@@ -53,24 +53,6 @@ def whole_lines(file: File, offset: int = 0) -> Iterator[Line]:
             yield Line(text, offset, problem)
 
 
-def parts_of_lines(file: File, offset: int = 0) -> Iterator[Line]:
-    """`whole_lines`, with lines of more than `PIECE` bytes split into parts, of which the last has a line end.
-
-    Invalid UTF-8 becomes Python's surrogate escapes, so that the text encodes back to the bytes read.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-    with file.open_at(offset) as stream:
-        while True:
-            raw = stream.readline(PIECE)
-            is_first, offset = offset == 0, offset + len(raw)
-            text = decoder.decode(raw, final=not raw)
-            if text:
-                held = len(decoder.getstate()[0])  # bytes of an incomplete character
-                yield Line(text.removeprefix("\ufeff") if is_first else text, offset - held)
-            if not raw:
-                return
-
-
 def text_documents(file: File, start: Position, separator: str | None = None) -> Iterator[Item[Document]]:
     """Documents between separator lines, or between any `separator`s; without them the whole file is one.
 
@@ -79,60 +61,38 @@ def text_documents(file: File, start: Position, separator: str | None = None) ->
     A position is the `offset` in the uncompressed file, and whether that is `inside` a document begun before. Bytes
     that are not text are removed, and reported before the document they are removed from.
     """
+    pattern = SEPARATOR_LINE if separator is None else re.compile(rf"{re.escape(separator)}[ \t]*\r?\n?")
+    longest = len(separator or SEPARATOR)
     offset, inside = start.get("offset", 0), start.get("inside", 0)
-    position = {"offset": offset, "inside": inside}
-    at_line_start = offset == 0 or _byte_before(file, offset) == b"\n"
-    raw: list[str] = []  # of the document or piece that is being read; it ends at `offset`
-    size = 0
-    lines = parts_of_lines(file, offset)
-    for line in itertools.chain(lines if separator is None else _split_lines(lines, offset, separator), [None]):
-        is_separator = line is not None and line.text.strip() == (separator or SEPARATOR)
-        if line is not None and not (is_separator and (at_line_start or separator)):
-            at_line_start, offset = line.text.endswith("\n"), line.end
-            raw.append(line.text)
-            size += len(line.text)
-            if size <= PIECE:
+    at_line_start = offset in (0, len(codecs.BOM_UTF8)) or _byte_before(file, offset) == b"\n"
+    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+    raw, is_all = "", False  # the text from `offset` on; it encodes back to the bytes read
+    with file.open_at(offset) as stream:
+        while raw or not is_all:
+            match = pattern.search(raw, 0 if at_line_start or separator else 1)
+            document = raw[: match.start()] if match else raw
+            text = _cleaned(document)
+            is_complete = match.end() < len(raw) if match else len(text) > PIECE + longest
+            if not (is_complete or is_all):
+                data = stream.read(PIECE)
+                raw, is_all = raw + decoder.decode(data, final=not data), not data
+                if offset == 0 and raw.startswith("\ufeff"):
+                    offset, raw = len(codecs.BOM_UTF8), raw[1:]
                 continue
-            joined = "".join(raw)
-            text = _cleaned(joined)
-            size = len(text)
-            if size <= PIECE:
-                continue
-            cut = cut_point(text, PIECE)
-            raw_cut = cut if len(text) == len(joined) else _raw_cut(joined, cut)
-            piece, left = joined[:raw_cut], joined[raw_cut:]
-            begins = offset - byte_length(left)
-            yield from _reported(file, piece, begins, position)
-            was_inside, position = position["inside"], {"offset": begins, "inside": 1}
-            yield Document(text[:cut], ends=False, begins=not was_inside), position
-            raw, size = [left], len(left)
-            continue
-        joined = "".join(raw)
-        text = _cleaned(joined)
-        yield from _reported(file, joined, offset, position)
-        if line is not None:
-            text = text.removesuffix("\n")  # it belongs to the separator
-            at_line_start, offset = line.text.endswith("\n"), line.end
-        was_inside, position = position["inside"], {"offset": offset, "inside": 0}
-        if was_inside or text.strip():
-            yield Document(text, begins=not was_inside), position
-        raw, size = [], 0
-
-
-def _split_lines(lines: Iterator[Line], offset: int, separator: str) -> Iterator[Line]:
-    """The lines, split so that each separator is a line of its own with the line end after it."""
-    found, held = re.compile(rf"({re.escape(separator)}[ \t]*\r?\n?)"), ""
-    for line in lines:
-        *parts, last = found.split(held + line.text)
-        # The end of a part of a long line may be the beginning of a separator.
-        kept = 0 if last.endswith("\n") else len(separator) - 1
-        held = last[max(0, len(last) - kept) :] if kept else ""
-        for text in (*parts, last[: len(last) - len(held)]):
-            offset += byte_length(text)
-            if text:
-                yield Line(text, offset)
-    if held:
-        yield Line(held, offset + byte_length(held))
+            position, begins = {"offset": offset, "inside": inside}, not inside
+            used, inside = match.end() if match else len(raw), int(len(text) > PIECE)
+            if inside:
+                cut = cut_point(text, PIECE)
+                used = cut if len(text) == len(document) else _raw_cut(document, cut)
+                document, text = raw[:used], text[:cut]
+            elif match:
+                text = text.removesuffix("\n")  # it belongs to the separator
+            if bad := [] if _is_text(document) else [*NO_TEXT.finditer(document)]:
+                yield _not_text(file, offset + byte_length(document[: bad[0].start()]), rows=len(bad)), position
+            at_line_start, offset = raw[:used].endswith("\n"), offset + byte_length(raw[:used])
+            raw = raw[used:]
+            if inside or not begins or text.strip():
+                yield Document(text, ends=not inside, begins=begins), {"offset": offset, "inside": inside}
 
 
 def _cleaned(raw: str) -> str:
@@ -159,21 +119,13 @@ def _raw_cut(raw: str, cut: int) -> int:
     return cut
 
 
-def _reported(file: File, raw: str, end: int, position: Position) -> Iterator[Item[Document]]:
-    """A `BadRow` for the bytes in `raw` that are not text; `raw` ends at the offset `end`."""
-    first = None if _is_text(raw) else NO_TEXT.search(raw)
-    if first:
-        place = end - byte_length(raw[first.start() :])
-        yield _not_text(file, place, rows=len(NO_TEXT.findall(raw))), position
-
-
 def _not_text(file: File, offset: int, rows: int = 1) -> BadRow:
     found = f"{file.name}: expected UTF-8 text, found a byte that is not UTF-8 at offset {offset}"
     return BadRow("not UTF-8", f"{found}; convert the file or leave it out", rows)
 
 
 def byte_length(raw: str) -> int:
-    """UTF-8 bytes of a text decoded by `parts_of_lines`."""
+    """UTF-8 bytes of a text that was decoded with surrogate escapes."""
     return len(raw.encode(errors="surrogateescape"))
 
 

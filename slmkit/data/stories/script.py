@@ -23,63 +23,23 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Set
 from pathlib import Path
+from typing import NamedTuple
 
-from slmkit.data.stories.cast import CHARACTERS, Role
-from slmkit.data.stories.template import Node, Scope, Sequence, alternatives, parse_note, parse_template
+from slmkit.data.stories.teller import CHARACTERS, AskedOf, Form, Library, Plot, Role
+from slmkit.data.stories.template import Node, Scope, Template, alternatives, parse_note, parse_template
 from slmkit.data.stories.words import ScriptError, WordBook, load_words
 
 FOLDER = Path(__file__).parent
 ROLE_LINE = re.compile(r"([a-z_]+\d?): (.+)")
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     """A line of a script file, and its file and line number."""
 
     text: str
     where: str
-
-
-@dataclass(frozen=True)
-class AskedOf:
-    """A question and its answer, to be filled in from a finished story."""
-
-    question: Sequence
-    answer: Sequence
-
-
-@dataclass(frozen=True)
-class Form:
-    """A relation, the wordings of its question, and which of its facts count.
-
-    `last_of` is "subject" or "object" if a later fact about the same one replaces an earlier one.
-    """
-
-    relation: str
-    last_of: str
-    wordings: tuple[AskedOf, ...]
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A parsed plot: its roles, its beats and facts in order, and its own questions."""
-
-    name: str
-    roles: dict[str, Role]
-    nodes: tuple[Node, ...]
-    questions: tuple[AskedOf, ...]
-
-
-@dataclass(frozen=True)
-class Library:
-    """The parsed scripts: words, plots and forms of questions."""
-
-    book: WordBook
-    plots: tuple[Plot, ...]
-    forms: dict[str, Form]
 
 
 @functools.cache
@@ -91,7 +51,7 @@ def load_library(folder: Path = FOLDER, plots: str = "plots_*.txt") -> Library:
     sections: dict[str, list[Line]] = {}
     for path in sorted([folder / "shared.txt", *folder.glob(plots)]):
         _sort_sections(path, fragments, sections)
-    read = (_read_plot(name, lines, fragments, book, frozenset(forms)) for name, lines in sorted(sections.items()))
+    read = (_read_plot(name, lines, fragments, book, forms.keys()) for name, lines in sorted(sections.items()))
     return Library(book, tuple(read), forms)
 
 
@@ -142,7 +102,7 @@ def _expand(lines: list[Line], fragments: dict[str, list[Line]]) -> Iterator[Lin
 
 
 def _read_plot(
-    name: str, lines: list[Line], fragments: dict[str, list[Line]], book: WordBook, relations: frozenset[str]
+    name: str, lines: list[Line], fragments: dict[str, list[Line]], book: WordBook, relations: Set[str]
 ) -> Plot:
     """Read one plot, its fragments included."""
     expanded = list(_expand(lines, fragments))
@@ -150,13 +110,14 @@ def _read_plot(
     if not {"hero", "thing"} <= set(roles):
         raise ScriptError(f"plot {name!r} needs a `hero` and a `thing`")
     remembered = {word for line in expanded for word in re.findall(r"=(\w+)\}", line.text)}
-    scope = Scope(book, roles, remembered, relations)
+    sorts = dict.fromkeys(remembered, "word") | {role.name: role.sort for role in roles.values()}
+    scope = Scope(book, sorts, relations)
     nodes: list[Node] = []
     questions: list[AskedOf] = []
     beat: list[Line] = []
     for line in [*expanded, Line("", "")]:
         if beat and not line.text.startswith("*"):
-            nodes.append(_beat(beat, scope))
+            nodes += _beat(beat, scope)
             beat = []
         if line.text.startswith("*"):
             beat.append(line)
@@ -183,11 +144,11 @@ def _role(line: Line, book: WordBook) -> Role | None:
     raise ScriptError(f"{line.where}: {match[2]!r} is neither a class of characters nor lists of things or of places")
 
 
-def _beat(lines: list[Line], scope: Scope) -> Node:
+def _beat(lines: list[Line], scope: Scope) -> Template:
     """One beat: its only way, or the choice between its ways; each begins with the space after the beat before."""
     texts = [line.text[1:].strip() for line in lines]
     ways = [parse_template(f" {text}" if text else "", scope, line.where) for text, line in zip(texts, lines)]
-    return ways[0] if len(ways) == 1 else alternatives(ways, texts, lines[0].where)
+    return ways[0] if len(ways) == 1 else (alternatives(ways, texts, lines[0].where),)
 
 
 def _asked_of(text: str, scope: Scope, where: str) -> AskedOf:
@@ -202,12 +163,12 @@ def _load_forms(path: Path, book: WordBook) -> dict[str, Form]:
     """The forms of questions: `= relation` or `= relation: last of object`, then wordings with {s}, {o} and {r}."""
     forms: dict[str, Form] = {}
     relation = ""
-    scope = Scope(book, {}, set(), frozenset(), anything=frozenset("sor"))
+    scope = Scope(book, dict.fromkeys("sor", "anything"), set())
     for line in read_lines(path):
         if line.text.startswith("="):
             relation, _, rule = (part.strip() for part in line.text[1:].partition(":"))
-            forms[relation] = Form(relation, rule.removeprefix("last of "), ())
+            forms[relation] = Form(rule.removeprefix("last of "))
         elif line.text:
             wordings = (*forms[relation].wordings, _asked_of(line.text, scope, line.where))
-            forms[relation] = Form(relation, forms[relation].last_of, wordings)
+            forms[relation] = Form(forms[relation].last_of, wordings)
     return forms

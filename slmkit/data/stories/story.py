@@ -1,16 +1,44 @@
-"""Stories by number: story `index` of stream `seed`, the same on every machine."""
+"""Stories and scenes by number, the same on every machine, and the questions that they answer.
+
+The primer is short scenes of plain facts, most of them told twice, each followed by questions and their answers. In
+stories only one token in thirty depends on a name mentioned before, so a model trained on stories alone learns slowly
+to look names up. In the primer it is every other token. A scene told twice teaches copying (induction heads, Olsson et
+al. 2022, arXiv:2209.11895), a question teaches looking up an entity. Stories and conversations are trained afterwards.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from slmkit.data.stories.cast import Character, Thing
-from slmkit.data.stories.questions import Question, questions_about
 from slmkit.data.stories.script import load_library
-from slmkit.data.stories.teller import Teller, random_stream
+from slmkit.data.stories.teller import (
+    CHILDREN,
+    AskedOf,
+    Character,
+    Fact,
+    Place,
+    Teller,
+    Thing,
+    Word,
+    random_stream,
+)
+from slmkit.data.stories.template import Template
 from slmkit.data.stories.words import SPLITS
+
+FEWEST_QUESTIONS, MOST_QUESTIONS = 3, 7  # about a scene
+RECITED = 0.6  # share of scenes that are told twice, word for word, before the questions
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a story, its answer, and its form (`has`, `colour`, ...; `plot` for a plot's own)."""
+
+    question: str
+    answer: str
+    form: str
 
 
 @dataclass(frozen=True)
@@ -31,6 +59,14 @@ class Story:
         return questions_about(self.teller)
 
 
+@dataclass(frozen=True)
+class Scene:
+    """A few sentences, and questions about them in any order, no two with the same answer."""
+
+    text: str
+    questions: tuple[Question, ...]
+
+
 def tell(seed: int, index: int, split: str = "train") -> Story:
     """Story `index` of the stream `seed`. Raises `UserError` for an unknown split."""
     if split not in SPLITS:
@@ -48,3 +84,94 @@ def tell(seed: int, index: int, split: str = "train") -> Story:
 def tell_many(seed: int, count: int, split: str = "train", start: int = 0) -> Iterator[Story]:
     """Stories `start` to `start + count` of the stream `seed`."""
     return (tell(seed, index, split) for index in range(start, start + count))
+
+
+def scene(chance: random.Random) -> Scene:
+    """A random scene. As in the train split, no held-out pair of hero's kind and thing occurs."""
+    teller = Teller(load_library(plots="primer.txt"), "train", chance.random)
+    teller.tell()
+    questions = list(questions_about(teller))
+    chance.shuffle(questions)
+    by_answer = {question.answer: question for question in questions}
+    return Scene(teller.text, tuple(by_answer.values())[: chance.randint(FEWEST_QUESTIONS, MOST_QUESTIONS)])
+
+
+def primer_text(seed: int, index: int) -> str:
+    """Item `index` of the stream `seed`: a scene, perhaps repeated, then its questions, each with its answer."""
+    chance = random_stream("primer", seed, index)
+    told = scene(chance)
+    recited = [f"Once more: {told.text}"] if chance.random() < RECITED else []
+    return " ".join([told.text, *recited, *(f"{asked.question} {asked.answer}" for asked in told.questions)])
+
+
+def primer_texts(seed: int, count: int) -> Iterator[str]:
+    """The first `count` texts of the stream `seed`."""
+    return (primer_text(seed, index) for index in range(count))
+
+
+class UnsettledError(Exception):
+    """A sentence would name something that the story did not mention."""
+
+
+class Narrator(Teller):
+    """Fills sentences about a finished story; makes no choices."""
+
+    def __init__(self, teller: Teller):
+        super().__init__(teller.library, teller.split, teller.chance)
+        self.bound = dict(teller.bound)
+
+    def choose(self, options: Sequence[object]) -> int:
+        """Raises `UnsettledError`: the story is finished."""
+        raise UnsettledError
+
+    def pick(self, words: tuple[str, ...]) -> str:
+        """Raises `UnsettledError`: the story is finished."""
+        raise UnsettledError
+
+    def say(self, template: Template) -> str:
+        """The template filled in from the story."""
+        self.parts = []
+        self.tell_all(template)
+        return "".join(self.parts)
+
+    def ask(self, wordings: Sequence[AskedOf], form: str) -> Iterator[Question]:
+        """The questions in these wordings that the story settles."""
+        for wording in wordings:
+            try:
+                yield Question(self.say(wording.question), self.say(wording.answer), form)
+            except UnsettledError:
+                continue
+
+
+def questions_about(teller: Teller) -> tuple[Question, ...]:
+    """Every question that the story answers, in the order of its facts; those with two answers are left out."""
+    asked: dict[str, Question] = {}
+    ambiguous = set()
+    for question in _all_questions(Narrator(teller), teller):
+        if asked.setdefault(question.question, question).answer != question.answer:
+            ambiguous.add(question.question)
+    return tuple(question for question in asked.values() if question.question not in ambiguous)
+
+
+def _all_questions(narrator: Narrator, teller: Teller) -> Iterator[Question]:
+    yield from narrator.ask(teller.plot.questions, "plot")
+    for fact in [*teller.standing_facts(), *_facts_of_the_cast(teller)]:
+        object_ = Word(narrator.say(fact.object)) if isinstance(fact.object, tuple) else fact.object
+        for name, entity in (("s", fact.subject), ("o", object_), ("r", fact.recipient)):
+            if entity is None:
+                narrator.bound.pop(name, None)
+            else:
+                narrator.bound[name] = entity
+        yield from narrator.ask(teller.library.forms[fact.relation].wordings, fact.relation)
+
+
+def _facts_of_the_cast(teller: Teller) -> Iterator[Fact]:
+    """Facts that the text stated while naming characters and things: kinds, colours, looks."""
+    entities = [entity for entity in teller.bound.values() if not isinstance(entity, Word | Place)]
+    for entity in entities:
+        if isinstance(entity, Character) and entity.name and entity.kind:
+            is_child, is_animal = entity.kind in CHILDREN, entity.kind in teller.book.lists["animal"]
+            yield Fact("is_child" if is_child else "is_animal" if is_animal else "is_grownup", entity)
+        if isinstance(entity, Thing) and entity.look:
+            is_colour = entity.look in teller.book.lists["colour"]
+            yield Fact("has_colour" if is_colour else "has_look", entity)

@@ -1,23 +1,29 @@
-"""Conversations about stories: a user asks for or pastes a story, asks questions about it, or makes small talk."""
+"""Conversations about stories, pairs of a right and a wrong answer to a question, and small sums.
+
+A user asks for or pastes a story, asks questions about it, or makes small talk.
+"""
 
 from __future__ import annotations
 
 import functools
 import random
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from slmkit.data.stories.primer import Scene, scene
-from slmkit.data.stories.questions import Question
 from slmkit.data.stories.script import FOLDER, read_lines
-from slmkit.data.stories.story import Story, tell
-from slmkit.data.stories.teller import random_stream
-from slmkit.data.stories.template import dress
+from slmkit.data.stories.story import Question, Scene, Story, scene, tell
+from slmkit.data.stories.teller import dress, random_stream
 from slmkit.data.stories.words import ScriptError
 
 Message = dict[str, str]
 
 KINDS = {"request": 4, "pasted": 3, "scene": 9, "small talk": 1}  # relative frequency of each kind of conversation
 SMALL_TALK = ("hello", "who", "thanks", "bye")
+ABOUT_STORIES = 0.25  # share of question pairs about a whole story; the others are about a scene
+OTHER_SCENES = 400  # scenes for wrong answers that the text itself does not have
+LARGEST = 20  # largest summand
+SUMS = ("What is {a} + {b}?", "{a} + {b} = ?", "How much is {a} plus {b}?")
+NEAR = (-10, -2, -1, 1, 2, 10)  # errors of wrong answers: off by one or two, or a wrong carry
 
 
 def conversation(seed: int, index: int, split: str = "train") -> list[Message]:
@@ -132,3 +138,94 @@ def _wordings() -> dict[str, list[str]]:
         elif line.text:
             wordings[topic].append(line.text)
     return wordings
+
+
+class AskedTwice(NamedTuple):
+    """A question as a conversation without its answer, the right answer and a wrong one.
+
+    The wrong answer is that of another question with the same wording: the place where another character went, the
+    colour of another thing. It is from the same text if that has one, else from other scenes.
+    """
+
+    messages: list[Message]
+    right: str
+    wrong: str
+
+
+def question_pair(seed: int, index: int, split: str = "train") -> AskedTwice:
+    """Item `index` of the stream `seed`."""
+    chance = random_stream("question pair", seed, split, index)
+    while True:
+        text, questions = _text(chance, seed, index, split)
+        for question in chance.sample(questions, len(questions)):
+            wrong = _wrong_answer(question, questions, chance)
+            if wrong is not None:
+                messages = [{"role": "user", "content": pasted(chance, text, question)}]
+                return AskedTwice(messages, question.answer, wrong)
+
+
+def _text(chance: random.Random, seed: int, index: int, split: str) -> tuple[str, Sequence[Question]]:
+    if chance.random() < ABOUT_STORIES:
+        story = tell(seed, index, split)
+        return story.text, story.questions
+    told = scene(chance)
+    return told.text, told.questions
+
+
+def _wrong_answer(asked: Question, questions: Sequence[Question], chance: random.Random) -> str | None:
+    others = _questions_of_others().get(asked.form, ())
+    for other in (*questions, *chance.sample(others, len(others))):
+        answer = adapted(other, asked)
+        if answer is not None and answer != asked.answer:
+            return answer
+    return None
+
+
+@functools.cache
+def _questions_of_others() -> dict[str, list[Question]]:
+    """Questions of a few hundred scenes, by form."""
+    found: dict[str, list[Question]] = {}
+    for index in range(OTHER_SCENES):
+        for question in scene(random_stream("other scene", index)).questions:
+            found.setdefault(question.form, []).append(question)
+    return found
+
+
+def adapted(other: Question, asked: Question) -> str | None:
+    """The answer of `other`, adapted to the question `asked`; None if their wordings differ.
+
+    `Where did Ada go?` → `Ada went to the mill.`, asked of Max: `Max went to the mill.`
+    """
+    theirs, ours = other.question.split(), asked.question.split()
+    if other.form != asked.form or len(theirs) != len(ours):
+        return None
+    instead = {_bare(a): _bare(b) for a, b in zip(theirs, ours) if a != b}
+    if len(instead) > 1 or len(instead) >= len(ours) / 2:
+        return None
+    words = other.answer.split()
+    return " ".join(word.replace(_bare(word), instead.get(_bare(word), _bare(word)), 1) for word in words)
+
+
+def _bare(word: str) -> str:
+    """A word without trailing punctuation and endings: `Ada` for `Ada's` and `Ada?`."""
+    word = word.rstrip(".?!,")
+    return word.removesuffix("'s")
+
+
+def sum_pair(seed: int, index: int, held_out: bool = False) -> tuple[str, str, str]:
+    """A question, its answer and a wrong one close to it: item `index` of the stream `seed`.
+
+    A tenth of all sums is held out: asked only with `held_out`.
+    """
+    chance = random_stream("sum", seed, held_out, index)
+    while True:
+        a, b = chance.randint(0, LARGEST), chance.randint(0, LARGEST)
+        if is_held_out_sum(a, b) == held_out:
+            break
+    wrong = chance.choice([a + b + near for near in NEAR if a + b + near >= 0])
+    return chance.choice(SUMS).format(a=a, b=b), str(a + b), str(wrong)
+
+
+def is_held_out_sum(a: int, b: int) -> bool:
+    """Whether this sum is held out from training."""
+    return random_stream("held-out sum", a, b).random() < 0.1

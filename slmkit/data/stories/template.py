@@ -1,4 +1,4 @@
-"""Templates: text with choices and slots in it, read once and told many times.
+"""Templates: text with choices and slots in it, read once and told many times (see `Teller.tell_all`).
 
 plain text                     is written as it stands
 [walked|hurried|ran]           one of these, each as likely; they may hold slots and brackets, and may be empty
@@ -13,106 +13,31 @@ plain text                     is written as it stands
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass
 
-from slmkit.data.stories.cast import ASPECTS, PRONOUNS, Entity, Role, Word
 from slmkit.data.stories.words import ScriptError, WordBook
 
+PRONOUNS = {"he": "she", "him": "her", "his": "her", "himself": "herself"}
+ASPECTS = {  # what may be said of each sort of entity
+    "character": ("", "kind", *PRONOUNS),
+    "thing": ("", "full", "look"),
+    "place": ("", "at", "to"),
+    "word": ("",),
+    "anything": ("", "kind", *PRONOUNS, "full", "look", "at", "to"),
+}
 SLOT = re.compile(r"(?:(?P<article>[Aa]n?) )?(?P<name>[A-Za-z_]+\d?)(?:\.(?P<aspect>[A-Za-z]+))?(?:=(?P<bind>\w+))?")
 BARE_ARTICLE = re.compile(r"(^|\W)[Aa]n? $")
-SOUNDS_LIKE_A_CONSONANT = ("uni", "use", "one", "eu")
-SOUNDS_LIKE_A_VOWEL = ("honest", "hour")
 
 
-class Teller(Protocol):
-    """The interface that a template requires of the teller."""
-
-    book: WordBook
-    split: str
-    used: set[str]
-    bound: dict[str, Entity]
-
-    def choose(self, options: tuple[str, ...]) -> int: ...
-    def pick(self, words: tuple[str, ...]) -> str: ...
-    def write(self, text: str) -> None: ...
-    def note(self, fact: Note) -> None: ...
-
-
-class Node(Protocol):
-    """A piece of a template."""
-
-    def tell(self, teller: Teller) -> None: ...
-
-
-@dataclass
-class Scope:
-    """The names that a template may use: word lists, a plot's roles, remembered words, relations of facts."""
-
-    book: WordBook
-    roles: dict[str, Role]
-    words: set[str]
-    relations: frozenset[str]
-    anything: frozenset[str] = frozenset()  # names for the entities of a fact
-
-    def sort_of(self, name: str) -> str | None:
-        """character, thing, place, word or anything; None for an unknown name."""
-        if name in self.roles:
-            return self.roles[name].sort
-        return "word" if name in self.words else "anything" if name in self.anything else None
-
-
-@dataclass
-class Text:
-    """Fixed text."""
-
-    text: str
-
-    def tell(self, teller: Teller) -> None:
-        teller.write(self.text)
-
-
-@dataclass
-class Sequence:
-    """Nodes told one after the other."""
-
-    nodes: tuple[Node, ...]
-
-    def tell(self, teller: Teller) -> None:
-        for node in self.nodes:
-            node.tell(teller)
-
-    @property
-    def head(self) -> str:
-        """The fixed text that it begins with."""
-        return self.nodes[0].text if self.nodes and isinstance(self.nodes[0], Text) else ""
-
-
-@dataclass
+@dataclass(frozen=True)
 class Alternatives:
     """Options, of which one is told."""
 
-    options: tuple[Sequence, ...]
-    heads: tuple[str, ...] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.heads = tuple(option.head for option in self.options)
-
-    def tell(self, teller: Teller) -> None:
-        self.options[teller.choose(self.heads)].tell(teller)
+    options: tuple[Template, ...]
 
 
-def dress(text: str, article: str, capital: bool) -> str:
-    """The text with the right article before it, and a capital letter if required."""
-    if article:
-        vowel = text[0] in "aeiou" and not text.startswith(SOUNDS_LIKE_A_CONSONANT)
-        vowel = vowel or text.startswith(SOUNDS_LIKE_A_VOWEL)
-        return f"{article[0]}{'n' if vowel else ''} {text}"
-    return text[0].upper() + text[1:] if capital else text
-
-
-@dataclass
+@dataclass(frozen=True)
 class WordSlot:
     """A slot for a word from a list, chosen when it is written."""
 
@@ -121,14 +46,8 @@ class WordSlot:
     capital: bool
     bind: str | None
 
-    def tell(self, teller: Teller) -> None:
-        word = teller.pick(self.words)
-        if self.bind:
-            teller.bound[self.bind] = Word(word)
-        teller.write(dress(word, self.article, self.capital))
 
-
-@dataclass
+@dataclass(frozen=True)
 class EntitySlot:
     """A slot for a character, thing, place or remembered word."""
 
@@ -137,28 +56,33 @@ class EntitySlot:
     article: str
     capital: bool
 
-    def tell(self, teller: Teller) -> None:
-        if self.name not in teller.bound:
-            raise ScriptError(f"`{self.name}` is used before it is told")
-        teller.write(dress(teller.bound[self.name].say(self.aspect, teller), self.article, self.capital))
 
-
-@dataclass
+@dataclass(frozen=True)
 class Note:
     """A fact: `hero found thing`, `hero gave thing to friend`; `needed` ones are checked, not recorded."""
 
     relation: str
     subject: str
-    object: str | Sequence | None
+    object: str | Template | None
     recipient: str | None
     needed: bool
     where: str
 
-    def tell(self, teller: Teller) -> None:
-        teller.note(self)
+
+Node = str | Alternatives | WordSlot | EntitySlot | Note
+Template = tuple[Node, ...]  # told one after the other; a `str` is fixed text
 
 
-def parse_template(text: str, scope: Scope, where: str) -> Sequence:
+@dataclass
+class Scope:
+    """The names that a template may use: word lists, entities with their sorts (see `ASPECTS`), relations of facts."""
+
+    book: WordBook
+    sorts: Mapping[str, str]
+    relations: Set[str]
+
+
+def parse_template(text: str, scope: Scope, where: str) -> Template:
     """Parse a template. Raises `ScriptError` for a name that is no role, list or remembered word."""
     nodes, end = _sequence(text, 0, scope, where)
     if end != len(text):
@@ -166,10 +90,11 @@ def parse_template(text: str, scope: Scope, where: str) -> Sequence:
     return nodes
 
 
-def _sequence(text: str, at: int, scope: Scope, where: str) -> tuple[Sequence, int]:
+def _sequence(text: str, at: int, scope: Scope, where: str) -> tuple[Template, int]:
     """Nodes from `at` to the end of the text, or to the `|` or `]` that ends this alternative."""
     nodes: list[Node] = []
     while at < len(text) and text[at] not in "|]":
+        node: Node
         if text[at] == "[":
             node, at = _alternatives(text, at + 1, scope, where)
         elif text[at] == "{":
@@ -177,16 +102,12 @@ def _sequence(text: str, at: int, scope: Scope, where: str) -> tuple[Sequence, i
             node, at = _slot(text[at + 1 : end], scope, where), end + 1
         else:
             end = min((i for i in (text.find(mark, at) for mark in "[{|]") if i >= 0), default=len(text))
-            node, at = Text(text[at:end]), end
-        if (
-            isinstance(node, WordSlot | EntitySlot)
-            and nodes
-            and isinstance(nodes[-1], Text)
-            and BARE_ARTICLE.search(nodes[-1].text)
-        ):
+            node, at = text[at:end], end
+        before = nodes[-1] if nodes and isinstance(nodes[-1], str) else ""
+        if isinstance(node, WordSlot | EntitySlot) and BARE_ARTICLE.search(before):
             raise ScriptError(f"{where}: write {{a word}}, so that the article fits, not `a {{word}}`: {text!r}")
         nodes.append(node)
-    return Sequence(tuple(nodes)), at
+    return tuple(nodes), at
 
 
 def _closing_brace(text: str, at: int, where: str) -> int:
@@ -199,22 +120,23 @@ def _closing_brace(text: str, at: int, where: str) -> int:
     raise ScriptError(f"{where}: `{{` without `}}` in {text!r}")
 
 
-def _alternatives(text: str, at: int, scope: Scope, where: str) -> tuple[Node, int]:
+def _alternatives(text: str, at: int, scope: Scope, where: str) -> tuple[Alternatives, int]:
     """The alternatives after a `[`, through its `]`."""
-    options, starts = [], [at]
+    options: list[Template] = []
+    sources: list[str] = []
     while True:
+        start = at
         option, at = _sequence(text, at, scope, where)
-        options.append(option)
         if at >= len(text):
             raise ScriptError(f"{where}: `[` without `]` in {text!r}")
+        options.append(option)
+        sources.append(text[start:at])
         at += 1
         if text[at - 1] == "]":
-            break
-        starts.append(at)
-    return alternatives(options, [text[a : b - 1] for a, b in zip(starts, [*starts[1:], at])], where), at
+            return alternatives(options, sources, where), at
 
 
-def alternatives(options: Iterable[Sequence], sources: list[str], where: str) -> Alternatives:
+def alternatives(options: Iterable[Template], sources: list[str], where: str) -> Alternatives:
     """Alternatives, which must differ: equal ones would make one text from two choices. Raises `ScriptError`."""
     if len(sources) < 2 or len(set(sources)) < len(sources):
         raise ScriptError(f"{where}: expected two or more different alternatives, found {sources}")
@@ -233,7 +155,7 @@ def _slot(source: str, scope: Scope, where: str) -> Node:
     name, aspect = name.lower(), aspect.lower()
     if name in PRONOUNS and not aspect:
         name, aspect = "hero", name
-    sort = scope.sort_of(name)
+    sort = scope.sorts.get(name)
     if sort and aspect in ASPECTS[sort] and not bind:
         return EntitySlot(name, aspect, article, capital)
     if sort is None and name in scope.book.lists and not aspect:
@@ -249,9 +171,9 @@ def parse_note(source: str, scope: Scope, where: str) -> Note:
     if len(words) not in (2, 3, 5) or words[1] not in scope.relations or (len(words) == 5 and words[3] != "to"):
         raise ScriptError(f"{where}: expected `subject relation object [to somebody]`, found {source.strip()!r}")
     for word in words[:1] + words[2:3] + words[4:]:
-        if not word.startswith('"') and scope.sort_of(word) is None:
+        if not word.startswith('"') and word not in scope.sorts:
             raise ScriptError(f"{where}: {word!r} is no role and no remembered word")
-    object_: str | Sequence | None = words[2] if len(words) > 2 else None
+    object_: str | Template | None = words[2] if len(words) > 2 else None
     if len(words) > 2 and words[2].startswith('"'):
         object_ = parse_template(words[2][1:-1], scope, where)
     return Note(words[1], words[0], object_, words[4] if len(words) == 5 else None, needed, where)

@@ -163,15 +163,23 @@ def training_bytes(profile: MemoryProfile, settings: TrainSettings, rows: int, l
     teacher or reference model. One micro-batch is `rows` of `length` tokens, all learned.
     """
     with FakeTensorMode(), Ledger() as ledger:
-        decoder, beside = profile.built()
-        optimizers = _optimizers_after_a_step(decoder, settings, device)
-        decoder.recompute_every = settings.gradient_checkpointing
-        with device.autocast():
-            loss = profile.objective(beside)(decoder, profile.batch(rows, length)).total
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
+        run_step(profile, settings, rows, length, device, torch.device("cpu"))
     return ledger.peak
+
+
+def run_step(
+    profile: MemoryProfile, settings: TrainSettings, rows: int, length: int, device: Device, where: torch.device
+) -> None:
+    """A training step of the profile's models, on zeros, in the types of `device`."""
+    decoder, beside = profile.built(where)
+    optimizers = _optimizers_after_a_step(decoder, settings, device)
+    decoder.recompute_every = settings.gradient_checkpointing
+    objective, batch = profile.objective(beside), profile.batch(rows, length).to(where)
+    with device.autocast():
+        loss = objective(decoder, batch).total
+    loss.backward()
+    for optimizer in optimizers:
+        optimizer.step()
 
 
 def state_bytes(profile: MemoryProfile, settings: TrainSettings, device: Device) -> int:
@@ -234,8 +242,8 @@ class _MomentsOf8Bits(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for p in self.param_groups[0]["params"]:
             if not self.state[p]:
-                blocks = torch.empty(2, -(-p.numel() // 256))
-                self.state[p] = {"moments": torch.empty(2, *p.shape, dtype=torch.uint8), "blocks": blocks}
+                blocks = p.new_empty(2, -(-p.numel() // 256), dtype=torch.float32)
+                self.state[p] = {"moments": p.new_empty(2, *p.shape, dtype=torch.uint8), "blocks": blocks}
 
 
 def reading_bytes(architecture: Architecture, rows: int, length: int, dtype: torch.dtype) -> int:

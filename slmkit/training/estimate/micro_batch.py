@@ -9,10 +9,7 @@ import torch
 
 from slmkit.config import UserError
 from slmkit.device import Device, available_memory
-from slmkit.model.decoder import Decoder
-from slmkit.training.estimate.memory import MemoryProfile, training_bytes
-from slmkit.training.optimizers.choose import make_optimizers
-from slmkit.training.precision import to_weight_dtype
+from slmkit.training.estimate.memory import MemoryProfile, run_step, training_bytes
 from slmkit.training.recipe.recipe import TrainSettings
 
 # Share of the free memory: the estimate is right to 15 %, and allocators waste some.
@@ -21,12 +18,10 @@ USABLE_ELSEWHERE = 0.85
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # in messages of allocators
 
 
-def resolve_micro_batch(
-    settings: TrainSettings, model: Decoder, profile: MemoryProfile, length: int, device: Device
-) -> TrainSettings:
+def resolve_micro_batch(settings: TrainSettings, profile: MemoryProfile, length: int, device: Device) -> TrainSettings:
     """`settings` with `micro_batch_tokens: auto` replaced by the most tokens that fit.
 
-    The micro-batches of a step are of about equal size. On an accelerator the size is tested by a step without effect.
+    The micro-batches of a step are of about equal size. On an accelerator the size is tested by a step.
     Raises `UserError` when not even one row of `length` tokens fits.
     """
     if settings.micro_batch_tokens != "auto":
@@ -34,7 +29,7 @@ def resolve_micro_batch(
     rows = settings.rows_per_step(length)
     fitting = fitting_rows(profile, settings, rows, length, device, available_memory(device))
     if device.torch_device.type != "cpu":
-        fitting = tried_rows(model, profile, settings, fitting, length, device)
+        fitting = tried_rows(profile, settings, fitting, length, device)
     micro_batches = -(-rows // fitting)
     return settings.model_copy(update={"micro_batch_tokens": -(-rows // micro_batches) * length})
 
@@ -66,46 +61,19 @@ def fitting_rows(
     return fits
 
 
-def tried_rows(
-    model: Decoder, profile: MemoryProfile, settings: TrainSettings, rows: int, length: int, device: Device
-) -> int:
-    """The largest of `rows`, `rows // 2`, … for which a step fits in memory, beside the teacher or reference model."""
+def tried_rows(profile: MemoryProfile, settings: TrainSettings, rows: int, length: int, device: Device) -> int:
+    """The largest of `rows`, `rows // 2`, … for which a step really fits in memory."""
     while True:
         try:
-            _try(model, profile, settings, rows, length, device)
+            run_step(profile, settings, rows, length, device, device.torch_device)
             return rows
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or rows == 1:
                 raise
         # Outside the except clause, whose traceback keeps the tensors alive.
         rows //= 2
-        model.zero_grad(set_to_none=True)
         if device.torch_device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def _try(
-    model: Decoder, profile: MemoryProfile, settings: TrainSettings, rows: int, length: int, device: Device
-) -> None:
-    """Two forward and backward passes with an update in between that changes nothing: no gradient, no rate."""
-    model.to(device.torch_device)
-    to_weight_dtype(model, device)
-    model.recompute_every = settings.gradient_checkpointing
-    optimizers = make_optimizers(model, settings, device)
-    objective = profile.objective(profile.built_beside(device.torch_device))
-    batch = profile.batch(rows, length).to(device.torch_device)
-    for _ in range(2):
-        with device.autocast():
-            loss = objective(model, batch).total
-        loss.backward()
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                parameter.grad.zero_()
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = 0.0
-            optimizer.step()
-    model.zero_grad(set_to_none=True)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from slmkit.config import UserError, read_yaml
-from slmkit.training.logging.metrics_log import MetricsLog, is_running
+from slmkit.training.logging.metrics_log import MetricsLog, is_running, read_json
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ def read_run(root: Path) -> RunOverview:
     last = reports[-1] if reports else {"step": 0, "tokens": 0}
     newest = (root / "latest").resolve().name  # may be of a step that was not logged
     step = max(last["step"], int(newest.removeprefix("step-")) if newest.startswith("step-") else 0)
-    plan = read_plan(root)
+    plan = read_json(root / "plan.json")
     finished = read_json(root / "environment.json").get("finished") or {}
     steps = plan.get("steps") or recipe.get("train", {}).get("max_steps") or finished.get("steps")
     is_whole = step == finished.get("step") or (steps and step >= steps)
@@ -61,19 +60,6 @@ def read_run(root: Path) -> RunOverview:
     )
 
 
-def read_plan(root: Path) -> dict[str, Any]:
-    """A run's `plan.json`; empty if there is none."""
-    return read_json(root / "plan.json")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Content of a JSON file; empty if it is missing or invalid."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-
-
 def _parameters(weights: Path) -> int | None:
     """Number of weights in a safetensors file, from its header."""
     from safetensors import safe_open
@@ -81,11 +67,4 @@ def _parameters(weights: Path) -> int | None:
     if not weights.is_file():
         return None
     with safe_open(weights, framework="numpy") as file:
-        return sum(_product(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 - no mapping
-
-
-def _product(shape: list[int]) -> int:
-    result = 1
-    for size in shape:
-        result *= size
-    return result
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 - no mapping

@@ -36,6 +36,14 @@ def finite(report: Report) -> Report:
     }
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Content of a JSON file; empty if it is missing or invalid."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
 class MetricsLog:
     """`metrics.jsonl`: one appended line per logged step; a resumed run first drops the lines it will repeat."""
 

@@ -154,10 +154,8 @@ def _curve(run: Path, reports: list[Report], drawn: Curves, over: Axis) -> tuple
 
 def _unit(over: Axis, largest: float) -> tuple[float, str]:
     """Divisor and label of the horizontal axis."""
-    if over == "tokens":
-        return 1.0, "trained tokens"
-    if over == "steps":
-        return 1.0, "steps"
+    if over != "time":
+        return 1.0, "trained tokens" if over == "tokens" else "steps"
     for seconds, unit in ((3_600, "hours"), (60, "minutes")):
         if largest >= 3 * seconds:
             return float(seconds), unit

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from slmkit.config import UserError
 from slmkit.training.loop import Report
+from slmkit.training.recipe.changes import leaves_of
 
 AXES = ("step", "tokens")  # horizontal axes of plots
-
-
-class Tracker(Protocol):
-    """Receives each line of the run log."""
-
-    def log(self, report: Report) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class TensorBoard:
@@ -31,7 +24,7 @@ class TensorBoard:
         # Steps that a resumed run will repeat are dropped, as in metrics.jsonl.
         self.writer = SummaryWriter(str(root / "tensorboard"), purge_step=step + 1 if step else None)
         if not step:
-            self.writer.add_text("recipe", "\n".join(f"    {key}: {value}" for key, value in _flat(recipe).items()))
+            self.writer.add_text("recipe", "\n".join(f"    {key}: {value}" for key, value in leaves_of(recipe)))
 
     def log(self, report: Report) -> None:
         for name, value in _figures(report).items():
@@ -69,10 +62,8 @@ class WeightsAndBiases:
         self.run.finish()
 
 
-TRACKERS: dict[str, Callable[[Path, dict[str, Any], int], Tracker]] = {
-    "tensorboard": TensorBoard,
-    "wandb": WeightsAndBiases,
-}
+Tracker = TensorBoard | WeightsAndBiases
+TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -87,21 +78,8 @@ def open_trackers(names: Sequence[str], root: Path, recipe: dict[str, Any], step
     """Context manager with the trackers of a run that continues after `step`; closes them in any case."""
     check_trackers(names)
     with ExitStack() as stack:
-        trackers: list[Tracker] = []
-        for name in names:
-            tracker = TRACKERS[name](root, recipe, step)
-            stack.callback(tracker.close)
-            trackers.append(tracker)
-        yield trackers
+        yield [stack.enter_context(closing(TRACKERS[name](root, recipe, step))) for name in names]
 
 
 def _figures(report: Report) -> dict[str, float]:
     return {key: value for key, value in report.items() if key not in AXES and isinstance(value, int | float)}
-
-
-def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested keys as dotted ones."""
-    flat: dict[str, Any] = {}
-    for key, value in content.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

@@ -46,7 +46,7 @@ class Change:
 
 def changes_between(prepared: Recipe, edited: Recipe) -> list[Change]:
     """Every key whose value differs."""
-    was, now = (dict(_leaves(recipe.model_dump(mode="json"))) for recipe in (prepared, edited))
+    was, now = (dict(leaves_of(recipe.model_dump(mode="json"))) for recipe in (prepared, edited))
     return [
         Change(key, was.get(key), now.get(key))
         for key in dict.fromkeys([*was, *now])
@@ -56,7 +56,7 @@ def changes_between(prepared: Recipe, edited: Recipe) -> list[Change]:
 
 def of_absent_sections(prepared: Recipe, overrides: Sequence[str]) -> list[Change]:
     """The `key=value` overrides of keys that are below a null section or in an empty list of `prepared`."""
-    leaves, changes = dict(_leaves(prepared.model_dump(mode="json"))), []
+    leaves, changes = dict(leaves_of(prepared.model_dump(mode="json"))), []
     for key, _, text in (override.partition("=") for override in overrides):
         *parents, leaf = key.split(".")
         if key not in leaves and leaf in fields_at(Recipe, parents) and value_of(text) is not None:
@@ -104,7 +104,7 @@ def _is_obeyable(prepared: Recipe, change: Change) -> bool:
     return any(fnmatchcase(change.key, pattern) for pattern in allowed)
 
 
-def _leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+def leaves_of(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
     """`(dotted key, value)` of everything below; a list is a value unless mappings are in it."""
     if isinstance(value, dict) and value:
         items: Any = value.items()
@@ -114,7 +114,7 @@ def _leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
         yield place, value
         return
     for name, inner in items:
-        yield from _leaves(inner, f"{place}.{name}" if place else str(name))
+        yield from leaves_of(inner, f"{place}.{name}" if place else str(name))
 
 
 def _shown(value: Any) -> str:

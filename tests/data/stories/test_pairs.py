@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from slmkit.data.stories import question_pair
-from slmkit.data.stories.pairs import adapted
-from slmkit.data.stories.questions import Question
+from slmkit.data.stories.story import Question
+from slmkit.data.stories.talk import adapted
 
 
 def test_a_pair_depends_on_its_numbers_alone() -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from slmkit.data.stories import Story
-from slmkit.data.stories.scoring import count_parses, log_probability, parses
 from slmkit.data.stories.script import load_library
 from slmkit.data.stories.teller import Teller
+from tests.data.stories.scoring import count_parses, log_probability, parses
 
 
 def one_of_each_plot(stories: list[Story]) -> list[Story]:
@@ -82,7 +83,7 @@ class Forced(Teller):
         self.given = iter(choices)
         self.ways: list[int] = []
 
-    def choose(self, options: tuple[str, ...]) -> int:
+    def choose(self, options: Sequence[object]) -> int:
         self.ways.append(len(options))
         self.log_probability -= math.log(len(options))
         return next(self.given, 0)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from slmkit.data.stories.cast import CHARACTERS
 from slmkit.data.stories.script import FOLDER, load_library
+from slmkit.data.stories.teller import CHARACTERS
 from slmkit.data.stories.words import ScriptError
 from tests.data.stories.test_scoring import WORLD
 

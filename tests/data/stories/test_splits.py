@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from slmkit.data.stories import Story
-from slmkit.data.stories.cast import Thing
 from slmkit.data.stories.script import load_library
+from slmkit.data.stories.teller import Thing
 from slmkit.data.stories.words import held_out_things
 
 

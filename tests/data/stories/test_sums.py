@@ -6,7 +6,7 @@ import re
 
 from slmkit.data.sources import BUILT_IN, open_source
 from slmkit.data.sources.settings import SourceSettings
-from slmkit.data.stories.sums import sum_pair
+from slmkit.data.stories.talk import sum_pair
 
 
 def terms(question: str) -> tuple[int, int]:

@@ -8,7 +8,6 @@ import torch
 from slmkit.config import UserError, load_settings
 from slmkit.device import find_device
 from slmkit.model.files.directory import empty_decoder
-from slmkit.model.initialization import build_decoder
 from slmkit.training import objective as objectives
 from slmkit.training.estimate import micro_batch
 from slmkit.training.estimate.memory import MemoryProfile, training_bytes
@@ -46,19 +45,18 @@ def test_the_most_rows_that_fit_are_found() -> None:
 
 
 def test_auto_is_shared_out_evenly_and_keeps_the_tokens_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build_decoder(config(), 0)
     chosen = settings(micro_batch_tokens="auto", tokens_per_step=20 * LENGTH)
     monkeypatch.setattr(micro_batch, "available_memory", lambda device: memory_for(8))
-    resolved = resolve_micro_batch(chosen, model, fresh(), LENGTH, CPU)
+    resolved = resolve_micro_batch(chosen, fresh(), LENGTH, CPU)
     assert resolved.rows_per_micro_batch(LENGTH) == 7  # 7 + 7 + 6
     assert resolved.rows_per_step(LENGTH) == 20
-    assert resolve_micro_batch(resolved, model, fresh(), LENGTH, CPU) is resolved
+    assert resolve_micro_batch(resolved, fresh(), LENGTH, CPU) is resolved
 
 
 def test_not_even_one_row_is_one_line_with_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(micro_batch, "available_memory", lambda device: 2**16)
     with pytest.raises(UserError) as caught:
-        resolve_micro_batch(settings(micro_batch_tokens="auto"), build_decoder(config(), 0), fresh(), LENGTH, CPU)
+        resolve_micro_batch(settings(micro_batch_tokens="auto"), fresh(), LENGTH, CPU)
     said = str(caught.value)
     assert "\n" not in said
     assert "1 × 32 tokens at once needs about 0.00 GiB, of 0.00 GiB" in said
@@ -66,7 +64,7 @@ def test_not_even_one_row_is_one_line_with_figures(monkeypatch: pytest.MonkeyPat
     assert "train.gradient_checkpointing=1 (about" in said
 
 
-def test_a_try_that_runs_out_is_halved_and_leaves_the_weights_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_try_that_runs_out_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
     tried, loss = [], objectives.linear_cross_entropy
 
     def runs_out_above_five_rows(hidden: torch.Tensor, *others: object) -> torch.Tensor:
@@ -76,12 +74,9 @@ def test_a_try_that_runs_out_is_halved_and_leaves_the_weights_alone(monkeypatch:
         return loss(hidden, *others)
 
     monkeypatch.setattr(objectives, "linear_cross_entropy", runs_out_above_five_rows)
-    for optimizer in ("adamw", "muon", "lion"):
-        model, untouched = build_decoder(config(), 0), build_decoder(config(), 0)
-        assert micro_batch.tried_rows(model, fresh(), settings(optimizer=optimizer), 20, LENGTH, CPU) == 5
-        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), untouched.parameters()))
-        assert all(p.grad is None for p in model.parameters())
-    assert tried[:4] == [20, 10, 5, 5]
+    for optimizer in ("adamw", "adamw_8bit", "muon", "lion"):
+        assert micro_batch.tried_rows(fresh(), settings(optimizer=optimizer), 20, LENGTH, CPU) == 5
+    assert tried[:4] == [20, 10, 5, 20]
 
 
 def really_too_much() -> RuntimeError:
@@ -125,7 +120,7 @@ def test_estimates_know_what_optimizers_keep() -> None:
 
 def test_the_step_after_a_try_is_the_step_without_one() -> None:
     tried, untried = state(), state()
-    micro_batch.tried_rows(tried.model, fresh(), settings(), 4, LENGTH, CPU)
+    micro_batch.tried_rows(fresh(), settings(), 4, LENGTH, CPU)
     for learner in (tried, untried):
         train_step(learner, next_token, stream().batch(0), plan(1))
     assert all(torch.equal(a, b) for a, b in zip(tried.model.parameters(), untried.model.parameters()))

@@ -8,15 +8,15 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from slmkit.training.logging.progress import TrainingProgress
+from slmkit.training.logging.progress import training_progress
 
 
 def shown(terminal: bool, first: int, losses: list[float]) -> str:
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=120, color_system=None)
-    with TrainingProgress("pretrain", 20, console, steps_in_epoch=8) as progress:
+    with training_progress("pretrain", 20, console, steps_in_epoch=8) as progress:
         for step, loss in enumerate(losses, start=first):
-            progress.update(SimpleNamespace(step=step), {"loss": loss, "tokens_per_second": 1000})
+            progress(SimpleNamespace(step=step), {"loss": loss, "tokens_per_second": 1000})
     return out.getvalue()
 
 
@@ -44,8 +44,8 @@ def test_preference_tuning_names_both_losses_and_the_reward_accuracy(margin: flo
     """Before the first update every margin is 0, and there is no accuracy to tell."""
     out = io.StringIO()
     report = {"loss": 11.6, "preference_loss": 0.693, "rewards/accuracy": 0.75, "rewards/margin": margin}
-    with TrainingProgress("dpo", 1, Console(file=out, width=120)) as progress:
-        progress.update(SimpleNamespace(step=1), report | {"tokens_per_second": 1000})
+    with training_progress("dpo", 1, Console(file=out, width=120)) as progress:
+        progress(SimpleNamespace(step=1), report | {"tokens_per_second": 1000})
     assert out.getvalue().strip().split("  ")[1:4] == words
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 
-from slmkit.data.stories.script import Library, load_library
-from slmkit.data.stories.teller import Teller
+from slmkit.data.stories.script import load_library
+from slmkit.data.stories.teller import Library, Teller
 
 REACH = 32  # characters within which a chosen word follows, after a preposition, an article, a look
 
@@ -30,12 +31,12 @@ class Follower(Teller):
         self.taken: list[int] = []
         self.branches: list[list[int]] = []
 
-    def choose(self, options: tuple[str, ...]) -> int:
+    def choose(self, options: Sequence[object]) -> int:
         """Take the first option that matches the text."""
         self.log_probability -= math.log(len(options))
         if len(self.taken) < len(self.prefix):
             return self._take([self.prefix[len(self.taken)]])
-        return self._take([i for i, head in enumerate(options) if self.target.startswith(head, self.place)])
+        return self._take([i for i, one in enumerate(options) if self.target.startswith(head(one), self.place)])
 
     def pick(self, words: tuple[str, ...]) -> str:
         """Take the first word that occurs in the next `REACH` characters."""
@@ -60,6 +61,11 @@ class Follower(Teller):
         if not self.target.startswith(text, self.place):
             raise DeadEndError
         self.place += len(text)
+
+
+def head(option: object) -> str:
+    """The fixed text that a template begins with; nothing for a plot."""
+    return option[0] if isinstance(option, tuple) and option and isinstance(option[0], str) else ""
 
 
 def parses(text: str, split: str = "train") -> list[float]:
