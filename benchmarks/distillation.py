@@ -94,8 +94,10 @@ class Quiet:
         return lambda *counts: None
 
 
-class First:
+class First(Rows):
     """The first rows of others."""
+
+    rows_in_epoch = 0
 
     def __init__(self, rows: DocumentRows, count: int) -> None:
         self.rows_in_epoch = min(count, rows.rows_in_epoch)
