@@ -143,8 +143,8 @@ def plan_merge(recipe: MergeRecipe, directories: Mapping[str, Path]) -> Merge:
     places = []
     for theirs, ours in stored_names(decoder.state_dict(), family).items():
         parts, origin = [tensors[name][theirs] for name in names], base[theirs] if base else None
-        stored = [DTYPES[part.spelling] for part in (*parts, *([origin] if origin else []))]
-        dtype = getattr(torch, recipe.dtype) if recipe.dtype else functools.reduce(torch.promote_types, stored)
+        dtypes = [DTYPES[part.spelling] for part in (*parts, *([origin] if origin else []))]
+        dtype = getattr(torch, recipe.dtype) if recipe.dtype else functools.reduce(torch.promote_types, dtypes)
         place = Place(theirs, origin, parts, _depth(ours[0], decoder.architecture.depth), dtype)
         _weights(recipe, place)
         places.append(place)

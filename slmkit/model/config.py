@@ -10,14 +10,15 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from slmkit.config import Settings, UserError, did_you_mean, kind_of_value, load_settings
+from slmkit.config import Settings, UserError, did_you_mean, kind_of_value, load_settings, read_yaml
 from slmkit.find import as_path, find_config_directory
 from slmkit.model.families import FULL, SLIDING, families_with, family_of, optional_fields
 from slmkit.model.files.adapter_directory import config_directory
 from slmkit.model.files.generation_config import read_generation_config
 from slmkit.model.files.published import from_published, to_published
-from slmkit.model.presets import PRESETS
 
+# The published sizes, and slmkit's own.
+PRESETS: dict[str, dict[str, Any]] = read_yaml(Path(__file__).with_name("presets.yaml"))
 # Training fields for short scripts: defaults of the trainer, never written to config.json.
 TRAINING_FIELDS = {
     "learning_rate", "batch_size", "sequence_length", "gradient_clip_norm", "warmup_steps", "use_distillation",
@@ -245,3 +246,19 @@ class SLMConfig(Settings):
 
 def _listed(ids: int | list[int] | None) -> list[int]:
     return [] if ids is None else ids if isinstance(ids, list) else [ids]
+
+
+def find_model_or_preset(name: str | Path) -> Path | str:
+    """A directory with the config of a model (from the hub: without its weights), or the name of a preset.
+
+    Raises `UserError` for neither.
+    """
+    preset = str(name).lower()
+    if preset in PRESETS and not Path(name).exists():
+        return preset
+    if Path(name).exists() or "/" in str(name):
+        return find_config_directory(name)
+    bare = {"".join(filter(str.isalnum, one)): one for one in PRESETS}
+    meant = bare.get("".join(filter(str.isalnum, preset)))
+    hint = f"did you mean {meant!r}?" if meant else f"presets: {', '.join(sorted(PRESETS))}"
+    raise UserError(f"{name}: neither a preset nor a directory; {hint}")

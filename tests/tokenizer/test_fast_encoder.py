@@ -43,7 +43,7 @@ def running() -> SLMTokenizer:
     return tokenizer
 
 
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=200)
 @given(
     st.lists(st.text() | st.sampled_from([*RUNS, " the cat", "  ", "'ll", "ſ", "\u2028", "\x85", "\ufdd0"])).map(
         "".join
@@ -57,7 +57,7 @@ def test_any_text_has_the_ids_of_the_library(running: SLMTokenizer, text: str) -
 SHORT = "aab'' \n1é"
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(st.text(alphabet=SHORT, max_size=60), st.lists(st.text(alphabet=SHORT, min_size=1, max_size=12), min_size=1))
 def test_any_vocabulary_that_is_taken_gives_the_ids_of_the_library(text: str, texts: list[str]) -> None:
     tokenizer = SLMTokenizer(300)
@@ -69,7 +69,7 @@ def test_any_vocabulary_that_is_taken_gives_the_ids_of_the_library(text: str, te
 LETTERS = st.sampled_from("abc")
 
 
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=200)
 @given(st.data())
 def test_any_list_of_merges_that_is_taken_gives_the_ids_of_the_library(data: st.DataObject) -> None:
     tokens, merges = ["a", "b", "c"], []
@@ -88,7 +88,9 @@ def test_any_list_of_merges_that_is_taken_gives_the_ids_of_the_library(data: st.
 
 
 def test_both_libraries_class_every_character_alike() -> None:
-    characters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
+    # All of the planes with letters, and one in 64 of those without.
+    codes = [*range(0xD800), *range(0xE000, 0x33480), *range(0x33480, 0x110000, 64)]
+    characters = [chr(code) for code in codes]
     for name in (r"\p{L}", r"\p{N}", r"\s"):
         removed = Split(Regex(name), "removed")
         core = fast_encoder._tiktoken.CoreBPE({bytes([byte]): byte for byte in range(256)}, {}, name)

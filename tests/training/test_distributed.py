@@ -206,16 +206,20 @@ def agree() -> None:
         assert not group.any(False)
         assert group.from_main({"name": "run"} if group.is_main else None) == {"name": "run"}
 
-        spoiled = Changed(lambda loss: loss * float("nan") if group.rank == 1 else loss)
 
-        for parallel in ("ddp", "fsdp"):
-            state, report = small_step(group, parallel, 2, spoiled)
-            assert report["skipped"] == "the loss is nan"
-            assert state.guard.in_a_row == 1
+def refuse(group: Group, parallel: str) -> None:
+    spoiled = Changed(lambda loss: loss * float("nan") if group.rank == 1 else loss)
+    state, report = small_step(group, parallel, 2, spoiled)
+    assert report["skipped"] == "the loss is nan"
+    assert state.guard.in_a_row == 1
 
 
-def test_ranks_agree_on_numbers_and_on_what_is_not_finite_on_one_of_them() -> None:
+def test_ranks_agree_on_numbers() -> None:
     on_ranks(2, agree)
+
+
+def test_what_is_not_finite_on_one_rank_is_refused_by_all() -> None:
+    on_ranks(2, in_every_way, refuse)
 
 
 def outlive(kind: str) -> None:

@@ -12,17 +12,8 @@ from slmkit.config import UserError, did_you_mean
 
 # Listed in the error message for an unknown script; Unicode has 170.
 USUAL_SCRIPTS = (
-    "Latin",
-    "Cyrillic",
-    "Greek",
-    "Han",
-    "Hiragana",
-    "Katakana",
-    "Hangul",
-    "Arabic",
-    "Hebrew",
-    "Devanagari",
-)
+    "Latin", "Cyrillic", "Greek", "Han", "Hiragana", "Katakana", "Hangul", "Arabic", "Hebrew", "Devanagari",
+)  # fmt: skip
 SPACE, LETTER, WANTED = 1, 2, 4  # bits of a character's class
 
 

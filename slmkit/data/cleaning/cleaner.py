@@ -3,7 +3,7 @@
 Single documents are checked in threads, a batch at a time; duplicates are decided in order, so that the result does
 not depend on the number of threads. Memory: the documents of a few batches (the longest whole, unless
 `max_characters` drops it while it is read), and for every kept document 8 bytes for exact duplicates and 8 bytes per
-band for near-duplicates (`minhash.bands_and_rows`; 72 bytes at a threshold of 0.8).
+band for near-duplicates (`bands_and_rows`; 72 bytes at a threshold of 0.8).
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from slmkit.data.cleaning.characters import check_scripts, shares
+from slmkit.data.cleaning.duplicates import SeenKeys, band_keys, bands_and_rows
 from slmkit.data.cleaning.evaluation import evaluation_runs, full_runs
-from slmkit.data.cleaning.minhash import band_keys, bands_and_rows
-from slmkit.data.cleaning.seen import SeenKeys
 from slmkit.data.cleaning.settings import CleaningSettings
 from slmkit.data.cleaning.words import any_in, hash_words
-from slmkit.data.prepare.ordered_map import ordered_map
+from slmkit.data.prepare.ordered_map import batches, ordered_map
 from slmkit.data.sources import Document
 
 BATCH_CHARACTERS = 1 << 20
@@ -53,17 +52,13 @@ class CleaningReport:
         counts = {"documents": self.documents, "kept": self.kept, "dropped": dict(self.dropped.most_common())}
         return {"settings": settings, **counts}
 
-    def in_words(self) -> str:
-        """`1,000 documents: 960 kept; dropped 30 exact duplicate, 10 too short`."""
-        dropped = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.most_common())
-        return f"{self.documents:,} documents: {self.kept:,} kept; dropped {dropped or 'none'}"
-
     def why_nothing(self) -> str:
-        """Text for the error message if no document is left."""
-        return f" (of {self.in_words()})" if self.documents else ""
+        """For the error if no document is left: ` (of 1,000 documents: 0 kept; dropped 1,000 too short)`."""
+        dropped = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.most_common())
+        return f" (of {self.documents:,} documents: {self.kept:,} kept; dropped {dropped})" if self.documents else ""
 
 
-class _Looks(NamedTuple):
+class _Checks(NamedTuple):
     """For a batch of documents: the reason to leave each out, or None, and the keys for duplicates."""
 
     reasons: list[str | None]
@@ -82,29 +77,24 @@ class Cleaner:
         self.bands, self.rows = bands_and_rows(settings.near_duplicates) if settings.near_duplicates else (0, 0)
         self.seen_exact, self.seen_near = SeenKeys(), SeenKeys()
 
-    def clean(self, documents: Iterable[Document], pool: Executor, workers: int) -> Iterable[Document]:
-        """The documents that are kept."""
+    def clean(self, documents: Iterable[Document], pool: Executor, workers: int) -> Iterator[Document]:
+        """The documents that are kept, in order."""
         if not self.settings.is_active:
-            return documents
-        decided = self.decide(documents, pool, workers)
-        return (piece for pieces, reason in decided if reason is None for piece in pieces)
-
-    def decide(
-        self, documents: Iterable[Document], pool: Executor, workers: int
-    ) -> Iterator[tuple[Pieces, str | None]]:
-        """Every document, in order, with the reason to leave it out, or None."""
-        batches = _batched(whole_documents(documents, self.settings.max_characters))
-        for batch, looks in ordered_map(pool, self._look, batches, ahead=2 * workers):
-            reasons = list(looks.reasons)
+            yield from documents
+            return
+        wholes = whole_documents(documents, self.settings.max_characters)
+        in_batches = batches(wholes, lambda pieces: 1 + sum(len(piece.text) for piece in pieces), BATCH_CHARACTERS)
+        for batch, checks in ordered_map(pool, self._checked, in_batches, ahead=2 * workers):
+            reasons = checks.reasons
             if self.settings.exact_duplicates:
-                _drop_seen(reasons, self.seen_exact, looks.exact, EXACT)
+                _drop_seen(reasons, self.seen_exact, checks.exact, EXACT)
             if self.bands:
-                _drop_seen(reasons, self.seen_near, looks.bands, NEAR)
+                _drop_seen(reasons, self.seen_near, checks.bands, NEAR)
             self.report.documents += len(batch)
             self.report.dropped.update(reason for reason in reasons if reason)
-            yield from zip(batch, reasons)
+            yield from (piece for pieces, reason in zip(batch, reasons) if reason is None for piece in pieces)
 
-    def _look(self, batch: Sequence[Pieces]) -> _Looks:
+    def _checked(self, batch: Sequence[Pieces]) -> _Checks:
         texts = ["".join(piece.text for piece in pieces) for pieces in batch]
         words = functools.cache(lambda: hash_words(texts))
         reasons = [self._odd_characters(text) for text in texts]
@@ -115,7 +105,7 @@ class Cleaner:
             is_tainted = any_in(self.forbidden, full_runs(words(), self.settings.evaluation_words))
             reasons = [reason or ("evaluation text" if bad else None) for reason, bad in zip(reasons, is_tainted)]
         bands = band_keys(words(), self.bands, self.rows) if self.bands else np.zeros((len(texts), 0), np.uint64)
-        return _Looks(reasons, _exact_keys(texts) if self.settings.exact_duplicates else bands, bands)
+        return _Checks(reasons, _exact_keys(texts) if self.settings.exact_duplicates else bands, bands)
 
     def _odd_length(self, words: int) -> str | None:
         if words < (self.settings.min_words or 0):
@@ -148,19 +138,6 @@ def whole_documents(documents: Iterable[Document], max_characters: int | None) -
         if document.ends:
             yield pieces
             pieces, characters = [], 0
-
-
-def _batched(wholes: Iterable[Pieces]) -> Iterator[list[Pieces]]:
-    batch: list[Pieces] = []
-    characters = 0
-    for pieces in wholes:
-        batch.append(pieces)
-        characters += sum(len(piece.text) for piece in pieces) + 1
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
 
 
 def _exact_keys(texts: Sequence[str]) -> np.ndarray:

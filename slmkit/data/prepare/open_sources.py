@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from slmkit.config import Settings, UserError
 from slmkit.data.prepare.conversations import ConversationEncoder, EncodedConversation
@@ -119,18 +119,8 @@ def _texts_of_conversations(source: Source) -> Iterator[tuple[str, bool]]:
         yield from ((text, number == len(said)) for number, text in enumerate(said, start=1))
 
 
-class Place(NamedTuple):
-    """The position after a document: which source, and the position in it."""
-
-    source: int
-    position: Position | None
-
-
-BEGINNING = Place(0, None)
-
-
 class Reading:
-    """Several sources one after the other, from any position. Raises `UserError` as `open_source` and `Source.read`."""
+    """Several sources one after the other. Raises `UserError` as `open_source` and `Source.read`."""
 
     def __init__(self, settings: Sequence[SourceSettings]) -> None:
         self.sources = [open_source(one) for one in settings]
@@ -153,14 +143,9 @@ class Reading:
         made = {"tokenizer": tokenizer.fingerprint, "cleaning": cleaning.model_dump(mode="json")}
         claim(directory, {"sources": sources} | made | options)
 
-    def read(self, start: Place = BEGINNING) -> Iterator[tuple[Document, Place]]:
-        """Every document after `start`, each with the position after it."""
-        for number in range(start.source, len(self.sources)):
-            rows = self.sources[number].read(start.position if number == start.source else None)
-            yield from ((document, Place(*self._behind)) for document in self._followed(number, rows))
-
     def documents(self) -> Iterator[Document]:
-        return (document for document, _ in self.read())
+        for number, source in enumerate(self.sources):
+            yield from self._followed(number, source.read())
 
     def encoded(
         self, reads: Reads, tokenizer: SLMTokenizer, length: int | None = None

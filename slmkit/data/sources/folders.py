@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from slmkit.config import UserError, did_you_mean
 from slmkit.data.shards.reader import HEADER
-from slmkit.data.sources.files import COMPRESSIONS, KINDS, ROW_KINDS, WRITTEN, Paths, kind_of, listed
+from slmkit.data.sources.files import COMPRESSIONS, ROW_KINDS, WRITTEN, kind_of, listed
 
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"} | dict.fromkeys(
     ("validation", "valid", "val", "dev", "eval", "evaluation", "heldout", "holdout"), "validation"
@@ -64,34 +64,25 @@ def _counts(kinds: Counter[str]) -> str:
     return ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
 
 
-def find_files(paths: Paths, kinds: Sequence[str] = KINDS, split: str | None = "train") -> list[Path]:
-    """All files for the given paths; in folders, those selected by `search`.
+def find(path: Path, kinds: Sequence[str], split: str | None) -> Chosen:
+    """The file at a path, or those of a folder, selected by `search`; a file's entry has its name and no folder.
 
     Raises `UserError` for a missing or empty file, one of another kind, and a folder without files of these kinds.
     """
-    return [path for found in find(paths, kinds, split) for path in found.paths]
-
-
-def find(paths: Paths, kinds: Sequence[str] = KINDS, split: str | None = "train") -> list[Chosen]:
-    """`find_files` per path; a file's entry has its name and no folder. Raises `UserError` as `find_files`."""
-    found = []
-    for path in [Path(paths)] if isinstance(paths, str | Path) else map(Path, paths):
-        if path.is_dir():
-            found.append(search(path, kinds, split))
-        elif not path.exists():
-            raise UserError(f"{path}: no such file or folder")
-        elif kind_of(path.name) not in kinds:
-            raise UserError(f"{path}: expected {listed(kinds)} (all but .parquet and .arrow also as .gz or .zst)")
-        else:
-            found.append(Chosen("", [str(path)]))
-    if not found:
-        raise UserError("no files to read: the list of paths is empty")
-    if empty := next((path for one in found for path in one.paths if path.stat().st_size == 0), None):
+    if path.is_dir():
+        found = search(path, kinds, split)
+    elif not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    elif kind_of(path.name) not in kinds:
+        raise UserError(f"{path}: expected {listed(kinds)} (all but .parquet and .arrow also as .gz or .zst)")
+    else:
+        found = Chosen("", [str(path)])
+    if empty := next((file for file in found.paths if file.stat().st_size == 0), None):
         raise UserError(f"{empty}: the file is empty")
     return found
 
 
-def search(folder: Path, kinds: Sequence[str], split: str | None = "train") -> Chosen:
+def search(folder: Path, kinds: Sequence[str], split: str | None) -> Chosen:
     """Selected files of a local folder and its subfolders; `split` None: all splits. Raises `UserError` as `choose`."""
     passed: Counter[str] = Counter()
     names: list[str] = []
@@ -115,24 +106,20 @@ def choose(folder: str, names: Iterable[str], kinds: Sequence[str], split: str |
 
     Raises `UserError` if there are none, and for a split that is not there.
     """
-    passed: Counter[str] = Counter()
-
-    def kept(candidates: Iterable[str], reason: Callable[[str], str | None]) -> list[str]:
-        reasons = [(name, reason(name)) for name in candidates]
-        passed.update(what for _, what in reasons if what)
-        return [name for name, what in reasons if not what]
-
-    found = kept(sorted(names, key=PurePosixPath), lambda name: _why_not(PurePosixPath(name), kinds))
-    found = kept(found, _beside_rows({kind_of(name) for name in found}))
+    found = sorted(names, key=PurePosixPath)
+    passed = {name: why for name in found if (why := _why_not(PurePosixPath(name), kinds))}
+    passed |= _beside_rows([name for name in found if name not in passed])
+    found = [name for name in found if name not in passed]
     if not found:
-        there = f" (there are: {_counts(passed)})" if passed else ""
+        there = f" (there are: {_counts(Counter(passed.values()))})" if passed else ""
         raise UserError(f"{folder}: no {listed(kinds)} file in this folder{there}")
-    unsure: list[str] = []
-    if split is not None:
-        splits = splits_of(found)
-        found = kept(found, _of_another_split(folder, splits, split))
-        unsure = [name for name in found if not splits[name] and kind_of(name) not in WRITTEN and split_of(name, True)]
-    return Chosen(folder, found, passed, unsure)
+    if split is None:
+        return Chosen(folder, found, Counter(passed.values()))
+    splits = splits_of(found)
+    passed |= _of_another_split(folder, splits, split)
+    found = [name for name in found if name not in passed]
+    unsure = [name for name in found if not splits[name] and kind_of(name) not in WRITTEN and split_of(name, True)]
+    return Chosen(folder, found, Counter(passed.values()), unsure)
 
 
 def splits_of(names: Sequence[str]) -> dict[str, str | None]:
@@ -162,30 +149,30 @@ def _why_not(path: PurePosixPath, kinds: Sequence[str]) -> str | None:
     return None if kind in kinds else kind or "without a known ending"
 
 
-def _beside_rows(kinds: set[str]) -> Callable[[str], str | None]:
-    """Leaves out notes and code next to rows, and the `.json` files next to source code, which are its settings."""
+def _beside_rows(names: Sequence[str]) -> dict[str, str]:
+    """Why notes and code next to rows, and `.json` files next to source code (its settings), are left out."""
+    kinds = {kind_of(name) for name in names}
     rows, code = kinds & {*ROW_KINDS}, kinds & {*WRITTEN} - {".md"}
     left_out = {".json"} if rows == {".json"} and code else {*WRITTEN} if rows else set()
     about = ABOUT if kinds - {".md"} else ()
+    return {
+        name: f"{kind_of(name)} beside the others"
+        for name in names
+        if PurePosixPath(name.lower()).stem in about or kind_of(name) in left_out
+    }
 
-    def reason(name: str) -> str | None:
-        is_about = PurePosixPath(name.lower()).stem in about
-        return f"{kind_of(name)} beside the others" if is_about or kind_of(name) in left_out else None
 
-    return reason
-
-
-def _of_another_split(folder: str, splits: dict[str, str | None], split: str) -> Callable[[str], str | None]:
-    is_a_name = any(split in _parts(name) for name in splits)  # such as train_sft next to train_gen
-    if split.lower() not in SPLITS and is_a_name:
-        return lambda name: None if split in _parts(name) else f"of split {splits[name] or 'without a name'}"
+def _of_another_split(folder: str, splits: dict[str, str | None], split: str) -> dict[str, str]:
+    """Why files of other splits are left out. Raises `UserError` if none is of this one."""
     wanted = SPLITS.get(split.lower(), split)
-    is_meant = {name: found == wanted or (found is None and wanted == "train") for name, found in splits.items()}
-    if not any(is_meant.values()):
+    meant = {name for name, found in splits.items() if found == wanted or (found is None and wanted == "train")}
+    if split.lower() not in SPLITS:  # such as train_sft next to train_gen
+        meant = {name for name in splits if split in _parts(name)} or meant
+    if not meant:
         there = sorted({found for found in splits.values() if found})
         hint = did_you_mean(split, there) if there else "its files are not named after splits"
         raise UserError(f"{folder}: no file of split {split!r}; {hint}; name the file, or set split")
-    return lambda name: None if is_meant[name] else f"of split {splits[name] or 'train'}"
+    return {name: f"of split {found or 'train'}" for name, found in splits.items() if name not in meant}
 
 
 def _parts(name: str) -> list[str]:

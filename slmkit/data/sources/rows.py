@@ -39,7 +39,8 @@ def json_rows(file: File, start: Position, formats: RowFormats | None = None) ->
     if layout == "whole":
         with file.open_at() as stream:
             content = stream.read()
-        yield Row(file.name, _json_value(file.name, content.decode("utf-8-sig")), {"line": 1, "offset": len(content)})
+        value = _json_value(file.name, content.decode("utf-8-sig", "surrogateescape"))
+        yield Row(file.name, value, {"line": 1, "offset": len(content)})
         return
     number, entries = start.get(layout, 0), whole_lines if layout == "line" else list_entries
     try:
@@ -87,7 +88,8 @@ def list_entries(file: File, offset: int = 0) -> Iterator[Line]:
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
     text, previous = "", ""
     begin = at = 0  # where the entry begins in `text`, and where the search for its end goes on
-    depth = inside = lists = resumed = min(offset, 1)  # open brackets; those around an entry, 0 outside of the list
+    is_resumed = offset > 0
+    lists = depth = inside = int(is_resumed)  # lists found; open brackets; those around an entry, 0 outside of a list
     with file.open_at(offset) as stream:
         while len(text) - begin <= LONGEST_ROW and (raw := stream.read(max(PIECE, len(text) - begin))):
             text, at, begin = text[begin:] + decoder.decode(raw), at - begin, 0
@@ -111,13 +113,13 @@ def list_entries(file: File, offset: int = 0) -> Iterator[Line]:
                         yield Line(entry, offset)
                     if token == "}":
                         raise RowError(f"expected ']' at offset {offset:,}, found '}}'")
-                    if token == "]" and resumed:
+                    if token == "]" and is_resumed:
                         return
                     inside = inside if token == "," else 0
                     offset, begin = offset + 1, at
                 depth += (token in "[{") - (token in "]}")
                 previous = token
-    if depth == inside and text[begin:].strip():  # whole, although the list is not
+    if inside and depth == inside and text[begin:].strip():  # whole, although the list is not
         yield Line(text[begin:], offset + byte_length(text[begin:]))
     if inside or depth:
         raise RowError(f"it breaks off, or an entry is longer than {LONGEST_ROW:,} bytes")
@@ -145,7 +147,7 @@ DECODER = json.JSONDecoder(parse_int=whole_number, object_pairs_hook=_unique_key
 def _json_value(place: str, text: str) -> dict[str, Any] | BadRow:
     """The object in a JSON text, or a `BadRow`; a lone surrogate is not text and cannot be tokenized."""
     try:
-        row = DECODER.decode(text.removeprefix("\ufeff").strip())
+        row = DECODER.decode(text)
         if MAY_BE_SURROGATE.search(text) and SURROGATE.search(json.dumps(row, ensure_ascii=False)):
             return BadRow("not UTF-8", f"{place}: half a surrogate pair (such as \\ud83d alone) is not text")
     except RowError as error:

@@ -134,17 +134,23 @@ def tools_in(value: Any) -> list[dict[str, Any]] | None:
     """Tools as a list of `{"type": "function", "function": {…}}`, from a list or its JSON. Raises `RowError`."""
     if is_empty(value):
         return None
-    value = from_json(value, "tools")
-    tools = []
-    for tool in value if isinstance(value, list) else [value]:
-        tool = from_json(tool, "tools")
-        if isinstance(tool, dict) and not isinstance(tool.get("function"), dict) and isinstance(tool.get("name"), str):
-            tool = {"type": "function", "function": tool}
-        function = tool.get("function") if isinstance(tool, dict) else None
-        if not (isinstance(function, dict) and isinstance(function.get("name"), str)):
-            raise RowError(f"expected tools with a name, such as {{'name': …, 'parameters': …}}, found {shown(tool)}")
-        tools.append(tool)
+    found = _functions(value, "tools", "tools with a name, such as {'name': …, 'parameters': …}")
+    tools = [{"type": "function", "function": function} if tool is function else tool for tool, function in found]
     return as_json(tools, "tools")
+
+
+def _functions(value: Any, what: str, expected: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Tools or calls, from a list or its JSON, each with the `function` in it, or else itself as the function."""
+    value = from_json(value, what)
+    found = []
+    for entry in value if isinstance(value, list) else [value]:
+        entry = from_json(entry, what)
+        function = entry.get("function") if isinstance(entry, dict) else None
+        function = function if isinstance(function, dict) else entry
+        if not (isinstance(function, dict) and isinstance(function.get("name"), str)):
+            raise RowError(f"expected {expected}, found {shown(entry)}")
+        found.append((entry, function))
+    return found
 
 
 def _message(turn: Any, found: Conversation, column: str) -> Message:
@@ -168,12 +174,11 @@ def _message(turn: Any, found: Conversation, column: str) -> Message:
     elif message["content"] is None:
         raise RowError("content is nothing; expected text")
     message["content"] = message["content"] or ""
-    if not is_empty(reasoning := the_one(turn, REASONING)):
-        message["reasoning_content"] = reasoning
-    message |= {key: turn[key] for key in ("name", "tool_call_id") if not is_empty(turn.get(key))}
-    for key in ("reasoning_content", "name", "tool_call_id"):
-        if not isinstance(message.get(key, ""), str):
-            raise RowError(f"{key} is {kind_of_value(message[key])}; expected text")
+    for key, names in {"reasoning_content": REASONING, "name": ("name",), "tool_call_id": ("tool_call_id",)}.items():
+        if not is_empty(value := the_one(turn, names)):
+            if not isinstance(value, str):
+                raise RowError(f"{key} is {kind_of_value(value)}; expected text")
+            message[key] = value
     if role != "assistant" and message.keys() & {"tool_calls", "reasoning_content"}:
         raise RowError(f"a tool call or reasoning in a message of role {role}; only the assistant may have one")
     if (weight := _weight(turn)) is not None and (weight == 0 or role == "assistant"):
@@ -196,7 +201,7 @@ def _account_for_keys(turn: dict[str, Any], found: Conversation) -> None:
         found.tools = tools_in(tools)
 
 
-def _text(content: Any, role: str) -> Any:
+def _text(content: Any, role: str) -> str | None:
     """Text, or the text in a list of parts; None if there is none."""
     if isinstance(content, list) and all(isinstance(part, dict) for part in content):
         kinds = {shown(part.get("type", "text")) for part in content} - {"'text'", "'input_text'", "'output_text'"}
@@ -214,13 +219,8 @@ def _text(content: Any, role: str) -> Any:
 
 def _calls(value: Any) -> list[dict[str, Any]]:
     """Calls as `{"type": "function", "function": {"name": …, "arguments": {…}}}`, from objects or their JSON."""
-    value = from_json(value, "a call")
     calls = []
-    for call in value if isinstance(value, list) else [value]:
-        call = from_json(call, "a call")
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if not (isinstance(function, dict) and isinstance(function.get("name"), str)):
-            raise RowError(f"expected a call such as {{'name': …, 'arguments': …}}, found {shown(call)}")
+    for call, function in _functions(value, "a call", "a call such as {'name': …, 'arguments': …}"):
         given = function.get("arguments", function.get("parameters"))
         arguments = {} if given is None or given == "" else from_json(given, "arguments")
         if not isinstance(arguments, dict):

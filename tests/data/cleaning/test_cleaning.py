@@ -16,9 +16,8 @@ from slmkit.data import stories
 from slmkit.data.cleaning import cleaner
 from slmkit.data.cleaning.characters import shares
 from slmkit.data.cleaning.cleaner import Cleaner, CleaningReport
+from slmkit.data.cleaning.duplicates import PLACES, SeenKeys, bands_and_rows, signatures
 from slmkit.data.cleaning.evaluation import full_runs
-from slmkit.data.cleaning.minhash import PLACES, bands_and_rows, signatures
-from slmkit.data.cleaning.seen import SeenKeys
 from slmkit.data.cleaning.settings import CleaningSettings
 from slmkit.data.cleaning.words import hash_runs, hash_words
 from slmkit.data.prepare.text_to_shards import prepare_text

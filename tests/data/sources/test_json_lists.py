@@ -71,7 +71,7 @@ def test_a_bad_row_is_a_fault_of_that_row(tmp_path: Path, bad: str, reason: str)
     assert source.skipped == {reason: 1}
 
 
-@pytest.mark.parametrize("end", ["", ',{"text": "tw', ',{"text": "two"} {"text": 3}]'])
+@pytest.mark.parametrize("end", ["", ',{"text": "tw', ',{"text": "two"} {"text": 3}]', '] [{"text": "two"}]'])
 def test_a_list_that_breaks_off_is_read_up_to_there(tmp_path: Path, end: str):
     source = opened(tmp_path / "a.json", '[{"text": "one"}' + end, on_bad_row="skip")
     assert next(source.read())[0].text == "one"
@@ -86,3 +86,12 @@ def test_an_object_with_two_lists_of_rows_or_none_is_refused(tmp_path: Path):
         list(opened(tmp_path / "a.json", json.dumps({"train": ROWS, "test": ROWS})).read())
     with pytest.raises(UserError, match=r"a\.json"):
         list(opened(tmp_path / "a.json", json.dumps({"a": 1}, indent=1)).read())
+
+
+def test_a_file_of_one_row_is_gone_on_from_its_end_and_its_bytes_are_text(tmp_path: Path):
+    source = opened(tmp_path / "a.json", json.dumps(ROWS[0], indent=1))
+    ((_, position),) = source.read()
+    assert list(source.read(position)) == []
+    (tmp_path / "b.json").write_bytes(b'{"text":\n "\xed\xa0\xbd"}')
+    with pytest.raises(UserError, match=r"b\.json: half a surrogate pair"):
+        list(open_source(SourceSettings(path=str(tmp_path / "b.json"))).read())

@@ -6,27 +6,29 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import textwrap
 import threading
 import time
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
 
+from slmkit import cli
 from slmkit.config import UserError
 from slmkit.training.checkpoints import checkpoint as checkpoints
 from slmkit.training.checkpoints.checkpoint import complete_checkpoints, load_checkpoint, newest_intact, verify
 from slmkit.training.checkpoints.saver import FAILURES_BORNE, Saver, point_links
-from slmkit.training.loop import Every, RunStopped, State
+from slmkit.training.loop import Every, Report, RunStopped, State
 from slmkit.training.run_directory import RunDirectory
 from tests.cli.helpers import python
 from tests.training.checkpoints.test_checkpoint import assert_same_run
 from tests.training.checkpoints.test_crash_points import state_at
 from tests.training.faults import disk_full, operations_on_files
 from tests.training.helpers import FILES, TOKENIZER, run, state
+from tests.training.ranks import processes
 
 pytestmark = pytest.mark.usefixtures("without_plan_and_pictures")
 REPOSITORY = Path(__file__).parents[3]
@@ -159,40 +161,44 @@ def test_a_disk_that_is_full_at_the_end_is_one_line_and_exit_code_2(tmp_path: Pa
     assert (tmp_path / "latest").resolve().name == "step-000004"
 
 
-SIGNALLED = """
-    import time
-    from pathlib import Path
-    from slmkit.training.loop import Every
-    from tests.training.helpers import run
-    def slow(state, report):
-        print("step", state.step, flush=True)
-        time.sleep({pause} if state.step >= 3 else 0)
-    run(Path({root!r}), hooks=(Every(1, slow),), save_steps=12, max_steps=12, eval_steps=12)
-"""
+def _signalled(root: Path, pause: float, steps: Connection, errors: Path) -> None:
+    """A run that reports its steps, through the command line's way of ending."""
+
+    def slow(state: State, report: Report) -> None:
+        if state.step <= 3:
+            steps.send(state.step)
+        if state.step >= 3:
+            time.sleep(pause)
+
+    def train(arguments: list[str], **options: object) -> None:
+        run(root, hooks=(Every(1, slow),), save_steps=12, max_steps=12, eval_steps=12)
+
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+    cli.app = train
+    cli.main()
 
 
-def started(root: Path, pause: float) -> subprocess.Popen[str]:
-    """A run in a process of its own, through the command line's way of ending, in its third step."""
-    script = textwrap.dedent(SIGNALLED).format(root=str(root), pause=pause)
-    wrapper = "import sys; from slmkit import cli; cli.app = lambda *a, **k: exec(sys.stdin.read(), {}); cli.main()"
-    process = subprocess.Popen([sys.executable, "-c", wrapper], cwd=REPOSITORY, text=True, stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdin.write(script)
-    process.stdin.close()
-    process.stdin = None
-    for step in (1, 2, 3):
-        assert process.stdout.readline() == f"step {step}\n", process.stderr.read() if process.stderr else ""
+def started(root: Path, pause: float) -> BaseProcess:
+    """Such a run in a process of its own, in its third step."""
+    steps, theirs = processes.Pipe(duplex=False)
+    process = processes.Process(target=_signalled, args=(root, pause, theirs, root / "stderr"), daemon=True)
+    process.start()
+    theirs.close()  # so that the end of the process is noticed
+    assert [steps.recv() for _ in range(3)] == [1, 2, 3]
     return process
+
+
+def ended(process: BaseProcess, root: Path) -> tuple[int | None, str]:
+    process.join(60)
+    return process.exitcode, (root / "stderr").read_text()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_one_signal_ends_the_run_with_a_checkpoint_and_exit_code_0(number: int, tmp_path: Path) -> None:
     process = started(tmp_path, pause=0.3)
-    process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 0, stderr
+    os.kill(process.pid, number)
+    code, stderr = ended(process, tmp_path)
+    assert code == 0, stderr
     found = re.search(r"slm: stopped after step (\d+) of 12; go on with: slm resume", stderr)
     assert found, stderr
     assert (tmp_path / "latest").resolve().name == f"step-{found[1]:>06}"
@@ -202,12 +208,12 @@ def test_one_signal_ends_the_run_with_a_checkpoint_and_exit_code_0(number: int, 
 
 def test_a_second_ctrl_c_ends_it_at_once(tmp_path: Path) -> None:
     process = started(tmp_path, pause=30)
-    process.send_signal(signal.SIGINT)
+    os.kill(process.pid, signal.SIGINT)
     time.sleep(0.5)  # the first is handled by now, and the hook sleeps on
-    assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=20)
-    assert process.returncode == 130, stderr
+    assert process.is_alive()
+    os.kill(process.pid, signal.SIGINT)
+    code, stderr = ended(process, tmp_path)
+    assert code == 130, stderr
     assert "slm: stopped" in stderr
     assert not (tmp_path / "latest").exists()
 
