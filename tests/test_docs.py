@@ -16,8 +16,8 @@ from slmkit.data.sources import open_source
 from slmkit.data.sources.built_in import BUILT_IN
 from slmkit.data.sources.settings import SourceSettings
 from slmkit.model.architectures import ARCHITECTURES
+from slmkit.model.config import PRESETS
 from slmkit.model.families import FAMILIES
-from slmkit.model.presets import PRESETS
 from slmkit.training.optimizers.choose import OPTIMIZERS
 from slmkit.training.recipe.recipe import Recipe
 from tests.parity.configurations import DRAW, PER_FAMILY

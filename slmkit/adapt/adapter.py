@@ -250,11 +250,11 @@ def _expect_all(path: Path, there: Sequence[str], described: AdapterConfig, upda
     for name in updates:
         if name not in there:
             raise UserError(f"{path}: adapts {name!r}, which its base does not have: {ANOTHER}")
-    excluded = [*described.settings.modules_to_save, *described.exclude_modules]
-    expected = matching(there, described.settings.target_modules, except_for=excluded)
-    expected += [name for name in there if name.endswith(tuple(f".{end}" for end in described.parameters))]
+    expected = matching(there, described.target_modules, except_for=described.excluded)
+    of_weights = tuple(f".{name}" for name in described.target_parameters)
+    expected += [name for name in there if f"{name}.weight".endswith(of_weights)]
     missing = [name for name in expected if name not in updates]
-    if missing and not described.only_some_layers:
+    if missing and described.layers_to_transform in (None, []):
         raise UserError(
             f"{path}: no weights for {len(missing)} of the modules in its config, such as {missing[0]!r}: {ANOTHER}"
         )
@@ -264,7 +264,7 @@ def _checked(
     path: Path, name: str, tensors: Mapping[str, Tensor], shape: tuple[int, int], described: AdapterConfig
 ) -> Update:
     """The update of one of the reference's matrices [out, in]. Raises `UserError` if its shapes do not fit `shape`."""
-    wanted = [kind for kind in IN_PEFT if kind != "magnitude" or described.settings.use_dora]
+    wanted = [kind for kind in IN_PEFT if kind != "magnitude" or described.use_dora]
     if tensors.keys() != {*wanted}:
         found, expected = (", ".join(sorted(IN_PEFT[kind] for kind in kinds)) for kinds in (tensors, wanted))
         raise UserError(f"{path}: {name!r} has {found}; expected {expected}")
@@ -274,7 +274,7 @@ def _checked(
             f"{path}: {name!r} is for a matrix of {b.size(0)} × {a.size(1)}, its base has {shape[0]} × {shape[1]}: "
             f"{ANOTHER}"
         )
-    return Update(a, b, tensors.get("magnitude"), described.scale(name, a.size(0)))
+    return Update(a, b, tensors.get("magnitude"), described.scale_at(name, a.size(0)))
 
 
 def _under_our_names(updates: Mapping[str, Update]) -> dict[str, Tensor]:
@@ -391,7 +391,7 @@ def _expect_tied(path: Path, family: Family, described: AdapterConfig, whole: di
     """For a base with a tied head: drop the head's copy. Raises `UserError` if it differs from the embedding."""
     embedding, head = (f"{family.names[name]}.weight" for name in ("embedding", "head"))
     copy, is_there = whole.pop(head, None), embedding in whole
-    if is_there != (copy is not None or (is_there and described.ties_head)):
+    if is_there != (copy is not None or (is_there and described.ensure_weight_tying)):
         raise UserError(
             f"{path}: changes only one of embedding and head, which share a matrix in its base: not supported"
         )

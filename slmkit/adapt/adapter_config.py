@@ -6,9 +6,10 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from pydantic import Field
 
 from slmkit.config import UserError, load_settings
 from slmkit.model.families import Family
@@ -16,30 +17,38 @@ from slmkit.model.files.adapter_directory import ADAPTER_CONFIG, LoRASettings, s
 
 # Keys that do not affect the result, or are redundant with the file's tensors.
 HARMLESS = {
-    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "exclude_modules", "fan_in_fan_out",
-    "inference_mode", "layers_pattern", "layers_to_transform", "megatron_core", "peft_version", "qalora_group_size",
-    "rank_pattern", "revision", "runtime_config", "task_type",
+    "auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "layers_pattern", "megatron_core",
+    "peft_version", "qalora_group_size", "rank_pattern", "revision", "runtime_config", "task_type",
 }  # fmt: skip
 WEIGHT = r"(\.weight)?"  # at the end of a pattern: peft compares it with names of modules or of weights
 # Initialisations of A and B that leave the base unchanged; others change it, and it is not stored with the adapter.
 STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
 
-@dataclass(frozen=True)
-class AdapterConfig:
-    """Content of an adapter's config: settings, and layers with their own scales."""
+class AdapterConfig(LoRASettings):
+    """Content of an adapter's config: settings, and what peft knows besides."""
 
-    settings: LoRASettings
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    exclude_modules: Sequence[str] = ()
-    only_some_layers: bool = False
-    parameters: Sequence[str] = ()  # suffixes of linears that are named by their weights
-    ties_head: bool = False  # the stored embedding is also the head
+    alpha_pattern: dict[str, float] = Field(default_factory=dict)
+    exclude_modules: str | list[str] = Field(default_factory=list)
+    layers_to_transform: int | list[int] | None = None
+    # experts' weights, which no model here has, match nothing in peft either
+    target_parameters: list[str] = Field(default_factory=list)
+    ensure_weight_tying: bool = False  # the stored embedding is also the head
 
-    def scale(self, name: str, r: int) -> float:
+    @property
+    def settings(self) -> LoRASettings:
+        return LoRASettings(**{name: getattr(self, name) for name in LoRASettings.model_fields})
+
+    @property
+    def excluded(self) -> list[str]:
+        """Modules that have no update."""
+        named = [self.exclude_modules] if isinstance(self.exclude_modules, str) else self.exclude_modules
+        return [*self.modules_to_save, *named]
+
+    def scale_at(self, name: str, r: int) -> float:
         """Factor on the update of the reference's module `name`, of rank `r`."""
         alphas = (alpha for key, alpha in self.alpha_pattern.items() if re.match(rf"(.*\.)?({key})$", name))
-        return scale_of(next(alphas, self.settings.lora_alpha), r, self.settings.use_rslora)
+        return scale_of(next(alphas, self.lora_alpha), r, self.use_rslora)
 
 
 def read_adapter_config(directory: Path) -> AdapterConfig:
@@ -57,24 +66,14 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
         )
     if (bias := content.pop("bias", "none")) != "none":
         raise UserError(f"{path}: bias {bias!r}: trained biases are not supported; expected none")
-    known = {key: content.pop(key) for key in tuple(content) if key in LoRASettings.model_fields}
-    known = {key: value for key, value in known.items() if value is not None}
-    excluded = content.get("exclude_modules") or []
-    pattern = content.pop("alpha_pattern", None) or {}
-    weights = [name for name in content.pop("target_parameters", None) or [] if isinstance(name, str)]
-    if weights:  # experts' weights, which no model here has, match nothing in peft either
-        known.setdefault("target_modules", [])
+    known = {key: content.pop(key) for key in tuple(content) if key in AdapterConfig.model_fields}
     for key, value in content.items():
         if key not in HARMLESS and value not in (None, False, {}, []):
             raise UserError(f"{path}: {key} is {value!r}, which is not supported")
-    return AdapterConfig(
-        load_settings(LoRASettings, known, origin=str(path)),
-        pattern,
-        [excluded] if isinstance(excluded, str) else excluded,
-        content.get("layers_to_transform") not in (None, []),
-        [name.removesuffix(".weight") for name in weights if name.endswith(".weight")],
-        bool(content.get("ensure_weight_tying")),
-    )
+    known = {key: value for key, value in known.items() if value is not None}
+    if known.get("target_parameters"):
+        known.setdefault("target_modules", [])
+    return load_settings(AdapterConfig, known, origin=str(path))
 
 
 def adapter_config(

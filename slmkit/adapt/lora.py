@@ -12,7 +12,7 @@ arXiv:2305.14314). Gradients go to a linear's input and never to its matrix; the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -134,7 +134,7 @@ def add_lora(decoder: Decoder, config: SLMConfig, settings: LoRASettings, seed: 
 def keep_base_in(decoder: Decoder, base_weights: str, except_for: Sequence[str] = ()) -> None:
     """Store the linears' matrices, except the head's and those named, as `base_weights`; `float32`: unchanged."""
     if base_weights != "float32":
-        swap(decoder, ALL_LINEAR, FORMATS[base_weights], except_for=except_for)
+        swap(decoder, ALL_LINEAR, lambda linear: FrozenLinear(linear, base_weights), except_for=except_for)
 
 
 def modules_to_save(decoder: Decoder, config: SLMConfig, settings: LoRASettings) -> list[str]:
@@ -194,81 +194,28 @@ def _plain(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
 
 
 class FrozenLinear(nn.Module):
-    """x W^T + b with a frozen matrix, stored as `codes` and `scales`."""
+    """x W^T + b with a frozen matrix, stored as `codes` and `scales` in the format `name`."""
 
-    name: str
-
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: Linear, name: str) -> None:
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.name, self.in_features, self.out_features = name, linear.in_features, linear.out_features
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
         self.codes: Tensor
         self.scales: Tensor
-        codes, scales = self.encode(linear.weight.detach())
+        encode, self.decode = FORMATS[name]
+        codes, scales = encode(linear.weight.detach())
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales)
-
-    def encode(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight [out, in] → codes and scales."""
-        raise NotImplementedError
 
     @property
     def weight(self) -> Tensor:
         """The dequantized matrix.  [out, in], float32"""
-        raise NotImplementedError
+        values = self.decode(self.codes, self.scales).flatten()
+        return values[: self.out_features * self.in_features].view(self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out]."""
         return _Product.apply(x, self)
-
-
-class BFloat16Linear(FrozenLinear):
-    """Two bytes per weight."""
-
-    name = "bfloat16"
-
-    def encode(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        return weight.bfloat16(), weight.new_empty(0)
-
-    @property
-    def weight(self) -> Tensor:
-        return self.codes.float()
-
-
-class Int8Linear(FrozenLinear):
-    """One byte per weight and a scale per row: the rounding error is at most 1/254 of the row's maximum."""
-
-    name = "int8"
-
-    def encode(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        scales = weight.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127  # [out, 1]
-        return (weight / scales).round().to(torch.int8), scales
-
-    @property
-    def weight(self) -> Tensor:
-        return self.codes * self.scales
-
-
-class NF4Linear(FrozenLinear):
-    """Half a byte per weight and a scale per block of 64: 4.5 bits in total."""
-
-    name = "nf4"
-
-    def encode(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        blocks = F.pad(weight.flatten(), (0, -weight.numel() % BLOCK)).view(-1, BLOCK)
-        scales = blocks.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny)  # [blocks]
-        values = torch.tensor(NF4, device=weight.device)
-        borders = (values[1:] + values[:-1]) / 2
-        codes = torch.bucketize(blocks / scales[:, None], borders).to(torch.uint8)  # [blocks, 64] of 0 … 15
-        return codes[:, ::2] << 4 | codes[:, 1::2], scales  # [blocks, 32]: two in a byte
-
-    @property
-    def weight(self) -> Tensor:
-        values = torch.tensor(NF4, device=self.codes.device)
-        # Look up pairs of values, one of 256 for each byte: half as many look-ups.
-        pairs = torch.stack((values.repeat_interleave(16), values.repeat(16)), dim=1)  # [256, 2]
-        blocks = pairs[self.codes.int()].flatten(1) * self.scales[:, None]  # [blocks, 64]
-        return blocks.flatten()[: self.out_features * self.in_features].view(self.out_features, self.in_features)
 
 
 class _Product(torch.autograd.Function):
@@ -284,4 +231,32 @@ class _Product(torch.autograd.Function):
         return gradient @ ctx.linear.weight.to(gradient.dtype), None
 
 
-FORMATS: dict[str, type[FrozenLinear]] = {kind.name: kind for kind in (BFloat16Linear, Int8Linear, NF4Linear)}
+def _to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """One byte per weight and a scale per row: the rounding error is at most 1/254 of the row's maximum."""
+    scales = weight.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127  # [out, 1]
+    return (weight / scales).round().to(torch.int8), scales
+
+
+def _to_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Half a byte per weight and a scale per block of 64: 4.5 bits in total."""
+    blocks = F.pad(weight.flatten(), (0, -weight.numel() % BLOCK)).view(-1, BLOCK)
+    scales = blocks.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny)  # [blocks]
+    values = torch.tensor(NF4, device=weight.device)
+    borders = (values[1:] + values[:-1]) / 2
+    codes = torch.bucketize(blocks / scales[:, None], borders).to(torch.uint8)  # [blocks, 64] of 0 … 15
+    return codes[:, ::2] << 4 | codes[:, 1::2], scales  # [blocks, 32]: two in a byte
+
+
+def _from_nf4(codes: Tensor, scales: Tensor) -> Tensor:
+    values = torch.tensor(NF4, device=codes.device)
+    # Look up pairs of values, one of 256 for each byte: half as many look-ups.
+    pairs = torch.stack((values.repeat_interleave(16), values.repeat(16)), dim=1)  # [256, 2]
+    return pairs[codes.int()].flatten(1) * scales[:, None]  # [blocks, 64]
+
+
+# Functions from a weight [out, in] to codes and scales, and from those to its values.
+FORMATS: dict[str, tuple[Callable[[Tensor], tuple[Tensor, Tensor]], Callable[[Tensor, Tensor], Tensor]]] = {
+    "bfloat16": (lambda weight: (weight.bfloat16(), weight.new_empty(0)), lambda codes, scales: codes.float()),
+    "int8": (_to_int8, torch.mul),
+    "nf4": (_to_nf4, _from_nf4),
+}

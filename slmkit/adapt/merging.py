@@ -143,8 +143,8 @@ def plan_merge(recipe: MergeRecipe, directories: Mapping[str, Path]) -> Merge:
     places = []
     for theirs, ours in stored_names(decoder.state_dict(), family).items():
         parts, origin = [tensors[name][theirs] for name in names], base[theirs] if base else None
-        stored = [DTYPES[part.spelling] for part in (*parts, *([origin] if origin else []))]
-        dtype = getattr(torch, recipe.dtype) if recipe.dtype else functools.reduce(torch.promote_types, stored)
+        dtypes = [DTYPES[part.spelling] for part in (*parts, *([origin] if origin else []))]
+        dtype = getattr(torch, recipe.dtype) if recipe.dtype else functools.reduce(torch.promote_types, dtypes)
         place = Place(theirs, origin, parts, _depth(ours[0], decoder.architecture.depth), dtype)
         _weights(recipe, place)
         places.append(place)
@@ -224,7 +224,7 @@ def _weights(recipe: MergeRecipe, place: Place) -> list[float]:
 
 def _base(recipe: MergeRecipe) -> list[str]:
     """The name of the base of task vectors, if there is one."""
-    return [recipe.base_model] if recipe.method.needs_base and recipe.base_model else []
+    return [recipe.base_model] if recipe.adds_task_vectors and recipe.base_model else []
 
 
 def _check_alike(first: str, config: SLMConfig, name: str, other: SLMConfig) -> None:

@@ -22,7 +22,7 @@ def inspect(
 
     Example: slm inspect llama-3.2-1b --batch 1 --length 8192
     """
-    from slmkit.model.presets import find_model_or_preset
+    from slmkit.model.config import find_model_or_preset
 
     find_model_or_preset(model)  # before anything is loaded
     from slmkit.adapt.load import adapter_blueprint

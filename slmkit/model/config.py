@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import logging
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from slmkit.config import Settings, UserError, did_you_mean, kind_of_value, load_settings
+from slmkit.config import Settings, UserError, did_you_mean, kind_of_value, load_settings, read_yaml, warn_once
 from slmkit.find import as_path, find_config_directory
 from slmkit.model.families import FULL, SLIDING, families_with, family_of, optional_fields
 from slmkit.model.files.adapter_directory import config_directory
 from slmkit.model.files.generation_config import read_generation_config
 from slmkit.model.files.published import from_published, to_published
-from slmkit.model.presets import PRESETS
 
+# The published sizes, and slmkit's own.
+PRESETS: dict[str, dict[str, Any]] = read_yaml(Path(__file__).with_name("presets.yaml"))
 # Training fields for short scripts: defaults of the trainer, never written to config.json.
 TRAINING_FIELDS = {
     "learning_rate", "batch_size", "sequence_length", "gradient_clip_norm", "warmup_steps", "use_distillation",
@@ -27,12 +26,6 @@ TRAINING_FIELDS = {
 
 # transformers' caches read these for every family: refused, not ignored, for a family without windows here.
 WINDOWS = {"layer_types", "sliding_window"}
-
-
-@functools.cache
-def _warn_once(line: str) -> None:
-    """Warn once per line: a command reads the same file several times."""
-    logging.getLogger(__name__).warning(line)
 
 
 class SLMConfig(Settings):
@@ -196,7 +189,7 @@ class SLMConfig(Settings):
             raise UserError(f"{path}: {error.args[0]} is missing") from None
         read = cls.model_fields.keys() - TRAINING_FIELDS - (optional_fields() - family_of(model_type).fields) | WINDOWS
         if ignored := sorted(key for key in content.keys() - read if content[key] not in (None, False)):
-            _warn_once(f"{path}: ignored, since no {model_type} reads it: {', '.join(ignored)}")
+            warn_once(f"{path}: ignored, since no {model_type} reads it: {', '.join(ignored)}")
         config = load_settings(cls, {key: content[key] for key in content if key in read}, origin=str(path))
         made_by = ("_from_model_config", "transformers_version")
         told = {key: value for key, value in read_generation_config(path.parent).items() if key not in made_by}
@@ -245,3 +238,19 @@ class SLMConfig(Settings):
 
 def _listed(ids: int | list[int] | None) -> list[int]:
     return [] if ids is None else ids if isinstance(ids, list) else [ids]
+
+
+def find_model_or_preset(name: str | Path) -> Path | str:
+    """A directory with the config of a model (from the hub: without its weights), or the name of a preset.
+
+    Raises `UserError` for neither.
+    """
+    preset = str(name).lower()
+    if preset in PRESETS and not Path(name).exists():
+        return preset
+    if Path(name).exists() or "/" in str(name):
+        return find_config_directory(name)
+    bare = {"".join(filter(str.isalnum, one)): one for one in PRESETS}
+    meant = bare.get("".join(filter(str.isalnum, preset)))
+    hint = f"did you mean {meant!r}?" if meant else f"presets: {', '.join(sorted(PRESETS))}"
+    raise UserError(f"{name}: neither a preset nor a directory; {hint}")

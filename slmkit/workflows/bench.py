@@ -30,10 +30,9 @@ from slmkit.find import find_model_directory
 from slmkit.generation.ensemble import LanguageModel
 from slmkit.generation.generator import generate_ids
 from slmkit.generation.sampling_settings import SamplingSettings
-from slmkit.model.config import SLMConfig
+from slmkit.model.config import PRESETS, SLMConfig
 from slmkit.model.files.directory import empty_decoder
 from slmkit.model.initialization import build_decoder
-from slmkit.model.presets import PRESETS
 from slmkit.model.sizes import flops_per_token, parameter_count
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.estimate.memory import MemoryProfile

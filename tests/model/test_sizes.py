@@ -8,10 +8,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from slmkit.model.architectures import architecture_of
-from slmkit.model.config import SLMConfig
+from slmkit.model.config import PRESETS, SLMConfig
 from slmkit.model.decoder import Decoder
 from slmkit.model.initialization import build_decoder
-from slmkit.model.presets import PRESETS
 from slmkit.model.sizes import cache_size, cache_variants, flops_per_token, parameter_count, parameters_by_module
 from tests.model.test_cache import FAMILIES, SIZES, config
 

@@ -183,20 +183,19 @@ def test_a_script_trains_the_same_on_two_processes(tmp_path: Path) -> None:
     assert two == pytest.approx(one, rel=1e-3)
 
 
-COLLECTIVES = {"ddp": "gloo:all_reduce", "fsdp": "c10d::_reduce_scatter_base_"}
+def count_collectives(parallel: str, event: str) -> None:
+    with join(find_device("cpu", "float32"), 60) as group:
+        counts = []
+        for rows_at_once in (4, 1):
+            with profile() as profiled:
+                small_step(group, parallel, rows_at_once)
+            counts.append(sum(found.count for found in profiled.key_averages() if found.key == event))
+        assert counts[0] == counts[1] > 0, counts
 
 
-def count_collectives(group: Group, parallel: str) -> None:
-    counts = []
-    for rows_at_once in (4, 1):
-        with profile() as profiled:
-            small_step(group, parallel, rows_at_once)
-        counts.append(sum(found.count for found in profiled.key_averages() if found.key == COLLECTIVES[parallel]))
-    assert counts[0] == counts[1] > 0, (parallel, counts)
-
-
-def test_gradients_cross_ranks_once_a_step_however_many_micro_batches() -> None:
-    on_ranks(2, in_every_way, count_collectives)
+@pytest.mark.parametrize(("parallel", "event"), [("ddp", "gloo:all_reduce"), ("fsdp", "c10d::_reduce_scatter_base_")])
+def test_gradients_cross_ranks_once_a_step_however_many_micro_batches(parallel: str, event: str) -> None:
+    on_ranks(2, count_collectives, parallel, event)
 
 
 def agree() -> None:
