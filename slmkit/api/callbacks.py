@@ -15,7 +15,7 @@ from slmkit.data.batch import Batch
 from slmkit.model.decoder import Decoder
 from slmkit.training.distributed import Group
 from slmkit.training.loop import Report, State
-from slmkit.training.objective import Loss
+from slmkit.training.objective import Loss, Objective
 from slmkit.training.optimizers.choose import trained
 
 MOMENTS = ("on_step", "on_evaluation", "on_save")
@@ -81,7 +81,7 @@ def _expect_two_arguments(call: Callable[..., Any], name: str) -> None:
         raise UserError(f"callbacks: {name} does not take (state, {what}); see slmkit.api.callbacks.Callback") from None
 
 
-class GivenLoss:
+class GivenLoss(Objective):
     """The objective of a function `loss(hidden, batch)`.
 
     `hidden` [rows, length, width] are hidden states (`model.decoder.logits(hidden)` gives logits),
@@ -101,9 +101,6 @@ class GivenLoss:
                 f"loss: expected a tensor of one number with a gradient, the sum over labels, found {found}"
             )
         return Loss(total)
-
-    def weight(self, batch: Batch) -> int:
-        return batch.weight
 
 
 class TorchSchedule:

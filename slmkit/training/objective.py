@@ -29,22 +29,20 @@ class Loss:
 
 
 class Objective(Protocol):
-    """What is minimised, and the divisor of its sums."""
+    """What is minimised, and the divisor of its sums.
+
+    If the loss of a row depends on a mean over the whole step, computed before any gradient, an objective also has
+    `survey(model, batch)`: the sum [] of that quantity over the rows that count in `weight`.
+    """
 
     def __call__(self, model: Decoder, batch: Batch) -> Loss: ...
 
     def weight(self, batch: Batch) -> int:
         """The divisor of a batch's loss: its trained tokens, its pairs, …; 0 where there is nothing to learn."""
+        return batch.weight
 
 
 MEAN_OF_STEP = "mean_of_step"  # key in `Batch.extra`: [rows], the same value in each
-
-
-class Surveying(Objective, Protocol):
-    """An objective whose loss of a row depends on a mean over the whole step, computed before any gradient."""
-
-    def survey(self, model: Decoder, batch: Batch) -> Tensor:
-        """Sum [] of that quantity over the rows that count in `weight`."""
 
 
 @torch.no_grad()
@@ -93,7 +91,7 @@ class Sums:
         return total / max(1, weight), means
 
 
-class NextToken:
+class NextToken(Objective):
     """Cross-entropy of every label that is learned: pretraining, and fine-tuning on the assistant's tokens alone."""
 
     def __call__(self, model: Decoder, batch: Batch) -> Loss:
@@ -102,9 +100,6 @@ class NextToken:
         # Only learned positions reach the head: in a conversation most are not, and the head is the widest matrix.
         cap = model.architecture.logit_cap
         return Loss(linear_cross_entropy(hidden[learned], model.head_weight, batch.labels[learned], cap))
-
-    def weight(self, batch: Batch) -> int:
-        return batch.weight
 
 
 next_token = NextToken()

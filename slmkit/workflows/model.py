@@ -43,14 +43,11 @@ def model_for(
 
 def at_commits(recipe: Recipe) -> Recipe:
     """The recipe with the commit of each hub model that it names, so that a resumed run uses the same ones."""
-    model, tokenizer, taught = recipe.model, recipe.tokenizer, recipe.distillation
     changes: dict[str, Any] = {}
-    if model.path:
-        changes["model"] = model.model_copy(update={"path": at_commit(model.path)})
-    if tokenizer.path:
-        changes["tokenizer"] = tokenizer.model_copy(update={"path": at_commit(tokenizer.path)})
-    if taught and taught.teacher:
-        changes["distillation"] = taught.model_copy(update={"teacher": at_commit(taught.teacher)})
+    for section, key in (("model", "path"), ("tokenizer", "path"), ("distillation", "teacher")):
+        settings = getattr(recipe, section)
+        if settings is not None and getattr(settings, key):
+            changes[section] = settings.model_copy(update={key: at_commit(getattr(settings, key))})
     return recipe.model_copy(update=changes)
 
 

@@ -127,7 +127,7 @@ def test_a_message_that_leaves_no_room_is_refused_and_changes_nothing() -> None:
 
 @pytest.mark.parametrize("name", ["chat.jsonl", "chat.json"])
 def test_what_is_saved_is_a_row_of_conversation_data(name: str, tmp_path: Path) -> None:
-    from slmkit.data.sources import read_conversations
+    from tests.data.read_files import read_conversations
 
     chat = session()
     "".join(chat.reply("Hello"))

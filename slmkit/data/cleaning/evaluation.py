@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from slmkit.config import UserError
 from slmkit.data.cleaning.words import HashedWords, hash_runs, hash_words
-from slmkit.data.sources import BadRow, find_files, read_documents
+from slmkit.data.sources import BadRow, open_source
 from slmkit.data.sources.files import local_file
+from slmkit.data.sources.folders import find
 from slmkit.data.sources.rows import ROWS
+from slmkit.data.sources.settings import SourceSettings
 
 KINDS = (".txt", ".jsonl", ".json", ".csv")
 
@@ -38,10 +42,10 @@ def full_runs(words: HashedWords, length: int) -> HashedWords:
 
 
 def _all_texts(paths: Sequence[str]) -> Iterator[str]:
-    for path in find_files(paths, KINDS, split=None):
+    for path in itertools.chain.from_iterable(find(Path(path), KINDS, split=None).paths for path in paths):
         file = local_file(path)
         if file.kind == ".txt":
-            yield from (document.text for document in read_documents(path))
+            yield from (document.text for document, _ in open_source(SourceSettings(path=str(path))).read())
             continue
         for row in ROWS[file.kind](file, {}):
             if isinstance(row.value, BadRow):

@@ -17,13 +17,10 @@ from slmkit.data.sources.documents import (
     cut_point,
     tools_of,
 )  # fmt: skip
-from slmkit.data.sources.files import Paths
-from slmkit.data.sources.folders import find_files
 from slmkit.data.sources.remote import RetryPolicy
-from slmkit.data.sources.source import Source, expect_source, open_source, read_conversations, read_documents
+from slmkit.data.sources.source import Source, expect_source, open_source
 
 __all__ = [
-    "BUILT_IN", "PIECE", "PRIMER", "STORIES", "SUMS", "BadRow", "Document", "Judged", "Message", "Pair", "Paths",
-    "Position", "RetryPolicy", "Source", "cut_point", "expect_source", "find_files", "open_source",
-    "read_conversations", "read_documents", "tools_of",
+    "BUILT_IN", "PIECE", "PRIMER", "STORIES", "SUMS", "BadRow", "Document", "Judged", "Message", "Pair",
+    "Position", "RetryPolicy", "Source", "cut_point", "expect_source", "open_source", "tools_of",
 ]  # fmt: skip

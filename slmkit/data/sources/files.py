@@ -7,10 +7,10 @@ import hashlib
 import io
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias, cast
+from typing import Any, BinaryIO, cast
 
 from slmkit.config import UserError
 from slmkit.data.sources.documents import PIECE
@@ -36,8 +36,6 @@ NOT_TEXT = {
     b"PAR1": "a parquet file: end its name in .parquet", b"%PDF-": "a PDF: save it as text",
     b"\xd0\xcf\x11\xe0": "an office document: save it as text",
 }  # fmt: skip
-
-Paths: TypeAlias = str | Path | Iterable[str | Path]
 
 
 @dataclass(frozen=True)

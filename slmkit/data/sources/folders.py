@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from slmkit.config import UserError, did_you_mean
 from slmkit.data.shards.reader import HEADER
-from slmkit.data.sources.files import COMPRESSIONS, KINDS, ROW_KINDS, WRITTEN, Paths, kind_of, listed
+from slmkit.data.sources.files import COMPRESSIONS, ROW_KINDS, WRITTEN, kind_of, listed
 
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"} | dict.fromkeys(
     ("validation", "valid", "val", "dev", "eval", "evaluation", "heldout", "holdout"), "validation"
@@ -64,34 +64,25 @@ def _counts(kinds: Counter[str]) -> str:
     return ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
 
 
-def find_files(paths: Paths, kinds: Sequence[str] = KINDS, split: str | None = "train") -> list[Path]:
-    """All files for the given paths; in folders, those selected by `search`.
+def find(path: Path, kinds: Sequence[str], split: str | None) -> Chosen:
+    """The file at a path, or those of a folder, selected by `search`; a file's entry has its name and no folder.
 
     Raises `UserError` for a missing or empty file, one of another kind, and a folder without files of these kinds.
     """
-    return [path for found in find(paths, kinds, split) for path in found.paths]
-
-
-def find(paths: Paths, kinds: Sequence[str] = KINDS, split: str | None = "train") -> list[Chosen]:
-    """`find_files` per path; a file's entry has its name and no folder. Raises `UserError` as `find_files`."""
-    found = []
-    for path in [Path(paths)] if isinstance(paths, str | Path) else map(Path, paths):
-        if path.is_dir():
-            found.append(search(path, kinds, split))
-        elif not path.exists():
-            raise UserError(f"{path}: no such file or folder")
-        elif kind_of(path.name) not in kinds:
-            raise UserError(f"{path}: expected {listed(kinds)} (all but .parquet and .arrow also as .gz or .zst)")
-        else:
-            found.append(Chosen("", [str(path)]))
-    if not found:
-        raise UserError("no files to read: the list of paths is empty")
-    if empty := next((path for one in found for path in one.paths if path.stat().st_size == 0), None):
+    if path.is_dir():
+        found = search(path, kinds, split)
+    elif not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    elif kind_of(path.name) not in kinds:
+        raise UserError(f"{path}: expected {listed(kinds)} (all but .parquet and .arrow also as .gz or .zst)")
+    else:
+        found = Chosen("", [str(path)])
+    if empty := next((file for file in found.paths if file.stat().st_size == 0), None):
         raise UserError(f"{empty}: the file is empty")
     return found
 
 
-def search(folder: Path, kinds: Sequence[str], split: str | None = "train") -> Chosen:
+def search(folder: Path, kinds: Sequence[str], split: str | None) -> Chosen:
     """Selected files of a local folder and its subfolders; `split` None: all splits. Raises `UserError` as `choose`."""
     passed: Counter[str] = Counter()
     names: list[str] = []

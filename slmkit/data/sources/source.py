@@ -25,8 +25,8 @@ from slmkit.data.sources.documents import (
     RowError,
     pieces,
 )
-from slmkit.data.sources.files import ROW_KINDS, TEXT_KINDS, File, Paths, damage, kind_of, listed, local_file
-from slmkit.data.sources.folders import Chosen, find, find_files
+from slmkit.data.sources.files import KINDS, ROW_KINDS, TEXT_KINDS, File, damage, kind_of, listed, local_file
+from slmkit.data.sources.folders import Chosen, find
 from slmkit.data.sources.remote import (
     RetryPolicy,
     find_remote,
@@ -242,36 +242,29 @@ class Source:
     def _read_rows(self, kind: str, start: Position | None) -> Iterator[Item[Any]]:
         """Items from `start` on; after a network error, from the last position. Raises `UserError` if none."""
         position = start or {"file": 0, "documents": 0}
-        found, left_out = start is not None, ""
-        while True:
+        found, left_out, number = start is not None, "", position["file"]
+        while number < len(self.parts) and position["documents"] != self.settings.documents:
+            part = self.parts[number]
             try:
-                for item, behind in self._read_once(kind, position):
-                    position = behind
+                for item, inner in part.items(kind, position if position["file"] == number else {}, self.unused):
+                    ends = item.ends if isinstance(item, Document) else not isinstance(item, BadRow)
+                    position = {**inner, "file": number, "documents": position["documents"] + ends}
                     if isinstance(item, BadRow):
                         left_out = left_out or item.message
                     else:
                         found = True
                         self.patience.succeeded()
+                    if isinstance(item, Document) and isinstance(part, FilePart):
+                        self.spelled.update(spelling for spelling in SPELLINGS if spelling in item.text)
                     yield item, position
-                break
+                    if position["documents"] == self.settings.documents:
+                        return
+                number += 1
             except NetworkError as error:
                 self.patience.wait(error)
         if not found:
             why = f"every row was left out, such as {left_out}" if left_out else "only blank lines or no rows"
             raise UserError(f"{self.settings.path}: it holds no document: {why}")
-
-    def _read_once(self, kind: str, position: Position) -> Iterator[Item[Any]]:
-        first, documents = position["file"], position["documents"]
-        for number, part in enumerate(self.parts[first:], start=first):
-            if documents == self.settings.documents:
-                return
-            for item, inner in part.items(kind, position if number == first else {}, self.unused):
-                documents += not isinstance(item, BadRow) and getattr(item, "ends", True)
-                if isinstance(item, Document) and isinstance(part, FilePart):
-                    self.spelled.update(spelling for spelling in SPELLINGS if spelling in item.text)
-                yield item, {**inner, "file": number, "documents": documents}
-                if documents == self.settings.documents:
-                    return
 
 
 def _rows(count: int) -> str:
@@ -309,8 +302,8 @@ def _find_files(settings: SourceSettings) -> tuple[list[File], list[Chosen]]:
         return hub_files(name, settings), []
     if is_url(settings.path):
         return find_remote(settings.path, settings.split)
-    found = find(settings.path, split=settings.split)
-    return [local_file(path) for one in found for path in one.paths], found
+    found = find(folder, KINDS, settings.split)
+    return [local_file(path) for path in found.paths], [found]
 
 
 def expect_source(settings: SourceSettings) -> None:
@@ -318,27 +311,3 @@ def expect_source(settings: SourceSettings) -> None:
     path = settings.path
     if path not in BUILT_IN and not hub_name(path) and not is_url(path) and not Path(path).exists():
         raise UserError(f"{path}: no such file or folder")
-
-
-def read_documents(paths: Paths, text_column: str | None = None) -> Iterator[Document]:
-    """All documents in files and folders (sorted, with subfolders), in order, without blank ones.
-
-    Texts longer than `PIECE` characters come in pieces, cut at line ends if possible. Raises `UserError` for unreadable
-    text when it is reached, and if there is no document.
-    """
-    source = _local_source(find_files(paths), text_column=text_column)
-    return (document for document, _ in source.read())
-
-
-def read_conversations(paths: Paths, messages_column: str | None = None) -> Iterator[list[Message]]:
-    """All conversations in JSON lines and parquet files and folders of them, as lists of messages.
-
-    Raises `UserError` as `read_documents` does, and for a row that is not a list of objects.
-    """
-    source = _local_source(find_files(paths, ROW_KINDS), messages_column=messages_column)
-    return (conversation for conversation, _ in source.read_conversations())
-
-
-def _local_source(paths: list[Path], **columns: str | None) -> Source:
-    settings = SourceSettings(path=str(paths[0]), **columns)
-    return Source(settings, [FilePart(local_file(path), settings) for path in paths], RetryPolicy(settings.retry_for))

@@ -29,7 +29,7 @@ from slmkit.data.rows.teacher_cache import IDS, LOGITS, REST
 from slmkit.device import Device
 from slmkit.model.decoder import Decoder
 from slmkit.training.losses import IGNORED, chunked_loss
-from slmkit.training.objective import Loss
+from slmkit.training.objective import Loss, Objective
 
 Divergence = Callable[[Tensor, Tensor], Tensor]  # log p and log q [positions, outcomes] → nats [positions]
 
@@ -211,7 +211,7 @@ def check_fit(decoder: Decoder, tokens: int, length: int, who: str) -> None:
 # -- the objective ----------------------------------------------------------------------------------------------------
 
 
-class Distill:
+class Distill(Objective):
     """A `DistillationLoss` at the learned positions, with chunked logits.
 
     Figures: the cross-entropy of the labels and the divergence from the teacher, in nats. With `hidden_weight` a
@@ -234,9 +234,6 @@ class Distill:
         apart = [relations_apart(s, t, learned) for s, t in zip(student, teacher, strict=True)]
         hidden = torch.stack(apart).mean()
         return Loss(loss.total + self.hidden_weight * hidden, {**loss.figures, "hidden": hidden.detach()})
-
-    def weight(self, batch: Batch) -> int:
-        return batch.weight
 
     def _of_logits(self, model: Decoder, batch: Batch) -> Loss:
         learned = batch.labels != IGNORED  # [rows, length]

@@ -17,13 +17,13 @@ from slmkit.data.batch import Batch
 from slmkit.data.packing import IGNORED
 from slmkit.model.decoder import Decoder
 from slmkit.training.objective import Loss
-from slmkit.training.objectives.preference import label_log_probabilities
+from slmkit.training.objectives.preference import PerAnswer, label_log_probabilities
 from slmkit.training.recipe.objective_settings import GrpoSettings
 
 FIGURES = ("answers/right", "answers/reward", "answers/tokens", "groups/without_signal")
 
 
-class GroupRelative:
+class GroupRelative(PerAnswer):
     """An objective averaged over answers: each token's log-probability times its answer's advantage.
 
     The loss itself is always near 0. Figures: the share of right answers, the mean reward and length, and the share of
@@ -35,10 +35,9 @@ class GroupRelative:
 
     def __call__(self, model: Decoder, batch: Batch) -> Loss:
         settings, extra = self.settings, batch.extra
-        tokens = (batch.labels != IGNORED).sum(dim=1)  # [rows]
+        tokens, counts = (batch.labels != IGNORED).sum(dim=1), self.counts(batch)  # [rows] each
         told = zip(FIGURES, (extra["right"], extra["reward"], tokens, extra["silent"]))
-        # Rows without learned tokens, which keep ranks in step, do not count.
-        figures = {name: figure[tokens > 0].float().sum() for name, figure in told}
+        figures = {name: figure[counts].float().sum() for name, figure in told}
         if not settings.beta:  # answers without an advantage have no gradient; one row stays, to keep ranks in step
             chosen = extra["advantage"] != 0
             chosen[0] |= ~chosen.any()
@@ -56,6 +55,3 @@ class GroupRelative:
             figures["divergence"] = (divergence.detach().sum(dim=1) / tokens).sum()
         over = tokens if settings.loss == "grpo" else settings.max_new_tokens
         return Loss(((losses * learned).sum(dim=1) / over).sum(), figures)
-
-    def weight(self, batch: Batch) -> int:
-        return int((batch.labels != IGNORED).any(dim=-1).sum())

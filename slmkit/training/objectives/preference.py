@@ -26,7 +26,7 @@ from slmkit.data.rows.answers import JudgedRows, PairRows
 from slmkit.device import Device
 from slmkit.model.decoder import Decoder
 from slmkit.training.losses import IGNORED, token_log_probabilities
-from slmkit.training.objective import MEAN_OF_STEP, Loss
+from slmkit.training.objective import MEAN_OF_STEP, Loss, Objective
 from slmkit.training.recipe.objective_settings import KtoSettings, PreferenceSettings
 
 REFERENCE = "reference"  # key in `Batch.extra`: [pairs, 2]
@@ -34,7 +34,18 @@ FIGURES = ("rewards/accuracy", "rewards/margin", "log_probability/chosen", "log_
 ROUNDED_TO = 32  # padding columns are dropped in multiples of this, so that shapes repeat
 
 
-class Preference:
+class PerAnswer(Objective):
+    """Averaged over rows, a pair of answers or one each; rows without learned tokens only keep ranks in step."""
+
+    def weight(self, batch: Batch) -> int:
+        return int(self.counts(batch).sum())
+
+    def counts(self, batch: Batch) -> Tensor:
+        """Whether something is learned of each answer of a row: bool [rows]."""
+        return (batch.labels != IGNORED).any(dim=-1).reshape(len(batch.ids), -1).all(dim=1)
+
+
+class Preference(PerAnswer):
     """An objective averaged over pairs. Rows are [2, length]: the better answer, then the worse one.
 
     Figures: how often the better answer has the higher reward, the margin, and the log-probability of each answer.
@@ -47,7 +58,7 @@ class Preference:
         sums, tokens = answer_log_probabilities(model, batch.ids, batch.labels)  # [pairs, 2] each
         rewards = self.rewards(sums, tokens, batch.extra.get(REFERENCE))  # [pairs, 2]
         losses = self.losses(rewards)  # [pairs]
-        counts = (tokens > 0).all(dim=1)  # a pair without learned tokens only keeps ranks in step
+        counts = self.counts(batch)  # [pairs]
         chosen, rejected = rewards.detach().unbind(dim=1)
         figures = ((chosen > rejected).float(), chosen - rejected, *sums.detach().unbind(dim=1))
         told = {name: figure[counts].sum() for name, figure in zip(FIGURES, figures)}
@@ -55,9 +66,6 @@ class Preference:
             told["preference_loss"] = losses.detach()[counts].sum()
             losses = losses - self.settings.rpo_alpha * (sums / tokens.clamp(min=1))[:, 0]
         return Loss(losses[counts].sum(), told)
-
-    def weight(self, batch: Batch) -> int:
-        return int((batch.labels != IGNORED).any(dim=-1).all(dim=-1).sum())
 
     def rewards(self, sums: Tensor, tokens: Tensor, reference: Tensor | None) -> Tensor:
         """The implicit reward of each answer: beta log(p / p of the reference).  all [pairs, 2]"""
@@ -73,7 +81,7 @@ class Preference:
         return -(1 - wrong) * F.logsigmoid(margin) - wrong * F.logsigmoid(-margin)
 
 
-class Kto:
+class Kto(PerAnswer):
     """An objective averaged over answers, each labelled good or bad.
 
     A good answer's reward should be above the divergence of the model from its reference, and a bad one's below. The
@@ -88,7 +96,7 @@ class Kto:
             self.survey = self._of_other_answers
 
     def __call__(self, model: Decoder, batch: Batch) -> Loss:
-        settings, good, counts = self.settings, batch.extra["desirable"], self._counts(batch)
+        settings, good, counts = self.settings, batch.extra["desirable"], self.counts(batch)
         sums = label_log_probabilities(model, batch.ids, batch.labels).sum(dim=-1)  # [rows]
         rewards = settings.beta * (sums - batch.extra[REFERENCE][:, 0])  # [rows]
         divergence = batch.extra.get(MEAN_OF_STEP, torch.zeros_like(rewards)).clamp(min=0)  # [rows]
@@ -103,16 +111,10 @@ class Kto:
         figures |= {"divergence": divergence[counts].sum(), "desirable": (counts & good).sum()}
         return Loss(losses[counts].sum(), figures)
 
-    def weight(self, batch: Batch) -> int:
-        return int(self._counts(batch).sum())
-
-    def _counts(self, batch: Batch) -> Tensor:
-        return (batch.labels != IGNORED).any(dim=-1)
-
     def _of_other_answers(self, model: Decoder, batch: Batch) -> Tensor:
         """Sum [] of log(p / p of the reference) of the other rows' answers."""
         sums = label_log_probabilities(model, batch.extra["other_ids"], batch.extra["other_labels"]).sum(dim=-1)
-        return (sums - batch.extra[REFERENCE][:, 1])[self._counts(batch)].sum()
+        return (sums - batch.extra[REFERENCE][:, 1])[self.counts(batch)].sum()
 
 
 def both_answers(batch: Batch) -> tuple[Tensor, Tensor]:

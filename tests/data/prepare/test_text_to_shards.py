@@ -18,8 +18,9 @@ from slmkit.data.prepare.conversations import prepare_chat
 from slmkit.data.prepare.held_out import split_conversations, split_validation
 from slmkit.data.prepare.text_to_shards import prepare_text
 from slmkit.data.shards.reader import TokenShards
-from slmkit.data.sources import Document, read_documents
+from slmkit.data.sources import Document
 from tests.data.byte_tokenizer import ByteTokenizer, chat
+from tests.data.read_files import read_documents
 
 TOKENIZER = ByteTokenizer()
 EOS = TOKENIZER.eos_token_id

@@ -8,10 +8,11 @@ import pyarrow as pa
 import pytest
 
 from slmkit.config import UserError
-from slmkit.data.sources import open_source, read_documents
+from slmkit.data.sources import open_source
 from slmkit.data.sources.files import KINDS, WRITTEN
 from slmkit.data.sources.folders import choose, split_of
 from slmkit.data.sources.settings import SourceSettings
+from tests.data.read_files import read_documents
 
 
 def make(folder: Path, *names: str) -> Path:

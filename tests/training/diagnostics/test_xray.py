@@ -19,7 +19,7 @@ from slmkit.data.prepare.text_to_shards import prepare_text
 from slmkit.data.rows.answers import JudgedRows, PairRows
 from slmkit.data.shards.reader import TokenShards
 from slmkit.data.shards.writer import ShardWriter
-from slmkit.data.sources import open_source, read_documents
+from slmkit.data.sources import open_source
 from slmkit.data.sources.documents import Judged
 from slmkit.data.sources.formats import pair_of
 from slmkit.data.sources.settings import SourceSettings
@@ -30,6 +30,7 @@ from slmkit.training.diagnostics.xray import Vocabulary, XRay, examine
 from slmkit.training.diagnostics.xray_page import look, rendered_rows, vocabulary_of
 from slmkit.training.recipe.recipe import find_recipe, load_recipe
 from slmkit.workflows.train import train_recipe
+from tests.data.read_files import read_documents
 from tests.test_life import Silent
 
 LENGTH = 128
