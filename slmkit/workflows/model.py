@@ -29,9 +29,9 @@ class StartingModel(NamedTuple):
 def model_for(
     recipe: Recipe, tokenizer: SLMTokenizer, base: Path | None, shape: SLMConfig | None = None
 ) -> StartingModel:
-    """A new model with the tokenizer's vocabulary, or `base` with the tokens added that it lacks; with `lora` an adapter.
+    """A new model with the tokenizer's vocabulary, or `base` with the tokens added that it lacks.
 
-    `shape` is the config of the recipe's new model, if it has been built already.
+    With `lora` it is an adapter of `base`. `shape` is the config of the new model, if it has been built already.
     """
     if base is None:
         return _new_model(recipe, shape or recipe.model.build_config(), tokenizer)
