@@ -18,7 +18,6 @@ from slmkit.data.prepare.open_sources import (
     is_shards,
     items_of,
     open_sources,
-    read_rows,
     tokenizer_sample,
     validation_source,
 )
@@ -201,7 +200,7 @@ class _Preparation:
         """All items of a source; those left out are counted with it."""
         if self.reads == "text":
             return items_of(source, "text")
-        return self._encoder(source).encode_all(row for row, _ in read_rows(source, self.reads))
+        return self._encoder(source).encode_all(row for row, _ in source.read_rows(self.reads))
 
     def _split(self, source: Source) -> tuple[Items, Items]:
         """Items to train on, and the share of them that is held out."""
