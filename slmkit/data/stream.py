@@ -30,7 +30,9 @@ class Rows(Protocol):
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]: ...  # int64 [length] each
 
-    def documents(self, index: int) -> np.ndarray: ...  # int64 [length]
+    def documents(self, index: int) -> np.ndarray:  # int64 [length]
+        """By default all zero: a row is one document."""
+        return np.zeros_like(self.row(index)[0])
 
     def rows(self, indices: list[int]) -> tuple[np.ndarray, np.ndarray]:
         """Ids and labels of several rows: int64 [rows, length] each. By default one `row` at a time."""

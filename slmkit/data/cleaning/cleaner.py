@@ -20,9 +20,9 @@ import numpy as np
 
 from slmkit.data.cleaning.characters import check_scripts, shares
 from slmkit.data.cleaning.duplicates import SeenKeys, band_keys, bands_and_rows
-from slmkit.data.cleaning.evaluation import evaluation_runs, full_runs
+from slmkit.data.cleaning.evaluation import evaluation_runs
 from slmkit.data.cleaning.settings import CleaningSettings
-from slmkit.data.cleaning.words import any_in, hash_words
+from slmkit.data.cleaning.words import any_in, hash_runs, hash_words
 from slmkit.data.prepare.ordered_map import batches, ordered_map
 from slmkit.data.sources import Document
 
@@ -102,7 +102,7 @@ class Cleaner:
             counts = words().counts.tolist()
             reasons = [reason or self._odd_length(count) for reason, count in zip(reasons, counts)]
         if len(self.forbidden):
-            is_tainted = any_in(self.forbidden, full_runs(words(), self.settings.evaluation_words))
+            is_tainted = any_in(self.forbidden, hash_runs(words(), self.settings.evaluation_words, full=True))
             reasons = [reason or ("evaluation text" if bad else None) for reason, bad in zip(reasons, is_tainted)]
         bands = band_keys(words(), self.bands, self.rows) if self.bands else np.zeros((len(texts), 0), np.uint64)
         return _Checks(reasons, _exact_keys(texts) if self.settings.exact_duplicates else bands, bands)

@@ -42,10 +42,6 @@ class AnswerRows(Rows):
     def longest_first(self) -> list[int]:  # [rows]
         return np.argsort(-self.lengths, kind="stable").tolist()
 
-    def documents(self, index: int) -> np.ndarray:
-        """All zero, shaped as the ids: each answer's row is one conversation."""
-        return np.zeros_like(self.row(index)[0])
-
     def extra(self, index: int) -> dict[str, np.ndarray]:  # reference [2]
         return {} if self.reference is None else {"reference": self.reference[index]}
 

@@ -351,5 +351,5 @@ KINDS = {
     "judgements": Kind("judged answers", "objective: kto, or prepare --judged", JUDGED),
     "conversations": Kind("conversations", "objective: sft, or prepare --chat", CONVERSATIONS),
     "questions": Kind("conversations", "objective: sft, or prepare --chat", CONVERSATIONS),
-    "documents": Kind("texts", "objective: pretrain", TEXTS),
+    "text": Kind("texts", "objective: pretrain", TEXTS),
 }

@@ -248,14 +248,10 @@ class _MomentsOf8Bits(torch.optim.Optimizer):
 
 def reading_bytes(architecture: Architecture, rows: int, length: int, dtype: torch.dtype) -> int:
     """Peak bytes of reading `rows` prompts of `length` tokens: weights, KV cache and activations."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with FakeTensorMode(), torch.no_grad(), Ledger() as ledger:
-            decoder = Decoder(architecture).eval()
-            cache = decoder.new_cache(rows, length)
-            hidden = decoder(torch.zeros(rows, length, dtype=torch.long), cache)
-            decoder.logits(hidden[:, -1])
-    finally:
-        torch.set_default_dtype(before)
+    with torch.device("meta"):
+        decoder = Decoder(architecture).to(dtype)
+    with FakeTensorMode(), torch.no_grad(), Ledger() as ledger:
+        model = zeros_like(decoder).eval()
+        hidden = model(torch.zeros(rows, length, dtype=torch.long), model.new_cache(rows, length))
+        model.logits(hidden[:, -1])
     return ledger.peak

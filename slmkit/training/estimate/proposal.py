@@ -177,8 +177,8 @@ def _built_in_text(recipe: Recipe, index: int) -> str:
     built_in = BUILT_IN[str(recipe.data.source)]
     if recipe.reads == "text":
         return built_in.text(0, index, False)
-    read = built_in.conversation if recipe.reads == "conversations" else built_in.question
-    said = " ".join(str(message["content"]) for message in read(0, index, False))
+    messages = built_in.item("conversations" if recipe.reads == "conversations" else "questions", 0, index, False)
+    said = " ".join(str(message["content"]) for message in messages)
     return said * (2 if recipe.reads == "pairs" else 1)
 
 
