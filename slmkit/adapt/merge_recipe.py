@@ -100,7 +100,8 @@ class MergeRecipe(Settings):
 
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> MergeRecipe:
-        places = {key: (self, key) for key in ("base_model", "t", "normalize", "seed")} | {"lambda": (self, "scale")}
+        places: dict[str, tuple[Settings, str]] = {"lambda": (self, "scale")}
+        places |= {key: (self, key) for key in ("base_model", "t", "normalize", "seed")}
         for number, entry in enumerate(self.models):
             places |= {f"models.{number}.{key}": (entry, key) for key in ("weight", "density")}
         for place, (settings, name) in places.items():

@@ -39,9 +39,10 @@ class Rows(Protocol):
         ids, labels = zip(*map(self.row, indices))
         return np.stack(ids), np.stack(labels)
 
-    def batch(self, indices: Sequence[int]) -> Batch:
-        """Batch of these rows [rows, length], with `extra`."""
-        return Batch.of(*self.rows([*indices]), extra=stacked([self.extra(index) for index in indices]))
+    def batch(self, indices: Sequence[int], separate: bool = False) -> Batch:
+        """Batch of these rows [rows, length], with `extra`, and with the number of each token's document."""
+        documents = np.stack([*map(self.documents, indices)]) if separate else None
+        return Batch.of(*self.rows([*indices]), documents, stacked([self.extra(index) for index in indices]))
 
     def report(self) -> list[str]:
         """One line for each kind of documents that are left out or cut; by default none."""
