@@ -10,6 +10,7 @@ import collections
 import difflib
 import functools
 import inspect
+import logging
 import re
 import types
 import typing
@@ -77,6 +78,12 @@ def arguments_checked(call: Callable[P, T]) -> Callable[P, T]:
         return call(*positional, **named)
 
     return checked
+
+
+@functools.cache
+def warn_once(line: str) -> None:
+    """Log a line once, since a command reads the same file several times."""
+    logging.getLogger(__name__).warning(line)
 
 
 def kind_of_value(value: object) -> str:

@@ -303,22 +303,14 @@ def fuse(parts: Sequence[Update | Tensor]) -> Update:
     if len(parts) == 1 and isinstance(parts[0], Update):
         return parts[0]
     updates = [part for part in parts if isinstance(part, Update)]
-    scale = updates[0].scale
-    blocks, magnitudes = [], []
-    for part in parts:
-        if isinstance(part, Update):
-            blocks.append(part.b * (part.scale / scale))
-            magnitudes.append(part.magnitude)
-        else:
-            blocks.append(part.new_zeros(part.size(0), 0))
-            magnitudes.append(part.norm(dim=1))
-    has_magnitude = updates[0].magnitude is not None
-    return Update(
-        torch.cat([update.a for update in updates]),
-        torch.block_diag(*blocks),
-        torch.cat([m for m in magnitudes if m is not None]) if has_magnitude else None,
-        scale,
-    )
+    scale, magnitude = updates[0].scale, None
+    blocks = [
+        part.b * (part.scale / scale) if isinstance(part, Update) else part.new_zeros(part.size(0), 0) for part in parts
+    ]
+    if updates[0].magnitude is not None:
+        lengths = [part.magnitude if isinstance(part, Update) else part.norm(dim=1) for part in parts]
+        magnitude = torch.cat([length for length in lengths if length is not None])
+    return Update(torch.cat([update.a for update in updates]), torch.block_diag(*blocks), magnitude, scale)
 
 
 def split(update: Update, rows: list[int], ranks: list[int] | None = None) -> list[Update | None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,16 +23,14 @@ Setting = float | list[float] | list[Condition]
 
 
 def _numbers(setting: Setting) -> list[float]:
-    """All numbers of a setting. Raises `ValueError` if there is none, or one is not finite."""
     parts = setting if isinstance(setting, list) else [setting]
-    numbers = [number for part in parts for number in (_numbers(part.value) if isinstance(part, Condition) else [part])]
-    if not numbers or not all(map(math.isfinite, numbers)):
-        raise ValueError("expected a number, a list of numbers, or a list of {filter, value}")
-    return numbers
+    return [number for part in parts for number in (_numbers(part.value) if isinstance(part, Condition) else [part])]
 
 
 def _number(setting: Setting) -> Setting:
-    _numbers(setting)
+    numbers = _numbers(setting)
+    if not numbers or not all(map(math.isfinite, numbers)):
+        raise ValueError("expected a number, a list of numbers, or a list of {filter, value}")
     return setting
 
 
@@ -45,27 +42,17 @@ def _share(setting: Setting) -> Setting:
 
 # One number, a list that is interpolated over the layers, or a list of conditions on names of tensors.
 Number = Annotated[Setting, AfterValidator(_number)]
-Share = Annotated[Setting, AfterValidator(_share)]
+Share = Annotated[Number, AfterValidator(_share)]
 
-
-@dataclass(frozen=True)
-class Method:
-    """The keys that a merge method reads, in addition to `models`."""
-
-    keys: frozenset[str] = frozenset()  # of the recipe
-    model_keys: frozenset[str] = frozenset({"weight"})  # of an entry in `models`
-    needs_base: bool = False
-    normalizes: bool = False  # default of `normalize`
-
-
-_DELTAS, _SPARSE = frozenset({"base_model", "lambda", "normalize"}), frozenset({"weight", "density"})
+# The keys of a recipe and of its models that each method reads.
+_DELTAS = {"base_model", "lambda", "normalize", "weight"}  # methods that add task vectors to a base
 METHODS = {
-    "linear": Method(frozenset({"normalize"}), normalizes=True),
-    "slerp": Method(frozenset({"t", "base_model"}), frozenset()),
-    "task_arithmetic": Method(_DELTAS, needs_base=True),
-    "ties": Method(_DELTAS, _SPARSE, needs_base=True, normalizes=True),
-    "dare_linear": Method(_DELTAS | {"seed"}, _SPARSE, needs_base=True),
-    "dare_ties": Method(_DELTAS | {"seed"}, _SPARSE, needs_base=True),
+    "linear": {"normalize", "weight"},
+    "slerp": {"t", "base_model"},
+    "task_arithmetic": _DELTAS,
+    "ties": _DELTAS | {"density"},
+    "dare_linear": _DELTAS | {"density", "seed"},
+    "dare_ties": _DELTAS | {"density", "seed"},
 }
 
 
@@ -113,14 +100,14 @@ class MergeRecipe(Settings):
 
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> MergeRecipe:
-        for key in ("base_model", "t", "lambda", "normalize", "seed"):
-            name = "scale" if key == "lambda" else key
-            if key not in self.method.keys and getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"merge_method {self.merge_method} does not read {key}: leave it out")
+        places: dict[str, tuple[Settings, str]] = {"lambda": (self, "scale")}
+        places |= {key: (self, key) for key in ("base_model", "t", "normalize", "seed")}
         for number, entry in enumerate(self.models):
-            for key in ("weight", "density"):
-                if key not in self.method.model_keys and getattr(entry, key) != 1.0:
-                    raise ValueError(f"merge_method {self.merge_method} does not read models.{number}.{key}: drop it")
+            places |= {f"models.{number}.{key}": (entry, key) for key in ("weight", "density")}
+        for place, (settings, name) in places.items():
+            is_read = place.rpartition(".")[2] in METHODS[self.merge_method]
+            if not is_read and getattr(settings, name) != type(settings).model_fields[name].default:
+                raise ValueError(f"merge_method {self.merge_method} does not read {place}: leave it out")
         return self
 
     @model_validator(mode="after")
@@ -135,13 +122,13 @@ class MergeRecipe(Settings):
         return self
 
     @property
-    def method(self) -> Method:
-        return METHODS[self.merge_method]
+    def adds_task_vectors(self) -> bool:
+        return METHODS[self.merge_method] >= _DELTAS
 
     @property
     def merged(self) -> list[MergedModel]:
         """The models in order, without the base, which may be among them; for slerp the model of t = 0 first."""
-        if self.method.needs_base:
+        if self.adds_task_vectors:
             return [entry for entry in self.models if entry.model != self.base_model]
         return sorted(self.models, key=lambda entry: entry.model != self.base_model) if self.base_model else self.models
 
@@ -152,7 +139,7 @@ class MergeRecipe(Settings):
 
     @property
     def is_normalized(self) -> bool:
-        return self.method.normalizes if self.normalize is None else self.normalize
+        return self.merge_method in ("linear", "ties") if self.normalize is None else self.normalize
 
 
 def load_merge_recipe(path: str | Path, overrides: Sequence[str] = ()) -> MergeRecipe:
@@ -213,8 +200,8 @@ def _from_mergekit(given: Any) -> Any:
 
 def _expect_all_named(given: dict[str, Any]) -> None:
     """Raises `ValueError` that lists every model that a template leaves unset."""
-    method, models = METHODS.get(str(given.get("merge_method"))), given.get("models")
-    unset = ["base_model"] if method and method.needs_base and not given.get("base_model") else []
+    keys, models = METHODS.get(str(given.get("merge_method")), set()), given.get("models")
+    unset = ["base_model"] if keys >= _DELTAS and not given.get("base_model") else []
     for number, entry in enumerate(models if isinstance(models, list) else []):
         if isinstance(entry, dict) and "model" in entry and not entry["model"]:
             unset.append(f"models.{number}.model")

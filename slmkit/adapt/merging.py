@@ -224,7 +224,7 @@ def _weights(recipe: MergeRecipe, place: Place) -> list[float]:
 
 def _base(recipe: MergeRecipe) -> list[str]:
     """The name of the base of task vectors, if there is one."""
-    return [recipe.base_model] if recipe.method.needs_base and recipe.base_model else []
+    return [recipe.base_model] if recipe.adds_task_vectors and recipe.base_model else []
 
 
 def _check_alike(first: str, config: SLMConfig, name: str, other: SLMConfig) -> None:

@@ -164,7 +164,7 @@ def generate(
         model, others, device, seed, USUAL, temperature=temperature, top_k=top_k,
         top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
     )  # fmt: skip
-    from slmkit.generation.text import stream_completion
+    from slmkit.generation.text import TextStream
     from slmkit.model.files.generation_config import new_tokens
 
     if prompt == "-":
@@ -174,7 +174,7 @@ def generate(
     for number in range(samples):
         if seed is not None:
             settings = settings.model_copy(update={"seed": seed + number})
-        stream = stream_completion(
+        stream = TextStream(
             decoder, tokenizer, prompt, settings=settings, max_new_tokens=most, stop=stop or []
         )  # raises for a prompt that is too long, before anything is printed
         if samples > 1:

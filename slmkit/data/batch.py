@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -71,10 +72,7 @@ class Batch:
             return [self]
         parts = [slice(start, start + rows) for start in range(0, len(self.ids), rows)]
         weights = [int((self.labels[part] != IGNORED).sum()) for part in parts]
-        return [self._part(part, weight) for part, weight in zip(parts, weights)]
-
-    def _part(self, rows: slice, weight: int) -> Batch:
-        return self._each(lambda tensor: tensor[rows], weight)
+        return [self._each(operator.itemgetter(part), weight) for part, weight in zip(parts, weights)]
 
     def _each(self, change: Callable[[Tensor], Tensor], weight: int) -> Batch:
         documents = None if self.documents is None else change(self.documents)

@@ -26,10 +26,11 @@ class TextTokenizer(Protocol):
 
 
 class TextStream:
-    """Iterates once over the pieces of a text as they are generated; prompt_ids [prompt]. Joined, they are the text.
+    """Iterates once over the pieces of a text as they are generated. Joined, they are the text.
 
-    Incomplete characters, and text that may begin a stop string, are held back until they are complete.
-    `finish_reason` is None until the end. Raises `UserError` for an empty prompt, one that fills the context, and fewer
+    `prompt` is plain text, before which the tokenizer puts its own beginning, or ids [prompt]. Incomplete characters,
+    and text that may begin a stop string, are held back until they are complete. `finish_reason` is None until the end.
+    Raises `UserError` for an empty prompt, one that fills the context, and fewer
     than one new token.
     """
 
@@ -37,20 +38,23 @@ class TextStream:
         self,
         decoder: LanguageModel,
         tokenizer: TextTokenizer,
-        prompt_ids: Sequence[int],
+        prompt: str | Sequence[int],
         *,
         settings: SamplingSettings,
         max_new_tokens: int,
         stop: Sequence[str] = (),
     ) -> None:
+        if isinstance(prompt, str):
+            encode = getattr(tokenizer, "encode_prompt", None)
+            prompt = encode(prompt) if encode else [*_document_start(tokenizer), *tokenizer.encode(prompt)]
         stop_ids = {*getattr(tokenizer, "stop_token_ids", ()), *_document_start(tokenizer)}
         self._hidden = {*stop_ids, *getattr(tokenizer, "special_tokens", {}).values()}
         self._stops = StopStrings(stop)
-        before = [token for token in prompt_ids[-1:] if token not in self._hidden]
+        before = [token for token in prompt[-1:] if token not in self._hidden]
         self._characters = WholeCharacters(tokenizer.decode, before)
         self._ids = IdStream(
             decoder,
-            prompt_ids,
+            prompt,
             max_new_tokens=max_new_tokens,
             stop_ids=stop_ids,
             settings=settings,
@@ -86,25 +90,6 @@ class TextStream:
             if token not in self._hidden:
                 yield self._characters.add(token)
         yield self._characters.rest()
-
-
-def stream_completion(
-    decoder: LanguageModel,
-    tokenizer: TextTokenizer,
-    prompt: str,
-    *,
-    settings: SamplingSettings,
-    max_new_tokens: int,
-    stop: Sequence[str] = (),
-) -> TextStream:
-    """Stream the continuation of a plain text; an empty prompt starts a new text.
-
-    The tokenizer's own beginning, such as a beginning-of-text token, is prepended. Raises `UserError` as `TextStream`
-    does.
-    """
-    encode = getattr(tokenizer, "encode_prompt", None)
-    ids = encode(prompt) if encode else [*_document_start(tokenizer), *tokenizer.encode(prompt)]
-    return TextStream(decoder, tokenizer, ids, settings=settings, max_new_tokens=max_new_tokens, stop=stop)
 
 
 def _document_start(tokenizer: TextTokenizer) -> list[int]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import logging
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from slmkit.config import Settings, UserError, did_you_mean, kind_of_value, load_settings, read_yaml
+from slmkit.config import Settings, UserError, did_you_mean, kind_of_value, load_settings, read_yaml, warn_once
 from slmkit.find import as_path, find_config_directory
 from slmkit.model.families import FULL, SLIDING, families_with, family_of, optional_fields
 from slmkit.model.files.adapter_directory import config_directory
@@ -28,12 +26,6 @@ TRAINING_FIELDS = {
 
 # transformers' caches read these for every family: refused, not ignored, for a family without windows here.
 WINDOWS = {"layer_types", "sliding_window"}
-
-
-@functools.cache
-def _warn_once(line: str) -> None:
-    """Warn once per line: a command reads the same file several times."""
-    logging.getLogger(__name__).warning(line)
 
 
 class SLMConfig(Settings):
@@ -197,7 +189,7 @@ class SLMConfig(Settings):
             raise UserError(f"{path}: {error.args[0]} is missing") from None
         read = cls.model_fields.keys() - TRAINING_FIELDS - (optional_fields() - family_of(model_type).fields) | WINDOWS
         if ignored := sorted(key for key in content.keys() - read if content[key] not in (None, False)):
-            _warn_once(f"{path}: ignored, since no {model_type} reads it: {', '.join(ignored)}")
+            warn_once(f"{path}: ignored, since no {model_type} reads it: {', '.join(ignored)}")
         config = load_settings(cls, {key: content[key] for key in content if key in read}, origin=str(path))
         made_by = ("_from_model_config", "transformers_version")
         told = {key: value for key, value in read_generation_config(path.parent).items() if key not in made_by}

@@ -138,9 +138,9 @@ class Decoder(nn.Module):
         """
         past, new = cache.length if cache else 0, ids.size(1)
         self.architecture.expect(past + new)
-        if cache is not None and not (documents is attention_mask is None):
-            raise ValueError("documents and attention_mask are for whole rows; a cache has its own padding")
         if cache is not None:
+            if not (documents is attention_mask is None):
+                raise ValueError("documents and attention_mask are for whole rows; a cache has its own padding")
             cache.expect(new)
         context = Context(self.kinds, dict(zip(self.ropes, self.rotary)), ids, cache, documents, attention_mask)
         x = self.embedding(ids)  # [batch, new, width]

@@ -6,13 +6,12 @@ of language models are built here likewise; for any other class there is a warni
 
 from __future__ import annotations
 
-import functools
 import json
-import logging
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from slmkit.config import warn_once
 from slmkit.tokenizer.byte_level import is_byte_level
 
 PLAIN = {"", "PreTrainedTokenizer", "PreTrainedTokenizerFast", "TokenizersBackend", "PythonBackend"}
@@ -37,7 +36,7 @@ def as_its_class_does(tokenizer: Tokenizer, config: dict[str, Any], bos_token: s
     elif name == "T5Tokenizer" and isinstance(tokenizer.model, models.Unigram):
         _t5(tokenizer)
     elif named not in PLAIN and not (name == "LlamaTokenizer" and bytes_spelled):  # used as in the file
-        _warn_once(
+        warn_once(
             f"tokenizer_class {named!r}: transformers may build this class by rules of its own, and the ids used here "
             "are those of tokenizer.json as it stands; if they are right, set tokenizer_class to "
             "'PreTrainedTokenizerFast' in tokenizer_config.json"
@@ -92,9 +91,3 @@ def _t5(tokenizer: Tokenizer) -> None:
     if end is not None:
         pair = ["$A", "</s>", "$B:1", "</s>:1"]
         tokenizer.post_processor = processors.TemplateProcessing(pair[:2], pair, [("</s>", end)])
-
-
-@functools.cache
-def _warn_once(line: str) -> None:
-    """Log a line once, since a command reads the same tokenizer several times."""
-    logging.getLogger(__name__).warning(line)

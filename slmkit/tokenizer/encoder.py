@@ -93,7 +93,8 @@ class TextEncoder:
     def fast(self) -> FastEncoder | None:
         """The fast encoder, made on first use in about 0.1 s; None if its ids would differ from `tokenizers`'."""
         encoder = FastEncoder.of(self.library)
-        is_sure = encoder and encoder.encode(PROBE) == self.library.encode(PROBE, add_special_tokens=False).ids
+        theirs = self.library.encode(PROBE, add_special_tokens=False).ids
+        is_sure = encoder and encoder.encode_array(PROBE).tolist() == theirs
         return encoder if is_sure else None
 
     @cached_property
@@ -123,21 +124,17 @@ class TextEncoder:
 
     def encode(self, text: str) -> list[int]:
         """Ids [tokens], special tokens read as ordinary text. Lone surrogates are encoded with "surrogatepass"."""
-        try:
-            if self.fast:
-                return self.fast.encode(text)
-            return self.ordinary.encode(text, add_special_tokens=False).ids
-        except (TypeError, UnicodeEncodeError):  # neither library takes lone surrogates
-            return self.encode_bytes(text.encode("utf-8", "surrogatepass"))
+        return self.encode_array(text).tolist()
 
     def encode_array(self, text: str) -> np.ndarray:
         """`encode` as uint32 [tokens], without a Python integer per token."""
         try:
             if self.fast:
                 return self.fast.encode_array(text)
-        except UnicodeEncodeError:
-            pass
-        return np.array(self.encode(text), dtype=np.uint32)
+            ids = self.ordinary.encode(text, add_special_tokens=False).ids
+        except (TypeError, UnicodeEncodeError):  # neither library takes lone surrogates
+            ids = self.encode_bytes(text.encode("utf-8", "surrogatepass"))
+        return np.array(ids, dtype=np.uint32)
 
     def encode_batch(self, texts: Sequence[str], threads: int | None = None) -> list[np.ndarray]:
         """`encode_array` of each text, uint32 [tokens] each, on `threads` threads (default: one per core)."""

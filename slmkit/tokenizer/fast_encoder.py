@@ -62,14 +62,8 @@ class FastEncoder:
             id_of_rank[rank] = vocabulary[token]
         return cls({spelled_bytes(token): rank for token, rank in ranks.items()}, id_of_rank)
 
-    def encode(self, text: str) -> list[int]:
-        """Ids [tokens]. Raises `UnicodeEncodeError` for lone surrogates."""
-        cuts = cuts_in_long_words(text)
-        ranks = self._encode_in_parts(text, cuts) if cuts else self._core.encode_ordinary(text)
-        return ranks if self._id_of_rank is None else self._id_of_rank[ranks].tolist()
-
     def encode_array(self, text: str) -> np.ndarray:
-        """`encode` as uint32 [tokens], without a Python integer per token."""
+        """Ids, uint32 [tokens], without a Python integer per token. Raises `UnicodeEncodeError` for lone surrogates."""
         if cuts := cuts_in_long_words(text):
             ranks = np.array(self._encode_in_parts(text, cuts), dtype=np.uint32)
         else:

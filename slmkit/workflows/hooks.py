@@ -13,7 +13,7 @@ from slmkit.evaluation import validation_loss
 from slmkit.evaluation.loss import LossReport, Rows
 from slmkit.generation.chat import ChatSession
 from slmkit.generation.sampling_settings import SamplingSettings
-from slmkit.generation.text import stream_completion
+from slmkit.generation.text import TextStream
 from slmkit.model.decoder import Decoder
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.distributed import ALONE, Group
@@ -72,7 +72,7 @@ class Sample:
         if self.recipe.reads != "text":  # the prompts are user messages
             session = ChatSession(model, self.tokenizer, settings, max_new_tokens=longest)
             return "\n" + "".join(session.reply(prompt))
-        return "".join(stream_completion(model, self.tokenizer, prompt, settings=settings, max_new_tokens=longest))
+        return "".join(TextStream(model, self.tokenizer, prompt, settings=settings, max_new_tokens=longest))
 
 
 WORDS, CHARACTERS = 5, 40  # taken from a text's beginning

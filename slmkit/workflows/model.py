@@ -26,14 +26,15 @@ class StartingModel(NamedTuple):
     files: ModelFiles
 
 
-def model_for(recipe: Recipe, tokenizer: SLMTokenizer, base: Path | None, shape: SLMConfig | None) -> StartingModel:
-    """A new model of this shape with the tokenizer's vocabulary, or `base` with the tokens added that it lacks.
+def model_for(
+    recipe: Recipe, tokenizer: SLMTokenizer, base: Path | None, shape: SLMConfig | None = None
+) -> StartingModel:
+    """A new model with the tokenizer's vocabulary, or `base` with the tokens added that it lacks.
 
-    With `lora` it is an adapter of `base`.
+    With `lora` it is an adapter of `base`. `shape` is the config of the new model, if it has been built already.
     """
     if base is None:
-        assert shape is not None
-        return _new_model(recipe, shape, tokenizer)
+        return _new_model(recipe, shape or recipe.model.build_config(), tokenizer)
     if recipe.lora is not None:
         return _adapter(recipe, tokenizer, base)
     model, config = fit_to_tokenizer(*load_model(base), tokenizer_of_base(recipe, base), tokenizer)

@@ -58,7 +58,7 @@ def open_run(
     recipe = recipe or load_recipe(run.recipe)
     corpus = open_corpus(run.data)
     base, named = find_base(run, recipe, is_new)
-    start = model_for(named, corpus.tokenizer, base, None if base else named.model.build_config())
+    start = model_for(named, corpus.tokenizer, base)
     return prepared_run(run, recipe, corpus, start, device, group, reporter)
 
 

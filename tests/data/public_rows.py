@@ -191,7 +191,7 @@ TEXTS: dict[str, Schema] = {
 ALL = {
     f"{reads}: {name}": (reads, schema)
     for reads, schemas in (
-        ("read", TEXTS), ("read_conversations", CHATS), ("read_pairs", PAIRS), ("read_judgements", JUDGED),
+        ("text", TEXTS), ("conversations", CHATS), ("pairs", PAIRS), ("judgements", JUDGED),
     )
     for name, schema in schemas.items()
 }  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 
 from slmkit.generation import generator
 from slmkit.generation.ensemble import LanguageModel
-from slmkit.generation.text import TextStream, TextTokenizer, stream_completion
+from slmkit.generation.text import TextStream, TextTokenizer
 from slmkit.model.config import SLMConfig
 from slmkit.model.decoder import Decoder
 from slmkit.model.initialization import build_decoder
@@ -49,7 +49,7 @@ class Continuation:
 
 
 def complete(decoder: LanguageModel, tokenizer: TextTokenizer, prompt: str, **options: object) -> Continuation:
-    return Continuation(stream_completion(decoder, tokenizer, prompt, **options))
+    return Continuation(TextStream(decoder, tokenizer, prompt, **options))
 
 
 def make_models_say(ids: Sequence[int], monkeypatch: pytest.MonkeyPatch) -> None:

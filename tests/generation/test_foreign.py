@@ -17,7 +17,7 @@ from slmkit.config import UserError
 from slmkit.generation.chat import ChatSession
 from slmkit.generation.generator import IdStream
 from slmkit.generation.sampling_settings import SamplingSettings
-from slmkit.generation.text import stream_completion
+from slmkit.generation.text import TextStream
 from slmkit.model.config import SLMConfig
 from slmkit.model.files.generation_config import new_tokens
 from slmkit.tokenizer import SLMTokenizer
@@ -164,7 +164,7 @@ def test_ids_that_a_model_stops_at_or_suppresses_may_be_ordinary_tokens(tmp_path
     first, *_ = stream_ids(plain, tokenizer)
     assert first not in tokenizer.special_tokens.values()
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, first]}))
-    stopped = stream_completion(*load_model(str(directory), "cpu"), "a", settings=GREEDY, max_new_tokens=9)
+    stopped = TextStream(*load_model(str(directory), "cpu"), "a", settings=GREEDY, max_new_tokens=9)
     assert (list(stopped), stopped.tokens, stopped.finish_reason) == ([], 1, "stop")
     (directory / "generation_config.json").write_text(json.dumps({"suppress_tokens": [first]}))
     assert first not in stream_ids(*load_model(str(directory), "cpu"))
@@ -203,7 +203,7 @@ def test_how_long_a_text_is_unless_the_caller_says(
         asked.append(max_new_tokens)
         return Ended()
 
-    monkeypatch.setattr("slmkit.generation.text.stream_completion", record)
+    monkeypatch.setattr("slmkit.generation.text.TextStream", record)
     three = SLMTokenizer.from_pretrained(directory).decode([5, 6, 7])
     capsys.readouterr()
     generate(str(directory), three)

@@ -8,7 +8,7 @@ import torch
 from slmkit.config import UserError
 from slmkit.generation.generator import generate_ids
 from slmkit.generation.sampling_settings import SamplingSettings
-from slmkit.generation.text import TextStream, stream_completion
+from slmkit.generation.text import TextStream
 from slmkit.model.decoder import Decoder
 from tests.generation.helpers import TOKENIZER, ByteTokens, byte_decoder, complete, make_models_say
 
@@ -78,7 +78,7 @@ def test_the_reason_is_told_when_the_context_is_full(decoder: Decoder) -> None:
 @pytest.mark.parametrize("stop", [[], ["e"], ["\x01\x02", "qu"]], ids=str)
 @pytest.mark.parametrize("prompt", ["", "Once", "naïve 🦊"])
 def test_the_pieces_together_are_what_was_generated(prompt: str, stop: list[str], decoder: Decoder) -> None:
-    text = stream_completion(decoder, TOKENIZER, prompt, settings=SETTINGS, max_new_tokens=60, stop=stop)
+    text = TextStream(decoder, TOKENIZER, prompt, settings=SETTINGS, max_new_tokens=60, stop=stop)
     whole = complete(decoder, TOKENIZER, prompt, settings=SETTINGS, max_new_tokens=60, stop=stop)
     assert "".join(text) == whole.text
     assert (text.tokens, text.finish_reason) == (whole.tokens, whole.finish_reason)
@@ -119,4 +119,4 @@ def test_encode_and_decode_are_all_a_tokenizer_needs(decoder: Decoder) -> None:
 
 def test_a_wrong_prompt_is_refused_before_the_first_piece_is_asked_for(decoder: Decoder) -> None:
     with pytest.raises(UserError, match="context of 128"):
-        stream_completion(decoder, TOKENIZER, "x" * 200, settings=SETTINGS, max_new_tokens=5)
+        TextStream(decoder, TOKENIZER, "x" * 200, settings=SETTINGS, max_new_tokens=5)

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from slmkit.config import warn_once
 from slmkit.tokenizer import SLMTokenizer
-from slmkit.tokenizer.classes import BYTE_LEVEL, SENTENCEPIECE, _warn_once, as_its_class_does
+from slmkit.tokenizer.classes import BYTE_LEVEL, SENTENCEPIECE, as_its_class_does
 
 from .kinds import CONFIG, PROSE, byte_level, prepend, unigram, with_bos
 
@@ -80,7 +81,7 @@ def test_every_class_that_is_built_by_rules_of_its_own_is_known_or_named(caplog:
     found = [getattr(transformers, name, None) for name in dir(transformers) if name.endswith(("Tokenizer", "Fast"))]
     own = {kind.__name__ for kind in found if inspect.isclass(kind) and issubclass(kind, backend)} - {backend.__name__}
     assert len(own) > 20
-    _warn_once.cache_clear()
+    warn_once.cache_clear()
     for name in sorted(own - BYTE_LEVEL - SENTENCEPIECE - {"T5Tokenizer"}):
         caplog.clear()
         with caplog.at_level(logging.WARNING):

@@ -7,7 +7,7 @@ import random
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel, Split
@@ -50,6 +50,7 @@ def running() -> SLMTokenizer:
     )
 )
 def test_any_text_has_the_ids_of_the_library(running: SLMTokenizer, text: str) -> None:
+    assume("<|" not in text)  # the library reads special tokens in it
     assert running.encode(text) == slow(running, text)
     assert running.encode_array(text).tolist() == slow(running, text)
 
@@ -84,7 +85,7 @@ def test_any_list_of_merges_that_is_taken_gives_the_ids_of_the_library(data: st.
     if encoder is not None:
         for _ in range(5):
             text = data.draw(st.text(alphabet="abc", max_size=40))
-            assert encoder.encode(text) == encoder.encode_array(text).tolist() == tokenizer.encode(text).ids
+            assert encoder.encode_array(text).tolist() == tokenizer.encode(text).ids
 
 
 def test_both_libraries_class_every_character_alike() -> None:
@@ -132,14 +133,14 @@ def test_a_token_that_two_merges_make_ranks_by_the_one_that_happens() -> None:
     encoder = FastEncoder.of(tokenizer)
     assert encoder is not None
     for text in ("abc", "abcb", "bcb", "babcbc"):
-        assert encoder.encode(text) == tokenizer.encode(text).ids
+        assert encoder.encode_array(text).tolist() == tokenizer.encode(text).ids
 
 
 def test_tokens_that_no_merge_makes_are_never_given() -> None:
     tokenizer = byte_level(["ab", "cab"], [("a", "b")])
     encoder = FastEncoder.of(tokenizer)
     assert encoder is not None
-    assert encoder.encode("cab") == tokenizer.encode("cab").ids == [66, 256]
+    assert encoder.encode_array("cab").tolist() == tokenizer.encode("cab").ids == [66, 256]
 
 
 def refused() -> dict[str, Tokenizer]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from slmkit.config import UserError
-from slmkit.data.cleaning.words import HashedWords, hash_runs, hash_words
+from slmkit.data.cleaning.words import hash_runs, hash_words
 from slmkit.data.sources import BadRow, open_source
 from slmkit.data.sources.files import local_file
 from slmkit.data.sources.folders import find
@@ -25,20 +25,11 @@ def evaluation_runs(paths: Sequence[str], length: int) -> np.ndarray:
 
     Raises `UserError` for unreadable files, and if no text has so many words.
     """
-    found = [full_runs(hash_words([text]), length).hashes for text in _all_texts(paths)] if paths else []
+    found = [hash_runs(hash_words([text]), length, full=True).hashes for text in _all_texts(paths)] if paths else []
     runs = np.unique(np.concatenate(found)) if found else np.zeros(0, dtype=np.uint64)
     if paths and not len(runs):
         raise UserError(f"{paths[0]}: no text in it has {length} words; lower evaluation_words")
     return runs
-
-
-def full_runs(words: HashedWords, length: int) -> HashedWords:
-    """N-grams of exactly `length` words; none for a shorter text."""
-    runs = hash_runs(words, length)
-    is_full = np.repeat(words.counts >= length, runs.counts)
-    counts = np.where(words.counts >= length, runs.counts, 0)
-    stops = np.cumsum(counts)
-    return HashedWords(runs.hashes[is_full], stops - counts, stops)
 
 
 def _all_texts(paths: Sequence[str]) -> Iterator[str]:

@@ -49,8 +49,8 @@ def hash_words(texts: Sequence[str]) -> HashedWords:
     return HashedWords(hashes, np.concatenate([[0], stops[:-1]]), stops)
 
 
-def hash_runs(words: HashedWords, length: int) -> HashedWords:
-    """All n-grams of `length` words within a text; a text with fewer words is one n-gram."""
+def hash_runs(words: HashedWords, length: int, full: bool = False) -> HashedWords:
+    """All n-grams of `length` words within a text; a text with fewer words is one n-gram, or with `full` none."""
     total = np.zeros(len(words.hashes), dtype=np.uint64)
     stop_of_word = np.repeat(words.stops, words.counts)
     place = np.arange(len(total))
@@ -58,8 +58,9 @@ def hash_runs(words: HashedWords, length: int) -> HashedWords:
         following = words.hashes[number:] * PLACES[number % len(PLACES)]
         is_within = (place + number < stop_of_word)[: len(following)]
         total[: len(following)] += np.where(is_within, following, 0)
-    is_first = place == np.repeat(words.starts, words.counts)
-    kept = (place + length <= stop_of_word) | is_first
+    kept = place + length <= stop_of_word
+    if not full:
+        kept |= place == np.repeat(words.starts, words.counts)
     stops = np.concatenate([[0], np.cumsum(kept)])[words.stops]
     return HashedWords(_mixed(total[kept]), np.concatenate([[0], stops[:-1]]), stops)
 

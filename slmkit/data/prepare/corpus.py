@@ -18,7 +18,6 @@ from slmkit.data.prepare.open_sources import (
     is_shards,
     items_of,
     open_sources,
-    read_rows,
     tokenizer_sample,
     validation_source,
 )
@@ -96,8 +95,7 @@ def build_corpus(
     preparation = _Preparation(reads, data, seed, folder, tokenizer, reporter, length)
     if data.streaming:
         return Corpus(tokenizer, [], preparation.streamed())
-    is_built_in = data.is_built_in and reads == "text"
-    return Corpus(tokenizer, *(preparation.built_in() if is_built_in else preparation.stored()))
+    return Corpus(tokenizer, *preparation.stored())
 
 
 def open_corpus(folder: Path) -> Corpus:
@@ -141,28 +139,9 @@ class _Preparation:
     reporter: Reporter
     length: int | None
 
-    def built_in(self) -> tuple[list[TokenShards], TokenShards]:
-        """Training and validation shards of the built-in corpus, with the perfect loss if it is stories."""
-        train: Iterable[Document | str]
-        validation: Iterable[Document | str]
-        data, seed, perfect_loss = self.data, self.seed, None
-        if data.source != STORIES:
-            text = BUILT_IN[str(data.source)].text
-            train = (text(seed, index, False) for index in range(data.documents))
-            validation = (text(seed + VALIDATION_STREAM, index, True) for index in range(data.validation_documents))
-        else:
-            train = _stories_and_primer(data, seed)
-            held_out = list(stories.tell_many(seed + VALIDATION_STREAM, data.validation_documents))
-            validation = [story.text for story in held_out]
-            # Each document is its tokens and one end-of-text token, and the generator knows its probability.
-            tokens = sum(len(ids) + 1 for ids in self.tokenizer.encode_batch([story.text for story in held_out]))
-            perfect_loss = -sum(story.log_probability for story in held_out) / tokens
-        options: dict[str, Any] = {"tokenizer": self.tokenizer, "sources": [{"path": data.source, "seed": seed}]}
-        progress = self.reporter.counter("tokenizing")
-        return (
-            [prepare_text(train, directory=self.folder / "train", progress=progress, **options)],
-            prepare_text(validation, directory=self.folder / "validation", perfect_loss=perfect_loss, **options),
-        )
+    @property
+    def _is_stories(self) -> bool:
+        return self.reads == "text" and self.data.source == STORIES
 
     def stored(self) -> tuple[list[TokenShards], TokenShards]:
         """Training shards of every source, and validation shards: of a source named, or held out of all."""
@@ -177,15 +156,20 @@ class _Preparation:
                     train.append(self._linked(settings, place))
                     continue
                 items = self._items(source)
+                if self._is_stories:
+                    items = self._with_primer(items)
                 if data.validation is None and is_endless(source):
-                    held_out.append(self._items(validation_source(data, source.settings, self.seed)))
+                    # Built-in text has `validation_documents`, however few there are to train on.
+                    limited = settings if data.is_built_in and self.reads == "text" else source.settings
+                    held_out.append(self._items(validation_source(data, limited, self.seed)))
                 elif data.validation is None:
                     items, rest = self._split(source)
                     held_out.append(rest)
                 described += (sources := source.describe())
                 train.append(self._write(items, place, sources, f"tokenizing {source.settings.label}"))
             if data.validation is None:
-                return train, self._write(itertools.chain.from_iterable(held_out), Path("validation"), described)
+                rest = itertools.chain.from_iterable(held_out)
+                return train, self._write(rest, Path("validation"), described, perfect_loss=self._perfect_loss())
         finally:  # what was left out may explain why nothing is left
             self._say_what_was_left_out(opened.values())
         return train, self._named_validation(data.validation)
@@ -216,7 +200,7 @@ class _Preparation:
         """All items of a source; those left out are counted with it."""
         if self.reads == "text":
             return items_of(source, "text")
-        return self._encoder(source).encode_all(row for row, _ in read_rows(source, self.reads))
+        return self._encoder(source).encode_all(row for row, _ in source.read_rows(self.reads))
 
     def _split(self, source: Source) -> tuple[Items, Items]:
         """Items to train on, and the share of them that is held out."""
@@ -258,15 +242,20 @@ class _Preparation:
         encoder = self._encoder(source)  # one at a time, since few of a long stream are needed
         return (encoded for one in chosen for encoded in encoder.encode_all([one]))
 
-    def _write(self, items: Items, place: Path, sources: list[dict[str, Any]], label: str | None = None) -> TokenShards:
+    def _write(
+        self,
+        items: Items,
+        place: Path,
+        sources: list[dict[str, Any]],
+        label: str | None = None,
+        perfect_loss: float | None = None,
+    ) -> TokenShards:
         """Shards of items in `place` of the folder; training items have a `label` for progress, and text is cleaned."""
-        options: dict[str, Any] = {
-            "sources": sources,
-            "progress": self.reporter.counter(label) if label else no_progress,
-        }
+        progress = self.reporter.counter(label) if label else no_progress
+        options: dict[str, Any] = {"sources": sources, "progress": progress}
         if self.reads == "text":
-            cleaning = self.data.cleaning if label else None
-            return prepare_text(items, self.tokenizer, self.folder / place, cleaning=cleaning, **options)
+            options |= {"cleaning": self.data.cleaning if label else None, "perfect_loss": perfect_loss}
+            return prepare_text(items, self.tokenizer, self.folder / place, **options)
         judged = self.reads == "judgements"
         return write_conversations(items, self.tokenizer, self.folder / place, judged=judged, **options)
 
@@ -277,6 +266,24 @@ class _Preparation:
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(Path(settings.path).absolute())
         return TokenShards.open(link)
+
+    def _with_primer(self, documents: Items) -> Iterator[Document]:
+        """The stories, evenly mixed with primer texts that no run on the primer alone has read."""
+        wanted = self.data.primer_documents
+        primer = map(Document, stories.primer_texts(self.seed + REVISION_STREAM, wanted))
+        for index, story in enumerate(documents):
+            yield story
+            due = (index + 1) * wanted // self.data.documents - index * wanted // self.data.documents
+            yield from itertools.islice(primer, due)
+
+    def _perfect_loss(self) -> float | None:
+        """Nats per token of the best possible model on the validation data; None where it is not known."""
+        if not self._is_stories:
+            return None
+        told = list(stories.tell_many(self.seed + VALIDATION_STREAM, self.data.validation_documents))
+        # Each document is its tokens and one end-of-text token, and the generator knows its probability.
+        tokens = sum(len(ids) + 1 for ids in self.tokenizer.encode_batch([story.text for story in told]))
+        return -sum(story.log_probability for story in told) / tokens
 
     def _say_what_was_left_out(self, sources: Iterable[Source]) -> None:
         for line in (line for source in sources for line in source.report()):
@@ -292,15 +299,6 @@ def _check_shards(data: DataSettings) -> None:
             raise UserError(
                 f"{settings.path}: token shards are not split: name text or other shards as data.validation"
             )
-
-
-def _stories_and_primer(data: DataSettings, seed: int) -> Iterator[str]:
-    """The stories, evenly mixed with primer texts that no run on the primer alone has read."""
-    primer = iter(stories.primer_texts(seed + REVISION_STREAM, data.primer_documents))
-    for index, story in enumerate(stories.tell_many(seed, data.documents)):
-        yield story.text
-        due = (index + 1) * data.primer_documents // data.documents - index * data.primer_documents // data.documents
-        yield from itertools.islice(primer, due)
 
 
 def _counts(all_shards: Iterable[TokenShards]) -> dict[str, Any]:

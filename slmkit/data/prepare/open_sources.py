@@ -13,7 +13,7 @@ from slmkit.data.prepare.held_out import is_held_out
 from slmkit.data.settings import DataSettings, Reads, TokenizerSettings
 from slmkit.data.shards.folder import claim
 from slmkit.data.shards.reader import HEADER
-from slmkit.data.sources import BUILT_IN, BadRow, Document, Position, Source, open_source
+from slmkit.data.sources import BUILT_IN, Document, Position, Source, open_source
 from slmkit.data.sources.documents import Item
 from slmkit.data.sources.files import TEXT_KINDS
 from slmkit.data.sources.settings import SourceSettings
@@ -68,29 +68,10 @@ def is_kept_in(data: DataSettings, source: Source) -> Callable[[str], bool]:
     return lambda text: not is_held_out(text, data.validation_fraction)
 
 
-def read_rows(source: Source, reads: Reads) -> Iterator[Item[Any]]:
-    """All items of a source, each with the position after it.
-
-    Conversations have a `BadRow` in place of each bad row, since their encoder reads ahead.
-    """
-    readers: dict[Reads, Callable[[], Iterator[Item[Any]]]] = {
-        "text": source.read,
-        "conversations": source.read_conversation_rows,
-        "questions": source.read_questions,
-        "pairs": source.read_pairs,
-        "judgements": source.read_judgements,
-    }
-    return readers[reads]()
-
-
 def items_of(source: Source, reads: Reads) -> Iterator[Any]:
     """All items that are read, from the beginning; resets the counts of skipped rows."""
     source.count_anew()
-    for item, _ in read_rows(source, reads):
-        if isinstance(item, BadRow):
-            source.leave_out(item)
-        else:
-            yield item
+    return (item for item, _ in source.read(kind=reads))
 
 
 def tokenizer_sample(conversations: bool, data: DataSettings, wanted: TokenizerSettings, seed: int) -> Iterator[str]:
@@ -152,7 +133,7 @@ class Reading:
     ) -> Iterator[EncodedConversation]:
         """All conversations, pairs or judged answers, encoded; with `length`, longer conversations are counted."""
         for number, source in enumerate(self.sources):
-            rows = self._followed(number, read_rows(source, reads))
+            rows = self._followed(number, source.read_rows(reads))
             yield from ConversationEncoder(tokenizer, source, length).encode_all(rows)
 
     def _followed(self, number: int, rows: Iterator[Item[Any]]) -> Iterator[Any]:

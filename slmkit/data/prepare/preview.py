@@ -43,7 +43,7 @@ def samples_of_source(settings: SourceSettings, tokenizer: SLMTokenizer, count: 
     """
     source = open_source(settings)
     kind: Any = source.reads()
-    items = items_of(source, "text" if kind == "documents" else kind)
+    items = items_of(source, kind)
     samples = [
         Sample(f"{title} {number}", row.ids.tolist(), row.trained.tolist())
         for number, item in enumerate(itertools.islice(items, count), start=1)

@@ -90,10 +90,6 @@ class TextDataset(Dataset, Rows):
         tokens = self._texts[text][start : start + self.length + 1]
         return self._padded(tokens[:-1], tokens[1:], start)
 
-    def documents(self, index: int) -> np.ndarray:
-        """int64 [max_length], all zero: a row is one text."""
-        return np.zeros(self.length, dtype=np.int64)
-
     def _windows(self, reserved: int) -> list[tuple[int, int]]:
         """(text, start) of the windows that together cover all but the last `reserved` tokens of each text."""
         windows = []

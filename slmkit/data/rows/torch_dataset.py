@@ -101,10 +101,6 @@ class DatasetRows(Rows):
     def rows(self, indices: list[int]) -> Row:  # int64 [rows, longest] each
         return self.form.stacked([self.row(index) for index in indices])
 
-    def documents(self, index: int) -> np.ndarray:
-        """int64 [tokens], all zero: a row is one text."""
-        return np.zeros(len(self.row(index)[0]), dtype=np.int64)
-
 
 class IterableBatches(Batches):
     """An iterable data set in its own order, repeated when it ends.

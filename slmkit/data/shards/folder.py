@@ -13,14 +13,17 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from slmkit.config import UserError
-from slmkit.data.shards.reader import FORMAT, HEADER, VERSION, Shard, Vocabulary, damaged_file, read_header
+from slmkit.data.shards.reader import FORMAT, HEADER, VERSION, Shard, damaged_file, read_header
 from slmkit.data.shards.writer import OpenShard, check_range, disk_error, dtype_of, partial_folder
 from slmkit.files import write_whole
+
+if TYPE_CHECKING:
+    from slmkit.tokenizer import SLMTokenizer
 
 ASKED = "asked.json"
 
@@ -37,7 +40,7 @@ class Finished:
 class ShardFolder:
     """Writes shards in any order, from any thread or process. Raises `UserError` if the disk is full."""
 
-    def __init__(self, folder: Path, tokenizer: Vocabulary) -> None:
+    def __init__(self, folder: Path, tokenizer: SLMTokenizer) -> None:
         self.folder, self.tokenizer, self.dtype = folder, tokenizer, dtype_of(tokenizer)
         self.maker = f"{FORMAT} {VERSION} {tokenizer.fingerprint} {self.dtype.name}"
         try:

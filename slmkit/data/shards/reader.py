@@ -22,31 +22,19 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from slmkit.config import UserError
 
+if TYPE_CHECKING:
+    from slmkit.tokenizer import SLMTokenizer
+
 FORMAT = "slmkit-tokens"
 VERSION = 2
 HEADER = "header.json"
 OPEN_FILES = 256  # of one directory; most systems allow 1,024 per process
-
-
-class Vocabulary(Protocol):
-    """The interface that shards require of their tokenizer."""
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    @property
-    def eos_token_id(self) -> int: ...
-
-    @property
-    def pad_token_id(self) -> int | None: ...
-
-    def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -82,7 +70,7 @@ class Header:
     version: int = VERSION
 
     @classmethod
-    def of(cls, tokenizer: Vocabulary, shards: Sequence[Shard], **fields: Any) -> Header:
+    def of(cls, tokenizer: SLMTokenizer, shards: Sequence[Shard], **fields: Any) -> Header:
         """The header of shards that are made with a tokenizer."""
         return cls(
             dtype="uint16" if len(tokenizer) <= 1 << 16 else "uint32",
@@ -180,7 +168,7 @@ class TokenShards:
         """Whether each of these tokens is learned: bool [stop - start]. Requires `header.masked`."""
         return self._read("trained", np.dtype("u1"), start, stop).astype(bool)
 
-    def check_tokenizer(self, tokenizer: Vocabulary) -> None:
+    def check_tokenizer(self, tokenizer: SLMTokenizer) -> None:
         """Raises `UserError` if these tokens are another tokenizer's."""
         if tokenizer.fingerprint != self.header.tokenizer:
             raise UserError(

@@ -86,17 +86,22 @@ def without_finished(works: Iterable[ShardWork], folder: ShardFolder) -> Iterato
 
 def digest(documents: Sequence[Document]) -> str:
     """Hash of the texts and of where documents end."""
-    return _digest(documents, "".join(document.text for document in documents).encode("utf-8", "surrogatepass"))
+    hashed = hashlib.sha256(np.array([2 * len(each.text) + each.ends for each in documents], dtype="<i8").tobytes())
+    hashed.update(_bytes_of(documents))
+    return hashed.hexdigest()
+
+
+def _bytes_of(documents: Sequence[Document]) -> bytes:
+    return "".join(document.text for document in documents).encode("utf-8", "surrogatepass")
 
 
 def encode(tokenizer: SLMTokenizer, documents: Sequence[Document]) -> Encoded:
     """Tokens of documents, with an end-of-text token after each, encoded in the calling thread."""
-    text = "".join(document.text for document in documents).encode("utf-8", "surrogatepass")
     encoded = document_ids(tokenizer, documents, threads=1)
     stops = np.cumsum(np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded)))
     stops = stops[np.fromiter((document.ends for document in documents), dtype=bool, count=len(documents))]
     ids = np.insert(np.concatenate(encoded), stops, tokenizer.eos_token_id)
-    return Encoded(ids, stops + np.arange(1, len(stops) + 1), len(text), _digest(documents, text))
+    return Encoded(ids, stops + np.arange(1, len(stops) + 1), len(_bytes_of(documents)), digest(documents))
 
 
 def document_ids(tokenizer: Any, documents: Sequence[Document], threads: int | None = None) -> list[np.ndarray]:
@@ -178,9 +183,3 @@ def reordered(ids: np.ndarray, ends: np.ndarray, order: np.ndarray) -> tuple[np.
         return ids, ends
     documents = [ids[start:end] for start, end in zip(starts[order].tolist(), ends[order].tolist())]
     return np.concatenate(documents), np.cumsum((ends - starts)[order])
-
-
-def _digest(documents: Sequence[Document], text: bytes) -> str:
-    hashed = hashlib.sha256(np.array([2 * len(each.text) + each.ends for each in documents], dtype="<i8").tobytes())
-    hashed.update(text)
-    return hashed.hexdigest()

@@ -12,13 +12,16 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from slmkit.config import UserError
-from slmkit.data.shards.reader import HEADER, Header, Shard, Vocabulary, read_header
+from slmkit.data.shards.reader import HEADER, Header, Shard, read_header
 from slmkit.files import sync, write_whole
+
+if TYPE_CHECKING:
+    from slmkit.tokenizer import SLMTokenizer
 
 SHARD_TOKENS = 1 << 28  # a shard of 16-bit tokens is 512 MiB
 
@@ -34,7 +37,7 @@ class ShardWriter:
     def __init__(
         self,
         directory: str | Path,
-        tokenizer: Vocabulary,
+        tokenizer: SLMTokenizer,
         *,
         masked: bool = False,
         judged: bool = False,
@@ -173,12 +176,12 @@ class OpenShard:
                 file.close()
 
 
-def dtype_of(tokenizer: Vocabulary) -> np.dtype:
+def dtype_of(tokenizer: SLMTokenizer) -> np.dtype:
     """The type of tokens on disk: 16 bits where the vocabulary allows it."""
     return np.dtype("<u2" if len(tokenizer) <= 1 << 16 else "<u4")
 
 
-def check_range(ids: np.ndarray, tokenizer: Vocabulary) -> None:
+def check_range(ids: np.ndarray, tokenizer: SLMTokenizer) -> None:
     """Raises `ValueError` for a token [n] outside the vocabulary."""
     if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(tokenizer):
         raise ValueError(f"expected tokens below {len(tokenizer)}, found {ids.min()} to {ids.max()}")

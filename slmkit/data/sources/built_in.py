@@ -29,7 +29,7 @@ class BuiltIn:
 
     def item(self, kind: str, *which: Any) -> Any:
         """The item of a kind, such as `pairs`, of a seed, an index, and whether it is held out."""
-        if kind == "documents":
+        if kind == "text":
             return Document(self.text(*which))
         if kind == "conversations":
             return self.conversation(*which)

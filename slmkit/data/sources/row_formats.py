@@ -31,7 +31,7 @@ class RowFormats:
     def __init__(self, kind: str, settings: SourceSettings, unused: Counter[str]) -> None:
         """Raises `UserError` if the settings name a format or column that this kind does not have."""
         self.kind, self.settings, self.unused, self.mapping = KINDS[kind], settings, unused, settings.mapping
-        self.is_text = kind == "documents"
+        self.is_text = kind == "text"
         what, formats, name = self.kind.what, self.kind.formats, settings.row_format
         if settings.separator is not None:
             raise UserError(f"separator: it is for text files (.txt), and {what} are read from rows; remove it")

@@ -18,7 +18,6 @@ from slmkit.data.sources.documents import (
     BadRow,
     Document,
     Item,
-    Judged,
     Message,
     Pair,
     Position,
@@ -70,7 +69,7 @@ class FilePart:
             yield BadRow("unreadable file", message), position
 
     def _items(self, kind: str, start: Position, unused: Counter[str]) -> Iterator[Item[Any]]:
-        if kind == "documents" and self.file.kind in TEXT_KINDS:
+        if kind == "text" and self.file.kind in TEXT_KINDS:
             yield from text_documents(self.file, start, self.settings.separator)
         elif self.file.kind in ROW_KINDS:
             formats = RowFormats(kind, self.settings, unused)
@@ -128,50 +127,32 @@ class Source:
         self.skipped, self.noted, self.unused, self.spelled = (Counter[str]() for _ in range(4))
         self.first_seen: dict[str, str] = {}  # by reason: a message about the first row with its place
 
-    def read(self, start: Position | None = None) -> Iterator[tuple[Document, Position]]:
+    def read(self, start: Position | None = None, kind: str = "text") -> Iterator[tuple[Any, Position]]:
         """Every document, each with the position after it, from which another `read` continues.
 
-        Documents longer than `PIECE` characters come in pieces. Blank ones are left out. Raises `UserError` for
-        unreadable data unless `on_bad_row` is `skip`, and if there is no document.
+        `kind` is `text`, `conversations`, `questions` (conversations that end with the right answer), `pairs` or
+        `judgements`. Texts are `Document`s; those longer than `PIECE` characters come in pieces. Conversations are
+        lists of messages, `{"role": …, "content": …}`; if a data set weights its turns, messages also have a `weight`,
+        of which 0 means not learned. Blank texts are left out. Raises `UserError` for unreadable data unless
+        `on_bad_row` is `skip`, and if there is no document.
         """
-        return self._read("documents", start)
+        for item, behind in self.read_rows(kind, start):
+            if isinstance(item, BadRow):
+                self.leave_out(item)
+            else:
+                yield item, behind
 
     def read_conversations(self, start: Position | None = None) -> Iterator[tuple[list[Message], Position]]:
-        """`read` for rows that are conversations: lists of messages, `{"role": …, "content": …}`.
-
-        If a data set weights its turns, messages also have a `weight`; 0 means not learned.
-        """
-        return self._read("conversations", start)
-
-    def read_conversation_rows(self) -> Iterator[Item[list[Message]]]:
-        """`read_conversations`, with a `BadRow` in place of each bad row, for callers that read ahead: they call
-        `leave_out` when they get to it.
-        """
-        return self._read_rows("conversations", None)
-
-    def read_questions(self) -> Iterator[tuple[list[Message], Position]]:
-        """`read_conversations` for conversations that end with the right answer to a question."""
-        return self._read("questions")
-
-    def read_pairs(self) -> Iterator[tuple[Pair, Position]]:
-        """`read_conversations` for rows with a better and a worse answer."""
-        for pair, position in self._read("pairs"):
-            if pair.prompt_removed:
-                self.note("pairs whose answers began with the prompt, which was removed from them", pair.place)
-            yield pair, position
-
-    def read_judgements(self) -> Iterator[tuple[Judged, Position]]:
-        """`read_conversations` for rows whose answer is labelled good or bad."""
-        return self._read("judgements")
+        return self.read(start, "conversations")
 
     def reads(self) -> str:
-        """The kind of its first rows by their columns: `pairs`, `judgements`, `conversations`, or else `documents`.
+        """The kind of its first rows by their columns: `pairs`, `judgements`, `conversations`, or else `text`.
 
         If no row has the columns of any, the first kind with the columns of rows left out, or that fits the settings.
         """
         left_out: list[str] = []
         possible: list[str] = []
-        for kind in ("pairs", "judgements", "conversations", "documents"):
+        for kind in ("pairs", "judgements", "conversations", "text"):
             try:
                 items = [item for item, _ in itertools.islice(self.parts[0].items(kind, {}, Counter()), ROWS_LOOKED_AT)]
             except UserError:  # a file without rows, or settings for other rows
@@ -182,7 +163,7 @@ class Source:
             if len(rows) < len(items) or (refused and not left_out):
                 return kind
             left_out += [kind for row in rows if row.has_columns]
-        return next(iter([*left_out, *reversed(possible)]), "documents")
+        return next(iter([*left_out, *reversed(possible)]), "text")
 
     def describe(self) -> list[dict[str, Any]]:
         """Descriptions of its files, for the header of shards."""
@@ -232,15 +213,11 @@ class Source:
         self.skipped[row.reason] += row.rows
         self.first_seen.setdefault(row.reason, row.message)
 
-    def _read(self, kind: str, start: Position | None = None) -> Iterator[tuple[Any, Position]]:
-        for item, behind in self._read_rows(kind, start):
-            if isinstance(item, BadRow):
-                self.leave_out(item)
-            else:
-                yield item, behind
+    def read_rows(self, kind: str, start: Position | None = None) -> Iterator[Item[Any]]:
+        """`read`, with a `BadRow` in place of each bad row, for callers that read ahead and `leave_out` it later.
 
-    def _read_rows(self, kind: str, start: Position | None) -> Iterator[Item[Any]]:
-        """Items from `start` on; after a network error, from the last position. Raises `UserError` if none."""
+        After a network error it goes on at the last position.
+        """
         position = start or {"file": 0, "documents": 0}
         found, left_out, number = start is not None, "", position["file"]
         while number < len(self.parts) and position["documents"] != self.settings.documents:
@@ -254,6 +231,8 @@ class Source:
                     else:
                         found = True
                         self.patience.succeeded()
+                    if isinstance(item, Pair) and item.prompt_removed:
+                        self.note("pairs whose answers began with the prompt, which was removed from them", item.place)
                     if isinstance(item, Document) and isinstance(part, FilePart):
                         self.spelled.update(spelling for spelling in SPELLINGS if spelling in item.text)
                     yield item, position

@@ -95,9 +95,19 @@ def open_weights(directory: str | Path, decoder: Decoder, family: Family) -> dic
     Raises `UserError` as `load_decoder` does.
     """
     path, tensors = _open(Path(directory))
-    wanted = stored_names(decoder.state_dict(), family)
+    state = decoder.state_dict()
+    wanted = stored_names(state, family)
     _forgive(path, decoder, wanted, tensors)
-    _check(path, decoder, family, wanted, tensors)
+    for problem, names in (("missing", wanted.keys() - tensors.keys()), ("unexpected", tensors.keys() - wanted.keys())):
+        if names:
+            raise UserError(
+                f"{path}: {len(names)} {problem} tensors, such as {min(names)!r}: not the model of its config"
+            )
+    for theirs, ours in wanted.items():
+        expected = tuple(to_disk(family, theirs, [state[name] for name in ours]).shape)
+        found = tensors[theirs].shape
+        if found != expected:
+            raise UserError(f"{path}: {theirs!r} has shape {found}, its config says {expected}")
     return {name: tensors[name] for name in wanted}
 
 
@@ -165,22 +175,3 @@ def _forgive(path: Path, decoder: Decoder, wanted: dict[str, list[str]], tensors
                 f"{path}: 'lm_head.weight' is not the embedding, its config says tie_word_embeddings: set that to false"
             )
         del tensors["lm_head.weight"]
-
-
-def _check(
-    path: Path, decoder: Decoder, family: Family, wanted: dict[str, list[str]], tensors: dict[str, StoredTensor]
-) -> None:
-    """Raises `UserError` unless the tensors are exactly the decoder's, each of the right shape."""
-    missing = sorted(set(wanted) - set(tensors))
-    unexpected = sorted(set(tensors) - set(wanted))
-    for problem, names in (("missing", missing), ("unexpected", unexpected)):
-        if names:
-            raise UserError(
-                f"{path}: {len(names)} {problem} tensors, such as {names[0]!r}: not the model of its config"
-            )
-    state = decoder.state_dict()
-    for theirs, ours in wanted.items():
-        expected = tuple(to_disk(family, theirs, [state[name] for name in ours]).shape)
-        found = tensors[theirs].shape
-        if found != expected:
-            raise UserError(f"{path}: {theirs!r} has shape {found}, its config says {expected}")

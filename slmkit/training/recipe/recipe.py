@@ -142,24 +142,16 @@ class TrainSettings(Settings):
         return steps
 
     @model_validator(mode="after")
-    def _one_way_to_say_it(self) -> TrainSettings:
+    def _keys_fit_together(self) -> TrainSettings:
         for what, names in (("when to stop", LENGTHS), ("how long the warm-up is", ("warmup_steps", "warmup_ratio"))):
             given = [name for name in names if getattr(self, name) is not None]
             if len(given) > 1:
                 raise ValueError(f"{' and '.join(given)} both say {what}: keep one (`{given[0]}: null` drops it)")
-        return self
-
-    @model_validator(mode="after")
-    def _rates_that_rise(self) -> TrainSettings:
         if self.min_learning_rate_ratio > 1 and self.lr_scheduler_type not in ("cosine", "linear"):
             raise ValueError(
                 f"min_learning_rate_ratio {self.min_learning_rate_ratio:g}: expected 0 to 1; above the peak only the "
                 "schedules cosine and linear can end"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _whole_weights(self) -> TrainSettings:
         for name, value in (("optimizer", self.optimizer), ("precision", self.precision)):
             if self.parallel == "fsdp" and value in ("adamw_8bit", "bfloat16-pure", "bfloat16-master"):
                 raise ValueError(
@@ -232,37 +224,31 @@ class Recipe(Settings):
     train: TrainSettings = Field(default_factory=TrainSettings)  # length, optimizer, evaluation, saving
     distillation: DistillationSettings | None = None  # settings of objective distill
 
-    @model_validator(mode="after")
-    def _streams_have_an_end(self) -> Recipe:
-        if self.data.streaming and self.train.max_tokens is None and self.train.max_steps is None:
-            raise ValueError(f"data.streaming: {ENDLESS}")
-        return self
+    guard: GuardSettings = Field(default_factory=GuardSettings)  # what happens with losses that are not finite
+    preference: PreferenceSettings = Field(default_factory=PreferenceSettings)  # settings of objective dpo
+    kto: KtoSettings = Field(default_factory=KtoSettings)  # settings of objective kto
+    grpo: GrpoSettings = Field(default_factory=GrpoSettings)  # settings of objective grpo
 
     @model_validator(mode="after")
-    def _adapters_need_no_shares(self) -> Recipe:
-        if self.lora is not None and self.train.parallel == "fsdp":
+    def _sections_fit_together(self) -> Recipe:
+        streaming, train, taught = self.data.streaming, self.train, self.distillation
+        if streaming and train.max_tokens is None and train.max_steps is None:
+            raise ValueError(f"data.streaming: {ENDLESS}")
+        if streaming and self.is_padded:
+            raise ValueError(f"data.streaming: {self.reads} are read whole before the first step: drop it")
+        if streaming and taught is not None and taught.cache is not None:
+            raise ValueError(
+                "distillation.cache needs numbered rows, which a stream does not have: drop it, or data.streaming"
+            )
+        if (self.objective == "distill") != (taught is not None):
+            raise ValueError(
+                "objective distill needs a section `distillation`, and no other objective has one: add it, or drop it"
+            )
+        if self.lora is not None and train.parallel == "fsdp":
             raise ValueError(
                 "lora: parallel fsdp splits what is trained, which is very little here: set train.parallel to "
                 "ddp, and lora.base_weights to int8 or nf4 where the base is too large for each process"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _is_taught(self) -> Recipe:
-        if (self.objective == "distill") != (self.distillation is not None):
-            raise ValueError(
-                "objective distill needs a section `distillation`, and no other objective has one: add it, or drop it"
-            )
-        if self.data.streaming and self.distillation is not None and self.distillation.cache is not None:
-            raise ValueError(
-                "distillation.cache needs numbered rows, which a stream does not have: drop it, or data.streaming"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _questions_and_pairs_are_stored(self) -> Recipe:
-        if self.data.streaming and self.is_padded:
-            raise ValueError(f"data.streaming: {self.reads} are read whole before the first step: drop it")
         return self
 
     @model_validator(mode="after")
@@ -274,11 +260,6 @@ class Recipe(Settings):
                 raise ValueError("train.sequence_length: grpo needs the most tokens of a question with its answer")
             self.__dict__["train"] = self.train.model_copy(update={"tokens_per_step": self.grpo.rows_per_step * length})
         return self
-
-    guard: GuardSettings = Field(default_factory=GuardSettings)  # what happens with losses that are not finite
-    preference: PreferenceSettings = Field(default_factory=PreferenceSettings)  # settings of objective dpo
-    kto: KtoSettings = Field(default_factory=KtoSettings)  # settings of objective kto
-    grpo: GrpoSettings = Field(default_factory=GrpoSettings)  # settings of objective grpo
 
     @property
     def reads(self) -> Reads:

@@ -17,7 +17,6 @@ from slmkit.data.cleaning import cleaner
 from slmkit.data.cleaning.characters import shares
 from slmkit.data.cleaning.cleaner import Cleaner, CleaningReport
 from slmkit.data.cleaning.duplicates import PLACES, SeenKeys, bands_and_rows, signatures
-from slmkit.data.cleaning.evaluation import full_runs
 from slmkit.data.cleaning.settings import CleaningSettings
 from slmkit.data.cleaning.words import hash_runs, hash_words
 from slmkit.data.prepare.text_to_shards import prepare_text
@@ -145,7 +144,7 @@ def test_runs_are_those_of_each_text_alone(length: int):
         assert len(alone) == (max(1, len(words) - length + 1) if words else 0)
         assert np.array_equal(together.hashes[start:stop], alone)
         assert len(set(alone.tolist())) == len(alone)
-    full = full_runs(hash_words(texts), length)
+    full = hash_runs(hash_words(texts), length, full=True)
     assert (full.stops - full.starts).tolist() == [max(0, len(text.split()) - length + 1) for text in texts]
 
 

@@ -18,7 +18,6 @@ from slmkit.data.make_batches import make_batches
 from slmkit.data.prepare import conversations
 from slmkit.data.prepare.conversations import IN_ROWS, UNLEARNED, ConversationEncoder, EncodedConversation, prepare_chat
 from slmkit.data.prepare.corpus import Corpus
-from slmkit.data.prepare.open_sources import read_rows
 from slmkit.data.prepare.preview import samples_of_shards
 from slmkit.data.settings import DataSettings, Reads
 from slmkit.data.sources import Source, open_source
@@ -58,7 +57,7 @@ def source_of(path: Path, **settings: Any) -> Source:
 def encoded_of(
     source: Source, encoder_of: Callable[[Source], ConversationEncoder], reads: Reads = "conversations"
 ) -> Iterator[EncodedConversation]:
-    return encoder_of(source).encode_all(row for row, _ in read_rows(source, reads))
+    return encoder_of(source).encode_all(row for row, _ in source.read_rows(reads))
 
 
 @pytest.mark.parametrize("template", TEMPLATES)

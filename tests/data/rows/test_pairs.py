@@ -69,7 +69,7 @@ def test_the_columns_tell_what_a_pair_is(tmp_path: Path, name: str, kind: str) -
         path.write_text(json.dumps(row) + "\n")
     else:
         pq.write_table(pa.Table.from_pylist([row]), path)
-    ((pair, _),) = open_source(SourceSettings(path=str(path))).read_pairs()
+    ((pair, _),) = open_source(SourceSettings(path=str(path))).read(kind="pairs")
     assert [*pair.chosen] == [*before, *say("Good.")]
     assert [*pair.rejected] == [*before, *say("Bad.")]
     assert pair.shared == len(before)
@@ -81,10 +81,10 @@ def test_a_row_that_is_no_pair_is_one_line_with_its_number_and_counted(tmp_path:
     good = {"prompt": "Hi", "chosen": "a", "rejected": "b"}
     path.write_text("".join(json.dumps(row) + "\n" for row in (good, BAD[message], good)))
     with pytest.raises(UserError, match=r"pairs.jsonl:2: ") as refused:
-        list(open_source(SourceSettings(path=str(path))).read_pairs())
+        list(open_source(SourceSettings(path=str(path))).read(kind="pairs"))
     assert message in str(refused.value)
     lenient = open_source(SourceSettings(path=str(path), on_bad_row="skip"))
-    assert len(list(lenient.read_pairs())) == 2
+    assert len(list(lenient.read(kind="pairs"))) == 2
     (line,) = lenient.report()
     assert "1 skipped" in line
     assert "pairs.jsonl:2" in line
@@ -97,7 +97,7 @@ def test_rows_without_the_columns_name_them(tmp_path: Path) -> None:
         UserError,
         match="no column 'prompt' and 'chosen' and 'rejected', nor others.* these are conversations: objective: sft",
     ):
-        list(open_source(SourceSettings(path=str(path))).read_pairs())
+        list(open_source(SourceSettings(path=str(path))).read(kind="pairs"))
 
 
 def rows_of(folder: Path, length: int, *answers: tuple[str, str]) -> PairRows:
@@ -179,14 +179,14 @@ def test_an_answer_with_its_label_is_a_judgement(tmp_path: Path, name: str) -> N
     good = {key: True if value is False else value for key, value in JUDGED[name].items()}
     path = tmp_path / "judged.jsonl"
     path.write_text(json.dumps(JUDGED[name]) + "\n" + json.dumps(good) + "\n")
-    judged = [one for one, _ in open_source(SourceSettings(path=str(path))).read_judgements()]
+    judged = [one for one, _ in open_source(SourceSettings(path=str(path))).read(kind="judgements")]
     assert [([*one.messages], one.label, one.place) for one in judged] == [
         (TALK, False, f"{path}:1"),
         (TALK, True, f"{path}:2"),
     ]
     path.write_text(json.dumps({key: "sour" if value is False else value for key, value in JUDGED[name].items()}))
     with pytest.raises(UserError, match=r"judged.jsonl:1: expected true or false .* in column .*, found 'sour'"):
-        list(open_source(SourceSettings(path=str(path))).read_judgements())
+        list(open_source(SourceSettings(path=str(path))).read(kind="judgements"))
 
 
 @pytest.mark.parametrize("good", [1, "1", "true", "True", "good", "desirable", "chosen", "thumbs_up", 1.0, "👍"])
@@ -197,7 +197,10 @@ def test_labels_are_read_in_every_spelling_and_never_learned_as_conversations(
     path = tmp_path / "a.jsonl"
     for columns in ({"prompt": "Hi", "completion": "Hello."}, {"messages": TALK}):
         path.write_text("".join(json.dumps({**columns, "label": label}) + "\n" for label in (good, bad)))
-        assert [one.label for one, _ in open_source(SourceSettings(path=str(path))).read_judgements()] == [True, False]
+        assert [one.label for one, _ in open_source(SourceSettings(path=str(path))).read(kind="judgements")] == [
+            True,
+            False,
+        ]
         source = open_source(SourceSettings(path=str(path), on_bad_row="skip"))
         with pytest.raises(UserError, match="labels the answer good or bad: objective: kto"):
             list(source.read_conversations())
@@ -205,7 +208,7 @@ def test_labels_are_read_in_every_spelling_and_never_learned_as_conversations(
     assert len(list(open_source(SourceSettings(path=str(path))).read_conversations())) == 1
     path.write_text(json.dumps({"messages": TALK, "label": good, "kto_tag": bad}))
     with pytest.raises(UserError, match="'label' and 'kto_tag' contradict each other"):
-        list(open_source(SourceSettings(path=str(path))).read_judgements())
+        list(open_source(SourceSettings(path=str(path))).read(kind="judgements"))
 
 
 def test_answers_of_weight_0_are_left_out_and_counted(tmp_path: Path) -> None:
@@ -213,19 +216,19 @@ def test_answers_of_weight_0_are_left_out_and_counted(tmp_path: Path) -> None:
     dull = [TALK[0], {**TALK[1], "weight": 0}]
     path.write_text("".join(json.dumps({"messages": one, "label": True}) + "\n" for one in (dull, TALK)))
     source = open_source(SourceSettings(path=str(path)))
-    assert [[*one.messages] for one, _ in source.read_judgements()] == [TALK]
+    assert [[*one.messages] for one, _ in source.read(kind="judgements")] == [TALK]
     assert source.skipped == {"not to be learned": 1}
     other = [TALK[0], {**TALK[1], "content": "No.", "weight": 0}]
     pairs = [{"chosen": dull, "rejected": other}, {"chosen": TALK, "rejected": [TALK[0], {**other[1], "weight": 1}]}]
     path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     source = open_source(SourceSettings(path=str(path)))
-    assert len(list(source.read_pairs())) == 1
+    assert len(list(source.read(kind="pairs"))) == 1
     assert source.skipped == {"not to be learned": 1}
 
 
 def test_built_in_answers_are_judged_by_whoever_made_them() -> None:
     source = open_source(SourceSettings(path="sums", documents=4), seed=1)
-    labels = {one.label: one.messages for one, _ in source.read_judgements()}
+    labels = {one.label: one.messages for one, _ in source.read(kind="judgements")}
     assert labels.keys() == {True, False}
     assert labels[True][-1]["content"] != labels[False][-1]["content"]
 
@@ -237,7 +240,7 @@ def test_pairs_the_wrong_way_round_by_their_scores_are_refused(tmp_path: Path, f
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = open_source(SourceSettings(path=str(path), on_bad_row="skip"))
-    assert len(list(source.read_pairs())) == 1
+    assert len(list(source.read(kind="pairs"))) == 1
     assert source.skipped == {"pairs the wrong way round by their scores": 1}
 
 

@@ -23,17 +23,11 @@ from slmkit.data.sources.settings import SourceSettings
 from tests.data.public_rows import ALL, SHAREGPT, SYSTEM, TALK, say, user
 
 DOCS = Path(__file__).parents[3] / "docs" / "sources.md"
-KINDS = {
-    "read": "documents",
-    "read_conversations": "conversations",
-    "read_pairs": "pairs",
-    "read_judgements": "judgements",
-}
 NO_FILE = SourceSettings(path="a.jsonl")
 
 
 def formats_of(reads: str) -> RowFormats:
-    return RowFormats(KINDS[reads], NO_FILE, Counter())
+    return RowFormats(reads, NO_FILE, Counter())
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -65,9 +59,9 @@ def meaning(item: Any) -> Any:
 def test_a_row_of_every_public_schema_is_read_and_what_it_has_besides_is_counted(tmp_path: Path, name: str, kind: str):
     reads, schema = ALL[name]
     source = opened(tmp_path / f"a.{kind}", [{**schema.row, "score": 0.5, "note": None}] * 2)
-    items = [item for item, _ in getattr(source, reads)()]
+    items = [item for item, _ in source.read(kind=reads)]
     assert [meaning(item) for item in items] == [schema.means] * 2
-    assert all(getattr(item, "tools", None) == schema.tools for item in items if reads == "read_conversations")
+    assert all(getattr(item, "tools", None) == schema.tools for item in items if reads == "conversations")
     unused = {} if kind == "parquet" else {"score": 2}  # of a table the columns are counted, whatever is in them
     assert unused.items() <= source.unused.items()
     assert re.search(r"'score'.* \(2 rows\)", source.report()[-1])
@@ -181,17 +175,17 @@ def test_other_keys_that_may_say_what_is_learned_are_refused(
     assert len(list(opened(tmp_path / f"b.{kind}", rows).read_conversations())) == 1
 
 
-@pytest.mark.parametrize("reads", ["read", "read_conversations"])
+@pytest.mark.parametrize("reads", ["text", "conversations"])
 @pytest.mark.parametrize(
     ("key", "value"), [("deleted", True), ("loss", 0), ("train", "false"), ("skip", 1), ("split", "test")]
 )
 def test_rows_that_are_not_meant_are_left_out_and_counted(tmp_path: Path, reads: str, key: str, value: Any):
-    row = {"text": "Hi"} if reads == "read" else {"messages": TALK}
+    row = {"text": "Hi"} if reads == "text" else {"messages": TALK}
     other = {"split": "train", "deleted": False, "skip": 0}.get(key)
     for kind in ("jsonl", "parquet"):
         rows = [{**row, key: value}, {**row, key: other}]
         source = opened(tmp_path / f"a.{kind}", rows)
-        assert len(list(getattr(source, reads)())) == 1
+        assert len(list(source.read(kind=reads))) == 1
         assert source.skipped == {"of split test" if key == "split" else "not to be learned": 1}
 
 
@@ -236,7 +230,7 @@ def test_labelled_answers_and_pairs_are_not_learned_as_conversations(tmp_path: P
         ),
     ):
         with pytest.raises(UserError, match=message):
-            list(opened(tmp_path / "a.jsonl", [{"prompt": "Hi", "answers": answers}]).read_pairs())
+            list(opened(tmp_path / "a.jsonl", [{"prompt": "Hi", "answers": answers}]).read(kind="pairs"))
 
 
 def test_a_prompt_in_front_of_both_answers_is_removed_and_counted(tmp_path: Path):
@@ -244,7 +238,7 @@ def test_a_prompt_in_front_of_both_answers_is_removed_and_counted(tmp_path: Path
     old = {"prompt": prompt, "chosen": prompt + "Air scatters light.", "rejected": prompt + "Paint."}
     short = {"prompt": "Hello", "chosen": "Hello there.", "rejected": "Hello you."}  # an answer of its own
     source = opened(tmp_path / "a.jsonl", [old, short, old])
-    assert [[side[-1]["content"] for side in pair.sides] for pair, _ in source.read_pairs()] == [
+    assert [[side[-1]["content"] for side in pair.sides] for pair, _ in source.read(kind="pairs")] == [
         ["Air scatters light.", "Paint."], ["Hello there.", "Hello you."], ["Air scatters light.", "Paint."],
     ]  # fmt: skip
     (line,) = source.report()
@@ -292,17 +286,17 @@ def test_a_named_column_that_one_row_lacks_is_a_fault_of_that_row(tmp_path: Path
 def test_settings_that_name_what_is_not_there_are_one_line(tmp_path: Path):
     def refusal(reads: str, **changes: Any) -> str:
         with pytest.raises(UserError) as refused:
-            list(getattr(opened(tmp_path / "a.jsonl", [{"body": "x", "title": "y"}], **changes), reads)())
+            list(opened(tmp_path / "a.jsonl", [{"body": "x", "title": "y"}], **changes).read(kind=reads))
         return str(refused.value)
 
-    assert "have no column 'promt'; did you mean 'prompt'?" in refusal("read_pairs", columns={"promt": "body"})
-    assert "conversations have no column 'text'" in refusal("read_conversations", text_column="body")
+    assert "have no column 'promt'; did you mean 'prompt'?" in refusal("pairs", columns={"promt": "body"})
+    assert "conversations have no column 'text'" in refusal("conversations", text_column="body")
     assert "row_format 'instructions': did you mean 'instruction'" in refusal(
-        "read_conversations", row_format="instructions"
+        "conversations", row_format="instructions"
     )
-    line = refusal("read_conversations")
+    line = refusal("conversations")
     assert "there are: 'body', 'title'; data.columns names them, such as {prompt: body, completion: title}" in line
-    assert "data.columns names them, such as {text: body}" in refusal("read")
+    assert "data.columns names them, such as {text: body}" in refusal("text")
     with pytest.raises(UserError, match="these are pairs of answers: objective: dpo"):
         list(opened(tmp_path / "a.jsonl", [{"chosen": "a", "rejected": "b"}]).read_conversations())
 
@@ -385,7 +379,7 @@ def test_a_field_of_any_type_is_a_fault_of_its_row_and_of_nothing_else(data: st.
         assert value.message.startswith("a.jsonl:1: ")
         assert "\n" not in value.message
         assert not re.search("Error|Traceback", value.message)
-    elif reads == "read_conversations":
+    elif reads == "conversations":
         json.dumps([*value])
 
 
@@ -401,7 +395,7 @@ HH = "\n\nHuman: Who?\n\nAssistant: The fox.\n\nHuman: Why?\n\nAssistant: "
         ([{"messages": TALK, "label": "greeting"}], "conversations"),
         ([{"messages": TALK, "label": True, "train": False}], "judgements"),
         ([{"instruction": "a", "output": "b", "train": False}, {"instruction": "a", "output": "b"}], "conversations"),
-        ([{"question": "Who?", "context": "c", "answers": {"text": ["a"], "answer_start": [1]}}], "documents"),
+        ([{"question": "Who?", "context": "c", "answers": {"text": ["a"], "answer_start": [1]}}], "text"),
         ([{"prompt": "Who?", "answers": [{"text": "a", "score": 1}, {"text": "b", "score": 2}]}], "pairs"),
         ([{"chosen": HH + "a", "rejected": HH + "b"}], "pairs"),
     ],
@@ -411,12 +405,12 @@ def test_the_kind_of_rows_is_told_by_their_columns(tmp_path: Path, rows: list[di
 
 
 def test_the_keys_of_a_mapping_tell_the_kind_where_the_file_has_none_of_them(tmp_path: Path):
-    assert opened(tmp_path / "a.jsonl", [{"x": "a"}], columns={"prompt": "q", "completion": "a"}).reads() != "documents"
+    assert opened(tmp_path / "a.jsonl", [{"x": "a"}], columns={"prompt": "q", "completion": "a"}).reads() != "text"
 
 
 def test_a_dialogue_in_one_text_is_taken_apart(tmp_path: Path):
     source = opened(tmp_path / "a.jsonl", [{"chosen": HH + "A.", "rejected": HH + "B."}])
-    ((pair, _),) = source.read_pairs()
+    ((pair, _),) = source.read(kind="pairs")
     assert pair.shared == 3
     assert [one["content"] for one in pair.chosen] == ["Who?", "The fox.", "Why?", "A."]
     assert pair.rejected[-1] == {"role": "assistant", "content": "B."}

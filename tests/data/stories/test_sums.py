@@ -34,8 +34,8 @@ def test_they_are_a_source_of_conversations_of_questions_and_of_pairs() -> None:
     question, right, wrong = sum_pair(5, 0)
     asked = {"role": "user", "content": question}
     answered = [asked, {"role": "assistant", "content": right}]
-    assert next(one for one, _ in source.read_conversations()) == next(one for one, _ in source.read_questions())
-    assert next(one for one, _ in source.read_questions()) == answered
-    pair = next(source.read_pairs())[0]
+    assert next(one for one, _ in source.read_conversations()) == next(one for one, _ in source.read(kind="questions"))
+    assert next(one for one, _ in source.read(kind="questions")) == answered
+    pair = next(source.read(kind="pairs"))[0]
     assert (pair.chosen, pair.rejected) == (answered, [asked, {"role": "assistant", "content": wrong}])
     assert BUILT_IN["sums"].text(5, 0, False) == f"{question} {right}"
