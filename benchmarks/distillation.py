@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import json
 import statistics
 import subprocess
@@ -93,8 +94,10 @@ class Quiet:
         return lambda *counts: None
 
 
-class First:
+class First(Rows):
     """The first rows of others."""
+
+    rows_in_epoch = 0
 
     def __init__(self, rows: DocumentRows, count: int) -> None:
         self.rows_in_epoch = min(count, rows.rows_in_epoch)
@@ -204,8 +207,8 @@ def make_cost_cache(folder: Path, rows_needed: int) -> None:
     device, (rows, _) = find_device("cpu"), cost_rows()
     header = CacheHeader("", "", "", "text", False, LENGTH, rows_needed, 16_384, 64, 1.0)
     starts = learned_starts(rows.values())[: rows_needed + 1]
-    records = top_k_records(cost_teacher(device), rows, header, device)
-    write_cache(folder, header, starts, records, 16, lambda *done: None)
+    records_of = functools.partial(top_k_records, cost_teacher(device), header, device)
+    write_cache(folder, header, rows, starts, records_of, 16, lambda *done: None)
 
 
 def cost(how: str, folder: Path, steps: int) -> dict[str, float]:

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from slmkit.data.prepare.corpus import Corpus, DataSettings, TokenizerSettings, build_corpus
-from slmkit.data.stream import DocumentRows, PretrainRows, Stream
+from slmkit.data.stream import DocumentRows, PretrainRows, Rows, Stream
 from slmkit.device import find_device, keep_freed_memory
 from slmkit.evaluation import validation_loss
 from slmkit.model.config import SLMConfig
@@ -81,8 +81,10 @@ def one_run(corpus: Corpus, steps: int, seed: int, optimizer: str, **rates: floa
     return curve
 
 
-class First:
+class First(Rows):
     """The first rows of others."""
+
+    rows_in_epoch = 0
 
     def __init__(self, rows: DocumentRows, count: int) -> None:
         self.rows, self.rows_in_epoch = rows, min(count, rows.rows_in_epoch)

@@ -15,31 +15,15 @@ import typer
 from slmkit import __version__
 from slmkit.cli import bench, chat, data, eval, inspect, merge, plan, push, quickstart, runs, tokenizer, train
 from slmkit.cli.errors import explain
-from slmkit.cli.options import add_command, new_app
+from slmkit.cli.options import new_app
 
 app = new_app(
     "Train small language models, from raw text to a model you talk to.\n\nStart with: slm quickstart",
+    quickstart.quickstart, runs.recipes, train.train, train.resume, runs.runs, runs.plot, push.push, train.replay,
+    plan.plan, chat.generate, chat.chat, eval.eval_, inspect.inspect, merge.merge, train.distill_cache,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
-)
-for name, command in (
-    ("quickstart", quickstart.quickstart),
-    ("recipes", runs.recipes),
-    ("train", train.train),
-    ("resume", train.resume),
-    ("runs", runs.runs),
-    ("plot", runs.plot),
-    ("push", push.push),
-    ("replay", train.replay),
-    ("plan", plan.plan),
-    ("generate", chat.generate),
-    ("chat", chat.chat),
-    ("eval", eval.evaluate),
-    ("inspect", inspect.inspect),
-    ("merge", merge.merge),
-    ("distill-cache", train.distill_cache),
-):
-    add_command(app, name, command)
+)  # fmt: skip
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(data.app, name="data")
 app.add_typer(bench.app, name="bench")

@@ -6,9 +6,7 @@ from typing import Annotated
 
 import typer
 
-from slmkit.cli.options import DeviceName, add_command, new_app
-
-app = new_app("Measure the speed of this machine.", add_completion=False)
+from slmkit.cli.options import DeviceName, new_app
 
 
 def train(
@@ -99,5 +97,4 @@ def data(
             print(f"  {figure:<34}{value:>24,.{2 if value < 1000 else 0}f}", flush=True)
 
 
-for name, command in (("train", train), ("decode", decode), ("data", data)):
-    add_command(app, name, command)
+app = new_app("Measure the speed of this machine.", train, decode, data, add_completion=False)

@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slmkit.cli.options import SourceOptions, add_command, new_app, sources_of
+from slmkit.cli.options import SourceOptions, new_app, sources_of
 
 if TYPE_CHECKING:
     from slmkit.data.prepare.preview import Sample
     from slmkit.data.settings import Reads
     from slmkit.data.shards.reader import TokenShards
     from slmkit.tokenizer import SLMTokenizer
-
-app = new_app("Prepare text and conversations, and look at them.", add_completion=False)
 
 CLEAN = (
     "Documents to leave out: exact_duplicates=true, near_duplicates=0.8, min_characters, max_characters, min_words, "
@@ -197,5 +195,4 @@ def _print_samples(samples: Iterable[Sample], tokenizer: SLMTokenizer) -> None:
         console.print(rendered(ids, trained, vocabulary, head=400, tail=100), soft_wrap=True)
 
 
-add_command(app, "prepare", prepare)
-add_command(app, "inspect", inspect)
+app = new_app("Prepare text and conversations, and look at them.", prepare, inspect, add_completion=False)

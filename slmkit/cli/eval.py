@@ -9,7 +9,7 @@ import typer
 from slmkit.cli.options import DeviceName, Precision, SourceOptions, sources_of
 
 
-def evaluate(
+def eval_(
     models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Model directories, adapters or runs.")],
     data: Annotated[list[str], typer.Option("--data", "-d", help="A file, folder, URL or data set of the hub.")],
     source: SourceOptions = None,

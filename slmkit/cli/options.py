@@ -54,25 +54,24 @@ USUAL = {"temperature": 0.8, "top_k": 0, "top_p": 0.95, "min_p": 0.05, "repetiti
 EXAMPLE = "Example: "
 
 
-def new_app(about: str, **options: Any) -> typer.Typer:
-    """A group of commands; without a command it prints its help."""
-    return typer.Typer(help=about, no_args_is_help=True, rich_markup_mode=None, **options)
+def new_app(about: str, *commands: Callable[..., None], **options: Any) -> typer.Typer:
+    """A group of commands, named after their functions; without a command it prints its help.
 
-
-def add_command(app: typer.Typer, name: str, command: Callable[..., None]) -> None:
-    """Add a command. Its docstring's first sentence is shown in the list of commands, so it must be short.
-
-    Lines that begin with `Example: ` are shown under the options, one per line, without wrapping.
+    The first sentence of a command's docstring is shown in the list of commands, so it must be short. Lines that begin
+    with `Example: ` are shown under the options, one per line, without wrapping.
     """
-    lines = (inspect.getdoc(command) or "").splitlines()
-    about = "\n".join(line for line in lines if not line.startswith(EXAMPLE)).strip()
-    examples = [f"  {line.removeprefix(EXAMPLE)}" for line in lines if line.startswith(EXAMPLE)]
-    app.command(
-        name,
-        help=about,
-        short_help=re.split(r"(?<=\.)\s", about, maxsplit=1)[0],
-        epilog="\n".join(("\b", "Examples:" if len(examples) > 1 else "Example:", *examples)),
-    )(command)
+    app = typer.Typer(help=about, no_args_is_help=True, rich_markup_mode=None, **options)
+    for command in commands:
+        lines = (inspect.getdoc(command) or "").splitlines()
+        about = "\n".join(line for line in lines if not line.startswith(EXAMPLE)).strip()
+        examples = [f"  {line.removeprefix(EXAMPLE)}" for line in lines if line.startswith(EXAMPLE)]
+        app.command(
+            command.__name__.strip("_").replace("_", "-"),
+            help=about,
+            short_help=re.split(r"(?<=\.)\s", about, maxsplit=1)[0],
+            epilog="\n".join(("\b", "Examples:" if len(examples) > 1 else "Example:", *examples)),
+        )(command)
+    return app
 
 
 def sources_of(paths: list[str], overrides: list[str] | None) -> list[SourceSettings]:

@@ -6,9 +6,7 @@ from typing import Annotated
 
 import typer
 
-from slmkit.cli.options import add_command, new_app
-
-app = new_app("Train a tokenizer, and look at its tokens.", add_completion=False)
+from slmkit.cli.options import new_app
 
 
 def train(
@@ -72,5 +70,4 @@ def encode(
     print(f"{len(ids)} tokens, {len(text.encode()) / max(1, len(ids)):.2f} bytes per token")
 
 
-add_command(app, "train", train)
-add_command(app, "encode", encode)
+app = new_app("Train a tokenizer, and look at its tokens.", train, encode, add_completion=False)

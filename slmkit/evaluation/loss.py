@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -59,15 +58,11 @@ def validation_loss(
     nats, tokens = 0.0, 0
     for start in range(rank * rows_per_batch, rows.rows_in_epoch, world * rows_per_batch):
         indices = range(start, min(start + rows_per_batch, rows.rows_in_epoch))
-        columns = rows.rows(list(indices))
-        ids, labels = (torch.from_numpy(each).to(device.torch_device) for each in columns)  # [rows, length] each
-        documents = None
-        if separate:
-            documents = torch.from_numpy(np.stack([*map(rows.documents, indices)])).to(device.torch_device)
+        batch = rows.batch(indices, separate).to(device.torch_device)
         with device.autocast():
-            asked = labels != IGNORED
-            hidden = model(ids, documents=documents)[asked]  # [asked, width]
-            parts = zip(hidden.split(LOGITS_AT_ONCE), labels[asked].split(LOGITS_AT_ONCE))
+            learned = batch.labels != IGNORED  # [rows, length]
+            hidden = model(batch.ids, documents=batch.documents)[learned]  # [positions, width]
+            parts = zip(hidden.split(LOGITS_AT_ONCE), batch.labels[learned].split(LOGITS_AT_ONCE))
             losses = [F.cross_entropy(model.logits(part).float(), wanted, reduction="sum") for part, wanted in parts]
         nats += sum(loss.item() for loss in losses)
         tokens += len(hidden)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,6 @@ from slmkit.data.rows.teacher_cache import (
     LOGITS,
     REST,
     CacheHeader,
-    RecordsOfRows,
     data_fingerprint,
     learned_starts,
     read_header,
@@ -217,33 +216,22 @@ def cache_teacher(recipe: Recipe, reporter: Reporter) -> CacheHeader:
     size = int(starts[-1]) * header.record.itemsize
     reporter.say(f"{folder}: {header.rows:,} rows, {int(starts[-1]):,} learned positions, {size / 2**20:,.0f} MiB")
     teacher = OnlineTeacher(load_teacher(settings.teacher, corpus.tokenizer, length, device), header.tokens)
-    records_of_rows = top_k_records(teacher, rows, header, device)
+    records_of = functools.partial(top_k_records, teacher, header, device)
     at_once = recipe.train.rows_per_micro_batch(length)
-    write_cache(folder, header, starts, records_of_rows, at_once, reporter.counter("teacher", header.rows))
+    write_cache(folder, header, rows, starts, records_of, at_once, reporter.counter("teacher", header.rows))
     corpus.tokenizer.save_pretrained(folder / "tokenizer")
     shutil.rmtree(folder / "data")
     return header
 
 
-def top_k_records(
-    teacher: OnlineTeacher, rows: Mapping[str, Rows], header: CacheHeader, device: Device
-) -> RecordsOfRows:
-    """Function from row numbers, counted over all sources in order, to their records."""
-    places = [(source, index) for source in rows.values() for index in range(source.rows_in_epoch)]
-
-    def records_of_rows(numbers: list[int]) -> list[np.ndarray]:
-        chosen = [places[number] for number in numbers]
-        ids, labels = (np.stack(column) for column in zip(*(source.row(index) for source, index in chosen)))
-        documents = np.stack([source.documents(index) for source, index in chosen]) if header.separate else None
-        batch = Batch.of(ids, labels, documents).to(device.torch_device)
-        learned = batch.labels != IGNORED  # [rows, length]
-        with device.autocast(), torch.no_grad():
-            states = teacher.states(batch)[learned]  # [positions, width]
-            records = np.empty(len(states), header.record)
-            for chunk in in_chunks(len(states), teacher.decoder.architecture.vocab_size, states.device):
-                logits = teacher.logits(states[chunk])[:, : header.tokens]  # [chunk, tokens]
-                for name, found in zip(("logits", "ids", "rest"), top_k(logits, header.k, header.temperature)):
-                    records[name][chunk] = found.cpu().numpy()
-        return np.split(records, np.cumsum(learned.sum(1).cpu().numpy())[:-1])
-
-    return records_of_rows
+def top_k_records(teacher: OnlineTeacher, header: CacheHeader, device: Device, batch: Batch) -> np.ndarray:
+    """Records [positions] of a batch's learned positions, row by row."""
+    batch = batch.to(device.torch_device)
+    with device.autocast(), torch.no_grad():
+        states = teacher.states(batch)[batch.labels != IGNORED]  # [positions, width]
+        records = np.empty(len(states), header.record)
+        for chunk in in_chunks(len(states), teacher.decoder.architecture.vocab_size, states.device):
+            logits = teacher.logits(states[chunk])[:, : header.tokens]  # [chunk, tokens]
+            for name, found in zip(("logits", "ids", "rest"), top_k(logits, header.k, header.temperature)):
+                records[name][chunk] = found.cpu().numpy()
+    return records

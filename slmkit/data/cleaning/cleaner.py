@@ -100,24 +100,20 @@ class Cleaner:
         reasons = [self._odd_characters(text) for text in texts]
         if self.settings.min_words or self.settings.max_words:
             counts = words().counts.tolist()
-            reasons = [reason or self._odd_length(count) for reason, count in zip(reasons, counts)]
+            reasons = [
+                reason or _odd_length(count, self.settings.min_words, self.settings.max_words)
+                for reason, count in zip(reasons, counts)
+            ]
         if len(self.forbidden):
             is_tainted = any_in(self.forbidden, hash_runs(words(), self.settings.evaluation_words, full=True))
             reasons = [reason or ("evaluation text" if bad else None) for reason, bad in zip(reasons, is_tainted)]
         bands = band_keys(words(), self.bands, self.rows) if self.bands else np.zeros((len(texts), 0), np.uint64)
         return _Checks(reasons, _exact_keys(texts) if self.settings.exact_duplicates else bands, bands)
 
-    def _odd_length(self, words: int) -> str | None:
-        if words < (self.settings.min_words or 0):
-            return "too short"
-        return "too long" if words > (self.settings.max_words or words) else None
-
     def _odd_characters(self, text: str) -> str | None:
         asked = self.settings
-        if asked.min_characters and len(text) < asked.min_characters:
-            return "too short"
-        if asked.max_characters and len(text) > asked.max_characters:
-            return "too long"
+        if reason := _odd_length(len(text), asked.min_characters, asked.max_characters):
+            return reason
         if self.scripts or asked.min_letter_share:
             letters, wanted = shares(text, self.scripts)
             if letters < (asked.min_letter_share or 0):
@@ -125,6 +121,12 @@ class Cleaner:
             if self.scripts and wanted < asked.min_script_share:
                 return "another script"
         return None
+
+
+def _odd_length(length: int, least: int | None, most: int | None) -> str | None:
+    if length < (least or 0):
+        return "too short"
+    return "too long" if length > (most or length) else None
 
 
 def whole_documents(documents: Iterable[Document], max_characters: int | None) -> Iterator[Pieces]:

@@ -24,6 +24,7 @@ from typing import BinaryIO
 import numpy as np
 
 from slmkit.config import UserError
+from slmkit.data.batch import Batch
 from slmkit.data.packing import IGNORED
 from slmkit.data.shards.reader import TokenShards
 from slmkit.data.stream import Rows
@@ -73,34 +74,35 @@ def data_fingerprint(shards: Iterable[TokenShards]) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
-RecordsOfRows = Callable[[list[int]], list[np.ndarray]]  # row indices → the records [positions] of each
-
-
 def write_cache(
     folder: Path,
     header: CacheHeader,
+    rows: Mapping[str, Rows],
     starts: np.ndarray,
-    records_of_rows: RecordsOfRows,
+    records_of: Callable[[Batch], np.ndarray],
     rows_at_once: int,
     progress: Callable[[int, int, int], None],
 ) -> None:
-    """Write all rows, or those that an earlier writer left.
+    """Write the records of the rows of all sources in order, or those that an earlier writer left.
 
-    `starts` int64 [rows + 1] counts the learned positions before each row; `progress` gets rows, positions and bytes.
+    `starts` int64 [rows + 1] counts the learned positions before each row; `records_of` gives the records [positions]
+    of a batch's learned positions, row by row; `progress` gets rows, positions and bytes.
 
     Raises `UserError` if there is another cache, or the disk is full.
     """
     done = _rows_done(folder, header)
+    places = [(source, index) for source in rows.values() for index in range(source.rows_in_epoch)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         starts.astype("<i8").tofile(folder / STARTS)
         with (folder / POSITIONS).open("ab") as file:
             file.truncate(int(starts[done]) * header.record.itemsize)
             for first in range(done, header.rows, rows_at_once):
-                rows = list(range(first, min(first + rows_at_once, header.rows)))
-                for records in records_of_rows(rows):
-                    file.write(records.tobytes())
-                done = rows[-1] + 1
+                chosen = places[first : min(first + rows_at_once, header.rows)]
+                ids, labels = (np.stack(column) for column in zip(*(source.row(index) for source, index in chosen)))
+                documents = np.stack([source.documents(index) for source, index in chosen]) if header.separate else None
+                file.write(records_of(Batch.of(ids, labels, documents)).tobytes())
+                done = first + len(chosen)
                 progress(done, int(starts[done]), file.tell())
                 if done // ROWS_BETWEEN_SYNCS > first // ROWS_BETWEEN_SYNCS or done == header.rows:
                     _note_progress(folder, header, done, file)

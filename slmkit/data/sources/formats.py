@@ -350,6 +350,6 @@ KINDS = {
     "pairs": Kind("pairs of answers", "objective: dpo, or prepare --pairs", PAIRS),
     "judgements": Kind("judged answers", "objective: kto, or prepare --judged", JUDGED),
     "conversations": Kind("conversations", "objective: sft, or prepare --chat", CONVERSATIONS),
-    "questions": Kind("conversations", "objective: sft, or prepare --chat", CONVERSATIONS),
     "text": Kind("texts", "objective: pretrain", TEXTS),
 }
+KINDS["questions"] = KINDS["conversations"]

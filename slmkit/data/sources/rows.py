@@ -14,6 +14,7 @@ from slmkit.data.sources.documents import PIECE, BadRow, Position, RowError
 from slmkit.data.sources.files import File, damage, pyarrow
 from slmkit.data.sources.row_formats import RowFormats
 from slmkit.data.sources.text_files import LONGEST_ROW, Line, byte_length, whole_lines
+from slmkit.data.sources.turns import shown
 from slmkit.hub import one_line
 
 PARQUET_BATCH = 256  # rows converted from columns at once
@@ -153,15 +154,10 @@ def _json_value(place: str, text: str) -> dict[str, Any] | BadRow:
     except RowError as error:
         return BadRow("not valid JSON", f"{place}: {error}")
     except (ValueError, RecursionError) as error:
-        return BadRow("not valid JSON", f"{place}: expected a JSON object, found {_short(text)}: {error}")
+        return BadRow("not valid JSON", f"{place}: expected a JSON object, found {shown(text[:100].strip())}: {error}")
     if not isinstance(row, dict):
-        return BadRow("not a JSON object", f"{place}: expected a JSON object, found {_short(text)}")
+        return BadRow("not a JSON object", f"{place}: expected a JSON object, found {shown(text[:100].strip())}")
     return row
-
-
-def _short(text: str) -> str:
-    text = text[:100].strip()
-    return repr(text if len(text) <= 40 else text[:40] + "…")
 
 
 def _check_columns(place: str, columns: list[str], formats: RowFormats | None, rows: int = 1) -> list[str]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from slmkit.config import UserError
+from slmkit.data.batch import Batch
 from slmkit.data.mixture import Phase
 from slmkit.data.rows.teacher_cache import (
     HEADER,
@@ -51,24 +52,19 @@ SOURCES: dict[str, Rows] = {"a": Numbered(1, 7), "b": Numbered(2, 10)}
 WANTED = CacheHeader("t" * 64, "k" * 64, "d" * 64, "text", False, LENGTH, rows=17, tokens=70_000, k=K, temperature=2.0)
 
 
-def answer(numbers: list[int]) -> list[np.ndarray]:
+def answer(batch: Batch) -> np.ndarray:
     """Records that say of which position they are."""
-    found = []
-    for number in numbers:
-        source, index = (SOURCES["a"], number) if number < 7 else (SOURCES["b"], number - 7)
-        ids, labels = source.row(index)
-        learned = ids[labels != -100]
-        records = np.zeros(len(learned), WANTED.record)
-        records["ids"], records["logits"], records["rest"] = learned[:, None] + [0, 1, 2], [0, -1, -2], -learned
-        found.append(records)
-    return found
+    learned = batch.ids[batch.labels != -100].numpy()
+    records = np.zeros(len(learned), WANTED.record)
+    records["ids"], records["logits"], records["rest"] = learned[:, None] + [0, 1, 2], [0, -1, -2], -learned
+    return records
 
 
 def write(folder: Path, header: CacheHeader = WANTED, asked=answer, rows_at_once: int = 4) -> list[int]:
     """Returns the rows after which progress was told."""
     told: list[int] = []
     starts = learned_starts(SOURCES.values())
-    write_cache(folder, header, starts, asked, rows_at_once, lambda rows, positions, size: told.append(rows))
+    write_cache(folder, header, SOURCES, starts, asked, rows_at_once, lambda rows, positions, size: told.append(rows))
     return told
 
 
@@ -104,10 +100,10 @@ def test_a_writer_that_was_killed_goes_on_and_leaves_the_same_files(
     monkeypatch.setattr("slmkit.data.rows.teacher_cache.ROWS_BETWEEN_SYNCS", 4)
     write(tmp_path / "whole", rows_at_once=2)
 
-    def killed(numbers: list[int]) -> list[np.ndarray]:
-        if numbers[0] >= 10:
+    def killed(batch: Batch) -> np.ndarray:
+        if batch.ids[0, 0] >= 2_030:  # row 10 of all
             raise KeyboardInterrupt
-        return answer(numbers)
+        return answer(batch)
 
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "cut", asked=killed, rows_at_once=2)
