@@ -11,7 +11,6 @@ from slmkit.data.prepare.corpus import Corpus
 from slmkit.data.prepare.held_out import written
 from slmkit.data.prepare.open_sources import is_kept_in, open_sources
 from slmkit.data.settings import DataSettings, Reads
-from slmkit.data.shards.reader import TokenShards
 from slmkit.data.sources import Source
 from slmkit.data.stream import ChatRows, MixtureStream, PretrainRows, Rows, Stream
 from slmkit.data.streaming import Blocks, ConversationRows, StreamedBatches, StreamedRows, TextRows
@@ -42,13 +41,12 @@ def make_batches(
 
 def stored_rows(reads: Reads, data: DataSettings, corpus: Corpus, length: int) -> dict[str, Rows]:
     """The rows of each source in shards, by name."""
-
-    def rows_of(shards: TokenShards) -> Rows:
-        if reads == "conversations":
-            return ChatRows(shards, length, data.on_long_conversation)
-        return PretrainRows(shards, length)
-
-    return {name: rows_of(shards) for name, shards in zip(data.weights, corpus.train, strict=True)}
+    rows: list[Rows]
+    if reads == "conversations":
+        rows = [ChatRows(shards, length, data.on_long_conversation) for shards in corpus.train]
+    else:
+        rows = [PretrainRows(shards, length) for shards in corpus.train]
+    return dict(zip(data.weights, rows, strict=True))
 
 
 def stream_of(rows: Mapping[str, Rows], data: DataSettings, length: int, rows_per_step: int, seed: int) -> Stream:

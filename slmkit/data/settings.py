@@ -52,30 +52,25 @@ class DataSettings(Settings):
     when_exhausted: WhenExhausted = "repeat"
     streaming: bool = False  # read while training and store nothing
     shuffle_buffer: int = Field(0, ge=0)  # documents of a stream that are shuffled together; 0: no shuffling
-    cleaning: CleaningSettings = Field(
-        default_factory=CleaningSettings
-    )  # which documents are left out when shards are written
+    # which documents are left out when shards are written
+    cleaning: CleaningSettings = Field(default_factory=CleaningSettings)
     text_column: str | None = None  # column of `source` with the text; each of `sources` has its own key
     messages_column: str | None = None  # column of `source` with the conversation
-    columns: Columns = Field(
-        default_factory=dict, validate_default=True
-    )  # renames columns, such as {prompt: question, completion: answer}
+    # renames columns, such as {prompt: question, completion: answer}
+    columns: Columns = Field(default_factory=dict, validate_default=True)
     # text between the documents of a file; None: lines of <|endoftext|>
     separator: str | None = Field(None, min_length=1)
     on_bad_row: Literal["refuse", "skip"] = "refuse"  # stop at a row that cannot be read, or leave it out and count it
     on_long_conversation: OnLong = "cut"  # what happens to conversations longer than a row; they are also counted
-    validation: SourceSettings | None = (
-        None  # a source of validation text, such as a split; None: a part of the sources is held out
-    )
-    validation_fraction: float = Field(
-        0.05, gt=0, lt=1
-    )  # the share of files and streams that is held out for validation
+    # a source of validation text, such as a split; None: a part of the sources is held out
+    validation: SourceSettings | None = None
+    # the share of files and streams that is held out for validation
+    validation_fraction: float = Field(0.05, gt=0, lt=1)
     separate_documents: bool = False  # attention and positions do not cross the borders of documents
     documents: int = Field(20_000, gt=0)  # documents of the built-in corpus
     primer_documents: int = Field(0, ge=0)  # mixed into the stories, so that the model does not forget the primer
-    validation_documents: int = Field(
-        300, gt=0
-    )  # validation documents of the built-in corpus, of streams and of `validation`
+    # validation documents of the built-in corpus, of streams and of `validation`
+    validation_documents: int = Field(300, gt=0)
 
     @model_validator(mode="after")
     def _sources_and_phases_agree(self) -> DataSettings:

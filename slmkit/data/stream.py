@@ -188,14 +188,26 @@ def shuffled(positions: np.ndarray, size: int, seed: int) -> list[int]:
     return indices.tolist()
 
 
-class PretrainRows(Rows):
+class ShardRows(Rows):
+    """Rows of `length` tokens of shards."""
+
+    def __init__(self, shards: TokenShards, length: int) -> None:
+        """Raises `UserError` if `length` is less than 1."""
+        if length < 1:
+            raise UserError(f"expected a sequence_length of at least 1, found {length}")
+        self.shards, self.length, self.pad_id = shards, length, shards.header.pad_token_id or 0
+
+    def _padded(self, ids: list[np.ndarray], labels: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Parts of a row, concatenated, cut and right-padded: int64 [length] each."""
+        return padded(ids, self.length, self.pad_id), padded(labels, self.length, IGNORED)
+
+
+class PretrainRows(ShardRows):
     """Full windows of `length` tokens across document borders; every label is learned."""
 
     def __init__(self, shards: TokenShards, length: int) -> None:
-        """Raises `UserError` if there are not enough tokens for one row, or `length` is less than 1."""
-        if length < 1:
-            raise UserError(f"expected a sequence_length of at least 1, found {length}")
-        self.shards, self.length = shards, length
+        """Raises `UserError` if there are not enough tokens for one row."""
+        super().__init__(shards, length)
         self.starts = windows(len(shards), length)
         if not self.starts:
             raise UserError(
@@ -224,7 +236,7 @@ class PretrainRows(Rows):
         return np.searchsorted(self.shards.document_ends, positions, side="right")
 
 
-class ChatRows(Rows):
+class ChatRows(ShardRows):
     """Whole conversations, packed and right-padded; the labels are the tokens in their loss masks.
 
     `truncated` conversations are longer than a row, and are cut at its end unless `on_long` says otherwise;
@@ -239,7 +251,7 @@ class ChatRows(Rows):
         if not shards.header.masked or shards.header.judged:
             found = "answers labelled good or bad, for objective kto" if shards.header.judged else "plain text"
             raise UserError(f"{shards.directory}: expected shards of conversations, found {found}")
-        self.shards, self.length, self.pad_id = shards, length, shards.header.pad_token_id or 0
+        super().__init__(shards, length)
         self.on_long = on_long
         self.starts, ends = document_spans(shards)
         self.stops = np.minimum(ends, self.starts + length)
@@ -286,24 +298,22 @@ class ChatRows(Rows):
             start, stop = int(self.starts[document]), int(self.stops[document])
             ids.append(self.shards.tokens_in(start, stop).astype(np.int64))
             labels.append(row_of_labels(ids[-1], self.shards.trained_in(start, stop)))
-        return padded(ids, self.length, self.pad_id), padded(labels, self.length, IGNORED)
+        return self._padded(ids, labels)
 
     def documents(self, index: int) -> np.ndarray:  # int64 [length]
         lengths = (self.stops - self.starts)[self.packed[index]]
         return numbered(lengths, self.length)
 
 
-class DocumentRows(Rows):
+class DocumentRows(ShardRows):
     """Validation rows: whole documents after an end-of-text token, packed, so that all of each is predicted.
 
     Every token of every document is a label exactly once. A document longer than a row is cut: its further rows begin
-    with the token before the cut. Raises `UserError` if `length` is less than 1.
+    with the token before the cut.
     """
 
     def __init__(self, shards: TokenShards, length: int) -> None:
-        if length < 1:
-            raise UserError(f"expected a sequence_length of at least 1, found {length}")
-        self.shards, self.length, self.pad_id = shards, length, shards.header.pad_token_id or 0
+        super().__init__(shards, length)
         eos_id = shards.header.eos_token_id
         starts, ends = document_spans(shards)
         packing = pack_whole(ends - starts, length)
@@ -322,7 +332,7 @@ class DocumentRows(Rows):
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:  # int64 [length] each
         content = np.concatenate([self.shards.tokens_in(start, stop) for start, stop in self._rows[index]])
         context = np.array([self._contexts[index]])
-        return (padded([context, content[:-1]], self.length, self.pad_id), padded([content], self.length, IGNORED))
+        return self._padded([context, content[:-1]], [content])
 
     def documents(self, index: int) -> np.ndarray:
         """int64 [length]. The end-of-text token at the start belongs to the first document."""

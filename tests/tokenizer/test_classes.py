@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from slmkit.config import warn_once
 from slmkit.tokenizer import SLMTokenizer
-from slmkit.tokenizer.classes import BYTE_LEVEL, SENTENCEPIECE, as_its_class_does
+from slmkit.tokenizer.directory import BYTE_LEVEL, SENTENCEPIECE, as_its_class_does
 
 from .kinds import CONFIG, PROSE, byte_level, prepend, unigram, with_bos
 

@@ -105,7 +105,7 @@ def test_an_adapter_is_planned_as_what_it_is(model: Path) -> None:
     assert adapter.ahead.trained < 0.1 * whole.ahead.parameters
     assert adapter.ahead.memory_bytes < whole.ahead.memory_bytes
     assert adapter.ahead.tokens_per_second > whole.ahead.tokens_per_second
-    state, of_adapter, of_nf4 = (state_bytes(each.inventory, each.recipe.train, CPU) for each in (whole, adapter, nf4))
+    state, of_adapter, of_nf4 = (state_bytes(each.profile, each.recipe.train, CPU) for each in (whole, adapter, nf4))
     assert of_adapter == pytest.approx(state / 3 + 3 * 4 * adapter.ahead.trained, rel=0.02)
     matrices = 2 * (4 * 64 * 64 + 3 * 64 * 128)
     assert of_adapter - of_nf4 == pytest.approx(matrices * (4 - 4.5 / 8), rel=0.02)
@@ -121,29 +121,29 @@ def test_a_teacher_is_in_memory_where_it_is_asked_and_not_where_it_was_stored(mo
         model, "distill", distillation={"teacher": str(model), "cache": str(tmp_path)}, tokenizer={"path": str(model)}
     )
     assert (asked.ahead.beside, stored.ahead.beside) == (parameter_count(architecture_of(SLMConfig(**SHAPE))), 0)
-    teacher = weights_bytes(asked.inventory) - weights_bytes(stored.inventory)
+    teacher = weights_bytes(asked.profile) - weights_bytes(stored.profile)
     assert teacher == pytest.approx(4 * asked.ahead.beside, rel=0.01)
-    alone = MemoryProfile(asked.inventory.model)
-    needed = [training_bytes(each, asked.recipe.train, 4, 64, CPU) for each in (asked.inventory, alone)]
+    alone = MemoryProfile(asked.profile.model)
+    needed = [training_bytes(each, asked.recipe.train, 4, 64, CPU) for each in (asked.profile, alone)]
     assert needed[0] > needed[1] + teacher
     assert asked.ahead.tokens_per_second < stored.ahead.tokens_per_second
     states = planned(model, "distill", distillation={"teacher": str(model), "hidden_weight": 1.0})
-    assert training_bytes(states.inventory, states.recipe.train, 4, 64, CPU) > needed[0]
+    assert training_bytes(states.profile, states.recipe.train, 4, 64, CPU) > needed[0]
 
 
 def test_a_reference_is_kept_where_beta_asks_for_one(model: Path) -> None:
     without, beside = (planned(model, "grpo", grpo={"beta": beta, "max_new_tokens": 8}) for beta in (0.0, 0.04))
     assert (without.ahead.beside, beside.ahead.beside) == (0, without.ahead.parameters)
-    state, with_reference = (state_bytes(each.inventory, each.recipe.train, CPU) for each in (without, beside))
+    state, with_reference = (state_bytes(each.profile, each.recipe.train, CPU) for each in (without, beside))
     assert with_reference - state == pytest.approx(4 * without.ahead.parameters, rel=0.01)
-    assert len(reading_peaks(beside.inventory, 64, CPU)) == 2  # sampling, and the reference that reads the answers
+    assert len(reading_peaks(beside.profile, 64, CPU)) == 2  # sampling, and the reference that reads the answers
 
 
 def test_fewer_rows_fit_beside_a_teacher(model: Path) -> None:
     asked = planned(model, "distill", distillation={"teacher": str(model)})
-    free = int(training_bytes(asked.inventory, asked.recipe.train, 8, 64, CPU) / USABLE["cpu"]) + 1
-    alone = MemoryProfile(asked.inventory.model)
-    rows = [fitting_rows(each, asked.recipe.train, 9, 64, CPU, free) for each in (asked.inventory, alone)]
+    free = int(training_bytes(asked.profile, asked.recipe.train, 8, 64, CPU) / USABLE["cpu"]) + 1
+    alone = MemoryProfile(asked.profile.model)
+    rows = [fitting_rows(each, asked.recipe.train, 9, 64, CPU, free) for each in (asked.profile, alone)]
     assert rows == [8, 9]
 
 

@@ -12,12 +12,12 @@ import numpy as np
 
 from slmkit.config import UserError
 from slmkit.data.order import permuted
-from slmkit.data.packing import IGNORED, learned_ranges, padded, row_of_labels
+from slmkit.data.packing import learned_ranges, row_of_labels
 from slmkit.data.shards.reader import TokenShards
-from slmkit.data.stream import Rows, document_spans
+from slmkit.data.stream import ShardRows, document_spans
 
 
-class AnswerRows(Rows):
+class AnswerRows(ShardRows):
     """What rows of answers have in common.
 
     `reference` [rows, 2], if set, is an extra tensor: the reference model's log-probabilities of the two answers.
@@ -26,9 +26,7 @@ class AnswerRows(Rows):
     lengths: np.ndarray  # tokens of the longer conversation of each row, int64 [rows]
     left_out: dict[str, int]  # kinds of rows that are left out or cut, in words, and how many
 
-    def __init__(self, shards: TokenShards, length: int) -> None:
-        self.shards, self.length, self.pad_id = shards, length, shards.header.pad_token_id or 0
-        self.reference: np.ndarray | None = None
+    reference: np.ndarray | None = None
 
     @property
     def rows_in_epoch(self) -> int:
@@ -49,11 +47,10 @@ class AnswerRows(Rows):
         """One line for each kind of rows that are left out or cut."""
         return [f"{count:,} {what}" for what, count in self.left_out.items() if count]
 
-    def _padded(self, tokens: np.ndarray, learned: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _cut(self, tokens: np.ndarray, learned: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Ids and labels, int64 [length] each, of tokens and whether each is learned [n]."""
         tokens = tokens[: self.length].astype(np.int64)
-        labels = row_of_labels(tokens, learned[: self.length])
-        return padded([tokens], self.length, self.pad_id), padded([labels], self.length, IGNORED)
+        return self._padded([tokens], [row_of_labels(tokens, learned[: self.length])])
 
 
 class PairRows(AnswerRows):
@@ -96,7 +93,7 @@ class PairRows(AnswerRows):
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:  # int64 [2, length] each
         sides = [(self.shards.tokens_in(*side), self.shards.trained_in(*side)) for side in self.sides[index].tolist()]
-        ids, labels = zip(*(self._padded(tokens, trained) for tokens, trained in sides))
+        ids, labels = zip(*(self._cut(tokens, trained) for tokens, trained in sides))
         return np.stack(ids), np.stack(labels)
 
     def _is_equal(self, index: int) -> bool:
@@ -158,7 +155,7 @@ class JudgedRows(AnswerRows):
             self.shards.tokens_in(*place.tolist()) for place in (self.prompts[index], self.answers[other])
         )
         tokens = np.concatenate([prompt, answer])
-        return self._padded(tokens, np.arange(len(tokens)) >= len(prompt))
+        return self._cut(tokens, np.arange(len(tokens)) >= len(prompt))
 
 
 class Questions:

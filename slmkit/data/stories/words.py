@@ -61,19 +61,7 @@ def load_words(path: Path) -> WordBook:
             raise ScriptError(f"{where}: words before the first `= list` heading")
         elif line:
             _add_words(book, name, sources, kind, line, where)
-    _refuse_repetition(book, path.name)
     return book
-
-
-def _refuse_repetition(book: WordBook, file: str) -> None:
-    """Raise `ScriptError` if a word is in a list twice, or in two lists of a role: a text would have two parses."""
-    groups = {**book.lists, **{f"looks of {thing}": looks for thing, looks in book.looks.items()}}
-    for kind, names in (("things", book.thing_lists), ("places", book.place_lists)):
-        groups[f"all {kind}"] = tuple(word for name in names for word in book.lists[name])
-    for name, words in groups.items():
-        repeated = sorted({word for word in words if words.count(word) > 1})
-        if repeated or (not words and name in book.lists):
-            raise ScriptError(f"{file}: {name!r} is empty or repeats {repeated}")
 
 
 def _heading(book: WordBook, line: str, where: str) -> tuple[str, tuple[str, ...], str]:

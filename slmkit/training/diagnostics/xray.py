@@ -70,8 +70,8 @@ class SampledRows:
     kinds: Sequence[str] = ()  # of each row, if the data says it: chosen or rejected, good or bad
 
     def part(self, rows: slice, columns: slice) -> SampledRows:
-        arrays = (array[rows, columns] for array in (self.ids, self.labels, self.padding))
-        return SampledRows(*arrays, self.kinds[rows])
+        place = rows, columns
+        return SampledRows(self.ids[place], self.labels[place], self.padding[place], self.kinds[rows])
 
     @property
     def learned(self) -> np.ndarray:

@@ -42,7 +42,8 @@ EVALUATION_SECONDS = 1.0  # for samples, the plot and the checkpoint, without th
 LIBRARIES, HELD = 120 << 20, 1.37
 # Bytes that evaluations, samples, plots and checkpoints add to those of the first steps, measured the same way.
 BETWEEN_STEPS = 70 << 20
-WARM_UP, PROBED = 3, 20  # steps that are not counted; steps after which the speed is known
+WARM_UP = 3  # steps that are not counted: loading, compiling and allocating at first use
+PROBED = 20  # steps after which the speed is known
 
 
 @dataclass(frozen=True)

@@ -106,10 +106,8 @@ class MemoryProfile:
 
     def built(self, device: torch.device | str = "cpu") -> tuple[Decoder, Decoder | None]:
         """The trained model, and the teacher or reference model: all zeros."""
-        return zeros_like(self.model, device), self.built_beside(device)
-
-    def built_beside(self, device: torch.device | str = "cpu") -> Decoder | None:
-        return None if self.beside is None else zeros_like(self.beside, device).eval().requires_grad_(False)
+        beside = None if self.beside is None else zeros_like(self.beside, device).eval().requires_grad_(False)
+        return zeros_like(self.model, device), beside
 
     def batch(self, rows: int, length: int) -> Batch:
         """A batch in which every token is learned: [rows, length]."""

@@ -12,13 +12,13 @@ from torch import nn
 from slmkit.data.batch import Batch
 from slmkit.device import Device, peak_memory, reset_peak_memory, resident_memory
 from slmkit.model.decoder import Decoder
+from slmkit.training.estimate.forecast import WARM_UP
 from slmkit.training.estimate.memory import MemoryProfile, tensors_of
 from slmkit.training.fit import fresh_state
 from slmkit.training.loop import Plan, train_step
 from slmkit.training.recipe.recipe import Recipe, TrainSettings
 
 STEPS = 20
-WARM_UP = 3  # steps that are not counted: loading, compiling and allocating at first use
 LONGEST = 20.0  # seconds
 
 
@@ -56,7 +56,9 @@ def probe(
     began = time.perf_counter()
     while state.step < steps and time.perf_counter() - began <= longest:
         micro_batches = 1 + (parts > 1 and state.step % 2)
-        batch = _random_batch(profile, micro * micro_batches, length)
+        ids = torch.randint(profile.model.architecture.vocab_size, (micro * micro_batches, length + 1))
+        extra = profile.extra(len(ids), length)
+        batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), len(ids) * length, extra=extra)
         started = time.perf_counter()
         train_step(state, objective, batch, plan)
         seconds[micro_batches].append(time.perf_counter() - started)
@@ -75,9 +77,3 @@ def _randomize(model: Decoder | None) -> None:
             tensor.uniform_(1e-4, 3e-4)
         else:  # codes of a quantized weight
             tensor.random_()
-
-
-def _random_batch(profile: MemoryProfile, rows: int, length: int) -> Batch:
-    """A batch [rows, length] in which every token is learned."""
-    ids = torch.randint(profile.model.architecture.vocab_size, (rows, length + 1))
-    return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), rows * length, extra=profile.extra(rows, length))

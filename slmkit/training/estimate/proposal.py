@@ -34,7 +34,7 @@ class RunEstimate:
 
     recipe: Recipe
     config: SLMConfig
-    inventory: MemoryProfile
+    profile: MemoryProfile
     device: Device
     ahead: Estimate
     measured: Probe | None
@@ -50,7 +50,7 @@ class RunEstimate:
     @property
     def guessed_rate(self) -> float:
         """Tokens per second, without any measurement of this model."""
-        return guessed_rate(self.inventory, self.length, self.device)
+        return guessed_rate(self.profile, self.length, self.device)
 
     @property
     def memory_free(self) -> int:

@@ -48,6 +48,15 @@ def test_every_word_list_is_drawn_from():
     assert set(load_library().book.lists) <= in_slots | in_roles | in_casts
 
 
+def test_no_word_is_twice_in_a_list_or_in_the_lists_of_a_role():
+    """Else a text would have two parses."""
+    book = load_library().book
+    groups = {**book.lists, **{f"looks of {thing}": looks for thing, looks in book.looks.items()}}
+    for kind, names in (("things", book.thing_lists), ("places", book.place_lists)):
+        groups[f"all {kind}"] = tuple(word for name in names for word in book.lists[name])
+    assert all(words and len(set(words)) == len(words) for words in groups.values())
+
+
 def test_importing_the_package_reads_no_script():
     program = "import slmkit.data.stories, slmkit.data.stories.script as s; print(s.load_library.cache_info().currsize)"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout == b"0\n"
