@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from slmkit.adapt.load import load_model
 from slmkit.config import UserError
 from slmkit.data.shards.reader import TokenShards
 from slmkit.data.stories import held_out_questions
-from slmkit.evaluation import ask
+from slmkit.data.stream import DocumentRows
+from slmkit.device import find_device
+from slmkit.evaluation import ask, validation_loss
 from slmkit.find import find_model_directory
 from slmkit.model.files.directory import load_decoder
 from slmkit.tokenizer import SLMTokenizer
@@ -18,7 +21,7 @@ from slmkit.training.recipe.recipe import Recipe, find_recipe, load_recipe
 from slmkit.workflows import quickstart
 from slmkit.workflows.quickstart import EVALUATION, SMALLEST_SHARE, affordable_share, train_quickstart
 from slmkit.workflows.resume import resume_run
-from slmkit.workflows.train import RunFigures, evaluate_run, train_recipe
+from slmkit.workflows.train import train_recipe
 
 FEW_STEPS = ["train.num_train_epochs=null", "train.tokens_per_step=1024", "train.device=cpu", "train.sample_tokens=5"]
 
@@ -57,13 +60,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def test_a_run_on_stories_knows_how_far_from_perfect_it_is(runs: tuple[Path, Path]) -> None:
-    figures: RunFigures = evaluate_run(runs[0])
-    header = TokenShards.open(runs[0] / "data" / "validation").header
-    assert figures.perfect_loss == header.perfect_loss
-    assert figures.perfect_loss is not None
-    assert figures.report.tokens == header.tokens
-    assert 0.1 < figures.perfect_loss < figures.report.loss < 6.4  # log 600: it has learned something
-    assert figures.bits_per_byte == pytest.approx(figures.report.nats / 0.693147 / header.text_bytes, rel=1e-4)
+    shards = TokenShards.open(runs[0] / "data" / "validation")
+    decoder, config = load_model(find_model_directory(runs[0]))
+    rows = DocumentRows(shards, config.max_position_embeddings)
+    report = validation_loss(decoder, rows, find_device("cpu", "float32"))
+    assert report.tokens == shards.header.tokens
+    assert shards.header.perfect_loss is not None
+    assert 0.1 < shards.header.perfect_loss < report.loss < 6.4  # log 600: it has learned something
+    bits = report.bits_per_byte(shards.header.text_bytes)
+    assert bits == pytest.approx(report.nats / 0.693147 / shards.header.text_bytes, rel=1e-4)
 
 
 def test_fine_tuning_keeps_the_tokenizer_and_learns_the_assistants_tokens_alone(runs: tuple[Path, Path]) -> None:
