@@ -54,6 +54,8 @@ class ShardFolder:
 
     def drop_unfinished(self) -> bool:
         """Delete unfinished shards, and the folder if it is empty then. Returns whether anything is left."""
+        if not self.folder.is_dir():
+            return False
         for path in self.folder.iterdir():
             if path.is_file() and not path.with_suffix(".json").is_file():
                 path.unlink()
