@@ -143,7 +143,7 @@ class OpenShard:
     def __init__(self, directory: Path, name: str) -> None:
         self.path, self.tokens, self.documents = directory / name, 0, 0
         self.files: dict[str, BinaryIO] = {}
-        self.hashes = {}
+        self.hashes: dict[str, Any] = {}
 
     def write(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Append to the file of each kind: `tokens` and `trained` [n], `ends` and `labels` [documents]."""
