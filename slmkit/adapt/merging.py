@@ -96,22 +96,21 @@ class Merge:
         return sum(place.size * place.dtype.itemsize for place in self.places)
 
     def write(self, directory: Path, progress: Callable[[int], None] = lambda written: None) -> None:
-        """Write config and weights into a new `directory`; `progress` is called with the bytes of each tensor written.
+        """Write config and weights into a new `directory`; `progress` is called with the bytes written so far.
 
-        Raises `UserError` if a model's file is damaged or the result cannot be written.
+        Raises `UserError` if a model's file is damaged.
         """
         write_configs(self.config, directory, str(self.dtype).removeprefix("torch."))
         shapes = {place.name: (place.shape, place.dtype) for place in self.places}
-        try:
-            write_tensors(directory / WEIGHTS, shapes, self._tensors(progress))
-        except OSError as error:
-            raise UserError(f"{directory}: the model cannot be written: {error}") from None
+        write_tensors(directory / WEIGHTS, shapes, self._tensors(progress))
 
     def _tensors(self, progress: Callable[[int], None]) -> Iterator[tuple[str, Tensor]]:
+        written = 0
         for place in self.places:
             tensor = merged_tensor(self.recipe, place)
             yield place.name, tensor
-            progress(tensor.nbytes)
+            written += tensor.nbytes
+            progress(written)
 
 
 def plan_merge(recipe: MergeRecipe, directories: Mapping[str, Path]) -> Merge:

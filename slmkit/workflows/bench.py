@@ -33,10 +33,11 @@ from slmkit.generation.sampling_settings import SamplingSettings
 from slmkit.model.config import PRESETS, SLMConfig
 from slmkit.model.files.directory import empty_decoder
 from slmkit.model.initialization import build_decoder
-from slmkit.model.sizes import flops_per_token, parameter_count
+from slmkit.model.sizes import parameter_count
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.estimate.memory import MemoryProfile
 from slmkit.training.estimate.probe import Probe, probe
+from slmkit.training.logging.throughput import StepFlops
 from slmkit.training.recipe.recipe import TrainSettings
 
 BATCHES = (1, 8)  # sequences generated at once
@@ -82,11 +83,10 @@ def training_speed(preset: str, settings: TrainSettings, steps: int) -> Training
     """Speed of `steps` real training steps of a new model of a preset on random tokens."""
     device = find_device(settings.device, settings.precision)
     model = empty_decoder(SLMConfig.from_preset(preset))
-    a = model.architecture
     measured = probe(MemoryProfile(model), settings, device, steps)
-    flops = flops_per_token(a, settings.sequence_length or a.max_positions)
-    mfu = measured.tokens_per_second * (flops.forward + flops.backward) / measured_peak(device)
-    return TrainingSpeed(parameter_count(a), measured, mfu)
+    flops = StepFlops(model, settings.sequence_length or model.architecture.max_positions).of_step(1, 1)
+    mfu = measured.tokens_per_second * flops / measured_peak(device)
+    return TrainingSpeed(parameter_count(model.architecture), measured, mfu)
 
 
 def decoding_speed(model: str, prompt: int, new: int, rounds: int, device: str) -> list[DecodingSpeed]:

@@ -87,7 +87,7 @@ def new_directory(final: Path) -> Iterator[Path]:
         os.rename(fresh, final)
         sync(final.parent)
     except OSError as error:
-        raise UserError(f"{final}: the model cannot be written: {error.strerror or error}") from None
+        raise UserError(f"{final}: the model cannot be written: {error}") from None
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 

@@ -31,18 +31,18 @@ ROWS_AT_ONCE = 16  # rows per batch without gradients
 BALANCED = (1.0, 4 / 3)  # weight × number of good answers over that of bad ones: arXiv:2402.01306, equation (8)
 
 
-def preference_work(m: RecipeContext) -> ObjectiveParts:
+def preference_parts(m: RecipeContext) -> ObjectiveParts:
     """Objective parts of DPO and the other losses of pairs."""
     settings = m.recipe.preference
-    return _work(m, lambda shards: PairRows(shards, m.length), Preference(settings), settings.needs_reference)
+    return _parts(m, lambda shards: PairRows(shards, m.length), Preference(settings), settings.needs_reference)
 
 
-def kto_work(m: RecipeContext) -> ObjectiveParts:
+def kto_parts(m: RecipeContext) -> ObjectiveParts:
     """Objective parts of KTO: answers with a label each."""
     labels = np.concatenate([shards.labels for shards in m.corpus.train])
     if hint := weights_hint(int(labels.sum()), int((~labels).sum()), m.recipe.kto):
         m.reporter.say(hint)
-    return _work(m, lambda shards: JudgedRows(shards, m.length, m.recipe.seed), Kto(m.recipe.kto), True)
+    return _parts(m, lambda shards: JudgedRows(shards, m.length, m.recipe.seed), Kto(m.recipe.kto), True)
 
 
 def weights_hint(good: int, bad: int, settings: KtoSettings) -> str | None:
@@ -61,7 +61,7 @@ def weights_hint(good: int, bad: int, settings: KtoSettings) -> str | None:
     )
 
 
-def _work(
+def _parts(
     m: RecipeContext,
     rows_of: Callable[[TokenShards], PairRows | JudgedRows],
     objective: Preference | Kto,
@@ -85,7 +85,7 @@ def _work(
     )
 
 
-def preference_inventory(recipe: Recipe, model: Decoder, tokens: int, device: Device) -> MemoryProfile:
+def preference_memory(recipe: Recipe, model: Decoder, tokens: int, device: Device) -> MemoryProfile:
     """Memory profile with one model: only log-probabilities of the reference are kept."""
     return MemoryProfile(model, readings=(lambda model, beside, length: read_answers(model, 2 * ROWS_AT_ONCE, length),))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import csv
-import functools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -232,16 +231,16 @@ def table_rows(file: File, start: Position, formats: RowFormats | None = None) -
     """
     number, behind = start.get("row", 0), 0
     with file.open() as stream:
-        names, rows, groups = (_row_groups if file.kind == ".parquet" else _record_batches)(stream)
+        names, rows, read = (_row_groups if file.kind == ".parquet" else _record_batches)(stream)
         columns = _check_columns(file.name, names, formats, max(rows - number, 1))
         unread = [name for name in names if name not in columns]
-        for size, read in groups:
+        for size, batches in read(columns):
             first, behind = behind, behind + size
             if behind <= number:
                 continue
             skip = max(number - first, 0)
             try:
-                for batch in read(columns=columns):
+                for batch in batches:
                     for value in _values(batch.slice(skip)):
                         number += 1
                         place = f"{file.name}: row {number}"
@@ -258,17 +257,18 @@ def table_rows(file: File, start: Position, formats: RowFormats | None = None) -
                 number = behind
 
 
-# Column names, the number of rows as far as known, and of each group of rows its size and how to read its batches.
-Table: TypeAlias = tuple[list[str], int, Iterable[tuple[int, Callable[..., Iterable[Any]]]]]
+# Column names, the number of rows as far as known, and from columns to each group's size and batches of rows.
+Table: TypeAlias = tuple[list[str], int, Callable[[list[str]], Iterator[tuple[int, Iterable[Any]]]]]
 
 
 def _row_groups(stream: BinaryIO) -> Table:
     parquet = pyarrow().parquet.ParquetFile(stream)
-    groups = (
-        (parquet.metadata.row_group(group).num_rows, functools.partial(parquet.iter_batches, PARQUET_BATCH, [group]))
-        for group in range(parquet.num_row_groups)
-    )
-    return parquet.schema_arrow.names, parquet.metadata.num_rows, groups
+
+    def read(columns: list[str]) -> Iterator[tuple[int, Iterable[Any]]]:
+        for group in range(parquet.num_row_groups):
+            yield parquet.metadata.row_group(group).num_rows, parquet.iter_batches(PARQUET_BATCH, [group], columns)
+
+    return parquet.schema_arrow.names, parquet.metadata.num_rows, read
 
 
 def _record_batches(stream: BinaryIO) -> Table:
@@ -280,11 +280,7 @@ def _record_batches(stream: BinaryIO) -> Table:
     except arrow.ArrowInvalid:
         opened = arrow.ipc.open_file(stream)
         batches = map(opened.get_batch, range(opened.num_record_batches))
-    return opened.schema.names, 0, ((len(batch), functools.partial(_selected, batch)) for batch in batches)
-
-
-def _selected(batch: Any, columns: list[str]) -> list[Any]:
-    return [batch.select(columns)]
+    return opened.schema.names, 0, lambda columns: ((len(batch), [batch.select(columns)]) for batch in batches)
 
 
 def _values(batch: Any) -> list[Any]:
