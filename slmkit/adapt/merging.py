@@ -40,17 +40,16 @@ PARALLEL = 0.9995
 
 @dataclass(frozen=True)
 class Place:
-    """One tensor of the result: its source in each model, its depth (0 to 1), and its stored type."""
+    """One tensor of the result: its sources (that of the base first), its depth (0 to 1), and its stored type."""
 
     name: str
-    base: StoredTensor | None
-    parts: list[StoredTensor]
+    sources: list[StoredTensor]
     depth: float
     dtype: torch.dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.parts[0].shape
+        return self.sources[0].shape
 
     @property
     def size(self) -> int:
@@ -69,11 +68,10 @@ class Place:
 
     def read(self, rows: slice) -> list[Tensor]:
         """The rows [rows, ...] of all models, base first, in float32. Raises `UserError` for NaN or infinity."""
-        sources = (*([self.base] if self.base else []), *self.parts)
-        read = [(stored, stored.read(rows).float()) for stored in sources]
-        for stored, tensor in read:
+        read = [stored.read(rows).float() for stored in self.sources]
+        for stored, tensor in zip(self.sources, read):
             expect_finite(tensor, f"{stored.path}: {stored.name!r}", "the model is broken: use another checkpoint")
-        return [tensor for _, tensor in read]
+        return read
 
 
 @dataclass(frozen=True)
@@ -138,13 +136,12 @@ def plan_merge(recipe: MergeRecipe, directories: Mapping[str, Path]) -> Merge:
             raise UserError(
                 f"{entry.model}: layer_range is {list(entry.layer_range)}: only whole models are merged here"
             )
-    base = next((tensors[name] for name in _base(recipe)), None)
     places = []
     for theirs, ours in stored_names(decoder.state_dict(), family).items():
-        parts, origin = [tensors[name][theirs] for name in names], base[theirs] if base else None
-        dtypes = [DTYPES[part.spelling] for part in (*parts, *([origin] if origin else []))]
-        dtype = getattr(torch, recipe.dtype) if recipe.dtype else functools.reduce(torch.promote_types, dtypes)
-        place = Place(theirs, origin, parts, _depth(ours[0], decoder.architecture.depth), dtype)
+        sources = [tensors[name][theirs] for name in (*_base(recipe), *names)]
+        widest = functools.reduce(torch.promote_types, [DTYPES[stored.spelling] for stored in sources])
+        dtype = getattr(torch, recipe.dtype) if recipe.dtype else widest
+        place = Place(theirs, sources, _depth(ours[0], decoder.architecture.depth), dtype)
         _weights(recipe, place)
         places.append(place)
     return Merge(recipe, config, places)

@@ -82,9 +82,9 @@ class ShardFolder:
         check_range(ids, self.tokenizer)
         try:
             self._marker(number).unlink(missing_ok=True)
-            file = OpenShard(self.folder, f"{number:05}", masked=False)
+            file = OpenShard(self.folder, f"{number:05}")
             try:
-                file.write(ids.astype(self.dtype, copy=False), ends, None)
+                file.write({"tokens": ids.astype(self.dtype, copy=False), "ends": ends.astype("<i8")})
                 finished = Finished(file.finish(), text_bytes, self._origin(content))
             finally:
                 file.close()
