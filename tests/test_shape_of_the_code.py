@@ -62,8 +62,7 @@ WALKS = {
     "from a shard to a batch": "data/make_batches data/stream data/shards/reader",
     "from a config to the decoder": "model/initialization model/architectures",
     "from the loop to a checkpoint": (
-        "training/fit training/checkpoints/saver training/checkpoints/checkpoint "
-        "training/checkpoints/model_files model/files/directory"
+        "training/fit training/checkpoints/saver training/checkpoints/checkpoint model/files/directory"
     ),
 }
 LINES_IN_A_FUNCTION = 60
