@@ -70,7 +70,7 @@ def prepare(
         told: dict[str, Any] = {"sources": reading.descriptions, "progress": progress}
         if reads is not None:
             encoded = reading.encoded(reads, loaded, length)
-            shards = write_conversations(encoded, loaded, output, judged=judged, **told)
+            shards = write_conversations(encoded, loaded, output, **told)
         elif ray:
             from slmkit.data.prepare.ray import prepare_text_on_ray
 

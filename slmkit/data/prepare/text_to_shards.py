@@ -107,7 +107,6 @@ class TextShards:
             [one.shard for one in shards],
             text_bytes=sum(part.text_bytes for part in parts),
             sources=list(sources),
-            masked=False,
             perfect_loss=perfect_loss,
             shuffle_seed=self.shuffle_seed,
             cleaning=cleaner.report(),
