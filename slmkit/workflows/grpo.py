@@ -203,35 +203,29 @@ class AnswerSampler:
     temperature: float  # 0: greedy
 
     def __call__(self, model: Decoder, prompts: Sequence[np.ndarray], count: int, seed: int) -> list[np.ndarray]:
-        answers: list[np.ndarray] = []
-        at_once = max(1, ROWS_AT_ONCE // count)
-        for start in range(0, len(prompts), at_once):
-            answers += self._in_one_batch(model, prompts[start : start + at_once], count, seed + start)
-        return answers
-
-    def _in_one_batch(self, model: Decoder, prompts: Sequence[np.ndarray], count: int, seed: int) -> list[np.ndarray]:
         pad_id, stops = self.tokenizer.pad_token_id or 0, self.tokenizer.stop_token_ids
-        longest, device = max(map(len, prompts)), model.embedding.weight.device
-        padding = [longest - len(prompt) for prompt in prompts]
-        ids = np.stack([np.pad(prompt, (left, 0), constant_values=pad_id) for prompt, left in zip(prompts, padding)])
-        found = generate_ids(
-            model,
-            torch.from_numpy(ids).to(device),
-            max_new_tokens=self.max_new_tokens,
-            stop_ids=stops,
-            settings=SamplingSettings(temperature=self.temperature, seed=seed % 2**63),
-            pad_token_id=pad_id,
-            padding=torch.tensor(padding, device=device),
-            num_return_sequences=count,
-            known=self.tokenizer.known_ids,
-        )
-        return [_until_its_end(row, stops) for row in found[:, longest:].cpu().numpy()]
-
-
-def _until_its_end(ids: np.ndarray, stops: set[int]) -> np.ndarray:
-    """The tokens of an answer up to its first end token, inclusive.  [new] → [at most new]"""
-    ends = np.flatnonzero(np.isin(ids, [*stops]))
-    return ids[: ends[0] + 1] if len(ends) else ids
+        device, at_once = model.embedding.weight.device, max(1, ROWS_AT_ONCE // count)
+        answers: list[np.ndarray] = []
+        for start in range(0, len(prompts), at_once):
+            chosen = prompts[start : start + at_once]
+            longest = max(map(len, chosen))
+            padding = [longest - len(prompt) for prompt in chosen]
+            ids = np.stack([np.pad(prompt, (left, 0), constant_values=pad_id) for prompt, left in zip(chosen, padding)])
+            found = generate_ids(
+                model,
+                torch.from_numpy(ids).to(device),
+                max_new_tokens=self.max_new_tokens,
+                stop_ids=stops,
+                settings=SamplingSettings(temperature=self.temperature, seed=(seed + start) % 2**63),
+                pad_token_id=pad_id,
+                padding=torch.tensor(padding, device=device),
+                num_return_sequences=count,
+                known=self.tokenizer.known_ids,
+            )
+            for answer in found[:, longest:].cpu().numpy():  # [new]
+                ends = np.flatnonzero(np.isin(answer, [*stops]))
+                answers.append(answer[: ends[0] + 1] if len(ends) else answer)
+        return answers
 
 
 def judge_of(tokenizer: SLMTokenizer, name: str) -> Judge:
