@@ -17,8 +17,8 @@ import numpy as np
 
 from slmkit.config import UserError
 from slmkit.data.cleaning.cleaner import Cleaner
-from slmkit.data.cleaning.settings import CleaningSettings
 from slmkit.data.prepare.ordered_map import ordered_map
+from slmkit.data.settings import CleaningSettings
 from slmkit.data.shards.folder import Finished, ShardFolder
 from slmkit.data.shards.reader import Header, TokenShards
 from slmkit.data.shards.work import (
