@@ -17,8 +17,7 @@ from slmkit.data.sources.turns import shown
 from slmkit.hub import one_line
 
 PARQUET_BATCH = 256  # rows converted from columns at once
-# Surrogates, or escapes that may be one; a lone surrogate is not text and cannot be tokenized.
-MAY_BE_SURROGATE, SURROGATE = re.compile(r"\\u[dD]|[\ud800-\udfff]"), re.compile("[\ud800-\udfff]")
+SURROGATE_ESCAPE = re.compile(r"\\u[dD]")  # of one half of a pair
 JSON_TOKEN = re.compile(r'"(?:[^"\\]++|\\.)*+"|["\[\]{},]', re.DOTALL)  # a text, the beginning of one, or punctuation
 
 
@@ -147,9 +146,12 @@ DECODER = json.JSONDecoder(parse_int=whole_number, object_pairs_hook=_unique_key
 def _json_value(place: str, text: str) -> dict[str, Any] | BadRow:
     """The object in a JSON text, or a `BadRow`; a lone surrogate is not text and cannot be tokenized."""
     try:
+        text.encode()
         row = DECODER.decode(text)
-        if MAY_BE_SURROGATE.search(text) and SURROGATE.search(json.dumps(row, ensure_ascii=False)):
-            return BadRow("not UTF-8", f"{place}: half a surrogate pair (such as \\ud83d alone) is not text")
+        if SURROGATE_ESCAPE.search(text):
+            json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return BadRow("not UTF-8", f"{place}: not UTF-8, or half a surrogate pair (such as \\ud83d alone)")
     except RowError as error:
         return BadRow("not valid JSON", f"{place}: {error}")
     except (ValueError, RecursionError) as error:
