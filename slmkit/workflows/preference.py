@@ -8,14 +8,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import safetensors
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from slmkit.config import UserError
 from slmkit.data.make_batches import stream_of
 from slmkit.data.rows.answers import JudgedRows, PairRows
 from slmkit.data.shards.reader import TokenShards
 from slmkit.device import Device
-from slmkit.files import sync
+from slmkit.files import write_whole
 from slmkit.model.decoder import Decoder
 from slmkit.training.estimate.memory import MemoryProfile, read_answers
 from slmkit.training.loop import Report, State
@@ -111,11 +111,7 @@ def _add_reference(m: RecipeContext, all_rows: Sequence[PairRows | JudgedRows]) 
 
         for name, rows in wanted.items():
             found[name] = reference_log_probabilities(m.model, rows, m.device, ROWS_AT_ONCE, tell)
-        fresh = path.with_name(f".{path.name}")
-        save_file({name: found[name] for name in wanted}, fresh)
-        sync(fresh)
-        fresh.rename(path)
-        sync(path.parent)
+        write_whole(path, save({name: found[name] for name in wanted}))
     for name, rows in wanted.items():
         rows.reference = found[name]
 

@@ -39,15 +39,11 @@ class ShardWriter:
         directory: str | Path,
         tokenizer: SLMTokenizer,
         *,
-        masked: bool = False,
-        judged: bool = False,
         sources: Sequence[dict[str, Any]] = (),
-        perfect_loss: float | None = None,
         shard_tokens: int = SHARD_TOKENS,
     ) -> None:
         self.directory = Path(directory).absolute()
-        self.tokenizer, self.sources, self.perfect_loss = tokenizer, list(sources), perfect_loss
-        self.masked, self.judged, self.shard_tokens = masked, judged, shard_tokens
+        self.tokenizer, self.sources, self.shard_tokens = tokenizer, list(sources), shard_tokens
         self.dtype = dtype_of(tokenizer)
         self.tokens = self.text_bytes = 0
         self.shards: list[Shard] = []
@@ -74,8 +70,8 @@ class ShardWriter:
         """Append tokens [n] of any number of documents.
 
         `ends` [documents]: one past the last token of each document that ends here, counted from `ids[0]`; the last one
-        may continue in the next call. `trained` [n]: which tokens are learned, for masked shards. `labels` [documents]:
-        which of the documents that end here are good, for judged ones. `text_bytes`: UTF-8 size of the text. Raises
+        may continue in the next call. `trained` [n]: which tokens are learned; `labels` [documents]: which of the
+        documents that end here are good; each in all calls or in none. `text_bytes`: UTF-8 size of the text. Raises
         `ValueError` for a token outside the vocabulary.
         """
         check_range(ids, self.tokenizer)
@@ -130,9 +126,7 @@ class ShardWriter:
             self.shards,
             text_bytes=self.text_bytes,
             sources=self.sources,
-            masked=self.masked,
-            judged=self.judged,
-            perfect_loss=self.perfect_loss,
+            perfect_loss=None,
         )
         complete(self.partial, self.directory, header)
 
