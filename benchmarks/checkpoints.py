@@ -23,7 +23,7 @@ from slmkit.device import find_device, keep_freed_memory
 from slmkit.model.config import SLMConfig
 from slmkit.model.initialization import build_decoder
 from slmkit.tokenizer import SLMTokenizer
-from slmkit.training.checkpoints.model_files import WholeModel
+from slmkit.training.checkpoints.checkpoint import WholeModel
 from slmkit.training.checkpoints.saver import Saver
 from slmkit.training.logging.metrics_log import environment
 from slmkit.training.loop import Plan, State, train_step

@@ -85,9 +85,7 @@ def encoding(texts: list[str], tokenizer: SLMTokenizer, rounds: int = ROUNDS) ->
 def one_character(texts: list[str], tokenizer: SLMTokenizer, rounds: int = ROUNDS) -> Result:
     """A megabyte of one letter compared with a megabyte of stories: the ratio is stories' time to the letter's."""
     ordinary = "\n".join(texts)[: 1 << 20]
-    result = side_by_side(
-        lambda: tokenizer.encode_array("a" * len(ordinary)), lambda: tokenizer.encode_array(ordinary), rounds
-    )
+    result = side_by_side(lambda: tokenizer.encode("a" * len(ordinary)), lambda: tokenizer.encode(ordinary), rounds)
     return result | {"times ordinary text": round(1 / result["ratio"]["median"], 3)}
 
 
@@ -117,7 +115,7 @@ def conversations(texts: list[str], tokenizer: SLMTokenizer, folder: Path, round
 
     def one_by_one() -> None:
         for talk in talks:
-            tokenizer.encode_chat_rows(talk)
+            tokenizer.encode_rendered([tokenizer.render_chat(talk)])
 
     result = side_by_side(prepare, one_by_one, rounds)
     shares = [processor_seconds(one_by_one) / processor_seconds(prepare) for _ in range(rounds)]

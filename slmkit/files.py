@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write `text` to `path` atomically: a reader sees the old content or the new, never a part."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write `content` to `path` atomically: a reader sees the old content or the new, never a part."""
     fresh = path.with_name(f".{path.name}-{os.getpid()}")
     try:
-        fresh.write_text(text, encoding="utf-8")
+        fresh.write_bytes(content.encode() if isinstance(content, str) else content)
         sync(fresh)
         os.replace(fresh, path)
     finally:

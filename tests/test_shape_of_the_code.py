@@ -46,7 +46,7 @@ CODE_LINES = {
 LINES_IN_A_FILE = 400
 LEAST_LINES_IN_A_FILE = 40
 SMALL_FILES = {  # each is a thing of its own, that others would not be looked for in
-    "__main__.py", "cli/__main__.py", "cli/push.py", "data/cleaning/settings.py", "files.py",
+    "__main__.py", "cli/__main__.py", "cli/push.py", "files.py",
     "model/norms.py",
 }  # fmt: skip
 ENTRIES_IN_A_FOLDER = 18
@@ -62,8 +62,7 @@ WALKS = {
     "from a shard to a batch": "data/make_batches data/stream data/shards/reader",
     "from a config to the decoder": "model/initialization model/architectures",
     "from the loop to a checkpoint": (
-        "training/fit training/checkpoints/saver training/checkpoints/checkpoint "
-        "training/checkpoints/model_files model/files/directory"
+        "training/fit training/checkpoints/saver training/checkpoints/checkpoint model/files/directory"
     ),
 }
 LINES_IN_A_FUNCTION = 60

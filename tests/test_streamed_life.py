@@ -12,8 +12,8 @@ from slmkit.config import load_settings
 from slmkit.training.loop import RunStopped, StopRequested
 from slmkit.training.recipe.recipe import Recipe
 from slmkit.workflows.resume import resume_run
-from slmkit.workflows.train import evaluate_run, train_recipe
-from tests.test_life import Silent
+from slmkit.workflows.train import train_recipe
+from tests.test_life import Silent, evaluated
 
 WORDS = {"foxes": "the fox ran over the hill and sang", "owls": "an owl sat in a tree and slept"}
 
@@ -79,7 +79,7 @@ def test_a_stopped_stream_goes_on_with_exactly_the_next_batch(
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
     assert [line for line in logged(stopped) if line["step"] % 3 == 0] == logged(whole)
     assert not (whole / "data" / "train").exists()
-    assert evaluate_run(stopped).report.loss == evaluate_run(whole).report.loss
+    assert evaluated(stopped).loss == evaluated(whole).loss
 
 
 def test_realised_shares_are_logged(sources: list[dict], tmp_path: Path) -> None:

@@ -26,8 +26,17 @@ from slmkit.config import UserError
 from slmkit.model.architectures import Architecture, architecture_of
 from slmkit.model.config import TRAINING_FIELDS, SLMConfig
 from slmkit.model.families import family_of
-from slmkit.model.files.directory import WEIGHTS, empty_decoder, open_weights, stored_names, write_configs
-from slmkit.model.files.stored import DTYPES, StoredTensor, expect_finite, write_tensors
+from slmkit.model.files.directory import (
+    DTYPES,
+    WEIGHTS,
+    StoredTensor,
+    empty_decoder,
+    expect_finite,
+    open_weights,
+    stored_names,
+    write_configs,
+    write_tensors,
+)
 
 # Config fields in which merged models may differ; the result has those of the first.
 MAY_DIFFER = TRAINING_FIELDS | {
@@ -40,17 +49,16 @@ PARALLEL = 0.9995
 
 @dataclass(frozen=True)
 class Place:
-    """One tensor of the result: its source in each model, its depth (0 to 1), and its stored type."""
+    """One tensor of the result: its sources (that of the base first), its depth (0 to 1), and its stored type."""
 
     name: str
-    base: StoredTensor | None
-    parts: list[StoredTensor]
+    sources: list[StoredTensor]
     depth: float
     dtype: torch.dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.parts[0].shape
+        return self.sources[0].shape
 
     @property
     def size(self) -> int:
@@ -69,11 +77,10 @@ class Place:
 
     def read(self, rows: slice) -> list[Tensor]:
         """The rows [rows, ...] of all models, base first, in float32. Raises `UserError` for NaN or infinity."""
-        sources = (*([self.base] if self.base else []), *self.parts)
-        read = [(stored, stored.read(rows).float()) for stored in sources]
-        for stored, tensor in read:
+        read = [stored.read(rows).float() for stored in self.sources]
+        for stored, tensor in zip(self.sources, read):
             expect_finite(tensor, f"{stored.path}: {stored.name!r}", "the model is broken: use another checkpoint")
-        return [tensor for _, tensor in read]
+        return read
 
 
 @dataclass(frozen=True)
@@ -98,22 +105,21 @@ class Merge:
         return sum(place.size * place.dtype.itemsize for place in self.places)
 
     def write(self, directory: Path, progress: Callable[[int], None] = lambda written: None) -> None:
-        """Write config and weights into a new `directory`; `progress` is called with the bytes of each tensor written.
+        """Write config and weights into a new `directory`; `progress` is called with the bytes written so far.
 
-        Raises `UserError` if a model's file is damaged or the result cannot be written.
+        Raises `UserError` if a model's file is damaged.
         """
         write_configs(self.config, directory, str(self.dtype).removeprefix("torch."))
         shapes = {place.name: (place.shape, place.dtype) for place in self.places}
-        try:
-            write_tensors(directory / WEIGHTS, shapes, self._tensors(progress))
-        except OSError as error:
-            raise UserError(f"{directory}: the model cannot be written: {error}") from None
+        write_tensors(directory / WEIGHTS, shapes, self._tensors(progress))
 
     def _tensors(self, progress: Callable[[int], None]) -> Iterator[tuple[str, Tensor]]:
+        written = 0
         for place in self.places:
             tensor = merged_tensor(self.recipe, place)
             yield place.name, tensor
-            progress(tensor.nbytes)
+            written += tensor.nbytes
+            progress(written)
 
 
 def plan_merge(recipe: MergeRecipe, directories: Mapping[str, Path]) -> Merge:
@@ -139,13 +145,12 @@ def plan_merge(recipe: MergeRecipe, directories: Mapping[str, Path]) -> Merge:
             raise UserError(
                 f"{entry.model}: layer_range is {list(entry.layer_range)}: only whole models are merged here"
             )
-    base = next((tensors[name] for name in _base(recipe)), None)
     places = []
     for theirs, ours in stored_names(decoder.state_dict(), family).items():
-        parts, origin = [tensors[name][theirs] for name in names], base[theirs] if base else None
-        dtypes = [DTYPES[part.spelling] for part in (*parts, *([origin] if origin else []))]
-        dtype = getattr(torch, recipe.dtype) if recipe.dtype else functools.reduce(torch.promote_types, dtypes)
-        place = Place(theirs, origin, parts, _depth(ours[0], decoder.architecture.depth), dtype)
+        sources = [tensors[name][theirs] for name in (*_base(recipe), *names)]
+        widest = functools.reduce(torch.promote_types, [DTYPES[stored.spelling] for stored in sources])
+        dtype = getattr(torch, recipe.dtype) if recipe.dtype else widest
+        place = Place(theirs, sources, _depth(ours[0], decoder.architecture.depth), dtype)
         _weights(recipe, place)
         places.append(place)
     return Merge(recipe, config, places)

@@ -22,8 +22,7 @@ from slmkit.data.stream import Batches, Rows, Stream
 from slmkit.device import Device, find_device
 from slmkit.model.config import TRAINING_FIELDS, SLMConfig
 from slmkit.model.files.adapter_directory import LoRASettings, is_adapter
-from slmkit.training.checkpoints.checkpoint import kept_in
-from slmkit.training.checkpoints.model_files import WholeModel
+from slmkit.training.checkpoints.checkpoint import WholeModel, kept_in
 from slmkit.training.diagnostics.xray_page import look
 from slmkit.training.distributed import Group, join
 from slmkit.training.fit import RunContext, fit

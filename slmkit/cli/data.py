@@ -48,7 +48,7 @@ def prepare(
     """
     from slmkit.cli.show import TerminalReporter, counted, progress_bar
     from slmkit.config import load_settings
-    from slmkit.data.cleaning.settings import CleaningSettings
+    from slmkit.data.settings import CleaningSettings
     from slmkit.find import find_tokenizer_directory
     from slmkit.tokenizer import SLMTokenizer
 
@@ -70,7 +70,7 @@ def prepare(
         told: dict[str, Any] = {"sources": reading.descriptions, "progress": progress}
         if reads is not None:
             encoded = reading.encoded(reads, loaded, length)
-            shards = write_conversations(encoded, loaded, output, judged=judged, **told)
+            shards = write_conversations(encoded, loaded, output, **told)
         elif ray:
             from slmkit.data.prepare.ray import prepare_text_on_ray
 

@@ -85,14 +85,11 @@ def _merge(recipe: str, overrides: list[str], print_config: bool, dry_run: bool)
     )
     if dry_run:
         return
-    written = 0
+    size = prepared.bytes
     with progress_bar("merging") as show:
-
-        def progress(more: int) -> None:
-            nonlocal written
-            written += more
-            show(f"{written / 1e6:,.0f} of {prepared.bytes / 1e6:,.0f} MB", written / prepared.bytes, written)
-
-        output = write_merge(prepared, progress)
+        output = write_merge(
+            prepared,
+            lambda written: show(f"{written / 1e6:,.0f} of {size / 1e6:,.0f} MB", written / size, written),
+        )
     print(f"model: {output}")
     print(f"next: {suggestion(output, loaded.merged[0].model)}")

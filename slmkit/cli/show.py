@@ -8,13 +8,13 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+from slmkit.training.logging.progress import bar_or_lines, clock
 
 if TYPE_CHECKING:
     from slmkit.generation.ensemble import LanguageModel
@@ -57,7 +57,7 @@ class TerminalReporter:
                 line = f"{label}: {documents:,}/{total:,} rows, {tokens:,} tokens"
                 if documents > first:
                     seconds = (time.monotonic() - began) / (documents - first) * (total - documents)
-                    line += f", {timedelta(seconds=round(seconds))} left"
+                    line += f", {clock(seconds)} left"
             if self.console.is_terminal:
                 self.is_counting = True
                 sys.stderr.write(f"\r{line}\x1b[K")
@@ -69,33 +69,27 @@ class TerminalReporter:
         return update
 
 
-class Show(Protocol):
-    """Shows figures, the time left by the share done (None if it is not known), and the rate of the bytes done."""
-
-    def __call__(self, figures: str, share: float | None, done_bytes: int | None = None) -> None: ...
-
-
 @contextlib.contextmanager
-def progress_bar(label: str) -> Iterator[Show]:
-    """A bar on a terminal, elsewhere a plain line every few seconds."""
-    console = Console(stderr=True, highlight=False)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}"))
-    bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
-    task = bar.add_task(label, total=None, figures="")
+def progress_bar(label: str) -> Iterator[Callable[..., None]]:
+    """A bar on a terminal, elsewhere a plain line every few seconds.
+
+    Gives a function of figures and of the share done (None if it is not known), for the time left; with the bytes done
+    as `done_bytes` it also shows their rate.
+    """
     began = shown = time.monotonic()
+    with bar_or_lines(label, Console(stderr=True)) as show_line:
 
-    def show(figures: str, share: float | None, done_bytes: int | None = None) -> None:
-        nonlocal shown
-        now = time.monotonic()
-        if done_bytes is not None:
-            figures += f", {done_bytes / max(now - began, 1e-3) / 1e6:.1f} MB/s"
-        bar.update(task, total=None if share is None else 1.0, completed=share or 0.0, figures=figures)
-        if not console.is_terminal and now - shown >= SECONDS_BETWEEN_LINES:
-            shown = now
-            left = f", {(now - began) * (1 - share) / share:.0f} s left" if share else ""
-            console.print(f"{label}: {figures}{left}", soft_wrap=True, markup=False)
+        def show(figures: str, share: float | None, done_bytes: int | None = None) -> None:
+            nonlocal shown
+            now = time.monotonic()
+            if done_bytes is not None:
+                figures += f", {done_bytes / max(now - began, 1e-3) / 1e6:.1f} MB/s"
+            if share:
+                figures += f", {clock((now - began) * (1 - share) / share)} left"
+            is_due = now - shown >= SECONDS_BETWEEN_LINES
+            shown = now if is_due else shown
+            show_line(figures, share, is_due)
 
-    with bar if console.is_terminal else contextlib.nullcontext():
         yield show
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,24 +17,6 @@ from slmkit.generation.sampling_settings import SamplingSettings
 Rule = Callable[[Tensor, Tensor], Tensor]
 NEVER = -torch.inf
 FEW = 64  # candidates that `top_p` sorts first
-
-
-def rules_of(settings: SamplingSettings) -> list[Rule]:
-    """The rules that have an effect with these settings, in order. Greedy decoding uses only the repetition penalty."""
-    rules: list[Rule] = []
-    if settings.repetition_penalty != 1:
-        rules.append(repetition_penalty(settings.repetition_penalty))
-    if settings.is_greedy:
-        return rules
-    if settings.temperature != 1:
-        rules.append(temperature(settings.temperature))
-    if settings.top_k:
-        rules.append(top_k(settings.top_k))
-    if settings.top_p < 1:
-        rules.append(top_p(settings.top_p))
-    if settings.min_p:
-        rules.append(min_p(settings.min_p))
-    return rules
 
 
 def repetition_penalty(penalty: float) -> Rule:
@@ -88,6 +71,23 @@ def min_p(p: float) -> Rule:
         return logits.masked_fill(probabilities < p * probabilities.amax(-1, keepdim=True), NEVER)
 
     return rule
+
+
+# Each setting with its value that changes nothing, in transformers' order.
+RULES: tuple[tuple[str, float, Callable[[Any], Rule]], ...] = (
+    ("repetition_penalty", 1, repetition_penalty),
+    ("temperature", 1, temperature),
+    ("top_k", 0, top_k),
+    ("top_p", 1, top_p),
+    ("min_p", 0, min_p),
+)
+
+
+def rules_of(settings: SamplingSettings) -> list[Rule]:
+    """The rules that have an effect with these settings, in order. Greedy decoding uses only the repetition penalty."""
+    values = [(getattr(settings, name), neutral, rule) for name, neutral, rule in RULES]
+    used = values[:1] if settings.is_greedy else values
+    return [rule(value) for value, neutral, rule in used if value != neutral]
 
 
 class Sampler:

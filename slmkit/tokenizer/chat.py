@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -244,7 +244,13 @@ def shield(
     token overlapping it is read as the template's own. It is '' if no message contains a special token.
     """
     check_messages(messages)
-    said = list(_strings([list(messages), tools]))
+    said: list[str] = []
+
+    def noted(text: str) -> str:
+        said.append(text)
+        return text
+
+    _changed([list(messages), tools], noted)
     if not any(special.search(text) for text in said):
         return list(messages), tools, ""
     marker = next((mark for mark in NONCHARACTERS if not any(mark in text for text in said)), "")
@@ -253,25 +259,19 @@ def shield(
             "this conversation uses all noncharacters U+FDD0 to U+FDEF, which are no text: remove one"
         )
 
-    def marked(value: Any) -> Any:
-        if isinstance(value, str):
-            return special.sub(lambda match: "".join(character + marker for character in match[0]), value)
-        if isinstance(value, Mapping):
-            return {key if key in ("role", "type") else marked(key): marked(part) for key, part in value.items()}
-        return [marked(part) for part in value] if isinstance(value, list | tuple) else value
+    def marked(text: str) -> str:
+        return special.sub(lambda match: "".join(character + marker for character in match[0]), text)
 
-    return marked(list(messages)), marked(tools), marker
+    return *_changed([list(messages), tools], marked), marker
 
 
-def _strings(value: Any) -> Iterator[str]:
-    """All strings in a JSON value."""
+def _changed(value: Any, change: Callable[[str], str]) -> Any:
+    """A JSON value with all its strings changed, except the keys `role` and `type`."""
     if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from _strings([*value, *value.values()])
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _strings(part)
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key if key in ("role", "type") else change(key): _changed(part, change) for key, part in value.items()}
+    return [_changed(part, change) for part in value] if isinstance(value, list | tuple) else value
 
 
 def check_messages(messages: Sequence[Message], add_generation_prompt: bool = False) -> None:

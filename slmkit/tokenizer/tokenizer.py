@@ -24,7 +24,7 @@ from slmkit.tokenizer.byte_level import SPECIALS
 from slmkit.tokenizer.calling import CallableTokenizer
 from slmkit.tokenizer.chat import ChatTokens, Message, Tools
 from slmkit.tokenizer.directory import ChatFormat, find_format
-from slmkit.tokenizer.encoder import PROBE, ChatRow, RenderedChat, RenderedRow, TextEncoder, rows_to_learn
+from slmkit.tokenizer.encoder import PROBE, ChatRow, RenderedChat, RenderedRow, TextEncoder
 
 # End-of-text tokens, tried in this order if neither the config nor the chat template names one.
 ENDS_OF_TEXT = (byte_level.END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
@@ -184,12 +184,8 @@ class SLMTokenizer(CallableTokenizer):
             raise UserError(f"encode: expected one text, found {type(text).__name__}; for several: encode_batch")
         return self._encoder.encode_special(text) if allow_special else self._encoder.encode(text)
 
-    def encode_array(self, text: str) -> np.ndarray:
-        """`encode` as uint32 [tokens], without a Python integer per token."""
-        return self._encoder.encode_array(text)
-
     def encode_batch(self, texts: Sequence[str], threads: int | None = None) -> list[np.ndarray]:
-        """`encode_array` of each text, uint32 [tokens] each, on `threads` threads (default: one per core)."""
+        """`encode` of each text, uint32 [tokens] each, on `threads` threads (default: one per core)."""
         return self._encoder.encode_batch(texts, threads)
 
     def check_losses(self) -> None:
@@ -279,14 +275,6 @@ class SLMTokenizer(CallableTokenizer):
         (rows,) = self.encode_rendered([self.render_chat(messages, add_generation_prompt, tools, switches)], threads=1)
         return rows[-1].to_lists()
 
-    def encode_chat_rows(self, messages: Sequence[Message], tools: Tools | None = None) -> list[ChatTokens]:
-        """Token rows for training on a conversation; each of the assistant's turns is learned in exactly one row.
-
-        There are several rows if the template rewrites earlier turns (see `chat.rows_of_segments`).
-        """
-        (rows,) = self.encode_rendered([self.render_chat(messages, tools=tools)], threads=1)
-        return [row.to_lists() for row in rows_to_learn(rows)]
-
     def render_chat(
         self,
         messages: Sequence[Message],
@@ -316,7 +304,7 @@ class SLMTokenizer(CallableTokenizer):
         return RenderedRow(text, learned, shielded=own is not None)
 
     def encode_rendered(self, chats: Sequence[RenderedChat], threads: int | None = None) -> list[list[ChatRow]]:
-        """All rows of each conversation, on `threads` threads (default: one per core)."""
+        """All rows of each conversation, on `threads` threads (default: one per core); see `rows_to_learn`."""
         rows = iter(self._encoder.encode_rows([row for chat in chats for row in chat], threads))
         return [[next(rows) for _ in chat] for chat in chats]
 

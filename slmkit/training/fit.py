@@ -17,8 +17,8 @@ from slmkit.device import Device, keep_freed_memory
 from slmkit.model.config import SLMConfig
 from slmkit.model.decoder import Decoder
 from slmkit.training.checkpoints import checkpoint as checkpoints
+from slmkit.training.checkpoints.checkpoint import ModelFiles
 from slmkit.training.checkpoints.flight_recorder import FlightRecorder
-from slmkit.training.checkpoints.model_files import ModelFiles
 from slmkit.training.checkpoints.saver import Saver, best_checkpoint, point_links
 from slmkit.training.compilation import compile_blocks, compile_pays, uncompiled
 from slmkit.training.distributed import ALONE, Group

@@ -74,7 +74,7 @@ def distill_batches(m: RecipeContext) -> tuple[Stream | StreamedBatches, Distill
     return batches, _objective(settings, tokens, decoder)
 
 
-def distill_inventory(recipe: Recipe, model: Decoder, tokens: int, device: Device) -> MemoryProfile:
+def distill_memory(recipe: Recipe, model: Decoder, tokens: int, device: Device) -> MemoryProfile:
     """Memory profile with a teacher in memory, or with cached logits."""
     settings = _settings_of(recipe)
     k = min(settings.top_k, tokens)

@@ -50,7 +50,7 @@ REWARD_DIGEST = "reward.sha256"  # in a run's data folder
 ROWS_AT_ONCE = 128  # answers sampled in one batch
 
 
-def grpo_work(m: RecipeContext) -> ObjectiveParts:
+def grpo_parts(m: RecipeContext) -> ObjectiveParts:
     """Objective parts of GRPO; batches are sampled from the current model. Raises `UserError` for several sources."""
     settings = m.recipe.grpo
     if len(m.corpus.train) > 1:
@@ -88,7 +88,7 @@ def _expect_the_same_reward(m: RecipeContext) -> None:
         write_whole(stored, digest)
 
 
-def grpo_inventory(recipe: Recipe, model: Decoder, tokens: int, device: Device) -> MemoryProfile:
+def grpo_memory(recipe: Recipe, model: Decoder, tokens: int, device: Device) -> MemoryProfile:
     """Memory profile: a batch of answers is sampled, and with `beta` the reference reads all of a step at once."""
     settings = recipe.grpo
     count, new = settings.num_generations, settings.max_new_tokens

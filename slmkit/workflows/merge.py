@@ -21,8 +21,7 @@ from slmkit.find import find_model_directory, free_path
 from slmkit.generation.ensemble import common_tokenizer
 from slmkit.hub import at_commit
 from slmkit.model.files.adapter_directory import base_of, find_adapter, is_adapter
-from slmkit.model.files.directory import load_decoder, save_decoder
-from slmkit.model.files.stored import expect_finite
+from slmkit.model.files.directory import expect_finite, load_decoder, save_decoder
 from slmkit.tokenizer import SLMTokenizer
 
 # Files copied from the first model: tokenizer and generation settings.
@@ -87,7 +86,7 @@ def new_directory(final: Path) -> Iterator[Path]:
         os.rename(fresh, final)
         sync(final.parent)
     except OSError as error:
-        raise UserError(f"{final}: the model cannot be written: {error.strerror or error}") from None
+        raise UserError(f"{final}: the model cannot be written: {error}") from None
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 

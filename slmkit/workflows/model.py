@@ -14,7 +14,7 @@ from slmkit.model.decoder import Decoder
 from slmkit.model.files.adapter_directory import is_adapter
 from slmkit.model.initialization import build_decoder, grow_vocabulary
 from slmkit.tokenizer import SLMTokenizer
-from slmkit.training.checkpoints.model_files import ModelFiles, WholeModel
+from slmkit.training.checkpoints.checkpoint import ModelFiles, WholeModel
 from slmkit.training.recipe.recipe import Recipe
 
 

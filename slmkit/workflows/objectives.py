@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from slmkit.data.make_batches import make_batches
 from slmkit.data.stream import ChatRows, DocumentRows
@@ -13,23 +14,13 @@ from slmkit.training.estimate.memory import MemoryProfile
 from slmkit.training.objective import Objective, next_token
 from slmkit.training.recipe.recipe import Recipe
 from slmkit.workflows.context import ObjectiveParts, RecipeContext
-from slmkit.workflows.distill import distill_batches, distill_inventory
-from slmkit.workflows.grpo import grpo_inventory, grpo_work
+from slmkit.workflows.distill import distill_batches, distill_memory
+from slmkit.workflows.grpo import grpo_memory, grpo_parts
 from slmkit.workflows.hooks import Validate
-from slmkit.workflows.preference import kto_work, preference_inventory, preference_work
+from slmkit.workflows.preference import kto_parts, preference_memory, preference_parts
 
 
-def work_of(material: RecipeContext) -> ObjectiveParts:
-    """The parts of the recipe's objective. Raises `UserError` if its settings, model or data do not fit together."""
-    return WORK[material.recipe.objective](material)
-
-
-def inventory_of(recipe: Recipe, model: Decoder, tokens: int, device: Device) -> MemoryProfile:
-    """The memory profile of a run of `model`, on the meta device; `tokens`: size of the tokenizer."""
-    return INVENTORIES[recipe.objective](recipe, model, tokens, device)
-
-
-def text_work(m: RecipeContext) -> ObjectiveParts:
+def text_parts(m: RecipeContext) -> ObjectiveParts:
     """Text or conversations, with a teacher or without; validation is the labels' cross-entropy."""
     recipe = m.recipe
     objective: Objective = next_token
@@ -46,23 +37,26 @@ def text_work(m: RecipeContext) -> ObjectiveParts:
     )
 
 
-def next_token_inventory(recipe: Recipe, model: Decoder, tokens: int, device: Device) -> MemoryProfile:
+def text_memory(recipe: Recipe, model: Decoder, tokens: int, device: Device) -> MemoryProfile:
     return MemoryProfile(model)
 
 
-WORK: dict[str, Callable[[RecipeContext], ObjectiveParts]] = {
-    "pretrain": text_work,
-    "sft": text_work,
-    "distill": text_work,
-    "dpo": preference_work,
-    "kto": kto_work,
-    "grpo": grpo_work,
-}
-INVENTORIES: dict[str, Callable[[Recipe, Decoder, int, Device], MemoryProfile]] = {
-    "pretrain": next_token_inventory,
-    "sft": next_token_inventory,
-    "distill": distill_inventory,
-    "dpo": preference_inventory,
-    "kto": preference_inventory,
-    "grpo": grpo_inventory,
+class Builders(NamedTuple):
+    """What an objective consists of.
+
+    `parts`: its batches, loss and validation in a run. Raises `UserError` if settings, model or data do not fit
+    together. `memory`: the memory profile of a run of a model on the meta device, from the size of the tokenizer.
+    """
+
+    parts: Callable[[RecipeContext], ObjectiveParts]
+    memory: Callable[[Recipe, Decoder, int, Device], MemoryProfile]
+
+
+OBJECTIVES = {
+    "pretrain": Builders(text_parts, text_memory),
+    "sft": Builders(text_parts, text_memory),
+    "distill": Builders(text_parts, distill_memory),
+    "dpo": Builders(preference_parts, preference_memory),
+    "kto": Builders(kto_parts, preference_memory),
+    "grpo": Builders(grpo_parts, grpo_memory),
 }

@@ -37,7 +37,7 @@ from slmkit.workflows.context import SILENCE, ObjectiveParts, RecipeContext, Rep
 from slmkit.workflows.distill import teacher_fingerprint
 from slmkit.workflows.hooks import Sample, with_prompts
 from slmkit.workflows.model import StartingModel, model_for, tokenizer_of_base
-from slmkit.workflows.objectives import inventory_of, work_of
+from slmkit.workflows.objectives import OBJECTIVES
 from slmkit.workflows.preference import REFERENCE
 
 BASE, PREPARED = "model.path", "prepared"
@@ -94,10 +94,10 @@ def prepared_run(
             f"train.sequence_length {length} is longer than the model's max_position_embeddings "
             f"{start.config.max_position_embeddings}: lower the first or raise the second"
         )
-    memory = inventory_of(recipe, meta_model_of(start.decoder), len(corpus.tokenizer), device)
+    memory = OBJECTIVES[recipe.objective].memory(recipe, meta_model_of(start.decoder), len(corpus.tokenizer), device)
     settings = resolve_micro_batch(recipe.train, memory, length, device)
     context.recipe = recipe.model_copy(update={"train": settings})
-    parts = work_of(context)
+    parts = OBJECTIVES[recipe.objective].parts(context)
     if not parts.batches.has(0):
         raise UserError(
             f"the data is too short for one step of {context.rows_per_step} rows of {length} tokens: "

@@ -21,7 +21,7 @@ from slmkit.training.estimate.proposal import RunEstimate, tokens_of
 from slmkit.training.recipe.checks import expect_a_model
 from slmkit.training.recipe.recipe import Recipe
 from slmkit.workflows.distill import with_the_teachers_tokenizer
-from slmkit.workflows.objectives import inventory_of
+from slmkit.workflows.objectives import OBJECTIVES
 
 
 def plan_recipe(recipe: Recipe, measure: bool = True, say: Callable[[str], None] = lambda line: None) -> RunEstimate:
@@ -43,7 +43,7 @@ def plan_recipe(recipe: Recipe, measure: bool = True, say: Callable[[str], None]
         raise UserError("the length of this text is not known before it is read: set train.max_tokens or max_steps")
     rows = _rows_of(recipe, text, length, assumptions)
     steps = recipe.train.total_steps(rows, recipe.tokens_of_row(length))
-    profile = inventory_of(recipe, _meta_model(recipe, config), config.vocab_size, device)
+    profile = OBJECTIVES[recipe.objective].memory(recipe, _meta_model(recipe, config), config.vocab_size, device)
     recipe = recipe.model_copy(update={"train": resolve_micro_batch(recipe.train, profile, length, device)})
     measured = None
     if measure:

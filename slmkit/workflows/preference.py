@@ -8,14 +8,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import safetensors
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from slmkit.config import UserError
 from slmkit.data.make_batches import stream_of
 from slmkit.data.rows.answers import JudgedRows, PairRows
 from slmkit.data.shards.reader import TokenShards
 from slmkit.device import Device
-from slmkit.files import sync
+from slmkit.files import write_whole
 from slmkit.model.decoder import Decoder
 from slmkit.training.estimate.memory import MemoryProfile, read_answers
 from slmkit.training.loop import Report, State
@@ -31,18 +31,18 @@ ROWS_AT_ONCE = 16  # rows per batch without gradients
 BALANCED = (1.0, 4 / 3)  # weight × number of good answers over that of bad ones: arXiv:2402.01306, equation (8)
 
 
-def preference_work(m: RecipeContext) -> ObjectiveParts:
+def preference_parts(m: RecipeContext) -> ObjectiveParts:
     """Objective parts of DPO and the other losses of pairs."""
     settings = m.recipe.preference
-    return _work(m, lambda shards: PairRows(shards, m.length), Preference(settings), settings.needs_reference)
+    return _parts(m, lambda shards: PairRows(shards, m.length), Preference(settings), settings.needs_reference)
 
 
-def kto_work(m: RecipeContext) -> ObjectiveParts:
+def kto_parts(m: RecipeContext) -> ObjectiveParts:
     """Objective parts of KTO: answers with a label each."""
     labels = np.concatenate([shards.labels for shards in m.corpus.train])
     if hint := weights_hint(int(labels.sum()), int((~labels).sum()), m.recipe.kto):
         m.reporter.say(hint)
-    return _work(m, lambda shards: JudgedRows(shards, m.length, m.recipe.seed), Kto(m.recipe.kto), True)
+    return _parts(m, lambda shards: JudgedRows(shards, m.length, m.recipe.seed), Kto(m.recipe.kto), True)
 
 
 def weights_hint(good: int, bad: int, settings: KtoSettings) -> str | None:
@@ -61,7 +61,7 @@ def weights_hint(good: int, bad: int, settings: KtoSettings) -> str | None:
     )
 
 
-def _work(
+def _parts(
     m: RecipeContext,
     rows_of: Callable[[TokenShards], PairRows | JudgedRows],
     objective: Preference | Kto,
@@ -85,7 +85,7 @@ def _work(
     )
 
 
-def preference_inventory(recipe: Recipe, model: Decoder, tokens: int, device: Device) -> MemoryProfile:
+def preference_memory(recipe: Recipe, model: Decoder, tokens: int, device: Device) -> MemoryProfile:
     """Memory profile with one model: only log-probabilities of the reference are kept."""
     return MemoryProfile(model, readings=(lambda model, beside, length: read_answers(model, 2 * ROWS_AT_ONCE, length),))
 
@@ -111,11 +111,7 @@ def _add_reference(m: RecipeContext, all_rows: Sequence[PairRows | JudgedRows]) 
 
         for name, rows in wanted.items():
             found[name] = reference_log_probabilities(m.model, rows, m.device, ROWS_AT_ONCE, tell)
-        fresh = path.with_name(f".{path.name}")
-        save_file({name: found[name] for name in wanted}, fresh)
-        sync(fresh)
-        fresh.rename(path)
-        sync(path.parent)
+        write_whole(path, save({name: found[name] for name in wanted}))
     for name, rows in wanted.items():
         rows.reference = found[name]
 

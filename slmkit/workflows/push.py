@@ -48,10 +48,11 @@ def _card(source: Path, directory: Path, name: str) -> str:
     environment = {}
     with contextlib.suppress(OSError, ValueError):
         environment = json.loads(run.environment.read_text(encoding="utf-8"))
+    base = _base(directory, recipe)  # before the config, which an adapter without its base has not
     return model_card(
         name,
         SLMConfig.from_pretrained(directory),
-        base=_base(directory, recipe),
+        base=base,
         is_adapter=is_adapter(directory),
         recipe=recipe,
         metrics=run.metrics.read(),

@@ -4,16 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
-from slmkit.adapt.load import load_model
-from slmkit.data.prepare.corpus import open_corpus
-from slmkit.data.stream import DocumentRows
 from slmkit.device import Device, find_device
-from slmkit.evaluation import validation_loss
-from slmkit.evaluation.loss import LossReport
-from slmkit.find import find_model_directory
 from slmkit.training.checkpoints.checkpoint import complete_checkpoints
 from slmkit.training.distributed import Group, join
 from slmkit.training.logging.trackers import check_trackers
@@ -85,24 +78,3 @@ def _prepare(
     except BaseException:
         shutil.rmtree(run.root, ignore_errors=True)
         raise
-
-
-@dataclass(frozen=True)
-class RunFigures:
-    """Losses of a run's best model on its validation text."""
-
-    report: LossReport
-    bits_per_byte: float
-    perfect_loss: float | None  # nats per token of the corpus' generator, if it has one
-
-
-def evaluate_run(directory: str | Path) -> RunFigures:
-    """Validation losses of a pretraining run's best checkpoint, in float32, every document in full context."""
-    run = RunDirectory(directory)
-    decoder, config = load_model(find_model_directory(directory))
-    shards = open_corpus(run.data).validation
-    length = load_recipe(run.recipe).train.sequence_length or config.max_position_embeddings
-    separate = load_recipe(run.recipe).data.separate_documents
-    rows, device = DocumentRows(shards, length), find_device("cpu", "float32")
-    report = validation_loss(decoder, rows, device, separate=separate)
-    return RunFigures(report, report.bits_per_byte(shards.header.text_bytes), shards.header.perfect_loss)

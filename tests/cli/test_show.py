@@ -14,7 +14,7 @@ def test_a_count_of_a_known_total_is_told_with_the_time_left(capsys: pytest.Capt
     update(1_000, 100_000, 0)
     lines = capsys.readouterr().err.splitlines()
     assert 8 <= len(lines) <= 11  # a tenth each: not all 63
-    assert lines[0] == "reference: 112/1,000 rows, 11,200 tokens, 0:00:00 left"
+    assert lines[0] == "reference: 112/1,000 rows, 11,200 tokens, 0:00 left"
     assert lines[-1].startswith("reference: 1,000/1,000 rows, 100,000 tokens")
 
 

@@ -136,7 +136,7 @@ def test_every_learned_token_of_a_chat_is_learned_once(tmp_path: Path):
 
 
 def test_the_first_token_of_a_conversation_is_never_a_label(tmp_path: Path):
-    with ShardWriter(tmp_path, TOKENIZER, masked=True) as writer:
+    with ShardWriter(tmp_path, TOKENIZER) as writer:
         ids = np.array([1, 2, EOS, 3, 4, EOS, 5, EOS])
         writer.add(ids, np.array([3, 6, 8]), ids != EOS, text_bytes=5)
     rows = ChatRows(TokenShards.open(tmp_path), 6)

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from slmkit.tokenizer import SLMTokenizer
+from slmkit.tokenizer import ChatTokens, SLMTokenizer
+from slmkit.tokenizer.encoder import rows_to_learn
 
 TEXTS = [
     "Once upon a time there was a little cat. The cat sat by the sea, and the sea sang to the cat.\n\n",
@@ -145,3 +146,9 @@ def sentencepiece_directory(tmp_path: Path) -> Path:
     tokenizer.add_special_tokens(special)
     config = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     return save_foreign(tmp_path / "sentencepiece", tokenizer, config)
+
+
+def learned_rows(tokenizer: SLMTokenizer, messages: list[dict]) -> list[ChatTokens]:
+    """The rows that are trained on, as the data's preparation makes them."""
+    (rows,) = tokenizer.encode_rendered([tokenizer.render_chat(messages)])
+    return [row.to_lists() for row in rows_to_learn(rows)]

@@ -13,6 +13,8 @@ from slmkit.config import UserError
 from slmkit.tokenizer import ChatTokens, SLMTokenizer
 from slmkit.tokenizer.chat import NONCHARACTERS, render
 
+from .conftest import learned_rows
+
 CONVERSATION = [
     {"role": "system", "content": "Be kind."},
     {"role": "user", "content": "the cat?"},
@@ -192,7 +194,7 @@ def test_a_turn_that_is_rendered_differently_later_is_learned_in_a_row_that_ends
         "{% endfor %}{{ 'a:' if add_generation_prompt }}"
     )
     said = [{"role": role, "content": text} for role, text in [("user", "u"), ("assistant", "why|so")] * 3]
-    rows = forgetful.encode_chat_rows(said)
+    rows = learned_rows(forgetful, said)
     assert [pieces(forgetful, row) for row in rows] == [
         [("u:u<|im_end|>a:", False), ("why<|im_end|>", True)],
         [("u:u<|im_end|>a:so<|im_end|>u:u<|im_end|>a:", False), ("why<|im_end|>", True)],
@@ -200,11 +202,11 @@ def test_a_turn_that_is_rendered_differently_later_is_learned_in_a_row_that_ends
     ]
     assert forgetful.encode_chat(said) == rows[-1]
     # A turn that nobody answers rewrites too, and adds nothing to learn.
-    assert forgetful.encode_chat_rows(said[:5]) == rows[:2]
+    assert learned_rows(forgetful, said[:5]) == rows[:2]
     weighed = [said[0], {**said[1], "weight": 0}, *said[2:]]
-    assert forgetful.encode_chat_rows(weighed) == rows[1:]
+    assert learned_rows(forgetful, weighed) == rows[1:]
     unlearned = [said[0], {**said[1], "weight": 0}]
-    assert [any(row.trained) for row in forgetful.encode_chat_rows(unlearned)] == [False]
+    assert [any(row.trained) for row in learned_rows(forgetful, unlearned)] == [False]
 
 
 def test_a_template_that_rewrites_what_is_answered_is_refused() -> None:

@@ -15,7 +15,7 @@ import pytest
 from slmkit.tokenizer import ChatTokens, SLMTokenizer
 from slmkit.tokenizer.chat import render
 
-from .conftest import TEXTS
+from .conftest import TEXTS, learned_rows
 
 FOUND = importlib.util.find_spec("trl")
 FOLDER = Path((FOUND.submodule_search_locations or ["."])[0]) / "chat_templates" if FOUND else Path("absent")
@@ -64,7 +64,7 @@ def learned(tokenizer: SLMTokenizer, chat: ChatTokens) -> list[str]:
 def test_every_turn_of_the_assistant_is_learned_once_behind_its_own_prompt(tokenizer: SLMTokenizer, name: str) -> None:
     ours, spelled = with_stock(tokenizer, name), STOCK[name][1]
     for messages in random_conversations(name):
-        rows = ours.encode_chat_rows(messages)
+        rows = learned_rows(ours, messages)
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         assert [text for row in rows for text in learned(ours, row)] == [
             spelled(messages[index]["content"]) for index in answers
@@ -106,7 +106,7 @@ def test_reasoning_is_learned_in_the_turn_that_it_belongs_to(tokenizer: SLMToken
         {"role": "user", "content": "and?"},
         {"role": "assistant", "content": "<think>\nThe sea.\n</think>\n\nsang"},
     ]
-    first, second = ours.encode_chat_rows(messages)
+    first, second = learned_rows(ours, messages)
     assert learned(ours, first) == ["<think>\nA cat.\n</think>\n\nsat<|im_end|>"]
     assert learned(ours, second) == ["<think>\nThe sea.\n</think>\n\nsang<|im_end|>"]
     assert "A cat." not in ours.decode(second.ids)

@@ -15,8 +15,7 @@ from slmkit.model.config import SLMConfig
 from slmkit.model.decoder import Decoder
 from slmkit.model.initialization import build_decoder
 from slmkit.tokenizer import SLMTokenizer
-from slmkit.training.checkpoints.checkpoint import take_snapshot
-from slmkit.training.checkpoints.model_files import WholeModel
+from slmkit.training.checkpoints.checkpoint import WholeModel, take_snapshot
 from slmkit.training.fit import RunContext, fit
 from slmkit.training.guards import GuardSettings
 from slmkit.training.loop import Plan, State

@@ -24,7 +24,7 @@ from slmkit.data.rows.text_dataset import TextDataset
 from slmkit.data.stream import Rows, Stream
 from slmkit.device import DeviceError, Ranks, find_device, find_ranks
 from slmkit.model.initialization import build_decoder
-from slmkit.training.checkpoints.model_files import WholeModel
+from slmkit.training.checkpoints.checkpoint import WholeModel
 from slmkit.training.distributed import Group, join, whole
 from slmkit.training.fit import RunContext, fit
 from slmkit.training.loop import Every, Plan, Report, RunStopped, State, train_step

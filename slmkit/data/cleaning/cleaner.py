@@ -13,7 +13,6 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,41 +20,15 @@ import numpy as np
 from slmkit.data.cleaning.characters import check_scripts, shares
 from slmkit.data.cleaning.duplicates import SeenKeys, band_keys, bands_and_rows
 from slmkit.data.cleaning.evaluation import evaluation_runs
-from slmkit.data.cleaning.settings import CleaningSettings
 from slmkit.data.cleaning.words import any_in, hash_runs, hash_words
 from slmkit.data.prepare.ordered_map import batches, ordered_map
+from slmkit.data.settings import CleaningSettings
 from slmkit.data.sources import Document
 
 BATCH_CHARACTERS = 1 << 20
 EXACT, NEAR = "exact duplicate", "near duplicate"
 
 Pieces = list[Document]  # the pieces of one document
-
-
-@dataclass
-class CleaningReport:
-    """The number of documents read, and of those dropped for each reason."""
-
-    settings: CleaningSettings
-    documents: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def kept(self) -> int:
-        return self.documents - self.dropped.total()
-
-    def to_dict(self) -> dict[str, Any] | None:
-        """For the header of shards; None without cleaning."""
-        if not self.settings.is_active:
-            return None
-        settings = self.settings.model_dump(mode="json", exclude_defaults=True)
-        counts = {"documents": self.documents, "kept": self.kept, "dropped": dict(self.dropped.most_common())}
-        return {"settings": settings, **counts}
-
-    def why_nothing(self) -> str:
-        """For the error if no document is left: ` (of 1,000 documents: 0 kept; dropped 1,000 too short)`."""
-        dropped = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.most_common())
-        return f" (of {self.documents:,} documents: {self.kept:,} kept; dropped {dropped})" if self.documents else ""
 
 
 class _Checks(NamedTuple):
@@ -67,10 +40,13 @@ class _Checks(NamedTuple):
 
 
 class Cleaner:
-    """Cleans one corpus; `report` counts. Raises `UserError` for unknown scripts and unreadable evaluation files."""
+    """Cleans one corpus, and counts the documents read and those dropped for each reason.
+
+    Raises `UserError` for unknown scripts and unreadable evaluation files.
+    """
 
     def __init__(self, settings: CleaningSettings) -> None:
-        self.settings, self.report = settings, CleaningReport(settings)
+        self.settings, self.documents, self.dropped = settings, 0, Counter[str]()
         self.scripts = tuple(settings.scripts)
         check_scripts(self.scripts)
         self.forbidden = evaluation_runs(settings.evaluation, settings.evaluation_words)
@@ -90,9 +66,22 @@ class Cleaner:
                 _drop_seen(reasons, self.seen_exact, checks.exact, EXACT)
             if self.bands:
                 _drop_seen(reasons, self.seen_near, checks.bands, NEAR)
-            self.report.documents += len(batch)
-            self.report.dropped.update(reason for reason in reasons if reason)
+            self.documents += len(batch)
+            self.dropped.update(reason for reason in reasons if reason)
             yield from (piece for pieces, reason in zip(batch, reasons) if reason is None for piece in pieces)
+
+    def report(self) -> dict[str, Any] | None:
+        """Settings and counts for the header of shards; None without cleaning."""
+        if not self.settings.is_active:
+            return None
+        settings = self.settings.model_dump(mode="json", exclude_defaults=True)
+        kept, dropped = self.documents - self.dropped.total(), dict(self.dropped.most_common())
+        return {"settings": settings, "documents": self.documents, "kept": kept, "dropped": dropped}
+
+    def why_nothing(self) -> str:
+        """For the error if no document is left: ` (of 1,000 documents: 0 kept; dropped 1,000 too short)`."""
+        dropped = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.most_common())
+        return f" (of {self.documents:,} documents: 0 kept; dropped {dropped})" if self.documents else ""
 
     def _checked(self, batch: Sequence[Pieces]) -> _Checks:
         texts = ["".join(piece.text for piece in pieces) for pieces in batch]

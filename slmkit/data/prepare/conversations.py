@@ -165,16 +165,15 @@ def write_conversations(
     tokenizer: SLMTokenizer,
     directory: str | Path,
     *,
-    judged: bool = False,
     sources: Sequence[dict[str, Any]] = (),
     progress: Progress = no_progress,
 ) -> TokenShards:
     """Shards of encoded items with their loss masks; each row is a document, an end-of-text token after it.
 
-    With `judged`, each has a label. `sources` is for the header. Raises `UserError` as `prepare_text` does.
+    Judged answers have labels. `sources` is for the header. Raises `UserError` as `prepare_text` does.
     """
     done = 0
-    with ShardWriter(directory, tokenizer, masked=True, judged=judged, sources=sources) as writer:
+    with ShardWriter(directory, tokenizer, sources=sources) as writer:
         for batch in batches(encoded, lambda one: 1, BATCH_CONVERSATIONS):
             rows = [row for one in batch for row in one.rows]
             stops = np.cumsum([len(row.ids) for row in rows], dtype=np.int64)
@@ -182,7 +181,7 @@ def write_conversations(
                 np.insert(np.concatenate([row.ids for row in rows]), stops, tokenizer.eos_token_id),
                 stops + np.arange(1, len(rows) + 1),
                 np.insert(np.concatenate([row.trained for row in rows]), stops, False),  # no end of text is learned
-                np.array([one.label for one in batch]) if judged else None,
+                None if batch[0].label is None else np.array([one.label for one in batch]),
                 text_bytes=sum(one.text_bytes for one in batch),
             )
             done += len(batch)

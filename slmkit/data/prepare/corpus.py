@@ -256,8 +256,7 @@ class _Preparation:
         if self.reads == "text":
             options |= {"cleaning": self.data.cleaning if label else None, "perfect_loss": perfect_loss}
             return prepare_text(items, self.tokenizer, self.folder / place, **options)
-        judged = self.reads == "judgements"
-        return write_conversations(items, self.tokenizer, self.folder / place, judged=judged, **options)
+        return write_conversations(items, self.tokenizer, self.folder / place, **options)
 
     def _linked(self, settings: SourceSettings, place: Path) -> TokenShards:
         """Existing shards, linked into this run. Raises `UserError` if they are another tokenizer's."""

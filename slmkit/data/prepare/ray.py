@@ -10,17 +10,17 @@ import contextlib
 import functools
 import itertools
 import logging
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from slmkit.config import UserError
 from slmkit.data.cleaning.cleaner import Cleaner
-from slmkit.data.cleaning.settings import CleaningSettings
 from slmkit.data.prepare.open_sources import Reading
+from slmkit.data.prepare.ordered_map import ordered_map
 from slmkit.data.prepare.text_to_shards import Progress, TextShards, no_progress
+from slmkit.data.settings import CleaningSettings
 from slmkit.data.shards.folder import Finished, ShardFolder
 from slmkit.data.shards.reader import TokenShards
 from slmkit.data.shards.work import (
@@ -56,42 +56,28 @@ def prepare_text_on_ray(
     making = TextShards(directory, SLMTokenizer.from_pretrained(tokenizer_directory), shuffle_seed)
     cleaner, reading = Cleaner(cleaning or CleaningSettings()), Reading(sources)
     parts: list[Finished] = []
-    with ThreadPoolExecutor() as pool, _connected(address) as ray:
-        kept = cleaner.clean(reading.documents(), pool, workers=2)
-        work = without_finished(cut(kept, shard_characters, BATCH_CHARACTERS), making.ordered)
-        for part in _on_the_cluster(ray, work, tokenizer_directory, making):
-            parts.append(part)
-            tokens, text_bytes = sum(one.shard.tokens for one in parts), sum(one.text_bytes for one in parts)
-            progress(sum(one.shard.documents for one in parts), tokens, text_bytes)
-        shards = making.shuffled(parts, cleaner.report, pool)
-    return making.complete(parts, shards, cleaner.report, reading.descriptions)
+    with _connected(address) as ray:
+        make, ahead = ray.remote(_make), 2 * int(ray.cluster_resources().get("CPU", 1))
 
+        def made(shard: tuple[int, list[ShardWork]]) -> Finished:
+            number, work = shard
+            batches, folder = [one.documents for one in work], making.ordered.folder
+            found: Finished = work[0].finished or ray.get(
+                make.remote(tokenizer_directory, folder, number, batches, shuffle_seed)
+            )
+            if not (folder / f"{found.shard.name}.tokens").is_file():
+                raise UserError(f"{folder}: the workers' shards are not there; use a folder that all machines share")
+            return found
 
-def _on_the_cluster(
-    ray: Any, work: Iterable[ShardWork], tokenizer_directory: str, making: TextShards
-) -> Iterator[Finished]:
-    """Make the shards on the cluster, in order; at most two for each of its processors are under way."""
-    folder, make = making.ordered.folder, ray.remote(_make)
-    ahead = 2 * int(ray.cluster_resources().get("CPU", 1))
-    waiting: deque[Any] = deque()
-
-    def next_finished() -> Finished:
-        part: Finished = waiting.popleft()
-        if not isinstance(part, Finished):
-            part = ray.get(part)
-        if not (folder / f"{part.shard.name}.tokens").is_file():
-            raise UserError(f"{folder}: the workers' shards are not there; use a folder that all machines share")
-        return part
-
-    for number, parts in itertools.groupby(work, key=lambda one: one.shard):
-        first, *others = parts
-        batches = [one.documents for one in (first, *others)]
-        finished = first.finished
-        waiting.append(finished or make.remote(tokenizer_directory, folder, number, batches, making.shuffle_seed))
-        if len(waiting) > ahead:
-            yield next_finished()
-    while waiting:
-        yield next_finished()
+        with ThreadPoolExecutor(ahead + 2) as pool:
+            kept = cleaner.clean(reading.documents(), pool, workers=2)
+            work = without_finished(cut(kept, shard_characters, BATCH_CHARACTERS), making.ordered)
+            shards_to_make = ((number, [*group]) for number, group in itertools.groupby(work, lambda one: one.shard))
+            for _, part in ordered_map(pool, made, shards_to_make, ahead):
+                parts.append(part)
+                tokens, text_bytes = sum(one.shard.tokens for one in parts), sum(one.text_bytes for one in parts)
+                progress(sum(one.shard.documents for one in parts), tokens, text_bytes)
+            return making.complete(parts, cleaner, reading.descriptions, pool)
 
 
 def _make(

@@ -7,19 +7,19 @@ are as fast as processes, and a user's script needs no `if __name__ == "__main__
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from slmkit.config import UserError
-from slmkit.data.cleaning.cleaner import Cleaner, CleaningReport
-from slmkit.data.cleaning.settings import CleaningSettings
+from slmkit.data.cleaning.cleaner import Cleaner
 from slmkit.data.prepare.ordered_map import ordered_map
+from slmkit.data.settings import CleaningSettings
 from slmkit.data.shards.folder import Finished, ShardFolder
 from slmkit.data.shards.reader import Header, TokenShards
 from slmkit.data.shards.work import (
@@ -73,12 +73,11 @@ def prepare_text(
         kept = cleaner.clean(_all_ended(documents), pool, workers)
         work = without_finished(cut(kept, shard_characters, BATCH_CHARACTERS), making.ordered)
         parts = list(_make_shards(work, making, pool, workers, progress))
-        shards = making.shuffled(parts, cleaner.report, pool)
-    return making.complete(parts, shards, cleaner.report, sources, perfect_loss)
+        return making.complete(parts, cleaner, sources, pool, perfect_loss)
 
 
 class TextShards:
-    """The folders of a text's shards that are being made, and the last steps: the shuffle and the header."""
+    """The folders in which the shards of a text are made."""
 
     def __init__(self, directory: str | Path, tokenizer: SLMTokenizer, shuffle_seed: int | None) -> None:
         self.directory, self.tokenizer, self.shuffle_seed = Path(directory).absolute(), tokenizer, shuffle_seed
@@ -86,34 +85,32 @@ class TextShards:
         is_shuffled = shuffle_seed is not None
         self.ordered = ShardFolder(self.partial.folder / "ordered", tokenizer) if is_shuffled else self.partial
 
-    def shuffled(
-        self, parts: Sequence[Finished], cleaning: CleaningReport, pool: ThreadPoolExecutor
-    ) -> Sequence[Finished]:
-        """The shards of the result, made of the finished `parts`. Raises `UserError` if there is no text."""
-        if not parts:
-            raise UserError(f"{self.directory}: there is no text to prepare" + cleaning.why_nothing())
-        if self.shuffle_seed is None:
-            return parts
-        return list(pool.map(shuffle(self.ordered, parts, self.partial, self.shuffle_seed), range(len(parts))))
-
     def complete(
         self,
         parts: Sequence[Finished],
-        shards: Sequence[Finished],
-        cleaning: CleaningReport,
+        cleaner: Cleaner,
         sources: Sequence[dict[str, Any]],
+        pool: ThreadPoolExecutor,
         perfect_loss: float | None = None,
     ) -> TokenShards:
-        """Move all `shards`, with the documents of `parts`, into place. Raises `UserError` if the disk is full."""
+        """Shuffle the finished `parts` if asked for, and move all into place.
+
+        Raises `UserError` if there is no text or the disk is full.
+        """
+        if not parts:
+            raise UserError(f"{self.directory}: there is no text to prepare" + cleaner.why_nothing())
+        shards = parts
+        if self.shuffle_seed is not None:
+            shard = shuffle(self.ordered, parts, self.partial, self.shuffle_seed)
+            shards = list(pool.map(shard, range(len(parts))))
         header = Header.of(
             self.tokenizer,
             [one.shard for one in shards],
             text_bytes=sum(part.text_bytes for part in parts),
             sources=list(sources),
-            masked=False,
             perfect_loss=perfect_loss,
             shuffle_seed=self.shuffle_seed,
-            cleaning=cleaning.to_dict(),
+            cleaning=cleaner.report(),
         )
         try:
             complete(self.partial.folder, self.directory, header)
@@ -130,26 +127,25 @@ def _make_shards(
     def encoded(one: ShardWork) -> Encoded | None:
         return encode(making.tokenizer, one.documents) if one.documents else None
 
-    def write(one: ShardWork, parts: list[Encoded]) -> Finished:
+    def whole_shards() -> Iterator[tuple[ShardWork, list[Encoded]]]:
+        done = np.zeros(3, dtype=np.int64)
+        encoding = ordered_map(pool, encoded, work, ahead=2 * workers)
+        for _, shard in itertools.groupby(encoding, lambda pair: pair[0].shard):
+            parts: list[Encoded] = []
+            for one, part in shard:
+                if part:
+                    parts.append(part)
+                    done += (len(part.ends), len(part.ids), part.text_bytes)
+                if one.finished:
+                    done += (one.finished.shard.documents, one.finished.shard.tokens, one.finished.text_bytes)
+                progress(*done.tolist())
+            yield one, parts
+
+    def write(shard: tuple[ShardWork, list[Encoded]]) -> Finished:
+        one, parts = shard
         return one.finished or write_shard(making.ordered, one.shard, parts, making.shuffle_seed)
 
-    parts: list[Encoded] = []
-    writing: deque[Future[Finished]] = deque()
-    done = np.zeros(3, dtype=np.int64)
-    for one, part in ordered_map(pool, encoded, work, ahead=2 * workers):
-        if part:
-            parts.append(part)
-            done += (len(part.ends), len(part.ids), part.text_bytes)
-        if one.finished:
-            done += (one.finished.shard.documents, one.finished.shard.tokens, one.finished.text_bytes)
-        if one.last:
-            writing.append(pool.submit(write, one, parts))
-            parts = []
-        progress(*done.tolist())
-        while len(writing) > 2:
-            yield writing.popleft().result()
-    for future in writing:
-        yield future.result()
+    return (finished for _, finished in ordered_map(pool, write, whole_shards(), ahead=2))
 
 
 @contextlib.contextmanager

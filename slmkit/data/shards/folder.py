@@ -54,6 +54,8 @@ class ShardFolder:
 
     def drop_unfinished(self) -> bool:
         """Delete unfinished shards, and the folder if it is empty then. Returns whether anything is left."""
+        if not self.folder.is_dir():
+            return False
         for path in self.folder.iterdir():
             if path.is_file() and not path.with_suffix(".json").is_file():
                 path.unlink()
@@ -80,9 +82,9 @@ class ShardFolder:
         check_range(ids, self.tokenizer)
         try:
             self._marker(number).unlink(missing_ok=True)
-            file = OpenShard(self.folder, f"{number:05}", masked=False)
+            file = OpenShard(self.folder, f"{number:05}")
             try:
-                file.write(ids.astype(self.dtype, copy=False), ends, None)
+                file.write({"tokens": ids.astype(self.dtype, copy=False), "ends": ends.astype("<i8")})
                 finished = Finished(file.finish(), text_bytes, self._origin(content))
             finally:
                 file.close()

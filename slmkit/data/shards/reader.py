@@ -80,6 +80,8 @@ class Header:
             pad_token_id=tokenizer.pad_token_id,
             tokens=sum(shard.tokens for shard in shards),
             documents=sum(shard.documents for shard in shards),
+            masked=any("trained" in shard.sha256 for shard in shards),
+            judged=any("labels" in shard.sha256 for shard in shards),
             shards=list(shards),
             **fields,
         )

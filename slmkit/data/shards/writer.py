@@ -9,10 +9,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -39,15 +39,11 @@ class ShardWriter:
         directory: str | Path,
         tokenizer: SLMTokenizer,
         *,
-        masked: bool = False,
-        judged: bool = False,
         sources: Sequence[dict[str, Any]] = (),
-        perfect_loss: float | None = None,
         shard_tokens: int = SHARD_TOKENS,
     ) -> None:
         self.directory = Path(directory).absolute()
-        self.tokenizer, self.sources, self.perfect_loss = tokenizer, list(sources), perfect_loss
-        self.masked, self.judged, self.shard_tokens = masked, judged, shard_tokens
+        self.tokenizer, self.sources, self.shard_tokens = tokenizer, list(sources), shard_tokens
         self.dtype = dtype_of(tokenizer)
         self.tokens = self.text_bytes = 0
         self.shards: list[Shard] = []
@@ -74,28 +70,27 @@ class ShardWriter:
         """Append tokens [n] of any number of documents.
 
         `ends` [documents]: one past the last token of each document that ends here, counted from `ids[0]`; the last one
-        may continue in the next call. `trained` [n]: which tokens are learned, for masked shards. `labels` [documents]:
-        which of the documents that end here are good, for judged ones. `text_bytes`: UTF-8 size of the text. Raises
+        may continue in the next call. `trained` [n]: which tokens are learned; `labels` [documents]: which of the
+        documents that end here are good; each in all calls or in none. `text_bytes`: UTF-8 size of the text. Raises
         `ValueError` for a token outside the vocabulary.
         """
         check_range(ids, self.tokenizer)
-        if self.masked != (trained is not None) or (trained is not None and len(trained) != len(ids)):
-            raise ValueError("expected `trained`, as long as `ids`, for masked shards and for no others")
-        if self.judged != (labels is not None) or (labels is not None and len(labels) != len(ends)):
-            raise ValueError("expected `labels`, as long as `ends`, for judged shards and for no others")
         try:
             start = 0
             while start < len(ids):
                 if self._open is None:
-                    self._open = OpenShard(self.partial, f"{len(self.shards):05}", self.masked, self.judged)
+                    self._open = OpenShard(self.partial, f"{len(self.shards):05}")
                 stop = min(len(ids), start + self.shard_tokens - self._open.tokens)
                 here = (ends > start) & (ends <= stop)
-                self._open.write(
-                    ids[start:stop].astype(self.dtype),
-                    self._open.tokens - start + ends[here],
-                    None if trained is None else trained[start:stop],
-                    None if labels is None else labels[here],
-                )
+                arrays = {
+                    "tokens": ids[start:stop].astype(self.dtype),
+                    "ends": (self._open.tokens - start + ends[here]).astype("<i8"),
+                }
+                if trained is not None:
+                    arrays["trained"] = trained[start:stop].astype(np.uint8)
+                if labels is not None:
+                    arrays["labels"] = labels[here].astype(np.uint8)
+                self._open.write(arrays)
                 start = stop
                 if self._open.tokens == self.shard_tokens:
                     self._finish_shard()
@@ -131,9 +126,7 @@ class ShardWriter:
             self.shards,
             text_bytes=self.text_bytes,
             sources=self.sources,
-            masked=self.masked,
-            judged=self.judged,
-            perfect_loss=self.perfect_loss,
+            perfect_loss=None,
         )
         complete(self.partial, self.directory, header)
 
@@ -141,25 +134,22 @@ class ShardWriter:
 class OpenShard:
     """The open files of the shard being written, and their hashes."""
 
-    def __init__(self, directory: Path, name: str, masked: bool, judged: bool = False) -> None:
-        kinds = ("tokens", "ends", *["trained"] * masked, *["labels"] * judged)
-        self.name, self.tokens, self.documents = name, 0, 0
-        self.hashes = {kind: hashlib.sha256() for kind in kinds}
-        self.files = {kind: (directory / f"{name}.{kind}").open("wb") for kind in kinds}
+    def __init__(self, directory: Path, name: str) -> None:
+        self.path, self.tokens, self.documents = directory / name, 0, 0
+        self.files: dict[str, BinaryIO] = {}
+        self.hashes: dict[str, Any] = {}
 
-    def write(
-        self, ids: np.ndarray, ends: np.ndarray, trained: np.ndarray | None, labels: np.ndarray | None = None
-    ) -> None:
-        """Append tokens [n] and the ends of their documents [documents], masks [n] and labels [documents]."""
-        arrays = {"tokens": ids, "ends": ends.astype("<i8")}
-        arrays |= {} if trained is None else {"trained": trained.astype(np.uint8)}
-        arrays |= {} if labels is None else {"labels": labels.astype(np.uint8)}
+    def write(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Append to the file of each kind: `tokens` and `trained` [n], `ends` and `labels` [documents]."""
         for kind, values in arrays.items():
+            if kind not in self.files:
+                self.files[kind] = self.path.with_suffix(f".{kind}").open("wb")
+                self.hashes[kind] = hashlib.sha256()
             content = values.tobytes()
             self.hashes[kind].update(content)
             self.files[kind].write(content)
-        self.tokens += len(ids)
-        self.documents += len(ends)
+        self.tokens += len(arrays["tokens"])
+        self.documents += len(arrays["ends"])
 
     def finish(self) -> Shard:
         for file in self.files.values():
@@ -167,7 +157,7 @@ class OpenShard:
             os.fsync(file.fileno())
             file.close()
         digests = {kind: digest.hexdigest() for kind, digest in self.hashes.items()}
-        return Shard(self.name, self.tokens, self.documents, digests)
+        return Shard(self.path.name, self.tokens, self.documents, digests)
 
     def close(self) -> None:
         """Close the files, which are about to be deleted, ignoring errors."""

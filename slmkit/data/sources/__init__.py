@@ -6,17 +6,7 @@ comes with a position from which reading can continue, and every error names fil
 """
 
 from slmkit.data.sources.built_in import BUILT_IN, PRIMER, STORIES, SUMS
-from slmkit.data.sources.documents import (
-    PIECE,
-    BadRow,
-    Document,
-    Judged,
-    Message,
-    Pair,
-    Position,
-    cut_point,
-    tools_of,
-)  # fmt: skip
+from slmkit.data.sources.documents import PIECE, BadRow, Document, Judged, Message, Pair, Position, cut_point, tools_of
 from slmkit.data.sources.remote import RetryPolicy
 from slmkit.data.sources.source import Source, expect_source, open_source
 

@@ -1,4 +1,4 @@
-"""Files at URLs through `fsspec`, read block by block with nothing stored, and files of Hugging Face data sets.
+"""Finds the files of a source: here, at URLs through `fsspec` (read block by block, nothing stored), or on the hub.
 
 `datasets` names the files of a data set (from README and file names; never by a loading script). They are read here
 like all others: the same rows streamed or downloaded, with a position exact to the row.
@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 from slmkit.config import UserError, did_you_mean
 from slmkit.data.sources.documents import PIECE
 from slmkit.data.sources.files import KINDS, File, kind_of, listed, local_file
-from slmkit.data.sources.folders import Chosen, choose
+from slmkit.data.sources.folders import Chosen, choose, find
 from slmkit.data.sources.settings import SourceSettings
 from slmkit.hub import NetworkError, network, one_line
 
@@ -33,11 +33,28 @@ FILE_URL = re.compile(rf"{PREFIX}(?P<name>[^/]+/[^@/]+)@(?P<revision>[^/]+)/(?P<
 T = TypeVar("T")
 
 
-def is_url(path: str) -> bool:
-    return "://" in path
+def find_files(settings: SourceSettings) -> tuple[list[File], list[Chosen]]:
+    """The files of a source, and what was selected in their folders.
+
+    Raises `UserError` if there are none, and `NetworkError`.
+    """
+    folder, name = Path(settings.path), hub_name(settings.path)
+    if folder.is_dir() and _is_laid_out_like_the_hub(folder, settings):
+        return _hub_files(settings.path, settings), []
+    if name:
+        return _hub_files(name, settings), []
+    if "://" in settings.path:
+        return _files_at_url(settings.path, settings.split)
+    found = find(folder, KINDS, settings.split)
+    return [local_file(path) for path in found.paths], [found]
 
 
-def find_remote(url: str, split: str) -> tuple[list[File], list[Chosen]]:
+def is_remote(path: str) -> bool:
+    """Whether a path is a URL or a data set of the hub."""
+    return "://" in path or hub_name(path) is not None
+
+
+def _files_at_url(url: str, split: str) -> tuple[list[File], list[Chosen]]:
     """The file at a URL, or those of a folder, selected as by `choose`.
 
     Raises `UserError` if nothing there can be read, and `NetworkError`.
@@ -192,7 +209,7 @@ def hub_name(path: str) -> str | None:
     return name if NAME.fullmatch(name) and not is_local else None
 
 
-def is_laid_out_like_the_hub(folder: Path, settings: SourceSettings) -> bool:
+def _is_laid_out_like_the_hub(folder: Path, settings: SourceSettings) -> bool:
     """Whether a folder has configurations: set by the user, or in its README."""
     readme = folder / "README.md"
     if settings.config or not readme.is_file():
@@ -200,7 +217,7 @@ def is_laid_out_like_the_hub(folder: Path, settings: SourceSettings) -> bool:
     return bool(FRONT_MATTER.search(readme.read_text(encoding="utf-8", errors="replace")))
 
 
-def hub_files(path: str, settings: SourceSettings) -> list[File]:
+def _hub_files(path: str, settings: SourceSettings) -> list[File]:
     """The files of a split of a data set `owner/name`, or of a folder.
 
     Raises `UserError` for an unknown configuration or split, with the known ones, and `NetworkError`.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import csv
-import functools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -18,8 +17,7 @@ from slmkit.data.sources.turns import shown
 from slmkit.hub import one_line
 
 PARQUET_BATCH = 256  # rows converted from columns at once
-# Surrogates, or escapes that may be one; a lone surrogate is not text and cannot be tokenized.
-MAY_BE_SURROGATE, SURROGATE = re.compile(r"\\u[dD]|[\ud800-\udfff]"), re.compile("[\ud800-\udfff]")
+SURROGATE_ESCAPE = re.compile(r"\\u[dD]")  # of one half of a pair
 JSON_TOKEN = re.compile(r'"(?:[^"\\]++|\\.)*+"|["\[\]{},]', re.DOTALL)  # a text, the beginning of one, or punctuation
 
 
@@ -148,9 +146,12 @@ DECODER = json.JSONDecoder(parse_int=whole_number, object_pairs_hook=_unique_key
 def _json_value(place: str, text: str) -> dict[str, Any] | BadRow:
     """The object in a JSON text, or a `BadRow`; a lone surrogate is not text and cannot be tokenized."""
     try:
+        text.encode()
         row = DECODER.decode(text)
-        if MAY_BE_SURROGATE.search(text) and SURROGATE.search(json.dumps(row, ensure_ascii=False)):
-            return BadRow("not UTF-8", f"{place}: half a surrogate pair (such as \\ud83d alone) is not text")
+        if SURROGATE_ESCAPE.search(text):
+            json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return BadRow("not UTF-8", f"{place}: not UTF-8, or half a surrogate pair (such as \\ud83d alone)")
     except RowError as error:
         return BadRow("not valid JSON", f"{place}: {error}")
     except (ValueError, RecursionError) as error:
@@ -175,54 +176,44 @@ def csv_rows(file: File, start: Position, formats: RowFormats | None = None) -> 
     csv.field_size_limit(LONGEST_ROW)  # the csv module's default of 128 KiB is too small for texts
     delimiter, columns = _header(file)
     _check_columns(f"{file.name}:1", columns, formats)
-    lines = _Lines(file, start.get("offset", 0), start.get("line", 0))
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    number = start.get("row", -1)  # the header is row 0
+    number, line, offset = start.get("row", -1), start.get("line", 0), start.get("offset", 0)  # the header is row 0
+    problem: BadRow | None = None
+
+    def texts() -> Iterator[str]:
+        nonlocal line, offset, problem
+        for found in whole_lines(file, offset):
+            line, offset, problem = line + 1, found.end, found.problem or problem
+            yield found.text
+
+    reader = csv.reader(texts(), delimiter=delimiter, strict=True)
     while True:
-        lines.problem = None
+        problem = None
         try:
             fields = next(reader, None)
         except csv.Error as error:
-            problem = BadRow("not valid CSV", f"{file.name}:{lines.number}: not valid CSV: {error}")
-            fields, lines.problem = [], lines.problem or problem
+            fields = []
+            problem = problem or BadRow("not valid CSV", f"{file.name}:{line}: not valid CSV: {error}")
         if fields is None:
             return
-        if not (fields or lines.problem):
+        if not (fields or problem):
             continue  # a blank line
         number += 1
-        place, value = f"{file.name}: row {number}", lines.problem
-        if value is None and len(fields) != len(columns):
+        place, value = f"{file.name}: row {number}", problem or dict(zip(columns, fields))
+        if problem is None and len(fields) != len(columns):
             found = f"expected {len(columns)} fields as in the header, found {len(fields)}"
-            value = BadRow("wrong number of fields", f"{place} (line {lines.number}): {found}")
+            value = BadRow("wrong number of fields", f"{place} (line {line}): {found}")
         if number > 0:
-            position = {"row": number, "line": lines.number, "offset": lines.end}
-            yield Row(place, value or dict(zip(columns, fields)), position)
+            yield Row(place, value, {"row": number, "line": line, "offset": offset})
 
 
 def _header(file: File) -> tuple[str, list[str]]:
     """The column separator, and the columns' names."""
     usual = "\t" if file.kind == ".tsv" else ","
     for delimiter in (usual, ";", "\t"):
-        columns = next(csv.reader(_Lines(file), delimiter=delimiter), [])
+        columns = next(csv.reader((line.text for line in whole_lines(file)), delimiter=delimiter), [])
         if len(columns) > 1:
             return delimiter, columns
     return usual, columns
-
-
-class _Lines:
-    """The lines of a file as text for the csv module; keeps their offsets and problems."""
-
-    def __init__(self, file: File, offset: int = 0, number: int = 0) -> None:
-        self.lines, self.end, self.number = whole_lines(file, offset), offset, number
-        self.problem: BadRow | None = None
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        line = next(self.lines)
-        self.end, self.number, self.problem = line.end, self.number + 1, line.problem or self.problem
-        return line.text
 
 
 def table_rows(file: File, start: Position, formats: RowFormats | None = None) -> Iterator[Row]:
@@ -232,16 +223,16 @@ def table_rows(file: File, start: Position, formats: RowFormats | None = None) -
     """
     number, behind = start.get("row", 0), 0
     with file.open() as stream:
-        names, rows, groups = (_row_groups if file.kind == ".parquet" else _record_batches)(stream)
+        names, rows, read = (_row_groups if file.kind == ".parquet" else _record_batches)(stream)
         columns = _check_columns(file.name, names, formats, max(rows - number, 1))
         unread = [name for name in names if name not in columns]
-        for size, read in groups:
+        for size, batches in read(columns):
             first, behind = behind, behind + size
             if behind <= number:
                 continue
             skip = max(number - first, 0)
             try:
-                for batch in read(columns=columns):
+                for batch in batches:
                     for value in _values(batch.slice(skip)):
                         number += 1
                         place = f"{file.name}: row {number}"
@@ -258,17 +249,18 @@ def table_rows(file: File, start: Position, formats: RowFormats | None = None) -
                 number = behind
 
 
-# Column names, the number of rows as far as known, and of each group of rows its size and how to read its batches.
-Table: TypeAlias = tuple[list[str], int, Iterable[tuple[int, Callable[..., Iterable[Any]]]]]
+# Column names, the number of rows as far as known, and from columns to each group's size and batches of rows.
+Table: TypeAlias = tuple[list[str], int, Callable[[list[str]], Iterator[tuple[int, Iterable[Any]]]]]
 
 
 def _row_groups(stream: BinaryIO) -> Table:
     parquet = pyarrow().parquet.ParquetFile(stream)
-    groups = (
-        (parquet.metadata.row_group(group).num_rows, functools.partial(parquet.iter_batches, PARQUET_BATCH, [group]))
-        for group in range(parquet.num_row_groups)
-    )
-    return parquet.schema_arrow.names, parquet.metadata.num_rows, groups
+
+    def read(columns: list[str]) -> Iterator[tuple[int, Iterable[Any]]]:
+        for group in range(parquet.num_row_groups):
+            yield parquet.metadata.row_group(group).num_rows, parquet.iter_batches(PARQUET_BATCH, [group], columns)
+
+    return parquet.schema_arrow.names, parquet.metadata.num_rows, read
 
 
 def _record_batches(stream: BinaryIO) -> Table:
@@ -280,11 +272,7 @@ def _record_batches(stream: BinaryIO) -> Table:
     except arrow.ArrowInvalid:
         opened = arrow.ipc.open_file(stream)
         batches = map(opened.get_batch, range(opened.num_record_batches))
-    return opened.schema.names, 0, ((len(batch), functools.partial(_selected, batch)) for batch in batches)
-
-
-def _selected(batch: Any, columns: list[str]) -> list[Any]:
-    return [batch.select(columns)]
+    return opened.schema.names, 0, lambda columns: ((len(batch), [batch.select(columns)]) for batch in batches)
 
 
 def _values(batch: Any) -> list[Any]:

@@ -13,27 +13,10 @@ from typing import Any
 
 from slmkit.config import UserError
 from slmkit.data.sources.built_in import BUILT_IN, BuiltInPart
-from slmkit.data.sources.documents import (
-    SPELLINGS,
-    BadRow,
-    Document,
-    Item,
-    Message,
-    Pair,
-    Position,
-    RowError,
-    pieces,
-)
-from slmkit.data.sources.files import KINDS, ROW_KINDS, TEXT_KINDS, File, damage, kind_of, listed, local_file
-from slmkit.data.sources.folders import Chosen, find
-from slmkit.data.sources.remote import (
-    RetryPolicy,
-    find_remote,
-    hub_files,
-    hub_name,
-    is_laid_out_like_the_hub,
-    is_url,
-)
+from slmkit.data.sources.documents import SPELLINGS, BadRow, Document, Item, Message, Pair, Position, RowError, pieces
+from slmkit.data.sources.files import ROW_KINDS, TEXT_KINDS, File, damage, kind_of, listed
+from slmkit.data.sources.folders import Chosen
+from slmkit.data.sources.remote import RetryPolicy, find_files, is_remote
 from slmkit.data.sources.row_formats import RowFormats
 from slmkit.data.sources.rows import ROWS
 from slmkit.data.sources.settings import SourceSettings
@@ -268,25 +251,12 @@ def open_source(
         if settings.mapping or settings.row_format or settings.separator:
             raise UserError(f"{settings.path} is built in and has no columns: remove columns, row_format and separator")
         return Source(settings, [BuiltInPart(settings.path, seed, held_out)], patience)
-    files, found = patience.until_done(lambda: _find_files(settings))
+    files, found = patience.until_done(lambda: find_files(settings))
     return Source(settings, [FilePart(file, settings) for file in files], patience, found)
-
-
-def _find_files(settings: SourceSettings) -> tuple[list[File], list[Chosen]]:
-    """The files, and what was selected in their folders. Raises `UserError` if there are none."""
-    folder, name = Path(settings.path), hub_name(settings.path)
-    if folder.is_dir() and is_laid_out_like_the_hub(folder, settings):
-        return hub_files(settings.path, settings), []
-    if name:
-        return hub_files(name, settings), []
-    if is_url(settings.path):
-        return find_remote(settings.path, settings.split)
-    found = find(folder, KINDS, settings.split)
-    return [local_file(path) for path in found.paths], [found]
 
 
 def expect_source(settings: SourceSettings) -> None:
     """Raises `UserError` if a local file or folder does not exist. Reads nothing and uses no network."""
     path = settings.path
-    if path not in BUILT_IN and not hub_name(path) and not is_url(path) and not Path(path).exists():
+    if path not in BUILT_IN and not is_remote(path) and not Path(path).exists():
         raise UserError(f"{path}: no such file or folder")

@@ -64,10 +64,10 @@ def text_documents(file: File, start: Position, separator: str | None = None) ->
     pattern = SEPARATOR_LINE if separator is None else re.compile(rf"{re.escape(separator)}[ \t]*\r?\n?")
     longest = len(separator or SEPARATOR)
     offset, inside = start.get("offset", 0), start.get("inside", 0)
-    at_line_start = offset in (0, len(codecs.BOM_UTF8)) or _byte_before(file, offset) == b"\n"
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
     raw, is_all = "", False  # the text from `offset` on; it encodes back to the bytes read
-    with file.open_at(offset) as stream:
+    with file.open_at(max(offset - 1, 0)) as stream:
+        at_line_start = offset == 0 or stream.read(1) == b"\n" or offset == len(codecs.BOM_UTF8)
         while raw or not is_all:
             match = pattern.search(raw, 0 if at_line_start or separator else 1)
             document = raw[: match.start()] if match else raw
@@ -127,8 +127,3 @@ def _not_text(file: File, offset: int, rows: int = 1) -> BadRow:
 def byte_length(raw: str) -> int:
     """UTF-8 bytes of a text that was decoded with surrogate escapes."""
     return len(raw.encode(errors="surrogateescape"))
-
-
-def _byte_before(file: File, offset: int) -> bytes:
-    with file.open_at(offset - 1) as stream:
-        return stream.read(1)

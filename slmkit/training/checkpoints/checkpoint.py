@@ -11,10 +11,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import safetensors
 import torch
@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from slmkit.config import UserError
 from slmkit.files import sync
+from slmkit.model.config import SLMConfig
 from slmkit.model.decoder import Decoder
-from slmkit.training.checkpoints.model_files import ModelFiles
+from slmkit.model.files.directory import read_state, save_decoder
 from slmkit.training.distributed import ALONE, Group, on_main, share_like
 from slmkit.training.guards import Guard
 from slmkit.training.loop import State
@@ -35,6 +36,35 @@ STATE = "training_state/state.json"
 OPTIMIZER = "training_state/optimizer.safetensors"
 
 ExtraFiles = Callable[[Path], None]  # writes the files beside the weights, such as the tokenizer
+
+
+class ModelFiles(Protocol):
+    """The format of a run's model on disk; every loader of models reads it."""
+
+    def tensors(self, model: Decoder) -> Mapping[str, Tensor]:
+        """The tensors to save, by the model's own names, in the parameters' shapes."""
+
+    def write(self, model: Decoder, tensors: Mapping[str, Tensor], directory: Path) -> None:
+        """Write the tensors; `model` gives shapes and names. Raises `UserError` when that fails."""
+
+    def read(self, directory: Path, model: Decoder) -> dict[str, Tensor]:
+        """The tensors as saved. Raises `UserError` for a file that is damaged or of another model."""
+
+
+@dataclass(frozen=True)
+class WholeModel:
+    """A model directory."""
+
+    config: SLMConfig
+
+    def tensors(self, model: Decoder) -> Mapping[str, Tensor]:
+        return model.state_dict()
+
+    def write(self, model: Decoder, tensors: Mapping[str, Tensor], directory: Path) -> None:
+        save_decoder(model, self.config, directory, tensors)
+
+    def read(self, directory: Path, model: Decoder) -> dict[str, Tensor]:
+        return read_state(directory, self.config)
 
 
 def checkpoint_name(step: int) -> str:

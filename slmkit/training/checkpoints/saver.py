@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from slmkit.config import UserError
 from slmkit.training.checkpoints import checkpoint as checkpoints
-from slmkit.training.checkpoints.model_files import ModelFiles
+from slmkit.training.checkpoints.checkpoint import ModelFiles
 from slmkit.training.distributed import ALONE, Group
 from slmkit.training.loop import Report, State
 

@@ -4,19 +4,47 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
-from slmkit.training.loop import Hook, Report, State
+if TYPE_CHECKING:  # the command line shows progress before torch is imported
+    from slmkit.training.loop import Hook, Report, State
 
 # Position relative to the reference curve of a shipped recipe.
 WORDS = {"inside": "as expected", "above": "above its reference", "below": "below its reference"}
 SHARES = {"answers/right": "right", "rewards/accuracy": "reward accuracy"}
 NO_MARGIN = 1e-4  # a mean margin below which rewards differ by rounding only
 LINES = 20  # plain lines printed in a whole run
+
+
+# Shows a line of figures and the share done, None if it is not known; not on a terminal, only a line that is due.
+Show = Callable[[str, float | None, bool], None]
+
+
+@contextlib.contextmanager
+def bar_or_lines(label: str, console: Console, transient: bool = True) -> Iterator[Show]:
+    """Figures beside a bar on a terminal, in plain lines elsewhere."""
+    bar = Progress(
+        TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=len(label))),
+        BarColumn(bar_width=10),
+        TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+        console=console,
+        transient=transient,
+    )
+    task = bar.add_task(label, total=None, figures="")
+
+    def show(figures: str, share: float | None, is_due: bool) -> None:
+        if console.is_terminal:
+            bar.update(task, total=None if share is None else 1.0, completed=share or 0.0, figures=figures)
+        elif is_due:
+            console.print(f"{label}: {figures}", soft_wrap=True, markup=False, highlight=False)
+
+    with bar if console.is_terminal else contextlib.nullcontext():
+        yield show
 
 
 @contextlib.contextmanager
@@ -27,32 +55,21 @@ def training_progress(
 
     `steps_in_epoch` is None if the data's length is unknown.
     """
-    console = console or Console(stderr=True)
-    bar = Progress(
-        TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=len(label))),
-        BarColumn(bar_width=10),
-        TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
-        console=console,
-    )
-    task = bar.add_task(label, total=steps, figures="")
     began, first_step, validation_loss = time.monotonic(), -1, None
+    with bar_or_lines(label, console or Console(stderr=True), transient=False) as show:
 
-    def update(state: State, report: Report) -> None:
-        nonlocal first_step, validation_loss
-        if first_step < 0:
-            first_step = state.step - 1
-        validation_loss = report.get("validation_loss", validation_loss)
-        left = (time.monotonic() - began) / (state.step - first_step) * (steps - state.step)
-        figures = [f"step {state.step:,}/{steps:,}"]
-        if steps_in_epoch:
-            figures.append(f"epoch {state.step / steps_in_epoch:.1f}/{steps / steps_in_epoch:.1f}")
-        line = "  ".join([*figures, *_figures(report, validation_loss, left)])
-        if console.is_terminal:
-            bar.update(task, completed=state.step, figures=line)
-        elif state.step % max(1, steps // LINES) == 0 or state.step == steps:
-            console.print(f"{label}: {line}", soft_wrap=True, highlight=False)
+        def update(state: State, report: Report) -> None:
+            nonlocal first_step, validation_loss
+            if first_step < 0:
+                first_step = state.step - 1
+            validation_loss = report.get("validation_loss", validation_loss)
+            left = (time.monotonic() - began) / (state.step - first_step) * (steps - state.step)
+            figures = [f"step {state.step:,}/{steps:,}"]
+            if steps_in_epoch:
+                figures.append(f"epoch {state.step / steps_in_epoch:.1f}/{steps / steps_in_epoch:.1f}")
+            line = "  ".join([*figures, *_figures(report, validation_loss, left)])
+            show(line, state.step / steps, state.step % max(1, steps // LINES) == 0 or state.step == steps)
 
-    with bar if console.is_terminal else contextlib.nullcontext():
         yield update
 
 

@@ -55,7 +55,8 @@ class Preference(PerAnswer):
         self.settings, self.beta = settings, settings.strength
 
     def __call__(self, model: Decoder, batch: Batch) -> Loss:
-        sums, tokens = answer_log_probabilities(model, batch.ids, batch.labels)  # [pairs, 2] each
+        sums = label_log_probabilities(model, batch.ids, batch.labels).sum(dim=-1)  # [pairs, 2]
+        tokens = (batch.labels != IGNORED).sum(dim=-1)  # [pairs, 2]
         rewards = self.rewards(sums, tokens, batch.extra.get(REFERENCE))  # [pairs, 2]
         losses = self.losses(rewards)  # [pairs]
         counts = self.counts(batch)  # [pairs]
@@ -128,35 +129,21 @@ def both_answers(batch: Batch) -> tuple[Tensor, Tensor]:
     return torch.stack(ids, dim=1), torch.stack(labels, dim=1)
 
 
-def answer_log_probabilities(model: Decoder, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum of the log-probabilities of each answer's tokens, and the number of tokens.
-
-    ids, labels [pairs, 2, length] → [pairs, 2] each, in nats.
-    """
-    pairs = ids.shape[:-1]
-    each = label_log_probabilities(model, ids.flatten(0, -2), labels.flatten(0, -2))  # [2 * pairs, used]
-    return each.sum(dim=-1).unflatten(0, pairs), (labels != IGNORED).sum(dim=-1)
-
-
 def label_log_probabilities(model: Decoder, ids: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
-    """The log-probability, in nats, of every learned label, 0 elsewhere.  [rows, length] → [rows, used]
+    """The log-probability, in nats, of every learned label, 0 elsewhere.  [..., length] → [..., used]
 
-    `used` is the number of columns up to the last learned one: a causal model needs no others.
+    `used` is the number of columns up to the last learned one, rounded up: a causal model needs no others.
     """
-    used = columns_used(labels)
+    answers = labels.shape[:-1]
+    ids, labels = ids.flatten(0, -2), labels.flatten(0, -2)  # [rows, length] each
+    columns = (labels != IGNORED).any(dim=0).nonzero()
+    used = rounded_up(int(columns[-1]) + 1 if len(columns) else 1)
     ids, labels = ids[:, :used], labels[:, :used]
     hidden = model(ids)  # [rows, used, width]
     learned = labels != IGNORED
     cap = model.architecture.logit_cap
     found = token_log_probabilities(hidden[learned], model.head_weight, labels[learned], cap, temperature)
-    return torch.zeros(labels.shape, device=found.device).masked_scatter(learned, found)
-
-
-def columns_used(labels: Tensor) -> int:
-    """One past the last column in which anything is learned, rounded up; at least 1.  labels [rows, length]"""
-    columns = (labels != IGNORED).any(dim=0).nonzero()
-    last = int(columns[-1]) + 1 if len(columns) else 1
-    return min(labels.size(1), rounded_up(last))
+    return torch.zeros(labels.shape, device=found.device).masked_scatter(learned, found).unflatten(0, answers)
 
 
 def rounded_up(columns: int) -> int:
@@ -180,7 +167,7 @@ def reference_log_probabilities(
         indices = order[start : start + rows_at_once]
         batch = rows.batch(indices).to(device.torch_device)
         with device.autocast():
-            sums, _ = answer_log_probabilities(model, *both_answers(batch))
+            sums = label_log_probabilities(model, *both_answers(batch)).sum(dim=-1)  # [rows, 2]
         found[indices] = sums.float().cpu().numpy()
         progress(len(indices), batch.weight)
     model.train(was_training)

@@ -88,7 +88,7 @@ def test_lost_text_of_pairs_and_judgements_is_refused_too(tmp_path: Path) -> Non
     ours = lossy(tmp_path, byte_level=True)
     ours.chat_template = TEMPLATES["plain"]
     with pytest.raises(UserError, match="of the text"):
-        prepare_chat([Judged(good, True)], ours, tmp_path / "judgements", judged=True)
+        prepare_chat([Judged(good, True)], ours, tmp_path / "judgements")
 
 
 def test_a_vocabulary_with_every_byte_loses_nothing(tmp_path: Path) -> None:

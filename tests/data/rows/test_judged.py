@@ -30,7 +30,7 @@ ROWS = [(talk(f"What is {n}?", "An answer " * n), n % 3 == 0) for n in range(1, 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> TokenShards:
     judgements = [Judged(messages, label) for messages, label in ROWS]
-    return prepare_chat(judgements, TOKENIZER, tmp_path_factory.mktemp("judged") / "shards", judged=True)
+    return prepare_chat(judgements, TOKENIZER, tmp_path_factory.mktemp("judged") / "shards")
 
 
 def learned(ids: np.ndarray, labels: np.ndarray) -> str:
@@ -88,7 +88,7 @@ def test_answers_that_do_not_fit_are_cut_or_left_out_and_said_so(shards: TokenSh
 def test_labels_lie_in_the_shards_in_which_their_documents_end(tmp_path: Path) -> None:
     labels = np.array([True, False, False, True, True])
     ends = np.array([4, 9, 11, 17, 20])
-    with ShardWriter(tmp_path / "shards", TOKENIZER, masked=True, judged=True, shard_tokens=6) as writer:
+    with ShardWriter(tmp_path / "shards", TOKENIZER, shard_tokens=6) as writer:
         writer.add(np.arange(20), ends, np.ones(20, dtype=bool), labels, text_bytes=20)
     opened = TokenShards.open(tmp_path / "shards")
     opened.verify()

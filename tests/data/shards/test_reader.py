@@ -27,7 +27,7 @@ def write(directory: Path, lengths: list[int], *, size: int = 260, masked: bool 
     """Documents of these lengths, two at a time; the tokens that were written."""
     tokens = np.random.default_rng(0).integers(0, size, sum(lengths))
     begun = 0
-    with ShardWriter(directory, ByteTokenizer(size), masked=masked, **options) as writer:
+    with ShardWriter(directory, ByteTokenizer(size), **options) as writer:
         for start in range(0, len(lengths), 2):
             ends = np.cumsum(lengths[start : start + 2])
             ids = tokens[begun : begun + ends[-1]]
@@ -103,7 +103,7 @@ def test_a_file_that_is_cut_while_it_is_read_is_named(tmp_path: Path):
 
 def test_the_header_says_what_is_inside(tmp_path: Path):
     sources = [{"path": "a.txt", "bytes": 8, "sha256": "…"}]
-    with ShardWriter(tmp_path / "shards", ByteTokenizer(), sources=sources, perfect_loss=0.7, shard_tokens=5) as writer:
+    with ShardWriter(tmp_path / "shards", ByteTokenizer(), sources=sources, shard_tokens=5) as writer:
         writer.add(np.arange(8), np.array([4, 8]), text_bytes=6)
     header = json.loads((tmp_path / "shards" / "header.json").read_text())
     first, second = header.pop("shards")
@@ -121,7 +121,7 @@ def test_the_header_says_what_is_inside(tmp_path: Path):
         "sources": sources,
         "masked": False,
         "judged": False,
-        "perfect_loss": 0.7,
+        "perfect_loss": None,
         "shuffle_seed": None,
         "cleaning": None,
     }

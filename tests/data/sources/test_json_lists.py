@@ -93,5 +93,5 @@ def test_a_file_of_one_row_is_gone_on_from_its_end_and_its_bytes_are_text(tmp_pa
     ((_, position),) = source.read()
     assert list(source.read(position)) == []
     (tmp_path / "b.json").write_bytes(b'{"text":\n "\xed\xa0\xbd"}')
-    with pytest.raises(UserError, match=r"b\.json: half a surrogate pair"):
+    with pytest.raises(UserError, match=r"b\.json: not UTF-8, or half a surrogate pair"):
         list(open_source(SourceSettings(path=str(tmp_path / "b.json"))).read())

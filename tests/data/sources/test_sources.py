@@ -149,7 +149,10 @@ MISTAKES = {
     "array.json": (b'["a"]\n', "array.json: row 1: expected a JSON object, found '\"a\"'"),
     "column.jsonl": (b'{"text": "a"}\n{"body": "b"}\n', "column.jsonl:2: no column 'text'; there are: 'body'"),
     "null.jsonl": (b'{"text": null}\n', "null.jsonl:1: expected text in column 'text', found nothing"),
-    "half.jsonl": (b'{"text": "\\ud83d\\uDE42"}\n{"text": "\\uD83D"}\n', "half.jsonl:2: half a surrogate pair"),
+    "half.jsonl": (
+        b'{"text": "\\ud83d\\uDE42"}\n{"text": "\\uD83D"}\n',
+        "half.jsonl:2: not UTF-8, or half a surrogate pair",
+    ),
     "column.csv": (b"id,body\n1,a\n", "column.csv:1: no column 'text'; there are: 'id', 'body'"),
     "short.csv": (b"id,text\n1,a\n2\n", "short.csv: row 2 (line 3): expected 2 fields"),
     "long.csv": (b"id,text\n1,a,b\n", "long.csv: row 1 (line 2): expected 2 fields"),

@@ -59,9 +59,7 @@ def seen(shards: TokenShards, vocabulary: Vocabulary, *validation: TokenShards, 
 
 def shards_of(folder: Path, tokenizer: SLMTokenizer, documents: Iterable[tuple[np.ndarray, np.ndarray | None]]):
     """Shards as somebody else's program might write them: ids as they are, with a mask where there is one."""
-    documents = list(documents)
-    masked = documents[0][1] is not None
-    with ShardWriter(folder, tokenizer, masked=masked) as writer:
+    with ShardWriter(folder, tokenizer) as writer:
         for ids, trained in documents:
             writer.add(ids, np.array([len(ids)]), trained, text_bytes=len(ids))
     return TokenShards.open(folder)
@@ -206,10 +204,10 @@ def test_answers_that_contradict_each_other_are_counted(tmp_path: Path, tokenize
     (note,) = examine(Stream(rows, 2), vocabulary, [rows.shards], is_padded=True).notes
     assert note.startswith("2 of 4 pairs are there the other way round, too")
     judged = [Judged(asked(text), label) for text, label in (("A.", True), ("A.", False), ("B.", True), ("C.", False))]
-    shards = prepare_chat(judged, tokenizer, tmp_path / "judged", judged=True)
+    shards = prepare_chat(judged, tokenizer, tmp_path / "judged")
     (note,) = examine(Stream(JudgedRows(shards, LENGTH), 2), vocabulary, [shards], is_padded=True).notes
     assert note.startswith("2 of 4 answers to the same prompt are labelled good in one row and bad in another")
-    consistent = prepare_chat(judged[1:], tokenizer, tmp_path / "consistent", judged=True)
+    consistent = prepare_chat(judged[1:], tokenizer, tmp_path / "consistent")
     assert not examine(Stream(JudgedRows(consistent, LENGTH), 2), vocabulary, [consistent], is_padded=True).notes
 
 

@@ -33,9 +33,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> JudgedRows:
         Judged([{"role": "user", "content": f"What is {n}?"}, {"role": "assistant", "content": answer}], label)
         for n, (answer, label) in enumerate(ANSWERS)
     ]
-    rows = JudgedRows(
-        prepare_chat(judgements, TOKENIZER, tmp_path_factory.mktemp("judged") / "shards", judged=True), LENGTH
-    )
+    rows = JudgedRows(prepare_chat(judgements, TOKENIZER, tmp_path_factory.mktemp("judged") / "shards"), LENGTH)
     rows.reference = reference_log_probabilities(build_decoder(CONFIG, 1), rows, DEVICE, 2, lambda rows, tokens: None)
     return rows
 
