@@ -48,7 +48,7 @@ def prepare(
     """
     from slmkit.cli.show import TerminalReporter, counted, progress_bar
     from slmkit.config import load_settings
-    from slmkit.data.cleaning.settings import CleaningSettings
+    from slmkit.data.settings import CleaningSettings
     from slmkit.find import find_tokenizer_directory
     from slmkit.tokenizer import SLMTokenizer
 

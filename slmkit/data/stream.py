@@ -25,6 +25,8 @@ class Rows(Protocol):
     `documents` [length]: the document number of each token of a row.
     """
 
+    left_out: Mapping[str, int] = {}  # kinds of documents that are left out or cut, in words, and how many
+
     @property
     def rows_in_epoch(self) -> int: ...
 
@@ -45,8 +47,8 @@ class Rows(Protocol):
         return Batch.of(*self.rows([*indices]), documents, stacked([self.extra(index) for index in indices]))
 
     def report(self) -> list[str]:
-        """One line for each kind of documents that are left out or cut; by default none."""
-        return []
+        """One line for each kind of documents that are left out or cut."""
+        return [f"{count:,} {what}" for what, count in self.left_out.items() if count]
 
     def extra(self, index: int) -> dict[str, np.ndarray]:
         """Further arrays […] of a row for the objective, such as a teacher's logits; by default none."""
@@ -252,7 +254,6 @@ class ChatRows(ShardRows):
             found = "answers labelled good or bad, for objective kto" if shards.header.judged else "plain text"
             raise UserError(f"{shards.directory}: expected shards of conversations, found {found}")
         super().__init__(shards, length)
-        self.on_long = on_long
         self.starts, ends = document_spans(shards)
         self.stops = np.minimum(ends, self.starts + length)
         too_long = ends - 1 - self.starts > length  # without the end-of-text token, which is not learned
@@ -266,6 +267,11 @@ class ChatRows(ShardRows):
         counts = np.searchsorted(learned, self.stops) - np.searchsorted(learned, self.starts + 1)
         self.truncated = int(too_long.sum())
         self.untrained = int((counts <= 0).sum())
+        of, what = f"of {len(ends):,} conversations", "left out" if on_long == "skip" else "cut"
+        self.left_out = {
+            f"{of} are longer than {length:,} tokens and {what}": self.truncated,
+            f"{of} have nothing to learn within {length:,} tokens": self.untrained,
+        }
         kept = np.flatnonzero((counts > 0) & ~(too_long & (on_long == "skip")))
         if not len(kept):
             read = [str(source["path"]) for source in shards.header.sources if "path" in source]
@@ -283,14 +289,6 @@ class ChatRows(ShardRows):
     @property
     def rows_in_epoch(self) -> int:
         return len(self.packed)
-
-    def report(self) -> list[str]:
-        what = "left out" if self.on_long == "skip" else "cut"
-        lines = {
-            f"are longer than {self.length:,} tokens and {what}": self.truncated,
-            f"have nothing to learn within {self.length:,} tokens": self.untrained,
-        }
-        return [f"{count:,} of {len(self.starts):,} conversations {said}" for said, count in lines.items() if count]
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:  # int64 [length] each
         ids, labels = [], []

@@ -101,14 +101,22 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp_out(self.mlp(self.mlp_in(x))))
 
 
+class Embedding(nn.Embedding):
+    """Without initial values on the meta device, where drawing them would import the compiler, which takes seconds."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class Decoder(nn.Module):
     """A stack of blocks between an embedding and a head, as an `Architecture` describes it."""
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         a = self.architecture = architecture
-        self.embedding = nn.Embedding(a.vocab_size, a.width)
-        self.place = nn.Embedding(a.max_positions, a.width) if a.learned_positions else None
+        self.embedding = Embedding(a.vocab_size, a.width)
+        self.place = Embedding(a.max_positions, a.width) if a.learned_positions else None
         self.dropout = nn.Dropout(a.hidden_dropout)
         self.blocks = nn.ModuleList(Block(a, i) for i in range(len(a.layers)))
         self.norm = make_norm(a, a.width)

@@ -183,7 +183,8 @@ class Rotary(nn.Module):
         super().__init__()
         self.rope = rope
         self.frequencies: Tensor
-        self.register_buffer("frequencies", rope.frequencies(), persistent=False)
+        self.register_buffer("frequencies", torch.empty(0), persistent=False)
+        self._compute(torch.get_default_device())
 
     def _apply(self, *args: Any, **kwargs: Any) -> Rotary:
         """Recompute the frequencies in float32 after `to_empty`, `to` or `half`: they are in no file."""
@@ -192,7 +193,7 @@ class Rotary(nn.Module):
         return self
 
     def _compute(self, device: torch.device) -> None:
-        with torch.device("cpu"):
+        with torch.device("cpu"):  # on the meta device it would import the compiler, which takes seconds
             self.frequencies = self.rope.frequencies().to(device)
 
     def forward(self, positions: Tensor, length: Tensor) -> Rotation:

@@ -17,10 +17,10 @@ from typing import Any
 
 from slmkit.config import UserError
 from slmkit.data.cleaning.cleaner import Cleaner
-from slmkit.data.cleaning.settings import CleaningSettings
 from slmkit.data.prepare.open_sources import Reading
 from slmkit.data.prepare.ordered_map import ordered_map
 from slmkit.data.prepare.text_to_shards import Progress, TextShards, no_progress
+from slmkit.data.settings import CleaningSettings
 from slmkit.data.shards.folder import Finished, ShardFolder
 from slmkit.data.shards.reader import TokenShards
 from slmkit.data.shards.work import (

@@ -7,6 +7,7 @@ are as fast as processes, and a user's script needs no `if __name__ == "__main__
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +18,8 @@ import numpy as np
 
 from slmkit.config import UserError
 from slmkit.data.cleaning.cleaner import Cleaner
-from slmkit.data.cleaning.settings import CleaningSettings
 from slmkit.data.prepare.ordered_map import ordered_map
+from slmkit.data.settings import CleaningSettings
 from slmkit.data.shards.folder import Finished, ShardFolder
 from slmkit.data.shards.reader import Header, TokenShards
 from slmkit.data.shards.work import (
@@ -127,18 +128,18 @@ def _make_shards(
         return encode(making.tokenizer, one.documents) if one.documents else None
 
     def whole_shards() -> Iterator[tuple[ShardWork, list[Encoded]]]:
-        parts: list[Encoded] = []
         done = np.zeros(3, dtype=np.int64)
-        for one, part in ordered_map(pool, encoded, work, ahead=2 * workers):
-            if part:
-                parts.append(part)
-                done += (len(part.ends), len(part.ids), part.text_bytes)
-            if one.finished:
-                done += (one.finished.shard.documents, one.finished.shard.tokens, one.finished.text_bytes)
-            progress(*done.tolist())
-            if one.last:
-                yield one, parts
-                parts = []
+        encoding = ordered_map(pool, encoded, work, ahead=2 * workers)
+        for _, shard in itertools.groupby(encoding, lambda pair: pair[0].shard):
+            parts: list[Encoded] = []
+            for one, part in shard:
+                if part:
+                    parts.append(part)
+                    done += (len(part.ends), len(part.ids), part.text_bytes)
+                if one.finished:
+                    done += (one.finished.shard.documents, one.finished.shard.tokens, one.finished.text_bytes)
+                progress(*done.tolist())
+            yield one, parts
 
     def write(shard: tuple[ShardWork, list[Encoded]]) -> Finished:
         one, parts = shard

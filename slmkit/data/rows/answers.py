@@ -24,7 +24,6 @@ class AnswerRows(ShardRows):
     """
 
     lengths: np.ndarray  # tokens of the longer conversation of each row, int64 [rows]
-    left_out: dict[str, int]  # kinds of rows that are left out or cut, in words, and how many
 
     reference: np.ndarray | None = None
 
@@ -42,10 +41,6 @@ class AnswerRows(ShardRows):
 
     def extra(self, index: int) -> dict[str, np.ndarray]:  # reference [2]
         return {} if self.reference is None else {"reference": self.reference[index]}
-
-    def report(self) -> list[str]:
-        """One line for each kind of rows that are left out or cut."""
-        return [f"{count:,} {what}" for what, count in self.left_out.items() if count]
 
     def _cut(self, tokens: np.ndarray, learned: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Ids and labels, int64 [length] each, of tokens and whether each is learned [n]."""

@@ -6,6 +6,7 @@ So the shards are the same in any order of work, in threads of one process or on
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,11 +26,10 @@ BATCH_CHARACTERS = 1 << 20  # encoded by a thread at once
 
 @dataclass(frozen=True)
 class ShardWork:
-    """Documents of a shard, and whether they are its last. A shard that is finished already has none."""
+    """Some of the documents of a shard; a shard that is finished already has none."""
 
     shard: int
     documents: list[Document]
-    last: bool
     finished: Finished | None = None
 
 
@@ -49,39 +49,29 @@ def cut(documents: Iterable[Document], shard_characters: int, batch_characters: 
     A shard has whole documents.
     """
     shard, in_shard, batch, in_batch = 0, 0, list[Document](), 0
-    waiting: ShardWork | None = None  # held back until it is known whether it is the last of its shard
     for document in documents:
-        if waiting:
-            yield waiting
-            waiting = None
         batch.append(document)
         in_batch += len(document.text) + 1
         in_shard += len(document.text) + 1
         shard_is_full = document.ends and in_shard >= shard_characters
-        if shard_is_full:
-            yield ShardWork(shard, batch, last=True)
-            shard, in_shard, batch, in_batch = shard + 1, 0, [], 0
-        elif in_batch >= batch_characters:
-            waiting = ShardWork(shard, batch, last=False)
+        if shard_is_full or in_batch >= batch_characters:
+            yield ShardWork(shard, batch)
             batch, in_batch = [], 0
+        if shard_is_full:
+            shard, in_shard = shard + 1, 0
     if batch:
-        yield ShardWork(shard, batch, last=True)
-    elif waiting:
-        yield ShardWork(waiting.shard, waiting.documents, last=True)
+        yield ShardWork(shard, batch)
 
 
 def without_finished(works: Iterable[ShardWork], folder: ShardFolder) -> Iterator[ShardWork]:
     """The works, with shards that `folder` already has, made of the same text, replaced by the finished ones."""
-    held: list[ShardWork] = []
-    for work in works:
-        if not folder.has(work.shard):
-            yield work
+    for number, group in itertools.groupby(works, lambda work: work.shard):
+        if not folder.has(number):
+            yield from group
             continue
-        held.append(work)
-        if work.last:
-            finished = folder.find(work.shard, content_of([digest(part.documents) for part in held]))
-            yield from [ShardWork(work.shard, [], last=True, finished=finished)] if finished else held
-            held = []
+        batches = list(group)
+        finished = folder.find(number, content_of([digest(work.documents) for work in batches]))
+        yield from [ShardWork(number, [], finished)] if finished else batches
 
 
 def digest(documents: Sequence[Document]) -> str:

@@ -176,54 +176,44 @@ def csv_rows(file: File, start: Position, formats: RowFormats | None = None) -> 
     csv.field_size_limit(LONGEST_ROW)  # the csv module's default of 128 KiB is too small for texts
     delimiter, columns = _header(file)
     _check_columns(f"{file.name}:1", columns, formats)
-    lines = _Lines(file, start.get("offset", 0), start.get("line", 0))
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    number = start.get("row", -1)  # the header is row 0
+    number, line, offset = start.get("row", -1), start.get("line", 0), start.get("offset", 0)  # the header is row 0
+    problem: BadRow | None = None
+
+    def texts() -> Iterator[str]:
+        nonlocal line, offset, problem
+        for found in whole_lines(file, offset):
+            line, offset, problem = line + 1, found.end, found.problem or problem
+            yield found.text
+
+    reader = csv.reader(texts(), delimiter=delimiter, strict=True)
     while True:
-        lines.problem = None
+        problem = None
         try:
             fields = next(reader, None)
         except csv.Error as error:
-            problem = BadRow("not valid CSV", f"{file.name}:{lines.number}: not valid CSV: {error}")
-            fields, lines.problem = [], lines.problem or problem
+            fields = []
+            problem = problem or BadRow("not valid CSV", f"{file.name}:{line}: not valid CSV: {error}")
         if fields is None:
             return
-        if not (fields or lines.problem):
+        if not (fields or problem):
             continue  # a blank line
         number += 1
-        place, value = f"{file.name}: row {number}", lines.problem
-        if value is None and len(fields) != len(columns):
+        place, value = f"{file.name}: row {number}", problem or dict(zip(columns, fields))
+        if problem is None and len(fields) != len(columns):
             found = f"expected {len(columns)} fields as in the header, found {len(fields)}"
-            value = BadRow("wrong number of fields", f"{place} (line {lines.number}): {found}")
+            value = BadRow("wrong number of fields", f"{place} (line {line}): {found}")
         if number > 0:
-            position = {"row": number, "line": lines.number, "offset": lines.end}
-            yield Row(place, value or dict(zip(columns, fields)), position)
+            yield Row(place, value, {"row": number, "line": line, "offset": offset})
 
 
 def _header(file: File) -> tuple[str, list[str]]:
     """The column separator, and the columns' names."""
     usual = "\t" if file.kind == ".tsv" else ","
     for delimiter in (usual, ";", "\t"):
-        columns = next(csv.reader(_Lines(file), delimiter=delimiter), [])
+        columns = next(csv.reader((line.text for line in whole_lines(file)), delimiter=delimiter), [])
         if len(columns) > 1:
             return delimiter, columns
     return usual, columns
-
-
-class _Lines:
-    """The lines of a file as text for the csv module; keeps their offsets and problems."""
-
-    def __init__(self, file: File, offset: int = 0, number: int = 0) -> None:
-        self.lines, self.end, self.number = whole_lines(file, offset), offset, number
-        self.problem: BadRow | None = None
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        line = next(self.lines)
-        self.end, self.number, self.problem = line.end, self.number + 1, line.problem or self.problem
-        return line.text
 
 
 def table_rows(file: File, start: Position, formats: RowFormats | None = None) -> Iterator[Row]:

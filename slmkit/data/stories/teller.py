@@ -24,7 +24,6 @@ CHARACTERS = {  # class of a role → the lists of its kinds, its female names a
     "grownup": ("job", "woman_name", "man_name"),
 }
 CHILDREN = ("girl", "boy")
-LOG = [0.0, *(math.log(n) for n in range(1, 2000))]
 SOUNDS_LIKE_A_CONSONANT = ("uni", "use", "one", "eu")
 SOUNDS_LIKE_A_VOWEL = ("honest", "hour")
 
@@ -239,14 +238,14 @@ class Teller:
 
     def choose(self, options: Sequence[object]) -> int:
         """The index of a uniformly chosen option."""
-        self.log_probability -= LOG[len(options)]
+        self.log_probability -= math.log(len(options))
         return int(self.chance() * len(options))
 
     def pick(self, words: tuple[str, ...]) -> str:
         """A chosen word, weighted if the list has weights; it is written next, perhaps after an article."""
         weights = self.book.weights_of(words)
         if weights is None:
-            self.log_probability -= LOG[len(words)]
+            self.log_probability -= math.log(len(words))
             return words[int(self.chance() * len(words))]
         total = sum(weights)
         index = bisect.bisect(list(itertools.accumulate(weights)), self.chance() * total)

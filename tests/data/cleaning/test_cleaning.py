@@ -17,9 +17,9 @@ from slmkit.data.cleaning import cleaner
 from slmkit.data.cleaning.characters import shares
 from slmkit.data.cleaning.cleaner import Cleaner
 from slmkit.data.cleaning.duplicates import PLACES, SeenKeys, bands_and_rows, signatures
-from slmkit.data.cleaning.settings import CleaningSettings
 from slmkit.data.cleaning.words import hash_runs, hash_words
 from slmkit.data.prepare.text_to_shards import prepare_text
+from slmkit.data.settings import CleaningSettings
 from slmkit.data.shards.reader import TokenShards
 from slmkit.data.sources import Document
 from tests.data.byte_tokenizer import ByteTokenizer

@@ -82,7 +82,7 @@ def test_cutting_knows_the_documents_alone():
     works = list(cut(documents, 60, 25))
     assert [document for work in works for document in work.documents] == documents
     shards = [[work for work in works if work.shard == number] for number in range(works[-1].shard + 1)]
-    assert [[work.last for work in shard] for shard in shards] == [[False, True]] * 5
+    assert [[len(work.documents) for work in shard] for shard in shards] == [[3, 3]] * 5
     assert all(shard[-1].documents[-1].ends for shard in shards)
 
 

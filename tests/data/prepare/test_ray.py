@@ -11,10 +11,10 @@ import pytest
 
 from slmkit.config import UserError
 from slmkit.data import stories
-from slmkit.data.cleaning.settings import CleaningSettings
 from slmkit.data.prepare.open_sources import Reading
 from slmkit.data.prepare.ray import prepare_text_on_ray
 from slmkit.data.prepare.text_to_shards import prepare_text
+from slmkit.data.settings import CleaningSettings
 from slmkit.data.sources.settings import SourceSettings
 from slmkit.tokenizer import SLMTokenizer
 
