@@ -28,12 +28,10 @@ from slmkit.data.packing import IGNORED, padded, row_of_labels
 from slmkit.data.rows.answers import Questions
 from slmkit.data.stream import Batches, share_of_rank, shuffled
 from slmkit.device import Device
-from slmkit.files import write_whole
 from slmkit.generation.generator import generate_ids
 from slmkit.generation.sampling_settings import SamplingSettings
 from slmkit.model.decoder import Decoder
 from slmkit.tokenizer import SLMTokenizer
-from slmkit.training.checkpoints.checkpoint import file_sha256
 from slmkit.training.compilation import eager
 from slmkit.training.distributed import Group
 from slmkit.training.estimate.memory import MemoryProfile, meta_model_of, read_answers, write_answers
@@ -46,7 +44,6 @@ from slmkit.training.recipe.recipe import Recipe
 from slmkit.workflows.context import ObjectiveParts, RecipeContext
 
 SMALLEST_DEVIATION = 1e-4  # least standard deviation of rewards by which advantages are divided
-REWARD_DIGEST = "reward.sha256"  # in a run's data folder
 ROWS_AT_ONCE = 128  # answers sampled in one batch
 
 
@@ -63,7 +60,6 @@ def grpo_parts(m: RecipeContext) -> ObjectiveParts:
     m.model.to(m.device.torch_device)
     to_weight_dtype(m.model, m.device)
     judge = judge_of(m.corpus.tokenizer, settings.reward)
-    _expect_the_same_reward(m)
     sample = AnswerSampler(m.corpus.tokenizer, settings.max_new_tokens, settings.temperature)
     reference = copy.deepcopy(m.model).eval().requires_grad_(False) if settings.beta else None
     return ObjectiveParts(
@@ -73,19 +69,6 @@ def grpo_parts(m: RecipeContext) -> ObjectiveParts:
         validation_tokens=sum(len(held_out.prompt(index)) + settings.max_new_tokens for index in range(len(held_out))),
         longest=rounded_up(max(train.longest, held_out.longest) + settings.max_new_tokens),
     )
-
-
-def _expect_the_same_reward(m: RecipeContext) -> None:
-    """Store the sha256 of the reward's file with the run. Raises `UserError` if the file has changed since."""
-    reward, stored = m.recipe.grpo.reward, m.run.data / REWARD_DIGEST
-    file = Path(reward.rpartition(":")[0])
-    digest = file_sha256(file) if file.suffix == ".py" else ""
-    if stored.is_file() and stored.read_text().strip() != digest:
-        raise UserError(
-            f"grpo.reward {reward}: the file has changed since the run began: restore it, or start a new run"
-        )
-    if m.group.is_main and not stored.is_file() and digest:
-        write_whole(stored, digest)
 
 
 def grpo_memory(recipe: Recipe, model: Decoder, tokens: int, device: Device) -> MemoryProfile:

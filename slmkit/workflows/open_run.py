@@ -274,4 +274,7 @@ def fingerprints_of(prepared: PreparedRun) -> dict[str, Any]:
         found["distillation.cache"] = file_sha256(Path(recipe.distillation.cache) / HEADER)
     elif recipe.distillation is not None and recipe.distillation.teacher is not None:
         found["distillation.teacher"] = teacher_fingerprint(find_model_directory(recipe.distillation.teacher))
+    reward = Path(recipe.grpo.reward.rpartition(":")[0])
+    if recipe.objective == "grpo" and reward.suffix == ".py":
+        found[f"grpo.reward {recipe.grpo.reward}"] = file_sha256(reward)
     return found | {PREPARED: time.time()}

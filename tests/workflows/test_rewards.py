@@ -72,7 +72,7 @@ def test_a_run_finds_its_reward_again_and_refuses_a_changed_one(
     assert resume_run(run.root, Silent()).metrics.read()[-1]["step"] == 2
     shutil.rmtree(later)
     (written.parent / "scores.py").write_text(GOOD + "# changed\n")
-    with pytest.raises(UserError, match=r"scores.py:score: the file has changed since the run began"):
+    with pytest.raises(UserError, match=r"grpo.reward .*scores.py:score has changed since the run began: restore it"):
         resume_run(run.root, Silent())
     (written.parent / "scores.py").unlink()
     with pytest.raises(UserError, match=r"scores.py:score: cannot be found: no such file"):
