@@ -69,11 +69,13 @@ def probe(
 
 
 def _randomize(model: Decoder | None) -> None:
-    """Random values in all tensors, since an accelerator multiplies zeros faster."""
-    for tensor in () if model is None else tensors_of(model):
-        if isinstance(tensor, nn.Parameter):
-            tensor.data.normal_(std=0.02)
-        elif tensor.is_floating_point():  # scales of a quantized weight, squared norms: positive
-            tensor.uniform_(1e-4, 3e-4)
+    """Random matrices, since an accelerator multiplies zeros faster; norms and scales of 1, adapters of 0."""
+    tensors = [] if model is None else [*tensors_of(model)]
+    has_adapter = any(isinstance(tensor, nn.Parameter) and not tensor.requires_grad for tensor in tensors)
+    for tensor in tensors:
+        if tensor.dim() < 2:
+            tensor.data.fill_(1)
+        elif tensor.is_floating_point():
+            tensor.data.normal_(std=0.0 if has_adapter and tensor.requires_grad else 0.02)
         else:  # codes of a quantized weight
             tensor.random_()
