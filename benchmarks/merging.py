@@ -21,7 +21,8 @@ import torch
 
 from slmkit.model.config import SLMConfig
 from slmkit.model.families import family_of
-from slmkit.model.files.directory import WEIGHTS, empty_decoder, stored_names, write_tensors
+from slmkit.model.files.directory import WEIGHTS, empty_decoder, stored_names
+from slmkit.model.files.stored import write_tensors
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.logging.metrics_log import environment
 

@@ -30,18 +30,10 @@ from slmkit.model.config import SLMConfig
 from slmkit.model.decoder import Decoder
 from slmkit.model.families import Family, family_of
 from slmkit.model.files.adapter_directory import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LoRASettings
-from slmkit.model.files.directory import (
-    damaged,
-    empty_decoder,
-    expect_finite,
-    from_disk,
-    reference_name,
-    stored_names,
-    stored_tensors,
-    to_disk,
-)
+from slmkit.model.files.directory import empty_decoder, from_disk, reference_name, stored_names, to_disk
 from slmkit.model.files.generation_config import FILE as GENERATION
 from slmkit.model.files.generation_config import read_generation_config
+from slmkit.model.files.stored import damaged, expect_finite, stored_tensors
 from slmkit.model.initialization import grow_vocabulary
 
 PREFIX = "base_model.model."

@@ -26,17 +26,8 @@ from slmkit.config import UserError
 from slmkit.model.architectures import Architecture, architecture_of
 from slmkit.model.config import TRAINING_FIELDS, SLMConfig
 from slmkit.model.families import family_of
-from slmkit.model.files.directory import (
-    DTYPES,
-    WEIGHTS,
-    StoredTensor,
-    empty_decoder,
-    expect_finite,
-    open_weights,
-    stored_names,
-    write_configs,
-    write_tensors,
-)
+from slmkit.model.files.directory import WEIGHTS, empty_decoder, open_weights, stored_names, write_configs
+from slmkit.model.files.stored import DTYPES, StoredTensor, expect_finite, write_tensors
 
 # Config fields in which merged models may differ; the result has those of the first.
 MAY_DIFFER = TRAINING_FIELDS | {

@@ -160,7 +160,7 @@ def _print_facts(shards: TokenShards, length: int | None) -> None:
     print(f"tokenizer        {header.tokenizer[:12]}, {header.vocab_size:,} tokens")
     if facts.truncated is not None:
         print(f"truncated        {facts.truncated:,} of the documents are longer than {length:,} tokens")
-    if length is not None and header.masked:
+    if length is not None and header.masked and not header.judged:
         rows = ChatRows(shards, length)
         filled = rows.tokens / (rows.rows_in_epoch * length)
         print(f"packed           {rows.rows_in_epoch:,} rows of {length:,} tokens, {filled:.1%} of them filled")

@@ -21,7 +21,8 @@ from slmkit.find import find_model_directory, free_path
 from slmkit.generation.ensemble import common_tokenizer
 from slmkit.hub import at_commit
 from slmkit.model.files.adapter_directory import base_of, find_adapter, is_adapter
-from slmkit.model.files.directory import expect_finite, load_decoder, save_decoder
+from slmkit.model.files.directory import load_decoder, save_decoder
+from slmkit.model.files.stored import expect_finite
 from slmkit.tokenizer import SLMTokenizer
 
 # Files copied from the first model: tokenizer and generation settings.

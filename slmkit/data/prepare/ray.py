@@ -10,28 +10,20 @@ import contextlib
 import functools
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from slmkit.config import UserError
-from slmkit.data.cleaning.cleaner import Cleaner
 from slmkit.data.prepare.open_sources import Reading
 from slmkit.data.prepare.ordered_map import ordered_map
-from slmkit.data.prepare.text_to_shards import Progress, TextShards, no_progress
-from slmkit.data.settings import CleaningSettings
+from slmkit.data.prepare.text_to_shards import Progress, TextShards, prepare_text
 from slmkit.data.shards.folder import Finished, ShardFolder
 from slmkit.data.shards.reader import TokenShards
-from slmkit.data.shards.work import (
-    BATCH_CHARACTERS,
-    SHARD_CHARACTERS,
-    ShardWork,
-    cut,
-    encode,
-    without_finished,
-    write_shard,
-)
+from slmkit.data.shards.work import ShardWork, encode, write_shard
 from slmkit.data.sources import Document
 from slmkit.data.sources.settings import SourceSettings
 from slmkit.tokenizer import SLMTokenizer
@@ -43,41 +35,44 @@ def prepare_text_on_ray(
     directory: str | Path,
     *,
     address: str = "auto",
-    progress: Progress = no_progress,
-    shuffle_seed: int | None = None,
-    cleaning: CleaningSettings | None = None,
-    shard_characters: int = SHARD_CHARACTERS,
+    **options: Any,
 ) -> TokenShards:
-    """`prepare_text` on the Ray cluster at `address`, or on one started here if that is `local`.
+    """`prepare_text`, with its options, on the Ray cluster at `address`, or on one started here if that is `local`.
 
     A Ray that this process has already started is used. Raises `UserError` if Ray is missing or cannot be reached.
     """
     tokenizer_directory = str(Path(tokenizer_directory).absolute())
-    making = TextShards(directory, SLMTokenizer.from_pretrained(tokenizer_directory), shuffle_seed)
-    cleaner, reading = Cleaner(cleaning or CleaningSettings()), Reading(sources)
-    parts: list[Finished] = []
+    tokenizer, reading = SLMTokenizer.from_pretrained(tokenizer_directory), Reading(sources)
     with _connected(address) as ray:
         make, ahead = ray.remote(_make), 2 * int(ray.cluster_resources().get("CPU", 1))
 
-        def made(shard: tuple[int, list[ShardWork]]) -> Finished:
-            number, work = shard
-            batches, folder = [one.documents for one in work], making.ordered.folder
-            found: Finished = work[0].finished or ray.get(
-                make.remote(tokenizer_directory, folder, number, batches, shuffle_seed)
-            )
-            if not (folder / f"{found.shard.name}.tokens").is_file():
-                raise UserError(f"{folder}: the workers' shards are not there; use a folder that all machines share")
-            return found
+        def make_shards(
+            work: Iterable[ShardWork], making: TextShards, pool: ThreadPoolExecutor, workers: int, progress: Progress
+        ) -> Iterator[Finished]:
+            folder = making.ordered.folder
 
-        with ThreadPoolExecutor(ahead + 2) as pool:
-            kept = cleaner.clean(reading.documents(), pool, workers=2)
-            work = without_finished(cut(kept, shard_characters, BATCH_CHARACTERS), making.ordered)
-            shards_to_make = ((number, [*group]) for number, group in itertools.groupby(work, lambda one: one.shard))
-            for _, part in ordered_map(pool, made, shards_to_make, ahead):
-                parts.append(part)
-                tokens, text_bytes = sum(one.shard.tokens for one in parts), sum(one.text_bytes for one in parts)
-                progress(sum(one.shard.documents for one in parts), tokens, text_bytes)
-            return making.complete(parts, cleaner, reading.descriptions, pool)
+            def made(shard: list[ShardWork]) -> Finished:
+                batches = [one.documents for one in shard]
+                found: Finished = shard[0].finished or ray.get(
+                    make.remote(tokenizer_directory, folder, shard[0].shard, batches, making.shuffle_seed)
+                )
+                if not (folder / f"{found.shard.name}.tokens").is_file():
+                    raise UserError(
+                        f"{folder}: the workers' shards are not there; use a folder that all machines share"
+                    )
+                return found
+
+            whole = ([*group] for _, group in itertools.groupby(work, lambda one: one.shard))
+            done = np.zeros(3, dtype=np.int64)
+            for _, part in ordered_map(pool, made, whole, ahead):
+                done += (part.shard.documents, part.shard.tokens, part.text_bytes)
+                progress(*done.tolist())
+                yield part
+
+        return prepare_text(
+            reading.documents(), tokenizer, directory,
+            sources=reading.descriptions, workers=ahead + 2, make_shards=make_shards, **options,
+        )  # fmt: skip
 
 
 def _make(

@@ -58,13 +58,14 @@ def prepare_text(
     cleaning: CleaningSettings | None = None,
     shard_characters: int = SHARD_CHARACTERS,
     workers: int | None = None,
+    make_shards: MakeShards | None = None,
 ) -> TokenShards:
     """Tokenize documents into a directory of shards, an end-of-text token after each. A `str` is a whole document.
 
     `shuffle_seed` shuffles all documents. The number of `workers` (threads; default: one per core) does not change the
-    result. Shards that a killed call finished are reused if the same documents come again. `sources` (see
-    `Source.describe`) and `perfect_loss` (nats per token) are for the header. Raises `UserError` if there is no text
-    or the disk is full; existing contents of `directory` then stay unchanged.
+    result; nor does `make_shards`, which makes them elsewhere. Shards that a killed call finished are reused if the
+    same documents come again. `sources` (see `Source.describe`) and `perfect_loss` (nats per token) are for the header.
+    Raises `UserError` if there is no text or the disk is full; existing contents of `directory` then stay unchanged.
     """
     workers = workers or os.cpu_count() or 1
     making = TextShards(directory, tokenizer, shuffle_seed)
@@ -72,7 +73,7 @@ def prepare_text(
         cleaner = Cleaner(cleaning or CleaningSettings())
         kept = cleaner.clean(_all_ended(documents), pool, workers)
         work = without_finished(cut(kept, shard_characters, BATCH_CHARACTERS), making.ordered)
-        parts = list(_make_shards(work, making, pool, workers, progress))
+        parts = list((make_shards or _make_shards)(work, making, pool, workers, progress))
         return making.complete(parts, cleaner, sources, pool, perfect_loss)
 
 
@@ -117,6 +118,10 @@ class TextShards:
         except OSError as error:
             raise disk_error(error, self.directory) from None
         return TokenShards.open(self.directory)
+
+
+# The work, its folders, threads, their number and the callback for progress → the shards, in order.
+MakeShards = Callable[[Iterable[ShardWork], TextShards, ThreadPoolExecutor, int, Progress], Iterator[Finished]]
 
 
 def _make_shards(

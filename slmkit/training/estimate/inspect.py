@@ -14,7 +14,8 @@ from slmkit.model.architectures import Architecture, architecture_of
 from slmkit.model.config import SLMConfig, find_model_or_preset
 from slmkit.model.decoder import Decoder
 from slmkit.model.files.adapter_directory import ADAPTER_WEIGHTS, config_directory, is_adapter
-from slmkit.model.files.directory import empty_decoder, stored_tensors
+from slmkit.model.files.directory import empty_decoder
+from slmkit.model.files.stored import stored_tensors
 from slmkit.model.sizes import cache_size, cache_variants, flops_per_token, parameters_by_module
 from slmkit.training.estimate.memory import MemoryProfile, reading_bytes, training_bytes
 from slmkit.training.recipe.recipe import TrainSettings

@@ -15,6 +15,7 @@ from slmkit.data.shards.writer import ShardWriter
 from slmkit.data.sources import Judged
 from slmkit.data.stream import ChatRows
 from slmkit.tokenizer import SLMTokenizer
+from tests.cli.helpers import slm
 
 TOKENIZER = SLMTokenizer(260)
 
@@ -110,3 +111,9 @@ def test_judged_answers_are_not_taken_for_something_else(shards: TokenShards, tm
         writer.add(np.arange(20), np.array([20]), text_bytes=20)
     with pytest.raises(UserError, match="hold no answers labelled good or bad"):
         JudgedRows(TokenShards.open(tmp_path / "plain"), 256)
+
+
+def test_the_command_shows_how_many_are_good_also_with_a_length(shards: TokenShards) -> None:
+    shown = slm("data", "inspect", shards.directory, "--length", "64")
+    assert shown.returncode == 0, shown.stderr
+    assert "labels           2 good, 5 bad" in shown.stdout
