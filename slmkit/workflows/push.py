@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,9 +44,6 @@ def push_model(source: str | Path, name: str, private: bool = False, revision: s
 def _card(source: Path, directory: Path, name: str) -> str:
     run = RunDirectory(source)
     recipe = read_yaml(run.recipe) if run.recipe.is_file() else {}
-    environment = {}
-    with contextlib.suppress(OSError, ValueError):
-        environment = json.loads(run.environment.read_text(encoding="utf-8"))
     base = _base(directory, recipe)  # before the config, which an adapter without its base has not
     return model_card(
         name,
@@ -56,7 +52,7 @@ def _card(source: Path, directory: Path, name: str) -> str:
         is_adapter=is_adapter(directory),
         recipe=recipe,
         metrics=run.metrics.read(),
-        environment=environment,
+        environment=run.described(),
     )
 
 
