@@ -96,7 +96,7 @@ def _find(path: str | Path, *names: str, weights: bool = True) -> Path:
     try:
         found = hub_directory(wanted, weights)
     except UserError as error:
-        raise UserError(f"{error} (nor is there a directory {path})") from None
+        raise UserError(f"{error} (and there is no directory {path})") from None
     if not any((found / name).is_file() for name in names):
         raise UserError(f"{wanted}: it has no {' and no '.join(names)}; transformers' save_pretrained writes one")
     return found

@@ -155,7 +155,7 @@ def test_wrong_names_are_told_with_what_is_meant(hub: HubServer) -> None:
     assert refusal("gpt2") == "gpt2: a preset is a shape without weights; trained ones are on the hub: " \
                               "openai-community/gpt2"  # fmt: skip
     assert f"{TINY}@v9: no such branch, tag or commit" in refusal(f"{TINY}@v9")
-    assert "nor is there a directory run/book" in refusal("run/book")
+    assert "and there is no directory run/book" in refusal("run/book")
 
 
 def test_offline_a_cached_model_is_read_and_another_one_said_to_be_missing(

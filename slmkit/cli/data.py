@@ -33,7 +33,7 @@ def prepare(
     shuffle: Annotated[int | None, typer.Option(help="Shuffle all documents, with this seed.")] = None,
     clean: Annotated[list[str] | None, typer.Option(help=CLEAN)] = None,
     length: Annotated[
-        int | None, typer.Option(min=1, help="Count the conversations longer than so many tokens.")
+        int | None, typer.Option(min=1, help="Count the conversations longer than this, in tokens.")
     ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads; default: one for each core.")] = None,
     shard_characters: Annotated[int, typer.Option(min=1, help="Characters of text in a shard.")] = 1 << 26,
@@ -105,9 +105,7 @@ def inspect(
     tokenizer: Annotated[str | None, typer.Option(help="The tokenizer to show documents with.")] = None,
     documents: Annotated[int, typer.Option(help="How many documents or rows to show.")] = 2,
     source: SourceOptions = None,
-    length: Annotated[
-        int | None, typer.Option(min=1, help="Count the documents that are longer than so many tokens.")
-    ] = None,
+    length: Annotated[int | None, typer.Option(min=1, help="Count the documents longer than this, in tokens.")] = None,
 ) -> None:
     """Show what a file, folder or shards hold.
 

@@ -100,8 +100,8 @@ def _show(ahead: RunEstimate) -> None:
     }
     if expected.trained < expected.parameters:
         lines["model"] += f"; {count(expected.trained)} of them in an adapter, which alone is trained"
-    if expected.beside:
-        lines["model"] += f"; and a second model of {count(expected.beside)} that is not trained"
+    if expected.frozen_parameters:
+        lines["model"] += f"; and a second model of {count(expected.frozen_parameters)} that is not trained"
     if measured is None:
         lines["speed"] += "estimated from the speed of matrix products; --probe measures it"
     else:

@@ -52,7 +52,7 @@ def plot(
 ) -> None:
     """Draw the losses of one or more runs into a picture.
 
-    With --what also their rewards, their shares of right answers, or of pairs told apart.
+    With --what also their rewards, their shares of right answers, or of pairs ranked correctly.
 
     Example: slm plot runs/book --over time -o book.png
     """

@@ -25,7 +25,7 @@ def train(
     ] = None,
     documents_per_source: Annotated[
         int | None,
-        typer.Option(min=1, help="Read so many documents of each source; default: 100 million characters in all."),
+        typer.Option(min=1, help="Documents to read of each source; default: 100 million characters in all."),
     ] = None,
 ) -> None:
     """Train a byte-level BPE tokenizer on any text.

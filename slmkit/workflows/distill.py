@@ -88,7 +88,7 @@ def distill_memory(recipe: Recipe, model: Decoder, tokens: int, device: Device) 
 
     if settings.cache:
         return MemoryProfile(model, objective=objective, extra=cached_logits)
-    return MemoryProfile(model, beside=_meta_teacher(settings, device), objective=objective)
+    return MemoryProfile(model, frozen=_meta_teacher(settings, device), objective=objective)
 
 
 def _meta_teacher(settings: DistillationSettings, device: Device) -> Decoder:

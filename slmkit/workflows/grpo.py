@@ -77,12 +77,12 @@ def grpo_memory(recipe: Recipe, model: Decoder, tokens: int, device: Device) -> 
     count, new = settings.num_generations, settings.max_new_tokens
     prompts = min(settings.prompts_per_step, max(1, ROWS_AT_ONCE // count))
 
-    def write(model: Decoder, beside: Decoder | None, length: int) -> None:
+    def write(model: Decoder, frozen: Decoder | None, length: int) -> None:
         write_answers(model, prompts, count, max(1, length - new), new)
 
-    def read(model: Decoder, beside: Decoder | None, length: int) -> None:
-        assert beside is not None
-        read_answers(beside, settings.rows_per_step, length)
+    def read(model: Decoder, frozen: Decoder | None, length: int) -> None:
+        assert frozen is not None
+        read_answers(frozen, settings.rows_per_step, length)
 
     if not settings.beta:
         return MemoryProfile(model, readings=(write,))

@@ -87,7 +87,7 @@ def _parts(
 
 def preference_memory(recipe: Recipe, model: Decoder, tokens: int, device: Device) -> MemoryProfile:
     """Memory profile with one model: only log-probabilities of the reference are kept."""
-    return MemoryProfile(model, readings=(lambda model, beside, length: read_answers(model, 2 * ROWS_AT_ONCE, length),))
+    return MemoryProfile(model, readings=(lambda model, frozen, length: read_answers(model, 2 * ROWS_AT_ONCE, length),))
 
 
 def _add_reference(m: RecipeContext, all_rows: Sequence[PairRows | JudgedRows]) -> None:

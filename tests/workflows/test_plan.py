@@ -120,9 +120,12 @@ def test_a_teacher_is_in_memory_where_it_is_asked_and_not_where_it_was_stored(mo
     stored = planned(
         model, "distill", distillation={"teacher": str(model), "cache": str(tmp_path)}, tokenizer={"path": str(model)}
     )
-    assert (asked.ahead.beside, stored.ahead.beside) == (parameter_count(architecture_of(SLMConfig(**SHAPE))), 0)
+    assert (asked.ahead.frozen_parameters, stored.ahead.frozen_parameters) == (
+        parameter_count(architecture_of(SLMConfig(**SHAPE))),
+        0,
+    )
     teacher = weights_bytes(asked.profile) - weights_bytes(stored.profile)
-    assert teacher == pytest.approx(4 * asked.ahead.beside, rel=0.01)
+    assert teacher == pytest.approx(4 * asked.ahead.frozen_parameters, rel=0.01)
     alone = MemoryProfile(asked.profile.model)
     needed = [training_bytes(each, asked.recipe.train, 4, 64, CPU) for each in (asked.profile, alone)]
     assert needed[0] > needed[1] + teacher
@@ -133,7 +136,7 @@ def test_a_teacher_is_in_memory_where_it_is_asked_and_not_where_it_was_stored(mo
 
 def test_a_reference_is_kept_where_beta_asks_for_one(model: Path) -> None:
     without, beside = (planned(model, "grpo", grpo={"beta": beta, "max_new_tokens": 8}) for beta in (0.0, 0.04))
-    assert (without.ahead.beside, beside.ahead.beside) == (0, without.ahead.parameters)
+    assert (without.ahead.frozen_parameters, beside.ahead.frozen_parameters) == (0, without.ahead.parameters)
     state, with_reference = (state_bytes(each.profile, each.recipe.train, CPU) for each in (without, beside))
     assert with_reference - state == pytest.approx(4 * without.ahead.parameters, rel=0.01)
     assert len(reading_peaks(beside.profile, 64, CPU)) == 2  # sampling, and the reference that reads the answers

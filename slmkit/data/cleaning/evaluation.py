@@ -23,7 +23,7 @@ KINDS = (".txt", ".jsonl", ".json", ".csv")
 def evaluation_runs(paths: Sequence[str], length: int) -> np.ndarray:
     """The n-grams of `length` words in all text columns of these files, hashed: uint64 [runs], sorted.
 
-    Raises `UserError` for unreadable files, and if no text has so many words.
+    Raises `UserError` for unreadable files, and if no text is that long.
     """
     found = [hash_runs(hash_words([text]), length, full=True).hashes for text in _all_texts(paths)] if paths else []
     runs = np.unique(np.concatenate(found)) if found else np.zeros(0, dtype=np.uint64)

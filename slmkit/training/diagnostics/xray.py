@@ -20,7 +20,7 @@ from slmkit.data.shards.facts import document_hashes
 from slmkit.data.shards.reader import TokenShards
 from slmkit.data.sources.documents import SPELLINGS
 from slmkit.data.stream import Batches
-from slmkit.training.diagnostics.overlap import Overlap, overlap, text_of
+from slmkit.training.diagnostics.contamination import Contamination, contamination, text_of
 
 ROWS, TOKENS, STEPS = 64, 65_536, 64  # inspected, until one limit is reached
 ENCODED_AGAIN = 16  # rows
@@ -114,14 +114,14 @@ def examine(
     rows = _first_rows(stream, vocabulary)
     if is_padded:
         rows = rows.part(slice(None), slice(0, max(1, int((~rows.padding).any(axis=0).sum()))))
-    both = overlap(text_of(train), text_of(validation)) if train and validation else None
+    found = contamination(text_of(train), text_of(validation)) if train and validation else None
     findings = (
         *_label_findings(rows, vocabulary, train, is_chat),
         *_token_findings(rows, vocabulary, (*train, *validation), is_chat),
-        *_corpus_findings(train, both),
+        *_corpus_findings(train, found),
     )
-    notes = [*_notes(rows, both), *_contradictions(rows, train)]
-    return XRay(rows, _figures(rows, vocabulary, both, is_chat), [*findings], notes)
+    notes = [*_notes(rows, found), *_contradictions(rows, train)]
+    return XRay(rows, _figures(rows, vocabulary, found, is_chat), [*findings], notes)
 
 
 def _first_rows(stream: Batches, vocabulary: Vocabulary) -> SampledRows:
@@ -223,11 +223,11 @@ def _token_findings(
             yield f"{stands}: {way_out}"
 
 
-def _corpus_findings(train: Sequence[TokenShards], both: Overlap | None) -> Iterator[str]:
+def _corpus_findings(train: Sequence[TokenShards], found: Contamination | None) -> Iterator[str]:
     """Validation text in the training text, and judged answers that all have the same label."""
-    if both is not None and both.excess >= LEAKED:
+    if found is not None and found.excess >= LEAKED:
         yield (
-            f"{max(both.documents, both.stretches):.0%} of the validation text stands in the training text: "
+            f"{max(found.documents, found.windows):.0%} of the validation text stands in the training text: "
             "its loss would say nothing; hold out other documents"
         )
     labels = [shards.labels for shards in train if shards.header.judged]
@@ -241,7 +241,7 @@ def _corpus_findings(train: Sequence[TokenShards], both: Overlap | None) -> Iter
 # -- figures and notes ------------------------------------------------------------------------------------------------
 
 
-def _figures(rows: SampledRows, vocabulary: Vocabulary, both: Overlap | None, is_chat: bool) -> dict[str, str]:
+def _figures(rows: SampledRows, vocabulary: Vocabulary, found: Contamination | None, is_chat: bool) -> dict[str, str]:
     figures = {
         "rows": f"{len(rows.ids):,} of {rows.ids.shape[1]:,} tokens",
         "learned": f"{rows.learned.sum(axis=1).mean():,.0f} a row ({rows.learned.mean():.0%})",
@@ -252,31 +252,31 @@ def _figures(rows: SampledRows, vocabulary: Vocabulary, both: Overlap | None, is
         figures["rows cut"] = f"{_cut_share(rows, vocabulary):.0%}"
     if vocabulary.bos_id is not None:
         figures["doubled beginnings"] = f"{_doubled(rows, vocabulary)[0]:,}"
-    if both is not None and not (both.documents or both.stretches):
+    if found is not None and not (found.documents or found.windows):
         figures["validation text in training"] = "none"
-    elif both is not None:
+    elif found is not None:
         figures["validation text in training"] = (
-            f"{both.documents:.1%} of documents, {both.stretches:.1%} of stretches of 32 tokens "
-            f"(training repeats {both.documents_repeated:.1%} and {both.stretches_repeated:.1%} of its own)"
+            f"{found.documents:.1%} of documents, {found.windows:.1%} of windows of 32 tokens "
+            f"(training repeats {found.documents_repeated:.1%} and {found.windows_repeated:.1%} of its own)"
         )
     return figures
 
 
-def _notes(rows: SampledRows, both: Overlap | None) -> Iterator[str]:
+def _notes(rows: SampledRows, found: Contamination | None) -> Iterator[str]:
     empty = (~rows.learned).all(axis=1).mean()
     if 0.1 < empty < 1:
         yield f"in {empty:.0%} of the rows nothing is learned"
     if rows.padding.mean() > 0.5:
         yield f"{rows.padding.mean():.0%} of what is computed is padding: lower train.sequence_length"
-    if both is None or both.excess >= LEAKED:
+    if found is None or found.excess >= LEAKED:
         return
-    share = max(both.documents, both.stretches)
+    share = max(found.documents, found.windows)
     if share > 0.5:
         yield (
             f"{share:.0%} of the validation text stands in the training text, which repeats itself as much: "
             "the validation loss will not tell learning from remembering"
         )
-    elif both.excess > SOME_LEAKED:
+    elif found.excess > SOME_LEAKED:
         yield f"{share:.1%} of the validation text stands in the training text"
 
 

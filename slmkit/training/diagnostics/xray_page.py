@@ -80,12 +80,12 @@ def _append(text: Text, tokens: list[int], learned: list[bool], vocabulary: Voca
     """Append decoded tokens; adjacent ones of a kind are decoded together, since a character may span several."""
     specials = {*vocabulary.special_ids, *vocabulary.end_ids}
     for is_learned, group in groupby(zip(tokens, learned), key=lambda pair: pair[1]):
-        stretch = Text(style=LEARNED if is_learned else READ)
+        span = Text(style=LEARNED if is_learned else READ)
         for is_special, part in groupby((token for token, _ in group), key=lambda token: token in specials):
             decoded = vocabulary.decode(list(part))
             shown = decoded if is_special else vocabulary.spelled.sub(r"\\\g<0>", decoded)
-            stretch.append(shown, SPECIAL if is_special else None)
-        text.append_text(stretch if is_learned else Text.assemble(("⟦", READ), stretch, ("⟧", READ)))
+            span.append(shown, SPECIAL if is_special else None)
+        text.append_text(span if is_learned else Text.assemble(("⟦", READ), span, ("⟧", READ)))
 
 
 def look(

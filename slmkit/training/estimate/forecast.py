@@ -52,7 +52,7 @@ class Estimate:
 
     parameters: int  # of the whole model, without an adapter
     trained: int
-    beside: int  # parameters of a teacher or reference model; 0 if none is in memory
+    frozen_parameters: int  # of a teacher or reference model; 0 if none is in memory
     steps: int
     tokens: int  # positions that pass through the model
     tokens_per_second: float
@@ -91,7 +91,7 @@ def forecast(
     return Estimate(
         parameters=parameter_count(a),
         trained=sum(parameter.numel() for parameter in trained(profile.model).values()),
-        beside=parameter_count(profile.beside.architecture) if profile.beside is not None else 0,
+        frozen_parameters=parameter_count(profile.frozen.architecture) if profile.frozen is not None else 0,
         steps=steps,
         tokens=tokens,
         tokens_per_second=rate,
@@ -112,8 +112,8 @@ def loss_ahead(parameters: int, tokens: int, unique_tokens: int | None, vocab_si
 def guessed_rate(profile: MemoryProfile, length: int, device: Device) -> float:
     """Tokens per second, from the device's peak and `EFFICIENCY`."""
     efficiency = EFFICIENCY.get(device.torch_device.type, EFFICIENCY["cpu"])
-    beside = 0 if profile.beside is None else flops_per_token(profile.beside.architecture, length).forward
-    return efficiency * measured_peak(device) / (StepFlops(profile.model, length).of_step(1, 1) + beside)
+    frozen = 0 if profile.frozen is None else flops_per_token(profile.frozen.architecture, length).forward
+    return efficiency * measured_peak(device) / (StepFlops(profile.model, length).of_step(1, 1) + frozen)
 
 
 def run_bytes(
@@ -128,9 +128,9 @@ def run_bytes(
     if device.torch_device.type != "cpu":
         return max(held or training, state + reading), max(training, state + reading)
     # Blocks freed by a step are too small to reuse for a forward pass that needs more than all of them.
-    beside = reading if reading > training - state else 0
-    counted = LIBRARIES + round(HELD * training) + beside
-    return (held + BETWEEN_STEPS + beside if held else counted), counted
+    between = reading if reading > training - state else 0
+    counted = LIBRARIES + round(HELD * training) + between
+    return (held + BETWEEN_STEPS + between if held else counted), counted
 
 
 def disk_bytes(checkpoint: int, settings: TrainSettings, steps: int, vocab_size: int, unique_tokens: int) -> int:

@@ -61,7 +61,7 @@ def _copy(model: Decoder, make: Callable[[Tensor], Tensor]) -> Decoder:
 # -- forward passes between two steps ---------------------------------------------------------------------------------
 
 
-def read_text(model: Decoder, beside: Decoder | None, length: int) -> None:
+def read_text(model: Decoder, frozen: Decoder | None, length: int) -> None:
     """Forward pass of a validation batch, with as many logits as are held at once."""
     ids = torch.zeros(VALIDATION_ROWS, length, dtype=torch.long)
     hidden, labels = model(ids).flatten(0, 1), ids.flatten()[:LOGITS_AT_ONCE]
@@ -92,22 +92,22 @@ def write_answers(model: Decoder, prompts: int, count: int, length: int, new: in
 class MemoryProfile:
     """The trained model, the frozen model in memory, and the passes through both. Both are on the meta device.
 
-    `beside` is a teacher or a reference model. `objective` makes a step's objective from it; `extra(rows, length)`
+    `frozen` is a teacher or a reference model. `objective` makes a step's objective from it; `extra(rows, length)`
     gives the extra tensors required by the objective. `readings` are the forward passes between two steps. `longest` is
     the longest row in tokens, if rows are padded.
     """
 
     model: Decoder
-    beside: Decoder | None = None
-    objective: Callable[[Decoder | None], Objective] = lambda beside: next_token
+    frozen: Decoder | None = None
+    objective: Callable[[Decoder | None], Objective] = lambda frozen: next_token
     extra: Callable[[int, int], Mapping[str, Tensor]] = lambda rows, length: {}
     readings: tuple[Reading, ...] = (read_text,)
     longest: int | None = None
 
     def built(self, device: torch.device | str = "cpu") -> tuple[Decoder, Decoder | None]:
         """The trained model, and the teacher or reference model: all zeros."""
-        beside = None if self.beside is None else zeros_like(self.beside, device).eval().requires_grad_(False)
-        return zeros_like(self.model, device), beside
+        frozen = None if self.frozen is None else zeros_like(self.frozen, device).eval().requires_grad_(False)
+        return zeros_like(self.model, device), frozen
 
     def batch(self, rows: int, length: int) -> Batch:
         """A batch in which every token is learned: [rows, length]."""
@@ -169,10 +169,10 @@ def run_step(
     profile: MemoryProfile, settings: TrainSettings, rows: int, length: int, device: Device, where: torch.device
 ) -> None:
     """A training step of the profile's models, on zeros, in the types of `device`."""
-    decoder, beside = profile.built(where)
+    decoder, frozen = profile.built(where)
     optimizers = _optimizers_after_a_step(decoder, settings, device)
     decoder.recompute_every = settings.gradient_checkpointing
-    objective, batch = profile.objective(beside), profile.batch(rows, length).to(where)
+    objective, batch = profile.objective(frozen), profile.batch(rows, length).to(where)
     with device.autocast():
         loss = objective(decoder, batch).total
     loss.backward()
@@ -198,9 +198,10 @@ def weights_bytes(profile: MemoryProfile) -> int:
 
 def checkpoint_bytes(profile: MemoryProfile, settings: TrainSettings, device: Device) -> int:
     """Bytes of a checkpoint: trained weights and optimizer state, without frozen weights."""
-    frozen = [tensor for tensor in tensors_of(profile.model) if not tensor.requires_grad]
-    beside = [] if profile.beside is None else [*tensors_of(profile.beside)]
-    return state_bytes(profile, settings, device) - sum(tensor.nbytes for tensor in (*frozen, *beside))
+    not_saved = [tensor for tensor in tensors_of(profile.model) if not tensor.requires_grad]
+    if profile.frozen is not None:
+        not_saved += tensors_of(profile.frozen)
+    return state_bytes(profile, settings, device) - sum(tensor.nbytes for tensor in not_saved)
 
 
 def reading_peaks(profile: MemoryProfile, length: int, device: Device) -> list[int]:
@@ -208,10 +209,10 @@ def reading_peaks(profile: MemoryProfile, length: int, device: Device) -> list[i
     peaks = []
     for read in profile.readings:
         with FakeTensorMode(), torch.no_grad(), Ledger() as ledger:
-            decoder, beside = profile.built()
+            decoder, frozen = profile.built()
             weights = ledger.now
             with device.autocast():
-                read(decoder.eval(), beside, length)
+                read(decoder.eval(), frozen, length)
         peaks.append(ledger.peak - weights)
     return peaks
 

@@ -45,10 +45,10 @@ def probe(
     parts = rows / micro
     before = resident_memory()
     reset_peak_memory(device)
-    model, beside = profile.built()
-    for each in (model, beside):
+    model, frozen = profile.built()
+    for each in (model, frozen):
         _randomize(each)
-    objective = profile.objective(None if beside is None else beside.to(device.torch_device))
+    objective = profile.objective(None if frozen is None else frozen.to(device.torch_device))
     state = fresh_state(Recipe(train=settings), model, device)
     model.train()
     plan = Plan(steps, micro, settings.max_grad_norm, lambda step: 1.0, device)

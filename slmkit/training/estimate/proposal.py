@@ -1,4 +1,4 @@
-"""Proposal of a recipe: the model with the lowest expected loss for so many hours or tokens on this machine."""
+"""Proposal of a recipe: the model with the lowest expected loss within a number of hours or tokens on this machine."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def propose(
 
 
 def _best(hours: float | None, tokens: int | None, device: Device, efficiency: float) -> tuple[int, int]:
-    """Width and tokens: the lowest loss in so many hours, or the compute-optimal size for so many tokens."""
+    """Width and tokens: the lowest loss within the hours, or the compute-optimal size for the tokens."""
     candidates = []
     for width in WIDTHS:
         decoder = empty_decoder(_shape(width).build_config())

@@ -53,7 +53,7 @@ class ModelSettings(Settings):
             if name not in SLMConfig.model_fields:
                 raise ValueError(f"unknown key {name!r}; {did_you_mean(name, MODEL_KEYS, HINTS)}")
         if self.path is not None and (self.preset is not None or self.changes):
-            raise ValueError("path names a trained model, whose shape is fixed: drop preset and the sizes beside it")
+            raise ValueError("path names a trained model, whose shape is fixed: remove preset and the sizes")
         return self
 
     @classmethod
@@ -312,7 +312,7 @@ def _with_reward_file(recipe: Recipe, folder: Path) -> Recipe:
 def shipped_recipes(kind: str = "") -> dict[str, Path]:
     """The recipes that come with slmkit, by name; of kind `merging` those of merges.
 
-    In a clone they lie beside the package, in an installation under the prefix.
+    In a clone they are next to the package, in an installation under the prefix.
     """
     folders = (Path(__file__).parents[3] / "recipes", Path(sys.prefix) / "share" / "slmkit" / "recipes")
     return {path.stem: path for folder in reversed(folders) for path in sorted((folder / kind).glob("*.yaml"))}

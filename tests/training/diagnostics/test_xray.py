@@ -25,7 +25,7 @@ from slmkit.data.sources.formats import pair_of
 from slmkit.data.sources.settings import SourceSettings
 from slmkit.data.stream import ChatRows, PretrainRows, Stream
 from slmkit.tokenizer import SLMTokenizer
-from slmkit.training.diagnostics.overlap import Text, overlap, text_of
+from slmkit.training.diagnostics.contamination import Text, contamination, text_of
 from slmkit.training.diagnostics.xray import Vocabulary, XRay, examine
 from slmkit.training.diagnostics.xray_page import look, rendered_rows, vocabulary_of
 from slmkit.training.recipe.recipe import find_recipe, load_recipe
@@ -270,22 +270,22 @@ def test_a_script_with_another_tokenizer_is_looked_at_too(tmp_path: Path) -> Non
         look(Stream(dataset, 4), Words(), 20, tmp_path, said.append)
 
 
-# -- overlap ----------------------------------------------------------------------------------------------------------
+# -- contamination ----------------------------------------------------------------------------------------------------
 
 
-def test_overlap_counts_whole_documents_and_stretches() -> None:
+def test_contamination_counts_whole_documents_and_windows() -> None:
     draw = np.random.default_rng(0)
     train = draw.integers(0, 5_000, 40_000)
     ends = np.arange(100, 40_001, 100)
     fresh = draw.integers(0, 5_000, 8_000)
-    mixed = np.concatenate([train[500:2_500], fresh])  # 20 of its 100 documents, a fifth of its stretches
-    found = overlap(Text(train, ends), Text(mixed, np.arange(100, 10_001, 100)))
+    mixed = np.concatenate([train[500:2_500], fresh])  # 20 of its 100 documents, a fifth of its windows
+    found = contamination(Text(train, ends), Text(mixed, np.arange(100, 10_001, 100)))
     assert found.documents == 0.2
-    assert found.stretches == pytest.approx(0.2, abs=0.01)
-    assert (found.documents_repeated, found.stretches_repeated) == (0, 0)
-    twice = overlap(Text(np.tile(train, 2), np.arange(100, 80_001, 100)), Text(fresh, np.array([8_000])))
+    assert found.windows == pytest.approx(0.2, abs=0.01)
+    assert (found.documents_repeated, found.windows_repeated) == (0, 0)
+    twice = contamination(Text(np.tile(train, 2), np.arange(100, 80_001, 100)), Text(fresh, np.array([8_000])))
     assert (twice.documents, twice.documents_repeated) == (0, 1)
-    assert twice.stretches_repeated > 0.99
+    assert twice.windows_repeated > 0.99
 
 
 def test_a_large_text_is_sampled_from_all_over(tmp_path: Path, tokenizer: SLMTokenizer) -> None:
@@ -296,7 +296,7 @@ def test_a_large_text_is_sampled_from_all_over(tmp_path: Path, tokenizer: SLMTok
     assert len(sample.ids) == 12_800
     last = shards.tokens_in(len(shards) - 200, len(shards))
     assert np.array_equal(sample.ids[-200:], last)
-    assert overlap(text_of([shards]), sample).stretches > 0.5
+    assert contamination(text_of([shards]), sample).windows > 0.5
 
 
 @pytest.mark.parametrize("spelled", ["<|endoftext|>", "</s>", "<eos>", "<|im_end|>"])

@@ -10,7 +10,7 @@ import numpy as np
 
 from slmkit.data.shards.reader import TokenShards
 
-STRETCH = 32  # tokens of a window: about two sentences, which rarely occur twice by chance
+WINDOW = 32  # tokens of a window: about two sentences, which rarely occur twice by chance
 READ = 2_000_000  # tokens at most of either text; larger ones are sampled evenly
 ASKED = 4_000  # windows that are looked up
 SPANS = 64
@@ -25,7 +25,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Overlap:
+class Contamination:
     """Shares of the validation text found in the training text, and of the training text that is repeated in itself.
 
     A repetitive corpus, such as one of templates, has repetitions in its validation text too; only the `excess` is
@@ -33,23 +33,23 @@ class Overlap:
     """
 
     documents: float
-    stretches: float
+    windows: float
     documents_repeated: float  # share of the training documents that occur twice
-    stretches_repeated: float
+    windows_repeated: float
 
     @property
     def excess(self) -> float:
-        return max(0.0, self.documents - self.documents_repeated, self.stretches - self.stretches_repeated)
+        return max(0.0, self.documents - self.documents_repeated, self.windows - self.windows_repeated)
 
 
-def overlap(train: Text, validation: Text) -> Overlap:
+def contamination(train: Text, validation: Text) -> Contamination:
     """Compare two texts. A share is 0 if there is nothing to compare, such as no document as long as a window."""
-    train_documents, train_stretches = _document_hashes(train), _stretch_hashes(train)
-    return Overlap(
+    train_documents, train_windows = _document_hashes(train), _window_hashes(train)
+    return Contamination(
         documents=_share_found(_document_hashes(validation), train_documents, at_least=1),
-        stretches=_share_found(_evenly(_stretch_hashes(validation)), train_stretches, at_least=1),
+        windows=_share_found(_evenly(_window_hashes(validation)), train_windows, at_least=1),
         documents_repeated=_share_found(train_documents, train_documents, at_least=2),
-        stretches_repeated=_share_found(_evenly(train_stretches), train_stretches, at_least=2),
+        windows_repeated=_share_found(_evenly(train_windows), train_windows, at_least=2),
     )
 
 
@@ -77,13 +77,13 @@ def _document_hashes(text: Text) -> np.ndarray:
     return np.array([hash(text.ids[start:end].tobytes()) for start, end in borders], dtype=np.int64)
 
 
-def _stretch_hashes(text: Text) -> np.ndarray:
-    """uint64 [windows]: the hash of every window of `STRETCH` tokens, a polynomial of scrambled tokens modulo 2^64."""
+def _window_hashes(text: Text) -> np.ndarray:
+    """uint64 [windows]: the hash of every window of `WINDOW` tokens, a polynomial of scrambled tokens modulo 2^64."""
     scrambled = (text.ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0xBF58476D1CE4E5B9)
     scrambled ^= scrambled >> np.uint64(29)
-    count = max(0, len(scrambled) - STRETCH + 1)
+    count = max(0, len(scrambled) - WINDOW + 1)
     hashes = np.zeros(count, dtype=np.uint64)
-    for offset in range(STRETCH):
+    for offset in range(WINDOW):
         hashes *= np.uint64(0x9E3779B97F4A7C15)
         hashes += scrambled[offset : offset + count]
     return hashes
@@ -91,12 +91,12 @@ def _stretch_hashes(text: Text) -> np.ndarray:
 
 def _evenly(hashes: np.ndarray) -> np.ndarray:
     """At most `ASKED` of the hashes, of windows that do not overlap."""
-    count = min(ASKED, (len(hashes) + STRETCH - 1) // STRETCH)
+    count = min(ASKED, (len(hashes) + WINDOW - 1) // WINDOW)
     return hashes[np.linspace(0, max(0, len(hashes) - 1), count).astype(np.int64)]
 
 
 def _share_found(asked: np.ndarray, among: np.ndarray, at_least: int) -> float:
-    """The share of `asked` hashes that occur `at_least` so many times in `among`."""
+    """The share of `asked` hashes that occur at least `at_least` times in `among`."""
     if not len(asked) or not len(among):
         return 0.0
     known = np.unique(asked)
