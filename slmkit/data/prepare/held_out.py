@@ -25,7 +25,9 @@ def is_held_out(text: str, fraction: float) -> bool:
 
 def hashed(text: str) -> float:
     """A pseudorandom number in [0, 1) determined by the text."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "little") / 2**48
+    return (
+        int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=6).digest(), "little") / 2**48
+    )
 
 
 def written(conversation: object) -> str:
@@ -50,10 +52,9 @@ def split_validation(
 
     `read` starts reading the corpus, twice: the first time only until it is known to be large. Many documents are split
     by a hash of their text, so that copies of a document are on one side. Few documents (one long text, say) are cut in
-    two at a line end, and the last part is held out. Raises `UserError` for a fraction outside (0, 1), for a text too
-    short to cut, and if all documents are copies on one side.
+    two at a line end, and the last part is held out. Raises `UserError` for a text too short to cut, and if all
+    documents are copies on one side.
     """
-    _check_fraction(fraction)
     documents = characters = 0
     many, sides = math.ceil(HELD_OUT / fraction), set[bool]()
     for document, held_out in picked_by_hash(read(), fraction):
@@ -75,9 +76,8 @@ def split_validation(
 def split_conversations(conversations: Sequence[T], fraction: float) -> tuple[list[T], list[T]]:
     """Conversations to train on, and about `fraction` of them (at least one) held out by a hash; copies stay together.
 
-    Raises `UserError` for a fraction outside (0, 1), and if one side would be empty.
+    Raises `UserError` if one side would be empty.
     """
-    _check_fraction(fraction)
     hashes = [hashed(written(conversation)) for conversation in conversations]
     limit = max(fraction, min(hashes, default=0.0))
     train = [one for one, number in zip(conversations, hashes) if number > limit]
@@ -86,11 +86,6 @@ def split_conversations(conversations: Sequence[T], fraction: float) -> tuple[li
         what, are_copies = f"{len(conversations):,} conversations", len({*hashes}) < len(hashes)
         raise UserError(_copies(what) if are_copies else f"{what} are too few to hold any out; add some")
     return train, held_out
-
-
-def _check_fraction(fraction: float) -> None:
-    if not 0 < fraction < 1:
-        raise UserError(f"expected a validation fraction between 0 and 1, found {fraction}")
 
 
 def _copies(what: str) -> str:

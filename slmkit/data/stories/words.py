@@ -57,8 +57,6 @@ def load_words(path: Path) -> WordBook:
         where = f"{path.name}:{number}"
         if line.startswith("="):
             name, sources, kind = _heading(book, line, where)
-        elif line and not name:
-            raise ScriptError(f"{where}: words before the first `= list` heading")
         elif line:
             _add_words(book, name, sources, kind, line, where)
     return book
@@ -88,8 +86,6 @@ def _add_words(book: WordBook, name: str, looks: tuple[str, ...], kind: str, lin
     words = []
     for entry in line.rstrip(",").split(","):
         word, _, weight = (part.strip() for part in entry.partition("*"))
-        if not word:
-            raise ScriptError(f"{where}: an empty word in {line!r}")
         if weight:
             book.weights[word] = int(weight)
         if kind == "place":

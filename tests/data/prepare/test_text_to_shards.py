@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from slmkit.config import UserError
+from slmkit.config import UserError, load_settings
 from slmkit.data.prepare import conversations
 from slmkit.data.prepare import text_to_shards as prepare
 from slmkit.data.prepare.conversations import prepare_chat
 from slmkit.data.prepare.held_out import split_conversations, split_validation
 from slmkit.data.prepare.text_to_shards import prepare_text
+from slmkit.data.settings import DataSettings
 from slmkit.data.shards.reader import TokenShards
 from slmkit.data.sources import Document
 from tests.data.byte_tokenizer import ByteTokenizer, chat
@@ -136,6 +137,20 @@ def test_the_pieces_of_a_document_stay_on_one_side():
             assert first == second
 
 
+def test_half_a_surrogate_pair_is_held_out_or_trained_on_like_any_text():
+    corpus = [Document(f"half {i} \ud800") for i in range(300)]
+    train, held_out = map(list, split_validation(lambda: iter(corpus), 0.1))
+    assert held_out
+    assert sorted(train + held_out) == sorted(corpus)
+
+
+def test_held_out_documents_are_not_there_before_the_others_were_read():
+    train, held_out = split_validation(lambda: (Document(f"story {i}") for i in range(300)), 0.1)
+    next(train)
+    with pytest.raises(RuntimeError, match="read the training documents first"):
+        next(held_out)
+
+
 def test_one_long_text_is_cut_at_a_line_end_and_its_last_part_held_out(tmp_path: Path):
     text = "".join(f"line {number} of a play\n" for number in range(10_000))
     (tmp_path / "a.txt").write_text(text)
@@ -170,5 +185,5 @@ def test_too_little_to_hold_out_is_said():
         with pytest.raises(UserError, match="are copies of one text, .* add other text, or name .* as data.validation"):
             copies()
     for fraction in (0, 1, -0.1):
-        with pytest.raises(UserError, match="between 0 and 1"):
-            split_validation(lambda: [Document("a")], fraction)
+        with pytest.raises(UserError, match="validation_fraction"):
+            load_settings(DataSettings, {"source": "a.txt", "validation_fraction": fraction})

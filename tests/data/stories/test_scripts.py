@@ -54,7 +54,7 @@ def test_no_word_is_twice_in_a_list_or_in_the_lists_of_a_role():
     groups = {**book.lists, **{f"looks of {thing}": looks for thing, looks in book.looks.items()}}
     for kind, names in (("things", book.thing_lists), ("places", book.place_lists)):
         groups[f"all {kind}"] = tuple(word for name in names for word in book.lists[name])
-    assert all(words and len(set(words)) == len(words) for words in groups.values())
+    assert all(words and all(words) and len(set(words)) == len(words) for words in groups.values())
 
 
 def test_importing_the_package_reads_no_script():
