@@ -40,8 +40,8 @@ MAY_IMPORT = {
 }
 # Lines of code: no blank lines, comments or docstrings. The package shall get to 18,000 with serving and export in it.
 CODE_LINES = {
-    "": 21_400, "adapt": 1_200, "api": 600, "cli": 1_400, "data": 6_700, "evaluation": 700, "export": 1_200,
-    "generation": 900, "model": 1_950, "serving": 1_300, "tokenizer": 1_400, "training": 5_000, "workflows": 2_050,
+    "": 19_150, "adapt": 1_040, "api": 590, "cli": 1_200, "data": 5_600, "evaluation": 700, "export": 1_200,
+    "generation": 900, "model": 1_700, "serving": 1_300, "tokenizer": 1_340, "training": 4_520, "workflows": 1_880,
 }  # fmt: skip
 LINES_IN_A_FILE = 400
 LEAST_LINES_IN_A_FILE = 40
