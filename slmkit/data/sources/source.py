@@ -226,7 +226,7 @@ class Source:
                 self.patience.wait(error)
         if not found:
             why = f"every row was left out, such as {left_out}" if left_out else "only blank lines or no rows"
-            raise UserError(f"{self.settings.path}: it holds no document: {why}")
+            raise UserError(f"{self.settings.path}: no documents found: {why}")
 
 
 def _rows(count: int) -> str:

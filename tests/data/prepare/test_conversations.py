@@ -216,7 +216,7 @@ def test_rows_are_counted_in_their_order_however_far_ahead_they_are_read(
     with pytest.raises(UserError, match=f"{path}:3: the chat template failed"):
         list(encoded_of(source_of(path), lambda source: ConversationEncoder(ours, source)))
     nothing = write(tmp_path / "b.jsonl", [disordered] * 3)
-    with pytest.raises(UserError, match="it holds no document"):
+    with pytest.raises(UserError, match="no documents found"):
         list(encoded_of(source := source_of(nothing, on_bad_row="skip"), lambda s: ConversationEncoder(ours, s)))
     assert source.skipped == {"roles out of order": 3}
 

@@ -124,7 +124,7 @@ def test_answers_that_do_not_fit_are_cut_or_left_out_and_said_so(tmp_path: Path)
     rows = rows_of(tmp_path, beginning + 20, ("Good.", "Bad."), (long, "No"), ("Yes", long))
     assert (rows.rows_in_epoch, *rows.left_out.values()) == (3, 0, 0, 2)
     assert "2 pairs have an answer that is cut" in rows.report()[0]
-    with pytest.raises(UserError, match="no pair to learn from: 3 pairs left out: nothing of an answer"):
+    with pytest.raises(UserError, match="no pair to learn from: 3 pairs left out: an answer begins after"):
         PairRows(rows.shards, beginning)
 
 
