@@ -15,8 +15,8 @@ from slmkit.data.batch import Batch, stacked
 from slmkit.data.mixture import Phase, Schedule, WhenExhausted
 from slmkit.data.order import mixed_seed, permuted
 from slmkit.data.packing import IGNORED, numbered, pack_whole, padded, row_of_labels, windows
-from slmkit.data.prepare.conversations import OnLong
 from slmkit.data.shards.reader import TokenShards
+from slmkit.data.sources.settings import OnLong
 
 
 class Rows(Protocol):
