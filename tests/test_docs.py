@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -21,7 +21,8 @@ from slmkit.model.architectures import ARCHITECTURES
 from slmkit.model.config import PRESETS
 from slmkit.model.families import FAMILIES
 from slmkit.training.optimizers.choose import OPTIMIZERS
-from slmkit.training.recipe.recipe import Recipe
+from slmkit.training.recipe.recipe import READS, Recipe
+from slmkit.workflows.objectives import OBJECTIVES
 from tests.parity.configurations import DRAW, PER_FAMILY
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -74,6 +75,12 @@ def test_the_page_of_recipe_keys_is_current_and_says_what_each_key_does() -> Non
     assert page == recipe_keys().page(), "run: python docs/recipe_keys.py"
     silent = [line for line in page.splitlines() if line.endswith("|  |")]
     assert not silent, "a comment beside the field says what it does"
+
+
+def test_every_objective_is_in_all_tables_that_contributing_names() -> None:
+    names = set(get_args(Recipe.model_fields["objective"].annotation))
+    assert OBJECTIVES.keys() == names
+    assert READS.keys() == names - {"distill"}, "distillation.reads says it"
 
 
 def test_the_examples_of_how_to_extend_it_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from slmkit.config import UserError
 from slmkit.data.sources.built_in import BUILT_IN, BuiltInPart
-from slmkit.data.sources.documents import SPELLINGS, BadRow, Document, Item, Message, Pair, Position, RowError, pieces
+from slmkit.data.sources.documents import SPELLINGS, BadRow, Document, Item, Pair, Position, RowError, pieces
 from slmkit.data.sources.files import ROW_KINDS, TEXT_KINDS, File, damage, kind_of, listed
 from slmkit.data.sources.folders import Chosen
 from slmkit.data.sources.remote import RetryPolicy, find_files, is_remote
@@ -124,9 +124,6 @@ class Source:
                 self.leave_out(item)
             else:
                 yield item, behind
-
-    def read_conversations(self, start: Position | None = None) -> Iterator[tuple[list[Message], Position]]:
-        return self.read(start, "conversations")
 
     def reads(self) -> str:
         """The kind of its first rows by their columns: `pairs`, `judgements`, `conversations`, or else `text`.

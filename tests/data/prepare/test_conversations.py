@@ -84,7 +84,7 @@ def test_a_turn_of_weight_0_of_slimorca_is_read_and_not_learned(tokenizer: SLMTo
 
 def test_a_system_message_without_a_word_is_none(tmp_path: Path) -> None:
     for path in files(tmp_path, [{"messages": [{"role": "system", "content": " "}, *GOOD]}]):
-        assert [conversation for conversation, _ in source_of(path).read_conversations()] == [GOOD]
+        assert [conversation for conversation, _ in source_of(path).read(kind="conversations")] == [GOOD]
 
 
 def turn(role: str, content: str = "x", **more: Any) -> dict[str, Any]:

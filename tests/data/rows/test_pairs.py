@@ -203,9 +203,9 @@ def test_labels_are_read_in_every_spelling_and_never_learned_as_conversations(
         ]
         source = open_source(SourceSettings(path=str(path), on_bad_row="skip"))
         with pytest.raises(UserError, match="labels the answer good or bad: objective: kto"):
-            list(source.read_conversations())
+            list(source.read(kind="conversations"))
     path.write_text(json.dumps({"messages": TALK, "label": "greeting", "rating": 1}))
-    assert len(list(open_source(SourceSettings(path=str(path))).read_conversations())) == 1
+    assert len(list(open_source(SourceSettings(path=str(path))).read(kind="conversations"))) == 1
     path.write_text(json.dumps({"messages": TALK, "label": good, "kto_tag": bad}))
     with pytest.raises(UserError, match="'label' and 'kto_tag' contradict each other"):
         list(open_source(SourceSettings(path=str(path))).read(kind="judgements"))
