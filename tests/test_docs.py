@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib.util
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 
 from slmkit.adapt.merge_recipe import MergeRecipe
 from slmkit.config import load_settings
+from slmkit.data.prepare.corpus import texts_of
+from slmkit.data.settings import DataSettings, TokenizerSettings
 from slmkit.data.sources import open_source
 from slmkit.data.sources.built_in import BUILT_IN
 from slmkit.data.sources.settings import SourceSettings
@@ -19,7 +21,8 @@ from slmkit.model.architectures import ARCHITECTURES
 from slmkit.model.config import PRESETS
 from slmkit.model.families import FAMILIES
 from slmkit.training.optimizers.choose import OPTIMIZERS
-from slmkit.training.recipe.recipe import Recipe
+from slmkit.training.recipe.recipe import READS, Recipe
+from slmkit.workflows.objectives import OBJECTIVES
 from tests.parity.configurations import DRAW, PER_FAMILY
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -74,6 +77,12 @@ def test_the_page_of_recipe_keys_is_current_and_says_what_each_key_does() -> Non
     assert not silent, "a comment beside the field says what it does"
 
 
+def test_every_objective_is_in_all_tables_that_contributing_names() -> None:
+    names = set(get_args(Recipe.model_fields["objective"].annotation))
+    assert OBJECTIVES.keys() == names
+    assert READS.keys() == names - {"distill"}, "distillation.reads says it"
+
+
 def test_the_examples_of_how_to_extend_it_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     tables = BUILT_IN, OPTIMIZERS, FAMILIES, ARCHITECTURES
@@ -91,6 +100,8 @@ def test_the_examples_of_how_to_extend_it_run(tmp_path: Path, monkeypatch: pytes
         assert texts == ["1000 1001 1002 1003 1004", "1010 1011 1012 1013 1014", "1020 1021 1022 1023 1024"]
         held_out = next(document.text for document, _ in open_source(settings, seed=1, held_out=True).read())
         assert held_out == "1005 1006 1007 1008 1009"
+        data = DataSettings(source="counting", documents=3)
+        assert [*texts_of("text", data, TokenizerSettings(), seed=1)] == texts
     finally:
         for table, content in zip(tables, before):
             table.clear()

@@ -39,7 +39,7 @@ def merge(
     from slmkit.config import UserError
 
     if adapter and (overrides or print_config or dry_run):
-        raise UserError("--adapter folds adapters into a model: KEY=VALUE, --print-config and --dry-run are a recipe's")
+        raise UserError("--adapter: KEY=VALUE, --print-config and --dry-run apply to merge recipes only")
     if adapter:
         _merge_adapters(what, adapter, output)
     elif output is not None:

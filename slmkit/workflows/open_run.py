@@ -40,7 +40,7 @@ from slmkit.workflows.model import StartingModel, model_for, tokenizer_of_base
 from slmkit.workflows.objectives import OBJECTIVES
 from slmkit.workflows.preference import REFERENCE_FILE
 
-BASE, PREPARED = "model.path", "prepared"
+PREPARED = "prepared"
 
 
 def open_run(
@@ -265,11 +265,11 @@ def fingerprints_of(prepared: PreparedRun) -> dict[str, Any]:
         "tokenizer": corpus.tokenizer.fingerprint,
         "data": data_fingerprint([*corpus.train, corpus.validation]),
     }
-    for source in getattr(prepared.parts.batches, "origins", ()):
+    for source in prepared.parts.batches.origins:
         name = f"data: {source.settings.label}"
         found[name] = source.fingerprint(known.get(name))
     if recipe.model.path is not None and _needs_base(run, recipe):
-        found[BASE] = teacher_fingerprint(find_model_directory(recipe.model.path))
+        found["model.path"] = teacher_fingerprint(find_model_directory(recipe.model.path))
     if recipe.distillation is not None and recipe.distillation.cache is not None:
         found["distillation.cache"] = file_sha256(Path(recipe.distillation.cache) / HEADER)
     elif recipe.distillation is not None and recipe.distillation.teacher is not None:

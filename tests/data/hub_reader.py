@@ -40,7 +40,7 @@ def answer(settings: dict[str, Any], start: Any, conversations: bool) -> dict[st
     try:
         source = open_source(wanted, retries=retries)
         result["files"] = [part.describe()["path"] for part in source.parts]
-        items = source.read_conversations(start) if conversations else source.read(start)
+        items = source.read(start, "conversations" if conversations else "text")
         for item, position in items:
             result["items"].append([item if conversations else item.text, position])
         result["skipped"] = source.skipped

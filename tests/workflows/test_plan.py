@@ -56,11 +56,12 @@ def test_what_does_not_fit_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_pairs_are_two_sequences_and_questions_as_many_rows_as_answers() -> None:
     pairs = plan_recipe(load_recipe(find_recipe("quickstart-dpo")), measure=False)
     assert pairs.estimate.steps == 2000 // (12_288 // (2 * 384))
-    assert any("pairs that fill their rows" in assumption for assumption in pairs.assumptions)
+    assert pairs.epochs == pytest.approx(1, rel=0.01)
+    assert any("shorter pairs train faster" in assumption for assumption in pairs.assumptions)
     by_epoch = ["train.max_steps=null", "train.num_train_epochs=1"]
     asked = plan_recipe(load_recipe(find_recipe("quickstart-grpo"), by_epoch), measure=False)
     assert asked.estimate.steps == 5000 // 32
-    assert any("sampling them takes its time" in assumption for assumption in asked.assumptions)
+    assert any("time to sample answers is not included" in assumption for assumption in asked.assumptions)
 
 
 SHAPE = {

@@ -1,8 +1,8 @@
 """Sources of text: files and folders, hub data sets, URLs, and the built-in corpus, read as streams.
 
-Formats: `.txt`, `.jsonl` (or `.json`: one object per line) and `.csv`, plain or as `.gz` or `.zst`, and `.parquet`. A
-`.txt` file is one long text, or documents separated by lines with `<|endoftext|>`, as in TinyStories' files. Every item
-comes with a position from which reading can continue, and every error names file and place.
+Kinds of files: see `files.py`. A text file is one long text, or documents separated by lines with `<|endoftext|>`, as
+in TinyStories' files. Every item comes with a position from which reading can continue, and every error names file and
+place.
 """
 
 from slmkit.data.sources.built_in import BUILT_IN, PRIMER, STORIES, SUMS

@@ -1,4 +1,4 @@
-"""Text files: their kinds, and reading uncompressed bytes from any offset."""
+"""Files of sources: their kinds, and reading uncompressed bytes from any offset."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from slmkit.config import UserError
 from slmkit.data.sources.built_in import BUILT_IN, BuiltInPart
-from slmkit.data.sources.documents import SPELLINGS, BadRow, Document, Item, Message, Pair, Position, RowError, pieces
+from slmkit.data.sources.documents import SPELLINGS, BadRow, Document, Item, Pair, Position, RowError, pieces
 from slmkit.data.sources.files import ROW_KINDS, TEXT_KINDS, File, damage, kind_of, listed
 from slmkit.data.sources.folders import Chosen
 from slmkit.data.sources.remote import RetryPolicy, find_files, is_remote
@@ -125,9 +125,6 @@ class Source:
             else:
                 yield item, behind
 
-    def read_conversations(self, start: Position | None = None) -> Iterator[tuple[list[Message], Position]]:
-        return self.read(start, "conversations")
-
     def reads(self) -> str:
         """The kind of its first rows by their columns: `pairs`, `judgements`, `conversations`, or else `text`.
 
@@ -226,7 +223,7 @@ class Source:
                 self.retries.wait(error)
         if not found:
             why = f"every row was left out, such as {left_out}" if left_out else "only blank lines or no rows"
-            raise UserError(f"{self.settings.path}: it holds no document: {why}")
+            raise UserError(f"{self.settings.path}: no documents found: {why}")
 
 
 def _rows(count: int) -> str:

@@ -200,7 +200,7 @@ class PlanFile:
         self._write()
         predicted, real = self.content["predicted"], self.content["real"]
         parts = [
-            f"{what} {show(real[name])} where {show(predicted[name])} was expected"
+            f"{what} {show(real[name])} (predicted {show(predicted[name])})"
             for name, (what, show) in SHOWN.items()
             if real[name] and predicted[name]
         ]

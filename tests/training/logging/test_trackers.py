@@ -89,7 +89,6 @@ def test_a_resumed_run_goes_on_in_tensorboard_without_the_steps_it_repeats(tmp_p
     assert sorted(logged(tmp_path, "loss")) == list(range(1, 13))
 
 
-@pytest.mark.slow
 def test_an_offline_run_of_wandb_holds_what_metrics_hold_and_resumes_as_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
