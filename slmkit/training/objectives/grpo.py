@@ -36,8 +36,8 @@ class GroupRelative(PerAnswer):
     def __call__(self, model: Decoder, batch: Batch) -> Loss:
         settings, extra = self.settings, batch.extra
         tokens, counts = (batch.labels != IGNORED).sum(dim=1), self.counts(batch)  # [rows] each
-        told = zip(FIGURES, (extra["right"], extra["reward"], tokens, extra["silent"]))
-        figures = {name: figure[counts].float().sum() for name, figure in told}
+        values = zip(FIGURES, (extra["right"], extra["reward"], tokens, extra["silent"]))
+        figures = {name: figure[counts].float().sum() for name, figure in values}
         if not settings.beta:  # answers without an advantage have no gradient; one row stays, to keep ranks in step
             chosen = extra["advantage"] != 0
             chosen[0] |= ~chosen.any()
