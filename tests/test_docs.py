@@ -12,6 +12,8 @@ import yaml
 
 from slmkit.adapt.merge_recipe import MergeRecipe
 from slmkit.config import load_settings
+from slmkit.data.prepare.corpus import texts_of
+from slmkit.data.settings import DataSettings, TokenizerSettings
 from slmkit.data.sources import open_source
 from slmkit.data.sources.built_in import BUILT_IN
 from slmkit.data.sources.settings import SourceSettings
@@ -98,6 +100,8 @@ def test_the_examples_of_how_to_extend_it_run(tmp_path: Path, monkeypatch: pytes
         assert texts == ["1000 1001 1002 1003 1004", "1010 1011 1012 1013 1014", "1020 1021 1022 1023 1024"]
         held_out = next(document.text for document, _ in open_source(settings, seed=1, held_out=True).read())
         assert held_out == "1005 1006 1007 1008 1009"
+        data = DataSettings(source="counting", documents=3)
+        assert [*texts_of("text", data, TokenizerSettings(), seed=1)] == texts
     finally:
         for table, content in zip(tables, before):
             table.clear()

@@ -97,7 +97,7 @@ def replay(run: RunPath, step: Annotated[int, typer.Option(help="The step's numb
         print("  the same as recorded, bit for bit")
     broken = done.broken
     if broken is not None:
-        print(f"first to break: {broken.what}")
+        print(f"first non-finite tensor: {broken.what}")
     if broken is not None and broken.row is not None and broken.position is not None:
         token = int(done.batch.ids[broken.row, broken.position])
         print(f"  row {broken.row}, position {broken.position}: token {token} {done.decode([token])!r}")

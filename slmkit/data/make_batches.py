@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 from slmkit.data.mixture import plan_phases
@@ -64,7 +65,8 @@ def _streamed(
     if reads == "conversations":
         at_once = max(LOOK_AHEAD, data.shuffle_buffer)
         # The shuffle is harmless: packing reorders them anyway.
-        talks = Blocks(source.read_conversations, name, at_once, lambda talk: is_kept(written(talk)), seed, repeat)
+        read = functools.partial(source.read, kind="conversations")
+        talks = Blocks(read, name, at_once, lambda talk: is_kept(written(talk)), seed, repeat)
         encoder = ConversationEncoder(tokenizer, source, length, data.on_long_conversation)
         return ConversationRows(talks, encoder, length, seed)
     at_once, shuffle_seed = data.shuffle_buffer or TOGETHER, seed if data.shuffle_buffer else None

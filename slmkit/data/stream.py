@@ -15,8 +15,9 @@ from slmkit.data.batch import Batch, stacked
 from slmkit.data.mixture import Phase, Schedule, WhenExhausted
 from slmkit.data.order import mixed_seed, permuted
 from slmkit.data.packing import IGNORED, numbered, pack_whole, padded, row_of_labels, windows
-from slmkit.data.prepare.conversations import OnLong
 from slmkit.data.shards.reader import TokenShards
+from slmkit.data.sources import Source
+from slmkit.data.sources.settings import OnLong
 
 
 class Rows(Protocol):
@@ -65,6 +66,7 @@ class Batches:
     separate = False  # batches have document numbers, and attention stays inside a document
     total_rows: int | None = None  # rows until the data ends; None if it never does or the number is not known yet
     rows_in_epoch: int | None = None  # None if not known
+    origins: Sequence[Source] = ()  # the sources of streamed batches
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """Rows [rows, length] of step `step` (from 0), or one rank's contiguous share of them.

@@ -48,7 +48,7 @@ from slmkit.training.run_directory import RunDirectory
 
 @dataclass(kw_only=True)
 class RunContext:
-    """What a run trains, by which recipe and where: made of a recipe by `open_run`, of given objects by `SLMTrainer`.
+    """Model, recipe, device and directory of a run, built by `prepared_run` from a recipe or by `SLMTrainer`.
 
     `extra_files` writes the tokenizer into the directory of each checkpoint.
     """
@@ -112,12 +112,13 @@ def fit(
     keep = recorder.needed_checkpoints
     saver = Saver(run, context.files, context.extra_files, settings.save_total_limit, warn, keep, group)
     reported_to = settings.report_to if group.is_main else ()
+    sequences = settings.rows_per_micro_batch(context.length)  # at once; a pair is two
     with (
         run.held() if group.is_main else contextlib.nullcontext(),
         open_trackers(reported_to, run.root, context.recipe.model_dump(mode="json"), state.step) as trackers,
         stop_on_signals(stop) as asked,
         saver,
-        lack_of_memory_explained(memory, settings, plan.rows_per_micro_batch, context.length, plan.device),
+        lack_of_memory_explained(memory, settings, sequences, context.length, plan.device),
     ):
         logger = Logger(run, perfect_loss, warn, trackers)
         own_hooks = _hooks(context, batches, plan, state, logger, saver, on_save)
@@ -150,11 +151,6 @@ def _hooks(
     evaluated = settings.evaluation_interval(plan.steps)
     saved = settings.save_steps or evaluated
 
-    def tell(state: State, report: Report) -> Any:
-        saver.wait()
-        assert on_save is not None
-        return on_save(state, context.run.checkpoints / checkpoints.checkpoint_name(state.step))
-
     yield Every(1, monitor.update, Stage.MEASURE)
     yield Every(1, note_improvement, Stage.COUNT, on_all_ranks=True)
     yield Every(1, logger.log_if_skipped, Stage.LOG)
@@ -162,7 +158,12 @@ def _hooks(
     yield Every(evaluated, logger.log_and_draw, Stage.LOG)
     yield Every(saved, saver.save, Stage.SAVE, on_stop=True, on_all_ranks=True)
     if on_save is not None:
-        yield Every(saved, tell, Stage.SAVE, on_stop=True, on_all_ranks=True)
+
+        def call_back(state: State, report: Report) -> Any:
+            saver.wait()
+            return on_save(state, context.run.checkpoints / checkpoints.checkpoint_name(state.step))
+
+        yield Every(saved, call_back, Stage.SAVE, on_stop=True, on_all_ranks=True)
     yield Every(1, saver.check, Stage.SAVE)
 
 
@@ -183,19 +184,18 @@ def _warn_at_the_end(context: RunContext, state: State, plan: Plan, batches: Bat
     run, warn = context.run, context.warn
     if not state.guard.has_learned and state.guard.idle:
         warn(f"{run.root}: {state.guard.idle_report()}")
-    if state.step >= plan.steps:
-        pass
-    elif plan.is_stalled(state):
+    place = f"step {state.step} of {plan.steps}"
+    if state.step < plan.steps and plan.is_stalled(state):
         warn(
-            f"ended after step {state.step} of {plan.steps}: the validation loss has not fallen in "
+            f"ended after {place}: the validation loss has not fallen in "
             f"{state.evaluations['in_vain']} evaluations (train.early_stopping_patience)"
         )
-    elif batches.has(state.step):
-        raise RunStopped(f"stopped after step {state.step} of {plan.steps}; go on with: slm resume {run.root}")
-    else:
+    elif state.step < plan.steps and batches.has(state.step):
+        raise RunStopped(f"stopped after {place}; go on with: slm resume {run.root}")
+    elif state.step < plan.steps:
         warn(
-            f"the data ended after step {state.step} of {plan.steps}: a source ran out, and data.when_exhausted does "
-            "not repeat it; the run is complete, with a checkpoint"
+            f"the data ended after {place}: a source ran out, and data.when_exhausted does not repeat it; "
+            "the run is complete, with a checkpoint"
         )
     if context.group.is_main:
         run.add(finished={"step": state.step, "steps": plan.steps, "patience": plan.patience})

@@ -188,7 +188,7 @@ def train_step(state: State, objective: Objective, batch: Batch, plan: Plan) -> 
     while state.loss_scale.overflows(found.loss, found.norm):
         found = compute_gradients(state, objective, batch, plan)
     if found.weight == 0:
-        refused: str | None = "not one trained token in its batch"
+        refused: str | None = "its batch has no trained token"
     else:
         refused = state.guard.judge(plan.guard, found.loss, found.norm)
     if refused is None:
@@ -218,7 +218,7 @@ def train_step(state: State, objective: Objective, batch: Batch, plan: Plan) -> 
 def _why_nothing_is_learned(state: State, found: Gradients, before: list[Tensor] | None, plan: Plan) -> str | None:
     """Why a step left the model unchanged; None if it learned. `before`: a sample of the weights before the step."""
     if found.weight == 0:
-        return "their batches have not one trained token"
+        return "their batches have no trained token"
     if found.norm < LEAST_NORM:
         silent = found.figures.get("groups/without_signal") == 1
         because = "all answers to a question get the same reward" if silent else "the loss is the same whatever changes"

@@ -155,7 +155,7 @@ def _expect_another_model(m: RecipeContext, settings: DistillationSettings) -> N
             f"distillation.teacher {settings.teacher} is the model of model.path, and with alpha 0 nothing else is "
             "learned: name another teacher, or raise distillation.alpha"
         )
-    m.reporter.say(f"teacher: {settings.teacher} is the student's own model: at first only the labels teach anything")
+    m.reporter.say(f"teacher: {settings.teacher} is the student's own model: the divergence starts at 0")
 
 
 def _rows_from_cache(m: RecipeContext, settings: DistillationSettings, folder: Path) -> dict[str, Rows]:

@@ -23,6 +23,8 @@ from slmkit.training.recipe.recipe import Recipe
 from slmkit.workflows.distill import with_the_teachers_tokenizer
 from slmkit.workflows.objectives import OBJECTIVES
 
+QUICKSTART = "runs/quickstart/"  # models that later stages of the quickstart start from
+
 
 def plan_recipe(recipe: Recipe, measure: bool = True, say: Callable[[str], None] = lambda line: None) -> RunEstimate:
     """Estimate of a run of this recipe on this machine; `say` is called with what is being measured.
@@ -49,7 +51,7 @@ def plan_recipe(recipe: Recipe, measure: bool = True, say: Callable[[str], None]
     if measure:
         say(f"measuring the speed in up to {STEPS} steps on random tokens, at most {LONGEST:.0f} seconds")
         measured = probe(profile, recipe.train, device)
-    ahead = forecast(
+    estimate = forecast(
         profile,
         recipe.train,
         steps,
@@ -59,8 +61,8 @@ def plan_recipe(recipe: Recipe, measure: bool = True, say: Callable[[str], None]
         validation_tokens=round((text or 0) * recipe.data.validation_fraction),
         from_scratch=recipe.objective == "pretrain" and recipe.model.path is None,
     )
-    epochs = steps * recipe.train.rows_per_step(length) / rows if text else None
-    return RunEstimate(recipe, config, profile, device, ahead, measured, text, epochs, assumptions)
+    epochs = steps * recipe.train.rows_per_step(recipe.tokens_of_row(length)) / rows if text else None
+    return RunEstimate(recipe, config, profile, device, estimate, measured, text, epochs, assumptions)
 
 
 def _meta_model(recipe: Recipe, config: SLMConfig) -> Decoder:
@@ -83,18 +85,18 @@ def _config_of(recipe: Recipe, assumptions: list[str]) -> SLMConfig:
     try:
         return SLMConfig.from_pretrained(config_directory(find_config_directory(recipe.model.path)))
     except UserError:
-        if not recipe.output_dir.startswith("runs/quickstart"):  # whose stages depend on each other
+        if not recipe.model.path.startswith(QUICKSTART):
             raise
-    assumptions.append(f"{recipe.model.path} will be as the preset quickstart")
+    assumptions.append(f"{recipe.model.path} is not there yet: assumed to have the shape of the preset quickstart")
     return SLMConfig.from_preset("quickstart")
 
 
 def _rows_of(recipe: Recipe, text: int | None, length: int, assumptions: list[str]) -> int:
     """Rows of an epoch; adds to the assumptions."""
     if recipe.is_padded:
-        assumptions.append(f"{recipe.reads} that fill their rows of {length} tokens: shorter ones are faster")
+        assumptions.append(f"rows of {length} tokens are assumed full: shorter {recipe.reads} train faster")
     if recipe.reads == "questions":
-        assumptions.append("answers that are there: sampling them takes its time besides")
+        assumptions.append("the time to sample answers is not included")
     if recipe.is_padded and recipe.data.is_built_in:
         return recipe.data.documents * (recipe.grpo.num_generations if recipe.reads == "questions" else 1)
     return max(1, (text or 0) // (recipe.tokens_of_row(length) if recipe.is_padded else length))

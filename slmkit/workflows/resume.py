@@ -110,8 +110,8 @@ def _apply_changes(opened: PreparedRun, before: Recipe, replan: bool) -> None:
     was, now = (min(plan.rows_per_micro_batch, share) for plan in (plan_before, opened.plan))
     if draws_by_process(context.recipe, context.config) and (ranks != world or was != now):
         reporter.warn(
-            "dropout and sampled answers follow how rows are shared out, which has changed: the run differs from "
-            "the one that it would have been by more than rounding"
+            "dropout and sampled answers depend on how rows are split, which has changed: the results will differ "
+            "from those of an uninterrupted run by more than rounding"
         )
     if changes:
         run.change(context.recipe, changes, step)

@@ -31,7 +31,7 @@ def everything_in(folder: Path) -> dict[str, bytes]:
     [
         (None, "no such file"),
         (b"", "the file is empty"),
-        (b"  \n\n", "it holds no document"),
+        (b"  \n\n", "no documents found"),
         (b"text\x00\xff\xfe" * 100, "expected UTF-8 text, found a byte that is not UTF-8 at offset"),
         (b"Too short.", "too few for one sequence"),
     ],

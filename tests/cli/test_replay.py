@@ -58,7 +58,7 @@ def test_a_step_done_again_is_the_same_bit_for_bit_and_nothing_is_touched(run: P
     logged = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     told = "the same as recorded, bit for bit" if step in logged else "nothing was recorded of it to compare with"
     assert told in done.stdout
-    assert "first to break" not in done.stdout
+    assert "first non-finite tensor" not in done.stdout
     assert {path: path.stat().st_mtime_ns for path in sorted(run.rglob("*"))} == before
 
 
@@ -72,7 +72,7 @@ def test_a_weight_that_is_infinite_is_named(run: Path) -> None:
     assert "--step 5" in line
     done = slm("replay", copy, "--step", "5")
     assert done.returncode == 0, done.stderr
-    assert "first to break: output of blocks.1.mlp.up\n  row 0, position 0:" in done.stdout
+    assert "first non-finite tensor: output of blocks.1.mlp.up\n  row 0, position 0:" in done.stdout
     assert "the same as recorded, bit for bit" in done.stdout
     assert "refused: the loss is nan" in done.stdout
 
@@ -87,7 +87,7 @@ def test_a_poisoned_token_is_named_with_its_row(run: Path) -> None:
     copy = with_weight(run, "model.embed_tokens.weight", spoil)
     refused_by_the_guard(copy)
     done = slm("replay", copy, "--step", "5")
-    assert "first to break: output of embedding" in done.stdout
+    assert "first non-finite tensor: output of embedding" in done.stdout
     assert f"token {token} " in done.stdout
 
 

@@ -15,4 +15,4 @@ def read_documents(path: str | Path, **settings: Any) -> Iterator[Document]:
 
 
 def read_conversations(path: str | Path) -> Iterator[list[Message]]:
-    return (conversation for conversation, _ in open_source(SourceSettings(path=str(path))).read_conversations())
+    return (conversation for conversation, _ in open_source(SourceSettings(path=str(path))).read(kind="conversations"))

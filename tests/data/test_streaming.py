@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import Counter
 from pathlib import Path
@@ -52,9 +53,9 @@ def text_rows(path: Path, **options) -> TextRows:
 
 
 def chat_blocks(path: Path, repeat: bool = True) -> Blocks:
-    source = open_source(SourceSettings(path=str(path)))
+    read = functools.partial(open_source(SourceSettings(path=str(path))).read, kind="conversations")
     return Blocks(
-        source.read_conversations, name="it", documents=8, is_kept=lambda _: True, shuffle_seed=3, repeat=repeat,
+        read, name="it", documents=8, is_kept=lambda _: True, shuffle_seed=3, repeat=repeat,
     )  # fmt: skip
 
 

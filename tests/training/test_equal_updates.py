@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slmkit.data.batch import Batch
+from slmkit.data.packing import IGNORED
 from slmkit.training.loop import State, compute_gradients, train_step
-from slmkit.training.losses import IGNORED
 from slmkit.training.objective import next_token
 from tests.training.helpers import plan, state
 
@@ -75,7 +75,7 @@ def test_a_step_without_a_trained_token_is_skipped_counted_and_leaves_the_weight
     learner, untouched = state(), state()
     ids = torch.randint(260, (4, LENGTH), generator=torch.Generator().manual_seed(0))
     report = train_step(learner, next_token, Batch(ids, torch.full_like(ids, IGNORED), 0), plan(1, 2))
-    assert "not one trained token" in report["skipped"]
+    assert "no trained token" in report["skipped"]
     assert (report["step"], report["tokens"], report["loss"]) == (1, 0, 0.0)
     assert all(torch.equal(a, b) for a, b in zip(learner.model.parameters(), untouched.model.parameters()))
     assert not learner.optimizers[0].state

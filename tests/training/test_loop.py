@@ -151,7 +151,7 @@ def test_a_batch_without_a_trained_token_changes_nothing_and_is_no_nan() -> None
     before = snapshot_of(learner)
     labels = torch.full((1, 4), -100)
     report = train_step(learner, next_token, Batch(torch.zeros(1, 4, dtype=torch.long), labels, 0), plan(9))
-    assert report["skipped"] == "not one trained token in its batch"
+    assert report["skipped"] == "its batch has no trained token"
     assert (report["loss"], report["grad_norm"], learner.step, learner.guard.in_a_row) == (0, 0, 3, 0)
     assert snapshot_of(learner) == before
 

@@ -50,7 +50,7 @@ def nothing(total: torch.Tensor) -> torch.Tensor:
 
 CASES: dict[str, tuple[Callable[[], State], object, object, str]] = {
     "no gradient": (state, Changed(nothing), stream(), "every gradient is 0"),
-    "no label": (state, Changed(lambda total: total), Masked(), "not one trained token"),
+    "no label": (state, Changed(lambda total: total), Masked(), "no trained token"),
     **{
         f"no change, {optimizer}, {precision}": (
             lambda optimizer=optimizer, precision=precision: state(

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from slmkit.config import UserError
+from slmkit.data.ordered_map import batches
 from slmkit.data.packing import learned_ranges
-from slmkit.data.prepare.ordered_map import batches
 from slmkit.data.prepare.text_to_shards import Progress, no_progress
 from slmkit.data.shards.reader import TokenShards
 from slmkit.data.shards.writer import ShardWriter

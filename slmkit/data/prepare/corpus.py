@@ -24,7 +24,8 @@ from slmkit.data.prepare.open_sources import (
 from slmkit.data.prepare.text_to_shards import Progress, no_progress, prepare_text
 from slmkit.data.settings import DataSettings, Reads, TokenizerSettings
 from slmkit.data.shards.reader import TokenShards
-from slmkit.data.sources import BUILT_IN, STORIES, SUMS, Document, Source
+from slmkit.data.sources import BUILT_IN, STORIES, Document, Source
+from slmkit.data.sources.built_in import PRIMER
 from slmkit.data.sources.settings import SourceSettings
 from slmkit.tokenizer import SLMTokenizer
 
@@ -116,8 +117,8 @@ def open_corpus(folder: Path) -> Corpus:
 
 def texts_of(reads: Reads, data: DataSettings, wanted: TokenizerSettings, seed: int = 0) -> Iterator[str]:
     """Training text for a tokenizer, an equal amount from every source."""
-    if data.source == SUMS:
-        yield from (BUILT_IN[SUMS].text(seed, index, False) for index in range(data.documents))
+    if data.is_built_in and data.source not in (STORIES, PRIMER):
+        yield from (BUILT_IN[str(data.source)].text(seed, index, False) for index in range(data.documents))
     elif data.is_built_in and reads == "text":
         # One tokenizer for stories, primer and conversations, since a model is trained on one after the other.
         yield from (story.text for story in stories.tell_many(seed, data.documents))

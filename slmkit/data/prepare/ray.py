@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from slmkit.config import UserError
+from slmkit.data.ordered_map import ordered_map
 from slmkit.data.prepare.open_sources import Reading
-from slmkit.data.prepare.ordered_map import ordered_map
 from slmkit.data.prepare.text_to_shards import Progress, TextShards, prepare_text
 from slmkit.data.shards.folder import Finished, ShardFolder
 from slmkit.data.shards.reader import TokenShards

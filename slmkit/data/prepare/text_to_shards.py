@@ -18,7 +18,7 @@ import numpy as np
 
 from slmkit.config import UserError
 from slmkit.data.cleaning.cleaner import Cleaner
-from slmkit.data.prepare.ordered_map import ordered_map
+from slmkit.data.ordered_map import ordered_map
 from slmkit.data.settings import CleaningSettings
 from slmkit.data.shards.folder import Finished, ShardFolder
 from slmkit.data.shards.reader import Header, TokenShards

@@ -74,7 +74,7 @@ class PairRows(AnswerRows):
         equal[equal] = [self._is_equal(index) for index in np.flatnonzero(equal).tolist()]
         cut = (kept < lasts - firsts).reshape(-1, 2).any(axis=1) & whole & ~equal
         self.left_out = {
-            f"pairs left out: nothing of an answer lies within {length:,} tokens": int((~whole).sum()),
+            f"pairs left out: an answer begins after {length:,} tokens": int((~whole).sum()),
             f"pairs left out: their answers have the same tokens within {length:,}": int((whole & equal).sum()),
             f"pairs have an answer that is cut at {length:,} tokens": int(cut.sum()),
         }
@@ -180,7 +180,7 @@ class Questions:
             )
         self.longest = max(map(self.length, range(len(self))))  # tokens of the longest prompt
         self.left_out = {
-            "questions left out: no room for an answer behind them": too_long,
+            "questions left out: too long to leave room for an answer": too_long,
             "questions left out: their conversations have no answer": without_answer,
         }
 

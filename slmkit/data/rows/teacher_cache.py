@@ -119,7 +119,7 @@ def read_header(folder: Path) -> CacheHeader:
         what = (
             "was not finished: the same `slm distill-cache` goes on" if stopped else "make it with `slm distill-cache`"
         )
-        raise UserError(f"{folder}: no stored teacher here; {what}")
+        raise UserError(f"{folder}: no cache of teacher logits here; {what}")
     header = _read(folder / HEADER)
     try:
         expected = int(np.fromfile(folder / STARTS, dtype="<i8")[-1]) * header.record.itemsize

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from slmkit.config import UserError, did_you_mean
-from slmkit.data.shards.reader import HEADER
 from slmkit.data.sources.files import COMPRESSIONS, ROW_KINDS, WRITTEN, kind_of, listed
 
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"} | dict.fromkeys(
@@ -29,7 +28,7 @@ ABOUT = ("readme", "license", "changelog", "contributing")  # files about the da
 # A subfolder with one of these files was made by a tool: a run, a model, shards.
 MADE = {
     "pyvenv.cfg": "a virtual environment", "environment.json": "a run", "MANIFEST.json": "a checkpoint",
-    HEADER: "token shards", "model.safetensors": "a model", "adapter_config.json": "an adapter",
+    "header.json": "token shards", "model.safetensors": "a model", "adapter_config.json": "an adapter",
     "tokenizer.json": "a tokenizer",
 }  # fmt: skip
 BOOKKEEPING = {

@@ -42,6 +42,7 @@ class Saver:
         self.warn, self.needed, self.group = warn, needed, group
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._failed: BaseException | None = None  # why the last checkpoint could not be written
         self._failures = 0
 
     def __enter__(self) -> Saver:
@@ -60,7 +61,7 @@ class Saver:
         loss = report.get("validation_loss")
         if loss is not None and loss < state.best.get("validation_loss", float("inf")):
             state.best = {"step": state.step, "validation_loss": loss}
-        self._settle()
+        self.wait()
         snapshot = checkpoints.take_snapshot(state, self.files, self.group)
         if not self.group.is_main:
             return
@@ -70,22 +71,22 @@ class Saver:
     def check(self, state: State, report: Report) -> None:
         """Hook for every step: report a failed save as soon as it is known."""
         if self._thread is not None and not self._thread.is_alive():
-            self._settle()
+            self.wait()
 
     def finish(self) -> None:
         """Wait for the run's last checkpoint. Raises `UserError` if it could not be written."""
         self._failures = FAILURES_BORNE
-        self._settle()
+        self.wait()
+        if self._failed is not None:  # `check` may have seen the failure first, as one of a run that goes on
+            raise self._failed
 
     def wait(self) -> None:
-        """Wait for the checkpoint being written."""
-        self._settle()
-
-    def _settle(self) -> None:
+        """Wait for the checkpoint being written. Raises its error if the run cannot go on."""
         if self._thread is None:
             return
         self._thread.join()
         error, self._thread, self._error = self._error, None, None
+        self._failed = error
         if error is None:
             self._failures = 0
             return
@@ -97,7 +98,8 @@ class Saver:
 
     def _write(self, snapshot: checkpoints.Snapshot, best: str | None) -> None:
         try:
-            path = self._written(snapshot)
+            self.run.metrics.sync()  # the log must hold all steps up to a checkpoint
+            path = checkpoints.write_checkpoint(snapshot, self.run.checkpoints, self.extra_files)
             point_links(self.run, path, best)
             keep = self.needed() | ({best} if best else set())
             checkpoints.keep_newest(self.run.checkpoints, self.limit, keep, until=snapshot.step)
@@ -105,10 +107,6 @@ class Saver:
             self._error = UserError(f"{self.run.root}: {error}; free some space, then `slm resume`")
         except BaseException as error:  # raised again in the main thread
             self._error = error
-
-    def _written(self, snapshot: checkpoints.Snapshot) -> Path:
-        self.run.metrics.sync()  # the log must hold all steps up to a checkpoint
-        return checkpoints.write_checkpoint(snapshot, self.run.checkpoints, self.extra_files)
 
 
 def best_checkpoint(state: State) -> str | None:

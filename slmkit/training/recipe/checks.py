@@ -149,7 +149,7 @@ def expect_a_model(recipe: Recipe) -> None:
     is_named = model.preset is not None or bool(model.changes)
     if not is_named and (objective == "sft" or "path" in model.model_fields_set):
         raise UserError(
-            "model.path is not set: this recipe goes on from a finished model; name a run or model directory as "
+            "model.path is not set: this recipe fine-tunes a trained model; name a run or model directory as "
             "model.path=…, or say which new model to train, such as model.preset=smollm2-135m"
         )
 

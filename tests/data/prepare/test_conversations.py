@@ -84,7 +84,7 @@ def test_a_turn_of_weight_0_of_slimorca_is_read_and_not_learned(tokenizer: SLMTo
 
 def test_a_system_message_without_a_word_is_none(tmp_path: Path) -> None:
     for path in files(tmp_path, [{"messages": [{"role": "system", "content": " "}, *GOOD]}]):
-        assert [conversation for conversation, _ in source_of(path).read_conversations()] == [GOOD]
+        assert [conversation for conversation, _ in source_of(path).read(kind="conversations")] == [GOOD]
 
 
 def turn(role: str, content: str = "x", **more: Any) -> dict[str, Any]:
@@ -216,7 +216,7 @@ def test_rows_are_counted_in_their_order_however_far_ahead_they_are_read(
     with pytest.raises(UserError, match=f"{path}:3: the chat template failed"):
         list(encoded_of(source_of(path), lambda source: ConversationEncoder(ours, source)))
     nothing = write(tmp_path / "b.jsonl", [disordered] * 3)
-    with pytest.raises(UserError, match="it holds no document"):
+    with pytest.raises(UserError, match="no documents found"):
         list(encoded_of(source := source_of(nothing, on_bad_row="skip"), lambda s: ConversationEncoder(ours, s)))
     assert source.skipped == {"roles out of order": 3}
 

@@ -124,7 +124,7 @@ def test_answers_that_do_not_fit_are_cut_or_left_out_and_said_so(tmp_path: Path)
     rows = rows_of(tmp_path, beginning + 20, ("Good.", "Bad."), (long, "No"), ("Yes", long))
     assert (rows.rows_in_epoch, *rows.left_out.values()) == (3, 0, 0, 2)
     assert "2 pairs have an answer that is cut" in rows.report()[0]
-    with pytest.raises(UserError, match="no pair to learn from: 3 pairs left out: nothing of an answer"):
+    with pytest.raises(UserError, match="no pair to learn from: 3 pairs left out: an answer begins after"):
         PairRows(rows.shards, beginning)
 
 
@@ -203,9 +203,9 @@ def test_labels_are_read_in_every_spelling_and_never_learned_as_conversations(
         ]
         source = open_source(SourceSettings(path=str(path), on_bad_row="skip"))
         with pytest.raises(UserError, match="labels the answer good or bad: objective: kto"):
-            list(source.read_conversations())
+            list(source.read(kind="conversations"))
     path.write_text(json.dumps({"messages": TALK, "label": "greeting", "rating": 1}))
-    assert len(list(open_source(SourceSettings(path=str(path))).read_conversations())) == 1
+    assert len(list(open_source(SourceSettings(path=str(path))).read(kind="conversations"))) == 1
     path.write_text(json.dumps({"messages": TALK, "label": good, "kto_tag": bad}))
     with pytest.raises(UserError, match="'label' and 'kto_tag' contradict each other"):
         list(open_source(SourceSettings(path=str(path))).read(kind="judgements"))

@@ -90,7 +90,7 @@ def test_a_row_that_is_no_conversation_is_counted(tmp_path: Path, row: str):
     content = "".join(f'{{"messages": {value}}}\n' for value in (json.dumps(good), row, json.dumps(good)))
     (tmp_path / "a.jsonl").write_text(content)
     opened = source(tmp_path)
-    assert [conversation for conversation, _ in opened.read_conversations()] == [good, good]
+    assert [conversation for conversation, _ in opened.read(kind="conversations")] == [good, good]
     assert opened.skipped == {"not as expected": 1}
 
 

@@ -135,10 +135,10 @@ def test_conversations_pass_over_files_without_rows(tmp_path: Path):
     make(tmp_path, "notes.txt")
     (tmp_path / "a.jsonl").write_text('{"prompt": "Hi", "completion": "Hello."}\n')
     source = open_source(SourceSettings(path=str(tmp_path)))
-    assert len(list(source.read_conversations())) == 1
+    assert len(list(source.read(kind="conversations"))) == 1
     assert source.skipped == {".txt files, which hold no rows": 1}
     with pytest.raises(UserError, match=r"notes\.txt: expected \.jsonl"):
-        list(open_source(SourceSettings(path=str(tmp_path / "notes.txt"))).read_conversations())
+        list(open_source(SourceSettings(path=str(tmp_path / "notes.txt"))).read(kind="conversations"))
 
 
 @pytest.mark.parametrize("with_splits", [True, False])

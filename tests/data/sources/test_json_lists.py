@@ -45,7 +45,7 @@ def test_a_list_called_jsonl_and_a_row_of_several_lines_are_read(tmp_path: Path)
     ]
     talk = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
     for indent in (None, 1):
-        assert len(list(opened(tmp_path / "c.json", json.dumps(talk, indent=indent)).read_conversations())) == 1
+        assert len(list(opened(tmp_path / "c.json", json.dumps(talk, indent=indent)).read(kind="conversations"))) == 1
 
 
 @pytest.mark.parametrize(

@@ -81,10 +81,10 @@ def test_conversations_go_on_too(tmp_path: Path):
     pq.write_table(pa.table({"messages": rows}), tmp_path / "a.parquet", row_group_size=4)
     (tmp_path / "b.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
     source = open_source(SourceSettings(path=str(tmp_path)))
-    whole = list(source.read_conversations())
+    whole = list(source.read(kind="conversations"))
     assert [messages for messages, _ in whole] == rows * 2
     for index, (_, position) in enumerate(whole):
-        assert list(source.read_conversations(position)) == whole[index + 1 :]
+        assert list(source.read(position, "conversations")) == whole[index + 1 :]
 
 
 @pytest.mark.parametrize("path", ["stories", "primer"])
@@ -97,8 +97,8 @@ def test_the_built_in_corpus_is_endless_and_goes_on(path: str):
     whole = five(source.read())
     assert five(source.read(whole[1][1]))[:3] == whole[2:]
     assert five(open_source(SourceSettings(path=path), seed=4).read()) != whole
-    talk = five(source.read_conversations())
-    assert five(source.read_conversations(talk[1][1]))[:3] == talk[2:]
+    talk = five(source.read(kind="conversations"))
+    assert five(source.read(talk[1][1], "conversations"))[:3] == talk[2:]
 
 
 def test_no_more_documents_come_than_were_asked_for_also_after_going_on(tmp_path: Path):

@@ -82,11 +82,11 @@ def test_the_documentation_has_a_line_for_every_public_schema(name: str):
 def test_a_column_with_a_meaning_is_used_or_the_row_is_refused(tmp_path: Path, column: str):
     row = {"messages": TALK, column: "[1]" if column == "tools" else "something"}
     source = opened(tmp_path / "a.jsonl", [row, {"messages": TALK}], on_bad_row="skip")
-    kept = [[*one] for one, _ in source.read_conversations()]
+    kept = [[*one] for one, _ in source.read(kind="conversations")]
     assert kept == ([[{"role": "system", "content": "something"}, *TALK], TALK] if column == "system" else [TALK])
     assert sum(source.skipped.values()) == (0 if column == "system" else 1)
     empty = opened(tmp_path / "b.jsonl", [{"messages": TALK, column: value} for value in (None, "", [], {}, [""])])
-    assert len(list(empty.read_conversations())) == 5
+    assert len(list(empty.read(kind="conversations"))) == 5
 
 
 CALL = {"name": "f", "arguments": {}}
@@ -110,7 +110,7 @@ def test_what_a_row_says_twice_has_to_be_the_same(tmp_path: Path, names: tuple[s
         for second in (same, other, None)
     ]
     source = opened(tmp_path / "a.jsonl", rows, on_bad_row="skip")
-    talks = [[*one] for one, _ in source.read_conversations()]
+    talks = [[*one] for one, _ in source.read(kind="conversations")]
     assert len(talks) == 2
     assert talks[0] == talks[1]
     assert source.skipped == {"contradictions": 1}
@@ -121,7 +121,7 @@ def test_what_a_row_says_twice_has_to_be_the_same(tmp_path: Path, names: tuple[s
 def test_a_key_of_a_message_with_a_meaning_is_refused_and_another_one_counted(tmp_path: Path, key: str):
     row = {"messages": [TALK[0], {**TALK[1], key: ["x"], "id": 7}]}
     source = opened(tmp_path / "a.jsonl", [row, {"messages": [TALK[0], {**TALK[1], "id": 7}]}], on_bad_row="skip")
-    assert [[*one] for one, _ in source.read_conversations()] == [TALK]
+    assert [[*one] for one, _ in source.read(kind="conversations")] == [TALK]
     assert source.skipped == {f"messages with {key!r}": 1}
     assert "column 'id' of messages is not used (1 row)" in source.report()[-1]
 
@@ -146,12 +146,12 @@ def test_a_turn_or_a_row_that_says_so_is_not_learned(tmp_path: Path, key: str, v
         {"messages": TALK, key: value},
     ]
     source = opened(tmp_path / "a.jsonl", [*rows, {"messages": TALK, key: 1}])
-    (first, _), (second, _) = source.read_conversations()
+    (first, _), (second, _) = source.read(kind="conversations")
     assert [message.get("weight") for message in first] == [None, 0, None, None]
     assert [*second] == TALK
     assert source.skipped == {"not to be learned": 1}
     with pytest.raises(UserError, match=rf"a\.jsonl:1: message 2: {key} 0.3; expected 1 \(learned\) or 0"):
-        list(opened(tmp_path / "a.jsonl", [{"messages": [TALK[0], {**TALK[1], key: 0.3}]}]).read_conversations())
+        list(opened(tmp_path / "a.jsonl", [{"messages": [TALK[0], {**TALK[1], key: 0.3}]}]).read(kind="conversations"))
 
 
 @pytest.mark.parametrize(
@@ -169,10 +169,10 @@ def test_other_keys_that_may_say_what_is_learned_are_refused(
 ):
     for row in ({"messages": TALK, key: value}, {"messages": [TALK[0], {**TALK[1], key: value}]}):
         source = opened(tmp_path / f"a.{kind}", [row, {"messages": TALK, key: None}], on_bad_row="skip")
-        assert len(list(source.read_conversations())) == 1
+        assert len(list(source.read(kind="conversations"))) == 1
         assert key in next(iter(source.skipped))
     rows = [{"messages": TALK, key: fine, "constraints": "glossary", "unlearning": None}]
-    assert len(list(opened(tmp_path / f"b.{kind}", rows).read_conversations())) == 1
+    assert len(list(opened(tmp_path / f"b.{kind}", rows).read(kind="conversations"))) == 1
 
 
 @pytest.mark.parametrize("reads", ["text", "conversations"])
@@ -198,17 +198,17 @@ def test_calls_of_one_turn_are_one_message(tmp_path: Path):
     call = {"from": "function_call", "value": '{"name": "find", "arguments": {"a": 1}}'}
     answer = [{"from": "observation", "value": "[]"}, {"from": "gpt", "value": "None."}]
     row = {"conversations": [SHAREGPT[0], {"from": "gpt", "value": "I look."}, call, call, *answer]}
-    ((talk, _),) = opened(tmp_path / "a.jsonl", [row]).read_conversations()
+    ((talk, _),) = opened(tmp_path / "a.jsonl", [row]).read(kind="conversations")
     assert [message["role"] for message in talk] == ["user", "assistant", "tool", "assistant"]
     assert (talk[1]["content"], len(talk[1]["tool_calls"])) == ("I look.", 2)
 
 
 def test_labelled_answers_and_pairs_are_not_learned_as_conversations(tmp_path: Path):
     with pytest.raises(UserError, match=r"a\.jsonl:1: column 'label' labels the answer good or bad: objective: kto"):
-        list(opened(tmp_path / "a.jsonl", [{"messages": TALK, "label": False}]).read_conversations())
+        list(opened(tmp_path / "a.jsonl", [{"messages": TALK, "label": False}]).read(kind="conversations"))
     row = {"conversations": SHAREGPT[:1], "chosen": SHAREGPT[1], "rejected": {"from": "gpt", "value": "No."}}
     with pytest.raises(UserError, match="columns 'chosen' and 'rejected' hold the answers: objective: dpo"):
-        list(opened(tmp_path / "a.jsonl", [row]).read_conversations())
+        list(opened(tmp_path / "a.jsonl", [row]).read(kind="conversations"))
     for answers, message in (
         ([{"text": "a", "score": 1}, {"text": "b", "score": 1}], "have one score, so that none is better"),
         (
@@ -265,13 +265,13 @@ def test_columns_are_mapped_in_every_kind_of_file_and_a_named_one_is_required(tm
     else:
         write(path, rows)
     named = SourceSettings(path=str(path), columns={"prompt": "q", "completion": "a"})
-    whole = list(open_source(named).read_conversations())
+    whole = list(open_source(named).read(kind="conversations"))
     assert [[*talk] for talk, _ in whole] == [TALK] * 3
     for index, (_, position) in enumerate(whole):
-        assert list(open_source(named).read_conversations(position)) == whole[index + 1 :]
+        assert list(open_source(named).read(position, "conversations")) == whole[index + 1 :]
     for wrong in ({"columns": {"prompt": "q", "completion": "answr", "system": "qq"}}, {"messages_column": "qq"}):
         with pytest.raises(UserError, match=r"no column '(answr|qq)', which is set as '(completion|messages)'; "):
-            list(open_source(SourceSettings(path=str(path), **wrong)).read_conversations())
+            list(open_source(SourceSettings(path=str(path), **wrong)).read(kind="conversations"))
     with pytest.raises(UserError, match=r"no column 'ids', which is set as 'text'; did you mean 'id'\?"):
         list(open_source(SourceSettings(path=str(path), text_column="ids")).read())
 
@@ -298,16 +298,16 @@ def test_settings_that_name_what_is_not_there_are_one_line(tmp_path: Path):
     assert "there are: 'body', 'title'; data.columns names them, such as {prompt: body, completion: title}" in line
     assert "data.columns names them, such as {text: body}" in refusal("text")
     with pytest.raises(UserError, match="these are pairs of answers: objective: dpo"):
-        list(opened(tmp_path / "a.jsonl", [{"chosen": "a", "rejected": "b"}]).read_conversations())
+        list(opened(tmp_path / "a.jsonl", [{"chosen": "a", "rejected": "b"}]).read(kind="conversations"))
 
 
 def test_a_format_can_be_named_where_the_columns_would_mean_another(tmp_path: Path):
     row = {"messages": TALK, "instruction": "Add.", "output": "3"}
     for kind in ("parquet", "jsonl"):
         named = opened(tmp_path / f"a.{kind}", [row], row_format="instruction")
-        assert next(named.read_conversations())[0][1]["content"] == "3"
+        assert next(named.read(kind="conversations"))[0][1]["content"] == "3"
         with pytest.raises(UserError, match="no column 'conversations'; there are"):
-            next(opened(tmp_path / f"a.{kind}", [row], row_format="conversations").read_conversations())
+            next(opened(tmp_path / f"a.{kind}", [row], row_format="conversations").read(kind="conversations"))
 
 
 @pytest.mark.parametrize(
@@ -334,9 +334,9 @@ def test_what_is_no_conversation_is_refused_by_its_place_or_counted(
 ):
     rows = [{"messages": TALK}, row]
     with pytest.raises(UserError, match=r"a\.jsonl:2: .*" + expected):
-        list(opened(tmp_path / "a.jsonl", rows).read_conversations())
+        list(opened(tmp_path / "a.jsonl", rows).read(kind="conversations"))
     source = opened(tmp_path / "a.jsonl", rows, on_bad_row="skip")
-    assert [[*conversation] for conversation, _ in source.read_conversations()] == [TALK]
+    assert [[*conversation] for conversation, _ in source.read(kind="conversations")] == [TALK]
     assert source.skipped == {reason: 1}
 
 
@@ -419,4 +419,4 @@ def test_a_dialogue_in_one_text_is_taken_apart(tmp_path: Path):
 def test_messages_under_an_unknown_name_are_suggested_as_messages(tmp_path: Path):
     source = opened(tmp_path / "a.jsonl", [{"id": 1, "msgs": TALK}])
     with pytest.raises(UserError, match=r"\{messages: msgs\}"):
-        next(source.read_conversations())
+        next(source.read(kind="conversations"))

@@ -138,8 +138,8 @@ def test_sources_are_described_by_size_and_checksum(tmp_path: Path):
 
 MISTAKES = {
     "empty.txt": (b"", "the file is empty"),
-    "blank.txt": (b" \n\n", "it holds no document"),
-    "rows.jsonl": (b"\n", "it holds no document"),
+    "blank.txt": (b" \n\n", "no documents found"),
+    "rows.jsonl": (b"\n", "no documents found"),
     "page.pdf": (b"%PDF", "expected text (.txt, .md, source code), .jsonl, .json, .csv, .tsv, .parquet or .arrow"),
     "nul.txt": (b"line\nab\0cd", "at offset 7"),
     "latin.txt": (b"line\ncaf\xe9 au lait", "at offset 8"),

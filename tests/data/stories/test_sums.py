@@ -34,7 +34,9 @@ def test_they_are_a_source_of_conversations_of_questions_and_of_pairs() -> None:
     question, right, wrong = sum_pair(5, 0)
     asked = {"role": "user", "content": question}
     answered = [asked, {"role": "assistant", "content": right}]
-    assert next(one for one, _ in source.read_conversations()) == next(one for one, _ in source.read(kind="questions"))
+    assert next(one for one, _ in source.read(kind="conversations")) == next(
+        one for one, _ in source.read(kind="questions")
+    )
     assert next(one for one, _ in source.read(kind="questions")) == answered
     pair = next(source.read(kind="pairs"))[0]
     assert (pair.chosen, pair.rejected) == (answered, [asked, {"role": "assistant", "content": wrong}])

@@ -131,6 +131,16 @@ def test_so_does_the_first_without_anything_to_go_on_from_and_the_last(saver: Sa
         saver.finish()
 
 
+def test_the_last_failure_ends_the_run_also_if_it_was_noticed_before_the_end(saver: Saver, warnings: list[str]) -> None:
+    saver.save(state_at(2), {})
+    saver.wait()
+    fail(saver, 3)
+    saver.check(state_at(3), {})
+    assert len(warnings) == 1
+    with pytest.raises(UserError, match="could not be written"):
+        saver.finish()
+
+
 def test_a_disk_that_is_full_at_the_end_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     """The limit on file size stands in for the disk: a line of metrics fits, a checkpoint does not."""
     script = textwrap.dedent(f"""

@@ -50,7 +50,7 @@ def test_a_recipe_for_a_finished_model_is_refused_without_one(name: str) -> None
 
 
 def test_fine_tuning_that_names_no_model_at_all_is_refused() -> None:
-    with pytest.raises(UserError, match="goes on from a finished model"):
+    with pytest.raises(UserError, match="fine-tunes a trained model"):
         expect_a_model(Recipe(objective="sft"))
     expect_a_model(Recipe())  # a new model of the default size
 
