@@ -54,7 +54,7 @@ class Update:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """By the names of the parameters of a `LoRALinear`."""
+        """By the names of the parameters of a `LoRALinear`, shapes as above."""
         tensors = {"lora_A": self.a, "lora_B": self.b, "magnitude": self.magnitude}
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
@@ -88,7 +88,7 @@ def expect_base(directory: str | Path, *found: Callable[[], str | None]) -> None
 
 
 def trained_tensors(decoder: nn.Module) -> dict[str, Tensor]:
-    """The trained parameters, under our names."""
+    """The trained parameters, in any shapes, under our names."""
     return {name: parameter for name, parameter in decoder.named_parameters() if parameter.requires_grad}
 
 
@@ -108,7 +108,7 @@ class AdapterFiles:
         return trained_tensors(model)
 
     def write(self, model: Decoder, tensors: Mapping[str, Tensor], directory: Path) -> None:
-        """Write the adapter of `model`, with its trained `tensors`. Raises `UserError` if the disk is full."""
+        """Write the adapter of `model`, with its trained `tensors` [...]. Raises `UserError` if the disk is full."""
         adapted, config = adapted_linears(model), self.config
         updates: dict[str, Update] = {}
         others: list[str] = []

@@ -69,7 +69,7 @@ class LoRALinear(nn.Module):
         return self.base.weight + self.scale * self.lora_B @ self.lora_A
 
     @property
-    def bias(self) -> Tensor | None:
+    def bias(self) -> Tensor | None:  # [out]
         return self.base.bias
 
 

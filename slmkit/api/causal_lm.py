@@ -50,7 +50,7 @@ class CausalLMOutput(dict[str, Tensor]):
     def __iter__(self) -> Iterator[Any]:
         return iter(self.values())
 
-    def to_tuple(self) -> tuple[Tensor, ...]:
+    def to_tuple(self) -> tuple[Tensor, ...]:  # shapes as above
         return tuple(self.values())
 
 

@@ -129,7 +129,7 @@ class Watch:
                 if tensor.requires_grad:
                     tensor.register_hook(functools.partial(self.see, f"gradient at the output of {name}", first_row))
 
-    def after_backward(self, name: str, parameter: Tensor) -> None:
+    def after_backward(self, name: str, parameter: Tensor) -> None:  # [...]
         if parameter.grad is not None:
             self.see(f"gradient of {name}", None, parameter.grad)
             self.norms[name] = parameter.grad.norm().item()

@@ -45,6 +45,7 @@ def zeros_like(model: Decoder, device: torch.device | str = "cpu") -> Decoder:
 
 
 def tensors_of(model: nn.Module) -> Iterator[Tensor]:
+    """All parameters and buffers, in any shapes."""
     return itertools.chain(model.parameters(), model.buffers())
 
 
