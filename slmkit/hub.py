@@ -83,7 +83,7 @@ def at_commit(path: str) -> str:
     return path if wanted is None else f"hf://{wanted.name}@{hub_directory(wanted, weights=False).name}"
 
 
-def spelled(directory: Path) -> str:
+def pinned_name(directory: Path) -> str:
     """The pinned hub name of a directory in the hub's cache; the absolute path of any other directory."""
     found = CACHED.search(directory.as_posix())
     return f"hf://{found['owner']}/{found['name']}@{found['commit']}" if found else str(directory.resolve())

@@ -12,7 +12,7 @@ SLOW = (
     "test_lora_life.py", "test_python_docs.py", "test_streamed_life.py", "test_distill_life.py", "cli/", "hosts/",
     "workflows/", "training/checkpoints/", "training/recipe/", "training/estimate/", "training/test_distributed.py",
     "training/test_guards.py", "training/test_nothing_learned.py", "training/optimizers/", "adapt/test_merging.py",
-    "adapt/test_folding.py", "adapt/test_merge_directories.py", "adapt/test_peft.py", "api/",
+    "adapt/test_lora_merge.py", "adapt/test_merge_directories.py", "adapt/test_peft.py", "api/",
     "data/sources/test_hub.py", "data/sources/test_urls.py", "data/prepare/test_ray.py", "generation/test_ensemble.py",
     "model/test_cache.py", "model/test_context.py", "model/files/test_directory.py",
     "parity/test_transformers.py", "parity/test_wrong_readings.py", "tokenizer/test_kinds.py",

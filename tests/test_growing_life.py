@@ -16,7 +16,7 @@ from slmkit.generation.sampling_settings import SamplingSettings
 from slmkit.model.files.directory import load_decoder
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.recipe.recipe import load_recipe
-from slmkit.workflows.merge import fold_adapters
+from slmkit.workflows.merge import merge_adapters
 from slmkit.workflows.resume import resume_run
 from slmkit.workflows.train import RunDirectory, train_recipe
 from tests.test_life import Silent
@@ -154,7 +154,7 @@ def test_an_adapter_brings_its_new_tokens_along(tmp_path: Path, kind: str) -> No
         torch.testing.assert_close(decoder.logits(decoder(ids)), theirs(ids).logits, rtol=0, atol=1e-4)
     assert isinstance(config.eos_token_id, list)
     assert {*config.eos_token_id} == tokenizer.stop_token_ids
-    folded = fold_adapters(base, [adapter], tmp_path / "folded")
+    folded = merge_adapters(base, [adapter], tmp_path / "folded")
     equal_in_transformers(folded, config.vocab_size)
     found = load_decoder(folded)[1]
     assert found.for_generation() == config.for_generation()

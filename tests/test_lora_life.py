@@ -23,7 +23,7 @@ from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.checkpoints.checkpoint import complete_checkpoints, delete
 from slmkit.training.logging.list_runs import read_run
 from slmkit.training.recipe.recipe import find_recipe, load_recipe
-from slmkit.workflows.merge import fold_adapters
+from slmkit.workflows.merge import merge_adapters
 from slmkit.workflows.replay import replay_run
 from slmkit.workflows.resume import resume_run
 from slmkit.workflows.train import train_recipe
@@ -79,7 +79,7 @@ def test_a_model_learns_to_talk_and_its_base_stays_as_it_was(base: Path, adapter
     ids = torch.tensor([tokenizer.encode("Once upon a time")])
     logits = SLMForCausalLM.from_pretrained(adapter[0])(ids).logits
     assert (logits - before.logits(before(ids))).abs().max() > 1e-4
-    folded = fold_adapters(base, [adapter[0]], adapter[0].parent / "folded")
+    folded = merge_adapters(base, [adapter[0]], adapter[0].parent / "folded")
     assert torch.allclose(SLMForCausalLM.from_pretrained(folded)(ids).logits, logits, atol=1e-4)
 
 

@@ -25,7 +25,7 @@ from slmkit.adapt.adapter_config import AdapterConfig, adapter_config, read_adap
 from slmkit.adapt.lora import DoRALinear, LoRALinear, adapted_linears, expect_plain, keep_base_in, modules_to_save
 from slmkit.adapt.swapping import linear, linears, matching, replace
 from slmkit.config import UserError
-from slmkit.hub import hub_name, spelled
+from slmkit.hub import hub_name, pinned_name
 from slmkit.model.config import SLMConfig
 from slmkit.model.decoder import Decoder
 from slmkit.model.families import Family, family_of
@@ -40,7 +40,7 @@ PREFIX = "base_model.model."
 # Parameters of `LoRALinear` and `DoRALinear` → their names in peft.
 IN_PEFT = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 FINGERPRINT = "base_fingerprint"  # in the metadata of the adapter's tensors, which peft does not read
-ANOTHER = "it is an adapter of another model"
+OTHER_MODEL = "it is an adapter of another model"
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Update:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """By the names of the parameters of a `LoRALinear`."""
+        """By the names of the parameters of a `LoRALinear`, shapes as above."""
         tensors = {"lora_A": self.a, "lora_B": self.b, "magnitude": self.magnitude}
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
@@ -88,7 +88,7 @@ def expect_base(directory: str | Path, *found: Callable[[], str | None]) -> None
 
 
 def trained_tensors(decoder: nn.Module) -> dict[str, Tensor]:
-    """The trained parameters, under our names."""
+    """The trained parameters, in any shapes, under our names."""
     return {name: parameter for name, parameter in decoder.named_parameters() if parameter.requires_grad}
 
 
@@ -108,7 +108,7 @@ class AdapterFiles:
         return trained_tensors(model)
 
     def write(self, model: Decoder, tensors: Mapping[str, Tensor], directory: Path) -> None:
-        """Write the adapter of `model`, with its trained `tensors`. Raises `UserError` if the disk is full."""
+        """Write the adapter of `model`, with its trained `tensors` [...]. Raises `UserError` if the disk is full."""
         adapted, config = adapted_linears(model), self.config
         updates: dict[str, Update] = {}
         others: list[str] = []
@@ -124,7 +124,7 @@ class AdapterFiles:
                 others.append(theirs)
         shapes = {name: (update.a.size(0), update.scale) for name, update in updates.items()}
         whole = _whole_to_disk(model, config, tensors)
-        hub = hub_name(spelled(self.base))
+        hub = hub_name(pinned_name(self.base))
         base = hub.name if hub else str(self.base)
         content = adapter_config(base, self.settings, shapes, others, family_of(config.model_type))
         content["revision"] = hub.revision if hub else None
@@ -249,14 +249,14 @@ def _expect_all(path: Path, there: Sequence[str], described: AdapterConfig, upda
     """Raises `UserError` unless every target module has an update, and every update a module in the base."""
     for name in updates:
         if name not in there:
-            raise UserError(f"{path}: adapts {name!r}, which its base does not have: {ANOTHER}")
+            raise UserError(f"{path}: adapts {name!r}, which its base does not have: {OTHER_MODEL}")
     expected = matching(there, described.target_modules, except_for=described.excluded)
     of_weights = tuple(f".{name}" for name in described.target_parameters)
     expected += [name for name in there if f"{name}.weight".endswith(of_weights)]
     missing = [name for name in expected if name not in updates]
     if missing and described.layers_to_transform in (None, []):
         raise UserError(
-            f"{path}: no weights for {len(missing)} of the modules in its config, such as {missing[0]!r}: {ANOTHER}"
+            f"{path}: no weights for {len(missing)} of the modules in its config, such as {missing[0]!r}: {OTHER_MODEL}"
         )
 
 
@@ -272,7 +272,7 @@ def _checked(
     if (b.size(0), a.size(1)) != shape or a.size(0) != b.size(1):
         raise UserError(
             f"{path}: {name!r} is for a matrix of {b.size(0)} × {a.size(1)}, its base has {shape[0]} × {shape[1]}: "
-            f"{ANOTHER}"
+            f"{OTHER_MODEL}"
         )
     return Update(a, b, tensors.get("magnitude"), described.scale_at(name, a.size(0)))
 
@@ -368,12 +368,12 @@ def _whole_from_disk(
     state: dict[str, Tensor] = {}
     for theirs, stored in whole.items():
         if theirs not in wanted:
-            raise UserError(f"{path}: holds {theirs!r}, which its base does not have: {ANOTHER}")
+            raise UserError(f"{path}: holds {theirs!r}, which its base does not have: {OTHER_MODEL}")
         tensor, parts = from_disk(family, theirs, stored), [base[name] for name in wanted[theirs]]
         expected = (sum(map(len, parts)), *parts[0].shape[1:])
         if tensor.shape != expected:
             found = tuple(tensor.shape)
-            raise UserError(f"{path}: {theirs!r} has shape {found}, its base's is {expected}: {ANOTHER}")
+            raise UserError(f"{path}: {theirs!r} has shape {found}, its base's is {expected}: {OTHER_MODEL}")
         pieces = tensor.split([len(part) for part in parts])
         state |= {name: piece.contiguous() for name, piece in zip(wanted[theirs], pieces)}
     return state

@@ -38,7 +38,7 @@ def load_adapted(directory: str | Path, device: torch.device | str = "cpu") -> t
     return decoder.eval(), config, settings
 
 
-def adapter_blueprint(directory: str | Path) -> Decoder:
+def adapter_meta_model(directory: str | Path) -> Decoder:
     """The model that `load_adapted` reads, on the meta device, to estimate memory."""
     config = SLMConfig.from_pretrained(base_of(directory))
     return load_adapter(empty_decoder(config), config, directory)[0]

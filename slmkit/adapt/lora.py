@@ -69,7 +69,7 @@ class LoRALinear(nn.Module):
         return self.base.weight + self.scale * self.lora_B @ self.lora_A
 
     @property
-    def bias(self) -> Tensor | None:
+    def bias(self) -> Tensor | None:  # [out]
         return self.base.bias
 
 
@@ -86,8 +86,8 @@ class DoRALinear(LoRALinear):
     def forward(self, x: Tensor) -> Tensor:  # [..., in] → [..., out]
         plain = self.base(x)
         bias = plain.new_zeros(()) if self.base.bias is None else self.base.bias.to(plain.dtype)
-        stretch = (self.magnitude / self.lengths()).to(plain.dtype)
-        return stretch * (plain - bias + self.update(x)) + bias
+        row_scale = (self.magnitude / self.lengths()).to(plain.dtype)
+        return row_scale * (plain - bias + self.update(x)) + bias
 
     def lengths(self) -> Tensor:
         """Norms of the rows of W + s B A, detached from the graph (section 4.3).  [out]

@@ -287,7 +287,7 @@ def arc(product: float, lengths: float, t: float) -> tuple[float, float]:
 
 
 def task_arithmetic(base: Tensor, tuned: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
-    """θ_base + Σ w_i τ_i (arXiv:2212.04089), as (1 - Σ w_i) θ_base + Σ w_i θ_i, which has less rounding error."""
+    """θ_base + Σ w_i τ_i (arXiv:2212.04089), [...] each, as (1 - Σ w_i) θ_base + Σ w_i θ_i, which rounds less."""
     return linear((base, *tuned), (1 - sum(weights), *weights))
 
 
@@ -306,15 +306,15 @@ def trim(delta: Tensor, least: float) -> Tensor:
 
 
 def drop(delta: Tensor, density: float, generator: torch.Generator) -> Tensor:
-    """Keep each element of a task vector with probability `density`, divided by `density` (DARE, arXiv:2311.03099)."""
+    """Keep each element of a task vector [...] with probability `density`, divided by it (DARE, arXiv:2311.03099)."""
     kept = torch.rand(delta.shape, generator=generator) < density
     return torch.where(kept, delta / density, 0.0) if density else torch.zeros_like(delta)
 
 
 def elect(deltas: Sequence[Tensor], weights: Sequence[float], normalize: bool) -> Tensor:
-    """Σ w_i τ_i over the task vectors that have, at each element, the sign of the sum of all (TIES, arXiv:2306.01708).
+    """Σ w_i τ_i over the task vectors [...] that have, at each element, the sign of the sum of all (TIES).
 
-    `normalize`: the weighted mean of those, instead of the sum.
+    `normalize`: the weighted mean of those, instead of the sum. Yadav et al. 2023, arXiv:2306.01708.
     """
     positive = linear(deltas, weights) >= 0
     total, share = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from slmkit.adapt.load import load_model
 from slmkit.adapt.lora import adapted_linears
 from slmkit.config import UserError, methods_checked
+from slmkit.data.packing import IGNORED
 from slmkit.device import DeviceError, checked_device
 from slmkit.find import find_model_directory
 from slmkit.generation.ensemble import Ensemble, common_tokenizer
@@ -27,7 +28,6 @@ from slmkit.model.files.directory import save_decoder
 from slmkit.model.files.generation_config import new_tokens
 from slmkit.model.initialization import build_decoder, grow_vocabulary
 from slmkit.tokenizer import SLMTokenizer
-from slmkit.training.losses import IGNORED
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class CausalLMOutput(dict[str, Tensor]):
     def __iter__(self) -> Iterator[Any]:
         return iter(self.values())
 
-    def to_tuple(self) -> tuple[Tensor, ...]:
+    def to_tuple(self) -> tuple[Tensor, ...]:  # shapes as above
         return tuple(self.values())
 
 

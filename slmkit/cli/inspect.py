@@ -25,11 +25,11 @@ def inspect(
     from slmkit.model.config import find_model_or_preset
 
     find_model_or_preset(model)  # before anything is loaded
-    from slmkit.adapt.load import adapter_blueprint
+    from slmkit.adapt.load import adapter_meta_model
     from slmkit.cli.show import count, gibibytes
     from slmkit.training.estimate.inspect import inspect_model
 
-    report = inspect_model(model, batch, length, precision, optimizer, adapter_blueprint)
+    report = inspect_model(model, batch, length, precision, optimizer, adapter_meta_model)
     print(f"{model}: {report.summary}\n")
 
     print("parameters")

@@ -19,7 +19,7 @@ def merge(
     adapter: Annotated[
         list[str] | None,
         typer.Option(
-            "--adapter", help="Fold this adapter, or a run that trained one, into MODEL; may be given several times."
+            "--adapter", help="Merge this adapter, or a run that trained one, into MODEL; may be given several times."
         ),
     ] = None,
     output: Annotated[
@@ -28,7 +28,7 @@ def merge(
     print_config: PrintConfig = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check that the models fit together, and stop.")] = False,
 ) -> None:
-    """Make one model of several, or fold adapters in.
+    """Make one model of several, or merge adapters into a model.
 
     A recipe names the models and the method: linear, slerp, task_arithmetic, ties, dare_linear or dare_ties. `ties`
     comes with slmkit; its file, recipes/merging/ties.yaml, explains every key.
@@ -41,14 +41,14 @@ def merge(
     if adapter and (overrides or print_config or dry_run):
         raise UserError("--adapter: KEY=VALUE, --print-config and --dry-run apply to merge recipes only")
     if adapter:
-        _fold(what, adapter, output)
+        _merge_adapters(what, adapter, output)
     elif output is not None:
         raise UserError("--output is for --adapter; for a recipe set output_dir")
     else:
         _merge(what, overrides or [], print_config, dry_run)
 
 
-def _fold(model: str, adapters: list[str], output: str | None) -> None:
+def _merge_adapters(model: str, adapters: list[str], output: str | None) -> None:
     from slmkit.cli.show import suggestion
     from slmkit.find import find_model_directory
     from slmkit.model.files.adapter_directory import find_adapter
@@ -56,9 +56,9 @@ def _fold(model: str, adapters: list[str], output: str | None) -> None:
     find_model_directory(model)
     for adapter in adapters:
         find_adapter(adapter)
-    from slmkit.workflows.merge import fold_adapters  # imports torch: after the arguments were checked
+    from slmkit.workflows.merge import merge_adapters  # imports torch: after the arguments were checked
 
-    directory = fold_adapters(model, adapters, output)
+    directory = merge_adapters(model, adapters, output)
     print(f"model: {directory}")
     print(f"next: {suggestion(directory, adapters[-1])}")
 

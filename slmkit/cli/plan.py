@@ -62,41 +62,41 @@ def plan(
     from slmkit.workflows.plan import plan_recipe
 
     if loaded is None:
-        ahead = propose(hours, None if tokens is None else int(tokens), device, measure, reporter.say, overrides or [])
+        result = propose(hours, None if tokens is None else int(tokens), device, measure, reporter.say, overrides or [])
     else:
-        ahead = plan_recipe(loaded, measure, reporter.say)
-    _show(ahead)
+        result = plan_recipe(loaded, measure, reporter.say)
+    _show(result)
     if output is not None:
-        Path(output).write_text(to_yaml(ahead.recipe), encoding="utf-8")
-        named = ahead.recipe.data.source or ahead.recipe.data.sources
+        Path(output).write_text(to_yaml(result.recipe), encoding="utf-8")
+        named = result.recipe.data.source or result.recipe.data.sources
         print(f"\nrecipe: {output}; next: slm train {output}" + ("" if named else " data.source=YOUR.txt"))
     elif recipe is None:
         print("\nto train it, write the recipe to a file: the same command with -o mine.yaml")
 
 
-def _show(ahead: RunEstimate) -> None:
+def _show(result: RunEstimate) -> None:
     from slmkit.cli.show import count, gibibytes
     from slmkit.training.logging.progress import clock
 
-    expected, train, measured = ahead.ahead, ahead.recipe.train, ahead.measured
-    config, described = ahead.config, ahead.device.describe()
+    expected, train, measured = result.estimate, result.recipe.train, result.measured
+    config, described = result.config, result.device.describe()
 
     def of_free(needed: int, free: int) -> str:
         return gibibytes(needed) + (f" of {gibibytes(free)} free" if free else "")
 
     lines = {
         "model": f"{count(expected.parameters)} parameters: {config.num_hidden_layers} layers of {config.hidden_size}, "
-        f"{config.vocab_size:,} tokens, rows of {ahead.length:,}",
-        "steps": f"{expected.steps:,} of {train.rows_per_step(ahead.length) * ahead.length:,} tokens: "
+        f"{config.vocab_size:,} tokens, rows of {result.length:,}",
+        "steps": f"{expected.steps:,} of {train.rows_per_step(result.length) * result.length:,} tokens: "
         f"{count(expected.tokens)} tokens",
-        "text": _text(ahead),
+        "text": _text(result),
         "learning rate": f"{train.learning_rate:g}, {train.optimizer}",
         "device": f"{described['device']}, {described['device_name']}, {described['compute_dtype']}",
         "speed": f"{expected.tokens_per_second:,.0f} tokens/s, ",
         "time": clock(expected.seconds),
-        "memory": of_free(expected.memory_bytes, ahead.memory_free),
-        "disk": of_free(expected.disk_bytes, ahead.disk_free),
-        "loss": _loss(ahead),
+        "memory": of_free(expected.memory_bytes, result.memory_free),
+        "disk": of_free(expected.disk_bytes, result.disk_free),
+        "loss": _loss(result),
     }
     if expected.trained < expected.parameters:
         lines["model"] += f"; {count(expected.trained)} of them in an adapter, which alone is trained"
@@ -105,29 +105,29 @@ def _show(ahead: RunEstimate) -> None:
     if measured is None:
         lines["speed"] += "estimated from the speed of matrix products; --probe measures it"
     else:
-        lines["speed"] += f"measured in {measured.steps} steps (estimate without measuring: {ahead.guessed_rate:,.0f})"
+        lines["speed"] += f"measured in {measured.steps} steps (estimate without measuring: {result.guessed_rate:,.0f})"
         lines["memory"] += f"; {gibibytes(measured.memory_bytes)} measured in the same steps"
     for name, value in lines.items():
         print(f"{name:<15}{value}")
-    print("\nassumptions", *ahead.assumptions, sep="\n  ")
-    if not ahead.fits:
+    print("\nassumptions", *result.assumptions, sep="\n  ")
+    if not result.fits:
         print(
             "\nit does not fit: lower train.micro_batch_tokens, set train.gradient_checkpointing=1, or shrink the model"
         )
 
 
-def _text(ahead: RunEstimate) -> str:
+def _text(result: RunEstimate) -> str:
     from slmkit.cli.show import count
 
-    if ahead.text is None or ahead.epochs is None:
-        return f"as much as the steps need: {count(ahead.ahead.tokens)} tokens, if each is read once"
-    text = f"about {count(ahead.text)} tokens, read {ahead.epochs:,.{0 if ahead.epochs > 10 else 1}f} times (epochs)"
-    return text + ("; beyond some 16 times little is learned" if ahead.epochs > 16 else "")
+    if result.text is None or result.epochs is None:
+        return f"as much as the steps need: {count(result.estimate.tokens)} tokens, if each is read once"
+    text = f"about {count(result.text)} tokens, read {result.epochs:,.{0 if result.epochs > 10 else 1}f} times (epochs)"
+    return text + ("; beyond some 16 times little is learned" if result.epochs > 16 else "")
 
 
-def _loss(ahead: RunEstimate) -> str:
-    if ahead.ahead.loss is not None:
-        return f"about {ahead.ahead.loss:.2f} nats a token"
-    if ahead.recipe.objective != "pretrain" or ahead.recipe.model.path is not None:
+def _loss(result: RunEstimate) -> str:
+    if result.estimate.loss is not None:
+        return f"about {result.estimate.loss:.2f} nats a token"
+    if result.recipe.objective != "pretrain" or result.recipe.model.path is not None:
         return "not estimated: the published laws are about pretraining from scratch"
     return "not estimated: for so few tokens the published laws do not hold"

@@ -55,7 +55,7 @@ def resume(
 ) -> None:
     """Go on with a stopped run, or train a run longer.
 
-    It starts from the newest complete checkpoint and gives the model that the unbroken run would have given.
+    It starts from the newest complete checkpoint and gives the model that the uninterrupted run would have given.
 
     Example: slm resume runs/book train.max_tokens=6e6
     """

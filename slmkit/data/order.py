@@ -15,7 +15,7 @@ ROUNDS = 6
 
 
 def permuted(positions: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
-    """The images of `positions` (int64, any shape, in range(size)) under the permutation of (seed, epoch), same shape.
+    """The images, int64 [...], of `positions` [...] in range(size) under the permutation of (seed, epoch).
 
     A bijection of range(size), in time and memory independent of `size`.
     """

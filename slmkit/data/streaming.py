@@ -35,7 +35,7 @@ Position = dict[str, Any]
 Read = Callable[[Position | None], Iterator[tuple[T, Position]]]  # each item with the position after it
 
 
-class Row(NamedTuple):
+class PackedRow(NamedTuple):
     """int64 [length] each, as in `stream.Rows`."""
 
     ids: np.ndarray
@@ -154,7 +154,7 @@ class TextRows:
         start, block = [begun for begun in self._begun if begun[0] <= self._used][-1]
         return {"block": block, "token": self._used - start}
 
-    def next_row(self) -> Row | None:
+    def next_row(self) -> PackedRow | None:
         """The next row; None at the end of the source."""
         while len(self._tokens) - self._used < self.length + 1:
             block = next(self._coming, None)
@@ -165,7 +165,7 @@ class TextRows:
         tokens = self._tokens[self._used : self._used + self.length + 1]
         begins = np.concatenate([[False], self._ends[row][:-1]])
         self._used += self.length
-        return Row(tokens[:-1], tokens[1:], begins.cumsum())
+        return PackedRow(tokens[:-1], tokens[1:], begins.cumsum())
 
     def _add(self, block: Block[Document]) -> None:
         """Append the block's tokens; the blocks before that of the next row are forgotten."""
@@ -193,7 +193,7 @@ class ConversationRows:
     def seek(self, position: Position) -> None:
         self._coming: Iterator[Block[list[Message]]] = self.blocks.read(position.get("block", {}))
         self._block: Position = position.get("block", {})
-        self._rows: list[Row] = []
+        self._rows: list[PackedRow] = []
         self._used = position.get("row", 0)
         if self._used:
             self._take(next(self._coming))
@@ -202,7 +202,7 @@ class ConversationRows:
         """The position of the next row, as JSON."""
         return {"block": self._block, "row": self._used}
 
-    def next_row(self) -> Row | None:
+    def next_row(self) -> PackedRow | None:
         """The next row; None at the end of the source. Raises `UserError` if nothing can be learned."""
         epochs = set()
         while self._used >= len(self._rows):
@@ -233,10 +233,10 @@ class ConversationRows:
         order = permuted(np.arange(len(packed)), len(packed), seed, 0).tolist() if packed else []
         self._rows = [self._row([encoded[index] for index in packed[place]]) for place in order]
 
-    def _row(self, conversations: list[tuple[np.ndarray, np.ndarray]]) -> Row:
+    def _row(self, conversations: list[tuple[np.ndarray, np.ndarray]]) -> PackedRow:
         ids, labels = zip(*conversations)
         lengths = np.array([len(part) for part in ids])
-        return Row(
+        return PackedRow(
             padded(ids, self.length, self.pad_id), padded(labels, self.length, IGNORED), numbered(lengths, self.length)
         )
 
@@ -272,7 +272,7 @@ class StreamedBatches(Batches):
         self.rows_per_step, self.separate = expect_a_row(rows_per_step), separate
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="batches")
         # From the last returned step on: rows, None after the end of the data, and the position after them.
-        self._coming: dict[int, Future[tuple[list[Row] | None, Position]]] = {}
+        self._coming: dict[int, Future[tuple[list[PackedRow] | None, Position]]] = {}
         self.seek(0, {})
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
@@ -312,7 +312,7 @@ class StreamedBatches(Batches):
         self._coming, self._position = {}, position
         self._next = step if position else 0  # the worker's next step
 
-    def _made(self, step: int) -> tuple[list[Row] | None, Position]:
+    def _made(self, step: int) -> tuple[list[PackedRow] | None, Position]:
         if step not in self._coming and step < self._next:
             self.seek(0, {})
         while self._next <= step + AHEAD:
@@ -336,8 +336,8 @@ class StreamedBatches(Batches):
         sizes = [self._sizes.get(name) for name in self.sources]
         self._schedule = Schedule(self.phases, sizes, self.when_exhausted)
 
-    def _make(self, step: int) -> tuple[list[Row] | None, Position]:
-        rows: list[Row] = []
+    def _make(self, step: int) -> tuple[list[PackedRow] | None, Position]:
+        rows: list[PackedRow] = []
         names = list(self.sources)
         while len(rows) < self.rows_per_step:
             row = step * self.rows_per_step + len(rows)

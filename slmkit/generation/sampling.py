@@ -48,7 +48,7 @@ def top_p(p: float) -> Rule:
     """Keep the smallest set of most likely tokens with total probability p (nucleus, arXiv:1904.09751)."""
 
     def rule(logits: Tensor, ids: Tensor) -> Tensor:
-        probabilities, vocab_size = logits.softmax(-1), logits.size(-1)
+        probabilities, vocab_size = logits.softmax(-1), logits.size(-1)  # [batch, vocab_size]
         # A nucleus is mostly small, and sorting a whole vocabulary can take longer than the model: sort a few
         # candidates first, then more.
         count = min(FEW, vocab_size)
@@ -67,7 +67,7 @@ def min_p(p: float) -> Rule:
     """Keep tokens at least p times as likely as the most likely one (arXiv:2407.01082)."""
 
     def rule(logits: Tensor, ids: Tensor) -> Tensor:
-        probabilities = logits.softmax(-1)
+        probabilities = logits.softmax(-1)  # [batch, vocab_size]
         return logits.masked_fill(probabilities < p * probabilities.amax(-1, keepdim=True), NEVER)
 
     return rule

@@ -38,7 +38,7 @@ class AttentionInputs:
 
     rope_q: Rotation | None = None
     rope_k: Rotation | None = None  # keys before they are cached
-    turn_seen: Rotation | None = None  # all seen keys, if their rotation depends on the length of the text
+    rope_seen: Rotation | None = None  # all seen keys, if their rotation depends on the length of the text
     mask: Tensor | None = None  # [batch or 1, 1, new, seen], True: may attend; None: everywhere
     is_causal: bool = False  # instead of `mask`: a query attends to itself and earlier positions
     blocks: Any = None  # a `BlockMask` instead of `mask`, for FlexAttention
@@ -68,25 +68,25 @@ class Context:
         self.starts = cache.starts(self.columns) if cache else _starts(documents, self.columns)  # [batch, new] or None
         self.positions = self.columns[None] if self.starts is None else self.columns - self.starts  # [batch or 1, new]
         self.in_blocks = cache is None and attention_mask is None and skips_blocks(ids.device)
-        self.views = [self._view(kind) for kind in kinds]
+        self.inputs = [self._inputs(kind) for kind in kinds]
 
-    def _view(self, kind: Layer) -> AttentionInputs:
-        turns, new, past = self._turns(kind), self.columns.numel(), self.cache.length if self.cache else 0
+    def _inputs(self, kind: Layer) -> AttentionInputs:
+        rotations, new, past = self._rotations(kind), self.columns.numel(), self.cache.length if self.cache else 0
         if self.starts is None and self.attention_mask is None:
             if new == 1:
-                return AttentionInputs(*turns)  # all keys in the cache are seen
+                return AttentionInputs(*rotations)  # all keys in the cache are seen
             if past == 0 and (kind.window is None or new <= kind.window):
-                return AttentionInputs(*turns, is_causal=True)
+                return AttentionInputs(*rotations, is_causal=True)
         if self.in_blocks and self.starts is not None:
-            return AttentionInputs(*turns, blocks=block_mask(self.starts, kind.window))
+            return AttentionInputs(*rotations, blocks=block_mask(self.starts, kind.window))
         seen = self._seen(kind)
         if kind.window is None or new <= QUERIES_AT_ONCE:
-            return AttentionInputs(*turns, mask=self._mask(kind.window, seen))
+            return AttentionInputs(*rotations, mask=self._mask(kind.window, seen))
         if self.in_blocks:
-            return AttentionInputs(*turns, blocks=window_mask(new, kind.window, self.columns.device))
-        return AttentionInputs(*turns, pieces=tuple(self._pieces(kind.window, seen)))
+            return AttentionInputs(*rotations, blocks=window_mask(new, kind.window, self.columns.device))
+        return AttentionInputs(*rotations, pieces=tuple(self._pieces(kind.window, seen)))
 
-    def _turns(self, kind: Layer) -> tuple[Rotation | None, Rotation | None, Rotation | None]:
+    def _rotations(self, kind: Layer) -> tuple[Rotation | None, Rotation | None, Rotation | None]:
         """Rotations of queries, of new keys, and of all keys."""
         if kind.rope is None:
             return None, None, None

@@ -58,7 +58,7 @@ class Attention(nn.Module):
         q, k = rotate(q, inputs.rope_q), rotate(k, inputs.rope_k)  # [batch, heads or kv_heads, new, head_dim]
         if cache is not None:
             k, v = cache.extend(self.index, k, v)  # [batch, kv_heads, seen, head_dim]
-        k = rotate(k, inputs.turn_seen)
+        k = rotate(k, inputs.rope_seen)
         y = attend(q, k, v, inputs, self.scale, self.cap, self.dropout if self.training else 0.0)
         return self.out(y.transpose(1, 2).flatten(2))  # [batch, new, width]
 
@@ -159,9 +159,9 @@ class Decoder(nn.Module):
         x = self.dropout(x)
         for index, (block, kind) in enumerate(zip(self.blocks, self.kind_of_block)):
             if self.training and self.recompute_every and index % self.recompute_every == 0:
-                x = checkpoint(block, x, context.views[kind], cache, use_reentrant=False)
+                x = checkpoint(block, x, context.inputs[kind], cache, use_reentrant=False)
             else:
-                x = block(x, context.views[kind], cache)
+                x = block(x, context.inputs[kind], cache)
         if cache is not None:
             cache.length += new
         return self.norm(x)

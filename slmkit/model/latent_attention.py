@@ -55,7 +55,7 @@ class LatentAttention(nn.Module):
         if cache is not None:
             seen, _ = cache.extend(self.index, torch.cat((latent, k_turned), dim=-1), latent[..., :0])
             latent, k_turned = seen.split([sizes.kv_rank, sizes.rope_dim], dim=-1)  # [batch, 1, seen, …]
-        k_turned = rotate(k_turned, inputs.turn_seen)
+        k_turned = rotate(k_turned, inputs.rope_seen)
         read = self._absorbed if cache is not None and x.size(1) == 1 else self._expanded
         y = read(q_plain, q_turned, latent, k_turned, inputs)  # [batch, heads, new, value_dim]
         return self.out(y.transpose(1, 2).flatten(2))  # [batch, new, width]

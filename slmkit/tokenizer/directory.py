@@ -87,7 +87,7 @@ def with_tokens(
     return config | {"added_tokens_decoder": config.get("added_tokens_decoder", {}) | entries} | more | begins
 
 
-def ends_of_a_text(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+def bos_and_eos_ids(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """The ids that the post-processor puts before a text [tokens] and after it [tokens].
 
     `add_bos_token` of the config has no effect with a `tokenizer.json`, as in `transformers`.
@@ -130,7 +130,7 @@ def read(directory: str | Path) -> Contents:
             f"{path}: not a readable tokenizer.json ({one_line(error)}); save or download it again"
         ) from None
     config = _read_config(directory / CONFIG)
-    tokenizer = as_its_class_does(tokenizer, config, named_tokens(config).get("bos_token", "<s>"))
+    tokenizer = with_class_rules(tokenizer, config, named_tokens(config).get("bos_token", "<s>"))
     template = config.pop("chat_template", None)
     if isinstance(template, list):  # several named templates
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
@@ -236,7 +236,7 @@ QWEN = (  # its pre-tokenizer pattern; LETTERS is replaced by the letters
 )
 
 
-def as_its_class_does(tokenizer: Tokenizer, config: dict[str, Any], bos_token: str) -> Tokenizer:
+def with_class_rules(tokenizer: Tokenizer, config: dict[str, Any], bos_token: str) -> Tokenizer:
     """The tokenizer with the rules of the config's class; warns if they are unknown."""
     named = str(config.get("tokenizer_class") or "")
     name, spaced = named.removesuffix("Fast"), config.get("add_prefix_space")

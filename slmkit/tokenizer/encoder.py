@@ -163,7 +163,7 @@ class TextEncoder:
             pass
         return [self.encode_array(text) for text in texts]
 
-    def encode_further(self, text: str) -> list[int]:
+    def encode_continuation(self, text: str) -> list[int]:
         """Ids [tokens] of text that continues other text: as `encode`, but without a space put before it.
 
         It is encoded after a character that merges with nothing in it, whose tokens are then removed.
@@ -189,7 +189,7 @@ class TextEncoder:
         ids = self.encode(pieces[0]) if pieces[0] else []
         for invalid, text in zip(pieces[1::2], pieces[2::2]):
             ids += [byte_level.byte_token_id(self.library, byte) for byte in invalid.encode("utf-8", "surrogateescape")]
-            ids += self.encode_further(text) if text else []
+            ids += self.encode_continuation(text) if text else []
         return ids
 
     # -- text with special tokens -------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ class SLMTokenizer(CallableTokenizer):
     def _use(self, tokenizer: Tokenizer, config: dict[str, Any]) -> None:
         """Set the vocabulary and special tokens' roles from the config. Raises `UserError` without an end of text."""
         self._config, self._post_processor = config, tokenizer.post_processor
-        self.beginning, self.ending = directory.ends_of_a_text(tokenizer)
+        self.beginning, self.ending = directory.bos_and_eos_ids(tokenizer)
         tokenizer.post_processor = None  # it may trim offsets; the two lines above have its tokens
         self._tokenizer, self._encoder = tokenizer, TextEncoder(tokenizer)
         self.special_tokens = self._encoder.special
@@ -197,12 +197,12 @@ class SLMTokenizer(CallableTokenizer):
                 "use one that is made for such text, or train one on it (tokenizer.vocab_size, without tokenizer.path)"
             )
 
-    def encode_further(self, text: str) -> list[int]:
+    def encode_continuation(self, text: str) -> list[int]:
         """Token ids [tokens] of text that continues other text: no space is put before it."""
-        return self._encoder.encode_further(text)
+        return self._encoder.encode_continuation(text)
 
     @property
-    def has_edges(self) -> bool:
+    def depends_on_context(self) -> bool:
         """Whether parts of a text, encoded separately, may give other tokens than the whole."""
         return self._encoder.fast is None
 
@@ -308,7 +308,7 @@ class SLMTokenizer(CallableTokenizer):
         rows = iter(self._encoder.encode_rows([row for chat in chats for row in chat], threads))
         return [[next(rows) for _ in chat] for chat in chats]
 
-    def prompt_is_history(self) -> bool:
+    def prompt_is_prefix(self) -> bool:
         """Whether the generation prompt's tokens are those before an answer in a conversation.
 
         They differ if its last characters merge with the answer's first, as line ends do in GPT-2's vocabulary.

@@ -173,7 +173,7 @@ def _sharded(model: Decoder, world: int, device: torch.device) -> list[Any]:
 
 
 def is_share(tensor: Tensor) -> bool:
-    """Whether `tensor` is a shard (`DTensor`); tested without importing the class, which takes a second."""
+    """Whether `tensor` [...] is a shard (`DTensor`); tested without importing the class, which takes a second."""
     return hasattr(tensor, "full_tensor")
 
 
@@ -188,7 +188,7 @@ def own_share(tensor: Tensor) -> Tensor:
 
 
 def on_main(tensors: Mapping[str, Tensor], group: Group) -> dict[str, Tensor]:
-    """Copies of all `tensors` in rank 0's CPU memory; empty on other ranks. All ranks must call it.
+    """Copies of all `tensors`, [...] each, in rank 0's CPU memory; empty on other ranks. All ranks must call it.
 
     Shards are gathered one by one: no device holds more than one full tensor at a time.
     """
@@ -201,7 +201,7 @@ def on_main(tensors: Mapping[str, Tensor], group: Group) -> dict[str, Tensor]:
 
 
 def share_like(full: Tensor, like: Tensor) -> Tensor:
-    """This rank's shard of a full tensor, placed as `like`; unchanged where `like` is a plain tensor."""
+    """This rank's shard of a full tensor [...], placed as `like` [...]; unchanged where `like` is a plain tensor."""
     if not is_share(like) or full.shape != like.shape:
         return full
     from torch.distributed.tensor import distribute_tensor

@@ -10,8 +10,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from slmkit.data.packing import IGNORED as IGNORED
-
 # Logits of one chunk should fit a core's cache: 512 positions over 2,048 tokens are 4 MiB. On two cores this takes
 # 24 ms for 4,096 positions of width 192, against 64 ms unchunked. Accelerators need larger products.
 LOGITS_PER_CHUNK = {"cpu": 2**20}
@@ -161,9 +159,9 @@ class _ChunkedLoss(torch.autograd.Function):
             h = hidden[place]  # [chunk, width]
             with torch.set_grad_enabled(wants_gradient):
                 logits = F.linear(h.detach(), weight.detach()).float().requires_grad_(wants_gradient)
-                total, told = loss(logits if cap is None else cap * torch.tanh(logits / cap), place)
+                total, of_chunk = loss(logits if cap is None else cap * torch.tanh(logits / cap), place)
             totals.append(total.detach())
-            figures.append(told.detach())
+            figures.append(of_chunk.detach())
             if hidden_grad is not None:
                 (slope,) = torch.autograd.grad(total, logits)  # [chunk, vocab_size]
                 slope = (slope * up).to(hidden.dtype)
@@ -172,9 +170,9 @@ class _ChunkedLoss(torch.autograd.Function):
                     head_grad += (slope.T @ h).float() / up
         ctx.save_for_backward(hidden_grad, head_grad)
         ctx.dtypes = hidden.dtype, head.dtype
-        told_of_all = torch.stack(figures).sum(0)
-        ctx.mark_non_differentiable(told_of_all)
-        return torch.stack(totals).sum(), told_of_all
+        summed_figures = torch.stack(figures).sum(0)
+        ctx.mark_non_differentiable(summed_figures)
+        return torch.stack(totals).sum(), summed_figures
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, Tensor | None, None, None]:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from slmkit.data.batch import Batch
+from slmkit.data.packing import IGNORED
 from slmkit.device import Device
 from slmkit.model.decoder import Decoder
 from slmkit.training.distributed import Group
-from slmkit.training.losses import IGNORED, linear_cross_entropy
+from slmkit.training.losses import linear_cross_entropy
 
 
 @dataclass(frozen=True)

@@ -59,13 +59,13 @@ def grpo_parts(m: RecipeContext) -> ObjectiveParts:
         m.reporter.say(f"validation: {line}")
     m.model.to(m.device.torch_device)
     to_weight_dtype(m.model, m.device)
-    judge = judge_of(m.corpus.tokenizer, settings.reward)
+    score = reward_function(m.corpus.tokenizer, settings.reward)
     sample = AnswerSampler(m.corpus.tokenizer, settings.max_new_tokens, settings.temperature)
     reference = copy.deepcopy(m.model).eval().requires_grad_(False) if settings.beta else None
     return ObjectiveParts(
-        batches=Rollouts(train, m.model, reference, sample, judge, settings, m.length, m.recipe.seed, m.group),
+        batches=Rollouts(train, m.model, reference, sample, score, settings, m.length, m.recipe.seed, m.group),
         objective=GroupRelative(settings),
-        validate=ValidateAnswers(held_out, replace(sample, temperature=0.0), judge, m.group),
+        validate=ValidateAnswers(held_out, replace(sample, temperature=0.0), score, m.group),
         validation_tokens=sum(len(held_out.prompt(index)) + settings.max_new_tokens for index in range(len(held_out))),
         longest=rounded_up(max(train.longest, held_out.longest) + settings.max_new_tokens),
     )
@@ -94,7 +94,7 @@ def grpo_memory(recipe: Recipe, model: Decoder, tokens: int, device: Device) -> 
 # -- sampled answers --------------------------------------------------------------------------------------------------
 
 
-class Judged(NamedTuple):
+class Score(NamedTuple):
     """Reward of an answer, and whether it is the known one."""
 
     reward: float
@@ -103,7 +103,7 @@ class Judged(NamedTuple):
 
 # Model, prompts, answers per prompt, seed → answers, those to one prompt adjacent.
 SampleAnswers = Callable[[Decoder, Sequence[np.ndarray], int, int], list[np.ndarray]]
-Judge = Callable[[np.ndarray, np.ndarray, np.ndarray], Judged]  # prompt, answer, known answer
+RewardFunction = Callable[[np.ndarray, np.ndarray, np.ndarray], Score]  # prompt, answer, known answer
 
 
 class Rollouts(Batches):
@@ -118,7 +118,7 @@ class Rollouts(Batches):
         model: Decoder,
         reference: Decoder | None,
         sample: SampleAnswers,
-        judge: Judge,
+        score: RewardFunction,
         settings: GrpoSettings,
         length: int,
         seed: int,
@@ -126,7 +126,7 @@ class Rollouts(Batches):
     ) -> None:
         """`reference`: required if `settings.beta` is above 0. Rows have `length` tokens."""
         self.questions, self.model, self.reference = questions, model, reference
-        self.sample, self.judge, self.settings = sample, judge, settings
+        self.sample, self.score, self.settings = sample, score, settings
         self.length, self.seed, self.group = length, seed, group
         self.pad_id = questions.shards.header.pad_token_id or 0
         self.rows_per_step = settings.rows_per_step
@@ -144,9 +144,9 @@ class Rollouts(Batches):
             answers = self.sample(self.model, asking, size, seed)
         prompts = [prompt for prompt in asking for _ in range(size)]
         known = [self.questions.known(index) for index in indices for _ in range(size)]
-        judged = [self.judge(*each) for each in zip(prompts, answers, known, strict=True)]
+        scores = [self.score(*each) for each in zip(prompts, answers, known, strict=True)]
         ids, labels = zip(*map(self._row, prompts, answers))
-        batch = Batch.of(np.stack(ids), np.stack(labels), extra=self._extra(judged))
+        batch = Batch.of(np.stack(ids), np.stack(labels), extra=self._extra(scores))
         return batch if self.reference is None else self._referred(batch, self.reference)
 
     def report(self) -> list[str]:
@@ -158,9 +158,9 @@ class Rollouts(Batches):
         labels = row_of_labels(tokens, np.arange(len(tokens)) >= len(prompt))
         return padded([tokens], self.length, self.pad_id), padded([labels], self.length, IGNORED)
 
-    def _extra(self, judged: Sequence[Judged]) -> dict[str, np.ndarray]:
+    def _extra(self, scores: Sequence[Score]) -> dict[str, np.ndarray]:
         """Advantage and figures of each answer: float32 [rows] each."""
-        rewards, right = np.array(judged, dtype=np.float32).T  # [rows] each
+        rewards, right = np.array(scores, dtype=np.float32).T  # [rows] each
         groups = rewards.reshape(-1, self.settings.num_generations)  # [questions, num_generations]
         advantages = groups - groups.mean(axis=1, keepdims=True)
         if self.settings.loss == "grpo":
@@ -211,15 +211,15 @@ class AnswerSampler:
         return answers
 
 
-def judge_of(tokenizer: SLMTokenizer, name: str) -> Judge:
+def reward_function(tokenizer: SLMTokenizer, name: str) -> RewardFunction:
     """Scores answers by the recipe's reward function. Raises `UserError` if that does not exist."""
     reward = find_reward(name)
 
-    def judge(*ids: np.ndarray) -> Judged:
+    def score(*ids: np.ndarray) -> Score:
         prompt, answer, known = (tokenizer.decode(each.tolist(), skip_special_tokens=True) for each in ids)
-        return Judged(worth(name, reward, prompt, answer, known), answer.strip() == known.strip())
+        return Score(checked_reward(name, reward, prompt, answer, known), answer.strip() == known.strip())
 
-    return judge
+    return score
 
 
 class ValidateAnswers:
@@ -229,8 +229,8 @@ class ValidateAnswers:
     checkpoint is the one with the best answers.
     """
 
-    def __init__(self, questions: Questions, greedy: SampleAnswers, judge: Judge, group: Group) -> None:
-        self.questions, self.greedy, self.judge, self.group = questions, greedy, judge, group
+    def __init__(self, questions: Questions, greedy: SampleAnswers, score: RewardFunction, group: Group) -> None:
+        self.questions, self.greedy, self.score, self.group = questions, greedy, score, group
 
     def __call__(self, state: State, report: Report) -> None:
         group, count = self.group, len(self.questions)
@@ -238,9 +238,9 @@ class ValidateAnswers:
         prompts = [self.questions.prompt(index) for index in mine]
         with group.whole(state.model), eager(state.model):
             answers = self.greedy(state.model, prompts, 1, 0)
-        judged = [self.judge(*each) for each in zip(prompts, answers, map(self.questions.known, mine))]
+        scores = [self.score(*each) for each in zip(prompts, answers, map(self.questions.known, mine))]
         right, reward, tokens = group.sum(
-            sum(each.is_right for each in judged), sum(each.reward for each in judged), sum(map(len, answers))
+            sum(each.is_right for each in scores), sum(each.reward for each in scores), sum(map(len, answers))
         )
         report["validation_loss"], report["validation/reward"] = 1 - reward / count, reward / count
         report |= {"validation/right": right / count, "validation/tokens": tokens / count}
@@ -312,7 +312,7 @@ def _load(name: str, module: str) -> dict[str, Any]:
         raise UserError(f"grpo.reward {name}: cannot be loaded: {_said(error)}") from error
 
 
-def worth(name: str, reward: Reward, prompt: str, answer: str, known: str) -> float:
+def checked_reward(name: str, reward: Reward, prompt: str, answer: str, known: str) -> float:
     """Reward of an answer. Raises `UserError` that names the function if it fails or returns no finite number."""
     try:
         value = reward(prompt, answer, known)

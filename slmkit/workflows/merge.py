@@ -1,4 +1,4 @@
-"""`slm merge`: merge models from a recipe, or fold adapters into a model."""
+"""`slm merge`: merge models from a recipe, or adapters into a model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from slmkit.model.files.stored import expect_finite
 from slmkit.tokenizer import SLMTokenizer
 
 # Files copied from the first model: tokenizer and generation settings.
-COMPANIONS = (
+EXTRA_FILES = (
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "tokenizer.model", "generation_config.json",
 )  # fmt: skip
@@ -65,7 +65,7 @@ def write_merge(merge: Merge, progress: Callable[[int], None] = lambda written: 
     first = find_model_directory(merge.recipe.merged[0].model)
     with new_directory(output) as folder:
         merge.write(folder, progress)
-        for name in COMPANIONS:
+        for name in EXTRA_FILES:
             if (first / name).is_file():
                 shutil.copyfile(first / name, folder / name)
         (folder / MADE_FROM).write_text(to_yaml(merge.recipe), encoding="utf-8")
@@ -92,7 +92,7 @@ def new_directory(final: Path) -> Iterator[Path]:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def fold_adapters(model: str | Path, adapters: Sequence[str | Path], output: str | Path | None = None) -> Path:
+def merge_adapters(model: str | Path, adapters: Sequence[str | Path], output: str | Path | None = None) -> Path:
     """Write `model` with `adapters` folded in, one after another, to a new directory, and return that.
 
     All are directories or runs; the tokenizer is the last adapter's, or else the model's. `output` defaults to a

@@ -15,7 +15,7 @@ from slmkit.data.rows.teacher_cache import HEADER, data_fingerprint
 from slmkit.data.settings import TokenizerSettings
 from slmkit.device import Device
 from slmkit.find import find_model_directory
-from slmkit.hub import spelled
+from slmkit.hub import pinned_name
 from slmkit.model.config import SLMConfig
 from slmkit.model.files.adapter_directory import config_directory, is_adapter
 from slmkit.model.sizes import parameter_count
@@ -38,7 +38,7 @@ from slmkit.workflows.distill import teacher_fingerprint
 from slmkit.workflows.hooks import Sample, with_prompts
 from slmkit.workflows.model import StartingModel, model_for, tokenizer_of_base
 from slmkit.workflows.objectives import OBJECTIVES
-from slmkit.workflows.preference import REFERENCE
+from slmkit.workflows.preference import REFERENCE_FILE
 
 PREPARED = "prepared"
 
@@ -140,7 +140,7 @@ def _resolve(recipe: Recipe, run: RunDirectory, config: SLMConfig, base: Path | 
     if base is None:
         model = ModelSettings.of_config(config, recipe.model.initialization)
     else:  # a run's best checkpoint may change later
-        model = recipe.model.model_copy(update={"path": spelled(base)})
+        model = recipe.model.model_copy(update={"path": pinned_name(base)})
     return recipe.model_copy(update={"output_dir": str(run.root), "model": model})
 
 
@@ -252,7 +252,7 @@ def find_base(run: RunDirectory, recipe: Recipe, is_new: bool = False) -> tuple[
 
 def _needs_base(run: RunDirectory, recipe: Recipe) -> bool:
     has_reference = recipe.objective == "kto" or (recipe.objective == "dpo" and recipe.preference.needs_reference)
-    refers = has_reference and not (run.data / REFERENCE).is_file()
+    refers = has_reference and not (run.data / REFERENCE_FILE).is_file()
     compares = recipe.objective == "grpo" and recipe.grpo.beta > 0
     return recipe.lora is not None or refers or compares or not complete_checkpoints(run.checkpoints)
 

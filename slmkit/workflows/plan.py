@@ -51,7 +51,7 @@ def plan_recipe(recipe: Recipe, measure: bool = True, say: Callable[[str], None]
     if measure:
         say(f"measuring the speed in up to {STEPS} steps on random tokens, at most {LONGEST:.0f} seconds")
         measured = probe(profile, recipe.train, device)
-    ahead = forecast(
+    estimate = forecast(
         profile,
         recipe.train,
         steps,
@@ -62,7 +62,7 @@ def plan_recipe(recipe: Recipe, measure: bool = True, say: Callable[[str], None]
         from_scratch=recipe.objective == "pretrain" and recipe.model.path is None,
     )
     epochs = steps * recipe.train.rows_per_step(recipe.tokens_of_row(length)) / rows if text else None
-    return RunEstimate(recipe, config, profile, device, ahead, measured, text, epochs, assumptions)
+    return RunEstimate(recipe, config, profile, device, estimate, measured, text, epochs, assumptions)
 
 
 def _meta_model(recipe: Recipe, config: SLMConfig) -> Decoder:

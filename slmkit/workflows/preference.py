@@ -26,7 +26,7 @@ from slmkit.training.recipe.objective_settings import KtoSettings
 from slmkit.training.recipe.recipe import Recipe
 from slmkit.workflows.context import ObjectiveParts, RecipeContext
 
-REFERENCE = "reference.safetensors"  # in a run's data folder
+REFERENCE_FILE = "reference.safetensors"  # in a run's data folder
 ROWS_AT_ONCE = 16  # rows per batch without gradients
 BALANCED = (1.0, 4 / 3)  # weight × number of good answers over that of bad ones: arXiv:2402.01306, equation (8)
 
@@ -92,7 +92,7 @@ def preference_memory(recipe: Recipe, model: Decoder, tokens: int, device: Devic
 
 def _add_reference(m: RecipeContext, all_rows: Sequence[PairRows | JudgedRows]) -> None:
     """Add the starting model's log-probabilities to each of `all_rows`, and store them in the run's data."""
-    path = m.run.data / REFERENCE
+    path = m.run.data / REFERENCE_FILE
     try:
         found = load_file(path) if path.is_file() else {}
     except (OSError, safetensors.SafetensorError) as error:

@@ -16,7 +16,7 @@ from slmkit.adapt.load import load_adapted, load_model
 from slmkit.config import UserError
 from tests.adapt.helpers import adapted, base_in, config_of, logits, save_adapter
 
-ANOTHER = "it is an adapter of another model"
+OTHER_MODEL = "it is an adapter of another model"
 
 
 @pytest.fixture
@@ -65,14 +65,14 @@ def test_the_base_is_found_from_the_adapter_and_from_where_one_is(adapter: Path,
 def test_an_adapter_of_another_base_is_refused(adapter: Path, changes: dict[str, Any], message: str) -> None:
     shutil.rmtree(adapter.parent / "base")
     base_in(adapter.parent / "base", config_of("llama", **changes))
-    with pytest.raises(UserError, match=f"{message}.*: {ANOTHER}"):
+    with pytest.raises(UserError, match=f"{message}.*: {OTHER_MODEL}"):
         load_model(adapter)
 
 
 def test_an_adapter_of_another_family_is_refused(adapter: Path) -> None:
     shutil.rmtree(adapter.parent / "base")
     base_in(adapter.parent / "base", config_of("gpt2"))
-    with pytest.raises(UserError, match=ANOTHER):
+    with pytest.raises(UserError, match=OTHER_MODEL):
         load_model(adapter)
 
 
@@ -134,7 +134,7 @@ def test_an_embedding_of_another_vocabulary_is_refused(adapter: Path) -> None:
     copies = {name: torch.zeros(90, 32), "base_model.model.lm_head.weight": torch.zeros(90, 32)}
     change_tensors(adapter, lambda tensors: tensors.update(copies))
     with pytest.raises(
-        UserError, match=rf"embed_tokens.weight' has shape \(90, 32\), its base's is \(97, 32\): {ANOTHER}"
+        UserError, match=rf"embed_tokens.weight' has shape \(90, 32\), its base's is \(97, 32\): {OTHER_MODEL}"
     ):
         load_model(adapter)
 

@@ -35,10 +35,10 @@ class Clock:
 def answer(settings: dict[str, Any], start: Any, conversations: bool) -> dict[str, Any]:
     clock, said = Clock(), []
     wanted = SourceSettings(**settings)
-    patience = RetryPolicy(wanted.retry_for, now=clock.now, sleep=clock.sleep, say=said.append)
+    retries = RetryPolicy(wanted.retry_for, now=clock.now, sleep=clock.sleep, say=said.append)
     result: dict[str, Any] = {"items": [], "said": said, "slept": clock.slept, "error": None, "skipped": {}}
     try:
-        source = open_source(wanted, patience=patience)
+        source = open_source(wanted, retries=retries)
         result["files"] = [part.describe()["path"] for part in source.parts]
         items = source.read(start, "conversations" if conversations else "text")
         for item, position in items:

@@ -19,7 +19,7 @@ from slmkit.model.config import SLMConfig
 from slmkit.model.decoder import Decoder
 from slmkit.model.initialization import build_decoder
 from slmkit.tokenizer import SLMTokenizer
-from slmkit.training.estimate.memory import Ledger
+from slmkit.training.estimate.memory import AllocationTracker
 
 CPU = find_device("cpu", "float32")
 
@@ -67,14 +67,14 @@ class Random(Rows):
 def test_the_logits_of_a_batch_are_never_there_all_at_once() -> None:
     vocab_size = 20_000
     model, rows = decoder(vocab_size), Random(8, 400, vocab_size)
-    with Ledger() as ledger:
+    with AllocationTracker() as tracker:
         report = validation_loss(model, rows, CPU)
     ids = torch.from_numpy(rows.ids)
     with torch.no_grad():
         logits = model.eval().logits(model(ids[:, :-1])).flatten(0, 1)  # [positions, vocab_size]
         nats = F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum").item()
     assert (report.tokens, report.nats) == (8 * 400, pytest.approx(nats, rel=1e-6))
-    assert ledger.peak < logits.nbytes / 2
+    assert tracker.peak < logits.nbytes / 2
 
 
 def test_perplexity_and_bits_per_byte_follow_from_it() -> None:

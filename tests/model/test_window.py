@@ -25,7 +25,7 @@ LONG = 2 * QUERIES_AT_ONCE + 37  # tokens
 def view_of(tokens: int, window: int) -> AttentionInputs:
     """Of a whole row, without documents."""
     ids_of_rows = torch.zeros(2, tokens, dtype=torch.long)
-    return Context([Layer(window=window)], {}, ids_of_rows, cache=None, documents=None).views[0]
+    return Context([Layer(window=window)], {}, ids_of_rows, cache=None, documents=None).inputs[0]
 
 
 def mask_of(tokens: int, window: int) -> Tensor:

@@ -148,7 +148,7 @@ def test_the_parts_of_a_long_text_are_the_text(ours: SLMTokenizer) -> None:
     """Encoded part by part, a text gains nothing, and its ids are those of the whole where it is cut at words."""
     whole = "The cat sat by the sea. " * 5 + "and the sea sang to the cat"
     for cut in (24, 48, 52):
-        parts = [*ours.encode(whole[:cut]), *ours._encoder.encode_further(whole[cut:])]
+        parts = [*ours.encode(whole[:cut]), *ours._encoder.encode_continuation(whole[cut:])]
         assert ours.decode(parts) == ours.decode(ours.encode(whole))
 
 
@@ -159,5 +159,5 @@ def test_all_that_is_encoded_is_decoded_as_transformers_does(ours: SLMTokenizer,
 
 
 def test_where_prompt_and_history_cannot_agree_it_is_told(tokenizer: SLMTokenizer) -> None:
-    assert not tokenizer.extended(chat_template="llama3").prompt_is_history()
-    assert tokenizer.prompt_is_history()
+    assert not tokenizer.extended(chat_template="llama3").prompt_is_prefix()
+    assert tokenizer.prompt_is_prefix()

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slmkit.data.batch import Batch
+from slmkit.data.packing import IGNORED
 from slmkit.training.loop import State, compute_gradients, train_step
-from slmkit.training.losses import IGNORED
 from slmkit.training.objective import next_token
 from tests.training.helpers import plan, state
 

@@ -17,7 +17,7 @@ from slmkit.model.initialization import build_decoder
 from slmkit.training.distributed import ALONE
 from slmkit.training.objectives.grpo import GroupRelative
 from slmkit.training.recipe.objective_settings import GrpoSettings
-from slmkit.workflows.grpo import Judged, Rollouts
+from slmkit.workflows.grpo import Rollouts, Score
 from tests.training.helpers import TOKENIZER
 from tests.training.objectives.test_preference import CONFIG
 
@@ -41,8 +41,8 @@ def drawn(model: Decoder, prompts: Sequence[np.ndarray], count: int, seed: int) 
     return [chance.integers(3, 100, size=chance.integers(1, 6)) for _ in range(count * len(prompts))]
 
 
-def by_first_token(prompt: np.ndarray, answer: np.ndarray, known: np.ndarray) -> Judged:
-    return Judged(float(answer[0] % 3), bool(answer[0] % 3 == 2))
+def by_first_token(prompt: np.ndarray, answer: np.ndarray, known: np.ndarray) -> Score:
+    return Score(float(answer[0] % 3), bool(answer[0] % 3 == 2))
 
 
 def rollouts(folder: Path, model: Decoder, reference: Decoder | None = None, **changes: object) -> Rollouts:

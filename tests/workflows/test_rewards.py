@@ -13,7 +13,7 @@ from slmkit.config import UserError, to_yaml
 from slmkit.model.files.directory import save_decoder
 from slmkit.model.initialization import build_decoder
 from slmkit.training.recipe.recipe import Recipe, load_recipe
-from slmkit.workflows.grpo import REWARDS, find_reward, worth
+from slmkit.workflows.grpo import REWARDS, checked_reward, find_reward
 from slmkit.workflows.resume import resume_run
 from slmkit.workflows.train import train_recipe
 from tests.test_life import Silent
@@ -96,16 +96,16 @@ ANSWERS = {
 def test_what_is_no_number_is_named_with_the_answer_in_one_line(name: str) -> None:
     reward, said = ANSWERS[name]
     with pytest.raises(UserError, match=rf"grpo.reward mine: {said}.* for the answer 'forty\\ntwo'") as raised:
-        worth("mine", reward, "?", "forty\ntwo", "42")  # type: ignore[arg-type]
+        checked_reward("mine", reward, "?", "forty\ntwo", "42")  # type: ignore[arg-type]
     assert "\n" not in str(raised.value)
     with pytest.raises(UserError) as long:
-        worth("mine", reward, "?", "very " * 1000, "42")  # type: ignore[arg-type]
+        checked_reward("mine", reward, "?", "very " * 1000, "42")  # type: ignore[arg-type]
     assert len(str(long.value)) < 500
 
 
 @pytest.mark.parametrize("value", [1, True, 0.5, np.float32(0.5), np.int64(3), np.array(0.5), torch.tensor(0.5)])
 def test_whatever_is_one_number_is_taken(value: object) -> None:
-    assert worth("mine", lambda p, a, k: value, "", "", "") == float(value)  # type: ignore[arg-type, return-value]
+    assert checked_reward("mine", lambda p, a, k: value, "", "", "") == float(value)  # type: ignore[arg-type, return-value]
 
 
 FILES = {

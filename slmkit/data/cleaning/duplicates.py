@@ -74,13 +74,13 @@ class SeenKeys:
         return sum(map(len, self._arrays))
 
     def has(self, keys: np.ndarray) -> np.ndarray:
-        """Whether each key (uint64, any shape) was added: bool of the same shape."""
+        """Whether each key, uint64 [...], was added: bool [...]."""
         found = np.zeros(keys.shape, dtype=bool)
         for array in self._arrays:
             found |= array[np.minimum(np.searchsorted(array, keys), len(array) - 1)] == keys
         return found
 
-    def add(self, keys: np.ndarray) -> None:  # uint64, any shape
+    def add(self, keys: np.ndarray) -> None:  # uint64 [...]
         added = np.unique(keys)
         added = added[~self.has(added)]
         if not len(added):

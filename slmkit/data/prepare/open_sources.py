@@ -50,7 +50,7 @@ def open_sources(data: DataSettings, seed: int) -> dict[str, Source]:
         rest = [open_source(first.settings.model_copy(update={"path": path}), seed) for path in data.source[1:]]
         whole = [first, *rest]
         parts, found = [part for one in whole for part in one.parts], [f for one in whole for f in one.found]
-        opened[name] = Source(first.settings, parts, first.patience, found)
+        opened[name] = Source(first.settings, parts, first.retries, found)
     return opened
 
 

@@ -15,7 +15,7 @@ from slmkit.data.sources.turns import WEIGHTS, is_on_learning
 from slmkit.data.stream import Batches, Rows, share_of_rank
 
 KEYS = ("input_ids", "labels", "attention_mask", "position_ids", "token_type_ids")
-Row = tuple[np.ndarray, np.ndarray]  # ids and next-token labels, int64 [tokens] each
+Tokens = tuple[np.ndarray, np.ndarray]  # ids and next-token labels, int64 [tokens] each
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class ItemFormat:
     vocab_size: int
     name: str = "the data set"
 
-    def row(self, item: Any, index: int) -> Row:
+    def row(self, item: Any, index: int) -> Tokens:
         """Ids and next-token labels, int64 [tokens] each, of an item.
 
         `input_ids` [tokens] is a list, array or tensor. Optional: `labels` of the same positions (-100: not learned;
@@ -75,7 +75,7 @@ class ItemFormat:
                 raise UserError(f"{where}: {name} {wrong} is not among the model's {self.vocab_size:,}")
         return ids[:-1], labels[1:]
 
-    def stacked(self, rows: list[Row]) -> Row:
+    def stacked(self, rows: list[Tokens]) -> Tokens:
         """Ids and labels, int64 [rows, longest] each, right-padded."""
         longest = max(1, *(len(ids) for ids, _ in rows))
         ids = np.stack([padded([ids], longest, self.pad_id) for ids, _ in rows])
@@ -95,10 +95,10 @@ class DatasetRows(Rows):
     def rows_in_epoch(self) -> int:
         return len(self.dataset)
 
-    def row(self, index: int) -> Row:  # int64 [tokens] each
+    def row(self, index: int) -> Tokens:  # int64 [tokens] each
         return self.form.row(self.dataset[index], index)
 
-    def rows(self, indices: list[int]) -> Row:  # int64 [rows, longest] each
+    def rows(self, indices: list[int]) -> Tokens:  # int64 [rows, longest] each
         return self.form.stacked([self.row(index) for index in indices])
 
 

@@ -100,11 +100,11 @@ def document_ids(tokenizer: Any, documents: Sequence[Document], threads: int | N
     Raises `UserError` if the tokenizer loses more than 0.1 % of the text.
     """
     encoded = list(tokenizer.encode_batch([document.text for document in documents], threads=threads))
-    if getattr(tokenizer, "has_edges", False):
+    if getattr(tokenizer, "depends_on_context", False):
         tokenizer.check_losses()
         for number, document in enumerate(documents):
             if not document.begins:
-                encoded[number] = np.array(tokenizer.encode_further(document.text), dtype=np.uint32)
+                encoded[number] = np.array(tokenizer.encode_continuation(document.text), dtype=np.uint32)
     if beginning := beginning_of(tokenizer):
         start = np.array(beginning, dtype=np.uint32)
         encoded = [np.concatenate([start, ids]) if doc.begins else ids for ids, doc in zip(encoded, documents)]

@@ -97,7 +97,7 @@ def kind_of(name: str) -> str:
         return ""
     if inner.suffix in COMPRESSIONS:
         inner = inner.with_suffix("")
-        return "" if inner.suffix == ".parquet" else inner.suffix
+        return "" if inner.suffix in (".parquet", ".arrow") else inner.suffix
     return inner.suffix
 
 

@@ -38,7 +38,7 @@ def find_files(settings: SourceSettings) -> tuple[list[File], list[Chosen]]:
 
     Raises `UserError` if there are none, and `NetworkError`.
     """
-    folder, name = Path(settings.path), hub_name(settings.path)
+    folder, name = Path(settings.path), hub_data_set(settings.path)
     if folder.is_dir() and _is_laid_out_like_the_hub(folder, settings):
         return _hub_files(settings.path, settings), []
     if name:
@@ -51,7 +51,7 @@ def find_files(settings: SourceSettings) -> tuple[list[File], list[Chosen]]:
 
 def is_remote(path: str) -> bool:
     """Whether a path is a URL or a data set of the hub."""
-    return "://" in path or hub_name(path) is not None
+    return "://" in path or hub_data_set(path) is not None
 
 
 def _files_at_url(url: str, split: str) -> tuple[list[File], list[Chosen]]:
@@ -202,7 +202,7 @@ class RetryPolicy:
                 return result
 
 
-def hub_name(path: str) -> str | None:
+def hub_data_set(path: str) -> str | None:
     """`owner/name` if the path is a hub data set; None for a file or folder, or something inside a data set."""
     name = path.removeprefix(PREFIX).rstrip("/")
     is_local = path == name and (Path(path).exists() or kind_of(path) in KINDS)  # or a missing local file

@@ -21,7 +21,7 @@ SURROGATE_ESCAPE = re.compile(r"\\u[dD]")  # of one half of a pair
 JSON_TOKEN = re.compile(r'"(?:[^"\\]++|\\.)*+"|["\[\]{},]', re.DOTALL)  # a text, the beginning of one, or punctuation
 
 
-class Row(NamedTuple):
+class SourceRow(NamedTuple):
     """A row, its place for messages, and the position after it."""
 
     place: str
@@ -29,7 +29,7 @@ class Row(NamedTuple):
     position: Position
 
 
-def json_rows(file: File, start: Position, formats: RowFormats | None = None) -> Iterator[Row]:
+def json_rows(file: File, start: Position, formats: RowFormats | None = None) -> Iterator[SourceRow]:
     """Rows of one object per line, of a list of objects, or of an object with such a list, for any file name.
 
     A position is the `offset` after a row, and the number of the last `line`, or of the last `row` of a list.
@@ -39,7 +39,7 @@ def json_rows(file: File, start: Position, formats: RowFormats | None = None) ->
         with file.open_at() as stream:
             content = stream.read()
         value = _json_value(file.name, content.decode("utf-8-sig", "surrogateescape"))
-        yield Row(file.name, value, {"line": 1, "offset": len(content)})
+        yield SourceRow(file.name, value, {"line": 1, "offset": len(content)})
         return
     number, entries = start.get(layout, 0), whole_lines if layout == "line" else list_entries
     try:
@@ -48,7 +48,7 @@ def json_rows(file: File, start: Position, formats: RowFormats | None = None) ->
             if entry.problem or entry.text.strip():
                 place = f"{file.name}:{number}" if layout == "line" else f"{file.name}: row {number:,}"
                 value = entry.problem or _json_value(place, entry.text)
-                yield Row(place, value, {layout: number, "offset": entry.end})
+                yield SourceRow(place, value, {layout: number, "offset": entry.end})
     except RowError as error:
         message = f"{file.name}: cannot be read as JSON behind row {number:,}: {error}"
         raise RowError(message, "unreadable file") from None
@@ -168,7 +168,7 @@ def _check_columns(place: str, columns: list[str], formats: RowFormats | None, r
     return columns if formats is None else formats.needed(place, columns, rows)
 
 
-def csv_rows(file: File, start: Position, formats: RowFormats | None = None) -> Iterator[Row]:
+def csv_rows(file: File, start: Position, formats: RowFormats | None = None) -> Iterator[SourceRow]:
     """Rows after a header; `.tsv` is separated by tabs, `.csv` by commas, semicolons or tabs, as its header.
 
     A position is the `offset` of the next row, and the numbers of rows and lines before it.
@@ -203,7 +203,7 @@ def csv_rows(file: File, start: Position, formats: RowFormats | None = None) -> 
             found = f"expected {len(columns)} fields as in the header, found {len(fields)}"
             value = BadRow("wrong number of fields", f"{place} (line {line}): {found}")
         if number > 0:
-            yield Row(place, value, {"row": number, "line": line, "offset": offset})
+            yield SourceRow(place, value, {"row": number, "line": line, "offset": offset})
 
 
 def _header(file: File) -> tuple[str, list[str]]:
@@ -216,7 +216,7 @@ def _header(file: File) -> tuple[str, list[str]]:
     return usual, columns
 
 
-def table_rows(file: File, start: Position, formats: RowFormats | None = None) -> Iterator[Row]:
+def table_rows(file: File, start: Position, formats: RowFormats | None = None) -> Iterator[SourceRow]:
     """Rows of parquet and Arrow files; only the needed columns are read. A position is the number of rows before it.
 
     A damaged row group (of Arrow: batch) is one `BadRow` for all the rows left in it.
@@ -240,12 +240,12 @@ def table_rows(file: File, start: Position, formats: RowFormats | None = None) -
                             value = BadRow("not UTF-8", f"{place}: expected UTF-8 text: {value}")
                         elif formats:
                             formats.unused.update(unread)
-                        yield Row(place, value, {"row": number})
+                        yield SourceRow(place, value, {"row": number})
                     skip = max(skip - len(batch), 0)
             except damage() as error:
                 rows_left = f"rows {number + 1} to {behind} cannot be read as {file.kind[1:]}"
                 message = f"{file.name}: {rows_left}: {one_line(error)}"
-                yield Row(file.name, BadRow("unreadable file", message, behind - number), {"row": behind})
+                yield SourceRow(file.name, BadRow("unreadable file", message, behind - number), {"row": behind})
                 number = behind
 
 
@@ -285,7 +285,7 @@ def _values(batch: Any) -> list[Any]:
         return [value for index in range(len(batch)) for value in _values(batch.slice(index, 1))]
 
 
-ROWS: dict[str, Callable[..., Iterator[Row]]] = {
+ROWS: dict[str, Callable[..., Iterator[SourceRow]]] = {
     ".jsonl": json_rows, ".json": json_rows, ".csv": csv_rows, ".tsv": csv_rows,
     ".arrow": table_rows, ".parquet": table_rows,
 }  # fmt: skip

@@ -99,10 +99,10 @@ class Source:
         self,
         settings: SourceSettings,
         parts: Sequence[FilePart | BuiltInPart],
-        patience: RetryPolicy,
+        retries: RetryPolicy,
         found: Sequence[Chosen] = (),
     ) -> None:
-        self.settings, self.parts, self.patience = settings, parts, patience
+        self.settings, self.parts, self.retries = settings, parts, retries
         self.found = [one for one in found if one.folder]
         self.count_anew()
 
@@ -148,7 +148,7 @@ class Source:
 
     def describe(self) -> list[dict[str, Any]]:
         """Descriptions of its files, for the header of shards."""
-        return [self.patience.until_done(part.describe) for part in self.parts]
+        return [self.retries.until_done(part.describe) for part in self.parts]
 
     def fingerprint(self, known: Mapping[str, str | None] | None = None) -> dict[str, str | None]:
         """Tells whether it has changed: `looks` is from names, sizes and times of its files, `content` from their
@@ -211,7 +211,7 @@ class Source:
                         left_out = left_out or item.message
                     else:
                         found = True
-                        self.patience.succeeded()
+                        self.retries.succeeded()
                     if isinstance(item, Pair) and item.prompt_removed:
                         self.note("pairs whose answers began with the prompt, which was removed from them", item.place)
                     if isinstance(item, Document) and isinstance(part, FilePart):
@@ -221,7 +221,7 @@ class Source:
                         return
                 number += 1
             except NetworkError as error:
-                self.patience.wait(error)
+                self.retries.wait(error)
         if not found:
             why = f"every row was left out, such as {left_out}" if left_out else "only blank lines or no rows"
             raise UserError(f"{self.settings.path}: no documents found: {why}")
@@ -238,19 +238,19 @@ def _first_ones(counted: Sequence[tuple[str, str]]) -> str:
 
 
 def open_source(
-    settings: SourceSettings, seed: int = 0, patience: RetryPolicy | None = None, held_out: bool = False
+    settings: SourceSettings, seed: int = 0, retries: RetryPolicy | None = None, held_out: bool = False
 ) -> Source:
     """The source for `settings`; `seed` and `held_out` select the stream of a built-in source.
 
     Raises `UserError` if there is nothing to read, with what was looked for.
     """
-    patience = patience or RetryPolicy(settings.retry_for)
+    retries = retries or RetryPolicy(settings.retry_for)
     if settings.path in BUILT_IN:
         if settings.mapping or settings.row_format or settings.separator:
             raise UserError(f"{settings.path} is built in and has no columns: remove columns, row_format and separator")
-        return Source(settings, [BuiltInPart(settings.path, seed, held_out)], patience)
-    files, found = patience.until_done(lambda: find_files(settings))
-    return Source(settings, [FilePart(file, settings) for file in files], patience, found)
+        return Source(settings, [BuiltInPart(settings.path, seed, held_out)], retries)
+    files, found = retries.until_done(lambda: find_files(settings))
+    return Source(settings, [FilePart(file, settings) for file in files], retries, found)
 
 
 def expect_source(settings: SourceSettings) -> None:

@@ -72,7 +72,7 @@ def load_decoder(directory: str | Path, device: torch.device | str = "cpu") -> t
 def read_state(
     directory: str | Path, config: SLMConfig, device: torch.device | str = "cpu", is_finite: bool = False
 ) -> dict[str, Tensor]:
-    """The state of a decoder, in float32. Raises `UserError` as `load_decoder` does.
+    """The state of a decoder, in float32 and the shapes of its parameters. Raises `UserError` as `load_decoder` does.
 
     Only with `is_finite` for NaN and infinity: without, runs that diverged can be inspected.
     """

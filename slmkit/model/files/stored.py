@@ -56,7 +56,7 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def expect_finite(tensor: Tensor, name: str, way_out: str) -> None:
-    """Raises `UserError` that begins with `name` if a value of `tensor`, of any shape, is NaN or infinite."""
+    """Raises `UserError` that begins with `name` if a value of `tensor` [...] is NaN or infinite."""
     if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():  # NaN is both minimum and maximum
         raise UserError(f"{name} has numbers that are not finite (NaN or infinity): {way_out}")
 

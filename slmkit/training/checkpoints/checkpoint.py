@@ -42,13 +42,16 @@ class ModelFiles(Protocol):
     """The format of a run's model on disk; every loader of models reads it."""
 
     def tensors(self, model: Decoder) -> Mapping[str, Tensor]:
-        """The tensors to save, by the model's own names, in the parameters' shapes."""
+        """The tensors to save, by the model's own names: [...] as the parameters of these names."""
 
     def write(self, model: Decoder, tensors: Mapping[str, Tensor], directory: Path) -> None:
-        """Write the tensors; `model` gives shapes and names. Raises `UserError` when that fails."""
+        """Write the `tensors` of `model`, [...] as its parameters. Raises `UserError` when that fails."""
 
     def read(self, directory: Path, model: Decoder) -> dict[str, Tensor]:
-        """The tensors as saved. Raises `UserError` for a file that is damaged or of another model."""
+        """The tensors as saved, [...] as the parameters of `model`.
+
+        Raises `UserError` for a file that is damaged or of another model.
+        """
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class NonFinite:
 
 
 @dataclass(frozen=True)
-class Row:
+class RowGradient:
     """Loss and gradient of one row alone. Dropout draws other numbers than in the batch."""
 
     number: int
@@ -54,7 +54,7 @@ class Replay:
     recorded: Report | None  # the step's line in metrics.jsonl, if it was logged
     broken: NonFinite | None
     gradients: list[tuple[str, float]]  # the norm of each parameter's gradient, the largest first
-    rows: list[Row]  # the largest gradient first
+    rows: list[RowGradient]  # the largest gradient first
     decode: Callable[[list[int]], str]
 
     @property
@@ -91,7 +91,8 @@ def replay_step(
     batch = stream.batch(step - 1) if recorded_batch is None else recorded_batch
     state.model.train()
     rows = [
-        Row(number, *compute_gradients(state, objective, row, plan)[:2]) for number, row in enumerate(batch.split(1))
+        RowGradient(number, *compute_gradients(state, objective, row, plan)[:2])
+        for number, row in enumerate(batch.split(1))
     ]
     with watched(state.model, plan.rows_per_micro_batch, len(batch.ids)) as watch:
         report = train_step(state, objective, batch, plan)
@@ -128,7 +129,7 @@ class Watch:
                 if tensor.requires_grad:
                     tensor.register_hook(functools.partial(self.see, f"gradient at the output of {name}", first_row))
 
-    def after_backward(self, name: str, parameter: Tensor) -> None:
+    def after_backward(self, name: str, parameter: Tensor) -> None:  # [...]
         if parameter.grad is not None:
             self.see(f"gradient of {name}", None, parameter.grad)
             self.norms[name] = parameter.grad.norm().item()

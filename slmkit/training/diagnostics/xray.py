@@ -52,11 +52,11 @@ class Vocabulary:
         return re.compile("|".join(map(re.escape, sorted(self.spellings, key=len, reverse=True))))
 
     def is_end(self, ids: np.ndarray) -> np.ndarray:
-        """Whether each token ends a text or a turn: bool, shaped as `ids`."""
+        """Whether each token of `ids` [...] ends a text or a turn: bool [...]."""
         return np.isin(ids, [*self.end_ids])
 
     def is_special(self, ids: np.ndarray) -> np.ndarray:
-        """Whether each token is special: bool, shaped as `ids`."""
+        """Whether each token of `ids` [...] is special: bool [...]."""
         return np.isin(ids, [*self.special_ids, *self.end_ids])
 
 
@@ -74,7 +74,7 @@ class SampledRows:
         return SampledRows(self.ids[place], self.labels[place], self.padding[place], self.kinds[rows])
 
     @property
-    def learned(self) -> np.ndarray:
+    def learned(self) -> np.ndarray:  # bool [rows, length]
         return self.labels != IGNORED
 
     def plain_parts(self, vocabulary: Vocabulary) -> Iterator[list[int]]:

@@ -113,7 +113,7 @@ def look(
         say(Text.assemble("  ", row))
     for line in (*xray.notes, *xray.findings):
         say(f"x-ray: {line}")
-    if is_chat and hasattr(tokenizer, "prompt_is_history") and not tokenizer.prompt_is_history():
+    if is_chat and hasattr(tokenizer, "prompt_is_prefix") and not tokenizer.prompt_is_prefix():
         say(
             "x-ray: with this tokenizer the chat template's prompt ends in other tokens than stand before the answers "
             "it is trained on (as in transformers): chatml, whose prompt ends in one line end, avoids that"

@@ -211,18 +211,18 @@ class PlanFile:
         seconds = np.diff(self.times)
         counted = seconds[min(WARM_UP, len(seconds) - 1) :]
         rate = self.tokens_per_step / float(np.median(counted))
-        ahead = self.forecast(tokens_per_second=rate, held_bytes=held)
+        estimate = self.forecast(tokens_per_second=rate, held_bytes=held)
         self.content |= {
-            "parameters": ahead.parameters,
-            "tokens": ahead.tokens,
+            "parameters": estimate.parameters,
+            "tokens": estimate.tokens,
             "memory_before_bytes": self.before,  # the part of the memory below that was in use before the run
-            "counted_memory_bytes": self.before + ahead.counted_bytes,  # by arithmetic alone, as `slm plan` says it
+            "counted_memory_bytes": self.before + estimate.counted_bytes,  # by arithmetic alone, as `slm plan` says it
             "probe": {"steps": len(counted), "tokens_per_second": round(rate), "memory_bytes": self.before + held},
             "predicted": {
-                "seconds": round(ahead.seconds * (self.steps - self.first) / self.steps, 1),
-                "memory_bytes": self.before + ahead.memory_bytes,
-                "disk_bytes": ahead.disk_bytes,
-                "validation_loss": None if ahead.loss is None else round(ahead.loss, 3),
+                "seconds": round(estimate.seconds * (self.steps - self.first) / self.steps, 1),
+                "memory_bytes": self.before + estimate.memory_bytes,
+                "disk_bytes": estimate.disk_bytes,
+                "validation_loss": None if estimate.loss is None else round(estimate.loss, 3),
             },
         }
         self._write()

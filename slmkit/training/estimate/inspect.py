@@ -81,7 +81,7 @@ def inspect_model(
             "forward, attention": flops.attention,
             "backward": flops.backward,
         },
-        cache_bytes={"as it is": cache.per_token}
+        cache_bytes={"this configuration": cache.per_token}
         | {name: cache_size(variant, length).per_token for name, variant in cache_variants(a).items()},
         window_bytes=cache.of_windows,
         cache_of_a_row=cache.at_length,

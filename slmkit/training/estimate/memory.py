@@ -45,6 +45,7 @@ def zeros_like(model: Decoder, device: torch.device | str = "cpu") -> Decoder:
 
 
 def tensors_of(model: nn.Module) -> Iterator[Tensor]:
+    """All parameters and buffers, in any shapes."""
     return itertools.chain(model.parameters(), model.buffers())
 
 
@@ -122,7 +123,7 @@ class MemoryProfile:
 # -- bytes ------------------------------------------------------------------------------------------------------------
 
 
-class Ledger(TorchDispatchMode):
+class AllocationTracker(TorchDispatchMode):
     """Adds up the bytes of all live tensors while active; `peak` is the maximum.
 
     Boolean masks count as all True, since meta tensors have no values.
@@ -160,9 +161,9 @@ def training_bytes(profile: MemoryProfile, settings: TrainSettings, rows: int, l
     """Peak bytes of a step: weights, gradients, optimizer state, activations kept for the backward pass, and the
     teacher or reference model. One micro-batch is `rows` of `length` tokens, all learned.
     """
-    with FakeTensorMode(), Ledger() as ledger:
+    with FakeTensorMode(), AllocationTracker() as tracker:
         run_step(profile, settings, rows, length, device, torch.device("cpu"))
-    return ledger.peak
+    return tracker.peak
 
 
 def run_step(
@@ -182,10 +183,10 @@ def run_step(
 
 def state_bytes(profile: MemoryProfile, settings: TrainSettings, device: Device) -> int:
     """Bytes held between two steps: weights, optimizer state, and the teacher or reference model."""
-    with FakeTensorMode(), Ledger() as ledger:
+    with FakeTensorMode(), AllocationTracker() as tracker:
         models = profile.built()
         optimizers = _optimizers_after_a_step(models[0], settings, device)
-        held = ledger.now
+        held = tracker.now
         del models, optimizers
     return held
 
@@ -208,12 +209,12 @@ def reading_peaks(profile: MemoryProfile, length: int, device: Device) -> list[i
     """Peak bytes that each forward pass between two steps adds to those held already."""
     peaks = []
     for read in profile.readings:
-        with FakeTensorMode(), torch.no_grad(), Ledger() as ledger:
+        with FakeTensorMode(), torch.no_grad(), AllocationTracker() as tracker:
             decoder, frozen = profile.built()
-            weights = ledger.now
+            weights = tracker.now
             with device.autocast():
                 read(decoder.eval(), frozen, length)
-        peaks.append(ledger.peak - weights)
+        peaks.append(tracker.peak - weights)
     return peaks
 
 
@@ -249,8 +250,8 @@ def reading_bytes(architecture: Architecture, rows: int, length: int, dtype: tor
     """Peak bytes of reading `rows` prompts of `length` tokens: weights, KV cache and activations."""
     with torch.device("meta"):
         decoder = Decoder(architecture).to(dtype)
-    with FakeTensorMode(), torch.no_grad(), Ledger() as ledger:
+    with FakeTensorMode(), torch.no_grad(), AllocationTracker() as tracker:
         model = zeros_like(decoder).eval()
         hidden = model(torch.zeros(rows, length, dtype=torch.long), model.new_cache(rows, length))
         model.logits(hidden[:, -1])
-    return ledger.peak
+    return tracker.peak

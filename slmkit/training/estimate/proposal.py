@@ -36,7 +36,7 @@ class RunEstimate:
     config: SLMConfig
     profile: MemoryProfile
     device: Device
-    ahead: Estimate
+    estimate: Estimate
     measured: Probe | None
     text: int | None  # approximate tokens of the training text; None if unknown
     epochs: float | None  # how often the run reads it
@@ -65,8 +65,8 @@ class RunEstimate:
 
     @property
     def fits(self) -> bool:
-        in_memory = not self.memory_free or self.ahead.memory_bytes <= self.memory_free
-        return in_memory and self.ahead.disk_bytes <= self.disk_free
+        in_memory = not self.memory_free or self.estimate.memory_bytes <= self.memory_free
+        return in_memory and self.estimate.disk_bytes <= self.disk_free
 
 
 def propose(
@@ -114,10 +114,12 @@ def propose(
         "learning rate and batch: Li et al. 2025, for AdamW, fitted on 60 M parameters and more",
         f"text that is read once: about {text_bytes / 1e6:,.0f} MB, at {BYTES_PER_TOKEN} bytes a token",
     ]
-    ahead = forecast(profile, recipe.train, steps, device, tokens_per_second=found.tokens_per_second if found else None)
+    estimate = forecast(
+        profile, recipe.train, steps, device, tokens_per_second=found.tokens_per_second if found else None
+    )
     text = tokens_of(recipe, []) if overrides else None
-    epochs = ahead.tokens / text if text else None
-    return RunEstimate(recipe, config, profile, device, ahead, found, text, epochs, assumptions)
+    epochs = estimate.tokens / text if text else None
+    return RunEstimate(recipe, config, profile, device, estimate, found, text, epochs, assumptions)
 
 
 def _best(hours: float | None, tokens: int | None, device: Device, efficiency: float) -> tuple[int, int]:

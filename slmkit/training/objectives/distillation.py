@@ -25,10 +25,11 @@ from torch.nn import functional as F
 
 from slmkit.config import UserError, arguments_checked, did_you_mean, kind_of_value
 from slmkit.data.batch import Batch
+from slmkit.data.packing import IGNORED
 from slmkit.data.rows.teacher_cache import IDS, LOGITS, REST
 from slmkit.device import Device
 from slmkit.model.decoder import Decoder
-from slmkit.training.losses import IGNORED, chunked_loss
+from slmkit.training.losses import chunked_loss
 from slmkit.training.objective import Loss, Objective
 
 Divergence = Callable[[Tensor, Tensor], Tensor]  # log p and log q [positions, outcomes] → nats [positions]

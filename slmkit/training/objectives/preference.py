@@ -22,14 +22,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from slmkit.data.batch import Batch
+from slmkit.data.packing import IGNORED
 from slmkit.data.rows.answers import JudgedRows, PairRows
 from slmkit.device import Device
 from slmkit.model.decoder import Decoder
-from slmkit.training.losses import IGNORED, token_log_probabilities
+from slmkit.training.losses import token_log_probabilities
 from slmkit.training.objective import MEAN_OF_STEP, Loss, Objective
 from slmkit.training.recipe.objective_settings import KtoSettings, PreferenceSettings
 
-REFERENCE = "reference"  # key in `Batch.extra`: [pairs, 2]
+REFERENCE_KEY = "reference"  # key in `Batch.extra`: [pairs, 2]
 FIGURES = ("rewards/accuracy", "rewards/margin", "log_probability/chosen", "log_probability/rejected")
 ROUNDED_TO = 32  # padding columns are dropped in multiples of this, so that shapes repeat
 
@@ -57,7 +58,7 @@ class Preference(PerAnswer):
     def __call__(self, model: Decoder, batch: Batch) -> Loss:
         sums = label_log_probabilities(model, batch.ids, batch.labels).sum(dim=-1)  # [pairs, 2]
         tokens = (batch.labels != IGNORED).sum(dim=-1)  # [pairs, 2]
-        rewards = self.rewards(sums, tokens, batch.extra.get(REFERENCE))  # [pairs, 2]
+        rewards = self.rewards(sums, tokens, batch.extra.get(REFERENCE_KEY))  # [pairs, 2]
         losses = self.losses(rewards)  # [pairs]
         counts = self.counts(batch)  # [pairs]
         chosen, rejected = rewards.detach().unbind(dim=1)
@@ -99,7 +100,7 @@ class Kto(PerAnswer):
     def __call__(self, model: Decoder, batch: Batch) -> Loss:
         settings, good, counts = self.settings, batch.extra["desirable"], self.counts(batch)
         sums = label_log_probabilities(model, batch.ids, batch.labels).sum(dim=-1)  # [rows]
-        rewards = settings.beta * (sums - batch.extra[REFERENCE][:, 0])  # [rows]
+        rewards = settings.beta * (sums - batch.extra[REFERENCE_KEY][:, 0])  # [rows]
         divergence = batch.extra.get(MEAN_OF_STEP, torch.zeros_like(rewards)).clamp(min=0)  # [rows]
         above = rewards - settings.beta * divergence
         losses = torch.where(
@@ -115,7 +116,7 @@ class Kto(PerAnswer):
     def _of_other_answers(self, model: Decoder, batch: Batch) -> Tensor:
         """Sum [] of log(p / p of the reference) of the other rows' answers."""
         sums = label_log_probabilities(model, batch.extra["other_ids"], batch.extra["other_labels"]).sum(dim=-1)
-        return (sums - batch.extra[REFERENCE][:, 1])[self.counts(batch)].sum()
+        return (sums - batch.extra[REFERENCE_KEY][:, 1])[self.counts(batch)].sum()
 
 
 def both_answers(batch: Batch) -> tuple[Tensor, Tensor]:

@@ -26,11 +26,12 @@ class ForeachOptimizer(torch.optim.Optimizer):
             self.update([p for p in group["params"] if p.grad is not None], group)
         return loss
 
-    def update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+    def update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:  # [...] each
+        """Change the parameters by their gradients."""
         raise NotImplementedError
 
     def momenta(self, name: str, parameters: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Gradients, and momenta stored under `name`, which begin as zeros: shaped as the parameters."""
+        """Gradients, and momenta stored under `name`, which begin as zeros: [...] each, as the parameters."""
         for p in parameters:
             if not self.state[p]:
                 self.state[p][name] = torch.zeros_like(p)
@@ -47,7 +48,7 @@ class Lion(ForeachOptimizer):
     def __init__(self, params: Any, lr: float, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0):
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
-    def update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+    def update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:  # [...] each
         if not parameters:
             return
         gradients, momenta = self.momenta("exp_avg", parameters)
@@ -71,7 +72,7 @@ class Muon(ForeachOptimizer, torch.optim.Muon):
     is not a matrix.
     """
 
-    def update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+    def update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:  # [rows, columns] each
         for matrices in _stacks(parameters):
             gradients, momenta = self.momenta("momentum_buffer", matrices)
             torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])

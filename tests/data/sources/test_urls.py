@@ -34,8 +34,8 @@ def at(server: HubServer, path: Path) -> str:
     return f"{server.url}/datasets/a/b/resolve/main/{path.name}"
 
 
-def everything(path: str | Path, start: Any = None, patience: RetryPolicy | None = None, **options: Any) -> list[Any]:
-    return list(open_source(SourceSettings(path=str(path), **options), patience=patience).read(start))
+def everything(path: str | Path, start: Any = None, retries: RetryPolicy | None = None, **options: Any) -> list[Any]:
+    return list(open_source(SourceSettings(path=str(path), **options), retries=retries).read(start))
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -82,7 +82,7 @@ def test_a_broken_connection_loses_and_repeats_nothing(
     fault, expected = FAULTS[name]
     server.faults.append(dataclasses.replace(fault, times=2, after=2))
     clock, said = Clock(), []
-    assert everything(there, patience=RetryPolicy(1000, now=clock.now, sleep=clock.sleep, say=said.append)) == here
+    assert everything(there, retries=RetryPolicy(1000, now=clock.now, sleep=clock.sleep, say=said.append)) == here
     assert len(said) == 2 if fault.stall is None else len(said) >= 1
     assert all(expected in line and there in line for line in said)
     assert min(clock.slept) >= (90 if fault.status == 429 else 1)
@@ -94,7 +94,7 @@ def test_an_answer_that_lacks_its_bytes_is_not_taken_for_the_end(server: HubServ
     server.faults.append(Fault("GET", empty=True, times=10_000, after=2))
     clock = Clock()
     with pytest.raises(UserError, match="bytes came; given up after"):
-        everything(url, patience=RetryPolicy(1000, now=clock.now, sleep=clock.sleep, say=lambda line: None))
+        everything(url, retries=RetryPolicy(1000, now=clock.now, sleep=clock.sleep, say=lambda line: None))
 
 
 def test_what_was_read_is_not_asked_for_again(server: HubServer, tmp_path: Path):

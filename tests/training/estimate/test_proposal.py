@@ -14,14 +14,14 @@ from slmkit.training.recipe.recipe import Recipe
 def test_a_proposal_spends_its_budget_and_more_time_buys_a_lower_loss() -> None:
     short, long = (propose(hours=hours, device_name="cpu", measure=False) for hours in (50, 5_000))
     for proposal, hours in ((short, 50), (long, 5_000)):
-        assert proposal.ahead.seconds == pytest.approx(hours * 3600, rel=0.05)
+        assert proposal.estimate.seconds == pytest.approx(hours * 3600, rel=0.05)
         assert isinstance(proposal.recipe, Recipe)
-    assert long.ahead.parameters > short.ahead.parameters
-    assert long.ahead.loss < short.ahead.loss
-    assert propose(hours=0.1, device_name="cpu", measure=False).ahead.seconds <= 360
+    assert long.estimate.parameters > short.estimate.parameters
+    assert long.estimate.loss < short.estimate.loss
+    assert propose(hours=0.1, device_name="cpu", measure=False).estimate.seconds <= 360
     by_tokens = propose(tokens=2_000_000_000, device_name="cpu", measure=False)
-    assert by_tokens.ahead.tokens == pytest.approx(2e9, rel=0.01)
-    assert 10 < 2e9 / by_tokens.ahead.parameters < 40
+    assert by_tokens.estimate.tokens == pytest.approx(2e9, rel=0.01)
+    assert 10 < 2e9 / by_tokens.estimate.parameters < 40
 
 
 def test_a_proposal_without_a_budget_is_refused() -> None:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from slmkit.config import UserError
 from slmkit.data.batch import Batch
+from slmkit.data.packing import IGNORED
 from slmkit.data.rows.teacher_cache import IDS, LOGITS, REST
 from slmkit.device import find_device
 from slmkit.model.decoder import Decoder
@@ -56,9 +57,9 @@ def batch(rows: int = 3, length: int = 25) -> Batch:
     """With rows of which all, half and nothing is learned."""
     ids = torch.randint(TOKENS, (rows, length + 1), generator=torch.Generator().manual_seed(0))
     labels = ids[:, 1:].clone()
-    labels[1, ::2] = losses.IGNORED
-    labels[2:] = losses.IGNORED
-    return Batch(ids[:, :-1], labels, int((labels != losses.IGNORED).sum()))
+    labels[1, ::2] = IGNORED
+    labels[2:] = IGNORED
+    return Batch(ids[:, :-1], labels, int((labels != IGNORED).sum()))
 
 
 def gradients(total: Tensor, model: Decoder) -> list[Tensor]:
@@ -68,7 +69,7 @@ def gradients(total: Tensor, model: Decoder) -> list[Tensor]:
 def by_hand(z: Tensor, t: Tensor, labels: Tensor, alpha: float, temperature: float, divergence: str) -> float:
     """The formula, position by position and token by token."""
     total = 0.0
-    for position in (labels != losses.IGNORED).nonzero().flatten().tolist():
+    for position in (labels != IGNORED).nonzero().flatten().tolist():
         q, p = ((logits[position] / temperature).softmax(-1).tolist() for logits in (z, t[:, : z.size(-1)]))
         m = [(a + b) / 2 for a, b in zip(p, q)]
         kl = lambda a, b: sum(x * math.log(x / y) for x, y in zip(a, b))  # noqa: E731
@@ -107,7 +108,7 @@ def test_in_chunks_it_is_the_plain_form_in_value_and_gradient(divergence: str, c
     loss, rows = DistillationLoss(0.3, 2.0, divergence), batch()
     found = Distill(loss, OnlineTeacher(master, TOKENS))(pupil, rows)
     logits, theirs = (model.logits(model(rows.ids)).float() for model in (pupil, master))
-    learned = rows.labels != losses.IGNORED
+    learned = rows.labels != IGNORED
     cross_entropy = F.cross_entropy(logits[learned], rows.labels[learned], reduction="sum")
     plain = loss(logits[..., :TOKENS], theirs, rows.labels)  # of the first tokens alone …
     of_known = F.cross_entropy(logits[learned][:, :TOKENS], rows.labels[learned], reduction="sum")
@@ -142,7 +143,7 @@ def test_nothing_learned_is_no_loss_and_no_nan() -> None:
 
 def stored(rows: Batch, master: Decoder, k: int, temperature: float, dtype: torch.dtype = torch.float32) -> Batch:
     """The rows with what a cache would say of them; in float32 where rounding is not the question."""
-    learned = rows.labels != losses.IGNORED
+    learned = rows.labels != IGNORED
     extra = {
         LOGITS: torch.zeros(*rows.ids.shape, k, dtype=dtype),
         IDS: torch.zeros(*rows.ids.shape, k, dtype=torch.int32),
@@ -258,7 +259,7 @@ def test_matching_states_adds_their_share_and_leaves_the_rest_as_it_was() -> Non
     with_states = Distill(DistillationLoss(), master, 0.25)
     rows = batch()
     found, expected = with_states(pupil, rows), plain(pupil, rows)
-    learned = rows.labels != losses.IGNORED
+    learned = rows.labels != IGNORED
     pairs = [(outputs(pupil, rows)[s], outputs(master.decoder, rows)[t]) for s, t in paired_layers(2, 3)]
     hidden = torch.stack([relations_apart(s, t, learned) for s, t in pairs]).mean()
     torch.testing.assert_close(found.figures["hidden"], hidden.detach())

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from slmkit import SLMForCausalLM
 from slmkit.adapt.adapter import load_adapter, trained_tensors
-from slmkit.adapt.load import adapter_blueprint, load_model, start_adapter
+from slmkit.adapt.load import adapter_meta_model, load_model, start_adapter
 from slmkit.adapt.lora import fold
 from slmkit.config import UserError
 from slmkit.model.files.adapter_directory import LoRASettings
@@ -20,7 +20,7 @@ from slmkit.model.files.directory import load_decoder, save_decoder
 from slmkit.model.sizes import parameter_count
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.estimate.inspect import inspect_model
-from slmkit.workflows.merge import fold_adapters
+from slmkit.workflows.merge import merge_adapters
 from tests.adapt.helpers import adapted, base_in, config_of, logits, save_adapter, shake
 from tests.cli.helpers import slm
 from tests.training.helpers import TOKENIZER
@@ -42,16 +42,16 @@ def adapter(base: Path, name: str, **settings: object) -> Path:
 
 def test_a_folded_model_says_what_the_adapter_said(base: Path) -> None:
     one = adapter(base, "one", use_dora=True)
-    folded = fold_adapters(base, [one])
+    folded = merge_adapters(base, [one])
     assert folded == base.parent / "base-merged"
     assert not any(path.name.startswith(".partial") for path in base.parent.iterdir())
     decoder, config = load_decoder(folded)
     assert config == load_decoder(base)[1]
     assert (logits(decoder) - logits(load_model(one)[0])).abs().max() <= 1e-4
     assert SLMTokenizer.from_pretrained(folded).fingerprint == TOKENIZER.fingerprint
-    assert fold_adapters(base, [one]) == base.parent / "base-merged-2"
+    assert merge_adapters(base, [one]) == base.parent / "base-merged-2"
     with pytest.raises(UserError, match="base-merged: exists already and is not overwritten"):
-        fold_adapters(base, [one], folded)
+        merge_adapters(base, [one], folded)
 
 
 def test_several_are_folded_one_after_another(base: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -60,9 +60,9 @@ def test_several_are_folded_one_after_another(base: Path, caplog: pytest.LogCapt
     for directory in found:
         decoder, config, _ = load_adapter(decoder, config, directory)
         fold(decoder)
-    folded = fold_adapters(base, found, base.parent / "both")
+    folded = merge_adapters(base, found, base.parent / "both")
     assert torch.equal(logits(load_decoder(folded)[0]), logits(decoder))
-    on_top = fold_adapters(found[0], found[1:], base.parent / "on top")  # an adapter is a model too
+    on_top = merge_adapters(found[0], found[1:], base.parent / "on top")  # an adapter is a model too
     assert torch.equal(logits(load_decoder(on_top)[0]), logits(decoder))
     assert any(
         line.startswith(f"{found[0]}: an adapter, which is folded into {base} first") for line in caplog.messages
@@ -88,7 +88,7 @@ def test_an_adapter_is_refused_on_another_step_of_its_base(base: Path) -> None:
     words = r"/(one|two)/adapter_model.safetensors: it was trained on other weights than this model"
     for adapters in ([one], [two, one]):
         with pytest.raises(UserError, match=words):
-            fold_adapters(other, adapters)
+            merge_adapters(other, adapters)
     base.rename(base.parent / "kept")
     other.rename(base)  # as where a run's best model has become another one
     for act in (load_model, SLMForCausalLM.from_pretrained, lambda one: start_adapter(one, LoRASettings(r=4))):
@@ -97,9 +97,9 @@ def test_an_adapter_is_refused_on_another_step_of_its_base(base: Path) -> None:
     base.rename(other)
     (base.parent / "kept").rename(base)
     assert not [path for path in base.parent.iterdir() if "merged" in path.name or "partial" in path.name]
-    both = fold_adapters(base, [one, two], base.parent / "both")
+    both = merge_adapters(base, [one, two], base.parent / "both")
     on_top = known_adapter(both, "on top")  # trained on what the first two made
-    assert fold_adapters(base, [one, two, on_top], base.parent / "three").is_dir()
+    assert merge_adapters(base, [one, two, on_top], base.parent / "three").is_dir()
 
 
 def test_a_base_stored_otherwise_is_the_same_and_pefts_adapters_do_not_say(base: Path) -> None:
@@ -137,7 +137,7 @@ def test_numbers_that_are_none_are_refused_by_name(base: Path, broken: str) -> N
     save_file(tensors, path)
     words = rf"{broken}/{path.name}: '{name}' has numbers that are not finite"
     with pytest.raises(UserError, match=words):
-        fold_adapters(base, [one])
+        merge_adapters(base, [one])
     with pytest.raises(UserError, match=words):
         load_model(one)
 
@@ -146,11 +146,11 @@ def test_few_bits_and_plain_models_are_refused_and_nothing_is_left(base: Path) -
     one = adapter(base, "one")
     before = sorted(base.parent.iterdir())
     with pytest.raises(UserError, match="base: a model and no adapter: expected a directory with an adapter_config"):
-        fold_adapters(base, [base])
+        merge_adapters(base, [base])
     path = base / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"bits": 4}}))
     with pytest.raises(UserError, match="weights are quantized, .*: name the full model that it was made from"):
-        fold_adapters(base, [one])
+        merge_adapters(base, [one])
     assert sorted(base.parent.iterdir()) == before
 
 
@@ -163,7 +163,7 @@ def test_an_adapter_is_a_model_for_a_script_and_for_inspection(base: Path) -> No
     stored = sum(4 * (a + b) for a, b in [(32, 32), (32, 16), (32, 16), (32, 32), (32, 48), (32, 48), (48, 32)])
     assert report.parameters["adapter"] == config.num_hidden_layers * stored
     assert report.parameter_count == parameter_count(decoder.architecture) + report.parameters["adapter"]
-    beside = inspect_model(one, rows=1, length=16, adapted=adapter_blueprint)
+    beside = inspect_model(one, rows=1, length=16, adapted=adapter_meta_model)
     assert beside.parameters == report.parameters
     saved = report.memory["training with adamw"] - beside.memory["training with adamw"]
     own = 4 * 4 * report.parameters["adapter"]  # weights, gradients and two moments

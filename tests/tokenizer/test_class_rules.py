@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from slmkit.config import warn_once
 from slmkit.tokenizer import SLMTokenizer
-from slmkit.tokenizer.directory import BYTE_LEVEL, SENTENCEPIECE, as_its_class_does
+from slmkit.tokenizer.directory import BYTE_LEVEL, SENTENCEPIECE, with_class_rules
 
 from .kinds import CONFIG, PROSE, byte_level, prepend, unigram, with_bos
 
@@ -85,7 +85,7 @@ def test_every_class_that_is_built_by_rules_of_its_own_is_known_or_named(caplog:
     for name in sorted(own - BYTE_LEVEL - SENTENCEPIECE - {"T5Tokenizer"}):
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            as_its_class_does(Tokenizer(models.BPE()), {"tokenizer_class": name}, "<s>")
+            with_class_rules(Tokenizer(models.BPE()), {"tokenizer_class": name}, "<s>")
         (line,) = caplog.messages
         assert line.startswith(f"tokenizer_class {name!r}: ")
 
@@ -94,5 +94,5 @@ def test_every_class_that_is_built_by_rules_of_its_own_is_known_or_named(caplog:
 def test_where_the_file_is_obeyed_nothing_is_said(caplog: pytest.LogCaptureFixture, name: str) -> None:
     tokenizer = other_rules()
     before = tokenizer.to_str()
-    assert as_its_class_does(tokenizer, {"tokenizer_class": name}, "<s>").to_str() == before
+    assert with_class_rules(tokenizer, {"tokenizer_class": name}, "<s>").to_str() == before
     assert not caplog.messages
