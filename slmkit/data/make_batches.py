@@ -14,7 +14,7 @@ from slmkit.data.prepare.open_sources import is_kept_in, open_sources
 from slmkit.data.settings import DataSettings, Reads
 from slmkit.data.sources import Source
 from slmkit.data.stream import ChatRows, MixtureStream, PretrainRows, Rows, Stream
-from slmkit.data.streaming import ConversationRows, DocumentBlocks, StreamedBatches, StreamedRows, TextRows
+from slmkit.data.streaming import Blocks, ConversationRows, StreamedBatches, StreamedRows, TextRows
 from slmkit.tokenizer import SLMTokenizer
 
 TOGETHER = 64  # documents tokenized at once without shuffling
@@ -66,9 +66,9 @@ def _streamed(
         at_once = max(LOOK_AHEAD, data.shuffle_buffer)
         # The shuffle is harmless: packing reorders them anyway.
         read = functools.partial(source.read, kind="conversations")
-        talks = DocumentBlocks(read, name, at_once, lambda talk: is_kept(written(talk)), seed, repeat)
+        talks = Blocks(read, name, at_once, lambda talk: is_kept(written(talk)), seed, repeat)
         encoder = ConversationEncoder(tokenizer, source, length, data.on_long_conversation)
         return ConversationRows(talks, encoder, length, seed)
     at_once, shuffle_seed = data.shuffle_buffer or TOGETHER, seed if data.shuffle_buffer else None
-    texts = DocumentBlocks(source.read, name, at_once, lambda document: is_kept(document.text), shuffle_seed, repeat)
+    texts = Blocks(source.read, name, at_once, lambda document: is_kept(document.text), shuffle_seed, repeat)
     return TextRows(texts, tokenizer, length)

@@ -44,13 +44,13 @@ class PackedRow(NamedTuple):
 
 
 class DocumentBlock(NamedTuple, Generic[T]):
-    """`position`: the block's beginning, for `DocumentBlocks.read`."""
+    """`position`: the block's beginning, for `Blocks.read`."""
 
     items: list[T]
     position: Position
 
 
-class DocumentBlocks(Generic[T]):
+class Blocks(Generic[T]):
     """Items of a source in blocks of `documents` documents, for one epoch or, with `repeat`, endlessly.
 
     `is_kept` tells from the first (or only) piece of a document whether the document is used.
@@ -139,7 +139,7 @@ class TextRows:
     At the end of the source, tokens that do not fill a row are left out.
     """
 
-    def __init__(self, blocks: DocumentBlocks[Document], tokenizer: SLMTokenizer, length: int) -> None:
+    def __init__(self, blocks: Blocks[Document], tokenizer: SLMTokenizer, length: int) -> None:
         self.blocks, self.tokenizer, self.length = blocks, tokenizer, length
         self.seek({})
 
@@ -185,9 +185,7 @@ class ConversationRows:
     encoder counts them. Raises `UserError` if no conversation has anything to learn.
     """
 
-    def __init__(
-        self, blocks: DocumentBlocks[list[Message]], encoder: ConversationEncoder, length: int, seed: int
-    ) -> None:
+    def __init__(self, blocks: Blocks[list[Message]], encoder: ConversationEncoder, length: int, seed: int) -> None:
         self.blocks, self.encoder, self.length, self.seed = blocks, encoder, length, seed
         self.eos_id, self.pad_id = encoder.tokenizer.eos_token_id, encoder.tokenizer.pad_token_id or 0
         self.seek({})

@@ -21,7 +21,7 @@ Rotation = tuple[Tensor, Tensor]  # cosines and sines, each [batch or 1, 1, sequ
 
 
 @dataclass(frozen=True)
-class LinearScaling:
+class Linear:
     """Divides all frequencies by `factor` (Chen et al. 2023, arXiv:2306.15595)."""
 
     factor: float
@@ -112,7 +112,7 @@ class DynamicNTK:
         return theta * growth ** (dim / (dim - 2))
 
 
-Scaling = LinearScaling | Llama3 | Yarn | DynamicNTK
+Scaling = Linear | Llama3 | Yarn | DynamicNTK
 
 
 @dataclass(frozen=True)
@@ -141,13 +141,7 @@ def channels(dim: int) -> Tensor:
 
 
 # By `rope_type`.
-SCALINGS: dict[str, Any] = {
-    "default": None,
-    "dynamic": DynamicNTK,
-    "linear": LinearScaling,
-    "llama3": Llama3,
-    "yarn": Yarn,
-}
+SCALINGS: dict[str, Any] = {"default": None, "dynamic": DynamicNTK, "linear": Linear, "llama3": Llama3, "yarn": Yarn}
 
 
 def rope_of(parameters: dict[str, Any], kind: str, dim: int, max_positions: int) -> Rope:

@@ -25,7 +25,7 @@ from slmkit.tokenizer import byte_level
 from slmkit.tokenizer.chat import ChatTokens
 from slmkit.tokenizer.fast_encoder import FastEncoder
 
-PROBE_TEXT = "The cat  sat; it's 12345.\n\n\tCAFÉ cafe\u0301 ﬁ ½ x_y=f(z)!!! 猫が座った 🐈\r\n "
+PROBE = "The cat  sat; it's 12345.\n\n\tCAFÉ cafe\u0301 ﬁ ½ x_y=f(z)!!! 猫が座った 🐈\r\n "
 STAND_INS = "\ufdd0\n\u2028x"  # characters put before text; one that does not merge with it is used
 
 _INVALID_UTF8 = re.compile("([\udc80-\udcff]+)")  # from errors="surrogateescape": bytes that are not UTF-8
@@ -93,8 +93,8 @@ class TextEncoder:
     def fast(self) -> FastEncoder | None:
         """The fast encoder, made on first use in about 0.1 s; None if its ids would differ from `tokenizers`'."""
         encoder = FastEncoder.of(self.library)
-        theirs = self.library.encode(PROBE_TEXT, add_special_tokens=False).ids
-        is_sure = encoder and encoder.encode_array(PROBE_TEXT).tolist() == theirs
+        theirs = self.library.encode(PROBE, add_special_tokens=False).ids
+        is_sure = encoder and encoder.encode_array(PROBE).tolist() == theirs
         return encoder if is_sure else None
 
     @cached_property

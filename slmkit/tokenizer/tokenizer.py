@@ -24,7 +24,7 @@ from slmkit.tokenizer.byte_level import SPECIALS
 from slmkit.tokenizer.calling import CallableTokenizer
 from slmkit.tokenizer.chat import ChatTokens, Message, Tools
 from slmkit.tokenizer.directory import ChatFormat, find_format
-from slmkit.tokenizer.encoder import PROBE_TEXT, ChatRow, RenderedChat, RenderedRow, TextEncoder
+from slmkit.tokenizer.encoder import PROBE, ChatRow, RenderedChat, RenderedRow, TextEncoder
 
 # End-of-text tokens, tried in this order if neither the config nor the chat template names one.
 ENDS_OF_TEXT = (byte_level.END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
@@ -315,9 +315,7 @@ class SLMTokenizer(CallableTokenizer):
         """
         asked = [{"role": "user", "content": "?"}]
         prompt = self.encode_chat(asked, add_generation_prompt=True).ids
-        return (
-            self.encode_chat([*asked, {"role": "assistant", "content": chat.PROBE_ANSWER}]).ids[: len(prompt)] == prompt
-        )
+        return self.encode_chat([*asked, {"role": "assistant", "content": chat.REPLY}]).ids[: len(prompt)] == prompt
 
     def _template(self) -> str:
         if self.chat_template is None:
@@ -370,16 +368,11 @@ class SLMTokenizer(CallableTokenizer):
 
     @property
     def fingerprint(self) -> str:
-        """sha256 (hex) of vocabulary, merges, special tokens and ids of `PROBE_TEXT`. Equal after saving and loading.
+        """sha256 (hex) of vocabulary, merges, special tokens and the ids of `PROBE`. Equal after saving and loading.
 
         The probe covers pre-tokenizer and normalizer, whose serialization changes between versions of the library.
         """
         content = json.loads(self._tokenizer.to_str())
-        parts = [
-            content["model"].get("vocab"),
-            content["model"].get("merges"),
-            self.special_tokens,
-            self.encode(PROBE_TEXT),
-        ]
+        parts = [content["model"].get("vocab"), content["model"].get("merges"), self.special_tokens, self.encode(PROBE)]
         parts += [self.added_words] if self.added_words else []
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

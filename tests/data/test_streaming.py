@@ -19,7 +19,7 @@ from slmkit.data.prepare.conversations import ConversationEncoder
 from slmkit.data.prepare.held_out import is_held_out
 from slmkit.data.sources import open_source
 from slmkit.data.sources.settings import SourceSettings
-from slmkit.data.streaming import ConversationRows, DocumentBlocks, StreamedBatches, TextRows
+from slmkit.data.streaming import Blocks, ConversationRows, StreamedBatches, TextRows
 from tests.data.byte_tokenizer import ByteTokenizer, chat
 
 TOKENIZER = ByteTokenizer()
@@ -36,11 +36,9 @@ def numbered_texts(kind: str, count: int) -> list[str]:
     return [f"{kind} {number}: " + "x" * (number % 7) for number in range(count)]
 
 
-def blocks(
-    path: Path, shuffle: int = 0, repeat: bool = True, held_out: float = 0.0, documents: int = 5
-) -> DocumentBlocks:
+def blocks(path: Path, shuffle: int = 0, repeat: bool = True, held_out: float = 0.0, documents: int = 5) -> Blocks:
     source = open_source(SourceSettings(path=str(path)))
-    return DocumentBlocks(
+    return Blocks(
         source.read,
         name="it",
         documents=shuffle or documents,
@@ -54,9 +52,9 @@ def text_rows(path: Path, **options) -> TextRows:
     return TextRows(blocks(path, **options), TOKENIZER, LENGTH)
 
 
-def chat_blocks(path: Path, repeat: bool = True) -> DocumentBlocks:
+def chat_blocks(path: Path, repeat: bool = True) -> Blocks:
     read = functools.partial(open_source(SourceSettings(path=str(path))).read, kind="conversations")
-    return DocumentBlocks(
+    return Blocks(
         read, name="it", documents=8, is_kept=lambda _: True, shuffle_seed=3, repeat=repeat,
     )  # fmt: skip
 
