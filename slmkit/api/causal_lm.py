@@ -184,7 +184,7 @@ class GeneratingModel(nn.Module):
         if directory is None or not (directory / "tokenizer.json").is_file():
             return None
         tokenizer = SLMTokenizer.from_pretrained(directory)
-        tokenizer.suppressed = self.config.generation_config.get("suppress_tokens") or []
+        tokenizer.use_generation_config(self.config.for_generation())
         return tokenizer.known_ids
 
 

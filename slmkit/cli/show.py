@@ -155,6 +155,5 @@ def load_model(path: str, device: str, others: Sequence[str] = ()) -> tuple[Lang
 
     tokenizer, where = common_tokenizer(directories), find_device(device).torch_device
     loaded = [load(directory, where) for directory in directories]
-    tokenizer.set_stop_ids(loaded[0][1].for_generation()["eos_token_id"])
-    tokenizer.suppressed = loaded[0][1].generation_config.get("suppress_tokens") or []
+    tokenizer.use_generation_config(loaded[0][1].for_generation())
     return together([decoder for decoder, _ in loaded]), tokenizer

@@ -350,9 +350,11 @@ class SLMTokenizer(CallableTokenizer):
         """Ids that end generation: end of text, end of turn, and `further_stops`."""
         return {self.eos_token_id, self.end_of_turn_id, *self.further_stops}
 
-    def set_stop_ids(self, ids: int | Sequence[int] | None) -> None:
-        """Set `further_stops`: an id, or several [ids], from the model's own settings."""
-        self.further_stops = {ids} if isinstance(ids, int) else {*(ids or [])}
+    def use_generation_config(self, content: Mapping[str, Any]) -> None:
+        """Set `further_stops` and `suppressed` from the content of a model's `generation_config.json`."""
+        ends = content.get("eos_token_id")
+        self.further_stops = {ends} if isinstance(ends, int) else {*(ends or [])}
+        self.suppressed = content.get("suppress_tokens") or []
 
     @property
     def known_ids(self) -> np.ndarray:

@@ -191,7 +191,7 @@ def write_sparse_shards(folder: Path, tokens: int) -> TokenShards:
     return TokenShards.open(folder)
 
 
-def loading_speed(folder: Path, steps: int = 200) -> dict[str, float]:
+def loading_speed(folder: Path) -> dict[str, float]:
     """Batches of random rows from shards, one core: their rate, and the time to open the shards at any step."""
 
     def resumed(step: int) -> Stream:
@@ -201,7 +201,7 @@ def loading_speed(folder: Path, steps: int = 200) -> dict[str, float]:
 
     opened = seconds(lambda: resumed(0))
     stream = resumed(0)
-    times = [seconds(functools.partial(stream.batch, step)) for step in range(20, 20 + steps)]
+    times = [seconds(functools.partial(stream.batch, step)) for step in range(20, 220)]
     positions = np.linspace(0, 3 * (stream.rows_in_epoch or 0) // ROWS, 20, dtype=int).tolist()
     places = [seconds(functools.partial(resumed, step)) for step in positions]
     return {

@@ -24,6 +24,7 @@ from slmkit.data.sources.text_files import text_documents
 from slmkit.hub import NetworkError, one_line
 
 ROWS_LOOKED_AT = 50  # to tell their kind
+MOST_NAMED = 8  # columns or tokens, in a line of the report
 READ_WHOLE = 1 << 32  # largest source in bytes that is read to tell whether it has changed
 
 
@@ -230,10 +231,10 @@ def _rows(count: int) -> str:
     return f"{count:,} row{'' if count == 1 else 's'}"
 
 
-def _first_ones(counted: Sequence[tuple[str, str]], most: int = 8) -> str:
+def _first_ones(counted: Sequence[tuple[str, str]]) -> str:
     """Names with their counts, and how many more there are."""
-    more = f" and {len(counted) - most} more" if len(counted) > most else ""
-    return ", ".join(f"{name} ({count})" for name, count in counted[:most]) + more
+    more = f" and {len(counted) - MOST_NAMED} more" if len(counted) > MOST_NAMED else ""
+    return ", ".join(f"{name} ({count})" for name, count in counted[:MOST_NAMED]) + more
 
 
 def open_source(
