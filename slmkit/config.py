@@ -35,8 +35,12 @@ class _OneLineErrors(ModelMetaclass):
     """Makes calls of the class raise `UserError`. Not in `__init__`, which pydantic also calls for nested settings."""
 
     def __call__(cls, *positional: Any, **values: Any) -> Any:  # noqa: N805 (of a metaclass)
+        if positional:
+            raise UserError(
+                f"{cls.__name__}: give the values by name, such as {next(iter(cls.model_fields), 'name')}=…"
+            )
         try:
-            return super().__call__(*positional, **values)
+            return super().__call__(**values)
         except pydantic.ValidationError as error:
             raise UserError(_first_problem(cls, error, cls.__name__)) from None  # type: ignore[arg-type]
 
@@ -233,7 +237,8 @@ def _first_problem(kind: type[Settings], error: pydantic.ValidationError, origin
     if problem["type"] in ("model_type", "model_attributes_type", "dict_type") and place in kind.hints:
         near = did_you_mean(place, [], kind.hints)
         return f"{where}{place}: expected keys below it, found {spelled(found)}; {near}{more}"
-    expected = list(dict.fromkeys(_expected(each) for each in problems if _place(kind, each["loc"]) == place))
+    same_place = [each for each in problems if _place(kind, each["loc"]) == place]
+    expected = list(dict.fromkeys(_expected(kind, place, each) for each in same_place))
     more = f" (and {len(problems) - len(expected)} more)" if len(problems) > len(expected) else ""
     shown = "" if problem["type"] == "missing" or isinstance(found, dict) else f", found {spelled(found)}"
     return f"{where}{place}: {' or '.join(expected).replace(' or expected', ' or')}{shown}{more}"
@@ -250,19 +255,44 @@ EXPECTED = {  # prefix of pydantic's error type → expected value
     "dict": "expected keys with values below it",
     "model": "expected keys with values below it",
     "literal_error": "expected {expected}",
-    "greater_than_equal": "expected {ge} or more",
-    "greater_than": "expected more than {gt}",
-    "less_than_equal": "expected {le} or less",
-    "less_than": "expected less than {lt}",
     "too_short": "expected {min_length} or more entries",
 }
+BOUNDS = {"ge": "{} or more", "gt": "more than {}", "le": "up to {}", "lt": "less than {}"}
 
 
-def _expected(problem: Any) -> str:
+def _bounds(kind: type[Settings], place: Sequence[str], problem: Any) -> str:
+    """The whole range of a number and what its `description` says about it, for the error message."""
+    names = [part for part in place if not part.isdigit()]  # without places in lists
+    fields = _section(kind, names[:-1]).model_fields
+    field = next((field for name, field in fields.items() if names[-1:] == [field.alias or name]), None)
+    found = dict(problem.get("ctx", {}))
+    for one in _metadata(field):
+        found |= {name: getattr(one, name) for name in BOUNDS if hasattr(one, name)}
+    words = [words.format(_short(found[name])) for name, words in BOUNDS.items() if name in found]
+    note = f" ({field.description})" if field and field.description else ""
+    return f"expected {' and '.join(words)}{note}"
+
+
+def _metadata(annotation: Any) -> Iterator[Any]:
+    """The entries of all `Annotated[…]` in an annotation or a field, such as `annotated_types.Ge`."""
+    yield from getattr(annotation, "metadata", ())
+    yield from getattr(annotation, "__metadata__", ())
+    for part in (getattr(annotation, "annotation", None), *typing.get_args(annotation)):
+        if part is not None:
+            yield from _metadata(part)
+
+
+def _short(number: float) -> str:
+    return "2^63" if number == 2**63 else str(int(number) if number == int(number) else number)
+
+
+def _expected(kind: type[Settings], place: str, problem: Any) -> str:
     """The expected value, for the error message; messages of our own validators are kept."""
-    for kind in sorted(EXPECTED, key=len, reverse=True):
-        if problem["type"].startswith(kind):
-            return EXPECTED[kind].format_map(collections.defaultdict(str, problem.get("ctx", {})))
+    if problem["type"].startswith(("greater_than", "less_than")):
+        return _bounds(kind, place.split("."), problem)
+    for prefix in sorted(EXPECTED, key=len, reverse=True):
+        if problem["type"].startswith(prefix):
+            return EXPECTED[prefix].format_map(collections.defaultdict(str, problem.get("ctx", {})))
     message = problem["msg"].removeprefix("Value error, ")
     return f"{message[:1].lower()}{message[1:]}"
 
@@ -302,6 +332,11 @@ def _dotted_keys(kind: type[Settings], above: str = "") -> Iterator[str]:
 
 def fields_at(kind: type[Settings], location: Sequence[str]) -> list[str]:
     """The names of the settings in the section `location` below `kind`."""
+    return _section(kind, location).key_names()
+
+
+def _section(kind: type[Settings], location: Sequence[str]) -> type[Settings]:
+    """The class of the section `location` below `kind`, or of the last section on the way there."""
     for name in location:
         if name.isdigit():  # a place in a list
             continue
@@ -310,7 +345,7 @@ def fields_at(kind: type[Settings], location: Sequence[str]) -> list[str]:
         if not inner:
             break
         kind = inner
-    return kind.key_names()
+    return kind
 
 
 def _settings_in(annotation: Any) -> type[Settings] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 import yaml
@@ -21,7 +22,8 @@ class Outer(Settings):
     train: Inner = Field(default_factory=Inner)
     maybe: Inner | None = None
     many: list[Inner] = Field(default_factory=list)
-    scale: float = Field(1.0, alias="lambda")  # a name that Python keeps for itself
+    shares: list[Annotated[float, Field(gt=0, le=1, description="1: all")]] = Field(default_factory=list)
+    scale: float = Field(1.0, ge=0, lt=10, alias="lambda")  # a name that Python keeps for itself
 
 
 def test_values_come_from_the_file_and_overrides_win() -> None:
@@ -78,6 +80,8 @@ def test_an_entry_of_a_list_is_overridden_by_its_number() -> None:
         ({"many": []}, ["many.0.warmup_steps=3"], "many.0.warmup_steps: the list is empty, so it has no entry '0'"),
         ({"maybe": None}, ["maybe.warmup=1"], "unknown key 'maybe.warmup'; did you mean 'warmup_steps'?"),
         ({"many": [{}]}, ["many.0.warmup_step=3"], "unknown key 'many.0.warmup_step'; did you mean 'warmup_steps'?"),
+        ({"lambda": -1}, [], "lambda: expected 0 or more and less than 10, found -1"),
+        ({"shares": [1, 2]}, [], "shares.1: expected more than 0 and up to 1, found 2"),
         ({"lamda": 1}, [], "unknown key 'lamda'; did you mean 'lambda'?"),
     ],
 )
@@ -86,6 +90,11 @@ def test_a_mistake_names_the_key_and_the_way_out(content: dict, overrides: list[
         load_settings(Outer, content, overrides, origin="r.yaml")
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_settings_without_their_names_are_one_line() -> None:
+    with pytest.raises(UserError, match="^Inner: give the values by name"):
+        Inner(0.5)
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from slmkit.adapt.load import load_model
 from slmkit.adapt.lora import adapted_linears
-from slmkit.config import UserError, methods_checked
+from slmkit.config import UserError, load_settings, methods_checked
 from slmkit.data.packing import IGNORED
 from slmkit.device import DeviceError, checked_device
 from slmkit.find import find_model_directory
@@ -111,7 +111,7 @@ class GeneratingModel(nn.Module):
         attention_mask: Tensor | None = None,
         max_length: int | None = None,
         max_new_tokens: int | None = None,
-        do_sample: bool = False,
+        do_sample: bool | None = False,
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -130,10 +130,11 @@ class GeneratingModel(nn.Module):
         `generation_config.json`, or its whole context.
         Finished rows are filled with `pad_token_id`. Raises `UserError` for invalid arguments.
         """
-        settings = SamplingSettings(
-            do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-            repetition_penalty=repetition_penalty, seed=seed,
-        )  # fmt: skip
+        sampling = {
+            "do_sample": False if do_sample is None else do_sample, "temperature": temperature, "top_k": top_k,
+            "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed,
+        }  # fmt: skip
+        settings = load_settings(SamplingSettings, sampling)
         _expect_weights(self.decoder)
         self._expect(input_ids, attention_mask)
         for name, count in (("max_length", max_length), ("max_new_tokens", max_new_tokens)):

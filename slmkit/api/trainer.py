@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,12 @@ class SLMTrainer:
         loss: LossFunction | None = None,
     ) -> None:
         """Raises `UserError` for conflicting arguments; `train` raises it for the X-ray's findings, unless `force`."""
+        expect_kind("config", config, SLMConfig)
+        expect_kind("model", model, SLMForCausalLM)
+        expect_kind("teacher_model", model if teacher_model is None else teacher_model, SLMForCausalLM)
+        expect_kind("lora", LoRASettings() if lora is None else lora, LoRASettings)
+        if isinstance(tokenizer, str) or not isinstance(tokenizer, Sized):
+            raise UserError(f"tokenizer: expected a tokenizer, found {kind_of_value(tokenizer)}")
         if len(tokenizer) > config.vocab_size:
             raise UserError(
                 f"the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}: "
@@ -253,6 +259,12 @@ class SLMTrainer:
     def _extra_files(self, directory: Path) -> None:
         if hasattr(self.tokenizer, "save_pretrained"):
             self.tokenizer.save_pretrained(str(directory))
+
+
+def expect_kind(name: str, value: object, kind: type) -> None:
+    """Raise `UserError` for an argument of another type."""
+    if not isinstance(value, kind):
+        raise UserError(f"{name}: expected a value of type {kind.__name__}, found {kind_of_value(value)}")
 
 
 def check_config(config: SLMConfig, of_model: SLMConfig) -> None:

@@ -103,7 +103,7 @@ def inspect(
         str, typer.Argument(help="A file or folder of text or rows, or a directory of shards.", metavar="PATH")
     ],
     tokenizer: Annotated[str | None, typer.Option(help="The tokenizer to show documents with.")] = None,
-    documents: Annotated[int, typer.Option(help="How many documents or rows to show.")] = 2,
+    documents: Annotated[int, typer.Option(min=0, help="How many documents or rows to show.")] = 2,
     source: SourceOptions = None,
     length: Annotated[int | None, typer.Option(min=1, help="Count the documents longer than this, in tokens.")] = None,
 ) -> None:

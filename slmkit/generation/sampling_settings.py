@@ -32,6 +32,11 @@ class SamplingSettings(Settings):
         """Numbers of numpy and scalar tensors as Python's."""
         return value.item() if hasattr(value, "item") else value
 
+    @field_validator("do_sample", mode="before")
+    @classmethod
+    def _zero_and_one(cls, value: Any) -> Any:
+        return bool(value) if isinstance(value, int) and value in (0, 1) else value
+
     @classmethod
     def for_model(cls, directory: str | Path, seed: int | None, usual: Mapping[str, float], **given: Any) -> Self:
         """The values in `given`; for those that are None, the model's `generation_config.json`, then `usual`.

@@ -239,7 +239,9 @@ IDS = torch.arange(12).view(2, 6)
         (IDS, {"labels": IDS[:, :3]}, "labels: expected the shape"),
         (IDS, {"labels": IDS.float()}, "labels: expected whole numbers"),
         (IDS, {"labels": IDS - 1}, "labels: found -1"),
-        (IDS, {"temperature": "0.5"}, "temperature: expected a number, found '0.5'"),
+        (IDS, {"seed": 2**63}, r"^seed: expected 0 or more and less than 2\^63, found"),
+        (IDS, {"do_sample": 2}, "^do_sample: expected true or false, found 2"),
+        (IDS, {"temperature": "0.5"}, "^temperature: expected a number, found '0.5'"),
         (IDS, {"top_k": 1.5}, "top_k: expected a whole number, found 1.5"),
         (IDS, {"eos_token_id": "a"}, "eos_token_id 'a'"),
         (IDS, {"eos_token_id": 60}, "eos_token_id 60: expected an id or a list of ids from 0 to 59"),
@@ -258,6 +260,13 @@ def test_what_is_no_batch_of_ids_is_refused_in_one_line(ids: Any, options: dict,
         with pytest.raises(UserError, match=said) as raised:
             call(ids, **options)
         assert "\n" not in str(raised.value)
+
+
+def test_do_sample_may_be_none_or_a_number_as_in_transformers() -> None:
+    model = small()
+    for given, same in ((None, False), (0, False), (1, True)):
+        found, expected = (model.generate(IDS, max_new_tokens=9, do_sample=one, seed=1) for one in (given, same))
+        assert torch.equal(found, expected)
 
 
 def test_a_text_that_the_context_ends_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:

@@ -340,6 +340,10 @@ def test_wrong_arguments_and_callbacks_are_one_line(tmp_path: Path) -> None:
         trainer(tmp_path, callbacks=[transformers.TrainerCallback()])
     with pytest.raises(UserError, match=r"^callbacks: the function <lambda> does not take \(state, report\)"):
         trainer(tmp_path, callbacks=[lambda state: None])
+    for name in ("config", "model", "tokenizer", "lora", "teacher_model"):
+        values = {"config": CONFIG, "model": fresh(), "tokenizer": TOKENIZER, "train_dataset": DATASETS["list"]}
+        with pytest.raises(UserError, match=f"^{name}: expected a .*, found a whole number$"):
+            SLMTrainer(**{**values, name: 3})
     with contextlib.suppress(UserError):
         SLMConfig(hiden_size=3)
     for name in SLMConfig.model_fields:

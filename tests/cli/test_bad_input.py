@@ -100,13 +100,19 @@ def test_an_empty_prompt_lets_the_model_begin(run: Path) -> None:
     assert done.stdout.strip()
 
 
+def test_fewer_than_no_documents_cannot_be_shown(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    assert "invalid value for '--documents'" in refused("data", "inspect", tmp_path / "a.jsonl", "--documents", "-1")
+
+
 @pytest.mark.parametrize(
     ("option", "value", "words"),
     [
-        ("--temperature", "-1", "temperature: expected 0.0 or more, found -1.0"),
-        ("--top-p", "0", "top_p: expected more than 0.0, found 0.0"),
-        ("--min-p", "2", "min_p: expected less than 1.0, found 2.0"),
-        ("--repetition-penalty", "0", "repetition_penalty: expected more than 0.0, found 0.0"),
+        ("--temperature", "-1", "temperature: expected 0 or more (0: greedy), found -1.0"),
+        ("--top-k", "-1", "top_k: expected 0 or more (0: all tokens), found -1"),
+        ("--top-p", "2", "top_p: expected more than 0 and up to 1, found 2.0"),
+        ("--min-p", "3", "min_p: expected 0 or more and less than 1, found 3.0"),
+        ("--repetition-penalty", "0", "repetition_penalty: expected more than 0 (1: none), found 0.0"),
         ("--max-new-tokens", "many", "should be a valid integer"),
     ],
 )

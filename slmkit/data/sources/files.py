@@ -122,5 +122,5 @@ def pyarrow() -> Any:
 
 def damage() -> tuple[type[Exception], ...]:
     """The exceptions that reading a damaged file raises."""
-    arrow = () if "pyarrow" not in sys.modules else (pyarrow().ArrowException,)
+    arrow = () if "pyarrow" not in sys.modules else (pyarrow().ArrowException, SystemError)
     return (OSError, EOFError, zlib.error, *arrow)

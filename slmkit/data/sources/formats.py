@@ -96,10 +96,11 @@ def _prompt_and_response(row: RowDict, *columns: str) -> str:
 
 
 def _talk(row: RowDict, column: str) -> Conversation:
-    messages = _conversation(row, _messages(row, column), column)
-    if "chosen" in row and "rejected" in row and messages[-1]["role"] != "assistant":
+    turns = _messages(row, column)
+    has_pair = "chosen" in row and "rejected" in row
+    if has_pair and conversation(turns, column=column)[-1]["role"] != "assistant":
         raise RowError("columns 'chosen' and 'rejected' hold the answers: objective: dpo", "pairs of answers")
-    return messages
+    return _conversation(row, turns, column)
 
 
 def _exchange(row: RowDict, asked: str, answer: str) -> Conversation:

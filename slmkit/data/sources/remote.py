@@ -223,24 +223,27 @@ def _hub_files(path: str, settings: SourceSettings) -> list[File]:
     Raises `UserError` for an unknown configuration or split, with the known ones, and `NetworkError`.
     """
     datasets = _datasets()
-    what = f"data set {path}"
+    what, is_local = f"data set {path}", Path(path).is_dir()
     with network(what):
         try:
             builder = datasets.load_dataset_builder(path, name=settings.config, revision=settings.revision)
         except datasets.exceptions.DataFilesNotFoundError:
             raise UserError(f"{what}: holds no data files of a known kind") from None
-        except (ValueError, RuntimeError) as error:  # a wrong configuration, or a loading script
-            if not str(error).startswith(("BuilderConfig", "Config name", "Dataset scripts")):
-                raise
-            hint = " (config)" if "onfig" in str(error) else ""
-            raise UserError(f"{what}: {one_line(error)}{hint}") from None
+        except Exception as error:
+            # A wrong configuration, or a loading script.
+            if str(error).startswith(("BuilderConfig", "Config name", "Dataset scripts")):
+                hint = " (config)" if "onfig" in str(error) else ""
+                raise UserError(f"{what}: {one_line(error)}{hint}") from None
+            if is_local:  # nothing is read over a network, so trying again does not help
+                raise UserError(f"{what}: its README.md or files are not as expected: {one_line(error)}") from None
+            raise
     splits = builder.config.data_files or {}
     if settings.split not in splits:
         raise UserError(f"{what}: no split {settings.split!r}; {did_you_mean(settings.split, map(str, splits))}")
     urls = [*map(str, splits[settings.split])]
     if unknown := next((url for url in urls if kind_of(url) not in KINDS), None):
         raise UserError(f"{settings.path}: {Path(unknown).name}: expected {listed(KINDS)} (also as .gz or .zst)")
-    open_as = local_file if Path(path).is_dir() else remote_file if settings.streaming else _downloaded_file
+    open_as = local_file if is_local else remote_file if settings.streaming else _downloaded_file
     return [*map(open_as, urls)]
 
 

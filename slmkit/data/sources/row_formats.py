@@ -38,10 +38,9 @@ class RowFormats:
         if name is not None and name not in formats:
             raise UserError(f"row_format {name!r}: {did_you_mean(name, formats)}")
         known = {column for one in formats.values() for column in one.used}
-        for ours, theirs in self.mapping.items():
+        for ours in self.mapping:
             if ours not in known:
-                near = did_you_mean(ours, known)
-                raise UserError(f"{what} have no column {ours!r}; {near} (it is set to {theirs!r})")
+                raise UserError(f"{self._setting(ours)}: {what} have no column {ours!r}; {did_you_mean(ours, known)}")
         found = {key: one for key, one in formats.items() if name in (None, key) and {*self.mapping} <= {*one.used}}
         if not found:
             together = " and ".join(map(repr, self.mapping))
@@ -109,7 +108,11 @@ class RowFormats:
         for ours, theirs in self.mapping.items():
             if theirs not in columns:
                 near = did_you_mean(theirs, columns).replace("known: ", "there are: ")
-                raise RowError(f"no column {theirs!r}, which is set as {ours!r}; {near}", NO_COLUMN)
+                raise RowError(f"no column {theirs!r}, which {self._setting(ours)} names; {near}", NO_COLUMN)
+
+    def _setting(self, ours: str) -> str:
+        """The setting that names the user's column for ours."""
+        return f"columns.{ours}" if ours in self.settings.columns else f"{ours}_column"
 
     def _unused(self, row: RowDict, found: RowFormat) -> list[str]:
         """The columns that a format does not use. Raises `RowError` for one whose meaning would be lost."""

@@ -55,8 +55,9 @@ class FilePart:
     def _items(self, kind: str, start: Position, unused: Counter[str]) -> Iterator[Item[Any]]:
         if kind == "text" and self.file.kind in TEXT_KINDS:
             yield from text_documents(self.file, start, self.settings.separator)
-        elif self.file.kind in ROW_KINDS:
-            formats = RowFormats(kind, self.settings, unused)
+            return
+        formats = RowFormats(kind, self.settings, unused)
+        if self.file.kind in ROW_KINDS:
             before, given = start, start.get("piece", 0)
             for place, row, position in ROWS[self.file.kind](self.file, start, formats):
                 item = row if isinstance(row, BadRow) else formats.convert(place, row)
@@ -73,7 +74,7 @@ class FilePart:
             raise UserError(f"{self.file.name}: expected {listed(ROW_KINDS)} (also as .gz or .zst)")
         else:  # a file of a folder of several kinds
             reason = f"{self.file.kind} files, which hold no rows"
-            yield BadRow(reason, self.file.name, harmless=True), start
+            yield BadRow(reason, f"{self.file.name}: expected {listed(ROW_KINDS)}", harmless=True), start
 
     def describe(self) -> dict[str, Any]:
         return self.file.describe()
@@ -131,6 +132,9 @@ class Source:
 
         If no row has the columns of any, the first kind with the columns of rows left out, or that fits the settings.
         """
+        return self.retries.until_done(self._kind_of_first_rows)
+
+    def _kind_of_first_rows(self) -> str:
         left_out: list[str] = []
         possible: list[str] = []
         for kind in ("pairs", "judgements", "conversations", "text"):

@@ -14,11 +14,11 @@ from slmkit.config import Settings, UserError, load_settings
 FILE = "generation_config.json"
 Id = Annotated[int, Field(ge=0)]
 # Ranges of sampling settings, as in transformers.
-Temperature = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-TopK = Annotated[int, Field(ge=0)]
+Temperature = Annotated[float, Field(ge=0, allow_inf_nan=False, description="0: greedy")]
+TopK = Annotated[int, Field(ge=0, description="0: all tokens")]
 TopP = Annotated[float, Field(gt=0, le=1)]
 MinP = Annotated[float, Field(ge=0, lt=1)]
-Penalty = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Penalty = Annotated[float, Field(gt=0, allow_inf_nan=False, description="1: none")]
 # Keys that do not affect generation here.
 HARMLESS = {
     "_from_model_config", "assistant_confidence_threshold", "assistant_lookbehind", "bos_token_id", "cache_config",

@@ -193,6 +193,21 @@ def test_a_row_of_parquet_that_is_no_utf_8_is_counted(tmp_path: Path):
     assert "a.parquet: row 2" in opened.report()[0]
 
 
+def test_an_arrow_file_whose_lengths_are_damaged_is_read_up_to_there(tmp_path: Path):
+    table = pa.table({"text": ["good"] * 4})
+    with pa.ipc.new_stream(tmp_path / "a.arrow", table.schema) as stream:
+        stream.write_table(table, max_chunksize=2)
+    content = (tmp_path / "a.arrow").read_bytes()
+    offsets = b"".join(place.to_bytes(4, "little") for place in (0, 4, 8))
+    before, _, behind = content.rpartition(offsets)
+    (tmp_path / "a.arrow").write_bytes(before + offsets[:8] + (1).to_bytes(4, "little") + behind)
+    opened = source(tmp_path)
+    assert texts(opened) == ["good"] * 2
+    assert opened.skipped == {"unreadable file": 2}
+    with pytest.raises(UserError, match=r"a\.arrow: rows 3 to 4 cannot be read as arrow"):
+        texts(source(tmp_path, "refuse"))
+
+
 @pytest.mark.parametrize("kind", [".parquet", ".arrow"])
 def test_files_that_are_compressed_inside_are_refused_as_archives(tmp_path: Path, kind: str):
     (tmp_path / f"a{kind}.gz").write_bytes(gzip.compress(b"columns"))

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from slmkit.config import UserError
 from slmkit.data.sources import open_source
 from slmkit.data.sources.settings import SourceSettings
 from tests.data.hub_server import REVISION, Fault, HubServer
@@ -244,6 +245,16 @@ def test_offline_is_one_line_at_once(tmp_path: Path):
             answer = ask(TALES, streaming=True)
             assert answer["error"] == f"data set {TALES}: cannot be reached: this machine is offline, or told to be"
             assert answer["slept"] == []
+
+
+@pytest.mark.parametrize("configs", ["3", "["])
+def test_a_wrong_readme_of_a_local_folder_is_one_line_at_once(tmp_path: Path, configs: str):
+    (tmp_path / "README.md").write_text(f"---\nconfigs: {configs}\n---\n")
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(UserError, match=r"its README\.md or files are not as expected: .*config") as error:
+        open_source(SourceSettings(path=str(tmp_path), retry_for=0))
+    assert "\n" not in str(error.value)
+    assert "retry_for" not in str(error.value)
 
 
 def test_a_damaged_file_is_no_failure_of_the_network(hub: HubServer, ask: Ask):

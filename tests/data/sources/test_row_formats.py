@@ -207,8 +207,9 @@ def test_labelled_answers_and_pairs_are_not_learned_as_conversations(tmp_path: P
     with pytest.raises(UserError, match=r"a\.jsonl:1: column 'label' labels the answer good or bad: objective: kto"):
         list(opened(tmp_path / "a.jsonl", [{"messages": TALK, "label": False}]).read(kind="conversations"))
     row = {"conversations": SHAREGPT[:1], "chosen": SHAREGPT[1], "rejected": {"from": "gpt", "value": "No."}}
-    with pytest.raises(UserError, match="columns 'chosen' and 'rejected' hold the answers: objective: dpo"):
-        list(opened(tmp_path / "a.jsonl", [row]).read(kind="conversations"))
+    for asked in (SHAREGPT[:1], SHAREGPT[:1] * 2):
+        with pytest.raises(UserError, match="columns 'chosen' and 'rejected' hold the answers: objective: dpo"):
+            list(opened(tmp_path / "a.jsonl", [row | {"conversations": asked}]).read(kind="conversations"))
     for answers, message in (
         ([{"text": "a", "score": 1}, {"text": "b", "score": 1}], "have one score, so that none is better"),
         (
@@ -270,9 +271,11 @@ def test_columns_are_mapped_in_every_kind_of_file_and_a_named_one_is_required(tm
     for index, (_, position) in enumerate(whole):
         assert list(open_source(named).read(position, "conversations")) == whole[index + 1 :]
     for wrong in ({"columns": {"prompt": "q", "completion": "answr", "system": "qq"}}, {"messages_column": "qq"}):
-        with pytest.raises(UserError, match=r"no column '(answr|qq)', which is set as '(completion|messages)'; "):
+        with pytest.raises(
+            UserError, match=r"no column '(answr|qq)', which (columns.completion|messages_column) names; "
+        ):
             list(open_source(SourceSettings(path=str(path), **wrong)).read(kind="conversations"))
-    with pytest.raises(UserError, match=r"no column 'ids', which is set as 'text'; did you mean 'id'\?"):
+    with pytest.raises(UserError, match=r"no column 'ids', which text_column names; did you mean 'id'\?"):
         list(open_source(SourceSettings(path=str(path), text_column="ids")).read())
 
 

@@ -196,6 +196,16 @@ def test_a_row_that_is_no_conversation_is_refused(tmp_path: Path, row: str):
         list(read_conversations(__file__))
 
 
+def test_texts_where_conversations_are_read_are_refused_with_the_reason(tmp_path: Path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("text")
+    with pytest.raises(UserError, match=r"such as .*a\.txt: expected \.jsonl, \.json, \.csv"):
+        list(read_conversations(tmp_path))
+    for path in (tmp_path, tmp_path / "a.txt"):
+        with pytest.raises(UserError, match=r"^separator: it is for text files .*; remove it$"):
+            list(open_source(SourceSettings(path=str(path), separator="\n")).read(kind="conversations"))
+
+
 @pytest.mark.parametrize("name", ["a.parquet", "a.txt.zst"])
 def test_without_pyarrow_the_line_says_what_to_install(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / name).write_bytes(b"something")

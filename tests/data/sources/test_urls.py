@@ -97,6 +97,12 @@ def test_an_answer_that_lacks_its_bytes_is_not_taken_for_the_end(server: HubServ
         everything(url, retries=RetryPolicy(1000, now=clock.now, sleep=clock.sleep, say=lambda line: None))
 
 
+def test_a_network_that_fails_while_the_kind_of_rows_is_found_out_is_one_line():
+    opened = open_source(SourceSettings(path="http://127.0.0.1:9/a.jsonl", retry_for=0))
+    with pytest.raises(UserError, match="cannot be reached"):
+        opened.reads()
+
+
 def test_what_was_read_is_not_asked_for_again(server: HubServer, tmp_path: Path):
     path = write(tmp_path / "a.jsonl", MANY)
     here, there = everything(path), at(server, path)
