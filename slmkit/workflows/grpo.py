@@ -133,10 +133,10 @@ class Rollouts(Batches):
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """`[questions * num_generations, length]`, the answers to one question adjacent."""
-        asked, size = self.settings.prompts_per_step, self.settings.num_generations
-        places = np.arange(asked, dtype=np.int64)[share_of_rank(asked, rank, world)]
+        count, size = self.settings.prompts_per_step, self.settings.num_generations
+        places = np.arange(count, dtype=np.int64)[share_of_rank(count, rank, world)]
         # Questions of similar length together: little padding.
-        indices = sorted(shuffled(step * asked + places, len(self.questions), self.seed), key=self.questions.length)
+        indices = sorted(shuffled(step * count + places, len(self.questions), self.seed), key=self.questions.length)
         asking = [self.questions.prompt(index) for index in indices]
         seed = random_seed(mixed_seed(self.seed, "answers"), step, rank)
         with self.group.whole(self.model), eager(self.model):
