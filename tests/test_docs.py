@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 from pathlib import Path
@@ -25,9 +26,22 @@ from slmkit.training.recipe.recipe import READS, Recipe
 from slmkit.workflows.objectives import OBJECTIVES
 from tests.parity.configurations import DRAW, PER_FAMILY
 
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 ARCHITECTURES_PAGE = (DOCS / "architectures.md").read_text(encoding="utf-8")
+
+
+def test_the_files_and_names_that_pages_mention_are_there() -> None:
+    for page in (*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "LOG.md"):
+        text = page.read_text(encoding="utf-8")
+        paths = re.findall(r"(?<![\w/.*])((?:slmkit|tests|benchmarks|recipes|docs)/[\w./-]*\w)(?![\w*])", text)
+        assert not [path for path in paths if not (ROOT / path).exists()], page.name
+        imported = re.findall(r"^from (slmkit[\w.]*) import ([\w, ]+)", text, re.MULTILINE)
+        for module, names in [*imported, *re.findall(r"`(slmkit\.[\w.]+)\.([A-Z]\w+)`", text)]:
+            there = importlib.import_module(module)
+            for name in names.split(", "):
+                assert hasattr(there, name) or importlib.util.find_spec(f"{module}.{name}"), f"{page.name}: {name}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -54,8 +68,8 @@ def test_as_many_configurations_are_compared_as_are_claimed() -> None:
 
 
 def test_the_readme_says_how_long_the_decoder_is() -> None:
-    lines = (DOCS.parent / "slmkit/model/decoder.py").read_text(encoding="utf-8").count("\n")
-    said = re.search(r"decoder of (\d+) lines", (DOCS.parent / "README.md").read_text(encoding="utf-8"))
+    lines = (ROOT / "slmkit/model/decoder.py").read_text(encoding="utf-8").count("\n")
+    said = re.search(r"decoder of (\d+) lines", (ROOT / "README.md").read_text(encoding="utf-8"))
     assert said is not None
     assert abs(int(said[1]) - lines) < 10
 
@@ -88,7 +102,7 @@ def test_the_examples_of_how_to_extend_it_run(tmp_path: Path, monkeypatch: pytes
     tables = BUILT_IN, OPTIMIZERS, FAMILIES, ARCHITECTURES
     before = [dict(table) for table in tables]
     names: dict[str, Any] = {}
-    page = (DOCS.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert max(block.count("\n") for block in blocks) <= 40
     try:

@@ -14,7 +14,7 @@ import torch
 
 from slmkit import SLMConfig, SLMEnsemble, SLMForCausalLM, SLMTokenizer, UserError
 from slmkit.adapt.merge_recipe import MergeRecipe
-from slmkit.cli.show import load_model
+from slmkit.cli.show import load_for_generation
 from slmkit.config import load_settings
 from slmkit.find import find_model_directory, find_tokenizer_directory
 from slmkit.hub import HubName, at_commit, hub_name
@@ -89,7 +89,7 @@ def test_a_model_is_read_by_name_everywhere(hub: HubServer) -> None:
         torch.testing.assert_close(ensemble(ids).logits.softmax(-1), model(ids).logits.softmax(-1))
     assert SLMConfig.from_pretrained(TINY).hidden_size == 16
     assert len(SLMTokenizer.from_pretrained(TINY)) == 260
-    assert load_model(TINY, "cpu", [TINY])[1].fingerprint == SLMTokenizer.from_pretrained(TINY).fingerprint
+    assert load_for_generation(TINY, "cpu", [TINY])[1].fingerprint == SLMTokenizer.from_pretrained(TINY).fingerprint
     assert inspect_model(TINY).parameter_count == sum(p.numel() for p in model.parameters())
 
 

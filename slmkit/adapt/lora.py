@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from slmkit.adapt.adapter_config import modules_and_weights
-from slmkit.adapt.swapping import ALL_LINEAR, Linear, matching, replace, swap
+from slmkit.adapt.swapping import ALL_LINEAR, LinearLike, matching, replace, swap
 from slmkit.config import UserError
 from slmkit.model.config import SLMConfig
 from slmkit.model.decoder import Decoder
@@ -40,10 +40,10 @@ NF4 = (
 class LoRALinear(nn.Module):
     """A frozen linear with a low-rank update."""
 
-    def __init__(self, base: Linear, r: int, scale: float, dropout: float = 0.0) -> None:
+    def __init__(self, base: LinearLike, r: int, scale: float, dropout: float = 0.0) -> None:
         """Freezes `base`. A and B are zero until `initialise`."""
         super().__init__()
-        self.base: Linear = base.requires_grad_(False)
+        self.base: LinearLike = base.requires_grad_(False)
         self.scale, self.in_features, self.out_features = scale, base.in_features, base.out_features
         self.lora_A = nn.Parameter(base.weight.new_zeros(r, base.in_features))
         self.lora_B = nn.Parameter(base.weight.new_zeros(base.out_features, r))
@@ -76,7 +76,7 @@ class LoRALinear(nn.Module):
 class DoRALinear(LoRALinear):
     """As LoRALinear, with `magnitude` [out]: the learned norm of each row of the sum."""
 
-    def __init__(self, base: Linear, r: int, scale: float, dropout: float = 0.0) -> None:
+    def __init__(self, base: LinearLike, r: int, scale: float, dropout: float = 0.0) -> None:
         super().__init__(base, r, scale, dropout)
         lengths = base.weight.detach().norm(dim=1)
         self.magnitude = nn.Parameter(lengths.clone())
@@ -119,7 +119,7 @@ def add_lora(decoder: Decoder, config: SLMConfig, settings: LoRASettings, seed: 
     kind = DoRALinear if settings.use_dora else LoRALinear
     generator = torch.Generator().manual_seed(seed)
 
-    def make(linear: Linear) -> nn.Module:
+    def make(linear: LinearLike) -> nn.Module:
         adapted = kind(linear, settings.r, settings.scale, settings.lora_dropout)
         adapted.initialise(generator)
         return adapted
@@ -196,7 +196,7 @@ def _plain(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
 class FrozenLinear(nn.Module):
     """x W^T + b with a frozen matrix, stored as `codes` and `scales` in the format `name`."""
 
-    def __init__(self, linear: Linear, name: str) -> None:
+    def __init__(self, linear: LinearLike, name: str) -> None:
         super().__init__()
         self.name, self.in_features, self.out_features = name, linear.in_features, linear.out_features
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)

@@ -39,7 +39,7 @@ PARALLEL = 0.9995
 
 
 @dataclass(frozen=True)
-class Place:
+class MergedTensor:
     """One tensor of the result: its sources (that of the base first), its depth (0 to 1), and its stored type."""
 
     name: str
@@ -80,20 +80,20 @@ class Merge:
 
     recipe: MergeRecipe
     config: SLMConfig
-    places: list[Place]
+    tensors: list[MergedTensor]
 
     @property
     def dtype(self) -> torch.dtype:
         """The widest stored type among the tensors."""
-        return functools.reduce(torch.promote_types, (place.dtype for place in self.places))
+        return functools.reduce(torch.promote_types, (tensor.dtype for tensor in self.tensors))
 
     @property
     def parameters(self) -> int:
-        return sum(place.size for place in self.places)
+        return sum(tensor.size for tensor in self.tensors)
 
     @property
     def bytes(self) -> int:
-        return sum(place.size * place.dtype.itemsize for place in self.places)
+        return sum(tensor.size * tensor.dtype.itemsize for tensor in self.tensors)
 
     def write(self, directory: Path, progress: Callable[[int], None] = lambda written: None) -> None:
         """Write config and weights into a new `directory`; `progress` is called with the bytes written so far.
@@ -101,15 +101,15 @@ class Merge:
         Raises `UserError` if a model's file is damaged.
         """
         write_configs(self.config, directory, str(self.dtype).removeprefix("torch."))
-        shapes = {place.name: (place.shape, place.dtype) for place in self.places}
+        shapes = {tensor.name: (tensor.shape, tensor.dtype) for tensor in self.tensors}
         write_tensors(directory / WEIGHTS, shapes, self._tensors(progress))
 
     def _tensors(self, progress: Callable[[int], None]) -> Iterator[tuple[str, Tensor]]:
         written = 0
-        for place in self.places:
-            tensor = merged_tensor(self.recipe, place)
-            yield place.name, tensor
-            written += tensor.nbytes
+        for tensor in self.tensors:
+            value = merged_tensor(self.recipe, tensor)
+            yield tensor.name, value
+            written += value.nbytes
             progress(written)
 
 
@@ -136,41 +136,41 @@ def plan_merge(recipe: MergeRecipe, directories: Mapping[str, Path]) -> Merge:
             raise UserError(
                 f"{entry.model}: layer_range is {list(entry.layer_range)}: only whole models are merged here"
             )
-    places = []
+    merged = []
     for theirs, ours in stored_names(decoder.state_dict(), family).items():
         sources = [tensors[name][theirs] for name in (*_base(recipe), *names)]
         widest = functools.reduce(torch.promote_types, [DTYPES[stored.spelling] for stored in sources])
         dtype = getattr(torch, recipe.dtype) if recipe.dtype else widest
-        place = Place(theirs, sources, _depth(ours[0], decoder.architecture.depth), dtype)
-        _weights(recipe, place)
-        places.append(place)
-    return Merge(recipe, config, places)
+        tensor = MergedTensor(theirs, sources, _depth(ours[0], decoder.architecture.depth), dtype)
+        _weights(recipe, tensor)
+        merged.append(tensor)
+    return Merge(recipe, config, merged)
 
 
-def merged_tensor(recipe: MergeRecipe, place: Place) -> Tensor:
+def merged_tensor(recipe: MergeRecipe, tensor: MergedTensor) -> Tensor:
     """One tensor [rows, ...] of the result: computed in float32, and rounded once to its stored type."""
-    combine = _combination(recipe, place)
-    result = torch.empty(place.shape, dtype=place.dtype)
-    for rows in place.slices:
-        result[rows] = combine(*place.read(rows))
-    expect_finite(result, f"the merged {place.name!r}", f"its numbers do not fit {place.dtype}: set dtype: float32")
+    combine = _combination(recipe, tensor)
+    result = torch.empty(tensor.shape, dtype=tensor.dtype)
+    for rows in tensor.slices:
+        result[rows] = combine(*tensor.read(rows))
+    expect_finite(result, f"the merged {tensor.name!r}", f"its numbers do not fit {tensor.dtype}: set dtype: float32")
     return result
 
 
-def _combination(recipe: MergeRecipe, place: Place) -> Callable[..., Tensor]:
+def _combination(recipe: MergeRecipe, tensor: MergedTensor) -> Callable[..., Tensor]:
     """Function from rows of the models, the base first if any, to the same rows of the result.
 
     Statistics of whole tensors that a method needs are computed first.
     """
-    weights, scale = _weights(recipe, place), place.value(recipe.scale, otherwise=1.0)
+    weights, scale = _weights(recipe, tensor), tensor.value(recipe.scale, otherwise=1.0)
     if recipe.merge_method == "linear":
         return lambda *parts: linear(parts, weights)
     if recipe.merge_method == "slerp":
-        shares = arc(*_product_and_lengths(place), place.value(recipe.t))
+        shares = arc(*_product_and_lengths(tensor), tensor.value(recipe.t))
         return lambda *parts: linear(parts, shares)
     if recipe.merge_method == "task_arithmetic":
         return lambda base, *tuned: task_arithmetic(base, tuned, [scale * weight for weight in weights])
-    sparsify = [_sparsifier(recipe, number, place) for number in range(len(weights))]
+    sparsify = [_sparsifier(recipe, number, tensor) for number in range(len(weights))]
 
     def add_sparse(base: Tensor, *tuned: Tensor) -> Tensor:
         deltas = [sparse(part - base) for sparse, part in zip(sparsify, tuned)]
@@ -181,34 +181,34 @@ def _combination(recipe: MergeRecipe, place: Place) -> Callable[..., Tensor]:
     return add_sparse
 
 
-def _sparsifier(recipe: MergeRecipe, number: int, place: Place) -> Callable[[Tensor], Tensor]:
+def _sparsifier(recipe: MergeRecipe, number: int, tensor: MergedTensor) -> Callable[[Tensor], Tensor]:
     """Function that sparsifies rows of a model's task vector; called for rows in order."""
-    density = place.value(recipe.merged[number].density, otherwise=1.0)
+    density = tensor.value(recipe.merged[number].density, otherwise=1.0)
     if recipe.merge_method.startswith("dare"):
-        generator = torch.Generator().manual_seed(_seed(recipe.seed, number, place.name))
+        generator = torch.Generator().manual_seed(_seed(recipe.seed, number, tensor.name))
         return lambda delta: drop(delta, density, generator)
     if density == 1:
         return lambda delta: delta
-    sizes = np.empty(place.shape, dtype=np.float32)
-    for rows in place.slices:
-        base, *tuned = place.read(rows)
+    sizes = np.empty(tensor.shape, dtype=np.float32)
+    for rows in tensor.slices:
+        base, *tuned = tensor.read(rows)
         sizes[rows] = (tuned[number] - base).abs().numpy()
     least = least_kept(sizes.reshape(-1), density)
     return lambda delta: trim(delta, least)
 
 
-def _product_and_lengths(place: Place) -> tuple[float, float]:
+def _product_and_lengths(tensor: MergedTensor) -> tuple[float, float]:
     """The dot product of two tensors, and the product of their norms, in float64."""
     sums = torch.zeros(3, dtype=torch.float64)
-    for rows in place.slices:
-        first, second = (part.double().flatten() for part in place.read(rows))
+    for rows in tensor.slices:
+        first, second = (part.double().flatten() for part in tensor.read(rows))
         sums += torch.stack((first.dot(second), first.dot(first), second.dot(second)))
     return sums[0].item(), (sums[1] * sums[2]).sqrt().item()
 
 
-def _weights(recipe: MergeRecipe, place: Place) -> list[float]:
+def _weights(recipe: MergeRecipe, tensor: MergedTensor) -> list[float]:
     """The weight of each model for a tensor; normalized except for TIES. Raises `UserError` if that is not possible."""
-    weights = [place.value(entry.weight) for entry in recipe.merged]
+    weights = [tensor.value(entry.weight) for entry in recipe.merged]
     if not recipe.is_normalized:
         return weights
     if min(weights) < 0 or not sum(weights):

@@ -15,7 +15,7 @@ HEAD = "head"
 Patterns = str | Sequence[str]
 
 
-class Linear(Protocol):
+class LinearLike(Protocol):
     """x W^T + b, with W stored in any form."""
 
     in_features: int
@@ -33,7 +33,7 @@ class Linear(Protocol):
 def swap(
     model: nn.Module,
     pattern: Patterns,
-    make: Callable[[Linear], nn.Module],
+    make: Callable[[LinearLike], nn.Module],
     aliases: Mapping[str, str] | None = None,
     except_for: Patterns = (),
 ) -> list[str]:
@@ -60,9 +60,9 @@ def linears(model: nn.Module) -> list[str]:
     return [name for name in names if name.rpartition(".")[2] != "base"]
 
 
-def linear(model: nn.Module, name: str) -> Linear:
+def linear(model: nn.Module, name: str) -> LinearLike:
     """The linear of a dotted name."""
-    return cast(Linear, model.get_submodule(name))
+    return cast(LinearLike, model.get_submodule(name))
 
 
 def matching(

@@ -23,7 +23,7 @@ from slmkit.device import Device, find_device
 from slmkit.model.config import TRAINING_FIELDS, SLMConfig
 from slmkit.model.files.adapter_directory import LoRASettings, is_adapter
 from slmkit.training.checkpoints.checkpoint import WholeModel, kept_in
-from slmkit.training.diagnostics.xray_page import look
+from slmkit.training.diagnostics.xray_page import check_data
 from slmkit.training.distributed import Group, join
 from slmkit.training.fit import RunContext, fit
 from slmkit.training.logging.progress import training_progress
@@ -144,7 +144,9 @@ class SLMTrainer:
             plan = replace(plan, schedule=TorchSchedule(self.scheduler))
         if group.is_main and resumed is None:
             context.run.describe(context.recipe, device, {"texts": GIVEN_IN_A_SCRIPT})
-            look(stream, self.tokenizer, self.config.vocab_size, context.run.root, lambda line: None, force=self.force)
+            check_data(
+                stream, self.tokenizer, self.config.vocab_size, context.run.root, lambda line: None, force=self.force
+            )
         last: Report = {}
         with training_progress("training", steps, None if group.is_main else Console(quiet=True)) as progress:
             try:
@@ -234,8 +236,8 @@ class SLMTrainer:
             return recipe
         loss = self._distillation_loss()
         alpha, temperature = loss.alpha, loss.temperature
-        taught = DistillationSettings(teacher=GIVEN_IN_A_SCRIPT, alpha=alpha, temperature=temperature)
-        return recipe.model_copy(update={"objective": "distill", "distillation": taught})
+        distillation = DistillationSettings(teacher=GIVEN_IN_A_SCRIPT, alpha=alpha, temperature=temperature)
+        return recipe.model_copy(update={"objective": "distill", "distillation": distillation})
 
     def _distillation_loss(self) -> DistillationLoss:
         config = self.config
@@ -255,8 +257,8 @@ class SLMTrainer:
 
 def check_config(config: SLMConfig, of_model: SLMConfig) -> None:
     """Raise `UserError` if `config`, which is saved with the weights, describes another model than `of_model`."""
-    told, built = (each.model_dump(exclude=TRAINING_FIELDS) for each in (config, of_model))
-    if differ := [f"{name} {told[name]!r} and {built[name]!r}" for name in told if told[name] != built[name]]:
+    given, built = (each.model_dump(exclude=TRAINING_FIELDS) for each in (config, of_model))
+    if differ := [f"{name} {given[name]!r} and {built[name]!r}" for name in given if given[name] != built[name]]:
         raise UserError(
             f"the config and the model's own differ in {', '.join(differ)}: give the trainer model.config, "
             "or a copy with other training fields"

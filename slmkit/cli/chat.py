@@ -69,14 +69,14 @@ def _open(
     model: str, others: list[str] | None, device: str, seed: int | None, usual: dict[str, float], **given: Any
 ) -> tuple[LanguageModel, SLMTokenizer, SamplingSettings, dict[str, Any]]:
     """The model with its tokenizer, how to sample from it, and its `generation_config.json`."""
-    from slmkit.cli.show import load_model
+    from slmkit.cli.show import load_for_generation
     from slmkit.find import find_model_directory
     from slmkit.generation.sampling_settings import SamplingSettings
     from slmkit.model.files.generation_config import read_generation_config
 
     directory = find_model_directory(model)
     settings = SamplingSettings.for_model(directory, seed, usual, **given)  # before the model is loaded
-    return *load_model(model, device, others or []), settings, read_generation_config(directory)
+    return *load_for_generation(model, device, others or []), settings, read_generation_config(directory)
 
 
 def _read_line() -> str | None:

@@ -10,7 +10,7 @@ import typer
 from slmkit.cli.options import SourceOptions, new_app, sources_of
 
 if TYPE_CHECKING:
-    from slmkit.data.prepare.preview import Sample
+    from slmkit.data.prepare.preview import PreviewRow
     from slmkit.data.settings import Reads
     from slmkit.data.shards.reader import TokenShards
     from slmkit.tokenizer import SLMTokenizer
@@ -180,7 +180,7 @@ def _print_cleaning(shards: TokenShards) -> None:
         print(f"cleaning         {report['kept']:,} of {report['documents']:,} documents kept; dropped: {dropped}")
 
 
-def _print_samples(samples: Iterable[Sample], tokenizer: SLMTokenizer) -> None:
+def _print_samples(samples: Iterable[PreviewRow], tokenizer: SLMTokenizer) -> None:
     """Print the first and last tokens of each; tokens that are not learned are in brackets."""
     from rich.console import Console
 

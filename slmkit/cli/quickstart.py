@@ -34,7 +34,7 @@ def quickstart(
     import time
 
     started = time.monotonic()
-    from slmkit.cli.show import TerminalReporter, load_model, suggestion
+    from slmkit.cli.show import TerminalReporter, load_for_generation, suggestion
 
     reporter = TerminalReporter()
     reporter.say("measuring this machine's speed, in at most about 20 seconds once PyTorch is loaded")
@@ -44,7 +44,7 @@ def quickstart(
     trained = train_quickstart(output, seed, minutes, reporter, started)
 
     reporter.say("\n4/4  evaluation")
-    decoder, tokenizer = load_model(str(trained.chat.root), "cpu")
+    decoder, tokenizer = load_for_generation(str(trained.chat.root), "cpu")
     left = trained.ends - time.monotonic()
     _show_answers(decoder, tokenizer)
     _show_story(decoder, tokenizer, time.monotonic() + left / 3)

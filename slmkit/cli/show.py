@@ -141,7 +141,7 @@ def gibibytes(size: int) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
-def load_model(path: str, device: str, others: Sequence[str] = ()) -> tuple[LanguageModel, SLMTokenizer]:
+def load_for_generation(path: str, device: str, others: Sequence[str] = ()) -> tuple[LanguageModel, SLMTokenizer]:
     """The model and tokenizer of a model directory, adapter or run, on `device`; with `others`, an ensemble of all.
 
     Raises `UserError` for a missing or damaged model, and if tokenizers differ.
@@ -149,11 +149,11 @@ def load_model(path: str, device: str, others: Sequence[str] = ()) -> tuple[Lang
     from slmkit.find import find_model_directory
 
     directories = [find_model_directory(found) for found in (path, *others)]
-    from slmkit.adapt.load import load_model as load  # after the model was found, since it imports torch
+    from slmkit.adapt.load import load_model  # after the model was found, since it imports torch
     from slmkit.device import find_device
     from slmkit.generation.ensemble import common_tokenizer, together
 
     tokenizer, where = common_tokenizer(directories), find_device(device).torch_device
-    loaded = [load(directory, where) for directory in directories]
+    loaded = [load_model(directory, where) for directory in directories]
     tokenizer.use_generation_config(loaded[0][1].for_generation())
     return together([decoder for decoder, _ in loaded]), tokenizer

@@ -43,7 +43,7 @@ class PackedRow(NamedTuple):
     documents: np.ndarray
 
 
-class Block(NamedTuple, Generic[T]):
+class DocumentBlock(NamedTuple, Generic[T]):
     """`position`: the block's beginning, for `Blocks.read`."""
 
     items: list[T]
@@ -68,7 +68,7 @@ class Blocks(Generic[T]):
         self._read, self.name, self.documents, self.repeat = read, name, documents, repeat
         self._is_kept, self.shuffle_seed = is_kept, shuffle_seed
 
-    def read(self, position: Position) -> Iterator[Block[T]]:
+    def read(self, position: Position) -> Iterator[DocumentBlock[T]]:
         """Blocks from `position` on; from the beginning if it is empty.
 
         Raises `UserError` for an epoch without documents.
@@ -79,7 +79,7 @@ class Blocks(Generic[T]):
             for items, begins in self._of_one_epoch(place, inside):
                 start = {"epoch": epoch, "block": number, "source": begins, "inside": inside}
                 inside = not _ends(items[-1])
-                yield Block(self._shuffled(items, epoch, number, start["inside"]), start)
+                yield DocumentBlock(self._shuffled(items, epoch, number, start["inside"]), start)
                 number += 1
             if number == 0:
                 raise UserError(f"{self.name}: nothing to train on: all of its documents are held out for validation")
@@ -144,7 +144,7 @@ class TextRows:
         self.seek({})
 
     def seek(self, position: Position) -> None:
-        self._coming: Iterator[Block[Document]] = self.blocks.read(position.get("block", {}))
+        self._coming: Iterator[DocumentBlock[Document]] = self.blocks.read(position.get("block", {}))
         self._tokens, self._ends = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=bool)  # of the blocks in memory
         self._begun: list[tuple[int, Position]] = [(0, position.get("block", {}))]  # where each block begins in them
         self._used = position.get("token", 0)
@@ -167,7 +167,7 @@ class TextRows:
         self._used += self.length
         return PackedRow(tokens[:-1], tokens[1:], begins.cumsum())
 
-    def _add(self, block: Block[Document]) -> None:
+    def _add(self, block: DocumentBlock[Document]) -> None:
         """Append the block's tokens; the blocks before that of the next row are forgotten."""
         first = self._used - self.position()["token"]
         begun = [*self._begun, (len(self._tokens), block.position)]
@@ -191,7 +191,7 @@ class ConversationRows:
         self.seek({})
 
     def seek(self, position: Position) -> None:
-        self._coming: Iterator[Block[list[Message]]] = self.blocks.read(position.get("block", {}))
+        self._coming: Iterator[DocumentBlock[list[Message]]] = self.blocks.read(position.get("block", {}))
         self._block: Position = position.get("block", {})
         self._rows: list[PackedRow] = []
         self._used = position.get("row", 0)
@@ -220,7 +220,7 @@ class ConversationRows:
         self._used += 1
         return self._rows[self._used - 1]
 
-    def _take(self, block: Block[list[Message]]) -> None:
+    def _take(self, block: DocumentBlock[list[Message]]) -> None:
         self._block = block.position
         encoded = []
         for chat in (row for one in self.encoder.encode_all(block.items) for row in one.rows):

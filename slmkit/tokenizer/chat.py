@@ -32,7 +32,7 @@ ROLES = ("system", "user", "assistant", "tool")
 DISORDER, EMPTY, REFUSED = "roles out of order", "an empty turn", "refused by the chat template"
 DROPPED = "more than the chat template renders"
 REASONING = ("reasoning_content", "thinking", "reasoning")  # different names of the same field
-PROBE = "Xyzzy"  # a sample answer, to find out what a template writes after it
+REPLY = "Xyzzy"  # a sample answer, to find out what a template writes after it
 NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # code points that Unicode reserves for internal use
 
 
@@ -224,12 +224,12 @@ def _answer(said: str, ends_of_turn: Sequence[str], is_learned: bool) -> list[Se
 @lru_cache(maxsize=64)
 def end_of_turn(template: str, spellings: tuple[str, ...], names: tuple[tuple[str, str], ...]) -> str | None:
     """The first of `spellings` that the template writes after an answer; None if there is none."""
-    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}]
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": REPLY}]
     try:
         said = render(template, messages, False, None, **dict(names))
     except UserError:  # rendering a real conversation will raise it again
         return None
-    _, found, behind = said.rpartition(PROBE)
+    _, found, behind = said.rpartition(REPLY)
     longest_first = "|".join(map(re.escape, sorted(spellings, key=len, reverse=True)))
     match = re.search(longest_first, behind) if found and spellings else None
     return match[0] if match else None

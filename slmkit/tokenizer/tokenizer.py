@@ -315,7 +315,7 @@ class SLMTokenizer(CallableTokenizer):
         """
         asked = [{"role": "user", "content": "?"}]
         prompt = self.encode_chat(asked, add_generation_prompt=True).ids
-        return self.encode_chat([*asked, {"role": "assistant", "content": chat.PROBE}]).ids[: len(prompt)] == prompt
+        return self.encode_chat([*asked, {"role": "assistant", "content": chat.REPLY}]).ids[: len(prompt)] == prompt
 
     def _template(self) -> str:
         if self.chat_template is None:

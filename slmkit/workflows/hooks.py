@@ -46,7 +46,7 @@ class Validate:
             report["validation_bits_per_byte"] = whole.bits_per_byte(self.text_bytes)
 
 
-class Sample:
+class WriteSamples:
     """Hook for all ranks that writes the model's continuations of the recipe's prompts to `samples.md`."""
 
     def __init__(self, file: Path, recipe: Recipe, tokenizer: SLMTokenizer, group: Group = ALONE) -> None:

@@ -20,7 +20,7 @@ from slmkit.model.config import SLMConfig
 from slmkit.model.files.adapter_directory import config_directory, is_adapter
 from slmkit.model.sizes import parameter_count
 from slmkit.training.checkpoints.checkpoint import complete_checkpoints, file_sha256, kept_in, newest_intact
-from slmkit.training.diagnostics.xray_page import look
+from slmkit.training.diagnostics.xray_page import check_data
 from slmkit.training.distributed import ALONE, Group
 from slmkit.training.estimate.forecast import PlanFile
 from slmkit.training.estimate.memory import MemoryProfile, meta_model_of
@@ -35,7 +35,7 @@ from slmkit.training.recipe.recipe import ModelSettings, Recipe, load_recipe
 from slmkit.training.run_directory import RunDirectory
 from slmkit.workflows.context import SILENCE, ObjectiveParts, RecipeContext, Reporter
 from slmkit.workflows.distill import teacher_fingerprint
-from slmkit.workflows.hooks import Sample, with_prompts
+from slmkit.workflows.hooks import WriteSamples, with_prompts
 from slmkit.workflows.model import StartingModel, model_for, tokenizer_of_base
 from slmkit.workflows.objectives import OBJECTIVES
 from slmkit.workflows.preference import REFERENCE_FILE
@@ -131,7 +131,7 @@ def build_run(
         reporter.warn(line)
     for line in prepared.parts.batches.report():
         reporter.say(f"training data: {line}")
-    prepared.look(force)
+    prepared.check_data(force)
     return prepared
 
 
@@ -172,10 +172,10 @@ class PreparedRun:
             f"{device['device']} in {device['compute_dtype']}{processes}"
         )
 
-    def look(self, force: bool) -> None:
+    def check_data(self, force: bool) -> None:
         """Run the X-ray. Raises `UserError` for its findings, unless `force`."""
         context = self.context
-        look(
+        check_data(
             self.parts.batches,
             context.corpus.tokenizer,
             context.config.vocab_size,
@@ -194,7 +194,7 @@ class PreparedRun:
         evaluated = recipe.train.evaluation_interval(plan.steps)
         console = None if context.group.is_main else Console(quiet=True)
         plan_file = self._plan_file()
-        sample = Sample(context.run.samples, recipe, context.corpus.tokenizer, context.group)
+        sample = WriteSamples(context.run.samples, recipe, context.corpus.tokenizer, context.group)
         rows = parts.batches.rows_in_epoch
         epoch = rows / parts.batches.rows_per_step if rows else None
         with training_progress(recipe.objective, plan.steps, console, epoch) as progress:

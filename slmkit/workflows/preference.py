@@ -79,7 +79,7 @@ def _parts(
     return ObjectiveParts(
         batches=stream_of(train, data, m.recipe.tokens_of_row(m.length), m.rows_per_step, m.recipe.seed),
         objective=objective,
-        validate=ValidateAnswers(validation, objective, m),
+        validate=ValidatePreferences(validation, objective, m),
         validation_tokens=2 * validation.rows_in_epoch * m.length,
         longest=rounded_up(max(rows.longest for rows in all_rows)),
     )
@@ -116,7 +116,7 @@ def _add_reference(m: RecipeContext, all_rows: Sequence[PairRows | JudgedRows]) 
         rows.reference = found[name]
 
 
-class ValidateAnswers:
+class ValidatePreferences:
     """Hook for all ranks: the objective's loss and figures over held-out rows, distributed over the ranks."""
 
     def __init__(self, rows: PairRows | JudgedRows, objective: Preference | Kto, m: RecipeContext) -> None:

@@ -26,8 +26,8 @@ PARTS = {
     "stories": "pretraining: stories",
     "chat": "fine-tuning: conversations about scenes and stories",
 }
-LENGTHS = {"primer": 1.0, "stories": 3.3, "chat": 2.9}  # the time of each part relative to the primer's
-ALL_PARTS, EVALUATION = sum(LENGTHS.values()), 0.2
+RELATIVE_TIMES = {"primer": 1.0, "stories": 3.3, "chat": 2.9}  # the time of each part relative to the primer's
+ALL_PARTS, EVALUATION = sum(RELATIVE_TIMES.values()), 0.2
 FIXED = 8.0  # seconds for loading and saving, independent of the amount of data
 MOST_EVALUATION = 0.15  # share of the remaining time, which limits the number of questions
 SMALLEST_SHARE = 0.01
@@ -70,7 +70,7 @@ def train_quickstart(
     left = ALL_PARTS
     for number, (part, about) in enumerate(PARTS.items(), start=1):
         reporter.say(f"\n{number}/4  {about}")
-        began, length = time.monotonic(), LENGTHS[part]
+        began, length = time.monotonic(), RELATIVE_TIMES[part]
         share = affordable_share(target - began, primer, left)
         if part == "primer":
             share = min(1.0, 2 * share)

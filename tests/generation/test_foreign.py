@@ -12,7 +12,7 @@ import torch
 
 from slmkit import SLMEnsemble, SLMForCausalLM
 from slmkit.cli.chat import chat, generate
-from slmkit.cli.show import load_model
+from slmkit.cli.show import load_for_generation
 from slmkit.config import UserError
 from slmkit.generation.chat import ChatSession
 from slmkit.generation.generator import IdStream
@@ -52,7 +52,7 @@ def model_beside(directory: Path, seed: int = 0) -> None:
 def test_text_in_and_text_out_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
     directory = directory_of(kind, tmp_path)
     model_beside(directory)
-    decoder, tokenizer = load_model(str(directory), "cpu")
+    decoder, tokenizer = load_for_generation(str(directory), "cpu")
     theirs = transformers.AutoTokenizer.from_pretrained(directory)
     reference = transformers.LlamaForCausalLM.from_pretrained(directory)
     for prompt in PROMPTS:
@@ -79,7 +79,7 @@ def test_an_id_without_a_token_is_never_drawn(kind: str, tmp_path: Path) -> None
     """The head's further rows are made the likeliest of all; with and without sampling, alone and in an ensemble."""
     directory = directory_of(kind, tmp_path)
     model_beside(directory)
-    decoder, tokenizer = load_model(str(directory), "cpu")
+    decoder, tokenizer = load_for_generation(str(directory), "cpu")
     size = len(tokenizer)
 
     def biased(hidden: torch.Tensor) -> torch.Tensor:
@@ -106,7 +106,7 @@ def test_what_generation_config_says_is_obeyed_and_carried_over(tmp_path: Path) 
         "repetition_penalty": 1.2,
     }  # fmt: skip
     (directory / "generation_config.json").write_text(json.dumps(said))
-    _, tokenizer = load_model(str(directory), "cpu")
+    _, tokenizer = load_for_generation(str(directory), "cpu")
     assert tokenizer.stop_token_ids == {2, pad}
     usual = {"temperature": 0.8, "top_k": 0, "top_p": 0.95, "min_p": 0.05, "repetition_penalty": 1.0}
     found = SamplingSettings.for_model(directory, 1, usual, temperature=None, top_p=0.5)
@@ -160,14 +160,14 @@ def test_a_wrong_generation_config_is_one_line_that_names_file_and_key(content: 
 def test_ids_that_a_model_stops_at_or_suppresses_may_be_ordinary_tokens(tmp_path: Path) -> None:
     directory = directory_of("metaspace-first", tmp_path)
     model_beside(directory)
-    plain, tokenizer = load_model(str(directory), "cpu")
+    plain, tokenizer = load_for_generation(str(directory), "cpu")
     first, *_ = stream_ids(plain, tokenizer)
     assert first not in tokenizer.special_tokens.values()
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, first]}))
-    stopped = TextStream(*load_model(str(directory), "cpu"), "a", settings=GREEDY, max_new_tokens=9)
+    stopped = TextStream(*load_for_generation(str(directory), "cpu"), "a", settings=GREEDY, max_new_tokens=9)
     assert (list(stopped), stopped.tokens, stopped.finish_reason) == ([], 1, "stop")
     (directory / "generation_config.json").write_text(json.dumps({"suppress_tokens": [first]}))
-    assert first not in stream_ids(*load_model(str(directory), "cpu"))
+    assert first not in stream_ids(*load_for_generation(str(directory), "cpu"))
     again = SLMForCausalLM.from_pretrained(directory)
     prompt = torch.tensor([tokenizer.encode_prompt("a")])
     assert first not in again.generate(prompt, max_new_tokens=9)[0, prompt.size(1) :]

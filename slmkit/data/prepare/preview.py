@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from slmkit.tokenizer import SLMTokenizer
 
 
-class Sample(NamedTuple):
+class PreviewRow(NamedTuple):
     """A row: its title, ids [tokens], and whether each is learned [tokens]."""
 
     title: str
@@ -27,16 +27,16 @@ class Sample(NamedTuple):
     trained: list[bool]
 
 
-def samples_of_shards(shards: TokenShards, count: int) -> Iterator[Sample]:
+def samples_of_shards(shards: TokenShards, count: int) -> Iterator[PreviewRow]:
     """The first `count` documents."""
     starts = [0, *shards.document_ends[:count].tolist()]
     for number, (start, end) in enumerate(itertools.pairwise(starts), start=1):
         trained = shards.trained_in(start, end) if shards.header.masked else np.ones(end - start, dtype=bool)
         title = f"document {number}, {end - start:,} tokens"
-        yield Sample(title, shards.tokens_in(start, end).tolist(), trained.tolist())
+        yield PreviewRow(title, shards.tokens_in(start, end).tolist(), trained.tolist())
 
 
-def samples_of_source(settings: SourceSettings, tokenizer: SLMTokenizer, count: int) -> tuple[Source, list[Sample]]:
+def samples_of_source(settings: SourceSettings, tokenizer: SLMTokenizer, count: int) -> tuple[Source, list[PreviewRow]]:
     """The first `count` rows, by their columns: pairs, judged answers, conversations or text.
 
     Raises `UserError` if the columns fit none of these, and for a row that cannot be read.
@@ -45,7 +45,7 @@ def samples_of_source(settings: SourceSettings, tokenizer: SLMTokenizer, count: 
     kind: Any = source.reads()
     items = items_of(source, kind)
     samples = [
-        Sample(f"{title} {number}", row.ids.tolist(), row.trained.tolist())
+        PreviewRow(f"{title} {number}", row.ids.tolist(), row.trained.tolist())
         for number, item in enumerate(itertools.islice(items, count), start=1)
         for title, row in _rows(item, tokenizer)
     ]

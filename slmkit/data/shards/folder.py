@@ -25,7 +25,7 @@ from slmkit.files import write_whole
 if TYPE_CHECKING:
     from slmkit.tokenizer import SLMTokenizer
 
-ASKED = "asked.json"
+REQUEST = "asked.json"
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class ShardFolder:
         for path in self.folder.iterdir():
             if path.is_file() and not path.with_suffix(".json").is_file():
                 path.unlink()
-        if any(path.name != ASKED for path in self.folder.iterdir()):
+        if any(path.name != REQUEST for path in self.folder.iterdir()):
             return True
         shutil.rmtree(self.folder)
         return False
@@ -119,11 +119,11 @@ def claim(directory: str | Path, asked: Mapping[str, Any]) -> None:
     if (directory / HEADER).is_file():
         of = ", ".join(str(source.get("path")) for source in read_header(directory).sources[:3])
         raise UserError(f"{directory}: holds finished shards of {of}: choose another directory, or delete it first")
-    note = partial_folder(directory) / ASKED
+    note = partial_folder(directory) / REQUEST
     text = json.dumps(asked, indent=2, sort_keys=True) + "\n"
     if note.is_file() and note.read_text(encoding="utf-8") != text:
         raise UserError(
-            f"{note.parent}: holds the finished shards of another command (see {ASKED} there): repeat that "
+            f"{note.parent}: holds the finished shards of another command (see {REQUEST} there): repeat that "
             "command to continue it, or delete the folder"
         )
     try:

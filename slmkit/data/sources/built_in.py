@@ -54,7 +54,7 @@ class BuiltInPart:
     def describe(self) -> dict[str, Any]:
         return {"path": self.name, "seed": self.seed}
 
-    def looks(self) -> tuple[str, int | None, int | None]:
+    def stat(self) -> tuple[str, int | None, int | None]:
         return f"{self.name} {self.seed}", None, None
 
 

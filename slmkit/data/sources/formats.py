@@ -28,7 +28,7 @@ from slmkit.data.sources.turns import (
     tools_in,
 )
 
-Columns = dict[str, Any]
+RowDict = dict[str, Any]
 NO_COLUMN = "no such column"  # reason for rows whose columns fit no format
 NO_LABEL = "no label"  # for rows whose label is neither true nor false
 SYSTEM = ("system", "system_prompt", "system_message")
@@ -73,7 +73,7 @@ class RowFormat(NamedTuple):
     function: Callable[..., Any]
     optional: tuple[str, ...] = ()
 
-    def convert(self, row: Columns) -> Any:
+    def convert(self, row: RowDict) -> Any:
         """The item of a row with the required columns. Raises `RowError`."""
         return self.function(row, *self.required)
 
@@ -82,27 +82,27 @@ class RowFormat(NamedTuple):
         return (*self.required, *self.optional)
 
 
-def _text(row: Columns, column: str) -> str:
+def _text(row: RowDict, column: str) -> str:
     if not isinstance(row[column], str):
         raise RowError(f"expected text in column {column!r}, found {kind_of_value(row[column])}")
     return str(row[column])
 
 
-def _prompt_and_response(row: Columns, *columns: str) -> str:
+def _prompt_and_response(row: RowDict, *columns: str) -> str:
     if name := next((name for name in (*SYSTEM, *CONTEXT, HISTORY) if not is_empty(row.get(name))), None):
         line = f"column {name!r} belongs to a conversation: set objective: sft, or remove it"
         raise RowError(line, f"column {name!r}")
     return "\n\n".join(_text(row, column) for column in columns)
 
 
-def _talk(row: Columns, column: str) -> Conversation:
+def _talk(row: RowDict, column: str) -> Conversation:
     messages = _conversation(row, _messages(row, column), column)
     if "chosen" in row and "rejected" in row and messages[-1]["role"] != "assistant":
         raise RowError("columns 'chosen' and 'rejected' hold the answers: objective: dpo", "pairs of answers")
     return messages
 
 
-def _exchange(row: Columns, asked: str, answer: str) -> Conversation:
+def _exchange(row: RowDict, asked: str, answer: str) -> Conversation:
     turns = _messages(row, answer) if isinstance(row[answer], list) else _said(row, answer)
     reasoning = the_one(row, REASONING)
     if not is_empty(reasoning):
@@ -110,7 +110,7 @@ def _exchange(row: Columns, asked: str, answer: str) -> Conversation:
     return _conversation(row, [*_question(row, asked), *turns], asked)
 
 
-def _question(row: Columns, column: str) -> list[Message]:
+def _question(row: RowDict, column: str) -> list[Message]:
     """The messages of a row's question, with its history before it and its context in it."""
     if isinstance(row[column], list):
         return _messages(row, column)
@@ -125,11 +125,11 @@ def _question(row: Columns, column: str) -> list[Message]:
     return [*before, {"role": "user", "content": "\n\n".join(asked)}]
 
 
-def _said(row: Columns, column: str) -> list[Message]:
+def _said(row: RowDict, column: str) -> list[Message]:
     return [{"role": "assistant", "content": _text(row, column)}]
 
 
-def _messages(row: Columns, column: str) -> list[Message]:
+def _messages(row: RowDict, column: str) -> list[Message]:
     value = row[column]
     if isinstance(value, str) and value.lstrip().startswith("["):  # JSON in a text column
         value = from_json(value, f"column {column!r}")
@@ -139,7 +139,7 @@ def _messages(row: Columns, column: str) -> list[Message]:
     return value
 
 
-def _conversation(row: Columns, turns: list[Message], column: str) -> Conversation:
+def _conversation(row: RowDict, turns: list[Message], column: str) -> Conversation:
     """The turns as messages, with the row's tools, and its system prompt first."""
     messages = conversation(turns, the_one(row, TOOLS, tools_in), column)
     prompt = the_one(row, SYSTEM)
@@ -169,7 +169,7 @@ def pair_of(chosen: list[Message], rejected: list[Message]) -> Pair:
     return Pair(chosen, rejected, shared)
 
 
-def _pair(row: Columns, asked: str | None, better: str, worse: str) -> Pair:
+def _pair(row: RowDict, asked: str | None, better: str, worse: str) -> Pair:
     """The pair of the answers in two columns: texts, a message or messages each, or whole conversations."""
     for form in SCORED:
         scores = [row.get(form.format(name)) for name in (better, worse)]
@@ -195,7 +195,7 @@ def _without_prompt(prompt: Any, *answers: Any) -> list[str]:
     return rest if all(rest) else []
 
 
-def _side(row: Columns, column: str, before: list[Message]) -> Conversation:
+def _side(row: RowDict, column: str, before: list[Message]) -> Conversation:
     """One answer with the messages before it."""
     value = row[column]
     if isinstance(value, dict):
@@ -219,18 +219,18 @@ def _dialogue(value: object) -> list[Message]:
     return messages if messages[-1]["content"] else messages[:-1]  # a prompt may end where the answer begins
 
 
-def _chosen_and_rejected(row: Columns, asked: str | None, chosen: Any, rejected: Any) -> Pair:
+def _chosen_and_rejected(row: RowDict, asked: str | None, chosen: Any, rejected: Any) -> Pair:
     return _pair({**row, "chosen": chosen, "rejected": rejected}, asked, "chosen", "rejected")
 
 
-def _outputs(row: Columns, asked: str, column: str) -> Pair:
+def _outputs(row: RowDict, asked: str, column: str) -> Pair:
     answers = row[column]
     if not (isinstance(answers, list) and len(answers) == 2):
         raise RowError(f"expected in column {column!r} a list of two answers, the better one first", NO_COLUMN)
     return _chosen_and_rejected(row, asked, *answers)
 
 
-def _numbered(row: Columns, asked: str, first: str, second: str, better: str) -> Pair:
+def _numbered(row: RowDict, asked: str, first: str, second: str, better: str) -> Pair:
     is_second = judgement(row[better])
     if is_second is None:
         raise RowError(f"expected 0 or 1 in column {better!r}, found {shown(row[better])}")
@@ -238,13 +238,13 @@ def _numbered(row: Columns, asked: str, first: str, second: str, better: str) ->
     return _chosen_and_rejected(row, asked, *(reversed(answers) if is_second else answers))
 
 
-def _with_rejected(talk: RowFormat, row: Columns, *columns: str) -> Pair:
+def _with_rejected(talk: RowFormat, row: RowDict, *columns: str) -> Pair:
     chosen: Conversation = talk.convert(row)
     rejected = Conversation([*chosen[:-1], *_said(row, columns[-1])], tools=chosen.tools)
     return pair_of(chosen, checked(rejected))
 
 
-def _ranked(row: Columns, column: str) -> Pair:
+def _ranked(row: RowDict, column: str) -> Pair:
     """The best answer and the worst one."""
     answers = row[column] if isinstance(row[column], list) else []
     keys = {key for answer in answers if isinstance(answer, dict) for key in answer}
@@ -285,7 +285,7 @@ def _score(answer: Any, name: str) -> Any:
     return -found if name == "rank" else found
 
 
-def _judged(talk: RowFormat, row: Columns, *columns: str) -> Judged:
+def _judged(talk: RowFormat, row: RowDict, *columns: str) -> Judged:
     label = judgement(row[columns[-1]])
     if label is None:
         found = f"in column {columns[-1]!r}, found {shown(row[columns[-1]])}"

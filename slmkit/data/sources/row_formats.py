@@ -9,7 +9,7 @@ from typing import Any
 from slmkit.config import UserError, did_you_mean
 from slmkit.data.sources.documents import BadRow, Conversation, Judged, Pair, RowError
 from slmkit.data.sources.folders import SPLITS
-from slmkit.data.sources.formats import KINDS, LABELS, MEANING, NO_COLUMN, NO_LABEL, RANKED, Columns, Kind, RowFormat
+from slmkit.data.sources.formats import KINDS, LABELS, MEANING, NO_COLUMN, NO_LABEL, RANKED, Kind, RowDict, RowFormat
 from slmkit.data.sources.settings import SourceSettings
 from slmkit.data.sources.turns import ROLE, WEIGHTS, is_empty, is_on_learning, judgement, shown
 
@@ -73,7 +73,7 @@ class RowFormats:
             if name in used or self._is_on_learning(name, "?") or _scores(name)
         ]
 
-    def convert(self, place: str, row: Columns) -> Any:
+    def convert(self, place: str, row: RowDict) -> Any:
         """The item of a row, or a `BadRow`."""
         try:
             self._expect_named([*row])
@@ -111,7 +111,7 @@ class RowFormats:
                 near = did_you_mean(theirs, columns).replace("known: ", "there are: ")
                 raise RowError(f"no column {theirs!r}, which is set as {ours!r}; {near}", NO_COLUMN)
 
-    def _unused(self, row: Columns, found: RowFormat) -> list[str]:
+    def _unused(self, row: RowDict, found: RowFormat) -> list[str]:
         """The columns that a format does not use. Raises `RowError` for one whose meaning would be lost."""
         split, wanted = row.get("split"), SPLITS.get(self.settings.split.lower(), self.settings.split)
         named = SPLITS.get(split.strip().lower()) if isinstance(split, str) else None
@@ -146,7 +146,7 @@ class RowFormats:
     def _is_on_learning(self, name: str, value: Any) -> bool:
         return not self.is_text and name not in (*WEIGHTS, *DROPPED) and is_on_learning(name, value)
 
-    def _no_format(self, row: Columns) -> RowError:
+    def _no_format(self, row: RowDict) -> RowError:
         """The error if no format fits: names the columns and the setting that maps them."""
         formats = self.kind.formats
         wanted = next(iter(formats.values())).required

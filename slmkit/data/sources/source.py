@@ -78,7 +78,7 @@ class FilePart:
     def describe(self) -> dict[str, Any]:
         return self.file.describe()
 
-    def looks(self) -> tuple[str, int | None, int | None]:
+    def stat(self) -> tuple[str, int | None, int | None]:
         """Name, bytes and modification time, as far as known."""
         path = Path(self.file.name)
         if not path.is_file():
@@ -156,11 +156,11 @@ class Source:
 
         A `known` one is returned unchanged if `looks` is the same; more than `READ_WHOLE` bytes are not read.
         """
-        looks = [part.looks() for part in self.parts]
-        found = hashlib.sha256(json.dumps(looks).encode()).hexdigest()
+        stats = [part.stat() for part in self.parts]
+        found = hashlib.sha256(json.dumps(stats).encode()).hexdigest()
         if known is not None and known["looks"] == found:
             return dict(known)
-        if sum(size or 0 for _, size, _ in looks) > READ_WHOLE:
+        if sum(size or 0 for _, size, _ in stats) > READ_WHOLE:
             return {"looks": found, "content": None}
         described = [{name: value for name, value in one.items() if name != "path"} for one in self.describe()]
         content = hashlib.sha256(json.dumps(described).encode()).hexdigest()

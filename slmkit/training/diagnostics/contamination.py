@@ -12,7 +12,7 @@ from slmkit.data.shards.reader import TokenShards
 
 WINDOW = 32  # tokens of a window: about two sentences, which rarely occur twice by chance
 READ = 2_000_000  # tokens at most of either text; larger ones are sampled evenly
-ASKED = 4_000  # windows that are looked up
+MOST_WINDOWS = 4_000  # windows that are looked up
 SPANS = 64
 
 
@@ -90,8 +90,8 @@ def _window_hashes(text: Text) -> np.ndarray:
 
 
 def _evenly(hashes: np.ndarray) -> np.ndarray:
-    """At most `ASKED` of the hashes, of windows that do not overlap."""
-    count = min(ASKED, (len(hashes) + WINDOW - 1) // WINDOW)
+    """At most `MOST_WINDOWS` of the hashes, of windows that do not overlap."""
+    count = min(MOST_WINDOWS, (len(hashes) + WINDOW - 1) // WINDOW)
     return hashes[np.linspace(0, max(0, len(hashes) - 1), count).astype(np.int64)]
 
 

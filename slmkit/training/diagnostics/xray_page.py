@@ -88,7 +88,7 @@ def _append(text: Text, tokens: list[int], learned: list[bool], vocabulary: Voca
         text.append_text(span if is_learned else Text.assemble(("⟦", READ), span, ("⟧", READ)))
 
 
-def look(
+def check_data(
     stream: Batches,
     tokenizer: Any,
     vocab_size: int,

@@ -63,11 +63,11 @@ class Preference(PerAnswer):
         counts = self.counts(batch)  # [pairs]
         chosen, rejected = rewards.detach().unbind(dim=1)
         figures = ((chosen > rejected).float(), chosen - rejected, *sums.detach().unbind(dim=1))
-        told = {name: figure[counts].sum() for name, figure in zip(FIGURES, figures)}
+        totals = {name: figure[counts].sum() for name, figure in zip(FIGURES, figures)}
         if self.settings.rpo_alpha:
-            told["preference_loss"] = losses.detach()[counts].sum()
+            totals["preference_loss"] = losses.detach()[counts].sum()
             losses = losses - self.settings.rpo_alpha * (sums / tokens.clamp(min=1))[:, 0]
-        return Loss(losses[counts].sum(), told)
+        return Loss(losses[counts].sum(), totals)
 
     def rewards(self, sums: Tensor, tokens: Tensor, reference: Tensor | None) -> Tensor:
         """The implicit reward of each answer: beta log(p / p of the reference).  all [pairs, 2]"""

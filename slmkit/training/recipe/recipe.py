@@ -231,16 +231,16 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _sections_fit_together(self) -> Recipe:
-        streaming, train, taught = self.data.streaming, self.train, self.distillation
+        streaming, train, distillation = self.data.streaming, self.train, self.distillation
         if streaming and train.max_tokens is None and train.max_steps is None:
             raise ValueError(f"data.streaming: {ENDLESS}")
         if streaming and self.is_padded:
             raise ValueError(f"data.streaming: {self.reads} are read whole before the first step: drop it")
-        if streaming and taught is not None and taught.cache is not None:
+        if streaming and distillation is not None and distillation.cache is not None:
             raise ValueError(
                 "distillation.cache needs numbered rows, which a stream does not have: drop it, or data.streaming"
             )
-        if (self.objective == "distill") != (taught is not None):
+        if (self.objective == "distill") != (distillation is not None):
             raise ValueError(
                 "objective distill needs a section `distillation`, and no other objective has one: add it, or drop it"
             )

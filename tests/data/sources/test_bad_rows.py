@@ -193,6 +193,13 @@ def test_a_row_of_parquet_that_is_no_utf_8_is_counted(tmp_path: Path):
     assert "a.parquet: row 2" in opened.report()[0]
 
 
+@pytest.mark.parametrize("kind", [".parquet", ".arrow"])
+def test_files_that_are_compressed_inside_are_refused_as_archives(tmp_path: Path, kind: str):
+    (tmp_path / f"a{kind}.gz").write_bytes(gzip.compress(b"columns"))
+    with pytest.raises(UserError, match=r"all but \.parquet and \.arrow also as \.gz"):
+        source(tmp_path / f"a{kind}.gz")
+
+
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 @pytest.mark.parametrize("kind", [".jsonl", ".txt"])
 def test_what_comes_before_the_end_of_an_archive_cut_short_is_read(tmp_path: Path, kind: str, suffix: str):

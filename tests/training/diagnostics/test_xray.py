@@ -27,7 +27,7 @@ from slmkit.data.stream import ChatRows, PretrainRows, Stream
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.diagnostics.contamination import Text, contamination, text_of
 from slmkit.training.diagnostics.xray import Vocabulary, XRay, examine
-from slmkit.training.diagnostics.xray_page import look, rendered_rows, vocabulary_of
+from slmkit.training.diagnostics.xray_page import check_data, rendered_rows, vocabulary_of
 from slmkit.training.recipe.recipe import find_recipe, load_recipe
 from slmkit.workflows.train import train_recipe
 from tests.data.read_files import read_documents
@@ -265,9 +265,9 @@ def test_a_script_with_another_tokenizer_is_looked_at_too(tmp_path: Path) -> Non
 
     dataset = TextDataset(texts(5), Words(), max_length=32)
     said: list = []
-    assert look(Stream(dataset, 4), Words(), 50, tmp_path, said.append).findings == []
+    assert check_data(Stream(dataset, 4), Words(), 50, tmp_path, said.append).findings == []
     with pytest.raises(UserError, match="beyond the model's vocabulary of 20"):
-        look(Stream(dataset, 4), Words(), 20, tmp_path, said.append)
+        check_data(Stream(dataset, 4), Words(), 20, tmp_path, said.append)
 
 
 # -- contamination ----------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from slmkit.config import UserError, load_settings
-from slmkit.data.shards.folder import ASKED, claim
+from slmkit.data.shards.folder import REQUEST, claim
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.recipe.checks import expect_a_model, unlikely, without_effect
 from slmkit.training.recipe.recipe import Recipe, TrainSettings, find_recipe, load_recipe
@@ -115,7 +115,7 @@ def test_shards_are_not_replaced_by_those_of_another_source(tmp_path: Path) -> N
     with pytest.raises(UserError, match="repeat that command to continue it, or delete the folder"):
         claim(tmp_path / "shards", {"sources": ["b.txt"]})
     shards = prepare_text(["some text"], SLMTokenizer(260), tmp_path / "shards", sources=[{"path": "a.txt"}])
-    assert not list(tmp_path.rglob(ASKED))
+    assert not list(tmp_path.rglob(REQUEST))
     with pytest.raises(UserError, match=r"holds finished shards of a\.txt: choose another directory"):
         claim(tmp_path / "shards", {"sources": ["a.txt"]})
     assert len(shards) == 10
