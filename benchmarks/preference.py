@@ -104,7 +104,7 @@ def shares_right(part: str, model_path: str | Path, smoke: bool) -> tuple[float,
     directory = find_model_directory(model_path)
     model, tokenizer = load_decoder(directory)[0], SLMTokenizer.from_pretrained(directory)
     count = 10 if smoke else PARTS[part]["questions"]
-    asked = [BUILT_IN[part].question(HELD_OUT + 1, index, True) for index in range(count)]
+    asked = [BUILT_IN[part].item("questions", HELD_OUT + 1, index, True) for index in range(count)]
     prompts = [tokenizer.encode_chat(messages[:-1], add_generation_prompt=True).ids for messages in asked]
     room = model.architecture.max_positions - PARTS[part]["new"]
     fitting = [(torch.tensor(p).numpy(), m[-1]["content"]) for p, m in zip(prompts, asked) if len(p) <= room]

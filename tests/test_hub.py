@@ -19,10 +19,10 @@ from slmkit.config import load_settings
 from slmkit.find import find_model_directory, find_tokenizer_directory
 from slmkit.hub import HubName, at_commit, hub_name
 from slmkit.model.files.adapter_directory import base_of
-from slmkit.training.estimate.inspect import inspect_model
 from slmkit.training.recipe.recipe import Recipe, load_recipe
 from slmkit.workflows.context import SILENCE
 from slmkit.workflows.merge import prepare_merge, write_merge
+from slmkit.workflows.plan import inspect_model
 from slmkit.workflows.push import push_model
 from slmkit.workflows.resume import resume_run
 from slmkit.workflows.train import train_recipe

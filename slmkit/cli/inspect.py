@@ -25,11 +25,10 @@ def inspect(
     from slmkit.model.config import find_model_or_preset
 
     find_model_or_preset(model)  # before anything is loaded
-    from slmkit.adapt.load import adapter_meta_model
     from slmkit.cli.show import count, gibibytes
-    from slmkit.training.estimate.inspect import inspect_model
+    from slmkit.workflows.plan import inspect_model
 
-    report = inspect_model(model, batch, length, precision, optimizer, adapter_meta_model)
+    report = inspect_model(model, batch, length, precision, optimizer)
     print(f"{model}: {report.summary}\n")
 
     print("parameters")

@@ -192,18 +192,18 @@ class SLMConfig(Settings):
             warn_once(f"{path}: ignored, since no {model_type} reads it: {', '.join(ignored)}")
         config = load_settings(cls, {key: content[key] for key in content if key in read}, origin=str(path))
         made_by = ("_from_model_config", "transformers_version")
-        told = {key: value for key, value in read_generation_config(path.parent).items() if key not in made_by}
+        given = {key: value for key, value in read_generation_config(path.parent).items() if key not in made_by}
         said_again = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
-        told = {key: value for key, value in told.items() if key not in said_again or value != said_again[key]}
-        return config.model_copy(update={"generation_config": {} if told == {"do_sample": True} else told})
+        given = {key: value for key, value in given.items() if key not in said_again or value != said_again[key]}
+        return config.model_copy(update={"generation_config": {} if given == {"do_sample": True} else given})
 
     def for_generation(self) -> dict[str, Any]:
         """Content of `generation_config.json`: its previous content, and all ids that end a text."""
-        told = self.generation_config or {"do_sample": True}
-        ends = {*_listed(told.get("eos_token_id")), *_listed(self.eos_token_id)}
+        given = self.generation_config or {"do_sample": True}
+        ends = {*_listed(given.get("eos_token_id")), *_listed(self.eos_token_id)}
         eos = min(ends, default=None) if len(ends) < 2 else sorted(ends)
-        pad = told.get("pad_token_id") if self.pad_token_id is None else self.pad_token_id
-        return told | {"eos_token_id": eos, "pad_token_id": pad}
+        pad = given.get("pad_token_id") if self.pad_token_id is None else self.pad_token_id
+        return given | {"eos_token_id": eos, "pad_token_id": pad}
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write `config.json` as transformers 4 and 5, vLLM and llama.cpp's converter read it."""

@@ -47,37 +47,37 @@ class LatentAttention(nn.Module):
     def forward(self, x: Tensor, inputs: AttentionInputs, cache: KVCache | None) -> Tensor:
         sizes = self.sizes
         q = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [batch, heads, new, plain_dim + rope_dim]
-        q_plain, q_turned = q.split([sizes.plain_dim, sizes.rope_dim], dim=-1)
-        latent, k_turned = self.latent(x)[:, None].split([sizes.kv_rank, sizes.rope_dim], dim=-1)  # [batch, 1, new, …]
+        q_plain, q_rope = q.split([sizes.plain_dim, sizes.rope_dim], dim=-1)
+        latent, k_rope = self.latent(x)[:, None].split([sizes.kv_rank, sizes.rope_dim], dim=-1)  # [batch, 1, new, …]
         latent = self.latent_norm(latent)
-        q_turned = rotate(self._halves(q_turned), inputs.rope_q)
-        k_turned = rotate(self._halves(k_turned), inputs.rope_k)
+        q_rope = rotate(self._halves(q_rope), inputs.rope_q)
+        k_rope = rotate(self._halves(k_rope), inputs.rope_k)
         if cache is not None:
-            seen, _ = cache.extend(self.index, torch.cat((latent, k_turned), dim=-1), latent[..., :0])
-            latent, k_turned = seen.split([sizes.kv_rank, sizes.rope_dim], dim=-1)  # [batch, 1, seen, …]
-        k_turned = rotate(k_turned, inputs.rope_seen)
+            seen, _ = cache.extend(self.index, torch.cat((latent, k_rope), dim=-1), latent[..., :0])
+            latent, k_rope = seen.split([sizes.kv_rank, sizes.rope_dim], dim=-1)  # [batch, 1, seen, …]
+        k_rope = rotate(k_rope, inputs.rope_seen)
         read = self._absorbed if cache is not None and x.size(1) == 1 else self._expanded
-        y = read(q_plain, q_turned, latent, k_turned, inputs)  # [batch, heads, new, value_dim]
+        y = read(q_plain, q_rope, latent, k_rope, inputs)  # [batch, heads, new, value_dim]
         return self.out(y.transpose(1, 2).flatten(2))  # [batch, new, width]
 
     def _expanded(
-        self, q_plain: Tensor, q_turned: Tensor, latent: Tensor, k_turned: Tensor, inputs: AttentionInputs
+        self, q_plain: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, inputs: AttentionInputs
     ) -> Tensor:
         """Attention with every head's keys and values computed: fewest FLOPs when many positions are read at once."""
         expanded = self.key_value(latent[:, 0]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k_plain, v = expanded.split([self.sizes.plain_dim, self.sizes.value_dim], dim=-1)  # [batch, heads, seen, …]
-        k = torch.cat((k_plain, k_turned.to(k_plain.dtype).expand(-1, self.heads, -1, -1)), dim=-1)
-        q = torch.cat((q_plain, q_turned), dim=-1)
+        k = torch.cat((k_plain, k_rope.to(k_plain.dtype).expand(-1, self.heads, -1, -1)), dim=-1)
+        q = torch.cat((q_plain, q_rope), dim=-1)
         return attend(q, k, v, inputs, self.scale, None, self.dropout if self.training else 0.0)
 
     def _absorbed(
-        self, q_plain: Tensor, q_turned: Tensor, latent: Tensor, k_turned: Tensor, inputs: AttentionInputs
+        self, q_plain: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, inputs: AttentionInputs
     ) -> Tensor:
         """q · (W_k latent) = (W_k^T q) · latent: attention over the latents, which are one key for all heads."""
         weight = self.key_value.weight.unflatten(0, (self.heads, -1))  # [heads, plain_dim + value_dim, kv_rank]
         to_key, to_value = weight.split([self.sizes.plain_dim, self.sizes.value_dim], dim=1)
-        q = torch.cat((q_plain @ to_key, q_turned), dim=-1)  # [batch, heads, 1, kv_rank + rope_dim]
-        k = torch.cat((latent, k_turned), dim=-1)  # [batch, 1, seen, kv_rank + rope_dim]
+        q = torch.cat((q_plain @ to_key, q_rope), dim=-1)  # [batch, heads, 1, kv_rank + rope_dim]
+        k = torch.cat((latent, k_rope), dim=-1)  # [batch, 1, seen, kv_rank + rope_dim]
         return attend(q, k, latent, inputs, self.scale, None, 0.0) @ to_value.mT
 
     def _halves(self, x: Tensor) -> Tensor:

@@ -36,14 +36,13 @@ from slmkit.training.compilation import eager
 from slmkit.training.distributed import Group
 from slmkit.training.estimate.memory import MemoryProfile, meta_model_of, read_answers, write_answers
 from slmkit.training.loop import Report, State, random_seed
-from slmkit.training.objectives.grpo import GroupRelative
+from slmkit.training.objectives.grpo import GroupRelative, answer_columns
 from slmkit.training.objectives.preference import label_log_probabilities, rounded_up
 from slmkit.training.precision import to_weight_dtype
 from slmkit.training.recipe.objective_settings import GrpoSettings
 from slmkit.training.recipe.recipe import Recipe
 from slmkit.workflows.context import ObjectiveParts, RecipeContext
 
-SMALLEST_DEVIATION = 1e-4  # least standard deviation of rewards by which advantages are divided
 ROWS_AT_ONCE = 128  # answers sampled in one batch
 
 
@@ -134,10 +133,10 @@ class Rollouts(Batches):
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """`[questions * num_generations, length]`, the answers to one question adjacent."""
-        asked, size = self.settings.prompts_per_step, self.settings.num_generations
-        places = np.arange(asked, dtype=np.int64)[share_of_rank(asked, rank, world)]
+        count, size = self.settings.prompts_per_step, self.settings.num_generations
+        places = np.arange(count, dtype=np.int64)[share_of_rank(count, rank, world)]
         # Questions of similar length together: little padding.
-        indices = sorted(shuffled(step * asked + places, len(self.questions), self.seed), key=self.questions.length)
+        indices = sorted(shuffled(step * count + places, len(self.questions), self.seed), key=self.questions.length)
         asking = [self.questions.prompt(index) for index in indices]
         seed = random_seed(mixed_seed(self.seed, "answers"), step, rank)
         with self.group.whole(self.model), eager(self.model):
@@ -145,8 +144,9 @@ class Rollouts(Batches):
         prompts = [prompt for prompt in asking for _ in range(size)]
         known = [self.questions.known(index) for index in indices for _ in range(size)]
         scores = [self.score(*each) for each in zip(prompts, answers, known, strict=True)]
+        rewards, right = np.array(scores, dtype=np.float32).T.copy()  # [rows] each, contiguous
         ids, labels = zip(*map(self._row, prompts, answers))
-        batch = Batch.of(np.stack(ids), np.stack(labels), extra=self._extra(scores))
+        batch = Batch.of(np.stack(ids), np.stack(labels), extra=answer_columns(rewards, right, self.settings))
         return batch if self.reference is None else self._referred(batch, self.reference)
 
     def report(self) -> list[str]:
@@ -157,17 +157,6 @@ class Rollouts(Batches):
         tokens = np.concatenate([prompt, answer])
         labels = row_of_labels(tokens, np.arange(len(tokens)) >= len(prompt))
         return padded([tokens], self.length, self.pad_id), padded([labels], self.length, IGNORED)
-
-    def _extra(self, scores: Sequence[Score]) -> dict[str, np.ndarray]:
-        """Advantage and figures of each answer: float32 [rows] each."""
-        rewards, right = np.array(scores, dtype=np.float32).T  # [rows] each
-        groups = rewards.reshape(-1, self.settings.num_generations)  # [questions, num_generations]
-        advantages = groups - groups.mean(axis=1, keepdims=True)
-        if self.settings.loss == "grpo":
-            advantages = advantages / (groups.std(axis=1, ddof=1, keepdims=True) + SMALLEST_DEVIATION)
-        silent = np.broadcast_to((groups == groups[:, :1]).all(axis=1, keepdims=True), groups.shape)
-        columns = {"advantage": advantages.ravel(), "reward": rewards, "right": right, "silent": silent.ravel()}
-        return {name: np.ascontiguousarray(column, dtype=np.float32) for name, column in columns.items()}
 
     @torch.no_grad()
     def _referred(self, batch: Batch, reference: Decoder) -> Batch:

@@ -1,29 +1,39 @@
-"""`slm plan` of a recipe: memory, time, disk and loss of its run."""
+"""`slm plan` of a recipe: memory, time, disk and loss of its run; `slm inspect` of a model: its size and needs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
 
 from slmkit.adapt.adapter_config import read_adapter_config
+from slmkit.adapt.load import adapter_meta_model
 from slmkit.adapt.lora import add_lora
 from slmkit.config import UserError
 from slmkit.device import find_device
 from slmkit.find import find_config_directory, find_model_directory, find_tokenizer_directory
-from slmkit.model.config import SLMConfig
+from slmkit.model.architectures import Architecture, architecture_of
+from slmkit.model.config import SLMConfig, find_model_or_preset
 from slmkit.model.decoder import Decoder
-from slmkit.model.files.adapter_directory import config_directory, is_adapter
+from slmkit.model.files.adapter_directory import ADAPTER_WEIGHTS, config_directory, is_adapter
 from slmkit.model.files.directory import empty_decoder
+from slmkit.model.files.stored import stored_tensors
+from slmkit.model.sizes import cache_size, cache_variants, flops_per_token, parameters_by_module
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.estimate.forecast import forecast
+from slmkit.training.estimate.memory import MemoryProfile, reading_bytes, training_bytes
 from slmkit.training.estimate.micro_batch import resolve_micro_batch
 from slmkit.training.estimate.probe import LONGEST, STEPS, probe
 from slmkit.training.estimate.proposal import RunEstimate, tokens_of
 from slmkit.training.recipe.checks import expect_a_model
-from slmkit.training.recipe.recipe import Recipe
+from slmkit.training.recipe.recipe import Recipe, TrainSettings
 from slmkit.workflows.distill import with_the_teachers_tokenizer
 from slmkit.workflows.objectives import OBJECTIVES
 
 QUICKSTART = "runs/quickstart/"  # models that later stages of the quickstart start from
+LONGEST_BY_DEFAULT = 2_048  # tokens of a row that is inspected
 
 
 def plan_recipe(recipe: Recipe, measure: bool = True, say: Callable[[str], None] = lambda line: None) -> RunEstimate:
@@ -100,3 +110,89 @@ def _rows_of(recipe: Recipe, text: int | None, length: int, assumptions: list[st
     if recipe.is_padded and recipe.data.is_built_in:
         return recipe.data.documents * (recipe.grpo.num_generations if recipe.reads == "questions" else 1)
     return max(1, (text or 0) // (recipe.tokens_of_row(length) if recipe.is_padded else length))
+
+
+# -- `slm inspect` -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Figures of one model: sizes in bytes, FLOPs per token; a multiply-add counts as two."""
+
+    summary: str
+    length: int
+    parameters: dict[str, int]
+    operations: dict[str, int]
+    cache_bytes: dict[str, int]  # per token, of layers without a window: this configuration and others
+    window_bytes: int  # of a row's cache, for layers with a window
+    cache_of_a_row: int
+    memory: dict[str, int]
+    compute_dtype: str
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(self.parameters.values())
+
+
+def inspect_model(
+    model: str | Path,
+    rows: int = 8,
+    length: int | None = None,
+    precision: str = "auto",
+    optimizer: str = "adamw",
+) -> Inspection:
+    """`model` is a model directory, an adapter, a run or a preset; `rows` of `length` tokens go through it at once.
+
+    Training is that of all weights, or of the adapter on a frozen base. Raises `UserError` for a model that does not
+    exist, and for a length beyond its context.
+    """
+    found = find_model_or_preset(model)
+    if isinstance(found, str):
+        config = SLMConfig.from_preset(found)
+    else:
+        config = SLMConfig.from_pretrained(config_directory(found))
+    a, decoder = architecture_of(config), empty_decoder(config)
+    length = length or min(a.max_positions, LONGEST_BY_DEFAULT)
+    a.expect(length)
+    parameters = parameters_by_module(a)
+    if isinstance(found, Path) and is_adapter(found):
+        adapter = find_model_directory(model)
+        tensors = stored_tensors(adapter / ADAPTER_WEIGHTS).values()
+        parameters["adapter"] = sum(torch.Size(tensor.shape).numel() for tensor in tensors)
+        decoder = adapter_meta_model(adapter)
+    device, flops, cache = find_device("cpu", precision), flops_per_token(a, length), cache_size(a, length)
+    settings, profile = TrainSettings(optimizer=optimizer), MemoryProfile(decoder)
+    recomputed = settings.model_copy(update={"gradient_checkpointing": 1})
+    return Inspection(
+        summary=_summary(config, a),
+        length=length,
+        parameters=parameters,
+        operations={
+            "forward, matrices": flops.matrices,
+            "forward, attention": flops.attention,
+            "backward": flops.backward,
+        },
+        cache_bytes={"this configuration": cache.per_token}
+        | {name: cache_size(variant, length).per_token for name, variant in cache_variants(a).items()},
+        window_bytes=cache.of_windows,
+        cache_of_a_row=cache.at_length,
+        memory={
+            f"training with {optimizer}": training_bytes(profile, settings, rows, length, device),
+            "… and gradient_checkpointing": training_bytes(profile, recomputed, rows, length, device),
+            "running in float32": reading_bytes(a, rows, length, torch.float32),
+            "running in bfloat16": reading_bytes(a, rows, length, torch.bfloat16),
+        },
+        compute_dtype=str(device.describe()["compute_dtype"]),
+    )
+
+
+def _summary(config: SLMConfig, a: Architecture) -> str:
+    attention = f"{a.heads} heads over {a.kv_heads} key-value heads of {a.head_dim}"
+    if a.latent is not None:
+        attention = f"{a.heads} heads over latents of {a.latent.kv_rank} + {a.latent.rope_dim}"
+    windows = sum(layer.window is not None for layer in a.layers)
+    seen = f" ({windows} with a window)" if windows else ""
+    return (
+        f"{config.model_type}, {a.depth} layers{seen} of width {a.width}, {attention}, MLP {a.mlp_width}, "
+        f"{a.vocab_size:,} tokens, context {a.max_positions:,}"
+    )

@@ -110,7 +110,7 @@ class ShardFolder:
         return self.folder / f"{number:05}.json"
 
 
-def claim(directory: str | Path, asked: Mapping[str, Any]) -> None:
+def claim(directory: str | Path, request: Mapping[str, Any]) -> None:
     """Record what the shards of `directory` are made of, before the first of them is finished.
 
     Raises `UserError` if there are shards already, or finished ones of something else: none is ever replaced.
@@ -120,7 +120,7 @@ def claim(directory: str | Path, asked: Mapping[str, Any]) -> None:
         of = ", ".join(str(source.get("path")) for source in read_header(directory).sources[:3])
         raise UserError(f"{directory}: holds finished shards of {of}: choose another directory, or delete it first")
     note = partial_folder(directory) / REQUEST
-    text = json.dumps(asked, indent=2, sort_keys=True) + "\n"
+    text = json.dumps(request, indent=2, sort_keys=True) + "\n"
     if note.is_file() and note.read_text(encoding="utf-8") != text:
         raise UserError(
             f"{note.parent}: holds the finished shards of another command (see {REQUEST} there): repeat that "

@@ -61,13 +61,14 @@ class File:
             stream.seek(offset)
             return stream if offset else self._expect_text(stream)
         if compression == ".gz":
-            stream = cast(BinaryIO, gzip.GzipFile(fileobj=stream))
+            unpacked: Any = gzip.GzipFile(fileobj=stream)
         else:
             # zstandard's own reader gives no error for a truncated file.
-            stream = cast(BinaryIO, io.BufferedReader(pyarrow().CompressedInputStream(stream, "zstd"), PIECE))
-        while offset and (dropped := len(stream.read(min(offset, PIECE)))):
+            unpacked = io.BufferedReader(pyarrow().CompressedInputStream(stream, "zstd"), PIECE)
+        reader = _ReaderUpToDamage(unpacked)
+        while offset and (dropped := len(reader.read(min(offset, PIECE)))):
             offset -= dropped
-        return stream
+        return cast(BinaryIO, reader)
 
     def _expect_text(self, stream: BinaryIO) -> BinaryIO:
         head = stream.read(max(map(len, NOT_TEXT)))
@@ -76,6 +77,54 @@ class File:
             stream.close()
             raise OSError(f"it is {what}")
         return stream
+
+
+class _ReaderUpToDamage:
+    """Gives all bytes in front of a damage, then raises its error.
+
+    It unpacks blocks of one size, so that these bytes are the same wherever reading begins.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self._held, self._at = stream, b"", 0
+        self._error: Exception | None = None
+
+    def __enter__(self) -> _ReaderUpToDamage:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stream.close()
+
+    def read(self, size: int = -1) -> bytes:
+        while (size < 0 or len(self._held) - self._at < size) and self._unpack():
+            pass
+        return self._take(len(self._held) if size < 0 else self._at + size)
+
+    def readline(self, limit: int) -> bytes:
+        """A line, or its first `limit` bytes; a line that the damage cuts is not given."""
+        while not (end := self._held.find(b"\n", self._at, self._at + limit) + 1):
+            if len(self._held) - self._at >= limit or not self._unpack():
+                break
+        if not end and self._error is not None and len(self._held) - self._at < limit:
+            raise self._error
+        return self._take(end or self._at + limit)
+
+    def _unpack(self) -> bool:
+        """Unpack one more block; False at the end."""
+        if self._error is not None:
+            return False
+        try:
+            block = self._stream.read1(PIECE)
+        except damage() as error:
+            self._error, block = error, b""
+        self._held, self._at = self._held[self._at :] + block, 0
+        return bool(block)
+
+    def _take(self, end: int) -> bytes:
+        taken, self._at = self._held[self._at : end], min(end, len(self._held))
+        if not taken and self._error is not None:
+            raise self._error
+        return taken
 
 
 def local_file(path: str | Path) -> File:

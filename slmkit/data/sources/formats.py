@@ -50,7 +50,7 @@ EXCHANGES = {
     "problem-solution": ("problem", "solution"),
     "input-output": ("input", "output"),
 }
-# RowDict that change a conversation: refused if a format does not use them.
+# Columns that change a conversation: refused if a format does not use them.
 MEANING = (
     *TOOLS, *SYSTEM, HISTORY, *REASONING, *MEDIA, "tool_calls", "chat_template", "chat_template_kwargs", "inputs",
     "options", "choices", "rejected_response",

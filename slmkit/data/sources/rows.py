@@ -47,7 +47,8 @@ def json_rows(file: File, start: Position, formats: RowFormats | None = None) ->
             number += 1
             if entry.problem or entry.text.strip():
                 place = f"{file.name}:{number}" if layout == "line" else f"{file.name}: row {number:,}"
-                value = entry.problem or _json_value(place, entry.text)
+                begins = None if layout == "line" else entry.end - byte_length(entry.text)
+                value = entry.problem or _json_value(place, entry.text, begins)
                 yield SourceRow(place, value, {layout: number, "offset": entry.end})
     except RowError as error:
         message = f"{file.name}: cannot be read as JSON behind row {number:,}: {error}"
@@ -120,10 +121,29 @@ def list_entries(file: File, offset: int = 0) -> Iterator[Line]:
                 previous = token
     if inside and depth == inside and text[begin:].strip():  # whole, although the list is not
         yield Line(text[begin:], offset + byte_length(text[begin:]))
+    if len(text) - begin > LONGEST_ROW:
+        raise RowError(f"an entry is longer than {LONGEST_ROW:,} bytes")
+    if problem := _json_problem(text[begin:], offset):
+        raise RowError(problem)
     if inside or depth:
-        raise RowError(f"it breaks off, or an entry is longer than {LONGEST_ROW:,} bytes")
+        raise RowError("it breaks off")
     if not lists:
-        raise RowError("an object without a list of rows in it")
+        with file.open_at() as stream:
+            content = stream.read(LONGEST_ROW).decode("utf-8", "surrogateescape")
+        raise RowError(_json_problem(content, 0) or "an object without a list of rows in it")
+
+
+def _json_problem(text: str, begins: int) -> str:
+    """What is not JSON within a text at the offset `begins`, such as an odd quote; '' if it only breaks off."""
+    start = len(text) - len(text.lstrip())
+    try:
+        DECODER.raw_decode(text, start)
+    except json.JSONDecodeError as error:
+        if start < len(text) and (error.pos < len(text.rstrip()) and not error.msg.startswith("Unterminated")):
+            return f"{error.msg} at offset {begins + byte_length(text[: error.pos]):,}"
+    except (ValueError, RecursionError, RowError):
+        pass  # of a number or a key: said where the row is read
+    return ""
 
 
 def whole_number(digits: str) -> float:
@@ -143,8 +163,11 @@ def _unique_keys(members: list[tuple[str, Any]]) -> dict[str, Any]:
 DECODER = json.JSONDecoder(parse_int=whole_number, object_pairs_hook=_unique_keys)
 
 
-def _json_value(place: str, text: str) -> dict[str, Any] | BadRow:
-    """The object in a JSON text, or a `BadRow`; a lone surrogate is not text and cannot be tokenized."""
+def _json_value(place: str, text: str, begins: int | None = None) -> dict[str, Any] | BadRow:
+    """The object in a JSON text, or a `BadRow`; a lone surrogate is not text and cannot be tokenized.
+
+    `begins`: the offset of the text in its file, if it is not a line of its own.
+    """
     try:
         text.encode()
         row = DECODER.decode(text)
@@ -155,7 +178,10 @@ def _json_value(place: str, text: str) -> dict[str, Any] | BadRow:
     except RowError as error:
         return BadRow("not valid JSON", f"{place}: {error}")
     except (ValueError, RecursionError) as error:
-        return BadRow("not valid JSON", f"{place}: expected a JSON object, found {shown(text[:100].strip())}: {error}")
+        reason = str(error)
+        if begins is not None and isinstance(error, json.JSONDecodeError):
+            reason = f"{error.msg} at offset {begins + byte_length(text[: error.pos]):,}"
+        return BadRow("not valid JSON", f"{place}: expected a JSON object, found {shown(text[:100].strip())}: {reason}")
     if not isinstance(row, dict):
         return BadRow("not a JSON object", f"{place}: expected a JSON object, found {shown(text[:100].strip())}")
     return row

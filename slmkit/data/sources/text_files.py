@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from slmkit.data.sources.documents import PIECE, BadRow, Document, Item, Position, cut_point
-from slmkit.data.sources.files import File
+from slmkit.data.sources.files import File, damage
 
 LONGEST_ROW = 1 << 25  # bytes; a row is held in memory several times while it is parsed
 SEPARATOR = "<|endoftext|>"
@@ -66,15 +66,22 @@ def text_documents(file: File, start: Position, separator: str | None = None) ->
     offset, inside = start.get("offset", 0), start.get("inside", 0)
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
     raw, is_all = "", False  # the text from `offset` on; it encodes back to the bytes read
+    damaged: Exception | None = None  # what comes behind `raw` cannot be read
     with file.open_at(max(offset - 1, 0)) as stream:
         at_line_start = offset == 0 or stream.read(1) == b"\n" or offset == len(codecs.BOM_UTF8)
         while raw or not is_all:
             match = pattern.search(raw, 0 if at_line_start or separator else 1)
             document = raw[: match.start()] if match else raw
             text = _cleaned(document)
-            is_complete = match.end() < len(raw) if match else len(text) > PIECE + longest
+            is_complete = match.end() < len(raw) or damaged if match else len(text) > PIECE + longest
+            if damaged and not is_complete:
+                raise damaged
             if not (is_complete or is_all):
-                data = stream.read(PIECE)
+                try:
+                    data = stream.read(PIECE)
+                except damage() as error:
+                    damaged = error
+                    continue
                 raw, is_all = raw + decoder.decode(data, final=not data), not data
                 if offset == 0 and raw.startswith("\ufeff"):
                     offset, raw = len(codecs.BOM_UTF8), raw[1:]

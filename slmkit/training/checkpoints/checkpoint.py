@@ -56,7 +56,7 @@ class ModelFiles(Protocol):
 
 @dataclass(frozen=True)
 class WholeModel:
-    """A model directory."""
+    """`ModelFiles` of a model directory: tensors [...] as the parameters."""
 
     config: SLMConfig
 

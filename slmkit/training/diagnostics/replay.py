@@ -134,7 +134,7 @@ class Watch:
             self.see(f"gradient of {name}", None, parameter.grad)
             self.norms[name] = parameter.grad.norm().item()
 
-    def see(self, what: str, first_row: int | None, tensor: Tensor) -> None:
+    def see(self, what: str, first_row: int | None, tensor: Tensor) -> None:  # [rows, length, width] or [...]
         if self.broken is not None or torch.isfinite(tensor).all():
             return
         if first_row is None or tensor.dim() < 3:  # not [rows, length, width]

@@ -13,6 +13,8 @@ which Adam's scaling largely cancels.
 
 from __future__ import annotations
 
+import numpy as np
+
 from slmkit.data.batch import Batch
 from slmkit.data.packing import IGNORED
 from slmkit.model.decoder import Decoder
@@ -21,6 +23,17 @@ from slmkit.training.objectives.preference import PerAnswer, label_log_probabili
 from slmkit.training.recipe.objective_settings import GrpoSettings
 
 FIGURES = ("answers/right", "answers/reward", "answers/tokens", "groups/without_signal")
+SMALLEST_DEVIATION = 1e-4  # least standard deviation of rewards by which advantages are divided
+
+
+def answer_columns(rewards: np.ndarray, right: np.ndarray, settings: GrpoSettings) -> dict[str, np.ndarray]:
+    """Advantage and figures of each answer, float32 [rows] each, as `rewards` and `right` are (1 for right answers)."""
+    groups = rewards.reshape(-1, settings.num_generations)  # [questions, num_generations]
+    advantages = groups - groups.mean(axis=1, keepdims=True)
+    if settings.loss == "grpo":
+        advantages = advantages / (groups.std(axis=1, ddof=1, keepdims=True) + SMALLEST_DEVIATION)
+    silent = np.repeat((groups == groups[:, :1]).all(axis=1), settings.num_generations)  # [rows]
+    return {"advantage": advantages.ravel(), "reward": rewards, "right": right, "silent": silent.astype(np.float32)}
 
 
 class GroupRelative(PerAnswer):

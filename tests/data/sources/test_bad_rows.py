@@ -238,6 +238,40 @@ def test_what_comes_before_the_end_of_an_archive_cut_short_is_read(tmp_path: Pat
         texts(source(tmp_path, "refuse"))
 
 
+@pytest.mark.parametrize("damage", ["cut", "a byte"])
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.txt.zst", "a.jsonl.gz", "a.jsonl.zst", "a.json.gz", "a.csv.gz"])
+def test_what_comes_before_a_damage_is_the_same_wherever_reading_begins(tmp_path: Path, name: str, damage: str):
+    words = [random.Random(number).randbytes(150).hex() for number in range(1500)]
+    content = {
+        ".txt": "\n<|endoftext|>\n".join(words),
+        ".jsonl": "".join(json.dumps({"text": word}) + "\n" for word in words),
+        ".json": json.dumps([{"text": word} for word in words]),
+        ".csv": "text\n" + "\n".join(words),
+    }[Path(name).suffixes[0]].encode()
+    pack = gzip.compress if name.endswith(".gz") else zstandard.ZstdCompressor(write_checksum=True).compress
+    packed = bytearray(pack(content))
+    if damage == "cut":
+        del packed[len(packed) * 2 // 3 :]
+    else:
+        packed[len(packed) * 2 // 3] ^= 255
+    (tmp_path / name).write_bytes(packed)
+    opened = source(tmp_path / name)
+    read = [(item.text, position) for item, position in opened.read()]
+    # zstd unpacks whole blocks of 128 KiB, and Python's reader of gzip 8 KiB more than it gives.
+    assert len(read) > (300 if name.endswith(".zst") else 800)
+    assert opened.skipped["unreadable file"] == 1
+    for number in (1, 2, 250, len(read) - 1):
+        again = [item.text for item, _ in source(tmp_path / name).read(read[number - 1][1])]
+        assert [text for text, _ in read[:number]] + again == [text for text, _ in read]
+
+
+def test_a_small_archive_that_is_cut_gives_what_is_whole_in_it(tmp_path: Path):
+    packed = gzip.compress(b"A cat.\n<|endoftext|>\nA dog.\n")
+    for number, damaged in enumerate((packed[:-9], packed + b"xx")):
+        (tmp_path / f"{number}.txt.gz").write_bytes(damaged)
+        assert texts(source(tmp_path / f"{number}.txt.gz")) == ["A cat."]
+
+
 PEAK = r"""
 import re, sys
 from slmkit.data.sources.settings import SourceSettings

@@ -95,3 +95,21 @@ def test_a_file_of_one_row_is_gone_on_from_its_end_and_its_bytes_are_text(tmp_pa
     (tmp_path / "b.json").write_bytes(b'{"text":\n "\xed\xa0\xbd"}')
     with pytest.raises(UserError, match=r"b\.json: not UTF-8, or half a surrogate pair"):
         list(open_source(SourceSettings(path=str(tmp_path / "b.json"))).read())
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ('[{"text":"a"},{"text":"5" tall"},{"text":"c"}]', "behind row 1: Expecting ',' delimiter at offset 26"),
+        ('{"v":1,"data":[{"text":"a"},{"text":"x"y"}]}', "behind row 1: Expecting ',' delimiter at offset 39"),
+        ('{"text":"a\nb"}', "behind row 0: Invalid control character at at offset 10"),
+        ("{'text':'a'}", "behind row 0: Expecting property name enclosed in double quotes at offset 1"),
+        ('[{"text":"a"},\n{"text":"b\nc"}]', "row 2: .*: Invalid control character at at offset 25"),
+        ('[{"text":"a"},{"text":"b"', "behind row 1: it breaks off"),
+        ("[", "behind row 0: it breaks off"),
+    ],
+)
+def test_a_fault_in_a_list_is_said_with_its_place_in_the_file(tmp_path: Path, content: str, problem: str) -> None:
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(UserError, match=problem):
+        [*open_source(SourceSettings(path=str(tmp_path / "a.json"))).read()]
