@@ -148,7 +148,7 @@ def test_a_key_that_is_typed_as_it_was_changes_nothing(run: Path) -> None:
 def test_rows_that_are_shared_out_anew_are_said_where_there_is_dropout(typed: str, is_said: bool, run: Path) -> None:
     resume(run, "train.micro_batch_tokens=128", "train.max_steps=5")
     said = resume(run, typed, "train.max_steps=6")
-    assert any("how rows are shared out" in line for line in said) == is_said
+    assert any("how rows are split" in line for line in said) == is_said
 
 
 def test_what_can_be_obeyed_is_obeyed_from_the_next_step_on_and_written_down(run: Path) -> None:
