@@ -20,6 +20,7 @@ from slmkit.data.rows.text_dataset import TextDataset
 from slmkit.data.rows.torch_dataset import DatasetRows, ItemFormat, IterableBatches
 from slmkit.data.stream import Batches, Rows, Stream
 from slmkit.device import Device, find_device
+from slmkit.find import run_to_resume
 from slmkit.model.config import TRAINING_FIELDS, SLMConfig
 from slmkit.model.files.adapter_directory import LoRASettings, is_adapter
 from slmkit.training.checkpoints.checkpoint import WholeModel, kept_in
@@ -284,16 +285,3 @@ def _is_iterable(dataset: Any) -> bool:
     if isinstance(dataset, Iterable):
         return True
     raise UserError(f"a data set has __getitem__ and __len__, or __iter__; found {kind_of_value(dataset)}")
-
-
-def run_to_resume(output_dir: str, wanted: bool | str | Path | None) -> Path | None:
-    """The run that `train` resumes; None for a new one. Raises `UserError` if it does not exist."""
-    if wanted is None or wanted is False:
-        return None
-    named = Path(output_dir if wanted is True else wanted)
-    runs = [path for path in (named, *named.parent.glob(f"{named.name}-*")) if (path / "recipe.yaml").is_file()]
-    if wanted is not True:
-        runs = [path for path in (named, *named.resolve().parents[:2]) if (path / "recipe.yaml").is_file()][:1]
-    if not runs:
-        raise UserError(f"{named}: no run to resume; expected the directory that an earlier train() made")
-    return max(runs, key=lambda path: (path / "recipe.yaml").stat().st_mtime)
