@@ -36,9 +36,7 @@ class _OneLineErrors(ModelMetaclass):
 
     def __call__(cls, *positional: Any, **values: Any) -> Any:  # noqa: N805 (of a metaclass)
         if positional:
-            raise UserError(
-                f"{cls.__name__}: give the values by name, such as {next(iter(cls.model_fields), 'name')}=…"
-            )
+            raise UserError(f"{cls.__name__}: give the values by name, as in name=value")
         try:
             return super().__call__(**values)
         except pydantic.ValidationError as error:
