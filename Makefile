@@ -1,6 +1,6 @@
 # make quickstart   the whole life of a small model, offline, in minutes
 # make test         everything the project promises, checked
-# make test-fast    units, one family of parity, the shape of the code: three to four minutes
+# make test-fast    units, one family of parity, the shape of the code: under two minutes
 # make test-kill    a run killed a hundred times and resumed, compared with one that nobody killed
 # make test-transformers4   the comparisons with transformers 4
 # make test-hosts   two hosts, one of which is lost in mid-run (root, iproute2)
