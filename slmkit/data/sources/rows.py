@@ -140,7 +140,7 @@ def _json_problem(text: str, begins: int) -> str:
         DECODER.raw_decode(text, start)
     except json.JSONDecodeError as error:
         if start < len(text) and (error.pos < len(text.rstrip()) and not error.msg.startswith("Unterminated")):
-            return f"{error.msg} at offset {begins + byte_length(text[: error.pos]):,}"
+            return f"{error.msg.removesuffix(' at')} at offset {begins + byte_length(text[: error.pos]):,}"
     except (ValueError, RecursionError, RowError):
         pass  # of a number or a key: said where the row is read
     return ""
@@ -180,7 +180,7 @@ def _json_value(place: str, text: str, begins: int | None = None) -> dict[str, A
     except (ValueError, RecursionError) as error:
         reason = str(error)
         if begins is not None and isinstance(error, json.JSONDecodeError):
-            reason = f"{error.msg} at offset {begins + byte_length(text[: error.pos]):,}"
+            reason = f"{error.msg.removesuffix(' at')} at offset {begins + byte_length(text[: error.pos]):,}"
         return BadRow("not valid JSON", f"{place}: expected a JSON object, found {shown(text[:100].strip())}: {reason}")
     if not isinstance(row, dict):
         return BadRow("not a JSON object", f"{place}: expected a JSON object, found {shown(text[:100].strip())}")

@@ -102,9 +102,9 @@ def test_a_file_of_one_row_is_gone_on_from_its_end_and_its_bytes_are_text(tmp_pa
     [
         ('[{"text":"a"},{"text":"5" tall"},{"text":"c"}]', "behind row 1: Expecting ',' delimiter at offset 26"),
         ('{"v":1,"data":[{"text":"a"},{"text":"x"y"}]}', "behind row 1: Expecting ',' delimiter at offset 39"),
-        ('{"text":"a\nb"}', "behind row 0: Invalid control character at at offset 10"),
+        ('{"text":"a\nb"}', "behind row 0: Invalid control character at offset 10"),
         ("{'text':'a'}", "behind row 0: Expecting property name enclosed in double quotes at offset 1"),
-        ('[{"text":"a"},\n{"text":"b\nc"}]', "row 2: .*: Invalid control character at at offset 25"),
+        ('[{"text":"a"},\n{"text":"b\nc"}]', "row 2: .*: Invalid control character at offset 25"),
         ('[{"text":"a"},{"text":"b"', "behind row 1: it breaks off"),
         ("[", "behind row 0: it breaks off"),
     ],
