@@ -103,6 +103,11 @@ def spelled(value: object) -> str:
     return "nothing" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
 
 
+def one_line(error: BaseException) -> str:
+    """The message of a library's error, in one line."""
+    return " ".join(str(error).split())
+
+
 def methods_checked(owner: type[T]) -> type[T]:
     """Apply `arguments_checked` to all public methods of a class, except those with `**kwargs`."""
     for name, method in list(vars(owner).items()):

@@ -1,4 +1,4 @@
-"""Atomic, durable file writes."""
+"""Atomic, durable file writes, and names that are free."""
 
 from __future__ import annotations
 
@@ -25,3 +25,12 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def free_path(wanted: str | Path) -> Path:
+    """`wanted`, or `wanted-2`, `-3`… if that name is taken."""
+    path, number = Path(wanted), 1
+    while path.exists():
+        number += 1
+        path = Path(f"{wanted}-{number}")
+    return path

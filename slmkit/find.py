@@ -35,15 +35,6 @@ def find_tokenizer_directory(path: str | Path) -> Path:
     return _find(path, "tokenizer.json", "tokenizer.json.gz", "tokenizer.model", weights=False)
 
 
-def free_path(wanted: str | Path) -> Path:
-    """`wanted`, or `wanted-2`, `-3`… if that name is taken."""
-    path, number = Path(wanted), 1
-    while path.exists():
-        number += 1
-        path = Path(f"{wanted}-{number}")
-    return path
-
-
 def find_run(path: str | Path) -> Path:
     """A run's directory. Raises `UserError` for anything else."""
     path = Path(path)
@@ -115,16 +106,3 @@ def _not_found(path: Path, name: str) -> str:
         what = f"no such directory; did you mean {str(path.parent / near[0])!r}?" if near else "no such directory"
     more = f", or hf://{path} of the hub" if len(path.parts) == 2 and not path.exists() else ""
     return f"{path}: {what}; expected what `slm train` or transformers' save_pretrained writes{more}"
-
-
-def run_to_resume(output_dir: str, wanted: bool | str | Path | None) -> Path | None:
-    """The run that `train` resumes; None for a new one. Raises `UserError` if it does not exist."""
-    if wanted is None or wanted is False:
-        return None
-    named = Path(output_dir if wanted is True else wanted)
-    runs = [path for path in (named, *named.parent.glob(f"{named.name}-*")) if (path / "recipe.yaml").is_file()]
-    if wanted is not True:
-        runs = [path for path in (named, *named.resolve().parents[:2]) if (path / "recipe.yaml").is_file()][:1]
-    if not runs:
-        raise UserError(f"{named}: no run to resume; expected the directory that an earlier train() made")
-    return max(runs, key=lambda path: (path / "recipe.yaml").stat().st_mtime)

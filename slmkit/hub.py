@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slmkit.config import UserError
+from slmkit.config import UserError, one_line
 
 NAME = re.compile(r"(hf:/{1,2})?(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 CACHED = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]+)")
@@ -211,10 +211,6 @@ class NetworkError(Exception):
     def __init__(self, message: str, lasting: bool = False, retry_after: float = 0.0) -> None:
         super().__init__(message)
         self.lasting, self.retry_after = lasting, retry_after
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
 
 
 @contextlib.contextmanager

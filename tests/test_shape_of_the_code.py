@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "find": {"config", "hub"},
     "model": BASE,
     "tokenizer": BASE,
-    "data": {"config", "files", "hub", "find", "tokenizer"},
+    "data": {"config", "files", "hub", "tokenizer"},
     "training": BASE | {"model", "data"},
     "adapt": BASE | {"model"},
     "generation": GENERATION,

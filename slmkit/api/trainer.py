@@ -20,7 +20,6 @@ from slmkit.data.rows.text_dataset import TextDataset
 from slmkit.data.rows.torch_dataset import DatasetRows, ItemFormat, IterableBatches
 from slmkit.data.stream import Batches, Rows, Stream
 from slmkit.device import Device, find_device
-from slmkit.find import run_to_resume
 from slmkit.model.config import TRAINING_FIELDS, SLMConfig
 from slmkit.model.files.adapter_directory import LoRASettings, is_adapter
 from slmkit.training.checkpoints.checkpoint import WholeModel, kept_in
@@ -33,7 +32,7 @@ from slmkit.training.objective import Objective, next_token
 from slmkit.training.objectives.distillation import DistillationLoss, OnlineTeacher, check_fit, frozen, objective_of
 from slmkit.training.recipe.objective_settings import DistillationSettings
 from slmkit.training.recipe.recipe import ModelSettings, Recipe, TrainSettings
-from slmkit.training.run_directory import RunDirectory, new_run_directory
+from slmkit.training.run_directory import RunDirectory, new_run_directory, run_to_resume
 from slmkit.workflows.hooks import Validate
 
 GIVEN_IN_A_SCRIPT = "given in a script"  # in place of the data in environment.json

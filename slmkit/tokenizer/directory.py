@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from slmkit.config import UserError, did_you_mean, kind_of_value, warn_once
+from slmkit.config import UserError, did_you_mean, kind_of_value, one_line, warn_once
 from slmkit.files import write_whole
 from slmkit.find import is_gpt2
-from slmkit.hub import one_line
 from slmkit.tokenizer.byte_level import END_OF_TEXT, PADDING, SPECIALS, TURN_END, TURN_START, gpt2, is_byte_level
 
 TOKENIZER, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"

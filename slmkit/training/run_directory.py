@@ -12,8 +12,7 @@ from typing import Any
 
 from slmkit.config import UserError, to_yaml
 from slmkit.device import Device
-from slmkit.files import write_whole
-from slmkit.find import free_path
+from slmkit.files import free_path, write_whole
 from slmkit.training.checkpoints import checkpoint as checkpoints
 from slmkit.training.logging.metrics_log import MetricsLog, environment, mark_running, read_json, rewind_samples
 from slmkit.training.recipe.changes import PROCESSES, Change
@@ -118,6 +117,19 @@ def run_of_job(wanted: str | Path) -> RunDirectory | None:
         number += 1
         path = Path(f"{wanted}-{number}")
     return None
+
+
+def run_to_resume(output_dir: str, wanted: bool | str | Path | None) -> Path | None:
+    """The run that `train` resumes; None for a new one. Raises `UserError` if it does not exist."""
+    if wanted is None or wanted is False:
+        return None
+    named = Path(output_dir if wanted is True else wanted)
+    runs = [path for path in (named, *named.parent.glob(f"{named.name}-*")) if (path / "recipe.yaml").is_file()]
+    if wanted is not True:
+        runs = [path for path in (named, *named.resolve().parents[:2]) if (path / "recipe.yaml").is_file()][:1]
+    if not runs:
+        raise UserError(f"{named}: no run to resume; expected the directory that an earlier train() made")
+    return max(runs, key=lambda path: (path / "recipe.yaml").stat().st_mtime)
 
 
 def job_id() -> str | None:

@@ -16,8 +16,8 @@ from slmkit.adapt.lora import fold
 from slmkit.adapt.merge_recipe import MergeRecipe
 from slmkit.adapt.merging import Merge, plan_merge
 from slmkit.config import UserError, to_yaml
-from slmkit.files import sync
-from slmkit.find import find_model_directory, free_path
+from slmkit.files import free_path, sync
+from slmkit.find import find_model_directory
 from slmkit.generation.ensemble import common_tokenizer
 from slmkit.hub import at_commit
 from slmkit.model.files.adapter_directory import base_of, find_adapter, is_adapter

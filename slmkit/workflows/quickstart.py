@@ -10,7 +10,7 @@ from pathlib import Path
 
 from slmkit.config import UserError
 from slmkit.device import find_device
-from slmkit.find import free_path
+from slmkit.files import free_path
 from slmkit.model.files.directory import empty_decoder
 from slmkit.training.estimate.memory import MemoryProfile
 from slmkit.training.estimate.probe import probe
