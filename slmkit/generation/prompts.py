@@ -1,0 +1,61 @@
+"""Prompts from a file, one a line, and those that exceed a model's context."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from slmkit.config import UserError
+from slmkit.generation.chat import messages_that_fit
+from slmkit.tokenizer import SLMTokenizer
+
+Row = dict[str, Any]  # {"prompt": text} or {"messages": […]}, with any further keys
+
+
+def read_prompts(lines: Iterable[str], name: str) -> Iterator[tuple[str, Row]]:
+    """The prompts of a file, with their places (`FILE:LINE`). Empty lines are skipped.
+
+    If the first begins with `{`, each line is a JSON object with a `prompt` or `messages`; else each is a prompt.
+    Raises `UserError` for another line, and for a file without prompts.
+    """
+    is_json = None
+    for number, line in enumerate(lines, 1):
+        text, place = line.rstrip("\r\n"), f"{name}:{number}"
+        if not text.strip():
+            continue
+        if is_json is None:
+            is_json = text.lstrip().startswith("{")
+        yield place, _checked(text, place) if is_json else {"prompt": text}
+    if is_json is None:
+        raise UserError(f"{name}: there is no prompt in it")
+
+
+def _checked(line: str, place: str) -> Row:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{place}: not a JSON object, as the first line is: {error}") from None
+    if not isinstance(row, dict) or isinstance(row.get("prompt"), str) == isinstance(row.get("messages"), list):
+        raise UserError(f'{place}: expected {{"prompt": "…"}} or {{"messages": […]}}')
+    return row
+
+
+def encode_row(tokenizer: SLMTokenizer, row: Row) -> list[int]:
+    """The ids [prompt] of a row. Raises `UserError` for messages that are no conversation."""
+    if "prompt" in row:
+        return tokenizer.encode_prompt(row["prompt"])
+    return tokenizer.encode_chat(row["messages"], add_generation_prompt=True).ids
+
+
+def crop_row(tokenizer: SLMTokenizer, row: Row, context: int, new: int) -> list[int]:
+    """The ids [prompt] of a row without its first tokens or oldest messages, as few as leave room for `new` tokens.
+
+    At least half of the context stays for the prompt. The tokenizer's own beginning and a system message stay too.
+    Raises `UserError` for a last message that is too long by itself.
+    """
+    room = min(new, context // 2)
+    if "messages" in row:
+        return messages_that_fit(tokenizer, row["messages"], context, room)[1]
+    beginning, ids = tokenizer.beginning, tokenizer.encode(row["prompt"])
+    return [*beginning, *ids[-(context - room - len(beginning)) :]]
