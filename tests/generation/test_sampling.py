@@ -282,7 +282,7 @@ def mixed_rows(vocab_size: int) -> list[Row]:
     return rows
 
 
-@pytest.mark.parametrize("vocab_size", [512, 20_000])
+@pytest.mark.parametrize("vocab_size", [512, 1003, 70_016])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_row_gets_the_same_whatever_else_is_in_the_batch(vocab_size: int, threads: int) -> None:
     before = torch.get_num_threads()
@@ -292,7 +292,7 @@ def test_a_row_gets_the_same_whatever_else_is_in_the_batch(vocab_size: int, thre
         alone = [probabilities(logits[i : i + 1], rows[i : i + 1]) for i in range(12)]
         tokens = [int(sample(logits[i : i + 1], rows[i : i + 1])) for i in range(12)]
         shuffled = random.Random(vocab_size)
-        for _ in range(60 if vocab_size < 1000 else 15):
+        for _ in range(40 if vocab_size < 2000 else 8):
             order = shuffled.sample(range(12), shuffled.randint(1, 12))
             together = logits[order], [rows[i] for i in order]
             assert torch.equal(probabilities(*together), torch.cat([alone[i] for i in order]))
@@ -344,7 +344,7 @@ def test_logits_may_have_any_precision_and_stay_as_they_are(dtype: torch.dtype) 
 
 
 @given(
-    st.integers(0, 2**32), st.floats(0, 1e30), st.integers(0, 2000), st.floats(1e-6, 1), st.floats(0, 0.99),
+    st.integers(0, 2**32), st.floats(0, 1e6), st.integers(0, 2000), st.floats(1e-6, 1), st.floats(0, 0.99),
     st.floats(1e-6, 1), st.floats(0.01, 100), st.floats(-2, 2),
 )  # fmt: skip
 @hypothesis_settings(deadline=None)
