@@ -18,90 +18,82 @@ from slmkit.generation.sampling_settings import SamplingSettings
 
 FEW = 64  # likeliest tokens that are looked at first
 BLOCK = 64  # values of which only the greatest is looked at, to find the likeliest tokens
+TINY = 2.0**-126  # what is less likely counts as impossible; smaller numbers of float32 are slow
 # The value that changes nothing, and what stands for it among rows with other values.
 NEUTRAL = {"top_k": (0, 2**53), "top_p": (1, math.inf), "min_p": (0, 0), "typical_p": (1, math.inf)}
 
 
 def filtered(p: Tensor, settings: Sequence[SamplingSettings]) -> Tensor:
-    """Probabilities p [rows, vocab_size] → the same, but 0 for what the filters remove [rows, vocab_size]."""
+    """Probabilities p [rows, vocab_size] → the same, but 0 for what the filters remove [rows, vocab_size].
+
+    As in transformers, typical sampling is the last, and sees what the others keep.
+    """
     values = {}
     for name, (neutral, stand_in) in NEUTRAL.items():
         column = [getattr(one, name) for one in settings]
         if any(value != neutral for value in column):
             numbers = [[stand_in if value == neutral else value] for value in column]
             values[name] = torch.tensor(numbers, dtype=torch.float64).to(p.device)  # [rows, 1]
-    least, greatest = _range(p, values).split(1, dim=-1)
-    kept = torch.ge(p, least, out=torch.empty_like(p)).mul_(p)  # 1 or 0 as float32: faster than `where`
-    return kept.mul_(torch.le(p, greatest, out=torch.empty_like(p))) if "typical_p" in values else kept
+    typical = values.pop("typical_p", None)
+    if values:
+        least = _range(p, least_probability, values)
+        p = torch.ge(p, least, out=torch.empty_like(p)).mul_(p)  # 1 or 0 as float32: faster than `where`
+    if typical is not None:
+        whole = total(p)
+        mean = total(p.clamp(min=TINY).log().mul_(p)) / whole  # of log p
+        ends = _range(p, typical_range, {"wanted": typical * whole, "mean": mean})
+        p = torch.ge(p, ends[:, :1], out=torch.empty_like(p)).mul_(p)
+        p = torch.le(p, ends[:, 1:], out=torch.empty_like(p)).mul_(p)
+    return p
 
 
-def _range(p: Tensor, values: Mapping[str, Tensor]) -> Tensor:
-    """p [rows, vocab_size], values of the filters in use [rows, 1] → least and greatest probability kept [rows, 2]."""
-    head, _ = likeliest(p, FEW)
-    beyond = (1 - total(head)).clamp(min=0)
-    found, is_whole = _range_of_sorted(head, beyond, values)
-    rest = (~is_whole).nonzero().squeeze(-1)
-    if head.size(-1) < p.size(-1) and len(rest):
-        of_rest = {name: column[rest] for name, column in values.items()}
-        found[rest], _ = _range_of_sorted(_descending(p[rest]), torch.zeros_like(beyond[rest]), of_rest)
+def least_probability(p: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+    """Probabilities of the likeliest n tokens, descending [rows, n] → the least that is kept [rows, 1].
+
+    top_p: the fewest likeliest tokens with this share of the total (nucleus, arXiv:1904.09751); min_p: tokens at least
+    this many times as likely as the likeliest one (arXiv:2407.01082).
+    """
+    n, found = p.size(-1), []
+    if "top_k" in values:
+        found.append(p.gather(-1, values["top_k"].long().clamp(max=n) - 1))
+    if "top_p" in values:
+        share, ends = values["top_p"], p.cumsum(-1, dtype=torch.float64)
+        if found:  # of what top-k keeps; else of all, whose total is 1
+            kept = (p >= found[0]).sum(-1, keepdim=True).clamp(min=1)
+            share = share * torch.where(kept < n, ends.gather(-1, kept - 1), 1)
+        found.append(p.gather(-1, torch.searchsorted(ends, share).clamp(max=n - 1)))
+    if "min_p" in values:
+        found.append((values["min_p"] * p[:, :1]).float())
+    return torch.cat(found, -1).amax(-1, keepdim=True).clamp(min=TINY)
+
+
+def typical_range(p: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+    """The likeliest n tokens' probabilities, descending [rows, n] → least and greatest of those kept [rows, 2]: those
+    with log p nearest to its mean, as many as have the wanted total (arXiv:2202.00666)."""
+    above = p.double().log() - values["mean"]
+    distance, order = _stable_sort(above.abs())
+    sums = p.gather(-1, order).cumsum(-1, dtype=torch.float64)
+    number = torch.searchsorted(sums, values["wanted"]).clamp(max=p.size(-1) - 1)
+    farthest = distance.gather(-1, number)
+    first = (above > farthest).sum(-1, keepdim=True)
+    last = p.size(-1) - 1 - (above < -farthest).sum(-1, keepdim=True)
+    return p.gather(-1, torch.cat((last, first), -1)).clamp(min=TINY)
+
+
+def _range(p: Tensor, find: Callable[[Tensor, Mapping[str, Tensor]], Tensor], values: Mapping[str, Tensor]) -> Tensor:
+    """What `find` says of p [rows, vocab_size] when sorted. Where a few tokens show that all others are removed, only
+    these are sorted. In typical sampling too: if the least likely of them is not kept, it is below the mean."""
+    few = greatest(p, FEW)
+    found = find(few, values)
+    if few.size(-1) < p.size(-1):
+        rest = (few[:, -1] >= found[:, 0]).nonzero().squeeze(-1)
+        if len(rest):
+            found[rest] = find(_descending(p[rest]), {name: column[rest] for name, column in values.items()})
     return found
 
 
-def _range_of_sorted(p: Tensor, beyond: Tensor, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The n greatest probabilities [rows, n], descending, and the sum of all others [rows, 1] → least and greatest
-    probability kept [rows, 2], and whether that is certain without looking at the others [rows]."""
-    ends = p.cumsum(-1, dtype=torch.float64)  # [rows, n]
-    kept = (p > 0).sum(-1, keepdim=True).clamp(min=1)  # of the likeliest tokens [rows, 1]
-    for name, rule in RULES.items():
-        if name in values:
-            whole = ends.gather(-1, kept - 1) + beyond * (kept == p.size(-1))
-            kept = torch.minimum(kept, rule(p, ends, whole, values[name])).clamp(min=1)
-            kept = (p >= p.gather(-1, kept - 1)).sum(-1, keepdim=True).clamp(min=1)
-    first, last = torch.zeros_like(kept), kept - 1
-    if "typical_p" in values:
-        first, last = _typical(p, kept, values["typical_p"] * ends.gather(-1, kept - 1))
-    return p.gather(-1, torch.cat((last, first), -1)), (kept < p.size(-1)).squeeze(-1)
-
-
-def top_k(p: Tensor, ends: Tensor, whole: Tensor, k: Tensor) -> Tensor:
-    """How many tokens top-k keeps [rows, 1]."""
-    return k.long()
-
-
-def top_p(p: Tensor, ends: Tensor, whole: Tensor, share: Tensor) -> Tensor:
-    """The least number of likeliest tokens with this share of the total (nucleus, arXiv:1904.09751)  [rows, 1].
-
-    ends [rows, n]: sums of p up to each token; whole [rows, 1]: that of all tokens that the rules before it kept.
-    """
-    return torch.searchsorted(ends, share * whole) + 1
-
-
-def min_p(p: Tensor, ends: Tensor, whole: Tensor, least: Tensor) -> Tensor:
-    """The number of tokens at least `least` times as likely as the likeliest one (arXiv:2407.01082)  [rows, 1]."""
-    return (p >= (least * p[:, :1]).float()).sum(-1, keepdim=True)
-
-
-# In transformers' order; typical sampling is the last.
-RULES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
-
-
-def _typical(p: Tensor, kept: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the first `kept` of p [rows, n], descending, those with surprise -log p nearest to the entropy, as many as
-    have the total probability `wanted` [rows, 1] (arXiv:2202.00666) → places of the first and last of them [rows, 1].
-    """
-    p = p.double().masked_fill(torch.arange(p.size(-1), device=p.device) >= kept, 0)
-    log = p.log()
-    mean = total(p * log.nan_to_num(neginf=0)) / total(p)
-    # Falls with p down to the mean, then rises, so the tokens kept are adjacent.
-    distance, order = _stable_sort((log - mean).abs())
-    number = torch.searchsorted(p.gather(-1, order).cumsum(-1), wanted)
-    farthest = distance.gather(-1, torch.minimum(number, kept - 1))
-    number = torch.searchsorted(distance, farthest, right=True).clamp(min=1) - 1  # with all that tie
-    return order.cummin(-1).values.gather(-1, number), order.cummax(-1).values.gather(-1, number)
-
-
 def _stable_sort(distance: Tensor) -> tuple[Tensor, Tensor]:
-    """distance [rows, n] ascending, and its order. numpy's sort makes use of runs that are sorted already."""
+    """distance [rows, n] ascending, and its order. numpy's sort makes use of parts that are sorted already."""
     if distance.is_cuda:
         return distance.sort(dim=-1, stable=True)
     order = torch.from_numpy(np.argsort(distance.numpy(), axis=-1, kind="stable"))
@@ -115,18 +107,16 @@ def _descending(p: Tensor) -> Tensor:
     return torch.from_numpy(np.sort(p.numpy(), axis=-1)).flip(-1)
 
 
-def likeliest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """values [rows, n] → the `count` highest, descending, and their indices, both [rows, min(count, n)].
+def greatest(values: Tensor, count: int) -> Tensor:
+    """values [rows, n] → the `count` greatest, descending [rows, min(count, n)].
 
-    As `torch.topk`, which is slow for a large n: the highest values are in the blocks with the highest maxima.
+    As `torch.topk`, which is slow for a large n: the greatest values are in the blocks with the greatest maxima.
     """
     n = values.size(-1)
     if n % BLOCK or n < 2 * count * BLOCK:
-        return torch.topk(values, min(count, n))
+        return values.topk(min(count, n)).values
     blocks = values.unflatten(-1, (-1, BLOCK))
-    chosen = blocks.amax(-1).topk(count).indices  # [rows, count]
-    best, place = pick(blocks, chosen).flatten(1).topk(count)
-    return best, chosen.gather(-1, place // BLOCK) * BLOCK + place % BLOCK
+    return pick(blocks, blocks.amax(-1).topk(count, sorted=False).indices).flatten(1).topk(count).values
 
 
 def argmax(values: Tensor) -> Tensor:
@@ -143,6 +133,8 @@ def total(values: Tensor) -> Tensor:
 
     `Tensor.sum` divides a long row among threads if it is the only one, and so rounds otherwise than among others.
     """
+    if values.size(-1) % BLOCK == 0:
+        values = values.unflatten(-1, (-1, BLOCK)).sum(-1)
     return values.cumsum(-1, dtype=torch.float64)[:, -1:]
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from slmkit.config import UserError
-from slmkit.generation.filters import argmax, filtered, likeliest, pick, total
+from slmkit.generation.filters import argmax, filtered, pick, total
 from slmkit.generation.sampling_settings import SamplingSettings
 
 STRETCH = 512  # probabilities that `draw` sums at a time
@@ -63,8 +63,8 @@ def seed_of(seed: int | None, number: int = 0) -> int:
 
 
 def uniform(seed: int, number: int) -> float:
-    """The uniform number in [0, 1) that decides token `number` of a text, in steps of 2^-53."""
-    return (_hashed(seed, number, b"token") >> 11) * 2.0**-53
+    """The uniform number in [0, 1) that decides token `number` of a text, in steps of 2^-52."""
+    return (_hashed(seed, number, b"token") >> 12) * 2.0**-52
 
 
 def _hashed(seed: int, number: int, purpose: bytes) -> int:
@@ -76,16 +76,15 @@ def sample(logits: Tensor, rows: Sequence[SampledRow]) -> Tensor:
     """logits [rows, vocab_size] → the next id of each row [rows], or a key of `FAULTS` for a row with an error."""
     logits = logits.float()
     shaped = penalized(logits, rows)
-    greedy, sampled = _greedy_and_sampled(rows)
-    chosen = torch.empty(len(rows), dtype=torch.long, device=logits.device)
-    if greedy:
-        chosen[_on(logits, greedy)] = argmax(_at(shaped, greedy))
+    sampled = [place for place, row in enumerate(rows) if not row.settings.is_greedy]
     if sampled:
         drawn = [rows[place] for place in sampled]
-        chosen[_on(logits, sampled)] = draw(_weights(_at(shaped, sampled), drawn), points(drawn))
-    best = shaped.amax(-1)  # amax propagates NaN
-    finite = (best if shaped is logits else logits.amax(-1)).isfinite()
-    return chosen.masked_fill_(best == -torch.inf, -2).masked_fill_(~finite, -1)
+        chosen = draw(_weights(_at(shaped, sampled), drawn), points(drawn))
+    if len(sampled) < len(rows):
+        best = argmax(shaped)
+        chosen = best.index_copy(0, _on(best, sampled), chosen) if sampled else best
+    chosen = torch.where(shaped.amax(-1) > -torch.inf, chosen, -2) if shaped is not logits else chosen
+    return torch.where(logits.amax(-1).abs() < torch.inf, chosen, -1)  # amax propagates NaN
 
 
 def probabilities(logits: Tensor, rows: Sequence[SampledRow]) -> Tensor:
@@ -95,13 +94,11 @@ def probabilities(logits: Tensor, rows: Sequence[SampledRow]) -> Tensor:
     """
     logits = logits.float()
     shaped = penalized(logits, rows)
-    greedy, sampled = _greedy_and_sampled(rows)
-    found = torch.zeros_like(shaped)
-    if greedy:
-        found[_on(logits, greedy), argmax(_at(shaped, greedy))] = 1
+    sampled = [place for place, row in enumerate(rows) if not row.settings.is_greedy]
+    found = torch.zeros_like(shaped).scatter_(-1, argmax(shaped)[:, None], 1)
     if sampled:
         weights = _weights(_at(shaped, sampled), [rows[place] for place in sampled])
-        found[_on(logits, sampled)] = weights / total(weights).float()
+        found[_on(found, sampled)] = weights / total(weights).float()
     wrong = ~(shaped.amax(-1).isfinite() & logits.amax(-1).isfinite())
     return found.masked_fill_(wrong[:, None], torch.nan)
 
@@ -114,26 +111,26 @@ def points(rows: Sequence[SampledRow]) -> list[float]:
 def draw(probabilities: Tensor, points: Sequence[float]) -> Tensor:
     """probabilities [rows, n], not necessarily of sum 1 → for each row the index at its point of [0, 1): [rows].
 
-    Inverse transform sampling in float64: the stretch of indices that contains the point, then the index. What has no
-    probability is never drawn.
+    Inverse transform sampling: the stretch of indices that contains the point, then the index, with sums in float64.
+    What has no probability is never drawn. Points are at most 1 - 2^-52.
     """
-    missing = -probabilities.size(-1) % STRETCH
-    padded = F.pad(probabilities, (0, missing)) if missing else probabilities
-    stretches = padded.unflatten(-1, (-1, STRETCH))
-    point = torch.tensor(points, dtype=torch.float64).to(probabilities.device)[:, None]
-    stretch, inside = _interval(stretches.sum(-1), point)  # [rows, 1]
-    index, _ = _interval(pick(stretches, stretch).squeeze(1), inside)
+    if missing := -probabilities.size(-1) % STRETCH:
+        probabilities = F.pad(probabilities, (0, missing))
+    stretches = probabilities.unflatten(-1, (-1, STRETCH))
+    lengths = stretches.sum(-1)  # [rows, stretches]
+    ends = lengths.cumsum(-1, dtype=torch.float64)
+    point = torch.tensor(points, dtype=torch.float64).to(ends.device)[:, None] * ends[:, -1:]
+    stretch = _interval_at(ends, point)  # [rows, 1]
+    point -= (ends - lengths).gather(-1, stretch)  # from the beginning of the stretch
+    ends = pick(stretches, stretch).squeeze(1).cumsum(-1, dtype=torch.float64)
+    # Rounding may give a place outside the stretch.
+    index = _interval_at(ends, torch.minimum(point.clamp_(min=0), ends[:, -1:] * (1 - 2**-52)))
     return (stretch * STRETCH + index).squeeze(-1)
 
 
-def _interval(lengths: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:
-    """lengths [rows, n] of adjacent intervals, point [rows, 1] of their whole line as a share in [0, 1) → the number
-    of the interval with that point [rows, 1], and the point's place in it, again as a share."""
-    ends = lengths.cumsum(-1, dtype=torch.float64)  # [rows, n]
-    whole = ends[:, -1:]
-    place = torch.minimum(point * whole, whole.nextafter(torch.zeros_like(whole)))  # rounding may give the end
-    index = torch.searchsorted(ends, place, right=True).clamp(max=ends.size(-1) - 1)  # beyond it: NaN
-    return index, (1 - (ends.gather(-1, index) - place) / lengths.gather(-1, index)).clamp(min=0)
+def _interval_at(ends: Tensor, point: Tensor) -> Tensor:
+    """ends [rows, n] of intervals on a line, point [rows, 1] → number of the interval that contains it [rows, 1]."""
+    return torch.searchsorted(ends, point, right=True).clamp_(max=ends.size(-1) - 1)  # beyond it: NaN
 
 
 def _weights(logits: Tensor, rows: Sequence[SampledRow]) -> Tensor:
@@ -202,14 +199,6 @@ def _entries(
     return at, torch.from_numpy(np.concatenate(values)).to(logits.device)
 
 
-def _greedy_and_sampled(rows: Sequence[SampledRow]) -> tuple[list[int], list[int]]:
-    """The places of the greedy rows, and of the others."""
-    places: tuple[list[int], list[int]] = ([], [])
-    for place, row in enumerate(rows):
-        places[not row.settings.is_greedy].append(place)
-    return places
-
-
 def _at(values: Tensor, places: Sequence[int]) -> Tensor:
     """The rows of `values` at `places`, without a copy where these are all."""
     return values if len(places) == len(values) else values[_on(values, places)]
@@ -231,7 +220,8 @@ class LogProbabilities(NamedTuple):
 def log_probabilities(logits: Tensor, ids: Tensor, top: int = 0) -> LogProbabilities:
     """logits [tokens, vocab_size], ids that followed [tokens] → their log-probabilities, and the `top` highest ones."""
     log = logits.float().log_softmax(-1)
-    return LogProbabilities(log.gather(-1, ids[:, None].clamp(min=0)).squeeze(-1), *likeliest(log, top))
+    best = log.topk(min(top, log.size(-1)))
+    return LogProbabilities(log.gather(-1, ids[:, None].clamp(min=0)).squeeze(-1), best.values, best.indices)
 
 
 def prompt_log_probabilities(
