@@ -10,7 +10,8 @@ Layers are done in order, and within a layer the linears, so that each sees inpu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,18 +39,14 @@ def gptq(
     """
     batches = [_block_inputs(decoder, rows) for rows in ids.split(max(1, TOKENS_AT_ONCE // ids.size(1)))]
     hidden = [x for x, _ in batches]
-    for index, block in enumerate(decoder.blocks):
-        calls = [others[index] for _, others in batches]
-
-        def run(block: nn.Module = block, calls: list[Any] = calls) -> list[Tensor]:
-            return [block(x, *arguments) for x, arguments in zip(hidden, calls)]
-
+    for index in range(len(decoder.blocks)):
+        layer = _Layer(decoder, index, hidden, [others[index] for _, others in batches])
         names = [name for name in chosen if name.startswith(f"blocks.{index}.")]
-        for together in _with_one_input(decoder, names, lambda: block(hidden[0], *calls[0])):  # noqa: B023
-            factor = _inverse_factor(_hessian(decoder.get_submodule(together[0]), run))
+        for together in layer.linears_by_input(names):
+            factor = _inverse_factor(layer.hessian(together[0]))
             for name in together:
                 replace(decoder, name, solve(linear(decoder, name), factor, chosen[name], group))
-        hidden = run()
+        hidden = list(layer.run())
         progress(index + 1, len(decoder.blocks))
     round_to(decoder, chosen, group)
 
@@ -83,40 +80,44 @@ def _block_inputs(decoder: Decoder, ids: Tensor) -> tuple[Tensor, list[tuple[Any
     return calls[0][0], [arguments[1:] for arguments in calls]
 
 
-def _with_one_input(decoder: Decoder, names: list[str], run: Callable[[], Any]) -> list[list[str]]:
-    """The linears `names` in the order in which `run` calls them; those called with the same tensor together."""
-    called: list[tuple[Tensor, list[str]]] = []
+@dataclass(frozen=True)
+class _Layer:
+    """A block with its inputs: hidden states [rows, length, width] and the other arguments, of each batch."""
 
-    def note(name: str, x: Tensor) -> None:
-        same = next((others for seen, others in called if seen is x), None)
-        if same is None:
-            called.append((x, [name]))
-        else:
-            same.append(name)
+    decoder: Decoder
+    index: int
+    hidden: list[Tensor]
+    others: list[tuple[Any, ...]]
 
-    hooks = [
-        decoder.get_submodule(name).register_forward_pre_hook(lambda _, arguments, name=name: note(name, arguments[0]))
-        for name in names
-    ]
-    run()
-    for hook in hooks:
+    def run(self) -> Iterator[Tensor]:
+        """The block's output [rows, length, width] of each batch."""
+        return (self.decoder.blocks[self.index](x, *others) for x, others in zip(self.hidden, self.others))
+
+    def linears_by_input(self, names: list[str]) -> list[list[str]]:
+        """The linears in the order in which they are called; those called with the same tensor together."""
+        called: dict[int, tuple[Tensor, list[str]]] = {}  # holds the tensors, so that no other gets their id
+
+        def note(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            return lambda _, arguments: called.setdefault(id(arguments[0]), (arguments[0], []))[1].append(name)
+
+        hooks = [self.decoder.get_submodule(name).register_forward_pre_hook(note(name)) for name in names]
+        next(self.run())
+        for hook in hooks:
+            hook.remove()
+        return [together for _, together in called.values()]
+
+    def hessian(self, name: str) -> Tensor:
+        """The mean of x xᵀ over all inputs x of a linear.  [in, in]"""
+        products: list[Tensor] = [torch.zeros(())]
+
+        def add(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            x = arguments[0].flatten(0, -2).float()  # [tokens, in]
+            products[0] = products[0] + x.T @ x
+
+        hook = self.decoder.get_submodule(name).register_forward_pre_hook(add)
+        tokens = sum(x.size(0) * x.size(1) for x in self.run())
         hook.remove()
-    return [others for _, others in called]
-
-
-def _hessian(module: nn.Module, run: Callable[[], Any]) -> Tensor:
-    """The mean of x xᵀ over all inputs x of a linear while `run` runs.  [in, in]"""
-    total, count = torch.zeros(()), 0
-
-    def add(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        nonlocal total, count
-        x = arguments[0].flatten(0, -2).float()  # [tokens, in]
-        total, count = total + x.T @ x, count + len(x)
-
-    hook = module.register_forward_pre_hook(add)
-    run()
-    hook.remove()
-    return total / count
+        return products[0] / tokens
 
 
 def _inverse_factor(hessian: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from slmkit.adapt.adapter import AdapterFiles, expect_base, fingerprint, load_adapter
 from slmkit.adapt.adapter_config import read_adapter_config
 from slmkit.adapt.lora import adapted_linears, add_lora, fold
-from slmkit.adapt.quantize import quantized_modules
+from slmkit.adapt.quantize import expect_full, quantized_modules
 from slmkit.adapt.quantized_files import load_quantized
 from slmkit.config import UserError
 from slmkit.model.config import SLMConfig
@@ -73,6 +73,7 @@ def start_adapter(
             adapted.dropout.p = settings.lora_dropout
     else:
         if prepare is not None:
+            expect_full(decoder, f"{base}, which would get more tokens")
             decoder, config = prepare(decoder, config)
         add_lora(decoder, config, settings, seed)
     return decoder, config, AdapterFiles(config, settings, base.resolve(), before)

@@ -15,6 +15,7 @@ changes them.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -190,7 +191,7 @@ def quantized_modules(decoder: nn.Module) -> dict[str, Quantized]:
     return {name: module for name, module in decoder.named_modules() if isinstance(module, Quantized)}
 
 
-def expect_unquantized(decoder: nn.Module, what: str) -> None:
+def expect_full(decoder: nn.Module, what: str | Path) -> None:
     """Raises `UserError` that begins with `what` for a quantized decoder."""
     if quantized_modules(decoder):
         raise UserError(f"{what}: its weights are quantized: name the full model that it was made from")

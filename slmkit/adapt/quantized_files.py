@@ -13,6 +13,7 @@ matrices it keeps transposed. Such a model has the same tensors and a `quantizat
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,15 +24,31 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from slmkit.adapt.quantize import GROUPS, NF4, Quantized, QuantizedEmbedding, QuantizedLinear, pack, quantized_modules
-from slmkit.adapt.quantize import unpack
+from slmkit.adapt.quantize import (
+    GROUPS,
+    NF4,
+    Quantized,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    pack,
+    quantized_modules,
+    unpack,
+)
 from slmkit.adapt.swapping import HEAD, linears, replace
 from slmkit.config import UserError
 from slmkit.model.config import SLMConfig
 from slmkit.model.decoder import Decoder
 from slmkit.model.families import Family, family_of
 from slmkit.model.files.directory import (
-    WEIGHTS, empty_decoder, exactly, float_state, reference_name, stored_in, stored_names, to_disk, write_configs,
+    WEIGHTS,
+    empty_decoder,
+    exactly,
+    float_state,
+    reference_name,
+    stored_in,
+    stored_names,
+    to_disk,
+    write_configs,
 )  # fmt: skip
 from slmkit.model.files.published import OWN_FORMAT
 from slmkit.model.files.stored import StoredTensor, expect_finite
@@ -134,7 +151,9 @@ def load_quantized(directory: str | Path, device: torch.device | str = "cpu") ->
             continue
         modules = {one.removesuffix(".weight"): decoder.get_submodule(one.removesuffix(".weight")) for one in ours}
         rows = [module.weight.size(0) for module in modules.values()]
-        codes, scales, form = _from_stored(path, name, tensors, (sum(rows), next(iter(modules.values())).weight.size(1)))
+        codes, scales, form = _from_stored(
+            path, name, tensors, (sum(rows), next(iter(modules.values())).weight.size(1))
+        )
         for (one, module), *parts in zip(modules.items(), codes.split(rows), scales.split(rows)):
             state |= {f"{one}.codes": parts[0], f"{one}.scales": parts[1]}
             replace(decoder, one, _empty(module, *parts, form))
@@ -201,5 +220,7 @@ def _nf4(read: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, Tenso
         nested = read["weight.nested_quant_map"][scales.int()]
         blocks = read["weight.nested_absmax"].repeat_interleave(state["nested_blocksize"])[: nested.numel()]
         scales = nested * blocks + state["nested_offset"]
-    packed = packed.view(shape[0], -1)
-    return torch.stack((packed >> 4, packed & 15), dim=-1).flatten(1), scales.view(shape[0], -1).float(), "nf4"
+    packed, block = packed.view(shape[0], -1), int(state["blocksize"])
+    within = math.gcd(block, shape[1])  # a block may reach into the next row: its parts in one row have the same scale
+    scales = scales.float().repeat_interleave(block // within)[: packed.numel() * 2 // within].view(shape[0], -1)
+    return torch.stack((packed >> 4, packed & 15), dim=-1).flatten(1), scales, "nf4"

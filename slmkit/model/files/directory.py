@@ -51,7 +51,7 @@ def save_decoder(
 
 
 def write_configs(config: SLMConfig, directory: Path, dtype: str = "float32", **more: Any) -> None:
-    """Write `config.json`, with the keys `more`, and `generation_config.json`; `dtype` is that of the stored weights."""
+    """Write `config.json` with the keys `more`, and `generation_config.json`; `dtype` is that of the weights."""
     files = {"config.json": config.published(dtype) | more, "generation_config.json": config.for_generation()}
     for name, content in files.items():
         (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -125,7 +125,7 @@ def quantization_of(directory: str | Path) -> dict[str, Any] | None:
 def exactly(
     path: Path, tensors: Mapping[str, StoredTensor], state: Mapping[str, Tensor], family: Family
 ) -> dict[str, StoredTensor]:
-    """The `tensors`, which must be those of `state` in names and shapes. Raises `UserError` that names one which is not."""
+    """The `tensors`, which must be those of `state` in names and shapes. Raises `UserError` for another one."""
     wanted = stored_names(state, family)
     for problem, names in (("missing", wanted.keys() - tensors.keys()), ("unexpected", tensors.keys() - wanted.keys())):
         if names:

@@ -75,8 +75,8 @@ def expect_quantization(found: Any) -> None:
             _expect_values(f"{where}.weights", group.get("weights") or {}, WEIGHTS_ONLY_WITH)
     else:
         raise ValueError(
-            f"quantization_config is {str(found)[:80]}: only compressed-tensors (pack-quantized) and bitsandbytes (nf4) "
-            "are supported: use the full model, and `slm quantize`"
+            f"quantization_config is {str(found)[:80]}: only compressed-tensors (pack-quantized) and bitsandbytes "
+            "(nf4) are supported: use the full model, and `slm quantize`"
         )
 
 
