@@ -198,10 +198,11 @@ class Matcher:
             state.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)  # without the interpreter's lock
         if state.is_error():
             raise UserError(f"constrained output: no token can follow ({_reason(state)})")
-        mask = torch.zeros(max(size, self.vocab_size), dtype=torch.bool)
-        mask[:size] = torch.from_numpy(np.unpackbits(bits.view(np.uint8), count=size, bitorder="little").view(bool))
+        # In numpy: torch would use all threads for so little, and wait for them.
+        mask = np.zeros(max(size, self.vocab_size), dtype=bool)
+        mask[:size] = np.unpackbits(bits.view(np.uint8), count=size, bitorder="little")
         mask[self.vocabulary.stops] = state.is_accepting()
-        return mask[: self.vocab_size]
+        return torch.from_numpy(mask[: self.vocab_size])
 
     def _idle(self) -> LLMatcher:
         """llguidance's state, once no other thread computes with it."""
