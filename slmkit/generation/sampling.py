@@ -1,9 +1,19 @@
-"""Sampling of the next token. Each rule is a function from logits to logits, applied in transformers' order."""
+"""Sampling of the next token, each row of a batch by its own settings.
+
+The rules of a row apply in this order, as in transformers: ids that are not allowed, logit bias, repetition penalty,
+presence and frequency penalties; then, unless the row is greedy, temperature, top-k, top-p, min-p, typical sampling.
+One uniform number then decides, a function of the row's seed and the token's number alone. So what a row gets depends
+on nothing else in the batch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import secrets
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -11,116 +21,247 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from slmkit.config import UserError
+from slmkit.generation.filters import argmax, filtered, pick, total
 from slmkit.generation.sampling_settings import SamplingSettings
 
-# logits [batch, vocab_size], ids so far [batch, sequence] → logits [batch, vocab_size]
-Rule = Callable[[Tensor, Tensor], Tensor]
-NEVER = -torch.inf
-FEW = 64  # candidates that `top_p` sorts first
+STRETCH = 512  # probabilities that `draw` sums at a time
+# What `sample` returns in place of an id, and the error of that row.
+FAULTS = {
+    -1: "the model's logits are not finite: its weights are damaged, or its training diverged",
+    -2: "no token is left to choose from: the grammar and `logit_bias` exclude all of them",
+}
 
 
-def repetition_penalty(penalty: float) -> Rule:
-    """Divide positive logits of tokens already in `ids` by `penalty`, multiply negative ones (arXiv:1909.05858)."""
+class SampledRow(Protocol):
+    """What sampling needs to know about a row."""
 
-    def rule(logits: Tensor, ids: Tensor) -> Tensor:
-        said = logits.gather(-1, ids)  # [batch, sequence]
-        return logits.scatter(-1, ids, torch.where(said < 0, said * penalty, said / penalty))
+    @property
+    def ids(self) -> Sequence[int]:
+        """Prompt and new tokens so far."""
 
-    return rule
+    @property
+    def prompt_length(self) -> int:
+        """How many of `ids` are the prompt's."""
 
+    @property
+    def settings(self) -> SamplingSettings: ...
 
-def temperature(t: float) -> Rule:
-    """Divide all logits by t: below 1 sharpens the distribution, above 1 flattens it."""
-    return lambda logits, ids: logits / t
+    @property
+    def seed(self) -> int:
+        """As `seed_of` gives it."""
 
-
-def top_k(k: int) -> Rule:
-    """Keep the k most likely tokens, and all that tie with the last of them."""
-
-    def rule(logits: Tensor, ids: Tensor) -> Tensor:
-        last = logits.topk(min(k, logits.size(-1))).values[..., -1:]  # [batch, 1]
-        return logits.masked_fill(logits < last, NEVER)
-
-    return rule
+    @property
+    def allowed(self) -> Tensor | None:
+        """bool [vocab_size] on the device of the logits: the ids that may be chosen. None: all."""
 
 
-def top_p(p: float) -> Rule:
-    """Keep the smallest set of most likely tokens with total probability p (nucleus, arXiv:1904.09751)."""
-
-    def rule(logits: Tensor, ids: Tensor) -> Tensor:
-        probabilities, vocab_size = logits.softmax(-1), logits.size(-1)  # [batch, vocab_size]
-        # A nucleus is mostly small, and sorting a whole vocabulary can take longer than the model: sort a few
-        # candidates first, then more.
-        count = min(FEW, vocab_size)
-        likeliest, order = probabilities.topk(count)  # [batch, count], descending
-        while count < vocab_size and bool((likeliest.sum(-1) < p).any()):
-            count = min(8 * count, vocab_size)
-            likeliest, order = probabilities.topk(count)
-        likelier = likeliest.cumsum(-1) - likeliest  # probability of all more likely tokens: 0 for the first
-        kept = logits.gather(-1, order).masked_fill(likelier >= p, NEVER)
-        return torch.full_like(logits, NEVER).scatter(-1, order, kept)
-
-    return rule
+def seed_of(seed: int | None, number: int = 0) -> int:
+    """The seed of continuation `number` of one request: of number 0 `seed` itself. Without a seed a random one."""
+    if seed is None:
+        return secrets.randbits(63)
+    return seed if number == 0 else _hashed(seed, number, b"continuation") >> 1
 
 
-def min_p(p: float) -> Rule:
-    """Keep tokens at least p times as likely as the most likely one (arXiv:2407.01082)."""
-
-    def rule(logits: Tensor, ids: Tensor) -> Tensor:
-        probabilities = logits.softmax(-1)  # [batch, vocab_size]
-        return logits.masked_fill(probabilities < p * probabilities.amax(-1, keepdim=True), NEVER)
-
-    return rule
+def uniform(seed: int, number: int) -> float:
+    """The uniform number in [0, 1) that decides token `number` of a text, in steps of 2^-52."""
+    return (_hashed(seed, number, b"token") >> 12) * 2.0**-52
 
 
-# Each setting with its value that changes nothing, in transformers' order.
-RULES: tuple[tuple[str, float, Callable[[Any], Rule]], ...] = (
-    ("repetition_penalty", 1, repetition_penalty),
-    ("temperature", 1, temperature),
-    ("top_k", 0, top_k),
-    ("top_p", 1, top_p),
-    ("min_p", 0, min_p),
-)
+def _hashed(seed: int, number: int, purpose: bytes) -> int:
+    """64 bits: a cryptographic hash, so that neighbouring seeds and numbers are as unrelated as any others."""
+    return int.from_bytes(blake2b(struct.pack("<QQ", seed, number), digest_size=8, person=purpose).digest(), "little")
 
 
-def rules_of(settings: SamplingSettings) -> list[Rule]:
-    """The rules that have an effect with these settings, in order. Greedy decoding uses only the repetition penalty."""
-    values = [(getattr(settings, name), neutral, rule) for name, neutral, rule in RULES]
-    used = values[:1] if settings.is_greedy else values
-    return [rule(value) for value, neutral, rule in used if value != neutral]
+def sample(logits: Tensor, rows: Sequence[SampledRow]) -> Tensor:
+    """logits [rows, vocab_size] → the next id of each row [rows], or a key of `FAULTS` for a row with an error."""
+    logits = logits.float()
+    shaped = penalized(logits, rows)
+    sampled = [place for place, row in enumerate(rows) if not row.settings.is_greedy]
+    if sampled:
+        drawn = [rows[place] for place in sampled]
+        chosen = draw(_weights(_at(shaped, sampled), drawn), points(drawn))
+    if len(sampled) < len(rows):
+        best = argmax(shaped)
+        chosen = best.index_copy(0, _on(best, sampled), chosen) if sampled else best
+    chosen = torch.where(shaped.amax(-1) > -torch.inf, chosen, -2) if shaped is not logits else chosen
+    return torch.where(logits.amax(-1).abs() < torch.inf, chosen, -1)  # amax propagates NaN
+
+
+def probabilities(logits: Tensor, rows: Sequence[SampledRow]) -> Tensor:
+    """logits [rows, vocab_size] → the distribution that `sample` draws from [rows, vocab_size], one-hot if greedy.
+
+    A row with an error is all NaN.
+    """
+    logits = logits.float()
+    shaped = penalized(logits, rows)
+    sampled = [place for place, row in enumerate(rows) if not row.settings.is_greedy]
+    found = torch.zeros_like(shaped).scatter_(-1, argmax(shaped)[:, None], 1)
+    if sampled:
+        weights = _weights(_at(shaped, sampled), [rows[place] for place in sampled])
+        found[_on(found, sampled)] = weights / total(weights).float()
+    wrong = ~(shaped.amax(-1).isfinite() & logits.amax(-1).isfinite())
+    return found.masked_fill_(wrong[:, None], torch.nan)
+
+
+def points(rows: Sequence[SampledRow]) -> list[float]:
+    """The uniform number of each row's next token."""
+    return [uniform(row.seed, len(row.ids) - row.prompt_length) for row in rows]
+
+
+def draw(probabilities: Tensor, points: Sequence[float]) -> Tensor:
+    """probabilities [rows, n], not necessarily of sum 1 → for each row the index at its point of [0, 1): [rows].
+
+    Inverse transform sampling: the stretch of indices that contains the point, then the index, with sums in float64.
+    What has no probability is never drawn. Points are at most 1 - 2^-52.
+    """
+    if missing := -probabilities.size(-1) % STRETCH:
+        probabilities = F.pad(probabilities, (0, missing))
+    stretches = probabilities.unflatten(-1, (-1, STRETCH))
+    lengths = stretches.sum(-1)  # [rows, stretches]
+    ends = lengths.cumsum(-1, dtype=torch.float64)
+    point = torch.tensor(points, dtype=torch.float64).to(ends.device)[:, None] * ends[:, -1:]
+    stretch = _interval_at(ends, point)  # [rows, 1]
+    point -= (ends - lengths).gather(-1, stretch)  # from the beginning of the stretch
+    ends = pick(stretches, stretch).squeeze(1).cumsum(-1, dtype=torch.float64)
+    # Rounding may give a place outside the stretch.
+    index = _interval_at(ends, torch.minimum(point.clamp_(min=0), ends[:, -1:] * (1 - 2**-52)))
+    return (stretch * STRETCH + index).squeeze(-1)
+
+
+def _interval_at(ends: Tensor, point: Tensor) -> Tensor:
+    """ends [rows, n] of intervals on a line, point [rows, 1] → number of the interval that contains it [rows, 1]."""
+    return torch.searchsorted(ends, point, right=True).clamp_(max=ends.size(-1) - 1)  # beyond it: NaN
+
+
+def _weights(logits: Tensor, rows: Sequence[SampledRow]) -> Tensor:
+    """logits [rows, vocab_size] of sampled rows → their probabilities, times a factor for each row."""
+    settings = [row.settings for row in rows]
+    if any(one.temperature != 1 for one in settings):
+        logits = logits / torch.tensor([[one.temperature] for one in settings]).to(logits.device)
+    p = logits.softmax(-1)
+    places = [place for place, one in enumerate(settings) if one.has_filters]
+    if places:
+        kept = filtered(_at(p, places), [settings[place] for place in places])
+        p = kept if len(places) == len(rows) else p.index_copy(0, _on(p, places), kept)
+    return p
+
+
+def penalized(logits: Tensor, rows: Sequence[SampledRow]) -> Tensor:
+    """logits [rows, vocab_size] after the rules that greedy rows obey too; the same tensor if there are none."""
+    masked = [place for place, row in enumerate(rows) if row.allowed is not None]
+    biased = [place for place, row in enumerate(rows) if row.settings.logit_bias]
+    repeated = [place for place, row in enumerate(rows) if row.settings.repetition_penalty != 1]
+    counted = [place for place, row in enumerate(rows) if row.settings.has_counts]
+    if masked or biased or repeated or counted:
+        logits = logits.clone()
+    if masked:
+        _keep_only(logits, masked, [rows[place].allowed for place in masked])
+    if biased:
+        bias = [rows[place].settings.logit_bias for place in biased]
+        at, added = _entries(logits, biased, [(list(one), list(one.values())) for one in bias])
+        logits[at] += added
+    if repeated:
+        said = [(rows[place].ids, rows[place].settings.repetition_penalty) for place in repeated]
+        at, penalty = _entries(logits, repeated, said)
+        now = logits[at]
+        logits[at] = torch.where(now < 0, now * penalty, now / penalty)  # arXiv:1909.05858
+    if counted:
+        at, subtracted = _entries(logits, counted, [_deductions(rows[place]) for place in counted])
+        logits[at] -= subtracted
+    return logits
+
+
+def _keep_only(logits: Tensor, places: Sequence[int], masks: Sequence[Any]) -> None:
+    """Make the logits of all other ids -inf, in place. masks: bool [vocab_size] for each place."""
+    shared = all(mask is masks[0] for mask in masks)
+    allowed = masks[0][None] if shared else torch.stack(list(masks))  # [rows or 1, vocab_size]
+    most = (allowed.view(torch.uint8).float() - 0.5) * torch.inf  # `minimum` is far faster than `where`
+    if len(places) == len(logits):
+        torch.minimum(logits, most, out=logits)
+    else:
+        logits[_on(logits, places)] = torch.minimum(_at(logits, places), most)
+
+
+def _deductions(row: SampledRow) -> tuple[np.ndarray, np.ndarray]:
+    """ids, and what OpenAI's `presence_penalty` and `frequency_penalty` subtract: they count generated tokens only."""
+    ids, counts = np.unique(np.asarray(row.ids[row.prompt_length :], dtype=np.int64), return_counts=True)
+    return ids, row.settings.presence_penalty + row.settings.frequency_penalty * counts
+
+
+def _entries(
+    logits: Tensor, places: Sequence[int], entries: Sequence[tuple[Any, Any]]
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """ids of the row at each place, with their values or one value → the index of all of them in logits, and values."""
+    ids = [np.asarray(one, dtype=np.int64) for one, _ in entries]
+    values = [np.broadcast_to(np.asarray(value, dtype=np.float32), len(one)) for one, (_, value) in zip(ids, entries)]
+    row = np.repeat(np.asarray(places), [len(one) for one in ids])
+    at = (_on(logits, row), _on(logits, np.concatenate(ids)))
+    return at, torch.from_numpy(np.concatenate(values)).to(logits.device)
+
+
+def _at(values: Tensor, places: Sequence[int]) -> Tensor:
+    """The rows of `values` at `places`, without a copy where these are all."""
+    return values if len(places) == len(values) else values[_on(values, places)]
+
+
+def _on(where: Tensor, numbers: Sequence[int] | np.ndarray) -> Tensor:
+    """Whole numbers on the device of `where`."""
+    return torch.as_tensor(numbers, dtype=torch.long).to(where.device)
+
+
+class LogProbabilities(NamedTuple):
+    """Of the model itself, before any rule."""
+
+    chosen: Tensor  # [tokens]
+    top: Tensor  # [tokens, top], descending
+    top_ids: Tensor  # [tokens, top]
+
+
+def log_probabilities(logits: Tensor, ids: Tensor, top: int = 0) -> LogProbabilities:
+    """logits [tokens, vocab_size], ids that followed [tokens] → their log-probabilities, and the `top` highest ones."""
+    log = logits.float().log_softmax(-1)
+    best = log.topk(min(top, log.size(-1)))
+    return LogProbabilities(log.gather(-1, ids[:, None].clamp(min=0)).squeeze(-1), best.values, best.indices)
+
+
+def prompt_log_probabilities(
+    logits_of: Callable[[Tensor], Tensor], hidden: Tensor, ids: Tensor, top: int = 0, chunk: int = 64
+) -> LogProbabilities:
+    """hidden [tokens, width] and the ids that followed [tokens] → as `log_probabilities`.
+
+    `logits_of`: the model's `logits`. Only [chunk, vocab_size] logits exist at a time.
+    """
+    found = [log_probabilities(logits_of(h), i, top) for h, i in zip(hidden.split(chunk), ids.split(chunk))]
+    return LogProbabilities(*map(torch.cat, zip(*found)))
+
+
+@dataclass
+class _Row:
+    ids: Sequence[int]
+    prompt_length: int
+    settings: SamplingSettings
+    seed: int
+    allowed: Tensor | None
 
 
 class Sampler:
-    """Chooses one token per sequence with a generator of its own: the same seed gives the same tokens."""
+    """`sample` for a batch of sequences with the same settings, which are its continuations in order."""
 
     def __init__(self, settings: SamplingSettings, device: torch.device, known: np.ndarray | None = None) -> None:
         """`known` bool [ids]: which ids are tokens. All others, and those beyond it, are never chosen."""
-        self.rules, self.is_greedy = rules_of(settings), settings.is_greedy
-        self.known = None if known is None else torch.from_numpy(known).to(device)
-        self.generator = torch.Generator(device)
-        if settings.seed is None:
-            self.generator.seed()
-        else:
-            self.generator.manual_seed(settings.seed)
+        self.settings, self.steps, self.seeds = settings, 0, list[int]()
+        self.known: Any = None if known is None else torch.from_numpy(known).to(device)
 
     def __call__(self, logits: Tensor, ids: Tensor) -> Tensor:
         """logits [batch, vocab_size], ids so far [batch, sequence] → [batch]. Raises `UserError` unless finite."""
-        logits = logits.float()
-        if not logits.amax(-1).isfinite().all():  # amax propagates NaN; argmax would choose it
-            raise UserError("the model's logits are not finite: its weights are damaged, or its training diverged")
-        if self.known is not None:
-            beyond = max(0, logits.size(-1) - len(self.known))
-            logits = logits.masked_fill(~F.pad(self.known, (0, beyond))[: logits.size(-1)], NEVER)
-        for rule in self.rules:
-            logits = rule(logits, ids)
-        return logits.argmax(-1) if self.is_greedy else self._draw(logits.softmax(-1))
-
-    def _draw(self, probabilities: Tensor) -> Tensor:
-        """probabilities [batch, vocab_size] → one index per sequence, drawn with its probability [batch].
-
-        Inverse transform sampling: ten times as fast as `torch.multinomial`, which draws one number per token of the
-        vocabulary.
-        """
-        ends = probabilities.cumsum(-1)  # [batch, vocab_size]; a token of probability 0 has an empty interval
-        points = torch.rand(ends.size(0), 1, device=ends.device, generator=self.generator) * ends[:, -1:]
-        return torch.searchsorted(ends, points, right=True).squeeze(-1)
+        self.seeds = self.seeds or [seed_of(self.settings.seed, number) for number in range(len(logits))]
+        allowed = None if self.known is None else F.pad(self.known, (0, logits.size(-1)))[: logits.size(-1)]
+        matters = self.settings.repetition_penalty != 1 or self.settings.has_counts
+        said = ids.tolist() if matters else [range(ids.size(-1))] * len(ids)
+        prompt = ids.size(-1) - self.steps
+        rows = [_Row(one, prompt, self.settings, seed, allowed) for one, seed in zip(said, self.seeds)]
+        chosen = sample(logits, rows)
+        self.steps += 1
+        if (worst := int(chosen.min())) < 0:
+            raise UserError(FAULTS[worst])
+        return chosen

@@ -108,6 +108,10 @@ class Embedding(nn.Embedding):
         if not self.weight.is_meta:
             super().reset_parameters()
 
+    def project(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., width] → logits [..., vocab_size] of a tied head."""
+        return F.linear(hidden, self.weight)
+
 
 class Decoder(nn.Module):
     """A stack of blocks between an embedding and a head, as an `Architecture` describes it."""
@@ -168,7 +172,8 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden states [..., width] → logits [..., vocab_size]."""
-        logits, cap = F.linear(hidden, self.head_weight), self.architecture.logit_cap
+        logits = self.embedding.project(hidden) if self.head is None else self.head(hidden)
+        cap = self.architecture.logit_cap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     @property
@@ -179,7 +184,12 @@ class Decoder(nn.Module):
     @property
     def device(self) -> torch.device:
         """Device of the weights, on which the ids must be."""
-        return self.embedding.weight.device
+        return next(self.norm.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the hidden states."""
+        return next(self.norm.parameters()).dtype
 
     @property
     def head_weight(self) -> Tensor:
@@ -191,9 +201,8 @@ class Decoder(nn.Module):
 
         `padding` [batch]: number of padding columns at the left of each row, for prompts of different lengths.
         """
-        weight = self.embedding.weight
-        cache = KVCache(self.architecture, batch_size, max_length, weight.device, weight.dtype, padding)
-        positions = torch.arange(max_length, device=weight.device)[None]
+        cache = KVCache(self.architecture, batch_size, max_length, self.device, self.dtype, padding)
+        positions = torch.arange(max_length, device=self.device)[None]
         for rope, rotary in zip(self.ropes, self.rotary):
             if not rope.depends_on_length:
                 cosines, sines = rotary(positions, positions.amax(1))  # [1, 1, max_length, dim]

@@ -15,8 +15,7 @@ from slmkit.data.settings import DataSettings, Reads, TokenizerSettings
 from slmkit.model.config import TRAINING_FIELDS, SLMConfig
 from slmkit.model.files.adapter_directory import LoRASettings
 from slmkit.training.guards import GuardSettings
-from slmkit.training.recipe.key_hints import HINTS
-from slmkit.training.recipe.keys import make_room, rename_old_keys
+from slmkit.training.recipe.keys import HINTS, make_room, rename_old_keys
 from slmkit.training.recipe.objective_settings import (
     DistillationSettings,
     GrpoSettings,

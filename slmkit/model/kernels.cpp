@@ -1,0 +1,396 @@
+// Products and attention of a decoding step on a CPU, for a few rows at a time. `kernels.py` compiles and calls it.
+//
+// A decoding step reads every weight once for a few rows, so its time is that of reading and expanding them. Weights of
+// FLOAT32, BFLOAT16 and NF4 are expanded to float32 in registers. For INT8 and INT4 the activations are rounded to 16
+// bits by groups, and a group's products are summed as integers: half the instructions. A row's sums are added in an
+// order that depends on neither the other rows nor the number of threads, so its result is the same in every batch.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(LANES * 4)));
+typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
+typedef float Floats8 __attribute__((vector_size(32)));
+typedef int32_t Ints8 __attribute__((vector_size(32)));
+typedef int16_t Words __attribute__((vector_size(32)));
+typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
+typedef int8_t Bytes __attribute__((vector_size(LANES)));
+typedef uint8_t UnsignedBytes __attribute__((vector_size(LANES)));
+typedef int8_t Bytes16 __attribute__((vector_size(16)));
+typedef uint8_t UnsignedBytes16 __attribute__((vector_size(16)));
+
+enum Kind : int64_t { FLOAT32, BFLOAT16, INT8, INT4, NF4, WORDS };  // WORDS: expanded INT8 or INT4
+
+// As `kernels.Matrix` lays it out. A row of `weight` is stored in groups of `group` values, each with one scale.
+struct Matrix {
+  const uint8_t* weight;  // [out, in]
+  const float* scales;    // [out, in / group]
+  const float* bias;      // [out], or null
+  int64_t kind, out, in, group;
+};
+
+// Few products do not pay for waking a thread.
+constexpr int64_t WEIGHTS_PER_THREAD = 1 << 15;
+constexpr int OUTS = 4;  // weight rows at once: each reads the same x
+constexpr int ROWS = 2;  // rows of x at once: each reads the same weights
+constexpr int64_t LEAST_AHEAD = 4096;  // bytes, between what is read and what is fetched from memory meanwhile
+
+// The quantiles of a normal distribution that QLoRA defines (arXiv:2305.14314, appendix E).
+const float NF4_VALUES[16] = {-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
+                              -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
+                              0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
+                              0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
+
+template <class Vector>
+inline Vector load(const void* from) {
+  Vector vector;
+  std::memcpy(&vector, from, sizeof vector);
+  return vector;
+}
+
+// a b + c with one rounding. Left to the compiler, it may round twice in one place and once in another.
+inline Floats fused(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+  return Floats(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c)));
+#elif defined(__AVX2__) && defined(__FMA__)
+  return Floats(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(c)));
+#elif defined(__aarch64__)
+  return Floats(vfmaq_f32(float32x4_t(c), float32x4_t(a), float32x4_t(b)));
+#else
+  return a * b + c;
+#endif
+}
+
+inline Floats8 fused8(Floats8 a, Floats8 b, Floats8 c) {
+#if defined(__AVX2__) && defined(__FMA__)
+  return Floats8(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(c)));
+#else
+  return a * b + c;
+#endif
+}
+
+// c + the products of a and b, each two neighbours added.
+inline Ints8 multiply_add(Words a, Words b, Ints8 c) {
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+  return Ints8(_mm256_dpwssd_epi32(__m256i(c), __m256i(a), __m256i(b)));
+#elif defined(__AVX2__)
+  return c + Ints8(_mm256_madd_epi16(__m256i(a), __m256i(b)));
+#else
+  for (int i = 0; i < 8; i++) c[i] += a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1];
+  return c;
+#endif
+}
+
+inline void store(float* to, Floats vector) { std::memcpy(to, &vector, sizeof vector); }
+
+// LANES numbers as int32. The compilers' own conversion takes several times as many instructions.
+template <class Narrow>
+inline Ints widen(const uint8_t* from) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<Narrow, Halves>) return Ints(_mm512_cvtepu16_epi32(load<__m256i>(from)));
+  if constexpr (std::is_same_v<Narrow, Bytes>) return Ints(_mm512_cvtepi8_epi32(load<__m128i>(from)));
+  return Ints(_mm512_cvtepu8_epi32(load<__m128i>(from)));
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<Narrow, Halves>) return Ints(_mm256_cvtepu16_epi32(load<__m128i>(from)));
+  if constexpr (std::is_same_v<Narrow, Bytes>) return Ints(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
+  return Ints(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from)));
+#else
+  return __builtin_convertvector(load<Narrow>(from), Ints);
+#endif
+}
+
+template <class Vector>
+inline float sum(Vector vector) {
+  float total = 0;
+  for (size_t lane = 0; lane < sizeof vector / 4; lane++) total += vector[lane];
+  return total;
+}
+
+inline Floats look_up_nf4(Ints index) {
+#if defined(__GNUC__) && !defined(__clang__)
+  if constexpr (LANES == 16) return __builtin_shuffle(load<Floats>(NF4_VALUES), index);
+  if constexpr (LANES == 8) return __builtin_shuffle(load<Floats>(NF4_VALUES), load<Floats>(NF4_VALUES + 8), index);
+#endif
+  Floats values;
+  for (int lane = 0; lane < LANES; lane++) values[lane] = NF4_VALUES[index[lane]];
+  return values;
+}
+
+// The weights of values j and j + half, and of the LANES - 1 after each, of a group that starts at `group`.
+template <int KIND>
+inline void unpack(const uint8_t* group, float scale, int64_t j, int64_t half, Floats& low, Floats& high) {
+  if constexpr (KIND == FLOAT32) {
+    low = load<Floats>(group + 4 * j), high = load<Floats>(group + 4 * (j + half));
+  } else if constexpr (KIND == BFLOAT16) {
+    low = Floats(widen<Halves>(group + 2 * j) << 16);  // bfloat16 is the upper half of a float32
+    high = Floats(widen<Halves>(group + 2 * (j + half)) << 16);
+  } else if constexpr (KIND == INT8) {
+    low = __builtin_convertvector(widen<Bytes>(group + j), Floats) * scale;
+    high = __builtin_convertvector(widen<Bytes>(group + j + half), Floats) * scale;
+  } else {
+    const Ints bytes = widen<UnsignedBytes>(group + j);
+    if constexpr (KIND == INT4) {
+      low = __builtin_convertvector((bytes & 15) - 8, Floats) * scale;
+      high = __builtin_convertvector((bytes >> 4) - 8, Floats) * scale;
+    } else {
+      low = look_up_nf4(bytes & 15) * scale, high = look_up_nf4(bytes >> 4) * scale;
+    }
+  }
+}
+
+template <int KIND>
+constexpr int64_t bytes_of(int64_t values) {
+  return KIND == FLOAT32 ? 4 * values : KIND == BFLOAT16 || KIND == WORDS ? 2 * values : KIND == INT8 ? values : values / 2;
+}
+
+// The last values of a row of float32 or bfloat16 whose length is no multiple of its groups, followed by zeros.
+template <int KIND>
+inline Floats unpack_tail(const uint8_t* from, int64_t count) {
+  if constexpr (KIND == BFLOAT16) {
+    uint16_t bits[LANES] = {};
+    std::memcpy(bits, from, 2 * count);
+    return Floats(widen<Halves>(reinterpret_cast<const uint8_t*>(bits)) << 16);
+  } else {
+    Floats values = {};
+    std::memcpy(&values, from, 4 * count);
+    return values;
+  }
+}
+
+// y[r, o] = x[r] · w[o] for `rows` rows of x and `outs` rows of weights from `first` on. [rows, in], [rows, out]
+template <int KIND, int outs, int rows>
+void products(const Matrix& m, const uint8_t* weight, int64_t first, const float* x, float* y) {
+  const int64_t groups = m.in / m.group, half = m.group / 2, row_bytes = bytes_of<KIND>(m.in);
+  const int64_t ahead = std::max(LEAST_AHEAD, outs * row_bytes);
+  const float* scales = m.scales + (KIND >= INT8 ? first * groups : 0);
+  Floats sums[outs][rows] = {};
+  for (int64_t g = 0; g < groups; g++) {
+    const uint8_t* group = weight + bytes_of<KIND>(g * m.group);
+    const float* read = x + g * m.group;
+    if (rows == 1)
+      for (int o = 0; o < outs; o++) __builtin_prefetch(group + o * row_bytes + ahead);
+    for (int64_t j = 0; j < half; j += LANES) {
+      Floats low[outs], high[outs];
+      for (int o = 0; o < outs; o++)
+        unpack<KIND>(group + o * row_bytes, KIND >= INT8 ? scales[o * groups + g] : 1.0f, j, half, low[o], high[o]);
+      for (int r = 0; r < rows; r++) {
+        const Floats a = load<Floats>(read + r * m.in + j), b = load<Floats>(read + r * m.in + j + half);
+        for (int o = 0; o < outs; o++) sums[o][r] = fused(low[o], a, sums[o][r]);
+        for (int o = 0; o < outs; o++) sums[o][r] = fused(high[o], b, sums[o][r]);
+      }
+    }
+  }
+  if constexpr (KIND <= BFLOAT16)
+    for (int64_t c = groups * m.group; c < m.in; c += LANES) {
+      const int64_t count = std::min<int64_t>(LANES, m.in - c);
+      for (int o = 0; o < outs; o++)
+        for (int r = 0; r < rows; r++)
+          sums[o][r] = fused(unpack_tail<KIND>(weight + o * row_bytes + bytes_of<KIND>(c), count),
+                             unpack_tail<FLOAT32>((const uint8_t*)(x + r * m.in + c), count), sums[o][r]);
+    }
+  for (int o = 0; o < outs; o++)
+    for (int r = 0; r < rows; r++) y[r * m.out + first + o] = sum(sums[o][r]) + (m.bias ? m.bias[first + o] : 0.0f);
+}
+
+// The integers j to j + 15 and j + half to j + half + 15 of a group.
+template <int KIND>
+inline void unpack_words(const uint8_t* group, int64_t j, int64_t half, Words& low, Words& high) {
+  if constexpr (KIND == WORDS) {
+    low = load<Words>(group + 2 * j), high = load<Words>(group + 2 * (j + half));
+#if defined(__AVX2__)
+  } else if constexpr (KIND == INT8) {
+    low = Words(_mm256_cvtepi8_epi16(load<__m128i>(group + j)));
+    high = Words(_mm256_cvtepi8_epi16(load<__m128i>(group + j + half)));
+  } else {
+    const __m256i bytes = _mm256_cvtepu8_epi16(load<__m128i>(group + j));
+    low = Words(bytes) & 15, high = Words(_mm256_srli_epi16(bytes, 4));
+#else
+  } else if constexpr (KIND == INT8) {
+    low = __builtin_convertvector(load<Bytes16>(group + j), Words);
+    high = __builtin_convertvector(load<Bytes16>(group + j + half), Words);
+  } else {
+    const Words bytes = __builtin_convertvector(load<UnsignedBytes16>(group + j), Words);
+    low = bytes & 15, high = bytes >> 4;
+#endif
+  }
+}
+
+// Rows of x as integers of 16 bits, by groups of the weights: x[j] is about values[j] * scale.
+struct Rounded {
+  std::vector<int16_t> values;   // [rows, in]
+  std::vector<float> scales;     // [rows, in / group]
+  std::vector<int32_t> offsets;  // [rows, in / group]: for INT4, whose 0 is stored as 8, -8 times the sum of the group
+
+  Rounded(const Matrix& m, const float* x, int64_t rows)
+      : values(rows * m.in), scales(rows * (m.in / m.group)), offsets(scales.size()) {
+    for (size_t g = 0; g < scales.size(); g++, x += m.group) {
+      float largest = 0, total = 0;
+      for (int64_t j = 0; j < m.group; j++) largest = std::max(largest, std::fabs(x[j])), total += std::fabs(x[j]);
+      const float inverse = largest > 0 ? 32767 / largest : 0;
+      int32_t sum = 0;
+      for (int64_t j = 0; j < m.group; j++)
+        sum += values[g * m.group + j] = int16_t(std::nearbyint(x[j] * inverse));
+      scales[g] = std::isfinite(total) ? largest / 32767 : NAN;  // one that is not finite makes all results NaN
+      offsets[g] = m.kind == INT4 ? -8 * sum : 0;
+    }
+  }
+};
+
+// As `products`, by integers, of INT8, INT4 and WORDS. y [rows, out] from the first of the rows on.
+template <int KIND, int GROUP, int outs, int rows>
+void integer_products(const Matrix& m, const uint8_t* weight, int64_t first, const Rounded& x, int64_t row, float* y) {
+  constexpr int64_t half = GROUP / 2, group_bytes = bytes_of<KIND>(GROUP);
+  const int64_t groups = m.in / GROUP, row_bytes = groups * group_bytes;
+  const int64_t ahead = std::max(LEAST_AHEAD, outs * row_bytes);
+  const int16_t* values = x.values.data() + row * m.in;
+  const float *scales = m.scales + first * groups, *x_scales = x.scales.data() + row * groups;
+  const int32_t* offsets = x.offsets.data() + row * groups;
+  Floats8 sums[outs][rows] = {};
+  for (int64_t g = 0; g < groups; g++, values += GROUP) {
+    Ints8 group[outs][rows] = {};
+    if (KIND != INT8)
+      for (int r = 0; r < rows; r++)
+        for (int o = 0; o < outs; o++) group[o][r][0] = offsets[r * groups + g];
+    for (int64_t j = 0; j < half; j += 16) {
+      Words low[outs], high[outs];
+      for (int o = 0; o < outs; o++)
+        unpack_words<KIND>(weight + o * row_bytes + g * group_bytes, j, half, low[o], high[o]);
+      for (int r = 0; r < rows; r++) {
+        const Words a = load<Words>(values + r * m.in + j), b = load<Words>(values + r * m.in + j + half);
+        for (int o = 0; o < outs; o++) group[o][r] = multiply_add(high[o], b, multiply_add(low[o], a, group[o][r]));
+      }
+    }
+    for (int o = 0; o < outs; o++) {
+      if (KIND != WORDS && g * group_bytes % 64 == 0) 
+        __builtin_prefetch(weight + o * row_bytes + g * group_bytes + ahead);
+      for (int r = 0; r < rows; r++) {
+        const float scale = scales[o * groups + g] * x_scales[r * groups + g];
+        sums[o][r] = fused8(__builtin_convertvector(group[o][r], Floats8), Floats8{scale, scale, scale, scale, scale, scale, scale, scale}, sums[o][r]);
+      }
+    }
+  }
+  for (int o = 0; o < outs; o++)
+    for (int r = 0; r < rows; r++) y[r * m.out + first + o] = sum(sums[o][r]) + (m.bias ? m.bias[first + o] : 0.0f);
+}
+
+template <int KIND>
+void expand_words(const Matrix& m, int64_t first, int64_t count, int16_t* to) {
+  const int64_t groups = m.in / m.group, half = m.group / 2;
+  for (int64_t g = first * groups; g < (first + count) * groups; g++, to += m.group)
+    for (int64_t j = 0; j < half; j += 16) {
+      Words low, high;
+      unpack_words<KIND>(m.weight + bytes_of<KIND>(g * m.group), j, half, low, high);
+      std::memcpy(to + j, &low, sizeof low), std::memcpy(to + j + half, &high, sizeof high);
+    }
+}
+
+// Rows `first` to `first + count` of the weights as float32.  → to [count, in]
+template <int KIND>
+void expand(const Matrix& m, int64_t first, int64_t count, float* to) {
+  const int64_t groups = m.in / m.group, half = m.group / 2;
+  for (int64_t o = first; o < first + count; o++, to += m.in) {
+    const uint8_t* row = m.weight + o * bytes_of<KIND>(m.in);
+    for (int64_t g = 0; g < groups; g++)
+      for (int64_t j = 0; j < half; j += LANES) {
+        Floats low, high;
+        unpack<KIND>(row + bytes_of<KIND>(g * m.group), KIND >= INT8 ? m.scales[o * groups + g] : 1.0f, j, half, low,
+                     high);
+        store(to + g * m.group + j, low), store(to + g * m.group + j + half, high);
+      }
+    for (int64_t c = groups * m.group; c < m.in; c++) {
+      const Floats value = unpack_tail<KIND>(row + bytes_of<KIND>(c), 1);
+      to[c] = value[0];
+    }
+  }
+}
+
+// Rows `first` to `first + outs` of the weights times all rows of x. Several rows of x share the expanded weights.
+template <int KIND, int GROUP, int outs>
+void all_rows(const Matrix& m, int64_t first, const float* x, const Rounded* rounded, int64_t rows, float* y,
+              float* expanded) {
+  const uint8_t* weight = m.weight + first * bytes_of<KIND>(m.in);
+  const uint8_t* shared = KIND == FLOAT32 ? weight : reinterpret_cast<const uint8_t*>(expanded);
+  int64_t r = 0;
+  if constexpr (KIND == INT8 || KIND == INT4) {
+    if (rows == 1) return integer_products<KIND, GROUP, outs, 1>(m, weight, first, *rounded, 0, y);
+    expand_words<KIND>(m, first, outs, reinterpret_cast<int16_t*>(expanded));
+    for (; r + ROWS <= rows; r += ROWS)
+      integer_products<WORDS, GROUP, outs, ROWS>(m, shared, first, *rounded, r, y + r * m.out);
+    for (; r < rows; r++) integer_products<WORDS, GROUP, outs, 1>(m, shared, first, *rounded, r, y + r * m.out);
+  } else {
+    if (rows == 1) return products<KIND, outs, 1>(m, weight, first, x, y);
+    if (KIND != FLOAT32) expand<KIND>(m, first, outs, expanded);
+    for (; r + ROWS <= rows; r += ROWS)
+      products<FLOAT32, outs, ROWS>(m, shared, first, x + r * m.in, y + r * m.out);
+    for (; r < rows; r++) products<FLOAT32, outs, 1>(m, shared, first, x + r * m.in, y + r * m.out);
+  }
+}
+
+template <class Function>
+void for_group(int64_t group, Function&& call) {
+  if (group == 32) return call(std::integral_constant<int, 32>());
+  if (group == 64) return call(std::integral_constant<int, 64>());
+  return call(std::integral_constant<int, 128>());
+}
+
+template <class Function>
+void for_kind(int64_t kind, Function&& call) {
+  switch (kind) {
+    case FLOAT32: return call(std::integral_constant<int, FLOAT32>());
+    case BFLOAT16: return call(std::integral_constant<int, BFLOAT16>());
+    case INT8: return call(std::integral_constant<int, INT8>());
+    case INT4: return call(std::integral_constant<int, INT4>());
+    default: return call(std::integral_constant<int, NF4>());
+  }
+}
+
+// Calls `call(first, last)` with a share of 0 to `count` for each thread, in steps of OUTS.
+template <class Function>
+void in_shares(int64_t count, int64_t weights, int64_t threads, Function&& call) {
+  threads = std::max<int64_t>(1, std::min(threads, weights / WEIGHTS_PER_THREAD));
+  const int64_t share = ((count + threads - 1) / threads + OUTS - 1) / OUTS * OUTS;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t t = 0; t < threads; t++) call(std::min(count, t * share), std::min(count, (t + 1) * share));
+}
+
+// y = x W^T + bias.  x [rows, in], y [rows, out]
+extern "C" void slmkit_linear(const Matrix* m, const float* x, int64_t rows, float* y, int64_t threads) {
+  for_kind(m->kind, [&](auto kind) {
+    constexpr bool by_integers = kind == INT8 || kind == INT4;
+    const Rounded rounded(*m, x, by_integers ? rows : 0);
+    for_group(by_integers ? m->group : 32, [&](auto group) {
+      in_shares(m->out, m->out * m->in, threads, [&](int64_t first, int64_t last) {
+        std::vector<float> expanded(rows > 1 && kind != FLOAT32 ? OUTS * m->in : 0);
+        for (; first + OUTS <= last; first += OUTS)
+          all_rows<kind, group, OUTS>(*m, first, x, &rounded, rows, y, expanded.data());
+        for (; first < last; first++) all_rows<kind, group, 1>(*m, first, x, &rounded, rows, y, expanded.data());
+      });
+    });
+  });
+}
+
+// The weights as float32.  → to [out, in]
+extern "C" void slmkit_dequantize(const Matrix* m, float* to, int64_t threads) {
+  for_kind(m->kind, [&](auto kind) {
+    in_shares(m->out, m->out * m->in, threads,
+              [&](int64_t first, int64_t last) { expand<kind>(*m, first, last - first, to + first * m->in); });
+  });
+}
