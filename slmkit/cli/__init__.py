@@ -13,7 +13,10 @@ from typing import Annotated
 import typer
 
 from slmkit import __version__
-from slmkit.cli import bench, chat, data, eval, generate, inspect, merge, plan, quantize, quickstart, runs, tokenizer, train
+from slmkit.cli import bench, chat, data, eval, generate, inspect, merge
+
+# isort: split
+from slmkit.cli import plan, quantize, quickstart, runs, tokenizer, train
 from slmkit.cli.errors import explain
 from slmkit.cli.options import new_app
 

@@ -7,7 +7,7 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,7 +16,10 @@ from slmkit.cli.show import open_model, printable
 from slmkit.config import UserError
 
 if TYPE_CHECKING:
+    from slmkit.generation.ensemble import LanguageModel
     from slmkit.generation.prompts import Row
+    from slmkit.generation.sampling_settings import SamplingSettings
+    from slmkit.tokenizer import SLMTokenizer
 
 
 def generate(
@@ -66,50 +69,14 @@ def generate(
         model, others, device, seed, USUAL, temperature=temperature, top_k=top_k,
         top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
     )  # fmt: skip
-    from slmkit.generation.prompts import crop_row, encode_row
-    from slmkit.generation.text import TextStream
-    from slmkit.model.files.generation_config import new_tokens
-
-    context = decoder.max_positions
     jobs = []
     for place, row in rows:
-        ids = encode_row(tokenizer, row)
-        most = max_new_tokens or new_tokens(advice, usual=200, prompt=0 if crop else len(ids))
-        if crop and len(ids) + most > context:
-            whole, ids = len(ids), crop_row(tokenizer, row, context, most)
-            print(f"{place}: its first {whole - len(ids):,} of {whole:,} tokens were left out", file=sys.stderr)
-        elif len(ids) >= context:
-            raise UserError(
-                f"{place}: its {len(ids):,} tokens fill the model's context of {context:,}: shorten it, or use its end "
-                "alone (--crop)"
-            )
-        jobs += [(row, ids, most, number) for number in range(samples)]
-    began, tokens = time.monotonic(), 0
-    show = printable if sys.stdout.isatty() else str
+        ids, most = _encoded(place, row, tokenizer, decoder.max_positions, max_new_tokens, advice, crop)
+        jobs += [(row, ids, most, None if seed is None else seed + number) for number in range(samples)]
     with open(output, "w", encoding="utf-8", errors="replace") if output else nullcontext() as file:
-        for place, (row, ids, most, number) in enumerate(jobs):
-            if seed is not None:
-                settings = settings.model_copy(update={"seed": seed + number})
-            stream = TextStream(decoder, tokenizer, ids, settings=settings, max_new_tokens=most, stop=stop or [])
-            if file:
-                text = "".join(stream)
-                content = {"sample": number + 1, "text": text, "finish_reason": stream.finish_reason}
-                file.write(json.dumps({**row, **content, "tokens": stream.tokens}, ensure_ascii=False) + "\n")
-                file.flush()
-            else:
-                if len(jobs) > 1:
-                    print(f"--- {place + 1} of {len(jobs)}")
-                print(show(row.get("prompt", "")), end="", flush=True)
-                for piece in stream:
-                    print(show(piece), end="", flush=True)
-                print()
-            tokens += stream.tokens
-            if max_new_tokens and stream.finish_reason == "context":
-                print(f"the model's context of {context} tokens ends the text here", file=sys.stderr)
+        _write(jobs, decoder, tokenizer, settings, stop or [], file)
     if output:
         print(f"{len(jobs):,} texts in {output}")
-    if sys.stderr.isatty():
-        print(f"{tokens:,} tokens, {tokens / (time.monotonic() - began):,.1f} tokens/s", file=sys.stderr)
 
 
 def _read_rows(prompt: str, prompts: str | None) -> list[tuple[str, Row]]:
@@ -122,3 +89,52 @@ def _read_rows(prompt: str, prompts: str | None) -> list[tuple[str, Row]]:
         return list(read_prompts(sys.stdin, "standard input"))
     with open(prompts, encoding="utf-8") as file:
         return list(read_prompts(file, prompts))
+
+
+def _encoded(
+    place: str, row: Row, tokenizer: SLMTokenizer, context: int, most: int | None, advice: dict[str, Any], crop: bool
+) -> tuple[list[int], int]:
+    """The ids of a prompt and how many may follow. Raises `UserError` for too many."""
+    from slmkit.generation.prompts import crop_row, encode_row
+    from slmkit.model.files.generation_config import new_tokens
+
+    ids = encode_row(tokenizer, row)
+    most = most or new_tokens(advice, usual=200, prompt=0 if crop else len(ids))
+    if crop and len(ids) + most > context:
+        whole, ids = len(ids), crop_row(tokenizer, row, context, most)
+        print(f"{place}: its first {whole - len(ids):,} of {whole:,} tokens were left out", file=sys.stderr)
+    elif len(ids) >= context:
+        raise UserError(
+            f"{place}: {len(ids)} tokens, which fills the model's context of {context}: shorten it, or give --crop"
+        )
+    return ids, most
+
+
+def _write(
+    jobs: list[tuple[Row, list[int], int, int | None]], decoder: LanguageModel, tokenizer: SLMTokenizer,
+    settings: SamplingSettings, stop: list[str], file: IO[str] | None,
+) -> None:  # fmt: skip
+    from slmkit.generation.text import TextStream
+
+    began, tokens = time.monotonic(), 0
+    show = printable if sys.stdout.isatty() else str
+    for place, (row, ids, most, seed) in enumerate(jobs):
+        drawn = settings.model_copy(update={"seed": seed})
+        stream = TextStream(decoder, tokenizer, ids, settings=drawn, max_new_tokens=most, stop=stop)
+        if file:
+            text = "".join(stream)
+            content = {"text": text, "finish_reason": stream.finish_reason, "tokens": stream.tokens}
+            file.write(json.dumps(row | content, ensure_ascii=False) + "\n")
+            file.flush()
+        else:
+            if len(jobs) > 1:
+                print(f"--- {place + 1} of {len(jobs)}")
+            print(show(row.get("prompt", "")), end="", flush=True)
+            for piece in stream:
+                print(show(piece), end="", flush=True)
+            print()
+        tokens += stream.tokens
+        if stream.finish_reason == "context":
+            print(f"the model's context of {decoder.max_positions} tokens ends the text here", file=sys.stderr)
+    if sys.stderr.isatty():
+        print(f"{tokens:,} tokens, {tokens / (time.monotonic() - began):,.1f} tokens/s", file=sys.stderr)

@@ -11,12 +11,11 @@ from slmkit.config import UserError
 from slmkit.files import write_whole
 from slmkit.generation.ensemble import LanguageModel
 from slmkit.generation.generator import FinishReason
+from slmkit.generation.prompts import Messages, beginning_of, messages_that_fit
 from slmkit.generation.sampling_settings import SamplingSettings
 from slmkit.generation.text import TextStream
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.tokenizer.chat import check_messages
-
-Messages = list[dict[str, str]]
 
 
 class ChatSession:
@@ -48,7 +47,7 @@ class ChatSession:
     @property
     def system(self) -> str | None:
         """The system message."""
-        return next((message["content"] for message in _beginning(self.messages)), None)
+        return next((message["content"] for message in beginning_of(self.messages)), None)
 
     def set_system(self, text: str | None) -> None:
         """Replace the system message, or with None remove it. The other messages stay.
@@ -57,11 +56,11 @@ class ChatSession:
         """
         beginning = [{"role": "system", "content": text}] if text else []
         self._that_fit([*beginning, {"role": "user", "content": "?"}])
-        self.messages = beginning + self.messages[len(_beginning(self.messages)) :]
+        self.messages = beginning + self.messages[len(beginning_of(self.messages)) :]
 
     def reset(self) -> None:
         """Delete all messages but the system message."""
-        self.messages, self.forgotten, self._unanswered = _beginning(self.messages), 0, None
+        self.messages, self.forgotten, self._unanswered = beginning_of(self.messages), 0, None
 
     def reply(self, text: str) -> Generator[str, None, None]:
         """Stream the answer to `text`; pieces may be empty. What was generated until the stream ends or is closed is
@@ -153,29 +152,6 @@ class ChatSession:
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: not a saved conversation: {error}") from None
         self.messages, self.forgotten, self._unanswered = _checked(content, path), 0, None
-
-
-def messages_that_fit(
-    tokenizer: SLMTokenizer, messages: Messages, context: int, room: int
-) -> tuple[Messages, list[int]]:
-    """The messages without the oldest exchanges, as few as leave `room` tokens in the context, and their ids [prompt].
-
-    Raises `UserError` if the last message alone leaves less.
-    """
-    beginning = _beginning(messages)
-    ids: list[int] = []
-    for oldest in range(len(beginning), len(messages), 2):
-        kept = beginning + messages[oldest:]
-        ids = tokenizer.encode_chat(kept, add_generation_prompt=True).ids
-        if len(ids) + room <= context:
-            return kept, ids
-    what = "a shorter message or system message" if beginning else "a shorter message"
-    raise UserError(f"{len(ids)} tokens leave no room for an answer in a context of {context}: write {what}")
-
-
-def _beginning(messages: Messages) -> Messages:
-    """The system message, if there is one."""
-    return [message for message in messages[:1] if message["role"] == "system"]
 
 
 def _checked(content: Any, path: str | Path) -> Messages:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slmkit.config import UserError
-from slmkit.generation.chat import messages_that_fit
-from slmkit.tokenizer import SLMTokenizer
 
+if TYPE_CHECKING:
+    from slmkit.tokenizer import SLMTokenizer
+
+Messages = list[dict[str, str]]
 Row = dict[str, Any]  # {"prompt": text} or {"messages": […]}, with any further keys
 
 
@@ -59,3 +61,26 @@ def crop_row(tokenizer: SLMTokenizer, row: Row, context: int, new: int) -> list[
         return messages_that_fit(tokenizer, row["messages"], context, room)[1]
     beginning, ids = tokenizer.beginning, tokenizer.encode(row["prompt"])
     return [*beginning, *ids[-(context - room - len(beginning)) :]]
+
+
+def messages_that_fit(
+    tokenizer: SLMTokenizer, messages: Messages, context: int, room: int
+) -> tuple[Messages, list[int]]:
+    """The messages without the oldest exchanges, as few as leave `room` tokens in the context, and their ids [prompt].
+
+    Raises `UserError` if the last message alone leaves less.
+    """
+    beginning = beginning_of(messages)
+    ids: list[int] = []
+    for oldest in range(len(beginning), len(messages), 2):
+        kept = beginning + messages[oldest:]
+        ids = tokenizer.encode_chat(kept, add_generation_prompt=True).ids
+        if len(ids) + room <= context:
+            return kept, ids
+    what = "a shorter message or system message" if beginning else "a shorter message"
+    raise UserError(f"{len(ids)} tokens leave no room for an answer in a context of {context}: write {what}")
+
+
+def beginning_of(messages: Messages) -> Messages:
+    """The system message, if there is one."""
+    return [message for message in messages[:1] if message["role"] == "system"]
