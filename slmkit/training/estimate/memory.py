@@ -247,12 +247,12 @@ class _MomentsOf8Bits(torch.optim.Optimizer):
 
 
 def reading_bytes(architecture: Architecture, rows: int, length: int, dtype: torch.dtype) -> int:
-    """Peak bytes of reading `rows` prompts of `length` tokens: weights, KV cache and activations."""
+    """Peak bytes of reading `rows` prompts of `length` tokens one after the other: weights, KV cache, activations."""
     with torch.device("meta"):
         decoder = Decoder(architecture).to(dtype)
     with FakeTensorMode(), torch.no_grad(), AllocationTracker() as tracker:
         model = zeros_like(decoder).eval()
         cache = model.new_cache(rows, length)
-        hidden = model(torch.zeros(rows, min(length, cache.at_once), dtype=torch.long), cache)
-        model.logits(hidden[:, -1])
+        hidden = model(torch.zeros(1, min(length, cache.at_once), dtype=torch.long), cache[:1])[:, -1]
+        model.logits(hidden.expand(rows, -1))
     return tracker.peak
