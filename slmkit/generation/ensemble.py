@@ -29,6 +29,13 @@ class MemberCaches:
     def __getitem__(self, slots: slice) -> MemberCaches:
         return MemberCaches([cache[slots] for cache in self.caches])
 
+    def swap(self, a: int, b: int) -> None:
+        for cache in self.caches:
+            cache.swap(a, b)
+
+    def length(self, slot: int) -> int:
+        return self.caches[0].length(slot)
+
     def truncate(self, slot: int, length: int) -> None:
         for cache in self.caches:
             cache.truncate(slot, length)
@@ -62,7 +69,8 @@ class Ensemble(nn.Module):
         self.registered = nn.ModuleList(members)  # for `to`, `eval` and `train`
         self.log_weights = [math.log(weight / sum(weights)) for weight in weights]
         self.widths = [member.architecture.width for member in members]
-        self.max_positions = min(member.max_positions for member in members)
+        self.max_positions, self.vocab_size = min(member.max_positions for member in members), sizes[0]
+        self.ropes = [rope for member in members for rope in member.ropes]
         self.train(any(member.training for member in members))
 
     @property
@@ -72,6 +80,10 @@ class Ensemble(nn.Module):
     def new_cache(self, slots: int, max_length: int, at_once: int = AT_ONCE) -> MemberCaches:
         """An empty cache for each member."""
         return MemberCaches([member.new_cache(slots, max_length, at_once) for member in self.members])
+
+    def cache_bytes(self, slots: int, max_length: int, at_once: int) -> int:
+        """Size of the keys and values of such caches."""
+        return sum(member.cache_bytes(slots, max_length, at_once) for member in self.members)
 
     def forward(
         self,

@@ -100,6 +100,18 @@ class KVCache:
             mine[slot][:, kept % to] = theirs[source][:, kept % of]
         self.lengths[slot] = length
 
+    def swap(self, a: int, b: int) -> None:
+        """Exchange what two slots hold."""
+        longest = max(self.length(a), self.length(b))
+        for held in (*self.keys, *self.values):
+            end = min(longest, held.size(2))
+            held[[a, b], :, :end] = held[[b, a], :, :end]
+        self.lengths[[a, b]] = self.lengths[[b, a]]
+
+    def length(self, slot: int) -> int:
+        """How many positions a slot holds."""
+        return int(self.lengths[slot])
+
     def truncate(self, slot: int, length: int) -> None:
         """Forget what a slot holds behind its first `length` positions, which must be held."""
         self.lengths[slot] = length
@@ -108,6 +120,12 @@ class KVCache:
         """Whether a text can go on behind the first `length` positions of a slot: its windows are not overwritten."""
         past = int(self.lengths[slot])
         return length <= past and (past - length < self.at_once or past <= min(keys.size(2) for keys in self.keys))
+
+
+def cache_bytes(architecture: Architecture, slots: int, max_length: int, at_once: int, itemsize: int) -> int:
+    """Size of the keys and values of a `KVCache` with `itemsize` bytes a number."""
+    heads, key_dim, value_dim = architecture.cached_per_position
+    return slots * sum(cached_columns(architecture, max_length, at_once)) * heads * (key_dim + value_dim) * itemsize
 
 
 def cached_columns(architecture: Architecture, max_length: int, at_once: int = AT_ONCE) -> list[int]:

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from slmkit.config import UserError, did_you_mean
 from slmkit.model.architectures import Architecture
 from slmkit.model.attend import attend
-from slmkit.model.cache import AT_ONCE, KVCache
+from slmkit.model.cache import AT_ONCE, KVCache, cache_bytes
 from slmkit.model.context import AttentionInputs, Context
 from slmkit.model.latent_attention import LatentAttention
 from slmkit.model.norms import make_norm
@@ -174,6 +174,10 @@ class Decoder(nn.Module):
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     @property
+    def vocab_size(self) -> int:
+        return self.architecture.vocab_size
+
+    @property
     def max_positions(self) -> int:
         """The longest text, in tokens."""
         return self.architecture.max_positions
@@ -198,3 +202,7 @@ class Decoder(nn.Module):
                 cosines, sines = rotary(positions, positions.amax(1))  # [1, 1, max_length, dim]
                 cache.tables[rope] = cosines[0, 0], sines[0, 0]
         return cache
+
+    def cache_bytes(self, slots: int, max_length: int, at_once: int) -> int:
+        """Size of the keys and values of such a cache."""
+        return cache_bytes(self.architecture, slots, max_length, at_once, self.embedding.weight.itemsize)
