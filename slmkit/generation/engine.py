@@ -6,7 +6,7 @@
     engine.remove(handle)                 # before its end
 
 A step appends one token to every running row, and reads at most `AT_ONCE` tokens of prompts, so that a long prompt
-delays nobody for long. What a row gets depends on its request alone: not on the other rows, nor on when they come and go.
+delays nobody for long. What a row gets depends on its request alone, not on the other rows, or when they come and go.
 """
 
 from __future__ import annotations
@@ -146,7 +146,8 @@ class Engine:
         Raises `UserError` for an empty prompt, one that leaves no room in the context, one that needs more memory than
         there is, and for numbers out of range.
         """
-        check_room(self.context, len(request.prompt), request.max_new_tokens, request.prompt_logprobs is None)
+        least = 1 if request.prompt_logprobs is None else 0
+        check_room(self.context, len(request.prompt), request.max_new_tokens, least)
         if wrong := [token for token in request.prompt if not 0 <= token < self.decoder.vocab_size]:
             raise UserError(f"token {wrong[0]} of the prompt: the model has {self.decoder.vocab_size:,} tokens, from 0")
         if request.n < 1:
@@ -165,16 +166,16 @@ class Engine:
         self._waiting = deque(row for row in self._waiting if row.handle != handle)
         if self._reading is not None and self._reading.handle == handle:
             self._reading = None
-        for row in self.pools.running:
-            if row.handle == handle:
-                row.pool.leave(row)
+        with torch.inference_mode():
+            for row in self.pools.running:
+                if row.handle == handle:
+                    row.pool.leave(row)
 
     def step(self) -> list[Event]:
         """Append a token to every running row, and read on in the prompts of those that wait."""
         with evaluating(self.decoder):
             ready = self._decode() + self._read()
-            events = [event for rows, logits in ready for event in self._choose(rows, logits)]
-        return events
+            return [event for rows, logits in ready for event in self._choose(rows, logits)]
 
     def _decode(self) -> list[tuple[list[Row], Tensor]]:
         """One forward pass for the running rows of each pool: rows, and their logits [rows, vocab_size]."""
@@ -238,7 +239,9 @@ class Engine:
     def _logprobs(self, hidden: Tensor, ids: list[int], top: int) -> list[Logprobs]:
         """hidden [tokens, width] and the ids that followed → the log-probabilities of each token."""
         parts = [
-            self._of_tokens(self.decoder.logits(hidden[start : start + LOGITS_AT_ONCE]), ids[start:][:LOGITS_AT_ONCE], top)
+            self._of_tokens(
+                self.decoder.logits(hidden[start : start + LOGITS_AT_ONCE]), ids[start:][:LOGITS_AT_ONCE], top
+            )
             for start in range(0, len(ids), LOGITS_AT_ONCE)
         ]
         return [each for part in parts for each in part]

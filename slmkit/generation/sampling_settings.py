@@ -5,16 +5,26 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import ConfigDict, Field, field_validator
 
-from slmkit.config import Settings, load_settings
+from slmkit.config import Settings, UserError, load_settings
 from slmkit.model.files import generation_config as published
+
+COLDEST = 1e-5  # below it the logits of float32 may overflow, and only ties are not greedy
+# OpenAI's ranges.
+CountPenalty = Annotated[float, Field(ge=-2, le=2, description="0: none")]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 class SamplingSettings(Settings):
-    """Sampling settings. Temperature 0 or `do_sample=False` is greedy. Raises `UserError` for values out of range."""
+    """Sampling settings, named as in transformers and OpenAI. Raises `UserError` for values out of range.
+
+    Temperature 0 or `do_sample=False` is greedy: the most likely token after bias and penalties. `logit_bias` (id →
+    what is added to the logit) comes before `repetition_penalty`, which counts prompt and new tokens; the presence and
+    frequency penalties count new tokens only.
+    """
 
     model_config = ConfigDict(frozen=True, strict=True)
 
@@ -22,7 +32,11 @@ class SamplingSettings(Settings):
     top_k: published.TopK = 0  # 0: all tokens
     top_p: published.TopP = 1.0
     min_p: published.MinP = 0.0
+    typical_p: published.TypicalP = 1.0
     repetition_penalty: published.Penalty = 1.0
+    presence_penalty: CountPenalty = 0.0
+    frequency_penalty: CountPenalty = 0.0
+    logit_bias: dict[Annotated[int, Field(ge=0)], Bias] = Field(default_factory=dict)
     do_sample: bool = True
     seed: int | None = Field(None, ge=0, lt=2**63)  # None: another text each time
 
@@ -37,6 +51,14 @@ class SamplingSettings(Settings):
     def _zero_and_one(cls, value: Any) -> Any:
         return bool(value) if isinstance(value, int) and value in (0, 1) else value
 
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _whole_keys(cls, value: Any) -> Any:
+        """The keys of JSON as numbers."""
+        if not isinstance(value, Mapping):
+            return value
+        return {int(key) if isinstance(key, str) and key.isdecimal() else key: one for key, one in value.items()}
+
     @classmethod
     def for_model(cls, directory: str | Path, seed: int | None, usual: Mapping[str, float], **given: Any) -> Self:
         """The values in `given`; for those that are None, the model's `generation_config.json`, then `usual`.
@@ -48,7 +70,8 @@ class SamplingSettings(Settings):
         if ignored := published.not_obeyed(content):
             path = Path(directory) / published.FILE
             logging.getLogger(__name__).warning(f"{path}: ignored, since it is not supported: {', '.join(ignored)}")
-        told: dict[str, Any] = {name: content[name] for name in usual if content.get(name) is not None}
+        names = (cls.model_fields.keys() & published.GenerationAdvice.model_fields.keys()) - {"do_sample"}
+        told: dict[str, Any] = {name: content[name] for name in names if content.get(name) is not None}
         if content.get("do_sample") is False or (told and not content.get("do_sample")):
             told = {"temperature": 0.0} | {name: told[name] for name in told if name == "repetition_penalty"}
         chosen = {name: value for name, value in given.items() if value is not None}
@@ -56,4 +79,14 @@ class SamplingSettings(Settings):
 
     @property
     def is_greedy(self) -> bool:
-        return not self.do_sample or self.temperature == 0
+        return not self.do_sample or self.temperature < COLDEST
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the tokens so far matter."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+
+    def expect_ids_below(self, vocab_size: int) -> None:
+        """Raises `UserError` if `logit_bias` names an id that a model of this vocabulary does not have."""
+        if (highest := max(self.logit_bias, default=0)) >= vocab_size:
+            raise UserError(f"logit_bias: the id {highest} is not below the model's {vocab_size:,} tokens")

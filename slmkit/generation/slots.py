@@ -85,8 +85,8 @@ class Pools:
         needed = self.decoder.cache_bytes(1, self._rounded(length), self.at_once)
         if needed > self.memory:
             raise UserError(
-                f"{length} tokens need {needed / 2**20:,.0f} MiB of KV cache, more than the {self.memory / 2**20:,.0f} MiB "
-                "it may take: ask for fewer tokens, or allow more memory"
+                f"{length} tokens need {needed / 2**20:,.1f} MiB of KV cache, more than the allowed "
+                f"{self.memory / 2**20:,.1f} MiB: ask for fewer tokens, or allow more memory"
             )
 
     def admit(self, row: Row, length: int) -> bool:

@@ -130,4 +130,6 @@ def cache_bytes(architecture: Architecture, slots: int, max_length: int, at_once
 
 def cached_columns(architecture: Architecture, max_length: int, at_once: int = AT_ONCE) -> list[int]:
     """Positions that each layer stores, for texts of up to `max_length`."""
-    return [min(layer.window - 1 + at_once if layer.window else max_length, max_length) for layer in architecture.layers]
+    return [
+        min(layer.window - 1 + at_once if layer.window else max_length, max_length) for layer in architecture.layers
+    ]

@@ -108,6 +108,10 @@ class Embedding(nn.Embedding):
         if not self.weight.is_meta:
             super().reset_parameters()
 
+    def project(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., width] → logits [..., vocab_size] of a tied head."""
+        return F.linear(hidden, self.weight)
+
 
 class Decoder(nn.Module):
     """A stack of blocks between an embedding and a head, as an `Architecture` describes it."""
@@ -137,7 +141,7 @@ class Decoder(nn.Module):
         documents: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """ids [batch, new] → hidden states [batch, new, width]; with a cache, the ids of a row continue its slot's text.
+        """ids [batch, new] → hidden states [batch, new, width]; with a cache, a row's ids continue its slot's text.
 
         `documents` [batch, new], without a cache: the number of each token's document. Attention stays inside a
         document, and positions start at 0 in each. `attention_mask` [batch, new], bool, without a cache: False for
@@ -170,7 +174,8 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden states [..., width] → logits [..., vocab_size]."""
-        logits, cap = F.linear(hidden, self.head_weight), self.architecture.logit_cap
+        logits = self.embedding.project(hidden) if self.head is None else self.head(hidden)
+        cap = self.architecture.logit_cap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     @property
@@ -185,7 +190,12 @@ class Decoder(nn.Module):
     @property
     def device(self) -> torch.device:
         """Device of the weights, on which the ids must be."""
-        return self.embedding.weight.device
+        return next(self.norm.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the hidden states."""
+        return next(self.norm.parameters()).dtype
 
     @property
     def head_weight(self) -> Tensor:
@@ -194,9 +204,8 @@ class Decoder(nn.Module):
 
     def new_cache(self, slots: int, max_length: int, at_once: int = AT_ONCE) -> KVCache:
         """An empty cache for texts of up to `max_length` positions, on the decoder's device and in its precision."""
-        weight = self.embedding.weight
-        cache = KVCache(self.architecture, slots, max_length, weight.device, weight.dtype, at_once)
-        positions = torch.arange(max_length, device=weight.device)[None]
+        cache = KVCache(self.architecture, slots, max_length, self.device, self.dtype, at_once)
+        positions = torch.arange(max_length, device=self.device)[None]
         for rope, rotary in zip(self.ropes, self.rotary):
             if not rope.depends_on_length:
                 cosines, sines = rotary(positions, positions.amax(1))  # [1, 1, max_length, dim]
@@ -205,4 +214,4 @@ class Decoder(nn.Module):
 
     def cache_bytes(self, slots: int, max_length: int, at_once: int) -> int:
         """Size of the keys and values of such a cache."""
-        return cache_bytes(self.architecture, slots, max_length, at_once, self.embedding.weight.itemsize)
+        return cache_bytes(self.architecture, slots, max_length, at_once, self.dtype.itemsize)

@@ -13,12 +13,13 @@ from slmkit.config import Settings, UserError, load_settings
 
 FILE = "generation_config.json"
 Id = Annotated[int, Field(ge=0)]
-# Ranges of sampling settings, as in transformers.
+# Ranges of sampling settings, as in transformers; of penalties, those that cannot make logits infinite.
 Temperature = Annotated[float, Field(ge=0, allow_inf_nan=False, description="0: greedy")]
 TopK = Annotated[int, Field(ge=0, description="0: all tokens")]
 TopP = Annotated[float, Field(gt=0, le=1)]
 MinP = Annotated[float, Field(ge=0, lt=1)]
-Penalty = Annotated[float, Field(gt=0, allow_inf_nan=False, description="1: none")]
+TypicalP = Annotated[float, Field(gt=0, le=1)]
+Penalty = Annotated[float, Field(ge=0.01, le=100, description="1: none")]
 # Keys that do not affect generation here.
 HARMLESS = {
     "_from_model_config", "assistant_confidence_threshold", "assistant_lookbehind", "bos_token_id", "cache_config",
@@ -31,7 +32,7 @@ HARMLESS = {
 }  # fmt: skip
 # Keys whose neutral value is 1.
 NEUTRAL_AT_ONE = {
-    "encoder_repetition_penalty", "guidance_scale", "num_beam_groups", "num_beams", "num_return_sequences", "typical_p",
+    "encoder_repetition_penalty", "guidance_scale", "num_beam_groups", "num_beams", "num_return_sequences",
 }  # fmt: skip
 
 
@@ -50,6 +51,7 @@ class GenerationAdvice(Settings):
     top_k: TopK | None = None
     top_p: TopP | None = None
     min_p: MinP | None = None
+    typical_p: TypicalP | None = None
     repetition_penalty: Penalty | None = None
 
 
