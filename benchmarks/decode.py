@@ -1,103 +1,340 @@
-"""Greedy decoding beside transformers: the same weights, the same tokens, the same threads, in one run.
+"""Greedy decoding by slmkit, transformers and llama.cpp: the same weights, prompts and threads, in turn, in one run.
 
-python benchmarks/decode.py            # about two minutes on two cores
+pip install xllamacpp gguf
+python -m benchmarks.decode                # twelve minutes on two idle cores
+python -m benchmarks.decode --quick        # a minute of one busy core, in processor time; nothing is written
+python -m benchmarks.decode --only slmkit "llama.cpp Q8_0"     # some of them
+python -m benchmarks.decode --draw docs/decode.png             # the chart of what was measured
+
+A Llama of 46 M parameters with random weights. First the tokens: in float32 slmkit, transformers and llama.cpp must
+write the same ones. Then in each round each of them writes 1 and 1 + n tokens: new tokens/s are of the difference,
+prompt tokens/s of a prompt of 512 with one new token. Ratios are of one round, their medians and spread of all rounds.
 """
 
 from __future__ import annotations
 
+import argparse
 import datetime
-import functools
 import json
+import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
-import transformers
+from safetensors.torch import load_file
 
+from benchmarks.figures import spread
 from slmkit.device import find_device
 from slmkit.generation.generator import generate_ids
 from slmkit.generation.sampling_settings import SamplingSettings
 from slmkit.model.config import SLMConfig
 from slmkit.model.decoder import Decoder
-from slmkit.model.files.directory import save_decoder
+from slmkit.model.files.directory import load_decoder, save_decoder
 from slmkit.model.initialization import build_decoder
 from slmkit.training.logging.metrics_log import environment
 
-PROMPT, NEW, ROUNDS = 64, 64, 5
-MODELS = {
-    "smollm2-135m": SLMConfig.from_preset("smollm2-135m"),
-    "gemma-3-270m": SLMConfig.from_preset("gemma-3-270m"),
-    "quickstart": SLMConfig.from_preset("quickstart"),
+LLAMA_46M = {
+    "vocab_size": 16_384,
+    "hidden_size": 512,
+    "intermediate_size": 1_536,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 16_640,
 }
+PROMPT, PREFILL = 32, 512
+BATCHES = (1, 4, 16)
+TIE = 2e-3  # logits: llama.cpp's differ by up to half of it in float32; the two likeliest are 0.2 apart on average
+BITS = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}  # slmkit's names → llama.cpp's
 RESULTS = Path(__file__).parent / "results" / "decode.json"
+Generate = Callable[[torch.Tensor, int], list[list[int]]]  # prompts [batch, prompt], count → new tokens [batch][count]
 
 
-def ours(decoder: Decoder, ids: torch.Tensor) -> torch.Tensor:
+# -- the peers --------------------------------------------------------------------------------------------------------
+
+
+def slmkit_peers(directory: Path) -> Iterator[tuple[str, Generate]]:
+    for name in BITS:
+        decoder = load_decoder(directory)[0]
+        if name == "bfloat16":
+            decoder.to(torch.bfloat16)
+        elif name != "float32":
+            continue
+        yield f"slmkit {name}", by_slmkit(decoder)
+
+
+def by_slmkit(decoder: Decoder) -> Generate:
     greedy = SamplingSettings(do_sample=False)
-    return generate_ids(decoder, ids, max_new_tokens=NEW, stop_ids=set(), settings=greedy, pad_token_id=0)
+
+    def generate(ids: torch.Tensor, new: int) -> list[list[int]]:
+        rows = generate_ids(decoder, ids, max_new_tokens=new, stop_ids=set(), settings=greedy, pad_token_id=0)
+        return rows[:, ids.size(1) :].tolist()
+
+    return generate
 
 
-def theirs(model: transformers.PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    mask = torch.ones_like(ids)
-    return model.generate(ids, attention_mask=mask, do_sample=False, min_new_tokens=NEW, max_new_tokens=NEW)
+def transformers_peers(directory: Path, quick: bool) -> Iterator[tuple[str, Generate]]:
+    from transformers import AutoModelForCausalLM, CompileConfig
+    from transformers.utils.logging import disable_progress_bar
 
-
-def seconds(run: Callable[[], torch.Tensor]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
-
-
-def step_at(decoder: Decoder, filled: int, room: int) -> float:
-    """Median milliseconds of one step behind `filled` positions of a cache with `room`."""
-    times = []
-    with torch.inference_mode():
-        for _ in range(30):
-            cache = decoder.new_cache(1, room)
-            decoder(torch.ones(1, filled, dtype=torch.long), cache)
-            times.append(seconds(functools.partial(decoder, torch.ones(1, 1, dtype=torch.long), cache)))
-    return round(statistics.median(times) * 1e3, 2)
-
-
-def compare(config: SLMConfig) -> dict[str, object]:
-    decoder = build_decoder(config).eval()
-    with tempfile.TemporaryDirectory() as directory:
-        save_decoder(decoder, config, directory)
-        reference = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    reference.generation_config.eos_token_id = None
-    ids = torch.randint(config.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(0))
-    assert torch.equal(ours(decoder, ids), theirs(reference, ids)), "not the same tokens"
-    pairs = [(seconds(lambda: ours(decoder, ids)), seconds(lambda: theirs(reference, ids))) for _ in range(ROUNDS)]
-    ratios = sorted(their / our for our, their in pairs)
-    return {
-        "ours_tokens_per_second": round(NEW / statistics.median(our for our, _ in pairs), 1),
-        "transformers_tokens_per_second": round(NEW / statistics.median(their for _, their in pairs), 1),
-        "times_as_fast": {
-            "median": round(statistics.median(ratios), 2),
-            "range": [round(ratios[0], 2), round(ratios[-1], 2)],
-        },
+    disable_progress_bar()
+    anywhere = CompileConfig(mode="default")
+    anywhere._compile_all_devices = True  # without it, only on accelerators
+    ways: dict[str, dict[str, Any]] = {
+        "dynamic": {},
+        "static": {"cache_implementation": "static", "disable_compile": True},
+        "compiled": {"cache_implementation": "static", "compile_config": anywhere},
     }
+    dtypes = (torch.float32, torch.bfloat16)
+    if quick:
+        ways, dtypes = {"static": ways["static"]}, dtypes[:1]
+    for dtype in dtypes:
+        for way, options in ways.items():
+            model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+            model.generation_config.eos_token_id = None
+
+            def generate(ids: torch.Tensor, new: int, model=model, options=options) -> list[list[int]]:
+                mask = torch.ones_like(ids)
+                rows = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=new, **options)
+                return rows[:, ids.size(1) :].tolist()
+
+            yield f"transformers {str(dtype).removeprefix('torch.')} {way}", generate
+
+
+def llama_cpp_peers(directory: Path, config: SLMConfig, sequences: int, length: int) -> Iterator[tuple[str, Generate]]:
+    from benchmarks.llama_cpp import LlamaCpp, write_gguf
+
+    weights = load_file(directory / "model.safetensors")
+    for name in BITS.values():
+        path = directory / f"{name}.gguf"
+        write_gguf(weights, config, path, name)
+        cache_type = "F32" if name == "F32" else "F16"
+        yield f"llama.cpp {name}", LlamaCpp(path, torch.get_num_threads(), sequences, length, cache_type).generate
+
+
+def scaled_decoder(config: SLMConfig) -> Decoder:
+    """Random weights under which every layer counts and the likeliest token is well ahead of the second."""
+    decoder = build_decoder(config, seed=0).eval()
+    torch.manual_seed(0)
+    for parameter in decoder.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=parameter.size(1) ** -0.5)
+    return decoder
+
+
+def prompts(batch: int, length: int) -> torch.Tensor:
+    return torch.randint(LLAMA_46M["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(batch))
+
+
+def expect_same_tokens(decoder: Decoder, peers: Mapping[str, Generate]) -> dict[str, str]:
+    """How many rows of each float32 peer are the decoder's own, token by token.
+
+    A row may leave them only where the two tokens' logits are nearly equal. Raises `ValueError` if another does.
+    """
+    ids, new, found = prompts(8, 8), 24, {}
+    expected = by_slmkit(decoder)(ids, new)
+    with torch.inference_mode():
+        texts = torch.cat((ids, torch.tensor(expected)), dim=1)
+        logits = decoder.logits(decoder(texts)[:, 7:-1])  # [rows, new, vocab_size], without a cache
+    if expected != logits.argmax(-1).tolist():
+        raise ValueError("slmkit's tokens are not those of its whole forward pass")
+    for name in (name for name in peers if "float32" in name or "F32" in name):
+        rows = peers[name](ids, new)
+        for row, (ours, theirs) in enumerate(zip(expected, rows)):
+            at = next((i for i in range(new) if ours[i] != theirs[i]), None)
+            if at is not None and logits[row, at, ours[at]] - logits[row, at, theirs[at]] > TIE:
+                raise ValueError(f"{name}: token {at} of row {row} is {theirs[at]}, not {ours[at]}")
+        found[name] = f"{sum(a == b for a, b in zip(expected, rows))} of {len(rows)} rows equal, the others near ties"
+    return found
+
+
+# -- what is measured -------------------------------------------------------------------------------------------------
+
+
+def seconds(clock: Callable[[], float], generate: Generate, ids: torch.Tensor, new: int) -> float:
+    started = clock()
+    generate(ids, new)
+    return clock() - started
+
+
+def in_turn(
+    peers: Mapping[str, Generate], ids: torch.Tensor, new: int, rounds: int, budget: float, clock: Callable[[], float]
+) -> dict[str, list[float]]:
+    """Tokens per second of each peer in each round: new ones, or for `new` 0 the prompt's.
+
+    All of it takes `budget` seconds, or one round if that takes longer.
+    """
+    found: dict[str, list[float]] = {name: [] for name in peers}
+    for name, generate in peers.items():  # at first use they allocate and compile
+        generate(ids, 1 + new if "compiled" in name else 1)
+    began = time.perf_counter()
+    for number in range(rounds):
+        if (time.perf_counter() - began) * (number + 1) > budget * max(number, 1):  # no room for another round
+            break
+        for name, generate in peers.items():
+            time.sleep(0.05)  # another library's threads stop spinning
+            first = seconds(clock, generate, ids, 1)
+            whole = seconds(clock, generate, ids, 1 + new) if new else first
+            found[name].append(ids.size(0) * new / max(whole - first, 1e-9) if new else ids.numel() / first)
+    return found
+
+
+Figures = dict[str, dict[str, list[float]]]  # what is measured → peer → tokens/s in each round
+
+
+def ratios(figures: Figures) -> dict[str, dict[str, float]]:
+    """Ratios of one round each, with their median and spread."""
+    found: dict[str, dict[str, float]] = {}
+    for what, rates in figures.items():
+        for ours, theirs in BITS.items():
+            if {f"slmkit {ours}", f"llama.cpp {theirs}"} <= rates.keys():
+                pairs = zip(rates[f"slmkit {ours}"], rates[f"llama.cpp {theirs}"])
+                found[f"{what}: slmkit {ours} / llama.cpp {theirs}"] = spread([a / b for a, b in pairs], 2)
+        for side in ("slmkit", "transformers"):
+            names = [name for name in rates if name.startswith(side)]
+            best = max(names, key=lambda name: statistics.median(rates[name]), default="")
+            if side == "slmkit":
+                ours_best = best
+            elif ours_best and best:
+                pairs = zip(rates[ours_best], rates[best])
+                found[f"{what}: {ours_best} / {best}, each one's best"] = spread([a / b for a, b in pairs], 2)
+    many = f"batch {BATCHES[-1]}"
+    for name, rates_of_one in figures.get("batch 1", {}).items():
+        if many in figures:
+            pairs = zip(figures[many][name], rates_of_one)
+            found[f"{many} / batch 1: {name}"] = spread([a / b for a, b in pairs], 2)
+    return found
+
+
+def growth(generate: Generate, contexts: list[int], batches: list[int], new: int, rounds: int) -> dict[str, Any]:
+    """New tokens/s of slmkit over the length of the context, one sequence, and over the batch, behind short prompts."""
+
+    def rate(batch: int, context: int) -> dict[str, float]:
+        return spread(
+            in_turn({"slmkit": generate}, prompts(batch, context), new, rounds, 40, time.perf_counter)["slmkit"], 1
+        )
+
+    return {
+        "context": {str(context): rate(1, context) for context in contexts},
+        "batch": {str(batch): rate(batch, PROMPT) for batch in batches},
+    }
+
+
+def machine() -> dict[str, Any]:
+    flags: list[str] = []
+    if (info := Path("/proc/cpuinfo")).exists():
+        line = next((line for line in info.read_text().splitlines() if line.startswith("flags")), "")
+        flags = [flag for flag in line.split() if flag.startswith(("avx", "amx", "fma", "f16c"))]
+    packages = {name: version(name) for name in ("transformers", "xllamacpp", "gguf")}
+    return environment() | find_device("cpu").describe() | {"peers": packages, "cpu_flags": flags}
+
+
+# -- what is shown ----------------------------------------------------------------------------------------------------
+
+
+def print_figures(result: Mapping[str, Any]) -> None:
+    rates = result["tokens_per_second"]
+    names = list(dict.fromkeys(name for of in rates.values() for name in of))
+    print(f"\n{'tokens/s, median of rounds':<36}" + "".join(f"{what:>14}" for what in rates))
+    for name in names:
+        row = [f"{rates[what][name]['median']:,.1f}" if name in rates[what] else "" for what in rates]
+        print(f"{name:<36}" + "".join(f"{value:>14}" for value in row))
+    print(f"\n{'ratio':<88}median   least    most")
+    for name, ratio in result["ratios"].items():
+        print(f"{name:<88}{ratio['median']:>6.2f}{ratio['least']:>8.2f}{ratio['most']:>8.2f}")
+    for what, curve in result.get("growth", {}).items():
+        print(f"\nslmkit over {what}: " + ", ".join(f"{at}: {rate['median']:,.1f}" for at, rate in curve.items()))
+
+
+def draw(result: Mapping[str, Any], path: Path) -> None:
+    """Bars of tokens/s for each batch and the prompt, and slmkit's curves over context and batch."""
+    from matplotlib.figure import Figure
+
+    rates, curves = result["tokens_per_second"], result.get("growth", {})
+    colors = {"slmkit": "tab:blue", "transformers": "tab:orange", "llama.cpp": "tab:green"}
+    figure = Figure(figsize=(13, 8), layout="constrained")
+    axes = figure.subplots(2, 3).flatten()
+    for plot, (what, of) in zip(axes, rates.items()):
+        names = list(of)[::-1]
+        medians = [of[name]["median"] for name in names]
+        apart = [[of[n]["median"] - of[n]["least"] for n in names], [of[n]["most"] - of[n]["median"] for n in names]]
+        plot.barh(names, medians, xerr=apart, color=[colors[name.split()[0]] for name in names], ecolor="grey")
+        plot.set(title=what, xlabel="tokens/s")
+        plot.tick_params(axis="y", labelsize=7)
+    for plot, (what, curve) in zip(axes[len(rates) :], curves.items()):
+        plot.plot([int(at) for at in curve], [rate["median"] for rate in curve.values()], marker="o")
+        plot.set(title=f"slmkit {result['growth_of']}", xlabel=what, ylabel="tokens/s", xscale="log", ylim=(0, None))
+    for plot in axes:
+        plot.spines[["top", "right"]].set_visible(False)
+        plot.grid(alpha=0.25)
+    figure.savefig(path, dpi=80)
+
+
+def measure(arguments: argparse.Namespace, directory: Path) -> Iterator[dict[str, Any]]:
+    """Yields the whole result after each part that was added to it."""
+    config = SLMConfig(**LLAMA_46M)
+    save_decoder(scaled_decoder(config), config, directory)
+    quick, new, rounds = arguments.quick, arguments.new, arguments.rounds
+    prompt = PROMPT // 4 if quick else PROMPT
+    batches, length = (BATCHES[0], BATCHES[-1]) if quick else BATCHES, max(PROMPT + new, PREFILL) + 32
+    peers = dict(slmkit_peers(directory))
+    peers |= transformers_peers(directory, quick)
+    peers |= llama_cpp_peers(directory, config, max(batches), length)
+    if arguments.only:
+        peers = {name: peer for name, peer in peers.items() if name.startswith(tuple(arguments.only))}
+    figures: Figures = {}
+    result: dict[str, Any] = {
+        "date": datetime.datetime.now().isoformat(timespec="minutes"),
+        "what": f"46 M parameters, prompt {prompt}, {new} new tokens, {rounds} rounds in turn; prefill of {PREFILL}",
+        "machine": machine(),
+        "load_average": [[round(load, 2) for load in os.getloadavg()]],
+        "same_tokens": expect_same_tokens(load_decoder(directory)[0], peers),
+    }
+    parts = {f"batch {batch}": (prompts(batch, prompt), new) for batch in batches}
+    for what, (ids, count) in (parts | {"prefill": (prompts(1, PREFILL), 0)}).items():
+        print(f"{what} …", flush=True)
+        figures[what] = in_turn(
+            peers, ids, count, rounds, *((20, time.process_time) if quick else (120, time.perf_counter))
+        )
+        rates = {what: {name: spread(values, 1) for name, values in of.items()} for what, of in figures.items()}
+        result["load_average"].append([round(load, 2) for load in os.getloadavg()])
+        yield result | {"tokens_per_second": rates, "ratios": ratios(figures)}
+    result |= {"tokens_per_second": rates, "ratios": ratios(figures)}
+    ours = next((name for name in peers if name.startswith("slmkit")), None)
+    if ours and not quick:
+        contexts, sizes = [64, 256, 1_024, 4_096, 16_384], [1, 2, 4, 8, 16, 32]
+        result |= {"growth_of": ours.split()[1], "growth": growth(peers[ours], contexts, sizes, 16, 3)}
+        yield result
 
 
 def main() -> None:
-    result: dict[str, object] = {
-        "date": datetime.date.today().isoformat(),
-        "what": f"batch 1, float32, prompt {PROMPT}, {NEW} new tokens, {ROUNDS} rounds in turn",
-        "environment": environment() | {"transformers": version("transformers")} | find_device("cpu").describe(),
-    }
-    for name, config in MODELS.items():
-        result[name] = compare(config)
-        print(name, result[name], flush=True)
-    decoder = build_decoder(SLMConfig.from_preset("quickstart", max_position_embeddings=16_384)).eval()
-    result["quickstart, one step behind 64 positions, in ms"] = {
-        f"room for {room}": step_at(decoder, 64, room) for room in (128, 1_024, 16_384)
-    }
-    print(result["quickstart, one step behind 64 positions, in ms"])
-    RESULTS.write_text(json.dumps(result, indent=2) + "\n")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--quick", action="store_true", help="for a busy machine: processor time of one thread, few tokens"
+    )
+    parser.add_argument("--only", nargs="+", metavar="PEER", help="names as in the table, or how they begin")
+    parser.add_argument("--new", type=int, help="new tokens; default: 64, with --quick 16")
+    parser.add_argument("--rounds", type=int, help="default: 5, with --quick 3")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--draw", type=Path, metavar="PNG", help="only draw what was measured")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    if arguments.draw:
+        draw(json.loads(arguments.out.read_text()), arguments.draw)
+        return
+    arguments.new = arguments.new or (16 if arguments.quick else 64)
+    arguments.rounds = arguments.rounds or (3 if arguments.quick else 5)
+    torch.set_num_threads(1 if arguments.quick else arguments.threads)
+    with tempfile.TemporaryDirectory() as directory:
+        for result in measure(arguments, Path(directory)):
+            if not arguments.quick:
+                arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    print_figures(result)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ class Batch:
         return replace(self, extra={**self.extra, **extra})
 
     def only(self, rows: Tensor) -> Batch:
-        """The rows selected by `rows`, bool [rows]."""
+        """The rows selected by `rows`: bool [rows], or their numbers in any order, int64 [chosen]."""
         return self._each(lambda tensor: tensor[rows], int((self.labels[rows] != IGNORED).sum()))
 
     def split(self, rows: int) -> list[Batch]:

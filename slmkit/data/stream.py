@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from slmkit.config import UserError
 from slmkit.data.batch import Batch, stacked
@@ -123,15 +124,11 @@ class Stream(Batches):
         """Rows [rows, length] as in `Batches`; a pure function of its arguments."""
         places = np.arange(self.rows_per_step, dtype=np.int64)[share_of_rank(self.rows_per_step, rank, world)]
         chosen = self._rows_at(step * self.rows_per_step + places)
-        parts = [rows.rows(indices) for rows, indices, _ in chosen]
-        documents = [rows.documents(index) for rows, indices, _ in chosen for index in indices] if self.separate else []
-        extras = [rows.extra(index) for rows, indices, _ in chosen for index in indices]
-        if len(chosen) == 1:
-            return Batch.of(*parts[0], np.stack(documents) if documents else None, stacked(extras))
+        parts = [rows.batch(indices, self.separate) for rows, indices, _ in chosen]
+        if len(parts) == 1:
+            return parts[0]
         order = np.argsort(np.concatenate([place for _, _, place in chosen]))  # the order of the rows
-        ids, labels = (np.concatenate(column)[order] for column in zip(*parts))
-        extras = [extras[place] for place in order]
-        return Batch.of(ids, labels, np.stack(documents)[order] if documents else None, stacked(extras))
+        return Batch.joined(parts).only(torch.from_numpy(order))
 
     def report(self) -> list[str]:
         return self.source.report()

@@ -24,6 +24,8 @@ from torch.nn import functional as F
 from slmkit.config import UserError
 from slmkit.generation.sampling_settings import SamplingSettings
 
+# logits [rows, vocab_size], the rows' values of the setting [rows, 1] → logits [rows, vocab_size]
+Rule = Callable[[Tensor, Tensor], Tensor]
 NEVER = -torch.inf
 FEW = 64  # candidates that are sorted first: sorting a whole vocabulary can take longer than the model
 BLOCK = 512  # probabilities that `draw` sums at a time
@@ -143,7 +145,7 @@ def penalized(logits: Tensor, rows: Sequence[SampledRow]) -> Tensor:
     """logits [rows, vocab_size] after the rules that greedy rows obey too."""
     masks = {place: row.allowed for place, row in enumerate(rows) if row.allowed is not None}
     if masks:
-        logits = _changed(logits, list(masks), lambda some: torch.where(_stacked(list(masks.values())), some, NEVER))
+        logits = _changed(logits, list(masks), only, _stacked(list(masks.values())))
     bias = [row.settings.logit_bias for row in rows]
     if any(bias):
         at, values = _flat([(list(one), list(one.values())) for one in bias], logits)
@@ -158,6 +160,11 @@ def penalized(logits: Tensor, rows: Sequence[SampledRow]) -> Tensor:
         at, values = _flat([(list(one), list(one.values())) for one in deductions], logits)
         logits = logits.index_put(at, logits[at] - values)
     return logits
+
+
+def only(logits: Tensor, allowed: Tensor) -> Tensor:
+    """Keep the allowed ids, bool [rows or 1, vocab_size]."""
+    return logits.masked_fill(~allowed, NEVER)
 
 
 def repetition_penalty(logits: Tensor, penalty: Tensor) -> Tensor:
@@ -232,7 +239,7 @@ def likeliest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 # The rules of sampled rows with their value that changes nothing, in transformers' order.
-FILTERS: tuple[tuple[str, float, Callable[[Tensor, Tensor], Tensor]], ...] = (
+FILTERS: tuple[tuple[str, float, Rule], ...] = (
     ("temperature", 1, temperature),
     ("top_k", 0, top_k),
     ("top_p", 1, top_p),
@@ -248,16 +255,16 @@ def _filtered(logits: Tensor, rows: Sequence[SampledRow]) -> Tensor:
         values = {place: value for place, value in values.items() if value != neutral}
         if values:
             column = torch.tensor(list(values.values()), dtype=torch.float64)[:, None].to(logits.device)
-            logits = _changed(logits, list(values), lambda some, rule=rule, column=column: rule(some, column))
+            logits = _changed(logits, list(values), rule, column)
     return logits.softmax(-1)
 
 
-def _changed(logits: Tensor, places: list[int], change: Callable[[Tensor], Tensor]) -> Tensor:
-    """logits [rows, vocab_size] with the rows at `places` changed."""
+def _changed(logits: Tensor, places: list[int], rule: Rule, values: Tensor) -> Tensor:
+    """logits [rows, vocab_size] with `rule` applied to the rows at `places`, which `values` are for."""
     if len(places) == len(logits):
-        return change(logits)
+        return rule(logits, values)
     at = _on(logits, places)
-    return logits.index_copy(0, at, change(logits[at]))
+    return logits.index_copy(0, at, rule(logits[at], values))
 
 
 def _at(logits: Tensor, places: list[int]) -> Tensor:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from slmkit.config import UserError
-from slmkit.model.files import names
+from slmkit.config import UserError, read_yaml
 
 Names = Mapping[str, str]
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -109,10 +109,17 @@ _EXPERTS = (
 )  # fmt: skip
 _DENSE: dict[str, Any] = dict.fromkeys(_EXPERTS) | {"num_key_value_heads": lambda fields: fields["num_attention_heads"]}
 
+_NAMES = read_yaml(Path(__file__).with_name("names.yaml"))
+# Names of weights, ours → those of the reference implementation, by table.
+NAMES: dict[str, Names] = {
+    table: {ours: theirs for part in parts for ours, theirs in _NAMES["parts"][part].items()}
+    for table, parts in _NAMES["tables"].items()
+}
+
 FAMILIES: dict[str, Family] = {
     "gpt2": Family(
         "GPT2LMHeadModel",
-        names.GPT2,
+        NAMES["gpt2"],
         defaults={"hidden_act": "gelu_new", "intermediate_size": lambda fields: 4 * fields["hidden_size"]},
         spelling={
             "hidden_size": "n_embd",
@@ -131,15 +138,15 @@ FAMILIES: dict[str, Family] = {
             "embd_pdrop": lambda fields: fields["hidden_dropout"],
             "reorder_and_upcast_attn": None,
         },
-        transposed=names.GPT2_TRANSPOSED,
+        transposed=("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"),
     ),
-    "llama": Family("LlamaForCausalLM", names.LLAMA, _ROTARY | _BIASES, absent=_UNTIED),
+    "llama": Family("LlamaForCausalLM", NAMES["llama"], _ROTARY | _BIASES, absent=_UNTIED),
     "mistral": Family(
-        "MistralForCausalLM", names.LLAMA, _ROTARY | {"sliding_window"}, absent=_UNTIED | {"sliding_window": 4096}
+        "MistralForCausalLM", NAMES["llama"], _ROTARY | {"sliding_window"}, absent=_UNTIED | {"sliding_window": 4096}
     ),
     "qwen2": Family(
         "Qwen2ForCausalLM",
-        names.LLAMA,
+        NAMES["llama"],
         _ROTARY | _WINDOWS,
         defaults={"layer_types": _layer_types},
         absent=_UNTIED | {"sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 28},
@@ -147,7 +154,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
-        names.QWEN3,
+        NAMES["qwen3"],
         _ROTARY | _WINDOWS | {"attention_bias"},
         defaults={"layer_types": _layer_types},
         absent=_UNTIED | {"head_dim": 128},
@@ -155,18 +162,18 @@ FAMILIES: dict[str, Family] = {
     ),
     "smollm3": Family(
         "SmolLM3ForCausalLM",
-        names.LLAMA,
+        NAMES["llama"],
         _ROTARY | _WINDOWS | _BIASES | {"no_rope_layers"},
         defaults={"no_rope_layers": _three_of_four_turn},
         absent={"rms_norm_eps": 1e-6, "rope_theta": 2e6},
         derived={"use_sliding_window": _QWEN_WINDOWS["use_sliding_window"], "no_rope_layer_interval": None},
     ),
     "olmo2": Family(
-        "Olmo2ForCausalLM", names.OLMO2, _ROTARY | {"attention_bias"}, absent={"tie_word_embeddings": False}
+        "Olmo2ForCausalLM", NAMES["olmo2"], _ROTARY | {"attention_bias"}, absent={"tie_word_embeddings": False}
     ),
     "olmo3": Family(
         "Olmo3ForCausalLM",
-        names.OLMO2,
+        NAMES["olmo2"],
         _ROTARY | _WINDOWS | {"attention_bias"},
         defaults={"layer_types": _one_in(4), "rope_parameters": _bases(full=5e5, sliding=5e5)},
         absent={"tie_word_embeddings": False, "sliding_window": 4096, "rope_theta": 5e5},
@@ -174,7 +181,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "gemma2": Family(
         "Gemma2ForCausalLM",
-        names.GEMMA2,
+        NAMES["gemma2"],
         _ROTARY | _WINDOWS | _CAPS | {"attention_bias", "query_pre_attn_scalar"},
         defaults=_GEMMA_DEFAULTS | {"layer_types": _one_in(2)},
         absent=_GEMMA_ABSENT | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
@@ -183,7 +190,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "gemma3_text": Family(
         "Gemma3ForCausalLM",
-        names.GEMMA3,
+        NAMES["gemma3"],
         _ROTARY | _WINDOWS | {"attention_bias", "query_pre_attn_scalar", "final_logit_softcapping"},
         defaults=_GEMMA_DEFAULTS | {"layer_types": _one_in(6), "rope_parameters": _bases(full=1e6, sliding=1e4)},
         absent=_GEMMA_ABSENT | {"rope_theta": 1e6, "rope_local_base_freq": 1e4},
@@ -194,7 +201,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "deepseek_v3": Family(
         "DeepseekV3ForCausalLM",
-        names.DEEPSEEK,
+        NAMES["deepseek"],
         _LATENT | {"rope_parameters", "rope_interleave", "attention_bias"},
         absent=_UNTIED | {"first_k_dense_replace": 3},
         fixed={"first_k_dense_replace": lambda fields: fields["num_hidden_layers"]},
@@ -204,7 +211,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "slm": Family(
         "SLMForCausalLM",
-        names.SLM,
+        NAMES["slm"],
         _ROTARY | _WINDOWS | _BIASES | _CAPS | {"no_rope_layers", "norm", "norm_at", "qk_norm", "gated_mlp"},
     ),
 }

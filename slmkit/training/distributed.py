@@ -92,7 +92,7 @@ class Group:
         return [sum(everyone) for everyone in self.gather(*numbers)]
 
     def collect(self, thing: T) -> list[T]:
-        """Gathers one object from each rank, in rank order, on all ranks."""
+        """Gathers one object from each rank, in rank order, on all ranks, without the timeout of a step."""
         if self.world == 1:
             return [thing]
         things: list[Any] = [None] * self.world
@@ -104,12 +104,8 @@ class Group:
         return any(self.gather(is_so)[0])
 
     def from_main(self, value: T) -> T:
-        """Broadcasts rank 0's JSON-like value to every rank, without the timeout of a step."""
-        if self.world == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self._patient)
-        return box[0]
+        """Rank 0's JSON-like value on every rank, without the timeout of a step."""
+        return self.collect(value)[0]
 
 
 ALONE = Group(Ranks())

@@ -102,7 +102,7 @@ def test_what_generation_config_says_is_obeyed_and_carried_over(tmp_path: Path) 
     pad = SLMTokenizer.from_pretrained(directory).special_tokens["<pad>"]
     said: dict[str, Any] = {
         "bos_token_id": 1, "eos_token_id": [2, pad], "do_sample": True, "temperature": 0.3, "top_p": 0.7,
-        "repetition_penalty": 1.2,
+        "repetition_penalty": 1.2, "typical_p": 0.9,
     }  # fmt: skip
     (directory / "generation_config.json").write_text(json.dumps(said))
     _, tokenizer = load_for_generation(str(directory), "cpu")
@@ -110,6 +110,7 @@ def test_what_generation_config_says_is_obeyed_and_carried_over(tmp_path: Path) 
     usual = {"temperature": 0.8, "top_k": 0, "top_p": 0.95, "min_p": 0.05, "repetition_penalty": 1.0}
     found = SamplingSettings.for_model(directory, 1, usual, temperature=None, top_p=0.5)
     assert (found.temperature, found.top_p, found.min_p, found.repetition_penalty) == (0.3, 0.5, 0.0, 1.2)
+    assert found.typical_p == 0.9, "obeyed though it has no usual value"
     model = SLMForCausalLM.from_pretrained(directory)
     model.save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again" / "generation_config.json").read_text()) == said | {"pad_token_id": None}
@@ -138,8 +139,8 @@ def test_a_model_that_says_nothing_is_sampled_as_usual(tmp_path: Path) -> None:
                 ("eos_token_id", "</s>"), ("eos_token_id", [2, "</s>"]), ("eos_token_id", -1),
                 ("pad_token_id", "<pad>"), ("do_sample", "yes"),
                 ("temperature", "0.6"), ("temperature", -1), ("top_k", -1), ("top_k", 1.5),
-                ("top_p", 1.5), ("min_p", 1), ("repetition_penalty", 0), ("suppress_tokens", 5), ("max_length", 0),
-                ("max_new_tokens", "9"),
+                ("top_p", 1.5), ("min_p", 1), ("repetition_penalty", 0), ("typical_p", 0),
+                ("suppress_tokens", 5), ("max_length", 0), ("max_new_tokens", "9"),
             ]
         ],
     ],
@@ -234,7 +235,7 @@ def test_settings_that_are_not_obeyed_are_named_in_one_line(tmp_path: Path, capl
     loud = {
         "bad_words_ids": [[3]], "begin_suppress_tokens": [3], "forced_bos_token_id": 3, "forced_eos_token_id": 3,
         "min_new_tokens": 3, "no_repeat_ngram_size": 2, "num_beams": 4, "penalty_alpha": 0.6, "stop_strings": ["x"],
-        "typical_p": 0.9, "what_comes_next": 1,
+        "what_comes_next": 1,
     }  # fmt: skip
     (tmp_path / "generation_config.json").write_text(json.dumps(silent | {"temperature": 0.6, "top_p": 0.9}))
     found = SamplingSettings.for_model(tmp_path, None, {"temperature": 0.8, "top_p": 0.95})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,7 +11,14 @@ from typing import Any, Protocol
 from slmkit.config import UserError
 from slmkit.data import stories
 from slmkit.data.prepare.conversations import ConversationEncoder, write_conversations
-from slmkit.data.prepare.held_out import is_held_out, picked_by_hash, split_conversations, split_validation, written
+from slmkit.data.prepare.held_out import (
+    Survey,
+    is_held_out,
+    picked_by_hash,
+    split_conversations,
+    split_validation,
+    written,
+)
 from slmkit.data.prepare.open_sources import (
     VALIDATION_STREAM,
     is_endless,
@@ -85,15 +92,16 @@ def build_corpus(
     _check_shards(data)
     if tokenizer is None and wanted.path is not None:
         tokenizer = SLMTokenizer.from_pretrained(wanted.path)
+    surveys: dict[str, Survey] = {}
     if tokenizer is None:
         tokenizer = SLMTokenizer(wanted.vocab_size)
-        tokenizer.train(texts_of(reads, data, wanted, seed), show_progress=True)
+        tokenizer.train(texts_of(reads, data, wanted, seed, surveys), show_progress=True)
         reporter.say(f"tokenizer: {len(tokenizer):,} tokens")
     if wanted.extensions:
         before, tokenizer = len(tokenizer), tokenizer.extended(**wanted.extensions)
         reporter.say(f"tokenizer: {len(tokenizer) - before:,} tokens added to {before:,}")
     tokenizer.save_pretrained(folder / "tokenizer")
-    preparation = _Preparation(reads, data, seed, folder, tokenizer, reporter, length)
+    preparation = _Preparation(reads, data, seed, folder, tokenizer, reporter, length, surveys)
     if data.streaming:
         return Corpus(tokenizer, [], preparation.streamed())
     return Corpus(tokenizer, *preparation.stored())
@@ -115,8 +123,14 @@ def open_corpus(folder: Path) -> Corpus:
     return Corpus(tokenizer, train, validation)
 
 
-def texts_of(reads: Reads, data: DataSettings, wanted: TokenizerSettings, seed: int = 0) -> Iterator[str]:
-    """Training text for a tokenizer, an equal amount from every source."""
+def texts_of(
+    reads: Reads,
+    data: DataSettings,
+    wanted: TokenizerSettings,
+    seed: int = 0,
+    surveys: dict[str, Survey] | None = None,
+) -> Iterator[str]:
+    """Training text for a tokenizer, an equal amount from every source; files are counted in `surveys` meanwhile."""
     if data.is_built_in and data.source not in (STORIES, PRIMER):
         yield from (BUILT_IN[str(data.source)].text(seed, index, False) for index in range(data.documents))
     elif data.is_built_in and reads == "text":
@@ -125,7 +139,7 @@ def texts_of(reads: Reads, data: DataSettings, wanted: TokenizerSettings, seed: 
         yield from stories.primer_texts(seed, data.documents)
         yield from CHAT_WORDS * (data.documents // 10)
     else:
-        yield from tokenizer_sample(reads != "text", data, wanted, seed)
+        yield from tokenizer_sample(reads != "text", data, wanted, seed, {} if surveys is None else surveys)
 
 
 @dataclass(frozen=True)
@@ -139,6 +153,7 @@ class _Preparation:
     tokenizer: SLMTokenizer
     reporter: Reporter
     length: int | None
+    surveys: Mapping[str, Survey]  # of sources that were read for the tokenizer
 
     @property
     def _is_stories(self) -> bool:
@@ -207,7 +222,8 @@ class _Preparation:
         """Items to train on, and the share of them that is held out."""
         fraction = self.data.validation_fraction
         if self.reads == "text":
-            return split_validation(lambda: items_of(source, "text"), fraction, self.folder)
+            survey = self.surveys.get(source.settings.label)
+            return split_validation(lambda: items_of(source, "text"), fraction, self.folder, survey)
         encoder = self._encoder(source)
         training, held_out = split_conversations([*items_of(source, self.reads)], fraction)
         return encoder.encode_all(training), encoder.encode_all(held_out)

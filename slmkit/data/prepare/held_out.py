@@ -7,11 +7,12 @@ import json
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 from slmkit.config import UserError
-from slmkit.data.shards.writer import disk_error
+from slmkit.data.shards.writer import disk_errors_named
 from slmkit.data.sources import Document, cut_point
 
 T = TypeVar("T")
@@ -45,30 +46,59 @@ def picked_by_hash(documents: Iterable[Document], fraction: float) -> Iterator[t
         yield document, held_out
 
 
+@dataclass
+class Survey:
+    """How much a corpus holds, counted while it is read: what has to be known before it is split."""
+
+    fraction: float  # to be held out
+    documents: int = 0
+    characters: int = 0
+    sides: set[bool] = field(default_factory=set)  # of the split by hash, on which there are documents
+    is_whole: bool = False  # everything was read
+
+    @property
+    def are_many(self) -> bool:
+        return self.documents >= math.ceil(HELD_OUT / self.fraction)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether more reading would change nothing."""
+        return self.is_whole or (self.are_many and len(self.sides) == 2)
+
+    def over(self, documents: Iterable[Document]) -> Iterator[Document]:
+        """The documents, counted until enough is known."""
+        for document, held_out in picked_by_hash(documents, self.fraction):
+            if not self.is_done:
+                self.documents += document.ends
+                self.characters += len(document.text)
+                self.sides.add(held_out)
+            yield document
+        self.is_whole = True
+
+
 def split_validation(
-    read: Callable[[], Iterable[Document]], fraction: float, folder: Path | None = None
+    read: Callable[[], Iterable[Document]], fraction: float, folder: Path | None = None, survey: Survey | None = None
 ) -> tuple[Iterator[Document], Iterator[Document]]:
     """Documents to train on, and about `fraction` of them held out, to be read after those; they wait in `folder`.
 
-    `read` starts reading the corpus, twice: the first time only until it is known to be large. Many documents are split
-    by a hash of their text, so that copies of a document are on one side. Few documents (one long text, say) are cut in
-    two at a line end, and the last part is held out. Raises `UserError` for a text too short to cut, and if all
-    documents are copies on one side.
+    `read` starts reading the corpus. Unless an earlier `survey` is done, it is called twice: the first time only until
+    the corpus is known to be large. Many documents are split by a hash of their text, so that copies of a document are
+    on one side. Few documents (one long text, say) are cut in two at a line end, and the last part is held out. Raises
+    `UserError` for a text too short to cut, and if all documents are copies on one side.
     """
-    documents = characters = 0
-    many, sides = math.ceil(HELD_OUT / fraction), set[bool]()
-    for document, held_out in picked_by_hash(read(), fraction):
-        documents += document.ends
-        characters += len(document.text)
-        sides.add(held_out)
-        if documents >= many and len(sides) == 2:
-            return _in_two(lambda: picked_by_hash(read(), fraction), folder)
-    if documents >= many:
-        raise UserError(_copies(f"{documents:,} documents"))
-    place = characters - math.ceil(characters * fraction)
+    if survey is None or not survey.is_done:
+        survey = Survey(fraction)
+        for _ in survey.over(read()):
+            if survey.is_done:
+                break
+    if survey.are_many and len(survey.sides) == 2:
+        return _in_two(lambda: picked_by_hash(read(), fraction), folder)
+    if survey.are_many:
+        raise UserError(_copies(f"{survey.documents:,} documents"))
+    place = survey.characters - math.ceil(survey.characters * fraction)
     if place <= 0:
         raise UserError(
-            f"too little text to hold any out: {characters} characters; add text or drop the validation split"
+            f"too little text to hold any out: {survey.characters} characters; add text or drop the validation split"
         )
     return _in_two(lambda: _cut_in_two(read(), place), folder)
 
@@ -107,10 +137,8 @@ def _in_two(
             if not held_out:
                 yield document
                 continue
-            try:
+            with disk_errors_named(folder or Path(tempfile.gettempdir())):
                 waiting.write(json.dumps(document) + "\n")
-            except OSError as error:
-                raise disk_error(error, folder or Path(tempfile.gettempdir())) from None
         all_read.append(True)
 
     def held_out() -> Iterator[Document]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from slmkit.config import Settings, UserError
 from slmkit.data.prepare.conversations import ConversationEncoder, EncodedConversation
-from slmkit.data.prepare.held_out import is_held_out
+from slmkit.data.prepare.held_out import Survey, is_held_out
 from slmkit.data.settings import DataSettings, Reads, TokenizerSettings
 from slmkit.data.shards.folder import claim
 from slmkit.data.shards.reader import HEADER
@@ -74,16 +74,19 @@ def items_of(source: Source, reads: Reads) -> Iterator[Any]:
     return (item for item, _ in source.read(kind=reads))
 
 
-def tokenizer_sample(conversations: bool, data: DataSettings, wanted: TokenizerSettings, seed: int) -> Iterator[str]:
+def tokenizer_sample(
+    conversations: bool, data: DataSettings, wanted: TokenizerSettings, seed: int, surveys: dict[str, Survey]
+) -> Iterator[str]:
     """Text for a tokenizer, an equal number of documents or characters from every source, read lazily.
 
-    Raises `UserError` if all sources are shards.
+    Adds what is counted of each source of text to `surveys`. Raises `UserError` if all sources are shards.
     """
     sources = open_sources(data, seed)
     if not sources:
         raise UserError("tokenizer.path is needed, since the sources are token shards: name the tokenizer they are of")
-    for source in sources.values():
-        texts = _texts_of_conversations(source) if conversations else items_of(source, "text")
+    for name, source in sources.items():
+        surveys[name] = Survey(data.validation_fraction)
+        texts = _texts_of_conversations(source) if conversations else surveys[name].over(items_of(source, "text"))
         left, characters = wanted.documents_per_source, TOKENIZER_CHARACTERS // len(sources)
         for text, ends, *_ in texts:
             yield text

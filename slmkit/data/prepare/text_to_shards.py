@@ -33,7 +33,7 @@ from slmkit.data.shards.work import (
     without_finished,
     write_shard,
 )
-from slmkit.data.shards.writer import complete, disk_error, partial_folder
+from slmkit.data.shards.writer import complete, disk_errors_named, partial_folder
 from slmkit.data.sources import Document
 
 if TYPE_CHECKING:
@@ -113,10 +113,8 @@ class TextShards:
             shuffle_seed=self.shuffle_seed,
             cleaning=cleaner.report(),
         )
-        try:
+        with disk_errors_named(self.directory):
             complete(self.partial.folder, self.directory, header)
-        except OSError as error:
-            raise disk_error(error, self.directory) from None
         return TokenShards.open(self.directory)
 
 

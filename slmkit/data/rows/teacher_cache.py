@@ -12,6 +12,7 @@ continue.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -131,34 +132,18 @@ def read_header(folder: Path) -> CacheHeader:
     return header
 
 
-class CachedRows(Rows):
-    """Rows with cached teacher logits as extra tensors: entry j of `length` belongs to the row's j-th learned position;
-    the rest is zero.
+class CachedLogits:
+    """The extra tensors of rows: cached teacher logits, of which entry j of `length` belongs to a row's j-th learned
+    position; the rest is zero.
     """
 
-    def __init__(self, rows: Rows, folder: Path, header: CacheHeader, first: int) -> None:
+    def __init__(self, folder: Path, header: CacheHeader, first: int) -> None:
         """`first`: the index of the first row in the cache."""
-        self.inner, self.first, self.length = rows, first, header.length
+        self.first, self.length = first, header.length
         self.starts = np.memmap(folder / STARTS, dtype="<i8", mode="r")
         self.positions = np.memmap(folder / POSITIONS, dtype=header.record, mode="r")
 
-    @property
-    def rows_in_epoch(self) -> int:
-        return self.inner.rows_in_epoch
-
-    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:  # int64 [length] each
-        return self.inner.row(index)
-
-    def rows(self, indices: list[int]) -> tuple[np.ndarray, np.ndarray]:  # int64 [rows, length] each
-        return self.inner.rows(indices)
-
-    def documents(self, index: int) -> np.ndarray:  # int64 [length]
-        return self.inner.documents(index)
-
-    def report(self) -> list[str]:
-        return self.inner.report()
-
-    def extra(self, index: int) -> dict[str, np.ndarray]:
+    def __call__(self, index: int) -> dict[str, np.ndarray]:
         """Logits float16 and ids int32 [length, k], and log-probability of all other tokens float32 [length]."""
         start, stop = self.starts[self.first + index : self.first + index + 2]
         records = np.zeros(self.length, self.positions.dtype)
@@ -168,8 +153,11 @@ class CachedRows(Rows):
 
 def with_cached_logits(rows: Mapping[str, Rows], folder: Path, header: CacheHeader) -> dict[str, Rows]:
     """The rows of all sources with their cached logits; sources in the order of the cache."""
-    firsts = np.cumsum([0, *(source.rows_in_epoch for source in rows.values())])
-    return {name: CachedRows(source, folder, header, int(first)) for first, (name, source) in zip(firsts, rows.items())}
+    firsts = np.cumsum([0, *(source.rows_in_epoch for source in rows.values())]).tolist()
+    taught = {name: copy.copy(source) for name, source in rows.items()}
+    for first, source in zip(firsts, taught.values()):
+        source.extra = CachedLogits(folder, header, first)  # type: ignore[method-assign]
+    return taught
 
 
 def learned_starts(rows: Iterable[Rows]) -> np.ndarray:

@@ -19,7 +19,7 @@ import numpy as np
 
 from slmkit.config import UserError
 from slmkit.data.shards.reader import FORMAT, HEADER, VERSION, Shard, damaged_file, read_header
-from slmkit.data.shards.writer import OpenShard, check_range, disk_error, dtype_of, partial_folder
+from slmkit.data.shards.writer import OpenShard, check_range, disk_errors_named, dtype_of, partial_folder
 from slmkit.files import write_whole
 
 if TYPE_CHECKING:
@@ -43,10 +43,8 @@ class ShardFolder:
     def __init__(self, folder: Path, tokenizer: SLMTokenizer) -> None:
         self.folder, self.tokenizer, self.dtype = folder, tokenizer, dtype_of(tokenizer)
         self.maker = f"{FORMAT} {VERSION} {tokenizer.fingerprint} {self.dtype.name}"
-        try:
+        with disk_errors_named(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise disk_error(error, folder) from None
 
     def has(self, number: int) -> bool:
         """Whether there is a shard of this number, of any content."""
@@ -80,7 +78,7 @@ class ShardFolder:
         Raises `ValueError` for a token outside the vocabulary, `UserError` if the disk is full.
         """
         check_range(ids, self.tokenizer)
-        try:
+        with disk_errors_named(self.folder):
             self._marker(number).unlink(missing_ok=True)
             file = OpenShard(self.folder, f"{number:05}")
             try:
@@ -89,8 +87,6 @@ class ShardFolder:
             finally:
                 file.close()
             write_whole(self._marker(number), json.dumps(dataclasses.asdict(finished)))
-        except OSError as error:
-            raise disk_error(error, self.folder) from None
         return finished
 
     def read(self, finished: Finished, first: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
@@ -126,11 +122,9 @@ def claim(directory: str | Path, request: Mapping[str, Any]) -> None:
             f"{note.parent}: holds the finished shards of another command (see {REQUEST} there): repeat that "
             "command to continue it, or delete the folder"
         )
-    try:
+    with disk_errors_named(directory):
         note.parent.mkdir(parents=True, exist_ok=True)
         note.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise disk_error(error, directory) from None
 
 
 def content_of(digests: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -51,11 +51,9 @@ class ShardWriter:
 
     def __enter__(self) -> ShardWriter:
         self.partial = partial_folder(self.directory)
-        try:
+        with disk_errors_named(self.directory):
             shutil.rmtree(self.partial, ignore_errors=True)  # left by a killed process
             self.partial.mkdir(parents=True)
-        except OSError as error:
-            raise disk_error(error, self.directory) from None
         return self
 
     def add(
@@ -75,7 +73,7 @@ class ShardWriter:
         `ValueError` for a token outside the vocabulary.
         """
         check_range(ids, self.tokenizer)
-        try:
+        with disk_errors_named(self.directory, f" after {self.tokens:,} tokens"):
             start = 0
             while start < len(ids):
                 if self._open is None:
@@ -94,8 +92,6 @@ class ShardWriter:
                 start = stop
                 if self._open.tokens == self.shard_tokens:
                     self._finish_shard()
-        except OSError as error:
-            raise disk_error(error, self.directory, f" after {self.tokens:,} tokens") from None
         self.tokens += len(ids)
         self.text_bytes += text_bytes
 
@@ -104,9 +100,8 @@ class ShardWriter:
     ) -> None:
         try:
             if kind is None:
-                self._complete()
-        except OSError as failure:
-            raise disk_error(failure, self.directory, f" after {self.tokens:,} tokens") from None
+                with disk_errors_named(self.directory, f" after {self.tokens:,} tokens"):
+                    self._complete()
         finally:
             if self._open:
                 self._open.close()
@@ -177,11 +172,16 @@ def check_range(ids: np.ndarray, tokenizer: SLMTokenizer) -> None:
         raise ValueError(f"expected tokens below {len(tokenizer)}, found {ids.min()} to {ids.max()}")
 
 
-def disk_error(error: OSError, directory: Path, after: str = "") -> UserError:
-    """The `UserError` for a disk error, in one line."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return UserError(f"{directory}: no space left{after}: {error.strerror}; free some or use another disk")
-    return UserError(f"{directory}: cannot be written: {error.strerror or error}")
+@contextlib.contextmanager
+def disk_errors_named(directory: Path, after: str = "") -> Iterator[None]:
+    """Context that turns errors of writing to `directory` into a one-line `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            found = f"{directory}: no space left{after}: {error.strerror}; free some or use another disk"
+            raise UserError(found) from None
+        raise UserError(f"{directory}: cannot be written: {error.strerror or error}") from None
 
 
 def partial_folder(directory: Path) -> Path:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from slmkit.data.prepare.corpus import DataSettings, TokenizerSettings, build_corpus
+from slmkit.data.sources import source
+from slmkit.data.sources.files import File
 from slmkit.data.stories import primer_texts, tell_many
 from slmkit.tokenizer import SLMTokenizer
 from tests.data.prepare.test_text_to_shards import documents_in
@@ -50,3 +56,28 @@ def test_primer_texts_lie_evenly_among_the_stories_and_not_in_validation(tmp_pat
     assert not {train[index] for index in primer} & set(primer_texts(7, 500))
     assert len(validation) == 3
     assert validation == texts(tmp_path / "without", source="stories", documents=12)[1]
+
+
+def times_read(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> float:
+    """How often the characters of a file are read while a tokenizer is trained on it and its shards are made."""
+    read, text_documents = Counter[str](), source.text_documents
+
+    def counted(file: File, *arguments: object) -> Iterator[object]:
+        for item, position in text_documents(file, *arguments):
+            read[file.name] += len(item.text)
+            yield item, position
+
+    monkeypatch.setattr(source, "text_documents", counted)
+    data = DataSettings(source=str(path))
+    build_corpus("text", data, TokenizerSettings(vocab_size=300), 0, folder / "data", None, Silent())
+    return read[str(path)] / len(path.read_text())
+
+
+def test_a_text_is_read_twice_also_when_a_tokenizer_is_trained_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stories = [story.text for story in tell_many(7, 400)]
+    for name, between in (("long.txt", "\n"), ("many.txt", "\n<|endoftext|>\n")):
+        path = tmp_path / name
+        path.write_text(between.join(stories))
+        assert times_read(path, tmp_path / path.stem, monkeypatch) <= 2

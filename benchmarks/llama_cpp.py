@@ -1,0 +1,117 @@
+"""llama.cpp as a peer: a Llama's weights as a GGUF file, and its decoding inside this process by `xllamacpp`.
+
+pip install xllamacpp gguf
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import gguf
+import torch
+import xllamacpp
+from gguf import GGMLQuantizationType, GGUFWriter, TokenType
+
+from slmkit.model.config import SLMConfig
+
+FORMATS = ("F32", "BF16", "Q8_0", "Q4_0")
+BLOCK_PARTS = {  # transformers' names → GGUF's
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def write_gguf(weights: Mapping[str, torch.Tensor], config: SLMConfig, path: Path, weight_format: str) -> None:
+    """Write a Llama as GGUF, every matrix in `weight_format`, the embedding too.
+
+    `weights` have transformers' names. The vocabulary is one of placeholders: prompts are token ids.
+    """
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
+    writer = GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.hidden_size // heads)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([f"t{number}" for number in range(config.vocab_size)])
+    writer.add_token_types([int(TokenType.NORMAL)] * config.vocab_size)
+    writer.add_token_merges(["t 0"])  # at least one is required
+    writer.add_add_bos_token(False)
+    for name, tensor in weights.items():
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            tensor = _interleaved(tensor, heads if "q_proj" in name else kv_heads)
+        kind = GGMLQuantizationType[weight_format if tensor.dim() == 2 else "F32"]
+        data = gguf.quants.quantize(tensor.float().contiguous().numpy(), kind)
+        writer.add_tensor(_gguf_name(name), data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _gguf_name(name: str) -> str:
+    outside = {
+        "model.embed_tokens.weight": "token_embd.weight",
+        "model.norm.weight": "output_norm.weight",
+        "lm_head.weight": "output.weight",
+    }
+    if name in outside:
+        return outside[name]
+    layer, part = name.removeprefix("model.layers.").removesuffix(".weight").split(".", 1)
+    return f"blk.{layer}.{BLOCK_PARTS[part]}.weight"
+
+
+def _interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of a query or key matrix in the order of GGUF's Llama, whose RoPE rotates neighbours.
+
+    transformers rotates channel i with channel i + head_dim / 2.
+    """
+    rows, columns = weight.shape
+    return weight.view(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns)
+
+
+class LlamaCpp:
+    """A GGUF model in llama.cpp, called inside this process: no HTTP, no tokenizing, greedy."""
+
+    def __init__(self, path: Path, threads: int, sequences: int, length: int, cache_type: str = "F16") -> None:
+        """Room for `sequences` at once of `length` tokens each; keys and values are kept as `cache_type`."""
+        parameters = xllamacpp.CommonParams()
+        parameters.model.path = str(path)
+        parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
+        parameters.n_parallel, parameters.kv_unified = sequences, False
+        parameters.n_ctx = sequences * length
+        parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type[f"GGML_TYPE_{cache_type}"]
+        parameters.cache_ram_mib = parameters.verbosity = 0
+        self.server = xllamacpp.Server(parameters)
+
+    def generate(self, ids: torch.Tensor, new: int) -> list[list[int]]:
+        """ids [batch, prompt] → `new` greedy tokens of each sequence. Raises `ValueError` if there are fewer."""
+        request = {
+            "prompt": ids.tolist(),
+            "max_tokens": new,
+            "samplers": ["top_k"],
+            "top_k": 1,
+            "ignore_eos": True,
+            "cache_prompt": False,
+        }
+        choices = self.server.handle_completions(request)["choices"]
+        rows = [[int(number) for number in re.findall(r"t(\d+)", choice["text"])] for choice in choices]
+        if any(len(row) != new for row in rows) or len(rows) != len(ids):
+            raise ValueError(f"llama.cpp made {[len(row) for row in rows]} tokens, not {new} for each of {len(ids)}")
+        return rows

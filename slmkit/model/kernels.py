@@ -1,0 +1,203 @@
+"""Compiled products for decoding on a CPU: a few rows times weights of 32, 16, 8 or 4 bits.
+
+`kernels.cpp` is compiled once per machine, in about two seconds, when a product is first asked for; where that fails
+(no compiler), PyTorch computes the same. Weights are expanded to float32 in registers, activations stay in float32:
+a product differs from that with the expanded matrix by float32's rounding only, and each row's result is the same,
+bit by bit, alone and with others.
+
+How weights are stored, in groups of `group` (32, 64 or 128) values of a row with one float32 scale:
+
+    float32, bfloat16   weight [out, in], no scales
+    int8                weight int8 [out, in]; value q means q × scale
+    int4                weight uint8 [out, in / 2]; byte j of a group has value j in its low and value j + group / 2 in
+                        its high four bits; q in 0 … 15 means (q - 8) × scale
+    nf4                 as int4; q means NF4[q] × scale (QLoRA, arXiv:2305.14314)
+    scales              float32 [out, in / group]
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Kind = Literal["float32", "bfloat16", "int8", "int4", "nf4"]
+KINDS: tuple[Kind, ...] = ("float32", "bfloat16", "int8", "int4", "nf4")  # in the order of kernels.cpp
+GROUPS = (32, 64, 128)
+NF4 = torch.tensor(
+    [
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
+        0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ]
+)  # fmt: skip
+MOST_ROWS = 32  # more rows are faster in PyTorch's products
+SOURCE = Path(__file__).with_name("kernels.cpp")
+COMPILERS = ("c++", "g++", "clang++")
+# The first that compiles: without OpenMP a compiler makes kernels of one thread.
+FLAGS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), ())
+LONGEST_BUILD = 120  # seconds
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("weight", "scales", "bias")] + [
+        (name, ctypes.c_int64) for name in ("kind", "out", "in", "group")
+    ]
+
+
+class Matrix:
+    """A weight matrix in one of the forms above, and a bias, for products with rows on its left.
+
+    weight [out, in] or packed, scales [out, in / group] (None for float32 and bfloat16), bias float32 [out] or None.
+    The tensors are read where they are: in-place changes count. Raises `ValueError` for shapes and types that do not
+    fit together.
+    """
+
+    def __init__(
+        self, kind: Kind, weight: Tensor, scales: Tensor | None = None, group: int = 32, bias: Tensor | None = None
+    ) -> None:
+        self.kind, self.group = kind, group
+        self.weight, self.bias = weight.detach(), None if bias is None else bias.detach().float().contiguous()
+        self.scales = None if scales is None else scales.detach()
+        self.out_features, self.in_features = weight.size(0), weight.size(1) * (2 if kind in ("int4", "nf4") else 1)
+        self._check()
+        pointers = (None if x is None else x.data_ptr() for x in (self.weight, self.scales, self.bias))
+        self._fields = _Matrix(*pointers, KINDS.index(kind), self.out_features, self.in_features, group)
+        self._reference = ctypes.byref(self._fields)
+
+    def _check(self) -> None:
+        stored = {"int8": torch.int8, "int4": torch.uint8, "nf4": torch.uint8}.get(self.kind)
+        if self.weight.dtype != (stored or getattr(torch, self.kind)):
+            raise ValueError(
+                f"weights of kind {self.kind} are stored as {stored or self.kind}, not {self.weight.dtype}"
+            )
+        if not all(x.is_contiguous() for x in (self.weight, self.scales) if x is not None):
+            raise ValueError("weights and scales must be contiguous")
+        if stored is None:
+            return
+        groups = self.in_features // self.group
+        if self.group not in GROUPS or self.in_features % self.group:
+            raise ValueError(f"{self.in_features} inputs in groups of {self.group}; groups: a divisor of {GROUPS}")
+        if (
+            self.scales is None
+            or self.scales.dtype != torch.float32
+            or self.scales.shape != (self.out_features, groups)
+        ):
+            raise ValueError(f"scales must be float32 [{self.out_features}, {groups}]")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x W^T + bias, in the precision of x.  [..., in] → [..., out]"""
+        compiled, rows = self._compiled(), x.numel() // self.in_features
+        if compiled is None or rows > MOST_ROWS or (x.requires_grad and torch.is_grad_enabled()):
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return F.linear(x, self.dequantized().to(x.dtype), bias)
+        read = x.float().contiguous()
+        y = read.new_empty(*x.shape[:-1], self.out_features)
+        compiled.slmkit_linear(self._reference, read.data_ptr(), rows, y.data_ptr(), torch.get_num_threads())
+        return y.to(x.dtype)
+
+    def dequantized(self) -> Tensor:
+        """The weights as float32.  [out, in]"""
+        if self.kind == "float32":
+            return self.weight
+        compiled = self._compiled()
+        if compiled is None:
+            return dequantize(self.kind, self.weight, self.scales, self.group)
+        whole = torch.empty(self.out_features, self.in_features)
+        compiled.slmkit_dequantize(self._reference, whole.data_ptr(), torch.get_num_threads())
+        return whole
+
+    def _compiled(self) -> Any:
+        return library() if self.weight.is_cpu else None
+
+
+def dequantize(kind: Kind, weight: Tensor, scales: Tensor | None, group: int) -> Tensor:
+    """Weights in one of the forms above as float32, by PyTorch on any device.  → [out, in]"""
+    if scales is None:
+        return weight.float()
+    if kind == "int8":
+        values = weight.float().unflatten(1, (-1, group))  # [out, in / group, group]
+    else:
+        packed = weight.unflatten(1, (-1, group // 2))
+        codes = torch.cat((packed & 15, packed >> 4), dim=-1)
+        values = codes.float() - 8 if kind == "int4" else NF4.to(weight.device)[codes.int()]
+    return (values * scales[..., None]).flatten(1)
+
+
+@cache
+def library() -> Any:
+    """The compiled kernels; None where they cannot be compiled, which is logged once."""
+    try:
+        compiled = ctypes.CDLL(str(build()))
+    except (OSError, subprocess.SubprocessError) as error:
+        why = (getattr(error, "stderr", None) or str(error)).strip().partition("\n")[0]
+        logging.getLogger(__name__).info(f"decoding without compiled kernels: {why}")
+        return None
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    compiled.slmkit_linear.argtypes = [pointer, pointer, number, pointer, number]
+    compiled.slmkit_dequantize.argtypes = [pointer, pointer, number]
+    for function in (compiled.slmkit_linear, compiled.slmkit_dequantize):
+        function.restype = None
+    return compiled
+
+
+def build() -> Path:
+    """Compile the kernels for this machine's processor, unless that was done before; returns the library's path.
+
+    Several processes may build at once: each writes its own file and renames it. Raises `OSError` where there is no
+    compiler or no place for the library, and `CalledProcessError` for what the compiler refuses.
+    """
+    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None:
+        raise OSError(f"no C++ compiler: none of {', '.join(COMPILERS)} is on PATH; CXX may name another")
+    key = hashlib.sha256(f"{compiler} {FLAGS} {_processor()}".encode() + SOURCE.read_bytes()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slmkit"
+    path = folder / f"kernels-{key}.so"
+    if path.exists():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    fresh = folder / f".kernels-{key}-{os.getpid()}.so"
+    try:
+        for flags in FLAGS:
+            command = [
+                compiler,
+                "-std=c++17",
+                "-O3",
+                "-ffp-contract=off",
+                *flags,
+                "-shared",
+                "-fPIC",
+                "-o",
+                str(fresh),
+                str(SOURCE),
+            ]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST_BUILD)
+            if done.returncode == 0:
+                break
+        done.check_returncode()
+        fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)
+    return path
+
+
+def _processor() -> str:
+    """The processor's model and instruction sets, by which compiled code differs."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    return platform.machine() + "".join(
+        sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
+    )

@@ -1,0 +1,179 @@
+"""Compiled products: against float64, alone and in a batch, with and without a compiler."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from slmkit.model import kernels
+from slmkit.model.kernels import GROUPS, KINDS, Kind, Matrix, dequantize
+
+FLOATS = ("float32", "bfloat16")
+SHAPES = {  # kind → (out, in, group)
+    kind: [(o, i, 32) for o, i in ((1, 1), (5, 33), (7, 100), (64, 96), (130, 257))]
+    if kind in FLOATS
+    else [(o, group * n, group) for group in GROUPS for o, n in ((1, 1), (5, 3), (130, 2))]
+    for kind in KINDS
+}
+CASES = [(kind, *shape) for kind in KINDS for shape in SHAPES[kind]]
+every_case = pytest.mark.parametrize(("kind", "out", "into", "group"), CASES)
+
+
+@pytest.fixture(autouse=True)
+def no_library_is_kept() -> Iterator[None]:
+    kernels.library.cache_clear()
+    yield
+    kernels.library.cache_clear()
+
+
+def random_matrix(kind: Kind, out: int, into: int, group: int, bias: bool = True) -> Matrix:
+    g = torch.Generator().manual_seed(out + into)
+    b = torch.randn(out, generator=g) if bias else None
+    if kind in FLOATS:
+        return Matrix(kind, torch.randn(out, into, generator=g).to(getattr(torch, kind)), group=group, bias=b)
+    scales = torch.rand(out, into // group, generator=g)
+    if kind == "int8":
+        weight = torch.randint(-128, 128, (out, into), generator=g, dtype=torch.int8)
+    else:
+        weight = torch.randint(0, 256, (out, into // 2), generator=g, dtype=torch.uint8)
+    return Matrix(kind, weight, scales, group, b)
+
+
+def exact(m: Matrix, x: Tensor) -> Tensor:
+    y = x.double() @ dequantize(m.kind, m.weight, m.scales, m.group).double().T
+    return y if m.bias is None else y + m.bias
+
+
+def is_compiled() -> bool:
+    return kernels.library() is not None
+
+
+needs_compiler = pytest.mark.skipif("not __import__('shutil').which('c++')", reason="no C++ compiler")
+
+
+@needs_compiler
+@every_case
+def test_products_are_those_of_float64(kind: Kind, out: int, into: int, group: int) -> None:
+    assert is_compiled()
+    m, x = random_matrix(kind, out, into, group), torch.randn(16, into)
+    for rows in (1, 2, 3, 16):
+        expected = exact(m, x[:rows])
+        assert (m(x[:rows]) - expected).abs().max() <= 2e-6 * expected.abs().max().clamp(min=1)
+
+
+@needs_compiler
+@every_case
+def test_a_row_is_the_same_alone_and_with_others(kind: Kind, out: int, into: int, group: int) -> None:
+    m, x = random_matrix(kind, out, into, group), torch.randn(16, into)
+    together = m(x)
+    assert torch.equal(torch.cat([m(row) for row in x.split(1)]), together)
+    assert torch.equal(torch.cat([m(rows) for rows in x.split(5)]), together)
+
+
+@needs_compiler
+def test_a_row_is_the_same_with_any_number_of_threads() -> None:
+    m, x, threads = random_matrix("int4", 515, 512, 32), torch.randn(3, 512), torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            results.append(m(x))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@needs_compiler
+@every_case
+def test_expanded_weights_are_what_the_form_means(kind: Kind, out: int, into: int, group: int) -> None:
+    m = random_matrix(kind, out, into, group)
+    assert torch.equal(m.dequantized(), dequantize(kind, m.weight, m.scales, group))
+
+
+def test_the_forms_by_hand() -> None:
+    scales = torch.tensor([[0.5]])
+    int8 = torch.arange(-16, 16, dtype=torch.int8)[None]
+    assert torch.equal(dequantize("int8", int8, scales, 32)[0], torch.arange(-16, 16) / 2)
+    packed = torch.tensor([[i | (15 - i) << 4 for i in range(16)]], dtype=torch.uint8)
+    upwards = torch.arange(16.0) - 8
+    assert torch.equal(dequantize("int4", packed, scales, 32)[0], torch.cat((upwards, -1 - upwards)) / 2)
+    nf4 = dequantize("nf4", packed, scales, 32)[0]
+    assert torch.equal(nf4, torch.cat((kernels.NF4, kernels.NF4.flip(0))) / 2)
+
+
+@needs_compiler
+def test_other_precisions_shapes_and_gradients() -> None:
+    m = random_matrix("int8", 24, 64, 32)
+    x = torch.randn(2, 3, 64)
+    assert m(x).shape == (2, 3, 24)
+    assert m(x.bfloat16()).dtype == torch.bfloat16
+    assert (m(x.bfloat16()) - m(x)).abs().max() <= 0.02 * m(x).abs().max()
+    many = torch.randn(kernels.MOST_ROWS + 1, 64)
+    assert torch.allclose(m(many)[:2], m(many[:2]), rtol=1e-4, atol=1e-4)
+    x.requires_grad_()
+    m(x).sum().backward()
+    assert torch.allclose(x.grad[0, 0], m.dequantized().sum(0), rtol=1e-4, atol=1e-4)
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", KINDS)
+def test_not_a_number_stays_in_its_row(kind: Kind) -> None:
+    m, x = random_matrix(kind, 8, 64, 32), torch.randn(4, 64)
+    x[1, 3] = torch.nan
+    y = m(x)
+    assert y[1].isnan().all()
+    assert y[[0, 2, 3]].isfinite().all()
+
+
+def test_what_does_not_fit_together() -> None:
+    with pytest.raises(ValueError, match="stored as torch.uint8"):
+        Matrix("int4", torch.zeros(2, 32, dtype=torch.int8), torch.ones(2, 2), 32)
+    with pytest.raises(ValueError, match="100 inputs in groups of 64"):
+        Matrix("int8", torch.zeros(2, 100, dtype=torch.int8), torch.ones(2, 2), 64)
+    with pytest.raises(ValueError, match=r"scales must be float32 \[2, 3\]"):
+        Matrix("int8", torch.zeros(2, 96, dtype=torch.int8), torch.ones(2, 2), 32)
+    with pytest.raises(ValueError, match="contiguous"):
+        Matrix("float32", torch.zeros(64, 4).T)
+
+
+@pytest.mark.parametrize("broken", ["nothing on PATH", "CXX=/nonexistent", "a compiler that refuses"])
+def test_without_a_compiler(broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = [random_matrix(kind, 33, 128, 64)(torch.ones(2, 128)) for kind in KINDS]
+    kernels.library.cache_clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    if broken == "nothing on PATH":
+        monkeypatch.setenv("PATH", "")
+    else:
+        monkeypatch.setenv("CXX", "/nonexistent" if "CXX" in broken else "/bin/false")
+    assert not is_compiled()
+    for kind, result in zip(KINDS, expected, strict=True):
+        assert torch.allclose(random_matrix(kind, 33, 128, 64)(torch.ones(2, 128)), result, rtol=1e-4, atol=1e-4)
+    assert not list(tmp_path.glob("slmkit/*"))
+
+
+@needs_compiler
+def test_two_processes_build_at_once(tmp_path: Path) -> None:
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    code = "from slmkit.model.kernels import library; assert library() is not None"
+    both = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(2)]
+    assert [process.wait(timeout=300) for process in both] == [0, 0]
+    assert [path.suffix for path in (tmp_path / "slmkit").iterdir()] == [".so"]
+
+
+@needs_compiler
+def test_a_second_start_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    built = kernels.build()
+    before = built.stat().st_mtime_ns
+    assert kernels.build() == built
+    assert built.stat().st_mtime_ns == before
+    monkeypatch.setattr(kernels, "_processor", lambda: "another processor")
+    assert kernels.build() != built
