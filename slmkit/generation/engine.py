@@ -25,7 +25,14 @@ from torch.nn import functional as F
 
 from slmkit.config import UserError
 from slmkit.generation.ensemble import LanguageModel
-from slmkit.generation.sampling import FAULTS, log_probabilities, sample, seed_of
+from slmkit.generation.sampling import (
+    FAULTS,
+    LogProbabilities,
+    log_probabilities,
+    prompt_log_probabilities,
+    sample,
+    seed_of,
+)
 from slmkit.generation.sampling_settings import SamplingSettings
 from slmkit.generation.slots import Pool, Pools
 from slmkit.generation.text import TextTail, TextTokenizer
@@ -33,7 +40,6 @@ from slmkit.model.cache import AT_ONCE
 
 # A stop token or string, `max_new_tokens` reached, the model's context is full, or an error of this row.
 FinishReason = Literal["stop", "length", "context", "error"]
-LOGITS_AT_ONCE = 64  # positions of a prompt
 Logprobs = list[tuple[int, float]]  # ids and natural logarithms of their probabilities
 
 
@@ -198,7 +204,11 @@ class Engine:
             room -= len(piece)
             if row.reads_whole:
                 following = row.ids[past + 1 : past + len(piece) + 1]
-                row.prompt_logprobs += self._logprobs(hidden[: len(following)], following, row.request.prompt_logprobs)
+                top = row.request.prompt_logprobs or 0
+                found = prompt_log_probabilities(
+                    self.decoder.logits, hidden[: len(following)], self._tensor(following), top
+                )
+                row.prompt_logprobs += listed(found, following)
             if past + len(piece) == row.prompt_length:
                 self._reading = None
                 row.pool.run(row)
@@ -230,30 +240,21 @@ class Engine:
                 continue
             of_token: Logprobs = []
             if row.request.logprobs is not None:
-                of_token = self._of_tokens(logits[place : place + 1], [token], row.request.logprobs)[0]
+                found = log_probabilities(logits[place : place + 1], self._tensor([token]), row.request.logprobs)
+                of_token = listed(found, [token])[0]
             text, reason = row.accept(token, self.context)
             if reason is not None:
                 row.pool.leave(row)
             yield Event(row.handle, row.index, token, text, reason, "", of_token, read)
 
-    def _logprobs(self, hidden: Tensor, ids: list[int], top: int) -> list[Logprobs]:
-        """hidden [tokens, width] and the ids that followed → the log-probabilities of each token."""
-        parts = [
-            self._of_tokens(
-                self.decoder.logits(hidden[start : start + LOGITS_AT_ONCE]), ids[start:][:LOGITS_AT_ONCE], top
-            )
-            for start in range(0, len(ids), LOGITS_AT_ONCE)
-        ]
-        return [each for part in parts for each in part]
-
-    def _of_tokens(self, logits: Tensor, ids: list[int], top: int) -> list[Logprobs]:
-        """logits [tokens, vocab_size] and the ids that followed → the log-probabilities of each token."""
-        found = log_probabilities(logits, self._tensor(ids), top)
-        likeliest = zip(found.top_ids.tolist(), found.top.tolist())
-        return [[(token, p), *zip(*best)] for token, p, best in zip(ids, found.chosen.tolist(), likeliest)]
-
     def _tensor(self, ids: Any) -> Tensor:
         return torch.tensor(ids, dtype=torch.long, device=self.decoder.device)
+
+
+def listed(found: LogProbabilities, ids: Sequence[int]) -> list[Logprobs]:
+    """The log-probabilities of each token: its own first, then the likeliest."""
+    likeliest = zip(found.top_ids.tolist(), found.top.tolist())
+    return [[(token, own), *zip(*best)] for token, own, best in zip(ids, found.chosen.tolist(), likeliest)]
 
 
 def check_room(context: int, prompt: int, max_new_tokens: int, least: int = 1) -> None:
