@@ -12,16 +12,14 @@ import secrets
 import struct
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from slmkit.config import UserError
 from slmkit.generation.sampling_settings import SamplingSettings
 
 # logits [rows, vocab_size], the rows' values of the setting [rows, 1] → logits [rows, vocab_size]
@@ -313,34 +311,3 @@ def prompt_log_probabilities(
     """
     found = [log_probabilities(logits_of(h), i, top) for h, i in zip(hidden.split(chunk), ids.split(chunk))]
     return LogProbabilities(*map(torch.cat, zip(*found)))
-
-
-@dataclass
-class _Row:
-    ids: Sequence[int]
-    prompt_length: int
-    settings: SamplingSettings
-    seed: int
-    allowed: Tensor | None
-
-
-class Sampler:
-    """`sample` for a batch of sequences with the same settings, which are its continuations in order."""
-
-    def __init__(self, settings: SamplingSettings, device: torch.device, known: np.ndarray | None = None) -> None:
-        """`known` bool [ids]: which ids are tokens. All others, and those beyond it, are never chosen."""
-        self.settings, self.steps, self.seeds = settings, 0, list[int]()
-        self.known: Any = None if known is None else torch.from_numpy(known).to(device)
-
-    def __call__(self, logits: Tensor, ids: Tensor) -> Tensor:
-        """logits [batch, vocab_size], ids so far [batch, sequence] → [batch]. Raises `UserError` unless finite."""
-        self.seeds = self.seeds or [seed_of(self.settings.seed, number) for number in range(len(logits))]
-        allowed = None if self.known is None else F.pad(self.known, (0, logits.size(-1)))[: logits.size(-1)]
-        said = ids.tolist() if self.settings.has_penalties else [range(ids.size(-1))] * len(ids)
-        prompt = ids.size(-1) - self.steps
-        rows = [_Row(one, prompt, self.settings, seed, allowed) for one, seed in zip(said, self.seeds)]
-        chosen = sample(logits, rows)
-        self.steps += 1
-        if (worst := int(chosen.min())) < 0:
-            raise UserError(FAULTS[worst])
-        return chosen

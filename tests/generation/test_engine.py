@@ -120,7 +120,7 @@ def requests(count: int = 12) -> list[Request]:
         stop_ids = {5, 6} if number % 4 == 1 else set()
         prompt = numbers(1 + 3 * number, number // 2)
         made.append(
-            Request(prompt, 3 + number // 2, settings, stop_ids, n=2 if number == 7 else 1, logprobs=number % 3)
+            Request(prompt, 2 + number // 4, settings, stop_ids, n=2 if number == 7 else 1, logprobs=number % 3)
         )
     return made
 
