@@ -1,8 +1,9 @@
 // Products and attention of a decoding step on a CPU, for a few rows at a time. `kernels.py` compiles and calls it.
 //
-// A decoding step reads every weight once for a few rows, so its time is that of reading them from memory. Weights are
-// expanded to float32 in registers; activations and sums are float32. A row's sums are added in an order that depends
-// on neither the other rows nor the number of threads, so a row's result is the same alone and in a batch.
+// A decoding step reads every weight once for a few rows, so its time is that of reading and expanding them. Weights of
+// FLOAT32, BFLOAT16 and NF4 are expanded to float32 in registers. For INT8 and INT4 the activations are rounded to 16
+// bits by groups, and a group's products are summed as integers: half the instructions. A row's sums are added in an
+// order that depends on neither the other rows nor the number of threads, so its result is the same in every batch.
 
 #include <algorithm>
 #include <cmath>
@@ -27,11 +28,16 @@ constexpr int LANES = 4;
 
 typedef float Floats __attribute__((vector_size(LANES * 4)));
 typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
+typedef float Floats8 __attribute__((vector_size(32)));
+typedef int32_t Ints8 __attribute__((vector_size(32)));
+typedef int16_t Words __attribute__((vector_size(32)));
 typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
 typedef int8_t Bytes __attribute__((vector_size(LANES)));
 typedef uint8_t UnsignedBytes __attribute__((vector_size(LANES)));
+typedef int8_t Bytes16 __attribute__((vector_size(16)));
+typedef uint8_t UnsignedBytes16 __attribute__((vector_size(16)));
 
-enum Kind : int64_t { FLOAT32, BFLOAT16, INT8, INT4, NF4 };
+enum Kind : int64_t { FLOAT32, BFLOAT16, INT8, INT4, NF4, WORDS };  // WORDS: expanded INT8 or INT4
 
 // As `kernels.Matrix` lays it out. A row of `weight` is stored in groups of `group` values, each with one scale.
 struct Matrix {
@@ -45,6 +51,7 @@ struct Matrix {
 constexpr int64_t WEIGHTS_PER_THREAD = 1 << 15;
 constexpr int OUTS = 4;  // weight rows at once: each reads the same x
 constexpr int ROWS = 2;  // rows of x at once: each reads the same weights
+constexpr int64_t LEAST_AHEAD = 4096;  // bytes, between what is read and what is fetched from memory meanwhile
 
 // The quantiles of a normal distribution that QLoRA defines (arXiv:2305.14314, appendix E).
 const float NF4_VALUES[16] = {-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
@@ -72,6 +79,26 @@ inline Floats fused(Floats a, Floats b, Floats c) {
 #endif
 }
 
+inline Floats8 fused8(Floats8 a, Floats8 b, Floats8 c) {
+#if defined(__AVX2__) && defined(__FMA__)
+  return Floats8(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(c)));
+#else
+  return a * b + c;
+#endif
+}
+
+// c + the products of a and b, each two neighbours added.
+inline Ints8 multiply_add(Words a, Words b, Ints8 c) {
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+  return Ints8(_mm256_dpwssd_epi32(__m256i(c), __m256i(a), __m256i(b)));
+#elif defined(__AVX2__)
+  return c + Ints8(_mm256_madd_epi16(__m256i(a), __m256i(b)));
+#else
+  for (int i = 0; i < 8; i++) c[i] += a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1];
+  return c;
+#endif
+}
+
 inline void store(float* to, Floats vector) { std::memcpy(to, &vector, sizeof vector); }
 
 // LANES numbers as int32. The compilers' own conversion takes several times as many instructions.
@@ -90,9 +117,10 @@ inline Ints widen(const uint8_t* from) {
 #endif
 }
 
-inline float sum(Floats vector) {
+template <class Vector>
+inline float sum(Vector vector) {
   float total = 0;
-  for (int lane = 0; lane < LANES; lane++) total += vector[lane];
+  for (size_t lane = 0; lane < sizeof vector / 4; lane++) total += vector[lane];
   return total;
 }
 
@@ -130,7 +158,7 @@ inline void unpack(const uint8_t* group, float scale, int64_t j, int64_t half, F
 
 template <int KIND>
 constexpr int64_t bytes_of(int64_t values) {
-  return KIND == FLOAT32 ? 4 * values : KIND == BFLOAT16 ? 2 * values : KIND == INT8 ? values : values / 2;
+  return KIND == FLOAT32 ? 4 * values : KIND == BFLOAT16 || KIND == WORDS ? 2 * values : KIND == INT8 ? values : values / 2;
 }
 
 // The last values of a row of float32 or bfloat16 whose length is no multiple of its groups, followed by zeros.
@@ -151,11 +179,14 @@ inline Floats unpack_tail(const uint8_t* from, int64_t count) {
 template <int KIND, int outs, int rows>
 void products(const Matrix& m, const uint8_t* weight, int64_t first, const float* x, float* y) {
   const int64_t groups = m.in / m.group, half = m.group / 2, row_bytes = bytes_of<KIND>(m.in);
+  const int64_t ahead = std::max(LEAST_AHEAD, outs * row_bytes);
   const float* scales = m.scales + (KIND >= INT8 ? first * groups : 0);
   Floats sums[outs][rows] = {};
   for (int64_t g = 0; g < groups; g++) {
     const uint8_t* group = weight + bytes_of<KIND>(g * m.group);
     const float* read = x + g * m.group;
+    if (rows == 1)
+      for (int o = 0; o < outs; o++) __builtin_prefetch(group + o * row_bytes + ahead);
     for (int64_t j = 0; j < half; j += LANES) {
       Floats low[outs], high[outs];
       for (int o = 0; o < outs; o++)
@@ -179,6 +210,98 @@ void products(const Matrix& m, const uint8_t* weight, int64_t first, const float
     for (int r = 0; r < rows; r++) y[r * m.out + first + o] = sum(sums[o][r]) + (m.bias ? m.bias[first + o] : 0.0f);
 }
 
+// The integers j to j + 15 and j + half to j + half + 15 of a group.
+template <int KIND>
+inline void unpack_words(const uint8_t* group, int64_t j, int64_t half, Words& low, Words& high) {
+  if constexpr (KIND == WORDS) {
+    low = load<Words>(group + 2 * j), high = load<Words>(group + 2 * (j + half));
+#if defined(__AVX2__)
+  } else if constexpr (KIND == INT8) {
+    low = Words(_mm256_cvtepi8_epi16(load<__m128i>(group + j)));
+    high = Words(_mm256_cvtepi8_epi16(load<__m128i>(group + j + half)));
+  } else {
+    const __m256i bytes = _mm256_cvtepu8_epi16(load<__m128i>(group + j));
+    low = Words(bytes) & 15, high = Words(_mm256_srli_epi16(bytes, 4));
+#else
+  } else if constexpr (KIND == INT8) {
+    low = __builtin_convertvector(load<Bytes16>(group + j), Words);
+    high = __builtin_convertvector(load<Bytes16>(group + j + half), Words);
+  } else {
+    const Words bytes = __builtin_convertvector(load<UnsignedBytes16>(group + j), Words);
+    low = bytes & 15, high = bytes >> 4;
+#endif
+  }
+}
+
+// Rows of x as integers of 16 bits, by groups of the weights: x[j] is about values[j] * scale.
+struct Rounded {
+  std::vector<int16_t> values;   // [rows, in]
+  std::vector<float> scales;     // [rows, in / group]
+  std::vector<int32_t> offsets;  // [rows, in / group]: for INT4, whose 0 is stored as 8, -8 times the sum of the group
+
+  Rounded(const Matrix& m, const float* x, int64_t rows)
+      : values(rows * m.in), scales(rows * (m.in / m.group)), offsets(scales.size()) {
+    for (size_t g = 0; g < scales.size(); g++, x += m.group) {
+      float largest = 0, total = 0;
+      for (int64_t j = 0; j < m.group; j++) largest = std::max(largest, std::fabs(x[j])), total += std::fabs(x[j]);
+      const float inverse = largest > 0 ? 32767 / largest : 0;
+      int32_t sum = 0;
+      for (int64_t j = 0; j < m.group; j++)
+        sum += values[g * m.group + j] = int16_t(std::nearbyint(x[j] * inverse));
+      scales[g] = std::isfinite(total) ? largest / 32767 : NAN;  // one that is not finite makes all results NaN
+      offsets[g] = m.kind == INT4 ? -8 * sum : 0;
+    }
+  }
+};
+
+// As `products`, by integers, of INT8, INT4 and WORDS. y [rows, out] from the first of the rows on.
+template <int KIND, int GROUP, int outs, int rows>
+void integer_products(const Matrix& m, const uint8_t* weight, int64_t first, const Rounded& x, int64_t row, float* y) {
+  constexpr int64_t half = GROUP / 2, group_bytes = bytes_of<KIND>(GROUP);
+  const int64_t groups = m.in / GROUP, row_bytes = groups * group_bytes;
+  const int64_t ahead = std::max(LEAST_AHEAD, outs * row_bytes);
+  const int16_t* values = x.values.data() + row * m.in;
+  const float *scales = m.scales + first * groups, *x_scales = x.scales.data() + row * groups;
+  const int32_t* offsets = x.offsets.data() + row * groups;
+  Floats8 sums[outs][rows] = {};
+  for (int64_t g = 0; g < groups; g++, values += GROUP) {
+    Ints8 group[outs][rows] = {};
+    if (KIND != INT8)
+      for (int r = 0; r < rows; r++)
+        for (int o = 0; o < outs; o++) group[o][r][0] = offsets[r * groups + g];
+    for (int64_t j = 0; j < half; j += 16) {
+      Words low[outs], high[outs];
+      for (int o = 0; o < outs; o++)
+        unpack_words<KIND>(weight + o * row_bytes + g * group_bytes, j, half, low[o], high[o]);
+      for (int r = 0; r < rows; r++) {
+        const Words a = load<Words>(values + r * m.in + j), b = load<Words>(values + r * m.in + j + half);
+        for (int o = 0; o < outs; o++) group[o][r] = multiply_add(high[o], b, multiply_add(low[o], a, group[o][r]));
+      }
+    }
+    for (int o = 0; o < outs; o++) {
+      if (KIND != WORDS && g * group_bytes % 64 == 0) 
+        __builtin_prefetch(weight + o * row_bytes + g * group_bytes + ahead);
+      for (int r = 0; r < rows; r++) {
+        const float scale = scales[o * groups + g] * x_scales[r * groups + g];
+        sums[o][r] = fused8(__builtin_convertvector(group[o][r], Floats8), Floats8{scale, scale, scale, scale, scale, scale, scale, scale}, sums[o][r]);
+      }
+    }
+  }
+  for (int o = 0; o < outs; o++)
+    for (int r = 0; r < rows; r++) y[r * m.out + first + o] = sum(sums[o][r]) + (m.bias ? m.bias[first + o] : 0.0f);
+}
+
+template <int KIND>
+void expand_words(const Matrix& m, int64_t first, int64_t count, int16_t* to) {
+  const int64_t groups = m.in / m.group, half = m.group / 2;
+  for (int64_t g = first * groups; g < (first + count) * groups; g++, to += m.group)
+    for (int64_t j = 0; j < half; j += 16) {
+      Words low, high;
+      unpack_words<KIND>(m.weight + bytes_of<KIND>(g * m.group), j, half, low, high);
+      std::memcpy(to + j, &low, sizeof low), std::memcpy(to + j + half, &high, sizeof high);
+    }
+}
+
 // Rows `first` to `first + count` of the weights as float32.  → to [count, in]
 template <int KIND>
 void expand(const Matrix& m, int64_t first, int64_t count, float* to) {
@@ -199,30 +322,33 @@ void expand(const Matrix& m, int64_t first, int64_t count, float* to) {
   }
 }
 
-template <int outs>
-void all_rows(const Matrix& m, const float* weight, int64_t first, const float* x, int64_t rows, float* y) {
-  const uint8_t* bytes = reinterpret_cast<const uint8_t*>(weight);
+// Rows `first` to `first + outs` of the weights times all rows of x. Several rows of x share the expanded weights.
+template <int KIND, int GROUP, int outs>
+void all_rows(const Matrix& m, int64_t first, const float* x, const Rounded* rounded, int64_t rows, float* y,
+              float* expanded) {
+  const uint8_t* weight = m.weight + first * bytes_of<KIND>(m.in);
+  const uint8_t* shared = KIND == FLOAT32 ? weight : reinterpret_cast<const uint8_t*>(expanded);
   int64_t r = 0;
-  for (; r + ROWS <= rows; r += ROWS) products<FLOAT32, outs, ROWS>(m, bytes, first, x + r * m.in, y + r * m.out);
-  for (; r < rows; r++) products<FLOAT32, outs, 1>(m, bytes, first, x + r * m.in, y + r * m.out);
+  if constexpr (KIND == INT8 || KIND == INT4) {
+    if (rows == 1) return integer_products<KIND, GROUP, outs, 1>(m, weight, first, *rounded, 0, y);
+    expand_words<KIND>(m, first, outs, reinterpret_cast<int16_t*>(expanded));
+    for (; r + ROWS <= rows; r += ROWS)
+      integer_products<WORDS, GROUP, outs, ROWS>(m, shared, first, *rounded, r, y + r * m.out);
+    for (; r < rows; r++) integer_products<WORDS, GROUP, outs, 1>(m, shared, first, *rounded, r, y + r * m.out);
+  } else {
+    if (rows == 1) return products<KIND, outs, 1>(m, weight, first, x, y);
+    if (KIND != FLOAT32) expand<KIND>(m, first, outs, expanded);
+    for (; r + ROWS <= rows; r += ROWS)
+      products<FLOAT32, outs, ROWS>(m, shared, first, x + r * m.in, y + r * m.out);
+    for (; r < rows; r++) products<FLOAT32, outs, 1>(m, shared, first, x + r * m.in, y + r * m.out);
+  }
 }
 
-// Rows `first` to `last` of the weights times all rows of x. Several rows of x share the expanded weights.
-template <int KIND>
-void part(const Matrix& m, int64_t first, int64_t last, const float* x, int64_t rows, float* y, float* expanded) {
-  const int64_t row_bytes = bytes_of<KIND>(m.in);
-  for (int64_t o = first; o < last;) {
-    const int64_t count = last - o >= OUTS ? OUTS : 1;
-    const uint8_t* weight = m.weight + o * row_bytes;
-    if (rows == 1) {
-      count == OUTS ? products<KIND, OUTS, 1>(m, weight, o, x, y) : products<KIND, 1, 1>(m, weight, o, x, y);
-    } else {
-      if (KIND != FLOAT32) expand<KIND>(m, o, count, expanded);
-      const float* values = KIND == FLOAT32 ? reinterpret_cast<const float*>(weight) : expanded;
-      count == OUTS ? all_rows<OUTS>(m, values, o, x, rows, y) : all_rows<1>(m, values, o, x, rows, y);
-    }
-    o += count;
-  }
+template <class Function>
+void for_group(int64_t group, Function&& call) {
+  if (group == 32) return call(std::integral_constant<int, 32>());
+  if (group == 64) return call(std::integral_constant<int, 64>());
+  return call(std::integral_constant<int, 128>());
 }
 
 template <class Function>
@@ -248,9 +374,15 @@ void in_shares(int64_t count, int64_t weights, int64_t threads, Function&& call)
 // y = x W^T + bias.  x [rows, in], y [rows, out]
 extern "C" void slmkit_linear(const Matrix* m, const float* x, int64_t rows, float* y, int64_t threads) {
   for_kind(m->kind, [&](auto kind) {
-    in_shares(m->out, m->out * m->in, threads, [&](int64_t first, int64_t last) {
-      std::vector<float> expanded(rows > 1 && kind != FLOAT32 ? OUTS * m->in : 0);
-      part<kind>(*m, first, last, x, rows, y, expanded.data());
+    constexpr bool by_integers = kind == INT8 || kind == INT4;
+    const Rounded rounded(*m, x, by_integers ? rows : 0);
+    for_group(by_integers ? m->group : 32, [&](auto group) {
+      in_shares(m->out, m->out * m->in, threads, [&](int64_t first, int64_t last) {
+        std::vector<float> expanded(rows > 1 && kind != FLOAT32 ? OUTS * m->in : 0);
+        for (; first + OUTS <= last; first += OUTS)
+          all_rows<kind, group, OUTS>(*m, first, x, &rounded, rows, y, expanded.data());
+        for (; first < last; first++) all_rows<kind, group, 1>(*m, first, x, &rounded, rows, y, expanded.data());
+      });
     });
   });
 }

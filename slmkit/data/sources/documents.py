@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypeVar
+
+from slmkit.config import read_yaml
 
 # Longer texts are read and tokenized in pieces of this many characters, for bounded memory and parallel work.
 PIECE = 1 << 16
 
-# Spellings of well-known tokenizers' special tokens. In a text they are ordinary text.
-SPELLINGS = (
-    "<|endoftext|>", "<|end_of_text|>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|begin_of_text|>", "<s>", "</s>",
-    "<bos>", "<eos>", "<pad>", "<start_of_turn>", "<end_of_turn>",
-)  # fmt: skip
+WORDS = read_yaml(Path(__file__).with_name("words.yaml"))  # how public data sets name things
+SPELLINGS: tuple[str, ...] = (*WORDS["special_tokens"],)
 
 Message: TypeAlias = dict[str, Any]
 # The position after a document, as a few integers for JSON: which file, then the byte or row in it.

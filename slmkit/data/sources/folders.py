@@ -14,28 +14,18 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from slmkit.config import UserError, did_you_mean
+from slmkit.data.sources.documents import WORDS
 from slmkit.data.sources.files import COMPRESSIONS, ROW_KINDS, WRITTEN, kind_of, listed
 
-SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"} | dict.fromkeys(
-    ("validation", "valid", "val", "dev", "eval", "evaluation", "heldout", "holdout"), "validation"
-)
+SPLITS: dict[str, str] = {name: split for split, names in WORDS["splits"].items() for name in names}
 SPLIT_WORD = re.compile(rf"({'|'.join(SPLITS)})(?:set|split|data|file)?\d*")
 # Words next to a split's name in a file name, without a meaning of their own.
 NO_NAME = re.compile(r"set|split|data|dataset|files?|parts?|v?\d+|")
 NUMBERS = re.compile(r"[-_.]\d+([-_.]of[-_.]\d+)?$")  # shard numbers of a split's files
 TOOLS = ("__pycache__", "node_modules", "venv", "site-packages")
 ABOUT = ("readme", "license", "changelog", "contributing")  # files about the data next to them
-# A subfolder with one of these files was made by a tool: a run, a model, shards.
-MADE = {
-    "pyvenv.cfg": "a virtual environment", "environment.json": "a run", "MANIFEST.json": "a checkpoint",
-    "header.json": "token shards", "model.safetensors": "a model", "adapter_config.json": "an adapter",
-    "tokenizer.json": "a tokenizer",
-}  # fmt: skip
-BOOKKEEPING = {
-    *MADE, "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
-    "added_tokens.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "package.json",
-    "package-lock.json", "tsconfig.json", "recipe.json", "plan.json", "requirements.txt",
-}  # fmt: skip
+MADE: dict[str, str] = WORDS["made"]  # a file → what a subfolder with it is
+BOOKKEEPING = {*MADE, *WORDS["bookkeeping"]}
 
 
 @dataclass

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from slmkit.config import kind_of_value
-from slmkit.data.sources.documents import Conversation, Judged, Message, Pair, RowError
+from slmkit.data.sources.documents import WORDS, Conversation, Judged, Message, Pair, RowError
 from slmkit.data.sources.turns import (
     EXAMPLE,
     MEDIA,
@@ -36,20 +36,7 @@ HISTORY = "history"  # earlier exchanges: a list of [question, answer]
 CONTEXT = ("input", "context")  # what a question is about
 LABELS = ("label", "kto_tag")
 CHATS = ("messages", "conversations", "conversation", "dialogue")
-# Question and answer columns, in order of precedence.
-EXCHANGES = {
-    "instruction": ("instruction", "output"),  # tatsu-lab/alpaca
-    "instruction-response": ("instruction", "response"),  # databricks-dolly-15k
-    "instruction-answer": ("instruction", "answer"),
-    "prompt-completion": ("prompt", "completion"),
-    "prompt-response": ("prompt", "response"),
-    "question-answer": ("question", "answer"),
-    "question-response": ("question", "response"),
-    "query-response": ("query", "response"),
-    "query-answer": ("query", "answer"),
-    "problem-solution": ("problem", "solution"),
-    "input-output": ("input", "output"),
-}
+EXCHANGES: dict[str, list[str]] = WORDS["exchanges"]  # question and answer columns, in order of precedence
 # Columns that change a conversation: refused if a format does not use them.
 MEANING = (
     *TOOLS, *SYSTEM, HISTORY, *REASONING, *MEDIA, "tool_calls", "chat_template", "chat_template_kwargs", "inputs",
@@ -310,7 +297,8 @@ TEXTS = {
 }
 columns: tuple[str, ...]
 CONVERSATIONS = {name: RowFormat((name,), _talk, AROUND) for name in CHATS}
-for name, columns in EXCHANGES.items():
+for name, both in EXCHANGES.items():
+    columns = (*both,)
     besides = (*REASONING, HISTORY, *(context for context in CONTEXT if context not in columns))
     CONVERSATIONS[name] = RowFormat(columns, _exchange, (*AROUND, *besides))
 # HuggingFaceH4/ultrafeedback_binarized, mlabonne/orpo-dpo-mix-40k, trl's explicit and implicit prompts, and others.

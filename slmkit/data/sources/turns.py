@@ -13,19 +13,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from slmkit.config import kind_of_value, spelled
-from slmkit.data.sources.documents import Conversation, Message, RowError
+from slmkit.data.sources.documents import WORDS, Conversation, Message, RowError
 from slmkit.tokenizer.chat import EMPTY, ConversationError, check_messages
 
 EXAMPLE = '{"role": …, "content": …}'
-ROLES = {
-    "system": "system", "developer": "system",
-    "user": "user", "human": "user", "prompter": "user",
-    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
-    "model": "assistant", "bot": "assistant",
-    "function_call": "assistant", "tool_call": "assistant",
-    "tool": "tool", "function": "tool", "observation": "tool", "function_response": "tool", "tool_response": "tool",
-    "ipython": "tool",
-}  # fmt: skip
+ROLES: dict[str, str] = {name: role for role, names in WORDS["roles"].items() for name in names}
 CALLS = ("function_call", "tool_call")  # roles whose text is a call, as JSON
 ROLE, CONTENT = ("role", "from"), ("content", "value", "text")
 # 0 or false: not learned
@@ -35,15 +27,7 @@ ON_LEARNING = re.compile(
     r"(?:(?<![a-z])(?:is|do)?|(?<=[a-z])(?=[A-Z]))"
     r"(?:([Mm]ask|(?:un|not?)_?(?:train|learn|loss))|([Ii]gnor|[Ss]kip|[Dd]elet|[Ee]xclu[ds])|[Tt]rain|[Ll]earn|[Ll]oss|[Ww]eight)"
 )
-# Words that judge an answer, or whether something is learned.
-GOOD = (
-    "true", "1", "1.0", "yes", "good", "desirable", "chosen", "accepted", "preferred", "correct", "thumbs up", "like",
-    "👍",
-)  # fmt: skip
-BAD = (
-    "false", "0", "0.0", "no", "bad", "undesirable", "rejected", "incorrect", "wrong", "thumbs down", "dislike", "👎",
-)  # fmt: skip
-JUDGEMENTS = dict.fromkeys(GOOD, True) | dict.fromkeys(BAD, False)
+JUDGEMENTS = dict.fromkeys(WORDS["good"], True) | dict.fromkeys(WORDS["bad"], False)
 REASONING = ("reasoning_content", "reasoning", "thinking")
 TOOLS = ("tools", "functions")
 USED = {*ROLE, *CONTENT, *WEIGHTS, *REASONING, *TOOLS, "tool_calls", "function_call", "name", "tool_call_id"}
