@@ -4,6 +4,7 @@ pip install xllamacpp gguf
 python -m benchmarks.decode                # twelve minutes on two idle cores
 python -m benchmarks.decode --quick        # a minute of one busy core, in processor time; nothing is written
 python -m benchmarks.decode --only slmkit "llama.cpp Q8_0"     # some of them
+python -m benchmarks.decode --only "slmkit int4" --profile     # where the time goes
 python -m benchmarks.decode --draw docs/decode.png             # the chart of what was measured
 
 A Llama of 46 M parameters with random weights. First the tokens: in float32 slmkit, transformers and llama.cpp must
@@ -14,9 +15,11 @@ prompt tokens/s of a prompt of 512 with one new token. Ratios are of one round, 
 from __future__ import annotations
 
 import argparse
+import cProfile
 import datetime
 import json
 import os
+import pstats
 import statistics
 import tempfile
 import time
@@ -30,7 +33,7 @@ from safetensors.torch import load_file
 
 from benchmarks.figures import spread
 from slmkit.adapt.quantize import round_to, to_quantize
-from slmkit.device import find_device
+from slmkit.device import find_device, seconds_to_read
 from slmkit.generation.generator import generate_ids
 from slmkit.generation.sampling_settings import SamplingSettings
 from slmkit.model.config import SLMConfig
@@ -38,7 +41,7 @@ from slmkit.model.decoder import Decoder
 from slmkit.model.files.directory import load_decoder, save_decoder
 from slmkit.model.initialization import build_decoder
 from slmkit.training.logging.metrics_log import environment
-from slmkit.workflows.bench import GROUP
+from slmkit.workflows.bench import GROUP, bytes_of_a_step
 
 LLAMA_46M = {
     "vocab_size": 16_384,
@@ -200,6 +203,25 @@ def in_turn(
     return found
 
 
+def limits(names: list[str], directory: Path) -> dict[str, float]:
+    """New tokens/s of one sequence if a step took only as long as reading its weights from memory, as measured here."""
+    found = {}
+    for side, form, *_ in (name.split() for name in names):
+        gguf = directory / f"{form}.gguf"
+        size = gguf.stat().st_size if side == "llama.cpp" else bytes_of_a_step(slmkit_decoder(directory, form))
+        found[f"{side} {form}"] = round(1 / seconds_to_read(size, find_device("cpu")), 1)
+    return found
+
+
+def profile(generate: Generate, vocab_size: int, new: int) -> None:
+    """Print where the time of a decoding step goes, by function."""
+    ids = prompts(vocab_size, 1, PROMPT)
+    generate(ids, 2)
+    profiler = cProfile.Profile()
+    profiler.runcall(generate, ids, new)
+    pstats.Stats(profiler).sort_stats("tottime").print_stats(25)
+
+
 Figures = dict[str, dict[str, list[float]]]  # what is measured → peer → tokens/s in each round
 
 
@@ -255,10 +277,11 @@ def machine() -> dict[str, Any]:
 def print_figures(result: Mapping[str, Any]) -> None:
     rates = result["tokens_per_second"]
     names = list(dict.fromkeys(name for of in rates.values() for name in of))
-    print(f"\n{'tokens/s, median of rounds':<36}" + "".join(f"{what:>14}" for what in rates))
+    print(f"\n{'tokens/s, median of rounds':<36}" + "".join(f"{what:>12}" for what in (*rates, "memory's limit")))
     for name in names:
-        row = [f"{rates[what][name]['median']:,.1f}" if name in rates[what] else "" for what in rates]
-        print(f"{name:<36}" + "".join(f"{value:>14}" for value in row))
+        row = [f"{rates[what][name]['median']:,.1f}" for what in rates]
+        limit = result["limit_of_memory"][" ".join(name.split()[:2])]
+        print(f"{name:<36}" + "".join(f"{value:>12}" for value in row) + f"{limit:>16,.0f}")
     print(f"\n{'ratio':<88}median   least    most")
     for name, ratio in result["ratios"].items():
         print(f"{name:<88}{ratio['median']:>6.2f}{ratio['least']:>8.2f}{ratio['most']:>8.2f}")
@@ -298,12 +321,18 @@ def measure(arguments: argparse.Namespace, directory: Path) -> Iterator[dict[str
     prompt, batches = (PROMPT // 4, (BATCHES[0], BATCHES[-1])) if quick else (PROMPT, BATCHES)
     names = [name for name in (QUICK if quick else NAMES) if name.startswith(tuple(arguments.only or [""]))]
     peers = {name: open_peer(name, directory, max(batches), max(PROMPT + new, PREFILL) + 32) for name in names}
+    if arguments.profile:
+        for name, generate in peers.items():
+            print(name)
+            profile(generate, config.vocab_size, new)
+        return
     result: dict[str, Any] = {
         "date": datetime.datetime.now().isoformat(timespec="minutes"),
         "what": f"46 M parameters, prompt {prompt}, {new} new tokens, {rounds} rounds in turn; prefill of {PREFILL}",
         "machine": machine(),
         "load_average": [[round(load, 2) for load in os.getloadavg()]],
         "same_tokens": expect_same_tokens(load_decoder(directory)[0], peers),
+        "limit_of_memory": limits(names, directory),
     }
     figures: Figures = {}
     parts = {f"batch {batch}": (prompts(config.vocab_size, batch, prompt), new) for batch in batches}
@@ -330,6 +359,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, help="new tokens; default: 64, with --quick 16")
     parser.add_argument("--rounds", type=int, help="default: 5, with --quick 3")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--profile", action="store_true", help="only print where the time goes, by function")
     parser.add_argument("--draw", type=Path, metavar="PNG", help="only draw what was measured")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -343,7 +373,8 @@ def main() -> None:
         for result in measure(arguments, Path(directory)):
             if not arguments.quick:
                 arguments.out.write_text(json.dumps(result, indent=2) + "\n")
-    print_figures(result)
+    if not arguments.profile:
+        print_figures(result)
 
 
 if __name__ == "__main__":

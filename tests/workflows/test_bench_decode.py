@@ -98,7 +98,7 @@ def test_the_benchmark_yields_rates_ratios_and_growth_and_draws_them(tmp_path: P
     monkeypatch.setattr(benchmark, "PREFILL", 64)
     monkeypatch.setattr(benchmark, "GROWTH", {"context": (8, 64), "batch": (1, 2)})
     only = ["slmkit float32", "transformers float32 dynamic", "llama.cpp F32"]
-    arguments = argparse.Namespace(quick=False, new=2, rounds=2, only=only)
+    arguments = argparse.Namespace(quick=False, new=2, rounds=2, only=only, profile=False)
     *_, result = benchmark.measure(arguments, tmp_path)
     rates = result["tokens_per_second"]
     assert list(rates) == ["batch 1", "batch 4", "batch 16", "prefill"]
@@ -108,6 +108,7 @@ def test_the_benchmark_yields_rates_ratios_and_growth_and_draws_them(tmp_path: P
         "context": ["8", "64"],
         "batch": ["1", "2"],
     }
+    assert result["limit_of_memory"].keys() == {"slmkit float32", "transformers float32", "llama.cpp F32"}
     benchmark.print_figures(result)
     benchmark.draw(json.loads(json.dumps(result)), tmp_path / "chart.png")
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
