@@ -9,17 +9,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 from slmkit.config import UserError
 from slmkit.generation.ensemble import Cache, LanguageModel
 from slmkit.model.cache import AT_ONCE
 
-if TYPE_CHECKING:
-    from slmkit.generation.engine import Row
-
 LENGTHS = (512, 4096)  # of the pools but the last, which is as long as the context
 LEAST = 64  # positions: caches grow from here by doubling
+
+
+class Row(Protocol):
+    """What the pools know of a row of the engine."""
+
+    ids: list[int]  # prompt and new tokens
+    reads_whole: bool  # copy nothing of the prompt from another slot
+    pool: Pool | None
+    slot: int
 
 
 class Pool:
