@@ -114,7 +114,7 @@ def _write(
     jobs: list[tuple[Row, list[int], int, int | None]], decoder: LanguageModel, tokenizer: SLMTokenizer,
     settings: SamplingSettings, stop: list[str], file: IO[str] | None,
 ) -> None:  # fmt: skip
-    from slmkit.generation.text import TextStream
+    from slmkit.generation.generator import TextStream
 
     began, tokens = time.monotonic(), 0
     show = printable if sys.stdout.isatty() else str
