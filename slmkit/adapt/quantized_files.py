@@ -25,8 +25,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slmkit.adapt.quantize import (
-    GROUPS,
-    NF4,
     Quantized,
     QuantizedEmbedding,
     QuantizedLinear,
@@ -52,6 +50,7 @@ from slmkit.model.files.directory import (
 )  # fmt: skip
 from slmkit.model.files.published import OWN_FORMAT
 from slmkit.model.files.stored import StoredTensor, expect_finite
+from slmkit.model.kernels import GROUPS, NF4, Kind
 
 EMBEDDING = "embedding"
 NF4_STATE = "weight.quant_state.bitsandbytes__nf4"
@@ -93,7 +92,7 @@ def to_stored(modules: Iterable[Any]) -> dict[str, Tensor]:
         state = {"quant_type": "nf4", "blocksize": first.group, "dtype": "float32", "shape": shape}
         coded = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
         packed = (codes[:, ::2] << 4 | codes[:, 1::2]).view(-1, 1)
-        return dict(zip(NF4_PARTS, (packed, scales.flatten(), torch.tensor(NF4), coded)))
+        return dict(zip(NF4_PARTS, (packed, scales.flatten(), NF4.clone(), coded)))
     unsigned = codes.view(torch.uint8) ^ 128 if first.form == "int8" else codes[:, ::2] | codes[:, 1::2] << 4
     return dict(zip(PACKED, (unsigned.view(torch.int32), scales.bfloat16(), torch.tensor(shape))))
 
@@ -164,7 +163,7 @@ def load_quantized(directory: str | Path, device: torch.device | str = "cpu") ->
     return decoder.eval(), config
 
 
-def _empty(module: Any, codes: Tensor, scales: Tensor, form: str) -> Quantized:
+def _empty(module: Any, codes: Tensor, scales: Tensor, form: Kind) -> Quantized:
     """The module that will hold a part of a matrix, on the meta device."""
     codes, scales = codes.to("meta"), scales.to("meta")
     if isinstance(module, nn.Embedding):
@@ -174,7 +173,7 @@ def _empty(module: Any, codes: Tensor, scales: Tensor, form: str) -> Quantized:
 
 def _from_stored(
     path: Path, name: str, tensors: dict[str, StoredTensor], shape: tuple[int, int]
-) -> tuple[Tensor, Tensor, str]:
+) -> tuple[Tensor, Tensor, Kind]:
     """Codes, scales and format of the matrix `name` [out, in]; its tensors are taken out of `tensors`.
 
     Raises `UserError` for tensors that are missing, damaged, or do not fit `shape`.
@@ -198,7 +197,7 @@ def _from_stored(
     return pack(codes.unflatten(1, (scales.size(1), -1)), form), scales, form
 
 
-def _integers(read: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, Tensor, str]:
+def _integers(read: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, Tensor, Kind]:
     packed, scales, said = (read[name] for name in PACKED)
     form = next((form for form, bits in BITS.items() if packed.shape == (shape[0], shape[1] * bits // 32)), None)
     if form is None or tuple(said.tolist()) != shape or packed.dtype != torch.int32 or scales.size(0) != shape[0]:
@@ -209,12 +208,12 @@ def _integers(read: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, 
     return torch.stack((bytes_ & 15, bytes_ >> 4), dim=-1).flatten(1), scales.float(), form
 
 
-def _nf4(read: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, Tensor, str]:
+def _nf4(read: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, Tensor, Kind]:
     packed, scales, table = (read[name] for name in NF4_PARTS[:3])
     state = json.loads(bytes(read[NF4_STATE].tolist()))
     if tuple(state["shape"]) != shape or packed.numel() * 2 != shape[0] * shape[1] or packed.dtype != torch.uint8:
         raise ValueError(f"packed {tuple(packed.shape)} {packed.dtype}, of a matrix of {state['shape']}")
-    if not torch.allclose(table, torch.tensor(NF4), atol=1e-6):
+    if not torch.allclose(table, NF4, atol=1e-6):
         raise ValueError("its table is not that of nf4")
     if "weight.nested_absmax" in read:  # double quantization: codes of the scales' distances from their mean
         nested = read["weight.nested_quant_map"][scales.int()]
