@@ -15,6 +15,7 @@ from slmkit.model.initialization import build_decoder
 from slmkit.tokenizer import SLMTokenizer
 
 LENGTH = 128
+TOKENIZER = SLMTokenizer(260)
 SHAPE = SLMConfig(
     vocab_size=260, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
     max_position_embeddings=LENGTH,
@@ -22,9 +23,9 @@ SHAPE = SLMConfig(
 
 
 def rows(seed: int, count: int) -> torch.Tensor:
-    """Bytes of stories [count, length]."""
-    text = "".join(story.text for story in stories.tell_many(seed, count // 2)).encode()
-    return torch.tensor(list(text[: count * LENGTH])).view(count, LENGTH)
+    """Bytes of stories [count, length], by the ids of a tokenizer without merges."""
+    text = "".join(story.text for story in stories.tell_many(seed, count // 2))
+    return torch.tensor(TOKENIZER.encode(text)[: count * LENGTH]).view(count, LENGTH)
 
 
 def loss(decoder: Decoder, ids: torch.Tensor) -> torch.Tensor:
@@ -43,5 +44,5 @@ def trained_decoder(steps: int = 120) -> Decoder:
 
 def write_trained(directory: Path) -> Path:
     save_decoder(trained_decoder(), SHAPE, directory)
-    SLMTokenizer(260).save_pretrained(directory)
+    TOKENIZER.save_pretrained(directory)
     return directory

@@ -164,4 +164,6 @@ def test_the_command_and_those_that_read_its_result(model: Path, tmp_path: Path)
     assert done.returncode == 0, done.stderr
     assert "small: exists already" in refused("quantize", model, "--to", "int4", "-o", "small", cwd=tmp_path)
     recipe = ("quickstart-stories", "model.path=small", "data.source=text.txt", "tokenizer.path=small")
-    assert "small, to be trained: its weights are quantized" in refused("train", *recipe, cwd=tmp_path)
+    done = slm("train", *recipe, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "small: only an adapter (lora) can be trained on it: its weights are quantized" in done.stderr
