@@ -41,7 +41,7 @@ MAY_IMPORT = {
 # serving, quantization and export in it; today's figures are of a package without them.
 CODE_LINES = {
     "": 20_350, "adapt": 1_430, "api": 600, "cli": 1_250, "data": 5_700, "evaluation": 700, "export": 1_200,
-    "generation": 900, "model": 1_870, "serving": 1_300, "tokenizer": 1_340, "training": 4_440, "workflows": 2_095,
+    "generation": 960, "model": 1_870, "serving": 1_300, "tokenizer": 1_340, "training": 4_440, "workflows": 2_110,
 }  # fmt: skip
 LINES_IN_A_FILE = 400
 LEAST_LINES_IN_A_FILE = 40
