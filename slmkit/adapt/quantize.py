@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -195,7 +195,7 @@ def expect_full(decoder: nn.Module, what: str | Path) -> None:
         raise UserError(f"{what}: its weights are quantized: name the full model that it was made from")
 
 
-def to_quantize(decoder: Decoder, form: Kind, group: int, embedding: str) -> dict[str, Kind]:
+def to_quantize(decoder: Decoder, form: str, group: int, embedding: str) -> dict[str, Kind]:
     """The names of the matrices to quantize → their formats.
 
     The layers' linears get `form`; a head of its own int8, where `form` is an integer, and with `embedding` int8 the
@@ -208,7 +208,7 @@ def to_quantize(decoder: Decoder, form: Kind, group: int, embedding: str) -> dic
             f"no matrix can be quantized in groups of {group}: their columns are no multiple of it; "
             f"--group is one of {', '.join(map(str, GROUPS))}"
         )
-    chosen: dict[str, Kind] = dict.fromkeys(names, form)
+    chosen: dict[str, Kind] = dict.fromkeys(names, cast(Kind, form))
     if decoder.architecture.width % group == 0:
         if decoder.head is not None and (form != "nf4" or embedding == "int8"):
             chosen["head"] = "int8"

@@ -54,7 +54,7 @@ from slmkit.model.kernels import GROUPS, NF4, Kind
 
 EMBEDDING = "embedding"
 NF4_STATE = "weight.quant_state.bitsandbytes__nf4"
-BITS = {"int8": 8, "int4": 4}
+BITS: dict[Kind, int] = {"int8": 8, "int4": 4}
 # The tensors of a quantized matrix, after the module's name.
 PACKED = ("weight_packed", "weight_scale", "weight_shape")
 NF4_PARTS = ("weight", "weight.absmax", "weight.quant_map", NF4_STATE)
@@ -148,14 +148,13 @@ def load_quantized(directory: str | Path, device: torch.device | str = "cpu") ->
         name = theirs.removesuffix(".weight")
         if f"{name}.weight_packed" not in tensors and f"{name}.weight.absmax" not in tensors:
             continue
-        modules = {one.removesuffix(".weight"): decoder.get_submodule(one.removesuffix(".weight")) for one in ours}
-        rows = [module.weight.size(0) for module in modules.values()]
-        codes, scales, form = _from_stored(
-            path, name, tensors, (sum(rows), next(iter(modules.values())).weight.size(1))
-        )
-        for (one, module), *parts in zip(modules.items(), codes.split(rows), scales.split(rows)):
-            state |= {f"{one}.codes": parts[0], f"{one}.scales": parts[1]}
-            replace(decoder, one, _empty(module, *parts, form))
+        rows = [decoder.get_parameter(one).size(0) for one in ours]
+        shape = sum(rows), decoder.get_parameter(ours[0]).size(1)
+        codes, scales, form = _from_stored(path, name, tensors, shape)
+        for one, its_codes, its_scales in zip(ours, codes.split(rows), scales.split(rows)):
+            module = one.removesuffix(".weight")
+            state |= {f"{module}.codes": its_codes, f"{module}.scales": its_scales}
+            replace(decoder, module, _empty(decoder.get_submodule(module), its_codes, its_scales, form))
     rest = {name: tensor for name, tensor in decoder.state_dict().items() if name not in state}
     state |= float_state(exactly(path, tensors, rest, family), rest, family, device, is_finite=True)
     decoder.to_empty(device=device)
