@@ -11,7 +11,6 @@ from __future__ import annotations
 import secrets
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, NamedTuple, Protocol
 
@@ -20,7 +19,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from slmkit.config import UserError
 from slmkit.generation.filters import argmax, filtered, pick, total
 from slmkit.generation.sampling_settings import SamplingSettings
 
@@ -233,35 +231,3 @@ def prompt_log_probabilities(
     """
     found = [log_probabilities(logits_of(h), i, top) for h, i in zip(hidden.split(chunk), ids.split(chunk))]
     return LogProbabilities(*map(torch.cat, zip(*found)))
-
-
-@dataclass
-class _Row:
-    ids: Sequence[int]
-    prompt_length: int
-    settings: SamplingSettings
-    seed: int
-    allowed: Tensor | None
-
-
-class Sampler:
-    """`sample` for a batch of sequences with the same settings, which are its continuations in order."""
-
-    def __init__(self, settings: SamplingSettings, device: torch.device, known: np.ndarray | None = None) -> None:
-        """`known` bool [ids]: which ids are tokens. All others, and those beyond it, are never chosen."""
-        self.settings, self.steps, self.seeds = settings, 0, list[int]()
-        self.known: Any = None if known is None else torch.from_numpy(known).to(device)
-
-    def __call__(self, logits: Tensor, ids: Tensor) -> Tensor:
-        """logits [batch, vocab_size], ids so far [batch, sequence] → [batch]. Raises `UserError` unless finite."""
-        self.seeds = self.seeds or [seed_of(self.settings.seed, number) for number in range(len(logits))]
-        allowed = None if self.known is None else F.pad(self.known, (0, logits.size(-1)))[: logits.size(-1)]
-        matters = self.settings.repetition_penalty != 1 or self.settings.has_counts
-        said = ids.tolist() if matters else [range(ids.size(-1))] * len(ids)
-        prompt = ids.size(-1) - self.steps
-        rows = [_Row(one, prompt, self.settings, seed, allowed) for one, seed in zip(said, self.seeds)]
-        chosen = sample(logits, rows)
-        self.steps += 1
-        if (worst := int(chosen.min())) < 0:
-            raise UserError(FAULTS[worst])
-        return chosen

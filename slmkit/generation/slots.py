@@ -1,0 +1,170 @@
+"""Slots of the KV cache for the rows of the engine, in pools of two or three lengths.
+
+A long text would make the slots of all others as long, so texts of up to 512, up to 4,096 and more positions have pools
+of their own. In a pool the running rows are in the first slots, in order, so that a forward pass takes a view of
+them. A text that has ended stays in its slot until another needs it: one that begins alike copies its beginning.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+from slmkit.config import UserError
+from slmkit.generation.ensemble import Cache, LanguageModel
+from slmkit.model.cache import AT_ONCE
+
+LENGTHS = (512, 4096)  # of the pools but the last, which is as long as the context
+LEAST = 64  # positions: caches grow from here by doubling
+
+
+class Row(Protocol):
+    """What the pools know of a row of the engine."""
+
+    ids: list[int]  # prompt and new tokens
+    reads_whole: bool  # copy nothing of the prompt from another slot
+    pool: Pool | None
+    slot: int
+
+
+class Pool:
+    """A cache, the text that each of its slots holds, and the rows in the first of them: first those that run, then
+    those whose prompt is read.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.rows: list[Row] = []  # rows[i] is in slot i
+        self.running = 0  # how many of them run
+        self.clear()
+
+    def clear(self) -> None:
+        self.cache: Cache | None = None
+        self.texts: list[list[int]] = []  # the cache holds the first `cache.length(slot)` ids of each
+
+    def resize(self, cache: Cache, slots: int) -> None:
+        """Move to another, empty cache, with as many texts as have a place there."""
+        for slot in range(min(len(self.texts), slots)):
+            cache.copy_slot(slot, self.cache, slot, self.cache.length(slot))
+        self.cache, self.texts = cache, (self.texts + [[] for _ in range(slots)])[:slots]
+
+    def swap(self, a: int, b: int) -> None:
+        """Exchange what two slots hold, and the rows in them."""
+        if a != b:
+            self.cache.swap(a, b)
+            self.texts[a], self.texts[b] = self.texts[b], self.texts[a]
+            for row in self.rows:
+                row.slot = {a: b, b: a}.get(row.slot, row.slot)
+            self.rows.sort(key=lambda row: row.slot)
+
+    def leave(self, row: Row) -> None:
+        """Take a row out. Its slot comes behind those of the others, and keeps its text."""
+        if row.slot < self.running:
+            self.running -= 1
+            self.swap(row.slot, self.running)
+        for other in self.rows[row.slot + 1 :]:
+            self.swap(other.slot, other.slot - 1)
+        self.rows.remove(row)
+
+
+class Known(NamedTuple):
+    """A slot whose text begins as a prompt does, for `length` positions."""
+
+    pool: Pool
+    slot: int
+    length: int
+
+
+class Pools:
+    """All slots of an engine. `memory`: bytes of the caches; None: no limit."""
+
+    def __init__(self, decoder: LanguageModel, max_rows: int, memory: int | None, reuse: bool) -> None:
+        self.decoder, self.max_rows, self.memory = decoder, max_rows, math.inf if memory is None else memory
+        # Where a rotation depends on the length of the text, keys do too: prompts are read at once, and never reused.
+        self.in_pieces = not any(rope.depends_on_length for rope in decoder.ropes)
+        self.reuse = reuse and self.in_pieces
+        self.at_once = AT_ONCE if self.in_pieces else decoder.max_positions
+        limits = [*(length for length in LENGTHS if length < decoder.max_positions), decoder.max_positions]
+        self.pools = [Pool(limit) for limit in limits]
+
+    def __iter__(self) -> Iterator[Pool]:
+        return iter(self.pools)
+
+    def expect(self, length: int) -> None:
+        """Raises `UserError` if a text of `length` positions needs more memory than there is."""
+        needed = self.decoder.cache_bytes(1, self._rounded(length), self.at_once)
+        if needed > self.memory:
+            raise UserError(
+                f"{length} tokens need {needed / 2**20:,.1f} MiB of KV cache, more than the allowed "
+                f"{self.memory / 2**20:,.1f} MiB: ask for fewer tokens, or allow more memory"
+            )
+
+    def admit(self, row: Row, length: int) -> bool:
+        """Give a row a slot of `length` positions, with what is known of its prompt; False if none is free."""
+        pool = next(pool for pool in self.pools if length <= pool.limit)
+        if sum(len(each.rows) for each in self.pools) >= self.max_rows or not self._reserve(pool, length):
+            return False
+        slot, free = len(pool.rows), range(len(pool.rows), len(pool.texts))
+        known = self._known(row.ids[:-1]) if self.reuse and not row.reads_whole else None
+        if known is not None and known.pool is pool and known.slot in free:
+            pool.swap(slot, known.slot)
+            pool.cache.truncate(slot, known.length)
+        else:
+            lost = min(free, key=pool.cache.length)  # the text that is cheapest to read again
+            pool.swap(slot, lost)
+            pool.cache.truncate(slot, 0)
+            if known is not None:
+                pool.cache.copy_slot(slot, known.pool.cache, known.slot, known.length)
+        row.pool, row.slot, pool.texts[slot] = pool, slot, row.ids
+        pool.rows.append(row)
+        return True
+
+    def _reserve(self, pool: Pool, length: int) -> bool:
+        """Make sure of a free slot of `length` positions; False if that needs more memory than there is."""
+        held, used = len(pool.texts), len(pool.rows)
+        longest = max(self._rounded(length), pool.cache.max_length if pool.cache else 0)
+        if used < held and longest == pool.cache.max_length:
+            return True
+        usual = held if used < held else max(1, min(2 * held, self.max_rows))
+        for slots, positions in ((usual, longest), (used + 1, longest), (1, self._rounded(length))):
+            if slots > used and self._fits(pool, slots, positions):
+                if used == 0 and slots == 1:
+                    pool.clear()
+                pool.resize(self.decoder.new_cache(slots, positions, self.at_once), slots)
+                return True
+        return False
+
+    def _fits(self, pool: Pool, slots: int, length: int) -> bool:
+        """Whether a pool of that size fits into the memory, after clearing others in which nothing runs if need be."""
+        needed = self.decoder.cache_bytes(slots, length, self.at_once)
+        others = [other for other in self.pools if other is not pool]
+        for other in others:
+            if not other.rows and needed + sum(map(self._bytes, others)) > self.memory:
+                other.clear()
+        return needed + sum(map(self._bytes, others)) <= self.memory
+
+    def _bytes(self, pool: Pool) -> int:
+        return self.decoder.cache_bytes(len(pool.texts), pool.cache.max_length, self.at_once) if pool.cache else 0
+
+    def _rounded(self, length: int) -> int:
+        """The size of a cache for `length` positions: a power of two, or the whole context."""
+        return min(max(LEAST, 1 << (length - 1).bit_length()), self.decoder.max_positions)
+
+    def _known(self, ids: Sequence[int]) -> Known | None:
+        """The slot that holds most of the beginning of `ids`."""
+        best = None
+        for pool in self.pools:
+            for slot, text in enumerate(pool.texts):
+                length = common(ids, text, pool.cache.length(slot))
+                if length > (best.length if best else 0) and pool.cache.holds(slot, length):
+                    best = Known(pool, slot, length)
+                    if length == len(ids):
+                        return best
+        return best
+
+
+def common(a: Sequence[int], b: Sequence[int], limit: int) -> int:
+    """How many ids both begin with, of the first `limit`."""
+    limit = min(limit, len(a), len(b))
+    return next((place for place in range(limit) if a[place] != b[place]), limit)
