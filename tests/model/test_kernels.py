@@ -70,7 +70,7 @@ def test_products_are_those_of_float64(kind: Kind, out: int, into: int, group: i
     m, x = random_matrix(kind, out, into, group), torch.randn(16, into)
     size = x.abs() @ m.dequantized().abs().T
     for rows in (1, 2, 3, 16):
-        most = 1e-5 if kind in ("int8", "int4") else 1e-6  # activations of 16 bits
+        most = 5e-5 if kind in ("int8", "int4") else 1e-6  # activations of 16 bits
         assert (m(x[:rows]) - exact(m, x[:rows])).abs().max() <= most * size.max()
 
 
