@@ -19,8 +19,7 @@ from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.recipe.recipe import Recipe
 from slmkit.training.run_directory import RunDirectory
 from slmkit.workflows.distill import cache_teacher
-from slmkit.workflows.replay import replay_run
-from slmkit.workflows.resume import resume_run
+from slmkit.workflows.resume import replay_run, resume_run
 from slmkit.workflows.train import train_recipe
 from tests.test_life import Silent
 from tests.training.ranks import on_ranks

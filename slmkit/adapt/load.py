@@ -10,29 +10,36 @@ import torch
 from slmkit.adapt.adapter import AdapterFiles, expect_base, fingerprint, load_adapter
 from slmkit.adapt.adapter_config import read_adapter_config
 from slmkit.adapt.lora import adapted_linears, add_lora, fold
+from slmkit.adapt.quantize import expect_full, quantized_modules
+from slmkit.adapt.quantized_files import load_quantized
 from slmkit.config import UserError
 from slmkit.model.config import SLMConfig
 from slmkit.model.decoder import Decoder
 from slmkit.model.files.adapter_directory import LoRASettings, base_of, is_adapter
-from slmkit.model.files.directory import empty_decoder, load_decoder
+from slmkit.model.files.directory import empty_decoder, load_decoder, quantization_of
 
 Prepare = Callable[[Decoder, SLMConfig], tuple[Decoder, SLMConfig]]
 
 
 def load_model(directory: str | Path, device: torch.device | str = "cpu") -> tuple[Decoder, SLMConfig]:
-    """Read a model directory as `load_decoder` does; an adapter is folded into its base.
+    """Read a model directory, quantized or not; an adapter is folded into its base, unless that is quantized.
 
     Raises `UserError` as `load_decoder` and `load_adapter` do, and if an adapter's base is missing.
     """
     if not is_adapter(directory):
-        return load_decoder(directory, device)
+        return load_whole(directory, device)
     decoder, config, _ = load_adapted(directory, device)
-    return fold(decoder), config
+    return (decoder if quantized_modules(decoder) else fold(decoder)), config
+
+
+def load_whole(directory: str | Path, device: torch.device | str = "cpu") -> tuple[Decoder, SLMConfig]:
+    """Read a model directory that is no adapter. Raises `UserError` as `load_decoder` and `load_quantized` do."""
+    return (load_quantized if quantization_of(directory) else load_decoder)(directory, device)
 
 
 def load_adapted(directory: str | Path, device: torch.device | str = "cpu") -> tuple[Decoder, SLMConfig, LoRASettings]:
     """A frozen base with its adapter, for further training. Raises `UserError` as `load_model` does."""
-    decoder, config = load_decoder(base_of(directory), device)
+    decoder, config = load_whole(base_of(directory), device)
     expect_base(directory, lambda: fingerprint(decoder))
     decoder, config, settings = load_adapter(decoder, config, directory)
     return decoder.eval(), config, settings
@@ -57,7 +64,7 @@ def start_adapter(
     if has_adapter:
         _expect_same(directory, settings)
     base = base_of(directory) if has_adapter else Path(directory)
-    decoder, config = load_decoder(base)
+    decoder, config = load_whole(base)
     before = fingerprint(decoder)
     if has_adapter:
         expect_base(directory, lambda: before)
@@ -66,6 +73,7 @@ def start_adapter(
             adapted.dropout.p = settings.lora_dropout
     else:
         if prepare is not None:
+            expect_full(decoder, f"{base}, which would get more tokens")
             decoder, config = prepare(decoder, config)
         add_lora(decoder, config, settings, seed)
     return decoder, config, AdapterFiles(config, settings, base.resolve(), before)

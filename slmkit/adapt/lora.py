@@ -13,13 +13,13 @@ arXiv:2305.14314). Gradients go to a linear's input and never to its matrix; the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from slmkit.adapt.adapter_config import modules_and_weights
+from slmkit.adapt.quantize import NF4, Product, Quantized, expect_full
 from slmkit.adapt.swapping import ALL_LINEAR, LinearLike, matching, replace, swap
 from slmkit.config import UserError
 from slmkit.model.config import SLMConfig
@@ -29,12 +29,6 @@ from slmkit.model.files.adapter_directory import LoRASettings
 from slmkit.model.files.directory import reference_name
 
 BLOCK = 64  # weights per scale in NF4
-# NF4's sixteen values: quantiles of the normal distribution with zero, scaled to [-1, 1] (QLoRA, appendix E).
-NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
 
 
 class LoRALinear(nn.Module):
@@ -134,6 +128,7 @@ def add_lora(decoder: Decoder, config: SLMConfig, settings: LoRASettings, seed: 
 def keep_base_in(decoder: Decoder, base_weights: str, except_for: Sequence[str] = ()) -> None:
     """Store the linears' matrices, except the head's and those named, as `base_weights`; `float32`: unchanged."""
     if base_weights != "float32":
+        expect_full(decoder, f"lora.base_weights {base_weights}")
         swap(decoder, ALL_LINEAR, lambda linear: FrozenLinear(linear, base_weights), except_for=except_for)
 
 
@@ -173,9 +168,9 @@ def fold(decoder: Decoder) -> Decoder:
     by rounding.
     """
     for name, adapted in adapted_linears(decoder).items():
-        if isinstance(adapted.base, FrozenLinear):
+        if isinstance(adapted.base, FrozenLinear | Quantized):
             raise UserError(
-                f"{name} is stored in {adapted.base.name}, which is too coarse for what the adapter learned: "
+                f"{name} is stored in {adapted.base.form}, which is too coarse for what the adapter learned: "
                 "merge the adapter into the full weights, with `slm merge`"
             )
         replace(decoder, name, _plain(adapted.weight.detach(), adapted.bias))
@@ -194,11 +189,11 @@ def _plain(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
 
 
 class FrozenLinear(nn.Module):
-    """x W^T + b with a frozen matrix, stored as `codes` and `scales` in the format `name`."""
+    """x W^T + b with a frozen matrix, stored as `codes` and `scales` in the format `form`."""
 
     def __init__(self, linear: LinearLike, name: str) -> None:
         super().__init__()
-        self.name, self.in_features, self.out_features = name, linear.in_features, linear.out_features
+        self.form, self.in_features, self.out_features = name, linear.in_features, linear.out_features
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
         self.codes: Tensor
         self.scales: Tensor
@@ -215,20 +210,7 @@ class FrozenLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out]."""
-        return _Product.apply(x, self)
-
-
-class _Product(torch.autograd.Function):
-    """x W^T + b that keeps only the linear for the backward pass.  [..., in] → [..., out]"""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, linear: FrozenLinear) -> Tensor:
-        ctx.linear = linear
-        return F.linear(x, linear.weight.to(x.dtype), linear.bias)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient @ ctx.linear.weight.to(gradient.dtype), None
+        return Product.apply(x, self)
 
 
 def _to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 from slmkit.adapt.load import load_model
 from slmkit.adapt.lora import adapted_linears
+from slmkit.adapt.quantize import quantized_modules
+from slmkit.adapt.quantized_files import save_quantized
 from slmkit.config import UserError, load_settings, methods_checked
 from slmkit.data.packing import IGNORED
 from slmkit.device import DeviceError, checked_device
@@ -235,7 +237,10 @@ class SLMForCausalLM(GeneratingModel):
         if adapted_linears(self.decoder):
             raise UserError("the model has an adapter: fold(model.decoder) that first, with slmkit.adapt.lora.fold")
         weights = None if state_dict is None else {k.removeprefix("decoder."): v for k, v in state_dict.items()}
-        save_decoder(self.decoder, self.config, directory, weights)
+        if quantized_modules(self.decoder):
+            save_quantized(self.decoder, self.config, directory)
+        else:
+            save_decoder(self.decoder, self.config, directory, weights)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.decoder.embedding

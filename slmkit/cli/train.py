@@ -82,7 +82,7 @@ def replay(run: RunPath, step: Annotated[int, typer.Option(help="The step's numb
     find_run(run)  # before anything is loaded
     reporter = TerminalReporter()
     reporter.say(f"opening {run}")
-    from slmkit.workflows.replay import replay_run
+    from slmkit.workflows.resume import replay_run
 
     done = replay_run(run, step, reporter)
     figures = done.report

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache, lru_cache
@@ -94,7 +93,7 @@ class Grammar:
             raise UserError(f"{what} of {len(text):,} characters: at most {LONGEST:,} are compiled")
         # By default the library fills a table of all tokens for every long lexeme, which takes a second.
         limits = LLParserLimits(max_lexer_states=50_000, precompute_large_lexemes=False, verbose_errors=False)
-        self.vocabulary, self._lock = vocabulary, threading.Lock()
+        self.vocabulary = vocabulary
         self._beginning = LLMatcher(vocabulary.library, text, log_level=0, limits=limits)
         if not self._beginning.is_error():
             self._beginning.compute_bitmask()  # fails if nothing can follow
@@ -151,9 +150,7 @@ class Grammar:
 
     def start(self, vocab_size: int | None = None) -> Matcher:
         """The state at the beginning of a text. `vocab_size`: of the model's logits; None: the tokenizer's."""
-        with self._lock:  # two threads cannot copy it at once
-            state = self._beginning.deep_copy()
-        return Matcher(self.vocabulary, state, vocab_size or len(self.vocabulary.tokens))
+        return Matcher(self.vocabulary, self._beginning.deep_copy(), vocab_size or len(self.vocabulary.tokens))
 
 
 _compiled = lru_cache(maxsize=128)(Grammar)
@@ -198,10 +195,11 @@ class Matcher:
             state.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)  # without the interpreter's lock
         if state.is_error():
             raise UserError(f"constrained output: no token can follow ({_reason(state)})")
-        mask = torch.zeros(max(size, self.vocab_size), dtype=torch.bool)
-        mask[:size] = torch.from_numpy(np.unpackbits(bits.view(np.uint8), count=size, bitorder="little").view(bool))
+        # In numpy: torch would use all threads for so little, and wait for them.
+        mask = np.zeros(max(size, self.vocab_size), dtype=bool)
+        mask[:size] = np.unpackbits(bits.view(np.uint8), count=size, bitorder="little")
         mask[self.vocabulary.stops] = state.is_accepting()
-        return mask[: self.vocab_size]
+        return torch.from_numpy(mask[: self.vocab_size])
 
     def _idle(self) -> LLMatcher:
         """llguidance's state, once no other thread computes with it."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import logging
 import os
 import shutil
@@ -104,7 +103,6 @@ def merge_adapters(model: str | Path, adapters: Sequence[str | Path], output: st
     if is_adapter(directory):
         found, directory = [directory, *found], base_of(directory)
         logging.getLogger(__name__).warning(f"{model}: an adapter, which is folded into {directory} first")
-    _expect_full_precision(directory)
     final = Path(output) if output is not None else free_path(f"{str(model).rstrip('/')}-merged")
     if final.exists():
         raise UserError(f"{final}: exists already and is not overwritten: name another --output")
@@ -122,13 +120,3 @@ def merge_adapters(model: str | Path, adapters: Sequence[str | Path], output: st
         if source is not None:
             SLMTokenizer.from_pretrained(source).save_pretrained(folder)
     return final
-
-
-def _expect_full_precision(directory: Path) -> None:
-    """Raises `UserError` for a model whose weights are quantized to 8 or 4 bits."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # what is wrong with the file, `load_decoder` says
-        if json.loads((directory / "config.json").read_text(encoding="utf-8")).get("quantization_config"):
-            raise UserError(
-                f"{directory}: its weights are quantized, too coarsely for what an adapter learned: name the full "
-                "model that it was made from"
-            )

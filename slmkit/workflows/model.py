@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from slmkit.adapt.load import load_model, start_adapter
+from slmkit.adapt.quantize import expect_full
 from slmkit.config import UserError
 from slmkit.find import find_tokenizer_directory
 from slmkit.hub import at_commit
@@ -37,7 +38,9 @@ def model_for(
         return _new_model(recipe, shape or recipe.model.build_config(), tokenizer)
     if recipe.lora is not None:
         return _adapter(recipe, tokenizer, base)
-    model, config = fit_to_tokenizer(*load_model(base), tokenizer_of_base(recipe, base), tokenizer)
+    decoder, config = load_model(base)
+    expect_full(decoder, f"{base}, to be trained")
+    model, config = fit_to_tokenizer(decoder, config, tokenizer_of_base(recipe, base), tokenizer)
     return StartingModel(model, config, WholeModel(config))
 
 

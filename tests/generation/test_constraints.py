@@ -70,6 +70,18 @@ def test_the_tokens_of_the_tokenizer_itself_are_allowed(kind: str, tmp_path: Pat
     assert accepts(grammar, tokenizer.encode_continuation(text))
 
 
+@pytest.mark.parametrize("kind", ["own", "gemma-like", "metaspace-first", "metaspace-special-bytes", "llama3-like"])
+def test_text_without_a_choice_is_spelled_as_the_tokenizer_does(kind: str, tmp_path: Path) -> None:
+    tokenizer = BYTE_LEVEL if kind == "own" else tokenizer_of(kind, tmp_path)
+    text = "aa the cat sat by the sea, and the sea sang to the cat"
+    matcher, ids = Grammar.choices(tokenizer, [text]).start(), list[int]()
+    while not matcher.is_done:
+        (token,) = np.flatnonzero(matcher.allowed().numpy())
+        ids.append(int(token))
+        matcher.accept(ids[-1])
+    assert ids == tokenizer.encode_continuation(text)
+
+
 def test_the_end_is_allowed_exactly_where_the_text_may_end() -> None:
     stops = sorted(BYTE_LEVEL.stop_token_ids)
     assert len(stops) == 2

@@ -159,7 +159,7 @@ def test_a_published_config_is_read_with_all_its_keys(family: str, tmp_path: Pat
     [
         ({"rope_interleaved": True}, "rope_interleaved is True: only False is supported"),
         ({"is_causal": False}, "is_causal is False: only True is supported"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config is {'quant_method': 'fp8'}: only None"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config is {'quant_method': 'fp8'}: only com"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5: only 1.0"),
         (
             {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
@@ -48,9 +50,9 @@ def save_decoder(
         raise UserError(f"{directory}: the model cannot be written: {error}") from None
 
 
-def write_configs(config: SLMConfig, directory: Path, dtype: str = "float32") -> None:
-    """Write `config.json` and `generation_config.json`; `dtype` is that of the stored weights."""
-    files = {"config.json": config.published(dtype), "generation_config.json": config.for_generation()}
+def write_configs(config: SLMConfig, directory: Path, dtype: str = "float32", **more: Any) -> None:
+    """Write `config.json` with the keys `more`, and `generation_config.json`; `dtype` is that of the weights."""
+    files = {"config.json": config.published(dtype) | more, "generation_config.json": config.for_generation()}
     for name, content in files.items():
         (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -77,8 +79,18 @@ def read_state(
     Only with `is_finite` for NaN and infinity: without, runs that diverged can be inspected.
     """
     decoder, family = empty_decoder(config), family_of(config.model_type)
-    tensors = open_weights(directory, decoder, family)
-    shapes = {name: tensor.shape for name, tensor in decoder.state_dict().items()}
+    return float_state(open_weights(directory, decoder, family), decoder.state_dict(), family, device, is_finite)
+
+
+def float_state(
+    tensors: Mapping[str, StoredTensor],
+    wanted: Mapping[str, Tensor],
+    family: Family,
+    device: torch.device | str = "cpu",
+    is_finite: bool = False,
+) -> dict[str, Tensor]:
+    """The tensors of `wanted`, in its shapes and in float32, read from `tensors`, which have names on disk."""
+    shapes = {name: tensor.shape for name, tensor in wanted.items()}
     state: dict[str, Tensor] = {}
     for theirs, ours in stored_names(shapes, family).items():
         tensor = tensors[theirs].read().to(device, torch.float32)
@@ -94,10 +106,27 @@ def open_weights(directory: str | Path, decoder: Decoder, family: Family) -> dic
 
     Raises `UserError` as `load_decoder` does.
     """
-    path, tensors = _open(Path(directory))
-    state = decoder.state_dict()
+    if quantization_of(directory):
+        raise UserError(
+            f"{directory}: its weights are quantized, too coarsely to be changed: name the full model that it was made "
+            "from"
+        )
+    path, tensors = stored_in(directory, decoder, family)
+    return exactly(path, tensors, decoder.state_dict(), family)
+
+
+def quantization_of(directory: str | Path) -> dict[str, Any] | None:
+    """The `quantization_config` of a model directory; None for one without, or without a readable config.json."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # reading its config will raise the error
+        return json.loads((Path(directory) / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    return None
+
+
+def exactly(
+    path: Path, tensors: Mapping[str, StoredTensor], state: Mapping[str, Tensor], family: Family
+) -> dict[str, StoredTensor]:
+    """The `tensors`, which must be those of `state` in names and shapes. Raises `UserError` for another one."""
     wanted = stored_names(state, family)
-    _forgive(path, decoder, wanted, tensors)
     for problem, names in (("missing", wanted.keys() - tensors.keys()), ("unexpected", tensors.keys() - wanted.keys())):
         if names:
             raise UserError(
@@ -143,8 +172,14 @@ def from_disk(family: Family, name: str, tensor: Tensor) -> Tensor:
     return tensor.T if name.endswith(family.transposed) else tensor
 
 
+def stored_in(directory: str | Path, decoder: Decoder, family: Family) -> tuple[Path, dict[str, StoredTensor]]:
+    """All tensors of a directory by the names on disk that `decoder` has, and the file to name in errors."""
+    path, tensors = _open(Path(directory))
+    _forgive(path, decoder, stored_names(decoder.state_dict(), family), tensors)
+    return path, tensors
+
+
 def _open(directory: Path) -> tuple[Path, dict[str, StoredTensor]]:
-    """All tensors of a directory, and the file to name in errors."""
     path, index = directory / WEIGHTS, directory / SHARDS
     if path.is_file() or not index.is_file():
         return path, stored_tensors(path)

@@ -18,8 +18,17 @@ HARMLESS_KEYS = {
 ONLY_WITH: dict[str, Any] = {
     "attention_chunk_size": None, "cross_attention_hidden_size": None, "is_causal": True, "is_encoder_decoder": False,
     "partial_rotary_factor": 1.0, "per_layer_config": None, "pruned_heads": {},
-    "quantization_config": None, "rope_interleaved": False, "tie_encoder_decoder": False, "use_mrope": False,
+    "rope_interleaved": False, "tie_encoder_decoder": False, "use_mrope": False,
 }  # fmt: skip
+# The same for each group of a compressed-tensors config, and for the `weights` of a group: the supported values.
+GROUP_ONLY_WITH: dict[str, tuple[Any, ...]] = {
+    "input_activations": (None,), "output_activations": (None,), "format": (None, "pack-quantized"),
+}  # fmt: skip
+WEIGHTS_ONLY_WITH: dict[str, tuple[Any, ...]] = {
+    "num_bits": (4, 8), "type": ("int",), "symmetric": (True,), "strategy": ("group", "channel"),
+    "actorder": (None, "static", "weight"), "dynamic": (False, None),
+}  # fmt: skip
+OWN_FORMAT = "slmkit"  # `made_by` of a quantization that transformers has no form for
 # Written as null if derived from other fields.
 NULL_IS_ABSENT = {"head_dim", "intermediate_size", "layer_types", "no_rope_layers", "num_key_value_heads"}
 
@@ -43,7 +52,40 @@ def from_published(content: dict[str, Any], family: Family) -> dict[str, Any]:
             raise ValueError(f"{key} is {str(found)[:80]}: only {value!r} is supported")
     if "rope_parameters" in family.fields:
         _read_rope(content, family.rope_by_kind)
+    expect_quantization(content.pop("quantization_config", None))
     return content
+
+
+def expect_quantization(found: Any) -> None:
+    """Raises `ValueError` that names the first key of a `quantization_config` for weights that cannot be read here."""
+    if found is None or (isinstance(found, dict) and found.get("made_by") == OWN_FORMAT):
+        return
+    method = found.get("quant_method") if isinstance(found, dict) else None
+    if method == "bitsandbytes":
+        wanted: dict[str, tuple[Any, ...]] = {
+            "load_in_4bit": (True,), "bnb_4bit_quant_type": ("nf4",), "bnb_4bit_quant_storage": ("uint8", None),
+        }  # fmt: skip
+        _expect_values("quantization_config", found, wanted)
+    elif method == "compressed-tensors":
+        wanted = {"kv_cache_scheme": (None,), "sparsity_config": (None, {}), "transform_config": (None, {})}
+        _expect_values("quantization_config", found, wanted | {"format": ("pack-quantized",)})
+        for name, group in (found.get("config_groups") or {}).items():
+            where = f"quantization_config.config_groups.{name}"
+            _expect_values(where, group, GROUP_ONLY_WITH)
+            _expect_values(f"{where}.weights", group.get("weights") or {}, WEIGHTS_ONLY_WITH)
+    else:
+        raise ValueError(
+            f"quantization_config is {str(found)[:80]}: only compressed-tensors (pack-quantized) and bitsandbytes "
+            "(nf4) are supported: use the full model, and `slm quantize`"
+        )
+
+
+def _expect_values(where: str, found: Any, wanted: dict[str, tuple[Any, ...]]) -> None:
+    for key, values in wanted.items():
+        value = found.get(key) if isinstance(found, dict) else found
+        if value not in values:
+            supported = " or ".join(map(repr, values))
+            raise ValueError(f"{where}: {key} is {str(value)[:80]!r}: only {supported} is supported")
 
 
 def to_published(fields: dict[str, Any], family: Family) -> dict[str, Any]:

@@ -20,8 +20,7 @@ from slmkit.training.estimate.forecast import PlanFile
 from slmkit.training.loop import RunStopped, StopRequested
 from slmkit.training.recipe.changes import LENGTH, OBEYED
 from slmkit.training.recipe.recipe import Recipe
-from slmkit.workflows.replay import replay_run
-from slmkit.workflows.resume import resume_run
+from slmkit.workflows.resume import replay_run, resume_run
 from slmkit.workflows.train import train_recipe
 from tests.test_life import Silent
 from tests.training.every_key import EVERY, changed, make_world, scenario

@@ -1,0 +1,236 @@
+"""Weights of 8 and 4 bits: rounded in groups, and dequantized as they are used.
+
+    w ≈ scale of its group × value of its code
+
+A group is 32, 64 or 128 neighbours of a row. The codes in memory:
+
+    int8  int8  [out, in]        value = code
+    int4  uint8 [out, in / 2]    value = code - 8
+    nf4   uint8 [out, in / 2]    value = NF4[code], the quantiles of the normal distribution (arXiv:2305.14314)
+
+In each group of 4-bit codes, byte j holds code j in its low nibble and code j + group / 2 in its high one. Scales are
+float32 [out, in / group], with the 8 significant bits of a bfloat16, so that neither a file nor a conversion to 16 bits
+changes them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from slmkit.adapt.swapping import ALL_LINEAR, linear, linears, matching, replace
+from slmkit.config import UserError
+from slmkit.model.decoder import Decoder
+
+LARGEST = {"int8": 127, "int4": 7, "nf4": 1}  # the largest value of a code, by format
+GROUPS = (32, 64, 128)
+# NF4's sixteen values: quantiles of the normal distribution with zero, scaled to [-1, 1] (QLoRA, appendix E).
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+# Candidates for the scale of a group, as shares of its largest magnitude / 7: a smaller step rounds most weights less
+# and clips the largest one.
+SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+ROWS_AT_ONCE = 4096  # of a matrix: what rounding needs besides is several times their size
+TINY = torch.finfo(torch.float32).tiny
+
+
+# -- codes ------------------------------------------------------------------------------------------------------------
+
+
+def encode(weight: Tensor, form: str, group: int) -> tuple[Tensor, Tensor]:
+    """weight [out, in] → codes and scales, as above, rounded to nearest. `in` must be a multiple of `group`."""
+    groups = weight.float().unflatten(1, (-1, group))  # [out, groups, group]
+    scales = group_scales(groups, form)
+    return pack(nearest(groups, scales[..., None], form), form), scales
+
+
+def decode(codes: Tensor, scales: Tensor, form: str) -> Tensor:
+    """codes and scales of any rows [..., in or in / 2], [..., in / group] → their weights [..., in], float32."""
+    return (values(unpack(codes, scales.size(-1), form), form) * scales[..., None]).flatten(-2)
+
+
+def group_scales(groups: Tensor, form: str) -> Tensor:
+    """groups [..., group] of weights → their scales [...]. For int4 the one of `SHARES` with the least square error."""
+    full = groups.abs().amax(-1) / LARGEST[form]
+    if form != "int4":
+        return _bfloat16(full)
+    best, least = full, torch.full_like(full, torch.inf)
+    for share in SHARES:
+        scales = _bfloat16(full * share)
+        rounded = values(nearest(groups, scales[..., None], form), form) * scales[..., None]
+        error = (rounded - groups).square().sum(-1)
+        best, least = torch.where(error < least, scales, best), torch.minimum(error, least)
+    return best
+
+
+def _bfloat16(scales: Tensor) -> Tensor:
+    return scales.clamp(min=TINY).bfloat16().float()
+
+
+def nearest(weights: Tensor, scales: Tensor, form: str) -> Tensor:
+    """weights and their scales, of shapes that broadcast → codes, one a byte: int8, or uint8 from 0 to 15."""
+    scaled = weights / scales
+    if form == "int8":
+        return scaled.round().clamp(-127, 127).to(torch.int8)
+    if form == "int4":
+        return (scaled.round().clamp(-8, 7) + 8).to(torch.uint8)
+    table = torch.tensor(NF4, device=weights.device)
+    return torch.bucketize(scaled, (table[1:] + table[:-1]) / 2).to(torch.uint8)
+
+
+def values(codes: Tensor, form: str) -> Tensor:
+    """Codes, one a byte [...] → the values that scales multiply, float32 [...]."""
+    if form == "nf4":
+        return torch.tensor(NF4, device=codes.device)[codes.int()]
+    return codes.float() if form == "int8" else codes.float() - 8
+
+
+def pack(codes: Tensor, form: str) -> Tensor:
+    """Codes, one a byte [..., groups, group] → as they are in memory [..., in or in / 2]."""
+    if form == "int8":
+        return codes.flatten(-2)
+    low, high = codes.chunk(2, dim=-1)
+    return (low | high << 4).flatten(-2)
+
+
+def unpack(codes: Tensor, groups: int, form: str) -> Tensor:
+    """The inverse of `pack`."""
+    codes = codes.unflatten(-1, (groups, -1))
+    return codes if form == "int8" else torch.cat((codes & 15, codes >> 4), dim=-1)
+
+
+# -- modules ----------------------------------------------------------------------------------------------------------
+
+
+class Quantized(nn.Module):
+    """A frozen matrix [out, in] as `codes` and `scales` of a format."""
+
+    codes: Tensor
+    scales: Tensor
+
+    def __init__(self, codes: Tensor, scales: Tensor, form: str) -> None:
+        super().__init__()
+        self.form = form
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales)
+
+    @property
+    def group(self) -> int:
+        """Weights with one scale."""
+        return self.codes.size(1) * (1 if self.form == "int8" else 2) // self.scales.size(1)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized matrix.  [out, in], float32"""
+        return decode(self.codes, self.scales, self.form)
+
+    def _apply(self, function: Any, recurse: bool = True) -> Any:
+        """For `to`: scales stay in float32."""
+        super()._apply(function, recurse)
+        self.scales = self.scales.float()
+        return self
+
+
+class QuantizedLinear(Quantized):
+    """x W^T + b with a quantized W."""
+
+    def __init__(self, codes: Tensor, scales: Tensor, form: str, bias: Tensor | None = None) -> None:
+        super().__init__(codes, scales, form)
+        self.out_features, self.in_features = codes.size(0), scales.size(1) * self.group
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] → [..., out]."""
+        return Product.apply(x, self)
+
+
+class QuantizedEmbedding(Quantized):
+    """A quantized embedding, which is also the head if the model's are tied."""
+
+    bias = None
+
+    def __init__(self, codes: Tensor, scales: Tensor, form: str) -> None:
+        super().__init__(codes, scales, form)
+        self.result: Tensor
+        self.register_buffer("result", torch.empty(0), persistent=False)  # its precision is that of the result
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [...] → [..., width]."""
+        return decode(self.codes[ids], self.scales[ids], self.form).to(self.result.dtype)
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., width] → logits [..., vocab_size] of a tied head."""
+        return Product.apply(hidden, self)
+
+
+class Product(torch.autograd.Function):
+    """x W^T + b that keeps only the module for the backward pass, which dequantizes again.  [..., in] → [..., out]"""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: Any) -> Tensor:
+        ctx.module = module
+        return F.linear(x, module.weight.to(x.dtype), module.bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient @ ctx.module.weight.to(gradient.dtype), None
+
+
+# -- models -----------------------------------------------------------------------------------------------------------
+
+
+def quantized_modules(decoder: nn.Module) -> dict[str, Quantized]:
+    """The quantized modules of a decoder, by name."""
+    return {name: module for name, module in decoder.named_modules() if isinstance(module, Quantized)}
+
+
+def expect_full(decoder: nn.Module, what: str | Path) -> None:
+    """Raises `UserError` that begins with `what` for a quantized decoder."""
+    if quantized_modules(decoder):
+        raise UserError(f"{what}: its weights are quantized: name the full model that it was made from")
+
+
+def to_quantize(decoder: Decoder, form: str, group: int, embedding: str) -> dict[str, str]:
+    """The names of the matrices to quantize → their formats.
+
+    The layers' linears get `form`; a head of its own int8, where `form` is an integer, and with `embedding` int8 the
+    embedding (and a head tied to it) int8. A matrix whose columns are no multiple of `group` is left out. Raises
+    `UserError` if all of the layers' are.
+    """
+    names = [name for name in matching(linears(decoder), ALL_LINEAR) if linear(decoder, name).in_features % group == 0]
+    if not names:
+        raise UserError(
+            f"no matrix can be quantized in groups of {group}: their columns are no multiple of it; "
+            f"--group is one of {', '.join(map(str, GROUPS))}"
+        )
+    chosen = dict.fromkeys(names, form)
+    if decoder.architecture.width % group == 0:
+        if decoder.head is not None and (form != "nf4" or embedding == "int8"):
+            chosen["head"] = "int8"
+        if embedding == "int8":
+            chosen["embedding"] = "int8"
+    return chosen
+
+
+def round_to(decoder: Decoder, chosen: dict[str, str], group: int) -> None:
+    """Quantize the matrices that `to_quantize` chose, in place, one after another: each to the nearest codes."""
+    for name, form in chosen.items():
+        module = decoder.get_submodule(name)
+        if not isinstance(module, Quantized):
+            replace(decoder, name, rounded(module, form, group))
+
+
+def rounded(module: Any, form: str, group: int) -> Quantized:
+    """A linear or an embedding, rounded to the nearest codes."""
+    parts = [encode(rows, form, group) for rows in module.weight.detach().split(ROWS_AT_ONCE)]
+    codes, scales = (torch.cat(each) for each in zip(*parts))
+    if isinstance(module, nn.Embedding):
+        return QuantizedEmbedding(codes, scales, form)
+    return QuantizedLinear(codes, scales, form, module.bias)

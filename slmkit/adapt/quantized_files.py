@@ -1,0 +1,226 @@
+"""Directories of quantized models, in the forms of `compressed-tensors` and `bitsandbytes`, which `transformers` reads.
+
+    int8, int4   {module}.weight_packed  int32 [out, in × bits / 32], codes from 0, the first in the lowest bits
+                 {module}.weight_scale  bfloat16 [out, in / group]      {module}.weight_shape  int64 [2]
+    nf4          {module}.weight  uint8 [out × in / 2, 1], the first of two codes in the high nibble
+                 {module}.weight.absmax  float32 [out × in / group], and what bitsandbytes has besides
+
+All other tensors are bfloat16. `transformers` reads no quantized embedding, and no int8 or int4 of a family whose
+matrices it keeps transposed. Such a model has the same tensors and a `quantization_config` of our own, without the
+`quant_method` for which `transformers` would fill what it misses with random numbers: it refuses it instead.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from slmkit.adapt.quantize import (
+    GROUPS,
+    NF4,
+    Quantized,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    pack,
+    quantized_modules,
+    unpack,
+)
+from slmkit.adapt.swapping import HEAD, linears, replace
+from slmkit.config import UserError
+from slmkit.model.config import SLMConfig
+from slmkit.model.decoder import Decoder
+from slmkit.model.families import Family, family_of
+from slmkit.model.files.directory import (
+    WEIGHTS,
+    empty_decoder,
+    exactly,
+    float_state,
+    reference_name,
+    stored_in,
+    stored_names,
+    to_disk,
+    write_configs,
+)  # fmt: skip
+from slmkit.model.files.published import OWN_FORMAT
+from slmkit.model.files.stored import StoredTensor, expect_finite
+
+EMBEDDING = "embedding"
+NF4_STATE = "weight.quant_state.bitsandbytes__nf4"
+BITS = {"int8": 8, "int4": 4}
+# The tensors of a quantized matrix, after the module's name.
+PACKED = ("weight_packed", "weight_scale", "weight_shape")
+NF4_PARTS = ("weight", "weight.absmax", "weight.quant_map", NF4_STATE)
+NESTED = ("weight.nested_absmax", "weight.nested_quant_map")  # for scales that are quantized themselves
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def save_quantized(decoder: Decoder, config: SLMConfig, directory: str | Path) -> None:
+    """Write the files of a quantized model, in place as `save_decoder`. Raises `UserError` if the disk is full."""
+    directory, family, tensors = Path(directory), family_of(config.model_type), dict[str, Tensor]()
+    for theirs, ours in stored_names(empty_decoder(config).state_dict(), family).items():
+        modules, kinds = zip(*((decoder.get_submodule(name.rpartition(".")[0]), name) for name in ours))
+        if theirs.endswith(".weight") and isinstance(modules[0], Quantized):
+            parts = to_stored(modules)
+            tensors |= {f"{theirs.removesuffix('weight')}{name}": tensor for name, tensor in parts.items()}
+        else:
+            tensors[theirs] = to_disk(family, theirs, [decoder.get_parameter(name) for name in kinds]).bfloat16()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_configs(config, directory, "bfloat16", quantization_config=described(decoder, family))
+        save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{directory}: the model cannot be written: {error}") from None
+
+
+def to_stored(modules: Iterable[Any]) -> dict[str, Tensor]:
+    """The tensors of one matrix, which `modules` are parts of, along `out`."""
+    first = next(iter(modules))
+    scales = torch.cat([module.scales for module in modules]).cpu()
+    codes = unpack(torch.cat([module.codes for module in modules]).cpu(), scales.size(1), first.form).flatten(1)
+    shape = list(codes.shape)  # [out, in]
+    if first.form == "nf4":
+        state = {"quant_type": "nf4", "blocksize": first.group, "dtype": "float32", "shape": shape}
+        coded = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+        packed = (codes[:, ::2] << 4 | codes[:, 1::2]).view(-1, 1)
+        return dict(zip(NF4_PARTS, (packed, scales.flatten(), torch.tensor(NF4), coded)))
+    unsigned = codes.view(torch.uint8) ^ 128 if first.form == "int8" else codes[:, ::2] | codes[:, 1::2] << 4
+    return dict(zip(PACKED, (unsigned.view(torch.int32), scales.bfloat16(), torch.tensor(shape))))
+
+
+def described(decoder: Decoder, family: Family) -> dict[str, Any]:
+    """The `quantization_config` of a decoder: that of `transformers` if it has one for all of its matrices."""
+    quantized = {reference_name(name, family): module for name, module in quantized_modules(decoder).items()}
+    kept = {reference_name(name, family) for name in (*linears(decoder), HEAD)} - quantized.keys()
+    kinds = Counter((module.form, module.group) for module in quantized.values()).most_common()
+    if family.names[EMBEDDING] in quantized:
+        why = "transformers reads no quantized embedding"
+    elif len(kinds) == 1 and kinds[0][0][0] == "nf4":
+        return {
+            "quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": False,
+            "bnb_4bit_quant_storage": "uint8", "llm_int8_skip_modules": sorted(kept),
+        }  # fmt: skip
+    elif family.transposed:
+        why = "transformers reads no integers in this family's transposed matrices"
+    elif any(form == "nf4" for (form, _), _ in kinds):
+        why = "transformers reads no nf4 beside other formats"
+    else:
+        groups = {}
+        for number, ((form, group), _) in enumerate(kinds):
+            names = sorted(name for name, m in quantized.items() if (m.form, m.group) == (form, group))
+            weights = {
+                "num_bits": BITS[form], "type": "int", "symmetric": True, "strategy": "group", "group_size": group,
+                "dynamic": False,
+            }  # fmt: skip
+            unused = dict.fromkeys(("input_activations", "output_activations"))
+            groups[f"group_{number}"] = {"targets": names if number else ["Linear"], "weights": weights} | unused
+        return {
+            "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
+            "config_groups": groups, "ignore": sorted(kept), "kv_cache_scheme": None,
+        }  # fmt: skip
+    forms = {name: f"{module.form}, groups of {module.group}" for name, module in sorted(quantized.items())}
+    return {"made_by": OWN_FORMAT, "why_not_for_transformers": why, "modules": forms}
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def load_quantized(directory: str | Path, device: torch.device | str = "cpu") -> tuple[Decoder, SLMConfig]:
+    """Read the directory of a quantized model, ours or a published one of the same form, as `load_decoder` does.
+
+    Raises `UserError` as that does, and by name for a matrix of another form.
+    """
+    config = SLMConfig.from_pretrained(directory)
+    decoder, family = empty_decoder(config), family_of(config.model_type)
+    path, tensors = stored_in(directory, decoder, family)
+    state: dict[str, Tensor] = {}
+    for theirs, ours in stored_names(decoder.state_dict(), family).items():
+        name = theirs.removesuffix(".weight")
+        if f"{name}.weight_packed" not in tensors and f"{name}.weight.absmax" not in tensors:
+            continue
+        modules = {one.removesuffix(".weight"): decoder.get_submodule(one.removesuffix(".weight")) for one in ours}
+        rows = [module.weight.size(0) for module in modules.values()]
+        codes, scales, form = _from_stored(
+            path, name, tensors, (sum(rows), next(iter(modules.values())).weight.size(1))
+        )
+        for (one, module), *parts in zip(modules.items(), codes.split(rows), scales.split(rows)):
+            state |= {f"{one}.codes": parts[0], f"{one}.scales": parts[1]}
+            replace(decoder, one, _empty(module, *parts, form))
+    rest = {name: tensor for name, tensor in decoder.state_dict().items() if name not in state}
+    state |= float_state(exactly(path, tensors, rest, family), rest, family, device, is_finite=True)
+    decoder.to_empty(device=device)
+    decoder.load_state_dict(state)
+    return decoder.eval(), config
+
+
+def _empty(module: Any, codes: Tensor, scales: Tensor, form: str) -> Quantized:
+    """The module that will hold a part of a matrix, on the meta device."""
+    codes, scales = codes.to("meta"), scales.to("meta")
+    if isinstance(module, nn.Embedding):
+        return QuantizedEmbedding(codes, scales, form)
+    return QuantizedLinear(codes, scales, form, module.bias)
+
+
+def _from_stored(
+    path: Path, name: str, tensors: dict[str, StoredTensor], shape: tuple[int, int]
+) -> tuple[Tensor, Tensor, str]:
+    """Codes, scales and format of the matrix `name` [out, in]; its tensors are taken out of `tensors`.
+
+    Raises `UserError` for tensors that are missing, damaged, or do not fit `shape`.
+    """
+    is_nf4 = f"{name}.weight.absmax" in tensors
+    wanted = (*NF4_PARTS, *(one for one in NESTED if f"{name}.{one}" in tensors)) if is_nf4 else PACKED
+    missing = [f"{name}.{one}" for one in wanted if f"{name}.{one}" not in tensors]
+    if missing:
+        raise UserError(f"{path}: {missing[0]!r} is missing: not a whole quantized matrix")
+    read = {one: tensors.pop(f"{name}.{one}").read() for one in wanted}
+    try:
+        codes, scales, form = _nf4(read, shape) if is_nf4 else _integers(read, shape)
+        group = shape[1] // scales.size(1)
+        ours = next((size for size in reversed(GROUPS) if group % size == 0), None)
+        if group * scales.size(1) != shape[1] or ours is None:
+            raise ValueError(f"groups of {group} are not a multiple of {GROUPS[0]} that divides {shape[1]} columns")
+        scales = scales.repeat_interleave(group // ours, dim=1)
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: {name!r} of {shape[0]} × {shape[1]} cannot be read: {error}") from None
+    expect_finite(scales, f"{path}: {name!r}", "the model is broken: use another copy")
+    return pack(codes.unflatten(1, (scales.size(1), -1)), form), scales, form
+
+
+def _integers(read: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, Tensor, str]:
+    packed, scales, said = (read[name] for name in PACKED)
+    form = next((form for form, bits in BITS.items() if packed.shape == (shape[0], shape[1] * bits // 32)), None)
+    if form is None or tuple(said.tolist()) != shape or packed.dtype != torch.int32 or scales.size(0) != shape[0]:
+        raise ValueError(f"packed {tuple(packed.shape)} {packed.dtype}, scales {tuple(scales.shape)}")
+    bytes_ = packed.contiguous().view(torch.uint8)
+    if form == "int8":
+        return (bytes_ ^ 128).view(torch.int8), scales.float(), form
+    return torch.stack((bytes_ & 15, bytes_ >> 4), dim=-1).flatten(1), scales.float(), form
+
+
+def _nf4(read: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, Tensor, str]:
+    packed, scales, table = (read[name] for name in NF4_PARTS[:3])
+    state = json.loads(bytes(read[NF4_STATE].tolist()))
+    if tuple(state["shape"]) != shape or packed.numel() * 2 != shape[0] * shape[1] or packed.dtype != torch.uint8:
+        raise ValueError(f"packed {tuple(packed.shape)} {packed.dtype}, of a matrix of {state['shape']}")
+    if not torch.allclose(table, torch.tensor(NF4), atol=1e-6):
+        raise ValueError("its table is not that of nf4")
+    if "weight.nested_absmax" in read:  # double quantization: codes of the scales' distances from their mean
+        nested = read["weight.nested_quant_map"][scales.int()]
+        blocks = read["weight.nested_absmax"].repeat_interleave(state["nested_blocksize"])[: nested.numel()]
+        scales = nested * blocks + state["nested_offset"]
+    packed, block = packed.view(shape[0], -1), int(state["blocksize"])
+    within = math.gcd(block, shape[1])  # a block may reach into the next row: its parts in one row have the same scale
+    scales = scales.float().repeat_interleave(block // within)[: packed.numel() * 2 // within].view(shape[0], -1)
+    return torch.stack((packed >> 4, packed & 15), dim=-1).flatten(1), scales, "nf4"

@@ -1,0 +1,259 @@
+"""Directories of quantized models: as they were saved, as transformers reads them, and as others publish them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from slmkit import SLMForCausalLM
+from slmkit.adapt.load import load_model
+from slmkit.adapt.quantize import LARGEST, quantized_modules, round_to, to_quantize
+from slmkit.adapt.quantized_files import load_quantized, save_quantized
+from slmkit.config import UserError
+from slmkit.model.config import SLMConfig
+from slmkit.model.decoder import Decoder
+from slmkit.model.files.directory import load_decoder
+from slmkit.model.initialization import build_decoder
+from tests.model.test_cache import FAMILIES, config, ids
+
+every_format = pytest.mark.parametrize("form", LARGEST)
+every_embedding = pytest.mark.parametrize("embedding", ["bfloat16", "int8"])
+
+
+def quantized(shape: SLMConfig, form: str, embedding: str = "bfloat16", group: int = 32) -> Decoder:
+    decoder = build_decoder(shape, seed=3).eval()
+    with torch.no_grad():  # what is stored in bfloat16 should come back as it was
+        for parameter in decoder.parameters():
+            parameter.copy_(parameter.bfloat16())
+    round_to(decoder, to_quantize(decoder, form, group, embedding), group)
+    return decoder
+
+
+def write(directory: Path, form: str, embedding: str = "bfloat16", **changes: object) -> Path:
+    shape = config("llama").model_copy(update=changes)
+    save_quantized(quantized(shape, form, embedding), shape, directory)
+    return directory
+
+
+def change(directory: Path, **changes: object) -> None:
+    """Change keys of its quantization_config."""
+    path = directory / "config.json"
+    content = json.loads(path.read_text())
+    content["quantization_config"] |= changes
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@every_format
+@every_embedding
+def test_every_family_comes_back_bit_for_bit(family: str, form: str, embedding: str, tmp_path: Path) -> None:
+    shape = config(family)
+    decoder = quantized(shape, form, embedding)
+    save_quantized(decoder, shape, tmp_path)
+    found, read = load_model(tmp_path)
+    assert read == shape
+    state = decoder.state_dict()
+    assert found.state_dict().keys() == state.keys()
+    for name, tensor in found.state_dict().items():
+        assert tensor.dtype == state[name].dtype, name
+        assert torch.equal(tensor, state[name]), name
+    with torch.no_grad():
+        assert torch.equal(found.logits(found(ids())), decoder.logits(decoder(ids())))
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"slm"}))
+@every_format
+def test_transformers_reads_the_directory_and_computes_the_same(family: str, form: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("bitsandbytes" if form == "nf4" else "compressed_tensors")
+    shape = config(family)
+    decoder = quantized(shape, form)
+    save_quantized(decoder, shape, tmp_path)
+    said = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    if family == "gpt2" and form != "nf4":
+        assert said["why_not_for_transformers"] == "transformers reads no integers in this family's transposed matrices"
+        with pytest.raises(ValueError, match="quant_method"):
+            transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+        return
+    assert said["quant_method"] == ("bitsandbytes" if form == "nf4" else "compressed-tensors")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        in_16_bits = theirs(ids()).logits.float()
+        if form != "nf4":
+            theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+        torch.nn.Module.float(theirs)  # bitsandbytes' linears take the precision of their input
+        for module in theirs.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False  # or they compute in bfloat16 all the same
+        wanted = decoder.logits(decoder(ids()))
+        torch.testing.assert_close(theirs(ids()).logits, wanted, atol=2e-3 if "gemma" in family else 1e-4, rtol=0)
+    assert (in_16_bits - wanted).abs().max() < 0.1 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_a_head_of_its_own_is_int8_and_transformers_reads_that(form: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("compressed_tensors")
+    write(tmp_path, form, tie_word_embeddings=False)
+    decoder, _ = load_model(tmp_path)
+    assert quantized_modules(decoder)["head"].form == "int8"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids()).logits, decoder.logits(decoder(ids())), atol=1e-4, rtol=0)
+
+
+@every_format
+def test_transformers_refuses_a_quantized_embedding(form: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    write(tmp_path, form, "int8")
+    said = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert said["why_not_for_transformers"] == "transformers reads no quantized embedding"
+    assert said["modules"]["model.embed_tokens"] == "int8, groups of 32"
+    with pytest.raises(ValueError, match="quant_method"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+# -- directories of other programs ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("bits", "strategy"), [(4, "group"), (8, "group"), (4, "channel"), (8, "channel")])
+def test_what_compressed_tensors_writes_is_read(bits: int, strategy: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    compressed = pytest.importorskip("compressed_tensors")
+    from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, apply_quantization_config
+
+    shape = config("llama")
+    full = build_decoder(shape, seed=3)
+    SLMForCausalLM(shape, full).save_pretrained(tmp_path / "full")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "full")
+    arguments = {"num_bits": bits, "symmetric": True, "strategy": strategy}
+    arguments |= {"group_size": 32} if strategy == "group" else {}
+    scheme = QuantizationScheme(targets=["Linear"], weights=arguments)
+    apply_quantization_config(theirs, QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"]))
+    for module in theirs.modules():
+        if hasattr(module, "quantization_scheme"):
+            groups = module.weight.detach().unflatten(1, (module.weight_scale.size(1), -1))
+            module.weight_scale.data.copy_(groups.abs().amax(-1) / (2 ** (bits - 1) - 1))
+            module.quantization_status = compressed.quantization.QuantizationStatus.FROZEN
+    x = ids()
+    compressor = compressed.compressors.ModelCompressor.from_pretrained_model(theirs)
+    compressor.compress_model(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    compressor.update_config(str(tmp_path / "theirs"))
+    with torch.no_grad():
+        wanted = theirs(x).logits
+        decoder, _ = load_model(tmp_path / "theirs")
+        assert len(quantized_modules(decoder)) == 28
+        torch.testing.assert_close(decoder.logits(decoder(x)), wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_what_bitsandbytes_writes_is_read(double: bool, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("bitsandbytes")
+    shape = config("llama").model_copy(update={"hidden_size": 64, "intermediate_size": 128})
+    SLMForCausalLM(shape, build_decoder(shape, seed=3)).save_pretrained(tmp_path / "full")
+    wanted = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double
+    )
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "full", quantization_config=wanted, dtype=torch.float32
+    )
+    theirs.save_pretrained(tmp_path / "theirs")
+    decoder, _ = load_model(tmp_path / "theirs")
+    assert len(quantized_modules(decoder)) == 28
+    for module in theirs.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    with torch.no_grad():
+        torch.testing.assert_close(decoder.logits(decoder(ids())), theirs(ids()).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"format": "float-quantized"}, "format is 'float-quantized': only 'pack-quantized'"),
+        ({"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme is"),
+        ({"weights": {"symmetric": False}}, "group_0.weights: symmetric is 'False': only True"),
+        ({"weights": {"num_bits": 3}}, "num_bits is '3': only 4 or 8"),
+        ({"weights": {"type": "float"}}, "type is 'float': only 'int'"),
+        ({"weights": {"strategy": "block"}}, "strategy is 'block': only 'group' or 'channel'"),
+        ({"weights": {"actorder": "group"}}, "actorder is 'group': only None or 'static' or 'weight'"),
+        ({"group": {"input_activations": {"num_bits": 8}}}, "group_0: input_activations is"),
+        ({"quant_method": "gptq"}, r"only compressed-tensors \(pack-quantized\) and bitsandbytes \(nf4\)"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "load_in_4bit is 'None': only True"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bnb_4bit_quant_type is 'None': only 'nf4'"),
+    ],
+)
+def test_another_quantization_is_refused_by_name(changes: dict, words: str, tmp_path: Path) -> None:
+    write(tmp_path, "int4")
+    group = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
+    group["weights"] |= changes.pop("weights", {})
+    group |= changes.pop("group", {})
+    change(tmp_path, config_groups={"group_0": group}, **changes)
+    with pytest.raises(UserError, match=words) as caught:
+        load_model(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+# -- damage -----------------------------------------------------------------------------------------------------------
+
+
+def damaged(directory: Path, form: str, **tensors: torch.Tensor | None) -> str:
+    """The error for a directory of which one matrix's tensors are replaced, or removed (None)."""
+    write(directory, form)
+    path, name = directory / "model.safetensors", "model.layers.1.mlp.up_proj"
+    stored = load_file(path) | {f"{name}.{key.replace('__', '.', 1)}": value for key, value in tensors.items()}
+    save_file({key: value for key, value in stored.items() if value is not None}, path)
+    with pytest.raises(UserError) as caught:
+        load_model(directory)
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
+    width, wide = config("llama").hidden_size, config("llama").intermediate_size
+    packed, scales = torch.zeros(wide, width // 8, dtype=torch.int32), torch.ones(wide, width // 32)
+    assert "cannot be read: packed" in damaged(tmp_path, "int4", weight_packed=packed[:-1].clone())
+    assert "cannot be read: packed" in damaged(tmp_path, "int4", weight_packed=packed.float())
+    assert "cannot be read: packed" in damaged(tmp_path, "int4", weight_scale=scales[:-1].clone())
+    assert "cannot be read: packed" in damaged(tmp_path, "int4", weight_shape=torch.tensor([wide, width + 1]))
+    assert "not a multiple of 32" in damaged(tmp_path, "int4", weight_scale=torch.ones(wide, width // 16))
+    assert "numbers that are not finite" in damaged(tmp_path, "int4", weight_scale=scales * torch.nan)
+    assert "weight_scale' is missing" in damaged(tmp_path, "int4", weight_scale=None)
+    assert "unexpected" in damaged(tmp_path, "int4", weight_g_idx=torch.zeros(width, dtype=torch.int32))
+    assert "not that of nf4" in damaged(tmp_path, "nf4", weight__quant_map=torch.linspace(-1, 1, 16))
+    assert "cannot be read" in damaged(tmp_path, "nf4", weight__absmax=torch.ones(7))
+    state = {"weight__quant_state.bitsandbytes__nf4": torch.tensor([1, 2], dtype=torch.uint8)}
+    assert "cannot be read" in damaged(tmp_path, "nf4", **state)
+    write(tmp_path, "int4")
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(UserError, match="damaged or cut short"):
+        load_model(tmp_path)
+
+
+# -- what else reads it -----------------------------------------------------------------------------------------------
+
+
+@every_format
+def test_a_script_loads_saves_and_generates(form: str, tmp_path: Path) -> None:
+    model = SLMForCausalLM.from_pretrained(write(tmp_path / "one", form, "int8"))
+    model.save_pretrained(tmp_path / "two")
+    files = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+    new = model.generate(ids()[:, :5], max_new_tokens=4, do_sample=False)
+    assert new.shape == (2, 9)
+    assert load_quantized(tmp_path / "two")[0].embedding.form == "int8"
+
+
+def test_only_models_in_full_precision_are_changed(tmp_path: Path) -> None:
+    write(tmp_path, "int4")
+    with pytest.raises(UserError, match="its weights are quantized, too coarsely to be changed: name the full model"):
+        load_decoder(tmp_path)
