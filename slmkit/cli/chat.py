@@ -164,7 +164,7 @@ def generate(
         model, others, device, seed, USUAL, temperature=temperature, top_k=top_k,
         top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
     )  # fmt: skip
-    from slmkit.generation.text import TextStream
+    from slmkit.generation.generator import TextStream
     from slmkit.model.files.generation_config import new_tokens
 
     if prompt == "-":

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from slmkit.generation.ensemble import LanguageModel
+from slmkit.generation.generator import TextStream
 from slmkit.generation.sampling_settings import SamplingSettings
-from slmkit.generation.text import TextStream
 from slmkit.tokenizer import SLMTokenizer
 
 Messages = Sequence[Mapping[str, Any]]

@@ -9,10 +9,10 @@ from typing import Any
 
 from slmkit.config import UserError
 from slmkit.files import write_whole
+from slmkit.generation.engine import FinishReason
 from slmkit.generation.ensemble import LanguageModel
-from slmkit.generation.generator import FinishReason
+from slmkit.generation.generator import TextStream
 from slmkit.generation.sampling_settings import SamplingSettings
-from slmkit.generation.text import TextStream
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.tokenizer.chat import check_messages
 

@@ -15,18 +15,37 @@ import torch
 from torch import Tensor, nn
 
 from slmkit.config import UserError
-from slmkit.model.cache import KVCache
+from slmkit.model.cache import AT_ONCE, KVCache
 from slmkit.model.decoder import Decoder
 from slmkit.tokenizer import SLMTokenizer
 
 
-class MemberCaches(list[KVCache]):
-    """The KV cache of each member."""
+class MemberCaches:
+    """The KV cache of each member, with the methods of one."""
 
-    def repeat(self, times: int) -> None:
-        """Repeat each sequence `times` times in every cache, as `KVCache.repeat`."""
-        for cache in self:
-            cache.repeat(times)
+    def __init__(self, caches: Sequence[KVCache]) -> None:
+        self.caches, self.max_length = caches, caches[0].max_length
+
+    def __getitem__(self, slots: slice) -> MemberCaches:
+        return MemberCaches([cache[slots] for cache in self.caches])
+
+    def swap(self, a: int, b: int) -> None:
+        for cache in self.caches:
+            cache.swap(a, b)
+
+    def length(self, slot: int) -> int:
+        return self.caches[0].length(slot)
+
+    def truncate(self, slot: int, length: int) -> None:
+        for cache in self.caches:
+            cache.truncate(slot, length)
+
+    def holds(self, slot: int, length: int) -> bool:
+        return all(cache.holds(slot, length) for cache in self.caches)
+
+    def copy_slot(self, slot: int, other: MemberCaches, source: int, length: int) -> None:
+        for mine, theirs in zip(self.caches, other.caches):
+            mine.copy_slot(slot, theirs, source, length)
 
 
 class Ensemble(nn.Module):
@@ -50,16 +69,21 @@ class Ensemble(nn.Module):
         self.registered = nn.ModuleList(members)  # for `to`, `eval` and `train`
         self.log_weights = [math.log(weight / sum(weights)) for weight in weights]
         self.widths = [member.architecture.width for member in members]
-        self.max_positions = min(member.max_positions for member in members)
+        self.max_positions, self.vocab_size = min(member.max_positions for member in members), sizes[0]
+        self.ropes = [rope for member in members for rope in member.ropes]
         self.train(any(member.training for member in members))
 
     @property
     def device(self) -> torch.device:
         return self.members[0].device
 
-    def new_cache(self, batch_size: int, max_length: int, padding: Tensor | None = None) -> MemberCaches:
-        """An empty cache for each member; padding [batch]: tokens at the left of each sequence to be masked."""
-        return MemberCaches(member.new_cache(batch_size, max_length, padding) for member in self.members)
+    def new_cache(self, slots: int, max_length: int, at_once: int = AT_ONCE) -> MemberCaches:
+        """An empty cache for each member."""
+        return MemberCaches([member.new_cache(slots, max_length, at_once) for member in self.members])
+
+    def cache_bytes(self, slots: int, max_length: int, at_once: int) -> int:
+        """Size of the keys and values of such caches."""
+        return sum(member.cache_bytes(slots, max_length, at_once) for member in self.members)
 
     def forward(
         self,
@@ -69,7 +93,7 @@ class Ensemble(nn.Module):
         attention_mask: Tensor | None = None,
     ) -> Tensor:
         """ids [batch, new] → the members' hidden states, concatenated [batch, new, sum of widths]."""
-        caches: Sequence[KVCache | None] = cache or [None] * len(self.members)
+        caches: Sequence[KVCache | None] = cache.caches if cache else [None] * len(self.members)
         hidden = [member(ids, its, documents, attention_mask) for member, its in zip(self.members, caches)]
         return torch.cat(hidden, dim=-1)
 
@@ -87,8 +111,9 @@ class Ensemble(nn.Module):
 
 
 # A decoder or several, for callers that pass hidden states of one's `forward` to its `logits`, and caches from its
-# `new_cache` to its `forward`, without looking into them.
+# `new_cache` to its `forward`.
 LanguageModel = Decoder | Ensemble
+Cache = KVCache | MemberCaches
 
 
 def together(decoders: Sequence[Decoder]) -> LanguageModel:

@@ -1,14 +1,11 @@
-"""Streams generated text, without incomplete characters, stop tokens and stop strings."""
+"""Text of generated tokens, without incomplete characters, stop tokens and stop strings."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from slmkit.config import UserError
-from slmkit.generation.ensemble import LanguageModel
-from slmkit.generation.generator import FinishReason, IdStream
-from slmkit.generation.sampling_settings import SamplingSettings
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # decoded from bytes that are no (complete) character
 
@@ -25,71 +22,41 @@ class TextTokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str: ...
 
 
-class TextStream:
-    """Iterates once over the pieces of a text as they are generated. Joined, they are the text.
-
-    `prompt` is plain text, before which the tokenizer puts its own beginning, or ids [prompt]. Incomplete characters,
-    and text that may begin a stop string, are held back until they are complete. `finish_reason` is None until the end.
-    Raises `UserError` for an empty prompt, one that fills the context, and fewer
-    than one new token.
+class TextTail:
+    """Decodes the tokens of one text, and holds back what is not certain yet: incomplete characters, and text that may
+    begin a stop string. End tokens and other special ones are not shown.
     """
 
-    def __init__(
-        self,
-        decoder: LanguageModel,
-        tokenizer: TextTokenizer,
-        prompt: str | Sequence[int],
-        *,
-        settings: SamplingSettings,
-        max_new_tokens: int,
-        stop: Sequence[str] = (),
-    ) -> None:
-        if isinstance(prompt, str):
-            encode = getattr(tokenizer, "encode_prompt", None)
-            prompt = encode(prompt) if encode else [*_document_start(tokenizer), *tokenizer.encode(prompt)]
-        stop_ids = {*getattr(tokenizer, "stop_token_ids", ()), *_document_start(tokenizer)}
-        self._hidden = {*stop_ids, *getattr(tokenizer, "special_tokens", {}).values()}
+    def __init__(self, tokenizer: TextTokenizer, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
+        special = getattr(tokenizer, "special_tokens", {}).values()
+        self._hidden, self._held = {*end_tokens(tokenizer), *special}, ""
         self._stops = StopStrings(stop)
-        before = [token for token in prompt[-1:] if token not in self._hidden]
-        self._characters = WholeCharacters(tokenizer.decode, before)
-        self._ids = IdStream(
-            decoder,
-            prompt,
-            max_new_tokens=max_new_tokens,
-            stop_ids=stop_ids,
-            settings=settings,
-            known=getattr(tokenizer, "known_ids", None),
+        self._characters = WholeCharacters(
+            tokenizer.decode, [token for token in prompt[-1:] if token not in self._hidden]
         )
-        self.finish_reason: FinishReason | None = None
 
-    @property
-    def tokens(self) -> int:
-        """The number of tokens generated so far, stop token included."""
-        return self._ids.tokens
+    def add(self, token: int, is_last: bool) -> tuple[str, bool]:
+        """The text completed by one more token, and whether a stop string ends it."""
+        self._held += "" if token in self._hidden else self._characters.add(token)
+        if is_last:
+            self._held += self._characters.rest()
+        end = self._stops.find(self._held)
+        if end is not None:
+            return self._held[:end], True
+        ready = len(self._held) - (0 if is_last else self._stops.may_begin(self._held))
+        text, self._held = self._held[:ready], self._held[ready:]
+        return text, False
 
-    def __iter__(self) -> Iterator[str]:
-        held = ""
-        for piece in self._decoded():
-            held += piece
-            end = self._stops.find(held)
-            if end is not None:
-                self.finish_reason = "stop"
-                if end:
-                    yield held[:end]
-                return
-            ready = len(held) - self._stops.may_begin(held)
-            if ready:
-                yield held[:ready]
-                held = held[ready:]
-        self.finish_reason = self._ids.finish_reason
-        if held:
-            yield held
 
-    def _decoded(self) -> Iterator[str]:
-        for token in self._ids:
-            if token not in self._hidden:
-                yield self._characters.add(token)
-        yield self._characters.rest()
+def end_tokens(tokenizer: TextTokenizer) -> set[int]:
+    """The ids that end a text."""
+    return {*getattr(tokenizer, "stop_token_ids", ()), *_document_start(tokenizer)}
+
+
+def prompt_ids(tokenizer: TextTokenizer, text: str) -> list[int]:
+    """The ids [prompt] of a text, with the tokenizer's own beginning."""
+    encode = getattr(tokenizer, "encode_prompt", None)
+    return encode(text) if encode else [*_document_start(tokenizer), *tokenizer.encode(text)]
 
 
 def _document_start(tokenizer: TextTokenizer) -> list[int]:

@@ -1,85 +1,135 @@
-"""KV cache: keys and values of the positions read so far.
+"""KV cache: keys and values of the positions read so far, one text a slot.
 
-A layer with full attention stores all positions; one with a window of w positions stores w, and the newest replaces
-the oldest (a ring buffer). Rows of different lengths are padded on the left, so that their next tokens are in one
-column.
+Texts of different lengths share a forward pass: each is continued at its own length, and masks (`context.py`) tell
+their positions apart. A layer with full attention stores all positions. One with a window stores as many as its window
+and one forward pass need, and the newest replace the oldest: position p is in column p % columns (a ring buffer).
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from slmkit.model.architectures import Architecture
 from slmkit.model.rope import Rope, Rotation
 
+AT_ONCE = 256  # new positions in one forward pass, at most
+
 
 class KVCache:
-    """Cache for `max_length` positions, allocated once; attention reads only the filled part.
+    """`slots` texts of up to `max_length` positions, allocated once; a forward pass appends at most `at_once` to each.
 
-    `padding` [batch]: number of padding columns at the left of each row; None: no padding.
+    `cache[start:stop]` is a cache of consecutive slots that shares the storage.
     """
 
     def __init__(
         self,
         architecture: Architecture,
-        batch_size: int,
+        slots: int,
         max_length: int,
         device: torch.device,
         dtype: torch.dtype,
-        padding: Tensor | None = None,
+        at_once: int = AT_ONCE,
     ) -> None:
         heads, key_dim, value_dim = architecture.cached_per_position
-        self.max_length, self.padding = max_length, padding
-        self.slots = [min(layer.window or max_length, max_length) for layer in architecture.layers]
-        self.keys, self.values = (
-            [torch.zeros(batch_size, heads, slots, dim, device=device, dtype=dtype) for slots in self.slots]
+        columns = cached_columns(architecture, max_length, at_once)
+        self.max_length, self.at_once = max_length, at_once
+        self.keys, self.values = (  # of each layer: [slots, kv_heads, columns, dim]
+            [torch.zeros(slots, heads, count, dim, device=device, dtype=dtype) for count in columns]
             for dim in (key_dim, value_dim)
         )
+        self.lengths = np.zeros(slots, np.int64)  # positions read by every layer; increased after the last one
         self.tables: dict[Rope, Rotation] = {}  # cosines and sines of every position, each [max_length, dim]
-        self.length = 0  # positions read by every layer; increased by the decoder after its last layer
+
+    def __getitem__(self, slots: slice) -> KVCache:
+        part = object.__new__(KVCache)
+        part.max_length, part.at_once, part.tables = self.max_length, self.at_once, self.tables
+        part.keys, part.values = [keys[slots] for keys in self.keys], [values[slots] for values in self.values]
+        part.lengths = self.lengths[slots]
+        return part
 
     def expect(self, new: int) -> None:
-        """Raises `ValueError` if `new` positions do not fit."""
-        if self.length + new > self.max_length:
-            raise ValueError(f"the cache has room for {self.max_length} positions, not for {self.length + new}")
-
-    def repeat(self, times: int) -> None:
-        """Repeat each row `times` times, adjacent: for several continuations of one prompt."""
-        self.keys = [keys.repeat_interleave(times, dim=0) for keys in self.keys]
-        self.values = [values.repeat_interleave(times, dim=0) for values in self.values]
-        self.padding = None if self.padding is None else self.padding.repeat_interleave(times)
+        """Raises `ValueError` if `new` positions do not fit into every slot, or are too many for one forward pass."""
+        if self.longest + new > self.max_length:
+            raise ValueError(f"the cache has room for {self.max_length} positions, not for {self.longest + new}")
+        if new > self.at_once:
+            raise ValueError(f"{new} new positions, where this cache takes {self.at_once} at once: read them in pieces")
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new positions [batch, kv_heads, new, dim]; returns keys and values [batch, kv_heads, seen, dim]."""
+        """Append new positions [slots, kv_heads, new, dim]; returns keys and values [slots, kv_heads, seen, dim]."""
         return self._extend(self.keys[layer], key), self._extend(self.values[layer], value)
 
     def _extend(self, held: Tensor, fresh: Tensor) -> Tensor:
-        past, new, slots = self.length, fresh.size(2), held.size(2)
-        end = past + new
-        if end <= slots or new == 1:
-            slot = past % slots
-            held[:, :, slot : slot + new] = fresh
-            return held[:, :, : min(end, slots)]
-        # More than the ring holds: return the past in order and the new ones, and keep the last of all.
-        kept = torch.arange(max(0, past - slots), past, device=held.device) % slots
-        seen = torch.cat((held[:, :, kept], fresh.to(held.dtype)), dim=2)
-        last = torch.arange(end - slots, end, device=held.device) % slots
-        held[:, :, last] = seen[:, :, -slots:]
-        return seen
+        new, columns, end = fresh.size(2), held.size(2), self.longest + fresh.size(2)
+        if self.is_even and end <= columns:
+            held[:, :, end - new : end] = fresh
+        else:
+            places = torch.tensor((self.lengths[:, None] + np.arange(new)) % columns).to(held.device)
+            held[torch.arange(held.size(0), device=held.device)[:, None], :, places] = fresh.transpose(1, 2)
+        return held[:, :, : min(end, columns)]
 
-    def seen(self, window: int | None, new: int, device: torch.device) -> Tensor:
-        """The columns of the keys that `extend` returns, in their order.  [seen]"""
-        past, slots = self.length, min(window or self.max_length, self.max_length)
-        if past + new <= slots:
-            return torch.arange(past + new, device=device)
-        if new == 1:  # slot s holds the newest column that maps to it
-            return past - (past - torch.arange(slots, device=device)) % slots
-        return torch.arange(max(0, past - slots), past + new, device=device)
+    def positions(self, layer: int, new: int) -> np.ndarray:
+        """The position of each key that `extend` returns: [slots, seen], or [1, seen] if all slots have one length.
 
-    def starts(self, columns: Tensor) -> Tensor | None:
-        """The first column of the text of each of `columns` [new]: after the padding, or 0 within it.  [batch, new]"""
-        if self.padding is None:
-            return None
-        padding = self.padding[:, None]
-        return torch.where(columns >= padding, padding, 0)
+        Negative where nothing was written yet.
+        """
+        columns = self.keys[layer].size(2)
+        last = (self.lengths[:1] if self.is_even else self.lengths)[:, None] + new - 1
+        return last - (last - np.arange(min(self.longest + new, columns))) % columns
+
+    @property
+    def longest(self) -> int:
+        return int(self.lengths.max())
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all slots have the same length."""
+        return bool((self.lengths == self.lengths[0]).all())
+
+    def copy_slot(self, slot: int, other: KVCache, source: int, length: int) -> None:
+        """Let `slot` begin with the first `length` positions of slot `source` of a cache of the same architecture.
+
+        Raises `ValueError` if the other slot does not hold them.
+        """
+        if not other.holds(source, length):
+            raise ValueError(f"slot {source} no longer holds what follows its first {length} positions")
+        for mine, theirs in zip((*self.keys, *self.values), (*other.keys, *other.values)):
+            to, of = mine.size(2), theirs.size(2)
+            kept = np.arange(max(0, length - to, int(other.lengths[source]) - of), length)
+            mine[slot][:, kept % to] = theirs[source][:, kept % of]
+        self.lengths[slot] = length
+
+    def swap(self, a: int, b: int) -> None:
+        """Exchange what two slots hold."""
+        longest = max(self.length(a), self.length(b))
+        for held in (*self.keys, *self.values):
+            end = min(longest, held.size(2))
+            held[[a, b], :, :end] = held[[b, a], :, :end]
+        self.lengths[[a, b]] = self.lengths[[b, a]]
+
+    def length(self, slot: int) -> int:
+        """How many positions a slot holds."""
+        return int(self.lengths[slot])
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Forget what a slot holds behind its first `length` positions, which must be held."""
+        self.lengths[slot] = length
+
+    def holds(self, slot: int, length: int) -> bool:
+        """Whether a text can go on behind the first `length` positions of a slot: its windows are not overwritten."""
+        past = int(self.lengths[slot])
+        return length <= past and (past - length < self.at_once or past <= min(keys.size(2) for keys in self.keys))
+
+
+def cache_bytes(architecture: Architecture, slots: int, max_length: int, at_once: int, itemsize: int) -> int:
+    """Size of the keys and values of a `KVCache` with `itemsize` bytes a number."""
+    heads, key_dim, value_dim = architecture.cached_per_position
+    return slots * sum(cached_columns(architecture, max_length, at_once)) * heads * (key_dim + value_dim) * itemsize
+
+
+def cached_columns(architecture: Architecture, max_length: int, at_once: int = AT_ONCE) -> list[int]:
+    """Positions that each layer stores, for texts of up to `max_length`."""
+    return [
+        min(layer.window - 1 + at_once if layer.window else max_length, max_length) for layer in architecture.layers
+    ]

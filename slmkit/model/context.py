@@ -6,10 +6,11 @@ masks as tensors, with the same result.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -38,7 +39,7 @@ class AttentionInputs:
 
     rope_q: Rotation | None = None
     rope_k: Rotation | None = None  # keys before they are cached
-    rope_seen: Rotation | None = None  # all seen keys, if their rotation depends on the length of the text
+    rope_seen: Rotation | None = None  # all seen keys, where their rotation depends on the text's length
     mask: Tensor | None = None  # [batch or 1, 1, new, seen], True: may attend; None: everywhere
     is_causal: bool = False  # instead of `mask`: a query attends to itself and earlier positions
     blocks: Any = None  # a `BlockMask` instead of `mask`, for FlexAttention
@@ -48,14 +49,14 @@ class AttentionInputs:
 class Context:
     """The `AttentionInputs` of one forward pass, one for each kind of layer.
 
-    A text begins at the first column, after the padding of the cache, or where the number in `documents` [batch,
-    new] changes: positions are counted from there, and earlier columns are masked. Columns where `attention_mask`
-    [batch, new] is False are masked too.
+    With a cache, the new tokens of a row continue its text. Without, a text begins at the first column, or where the
+    number in `documents` [batch, new] changes: positions are counted from there, and earlier columns are masked.
+    Columns where `attention_mask` [batch, new] is False are masked too.
     """
 
     def __init__(
         self,
-        kinds: Sequence[Layer],
+        kinds: Mapping[Layer, int],
         rotary: Mapping[Rope, nn.Module],
         ids: Tensor,
         cache: KVCache | None,
@@ -63,70 +64,73 @@ class Context:
         attention_mask: Tensor | None = None,
     ) -> None:
         self.cache, self.rotary, self.attention_mask = cache, rotary, attention_mask
-        past = cache.length if cache else 0
-        self.columns = torch.arange(past, past + ids.size(1), device=ids.device)  # [new]
-        self.starts = cache.starts(self.columns) if cache else _starts(documents, self.columns)  # [batch, new] or None
+        self.columns = torch.arange(ids.size(1), device=ids.device)  # [new]
+        self.starts = _starts(documents, self.columns)  # [batch, new] or None
         self.positions = self.columns[None] if self.starts is None else self.columns - self.starts  # [batch or 1, new]
+        if cache is not None:
+            past = cache.lengths[:1] if cache.is_even else cache.lengths
+            self.positions = torch.tensor(past[:, None] + np.arange(ids.size(1))).to(ids.device)
         self.in_blocks = cache is None and attention_mask is None and skips_blocks(ids.device)
-        self.inputs = [self._inputs(kind) for kind in kinds]
+        self.inputs = [
+            self._inputs(kind) if cache is None else self._cached(kind, cache, layer) for kind, layer in kinds.items()
+        ]
 
     def _inputs(self, kind: Layer) -> AttentionInputs:
-        rotations, new, past = self._rotations(kind), self.columns.numel(), self.cache.length if self.cache else 0
+        rotation, new = self._rotation(kind.rope, self.positions), self.columns.numel()
+        rotations = rotation, rotation
         if self.starts is None and self.attention_mask is None:
             if new == 1:
-                return AttentionInputs(*rotations)  # all keys in the cache are seen
-            if past == 0 and (kind.window is None or new <= kind.window):
+                return AttentionInputs(*rotations)
+            if kind.window is None or new <= kind.window:
                 return AttentionInputs(*rotations, is_causal=True)
         if self.in_blocks and self.starts is not None:
             return AttentionInputs(*rotations, blocks=block_mask(self.starts, kind.window))
-        seen = self._seen(kind)
         if kind.window is None or new <= QUERIES_AT_ONCE:
-            return AttentionInputs(*rotations, mask=self._mask(kind.window, seen))
+            return AttentionInputs(*rotations, mask=self._mask(kind.window))
         if self.in_blocks:
             return AttentionInputs(*rotations, blocks=window_mask(new, kind.window, self.columns.device))
-        return AttentionInputs(*rotations, pieces=tuple(self._pieces(kind.window, seen)))
+        return AttentionInputs(*rotations, pieces=tuple(self._pieces(kind.window)))
 
-    def _rotations(self, kind: Layer) -> tuple[Rotation | None, Rotation | None, Rotation | None]:
-        """Rotations of queries, of new keys, and of all keys."""
-        if kind.rope is None:
-            return None, None, None
-        rotation = self._rotation(kind.rope, self.positions)
-        if self.cache is None or not kind.rope.depends_on_length:
-            return rotation, rotation, None
-        start = 0 if self.starts is None else self.starts[:, -1:]
-        return rotation, None, self._rotation(kind.rope, self._seen(kind)[None] - start)
+    def _cached(self, kind: Layer, cache: KVCache, layer: int) -> AttentionInputs:
+        """Inputs for new tokens that continue the texts of a cache; `layer`: the number of a layer of this kind."""
+        new, rotation = self.columns.numel(), self._rotation(kind.rope, self.positions)
+        keys = torch.tensor(cache.positions(layer, new)).to(self.positions.device)  # [batch or 1, seen]
+        rotations: tuple[Rotation | None, ...] = rotation, rotation
+        if kind.rope is not None and kind.rope.depends_on_length:
+            rotations = rotation, None, self._rotation(kind.rope, keys.clamp(min=0))
+        if cache.is_even and (kind.window is None or cache.longest + new <= kind.window):
+            if new == 1:
+                return AttentionInputs(*rotations)  # all keys are seen
+            if cache.longest == 0:
+                return AttentionInputs(*rotations, is_causal=True)
+        q, k = self.positions[:, :, None], keys[:, None]  # [batch or 1, new, 1], [batch or 1, 1, seen]
+        mask = (k >= 0) & (k <= q) if kind.window is None else (k >= 0) & (k <= q) & (k > q - kind.window)
+        return AttentionInputs(*rotations, mask=mask[:, None])
 
-    def _seen(self, kind: Layer) -> Tensor:
-        """The columns of the keys.  [seen]"""
-        new = self.columns.numel()
-        return self.cache.seen(kind.window, new, self.columns.device) if self.cache else self.columns
-
-    def _rotation(self, rope: Rope, positions: Tensor) -> Rotation:
+    def _rotation(self, rope: Rope | None, positions: Tensor) -> Rotation | None:
+        """Cosines and sines at `positions` [batch or 1, tokens]."""
+        if rope is None:
+            return None
         table = self.cache.tables.get(rope) if self.cache else None
         if table is None:
             return self.rotary[rope](positions, self.positions.amax(1) + 1)
         cosines, sines = table
         return cosines[positions][:, None], sines[positions][:, None]
 
-    def _pieces(self, window: int, seen: Tensor) -> Iterator[Piece]:
-        """Blocks of queries; a block's keys go from the first that its first query sees to its last query's own.
-
-        The new tokens' keys are the last of `seen` [seen].
-        """
-        new, before = self.columns.numel(), seen.numel() - self.columns.numel()
+    def _pieces(self, window: int) -> Iterator[Piece]:
+        """Blocks of queries; a block's keys go from the first that its first query sees to its last query's own."""
+        new = self.columns.numel()
         for start in range(0, new, QUERIES_AT_ONCE):
             stop = min(start + QUERIES_AT_ONCE, new)
-            keys = max(0, before + start + 1 - window), before + stop
-            yield Piece(keys, self._mask(window, seen, slice(start, stop), slice(*keys)))
+            keys = max(0, start + 1 - window), stop
+            yield Piece(keys, self._mask(window, slice(start, stop), slice(*keys)))
 
-    def _mask(
-        self, window: int | None, seen: Tensor, queries: slice = slice(None), keys: slice = slice(None)
-    ) -> Tensor:
+    def _mask(self, window: int | None, queries: slice = slice(None), keys: slice = slice(None)) -> Tensor:
         """Mask in which query q attends to key k if k is not after q, in the same text and in the window.
 
-        `seen` [seen] → [batch or 1, 1, queries, keys].
+        [batch or 1, 1, queries, keys]
         """
-        q, k = self.columns[queries, None], seen[None, keys]  # [queries, 1], [1, keys]
+        q, k = self.columns[queries, None], self.columns[None, keys]  # [queries, 1], [1, keys]
         mask = (k <= q)[None]
         if window is not None:
             mask = mask & (k > q - window)

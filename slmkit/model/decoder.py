@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from slmkit.config import UserError, did_you_mean
 from slmkit.model.architectures import Architecture
 from slmkit.model.attend import attend
-from slmkit.model.cache import KVCache
+from slmkit.model.cache import AT_ONCE, KVCache, cache_bytes
 from slmkit.model.context import AttentionInputs, Context
 from slmkit.model.latent_attention import LatentAttention
 from slmkit.model.norms import make_norm
@@ -125,8 +125,9 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(a, i) for i in range(len(a.layers)))
         self.norm = make_norm(a, a.width)
         self.head = None if a.tied else nn.Linear(a.width, a.vocab_size, bias=False)
-        self.kinds = list(dict.fromkeys(a.layers))  # layers of one kind share rotations and masks
-        self.kind_of_block = [self.kinds.index(layer) for layer in a.layers]
+        # Layers of one kind share rotations and masks: each kind, and the first of its layers.
+        self.kinds = {layer: a.layers.index(layer) for layer in a.layers}
+        self.kind_of_block = [list(self.kinds).index(layer) for layer in a.layers]
         self.ropes = list(dict.fromkeys(kind.rope for kind in self.kinds if kind.rope is not None))
         self.rotary = nn.ModuleList(Rotary(rope) for rope in self.ropes)
         # Every n-th block keeps only its input for the backward pass, and is recomputed there (activation
@@ -140,19 +141,20 @@ class Decoder(nn.Module):
         documents: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """ids [batch, new] → hidden states [batch, new, width]; with a cache, ids continue its text.
+        """ids [batch, new] → hidden states [batch, new, width]; with a cache, a row's ids continue its slot's text.
 
         `documents` [batch, new], without a cache: the number of each token's document. Attention stays inside a
         document, and positions start at 0 in each. `attention_mask` [batch, new], bool, without a cache: False for
         tokens that no other token may attend to, such as padding; positions count all columns, as in transformers.
         Raises `UserError` when past and new tokens together exceed the model's positions, and `ValueError` for
-        `documents` or `attention_mask` with a cache.
+        `documents` or `attention_mask` with a cache, and as
+        `KVCache.expect`.
         """
-        past, new = cache.length if cache else 0, ids.size(1)
+        past, new = cache.longest if cache else 0, ids.size(1)
         self.architecture.expect(past + new)
         if cache is not None:
             if not (documents is attention_mask is None):
-                raise ValueError("documents and attention_mask are for whole rows; a cache has its own padding")
+                raise ValueError("documents and attention_mask are for whole rows, without a cache")
             cache.expect(new)
         context = Context(self.kinds, dict(zip(self.ropes, self.rotary)), ids, cache, documents, attention_mask)
         x = self.embedding(ids)  # [batch, new, width]
@@ -167,7 +169,7 @@ class Decoder(nn.Module):
             else:
                 x = block(x, context.inputs[kind], cache)
         if cache is not None:
-            cache.length += new
+            cache.lengths += new
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -175,6 +177,10 @@ class Decoder(nn.Module):
         logits = self.embedding.project(hidden) if self.head is None else self.head(hidden)
         cap = self.architecture.logit_cap
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.architecture.vocab_size
 
     @property
     def max_positions(self) -> int:
@@ -196,15 +202,16 @@ class Decoder(nn.Module):
         """The matrix from hidden states to logits, tied or not.  [vocab_size, width]"""
         return self.embedding.weight if self.head is None else self.head.weight
 
-    def new_cache(self, batch_size: int, max_length: int, padding: Tensor | None = None) -> KVCache:
-        """An empty cache for `max_length` positions, on the decoder's device and in its precision.
-
-        `padding` [batch]: number of padding columns at the left of each row, for prompts of different lengths.
-        """
-        cache = KVCache(self.architecture, batch_size, max_length, self.device, self.dtype, padding)
+    def new_cache(self, slots: int, max_length: int, at_once: int = AT_ONCE) -> KVCache:
+        """An empty cache for texts of up to `max_length` positions, on the decoder's device and in its precision."""
+        cache = KVCache(self.architecture, slots, max_length, self.device, self.dtype, at_once)
         positions = torch.arange(max_length, device=self.device)[None]
         for rope, rotary in zip(self.ropes, self.rotary):
             if not rope.depends_on_length:
                 cosines, sines = rotary(positions, positions.amax(1))  # [1, 1, max_length, dim]
                 cache.tables[rope] = cosines[0, 0], sines[0, 0]
         return cache
+
+    def cache_bytes(self, slots: int, max_length: int, at_once: int) -> int:
+        """Size of the keys and values of such a cache."""
+        return cache_bytes(self.architecture, slots, max_length, at_once, self.dtype.itemsize)

@@ -12,8 +12,8 @@ from slmkit.device import Device
 from slmkit.evaluation import validation_loss
 from slmkit.evaluation.loss import LossReport, Rows
 from slmkit.generation.chat import ChatSession
+from slmkit.generation.generator import TextStream
 from slmkit.generation.sampling_settings import SamplingSettings
-from slmkit.generation.text import TextStream
 from slmkit.model.decoder import Decoder
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.distributed import ALONE, Group

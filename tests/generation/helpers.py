@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from slmkit.generation import generator
 from slmkit.generation.ensemble import LanguageModel
-from slmkit.generation.text import TextStream, TextTokenizer
+from slmkit.generation.generator import TextStream
+from slmkit.generation.text import TextTokenizer
+from slmkit.model.cache import KVCache
 from slmkit.model.config import SLMConfig
 from slmkit.model.decoder import Decoder
 from slmkit.model.initialization import build_decoder
@@ -52,12 +56,50 @@ def complete(decoder: LanguageModel, tokenizer: TextTokenizer, prompt: str, **op
     return Continuation(TextStream(decoder, tokenizer, prompt, **options))
 
 
+class ScriptedModel(nn.Module):
+    """Says `ids` after a prompt of `prompt` tokens: the logit of the next one is the largest, by `margin`.
+
+    `bias` [vocab_size] is added to the logits everywhere.
+    """
+
+    def __init__(self, vocab_size: int, prompt: int, ids: Sequence[int], context: int = 4096) -> None:
+        super().__init__()
+        self.vocab_size, self.max_positions, self.ropes, self.script = vocab_size, context, (), [0] * (prompt - 1)
+        self.script += [*ids, *[0] * context]
+        self.bias, self.margin, self.device = torch.zeros(vocab_size), 50.0, torch.device("cpu")
+        self.eval()
+        self.forwards = 0
+
+    def new_cache(self, slots: int, max_length: int, at_once: int) -> KVCache:
+        return byte_decoder().new_cache(slots, max_length, at_once)
+
+    def cache_bytes(self, slots: int, max_length: int, at_once: int) -> int:
+        return slots * max_length
+
+    def forward(self, ids: Tensor, cache: KVCache) -> Tensor:
+        """ids [rows, new] → the positions of the next tokens, as hidden states [rows, new, 1]."""
+        self.forwards += 1
+        positions = torch.from_numpy(cache.lengths[:, None] + np.arange(ids.size(1)))
+        cache.lengths += ids.size(1)
+        return positions[..., None].float()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        said = torch.tensor([self.script[int(place)] for place in hidden.flatten()]).view(hidden.shape[:-1])
+        return self.margin * F.one_hot(said, self.vocab_size).float() + self.bias
+
+
 def make_models_say(ids: Sequence[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever model is asked in this test generates exactly `ids`."""
+    """Whatever decoder is asked in this test generates exactly `ids` after its prompt."""
+    forward = Decoder.forward
 
-    def steps(
-        decoder: Decoder, prompt_ids: torch.Tensor, count: int, settings: object, known: object = None
-    ) -> Iterator[torch.Tensor]:
-        yield from (torch.tensor([token]) for token in ids[:count])
+    def script(decoder: Decoder, hidden: Tensor) -> Tensor:
+        said, decoder.said = ids[decoder.said] if decoder.said < len(ids) else 0, decoder.said + 1
+        return 50.0 * F.one_hot(torch.full(hidden.shape[:-1], said), decoder.vocab_size).float()
 
-    monkeypatch.setattr(generator, "token_steps", steps)
+    def begin(decoder: Decoder, x: Tensor, cache: KVCache | None = None, **rest: object) -> Tensor:
+        if cache is not None and int(cache.lengths.max()) == 0:
+            decoder.said = 0
+        return forward(decoder, x, cache, **rest)
+
+    monkeypatch.setattr(Decoder, "forward", begin)
+    monkeypatch.setattr(Decoder, "logits", script)

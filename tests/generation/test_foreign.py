@@ -15,9 +15,8 @@ from slmkit.cli.chat import chat, generate
 from slmkit.cli.show import load_for_generation
 from slmkit.config import UserError
 from slmkit.generation.chat import ChatSession
-from slmkit.generation.generator import IdStream
+from slmkit.generation.generator import IdStream, TextStream
 from slmkit.generation.sampling_settings import SamplingSettings
-from slmkit.generation.text import TextStream
 from slmkit.model.config import SLMConfig
 from slmkit.model.files.generation_config import new_tokens
 from slmkit.tokenizer import SLMTokenizer
@@ -204,7 +203,7 @@ def test_how_long_a_text_is_unless_the_caller_says(
         asked.append(max_new_tokens)
         return Ended()
 
-    monkeypatch.setattr("slmkit.generation.text.TextStream", record)
+    monkeypatch.setattr("slmkit.generation.generator.TextStream", record)
     three = SLMTokenizer.from_pretrained(directory).decode([5, 6, 7])
     capsys.readouterr()
     generate(str(directory), three)

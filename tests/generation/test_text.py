@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from slmkit.config import UserError
-from slmkit.generation.generator import generate_ids
+from slmkit.generation.generator import TextStream, generate_ids
 from slmkit.generation.sampling_settings import SamplingSettings
-from slmkit.generation.text import TextStream
 from slmkit.model.decoder import Decoder
 from tests.generation.helpers import TOKENIZER, ByteTokens, byte_decoder, complete, make_models_say
 

@@ -48,8 +48,8 @@ def ids(rows: int = 2, length: int = LENGTH) -> Tensor:
     return torch.randint(97, (rows, length), generator=torch.Generator().manual_seed(length))
 
 
-def in_pieces(decoder: Decoder, x: Tensor, pieces: list[int], padding: Tensor | None = None) -> Tensor:
-    cache = decoder.new_cache(x.size(0), x.size(1), padding)
+def in_pieces(decoder: Decoder, x: Tensor, pieces: list[int], at_once: int = LENGTH) -> Tensor:
+    cache = decoder.new_cache(x.size(0), x.size(1), at_once)
     with torch.no_grad():
         return torch.cat([decoder(piece, cache) for piece in x.split(pieces, dim=1)], dim=1)
 
@@ -60,34 +60,59 @@ def test_every_position_is_what_it_is_without_a_cache(family: str, pieces: list[
     decoder, x = decoder_of(family), ids()
     with torch.no_grad():
         whole = decoder(x)
-    assert (in_pieces(decoder, x, pieces) - whole).abs().max() <= 1e-5
+    assert (in_pieces(decoder, x, pieces, max(pieces)) - whole).abs().max() <= 1e-5
 
 
 @every_family
-@pytest.mark.parametrize("padding", [None, torch.tensor([3, 0])], ids=["as long", "padded"])
-def test_texts_that_begin_alike_read_their_beginning_once(family: str, padding: Tensor | None) -> None:
-    decoder, x = decoder_of(family), ids(2, 12)
-    more = ids(6, 9)
-    cache = decoder.new_cache(2, 21, padding)
+@pytest.mark.parametrize("at_once", [3, 64])
+def test_texts_of_different_lengths_do_not_touch_each_other(family: str, at_once: int) -> None:
+    """Three texts in four slots, continued together by one or three tokens, each as it is alone."""
+    decoder, x, lengths = decoder_of(family), ids(3, 60), [4, 11, 25]
+    cache = decoder.new_cache(4, 60, at_once)
     with torch.no_grad():
-        decoder(x, cache)
-        cache.repeat(3)
-        found = decoder(more, cache)
-    whole = torch.cat((x.repeat_interleave(3, dim=0), more), dim=1)
-    expected = in_pieces(decoder, whole, [12, 9], None if padding is None else padding.repeat_interleave(3))
-    assert (found - expected[:, 12:]).abs().max() <= 1e-5
+        for slot, length in enumerate(lengths):
+            for piece in x[slot : slot + 1, :length].split(3, dim=1):
+                decoder(piece, cache[slot : slot + 1])
+        found = []
+        for new in (1, 3, 1, 1, 3, 1, 1, 3, 3, 1):
+            past = torch.from_numpy(cache.lengths[:3].copy())
+            places = past[:, None] + torch.arange(new)
+            found.append((places, decoder(x.gather(1, places), cache[:3])))
+        assert cache.lengths.tolist() == [length + 18 for length in lengths] + [0]
+        alone = decoder(x)
+    for places, hidden in found:
+        assert (hidden - alone.gather(1, places[..., None].expand(-1, -1, 32))).abs().max() <= 1e-5
 
 
 @every_family
-@pytest.mark.parametrize("pieces", [[12] + [1] * 28, [25, 10, 5]], ids=str)
-def test_prompts_of_different_lengths_do_not_touch_each_other(family: str, pieces: list[int]) -> None:
-    decoder, x = decoder_of(family), ids(3)
-    padding = torch.tensor([0, 3, 11])
-    together = in_pieces(decoder, x, pieces, padding)
+def test_a_slot_goes_on_from_the_beginning_of_another(family: str) -> None:
+    decoder, x = decoder_of(family), ids(1, 30)
+    small, large = decoder.new_cache(2, 30, at_once=4), decoder.new_cache(2, 50, at_once=4)
     with torch.no_grad():
-        for row, skipped in enumerate(padding.tolist()):
-            alone = decoder(x[row : row + 1, skipped:])
-            assert (together[row, skipped:] - alone[0]).abs().max() <= 1e-5, row
+        whole = decoder(x)
+        for piece in x.split(4, dim=1):
+            decoder(piece, small[1:2])
+        for target, beginning in ((small, 29), (large, 28)):
+            target.copy_slot(0, small, 1, beginning)
+            rest = decoder(x[:, beginning:], target[:1])
+            assert (rest - whole[:, beginning:]).abs().max() <= 1e-5, beginning
+        if any(layer.window for layer in decoder.architecture.layers):
+            with pytest.raises(ValueError, match="slot 1 no longer holds what follows its first 12 positions"):
+                large.copy_slot(0, small, 1, 12)
+
+
+@every_family
+def test_positions_taken_back_leave_nothing_behind(family: str) -> None:
+    decoder, x = decoder_of(family), ids(2, 30)
+    cache = decoder.new_cache(2, 40, at_once=5)
+    with torch.no_grad():
+        for piece in x[:, :20].split(5, dim=1):
+            decoder(piece, cache)
+        decoder(ids(2, 5), cache)
+        cache.lengths -= [5, 3]
+        cache.lengths[1] -= 2
+        rest = torch.cat([decoder(piece, cache) for piece in x[:, 20:].split(5, dim=1)], dim=1)
+        assert (rest - decoder(x)[:, 20:]).abs().max() <= 1e-5
 
 
 @every_family
@@ -103,11 +128,11 @@ def test_documents_do_not_see_each_other_and_begin_at_position_0(family: str) ->
                 assert (packed[row, start:stop] - alone[0]).abs().max() <= 1e-5, (row, start)
 
 
-def test_a_layer_with_a_window_has_room_for_its_window_alone() -> None:
+def test_a_layer_with_a_window_has_room_for_its_window_and_one_forward_pass() -> None:
     small = SLMConfig.from_preset("gemma-3-270m", hidden_size=64, num_attention_heads=1, vocab_size=100)
-    cache = build_decoder(small).new_cache(1, 32_768)
+    cache = build_decoder(small).new_cache(1, 32_768, at_once=64)
     rooms = [keys.size(2) for keys in cache.keys]
-    assert rooms == [32_768 if i in (5, 11, 17) else 512 for i in range(18)]
+    assert rooms == [32_768 if i in (5, 11, 17) else 512 + 63 for i in range(18)]
 
 
 def test_the_latent_cache_holds_the_latents_and_the_turned_key() -> None:
@@ -129,3 +154,5 @@ def test_more_than_there_is_room_for_is_refused() -> None:
     decoder = decoder_of("mistral")
     with pytest.raises(ValueError, match="room for 10 positions"), torch.no_grad():
         decoder(ids(1, 11), decoder.new_cache(1, 10))
+    with pytest.raises(ValueError, match="11 new positions, where this cache takes 8 at once"), torch.no_grad():
+        decoder(ids(1, 11), decoder.new_cache(1, 20, at_once=8))

@@ -28,10 +28,10 @@ def test_reading_in_pieces_with_a_cache_equals_reading_at_once(pieces: list[int]
     x = ids(2, 20)
     with torch.no_grad():
         whole = decoder(x)
-        cache = decoder.new_cache(batch_size=2, max_length=20)
+        cache = decoder.new_cache(2, 20)
         parts = torch.cat([decoder(piece, cache) for piece in x.split(pieces, dim=1)], dim=1)
     assert (whole - parts).abs().max() < 1e-5
-    assert cache.length == 20
+    assert cache.lengths.tolist() == [20, 20]
 
 
 def test_a_position_does_not_see_what_follows_it() -> None:

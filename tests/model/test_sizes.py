@@ -70,7 +70,7 @@ def test_operations_are_those_that_pytorch_counts(family: str) -> None:
 @pytest.mark.parametrize("length", [3, 50])
 def test_the_cache_takes_what_is_said(family: str, length: int) -> None:
     decoder = build_decoder(config(family))
-    cache = decoder.new_cache(1, length)
+    cache = decoder.new_cache(1, length, at_once=1)
     held = sum(tensor.numel() * tensor.element_size() for tensor in (*cache.keys, *cache.values))
     size = cache_size(decoder.architecture, length, bytes_per_number=4)
     assert size.at_length == held

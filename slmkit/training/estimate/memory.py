@@ -80,10 +80,10 @@ def write_answers(model: Decoder, prompts: int, count: int, length: int, new: in
     the weights.
     """
     with torch.autocast("cpu", enabled=False):
-        cache = model.new_cache(prompts, length + new, padding=torch.zeros(prompts, dtype=torch.long))
-        hidden = model(torch.zeros(prompts, length, dtype=torch.long), cache)[:, -1]
-        cache.repeat(count)
-        model.logits(hidden.repeat_interleave(count, dim=0))
+        cache = model.new_cache(prompts * count, length + new)
+        model(torch.zeros(1, min(length, cache.at_once), dtype=torch.long), cache[:1])
+        cache.lengths[:] = length
+        model.logits(model(torch.zeros(prompts * count, 1, dtype=torch.long), cache)[:, -1])
 
 
 # -- the models and passes of an objective ----------------------------------------------------------------------------
@@ -247,11 +247,12 @@ class _MomentsOf8Bits(torch.optim.Optimizer):
 
 
 def reading_bytes(architecture: Architecture, rows: int, length: int, dtype: torch.dtype) -> int:
-    """Peak bytes of reading `rows` prompts of `length` tokens: weights, KV cache and activations."""
+    """Peak bytes of reading `rows` prompts of `length` tokens one after the other: weights, KV cache, activations."""
     with torch.device("meta"):
         decoder = Decoder(architecture).to(dtype)
     with FakeTensorMode(), torch.no_grad(), AllocationTracker() as tracker:
         model = zeros_like(decoder).eval()
-        hidden = model(torch.zeros(rows, length, dtype=torch.long), model.new_cache(rows, length))
-        model.logits(hidden[:, -1])
+        cache = model.new_cache(rows, length)
+        hidden = model(torch.zeros(1, min(length, cache.at_once), dtype=torch.long), cache[:1])[:, -1]
+        model.logits(hidden.expand(rows, -1))
     return tracker.peak

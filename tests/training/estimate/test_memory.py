@@ -57,7 +57,10 @@ def train(shape: dict, rows: int, length: int, precision: str, optimizer: str, r
 def read(shape: dict, rows: int, length: int) -> None:
     decoder = Decoder(architecture_of(SLMConfig(**shape))).eval()
     with torch.no_grad():
-        decoder.logits(decoder(torch.randint(100, (rows, length)), decoder.new_cache(rows, length))[:, -1])
+        cache = decoder.new_cache(rows, length)
+        for row, ids in enumerate(torch.randint(100, (rows, 1, length))):
+            hidden = [decoder(piece, cache[row : row + 1])[:, -1] for piece in ids.split(256, dim=1)][-1]
+        decoder.logits(hidden.expand(rows, -1))
 
 
 def _in_a_process(answer: Connection, run: Callable[..., None], model: str, how: tuple[object, ...]) -> None:

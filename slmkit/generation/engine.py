@@ -1,0 +1,286 @@
+"""The engine: requests of any kind share the forward passes of one model.
+
+    handle = engine.insert(request)
+    while engine.is_busy:
+        for event in engine.step(): ...
+    engine.remove(handle)                 # before its end
+
+A step appends one token to every running row, and reads at most `AT_ONCE` tokens of prompts, so that a long prompt
+delays nobody for long. What a row gets depends on its request alone, not on the other rows, or when they come and go.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterator, Sequence, Set
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from slmkit.config import UserError
+from slmkit.generation.ensemble import LanguageModel
+from slmkit.generation.sampling import (
+    FAULTS,
+    LogProbabilities,
+    log_probabilities,
+    prompt_log_probabilities,
+    sample,
+    seed_of,
+)
+from slmkit.generation.sampling_settings import SamplingSettings
+from slmkit.generation.slots import Pool, Pools
+from slmkit.generation.text import TextTail, TextTokenizer
+from slmkit.model.cache import AT_ONCE
+
+# A stop token or string, `max_new_tokens` reached, the model's context is full, or an error of this row.
+FinishReason = Literal["stop", "length", "context", "error"]
+Logprobs = list[tuple[int, float]]  # ids and natural logarithms of their probabilities
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt and how to continue it. Log-probabilities are the model's own, before any sampling rule."""
+
+    prompt: Sequence[int]  # ids [prompt]
+    max_new_tokens: int
+    settings: SamplingSettings = field(default_factory=SamplingSettings)
+    stop_ids: Set[int] = frozenset()  # a token that ends the text
+    stop: Sequence[str] = ()  # strings that end the text, and are not part of it
+    n: int = 1  # continuations, each with a seed of its own
+    grammar: Any = None  # a `constraints.Grammar`: what the text must be
+    logprobs: int | None = None  # with each token its log-probability, and those of this many likeliest tokens
+    prompt_logprobs: int | None = None  # the same for the prompt, with the first token
+
+
+@dataclass(frozen=True)
+class Event:
+    """A new token of a row, or the end of a row without one."""
+
+    handle: int
+    index: int  # of the continuation, from 0 to n - 1
+    token: int | None
+    text: str = ""  # characters that became complete, and belong to no stop string
+    finish_reason: FinishReason | None = None  # of the row's last event
+    error: str = ""  # why, if that is "error"
+    logprobs: Logprobs = field(default_factory=list)  # the token first, then the likeliest
+    prompt_logprobs: Sequence[Logprobs] = ()  # of each token of the prompt but the first
+
+
+class Row:
+    """One continuation: everything that belongs to it alone, and leaves with it."""
+
+    def __init__(self, handle: int, index: int, request: Request, tail: TextTail | None, known: Tensor | None) -> None:
+        self.handle, self.index, self.request, self.tail, self.known = handle, index, request, tail, known
+        self.ids, self.prompt_length = list(request.prompt), len(request.prompt)
+        self.settings, self.seed = request.settings, seed_of(request.settings.seed, index)
+        self.matcher = None if request.grammar is None else request.grammar.start()
+        self.pool: Pool | None = None  # once it has a slot there
+        self.slot = -1
+        self.reads_whole = index == 0 and request.prompt_logprobs is not None  # none of the prompt from another slot
+        self.prompt_logprobs: list[Logprobs] = []
+
+    @property
+    def allowed(self) -> Tensor | None:
+        """The ids that may come next, bool [vocab_size]; None: all."""
+        if self.matcher is None:
+            return self.known
+        allowed = self.matcher.allowed()
+        return allowed if self.known is None else allowed.to(self.known.device) & self.known
+
+    @property
+    def new_tokens(self) -> int:
+        return len(self.ids) - self.prompt_length
+
+    def accept(self, token: int, room: int) -> tuple[str, FinishReason | None]:
+        """Append a token; returns the text that became complete, and why the row ends. `room`: of the context."""
+        self.ids.append(token)
+        reason: FinishReason | None = None
+        if token in self.request.stop_ids:
+            reason = "stop"
+        elif self.new_tokens == self.request.max_new_tokens:
+            reason = "length"
+        elif len(self.ids) >= room:
+            reason = "context"
+        if self.matcher is not None and reason != "stop":
+            self.matcher.accept(token)
+            reason = "stop" if self.matcher.is_done else reason
+        if self.tail is None:
+            return "", reason
+        text, stopped = self.tail.add(token, reason is not None)
+        return text, "stop" if stopped else reason
+
+
+class Engine:
+    """Continues many texts at once with one model. For one thread at a time.
+
+    `max_rows`: rows that run at the same time, the others wait in the order of their insertion. `memory`: bytes for
+    the KV cache; None: no limit. `tokenizer`: for text and stop strings; None: ids alone. `known` bool [ids]: the
+    only ids that are drawn; default: the tokenizer's. `reuse`: begin with the keys and values of an earlier text that
+    begins alike.
+    """
+
+    def __init__(
+        self,
+        decoder: LanguageModel,
+        tokenizer: TextTokenizer | None = None,
+        *,
+        max_rows: int = 16,
+        memory: int | None = None,
+        known: np.ndarray | None = None,
+        reuse: bool = True,
+    ) -> None:
+        self.decoder, self.tokenizer, self.context = decoder, tokenizer, decoder.max_positions
+        self.pools = Pools(decoder, max_rows, memory, reuse)
+        known = getattr(tokenizer, "known_ids", None) if known is None else known
+        self._known = None if known is None else _of_size(known, decoder.vocab_size).to(decoder.device)
+        self._handles, self._waiting = itertools.count(), deque[Row]()
+        self._reading: Row | None = None  # the row whose prompt is read
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._waiting or self._reading or self.pools.running)
+
+    def insert(self, request: Request) -> int:
+        """Begin a request; returns its handle, which its events bear.
+
+        Raises `UserError` for an empty prompt, one that leaves no room in the context, one that needs more memory than
+        there is, and for numbers out of range.
+        """
+        least = 1 if request.prompt_logprobs is None else 0
+        check_room(self.context, len(request.prompt), request.max_new_tokens, least)
+        if wrong := [token for token in request.prompt if not 0 <= token < self.decoder.vocab_size]:
+            raise UserError(f"token {wrong[0]} of the prompt: the model has {self.decoder.vocab_size:,} tokens, from 0")
+        if request.n < 1:
+            raise UserError(f"n {request.n}: expected 1 or more continuations")
+        if self.tokenizer is None and (request.stop or request.grammar is not None):
+            raise UserError("stop strings and grammars need a tokenizer: Engine(decoder, tokenizer)")
+        self.pools.expect(self._length(request))
+        handle = next(self._handles)
+        for index in range(request.n):
+            tail = None if self.tokenizer is None else TextTail(self.tokenizer, request.prompt, request.stop)
+            self._waiting.append(Row(handle, index, request, tail, self._known))
+        return handle
+
+    def remove(self, handle: int) -> None:
+        """End a request at once; its slots are free. A handle that has ended is no error."""
+        self._waiting = deque(row for row in self._waiting if row.handle != handle)
+        if self._reading is not None and self._reading.handle == handle:
+            self._reading = None
+        with torch.inference_mode():
+            for row in self.pools.running:
+                if row.handle == handle:
+                    row.pool.leave(row)
+
+    def step(self) -> list[Event]:
+        """Append a token to every running row, and read on in the prompts of those that wait."""
+        with evaluating(self.decoder):
+            ready = self._decode() + self._read()
+            return [event for rows, logits in ready for event in self._choose(rows, logits)]
+
+    def _decode(self) -> list[tuple[list[Row], Tensor]]:
+        """One forward pass for the running rows of each pool: rows, and their logits [rows, vocab_size]."""
+        ready = []
+        for pool in self.pools:
+            if rows := list(pool.rows):
+                last = self._tensor([[row.ids[-1]] for row in rows])  # [rows, 1]
+                hidden = self.decoder(last, pool.cache[: len(rows)])[:, -1]
+                ready.append((rows, self.decoder.logits(hidden)))
+        return ready
+
+    def _read(self) -> list[tuple[list[Row], Tensor]]:
+        """Read at most `AT_ONCE` tokens of prompts, row by row: rows whose prompt is read, with their next logits."""
+        ready, room = [], AT_ONCE
+        while room > 0 and (row := self._reading or self._admitted()):
+            self._reading = row
+            past = row.pool.cache.length(row.slot)
+            piece = row.ids[past : past + room] if self.pools.in_pieces else row.ids
+            hidden = self.decoder(self._tensor([piece]), row.pool.cache[row.slot : row.slot + 1])[0]  # [piece, width]
+            room -= len(piece)
+            if row.reads_whole:
+                following = row.ids[past + 1 : past + len(piece) + 1]
+                top = row.request.prompt_logprobs or 0
+                found = prompt_log_probabilities(
+                    self.decoder.logits, hidden[: len(following)], self._tensor(following), top
+                )
+                row.prompt_logprobs += listed(found, following)
+            if past + len(piece) == row.prompt_length:
+                self._reading = None
+                row.pool.run(row)
+                ready.append(([row], self.decoder.logits(hidden[-1:])))
+        return ready
+
+    def _admitted(self) -> Row | None:
+        """The row that has waited longest, in a slot, if one is free."""
+        if self._waiting and self.pools.admit(self._waiting[0], self._length(self._waiting[0].request)):
+            return self._waiting.popleft()
+        return None
+
+    def _length(self, request: Request) -> int:
+        """Positions that a row of the request may need."""
+        return min(len(request.prompt) + request.max_new_tokens, self.context)
+
+    def _choose(self, rows: Sequence[Row], logits: Tensor) -> Iterator[Event]:
+        """logits [rows, vocab_size] → the event of each row."""
+        chosen = sample(logits, rows).tolist()
+        for place, (row, token) in enumerate(zip(rows, chosen)):
+            read, row.prompt_logprobs = row.prompt_logprobs, []
+            if row.request.max_new_tokens == 0:
+                row.pool.leave(row)
+                yield Event(row.handle, row.index, None, finish_reason="length", prompt_logprobs=read)
+                continue
+            if token in FAULTS:
+                row.pool.leave(row)
+                yield Event(row.handle, row.index, None, finish_reason="error", error=FAULTS[token])
+                continue
+            of_token: Logprobs = []
+            if row.request.logprobs is not None:
+                found = log_probabilities(logits[place : place + 1], self._tensor([token]), row.request.logprobs)
+                of_token = listed(found, [token])[0]
+            text, reason = row.accept(token, self.context)
+            if reason is not None:
+                row.pool.leave(row)
+            yield Event(row.handle, row.index, token, text, reason, "", of_token, read)
+
+    def _tensor(self, ids: Any) -> Tensor:
+        return torch.tensor(ids, dtype=torch.long, device=self.decoder.device)
+
+
+def listed(found: LogProbabilities, ids: Sequence[int]) -> list[Logprobs]:
+    """The log-probabilities of each token: its own first, then the likeliest."""
+    likeliest = zip(found.top_ids.tolist(), found.top.tolist())
+    return [[(token, own), *zip(*best)] for token, own, best in zip(ids, found.chosen.tolist(), likeliest)]
+
+
+def check_room(context: int, prompt: int, max_new_tokens: int, least: int = 1) -> None:
+    """Raises `UserError` for an empty prompt, one that fills the context, and fewer than `least` new tokens."""
+    if prompt == 0:
+        raise UserError("an empty prompt: give at least one token, such as the end-of-text token")
+    if prompt > context - least:
+        raise UserError(f"a prompt of {prompt} tokens fills the model's context of {context}: shorten it")
+    if max_new_tokens < least:
+        raise UserError(f"max_new_tokens {max_new_tokens}: expected {least} or more")
+
+
+def _of_size(known: np.ndarray, vocab_size: int) -> Tensor:
+    """bool [ids] → bool [vocab_size], False beyond the known ids."""
+    return F.pad(torch.from_numpy(known), (0, max(0, vocab_size - len(known))))[:vocab_size]
+
+
+@contextmanager
+def evaluating(decoder: LanguageModel) -> Iterator[None]:
+    """Evaluation and inference mode; visits no module of a model that is in evaluation mode, to save time."""
+    was_training = decoder.training
+    if was_training:
+        decoder.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        if was_training:
+            decoder.train()
