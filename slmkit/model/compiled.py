@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from slmkit.model.cache import KVCache
 from slmkit.model.decoder import Attention, Decoder
@@ -27,24 +26,30 @@ SAME = {"gelu_new": "gelu_pytorch_tanh"}
 LINEARS = ("query", "key", "value", "out", "gate", "up", "down")
 
 
+def fields(kind: Any, *names: str) -> list[tuple[str, Any]]:
+    return [(name, kind) for name in names]
+
+
 class NormFields(ctypes.Structure):
-    _fields_ = [("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("kind", ctypes.c_int64)] + [
-        ("size", ctypes.c_int64), ("eps", ctypes.c_double),
-    ]  # fmt: skip
+    _fields_ = [
+        *fields(ctypes.c_void_p, "weight", "bias"),
+        *fields(ctypes.c_int64, "kind", "size"),
+        *fields(ctypes.c_double, "eps"),
+    ]
 
 
 class BlockFields(ctypes.Structure):
-    _fields_ = (
-        [(name, NormFields) for name in ("attention_in", "query_norm", "key_norm", "attention_out", "mlp_in", "mlp_out")]
-        + [(name, MatrixFields) for name in LINEARS]
-        + [(name, ctypes.c_void_p) for name in ("keys", "values", "cosines", "sines")]
-        + [(name, ctypes.c_int64) for name in ("heads", "kv_heads", "head_dim", "window", "columns")]
-        + [(name, ctypes.c_int64) for name in ("cache_is_bfloat16", "activation")]
-        + [(name, ctypes.c_double) for name in ("scale", "cap")]
-    )
+    _fields_ = [
+        *fields(NormFields, "attention_in", "query_norm", "key_norm", "attention_out", "mlp_in", "mlp_out"),
+        *fields(MatrixFields, *LINEARS),
+        *fields(ctypes.c_void_p, "keys", "values", "cosines", "sines"),
+        *fields(ctypes.c_int64, "heads", "kv_heads", "head_dim", "window", "columns"),
+        *fields(ctypes.c_int64, "cache_is_bfloat16", "activation"),
+        *fields(ctypes.c_double, "scale", "cap"),
+    ]
 
 
-class Unsupported(Exception):
+class UnsupportedError(Exception):
     """What the kernels do not know."""
 
 
@@ -57,23 +62,23 @@ def for_decoding(decoder: Any) -> Any:
         return decoder
     try:
         return CompiledDecoder(decoder)
-    except Unsupported:
+    except UnsupportedError:
         return decoder
 
 
 class CompiledDecoder:
     """A decoder with a compiled forward pass for up to `MOST_ROWS` tokens without gradients; else as `decoder`.
 
-    Raises `Unsupported` for a decoder that has what the kernels do not know.
+    Raises `UnsupportedError` for a decoder that has what the kernels do not know.
     """
 
     def __init__(self, decoder: Decoder) -> None:
         a = decoder.architecture
         self.decoder, self.keep = decoder, list[Any]()  # what the fields point at
         if a.latent is not None or decoder.dtype not in (torch.float32, torch.bfloat16):
-            raise Unsupported
+            raise UnsupportedError
         if any(layer.rope is not None and layer.rope.depends_on_length for layer in a.layers):
-            raise Unsupported
+            raise UnsupportedError
         self.blocks = (BlockFields * a.depth)(*(self._block(block, i) for i, block in enumerate(decoder.blocks)))
         self.norm = self._norm(decoder.norm)
         self.head = self._matrix(decoder.head or decoder.embedding)
@@ -113,25 +118,26 @@ class CompiledDecoder:
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def _block(self, block: Any, index: int) -> BlockFields:
-        a, attention, mlp, fields = self.decoder.architecture, block.attention, block.mlp, BlockFields()
-        if type(attention) is not Attention or SAME.get(a.activation, a.activation) not in ACTIVATIONS:
-            raise Unsupported
+        a, attention, mlp, of = self.decoder.architecture, block.attention, block.mlp, BlockFields()
+        activation = SAME.get(a.activation, a.activation)
+        if type(attention) is not Attention or activation not in ACTIVATIONS:
+            raise UnsupportedError
         for name in ("attention_in", "attention_out", "mlp_in", "mlp_out"):
-            setattr(fields, name, self._norm(getattr(block, name)))
-        fields.query_norm, fields.key_norm = self._norm(attention.query_norm), self._norm(attention.key_norm)
+            setattr(of, name, self._norm(getattr(block, name)))
+        of.query_norm, of.key_norm = self._norm(attention.query_norm), self._norm(attention.key_norm)
         for name in LINEARS:
             linear = getattr(attention if name in LINEARS[:4] else mlp, name)
             if linear is not None:
-                setattr(fields, name, self._matrix(linear).fields)
-        fields.heads, fields.kv_heads, fields.head_dim = a.heads, a.kv_heads, a.head_dim
-        fields.window, fields.activation = a.layers[index].window or 0, ACTIVATIONS.index(SAME.get(a.activation, a.activation))
-        fields.cache_is_bfloat16 = self.decoder.dtype == torch.bfloat16
-        fields.scale, fields.cap = a.attention_scale, a.attention_cap or 0.0
-        return fields
+                setattr(of, name, self._matrix(linear).fields)
+        of.heads, of.kv_heads, of.head_dim = a.heads, a.kv_heads, a.head_dim
+        of.window, of.activation = a.layers[index].window or 0, ACTIVATIONS.index(activation)
+        of.cache_is_bfloat16 = self.decoder.dtype == torch.bfloat16
+        of.scale, of.cap = a.attention_scale, a.attention_cap or 0.0
+        return of
 
     def _norm(self, norm: Any) -> NormFields:
         if type(norm) not in NORMS:
-            raise Unsupported
+            raise UnsupportedError
         if isinstance(norm, nn.Identity):
             return NormFields()
         weight = norm.weight.detach().float() + getattr(norm, "offset", 0.0)
@@ -147,9 +153,9 @@ class CompiledDecoder:
         elif isinstance(module, nn.Embedding) or type(module) is nn.Linear:
             kind = str(module.weight.dtype).removeprefix("torch.")
             if kind not in ("float32", "bfloat16"):
-                raise Unsupported
+                raise UnsupportedError
             matrix = Matrix(kind, module.weight.contiguous(), bias=getattr(module, "bias", None))
         else:
-            raise Unsupported
+            raise UnsupportedError
         self.keep.append(matrix)
         return matrix

@@ -120,11 +120,22 @@ inline Ints widen(const uint8_t* from) {
 #endif
 }
 
+// The sum of a vector, by halves.
 template <class Vector>
 inline float sum(Vector vector) {
-  float total = 0;
-  for (size_t lane = 0; lane < sizeof vector / 4; lane++) total += vector[lane];
-  return total;
+#if defined(__AVX2__)
+  if constexpr (sizeof vector == 32) {
+    const __m256 v = __m256(vector);
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  }
+#endif
+  float parts[sizeof vector / 4];
+  std::memcpy(parts, &vector, sizeof vector);
+  for (size_t half = sizeof vector / 8; half; half /= 2)
+    for (size_t i = 0; i < half; i++) parts[i] += parts[i + half];
+  return parts[0];
 }
 
 inline Floats look_up_nf4(Ints index) {
@@ -266,6 +277,8 @@ void integer_products(const Matrix& m, const uint8_t* weight, int64_t first, con
   const int16_t* values = x.values.data() + row * m.in;
   const float *scales = m.scales + first * groups, *x_scales = x.scales.data() + row * groups;
   const int32_t* offsets = x.offsets.data() + row * groups;
+  if (KIND != WORDS)
+    for (int64_t g = 0; g < outs * groups; g += 16) __builtin_prefetch(scales + g + ahead / row_bytes * groups);
   Floats8 sums[outs][rows] = {};
   for (int64_t g = 0; g < groups; g++, values += GROUP) {
     Ints8 group[outs][rows] = {};
@@ -555,8 +568,9 @@ void attend(const Block& b, const uint8_t* keys, const uint8_t* values, int64_t 
             float* y, std::vector<float>& scores) {
   const int64_t dim = b.head_dim, whole = dim / LANES * LANES, row_bytes = dim * (IS_BFLOAT16 ? 2 : 4);
   const int64_t start = b.window ? std::max<int64_t>(0, position + 1 - b.window) : 0, count = position + 1 - start;
+  const int64_t first = start % b.columns;
   scores.resize(std::max<size_t>(scores.size(), heads * count));
-  for (int64_t p = 0, column = start % b.columns; p < count; p++, column = column + 1 == b.columns ? 0 : column + 1) {
+  for (int64_t p = 0, column = first; p < count; p++, column = column + 1 == b.columns ? 0 : column + 1) {
     const uint8_t* key = keys + column * row_bytes;
     for (int64_t h = 0; h < heads; h++) {
       Floats sums = {};
@@ -574,15 +588,21 @@ void attend(const Block& b, const uint8_t* keys, const uint8_t* values, int64_t 
     const float inverse = 1 / exponentials(weights, count, largest);
     for (int64_t p = 0; p < count; p++) weights[p] *= inverse;
   }
-  std::fill(y, y + heads * dim, 0.0f);
-  for (int64_t p = 0, column = start % b.columns; p < count; p++, column = column + 1 == b.columns ? 0 : column + 1) {
-    const uint8_t* value = values + column * row_bytes;
-    for (int64_t h = 0; h < heads; h++) {
-      const float weight = scores[h * count + p];
-      float* to = y + h * dim;
-      for (int64_t i = 0; i < whole; i += LANES)
-        store(to + i, fused(Floats{} + weight, cached<IS_BFLOAT16>(value, i), load<Floats>(to + i)));
-      for (int64_t i = whole; i < dim; i++) to[i] += weight * cached_one(value, i, IS_BFLOAT16);
+  for (int64_t h = 0; h < heads; h++) {
+    const float* weights = &scores[h * count];
+    for (int64_t i = 0; i < whole; i += 4 * LANES) {
+      Floats sums[4] = {};
+      const int64_t parts = std::min<int64_t>(4, (whole - i) / LANES);
+      for (int64_t p = 0, column = first; p < count; p++, column = column + 1 == b.columns ? 0 : column + 1)
+        for (int64_t j = 0; j < parts; j++)
+          sums[j] = fused(Floats{} + weights[p], cached<IS_BFLOAT16>(values + column * row_bytes, i + j * LANES), sums[j]);
+      for (int64_t j = 0; j < parts; j++) store(y + h * dim + i + j * LANES, sums[j]);
+    }
+    for (int64_t i = whole; i < dim; i++) {
+      float sum = 0;
+      for (int64_t p = 0, column = first; p < count; p++, column = column + 1 == b.columns ? 0 : column + 1)
+        sum += weights[p] * cached_one(values + column * row_bytes, i, IS_BFLOAT16);
+      y[h * dim + i] = sum;
     }
   }
 }
