@@ -4,6 +4,7 @@ pip install xllamacpp gguf
 python -m benchmarks.decode                # twelve minutes on two idle cores
 python -m benchmarks.decode --quick        # a minute of one busy core, in processor time; nothing is written
 python -m benchmarks.decode --only slmkit "llama.cpp Q8_0"     # some of them
+python -m benchmarks.decode --only "slmkit int4" --profile     # where the time goes
 python -m benchmarks.decode --draw docs/decode.png             # the chart of what was measured
 
 A Llama of 46 M parameters with random weights. First the tokens: in float32 slmkit, transformers and llama.cpp must
@@ -14,9 +15,11 @@ prompt tokens/s of a prompt of 512 with one new token. Ratios are of one round, 
 from __future__ import annotations
 
 import argparse
+import cProfile
 import datetime
 import json
 import os
+import pstats
 import statistics
 import tempfile
 import time
@@ -29,7 +32,8 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.figures import spread
-from slmkit.device import find_device
+from slmkit.adapt.quantize import round_to, to_quantize
+from slmkit.device import find_device, seconds_to_read
 from slmkit.generation.generator import generate_ids
 from slmkit.generation.sampling_settings import SamplingSettings
 from slmkit.model.config import SLMConfig
@@ -37,6 +41,7 @@ from slmkit.model.decoder import Decoder
 from slmkit.model.files.directory import load_decoder, save_decoder
 from slmkit.model.initialization import build_decoder
 from slmkit.training.logging.metrics_log import environment
+from slmkit.workflows.bench import GROUP, bytes_of_a_step
 
 LLAMA_46M = {
     "vocab_size": 16_384,
@@ -49,8 +54,15 @@ LLAMA_46M = {
 }
 PROMPT, PREFILL = 32, 512
 BATCHES = (1, 4, 16)
+GROWTH = {"context": (64, 256, 1_024, 4_096, 16_384), "batch": (1, 2, 4, 8, 16, 32)}
 TIE = 2e-3  # logits: llama.cpp's differ by up to half of it in float32; the two likeliest are 0.2 apart on average
 BITS = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}  # slmkit's names → llama.cpp's
+NAMES = [
+    *(f"slmkit {form}" for form in BITS),
+    *(f"transformers {dtype} {way}" for dtype in ("float32", "bfloat16") for way in ("dynamic", "static", "compiled")),
+    *(f"llama.cpp {form}" for form in BITS.values()),
+]
+QUICK = [name for name in NAMES if "transformers" not in name or name == "transformers float32 static"]
 RESULTS = Path(__file__).parent / "results" / "decode.json"
 Generate = Callable[[torch.Tensor, int], list[list[int]]]  # prompts [batch, prompt], count → new tokens [batch][count]
 
@@ -58,63 +70,62 @@ Generate = Callable[[torch.Tensor, int], list[list[int]]]  # prompts [batch, pro
 # -- the peers --------------------------------------------------------------------------------------------------------
 
 
-def slmkit_peers(directory: Path) -> Iterator[tuple[str, Generate]]:
-    for name in BITS:
-        decoder = load_decoder(directory)[0]
-        if name == "bfloat16":
-            decoder.to(torch.bfloat16)
-        elif name != "float32":
-            continue
-        yield f"slmkit {name}", by_slmkit(decoder)
+def open_peer(name: str, directory: Path, sequences: int, length: int) -> Generate:
+    """One of `NAMES`, with the weights of a model directory, for so many sequences of so many tokens."""
+    side, form, *way = name.split()
+    if side == "slmkit":
+        return by_slmkit(slmkit_decoder(directory, form))
+    if side == "transformers":
+        return by_transformers(directory, form, way[0])
+    from benchmarks.llama_cpp import LlamaCpp, write_gguf
+
+    path = directory / f"{form}.gguf"
+    write_gguf(load_file(directory / "model.safetensors"), SLMConfig.from_pretrained(directory), path, form)
+    cache_type = "F32" if form == "F32" else "F16"
+    return LlamaCpp(path, torch.get_num_threads(), sequences, length, cache_type).generate
+
+
+def slmkit_decoder(directory: Path, form: str) -> Decoder:
+    decoder = load_decoder(directory)[0]
+    if form in ("int8", "int4"):
+        round_to(decoder, to_quantize(decoder, form, GROUP, "int8"), GROUP)
+        return decoder
+    return decoder.to(getattr(torch, form))
 
 
 def by_slmkit(decoder: Decoder) -> Generate:
     greedy = SamplingSettings(do_sample=False)
 
     def generate(ids: torch.Tensor, new: int) -> list[list[int]]:
+        ids = ids.to(decoder.device)
         rows = generate_ids(decoder, ids, max_new_tokens=new, stop_ids=set(), settings=greedy, pad_token_id=0)
         return rows[:, ids.size(1) :].tolist()
 
     return generate
 
 
-def transformers_peers(directory: Path, quick: bool) -> Iterator[tuple[str, Generate]]:
+def by_transformers(directory: Path, dtype: str, way: str, device: str = "cpu") -> Generate:
     from transformers import AutoModelForCausalLM, CompileConfig
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     anywhere = CompileConfig(mode="default")
     anywhere._compile_all_devices = True  # without it, only on accelerators
-    ways: dict[str, dict[str, Any]] = {
+    options: dict[str, Any] = {
         "dynamic": {},
         "static": {"cache_implementation": "static", "disable_compile": True},
         "compiled": {"cache_implementation": "static", "compile_config": anywhere},
-    }
-    dtypes = (torch.float32, torch.bfloat16)
-    if quick:
-        ways, dtypes = {"static": ways["static"]}, dtypes[:1]
-    for dtype in dtypes:
-        for way, options in ways.items():
-            model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
-            model.generation_config.eos_token_id = None
+    }[way]
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).to(device).eval()
+    model.generation_config.eos_token_id = None
 
-            def generate(ids: torch.Tensor, new: int, model=model, options=options) -> list[list[int]]:
-                mask = torch.ones_like(ids)
-                rows = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=new, **options)
-                return rows[:, ids.size(1) :].tolist()
+    def generate(ids: torch.Tensor, new: int) -> list[list[int]]:
+        ids = ids.to(device)
+        mask = torch.ones_like(ids)
+        rows = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=new, **options)
+        return rows[:, ids.size(1) :].tolist()
 
-            yield f"transformers {str(dtype).removeprefix('torch.')} {way}", generate
-
-
-def llama_cpp_peers(directory: Path, config: SLMConfig, sequences: int, length: int) -> Iterator[tuple[str, Generate]]:
-    from benchmarks.llama_cpp import LlamaCpp, write_gguf
-
-    weights = load_file(directory / "model.safetensors")
-    for name in BITS.values():
-        path = directory / f"{name}.gguf"
-        write_gguf(weights, config, path, name)
-        cache_type = "F32" if name == "F32" else "F16"
-        yield f"llama.cpp {name}", LlamaCpp(path, torch.get_num_threads(), sequences, length, cache_type).generate
+    return generate
 
 
 def scaled_decoder(config: SLMConfig) -> Decoder:
@@ -127,8 +138,8 @@ def scaled_decoder(config: SLMConfig) -> Decoder:
     return decoder
 
 
-def prompts(batch: int, length: int) -> torch.Tensor:
-    return torch.randint(LLAMA_46M["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(batch))
+def prompts(vocab_size: int, batch: int, length: int) -> torch.Tensor:
+    return torch.randint(vocab_size, (batch, length), generator=torch.Generator().manual_seed(batch))
 
 
 def expect_same_tokens(decoder: Decoder, peers: Mapping[str, Generate]) -> dict[str, str]:
@@ -136,14 +147,14 @@ def expect_same_tokens(decoder: Decoder, peers: Mapping[str, Generate]) -> dict[
 
     A row may leave them only where the two tokens' logits are nearly equal. Raises `ValueError` if another does.
     """
-    ids, new, found = prompts(8, 8), 24, {}
+    ids, new, found = prompts(decoder.architecture.vocab_size, 8, 8), 24, {}
     expected = by_slmkit(decoder)(ids, new)
     with torch.inference_mode():
         texts = torch.cat((ids, torch.tensor(expected)), dim=1)
         logits = decoder.logits(decoder(texts)[:, 7:-1])  # [rows, new, vocab_size], without a cache
     if expected != logits.argmax(-1).tolist():
         raise ValueError("slmkit's tokens are not those of its whole forward pass")
-    for name in (name for name in peers if "float32" in name or "F32" in name):
+    for name in (name for name in peers if "float32" in name or name.endswith(" F32")):
         rows = peers[name](ids, new)
         for row, (ours, theirs) in enumerate(zip(expected, rows)):
             at = next((i for i in range(new) if ours[i] != theirs[i]), None)
@@ -162,26 +173,53 @@ def seconds(clock: Callable[[], float], generate: Generate, ids: torch.Tensor, n
     return clock() - started
 
 
+def first_and_rest(clock: Callable[[], float], generate: Generate, ids: torch.Tensor, new: int) -> tuple[float, float]:
+    """Seconds of one new token, and of `new` more; measured again if another process disturbed the first."""
+    while True:
+        first = seconds(clock, generate, ids, 1)
+        rest = seconds(clock, generate, ids, 1 + new) - first if new else 0.0
+        if rest > 0 or new == 0:
+            return first, rest
+
+
 def in_turn(
     peers: Mapping[str, Generate], ids: torch.Tensor, new: int, rounds: int, budget: float, clock: Callable[[], float]
 ) -> dict[str, list[float]]:
     """Tokens per second of each peer in each round: new ones, or for `new` 0 the prompt's.
 
-    All of it takes `budget` seconds, or one round if that takes longer.
+    `budget`: seconds by `clock`, in equal parts to all; a peer that has used up its own leaves after that round.
     """
     found: dict[str, list[float]] = {name: [] for name in peers}
+    used = dict.fromkeys(peers, 0.0)
     for name, generate in peers.items():  # at first use they allocate and compile
         generate(ids, 1 + new if "compiled" in name else 1)
-    began = time.perf_counter()
-    for number in range(rounds):
-        if (time.perf_counter() - began) * (number + 1) > budget * max(number, 1):  # no room for another round
-            break
-        for name, generate in peers.items():
-            time.sleep(0.05)  # another library's threads stop spinning
-            first = seconds(clock, generate, ids, 1)
-            whole = seconds(clock, generate, ids, 1 + new) if new else first
-            found[name].append(ids.size(0) * new / max(whole - first, 1e-9) if new else ids.numel() / first)
+    for name, generate in [*peers.items()] * rounds:
+        if used[name] > budget / len(peers):
+            continue
+        time.sleep(0.05)  # another library's threads stop spinning
+        first, rest = first_and_rest(clock, generate, ids, new)
+        used[name] += 2 * first + rest
+        found[name].append(ids.size(0) * new / rest if new else ids.numel() / first)
     return found
+
+
+def limits(names: list[str], directory: Path) -> dict[str, float]:
+    """New tokens/s of one sequence if a step took only as long as reading its weights from memory, as measured here."""
+    found = {}
+    for side, form, *_ in (name.split() for name in names):
+        gguf = directory / f"{form}.gguf"
+        size = gguf.stat().st_size if side == "llama.cpp" else bytes_of_a_step(slmkit_decoder(directory, form))
+        found[f"{side} {form}"] = round(1 / seconds_to_read(size, find_device("cpu")), 1)
+    return found
+
+
+def profile(generate: Generate, vocab_size: int, new: int) -> None:
+    """Print where the time of a decoding step goes, by function."""
+    ids = prompts(vocab_size, 1, PROMPT)
+    generate(ids, 2)
+    profiler = cProfile.Profile()
+    profiler.runcall(generate, ids, new)
+    pstats.Stats(profiler).sort_stats("tottime").print_stats(25)
 
 
 Figures = dict[str, dict[str, list[float]]]  # what is measured → peer → tokens/s in each round
@@ -211,17 +249,16 @@ def ratios(figures: Figures) -> dict[str, dict[str, float]]:
     return found
 
 
-def growth(generate: Generate, contexts: list[int], batches: list[int], new: int, rounds: int) -> dict[str, Any]:
+def growth(decoder: Decoder, new: int, rounds: int) -> dict[str, dict[str, dict[str, float]]]:
     """New tokens/s of slmkit over the length of the context, one sequence, and over the batch, behind short prompts."""
 
     def rate(batch: int, context: int) -> dict[str, float]:
-        return spread(
-            in_turn({"slmkit": generate}, prompts(batch, context), new, rounds, 40, time.perf_counter)["slmkit"], 1
-        )
+        ids = prompts(decoder.architecture.vocab_size, batch, context)
+        return spread(in_turn({"": by_slmkit(decoder)}, ids, new, rounds, 30, time.perf_counter)[""], 1)
 
     return {
-        "context": {str(context): rate(1, context) for context in contexts},
-        "batch": {str(batch): rate(batch, PROMPT) for batch in batches},
+        "context": {str(context): rate(1, context) for context in GROWTH["context"]},
+        "batch": {str(batch): rate(batch, PROMPT) for batch in GROWTH["batch"]},
     }
 
 
@@ -240,10 +277,11 @@ def machine() -> dict[str, Any]:
 def print_figures(result: Mapping[str, Any]) -> None:
     rates = result["tokens_per_second"]
     names = list(dict.fromkeys(name for of in rates.values() for name in of))
-    print(f"\n{'tokens/s, median of rounds':<36}" + "".join(f"{what:>14}" for what in rates))
+    print(f"\n{'tokens/s, median of rounds':<36}" + "".join(f"{what:>12}" for what in (*rates, "memory's limit")))
     for name in names:
-        row = [f"{rates[what][name]['median']:,.1f}" if name in rates[what] else "" for what in rates]
-        print(f"{name:<36}" + "".join(f"{value:>14}" for value in row))
+        row = [f"{rates[what][name]['median']:,.1f}" for what in rates]
+        limit = result["limit_of_memory"][" ".join(name.split()[:2])]
+        print(f"{name:<36}" + "".join(f"{value:>12}" for value in row) + f"{limit:>16,.0f}")
     print(f"\n{'ratio':<88}median   least    most")
     for name, ratio in result["ratios"].items():
         print(f"{name:<88}{ratio['median']:>6.2f}{ratio['least']:>8.2f}{ratio['most']:>8.2f}")
@@ -280,36 +318,36 @@ def measure(arguments: argparse.Namespace, directory: Path) -> Iterator[dict[str
     config = SLMConfig(**LLAMA_46M)
     save_decoder(scaled_decoder(config), config, directory)
     quick, new, rounds = arguments.quick, arguments.new, arguments.rounds
-    prompt = PROMPT // 4 if quick else PROMPT
-    batches, length = (BATCHES[0], BATCHES[-1]) if quick else BATCHES, max(PROMPT + new, PREFILL) + 32
-    peers = dict(slmkit_peers(directory))
-    peers |= transformers_peers(directory, quick)
-    peers |= llama_cpp_peers(directory, config, max(batches), length)
-    if arguments.only:
-        peers = {name: peer for name, peer in peers.items() if name.startswith(tuple(arguments.only))}
-    figures: Figures = {}
+    prompt, batches = (PROMPT // 4, (BATCHES[0], BATCHES[-1])) if quick else (PROMPT, BATCHES)
+    names = [name for name in (QUICK if quick else NAMES) if name.startswith(tuple(arguments.only or [""]))]
+    peers = {name: open_peer(name, directory, max(batches), max(PROMPT + new, PREFILL) + 32) for name in names}
+    if arguments.profile:
+        for name, generate in peers.items():
+            print(name)
+            profile(generate, config.vocab_size, new)
+        return
     result: dict[str, Any] = {
         "date": datetime.datetime.now().isoformat(timespec="minutes"),
         "what": f"46 M parameters, prompt {prompt}, {new} new tokens, {rounds} rounds in turn; prefill of {PREFILL}",
         "machine": machine(),
         "load_average": [[round(load, 2) for load in os.getloadavg()]],
         "same_tokens": expect_same_tokens(load_decoder(directory)[0], peers),
+        "limit_of_memory": limits(names, directory),
     }
-    parts = {f"batch {batch}": (prompts(batch, prompt), new) for batch in batches}
-    for what, (ids, count) in (parts | {"prefill": (prompts(1, PREFILL), 0)}).items():
+    figures: Figures = {}
+    parts = {f"batch {batch}": (prompts(config.vocab_size, batch, prompt), new) for batch in batches}
+    parts["prefill"] = prompts(config.vocab_size, 1, PREFILL), 0
+    budget, clock = (8, time.process_time) if quick else (150, time.perf_counter)
+    for what, (ids, count) in parts.items():
         print(f"{what} …", flush=True)
-        figures[what] = in_turn(
-            peers, ids, count, rounds, *((20, time.process_time) if quick else (120, time.perf_counter))
-        )
+        figures[what] = in_turn(peers, ids, count, rounds, budget, clock)
         rates = {what: {name: spread(values, 1) for name, values in of.items()} for what, of in figures.items()}
         result["load_average"].append([round(load, 2) for load in os.getloadavg()])
-        yield result | {"tokens_per_second": rates, "ratios": ratios(figures)}
-    result |= {"tokens_per_second": rates, "ratios": ratios(figures)}
-    ours = next((name for name in peers if name.startswith("slmkit")), None)
-    if ours and not quick:
-        contexts, sizes = [64, 256, 1_024, 4_096, 16_384], [1, 2, 4, 8, 16, 32]
-        result |= {"growth_of": ours.split()[1], "growth": growth(peers[ours], contexts, sizes, 16, 3)}
+        result |= {"tokens_per_second": rates, "ratios": ratios(figures)}
         yield result
+    forms = [name.split()[1] for name in names if name.startswith("slmkit")]
+    if forms and not quick:
+        yield result | {"growth_of": forms[0], "growth": growth(slmkit_decoder(directory, forms[0]), 16, 3)}
 
 
 def main() -> None:
@@ -321,6 +359,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, help="new tokens; default: 64, with --quick 16")
     parser.add_argument("--rounds", type=int, help="default: 5, with --quick 3")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--profile", action="store_true", help="only print where the time goes, by function")
     parser.add_argument("--draw", type=Path, metavar="PNG", help="only draw what was measured")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -334,7 +373,8 @@ def main() -> None:
         for result in measure(arguments, Path(directory)):
             if not arguments.quick:
                 arguments.out.write_text(json.dumps(result, indent=2) + "\n")
-    print_figures(result)
+    if not arguments.profile:
+        print_figures(result)
 
 
 if __name__ == "__main__":

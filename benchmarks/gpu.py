@@ -1,8 +1,9 @@
 """The presets' recipes on this machine: real steps on the built-in stories, tokens a second, memory and MFU.
 
-python benchmarks/gpu.py                  # about a minute each, on a CUDA device; nothing is downloaded
-python benchmarks/gpu.py --smoke          # seconds, on whatever there is, with shapes made small
-python benchmarks/gpu.py --rows 4 --out benchmarks/results/presets-cpu.json     # anywhere, in small steps
+python -m benchmarks.gpu                  # about a minute each, on a CUDA device; nothing is downloaded
+python -m benchmarks.gpu decode           # generation alone: 1.24 B in bfloat16, beside transformers, in a minute
+python -m benchmarks.gpu --smoke          # seconds, on whatever there is, with shapes made small
+python -m benchmarks.gpu --rows 4 --out benchmarks/results/presets-cpu.json     # anywhere, in small steps
 
 Optimizer, schedule, precision, batch and length are each recipe's own; the text and its tokenizer are not: token ids of
 the stories, spread over the preset's whole vocabulary, so that embedding and loss do the work of the real one.
@@ -18,16 +19,20 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from benchmarks.decode import by_slmkit, by_transformers, in_turn, prompts, scaled_decoder
+from benchmarks.figures import spread
 from slmkit.config import UserError
 from slmkit.data.prepare.corpus import DataSettings, TokenizerSettings, build_corpus
 from slmkit.data.stream import PretrainRows, Stream
-from slmkit.device import find_device, measured_peak, peak_memory, reset_peak_memory
+from slmkit.device import find_device, measured_peak, peak_memory, reset_peak_memory, seconds_to_read
 from slmkit.model.config import SLMConfig
+from slmkit.model.files.directory import save_decoder
 from slmkit.model.initialization import build_decoder
 from slmkit.model.sizes import flops_per_token
 from slmkit.training.estimate.memory import MemoryProfile, meta_model_of
@@ -37,10 +42,13 @@ from slmkit.training.logging.metrics_log import environment
 from slmkit.training.loop import Every, Report, State, StopRequested, train
 from slmkit.training.objective import next_token
 from slmkit.training.recipe.recipe import Recipe, find_recipe, load_recipe
+from slmkit.workflows.bench import bytes_of_a_step
 
 # What their own documents claim, as far as they do.
 CLAIMS = {"gemma-3-270m": "0.3 s an iteration of 32 × 128 tokens and 12 GB, on a T4"}
 PRESETS = ("vector-slm", "vector-clm-50m", "llama-3.2-1b", "gemma-3-270m", "smallm-60m")
+DECODE = "decode"  # greedy generation with the weights of the preset below, random ones
+DECODED, BATCHES, PROMPT, NEW, ROUNDS = "llama-3.2-1b", (1, 4, 16), 64, 256, 5
 SMOKE = {"vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 SMOKE_OF = {"gemma-3-270m": {"head_dim": 16, "num_key_value_heads": 1}, "smallm-60m": {}}
 SMOKE_REST = {"num_key_value_heads": 1, "intermediate_size": 64}
@@ -131,9 +139,44 @@ def steps_of(
     }
 
 
+def decoding(smoke: bool) -> dict[str, object]:
+    """New tokens/s of slmkit and of transformers' `generate`, in turn, and the share of what the memory allows.
+
+    A step cannot take less time than reading the weights does, which is measured.
+    """
+    if not (smoke or torch.cuda.is_available()):
+        raise UserError("decode: measured on a CUDA device; benchmarks/decode.py is the benchmark for CPUs")
+    config = SLMConfig.from_preset(DECODED, **(SMOKE | SMOKE_REST if smoke else {}))
+    device, (new, rounds) = find_device("auto", "bfloat16-pure"), (4, 1) if smoke else (NEW, ROUNDS)
+    decoder = scaled_decoder(config).to(torch.bfloat16)
+    peers = {"slmkit": by_slmkit(decoder)}
+    if find_spec("transformers"):
+        with tempfile.TemporaryDirectory() as directory:
+            save_decoder(decoder, config, directory)
+            peers["transformers"] = by_transformers(Path(directory), "bfloat16", "dynamic", str(device.torch_device))
+    decoder.to(device.torch_device)
+    a_step = seconds_to_read(bytes_of_a_step(decoder), device)
+    found: dict[str, object] = {
+        "what": f"{DECODED} in bfloat16, prompt {PROMPT}, {new} new tokens, {rounds} rounds in turn",
+        "read_terabytes_per_second": round(bytes_of_a_step(decoder) / a_step / 1e12, 2),
+        "device": device.describe(),
+    }
+    for batch in BATCHES:
+        ids = prompts(config.vocab_size, batch, PROMPT)
+        rates = in_turn(peers, ids, new, rounds, 60, time.perf_counter)
+        found[f"batch {batch}"] = {
+            "tokens_per_second": {name: spread(each, 1) for name, each in rates.items()},
+            "share_of_limit": {name: spread([rate * a_step / batch for rate in each]) for name, each in rates.items()},
+            "times_as_fast": {
+                name: spread([a / b for a, b in zip(rates["slmkit"], each)], 2) for name, each in rates.items()
+            },
+        }
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("presets", nargs="*", default=PRESETS)
+    parser.add_argument("presets", nargs="*", default=[*PRESETS, DECODE], help="of them, and decode")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--smoke", action="store_true", help="tiny shapes: only to see that it runs")
     parser.add_argument("--rows", type=int, help="of a step and of its micro-batch, where the recipe's are too many")
@@ -146,7 +189,10 @@ def main() -> None:
     for preset in arguments.presets:
         try:
             seconds = 1.0 if arguments.smoke else arguments.seconds
-            found[preset] = steps_of(preset, seconds, arguments.smoke, arguments.rows, arguments.override)
+            if preset == DECODE:
+                found[preset] = decoding(arguments.smoke)
+            else:
+                found[preset] = steps_of(preset, seconds, arguments.smoke, arguments.rows, arguments.override)
         except UserError as error:  # out of memory, or an extra that is missing: the others go on
             found[preset] = {"failed": str(error)}
         print(preset, json.dumps(found[preset]), flush=True)

@@ -31,10 +31,11 @@ BLOCK_PARTS = {  # transformers' names → GGUF's
 
 
 def write_gguf(weights: Mapping[str, torch.Tensor], config: SLMConfig, path: Path, weight_format: str) -> None:
-    """Write a Llama as GGUF, every matrix in `weight_format`, the embedding too.
+    """Write a Llama as GGUF, its matrices in `weight_format`; with Q4_0 embedding and head in Q8_0.
 
     `weights` have transformers' names. The vocabulary is one of placeholders: prompts are token ids.
     """
+    outer_format = "Q8_0" if weight_format == "Q4_0" else weight_format  # as `slm quantize`; llama.cpp's own is Q6_K
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
     writer = GGUFWriter(path, "llama")
     writer.add_context_length(config.max_position_embeddings)
@@ -56,7 +57,8 @@ def write_gguf(weights: Mapping[str, torch.Tensor], config: SLMConfig, path: Pat
     for name, tensor in weights.items():
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             tensor = _interleaved(tensor, heads if "q_proj" in name else kv_heads)
-        kind = GGMLQuantizationType[weight_format if tensor.dim() == 2 else "F32"]
+        of_matrix = weight_format if name.startswith("model.layers.") else outer_format
+        kind = GGMLQuantizationType[of_matrix if tensor.dim() == 2 else "F32"]
         data = gguf.quants.quantize(tensor.float().contiguous().numpy(), kind)
         writer.add_tensor(_gguf_name(name), data, raw_dtype=kind)
     writer.write_header_to_file()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import math
 import os
 import sys
 import time
@@ -164,6 +165,23 @@ def measured_peak(device: Device) -> float:
             if time.perf_counter() - begun > 0.5:
                 return best
     return best
+
+
+@functools.lru_cache
+def seconds_to_read(size: int, device: Device) -> float:
+    """The least time to read `size` bytes of memory, of some sums within half a second.
+
+    A decoding step cannot take less than this for its weights. What fits into a CPU's cache is read from there.
+    """
+    values = torch.ones(max(1, min(size, 2**30) // 4), device=device.torch_device)
+    begun, best = time.perf_counter(), math.inf
+    while time.perf_counter() - begun < 0.5:
+        _wait_for(device)
+        started = time.perf_counter()
+        values.sum()
+        _wait_for(device)
+        best = min(best, time.perf_counter() - started)
+    return best * size / values.nbytes
 
 
 def _wait_for(device: Device) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import replace
@@ -26,6 +27,7 @@ from slmkit.training.checkpoints.checkpoint import WholeModel, kept_in
 from slmkit.training.diagnostics.xray_page import check_data
 from slmkit.training.distributed import Group, join
 from slmkit.training.fit import RunContext, fit
+from slmkit.training.logging.metrics_log import mark_running
 from slmkit.training.logging.progress import training_progress
 from slmkit.training.loop import Every, Report, RunStopped, Stage
 from slmkit.training.objective import Objective, next_token
@@ -154,7 +156,10 @@ class SLMTrainer:
                 stream, self.tokenizer, self.config.vocab_size, context.run.root, lambda line: None, force=self.force
             )
         last: Report = {}
-        with training_progress("training", steps, None if group.is_main else Console(quiet=True)) as progress:
+        with (
+            mark_running(context.run.root) if group.is_main else contextlib.nullcontext(),
+            training_progress("training", steps, None if group.is_main else Console(quiet=True)) as progress,
+        ):
             try:
                 fit(
                     context,

@@ -60,7 +60,8 @@ def decode(
 ) -> None:
     """Measure how fast models generate.
 
-    Greedy decoding with the KV cache, of one sequence and of eight at once; a preset has random weights.
+    Greedy decoding of 1, 4 and 16 sequences at once, the weights as they are and rounded to 8 and 4 bits. The limit
+    is this machine's own: new tokens/s if a step took only as long as reading the weights. A preset has random ones.
 
     Example: slm bench decode quickstart smollm2-135m --new 32
     """
@@ -68,12 +69,12 @@ def decode(
     from slmkit.workflows.bench import decoding_speed
 
     rows = [
-        (model, str(speed.batch), f"{speed.prompt:,.0f}", f"{speed.new:,.1f}", f"{1e3 * speed.batch / speed.new:.2f}")
+        (model, s.weights, str(s.batch), f"{s.prompt:,.0f}", f"{s.new:,.1f}", f"{s.limit:,.0f}", f"{s.reached:.0%}")
         for model in models or ["quickstart"]
-        for speed in decoding_speed(model, prompt, new, rounds, device)
+        for s in decoding_speed(model, prompt, new, rounds, device)
     ]
-    columns = ("model", "batch", "prompt tokens/s", "new tokens/s", "ms a token")
-    print_table(columns, rows, right=columns[1:])
+    columns = ("model", "weights", "batch", "prompt tokens/s", "new tokens/s", "limit", "reached")
+    print_table(columns, rows, right=columns[2:])
 
 
 def data(

@@ -34,12 +34,13 @@ from slmkit.generation.sampling import (
     seed_of,
 )
 from slmkit.generation.sampling_settings import SamplingSettings
-from slmkit.generation.slots import Pool, Pools
+from slmkit.generation.slots import Pool, Pools, common
 from slmkit.generation.text import TextTail, TextTokenizer
 from slmkit.model.cache import AT_ONCE
 
 # A stop token or string, `max_new_tokens` reached, the model's context is full, or an error of this row.
 FinishReason = Literal["stop", "length", "context", "error"]
+WORTH_WAITING = 32  # tokens of a prompt that another row reads just now
 Logprobs = list[tuple[int, float]]  # ids and natural logarithms of their probabilities
 
 
@@ -140,11 +141,11 @@ class Engine:
         known = getattr(tokenizer, "known_ids", None) if known is None else known
         self._known = None if known is None else _of_size(known, decoder.vocab_size).to(decoder.device)
         self._handles, self._waiting = itertools.count(), deque[Row]()
-        self._reading: Row | None = None  # the row whose prompt is read
+        self._reading: Row | None = None  # a row that has a slot, and whose prompt is not read, or in part
 
     @property
     def is_busy(self) -> bool:
-        return bool(self._waiting or self._reading or self.pools.running)
+        return bool(self._waiting or any(pool.rows for pool in self.pools))
 
     def insert(self, request: Request) -> int:
         """Begin a request; returns its handle, which its events bear.
@@ -173,9 +174,9 @@ class Engine:
         if self._reading is not None and self._reading.handle == handle:
             self._reading = None
         with torch.inference_mode():
-            for row in self.pools.running:
-                if row.handle == handle:
-                    row.pool.leave(row)
+            for pool in self.pools:
+                for row in [row for row in pool.rows if row.handle == handle]:
+                    pool.leave(row)
 
     def step(self) -> list[Event]:
         """Append a token to every running row, and read on in the prompts of those that wait."""
@@ -187,39 +188,66 @@ class Engine:
         """One forward pass for the running rows of each pool: rows, and their logits [rows, vocab_size]."""
         ready = []
         for pool in self.pools:
-            if rows := list(pool.rows):
+            if rows := pool.rows[: pool.running]:
                 last = self._tensor([[row.ids[-1]] for row in rows])  # [rows, 1]
                 hidden = self.decoder(last, pool.cache[: len(rows)])[:, -1]
                 ready.append((rows, self.decoder.logits(hidden)))
         return ready
 
     def _read(self) -> list[tuple[list[Row], Tensor]]:
-        """Read at most `AT_ONCE` tokens of prompts, row by row: rows whose prompt is read, with their next logits."""
+        """Read at most `AT_ONCE` tokens of prompts: rows whose prompt is read, with their next logits."""
         ready, room = [], AT_ONCE
-        while room > 0 and (row := self._reading or self._admitted()):
-            self._reading = row
-            past = row.pool.cache.length(row.slot)
-            piece = row.ids[past : past + room] if self.pools.in_pieces else row.ids
-            hidden = self.decoder(self._tensor([piece]), row.pool.cache[row.slot : row.slot + 1])[0]  # [piece, width]
-            room -= len(piece)
-            if row.reads_whole:
-                following = row.ids[past + 1 : past + len(piece) + 1]
-                top = row.request.prompt_logprobs or 0
-                found = prompt_log_probabilities(
-                    self.decoder.logits, hidden[: len(following)], self._tensor(following), top
-                )
-                row.prompt_logprobs += listed(found, following)
-            if past + len(piece) == row.prompt_length:
-                self._reading = None
-                row.pool.run(row)
-                ready.append(([row], self.decoder.logits(hidden[-1:])))
+        while room > 0 and (rows := self._next_to_read(room)):
+            pool, count = rows[0].pool, room if self.pools.in_pieces else self.context
+            pasts = [pool.cache.length(row.slot) for row in rows]
+            pieces = [row.ids[past : past + count] for row, past in zip(rows, pasts)]
+            ids = self._tensor([*itertools.zip_longest(*pieces, fillvalue=0)]).T  # [rows, longest piece]
+            hidden = self.decoder(ids, pool.cache[rows[0].slot : rows[-1].slot + 1])  # [rows, longest piece, width]
+            room -= ids.numel()
+            for row, past, piece, states in zip(rows, pasts, pieces, hidden):
+                pool.cache.truncate(row.slot, past + len(piece))
+                if row.reads_whole:
+                    following = row.ids[past + 1 : past + len(piece) + 1]
+                    row.prompt_logprobs += self._logprobs(states[: len(following)], following, row.request)
+            if pasts[0] + len(pieces[0]) < rows[0].prompt_length:
+                self._reading = rows[0]  # alone: it is longer than one pass
+            else:
+                pool.running += len(rows)
+                last = torch.stack([states[len(piece) - 1] for piece, states in zip(pieces, hidden)])
+                ready.append((rows, self.decoder.logits(last)))
         return ready
 
-    def _admitted(self) -> Row | None:
-        """The row that has waited longest, in a slot, if one is free."""
-        if self._waiting and self.pools.admit(self._waiting[0], self._length(self._waiting[0].request)):
-            return self._waiting.popleft()
-        return None
+    def _next_to_read(self, room: int) -> list[Row]:
+        """Rows of one pool whose prompts fit into one pass of `room` tokens, or one alone that may need more passes."""
+        rows: list[Row] = []
+        longest = 0
+        while row := self._first_unread(rows):
+            longest = max(longest, row.prompt_length - row.pool.cache.length(row.slot))
+            fits = row.pool is (rows or [row])[0].pool and longest * (len(rows) + 1) <= room and self.pools.in_pieces
+            if rows and not fits:
+                break
+            rows.append(row)
+            self._reading = None
+            if not fits:
+                break
+        return rows
+
+    def _first_unread(self, others: Sequence[Row]) -> Row | None:
+        """The next row to read, in a slot. One that begins as one of `others` waits until it can copy that."""
+        if self._reading is None and self._waiting:
+            row = self._waiting[0]
+            if any(common(row.ids, other.ids, WORTH_WAITING) == WORTH_WAITING for other in others):
+                return None
+            if self.pools.admit(row, self._length(row.request)):
+                self._reading = self._waiting.popleft()
+        return self._reading
+
+    def _logprobs(self, hidden: Tensor, ids: list[int], request: Request) -> list[Logprobs]:
+        """hidden [tokens, width] and the ids that followed [tokens] → the log-probabilities of each."""
+        if not ids:
+            return []
+        top = request.prompt_logprobs or 0
+        return listed(prompt_log_probabilities(self.decoder.logits, hidden, self._tensor(ids), top), ids)
 
     def _length(self, request: Request) -> int:
         """Positions that a row of the request may need."""

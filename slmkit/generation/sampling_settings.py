@@ -82,9 +82,14 @@ class SamplingSettings(Settings):
         return not self.do_sample or self.temperature < COLDEST
 
     @property
-    def has_penalties(self) -> bool:
-        """Whether the tokens so far matter."""
-        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+    def has_counts(self) -> bool:
+        """Whether it matters how often a token was generated."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    @property
+    def has_filters(self) -> bool:
+        """Whether tokens are removed before one is drawn."""
+        return self.top_k != 0 or self.top_p != 1 or self.min_p != 0 or self.typical_p != 1
 
     def expect_ids_below(self, vocab_size: int) -> None:
         """Raises `UserError` if `logit_bias` names an id that a model of this vocabulary does not have."""

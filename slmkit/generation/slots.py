@@ -9,25 +9,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import NamedTuple, Protocol
 
 from slmkit.config import UserError
 from slmkit.generation.ensemble import Cache, LanguageModel
 from slmkit.model.cache import AT_ONCE
 
-if TYPE_CHECKING:
-    from slmkit.generation.engine import Row
-
 LENGTHS = (512, 4096)  # of the pools but the last, which is as long as the context
 LEAST = 64  # positions: caches grow from here by doubling
 
 
+class Row(Protocol):
+    """What the pools know of a row of the engine."""
+
+    ids: list[int]  # prompt and new tokens
+    reads_whole: bool  # copy nothing of the prompt from another slot
+    pool: Pool | None
+    slot: int
+
+
 class Pool:
-    """A cache, the text that each of its slots holds, and the rows that run in the first of them."""
+    """A cache, the text that each of its slots holds, and the rows in the first of them: first those that run, then
+    those whose prompt is read.
+    """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.rows: list[Row] = []  # rows[i] runs in slot i
+        self.rows: list[Row] = []  # rows[i] is in slot i
+        self.running = 0  # how many of them run
         self.clear()
 
     def clear(self) -> None:
@@ -41,7 +50,7 @@ class Pool:
         self.cache, self.texts = cache, (self.texts + [[] for _ in range(slots)])[:slots]
 
     def swap(self, a: int, b: int) -> None:
-        """Exchange what two slots hold, and the rows that run in them."""
+        """Exchange what two slots hold, and the rows in them."""
         if a != b:
             self.cache.swap(a, b)
             self.texts[a], self.texts[b] = self.texts[b], self.texts[a]
@@ -49,16 +58,22 @@ class Pool:
                 row.slot = {a: b, b: a}.get(row.slot, row.slot)
             self.rows.sort(key=lambda row: row.slot)
 
-    def run(self, row: Row) -> None:
-        """Let a row whose prompt is in its slot join the running ones."""
-        self.swap(row.slot, len(self.rows))
-        row.slot = len(self.rows)
-        self.rows.append(row)
-
     def leave(self, row: Row) -> None:
-        """Take a running row out; its slot, the last of the running ones now, is free and keeps its text."""
-        self.swap(row.slot, len(self.rows) - 1)
+        """Take a row out. Its slot comes behind those of the others, and keeps its text."""
+        if row.slot < self.running:
+            self.running -= 1
+            self.swap(row.slot, self.running)
+        for other in self.rows[row.slot + 1 :]:
+            self.swap(other.slot, other.slot - 1)
         self.rows.remove(row)
+
+
+class Known(NamedTuple):
+    """A slot whose text begins as a prompt does, for `length` positions."""
+
+    pool: Pool
+    slot: int
+    length: int
 
 
 class Pools:
@@ -76,10 +91,6 @@ class Pools:
     def __iter__(self) -> Iterator[Pool]:
         return iter(self.pools)
 
-    @property
-    def running(self) -> list[Row]:
-        return [row for pool in self.pools for row in pool.rows]
-
     def expect(self, length: int) -> None:
         """Raises `UserError` if a text of `length` positions needs more memory than there is."""
         needed = self.decoder.cache_bytes(1, self._rounded(length), self.at_once)
@@ -90,22 +101,23 @@ class Pools:
             )
 
     def admit(self, row: Row, length: int) -> bool:
-        """Give a row a slot of `length` positions, with as much of its prompt as is known; False if none is free."""
+        """Give a row a slot of `length` positions, with what is known of its prompt; False if none is free."""
         pool = next(pool for pool in self.pools if length <= pool.limit)
-        if len(self.running) >= self.max_rows or not self._reserve(pool, length):
+        if sum(len(each.rows) for each in self.pools) >= self.max_rows or not self._reserve(pool, length):
             return False
-        source = self._beginning_of(row.ids[:-1]) if self.reuse and not row.reads_whole else None
-        free = range(len(pool.rows), len(pool.texts))
-        row.pool = pool
-        if source is not None and source[0] is pool and source[1] in free:
-            row.slot = source[1]
-            pool.cache.truncate(row.slot, source[2])
+        slot, free = len(pool.rows), range(len(pool.rows), len(pool.texts))
+        known = self._known(row.ids[:-1]) if self.reuse and not row.reads_whole else None
+        if known is not None and known.pool is pool and known.slot in free:
+            pool.swap(slot, known.slot)
+            pool.cache.truncate(slot, known.length)
         else:
-            row.slot = min(free, key=pool.cache.length)  # what is cheapest to read again
-            pool.cache.truncate(row.slot, 0)
-            if source is not None:
-                pool.cache.copy_slot(row.slot, source[0].cache, *source[1:])
-        pool.texts[row.slot] = row.ids
+            lost = min(free, key=pool.cache.length)  # the text that is cheapest to read again
+            pool.swap(slot, lost)
+            pool.cache.truncate(slot, 0)
+            if known is not None:
+                pool.cache.copy_slot(slot, known.pool.cache, known.slot, known.length)
+        row.pool, row.slot, pool.texts[slot] = pool, slot, row.ids
+        pool.rows.append(row)
         return True
 
     def _reserve(self, pool: Pool, length: int) -> bool:
@@ -139,18 +151,20 @@ class Pools:
         """The size of a cache for `length` positions: a power of two, or the whole context."""
         return min(max(LEAST, 1 << (length - 1).bit_length()), self.decoder.max_positions)
 
-    def _beginning_of(self, ids: Sequence[int]) -> tuple[Pool, int, int] | None:
-        """The slot that holds most of the beginning of `ids`: its pool, its number, and how many positions."""
-        found = [
-            (pool, slot, common)
-            for pool in self.pools
-            for slot, text in enumerate(pool.texts)
-            if (common := _common(ids, text, pool.cache.length(slot))) and pool.cache.holds(slot, common)
-        ]
-        return max(found, key=lambda each: each[2], default=None)
+    def _known(self, ids: Sequence[int]) -> Known | None:
+        """The slot that holds most of the beginning of `ids`."""
+        best = None
+        for pool in self.pools:
+            for slot, text in enumerate(pool.texts):
+                length = common(ids, text, pool.cache.length(slot))
+                if length > (best.length if best else 0) and pool.cache.holds(slot, length):
+                    best = Known(pool, slot, length)
+                    if length == len(ids):
+                        return best
+        return best
 
 
-def _common(a: Sequence[int], b: Sequence[int], limit: int) -> int:
+def common(a: Sequence[int], b: Sequence[int], limit: int) -> int:
     """How many ids both begin with, of the first `limit`."""
     limit = min(limit, len(a), len(b))
     return next((place for place in range(limit) if a[place] != b[place]), limit)

@@ -102,6 +102,8 @@ class KVCache:
 
     def swap(self, a: int, b: int) -> None:
         """Exchange what two slots hold."""
+        if a == b:
+            return
         longest = max(self.length(a), self.length(b))
         for held in (*self.keys, *self.values):
             end = min(longest, held.size(2))

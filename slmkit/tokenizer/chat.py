@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import jinja2.ext
@@ -20,7 +21,7 @@ import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from slmkit.config import UserError, kind_of_value
+from slmkit.config import UserError, kind_of_value, read_yaml
 
 # {"role": one of ROLES, "content": text}, and OpenAI's "tool_calls", "tool_call_id", "name", "reasoning_content". The
 # template gets all keys but "weight". An assistant's message of weight 0 is input only, not learned.
@@ -32,6 +33,7 @@ ROLES = ("system", "user", "assistant", "tool")
 DISORDER, EMPTY, REFUSED = "roles out of order", "an empty turn", "refused by the chat template"
 DROPPED = "more than the chat template renders"
 REASONING = ("reasoning_content", "thinking", "reasoning")  # different names of the same field
+CHAT_FORMATS = read_yaml(Path(__file__).with_name("chat_formats.yaml"))
 REPLY = "Xyzzy"  # a sample answer, to find out what a template writes after it
 NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # code points that Unicode reserves for internal use
 
@@ -125,30 +127,15 @@ def _check_nothing_is_dropped(
 @lru_cache(maxsize=64)
 def _dropped(template: str, names: tuple[tuple[str, str], ...]) -> frozenset[str]:
     """Which of tools, calls and reasoning the template leaves out, found with sample conversations."""
-    call = {"name": "xyzzy_call", "arguments": {"xyzzy_key": "xyzzy_value"}}
-    tool = {"name": "xyzzy_tool", "description": "xyzzy", "parameters": {"type": "object", "properties": {}}}
-    tools = [{"type": "function", "function": tool}]
-    user = {"role": "user", "content": "?"}
-    calling = {
-        "role": "assistant",
-        "content": "",
-        "tool_calls": [{"type": "function", "id": "xyzzy0001", "function": call}],
-    }
-    answer = {"role": "tool", "content": "xyzzy_answer", "name": "xyzzy_call", "tool_call_id": "xyzzy0001"}
-    thinking = {"role": "assistant", "content": "!", "reasoning_content": "xyzzy_thought"}
-    probes: dict[str, tuple[list[Message], str]] = {
-        "tools": ([user], "xyzzy_tool"),
-        "tool_calls": ([user, calling], "xyzzy_value"),
-        "messages of the role tool": ([user, calling, answer], "xyzzy_answer"),
-        "reasoning_content": ([user, thinking], "xyzzy_thought"),
-    }
     dropped = set()
-    for what, (messages, expected) in probes.items():
+    for what, probe in CHAT_FORMATS["probes"].items():
         try:
-            text = _rendered(template, _plain(messages), False, {**dict(names), "tools": tools})
+            text = _rendered(
+                template, _plain(probe["messages"]), False, {**dict(names), "tools": CHAT_FORMATS["tools"]}
+            )
         except ConversationError:  # the real conversation will give the template's own message
             continue
-        if expected not in text:
+        if probe["expected"] not in text:
             dropped.add(what)
     return frozenset(dropped)
 

@@ -19,6 +19,7 @@ from slmkit.config import UserError, did_you_mean, kind_of_value, one_line, warn
 from slmkit.files import write_whole
 from slmkit.find import is_gpt2
 from slmkit.tokenizer.byte_level import END_OF_TEXT, PADDING, SPECIALS, TURN_END, TURN_START, gpt2, is_byte_level
+from slmkit.tokenizer.chat import CHAT_FORMATS
 
 TOKENIZER, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 SENTENCEPIECE_FILE = "tokenizer.model"
@@ -188,17 +189,11 @@ class ChatFormat(NamedTuple):
     """A template, the special tokens that it writes, and its beginning-of-text token."""
 
     template: str | None
-    tokens: tuple[str, ...] = ()
+    tokens: Sequence[str] = ()
     bos_token: str | None = None
 
 
-# ChatML is OpenAI's, also used by Qwen and SmolLM; the others are Meta's and Google's.
-TOKENS: dict[str, tuple[str, ...]] = {
-    "chatml": ("<|im_start|>", "<|im_end|>"),
-    "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-    "gemma": ("<bos>", "<start_of_turn>", "<end_of_turn>"),
-}
-BEGINNINGS = {"llama3": "<|begin_of_text|>", "gemma": "<bos>"}
+FORMATS: dict[str, dict[str, Any]] = CHAT_FORMATS["formats"]
 
 
 def find_format(name: str) -> ChatFormat:
@@ -206,13 +201,12 @@ def find_format(name: str) -> ChatFormat:
 
     Raises `UserError` for another name and for a file that cannot be read.
     """
-    if name in TOKENS:
-        template = (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
-        return ChatFormat(template, TOKENS[name], BEGINNINGS.get(name))
+    if name in FORMATS:
+        return ChatFormat((TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8"), **FORMATS[name])
     path = Path(name)
     if not path.is_file():
         raise UserError(
-            f"chat_template {name!r}: no file, and no template that comes with slmkit; {did_you_mean(name, TOKENS)}"
+            f"chat_template {name!r}: no file, and no template that comes with slmkit; {did_you_mean(name, FORMATS)}"
         )
     try:
         return ChatFormat(path.read_text(encoding="utf-8"))

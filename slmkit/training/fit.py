@@ -114,7 +114,6 @@ def fit(
     reported_to = settings.report_to if group.is_main else ()
     sequences = settings.rows_per_micro_batch(context.length)  # at once; a pair is two
     with (
-        run.held() if group.is_main else contextlib.nullcontext(),
         open_trackers(reported_to, run.root, context.recipe.model_dump(mode="json"), state.step) as trackers,
         stop_on_signals(stop) as asked,
         saver,

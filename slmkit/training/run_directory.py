@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from slmkit.config import UserError, to_yaml
 from slmkit.device import Device
 from slmkit.files import free_path, write_whole
 from slmkit.training.checkpoints import checkpoint as checkpoints
-from slmkit.training.logging.metrics_log import MetricsLog, environment, mark_running, read_json, rewind_samples
+from slmkit.training.logging.metrics_log import MetricsLog, environment, read_json, rewind_samples
 from slmkit.training.recipe.changes import PROCESSES, Change
 from slmkit.training.recipe.recipe import Recipe
 
@@ -35,20 +34,6 @@ class RunDirectory:
         self.checkpoints = self.root / "checkpoints"
         self.latest = self.root / "latest"
         self.best = self.root / "best"
-        self._is_held = False
-
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Context manager that locks the directory. Raises `UserError` if another process trains in it."""
-        if self._is_held:
-            yield
-            return
-        with mark_running(self.root):
-            self._is_held = True
-            try:
-                yield
-            finally:
-                self._is_held = False
 
     def claim(self, recipe: Recipe) -> None:
         """Write the recipe, so that a run killed during data preparation can be resumed."""

@@ -19,18 +19,19 @@ import numpy as np
 import torch
 
 from slmkit.adapt.load import load_model
+from slmkit.adapt.quantize import quantized_modules, round_to, to_quantize
 from slmkit.data import stories
 from slmkit.data.prepare.conversations import prepare_chat
 from slmkit.data.prepare.text_to_shards import prepare_text
 from slmkit.data.shards.reader import HEADER, Header, Shard, TokenShards
 from slmkit.data.sources import Message
 from slmkit.data.stream import PretrainRows, Stream
-from slmkit.device import find_device, measured_peak
+from slmkit.device import find_device, measured_peak, seconds_to_read
 from slmkit.find import find_model_directory
-from slmkit.generation.ensemble import LanguageModel
 from slmkit.generation.generator import generate_ids
 from slmkit.generation.sampling_settings import SamplingSettings
 from slmkit.model.config import PRESETS, SLMConfig
+from slmkit.model.decoder import Decoder
 from slmkit.model.files.directory import empty_decoder
 from slmkit.model.initialization import build_decoder
 from slmkit.model.sizes import parameter_count
@@ -40,7 +41,8 @@ from slmkit.training.estimate.probe import Probe, probe
 from slmkit.training.logging.throughput import StepFlops
 from slmkit.training.recipe.recipe import TrainSettings
 
-BATCHES = (1, 8)  # sequences generated at once
+BATCHES = (1, 4, 16)  # sequences generated at once
+BITS, GROUP = ("int8", "int4"), 32  # the forms of weights to measure, in the groups of `slm quantize`
 VOCABULARY = 4096
 SHARD_TOKENS = 1 << 28
 TEMPLATES = ("chatml", "llama3", "gemma")
@@ -64,9 +66,16 @@ class TrainingSpeed:
 class DecodingSpeed:
     """Tokens per second, over all sequences of a batch; medians of several rounds."""
 
+    weights: str  # float32, bfloat16, int8 …
     batch: int
-    prompt: float  # prompt tokens, read at once
-    new: float  # new tokens, one after the other
+    prompt: float  # prompt tokens
+    new: float  # new tokens, one after the other in each sequence
+    limit: float  # new tokens if a step took only as long as reading the weights from memory
+
+    @property
+    def reached(self) -> float:
+        """The share of the limit."""
+        return self.new / self.limit
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -89,23 +98,40 @@ def training_speed(preset: str, settings: TrainSettings, steps: int) -> Training
     return TrainingSpeed(parameter_count(model.architecture), measured, mfu)
 
 
-def decoding_speed(model: str, prompt: int, new: int, rounds: int, device: str) -> list[DecodingSpeed]:
-    """Speed of greedy generation with a preset (random weights), a model directory or a run, for each of `BATCHES`.
+def decoding_speed(model: str, prompt: int, new: int, rounds: int, device: str) -> Iterator[DecodingSpeed]:
+    """Speed of greedy generation for each of `BATCHES`: the model as it is, then in int8 and int4, made in memory.
 
+    `model` is a preset (random weights), a model directory or a run. A quantized model is only measured as it is.
     Raises `UserError` if prompt and new tokens do not fit into the model's context.
     """
-    where = find_device(device).torch_device
-    if model in PRESETS:
-        decoder: LanguageModel = build_decoder(SLMConfig.from_preset(model), seed=0).to(where).eval()
-    else:
-        decoder = load_model(find_model_directory(model), where)[0]
-    return [_decoding_speed(decoder, batch, prompt, new, rounds, where) for batch in BATCHES]
+    found = find_device(device)
+    for weights in (None, *BITS):
+        if model in PRESETS:
+            decoder = build_decoder(SLMConfig.from_preset(model), seed=0).to(found.torch_device).eval()
+        else:
+            decoder = load_model(find_model_directory(model), found.torch_device)[0]
+        forms = [module.form for module in quantized_modules(decoder).values()]
+        if weights is not None:
+            if forms:
+                return
+            round_to(decoder, to_quantize(decoder, weights, GROUP, "int8"), GROUP)
+        name = weights or statistics.mode(forms or [str(decoder.dtype).removeprefix("torch.")])
+        a_step = seconds_to_read(bytes_of_a_step(decoder), found)
+        for batch in BATCHES:
+            speeds = _decoding_speed(decoder, batch, prompt, new, rounds)
+            yield DecodingSpeed(name, batch, *speeds, limit=batch / a_step)
 
 
-def _decoding_speed(
-    decoder: LanguageModel, batch: int, prompt: int, new: int, rounds: int, where: torch.device
-) -> DecodingSpeed:
-    ids = torch.randint(200, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(where)
+def bytes_of_a_step(decoder: Decoder) -> int:
+    """Bytes of the weights that a decoding step reads: all but those of embeddings of which it looks up rows."""
+    unread = ("place.",) if decoder.head is None else ("place.", "embedding.")
+    tensors = itertools.chain(decoder.named_parameters(), decoder.named_buffers())
+    return sum(tensor.nbytes for name, tensor in tensors if not name.startswith(unread))
+
+
+def _decoding_speed(decoder: Decoder, batch: int, prompt: int, new: int, rounds: int) -> tuple[float, float]:
+    """Prompt tokens and new tokens a second."""
+    ids = torch.randint(200, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(decoder.device)
     greedy = SamplingSettings(do_sample=False)
 
     def generate(count: int) -> None:
@@ -115,7 +141,7 @@ def _decoding_speed(
     times = [(seconds(lambda: generate(1)), seconds(lambda: generate(1 + new))) for _ in range(rounds)]
     first = statistics.median(one for one, _ in times)
     more = statistics.median(max(whole - one, 1e-9) for one, whole in times)
-    return DecodingSpeed(batch, batch * prompt / first, batch * new / more)
+    return batch * prompt / first, batch * new / more
 
 
 # -- data -------------------------------------------------------------------------------------------------------------

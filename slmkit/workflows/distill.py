@@ -15,7 +15,7 @@ from slmkit.config import UserError
 from slmkit.data.batch import Batch
 from slmkit.data.make_batches import make_batches, stored_rows, stream_of
 from slmkit.data.packing import IGNORED
-from slmkit.data.prepare.corpus import Corpus, build_corpus
+from slmkit.data.prepare.corpus import Corpus
 from slmkit.data.rows.teacher_cache import (
     IDS,
     LOGITS,
@@ -33,7 +33,7 @@ from slmkit.device import Device, find_device
 from slmkit.find import find_model_directory, find_tokenizer_directory
 from slmkit.model.config import SLMConfig
 from slmkit.model.decoder import Decoder
-from slmkit.model.files.adapter_directory import ADAPTER_CONFIG, base_of, config_directory, is_adapter
+from slmkit.model.files.adapter_directory import ADAPTER_CONFIG, base_of, is_adapter
 from slmkit.model.files.directory import empty_decoder
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.checkpoints.checkpoint import file_sha256
@@ -53,7 +53,7 @@ from slmkit.training.objectives.distillation import (
 from slmkit.training.recipe.objective_settings import DistillationSettings
 from slmkit.training.recipe.recipe import Recipe
 from slmkit.workflows.context import RecipeContext, Reporter
-from slmkit.workflows.model import tokenizer_of_base
+from slmkit.workflows.model import prepare_data
 
 
 def distill_batches(m: RecipeContext) -> tuple[Stream | StreamedBatches, Distill]:
@@ -94,7 +94,7 @@ def distill_memory(recipe: Recipe, model: Decoder, tokens: int, device: Device) 
 def _meta_teacher(settings: DistillationSettings, device: Device) -> Decoder:
     """The teacher on the meta device, in the type that a run uses."""
     assert settings.teacher is not None
-    config = SLMConfig.from_pretrained(config_directory(find_model_directory(settings.teacher)))
+    config = SLMConfig.from_pretrained(find_model_directory(settings.teacher))
     return in_compute_type(empty_decoder(config), device).eval().requires_grad_(False)
 
 
@@ -204,12 +204,7 @@ def cache_teacher(recipe: Recipe, reporter: Reporter) -> CacheHeader:
     recipe, folder = with_the_teachers_tokenizer(recipe), Path(settings.cache)
     device = find_device(recipe.train.device, recipe.train.precision)
     base = find_model_directory(recipe.model.path) if recipe.model.path else None
-    tokenizer = tokenizer_of_base(recipe, base) if base else None
-    corpus = build_corpus(
-        recipe.reads, recipe.data, recipe.tokenizer, recipe.seed, folder / "data", tokenizer, reporter
-    )
-    config = SLMConfig.from_pretrained(config_directory(base)) if base else recipe.model.build_config()
-    length = recipe.train.sequence_length or config.max_position_embeddings
+    corpus, _, length = prepare_data(recipe, folder / "data", base, reporter)
     rows = stored_rows(recipe.reads, recipe.data, corpus, length)
     header = _header_of(recipe, corpus, rows, length, teacher_fingerprint(find_model_directory(settings.teacher)))
     starts = learned_starts(rows.values())

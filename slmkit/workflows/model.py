@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from slmkit.adapt.load import load_model, start_adapter
 from slmkit.adapt.quantize import expect_full
 from slmkit.config import UserError
+from slmkit.data.prepare.corpus import Corpus, Reporter, build_corpus
 from slmkit.find import find_tokenizer_directory
 from slmkit.hub import at_commit
 from slmkit.model.config import SLMConfig
@@ -89,6 +90,18 @@ def _adapter(recipe: Recipe, tokenizer: SLMTokenizer, base: Path) -> StartingMod
             base, settings, recipe.seed, lambda decoder, config: fit_to_tokenizer(decoder, config, before, tokenizer)
         )
     )
+
+
+def prepare_data(recipe: Recipe, folder: Path, base: Path | None, reporter: Reporter) -> tuple[Corpus, SLMConfig, int]:
+    """The corpus of a run, made in `folder`; the config of its model before tokens are added; and tokens of a row.
+
+    `base` is the directory of the model that is trained on, None for a new one.
+    """
+    tokenizer = tokenizer_of_base(recipe, base) if base else None
+    shape = SLMConfig.from_pretrained(base) if base else recipe.model.build_config()
+    length = recipe.train.sequence_length or shape.max_position_embeddings
+    corpus = build_corpus(recipe.reads, recipe.data, recipe.tokenizer, recipe.seed, folder, tokenizer, reporter, length)
+    return corpus, shape, length
 
 
 def tokenizer_of_base(recipe: Recipe, base: Path) -> SLMTokenizer:

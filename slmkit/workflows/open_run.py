@@ -10,14 +10,14 @@ from typing import Any
 from rich.console import Console
 
 from slmkit.config import UserError
-from slmkit.data.prepare.corpus import Corpus, build_corpus, open_corpus
+from slmkit.data.prepare.corpus import Corpus, open_corpus
 from slmkit.data.rows.teacher_cache import HEADER, data_fingerprint
 from slmkit.data.settings import TokenizerSettings
 from slmkit.device import Device
 from slmkit.find import find_model_directory
 from slmkit.hub import pinned_name
 from slmkit.model.config import SLMConfig
-from slmkit.model.files.adapter_directory import config_directory, is_adapter
+from slmkit.model.files.adapter_directory import is_adapter
 from slmkit.model.sizes import parameter_count
 from slmkit.training.checkpoints.checkpoint import complete_checkpoints, file_sha256, kept_in, newest_intact
 from slmkit.training.diagnostics.xray_page import check_data
@@ -36,7 +36,7 @@ from slmkit.training.run_directory import RunDirectory
 from slmkit.workflows.context import SILENCE, ObjectiveParts, RecipeContext, Reporter
 from slmkit.workflows.distill import teacher_fingerprint
 from slmkit.workflows.hooks import WriteSamples, with_prompts
-from slmkit.workflows.model import StartingModel, model_for, tokenizer_of_base
+from slmkit.workflows.model import StartingModel, model_for, prepare_data
 from slmkit.workflows.objectives import OBJECTIVES
 from slmkit.workflows.preference import REFERENCE_FILE
 
@@ -114,12 +114,7 @@ def build_run(
     if base is not None and is_adapter(base):
         is_trained = "is trained on" if recipe.lora is not None else "is folded into its model first"
         reporter.say(f"{recipe.model.path}: an adapter, which {is_trained}")
-    tokenizer = tokenizer_of_base(recipe, base) if base else None
-    shape = SLMConfig.from_pretrained(config_directory(base)) if base else recipe.model.build_config()
-    length = recipe.train.sequence_length or shape.max_position_embeddings
-    corpus = build_corpus(
-        recipe.reads, recipe.data, recipe.tokenizer, recipe.seed, run.data, tokenizer, reporter, length
-    )
+    corpus, shape, _ = prepare_data(recipe, run.data, base, reporter)
     start = model_for(recipe, corpus.tokenizer, base, shape)
     resolved_recipe = _resolve(with_prompts(recipe, corpus), run, start.config, base)
     prepared = prepared_run(run, resolved_recipe, corpus, start, device, group, reporter)

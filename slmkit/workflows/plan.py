@@ -17,7 +17,7 @@ from slmkit.find import find_config_directory, find_model_directory, find_tokeni
 from slmkit.model.architectures import Architecture, architecture_of
 from slmkit.model.config import SLMConfig, find_model_or_preset
 from slmkit.model.decoder import Decoder
-from slmkit.model.files.adapter_directory import ADAPTER_WEIGHTS, config_directory, is_adapter
+from slmkit.model.files.adapter_directory import ADAPTER_WEIGHTS, is_adapter
 from slmkit.model.files.directory import empty_decoder
 from slmkit.model.files.stored import stored_tensors
 from slmkit.model.sizes import cache_size, cache_variants, flops_per_token, parameters_by_module
@@ -93,7 +93,7 @@ def _config_of(recipe: Recipe, assumptions: list[str]) -> SLMConfig:
     if recipe.model.path is None:
         return recipe.model.build_config(vocab_size=recipe.tokenizer.vocab_size)
     try:
-        return SLMConfig.from_pretrained(config_directory(find_config_directory(recipe.model.path)))
+        return SLMConfig.from_pretrained(find_config_directory(recipe.model.path))
     except UserError:
         if not recipe.model.path.startswith(QUICKSTART):
             raise
@@ -147,10 +147,7 @@ def inspect_model(
     exist, and for a length beyond its context.
     """
     found = find_model_or_preset(model)
-    if isinstance(found, str):
-        config = SLMConfig.from_preset(found)
-    else:
-        config = SLMConfig.from_pretrained(config_directory(found))
+    config = SLMConfig.from_preset(found) if isinstance(found, str) else SLMConfig.from_pretrained(found)
     a, decoder = architecture_of(config), empty_decoder(config)
     length = length or min(a.max_positions, LONGEST_BY_DEFAULT)
     a.expect(length)

@@ -17,6 +17,7 @@ from slmkit.training.checkpoints.flight_recorder import read_record
 from slmkit.training.diagnostics.replay import Replay, replay_step
 from slmkit.training.distributed import Group, join
 from slmkit.training.fit import fresh_state
+from slmkit.training.logging.metrics_log import mark_running
 from slmkit.training.logging.progress import training_progress
 from slmkit.training.logging.trackers import check_trackers
 from slmkit.training.loop import Every, Plan
@@ -58,7 +59,7 @@ def resume_run(
     with join(device, recipe.train.ddp_timeout) as group, contextlib.ExitStack() as held:
         reporter = reporter if group.is_main else SILENCE
         if group.is_main:
-            held.enter_context(run.held())
+            held.enter_context(mark_running(run.root))
             opened = go_on(run, recipe, device, group, reporter, overrides, replan)
             group.from_main(True)
         else:

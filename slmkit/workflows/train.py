@@ -9,6 +9,7 @@ from pathlib import Path
 from slmkit.device import Device, find_device
 from slmkit.training.checkpoints.checkpoint import complete_checkpoints
 from slmkit.training.distributed import Group, join
+from slmkit.training.logging.metrics_log import mark_running
 from slmkit.training.logging.trackers import check_trackers
 from slmkit.training.loop import StopRequested
 from slmkit.training.recipe.checks import expect_a_model, without_effect
@@ -62,11 +63,11 @@ def _prepare(
     """The new run, or the one that this job made before a restart."""
     found = run_of_job(recipe.output_dir)
     if found is not None:
-        held.enter_context(found.held())
+        held.enter_context(mark_running(found.root))
         reporter.say(f"{found.root}: continuing the run of this job, as its recipe.yaml says")
         return go_on(found, load_recipe(found.recipe), device, group, reporter)
     run = new_run_directory(recipe.output_dir)
-    held.enter_context(run.held())
+    held.enter_context(mark_running(run.root))
     if run.root != Path(recipe.output_dir):
         reporter.say(
             f"{recipe.output_dir} is there already: this is a new run, in {run.root}; to go on with the first one: "

@@ -120,7 +120,7 @@ def requests(count: int = 12) -> list[Request]:
         stop_ids = {5, 6} if number % 4 == 1 else set()
         prompt = numbers(1 + 3 * number, number // 2)
         made.append(
-            Request(prompt, 3 + number // 2, settings, stop_ids, n=2 if number == 7 else 1, logprobs=number % 3)
+            Request(prompt, 2 + number // 4, settings, stop_ids, n=2 if number == 7 else 1, logprobs=number % 3)
         )
     return made
 
@@ -314,10 +314,10 @@ def test_what_another_text_has_read_is_not_read_again(monkeypatch: pytest.Monkey
     decoder, read = decoder_of("llama"), []
     forward = decoder.forward
     monkeypatch.setattr(decoder, "forward", lambda ids, cache: read.append(ids.numel()) or forward(ids, cache))
-    engine, prompt = Engine(decoder), numbers(30, 1)
+    engine, prompt = Engine(decoder), numbers(40, 1)
     engine.insert(Request(prompt, 1, GREEDY, n=3))
     run(engine)
-    assert read == [30, 1, 1]
+    assert read == [40, 1, 1]
     read.clear()
     engine.insert(Request([*prompt[:20], 1, 2, 3], 1, GREEDY))
     run(engine)

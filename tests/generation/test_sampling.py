@@ -46,7 +46,8 @@ class Row:
 
 def rows_of(count: int = 1, **values: Any) -> list[Row]:
     """Rows of the same settings with the seeds 0, 1, …"""
-    return [Row(SamplingSettings(**values), seed=seed) for seed in range(count)]
+    settings = SamplingSettings(**values)
+    return [Row(settings, seed=seed) for seed in range(count)]
 
 
 def random_logits(seed: int = 0, rows: int = 64, vocab_size: int = 1000, spread: float = 3) -> Tensor:
@@ -203,7 +204,8 @@ def test_fifty_thousand_draws_follow_the_probabilities(values: dict[str, Any]) -
 
 def test_the_tokens_of_one_text_follow_the_probabilities() -> None:
     logits = random_logits(7, rows=1, vocab_size=40, spread=1.5)
-    rows = [Row(ids=range(2 + number), seed=11) for number in range(50_000)]
+    settings = SamplingSettings()
+    rows = [Row(settings, ids=range(2 + number), seed=11) for number in range(50_000)]
     counts = torch.bincount(sample(logits.expand(50_000, -1), rows), minlength=40)
     expected = logits[0].double().softmax(-1)
     assert scipy_stats.chisquare(counts, 50_000 * expected / expected.sum()).pvalue > 0.01
@@ -213,19 +215,19 @@ def test_the_tokens_of_one_text_follow_the_probabilities() -> None:
 def test_a_draw_is_right_to_a_millionth_in_a_vocabulary_of_any_size(n: int) -> None:
     weights = random_logits(3, rows=1, vocab_size=n)[0].softmax(-1)
     ends = weights.double().cumsum(-1)
-    given = [uniform(n, number) for number in range(200)] + [0.0, 1 - 2**-53]
+    given = [uniform(n, number) for number in range(200)] + [0.0, 1 - 2**-52]
     found = draw(weights.expand(len(given), -1), given)
     share = torch.tensor(given, dtype=torch.float64) * ends[-1]
     assert (ends[found] > share - 1e-6).all()
     assert (ends[found] - weights[found].double() <= share + 1e-6).all()
 
 
-@pytest.mark.parametrize(("point", "token"), [(0.0, 1), (0.5, 3), (1 - 2**-53, 3)])
+@pytest.mark.parametrize(("point", "token"), [(0.0, 1), (0.5, 3), (1 - 2**-52, 3)])
 def test_a_point_on_the_border_of_an_interval_belongs_to_what_follows(point: float, token: int) -> None:
     assert draw(torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]]), [point]) == token
 
 
-@given(st.integers(0, 2**32), st.floats(0, 1, exclude_max=True))
+@given(st.integers(0, 2**32), st.floats(0, 1 - 2**-52))
 def test_what_has_no_probability_is_never_drawn(seed: int, point: float) -> None:
     weights = random_logits(seed, rows=8, vocab_size=1500, spread=30).softmax(-1)  # most of them 0 in float32
     found = draw(weights, [point] * 8)
@@ -282,7 +284,7 @@ def mixed_rows(vocab_size: int) -> list[Row]:
     return rows
 
 
-@pytest.mark.parametrize("vocab_size", [512, 20_000])
+@pytest.mark.parametrize("vocab_size", [512, 1003, 33_024])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_row_gets_the_same_whatever_else_is_in_the_batch(vocab_size: int, threads: int) -> None:
     before = torch.get_num_threads()
@@ -292,7 +294,7 @@ def test_a_row_gets_the_same_whatever_else_is_in_the_batch(vocab_size: int, thre
         alone = [probabilities(logits[i : i + 1], rows[i : i + 1]) for i in range(12)]
         tokens = [int(sample(logits[i : i + 1], rows[i : i + 1])) for i in range(12)]
         shuffled = random.Random(vocab_size)
-        for _ in range(60 if vocab_size < 1000 else 15):
+        for _ in range(30 if vocab_size < 2000 else 6):
             order = shuffled.sample(range(12), shuffled.randint(1, 12))
             together = logits[order], [rows[i] for i in order]
             assert torch.equal(probabilities(*together), torch.cat([alone[i] for i in order]))
@@ -344,7 +346,7 @@ def test_logits_may_have_any_precision_and_stay_as_they_are(dtype: torch.dtype) 
 
 
 @given(
-    st.integers(0, 2**32), st.floats(0, 1e30), st.integers(0, 2000), st.floats(1e-6, 1), st.floats(0, 0.99),
+    st.integers(0, 2**32), st.floats(0, 1e6), st.integers(0, 2000), st.floats(1e-6, 1), st.floats(0, 0.99),
     st.floats(1e-6, 1), st.floats(0.01, 100), st.floats(-2, 2),
 )  # fmt: skip
 @hypothesis_settings(deadline=None)

@@ -15,7 +15,7 @@ from slmkit.config import UserError, load_settings
 from slmkit.generation.sampling_settings import SamplingSettings
 
 RANGES = {  # least and greatest value, and those just outside
-    "temperature": (0.0, 1e30, [-1e-9, -1]),
+    "temperature": (0.0, 1e6, [-1e-9, -1, 1e7]),
     "top_k": (0, 10**9, [-1]),
     "top_p": (1e-9, 1.0, [0, -0.5, 1.0001]),
     "min_p": (0.0, 0.999, [-1e-9, 1]),

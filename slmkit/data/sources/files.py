@@ -13,29 +13,15 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from slmkit.config import UserError
-from slmkit.data.sources.documents import PIECE
+from slmkit.data.sources.documents import PIECE, WORDS
 
 ROW_KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
-# Kinds of files with one text each: source code and notes.
-WRITTEN = (
-    ".md", ".rst", ".tex", ".html", ".css", ".py", ".js", ".ts", ".jsx", ".tsx", ".c", ".h", ".cpp", ".hpp", ".cc",
-    ".cs", ".rs", ".go", ".java", ".kt", ".swift", ".scala", ".rb", ".php", ".lua", ".jl", ".r", ".hs", ".ml", ".sh",
-    ".sql",
-)  # fmt: skip
+WRITTEN: tuple[str, ...] = (*WORDS["written"],)  # kinds of files with one text each
 TEXT_KINDS = (".txt", *WRITTEN)
 KINDS = (*TEXT_KINDS, *ROW_KINDS)
 COMPRESSIONS = (".gz", ".zst")
 # First bytes of files that are not UTF-8 text: what they are, and what to do.
-UTF_16 = "UTF-16 text: save it as UTF-8 (iconv -f UTF-16 -t UTF-8)"
-NOT_TEXT = {
-    b"\xff\xfe": UTF_16, b"\xfe\xff": UTF_16,
-    b"\x1f\x8b": "a gzip file: end its name in .gz", b"\x28\xb5\x2f\xfd": "a zstd file: end its name in .zst",
-    b"PK\x03\x04": "a zip archive or an office document: unpack it, or save it as text",
-    b"BZh91AY": "a bzip2 file: unpack it", b"\xfd7zXZ": "an xz file: unpack it",
-    b"7z\xbc\xaf": "a 7z archive: unpack it",
-    b"PAR1": "a parquet file: end its name in .parquet", b"%PDF-": "a PDF: save it as text",
-    b"\xd0\xcf\x11\xe0": "an office document: save it as text",
-}  # fmt: skip
+NOT_TEXT: dict[bytes, str] = {first.encode("latin-1"): what for first, what in WORDS["not_text"].items()}
 
 
 @dataclass(frozen=True)

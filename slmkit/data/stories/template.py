@@ -27,6 +27,8 @@ ASPECTS = {  # what may be said of each sort of entity
     "anything": ("", "kind", *PRONOUNS, "full", "look", "at", "to"),
 }
 SLOT = re.compile(r"(?:(?P<article>[Aa]n?) )?(?P<name>[A-Za-z_]+\d?)(?:\.(?P<aspect>[A-Za-z]+))?(?:=(?P<bind>\w+))?")
+# A bracket or bar, a slot (a fact in one may hold slots), plain text, or a `{` without its `}`.
+TOKEN = re.compile(r"[\[|\]]|\{(?:[^{}]|\{[^{}]*\})*\}|[^\[{|\]]+|\{")
 BARE_ARTICLE = re.compile(r"(^|\W)[Aa]n? $")
 
 
@@ -83,57 +85,46 @@ class Scope:
 
 
 def parse_template(text: str, scope: Scope, where: str) -> Template:
-    """Parse a template. Raises `ScriptError` for a name that is no role, list or remembered word."""
-    nodes, end = _sequence(text, 0, scope, where)
-    if end != len(text):
-        raise ScriptError(f"{where}: {text[end]!r} without its opening bracket in {text!r}")
+    """Parse a template. Raises `ScriptError` for a name that is no role, list or remembered word, and for a bracket
+    without the other.
+    """
+    tokens = TOKEN.findall(text)[::-1]  # the next one is the last
+    nodes = _sequence(tokens, scope, where)
+    if tokens:
+        raise ScriptError(f"{where}: {tokens[-1]!r} without its opening bracket in {text!r}")
     return nodes
 
 
-def _sequence(text: str, at: int, scope: Scope, where: str) -> tuple[Template, int]:
-    """Nodes from `at` to the end of the text, or to the `|` or `]` that ends this alternative."""
+def _sequence(tokens: list[str], scope: Scope, where: str) -> Template:
+    """Nodes of the tokens up to the `|` or `]` that ends this alternative; they are taken from `tokens`."""
     nodes: list[Node] = []
-    while at < len(text) and text[at] not in "|]":
-        node: Node
-        if text[at] == "[":
-            node, at = _alternatives(text, at + 1, scope, where)
-        elif text[at] == "{":
-            end = _closing_brace(text, at, where)
-            node, at = _slot(text[at + 1 : end], scope, where), end + 1
-        else:
-            end = min((i for i in (text.find(mark, at) for mark in "[{|]") if i >= 0), default=len(text))
-            node, at = text[at:end], end
+    while tokens and tokens[-1] not in "|]":
+        token = tokens.pop()
+        if token == "{":
+            raise ScriptError(f"{where}: `{{` without `}}`")
+        node: Node = _alternatives(tokens, scope, where) if token == "[" else token
+        if token[0] == "{":
+            node = _slot(token[1:-1], scope, where)
         before = nodes[-1] if nodes and isinstance(nodes[-1], str) else ""
         if isinstance(node, WordSlot | EntitySlot) and BARE_ARTICLE.search(before):
-            raise ScriptError(f"{where}: write {{a word}}, so that the article fits, not `a {{word}}`: {text!r}")
+            raise ScriptError(f"{where}: write {{a word}}, so that the article fits, not `a {{word}}`")
         nodes.append(node)
-    return tuple(nodes), at
+    return tuple(nodes)
 
 
-def _closing_brace(text: str, at: int, where: str) -> int:
-    """The end of the slot that opens at `at`; a fact in a slot may contain slots."""
-    depth = 0
-    for i in range(at, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[i], 0)
-        if depth == 0:
-            return i
-    raise ScriptError(f"{where}: `{{` without `}}` in {text!r}")
-
-
-def _alternatives(text: str, at: int, scope: Scope, where: str) -> tuple[Alternatives, int]:
+def _alternatives(tokens: list[str], scope: Scope, where: str) -> Alternatives:
     """The alternatives after a `[`, through its `]`."""
     options: list[Template] = []
     sources: list[str] = []
-    while True:
-        start = at
-        option, at = _sequence(text, at, scope, where)
-        if at >= len(text):
-            raise ScriptError(f"{where}: `[` without `]` in {text!r}")
-        options.append(option)
-        sources.append(text[start:at])
-        at += 1
-        if text[at - 1] == "]":
-            return alternatives(options, sources, where), at
+    end = "|"
+    while end == "|":
+        before = tokens.copy()
+        options.append(_sequence(tokens, scope, where))
+        sources.append("".join(reversed(before[len(tokens) :])))
+        if not tokens:
+            raise ScriptError(f"{where}: `[` without `]`")
+        end = tokens.pop()
+    return alternatives(options, sources, where)
 
 
 def alternatives(options: Iterable[Template], sources: list[str], where: str) -> Alternatives:

@@ -13,8 +13,8 @@ from slmkit.config import Settings, UserError, load_settings
 
 FILE = "generation_config.json"
 Id = Annotated[int, Field(ge=0)]
-# Ranges of sampling settings, as in transformers; of penalties, those that cannot make logits infinite.
-Temperature = Annotated[float, Field(ge=0, allow_inf_nan=False, description="0: greedy")]
+# Ranges of sampling settings, as in transformers; the temperature and the penalty cannot make logits infinite.
+Temperature = Annotated[float, Field(ge=0, le=1e6, description="0: greedy")]
 TopK = Annotated[int, Field(ge=0, description="0: all tokens")]
 TopP = Annotated[float, Field(gt=0, le=1)]
 MinP = Annotated[float, Field(ge=0, lt=1)]

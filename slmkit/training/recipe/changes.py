@@ -13,17 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from slmkit.config import UserError, fields_at, load_settings, value_of
+from slmkit.training.recipe.keys import KEYS
 from slmkit.training.recipe.recipe import LENGTHS, Recipe
 
-OBEYED = (
-    "train.micro_batch_tokens", "train.gradient_checkpointing", "train.compile", "train.parallel", "train.ddp_timeout",
-    "train.device", "train.logging_steps", "train.eval_steps", "train.save_steps", "train.save_total_limit",
-    "train.sample_prompts", "train.sample_tokens", "train.report_to", "train.early_stopping_patience",
-    "train.learning_rate", "train.muon_learning_rate", "train.weight_decay", "train.max_grad_norm",
-    "guard.max_skipped", "guard.on_divergence", "guard.max_spike", "guard.window", "guard.max_rollbacks",
-    "guard.max_idle",
-)  # fmt: skip
-OBEYED_BY_STREAMS = ("data.on_bad_row", "data.sources.*.on_bad_row", "data.sources.*.retry_for")
 LENGTH = (*(f"train.{name}" for name in LENGTHS), "train.lr_schedule_steps")
 OF_COMPUTING = ("auto", "float32", "bfloat16")  # precisions with the same checkpoint content
 PROCESSES = "processes"  # recorded among the changes, beside recipe keys: the number of processes
@@ -100,7 +92,7 @@ def recipe_at(described: dict[str, Any], step: int) -> Recipe | None:
 def _is_obeyable(prepared: Recipe, change: Change) -> bool:
     if change.key == "train.precision":
         return change.was in OF_COMPUTING and change.now in OF_COMPUTING
-    allowed = (*OBEYED, *LENGTH, *(OBEYED_BY_STREAMS if prepared.data.streaming else ()))
+    allowed = (*KEYS["obeyed"], *LENGTH, *(KEYS["obeyed_by_streams"] if prepared.data.streaming else ()))
     return any(fnmatchcase(change.key, pattern) for pattern in allowed)
 
 

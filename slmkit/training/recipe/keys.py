@@ -1,35 +1,21 @@
-"""Recipe keys that replace or exclude each other."""
+"""Recipe keys that replace or exclude each other, and their names in other programs; `keys.yaml` has the tables."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
-from slmkit.config import UserError, value_of
+from slmkit.config import UserError, read_yaml, value_of
 
-# A typed key (patterns, the first match) → keys of a recipe file that it replaces.
-REPLACED = {
-    "train.max_tokens": ("train.max_steps", "train.num_train_epochs"),
-    "train.max_steps": ("train.max_tokens", "train.num_train_epochs"),
-    "train.num_train_epochs": ("train.max_tokens", "train.max_steps"),
-    "train.warmup_steps": ("train.warmup_ratio",),
-    "train.warmup_ratio": ("train.warmup_steps",),
-    "data.source": ("data.sources", "data.phases"),
-    "data.sources": ("data.source",),
-    "model.path": ("model.*",),
-    "model.*": ("model.path",),
-    # With another tokenizer, the vocabulary and the special tokens of a run's recipe no longer apply.
-    "tokenizer.path": (
-        "tokenizer.vocab_size",
-        "tokenizer.documents_per_source",
-        "model.vocab_size",
-        "model.*_token_id",
-    ),
-    "tokenizer.vocab_size": ("tokenizer.path", "model.vocab_size", "model.*_token_id"),
-    "objective": ("distillation",),  # unless it is distill
+KEYS = read_yaml(Path(__file__).with_name("keys.yaml"))
+REPLACED: dict[str, list[str]] = KEYS["replaced"]
+HINTS = {  # what other programs call a key → the key, and a note on its unit
+    name: f"{key} ({KEYS['notes'][key]})" if key in KEYS["notes"] else key
+    for key, names in KEYS["names"].items()
+    for name in names.split()
 }
-BESIDE_EACH_OTHER = ("model.vocab_size", "model.*_token_id", "distillation")  # may be typed together
 
 
 def make_room(content: dict[str, Any], overrides: Sequence[str]) -> list[str]:
@@ -45,7 +31,7 @@ def make_room(content: dict[str, Any], overrides: Sequence[str]) -> list[str]:
             continue  # nothing becomes invalid
         patterns = _replaced_by(key, value)
         other = next((name for name in typed if name != key and _is_one_of(name, patterns)), None)
-        if other is not None and not _is_one_of(other, BESIDE_EACH_OTHER):
+        if other is not None and not _is_one_of(other, KEYS["beside_each_other"]):
             raise UserError(f"{key} and {other} contradict each other: leave one of them out")
         given = [name for name in _keys_of(content) if name not in named and _is_one_of(name, patterns)]
         replaced = {name: _pop(content, name) for name in given}
@@ -65,7 +51,7 @@ def rename_old_keys(content: dict[str, Any]) -> list[str]:
     return []
 
 
-def _replaced_by(key: str, value: str) -> tuple[str, ...]:
+def _replaced_by(key: str, value: str) -> Sequence[str]:
     if key == "objective" and value == "distill":
         return ()
     return next((patterns for pattern, patterns in REPLACED.items() if fnmatchcase(key, pattern)), ())

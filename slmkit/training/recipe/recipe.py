@@ -15,7 +15,7 @@ from slmkit.data.settings import DataSettings, Reads, TokenizerSettings
 from slmkit.model.config import TRAINING_FIELDS, SLMConfig
 from slmkit.model.files.adapter_directory import LoRASettings
 from slmkit.training.guards import GuardSettings
-from slmkit.training.recipe.keys import make_room, rename_old_keys
+from slmkit.training.recipe.keys import HINTS, make_room, rename_old_keys
 from slmkit.training.recipe.objective_settings import (
     DistillationSettings,
     GrpoSettings,
@@ -24,12 +24,6 @@ from slmkit.training.recipe.objective_settings import (
 )
 from slmkit.training.schedules import Schedule, make_schedule
 
-OTHER_NAMES = read_yaml(Path(__file__).with_name("key_hints.yaml"))  # of recipe keys, in other programs
-HINTS = {
-    name: f"{key} ({OTHER_NAMES['notes'][key]})" if key in OTHER_NAMES["notes"] else key
-    for key, names in OTHER_NAMES["names"].items()
-    for name in names.split()
-}
 MODEL_KEYS = [
     "preset",
     "path",

@@ -18,14 +18,15 @@ from slmkit.config import UserError, load_settings, read_yaml, to_yaml
 from slmkit.device import DeviceError
 from slmkit.training.estimate.forecast import PlanFile
 from slmkit.training.loop import RunStopped, StopRequested
-from slmkit.training.recipe.changes import LENGTH, OBEYED
+from slmkit.training.recipe.changes import LENGTH
+from slmkit.training.recipe.keys import KEYS
 from slmkit.training.recipe.recipe import Recipe
 from slmkit.workflows.resume import replay_run, resume_run
 from slmkit.workflows.train import train_recipe
 from tests.test_life import Silent
 from tests.training.every_key import EVERY, changed, make_world, scenario
 
-OBEYED_KEYS = {*OBEYED, *LENGTH, "train.precision"}
+OBEYED_KEYS = {*KEYS["obeyed"], *LENGTH, "train.precision"}
 
 
 @pytest.fixture(scope="module")

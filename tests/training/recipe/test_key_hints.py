@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from slmkit.config import UserError, _dotted_keys, load_settings
-from slmkit.training.recipe.recipe import HINTS, MODEL_KEYS, OTHER_NAMES, Recipe
+from slmkit.training.recipe.keys import HINTS
+from slmkit.training.recipe.keys import KEYS as TABLES
+from slmkit.training.recipe.recipe import MODEL_KEYS, Recipe
 
 KEYS = {*_dotted_keys(Recipe), *(f"model.{name}" for name in MODEL_KEYS)}
 LEAVES = sorted({key.rpartition(".")[2] for key in KEYS if "." in key} - {*Recipe.model_fields} - {*HINTS})
@@ -17,7 +19,7 @@ def refusal(override: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("key", [*OTHER_NAMES["names"], *OTHER_NAMES["notes"]])
+@pytest.mark.parametrize("key", [*TABLES["names"], *TABLES["notes"]])
 def test_every_hint_names_a_key_that_exists(key: str) -> None:
     assert key in KEYS
 
