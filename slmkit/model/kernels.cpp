@@ -200,7 +200,8 @@ void products(const Matrix& m, const uint8_t* weight, int64_t first, const float
     const uint8_t* group = weight + bytes_of<KIND>(g * m.group);
     const float* read = x + g * m.group;
     if (rows == 1)
-      for (int o = 0; o < outs; o++) __builtin_prefetch(group + o * row_bytes + ahead);
+      for (int o = 0; o < outs; o++)
+        for (int64_t i = 0; i < bytes_of<KIND>(32); i += 64) __builtin_prefetch(group + o * row_bytes + i + ahead);
     for (int64_t j = 0; j < half; j += LANES) {
       Floats low[outs], high[outs];
       for (int o = 0; o < outs; o++)
@@ -344,18 +345,19 @@ void all_rows(const Matrix& m, int64_t first, const float* x, const Rounded* rou
               float* expanded) {
   const uint8_t* weight = m.weight + first * bytes_of<KIND>(m.in);
   const uint8_t* shared = KIND == FLOAT32 ? weight : reinterpret_cast<const uint8_t*>(expanded);
+  constexpr int at_once = outs == OUTS ? ROWS : 1;
   int64_t r = 0;
   if constexpr (KIND == INT8 || KIND == INT4) {
     if (rows == 1) return integer_products<KIND, GROUP, outs, 1>(m, weight, first, *rounded, 0, y);
     expand_words<KIND>(m, first, outs, reinterpret_cast<int16_t*>(expanded));
-    for (; r + ROWS <= rows; r += ROWS)
-      integer_products<WORDS, GROUP, outs, ROWS>(m, shared, first, *rounded, r, y + r * m.out);
+    for (; r + at_once <= rows; r += at_once)
+      integer_products<WORDS, GROUP, outs, at_once>(m, shared, first, *rounded, r, y + r * m.out);
     for (; r < rows; r++) integer_products<WORDS, GROUP, outs, 1>(m, shared, first, *rounded, r, y + r * m.out);
   } else {
     if (rows == 1) return products<KIND, outs, 1>(m, weight, first, x, y);
     if (KIND != FLOAT32) expand<KIND>(m, first, outs, expanded);
-    for (; r + ROWS <= rows; r += ROWS)
-      products<FLOAT32, outs, ROWS>(m, shared, first, x + r * m.in, y + r * m.out);
+    for (; r + at_once <= rows; r += at_once)
+      products<FLOAT32, outs, at_once>(m, shared, first, x + r * m.in, y + r * m.out);
     for (; r < rows; r++) products<FLOAT32, outs, 1>(m, shared, first, x + r * m.in, y + r * m.out);
   }
 }
