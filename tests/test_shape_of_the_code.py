@@ -40,13 +40,13 @@ MAY_IMPORT = {
 # Lines of code: no blank lines, comments or docstrings. The goal of the design is 18,000 for the whole package, with
 # serving, quantization and export in it; today's figures are of a package without them.
 CODE_LINES = {
-    "": 21_200, "adapt": 1_450, "api": 600, "cli": 1_400, "data": 5_700, "evaluation": 700, "export": 1_200,
+    "": 21_200, "adapt": 1_450, "api": 600, "cli": 1_460, "data": 5_700, "evaluation": 700, "export": 1_200,
     "generation": 1_400, "model": 2_050, "serving": 1_300, "tokenizer": 1_340, "training": 4_440, "workflows": 2_110,
 }  # fmt: skip
 LINES_IN_A_FILE = 400
 LEAST_LINES_IN_A_FILE = 40
 SMALL_FILES = {  # each is a thing of its own, that others would not be looked for in
-    "__main__.py", "cli/__main__.py", "cli/push.py", "files.py",
+    "__main__.py", "cli/__main__.py", "files.py",
     "model/norms.py",
 }  # fmt: skip
 ENTRIES_IN_A_FOLDER = 18

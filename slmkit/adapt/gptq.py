@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from slmkit.adapt.quantize import QuantizedLinear, group_scales, nearest, pack, round_to, values
 from slmkit.adapt.swapping import LinearLike, linear, replace
 from slmkit.model.decoder import Decoder
+from slmkit.model.kernels import Kind
 
 DAMPING = 0.01  # added to the diagonal of H, as a share of its mean
 TOKENS_AT_ONCE = 8192
@@ -28,7 +29,7 @@ TOKENS_AT_ONCE = 8192
 @torch.no_grad()
 def gptq(
     decoder: Decoder,
-    chosen: dict[str, str],
+    chosen: dict[str, Kind],
     group: int,
     ids: Tensor,
     progress: Callable[[int, int], None] = lambda done, layers: None,
@@ -51,7 +52,7 @@ def gptq(
     round_to(decoder, chosen, group)
 
 
-def solve(linear: LinearLike, factor: Tensor, form: str, group: int) -> QuantizedLinear:
+def solve(linear: LinearLike, factor: Tensor, form: Kind, group: int) -> QuantizedLinear:
     """The linear with its columns rounded in order. `factor` [in, in]: U of the formula above."""
     weight = linear.weight.detach().float().clone()  # [out, in]
     codes, scales = [], []
@@ -122,8 +123,7 @@ class _Layer:
 
 def _inverse_factor(hessian: Tensor) -> Tensor:
     """U, upper triangular, with Uᵀ U = (H + damping)⁻¹.  [in, in]"""
-    diagonal = hessian.diagonal()
-    damping = DAMPING * diagonal.mean()
+    damping = DAMPING * hessian.diagonal().abs().mean()
     while True:  # rounding may leave a singular H with negative eigenvalues
         damped = hessian + (damping + 1e-12) * torch.eye(len(hessian))
         lower, failed = torch.linalg.cholesky_ex(damped)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from slmkit.adapt.adapter_config import modules_and_weights
-from slmkit.adapt.quantize import NF4, Product, Quantized, expect_full
+from slmkit.adapt.quantize import Product, Quantized, expect_full
 from slmkit.adapt.swapping import ALL_LINEAR, LinearLike, matching, replace, swap
 from slmkit.config import UserError
 from slmkit.model.config import SLMConfig
@@ -27,6 +27,7 @@ from slmkit.model.decoder import Decoder
 from slmkit.model.families import family_of
 from slmkit.model.files.adapter_directory import LoRASettings
 from slmkit.model.files.directory import reference_name
+from slmkit.model.kernels import NF4
 
 BLOCK = 64  # weights per scale in NF4
 
@@ -210,7 +211,7 @@ class FrozenLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out]."""
-        return Product.apply(x, self)
+        return Product.apply(x, lambda x: F.linear(x, self.weight.to(x.dtype), self.bias), lambda: self.weight)
 
 
 def _to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -223,14 +224,14 @@ def _to_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Half a byte per weight and a scale per block of 64: 4.5 bits in total."""
     blocks = F.pad(weight.flatten(), (0, -weight.numel() % BLOCK)).view(-1, BLOCK)
     scales = blocks.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny)  # [blocks]
-    values = torch.tensor(NF4, device=weight.device)
+    values = NF4.to(weight.device)
     borders = (values[1:] + values[:-1]) / 2
     codes = torch.bucketize(blocks / scales[:, None], borders).to(torch.uint8)  # [blocks, 64] of 0 … 15
     return codes[:, ::2] << 4 | codes[:, 1::2], scales  # [blocks, 32]: two in a byte
 
 
 def _from_nf4(codes: Tensor, scales: Tensor) -> Tensor:
-    values = torch.tensor(NF4, device=codes.device)
+    values = NF4.to(codes.device)
     # Look up pairs of values, one of 256 for each byte: half as many look-ups.
     pairs = torch.stack((values.repeat_interleave(16), values.repeat(16)), dim=1)  # [256, 2]
     return pairs[codes.int()].flatten(1) * scales[:, None]  # [blocks, 64]

@@ -2,38 +2,26 @@
 
     w ≈ scale of its group × value of its code
 
-A group is 32, 64 or 128 neighbours of a row. The codes in memory:
-
-    int8  int8  [out, in]        value = code
-    int4  uint8 [out, in / 2]    value = code - 8
-    nf4   uint8 [out, in / 2]    value = NF4[code], the quantiles of the normal distribution (arXiv:2305.14314)
-
-In each group of 4-bit codes, byte j holds code j in its low nibble and code j + group / 2 in its high one. Scales are
-float32 [out, in / group], with the 8 significant bits of a bfloat16, so that neither a file nor a conversion to 16 bits
-changes them.
+A group is 32, 64 or 128 neighbours of a row. `slmkit.model.kernels` says how codes are kept, and multiplies with them.
+Scales are float32 [out, in / group], with the 8 significant bits of a bfloat16, so that neither a file nor a conversion
+to 16 bits changes them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from slmkit.adapt.swapping import ALL_LINEAR, linear, linears, matching, replace
 from slmkit.config import UserError
 from slmkit.model.decoder import Decoder
+from slmkit.model.kernels import GROUPS, NF4, Kind, Matrix, dequantize
 
-LARGEST = {"int8": 127, "int4": 7, "nf4": 1}  # the largest value of a code, by format
-GROUPS = (32, 64, 128)
-# NF4's sixteen values: quantiles of the normal distribution with zero, scaled to [-1, 1] (QLoRA, appendix E).
-NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
+LARGEST: dict[Kind, int] = {"int8": 127, "int4": 7, "nf4": 1}  # the largest value of a code, by format
 # Candidates for the scale of a group, as shares of its largest magnitude / 7: a smaller step rounds most weights less
 # and clips the largest one.
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
@@ -44,19 +32,14 @@ TINY = torch.finfo(torch.float32).tiny
 # -- codes ------------------------------------------------------------------------------------------------------------
 
 
-def encode(weight: Tensor, form: str, group: int) -> tuple[Tensor, Tensor]:
+def encode(weight: Tensor, form: Kind, group: int) -> tuple[Tensor, Tensor]:
     """weight [out, in] → codes and scales, as above, rounded to nearest. `in` must be a multiple of `group`."""
     groups = weight.float().unflatten(1, (-1, group))  # [out, groups, group]
     scales = group_scales(groups, form)
     return pack(nearest(groups, scales[..., None], form), form), scales
 
 
-def decode(codes: Tensor, scales: Tensor, form: str) -> Tensor:
-    """codes and scales of any rows [..., in or in / 2], [..., in / group] → their weights [..., in], float32."""
-    return (values(unpack(codes, scales.size(-1), form), form) * scales[..., None]).flatten(-2)
-
-
-def group_scales(groups: Tensor, form: str) -> Tensor:
+def group_scales(groups: Tensor, form: Kind) -> Tensor:
     """groups [..., group] of weights → their scales [...]. For int4 the one of `SHARES` with the least square error."""
     full = groups.abs().amax(-1) / LARGEST[form]
     if form != "int4":
@@ -74,25 +57,25 @@ def _bfloat16(scales: Tensor) -> Tensor:
     return scales.clamp(min=TINY).bfloat16().float()
 
 
-def nearest(weights: Tensor, scales: Tensor, form: str) -> Tensor:
+def nearest(weights: Tensor, scales: Tensor, form: Kind) -> Tensor:
     """weights and their scales, of shapes that broadcast → codes, one a byte: int8, or uint8 from 0 to 15."""
     scaled = weights / scales
     if form == "int8":
         return scaled.round().clamp(-127, 127).to(torch.int8)
     if form == "int4":
         return (scaled.round().clamp(-8, 7) + 8).to(torch.uint8)
-    table = torch.tensor(NF4, device=weights.device)
+    table = NF4.to(weights.device)
     return torch.bucketize(scaled, (table[1:] + table[:-1]) / 2).to(torch.uint8)
 
 
-def values(codes: Tensor, form: str) -> Tensor:
+def values(codes: Tensor, form: Kind) -> Tensor:
     """Codes, one a byte [...] → the values that scales multiply, float32 [...]."""
     if form == "nf4":
-        return torch.tensor(NF4, device=codes.device)[codes.int()]
+        return NF4.to(codes.device)[codes.int()]
     return codes.float() if form == "int8" else codes.float() - 8
 
 
-def pack(codes: Tensor, form: str) -> Tensor:
+def pack(codes: Tensor, form: Kind) -> Tensor:
     """Codes, one a byte [..., groups, group] → as they are in memory [..., in or in / 2]."""
     if form == "int8":
         return codes.flatten(-2)
@@ -100,7 +83,7 @@ def pack(codes: Tensor, form: str) -> Tensor:
     return (low | high << 4).flatten(-2)
 
 
-def unpack(codes: Tensor, groups: int, form: str) -> Tensor:
+def unpack(codes: Tensor, groups: int, form: Kind) -> Tensor:
     """The inverse of `pack`."""
     codes = codes.unflatten(-1, (groups, -1))
     return codes if form == "int8" else torch.cat((codes & 15, codes >> 4), dim=-1)
@@ -114,12 +97,15 @@ class Quantized(nn.Module):
 
     codes: Tensor
     scales: Tensor
+    bias: nn.Parameter | None
 
-    def __init__(self, codes: Tensor, scales: Tensor, form: str) -> None:
+    def __init__(self, codes: Tensor, scales: Tensor, form: Kind, bias: Tensor | None = None) -> None:
         super().__init__()
         self.form = form
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self._matrix: Matrix | None = None  # made at first use, since it keeps addresses
 
     @property
     def group(self) -> int:
@@ -127,60 +113,72 @@ class Quantized(nn.Module):
         return self.codes.size(1) * (1 if self.form == "int8" else 2) // self.scales.size(1)
 
     @property
+    def matrix(self) -> Matrix:
+        if self._matrix is None:
+            self._matrix = Matrix(self.form, self.codes, self.scales, self.group, self.bias)
+        return self._matrix
+
+    @property
     def weight(self) -> Tensor:
         """The dequantized matrix.  [out, in], float32"""
-        return decode(self.codes, self.scales, self.form)
+        return self.matrix.dequantized()
+
+    def product(self, x: Tensor) -> Tensor:
+        """x W^T + b.  [..., in] → [..., out]"""
+        return Product.apply(x, self.matrix, self.matrix.dequantized)
 
     def _apply(self, function: Any, recurse: bool = True) -> Any:
         """For `to`: scales stay in float32."""
         super()._apply(function, recurse)
-        self.scales = self.scales.float()
+        self.scales, self._matrix = self.scales.float(), None
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_matrix": None}
 
 
 class QuantizedLinear(Quantized):
     """x W^T + b with a quantized W."""
 
-    def __init__(self, codes: Tensor, scales: Tensor, form: str, bias: Tensor | None = None) -> None:
-        super().__init__(codes, scales, form)
+    def __init__(self, codes: Tensor, scales: Tensor, form: Kind, bias: Tensor | None = None) -> None:
+        super().__init__(codes, scales, form, bias)
         self.out_features, self.in_features = codes.size(0), scales.size(1) * self.group
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out]."""
-        return Product.apply(x, self)
+        return self.product(x)
 
 
 class QuantizedEmbedding(Quantized):
-    """A quantized embedding, which is also the head if the model's are tied."""
+    """A quantized embedding, whose `project` is the head of a model with tied embeddings."""
 
-    bias = None
-
-    def __init__(self, codes: Tensor, scales: Tensor, form: str) -> None:
+    def __init__(self, codes: Tensor, scales: Tensor, form: Kind) -> None:
         super().__init__(codes, scales, form)
         self.result: Tensor
         self.register_buffer("result", torch.empty(0), persistent=False)  # its precision is that of the result
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] → [..., width]."""
-        return decode(self.codes[ids], self.scales[ids], self.form).to(self.result.dtype)
+        rows = ids.flatten()
+        looked_up = dequantize(self.form, self.codes[rows], self.scales[rows], self.group)
+        return looked_up.view(*ids.shape, -1).to(self.result.dtype)
 
     def project(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., width] → logits [..., vocab_size] of a tied head."""
-        return Product.apply(hidden, self)
+        return self.product(hidden)
 
 
 class Product(torch.autograd.Function):
-    """x W^T + b that keeps only the module for the backward pass, which dequantizes again.  [..., in] → [..., out]"""
+    """x W^T + b that keeps no W for the backward pass, which dequantizes it again.  [..., in] → [..., out]"""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, module: Any) -> Tensor:
-        ctx.module = module
-        return F.linear(x, module.weight.to(x.dtype), module.bias)
+    def forward(ctx: Any, x: Tensor, product: Callable[[Tensor], Tensor], weight: Callable[[], Tensor]) -> Tensor:
+        ctx.weight = weight
+        return product(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient @ ctx.module.weight.to(gradient.dtype), None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient @ ctx.weight().to(gradient.dtype), None, None
 
 
 # -- models -----------------------------------------------------------------------------------------------------------
@@ -197,7 +195,7 @@ def expect_full(decoder: nn.Module, what: str | Path) -> None:
         raise UserError(f"{what}: its weights are quantized: name the full model that it was made from")
 
 
-def to_quantize(decoder: Decoder, form: str, group: int, embedding: str) -> dict[str, str]:
+def to_quantize(decoder: Decoder, form: str, group: int, embedding: str) -> dict[str, Kind]:
     """The names of the matrices to quantize → their formats.
 
     The layers' linears get `form`; a head of its own int8, where `form` is an integer, and with `embedding` int8 the
@@ -210,7 +208,7 @@ def to_quantize(decoder: Decoder, form: str, group: int, embedding: str) -> dict
             f"no matrix can be quantized in groups of {group}: their columns are no multiple of it; "
             f"--group is one of {', '.join(map(str, GROUPS))}"
         )
-    chosen = dict.fromkeys(names, form)
+    chosen: dict[str, Kind] = dict.fromkeys(names, cast(Kind, form))
     if decoder.architecture.width % group == 0:
         if decoder.head is not None and (form != "nf4" or embedding == "int8"):
             chosen["head"] = "int8"
@@ -219,7 +217,7 @@ def to_quantize(decoder: Decoder, form: str, group: int, embedding: str) -> dict
     return chosen
 
 
-def round_to(decoder: Decoder, chosen: dict[str, str], group: int) -> None:
+def round_to(decoder: Decoder, chosen: dict[str, Kind], group: int) -> None:
     """Quantize the matrices that `to_quantize` chose, in place, one after another: each to the nearest codes."""
     for name, form in chosen.items():
         module = decoder.get_submodule(name)
@@ -227,7 +225,7 @@ def round_to(decoder: Decoder, chosen: dict[str, str], group: int) -> None:
             replace(decoder, name, rounded(module, form, group))
 
 
-def rounded(module: Any, form: str, group: int) -> Quantized:
+def rounded(module: Any, form: Kind, group: int) -> Quantized:
     """A linear or an embedding, rounded to the nearest codes."""
     parts = [encode(rows, form, group) for rows in module.weight.detach().split(ROWS_AT_ONCE)]
     codes, scales = (torch.cat(each) for each in zip(*parts))

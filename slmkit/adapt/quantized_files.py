@@ -25,8 +25,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slmkit.adapt.quantize import (
-    GROUPS,
-    NF4,
     Quantized,
     QuantizedEmbedding,
     QuantizedLinear,
@@ -52,10 +50,11 @@ from slmkit.model.files.directory import (
 )  # fmt: skip
 from slmkit.model.files.published import OWN_FORMAT
 from slmkit.model.files.stored import StoredTensor, expect_finite
+from slmkit.model.kernels import GROUPS, NF4, Kind
 
 EMBEDDING = "embedding"
 NF4_STATE = "weight.quant_state.bitsandbytes__nf4"
-BITS = {"int8": 8, "int4": 4}
+BITS: dict[Kind, int] = {"int8": 8, "int4": 4}
 # The tensors of a quantized matrix, after the module's name.
 PACKED = ("weight_packed", "weight_scale", "weight_shape")
 NF4_PARTS = ("weight", "weight.absmax", "weight.quant_map", NF4_STATE)
@@ -93,7 +92,7 @@ def to_stored(modules: Iterable[Any]) -> dict[str, Tensor]:
         state = {"quant_type": "nf4", "blocksize": first.group, "dtype": "float32", "shape": shape}
         coded = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
         packed = (codes[:, ::2] << 4 | codes[:, 1::2]).view(-1, 1)
-        return dict(zip(NF4_PARTS, (packed, scales.flatten(), torch.tensor(NF4), coded)))
+        return dict(zip(NF4_PARTS, (packed, scales.flatten(), NF4.clone(), coded)))
     unsigned = codes.view(torch.uint8) ^ 128 if first.form == "int8" else codes[:, ::2] | codes[:, 1::2] << 4
     return dict(zip(PACKED, (unsigned.view(torch.int32), scales.bfloat16(), torch.tensor(shape))))
 
@@ -149,14 +148,13 @@ def load_quantized(directory: str | Path, device: torch.device | str = "cpu") ->
         name = theirs.removesuffix(".weight")
         if f"{name}.weight_packed" not in tensors and f"{name}.weight.absmax" not in tensors:
             continue
-        modules = {one.removesuffix(".weight"): decoder.get_submodule(one.removesuffix(".weight")) for one in ours}
-        rows = [module.weight.size(0) for module in modules.values()]
-        codes, scales, form = _from_stored(
-            path, name, tensors, (sum(rows), next(iter(modules.values())).weight.size(1))
-        )
-        for (one, module), *parts in zip(modules.items(), codes.split(rows), scales.split(rows)):
-            state |= {f"{one}.codes": parts[0], f"{one}.scales": parts[1]}
-            replace(decoder, one, _empty(module, *parts, form))
+        rows = [decoder.get_parameter(one).size(0) for one in ours]
+        shape = sum(rows), decoder.get_parameter(ours[0]).size(1)
+        codes, scales, form = _from_stored(path, name, tensors, shape)
+        for one, its_codes, its_scales in zip(ours, codes.split(rows), scales.split(rows)):
+            module = one.removesuffix(".weight")
+            state |= {f"{module}.codes": its_codes, f"{module}.scales": its_scales}
+            replace(decoder, module, _empty(decoder.get_submodule(module), its_codes, its_scales, form))
     rest = {name: tensor for name, tensor in decoder.state_dict().items() if name not in state}
     state |= float_state(exactly(path, tensors, rest, family), rest, family, device, is_finite=True)
     decoder.to_empty(device=device)
@@ -164,7 +162,7 @@ def load_quantized(directory: str | Path, device: torch.device | str = "cpu") ->
     return decoder.eval(), config
 
 
-def _empty(module: Any, codes: Tensor, scales: Tensor, form: str) -> Quantized:
+def _empty(module: Any, codes: Tensor, scales: Tensor, form: Kind) -> Quantized:
     """The module that will hold a part of a matrix, on the meta device."""
     codes, scales = codes.to("meta"), scales.to("meta")
     if isinstance(module, nn.Embedding):
@@ -174,7 +172,7 @@ def _empty(module: Any, codes: Tensor, scales: Tensor, form: str) -> Quantized:
 
 def _from_stored(
     path: Path, name: str, tensors: dict[str, StoredTensor], shape: tuple[int, int]
-) -> tuple[Tensor, Tensor, str]:
+) -> tuple[Tensor, Tensor, Kind]:
     """Codes, scales and format of the matrix `name` [out, in]; its tensors are taken out of `tensors`.
 
     Raises `UserError` for tensors that are missing, damaged, or do not fit `shape`.
@@ -198,7 +196,7 @@ def _from_stored(
     return pack(codes.unflatten(1, (scales.size(1), -1)), form), scales, form
 
 
-def _integers(read: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, Tensor, str]:
+def _integers(read: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, Tensor, Kind]:
     packed, scales, said = (read[name] for name in PACKED)
     form = next((form for form, bits in BITS.items() if packed.shape == (shape[0], shape[1] * bits // 32)), None)
     if form is None or tuple(said.tolist()) != shape or packed.dtype != torch.int32 or scales.size(0) != shape[0]:
@@ -209,12 +207,12 @@ def _integers(read: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, 
     return torch.stack((bytes_ & 15, bytes_ >> 4), dim=-1).flatten(1), scales.float(), form
 
 
-def _nf4(read: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, Tensor, str]:
+def _nf4(read: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, Tensor, Kind]:
     packed, scales, table = (read[name] for name in NF4_PARTS[:3])
     state = json.loads(bytes(read[NF4_STATE].tolist()))
     if tuple(state["shape"]) != shape or packed.numel() * 2 != shape[0] * shape[1] or packed.dtype != torch.uint8:
         raise ValueError(f"packed {tuple(packed.shape)} {packed.dtype}, of a matrix of {state['shape']}")
-    if not torch.allclose(table, torch.tensor(NF4), atol=1e-6):
+    if not torch.allclose(table, NF4, atol=1e-6):
         raise ValueError("its table is not that of nf4")
     if "weight.nested_absmax" in read:  # double quantization: codes of the scales' distances from their mean
         nested = read["weight.nested_quant_map"][scales.int()]

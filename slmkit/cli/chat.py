@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+import signal
+import sys
+import threading
+import time
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
+from rich.text import Text
 
+from slmkit.cli.errors import in_words
 from slmkit.cli.options import USUAL, DeviceName, MinP, ModelPath, OtherModels, Penalty, Seed, Temperature, TopK, TopP
+from slmkit.cli.show import INDENT, MarkdownText, PlainText, counted, open_model, printable
+from slmkit.config import UserError
 
 if TYPE_CHECKING:
     from slmkit.generation.chat import ChatSession
-    from slmkit.generation.ensemble import LanguageModel
-    from slmkit.generation.sampling_settings import SamplingSettings
-    from slmkit.tokenizer import SLMTokenizer
 
-HELP = (
-    "/reset forgets the conversation, /save FILE keeps it, /load FILE goes on with it, /quit leaves; "
-    "Ctrl-C stops an answer."
-)
-CUT = {"length": " … (cut at {tokens} tokens: --max-new-tokens)", "context": " … (the model's context is full)"}
+HELP = '''\
+What can be typed beside messages:
+/retry         another answer to the last question
+/undo          take back the last question and its answer
+/system TEXT   set the system message; /system - removes it, /system shows it
+/reset         forget the conversation, but not the system message
+/save [FILE]   write the conversation to a file
+/load [FILE]   go on with a conversation that was saved
+/quit          leave, as Ctrl-D does; Ctrl-C stops an answer
+A line that ends with \\ goes on in the next one.
+A message that begins with """ goes on to the next """.'''
+FILE = "chat.json"  # of /save and /load without a name
+YOU, MODEL, MORE, QUOTES = "you> ", "model> ", "...> ", '"""'
+CUT = {"length": "cut at {} tokens: --max-new-tokens allows more", "context": "cut: the model's context is full"}
 
 
 def chat(
@@ -34,16 +52,18 @@ def chat(
     min_p: MinP = None,
     repetition_penalty: Penalty = None,
     seed: Seed = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Print answers as they are: no Markdown, no colours.")] = False,
     others: OtherModels = None,
     device: DeviceName = "auto",
 ) -> None:
     """Talk to a model.
 
-    /reset begins anew, /save FILE and /load FILE keep a conversation, /quit ends. Ctrl-C stops an answer.
+    Ctrl-C stops an answer, Ctrl-D ends the chat. /help lists what can be typed beside messages: /retry, /undo, /system,
+    /reset, /save, /load and /quit.
 
     Example: slm chat runs/quickstart/chat
     """
-    decoder, tokenizer, settings, advice = _open(
+    decoder, tokenizer, settings, advice = open_model(
         model, others, device, seed, USUAL | {"temperature": 0.6}, temperature=temperature, top_k=top_k,
         top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
     )  # fmt: skip
@@ -51,137 +71,147 @@ def chat(
     from slmkit.generation.chat import ChatSession
     from slmkit.model.files.generation_config import new_tokens
 
+    most = max_new_tokens or new_tokens(advice, usual=300)
+    session = ChatSession(decoder, tokenizer, settings, system=system, max_new_tokens=most)
     if learned_conversations(model) is False:
         print(f"note: {model} was trained on plain text alone and never saw a conversation, so it will hardly answer.")
         print(f"To teach it: slm train own-chat model.path={model} data.source=YOUR_CHATS.jsonl")
-    most = max_new_tokens or new_tokens(advice, usual=300)
-    session = ChatSession(decoder, tokenizer, settings, system=system, max_new_tokens=most)
-    print(HELP)
-    while (line := _read_line()) is not None:
-        if line.startswith("/"):
-            if not _obey(line, session):
-                break
-        elif line:
-            _answer(session, line)
+    print("/help lists the commands. Ctrl-C stops an answer, Ctrl-D ends the chat.")
+    _Dialogue(session, plain).run()
 
 
-def _open(
-    model: str, others: list[str] | None, device: str, seed: int | None, usual: dict[str, float], **given: Any
-) -> tuple[LanguageModel, SLMTokenizer, SamplingSettings, dict[str, Any]]:
-    """The model with its tokenizer, how to sample from it, and its `generation_config.json`."""
-    from slmkit.cli.show import load_for_generation
-    from slmkit.find import find_model_directory
-    from slmkit.generation.sampling_settings import SamplingSettings
-    from slmkit.model.files.generation_config import read_generation_config
+class _Dialogue:
+    """Reads messages and commands, and shows answers: as Markdown and in colours on a terminal, else as plain text."""
 
-    directory = find_model_directory(model)
-    settings = SamplingSettings.for_model(directory, seed, usual, **given)  # before the model is loaded
-    return *load_for_generation(model, device, others or []), settings, read_generation_config(directory)
+    def __init__(self, session: ChatSession, plain: bool) -> None:
+        self.session, self.console = session, Console(highlight=False)
+        console = self.console
+        self.is_plain = plain or not console.is_terminal or console.is_dumb_terminal or console.no_color
+        self.file: str | None = None  # of the last /save or /load
 
+    def run(self) -> None:
+        with suppress(ImportError):  # on Windows
+            import readline  # arrow keys, history, and below: pasting of several lines
 
-def _read_line() -> str | None:
-    """The user's line; None at the end of the input. Ctrl-C at the prompt clears the line."""
-    try:
-        return input("you> ").strip()
-    except EOFError:
-        print()
-        return None
-    except KeyboardInterrupt:
-        print()
-        return ""
+            readline.parse_and_bind("set enable-bracketed-paste on")
+        while (message := self._read_message()) is not None and message.rstrip() != "/quit":
+            try:
+                if message.startswith("/"):
+                    said = self._obey(*message.split(maxsplit=1))
+                    print(printable(said).replace("\n", f"\n{INDENT}"), end="\n" if said else "")
+                elif message.strip():
+                    self._answer(self.session.reply(message.strip()))
+            except UserError as error:
+                print(f"({printable(in_words(error) or '')})")
 
+    def _read_message(self) -> str | None:
+        """What the user writes next; None at the end of the input. Ctrl-C gives up what was written.
 
-def _obey(line: str, session: ChatSession) -> bool:
-    """Run a slash command; False ends the chat."""
-    from slmkit.config import UserError
-
-    command, _, argument = line.partition(" ")
-    if command == "/quit":
-        return False
-    if command == "/reset":
-        session.reset()
-        print("(forgotten)")
-    elif command in ("/save", "/load"):
-        path = argument.strip() or "chat.json"
+        What stands between three quotation marks is never a command: it is returned with a line end before it.
+        """
         try:
-            (session.save if command == "/save" else session.load)(path)
-            print(f"({'saved to' if command == '/save' else 'going on with'} {path})")
-        except UserError as error:
-            print(f"({error})")
-    else:
-        print(f"(unknown command {command}: {HELP})")
-    return True
+            text = self._read_line(YOU)
+            if text.startswith(QUOTES):
+                while len(text) < 2 * len(QUOTES) or not text.rstrip().endswith(QUOTES):
+                    text += "\n" + self._read_line(MORE)
+                return "\n" + text.rstrip()[len(QUOTES) : -len(QUOTES)]
+            while text.endswith("\\"):
+                text = text[:-1] + "\n" + self._read_line(MORE)
+        except (EOFError, KeyboardInterrupt) as error:
+            print()
+            return "" if isinstance(error, KeyboardInterrupt) else None
+        return text
 
+    def _read_line(self, prompt: str) -> str:
+        """A line of the terminal, or of a file, which is then shown. Raises `EOFError` at the end."""
+        if sys.stdin.isatty():
+            is_coloured = not self.is_plain and "readline" in sys.modules  # it expects \1 and \2 around colours
+            return input(f"\1\x1b[1;36m\2{prompt}\1\x1b[0m\2" if is_coloured else prompt)
+        if not (line := sys.stdin.readline()):
+            raise EOFError
+        print(prompt + printable(line.rstrip("\r\n")))
+        return line.rstrip("\r\n")
 
-def _answer(session: ChatSession, line: str) -> None:
-    """Print the answer while it is generated. Ctrl-C ends it and keeps the text so far."""
-    from slmkit.config import UserError
+    def _obey(self, command: str, argument: str = "") -> str:
+        """Run a command; returns what to say about it."""
+        session, file = self.session, argument.strip() or self.file or FILE
+        match command:
+            case "/help":
+                return HELP
+            case "/retry":
+                self._answer(session.retry())
+                return ""
+            case "/undo":
+                return f"(taken back: {session.undo()})"
+            case "/reset":
+                session.reset()
+                return "(forgotten)"
+            case "/system":
+                if argument:
+                    session.set_system(None if argument.strip() == "-" else argument)
+                return f"(system message: {session.system or 'none'})"
+            case "/save":
+                if not (argument or self.file) and Path(file).exists():
+                    return f"({file} exists; name a file: /save FILE)"
+                session.save(file)
+                self.file = file
+                return f"(saved to {file})"
+            case "/load":
+                session.load(file)
+                self.file = file
+                return f"(going on with {file}: {counted(len(session.messages), 'message')})"
+        return f"(unknown command {command}: /help lists them)"
 
-    pieces, forgotten = session.reply(line), session.forgotten
-    try:
-        for piece in pieces:
-            print(piece, end="", flush=True)
-        print(CUT.get(session.finish_reason or "", "").format(tokens=session.max_new_tokens), end="")
+    def _answer(self, pieces: Generator[str, None, None]) -> None:
+        """Show the answer while it is generated. Ctrl-C ends it and keeps the text so far."""
+        session, console, began, forgotten = self.session, self.console, time.monotonic(), self.session.forgotten
+        text: PlainText | MarkdownText | None = None
+        with _undisturbed() as interrupted:
+            try:
+                for piece in pieces:
+                    if piece and text is None:
+                        label = Text(MODEL, "bold magenta")
+                        text = PlainText(MODEL) if self.is_plain else MarkdownText(console, label)
+                    if piece:
+                        text.add(piece)
+                    if interrupted.is_set():
+                        pieces.close()
+            finally:
+                if text is not None:
+                    text.close()
+        remarks = ["stopped"] if interrupted.is_set() else ["no answer"] if text is None else []
+        if console.is_terminal:
+            seconds = time.monotonic() - began
+            speed = f"{session.tokens / seconds:,.1f} tokens/s"
+            remarks.append(f"{counted(session.tokens, 'token')} in {seconds:.1f} s, {speed}")
+        if session.finish_reason in CUT:
+            remarks.append(CUT[session.finish_reason].format(session.tokens))
         if session.forgotten > forgotten:
-            print(f"\n({session.forgotten} messages no longer fit the context and are forgotten)", end="")
-    except KeyboardInterrupt:
-        pieces.close()
-        print(" (stopped)", end="")
-    except UserError as error:
-        print(f"({error})", end="")
-    print()
+            remarks.append(f"{session.forgotten} messages no longer fit the context and are forgotten")
+        if remarks:
+            end = "\n" if self.is_plain else "\n\n"
+            console.print(f"({'; '.join(remarks)})", style=None if self.is_plain else "dim", end=end, soft_wrap=True)
 
 
-def generate(
-    model: ModelPath,
-    prompt: Annotated[
-        str,
-        typer.Argument(metavar="[PROMPT]", help="The text to continue; - reads it from standard input; default: none."),
-    ] = "",
-    max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Stop after this many tokens; default: what the model advises, or 200.")
-    ] = None,
-    samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="How many continuations to write.")] = 1,
-    temperature: Temperature = None,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    min_p: MinP = None,
-    repetition_penalty: Penalty = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be given several times.")] = None,
-    seed: Seed = None,
-    others: OtherModels = None,
-    device: DeviceName = "auto",
-) -> None:
-    """Continue a text.
-
-    Example: slm generate runs/quickstart/stories "Once there was a fox" --seed 1
-    Example: slm generate runs/quickstart/stories -n 3 --max-new-tokens 50
-    Example: echo "Once there was a fox" | slm generate runs/quickstart/stories -
+@contextmanager
+def _undisturbed() -> Iterator[threading.Event]:
+    """What is typed is not shown until it is read. Ctrl-C sets the event, so that it interrupts nothing halfway; a
+    second Ctrl-C raises `KeyboardInterrupt`.
     """
-    import sys
+    event = threading.Event()
 
-    decoder, tokenizer, settings, advice = _open(
-        model, others, device, seed, USUAL, temperature=temperature, top_k=top_k,
-        top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
-    )  # fmt: skip
-    from slmkit.generation.generator import TextStream
-    from slmkit.model.files.generation_config import new_tokens
+    def note(*_: object) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
 
-    if prompt == "-":
-        prompt = sys.stdin.read().rstrip("\n")
-    length = len(tokenizer.encode_prompt(prompt))
-    most = max_new_tokens or new_tokens(advice, usual=200, prompt=length)
-    for number in range(samples):
-        if seed is not None:
-            settings = settings.model_copy(update={"seed": seed + number})
-        stream = TextStream(
-            decoder, tokenizer, prompt, settings=settings, max_new_tokens=most, stop=stop or []
-        )  # raises for a prompt that is too long, before anything is printed
-        if samples > 1:
-            print(f"--- sample {number + 1} of {samples}")
-        print(prompt, end="", flush=True)
-        for piece in stream:
-            print(piece, end="", flush=True)
-        print()
-        if max_new_tokens and stream.finish_reason == "context":
-            print(f"the model's context of {decoder.max_positions} tokens ends the text here", file=sys.stderr)
+    with ExitStack() as stack:
+        stack.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, note))
+        if sys.stdin.isatty() and sys.platform != "win32":
+            import termios
+
+            before = termios.tcgetattr(sys.stdin)
+            stack.callback(termios.tcsetattr, sys.stdin, termios.TCSANOW, before)
+            silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
+        yield event

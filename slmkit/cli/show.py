@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shlex
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
@@ -18,11 +19,18 @@ from slmkit.training.logging.progress import bar_or_lines, clock
 
 if TYPE_CHECKING:
     from slmkit.generation.ensemble import LanguageModel
+    from slmkit.generation.sampling_settings import SamplingSettings
     from slmkit.tokenizer import SLMTokenizer
 
 PLAIN_EVERY = 20_000  # documents between two plain lines
 PLAIN_LINES = 10  # for a count with a known total
 SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_DRAWINGS = 0.08
+INDENT = "  "  # of a model's text, so that nothing in it looks like a prompt, which begins at the left edge
+WIDEST_TEXT = 100  # columns
+# Control characters (an escape sequence begins with one) as symbols; those that reverse the writing as U+FFFD.
+VISIBLE = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"} | {0x7F: 0x2421, 0x0D: None}
+VISIBLE |= dict.fromkeys((*range(0x80, 0xA0), 0x202D, 0x202E), 0xFFFD)
 
 
 class TerminalReporter:
@@ -131,6 +139,89 @@ def suggestion(model: str | Path, source: str | Path | None = None) -> str:
     return f"slm chat {model}" + (f"  (and ask it: {prompts[0]})" if prompts[0] else "")
 
 
+def printable(text: str) -> str:
+    """Text of a model or a file, safe to print: control characters but tabs and line ends become symbols."""
+    return text.translate(VISIBLE)
+
+
+class PlainText:
+    """Prints a model's text piece by piece after a label. All its lines but the first are indented."""
+
+    def __init__(self, label: str) -> None:
+        print(label, end="")
+
+    def add(self, piece: str) -> None:
+        print(printable(piece).replace("\n", f"\n{INDENT}"), end="", flush=True)
+
+    def close(self) -> None:
+        print()
+
+
+class MarkdownText:
+    """Draws a model's growing Markdown below a label: finished blocks once, the last one again when it has grown.
+
+    A drawing is one write that overwrites the changed lines without erasing them first, so nothing flickers. Of an
+    unfinished block that is higher than the screen only the end is drawn until it is finished. HTML, references and
+    entities are shown as they are written, and the target of a link beside it, so no text is hidden.
+    """
+
+    def __init__(self, console: Console, label: Text) -> None:
+        from markdown_it import MarkdownIt
+
+        self._parser = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
+        self._parser.disable(["reference", "entity", "image", "autolink"])
+        self._console, self._rest = console, ""  # the text of the blocks that may still change
+        self._is_begun, self._drawn = False, 0.0
+        console.print(label)
+        console.show_cursor(False)
+        self._lines: list[str] = []  # on the screen, above the cursor, that may still change
+
+    def add(self, piece: str) -> None:
+        self._rest += printable(piece)
+        if time.monotonic() - self._drawn >= SECONDS_BETWEEN_DRAWINGS:
+            self._draw(self._first_open_line())
+
+    def close(self) -> None:
+        self._draw(self._rest.count("\n") + 1)
+        self._console.show_cursor(True)
+
+    def _first_open_line(self) -> int:
+        """The line at which the last block begins; a line without its end may still change what the others are."""
+        tokens = self._parser.parse(self._rest[: self._rest.rfind("\n") + 1])
+        return max((token.map[0] for token in tokens if token.level == 0 and token.map), default=0)
+
+    def _draw(self, first_open_line: int) -> None:
+        lines = self._rest.split("\n")
+        finished = self._rendered("\n".join(lines[:first_open_line]))
+        self._is_begun |= bool(finished)
+        self._rest = "\n".join(lines[first_open_line:])
+        last = self._rendered(self._rest)[1 - self._console.height :]
+        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(self._lines, finished + last)))
+        up = f"\r\x1b[{len(self._lines) - same}A" if len(self._lines) > same else "\r"
+        # Without automatic wrapping, since a terminal may find a character wider than this library does.
+        changed = "".join(f"{line}\x1b[K\n" for line in (finished + last)[same:])
+        self._console.file.write(f"{up}\x1b[?7l{changed}\x1b[J\x1b[?7h")
+        self._console.file.flush()
+        self._lines, self._drawn = last, time.monotonic()
+
+    def _rendered(self, text: str) -> list[str]:
+        """The lines of a text, with an empty one before them if they follow others."""
+        from rich.markdown import Markdown
+
+        markdown = Markdown("", hyperlinks=False)
+        markdown.parsed = self._parser.parse(text)
+        for token in markdown.parsed:
+            for child in token.children or []:
+                if child.type == "softbreak":  # a poem keeps its lines
+                    child.type = "hardbreak"
+        with self._console.capture() as captured:
+            self._console.print(markdown, width=min(self._console.width - len(INDENT) - 1, WIDEST_TEXT), end="")
+        drawn = "\n".join((INDENT + line).rstrip() for line in captured.get().split("\n")).strip("\n")
+        if not drawn:
+            return []
+        return ["", *drawn.split("\n")] if self._is_begun else drawn.split("\n")
+
+
 def show_run(root: Path) -> None:
     """Print a run's folder and the next commands, at the end of commands that train."""
     print(f"run: {root}")
@@ -157,3 +248,16 @@ def load_for_generation(path: str, device: str, others: Sequence[str] = ()) -> t
     loaded = [load_model(directory, where) for directory in directories]
     tokenizer.use_generation_config(loaded[0][1].for_generation())
     return together([decoder for decoder, _ in loaded]), tokenizer
+
+
+def open_model(
+    model: str, others: list[str] | None, device: str, seed: int | None, usual: dict[str, float], **given: Any
+) -> tuple[LanguageModel, SLMTokenizer, SamplingSettings, dict[str, Any]]:
+    """The model with its tokenizer, how to sample from it, and its `generation_config.json`."""
+    from slmkit.find import find_model_directory
+    from slmkit.generation.sampling_settings import SamplingSettings
+    from slmkit.model.files.generation_config import read_generation_config
+
+    directory = find_model_directory(model)
+    settings = SamplingSettings.for_model(directory, seed, usual, **given)  # before the model is loaded
+    return *load_for_generation(model, device, others or []), settings, read_generation_config(directory)

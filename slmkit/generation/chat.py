@@ -12,18 +12,18 @@ from slmkit.files import write_whole
 from slmkit.generation.engine import FinishReason
 from slmkit.generation.ensemble import LanguageModel
 from slmkit.generation.generator import TextStream
+from slmkit.generation.prompts import Messages, beginning_of, messages_that_fit
 from slmkit.generation.sampling_settings import SamplingSettings
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.tokenizer.chat import check_messages
-
-Messages = list[dict[str, str]]
 
 
 class ChatSession:
     """Keeps the messages of a conversation and streams the model's answers.
 
     When history and answer exceed the context, the oldest exchanges are dropped (`forgotten` counts
-    their messages); the system message is kept.
+    their messages); the system message is kept. Raises `UserError` for a tokenizer without a chat template, and for a
+    system message as `set_system` does.
     """
 
     def __init__(
@@ -36,52 +36,100 @@ class ChatSession:
     ) -> None:
         self.decoder, self.tokenizer, self.settings = decoder, tokenizer, settings
         self.max_new_tokens = max_new_tokens
-        self.messages: Messages = [{"role": "system", "content": system}] if system else []
+        self.messages: Messages = []
         self.forgotten = 0
+        self.tokens = 0  # of the last answer
         self.finish_reason: FinishReason | None = None  # of the last answer; None if it was interrupted
+        self._unanswered: str | None = None  # the last question, if it got no answer
+        self._retries = 0  # of the last question
+        self.set_system(system)
+
+    @property
+    def system(self) -> str | None:
+        """The system message."""
+        return next((message["content"] for message in beginning_of(self.messages)), None)
+
+    def set_system(self, text: str | None) -> None:
+        """Replace the system message, or with None remove it. The other messages stay.
+
+        Raises `UserError` if the chat template has no place for one, or if it leaves no room in the context.
+        """
+        beginning = [{"role": "system", "content": text}] if text else []
+        self._that_fit([*beginning, {"role": "user", "content": "?"}])
+        self.messages = beginning + self.messages[len(beginning_of(self.messages)) :]
 
     def reset(self) -> None:
         """Delete all messages but the system message."""
-        self.messages, self.forgotten = _beginning(self.messages), 0
+        self.messages, self.forgotten, self._unanswered = beginning_of(self.messages), 0, None
 
     def reply(self, text: str) -> Generator[str, None, None]:
-        """Stream the answer to `text`. What was generated until the stream ends or is closed is added to the messages.
+        """Stream the answer to `text`; pieces may be empty. What was generated until the stream ends or is closed is
+        added to the messages.
 
         Raises `UserError` if the message leaves no room for an answer; the messages then stay unchanged.
         """
-        messages, prompt = self._that_fit([*self.messages, {"role": "user", "content": text}])
+        self._retries = 0
+        yield from self._answer(text)
+
+    def retry(self) -> Generator[str, None, None]:
+        """Stream another answer to the last question. It replaces the one before, unless it is empty.
+
+        With a seed, each retry draws by the next seed. Raises `UserError` if nothing was asked, and if sampling is
+        greedy, since the answer would be the same.
+        """
+        if self.settings.is_greedy:
+            raise UserError("at temperature 0 the answer is always the same: begin with a higher --temperature")
+        before = self.messages, self.forgotten, self._unanswered
+        question = self.undo() if self._unanswered is None else self._unanswered
+        self._retries += 1
+        try:
+            yield from self._answer(question)
+        finally:
+            if self._unanswered is not None:
+                self.messages, self.forgotten, self._unanswered = before
+
+    def undo(self) -> str:
+        """Take back the last question and its answer. Returns the question; raises `UserError` if there is none."""
+        questions = [number for number, message in enumerate(self.messages) if message["role"] == "user"]
+        if not questions:
+            raise UserError("nothing was asked yet")
+        question = self.messages[questions[-1]]["content"]
+        self.messages, self._unanswered = self.messages[: questions[-1]], None
+        return question
+
+    def _answer(self, question: str) -> Generator[str, None, None]:
+        self._unanswered = question
+        messages, prompt = self._that_fit([*self.messages, {"role": "user", "content": question}])
+        seed = None if self.settings.seed is None else (self.settings.seed + self._retries) % 2**63
         stream = TextStream(
-            self.decoder, self.tokenizer, prompt, settings=self.settings, max_new_tokens=self.max_new_tokens
+            self.decoder,
+            self.tokenizer,
+            prompt,
+            settings=self.settings.model_copy(
+                update={"seed": None if seed is None else (seed + self._retries) % 2**63}
+            ),
+            max_new_tokens=self.max_new_tokens,
         )
         self.forgotten += len(self.messages) + 1 - len(messages)
         self.messages, self.finish_reason = messages, None
-        said: list[str] = []
+        answer = ""
         try:
             for piece in stream:
-                said.append(piece)
+                piece = piece if answer else piece.lstrip()
+                answer += piece
                 yield piece
         finally:
-            self.finish_reason = stream.finish_reason
-            answer = "".join(said).strip()
+            self.finish_reason, self.tokens = stream.finish_reason, stream.tokens
             if answer:
-                self.messages.append({"role": "assistant", "content": answer})
+                self.messages.append({"role": "assistant", "content": answer.rstrip()})
+                self._unanswered = None
             else:
                 self.messages.pop()  # no answer: the template has no empty turns
 
     def _that_fit(self, messages: Messages) -> tuple[Messages, list[int]]:
-        """The messages without the oldest exchanges, as few as leave room for an answer, and their ids [prompt]."""
         context = self.decoder.max_positions
         # At most a quarter of the context: reserving all of a large `max_new_tokens` would leave none for the history.
-        room = max(1, min(self.max_new_tokens, context // 4))
-        beginning = _beginning(messages)
-        ids: list[int] = []
-        for oldest in range(len(beginning), len(messages), 2):
-            kept = beginning + messages[oldest:]
-            ids = self.tokenizer.encode_chat(kept, add_generation_prompt=True).ids
-            if len(ids) + room <= context:
-                return kept, ids
-        what = "a shorter message or system message" if beginning else "a shorter message"
-        raise UserError(f"{len(ids)} tokens leave no room for an answer in a context of {context}: write {what}")
+        return messages_that_fit(self.tokenizer, messages, context, room=max(1, min(self.max_new_tokens, context // 4)))
 
     def save(self, path: str | Path) -> None:
         """Write the conversation as one line of JSON (`{"messages": […]}`), the format of fine-tuning data.
@@ -103,12 +151,7 @@ class ChatSession:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: not a saved conversation: {error}") from None
-        self.messages, self.forgotten = _checked(content, path), 0
-
-
-def _beginning(messages: Messages) -> Messages:
-    """The system message, if there is one."""
-    return [message for message in messages[:1] if message["role"] == "system"]
+        self.messages, self.forgotten, self._unanswered = _checked(content, path), 0, None
 
 
 def _checked(content: Any, path: str | Path) -> Messages:

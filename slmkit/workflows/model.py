@@ -40,7 +40,7 @@ def model_for(
     if recipe.lora is not None:
         return _adapter(recipe, tokenizer, base)
     decoder, config = load_model(base)
-    expect_full(decoder, f"{base}, to be trained")
+    expect_full(decoder, f"{base}: only an adapter (lora) can be trained on it")
     model, config = fit_to_tokenizer(decoder, config, tokenizer_of_base(recipe, base), tokenizer)
     return StartingModel(model, config, WholeModel(config))
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from torch.nn import functional as F
@@ -11,12 +9,9 @@ from torch.nn import functional as F
 from slmkit.adapt.adapter import trained_tensors
 from slmkit.adapt.lora import add_lora, fold
 from slmkit.adapt.quantize import (
-    GROUPS,
     LARGEST,
-    NF4,
     QuantizedEmbedding,
     QuantizedLinear,
-    decode,
     encode,
     quantized_modules,
     round_to,
@@ -29,10 +24,15 @@ from slmkit.model.config import SLMConfig
 from slmkit.model.decoder import Decoder, Embedding
 from slmkit.model.files.adapter_directory import LoRASettings
 from slmkit.model.initialization import build_decoder
+from slmkit.model.kernels import GROUPS, NF4, dequantize
 from tests.model.test_cache import FAMILIES, config, ids
 
 every_format = pytest.mark.parametrize("form", LARGEST)
 every_group = pytest.mark.parametrize("group", GROUPS)
+
+
+def decode(codes: torch.Tensor, scales: torch.Tensor, form: str) -> torch.Tensor:
+    return dequantize(form, codes, scales, codes.size(1) * (1 if form == "int8" else 2) // scales.size(1))
 
 
 def weights(rows: int = 24, columns: int = 256) -> torch.Tensor:
@@ -50,10 +50,10 @@ def test_no_weight_is_further_from_its_code_than_half_a_step(form: str, group: i
     assert torch.equal(scales, scales.bfloat16().float())
     errors = (decode(codes, scales, form) - weight).abs().unflatten(1, (-1, group)) / scales[..., None]
     largest = (weight.unflatten(1, (-1, group)).abs() / scales[..., None]).amax(-1)
-    step = max(b - a for a, b in itertools.pairwise(NF4)) if form == "nf4" else 1.0
+    step = NF4.diff().max() if form == "nf4" else torch.tensor(1.0)
     # Beyond the last code a weight is clipped: int4's largest may be, for the sake of all others.
     clipped = (largest - LARGEST[form]).clamp(min=0)
-    assert (errors.amax(-1) <= torch.maximum(torch.tensor(step / 2 + 1e-3), clipped + 1e-3)).all()
+    assert (errors.amax(-1) <= torch.maximum(step / 2, clipped) + 1e-3).all()
     assert clipped.max() < {"int8": 0.6, "int4": 4, "nf4": 0.01}[form]
 
 
@@ -106,7 +106,7 @@ def test_products_and_gradients_are_those_of_the_dequantized_matrix(form: str) -
     for shape in ((64,), (3, 64), (2, 40, 64)):
         x = torch.randn(shape, requires_grad=True)
         y = quantized(x)
-        torch.testing.assert_close(y, F.linear(x, quantized.weight, linear.bias), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(y, F.linear(x, quantized.weight, linear.bias), atol=1e-4, rtol=1e-3)
         y.sum().backward()
         torch.testing.assert_close(x.grad, quantized.weight.sum(0).expand(shape), atol=1e-4, rtol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
@@ -122,7 +122,7 @@ def test_an_embedding_looks_up_and_is_a_tied_head(form: str) -> None:
     x = torch.tensor([[3, 96, 0]])
     assert torch.equal(quantized(x), quantized.weight[x])
     hidden = torch.randn(2, 5, 64)
-    torch.testing.assert_close(quantized.project(hidden), F.linear(hidden, quantized.weight), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(quantized.project(hidden), F.linear(hidden, quantized.weight), atol=2e-3, rtol=0)
 
 
 @every_format
@@ -158,7 +158,8 @@ def test_every_family_computes_nearly_the_same(family: str, form: str) -> None:
         cache = decoder.new_cache(2, 40)
         steps = torch.cat([decoder.logits(decoder(part, cache)) for part in ids().split([30, 1, 1, 8], dim=1)], dim=1)
     assert (logits - wanted).std() < {"int8": 0.05, "int4": 0.5, "nf4": 0.5}[form] * wanted.std()
-    torch.testing.assert_close(steps, logits, atol=1e-4, rtol=1e-4)
+    # A few rows are multiplied with activations of 16 bits.
+    torch.testing.assert_close(steps, logits, atol=1e-3 * float(logits.abs().max()), rtol=0)
 
 
 def test_what_is_quantized_depends_on_format_and_shape() -> None:

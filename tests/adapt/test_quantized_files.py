@@ -10,12 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from slmkit import SLMForCausalLM
-from slmkit.adapt.load import load_model
+from slmkit.adapt.adapter import trained_tensors
+from slmkit.adapt.load import load_model, start_adapter
 from slmkit.adapt.quantize import LARGEST, quantized_modules, round_to, to_quantize
 from slmkit.adapt.quantized_files import load_quantized, save_quantized
 from slmkit.config import UserError
 from slmkit.model.config import SLMConfig
 from slmkit.model.decoder import Decoder
+from slmkit.model.files.adapter_directory import LoRASettings
 from slmkit.model.files.directory import load_decoder
 from slmkit.model.initialization import build_decoder
 from tests.model.test_cache import FAMILIES, config, ids
@@ -251,6 +253,22 @@ def test_a_script_loads_saves_and_generates(form: str, tmp_path: Path) -> None:
     new = model.generate(ids()[:, :5], max_new_tokens=4, do_sample=False)
     assert new.shape == (2, 9)
     assert load_quantized(tmp_path / "two")[0].embedding.form == "int8"
+
+
+@every_format
+def test_an_adapter_of_a_quantized_model_is_saved_and_loaded_on_top_of_it(form: str, tmp_path: Path) -> None:
+    write(tmp_path / "base", form)
+    decoder, _, files = start_adapter(tmp_path / "base", LoRASettings(r=4))
+    with torch.no_grad():
+        for parameter in trained_tensors(decoder).values():
+            parameter.add_(0.1)
+    files.write(decoder, files.tensors(decoder), tmp_path / "adapter")
+    found, _ = load_model(tmp_path / "adapter")
+    assert quantized_modules(found).keys() == quantized_modules(decoder).keys()
+    with torch.no_grad():
+        assert torch.equal(found.logits(found(ids())), decoder.eval().logits(decoder(ids())))
+    with pytest.raises(UserError, match="which would get more tokens: its weights are quantized"):
+        start_adapter(tmp_path / "base", LoRASettings(), prepare=lambda *both: both)
 
 
 def test_only_models_in_full_precision_are_changed(tmp_path: Path) -> None:

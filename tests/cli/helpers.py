@@ -39,30 +39,41 @@ def python(
 ) -> subprocess.CompletedProcess[str]:
     """What `python -c code arguments` does, with this environment and torch imported before."""
     words = [str(argument) for argument in arguments]
-    request = {"code": code, "arguments": words, "cwd": str(cwd or Path.cwd()), "environment": dict(os.environ)}
-    server, _ = _server(os.getpid())
     with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as error:
         given.write(stdin.encode())
         given.seek(0)
-        socket.send_fds(server, [b"!"], [file.fileno() for file in (given, out, error)])
-        line = json.dumps(request).encode()
-        server.sendall(len(line).to_bytes(8) + line)
-        process = int.from_bytes(_receive(server, 8))
-        server.settimeout(timeout)
-        try:
-            code_of_end = int.from_bytes(_receive(server, 8), signed=True)
-        except TimeoutError:
-            os.kill(process, signal.SIGKILL)
-            server.settimeout(None)
-            _receive(server, 8)
-            raise subprocess.TimeoutExpired(["slm", *words], timeout) from None
-        finally:
-            server.settimeout(None)
+        begin(code, words, cwd or Path.cwd(), [file.fileno() for file in (given, out, error)])
+        code_of_end = ended(timeout, words)
         texts = []
         for file in (out, error):
             file.seek(0)
             texts.append(file.read().decode())
     return subprocess.CompletedProcess(["slm", *words], code_of_end, *texts)
+
+
+def begin(code: str, words: list[str], cwd: Path, descriptors: list[int], **environment: str) -> None:
+    """Start what `python -c code words` does, with these descriptors of its three streams. `ended` has to follow."""
+    request = {"code": code, "arguments": words, "cwd": str(cwd), "environment": {**os.environ, **environment}}
+    server, _ = _server(os.getpid())
+    socket.send_fds(server, [b"!"], descriptors)
+    line = json.dumps(request).encode()
+    server.sendall(len(line).to_bytes(8) + line)
+
+
+def ended(timeout: float, words: list[str]) -> int:
+    """The exit code of what was begun. Raises `TimeoutExpired` when it was killed because it took too long."""
+    server, _ = _server(os.getpid())
+    process = int.from_bytes(_receive(server, 8))
+    server.settimeout(timeout)
+    try:
+        return int.from_bytes(_receive(server, 8), signed=True)
+    except TimeoutError:
+        os.kill(process, signal.SIGKILL)
+        server.settimeout(None)
+        _receive(server, 8)
+        raise subprocess.TimeoutExpired(["slm", *words], timeout) from None
+    finally:
+        server.settimeout(None)
 
 
 @cache

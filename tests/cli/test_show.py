@@ -1,10 +1,17 @@
-"""What the long functions say of how far they are."""
+"""What the long functions say of how far they are, and how a model's text is drawn."""
 
 from __future__ import annotations
 
-import pytest
+import random
+import re
 
-from slmkit.cli.show import TerminalReporter
+import pytest
+from rich.console import Console
+from rich.text import Text
+
+from slmkit.cli import show
+from slmkit.cli.show import MarkdownText, TerminalReporter, printable
+from tests.cli.terminal import Screen
 
 
 def test_a_count_of_a_known_total_is_told_with_the_time_left(capsys: pytest.CaptureFixture[str]) -> None:
@@ -23,3 +30,70 @@ def test_without_a_total_few_documents_are_no_line(capsys: pytest.CaptureFixture
     update(19_999, 5, 5)
     update(20_000, 6, 6)
     assert capsys.readouterr().err == "tokenizing: 20,000 documents, 6 tokens\n"
+
+
+# -- a model's text ---------------------------------------------------------------------------------------------------
+
+WORDS = ("fox", "kite", "hill", "owl", "drum", "hen", "hat", "river", "stone", "lamp")
+WORD = re.compile(rf"(?:{'|'.join(WORDS)})\d\d")
+BLOCKS = (
+    "# {0} {1}\n\n", "{0} {1}\n{2} *{3}* {4}\n\n", "{0} **{1}** `{2}`\n{3}\n---\n", "- {0}\n- {1}\n  - {2}\n\n",
+    "{0}\n#tag {1}\n\n", "1. {0}\n\n2. {1}\n\n", "```\n{0}\n\n  {1}\n```\n", "> {0}\n> {1}\n\n{2}\n",
+    "| {0} | {1} |\n|---|---|\n| {2} | {3} |\n\n", "<b>{0}</b>\n<div>\n{1}\n</div>\n\n", "[{0}]: http://{1}.example\n\n",
+    "[{0}](http://{1}.example) ![{2}](x)\n\n", "&lt;{0}&#27; {1}\n\n", "    {0}\n    {1}\n\n", "***\n",
+    "~~~python\n{0} = '{1}'\n", "{0} {1} {2} {3} {4} {0} {1} {2} {3} {4} {0} {1} {2} {3} {4}\n\n",
+)  # fmt: skip
+
+
+class ScreenFile:
+    """A terminal for what is written to it; after each write it notes what the screen shows."""
+
+    encoding = "utf-8"
+
+    def __init__(self, columns: int, rows: int) -> None:
+        self.screen, self.seen = Screen(columns, rows), [""]
+
+    def write(self, text: str) -> None:
+        self.screen.feed(text.replace("\n", "\r\n").encode())
+        self.seen.append(self.screen.text)
+
+    def flush(self) -> None:
+        pass
+
+
+def drawn(pieces: list[str], monkeypatch: pytest.MonkeyPatch, columns: int = 40, rows: int = 12) -> ScreenFile:
+    monkeypatch.setattr(show, "SECONDS_BETWEEN_DRAWINGS", 0)
+    file = ScreenFile(columns, rows)
+    console = Console(file=file, force_terminal=True, width=columns, height=rows, color_system="256")
+    text = MarkdownText(console, Text("model>"))
+    for piece in pieces:
+        text.add(piece)
+    text.close()
+    console.print("(end)")
+    return file
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_markdown_in_any_pieces_ends_as_in_one_and_never_flickers(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = random.Random(seed)
+    text = "".join(
+        draw.choice(BLOCKS).format(*(f"{draw.choice(WORDS)}{number}{place}" for place in range(5)))
+        for number in range(draw.randint(1, 9))
+    )
+    cuts = sorted(draw.sample(range(len(text)), k=min(len(text), draw.randint(1, 60))))
+    pieces = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)])]
+    whole = drawn([text], monkeypatch, rows=100).screen.text
+    assert sorted(WORD.findall(re.sub(r"\n +", "", whole))) == sorted(WORD.findall(text)), "a word is lost"
+    high, low = drawn(pieces, monkeypatch, rows=100), drawn(pieces, monkeypatch)
+    for file in (high, low):  # rich puts an empty line more or less between blocks
+        assert re.sub(r"\n\n+", "\n", file.screen.text) == re.sub(r"\n\n+", "\n", whole)
+    shown = set[str]()
+    for seen in high.seen:
+        assert shown <= set(WORD.findall(seen)), "a word that was there is gone"
+        shown = set(WORD.findall(seen))
+
+
+def test_control_characters_are_symbols_and_writing_is_kept() -> None:
+    assert printable("a\x1b[31m\x07\x7f\x9b\r\n\tb\u202e") == "a␛[31m␇␡\ufffd\n\tb\ufffd"
+    kept = "שלום \u200fא\u200e 你好 👨\u200d👩\u200d👧 e\u0301\n"
+    assert printable(kept) == kept

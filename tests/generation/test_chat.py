@@ -24,7 +24,7 @@ def speaking(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("speaking")
 def test_both_sides_are_remembered() -> None:
     chat = session(system="Be kind.", max_new_tokens=40)
-    assert "".join(chat.reply("Hello")) == " Good day 🦊!"
+    assert "".join(chat.reply("Hello")) == "Good day 🦊!"
     assert chat.messages == [
         {"role": "system", "content": "Be kind."},
         {"role": "user", "content": "Hello"},
@@ -61,7 +61,7 @@ def test_an_answer_broken_off_is_remembered_as_far_as_it_went() -> None:
     pieces = chat.reply("Hello")
     said = "".join(next(pieces) for _ in range(6))
     pieces.close()
-    assert said == " Good "
+    assert said == "Good "
     assert chat.messages[-1] == {"role": "assistant", "content": "Good"}
 
 

@@ -1,0 +1,86 @@
+"""Prompts from a file, one a line, and those that exceed a model's context."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from slmkit.config import UserError
+
+if TYPE_CHECKING:
+    from slmkit.tokenizer import SLMTokenizer
+
+Messages = list[dict[str, str]]
+Row = dict[str, Any]  # {"prompt": text} or {"messages": […]}, with any further keys
+
+
+def read_prompts(lines: Iterable[str], name: str) -> Iterator[tuple[str, Row]]:
+    """The prompts of a file, with their places (`FILE:LINE`). Empty lines are skipped.
+
+    If the first begins with `{`, each line is a JSON object with a `prompt` or `messages`; else each is a prompt.
+    Raises `UserError` for another line, and for a file without prompts.
+    """
+    is_json = None
+    for number, line in enumerate(lines, 1):
+        text, place = line.rstrip("\r\n"), f"{name}:{number}"
+        if not text.strip():
+            continue
+        if is_json is None:
+            is_json = text.lstrip().startswith("{")
+        yield place, _checked(text, place) if is_json else {"prompt": text}
+    if is_json is None:
+        raise UserError(f"{name}: there is no prompt in it")
+
+
+def _checked(line: str, place: str) -> Row:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{place}: not a JSON object, as the first line is: {error}") from None
+    if not isinstance(row, dict) or isinstance(row.get("prompt"), str) == isinstance(row.get("messages"), list):
+        raise UserError(f'{place}: expected {{"prompt": "…"}} or {{"messages": […]}}')
+    return row
+
+
+def encode_row(tokenizer: SLMTokenizer, row: Row) -> list[int]:
+    """The ids [prompt] of a row. Raises `UserError` for messages that are no conversation."""
+    if "prompt" in row:
+        return tokenizer.encode_prompt(row["prompt"])
+    return tokenizer.encode_chat(row["messages"], add_generation_prompt=True).ids
+
+
+def crop_row(tokenizer: SLMTokenizer, row: Row, context: int, new: int) -> list[int]:
+    """The ids [prompt] of a row without its first tokens or oldest messages, as few as leave room for `new` tokens.
+
+    At least half of the context stays for the prompt. The tokenizer's own beginning and a system message stay too.
+    Raises `UserError` for a last message that is too long by itself.
+    """
+    room = min(new, context // 2)
+    if "messages" in row:
+        return messages_that_fit(tokenizer, row["messages"], context, room)[1]
+    beginning, ids = tokenizer.beginning, tokenizer.encode(row["prompt"])
+    return [*beginning, *ids[-(context - room - len(beginning)) :]]
+
+
+def messages_that_fit(
+    tokenizer: SLMTokenizer, messages: Messages, context: int, room: int
+) -> tuple[Messages, list[int]]:
+    """The messages without the oldest exchanges, as few as leave `room` tokens in the context, and their ids [prompt].
+
+    Raises `UserError` if the last message alone leaves less.
+    """
+    beginning = beginning_of(messages)
+    ids: list[int] = []
+    for oldest in range(len(beginning), len(messages), 2):
+        kept = beginning + messages[oldest:]
+        ids = tokenizer.encode_chat(kept, add_generation_prompt=True).ids
+        if len(ids) + room <= context:
+            return kept, ids
+    what = "a shorter message or system message" if beginning else "a shorter message"
+    raise UserError(f"{len(ids)} tokens leave no room for an answer in a context of {context}: write {what}")
+
+
+def beginning_of(messages: Messages) -> Messages:
+    """The system message, if there is one."""
+    return [message for message in messages[:1] if message["role"] == "system"]
