@@ -37,6 +37,7 @@ from slmkit.generation.sampling_settings import SamplingSettings
 from slmkit.generation.slots import Pool, Pools, common
 from slmkit.generation.text import TextTail, TextTokenizer
 from slmkit.model.cache import AT_ONCE
+from slmkit.model.compiled import for_decoding
 
 # A stop token or string, `max_new_tokens` reached, the model's context is full, or an error of this row.
 FinishReason = Literal["stop", "length", "context", "error"]
@@ -136,7 +137,7 @@ class Engine:
         known: np.ndarray | None = None,
         reuse: bool = True,
     ) -> None:
-        self.decoder, self.tokenizer, self.context = decoder, tokenizer, decoder.max_positions
+        self.decoder, self.tokenizer, self.context = for_decoding(decoder), tokenizer, decoder.max_positions
         self.pools = Pools(decoder, max_rows, memory, reuse)
         known = getattr(tokenizer, "known_ids", None) if known is None else known
         self._known = None if known is None else _of_size(known, decoder.vocab_size).to(decoder.device)
