@@ -38,6 +38,7 @@ from slmkit.generation.slots import Pool, Pools, common
 from slmkit.generation.speculation import Guess, Speculation
 from slmkit.generation.text import TextTail, TextTokenizer
 from slmkit.model.cache import AT_ONCE
+from slmkit.model.compiled import for_decoding
 
 # A stop token or string, `max_new_tokens` reached, the model's context is full, or an error of this row.
 FinishReason = Literal["stop", "length", "context", "error"]
@@ -139,7 +140,7 @@ class Engine:
         reuse: bool = True,
         speculation: Speculation | None = None,
     ) -> None:
-        self.decoder, self.tokenizer, self.context = decoder, tokenizer, decoder.max_positions
+        self.decoder, self.tokenizer, self.context = for_decoding(decoder), tokenizer, decoder.max_positions
         self.pools = Pools(decoder, max_rows, memory, reuse)
         self.speculation = speculation
         if speculation is not None and not self.pools.in_pieces:
