@@ -46,7 +46,7 @@ Prompts = Annotated[
     str | None,
     typer.Option(
         metavar="FILE",
-        help="Many prompts, one a line: text, or JSON with `prompt` or `messages`; - reads standard input.",
+        help="Many prompts, one a line: text, or JSON with `prompt` or `messages`; -: standard input.",
     ),
 ]
 Output = Annotated[

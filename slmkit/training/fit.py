@@ -124,7 +124,7 @@ def fit(
         all_hooks = uncompiled([*hooks, *own_hooks], context.model)
         while True:
             try:
-                train(state, objective, batches, plan, all_hooks, asked, recorder)
+                train(state, objective, batches, plan, all_hooks, asked, recorder.note)
                 break
             except Diverged as error:
                 saver.wait()

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -99,12 +99,6 @@ class Every:
     on_all_ranks: bool = False
 
 
-class Recorder(Protocol):
-    """Called after every step with its batch; records what a replay needs."""
-
-    def note(self, batch: Batch, report: Report) -> None: ...
-
-
 class RunStopped(Exception):  # noqa: N818 - no error: the user asked for it
     """The run was stopped on request, after a checkpoint; later stages of a workflow must not run."""
 
@@ -134,12 +128,13 @@ def train(
     plan: Plan,
     hooks: Sequence[Every] = (),
     stop: StopRequested | None = None,
-    recorder: Recorder | None = None,
+    record: Callable[[Batch, Report], None] | None = None,
 ) -> State:
     """Train from `state.step` to `plan.steps`, or to the end of the data. Returns the state.
 
     Hooks are called by stage, and within a stage in the order given; after a stop request the current step is the last.
-    Raises `Diverged` when the guard has refused too many steps in a row.
+    `record` gets the batch of every step, for a replay. Raises `Diverged` when the guard has refused too many steps in
+    a row.
     """
     group, hooks = plan.group, sorted(hooks, key=lambda each: each.stage)
     state.model.train()
@@ -152,8 +147,8 @@ def train(
         report["tokens_per_second"] = round((state.tokens - before) / (time.perf_counter() - started))
         report |= {f"share/{name}": share for name, share in stream.shares(state.step).items()}
         state.data = stream.position()
-        if recorder is not None:
-            recorder.note(batch, report)
+        if record is not None:
+            record(batch, report)
         is_stopping = group.any(stop is not None and stop.is_set)
         for hook in hooks:
             is_last = state.step == plan.steps or not stream.has(state.step) or plan.is_stalled(state)

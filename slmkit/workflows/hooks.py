@@ -61,18 +61,15 @@ class WriteSamples:
                 )
 
     def _written(self, model: Decoder, prompt: str) -> str:
-        try:
-            return self._continued(model, prompt)
-        except UserError as error:  # a failed sample must not end the run
-            return f" ({error})"
-
-    def _continued(self, model: Decoder, prompt: str) -> str:
         settings = SamplingSettings(temperature=0.8, top_p=0.95, seed=self.recipe.seed)
         longest = self.recipe.train.sample_tokens
-        if self.recipe.reads != "text":  # the prompts are user messages
+        try:
+            if self.recipe.reads == "text":
+                return "".join(TextStream(model, self.tokenizer, prompt, settings=settings, max_new_tokens=longest))
             session = ChatSession(model, self.tokenizer, settings, max_new_tokens=longest)
-            return "\n" + "".join(session.reply(prompt))
-        return "".join(TextStream(model, self.tokenizer, prompt, settings=settings, max_new_tokens=longest))
+            return "\n" + "".join(session.reply(prompt))  # the prompts are user messages
+        except UserError as error:  # a failed sample must not end the run
+            return f" ({error})"
 
 
 WORDS, CHARACTERS = 5, 40  # taken from a text's beginning

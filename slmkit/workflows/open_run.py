@@ -126,7 +126,18 @@ def build_run(
         reporter.warn(line)
     for line in prepared.parts.batches.report():
         reporter.say(f"training data: {line}")
-    prepared.check_data(force)
+    check_data(
+        prepared.parts.batches,
+        corpus.tokenizer,
+        context.config.vocab_size,
+        run.root,
+        reporter.say,
+        train=corpus.train,
+        validation=[corpus.validation],
+        is_chat=recipe.reads in ("conversations", "pairs", "judgements"),
+        is_padded=recipe.is_padded,
+        force=force,
+    )
     return prepared
 
 
@@ -167,28 +178,21 @@ class PreparedRun:
             f"{device['device']} in {device['compute_dtype']}{processes}"
         )
 
-    def check_data(self, force: bool) -> None:
-        """Run the X-ray. Raises `UserError` for its findings, unless `force`."""
-        context = self.context
-        check_data(
-            self.parts.batches,
-            context.corpus.tokenizer,
-            context.config.vocab_size,
-            context.run.root,
-            context.reporter.say,
-            train=context.corpus.train,
-            validation=[context.corpus.validation],
-            is_chat=context.recipe.reads in ("conversations", "pairs", "judgements"),
-            is_padded=context.recipe.is_padded,
-            force=force,
-        )
-
     def train(self, resume: bool, stop: StopRequested | None = None) -> None:
         """Train to the end, with progress bar, evaluations, samples and plan.json."""
         context, parts, plan, recipe = self.context, self.parts, self.plan, self.context.recipe
         evaluated = recipe.train.evaluation_interval(plan.steps)
         console = None if context.group.is_main else Console(quiet=True)
-        plan_file = self._plan_file()
+        plan_file = PlanFile(
+            context.run.root,
+            self.memory,
+            recipe.train,
+            plan.steps,
+            context.device,
+            unique_tokens=context.corpus.training_tokens,
+            validation_tokens=parts.validation_tokens,
+            from_scratch=recipe.objective == "pretrain" and recipe.model.path is None,
+        )
         sample = WriteSamples(context.run.samples, recipe, context.corpus.tokenizer, context.group)
         rows = parts.batches.rows_in_epoch
         epoch = rows / parts.batches.rows_per_step if rows else None
@@ -217,19 +221,6 @@ class PreparedRun:
                 context.reporter.say(line)
         if compared := plan_file.complete(state.best.get("validation_loss")):
             context.reporter.say(compared)
-
-    def _plan_file(self) -> PlanFile:
-        context = self.context
-        return PlanFile(
-            context.run.root,
-            self.memory,
-            context.recipe.train,
-            self.plan.steps,
-            context.device,
-            unique_tokens=context.corpus.training_tokens,
-            validation_tokens=self.parts.validation_tokens,
-            from_scratch=context.recipe.objective == "pretrain" and context.recipe.model.path is None,
-        )
 
 
 def find_base(run: RunDirectory, recipe: Recipe, is_new: bool = False) -> tuple[Path | None, Recipe]:

@@ -41,9 +41,8 @@ def alone(prompt: str | list[int], seed: int, most: int = 12) -> str:
 
 def alone_with_end(prompt: str | list[int], seed: int, most: int = 12) -> Continuation:
     settings = SETTINGS.model_copy(update={"seed": seed})
-    return complete(
-        build_decoder(CONFIG, seed=1).eval(), TOKENIZER, prompt, settings=settings, max_new_tokens=most
-    ).text
+    decoder = build_decoder(CONFIG, seed=1).eval()
+    return complete(decoder, TOKENIZER, prompt, settings=settings, max_new_tokens=most)
 
 
 def test_samples_are_numbered_differ_and_come_again_under_a_seed(folder: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from slmkit.generation import engine
 from slmkit.generation.ensemble import LanguageModel
 from slmkit.generation.generator import TextStream
 from slmkit.generation.text import TextTokenizer
@@ -101,6 +102,7 @@ def make_models_say(ids: Sequence[int], monkeypatch: pytest.MonkeyPatch) -> None
             decoder.said = 0
         return forward(decoder, x, cache, **rest)
 
+    monkeypatch.setattr(engine, "for_decoding", lambda decoder: decoder)
     monkeypatch.setattr(Decoder, "said", 0, raising=False)  # where all of the prompt but a token is known
     monkeypatch.setattr(Decoder, "forward", begin)
     monkeypatch.setattr(Decoder, "logits", script)

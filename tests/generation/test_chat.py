@@ -13,6 +13,12 @@ from slmkit.tokenizer import SLMTokenizer
 from tests.generation.helpers import TOKENIZER, byte_decoder, make_models_say
 
 
+@pytest.fixture(autouse=True)
+def _plain_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every pass is the decoder's own, which tests interrupt and count."""
+    monkeypatch.setattr("slmkit.generation.engine.for_decoding", lambda decoder: decoder)
+
+
 def session(context: int = 256, **changes: object) -> ChatSession:
     return ChatSession(byte_decoder(context), TOKENIZER, SamplingSettings(seed=1), **({"max_new_tokens": 12} | changes))
 
