@@ -125,7 +125,9 @@ class Quantized(nn.Module):
 
     def product(self, x: Tensor) -> Tensor:
         """x W^T + b.  [..., in] → [..., out]"""
-        return Product.apply(x, self.matrix, self.matrix.dequantized)
+        if x.requires_grad and torch.is_grad_enabled():
+            return Product.apply(x, self.matrix, self.matrix.dequantized)
+        return self.matrix(x)
 
     def _apply(self, function: Any, recurse: bool = True) -> Any:
         """For `to`: scales stay in float32."""
