@@ -76,23 +76,23 @@ class Event:
 class Row:
     """One continuation: everything that belongs to it alone, and leaves with it."""
 
-    def __init__(self, handle: int, index: int, request: Request, tail: TextTail | None, known: Tensor | None) -> None:
-        self.handle, self.index, self.request, self.tail, self.known = handle, index, request, tail, known
+    def __init__(self, handle: int, index: int, request: Request, tail: TextTail | None, known: Tensor) -> None:
+        """`known` bool [vocab_size]: the only ids that are drawn."""
+        self.handle, self.index, self.request, self.tail = handle, index, request, tail
         self.ids, self.prompt_length = list(request.prompt), len(request.prompt)
         self.settings, self.seed = request.settings, seed_of(request.settings.seed, index)
-        self.matcher = None if request.grammar is None else request.grammar.start()
+        self.known = self.allowed = known  # `allowed`: in this step, with what the grammar asks
+        self.matcher = None if request.grammar is None else request.grammar.start(len(known)).prepare()
         self.pool: Pool | None = None  # once it has a slot there
         self.slot = -1
         self.reads_whole = index == 0 and request.prompt_logprobs is not None  # none of the prompt from another slot
         self.prompt_logprobs: list[Logprobs] = []
 
-    @property
-    def allowed(self) -> Tensor | None:
-        """The ids that may come next, bool [vocab_size]; None: all."""
-        if self.matcher is None:
-            return self.known
-        allowed = self.matcher.allowed()
-        return allowed if self.known is None else allowed.to(self.known.device) & self.known
+    def find_allowed(self) -> None:
+        """Find the ids that may come next. Raises `UserError` if the grammar leaves none."""
+        if self.matcher is not None:
+            may = self.matcher.allowed().to(self.known.device)
+            self.allowed = may & self.known
 
     @property
     def new_tokens(self) -> int:
@@ -111,6 +111,7 @@ class Row:
         if self.matcher is not None and reason != "stop":
             self.matcher.accept(token)
             reason = "stop" if self.matcher.is_done else reason
+            self.matcher.prepare()  # the next mask, while the model computes
         if self.tail is None:
             return "", reason
         text, stopped = self.tail.add(token, reason is not None)
@@ -139,7 +140,8 @@ class Engine:
         self.decoder, self.tokenizer, self.context = decoder, tokenizer, decoder.max_positions
         self.pools = Pools(decoder, max_rows, memory, reuse)
         known = getattr(tokenizer, "known_ids", None) if known is None else known
-        self._known = None if known is None else _of_size(known, decoder.vocab_size).to(decoder.device)
+        known = np.ones(decoder.vocab_size, bool) if known is None else known
+        self._known = _of_size(known, decoder.vocab_size).to(decoder.device)
         self._handles, self._waiting = itertools.count(), deque[Row]()
         self._reading: Row | None = None  # a row that has a slot, and whose prompt is not read, or in part
 
@@ -255,16 +257,16 @@ class Engine:
 
     def _choose(self, rows: Sequence[Row], logits: Tensor) -> Iterator[Event]:
         """logits [rows, vocab_size] → the event of each row."""
-        chosen = sample(logits, rows).tolist()
-        for place, (row, token) in enumerate(zip(rows, chosen)):
+        faults = [_fault(row) for row in rows]
+        for place, (row, token) in enumerate(zip(rows, sample(logits, rows).tolist())):
             read, row.prompt_logprobs = row.prompt_logprobs, []
             if row.request.max_new_tokens == 0:
                 row.pool.leave(row)
                 yield Event(row.handle, row.index, None, finish_reason="length", prompt_logprobs=read)
                 continue
-            if token in FAULTS:
+            if error := faults[place] or FAULTS.get(token):
                 row.pool.leave(row)
-                yield Event(row.handle, row.index, None, finish_reason="error", error=FAULTS[token])
+                yield Event(row.handle, row.index, None, finish_reason="error", error=error)
                 continue
             of_token: Logprobs = []
             if row.request.logprobs is not None:
@@ -277,6 +279,15 @@ class Engine:
 
     def _tensor(self, ids: Any) -> Tensor:
         return torch.tensor(ids, dtype=torch.long, device=self.decoder.device)
+
+
+def _fault(row: Row) -> str | None:
+    """Why no token can follow a row's text, once its allowed ids are found."""
+    try:
+        row.find_allowed()
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def listed(found: LogProbabilities, ids: Sequence[int]) -> list[Logprobs]:
