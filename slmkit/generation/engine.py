@@ -222,11 +222,14 @@ class Engine:
     def _next_to_read(self, room: int) -> list[Row]:
         """Rows of one pool whose prompts fit into one pass of `room` tokens, or one alone that may need more passes."""
         rows: list[Row] = []
-        longest = 0
+        past = unread = 0  # the most of any row
         while row := self._first_unread(rows):
-            longest = max(longest, row.prompt_length - row.pool.cache.length(row.slot))
-            fits = row.pool is (rows or [row])[0].pool and longest * (len(rows) + 1) <= room and self.pools.in_pieces
-            if rows and not fits:
+            cache = row.pool.cache
+            past = max(past, cache.length(row.slot))
+            unread = max(unread, row.prompt_length - cache.length(row.slot))
+            # Shorter prompts are padded: the pass appends `unread` columns to every row.
+            fits = unread * (len(rows) + 1) <= room and past + unread <= cache.max_length and self.pools.in_pieces
+            if rows and not (fits and row.pool is rows[0].pool):
                 break
             rows.append(row)
             self._reading = None

@@ -355,6 +355,15 @@ def test_what_another_text_has_read_is_not_read_again(monkeypatch: pytest.Monkey
     assert read == [3]
 
 
+def test_a_prompt_known_almost_to_the_end_of_the_context_is_read_beside_a_short_one(exact: Decoder) -> None:
+    engine, long = Engine(exact), numbers(60, 1)
+    engine.insert(Request(long, 1, GREEDY))
+    run(engine)
+    first, second = engine.insert(Request([*long, 5], 2, GREEDY)), engine.insert(Request(numbers(30, 2), 2, GREEDY))
+    found = tokens_of(run(engine))
+    assert found == {(first, 0): plain(exact, [*long, 5], 2), (second, 0): plain(exact, numbers(30, 2), 2)}
+
+
 # -- text -------------------------------------------------------------------------------------------------------------
 
 
