@@ -72,7 +72,7 @@ def _hashed(seed: int, number: int, purpose: bytes) -> int:
 
 def sample(logits: Tensor, rows: Sequence[SampledRow]) -> Tensor:
     """logits [rows, vocab_size] → the next id of each row [rows], or a key of `FAULTS` for a row with an error."""
-    logits = logits.float()
+    logits = logits.detach().float()
     shaped = penalized(logits, rows)
     sampled = [place for place, row in enumerate(rows) if not row.settings.is_greedy]
     if sampled:
@@ -90,7 +90,7 @@ def probabilities(logits: Tensor, rows: Sequence[SampledRow]) -> Tensor:
 
     A row with an error is all NaN.
     """
-    logits = logits.float()
+    logits = logits.detach().float()
     shaped = penalized(logits, rows)
     sampled = [place for place, row in enumerate(rows) if not row.settings.is_greedy]
     found = torch.zeros_like(shaped).scatter_(-1, argmax(shaped)[:, None], 1)

@@ -253,6 +253,20 @@ def test_continuations_have_seeds_of_their_own() -> None:
     assert seed_of(None, 0) != seed_of(None, 0)
 
 
+def test_a_token_is_decided_by_its_number_after_the_prompt() -> None:
+    rows = [Row(ids=range(length + 3), prompt_length=length, seed=9) for length in (1, 50)]
+    assert points(rows) == [uniform(9, 3)] * 2
+    logits = random_logits(rows=2)
+    assert torch.equal(sample(logits, rows), draw(logits.softmax(-1), [uniform(9, 3)] * 2))
+
+
+@pytest.mark.parametrize("vocab_size", [50, 640, 641])
+def test_of_several_greatest_logits_greedy_takes_the_first(vocab_size: int) -> None:
+    logits = random_logits(vocab_size=vocab_size).round().clamp(max=2)
+    assert torch.equal(sample(logits, rows_of(64, do_sample=False)), logits.argmax(-1))
+    assert (logits == 2).sum(-1).min() > 1
+
+
 def test_a_text_goes_on_from_any_token_as_if_it_had_not_been_interrupted() -> None:
     logits = random_logits(rows=100)
 
