@@ -81,10 +81,11 @@ class Row:
         self.handle, self.index, self.request, self.tail = handle, index, request, tail
         self.ids, self.prompt_length = list(request.prompt), len(request.prompt)
         self.settings, self.seed = request.settings, seed_of(request.settings.seed, index)
-        self.known = self.allowed = known  # `allowed`: in this step, with what the grammar asks
+        self.known = known
+        self.allowed = None if known.all() else known  # in this step, with what the grammar asks; None: all
         self.matcher = None if request.grammar is None else request.grammar.start(len(known)).prepare()
-        self.pool: Pool | None = None  # once it has a slot there
-        self.slot = -1
+        self.pool: Pool  # once it is admitted, with
+        self.slot: int
         self.reads_whole = index == 0 and request.prompt_logprobs is not None  # none of the prompt from another slot
         self.prompt_logprobs: list[Logprobs] = []
 
@@ -159,6 +160,7 @@ class Engine:
         check_room(self.context, len(request.prompt), request.max_new_tokens, least)
         if wrong := [token for token in request.prompt if not 0 <= token < self.decoder.vocab_size]:
             raise UserError(f"token {wrong[0]} of the prompt: the model has {self.decoder.vocab_size:,} tokens, from 0")
+        request.settings.expect_ids_below(self.decoder.vocab_size)
         if request.n < 1:
             raise UserError(f"n {request.n}: expected 1 or more continuations")
         if self.tokenizer is None and (request.stop or request.grammar is not None):
