@@ -113,6 +113,11 @@ class Quantized(nn.Module):
         return self.codes.size(1) * (1 if self.form == "int8" else 2) // self.scales.size(1)
 
     @property
+    def numel(self) -> int:
+        """The number of weights."""
+        return self.scales.numel() * self.group
+
+    @property
     def matrix(self) -> Matrix:
         if self._matrix is None:
             self._matrix = Matrix(self.form, self.codes, self.scales, self.group, self.bias)
@@ -125,7 +130,9 @@ class Quantized(nn.Module):
 
     def product(self, x: Tensor) -> Tensor:
         """x W^T + b.  [..., in] → [..., out]"""
-        return Product.apply(x, self.matrix, self.matrix.dequantized)
+        if x.requires_grad and torch.is_grad_enabled():
+            return Product.apply(x, self.matrix, self.matrix.dequantized)
+        return self.matrix(x)
 
     def _apply(self, function: Any, recurse: bool = True) -> Any:
         """For `to`: scales stay in float32."""

@@ -35,8 +35,10 @@ from slmkit.generation.sampling import (
 )
 from slmkit.generation.sampling_settings import SamplingSettings
 from slmkit.generation.slots import Pool, Pools, common
+from slmkit.generation.speculation import Guess, Speculation
 from slmkit.generation.text import TextTail, TextTokenizer
 from slmkit.model.cache import AT_ONCE
+from slmkit.model.compiled import for_decoding
 
 # A stop token or string, `max_new_tokens` reached, the model's context is full, or an error of this row.
 FinishReason = Literal["stop", "length", "context", "error"]
@@ -81,11 +83,17 @@ class Row:
         self.handle, self.index, self.request, self.tail = handle, index, request, tail
         self.ids, self.prompt_length = list(request.prompt), len(request.prompt)
         self.settings, self.seed = request.settings, seed_of(request.settings.seed, index)
+<<<<<<< HEAD
         self.known = known
         self.allowed = None if known.all() else known  # in this step, with what the grammar asks; None: all
         self.matcher = None if request.grammar is None else request.grammar.start(len(known)).prepare()
         self.pool: Pool  # once it is admitted, with
         self.slot: int
+=======
+        self.matcher = None if request.grammar is None else request.grammar.start(None if known is None else len(known))
+        self.pool: Pool | None = None  # once it has a slot there
+        self.slot = -1
+>>>>>>> main
         self.reads_whole = index == 0 and request.prompt_logprobs is not None  # none of the prompt from another slot
         self.prompt_logprobs: list[Logprobs] = []
 
@@ -112,7 +120,11 @@ class Row:
         if self.matcher is not None and reason != "stop":
             self.matcher.accept(token)
             reason = "stop" if self.matcher.is_done else reason
+<<<<<<< HEAD
             self.matcher.prepare()  # the next mask, while the model computes
+=======
+            self.matcher.prepare()  # while the model reads the token
+>>>>>>> main
         if self.tail is None:
             return "", reason
         text, stopped = self.tail.add(token, reason is not None)
@@ -125,7 +137,7 @@ class Engine:
     `max_rows`: rows that run at the same time, the others wait in the order of their insertion. `memory`: bytes for
     the KV cache; None: no limit. `tokenizer`: for text and stop strings; None: ids alone. `known` bool [ids]: the
     only ids that are drawn; default: the tokenizer's. `reuse`: begin with the keys and values of an earlier text that
-    begins alike.
+    begins alike. `speculation` guesses several tokens of a row at once, which is faster for a few rows.
     """
 
     def __init__(
@@ -137,9 +149,13 @@ class Engine:
         memory: int | None = None,
         known: np.ndarray | None = None,
         reuse: bool = True,
+        speculation: Speculation | None = None,
     ) -> None:
-        self.decoder, self.tokenizer, self.context = decoder, tokenizer, decoder.max_positions
+        self.decoder, self.tokenizer, self.context = for_decoding(decoder), tokenizer, decoder.max_positions
         self.pools = Pools(decoder, max_rows, memory, reuse)
+        self.speculation = speculation
+        if speculation is not None and not self.pools.in_pieces:
+            raise UserError("this model's rotation depends on the length of the text, so it cannot take guesses back")
         known = getattr(tokenizer, "known_ids", None) if known is None else known
         known = np.ones(decoder.vocab_size, bool) if known is None else known
         self._known = _of_size(known, decoder.vocab_size).to(decoder.device)
@@ -185,8 +201,9 @@ class Engine:
     def step(self) -> list[Event]:
         """Append a token to every running row, and read on in the prompts of those that wait."""
         with evaluating(self.decoder):
-            ready = self._decode() + self._read()
-            return [event for rows, logits in ready for event in self._choose(rows, logits)]
+            events = [] if self.speculation is None else self._speculate(self.speculation)
+            ready = self._decode() if self.speculation is None else []
+            return events + [event for rows, logits in ready + self._read() for event in self._choose(rows, logits)]
 
     def _decode(self) -> list[tuple[list[Row], Tensor]]:
         """One forward pass for the running rows of each pool: rows, and their logits [rows, vocab_size]."""
@@ -197,6 +214,26 @@ class Engine:
                 hidden = self.decoder(last, pool.cache[: len(rows)])[:, -1]
                 ready.append((rows, self.decoder.logits(hidden)))
         return ready
+
+    def _speculate(self, speculation: Speculation) -> list[Event]:
+        """In place of `_decode`: guess what follows each row, and read it with the last token, which gives several."""
+        events = []
+        for pool in self.pools:
+            rooms = [(row, self._length(row.request) - len(row.ids) - 1) for row in pool.rows[: pool.running]]
+            guesses = [(row, speculation.guess(row, room)) for row, room in rooms]
+            read: list[tuple[Row, Guess, Tensor]] = []
+            for _, group in itertools.groupby(guesses, key=lambda pair: len(pair[1].tokens)):
+                rows, of_rows = zip(*group)
+                ids = self._tensor([[row.ids[-1], *guess.tokens] for row, guess in zip(rows, of_rows)])
+                hidden = self.decoder(ids, pool.cache[rows[0].slot : rows[-1].slot + 1])  # [rows, 1 + guessed, width]
+                read += zip(rows, of_rows, self.decoder.logits(hidden))
+            for row, guess, logits in read:
+                for token, scores in speculation.verdicts(row, logits, guess):
+                    events.append(self._event(row, token, scores))
+                    if events[-1].finish_reason:
+                        break
+                pool.cache.truncate(row.slot, len(row.ids) - 1)
+        return events
 
     def _read(self) -> list[tuple[list[Row], Tensor]]:
         """Read at most `AT_ONCE` tokens of prompts: rows whose prompt is read, with their next logits."""
@@ -262,6 +299,7 @@ class Engine:
 
     def _choose(self, rows: Sequence[Row], logits: Tensor) -> Iterator[Event]:
         """logits [rows, vocab_size] → the event of each row."""
+<<<<<<< HEAD
         faults = [_fault(row) for row in rows]
         for place, (row, token) in enumerate(zip(rows, sample(logits, rows).tolist())):
             read, row.prompt_logprobs = row.prompt_logprobs, []
@@ -281,6 +319,28 @@ class Engine:
             if reason is not None:
                 row.pool.leave(row)
             yield Event(row.handle, row.index, token, text, reason, "", of_token, read)
+=======
+        for row, token, scores in zip(rows, sample(logits, rows).tolist(), logits.split(1)):
+            yield self._event(row, token, scores)
+
+    def _event(self, row: Row, token: int, logits: Tensor) -> Event:
+        """Append a token, chosen from logits [1, vocab_size], to a row. One that has ended leaves its slot."""
+        read, row.prompt_logprobs = row.prompt_logprobs, []
+        if row.request.max_new_tokens == 0:
+            row.pool.leave(row)
+            return Event(row.handle, row.index, None, finish_reason="length", prompt_logprobs=read)
+        if token in FAULTS:
+            row.pool.leave(row)
+            return Event(row.handle, row.index, None, finish_reason="error", error=FAULTS[token])
+        of_token: Logprobs = []
+        if row.request.logprobs is not None:
+            found = log_probabilities(logits, self._tensor([token]), row.request.logprobs)
+            of_token = listed(found, [token])[0]
+        text, reason = row.accept(token, self.context)
+        if reason is not None:
+            row.pool.leave(row)
+        return Event(row.handle, row.index, token, text, reason, "", of_token, read)
+>>>>>>> main
 
     def _tensor(self, ids: Any) -> Tensor:
         return torch.tensor(ids, dtype=torch.long, device=self.decoder.device)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from slmkit.config import Settings, UserError, did_you_mean, kind_of_value, load_settings, read_yaml, warn_once
+from slmkit.config import Settings, UserError, did_you_mean, kind_of_value, load_settings, read_table, warn_once
 from slmkit.find import as_path, find_config_directory
 from slmkit.model.families import FULL, SLIDING, families_with, family_of, optional_fields
 from slmkit.model.files.adapter_directory import config_directory
@@ -16,7 +16,7 @@ from slmkit.model.files.generation_config import read_generation_config
 from slmkit.model.files.published import from_published, to_published
 
 # The published sizes, and slmkit's own.
-PRESETS: dict[str, dict[str, Any]] = read_yaml(Path(__file__).with_name("presets.yaml"))
+PRESETS: dict[str, dict[str, Any]] = read_table(Path(__file__).with_name("presets.yaml"))
 # Training fields for short scripts: defaults of the trainer, never written to config.json.
 TRAINING_FIELDS = {
     "learning_rate", "batch_size", "sequence_length", "gradient_clip_norm", "warmup_steps", "use_distillation",

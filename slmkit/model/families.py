@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from slmkit.config import UserError, read_yaml
+from slmkit.config import UserError, read_table
 
 Names = Mapping[str, str]
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -109,7 +109,7 @@ _EXPERTS = (
 )  # fmt: skip
 _DENSE: dict[str, Any] = dict.fromkeys(_EXPERTS) | {"num_key_value_heads": lambda fields: fields["num_attention_heads"]}
 
-_NAMES = read_yaml(Path(__file__).with_name("names.yaml"))
+_NAMES = read_table(Path(__file__).with_name("names.yaml"))
 # Names of weights, ours → those of the reference implementation, by table.
 NAMES: dict[str, Names] = {
     table: {ours: theirs for part in parts for ours, theirs in _NAMES["parts"][part].items()}

@@ -12,6 +12,9 @@
 #include <type_traits>
 #include <vector>
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 #if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
@@ -117,11 +120,22 @@ inline Ints widen(const uint8_t* from) {
 #endif
 }
 
+// The sum of a vector, by halves.
 template <class Vector>
 inline float sum(Vector vector) {
-  float total = 0;
-  for (size_t lane = 0; lane < sizeof vector / 4; lane++) total += vector[lane];
-  return total;
+#if defined(__AVX2__)
+  if constexpr (sizeof vector == 32) {
+    const __m256 v = __m256(vector);
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  }
+#endif
+  float parts[sizeof vector / 4];
+  std::memcpy(parts, &vector, sizeof vector);
+  for (size_t half = sizeof vector / 8; half; half /= 2)
+    for (size_t i = 0; i < half; i++) parts[i] += parts[i + half];
+  return parts[0];
 }
 
 inline Floats look_up_nf4(Ints index) {
@@ -186,7 +200,8 @@ void products(const Matrix& m, const uint8_t* weight, int64_t first, const float
     const uint8_t* group = weight + bytes_of<KIND>(g * m.group);
     const float* read = x + g * m.group;
     if (rows == 1)
-      for (int o = 0; o < outs; o++) __builtin_prefetch(group + o * row_bytes + ahead);
+      for (int o = 0; o < outs; o++)
+        for (int64_t i = 0; i < bytes_of<KIND>(32); i += 64) __builtin_prefetch(group + o * row_bytes + i + ahead);
     for (int64_t j = 0; j < half; j += LANES) {
       Floats low[outs], high[outs];
       for (int o = 0; o < outs; o++)
@@ -263,6 +278,8 @@ void integer_products(const Matrix& m, const uint8_t* weight, int64_t first, con
   const int16_t* values = x.values.data() + row * m.in;
   const float *scales = m.scales + first * groups, *x_scales = x.scales.data() + row * groups;
   const int32_t* offsets = x.offsets.data() + row * groups;
+  if (KIND != WORDS)
+    for (int64_t g = 0; g < outs * groups; g += 16) __builtin_prefetch(scales + g + ahead / row_bytes * groups);
   Floats8 sums[outs][rows] = {};
   for (int64_t g = 0; g < groups; g++, values += GROUP) {
     Ints8 group[outs][rows] = {};
@@ -328,18 +345,19 @@ void all_rows(const Matrix& m, int64_t first, const float* x, const Rounded* rou
               float* expanded) {
   const uint8_t* weight = m.weight + first * bytes_of<KIND>(m.in);
   const uint8_t* shared = KIND == FLOAT32 ? weight : reinterpret_cast<const uint8_t*>(expanded);
+  constexpr int at_once = outs == OUTS ? ROWS : 1;
   int64_t r = 0;
   if constexpr (KIND == INT8 || KIND == INT4) {
     if (rows == 1) return integer_products<KIND, GROUP, outs, 1>(m, weight, first, *rounded, 0, y);
     expand_words<KIND>(m, first, outs, reinterpret_cast<int16_t*>(expanded));
-    for (; r + ROWS <= rows; r += ROWS)
-      integer_products<WORDS, GROUP, outs, ROWS>(m, shared, first, *rounded, r, y + r * m.out);
+    for (; r + at_once <= rows; r += at_once)
+      integer_products<WORDS, GROUP, outs, at_once>(m, shared, first, *rounded, r, y + r * m.out);
     for (; r < rows; r++) integer_products<WORDS, GROUP, outs, 1>(m, shared, first, *rounded, r, y + r * m.out);
   } else {
     if (rows == 1) return products<KIND, outs, 1>(m, weight, first, x, y);
     if (KIND != FLOAT32) expand<KIND>(m, first, outs, expanded);
-    for (; r + ROWS <= rows; r += ROWS)
-      products<FLOAT32, outs, ROWS>(m, shared, first, x + r * m.in, y + r * m.out);
+    for (; r + at_once <= rows; r += at_once)
+      products<FLOAT32, outs, at_once>(m, shared, first, x + r * m.in, y + r * m.out);
     for (; r < rows; r++) products<FLOAT32, outs, 1>(m, shared, first, x + r * m.in, y + r * m.out);
   }
 }
@@ -362,35 +380,320 @@ void for_kind(int64_t kind, Function&& call) {
   }
 }
 
-// Calls `call(first, last)` with a share of 0 to `count` for each thread, in steps of OUTS.
+// Calls `call(thread, threads)` on each of up to `threads` threads.
 template <class Function>
-void in_shares(int64_t count, int64_t weights, int64_t threads, Function&& call) {
-  threads = std::max<int64_t>(1, std::min(threads, weights / WEIGHTS_PER_THREAD));
-  const int64_t share = ((count + threads - 1) / threads + OUTS - 1) / OUTS * OUTS;
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t t = 0; t < threads; t++) call(std::min(count, t * share), std::min(count, (t + 1) * share));
+void on_threads(int64_t threads, Function&& call) {
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads)
+  call(int64_t(omp_get_thread_num()), int64_t(omp_get_num_threads()));
+#else
+  call(int64_t(0), int64_t(1));
+#endif
 }
 
-// y = x W^T + bias.  x [rows, in], y [rows, out]
-extern "C" void slmkit_linear(const Matrix* m, const float* x, int64_t rows, float* y, int64_t threads) {
-  for_kind(m->kind, [&](auto kind) {
+inline void wait_for_all() {
+#ifdef _OPENMP
+#pragma omp barrier
+#endif
+}
+
+// The share of a thread in `count`, in multiples of OUTS.
+struct Share {
+  int64_t first, last;
+
+  Share(int64_t count, int64_t thread, int64_t threads) {
+    const int64_t size = ((count + threads - 1) / threads + OUTS - 1) / OUTS * OUTS;
+    first = std::min(count, thread * size), last = std::min(count, first + size);
+  }
+};
+
+// One thread's share of y = x W^T + bias.  x [rows, in], y [rows, out]
+void multiply(const Matrix& m, const float* x, int64_t rows, float* y, int64_t thread, int64_t threads) {
+  Share share(m.out, thread, threads);
+  for_kind(m.kind, [&](auto kind) {
     constexpr bool by_integers = kind == INT8 || kind == INT4;
-    const Rounded rounded(*m, x, by_integers ? rows : 0);
-    for_group(by_integers ? m->group : 32, [&](auto group) {
-      in_shares(m->out, m->out * m->in, threads, [&](int64_t first, int64_t last) {
-        std::vector<float> expanded(rows > 1 && kind != FLOAT32 ? OUTS * m->in : 0);
-        for (; first + OUTS <= last; first += OUTS)
-          all_rows<kind, group, OUTS>(*m, first, x, &rounded, rows, y, expanded.data());
-        for (; first < last; first++) all_rows<kind, group, 1>(*m, first, x, &rounded, rows, y, expanded.data());
-      });
+    const Rounded rounded(m, x, by_integers ? rows : 0);
+    std::vector<float> expanded(rows > 1 && kind != FLOAT32 ? OUTS * m.in : 0);
+    for_group(by_integers ? m.group : 32, [&](auto group) {
+      int64_t o = share.first;
+      for (; o + OUTS <= share.last; o += OUTS)
+        all_rows<kind, group, OUTS>(m, o, x, &rounded, rows, y, expanded.data());
+      for (; o < share.last; o++) all_rows<kind, group, 1>(m, o, x, &rounded, rows, y, expanded.data());
     });
   });
 }
 
+inline int64_t useful_threads(const Matrix& m, int64_t threads) {
+  return std::max<int64_t>(1, std::min(threads, m.out * m.in / WEIGHTS_PER_THREAD));
+}
+
+// y = x W^T + bias.  x [rows, in], y [rows, out]
+extern "C" void slmkit_linear(const Matrix* m, const float* x, int64_t rows, float* y, int64_t threads) {
+  on_threads(useful_threads(*m, threads), [&](int64_t t, int64_t count) { multiply(*m, x, rows, y, t, count); });
+}
+
 // The weights as float32.  → to [out, in]
 extern "C" void slmkit_dequantize(const Matrix* m, float* to, int64_t threads) {
-  for_kind(m->kind, [&](auto kind) {
-    in_shares(m->out, m->out * m->in, threads,
-              [&](int64_t first, int64_t last) { expand<kind>(*m, first, last - first, to + first * m->in); });
+  on_threads(useful_threads(*m, threads), [&](int64_t thread, int64_t count) {
+    const Share share(m->out, thread, count);
+    for_kind(m->kind, [&](auto kind) {
+      expand<kind>(*m, share.first, share.last - share.first, to + share.first * m->in);
+    });
+  });
+}
+
+enum NormKind : int64_t { NO_NORM, RMS, LAYER };
+enum Activation : int64_t { SILU, GELU, GELU_TANH, RELU, RELU_SQUARED };
+
+struct Norm {
+  const float *weight, *bias;  // [size]
+  int64_t kind, size;
+  double eps;
+};
+
+// A layer of the decoder, as `decoder.Block` computes it. Matrices and norms that it lacks are zeros.
+struct Block {
+  Norm attention_in, query_norm, key_norm, attention_out, mlp_in, mlp_out;
+  Matrix query, key, value, out, gate, up, down;
+  uint8_t *keys, *values;         // the cache: [rows, kv_heads, columns, head_dim], position p in column p % columns
+  const float *cosines, *sines;  // [positions, head_dim], or null
+  int64_t heads, kv_heads, head_dim, window, columns, cache_is_bfloat16, activation;
+  double scale, cap;  // cap: 0 for none
+};
+
+inline Floats exponential(Floats x) {
+  x = x < -87.0f ? Floats{} - 87.0f : x, x = x > 88.0f ? Floats{} + 88.0f : x;  // NaN stays NaN
+  const Floats n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // rounded to a whole number
+  const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;  // Cephes' polynomial
+  p = p * r + 8.3334519073e-3f, p = p * r + 4.1665795894e-2f, p = p * r + 1.6666665459e-1f, p = p * r + 0.5f;
+  const Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
+  return (p * r * r + r + 1.0f) * Floats(power);
+}
+
+// values[i] = exp(values[i] - largest); returns their sum.
+float exponentials(float* values, int64_t count, float largest) {
+  for (int64_t i = 0; i < count; i += LANES) {
+    Floats part = Floats{} - 1e9f;
+    const int64_t rest = std::min<int64_t>(LANES, count - i);
+    std::memcpy(&part, values + i, 4 * rest);
+    part = exponential(part - largest);
+    std::memcpy(values + i, &part, 4 * rest);
+  }
+  float total = 0;
+  for (int64_t i = 0; i < count; i++) total += values[i];
+  return total;
+}
+
+// The sum of `of(x)` over x [count].
+template <class Function>
+float total(const float* x, int64_t count, Function&& of) {
+  Floats sums = {};
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) sums += of(load<Floats>(x + i));
+  float rest = 0;
+  for (; i < count; i++) rest += of(Floats{} + x[i])[0];
+  return sum(sums) + rest;
+}
+
+// One of several equal parts of `size` values whose norm is taken over all of them; `of`: where the whole begins.
+void normalize(const Norm& norm, const float* of, int64_t from, int64_t count, float* to) {
+  if (norm.kind == NO_NORM) {
+    if (to != of + from) std::memcpy(to, of + from, 4 * count);
+    return;
+  }
+  const float mean = norm.kind == LAYER ? total(of, norm.size, [](Floats x) { return x; }) / norm.size : 0;
+  const float square = total(of, norm.size, [&](Floats x) { return (x - mean) * (x - mean); });
+  const float inverse = 1 / std::sqrt(square / norm.size + float(norm.eps));
+  for (int64_t i = 0; i < count; i++)
+    to[i] = (of[from + i] - mean) * inverse * norm.weight[from + i] + (norm.bias ? norm.bias[from + i] : 0.0f);
+}
+
+// A head of a query or key [head_dim]: normalised alone or with all heads, then rotated.
+void prepare_head(const Block& b, const Norm& norm, const float* all, int64_t head, int64_t position, float* to) {
+  const int64_t dim = b.head_dim, half = dim / 2, start = head * dim;
+  if (norm.size == dim) normalize(norm, all + start, 0, dim, to);
+  else normalize(norm, all, start, dim, to);
+  if (!b.cosines) return;
+  const float *cosines = b.cosines + position * dim, *sines = b.sines + position * dim;
+  for (int64_t i = 0; i < half; i++) {
+    const float first = to[i], second = to[i + half];
+    to[i] = first * cosines[i] - second * sines[i];
+    to[i + half] = second * cosines[i + half] + first * sines[i + half];
+  }
+}
+
+void activate(int64_t activation, float* x, const float* up, int64_t count) {
+  for (int64_t i = 0; i < count; i += LANES) {
+    float part[LANES] = {};
+    const int64_t rest = std::min<int64_t>(LANES, count - i);
+    std::memcpy(part, x + i, 4 * rest);
+    if (activation == SILU) {
+      const Floats value = load<Floats>(part);
+      store(part, value / (1.0f + exponential(-value)));
+    }
+    for (int64_t j = 0; j < rest; j++) {
+      const float v = part[j];
+      if (activation == GELU) part[j] = 0.5f * v * (1 + std::erf(v * 0.70710678f));
+      if (activation == GELU_TANH) part[j] = 0.5f * v * (1 + std::tanh(0.79788456f * (v + 0.044715f * v * v * v)));
+      if (activation == RELU) part[j] = v < 0 ? 0 : v;
+      if (activation == RELU_SQUARED) part[j] = v < 0 ? 0 : v * v;
+      x[i + j] = up ? part[j] * up[i + j] : part[j];
+    }
+  }
+}
+
+template <bool IS_BFLOAT16>
+inline Floats cached(const uint8_t* row, int64_t i) {
+  if constexpr (IS_BFLOAT16) return Floats(widen<Halves>(row + 2 * i) << 16);
+  return load<Floats>(row + 4 * i);
+}
+
+inline float cached_one(const uint8_t* row, int64_t i, bool is_bfloat16) {
+  return is_bfloat16 ? unpack_tail<BFLOAT16>(row + 2 * i, 1)[0] : unpack_tail<FLOAT32>(row + 4 * i, 1)[0];
+}
+
+void write_cached(uint8_t* to, const float* from, int64_t count, bool is_bfloat16) {
+  if (!is_bfloat16) return void(std::memcpy(to, from, 4 * count));
+  for (int64_t i = 0; i < count; i++) {
+    uint32_t bits;
+    std::memcpy(&bits, from + i, 4);
+    const bool is_nan = from[i] != from[i];
+    const uint16_t rounded = is_nan ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to nearest, ties to even
+    std::memcpy(to + 2 * i, &rounded, 2);
+  }
+}
+
+// softmax(scale q·k) v of some heads of one token, which share keys and values.  q, y [heads, head_dim]
+template <bool IS_BFLOAT16>
+void attend(const Block& b, const uint8_t* keys, const uint8_t* values, int64_t position, const float* q, int64_t heads,
+            float* y, std::vector<float>& scores) {
+  const int64_t dim = b.head_dim, whole = dim / LANES * LANES, row_bytes = dim * (IS_BFLOAT16 ? 2 : 4);
+  const int64_t start = b.window ? std::max<int64_t>(0, position + 1 - b.window) : 0, count = position + 1 - start;
+  const int64_t first = start % b.columns;
+  scores.resize(std::max<size_t>(scores.size(), heads * count));
+  for (int64_t p = 0, column = first; p < count; p++, column = column + 1 == b.columns ? 0 : column + 1) {
+    const uint8_t* key = keys + column * row_bytes;
+    for (int64_t h = 0; h < heads; h++) {
+      Floats sums = {};
+      for (int64_t i = 0; i < whole; i += LANES)
+        sums = fused(load<Floats>(q + h * dim + i), cached<IS_BFLOAT16>(key, i), sums);
+      float score = sum(sums);
+      for (int64_t i = whole; i < dim; i++) score += q[h * dim + i] * cached_one(key, i, IS_BFLOAT16);
+      score *= float(b.scale);
+      scores[h * count + p] = b.cap ? float(b.cap) * std::tanh(score / float(b.cap)) : score;
+    }
+  }
+  for (int64_t h = 0; h < heads; h++) {
+    float *weights = &scores[h * count], largest = weights[0];
+    for (int64_t p = 1; p < count; p++) largest = std::max(largest, weights[p]);
+    const float inverse = 1 / exponentials(weights, count, largest);
+    for (int64_t p = 0; p < count; p++) weights[p] *= inverse;
+  }
+  for (int64_t h = 0; h < heads; h++) {
+    const float* weights = &scores[h * count];
+    for (int64_t i = 0; i < whole; i += 4 * LANES) {
+      Floats sums[4] = {};
+      const int64_t parts = std::min<int64_t>(4, (whole - i) / LANES);
+      for (int64_t p = 0, column = first; p < count; p++, column = column + 1 == b.columns ? 0 : column + 1)
+        for (int64_t j = 0; j < parts; j++)
+          sums[j] = fused(Floats{} + weights[p], cached<IS_BFLOAT16>(values + column * row_bytes, i + j * LANES), sums[j]);
+      for (int64_t j = 0; j < parts; j++) store(y + h * dim + i + j * LANES, sums[j]);
+    }
+    for (int64_t i = whole; i < dim; i++) {
+      float sum = 0;
+      for (int64_t p = 0, column = first; p < count; p++, column = column + 1 == b.columns ? 0 : column + 1)
+        sum += weights[p] * cached_one(values + column * row_bytes, i, IS_BFLOAT16);
+      y[h * dim + i] = sum;
+    }
+  }
+}
+
+// What the threads of a decoding step share.  [tokens, …]
+struct Shared {
+  std::vector<float> q, k, v, y, out, inner, up, down;
+};
+
+// Keys and values of new tokens into the cache, then attention of each token.  q, k, v → y
+void attention(const Block& b, Shared& s, const int64_t* lengths, int64_t rows, int64_t fresh, int64_t thread,
+               int64_t threads) {
+  const int64_t dim = b.head_dim, shared_by = b.heads / b.kv_heads, bytes = b.cache_is_bfloat16 ? 2 : 4;
+  const int64_t row_bytes = dim * bytes, head_bytes = b.columns * row_bytes;
+  std::vector<float> head(b.heads * dim), scores;
+  for (int64_t task = thread; task < rows * fresh * b.kv_heads; task += threads) {
+    const int64_t token = task / b.kv_heads, h = task % b.kv_heads, row = token / fresh;
+    const int64_t position = lengths[row] + token % fresh;
+    const int64_t place = (row * b.kv_heads + h) * head_bytes + position % b.columns * row_bytes;
+    prepare_head(b, b.key_norm, &s.k[token * b.kv_heads * dim], h, position, head.data());
+    write_cached(b.keys + place, head.data(), dim, b.cache_is_bfloat16);
+    write_cached(b.values + place, &s.v[(token * b.kv_heads + h) * dim], dim, b.cache_is_bfloat16);
+  }
+  wait_for_all();
+  const int64_t at_once = rows * fresh * b.kv_heads >= threads ? shared_by : 1;  // heads of a task
+  for (int64_t task = thread; task < rows * fresh * b.heads / at_once; task += threads) {
+    const int64_t token = task * at_once / b.heads, first = task * at_once % b.heads, row = token / fresh;
+    const int64_t position = lengths[row] + token % fresh, place = (row * b.kv_heads + first / shared_by) * head_bytes;
+    for (int64_t h = 0; h < at_once; h++)
+      prepare_head(b, b.query_norm, &s.q[token * b.heads * dim], first + h, position, &head[h * dim]);
+    float* y = &s.y[(token * b.heads + first) * dim];
+    (b.cache_is_bfloat16 ? attend<true> : attend<false>)(b, b.keys + place, b.values + place, position, head.data(),
+                                                         at_once, y, scores);
+  }
+}
+
+// x += norm(part), which every thread computes for itself.
+void add(const Norm& norm, const float* part, int64_t tokens, int64_t width, std::vector<float>& x,
+         std::vector<float>& h) {
+  for (int64_t t = 0; t < tokens; t++) {
+    normalize(norm, part + t * width, 0, width, h.data());
+    for (int64_t i = 0; i < width; i++) x[t * width + i] += h[i];
+  }
+}
+
+// New tokens through all blocks and the last norm. x [rows, fresh, width], replaced by hidden states; lengths [rows]:
+// the positions that the cache holds.
+extern "C" void slmkit_decode(const Block* blocks, int64_t count, const Norm* last, float* whole, int64_t width,
+                              const int64_t* lengths, int64_t rows, int64_t fresh, int64_t threads) {
+  const int64_t tokens = rows * fresh;
+  Shared s;
+  for (const Block* b = blocks; b < blocks + count; b++) {
+    s.q.resize(std::max<size_t>(s.q.size(), tokens * b->query.out)), s.y.resize(s.q.size());
+    s.k.resize(std::max<size_t>(s.k.size(), tokens * b->key.out)), s.v.resize(s.k.size());
+    s.inner.resize(std::max<size_t>(s.inner.size(), tokens * b->up.out)), s.up.resize(s.inner.size());
+  }
+  s.out.resize(tokens * width), s.down.resize(tokens * width);
+  on_threads(threads, [&](int64_t thread, int64_t of) {
+    std::vector<float> x(whole, whole + tokens * width), h(tokens * width);  // every thread's own
+    const auto norm_all = [&](const Norm& norm) {
+      for (int64_t t = 0; t < tokens; t++) normalize(norm, &x[t * width], 0, width, &h[t * width]);
+    };
+    wait_for_all();
+    for (const Block* b = blocks; b < blocks + count; b++) {
+      norm_all(b->attention_in);
+      multiply(b->query, h.data(), tokens, s.q.data(), thread, of);
+      multiply(b->key, h.data(), tokens, s.k.data(), thread, of);
+      multiply(b->value, h.data(), tokens, s.v.data(), thread, of);
+      wait_for_all();
+      attention(*b, s, lengths, rows, fresh, thread, of);
+      wait_for_all();
+      multiply(b->out, s.y.data(), tokens, s.out.data(), thread, of);
+      wait_for_all();
+      add(b->attention_out, s.out.data(), tokens, width, x, h);
+      norm_all(b->mlp_in);
+      const bool is_gated = b->gate.weight;
+      if (is_gated) multiply(b->up, h.data(), tokens, s.up.data(), thread, of);
+      multiply(is_gated ? b->gate : b->up, h.data(), tokens, s.inner.data(), thread, of);
+      const Share share(b->up.out, thread, of);
+      for (int64_t t = 0; t < tokens; t++) {
+        const int64_t from = t * b->up.out + share.first;
+        activate(b->activation, &s.inner[from], is_gated ? &s.up[from] : nullptr, share.last - share.first);
+      }
+      wait_for_all();
+      multiply(b->down, s.inner.data(), tokens, s.down.data(), thread, of);
+      wait_for_all();
+      add(b->mlp_out, s.down.data(), tokens, width, x, h);
+    }
+    if (thread == 0)
+      for (int64_t t = 0; t < tokens; t++) normalize(*last, &x[t * width], 0, width, whole + t * width);
   });
 }

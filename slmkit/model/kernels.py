@@ -51,7 +51,7 @@ FLAGS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=n
 LONGEST_BUILD = 120  # seconds
 
 
-class _Matrix(ctypes.Structure):
+class MatrixFields(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("weight", "scales", "bias")] + [
         (name, ctypes.c_int64) for name in ("kind", "out", "in", "group")
     ]
@@ -74,8 +74,8 @@ class Matrix:
         self.out_features, self.in_features = weight.size(0), weight.size(1) * (2 if kind in ("int4", "nf4") else 1)
         self._check()
         pointers = (None if x is None else x.data_ptr() for x in (self.weight, self.scales, self.bias))
-        self._fields = _Matrix(*pointers, KINDS.index(kind), self.out_features, self.in_features, group)
-        self._reference = ctypes.byref(self._fields)
+        self.fields = MatrixFields(*pointers, KINDS.index(kind), self.out_features, self.in_features, group)
+        self._reference = ctypes.byref(self.fields)
 
     def _check(self) -> None:
         stored = {"int8": torch.int8, "int4": torch.uint8, "nf4": torch.uint8}.get(self.kind)
@@ -148,7 +148,8 @@ def library() -> Any:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     compiled.slmkit_linear.argtypes = [pointer, pointer, number, pointer, number]
     compiled.slmkit_dequantize.argtypes = [pointer, pointer, number]
-    for function in (compiled.slmkit_linear, compiled.slmkit_dequantize):
+    compiled.slmkit_decode.argtypes = [pointer, number, pointer, pointer, number, pointer, number, number, number]
+    for function in (compiled.slmkit_linear, compiled.slmkit_dequantize, compiled.slmkit_decode):
         function.restype = None
     return compiled
 

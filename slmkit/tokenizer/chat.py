@@ -21,7 +21,7 @@ import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from slmkit.config import UserError, kind_of_value, read_yaml
+from slmkit.config import UserError, kind_of_value, read_table
 
 # {"role": one of ROLES, "content": text}, and OpenAI's "tool_calls", "tool_call_id", "name", "reasoning_content". The
 # template gets all keys but "weight". An assistant's message of weight 0 is input only, not learned.
@@ -33,7 +33,7 @@ ROLES = ("system", "user", "assistant", "tool")
 DISORDER, EMPTY, REFUSED = "roles out of order", "an empty turn", "refused by the chat template"
 DROPPED = "more than the chat template renders"
 REASONING = ("reasoning_content", "thinking", "reasoning")  # different names of the same field
-CHAT_FORMATS = read_yaml(Path(__file__).with_name("chat_formats.yaml"))
+CHAT_FORMATS = read_table(Path(__file__).with_name("chat_formats.yaml"))
 REPLY = "Xyzzy"  # a sample answer, to find out what a template writes after it
 NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # code points that Unicode reserves for internal use
 

@@ -15,8 +15,12 @@ from hypothesis import strategies as st
 
 from slmkit.config import UserError
 from slmkit.generation.constraints import Grammar
+from slmkit.generation.engine import Engine, Request
+from slmkit.generation.sampling_settings import SamplingSettings
+from slmkit.model.initialization import build_decoder
 from slmkit.tokenizer import SLMTokenizer
 from tests.generation.walks import accepts, byte_level_tokenizer, refusal, tokenizer_of, walk
+from tests.model.test_decoder import tiny
 
 BYTE_LEVEL = byte_level_tokenizer()
 KINDS = ["gemma-like", "metaspace-first", "metaspace-special-bytes", "byte-level-words", "llama3-like"]
@@ -239,6 +243,24 @@ def test_a_vocabulary_that_cannot_spell_it(tmp_path: Path) -> None:
     assert "'€' cannot be spelled with the tokens" in refusal(lambda: Grammar.choices(tokenizer, ["the cat", "€"]))
     assert walk(Grammar.choices(tokenizer, ["the cat"]), tokenizer, 0) == "the cat"
     assert "regex" in refusal(lambda: Grammar.regex(tokenizer, "€"))
+
+
+def test_a_row_whose_text_cannot_go_on_ends_with_an_error_and_the_others_go_on(tmp_path: Path) -> None:
+    tokenizer = tokenizer_of("unigram-unknown", tmp_path)
+    decoder = build_decoder(tiny(vocab_size=len(tokenizer) + 31, initializer_range=0.3), seed=1).eval()
+    engine = Engine(decoder, tokenizer)
+    for pattern in ("the€", "[a-z]{40}", "(the )?cat"):
+        engine.insert(Request([5], 50, SamplingSettings(seed=3), grammar=Grammar.regex(tokenizer, pattern)))
+    texts, ends = ["", "", ""], dict[int, str]()
+    while engine.is_busy:
+        for event in engine.step():
+            texts[event.handle] += event.text
+            ends[event.handle] = event.error or str(event.finish_reason)
+    assert ends[0].startswith("no token is left to choose from")
+    assert (ends[1], ends[2]) == ("stop", "stop")
+    assert texts[0] == "the"
+    assert re.fullmatch("[a-z]{40}", texts[1])
+    assert texts[2] in ("the cat", "cat")
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "word-level", "unigram-first"])

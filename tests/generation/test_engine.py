@@ -344,6 +344,7 @@ def test_sixty_conversations_with_one_beginning_are_answered_as_without_reuse(ex
 def test_what_another_text_has_read_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder, read = decoder_of("llama"), []
     forward = decoder.forward
+    monkeypatch.setattr("slmkit.generation.engine.for_decoding", lambda decoder: decoder)  # every pass is `forward`
     monkeypatch.setattr(decoder, "forward", lambda ids, cache: read.append(ids.numel()) or forward(ids, cache))
     engine, prompt = Engine(decoder), numbers(40, 1)
     engine.insert(Request(prompt, 1, GREEDY, n=3))

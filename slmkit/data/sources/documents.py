@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
-from slmkit.config import read_yaml
+from slmkit.config import read_table
 
 # Longer texts are read and tokenized in pieces of this many characters, for bounded memory and parallel work.
 PIECE = 1 << 16
 
-WORDS = read_yaml(Path(__file__).with_name("words.yaml"))  # how public data sets name things
+WORDS = read_table(Path(__file__).with_name("words.yaml"))  # how public data sets name things
 SPELLINGS: tuple[str, ...] = (*WORDS["special_tokens"],)
 
 Message: TypeAlias = dict[str, Any]

@@ -7,9 +7,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from slmkit.config import UserError, read_yaml, value_of
+from slmkit.config import UserError, read_table, value_of
 
-KEYS = read_yaml(Path(__file__).with_name("keys.yaml"))
+KEYS = read_table(Path(__file__).with_name("keys.yaml"))
 REPLACED: dict[str, list[str]] = KEYS["replaced"]
 HINTS = {  # what other programs call a key → the key, and a note on its unit
     name: f"{key} ({KEYS['notes'][key]})" if key in KEYS["notes"] else key
