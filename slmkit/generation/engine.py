@@ -83,25 +83,22 @@ class Row:
         self.handle, self.index, self.request, self.tail = handle, index, request, tail
         self.ids, self.prompt_length = list(request.prompt), len(request.prompt)
         self.settings, self.seed = request.settings, seed_of(request.settings.seed, index)
-<<<<<<< HEAD
-        self.known = known
-        self.allowed = None if known.all() else known  # in this step, with what the grammar asks; None: all
+        self.known, self.knows_all = known, bool(known.all())
         self.matcher = None if request.grammar is None else request.grammar.start(len(known)).prepare()
         self.pool: Pool  # once it is admitted, with
         self.slot: int
-=======
-        self.matcher = None if request.grammar is None else request.grammar.start(None if known is None else len(known))
-        self.pool: Pool | None = None  # once it has a slot there
-        self.slot = -1
->>>>>>> main
         self.reads_whole = index == 0 and request.prompt_logprobs is not None  # none of the prompt from another slot
         self.prompt_logprobs: list[Logprobs] = []
 
-    def find_allowed(self) -> None:
-        """Find the ids that may come next. Raises `UserError` if the grammar leaves none."""
-        if self.matcher is not None:
-            may = self.matcher.allowed().to(self.known.device)
-            self.allowed = may & self.known
+    @property
+    def allowed(self) -> Tensor | None:
+        """The ids that may come next, bool [vocab_size]; None: all."""
+        if self.matcher is None:
+            return None if self.knows_all else self.known
+        try:
+            return self.matcher.allowed().to(self.known.device) & self.known
+        except UserError:  # the grammar leaves none
+            return torch.zeros_like(self.known)
 
     @property
     def new_tokens(self) -> int:
@@ -120,11 +117,7 @@ class Row:
         if self.matcher is not None and reason != "stop":
             self.matcher.accept(token)
             reason = "stop" if self.matcher.is_done else reason
-<<<<<<< HEAD
             self.matcher.prepare()  # the next mask, while the model computes
-=======
-            self.matcher.prepare()  # while the model reads the token
->>>>>>> main
         if self.tail is None:
             return "", reason
         text, stopped = self.tail.add(token, reason is not None)
@@ -299,27 +292,6 @@ class Engine:
 
     def _choose(self, rows: Sequence[Row], logits: Tensor) -> Iterator[Event]:
         """logits [rows, vocab_size] → the event of each row."""
-<<<<<<< HEAD
-        faults = [_fault(row) for row in rows]
-        for place, (row, token) in enumerate(zip(rows, sample(logits, rows).tolist())):
-            read, row.prompt_logprobs = row.prompt_logprobs, []
-            if row.request.max_new_tokens == 0:
-                row.pool.leave(row)
-                yield Event(row.handle, row.index, None, finish_reason="length", prompt_logprobs=read)
-                continue
-            if error := faults[place] or FAULTS.get(token):
-                row.pool.leave(row)
-                yield Event(row.handle, row.index, None, finish_reason="error", error=error)
-                continue
-            of_token: Logprobs = []
-            if row.request.logprobs is not None:
-                found = log_probabilities(logits[place : place + 1], self._tensor([token]), row.request.logprobs)
-                of_token = listed(found, [token])[0]
-            text, reason = row.accept(token, self.context)
-            if reason is not None:
-                row.pool.leave(row)
-            yield Event(row.handle, row.index, token, text, reason, "", of_token, read)
-=======
         for row, token, scores in zip(rows, sample(logits, rows).tolist(), logits.split(1)):
             yield self._event(row, token, scores)
 
@@ -340,19 +312,9 @@ class Engine:
         if reason is not None:
             row.pool.leave(row)
         return Event(row.handle, row.index, token, text, reason, "", of_token, read)
->>>>>>> main
 
     def _tensor(self, ids: Any) -> Tensor:
         return torch.tensor(ids, dtype=torch.long, device=self.decoder.device)
-
-
-def _fault(row: Row) -> str | None:
-    """Why no token can follow a row's text, once its allowed ids are found."""
-    try:
-        row.find_allowed()
-    except UserError as error:
-        return str(error)
-    return None
 
 
 def listed(found: LogProbabilities, ids: Sequence[int]) -> list[Logprobs]:
