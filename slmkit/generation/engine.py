@@ -78,23 +78,23 @@ class Event:
 class Row:
     """One continuation: everything that belongs to it alone, and leaves with it."""
 
-    def __init__(self, handle: int, index: int, request: Request, tail: TextTail | None, known: Tensor | None) -> None:
-        self.handle, self.index, self.request, self.tail, self.known = handle, index, request, tail, known
+    def __init__(self, handle: int, index: int, request: Request, tail: TextTail | None, known: Tensor) -> None:
+        """`known` bool [vocab_size]: the only ids that are drawn."""
+        self.handle, self.index, self.request, self.tail = handle, index, request, tail
         self.ids, self.prompt_length = list(request.prompt), len(request.prompt)
         self.settings, self.seed = request.settings, seed_of(request.settings.seed, index)
-        self.matcher = None if request.grammar is None else request.grammar.start(None if known is None else len(known))
+        self.known = self.allowed = known  # `allowed`: in this step, with what the grammar asks
+        self.matcher = None if request.grammar is None else request.grammar.start(len(known)).prepare()
         self.pool: Pool | None = None  # once it has a slot there
         self.slot = -1
         self.reads_whole = index == 0 and request.prompt_logprobs is not None  # none of the prompt from another slot
         self.prompt_logprobs: list[Logprobs] = []
 
-    @property
-    def allowed(self) -> Tensor | None:
-        """The ids that may come next, bool [vocab_size]; None: all."""
-        if self.matcher is None:
-            return self.known
-        allowed = self.matcher.allowed()
-        return allowed if self.known is None else allowed.to(self.known.device) & self.known
+    def find_allowed(self) -> None:
+        """Find the ids that may come next. Raises `UserError` if the grammar leaves none."""
+        if self.matcher is not None:
+            may = self.matcher.allowed().to(self.known.device)
+            self.allowed = may & self.known
 
     @property
     def new_tokens(self) -> int:
@@ -113,7 +113,7 @@ class Row:
         if self.matcher is not None and reason != "stop":
             self.matcher.accept(token)
             reason = "stop" if self.matcher.is_done else reason
-            self.matcher.prepare()  # while the model reads the token
+            self.matcher.prepare()  # the next mask, while the model computes
         if self.tail is None:
             return "", reason
         text, stopped = self.tail.add(token, reason is not None)
@@ -146,7 +146,8 @@ class Engine:
         if speculation is not None and not self.pools.in_pieces:
             raise UserError("this model's rotation depends on the length of the text, so it cannot take guesses back")
         known = getattr(tokenizer, "known_ids", None) if known is None else known
-        self._known = None if known is None else _of_size(known, decoder.vocab_size).to(decoder.device)
+        known = np.ones(decoder.vocab_size, bool) if known is None else known
+        self._known = _of_size(known, decoder.vocab_size).to(decoder.device)
         self._handles, self._waiting = itertools.count(), deque[Row]()
         self._reading: Row | None = None  # a row that has a slot, and whose prompt is not read, or in part
 
@@ -215,8 +216,8 @@ class Engine:
                 hidden = self.decoder(ids, pool.cache[rows[0].slot : rows[-1].slot + 1])  # [rows, 1 + guessed, width]
                 read += zip(rows, of_rows, self.decoder.logits(hidden))
             for row, guess, logits in read:
-                for token, scores in speculation.verdicts(row, logits, guess):
-                    events.append(self._event(row, token, scores))
+                for token, scores, error in speculation.verdicts(row, logits, guess):
+                    events.append(self._event(row, token, scores, error))
                     if events[-1].finish_reason:
                         break
                 pool.cache.truncate(row.slot, len(row.ids) - 1)
@@ -248,11 +249,14 @@ class Engine:
     def _next_to_read(self, room: int) -> list[Row]:
         """Rows of one pool whose prompts fit into one pass of `room` tokens, or one alone that may need more passes."""
         rows: list[Row] = []
-        longest = 0
+        past = unread = 0  # the most of any row
         while row := self._first_unread(rows):
-            longest = max(longest, row.prompt_length - row.pool.cache.length(row.slot))
-            fits = row.pool is (rows or [row])[0].pool and longest * (len(rows) + 1) <= room and self.pools.in_pieces
-            if rows and not fits:
+            cache = row.pool.cache
+            past = max(past, cache.length(row.slot))
+            unread = max(unread, row.prompt_length - cache.length(row.slot))
+            # Shorter prompts are padded: the pass appends `unread` columns to every row.
+            fits = unread * (len(rows) + 1) <= room and past + unread <= cache.max_length and self.pools.in_pieces
+            if rows and not (fits and row.pool is rows[0].pool):
                 break
             rows.append(row)
             self._reading = None
@@ -283,18 +287,20 @@ class Engine:
 
     def _choose(self, rows: Sequence[Row], logits: Tensor) -> Iterator[Event]:
         """logits [rows, vocab_size] → the event of each row."""
-        for row, token, scores in zip(rows, sample(logits, rows).tolist(), logits.split(1)):
-            yield self._event(row, token, scores)
+        faults = [_fault(row) for row in rows]
+        tokens = sample(logits, rows).tolist()
+        for row, fault, token, scores in zip(rows, faults, tokens, logits.split(1)):
+            yield self._event(row, token, scores, fault or FAULTS.get(token))
 
-    def _event(self, row: Row, token: int, logits: Tensor) -> Event:
+    def _event(self, row: Row, token: int, logits: Tensor, error: str | None) -> Event:
         """Append a token, chosen from logits [1, vocab_size], to a row. One that has ended leaves its slot."""
         read, row.prompt_logprobs = row.prompt_logprobs, []
         if row.request.max_new_tokens == 0:
             row.pool.leave(row)
             return Event(row.handle, row.index, None, finish_reason="length", prompt_logprobs=read)
-        if token in FAULTS:
+        if error is not None:
             row.pool.leave(row)
-            return Event(row.handle, row.index, None, finish_reason="error", error=FAULTS[token])
+            return Event(row.handle, row.index, None, finish_reason="error", error=error)
         of_token: Logprobs = []
         if row.request.logprobs is not None:
             found = log_probabilities(logits, self._tensor([token]), row.request.logprobs)
@@ -306,6 +312,15 @@ class Engine:
 
     def _tensor(self, ids: Any) -> Tensor:
         return torch.tensor(ids, dtype=torch.long, device=self.decoder.device)
+
+
+def _fault(row: Row) -> str | None:
+    """Why no token can follow a row's text, once its allowed ids are found."""
+    try:
+        row.find_allowed()
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def listed(found: LogProbabilities, ids: Sequence[int]) -> list[Logprobs]:

@@ -19,8 +19,9 @@ from torch.nn import functional as F
 
 from slmkit.config import UserError
 from slmkit.generation.ensemble import Cache, LanguageModel
-from slmkit.generation.sampling import SampledRow, draw, points, probabilities, sample, seed_of, uniform
+from slmkit.generation.sampling import FAULTS, SampledRow, draw, points, probabilities, sample, seed_of, uniform
 from slmkit.model.cache import AT_ONCE
+from slmkit.model.compiled import for_decoding
 
 # A row draws three numbers per token, each of a seed of its own: its token's, a guess's, and whether that is accepted.
 GUESS, VERDICT = 2**40, 2**40 + 1  # numbers of continuations that no request has
@@ -31,6 +32,9 @@ class GuessedRow(SampledRow, Protocol):
 
     ids: list[int]
     matcher: Any  # a `constraints.Matcher`, or None
+
+    def find_allowed(self) -> None:
+        """Set `allowed` for the text so far. Raises `UserError` if the grammar leaves none."""
 
 
 class Guess(NamedTuple):
@@ -56,29 +60,34 @@ class Speculation:
         """What may follow the row's text, at most `room` tokens."""
         raise NotImplementedError
 
-    def verdicts(self, row: GuessedRow, logits: Tensor, guess: Guess) -> Iterator[tuple[int, Tensor]]:
+    def verdicts(self, row: GuessedRow, logits: Tensor, guess: Guess) -> Iterator[tuple[int, Tensor, str | None]]:
         """logits [1 + guessed, vocab_size] behind the row's last token and each guess → the row's next tokens.
 
-        Yields each with its logits [1, vocab_size], or a key of `FAULTS`, after which the row has to end. The row has
-        to have appended one before the next is asked for, since penalties and grammars depend on it.
+        Yields each with its logits [1, vocab_size] and None, or with the error that ends the row. The row has to
+        have appended a token before the next is asked for, since penalties and grammars depend on it.
         """
         self.guessed += len(guess.tokens)
         seed = seed_of(row.seed, VERDICT)
         for place, scores in enumerate(logits.split(1)):
+            try:
+                row.find_allowed()
+            except UserError as error:
+                yield -1, scores, str(error)
+                return
             p = probabilities(scores, [row])  # [1, vocab_size]
             if p.isnan().any():
-                yield int(sample(scores, [row])), scores
+                yield -1, scores, FAULTS[int(sample(scores, [row]))]
                 return
             if place < len(guess.tokens):
                 token = guess.tokens[place]
                 q = _certain(token, p) if guess.chances is None else guess.chances[place]  # [vocab_size]
                 if uniform(seed, len(row.ids) - row.prompt_length) * float(q[token]) < float(p[0, token]):
                     self.accepted += 1
-                    yield token, scores
+                    yield token, scores, None
                     continue
                 rest = (p - q).clamp(min=0)
                 p = rest if rest.any() else p  # p = q but for rounding
-            yield int(draw(p, points([row]))), scores
+            yield int(draw(p, points([row]))), scores, None
             return
 
 
@@ -109,7 +118,7 @@ class DraftModel(Speculation):
         super().__init__(count)
         if any(rope.depends_on_length for rope in draft.ropes):
             raise UserError("a draft model whose rotation depends on the length of the text cannot take guesses back")
-        self.draft = draft.eval()
+        self.draft = for_decoding(draft.eval())
         # Of each row: the cache, how long the text was at the last guess, and that guess.
         self._caches: WeakKeyDictionary[GuessedRow, tuple[Cache, int, list[int]]] = WeakKeyDictionary()
 
@@ -121,6 +130,7 @@ class DraftModel(Speculation):
         cache = self._cache(row, length + room + 1)
         try:
             while len(tokens) < count and not (row.matcher is not None and row.matcher.is_done):
+                row.find_allowed()
                 q = probabilities(self._logits(row.ids, cache), [row])  # [1, vocab_size]
                 if q.isnan().any():
                     break
@@ -130,6 +140,8 @@ class DraftModel(Speculation):
                 tokens.append(token)
                 chances.append(q)
                 row.ids.append(token)
+        except UserError:  # of the grammar, after these guesses
+            pass
         finally:
             if row.matcher is not None:
                 row.matcher.rollback(len(tokens))
@@ -140,7 +152,7 @@ class DraftModel(Speculation):
     def _cache(self, row: GuessedRow, length: int) -> Cache:
         """The row's cache, holding only what became its text. `length`: of the whole text to come."""
         if row not in self._caches:
-            return self.draft.new_cache(1, min(length, self.draft.max_positions))
+            return self.draft.new_cache(1, min(length, self.draft.max_positions), AT_ONCE)
         cache, before, guessed = self._caches[row]
         same = next((n for n, pair in enumerate(zip(guessed, row.ids[before:])) if pair[0] != pair[1]), len(guessed))
         cache.truncate(0, min(cache.length(0), before + same, len(row.ids) - 1))
