@@ -34,6 +34,7 @@ from safetensors.torch import load_file
 from benchmarks.figures import spread
 from slmkit.adapt.quantize import round_to, to_quantize
 from slmkit.device import find_device, seconds_to_read
+from slmkit.generation.engine import Engine, Request
 from slmkit.generation.generator import generate_ids
 from slmkit.generation.sampling_settings import SamplingSettings
 from slmkit.model.config import SLMConfig
@@ -249,17 +250,26 @@ def ratios(figures: Figures) -> dict[str, dict[str, float]]:
     return found
 
 
-def growth(decoder: Decoder, new: int, rounds: int) -> dict[str, dict[str, dict[str, float]]]:
+def growth(decoder: Decoder, new: int) -> dict[str, dict[str, dict[str, float]]]:
     """New tokens/s of slmkit over the length of the context, one sequence, and over the batch, behind short prompts."""
-
-    def rate(batch: int, context: int) -> dict[str, float]:
-        ids = prompts(decoder.architecture.vocab_size, batch, context)
-        return spread(in_turn({"": by_slmkit(decoder)}, ids, new, rounds, 30, time.perf_counter)[""], 1)
-
     return {
-        "context": {str(context): rate(1, context) for context in GROWTH["context"]},
-        "batch": {str(batch): rate(batch, PROMPT) for batch in GROWTH["batch"]},
+        "context": {str(context): spread(step_rates(decoder, 1, context, new), 1) for context in GROWTH["context"]},
+        "batch": {str(batch): spread(step_rates(decoder, batch, PROMPT, new), 1) for batch in GROWTH["batch"]},
     }
+
+
+def step_rates(decoder: Decoder, batch: int, context: int, new: int) -> list[float]:
+    """Tokens/s of each of `new` steps of the engine after all prompts were read."""
+    engine, begun, found = Engine(decoder, max_rows=batch), set[int](), list[float]()
+    for row in prompts(decoder.architecture.vocab_size, batch, context).tolist():
+        engine.insert(Request(row, new + 1 + batch, SamplingSettings(do_sample=False)))
+    while len(begun) < batch:
+        begun |= {event.handle for event in engine.step()}
+    for _ in range(new):
+        started = time.perf_counter()
+        events = engine.step()
+        found.append(len(events) / (time.perf_counter() - started))
+    return found
 
 
 def machine() -> dict[str, Any]:
@@ -277,11 +287,11 @@ def machine() -> dict[str, Any]:
 def print_figures(result: Mapping[str, Any]) -> None:
     rates = result["tokens_per_second"]
     names = list(dict.fromkeys(name for of in rates.values() for name in of))
-    print(f"\n{'tokens/s, median of rounds':<36}" + "".join(f"{what:>12}" for what in (*rates, "memory's limit")))
+    print(f"\n{'tokens/s, median of rounds':<36}" + "".join(f"{what:>12}" for what in rates) + f"{'memory limit':>14}")
     for name in names:
         row = [f"{rates[what][name]['median']:,.1f}" for what in rates]
         limit = result["limit_of_memory"][" ".join(name.split()[:2])]
-        print(f"{name:<36}" + "".join(f"{value:>12}" for value in row) + f"{limit:>16,.0f}")
+        print(f"{name:<36}" + "".join(f"{value:>12}" for value in row) + f"{limit:>14,.0f}")
     print(f"\n{'ratio':<88}median   least    most")
     for name, ratio in result["ratios"].items():
         print(f"{name:<88}{ratio['median']:>6.2f}{ratio['least']:>8.2f}{ratio['most']:>8.2f}")
@@ -347,7 +357,7 @@ def measure(arguments: argparse.Namespace, directory: Path) -> Iterator[dict[str
         yield result
     forms = [name.split()[1] for name in names if name.startswith("slmkit")]
     if forms and not quick:
-        yield result | {"growth_of": forms[0], "growth": growth(slmkit_decoder(directory, forms[0]), 16, 3)}
+        yield result | {"growth_of": forms[0], "growth": growth(slmkit_decoder(directory, forms[0]), 32)}
 
 
 def main() -> None:

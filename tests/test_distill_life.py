@@ -13,6 +13,7 @@ from torch import Tensor
 
 from slmkit import DistillationLoss, SLMConfig, SLMForCausalLM, SLMTrainer, TextDataset
 from slmkit.config import UserError, load_settings
+from slmkit.data.prepare.corpus import open_corpus
 from slmkit.data.rows.teacher_cache import HEADER, POSITIONS, PROGRESS, read_header
 from slmkit.model.files.directory import load_decoder
 from slmkit.tokenizer import SLMTokenizer
@@ -132,6 +133,19 @@ def test_stored_with_all_tokens_a_teacher_teaches_what_it_teaches_online(
         assert ours["tokens"] == theirs["tokens"]
         for figure in ("loss", "cross_entropy", "divergence"):
             assert ours[figure] == pytest.approx(theirs[figure], rel=1e-3, abs=1e-5)
+
+
+def test_a_cache_is_of_the_conversations_that_the_run_does_not_skip(here: Path, tmp_path: Path) -> None:
+    asked, answered = CHATS[0]["messages"]
+    long = [{"messages": [asked | {"content": asked["content"] * times}, answered]} for times in range(20, 30)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*CHATS, *long]))
+    data = {"source": str(tmp_path / "chats.jsonl"), "validation_fraction": 0.2, "on_long_conversation": "skip"}
+    more = ["distillation.reads=conversations", f"distillation.cache={tmp_path / 'cache'}", "train.max_steps=2"]
+    wanted = recipe(here, "", "distill", f"output_dir={tmp_path / 'run'}", *more, data=data)
+    cache_teacher(wanted, Silent())
+    train_recipe(wanted, Silent())
+    assert len(metrics(tmp_path / "run")) == 2
+    assert 5 < sum(shards.header.documents for shards in open_corpus(tmp_path / "run" / "data").train) <= len(CHATS)
 
 
 def test_a_cache_that_was_not_finished_or_is_of_something_else_is_refused(here: Path, tmp_path: Path) -> None:

@@ -113,6 +113,11 @@ class Quantized(nn.Module):
         return self.codes.size(1) * (1 if self.form == "int8" else 2) // self.scales.size(1)
 
     @property
+    def numel(self) -> int:
+        """The number of weights."""
+        return self.scales.numel() * self.group
+
+    @property
     def matrix(self) -> Matrix:
         if self._matrix is None:
             self._matrix = Matrix(self.form, self.codes, self.scales, self.group, self.bias)

@@ -285,7 +285,10 @@ class SLMForCausalLM(GeneratingModel):
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         left_out = {self.decoder.embedding.weight} if exclude_embeddings else set()
         counted = [p for p in self.parameters() if p.requires_grad or not only_trainable]
-        return sum(p.numel() for p in counted if p not in left_out)
+        quantized = {} if only_trainable else quantized_modules(self.decoder)
+        if exclude_embeddings:
+            quantized.pop("embedding", None)
+        return sum(p.numel() for p in counted if p not in left_out) + sum(m.numel for m in quantized.values())
 
 
 def _expect_ids(name: str, ids: Any, vocab_size: int, shape: torch.Size | None = None) -> None:

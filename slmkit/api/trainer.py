@@ -14,6 +14,7 @@ from torch.utils.data import IterableDataset
 
 from slmkit.adapt.adapter import AdapterFiles, fingerprint
 from slmkit.adapt.lora import add_lora
+from slmkit.adapt.quantize import expect_full
 from slmkit.api.callbacks import Callbacks, GivenLoss, LossFunction, TorchSchedule, check_optimizer, check_pair
 from slmkit.api.causal_lm import SLMForCausalLM
 from slmkit.config import UserError, kind_of_value, methods_checked
@@ -91,6 +92,8 @@ class SLMTrainer:
                 f"set vocab_size={len(tokenizer)} in its config"
             )
         check_config(config, model.config)
+        if lora is None:
+            expect_full(model.decoder, "model: only an adapter (lora) can be trained on it")
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.output_dir, self.device_name, self.seed = output_dir, device, seed

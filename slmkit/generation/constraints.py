@@ -184,7 +184,7 @@ class Matcher:
     def allowed(self) -> Tensor:
         """Which tokens may follow, bool [vocab_size]: the stop tokens exactly where the text may end.
 
-        Raises `UserError` if none may, as where this vocabulary cannot spell what the grammar asks.
+        None may where this vocabulary cannot spell what the grammar asks, or llguidance's limits are exceeded.
         """
         return self._allowed() if self._mask is None else self._mask.result()
 
@@ -194,7 +194,7 @@ class Matcher:
         if not state.is_stopped():
             state.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)  # without the interpreter's lock
         if state.is_error():
-            raise UserError(f"constrained output: no token can follow ({_reason(state)})")
+            bits[:] = 0
         # In numpy: torch would use all threads for so little, and wait for them.
         mask = np.zeros(max(size, self.vocab_size), dtype=bool)
         mask[:size] = np.unpackbits(bits.view(np.uint8), count=size, bitorder="little")

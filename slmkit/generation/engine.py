@@ -83,18 +83,19 @@ class Row:
         self.handle, self.index, self.request, self.tail = handle, index, request, tail
         self.ids, self.prompt_length = list(request.prompt), len(request.prompt)
         self.settings, self.seed = request.settings, seed_of(request.settings.seed, index)
-        self.known = self.allowed = known  # `allowed`: in this step, with what the grammar asks
+        self.known, self.knows_all = known, bool(known.all())
         self.matcher = None if request.grammar is None else request.grammar.start(len(known)).prepare()
-        self.pool: Pool | None = None  # once it has a slot there
-        self.slot = -1
+        self.pool: Pool  # once it is admitted, with
+        self.slot: int
         self.reads_whole = index == 0 and request.prompt_logprobs is not None  # none of the prompt from another slot
         self.prompt_logprobs: list[Logprobs] = []
 
-    def find_allowed(self) -> None:
-        """Find the ids that may come next. Raises `UserError` if the grammar leaves none."""
-        if self.matcher is not None:
-            may = self.matcher.allowed().to(self.known.device)
-            self.allowed = may & self.known
+    @property
+    def allowed(self) -> Tensor | None:
+        """The ids that may come next, bool [vocab_size]; None: all."""
+        if self.matcher is None:
+            return None if self.knows_all else self.known
+        return self.matcher.allowed().to(self.known.device) & self.known
 
     @property
     def new_tokens(self) -> int:
@@ -165,6 +166,7 @@ class Engine:
         check_room(self.context, len(request.prompt), request.max_new_tokens, least)
         if wrong := [token for token in request.prompt if not 0 <= token < self.decoder.vocab_size]:
             raise UserError(f"token {wrong[0]} of the prompt: the model has {self.decoder.vocab_size:,} tokens, from 0")
+        request.settings.expect_ids_below(self.decoder.vocab_size)
         if request.n < 1:
             raise UserError(f"n {request.n}: expected 1 or more continuations")
         if self.tokenizer is None and (request.stop or request.grammar is not None):
@@ -216,8 +218,8 @@ class Engine:
                 hidden = self.decoder(ids, pool.cache[rows[0].slot : rows[-1].slot + 1])  # [rows, 1 + guessed, width]
                 read += zip(rows, of_rows, self.decoder.logits(hidden))
             for row, guess, logits in read:
-                for token, scores, error in speculation.verdicts(row, logits, guess):
-                    events.append(self._event(row, token, scores, error))
+                for token, scores in speculation.verdicts(row, logits, guess):
+                    events.append(self._event(row, token, scores))
                     if events[-1].finish_reason:
                         break
                 pool.cache.truncate(row.slot, len(row.ids) - 1)
@@ -287,20 +289,18 @@ class Engine:
 
     def _choose(self, rows: Sequence[Row], logits: Tensor) -> Iterator[Event]:
         """logits [rows, vocab_size] → the event of each row."""
-        faults = [_fault(row) for row in rows]
-        tokens = sample(logits, rows).tolist()
-        for row, fault, token, scores in zip(rows, faults, tokens, logits.split(1)):
-            yield self._event(row, token, scores, fault or FAULTS.get(token))
+        for row, token, scores in zip(rows, sample(logits, rows).tolist(), logits.split(1)):
+            yield self._event(row, token, scores)
 
-    def _event(self, row: Row, token: int, logits: Tensor, error: str | None) -> Event:
+    def _event(self, row: Row, token: int, logits: Tensor) -> Event:
         """Append a token, chosen from logits [1, vocab_size], to a row. One that has ended leaves its slot."""
         read, row.prompt_logprobs = row.prompt_logprobs, []
         if row.request.max_new_tokens == 0:
             row.pool.leave(row)
             return Event(row.handle, row.index, None, finish_reason="length", prompt_logprobs=read)
-        if error is not None:
+        if token in FAULTS:
             row.pool.leave(row)
-            return Event(row.handle, row.index, None, finish_reason="error", error=error)
+            return Event(row.handle, row.index, None, finish_reason="error", error=FAULTS[token])
         of_token: Logprobs = []
         if row.request.logprobs is not None:
             found = log_probabilities(logits, self._tensor([token]), row.request.logprobs)
@@ -312,15 +312,6 @@ class Engine:
 
     def _tensor(self, ids: Any) -> Tensor:
         return torch.tensor(ids, dtype=torch.long, device=self.decoder.device)
-
-
-def _fault(row: Row) -> str | None:
-    """Why no token can follow a row's text, once its allowed ids are found."""
-    try:
-        row.find_allowed()
-    except UserError as error:
-        return str(error)
-    return None
 
 
 def listed(found: LogProbabilities, ids: Sequence[int]) -> list[Logprobs]:

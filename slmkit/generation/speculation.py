@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from slmkit.config import UserError
 from slmkit.generation.ensemble import Cache, LanguageModel
-from slmkit.generation.sampling import FAULTS, SampledRow, draw, points, probabilities, sample, seed_of, uniform
+from slmkit.generation.sampling import SampledRow, draw, points, probabilities, sample, seed_of, uniform
 from slmkit.model.cache import AT_ONCE
 from slmkit.model.compiled import for_decoding
 
@@ -32,9 +32,6 @@ class GuessedRow(SampledRow, Protocol):
 
     ids: list[int]
     matcher: Any  # a `constraints.Matcher`, or None
-
-    def find_allowed(self) -> None:
-        """Set `allowed` for the text so far. Raises `UserError` if the grammar leaves none."""
 
 
 class Guess(NamedTuple):
@@ -60,34 +57,29 @@ class Speculation:
         """What may follow the row's text, at most `room` tokens."""
         raise NotImplementedError
 
-    def verdicts(self, row: GuessedRow, logits: Tensor, guess: Guess) -> Iterator[tuple[int, Tensor, str | None]]:
+    def verdicts(self, row: GuessedRow, logits: Tensor, guess: Guess) -> Iterator[tuple[int, Tensor]]:
         """logits [1 + guessed, vocab_size] behind the row's last token and each guess → the row's next tokens.
 
-        Yields each with its logits [1, vocab_size] and None, or with the error that ends the row. The row has to
-        have appended a token before the next is asked for, since penalties and grammars depend on it.
+        Yields each with its logits [1, vocab_size], or a key of `FAULTS`, after which the row has to end. The row has
+        to have appended one before the next is asked for, since penalties and grammars depend on it.
         """
         self.guessed += len(guess.tokens)
         seed = seed_of(row.seed, VERDICT)
         for place, scores in enumerate(logits.split(1)):
-            try:
-                row.find_allowed()
-            except UserError as error:
-                yield -1, scores, str(error)
-                return
             p = probabilities(scores, [row])  # [1, vocab_size]
             if p.isnan().any():
-                yield -1, scores, FAULTS[int(sample(scores, [row]))]
+                yield int(sample(scores, [row])), scores
                 return
             if place < len(guess.tokens):
                 token = guess.tokens[place]
                 q = _certain(token, p) if guess.chances is None else guess.chances[place]  # [vocab_size]
                 if uniform(seed, len(row.ids) - row.prompt_length) * float(q[token]) < float(p[0, token]):
                     self.accepted += 1
-                    yield token, scores, None
+                    yield token, scores
                     continue
                 rest = (p - q).clamp(min=0)
                 p = rest if rest.any() else p  # p = q but for rounding
-            yield int(draw(p, points([row]))), scores, None
+            yield int(draw(p, points([row]))), scores
             return
 
 
@@ -130,7 +122,6 @@ class DraftModel(Speculation):
         cache = self._cache(row, length + room + 1)
         try:
             while len(tokens) < count and not (row.matcher is not None and row.matcher.is_done):
-                row.find_allowed()
                 q = probabilities(self._logits(row.ids, cache), [row])  # [1, vocab_size]
                 if q.isnan().any():
                     break
@@ -140,8 +131,6 @@ class DraftModel(Speculation):
                 tokens.append(token)
                 chances.append(q)
                 row.ids.append(token)
-        except UserError:  # of the grammar, after these guesses
-            pass
         finally:
             if row.matcher is not None:
                 row.matcher.rollback(len(tokens))

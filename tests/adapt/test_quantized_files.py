@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from slmkit import SLMForCausalLM
+from slmkit import SLMForCausalLM, SLMTokenizer, SLMTrainer, TextDataset
 from slmkit.adapt.adapter import trained_tensors
 from slmkit.adapt.load import load_model, start_adapter
 from slmkit.adapt.quantize import LARGEST, quantized_modules, round_to, to_quantize
@@ -18,7 +19,7 @@ from slmkit.config import UserError
 from slmkit.model.config import SLMConfig
 from slmkit.model.decoder import Decoder
 from slmkit.model.files.adapter_directory import LoRASettings
-from slmkit.model.files.directory import load_decoder
+from slmkit.model.files.directory import empty_decoder, load_decoder
 from slmkit.model.initialization import build_decoder
 from tests.model.test_cache import FAMILIES, config, ids
 
@@ -271,7 +272,57 @@ def test_an_adapter_of_a_quantized_model_is_saved_and_loaded_on_top_of_it(form: 
         start_adapter(tmp_path / "base", LoRASettings(), prepare=lambda *both: both)
 
 
+def test_a_trainer_refuses_it_without_an_adapter(tmp_path: Path) -> None:
+    model = SLMForCausalLM.from_pretrained(write(tmp_path, "int4", vocab_size=260))
+    data = TextDataset(["The fox had a red kite."] * 9, SLMTokenizer(260), max_length=16)
+    with pytest.raises(UserError, match=r"only an adapter \(lora\) can be trained on it: its weights are quantized"):
+        SLMTrainer(model.config, model, SLMTokenizer(260), data)
+    full = build_decoder(model.config)
+    for counted in ({}, {"exclude_embeddings": True}):
+        assert model.num_parameters(**counted) == SLMForCausalLM(model.config, full).num_parameters(**counted)
+
+
 def test_only_models_in_full_precision_are_changed(tmp_path: Path) -> None:
     write(tmp_path, "int4")
     with pytest.raises(UserError, match="its weights are quantized, too coarsely to be changed: name the full model"):
         load_decoder(tmp_path)
+
+
+# -- how large --------------------------------------------------------------------------------------------------------
+
+
+def expected_bytes(shape: SLMConfig, form: str, group: int, embedding: str) -> int:
+    """Bytes of all tensors, from shapes alone."""
+    decoder, size = empty_decoder(shape), 0
+    chosen = to_quantize(decoder, form, group, embedding)
+    for name, parameter in decoder.named_parameters():
+        module, _, kind = name.rpartition(".")
+        if module not in chosen or kind != "weight":
+            size += 2 * parameter.numel()
+        elif chosen[module] == "nf4":
+            state = {"quant_type": "nf4", "blocksize": group, "dtype": "float32", "shape": [*parameter.shape]}
+            size += parameter.numel() // 2 + 4 * parameter.numel() // group + 64 + len(json.dumps(state))
+        else:
+            size += parameter.numel() * (1 if chosen[module] == "int8" else 0.5) + 2 * parameter.numel() // group + 16
+    return int(size)
+
+
+@every_format
+@every_embedding
+def test_a_file_is_as_large_as_its_shapes_say(form: str, embedding: str, tmp_path: Path) -> None:
+    path = write(tmp_path, form, embedding, vocab_size=4001) / "model.safetensors"
+    header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    shape = config("llama").model_copy(update={"vocab_size": 4001})
+    assert path.stat().st_size - header == expected_bytes(shape, form, 32, embedding)
+
+
+def test_the_page_says_how_large_a_model_of_1_2_billion_parameters_is() -> None:
+    page = (Path(__file__).parents[2] / "docs/quantization.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(int8|int4|nf4)( --embedding int8)?` \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.M)
+    assert len(rows) == 6
+    shape = SLMConfig.from_preset("llama-3.2-1b")
+    for form, embedding, *sizes in rows:
+        for group, size in zip((32, 64, 128), sizes):
+            found = expected_bytes(shape, form, group, embedding.split()[-1] if embedding else "bfloat16")
+            assert f"{found / 1e9:.3f}" == size
+    assert f"{expected_bytes(shape, 'int4', 32, 'bfloat16') / 1e9:.1f}" == "1.1"  # what the documents claim

@@ -233,7 +233,6 @@ def test_one_verdict_has_the_distribution_of_the_model(seed: int) -> None:
     settings = SamplingSettings()
     for number in range(total):
         row = SimpleNamespace(ids=[1], prompt_length=1, settings=settings, seed=seed_of(9, number), allowed=None)
-        row.find_allowed = lambda: None
         drawn = int(sample(guesses, [SimpleNamespace(**{**vars(row), "seed": seed_of(10, number)})]))
         guess = Guess([drawn, 0], guesses.softmax(-1).repeat(2, 1))
         counts[next(speculation.verdicts(row, logits, guess))[0]] += 1
