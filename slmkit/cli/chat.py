@@ -16,7 +16,21 @@ from rich.console import Console
 from rich.text import Text
 
 from slmkit.cli.errors import in_words
-from slmkit.cli.options import USUAL, DeviceName, MinP, ModelPath, OtherModels, Penalty, Seed, Temperature, TopK, TopP
+from slmkit.cli.options import (
+    USUAL,
+    DeviceName,
+    FrequencyPenalty,
+    MinP,
+    ModelPath,
+    OtherModels,
+    Penalty,
+    PresencePenalty,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+    TypicalP,
+)  # fmt: skip
 from slmkit.cli.show import INDENT, MarkdownText, PlainText, counted, open_model, printable
 from slmkit.config import UserError
 
@@ -40,6 +54,7 @@ CUT = {"length": "cut at {} tokens: --max-new-tokens allows more", "context": "c
 
 
 def chat(
+    context: typer.Context,
     model: ModelPath,
     system: Annotated[str | None, typer.Option(help="A system message for the whole conversation.")] = None,
     max_new_tokens: Annotated[
@@ -50,7 +65,10 @@ def chat(
     top_p: TopP = None,
     top_k: TopK = None,
     min_p: MinP = None,
+    typical_p: TypicalP = None,
     repetition_penalty: Penalty = None,
+    presence_penalty: PresencePenalty = None,
+    frequency_penalty: FrequencyPenalty = None,
     seed: Seed = None,
     plain: Annotated[bool, typer.Option("--plain", help="Print answers as they are: no Markdown, no colours.")] = False,
     others: OtherModels = None,
@@ -63,10 +81,8 @@ def chat(
 
     Example: slm chat runs/quickstart/chat
     """
-    decoder, tokenizer, settings, advice = open_model(
-        model, others, device, seed, USUAL | {"temperature": 0.6}, temperature=temperature, top_k=top_k,
-        top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
-    )  # fmt: skip
+    usual = USUAL | {"temperature": 0.6}
+    decoder, tokenizer, settings, advice = open_model(model, others, device, usual, context.params)
     from slmkit.find import learned_conversations
     from slmkit.generation.chat import ChatSession
     from slmkit.model.files.generation_config import new_tokens
