@@ -32,6 +32,9 @@ def byte_decoder(context: int = 128) -> Decoder:
     return build_decoder(config, seed=1).eval()
 
 
+LENDER = byte_decoder()  # of caches
+
+
 class ByteTokens:
     """A tokenizer with `encode` and `decode` alone, whose tokens are any byte strings."""
 
@@ -72,7 +75,7 @@ class ScriptedModel(nn.Module):
         self.forwards = 0
 
     def new_cache(self, slots: int, max_length: int, at_once: int) -> KVCache:
-        return byte_decoder().new_cache(slots, max_length, at_once)
+        return LENDER.new_cache(slots, max_length, at_once)
 
     def cache_bytes(self, slots: int, max_length: int, at_once: int) -> int:
         return slots * max_length
