@@ -61,7 +61,7 @@ class ScreenFile:
         pass
 
 
-def drawn(pieces: list[str], monkeypatch: pytest.MonkeyPatch, columns: int = 40, rows: int = 12) -> ScreenFile:
+def drawn(pieces: list[str], monkeypatch: pytest.MonkeyPatch, columns: int = 40, rows: int = 6) -> ScreenFile:
     monkeypatch.setattr(show, "SECONDS_BETWEEN_DRAWINGS", 0)
     file = ScreenFile(columns, rows)
     console = Console(file=file, force_terminal=True, width=columns, height=rows, color_system="256")
@@ -73,7 +73,7 @@ def drawn(pieces: list[str], monkeypatch: pytest.MonkeyPatch, columns: int = 40,
     return file
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 def test_markdown_in_any_pieces_ends_as_in_one_and_never_flickers(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     draw = random.Random(seed)
     text = "".join(
@@ -91,6 +91,12 @@ def test_markdown_in_any_pieces_ends_as_in_one_and_never_flickers(seed: int, mon
     for seen in high.seen:
         assert shown <= set(WORD.findall(seen)), "a word that was there is gone"
         shown = set(WORD.findall(seen))
+
+
+def test_a_list_higher_than_the_screen_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tenth item shifts all numbers, those that have left the screen too."""
+    screen = drawn(list("".join(f"1. fox{number:02d}\n" for number in range(30))), monkeypatch).screen
+    assert WORD.findall(screen.text) == [f"fox{number:02d}" for number in range(30)]
 
 
 def test_control_characters_are_symbols_and_writing_is_kept() -> None:
