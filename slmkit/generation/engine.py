@@ -95,10 +95,7 @@ class Row:
         """The ids that may come next, bool [vocab_size]; None: all."""
         if self.matcher is None:
             return None if self.knows_all else self.known
-        try:
-            return self.matcher.allowed().to(self.known.device) & self.known
-        except UserError:  # the grammar leaves none
-            return torch.zeros_like(self.known)
+        return self.matcher.allowed().to(self.known.device) & self.known
 
     @property
     def new_tokens(self) -> int:
