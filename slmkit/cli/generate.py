@@ -13,21 +13,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from slmkit.cli.options import (
-    USUAL,
-    DeviceName,
-    FrequencyPenalty,
-    MinP,
-    ModelPath,
-    OtherModels,
-    Penalty,
-    PresencePenalty,
-    Seed,
-    Temperature,
-    TopK,
-    TopP,
-    TypicalP,
-)  # fmt: skip
+from slmkit.cli import options
 from slmkit.cli.show import counted, load_for_generation, open_model, printable
 from slmkit.config import UserError
 
@@ -76,7 +62,7 @@ Choice = Annotated[list[str] | None, typer.Option(help="The text is one of these
 
 def generate(
     context: typer.Context,
-    model: ModelPath,
+    model: options.ModelPath,
     prompt: Prompt = None,
     prompts: Prompts = None,
     output: Output = None,
@@ -89,17 +75,17 @@ def generate(
     choice: Choice = None,
     draft: Draft = None,
     lookup: Lookup = False,
-    temperature: Temperature = None,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    min_p: MinP = None,
-    typical_p: TypicalP = None,
-    repetition_penalty: Penalty = None,
-    presence_penalty: PresencePenalty = None,
-    frequency_penalty: FrequencyPenalty = None,
-    seed: Seed = None,
-    others: OtherModels = None,
-    device: DeviceName = "auto",
+    temperature: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    min_p: options.MinP = None,
+    typical_p: options.TypicalP = None,
+    repetition_penalty: options.Penalty = None,
+    presence_penalty: options.PresencePenalty = None,
+    frequency_penalty: options.FrequencyPenalty = None,
+    seed: options.Seed = None,
+    others: options.OtherModels = None,
+    device: options.DeviceName = "auto",
 ) -> None:
     """Continue a text.
 
@@ -119,7 +105,7 @@ def generate(
         raise UserError(f"{output} exists: name another file for --output, or remove it")
     rows = _read_rows(prompt or "", prompts)
     schema = _read_schema(json_schema) if json_schema else None
-    decoder, tokenizer, settings, advice = open_model(model, others, device, USUAL, context.params)
+    decoder, tokenizer, settings, advice = open_model(model, others, device, options.USUAL, context.params)
     from slmkit.generation.engine import Engine, Request
     from slmkit.generation.text import end_tokens
 
@@ -218,7 +204,10 @@ def _write(engine: Engine, rows: list[Row], requests: list[Request], file: IO[st
             if heads:
                 console.print(Text(f"--- {', '.join(heads)}", "bold cyan"))
             asked = row["prompt"] if "prompt" in row else f"{row['messages'][-1]['content']}\n"
-            console.print(Text(show(asked), "dim"), end="", soft_wrap=True)
+            if console.is_terminal:
+                console.print(Text(printable(asked), "dim"), end="", soft_wrap=True)
+            else:
+                print(asked, end="")  # rich would change tabs and control characters
         text, length = text + event.text, length + (event.token is not None)
         if file is None:
             print(show(event.text), end="\n" if event.finish_reason else "", flush=True)

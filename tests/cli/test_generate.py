@@ -187,19 +187,19 @@ def test_every_option_of_sampling_reaches_the_sampler(folder: Path) -> None:
 
 
 def test_a_terminal_shows_no_control_characters_and_the_speed(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "p").write_text("red\x1b[31m\nplain\n")
+    (tmp_path / "p").write_text("red\x1b[31m\t\x07\nplain\n")
     words = ("generate", folder / "model", "--prompts", "p", "--max-new-tokens", "5", "--seed", "1")
     terminal = Terminal(*words, cwd=tmp_path)
     try:
         shown = terminal.wait_for("tokens/s")
-        assert "red␛[31m" in shown
+        assert re.search("red␛\\[31m +␇", shown)
         assert "--- prompt 2 of 2\nplain" in shown
         assert re.search(r"\n10 tokens, [\d,.]+ tokens/s", shown)
         assert b"\x1b[31m" not in terminal.raw
         assert b"\x1b[2mplain" in terminal.raw, "the prompt is dim"
     finally:
         assert terminal.leave("") == 0
-    assert "red\x1b[31m" in slm(*words, cwd=tmp_path).stdout, "a file gets the text as it is"
+    assert "red\x1b[31m\t\x07" in slm(*words, cwd=tmp_path).stdout, "a file gets the text as it is"
 
 
 def test_guesses_do_not_change_a_greedy_text(folder: Path, tmp_path: Path) -> None:
