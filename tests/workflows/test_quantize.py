@@ -58,10 +58,10 @@ def test_fewer_bits_are_smaller_and_lose_little(made: list[workflow.Figures]) ->
     assert abs(int8.perplexity / full.perplexity - 1) < 0.003
     assert int8.agreement > 0.98
     for one in (int4, nf4):
-        assert one.method == "gptq"
-        assert 0.999 < one.perplexity / full.perplexity < 1.04
+        assert one.method == ("round" if any("GPTQ is worse" in note for note in one.notes) else "gptq")
+        assert 0.99 < one.perplexity / full.perplexity < 1.04
         assert one.agreement > 0.8
-    assert all(one.notes == ("in 16 bits: embedding",) for one in made[1:])
+    assert all(one.notes[0] == "in 16 bits: embedding" for one in made[1:])
 
 
 def test_the_directory_has_all_that_the_model_had_and_its_figures(model: Path, made: list[workflow.Figures]) -> None:
