@@ -2,7 +2,7 @@
 
 pip install xllamacpp gguf
 python -m benchmarks.decode                # twelve minutes on two idle cores
-python -m benchmarks.decode --quick        # a minute of one busy core, in processor time; nothing is written
+python -m benchmarks.decode --quick        # a minute of one busy core, in processor time
 python -m benchmarks.decode --only slmkit "llama.cpp Q8_0"     # some of them
 python -m benchmarks.decode --only "slmkit int4" --profile     # where the time goes
 python -m benchmarks.decode --draw docs/decode.png             # the chart of what was measured
@@ -338,6 +338,7 @@ def measure(arguments: argparse.Namespace, directory: Path) -> Iterator[dict[str
         return
     result: dict[str, Any] = {
         "date": datetime.datetime.now().isoformat(timespec="minutes"),
+        "seconds": f"of processor, {torch.get_num_threads()} thread" if quick else "of the clock",
         "what": f"46 M parameters, prompt {prompt}, {new} new tokens, {rounds} rounds in turn; prefill of {PREFILL}",
         "machine": machine(),
         "load_average": [[round(load, 2) for load in os.getloadavg()]],
@@ -371,18 +372,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--profile", action="store_true", help="only print where the time goes, by function")
     parser.add_argument("--draw", type=Path, metavar="PNG", help="only draw what was measured")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/decode.json, with --quick none")
     arguments = parser.parse_args()
     if arguments.draw:
-        draw(json.loads(arguments.out.read_text()), arguments.draw)
+        draw(json.loads((arguments.out or RESULTS).read_text()), arguments.draw)
         return
     arguments.new = arguments.new or (16 if arguments.quick else 64)
     arguments.rounds = arguments.rounds or (3 if arguments.quick else 5)
     torch.set_num_threads(1 if arguments.quick else arguments.threads)
     with tempfile.TemporaryDirectory() as directory:
         for result in measure(arguments, Path(directory)):
-            if not arguments.quick:
-                arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+            if path := arguments.out or (None if arguments.quick else RESULTS):
+                path.write_text(json.dumps(result, indent=2) + "\n")
     if not arguments.profile:
         print_figures(result)
 
