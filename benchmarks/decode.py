@@ -161,7 +161,7 @@ def expect_same_tokens(decoder: Decoder, peers: Mapping[str, Generate]) -> dict[
             at = next((i for i in range(new) if ours[i] != theirs[i]), None)
             if at is not None and logits[row, at, ours[at]] - logits[row, at, theirs[at]] > TIE:
                 raise ValueError(f"{name}: token {at} of row {row} is {theirs[at]}, not {ours[at]}")
-        found[name] = f"{sum(a == b for a, b in zip(expected, rows))} of {len(rows)} rows equal, the others near ties"
+        found[name] = f"{sum(a == b for a, b in zip(expected, rows))} of {len(rows)} rows equal to the last token"
     return found
 
 
@@ -305,8 +305,9 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
 
     rates, curves = result["tokens_per_second"], result.get("growth", {})
     colors = {"slmkit": "tab:blue", "transformers": "tab:orange", "llama.cpp": "tab:green"}
-    figure = Figure(figsize=(13, 8), layout="constrained")
-    axes = figure.subplots(2, 3).flatten()
+    rows = -(-(len(rates) + len(curves)) // 3)
+    figure = Figure(figsize=(13, 4 * rows), layout="constrained")
+    axes = figure.subplots(rows, 3, squeeze=False).flatten()
     for plot, (what, of) in zip(axes, rates.items()):
         names = list(of)[::-1]
         medians = [of[name]["median"] for name in names]
