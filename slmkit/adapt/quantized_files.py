@@ -190,7 +190,7 @@ def _from_stored(
         if group * scales.size(1) != shape[1] or ours is None:
             raise ValueError(f"groups of {group} are not a multiple of {GROUPS[0]} that divides {shape[1]} columns")
         scales = scales.repeat_interleave(group // ours, dim=1)
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+    except (ValueError, RuntimeError, LookupError, TypeError) as error:
         raise UserError(f"{path}: {name!r} of {shape[0]} × {shape[1]} cannot be read: {error}") from None
     expect_finite(scales, f"{path}: {name!r}", "the model is broken: use another copy")
     return pack(codes.unflatten(1, (scales.size(1), -1)), form), scales, form

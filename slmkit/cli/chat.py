@@ -15,8 +15,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from slmkit.cli import options
 from slmkit.cli.errors import in_words
-from slmkit.cli.options import USUAL, DeviceName, MinP, ModelPath, OtherModels, Penalty, Seed, Temperature, TopK, TopP
 from slmkit.cli.show import INDENT, MarkdownText, PlainText, counted, open_model, printable
 from slmkit.config import UserError
 
@@ -40,21 +40,25 @@ CUT = {"length": "cut at {} tokens: --max-new-tokens allows more", "context": "c
 
 
 def chat(
-    model: ModelPath,
+    context: typer.Context,
+    model: options.ModelPath,
     system: Annotated[str | None, typer.Option(help="A system message for the whole conversation.")] = None,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(min=1, help="Stop an answer after this many tokens; default: what the model advises, or 300."),
     ] = None,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    min_p: MinP = None,
-    repetition_penalty: Penalty = None,
-    seed: Seed = None,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    min_p: options.MinP = None,
+    typical_p: options.TypicalP = None,
+    repetition_penalty: options.Penalty = None,
+    presence_penalty: options.PresencePenalty = None,
+    frequency_penalty: options.FrequencyPenalty = None,
+    seed: options.Seed = None,
     plain: Annotated[bool, typer.Option("--plain", help="Print answers as they are: no Markdown, no colours.")] = False,
-    others: OtherModels = None,
-    device: DeviceName = "auto",
+    others: options.OtherModels = None,
+    device: options.DeviceName = "auto",
 ) -> None:
     """Talk to a model.
 
@@ -63,10 +67,8 @@ def chat(
 
     Example: slm chat runs/quickstart/chat
     """
-    decoder, tokenizer, settings, advice = open_model(
-        model, others, device, seed, USUAL | {"temperature": 0.6}, temperature=temperature, top_k=top_k,
-        top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
-    )  # fmt: skip
+    usual = options.USUAL | {"temperature": 0.6}
+    decoder, tokenizer, settings, advice = open_model(model, others, device, usual, context.params)
     from slmkit.find import learned_conversations
     from slmkit.generation.chat import ChatSession
     from slmkit.model.files.generation_config import new_tokens
@@ -169,10 +171,10 @@ class _Dialogue:
         with _undisturbed() as interrupted:
             try:
                 for piece in pieces:
-                    if piece and text is None:
-                        label = Text(MODEL, "bold magenta")
-                        text = PlainText(MODEL) if self.is_plain else MarkdownText(console, label)
                     if piece:
+                        if text is None:
+                            label = Text(MODEL, "bold magenta")
+                            text = PlainText(MODEL) if self.is_plain else MarkdownText(console, label)
                         text.add(piece)
                     if interrupted.is_set():
                         pieces.close()

@@ -32,7 +32,17 @@ TopP = Annotated[
     float | None, typer.Option(help="Sample from the likeliest tokens whose probabilities add up to this.")
 ]
 MinP = Annotated[float | None, typer.Option(help="Leave out tokens less likely than this times the likeliest one.")]
+TypicalP = Annotated[
+    float | None,
+    typer.Option(help="Sample from the most typical tokens whose probabilities add up to this; 1: from all."),
+]
 Penalty = Annotated[float | None, typer.Option(help="Above 1: tokens that occurred already become less likely.")]
+PresencePenalty = Annotated[
+    float | None, typer.Option(help="Above 0: tokens of the new text become less likely, from their first occurrence.")
+]
+FrequencyPenalty = Annotated[
+    float | None, typer.Option(help="Above 0: tokens of the new text become less likely with every occurrence.")
+]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text again.")]
 OtherModels = Annotated[
     list[str] | None,

@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -251,13 +251,16 @@ def load_for_generation(path: str, device: str, others: Sequence[str] = ()) -> t
 
 
 def open_model(
-    model: str, others: list[str] | None, device: str, seed: int | None, usual: dict[str, float], **given: Any
+    model: str, others: list[str] | None, device: str, usual: dict[str, float], given: Mapping[str, Any]
 ) -> tuple[LanguageModel, SLMTokenizer, SamplingSettings, dict[str, Any]]:
-    """The model with its tokenizer, how to sample from it, and its `generation_config.json`."""
+    """The model with its tokenizer, how to sample from it, and its `generation_config.json`. Of the command's options
+    in `given` those that are named as settings of sampling are used.
+    """
     from slmkit.find import find_model_directory
     from slmkit.generation.sampling_settings import SamplingSettings
     from slmkit.model.files.generation_config import read_generation_config
 
     directory = find_model_directory(model)
-    settings = SamplingSettings.for_model(directory, seed, usual, **given)  # before the model is loaded
+    sampling = {name: given[name] for name in given.keys() & SamplingSettings.model_fields.keys()}
+    settings = SamplingSettings.for_model(directory, usual=usual, **sampling)  # before the model is loaded
     return *load_for_generation(model, device, others or []), settings, read_generation_config(directory)

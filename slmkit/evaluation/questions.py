@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from slmkit.config import UserError
+from slmkit.generation.engine import Engine, Request
 from slmkit.generation.ensemble import LanguageModel
-from slmkit.generation.generator import TextStream
 from slmkit.generation.sampling_settings import SamplingSettings
+from slmkit.generation.text import end_tokens
 from slmkit.tokenizer import SLMTokenizer
 
 Messages = Sequence[Mapping[str, Any]]
@@ -50,19 +52,29 @@ def ask(
     questions: Sequence[tuple[Messages, str]],
     until: float = math.inf,
 ) -> QuestionReport:
-    """Generate answers greedily and compare them. `questions`: pairs of messages and the expected answer.
+    """Generate answers greedily, many at once, and compare them. `questions`: messages and the expected answer of each.
 
-    After `until` (`time.monotonic`) only the first few are asked.
+    After `until` (`time.monotonic`) only the first few are asked. Raises `UserError` for logits that are not finite.
     """
-    greedy = SamplingSettings(do_sample=False)
-    answers: list[Answer] = []
-    for messages, expected in questions:
-        if len(answers) >= LEAST_ASKED and time.monotonic() >= until:
-            break
+    engine, greedy, ends = Engine(decoder, tokenizer), SamplingSettings(do_sample=False), end_tokens(tokenizer)
+    handles: dict[int, int] = {}
+    for number, (messages, expected) in enumerate(questions):
         prompt = tokenizer.encode_chat(messages, add_generation_prompt=True).ids
         room = min(2 * len(tokenizer.encode(expected)) + 8, decoder.max_positions - len(prompt))
-        given = ""  # counted as wrong if the prompt fills the context
-        if room >= 1:
-            given = "".join(TextStream(decoder, tokenizer, prompt, settings=greedy, max_new_tokens=room))
-        answers.append(Answer(messages[-1]["content"], expected, given))
-    return QuestionReport(tuple(answers))
+        if room >= 1:  # else the answer is empty, and counts as wrong
+            handles[engine.insert(Request(prompt, room, greedy, ends))] = number
+    given, unanswered = [""] * len(questions), set(handles.values())
+    while unanswered and (time.monotonic() < until or min(unanswered) < LEAST_ASKED):
+        for event in engine.step():
+            if event.error:
+                raise UserError(event.error)
+            given[handles[event.handle]] += event.text
+            if event.finish_reason:
+                unanswered.discard(handles[event.handle])
+    asked = min(unanswered, default=len(questions))  # short answers are not chosen over long ones
+    return QuestionReport(
+        tuple(
+            Answer(messages[-1]["content"], expected, answer)
+            for (messages, expected), answer in zip(questions[:asked], given)
+        )
+    )

@@ -9,11 +9,12 @@ from typing import Any
 
 from slmkit.config import UserError
 from slmkit.files import write_whole
-from slmkit.generation.engine import FinishReason
+from slmkit.generation.engine import Engine, FinishReason, Request
 from slmkit.generation.ensemble import LanguageModel
-from slmkit.generation.generator import TextStream
 from slmkit.generation.prompts import Messages, beginning_of, messages_that_fit
+from slmkit.generation.sampling import seed_of
 from slmkit.generation.sampling_settings import SamplingSettings
+from slmkit.generation.text import end_tokens
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.tokenizer.chat import check_messages
 
@@ -35,6 +36,7 @@ class ChatSession:
         max_new_tokens: int = 300,
     ) -> None:
         self.decoder, self.tokenizer, self.settings = decoder, tokenizer, settings
+        self.engine = Engine(decoder, tokenizer, max_rows=1)  # keeps what it read of the conversation
         self.max_new_tokens = max_new_tokens
         self.messages: Messages = []
         self.forgotten = 0
@@ -100,26 +102,23 @@ class ChatSession:
     def _answer(self, question: str) -> Generator[str, None, None]:
         self._unanswered = question
         messages, prompt = self._that_fit([*self.messages, {"role": "user", "content": question}])
-        seed = None if self.settings.seed is None else (self.settings.seed + self._retries) % 2**63
-        stream = TextStream(
-            self.decoder,
-            self.tokenizer,
-            prompt,
-            settings=self.settings.model_copy(
-                update={"seed": None if seed is None else (seed + self._retries) % 2**63}
-            ),
-            max_new_tokens=self.max_new_tokens,
-        )
+        settings = self.settings.model_copy(update={"seed": seed_of(self.settings.seed, self._retries)})
+        handle = self.engine.insert(Request(prompt, self.max_new_tokens, settings, end_tokens(self.tokenizer)))
         self.forgotten += len(self.messages) + 1 - len(messages)
-        self.messages, self.finish_reason = messages, None
+        self.messages, self.finish_reason, self.tokens = messages, None, 0
         answer = ""
         try:
-            for piece in stream:
-                piece = piece if answer else piece.lstrip()
+            while self.engine.is_busy:
+                piece = ""
+                for event in self.engine.step():
+                    if event.error:
+                        raise UserError(event.error)
+                    self.finish_reason, self.tokens = event.finish_reason, self.tokens + 1
+                    piece = event.text if answer else event.text.lstrip()
                 answer += piece
                 yield piece
         finally:
-            self.finish_reason, self.tokens = stream.finish_reason, stream.tokens
+            self.engine.remove(handle)
             if answer:
                 self.messages.append({"role": "assistant", "content": answer.rstrip()})
                 self._unanswered = None

@@ -78,13 +78,15 @@ class Event:
 class Row:
     """One continuation: everything that belongs to it alone, and leaves with it."""
 
-    def __init__(self, handle: int, index: int, request: Request, tail: TextTail | None, known: Tensor | None) -> None:
-        self.handle, self.index, self.request, self.tail, self.known = handle, index, request, tail, known
+    def __init__(self, handle: int, index: int, request: Request, tail: TextTail | None, known: Tensor) -> None:
+        """`known` bool [vocab_size]: the only ids that are drawn."""
+        self.handle, self.index, self.request, self.tail = handle, index, request, tail
         self.ids, self.prompt_length = list(request.prompt), len(request.prompt)
         self.settings, self.seed = request.settings, seed_of(request.settings.seed, index)
-        self.matcher = None if request.grammar is None else request.grammar.start(None if known is None else len(known))
-        self.pool: Pool | None = None  # once it has a slot there
-        self.slot = -1
+        self.known, self.knows_all = known, bool(known.all())
+        self.matcher = None if request.grammar is None else request.grammar.start(len(known)).prepare()
+        self.pool: Pool  # once it is admitted, with
+        self.slot: int
         self.reads_whole = index == 0 and request.prompt_logprobs is not None  # none of the prompt from another slot
         self.prompt_logprobs: list[Logprobs] = []
 
@@ -92,9 +94,8 @@ class Row:
     def allowed(self) -> Tensor | None:
         """The ids that may come next, bool [vocab_size]; None: all."""
         if self.matcher is None:
-            return self.known
-        allowed = self.matcher.allowed()
-        return allowed if self.known is None else allowed.to(self.known.device) & self.known
+            return None if self.knows_all else self.known
+        return self.matcher.allowed().to(self.known.device) & self.known
 
     @property
     def new_tokens(self) -> int:
@@ -113,7 +114,7 @@ class Row:
         if self.matcher is not None and reason != "stop":
             self.matcher.accept(token)
             reason = "stop" if self.matcher.is_done else reason
-            self.matcher.prepare()  # while the model reads the token
+            self.matcher.prepare()  # the next mask, while the model computes
         if self.tail is None:
             return "", reason
         text, stopped = self.tail.add(token, reason is not None)
@@ -146,7 +147,8 @@ class Engine:
         if speculation is not None and not self.pools.in_pieces:
             raise UserError("this model's rotation depends on the length of the text, so it cannot take guesses back")
         known = getattr(tokenizer, "known_ids", None) if known is None else known
-        self._known = None if known is None else _of_size(known, decoder.vocab_size).to(decoder.device)
+        known = np.ones(decoder.vocab_size, bool) if known is None else known
+        self._known = _of_size(known, decoder.vocab_size).to(decoder.device)
         self._handles, self._waiting = itertools.count(), deque[Row]()
         self._reading: Row | None = None  # a row that has a slot, and whose prompt is not read, or in part
 
@@ -164,6 +166,7 @@ class Engine:
         check_room(self.context, len(request.prompt), request.max_new_tokens, least)
         if wrong := [token for token in request.prompt if not 0 <= token < self.decoder.vocab_size]:
             raise UserError(f"token {wrong[0]} of the prompt: the model has {self.decoder.vocab_size:,} tokens, from 0")
+        request.settings.expect_ids_below(self.decoder.vocab_size)
         if request.n < 1:
             raise UserError(f"n {request.n}: expected 1 or more continuations")
         if self.tokenizer is None and (request.stop or request.grammar is not None):
@@ -248,11 +251,14 @@ class Engine:
     def _next_to_read(self, room: int) -> list[Row]:
         """Rows of one pool whose prompts fit into one pass of `room` tokens, or one alone that may need more passes."""
         rows: list[Row] = []
-        longest = 0
+        past = unread = 0  # the most of any row
         while row := self._first_unread(rows):
-            longest = max(longest, row.prompt_length - row.pool.cache.length(row.slot))
-            fits = row.pool is (rows or [row])[0].pool and longest * (len(rows) + 1) <= room and self.pools.in_pieces
-            if rows and not fits:
+            cache = row.pool.cache
+            past = max(past, cache.length(row.slot))
+            unread = max(unread, row.prompt_length - cache.length(row.slot))
+            # Shorter prompts are padded: the pass appends `unread` columns to every row.
+            fits = unread * (len(rows) + 1) <= room and past + unread <= cache.max_length and self.pools.in_pieces
+            if rows and not (fits and row.pool is rows[0].pool):
                 break
             rows.append(row)
             self._reading = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -113,7 +114,7 @@ class Ensemble(nn.Module):
 # A decoder or several, for callers that pass hidden states of one's `forward` to its `logits`, and caches from its
 # `new_cache` to its `forward`.
 LanguageModel = Decoder | Ensemble
-Cache = KVCache | MemberCaches
+Cache = Any  # a `KVCache`, or an ensemble's `MemberCaches`
 
 
 def together(decoders: Sequence[Decoder]) -> LanguageModel:

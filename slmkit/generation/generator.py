@@ -48,6 +48,7 @@ def generate_ids(
         engine.insert(Request(ids, max_new_tokens, settings.model_copy(update={"seed": seed}), stop_ids))
     said: list[list[int]] = [[] for _ in rows]
     for event in _events(engine):
+        assert event.token is not None  # without one only if scoring was asked
         said[event.handle].append(event.token)
     longest = max(map(len, said))
     new = [ids + [pad_token_id] * (longest - len(ids)) for ids in said]
@@ -88,6 +89,7 @@ class IdStream:
     def __iter__(self) -> Iterator[int]:
         for event in _events(self._engine):
             self.tokens, self.finish_reason = self.tokens + 1, event.finish_reason
+            assert event.token is not None  # without one only if scoring was asked
             yield event.token
 
 

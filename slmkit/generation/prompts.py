@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from slmkit.config import UserError
 
 if TYPE_CHECKING:
+    from slmkit.generation.engine import Engine, Event, Request
     from slmkit.tokenizer import SLMTokenizer
 
 Messages = list[dict[str, str]]
@@ -84,3 +86,20 @@ def messages_that_fit(
 def beginning_of(messages: Messages) -> Messages:
     """The system message, if there is one."""
     return [message for message in messages[:1] if message["role"] == "system"]
+
+
+def in_order(engine: Engine, requests: Sequence[Request]) -> Iterator[tuple[int, Event]]:
+    """Generates all texts together, and yields one after the other: the number of a request, and an event of a row."""
+    numbers = {engine.insert(request): number for number, request in enumerate(requests)}
+    waiting: dict[tuple[int, int], deque[Event]] = {
+        (handle, index): deque() for handle, number in numbers.items() for index in range(requests[number].n)
+    }
+    for (handle, _), events in waiting.items():
+        is_ended = False
+        while not is_ended:
+            while not events:
+                for event in engine.step():
+                    waiting[event.handle, event.index].append(event)
+            event = events.popleft()
+            is_ended = event.finish_reason is not None
+            yield numbers[handle], event

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
+
+import torch
 
 from slmkit.config import UserError
 from slmkit.generation.ensemble import Cache, LanguageModel
@@ -19,13 +21,7 @@ LENGTHS = (512, 4096)  # of the pools but the last, which is as long as the cont
 LEAST = 64  # positions: caches grow from here by doubling
 
 
-class Row(Protocol):
-    """What the pools know of a row of the engine."""
-
-    ids: list[int]  # prompt and new tokens
-    reads_whole: bool  # copy nothing of the prompt from another slot
-    pool: Pool | None
-    slot: int
+Row = Any  # of the engine, which imports this module
 
 
 class Pool:
@@ -33,21 +29,28 @@ class Pool:
     those whose prompt is read.
     """
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    def __init__(self, decoder: LanguageModel, limit: int, at_once: int) -> None:
+        self.decoder, self.limit, self.at_once = decoder, limit, at_once
         self.rows: list[Row] = []  # rows[i] is in slot i
         self.running = 0  # how many of them run
+        self.cache: Cache = None
         self.clear()
 
     def clear(self) -> None:
-        self.cache: Cache | None = None
+        """Forget all texts, and give back their memory."""
         self.texts: list[list[int]] = []  # the cache holds the first `cache.length(slot)` ids of each
+        self.resize(0, min(LEAST, self.limit))
 
-    def resize(self, cache: Cache, slots: int) -> None:
-        """Move to another, empty cache, with as many texts as have a place there."""
+    def resize(self, slots: int, length: int) -> None:
+        """Move to another cache, with as many texts as have a place there."""
+        cache = self.decoder.new_cache(slots, length, self.at_once)
         for slot in range(min(len(self.texts), slots)):
             cache.copy_slot(slot, self.cache, slot, self.cache.length(slot))
         self.cache, self.texts = cache, (self.texts + [[] for _ in range(slots)])[:slots]
+
+    def bytes(self, slots: int, length: int) -> int:
+        """What a cache of this size takes."""
+        return self.decoder.cache_bytes(slots, length, self.at_once)
 
     def swap(self, a: int, b: int) -> None:
         """Exchange what two slots hold, and the rows in them."""
@@ -86,14 +89,15 @@ class Pools:
         self.reuse = reuse and self.in_pieces
         self.at_once = AT_ONCE if self.in_pieces else decoder.max_positions
         limits = [*(length for length in LENGTHS if length < decoder.max_positions), decoder.max_positions]
-        self.pools = [Pool(limit) for limit in limits]
+        with torch.inference_mode():
+            self.pools = [Pool(decoder, limit, self.at_once) for limit in limits]
 
     def __iter__(self) -> Iterator[Pool]:
         return iter(self.pools)
 
     def expect(self, length: int) -> None:
         """Raises `UserError` if a text of `length` positions needs more memory than there is."""
-        needed = self.decoder.cache_bytes(1, self._rounded(length), self.at_once)
+        needed = self.pools[-1].bytes(1, self._rounded(length))
         if needed > self.memory:
             raise UserError(
                 f"{length} tokens need {needed / 2**20:,.1f} MiB of KV cache, more than the allowed "
@@ -123,7 +127,7 @@ class Pools:
     def _reserve(self, pool: Pool, length: int) -> bool:
         """Make sure of a free slot of `length` positions; False if that needs more memory than there is."""
         held, used = len(pool.texts), len(pool.rows)
-        longest = max(self._rounded(length), pool.cache.max_length if pool.cache else 0)
+        longest = max(self._rounded(length), pool.cache.max_length)
         if used < held and longest == pool.cache.max_length:
             return True
         usual = held if used < held else max(1, min(2 * held, self.max_rows))
@@ -131,21 +135,20 @@ class Pools:
             if slots > used and self._fits(pool, slots, positions):
                 if used == 0 and slots == 1:
                     pool.clear()
-                pool.resize(self.decoder.new_cache(slots, positions, self.at_once), slots)
+                pool.resize(slots, positions)
                 return True
         return False
 
     def _fits(self, pool: Pool, slots: int, length: int) -> bool:
         """Whether a pool of that size fits into the memory, after clearing others in which nothing runs if need be."""
-        needed = self.decoder.cache_bytes(slots, length, self.at_once)
         others = [other for other in self.pools if other is not pool]
-        for other in others:
-            if not other.rows and needed + sum(map(self._bytes, others)) > self.memory:
+        for other in (*(other for other in others if not other.rows), None):
+            taken = sum(each.bytes(len(each.texts), each.cache.max_length) for each in others)
+            if pool.bytes(slots, length) + taken <= self.memory:
+                return True
+            if other is not None:
                 other.clear()
-        return needed + sum(map(self._bytes, others)) <= self.memory
-
-    def _bytes(self, pool: Pool) -> int:
-        return self.decoder.cache_bytes(len(pool.texts), pool.cache.max_length, self.at_once) if pool.cache else 0
+        return False
 
     def _rounded(self, length: int) -> int:
         """The size of a cache for `length` positions: a power of two, or the whole context."""

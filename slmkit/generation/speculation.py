@@ -21,6 +21,7 @@ from slmkit.config import UserError
 from slmkit.generation.ensemble import Cache, LanguageModel
 from slmkit.generation.sampling import SampledRow, draw, points, probabilities, sample, seed_of, uniform
 from slmkit.model.cache import AT_ONCE
+from slmkit.model.compiled import for_decoding
 
 # A row draws three numbers per token, each of a seed of its own: its token's, a guess's, and whether that is accepted.
 GUESS, VERDICT = 2**40, 2**40 + 1  # numbers of continuations that no request has
@@ -109,7 +110,7 @@ class DraftModel(Speculation):
         super().__init__(count)
         if any(rope.depends_on_length for rope in draft.ropes):
             raise UserError("a draft model whose rotation depends on the length of the text cannot take guesses back")
-        self.draft = draft.eval()
+        self.draft = for_decoding(draft.eval())
         # Of each row: the cache, how long the text was at the last guess, and that guess.
         self._caches: WeakKeyDictionary[GuessedRow, tuple[Cache, int, list[int]]] = WeakKeyDictionary()
 
@@ -140,7 +141,7 @@ class DraftModel(Speculation):
     def _cache(self, row: GuessedRow, length: int) -> Cache:
         """The row's cache, holding only what became its text. `length`: of the whole text to come."""
         if row not in self._caches:
-            return self.draft.new_cache(1, min(length, self.draft.max_positions))
+            return self.draft.new_cache(1, min(length, self.draft.max_positions), AT_ONCE)
         cache, before, guessed = self._caches[row]
         same = next((n for n, pair in enumerate(zip(guessed, row.ids[before:])) if pair[0] != pair[1]), len(guessed))
         cache.truncate(0, min(cache.length(0), before + same, len(row.ids) - 1))

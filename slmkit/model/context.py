@@ -95,7 +95,7 @@ class Context:
         """Inputs for new tokens that continue the texts of a cache; `layer`: the number of a layer of this kind."""
         new, rotation = self.columns.numel(), self._rotation(kind.rope, self.positions)
         keys = torch.tensor(cache.positions(layer, new)).to(self.positions.device)  # [batch or 1, seen]
-        rotations: tuple[Rotation | None, ...] = rotation, rotation
+        rotations: tuple[Rotation | None, Rotation | None, Rotation | None] = rotation, rotation, None
         if kind.rope is not None and kind.rope.depends_on_length:
             rotations = rotation, None, self._rotation(kind.rope, keys.clamp(min=0))
         if cache.is_even and (kind.window is None or cache.longest + new <= kind.window):

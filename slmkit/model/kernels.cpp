@@ -54,7 +54,8 @@ struct Matrix {
 constexpr int64_t WEIGHTS_PER_THREAD = 1 << 15;
 constexpr int OUTS = 4;  // weight rows at once: each reads the same x
 constexpr int ROWS = 2;  // rows of x at once: each reads the same weights
-constexpr int64_t LEAST_AHEAD = 4096;  // bytes, between what is read and what is fetched from memory meanwhile
+constexpr int64_t AHEAD = 1024;      // bytes, between the weights that are read and those fetched from memory meanwhile
+constexpr int64_t SCALES_AHEAD = 64;  // the same of scales
 
 // The quantiles of a normal distribution that QLoRA defines (arXiv:2305.14314, appendix E).
 const float NF4_VALUES[16] = {-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
@@ -172,7 +173,10 @@ inline void unpack(const uint8_t* group, float scale, int64_t j, int64_t half, F
 
 template <int KIND>
 constexpr int64_t bytes_of(int64_t values) {
-  return KIND == FLOAT32 ? 4 * values : KIND == BFLOAT16 || KIND == WORDS ? 2 * values : KIND == INT8 ? values : values / 2;
+  return KIND == FLOAT32                        ? 4 * values
+         : KIND == BFLOAT16 || KIND == WORDS ? 2 * values
+         : KIND == INT8                      ? values
+                                             : values / 2;
 }
 
 // The last values of a row of float32 or bfloat16 whose length is no multiple of its groups, followed by zeros.
@@ -189,11 +193,12 @@ inline Floats unpack_tail(const uint8_t* from, int64_t count) {
   }
 }
 
-// y[r, o] = x[r] · w[o] for `rows` rows of x and `outs` rows of weights from `first` on. [rows, in], [rows, out]
+// y[r, o] = x[r] · w[o] for `rows` rows of x, and `outs` rows of weights, from `first` on, each `apart` rows from the
+// one before. They are at `weight` and each `bytes_apart` behind the one before.  x [rows, in], y [rows, out]
 template <int KIND, int outs, int rows>
-void products(const Matrix& m, const uint8_t* weight, int64_t first, const float* x, float* y) {
-  const int64_t groups = m.in / m.group, half = m.group / 2, row_bytes = bytes_of<KIND>(m.in);
-  const int64_t ahead = std::max(LEAST_AHEAD, outs * row_bytes);
+void products(const Matrix& m, const uint8_t* weight, int64_t first, int64_t apart, int64_t bytes_apart, const float* x,
+              float* y) {
+  const int64_t groups = m.in / m.group, half = m.group / 2;
   const float* scales = m.scales + (KIND >= INT8 ? first * groups : 0);
   Floats sums[outs][rows] = {};
   for (int64_t g = 0; g < groups; g++) {
@@ -201,11 +206,12 @@ void products(const Matrix& m, const uint8_t* weight, int64_t first, const float
     const float* read = x + g * m.group;
     if (rows == 1)
       for (int o = 0; o < outs; o++)
-        for (int64_t i = 0; i < bytes_of<KIND>(32); i += 64) __builtin_prefetch(group + o * row_bytes + i + ahead);
+        for (int64_t i = 0; i < bytes_of<KIND>(32); i += 64) __builtin_prefetch(group + o * bytes_apart + i + AHEAD);
     for (int64_t j = 0; j < half; j += LANES) {
       Floats low[outs], high[outs];
       for (int o = 0; o < outs; o++)
-        unpack<KIND>(group + o * row_bytes, KIND >= INT8 ? scales[o * groups + g] : 1.0f, j, half, low[o], high[o]);
+        unpack<KIND>(group + o * bytes_apart, KIND >= INT8 ? scales[o * apart * groups + g] : 1.0f, j, half, low[o],
+                     high[o]);
       for (int r = 0; r < rows; r++) {
         const Floats a = load<Floats>(read + r * m.in + j), b = load<Floats>(read + r * m.in + j + half);
         for (int o = 0; o < outs; o++) sums[o][r] = fused(low[o], a, sums[o][r]);
@@ -218,11 +224,12 @@ void products(const Matrix& m, const uint8_t* weight, int64_t first, const float
       const int64_t count = std::min<int64_t>(LANES, m.in - c);
       for (int o = 0; o < outs; o++)
         for (int r = 0; r < rows; r++)
-          sums[o][r] = fused(unpack_tail<KIND>(weight + o * row_bytes + bytes_of<KIND>(c), count),
+          sums[o][r] = fused(unpack_tail<KIND>(weight + o * bytes_apart + bytes_of<KIND>(c), count),
                              unpack_tail<FLOAT32>((const uint8_t*)(x + r * m.in + c), count), sums[o][r]);
     }
   for (int o = 0; o < outs; o++)
-    for (int r = 0; r < rows; r++) y[r * m.out + first + o] = sum(sums[o][r]) + (m.bias ? m.bias[first + o] : 0.0f);
+    for (int r = 0; r < rows; r++)
+      y[r * m.out + first + o * apart] = sum(sums[o][r]) + (m.bias ? m.bias[first + o * apart] : 0.0f);
 }
 
 // The integers j to j + 15 and j + half to j + half + 15 of a group.
@@ -236,14 +243,14 @@ inline void unpack_words(const uint8_t* group, int64_t j, int64_t half, Words& l
     high = Words(_mm256_cvtepi8_epi16(load<__m128i>(group + j + half)));
   } else {
     const __m256i bytes = _mm256_cvtepu8_epi16(load<__m128i>(group + j));
-    low = Words(bytes) & 15, high = Words(_mm256_srli_epi16(bytes, 4));
+    low = (Words(bytes) & 15) - 8, high = Words(_mm256_srli_epi16(bytes, 4)) - 8;
 #else
   } else if constexpr (KIND == INT8) {
     low = __builtin_convertvector(load<Bytes16>(group + j), Words);
     high = __builtin_convertvector(load<Bytes16>(group + j + half), Words);
   } else {
     const Words bytes = __builtin_convertvector(load<UnsignedBytes16>(group + j), Words);
-    low = bytes & 15, high = bytes >> 4;
+    low = (bytes & 15) - 8, high = (bytes >> 4) - 8;
 #endif
   }
 }
@@ -252,60 +259,50 @@ inline void unpack_words(const uint8_t* group, int64_t j, int64_t half, Words& l
 struct Rounded {
   std::vector<int16_t> values;   // [rows, in]
   std::vector<float> scales;     // [rows, in / group]
-  std::vector<int32_t> offsets;  // [rows, in / group]: for INT4, whose 0 is stored as 8, -8 times the sum of the group
 
   Rounded(const Matrix& m, const float* x, int64_t rows)
-      : values(rows * m.in), scales(rows * (m.in / m.group)), offsets(scales.size()) {
+      : values(rows * m.in), scales(rows * (m.in / m.group)) {
     for (size_t g = 0; g < scales.size(); g++, x += m.group) {
       float largest = 0, total = 0;
       for (int64_t j = 0; j < m.group; j++) largest = std::max(largest, std::fabs(x[j])), total += std::fabs(x[j]);
       const float inverse = largest > 0 ? 32767 / largest : 0;
-      int32_t sum = 0;
-      for (int64_t j = 0; j < m.group; j++)
-        sum += values[g * m.group + j] = int16_t(std::nearbyint(x[j] * inverse));
+      for (int64_t j = 0; j < m.group; j++) values[g * m.group + j] = int16_t(std::nearbyint(x[j] * inverse));
       scales[g] = std::isfinite(total) ? largest / 32767 : NAN;  // one that is not finite makes all results NaN
-      offsets[g] = m.kind == INT4 ? -8 * sum : 0;
     }
   }
 };
 
-// As `products`, by integers, of INT8, INT4 and WORDS. y [rows, out] from the first of the rows on.
-template <int KIND, int GROUP, int outs, int rows>
-void integer_products(const Matrix& m, const uint8_t* weight, int64_t first, const Rounded& x, int64_t row, float* y) {
+// As `products`, by integers, of INT8, INT4 and WORDS, and for row number `row` of x.
+template <int KIND, int GROUP, int outs>
+void integer_products(const Matrix& m, const uint8_t* weight, int64_t first, int64_t apart, int64_t bytes_apart,
+                      const Rounded& x, int64_t row, float* y) {
   constexpr int64_t half = GROUP / 2, group_bytes = bytes_of<KIND>(GROUP);
-  const int64_t groups = m.in / GROUP, row_bytes = groups * group_bytes;
-  const int64_t ahead = std::max(LEAST_AHEAD, outs * row_bytes);
+  const int64_t groups = m.in / GROUP;
   const int16_t* values = x.values.data() + row * m.in;
   const float *scales = m.scales + first * groups, *x_scales = x.scales.data() + row * groups;
-  const int32_t* offsets = x.offsets.data() + row * groups;
   if (KIND != WORDS)
-    for (int64_t g = 0; g < outs * groups; g += 16) __builtin_prefetch(scales + g + ahead / row_bytes * groups);
-  Floats8 sums[outs][rows] = {};
+    for (int o = 0; o < outs; o++)
+      for (int64_t g = 0; g < groups; g += 16) __builtin_prefetch(scales + o * apart * groups + g + SCALES_AHEAD);
+  Floats8 sums[outs] = {};
   for (int64_t g = 0; g < groups; g++, values += GROUP) {
-    Ints8 group[outs][rows] = {};
-    if (KIND != INT8)
-      for (int r = 0; r < rows; r++)
-        for (int o = 0; o < outs; o++) group[o][r][0] = offsets[r * groups + g];
+    Ints8 group[outs] = {};
     for (int64_t j = 0; j < half; j += 16) {
-      Words low[outs], high[outs];
-      for (int o = 0; o < outs; o++)
-        unpack_words<KIND>(weight + o * row_bytes + g * group_bytes, j, half, low[o], high[o]);
-      for (int r = 0; r < rows; r++) {
-        const Words a = load<Words>(values + r * m.in + j), b = load<Words>(values + r * m.in + j + half);
-        for (int o = 0; o < outs; o++) group[o][r] = multiply_add(high[o], b, multiply_add(low[o], a, group[o][r]));
+      const Words a = load<Words>(values + j), b = load<Words>(values + j + half);
+      for (int o = 0; o < outs; o++) {
+        Words low, high;
+        unpack_words<KIND>(weight + o * bytes_apart + g * group_bytes, j, half, low, high);
+        group[o] = multiply_add(high, b, multiply_add(low, a, group[o]));
       }
     }
     for (int o = 0; o < outs; o++) {
-      if (KIND != WORDS && g * group_bytes % 64 == 0) 
-        __builtin_prefetch(weight + o * row_bytes + g * group_bytes + ahead);
-      for (int r = 0; r < rows; r++) {
-        const float scale = scales[o * groups + g] * x_scales[r * groups + g];
-        sums[o][r] = fused8(__builtin_convertvector(group[o][r], Floats8), Floats8{scale, scale, scale, scale, scale, scale, scale, scale}, sums[o][r]);
-      }
+      if (KIND != WORDS && g * group_bytes % 64 == 0)
+        __builtin_prefetch(weight + o * bytes_apart + g * group_bytes + AHEAD);
+      const float scale = scales[o * apart * groups + g] * x_scales[g];
+      const Floats8 scale8 = {scale, scale, scale, scale, scale, scale, scale, scale};
+      sums[o] = fused8(__builtin_convertvector(group[o], Floats8), scale8, sums[o]);
     }
   }
-  for (int o = 0; o < outs; o++)
-    for (int r = 0; r < rows; r++) y[r * m.out + first + o] = sum(sums[o][r]) + (m.bias ? m.bias[first + o] : 0.0f);
+  for (int o = 0; o < outs; o++) y[first + o * apart] = sum(sums[o]) + (m.bias ? m.bias[first + o * apart] : 0.0f);
 }
 
 template <int KIND>
@@ -339,26 +336,31 @@ void expand(const Matrix& m, int64_t first, int64_t count, float* to) {
   }
 }
 
-// Rows `first` to `first + outs` of the weights times all rows of x. Several rows of x share the expanded weights.
+// `outs` rows of the weights, `apart` rows apart, times all rows of x. Several rows of x share the expanded weights.
 template <int KIND, int GROUP, int outs>
-void all_rows(const Matrix& m, int64_t first, const float* x, const Rounded* rounded, int64_t rows, float* y,
-              float* expanded) {
-  const uint8_t* weight = m.weight + first * bytes_of<KIND>(m.in);
-  const uint8_t* shared = KIND == FLOAT32 ? weight : reinterpret_cast<const uint8_t*>(expanded);
-  constexpr int at_once = outs == OUTS ? ROWS : 1;
-  int64_t r = 0;
+void all_rows(const Matrix& m, int64_t first, int64_t apart, const float* x, const Rounded* rounded, int64_t rows,
+              float* y, float* expanded) {
+  const int64_t row_bytes = bytes_of<KIND>(m.in), bytes_apart = apart * row_bytes;
+  const uint8_t* weight = m.weight + first * row_bytes;
   if constexpr (KIND == INT8 || KIND == INT4) {
-    if (rows == 1) return integer_products<KIND, GROUP, outs, 1>(m, weight, first, *rounded, 0, y);
-    expand_words<KIND>(m, first, outs, reinterpret_cast<int16_t*>(expanded));
-    for (; r + at_once <= rows; r += at_once)
-      integer_products<WORDS, GROUP, outs, at_once>(m, shared, first, *rounded, r, y + r * m.out);
-    for (; r < rows; r++) integer_products<WORDS, GROUP, outs, 1>(m, shared, first, *rounded, r, y + r * m.out);
+    if (rows == 1) return integer_products<KIND, GROUP, outs>(m, weight, first, apart, bytes_apart, *rounded, 0, y);
+    for (int o = 0; o < outs; o++)
+      expand_words<KIND>(m, first + o * apart, 1, reinterpret_cast<int16_t*>(expanded) + o * m.in);
+    const uint8_t* shared = reinterpret_cast<const uint8_t*>(expanded);
+    for (int64_t r = 0; r < rows; r++)
+      integer_products<WORDS, GROUP, outs>(m, shared, first, apart, 2 * m.in, *rounded, r, y + r * m.out);
   } else {
-    if (rows == 1) return products<KIND, outs, 1>(m, weight, first, x, y);
-    if (KIND != FLOAT32) expand<KIND>(m, first, outs, expanded);
+    if (rows == 1) return products<KIND, outs, 1>(m, weight, first, apart, bytes_apart, x, y);
+    if (KIND != FLOAT32)
+      for (int o = 0; o < outs; o++) expand<KIND>(m, first + o * apart, 1, expanded + o * m.in);
+    const uint8_t* shared = KIND == FLOAT32 ? weight : reinterpret_cast<const uint8_t*>(expanded);
+    const int64_t between = KIND == FLOAT32 ? bytes_apart : 4 * m.in;
+    constexpr int at_once = outs == OUTS ? ROWS : 1;
+    int64_t r = 0;
     for (; r + at_once <= rows; r += at_once)
-      products<FLOAT32, outs, at_once>(m, shared, first, x + r * m.in, y + r * m.out);
-    for (; r < rows; r++) products<FLOAT32, outs, 1>(m, shared, first, x + r * m.in, y + r * m.out);
+      products<FLOAT32, outs, at_once>(m, shared, first, apart, between, x + r * m.in, y + r * m.out);
+    for (; r < rows; r++)
+      products<FLOAT32, outs, 1>(m, shared, first, apart, between, x + r * m.in, y + r * m.out);
   }
 }
 
@@ -415,10 +417,12 @@ void multiply(const Matrix& m, const float* x, int64_t rows, float* y, int64_t t
     const Rounded rounded(m, x, by_integers ? rows : 0);
     std::vector<float> expanded(rows > 1 && kind != FLOAT32 ? OUTS * m.in : 0);
     for_group(by_integers ? m.group : 32, [&](auto group) {
-      int64_t o = share.first;
-      for (; o + OUTS <= share.last; o += OUTS)
-        all_rows<kind, group, OUTS>(m, o, x, &rounded, rows, y, expanded.data());
-      for (; o < share.last; o++) all_rows<kind, group, 1>(m, o, x, &rounded, rows, y, expanded.data());
+      // Each of OUTS streams of weights is read from its beginning to its end, which is how memory is fastest.
+      const int64_t apart = (share.last - share.first) / OUTS;
+      for (int64_t o = share.first; o < share.first + apart; o++)
+        all_rows<kind, group, OUTS>(m, o, apart, x, &rounded, rows, y, expanded.data());
+      for (int64_t o = share.first + OUTS * apart; o < share.last; o++)
+        all_rows<kind, group, 1>(m, o, 0, x, &rounded, rows, y, expanded.data());
     });
   });
 }
@@ -597,7 +601,8 @@ void attend(const Block& b, const uint8_t* keys, const uint8_t* values, int64_t 
       const int64_t parts = std::min<int64_t>(4, (whole - i) / LANES);
       for (int64_t p = 0, column = first; p < count; p++, column = column + 1 == b.columns ? 0 : column + 1)
         for (int64_t j = 0; j < parts; j++)
-          sums[j] = fused(Floats{} + weights[p], cached<IS_BFLOAT16>(values + column * row_bytes, i + j * LANES), sums[j]);
+          sums[j] =
+              fused(Floats{} + weights[p], cached<IS_BFLOAT16>(values + column * row_bytes, i + j * LANES), sums[j]);
       for (int64_t j = 0; j < parts; j++) store(y + h * dim + i + j * LANES, sums[j]);
     }
     for (int64_t i = whole; i < dim; i++) {

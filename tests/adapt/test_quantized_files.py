@@ -42,14 +42,6 @@ def write(directory: Path, form: str, embedding: str = "bfloat16", **changes: ob
     return directory
 
 
-def change(directory: Path, **changes: object) -> None:
-    """Change keys of its quantization_config."""
-    path = directory / "config.json"
-    content = json.loads(path.read_text())
-    content["quantization_config"] |= changes
-    path.write_text(json.dumps(content))
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @every_format
 @every_embedding
@@ -177,27 +169,31 @@ def test_what_bitsandbytes_writes_is_read(double: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("where", "changes", "words"),
     [
-        ({"format": "float-quantized"}, "format is 'float-quantized': only 'pack-quantized'"),
-        ({"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme is"),
-        ({"weights": {"symmetric": False}}, "group_0.weights: symmetric is 'False': only True"),
-        ({"weights": {"num_bits": 3}}, "num_bits is '3': only 4 or 8"),
-        ({"weights": {"type": "float"}}, "type is 'float': only 'int'"),
-        ({"weights": {"strategy": "block"}}, "strategy is 'block': only 'group' or 'channel'"),
-        ({"weights": {"actorder": "group"}}, "actorder is 'group': only None or 'static' or 'weight'"),
-        ({"group": {"input_activations": {"num_bits": 8}}}, "group_0: input_activations is"),
-        ({"quant_method": "gptq"}, r"only compressed-tensors \(pack-quantized\) and bitsandbytes \(nf4\)"),
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "load_in_4bit is 'None': only True"),
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bnb_4bit_quant_type is 'None': only 'nf4'"),
+        ("config", {"format": "float-quantized"}, "format is 'float-quantized': only 'pack-quantized'"),
+        ("config", {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme is"),
+        ("config", {"config_groups": {"group_0": 3}}, "config_groups.group_0: expected an object, found '3'"),
+        ("config", {"config_groups": []}, r"config_groups: expected an object, found '\[\]'"),
+        ("config", {"quant_method": "gptq"}, r"only compressed-tensors \(pack-quantized\) and bitsandbytes \(nf4\)"),
+        ("config", {"quant_method": "bitsandbytes", "load_in_8bit": True}, "load_in_4bit is 'None': only True"),
+        ("config", {"quant_method": "bitsandbytes", "load_in_4bit": True}, "bnb_4bit_quant_type is 'None': only 'nf4'"),
+        ("group", {"input_activations": {"num_bits": 8}}, "group_0: input_activations is"),
+        ("group", {"weights": [4]}, r"group_0.weights: expected an object, found '\[4\]'"),
+        ("weights", {"symmetric": False}, "group_0.weights: symmetric is 'False': only True"),
+        ("weights", {"num_bits": 3}, "num_bits is '3': only 4 or 8"),
+        ("weights", {"type": "float"}, "type is 'float': only 'int'"),
+        ("weights", {"strategy": "block"}, "strategy is 'block': only 'group' or 'channel'"),
+        ("weights", {"actorder": "group"}, "actorder is 'group': only None or 'static' or 'weight'"),
     ],
 )
-def test_another_quantization_is_refused_by_name(changes: dict, words: str, tmp_path: Path) -> None:
-    write(tmp_path, "int4")
-    group = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
-    group["weights"] |= changes.pop("weights", {})
-    group |= changes.pop("group", {})
-    change(tmp_path, config_groups={"group_0": group}, **changes)
+def test_another_quantization_is_refused_by_name(where: str, changes: dict, words: str, tmp_path: Path) -> None:
+    path = write(tmp_path, "int4") / "config.json"
+    content = json.loads(path.read_text())
+    said = content["quantization_config"]
+    group = said["config_groups"]["group_0"]
+    {"config": said, "group": group, "weights": group["weights"]}[where].update(changes)
+    path.write_text(json.dumps(content))
     with pytest.raises(UserError, match=words) as caught:
         load_model(tmp_path)
     assert "\n" not in str(caught.value)
@@ -230,6 +226,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
     assert "numbers that are not finite" in damaged(tmp_path, "int4", weight_scale=scales * torch.nan)
     assert "weight_scale' is missing" in damaged(tmp_path, "int4", weight_scale=None)
     assert "unexpected" in damaged(tmp_path, "int4", weight_g_idx=torch.zeros(width, dtype=torch.int32))
+    assert "cannot be read" in damaged(tmp_path, "int4", weight_scale=torch.ones(3))
     assert "not that of nf4" in damaged(tmp_path, "nf4", weight__quant_map=torch.linspace(-1, 1, 16))
     assert "cannot be read" in damaged(tmp_path, "nf4", weight__absmax=torch.ones(7))
     state = {"weight__quant_state.bitsandbytes__nf4": torch.tensor([1, 2], dtype=torch.uint8)}

@@ -116,6 +116,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the examples speak of, in small."""
     folder = tmp_path_factory.mktemp("examples")
     text = "The fox had a kite and the kite had a fox. Once upon a time there was a fox.\n" * 200
+    (folder / "prompts.txt").write_text("Once there was\nThe fox had\n")
     for name in ("book.txt", "other.txt", "books/one.txt"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from slmkit.generation import engine
 from slmkit.generation.ensemble import LanguageModel
 from slmkit.generation.generator import TextStream
 from slmkit.generation.text import TextTokenizer
@@ -29,6 +30,9 @@ def byte_decoder(context: int = 128) -> Decoder:
         max_position_embeddings=context, initializer_range=0.3,
     )  # fmt: skip
     return build_decoder(config, seed=1).eval()
+
+
+LENDER = byte_decoder()  # of caches
 
 
 class ByteTokens:
@@ -71,7 +75,7 @@ class ScriptedModel(nn.Module):
         self.forwards = 0
 
     def new_cache(self, slots: int, max_length: int, at_once: int) -> KVCache:
-        return byte_decoder().new_cache(slots, max_length, at_once)
+        return LENDER.new_cache(slots, max_length, at_once)
 
     def cache_bytes(self, slots: int, max_length: int, at_once: int) -> int:
         return slots * max_length
@@ -97,9 +101,11 @@ def make_models_say(ids: Sequence[int], monkeypatch: pytest.MonkeyPatch) -> None
         return 50.0 * F.one_hot(torch.full(hidden.shape[:-1], said), decoder.vocab_size).float()
 
     def begin(decoder: Decoder, x: Tensor, cache: KVCache | None = None, **rest: object) -> Tensor:
-        if cache is not None and int(cache.lengths.max()) == 0:
+        if cache is not None and (x.size(1) > 1 or int(cache.lengths.max()) == 0):
             decoder.said = 0
         return forward(decoder, x, cache, **rest)
 
+    monkeypatch.setattr(engine, "for_decoding", lambda decoder: decoder)
+    monkeypatch.setattr(Decoder, "said", 0, raising=False)  # where all of the prompt but a token is known
     monkeypatch.setattr(Decoder, "forward", begin)
     monkeypatch.setattr(Decoder, "logits", script)

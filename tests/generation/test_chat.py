@@ -9,7 +9,14 @@ import pytest
 from slmkit.config import UserError
 from slmkit.generation.chat import ChatSession
 from slmkit.generation.sampling_settings import SamplingSettings
+from slmkit.tokenizer import SLMTokenizer
 from tests.generation.helpers import TOKENIZER, byte_decoder, make_models_say
+
+
+@pytest.fixture(autouse=True)
+def _plain_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every pass is the decoder's own, which tests interrupt and count."""
+    monkeypatch.setattr("slmkit.generation.engine.for_decoding", lambda decoder: decoder)
 
 
 def session(context: int = 256, **changes: object) -> ChatSession:
@@ -87,7 +94,7 @@ def test_an_interruption_inside_the_model_keeps_the_answer_so_far(monkeypatch: p
 def test_a_message_without_an_answer_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     make_models_say([TOKENIZER.end_of_turn_id], monkeypatch)
     chat = session()
-    assert list(chat.reply("Hello")) == []
+    assert "".join(chat.reply("Hello")) == ""
     assert chat.messages == []
 
 
@@ -123,6 +130,110 @@ def test_a_message_that_leaves_no_room_is_refused_and_changes_nothing() -> None:
     with pytest.raises(UserError, match="context of 256: write a shorter message"):
         next(chat.reply("x" * 300))
     assert (chat.messages, chat.forgotten) == (before, 0)
+
+
+def answered(chat: ChatSession, question: str) -> str:
+    return "".join(chat.reply(question))
+
+
+def test_a_retry_replaces_the_answer_and_a_seed_gives_the_same_ones_in_the_same_order() -> None:
+    runs = []
+    for _ in range(2):
+        chat = session()
+        answered(chat, "Hello")
+        runs.append([answered(chat, "And?"), *("".join(chat.retry()) for _ in range(4))])
+        assert [message["role"] for message in chat.messages] == ["user", "assistant"] * 2
+        assert chat.messages[-2:] == [
+            {"role": "user", "content": "And?"},
+            {"role": "assistant", "content": runs[-1][-1].rstrip()},
+        ]
+    assert runs[0] == runs[1]
+    assert len(set(runs[0])) == 5
+    assert answered(chat, "And?") != answered(session(), "And?"), "the conversation matters"
+    fresh = session()
+    answered(fresh, "Hello")
+    assert answered(fresh, "And?") == runs[0][0], "another question begins with the seed again"
+
+
+def test_a_retry_without_an_answer_keeps_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = session()
+    answered(chat, "Hello")
+    before = list(chat.messages)
+    make_models_say([TOKENIZER.end_of_turn_id], monkeypatch)
+    assert "".join(chat.retry()) == ""
+    assert chat.messages == before
+    assert chat.undo() == "Hello"
+    assert chat.messages == []
+
+
+def test_a_question_without_an_answer_can_be_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as silent:
+        make_models_say([TOKENIZER.end_of_turn_id], silent)
+        chat = session()
+        answered(chat, "Hello")
+    assert chat.messages == []
+    assert "".join(chat.retry())
+    assert chat.messages[0] == {"role": "user", "content": "Hello"}
+
+
+def test_what_cannot_be_retried_or_taken_back_is_said() -> None:
+    chat = session(system="Be kind.")
+    for verb in (chat.undo, lambda: next(chat.retry())):
+        with pytest.raises(UserError, match="nothing was asked yet"):
+            verb()
+    answered(chat, "Hello")
+    chat.settings = SamplingSettings(temperature=0.0)
+    with pytest.raises(UserError, match="at temperature 0 the answer is always the same"):
+        next(chat.retry())
+
+
+def test_undo_takes_back_one_exchange_at_a_time() -> None:
+    chat = session(context=512, system="Be kind.")
+    for question in ("one", "two"):
+        answered(chat, question)
+    assert (chat.undo(), len(chat.messages)) == ("two", 3)
+    assert (chat.undo(), chat.messages) == ("one", [{"role": "system", "content": "Be kind."}])
+
+
+def test_a_system_message_is_set_replaced_and_removed_while_the_conversation_stays() -> None:
+    chat = session()
+    answered(chat, "Hello")
+    before = list(chat.messages)
+    for text in ("Be kind.", "Be rude."):
+        chat.set_system(text)
+        assert chat.system == text
+        assert chat.messages == [{"role": "system", "content": text}, *before]
+    with pytest.raises(UserError, match="leave no room"):
+        chat.set_system("x" * 300)
+    assert chat.system == "Be rude."
+    chat.set_system(None)
+    assert (chat.system, chat.messages) == (None, before)
+
+
+def test_a_template_without_a_place_for_a_system_message() -> None:
+    tokenizer = SLMTokenizer(260)
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + m.content }}{% endfor %}{{ '<|im_start|>assistant' }}"
+    )
+    chat = ChatSession(byte_decoder(256), tokenizer, SamplingSettings(seed=1))
+    with pytest.raises(UserError, match="no system"):
+        chat.set_system("Be kind.")
+    assert chat.messages == []
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match="no chat template"):
+        ChatSession(byte_decoder(256), tokenizer, SamplingSettings(seed=1))
+
+
+def test_what_was_read_of_a_conversation_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    chat, read = session(context=512), []
+    forward = chat.decoder.forward
+    monkeypatch.setattr(chat.decoder, "forward", lambda ids, cache: read.append(ids.size(1)) or forward(ids, cache))
+    answered(chat, "x" * 150)
+    assert max(read) > 150
+    read.clear()
+    answered(chat, "And now?")
+    assert max(read) < 60
 
 
 @pytest.mark.parametrize("name", ["chat.jsonl", "chat.json"])

@@ -6,6 +6,7 @@ import itertools
 import random
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from slmkit.config import UserError
+from slmkit.generation.constraints import Grammar
 from slmkit.generation.engine import Engine, Event, Request
 from slmkit.generation.ensemble import Ensemble, LanguageModel
 from slmkit.generation.sampling_settings import SamplingSettings
@@ -112,32 +114,48 @@ def test_every_family_goes_on_from_what_another_text_has_read(family: str) -> No
         assert list(found.values()) == [plain(decoder, shared + more, 15)]
 
 
-def requests(count: int = 12) -> list[Request]:
-    """Different prompts, settings, lengths, stops, and one with two continuations."""
+def requests(count: int = 12, vocab_size: int = 97) -> list[Request]:
+    """Different prompts, settings, lengths, end tokens, and one with two continuations."""
     made = []
     for number in range(count):
         settings = SETTINGS[number % len(SETTINGS)]
         stop_ids = {5, 6} if number % 4 == 1 else set()
-        prompt = numbers(1 + 3 * number, number // 2)
+        prompt = numbers(1 + 3 * number, number // 2, vocab_size)
         made.append(
             Request(prompt, 2 + number // 4, settings, stop_ids, n=2 if number == 7 else 1, logprobs=number % 3)
         )
     return made
 
 
+def with_text() -> list[Request]:
+    """The same with stop strings and grammars."""
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    extra: list[dict[str, object]] = [{} for _ in range(12)]
+    extra[0] = {"stop": ["a", "\N{REPLACEMENT CHARACTER}"]}
+    extra[3] = {"grammar": Grammar.regex(TOKENIZER, "[ab]{3}c*"), "max_new_tokens": 9}
+    extra[6] = {"grammar": Grammar.json_schema(TOKENIZER, schema), "max_new_tokens": 9}
+    extra[9] = {"grammar": Grammar.choices(TOKENIZER, ["yes", "no", "\N{GRINNING FACE}"]), "max_new_tokens": 9}
+    return [replace(request, **more) for request, more in zip(requests(vocab_size=250), extra)]
+
+
 @pytest.fixture(scope="module")
 def exact() -> Decoder:
     """In double precision, where a batch of another size rounds too little to matter."""
-    kinds = ["sliding_attention", "full_attention"]
-    small = config("gemma3_text").model_copy(update={"num_hidden_layers": 2, "layer_types": kinds})
+    return exact_decoder()
+
+
+def exact_decoder(vocab_size: int = 97) -> Decoder:
+    layers = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+    small = config("gemma3_text").model_copy(update=layers | {"vocab_size": vocab_size})
     return build_decoder(small, seed=3).eval().double()
 
 
-def test_two_hundred_rounds_of_twelve_mixed_requests_in_any_order(exact: Decoder) -> None:
-    asked = requests()
-    expected = [alone(exact, request) for request in asked]
+def test_two_hundred_rounds_of_twelve_mixed_requests_in_any_order() -> None:
+    asked, model = with_text(), exact_decoder(260)
+    expected = [alone(model, request, TOKENIZER) for request in asked]
+    assert "".join(event.text for event in run_request(model, asked[3], TOKENIZER))[:3].strip("ab") == ""
     shuffled = random.Random(5)
-    engine = Engine(exact, max_rows=5)  # goes on with the slots, and what they hold, of the rounds before
+    engine = Engine(model, TOKENIZER, max_rows=5)  # goes on with the slots, and what they hold, of the rounds before
     for _ in range(200):
         handles, order, events = {}, shuffled.sample(range(12), 12), []
         for number in order:
@@ -147,6 +165,19 @@ def test_two_hundred_rounds_of_twelve_mixed_requests_in_any_order(exact: Decoder
         found = tokens_of(run(engine, events))
         for handle, number in handles.items():
             assert [found[handle, index] for index in range(asked[number].n)] == expected[number], SETTINGS[number]
+
+
+def test_a_grammar_that_leaves_no_token_ends_its_row_alone() -> None:
+    known = np.ones(260, bool)
+    known[TOKENIZER.encode("ab")] = False
+    engine = Engine(byte_decoder(), TOKENIZER, known=known)
+    stuck = engine.insert(Request([72], 5, GREEDY, grammar=Grammar.regex(TOKENIZER, "[ab]+")))
+    other = engine.insert(Request([72], 5, GREEDY))
+    events = run(engine)
+    assert [(event.finish_reason, "no token is left" in event.error) for event in events if event.handle == stuck] == [
+        ("error", True)
+    ]
+    assert len(tokens_of(events)[other, 0]) == 5
 
 
 def test_an_ensemble_runs_as_a_model_does() -> None:
@@ -323,6 +354,15 @@ def test_what_another_text_has_read_is_not_read_again(monkeypatch: pytest.Monkey
     engine.insert(Request([*prompt[:20], 1, 2, 3], 1, GREEDY))
     run(engine)
     assert read == [3]
+
+
+def test_a_prompt_known_almost_to_the_end_of_the_context_is_read_beside_a_short_one(exact: Decoder) -> None:
+    engine, long = Engine(exact), numbers(60, 1)
+    engine.insert(Request(long, 1, GREEDY))
+    run(engine)
+    first, second = engine.insert(Request([*long, 5], 2, GREEDY)), engine.insert(Request(numbers(30, 2), 2, GREEDY))
+    found = tokens_of(run(engine))
+    assert found == {(first, 0): plain(exact, [*long, 5], 2), (second, 0): plain(exact, numbers(30, 2), 2)}
 
 
 # -- text -------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
@@ -22,10 +23,20 @@ from slmkit.generation.sampling_settings import SamplingSettings
 from slmkit.generation.speculation import DraftModel, Guess, PromptLookup, Speculation
 from slmkit.model.decoder import Decoder
 from slmkit.model.initialization import build_decoder
-from tests.generation.helpers import TOKENIZER, byte_decoder
+from tests.generation.helpers import TOKENIZER, ScriptedModel, byte_decoder
 from tests.generation.test_engine import GREEDY, SETTINGS, alone, numbers, plain, run, tokens_of
 from tests.model.test_cache import decoder_of, every_family
 from tests.model.test_decoder import tiny
+
+
+def pair(noise: float = 0.03) -> tuple[Decoder, Decoder]:
+    """A model whose text does not repeat itself, and a draft model that often agrees with it."""
+    decoder = build_decoder(tiny(tie_word_embeddings=False), seed=1).eval()
+    draft, random = copy.deepcopy(decoder), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in draft.parameters():
+            weight *= 1 + noise * torch.randn(weight.shape, generator=random)
+    return decoder, draft
 
 
 def spoken(
@@ -76,7 +87,9 @@ def test_greedy_text_is_the_same_for_every_family_and_every_guess(family: str) -
 
 
 def test_windows_shorter_than_the_text_are_reread_after_wrong_guesses() -> None:
-    decoder = build_decoder(tiny(model_type="mistral", sliding_window=4, max_position_embeddings=400), seed=5).eval()
+    decoder = build_decoder(
+        tiny(model_type="mistral", tie_word_embeddings=False, sliding_window=4, max_position_embeddings=400), seed=5
+    ).eval()
     request = Request(numbers(300, 1), 60, GREEDY)  # more than the 259 positions that its layers store
     expected = alone(decoder, request)
     for count in (3, 20):
@@ -121,7 +134,7 @@ def test_a_slot_that_was_guessed_in_is_reused_as_far_as_it_is_text() -> None:
 
 def test_a_draft_model_guesses_as_if_it_read_the_whole_text_each_time() -> None:
     """Its cache forgets the guesses that did not become text."""
-    draft, guesses = build_decoder(tiny(num_hidden_layers=1), seed=2).eval(), 0
+    (decoder, draft), guesses = pair(), 0
 
     class Compared(DraftModel):
         def guess(self, row: Any, room: int) -> Guess:
@@ -131,16 +144,15 @@ def test_a_draft_model_guesses_as_if_it_read_the_whole_text_each_time() -> None:
             guesses += 1
             return found
 
-    decoder = build_decoder(tiny(), seed=1).eval()
     speculation = Compared(draft, 5)
     spoken(decoder, [Request(numbers(9, 1), 50, SETTINGS[5])], speculation)
     assert guesses > 5
-    assert speculation.accepted < speculation.guessed
+    assert 0.1 < speculation.acceptance < 0.9
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=range(len(SETTINGS)))
 def test_a_row_with_guesses_is_itself_beside_others(settings: SamplingSettings) -> None:
-    decoder, draft = build_decoder(tiny(), seed=1).eval(), build_decoder(tiny(num_hidden_layers=1), seed=2)
+    decoder, draft = pair()
     requests = [Request(numbers(9, number), 15 + number, settings) for number in range(3)]
     together = spoken(decoder, requests, DraftModel(draft, 3))
     assert together == [spoken(decoder, [request], DraftModel(draft, 3))[0] for request in requests]
@@ -151,9 +163,9 @@ def test_a_row_with_guesses_is_itself_beside_others(settings: SamplingSettings) 
 
 
 def test_continuations_of_one_prompt_differ() -> None:
-    decoder = build_decoder(tiny(), seed=1).eval()
+    decoder, draft = pair()
     request = Request(numbers(9, 1), 20, SamplingSettings(seed=3), n=3)
-    texts = spoken(decoder, [request], DraftModel(build_decoder(tiny(num_hidden_layers=1), seed=2)))
+    texts = spoken(decoder, [request], DraftModel(draft))
     assert len({tuple(text) for text in texts}) == 3
 
 
@@ -257,23 +269,19 @@ def test_guesses_obey_the_grammar() -> None:
             assert speculation.accepted > 0
 
 
-@pytest.mark.parametrize("kind", ["draft", "lookup"])
-def test_logits_that_are_not_finite_end_the_row_alone(kind: str) -> None:
-    class Damaged(Decoder):
+@pytest.mark.parametrize("speculation", [DraftModel(ScriptedModel(260, 8, [65] * 40), 3), PromptLookup(3)])
+def test_logits_that_are_not_finite_end_the_row_alone(speculation: Speculation) -> None:
+    class Broken(ScriptedModel):
         def logits(self, hidden: Tensor) -> Tensor:
-            found = super().logits(hidden)
-            return found.masked_fill(found.argmax(-1, keepdim=True) % 5 == 0, torch.nan)
+            return super().logits(hidden).masked_fill(hidden == 14, torch.nan)
 
-    decoder = build_decoder(tiny(), seed=1).eval()
-    good = alone(decoder, Request(numbers(5, 1), 12, GREEDY))[0]
-    decoder.__class__ = Damaged
-    speculation = DraftModel(build_decoder(tiny(), seed=1), 3) if kind == "draft" else PromptLookup()
-    engine = Engine(decoder, speculation=speculation)
-    engine.insert(Request(numbers(5, 1), 12, GREEDY))
-    *_, last = events = run(engine)
-    bad = next((place for place, token in enumerate(good) if token % 5 == 0), 12)
-    assert [event.token for event in events if event.token is not None] == good[:bad]
-    assert last.finish_reason == ("error" if bad < 12 else "length")
+    engine = Engine(Broken(260, 4, [65] * 40), speculation=speculation)
+    first, second = engine.insert(Request([1] * 8, 20, GREEDY)), engine.insert(Request([1] * 4, 9, GREEDY))
+    events = run(engine)
+    assert [event.token for event in events if event.handle == first] == [65] * 7 + [None]
+    assert "not finite" in next(event.error for event in events if event.error)
+    assert tokens_of(events)[second, 0] == [65] * 9
+    assert speculation.accepted > 3
 
 
 def test_how_many_tokens_to_guess_is_checked() -> None:

@@ -98,6 +98,7 @@ def test_a_stop_string_cuts_what_would_have_been_said(decoder: Decoder) -> None:
 
 
 def test_a_plain_text_begins_behind_an_end_of_text_token(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slmkit.generation.engine.for_decoding", lambda decoder: decoder)
     prompts = []
     forward = decoder.forward
     monkeypatch.setattr(decoder, "forward", lambda ids, cache: prompts.append(ids.tolist()) or forward(ids, cache))

@@ -69,10 +69,11 @@ def expect_quantization(found: Any) -> None:
     elif method == "compressed-tensors":
         wanted = {"kv_cache_scheme": (None,), "sparsity_config": (None, {}), "transform_config": (None, {})}
         _expect_values("quantization_config", found, wanted | {"format": ("pack-quantized",)})
-        for name, group in (found.get("config_groups") or {}).items():
-            where = f"quantization_config.config_groups.{name}"
+        groups = found.get("config_groups")
+        for name, group in groups.items() if isinstance(groups, dict) else [("", groups)]:
+            where = f"quantization_config.config_groups{name and '.'}{name}"
             _expect_values(where, group, GROUP_ONLY_WITH)
-            _expect_values(f"{where}.weights", group.get("weights") or {}, WEIGHTS_ONLY_WITH)
+            _expect_values(f"{where}.weights", group.get("weights"), WEIGHTS_ONLY_WITH)
     else:
         raise ValueError(
             f"quantization_config is {str(found)[:80]}: only compressed-tensors (pack-quantized) and bitsandbytes "
@@ -81,8 +82,10 @@ def expect_quantization(found: Any) -> None:
 
 
 def _expect_values(where: str, found: Any, wanted: dict[str, tuple[Any, ...]]) -> None:
+    if not isinstance(found, dict):
+        raise ValueError(f"{where}: expected an object, found {str(found)[:80]!r}")
     for key, values in wanted.items():
-        value = found.get(key) if isinstance(found, dict) else found
+        value = found.get(key)
         if value not in values:
             supported = " or ".join(map(repr, values))
             raise ValueError(f"{where}: {key} is {str(value)[:80]!r}: only {supported} is supported")
