@@ -1,7 +1,7 @@
 """Greedy decoding by slmkit, transformers and llama.cpp: the same weights, prompts and threads, in turn, in one run.
 
 pip install xllamacpp gguf
-python -m benchmarks.decode                # twelve minutes on two idle cores
+python -m benchmarks.decode                # a quarter of an hour on two idle cores
 python -m benchmarks.decode --quick        # a minute of one busy core, in processor time
 python -m benchmarks.decode --only slmkit "llama.cpp Q8_0"     # some of them
 python -m benchmarks.decode --only "slmkit int4" --profile     # where the time goes
