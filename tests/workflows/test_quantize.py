@@ -135,6 +135,12 @@ def test_what_cannot_be_is_said_before_any_work(request_: Request, words: str, m
     assert sorted(model.parent.iterdir()) == before
 
 
+def test_a_model_of_the_hub_gets_a_directory_here() -> None:
+    wanted = Request(["int4", "nf4"])
+    assert workflow.expect_possible("hf://owner/name", wanted) == [Path("name-int4"), Path("name-nf4")]
+    assert workflow.expect_possible("/tmp/", wanted) == [Path("/tmp-int4"), Path("/tmp-nf4")]
+
+
 def test_too_little_text_and_a_quantized_model_are_refused(
     model: Path, made: list[workflow.Figures], tmp_path: Path
 ) -> None:
