@@ -1,8 +1,8 @@
 """Greedy decoding by slmkit, transformers and llama.cpp: the same weights, prompts and threads, in turn, in one run.
 
 pip install xllamacpp gguf
-python -m benchmarks.decode                # twelve minutes on two idle cores
-python -m benchmarks.decode --quick        # a minute of one busy core, in processor time; nothing is written
+python -m benchmarks.decode                # a quarter of an hour on two idle cores
+python -m benchmarks.decode --quick        # a minute of one busy core, in processor time
 python -m benchmarks.decode --only slmkit "llama.cpp Q8_0"     # some of them
 python -m benchmarks.decode --only "slmkit int4" --profile     # where the time goes
 python -m benchmarks.decode --draw docs/decode.png             # the chart of what was measured
@@ -161,7 +161,7 @@ def expect_same_tokens(decoder: Decoder, peers: Mapping[str, Generate]) -> dict[
             at = next((i for i in range(new) if ours[i] != theirs[i]), None)
             if at is not None and logits[row, at, ours[at]] - logits[row, at, theirs[at]] > TIE:
                 raise ValueError(f"{name}: token {at} of row {row} is {theirs[at]}, not {ours[at]}")
-        found[name] = f"{sum(a == b for a, b in zip(expected, rows))} of {len(rows)} rows equal, the others near ties"
+        found[name] = f"{sum(a == b for a, b in zip(expected, rows))} of {len(rows)} rows equal to the last token"
     return found
 
 
@@ -305,8 +305,9 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
 
     rates, curves = result["tokens_per_second"], result.get("growth", {})
     colors = {"slmkit": "tab:blue", "transformers": "tab:orange", "llama.cpp": "tab:green"}
-    figure = Figure(figsize=(13, 8), layout="constrained")
-    axes = figure.subplots(2, 3).flatten()
+    rows = -(-(len(rates) + len(curves)) // 3)
+    figure = Figure(figsize=(13, 4 * rows), layout="constrained")
+    axes = figure.subplots(rows, 3, squeeze=False).flatten()
     for plot, (what, of) in zip(axes, rates.items()):
         names = list(of)[::-1]
         medians = [of[name]["median"] for name in names]
@@ -338,6 +339,7 @@ def measure(arguments: argparse.Namespace, directory: Path) -> Iterator[dict[str
         return
     result: dict[str, Any] = {
         "date": datetime.datetime.now().isoformat(timespec="minutes"),
+        "seconds": f"of processor, {torch.get_num_threads()} thread" if quick else "of the clock",
         "what": f"46 M parameters, prompt {prompt}, {new} new tokens, {rounds} rounds in turn; prefill of {PREFILL}",
         "machine": machine(),
         "load_average": [[round(load, 2) for load in os.getloadavg()]],
@@ -371,18 +373,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--profile", action="store_true", help="only print where the time goes, by function")
     parser.add_argument("--draw", type=Path, metavar="PNG", help="only draw what was measured")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/decode.json, with --quick none")
     arguments = parser.parse_args()
     if arguments.draw:
-        draw(json.loads(arguments.out.read_text()), arguments.draw)
+        draw(json.loads((arguments.out or RESULTS).read_text()), arguments.draw)
         return
     arguments.new = arguments.new or (16 if arguments.quick else 64)
     arguments.rounds = arguments.rounds or (3 if arguments.quick else 5)
     torch.set_num_threads(1 if arguments.quick else arguments.threads)
     with tempfile.TemporaryDirectory() as directory:
         for result in measure(arguments, Path(directory)):
-            if not arguments.quick:
-                arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+            if path := arguments.out or (None if arguments.quick else RESULTS):
+                path.write_text(json.dumps(result, indent=2) + "\n")
     if not arguments.profile:
         print_figures(result)
 

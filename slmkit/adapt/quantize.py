@@ -47,7 +47,7 @@ def group_scales(groups: Tensor, form: Kind) -> Tensor:
     best, least = full, torch.full_like(full, torch.inf)
     for share in SHARES:
         scales = _bfloat16(full * share)
-        rounded = values(nearest(groups, scales[..., None], form), form) * scales[..., None]
+        rounded = (groups / scales[..., None]).round().clamp(-8, 7) * scales[..., None]
         error = (rounded - groups).square().sum(-1)
         best, least = torch.where(error < least, scales, best), torch.minimum(error, least)
     return best

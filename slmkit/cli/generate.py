@@ -14,13 +14,15 @@ from rich.console import Console
 from rich.text import Text
 
 from slmkit.cli import options
-from slmkit.cli.show import counted, open_model, printable
+from slmkit.cli.show import counted, load_for_generation, open_model, printable
 from slmkit.config import UserError
 
 if TYPE_CHECKING:
     from slmkit.generation.constraints import Grammar
     from slmkit.generation.engine import Engine, Request
+    from slmkit.generation.ensemble import LanguageModel
     from slmkit.generation.prompts import Row
+    from slmkit.generation.speculation import Speculation
     from slmkit.tokenizer import SLMTokenizer
 
 
@@ -46,6 +48,15 @@ Crop = Annotated[bool, typer.Option("--crop", help="Of a prompt that is too long
 Stop = Annotated[list[str] | None, typer.Option(help="Stop before this text; may be given several times.")]
 JSONSchema = Annotated[str | None, typer.Option(metavar="FILE", help="The text is JSON that this schema accepts.")]
 Regex = Annotated[str | None, typer.Option(help="The whole text matches this regular expression.")]
+Draft = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL2", help="Be faster: a smaller model of the same tokenizer guesses several tokens at once."
+    ),
+]
+Lookup = Annotated[
+    bool, typer.Option("--lookup", help="Be faster where a text repeats itself: guess that it goes on as before.")
+]
 Choice = Annotated[list[str] | None, typer.Option(help="The text is one of these; to be given several times.")]
 
 
@@ -62,6 +73,8 @@ def generate(
     json_schema: JSONSchema = None,
     regex: Regex = None,
     choice: Choice = None,
+    draft: Draft = None,
+    lookup: Lookup = False,
     temperature: options.Temperature = None,
     top_k: options.TopK = None,
     top_p: options.TopP = None,
@@ -86,6 +99,8 @@ def generate(
         raise UserError("a PROMPT and --prompts: give one of them")
     if sum(map(bool, (json_schema, regex, choice))) > 1:
         raise UserError("--json-schema, --regex and --choice: give one of them")
+    if draft is not None and lookup:
+        raise UserError("--draft and --lookup: give one of them")
     if output is not None and Path(output).is_file():
         raise UserError(f"{output} exists: name another file for --output, or remove it")
     rows = _read_rows(prompt or "", prompts)
@@ -100,7 +115,8 @@ def generate(
         ids, most = _encoded(place, row, tokenizer, decoder.max_positions, max_new_tokens, advice, crop)
         requests.append(Request(ids, most, settings, end_tokens(tokenizer), stop or [], samples, grammar))
     with open(output, "w", encoding="utf-8", errors="replace") if output else nullcontext() as file:
-        _write(Engine(decoder, tokenizer), [row for _, row in rows], requests, file)
+        engine = Engine(decoder, tokenizer, speculation=_speculation(model, draft, lookup, decoder, device))
+        _write(engine, [row for _, row in rows], requests, file)
     if output:
         print(f"{counted(len(rows) * samples, 'text')} in {output}")
 
@@ -132,6 +148,23 @@ def _grammar(tokenizer: SLMTokenizer, schema: Any, regex: str | None, choices: l
     if choices:
         return Grammar.choices(tokenizer, choices)
     return Grammar.regex(tokenizer, regex) if regex else Grammar.json_schema(tokenizer, schema)
+
+
+def _speculation(
+    model: str, draft: str | None, lookup: bool, decoder: LanguageModel, device: str
+) -> Speculation | None:
+    """Raises `UserError` for a draft model of another vocabulary."""
+    from slmkit.find import find_model_directory
+    from slmkit.generation.ensemble import common_tokenizer
+    from slmkit.generation.speculation import DraftModel, PromptLookup
+
+    if draft is None:
+        return PromptLookup() if lookup else None
+    common_tokenizer([find_model_directory(path) for path in (model, draft)])
+    smaller, _ = load_for_generation(draft, device)
+    if smaller.vocab_size != decoder.vocab_size:
+        raise UserError(f"--draft {draft}: {smaller.vocab_size:,} logits, where {model} has {decoder.vocab_size:,}")
+    return DraftModel(smaller)
 
 
 def _encoded(
@@ -192,4 +225,7 @@ def _write(engine: Engine, rows: list[Row], requests: list[Request], file: IO[st
         tokens, text, length = tokens + length, "", 0
     if sys.stderr.isatty():
         speed = tokens / (time.monotonic() - began)
-        Console(stderr=True, highlight=False).print(f"{counted(tokens, 'token')}, {speed:,.1f} tokens/s", style="dim")
+        line = f"{counted(tokens, 'token')}, {speed:,.1f} tokens/s"
+        if engine.speculation is not None:
+            line += f", {engine.speculation.accepted:,} of {engine.speculation.guessed:,} guessed tokens accepted"
+        Console(stderr=True, highlight=False).print(line, style="dim")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from slmkit.model.cache import KVCache
 from slmkit.model.decoder import Attention, Decoder
-from slmkit.model.kernels import MOST_ROWS, Matrix, MatrixFields, library
+from slmkit.model.kernels import MOST_ROWS, Kind, Matrix, MatrixFields, library
 from slmkit.model.norms import RMSNorm
 
 # In the order of kernels.cpp.
@@ -151,10 +151,11 @@ class CompiledDecoder:
         if hasattr(module, "codes"):
             matrix = Matrix(module.form, module.codes, module.scales, module.group, module.bias)
         elif isinstance(module, nn.Embedding) or type(module) is nn.Linear:
-            kind = str(module.weight.dtype).removeprefix("torch.")
-            if kind not in ("float32", "bfloat16"):
+            kinds: dict[torch.dtype, Kind] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+            if module.weight.dtype not in kinds:
                 raise UnsupportedError
-            matrix = Matrix(kind, module.weight.contiguous(), bias=getattr(module, "bias", None))
+            bias = getattr(module, "bias", None)
+            matrix = Matrix(kinds[module.weight.dtype], module.weight.contiguous(), bias=bias)
         else:
             raise UnsupportedError
         self.keep.append(matrix)

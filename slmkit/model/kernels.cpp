@@ -243,14 +243,14 @@ inline void unpack_words(const uint8_t* group, int64_t j, int64_t half, Words& l
     high = Words(_mm256_cvtepi8_epi16(load<__m128i>(group + j + half)));
   } else {
     const __m256i bytes = _mm256_cvtepu8_epi16(load<__m128i>(group + j));
-    low = Words(bytes) & 15, high = Words(_mm256_srli_epi16(bytes, 4));
+    low = (Words(bytes) & 15) - 8, high = Words(_mm256_srli_epi16(bytes, 4)) - 8;
 #else
   } else if constexpr (KIND == INT8) {
     low = __builtin_convertvector(load<Bytes16>(group + j), Words);
     high = __builtin_convertvector(load<Bytes16>(group + j + half), Words);
   } else {
     const Words bytes = __builtin_convertvector(load<UnsignedBytes16>(group + j), Words);
-    low = bytes & 15, high = bytes >> 4;
+    low = (bytes & 15) - 8, high = (bytes >> 4) - 8;
 #endif
   }
 }
@@ -259,63 +259,50 @@ inline void unpack_words(const uint8_t* group, int64_t j, int64_t half, Words& l
 struct Rounded {
   std::vector<int16_t> values;   // [rows, in]
   std::vector<float> scales;     // [rows, in / group]
-  std::vector<int32_t> offsets;  // [rows, in / group]: for INT4, whose 0 is stored as 8, -8 times the sum of the group
 
   Rounded(const Matrix& m, const float* x, int64_t rows)
-      : values(rows * m.in), scales(rows * (m.in / m.group)), offsets(scales.size()) {
+      : values(rows * m.in), scales(rows * (m.in / m.group)) {
     for (size_t g = 0; g < scales.size(); g++, x += m.group) {
       float largest = 0, total = 0;
       for (int64_t j = 0; j < m.group; j++) largest = std::max(largest, std::fabs(x[j])), total += std::fabs(x[j]);
       const float inverse = largest > 0 ? 32767 / largest : 0;
-      int32_t sum = 0;
-      for (int64_t j = 0; j < m.group; j++)
-        sum += values[g * m.group + j] = int16_t(std::nearbyint(x[j] * inverse));
+      for (int64_t j = 0; j < m.group; j++) values[g * m.group + j] = int16_t(std::nearbyint(x[j] * inverse));
       scales[g] = std::isfinite(total) ? largest / 32767 : NAN;  // one that is not finite makes all results NaN
-      offsets[g] = m.kind == INT4 ? -8 * sum : 0;
     }
   }
 };
 
-// As `products`, by integers, of INT8, INT4 and WORDS. y [rows, out] from the first of the rows on.
-template <int KIND, int GROUP, int outs, int rows>
+// As `products`, by integers, of INT8, INT4 and WORDS, and for row number `row` of x.
+template <int KIND, int GROUP, int outs>
 void integer_products(const Matrix& m, const uint8_t* weight, int64_t first, int64_t apart, int64_t bytes_apart,
                       const Rounded& x, int64_t row, float* y) {
   constexpr int64_t half = GROUP / 2, group_bytes = bytes_of<KIND>(GROUP);
   const int64_t groups = m.in / GROUP;
   const int16_t* values = x.values.data() + row * m.in;
   const float *scales = m.scales + first * groups, *x_scales = x.scales.data() + row * groups;
-  const int32_t* offsets = x.offsets.data() + row * groups;
   if (KIND != WORDS)
     for (int o = 0; o < outs; o++)
       for (int64_t g = 0; g < groups; g += 16) __builtin_prefetch(scales + o * apart * groups + g + SCALES_AHEAD);
-  Floats8 sums[outs][rows] = {};
+  Floats8 sums[outs] = {};
   for (int64_t g = 0; g < groups; g++, values += GROUP) {
-    Ints8 group[outs][rows] = {};
-    if (KIND != INT8)
-      for (int r = 0; r < rows; r++)
-        for (int o = 0; o < outs; o++) group[o][r][0] = offsets[r * groups + g];
+    Ints8 group[outs] = {};
     for (int64_t j = 0; j < half; j += 16) {
-      Words low[outs], high[outs];
-      for (int o = 0; o < outs; o++)
-        unpack_words<KIND>(weight + o * bytes_apart + g * group_bytes, j, half, low[o], high[o]);
-      for (int r = 0; r < rows; r++) {
-        const Words a = load<Words>(values + r * m.in + j), b = load<Words>(values + r * m.in + j + half);
-        for (int o = 0; o < outs; o++) group[o][r] = multiply_add(high[o], b, multiply_add(low[o], a, group[o][r]));
+      const Words a = load<Words>(values + j), b = load<Words>(values + j + half);
+      for (int o = 0; o < outs; o++) {
+        Words low, high;
+        unpack_words<KIND>(weight + o * bytes_apart + g * group_bytes, j, half, low, high);
+        group[o] = multiply_add(high, b, multiply_add(low, a, group[o]));
       }
     }
     for (int o = 0; o < outs; o++) {
-      if (KIND != WORDS && g * group_bytes % 64 == 0) 
+      if (KIND != WORDS && g * group_bytes % 64 == 0)
         __builtin_prefetch(weight + o * bytes_apart + g * group_bytes + AHEAD);
-      for (int r = 0; r < rows; r++) {
-        const float scale = scales[o * apart * groups + g] * x_scales[r * groups + g];
-        const Floats8 scale8 = {scale, scale, scale, scale, scale, scale, scale, scale};
-        sums[o][r] = fused8(__builtin_convertvector(group[o][r], Floats8), scale8, sums[o][r]);
-      }
+      const float scale = scales[o * apart * groups + g] * x_scales[g];
+      const Floats8 scale8 = {scale, scale, scale, scale, scale, scale, scale, scale};
+      sums[o] = fused8(__builtin_convertvector(group[o], Floats8), scale8, sums[o]);
     }
   }
-  for (int o = 0; o < outs; o++)
-    for (int r = 0; r < rows; r++)
-      y[r * m.out + first + o * apart] = sum(sums[o][r]) + (m.bias ? m.bias[first + o * apart] : 0.0f);
+  for (int o = 0; o < outs; o++) y[first + o * apart] = sum(sums[o]) + (m.bias ? m.bias[first + o * apart] : 0.0f);
 }
 
 template <int KIND>
@@ -355,23 +342,21 @@ void all_rows(const Matrix& m, int64_t first, int64_t apart, const float* x, con
               float* y, float* expanded) {
   const int64_t row_bytes = bytes_of<KIND>(m.in), bytes_apart = apart * row_bytes;
   const uint8_t* weight = m.weight + first * row_bytes;
-  constexpr int at_once = outs == OUTS ? ROWS : 1;
-  int64_t r = 0;
   if constexpr (KIND == INT8 || KIND == INT4) {
-    if (rows == 1) return integer_products<KIND, GROUP, outs, 1>(m, weight, first, apart, bytes_apart, *rounded, 0, y);
+    if (rows == 1) return integer_products<KIND, GROUP, outs>(m, weight, first, apart, bytes_apart, *rounded, 0, y);
     for (int o = 0; o < outs; o++)
       expand_words<KIND>(m, first + o * apart, 1, reinterpret_cast<int16_t*>(expanded) + o * m.in);
     const uint8_t* shared = reinterpret_cast<const uint8_t*>(expanded);
-    for (; r + at_once <= rows; r += at_once)
-      integer_products<WORDS, GROUP, outs, at_once>(m, shared, first, apart, 2 * m.in, *rounded, r, y + r * m.out);
-    for (; r < rows; r++)
-      integer_products<WORDS, GROUP, outs, 1>(m, shared, first, apart, 2 * m.in, *rounded, r, y + r * m.out);
+    for (int64_t r = 0; r < rows; r++)
+      integer_products<WORDS, GROUP, outs>(m, shared, first, apart, 2 * m.in, *rounded, r, y + r * m.out);
   } else {
     if (rows == 1) return products<KIND, outs, 1>(m, weight, first, apart, bytes_apart, x, y);
     if (KIND != FLOAT32)
       for (int o = 0; o < outs; o++) expand<KIND>(m, first + o * apart, 1, expanded + o * m.in);
     const uint8_t* shared = KIND == FLOAT32 ? weight : reinterpret_cast<const uint8_t*>(expanded);
     const int64_t between = KIND == FLOAT32 ? bytes_apart : 4 * m.in;
+    constexpr int at_once = outs == OUTS ? ROWS : 1;
+    int64_t r = 0;
     for (; r + at_once <= rows; r += at_once)
       products<FLOAT32, outs, at_once>(m, shared, first, apart, between, x + r * m.in, y + r * m.out);
     for (; r < rows; r++)

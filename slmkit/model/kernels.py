@@ -1,10 +1,11 @@
 """Compiled products for decoding on a CPU: a few rows times weights of 32, 16, 8 or 4 bits.
 
-`kernels.cpp` is compiled once per machine, in about two seconds, when a product is first asked for; where that fails
-(no compiler), PyTorch computes the same. With weights of float32, bfloat16 and nf4, sums and activations are float32.
-With int8 and int4, each group of activations is rounded to integers of 16 bits, whose products are added as integers,
-twice as fast: an error of about 2e-5 of a result (integers of 8 bits, as llama.cpp has them, would be no faster on a
-processor with AVX2, and make one of 5e-3). Each row's result is the same, bit by bit, alone and with others.
+`kernels.cpp` is compiled once per machine, in three to five seconds, when a product is first asked for; where that
+fails (no compiler), PyTorch computes the same. With weights of float32, bfloat16 and nf4, sums and activations are
+float32. With int8 and int4, each group of activations is rounded to integers of 16 bits, whose products are added as
+integers, twice as fast: an error of about 2e-5 of a result (activations of 8 bits, as llama.cpp has them, make one of
+5e-3, and need as many instructions on a processor with AVX2). Each row's result is the same, bit by bit, alone and with
+others.
 
 How weights are stored, in groups of `group` (32, 64 or 128) values of a row with one float32 scale:
 

@@ -85,7 +85,8 @@ def expect_possible(model: str, request: Request) -> list[Path]:
         raise UserError("--embedding is bfloat16 or int8, and --method gptq or round")
     if request.output is not None and len(request.formats) > 1:
         raise UserError("--output is for one --to; several get names of their own, such as MODEL-int4")
-    outputs = [Path(request.output or f"{model.rstrip('/')}-{form}") for form in request.formats]
+    name = model.rstrip("/") if Path(model).exists() else Path(model).name  # a folder OWNER would hide the hub's
+    outputs = [Path(request.output or f"{name}-{form}") for form in request.formats]
     for output in outputs:
         if output.exists():
             raise UserError(f"{output}: exists already and is not overwritten: name another --output")

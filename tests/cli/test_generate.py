@@ -200,3 +200,20 @@ def test_a_terminal_shows_no_control_characters_and_the_speed(folder: Path, tmp_
     finally:
         assert terminal.leave("") == 0
     assert "red\x1b[31m\t\x07" in slm(*words, cwd=tmp_path).stdout, "a file gets the text as it is"
+
+
+def test_guesses_do_not_change_a_greedy_text(folder: Path, tmp_path: Path) -> None:
+    for name, changes in (("small", {"num_hidden_layers": 1}), ("wide", {"vocab_size": 300})):
+        config = CONFIG.model_copy(update=changes)
+        save_decoder(build_decoder(config, seed=2), config, tmp_path / name)
+        TOKENIZER.save_pretrained(tmp_path / name)
+    words = ("generate", "model", TEXTS[0], "--temperature", "0", "--max-new-tokens", "60")
+    plain = slm(*words, cwd=folder)
+    for more in (["--lookup"], ["--draft", str(tmp_path / "small")]):
+        done = slm(*words, *more, cwd=folder)
+        assert (done.returncode, done.stdout) == (0, plain.stdout), done.stderr
+    assert "--draft and --lookup: give one of them" in refused(
+        "generate", "model", "--lookup", "--draft", "model", cwd=folder
+    )
+    wide = refused("generate", "model", "--draft", str(tmp_path / "wide"), cwd=folder)
+    assert "300 logits, where model has 260" in wide

@@ -58,10 +58,10 @@ def test_fewer_bits_are_smaller_and_lose_little(made: list[workflow.Figures]) ->
     assert abs(int8.perplexity / full.perplexity - 1) < 0.003
     assert int8.agreement > 0.98
     for one in (int4, nf4):
-        assert one.method == "gptq"
-        assert 0.999 < one.perplexity / full.perplexity < 1.04
+        assert one.method == ("round" if any("GPTQ is worse" in note for note in one.notes) else "gptq")
+        assert 0.99 < one.perplexity / full.perplexity < 1.04
         assert one.agreement > 0.8
-    assert all(one.notes == ("in 16 bits: embedding",) for one in made[1:])
+    assert all(one.notes[0] == "in 16 bits: embedding" for one in made[1:])
 
 
 def test_the_directory_has_all_that_the_model_had_and_its_figures(model: Path, made: list[workflow.Figures]) -> None:
@@ -133,6 +133,12 @@ def test_what_cannot_be_is_said_before_any_work(request_: Request, words: str, m
     with pytest.raises(UserError, match=words):
         quantize_model(str(model), request_)
     assert sorted(model.parent.iterdir()) == before
+
+
+def test_a_model_of_the_hub_gets_a_directory_here() -> None:
+    wanted = Request(["int4", "nf4"])
+    assert workflow.expect_possible("hf://owner/name", wanted) == [Path("name-int4"), Path("name-nf4")]
+    assert workflow.expect_possible("/tmp/", wanted) == [Path("/tmp-int4"), Path("/tmp-nf4")]
 
 
 def test_too_little_text_and_a_quantized_model_are_refused(
