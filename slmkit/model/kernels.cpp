@@ -21,9 +21,7 @@
 #include <arm_neon.h>
 #endif
 
-#if defined(__AVX512F__)
-constexpr int LANES = 16;
-#elif defined(__AVX__)
+#if defined(__AVX__)
 constexpr int LANES = 8;
 #else
 constexpr int LANES = 4;
@@ -72,9 +70,7 @@ inline Vector load(const void* from) {
 
 // a b + c with one rounding. Left to the compiler, it may round twice in one place and once in another.
 inline Floats fused(Floats a, Floats b, Floats c) {
-#if defined(__AVX512F__)
-  return Floats(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c)));
-#elif defined(__AVX2__) && defined(__FMA__)
+#if defined(__AVX2__) && defined(__FMA__)
   return Floats(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(c)));
 #elif defined(__aarch64__)
   return Floats(vfmaq_f32(float32x4_t(c), float32x4_t(a), float32x4_t(b)));
@@ -93,9 +89,7 @@ inline Floats8 fused8(Floats8 a, Floats8 b, Floats8 c) {
 
 // c + the products of a and b, each two neighbours added.
 inline Ints8 multiply_add(Words a, Words b, Ints8 c) {
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-  return Ints8(_mm256_dpwssd_epi32(__m256i(c), __m256i(a), __m256i(b)));
-#elif defined(__AVX2__)
+#if defined(__AVX2__)
   return c + Ints8(_mm256_madd_epi16(__m256i(a), __m256i(b)));
 #else
   for (int i = 0; i < 8; i++) c[i] += a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1];
@@ -108,11 +102,7 @@ inline void store(float* to, Floats vector) { std::memcpy(to, &vector, sizeof ve
 // LANES numbers as int32. The compilers' own conversion takes several times as many instructions.
 template <class Narrow>
 inline Ints widen(const uint8_t* from) {
-#if defined(__AVX512F__)
-  if constexpr (std::is_same_v<Narrow, Halves>) return Ints(_mm512_cvtepu16_epi32(load<__m256i>(from)));
-  if constexpr (std::is_same_v<Narrow, Bytes>) return Ints(_mm512_cvtepi8_epi32(load<__m128i>(from)));
-  return Ints(_mm512_cvtepu8_epi32(load<__m128i>(from)));
-#elif defined(__AVX2__)
+#if defined(__AVX2__)
   if constexpr (std::is_same_v<Narrow, Halves>) return Ints(_mm256_cvtepu16_epi32(load<__m128i>(from)));
   if constexpr (std::is_same_v<Narrow, Bytes>) return Ints(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
   return Ints(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from)));
@@ -141,7 +131,6 @@ inline float sum(Vector vector) {
 
 inline Floats look_up_nf4(Ints index) {
 #if defined(__GNUC__) && !defined(__clang__)
-  if constexpr (LANES == 16) return __builtin_shuffle(load<Floats>(NF4_VALUES), index);
   if constexpr (LANES == 8) return __builtin_shuffle(load<Floats>(NF4_VALUES), load<Floats>(NF4_VALUES + 8), index);
 #endif
   Floats values;

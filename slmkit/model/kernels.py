@@ -47,8 +47,6 @@ NF4 = torch.tensor(
 MOST_ROWS = 32  # more rows are faster in PyTorch's products
 SOURCE = Path(__file__).with_name("kernels.cpp")
 COMPILERS = ("c++", "g++", "clang++")
-# The first that compiles: without OpenMP a compiler makes kernels of one thread.
-FLAGS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), ())
 LONGEST_BUILD = 120  # seconds
 
 
@@ -152,7 +150,40 @@ def library() -> Any:
     compiled.slmkit_decode.argtypes = [pointer, number, pointer, pointer, number, pointer, number, number, number]
     for function in (compiled.slmkit_linear, compiled.slmkit_dequantize, compiled.slmkit_decode):
         function.restype = None
+    if not _is_right(compiled):
+        logging.getLogger(__name__).warning(
+            "decoding without compiled kernels: their products are wrong on this machine"
+        )
+        return None
     return compiled
+
+
+def _is_right(compiled: Any) -> bool:
+    """Whether the products of each kind are those of PyTorch: no compiler and processor is taken on trust."""
+    generator = torch.Generator().manual_seed(0)
+    x, y, scales = torch.randn(3, 96, generator=generator), torch.empty(3, 7), torch.rand(7, 3, generator=generator)
+    codes = torch.randint(-128, 128, (7, 96), generator=generator)
+    for kind in KINDS:
+        if kind in ("float32", "bfloat16"):
+            matrix = Matrix(kind, torch.randn(7, 96, generator=generator).to(getattr(torch, kind)))
+        else:
+            weight = codes.to(torch.int8) if kind == "int8" else (codes[:, :48] + 128).to(torch.uint8)
+            matrix = Matrix(kind, weight, scales)
+        compiled.slmkit_linear(matrix._reference, x.data_ptr(), 3, y.data_ptr(), 1)
+        expected = F.linear(x, dequantize(kind, matrix.weight, matrix.scales, 32))
+        if not torch.allclose(y, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
+            return False
+    return True
+
+
+def flags_to_try() -> tuple[tuple[str, ...], ...]:
+    """Compiler flags; the first that compile are used. Without OpenMP the kernels have one thread.
+
+    Instructions beyond AVX2 are not used: what was measured and tested is this.
+    """
+    avx2 = platform.machine() in ("x86_64", "AMD64") and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    processor = ("-march=x86-64-v3",) if avx2 else ()
+    return (*processor, "-fopenmp"), processor, ()
 
 
 def build() -> Path:
@@ -164,7 +195,7 @@ def build() -> Path:
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         raise OSError(f"no C++ compiler: none of {', '.join(COMPILERS)} is on PATH; CXX may name another")
-    key = hashlib.sha256(f"{compiler} {FLAGS} {_processor()}".encode() + SOURCE.read_bytes()).hexdigest()[:16]
+    key = hashlib.sha256(f"{compiler} {flags_to_try()} {_processor()}".encode() + SOURCE.read_bytes()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slmkit"
     path = folder / f"kernels-{key}.so"
     if path.exists():
@@ -172,7 +203,7 @@ def build() -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     fresh = folder / f".kernels-{key}-{os.getpid()}.so"
     try:
-        for flags in FLAGS:
+        for flags in flags_to_try():
             command = [
                 compiler,
                 "-std=c++17",
