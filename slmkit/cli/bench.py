@@ -65,16 +65,18 @@ def decode(
 
     Example: slm bench decode quickstart smollm2-135m --new 32
     """
-    from slmkit.cli.show import print_table
     from slmkit.workflows.bench import decoding_speed
 
-    rows = [
-        (model, s.weights, str(s.batch), f"{s.prompt:,.0f}", f"{s.new:,.1f}", f"{s.limit:,.0f}", f"{s.reached:.0%}")
-        for model in models or ["quickstart"]
-        for s in decoding_speed(model, prompt, new, rounds, device)
-    ]
+    models, is_first = models or ["quickstart"], True
     columns = ("model", "weights", "batch", "prompt tokens/s", "new tokens/s", "limit", "reached")
-    print_table(columns, rows, right=columns[2:])
+    line = f"{{:<{max(map(len, ('model', *models)))}}}  {{:<8}}  {{:>5}}  {{:>15}}  {{:>12}}  {{:>11}}  {{:>7}}"
+    for model in models:
+        for s in decoding_speed(model, prompt, new, rounds, device):
+            if is_first:
+                print(line.format(*columns))
+            figures = (f"{s.prompt:,.0f}", f"{s.new:,.1f}", f"{s.limit:,.0f}", f"{s.reached:.0%}")
+            print(line.format(model, s.weights, s.batch, *figures), flush=True)
+            is_first = False
 
 
 def data(

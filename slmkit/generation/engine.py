@@ -14,7 +14,6 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence, Set
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -24,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from slmkit.config import UserError
-from slmkit.generation.ensemble import LanguageModel
+from slmkit.generation.ensemble import LanguageModel, evaluating
 from slmkit.generation.sampling import (
     FAULTS,
     LogProbabilities,
@@ -333,17 +332,3 @@ def check_room(context: int, prompt: int, max_new_tokens: int, least: int = 1) -
 def _of_size(known: np.ndarray, vocab_size: int) -> Tensor:
     """bool [ids] → bool [vocab_size], False beyond the known ids."""
     return F.pad(torch.from_numpy(known), (0, max(0, vocab_size - len(known))))[:vocab_size]
-
-
-@contextmanager
-def evaluating(decoder: LanguageModel) -> Iterator[None]:
-    """Evaluation and inference mode; visits no module of a model that is in evaluation mode, to save time."""
-    was_training = decoder.training
-    if was_training:
-        decoder.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        if was_training:
-            decoder.train()
