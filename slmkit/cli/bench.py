@@ -67,16 +67,15 @@ def decode(
     """
     from slmkit.workflows.bench import decoding_speed
 
-    models, is_first = models or ["quickstart"], True
+    models = models or ["quickstart"]
     columns = ("model", "weights", "batch", "prompt tokens/s", "new tokens/s", "limit", "reached")
     line = f"{{:<{max(map(len, ('model', *models)))}}}  {{:<8}}  {{:>5}}  {{:>15}}  {{:>12}}  {{:>11}}  {{:>7}}"
-    for model in models:
-        for s in decoding_speed(model, prompt, new, rounds, device):
-            if is_first:
-                print(line.format(*columns))
-            figures = (f"{s.prompt:,.0f}", f"{s.new:,.1f}", f"{s.limit:,.0f}", f"{s.reached:.0%}")
-            print(line.format(model, s.weights, s.batch, *figures), flush=True)
-            is_first = False
+    found = ((model, speed) for model in models for speed in decoding_speed(model, prompt, new, rounds, device))
+    for number, (model, s) in enumerate(found):
+        if number == 0:
+            print(line.format(*columns))
+        figures = (f"{s.prompt:,.0f}", f"{s.new:,.1f}", f"{s.limit:,.0f}", f"{s.reached:.0%}")
+        print(line.format(model, s.weights, s.batch, *figures), flush=True)
 
 
 def data(

@@ -111,13 +111,12 @@ def generate(
     from slmkit.generation.prompts import in_order
     from slmkit.generation.text import end_tokens
 
-    requests = []
-    grammar = _grammar(tokenizer, schema, regex, choice)
+    requests, grammar = list[Request](), _grammar(tokenizer, schema, regex, choice)
     for place, row in rows:
         ids, most = _encoded(place, row, tokenizer, decoder.max_positions, max_new_tokens, advice, crop)
         requests.append(Request(ids, most, settings, end_tokens(tokenizer), stop or [], samples, grammar))
     engine = Engine(decoder, tokenizer, speculation=_speculation(model, draft, lookup, decoder, device))
-    events = in_order(engine, requests)  # nothing is refused any more
+    events = in_order(engine, requests)  # what can be refused is, before there is a file
     with open(output, "w", encoding="utf-8", errors="replace") if output else nullcontext() as file:
         _write(events, [row for _, row in rows], requests, file, engine.speculation)
     if output:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import logging
 import os
 import statistics
 import subprocess
@@ -21,7 +20,7 @@ import torch
 
 from slmkit.adapt.load import load_model
 from slmkit.adapt.quantize import quantized_modules, round_to, to_quantize
-from slmkit.config import UserError
+from slmkit.config import UserError, warn_once
 from slmkit.data import stories
 from slmkit.data.prepare.conversations import prepare_chat
 from slmkit.data.prepare.text_to_shards import prepare_text
@@ -120,8 +119,7 @@ def decoding_speed(model: str, prompt: int, new: int, rounds: int, device: str) 
             try:
                 round_to(decoder, to_quantize(decoder, weights, GROUP, "int8"), GROUP)
             except UserError:
-                why = f"no matrix has columns in groups of {GROUP}"
-                logging.getLogger(__name__).warning(f"{model}: not measured in {weights}: {why}")
+                warn_once(f"{model}: not measured in {weights}: no matrix has columns in groups of {GROUP}")
                 continue
         name = weights or statistics.mode(forms or [str(decoder.dtype).removeprefix("torch.")])
         a_step = seconds_to_read(bytes_of_a_step(decoder), found)

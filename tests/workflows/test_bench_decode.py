@@ -65,9 +65,10 @@ def test_a_model_that_has_no_groups_of_columns_is_measured_as_it_is_and_the_next
     )
     assert done.returncode == 0, done.stderr
     assert [row[1] for row in rows_of(done.stdout)] == ["float32"] * 6 + ["int8"] * 3 + ["int4"] * 3
-    assert len({len(line) for line in done.stdout.splitlines()}) == 1, "columns stand below each other"
+    header, *lines = done.stdout.splitlines()
+    assert all(line[header.index("weights") :].startswith(("float32 ", "int8 ", "int4 ")) for line in lines)
     assert done.stderr.splitlines() == [
-        f"warning: a-narrow-model: not measured in {weights}: no matrix has columns in groups of 32"
+        f"a-narrow-model: not measured in {weights}: no matrix has columns in groups of 32"
         for weights in ("int8", "int4")
     ]
 
