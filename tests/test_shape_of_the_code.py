@@ -101,6 +101,11 @@ WALKS = {
         "training/fit:fit training/loop:train training/checkpoints/saver:Saver "
         "training/checkpoints/checkpoint:write_checkpoint model/files/directory:save_decoder",
     ),
+    "a request → a token": (
+        5,
+        "generation/engine:Engine.step generation/slots:Pools model/decoder:Decoder.forward model/attend:attend "
+        "generation/sampling:sample",
+    ),
 }
 CALLED_THROUGH_AN_INSTANCE = {"forward", "__call__"}  # `model(…)`, `objective(…)`: no name to look for
 LINES_IN_A_FUNCTION = 60
