@@ -42,7 +42,8 @@ from slmkit.model.compiled import for_decoding
 
 # A stop token or string, `max_new_tokens` reached, the model's context is full, or an error of this row.
 FinishReason = Literal["stop", "length", "context", "error"]
-WORTH_WAITING = 32  # tokens of a prompt that another row reads just now
+# A prompt that shares this many tokens with one that is being read waits, and copies them.
+WORTH_WAITING = 32
 Logprobs = list[tuple[int, float]]  # ids and natural logarithms of their probabilities
 
 
@@ -141,7 +142,9 @@ class Engine:
         reuse: bool = True,
         speculation: Speculation | None = None,
     ) -> None:
-        self.decoder, self.tokenizer, self.context = for_decoding(decoder), tokenizer, decoder.max_positions
+        # One way for all prompts and one for all new tokens: a row's results must not depend on how many others run.
+        self.decoder, self.compiled = decoder, for_decoding(decoder)
+        self.tokenizer, self.context = tokenizer, decoder.max_positions
         self.pools = Pools(decoder, max_rows, memory, reuse)
         self.speculation = speculation
         if speculation is not None and not self.pools.in_pieces:
@@ -162,13 +165,12 @@ class Engine:
         Raises `UserError` for an empty prompt, one that leaves no room in the context, one that needs more memory than
         there is, and for numbers out of range.
         """
+        _check_numbers(request, self.decoder.vocab_size)
         least = 1 if request.prompt_logprobs is None else 0
         check_room(self.context, len(request.prompt), request.max_new_tokens, least)
         if wrong := [token for token in request.prompt if not 0 <= token < self.decoder.vocab_size]:
             raise UserError(f"token {wrong[0]} of the prompt: the model has {self.decoder.vocab_size:,} tokens, from 0")
         request.settings.expect_ids_below(self.decoder.vocab_size)
-        if request.n < 1:
-            raise UserError(f"n {request.n}: expected 1 or more continuations")
         if self.tokenizer is None and (request.stop or request.grammar is not None):
             raise UserError("stop strings and grammars need a tokenizer: Engine(decoder, tokenizer)")
         self.pools.expect(self._length(request))
@@ -201,8 +203,8 @@ class Engine:
         for pool in self.pools:
             if rows := pool.rows[: pool.running]:
                 last = self._tensor([[row.ids[-1]] for row in rows])  # [rows, 1]
-                hidden = self.decoder(last, pool.cache[: len(rows)])[:, -1]
-                ready.append((rows, self.decoder.logits(hidden)))
+                hidden = self.compiled(last, pool.cache[: len(rows)])[:, -1]
+                ready.append((rows, self.compiled.logits(hidden)))
         return ready
 
     def _speculate(self, speculation: Speculation) -> list[Event]:
@@ -215,8 +217,8 @@ class Engine:
             for _, group in itertools.groupby(guesses, key=lambda pair: len(pair[1].tokens)):
                 rows, of_rows = zip(*group)
                 ids = self._tensor([[row.ids[-1], *guess.tokens] for row, guess in zip(rows, of_rows)])
-                hidden = self.decoder(ids, pool.cache[rows[0].slot : rows[-1].slot + 1])  # [rows, 1 + guessed, width]
-                read += zip(rows, of_rows, self.decoder.logits(hidden))
+                hidden = self.compiled(ids, pool.cache[rows[0].slot : rows[-1].slot + 1])  # [rows, 1 + guessed, width]
+                read += zip(rows, of_rows, self.compiled.logits(hidden))
             for row, guess, logits in read:
                 for token, scores in speculation.verdicts(row, logits, guess):
                     events.append(self._event(row, token, scores))
@@ -245,7 +247,7 @@ class Engine:
             else:
                 pool.running += len(rows)
                 last = torch.stack([states[len(piece) - 1] for piece, states in zip(pieces, hidden)])
-                ready.append((rows, self.decoder.logits(last)))
+                ready.append((rows, self.compiled.logits(last)))
         return ready
 
     def _next_to_read(self, room: int) -> list[Row]:
@@ -299,7 +301,7 @@ class Engine:
             row.pool.leave(row)
             return Event(row.handle, row.index, None, finish_reason="length", prompt_logprobs=read)
         if token in FAULTS:
-            row.pool.leave(row)
+            row.pool.leave(row, keep=False)
             return Event(row.handle, row.index, None, finish_reason="error", error=FAULTS[token])
         of_token: Logprobs = []
         if row.request.logprobs is not None:
@@ -318,6 +320,18 @@ def listed(found: LogProbabilities, ids: Sequence[int]) -> list[Logprobs]:
     """The log-probabilities of each token: its own first, then the likeliest."""
     likeliest = zip(found.top_ids.tolist(), found.top.tolist())
     return [[(token, own), *zip(*best)] for token, own, best in zip(ids, found.chosen.tolist(), likeliest)]
+
+
+def _check_numbers(request: Request, vocab_size: int) -> None:
+    """Raises `UserError` for a number of a request that is none, or out of range."""
+    bounds = {"max_new_tokens": None, "n": None, "logprobs": vocab_size, "prompt_logprobs": vocab_size}
+    for name, most in bounds.items():
+        value = getattr(request, name)
+        if value is None and most is not None:
+            continue
+        least = 1 if name == "n" else 0
+        if isinstance(value, bool) or not isinstance(value, int) or value < least or (most and value > most):
+            raise UserError(f"{name} {value!r}: expected a whole number from {least}{f' to {most:,}' if most else ''}")
 
 
 def check_room(context: int, prompt: int, max_new_tokens: int, least: int = 1) -> None:
