@@ -102,9 +102,8 @@ WALKS = {
         "training/checkpoints/checkpoint:write_checkpoint model/files/directory:save_decoder",
     ),
     "a request → a token": (
-        5,
-        "generation/engine:Engine.step generation/slots:Pools model/decoder:Decoder.forward model/attend:attend "
-        "generation/sampling:sample",
+        4,
+        "generation/engine:Engine.step generation/slots:Pools model/compiled:for_decoding generation/sampling:sample",
     ),
 }
 CALLED_THROUGH_AN_INSTANCE = {"forward", "__call__"}  # `model(…)`, `objective(…)`: no name to look for

@@ -167,6 +167,46 @@ def test_two_hundred_rounds_of_twelve_mixed_requests_in_any_order() -> None:
             assert [found[handle, index] for index in range(asked[number].n)] == expected[number], SETTINGS[number]
 
 
+def test_numbers_of_numpy_and_torch_are_numbers() -> None:
+    decoder = decoder_of("llama")
+    plain_ids = alone(decoder, Request([1, 2, 3], 4, GREEDY, {9}))
+    for prompt in (np.array([1, 2, 3]), torch.tensor([1, 2, 3])):
+        assert alone(decoder, Request(prompt, np.int64(4), GREEDY, {np.int64(9)})) == plain_ids
+
+
+@pytest.mark.parametrize("options", [{"max_rows": 0}, {"max_rows": True}, {"max_rows": 1.5}, {"memory": float("nan")}])
+def test_an_engine_that_could_never_run_is_refused(options: dict[str, object]) -> None:
+    with pytest.raises(UserError, match=f"{next(iter(options))} .*: expected"):
+        Engine(decoder_of("llama"), **options)
+
+
+@pytest.mark.parametrize("failing", ["before", "after"])
+def test_a_step_that_fails_may_be_made_again(exact: Decoder, failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after Ctrl-C: rows that run, are read and wait go on as if nothing had happened."""
+    engine = Engine(exact, max_rows=3)
+    asked = [Request(numbers(length, length), 8, GREEDY) for length in (5, 12, 40, 3)]
+    handles, events = [engine.insert(request) for request in asked], []
+    name = "_decode" if failing == "before" else "_choose"
+    original = getattr(engine, name)
+    failures = iter([True, False, True, True, False, True])
+
+    def fail(*inputs: object) -> object:
+        if failing == "after":
+            raise KeyboardInterrupt
+        original(*inputs)
+        raise KeyboardInterrupt
+
+    while engine.is_busy:
+        with monkeypatch.context() as patch:
+            if next(failures, False):
+                patch.setattr(engine, name, fail)
+                with pytest.raises(KeyboardInterrupt):
+                    engine.step()
+        events += engine.step()
+    found = tokens_of(events)
+    assert [found[handle, 0] for handle in handles] == [alone(exact, request)[0] for request in asked]
+
+
 def test_a_grammar_that_leaves_no_token_ends_its_row_alone() -> None:
     known = np.ones(260, bool)
     known[TOKENIZER.encode("ab")] = False
@@ -266,14 +306,24 @@ def test_ids_without_a_token_are_never_drawn() -> None:
         (Request([], 3), "an empty prompt"),
         (Request([1] * 64, 3), "a prompt of 64 tokens fills the model's context of 64"),
         (Request([1], 0), "max_new_tokens 0: expected 1 or more"),
-        (Request([1], 3, n=0), "n 0: expected a whole number from 1"),
-        (Request([1], 3, n=True), "n True: expected a whole number from 1"),
+        (Request([1], 3, n=0), "n 0: expected a whole number from 1 to 65,536"),
+        (Request([1], 3, n=True), "n True: expected a whole number"),
         (Request([1], -3), "max_new_tokens -3: expected a whole number from 0"),
         (Request([1], 3.0), "max_new_tokens 3.0: expected a whole number"),
         (Request([1], 3, logprobs=-1), "logprobs -1: expected a whole number from 0 to 97"),
         (Request([1], 3, prompt_logprobs=98), "prompt_logprobs 98: expected a whole number from 0 to 97"),
         (Request([1, 97], 3), "token 97 of the prompt: the model has 97 tokens"),
         (Request([-1], 3), "token -1 of the prompt"),
+        (Request([1], 3, n=10**9), "n 1000000000: expected a whole number from 1 to 65,536"),
+        (Request([1], float("nan")), "max_new_tokens nan: expected a whole number"),
+        (Request("abc", 3), "prompt: expected a list of token ids, found 'abc'"),
+        (Request(None, 3), "prompt: expected a list of token ids, found None"),
+        (Request([1.0, 2.0], 3), "prompt: expected a list of token ids"),
+        (Request([[1]], 3), "prompt: expected a list of token ids"),
+        (Request([1], 3, stop_ids=5), "stop_ids: expected a list of token ids, found 5"),
+        (Request([1], 3, None), "settings: expected SamplingSettings, found None"),
+        (Request([1], 3, grammar="a*"), "grammar: expected a constraints.Grammar"),
+        (Request([1], 3, SamplingSettings(logit_bias={97: 1.0})), "logit_bias: the id 97 is not below"),
         (Request([1], 3, stop=["x"]), "stop strings and grammars need a tokenizer"),
     ],
 )
