@@ -38,6 +38,10 @@ class MemberCaches:
     def length(self, slot: int) -> int:
         return self.caches[0].length(slot)
 
+    def erase(self, slot: int) -> None:
+        for cache in self.caches:
+            cache.erase(slot)
+
     def truncate(self, slot: int, length: int) -> None:
         for cache in self.caches:
             cache.truncate(slot, length)
