@@ -8,6 +8,9 @@ from typing import Protocol
 from slmkit.config import UserError
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # decoded from bytes that are no (complete) character
+# Of tokens that never become a character the first and last are kept: with one before them, the four bytes that
+# decide whether a tokenizer decodes such a run at all; the nine bytes of three U+FFFD, and three of a cut character.
+FIRST, LAST = 5, 12
 
 
 class TextTokenizer(Protocol):
@@ -84,6 +87,9 @@ class WholeCharacters:
             incomplete = min(3, len(text) - len(text.rstrip(REPLACEMENT)))
             piece = text[self._shown : len(text) - incomplete]
             self._shown += len(piece)
+            if len(self._window) > FIRST + LAST:
+                del self._window[FIRST:-LAST]
+                self._shown = len(self._decode(self._window)) - incomplete
         else:
             piece = text[self._shown :]
             self._window, self._shown = [token], len(self._decode([token]))
