@@ -160,8 +160,8 @@ def test_only_files_of_this_chat_are_overwritten(folder: Path, tmp_path: Path) -
     before = (tmp_path / "chat.json").read_text()
     lines = (
         "/save empty", "hi", "/save", "/save data.jsonl", "/save link.jsonl", "/save /dev/full", "/save .",
-        "/save none/x", "/load deep.json", "/load /dev/zero", "/load mine.json", "more", "/save", "/save mine.json", "/save new.json",
-        "/save ./new.json", f"/save {'x' * 300}", "/quit now", "never",
+        "/save none/x", "/load deep.json", "/load /dev/zero", "/load mine.json", "more", "/save", "/save mine.json",
+        "/save new.json", "/save ./new.json", f"/save {'x' * 300}", "/quit now", "never",
     )  # fmt: skip
     words = ("chat", folder / "either", "--system", "Be kind.")
     done = slm(*words, cwd=tmp_path, stdin="".join(f"{line}\n" for line in lines))
