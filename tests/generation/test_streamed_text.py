@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from slmkit.config import UserError
-from slmkit.generation.text import StopStrings, WholeCharacters
+from slmkit.generation.text import LONGEST_STOP, MOST_STOPS, StopStrings, WholeCharacters
 from tests.generation.helpers import ByteTokens
 
 TEXTS = st.text(alphabet="abé🦊\ufffd \n", max_size=12)
@@ -129,5 +131,43 @@ def test_an_empty_stop_string_stops_nothing() -> None:
 
 
 def test_one_string_in_place_of_a_list_is_refused() -> None:
-    with pytest.raises(UserError, match="'END': put it into a list"):
-        StopStrings("END")
+    with pytest.raises(UserError, match="expected a list of stop strings, .*, found 'STOP'"):
+        StopStrings("STOP")
+
+
+def beginning_at_end(strings: list[str], text: str) -> int:
+    """By definition, in quadratic time."""
+    beginnings = [string[:length] for string in strings for length in range(1, len(string))]
+    return max((len(one) for one in beginnings if text.endswith(one)), default=0)
+
+
+@given(st.text("ab", max_size=12), st.lists(st.text("ab", max_size=9), max_size=3))
+def test_the_longest_beginning_of_a_stop_string_is_held_back(text: str, strings: list[str]) -> None:
+    assert StopStrings(strings).may_begin(text) == beginning_at_end(strings, text)
+
+
+def test_a_long_stop_string_costs_hardly_more_than_a_short_one() -> None:
+    strings, text = ["STOP" + "x" * (LONGEST_STOP - 4)] * MOST_STOPS, "The Sun had a red kite, and it ran STO" * 25
+    taken = []
+    for find in (StopStrings(strings).may_begin, lambda text: beginning_at_end(strings, text)):
+        start = time.process_time()
+        assert find(text) == 3
+        taken.append(time.process_time() - start)
+    assert 10 * taken[0] < taken[1]
+
+
+@pytest.mark.parametrize(
+    ("stop", "words"),
+    [
+        (["a" * 1_025], "expected text of at most 1,024 characters, found 1,025"),
+        (["a"] * 65, "65 stop strings: at most 64 are allowed"),
+        ([None], "a stop string: expected text of at most 1,024 characters, found nothing"),
+        ([b"END"], "expected text of at most 1,024 characters, found bytes"),
+        (None, r"expected a list of stop strings, such as \['END'\], found 'None'"),
+        (5, "expected a list of stop strings, .*, found '5'"),
+    ],
+)
+def test_what_cannot_be_a_stop_string_is_refused(stop: Any, words: str) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        StopStrings(stop)
+    assert "\n" not in str(caught.value)
