@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any
@@ -19,7 +20,7 @@ from slmkit.config import UserError
 
 if TYPE_CHECKING:
     from slmkit.generation.constraints import Grammar
-    from slmkit.generation.engine import Engine, Request
+    from slmkit.generation.engine import Event, Request
     from slmkit.generation.ensemble import LanguageModel
     from slmkit.generation.prompts import Row
     from slmkit.generation.speculation import Speculation
@@ -107,16 +108,17 @@ def generate(
     schema = _read_schema(json_schema) if json_schema else None
     decoder, tokenizer, settings, advice = open_model(model, others, device, options.USUAL, context.params)
     from slmkit.generation.engine import Engine, Request
+    from slmkit.generation.prompts import in_order
     from slmkit.generation.text import end_tokens
 
-    requests = []
-    grammar = _grammar(tokenizer, schema, regex, choice)
+    requests, grammar = list[Request](), _grammar(tokenizer, schema, regex, choice)
     for place, row in rows:
         ids, most = _encoded(place, row, tokenizer, decoder.max_positions, max_new_tokens, advice, crop)
         requests.append(Request(ids, most, settings, end_tokens(tokenizer), stop or [], samples, grammar))
+    engine = Engine(decoder, tokenizer, speculation=_speculation(model, draft, lookup, decoder, device))
+    events = in_order(engine, requests)  # what can be refused is, before there is a file
     with open(output, "w", encoding="utf-8", errors="replace") if output else nullcontext() as file:
-        engine = Engine(decoder, tokenizer, speculation=_speculation(model, draft, lookup, decoder, device))
-        _write(engine, [row for _, row in rows], requests, file)
+        _write(events, [row for _, row in rows], requests, file, engine.speculation)
     if output:
         print(f"{counted(len(rows) * samples, 'text')} in {output}")
 
@@ -189,14 +191,18 @@ def _encoded(
     return ids, most
 
 
-def _write(engine: Engine, rows: list[Row], requests: list[Request], file: IO[str] | None) -> None:
-    """Generate the texts, and write each as a line of JSON, or print it while it comes."""
-    from slmkit.generation.prompts import in_order
-
+def _write(
+    events: Iterator[tuple[int, Event]],
+    rows: list[Row],
+    requests: list[Request],
+    file: IO[str] | None,
+    speculation: Speculation | None,
+) -> None:
+    """Write each text as a line of JSON, or print it while it comes. `events`: what `in_order` yields."""
     console, began, tokens = Console(highlight=False), time.monotonic(), 0
     show = printable if console.is_terminal else str
     text, length = "", 0
-    for number, event in in_order(engine, requests):
+    for number, event in events:
         row, request = rows[number], requests[number]
         if not length and file is None:
             heads = [f"prompt {number + 1} of {len(rows)}"] if len(rows) > 1 else []
@@ -226,6 +232,6 @@ def _write(engine: Engine, rows: list[Row], requests: list[Request], file: IO[st
     if sys.stderr.isatty():
         speed = tokens / (time.monotonic() - began)
         line = f"{counted(tokens, 'token')}, {speed:,.1f} tokens/s"
-        if engine.speculation is not None:
-            line += f", {engine.speculation.accepted:,} of {engine.speculation.guessed:,} guessed tokens accepted"
+        if speculation is not None:
+            line += f", {speculation.accepted:,} of {speculation.guessed:,} guessed tokens accepted"
         Console(stderr=True, highlight=False).print(line, style="dim")

@@ -12,10 +12,10 @@ delays nobody for long. What a row gets depends on its request alone, not on the
 from __future__ import annotations
 
 import itertools
+import operator
 from collections import deque
 from collections.abc import Iterator, Sequence, Set
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from slmkit.config import UserError
-from slmkit.generation.ensemble import LanguageModel
+from slmkit.generation.ensemble import LanguageModel, evaluating
 from slmkit.generation.sampling import (
     FAULTS,
     LogProbabilities,
@@ -42,7 +42,9 @@ from slmkit.model.compiled import for_decoding
 
 # A stop token or string, `max_new_tokens` reached, the model's context is full, or an error of this row.
 FinishReason = Literal["stop", "length", "context", "error"]
-WORTH_WAITING = 32  # tokens of a prompt that another row reads just now
+# A prompt that shares this many tokens with one that is being read waits, and copies them.
+WORTH_WAITING = 32
+MOST_CONTINUATIONS = 65_536
 Logprobs = list[tuple[int, float]]  # ids and natural logarithms of their probabilities
 
 
@@ -127,7 +129,8 @@ class Engine:
     `max_rows`: rows that run at the same time, the others wait in the order of their insertion. `memory`: bytes for
     the KV cache; None: no limit. `tokenizer`: for text and stop strings; None: ids alone. `known` bool [ids]: the
     only ids that are drawn; default: the tokenizer's. `reuse`: begin with the keys and values of an earlier text that
-    begins alike. `speculation` guesses several tokens of a row at once, which is faster for a few rows.
+    begins alike; after a change of the weights make another engine. `speculation` guesses several tokens of a row at
+    once, which is faster for a few rows of a large model.
     """
 
     def __init__(
@@ -141,7 +144,13 @@ class Engine:
         reuse: bool = True,
         speculation: Speculation | None = None,
     ) -> None:
-        self.decoder, self.tokenizer, self.context = for_decoding(decoder), tokenizer, decoder.max_positions
+        if isinstance(max_rows, bool) or not isinstance(max_rows, int) or max_rows < 1:
+            raise UserError(f"max_rows {max_rows!r}: expected a whole number from 1")
+        if memory is not None and not memory >= 0:
+            raise UserError(f"memory {memory!r}: expected a number of bytes, or None")
+        # One way for all prompts and one for all new tokens: a row's results must not depend on how many others run.
+        self.decoder, self.compiled = decoder, for_decoding(decoder)
+        self.tokenizer, self.context = tokenizer, decoder.max_positions
         self.pools = Pools(decoder, max_rows, memory, reuse)
         self.speculation = speculation
         if speculation is not None and not self.pools.in_pieces:
@@ -150,7 +159,6 @@ class Engine:
         known = np.ones(decoder.vocab_size, bool) if known is None else known
         self._known = _of_size(known, decoder.vocab_size).to(decoder.device)
         self._handles, self._waiting = itertools.count(), deque[Row]()
-        self._reading: Row | None = None  # a row that has a slot, and whose prompt is not read, or in part
 
     @property
     def is_busy(self) -> bool:
@@ -162,13 +170,8 @@ class Engine:
         Raises `UserError` for an empty prompt, one that leaves no room in the context, one that needs more memory than
         there is, and for numbers out of range.
         """
-        least = 1 if request.prompt_logprobs is None else 0
-        check_room(self.context, len(request.prompt), request.max_new_tokens, least)
-        if wrong := [token for token in request.prompt if not 0 <= token < self.decoder.vocab_size]:
-            raise UserError(f"token {wrong[0]} of the prompt: the model has {self.decoder.vocab_size:,} tokens, from 0")
-        request.settings.expect_ids_below(self.decoder.vocab_size)
-        if request.n < 1:
-            raise UserError(f"n {request.n}: expected 1 or more continuations")
+        request = _checked(request, self.decoder.vocab_size)
+        check_room(self.context, len(request.prompt), request.max_new_tokens, request.prompt_logprobs is not None)
         if self.tokenizer is None and (request.stop or request.grammar is not None):
             raise UserError("stop strings and grammars need a tokenizer: Engine(decoder, tokenizer)")
         self.pools.expect(self._length(request))
@@ -181,8 +184,6 @@ class Engine:
     def remove(self, handle: int) -> None:
         """End a request at once; its slots are free. A handle that has ended is no error."""
         self._waiting = deque(row for row in self._waiting if row.handle != handle)
-        if self._reading is not None and self._reading.handle == handle:
-            self._reading = None
         with torch.inference_mode():
             for pool in self.pools:
                 for row in [row for row in pool.rows if row.handle == handle]:
@@ -200,9 +201,11 @@ class Engine:
         ready = []
         for pool in self.pools:
             if rows := pool.rows[: pool.running]:
+                for row in rows:  # a step that failed may have read its last token
+                    pool.cache.truncate(row.slot, len(row.ids) - 1)
                 last = self._tensor([[row.ids[-1]] for row in rows])  # [rows, 1]
-                hidden = self.decoder(last, pool.cache[: len(rows)])[:, -1]
-                ready.append((rows, self.decoder.logits(hidden)))
+                hidden = self.compiled(last, pool.cache[: len(rows)])[:, -1]
+                ready.append((rows, self.compiled.logits(hidden)))
         return ready
 
     def _speculate(self, speculation: Speculation) -> list[Event]:
@@ -215,8 +218,8 @@ class Engine:
             for _, group in itertools.groupby(guesses, key=lambda pair: len(pair[1].tokens)):
                 rows, of_rows = zip(*group)
                 ids = self._tensor([[row.ids[-1], *guess.tokens] for row, guess in zip(rows, of_rows)])
-                hidden = self.decoder(ids, pool.cache[rows[0].slot : rows[-1].slot + 1])  # [rows, 1 + guessed, width]
-                read += zip(rows, of_rows, self.decoder.logits(hidden))
+                hidden = self.compiled(ids, pool.cache[rows[0].slot : rows[-1].slot + 1])  # [rows, 1 + guessed, width]
+                read += zip(rows, of_rows, self.compiled.logits(hidden))
             for row, guess, logits in read:
                 for token, scores in speculation.verdicts(row, logits, guess):
                     events.append(self._event(row, token, scores))
@@ -230,8 +233,10 @@ class Engine:
         ready, room = [], AT_ONCE
         while room > 0 and (rows := self._next_to_read(room)):
             pool, count = rows[0].pool, room if self.pools.in_pieces else self.context
-            pasts = [pool.cache.length(row.slot) for row in rows]
+            pasts = [self._past(row) for row in rows]
             pieces = [row.ids[past : past + count] for row, past in zip(rows, pasts)]
+            for row, past in zip(rows, pasts):
+                pool.cache.truncate(row.slot, past)
             ids = self._tensor([*itertools.zip_longest(*pieces, fillvalue=0)]).T  # [rows, longest piece]
             hidden = self.decoder(ids, pool.cache[rows[0].slot : rows[-1].slot + 1])  # [rows, longest piece, width]
             room -= ids.numel()
@@ -240,12 +245,10 @@ class Engine:
                 if row.reads_whole:
                     following = row.ids[past + 1 : past + len(piece) + 1]
                     row.prompt_logprobs += self._logprobs(states[: len(following)], following, row.request)
-            if pasts[0] + len(pieces[0]) < rows[0].prompt_length:
-                self._reading = rows[0]  # alone: it is longer than one pass
-            else:
-                pool.running += len(rows)
+            if pasts[0] + len(pieces[0]) == rows[0].prompt_length:  # else it is alone, and longer than one pass
                 last = torch.stack([states[len(piece) - 1] for piece, states in zip(pieces, hidden)])
-                ready.append((rows, self.decoder.logits(last)))
+                ready.append((rows, self.compiled.logits(last)))
+                pool.running += len(rows)
         return ready
 
     def _next_to_read(self, room: int) -> list[Row]:
@@ -253,28 +256,33 @@ class Engine:
         rows: list[Row] = []
         past = unread = 0  # the most of any row
         while row := self._first_unread(rows):
-            cache = row.pool.cache
-            past = max(past, cache.length(row.slot))
-            unread = max(unread, row.prompt_length - cache.length(row.slot))
+            past = max(past, self._past(row))
+            unread = max(unread, row.prompt_length - self._past(row))
             # Shorter prompts are padded: the pass appends `unread` columns to every row.
-            fits = unread * (len(rows) + 1) <= room and past + unread <= cache.max_length and self.pools.in_pieces
-            if rows and not (fits and row.pool is rows[0].pool):
+            fits = unread * (len(rows) + 1) <= room and past + unread <= row.pool.cache.max_length
+            if rows and not (fits and row.pool is rows[0].pool and self.pools.in_pieces):
                 break
             rows.append(row)
-            self._reading = None
             if not fits:
                 break
         return rows
 
-    def _first_unread(self, others: Sequence[Row]) -> Row | None:
-        """The next row to read, in a slot. One that begins as one of `others` waits until it can copy that."""
-        if self._reading is None and self._waiting:
-            row = self._waiting[0]
-            if any(common(row.ids, other.ids, WORTH_WAITING) == WORTH_WAITING for other in others):
-                return None
-            if self.pools.admit(row, self._length(row.request)):
-                self._reading = self._waiting.popleft()
-        return self._reading
+    def _first_unread(self, rows: Sequence[Row]) -> Row | None:
+        """The next row to read besides `rows`, in a slot. One that begins as one of them waits to copy that."""
+        for pool in self.pools:
+            for row in pool.rows[pool.running :]:
+                if row not in rows:
+                    return row
+        if not self._waiting:
+            return None
+        row = self._waiting[0]
+        if any(common(row.ids, other.ids, WORTH_WAITING) == WORTH_WAITING for other in rows):
+            return None
+        return self._waiting.popleft() if self.pools.admit(row, self._length(row.request)) else None
+
+    def _past(self, row: Row) -> int:
+        """How many tokens of a row's prompt are read, or known; the last one is always read for its logits."""
+        return min(row.pool.cache.length(row.slot), row.prompt_length - 1)
 
     def _logprobs(self, hidden: Tensor, ids: list[int], request: Request) -> list[Logprobs]:
         """hidden [tokens, width] and the ids that followed [tokens] → the log-probabilities of each."""
@@ -299,7 +307,7 @@ class Engine:
             row.pool.leave(row)
             return Event(row.handle, row.index, None, finish_reason="length", prompt_logprobs=read)
         if token in FAULTS:
-            row.pool.leave(row)
+            row.pool.leave(row, keep=False)
             return Event(row.handle, row.index, None, finish_reason="error", error=FAULTS[token])
         of_token: Logprobs = []
         if row.request.logprobs is not None:
@@ -320,8 +328,41 @@ def listed(found: LogProbabilities, ids: Sequence[int]) -> list[Logprobs]:
     return [[(token, own), *zip(*best)] for token, own, best in zip(ids, found.chosen.tolist(), likeliest)]
 
 
-def check_room(context: int, prompt: int, max_new_tokens: int, least: int = 1) -> None:
-    """Raises `UserError` for an empty prompt, one that fills the context, and fewer than `least` new tokens."""
+def _checked(request: Request, vocab_size: int) -> Request:
+    """The request with plain numbers. Raises `UserError` for a value of another type, or out of range."""
+    ids = {"prompt": request.prompt, "stop_ids": request.stop_ids}
+    found: dict[str, Any] = {}
+    for name, values in ids.items():
+        try:
+            found[name] = [operator.index(value) for value in values if not isinstance(value, bool | str)]
+            assert len(found[name]) == len(values)
+        except (TypeError, AssertionError):
+            raise UserError(f"{name}: expected a list of token ids, found {values!r:.60}") from None
+    if wrong := [token for token in found["prompt"] if not 0 <= token < vocab_size]:
+        raise UserError(f"token {wrong[0]} of the prompt: the model has {vocab_size:,} tokens, from 0")
+    bounds = {"max_new_tokens": (0, 2**31), "n": (1, MOST_CONTINUATIONS)}
+    bounds |= dict.fromkeys(("logprobs", "prompt_logprobs"), (0, vocab_size))
+    for name, (least, most) in bounds.items():
+        value = getattr(request, name)
+        if value is None and name.endswith("logprobs"):
+            continue
+        try:
+            found[name] = operator.index(value)
+        except TypeError:
+            found[name] = -1
+        if isinstance(value, bool) or not least <= found[name] <= most:
+            raise UserError(f"{name} {value!r}: expected a whole number from {least} to {most:,}")
+    if not isinstance(request.settings, SamplingSettings):
+        raise UserError(f"settings: expected SamplingSettings, found {request.settings!r:.60}")
+    if request.grammar is not None and not hasattr(request.grammar, "start"):
+        raise UserError(f"grammar: expected a constraints.Grammar, found {request.grammar!r:.60}")
+    request.settings.expect_ids_below(vocab_size)
+    return replace(request, **found | {"stop_ids": frozenset(found["stop_ids"])})
+
+
+def check_room(context: int, prompt: int, max_new_tokens: int, scores: bool = False) -> None:
+    """Raises `UserError` for an empty prompt, or one without room for a new token, which `scores` do without."""
+    least = 0 if scores else 1
     if prompt == 0:
         raise UserError("an empty prompt: give at least one token, such as the end-of-text token")
     if prompt > context - least:
@@ -333,17 +374,3 @@ def check_room(context: int, prompt: int, max_new_tokens: int, least: int = 1) -
 def _of_size(known: np.ndarray, vocab_size: int) -> Tensor:
     """bool [ids] → bool [vocab_size], False beyond the known ids."""
     return F.pad(torch.from_numpy(known), (0, max(0, vocab_size - len(known))))[:vocab_size]
-
-
-@contextmanager
-def evaluating(decoder: LanguageModel) -> Iterator[None]:
-    """Evaluation and inference mode; visits no module of a model that is in evaluation mode, to save time."""
-    was_training = decoder.training
-    if was_training:
-        decoder.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        if was_training:
-            decoder.train()

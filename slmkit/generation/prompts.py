@@ -89,8 +89,14 @@ def beginning_of(messages: Messages) -> Messages:
 
 
 def in_order(engine: Engine, requests: Sequence[Request]) -> Iterator[tuple[int, Event]]:
-    """Generates all texts together, and yields one after the other: the number of a request, and an event of a row."""
-    numbers = {engine.insert(request): number for number, request in enumerate(requests)}
+    """Generates all texts together, and yields one after the other: the number of a request, and an event of a row.
+
+    Raises `UserError` at the call, before any text, for a request that the engine refuses.
+    """
+    return _in_order(engine, requests, {engine.insert(request): number for number, request in enumerate(requests)})
+
+
+def _in_order(engine: Engine, requests: Sequence[Request], numbers: dict[int, int]) -> Iterator[tuple[int, Event]]:
     waiting: dict[tuple[int, int], deque[Event]] = {
         (handle, index): deque() for handle, number in numbers.items() for index in range(requests[number].n)
     }

@@ -21,7 +21,7 @@ LENGTHS = (512, 4096)  # of the pools but the last, which is as long as the cont
 LEAST = 64  # positions: caches grow from here by doubling
 
 
-Row = Any  # of the engine, which imports this module
+Row = Any  # `engine.Row`: the engine imports this module
 
 
 class Pool:
@@ -44,9 +44,13 @@ class Pool:
     def resize(self, slots: int, length: int) -> None:
         """Move to another cache, with as many texts as have a place there."""
         cache = self.decoder.new_cache(slots, length, self.at_once)
-        for slot in range(min(len(self.texts), slots)):
-            cache.copy_slot(slot, self.cache, slot, self.cache.length(slot))
-        self.cache, self.texts = cache, (self.texts + [[] for _ in range(slots)])[:slots]
+        texts: list[list[int]] = [[] for _ in range(slots)]
+        for slot, text in enumerate(self.texts[:slots]):
+            held = self.cache.length(slot)
+            if held <= length and self.cache.holds(slot, held):
+                cache.copy_slot(slot, self.cache, slot, held)
+                texts[slot] = text
+        self.cache, self.texts = cache, texts
 
     def bytes(self, slots: int, length: int) -> int:
         """What a cache of this size takes."""
@@ -61,17 +65,19 @@ class Pool:
                 row.slot = {a: b, b: a}.get(row.slot, row.slot)
             self.rows.sort(key=lambda row: row.slot)
 
-    def leave(self, row: Row) -> None:
-        """Take a row out. Its slot comes behind those of the others, and keeps its text."""
+    def leave(self, row: Row, keep: bool = True) -> None:
+        """Take a row out. Its slot comes behind those of the others; it keeps its text, or is erased."""
         if row.slot < self.running:
             self.running -= 1
             self.swap(row.slot, self.running)
         for other in self.rows[row.slot + 1 :]:
             self.swap(other.slot, other.slot - 1)
         self.rows.remove(row)
+        if not keep:
+            self.cache.erase(row.slot)
 
 
-class Known(NamedTuple):
+class Prefix(NamedTuple):
     """A slot whose text begins as a prompt does, for `length` positions."""
 
     pool: Pool
@@ -80,7 +86,7 @@ class Known(NamedTuple):
 
 
 class Pools:
-    """All slots of an engine. `memory`: bytes of the caches; None: no limit."""
+    """All slots of an engine. `memory`: bytes of the caches; None: no limit. A cache that grows exists twice then."""
 
     def __init__(self, decoder: LanguageModel, max_rows: int, memory: int | None, reuse: bool) -> None:
         self.decoder, self.max_rows, self.memory = decoder, max_rows, math.inf if memory is None else memory
@@ -110,16 +116,16 @@ class Pools:
         if sum(len(each.rows) for each in self.pools) >= self.max_rows or not self._reserve(pool, length):
             return False
         slot, free = len(pool.rows), range(len(pool.rows), len(pool.texts))
-        known = self._known(row.ids[:-1]) if self.reuse and not row.reads_whole else None
-        if known is not None and known.pool is pool and known.slot in free:
-            pool.swap(slot, known.slot)
-            pool.cache.truncate(slot, known.length)
+        prefix = self._longest_prefix(row.ids[:-1]) if self.reuse and not row.reads_whole else None
+        if prefix is not None and prefix.pool is pool and prefix.slot in free:
+            pool.swap(slot, prefix.slot)
+            pool.cache.truncate(slot, prefix.length)
         else:
             lost = min(free, key=pool.cache.length)  # the text that is cheapest to read again
             pool.swap(slot, lost)
             pool.cache.truncate(slot, 0)
-            if known is not None:
-                pool.cache.copy_slot(slot, known.pool.cache, known.slot, known.length)
+            if prefix is not None:
+                pool.cache.copy_slot(slot, prefix.pool.cache, prefix.slot, prefix.length)
         row.pool, row.slot, pool.texts[slot] = pool, slot, row.ids
         pool.rows.append(row)
         return True
@@ -133,8 +139,6 @@ class Pools:
         usual = held if used < held else max(1, min(2 * held, self.max_rows))
         for slots, positions in ((usual, longest), (used + 1, longest), (1, self._rounded(length))):
             if slots > used and self._fits(pool, slots, positions):
-                if used == 0 and slots == 1:
-                    pool.clear()
                 pool.resize(slots, positions)
                 return True
         return False
@@ -154,14 +158,14 @@ class Pools:
         """The size of a cache for `length` positions: a power of two, or the whole context."""
         return min(max(LEAST, 1 << (length - 1).bit_length()), self.decoder.max_positions)
 
-    def _known(self, ids: Sequence[int]) -> Known | None:
+    def _longest_prefix(self, ids: Sequence[int]) -> Prefix | None:
         """The slot that holds most of the beginning of `ids`."""
         best = None
         for pool in self.pools:
             for slot, text in enumerate(pool.texts):
                 length = common(ids, text, pool.cache.length(slot))
                 if length > (best.length if best else 0) and pool.cache.holds(slot, length):
-                    best = Known(pool, slot, length)
+                    best = Prefix(pool, slot, length)
                     if length == len(ids):
                         return best
         return best

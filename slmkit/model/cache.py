@@ -39,14 +39,16 @@ class KVCache:
             [torch.zeros(slots, heads, count, dim, device=device, dtype=dtype) for count in columns]
             for dim in (key_dim, value_dim)
         )
-        self.lengths = np.zeros(slots, np.int64)  # positions read by every layer; increased after the last one
+        self.lengths = np.zeros(slots, np.int64)  # positions that a slot's text has
+        # Positions ever written since the slot was empty: of a ring, they replaced those `columns` before them.
+        self.written = np.zeros(slots, np.int64)
         self.tables: dict[Rope, Rotation] = {}  # cosines and sines of every position, each [max_length, dim]
 
     def __getitem__(self, slots: slice) -> KVCache:
         part = object.__new__(KVCache)
         part.max_length, part.at_once, part.tables = self.max_length, self.at_once, self.tables
         part.keys, part.values = [keys[slots] for keys in self.keys], [values[slots] for values in self.values]
-        part.lengths = self.lengths[slots]
+        part.lengths, part.written = self.lengths[slots], self.written[slots]
         return part
 
     def expect(self, new: int) -> None:
@@ -68,6 +70,11 @@ class KVCache:
             places = torch.tensor((self.lengths[:, None] + np.arange(new)) % columns).to(held.device)
             held[torch.arange(held.size(0), device=held.device)[:, None], :, places] = fresh.transpose(1, 2)
         return held[:, :, : min(end, columns)]
+
+    def advance(self, new: int) -> None:
+        """Count `new` positions in every slot, after the last layer has stored them."""
+        self.lengths += new
+        np.maximum(self.written, self.lengths, out=self.written)
 
     def positions(self, layer: int, new: int) -> np.ndarray:
         """The position of each key that `extend` returns: [slots, seen], or [1, seen] if all slots have one length.
@@ -94,11 +101,13 @@ class KVCache:
         """
         if not other.holds(source, length):
             raise ValueError(f"slot {source} no longer holds what follows its first {length} positions")
+        written = int(other.written[source])
         for mine, theirs in zip((*self.keys, *self.values), (*other.keys, *other.values)):
             to, of = mine.size(2), theirs.size(2)
-            kept = np.arange(max(0, length - to, int(other.lengths[source]) - of), length)
+            kept = np.arange(max(0, length - to, written - of), length)
             mine[slot][:, kept % to] = theirs[source][:, kept % of]
         self.lengths[slot] = length
+        self.written[slot] = max(length, written) if written > other.shortest else length
 
     def swap(self, a: int, b: int) -> None:
         """Exchange what two slots hold."""
@@ -108,20 +117,34 @@ class KVCache:
         for held in (*self.keys, *self.values):
             end = min(longest, held.size(2))
             held[[a, b], :, :end] = held[[b, a], :, :end]
-        self.lengths[[a, b]] = self.lengths[[b, a]]
+        for counts in (self.lengths, self.written):
+            counts[[a, b]] = counts[[b, a]]
 
     def length(self, slot: int) -> int:
-        """How many positions a slot holds."""
+        """How many positions a slot's text has."""
         return int(self.lengths[slot])
 
     def truncate(self, slot: int, length: int) -> None:
-        """Forget what a slot holds behind its first `length` positions, which must be held."""
+        """Forget what a slot holds behind its first `length` positions."""
         self.lengths[slot] = length
+        if length == 0:
+            self.written[slot] = 0
+
+    def erase(self, slot: int) -> None:
+        """Empty a slot, and overwrite what it holds: NaN there would reach others through masked products."""
+        for held in (*self.keys, *self.values):
+            held[slot] = 0
+        self.truncate(slot, 0)
 
     def holds(self, slot: int, length: int) -> bool:
         """Whether a text can go on behind the first `length` positions of a slot: its windows are not overwritten."""
-        past = int(self.lengths[slot])
-        return length <= past and (past - length < self.at_once or past <= min(keys.size(2) for keys in self.keys))
+        written = int(self.written[slot])
+        return length <= self.lengths[slot] and (written - length <= self.at_once or written <= self.shortest)
+
+    @property
+    def shortest(self) -> int:
+        """Columns of the layer that has the fewest: up to there no position was overwritten."""
+        return min(keys.size(2) for keys in self.keys)
 
 
 def cache_bytes(architecture: Architecture, slots: int, max_length: int, at_once: int, itemsize: int) -> int:

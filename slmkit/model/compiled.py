@@ -135,7 +135,7 @@ class CompiledDecoder:
             self.blocks, len(self.blocks), ctypes.byref(self.norm), x.data_ptr(), a.width, lengths.data_ptr(), rows,
             new, torch.get_num_threads(),
         )  # fmt: skip
-        cache.lengths += new
+        cache.advance(new)
         return x
 
     # -- what was read ------------------------------------------------------------------------------------------------

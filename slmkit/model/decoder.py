@@ -169,7 +169,7 @@ class Decoder(nn.Module):
             else:
                 x = block(x, context.inputs[kind], cache)
         if cache is not None:
-            cache.lengths += new
+            cache.advance(new)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

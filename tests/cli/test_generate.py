@@ -203,10 +203,9 @@ def test_a_terminal_shows_no_control_characters_and_the_speed(folder: Path, tmp_
 
 
 def test_guesses_do_not_change_a_greedy_text(folder: Path, tmp_path: Path) -> None:
-    for name, changes in (("small", {"num_hidden_layers": 1}), ("wide", {"vocab_size": 300})):
-        config = CONFIG.model_copy(update=changes)
-        save_decoder(build_decoder(config, seed=2), config, tmp_path / name)
-        TOKENIZER.save_pretrained(tmp_path / name)
+    config = CONFIG.model_copy(update={"num_hidden_layers": 1})
+    save_decoder(build_decoder(config, seed=2), config, tmp_path / "small")
+    TOKENIZER.save_pretrained(tmp_path / "small")
     words = ("generate", "model", TEXTS[0], "--temperature", "0", "--max-new-tokens", "60")
     plain = slm(*words, cwd=folder)
     for more in (["--lookup"], ["--draft", str(tmp_path / "small")]):
@@ -215,5 +214,16 @@ def test_guesses_do_not_change_a_greedy_text(folder: Path, tmp_path: Path) -> No
     assert "--draft and --lookup: give one of them" in refused(
         "generate", "model", "--lookup", "--draft", "model", cwd=folder
     )
-    wide = refused("generate", "model", "--draft", str(tmp_path / "wide"), cwd=folder)
-    assert "300 logits, where model has 260" in wide
+
+
+def test_what_is_refused_leaves_no_file(folder: Path, tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"vocab_size": 300})
+    save_decoder(build_decoder(config, seed=2), config, tmp_path / "wide")
+    TOKENIZER.save_pretrained(tmp_path / "wide")
+    output = tmp_path / "o.jsonl"
+    words = ("generate", "model", "-o", output, "--temperature", "0")
+    assert "300 logits, where model has 260" in refused(*words, "--draft", str(tmp_path / "wide"), cwd=folder)
+    assert not output.exists()
+    done = slm(*words, "--max-new-tokens", "3", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert len(output.read_text().splitlines()) == 1

@@ -167,6 +167,46 @@ def test_two_hundred_rounds_of_twelve_mixed_requests_in_any_order() -> None:
             assert [found[handle, index] for index in range(asked[number].n)] == expected[number], SETTINGS[number]
 
 
+def test_numbers_of_numpy_and_torch_are_numbers() -> None:
+    decoder = decoder_of("llama")
+    plain_ids = alone(decoder, Request([1, 2, 3], 4, GREEDY, {9}))
+    for prompt in (np.array([1, 2, 3]), torch.tensor([1, 2, 3])):
+        assert alone(decoder, Request(prompt, np.int64(4), GREEDY, {np.int64(9)})) == plain_ids
+
+
+@pytest.mark.parametrize("options", [{"max_rows": 0}, {"max_rows": True}, {"max_rows": 1.5}, {"memory": float("nan")}])
+def test_an_engine_that_could_never_run_is_refused(options: dict[str, object]) -> None:
+    with pytest.raises(UserError, match=f"{next(iter(options))} .*: expected"):
+        Engine(decoder_of("llama"), **options)
+
+
+@pytest.mark.parametrize("failing", ["before", "after"])
+def test_a_step_that_fails_may_be_made_again(exact: Decoder, failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after Ctrl-C: rows that run, are read and wait go on as if nothing had happened."""
+    engine = Engine(exact, max_rows=3)
+    asked = [Request(numbers(length, length), 8, GREEDY) for length in (5, 12, 40, 3)]
+    handles, events = [engine.insert(request) for request in asked], []
+    name = "_decode" if failing == "before" else "_choose"
+    original = getattr(engine, name)
+    failures = iter([True, False, True, True, False, True])
+
+    def fail(*inputs: object) -> object:
+        if failing == "after":
+            raise KeyboardInterrupt
+        original(*inputs)
+        raise KeyboardInterrupt
+
+    while engine.is_busy:
+        with monkeypatch.context() as patch:
+            if next(failures, False):
+                patch.setattr(engine, name, fail)
+                with pytest.raises(KeyboardInterrupt):
+                    engine.step()
+        events += engine.step()
+    found = tokens_of(events)
+    assert [found[handle, 0] for handle in handles] == [alone(exact, request)[0] for request in asked]
+
+
 def test_a_grammar_that_leaves_no_token_ends_its_row_alone() -> None:
     known = np.ones(260, bool)
     known[TOKENIZER.encode("ab")] = False
@@ -266,9 +306,24 @@ def test_ids_without_a_token_are_never_drawn() -> None:
         (Request([], 3), "an empty prompt"),
         (Request([1] * 64, 3), "a prompt of 64 tokens fills the model's context of 64"),
         (Request([1], 0), "max_new_tokens 0: expected 1 or more"),
-        (Request([1], 3, n=0), "n 0: expected 1 or more"),
+        (Request([1], 3, n=0), "n 0: expected a whole number from 1 to 65,536"),
+        (Request([1], 3, n=True), "n True: expected a whole number"),
+        (Request([1], -3), "max_new_tokens -3: expected a whole number from 0"),
+        (Request([1], 3.0), "max_new_tokens 3.0: expected a whole number"),
+        (Request([1], 3, logprobs=-1), "logprobs -1: expected a whole number from 0 to 97"),
+        (Request([1], 3, prompt_logprobs=98), "prompt_logprobs 98: expected a whole number from 0 to 97"),
         (Request([1, 97], 3), "token 97 of the prompt: the model has 97 tokens"),
         (Request([-1], 3), "token -1 of the prompt"),
+        (Request([1], 3, n=10**9), "n 1000000000: expected a whole number from 1 to 65,536"),
+        (Request([1], float("nan")), "max_new_tokens nan: expected a whole number"),
+        (Request("abc", 3), "prompt: expected a list of token ids, found 'abc'"),
+        (Request(None, 3), "prompt: expected a list of token ids, found None"),
+        (Request([1.0, 2.0], 3), "prompt: expected a list of token ids"),
+        (Request([[1]], 3), "prompt: expected a list of token ids"),
+        (Request([1], 3, stop_ids=5), "stop_ids: expected a list of token ids, found 5"),
+        (Request([1], 3, None), "settings: expected SamplingSettings, found None"),
+        (Request([1], 3, grammar="a*"), "grammar: expected a constraints.Grammar"),
+        (Request([1], 3, SamplingSettings(logit_bias={97: 1.0})), "logit_bias: the id 97 is not below"),
         (Request([1], 3, stop=["x"]), "stop strings and grammars need a tokenizer"),
     ],
 )
@@ -285,6 +340,16 @@ def test_what_cannot_be_done_is_refused(request_: Request, message: str) -> None
 def test_a_text_ends_where_the_context_does(prompt: int, count: int, said: int, reason: str) -> None:
     events = run_request(decoder_of("llama"), Request(numbers(prompt, 1), count, GREEDY))
     assert (len(events), events[-1].finish_reason) == (said, reason)
+
+
+def test_a_continuation_that_ends_does_not_stop_the_others(exact: Decoder) -> None:
+    request = Request(numbers(9, 1), 20, SamplingSettings(seed=7), n=3)
+    free = alone(exact, request)
+    end = next(token for token in free[1][3:10] if token not in free[0] + free[2])
+    engine = Engine(exact, max_rows=2)
+    engine.insert(replace(request, stop_ids=frozenset({end})))
+    ended = tokens_of(run(engine))
+    assert [ended[0, index] for index in range(3)] == [free[0], free[1][: free[1].index(end) + 1], free[2]]
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
@@ -365,6 +430,63 @@ def test_a_prompt_known_almost_to_the_end_of_the_context_is_read_beside_a_short_
     assert found == {(first, 0): plain(exact, [*long, 5], 2), (second, 0): plain(exact, numbers(30, 2), 2)}
 
 
+def windowed(dtype: torch.dtype = torch.float64) -> Decoder:
+    """A window much shorter than its context, so that the rings of its cache turn."""
+    wide = config("gemma3_text").model_copy(
+        update={"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16,
+                "max_position_embeddings": 1024}
+    )  # fmt: skip
+    return build_decoder(wide, seed=3).eval().to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["exact", "compiled"])
+def test_a_beginning_that_a_window_has_lost_is_read_again(dtype: torch.dtype) -> None:
+    model, base = windowed(dtype), numbers(400, 1)
+    engine = Engine(model, max_rows=3)
+    for beginning, more in ((400, 0), (200, 5), (50, 3), (200, 10), (200, 100), (40, 2), (390, 7)):
+        request = Request(base[:beginning] + numbers(more, beginning + more), 12, GREEDY)
+        engine.insert(request)
+        assert [event.token for event in run(engine)] == alone(model, request)[0], (beginning, more)
+
+
+def test_random_texts_that_begin_alike_and_turn_the_rings_are_answered_as_alone() -> None:
+    model, pick, base = windowed(), random.Random(4), numbers(700, 1)
+    engine, asked = Engine(model, max_rows=4), {}
+    for seed in range(40):
+        prompt = base[: pick.randint(1, 600)] + numbers(pick.choice([0, 1, 30, 280]), seed)
+        request = Request(prompt or [1], pick.choice([1, 5, 20]), GREEDY)
+        asked[engine.insert(request)] = request
+    found = tokens_of(run(engine))
+    for handle, request in asked.items():
+        assert found[handle, 0] == alone(model, request)[0], len(request.prompt)
+
+
+def test_a_conversation_that_grows_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, read = build_decoder(tiny(max_position_embeddings=1024)).eval(), []
+    forward = decoder.forward
+    monkeypatch.setattr(decoder, "forward", lambda ids, cache: read.append(ids.numel()) or forward(ids, cache))
+    engine, text = Engine(decoder, max_rows=1), numbers(600, 1)
+    for length in (50, 60, 80, 200, 300, 600):
+        engine.insert(Request(text[:length], 1, GREEDY))
+        run(engine)
+    assert read == [50, 10, 20, 120, 100, 256, 44]
+
+
+def test_logits_that_are_not_finite_leave_nothing_in_their_slot() -> None:
+    decoder = decoder_of("llama").double()
+    engine = Engine(decoder, max_rows=2)
+    with torch.no_grad():
+        kept = decoder.embedding.weight[5].clone()
+        decoder.embedding.weight[5] = torch.nan
+        engine.insert(Request([1, 2, 3, 5, 5, 5, 5, 5], 3, GREEDY))
+        assert run(engine)[0].error
+        decoder.embedding.weight[5] = kept
+    asked = [Request([1, 2], 3, GREEDY), Request(numbers(20, 1), 3, GREEDY)]
+    handles = [engine.insert(request) for request in asked]
+    found = tokens_of(run(engine))
+    assert [found[handle, 0] for handle in handles] == [alone(decoder, request)[0] for request in asked]
+
+
 # -- text -------------------------------------------------------------------------------------------------------------
 
 
@@ -423,11 +545,14 @@ def test_stop_strings_that_others_missed(pieces: list[str], stop: list[str], tex
 def test_characters_in_several_tokens_come_whole() -> None:
     text = "a😀b👩‍👩‍👧 नमस्ते é\N{REPLACEMENT CHARACTER}z"
     pieces = [bytes([byte]) for byte in text.encode()]
-    for event in (events := said(pieces, [])[0]):
-        assert (
-            "\N{REPLACEMENT CHARACTER}" not in event.text.replace("é\N{REPLACEMENT CHARACTER}", "")[:-1] or event.text
-        )
-    assert "".join(event.text for event in events) == text
+    deltas = [event.text for event in said(pieces, [])[0]]
+    assert deltas == [
+        "a", "", "", "", "😀", "b", "", "", "", "👩", "", "", "\N{ZERO WIDTH JOINER}", "", "", "", "👩",
+        "", "", "\N{ZERO WIDTH JOINER}", "", "", "", "👧", " ", "", "", "न", "", "", "म", "", "", "स",
+        "", "", "\N{DEVANAGARI SIGN VIRAMA}", "", "", "त", "", "", "\N{DEVANAGARI VOWEL SIGN E}", " ",
+        "", "é", "", "", "", "\N{REPLACEMENT CHARACTER}z",
+    ]  # fmt: skip
+    assert [delta for delta in deltas if "\N{REPLACEMENT CHARACTER}" in delta] == deltas[-1:], "where the text has it"
     cut = said(pieces, [], count=3)[0]  # in the middle of the second character
     assert [event.text for event in cut] == ["a", "", "\N{REPLACEMENT CHARACTER}"]
 
