@@ -55,14 +55,14 @@ LONGEST_BUILD = 30  # seconds: ten times what it takes
 
 class MatrixFields(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("weight", "scales", "bias")] + [
-        (name, ctypes.c_int64) for name in ("kind", "out", "in", "group")
+        (name, ctypes.c_int64) for name in ("kind", "out", "in", "group", "bias_is_bfloat16")
     ]
 
 
 class Matrix:
     """A weight matrix in one of the forms above, and a bias, for products with rows on its left.
 
-    weight [out, in] or packed, scales [out, in / group] (None for float32 and bfloat16), bias float32 [out] or None.
+    weight [out, in] or packed, scales [out, in / group] (None for float32 and bfloat16), bias [out] or None.
     The tensors are read where they are: in-place changes count. Raises `ValueError` for shapes and types that do not
     fit together.
     """
@@ -71,13 +71,21 @@ class Matrix:
         self, kind: Kind, weight: Tensor, scales: Tensor | None = None, group: int = 32, bias: Tensor | None = None
     ) -> None:
         self.kind, self.group = kind, group
-        self.weight, self.bias = weight.detach(), None if bias is None else bias.detach().float().contiguous()
-        self.scales = None if scales is None else scales.detach()
+        self.weight, self.scales, self.bias = (None if x is None else x.detach() for x in (weight, scales, bias))
         self.out_features, self.in_features = weight.size(0), weight.size(1) * (2 if kind in ("int4", "nf4") else 1)
         self._check()
-        pointers = (None if x is None else x.data_ptr() for x in (self.weight, self.scales, self.bias))
-        self.fields = MatrixFields(*pointers, KINDS.index(kind), self.out_features, self.in_features, group)
+        # A bias of another precision, such as float16, is added by PyTorch.
+        self.adds_bias = bias is None or bias.dtype in (torch.float32, torch.bfloat16)
+        read = (self.weight, self.scales, self.bias if self.adds_bias else None)
+        pointers = (None if x is None else x.data_ptr() for x in read)
+        numbers = KINDS.index(kind), self.out_features, self.in_features, group
+        self.fields = MatrixFields(*pointers, *numbers, bias is not None and bias.dtype == torch.bfloat16)
         self._reference = ctypes.byref(self.fields)
+
+    def reads(self, weight: Tensor, scales: Tensor | None, bias: Tensor | None) -> bool:
+        """Whether these are the tensors that are read. Those are kept, so no other can have come to their addresses."""
+        pairs = ((weight, self.weight), (scales, self.scales), (bias, self.bias))
+        return all(a is b is None or (a is not None and b is not None and is_same(a, b)) for a, b in pairs)
 
     def _check(self) -> None:
         stored = {"int8": torch.int8, "int4": torch.uint8, "nf4": torch.uint8}.get(self.kind)
@@ -85,8 +93,11 @@ class Matrix:
             raise ValueError(
                 f"weights of kind {self.kind} are stored as {stored or self.kind}, not {self.weight.dtype}"
             )
-        if not all(x.is_contiguous() for x in (self.weight, self.scales) if x is not None):
-            raise ValueError("weights and scales must be contiguous")
+        there = [x for x in (self.weight, self.scales, self.bias) if x is not None]
+        if not all(x.is_contiguous() and x.device == self.weight.device for x in there):
+            raise ValueError("weights, scales and bias must be contiguous, and on one device")
+        if self.bias is not None and self.bias.shape != (self.out_features,):
+            raise ValueError(f"a bias of shape {list(self.bias.shape)}, where [{self.out_features}] is expected")
         if stored is None:
             return
         groups = self.in_features // self.group
@@ -100,15 +111,20 @@ class Matrix:
             raise ValueError(f"scales must be float32 [{self.out_features}, {groups}]")
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x W^T + bias, in the precision of x.  [..., in] → [..., out]"""
+        """x W^T + bias, in the precision of x.  [..., in] → [..., out]
+
+        Raises `ValueError` for rows of another width.
+        """
+        if x.size(-1) != self.in_features:
+            raise ValueError(f"rows of {x.size(-1)} values, where the matrix has {self.in_features} inputs")
         compiled, rows = self._compiled(), x.numel() // self.in_features
-        if compiled is None or rows > MOST_ROWS or (x.requires_grad and torch.is_grad_enabled()):
+        if compiled is None or not x.is_cpu or rows > MOST_ROWS or (x.requires_grad and torch.is_grad_enabled()):
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return F.linear(x, self.dequantized().to(x.dtype), bias)
         read = x.float().contiguous()
         y = read.new_empty(*x.shape[:-1], self.out_features)
         compiled.slmkit_linear(self._reference, read.data_ptr(), rows, y.data_ptr(), torch.get_num_threads())
-        return y.to(x.dtype)
+        return (y if self.adds_bias else y + self.bias).to(x.dtype)
 
     def dequantized(self) -> Tensor:
         """The weights as float32.  [out, in]"""
@@ -123,6 +139,11 @@ class Matrix:
 
     def _compiled(self) -> Any:
         return library() if self.weight.is_cpu else None
+
+
+def is_same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same memory, read in the same way."""
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
 
 
 def dequantize(kind: Kind, weight: Tensor, scales: Tensor | None, group: int) -> Tensor:

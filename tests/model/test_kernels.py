@@ -149,6 +149,26 @@ def test_what_does_not_fit_together() -> None:
         Matrix("float32", torch.zeros(64, 4).T)
 
 
+def test_rows_of_another_width_and_a_bias_of_another_length() -> None:
+    for kind in KINDS:
+        m = random_matrix(kind, 6, 64, 32)
+        for rows in (4, kernels.MOST_ROWS + 4):
+            with pytest.raises(ValueError, match="rows of 32 values, where the matrix has 64 inputs"):
+                m(torch.ones(rows, 32))
+    with pytest.raises(ValueError, match=r"a bias of shape \[3\], where \[6\] is expected"):
+        Matrix("float32", torch.ones(6, 64), bias=torch.ones(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_bias_is_read_where_it_is(dtype: torch.dtype) -> None:
+    bias, x = torch.randn(7).to(dtype), torch.randn(3, 64)
+    m = Matrix("float32", torch.randn(7, 64), bias=bias)
+    assert near(m(x), exact(m, x), 1e-6)
+    before = m(x)
+    bias += 1
+    assert near(m(x) - before, torch.ones(3, 7), 0.01)
+
+
 @pytest.mark.parametrize("broken", ["nothing on PATH", "CXX=/nonexistent", "a compiler that refuses"])
 def test_without_a_compiler(broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = [random_matrix(kind, 33, 128, 64)(torch.ones(2, 128)) for kind in KINDS]
