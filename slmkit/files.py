@@ -1,21 +1,48 @@
-"""Atomic, durable file writes, and names that are free."""
+"""Atomic, durable file writes, bounded reads, and names that are free."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 from pathlib import Path
 
+LARGEST_TEXT = 64 * 2**20
+
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write `content` to `path` atomically: a reader sees the old content or the new, never a part."""
-    fresh = path.with_name(f".{path.name}-{os.getpid()}")
+    """Write `content` to `path` atomically: a reader sees the old content or the new, never a part.
+
+    Of a symbolic link the file that it names is written. Raises `OSError`, with `path` as its file name, if it cannot
+    be written, and for a folder, a device or another thing that is no regular file.
+    """
+    place = Path(os.path.realpath(path)) if path.is_symlink() else path
+    if os.path.lexists(place) and not place.is_file():
+        raise OSError(errno.EINVAL, "is a folder" if place.is_dir() else "is no regular file", str(path))
+    fresh = place.with_name(f".{place.name}-{os.getpid()}")
     try:
         fresh.write_bytes(content.encode() if isinstance(content, str) else content)
         sync(fresh)
-        os.replace(fresh, path)
+        os.replace(fresh, place)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
-        fresh.unlink(missing_ok=True)
-    sync(path.parent)
+        with contextlib.suppress(OSError):
+            fresh.unlink(missing_ok=True)
+    sync(place.parent)
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a file in UTF-8, without a byte order mark. Raises `OSError` for more than `LARGEST_TEXT` bytes, so
+    that a device without an end is no trap, and `UnicodeDecodeError` for other text.
+    """
+    with open(path, "rb") as file:
+        content = file.read(LARGEST_TEXT + 1)
+    if len(content) > LARGEST_TEXT:
+        raise OSError(errno.EFBIG, f"larger than {LARGEST_TEXT >> 20} MiB", str(path))
+    return content.decode("utf-8-sig")
 
 
 def sync(path: Path) -> None:

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from slmkit.adapt.quantize import QuantizedLinear, group_scales, nearest, pack, round_to, values
 from slmkit.adapt.swapping import LinearLike, linear, replace
+from slmkit.config import UserError
 from slmkit.model.decoder import Decoder
 from slmkit.model.kernels import Kind
 
-DAMPING = 0.01  # added to the diagonal of H, as a share of its mean
+DAMPING = 0.01  # added to the diagonal of H, as a share of its mean; ten times as much at each of the
+ATTEMPTS = 12
 TOKENS_AT_ONCE = 8192
 
 
@@ -36,7 +38,8 @@ def gptq(
 ) -> None:
     """Quantize the matrices that `to_quantize` chose, in place, for the calibration text `ids` [rows, length].
 
-    Embedding and head are rounded to nearest. `progress` gets the number of layers done, and of all.
+    Embedding and head are rounded to nearest. `progress` gets the number of layers done, and of all. Raises `UserError`
+    by name for a linear whose inputs there are not finite.
     """
     batches = [_block_inputs(decoder, rows) for rows in ids.split(max(1, TOKENS_AT_ONCE // ids.size(1)))]
     hidden = [x for x, _ in batches]
@@ -44,7 +47,7 @@ def gptq(
         layer = _Layer(decoder, index, hidden, [others[index] for _, others in batches])
         names = [name for name in chosen if name.startswith(f"blocks.{index}.")]
         for together in layer.linears_by_input(names):
-            factor = _inverse_factor(layer.hessian(together[0]))
+            factor = _inverse_factor(layer.hessian(together[0]), together[0])
             for name in together:
                 replace(decoder, name, solve(linear(decoder, name), factor, chosen[name], group))
         hidden = list(layer.run())
@@ -121,10 +124,13 @@ class _Layer:
         return products[0] / tokens
 
 
-def _inverse_factor(hessian: Tensor) -> Tensor:
-    """U, upper triangular, with Uᵀ U = (H + damping)⁻¹.  [in, in]"""
+def _inverse_factor(hessian: Tensor, name: str) -> Tensor:
+    """U, upper triangular, with Uᵀ U = (H + damping)⁻¹.  [in, in]
+
+    Raises `UserError` that begins with `name` where H is not finite, or too large to be inverted.
+    """
     damping = DAMPING * hessian.diagonal().abs().mean()
-    while True:  # rounding may leave a singular H with negative eigenvalues
+    for _ in range(ATTEMPTS if hessian.isfinite().all() else 0):  # rounding may leave H with negative eigenvalues
         damped = hessian + (damping + 1e-12) * torch.eye(len(hessian))
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
@@ -132,3 +138,7 @@ def _inverse_factor(hessian: Tensor) -> Tensor:
         if not failed:
             return upper
         damping = damping * 10 + 1e-12
+    raise UserError(
+        f"{name}: its inputs on the calibration text are not finite, or too large: calibrate with another text, or "
+        "only round the weights (--method round)"
+    )

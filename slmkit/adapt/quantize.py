@@ -3,8 +3,8 @@
     w ≈ scale of its group × value of its code
 
 A group is 32, 64 or 128 neighbours of a row. `slmkit.model.kernels` says how codes are kept, and multiplies with them.
-Scales are float32 [out, in / group], with the 8 significant bits of a bfloat16, so that neither a file nor a conversion
-to 16 bits changes them.
+Scales are float32 [out, in / group] whatever the model's precision, with the 8 significant bits of a bfloat16, as which
+files keep them.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class Quantized(nn.Module):
 
     @property
     def matrix(self) -> Matrix:
-        if self._matrix is None:
+        if self._matrix is None or not self._matrix.reads(self.codes, self.scales, self.bias):
             self._matrix = Matrix(self.form, self.codes, self.scales, self.group, self.bias)
         return self._matrix
 
@@ -135,9 +135,12 @@ class Quantized(nn.Module):
         return self.matrix(x)
 
     def _apply(self, function: Any, recurse: bool = True) -> Any:
-        """For `to`: scales stay in float32."""
+        """For `to`: scales stay in float32, and none is rounded."""
+        scales = self.scales
         super()._apply(function, recurse)
-        self.scales, self._matrix = self.scales.float(), None
+        if self.scales.dtype != scales.dtype:
+            self.scales = scales.to(self.scales.device)
+        self._matrix = None
         return self
 
     def __getstate__(self) -> dict[str, Any]:

@@ -65,16 +65,17 @@ def decode(
 
     Example: slm bench decode quickstart smollm2-135m --new 32
     """
-    from slmkit.cli.show import print_table
     from slmkit.workflows.bench import decoding_speed
 
-    rows = [
-        (model, s.weights, str(s.batch), f"{s.prompt:,.0f}", f"{s.new:,.1f}", f"{s.limit:,.0f}", f"{s.reached:.0%}")
-        for model in models or ["quickstart"]
-        for s in decoding_speed(model, prompt, new, rounds, device)
-    ]
+    models = models or ["quickstart"]
     columns = ("model", "weights", "batch", "prompt tokens/s", "new tokens/s", "limit", "reached")
-    print_table(columns, rows, right=columns[2:])
+    line = f"{{:<{max(map(len, ('model', *models)))}}}  {{:<8}}  {{:>5}}  {{:>15}}  {{:>12}}  {{:>11}}  {{:>7}}"
+    found = ((model, speed) for model in models for speed in decoding_speed(model, prompt, new, rounds, device))
+    for number, (model, s) in enumerate(found):
+        if number == 0:
+            print(line.format(*columns))
+        figures = (f"{s.prompt:,.0f}", f"{s.new:,.1f}", f"{s.limit:,.0f}", f"{s.reached:.0%}")
+        print(line.format(model, s.weights, s.batch, *figures), flush=True)
 
 
 def data(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import re
 import signal
 import sys
 import threading
 import time
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -90,13 +91,14 @@ class _Dialogue:
         console = self.console
         self.is_plain = plain or not console.is_terminal or console.is_dumb_terminal or console.no_color
         self.file: str | None = None  # of the last /save or /load
+        self.own: set[str] = set()  # files of this chat, which /save may overwrite
 
     def run(self) -> None:
         with suppress(ImportError):  # on Windows
             import readline  # arrow keys, history, and below: pasting of several lines
 
             readline.parse_and_bind("set enable-bracketed-paste on")
-        while (message := self._read_message()) is not None and message.rstrip() != "/quit":
+        while (message := self._read_message()) is not None and not re.match(r"/quit(\s|$)", message):
             try:
                 if message.startswith("/"):
                     said = self._obey(*message.split(maxsplit=1))
@@ -153,16 +155,25 @@ class _Dialogue:
                     session.set_system(None if argument.strip() == "-" else argument)
                 return f"(system message: {session.system or 'none'})"
             case "/save":
-                if not (argument or self.file) and Path(file).exists():
-                    return f"({file} exists; name a file: /save FILE)"
+                if os.path.isfile(file) and os.path.realpath(file) not in self.own:
+                    return f"({file} exists, and is not of this chat; name another file: /save FILE)"
                 session.save(file)
-                self.file = file
+                self._is_own(file)
                 return f"(saved to {file})"
             case "/load":
+                system = session.system
                 session.load(file)
-                self.file = file
-                return f"(going on with {file}: {counted(len(session.messages), 'message')})"
+                self._is_own(file)
+                remarks = [counted(len(session.messages), "message")]
+                if system not in (None, session.system):
+                    found = "one of its own" if session.system else "none"
+                    remarks.append(f"the system message is gone, since the file has {found}: /system TEXT sets it")
+                return f"(going on with {file}: {'; '.join(remarks)})"
         return f"(unknown command {command}: /help lists them)"
+
+    def _is_own(self, file: str) -> None:
+        self.file = file
+        self.own.add(os.path.realpath(file))
 
     def _answer(self, pieces: Generator[str, None, None]) -> None:
         """Show the answer while it is generated. Ctrl-C ends it and keeps the text so far."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-from slmkit.config import UserError
-from slmkit.files import write_whole
+from slmkit.config import UserError, one_line
+from slmkit.files import read_text, write_whole
 from slmkit.generation.engine import Engine, FinishReason, Request
 from slmkit.generation.ensemble import LanguageModel
 from slmkit.generation.prompts import Messages, beginning_of, messages_that_fit
@@ -133,24 +134,52 @@ class ChatSession:
     def save(self, path: str | Path) -> None:
         """Write the conversation as one line of JSON (`{"messages": […]}`), the format of fine-tuning data.
 
-        Raises `UserError` if it cannot be written; an existing file then stays unchanged.
+        Raises `UserError` if nothing was asked yet, and if it cannot be written; an existing file then stays unchanged.
         """
+        if len(self.messages) == len(beginning_of(self.messages)):
+            raise UserError("nothing was asked yet, so there is no conversation to save")
         line = json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n"
         try:
             write_whole(Path(path), line.encode("utf-8", "replace").decode())  # terminals may pass lone surrogates
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: the conversation cannot be saved: {error}") from None
+        except FileNotFoundError:
+            why = f"there is no folder {Path(path).parent}"
+        except OSError as error:
+            why = (error.strerror or str(error)).lower()
+        except ValueError as error:
+            why = str(error)
+        else:
+            return
+        raise UserError(f"{path}: the conversation cannot be saved: {why}")
 
     def load(self, path: str | Path) -> None:
         """Replace the messages by those of a saved conversation, its system message included.
 
         Raises `UserError` for a missing or invalid file; the current messages then stay unchanged.
         """
+        self.messages, self.forgotten, self._unanswered = _checked(_read(path), path), 0, None
+
+
+def _read(path: str | Path) -> Any:
+    """The JSON in a file. Raises `UserError` for another file, and for several conversations."""
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: {'not a regular file' if os.path.exists(path) else 'no such file'}")
+    try:
+        text = read_text(path)
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: not a saved conversation: {error}") from None
-        self.messages, self.forgotten, self._unanswered = _checked(content, path), 0, None
+            return json.loads(text)
+        except ValueError:
+            if not all(line.lstrip()[:1] in ("{", "") for line in text.split("\n")):
+                raise
+            lines = [json.loads(line) for line in text.split("\n") if line.strip()]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {(error.strerror or str(error)).lower()}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a saved conversation: it is not UTF-8 text") from None
+    except RecursionError:
+        raise UserError(f"{path}: not a saved conversation: JSON that is nested too deeply") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not a saved conversation: {one_line(error)}") from None
+    raise UserError(f"{path}: it holds {len(lines)} conversations, expected one: copy one line to a file of its own")
 
 
 def _checked(content: Any, path: str | Path) -> Messages:
@@ -158,9 +187,11 @@ def _checked(content: Any, path: str | Path) -> Messages:
     messages = content.get("messages") if isinstance(content, dict) else None
     if not isinstance(messages, list):
         raise UserError(f'{path}: not a saved conversation: expected {{"messages": […]}}')
+    has_begun = any(isinstance(message, dict) and message.get("role") != "system" for message in messages)
     try:
-        # With one more question appended, an empty conversation passes and one that ends with a question does not.
-        check_messages([*messages, {"role": "user", "content": ""}], add_generation_prompt=True)
+        check_messages(messages if has_begun else [*messages, {"role": "user", "content": ""}])
     except UserError as error:
         raise UserError(f"{path}: not a saved conversation: {error}") from None
+    if has_begun and (messages[-1]["role"] != "assistant" or messages[-1].get("tool_calls")):
+        raise UserError(f"{path}: message {len(messages)}, the last one, has no answer: add the answer, or remove it")
     return messages

@@ -159,6 +159,8 @@ _compiled = lru_cache(maxsize=128)(Grammar)
 def _reason(state: LLMatcher) -> str:
     """Why llguidance refuses, in one line; its own messages point at the place in several."""
     error = state.get_error()
+    if "NoExtensionBias" in error:
+        return "a $ref leads back to itself and nowhere else, so no text ends"
     found = re.search(r"^error: (.*)", error, re.MULTILINE)
     return f"{found[1] if found else error.split('(in regex): ')[-1].splitlines()[0]:.200}"
 

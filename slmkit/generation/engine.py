@@ -15,7 +15,6 @@ import itertools
 import operator
 from collections import deque
 from collections.abc import Iterator, Sequence, Set
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -25,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from slmkit.config import UserError
-from slmkit.generation.ensemble import LanguageModel
+from slmkit.generation.ensemble import LanguageModel, evaluating
 from slmkit.generation.sampling import (
     FAULTS,
     LogProbabilities,
@@ -375,17 +374,3 @@ def check_room(context: int, prompt: int, max_new_tokens: int, scores: bool = Fa
 def _of_size(known: np.ndarray, vocab_size: int) -> Tensor:
     """bool [ids] → bool [vocab_size], False beyond the known ids."""
     return F.pad(torch.from_numpy(known), (0, max(0, vocab_size - len(known))))[:vocab_size]
-
-
-@contextmanager
-def evaluating(decoder: LanguageModel) -> Iterator[None]:
-    """Evaluation and inference mode; visits no module of a model that is in evaluation mode, to save time."""
-    was_training = decoder.training
-    if was_training:
-        decoder.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        if was_training:
-            decoder.train()

@@ -8,7 +8,8 @@ It has a decoder's interface: its hidden states are the members' concatenated, i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,20 @@ class Ensemble(nn.Module):
 # `new_cache` to its `forward`.
 LanguageModel = Decoder | Ensemble
 Cache = Any  # a `KVCache`, or an ensemble's `MemberCaches`
+
+
+@contextmanager
+def evaluating(decoder: LanguageModel) -> Iterator[None]:
+    """Evaluation and inference mode; visits no module of a model that is in evaluation mode, to save time."""
+    was_training = decoder.training
+    if was_training:
+        decoder.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        if was_training:
+            decoder.train()
 
 
 def together(decoders: Sequence[Decoder]) -> LanguageModel:

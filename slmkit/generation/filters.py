@@ -19,8 +19,9 @@ from slmkit.generation.sampling_settings import SamplingSettings
 FEW = 64  # likeliest tokens that are looked at first
 BLOCK = 64  # values of which only the greatest is looked at, to find the likeliest tokens
 TINY = 2.0**-126  # what is less likely counts as impossible; smaller numbers of float32 are slow
+MOST = 2**53  # all greater whole numbers are this one, so that float64 and int64 can hold it
 # The value that changes nothing, and what stands for it among rows with other values.
-NEUTRAL = {"top_k": (0, 2**53), "top_p": (1, math.inf), "min_p": (0, 0), "typical_p": (1, math.inf)}
+NEUTRAL = {"top_k": (0, MOST), "top_p": (1, math.inf), "min_p": (0, 0), "typical_p": (1, math.inf)}
 
 
 def filtered(p: Tensor, settings: Sequence[SamplingSettings]) -> Tensor:
@@ -32,7 +33,7 @@ def filtered(p: Tensor, settings: Sequence[SamplingSettings]) -> Tensor:
     for name, (neutral, stand_in) in NEUTRAL.items():
         column = [getattr(one, name) for one in settings]
         if any(value != neutral for value in column):
-            numbers = [[stand_in if value == neutral else value] for value in column]
+            numbers = [[stand_in if value == neutral else min(value, MOST)] for value in column]
             values[name] = torch.tensor(numbers, dtype=torch.float64).to(p.device)  # [rows, 1]
     typical = values.pop("typical_p", None)
     if values:

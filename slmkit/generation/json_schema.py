@@ -6,13 +6,14 @@ what older drafts meant by some keywords; it allows dates that no calendar has, 
 
 from __future__ import annotations
 
+import difflib
 import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from slmkit.config import UserError, did_you_mean, kind_of_value, one_line
+from slmkit.config import UserError, kind_of_value, one_line
 
 DEEPEST = 64  # schemas within schemas
 LARGEST = 2**53 - 1  # whole numbers up to it are exact in every JSON reader (RFC 8259, section 6)
@@ -35,6 +36,8 @@ ANNOTATIONS = {
 # At most one space between structural tokens: models write `, ` and `: `, and some would never stop at white space.
 OPTIONS = {"whitespace_flexible": True, "whitespace_pattern": "[ ]", "lenient": False, "coerce_one_of": False}
 KNOWN = ONE | LISTS | NAMED | NUMBERS | PLAIN
+TEXTS = {"format", "$ref", "$id", "$anchor"}
+NEAR = 0.8  # how similar a misspelt word is: "minLenght" and "minLength", but not "uniqueItems" and "minItems"
 
 # Formats that llguidance knows, with their longest text in characters.
 FORMATS = {"duration": 64, "email": 254, "hostname": 253, "ipv4": 15, "ipv6": 45, "uri": 2048, "uuid": 36}
@@ -98,10 +101,12 @@ def _copy(schema: Any, path: str, bounded: bool, depth: int = 0) -> Any:
             made[keyword] = [copy(part, f"{where}/{place}") for place, part in enumerate(value)]
         elif keyword in NAMED and isinstance(value, Mapping):
             made[keyword] = {name: copy(part, f"{where}/{name}") for name, part in value.items()}
+        elif keyword in NAMED:
+            raise UserError(f"JSON schema: {where}: expected an object, found {kind_of_value(value)}")
         elif keyword in KNOWN:
             made[keyword] = value
         elif keyword not in ANNOTATIONS and not str(keyword).startswith("x-"):
-            raise UserError(f"JSON schema: {path}: {keyword!r} cannot be enforced; {did_you_mean(str(keyword), KNOWN)}")
+            raise UserError(f"JSON schema: {path}: {keyword!r} cannot be enforced; {_near(str(keyword), KNOWN)}")
     _check_values(made, path)
     name, further = made.get("format"), made.get("allOf", [])
     if name in PATTERNS:
@@ -112,10 +117,20 @@ def _copy(schema: Any, path: str, bounded: bool, depth: int = 0) -> Any:
     return made | _bounds_of_numbers(made) if bounded else made
 
 
+def _near(word: str, known: Iterable[str]) -> str:
+    """The known word that was probably meant, or all of them."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=NEAR)
+    return f"did you mean {near[0]!r}?" if near else "known: " + ", ".join(sorted(known))
+
+
 def _check_values(schema: dict[str, Any], path: str) -> None:
     """Raise `UserError` for values that llguidance ignores or enforces only in part."""
+    for keyword in sorted(schema.keys() & (TEXTS | {"required"})):
+        kind, what = (str, "text") if keyword in TEXTS else (list | tuple, "a list")
+        if not isinstance(schema[keyword], kind):
+            raise UserError(f"JSON schema: {path}/{keyword}: expected {what}, found {kind_of_value(schema[keyword])}")
     if schema.get("format", "date") not in FORMATS | PATTERNS:
-        known = did_you_mean(str(schema["format"]), FORMATS | PATTERNS)
+        known = _near(schema["format"], FORMATS | PATTERNS)
         raise UserError(f"JSON schema: {path}: the format {schema['format']!r} cannot be enforced; {known}")
     for keyword in NUMBERS & schema.keys():
         if isinstance(schema[keyword], bool):

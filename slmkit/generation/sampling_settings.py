@@ -44,7 +44,10 @@ class SamplingSettings(Settings):
     @classmethod
     def _plain(cls, value: Any) -> Any:
         """Numbers of numpy and scalar tensors as Python's."""
-        return value.item() if hasattr(value, "item") else value
+        try:
+            return value.item() if hasattr(value, "item") else value
+        except (RuntimeError, ValueError, TypeError):
+            return f"{type(value).__name__} of {list(value.shape)} values"  # no number; its `repr` may have many lines
 
     @field_validator("do_sample", mode="before")
     @classmethod

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from slmkit.config import UserError
-from slmkit.generation.ensemble import Cache, LanguageModel
+from slmkit.generation.ensemble import Cache, LanguageModel, evaluating
 from slmkit.generation.sampling import SampledRow, draw, points, probabilities, sample, seed_of, uniform
 from slmkit.model.cache import AT_ONCE
 from slmkit.model.compiled import for_decoding
@@ -103,14 +103,15 @@ class PromptLookup(Speculation):
 class DraftModel(Speculation):
     """Guesses with a smaller model of the same vocabulary, by the row's own settings and grammar.
 
-    It reads one row at a time, into a KV cache of its own for each.
+    It reads one row at a time, into a KV cache of its own for each. Of a long text it reads `AT_ONCE` tokens at each
+    guess, which stays empty until the rest is as short, so that no other row is delayed for long.
     """
 
     def __init__(self, draft: LanguageModel, count: int = 4) -> None:
         super().__init__(count)
         if any(rope.depends_on_length for rope in draft.ropes):
             raise UserError("a draft model whose rotation depends on the length of the text cannot take guesses back")
-        self.draft = for_decoding(draft.eval())
+        self.draft = for_decoding(draft)
         # Of each row: the cache, how long the text was at the last guess, and that guess.
         self._caches: WeakKeyDictionary[GuessedRow, tuple[Cache, int, list[int]]] = WeakKeyDictionary()
 
@@ -120,21 +121,26 @@ class DraftModel(Speculation):
         if count < 1:
             return Guess([])
         cache = self._cache(row, length + room + 1)
-        try:
-            while len(tokens) < count and not (row.matcher is not None and row.matcher.is_done):
-                q = probabilities(self._logits(row.ids, cache), [row])  # [1, vocab_size]
-                if q.isnan().any():
-                    break
-                token = int(draw(q, [uniform(seed, len(row.ids) - row.prompt_length)]))
+        with evaluating(self.draft):
+            if length - cache.length(0) > AT_ONCE:
+                self._read(row.ids[: cache.length(0) + AT_ONCE], cache)
+                self._caches[row] = cache, length, []
+                return Guess([])
+            try:
+                while len(tokens) < count and not (row.matcher is not None and row.matcher.is_done):
+                    q = probabilities(self.draft.logits(self._read(row.ids, cache)), [row])  # [1, vocab_size]
+                    if q.isnan().any():
+                        break
+                    token = int(draw(q, [uniform(seed, len(row.ids) - row.prompt_length)]))
+                    if row.matcher is not None:
+                        row.matcher.accept(token)
+                    tokens.append(token)
+                    chances.append(q)
+                    row.ids.append(token)
+            finally:
                 if row.matcher is not None:
-                    row.matcher.accept(token)
-                tokens.append(token)
-                chances.append(q)
-                row.ids.append(token)
-        finally:
-            if row.matcher is not None:
-                row.matcher.rollback(len(tokens))
-            del row.ids[length:]
+                    row.matcher.rollback(len(tokens))
+                del row.ids[length:]
         self._caches[row] = cache, length, tokens
         return Guess(tokens, torch.cat(chances) if chances else None)
 
@@ -147,12 +153,9 @@ class DraftModel(Speculation):
         cache.truncate(0, min(cache.length(0), before + same, len(row.ids) - 1))
         return cache
 
-    def _logits(self, ids: list[int], cache: Cache) -> Tensor:
-        """Logits [1, vocab_size] behind all of `ids`; those in the cache are not read again."""
-        new = torch.tensor([ids[cache.length(0) :]], device=self.draft.device)
-        for piece in new.split(AT_ONCE, dim=1):
-            hidden = self.draft(piece, cache)
-        return self.draft.logits(hidden[:, -1])
+    def _read(self, ids: list[int], cache: Cache) -> Tensor:
+        """The hidden state [1, width] behind all of `ids`; those in the cache are not read again."""
+        return self.draft(torch.tensor([ids[cache.length(0) :]], device=self.draft.device), cache)[:, -1]
 
 
 def _certain(token: int, like: Tensor) -> Tensor:

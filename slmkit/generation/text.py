@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
-from slmkit.config import UserError
+from slmkit.config import UserError, kind_of_value
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # decoded from bytes that are no (complete) character
+LONGEST_STOP, MOST_STOPS = 1_024, 64  # characters, strings: they are searched for after each token
+# Of tokens that never become a character the first and last are kept: with one before them, the four bytes that
+# decide whether a tokenizer decodes such a run at all; the nine bytes of three U+FFFD, and three of a cut character.
+FIRST, LAST = 5, 12
 
 
 class TextTokenizer(Protocol):
@@ -84,6 +88,9 @@ class WholeCharacters:
             incomplete = min(3, len(text) - len(text.rstrip(REPLACEMENT)))
             piece = text[self._shown : len(text) - incomplete]
             self._shown += len(piece)
+            if len(self._window) > FIRST + LAST:
+                del self._window[FIRST:-LAST]
+                self._shown = len(self._decode(self._window)) - incomplete
         else:
             piece = text[self._shown :]
             self._window, self._shown = [token], len(self._decode([token]))
@@ -97,13 +104,21 @@ class WholeCharacters:
 class StopStrings:
     """Finds the stop string that is complete first, independent of how the text is split into pieces.
 
-    Raises `UserError` for one string instead of several.
+    Raises `UserError` for what is no list of strings, for more than `MOST_STOPS`, and for one longer than
+    `LONGEST_STOP`.
     """
 
     def __init__(self, strings: Sequence[str]) -> None:
-        if isinstance(strings, str):
-            raise UserError(f"expected a list of stop strings, found the string {strings!r}: put it into a list")
-        self._strings = [string for string in strings if string]
+        if isinstance(strings, str) or not isinstance(strings, Iterable):
+            raise UserError(f"expected a list of stop strings, such as ['END'], found {str(strings)[:80]!r}")
+        self._strings = list(strings)
+        for string in self._strings:
+            if not isinstance(string, str) or len(string) > LONGEST_STOP:
+                found = f"{len(string):,}" if isinstance(string, str) else kind_of_value(string)
+                raise UserError(f"a stop string: expected text of at most {LONGEST_STOP:,} characters, found {found}")
+        if len(self._strings) > MOST_STOPS:
+            raise UserError(f"{len(self._strings):,} stop strings: at most {MOST_STOPS} are allowed")
+        self._strings = [string for string in self._strings if string]
 
     def find(self, text: str) -> int | None:
         """The index at which the text has to end; None without a stop string."""
@@ -112,5 +127,14 @@ class StopStrings:
 
     def may_begin(self, text: str) -> int:
         """How many of the last characters of `text` may begin a stop string."""
-        beginnings = (string[:length] for string in self._strings for length in range(1, len(string)))
-        return max((len(beginning) for beginning in beginnings if text.endswith(beginning)), default=0)
+        return max((_beginning_at_end(string, text) for string in self._strings), default=0)
+
+
+def _beginning_at_end(string: str, text: str) -> int:
+    """The length of the longest beginning of `string`, not all of it, with which `text` ends."""
+    start = max(0, len(text) - len(string) + 1)
+    while (start := text.find(string[0], start)) >= 0:
+        if string.startswith(text[start:]):
+            return len(text) - start
+        start += 1
+    return 0

@@ -44,8 +44,8 @@ enum Kind : int64_t { FLOAT32, BFLOAT16, INT8, INT4, NF4, WORDS };  // WORDS: ex
 struct Matrix {
   const uint8_t* weight;  // [out, in]
   const float* scales;    // [out, in / group]
-  const float* bias;      // [out], or null
-  int64_t kind, out, in, group;
+  const void* bias;       // [out] of float32 or bfloat16, or null
+  int64_t kind, out, in, group, bias_is_bfloat16;
 };
 
 // Few products do not pay for waking a thread.
@@ -182,6 +182,17 @@ inline Floats unpack_tail(const uint8_t* from, int64_t count) {
   }
 }
 
+// Number i of a vector of float32 or bfloat16.
+inline float number(const void* vector, int64_t i, bool is_bfloat16) {
+  if (!is_bfloat16) return static_cast<const float*>(vector)[i];
+  const uint32_t bits = uint32_t(static_cast<const uint16_t*>(vector)[i]) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline float bias(const Matrix& m, int64_t o) { return m.bias ? number(m.bias, o, m.bias_is_bfloat16) : 0.0f; }
+
 // y[r, o] = x[r] · w[o] for `rows` rows of x, and `outs` rows of weights, from `first` on, each `apart` rows from the
 // one before. They are at `weight` and each `bytes_apart` behind the one before.  x [rows, in], y [rows, out]
 template <int KIND, int outs, int rows>
@@ -218,7 +229,7 @@ void products(const Matrix& m, const uint8_t* weight, int64_t first, int64_t apa
     }
   for (int o = 0; o < outs; o++)
     for (int r = 0; r < rows; r++)
-      y[r * m.out + first + o * apart] = sum(sums[o][r]) + (m.bias ? m.bias[first + o * apart] : 0.0f);
+      y[r * m.out + first + o * apart] = sum(sums[o][r]) + bias(m, first + o * apart);
 }
 
 // The integers j to j + 15 and j + half to j + half + 15 of a group.
@@ -291,7 +302,7 @@ void integer_products(const Matrix& m, const uint8_t* weight, int64_t first, int
       sums[o] = fused8(__builtin_convertvector(group[o], Floats8), scale8, sums[o]);
     }
   }
-  for (int o = 0; o < outs; o++) y[first + o * apart] = sum(sums[o]) + (m.bias ? m.bias[first + o * apart] : 0.0f);
+  for (int o = 0; o < outs; o++) y[first + o * apart] = sum(sums[o]) + bias(m, first + o * apart);
 }
 
 template <int KIND>
@@ -439,9 +450,10 @@ enum NormKind : int64_t { NO_NORM, RMS, LAYER };
 enum Activation : int64_t { SILU, GELU, GELU_TANH, RELU, RELU_SQUARED };
 
 struct Norm {
-  const float *weight, *bias;  // [size]
+  const void *weight, *bias;  // [size] of float32 or bfloat16
   int64_t kind, size;
-  double eps;
+  double eps, offset;  // offset: added to the weight
+  int64_t is_bfloat16;
 };
 
 // A layer of the decoder, as `decoder.Block` computes it. Matrices and norms that it lacks are zeros.
@@ -497,9 +509,14 @@ void normalize(const Norm& norm, const float* of, int64_t from, int64_t count, f
   }
   const float mean = norm.kind == LAYER ? total(of, norm.size, [](Floats x) { return x; }) / norm.size : 0;
   const float square = total(of, norm.size, [&](Floats x) { return (x - mean) * (x - mean); });
-  const float inverse = 1 / std::sqrt(square / norm.size + float(norm.eps));
-  for (int64_t i = 0; i < count; i++)
-    to[i] = (of[from + i] - mean) * inverse * norm.weight[from + i] + (norm.bias ? norm.bias[from + i] : 0.0f);
+  const float inverse = 1 / std::sqrt(square / norm.size + float(norm.eps)), offset = norm.offset;
+  const auto scaled = [&](auto is_bfloat16) {
+    for (int64_t i = 0; i < count; i++) {
+      const float weight = number(norm.weight, from + i, is_bfloat16) + offset;
+      to[i] = (of[from + i] - mean) * inverse * weight + (norm.bias ? number(norm.bias, from + i, is_bfloat16) : 0.0f);
+    }
+  };
+  norm.is_bfloat16 ? scaled(std::true_type()) : scaled(std::false_type());
 }
 
 // A head of a query or key [head_dim]: normalised alone or with all heads, then rotated.

@@ -24,8 +24,11 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
+import tempfile
+import time
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -46,19 +49,19 @@ NF4 = torch.tensor(NF4_VALUES)
 MOST_ROWS = 32  # more rows are faster in PyTorch's products
 SOURCE = Path(__file__).with_name("kernels.cpp")
 COMPILERS = ("c++", "g++", "clang++")
-LONGEST_BUILD = 120  # seconds
+LONGEST_BUILD = 30  # seconds: ten times what it takes
 
 
 class MatrixFields(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("weight", "scales", "bias")] + [
-        (name, ctypes.c_int64) for name in ("kind", "out", "in", "group")
+        (name, ctypes.c_int64) for name in ("kind", "out", "in", "group", "bias_is_bfloat16")
     ]
 
 
 class Matrix:
     """A weight matrix in one of the forms above, and a bias, for products with rows on its left.
 
-    weight [out, in] or packed, scales [out, in / group] (None for float32 and bfloat16), bias float32 [out] or None.
+    weight [out, in] or packed, scales [out, in / group] (None for float32 and bfloat16), bias [out] or None.
     The tensors are read where they are: in-place changes count. Raises `ValueError` for shapes and types that do not
     fit together.
     """
@@ -67,13 +70,21 @@ class Matrix:
         self, kind: Kind, weight: Tensor, scales: Tensor | None = None, group: int = 32, bias: Tensor | None = None
     ) -> None:
         self.kind, self.group = kind, group
-        self.weight, self.bias = weight.detach(), None if bias is None else bias.detach().float().contiguous()
-        self.scales = None if scales is None else scales.detach()
+        self.weight, self.scales, self.bias = (None if x is None else x.detach() for x in (weight, scales, bias))
         self.out_features, self.in_features = weight.size(0), weight.size(1) * (2 if kind in ("int4", "nf4") else 1)
         self._check()
-        pointers = (None if x is None else x.data_ptr() for x in (self.weight, self.scales, self.bias))
-        self.fields = MatrixFields(*pointers, KINDS.index(kind), self.out_features, self.in_features, group)
+        # A bias of another precision, such as float16, is added by PyTorch.
+        self.adds_bias = bias is None or bias.dtype in (torch.float32, torch.bfloat16)
+        read = (self.weight, self.scales, self.bias if self.adds_bias else None)
+        pointers = (None if x is None else x.data_ptr() for x in read)
+        numbers = KINDS.index(kind), self.out_features, self.in_features, group
+        self.fields = MatrixFields(*pointers, *numbers, bias is not None and bias.dtype == torch.bfloat16)
         self._reference = ctypes.byref(self.fields)
+
+    def reads(self, weight: Tensor, scales: Tensor | None, bias: Tensor | None) -> bool:
+        """Whether these are the tensors that are read. Those are kept, so no other can have come to their addresses."""
+        pairs = ((weight, self.weight), (scales, self.scales), (bias, self.bias))
+        return all(a is b is None or (a is not None and b is not None and is_same(a, b)) for a, b in pairs)
 
     def _check(self) -> None:
         stored = {"int8": torch.int8, "int4": torch.uint8, "nf4": torch.uint8}.get(self.kind)
@@ -81,8 +92,11 @@ class Matrix:
             raise ValueError(
                 f"weights of kind {self.kind} are stored as {stored or self.kind}, not {self.weight.dtype}"
             )
-        if not all(x.is_contiguous() for x in (self.weight, self.scales) if x is not None):
-            raise ValueError("weights and scales must be contiguous")
+        there = [x for x in (self.weight, self.scales, self.bias) if x is not None]
+        if not all(x.is_contiguous() and x.device == self.weight.device for x in there):
+            raise ValueError("weights, scales and bias must be contiguous, and on one device")
+        if self.bias is not None and self.bias.shape != (self.out_features,):
+            raise ValueError(f"a bias of shape {list(self.bias.shape)}, where [{self.out_features}] is expected")
         if stored is None:
             return
         groups = self.in_features // self.group
@@ -96,15 +110,20 @@ class Matrix:
             raise ValueError(f"scales must be float32 [{self.out_features}, {groups}]")
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x W^T + bias, in the precision of x.  [..., in] → [..., out]"""
+        """x W^T + bias, in the precision of x.  [..., in] → [..., out]
+
+        Raises `ValueError` for rows of another width.
+        """
+        if x.size(-1) != self.in_features:
+            raise ValueError(f"rows of {x.size(-1)} values, where the matrix has {self.in_features} inputs")
         compiled, rows = self._compiled(), x.numel() // self.in_features
-        if compiled is None or rows > MOST_ROWS or (x.requires_grad and torch.is_grad_enabled()):
+        if compiled is None or not x.is_cpu or rows > MOST_ROWS or (x.requires_grad and torch.is_grad_enabled()):
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return F.linear(x, self.dequantized().to(x.dtype), bias)
         read = x.float().contiguous()
         y = read.new_empty(*x.shape[:-1], self.out_features)
         compiled.slmkit_linear(self._reference, read.data_ptr(), rows, y.data_ptr(), torch.get_num_threads())
-        return y.to(x.dtype)
+        return (y if self.adds_bias else y + self.bias).to(x.dtype)
 
     def dequantized(self) -> Tensor:
         """The weights as float32.  [out, in]"""
@@ -119,6 +138,11 @@ class Matrix:
 
     def _compiled(self) -> Any:
         return library() if self.weight.is_cpu else None
+
+
+def is_same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same memory, read in the same way."""
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
 
 
 def dequantize(kind: Kind, weight: Tensor, scales: Tensor | None, group: int) -> Tensor:
@@ -138,22 +162,32 @@ def dequantize(kind: Kind, weight: Tensor, scales: Tensor | None, group: int) ->
 def library() -> Any:
     """The compiled kernels; None where they cannot be compiled, which is logged once."""
     try:
-        compiled = ctypes.CDLL(str(build()))
-    except (OSError, subprocess.SubprocessError) as error:
+        path = build()
+        try:
+            compiled = _load(path)
+        except AttributeError:  # made by a compiler that was broken then
+            path.unlink()
+            compiled = _load(build())
+    except (OSError, AttributeError, ValueError, subprocess.SubprocessError) as error:
         why = (getattr(error, "stderr", None) or str(error)).strip().partition("\n")[0]
         logging.getLogger(__name__).info(f"decoding without compiled kernels: {why}")
         return None
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    compiled.slmkit_linear.argtypes = [pointer, pointer, number, pointer, number]
-    compiled.slmkit_dequantize.argtypes = [pointer, pointer, number]
-    compiled.slmkit_decode.argtypes = [pointer, number, pointer, pointer, number, pointer, number, number, number]
-    for function in (compiled.slmkit_linear, compiled.slmkit_dequantize, compiled.slmkit_decode):
-        function.restype = None
     if not _is_right(compiled):
         logging.getLogger(__name__).warning(
             "decoding without compiled kernels: their products are wrong on this machine"
         )
         return None
+    return compiled
+
+
+def _load(path: Path) -> Any:
+    """Raises `OSError` for what is no library, and `AttributeError` for another one."""
+    compiled, pointer, number = ctypes.CDLL(str(path)), ctypes.c_void_p, ctypes.c_int64
+    compiled.slmkit_linear.argtypes = [pointer, pointer, number, pointer, number]
+    compiled.slmkit_dequantize.argtypes = [pointer, pointer, number]
+    compiled.slmkit_decode.argtypes = [pointer, number, pointer, pointer, number, pointer, number, number, number]
+    for function in (compiled.slmkit_linear, compiled.slmkit_dequantize, compiled.slmkit_decode):
+        function.restype = None
     return compiled
 
 
@@ -188,41 +222,55 @@ def flags_to_try() -> tuple[tuple[str, ...], ...]:
 def build() -> Path:
     """Compile the kernels for this machine's processor, unless that was done before; returns the library's path.
 
+    Its name ends with its own SHA-256: what was cut short or changed is compiled anew, since it would kill the process.
     Several processes may build at once: each writes its own file and renames it. Raises `OSError` where there is no
-    compiler or no place for the library, and `CalledProcessError` for what the compiler refuses.
+    compiler or no place for the library, or it takes too long, `CalledProcessError` for what the compiler refuses, and
+    `ValueError` for a CXX whose quotes do not match.
     """
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None:
+    found = next(filter(None, map(shutil.which, COMPILERS)), None)
+    compiler = shlex.split(os.environ.get("CXX", "")) or ([found] if found else [])  # CXX may be "ccache g++"
+    if not compiler:
         raise OSError(f"no C++ compiler: none of {', '.join(COMPILERS)} is on PATH; CXX may name another")
     key = hashlib.sha256(f"{compiler} {flags_to_try()} {_processor()}".encode() + SOURCE.read_bytes()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slmkit"
-    path = folder / f"kernels-{key}.so"
-    if path.exists():
-        return path
+    folder = _cache_folder() / "slmkit"
+    for path in folder.glob(f"kernels-{key}-*.so"):
+        if path.stem.endswith(hashlib.sha256(path.read_bytes()).hexdigest()):
+            return path
     folder.mkdir(parents=True, exist_ok=True)
-    fresh = folder / f".kernels-{key}-{os.getpid()}.so"
+    with tempfile.TemporaryDirectory(prefix=".kernels-", dir=folder) as place:
+        fresh = Path(place) / "kernels.so"
+        _compile(compiler, fresh)
+        with fresh.open("rb") as file:
+            os.fsync(file.fileno())
+            digest = hashlib.sha256(file.read()).hexdigest()
+        return fresh.replace(folder / f"kernels-{key}-{digest}.so")
+
+
+def _compile(compiler: list[str], library: Path) -> None:
+    """Write `library`. Raises errors as `build` does."""
+    end = time.monotonic() + LONGEST_BUILD
+    for flags in flags_to_try():
+        command = [*compiler, "-std=c++17", "-O3", "-ffp-contract=off", *flags, "-shared", "-fPIC"]
+        command += ["-o", str(library), str(SOURCE)]
+        try:
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
+                timeout=max(0, end - time.monotonic()),
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            how = "CXX may name another, CXX=false none"
+            raise OSError(f"{compiler[0]} has not compiled them in {LONGEST_BUILD} seconds: {how}") from None
+        if done.returncode == 0:
+            return
+    done.check_returncode()
+
+
+def _cache_folder() -> Path:
+    """Raises `OSError` for a user without one."""
     try:
-        for flags in flags_to_try():
-            command = [
-                compiler,
-                "-std=c++17",
-                "-O3",
-                "-ffp-contract=off",
-                *flags,
-                "-shared",
-                "-fPIC",
-                "-o",
-                str(fresh),
-                str(SOURCE),
-            ]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST_BUILD)
-            if done.returncode == 0:
-                break
-        done.check_returncode()
-        fresh.replace(path)
-    finally:
-        fresh.unlink(missing_ok=True)
-    return path
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # neither HOME nor an entry in the list of users
+        raise OSError("no folder to keep them in: set HOME or XDG_CACHE_HOME") from None
 
 
 def _processor() -> str:

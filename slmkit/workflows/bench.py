@@ -20,6 +20,7 @@ import torch
 
 from slmkit.adapt.load import load_model
 from slmkit.adapt.quantize import quantized_modules, round_to, to_quantize
+from slmkit.config import UserError, warn_once
 from slmkit.data import stories
 from slmkit.data.prepare.conversations import prepare_chat
 from slmkit.data.prepare.text_to_shards import prepare_text
@@ -101,7 +102,8 @@ def training_speed(preset: str, settings: TrainSettings, steps: int) -> Training
 def decoding_speed(model: str, prompt: int, new: int, rounds: int, device: str) -> Iterator[DecodingSpeed]:
     """Speed of greedy generation for each of `BATCHES`: the model as it is, then in int8 and int4, made in memory.
 
-    `model` is a preset (random weights), a model directory or a run. A quantized model is only measured as it is.
+    `model` is a preset (random weights), a model directory or a run. A quantized model is only measured as it is,
+    and so is one whose matrices cannot be quantized, with a warning.
     Raises `UserError` if prompt and new tokens do not fit into the model's context.
     """
     found = find_device(device)
@@ -114,7 +116,11 @@ def decoding_speed(model: str, prompt: int, new: int, rounds: int, device: str) 
         if weights is not None:
             if forms:
                 return
-            round_to(decoder, to_quantize(decoder, weights, GROUP, "int8"), GROUP)
+            try:
+                round_to(decoder, to_quantize(decoder, weights, GROUP, "int8"), GROUP)
+            except UserError:
+                warn_once(f"{model}: not measured in {weights}: no matrix has columns in groups of {GROUP}")
+                continue
         name = weights or statistics.mode(forms or [str(decoder.dtype).removeprefix("torch.")])
         a_step = seconds_to_read(bytes_of_a_step(decoder), found)
         for batch in BATCHES:

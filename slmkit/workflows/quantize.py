@@ -75,10 +75,12 @@ class Figures:
 
 
 def expect_possible(model: str, request: Request) -> list[Path]:
-    """The output directories. Raises `UserError` for an unknown format or a directory that exists, before any work."""
+    """The output directories. Raises `UserError` for what cannot be done, or a directory that exists."""
     for form in request.formats:
         if form not in LARGEST:
             raise UserError(f"--to {form}: expected {', '.join(LARGEST)}")
+    if len(set(request.formats)) < len(request.formats):
+        raise UserError(f"--to {' --to '.join(request.formats)}: give each format once")
     if request.group not in (None, *GROUPS):
         raise UserError(f"--group {request.group}: expected {', '.join(map(str, GROUPS))}")
     if request.embedding not in ("bfloat16", "int8") or request.method not in ("gptq", "round"):

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from slmkit.adapt.gptq import _inverse_factor, gptq, solve
 from slmkit.adapt.quantize import quantized_modules, round_to, rounded, to_quantize
+from slmkit.config import UserError
 from slmkit.model.decoder import Decoder
 from slmkit.model.initialization import build_decoder
 from tests.adapt.trained import loss, rows, trained_decoder
@@ -31,7 +32,7 @@ def correlated_inputs(tokens: int = 512, width: int = 64) -> torch.Tensor:
 def test_outputs_change_less_than_by_rounding(form: str) -> None:
     torch.manual_seed(0)
     linear, x = torch.nn.Linear(64, 48), correlated_inputs()
-    factor = _inverse_factor(x.T @ x / len(x))
+    factor = _inverse_factor(x.T @ x / len(x), "query")
     wanted = linear(x)
     solved, plain = solve(linear, factor, form, 32), rounded(linear, form, 32)
     errors = [(module(x) - wanted).square().mean() for module in (solved, plain)]
@@ -46,7 +47,7 @@ def test_columns_are_corrected_as_the_paper_does_it() -> None:
     linear, x = torch.nn.Linear(64, 8), correlated_inputs()
     hessian = x.T @ x / len(x)
     damped = (hessian + 0.01 * hessian.diagonal().mean() * torch.eye(64)).double()
-    solved = solve(linear, _inverse_factor(hessian), "int4", 64)
+    solved = solve(linear, _inverse_factor(hessian, "query"), "int4", 64)
     weight = linear.weight.detach().double().clone()
     scale = solved.scales.double()[:, 0]
     for j in range(64):
@@ -60,8 +61,20 @@ def test_columns_are_corrected_as_the_paper_does_it() -> None:
 
 def test_a_singular_hessian_is_damped_until_it_can_be_inverted() -> None:
     for hessian in (torch.zeros(64, 64), torch.ones(64, 64), -1e-3 * torch.eye(64)):
-        assert _inverse_factor(hessian).isfinite().all()
-        assert torch.equal(_inverse_factor(hessian).tril(-1), torch.zeros(64, 64))
+        assert _inverse_factor(hessian, "query").isfinite().all()
+        assert torch.equal(_inverse_factor(hessian, "query").tril(-1), torch.zeros(64, 64))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 3e38])
+def test_inputs_that_are_not_finite_are_refused_by_the_name_of_the_linear(trained: Decoder, value: float) -> None:
+    hessian = torch.ones(64, 64)
+    hessian[3, 2] = hessian[2, 3] = value
+    with pytest.raises(UserError, match="^query: its inputs on the calibration text are not finite"):
+        _inverse_factor(hessian, "query")
+    broken = copy.deepcopy(trained)
+    broken.blocks[1].mlp.up.weight.data[5] = value
+    with pytest.raises(UserError, match=r"^blocks\.1\.mlp\.down: .*calibrate with another text, or .*--method round"):
+        gptq(broken, to_quantize(broken, "int4", 64, "bfloat16"), 64, rows(2, 4))
 
 
 @pytest.mark.parametrize("form", ["int4", "nf4"])

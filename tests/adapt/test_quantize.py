@@ -202,3 +202,28 @@ def test_an_adapter_learns_on_top(form: str) -> None:
     round_to(fresh, to_quantize(fresh, form, 32, "bfloat16"), 32)
     with pytest.raises(UserError, match="lora.base_weights nf4: its weights are quantized"):
         add_lora(fresh, shape, LoRASettings(r=4, base_weights="nf4"))
+
+
+@every_format
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_no_conversion_rounds_scales(form: str, dtype: torch.dtype) -> None:
+    """Not even those that neither float16 nor bfloat16 can hold."""
+    quantized = rounded(torch.nn.Linear(64, 8), form, 32)
+    quantized.scales.mul_(1.2345e-6)
+    scales = quantized.scales.clone()
+    assert torch.equal(quantized.to(dtype).scales, scales)
+    assert quantized.bias.dtype == dtype
+
+
+@every_format
+def test_replaced_codes_and_changed_biases_count(form: str) -> None:
+    quantized, other = (rounded(torch.nn.Linear(64, 8), form, 32) for _ in range(2))
+    x = torch.randn(3, 64)
+    assert not torch.equal(quantized(x), other(x))
+    quantized.load_state_dict(other.state_dict(), assign=True)
+    assert torch.equal(quantized(x), other(x))
+    quantized.bfloat16()
+    before = quantized(x)
+    with torch.no_grad():
+        quantized.bias.add_(5)
+    assert (quantized(x) - before - 5).abs().max() <= 0.05

@@ -144,13 +144,56 @@ def test_commands(at_terminal: Opener, folder: Path, tmp_path: Path) -> None:
     assert "(system message: none)" in terminal.say("/system -")
     assert "(forgotten)" in terminal.say("/reset")
     assert "(going on with chat.json: 3 messages)" in terminal.say("/load")
-    assert "(none.json: not a saved conversation: No such file" in terminal.say("/load none.json")
+    assert "(none.json: no such file)" in terminal.say("/load none.json")
     assert "(unknown command /nope: /help lists them)" in terminal.say("/nope")
     assert all(f"\n  /{name}" in terminal.say("/help") for name in ("retry", "undo", "system", "save", "load", "quit"))
     assert terminal.leave("/quit\r") == 0
-    again = at_terminal("chat", folder / "either", cwd=tmp_path)
-    assert "chat.json exists" in again.say("/save"), "another conversation is not overwritten"
-    assert again.leave() == 0
+
+
+def test_only_files_of_this_chat_are_overwritten(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text("precious")
+    (tmp_path / "link.jsonl").symlink_to("data.jsonl")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    exchange = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    for name in ("chat.json", "mine.json"):
+        (tmp_path / name).write_text(json.dumps({"messages": exchange}))
+    before = (tmp_path / "chat.json").read_text()
+    lines = (
+        "/save empty", "hi", "/save", "/save data.jsonl", "/save link.jsonl", "/save /dev/full", "/save .",
+        "/save none/x", "/load deep.json", "/load /dev/zero", "/load mine.json", "more", "/save", "/save mine.json",
+        "/save new.json", "/save ./new.json", f"/save {'x' * 300}", "/quit now", "never",
+    )  # fmt: skip
+    words = ("chat", folder / "either", "--system", "Be kind.")
+    done = slm(*words, cwd=tmp_path, stdin="".join(f"{line}\n" for line in lines))
+    assert done.returncode == 0, done.stderr
+    said = dict.fromkeys(lines, "")
+    for line in done.stdout.split("you> ")[1:]:
+        asked, _, answer = line.partition("\n")
+        said[asked] += answer
+    assert said["/save empty"] == "(nothing was asked yet, so there is no conversation to save)\n"
+    assert said["/save"] == (
+        "(chat.json exists, and is not of this chat; name another file: /save FILE)\n(saved to mine.json)\n"
+    )
+    for line in ("/save data.jsonl", "/save link.jsonl"):
+        assert f"({line[6:]} exists, and is not of this chat" in said[line]
+    assert said["/save /dev/full"] == "(/dev/full: the conversation cannot be saved: is no regular file)\n"
+    assert said["/save ."] == "(.: the conversation cannot be saved: is a folder)\n"
+    assert said["/save none/x"] == "(none/x: the conversation cannot be saved: there is no folder none)\n"
+    assert "file name too long" in said[f"/save {'x' * 300}"]
+    assert "nested too deeply" in said["/load deep.json"]
+    assert said["/load /dev/zero"] == "(/dev/zero: not a regular file)\n"
+    assert said["/load mine.json"] == (
+        "(going on with mine.json: 2 messages; the system message is gone, since the file has none: "
+        "/system TEXT sets it)\n"
+    )
+    assert said["/save mine.json"] == "(saved to mine.json)\n"
+    assert [said[line] for line in ("/save new.json", "/save ./new.json")] == [
+        "(saved to new.json)\n", "(saved to ./new.json)\n",
+    ]  # fmt: skip
+    assert (said["/quit now"], said["never"]) == ("", "")
+    assert (tmp_path / "data.jsonl").read_text() == "precious"
+    assert (tmp_path / "chat.json").read_text() == before
+    assert len(json.loads((tmp_path / "mine.json").read_text())["messages"]) == 4
 
 
 def test_the_same_answer_is_not_given_again_for_certain(at_terminal: Opener, folder: Path) -> None:

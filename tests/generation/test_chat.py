@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,9 @@ from tests.generation.helpers import TOKENIZER, byte_decoder, make_models_say
 def _plain_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every pass is the decoder's own, which tests interrupt and count."""
     monkeypatch.setattr("slmkit.generation.engine.for_decoding", lambda decoder: decoder)
+
+
+EXCHANGE = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
 
 
 def session(context: int = 256, **changes: object) -> ChatSession:
@@ -260,9 +264,11 @@ def test_a_saved_conversation_goes_on_where_it_was(tmp_path: Path) -> None:
     assert later.messages == [{"role": "system", "content": "Be kind."}]
 
 
-def test_a_conversation_that_has_not_begun_can_be_saved_and_loaded(tmp_path: Path) -> None:
-    session(system="Be kind.").save(tmp_path / "chat.json")
-    chat = session()
+def test_a_conversation_that_has_not_begun_is_not_saved_but_loaded(tmp_path: Path) -> None:
+    (tmp_path / "chat.json").write_text('\ufeff{"messages": [{"role": "system", "content": "Be kind."}]}\n')
+    chat = session(system="Be brief.")
+    with pytest.raises(UserError, match="nothing was asked yet, so there is no conversation to save"):
+        chat.save(tmp_path / "chat.json")
     chat.load(tmp_path / "chat.json")
     assert chat.messages == [{"role": "system", "content": "Be kind."}]
 
@@ -270,13 +276,17 @@ def test_a_conversation_that_has_not_begun_can_be_saved_and_loaded(tmp_path: Pat
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (None, "No such file"),
+        (None, "no such file$"),
+        ("[" * 100_000, "not a saved conversation: JSON that is nested too deeply"),
+        (f'{{"messages": []}}\n\n{{"messages": {"[" * 100_000}', "not a saved conversation: JSON that is nested too"),
+        ('{"messages": []}\n\n{"messages": []}\n', "it holds 2 conversations, expected one"),
+        ('{"messages": []}\nmore', "not a saved conversation: Extra data"),
         ("{", "not a saved conversation"),
         ("[]", 'expected {"messages"'),
         ('{"messages": 3}', 'expected {"messages"'),
         ('{"messages": ["hello"]}', "message 1: expected an object"),
         ('{"messages": [{"role": "assistant", "content": "Hi"}]}', "it is the user's turn"),
-        ('{"messages": [{"role": "user", "content": "Hi"}]}', "message 2: user where it is the assistant's turn"),
+        ('{"messages": [{"role": "user", "content": "Hi"}]}', "message 1, the last one, has no answer"),
     ],
 )
 def test_a_file_that_is_no_conversation_is_one_line_and_changes_nothing(
@@ -290,11 +300,23 @@ def test_a_file_that_is_no_conversation_is_one_line_and_changes_nothing(
     assert chat.messages == [{"role": "system", "content": "Be kind."}]
 
 
-@pytest.mark.parametrize("place", ["nowhere/chat.json", "file/chat.json", ".", "null\0byte"])
-def test_a_place_that_cannot_be_written_is_one_line(place: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("nowhere/chat.json", "there is no folder .*/nowhere$"),
+        ("file/chat.json", "not a directory$"),
+        (".", "is a folder$"),
+        ("null\0byte", ".*null"),
+        ("x" * 300, "file name too long$"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_one_line(place: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match="cannot be saved"):
-        session().save(tmp_path / place)
+    chat = session()
+    chat.messages = EXCHANGE
+    with pytest.raises(UserError, match=f"cannot be saved: {words}") as refusal:
+        chat.save(tmp_path / place)
+    assert str(refusal.value).count(str(tmp_path)) == 1 + words.startswith("there")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -306,7 +328,21 @@ def test_a_save_that_fails_keeps_what_was_saved_before(tmp_path: Path, monkeypat
         raise OSError("no space left on device")
 
     monkeypatch.setattr("slmkit.files.os.replace", fail)
+    chat = session()
+    chat.messages = EXCHANGE
     with pytest.raises(UserError, match="no space left"):
-        session().save(path)
+        chat.save(path)
     assert path.read_text() == "before"
     assert [found.name for found in tmp_path.iterdir()] == ["chat.json"]
+
+
+def test_what_is_no_regular_file_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(UserError, match=f"{path}: not a regular file$"):
+            session().load(path)
+    monkeypatch.setattr("slmkit.files.LARGEST_TEXT", 2**20)
+    with open(tmp_path / "large", "wb") as file:
+        file.truncate(2**20 + 1)
+    with pytest.raises(UserError, match="large: cannot be read: larger than 1 mib"):
+        session().load(tmp_path / "large")

@@ -342,6 +342,16 @@ def test_a_text_ends_where_the_context_does(prompt: int, count: int, said: int, 
     assert (len(events), events[-1].finish_reason) == (said, reason)
 
 
+def test_a_continuation_that_ends_does_not_stop_the_others(exact: Decoder) -> None:
+    request = Request(numbers(9, 1), 20, SamplingSettings(seed=7), n=3)
+    free = alone(exact, request)
+    end = next(token for token in free[1][3:10] if token not in free[0] + free[2])
+    engine = Engine(exact, max_rows=2)
+    engine.insert(replace(request, stop_ids=frozenset({end})))
+    ended = tokens_of(run(engine))
+    assert [ended[0, index] for index in range(3)] == [free[0], free[1][: free[1].index(end) + 1], free[2]]
+
+
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
@@ -535,11 +545,14 @@ def test_stop_strings_that_others_missed(pieces: list[str], stop: list[str], tex
 def test_characters_in_several_tokens_come_whole() -> None:
     text = "a😀b👩‍👩‍👧 नमस्ते é\N{REPLACEMENT CHARACTER}z"
     pieces = [bytes([byte]) for byte in text.encode()]
-    for event in (events := said(pieces, [])[0]):
-        assert (
-            "\N{REPLACEMENT CHARACTER}" not in event.text.replace("é\N{REPLACEMENT CHARACTER}", "")[:-1] or event.text
-        )
-    assert "".join(event.text for event in events) == text
+    deltas = [event.text for event in said(pieces, [])[0]]
+    assert deltas == [
+        "a", "", "", "", "😀", "b", "", "", "", "👩", "", "", "\N{ZERO WIDTH JOINER}", "", "", "", "👩",
+        "", "", "\N{ZERO WIDTH JOINER}", "", "", "", "👧", " ", "", "", "न", "", "", "म", "", "", "स",
+        "", "", "\N{DEVANAGARI SIGN VIRAMA}", "", "", "त", "", "", "\N{DEVANAGARI VOWEL SIGN E}", " ",
+        "", "é", "", "", "", "\N{REPLACEMENT CHARACTER}z",
+    ]  # fmt: skip
+    assert [delta for delta in deltas if "\N{REPLACEMENT CHARACTER}" in delta] == deltas[-1:], "where the text has it"
     cut = said(pieces, [], count=3)[0]  # in the middle of the second character
     assert [event.text for event in cut] == ["a", "", "\N{REPLACEMENT CHARACTER}"]
 

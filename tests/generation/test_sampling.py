@@ -380,6 +380,13 @@ def test_whatever_the_settings_a_token_with_probability_is_chosen(
     assert torch.equal(chosen, draw(chances, points(rows)))
 
 
+@pytest.mark.parametrize("k", [2**31, 2**53, 2**63 - 1, 2**63, 10**400])
+def test_a_top_k_above_the_vocabulary_keeps_all(k: int) -> None:
+    logits = random_logits(rows=3)
+    mixed = [Row(SamplingSettings(top_k=value), ids=[1], seed=0) for value in (k, 5, 0)]
+    assert ((probabilities(logits, mixed) > 0).sum(-1) == torch.tensor([logits.size(-1), 5, logits.size(-1)])).all()
+
+
 def test_drawing_leaves_the_global_generator_alone() -> None:
     before = torch.get_rng_state()
     sample(random_logits(rows=3), rows_of(3))

@@ -91,3 +91,11 @@ def test_an_unknown_setting_is_refused_with_the_nearest_name(wrong: str, meant: 
 def test_numbers_of_numpy_and_torch_count_as_numbers() -> None:
     settings = SamplingSettings(temperature=np.float32(0.5), top_k=np.int64(4), seed=torch.tensor(3), do_sample=1)
     assert (settings.temperature, settings.top_k, settings.seed, settings.do_sample) == (0.5, 4, 3, True)
+
+
+@pytest.mark.parametrize("value", [torch.ones(2), torch.ones(99, 9), np.ones((99, 9)), torch.ones(1).to("meta")])
+def test_a_tensor_that_is_not_one_number_is_refused_in_one_line(value: Any) -> None:
+    for name in ("temperature", "top_k", "seed", "do_sample", "logit_bias"):
+        with pytest.raises(UserError, match=rf"{name}: expected .*, found '\w+ of \[[\d, ]+\] values'") as caught:
+            SamplingSettings(**{name: value})
+        assert "\n" not in str(caught.value)

@@ -150,6 +150,43 @@ def test_a_draft_model_guesses_as_if_it_read_the_whole_text_each_time() -> None:
     assert 0.1 < speculation.acceptance < 0.9
 
 
+def test_a_draft_model_reads_a_long_text_in_pieces_and_guesses_from_then_on() -> None:
+    decoder = build_decoder(tiny(max_position_embeddings=2048)).eval()
+    read, lengths = Counter[int](), list[int]()
+
+    class Counted(DraftModel):
+        def guess(self, row: Any, room: int) -> Guess:
+            before = self._caches[row][0].length(0) if row in self._caches else 0
+            found = super().guess(row, room)
+            read[row.handle] += 1
+            lengths.append(self._caches[row][0].length(0) - before)
+            assert bool(found.tokens) == (read[row.handle] > (3 if row.handle else 0)), "1000 tokens in pieces of 256"
+            return found
+
+    speculation = Counted(copy.deepcopy(decoder), 3)
+    engine = Engine(decoder, speculation=speculation)
+    talking = engine.insert(Request(numbers(5, 1), 60, GREEDY))
+    long = engine.insert(Request(numbers(1000, 2), 20, GREEDY))
+    found = tokens_of(run(engine))
+    assert max(lengths) == 256
+    assert found[long, 0] == alone(decoder, Request(numbers(1000, 2), 20, GREEDY))[0]
+    assert found[talking, 0] == alone(decoder, Request(numbers(5, 1), 60, GREEDY))[0]
+    assert speculation.acceptance > 0.9, "its own draft"
+
+
+def test_a_draft_model_stays_in_the_mode_it_was_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slmkit.generation.speculation.for_decoding", lambda decoder: decoder)
+    decoder, draft = pair()
+    modes = []
+    draft.blocks[0].register_forward_pre_hook(lambda block, _: modes.append(block.training))
+    draft.train()
+    request = Request(numbers(9, 1), 10, GREEDY)
+    assert spoken(decoder, [request], DraftModel(draft)) == alone(decoder, request)
+    assert draft.training
+    assert draft.blocks[0].training
+    assert set(modes) == {False}, "while it guesses"
+
+
 @pytest.mark.parametrize("settings", SETTINGS, ids=range(len(SETTINGS)))
 def test_a_row_with_guesses_is_itself_beside_others(settings: SamplingSettings) -> None:
     decoder, draft = pair()

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from slmkit.config import UserError
-from slmkit.generation.text import StopStrings, WholeCharacters
+from slmkit.generation.text import LONGEST_STOP, MOST_STOPS, StopStrings, WholeCharacters
 from tests.generation.helpers import ByteTokens
 
 TEXTS = st.text(alphabet="abé🦊\ufffd \n", max_size=12)
+SCRAPS = st.lists(st.sampled_from([b"\x9f\xa6", b"\xf0\x9f", b"\xe2\x82", b"\xc3", b"\xef\xbf\xbd"]), max_size=30).map(
+    b"".join
+)  # bytes of which most become no character
 
 
 def pieces_of(tokens: Sequence[bytes]) -> list[str]:
@@ -38,9 +43,48 @@ def test_bytes_that_never_become_a_character_are_shown_as_such() -> None:
     assert "".join(pieces_of([b"a", b"\xf0\x9f", b"b", b"\x80"])) == "a\ufffdb\ufffd"
 
 
-@given(st.one_of(st.binary(max_size=20), TEXTS.map(str.encode)), st.lists(st.integers(1, 40), max_size=12))
+@given(st.one_of(st.binary(max_size=20), SCRAPS, TEXTS.map(str.encode)), st.lists(st.integers(1, 40), max_size=40))
+@example(b"\xe2\x82" * 20, list(range(40)))
 def test_however_bytes_are_cut_into_tokens_the_pieces_are_the_text(data: bytes, cuts: list[int]) -> None:
     assert "".join(pieces_of(split_at(data, cuts))) == data.decode("utf-8", "replace")
+
+
+def test_endless_bytes_that_become_no_character_take_the_same_time_each() -> None:
+    lengths = []
+
+    def decode(ids: Sequence[int]) -> str:
+        lengths.append(len(ids))
+        return ByteTokens([b"\x80"]).decode(ids)
+
+    characters = WholeCharacters(decode)
+    text = "".join([characters.add(0) for _ in range(300)]) + characters.rest()
+    assert text == "\ufffd" * 300
+    assert max(lengths) < 20
+
+
+@given(st.lists(st.sampled_from([b"a", b"\xf0", b"\x9f", b"\xa6", b"\x8a", b"\xc3", b"\xa9"]), max_size=60))
+@example([b"a", b"\x80", *[b"\xf0", b"\x9f", b"\xa6", b"\x8a"] * 5])
+def test_a_run_of_bytes_that_is_decoded_as_a_whole_or_not_at_all(tokens: list[bytes]) -> None:
+    """As SentencePiece's byte tokens are: no piece is shown twice, though a later byte may spoil the whole run."""
+
+    def decode(ids: Sequence[int]) -> str:
+        text = ""
+        for _, run in itertools.groupby((tokens[index] for index in ids), key=lambda token: token != b"a"):
+            data = b"".join(run)
+            try:
+                text += data.decode()
+            except UnicodeDecodeError:
+                text += "\ufffd" * len(data)
+        return text
+
+    def pieces() -> list[str]:
+        characters = WholeCharacters(decode)
+        return [*map(characters.add, range(len(tokens))), characters.rest()]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("slmkit.generation.text.LAST", 1000)  # nothing is dropped
+        expected = pieces()
+    assert pieces() == expected
 
 
 def test_a_vocabulary_that_drops_the_space_in_front_keeps_those_between_words() -> None:
@@ -89,5 +133,43 @@ def test_an_empty_stop_string_stops_nothing() -> None:
 
 
 def test_one_string_in_place_of_a_list_is_refused() -> None:
-    with pytest.raises(UserError, match="'END': put it into a list"):
-        StopStrings("END")
+    with pytest.raises(UserError, match="expected a list of stop strings, .*, found 'STOP'"):
+        StopStrings("STOP")
+
+
+def beginning_at_end(strings: list[str], text: str) -> int:
+    """By definition, in quadratic time."""
+    beginnings = [string[:length] for string in strings for length in range(1, len(string))]
+    return max((len(one) for one in beginnings if text.endswith(one)), default=0)
+
+
+@given(st.text("ab", max_size=12), st.lists(st.text("ab", max_size=9), max_size=3))
+def test_the_longest_beginning_of_a_stop_string_is_held_back(text: str, strings: list[str]) -> None:
+    assert StopStrings(strings).may_begin(text) == beginning_at_end(strings, text)
+
+
+def test_a_long_stop_string_costs_hardly_more_than_a_short_one() -> None:
+    strings, text = ["STOP" + "x" * (LONGEST_STOP - 4)] * MOST_STOPS, "The Sun had a red kite, and it ran STO" * 25
+    taken = []
+    for find in (StopStrings(strings).may_begin, lambda text: beginning_at_end(strings, text)):
+        start = time.process_time()
+        assert find(text) == 3
+        taken.append(time.process_time() - start)
+    assert 10 * taken[0] < taken[1]
+
+
+@pytest.mark.parametrize(
+    ("stop", "words"),
+    [
+        (["a" * 1_025], "expected text of at most 1,024 characters, found 1,025"),
+        (["a"] * 65, "65 stop strings: at most 64 are allowed"),
+        ([None], "a stop string: expected text of at most 1,024 characters, found nothing"),
+        ([b"END"], "expected text of at most 1,024 characters, found bytes"),
+        (None, r"expected a list of stop strings, such as \['END'\], found 'None'"),
+        (5, "expected a list of stop strings, .*, found '5'"),
+    ],
+)
+def test_what_cannot_be_a_stop_string_is_refused(stop: Any, words: str) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        StopStrings(stop)
+    assert "\n" not in str(caught.value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,13 @@ from benchmarks import decode as benchmark
 from benchmarks import gpu
 from slmkit.adapt.quantize import round_to, to_quantize
 from slmkit.adapt.quantized_files import save_quantized
+from slmkit.cli.bench import decode
 from slmkit.config import UserError
 from slmkit.device import find_device, seconds_to_read
 from slmkit.model.config import SLMConfig
 from slmkit.model.files.directory import save_decoder
 from slmkit.model.initialization import build_decoder
+from slmkit.workflows import bench
 from slmkit.workflows.bench import bytes_of_a_step
 from tests.cli.helpers import slm
 
@@ -52,6 +55,38 @@ def test_a_quantized_model_is_measured_as_it_is(tmp_path: Path):
     done = slm("bench", "decode", str(tmp_path / "small"), "--prompt", "4", "--new", "2", "--rounds", "1")
     assert done.returncode == 0, done.stderr
     assert [row[1:3] for row in rows_of(done.stdout)] == [["int4", batch] for batch in ("1", "4", "16")]
+
+
+def test_a_model_that_has_no_groups_of_columns_is_measured_as_it_is_and_the_next_one_whole(tmp_path: Path):
+    config = SLMConfig(**{**TINY, "hidden_size": 48, "intermediate_size": 80})
+    save_decoder(build_decoder(config, seed=0), config, tmp_path / "a-narrow-model")
+    done = slm(
+        "bench", "decode", "a-narrow-model", "quickstart", "--prompt", "4", "--new", "2", "--rounds", "1", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert [row[1] for row in rows_of(done.stdout)] == ["float32"] * 6 + ["int8"] * 3 + ["int4"] * 3
+    header, *lines = done.stdout.splitlines()
+    assert all(line[header.index("weights") :].startswith(("float32 ", "int8 ", "int4 ")) for line in lines)
+    assert done.stderr.splitlines() == [
+        f"a-narrow-model: not measured in {weights}: no matrix has columns in groups of 32"
+        for weights in ("int8", "int4")
+    ]
+
+
+def test_a_row_is_printed_as_soon_as_it_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    printed = []
+
+    def measured(*_: object) -> Iterator[bench.DecodingSpeed]:
+        for batch in (1, 4):
+            yield bench.DecodingSpeed("int8", batch, 10.0, 5.0, limit=10.0)
+            printed.append(capsys.readouterr().out.split())
+
+    monkeypatch.setattr(bench, "decoding_speed", measured)
+    decode(["tiny"])
+    header = ["model", "weights", "batch", "prompt", "tokens/s", "new", "tokens/s", "limit", "reached"]
+    assert printed == [
+        [*header, "tiny", "int8", str(batch), "10", "5.0", "10", "50%"][-7 if batch > 1 else 0 :] for batch in (1, 4)
+    ]
 
 
 @pytest.mark.parametrize("tied", [True, False])

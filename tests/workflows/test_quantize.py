@@ -122,7 +122,8 @@ def test_perplexity_is_that_of_a_text_if_one_is_given(model: Path, tmp_path: Pat
     [
         (Request(["int3"]), "--to int3: expected int8, int4, nf4"),
         (Request(["int4"], group=48), "--group 48: expected 32, 64, 128"),
-        (Request(["int4"], group=128), "no matrix can be quantized in groups of 128|exists already"),
+        (Request(["int4"], output="/"), "/: exists already"),
+        (Request(["int4", "int8", "int4"]), "--to int4 --to int8 --to int4: give each format once"),
         (Request(["int4", "int8"], output="x"), "--output is for one --to"),
         (Request(["int4"], embedding="int4"), "--embedding is bfloat16 or int8"),
         (Request(["int4"], method="awq"), "--method gptq or round"),
