@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.text import Text
 
 from slmkit.cli import options
-from slmkit.cli.show import counted, load_for_generation, open_model, printable
-from slmkit.config import UserError
+from slmkit.cli.show import counted, load_for_generation, open_model, printable, progress_bar
+from slmkit.config import UserError, one_line
+from slmkit.files import read_text
 
 if TYPE_CHECKING:
     from slmkit.generation.constraints import Grammar
@@ -26,10 +27,16 @@ if TYPE_CHECKING:
     from slmkit.generation.speculation import Speculation
     from slmkit.tokenizer import SLMTokenizer
 
+    Events = Iterator[tuple[int, Event]]  # what `in_order` yields
+
+STANDARD_OUTPUT = {"-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"}
+RESULTS = {"sample", "text", "finish_reason", "tokens"}  # what --output adds to a row
 
 Prompt = Annotated[
     str | None,
-    typer.Argument(metavar="[PROMPT]", help="The text to continue; - reads it from standard input; default: none."),
+    typer.Argument(
+        metavar="[PROMPT]", help="The text to continue, in quotes; - reads it from standard input; default: none."
+    ),
 ]
 Prompts = Annotated[
     str | None,
@@ -39,7 +46,8 @@ Prompts = Annotated[
     ),
 ]
 Output = Annotated[
-    str | None, typer.Option("--output", "-o", metavar="FILE", help="Write each text there as a line of JSON.")
+    str | None,
+    typer.Option("--output", "-o", metavar="FILE", help="Write each text there as a line of JSON; -: standard output."),
 ]
 MaxNewTokens = Annotated[
     int | None, typer.Option(min=1, help="Stop after this many tokens; default: what the model advises, or 200.")
@@ -96,60 +104,86 @@ def generate(
     Example: slm generate runs/book --prompts prompts.txt -o texts.jsonl
     Example: slm generate runs/book "The fox had a" --choice " kite" --choice " hat"
     """
-    if prompt is not None and prompts is not None:
-        raise UserError("a PROMPT and --prompts: give one of them")
-    if sum(map(bool, (json_schema, regex, choice))) > 1:
-        raise UserError("--json-schema, --regex and --choice: give one of them")
-    if draft is not None and lookup:
-        raise UserError("--draft and --lookup: give one of them")
-    if output is not None and Path(output).is_file():
-        raise UserError(f"{output} exists: name another file for --output, or remove it")
+    _at_most_one({"a PROMPT": prompt, "--prompts": prompts})
+    _at_most_one({"--json-schema": json_schema, "--regex": regex, "--choice": choice or None})
+    _at_most_one({"--draft": draft, "--lookup": lookup or None})
     rows = _read_rows(prompt or "", prompts)
-    schema = _read_schema(json_schema) if json_schema else None
+    if output is not None:
+        _check_output(output, rows)
+    schema = None if json_schema is None else _read_schema(json_schema)
     decoder, tokenizer, settings, advice = open_model(model, others, device, options.USUAL, context.params)
     from slmkit.generation.engine import Engine, Request
     from slmkit.generation.prompts import in_order
     from slmkit.generation.text import end_tokens
 
-    requests, grammar = list[Request](), _grammar(tokenizer, schema, regex, choice)
+    requests, grammar = list[Request](), _grammar(tokenizer, json_schema, schema, regex, choice)
     for place, row in rows:
         ids, most = _encoded(place, row, tokenizer, decoder.max_positions, max_new_tokens, advice, crop)
         requests.append(Request(ids, most, settings, end_tokens(tokenizer), stop or [], samples, grammar))
     engine = Engine(decoder, tokenizer, speculation=_speculation(model, draft, lookup, decoder, device))
     events = in_order(engine, requests)  # what can be refused is, before there is a file
-    with open(output, "w", encoding="utf-8", errors="replace") if output else nullcontext() as file:
-        _write(events, [row for _, row in rows], requests, file, engine.speculation)
-    if output:
-        print(f"{counted(len(rows) * samples, 'text')} in {output}")
+    began, contents = time.monotonic(), [row for _, row in rows]
+    if output is None:
+        tokens = _print(events, contents, requests)
+    else:
+        tokens = _write(events, contents, requests, output)
+    _say_speed(tokens, time.monotonic() - began, engine.speculation)
+
+
+def _at_most_one(options: dict[str, Any]) -> None:
+    """Raises `UserError` if several of these options, by name, are given."""
+    if sum(value is not None for value in options.values()) > 1:
+        *first, last = options
+        raise UserError(f"{', '.join(first)} and {last}: give one of them")
+
+
+def _check_output(output: str, rows: list[tuple[str, Row]]) -> None:
+    """Raises `UserError` for a file that exists, and for keys of rows that results have too."""
+    if output not in STANDARD_OUTPUT and Path(output).is_file():
+        raise UserError(f"{output} exists: name another file for --output, or remove it")
+    for place, row in rows:
+        if taken := sorted(RESULTS & row.keys()):
+            raise UserError(f"{place}: --output would overwrite the key {taken[0]!r}: rename it")
 
 
 def _read_rows(prompt: str, prompts: str | None) -> list[tuple[str, Row]]:
-    """Each prompt with its place in a file."""
+    """Each prompt with its place in a file. Raises `UserError` for one that is not UTF-8 text."""
     from slmkit.generation.prompts import read_prompts
 
-    if prompts is None:
-        return [("the prompt", {"prompt": sys.stdin.read().rstrip("\n") if prompt == "-" else prompt})]
-    if prompts == "-":
-        return list(read_prompts(sys.stdin, "standard input"))
-    with open(prompts, encoding="utf-8") as file:
-        return list(read_prompts(file, prompts))
+    if prompts is None and prompt != "-":
+        return [("the prompt", {"prompt": prompt})]
+    is_piped = prompts in (None, "-")
+    name = "standard input" if is_piped else str(prompts)
+    try:
+        with open(sys.stdin.fileno() if is_piped else name, encoding="utf-8-sig", closefd=not is_piped) as file:
+            if prompts is None:
+                return [("the prompt", {"prompt": file.read().rstrip("\n")})]
+            return list(read_prompts(file, name))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: not UTF-8 text: {one_line(error)}") from None
 
 
 def _read_schema(path: str) -> Any:
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
+    except RecursionError:
+        raise UserError(f"{path}: JSON that is nested too deeply") from None
     except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
+        raise UserError(f"{path}: not JSON: {one_line(error)}") from None
 
 
-def _grammar(tokenizer: SLMTokenizer, schema: Any, regex: str | None, choices: list[str] | None) -> Grammar | None:
-    if schema is None and not regex and not choices:
+def _grammar(
+    tokenizer: SLMTokenizer, path: str | None, schema: Any, regex: str | None, choices: list[str] | None
+) -> Grammar | None:
+    if path is None and regex is None and not choices:
         return None
+    if regex == "":
+        raise UserError("--regex: expected a regular expression that is not empty")
     from slmkit.generation.constraints import Grammar
 
     if choices:
         return Grammar.choices(tokenizer, choices)
-    return Grammar.regex(tokenizer, regex) if regex else Grammar.json_schema(tokenizer, schema)
+    return Grammar.regex(tokenizer, regex) if regex is not None else Grammar.json_schema(tokenizer, schema)
 
 
 def _speculation(
@@ -183,7 +217,8 @@ def _encoded(
     most = most or new_tokens(advice, usual=200, prompt=0 if crop else len(ids))
     if crop and len(ids) + most > context:
         whole, ids = len(ids), crop_row(tokenizer, row, context, most)
-        print(f"{place}: its first {whole - len(ids):,} of {whole:,} tokens are left out", file=sys.stderr)
+        if len(ids) < whole:
+            print(f"{place}: its first {whole - len(ids):,} of {whole:,} tokens are left out", file=sys.stderr)
     elif len(ids) >= context:
         raise UserError(
             f"{place}: {len(ids)} tokens, which fills the model's context of {context}: shorten it, or give --crop"
@@ -191,47 +226,89 @@ def _encoded(
     return ids, most
 
 
-def _write(
-    events: Iterator[tuple[int, Event]],
-    rows: list[Row],
-    requests: list[Request],
-    file: IO[str] | None,
-    speculation: Speculation | None,
-) -> None:
-    """Write each text as a line of JSON, or print it while it comes. `events`: what `in_order` yields."""
-    console, began, tokens = Console(highlight=False), time.monotonic(), 0
+def _print(events: Events, rows: list[Row], requests: list[Request]) -> int:
+    """Print each text while it comes; returns how many tokens there were.
+
+    Where the output is no terminal, constrained texts stand there alone, for programs that read them.
+    """
+    console = Console(highlight=False)
     show = printable if console.is_terminal else str
-    text, length = "", 0
+    tokens = length = 0
     for number, event in events:
-        row, request = rows[number], requests[number]
-        if not length and file is None:
+        request = requests[number]
+        if not length and (sys.stdout.isatty() or request.grammar is None):
             heads = [f"prompt {number + 1} of {len(rows)}"] if len(rows) > 1 else []
             heads += [f"sample {event.index + 1} of {request.n}"] if request.n > 1 else []
             if heads:
-                console.print(Text(f"--- {', '.join(heads)}", "bold cyan"))
+                console.print(Text(f"--- {', '.join(heads)}", _style(console, "bold cyan")))
+            row = rows[number]
             asked = row["prompt"] if "prompt" in row else f"{row['messages'][-1]['content']}\n"
             if console.is_terminal:
-                console.print(Text(printable(asked), "dim"), end="", soft_wrap=True)
+                console.print(Text(printable(asked), _style(console, "dim")), end="", soft_wrap=True)
             else:
                 print(asked, end="")  # rich would change tabs and control characters
-        text, length = text + event.text, length + (event.token is not None)
-        if file is None:
-            print(show(event.text), end="\n" if event.finish_reason else "", flush=True)
-        if event.finish_reason is None:
-            continue
-        if file is not None:
-            sample = {"sample": event.index + 1} if request.n > 1 else {}
-            result = {**row, **sample, "text": text, "finish_reason": event.finish_reason, "tokens": length}
-            print(json.dumps(result, ensure_ascii=False), file=file, flush=True)
-        if event.error:
-            print(f"slm: {event.error}", file=sys.stderr)
-        elif event.finish_reason == "context" or (request.grammar is not None and event.finish_reason == "length"):
-            why = "the model's context is full" if event.finish_reason == "context" else "--max-new-tokens allows more"
-            print(f"note: the text is cut after {counted(length, 'token')}: {why}", file=sys.stderr)
-        tokens, text, length = tokens + length, "", 0
+        length += event.token is not None
+        print(show(event.text), end="\n" if event.finish_reason else "", flush=True)
+        if event.finish_reason is not None:
+            _remark(event, request, length)
+            tokens, length = tokens + length, 0
+    return tokens
+
+
+def _write(events: Events, rows: list[Row], requests: list[Request], output: str) -> int:
+    """Write each text as a line of JSON; returns how many tokens there were."""
+    is_shown = output in STANDARD_OUTPUT
+    is_hidden, quiet = is_shown and sys.stdout.isatty(), nullcontext()  # no bar between lines
+    done, tokens, total = 0, 0, sum(request.n for request in requests)
+    text, length = "", 0
+    try:
+        with _opened(output) as file, quiet if is_hidden else progress_bar("generating") as show:
+            for number, event in events:
+                row, request = rows[number], requests[number]
+                is_token = event.token is not None
+                text, length, tokens = text + event.text, length + is_token, tokens + is_token
+                if event.finish_reason is not None:
+                    sample = {"sample": event.index + 1} if request.n > 1 else {}
+                    result = {**row, **sample, "text": text, "finish_reason": event.finish_reason, "tokens": length}
+                    print(json.dumps(result, ensure_ascii=False), file=file, flush=True)
+                    _remark(event, request, length)
+                    done, text, length = done + 1, "", 0
+                if show is not None:
+                    show(f"{done:,} of {counted(total, 'text')}, {counted(tokens, 'token')}", done / total)
+    except KeyboardInterrupt:
+        if not is_shown:
+            print(
+                f"\n{done:,} of {counted(total, 'text')} {'is' if total == 1 else 'are'} in {output}", file=sys.stderr
+            )
+        raise
+    if not is_shown:
+        print(f"{counted(total, 'text')} in {output}")
+    return tokens
+
+
+def _opened(output: str) -> IO[str]:
+    is_shown = output in STANDARD_OUTPUT
+    where = sys.stdout.fileno() if is_shown else output
+    return open(where, "w", encoding="utf-8", errors="replace", closefd=not is_shown)
+
+
+def _remark(event: Event, request: Request, length: int) -> None:
+    """Say on standard error that a text is not whole. `length`: its tokens."""
+    if event.error:
+        print(f"slm: {event.error}", file=sys.stderr)
+    elif event.finish_reason == "context" or (request.grammar is not None and event.finish_reason == "length"):
+        why = "the model's context is full" if event.finish_reason == "context" else "--max-new-tokens allows more"
+        print(f"note: the text is cut after {counted(length, 'token')}: {why}", file=sys.stderr)
+
+
+def _say_speed(tokens: int, seconds: float, speculation: Speculation | None) -> None:
     if sys.stderr.isatty():
-        speed = tokens / (time.monotonic() - began)
-        line = f"{counted(tokens, 'token')}, {speed:,.1f} tokens/s"
+        console = Console(stderr=True, highlight=False)
+        line = f"{counted(tokens, 'token')}, {tokens / seconds:,.1f} tokens/s"
         if speculation is not None:
             line += f", {speculation.accepted:,} of {speculation.guessed:,} guessed tokens accepted"
-        Console(stderr=True, highlight=False).print(line, style="dim")
+        console.print(line, style=_style(console, "dim"))
+
+
+def _style(console: Console, style: str) -> str:
+    return "" if console.no_color else style

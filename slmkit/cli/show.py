@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
+from slmkit.config import UserError
 from slmkit.training.logging.progress import bar_or_lines, clock
 
 if TYPE_CHECKING:
@@ -262,5 +263,11 @@ def open_model(
 
     directory = find_model_directory(model)
     sampling = {name: given[name] for name in given.keys() & SamplingSettings.model_fields.keys()}
-    settings = SamplingSettings.for_model(directory, usual=usual, **sampling)  # before the model is loaded
+    try:
+        settings = SamplingSettings.for_model(directory, usual=usual, **sampling)  # before the model is loaded
+    except UserError as error:
+        name, _, problem = str(error).partition(":")
+        if sampling.get(name) is None:
+            raise
+        raise UserError(f"--{name.replace('_', '-')}:{problem}") from None
     return *load_for_generation(model, device, others or []), settings, read_generation_config(directory)

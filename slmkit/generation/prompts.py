@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from slmkit.config import UserError
+from slmkit.config import UserError, one_line
 
 if TYPE_CHECKING:
     from slmkit.generation.engine import Engine, Event, Request
     from slmkit.tokenizer import SLMTokenizer
 
+# The beginning of a list of objects or texts, or the first line of one of several lines.
+JSON_LIST = re.compile(r'\s*\[\s*(\{|$|\]\s*$|"(?:[^"\\]|\\.)*"\s*(,|\]|$))')
 Messages = list[dict[str, str]]
 Row = dict[str, Any]  # {"prompt": text} or {"messages": […]}, with any further keys
 
@@ -21,7 +24,7 @@ def read_prompts(lines: Iterable[str], name: str) -> Iterator[tuple[str, Row]]:
     """The prompts of a file, with their places (`FILE:LINE`). Empty lines are skipped.
 
     If the first begins with `{`, each line is a JSON object with a `prompt` or `messages`; else each is a prompt.
-    Raises `UserError` for another line, and for a file without prompts.
+    Raises `UserError` for another line, for a list in JSON, and for a file without prompts.
     """
     is_json = None
     for number, line in enumerate(lines, 1):
@@ -30,6 +33,8 @@ def read_prompts(lines: Iterable[str], name: str) -> Iterator[tuple[str, Row]]:
             continue
         if is_json is None:
             is_json = text.lstrip().startswith("{")
+            if JSON_LIST.match(text):
+                raise UserError(f'{place}: a JSON list: expected one object a line, as {{"prompt": "…"}}')
         yield place, _checked(text, place) if is_json else {"prompt": text}
     if is_json is None:
         raise UserError(f"{name}: there is no prompt in it")
@@ -38,10 +43,14 @@ def read_prompts(lines: Iterable[str], name: str) -> Iterator[tuple[str, Row]]:
 def _checked(line: str, place: str) -> Row:
     try:
         row = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{place}: not a JSON object, as the first line is: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: not a JSON object, as the first line is: {one_line(error)}") from None
     if not isinstance(row, dict) or isinstance(row.get("prompt"), str) == isinstance(row.get("messages"), list):
         raise UserError(f'{place}: expected {{"prompt": "…"}} or {{"messages": […]}}')
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError) as error:
+        raise UserError(f"{place}: not text: {one_line(error)}") from None
     return row
 
 

@@ -24,8 +24,11 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
+import tempfile
+import time
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -37,17 +40,16 @@ from torch.nn import functional as F
 Kind = Literal["float32", "bfloat16", "int8", "int4", "nf4"]
 KINDS: tuple[Kind, ...] = ("float32", "bfloat16", "int8", "int4", "nf4")  # in the order of kernels.cpp
 GROUPS = (32, 64, 128)
-NF4 = torch.tensor(
-    [
-        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
-        0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-    ]
+NF4_VALUES = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
+    0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
+NF4 = torch.tensor(NF4_VALUES)
 MOST_ROWS = 32  # more rows are faster in PyTorch's products
 SOURCE = Path(__file__).with_name("kernels.cpp")
 COMPILERS = ("c++", "g++", "clang++")
-LONGEST_BUILD = 120  # seconds
+LONGEST_BUILD = 30  # seconds: ten times what it takes
 
 
 class MatrixFields(ctypes.Structure):
@@ -161,22 +163,32 @@ def dequantize(kind: Kind, weight: Tensor, scales: Tensor | None, group: int) ->
 def library() -> Any:
     """The compiled kernels; None where they cannot be compiled, which is logged once."""
     try:
-        compiled = ctypes.CDLL(str(build()))
-    except (OSError, subprocess.SubprocessError) as error:
+        path = build()
+        try:
+            compiled = _load(path)
+        except AttributeError:  # made by a compiler that was broken then
+            path.unlink()
+            compiled = _load(build())
+    except (OSError, AttributeError, ValueError, subprocess.SubprocessError) as error:
         why = (getattr(error, "stderr", None) or str(error)).strip().partition("\n")[0]
         logging.getLogger(__name__).info(f"decoding without compiled kernels: {why}")
         return None
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    compiled.slmkit_linear.argtypes = [pointer, pointer, number, pointer, number]
-    compiled.slmkit_dequantize.argtypes = [pointer, pointer, number]
-    compiled.slmkit_decode.argtypes = [pointer, number, pointer, pointer, number, pointer, number, number, number]
-    for function in (compiled.slmkit_linear, compiled.slmkit_dequantize, compiled.slmkit_decode):
-        function.restype = None
     if not _is_right(compiled):
         logging.getLogger(__name__).warning(
             "decoding without compiled kernels: their products are wrong on this machine"
         )
         return None
+    return compiled
+
+
+def _load(path: Path) -> Any:
+    """Raises `OSError` for what is no library, and `AttributeError` for another one."""
+    compiled, pointer, number = ctypes.CDLL(str(path)), ctypes.c_void_p, ctypes.c_int64
+    compiled.slmkit_linear.argtypes = [pointer, pointer, number, pointer, number]
+    compiled.slmkit_dequantize.argtypes = [pointer, pointer, number]
+    compiled.slmkit_decode.argtypes = [pointer, number, pointer, pointer, number, pointer, number, number, number]
+    for function in (compiled.slmkit_linear, compiled.slmkit_dequantize, compiled.slmkit_decode):
+        function.restype = None
     return compiled
 
 
@@ -211,41 +223,55 @@ def flags_to_try() -> tuple[tuple[str, ...], ...]:
 def build() -> Path:
     """Compile the kernels for this machine's processor, unless that was done before; returns the library's path.
 
+    Its name ends with its own SHA-256: what was cut short or changed is compiled anew, since it would kill the process.
     Several processes may build at once: each writes its own file and renames it. Raises `OSError` where there is no
-    compiler or no place for the library, and `CalledProcessError` for what the compiler refuses.
+    compiler or no place for the library, or it takes too long, `CalledProcessError` for what the compiler refuses, and
+    `ValueError` for a CXX whose quotes do not match.
     """
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None:
+    found = next(filter(None, map(shutil.which, COMPILERS)), None)
+    compiler = shlex.split(os.environ.get("CXX", "")) or ([found] if found else [])  # CXX may be "ccache g++"
+    if not compiler:
         raise OSError(f"no C++ compiler: none of {', '.join(COMPILERS)} is on PATH; CXX may name another")
     key = hashlib.sha256(f"{compiler} {flags_to_try()} {_processor()}".encode() + SOURCE.read_bytes()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slmkit"
-    path = folder / f"kernels-{key}.so"
-    if path.exists():
-        return path
+    folder = _cache_folder() / "slmkit"
+    for path in folder.glob(f"kernels-{key}-*.so"):
+        if path.stem.endswith(hashlib.sha256(path.read_bytes()).hexdigest()):
+            return path
     folder.mkdir(parents=True, exist_ok=True)
-    fresh = folder / f".kernels-{key}-{os.getpid()}.so"
+    with tempfile.TemporaryDirectory(prefix=".kernels-", dir=folder) as place:
+        fresh = Path(place) / "kernels.so"
+        _compile(compiler, fresh)
+        with fresh.open("rb") as file:
+            os.fsync(file.fileno())
+            digest = hashlib.sha256(file.read()).hexdigest()
+        return fresh.replace(folder / f"kernels-{key}-{digest}.so")
+
+
+def _compile(compiler: list[str], library: Path) -> None:
+    """Write `library`. Raises errors as `build` does."""
+    end = time.monotonic() + LONGEST_BUILD
+    for flags in flags_to_try():
+        command = [*compiler, "-std=c++17", "-O3", "-ffp-contract=off", *flags, "-shared", "-fPIC"]
+        command += ["-o", str(library), str(SOURCE)]
+        try:
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
+                timeout=max(0, end - time.monotonic()),
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            how = "CXX may name another, CXX=false none"
+            raise OSError(f"{compiler[0]} has not compiled them in {LONGEST_BUILD} seconds: {how}") from None
+        if done.returncode == 0:
+            return
+    done.check_returncode()
+
+
+def _cache_folder() -> Path:
+    """Raises `OSError` for a user without one."""
     try:
-        for flags in flags_to_try():
-            command = [
-                compiler,
-                "-std=c++17",
-                "-O3",
-                "-ffp-contract=off",
-                *flags,
-                "-shared",
-                "-fPIC",
-                "-o",
-                str(fresh),
-                str(SOURCE),
-            ]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST_BUILD)
-            if done.returncode == 0:
-                break
-        done.check_returncode()
-        fresh.replace(path)
-    finally:
-        fresh.unlink(missing_ok=True)
-    return path
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # neither HOME nor an entry in the list of users
+        raise OSError("no folder to keep them in: set HOME or XDG_CACHE_HOME") from None
 
 
 def _processor() -> str:

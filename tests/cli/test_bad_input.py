@@ -108,11 +108,11 @@ def test_fewer_than_no_documents_cannot_be_shown(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "value", "words"),
     [
-        ("--temperature", "-1", "temperature: expected 0 or more and up to 1000000 (0: greedy), found -1.0"),
-        ("--top-k", "-1", "top_k: expected 0 or more (0: all tokens), found -1"),
-        ("--top-p", "2", "top_p: expected more than 0 and up to 1, found 2.0"),
-        ("--min-p", "3", "min_p: expected 0 or more and less than 1, found 3.0"),
-        ("--repetition-penalty", "0", "repetition_penalty: expected 0.01 or more and up to 100 (1: none), found 0.0"),
+        ("--temperature", "-1", "--temperature: expected 0 or more and up to 1000000 (0: greedy), found -1.0"),
+        ("--top-k", "-1", "--top-k: expected 0 or more (0: all tokens), found -1"),
+        ("--top-p", "2", "--top-p: expected more than 0 and up to 1, found 2.0"),
+        ("--min-p", "3", "--min-p: expected 0 or more and less than 1, found 3.0"),
+        ("--repetition-penalty", "0", "--repetition-penalty: expected 0.01 or more and up to 100 (1: none), found 0.0"),
         ("--max-new-tokens", "many", "should be a valid integer"),
     ],
 )

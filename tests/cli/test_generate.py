@@ -76,6 +76,47 @@ def test_prompts_one_a_line(folder: Path, tmp_path: Path, is_piped: bool) -> Non
     assert all(f"sample 1 of 2\n{text}{alone(text, 5)}\n" in printed for text in TEXTS)
 
 
+@pytest.mark.parametrize("is_piped", [False, True])
+@pytest.mark.parametrize("content", ["Fox [1]\n[2] owl\n", '{"prompt": "Fox [1]"}\n{"prompt": "[2] owl"}\n'])
+def test_a_byte_order_mark_is_no_part_of_the_first_prompt(
+    folder: Path, tmp_path: Path, content: str, is_piped: bool
+) -> None:
+    (tmp_path / "p").write_text("\ufeff" + content)
+    given = "-" if is_piped else tmp_path / "p"
+    words = ("generate", "model", "--prompts", given, "--max-new-tokens", "3", "--seed", "5", "-o", "-")
+    done = slm(*words, cwd=folder, stdin="\ufeff" + content)
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line)["prompt"] for line in done.stdout.splitlines()] == ["Fox [1]", "[2] owl"]
+    one = slm("generate", "model", "-", "--max-new-tokens", "3", "--seed", "5", cwd=folder, stdin="\ufeffFox [1]\n")
+    assert one.stdout == f"Fox [1]{alone('Fox [1]', 5, 3)}\n"
+
+
+@pytest.mark.parametrize("place", ["-", "/dev/stdout"])
+def test_standard_output_gets_lines_of_json_and_nothing_else(folder: Path, tmp_path: Path, place: str) -> None:
+    words = ("generate", "model", TEXTS[0], "-n", "2", "--seed", "5", "--max-new-tokens", "12", "-o", place)
+    done = slm(*words, cwd=folder)  # a regular file that exists
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["text"] for row in rows] == [alone(TEXTS[0], seed_of(5, number)) for number in range(2)]
+    assert done.stderr == ""
+
+
+def test_a_long_job_shows_how_far_it_is_and_what_was_written_when_it_is_stopped(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "p").write_text("fox\n" * 2000)
+    words = ("generate", folder / "model", "--prompts", "p", "-o", "texts.jsonl", "--max-new-tokens", "60")
+    terminal = Terminal(*words, cwd=tmp_path, columns=100)
+    shown = terminal.wait_for(" of 2,000 texts, ")
+    assert re.search(r"generating .*\d of 2,000 texts, [\d,]+ tokens?", shown)
+    while not (tmp_path / "texts.jsonl").read_text():
+        terminal.wait_for("generating")
+    terminal.type("\x03")
+    said = terminal.wait_for("are in texts.jsonl")
+    assert terminal.leave("") == 130
+    written = len((tmp_path / "texts.jsonl").read_text().splitlines())
+    assert 0 < written < 2000
+    assert f"\n{written:,} of 2,000 texts are in texts.jsonl" in said
+
+
 def test_prompts_as_json_keep_their_other_keys(folder: Path, tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "Who?\u2028You?"}]
     given = [{"id": 7, "prompt": "two\nlines"}, {"messages": messages, "kind": "chat"}]
@@ -102,6 +143,16 @@ def test_prompts_as_json_keep_their_other_keys(folder: Path, tmp_path: Path) -> 
         ('{"prompt": "a", "messages": []}\n', 'p:1: expected {"prompt"'),
         ('{"prompt": "a"}\n[1]\n', 'p:2: expected {"prompt"'),
         ('{"messages": [{"role": "assistant", "content": "a"}]}\n', "p:1: message 1"),
+        ('[{"prompt": "a"}]', "p:1: a JSON list: expected one object a line"),
+        ('\n[\n{"prompt": "a"}]', "p:2: a JSON list"),
+        ('["a", "b"]', "p:1: a JSON list"),
+        ('{"prompt": "a"}\n{"prompt": "a\\ud800"}\n', "p:2: not text: 'utf-8' codec can't encode character"),
+        ('{"prompt": "a", "id": ["\\udc00"]}\n', "p:1: not text"),
+        (f'{{"prompt": "a", "id": {"[" * 100_000}', "p:1: not a JSON object"),
+        ('{"prompt": "a"}\n{"prompt": "b", "text": ""}\n', "p:2: --output would overwrite the key 'text': rename it"),
+        ('{"prompt": "a", "tokens": 1, "sample": 1}\n', "p:1: --output would overwrite the key 'sample'"),
+        ('{"prompt": "a", "finish_reason": "stop"}\n', "p:1: --output would overwrite the key 'finish_reason'"),
+        ("a\udcff", "p: not UTF-8 text: 'utf-8' codec"),
         (
             "a\n" + "x" * (CONTEXT - 1),
             f"p:2: {CONTEXT} tokens, which fills the model's context of {CONTEXT}: shorten it, or ",
@@ -109,7 +160,7 @@ def test_prompts_as_json_keep_their_other_keys(folder: Path, tmp_path: Path) -> 
     ],
 )
 def test_a_file_without_usable_prompts(folder: Path, tmp_path: Path, content: str, words: str) -> None:
-    (tmp_path / "p").write_text(content)
+    (tmp_path / "p").write_text(content, errors="surrogateescape")
     assert words in refused("generate", folder / "model", "--prompts", "p", "-o", "out", cwd=tmp_path)
     assert not (tmp_path / "out").exists()
 
@@ -130,6 +181,9 @@ def test_of_a_prompt_that_is_too_long_the_end_is_kept(folder: Path, most: int, k
     assert done.returncode == 0, done.stderr
     assert f"the prompt: its first {301 - kept} of 301 tokens are left out" in done.stderr
     assert done.stdout == prompt + alone([*TOKENIZER.beginning, *TOKENIZER.encode(prompt)[1 - kept :]], 5, most) + "\n"
+    half = slm("generate", "model", "x" * 30, "--crop", "--max-new-tokens", "100", "--seed", "5", cwd=folder)
+    assert half.stdout.startswith("x" * 30)
+    assert "left out" not in half.stderr, "there is nothing to leave out"
     short = slm("generate", "model", "short", "--crop", "--max-new-tokens", "12", "--seed", "5", cwd=folder)
     assert (short.stdout, short.stderr) == (f"short{alone('short', 5)}\n", "")
 
@@ -156,7 +210,7 @@ def test_constrained_text(folder: Path, tmp_path: Path) -> None:
         more = ("--choice", "kite") if option == "--choice" else ()
         done = slm("generate", "model", "-n", "4", option, value, *more, cwd=folder)
         assert done.returncode == 0, done.stderr
-        texts = re.split(r"--- sample \d of 4\n", done.stdout)[1:]
+        texts = done.stdout.splitlines(keepends=True)  # alone, for programs that read them
         assert len(texts) == 4
         for text in texts:
             if option == "--json-schema":
@@ -165,7 +219,19 @@ def test_constrained_text(folder: Path, tmp_path: Path) -> None:
                 assert re.fullmatch("[a-c]{2,4}!\n" if option == "--regex" else "(hat|kite)\n", text)
     cut = slm("generate", "model", "--regex", "[a-c]{9}", "--max-new-tokens", "4", cwd=folder)
     assert cut.stderr == "note: the text is cut after 4 tokens: --max-new-tokens allows more\n"
+    alone = slm("generate", "model", "A fox", "--choice", "hat", cwd=folder)
+    assert alone.stdout == "hat\n", "the prompt is not glued before it"
     assert "regex" in refused("generate", "model", "--regex", "(", cwd=folder)
+    assert "--regex: expected a regular expression that is not empty" in refused(
+        "generate", "model", "--regex", "", cwd=folder
+    )
+    assert "give one of them" in refused("generate", "model", "--regex", "", "--choice", "y", cwd=folder)
+    (tmp_path / "schema.json").write_text('\ufeff{"const": 5}')
+    assert slm("generate", "model", "--json-schema", tmp_path / "schema.json", cwd=folder).stdout == "5\n"
+    (tmp_path / "schema.json").write_text("[" * 100_000)
+    assert "schema.json: JSON that is nested too deeply" in refused(
+        "generate", "model", "--json-schema", tmp_path / "schema.json", cwd=folder
+    )
     (tmp_path / "schema.json").write_text('{"type": "nothing"}')
     assert "nothing" in refused("generate", "model", "--json-schema", tmp_path / "schema.json", cwd=folder)
     (tmp_path / "schema.json").write_text("{")
@@ -183,7 +249,7 @@ def test_every_option_of_sampling_reaches_the_sampler(folder: Path) -> None:
     settings = SamplingSettings(**options, seed=3)
     said = complete(build_decoder(CONFIG, seed=1).eval(), TOKENIZER, "fox", settings=settings, max_new_tokens=40).text
     assert done.stdout == f"fox{said}\n"
-    assert "presence_penalty: expected" in refused("generate", "model", "x", "--presence-penalty", "3", cwd=folder)
+    assert "--presence-penalty: expected" in refused("generate", "model", "x", "--presence-penalty", "3", cwd=folder)
 
 
 def test_a_terminal_shows_no_control_characters_and_the_speed(folder: Path, tmp_path: Path) -> None:
@@ -199,6 +265,10 @@ def test_a_terminal_shows_no_control_characters_and_the_speed(folder: Path, tmp_
         assert b"\x1b[2mplain" in terminal.raw, "the prompt is dim"
     finally:
         assert terminal.leave("") == 0
+    plain = Terminal(*words, cwd=tmp_path, NO_COLOR="1")
+    plain.wait_for("tokens/s")
+    assert plain.leave("") == 0
+    assert not re.search(rb"\x1b\[[0-9;]*m", plain.raw)
     assert "red\x1b[31m\t\x07" in slm(*words, cwd=tmp_path).stdout, "a file gets the text as it is"
 
 

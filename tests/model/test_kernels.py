@@ -203,3 +203,89 @@ def test_a_second_start_compiles_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     assert built.stat().st_mtime_ns == before
     monkeypatch.setattr(kernels, "_processor", lambda: "another processor")
     assert kernels.build() != built
+
+
+@needs_compiler
+@pytest.mark.parametrize("damage", ["cut short", "one bit"])
+def test_a_damaged_library_is_compiled_anew(damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    built = kernels.build()
+    whole = built.read_bytes()
+    middle = len(whole) // 2
+    rest = b"" if damage == "cut short" else bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+    built.write_bytes(whole[:middle] + rest)
+    code = "from slmkit.model.kernels import library; assert library() is not None"
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)}, check=False)
+    assert done.returncode == 0
+    assert [path.read_bytes() for path in (tmp_path / "slmkit").iterdir()] == [whole]
+
+
+@needs_compiler
+def test_another_library_is_compiled_anew_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler that made something else, and is mended later; one that always does."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    other, compiler = tmp_path / "other.cpp", tmp_path / "compiler"
+    other.write_text("int other() { return 1; }\n")
+    monkeypatch.setenv("CXX", str(compiler))
+    script(compiler, f'out=$(echo "$@" | sed "s/.* -o //; s/ .*//"); c++ -shared -fPIC -o "$out" {other}')
+    kernels.build()
+    assert not is_compiled()
+    kernels.library.cache_clear()
+    kernels.build()
+    script(compiler, 'exec c++ "$@"')
+    assert is_compiled()
+
+
+def script(path: Path, command: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{command}\n")
+    path.chmod(0o755)
+    return path
+
+
+@needs_compiler
+def test_a_compiler_may_have_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "env 'c++' -O1 -DNAME='a b'")
+    assert is_compiled()
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("printf '\\377\\376 broken' >&2; exit 1", "broken"),
+        ("exec sleep 1000", "has not compiled them in 1 seconds: CXX may name another, CXX=false none"),
+        ("exit 0", "No such file"),
+    ],
+)
+def test_why_there_are_no_kernels_is_logged(
+    command: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", str(script(tmp_path / "compiler", command)))
+    if "sleep" in command:
+        monkeypatch.setattr(kernels, "LONGEST_BUILD", 1)
+    with caplog.at_level("INFO"):
+        assert not is_compiled()
+    assert words in caplog.messages[0]
+    assert len(caplog.messages) == 1
+    assert "\n" not in caplog.messages[0]
+    assert not list((tmp_path / "cache").glob("slmkit/*"))
+
+
+def test_without_a_home_or_with_unmatched_quotes_there_are_no_kernels(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("CXX", "c++")
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    with caplog.at_level("INFO"):
+        assert not is_compiled()
+        kernels.library.cache_clear()
+        monkeypatch.setenv("CXX", "c++ 'unmatched")
+        assert not is_compiled()
+    assert "no folder to keep them in: set HOME or XDG_CACHE_HOME" in caplog.messages[0]
+    assert "No closing quotation" in caplog.messages[1]
