@@ -97,7 +97,7 @@ def layer_ways(length: int, device: Device) -> Ways:
     ids = torch.zeros(1, length, dtype=torch.long, device=device.torch_device)
 
     def view(layer: Layer) -> AttentionInputs:
-        return Context([layer], {}, ids, cache=None, documents=None).inputs[0]
+        return Context({layer: 0}, {}, ids, cache=None, documents=None).inputs[0]
 
     views = {"window": view(Layer(window=local.window)), "full": view(Layer())}
     if length <= LONGEST_DENSE:

@@ -41,7 +41,7 @@ def read_text(path: str | Path) -> str:
     with open(path, "rb") as file:
         content = file.read(LARGEST_TEXT + 1)
     if len(content) > LARGEST_TEXT:
-        raise OSError(errno.EFBIG, f"larger than {LARGEST_TEXT >> 20} MiB", str(path))
+        raise OSError(errno.EFBIG, f"larger than {LARGEST_TEXT:,} bytes", str(path))
     return content.decode("utf-8-sig")
 
 

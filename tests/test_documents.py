@@ -12,6 +12,7 @@ import torch
 
 from slmkit.device import find_device
 from slmkit.model.architectures import Architecture, Layer, architecture_of
+from slmkit.model.cache import AT_ONCE, cache_bytes
 from slmkit.model.config import SLMConfig
 from slmkit.model.files.directory import empty_decoder
 from slmkit.model.sizes import cache_size, flops_per_token, parameter_count, parameters_by_module
@@ -256,7 +257,7 @@ def test_inference_memory_of_the_gemma_document() -> None:
         return reading_bytes(ours, rows, length, torch.bfloat16)
 
     def passing_through(total: int, length: int) -> str:
-        return mega(total - 2 * parameter_count(ours) - cache_size(ours, length, 2).at_length)
+        return mega(total - 2 * parameter_count(ours) - cache_bytes(ours, 1, length, AT_ONCE, 2))
 
     total, few, some, many = (needed(rows, 1024) for rows in (1, 16, 32, 64))
     short, long = passing_through(needed(1, 128), 128), passing_through(total, 1024)

@@ -27,7 +27,7 @@ from slmkit.model.decoder import Decoder
 from slmkit.model.families import family_of
 from slmkit.model.files.adapter_directory import LoRASettings
 from slmkit.model.files.directory import reference_name
-from slmkit.model.kernels import NF4
+from slmkit.model.kernels import NF4_VALUES
 
 BLOCK = 64  # weights per scale in NF4
 
@@ -224,14 +224,14 @@ def _to_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Half a byte per weight and a scale per block of 64: 4.5 bits in total."""
     blocks = F.pad(weight.flatten(), (0, -weight.numel() % BLOCK)).view(-1, BLOCK)
     scales = blocks.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny)  # [blocks]
-    values = NF4.to(weight.device)
+    values = torch.tensor(NF4_VALUES, device=weight.device)
     borders = (values[1:] + values[:-1]) / 2
     codes = torch.bucketize(blocks / scales[:, None], borders).to(torch.uint8)  # [blocks, 64] of 0 … 15
     return codes[:, ::2] << 4 | codes[:, 1::2], scales  # [blocks, 32]: two in a byte
 
 
 def _from_nf4(codes: Tensor, scales: Tensor) -> Tensor:
-    values = NF4.to(codes.device)
+    values = torch.tensor(NF4_VALUES, device=codes.device)
     # Look up pairs of values, one of 256 for each byte: half as many look-ups.
     pairs = torch.stack((values.repeat_interleave(16), values.repeat(16)), dim=1)  # [256, 2]
     return pairs[codes.int()].flatten(1) * scales[:, None]  # [blocks, 64]

@@ -40,13 +40,12 @@ from torch.nn import functional as F
 Kind = Literal["float32", "bfloat16", "int8", "int4", "nf4"]
 KINDS: tuple[Kind, ...] = ("float32", "bfloat16", "int8", "int4", "nf4")  # in the order of kernels.cpp
 GROUPS = (32, 64, 128)
-NF4 = torch.tensor(
-    [
-        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
-        0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-    ]
+NF4_VALUES = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
+    0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
+NF4 = torch.tensor(NF4_VALUES)
 MOST_ROWS = 32  # more rows are faster in PyTorch's products
 SOURCE = Path(__file__).with_name("kernels.cpp")
 COMPILERS = ("c++", "g++", "clang++")
@@ -71,7 +70,8 @@ class Matrix:
         self, kind: Kind, weight: Tensor, scales: Tensor | None = None, group: int = 32, bias: Tensor | None = None
     ) -> None:
         self.kind, self.group = kind, group
-        self.weight, self.scales, self.bias = (None if x is None else x.detach() for x in (weight, scales, bias))
+        self.weight = weight.detach()
+        self.scales, self.bias = (None if x is None else x.detach() for x in (scales, bias))
         self.out_features, self.in_features = weight.size(0), weight.size(1) * (2 if kind in ("int4", "nf4") else 1)
         self._check()
         # A bias of another precision, such as float16, is added by PyTorch.
@@ -124,7 +124,7 @@ class Matrix:
         read = x.float().contiguous()
         y = read.new_empty(*x.shape[:-1], self.out_features)
         compiled.slmkit_linear(self._reference, read.data_ptr(), rows, y.data_ptr(), torch.get_num_threads())
-        return (y if self.adds_bias else y + self.bias).to(x.dtype)
+        return (y if self.adds_bias or self.bias is None else y + self.bias).to(x.dtype)
 
     def dequantized(self) -> Tensor:
         """The weights as float32.  [out, in]"""

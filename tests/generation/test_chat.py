@@ -344,5 +344,5 @@ def test_what_is_no_regular_file_is_not_read(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("slmkit.files.LARGEST_TEXT", 2**20)
     with open(tmp_path / "large", "wb") as file:
         file.truncate(2**20 + 1)
-    with pytest.raises(UserError, match="large: cannot be read: larger than 1 mib"):
+    with pytest.raises(UserError, match="large: cannot be read: larger than 1,048,576 bytes"):
         session().load(tmp_path / "large")

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from slmkit import SLMEnsemble, SLMForCausalLM
-from slmkit.cli.chat import chat, generate
+from slmkit.cli import main
 from slmkit.cli.show import load_for_generation
 from slmkit.config import UserError
 from slmkit.generation.chat import ChatSession
+from slmkit.generation.engine import Engine, Request
 from slmkit.generation.generator import IdStream, TextStream
 from slmkit.generation.sampling_settings import SamplingSettings
 from slmkit.model.config import SLMConfig
@@ -195,27 +196,29 @@ def test_how_long_a_text_is_unless_the_caller_says(
     assert model.generate(prompt, eos_token_id=[], max_length=8).size(1) == 8
 
     asked: list[int] = []
+    insert = Engine.insert
 
-    class Ended(list[str]):
-        finish_reason = "context"
+    def recorded(engine: Engine, request: Request) -> int:
+        asked.append(request.max_new_tokens)
+        return insert(engine, request)
 
-    def record(*_: Any, max_new_tokens: int, **__: Any) -> Any:
+    def run(*command: str) -> None:
+        monkeypatch.setattr("sys.argv", ["slm", *command])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert not end.value.code
+
+    def record(*_: Any, max_new_tokens: int, **__: Any) -> None:
         asked.append(max_new_tokens)
-        return Ended()
 
-    monkeypatch.setattr("slmkit.generation.generator.TextStream", record)
+    monkeypatch.setattr(Engine, "insert", recorded)
     three = SLMTokenizer.from_pretrained(directory).decode([5, 6, 7])
-    capsys.readouterr()
-    generate(str(directory), three)
-    assert capsys.readouterr().err == ""
-    generate(str(directory), three, max_new_tokens=7)
+    run("generate", str(directory), three)
+    run("generate", str(directory), three, "--max-new-tokens", "7")
     assert asked == [new, 7]
-    assert (
-        capsys.readouterr().err == f"the model's context of {model.decoder.max_positions} tokens ends the text here\n"
-    )
     monkeypatch.setattr("slmkit.generation.chat.ChatSession", record)
     monkeypatch.setattr("sys.stdin", io.StringIO())
-    chat(str(directory))
+    run("chat", str(directory))
     assert asked[2:] == [said.get("max_new_tokens", 9)]
 
 

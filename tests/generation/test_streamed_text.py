@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from slmkit.config import UserError
@@ -43,7 +43,8 @@ def test_bytes_that_never_become_a_character_are_shown_as_such() -> None:
     assert "".join(pieces_of([b"a", b"\xf0\x9f", b"b", b"\x80"])) == "a\ufffdb\ufffd"
 
 
-@given(st.one_of(st.binary(max_size=20), SCRAPS, TEXTS.map(str.encode)), st.lists(st.integers(1, 40), max_size=12))
+@given(st.one_of(st.binary(max_size=20), SCRAPS, TEXTS.map(str.encode)), st.lists(st.integers(1, 40), max_size=40))
+@example(b"\x80" * 20 + "🦊".encode(), list(range(40)))
 def test_however_bytes_are_cut_into_tokens_the_pieces_are_the_text(data: bytes, cuts: list[int]) -> None:
     assert "".join(pieces_of(split_at(data, cuts))) == data.decode("utf-8", "replace")
 
@@ -62,6 +63,7 @@ def test_endless_bytes_that_become_no_character_take_the_same_time_each() -> Non
 
 
 @given(st.lists(st.sampled_from([b"a", b"\xf0", b"\x9f", b"\xa6", b"\x8a", b"\xc3", b"\xa9"]), max_size=60))
+@example([b"a", b"\x80", *[b"\xf0", b"\x9f", b"\xa6", b"\x8a"] * 5])
 def test_a_run_of_bytes_that_is_decoded_as_a_whole_or_not_at_all(tokens: list[bytes]) -> None:
     """As SentencePiece's byte tokens are: no piece is shown twice, though a later byte may spoil the whole run."""
 
