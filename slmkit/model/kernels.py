@@ -171,7 +171,8 @@ def library() -> Any:
             compiled = _load(build())
     except (OSError, AttributeError, ValueError, subprocess.SubprocessError) as error:
         why = (getattr(error, "stderr", None) or str(error)).strip().partition("\n")[0]
-        logging.getLogger(__name__).info(f"decoding without compiled kernels: {why}")
+        level = logging.WARNING if isinstance(error, TimeoutError) else logging.INFO
+        logging.getLogger(__name__).log(level, f"decoding without compiled kernels: {why}")
         return None
     if not _is_right(compiled):
         logging.getLogger(__name__).warning(
@@ -260,7 +261,7 @@ def _compile(compiler: list[str], library: Path) -> None:
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             how = "CXX may name another, CXX=false none"
-            raise OSError(f"{compiler[0]} has not compiled them in {LONGEST_BUILD} seconds: {how}") from None
+            raise TimeoutError(f"{compiler[0]} has not compiled them in {LONGEST_BUILD} seconds: {how}") from None
         if done.returncode == 0:
             return
     done.check_returncode()
