@@ -184,13 +184,16 @@ def _from_stored(
         raise UserError(f"{path}: {missing[0]!r} is missing: not a whole quantized matrix")
     read = {one: tensors.pop(f"{name}.{one}").read() for one in wanted}
     try:
+        scale = "weight.nested_absmax" if "weight.nested_absmax" in read else wanted[1]
+        if not read[scale].is_floating_point():
+            raise ValueError(f"{scale} is {read[scale].dtype}, not of floating-point numbers: use another copy")
         codes, scales, kind = _nf4(read, shape) if is_nf4 else _integers(read, shape)
         group = shape[1] // scales.size(1)
         ours = next((size for size in reversed(GROUPS) if group % size == 0), None)
         if group * scales.size(1) != shape[1] or ours is None:
             raise ValueError(f"groups of {group} are not a multiple of {GROUPS[0]} that divides {shape[1]} columns")
         scales = scales.repeat_interleave(group // ours, dim=1)
-    except (ValueError, RuntimeError, LookupError, TypeError) as error:
+    except (ValueError, ArithmeticError, RuntimeError, LookupError, TypeError) as error:
         raise UserError(f"{path}: {name!r} of {shape[0]} × {shape[1]} cannot be read: {error}") from None
     expect_finite(scales, f"{path}: {name!r}", "the model is broken: use another copy")
     return pack(codes.unflatten(1, (scales.size(1), -1)), kind), scales, kind
@@ -201,6 +204,8 @@ def _integers(read: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, 
     kind = next((kind for kind, bits in BITS.items() if packed.shape == (shape[0], shape[1] * bits // 32)), None)
     if kind is None or tuple(said.tolist()) != shape or packed.dtype != torch.int32 or scales.size(0) != shape[0]:
         raise ValueError(f"packed {tuple(packed.shape)} {packed.dtype}, scales {tuple(scales.shape)}")
+    if not scales.any():
+        raise ValueError("weight_scale is zero everywhere, or empty: use another copy")
     bytes_ = packed.contiguous().view(torch.uint8)
     if kind == "int8":
         return (bytes_ ^ 128).view(torch.int8), scales.float(), kind

@@ -232,15 +232,15 @@ class CompiledDecoder:
         if not is_quantized and not isinstance(module, nn.Embedding) and type(module) is not nn.Linear:
             raise UnsupportedError
         bias = self._noted(module._parameters, "bias")
-        weight = None if is_quantized else self._noted(module._parameters, "weight")
+        weight: Any = None if is_quantized else self._noted(module._parameters, "weight")
         for each in ("codes", "scales") if is_quantized else ():
             self._noted(module._buffers, each)
         kinds: dict[Any, Kind] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-        kind = kinds.get(getattr(weight, "dtype", None))
+        kind: Any = kinds.get(getattr(weight, "dtype", None))
         if kind is None and not is_quantized:
             raise UnsupportedError
         try:
-            matrix = module.matrix if is_quantized else Matrix(kind, weight, bias=bias)
+            matrix: Matrix = module.matrix if is_quantized else Matrix(kind, weight, bias=bias)
         except ValueError as error:  # not contiguous, or on two devices
             raise UnsupportedError from error
         if not (matrix.weight.is_cpu and matrix.adds_bias and (matrix.out_features, matrix.in_features) == (out, into)):

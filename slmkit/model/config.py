@@ -13,7 +13,7 @@ from slmkit.find import as_path, find_config_directory
 from slmkit.model.families import FULL, SLIDING, families_with, family_of, optional_fields
 from slmkit.model.files.adapter_directory import config_directory
 from slmkit.model.files.generation_config import read_generation_config
-from slmkit.model.files.published import from_published, to_published
+from slmkit.model.files.published import expect_depth, from_published, to_published
 
 # The published sizes, and slmkit's own.
 PRESETS: dict[str, dict[str, Any]] = read_table(Path(__file__).with_name("presets.yaml"))
@@ -98,6 +98,7 @@ class SLMConfig(Settings):
     def _defaults_of_the_family(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
+        expect_depth(given.get("num_hidden_layers", 1))
         plain = {name: field.default for name, field in cls.model_fields.items() if field.default_factory is None}
         family = family_of(given.get("model_type", plain["model_type"]))
         for name, default in family.defaults.items():

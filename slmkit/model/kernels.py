@@ -70,7 +70,8 @@ class Matrix:
         self, kind: Kind, weight: Tensor, scales: Tensor | None = None, group: int = 32, bias: Tensor | None = None
     ) -> None:
         self.kind, self.group = kind, group
-        self.weight, self.scales, self.bias = (None if x is None else x.detach() for x in (weight, scales, bias))
+        self.weight = weight.detach()
+        self.scales, self.bias = (None if x is None else x.detach() for x in (scales, bias))
         self.out_features, self.in_features = weight.size(0), weight.size(1) * (2 if kind in ("int4", "nf4") else 1)
         self._check()
         # A bias of another precision, such as float16, is added by PyTorch.
@@ -123,7 +124,7 @@ class Matrix:
         read = x.float().contiguous()
         y = read.new_empty(*x.shape[:-1], self.out_features)
         compiled.slmkit_linear(self._reference, read.data_ptr(), rows, y.data_ptr(), torch.get_num_threads())
-        return (y if self.adds_bias else y + self.bias).to(x.dtype)
+        return (y if self.adds_bias or self.bias is None else y + self.bias).to(x.dtype)
 
     def dequantized(self) -> Tensor:
         """The weights as float32.  [out, in]"""

@@ -184,6 +184,15 @@ def test_what_bitsandbytes_writes_is_read(double: bool, tmp_path: Path) -> None:
         ("weights", {"num_bits": 3}, "num_bits is '3': only 4 or 8"),
         ("weights", {"type": "float"}, "type is 'float': only 'int'"),
         ("weights", {"strategy": "block"}, "strategy is 'block': only 'group' or 'channel'"),
+        ("weights", {"group_size": 0}, "group_0.weights: group_size is '0': expected a whole number above 0"),
+        ("weights", {"group_size": -1}, "group_size is '-1': expected a whole number above 0"),
+        ("weights", {"group_size": "x"}, "group_size is 'x': expected a whole number above 0"),
+        ("weights", {"group_size": None}, "group_size is 'None': expected a whole number above 0"),
+        ("weights", {"group_size": True}, "group_size is 'True': expected a whole number above 0"),
+        ("weights", {"group_size": 32, "strategy": "channel"}, "group_size is '32': expected null, for .* 'channel'"),
+        ("group", {"targets": 5}, "group_0: targets is '5': expected a list of names"),
+        ("config", {"ignore": 5}, "quantization_config: ignore is '5': expected a list of names"),
+        ("config", {"ignore": ["lm_head", 5]}, r"ignore is .*: expected a list of names"),
         ("weights", {"actorder": "group"}, "actorder is 'group': only None or 'static' or 'weight'"),
     ],
 )
@@ -227,6 +236,13 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
     assert "weight_scale' is missing" in damaged(tmp_path, "int4", weight_scale=None)
     assert "unexpected" in damaged(tmp_path, "int4", weight_g_idx=torch.zeros(width, dtype=torch.int32))
     assert "cannot be read" in damaged(tmp_path, "int4", weight_scale=torch.ones(3))
+    assert "weight_scale is zero everywhere, or empty" in damaged(tmp_path, "int4", weight_scale=scales[:, :0].clone())
+    assert "weight_scale is zero everywhere" in damaged(tmp_path, "int4", weight_scale=scales * 0)
+    for dtype in (torch.bool, torch.complex64, torch.int8):
+        assert f"weight_scale is {dtype}, not of floating" in damaged(tmp_path, "int4", weight_scale=scales.to(dtype))
+        absmax = torch.ones(wide * width // 32).to(dtype)
+        assert f"weight.absmax is {dtype}, not of floating-point" in damaged(tmp_path, "nf4", weight__absmax=absmax)
+    assert "cannot be read" in damaged(tmp_path, "nf4", weight__absmax=torch.ones(0))
     assert "not that of nf4" in damaged(tmp_path, "nf4", weight__quant_map=torch.linspace(-1, 1, 16))
     assert "cannot be read" in damaged(tmp_path, "nf4", weight__absmax=torch.ones(7))
     state = {"weight__quant_state.bitsandbytes__nf4": torch.tensor([1, 2], dtype=torch.uint8)}

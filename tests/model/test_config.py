@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,29 @@ def test_what_a_published_config_says_and_is_not_held_is_refused_by_name(
     (tmp_path / "config.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=words):
         SLMConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("layers", [1_001, 10**12, 10**30, 1e12, 2.5, "4", [4]])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "smollm3"])
+def test_what_is_no_number_of_layers_is_refused_before_anything_is_made_of_them(
+    family: str, layers: object, tmp_path: Path
+) -> None:
+    content = SLMConfig(model_type=family).published()
+    for key in ("layer_types", "no_rope_layers", "n_layer"):
+        content.pop(key, None)
+    content |= {"n_layer" if family == "gpt2" else "num_hidden_layers": layers}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    start = time.process_time()
+    for make in (
+        lambda: SLMConfig.from_pretrained(tmp_path),
+        lambda: SLMConfig(model_type=family, num_hidden_layers=layers),
+    ):
+        with pytest.raises(
+            UserError, match="num_hidden_layers: expected a whole number of at most 1,000, found"
+        ) as caught:
+            make()
+        assert "\n" not in str(caught.value)
+    assert time.process_time() - start < 2
 
 
 # Keys of public files that no code of any family reads, and some that only this project's scripts would.

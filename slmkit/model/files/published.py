@@ -28,6 +28,7 @@ WEIGHTS_ONLY_WITH: dict[str, tuple[Any, ...]] = {
     "num_bits": (4, 8), "type": ("int",), "symmetric": (True,), "strategy": ("group", "channel"),
     "actorder": (None, "static", "weight"), "dynamic": (False, None),
 }  # fmt: skip
+MOST_LAYERS = 1_000  # no published model has as many; what a damaged file asks for would not end
 OWN_FORMAT = "slmkit"  # `made_by` of a quantization that transformers has no form for
 # Written as null if derived from other fields.
 NULL_IS_ABSENT = {"head_dim", "intermediate_size", "layer_types", "no_rope_layers", "num_key_value_heads"}
@@ -42,6 +43,7 @@ def from_published(content: dict[str, Any], family: Family) -> dict[str, Any]:
     for key in NULL_IS_ABSENT:
         if content.get(key, ...) is None:
             del content[key]
+    expect_depth(content.get("num_hidden_layers") or 1)
     _read_layers(content)
     for key in HARMLESS_KEYS | family.derived.keys():
         content.pop(key, None)
@@ -56,6 +58,14 @@ def from_published(content: dict[str, Any], family: Family) -> dict[str, Any]:
     return content
 
 
+def expect_depth(layers: Any) -> None:
+    """Raises `ValueError` for what is no number of layers: before anything is made for each of them."""
+    if not isinstance(layers, int) or layers > MOST_LAYERS:
+        raise ValueError(
+            f"num_hidden_layers: expected a whole number of at most {MOST_LAYERS:,}, found {str(layers)[:80]!r}"
+        )
+
+
 def expect_quantization(found: Any) -> None:
     """Raises `ValueError` that names the first key of a `quantization_config` for weights that cannot be read here."""
     if found is None or (isinstance(found, dict) and found.get("made_by") == OWN_FORMAT):
@@ -66,14 +76,21 @@ def expect_quantization(found: Any) -> None:
             "load_in_4bit": (True,), "bnb_4bit_quant_type": ("nf4",), "bnb_4bit_quant_storage": ("uint8", None),
         }  # fmt: skip
         _expect_values("quantization_config", found, wanted)
+        _expect_names("quantization_config", found, "llm_int8_skip_modules")
     elif method == "compressed-tensors":
         wanted = {"kv_cache_scheme": (None,), "sparsity_config": (None, {}), "transform_config": (None, {})}
         _expect_values("quantization_config", found, wanted | {"format": ("pack-quantized",)})
+        _expect_names("quantization_config", found, "ignore")
         groups = found.get("config_groups")
         for name, group in groups.items() if isinstance(groups, dict) else [("", groups)]:
             where = f"quantization_config.config_groups{name and '.'}{name}"
             _expect_values(where, group, GROUP_ONLY_WITH)
-            _expect_values(f"{where}.weights", group.get("weights"), WEIGHTS_ONLY_WITH)
+            _expect_names(where, group, "targets")
+            _expect_values(f"{where}.weights", weights := group.get("weights"), WEIGHTS_ONLY_WITH)
+            size, by_channel = weights.get("group_size"), weights["strategy"] == "channel"
+            if size not in (None, -1) if by_channel else type(size) is not int or size < 1:
+                expected = "null, for strategy 'channel'" if by_channel else "a whole number above 0"
+                raise ValueError(f"{where}.weights: group_size is {str(size)[:80]!r}: expected {expected}")
     else:
         raise ValueError(
             f"quantization_config is {str(found)[:80]}: only compressed-tensors (pack-quantized) and bitsandbytes "
@@ -89,6 +106,12 @@ def _expect_values(where: str, found: Any, wanted: dict[str, tuple[Any, ...]]) -
         if value not in values:
             supported = " or ".join(map(repr, values))
             raise ValueError(f"{where}: {key} is {str(value)[:80]!r}: only {supported} is supported")
+
+
+def _expect_names(where: str, found: dict[str, Any], key: str) -> None:
+    names = found.get(key)
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ValueError(f"{where}: {key} is {str(names)[:80]!r}: expected a list of names")
 
 
 def to_published(fields: dict[str, Any], family: Family) -> dict[str, Any]:
