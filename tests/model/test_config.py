@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from slmkit.config import UserError
@@ -182,6 +183,10 @@ def test_what_a_published_config_says_and_is_not_held_is_refused_by_name(
     (tmp_path / "config.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=words):
         SLMConfig.from_pretrained(tmp_path)
+
+
+def test_a_number_of_layers_may_be_one_of_numpy() -> None:
+    assert SLMConfig(model_type="smollm3", num_hidden_layers=np.int64(4)).no_rope_layers == [1, 1, 1, 0]
 
 
 @pytest.mark.parametrize("layers", [1_001, 10**12, 10**30, 1e12, 2.5, "4", [4]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 from slmkit.model.families import FULL, SLIDING, Family
@@ -60,7 +61,7 @@ def from_published(content: dict[str, Any], family: Family) -> dict[str, Any]:
 
 def expect_depth(layers: Any) -> None:
     """Raises `ValueError` for what is no number of layers: before anything is made for each of them."""
-    if not isinstance(layers, int) or layers > MOST_LAYERS:
+    if not isinstance(layers, Integral) or layers > MOST_LAYERS:
         raise ValueError(
             f"num_hidden_layers: expected a whole number of at most {MOST_LAYERS:,}, found {str(layers)[:80]!r}"
         )
