@@ -55,23 +55,23 @@ def gptq(
     round_to(decoder, chosen, group)
 
 
-def solve(linear: LinearLike, factor: Tensor, form: Kind, group: int) -> QuantizedLinear:
+def solve(linear: LinearLike, factor: Tensor, kind: Kind, group: int) -> QuantizedLinear:
     """The linear with its columns rounded in order. `factor` [in, in]: U of the formula above."""
     weight = linear.weight.detach().float().clone()  # [out, in]
     codes, scales = [], []
     for start in range(0, weight.size(1), group):
         part, u = weight[:, start : start + group], factor[start : start + group]
-        scale = group_scales(part, form)  # [out]
+        scale = group_scales(part, kind)  # [out]
         errors = torch.empty_like(part)
         for j in range(group):
-            code = nearest(part[:, j], scale, form)
-            errors[:, j] = (part[:, j] - values(code, form) * scale) / u[j, start + j]
+            code = nearest(part[:, j], scale, kind)
+            errors[:, j] = (part[:, j] - values(code, kind) * scale) / u[j, start + j]
             part[:, j + 1 :] -= errors[:, j, None] * u[j, start + j + 1 : start + group]
             codes.append(code)
         weight[:, start + group :] -= errors @ u[:, start + group :]
         scales.append(scale)
     grouped = torch.stack(codes, dim=1).unflatten(1, (-1, group))  # [out, groups, group]
-    return QuantizedLinear(pack(grouped, form), torch.stack(scales, dim=1), form, linear.bias)
+    return QuantizedLinear(pack(grouped, kind), torch.stack(scales, dim=1), kind, linear.bias)
 
 
 def _block_inputs(decoder: Decoder, ids: Tensor) -> tuple[Tensor, list[tuple[Any, ...]]]:

@@ -171,7 +171,7 @@ def fold(decoder: Decoder) -> Decoder:
     for name, adapted in adapted_linears(decoder).items():
         if isinstance(adapted.base, FrozenLinear | Quantized):
             raise UserError(
-                f"{name} is stored in {adapted.base.form}, which is too coarse for what the adapter learned: "
+                f"{name} is stored in {adapted.base.kind}, which is too coarse for what the adapter learned: "
                 "merge the adapter into the full weights, with `slm merge`"
             )
         replace(decoder, name, _plain(adapted.weight.detach(), adapted.bias))
@@ -190,11 +190,11 @@ def _plain(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
 
 
 class FrozenLinear(nn.Module):
-    """x W^T + b with a frozen matrix, stored as `codes` and `scales` in the format `form`."""
+    """x W^T + b with a frozen matrix, stored as `codes` and `scales`, of the kind `name`."""
 
     def __init__(self, linear: LinearLike, name: str) -> None:
         super().__init__()
-        self.form, self.in_features, self.out_features = name, linear.in_features, linear.out_features
+        self.kind, self.in_features, self.out_features = name, linear.in_features, linear.out_features
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
         self.codes: Tensor
         self.scales: Tensor

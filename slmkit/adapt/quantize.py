@@ -21,7 +21,7 @@ from slmkit.config import UserError
 from slmkit.model.decoder import Decoder
 from slmkit.model.kernels import GROUPS, NF4, Kind, Matrix, dequantize
 
-LARGEST: dict[Kind, int] = {"int8": 127, "int4": 7, "nf4": 1}  # the largest value of a code, by format
+LARGEST: dict[Kind, int] = {"int8": 127, "int4": 7, "nf4": 1}  # the largest value of a code, by kind
 # Candidates for the scale of a group, as shares of its largest magnitude / 7: a smaller step rounds most weights less
 # and clips the largest one.
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
@@ -32,17 +32,17 @@ TINY = torch.finfo(torch.float32).tiny
 # -- codes ------------------------------------------------------------------------------------------------------------
 
 
-def encode(weight: Tensor, form: Kind, group: int) -> tuple[Tensor, Tensor]:
+def encode(weight: Tensor, kind: Kind, group: int) -> tuple[Tensor, Tensor]:
     """weight [out, in] → codes and scales, as above, rounded to nearest. `in` must be a multiple of `group`."""
     groups = weight.float().unflatten(1, (-1, group))  # [out, groups, group]
-    scales = group_scales(groups, form)
-    return pack(nearest(groups, scales[..., None], form), form), scales
+    scales = group_scales(groups, kind)
+    return pack(nearest(groups, scales[..., None], kind), kind), scales
 
 
-def group_scales(groups: Tensor, form: Kind) -> Tensor:
+def group_scales(groups: Tensor, kind: Kind) -> Tensor:
     """groups [..., group] of weights → their scales [...]. For int4 the one of `SHARES` with the least square error."""
-    full = groups.abs().amax(-1) / LARGEST[form]
-    if form != "int4":
+    full = groups.abs().amax(-1) / LARGEST[kind]
+    if kind != "int4":
         return _bfloat16(full)
     best, least = full, torch.full_like(full, torch.inf)
     for share in SHARES:
@@ -57,51 +57,51 @@ def _bfloat16(scales: Tensor) -> Tensor:
     return scales.clamp(min=TINY).bfloat16().float()
 
 
-def nearest(weights: Tensor, scales: Tensor, form: Kind) -> Tensor:
+def nearest(weights: Tensor, scales: Tensor, kind: Kind) -> Tensor:
     """weights and their scales, of shapes that broadcast → codes, one a byte: int8, or uint8 from 0 to 15."""
     scaled = weights / scales
-    if form == "int8":
+    if kind == "int8":
         return scaled.round().clamp(-127, 127).to(torch.int8)
-    if form == "int4":
+    if kind == "int4":
         return (scaled.round().clamp(-8, 7) + 8).to(torch.uint8)
     table = NF4.to(weights.device)
     return torch.bucketize(scaled, (table[1:] + table[:-1]) / 2).to(torch.uint8)
 
 
-def values(codes: Tensor, form: Kind) -> Tensor:
+def values(codes: Tensor, kind: Kind) -> Tensor:
     """Codes, one a byte [...] → the values that scales multiply, float32 [...]."""
-    if form == "nf4":
+    if kind == "nf4":
         return NF4.to(codes.device)[codes.int()]
-    return codes.float() if form == "int8" else codes.float() - 8
+    return codes.float() if kind == "int8" else codes.float() - 8
 
 
-def pack(codes: Tensor, form: Kind) -> Tensor:
+def pack(codes: Tensor, kind: Kind) -> Tensor:
     """Codes, one a byte [..., groups, group] → as they are in memory [..., in or in / 2]."""
-    if form == "int8":
+    if kind == "int8":
         return codes.flatten(-2)
     low, high = codes.chunk(2, dim=-1)
     return (low | high << 4).flatten(-2)
 
 
-def unpack(codes: Tensor, groups: int, form: Kind) -> Tensor:
+def unpack(codes: Tensor, groups: int, kind: Kind) -> Tensor:
     """The inverse of `pack`."""
     codes = codes.unflatten(-1, (groups, -1))
-    return codes if form == "int8" else torch.cat((codes & 15, codes >> 4), dim=-1)
+    return codes if kind == "int8" else torch.cat((codes & 15, codes >> 4), dim=-1)
 
 
 # -- modules ----------------------------------------------------------------------------------------------------------
 
 
 class Quantized(nn.Module):
-    """A frozen matrix [out, in] as `codes` and `scales` of a format."""
+    """A frozen matrix [out, in] as `codes` and `scales` of a kind."""
 
     codes: Tensor
     scales: Tensor
     bias: nn.Parameter | None
 
-    def __init__(self, codes: Tensor, scales: Tensor, form: Kind, bias: Tensor | None = None) -> None:
+    def __init__(self, codes: Tensor, scales: Tensor, kind: Kind, bias: Tensor | None = None) -> None:
         super().__init__()
-        self.form = form
+        self.kind = kind
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
@@ -110,7 +110,7 @@ class Quantized(nn.Module):
     @property
     def group(self) -> int:
         """Weights with one scale."""
-        return self.codes.size(1) * (1 if self.form == "int8" else 2) // self.scales.size(1)
+        return self.codes.size(1) * (1 if self.kind == "int8" else 2) // self.scales.size(1)
 
     @property
     def numel(self) -> int:
@@ -120,7 +120,7 @@ class Quantized(nn.Module):
     @property
     def matrix(self) -> Matrix:
         if self._matrix is None or not self._matrix.reads(self.codes, self.scales, self.bias):
-            self._matrix = Matrix(self.form, self.codes, self.scales, self.group, self.bias)
+            self._matrix = Matrix(self.kind, self.codes, self.scales, self.group, self.bias)
         return self._matrix
 
     @property
@@ -150,8 +150,8 @@ class Quantized(nn.Module):
 class QuantizedLinear(Quantized):
     """x W^T + b with a quantized W."""
 
-    def __init__(self, codes: Tensor, scales: Tensor, form: Kind, bias: Tensor | None = None) -> None:
-        super().__init__(codes, scales, form, bias)
+    def __init__(self, codes: Tensor, scales: Tensor, kind: Kind, bias: Tensor | None = None) -> None:
+        super().__init__(codes, scales, kind, bias)
         self.out_features, self.in_features = codes.size(0), scales.size(1) * self.group
 
     def forward(self, x: Tensor) -> Tensor:
@@ -162,15 +162,15 @@ class QuantizedLinear(Quantized):
 class QuantizedEmbedding(Quantized):
     """A quantized embedding, whose `project` is the head of a model with tied embeddings."""
 
-    def __init__(self, codes: Tensor, scales: Tensor, form: Kind) -> None:
-        super().__init__(codes, scales, form)
+    def __init__(self, codes: Tensor, scales: Tensor, kind: Kind) -> None:
+        super().__init__(codes, scales, kind)
         self.result: Tensor
         self.register_buffer("result", torch.empty(0), persistent=False)  # its precision is that of the result
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] → [..., width]."""
         rows = ids.flatten()
-        looked_up = dequantize(self.form, self.codes[rows], self.scales[rows], self.group)
+        looked_up = dequantize(self.kind, self.codes[rows], self.scales[rows], self.group)
         return looked_up.view(*ids.shape, -1).to(self.result.dtype)
 
     def project(self, hidden: Tensor) -> Tensor:
@@ -205,10 +205,10 @@ def expect_full(decoder: nn.Module, what: str | Path) -> None:
         raise UserError(f"{what}: its weights are quantized: name the full model that it was made from")
 
 
-def to_quantize(decoder: Decoder, form: str, group: int, embedding: str) -> dict[str, Kind]:
-    """The names of the matrices to quantize → their formats.
+def to_quantize(decoder: Decoder, kind: str, group: int, embedding: str) -> dict[str, Kind]:
+    """The names of the matrices to quantize → their kinds.
 
-    The layers' linears get `form`; a head of its own int8, where `form` is an integer, and with `embedding` int8 the
+    The layers' linears get `kind`; a head of its own int8, where `kind` is an integer, and with `embedding` int8 the
     embedding (and a head tied to it) int8. A matrix whose columns are no multiple of `group` is left out. Raises
     `UserError` if all of the layers' are.
     """
@@ -218,9 +218,9 @@ def to_quantize(decoder: Decoder, form: str, group: int, embedding: str) -> dict
             f"no matrix can be quantized in groups of {group}: their columns are no multiple of it; "
             f"--group is one of {', '.join(map(str, GROUPS))}"
         )
-    chosen: dict[str, Kind] = dict.fromkeys(names, cast(Kind, form))
+    chosen: dict[str, Kind] = dict.fromkeys(names, cast(Kind, kind))
     if decoder.architecture.width % group == 0:
-        if decoder.head is not None and (form != "nf4" or embedding == "int8"):
+        if decoder.head is not None and (kind != "nf4" or embedding == "int8"):
             chosen["head"] = "int8"
         if embedding == "int8":
             chosen["embedding"] = "int8"
@@ -229,16 +229,16 @@ def to_quantize(decoder: Decoder, form: str, group: int, embedding: str) -> dict
 
 def round_to(decoder: Decoder, chosen: dict[str, Kind], group: int) -> None:
     """Quantize the matrices that `to_quantize` chose, in place, one after another: each to the nearest codes."""
-    for name, form in chosen.items():
+    for name, kind in chosen.items():
         module = decoder.get_submodule(name)
         if not isinstance(module, Quantized):
-            replace(decoder, name, rounded(module, form, group))
+            replace(decoder, name, rounded(module, kind, group))
 
 
-def rounded(module: Any, form: Kind, group: int) -> Quantized:
+def rounded(module: Any, kind: Kind, group: int) -> Quantized:
     """A linear or an embedding, rounded to the nearest codes."""
-    parts = [encode(rows, form, group) for rows in module.weight.detach().split(ROWS_AT_ONCE)]
+    parts = [encode(rows, kind, group) for rows in module.weight.detach().split(ROWS_AT_ONCE)]
     codes, scales = (torch.cat(each) for each in zip(*parts))
     if isinstance(module, nn.Embedding):
-        return QuantizedEmbedding(codes, scales, form)
-    return QuantizedLinear(codes, scales, form, module.bias)
+        return QuantizedEmbedding(codes, scales, kind)
+    return QuantizedLinear(codes, scales, kind, module.bias)

@@ -1,4 +1,4 @@
-"""Directories of quantized models, in the forms of `compressed-tensors` and `bitsandbytes`, which `transformers` reads.
+"""Directories of quantized models, in formats of `compressed-tensors` and `bitsandbytes`, which `transformers` reads.
 
     int8, int4   {module}.weight_packed  int32 [out, in × bits / 32], codes from 0, the first in the lowest bits
                  {module}.weight_scale  bfloat16 [out, in / group]      {module}.weight_shape  int64 [2]
@@ -68,12 +68,12 @@ def save_quantized(decoder: Decoder, config: SLMConfig, directory: str | Path) -
     """Write the files of a quantized model, in place as `save_decoder`. Raises `UserError` if the disk is full."""
     directory, family, tensors = Path(directory), family_of(config.model_type), dict[str, Tensor]()
     for theirs, ours in stored_names(empty_decoder(config).state_dict(), family).items():
-        modules, kinds = zip(*((decoder.get_submodule(name.rpartition(".")[0]), name) for name in ours))
+        modules = [decoder.get_submodule(name.rpartition(".")[0]) for name in ours]
         if theirs.endswith(".weight") and isinstance(modules[0], Quantized):
             parts = to_stored(modules)
             tensors |= {f"{theirs.removesuffix('weight')}{name}": tensor for name, tensor in parts.items()}
         else:
-            tensors[theirs] = to_disk(family, theirs, [decoder.get_parameter(name) for name in kinds]).bfloat16()
+            tensors[theirs] = to_disk(family, theirs, [decoder.get_parameter(name) for name in ours]).bfloat16()
     try:
         directory.mkdir(parents=True, exist_ok=True)
         write_configs(config, directory, "bfloat16", quantization_config=described(decoder, family))
@@ -86,14 +86,14 @@ def to_stored(modules: Iterable[Any]) -> dict[str, Tensor]:
     """The tensors of one matrix, which `modules` are parts of, along `out`."""
     first = next(iter(modules))
     scales = torch.cat([module.scales for module in modules]).cpu()
-    codes = unpack(torch.cat([module.codes for module in modules]).cpu(), scales.size(1), first.form).flatten(1)
+    codes = unpack(torch.cat([module.codes for module in modules]).cpu(), scales.size(1), first.kind).flatten(1)
     shape = list(codes.shape)  # [out, in]
-    if first.form == "nf4":
+    if first.kind == "nf4":
         state = {"quant_type": "nf4", "blocksize": first.group, "dtype": "float32", "shape": shape}
         coded = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
         packed = (codes[:, ::2] << 4 | codes[:, 1::2]).view(-1, 1)
         return dict(zip(NF4_PARTS, (packed, scales.flatten(), NF4.clone(), coded)))
-    unsigned = codes.view(torch.uint8) ^ 128 if first.form == "int8" else codes[:, ::2] | codes[:, 1::2] << 4
+    unsigned = codes.view(torch.uint8) ^ 128 if first.kind == "int8" else codes[:, ::2] | codes[:, 1::2] << 4
     return dict(zip(PACKED, (unsigned.view(torch.int32), scales.bfloat16(), torch.tensor(shape))))
 
 
@@ -101,7 +101,7 @@ def described(decoder: Decoder, family: Family) -> dict[str, Any]:
     """The `quantization_config` of a decoder: that of `transformers` if it has one for all of its matrices."""
     quantized = {reference_name(name, family): module for name, module in quantized_modules(decoder).items()}
     kept = {reference_name(name, family) for name in (*linears(decoder), HEAD)} - quantized.keys()
-    kinds = Counter((module.form, module.group) for module in quantized.values()).most_common()
+    kinds = Counter((module.kind, module.group) for module in quantized.values()).most_common()
     if family.names[EMBEDDING] in quantized:
         why = "transformers reads no quantized embedding"
     elif len(kinds) == 1 and kinds[0][0][0] == "nf4":
@@ -112,14 +112,14 @@ def described(decoder: Decoder, family: Family) -> dict[str, Any]:
         }  # fmt: skip
     elif family.transposed:
         why = "transformers reads no integers in this family's transposed matrices"
-    elif any(form == "nf4" for (form, _), _ in kinds):
-        why = "transformers reads no nf4 beside other formats"
+    elif any(kind == "nf4" for (kind, _), _ in kinds):
+        why = "transformers reads no nf4 beside other kinds"
     else:
         groups = {}
-        for number, ((form, group), _) in enumerate(kinds):
-            names = sorted(name for name, m in quantized.items() if (m.form, m.group) == (form, group))
+        for number, ((kind, group), _) in enumerate(kinds):
+            names = sorted(name for name, m in quantized.items() if (m.kind, m.group) == (kind, group))
             weights = {
-                "num_bits": BITS[form], "type": "int", "symmetric": True, "strategy": "group", "group_size": group,
+                "num_bits": BITS[kind], "type": "int", "symmetric": True, "strategy": "group", "group_size": group,
                 "dynamic": False,
             }  # fmt: skip
             unused = dict.fromkeys(("input_activations", "output_activations"))
@@ -128,17 +128,17 @@ def described(decoder: Decoder, family: Family) -> dict[str, Any]:
             "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
             "config_groups": groups, "ignore": sorted(kept), "kv_cache_scheme": None,
         }  # fmt: skip
-    forms = {name: f"{module.form}, groups of {module.group}" for name, module in sorted(quantized.items())}
-    return {"made_by": OWN_FORMAT, "why_not_for_transformers": why, "modules": forms}
+    modules = {name: f"{module.kind}, groups of {module.group}" for name, module in sorted(quantized.items())}
+    return {"made_by": OWN_FORMAT, "why_not_for_transformers": why, "modules": modules}
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
 def load_quantized(directory: str | Path, device: torch.device | str = "cpu") -> tuple[Decoder, SLMConfig]:
-    """Read the directory of a quantized model, ours or a published one of the same form, as `load_decoder` does.
+    """Read the directory of a quantized model, ours or a published one of the same format, as `load_decoder` does.
 
-    Raises `UserError` as that does, and by name for a matrix of another form.
+    Raises `UserError` as that does, and by name for a matrix of another kind.
     """
     config = SLMConfig.from_pretrained(directory)
     decoder, family = empty_decoder(config), family_of(config.model_type)
@@ -150,11 +150,11 @@ def load_quantized(directory: str | Path, device: torch.device | str = "cpu") ->
             continue
         rows = [decoder.get_parameter(one).size(0) for one in ours]
         shape = sum(rows), decoder.get_parameter(ours[0]).size(1)
-        codes, scales, form = _from_stored(path, name, tensors, shape)
+        codes, scales, kind = _from_stored(path, name, tensors, shape)
         for one, its_codes, its_scales in zip(ours, codes.split(rows), scales.split(rows)):
             module = one.removesuffix(".weight")
             state |= {f"{module}.codes": its_codes, f"{module}.scales": its_scales}
-            replace(decoder, module, _empty(decoder.get_submodule(module), its_codes, its_scales, form))
+            replace(decoder, module, _empty(decoder.get_submodule(module), its_codes, its_scales, kind))
     rest = {name: tensor for name, tensor in decoder.state_dict().items() if name not in state}
     state |= float_state(exactly(path, tensors, rest, family), rest, family, device, is_finite=True)
     decoder.to_empty(device=device)
@@ -162,18 +162,18 @@ def load_quantized(directory: str | Path, device: torch.device | str = "cpu") ->
     return decoder.eval(), config
 
 
-def _empty(module: Any, codes: Tensor, scales: Tensor, form: Kind) -> Quantized:
+def _empty(module: Any, codes: Tensor, scales: Tensor, kind: Kind) -> Quantized:
     """The module that will hold a part of a matrix, on the meta device."""
     codes, scales = codes.to("meta"), scales.to("meta")
     if isinstance(module, nn.Embedding):
-        return QuantizedEmbedding(codes, scales, form)
-    return QuantizedLinear(codes, scales, form, module.bias)
+        return QuantizedEmbedding(codes, scales, kind)
+    return QuantizedLinear(codes, scales, kind, module.bias)
 
 
 def _from_stored(
     path: Path, name: str, tensors: dict[str, StoredTensor], shape: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Kind]:
-    """Codes, scales and format of the matrix `name` [out, in]; its tensors are taken out of `tensors`.
+    """Codes, scales and kind of the matrix `name` [out, in]; its tensors are taken out of `tensors`.
 
     Raises `UserError` for tensors that are missing, damaged, or do not fit `shape`.
     """
@@ -187,7 +187,7 @@ def _from_stored(
         scale = "weight.nested_absmax" if "weight.nested_absmax" in read else wanted[1]
         if not read[scale].is_floating_point():
             raise ValueError(f"{scale} is {read[scale].dtype}, not of floating-point numbers: use another copy")
-        codes, scales, form = _nf4(read, shape) if is_nf4 else _integers(read, shape)
+        codes, scales, kind = _nf4(read, shape) if is_nf4 else _integers(read, shape)
         group = shape[1] // scales.size(1)
         ours = next((size for size in reversed(GROUPS) if group % size == 0), None)
         if group * scales.size(1) != shape[1] or ours is None:
@@ -196,20 +196,20 @@ def _from_stored(
     except (ValueError, ArithmeticError, RuntimeError, LookupError, TypeError) as error:
         raise UserError(f"{path}: {name!r} of {shape[0]} × {shape[1]} cannot be read: {error}") from None
     expect_finite(scales, f"{path}: {name!r}", "the model is broken: use another copy")
-    return pack(codes.unflatten(1, (scales.size(1), -1)), form), scales, form
+    return pack(codes.unflatten(1, (scales.size(1), -1)), kind), scales, kind
 
 
 def _integers(read: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, Tensor, Kind]:
     packed, scales, said = (read[name] for name in PACKED)
-    form = next((form for form, bits in BITS.items() if packed.shape == (shape[0], shape[1] * bits // 32)), None)
-    if form is None or tuple(said.tolist()) != shape or packed.dtype != torch.int32 or scales.size(0) != shape[0]:
+    kind = next((kind for kind, bits in BITS.items() if packed.shape == (shape[0], shape[1] * bits // 32)), None)
+    if kind is None or tuple(said.tolist()) != shape or packed.dtype != torch.int32 or scales.size(0) != shape[0]:
         raise ValueError(f"packed {tuple(packed.shape)} {packed.dtype}, scales {tuple(scales.shape)}")
     if not scales.any():
         raise ValueError("weight_scale is zero everywhere, or empty: use another copy")
     bytes_ = packed.contiguous().view(torch.uint8)
-    if form == "int8":
-        return (bytes_ ^ 128).view(torch.int8), scales.float(), form
-    return torch.stack((bytes_ & 15, bytes_ >> 4), dim=-1).flatten(1), scales.float(), form
+    if kind == "int8":
+        return (bytes_ ^ 128).view(torch.int8), scales.float(), kind
+    return torch.stack((bytes_ & 15, bytes_ >> 4), dim=-1).flatten(1), scales.float(), kind
 
 
 def _nf4(read: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, Tensor, Kind]:

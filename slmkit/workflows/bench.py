@@ -43,7 +43,7 @@ from slmkit.training.logging.throughput import StepFlops
 from slmkit.training.recipe.recipe import TrainSettings
 
 BATCHES = (1, 4, 16)  # sequences generated at once
-BITS, GROUP = ("int8", "int4"), 32  # the forms of weights to measure, in the groups of `slm quantize`
+BITS, GROUP = ("int8", "int4"), 32  # the kinds of weights to measure, in the groups of `slm quantize`
 VOCABULARY = 4096
 SHARD_TOKENS = 1 << 28
 TEMPLATES = ("chatml", "llama3", "gemma")
@@ -112,16 +112,16 @@ def decoding_speed(model: str, prompt: int, new: int, rounds: int, device: str) 
             decoder = build_decoder(SLMConfig.from_preset(model), seed=0).to(found.torch_device).eval()
         else:
             decoder = load_model(find_model_directory(model), found.torch_device)[0]
-        forms = [module.form for module in quantized_modules(decoder).values()]
+        kinds = [module.kind for module in quantized_modules(decoder).values()]
         if weights is not None:
-            if forms:
+            if kinds:
                 return
             try:
                 round_to(decoder, to_quantize(decoder, weights, GROUP, "int8"), GROUP)
             except UserError:
                 warn_once(f"{model}: not measured in {weights}: no matrix has columns in groups of {GROUP}")
                 continue
-        name = weights or statistics.mode(forms or [str(decoder.dtype).removeprefix("torch.")])
+        name = weights or statistics.mode(kinds or [str(decoder.dtype).removeprefix("torch.")])
         a_step = seconds_to_read(bytes_of_a_step(decoder), found)
         for batch in BATCHES:
             speeds = _decoding_speed(decoder, batch, prompt, new, rounds)

@@ -48,9 +48,9 @@ ROUNDS = 3
 
 @dataclass(frozen=True)
 class Request:
-    """What `slm quantize` was asked for: formats, columns of a group (None: `DEFAULT_GROUP`), and so on."""
+    """What `slm quantize` was asked for: kinds of weights, columns of a group (None: `DEFAULT_GROUP`), and so on."""
 
-    formats: Sequence[str]
+    kinds: Sequence[str]
     output: str | None = None
     group: int | None = None
     embedding: str = "bfloat16"
@@ -76,19 +76,19 @@ class Figures:
 
 def expect_possible(model: str, request: Request) -> list[Path]:
     """The output directories. Raises `UserError` for what cannot be done, or a directory that exists."""
-    for form in request.formats:
-        if form not in LARGEST:
-            raise UserError(f"--to {form}: expected {', '.join(LARGEST)}")
-    if len(set(request.formats)) < len(request.formats):
-        raise UserError(f"--to {' --to '.join(request.formats)}: give each format once")
+    for kind in request.kinds:
+        if kind not in LARGEST:
+            raise UserError(f"--to {kind}: expected {', '.join(LARGEST)}")
+    if len(set(request.kinds)) < len(request.kinds):
+        raise UserError(f"--to {' --to '.join(request.kinds)}: give each once")
     if request.group not in (None, *GROUPS):
         raise UserError(f"--group {request.group}: expected {', '.join(map(str, GROUPS))}")
     if request.embedding not in ("bfloat16", "int8") or request.method not in ("gptq", "round"):
         raise UserError("--embedding is bfloat16 or int8, and --method gptq or round")
-    if request.output is not None and len(request.formats) > 1:
+    if request.output is not None and len(request.kinds) > 1:
         raise UserError("--output is for one --to; several get names of their own, such as MODEL-int4")
     name = model.rstrip("/") if Path(model).exists() else Path(model).name  # a folder OWNER would hide the hub's
-    outputs = [Path(request.output or f"{name}-{form}") for form in request.formats]
+    outputs = [Path(request.output or f"{name}-{kind}") for kind in request.kinds]
     for output in outputs:
         if output.exists():
             raise UserError(f"{output}: exists already and is not overwritten: name another --output")
@@ -96,7 +96,7 @@ def expect_possible(model: str, request: Request) -> list[Path]:
 
 
 def quantize_model(model: str, request: Request, progress: Callable[[str], None] = lambda line: None) -> list[Figures]:
-    """Write a directory for each format, and measure it and the original; figures are also in its quantization.json.
+    """Write a directory for each kind, and measure it and the original; figures are also in its quantization.json.
 
     With GPTQ each 4-bit model is also rounded to nearest; whichever has the lower loss on held-out text, after it was
     saved and loaded, is kept. Raises `UserError` for a model that is quantized already, too little calibration text,
@@ -113,25 +113,25 @@ def quantize_model(model: str, request: Request, progress: Callable[[str], None]
     prompt = min(PROMPT, length // 2)
     expected = prompt, greedy(decoder, held_out[:PROMPTS, :prompt])
     found = [_figures(model, directory, decoder, request, held_out, expected)]
-    for form, output in zip(request.formats, outputs):
+    for kind, output in zip(request.kinds, outputs):
         if quantized_modules(decoder):
             decoder, config = load_model(directory)
-        group = request.group or DEFAULT_GROUP[form]
-        chosen = to_quantize(decoder, form, group, request.embedding)
+        group = request.group or DEFAULT_GROUP[kind]
+        chosen = to_quantize(decoder, kind, group, request.embedding)
         with new_directory(output) as folder:
             round_to(decoder, chosen, group)
             save_quantized(decoder, config, folder)
             best, method, notes = load_quantized(folder)[0], "round", _notes(decoder, folder)
-            if form != "int8" and request.method == "gptq":
+            if kind != "int8" and request.method == "gptq":
                 decoder, config = load_model(directory)
-                gptq(decoder, chosen, group, calibration, functools.partial(_say_layer, progress, form))
+                gptq(decoder, chosen, group, calibration, functools.partial(_say_layer, progress, kind))
                 best, method, note = _better(best, decoder, config, folder, held_out)
                 notes += note
             for name in EXTRA_FILES:
                 if (source := directory / name).is_file() and not (folder / name).exists():
                     shutil.copyfile(source, folder / name)
         progress(f"measuring {output}")
-        one = _figures(f"{form}, groups of {group}", output, best, request, held_out, expected)
+        one = _figures(f"{kind}, groups of {group}", output, best, request, held_out, expected)
         found.append(replace(one, method=method, notes=notes))
         write_whole(output / RESULTS, json.dumps([asdict(each) for each in (found[0], found[-1])], indent=2) + "\n")
     return found
@@ -154,8 +154,8 @@ def _better(
     )
 
 
-def _say_layer(progress: Callable[[str], None], form: str, done: int, layers: int) -> None:
-    progress(f"{form}: layer {done} of {layers}")
+def _say_layer(progress: Callable[[str], None], kind: str, done: int, layers: int) -> None:
+    progress(f"{kind}: layer {done} of {layers}")
 
 
 def text_rows(source: str, tokenizer: SLMTokenizer, length: int) -> Tensor:
@@ -216,7 +216,7 @@ def _notes(decoder: Decoder, directory: Path) -> tuple[str, ...]:
     """What stays in 16 bits, and whether `transformers` reads the result."""
     quantized = quantized_modules(decoder)
     wide = [name for name in ("embedding", *linears(decoder)) if name not in quantized]
-    kinds = dict.fromkeys(re.sub(r"^blocks\.\d+\.", "", name) for name in wide)
+    names = dict.fromkeys(re.sub(r"^blocks\.\d+\.", "", name) for name in wide)
     why = (quantization_of(directory) or {}).get("why_not_for_transformers")
-    kept = f"in 16 bits: {', '.join(kinds)}" if wide else "nothing in 16 bits but norms"
+    kept = f"in 16 bits: {', '.join(names)}" if wide else "nothing in 16 bits but norms"
     return (kept, *([f"only slmkit reads it: {why}"] if why else []))

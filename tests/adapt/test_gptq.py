@@ -28,13 +28,13 @@ def correlated_inputs(tokens: int = 512, width: int = 64) -> torch.Tensor:
     return torch.randn(tokens, width, generator=generator) @ mix
 
 
-@pytest.mark.parametrize("form", ["int4", "nf4"])
-def test_outputs_change_less_than_by_rounding(form: str) -> None:
+@pytest.mark.parametrize("kind", ["int4", "nf4"])
+def test_outputs_change_less_than_by_rounding(kind: str) -> None:
     torch.manual_seed(0)
     linear, x = torch.nn.Linear(64, 48), correlated_inputs()
     factor = _inverse_factor(x.T @ x / len(x), "query")
     wanted = linear(x)
-    solved, plain = solve(linear, factor, form, 32), rounded(linear, form, 32)
+    solved, plain = solve(linear, factor, kind, 32), rounded(linear, kind, 32)
     errors = [(module(x) - wanted).square().mean() for module in (solved, plain)]
     assert errors[0] < 0.6 * errors[1]
     assert solved.codes.shape == plain.codes.shape
@@ -77,9 +77,9 @@ def test_inputs_that_are_not_finite_are_refused_by_the_name_of_the_linear(traine
         gptq(broken, to_quantize(broken, "int4", 64, "bfloat16"), 64, rows(2, 4))
 
 
-@pytest.mark.parametrize("form", ["int4", "nf4"])
-def test_a_trained_model_predicts_more_like_itself_than_by_rounding(trained: Decoder, form: str) -> None:
-    chosen = to_quantize(trained, form, 64, "bfloat16")
+@pytest.mark.parametrize("kind", ["int4", "nf4"])
+def test_a_trained_model_predicts_more_like_itself_than_by_rounding(trained: Decoder, kind: str) -> None:
+    chosen = to_quantize(trained, kind, 64, "bfloat16")
     by_rounding, by_gptq = copy.deepcopy(trained), copy.deepcopy(trained)
     round_to(by_rounding, chosen, 64)
     done = []

@@ -200,7 +200,7 @@ def test_an_adapter_learns_beside_it(name: str) -> None:
     config = config_of("llama")
     decoder = build_decoder(config)
     add_lora(decoder, config, LoRASettings(r=4, base_weights=name, use_dora=True))
-    assert all(linear.base.form == name for linear in adapted_linears(decoder).values())
+    assert all(linear.base.kind == name for linear in adapted_linears(decoder).values())
     optimizer = torch.optim.AdamW(trained_tensors(decoder).values(), lr=3e-2)
     losses = []
     for _ in range(12):

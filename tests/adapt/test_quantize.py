@@ -27,34 +27,34 @@ from slmkit.model.initialization import build_decoder
 from slmkit.model.kernels import GROUPS, NF4, dequantize
 from tests.model.test_cache import FAMILIES, config, ids
 
-every_format = pytest.mark.parametrize("form", LARGEST)
+every_kind = pytest.mark.parametrize("kind", LARGEST)
 every_group = pytest.mark.parametrize("group", GROUPS)
 
 
-def decode(codes: torch.Tensor, scales: torch.Tensor, form: str) -> torch.Tensor:
-    return dequantize(form, codes, scales, codes.size(1) * (1 if form == "int8" else 2) // scales.size(1))
+def decode(codes: torch.Tensor, scales: torch.Tensor, kind: str) -> torch.Tensor:
+    return dequantize(kind, codes, scales, codes.size(1) * (1 if kind == "int8" else 2) // scales.size(1))
 
 
 def weights(rows: int = 24, columns: int = 256) -> torch.Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) * 0.1
 
 
-@every_format
+@every_kind
 @every_group
-def test_no_weight_is_further_from_its_code_than_half_a_step(form: str, group: int) -> None:
+def test_no_weight_is_further_from_its_code_than_half_a_step(kind: str, group: int) -> None:
     weight = weights()
-    codes, scales = encode(weight, form, group)
-    assert codes.dtype == (torch.int8 if form == "int8" else torch.uint8)
-    assert codes.shape == (24, 256 if form == "int8" else 128)
+    codes, scales = encode(weight, kind, group)
+    assert codes.dtype == (torch.int8 if kind == "int8" else torch.uint8)
+    assert codes.shape == (24, 256 if kind == "int8" else 128)
     assert scales.shape == (24, 256 // group)
     assert torch.equal(scales, scales.bfloat16().float())
-    errors = (decode(codes, scales, form) - weight).abs().unflatten(1, (-1, group)) / scales[..., None]
+    errors = (decode(codes, scales, kind) - weight).abs().unflatten(1, (-1, group)) / scales[..., None]
     largest = (weight.unflatten(1, (-1, group)).abs() / scales[..., None]).amax(-1)
-    step = NF4.diff().max() if form == "nf4" else torch.tensor(1.0)
+    step = NF4.diff().max() if kind == "nf4" else torch.tensor(1.0)
     # Beyond the last code a weight is clipped: int4's largest may be, for the sake of all others.
-    clipped = (largest - LARGEST[form]).clamp(min=0)
+    clipped = (largest - LARGEST[kind]).clamp(min=0)
     assert (errors.amax(-1) <= torch.maximum(step / 2, clipped) + 1e-3).all()
-    assert clipped.max() < {"int8": 0.6, "int4": 4, "nf4": 0.01}[form]
+    assert clipped.max() < {"int8": 0.6, "int4": 4, "nf4": 0.01}[kind]
 
 
 def test_bytes_are_where_the_kernels_expect_them() -> None:
@@ -79,10 +79,10 @@ def test_a_smaller_step_is_taken_where_it_is_nearer_to_all_weights() -> None:
     assert (decode(codes, scales, "int4") - weight).square().sum() < 0.95 * (plain.flatten(1) - weight).square().sum()
 
 
-@every_format
-def test_zeros_and_tiny_numbers_stay_finite(form: str) -> None:
+@every_kind
+def test_zeros_and_tiny_numbers_stay_finite(kind: str) -> None:
     for weight in (torch.zeros(2, 64), torch.full((2, 64), 1e-30)):
-        back = decode(*encode(weight, form, 32), form)
+        back = decode(*encode(weight, kind, 32), kind)
         assert back.isfinite().all()
         assert (back - weight).abs().max() <= 1e-30
 
@@ -97,10 +97,10 @@ def test_nf4_is_the_reference_implementations() -> None:
     torch.testing.assert_close(decode(*encode(weight, "nf4", 64), "nf4"), functional.dequantize_4bit(packed, state))
 
 
-@every_format
-def test_products_and_gradients_are_those_of_the_dequantized_matrix(form: str) -> None:
+@every_kind
+def test_products_and_gradients_are_those_of_the_dequantized_matrix(kind: str) -> None:
     linear = torch.nn.Linear(64, 48)
-    quantized = rounded(linear, form, 32)
+    quantized = rounded(linear, kind, 32)
     assert isinstance(quantized, QuantizedLinear)
     assert (quantized.in_features, quantized.out_features, quantized.group) == (64, 48, 32)
     for shape in ((64,), (3, 64), (2, 40, 64)):
@@ -114,10 +114,10 @@ def test_products_and_gradients_are_those_of_the_dequantized_matrix(form: str) -
     assert not [name for name, parameter in quantized.named_parameters() if parameter.requires_grad]
 
 
-@every_format
-def test_an_embedding_looks_up_and_is_a_tied_head(form: str) -> None:
+@every_kind
+def test_an_embedding_looks_up_and_is_a_tied_head(kind: str) -> None:
     embedding = Embedding(97, 64)
-    quantized = rounded(embedding, form, 32)
+    quantized = rounded(embedding, kind, 32)
     assert isinstance(quantized, QuantizedEmbedding)
     x = torch.tensor([[3, 96, 0]])
     assert torch.equal(quantized(x), quantized.weight[x])
@@ -125,10 +125,10 @@ def test_an_embedding_looks_up_and_is_a_tied_head(form: str) -> None:
     torch.testing.assert_close(quantized.project(hidden), F.linear(hidden, quantized.weight), atol=2e-3, rtol=0)
 
 
-@every_format
-def test_a_conversion_to_16_bits_leaves_scales_as_they_are(form: str) -> None:
+@every_kind
+def test_a_conversion_to_16_bits_leaves_scales_as_they_are(kind: str) -> None:
     decoder = small()
-    round_to(decoder, to_quantize(decoder, form, 32, "int8"), 32)
+    round_to(decoder, to_quantize(decoder, kind, 32, "int8"), 32)
     before = {name: module.weight for name, module in quantized_modules(decoder).items()}
     decoder.bfloat16()
     for name, module in quantized_modules(decoder).items():
@@ -146,10 +146,10 @@ def small(**changes: object) -> Decoder:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@every_format
-def test_every_family_computes_nearly_the_same(family: str, form: str) -> None:
+@every_kind
+def test_every_family_computes_nearly_the_same(family: str, kind: str) -> None:
     full, decoder = (build_decoder(config(family), seed=3).eval() for _ in range(2))
-    chosen = to_quantize(decoder, form, 32, "int8")
+    chosen = to_quantize(decoder, kind, 32, "int8")
     round_to(decoder, chosen, 32)
     assert quantized_modules(decoder).keys() == chosen.keys()
     assert len(chosen) >= 4 * len(decoder.blocks)
@@ -157,7 +157,7 @@ def test_every_family_computes_nearly_the_same(family: str, form: str) -> None:
         logits, wanted = (one.logits(one(ids())) for one in (decoder, full))
         cache = decoder.new_cache(2, 40)
         steps = torch.cat([decoder.logits(decoder(part, cache)) for part in ids().split([30, 1, 1, 8], dim=1)], dim=1)
-    assert (logits - wanted).std() < {"int8": 0.05, "int4": 0.5, "nf4": 0.5}[form] * wanted.std()
+    assert (logits - wanted).std() < {"int8": 0.05, "int4": 0.5, "nf4": 0.5}[kind] * wanted.std()
     # A few rows are multiplied with activations of 16 bits.
     torch.testing.assert_close(steps, logits, atol=1e-3 * float(logits.abs().max()), rtol=0)
 
@@ -177,11 +177,11 @@ def test_what_is_quantized_depends_on_format_and_shape() -> None:
         to_quantize(tied, "int4", 128, "bfloat16")
 
 
-@every_format
-def test_an_adapter_learns_on_top(form: str) -> None:
+@every_kind
+def test_an_adapter_learns_on_top(kind: str) -> None:
     shape = config("llama")
     decoder = build_decoder(shape)
-    round_to(decoder, to_quantize(decoder, form, 32, "bfloat16"), 32)
+    round_to(decoder, to_quantize(decoder, kind, 32, "bfloat16"), 32)
     before = {name: tensor.clone() for name, tensor in decoder.state_dict().items()}
     add_lora(decoder, shape, LoRASettings(r=4))
     assert all(".lora_" in name for name in trained_tensors(decoder))
@@ -196,28 +196,28 @@ def test_an_adapter_learns_on_top(form: str) -> None:
     assert losses[-1] < losses[0] - 0.5
     after = {name.replace(".base.", "."): tensor for name, tensor in decoder.state_dict().items()}
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    with pytest.raises(UserError, match=f"stored in {form}, which is too coarse"):
+    with pytest.raises(UserError, match=f"stored in {kind}, which is too coarse"):
         fold(decoder)
     fresh = build_decoder(shape)
-    round_to(fresh, to_quantize(fresh, form, 32, "bfloat16"), 32)
+    round_to(fresh, to_quantize(fresh, kind, 32, "bfloat16"), 32)
     with pytest.raises(UserError, match="lora.base_weights nf4: its weights are quantized"):
         add_lora(fresh, shape, LoRASettings(r=4, base_weights="nf4"))
 
 
-@every_format
+@every_kind
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_no_conversion_rounds_scales(form: str, dtype: torch.dtype) -> None:
+def test_no_conversion_rounds_scales(kind: str, dtype: torch.dtype) -> None:
     """Not even those that neither float16 nor bfloat16 can hold."""
-    quantized = rounded(torch.nn.Linear(64, 8), form, 32)
+    quantized = rounded(torch.nn.Linear(64, 8), kind, 32)
     quantized.scales.mul_(1.2345e-6)
     scales = quantized.scales.clone()
     assert torch.equal(quantized.to(dtype).scales, scales)
     assert quantized.bias.dtype == dtype
 
 
-@every_format
-def test_replaced_codes_and_changed_biases_count(form: str) -> None:
-    quantized, other = (rounded(torch.nn.Linear(64, 8), form, 32) for _ in range(2))
+@every_kind
+def test_replaced_codes_and_changed_biases_count(kind: str) -> None:
+    quantized, other = (rounded(torch.nn.Linear(64, 8), kind, 32) for _ in range(2))
     x = torch.randn(3, 64)
     assert not torch.equal(quantized(x), other(x))
     quantized.load_state_dict(other.state_dict(), assign=True)

@@ -23,31 +23,31 @@ from slmkit.model.files.directory import empty_decoder, load_decoder
 from slmkit.model.initialization import build_decoder
 from tests.model.test_cache import FAMILIES, config, ids
 
-every_format = pytest.mark.parametrize("form", LARGEST)
+every_kind = pytest.mark.parametrize("kind", LARGEST)
 every_embedding = pytest.mark.parametrize("embedding", ["bfloat16", "int8"])
 
 
-def quantized(shape: SLMConfig, form: str, embedding: str = "bfloat16", group: int = 32) -> Decoder:
+def quantized(shape: SLMConfig, kind: str, embedding: str = "bfloat16", group: int = 32) -> Decoder:
     decoder = build_decoder(shape, seed=3).eval()
     with torch.no_grad():  # what is stored in bfloat16 should come back as it was
         for parameter in decoder.parameters():
             parameter.copy_(parameter.bfloat16())
-    round_to(decoder, to_quantize(decoder, form, group, embedding), group)
+    round_to(decoder, to_quantize(decoder, kind, group, embedding), group)
     return decoder
 
 
-def write(directory: Path, form: str, embedding: str = "bfloat16", **changes: object) -> Path:
+def write(directory: Path, kind: str, embedding: str = "bfloat16", **changes: object) -> Path:
     shape = config("llama").model_copy(update=changes)
-    save_quantized(quantized(shape, form, embedding), shape, directory)
+    save_quantized(quantized(shape, kind, embedding), shape, directory)
     return directory
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@every_format
+@every_kind
 @every_embedding
-def test_every_family_comes_back_bit_for_bit(family: str, form: str, embedding: str, tmp_path: Path) -> None:
+def test_every_family_comes_back_bit_for_bit(family: str, kind: str, embedding: str, tmp_path: Path) -> None:
     shape = config(family)
-    decoder = quantized(shape, form, embedding)
+    decoder = quantized(shape, kind, embedding)
     save_quantized(decoder, shape, tmp_path)
     found, read = load_model(tmp_path)
     assert read == shape
@@ -61,24 +61,24 @@ def test_every_family_comes_back_bit_for_bit(family: str, form: str, embedding: 
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"slm"}))
-@every_format
-def test_transformers_reads_the_directory_and_computes_the_same(family: str, form: str, tmp_path: Path) -> None:
+@every_kind
+def test_transformers_reads_the_directory_and_computes_the_same(family: str, kind: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    pytest.importorskip("bitsandbytes" if form == "nf4" else "compressed_tensors")
+    pytest.importorskip("bitsandbytes" if kind == "nf4" else "compressed_tensors")
     shape = config(family)
-    decoder = quantized(shape, form)
+    decoder = quantized(shape, kind)
     save_quantized(decoder, shape, tmp_path)
     said = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
-    if family == "gpt2" and form != "nf4":
+    if family == "gpt2" and kind != "nf4":
         assert said["why_not_for_transformers"] == "transformers reads no integers in this family's transposed matrices"
         with pytest.raises(ValueError, match="quant_method"):
             transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
         return
-    assert said["quant_method"] == ("bitsandbytes" if form == "nf4" else "compressed-tensors")
+    assert said["quant_method"] == ("bitsandbytes" if kind == "nf4" else "compressed-tensors")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     with torch.no_grad():
         in_16_bits = theirs(ids()).logits.float()
-        if form != "nf4":
+        if kind != "nf4":
             theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
         torch.nn.Module.float(theirs)  # bitsandbytes' linears take the precision of their input
         for module in theirs.modules():
@@ -89,22 +89,22 @@ def test_transformers_reads_the_directory_and_computes_the_same(family: str, for
     assert (in_16_bits - wanted).abs().max() < 0.1 * wanted.abs().max()
 
 
-@pytest.mark.parametrize("form", ["int8", "int4"])
-def test_a_head_of_its_own_is_int8_and_transformers_reads_that(form: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_head_of_its_own_is_int8_and_transformers_reads_that(kind: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("compressed_tensors")
-    write(tmp_path, form, tie_word_embeddings=False)
+    write(tmp_path, kind, tie_word_embeddings=False)
     decoder, _ = load_model(tmp_path)
-    assert quantized_modules(decoder)["head"].form == "int8"
+    assert quantized_modules(decoder)["head"].kind == "int8"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(theirs(ids()).logits, decoder.logits(decoder(ids())), atol=1e-4, rtol=0)
 
 
-@every_format
-def test_transformers_refuses_a_quantized_embedding(form: str, tmp_path: Path) -> None:
+@every_kind
+def test_transformers_refuses_a_quantized_embedding(kind: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    write(tmp_path, form, "int8")
+    write(tmp_path, kind, "int8")
     said = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert said["why_not_for_transformers"] == "transformers reads no quantized embedding"
     assert said["modules"]["model.embed_tokens"] == "int8, groups of 32"
@@ -211,9 +211,9 @@ def test_another_quantization_is_refused_by_name(where: str, changes: dict, word
 # -- damage -----------------------------------------------------------------------------------------------------------
 
 
-def damaged(directory: Path, form: str, **tensors: torch.Tensor | None) -> str:
+def damaged(directory: Path, kind: str, **tensors: torch.Tensor | None) -> str:
     """The error for a directory of which one matrix's tensors are replaced, or removed (None)."""
-    write(directory, form)
+    write(directory, kind)
     path, name = directory / "model.safetensors", "model.layers.1.mlp.up_proj"
     stored = load_file(path) | {f"{name}.{key.replace('__', '.', 1)}": value for key, value in tensors.items()}
     save_file({key: value for key, value in stored.items() if value is not None}, path)
@@ -257,21 +257,21 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
 # -- what else reads it -----------------------------------------------------------------------------------------------
 
 
-@every_format
-def test_a_script_loads_saves_and_generates(form: str, tmp_path: Path) -> None:
-    model = SLMForCausalLM.from_pretrained(write(tmp_path / "one", form, "int8"))
+@every_kind
+def test_a_script_loads_saves_and_generates(kind: str, tmp_path: Path) -> None:
+    model = SLMForCausalLM.from_pretrained(write(tmp_path / "one", kind, "int8"))
     model.save_pretrained(tmp_path / "two")
     files = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
     assert files[0].keys() == files[1].keys()
     assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
     new = model.generate(ids()[:, :5], max_new_tokens=4, do_sample=False)
     assert new.shape == (2, 9)
-    assert load_quantized(tmp_path / "two")[0].embedding.form == "int8"
+    assert load_quantized(tmp_path / "two")[0].embedding.kind == "int8"
 
 
-@every_format
-def test_an_adapter_of_a_quantized_model_is_saved_and_loaded_on_top_of_it(form: str, tmp_path: Path) -> None:
-    write(tmp_path / "base", form)
+@every_kind
+def test_an_adapter_of_a_quantized_model_is_saved_and_loaded_on_top_of_it(kind: str, tmp_path: Path) -> None:
+    write(tmp_path / "base", kind)
     decoder, _, files = start_adapter(tmp_path / "base", LoRASettings(r=4))
     with torch.no_grad():
         for parameter in trained_tensors(decoder).values():
@@ -304,13 +304,13 @@ def test_only_models_in_full_precision_are_changed(tmp_path: Path) -> None:
 # -- how large --------------------------------------------------------------------------------------------------------
 
 
-def expected_bytes(shape: SLMConfig, form: str, group: int, embedding: str) -> int:
+def expected_bytes(shape: SLMConfig, kind: str, group: int, embedding: str) -> int:
     """Bytes of all tensors, from shapes alone."""
     decoder, size = empty_decoder(shape), 0
-    chosen = to_quantize(decoder, form, group, embedding)
+    chosen = to_quantize(decoder, kind, group, embedding)
     for name, parameter in decoder.named_parameters():
-        module, _, kind = name.rpartition(".")
-        if module not in chosen or kind != "weight":
+        module, _, last = name.rpartition(".")
+        if module not in chosen or last != "weight":
             size += 2 * parameter.numel()
         elif chosen[module] == "nf4":
             state = {"quant_type": "nf4", "blocksize": group, "dtype": "float32", "shape": [*parameter.shape]}
@@ -320,13 +320,13 @@ def expected_bytes(shape: SLMConfig, form: str, group: int, embedding: str) -> i
     return int(size)
 
 
-@every_format
+@every_kind
 @every_embedding
-def test_a_file_is_as_large_as_its_shapes_say(form: str, embedding: str, tmp_path: Path) -> None:
-    path = write(tmp_path, form, embedding, vocab_size=4001) / "model.safetensors"
+def test_a_file_is_as_large_as_its_shapes_say(kind: str, embedding: str, tmp_path: Path) -> None:
+    path = write(tmp_path, kind, embedding, vocab_size=4001) / "model.safetensors"
     header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
     shape = config("llama").model_copy(update={"vocab_size": 4001})
-    assert path.stat().st_size - header == expected_bytes(shape, form, 32, embedding)
+    assert path.stat().st_size - header == expected_bytes(shape, kind, 32, embedding)
 
 
 def test_the_page_says_how_large_a_model_of_1_2_billion_parameters_is() -> None:
@@ -334,8 +334,8 @@ def test_the_page_says_how_large_a_model_of_1_2_billion_parameters_is() -> None:
     rows = re.findall(r"^\| `(int8|int4|nf4)( --embedding int8)?` \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.M)
     assert len(rows) == 6
     shape = SLMConfig.from_preset("llama-3.2-1b")
-    for form, embedding, *sizes in rows:
+    for kind, embedding, *sizes in rows:
         for group, size in zip((32, 64, 128), sizes):
-            found = expected_bytes(shape, form, group, embedding.split()[-1] if embedding else "bfloat16")
+            found = expected_bytes(shape, kind, group, embedding.split()[-1] if embedding else "bfloat16")
             assert f"{found / 1e9:.3f}" == size
     assert f"{expected_bytes(shape, 'int4', 32, 'bfloat16') / 1e9:.1f}" == "1.1"  # what the documents claim

@@ -148,7 +148,7 @@ def test_an_adapter_is_trained_on_from_where_it_was(kind: str, base: Path, tmp_p
 def test_a_base_in_fewer_bits_is_kept_so_when_an_adapter_is_trained_on(base: Path, tmp_path: Path) -> None:
     lora_run(tmp_path, base, train={"max_steps": 2})
     model, _, _ = start_adapter(find_model_directory(tmp_path), LoRASettings(r=4, base_weights="int8"))
-    assert model.blocks[0].mlp.up.base.form == "int8"
+    assert model.blocks[0].mlp.up.base.kind == "int8"
     assert trained_tensors(model).keys() == trained_tensors(load_adapted(find_model_directory(tmp_path))[0]).keys()
 
 

@@ -37,7 +37,7 @@ def test_the_figures_are_those_of_the_directories(model: Path, made: list[workfl
     assert rows.shape == (80, 128)
     held_out, original = rows[64:], load_decoder(model)[0]
     texts = greedy(original, held_out[:8, :32])
-    assert [one.directory for one in made] == [str(model), *(f"{model}-{form}" for form in ("int8", "int4", "nf4"))]
+    assert [one.directory for one in made] == [str(model), *(f"{model}-{kind}" for kind in ("int8", "int4", "nf4"))]
     for one in made:
         decoder, _ = load_model(one.directory)
         with torch.no_grad():
@@ -97,11 +97,11 @@ def test_the_kept_result_is_never_worse_than_rounding(
     model: Path, made: list[workflow.Figures], tmp_path: Path
 ) -> None:
     held_out = text_rows("stories", SLMTokenizer.from_pretrained(model), 128)[64:]
-    for one, form, group in ((made[2], "int4", 32), (made[3], "nf4", 64)):
+    for one, kind, group in ((made[2], "int4", 32), (made[3], "nf4", 64)):
         decoder, shape = load_decoder(model)
-        round_to(decoder, to_quantize(decoder, form, group, "bfloat16"), group)
-        save_quantized(decoder, shape, tmp_path / form)
-        assert loss(load_model(one.directory)[0], held_out) <= loss(load_quantized(tmp_path / form)[0], held_out)
+        round_to(decoder, to_quantize(decoder, kind, group, "bfloat16"), group)
+        save_quantized(decoder, shape, tmp_path / kind)
+        assert loss(load_model(one.directory)[0], held_out) <= loss(load_quantized(tmp_path / kind)[0], held_out)
 
 
 def test_perplexity_is_that_of_a_text_if_one_is_given(model: Path, tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_perplexity_is_that_of_a_text_if_one_is_given(model: Path, tmp_path: Pat
     assert one.notes == (
         "nothing in 16 bits but norms", "only slmkit reads it: transformers reads no quantized embedding",
     )  # fmt: skip
-    assert load_model(tmp_path / "out")[0].embedding.form == "int8"
+    assert load_model(tmp_path / "out")[0].embedding.kind == "int8"
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_perplexity_is_that_of_a_text_if_one_is_given(model: Path, tmp_path: Pat
         (Request(["int3"]), "--to int3: expected int8, int4, nf4"),
         (Request(["int4"], group=48), "--group 48: expected 32, 64, 128"),
         (Request(["int4"], output="/"), "/: exists already"),
-        (Request(["int4", "int8", "int4"]), "--to int4 --to int8 --to int4: give each format once"),
+        (Request(["int4", "int8", "int4"]), "--to int4 --to int8 --to int4: give each once"),
         (Request(["int4", "int8"], output="x"), "--output is for one --to"),
         (Request(["int4"], embedding="int4"), "--embedding is bfloat16 or int8"),
         (Request(["int4"], method="awq"), "--method gptq or round"),
