@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any
 
@@ -155,7 +156,8 @@ def _read_rows(prompt: str, prompts: str | None) -> list[tuple[str, Row]]:
     is_piped = prompts in (None, "-")
     name = "standard input" if is_piped else str(prompts)
     try:
-        with open(sys.stdin.fileno() if is_piped else name, encoding="utf-8-sig", closefd=not is_piped) as file:
+        # With a byte order mark or without.
+        with _as_utf8(sys.stdin, "utf-8-sig", "strict") if is_piped else open(name, encoding="utf-8-sig") as file:
             if prompts is None:
                 return [("the prompt", {"prompt": file.read().rstrip("\n")})]
             return list(read_prompts(file, name))
@@ -286,10 +288,17 @@ def _write(events: Events, rows: list[Row], requests: list[Request], output: str
     return tokens
 
 
-def _opened(output: str) -> IO[str]:
-    is_shown = output in STANDARD_OUTPUT
-    where = sys.stdout.fileno() if is_shown else output
-    return open(where, "w", encoding="utf-8", errors="replace", closefd=not is_shown)
+def _opened(output: str) -> AbstractContextManager[IO[str]]:
+    if output in STANDARD_OUTPUT:
+        return _as_utf8(sys.stdout, "utf-8", "replace")
+    return open(output, "w", encoding="utf-8", errors="replace")
+
+
+def _as_utf8(stream: IO[str], encoding: str, errors: str) -> AbstractContextManager[IO[str]]:
+    """A standard stream, which stays open, in this encoding."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(encoding=encoding, errors=errors)
+    return nullcontext(stream)
 
 
 def _remark(event: Event, request: Request, length: int) -> None:
