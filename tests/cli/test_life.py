@@ -85,7 +85,7 @@ def test_a_chat_understands_its_commands(folder: Path) -> None:
     assert "(forgotten)" in done.stdout
     assert "unknown command /nonsense" in done.stdout
     assert "(going on with talk.json: 2 messages)" in done.stdout
-    assert "none.json: not a saved conversation" in done.stdout
+    assert "none.json: no such file" in done.stdout
     assert done.stdout.count("you> ") == 7
     messages = json.loads((folder / "talk.json").read_text())["messages"]
     assert messages[0] == {"role": "user", "content": "Count to 3"}
