@@ -2,7 +2,7 @@
 
 python -m benchmarks.gpu                  # about a minute each, on a CUDA device; nothing is downloaded
 python -m benchmarks.gpu decode           # generation alone: 1.24 B in bfloat16, beside transformers, in a minute
-python -m benchmarks.gpu --smoke          # seconds, on whatever there is, with shapes made small
+python -m benchmarks.gpu --smoke          # seconds, on any machine, with small shapes
 python -m benchmarks.gpu --rows 4 --out benchmarks/results/presets-cpu.json     # anywhere, in small steps
 
 Optimizer, schedule, precision, batch and length are each recipe's own; the text and its tokenizer are not: token ids of

@@ -192,6 +192,9 @@ class Engine:
     def step(self) -> list[Event]:
         """Append a token to every running row, and read on in the prompts of those that wait."""
         with evaluating(self.decoder):
+            for pool in self.pools:  # a step that failed may have read a row's last token, or guesses
+                for row in pool.rows[: pool.running]:
+                    pool.cache.truncate(row.slot, len(row.ids) - 1)
             events = [] if self.speculation is None else self._speculate(self.speculation)
             ready = self._decode() if self.speculation is None else []
             return events + [event for rows, logits in ready + self._read() for event in self._choose(rows, logits)]
@@ -201,8 +204,6 @@ class Engine:
         ready = []
         for pool in self.pools:
             if rows := pool.rows[: pool.running]:
-                for row in rows:  # a step that failed may have read its last token
-                    pool.cache.truncate(row.slot, len(row.ids) - 1)
                 last = self._tensor([[row.ids[-1]] for row in rows])  # [rows, 1]
                 hidden = self.compiled(last, pool.cache[: len(rows)])[:, -1]
                 ready.append((rows, self.compiled.logits(hidden)))
@@ -225,7 +226,8 @@ class Engine:
                     events.append(self._event(row, token, scores))
                     if events[-1].finish_reason:
                         break
-                pool.cache.truncate(row.slot, len(row.ids) - 1)
+                # Without the guesses that were rejected. A row with an error has left an empty slot.
+                pool.cache.truncate(row.slot, min(pool.cache.length(row.slot), len(row.ids) - 1))
         return events
 
     def _read(self) -> list[tuple[list[Row], Tensor]]:
@@ -334,10 +336,12 @@ def _checked(request: Request, vocab_size: int) -> Request:
     found: dict[str, Any] = {}
     for name, values in ids.items():
         try:
-            found[name] = [operator.index(value) for value in values if not isinstance(value, bool | str)]
-            assert len(found[name]) == len(values)
-        except (TypeError, AssertionError):
-            raise UserError(f"{name}: expected a list of token ids, found {values!r:.60}") from None
+            found[name] = [operator.index(value) for value in values if not isinstance(value, bool)]
+            is_wrong = len(found[name]) < len(values)
+        except TypeError:
+            is_wrong = True
+        if is_wrong:
+            raise UserError(f"{name}: expected a list of token ids, found {values!r:.60}")
     if wrong := [token for token in found["prompt"] if not 0 <= token < vocab_size]:
         raise UserError(f"token {wrong[0]} of the prompt: the model has {vocab_size:,} tokens, from 0")
     bounds = {"max_new_tokens": (0, 2**31), "n": (1, MOST_CONTINUATIONS)}

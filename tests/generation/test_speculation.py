@@ -325,3 +325,17 @@ def test_how_many_tokens_to_guess_is_checked() -> None:
     for count in (0, 256):
         with pytest.raises(UserError, match=f"{count} tokens to guess at once: expected 1 to 255"):
             PromptLookup(count)
+
+
+def test_logits_that_are_not_finite_leave_an_empty_slot() -> None:
+    decoder = build_decoder(tiny(), seed=1).eval()
+    engine = Engine(decoder, speculation=PromptLookup())
+    prompt = [1, 2, 3, 1, 2]
+    engine.insert(Request(prompt, 30, GREEDY))
+    engine.step()
+    with torch.no_grad():
+        kept = decoder.norm.weight.clone()
+        decoder.norm.weight.fill_(torch.nan)
+        assert run(engine)[0].error
+        decoder.norm.weight.copy_(kept)
+    assert [event.token for event in run_all(engine, Request(prompt, 8, GREEDY))] == plain(decoder, prompt, 8)
