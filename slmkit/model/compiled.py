@@ -3,7 +3,7 @@
 `CompiledDecoder` hands a decoder's weights to `kernels.cpp`, which computes what `decoder.py` does, in one call for all
 layers: on a small model PyTorch would spend more time between its operations than in them. Longer texts, and
 what the kernels do not know (latent attention, rotations that depend on the text's length, adapters), are left to the
-decoder itself. The residual stream stays in float32, whatever the weights' precision.
+decoder itself. The residual stream stays in float32 for weights of any precision.
 
 Every tensor is read where it is, so changes in place, such as those of an optimizer, count. Before each call the
 decoder's modules and the addresses of its tensors are compared with those that were read, in about 5 µs a layer: after

@@ -1,4 +1,4 @@
-"""The engine: whatever runs beside a request, it gets what it gets alone; slots are shared, copied and freed."""
+"""The engine: a request gets the same beside others as alone; slots are shared, copied and freed."""
 
 from __future__ import annotations
 
