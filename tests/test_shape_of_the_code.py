@@ -33,14 +33,14 @@ MAY_IMPORT = {
     "generation": GENERATION,
     "evaluation": GENERATION | {"data", "generation"},
     "export": GENERATION | {"adapt"},
-    "serving": GENERATION | {"generation"},
+    "serving": GENERATION | {"generation", "adapt"},
     "workflows": BASE | ROOMS,
     "api": BASE | ROOMS | {"workflows"},
 }
 # Lines of code: no blank lines, comments or docstrings. The goal of the design is 18,000 for the whole package, with
 # serving, quantization and export in it; today's figures are of a package without them.
 CODE_LINES = {
-    "": 21_750, "adapt": 1_470, "api": 610, "cli": 1_650, "data": 5_700, "evaluation": 700, "export": 1_200,
+    "": 23_600, "adapt": 1_470, "api": 610, "cli": 1_650, "data": 5_700, "evaluation": 700, "export": 1_200,
     "generation": 1_580, "model": 2_200, "serving": 1_300, "tokenizer": 1_340, "training": 4_440, "workflows": 2_110,
 }  # fmt: skip
 LINES_IN_A_FILE = 400
