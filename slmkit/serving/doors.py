@@ -1,14 +1,9 @@
-"""Between the network and the application: who may come in, how much and how long, and when the server ends.
-
-uvicorn with h11 carries it. h11 takes only what RFC 9112 allows, and bounds the headers; httptools, the other choice,
-bounds nothing. uvicorn has no deadline for the receipt of a request, so `Connection` adds them.
-"""
+"""What stands before the application: keys, names of hosts and origins, sizes and rates, security headers."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import hashlib
 import hmac
 import ipaddress
@@ -16,38 +11,25 @@ import json
 import logging
 import math
 import re
-import signal
-import socket
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from http import HTTPStatus
-from types import FrameType
 from typing import Annotated, Any
 
-import uvicorn
-from h11 import IDLE
 from pydantic import Field, field_validator
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from slmkit.config import Settings, UserError
-from slmkit.serving.worker import Worker
+from slmkit.config import Settings
 
 LOCAL = {"localhost", "127.0.0.1", "[::1]"}  # names of this machine in a Host header
-SEND_BUFFER = 2**17  # bytes that the kernel keeps for a client that reads slowly
 HEADERS = {
-    "x-content-type-options": "nosniff",
-    "x-frame-options": "DENY",
-    "referrer-policy": "no-referrer",
-    "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
-    "cache-control": "no-store",
-}
+    "x-content-type-options": "nosniff", "x-frame-options": "DENY", "referrer-policy": "no-referrer",
+    "content-security-policy": "default-src 'none'; frame-ancestors 'none'", "cache-control": "no-store",
+}  # fmt: skip
 PREFLIGHT = [
-    (b"access-control-allow-methods", b"GET, POST"),
+    (b"access-control-allow-methods", b"GET, POST"), (b"access-control-max-age", b"600"),
     (b"access-control-allow-headers", b"authorization, content-type"),
-    (b"access-control-max-age", b"600"),
-]
+]  # fmt: skip
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
 logger = logging.getLogger(__name__)
@@ -242,6 +224,13 @@ class Doors:
             await send({"type": "http.response.body", "body": b""})
 
 
+def is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+    except ValueError:
+        return False
+
+
 def _digest(key: str) -> str:
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
 
@@ -260,178 +249,3 @@ def _replaying(body: bytes, receive: Any) -> Callable[[], Any]:
         return messages.pop() if messages else await receive()
 
     return next_message
-
-
-# -- the server -------------------------------------------------------------------------------------------------------
-
-
-class Connection(H11Protocol):
-    """uvicorn's connection with deadlines, for receiving headers and for sending, and a cap on how many there are."""
-
-    def __init__(self, limits: Limits, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.limits = limits
-        self.header_timer: asyncio.TimerHandle | None = None
-        self.send_timer: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-        if len(self.connections) > self.limits.max_connections:
-            self._end(Refusal(503, "too many connections: try again", "overloaded", **{"retry-after": "1"}))
-        self._watch_headers()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        self._watch_headers()
-
-    def _watch_headers(self) -> None:
-        """From the first byte of a request, or the connection's beginning, to the end of the headers."""
-        if self.conn.their_state is IDLE and self.header_timer is None:
-            late = Refusal(408, f"the headers took longer than {self.limits.header_seconds:g} s", "request_timeout")
-            self.header_timer = self.loop.call_later(self.limits.header_seconds, self._end, late)
-        elif self.conn.their_state is not IDLE and self.header_timer is not None:
-            self.header_timer.cancel()
-            self.header_timer = None
-
-    def _end(self, refusal: Refusal) -> None:
-        if not self.transport.is_closing():
-            self.transport.write(refusal.response())
-            self.transport.close()
-
-    def send_400_response(self, msg: str) -> None:
-        self._end(Refusal(400, f"no HTTP, or headers of more than {self.limits.max_headers:,} bytes", "invalid_http"))
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._watch_sending()
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        if self.send_timer is not None:
-            self.send_timer.cancel()
-
-    def _watch_sending(self) -> None:
-        self.send_timer = self.loop.call_later(self.limits.send_seconds, self.transport.abort)
-
-    def on_response_complete(self) -> None:
-        super().on_response_complete()
-        if self.transport.is_closing():  # but not closed, as long as the client does not read
-            self._watch_sending()
-
-    def timeout_keep_alive_handler(self) -> None:
-        super().timeout_keep_alive_handler()
-        self._watch_sending()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        for timer in (self.header_timer, self.send_timer):
-            if timer is not None:
-                timer.cancel()
-
-
-class Server(uvicorn.Server):
-    """uvicorn's, which drains the worker before it ends, and ends when the worker has failed."""
-
-    def __init__(self, config: uvicorn.Config, worker: Worker | None, drain: float) -> None:
-        super().__init__(config)
-        self.worker, self.drain = worker, drain
-
-    async def on_tick(self, counter: int) -> bool:
-        return await super().on_tick(counter) or (self.worker is not None and self.worker.state == "failed")
-
-    async def main_loop(self) -> None:
-        await super().main_loop()
-        if self.worker is not None:
-            draining = asyncio.create_task(self.worker.drain(self.drain))
-            while not draining.done() and not self.force_exit:
-                await asyncio.sleep(0.02)
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().shutdown(sockets)
-        self._captured_signals.clear()  # or they would be raised again, and end the process
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self.force_exit = self.should_exit and sig == signal.SIGINT
-        self.should_exit = True
-
-    @property
-    def exit_code(self) -> int:
-        has_failed = self.worker is not None and self.worker.state == "failed"
-        return 130 if self.force_exit else int(has_failed)
-
-
-def is_loopback(address: str) -> bool:
-    try:
-        return ipaddress.ip_address(address.partition("%")[0]).is_loopback
-    except ValueError:
-        return False
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises `UserError` for an address that is not this machine's, and a port that is taken."""
-    try:
-        family, _, _, _, address = min(
-            socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE), key=lambda found: found[0]
-        )
-        return socket.create_server(address[:2], family=family, backlog=1024)
-    except socket.gaierror:
-        raise UserError(f"--host {host}: no such host") from None
-    except PermissionError:
-        raise UserError(f"--port {port}: ports below 1024 need root's rights; take another, such as 8000") from None
-    except OSError as error:
-        why = {98: f"the port {port} is taken by another program; take another, or 0 for any that is free"}
-        raise UserError(f"{host}:{port}: {why.get(error.errno or 0, error.strerror)}") from None
-    except OverflowError:
-        raise UserError(f"--port {port}: expected 0 to 65535") from None
-
-
-def _server(app: Any, limits: Limits, worker: Worker | None, drain: float) -> Server:
-    count = None if worker is None else lambda *labels: worker.metrics.requests.labels(*labels).inc()
-    config = uvicorn.Config(
-        Doors(app, limits, count),
-        http=functools.partial(Connection, limits),  # type: ignore[arg-type]
-        ws="none",
-        log_config=None,
-        log_level="error",
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        h11_max_incomplete_event_size=limits.max_headers,
-        timeout_graceful_shutdown=2,  # for what the clients have not read yet
-    )
-    return Server(config, worker, drain)
-
-
-def url_of(listening: socket.socket) -> str:
-    host, port = listening.getsockname()[:2]
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
-
-
-def serve(app: Any, listening: socket.socket, limits: Limits, worker: Worker, drain: float = 30.0) -> int:
-    """Serve until SIGTERM or SIGINT, or the worker's failure. Then nothing new is taken, what is open has `drain`
-    seconds to end, and the rest ends with an error. A second SIGINT ends it at once.
-
-    Returns the exit code: 0, 1 after a failure, 130 after a second SIGINT.
-    """
-    server = _server(app, limits, worker, drain)
-    server.run(sockets=[listening])
-    return server.exit_code
-
-
-@contextlib.contextmanager
-def running(
-    app: Any, limits: Limits | None = None, worker: Worker | None = None, *, drain: float = 0.0
-) -> Iterator[str]:
-    """The same in a thread, on a free port of 127.0.0.1: gives the URL, such as http://127.0.0.1:40001."""
-    listening = bind("127.0.0.1", 0)
-    server = _server(app, limits or Limits(), worker, drain)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="slm-http", daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.005)
-    try:
-        yield url_of(listening)
-    finally:
-        server.should_exit = True
-        thread.join()
