@@ -46,6 +46,15 @@ class ChatTokens:
     trained: list[bool]
 
 
+@dataclass(frozen=True)
+class CallFormat:
+    """How a template writes an assistant's calls of tools: as JSON with two keys, between two texts."""
+
+    before: str
+    name: str  # the keys
+    arguments: str
+
+
 class ConversationError(UserError):
     """Messages that are not a valid conversation. `reason` is one of few, for counting."""
 
@@ -76,6 +85,42 @@ def render(
     check_messages(messages, add_generation_prompt)
     _check_nothing_is_dropped(template, messages, tools, names)
     return _rendered(template, _plain(messages), add_generation_prompt, {**names, "tools": tools or None})
+
+
+def prompt_of(
+    template: str,
+    messages: Sequence[Message],
+    add_generation_prompt: bool,
+    continues: bool,
+    tools: Tools | None = None,
+    **names: Any,
+) -> str:
+    """The conversation as text for a model that goes on with it. With `continues` it ends with the last message's text.
+
+    Other than `render` it leaves the order of roles to the template. Raises `UserError` for a user's or system message
+    that the template would leave out, and else as `render` does.
+    """
+    for number, message in enumerate(messages, start=1):
+        if message.get("tool_calls"):
+            _check_calls(number, message["role"], message["tool_calls"])
+    _check_nothing_is_dropped(template, messages, tools, names)
+    names, plain = {**names, "tools": tools or None}, _plain(messages)
+    said = plain[-1]["content"]
+    if continues:  # a template may trim the text, or rewrite it
+        plain[-1] = {**plain[-1], "content": REPLY}
+    text = _rendered(template, plain, add_generation_prompt, names)
+    for number, message in enumerate(plain, start=1):
+        if message["role"] in ("system", "user") and message["content"].strip() not in text:
+            what = f"message {number}, of the role {message['role']}"
+            raise ConversationError(f"the chat template does not render {what}: leave it out, or move it", DROPPED)
+    if not continues:
+        return text
+    before, found, _ = text.rpartition(REPLY)
+    if not found:
+        raise ConversationError(
+            "the chat template does not render the last message, so it cannot be continued", DROPPED
+        )
+    return before + said
 
 
 def _plain(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -222,6 +267,27 @@ def end_of_turn(template: str, spellings: tuple[str, ...], names: tuple[tuple[st
     return match[0] if match else None
 
 
+@lru_cache(maxsize=64)
+def call_format(template: str, names: tuple[tuple[str, str], ...]) -> CallFormat | None:
+    """How the template writes calls, found with a sample conversation; None if not as JSON after the generation prompt."""
+    question, call, _ = _plain(CHAT_FORMATS["probes"]["messages of the role tool"]["messages"])
+    variables = {**dict(names), "tools": CHAT_FORMATS["tools"]}
+    try:
+        prompt = _rendered(template, [question], True, variables)
+        whole = _rendered(template, [question, call], False, variables)
+    except ConversationError:
+        return None
+    said = whole.removeprefix(prompt) if whole.startswith(prompt) else ""
+    function = call["tool_calls"][0]["function"]
+    start = said.rfind("{", 0, max(0, said.find(function["name"])))
+    try:
+        written, _ = json.JSONDecoder().raw_decode(said, max(0, start))
+        keys = {json.dumps(value): key for key, value in written.items()}
+        return CallFormat(said[:start], *(keys[json.dumps(function[key])] for key in ("name", "arguments")))
+    except (ValueError, AttributeError, KeyError):
+        return None
+
+
 def shield(
     messages: Sequence[Message], tools: Tools | None, special: re.Pattern[str]
 ) -> tuple[list[Message], Tools | None, str]:
@@ -230,7 +296,6 @@ def shield(
     The marker, a character in no message, is put after every character of such a spelling, so that neither it nor a
     token overlapping it is read as the template's own. It is '' if no message contains a special token.
     """
-    check_messages(messages)
     said: list[str] = []
 
     def noted(text: str) -> str:
