@@ -269,7 +269,7 @@ def end_of_turn(template: str, spellings: tuple[str, ...], names: tuple[tuple[st
 
 @lru_cache(maxsize=64)
 def call_format(template: str, names: tuple[tuple[str, str], ...]) -> CallFormat | None:
-    """How the template writes calls, found with a sample conversation; None if not as JSON after the generation prompt."""
+    """How the template writes calls, found with a sample; None if not as JSON after the generation prompt."""
     question, call, _ = _plain(CHAT_FORMATS["probes"]["messages of the role tool"]["messages"])
     variables = {**dict(names), "tools": CHAT_FORMATS["tools"]}
     try:
