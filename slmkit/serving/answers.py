@@ -12,153 +12,25 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from slmkit.config import UserError
-from slmkit.generation.constraints import Grammar
 from slmkit.generation.engine import Event, Logprobs, Request
 from slmkit.generation.text import StopStrings, end_tokens
 from slmkit.serving.models import ServedModel
-from slmkit.serving.protocol import JSON, MOST_ROWS, ApiError, ChatRequest, CompletionRequest, Generation, NamedTool
+from slmkit.serving.protocol import (
+    JSON,
+    ApiError,
+    ChatRequest,
+    CompletionRequest,
+)
 from slmkit.tokenizer import SLMTokenizer
-from slmkit.tokenizer.chat import CallFormat
+from slmkit.tokenizer.chat_prompt import CallFormat
 
 FINISH = {"context": "length"}  # the engine's name and OpenAI's
-COMPLETION_TOKENS = 16  # OpenAI's default
 
 
 class Events(Protocol):
     """`Job` of the worker: the events of one engine request."""
 
     def __aiter__(self) -> AsyncIterator[Event]: ...
-
-
-# -- from a request to the engine's -----------------------------------------------------------------------------------
-
-
-def chat_requests(body: ChatRequest, model: ServedModel, group: str) -> list[Request]:
-    """The engine's request. Renders and encodes, so not for the event loop. Raises `UserError` and `ApiError`."""
-    messages = [message.for_template() for message in body.messages]
-    forced = body.tool_choice not in (None, "auto", "none")
-    prompt = _chat_ids(body, model, messages)
-    grammar = _grammar(body, model)
-    if forced:
-        if grammar is not None:
-            raise ApiError(
-                400, "tool_choice: an answer is a tool call or has a response_format, not both", "tool_choice"
-            )
-        written = _call_format(model, "tool_choice")
-        prompt = [*prompt, *model.tokenizer.encode_continuation(written.before)]
-        grammar = Grammar.json_schema(model.tokenizer, _schema_of_calls(body, written))
-    most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    most = model.max_new_tokens if most is None else most
-    logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    if body.top_logprobs and not body.logprobs:
-        raise ApiError(400, "top_logprobs: needs logprobs: true", "top_logprobs")
-    return [_request(body, model, prompt, most, group, grammar, logprobs)]
-
-
-def _chat_ids(body: ChatRequest, model: ServedModel, messages: list[JSON]) -> list[int]:
-    continues = bool(body.continue_final_message)
-    begins = not continues if body.add_generation_prompt is None else body.add_generation_prompt
-    if continues and begins:
-        raise ApiError(400, "continue_final_message and add_generation_prompt: one of them", "continue_final_message")
-    if continues and (messages[-1]["role"] != "assistant" or "tool_calls" in messages[-1]):
-        raise ApiError(400, "continue_final_message: the last message is no text of the assistant", "messages")
-    tools = [tool.model_dump(exclude_none=True) for tool in _tools(body)]
-    return model.chat_ids(messages, tools, begins, continues, body.chat_template_kwargs)
-
-
-def completion_requests(body: CompletionRequest, model: ServedModel, group: str) -> list[Request]:
-    """The engine's request of each prompt. Encodes, so not for the event loop. Raises `UserError` and `ApiError`."""
-    n, grammar, logprobs = body.n or 1, _grammar(body, model), body.logprobs
-    if len(body.prompts) * n > MOST_ROWS:
-        raise ApiError(400, f"{len(body.prompts)} prompts of n {n}: at most {MOST_ROWS} texts of one request", "prompt")
-    most = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-    # Without new tokens the engine only scores the prompt.
-    scores = logprobs if body.echo and logprobs is not None else 0 if most == 0 else None
-    prompts = [model.text_ids(prompt, least=0 if most == 0 else 1) for prompt in body.prompts]
-    return [_request(body, model, prompt, most, group, grammar, logprobs, scores) for prompt in prompts]
-
-
-def _request(
-    body: Generation,
-    model: ServedModel,
-    prompt: Sequence[int],
-    most: int,
-    group: str,
-    grammar: Grammar | None,
-    logprobs: int | None,
-    prompt_logprobs: int | None = None,
-) -> Request:
-    if body.best_of not in (None, body.n or 1):
-        raise ApiError(400, f"best_of {body.best_of}: expected n, {body.n or 1}: nothing is ranked here", "best_of")
-    stops = (set() if body.ignore_eos else end_tokens(model.tokenizer)) | {*(body.stop_token_ids or ())}
-    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    return Request(
-        prompt, most, body.sampling(model.settings), stops, stop, body.n or 1, grammar, logprobs, prompt_logprobs, group
-    )
-
-
-def _grammar(body: Generation, model: ServedModel) -> Grammar | None:
-    """What the text must be. Raises `ApiError` for several rules, `UserError` for what cannot be enforced."""
-    makers = {"json": Grammar.json_schema, "regex": Grammar.regex, "choice": Grammar.choices}
-    given = body.structured_outputs
-    found: dict[str, Any] = {}
-    for name, make in makers.items():
-        for field_, value in (
-            ("structured_outputs", given and getattr(given, {"json": "json_"}.get(name, name))),
-            (f"guided_{name}", getattr(body, f"guided_{name}")),
-        ):
-            if value is not None:
-                found[f"{field_} ({name})"] = (make, value)
-    wanted = getattr(body, "response_format", None)
-    if wanted is not None and wanted.type != "text":
-        if wanted.type == "json_schema" and wanted.json_schema is None:
-            raise ApiError(400, "response_format: json_schema is missing", "response_format")
-        schema = {"type": "object"} if wanted.json_schema is None else wanted.json_schema.schema_
-        found["response_format"] = (Grammar.json_schema, schema)
-    if len(found) > 1:
-        raise ApiError(400, f"{' and '.join(found)}: give one of them", next(iter(found)).split()[0])
-    for name, (make, value) in found.items():
-        try:
-            return make(model.tokenizer, value)
-        except UserError as error:
-            raise ApiError(400, f"{name}: {error}", name.split()[0]) from None
-    return None
-
-
-def _tools(body: ChatRequest) -> list[Any]:
-    """The tools that the model is told of."""
-    choice, tools = body.tool_choice, body.tools or []
-    if choice not in (None, "none", "auto") and not tools:
-        raise ApiError(400, "tool_choice: needs tools", "tool_choice")
-    if isinstance(choice, NamedTool) and choice.function.name not in [tool.function.name for tool in tools]:
-        raise ApiError(400, f"tool_choice: there is no tool {choice.function.name!r}", "tool_choice")
-    return [] if choice == "none" else tools
-
-
-def _call_format(model: ServedModel, param: str) -> CallFormat:
-    written = model.tokenizer.call_format
-    if written is None or any(token in written.before for token in model.tokenizer.special_tokens):
-        raise ApiError(400, f"{param}: this model's template writes calls in a way that cannot be enforced", param)
-    return written
-
-
-def _schema_of_calls(body: ChatRequest, written: CallFormat) -> JSON:
-    """The schema of a call of one of the tools, or of the one that is named."""
-    named = body.tool_choice.function.name if isinstance(body.tool_choice, NamedTool) else None
-    kinds = [
-        {
-            "type": "object",
-            "properties": {
-                written.name: {"const": tool.function.name},
-                written.arguments: tool.function.parameters or {"type": "object"},
-            },
-            "required": [written.name, written.arguments],
-            "additionalProperties": False,
-        }
-        for tool in body.tools or []
-        if named in (None, tool.function.name)
-    ]
-    return kinds[0] if len(kinds) == 1 else {"anyOf": kinds}
 
 
 # -- tool calls in text -----------------------------------------------------------------------------------------------

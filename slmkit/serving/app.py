@@ -19,8 +19,8 @@ from starlette.exceptions import HTTPException
 
 from slmkit.config import UserError, did_you_mean
 from slmkit.generation import engine
-from slmkit.serving.answers import Answer, chat_requests, completion_requests, event_line
-from slmkit.serving.models import PromptTooLongError, ServedModel
+from slmkit.serving.answers import Answer, event_line
+from slmkit.serving.models import PromptTooLongError, ServedModel, chat_requests, completion_requests
 from slmkit.serving.page import Page, add_page
 from slmkit.serving.protocol import (
     JSON,

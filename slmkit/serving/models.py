@@ -1,4 +1,4 @@
-"""The models that a server offers by name, and what of a request only it can decide: ids, and whether they fit.
+"""The models that a server offers by name, and the engine's request for each that a client sends.
 
 Nothing here touches an engine: `Worker` steps those in its own thread.
 """
@@ -15,10 +15,26 @@ from typing import Any
 import torch
 
 from slmkit.config import UserError
-from slmkit.generation.engine import Engine
+from slmkit.generation.constraints import Grammar
+from slmkit.generation.engine import Engine, Request
 from slmkit.generation.ensemble import LanguageModel, evaluating
 from slmkit.generation.sampling_settings import SamplingSettings
+from slmkit.generation.text import end_tokens
+from slmkit.serving.protocol import (
+    JSON,
+    MOST_ROWS,
+    ApiError,
+    ChatRequest,
+    CompletionRequest,
+    Generation,
+    NamedTool,
+    StructuredOutputs,
+)
 from slmkit.tokenizer import SLMTokenizer
+from slmkit.tokenizer.chat_prompt import CallFormat
+
+ANY_OBJECT = {"type": "object"}  # as a schema
+COMPLETION_TOKENS = 16  # OpenAI's default
 
 
 class PromptTooLongError(UserError):
@@ -91,18 +107,11 @@ class ServedModel:
         self.expect_room(len(prompt), least)
         return prompt
 
-    def chat_ids(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] = (),
-        add_generation_prompt: bool = True,
-        continues: bool = False,
-        switches: Mapping[str, bool] | None = None,
-    ) -> list[int]:
-        """The ids [prompt] of a conversation to be answered, or whose last message is to be continued."""
+    def chat_ids(self, messages: Sequence[JSON], tools: Sequence[JSON], **how: Any) -> list[int]:
+        """The ids [prompt] of a conversation to be answered or continued, as `chat_prompt.prompt_of`."""
         self.expect_room(len(messages), 0, "at least ")
         self.expect_short(*(message["content"] for message in messages))
-        ids = self.tokenizer.encode_chat_prompt(messages, add_generation_prompt, continues, tools, switches)
+        ids = self.tokenizer.encode_chat_prompt(messages, tools, **how)
         self.expect_room(len(ids))
         return ids
 
@@ -123,3 +132,137 @@ class ServedModel:
         """ids [tokens] → the sum of their hidden states [width]."""
         with evaluating(self.decoder):
             return self.decoder(torch.tensor([ids], device=self.decoder.device), cache)[0].float().sum(0).cpu()
+
+
+# -- from a request to the engine's -----------------------------------------------------------------------------------
+
+
+def chat_requests(body: ChatRequest, model: ServedModel, group: str) -> list[Request]:
+    """The engine's request. Renders and encodes, so not for the event loop. Raises `UserError` and `ApiError`."""
+    messages = [message.for_template() for message in body.messages]
+    forced = body.tool_choice not in (None, "auto", "none")
+    prompt = _chat_ids(body, model, messages)
+    grammar = _grammar(body, model)
+    if forced:
+        if grammar is not None:
+            raise ApiError(
+                400, "tool_choice: an answer is a tool call or has a response_format, not both", "tool_choice"
+            )
+        written = _call_format(model, "tool_choice")
+        prompt = [*prompt, *model.tokenizer.encode_continuation(written.before)]
+        grammar = Grammar.json_schema(model.tokenizer, _schema_of_calls(body, written))
+    most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    most = model.max_new_tokens if most is None else most
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    if body.top_logprobs and not body.logprobs:
+        raise ApiError(400, "top_logprobs: needs logprobs: true", "top_logprobs")
+    return [_request(body, model, prompt, most, group, grammar, logprobs)]
+
+
+def _chat_ids(body: ChatRequest, model: ServedModel, messages: list[JSON]) -> list[int]:
+    continues = bool(body.continue_final_message)
+    begins = not continues if body.add_generation_prompt is None else body.add_generation_prompt
+    if continues and begins:
+        raise ApiError(400, "continue_final_message and add_generation_prompt: one of them", "continue_final_message")
+    if continues and (messages[-1]["role"] != "assistant" or "tool_calls" in messages[-1]):
+        raise ApiError(400, "continue_final_message: the last message is no text of the assistant", "messages")
+    tools = [tool.model_dump(exclude_none=True) for tool in _tools(body)]
+    switches = body.chat_template_kwargs
+    return model.chat_ids(messages, tools, begins=begins, continues=continues, switches=switches)
+
+
+def completion_requests(body: CompletionRequest, model: ServedModel, group: str) -> list[Request]:
+    """The engine's request of each prompt. Encodes, so not for the event loop. Raises `UserError` and `ApiError`."""
+    n, grammar, logprobs = body.n or 1, _grammar(body, model), body.logprobs
+    if len(body.prompts) * n > MOST_ROWS:
+        raise ApiError(400, f"{len(body.prompts)} prompts of n {n}: at most {MOST_ROWS} texts of one request", "prompt")
+    most = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+    # Without new tokens the engine only scores the prompt.
+    scores = logprobs if body.echo and logprobs is not None else 0 if most == 0 else None
+    prompts = [model.text_ids(prompt, least=0 if most == 0 else 1) for prompt in body.prompts]
+    return [_request(body, model, prompt, most, group, grammar, logprobs, scores) for prompt in prompts]
+
+
+def _request(
+    body: Generation,
+    model: ServedModel,
+    prompt: Sequence[int],
+    most: int,
+    group: str,
+    grammar: Grammar | None,
+    logprobs: int | None,
+    prompt_logprobs: int | None = None,
+) -> Request:
+    if body.best_of not in (None, body.n or 1):
+        raise ApiError(400, f"best_of {body.best_of}: expected n, {body.n or 1}: nothing is ranked here", "best_of")
+    stops = (set() if body.ignore_eos else end_tokens(model.tokenizer)) | {*(body.stop_token_ids or ())}
+    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    return Request(
+        prompt, most, body.sampling(model.settings), stops, stop, body.n or 1, grammar, logprobs, prompt_logprobs, group
+    )
+
+
+def _grammar(body: Generation, model: ServedModel) -> Grammar | None:
+    """What the text must be. Raises `ApiError` for several rules, and for what cannot be enforced."""
+    given, wanted = body.structured_outputs or StructuredOutputs(), getattr(body, "response_format", None)
+    schema = wanted and wanted.json_schema and wanted.json_schema.schema_
+    if wanted and wanted.type == "json_schema" and schema is None:
+        raise ApiError(400, "response_format: json_schema is missing", "response_format")
+    rules = [
+        (
+            "response_format",
+            Grammar.json_schema,
+            {"text": None, "json_object": ANY_OBJECT}.get(wanted.type, schema) if wanted else None,
+        ),
+        ("structured_outputs", Grammar.json_schema, given.json_),
+        ("structured_outputs", Grammar.regex, given.regex),
+        ("structured_outputs", Grammar.choices, given.choice),
+        ("guided_json", Grammar.json_schema, body.guided_json),
+        ("guided_regex", Grammar.regex, body.guided_regex),
+        ("guided_choice", Grammar.choices, body.guided_choice),
+    ]
+    rules = [rule for rule in rules if rule[2] is not None]
+    if len(rules) > 1:
+        raise ApiError(400, f"{' and '.join(rule[0] for rule in rules)}: the text can follow one rule", rules[0][0])
+    for name, make, value in rules:
+        try:
+            return make(model.tokenizer, value)
+        except UserError as error:
+            raise ApiError(400, f"{name}: {error}", name) from None
+    return None
+
+
+def _tools(body: ChatRequest) -> list[Any]:
+    """The tools that the model is told of."""
+    choice, tools = body.tool_choice, body.tools or []
+    if choice not in (None, "none", "auto") and not tools:
+        raise ApiError(400, "tool_choice: needs tools", "tool_choice")
+    if isinstance(choice, NamedTool) and choice.function.name not in [tool.function.name for tool in tools]:
+        raise ApiError(400, f"tool_choice: there is no tool {choice.function.name!r}", "tool_choice")
+    return [] if choice == "none" else tools
+
+
+def _call_format(model: ServedModel, param: str) -> CallFormat:
+    written = model.tokenizer.call_format
+    if written is None or any(token in written.before for token in model.tokenizer.special_tokens):
+        raise ApiError(400, f"{param}: this model's template writes calls in a way that cannot be enforced", param)
+    return written
+
+
+def _schema_of_calls(body: ChatRequest, written: CallFormat) -> JSON:
+    """The schema of a call of one of the tools, or of the one that is named."""
+    named = body.tool_choice.function.name if isinstance(body.tool_choice, NamedTool) else None
+    kinds = [
+        {
+            "type": "object",
+            "properties": {
+                written.name: {"const": tool.function.name},
+                written.arguments: tool.function.parameters or {"type": "object"},
+            },
+            "required": [written.name, written.arguments],
+            "additionalProperties": False,
+        }
+        for tool in body.tools or []
+        if named in (None, tool.function.name)
+    ]
+    return kinds[0] if len(kinds) == 1 else {"anyOf": kinds}

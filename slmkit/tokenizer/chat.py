@@ -46,15 +46,6 @@ class ChatTokens:
     trained: list[bool]
 
 
-@dataclass(frozen=True)
-class CallFormat:
-    """How a template writes an assistant's calls of tools: as JSON with two keys, between two texts."""
-
-    before: str
-    name: str  # the keys
-    arguments: str
-
-
 class ConversationError(UserError):
     """Messages that are not a valid conversation. `reason` is one of few, for counting."""
 
@@ -83,59 +74,23 @@ def render(
     message if it refuses or fails.
     """
     check_messages(messages, add_generation_prompt)
-    _check_nothing_is_dropped(template, messages, tools, names)
-    return _rendered(template, _plain(messages), add_generation_prompt, {**names, "tools": tools or None})
+    check_nothing_is_dropped(template, messages, tools, names)
+    return rendered(template, plain(messages), add_generation_prompt, {**names, "tools": tools or None})
 
 
-def prompt_of(
-    template: str,
-    messages: Sequence[Message],
-    add_generation_prompt: bool,
-    continues: bool,
-    tools: Tools | None = None,
-    **names: Any,
-) -> str:
-    """The conversation as text for a model that goes on with it. With `continues` it ends with the last message's text.
-
-    Other than `render` it leaves the order of roles to the template. Raises `UserError` for a user's or system message
-    that the template would leave out, and else as `render` does.
-    """
-    for number, message in enumerate(messages, start=1):
-        if message.get("tool_calls"):
-            _check_calls(number, message["role"], message["tool_calls"])
-    _check_nothing_is_dropped(template, messages, tools, names)
-    names, plain = {**names, "tools": tools or None}, _plain(messages)
-    said = plain[-1]["content"]
-    if continues:  # a template may trim the text, or rewrite it
-        plain[-1] = {**plain[-1], "content": REPLY}
-    text = _rendered(template, plain, add_generation_prompt, names)
-    for number, message in enumerate(plain, start=1):
-        if message["role"] in ("system", "user") and message["content"].strip() not in text:
-            what = f"message {number}, of the role {message['role']}"
-            raise ConversationError(f"the chat template does not render {what}: leave it out, or move it", DROPPED)
-    if not continues:
-        return text
-    before, found, _ = text.rpartition(REPLY)
-    if not found:
-        raise ConversationError(
-            "the chat template does not render the last message, so it cannot be continued", DROPPED
-        )
-    return before + said
-
-
-def _plain(messages: Sequence[Message]) -> list[dict[str, Any]]:
+def plain(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """The messages as the template gets them: without weights, reasoning under each of transformers' names for it."""
-    plain = []
+    found = []
     for message in messages:
         rest = {key: value for key, value in message.items() if key != "weight"}
         reasoning = next((rest[key] for key in REASONING if rest.get(key) is not None), None)
         if reasoning is not None:
             rest = {"thinking": reasoning, **rest, "reasoning_content": reasoning}
-        plain.append(rest)
-    return plain
+        found.append(rest)
+    return found
 
 
-def _rendered(
+def rendered(
     template: str, messages: list[dict[str, Any]], add_generation_prompt: bool, names: Mapping[str, Any]
 ) -> str:
     """`render` for messages that were checked before."""
@@ -148,7 +103,7 @@ def _rendered(
         raise ConversationError(message, REFUSED) from None
 
 
-def _check_nothing_is_dropped(
+def check_nothing_is_dropped(
     template: str, messages: Sequence[Message], tools: Tools | None, names: Mapping[str, Any]
 ) -> None:
     """Raise `ConversationError` if the template leaves out the conversation's tools, calls or reasoning."""
@@ -175,9 +130,7 @@ def _dropped(template: str, names: tuple[tuple[str, str], ...]) -> frozenset[str
     dropped = set()
     for what, probe in CHAT_FORMATS["probes"].items():
         try:
-            text = _rendered(
-                template, _plain(probe["messages"]), False, {**dict(names), "tools": CHAT_FORMATS["tools"]}
-            )
+            text = rendered(template, plain(probe["messages"]), False, {**dict(names), "tools": CHAT_FORMATS["tools"]})
         except ConversationError:  # the real conversation will give the template's own message
             continue
         if probe["expected"] not in text:
@@ -207,15 +160,15 @@ def rows_of_segments(
     generation prompt differs from what it writes before an answer, except with `add_generation_prompt`.
     """
     check_messages(messages, add_generation_prompt)
-    _check_nothing_is_dropped(template, messages, tools, names)
+    check_nothing_is_dropped(template, messages, tools, names)
     names = {**names, "tools": tools or None}
     rows: list[list[Segment]] = [[]]
-    plain, done = _plain(messages), ""
+    turns, done = plain(messages), ""
 
     def grow(count: int, prompt: bool) -> str:
         """What rendering the first `count` messages adds to the current row; all of the text if that was rewritten."""
         nonlocal done
-        text = _rendered(template, plain[:count], prompt, names)
+        text = rendered(template, turns[:count], prompt, names)
         if not text.startswith(done):
             rows.append([])
             done = ""
@@ -265,27 +218,6 @@ def end_of_turn(template: str, spellings: tuple[str, ...], names: tuple[tuple[st
     longest_first = "|".join(map(re.escape, sorted(spellings, key=len, reverse=True)))
     match = re.search(longest_first, behind) if found and spellings else None
     return match[0] if match else None
-
-
-@lru_cache(maxsize=64)
-def call_format(template: str, names: tuple[tuple[str, str], ...]) -> CallFormat | None:
-    """How the template writes calls, found with a sample; None if not as JSON after the generation prompt."""
-    question, call, _ = _plain(CHAT_FORMATS["probes"]["messages of the role tool"]["messages"])
-    variables = {**dict(names), "tools": CHAT_FORMATS["tools"]}
-    try:
-        prompt = _rendered(template, [question], True, variables)
-        whole = _rendered(template, [question, call], False, variables)
-    except ConversationError:
-        return None
-    said = whole.removeprefix(prompt) if whole.startswith(prompt) else ""
-    function = call["tool_calls"][0]["function"]
-    start = said.rfind("{", 0, max(0, said.find(function["name"])))
-    try:
-        written, _ = json.JSONDecoder().raw_decode(said, max(0, start))
-        keys = {json.dumps(value): key for key, value in written.items()}
-        return CallFormat(said[:start], *(keys[json.dumps(function[key])] for key in ("name", "arguments")))
-    except (ValueError, AttributeError, KeyError):
-        return None
 
 
 def shield(
@@ -364,14 +296,14 @@ def _check_message(number: int, message: Any) -> None:
     if weight not in (None, 0, 1):
         raise ConversationError(f"message {number}: weight {_shown(weight)}; expected 1 (learned) or 0 (only read)")
     if calls:
-        _check_calls(number, role, calls)
+        check_calls(number, role, calls)
     elif role == "assistant" and not (content or "").strip():
         raise ConversationError(
             f"message {number}: the assistant's text is empty; leave the exchange out, or fill it in", EMPTY
         )
 
 
-def _check_calls(number: int, role: str, calls: Any) -> None:
+def check_calls(number: int, role: str, calls: Any) -> None:
     if role != "assistant":
         raise ConversationError(f"message {number}: tool_calls in a message of the {role}; expected the assistant's")
     for call in calls if isinstance(calls, list) else [calls]:

@@ -19,10 +19,10 @@ from tokenizers import AddedToken, Tokenizer
 
 from slmkit.config import UserError, methods_checked
 from slmkit.find import find_tokenizer_directory
-from slmkit.tokenizer import byte_level, chat, directory
+from slmkit.tokenizer import byte_level, chat, chat_prompt, directory
 from slmkit.tokenizer.byte_level import SPECIALS
 from slmkit.tokenizer.calling import CallableTokenizer
-from slmkit.tokenizer.chat import CallFormat, ChatTokens, Message, Tools
+from slmkit.tokenizer.chat import ChatTokens, Message, Tools
 from slmkit.tokenizer.directory import ChatFormat, find_format
 from slmkit.tokenizer.encoder import PROBE, ChatRow, RenderedChat, RenderedRow, TextEncoder
 
@@ -291,28 +291,16 @@ class SLMTokenizer(CallableTokenizer):
         rows = chat.rows_of_segments(self._template(), shielded, ends, add_generation_prompt, tools, **names)
         return [self._joined(row, marker) for row in rows]
 
-    def encode_chat_prompt(
-        self,
-        messages: Sequence[Message],
-        add_generation_prompt: bool = True,
-        continues: bool = False,
-        tools: Tools | None = None,
-        switches: Mapping[str, Any] | None = None,
-    ) -> list[int]:
-        """Token ids [tokens] of a conversation with which a model goes on, in one rendering.
-
-        Other than `encode_chat` it leaves the order of roles to the template. With `continues` the last message's text
-        is the end of the prompt. Raises `UserError` if the template refuses the conversation, or leaves out part of it.
-        """
+    def encode_chat_prompt(self, messages: Sequence[Message], tools: Tools | None = None, **how: Any) -> list[int]:
+        """Token ids [tokens] of a conversation with which a model goes on: see `chat_prompt.prompt_of`."""
         shielded, tools, marker = chat.shield(messages, tools, self._encoder.spelled)
-        names = {**self._names, **(switches or {})}
-        text = chat.prompt_of(self._template(), shielded, add_generation_prompt, continues, tools, **names)
+        text = chat_prompt.prompt_of(self._template(), shielded, tools, self._names, **how)
         return self._encoder.encode_rows([self._joined([chat.Segment(text, False)], marker)], 1)[0].ids.tolist()
 
     @property
-    def call_format(self) -> CallFormat | None:
+    def call_format(self) -> chat_prompt.CallFormat | None:
         """How the chat template writes calls of tools; None without a template, or if not as JSON."""
-        return self.chat_template and chat.call_format(self.chat_template, tuple(self._names.items()))
+        return self.chat_template and chat_prompt.call_format(self.chat_template, tuple(self._names.items()))
 
     @property
     def longest_token(self) -> int:
