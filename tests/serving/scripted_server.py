@@ -1,4 +1,4 @@
-"""A server that says what a test tells it to, in pieces of bytes that the test cuts, for what no model does on demand."""
+"""A server that says what a test tells it to, in pieces of bytes that the test cuts: no model does on demand."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ class Script:
             for text in self.say(body):
                 await asyncio.sleep(self.pause)
                 tokens += 1
-                choice = {"index": 0, "finish_reason": None, **({"delta": {"content": text}} if is_chat else {"text": text})}
-                for piece in self.cut(_event({"choices": [choice]})):
+                choice = {"delta": {"content": text}} if is_chat else {"text": text}
+                for piece in self.cut(_event({"choices": [{"index": 0, "finish_reason": None, **choice}]})):
                     yield piece
                     await asyncio.sleep(0)
             yield _event({"choices": [{"index": 0, "delta": {}, "finish_reason": self.finish}]})

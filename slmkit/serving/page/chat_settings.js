@@ -1,6 +1,6 @@
 // The settings of the Chat tab: which models, and how they are asked.
 
-import { element, field, kept } from "./dom.js";
+import { element, field, icon, kept } from "./dom.js";
 
 // What is left empty is not sent: the model's own advice holds.
 const NUMBERS = [
@@ -36,11 +36,11 @@ export class Settings {
     };
     const second = choice(1, "Second model");
     second.hidden = !values.beside;
-    const beside = element("button", { type: "button", class: "quiet", "aria-pressed": String(values.beside), onclick: () => this.#set(() => {
+    const beside = element("button", { type: "button", class: "quiet", "aria-label": "Side by side", "aria-pressed": String(values.beside), onclick: () => this.#set(() => {
       values.beside = !values.beside;
       second.hidden = !values.beside;
       beside.setAttribute("aria-pressed", String(values.beside));
-    }) }, "Side by side");
+    }) }, icon("M4 5h6v14H4zM14 5h6v14h-6z"), element("span", {}, "Side by side"));
     this.pickers = element("div", { class: "pickers" }, choice(0, "Model"), second, beside);
 
     this.inputs = NUMBERS.map(({ name, label, ...limits }) => {
