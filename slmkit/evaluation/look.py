@@ -5,7 +5,8 @@ every layer (nostalgebraist 2020, "interpreting GPT: the logit lens"). Attention
 attention returns for values that are the rows of the identity matrix, softmax(scale q·k) I, so masks, windows, caps
 and grouped heads are those of the forward pass.
 
-`look`, `lens` and `attention` give the same as small JSON, for the web page.
+`look`, `lens` and `attention` give the same as small JSON, for the web page. All of it is for one thread at a time,
+since hooks on the decoder capture what passes through it.
 """
 
 from __future__ import annotations

@@ -78,10 +78,10 @@ async function look(request) {
   try {
     found = { model, ...await app.post("look", { model, ...request }) };
     place = Math.min(found.ids.length, Math.max(1, firstOfAnswer()));
+    weights = null;
     parts.result.hidden = false;
     showFigures();
     addTokens();
-    VIEWS.forEach((one) => { one.isShown = false; });
     showView();
     app.announce(`${found.ids.length} tokens`);
     return true;
@@ -148,11 +148,11 @@ function addTokens() {
     const [text, kind] = found.vocabulary[id];
     const node = element("span", {
       role: "option", tabindex: "-1", "data-place": index,
-      class: `look-token ${kind}${found.answers[index] ? " answer" : ""}`,
+      class: `look-token of-kind-${kind}${found.answers[index] ? " of-answer" : ""}`,
     }, kind === "text" ? shown(text) : text);
     return text.includes("\n") && kind === "text" ? [node, element("br")] : node;
   });
-  nodes.push(element("span", { role: "option", tabindex: "-1", "data-place": found.ids.length, class: "look-token after" }, "next"));
+  nodes.push(element("span", { role: "option", tabindex: "-1", "data-place": found.ids.length, class: "look-token of-kind-next" }, "next"));
   parts.tokens.replaceChildren(...nodes.flat());
 }
 
@@ -185,7 +185,7 @@ function factOf(at) {
 function legendOfSteps() {
   const swatch = (step, text) => element("span", { class: "look-swatch" }, element("i", { class: "look-token", "data-step": step }), text);
   return [element("span", {}, "Probability:"), ...STEPS.map(({ name }, step) => swatch(step, name)),
-    found.answers.some(Boolean) && element("span", { class: "look-swatch" }, element("i", { class: "look-token answer" }), "an answer of the assistant")]
+    found.answers.some(Boolean) && element("span", { class: "look-swatch" }, element("i", { class: "look-token of-answer" }), "an answer of the assistant")]
     .filter(Boolean);
 }
 

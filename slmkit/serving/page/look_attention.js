@@ -164,7 +164,7 @@ export function addAttention(root, { app, choose, showWeights }) {
     outline(pen, edge, size, tokens, reach(), colours.line);
     if (edge) writeTokens(pen, edge, size, colours);
     pen.strokeStyle = colours.mark;
-    pen.lineWidth = 1.5;
+    pen.lineWidth = size < 6 ? 0.75 : 1.5;
     pen.strokeRect(edge, edge + query() * size, (query() + 1) * size, size);
     if (cell) {
       pen.lineWidth = 2.5;
