@@ -1,0 +1,191 @@
+"""Carries the application: the listening socket, deadlines of a connection, signals, and the end.
+
+uvicorn with h11 does the work. h11 takes only what RFC 9112 allows, and bounds the headers; httptools bounds nothing.
+uvicorn has no deadline for the receipt of a request, so `Connection` adds them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from h11 import IDLE
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from slmkit.config import UserError
+from slmkit.serving.doors import Doors, Limits, Refusal
+from slmkit.serving.worker import Worker
+
+SEND_BUFFER = 2**17  # bytes that the kernel keeps for a client that reads slowly
+
+
+class Connection(H11Protocol):
+    """uvicorn's connection with deadlines, for receiving headers and for sending, and a cap on how many there are."""
+
+    def __init__(self, limits: Limits, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.limits, self.timers = limits, dict[str, asyncio.TimerHandle]()
+
+    def start_timer(self, name: str, seconds: float, end: Callable[[], None]) -> None:
+        if name not in self.timers:
+            self.timers[name] = self.loop.call_later(seconds, end)
+
+    def stop_timer(self, name: str) -> None:
+        if name in self.timers:
+            self.timers.pop(name).cancel()
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        if len(self.connections) > self.limits.max_connections:
+            self.end(Refusal(503, "too many connections: try again", "overloaded", **{"retry-after": "1"}))
+        self.watch_headers()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self.watch_headers()
+
+    def watch_headers(self) -> None:
+        """From the first byte of a request, or the connection's beginning, to the end of the headers."""
+        if self.conn.their_state is IDLE:
+            late = Refusal(408, f"the headers took longer than {self.limits.header_seconds:g} s", "request_timeout")
+            self.start_timer("headers", self.limits.header_seconds, lambda: self.end(late))
+        else:
+            self.stop_timer("headers")
+
+    def end(self, refusal: Refusal) -> None:
+        if not self.transport.is_closing():
+            self.transport.write(refusal.response())
+            self.close()
+
+    def close(self) -> None:
+        """After what is written was sent, but no later than the deadline: the client may not read."""
+        self.transport.close()
+        self.start_timer("sending", self.limits.send_seconds, self.transport.abort)
+
+    def send_400_response(self, msg: str) -> None:
+        self.end(Refusal(400, f"no HTTP, or headers of more than {self.limits.max_headers:,} bytes", "invalid_http"))
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.start_timer("sending", self.limits.send_seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self.stop_timer("sending")
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.is_closing():
+            self.close()
+
+    def timeout_keep_alive_handler(self) -> None:
+        self.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        for name in [*self.timers]:
+            self.stop_timer(name)
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, which drains the worker before it ends, and ends when the worker has failed."""
+
+    def __init__(self, config: uvicorn.Config, worker: Worker | None, drain: float) -> None:
+        super().__init__(config)
+        self.worker, self.drain = worker, drain
+
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or (self.worker is not None and self.worker.state == "failed")
+
+    async def main_loop(self) -> None:
+        await super().main_loop()
+        if self.worker is not None:
+            draining = asyncio.create_task(self.worker.drain(self.drain))
+            while not draining.done() and not self.force_exit:
+                await asyncio.sleep(0.02)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        self._captured_signals.clear()  # or they would be raised again, and end the process
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
+
+    @property
+    def exit_code(self) -> int:
+        has_failed = self.worker is not None and self.worker.state == "failed"
+        return 130 if self.force_exit else int(has_failed)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises `UserError` for an address that is not this machine's, and a port that is taken."""
+    try:
+        family, _, _, _, address = min(
+            socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE), key=lambda found: found[0]
+        )
+        return socket.create_server(address[:2], family=family, backlog=1024)
+    except socket.gaierror:
+        raise UserError(f"--host {host}: no such host") from None
+    except PermissionError:
+        raise UserError(f"--port {port}: ports below 1024 need root's rights; take another, such as 8000") from None
+    except OSError as error:
+        why = {98: f"the port {port} is taken by another program; take another, or 0 for any that is free"}
+        raise UserError(f"{host}:{port}: {why.get(error.errno or 0, error.strerror)}") from None
+    except OverflowError:
+        raise UserError(f"--port {port}: expected 0 to 65535") from None
+
+
+def _server(app: Any, limits: Limits, worker: Worker | None, drain: float) -> Server:
+    count = None if worker is None else lambda *labels: worker.metrics.requests.labels(*labels).inc()
+    config = uvicorn.Config(
+        Doors(app, limits, count), http=functools.partial(Connection, limits),  # type: ignore[arg-type]
+        ws="none", log_config=None, log_level="error", access_log=False, server_header=False, proxy_headers=False,
+        h11_max_incomplete_event_size=limits.max_headers,
+        timeout_graceful_shutdown=2,  # for what the clients have not read yet
+    )  # fmt: skip
+    return Server(config, worker, drain)
+
+
+def url_of(listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def serve(app: Any, listening: socket.socket, limits: Limits, worker: Worker, drain: float = 30.0) -> int:
+    """Serve until SIGTERM or SIGINT, or the worker's failure. Then nothing new is taken, what is open has `drain`
+    seconds to end, and the rest ends with an error. A second SIGINT ends it at once.
+
+    Returns the exit code: 0, 1 after a failure, 130 after a second SIGINT.
+    """
+    server = _server(app, limits, worker, drain)
+    server.run(sockets=[listening])
+    return server.exit_code
+
+
+@contextlib.contextmanager
+def running(
+    app: Any, limits: Limits | None = None, worker: Worker | None = None, *, drain: float = 0.0
+) -> Iterator[str]:
+    """The same in a thread, on a free port of 127.0.0.1: gives the URL, such as http://127.0.0.1:40001."""
+    listening = bind("127.0.0.1", 0)
+    server = _server(app, limits or Limits(), worker, drain)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="slm-http", daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.005)
+    try:
+        yield url_of(listening)
+    finally:
+        server.should_exit = True
+        thread.join()
