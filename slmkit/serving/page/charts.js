@@ -39,7 +39,7 @@ export function ticks(low, high, count, log = false) {
 export function short(value) {
   const size = Math.abs(value);
   if (size >= 10000) return new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 3 }).format(value).replace("K", "k");
-  if (size > 0 && size < 0.001) return value.toExponential().replace(/\.?0*e/, "e");
+  if (size > 0 && size < 0.001) return Number(value.toPrecision(3)).toExponential();
   return String(Number(value.toPrecision(6)));
 }
 

@@ -94,6 +94,7 @@ function tokenView(tokens, { learned = null, begins = [], label, firstIndex = 0 
   const told = element("p", { class: "token-about muted", role: "status" }, "Point to a token, or walk with the arrow keys.");
   const area = element("div", { class: "tokens", dir: "auto", role: "group", "aria-label": label });
   const nodes = [];
+  let [letter, letterEnds] = ["", -1]; // of the last character that several tokens make
   const borders = new Set(begins.filter((index) => index > 0));
   const add = (from, to) => {
     for (let index = from; index < to; index += 1) {
@@ -109,6 +110,8 @@ function tokenView(tokens, { learned = null, begins = [], label, firstIndex = 0 
       }, isPart ? hexadecimal(token.bytes) : visible(token.text));
       nodes.push(node);
       area.append(node);
+      if (token.span > 1) [letter, letterEnds] = [token.text, index + token.span - 1];
+      if (index === letterEnds) area.append(element("span", { class: directionOf(letter) }));
     }
   };
   const point = (index) => {
@@ -120,13 +123,12 @@ function tokenView(tokens, { learned = null, begins = [], label, firstIndex = 0 
   area.addEventListener("pointerover", (event) => { if (indexOf(event) >= 0) point(indexOf(event)); });
   area.addEventListener("focusin", (event) => { if (indexOf(event) >= 0) point(indexOf(event)); });
   area.addEventListener("keydown", (event) => {
-    const isRightToLeft = getComputedStyle(area).direction === "rtl" ? -1 : 1;
-    const to = {
-      ArrowRight: indexOf(event) + isRightToLeft, ArrowLeft: indexOf(event) - isRightToLeft, Home: 0, End: nodes.length - 1,
-    }[event.key];
+    const from = indexOf(event);
+    const step = isRightToLeft(nodes, from) ? -1 : 1;
+    const to = { ArrowRight: from + step, ArrowLeft: from - step, Home: 0, End: nodes.length - 1 }[event.key];
     if (!(to >= 0 && to < nodes.length)) return;
     event.preventDefault();
-    nodes[indexOf(event)].tabIndex = -1;
+    nodes[from].tabIndex = -1;
     nodes[to].tabIndex = 0;
     nodes[to].focus();
   });
@@ -135,6 +137,20 @@ function tokenView(tokens, { learned = null, begins = [], label, firstIndex = 0 
     type: "button", onclick: (event) => { add(SHOWN, tokens.length); event.target.remove(); },
   }, `Show all ${number(tokens.length)} tokens`);
   return element("div", { class: "stack token-view" }, tokens.length ? area : element("p", { class: "muted" }, "No tokens."), more, tokens.length > 0 && told);
+}
+
+const RIGHT_TO_LEFT = /[\p{Script=Hebrew}\p{Script=Arabic}\p{Script=Syriac}\p{Script=Thaana}\p{Script=Nko}]/u;
+
+/** The class of a mark after a character's bytes, without which those at the end of a line go to the line's other side. */
+function directionOf(text) {
+  return RIGHT_TO_LEFT.test(text) ? "from-right" : /\p{L}/u.test(text) ? "from-left" : "";
+}
+
+/** Whether the token after one, or before it at the end of a line, is on the side where it is in right-to-left text. */
+function isRightToLeft(nodes, index) {
+  const [before, here, after] = [index - 1, index, index + 1].map((place) => nodes[place]?.getBoundingClientRect());
+  const isBeside = (other) => other && Math.abs(other.top - here.top) < here.height && other.height < 2 * here.height;
+  return isBeside(after) ? after.left < here.left : isBeside(before) ? before.left > here.left : false;
 }
 
 function learnedLegend() {
@@ -216,7 +232,7 @@ function ofDataSet(fill) {
     const set = sets.find(({ name }) => name === options.set);
     place.replaceChildren();
     facts.replaceChildren(...(set.problem ? [element("p", { class: "error" }, set.problem)] : [
-      figure(number(set.documents), set.masked ? "conversations or answers" : "documents"), figure(number(set.tokens), "tokens"),
+      figure(number(set.documents), set.judged ? "answers" : set.masked ? "conversations" : "documents"), figure(number(set.tokens), "tokens"),
       figure(ratio(set.text_bytes, set.tokens), "bytes per token"), figure(number(set.vocab_size), "in the vocabulary"),
       figure(number(set.shards), set.shards === 1 ? "shard" : "shards")]));
     if (!set.problem) fill(set, place);
@@ -236,7 +252,7 @@ function pager(what, first, count, total, go) {
   const button = (label, name, place, isOff) => element("button", { type: "button", "aria-label": name, title: name, disabled: isOff, onclick: () => to(place) }, label);
   return element("nav", { class: "row pager", "aria-label": `${what}s` },
     button("«", "First", 0, first <= 0), button("‹", "Previous", first - count, first <= 0),
-    element("label", { class: "row" }, element("span", { class: "muted" }, what), input, element("span", { class: "muted" }, `of ${number(total)}`)),
+    element("label", { class: "row" }, element("span", { class: "muted what" }, what), input, element("span", { class: "muted" }, `of ${number(total)}`)),
     button("›", "Next", first + count, first + count >= total), button("»", "Last", total - count, first + count >= total));
 }
 

@@ -1,24 +1,24 @@
 // Runs: the list, live curves of one or several, and of the chosen one its samples, X-ray and recipe.
 
-import { Chart, swatch } from "./charts.js";
+import { Chart, short, swatch } from "./charts.js";
 import { element, field, kept, number, table } from "./dom.js";
 
 const EVERY = 2000; // milliseconds between two looks at the server
 const COLOURS = 6;
 const AXES = { step: "steps", tokens: "tokens", seconds: "time" };
 const NO_CURVE = new Set(["step", "tokens", "seconds"]);
-// What is drawn of the keys of metrics.jsonl: their label, unit, and a factor. Other numbers are drawn under their own name.
+// What is drawn of the keys of metrics.jsonl: label, sign of the unit, factor. Other numbers are drawn under their own name.
 const QUANTITIES = {
-  loss: { label: "Loss", unit: "nats per token" },
-  bits_per_byte: { label: "Validation, bits per byte", unit: "bits per byte" },
+  loss: { label: "Loss" },
+  bits_per_byte: { label: "Bits per byte" },
   learning_rate: { label: "Learning rate" },
   grad_norm: { label: "Gradient norm" },
-  tokens_per_second: { label: "Tokens per second" },
-  mfu: { label: "Model FLOPs utilization", unit: "%", factor: 100 },
-  memory_bytes: { label: "Peak memory", unit: "GB", factor: 1e-9 },
+  tokens_per_second: { label: "Tokens/s" },
+  mfu: { label: "MFU", sign: "%", factor: 100 },
+  memory_bytes: { label: "Peak memory", sign: " GB", factor: 1e-9 },
   "answers/reward": { label: "Reward" },
-  "answers/right": { label: "Right answers", unit: "%", factor: 100 },
-  "rewards/accuracy": { label: "Pairs ranked correctly", unit: "%", factor: 100 },
+  "answers/right": { label: "Right answers", sign: "%", factor: 100 },
+  "rewards/accuracy": { label: "Pairs ranked correctly", sign: "%", factor: 100 },
 };
 const STATES = { running: "accent", finished: "good", stopped: "", damaged: "bad" };
 
@@ -301,7 +301,7 @@ function drawCurves() {
   const [unit, divisor] = unitOf(runs);
   const series = quantity ? seriesOf(quantity, runs, divisor) : [];
   const perfect = quantity === "loss" ? runs.filter((run) => Number.isFinite(run.perfect_loss)) : [];
-  view.chart.label = quantity ? [labelOf(quantity), QUANTITIES[quantity]?.unit].filter(Boolean).join(", ") : "Curve";
+  view.chart.label = quantity ? labelOf(quantity) : "Curve";
   view.chart.draw({
     series, x: { label: unit }, log: options.log, smoothing: options.smoothing,
     marks: perfect.map((run) => ({ y: run.perfect_loss, label: runs.length > 1 ? `a perfect model on ${run.name}` : "a perfect model" })),
@@ -333,13 +333,9 @@ function drawSmall(names, runs, unit, divisor) {
     if (view.small.children[index] !== button) view.small.insertBefore(button, view.small.children[index] ?? null);
     const series = seriesOf(name, runs, divisor);
     const last = series[0]?.points.findLast(([, y]) => Number.isFinite(y))?.[1];
-    value.textContent = last === undefined ? "" : [short(last), QUANTITIES[name]?.unit].filter(Boolean).join(" ");
+    value.textContent = last === undefined ? "" : `${short(Number(last.toPrecision(3)))}${QUANTITIES[name]?.sign ?? ""}`;
     chart.draw({ series, x: { label: unit }, smoothing: options.smoothing });
   });
-}
-
-function short(value) {
-  return Math.abs(value) >= 10000 ? compact(value) : number(value, 3);
 }
 
 // ---------------------------------------------------------------- the chosen run
@@ -352,7 +348,7 @@ function part(name, content, make) {
   rendered[name] = key;
   const made = make();
   view[name].hidden = !made;
-  view[name].replaceChildren(...(made || []));
+  view[name].replaceChildren(...(made || []).filter(Boolean));
 }
 
 function renderRun() {
@@ -380,6 +376,7 @@ function head(row, run, last) {
   const figures = [
     row.validation_loss !== null && row.validation_loss !== undefined && figure(row.validation_loss.toFixed(3), "best validation loss"),
     Number.isFinite(last.loss) && figure(last.loss.toFixed(3), "training loss"),
+    row.state === "finished" && figure(number(row.step), "steps"),
     row.parameters && figure(compact(row.parameters), "parameters"),
     figure(compact(row.tokens ?? 0), "trained tokens"),
     Number.isFinite(last.tokens_per_second) && figure(compact(last.tokens_per_second), "tokens per second"),
@@ -390,7 +387,7 @@ function head(row, run, last) {
   return [
     element("div", { class: "row apart" }, element("h3", {}, row.name), element("span", { class: "row" },
       element("span", { class: "muted" }, `${row.objective ?? ""} · changed ${ago(row.changed)}`), badge(row.state))),
-    element("div", { class: "run-progress" }, progress(row), element("span", { class: "muted number" }, steps)),
+    row.state !== "finished" && element("div", { class: "run-progress" }, progress(row), element("span", { class: "muted number" }, steps)),
     element("div", { class: "figures" }, ...figures),
   ];
 }
@@ -502,8 +499,8 @@ function xray(text) {
 }
 
 function fedParts(row) {
-  return row.split(/(⟦[^⟧]*⟧)/).filter(Boolean).map((text) => (text.startsWith("⟦")
-    ? element("span", { class: "muted" }, text.slice(1, -1)) : element("mark", { class: "learned" }, text)));
+  return row.split(/(⟦[^⟧]*⟧| … [\d,]+ tokens … )/).filter(Boolean).map((text) => (/^(⟦| … )/.test(text)
+    ? element("span", { class: "muted" }, text.replace(/^⟦|⟧$/g, "")) : element("mark", { class: "learned" }, text)));
 }
 
 // ---------------------------------------------------------------- recipe, checkpoints, environment
