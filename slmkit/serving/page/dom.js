@@ -16,6 +16,14 @@ export function svg(tag, attributes = {}, ...children) {
   return fill(document.createElementNS(SVG, tag), attributes, children);
 }
 
+/** A picture of lines, 24 by 24, in the colour of the text. */
+export function icon(path) {
+  return svg("svg", {
+    viewBox: "0 0 24 24", width: 20, height: 20, fill: "none", stroke: "currentColor", "stroke-width": 2,
+    "stroke-linecap": "round", "stroke-linejoin": "round", "aria-hidden": "true",
+  }, svg("path", { d: path }));
+}
+
 function fill(node, attributes, children) {
   for (const [name, value] of Object.entries(attributes)) {
     if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
@@ -71,7 +79,29 @@ function store(area) {
         return false;
       }
     },
+    names(beginning) {
+      try {
+        const names = Object.keys(window[area]).filter((name) => name.startsWith(`slmkit.${beginning}`));
+        return names.map((name) => name.slice("slmkit.".length));
+      } catch {
+        return [];
+      }
+    },
   };
+}
+
+/** Put a text on the clipboard; whether that went well. Pages that are not at localhost or https have no clipboard API. */
+export async function copy(text) {
+  if (navigator.clipboard) return navigator.clipboard.writeText(text).then(() => true, () => false);
+  const area = element("textarea", { class: "unseen", "aria-hidden": "true" });
+  const before = document.activeElement;
+  area.value = text;
+  document.body.append(area);
+  area.select();
+  const isCopied = document.execCommand("copy");
+  area.remove();
+  before?.focus();
+  return isCopied;
 }
 
 export const kept = store("localStorage");
