@@ -14,6 +14,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from http import HTTPStatus
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,8 @@ from h11 import IDLE
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from slmkit.config import UserError
-from slmkit.serving.doors import Doors, Limits, Refusal, is_loopback
+from slmkit.serving.doors import HEADERS, Doors, Limits, is_loopback, refusal_parts
+from slmkit.serving.protocol import ApiError
 
 if TYPE_CHECKING:
     from slmkit.serving.worker import Worker  # imports torch, and the port is taken before that
@@ -49,7 +51,7 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         if len(self.connections) > self.limits.max_connections:
-            self.end(Refusal(503, "too many connections: try again", "overloaded", **{"retry-after": "1"}))
+            self.end(ApiError(503, "too many connections: try again", code="overloaded", headers={"Retry-After": "1"}))
         self.watch_headers()
 
     def data_received(self, data: bytes) -> None:
@@ -59,14 +61,19 @@ class Connection(H11Protocol):
     def watch_headers(self) -> None:
         """From the first byte of a request, or the connection's beginning, to the end of the headers."""
         if self.conn.their_state is IDLE:
-            late = Refusal(408, f"the headers took longer than {self.limits.header_seconds:g} s", "request_timeout")
+            what = f"the headers took longer than {self.limits.header_seconds:g} s"
+            late = ApiError(408, what, code="request_timeout")
             self.start_timer("headers", self.limits.header_seconds, lambda: self.end(late))
         else:
             self.stop_timer("headers")
 
-    def end(self, refusal: Refusal) -> None:
+    def end(self, refusal: ApiError) -> None:
+        """Answer without a request, and close."""
         if not self.transport.is_closing():
-            self.transport.write(refusal.response())
+            body, headers = refusal_parts(refusal)
+            lines = [f"HTTP/1.1 {refusal.status} {HTTPStatus(refusal.status).phrase}"]
+            lines += [f"{name}: {value}" for name, value in (HEADERS | headers).items()]
+            self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
             self.close()
 
     def close(self) -> None:
@@ -75,7 +82,8 @@ class Connection(H11Protocol):
         self.start_timer("sending", self.limits.send_seconds, self.transport.abort)
 
     def send_400_response(self, msg: str) -> None:
-        self.end(Refusal(400, f"no HTTP, or headers of more than {self.limits.max_headers:,} bytes", "invalid_http"))
+        what = f"no HTTP, or headers of more than {self.limits.max_headers:,} bytes"
+        self.end(ApiError(400, what, code="invalid_http"))
 
     def pause_writing(self) -> None:
         super().pause_writing()
