@@ -1,6 +1,6 @@
 // The shell: tabs, theme, the key, and what every tab gets as `app`.
 
-import { element, kept, keptInTab } from "./dom.js";
+import { element, icon, keptInTab } from "./dom.js";
 
 const TABS = [
   { name: "chat", label: "Chat" },
@@ -8,7 +8,11 @@ const TABS = [
   { name: "look", label: "Look inside" },
   { name: "data", label: "Data" },
 ];
-const THEMES = { system: "◐", light: "☀", dark: "☾" };
+const THEMES = { // and their icons
+  system: "M12 3a9 9 0 1 0 0 18a9 9 0 1 0 0-18v18c12 0 12-18 0-18",
+  light: "M12 8a4 4 0 1 0 0 8 4 4 0 1 0 0-8M12 2v2M12 20v2M2 12h2M20 12h2M5 5l1.4 1.4M17.6 17.6l1.4 1.4M5 19l1.4-1.4M17.6 6.4l1.4-1.4",
+  dark: "M20 14A8.5 8.5 0 0 1 10 4a8.5 8.5 0 1 0 10 10z",
+};
 
 export const app = {
   /** [{id, …}] of /v1/models. */
@@ -84,7 +88,7 @@ function askForKey(problem) {
 function showTheme() {
   const theme = document.documentElement.dataset.theme ?? "system";
   const button = document.getElementById("theme");
-  button.textContent = THEMES[theme];
+  button.replaceChildren(icon(THEMES[theme]));
   button.title = `Theme: ${theme}`;
   button.setAttribute("aria-label", `Theme: ${theme}. Change it`);
 }

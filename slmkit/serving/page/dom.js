@@ -16,6 +16,14 @@ export function svg(tag, attributes = {}, ...children) {
   return fill(document.createElementNS(SVG, tag), attributes, children);
 }
 
+/** A picture of lines, 24 by 24, in the colour of the text. */
+export function icon(path) {
+  return svg("svg", {
+    viewBox: "0 0 24 24", width: 20, height: 20, fill: "none", stroke: "currentColor", "stroke-width": 2,
+    "stroke-linecap": "round", "stroke-linejoin": "round", "aria-hidden": "true",
+  }, svg("path", { d: path }));
+}
+
 function fill(node, attributes, children) {
   for (const [name, value] of Object.entries(attributes)) {
     if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
@@ -34,13 +42,15 @@ export function field(label, control, hint = "") {
 
 /** A table from heads and rows of strings or nodes; numbers are right-aligned. */
 export function table(heads, rows, caption = "") {
-  const cell = (tag, value) => element(tag, { class: typeof value === "number" ? "number" : null,
-    scope: tag === "th" ? "col" : null }, typeof value === "number" ? number(value) : value);
+  const cell = (value) => element("td", { class: typeof value === "number" ? "number" : null },
+    typeof value === "number" ? number(value) : value);
   return element("div", { class: "table-wrap", tabindex: "0", role: "region", "aria-label": caption || "Table" },
     element("table", {},
       caption && element("caption", { class: "unseen" }, caption),
-      element("thead", {}, element("tr", {}, heads.map((head) => cell("th", head)))),
-      element("tbody", {}, rows.map((row) => element("tr", {}, row.map((value) => cell("td", value)))))));
+      element("thead", {}, element("tr", {}, heads.map((head, column) => element("th", {
+        scope: "col", class: rows.some((row) => typeof row[column] === "number") ? "number" : null,
+      }, head)))),
+      element("tbody", {}, rows.map((row) => element("tr", {}, row.map(cell))))));
 }
 
 /** 1234567.891 → "1,234,568", 0.123456 → "0.1235". */
@@ -71,7 +81,29 @@ function store(area) {
         return false;
       }
     },
+    names(beginning) {
+      try {
+        const names = Object.keys(window[area]).filter((name) => name.startsWith(`slmkit.${beginning}`));
+        return names.map((name) => name.slice("slmkit.".length));
+      } catch {
+        return [];
+      }
+    },
   };
+}
+
+/** Put a text on the clipboard; whether that went well. Pages that are not at localhost or https have no clipboard API. */
+export async function copy(text) {
+  if (navigator.clipboard) return navigator.clipboard.writeText(text).then(() => true, () => false);
+  const area = element("textarea", { class: "unseen", "aria-hidden": "true" });
+  const before = document.activeElement;
+  area.value = text;
+  document.body.append(area);
+  area.select();
+  const isCopied = document.execCommand("copy");
+  area.remove();
+  before?.focus();
+  return isCopied;
 }
 
 export const kept = store("localStorage");
