@@ -5,7 +5,8 @@ every layer (nostalgebraist 2020, "interpreting GPT: the logit lens"). Attention
 attention returns for values that are the rows of the identity matrix, softmax(scale q·k) I, so masks, windows, caps
 and grouped heads are those of the forward pass.
 
-`look`, `lens` and `attention` give the same as small JSON, for the web page.
+`look`, `lens` and `attention` give the same as small JSON, for the web page. All of it is for one thread at a time,
+since hooks on the decoder capture what passes through it.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from slmkit.tokenizer import SLMTokenizer
 
 MOST_TOKENS = 512  # weights of a layer are [heads, tokens, tokens], the lens computes [layers, tokens, vocab_size]
 MOST_CHARACTERS = 64 * MOST_TOKENS  # a longer text is refused before it is encoded
+MOST_LIKELIEST = 100
 POSITIONS_AT_ONCE = 64  # whose logits are in memory at the same time
 OVERVIEW = 48  # rows and columns of a head's small map
 UNIT = 10_000  # attention weights in JSON are whole numbers of 1/10,000
@@ -118,6 +120,7 @@ def look(
     """
     if (text is None) == (messages is None):
         raise UserError("look: give either text or messages")
+    _expect("k", k, 1, MOST_LIKELIEST)
     if len(text or "") + sum(len(str(message)) for message in messages or ()) > MOST_CHARACTERS:
         raise UserError(f"more than {MOST_CHARACTERS:,} characters: a look inside takes {MOST_TOKENS} tokens at most")
     if messages is not None:

@@ -14,13 +14,14 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from http import HTTPStatus
 from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
 from slmkit.config import Settings
+from slmkit.serving.protocol import ApiError
 
+PUBLIC = re.compile(r"/$|/health$|/page/")  # to GET without a key: the page's files, and whether the server is well
 LOCAL = {"localhost", "127.0.0.1", "[::1]"}  # names of this machine in a Host header
 HEADERS = {
     "x-content-type-options": "nosniff", "x-frame-options": "DENY", "referrer-policy": "no-referrer",
@@ -59,26 +60,6 @@ class Limits(Settings):
         return origins
 
 
-class Refusal(Exception):  # noqa: N818
-    """An answer without the application, in OpenAI's envelope."""
-
-    def __init__(self, status: int, message: str, code: str, **headers: str) -> None:
-        super().__init__(message)
-        self.status, self.code, self.headers = status, code, headers
-
-    def body(self) -> bytes:
-        kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-        kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return json.dumps({"error": {"message": str(self), "type": kind, "param": None, "code": self.code}}).encode()
-
-    def response(self) -> bytes:
-        """The whole response, for a connection that carries no request yet."""
-        body, fields = self.body(), HEADERS | {"content-type": "application/json", "connection": "close"} | self.headers
-        lines = [f"HTTP/1.1 {self.status} {HTTPStatus(self.status).phrase}"]
-        lines += [f"{name}: {value}" for name, value in (fields | {"content-length": str(len(body))}).items()]
-        return "\r\n".join([*lines, "", ""]).encode() + body
-
-
 class Doors:
     """ASGI middleware outside of everything: keys, hosts and origins, sizes, deadlines, security headers.
 
@@ -97,80 +78,98 @@ class Doors:
             await self.app(scope, receive, send)
             return
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        state, started = scope.setdefault("state", {}), False
+        is_started = is_complete = False
 
         async def answer(message: dict[str, Any]) -> None:
-            nonlocal started
+            nonlocal is_started, is_complete
             if message["type"] == "http.response.start":
-                started = True
+                is_started = True
+                self._note(scope, message["status"])
                 message["headers"] = self._with_security(message.get("headers", ()), headers.get("origin"))
-                if self.count is not None:
-                    route = getattr(scope.get("route"), "path", "other")
-                    self.count(route, state.get("model", ""), message["status"])
+            else:
+                is_complete = not message.get("more_body", False)
             await send(message)
 
         try:
-            self._check_host(scope, headers)
-            if self._is_preflight(scope, headers):
-                await answer({"type": "http.response.start", "status": 204, "headers": PREFLIGHT})
-                await answer({"type": "http.response.body"})
-                return
-            key = state["key_id"] = self._key_of(scope, headers)
-            with self._counted(key):
-                body = await self._body(headers, receive)
-                await self.app(scope, _replaying(body, receive), answer)
-        except Refusal as refusal:
-            await self._refuse(refusal, receive, answer)
+            await self._pass(scope, headers, receive, answer)
+        except ApiError as refusal:
+            await _refuse(refusal, receive, answer)
         except Exception:
-            if started:
+            if not is_complete:  # else the application has logged and answered it
+                logger.exception("an error in the application")
+            if not is_started:
+                await _refuse(
+                    ApiError(500, "the server failed on this request", code="internal_error"), receive, answer
+                )
+            elif not is_complete:
                 raise  # uvicorn closes the connection
-            logger.exception("an error in the application")
-            await self._refuse(Refusal(500, "internal error: see the server's log", "internal_error"), receive, answer)
+
+    async def _pass(self, scope: Any, headers: Mapping[str, str], receive: Any, send: Any) -> None:
+        """Hand the request to the application. Raises `ApiError` for one that may not come in."""
+        size = (
+            len(scope["raw_path"]) + len(scope["query_string"]) + sum(len(n) + len(v) + 4 for n, v in scope["headers"])
+        )
+        if size > self.limits.max_headers:  # h11 bounds only those that come in parts
+            raise ApiError(431, f"headers of more than {self.limits.max_headers:,} bytes", code="headers_too_large")
+        self._check_host(scope, headers)
+        is_public = scope["method"] in ("GET", "HEAD") and PUBLIC.match(scope["path"]) is not None
+        origin = headers.get("origin")
+        if origin is not None and origin.partition("://")[2] != headers.get("host"):
+            if origin not in self.limits.origins:
+                raise ApiError(
+                    403, f"Origin {origin!r:.100}: not allowed (--cors allows it)", code="origin_not_allowed"
+                )
+            if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
+                await send({"type": "http.response.start", "status": 204, "headers": PREFLIGHT})
+                await send({"type": "http.response.body"})
+                return
+        elif headers.get("sec-fetch-site") == "cross-site" and not is_public:
+            raise ApiError(403, "a request of another site's page", code="origin_not_allowed")
+        key = "" if is_public else self._key_of(headers)
+        scope.setdefault("state", {})["key_id"] = key
+        with contextlib.nullcontext() if is_public else self._counted(key):
+            messages = [{"type": "http.request", "body": await self._body(headers, receive), "more_body": False}]
+
+            async def replay() -> Any:
+                return messages.pop() if messages else await receive()
+
+            await self.app(scope, replay, send)
 
     def _check_host(self, scope: Any, headers: Mapping[str, str]) -> None:
-        """Raises `Refusal` for a page of another site: by its own name for this machine (DNS rebinding), or openly."""
-        host, origin = headers.get("host", ""), headers.get("origin")
-        name = re.sub(r":\d*$", "", host).lower()
-        if (self.limits.hosts or is_loopback(scope["server"][0])) and name not in LOCAL.union(self.limits.hosts):
-            raise Refusal(
-                403, f"Host {host!r:.100}: not a name of this server (--allow-host tells it)", "host_not_allowed"
-            )
-        foreign = origin is not None and origin.partition("://")[2] != host and origin not in self.limits.origins
-        is_page = _is_public(scope) and scope["path"] != "/health"  # a link to the page may be anywhere
-        if foreign or (headers.get("sec-fetch-site") == "cross-site" and origin is None and not is_page):
-            raise Refusal(403, f"Origin {origin!r:.100}: not allowed (--cors allows it)", "origin_not_allowed")
+        """Another site may let its own name lead to this machine (DNS rebinding), whose browser then takes both for
+        one. Raises `ApiError` for a name that is not this server's.
+        """
+        host = headers.get("host", "")
+        if self.limits.hosts or is_loopback(scope["server"][0]):
+            name = re.sub(r":\d*$", "", host).lower()
+            if name not in LOCAL.union(self.limits.hosts):
+                what = f"Host {host!r:.100}: not a name of this server (--allow-host NAME makes it one)"
+                raise ApiError(403, what, code="host_not_allowed")
 
-    def _is_preflight(self, scope: Any, headers: Mapping[str, str]) -> bool:
-        asks = scope["method"] == "OPTIONS" and "access-control-request-method" in headers
-        return asks and headers.get("origin") in self.limits.origins
-
-    def _key_of(self, scope: Any, headers: Mapping[str, str]) -> str:
-        """The digest of the request's key. Raises `Refusal` for none, or a wrong one."""
-        if not self.digests or _is_public(scope):
+    def _key_of(self, headers: Mapping[str, str]) -> str:
+        """The digest of the request's key. Raises `ApiError` for none, or a wrong one."""
+        if not self.digests:
             return ""
         scheme, _, key = headers.get("authorization", "").partition(" ")
         digest = _digest(key.strip()) if scheme.lower() == "bearer" else ""
-        # With all keys, so that the time tells nothing about which, or how much of it, was right.
+        # With all keys, so that the time tells nothing about which of them was right, or how much of it.
         if not sum([hmac.compare_digest(digest, known) for known in self.digests]):
             what = "a wrong API key" if digest else "no API key: send Authorization: Bearer KEY"
-            raise Refusal(401, what, "invalid_api_key", **{"www-authenticate": "Bearer"})
+            raise ApiError(401, what, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         return digest
 
     @contextlib.contextmanager
     def _counted(self, key: str) -> Iterator[None]:
-        """Raises `Refusal` for a key with too many requests, at once or per minute."""
+        """Raises `ApiError` for a key with too many requests, at once or per minute."""
         at_once, minute, now = self.limits.requests_per_key, self.limits.requests_per_minute, time.monotonic()
         if at_once is not None and self.open[key] >= at_once:
-            raise Refusal(429, f"{at_once} requests of this key are open", "too_many_requests", **{"retry-after": "1"})
-        if minute is not None:
-            allowed, then = self.allowed.get(key, (float(minute), now))
-            allowed = min(minute, allowed + (now - then) * minute / 60)
-            if allowed < 1:
-                wait = str(math.ceil((1 - allowed) * 60 / minute))
-                raise Refusal(
-                    429, f"more than {minute} requests a minute", "rate_limit_exceeded", **{"retry-after": wait}
-                )
-            self.allowed[key] = allowed - 1, now
+            raise _too_many(f"{at_once} requests of this key are open: wait for one", 1)
+        if minute is not None:  # a bucket of `minute` requests, which fills again in a minute
+            left, then = self.allowed.get(key, (float(minute), now))
+            left = min(minute, left + (now - then) * minute / 60)
+            if left < 1:
+                raise _too_many(f"more than {minute} requests of this key in a minute", (1 - left) * 60 / minute)
+            self.allowed[key] = left - 1, now
         self.open[key] += 1
         try:
             yield
@@ -178,50 +177,41 @@ class Doors:
             self.open[key] -= 1
 
     async def _body(self, headers: Mapping[str, str], receive: Any) -> bytes:
-        """The whole body. Raises `Refusal` for one that is too large, compressed, or too slow."""
-        too_large = Refusal(413, f"a body of more than {self.limits.max_body:,} bytes", "request_too_large")
+        """The whole body. Raises `ApiError` for one that is too large, compressed, or too slow."""
+        most, body, is_whole = self.limits.max_body, bytearray(), False
+        too_large = ApiError(413, f"a body of more than {most:,} bytes", code="request_too_large")
         if headers.get("content-encoding", "identity") != "identity":
-            raise Refusal(415, "a compressed body: send it as it is", "unsupported_encoding")
-        if int(headers.get("content-length", 0)) > self.limits.max_body:
+            raise ApiError(415, "a compressed body: send it as it is", code="unsupported_encoding")
+        if int(headers.get("content-length", 0)) > most:
             raise too_large
         if "content-length" not in headers and "transfer-encoding" not in headers:
             return b""
-        body, is_whole = bytearray(), False
         try:
             async with asyncio.timeout(self.limits.body_seconds):
                 while not is_whole:
                     message = await receive()
                     body += message.get("body", b"")
                     is_whole = not message.get("more_body", False)  # or the client is gone
-                    if len(body) > self.limits.max_body:
+                    if len(body) > most:
                         raise too_large
         except TimeoutError:
-            late = f"the body took longer than {self.limits.body_seconds:g} s"
-            raise Refusal(408, late, "request_timeout") from None
+            what = f"the body took longer than {self.limits.body_seconds:g} s"
+            raise ApiError(408, what, code="request_timeout") from None
         return bytes(body)
 
+    def _note(self, scope: Any, status: int) -> None:
+        if self.count is not None:
+            self.count(getattr(scope.get("route"), "path", "other"), scope.get("state", {}).get("model", ""), status)
+
     def _with_security(self, sent: Any, origin: str | None) -> list[tuple[bytes, bytes]]:
-        """The headers of a response, and those that it leaves out."""
+        """The headers of a response, and those of `HEADERS` that it leaves out."""
         names = {name.decode().lower() for name, _ in sent}
         more = {name: value for name, value in HEADERS.items() if name not in names}
         if origin in self.limits.origins:
             more |= {"access-control-allow-origin": origin or "", "vary": "Origin"}
         else:
             more |= {"cross-origin-resource-policy": "same-origin"}
-        return [*sent, *((name.encode(), value.encode()) for name, value in more.items())]
-
-    async def _refuse(self, refusal: Refusal, receive: Any, send: Any) -> None:
-        body, headers = refusal.body(), {"content-type": "application/json", "connection": "close"} | refusal.headers
-        headers["content-length"] = str(len(body))
-        fields = [(name.encode(), value.encode()) for name, value in headers.items()]
-        await send({"type": "http.response.start", "status": refusal.status, "headers": fields})
-        await send({"type": "http.response.body", "body": body, "more_body": refusal.status == 413})
-        if refusal.status == 413:  # closed with unread input, the connection would be reset before the client has read
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(1):
-                    while (await receive()).get("more_body"):
-                        pass
-            await send({"type": "http.response.body", "body": b""})
+        return [*sent, *_encoded(more)]
 
 
 def is_loopback(address: str) -> bool:
@@ -231,21 +221,34 @@ def is_loopback(address: str) -> bool:
         return False
 
 
+def refusal_parts(refusal: ApiError) -> tuple[bytes, dict[str, str]]:
+    """Body and headers of an answer after which the connection ends."""
+    body = json.dumps(refusal.envelope()).encode()
+    return body, {
+        "content-type": "application/json", "connection": "close", "content-length": str(len(body)), **refusal.headers
+    }  # fmt: skip
+
+
+async def _refuse(refusal: ApiError, receive: Any, send: Any) -> None:
+    body, headers = refusal_parts(refusal)
+    await send({"type": "http.response.start", "status": refusal.status, "headers": _encoded(headers)})
+    if refusal.status == 413:  # closed with unread input, the connection would be reset before the client has read
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+        body = b""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1):
+                while (await receive()).get("more_body"):
+                    pass
+    await send({"type": "http.response.body", "body": body})
+
+
+def _too_many(message: str, seconds: float) -> ApiError:
+    return ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": str(math.ceil(seconds))})
+
+
+def _encoded(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+    return [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+
+
 def _digest(key: str) -> str:
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _is_public(scope: Any) -> bool:
-    """What needs no key: `/health`, and the page's files."""
-    path = scope["path"]
-    return scope["method"] in ("GET", "HEAD") and (path in ("/", "/health") or path.startswith("/page/"))
-
-
-def _replaying(body: bytes, receive: Any) -> Callable[[], Any]:
-    """What the application receives: the body, and later that the client is gone."""
-    messages = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def next_message() -> Any:
-        return messages.pop() if messages else await receive()
-
-    return next_message

@@ -45,13 +45,15 @@ export function field(label, control, hint = "") {
 
 /** A table from heads and rows of strings or nodes; numbers are right-aligned. */
 export function table(heads, rows, caption = "") {
-  const cell = (tag, value) => element(tag, { class: typeof value === "number" ? "number" : null,
-    scope: tag === "th" ? "col" : null }, typeof value === "number" ? number(value) : value);
+  const cell = (value) => element("td", { class: typeof value === "number" ? "number" : null },
+    typeof value === "number" ? number(value) : value);
   return element("div", { class: "table-wrap", tabindex: "0", role: "region", "aria-label": caption || "Table" },
     element("table", {},
       caption && element("caption", { class: "unseen" }, caption),
-      element("thead", {}, element("tr", {}, heads.map((head) => cell("th", head)))),
-      element("tbody", {}, rows.map((row) => element("tr", {}, row.map((value) => cell("td", value)))))));
+      element("thead", {}, element("tr", {}, heads.map((head, column) => element("th", {
+        scope: "col", class: rows.some((row) => typeof row[column] === "number") ? "number" : null,
+      }, head)))),
+      element("tbody", {}, rows.map((row) => element("tr", {}, row.map(cell))))));
 }
 
 /** 1234567.891 → "1,234,568", 0.123456 → "0.1235". */
