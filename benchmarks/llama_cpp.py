@@ -1,11 +1,15 @@
-"""llama.cpp as a peer: a Llama's weights as a GGUF file, and its decoding inside this process by `xllamacpp`.
+"""llama.cpp as a peer by `xllamacpp`: a Llama as a GGUF file, its decoding inside this process, and its server.
 
 pip install xllamacpp gguf
+python -m benchmarks.llama_cpp model.gguf --port 8080 --slots 64 --length 256
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import re
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -30,10 +34,17 @@ BLOCK_PARTS = {  # transformers' names → GGUF's
 }
 
 
-def write_gguf(weights: Mapping[str, torch.Tensor], config: SLMConfig, path: Path, weight_format: str) -> None:
+def write_gguf(
+    weights: Mapping[str, torch.Tensor],
+    config: SLMConfig,
+    path: Path,
+    weight_format: str,
+    tokenizer: Path | None = None,
+) -> None:
     """Write a Llama as GGUF, its matrices in `weight_format`; with Q4_0 embedding and head in Q8_0.
 
-    `weights` have transformers' names. The vocabulary is one of placeholders: prompts are token ids.
+    `weights` have transformers' names. `tokenizer` is the directory of a byte-level BPE that splits as GPT-2 does;
+    without one the vocabulary is of placeholders: prompts are token ids.
     """
     outer_format = "Q8_0" if weight_format == "Q4_0" else weight_format  # as `slm quantize`; llama.cpp's own is Q6_K
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
@@ -50,10 +61,13 @@ def write_gguf(weights: Mapping[str, torch.Tensor], config: SLMConfig, path: Pat
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([f"t{number}" for number in range(config.vocab_size)])
-    writer.add_token_types([int(TokenType.NORMAL)] * config.vocab_size)
-    writer.add_token_merges(["t 0"])  # at least one is required
     writer.add_add_bos_token(False)
+    if tokenizer is None:
+        writer.add_token_list([f"t{number}" for number in range(config.vocab_size)])
+        writer.add_token_types([int(TokenType.NORMAL)] * config.vocab_size)
+        writer.add_token_merges(["t 0"])  # at least one is required
+    else:
+        _add_tokenizer(writer, tokenizer, config.vocab_size)
     for name, tensor in weights.items():
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             tensor = _interleaved(tensor, heads if "q_proj" in name else kv_heads)
@@ -65,6 +79,29 @@ def write_gguf(weights: Mapping[str, torch.Tensor], config: SLMConfig, path: Pat
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _add_tokenizer(writer: GGUFWriter, directory: Path, vocab_size: int) -> None:
+    """Vocabulary, merges, end tokens and chat template of a tokenizer.json. Raises `ValueError` for another kind."""
+    found = json.loads((directory / "tokenizer.json").read_text())
+    settings = json.loads((directory / "tokenizer_config.json").read_text())
+    splits, model = found["pre_tokenizer"], found["model"]
+    if model["type"] != "BPE" or splits["type"] != "ByteLevel" or not splits["use_regex"] or found["normalizer"]:
+        raise ValueError(f"{directory}: expected a byte-level BPE that splits as GPT-2 does")
+    spelled = {number: f"[unused {number}]" for number in range(vocab_size)}
+    kinds = [int(TokenType.UNUSED)] * vocab_size
+    for spelling, number in model["vocab"].items():
+        spelled[number], kinds[number] = spelling, int(TokenType.NORMAL)
+    for token in found["added_tokens"]:
+        spelled[token["id"]], kinds[token["id"]] = token["content"], int(TokenType.CONTROL)
+        if token["content"] == settings["eos_token"]:
+            writer.add_eos_token_id(token["id"])
+        if token["content"] == "<|im_end|>":
+            writer.add_eot_token_id(token["id"])
+    writer.add_token_list([spelled[number] for number in range(vocab_size)])
+    writer.add_token_types(kinds)
+    writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
+    writer.add_chat_template(settings["chat_template"])
 
 
 def _gguf_name(name: str) -> str:
@@ -117,3 +154,32 @@ class LlamaCpp:
         if any(len(row) != new for row in rows) or len(rows) != len(ids):
             raise ValueError(f"llama.cpp made {[len(row) for row in rows]} tokens, not {new} for each of {len(ids)}")
         return rows
+
+
+def serve(path: Path, port: int, slots: int, length: int, threads: int) -> None:
+    """llama.cpp's server of a GGUF model on 127.0.0.1, for so many requests at once of so many tokens each."""
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path, parameters.model_alias = str(path), {path.stem}
+    parameters.hostnames, parameters.port = ["127.0.0.1"], port
+    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
+    parameters.n_parallel, parameters.n_ctx, parameters.kv_unified = slots, slots * length, False
+    parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    parameters.verbosity = 0
+    server = xllamacpp.Server(parameters)
+    print(server.listening_address, flush=True)
+    threading.Event().wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", type=Path)
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--slots", type=int, default=64)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    serve(arguments.path, arguments.port, arguments.slots, arguments.length, arguments.threads)
+
+
+if __name__ == "__main__":
+    main()
