@@ -9,18 +9,22 @@ returns and the end of the thread are the worker's own failure: every open reque
 from __future__ import annotations
 
 import asyncio
+import bisect
 import concurrent.futures
 import contextlib
 import functools
+import itertools
 import logging
 import queue
 import threading
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import prometheus_client as prometheus
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.registry import Collector
 
 from slmkit.config import UserError
 from slmkit.generation.engine import Event, Request
@@ -114,6 +118,27 @@ class Job:
         self._news.set()
 
 
+class Gaps(Collector):
+    """A histogram of the times between tokens for each model. prometheus_client's own takes ten times as long for a
+    value, which at thousands of tokens a second was a tenth of the engines' thread.
+    """
+
+    def __init__(self, models: Sequence[ServedModel]) -> None:
+        self.counts = {model.name: [0] * (len(BETWEEN_TOKENS) + 1) for model in models}
+        self.sums = {model.name: 0.0 for model in models}
+
+    def add(self, model: str, seconds: float) -> None:
+        self.counts[model][bisect.bisect_left(BETWEEN_TOKENS, seconds)] += 1
+        self.sums[model] += seconds
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        name, edges = "slm_time_between_tokens_seconds", [*map(str, map(float, BETWEEN_TOKENS)), "+Inf"]
+        family = HistogramMetricFamily(name, "Between two tokens of a row.", labels=["model"])
+        for model, counts in self.counts.items():
+            family.add_metric([model], [*zip(edges, itertools.accumulate(counts))], self.sums[model])
+        yield family
+
+
 class Metrics:
     """What `/metrics` shows, in a registry of its own."""
 
@@ -133,7 +158,8 @@ class Metrics:
         self.steps = counter("engine_steps", "Steps of the engine.", "model")
         self.faults = counter("engine_faults", "Steps that failed; the engine was made anew.", "model")
         self.first_token = times("time_to_first_token", "From the request to a row's first token.", TO_FIRST_TOKEN)
-        self.between_tokens = times("time_between_tokens", "Between two tokens of a row.", BETWEEN_TOKENS)
+        self.between_tokens = Gaps(models)
+        registry.register(self.between_tokens)
         running = prometheus.Gauge("slm_running_rows", "Rows in the engine's slots.", ["model"], registry=registry)
         waiting = prometheus.Gauge("slm_waiting_rows", "Rows without a slot.", ["model"], registry=registry)
         for model in models:
@@ -148,10 +174,8 @@ class Metrics:
             self.cached_tokens.labels(name).inc(event.cached_tokens)
             self.prompt_tokens.labels(name).inc(len(job.request.prompt) - event.cached_tokens)
         else:
-            self.between_tokens.labels(name).observe(now - before)
+            self.between_tokens.add(name, now - before)
         job.last_token[event.index] = now
-        if event.token is not None:
-            self.generated_tokens.labels(name).inc()
 
 
 def _in_slots(model: ServedModel) -> int:
@@ -330,6 +354,7 @@ class Worker:
             return
         now = time.monotonic()
         self.metrics.steps.labels(model.name).inc()
+        self.metrics.generated_tokens.labels(model.name).inc(sum(event.token is not None for event in events))
         for event in events:
             job = self._running[model.name, event.handle]
             self.metrics.count(job, event, now)
