@@ -12,7 +12,7 @@ since hooks on the decoder capture what passes through it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -138,7 +138,7 @@ def look(
         "entropies": _rounded(found.entropies.tolist()),
         "likeliest": found.likeliest.tolist(),
         "likeliest_probabilities": _rounded(found.likeliest_probabilities.tolist()),
-        "vocabulary": _spellings(tokenizer, {*ids, *found.likeliest.flatten().tolist()}),
+        "vocabulary": {one: token_spelling(tokenizer, one) for one in {*ids, *found.likeliest.flatten().tolist()}},
         "windows": [layer.window for layer in architecture.layers],
         "heads": architecture.heads,
     }
@@ -151,7 +151,7 @@ def lens(decoder: LanguageModel, tokenizer: SLMTokenizer, ids: Sequence[int]) ->
         "likeliest": found.likeliest.tolist(),
         "likeliest_probabilities": _rounded(found.likeliest_probabilities.tolist()),
         "probabilities": _rounded(found.probabilities.tolist()),
-        "vocabulary": _spellings(tokenizer, found.likeliest.flatten().tolist()),
+        "vocabulary": {one: token_spelling(tokenizer, one) for one in found.likeliest.flatten().tolist()},
     }
 
 
@@ -181,10 +181,6 @@ def token_spelling(tokenizer: SLMTokenizer, token: int) -> tuple[str, str]:
         return spelling.decode(), "special" if token in tokenizer.special_tokens.values() else "text"
     except UnicodeDecodeError:
         return spelling.hex(" ").upper(), "bytes"
-
-
-def _spellings(tokenizer: SLMTokenizer, ids: Iterable[int]) -> dict[int, tuple[str, str]]:
-    return {token: token_spelling(tokenizer, token) for token in ids}
 
 
 def _rounded(values: Any) -> Any:
