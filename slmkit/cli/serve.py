@@ -43,6 +43,9 @@ AllowHost = Annotated[
 ]
 UI = Annotated[bool, typer.Option("--ui", help="Serve the page at / too: chat, runs, a look inside, data.")]
 Runs = Annotated[Path, typer.Option(metavar="FOLDER", help="Runs that the page shows.")]
+Data = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="What `slm data prepare` made, for the page to show.")
+]
 Browser = Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in the browser.")]
 
 
@@ -67,6 +70,7 @@ def serve(
     allow_host: AllowHost = None,
     ui: UI = False,
     runs: Runs = Path("runs"),
+    data: Data = None,
 ) -> None:
     """Serve models by the OpenAI API.
 
@@ -84,6 +88,7 @@ def ui(
     context: typer.Context,
     models: SomeModels = None,
     runs: Runs = Path("runs"),
+    data: Data = None,
     browser: Browser = True,
     port: Port = 8000,
     device: options.DeviceName = "auto",

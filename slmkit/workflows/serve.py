@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import stat
 import webbrowser
@@ -9,9 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from slmkit.config import Settings, UserError
+from pydantic import validate_call
+
+from slmkit.config import Settings, UserError, did_you_mean
 from slmkit.files import read_text
 from slmkit.find import find_model_directory, learned_conversations, run_of
+from slmkit.generation.sampling_settings import SamplingSettings
 from slmkit.hub import hub_name
 from slmkit.serving.doors import Limits
 
@@ -22,8 +26,10 @@ if TYPE_CHECKING:
     from slmkit.serving.page import Page
     from slmkit.serving.worker import Worker
 
+JSON = dict[str, Any]
 KEYS = "SLM_API_KEYS"  # environment: keys, separated by commas
 LEAST_KEY = 16  # characters
+USUAL = {"temperature": 0.6, "top_p": 0.95, "min_p": 0.05}  # of the page, as of `slm chat`, for models without advice
 
 
 class ServeSettings(Settings):
@@ -42,6 +48,7 @@ class ServeSettings(Settings):
     drain: float = 30.0
     ui: bool = False
     runs: Path = Path("runs")
+    data: Path | None = None
     browser: bool = False
     key_file: Path | None = None
     cors: list[str] | None = None
@@ -79,7 +86,7 @@ def serve_models(settings: ServeSettings) -> int:
     models = {name: ServedModel.load(name, path, settings.device, **options) for name, path in directories.items()}
     share_equal_weights([model.decoder for model in models.values()])
     worker = Worker(list(models.values()), max_queue=settings.max_queue, request_seconds=settings.request_seconds)
-    page = page_functions(worker, models, directories, settings.runs) if settings.ui else None
+    page = page_functions(worker, models, directories, settings.runs, settings.data) if settings.ui else None
 
     def tell() -> None:
         url = url_of(listening)
@@ -168,25 +175,55 @@ def newest_chat_run(folder: Path) -> list[str]:
 
 
 def page_functions(
-    worker: Worker, models: Mapping[str, ServedModel], directories: Mapping[str, Path], runs: Path
+    worker: Worker, models: Mapping[str, ServedModel], directories: Mapping[str, Path], runs: Path, data: Path | None
 ) -> Page:
-    """The functions of the page, by name: of the JSON body of a request."""
-    about = {
-        name: {
-            "context": model.decoder.max_positions,
-            "max_new_tokens": min(model.max_new_tokens, model.decoder.max_positions),
-            "settings": model.settings.model_dump(mode="json"),
-            "chat": model.tokenizer.chat_template is not None,
-            "learned_conversations": learned_conversations(directories[name]),
+    """The functions of the page by their names, each of the JSON body of a request.
+
+    Those that compute with a model do so in the worker's thread.
+    """
+    from slmkit.evaluation import look as inside
+    from slmkit.workflows.page_data import PageData
+
+    advice = {name: SamplingSettings.for_model(path, None, USUAL) for name, path in directories.items()}
+
+    def about() -> JSON:
+        return {
+            "models": {
+                name: {
+                    "context": model.decoder.max_positions,
+                    "max_new_tokens": min(model.max_new_tokens, model.decoder.max_positions),
+                    "settings": advice[name].model_dump(mode="json"),
+                    "chat": model.tokenizer.chat_template is not None,
+                    "learned_conversations": learned_conversations(directories[name]),
+                }
+                for name, model in models.items()
+            }
         }
-        for name, model in models.items()
-    }
 
-    def told(body: dict[str, Any]) -> dict[str, Any]:
-        return {"models": about}
+    def named(model: str) -> ServedModel:
+        if model not in models:
+            raise UserError(f"there is no model {model!r:.100}; {did_you_mean(model[:100], models)}")
+        return models[model]
 
-    functions: dict[str, Callable[[dict[str, Any]], Any]] = {"about": told}
-    return functions
+    def look(model: str, text: str | None = None, messages: list[JSON] | None = None, k: int = 10) -> JSON:
+        of = named(model)
+        return worker.run(lambda: inside.look(of.decoder, of.tokenizer, text, messages, k))
+
+    def lens(model: str, ids: list[int]) -> JSON:
+        of = named(model)
+        return worker.run(lambda: inside.lens(of.decoder, of.tokenizer, ids))
+
+    def attention(model: str, ids: list[int], layer: int, head: int) -> JSON:
+        of = named(model)
+        return worker.run(lambda: inside.attention(of.decoder, ids, layer, head))
+
+    functions = PageData(runs, data, {name: model.tokenizer for name, model in models.items()}).functions()
+    functions |= {one.__name__: validate_call(one) for one in (about, look, lens, attention)}
+    return {name: functools.partial(_with_arguments, function) for name, function in functions.items()}
+
+
+def _with_arguments(function: Callable[..., Any], body: JSON) -> Any:
+    return function(**body)
 
 
 def open_browser(url: str) -> None:

@@ -7,7 +7,7 @@ import { Settings } from "./chat_settings.js";
 import { action, AnswerView, branchSwitch, question } from "./thread.js";
 import { grow, isComposing, watchComposition } from "./typing.js";
 
-const EXAMPLES = ["Hello! Who are you?", "Tell me a short story.", "What can you do?"];
+const EXAMPLES = ["Hello!", "Who are you?", "Tell me a story about a fox and a kite."];
 const STARTS = ["Once upon a time", "The fox had a red kite.", "It was a rainy day, and"];
 const NEAR_END = 48; // pixels: a reader this near the end follows what is written
 
