@@ -41,7 +41,7 @@ MAY_IMPORT = {
 # serving, quantization and export in it; today's figures are of a package without them.
 CODE_LINES = {
     "": 24_200, "adapt": 1_470, "api": 610, "cli": 1_740, "data": 5_700, "evaluation": 700, "export": 1_200,
-    "generation": 1_600, "model": 2_200, "serving": 1_560, "tokenizer": 1_420, "training": 4_440, "workflows": 2_560,
+    "generation": 1_600, "model": 2_200, "serving": 1_580, "tokenizer": 1_420, "training": 4_440, "workflows": 2_560,
 }  # fmt: skip
 LINES_IN_A_FILE = 400
 LEAST_LINES_IN_A_FILE = 40
