@@ -186,7 +186,7 @@ def test_logit_lens(place: Place, open_page: Callable[..., Any]) -> None:
     def written(token: int) -> str:
         data = model.tokenizer.token_bytes(token)
         try:
-            return data.decode().replace(" ", "·").replace("\n", "↵")
+            return data.decode().translate({code: 0x2400 + code for code in range(32)} | {10: "↵", 9: "⇥", 32: "·"})
         except UnicodeDecodeError:
             return f"bytes {data.hex(' ').upper()}"
 
