@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import errno
 import functools
+import resource
 import signal
 import socket
 import threading
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     Engines = Worker | Upstreams
 
+FILES = 256  # that a process has open beside its connections
 SEND_BUFFER = 2**17  # bytes that the kernel keeps for a client that reads slowly
 
 
@@ -201,6 +203,10 @@ def serve(
 
     Returns the exit code: 0, 1 after a failure, 130 after a second SIGINT.
     """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    enough = limits.max_connections + FILES
+    if soft < enough:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(enough, hard) if hard >= 0 else enough, hard))
     server = Server(app, limits, worker, drain, tell_ready)
     server.run(sockets=[listening])
     return 130 if server.force_exit else int(server.has_failed)
