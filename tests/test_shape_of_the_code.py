@@ -85,7 +85,7 @@ WALKS = {
     "documents → shards": (
         4,
         "data/prepare/text_to_shards:prepare_text data/shards/work:write_shard data/shards/folder:ShardFolder.write "
-        "data/shards/writer:OpenShard",
+        "data/shards/writer:write_files",
     ),
     "shards → a batch": (
         4,

@@ -19,7 +19,7 @@ import numpy as np
 
 from slmkit.config import UserError
 from slmkit.data.shards.reader import FORMAT, HEADER, VERSION, Shard, damaged_file, read_header
-from slmkit.data.shards.writer import OpenShard, check_range, disk_errors_named, dtype_of, partial_folder
+from slmkit.data.shards.writer import disk_errors_named, dtype_of, partial_folder, write_files
 from slmkit.files import write_whole
 
 if TYPE_CHECKING:
@@ -77,15 +77,10 @@ class ShardFolder:
 
         Raises `ValueError` for a token outside the vocabulary, `UserError` if the disk is full.
         """
-        check_range(ids, self.tokenizer)
         with disk_errors_named(self.folder):
             self._marker(number).unlink(missing_ok=True)
-            file = OpenShard(self.folder, f"{number:05}")
-            try:
-                file.write({"tokens": ids.astype(self.dtype, copy=False), "ends": ends.astype("<i8")})
-                finished = Finished(file.finish(), text_bytes, self._origin(content))
-            finally:
-                file.close()
+            shard = write_files(self.folder, number, {"tokens": ids, "ends": ends}, self.tokenizer)
+            finished = Finished(shard, text_bytes, self._origin(content))
             write_whole(self._marker(number), json.dumps(dataclasses.asdict(finished)))
         return finished
 
