@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 from slmkit.config import UserError
 from slmkit.data.sources.documents import PIECE, WORDS
@@ -29,14 +29,14 @@ class File:
     """A local or remote file: its name for messages, how to open its stored bytes, and its description."""
 
     name: str
-    open: Callable[[], BinaryIO]
+    open: Callable[[], io.BufferedReader]
     describe: Callable[[], dict[str, Any]]
 
     @property
     def kind(self) -> str:
         return kind_of(self.name)
 
-    def open_at(self, offset: int = 0) -> BinaryIO:
+    def open_at(self, offset: int = 0) -> io.BufferedReader:
         """The uncompressed bytes from `offset` on; seeks in a plain file, reads and drops in a compressed one.
 
         Raises `OSError` at the beginning of a file that is clearly not UTF-8 text.
@@ -51,12 +51,12 @@ class File:
         else:
             # zstandard's own reader gives no error for a truncated file.
             unpacked = io.BufferedReader(pyarrow().CompressedInputStream(stream, "zstd"), PIECE)
-        reader = _ReaderUpToDamage(unpacked)
-        while offset and (dropped := len(reader.read(min(offset, PIECE)))):
+        reader = io.BufferedReader(_Unpacked(unpacked), PIECE)
+        while offset and (dropped := len(reader.read1(min(offset, PIECE)))):
             offset -= dropped
-        return cast(BinaryIO, reader)
+        return reader
 
-    def _expect_text(self, stream: BinaryIO) -> BinaryIO:
+    def _expect_text(self, stream: io.BufferedReader) -> io.BufferedReader:
         head = stream.read(max(map(len, NOT_TEXT)))
         stream.seek(0)
         if what := next((what for first, what in NOT_TEXT.items() if head.startswith(first)), None):
@@ -65,52 +65,27 @@ class File:
         return stream
 
 
-class _ReaderUpToDamage:
-    """Gives all bytes in front of a damage, then raises its error.
-
-    It unpacks blocks of one size, so that these bytes are the same wherever reading begins.
+class _Unpacked(io.RawIOBase):
+    """The bytes of a compressed stream, unpacked in blocks of one size: so those in front of a damage are the same
+    wherever reading begins. A buffered reader's `read1` and `readline` give all of them, then raise its error.
     """
 
     def __init__(self, stream: Any) -> None:
-        self._stream, self._held, self._at = stream, b"", 0
-        self._error: Exception | None = None
+        self._stream, self._block = stream, memoryview(b"")
 
-    def __enter__(self) -> _ReaderUpToDamage:
-        return self
+    def readable(self) -> bool:
+        return True
 
-    def __exit__(self, *error: object) -> None:
+    def readinto(self, buffer: Any) -> int:
+        if not self._block:
+            self._block = memoryview(self._stream.read1(PIECE))
+        taken, self._block = self._block[: len(buffer)], self._block[len(buffer) :]
+        buffer[: len(taken)] = taken
+        return len(taken)
+
+    def close(self) -> None:
         self._stream.close()
-
-    def read(self, size: int = -1) -> bytes:
-        while (size < 0 or len(self._held) - self._at < size) and self._unpack():
-            pass
-        return self._take(len(self._held) if size < 0 else self._at + size)
-
-    def readline(self, limit: int) -> bytes:
-        """A line, or its first `limit` bytes; a line that the damage cuts is not given."""
-        while not (end := self._held.find(b"\n", self._at, self._at + limit) + 1):
-            if len(self._held) - self._at >= limit or not self._unpack():
-                break
-        if not end and self._error is not None and len(self._held) - self._at < limit:
-            raise self._error
-        return self._take(end or self._at + limit)
-
-    def _unpack(self) -> bool:
-        """Unpack one more block; False at the end."""
-        if self._error is not None:
-            return False
-        try:
-            block = self._stream.read1(PIECE)
-        except damage() as error:
-            self._error, block = error, b""
-        self._held, self._at = self._held[self._at :] + block, 0
-        return bool(block)
-
-    def _take(self, end: int) -> bytes:
-        taken, self._at = self._held[self._at : end], min(end, len(self._held))
-        if not taken and self._error is not None:
-            raise self._error
-        return taken
+        super().close()
 
 
 def local_file(path: str | Path) -> File:

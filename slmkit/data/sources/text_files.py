@@ -78,7 +78,7 @@ def text_documents(file: File, start: Position, separator: str | None = None) ->
                 raise damaged
             if not (is_complete or is_all):
                 try:
-                    data = stream.read(PIECE)
+                    data = stream.read1(PIECE)
                 except damage() as error:
                     damaged = error
                     continue
