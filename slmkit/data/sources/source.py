@@ -105,6 +105,7 @@ class Source:
     ) -> None:
         self.settings, self.parts, self.retries = settings, parts, retries
         self.found = [one for one in found if one.folder]
+        self.position: Position = {"file": 0}  # after the last item that was read
         self.count_anew()
 
     def count_anew(self) -> None:
@@ -220,6 +221,7 @@ class Source:
                         self.note("pairs whose answers began with the prompt, which was removed from them", item.place)
                     if isinstance(item, Document) and isinstance(part, FilePart):
                         self.spelled.update(spelling for spelling in SPELLINGS if spelling in item.text)
+                    self.position = position
                     yield item, position
                     if position["documents"] == self.settings.documents:
                         return
@@ -255,6 +257,13 @@ def open_source(
         return Source(settings, [BuiltInPart(settings.path, seed, held_out)], retries)
     files, found = retries.until_done(lambda: find_files(settings))
     return Source(settings, [FilePart(file, settings) for file in files], retries, found)
+
+
+def open_together(several: Sequence[SourceSettings], seed: int = 0) -> Source:
+    """One source of several paths, read one after the other; all other settings are the first one's."""
+    opened = [open_source(settings, seed) for settings in several]
+    parts, found = [part for one in opened for part in one.parts], [chosen for one in opened for chosen in one.found]
+    return Source(opened[0].settings, parts, opened[0].retries, found)
 
 
 def expect_source(settings: SourceSettings) -> None:
