@@ -55,21 +55,17 @@ def prepare(
     reads = _kind_of_rows(chat, pairs, judged, bool(clean or ray or shuffle is not None), length)
     cleaning = load_settings(CleaningSettings, {}, clean or [])
     settings, directory = sources_of(sources, source), find_tokenizer_directory(tokenizer)
-    from slmkit.data.prepare.conversations import (  # imports torch: after the arguments were checked
-        ConversationEncoder,
-        write_conversations,
-    )
-    from slmkit.data.prepare.open_sources import share_read
+    # These import torch: after the arguments were checked.
+    from slmkit.data.prepare.conversations import encoded_rows, write_conversations
+    from slmkit.data.prepare.open_sources import items_of, share_read
     from slmkit.data.prepare.text_to_shards import prepare_text
     from slmkit.data.shards.folder import claim
     from slmkit.data.sources import open_together
 
     loaded = SLMTokenizer.from_pretrained(directory)
     options: dict[str, Any] = {"shuffle_seed": shuffle, "cleaning": cleaning, "shard_characters": shard_characters}
-    asked: dict[str, Any] = {"sources": [one.model_dump(mode="json") for one in settings], "reads": reads}
-    asked |= {"tokenizer": loaded.fingerprint, **options, "cleaning": cleaning.model_dump(mode="json")}
     opened = open_together(settings)
-    claim(output, asked)
+    claim(output, {"sources": settings, "reads": reads, "tokenizer": loaded.fingerprint, **options})
     described = opened.describe()
     with progress_bar("tokenizing") as show:
 
@@ -78,16 +74,13 @@ def prepare(
 
         told: dict[str, Any] = {"sources": described, "progress": progress}
         if reads is not None:
-            rows = (row for row, _ in opened.read_rows(reads))
-            encoded = ConversationEncoder(loaded, opened, length).encode_all(rows)
-            shards = write_conversations(encoded, loaded, output, **told)
+            shards = write_conversations(encoded_rows(opened, reads, loaded, length), loaded, output, **told)
         elif ray:
             from slmkit.data.prepare.ray import prepare_text_on_ray
 
             shards = prepare_text_on_ray(settings, directory, output, address=ray, progress=progress, **options)
         else:
-            documents = (document for document, _ in opened.read())
-            shards = prepare_text(documents, loaded, output, workers=workers, **told, **options)
+            shards = prepare_text(items_of(opened, "text"), loaded, output, workers=workers, **told, **options)
     for line in opened.report():
         TerminalReporter().say(line)
     _print_cleaning(shards)

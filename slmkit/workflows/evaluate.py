@@ -9,7 +9,7 @@ from pathlib import Path
 
 from slmkit.adapt.load import load_model
 from slmkit.config import UserError
-from slmkit.data.prepare.conversations import ConversationEncoder, write_conversations
+from slmkit.data.prepare.conversations import encoded_rows, write_conversations
 from slmkit.data.prepare.open_sources import items_of
 from slmkit.data.prepare.text_to_shards import prepare_text
 from slmkit.data.sources import open_source
@@ -60,9 +60,8 @@ def evaluate_text(
     with tempfile.TemporaryDirectory(prefix="slmkit-eval-") as folder:
         try:
             if chat:
-                talks = (row for row, _ in opened.read_rows("conversations"))
-                encoded = ConversationEncoder(tokenizer, opened, length).encode_all(talks)
-                shards = write_conversations(encoded, tokenizer, f"{folder}/shards")
+                talks = encoded_rows(opened, "conversations", tokenizer, length)
+                shards = write_conversations(talks, tokenizer, f"{folder}/shards")
             else:
                 shards = prepare_text(items_of(opened, "text"), tokenizer, f"{folder}/shards")
         except UserError as error:

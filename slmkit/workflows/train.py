@@ -14,13 +14,12 @@ from slmkit.device import Device, find_device
 from slmkit.find import find_run
 from slmkit.model.config import SLMConfig
 from slmkit.training.checkpoints.checkpoint import complete_checkpoints, load_checkpoint, newest_intact, step_of
-from slmkit.training.checkpoints.flight_recorder import read_record
-from slmkit.training.diagnostics.replay import Replay, replay_step
+from slmkit.training.checkpoints.flight_recorder import Replay, read_record, replay_step
 from slmkit.training.distributed import Group, join
 from slmkit.training.fit import fresh_state
+from slmkit.training.logging.logger import check_trackers
 from slmkit.training.logging.metrics_log import mark_running
 from slmkit.training.logging.progress import training_progress
-from slmkit.training.logging.trackers import check_trackers
 from slmkit.training.loop import Every, Plan, StopRequested
 from slmkit.training.recipe.changes import (
     NOW,

@@ -18,6 +18,7 @@ from slmkit.config import UserError
 from slmkit.data.ordered_map import batches
 from slmkit.data.packing import learned_ranges
 from slmkit.data.prepare.text_to_shards import Progress, no_progress
+from slmkit.data.settings import Reads
 from slmkit.data.shards.reader import TokenShards
 from slmkit.data.shards.writer import write_shards
 from slmkit.data.sources import BadRow, Judged, Message, Pair, RetryPolicy, Source, tools_of
@@ -154,6 +155,13 @@ def text_bytes(conversation: Iterable[Message]) -> int:
         said += [message["content"] or "", message.get("reasoning_content") or ""]
         said += [json.dumps(call, ensure_ascii=False) for call in message.get("tool_calls") or ()]
     return sum(len(text.encode("utf-8", "surrogatepass")) for text in said)
+
+
+def encoded_rows(
+    source: Source, reads: Reads, tokenizer: SLMTokenizer, length: int | None = None, on_long: OnLong = "cut"
+) -> Iterator[EncodedConversation]:
+    """All conversations, pairs or judged answers of a source, encoded; with `length`, longer ones are counted."""
+    return ConversationEncoder(tokenizer, source, length, on_long).encode_all(row for row, _ in source.read_rows(reads))
 
 
 def prepare_chat(items: Iterable[Item], tokenizer: SLMTokenizer, directory: str | Path, **options: Any) -> TokenShards:

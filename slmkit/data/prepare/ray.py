@@ -20,9 +20,8 @@ import numpy as np
 from slmkit.config import UserError
 from slmkit.data.ordered_map import ordered_map
 from slmkit.data.prepare.text_to_shards import Progress, TextShards, prepare_text
-from slmkit.data.shards.folder import Finished, ShardFolder
+from slmkit.data.shards.folder import Finished, ShardFolder, ShardWork, encode, write_shard
 from slmkit.data.shards.reader import TokenShards
-from slmkit.data.shards.work import ShardWork, encode, write_shard
 from slmkit.data.sources import Document, open_together
 from slmkit.data.sources.settings import SourceSettings
 from slmkit.tokenizer import SLMTokenizer

@@ -28,8 +28,8 @@ from slmkit.training.estimate.memory import (
     weights_bytes,
 )
 from slmkit.training.estimate.scaling_laws import expected_loss
+from slmkit.training.logging.logger import StepFlops
 from slmkit.training.logging.progress import clock
-from slmkit.training.logging.throughput import StepFlops
 from slmkit.training.loop import Report, State
 from slmkit.training.optimizers.choose import trained
 from slmkit.training.recipe.recipe import TrainSettings

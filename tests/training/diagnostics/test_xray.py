@@ -248,7 +248,7 @@ def test_a_run_with_a_finding_is_not_begun_unless_forced(tmp_path: Path, tokeniz
 
 
 def test_a_script_with_another_tokenizer_is_looked_at_too(tmp_path: Path) -> None:
-    from slmkit.data.rows.text_dataset import TextDataset
+    from slmkit.data.rows.datasets import TextDataset
 
     class Words:
         """As little as a script's tokenizer may be."""
