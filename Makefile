@@ -66,5 +66,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(INSTALL) --editable ".[train,optim,hub,cluster,track,test]"
+	$(INSTALL) --editable ".[train,optim,hub,cluster,serve,track,test]"
 	touch $@

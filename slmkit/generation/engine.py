@@ -61,6 +61,7 @@ class Request:
     grammar: Any = None  # a `constraints.Grammar`: what the text must be
     logprobs: int | None = None  # with each token its log-probability, and those of this many likeliest tokens
     prompt_logprobs: int | None = None  # the same for the prompt, with the first token
+    prefix_group: str = ""  # the beginning of an earlier text is reused only if that was of the same group
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class Event:
     error: str = ""  # why, if that is "error"
     logprobs: Logprobs = field(default_factory=list)  # the token first, then the likeliest
     prompt_logprobs: Sequence[Logprobs] = ()  # of each token of the prompt but the first
+    cached_tokens: int = 0  # with a row's first event: how many of its prompt were known from another text, not read
 
 
 class Row:
@@ -89,6 +91,7 @@ class Row:
         self.matcher = None if request.grammar is None else request.grammar.start(len(known)).prepare()
         self.pool: Pool  # once it is admitted, with
         self.slot: int
+        self.cached_tokens = 0
         self.reads_whole = index == 0 and request.prompt_logprobs is not None  # none of the prompt from another slot
         self.prompt_logprobs: list[Logprobs] = []
 
@@ -278,7 +281,8 @@ class Engine:
         if not self._waiting:
             return None
         row = self._waiting[0]
-        if any(common(row.ids, other.ids, WORTH_WAITING) == WORTH_WAITING for other in rows):
+        alike = (other for other in rows if other.request.prefix_group == row.request.prefix_group)
+        if any(common(row.ids, other.ids, WORTH_WAITING) == WORTH_WAITING for other in alike):
             return None
         return self._waiting.popleft() if self.pools.admit(row, self._length(row.request)) else None
 
@@ -304,13 +308,15 @@ class Engine:
 
     def _event(self, row: Row, token: int, logits: Tensor) -> Event:
         """Append a token, chosen from logits [1, vocab_size], to a row. One that has ended leaves its slot."""
-        read, row.prompt_logprobs = row.prompt_logprobs, []
+        read, cached, row.prompt_logprobs, row.cached_tokens = row.prompt_logprobs, row.cached_tokens, [], 0
         if row.request.max_new_tokens == 0:
             row.pool.leave(row)
-            return Event(row.handle, row.index, None, finish_reason="length", prompt_logprobs=read)
+            return Event(
+                row.handle, row.index, None, finish_reason="length", prompt_logprobs=read, cached_tokens=cached
+            )
         if token in FAULTS:
             row.pool.leave(row, keep=False)
-            return Event(row.handle, row.index, None, finish_reason="error", error=FAULTS[token])
+            return Event(row.handle, row.index, None, finish_reason="error", error=FAULTS[token], cached_tokens=cached)
         of_token: Logprobs = []
         if row.request.logprobs is not None:
             found = log_probabilities(logits, self._tensor([token]), row.request.logprobs)
@@ -318,7 +324,7 @@ class Engine:
         text, reason = row.accept(token, self.context)
         if reason is not None:
             row.pool.leave(row)
-        return Event(row.handle, row.index, token, text, reason, "", of_token, read)
+        return Event(row.handle, row.index, token, text, reason, "", of_token, read, cached)
 
     def _tensor(self, ids: Any) -> Tensor:
         return torch.tensor(ids, dtype=torch.long, device=self.decoder.device)
@@ -360,6 +366,8 @@ def _checked(request: Request, vocab_size: int) -> Request:
         raise UserError(f"settings: expected SamplingSettings, found {request.settings!r:.60}")
     if request.grammar is not None and not hasattr(request.grammar, "start"):
         raise UserError(f"grammar: expected a constraints.Grammar, found {request.grammar!r:.60}")
+    if not isinstance(request.prefix_group, str):
+        raise UserError(f"prefix_group: expected text, found {request.prefix_group!r:.60}")
     request.settings.expect_ids_below(vocab_size)
     return replace(request, **found | {"stop_ids": frozenset(found["stop_ids"])})
 

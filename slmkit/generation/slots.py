@@ -24,6 +24,13 @@ LEAST = 64  # positions: caches grow from here by doubling
 Row = Any  # `engine.Row`: the engine imports this module
 
 
+class Text(NamedTuple):
+    """What a slot holds the beginning of: the first `cache.length(slot)` ids."""
+
+    ids: Sequence[int]
+    group: str  # `Request.prefix_group`
+
+
 class Pool:
     """A cache, the text that each of its slots holds, and the rows in the first of them: first those that run, then
     those whose prompt is read.
@@ -38,13 +45,13 @@ class Pool:
 
     def clear(self) -> None:
         """Forget all texts, and give back their memory."""
-        self.texts: list[list[int]] = []  # the cache holds the first `cache.length(slot)` ids of each
+        self.texts: list[Text] = []  # of each slot
         self.resize(0, min(LEAST, self.limit))
 
     def resize(self, slots: int, length: int) -> None:
         """Move to another cache, with as many texts as have a place there."""
         cache = self.decoder.new_cache(slots, length, self.at_once)
-        texts: list[list[int]] = [[] for _ in range(slots)]
+        texts = [Text((), "")] * slots
         for slot, text in enumerate(self.texts[:slots]):
             held = self.cache.length(slot)
             if held <= length and self.cache.holds(slot, held):
@@ -116,7 +123,8 @@ class Pools:
         if sum(len(each.rows) for each in self.pools) >= self.max_rows or not self._reserve(pool, length):
             return False
         slot, free = len(pool.rows), range(len(pool.rows), len(pool.texts))
-        prefix = self._longest_prefix(row.ids[:-1]) if self.reuse and not row.reads_whole else None
+        group = row.request.prefix_group
+        prefix = self._longest_prefix(row.ids[:-1], group) if self.reuse and not row.reads_whole else None
         if prefix is not None and prefix.pool is pool and prefix.slot in free:
             pool.swap(slot, prefix.slot)
             pool.cache.truncate(slot, prefix.length)
@@ -126,7 +134,8 @@ class Pools:
             pool.cache.truncate(slot, 0)
             if prefix is not None:
                 pool.cache.copy_slot(slot, prefix.pool.cache, prefix.slot, prefix.length)
-        row.pool, row.slot, pool.texts[slot] = pool, slot, row.ids
+        row.pool, row.slot, pool.texts[slot] = pool, slot, Text(row.ids, group)
+        row.cached_tokens = prefix.length if prefix is not None else 0
         pool.rows.append(row)
         return True
 
@@ -134,10 +143,17 @@ class Pools:
         """Make sure of a free slot of `length` positions; False if that needs more memory than there is."""
         held, used = len(pool.texts), len(pool.rows)
         longest = max(self._rounded(length), pool.cache.max_length)
+        more = max(1, min(2 * held, self.max_rows))
         if used < held and longest == pool.cache.max_length:
+            is_lost = all(pool.cache.length(slot) for slot in range(used, held))  # a text that may be continued
+            if is_lost and more > held and self._taken_beside(pool) + pool.bytes(more, longest) <= self.memory:
+                pool.resize(more, longest)
             return True
-        usual = held if used < held else max(1, min(2 * held, self.max_rows))
-        for slots, positions in ((usual, longest), (used + 1, longest), (1, self._rounded(length))):
+        for slots, positions in (
+            (held if used < held else more, longest),
+            (used + 1, longest),
+            (1, self._rounded(length)),
+        ):
             if slots > used and self._fits(pool, slots, positions):
                 pool.resize(slots, positions)
                 return True
@@ -145,25 +161,27 @@ class Pools:
 
     def _fits(self, pool: Pool, slots: int, length: int) -> bool:
         """Whether a pool of that size fits into the memory, after clearing others in which nothing runs if need be."""
-        others = [other for other in self.pools if other is not pool]
-        for other in (*(other for other in others if not other.rows), None):
-            taken = sum(each.bytes(len(each.texts), each.cache.max_length) for each in others)
-            if pool.bytes(slots, length) + taken <= self.memory:
+        for other in (*(other for other in self.pools if other is not pool and not other.rows), None):
+            if pool.bytes(slots, length) + self._taken_beside(pool) <= self.memory:
                 return True
             if other is not None:
                 other.clear()
         return False
 
+    def _taken_beside(self, pool: Pool) -> int:
+        """Bytes of the other pools."""
+        return sum(each.bytes(len(each.texts), each.cache.max_length) for each in self.pools if each is not pool)
+
     def _rounded(self, length: int) -> int:
         """The size of a cache for `length` positions: a power of two, or the whole context."""
         return min(max(LEAST, 1 << (length - 1).bit_length()), self.decoder.max_positions)
 
-    def _longest_prefix(self, ids: Sequence[int]) -> Prefix | None:
-        """The slot that holds most of the beginning of `ids`."""
+    def _longest_prefix(self, ids: Sequence[int], group: str) -> Prefix | None:
+        """The slot of a text of this group that holds most of the beginning of `ids`."""
         best = None
         for pool in self.pools:
             for slot, text in enumerate(pool.texts):
-                length = common(ids, text, pool.cache.length(slot))
+                length = common(ids, text.ids, pool.cache.length(slot)) if text.group == group else 0
                 if length > (best.length if best else 0) and pool.cache.holds(slot, length):
                     best = Prefix(pool, slot, length)
                     if length == len(ids):

@@ -421,6 +421,50 @@ def test_what_another_text_has_read_is_not_read_again(monkeypatch: pytest.Monkey
     assert read == [3]
 
 
+def cached_tokens(events: Sequence[Event]) -> dict[tuple[int, int], list[int]]:
+    found = defaultdict(list)
+    for event in events:
+        found[event.handle, event.index].append(event.cached_tokens)
+    return dict(found)
+
+
+def test_the_first_event_of_a_row_tells_how_much_of_its_prompt_was_known(exact: Decoder) -> None:
+    engine, prompt = Engine(exact), numbers(40, 1)
+    first = engine.insert(Request(prompt, 3, GREEDY, n=3))
+    assert cached_tokens(run(engine)) == {(first, 0): [0, 0, 0], (first, 1): [39, 0, 0], (first, 2): [39, 0, 0]}
+    other = (prompt[20] + 1) % 97
+    for again, known in ((prompt, 39), ([*prompt[:20], other, 2, 3], 20), (numbers(9, 5), 0), ([*prompt, 1], 40)):
+        handle = engine.insert(Request(again, 2, GREEDY))
+        assert cached_tokens(run(engine)) == {(handle, 0): [known, 0]}
+    scored = engine.insert(Request(prompt, 0, GREEDY, prompt_logprobs=0))  # reads all of it
+    assert cached_tokens(run(engine)) == {(scored, 0): [0]}
+    assert all(event.cached_tokens == 0 for event in run_request(exact, Request(prompt, 2, GREEDY, n=2)))
+
+
+def test_beginnings_are_reused_within_a_group_alone(exact: Decoder) -> None:
+    engine, prompt = Engine(exact), numbers(40, 1)
+    asked = [Request(prompt, 2, GREEDY, prefix_group=group) for group in ("a", "b", "", "b", "a", "c")]
+    known = []
+    for request in asked:
+        engine.insert(request)
+        events = run(engine)
+        assert [event.token for event in events] == plain(exact, prompt, 2)
+        known.append(events[0].cached_tokens)
+    assert known == [0, 0, 0, 39, 39, 0]
+    handles = [engine.insert(replace(request, prompt=[3, *prompt])) for request in asked]  # at the same time
+    found = cached_tokens(run(engine))
+    assert [found[handle, 0][0] for handle in handles] == [0, 0, 0, 40, 40, 0]
+    with pytest.raises(UserError, match="prefix_group"):
+        engine.insert(Request(prompt, 2, GREEDY, prefix_group=None))
+
+
+def test_a_slot_that_another_group_takes_over_is_read_anew(exact: Decoder) -> None:
+    engine, prompt = Engine(exact, max_rows=1), numbers(40, 1)
+    for group in ("a", "b", "a", "a"):
+        engine.insert(Request(prompt, 2, GREEDY, prefix_group=group))
+    assert [event.cached_tokens for event in run(engine)][::2] == [0, 0, 0, 39]
+
+
 def test_a_prompt_known_almost_to_the_end_of_the_context_is_read_beside_a_short_one(exact: Decoder) -> None:
     engine, long = Engine(exact), numbers(60, 1)
     engine.insert(Request(long, 1, GREEDY))
