@@ -5,13 +5,14 @@ every layer (nostalgebraist 2020, "interpreting GPT: the logit lens"). Attention
 attention returns for values that are the rows of the identity matrix, softmax(scale q·k) I, so masks, windows, caps
 and grouped heads are those of the forward pass.
 
-`look`, `lens` and `attention` give the same as small JSON, for the web page.
+`look`, `lens` and `attention` give the same as small JSON, for the web page. All of it is for one thread at a time,
+since hooks on the decoder capture what passes through it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,6 +32,7 @@ from slmkit.tokenizer import SLMTokenizer
 
 MOST_TOKENS = 512  # weights of a layer are [heads, tokens, tokens], the lens computes [layers, tokens, vocab_size]
 MOST_CHARACTERS = 64 * MOST_TOKENS  # a longer text is refused before it is encoded
+MOST_LIKELIEST = 100
 POSITIONS_AT_ONCE = 64  # whose logits are in memory at the same time
 OVERVIEW = 48  # rows and columns of a head's small map
 UNIT = 10_000  # attention weights in JSON are whole numbers of 1/10,000
@@ -118,6 +120,7 @@ def look(
     """
     if (text is None) == (messages is None):
         raise UserError("look: give either text or messages")
+    _expect("k", k, 1, MOST_LIKELIEST)
     if len(text or "") + sum(len(str(message)) for message in messages or ()) > MOST_CHARACTERS:
         raise UserError(f"more than {MOST_CHARACTERS:,} characters: a look inside takes {MOST_TOKENS} tokens at most")
     if messages is not None:
@@ -135,7 +138,7 @@ def look(
         "entropies": _rounded(found.entropies.tolist()),
         "likeliest": found.likeliest.tolist(),
         "likeliest_probabilities": _rounded(found.likeliest_probabilities.tolist()),
-        "vocabulary": _spellings(tokenizer, {*ids, *found.likeliest.flatten().tolist()}),
+        "vocabulary": {one: token_spelling(tokenizer, one) for one in {*ids, *found.likeliest.flatten().tolist()}},
         "windows": [layer.window for layer in architecture.layers],
         "heads": architecture.heads,
     }
@@ -148,7 +151,7 @@ def lens(decoder: LanguageModel, tokenizer: SLMTokenizer, ids: Sequence[int]) ->
         "likeliest": found.likeliest.tolist(),
         "likeliest_probabilities": _rounded(found.likeliest_probabilities.tolist()),
         "probabilities": _rounded(found.probabilities.tolist()),
-        "vocabulary": _spellings(tokenizer, found.likeliest.flatten().tolist()),
+        "vocabulary": {one: token_spelling(tokenizer, one) for one in found.likeliest.flatten().tolist()},
     }
 
 
@@ -178,10 +181,6 @@ def token_spelling(tokenizer: SLMTokenizer, token: int) -> tuple[str, str]:
         return spelling.decode(), "special" if token in tokenizer.special_tokens.values() else "text"
     except UnicodeDecodeError:
         return spelling.hex(" ").upper(), "bytes"
-
-
-def _spellings(tokenizer: SLMTokenizer, ids: Iterable[int]) -> dict[int, tuple[str, str]]:
-    return {token: token_spelling(tokenizer, token) for token in ids}
 
 
 def _rounded(values: Any) -> Any:

@@ -7,13 +7,13 @@ import json
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from slmkit.config import UserError
 from slmkit.generation.engine import Event, Logprobs, Request
-from slmkit.generation.text import StopStrings, end_tokens
+from slmkit.generation.text import StopStrings
 from slmkit.serving.models import ServedModel
 from slmkit.serving.protocol import (
     JSON,
@@ -95,7 +95,7 @@ class ChatRow:
             reader.add(written.before)
         return reader
 
-    def read(self, event: Event) -> JSON | None:
+    def read(self, event: Event, _: Any) -> JSON | None:
         """The choice of the next chunk; None if there is nothing to say yet."""
         text, calls = event.text, list[JSON]()
         if self.reader is not None:
@@ -128,43 +128,50 @@ class ChatRow:
         return {"index": self.index, "message": message, "logprobs": logprobs, "finish_reason": self.finish}
 
 
-def _spelled(tokenizer: SLMTokenizer, token: int) -> bytes:
-    """The bytes of a token; none for ids of a model that is wider than its vocabulary."""
+def _spelled(tokenizer: SLMTokenizer, token: int) -> tuple[str, bytes]:
+    """A token's name and bytes. Parts of characters are named by their bytes, as OpenAI does, and ids of a model that
+    is wider than its vocabulary by their numbers: as text, several would be the same.
+    """
     try:
-        return tokenizer.token_bytes(token)
+        spelled = tokenizer.token_bytes(token)
     except UserError:
-        return b""
+        return f"token_id:{token}", b""
+    try:
+        return spelled.decode(), spelled
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled), spelled
 
 
 def _chat_entry(tokenizer: SLMTokenizer, found: Logprobs) -> JSON:
     """One token of `logprobs.content`."""
     each = []
     for token, logprob in found:
-        spelled = _spelled(tokenizer, token)
-        each.append({"token": spelled.decode("utf-8", "replace"), "logprob": logprob, "bytes": [*spelled]})
+        name, spelled = _spelled(tokenizer, token)
+        each.append({"token": name, "logprob": logprob, "bytes": [*spelled]})
     return {**each[0], "top_logprobs": each[1:]}
 
 
 class CompletionRow:
     """One choice of a completion, in OpenAI's older form: parallel lists of tokens and log-probabilities."""
 
-    def __init__(self, index: int, body: CompletionRequest, model: ServedModel, prompt: Sequence[int]) -> None:
-        self.index, self.tokenizer, self.prompt = index, model.tokenizer, prompt
-        self.echo, self.has_logprobs, self.finish = bool(body.echo), body.logprobs is not None, ""
-        self.hidden = {*end_tokens(model.tokenizer), *model.tokenizer.special_tokens.values()}
-        self.text, self.lists, self._characters = "", _lists(), 0
-        self._is_first = True
+    def __init__(self, index: int, body: CompletionRequest, model: ServedModel, request: Request) -> None:
+        self.index, self.request, self.tokenizer, self.unseen = index, request, model.tokenizer, model.unseen
+        self.has_logprobs = request.logprobs is not None
+        self.echo = body.prompts[index // request.n] if body.echo else ""  # a text or ids
+        self.text, self.finish, self.lists, self._characters, self._is_first = "", "", _lists(), 0, True
 
-    def read(self, event: Event) -> JSON | None:
+    def read(self, event: Event, prompt_logprobs: Sequence[Logprobs]) -> JSON | None:
         """The choice of the next chunk; None if there is nothing to say yet."""
         text, lists = event.text, _lists()
         if self._is_first and self.echo:
-            text = self.tokenizer.decode(self.prompt) + text
+            is_text, prompt = isinstance(self.echo, str), self.request.prompt
+            text = (self.echo if is_text else self.tokenizer.decode(prompt)) + text
             if self.has_logprobs:
-                self._append(lists, [[(self.prompt[0], None)], *event.prompt_logprobs], shown=True)
+                hidden = set(self.tokenizer.beginning) if is_text else set()
+                self._append(lists, [[(prompt[0], None)], *prompt_logprobs], hidden)
         self._is_first = False
-        if self.has_logprobs and event.logprobs:
-            self._append(lists, [event.logprobs], shown=False)
+        if event.logprobs:
+            self._append(lists, [event.logprobs], self.unseen)
         self.text += text
         for name, values in lists.items():
             self.lists[name] += values
@@ -174,19 +181,18 @@ class CompletionRow:
         logprobs = lists if self.has_logprobs else None
         return {"index": self.index, "text": text, "logprobs": logprobs, "finish_reason": self.finish or None}
 
-    def _append(self, lists: JSON, found: Sequence[Any], shown: bool) -> None:
-        """`shown`: special tokens are in the text."""
-        for (token, logprob), *top in found:
-            spelled = _spelled(self.tokenizer, token)
-            lists["tokens"].append(_name(spelled))
+    def _append(self, lists: JSON, found: Sequence[Any], hidden: Set[int]) -> None:
+        """`hidden` are tokens that are not in the text."""
+        for entries in found:
+            token, logprob = entries[0]
+            name, spelled = _spelled(self.tokenizer, token)
+            lists["tokens"].append(name)
             lists["token_logprobs"].append(logprob)
-            likeliest = {
-                _name(_spelled(self.tokenizer, one)): value for one, value in reversed([(token, logprob), *top])
-            }
+            likeliest = {_spelled(self.tokenizer, one)[0]: value for one, value in reversed(entries)}
             lists["top_logprobs"].append(None if logprob is None else likeliest)
             inside = bool(spelled) and spelled[0] & 0xC0 == 0x80  # of a character that began before
             lists["text_offset"].append(self._characters - inside)
-            if shown or token not in self.hidden:
+            if token not in hidden:
                 self._characters += sum(byte & 0xC0 != 0x80 for byte in spelled)
 
     def whole(self) -> JSON:
@@ -196,14 +202,6 @@ class CompletionRow:
 
 def _lists() -> JSON:
     return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-
-
-def _name(spelled: bytes) -> str:
-    """A token as a key: parts of characters by their bytes, as OpenAI does, since several would look the same."""
-    try:
-        return spelled.decode()
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
 
 
 @dataclass
@@ -216,6 +214,7 @@ class Answer:
     created: int = field(default_factory=lambda: int(time.time()))
     completion_tokens: int = 0
     cached_tokens: int = 0
+    prompt_logprobs: dict[int, Sequence[Logprobs]] = field(default_factory=dict)  # by the prompt's number
 
     def __post_init__(self) -> None:
         is_chat, n = isinstance(self.body, ChatRequest), self.body.n or 1
@@ -227,7 +226,7 @@ class Answer:
                 if isinstance(self.body, ChatRequest):
                     self.rows.append(ChatRow(index, self.body, self.model))
                 else:
-                    self.rows.append(CompletionRow(index, self.body, self.model, request.prompt))
+                    self.rows.append(CompletionRow(index, self.body, self.model, request))
 
     def _choice(self, number: int, event: Event) -> JSON | None:
         """The choice of the next chunk; None if there is nothing to say yet. Raises `ApiError` for a row's error."""
@@ -235,14 +234,17 @@ class Answer:
             raise ApiError(500, event.error, code="generation_failed")
         self.completion_tokens += event.token is not None
         self.cached_tokens += event.cached_tokens if event.index == 0 else 0  # the others copy it
-        return self.rows[number * (self.body.n or 1) + event.index].read(event)
+        if event.prompt_logprobs:
+            self.prompt_logprobs[number] = event.prompt_logprobs
+        row = self.rows[number * (self.body.n or 1) + event.index]
+        return row.read(event, self.prompt_logprobs.get(number, ()))
 
     async def whole(self, jobs: Sequence[Events]) -> bytes:
         """The answer at its end, as JSON."""
         events = [(number, event) for number, job in enumerate(jobs) async for event in job]
 
         def build() -> bytes:
-            for number, event in events:
+            for number, event in sorted(events, key=lambda pair: pair[1].index):  # the first has the prompt's scores
                 self._choice(number, event)
             choices = [row.whole() for row in self.rows]
             return json.dumps(self._envelope(self.object) | {"choices": choices, "usage": self.usage()}).encode()

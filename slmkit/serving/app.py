@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from slmkit.config import UserError, did_you_mean
 from slmkit.generation import engine
 from slmkit.serving.answers import Answer, event_line
-from slmkit.serving.models import PromptTooLongError, ServedModel, chat_requests, completion_requests
+from slmkit.serving.models import ServedModel, chat_requests, completion_requests
 from slmkit.serving.page import Page, add_page
 from slmkit.serving.protocol import (
     JSON,
@@ -224,8 +224,6 @@ def api_error(error: Exception) -> ApiError:
     message, status = str(error), getattr(error, "status", 500)
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, PromptTooLongError):
-        return ApiError(400, message, "prompt", "context_length_exceeded")
     if isinstance(error, UserError):
         return ApiError(400, message)
     if isinstance(error, Busy):

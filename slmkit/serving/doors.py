@@ -106,6 +106,11 @@ class Doors:
 
     async def _pass(self, scope: Any, headers: Mapping[str, str], receive: Any, send: Any) -> None:
         """Hand the request to the application. Raises `ApiError` for one that may not come in."""
+        size = (
+            len(scope["raw_path"]) + len(scope["query_string"]) + sum(len(n) + len(v) + 4 for n, v in scope["headers"])
+        )
+        if size > self.limits.max_headers:  # h11 bounds only those that come in parts
+            raise ApiError(431, f"headers of more than {self.limits.max_headers:,} bytes", code="headers_too_large")
         self._check_host(scope, headers)
         is_public = scope["method"] in ("GET", "HEAD") and PUBLIC.match(scope["path"]) is not None
         origin = headers.get("origin")

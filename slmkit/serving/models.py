@@ -37,10 +37,6 @@ ANY_OBJECT = {"type": "object"}  # as a schema
 COMPLETION_TOKENS = 16  # OpenAI's default
 
 
-class PromptTooLongError(UserError):
-    """A prompt that does not fit into the model's context."""
-
-
 @dataclass
 class ServedModel:
     """One name of `/v1/models`. `settings` is the model's advice, for fields that a request leaves out.
@@ -86,16 +82,22 @@ class ServedModel:
         """In bytes."""
         return self.tokenizer.longest_token
 
+    @cached_property
+    def unseen(self) -> frozenset[int]:
+        """Tokens that are not in the text of an answer."""
+        return frozenset(end_tokens(self.tokenizer)) | {*self.tokenizer.special_tokens.values()}
+
     def expect_room(self, tokens: int, least: int = 1, at_least: str = "") -> None:
-        """Raises `PromptTooLongError` unless a prompt leaves room for `least` new tokens."""
+        """Raises `ApiError` unless a prompt leaves room for `least` new tokens."""
         if tokens > self.decoder.max_positions - least:
-            raise PromptTooLongError(
-                f"the prompt has {at_least}{tokens:,} tokens and {self.name}'s context {self.decoder.max_positions:,}, "
-                f"prompt and new tokens together: shorten it (nothing is cut off here)"
+            message = (
+                f"the prompt has {at_least}{tokens} tokens, and prompt and answer together have room for "
+                f"{self.decoder.max_positions}: shorten it (nothing is cut off here)"
             )
+            raise ApiError(400, message, code="context_length_exceeded")
 
     def expect_short(self, *texts: str) -> None:
-        """Raises `PromptTooLongError` for texts that cannot fit, by the bytes that a token has at most."""
+        """Raises `ApiError` for texts that cannot fit, by the bytes that a token has at most."""
         size = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
         self.expect_room(-(-size // self.longest_token), 0, "at least ")
 
@@ -105,6 +107,10 @@ class ServedModel:
             self.expect_short(prompt)
             prompt = self.tokenizer.encode_prompt(prompt)
         self.expect_room(len(prompt), least)
+        if max(prompt) >= self.decoder.vocab_size:
+            raise UserError(
+                f"token {max(prompt)} of the prompt: the model has {self.decoder.vocab_size:,} tokens, from 0"
+            )
         return prompt
 
     def chat_ids(self, messages: Sequence[JSON], tools: Sequence[JSON], **how: Any) -> list[int]:
@@ -177,6 +183,8 @@ def completion_requests(body: CompletionRequest, model: ServedModel, group: str)
     if len(body.prompts) * n > MOST_ROWS:
         raise ApiError(400, f"{len(body.prompts)} prompts of n {n}: at most {MOST_ROWS} texts of one request", "prompt")
     most = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+    if body.echo and logprobs is not None and body.stream and n > 1:
+        raise ApiError(400, "echo with logprobs of several choices is not streamed: send stream: false", "stream")
     # Without new tokens the engine only scores the prompt.
     scores = logprobs if body.echo and logprobs is not None else 0 if most == 0 else None
     prompts = [model.text_ids(prompt, least=0 if most == 0 else 1) for prompt in body.prompts]

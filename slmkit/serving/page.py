@@ -18,7 +18,8 @@ from fastapi import FastAPI, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
-from slmkit.config import UserError
+from slmkit.config import UserError, did_you_mean
+from slmkit.serving.protocol import ApiError
 
 Page = Mapping[str, Callable[[dict[str, Any]], Any]]
 
@@ -28,11 +29,10 @@ FILES = {
     for path in sorted((Path(__file__).parent / "page").iterdir())
     if path.suffix in TYPES
 }
+# `Doors` adds the other headers of security.
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
 }
 
 
@@ -43,38 +43,42 @@ def add_page(app: FastAPI, page: Page) -> None:
 
     @app.post("/page/{name}", include_in_schema=False)
     async def call(name: str, request: Request) -> Response:
-        if name not in page:
-            return _refused(404, f"the page has no function {name!r}; there are {', '.join(sorted(page))}")
-        # A form of another site can send text/plain without asking; JSON it cannot.
-        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            return _refused(415, "expected a body of Content-Type: application/json")
         try:
-            body = json.loads(await request.body())
-        except (ValueError, RecursionError):
-            return _refused(400, "the body is no JSON")
-        if not isinstance(body, dict):
-            return _refused(400, "expected a JSON object")
-        try:
+            body = _json(request, await request.body())
+            if name not in page:
+                raise ApiError(404, f"the page has no function {name!r:.100}; {did_you_mean(name[:100], page)}")
+            # Written as JSON in the thread too: curves may be long.
             return await run_in_threadpool(lambda: JSONResponse(page[name](body), headers=HEADERS))
         except pydantic.ValidationError as error:
             first = error.errors()[0]
-            return _refused(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+            refusal = ApiError(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
         except UserError as error:
-            return _refused(400, str(error))
+            refusal = ApiError(400, str(error))
+        except ApiError as error:
+            refusal = error
+        return JSONResponse(refusal.envelope(), refusal.status, HEADERS)
+
+
+def _json(request: Request, body: bytes) -> dict[str, Any]:
+    # A page of another site can have a browser send text/plain here without asking first; JSON it cannot.
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise ApiError(415, "expected a body of Content-Type: application/json")
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError):
+        raise ApiError(400, "the body is not JSON", code="invalid_json") from None
+    if not isinstance(content, dict):
+        raise ApiError(400, "the body: expected a JSON object", code="invalid_json")
+    return content
 
 
 def _file(content: bytes, kind: str) -> Callable[[Request], Response]:
     tag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
-    headers = {**HEADERS, "ETag": tag, "Cache-Control": "no-cache"}
 
     def answer(request: Request) -> Response:
+        headers = HEADERS | {"ETag": tag, "Cache-Control": "no-cache"}  # kept, and asked for again each time
         if tag in request.headers.get("if-none-match", ""):
             return Response(status_code=304, headers=headers)
         return Response(content, media_type=kind, headers=headers)
 
     return answer
-
-
-def _refused(status: int, message: str) -> Response:
-    error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
-    return JSONResponse({"error": error}, status, headers=HEADERS)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic_core
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
 from slmkit.config import Settings, UserError, did_you_mean, load_settings
 from slmkit.generation.sampling_settings import Bias, CountPenalty, SamplingSettings
@@ -76,6 +76,11 @@ class Fields(Settings):
         validate_assignment=False,
         json_schema_extra={"additionalProperties": {"type": "null"}},
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, value: Any) -> Any:
+        return {name: one for name, one in value.items() if one is not None} if isinstance(value, dict) else value
 
 
 # -- the fields -------------------------------------------------------------------------------------------------------

@@ -198,6 +198,7 @@ def test_what_is_refused() -> None:
         "layer -1": lambda: attention(decoder, [5], -1, 0),
         "head 4: expected 0 to 3": lambda: attention(decoder, [5], 0, 4),
         "k 0: expected 1 to 300": lambda: predictions(decoder, [5], 0),
+        "k 101: expected 1 to 100": lambda: look(decoder, tokenizer, text="a", k=101),
         "either text or messages": lambda: look(decoder, tokenizer),
         f"more than {MOST_CHARACTERS:,} characters": lambda: look(decoder, tokenizer, text="a" * 40_000),
         "context of 128": lambda: predictions(small_model(max_position_embeddings=128), [5] * 129),

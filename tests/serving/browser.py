@@ -2,7 +2,7 @@
 to other hosts.
 
     def test_something(open_page):
-        with running(app) as url:
+        with served({"tiny": model}, page) as url:
             page = open_page(url, tab="runs", width=390, dark=True)   # a playwright Page
             page.get_by_role("button", name="…").click()
             picture(page, "runs")                                     # runs-390-dark.png in $SLMKIT_SCREENSHOTS
@@ -15,14 +15,18 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from slmkit.serving.app import create_app
+from slmkit.serving.doors import Limits
+from slmkit.serving.server import running
+from slmkit.serving.worker import Worker
 
 WIDE, PHONE = 1280, 390
 HEIGHT = {WIDE: 860, PHONE: 844}
@@ -54,7 +58,8 @@ def open_page(chromium: Any) -> Iterator[Callable[..., Any]]:
     """`open_page(url, tab="chat", width=1280, dark=False, expect="")` → a page on which that tab is shown.
 
     `expect`: a regular expression of console errors that the test causes, as by a request that is refused.
-    `before`: a script that runs before those of the page. Other options are those of playwright's `new_context`.
+    `before`: a script that runs before those of the page. `wait`: until the tab is shown. Other options are those of
+    playwright's `new_context`.
     """
     opened = []
 
@@ -65,13 +70,14 @@ def open_page(chromium: Any) -> Iterator[Callable[..., Any]]:
         dark: bool = False,
         expect: str = "",
         before: str = "",
+        wait: bool = True,
         **options: Any,
     ) -> Any:
         context = chromium.new_context(
             viewport={"width": width, "height": HEIGHT.get(width, 860)}, color_scheme="dark" if dark else "light",
             reduced_motion="reduce", permissions=["clipboard-read", "clipboard-write"], **options,
         )  # fmt: skip
-        context.set_default_timeout(10_000)
+        context.set_default_timeout(20_000)
         if before:
             context.add_init_script(before)
         page = context.new_page()
@@ -90,7 +96,8 @@ def open_page(chromium: Any) -> Iterator[Callable[..., Any]]:
         )
         opened.append((context, page))
         page.goto(f"{url}/#{tab}")
-        page.locator(f"#panel-{tab}[aria-busy=false]").wait_for()
+        if wait:
+            page.locator(f"#panel-{tab}[aria-busy=false]").wait_for()
         return page
 
     yield open_one
@@ -117,32 +124,40 @@ def expect_no_sideways_scroll(page: Any) -> None:
 CHECKS = (Path(__file__).parent / "page_checks.js").read_text(encoding="utf-8")
 
 
+def evaluate(page: Any, name: str, argument: Any = None) -> Any:
+    """What a function of `page_checks.js` returns."""
+    return page.evaluate(f"(argument) => {CHECKS}.{name}(argument)", argument)
+
+
+def until(page: Any, expression: str, seconds: float = 20) -> None:
+    """Wait until an expression of JavaScript is true. (Playwright's own `wait_for_function` needs `unsafe-eval`.)"""
+    end = time.monotonic() + seconds
+    while not page.evaluate(expression):
+        assert time.monotonic() < end, expression
+        page.wait_for_timeout(20)
+
+
 def expect_contrast(page: Any) -> None:
     """Each text that is shown has a contrast of 4.5 : 1 or more (WCAG 2, AA)."""
-    low = page.evaluate(f"{CHECKS}.lowContrast()")
+    low = evaluate(page, "lowContrast")
     assert not low, "\n".join(low)
 
 
 def expect_names(page: Any) -> None:
     """Each control that is shown has a name for screen readers."""
-    unnamed = page.evaluate(f"{CHECKS}.unnamed()")
+    unnamed = evaluate(page, "unnamed")
     assert not unnamed, "\n".join(unnamed)
 
 
 @contextmanager
-def running(app: Any) -> Iterator[str]:
-    """An ASGI app on a port of loopback; gives its address."""
-    uvicorn = pytest.importorskip("uvicorn")
-    server = uvicorn.Server(
-        uvicorn.Config(app, port=0, log_level="warning", lifespan="off", timeout_graceful_shutdown=1)
-    )
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive(), "the server did not start"
-        time.sleep(0.01)
+def served(models: Mapping[str, Any], page: Mapping[str, Any] | None = None, keys: Sequence[str] = ()) -> Iterator[str]:
+    """The real server with these `ServedModel`s and functions of the page beside `about`; gives its address."""
+    limits, worker = Limits(keys=[*keys]), Worker([*models.values()])
+    about = {name: {"context": model.decoder.max_positions, "chat": True} for name, model in models.items()}
+    app = create_app(worker, models, limits, {"about": lambda body: {"models": about}, **(page or {})})
+    worker.start()
     try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        with running(app, limits, worker) as url:
+            yield url
     finally:
-        server.should_exit = True
-        thread.join()
+        worker.stop()

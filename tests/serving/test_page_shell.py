@@ -91,3 +91,56 @@ def test_shell(url: str, open_page: Callable[..., Any], width: int, dark: bool) 
     expect_names(page)
     expect_no_sideways_scroll(page)
     picture(page, "shell")
+
+
+def test_tabs_by_keyboard_and_address(url: str, open_page: Callable[..., Any]) -> None:
+    page = open_page(url, expect="404")  # of the functions of tabs, which this server does not have
+    tabs = page.get_by_role("tab")
+    assert tabs.all_inner_texts() == ["Chat", "Runs", "Look inside", "Data"]
+    page.get_by_role("tab", name="Chat").focus()
+    for key, name in (
+        ("ArrowRight", "Runs"), ("ArrowRight", "Look inside"), ("End", "Data"), ("ArrowRight", "Chat"),
+        ("ArrowLeft", "Data"), ("Home", "Chat"),
+    ):  # fmt: skip
+        page.keyboard.press(key)
+        selected = page.get_by_role("tab", selected=True)
+        assert (selected.count(), selected.inner_text()) == (1, name)
+        assert selected.evaluate("(node) => node === document.activeElement && node.tabIndex === 0")
+        shown = page.locator("[role=tabpanel]:not([hidden])")
+        assert (shown.count(), shown.get_attribute("aria-labelledby")) == (1, selected.get_attribute("id"))
+        assert page.title() == f"{name} · slmkit"
+    assert page.get_by_role("tab").evaluate_all("(tabs) => tabs.map((tab) => tab.tabIndex)") == [0, -1, -1, -1]
+    page.goto(f"{url}/#data")
+    page.get_by_role("tabpanel", name="Data").wait_for()
+    page.reload()
+    page.get_by_role("tabpanel", name="Data").wait_for()
+
+
+def test_the_theme_is_the_systems_until_one_is_chosen(url: str, open_page: Callable[..., Any]) -> None:
+    page = open_page(url, dark=True)
+
+    def paper() -> str:
+        return page.evaluate("getComputedStyle(document.body).backgroundColor")
+
+    dark = paper()
+    page.emulate_media(color_scheme="light")
+    light = paper()
+    assert light != dark
+    button = page.get_by_role("button", name="Theme")
+    for theme, colour in (("light", light), ("dark", dark), ("system", light), ("light", light), ("dark", dark)):
+        button.click()
+        assert button.get_attribute("title") == f"Theme: {theme}"
+        assert paper() == colour
+    page.reload()
+    assert paper() == dark
+    assert button.get_attribute("title") == "Theme: dark"
+
+
+def test_a_server_that_does_not_answer(url: str, open_page: Callable[..., Any]) -> None:
+    page = open_page(url, expect="ERR_")
+    page.context.route("**/v1/models", lambda route: route.abort())
+    page.reload()
+    page.get_by_text("The server does not answer.").wait_for()
+    page.context.unroute("**/v1/models")
+    page.get_by_role("button", name="Retry").click()
+    page.get_by_role("textbox", name="Message", exact=True).wait_for()

@@ -196,6 +196,7 @@ async function start() {
   await choose(ofAddress());
 }
 
+document.getElementById("no-key").addEventListener("click", () => document.getElementById("key-dialog").close("cancel"));
 document.getElementById("theme").addEventListener("click", nextTheme);
 showTheme();
 start();

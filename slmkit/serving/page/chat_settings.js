@@ -9,10 +9,10 @@ const NUMBERS = [
   { name: "top_k", label: "Top-k", min: 0, max: 100000, step: 1 },
   { name: "min_p", label: "Min-p", min: 0, max: 1, step: 0.01 },
   { name: "repetition_penalty", label: "Repetition penalty", min: 0.05, max: 10, step: 0.05 },
-  { name: "max_tokens", label: "Most tokens", min: 1, max: 1000000, step: 1 },
+  { name: "max_tokens", label: "Max tokens", min: 1, max: 1000000, step: 1 },
   { name: "seed", label: "Seed", min: 0, max: Number.MAX_SAFE_INTEGER, step: 1 },
 ];
-const TEXT_TOKENS = 256; // of a plain completion, where the server's usual number is for others than readers
+const MOST_TEXT = 256; // tokens of a plain text, which may never end by itself
 const WAYS = { auto: "As the model learned", chat: "As a conversation", text: "As plain text" };
 
 export class Settings {
@@ -123,7 +123,7 @@ export class Settings {
     const body = { model, ...numbers, stream: true, stream_options: { include_usage: true } };
     if (!this.isChat(model)) {
       body.prompt = messages.map(({ content }) => content).join("") + (begun ?? "");
-      body.max_tokens ??= this.app.about[model]?.max_new_tokens ?? TEXT_TOKENS;
+      body.max_tokens ??= Math.min(this.app.about[model]?.max_new_tokens ?? MOST_TEXT, MOST_TEXT);
       return ["v1/completions", body];
     }
     body.messages = [...this.systemMessages(), ...messages];

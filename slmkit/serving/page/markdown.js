@@ -3,7 +3,7 @@
 import { element } from "./dom.js";
 
 const DEEPEST = 6; // quotes in lists in quotes …
-const LONGEST = 20_000; // characters of a paragraph in which marks are looked for
+const LONGEST = 5_000; // characters of a paragraph in which marks are looked for
 
 const FENCE = /^ {0,3}(`{3,}|~{3,})[ \t]*([^`]*)$/;
 const HEADING = /^ {0,3}(#{1,6})[ \t]+(.*)$/;
@@ -129,17 +129,18 @@ function codeBlock(lines, [, fence, language]) {
 
 function list(lines, depth) {
   const [, indent, mark] = lines[0].match(ITEM);
+  const indented = new RegExp(`^ {0,${indent.length + (/\d/.test(mark) ? 3 : 2)}}`);
   const items = [];
   for (const line of lines) {
     const match = line.match(ITEM);
     if (match && (!items.length || match[1].length < indent.length + 2)) items.push([line.slice(match[0].length)]);
-    else items.at(-1).push(line.replace(new RegExp(`^ {0,${indent.length + (/\d/.test(mark) ? 3 : 2)}}`), ""));
+    else items.at(-1).push(line.replace(indented, ""));
   }
   const made = items.map((own) => {
     const blocks = blocksOf(own, depth + 1).map((block) => block.make());
     // A single line needs no paragraph inside its item.
     const isPlain = blocks[0]?.tagName === "P";
-    return element("li", { dir: "auto" }, isPlain ? [[...blocks[0].childNodes], blocks.slice(1)].flat() : blocks);
+    return element("li", {}, isPlain ? [[...blocks[0].childNodes], blocks.slice(1)].flat() : blocks);
   });
   const isNumbered = /\d/.test(mark);
   return element(isNumbered ? "ol" : "ul", { dir: "auto", start: isNumbered ? parseInt(mark, 10) : null }, made);

@@ -13,8 +13,9 @@ export class EventParser {
   /** The data of the events that became complete. */
   push(bytes) {
     let text = this.#decoder.decode(bytes, { stream: true });
+    if (!text) return [];
     if (this.#afterReturn && text.startsWith("\n")) text = text.slice(1);
-    if (text) this.#afterReturn = text.endsWith("\r");
+    this.#afterReturn = text.endsWith("\r");
     const lines = (this.#line + text).split(/\r\n|\n|\r/);
     this.#line = lines.pop();
     const events = [];

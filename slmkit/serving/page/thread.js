@@ -77,7 +77,7 @@ export class AnswerView {
   /** options: {isRaw, isBeside: another answer, context: tokens or undefined, retry(), goOn() or null} */
   constructor(answer, options) {
     Object.assign(this, { answer, options });
-    this.body = element("div", { class: options.isRaw ? "body raw" : "body", dir: "auto" });
+    this.body = element("div", { class: options.isRaw ? "body raw" : "body" });
     if (options.isRaw) {
       this.#raw = document.createTextNode("");
       this.body.append(this.#raw);
