@@ -80,7 +80,7 @@ WALKS = {
     "a text file → documents": (
         4,
         "data/prepare/corpus:build_corpus data/prepare/open_sources:items_of data/sources/source:Source.read "
-        "data/sources/text_files:text_documents",
+        "data/sources/files:text_documents",
     ),
     "documents → shards": (
         3,

@@ -144,7 +144,7 @@ def inspect(
 
 def _print_facts(shards: TokenShards, length: int | None) -> None:
     from slmkit.cli.show import counted
-    from slmkit.data.shards.facts import find_facts
+    from slmkit.data.prepare.preview import find_facts
     from slmkit.data.stream import ChatRows
 
     header, facts = shards.header, find_facts(shards, length)

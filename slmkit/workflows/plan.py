@@ -24,11 +24,19 @@ from slmkit.model.files.directory import empty_decoder
 from slmkit.model.files.stored import stored_tensors
 from slmkit.model.sizes import cache_size, cache_variants, flops_per_token, parameter_count, parameters_by_module
 from slmkit.tokenizer import SLMTokenizer
-from slmkit.training.estimate.forecast import EVALUATION_SECONDS, Estimate, forecast, guessed_rate
+from slmkit.training.estimate.forecast import (
+    EVALUATION_SECONDS,
+    Estimate,
+    expected_loss,
+    forecast,
+    guessed_rate,
+    learning_rate_for,
+    parameters_for,
+    tokens_per_step_for,
+)
 from slmkit.training.estimate.memory import MemoryProfile, reading_bytes, training_bytes
 from slmkit.training.estimate.micro_batch import resolve_micro_batch
 from slmkit.training.estimate.probe import LONGEST, STEPS, Probe, probe
-from slmkit.training.estimate.scaling_laws import expected_loss, learning_rate_for, parameters_for, tokens_per_step_for
 from slmkit.training.recipe.checks import expect_a_model
 from slmkit.training.recipe.recipe import ModelSettings, Recipe, TrainSettings
 from slmkit.workflows.distill import with_the_teachers_tokenizer

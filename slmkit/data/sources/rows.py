@@ -11,9 +11,8 @@ from typing import Any, BinaryIO, NamedTuple, TypeAlias, cast
 
 from slmkit.config import one_line
 from slmkit.data.sources.documents import PIECE, BadRow, Position, RowError
-from slmkit.data.sources.files import File, damage, pyarrow
+from slmkit.data.sources.files import LONGEST_ROW, File, Line, byte_length, damage, pyarrow, whole_lines
 from slmkit.data.sources.row_formats import RowFormats
-from slmkit.data.sources.text_files import LONGEST_ROW, Line, byte_length, whole_lines
 from slmkit.data.sources.turns import shown
 
 PARQUET_BATCH = 256  # rows converted from columns at once

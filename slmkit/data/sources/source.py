@@ -14,13 +14,12 @@ from typing import Any
 from slmkit.config import UserError, one_line
 from slmkit.data.sources.built_in import BUILT_IN, BuiltInPart
 from slmkit.data.sources.documents import SPELLINGS, BadRow, Document, Item, Pair, Position, RowError, pieces
-from slmkit.data.sources.files import ROW_KINDS, TEXT_KINDS, File, damage, kind_of, listed
+from slmkit.data.sources.files import ROW_KINDS, TEXT_KINDS, File, damage, kind_of, listed, text_documents
 from slmkit.data.sources.folders import Chosen
 from slmkit.data.sources.remote import RetryPolicy, find_files, is_remote
 from slmkit.data.sources.row_formats import RowFormats
 from slmkit.data.sources.rows import ROWS
 from slmkit.data.sources.settings import SourceSettings
-from slmkit.data.sources.text_files import text_documents
 from slmkit.hub import NetworkError
 
 ROWS_LOOKED_AT = 50  # to tell their kind
