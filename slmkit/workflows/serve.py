@@ -15,6 +15,7 @@ from pydantic import validate_call
 from slmkit.config import Settings, UserError, did_you_mean
 from slmkit.files import read_text
 from slmkit.find import find_model_directory, learned_conversations, run_of
+from slmkit.generation.sampling_settings import SamplingSettings
 from slmkit.hub import hub_name
 from slmkit.serving.doors import Limits
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 JSON = dict[str, Any]
 KEYS = "SLM_API_KEYS"  # environment: keys, separated by commas
 LEAST_KEY = 16  # characters
+USUAL = {"temperature": 0.6, "top_p": 0.95, "min_p": 0.05}  # of the page, as of `slm chat`, for models without advice
 
 
 class ServeSettings(Settings):
@@ -182,13 +184,15 @@ def page_functions(
     from slmkit.evaluation import look as inside
     from slmkit.workflows.page_data import PageData
 
+    advice = {name: SamplingSettings.for_model(path, None, USUAL) for name, path in directories.items()}
+
     def about() -> JSON:
         return {
             "models": {
                 name: {
                     "context": model.decoder.max_positions,
                     "max_new_tokens": min(model.max_new_tokens, model.decoder.max_positions),
-                    "settings": model.settings.model_dump(mode="json"),
+                    "settings": advice[name].model_dump(mode="json"),
                     "chat": model.tokenizer.chat_template is not None,
                     "learned_conversations": learned_conversations(directories[name]),
                 }

@@ -11,7 +11,7 @@ const DIGIT = 6.4; // pixels of a digit of that size
 export function roundStep(low, high, count) {
   const rough = (high - low) / Math.max(1, count);
   const power = 10 ** Math.floor(Math.log10(rough));
-  return [1, 2, 5, 10].map((factor) => factor * power).find((step) => step >= rough * 0.999);
+  return [1, 2, 5, 10].map((factor) => factor * power).find((step) => step >= rough * 0.7);
 }
 
 /** Round numbers from `low` to `high`. On a logarithmic scale of more than one decade, powers of ten, their doubles and halves. */
@@ -19,18 +19,17 @@ export function ticks(low, high, count, log = false) {
   if (!(high > low)) return [low];
   if (log && high / low >= 10) {
     const [first, last] = [Math.floor(Math.log10(low)), Math.ceil(Math.log10(high))];
-    const factors = last - first <= Math.max(2, count / 2) ? [1, 2, 5] : [1];
-    const every = factors.length > 1 ? 1 : Math.ceil((last - first) / count);
-    const found = [];
-    for (let power = first; power <= last; power += every) {
-      for (const factor of factors) found.push(Number(`${factor}e${power}`));
-    }
-    return found.filter((value) => value >= low * 0.999 && value <= high * 1.001);
+    const powers = Array.from({ length: last - first + 1 }, (_, index) => first + index);
+    const inside = (value) => value >= low * 0.999 && value <= high * 1.001;
+    const many = powers.flatMap((power) => [1, 2, 5].map((factor) => Number(`${factor}e${power}`))).filter(inside);
+    if (many.length <= 1.4 * count) return many;
+    const every = Math.ceil((last - first) / count);
+    return powers.filter((_, index) => index % every === 0).map((power) => Number(`1e${power}`)).filter(inside);
   }
   const step = roundStep(low, high, count);
   const found = [];
   for (let index = Math.ceil(low / step - 1e-9); index * step <= high + step * 1e-9; index += 1) {
-    found.push(Number((index * step).toPrecision(12)));
+    found.push(Number((index * step).toPrecision(12)) || 0);
   }
   return found;
 }
@@ -129,6 +128,7 @@ export class Chart {
 
   draw(shown) {
     this.shown = { log: false, smoothing: 0, marks: [], ...shown };
+    if (!this.small) this.plot.setAttribute("aria-label", this.label);
     this.redraw();
     if (this.details?.open) this.fillTable();
   }

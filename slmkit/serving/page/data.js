@@ -103,7 +103,7 @@ function tokenView(tokens, { learned = null, begins = [], label, firstIndex = 0 
       // Several tokens that make one character: the character, and of each token its bytes.
       const isPart = token.span !== 1;
       const kinds = ["token", learned ? (learned[index] ? "learned" : "read") : `hue-${(index % COLOURS) + 1}`, token.special && "special", isPart && "bytes"];
-      if (token.span > 1) area.append(element("span", { class: "whole" }, visible(token.text)));
+      if (token.span > 1) area.append(element("span", { class: learned?.[index] ? "whole learned" : "whole" }, visible(token.text)));
       const node = element("span", {
         class: kinds.filter(Boolean).join(" "), role: "img", tabindex: nodes.length ? "-1" : "0", "data-index": index,
         "aria-label": `${quoted(token.text) || hexadecimal(token.bytes)}, id ${token.id}${token.special ? ", special" : ""}${learned?.[index] ? ", learned" : ""}`,
@@ -182,7 +182,7 @@ function tokenizer() {
   const option = (name) => element("option", { value: name }, name);
   again(0);
   return [
-    element("section", { class: "card stack", "aria-label": "Text" }, field("Text", area),
+    element("section", { class: "card stack", "aria-label": "What is tokenized" }, field("Text", area),
       element("div", { class: "grid" },
         field("Tokenizer of", select("first", names.map(option))),
         field("Compare with", select("second", [element("option", { value: "" }, "nothing"), ...names.map(option)]))),
@@ -238,7 +238,7 @@ function ofDataSet(fill) {
     if (!set.problem) fill(set, place);
   };
   choose();
-  return [element("section", { class: "card stack", "aria-label": "Data set" }, field("Data set", select), facts), place];
+  return [element("section", { class: "card stack", "aria-label": "Chosen shards" }, field("Data set", select), facts), place];
 }
 
 /** Buttons and a number to go through `total` things, `count` at a time; `go(first)` shows those from `first` on. */
