@@ -88,6 +88,11 @@ function path(points, places) {
   return line;
 }
 
+/** The dashed line of `marks`, for legends. */
+export function markSwatch() {
+  return svg("svg", { class: "swatch", width: 22, height: 10, "aria-hidden": "true" }, svg("path", { class: "mark-line", d: "M1 5H21" }));
+}
+
 /** A short line in a series' colour, for legends and read-outs. */
 export function swatch(colour, isValidation = false) {
   return svg("svg", { class: `swatch series-${colour}`, width: 22, height: 10, "aria-hidden": "true" },
@@ -176,7 +181,11 @@ export class Chart {
     const isEmpty = range[0] === Infinity;
     if (isEmpty) range.splice(0, 4, 0, 1, log ? 0.1 : 0, 1);
     let [left, right, low, high] = range;
-    for (const { y } of marks) if (isShown(y)) [low, high] = [Math.min(low, y), Math.max(high, y)];
+    // A line that is far away is left out: it would flatten the curves.
+    const reach = high - low || Math.abs(high) * 0.1;
+    for (const { y } of marks) {
+      if (isShown(y) && y > low - reach && y < high + reach) [low, high] = [Math.min(low, y), Math.max(high, y)];
+    }
     if (left === right) [left, right] = [Math.max(0, left - 1), right + 1];
     if (low === high) [low, high] = log ? [low / 1.1, high * 1.1] : [low - (Math.abs(low) * 0.05 || 0.5), high + (Math.abs(high) * 0.05 || 0.5)];
     const pad = log ? (high / low) ** 0.04 : (high - low) * 0.05;
@@ -227,7 +236,7 @@ export class Chart {
     const drawn = [];
     if (isSmoothed && !this.small) drawn.push(svg("path", { class: `line raw series-${one.colour}`, d: path(one.points, places) }));
     drawn.push(svg("path", { ...shared, class: `line series-${one.colour}`, d: path(one.line, places), "stroke-dasharray": dash }));
-    if (one.isValidation && !this.small) {
+    if (one.points.length === 1 || (one.isValidation && !this.small)) {
       drawn.push(...one.points.filter(([, y]) => Number.isFinite(y) && (!places.log || y > 0)).map(([x, y]) => svg("circle", {
         class: `point series-${one.colour}`, cx: places.x(x).toFixed(1), cy: places.y(y).toFixed(1), r: 3,
       })));
