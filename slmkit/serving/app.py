@@ -9,11 +9,13 @@ import base64
 import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic.json_schema import models_json_schema
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
@@ -54,22 +56,22 @@ def create_app(worker: Worker, models: Mapping[str, ServedModel], limits: Limits
     for kind in (UserError, ApiError, Busy, Failed, HTTPException, ClientGone, Exception):
         app.add_exception_handler(kind, _refused)
     routes = Routes(worker, models)
-    errors = {
-        status: {"description": "An error", "content": {"application/json": {"schema": ERROR}}}
-        for status in ("4XX", "5XX")
-    }
-    for path, call, kind in (
-        ("/v1/chat/completions", routes.chat, ChatRequest),
-        ("/v1/completions", routes.completions, CompletionRequest),
-        ("/v1/embeddings", routes.embeddings, EmbeddingRequest),
+    errors = {status: _described("An error.", "Error") for status in ("4XX", "5XX")}
+    for path, call, kind, answer in (
+        ("/v1/chat/completions", routes.chat, ChatRequest, "Answer"),
+        ("/v1/completions", routes.completions, CompletionRequest, "Answer"),
+        ("/v1/embeddings", routes.embeddings, EmbeddingRequest, "Embeddings"),
     ):
-        app.post(path, responses=errors, openapi_extra=_described(kind), response_model=None)(call)
+        extra = {"requestBody": {"required": True, **_described("A request.", kind.__name__)}}
+        described = {"200": _described("The answer, whole or as events.", answer, "text/event-stream"), **errors}
+        app.post(path, responses=described, openapi_extra=extra, response_class=Response)(call)
     app.get("/v1/models", responses=errors)(routes.list_models)
     app.get("/v1/models/{name:path}", responses=errors)(routes.one_model)
     app.get("/health", responses=errors, response_model=None)(routes.health)
-    app.get("/metrics", responses=errors, response_class=Response)(routes.metrics)
+    app.get("/metrics", responses=errors, response_class=PlainTextResponse)(routes.metrics)
     if page is not None:
         add_page(app, page)
+    app.openapi = partial(_openapi, app, [*models])  # type: ignore[method-assign]
     return app
 
 
@@ -225,7 +227,8 @@ def api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, UserError):
-        return ApiError(400, message)
+        name = message.partition(":")[0]  # most begin with the field
+        return ApiError(400, message, name if name.isidentifier() else None)
     if isinstance(error, Busy):
         code = "service_unavailable" if isinstance(error, Unavailable) else "rate_limit_exceeded"
         return ApiError(status, message, code=code, headers={"Retry-After": str(math.ceil(error.retry_after))})
@@ -272,7 +275,25 @@ ERROR: JSON = {
 }
 
 
-def _described(kind: type[Common]) -> JSON:
-    """The body of a request, for the OpenAPI document."""
-    schema = kind.model_json_schema()
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+ANSWERS: JSON = {
+    "Answer": {"type": "object", "required": ["id", "object", "created", "model", "choices", "usage"]},
+    "Embeddings": {"type": "object", "required": ["object", "data", "model", "usage"]},
+    "Error": ERROR,
+}
+
+
+def _described(what: str, schema: str, *others: str) -> JSON:
+    """JSON of a schema of the OpenAPI document, or other types of content."""
+    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
+    return {"description": what, "content": content | {kind: {} for kind in others}}
+
+
+def _openapi(app: FastAPI, names: list[str]) -> JSON:
+    """FastAPI's description of the routes, with the schemas of requests and answers. `names`: of the models."""
+    kinds = [(kind, "validation") for kind in (ChatRequest, CompletionRequest, EmbeddingRequest)]
+    _, found = models_json_schema(kinds, ref_template="#/components/schemas/{model}")
+    for kind, _ in kinds:
+        found["$defs"][kind.__name__]["properties"]["model"]["enum"] = names
+    document = FastAPI.openapi(app)
+    document.setdefault("components", {}).setdefault("schemas", {}).update(found["$defs"] | ANSWERS)
+    return document

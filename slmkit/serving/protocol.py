@@ -79,8 +79,12 @@ class Fields(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _null_is_absent(cls, value: Any) -> Any:
-        return {name: one for name, one in value.items() if one is not None} if isinstance(value, dict) else value
+    def _plain(cls, value: Any) -> Any:
+        """Without nulls, which are absent; whole numbers as such, since some clients send 5.0."""
+        if not isinstance(value, dict):
+            return value
+        whole = {name: int(one) for name, one in value.items() if isinstance(one, float) and one.is_integer()}
+        return {name: one for name, one in (value | whole).items() if one is not None}
 
 
 # -- the fields -------------------------------------------------------------------------------------------------------
@@ -89,7 +93,7 @@ Id = Annotated[int, Field(ge=0, lt=2**31)]
 Ids = Annotated[list[Id], Field(fail_fast=True, min_length=1)]
 Stop = Annotated[str, Field(max_length=LONGEST_STOP)]
 Top = Annotated[int, Field(ge=0, le=20)]
-Tokens = Annotated[int, Field(ge=0, lt=2**31)]
+Tokens = Annotated[int, Field(ge=1, lt=2**31)]
 Texts = Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=MOST_ROWS)]
 ListsOfIds = Annotated[list[Ids], Field(fail_fast=True, min_length=1, max_length=MOST_ROWS)]
 Token = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
@@ -119,6 +123,7 @@ class Common(Fields):
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    cache_salt: str | None = None  # vLLM's: beginnings are kept apart by key already
     prompt_cache_retention: str | None = None
 
 
@@ -146,7 +151,9 @@ class Generation(Common):
     repetition_penalty: published.Penalty | None = None
     presence_penalty: CountPenalty | None = None
     frequency_penalty: CountPenalty | None = None
-    logit_bias: Annotated[dict[Token, Bias], Field(max_length=300)] | None = None
+    logit_bias: (
+        Annotated[dict[Token, Bias], Field(max_length=300, json_schema_extra={"additionalProperties": False})] | None
+    ) = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     # Without effect, with the values that say so.
     skip_special_tokens: Literal[True] | None = None
@@ -166,6 +173,7 @@ class CompletionRequest(Generation):
     """`/v1/completions`."""
 
     prompt: str | Ids | Texts | ListsOfIds
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None  # 0: only scores the prompt
     echo: bool | None = None
     logprobs: Top | None = None
 

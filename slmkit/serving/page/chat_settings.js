@@ -2,7 +2,7 @@
 
 import { element, field, icon, kept } from "./dom.js";
 
-// What is left empty is not sent: the model's own advice holds.
+// Where nothing is written, what the server tells of the model holds.
 const NUMBERS = [
   { name: "temperature", label: "Temperature", min: 0, max: 2, step: 0.05 },
   { name: "top_p", label: "Top-p", min: 0, max: 1, step: 0.01 },
@@ -12,7 +12,7 @@ const NUMBERS = [
   { name: "max_tokens", label: "Max tokens", min: 1, max: 1000000, step: 1 },
   { name: "seed", label: "Seed", min: 0, max: Number.MAX_SAFE_INTEGER, step: 1 },
 ];
-const MOST_TEXT = 256; // tokens of a plain text, which may never end by itself
+const MOST_TEXT = 256; // tokens
 const WAYS = { auto: "As the model learned", chat: "As a conversation", text: "As plain text" };
 
 export class Settings {
@@ -77,9 +77,15 @@ export class Settings {
 
   /** What holds where nothing is written, as placeholders. */
   #showDefaults() {
-    const about = this.app.about[this.models[0]] ?? {};
-    const advice = { ...about.settings, max_tokens: about.max_new_tokens };
+    const advice = this.#advice(this.models[0]);
     for (const { name, input } of this.inputs) input.placeholder = String(advice[name] ?? (name === "seed" ? "Random" : "Model’s own"));
+  }
+
+  /** What a model is asked with where nothing is written. Plain text may never end by itself. */
+  #advice(model) {
+    const { settings, max_new_tokens: most } = this.app.about[model] ?? {};
+    const advice = Object.fromEntries(NUMBERS.map(({ name }) => [name, settings?.[name]]));
+    return { ...advice, max_tokens: this.isChat(model) ? most : Math.min(most ?? MOST_TEXT, MOST_TEXT) };
   }
 
   get models() {
@@ -118,12 +124,11 @@ export class Settings {
 
   /** [path, body] of the request for an answer; `begun`: the answer so far, to be continued, or null. */
   request(model, messages, begun) {
-    const numbers = Object.fromEntries(NUMBERS.map(({ name }) => [name, this.values.numbers[name]])
-      .filter(([, value]) => value !== undefined && value !== "").map(([name, value]) => [name, Number(value)]));
-    const body = { model, ...numbers, stream: true, stream_options: { include_usage: true } };
+    const written = Object.entries(this.values.numbers).filter(([, text]) => text !== "").map(([name, text]) => [name, Number(text)]);
+    // What is undefined does not become JSON.
+    const body = { model, ...this.#advice(model), ...Object.fromEntries(written), stream: true, stream_options: { include_usage: true } };
     if (!this.isChat(model)) {
       body.prompt = messages.map(({ content }) => content).join("") + (begun ?? "");
-      body.max_tokens ??= Math.min(this.app.about[model]?.max_new_tokens ?? MOST_TEXT, MOST_TEXT);
       return ["v1/completions", body];
     }
     body.messages = [...this.systemMessages(), ...messages];
