@@ -25,7 +25,7 @@ from slmkit.training.run_directory import RunDirectory
 from slmkit.workflows import page_data
 from slmkit.workflows.open_run import open_run
 from slmkit.workflows.page_data import PageData
-from slmkit.workflows.resume import resume_run
+from slmkit.workflows.train import resume_run
 from tests.test_life import Silent
 from tests.workflows.page_runs import make_runs
 

@@ -88,6 +88,11 @@ function path(points, places) {
   return line;
 }
 
+/** The dashed line of `marks`, for legends. */
+export function markSwatch() {
+  return svg("svg", { class: "swatch", width: 22, height: 10, "aria-hidden": "true" }, svg("path", { class: "mark-line", d: "M1 5H21" }));
+}
+
 /** A short line in a series' colour, for legends and read-outs. */
 export function swatch(colour, isValidation = false) {
   return svg("svg", { class: `swatch series-${colour}`, width: 22, height: 10, "aria-hidden": "true" },
@@ -147,12 +152,13 @@ export class Chart {
     this.picture.setAttribute("height", height);
     this.picture.setAttribute("aria-label", this.summary());
     const clip = `clip-${this.id ??= Math.random().toString(36).slice(2)}`;
+    const [markLines, markTexts] = this.markLines(places);
     this.picture.replaceChildren(
       svg("clipPath", { id: clip }, svg("rect", {
         x: places.left - 4, y: places.top - 4, width: places.width + 8, height: places.bottom - places.top + 8,
       })),
       ...(places.isEmpty ? [] : this.axes(places)),
-      svg("g", { "clip-path": `url(#${clip})` }, ...this.markLines(places), ...lines.flatMap((one) => this.lineOf(one, places))),
+      svg("g", { "clip-path": `url(#${clip})` }, markLines, lines.flatMap((one) => this.lineOf(one, places)), markTexts),
       svg("g", { class: "crosshair" }));
     if (!this.small) this.pointTo(this.at);
   }
@@ -176,7 +182,11 @@ export class Chart {
     const isEmpty = range[0] === Infinity;
     if (isEmpty) range.splice(0, 4, 0, 1, log ? 0.1 : 0, 1);
     let [left, right, low, high] = range;
-    for (const { y } of marks) if (isShown(y)) [low, high] = [Math.min(low, y), Math.max(high, y)];
+    // A line that is far away is left out: it would flatten the curves.
+    const reach = high - low || Math.abs(high) * 0.1;
+    for (const { y } of marks) {
+      if (isShown(y) && y > low - reach && y < high + reach) [low, high] = [Math.min(low, y), Math.max(high, y)];
+    }
     if (left === right) [left, right] = [Math.max(0, left - 1), right + 1];
     if (low === high) [low, high] = log ? [low / 1.1, high * 1.1] : [low - (Math.abs(low) * 0.05 || 0.5), high + (Math.abs(high) * 0.05 || 0.5)];
     const pad = log ? (high / low) ** 0.04 : (high - low) * 0.05;
@@ -212,12 +222,12 @@ export class Chart {
   }
 
   markLines(places) {
-    return (this.shown.marks ?? []).filter(({ y }) => Number.isFinite(y) && (!places.log || y > 0)).flatMap(({ y, label }) => [
-      svg("path", { class: "mark-line", d: `M${places.left} ${places.y(y).toFixed(1)}h${places.width}` }),
-      !this.small && svg("text", {
-        class: "axis", x: places.left + places.width - 4, y: places.y(y) - 5, "text-anchor": "end", "font-size": FONT,
-      }, label),
-    ]).filter(Boolean);
+    const shown = (this.shown.marks ?? []).filter(({ y }) => Number.isFinite(y) && (!places.log || y > 0));
+    const line = ({ y }) => svg("path", { class: "mark-line", d: `M${places.left} ${places.y(y).toFixed(1)}h${places.width}` });
+    const text = ({ y, label }) => svg("text", {
+      class: "axis", x: places.left + places.width - 4, y: places.y(y) - 5, "text-anchor": "end", "font-size": FONT,
+    }, label);
+    return [shown.map(line), this.small ? [] : shown.map(text)];
   }
 
   lineOf(one, places) {
@@ -227,7 +237,7 @@ export class Chart {
     const drawn = [];
     if (isSmoothed && !this.small) drawn.push(svg("path", { class: `line raw series-${one.colour}`, d: path(one.points, places) }));
     drawn.push(svg("path", { ...shared, class: `line series-${one.colour}`, d: path(one.line, places), "stroke-dasharray": dash }));
-    if (one.isValidation && !this.small) {
+    if (one.points.length === 1 || (one.isValidation && !this.small)) {
       drawn.push(...one.points.filter(([, y]) => Number.isFinite(y) && (!places.log || y > 0)).map(([x, y]) => svg("circle", {
         class: `point series-${one.colour}`, cx: places.x(x).toFixed(1), cy: places.y(y).toFixed(1), r: 3,
       })));
