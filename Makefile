@@ -5,6 +5,7 @@
 # make test-kill    a run killed a hundred times and resumed, compared with one that nobody killed
 # make test-transformers4   the comparisons with transformers 4
 # make test-hosts   two hosts, one of which is lost in mid-run (root, iproute2)
+# make test-load    the server with 500 clients that leave, 50 that do not read, and attacks of many kinds
 # make test-long    models read far past their trained length
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 # pip's view of the pinned set: the same versions for everybody.
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: quickstart test test-fast test-browser test-transformers4 test-long test-hosts test-kill lint types check format clean
+.PHONY: quickstart test test-fast test-browser test-transformers4 test-long test-load test-hosts test-kill lint types check format clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/slm quickstart
@@ -38,6 +39,10 @@ test-transformers4: $(VENV)/.installed-test
 # A model of 8,192 positions read at 32,768 and 131,072: half an hour.
 test-long: $(VENV)/.installed-test
 	SLMKIT_TEST_LONG=1 $(BIN)/python -m pytest tests/parity/test_long.py
+
+# Hundreds of clients, and schemathesis: some minutes.
+test-load: $(VENV)/.installed-test
+	SLMKIT_TEST_LOAD=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/serving/test_load.py
 
 # Two network namespaces joined by a cable that is cut: some minutes.
 test-hosts: $(VENV)/.installed-test

@@ -143,6 +143,8 @@ class Connection(asyncio.Protocol):
 
     def cut(self) -> None:
         """Away at once, without a word: what a browser does whose window is closed."""
+        if self.answered is not None:
+            self.answered.cancel()
         self.transport.abort()
 
 

@@ -6,9 +6,10 @@ python -m benchmarks.serving runs/quickstart/chat            # six minutes
 python -m benchmarks.serving runs/quickstart/chat --smoke    # one round with few requests
 python -m benchmarks.serving --draw docs/serving.png         # the chart of what was measured
 
-1,000 streamed chat requests of 200 clients, each of which sends the next as soon as it has an answer; prompts ask for
-stories that nobody was trained on, a quarter of them behind an earlier story, answers are greedy and of 24 to 72 tokens. In each round each server
-is started, answers some prompts one at a time, which tell what each text should be, then all. All compute in float32.
+1,000 streamed chat requests of 200 clients, each of which sends the next as soon as it has an answer. Prompts ask for
+stories that nobody was trained on, a quarter of them behind an earlier one; answers are greedy and of 24 to 72 tokens.
+In each round each server is started, answers some prompts one at a time, which tell what each text should be, then all
+at once. All compute in float32.
 """
 
 from __future__ import annotations
@@ -312,9 +313,11 @@ def print_figures(result: Mapping[str, Any]) -> None:
             print(f"{name + ', ' + state:<50}"[:54] + "".join(f"{value:>16}" for value in row))
     for name, found in result["servers"].items():
         ratio, counts = found["loaded / one at a time"], found["counts"]
-        print(f"{name}: loaded / one at a time {ratio['median']} ({ratio['least']} to {ratio['most']}); "
-              f"{counts['lost']} lost and {counts['wrong']} wrong of {counts['compared']} compared, {counts['answered']} "
-              f"answered; {found['peak_mib']['median']:,.0f} MiB; clients {found['client_cores']['median']} cores")  # fmt: skip
+        print(f"{name}: loaded / one at a time {ratio['median']} ({ratio['least']} to {ratio['most']})")
+        print(
+            f"  {counts['answered']} answered, {counts['lost']} lost, {counts['wrong']} wrong of {counts['compared']}"
+        )
+        print(f"  {found['peak_mib']['median']:,.0f} MiB; the clients took {found['client_cores']['median']} cores")
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:

@@ -226,6 +226,8 @@ def api_error(error: Exception) -> ApiError:
     message, status = str(error), getattr(error, "status", 500)
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, ClientGone):
+        return ApiError(499, "the client has closed the connection")  # for the metrics: nobody reads it
     if isinstance(error, UserError):
         name = message.partition(":")[0]  # most begin with the field
         return ApiError(400, message, name if name.isidentifier() else None)
