@@ -198,7 +198,8 @@ def _figures(
         perplexity = evaluate_text(directory, SourceSettings(path=request.text), device="cpu").report.perplexity
     size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
     return Figures(
-        name=name, directory=str(directory), method="", bytes=size, bits=8 * size / parameter_count(decoder.architecture),
+        name=name, directory=str(directory), method="", bytes=size,
+        bits=8 * size / parameter_count(decoder.architecture),
         perplexity=perplexity, tokens_per_second=speed_of(decoder, 1, prompt, NEW, ROUNDS)[1],
         agreement=(likeliest == ids[:, prompt:]).float().mean().item(),
     )  # fmt: skip
