@@ -120,6 +120,7 @@ class Common(Fields):
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    cache_salt: str | None = None  # vLLM's: beginnings are kept apart by key already
     prompt_cache_retention: str | None = None
 
 

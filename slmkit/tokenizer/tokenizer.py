@@ -24,7 +24,7 @@ from slmkit.tokenizer.byte_level import SPECIALS
 from slmkit.tokenizer.calling import CallableTokenizer
 from slmkit.tokenizer.chat import ChatTokens, Message, Tools
 from slmkit.tokenizer.directory import ChatFormat, find_format
-from slmkit.tokenizer.encoder import PROBE, ChatRow, RenderedChat, RenderedRow, TextEncoder
+from slmkit.tokenizer.encoder import PROBE, SURROGATE, ChatRow, RenderedChat, RenderedRow, TextEncoder
 
 # End-of-text tokens, tried in this order if neither the config nor the chat template names one.
 ENDS_OF_TEXT = (byte_level.END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
@@ -308,7 +308,9 @@ class SLMTokenizer(CallableTokenizer):
         return max(len(spelled or b"") for spelled in self._encoder.bytes)
 
     def _joined(self, segments: Sequence[chat.Segment], marker: str) -> RenderedRow:
-        """The text of a row; if messages spell special tokens, the template's own get their secret spellings."""
+        """The text of a row; if messages spell special tokens, the template's own get their secret spellings. Halves of
+        surrogate pairs, which are no text, become U+FFFD.
+        """
         text, learned = "", []
         own = re.compile(self._encoder.spelled.pattern + f"(?!{marker})") if marker else None
         secret = dict(zip(self.special_tokens, self._encoder.secret))
@@ -318,7 +320,7 @@ class SLMTokenizer(CallableTokenizer):
             text += part
             if segment.trained:
                 learned.append((start, len(text)))
-        return RenderedRow(text, learned, shielded=own is not None)
+        return RenderedRow(SURROGATE.sub("\ufffd", text), learned, shielded=own is not None)
 
     def encode_rendered(self, chats: Sequence[RenderedChat], threads: int | None = None) -> list[list[ChatRow]]:
         """All rows of each conversation, on `threads` threads (default: one per core); see `rows_to_learn`."""

@@ -15,10 +15,11 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Protocol
 from urllib.parse import urlsplit
 
 from slmkit import SLMConfig, SLMForCausalLM, SLMTokenizer
+from tests.cli import helpers
 
 SLM = "from slmkit.cli import main; main()"
 TEXT = "The fox had a red kite. The kite flew over the hill, and the owl said: Wait for the wind.\n"
@@ -39,11 +40,54 @@ def model_directory() -> Path:
     return folder
 
 
-class Server:
-    """A process of `slm serve` that is ready. `lines`: what it has printed until then."""
+class Process(Protocol):
+    """What a `Server` needs of `subprocess.Popen`."""
 
-    def __init__(self, process: subprocess.Popen[str], lines: list[str]) -> None:
-        self.process, self.lines = process, lines
+    def send_signal(self, sig: int) -> None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+    def poll(self) -> int | None: ...
+
+
+class Fork:
+    """A fork of a process that has imported torch, as `slm` of `tests.cli.helpers`: it starts in a tenth of a second.
+
+    Only one is there at a time, and no other `slm` beside it.
+    """
+
+    def __init__(self, code: str, words: list[str], descriptors: list[int], **environment: str) -> None:
+        helpers.begin(code, words, Path.cwd(), descriptors, **environment)
+        self.server, _ = helpers._server(os.getpid())
+        self.pid, self.code = int.from_bytes(helpers._receive(self.server, 8)), None
+
+    def send_signal(self, sig: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, sig)
+
+    def poll(self) -> int | None:
+        try:
+            return self.wait(0.001)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.code is None:
+            self.server.settimeout(timeout)
+            try:
+                self.code = int.from_bytes(helpers._receive(self.server, 8), signed=True)
+            except TimeoutError:
+                raise subprocess.TimeoutExpired("slm serve", timeout or 0) from None
+            finally:
+                self.server.settimeout(None)
+        return self.code
+
+
+class Server:
+    """`slm serve` that is ready. `lines`: what it has printed until then; `errors`: its standard error."""
+
+    def __init__(self, process: Process, lines: list[str], errors: IO[str]) -> None:
+        self.process, self.lines, self.errors = process, lines, errors
         found = re.search(r"http://[\w.\[\]:]+", lines[0])
         assert found, lines
         self.url = found[0].removesuffix("/v1")
@@ -54,33 +98,41 @@ class Server:
         return self.wait(seconds)
 
     def wait(self, seconds: float = 60) -> tuple[int, str]:
-        assert self.process.stderr is not None
         code = self.process.wait(seconds)
-        return code, self.process.stderr.read()
+        self.errors.seek(0)
+        return code, self.errors.read()
 
 
 @contextlib.contextmanager
-def slm_serve(*arguments: str | Path, code: str = SLM, **environment: str) -> Iterator[Server]:
-    """`slm serve ARGUMENTS --port 0`. `code`: what runs instead of the command's own start."""
-    words = [sys.executable, "-c", code, "serve", *map(str, arguments), "--port", "0"]
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables)
-    try:
-        lines = []
-        assert process.stdout is not None
-        for line in process.stdout:
-            lines.append(line.rstrip())
-            if line.startswith(("try:", "the page:")):
-                break
-        if not lines:
-            raise AssertionError(process.communicate()[1])
-        yield Server(process, lines)
-    finally:
-        process.kill()
-        process.wait()
-        for stream in (process.stdout, process.stderr):
-            if stream is not None:
-                stream.close()
+def slm_serve(*arguments: str | Path, code: str = SLM, fork: bool = True, **environment: str) -> Iterator[Server]:
+    """`slm serve ARGUMENTS --port 0`. `code`: what runs instead of the command's own start. Without `fork` it starts
+    as a user starts it, which takes seconds.
+    """
+    words, variables = ["serve", *map(str, arguments), "--port", "0"], {"OMP_NUM_THREADS": "1", **environment}
+    reading, writing = os.pipe()
+    with open(reading, encoding="utf-8") as printed, tempfile.TemporaryFile("w+") as errors, open(os.devnull) as none:
+        process: Process
+        if fork:
+            process = Fork(code, words, [none.fileno(), writing, errors.fileno()], **variables)
+        else:
+            process = subprocess.Popen(
+                [sys.executable, "-c", code, *words], stdout=writing, stderr=errors, env={**os.environ, **variables}
+            )
+        os.close(writing)
+        try:
+            lines = []
+            for line in printed:
+                lines.append(line.rstrip())
+                if line.startswith(("try:", "the page:")):
+                    break
+            if not lines:
+                process.wait(20)
+                errors.seek(0)
+                raise AssertionError(errors.read())
+            yield Server(process, lines, errors)
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
 
 
 class Answer:
@@ -93,7 +145,10 @@ class Answer:
         self.status = int(first.split(" ")[1]) if first.startswith("HTTP/1.1 ") else 0
         self.headers = {name.lower(): value.strip() for name, _, value in (field.partition(":") for field in fields)}
         if self.headers.get("transfer-encoding") == "chunked":
-            self.body = b"".join(re.split(rb"(?:^|\r\n)[0-9a-f]+\r\n", self.body)).removesuffix(b"\r\n\r\n")
+            rest, self.body = self.body, b""
+            while rest:
+                size, _, rest = rest.partition(b"\r\n")
+                self.body, rest = self.body + rest[: int(size, 16)], rest[int(size, 16) + 2 :]
 
     @property
     def error(self) -> dict[str, Any]:

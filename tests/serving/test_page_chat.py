@@ -334,9 +334,11 @@ def test_storage_that_is_off_or_spoilt(open_page: Open) -> None:
     circle = {"id": "a", "nodes": [{"parent": 0, "role": "user", "content": "x"}], "chosen": {"-1": 0}}
     kept = {"settings": "{", "conversation.a": json.dumps(circle), "conversation.b": "[1", "theme": "x"}
     spoilt = f"for (const [name, text] of Object.entries({json.dumps(kept)})) localStorage['slmkit.' + name] = text;"
-    for before in (off, spoilt):
+    full = "Storage.prototype.setItem = () => { throw new DOMException('full', 'QuotaExceededError'); };"
+    for before in (off, full, spoilt):
         with chat(open_page, Script(), before=before) as page:
             ask(page, "Hi")
+            assert page.get_by_role("note").is_visible() == (before != spoilt)
             assert last_answer(page) == "Hello there."
             assert page.get_by_role("navigation").get_by_role("listitem").count() == 1
 
@@ -509,6 +511,31 @@ def test_looks(open_page: Open, width: int, dark: bool) -> None:
                 page.get_by_role("button", name=name).click()
                 check(name.lower())
                 page.keyboard.press("Escape")
+
+
+def test_nothing_moves_for_readers_who_want_that(open_page: Open) -> None:
+    script = Script(say=lambda body: [""] * 100, pause=0.02)
+    for motion in ("reduce", "no-preference"):
+        with chat(open_page, script) as page:
+            page.emulate_media(reduced_motion=motion)
+            box(page).fill("Hi")
+            box(page).press("Enter")
+            page.locator(".body.writing").wait_for(state="attached")
+            name = page.locator(".body").evaluate("(body) => getComputedStyle(body, '::after').animationName")
+            assert name == ("none" if motion == "reduce" else "blink")
+            page.keyboard.press("Escape")
+            wait_for_answer(page)
+
+
+def test_the_focus_is_not_lost(open_page: Open) -> None:
+    with chat(open_page, Script()) as page:
+        ask(page, "Hi")
+        assert box(page).evaluate("(box) => box === document.activeElement")
+        page.get_by_role("button", name="Retry").focus()
+        page.keyboard.press("Enter")
+        wait_for_answer(page)
+        page.get_by_role("group", name="Versions").wait_for()
+        assert page.locator(".thread").evaluate("(thread) => thread === document.activeElement")
 
 
 def test_by_keyboard_alone(open_page: Open) -> None:

@@ -11,7 +11,7 @@ const DIGIT = 6.4; // pixels of a digit of that size
 export function roundStep(low, high, count) {
   const rough = (high - low) / Math.max(1, count);
   const power = 10 ** Math.floor(Math.log10(rough));
-  return [1, 2, 5, 10].map((factor) => factor * power).find((step) => step >= rough * 0.999);
+  return [1, 2, 5, 10].map((factor) => factor * power).find((step) => step >= rough * 0.7);
 }
 
 /** Round numbers from `low` to `high`. On a logarithmic scale of more than one decade, powers of ten, their doubles and halves. */
@@ -19,18 +19,17 @@ export function ticks(low, high, count, log = false) {
   if (!(high > low)) return [low];
   if (log && high / low >= 10) {
     const [first, last] = [Math.floor(Math.log10(low)), Math.ceil(Math.log10(high))];
-    const factors = last - first <= Math.max(2, count / 2) ? [1, 2, 5] : [1];
-    const every = factors.length > 1 ? 1 : Math.ceil((last - first) / count);
-    const found = [];
-    for (let power = first; power <= last; power += every) {
-      for (const factor of factors) found.push(Number(`${factor}e${power}`));
-    }
-    return found.filter((value) => value >= low * 0.999 && value <= high * 1.001);
+    const powers = Array.from({ length: last - first + 1 }, (_, index) => first + index);
+    const inside = (value) => value >= low * 0.999 && value <= high * 1.001;
+    const many = powers.flatMap((power) => [1, 2, 5].map((factor) => Number(`${factor}e${power}`))).filter(inside);
+    if (many.length <= 1.4 * count) return many;
+    const every = Math.ceil((last - first) / count);
+    return powers.filter((_, index) => index % every === 0).map((power) => Number(`1e${power}`)).filter(inside);
   }
   const step = roundStep(low, high, count);
   const found = [];
   for (let index = Math.ceil(low / step - 1e-9); index * step <= high + step * 1e-9; index += 1) {
-    found.push(Number((index * step).toPrecision(12)));
+    found.push(Number((index * step).toPrecision(12)) || 0);
   }
   return found;
 }
@@ -89,6 +88,11 @@ function path(points, places) {
   return line;
 }
 
+/** The dashed line of `marks`, for legends. */
+export function markSwatch() {
+  return svg("svg", { class: "swatch", width: 22, height: 10, "aria-hidden": "true" }, svg("path", { class: "mark-line", d: "M1 5H21" }));
+}
+
 /** A short line in a series' colour, for legends and read-outs. */
 export function swatch(colour, isValidation = false) {
   return svg("svg", { class: `swatch series-${colour}`, width: 22, height: 10, "aria-hidden": "true" },
@@ -129,6 +133,7 @@ export class Chart {
 
   draw(shown) {
     this.shown = { log: false, smoothing: 0, marks: [], ...shown };
+    if (!this.small) this.plot.setAttribute("aria-label", this.label);
     this.redraw();
     if (this.details?.open) this.fillTable();
   }
@@ -176,7 +181,11 @@ export class Chart {
     const isEmpty = range[0] === Infinity;
     if (isEmpty) range.splice(0, 4, 0, 1, log ? 0.1 : 0, 1);
     let [left, right, low, high] = range;
-    for (const { y } of marks) if (isShown(y)) [low, high] = [Math.min(low, y), Math.max(high, y)];
+    // A line that is far away is left out: it would flatten the curves.
+    const reach = high - low || Math.abs(high) * 0.1;
+    for (const { y } of marks) {
+      if (isShown(y) && y > low - reach && y < high + reach) [low, high] = [Math.min(low, y), Math.max(high, y)];
+    }
     if (left === right) [left, right] = [Math.max(0, left - 1), right + 1];
     if (low === high) [low, high] = log ? [low / 1.1, high * 1.1] : [low - (Math.abs(low) * 0.05 || 0.5), high + (Math.abs(high) * 0.05 || 0.5)];
     const pad = log ? (high / low) ** 0.04 : (high - low) * 0.05;
@@ -227,7 +236,7 @@ export class Chart {
     const drawn = [];
     if (isSmoothed && !this.small) drawn.push(svg("path", { class: `line raw series-${one.colour}`, d: path(one.points, places) }));
     drawn.push(svg("path", { ...shared, class: `line series-${one.colour}`, d: path(one.line, places), "stroke-dasharray": dash }));
-    if (one.isValidation && !this.small) {
+    if (one.points.length === 1 || (one.isValidation && !this.small)) {
       drawn.push(...one.points.filter(([, y]) => Number.isFinite(y) && (!places.log || y > 0)).map(([x, y]) => svg("circle", {
         class: `point series-${one.colour}`, cx: places.x(x).toFixed(1), cy: places.y(y).toFixed(1), r: 3,
       })));

@@ -9,6 +9,7 @@ import { grow, isComposing, watchComposition } from "./typing.js";
 
 const EXAMPLES = ["Hello!", "Who are you?", "Tell me a story about a fox and a kite."];
 const STARTS = ["Once upon a time", "The fox had a red kite.", "It was a rainy day, and"];
+const LEAST = 10; // milliseconds: less tells nothing of the model's speed
 const NEAR_END = 48; // pixels: a reader this near the end follows what is written
 
 export function mount(root, app) {
@@ -104,11 +105,13 @@ class Chat {
   show() {
     const { conversation } = this;
     const path = conversation.path();
+    const hadFocus = this.thread.contains(document.activeElement);
     this.views.clear();
     this.thread.replaceChildren(element("div", { class: "lines" }, path.length ? path.map((at, place) => this.#shown(at, place === path.length - 1)) : this.#welcome()));
     this.#showState();
     this.#showList();
     if (this.follows) this.#scrollToEnd();
+    if (hadFocus) this.thread.focus({ preventScroll: true });
   }
 
   #shown(at, isLast) {
@@ -156,9 +159,10 @@ class Chat {
     if (hadFocus) this.box.focus();
     const isChat = this.settings.models.every((model) => this.settings.isChat(model));
     this.box.placeholder = isChat ? "Write a message" : "Write the beginning of a text";
-    const notes = this.settings.models.map((model) => this.settings.noteOn(model)).filter(Boolean);
-    this.note.hidden = !notes.length;
-    this.note.replaceChildren(...new Set(notes));
+    const notes = new Set(this.settings.models.map((model) => this.settings.noteOn(model)).filter(Boolean));
+    if (this.isLost) notes.add("This browser keeps no more conversations: its storage is off or full.");
+    this.note.hidden = !notes.size;
+    this.note.textContent = [...notes].join(" ");
   }
 
   #showList() {
@@ -219,7 +223,7 @@ class Chat {
 
   #keep(conversation = this.conversation) {
     if (!this.conversations.includes(conversation)) this.conversations.unshift(conversation);
-    conversation.save();
+    this.isLost = !conversation.save();
     kept.set("current", this.conversation.id);
   }
 
@@ -258,7 +262,7 @@ class Chat {
     for (const column of columns) Object.assign(answers[column], { finish: "", error: "" });
     this.#keep(conversation);
     this.show();
-    const saving = setInterval(() => conversation.save(), 1000);
+    const saving = setInterval(() => this.conversations.includes(conversation) && conversation.save(), 1000);
     await Promise.all(columns.map((column) => this.#writeOne(conversation, at, column, goesOn, controller.signal)));
     clearInterval(saving);
     this.running.delete(conversation);
@@ -297,7 +301,7 @@ class Chat {
     const tokens = usage?.completion_tokens ?? pieces;
     answer.tokens = tokens + (goesOn ? answer.tokens ?? 0 : 0);
     answer.first = first && (first - start) / 1000;
-    answer.rate = last > first ? (1000 * (tokens - 1)) / (last - first) : 0;
+    answer.rate = last - first > LEAST ? (1000 * (tokens - 1)) / (last - first) : 0;
     this.views.get(answer)?.update();
   }
 

@@ -88,10 +88,11 @@ function about(token, index) {
 
 /**
  * Tokens in a row, of which the pointer or the arrow keys show ids and bytes below. `learned`: whether each is learned, if
- * that is to be shown; else the colours only tell tokens from each other. `begins`: where documents begin.
+ * that is to be shown; else the colours only tell tokens from each other. `begins`: where documents begin. `isFirst`: of
+ * several on the page, which says how to use it.
  */
-function tokenView(tokens, { learned = null, begins = [], label, firstIndex = 0 }) {
-  const told = element("p", { class: "token-about muted", role: "status" }, "Point to a token, or walk with the arrow keys.");
+function tokenView(tokens, { learned = null, begins = [], label, firstIndex = 0, isFirst = true }) {
+  const told = element("p", { class: "token-about muted", role: "status" }, isFirst && "Point to a token, or walk with the arrow keys.");
   const area = element("div", { class: "tokens", dir: "auto", role: "group", "aria-label": label });
   const nodes = [];
   let [letter, letterEnds] = ["", -1]; // of the last character that several tokens make
@@ -103,7 +104,7 @@ function tokenView(tokens, { learned = null, begins = [], label, firstIndex = 0 
       // Several tokens that make one character: the character, and of each token its bytes.
       const isPart = token.span !== 1;
       const kinds = ["token", learned ? (learned[index] ? "learned" : "read") : `hue-${(index % COLOURS) + 1}`, token.special && "special", isPart && "bytes"];
-      if (token.span > 1) area.append(element("span", { class: "whole" }, visible(token.text)));
+      if (token.span > 1) area.append(element("span", { class: learned?.[index] ? "whole learned" : "whole" }, visible(token.text)));
       const node = element("span", {
         class: kinds.filter(Boolean).join(" "), role: "img", tabindex: nodes.length ? "-1" : "0", "data-index": index,
         "aria-label": `${quoted(token.text) || hexadecimal(token.bytes)}, id ${token.id}${token.special ? ", special" : ""}${learned?.[index] ? ", learned" : ""}`,
@@ -182,7 +183,7 @@ function tokenizer() {
   const option = (name) => element("option", { value: name }, name);
   again(0);
   return [
-    element("section", { class: "card stack", "aria-label": "Text" }, field("Text", area),
+    element("section", { class: "card stack", "aria-label": "What is tokenized" }, field("Text", area),
       element("div", { class: "grid" },
         field("Tokenizer of", select("first", names.map(option))),
         field("Compare with", select("second", [element("option", { value: "" }, "nothing"), ...names.map(option)]))),
@@ -238,7 +239,7 @@ function ofDataSet(fill) {
     if (!set.problem) fill(set, place);
   };
   choose();
-  return [element("section", { class: "card stack", "aria-label": "Data set" }, field("Data set", select), facts), place];
+  return [element("section", { class: "card stack", "aria-label": "Chosen shards" }, field("Data set", select), facts), place];
 }
 
 /** Buttons and a number to go through `total` things, `count` at a time; `go(first)` shows those from `first` on. */
@@ -271,11 +272,11 @@ async function showRows(set, place, first) {
         element("p", { class: "muted" }, `${number(found.total)} rows of ${number(found.length)} tokens, ${order}`), learnedLegend()),
       ...found.left_out.map((line) => element("p", { class: "warn" }, line)),
       pager("Row", first, ROWS, found.total, (to) => showRows(set, place, to)),
-      ...found.rows.map((row) => element("section", { class: "card stack", "aria-label": `Row ${row.number + 1}` },
+      ...found.rows.map((row, index) => element("section", { class: "card stack", "aria-label": `Row ${row.number + 1}` },
         element("div", { class: "row apart" },
           element("h3", {}, `Row ${number(row.number + 1)}${row.kind && `, ${row.kind}`}`),
           element("span", { class: "muted" }, summary(row))),
-        tokenView(row.tokens, { learned: row.learned, begins: row.begins, label: `Tokens of row ${row.number + 1}` }),
+        tokenView(row.tokens, { learned: row.learned, begins: row.begins, label: `Tokens of row ${row.number + 1}`, isFirst: index === 0 }),
         row.padding > 0 && element("p", { class: "muted" }, `Padding: ${number(row.padding)} tokens`))));
   });
 }

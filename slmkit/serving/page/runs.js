@@ -1,6 +1,6 @@
 // Runs: the list, live curves of one or several, and of the chosen one its samples, X-ray and recipe.
 
-import { Chart, short, swatch } from "./charts.js";
+import { Chart, markSwatch, short, swatch } from "./charts.js";
 import { element, field, kept, number, table } from "./dom.js";
 
 const EVERY = 2000; // milliseconds between two looks at the server
@@ -310,7 +310,9 @@ function drawCurves() {
     const values = one.points.map(([, y]) => y).filter(Number.isFinite);
     const best = one.isValidation && quantity === "loss" ? `best ${number(Math.min(...values))}` : values.length ? number(values.at(-1)) : "";
     return element("li", {}, swatch(one.colour, one.isValidation), element("span", {}, one.name), element("b", {}, best));
-  }), series.length ? "" : element("li", { class: "muted" }, "Nothing is logged yet."));
+  }), ...perfect.map((run) => element("li", {}, markSwatch(),
+    element("span", {}, runs.length > 1 ? `a perfect model on ${run.name}` : "a perfect model"), element("b", {}, number(run.perfect_loss)))),
+  series.length ? "" : element("li", { class: "muted" }, "Nothing is logged yet."));
   drawSmall(names.filter((name) => name !== quantity), runs, unit, divisor);
 }
 

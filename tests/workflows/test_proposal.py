@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from slmkit.config import UserError
-from slmkit.training.estimate.proposal import propose
 from slmkit.training.recipe.recipe import Recipe
+from slmkit.workflows.plan import propose
 
 
 def test_a_proposal_spends_its_budget_and_more_time_buys_a_lower_loss() -> None:
