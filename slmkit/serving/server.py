@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import errno
 import functools
+import resource
 import signal
 import socket
 import threading
@@ -27,8 +28,12 @@ from slmkit.serving.doors import HEADERS, Doors, Limits, is_loopback, refusal_pa
 from slmkit.serving.protocol import ApiError
 
 if TYPE_CHECKING:
+    from slmkit.serving.upstream import Upstreams
     from slmkit.serving.worker import Worker  # imports torch, and the port is taken before that
 
+    Engines = Worker | Upstreams
+
+FILES = 256  # that a process has open beside its connections
 SEND_BUFFER = 2**17  # bytes that the kernel keeps for a client that reads slowly
 
 
@@ -111,14 +116,20 @@ class Server(uvicorn.Server):
     """uvicorn's, which drains the worker before it ends, and ends when the worker has failed."""
 
     def __init__(
-        self, app: Any, limits: Limits, worker: Worker | None, drain: float, tell_ready: Callable[[], object]
+        self,
+        app: Any,
+        limits: Limits,
+        worker: Engines | None,
+        drain: float,
+        tell_ready: Callable[[], object],
     ) -> None:
         self.worker, self.drain, self.tell_ready = worker, drain, tell_ready
         count = None if worker is None else lambda *labels: worker.metrics.requests.labels(*labels).inc()
         super().__init__(
             uvicorn.Config(
                 Doors(app, limits, count), http=functools.partial(Connection, limits),  # type: ignore[arg-type]
-                ws="none", log_config=None, log_level="error", access_log=False, server_header=False,
+                ws="none", log_config=None, access_log=False, server_header=False,
+                log_level="critical",  # `Doors` logs what fails; what clients send wrong is counted, not logged
                 proxy_headers=False, h11_max_incomplete_event_size=limits.max_headers,
                 timeout_graceful_shutdown=2,  # for what the clients have not read yet
             )
@@ -181,13 +192,22 @@ def url_of(listening: socket.socket) -> str:
 
 
 def serve(
-    app: Any, listening: socket.socket, limits: Limits, worker: Worker, drain: float, tell_ready: Callable[[], None]
+    app: Any,
+    listening: socket.socket,
+    limits: Limits,
+    worker: Engines,
+    drain: float,
+    tell_ready: Callable[[], None],
 ) -> int:
     """Serve until SIGTERM or SIGINT, or the worker's failure. Then nothing new is taken, what is open has `drain`
     seconds to end, and the rest ends with an error. A second SIGINT ends it at once.
 
     Returns the exit code: 0, 1 after a failure, 130 after a second SIGINT.
     """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    enough = limits.max_connections + FILES
+    if soft < enough:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(enough, hard) if hard >= 0 else enough, hard))
     server = Server(app, limits, worker, drain, tell_ready)
     server.run(sockets=[listening])
     return 130 if server.force_exit else int(server.has_failed)
@@ -195,7 +215,7 @@ def serve(
 
 @contextlib.contextmanager
 def running(
-    app: Any, limits: Limits | None = None, worker: Worker | None = None, *, drain: float = 0.0
+    app: Any, limits: Limits | None = None, worker: Engines | None = None, *, drain: float = 0.0
 ) -> Iterator[str]:
     """The same in a thread, on a free port of 127.0.0.1: gives the URL, such as http://127.0.0.1:40001."""
     listening, is_ready = bind("127.0.0.1", 0), threading.Event()

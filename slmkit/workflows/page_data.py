@@ -26,6 +26,7 @@ from slmkit.data.order import mixed_seed
 from slmkit.data.packing import IGNORED
 from slmkit.data.rows.answers import JudgedRows, PairRows
 from slmkit.data.shards.reader import FORMAT, HEADER, TokenShards, read_header
+from slmkit.data.sources.settings import OnLong
 from slmkit.data.stream import ChatRows, DocumentRows, PretrainRows, ShardRows, shuffled
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.tokenizer.pieces import pieces
@@ -84,8 +85,8 @@ class PageData:
     def runs(self) -> list[Json]:
         """All runs, the latest first: name, state, objective, step, steps, tokens, best validation loss, time."""
         found = [_overview(name, root, _stamp(root)) for name, root in self._runs().items()]
-        found = [{key: value for key, value in run.items() if key != "recipe"} for run in found if run]
-        return sorted(found, key=lambda run: run["changed"], reverse=True)
+        rows = [{key: value for key, value in run.items() if key != "recipe"} for run in found if run]
+        return sorted(rows, key=lambda run: run["changed"], reverse=True)
 
     def run(self, name: str, since: Number = 0, mark: str = "") -> Json:
         """A run, with the lines of metrics.jsonl from a position on, in bytes.
@@ -193,9 +194,10 @@ class PageData:
             for source, place in (*sources, (None, validation)):
                 if (place / HEADER).is_file() and self._may_read(place, root):
                     found[f"{name}/{place.relative_to(root / 'data')}"] = DataSet(place, root, source)
-        for header in sorted(self.data.rglob(HEADER)) if self.data else ():
-            if _is_below(self.data, header) and read_json(header).get("format") == FORMAT:
-                found[f"shards: {header.parent.relative_to(self.data)}"] = DataSet(header.parent)
+        for folder in [self.data] if self.data else []:
+            for header in sorted(folder.rglob(HEADER)):
+                if _is_below(folder, header) and read_json(header).get("format") == FORMAT:
+                    found[f"shards: {header.parent.relative_to(folder)}"] = DataSet(header.parent)
         return {_json(name): data_set for name, data_set in found.items()}
 
     def _may_read(self, place: Path, run: Path) -> bool:
@@ -327,12 +329,14 @@ def _shards(directory: Path, changed: int) -> TokenShards:
 @functools.lru_cache(4)
 def _rows_of(data_set: DataSet, shards: TokenShards, stamp: tuple[Any, ...]) -> tuple[ShardRows, int | None]:
     """Rows of shards, and the seed of their order in training; None: they are not shuffled."""
-    run, header, seed, on_long = data_set.run, shards.header, None, "cut"
+    run, header, seed = data_set.run, shards.header, None
+    on_long: OnLong = "cut"
     reads, length = "judgements" if header.judged else "conversations" if header.masked else "text", LENGTH
     if run is not None:
         recipe = load_recipe(run / "recipe.yaml")
-        longest = read_json(run / "latest" / "config.json").get("max_position_embeddings", LENGTH)
-        reads, length = recipe.reads, recipe.train.sequence_length or longest
+        config = read_json(run / "latest" / "config.json") or recipe.model.changes
+        length = recipe.train.sequence_length or config.get("max_position_embeddings", LENGTH)
+        reads = recipe.reads
         if data_set.source is not None:
             names, on_long = [*recipe.data.weights], recipe.data.on_long_conversation
             is_alone = len(names) == 1 and recipe.data.when_exhausted == "repeat"

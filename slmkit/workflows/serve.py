@@ -20,6 +20,8 @@ from slmkit.hub import hub_name
 from slmkit.serving.doors import Limits
 
 if TYPE_CHECKING:
+    import socket
+
     import torch
 
     from slmkit.serving.models import ServedModel
@@ -74,9 +76,11 @@ def serve_models(settings: ServeSettings) -> int:
     directories, limits = named_models(settings.models), settings.limits()
     if settings.engine == "llamacpp":
         raise UserError("--engine llamacpp: needs models as GGUF, which this version does not write; take slm or vllm")
-    from slmkit.serving.server import bind, serve, url_of
+    from slmkit.serving.server import bind, serve
 
     listening = bind(settings.host, settings.port, has_keys=bool(limits.keys))
+    if settings.engine == "vllm":
+        return serve_upstream(settings, directories, limits, listening)
     from slmkit.serving.app import create_app
     from slmkit.serving.models import ServedModel
     from slmkit.serving.worker import Worker
@@ -88,20 +92,49 @@ def serve_models(settings: ServeSettings) -> int:
     worker = Worker(list(models.values()), max_queue=settings.max_queue, request_seconds=settings.request_seconds)
     page = page_functions(worker, models, directories, settings.runs, settings.data) if settings.ui else None
 
-    def tell() -> None:
-        url = url_of(listening)
-        print(f"{url}/v1 is ready; Ctrl-C ends it. Models:")
-        for name, model in models.items():
-            print(f"  {name}  (context {model.decoder.max_positions:,}, {directories[name]})")
-        print(f"the page: {url}/" if settings.ui else f"try: curl {url}/v1/models", flush=True)
-        if settings.browser:
-            open_browser(url)
-
+    lines = [f"{name}  (context {one.decoder.max_positions:,}, {directories[name]})" for name, one in models.items()]
     worker.start()
     try:
-        return serve(create_app(worker, models, limits, page), listening, limits, worker, settings.drain, tell)
+        app, tell = create_app(worker, models, limits, page), functools.partial(tell_ready, settings, listening, lines)
+        return serve(app, listening, limits, worker, settings.drain, tell)
     finally:
         worker.stop()
+
+
+def serve_upstream(
+    settings: ServeSettings, directories: Mapping[str, Path], limits: Limits, listening: socket.socket
+) -> int:
+    """The same with vLLM as the engine. Raises `UserError` if it is not installed, or ends while it loads."""
+    from slmkit.model.files.adapter_directory import is_adapter
+    from slmkit.serving.server import serve
+    from slmkit.serving.upstream import Upstreams
+
+    for name, directory in directories.items():
+        if is_adapter(directory):
+            raise UserError(
+                f"{name}: an adapter; for --engine vllm merge it first: slm merge MODEL --adapter {directory}"
+            )
+    if settings.ui:
+        raise UserError("--ui: the page looks into models of the own engine; leave it out with --engine vllm")
+    upstreams = Upstreams(directories, settings.max_rows + settings.max_queue, settings.request_seconds)
+    try:
+        upstreams.wait_until_ready()
+        lines = [f"{name}  (vllm, {directory})" for name, directory in directories.items()]
+        tell = functools.partial(tell_ready, settings, listening, lines)
+        return serve(upstreams, listening, limits, upstreams, settings.drain, tell)
+    finally:
+        upstreams.stop()
+
+
+def tell_ready(settings: ServeSettings, listening: socket.socket, models: Sequence[str]) -> None:
+    """Say where the server is, what it serves, and what to try."""
+    from slmkit.serving.server import url_of
+
+    url = url_of(listening)
+    print(f"{url}/v1 is ready; Ctrl-C ends it. Models:", *models, sep="\n  ")
+    print(f"the page: {url}/" if settings.ui else f"try: curl {url}/v1/models", flush=True)
+    if settings.browser:
+        open_browser(url)
 
 
 def named_models(models: Sequence[str]) -> dict[str, Path]:

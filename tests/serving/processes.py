@@ -145,7 +145,10 @@ class Answer:
         self.status = int(first.split(" ")[1]) if first.startswith("HTTP/1.1 ") else 0
         self.headers = {name.lower(): value.strip() for name, _, value in (field.partition(":") for field in fields)}
         if self.headers.get("transfer-encoding") == "chunked":
-            self.body = b"".join(re.split(rb"(?:^|\r\n)[0-9a-f]+\r\n", self.body)).removesuffix(b"\r\n\r\n")
+            rest, self.body = self.body, b""
+            while rest:
+                size, _, rest = rest.partition(b"\r\n")
+                self.body, rest = self.body + rest[: int(size, 16)], rest[int(size, 16) + 2 :]
 
     @property
     def error(self) -> dict[str, Any]:

@@ -152,12 +152,13 @@ export class Chart {
     this.picture.setAttribute("height", height);
     this.picture.setAttribute("aria-label", this.summary());
     const clip = `clip-${this.id ??= Math.random().toString(36).slice(2)}`;
+    const [markLines, markTexts] = this.markLines(places);
     this.picture.replaceChildren(
       svg("clipPath", { id: clip }, svg("rect", {
         x: places.left - 4, y: places.top - 4, width: places.width + 8, height: places.bottom - places.top + 8,
       })),
       ...(places.isEmpty ? [] : this.axes(places)),
-      svg("g", { "clip-path": `url(#${clip})` }, ...this.markLines(places), ...lines.flatMap((one) => this.lineOf(one, places))),
+      svg("g", { "clip-path": `url(#${clip})` }, markLines, lines.flatMap((one) => this.lineOf(one, places)), markTexts),
       svg("g", { class: "crosshair" }));
     if (!this.small) this.pointTo(this.at);
   }
@@ -221,12 +222,12 @@ export class Chart {
   }
 
   markLines(places) {
-    return (this.shown.marks ?? []).filter(({ y }) => Number.isFinite(y) && (!places.log || y > 0)).flatMap(({ y, label }) => [
-      svg("path", { class: "mark-line", d: `M${places.left} ${places.y(y).toFixed(1)}h${places.width}` }),
-      !this.small && svg("text", {
-        class: "axis", x: places.left + places.width - 4, y: places.y(y) - 5, "text-anchor": "end", "font-size": FONT,
-      }, label),
-    ]).filter(Boolean);
+    const shown = (this.shown.marks ?? []).filter(({ y }) => Number.isFinite(y) && (!places.log || y > 0));
+    const line = ({ y }) => svg("path", { class: "mark-line", d: `M${places.left} ${places.y(y).toFixed(1)}h${places.width}` });
+    const text = ({ y, label }) => svg("text", {
+      class: "axis", x: places.left + places.width - 4, y: places.y(y) - 5, "text-anchor": "end", "font-size": FONT,
+    }, label);
+    return [shown.map(line), this.small ? [] : shown.map(text)];
   }
 
   lineOf(one, places) {
