@@ -30,7 +30,7 @@ from tests.serving.browser import (
 from tests.serving.servers import gemma, llama
 
 TEXT = "Once upon a time there was a fox. She waited near the river until the wind came over the hill."
-ODD = "naïve 猫\n<b>x</b><script>alert(1)</script>\u202eevil"
+ODD = "naïve 猫\a\n<b>x</b><script>alert(1)</script>\u202eevil"
 TOKEN = ".look-token[role=option]"
 
 
@@ -107,7 +107,7 @@ def test_tokens_have_their_probabilities(place: Place, open_page: Callable[..., 
     tokens = page.locator(TOKEN)
     assert tokens.count() == len(ids) + 1
     shown = "".join(tokens.all_text_contents()[len(place.models["m1"].tokenizer.beginning) : -1])
-    assert shown == TEXT
+    assert shown.replace("\u00a0", " ") == TEXT
     steps = [0.5, 0.2, 0.05, 0.01, 0.001, 0]
     colours = set()
     for index, p in enumerate(expected.probabilities.tolist()):
@@ -175,23 +175,22 @@ def test_next_tokens_and_what_if(place: Place, open_page: Callable[..., Any]) ->
 
 
 def test_logit_lens(place: Place, open_page: Callable[..., Any]) -> None:
-    model, ids = place.models["m2"], place.ids(TEXT)
+    model, ids = place.models["m1"], place.ids(TEXT)
     page = open_page(place.url, tab="look", width=PHONE)
-    look(page, model="m2")
+    look(page)
     view(page, "Logit lens")
     expected, cells = logit_lens(model.decoder, ids), page.locator(".look-grid td")
-    assert page.locator(".look-grid tbody tr").count() == 6
-    assert cells.count() == 6 * len(ids)
+    assert page.locator(".look-grid tbody tr").count() == 2
+    assert cells.count() == 2 * len(ids)
 
     def written(token: int) -> str:
-        data = model.tokenizer.token_bytes(token) if token < len(model.tokenizer) else None
-        if data is None:
-            return f"unused id {token}"
+        data = model.tokenizer.token_bytes(token)
         try:
-            return data.decode().replace(" ", "·").replace("\n", "↵")
+            return data.decode().translate({code: 0x2400 + code for code in range(32)} | {10: "↵", 9: "⇥", 32: "·"})
         except UnicodeDecodeError:
             return f"bytes {data.hex(' ').upper()}"
 
+    assert (expected.likeliest[0] != expected.likeliest[1]).any()
     assert cells.all_text_contents() == [written(token) for token in expected.likeliest.flatten().tolist()]
     hits = [place for place, token in enumerate(ids[1:]) if expected.likeliest[-1, place] == token]
     framed = page.locator(".look-grid tbody tr:last-child td.own")
@@ -201,7 +200,7 @@ def test_logit_lens(place: Place, open_page: Callable[..., Any]) -> None:
     expect_no_sideways_scroll(page)
 
     page.locator(TOKEN).nth(20).click()
-    cell = page.locator('.look-grid td[data-place="20"][data-layer="5"]')
+    cell = page.locator('.look-grid td[data-place="20"][data-layer="1"]')
     assert cell.evaluate(
         "cell => { const box = cell.closest('.look-grid').getBoundingClientRect(), own = cell.getBoundingClientRect();"
         "return own.left >= box.left && own.right <= box.right + 1 }"
@@ -209,11 +208,11 @@ def test_logit_lens(place: Place, open_page: Callable[..., Any]) -> None:
     cell.focus()
     page.keyboard.press("ArrowUp")
     page.keyboard.press("ArrowRight")
-    assert page.evaluate("({...document.activeElement.dataset})") == {"place": "21", "layer": "4"}
+    assert page.evaluate("({...document.activeElement.dataset})") == {"place": "21", "layer": "0"}
     fact = page.locator(".look-fact:visible").inner_text()
-    assert "After layer 5" in fact
+    assert "After layer 1" in fact
     found = shares([re.search(r"with (\S+|1 in \S+?)[;.]", fact)[1], re.search(r"has (.*?)\.?$", fact)[1].rstrip(".")])
-    true = [expected.likeliest_probabilities[4, 20].item(), expected.probabilities[4, 20].item()]
+    true = [expected.likeliest_probabilities[0, 20].item(), expected.probabilities[0, 20].item()]
     assert found == pytest.approx(true, rel=0.06)
     before = cell.evaluate("cell => cell.style.background")
     page.get_by_role("radio", name="The text's token").check()
@@ -353,9 +352,9 @@ def test_text_is_text(place: Place, open_page: Callable[..., Any]) -> None:
     look(page, ODD)
     texts = page.locator(TOKEN).all_text_contents()
     assert "<b>x</b><script>alert(1)</script>" in "".join(texts)
-    assert "\u202e" not in "".join(texts)
-    assert {"C3", "AF"} <= {
-        *" ".join(page.locator(f"{TOKEN}.of-kind-bytes").all_text_contents()).split()
-    } or "ï" in "".join(texts)
+    assert "\a" not in "".join(texts)
+    assert "\u2407" in "".join(texts)  # the symbol for it
+    assert page.evaluate("import('/page/look_tokens.js').then((module) => module.shown('a\u202eb'))") == "a\ufffdb"
+    assert {"C3", "AF"} <= {*page.locator(f"{TOKEN}.of-kind-bytes").all_text_contents()} or "ï" in "".join(texts)
     assert page.locator(".look-tokens br").count() == 1
     assert page.locator("#panel-look script").count() == 0

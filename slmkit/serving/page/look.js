@@ -6,7 +6,7 @@ import { element, field, kept, number } from "./dom.js";
 import { addAttention } from "./look_attention.js";
 import { addLens } from "./look_lens.js";
 import { addNext } from "./look_next.js";
-import { bits, label, nameOf, percent, shade, shown, stepOf, STEPS } from "./look_tokens.js";
+import { bits, label, nameOf, percent, running, shade, stepOf, STEPS } from "./look_tokens.js";
 
 const EXAMPLE = "Once there was a little fox who loved to play. One day she found a key near the river.";
 const VIEWS = [
@@ -149,7 +149,7 @@ function addTokens() {
     const node = element("span", {
       role: "option", tabindex: "-1", "data-place": index,
       class: `look-token of-kind-${kind}${found.answers[index] ? " of-answer" : ""}`,
-    }, kind === "text" ? shown(text) : text);
+    }, kind === "text" ? running(text) : text);
     return text.includes("\n") && kind === "text" ? [node, element("br")] : node;
   });
   nodes.push(element("span", { role: "option", tabindex: "-1", "data-place": found.ids.length, class: "look-token of-kind-next" }, "next"));

@@ -32,16 +32,21 @@ function visible(text) {
     .replace(/[\u007f-\u009f\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]/g, "\ufffd");
 }
 
-/** A token's text in the running text, with its spaces; a line end has a sign. */
+/** A token's text; line ends and tabs have signs. */
 export function shown(text) {
-  return visible(text).replaceAll("\n", "↵");
+  return visible(text).replaceAll("\n", "↵").replaceAll("\t", "⇥");
+}
+
+/** A token's text in the running text, where spaces at the end of a line vanish, and no others. */
+export function running(text) {
+  return shown(text).replace(text.trim() === "" ? / /g : / (?= )/g, "\u00a0");
 }
 
 /** A token by itself: spaces, tabs and line ends have signs. */
 export function label([text, kind]) {
   if (kind === "bytes") return `bytes ${text}`;
   if (kind === "unused") return `unused id ${text}`;
-  return shown(text).replaceAll(" ", "·").replaceAll("\t", "⇥") || "(empty)";
+  return shown(text).replaceAll(" ", "·") || "(empty)";
 }
 
 /** A token for screen readers. */
