@@ -1,6 +1,7 @@
 # make quickstart   the whole life of a small model, offline, in minutes
 # make test         everything the project promises, checked
 # make test-fast    units, one family of parity, the shape of the code: under two minutes
+# make test-browser the page in Chromium (Debian: apt-get install chromium); SLMKIT_SCREENSHOTS=FOLDER keeps pictures
 # make test-kill    a run killed a hundred times and resumed, compared with one that nobody killed
 # make test-transformers4   the comparisons with transformers 4
 # make test-hosts   two hosts, one of which is lost in mid-run (root, iproute2)
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 # pip's view of the pinned set: the same versions for everybody.
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: quickstart test test-fast test-transformers4 test-long test-hosts test-kill lint types check format clean
+.PHONY: quickstart test test-fast test-browser test-transformers4 test-long test-hosts test-kill lint types check format clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/slm quickstart
@@ -21,6 +22,9 @@ test: $(VENV)/.installed-test
 
 test-fast: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto -m "not slow"
+
+test-browser: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto tests/serving -k page
 
 test-kill: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.kill --no-output
@@ -66,5 +70,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(INSTALL) --editable ".[train,optim,hub,cluster,track,test]"
+	$(INSTALL) --editable ".[train,optim,hub,cluster,serve,track,test]"
 	touch $@

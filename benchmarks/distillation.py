@@ -31,6 +31,7 @@ from pathlib import Path
 import torch
 
 from slmkit.data.prepare.corpus import Corpus, DataSettings, TokenizerSettings, build_corpus
+from slmkit.data.rows.datasets import TextDataset
 from slmkit.data.rows.teacher_cache import (
     CacheHeader,
     learned_starts,
@@ -38,7 +39,6 @@ from slmkit.data.rows.teacher_cache import (
     with_cached_logits,
     write_cache,
 )
-from slmkit.data.rows.text_dataset import TextDataset
 from slmkit.data.stream import DocumentRows, PretrainRows, Rows, Stream
 from slmkit.device import Device, find_device, keep_freed_memory, peak_memory, reset_peak_memory, resident_memory
 from slmkit.evaluation import validation_loss

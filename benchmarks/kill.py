@@ -29,8 +29,7 @@ from slmkit.device import find_device
 from slmkit.training.logging.metrics_log import environment
 from slmkit.training.recipe.recipe import Recipe
 from slmkit.training.run_directory import RunDirectory
-from slmkit.workflows.resume import resume_run
-from slmkit.workflows.train import train_recipe
+from slmkit.workflows.train import resume_run, train_recipe
 from tests.training.faults import kill, operations_on_files
 
 RESULTS = Path(__file__).parent / "results" / "kill.json"

@@ -27,7 +27,7 @@ from benchmarks.figures import spread
 from slmkit.adapt.adapter import AdapterFiles, trained_tensors
 from slmkit.adapt.load import start_adapter
 from slmkit.data import stories
-from slmkit.data.rows.text_dataset import TextDataset
+from slmkit.data.rows.datasets import TextDataset
 from slmkit.data.stream import Stream
 from slmkit.device import find_device, keep_freed_memory, peak_memory, reset_peak_memory, resident_memory
 from slmkit.evaluation import validation_loss

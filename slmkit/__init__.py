@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from slmkit.api.causal_lm import SLMEnsemble, SLMForCausalLM
     from slmkit.api.trainer import SLMTrainer
     from slmkit.config import UserError
-    from slmkit.data.rows.text_dataset import TextDataset
+    from slmkit.data.rows.datasets import TextDataset
     from slmkit.model.config import SLMConfig
     from slmkit.tokenizer import SLMTokenizer
     from slmkit.training.objectives.distillation import DistillationLoss
@@ -39,7 +39,7 @@ _HOME = {
     "SLMForCausalLM": "slmkit.api.causal_lm",
     "SLMTokenizer": "slmkit.tokenizer",
     "SLMTrainer": "slmkit.api.trainer",
-    "TextDataset": "slmkit.data.rows.text_dataset",
+    "TextDataset": "slmkit.data.rows.datasets",
     "UserError": "slmkit.config",
 }
 

@@ -18,7 +18,8 @@ SLOW = (
     "model/test_cache.py", "model/test_context.py", "model/files/test_directory.py",
     "parity/test_transformers.py", "parity/test_wrong_readings.py", "tokenizer/test_kinds.py",
     "tokenizer/test_stock_templates.py", "tokenizer/test_gpt2.py", "training/test_compilation.py",
-    "training/test_precision.py", "training/logging/test_trackers.py",
+    "training/test_precision.py", "training/logging/test_trackers.py", "serving/test_batches.py",
+    "serving/test_clients.py", "serving/test_page_",
 )  # fmt: skip
 
 

@@ -20,8 +20,7 @@ from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.recipe.recipe import Recipe
 from slmkit.training.run_directory import RunDirectory
 from slmkit.workflows.distill import cache_teacher
-from slmkit.workflows.resume import replay_run, resume_run
-from slmkit.workflows.train import train_recipe
+from slmkit.workflows.train import replay_run, resume_run, train_recipe
 from tests.test_life import Silent
 from tests.training.ranks import on_ranks
 

@@ -10,8 +10,7 @@ import torch
 
 from slmkit import SLMForCausalLM
 from slmkit.training.recipe.recipe import load_recipe
-from slmkit.workflows.resume import resume_run
-from slmkit.workflows.train import train_recipe
+from slmkit.workflows.train import resume_run, train_recipe
 from tests.cli.helpers import slm
 from tests.model.test_cache import FAMILIES
 from tests.test_life import Silent

@@ -17,8 +17,7 @@ from slmkit.model.files.directory import load_decoder
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.recipe.recipe import load_recipe
 from slmkit.workflows.merge import merge_adapters
-from slmkit.workflows.resume import resume_run
-from slmkit.workflows.train import RunDirectory, train_recipe
+from slmkit.workflows.train import RunDirectory, resume_run, train_recipe
 from tests.test_life import Silent
 from tests.tokenizer.conftest import TEXTS, byte_level_with, save_foreign
 

@@ -24,8 +24,7 @@ from slmkit.workflows.context import SILENCE
 from slmkit.workflows.merge import prepare_merge, write_merge
 from slmkit.workflows.plan import inspect_model
 from slmkit.workflows.push import push_model
-from slmkit.workflows.resume import resume_run
-from slmkit.workflows.train import train_recipe
+from slmkit.workflows.train import resume_run, train_recipe
 from tests.data.hub_server import Fault, HubServer
 
 huggingface_hub = pytest.importorskip("huggingface_hub")

@@ -21,8 +21,7 @@ from slmkit.training.recipe.recipe import Recipe, find_recipe, load_recipe
 from slmkit.training.run_directory import RunDirectory
 from slmkit.workflows import quickstart
 from slmkit.workflows.quickstart import EVALUATION, SMALLEST_SHARE, affordable_share, train_quickstart
-from slmkit.workflows.resume import resume_run
-from slmkit.workflows.train import train_recipe
+from slmkit.workflows.train import resume_run, train_recipe
 
 FEW_STEPS = ["train.num_train_epochs=null", "train.tokens_per_step=1024", "train.device=cpu", "train.sample_tokens=5"]
 

@@ -24,8 +24,7 @@ from slmkit.training.checkpoints.checkpoint import complete_checkpoints, delete
 from slmkit.training.logging.list_runs import read_run
 from slmkit.training.recipe.recipe import find_recipe, load_recipe
 from slmkit.workflows.merge import merge_adapters
-from slmkit.workflows.resume import replay_run, resume_run
-from slmkit.workflows.train import train_recipe
+from slmkit.workflows.train import replay_run, resume_run, train_recipe
 from tests.test_life import FEW_STEPS, Silent
 
 pytestmark = pytest.mark.usefixtures("without_plan_and_pictures")  # the runs of fixtures have both

@@ -40,8 +40,8 @@ MAY_IMPORT = {
 # Lines of code: no blank lines, comments or docstrings. The goal of the design is 18,000 for the whole package, with
 # serving, quantization and export in it; today's figures are of a package without them.
 CODE_LINES = {
-    "": 23_600, "adapt": 1_470, "api": 610, "cli": 1_650, "data": 5_700, "evaluation": 700, "export": 1_200,
-    "generation": 1_600, "model": 2_200, "serving": 1_300, "tokenizer": 1_340, "training": 4_440, "workflows": 2_110,
+    "": 24_100, "adapt": 1_470, "api": 610, "cli": 1_730, "data": 5_480, "evaluation": 700, "export": 1_200,
+    "generation": 1_600, "model": 2_200, "serving": 1_760, "tokenizer": 1_420, "training": 4_120, "workflows": 2_720,
 }  # fmt: skip
 LINES_IN_A_FILE = 400
 LEAST_LINES_IN_A_FILE = 40
@@ -49,7 +49,7 @@ SMALL_FILES = {  # each is a thing of its own, that others would not be looked f
     "__main__.py", "cli/__main__.py", "files.py",
     "model/norms.py",
 }  # fmt: skip
-ENTRIES_IN_A_FOLDER = 18
+ENTRIES_IN_A_FOLDER = 20
 # What a reader opens on the ways that matter, and how many files at most: each is called by one before it, and named
 # with what is called. CONTRIBUTING.md shows the same. Packages that only re-export (`data/sources`) do not count.
 WALKS = {
@@ -80,12 +80,11 @@ WALKS = {
     "a text file → documents": (
         4,
         "data/prepare/corpus:build_corpus data/prepare/open_sources:items_of data/sources/source:Source.read "
-        "data/sources/text_files:text_documents",
+        "data/sources/files:text_documents",
     ),
     "documents → shards": (
-        4,
-        "data/prepare/text_to_shards:prepare_text data/shards/work:write_shard data/shards/folder:ShardFolder.write "
-        "data/shards/writer:OpenShard",
+        3,
+        "data/prepare/text_to_shards:prepare_text data/shards/folder:write_shard data/shards/writer:write_files",
     ),
     "shards → a batch": (
         4,

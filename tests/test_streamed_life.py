@@ -11,8 +11,7 @@ from safetensors.torch import load_file
 from slmkit.config import load_settings
 from slmkit.training.loop import RunStopped, StopRequested
 from slmkit.training.recipe.recipe import Recipe
-from slmkit.workflows.resume import resume_run
-from slmkit.workflows.train import train_recipe
+from slmkit.workflows.train import resume_run, train_recipe
 from tests.test_life import Silent, evaluated
 
 WORDS = {"foxes": "the fox ran over the hill and sang", "owls": "an owl sat in a tree and slept"}

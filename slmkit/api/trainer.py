@@ -18,8 +18,7 @@ from slmkit.adapt.quantize import expect_full
 from slmkit.api.callbacks import Callbacks, GivenLoss, LossFunction, TorchSchedule, check_optimizer, check_pair
 from slmkit.api.causal_lm import SLMForCausalLM
 from slmkit.config import UserError, kind_of_value, methods_checked
-from slmkit.data.rows.text_dataset import TextDataset
-from slmkit.data.rows.torch_dataset import DatasetRows, ItemFormat, IterableBatches
+from slmkit.data.rows.datasets import DatasetRows, ItemFormat, IterableBatches, TextDataset
 from slmkit.data.stream import Batches, Rows, Stream
 from slmkit.device import Device, find_device
 from slmkit.model.config import TRAINING_FIELDS, SLMConfig
@@ -48,7 +47,7 @@ class SLMTrainer:
 
     `config` has the training fields: `learning_rate`, `batch_size` (sequences per step), `sequence_length` (tokens),
     `gradient_clip_norm`, `warmup_steps`. A data set is a `TextDataset`, or any torch data set, map-style or iterable,
-    of dicts with `input_ids` and `labels`; see `slmkit.data.rows.torch_dataset.ItemFormat.row`.
+    of dicts with `input_ids` and `labels`; see `slmkit.data.rows.datasets.ItemFormat.row`.
 
     With a `teacher_model` of the same tokenizer it distils, with the config's `distillation_alpha` and
     `distillation_temperature` or with the given `DistillationLoss`. With `lora` the model is frozen, and an adapter for

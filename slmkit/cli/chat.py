@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -40,26 +40,18 @@ YOU, MODEL, MORE, QUOTES = "you> ", "model> ", "...> ", '"""'
 CUT = {"length": "cut at {} tokens: --max-new-tokens allows more", "context": "cut: the model's context is full"}
 
 
+@options.with_sampling
 def chat(
-    context: typer.Context,
     model: options.ModelPath,
     system: Annotated[str | None, typer.Option(help="A system message for the whole conversation.")] = None,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(min=1, help="Stop an answer after this many tokens; default: what the model advises, or 300."),
     ] = None,
-    temperature: options.Temperature = None,
-    top_p: options.TopP = None,
-    top_k: options.TopK = None,
-    min_p: options.MinP = None,
-    typical_p: options.TypicalP = None,
-    repetition_penalty: options.Penalty = None,
-    presence_penalty: options.PresencePenalty = None,
-    frequency_penalty: options.FrequencyPenalty = None,
-    seed: options.Seed = None,
     plain: Annotated[bool, typer.Option("--plain", help="Print answers as they are: no Markdown, no colours.")] = False,
     others: options.OtherModels = None,
     device: options.DeviceName = "auto",
+    **sampling: Any,
 ) -> None:
     """Talk to a model.
 
@@ -69,7 +61,7 @@ def chat(
     Example: slm chat runs/quickstart/chat
     """
     usual = options.USUAL | {"temperature": 0.6}
-    decoder, tokenizer, settings, advice = open_model(model, others, device, usual, context.params)
+    decoder, tokenizer, settings, advice = open_model(model, others, device, usual, sampling)
     from slmkit.find import learned_conversations
     from slmkit.generation.chat import ChatSession
     from slmkit.model.files.generation_config import new_tokens

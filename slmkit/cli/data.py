@@ -32,9 +32,7 @@ def prepare(
     judged: Annotated[bool, typer.Option(help="They hold answers labelled good or bad (kto).")] = False,
     shuffle: Annotated[int | None, typer.Option(help="Shuffle all documents, with this seed.")] = None,
     clean: Annotated[list[str] | None, typer.Option(help=CLEAN)] = None,
-    length: Annotated[
-        int | None, typer.Option(min=1, help="Count the conversations longer than this, in tokens.")
-    ] = None,
+    length: Annotated[int | None, typer.Option(min=1, help="Count conversations longer than this, in tokens.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads; default: one for each core.")] = None,
     shard_characters: Annotated[int, typer.Option(min=1, help="Characters of text in a shard.")] = 1 << 26,
     ray: Annotated[str | None, typer.Option(help="Prepare on this Ray cluster: an address, auto, or local.")] = None,
@@ -50,34 +48,36 @@ def prepare(
     from slmkit.config import load_settings
     from slmkit.data.settings import CleaningSettings
     from slmkit.find import find_tokenizer_directory
-    from slmkit.tokenizer import SLMTokenizer
 
     reads = _kind_of_rows(chat, pairs, judged, bool(clean or ray or shuffle is not None), length)
     cleaning = load_settings(CleaningSettings, {}, clean or [])
     settings, directory = sources_of(sources, source), find_tokenizer_directory(tokenizer)
-    from slmkit.data.prepare.conversations import write_conversations  # imports torch: after the arguments were checked
-    from slmkit.data.prepare.open_sources import Reading
+    from slmkit.data.prepare.conversations import encoded_rows, write_conversations  # imports torch: after the checks
+    from slmkit.data.prepare.open_sources import items_of, share_read
+    from slmkit.data.prepare.ray import prepare_text_on_ray
     from slmkit.data.prepare.text_to_shards import prepare_text
+    from slmkit.data.shards.folder import claim
+    from slmkit.data.sources import open_together
+    from slmkit.tokenizer import SLMTokenizer
 
     loaded = SLMTokenizer.from_pretrained(directory)
     options: dict[str, Any] = {"shuffle_seed": shuffle, "cleaning": cleaning, "shard_characters": shard_characters}
-    (reading := Reading(settings)).claim(output, loaded, reads=reads, **options)
+    opened = open_together(settings)
+    claim(output, {"sources": settings, "reads": reads, "tokenizer": loaded.fingerprint, **options})
+    described = opened.describe()
     with progress_bar("tokenizing") as show:
 
         def progress(documents: int, tokens: int, text_bytes: int) -> None:
-            show(f"{counted(documents, 'document')}, {tokens:,} tokens", reading.fraction(), text_bytes)
+            show(f"{counted(documents, 'document')}, {tokens:,} tokens", share_read(opened, described), text_bytes)
 
-        told: dict[str, Any] = {"sources": reading.descriptions, "progress": progress}
+        told: dict[str, Any] = {"sources": described, "progress": progress}
         if reads is not None:
-            encoded = reading.encoded(reads, loaded, length)
-            shards = write_conversations(encoded, loaded, output, **told)
+            shards = write_conversations(encoded_rows(opened, reads, loaded, length), loaded, output, **told)
         elif ray:
-            from slmkit.data.prepare.ray import prepare_text_on_ray
-
             shards = prepare_text_on_ray(settings, directory, output, address=ray, progress=progress, **options)
         else:
-            shards = prepare_text(reading.documents(), loaded, output, workers=workers, **told, **options)
-    for line in reading.report():
+            shards = prepare_text(items_of(opened, "text"), loaded, output, workers=workers, **told, **options)
+    for line in opened.report():
         TerminalReporter().say(line)
     _print_cleaning(shards)
     print(f"{counted(shards.header.documents, 'document')}, {counted(len(shards), 'token')} in {output}")
@@ -144,7 +144,7 @@ def inspect(
 
 def _print_facts(shards: TokenShards, length: int | None) -> None:
     from slmkit.cli.show import counted
-    from slmkit.data.shards.facts import find_facts
+    from slmkit.data.prepare.preview import find_facts
     from slmkit.data.stream import ChatRows
 
     header, facts = shards.header, find_facts(shards, length)

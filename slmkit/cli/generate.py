@@ -70,8 +70,8 @@ Lookup = Annotated[
 Choice = Annotated[list[str] | None, typer.Option(help="The text is one of these; to be given several times.")]
 
 
+@options.with_sampling
 def generate(
-    context: typer.Context,
     model: options.ModelPath,
     prompt: Prompt = None,
     prompts: Prompts = None,
@@ -85,17 +85,9 @@ def generate(
     choice: Choice = None,
     draft: Draft = None,
     lookup: Lookup = False,
-    temperature: options.Temperature = None,
-    top_k: options.TopK = None,
-    top_p: options.TopP = None,
-    min_p: options.MinP = None,
-    typical_p: options.TypicalP = None,
-    repetition_penalty: options.Penalty = None,
-    presence_penalty: options.PresencePenalty = None,
-    frequency_penalty: options.FrequencyPenalty = None,
-    seed: options.Seed = None,
     others: options.OtherModels = None,
     device: options.DeviceName = "auto",
+    **sampling: Any,
 ) -> None:
     """Continue a text.
 
@@ -112,7 +104,7 @@ def generate(
     if output is not None:
         _check_output(output, rows)
     schema = None if json_schema is None else _read_schema(json_schema)
-    decoder, tokenizer, settings, advice = open_model(model, others, device, options.USUAL, context.params)
+    decoder, tokenizer, settings, advice = open_model(model, others, device, options.USUAL, sampling)
     from slmkit.generation.engine import Engine, Request
     from slmkit.generation.prompts import in_order
     from slmkit.generation.text import end_tokens

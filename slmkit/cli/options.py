@@ -23,27 +23,20 @@ ModelPath = Annotated[
 ]
 RunPath = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, such as runs/book.")]
 DeviceName = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
-Temperature = Annotated[
-    float | None,
-    typer.Option(help="0: always the likeliest token; higher values: more varied. By default as the model advises."),
-]
-TopK = Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens only; 0: from all.")]
-TopP = Annotated[
-    float | None, typer.Option(help="Sample from the likeliest tokens whose probabilities add up to this.")
-]
-MinP = Annotated[float | None, typer.Option(help="Leave out tokens less likely than this times the likeliest one.")]
-TypicalP = Annotated[
-    float | None,
-    typer.Option(help="Sample from the most typical tokens whose probabilities add up to this; 1: from all."),
-]
-Penalty = Annotated[float | None, typer.Option(help="Above 1: tokens that occurred already become less likely.")]
-PresencePenalty = Annotated[
-    float | None, typer.Option(help="Above 0: tokens of the new text become less likely, from their first occurrence.")
-]
-FrequencyPenalty = Annotated[
-    float | None, typer.Option(help="Above 0: tokens of the new text become less likely with every occurrence.")
-]
-Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text again.")]
+SAMPLING: dict[str, tuple[type, str]] = {  # type and help of an option for each setting of sampling
+    "temperature": (
+        float,
+        "0: always the likeliest token; higher values: more varied. By default as the model advises.",
+    ),
+    "top_k": (int, "Sample from the k likeliest tokens only; 0: from all."),
+    "top_p": (float, "Sample from the likeliest tokens whose probabilities add up to this."),
+    "min_p": (float, "Leave out tokens less likely than this times the likeliest one."),
+    "typical_p": (float, "Sample from the most typical tokens whose probabilities add up to this; 1: from all."),
+    "repetition_penalty": (float, "Above 1: tokens that occurred already become less likely."),
+    "presence_penalty": (float, "Above 0: tokens of the new text become less likely, from their first occurrence."),
+    "frequency_penalty": (float, "Above 0: tokens of the new text become less likely with every occurrence."),
+    "seed": (int, "The same seed gives the same text again."),
+}
 OtherModels = Annotated[
     list[str] | None,
     typer.Option("--with", help="Average the probabilities with this model's; may be given several times."),
@@ -62,6 +55,18 @@ USUAL = {"temperature": 0.8, "top_k": 0, "top_p": 0.95, "min_p": 0.05, "repetiti
 
 
 EXAMPLE = "Example: "
+
+
+def with_sampling(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with an option for each of `SAMPLING`; it gets them as `**sampling`, None where one is not given."""
+    signature = inspect.signature(command, eval_str=True)
+    own = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
+    added = []
+    for name, (kind, about) in SAMPLING.items():
+        annotation = Annotated[kind | None, typer.Option(help=about)]
+        added.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
+    command.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+    return command
 
 
 def new_app(about: str, *commands: Callable[..., None], **options: Any) -> typer.Typer:

@@ -9,7 +9,7 @@ import typer
 from slmkit.cli.options import DeviceName, Overrides
 
 if TYPE_CHECKING:
-    from slmkit.training.estimate.proposal import RunEstimate
+    from slmkit.workflows.plan import RunEstimate
 
 
 def plan(
@@ -58,8 +58,7 @@ def plan(
     if recipe is not None:
         loaded = load_recipe(find_recipe(recipe), [f"train.device={device}", *(overrides or [])], reporter.say)
     reporter.say("looking at this machine")
-    from slmkit.training.estimate.proposal import propose  # imports torch: after the arguments were checked
-    from slmkit.workflows.plan import plan_recipe
+    from slmkit.workflows.plan import plan_recipe, propose  # imports torch: after the arguments were checked
 
     if loaded is None:
         result = propose(hours, None if tokens is None else int(tokens), device, measure, reporter.say, overrides or [])

@@ -252,17 +252,17 @@ def load_for_generation(path: str, device: str, others: Sequence[str] = ()) -> t
 
 
 def open_model(
-    model: str, others: list[str] | None, device: str, usual: dict[str, float], given: Mapping[str, Any]
+    model: str, others: list[str] | None, device: str, usual: dict[str, float], sampling: Mapping[str, Any]
 ) -> tuple[LanguageModel, SLMTokenizer, SamplingSettings, dict[str, Any]]:
-    """The model with its tokenizer, how to sample from it, and its `generation_config.json`. Of the command's options
-    in `given` those that are named as settings of sampling are used.
+    """The model with its tokenizer, how to sample from it, and its `generation_config.json`.
+
+    `sampling` has the command's settings of sampling, None where one is not given.
     """
     from slmkit.find import find_model_directory
     from slmkit.generation.sampling_settings import SamplingSettings
     from slmkit.model.files.generation_config import read_generation_config
 
     directory = find_model_directory(model)
-    sampling = {name: given[name] for name in given.keys() & SamplingSettings.model_fields.keys()}
     try:
         settings = SamplingSettings.for_model(directory, usual=usual, **sampling)  # before the model is loaded
     except UserError as error:

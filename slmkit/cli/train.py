@@ -63,7 +63,7 @@ def resume(
     from slmkit.find import find_run
 
     find_run(run)  # before anything is loaded
-    from slmkit.workflows.resume import resume_run
+    from slmkit.workflows.train import resume_run
 
     show_run(resume_run(run, TerminalReporter(), overrides or [], replan).root)
 
@@ -82,7 +82,7 @@ def replay(run: RunPath, step: Annotated[int, typer.Option(help="The step's numb
     find_run(run)  # before anything is loaded
     reporter = TerminalReporter()
     reporter.say(f"opening {run}")
-    from slmkit.workflows.resume import replay_run
+    from slmkit.workflows.train import replay_run
 
     done = replay_run(run, step, reporter)
     figures = done.report

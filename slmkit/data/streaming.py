@@ -20,7 +20,7 @@ from slmkit.data.mixture import Phase, Schedule, WhenExhausted
 from slmkit.data.order import mixed_seed, permuted
 from slmkit.data.packing import IGNORED, numbered, pack_whole, padded, row_of_labels
 from slmkit.data.prepare.conversations import ConversationEncoder
-from slmkit.data.shards.work import document_ids
+from slmkit.data.shards.folder import document_ids
 from slmkit.data.sources import Document, Message, Source
 from slmkit.data.stream import Batches, expect_a_row, share_of_rank, shares_of
 

@@ -52,15 +52,21 @@ class Attention(nn.Module):
         self.key_norm = make_norm(a, *(() if per_head else (a.kv_heads,)), a.head_dim, present=there)
 
     def forward(self, x: Tensor, inputs: AttentionInputs, cache: KVCache | None) -> Tensor:
+        q, k, v = self.queries_keys_values(x, inputs, cache)
+        y = attend(q, k, v, inputs, self.scale, self.cap, self.dropout if self.training else 0.0)
+        return self.out(y.transpose(1, 2).flatten(2))  # [batch, new, width]
+
+    def queries_keys_values(
+        self, x: Tensor, inputs: AttentionInputs, cache: KVCache | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Arguments of `attend`: q [batch, heads, new, head_dim], k and v [batch, kv_heads, seen, head_dim]."""
         # x [batch, new, width] → [batch, new, heads or kv_heads, head_dim]
         q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)) for f in (self.query, self.key, self.value))
         q, k, v = self.query_norm(q).transpose(1, 2), self.key_norm(k).transpose(1, 2), v.transpose(1, 2)
         q, k = rotate(q, inputs.rope_q), rotate(k, inputs.rope_k)  # [batch, heads or kv_heads, new, head_dim]
         if cache is not None:
             k, v = cache.extend(self.index, k, v)  # [batch, kv_heads, seen, head_dim]
-        k = rotate(k, inputs.rope_seen)
-        y = attend(q, k, v, inputs, self.scale, self.cap, self.dropout if self.training else 0.0)
-        return self.out(y.transpose(1, 2).flatten(2))  # [batch, new, width]
+        return q, rotate(k, inputs.rope_seen), v
 
 
 class MLP(nn.Module):

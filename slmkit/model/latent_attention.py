@@ -31,7 +31,7 @@ class LatentAttention(nn.Module):
     def __init__(self, a: Architecture, latent: Latent, index: int) -> None:
         super().__init__()
         self.index, self.heads, self.sizes = index, a.heads, latent
-        self.scale, self.dropout = a.attention_scale, a.attention_dropout
+        self.scale, self.cap, self.dropout = a.attention_scale, a.attention_cap, a.attention_dropout
         query_dim = a.heads * (latent.plain_dim + latent.rope_dim)
         self.query: nn.Module = nn.Linear(a.width, query_dim, bias=False)
         if latent.query_rank is not None:
@@ -45,6 +45,22 @@ class LatentAttention(nn.Module):
         self.out = nn.Linear(a.heads * latent.value_dim, a.width, bias=a.out_bias)
 
     def forward(self, x: Tensor, inputs: AttentionInputs, cache: KVCache | None) -> Tensor:
+        q_plain, q_rope, latent, k_rope = self._latents(x, inputs, cache)
+        if cache is not None and x.size(1) == 1:
+            y = self._absorbed(q_plain, q_rope, latent, k_rope, inputs)
+        else:
+            q, k, v = self._expanded(q_plain, q_rope, latent, k_rope)
+            y = attend(q, k, v, inputs, self.scale, self.cap, self.dropout if self.training else 0.0)
+        return self.out(y.transpose(1, 2).flatten(2))  # y [batch, heads, new, value_dim] → [batch, new, width]
+
+    def queries_keys_values(self, x: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Arguments of `attend`: q, k [batch, heads, new, plain_dim + rope_dim], v [batch, heads, new, value_dim]."""
+        return self._expanded(*self._latents(x, inputs, None))
+
+    def _latents(
+        self, x: Tensor, inputs: AttentionInputs, cache: KVCache | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries' plain and rotary channels [batch, heads, new, …], latents and rotary keys [batch, 1, seen, …]."""
         sizes = self.sizes
         q = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [batch, heads, new, plain_dim + rope_dim]
         q_plain, q_rope = q.split([sizes.plain_dim, sizes.rope_dim], dim=-1)
@@ -55,20 +71,16 @@ class LatentAttention(nn.Module):
         if cache is not None:
             seen, _ = cache.extend(self.index, torch.cat((latent, k_rope), dim=-1), latent[..., :0])
             latent, k_rope = seen.split([sizes.kv_rank, sizes.rope_dim], dim=-1)  # [batch, 1, seen, …]
-        k_rope = rotate(k_rope, inputs.rope_seen)
-        read = self._absorbed if cache is not None and x.size(1) == 1 else self._expanded
-        y = read(q_plain, q_rope, latent, k_rope, inputs)  # [batch, heads, new, value_dim]
-        return self.out(y.transpose(1, 2).flatten(2))  # [batch, new, width]
+        return q_plain, q_rope, latent, rotate(k_rope, inputs.rope_seen)
 
     def _expanded(
-        self, q_plain: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, inputs: AttentionInputs
-    ) -> Tensor:
-        """Attention with every head's keys and values computed: fewest FLOPs when many positions are read at once."""
+        self, q_plain: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Every head's queries, keys and values: fewest FLOPs when many positions are read at once."""
         expanded = self.key_value(latent[:, 0]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k_plain, v = expanded.split([self.sizes.plain_dim, self.sizes.value_dim], dim=-1)  # [batch, heads, seen, …]
         k = torch.cat((k_plain, k_rope.to(k_plain.dtype).expand(-1, self.heads, -1, -1)), dim=-1)
-        q = torch.cat((q_plain, q_rope), dim=-1)
-        return attend(q, k, v, inputs, self.scale, None, self.dropout if self.training else 0.0)
+        return torch.cat((q_plain, q_rope), dim=-1), k, v
 
     def _absorbed(
         self, q_plain: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, inputs: AttentionInputs
@@ -78,7 +90,7 @@ class LatentAttention(nn.Module):
         to_key, to_value = weight.split([self.sizes.plain_dim, self.sizes.value_dim], dim=1)
         q = torch.cat((q_plain @ to_key, q_rope), dim=-1)  # [batch, heads, 1, kv_rank + rope_dim]
         k = torch.cat((latent, k_rope), dim=-1)  # [batch, 1, seen, kv_rank + rope_dim]
-        return attend(q, k, latent, inputs, self.scale, None, 0.0) @ to_value.mT
+        return attend(q, k, latent, inputs, self.scale, self.cap, 0.0) @ to_value.mT
 
     def _halves(self, x: Tensor) -> Tensor:
         """x [..., rope_dim] with channels in the order in which `rotate` pairs them."""

@@ -74,23 +74,23 @@ def render(
     message if it refuses or fails.
     """
     check_messages(messages, add_generation_prompt)
-    _check_nothing_is_dropped(template, messages, tools, names)
-    return _rendered(template, _plain(messages), add_generation_prompt, {**names, "tools": tools or None})
+    check_nothing_is_dropped(template, messages, tools, names)
+    return rendered(template, plain(messages), add_generation_prompt, {**names, "tools": tools or None})
 
 
-def _plain(messages: Sequence[Message]) -> list[dict[str, Any]]:
+def plain(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """The messages as the template gets them: without weights, reasoning under each of transformers' names for it."""
-    plain = []
+    found = []
     for message in messages:
         rest = {key: value for key, value in message.items() if key != "weight"}
         reasoning = next((rest[key] for key in REASONING if rest.get(key) is not None), None)
         if reasoning is not None:
             rest = {"thinking": reasoning, **rest, "reasoning_content": reasoning}
-        plain.append(rest)
-    return plain
+        found.append(rest)
+    return found
 
 
-def _rendered(
+def rendered(
     template: str, messages: list[dict[str, Any]], add_generation_prompt: bool, names: Mapping[str, Any]
 ) -> str:
     """`render` for messages that were checked before."""
@@ -103,7 +103,7 @@ def _rendered(
         raise ConversationError(message, REFUSED) from None
 
 
-def _check_nothing_is_dropped(
+def check_nothing_is_dropped(
     template: str, messages: Sequence[Message], tools: Tools | None, names: Mapping[str, Any]
 ) -> None:
     """Raise `ConversationError` if the template leaves out the conversation's tools, calls or reasoning."""
@@ -130,9 +130,7 @@ def _dropped(template: str, names: tuple[tuple[str, str], ...]) -> frozenset[str
     dropped = set()
     for what, probe in CHAT_FORMATS["probes"].items():
         try:
-            text = _rendered(
-                template, _plain(probe["messages"]), False, {**dict(names), "tools": CHAT_FORMATS["tools"]}
-            )
+            text = rendered(template, plain(probe["messages"]), False, {**dict(names), "tools": CHAT_FORMATS["tools"]})
         except ConversationError:  # the real conversation will give the template's own message
             continue
         if probe["expected"] not in text:
@@ -162,15 +160,15 @@ def rows_of_segments(
     generation prompt differs from what it writes before an answer, except with `add_generation_prompt`.
     """
     check_messages(messages, add_generation_prompt)
-    _check_nothing_is_dropped(template, messages, tools, names)
+    check_nothing_is_dropped(template, messages, tools, names)
     names = {**names, "tools": tools or None}
     rows: list[list[Segment]] = [[]]
-    plain, done = _plain(messages), ""
+    turns, done = plain(messages), ""
 
     def grow(count: int, prompt: bool) -> str:
         """What rendering the first `count` messages adds to the current row; all of the text if that was rewritten."""
         nonlocal done
-        text = _rendered(template, plain[:count], prompt, names)
+        text = rendered(template, turns[:count], prompt, names)
         if not text.startswith(done):
             rows.append([])
             done = ""
@@ -230,7 +228,6 @@ def shield(
     The marker, a character in no message, is put after every character of such a spelling, so that neither it nor a
     token overlapping it is read as the template's own. It is '' if no message contains a special token.
     """
-    check_messages(messages)
     said: list[str] = []
 
     def noted(text: str) -> str:
@@ -299,14 +296,14 @@ def _check_message(number: int, message: Any) -> None:
     if weight not in (None, 0, 1):
         raise ConversationError(f"message {number}: weight {_shown(weight)}; expected 1 (learned) or 0 (only read)")
     if calls:
-        _check_calls(number, role, calls)
+        check_calls(number, role, calls)
     elif role == "assistant" and not (content or "").strip():
         raise ConversationError(
             f"message {number}: the assistant's text is empty; leave the exchange out, or fill it in", EMPTY
         )
 
 
-def _check_calls(number: int, role: str, calls: Any) -> None:
+def check_calls(number: int, role: str, calls: Any) -> None:
     if role != "assistant":
         raise ConversationError(f"message {number}: tool_calls in a message of the {role}; expected the assistant's")
     for call in calls if isinstance(calls, list) else [calls]:

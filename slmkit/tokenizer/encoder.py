@@ -29,7 +29,7 @@ PROBE = "The cat  sat; it's 12345.\n\n\tCAFÉ cafe\u0301 ﬁ ½ x_y=f(z)!!! 猫�
 STAND_INS = "\ufdd0\n\u2028x"  # characters put before text; one that does not merge with it is used
 
 _INVALID_UTF8 = re.compile("([\udc80-\udcff]+)")  # from errors="surrogateescape": bytes that are not UTF-8
-_SURROGATE = re.compile("([\ud800-\udfff])")
+SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair: no text, and neither library takes it
 
 
 class RenderedRow(NamedTuple):
@@ -196,29 +196,22 @@ class TextEncoder:
 
     def encode_special(self, text: str) -> list[int]:
         """Ids [tokens], special tokens recognised as in `transformers`, which may strip white space next to them."""
-        try:
-            return self.library.encode(text, add_special_tokens=False).ids
-        except TypeError:
-            return [index for ids, _ in self._apart(RenderedRow(text, [], False)) for index in ids]
+        return self.library.encode(SURROGATE.sub("\ufffd", text), add_special_tokens=False).ids
 
     def encode_rows(self, rows: Sequence[RenderedRow], threads: int | None = None) -> list[ChatRow]:
         """Ids and loss masks of rendered conversations; a token is learned if any character of it is."""
         has_rules = any(token.lstrip or token.rstrip or token.single_word for token in self.added.values())
         if self.fast and not has_rules:
             return self._encode_rows_fast(rows, threads)
-        encodings: dict[int, Any] = {}
+        made: dict[int, ChatRow] = {}
         for library, is_shielded in ((self.library, False), (self.ordinary, True)):
             numbers = [number for number, row in enumerate(rows) if row.shielded == is_shielded]
-            numbers = [number for number in numbers if not _SURROGATE.search(rows[number].text)]
             texts = [rows[number].text for number in numbers]
-            found = library.encode_batch(texts, add_special_tokens=False) if texts else []
-            encodings |= zip(numbers, found)
+            encodings = library.encode_batch(texts, add_special_tokens=False) if texts else []
             if not self.loses_nothing:
-                self._count(texts, found)
-        return [
-            _row_of(encodings[number], row) if number in encodings else self._row_apart(row)
-            for number, row in enumerate(rows)
-        ]
+                self._count(texts, encodings)
+            made |= {number: _row_of(encoding, rows[number]) for number, encoding in zip(numbers, encodings)}
+        return [made[number] for number in range(len(rows))]
 
     def _encode_rows_fast(self, rows: Sequence[RenderedRow], threads: int | None) -> list[ChatRow]:
         """`encode_rows` in one call: text between special tokens is encoded separately, as in the library."""
@@ -256,19 +249,6 @@ class TextEncoder:
             if part:
                 yield ids[part] if number % 2 else part
 
-    def _row_apart(self, row: RenderedRow) -> ChatRow:
-        parts = list(self._apart(row))
-        trained = np.repeat([is_trained for _, is_trained in parts], [len(ids) for ids, _ in parts])
-        return ChatRow(np.array([index for ids, _ in parts for index in ids], dtype=np.uint32), trained.astype(bool))
-
-    def _apart(self, row: RenderedRow) -> Iterator[tuple[list[int], bool]]:
-        """Ids and mask of each part of a row with lone surrogates, cut at special tokens and learned ranges."""
-        edges = sorted({0, len(row.text), *itertools.chain.from_iterable(row.learned)})
-        for start, stop in itertools.pairwise(edges):
-            is_trained = any(first <= start < last for first, last in row.learned)
-            for part in self._cut(row.text[start:stop], row.shielded):
-                yield (self.encode(part) if isinstance(part, str) else [part]), is_trained
-
 
 def _row_of(encoding: Any, row: RenderedRow) -> ChatRow:
     offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
@@ -282,4 +262,4 @@ def _any_of(spellings: dict[str, int]) -> re.Pattern[str]:
 
 
 def _bytes(text: str) -> int:
-    return len(text.encode("utf-8", "surrogatepass"))
+    return len(text.encode())

@@ -19,12 +19,12 @@ from tokenizers import AddedToken, Tokenizer
 
 from slmkit.config import UserError, methods_checked
 from slmkit.find import find_tokenizer_directory
-from slmkit.tokenizer import byte_level, chat, directory
+from slmkit.tokenizer import byte_level, chat, chat_prompt, directory
 from slmkit.tokenizer.byte_level import SPECIALS
 from slmkit.tokenizer.calling import CallableTokenizer
 from slmkit.tokenizer.chat import ChatTokens, Message, Tools
 from slmkit.tokenizer.directory import ChatFormat, find_format
-from slmkit.tokenizer.encoder import PROBE, ChatRow, RenderedChat, RenderedRow, TextEncoder
+from slmkit.tokenizer.encoder import PROBE, SURROGATE, ChatRow, RenderedChat, RenderedRow, TextEncoder
 
 # End-of-text tokens, tried in this order if neither the config nor the chat template names one.
 ENDS_OF_TEXT = (byte_level.END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
@@ -283,6 +283,7 @@ class SLMTokenizer(CallableTokenizer):
         switches: Mapping[str, Any] | None = None,
     ) -> RenderedChat:
         """The text of `encode_chat`, cut at special tokens. Raises `UserError` as it does."""
+        chat.check_messages(messages)
         shielded, tools, marker = chat.shield(messages, tools, self._encoder.spelled)
         stops = self.stop_token_ids
         ends = [token for token, index in self.special_tokens.items() if index in stops]
@@ -290,8 +291,26 @@ class SLMTokenizer(CallableTokenizer):
         rows = chat.rows_of_segments(self._template(), shielded, ends, add_generation_prompt, tools, **names)
         return [self._joined(row, marker) for row in rows]
 
+    def encode_chat_prompt(self, messages: Sequence[Message], tools: Tools | None = None, **how: Any) -> list[int]:
+        """Token ids [tokens] of a conversation with which a model goes on: see `chat_prompt.prompt_of`."""
+        shielded, tools, marker = chat.shield(messages, tools, self._encoder.spelled)
+        text = chat_prompt.prompt_of(self._template(), shielded, tools, self._names, **how)
+        return self._encoder.encode_rows([self._joined([chat.Segment(text, False)], marker)], 1)[0].ids.tolist()
+
+    @property
+    def call_format(self) -> chat_prompt.CallFormat | None:
+        """How the chat template writes calls of tools; None without a template, or if not as JSON."""
+        return self.chat_template and chat_prompt.call_format(self.chat_template, tuple(self._names.items()))
+
+    @property
+    def longest_token(self) -> int:
+        """The bytes of the longest token: a text of more bytes than `longest_token` times n has more than n tokens."""
+        return max(len(spelled or b"") for spelled in self._encoder.bytes)
+
     def _joined(self, segments: Sequence[chat.Segment], marker: str) -> RenderedRow:
-        """The text of a row; if messages spell special tokens, the template's own get their secret spellings."""
+        """The text of a row; if messages spell special tokens, the template's own get their secret spellings. Halves of
+        surrogate pairs, which are no text, become U+FFFD.
+        """
         text, learned = "", []
         own = re.compile(self._encoder.spelled.pattern + f"(?!{marker})") if marker else None
         secret = dict(zip(self.special_tokens, self._encoder.secret))
@@ -301,7 +320,7 @@ class SLMTokenizer(CallableTokenizer):
             text += part
             if segment.trained:
                 learned.append((start, len(text)))
-        return RenderedRow(text, learned, shielded=own is not None)
+        return RenderedRow(SURROGATE.sub("\ufffd", text), learned, shielded=own is not None)
 
     def encode_rendered(self, chats: Sequence[RenderedChat], threads: int | None = None) -> list[list[ChatRow]]:
         """All rows of each conversation, on `threads` threads (default: one per core); see `rows_to_learn`."""

@@ -25,9 +25,7 @@ from slmkit.training.distributed import ALONE, Group
 from slmkit.training.estimate.memory import MemoryProfile, meta_model_of
 from slmkit.training.estimate.micro_batch import lack_of_memory_explained
 from slmkit.training.guards import Diverged, GuardSettings
-from slmkit.training.logging.logger import Logger
-from slmkit.training.logging.throughput import ThroughputMonitor
-from slmkit.training.logging.trackers import open_trackers
+from slmkit.training.logging.logger import Logger, ThroughputMonitor, open_trackers
 from slmkit.training.loop import (
     Every,
     Plan,

@@ -39,7 +39,7 @@ from slmkit.model.sizes import parameter_count
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.estimate.memory import MemoryProfile
 from slmkit.training.estimate.probe import Probe, probe
-from slmkit.training.logging.throughput import StepFlops
+from slmkit.training.logging.logger import StepFlops
 from slmkit.training.recipe.recipe import TrainSettings
 
 BATCHES = (1, 4, 16)  # sequences generated at once

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from slmkit.adapt.load import load_model
 from slmkit.config import UserError
-from slmkit.data.prepare.conversations import write_conversations
-from slmkit.data.prepare.open_sources import Reading
+from slmkit.data.prepare.conversations import encoded_rows, write_conversations
+from slmkit.data.prepare.open_sources import items_of
 from slmkit.data.prepare.text_to_shards import prepare_text
+from slmkit.data.sources import open_source
 from slmkit.data.sources.settings import SourceSettings
 from slmkit.data.stream import ChatRows, DocumentRows
 from slmkit.device import find_device
@@ -55,14 +56,14 @@ def evaluate_text(
     length = length or min(config.max_position_embeddings, LENGTH)
     if length > config.max_position_embeddings:
         raise UserError(f"{model}: it reads at most {config.max_position_embeddings:,} tokens at once: lower --length")
-    reading = Reading([source])
+    opened = open_source(source)
     with tempfile.TemporaryDirectory(prefix="slmkit-eval-") as folder:
         try:
-            shards = (
-                write_conversations(reading.encoded("conversations", tokenizer, length), tokenizer, f"{folder}/shards")
-                if chat
-                else prepare_text(reading.documents(), tokenizer, f"{folder}/shards")
-            )
+            if chat:
+                talks = encoded_rows(opened, "conversations", tokenizer, length)
+                shards = write_conversations(talks, tokenizer, f"{folder}/shards")
+            else:
+                shards = prepare_text(items_of(opened, "text"), tokenizer, f"{folder}/shards")
         except UserError as error:
             problem, of_a_recipe, _ = str(error).partition(": objective: ")
             if not of_a_recipe:
@@ -72,7 +73,7 @@ def evaluate_text(
             ) from None
         rows = ChatRows(shards, length) if chat else DocumentRows(shards, length)
         report = validation_loss(decoder, rows, where, progress=progress)
-        left_out = reading.report()
+        left_out = opened.report()
         if isinstance(rows, ChatRows):
             documents, text_bytes = len(rows.starts) - rows.untrained, _learned_bytes(rows, tokenizer)
         else:

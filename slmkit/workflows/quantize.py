@@ -24,7 +24,8 @@ from slmkit.adapt.quantize import GROUPS, LARGEST, expect_full, quantized_module
 from slmkit.adapt.quantized_files import load_quantized, save_quantized
 from slmkit.adapt.swapping import linears
 from slmkit.config import UserError
-from slmkit.data.prepare.open_sources import Reading
+from slmkit.data.prepare.open_sources import items_of
+from slmkit.data.sources import open_source
 from slmkit.data.sources.settings import SourceSettings
 from slmkit.files import write_whole
 from slmkit.find import find_model_directory, find_tokenizer_directory
@@ -161,7 +162,7 @@ def _say_layer(progress: Callable[[str], None], kind: str, done: int, layers: in
 def text_rows(source: str, tokenizer: SLMTokenizer, length: int) -> Tensor:
     """Rows [rows, length] of the beginning of a source of text. Raises `UserError` if it is too short to be divided."""
     ids: list[int] = []
-    for document in Reading([SourceSettings(path=source)]).documents():
+    for document in items_of(open_source(SourceSettings(path=source)), "text"):
         ids += tokenizer.encode(document.text) + ([tokenizer.eos_token_id] if document.ends else [])
         if len(ids) >= length * (CALIBRATION_ROWS + HELD_OUT_ROWS):
             break

@@ -1,25 +1,43 @@
-"""`train_recipe`: a whole run from a recipe."""
+"""`train_recipe`: a whole run from a recipe; `resume_run`: go on with a run, checked against its start, perhaps with
+changes to its recipe; `replay_run`: repeat a step from its files.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
+from slmkit.config import UserError
 from slmkit.device import Device, find_device
-from slmkit.training.checkpoints.checkpoint import complete_checkpoints
+from slmkit.find import find_run
+from slmkit.model.config import SLMConfig
+from slmkit.training.checkpoints.checkpoint import complete_checkpoints, load_checkpoint, newest_intact, step_of
+from slmkit.training.checkpoints.flight_recorder import Replay, read_record, replay_step
 from slmkit.training.distributed import Group, join
+from slmkit.training.fit import fresh_state
+from slmkit.training.logging.logger import check_trackers
 from slmkit.training.logging.metrics_log import mark_running
-from slmkit.training.logging.trackers import check_trackers
-from slmkit.training.loop import StopRequested
+from slmkit.training.logging.progress import training_progress
+from slmkit.training.loop import Every, Plan, StopRequested
+from slmkit.training.recipe.changes import (
+    NOW,
+    PROCESSES,
+    Change,
+    changes_between,
+    expect_obeyable,
+    is_of_length,
+    of_absent_sections,
+    recipe_at,
+)
 from slmkit.training.recipe.checks import expect_a_model, without_effect
-from slmkit.training.recipe.recipe import Recipe, load_recipe
+from slmkit.training.recipe.recipe import LENGTHS, Recipe, TrainSettings, load_recipe
 from slmkit.training.run_directory import RunDirectory, new_run_directory, run_of_job
 from slmkit.workflows.context import SILENCE, Reporter
 from slmkit.workflows.distill import with_the_teachers_tokenizer
 from slmkit.workflows.model import at_commits
-from slmkit.workflows.open_run import PreparedRun, build_run, open_run
-from slmkit.workflows.resume import go_on
+from slmkit.workflows.open_run import PREPARED, PreparedRun, build_run, fingerprints_of, open_run
 
 
 def train_recipe(
@@ -79,3 +97,206 @@ def _prepare(
     except BaseException:
         shutil.rmtree(run.root, ignore_errors=True)
         raise
+
+
+# -- resume and replay -------------------------------------------------------------------------------------------------
+
+
+def resume_run(
+    directory: str | Path, reporter: Reporter, overrides: Sequence[str] = (), replan: bool = False
+) -> RunDirectory:
+    """Resume a run from its newest intact checkpoint, on any number of processes.
+
+    `overrides` and edits of recipe.yaml are applied by the rules of `slmkit.training.recipe.changes`. If the length
+    changes, the learning rate keeps its schedule, unless `replan` spreads that over the new length.
+    Raises `UserError` if there is no checkpoint, the run is running, a change is not allowed during a run, or its data
+    or base model has changed.
+    """
+    run = RunDirectory(find_run(directory))
+    try:
+        recipe = load_recipe(run.recipe, overrides, reporter.say)
+    except UserError:  # an override of an absent section gets a clearer message
+        if prepared := recipe_at(run.described(), NOW):
+            expect_obeyable(run.root, prepared, of_absent_sections(prepared, overrides), overrides)
+        raise
+    check_trackers(recipe.train.report_to)
+    device = find_device(recipe.train.device, recipe.train.precision)
+    with join(device, recipe.train.ddp_timeout) as group, contextlib.ExitStack() as held:
+        reporter = reporter if group.is_main else SILENCE
+        if group.is_main:
+            held.enter_context(mark_running(run.root))
+            opened = go_on(run, recipe, device, group, reporter, overrides, replan)
+            group.from_main(True)
+        else:
+            group.from_main(True)
+            opened = open_run(run, device, group)
+        if group.from_main(_is_finished(opened)):
+            reporter.say(_finished(opened))
+            return run
+        opened.train(resume=True)
+    return run
+
+
+def go_on(
+    run: RunDirectory,
+    recipe: Recipe,
+    device: Device,
+    group: Group,
+    reporter: Reporter,
+    overrides: Sequence[str] = (),
+    replan: bool = False,
+) -> PreparedRun:
+    """The run with its edited recipe; on rank 0 only. Prepares the data if the run was stopped before that."""
+    if not run.environment.is_file():
+        reporter.say(f"{run.root}: was stopped before its data was ready; preparing it again")
+        return build_run(run, recipe, device, group, reporter, force=False)
+    before = recipe_at(run.described(), NOW)
+    if before is not None:
+        expect_obeyable(run.root, before, changes_between(before, recipe), overrides)
+    opened = open_run(run, device, group, reporter, recipe)
+    expect_the_same(opened)
+    if before is not None:
+        _apply_changes(opened, before, replan)
+    reporter.say(opened.summary())
+    return opened
+
+
+def _apply_changes(opened: PreparedRun, before: Recipe, replan: bool) -> None:
+    """Apply, report and record the changes since the recipe `before`. Raises `UserError` for one not allowed."""
+    context, batches = opened.context, opened.parts.batches
+    run, reporter, world = context.run, context.reporter, context.group.world
+    step, changes = run.newest_step(), changes_between(before, context.recipe)
+    plan_before = context.plan(batches, before)
+    if replan or any(map(is_of_length, changes)):
+        replanned = opened.plan
+        context.recipe = with_length(run.root, before, context.recipe, plan_before.steps, replanned.steps, step, replan)
+        opened.plan = context.plan(batches)
+        reporter.say(said_of_length(plan_before, opened.plan, replanned, context.recipe.train, step))
+        changes = changes_between(before, context.recipe)
+    if changes:
+        reporter.say(f"from step {step + 1} on: {', '.join(map(str, changes))}")
+    ranks = run.described().get(PROCESSES, 1)
+    if ranks != world:
+        changes.append(Change(PROCESSES, ranks, world))
+    share = -(-batches.rows_per_step // world)  # rows per process
+    was, now = (min(plan.rows_per_micro_batch, share) for plan in (plan_before, opened.plan))
+    if draws_by_process(context.recipe, context.config) and (ranks != world or was != now):
+        reporter.warn(
+            "dropout and sampled answers depend on how rows are split, which has changed: the results will differ "
+            "from those of an uninterrupted run by more than rounding"
+        )
+    if changes:
+        run.change(context.recipe, changes, step)
+        run.add(**{PROCESSES: world})
+
+
+def expect_the_same(prepared: PreparedRun) -> None:
+    """Raises `UserError` for the first fingerprint that differs from the run's start."""
+    run, corpus, found = prepared.context.run, prepared.context.corpus, fingerprints_of(prepared)
+    known = run.described().get("fingerprints", {})
+    for what, fingerprint in found.items():
+        if what != PREPARED and known.get(what, fingerprint) != fingerprint:
+            raise UserError(
+                f"{run.root}: {what} has changed since the run began: restore it, or "
+                f"start a new run: slm train {run.root}/recipe.yaml"
+            )
+    for shards in (*corpus.train, corpus.validation):
+        if PREPARED in known and shards.changed_at() > known[PREPARED]:
+            shards.verify()
+
+
+def with_length(
+    root: Path, prepared: Recipe, recipe: Recipe, before: int, after: int, step: int, replan: bool
+) -> Recipe:
+    """The recipe with its previous schedule or, with `replan` or before the first step, one over the new length.
+
+    `before` and `after` are the run's steps by the recipe `prepared` and by the edited one, `step` those done.
+    Raises `UserError` for a length that the run has passed.
+    """
+    if after < step:
+        key = next(name for name in (*LENGTHS, "num_train_epochs") if getattr(recipe.train, name, None) is not None)
+        raise UserError(f"{root}: step {step} is done, and train.{key} would end the run at step {after}: raise it")
+    was, now = prepared.train.lr_schedule_steps, recipe.train.lr_schedule_steps
+    if replan or not step:
+        now = None if now == was else now
+    elif now == was:
+        now = was or before
+    train = recipe.train.model_copy(update={"lr_schedule_steps": None if now == after else now})
+    return recipe.model_copy(update={"train": train})
+
+
+def said_of_length(before: Plan, after: Plan, replanned: Plan, train: TrainSettings, step: int) -> str:
+    """Message on the learning rate after the run's length was changed."""
+
+    def rate(plan: Plan, step: int) -> str:
+        return f"{train.learning_rate * plan.schedule(step):.3g}"
+
+    if train.lr_schedule_steps is None:
+        was = f", where it would have been {rate(before, step)}" if step else ""
+        return f"the learning rate is planned anew over {after.steps} steps: {rate(after, step)} at the next step{was}"
+    now, last, anew = rate(after, step), rate(after, after.steps - 1), rate(replanned, step)
+    ahead = now if now == last else f"{now} at the next step, {last} at the last"
+    otherwise = "" if anew == now else f": {anew} at the next step"
+    return (
+        f"the learning rate keeps to its schedule over {train.lr_schedule_steps} steps: {ahead} "
+        f"(--replan would spread it over all {after.steps}{otherwise})"
+    )
+
+
+def draws_by_process(recipe: Recipe, config: SLMConfig) -> bool:
+    """Whether random numbers of a step depend on the number of processes."""
+    dropout = max(config.hidden_dropout, config.attention_dropout, recipe.lora.lora_dropout if recipe.lora else 0.0)
+    return dropout > 0 or recipe.objective == "grpo"
+
+
+def _is_finished(opened: PreparedRun) -> bool:
+    """Whether all steps are done or the run ended early. Raises `UserError` if all its checkpoints are damaged."""
+    run, plan = opened.context.run, opened.plan
+    step, ended = run.newest_step(), run.described().get("finished") or {}
+    ended_early = step == ended.get("step") and step < ended["steps"] and plan.patience == ended["patience"]
+    if not (step >= plan.steps or ended_early):
+        return False
+    newest = newest_intact(run.checkpoints, lambda line: None)
+    return newest is not None and step_of(newest) == step
+
+
+def _finished(opened: PreparedRun) -> str:
+    """Message that the run is finished, and how to train it longer."""
+    run, train, steps = opened.context.run, opened.context.recipe.train, opened.plan.steps
+    step, root = run.newest_step(), run.root
+    name = next((name for name in LENGTHS if getattr(train, name) is not None), "num_train_epochs")
+    if step < steps:
+        if train.early_stopping_patience is None:
+            return f"{root}: finished at step {step} of {steps}, where its data ended"
+        name = "early_stopping_patience"
+    longer = f"slm resume {root} train.{name}={2 * (getattr(train, name) or 1):g}"
+    return f"{root}: finished at step {step}; to train longer: {longer}"
+
+
+def replay_run(directory: str | Path, step: int, reporter: Reporter) -> Replay:
+    """Repeat step `step` of a run with hooks on every module. Nothing in the run is changed.
+
+    Raises `UserError` if there is no such run or step.
+    """
+    run = RunDirectory(find_run(directory))
+    recipe = recipe_at(run.described(), step) or load_recipe(run.recipe)
+    is_new = not any(step_of(path) < step for path in complete_checkpoints(run.checkpoints))
+    prepared = open_run(run, find_device(recipe.train.device, recipe.train.precision), recipe=recipe, is_new=is_new)
+    if not 1 <= step <= prepared.plan.steps:
+        raise UserError(f"--step {step}: the run has steps 1 to {prepared.plan.steps}")
+    recorded, recorded_batch = read_record(run.records, step)
+    recorded = recorded or next((line for line in run.metrics.comparable() if line["step"] == step), None)
+    context = prepared.context
+    state = fresh_state(recipe, context.model, context.device)
+    base = newest_intact(run.checkpoints, reporter.warn, lambda path: step_of(path) < step)
+    if base is None:
+        reporter.say(f"there is no checkpoint before step {step}: repeating all steps from the first")
+    else:
+        load_checkpoint(base, state, context.files)
+        reporter.say(f"starting from {base.name}: {step - 1 - state.step:,} steps to repeat before step {step}")
+    if recorded is not None:  # a rollback after that checkpoint lowered the learning rate
+        state.guard.rollbacks = recorded.get("rollbacks", 0)
+    parts, plan, decode = prepared.parts, prepared.plan, context.corpus.tokenizer.decode
+    with training_progress("replay", step - 1) as progress:
+        hooks = (Every(1, progress),)
+        return replay_step(state, parts.objective, parts.batches, plan, step, recorded, recorded_batch, decode, hooks)

@@ -32,7 +32,7 @@ from slmkit.data.batch import Batch
 from slmkit.training.logging.list_runs import list_runs
 from slmkit.training.loop import Report, RunStopped, State
 from slmkit.workflows.context import SILENCE
-from slmkit.workflows.resume import resume_run
+from slmkit.workflows.train import resume_run
 
 pytestmark = pytest.mark.usefixtures("without_plan_and_pictures")
 

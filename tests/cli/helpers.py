@@ -24,7 +24,7 @@ from pathlib import Path
 SLM = "from slmkit.cli import main; main()"
 LOADED_BEFORE = (
     "torch._dynamo", "torch.distributed", "matplotlib.figure", "matplotlib.backends.backend_agg",
-    "slmkit.workflows.resume", "slmkit.workflows.quickstart", "slmkit.training.fit", "slmkit.training.logging.plots",
+    "slmkit.workflows.train", "slmkit.workflows.quickstart", "slmkit.training.fit", "slmkit.training.logging.plots",
     "slmkit.training.estimate.probe", "slmkit.generation.text", "slmkit.evaluation.loss",
     "slmkit.data.prepare.text_to_shards", "slmkit.cli",
 )  # fmt: skip

@@ -107,6 +107,9 @@ SMALLER = {  # what is added to an example so that it takes seconds; everything 
     "slm quickstart": None,  # takes minutes, and is run by tests of its own
     "slm push": None,  # needs a hub, and is run against one by tests of its own
     "slm bench": None,
+    "slm serve": None,  # do not end, and are run by tests of their own
+    "slm ui": None,
+    "SLM_API_KEYS": None,
     "slm distill-cache": None,  # after a quickstart
 }
 

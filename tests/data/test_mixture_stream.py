@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from slmkit.data.mixture import Phase
-from slmkit.data.shards.reader import TokenShards
-from slmkit.data.shards.writer import ShardWriter
 from slmkit.data.stream import MixtureStream, PretrainRows
 from tests.data.byte_tokenizer import ByteTokenizer
+from tests.data.written_shards import written
 
 SIZES = {"a": 24, "b": 11, "c": 11}  # rows
 LENGTH = 4
@@ -25,9 +24,9 @@ def sources(tmp_path: Path) -> dict[str, PretrainRows]:
     found = {}
     for number, (name, rows) in enumerate(SIZES.items()):
         tokens = rows * LENGTH + 1
-        with ShardWriter(tmp_path / name, ByteTokenizer(size=4000)) as writer:
-            writer.add(1000 * number + np.arange(tokens), np.array([tokens]), text_bytes=tokens)
-        found[name] = PretrainRows(TokenShards.open(tmp_path / name), LENGTH)
+        ids = 1000 * number + np.arange(tokens)
+        shards = written(tmp_path / name, ByteTokenizer(size=4000), ids, np.array([tokens]))
+        found[name] = PretrainRows(shards, LENGTH)
     return found
 
 

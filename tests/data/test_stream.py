@@ -14,9 +14,9 @@ from slmkit.data.packing import IGNORED
 from slmkit.data.prepare.conversations import prepare_chat
 from slmkit.data.prepare.text_to_shards import prepare_text
 from slmkit.data.shards.reader import TokenShards
-from slmkit.data.shards.writer import ShardWriter
 from slmkit.data.stream import ChatRows, DocumentRows, PretrainRows, Stream
 from tests.data.byte_tokenizer import ByteTokenizer, chat
+from tests.data.written_shards import written
 
 TOKENIZER = ByteTokenizer()
 EOS, PAD = TOKENIZER.eos_token_id, TOKENIZER.pad_token_id
@@ -24,9 +24,7 @@ EOS, PAD = TOKENIZER.eos_token_id, TOKENIZER.pad_token_id
 
 def counting_shards(directory: Path, tokens: int) -> TokenShards:
     """Shards in which a token is its own position."""
-    with ShardWriter(directory, ByteTokenizer(size=tokens), shard_tokens=37) as writer:
-        writer.add(np.arange(tokens), np.array([tokens]), text_bytes=tokens)
-    return TokenShards.open(directory)
+    return written(directory, ByteTokenizer(size=tokens), np.arange(tokens), np.array([tokens]), shard_tokens=37)
 
 
 @pytest.fixture
@@ -136,10 +134,8 @@ def test_every_learned_token_of_a_chat_is_learned_once(tmp_path: Path):
 
 
 def test_the_first_token_of_a_conversation_is_never_a_label(tmp_path: Path):
-    with ShardWriter(tmp_path, TOKENIZER) as writer:
-        ids = np.array([1, 2, EOS, 3, 4, EOS, 5, EOS])
-        writer.add(ids, np.array([3, 6, 8]), ids != EOS, text_bytes=5)
-    rows = ChatRows(TokenShards.open(tmp_path), 6)
+    ids = np.array([1, 2, EOS, 3, 4, EOS, 5, EOS])
+    rows = ChatRows(written(tmp_path, TOKENIZER, ids, np.array([3, 6, 8]), ids != EOS), 6)
     assert rows.row(0)[1].tolist() == [2, IGNORED, IGNORED, 4, IGNORED, IGNORED]
     assert (rows.rows_in_epoch, rows.untrained) == (1, 1)  # the third has nothing else to learn
 

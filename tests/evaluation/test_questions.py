@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from slmkit.data.rows.text_dataset import TextDataset
+from slmkit.data.rows.datasets import TextDataset
 from slmkit.data.stream import Stream
 from slmkit.evaluation import ask
 from slmkit.evaluation.questions import Answer, QuestionReport

@@ -168,7 +168,7 @@ def test_half_a_surrogate_pair_spoils_no_conversation_beside_it(tokenizer: SLMTo
         together = each.encode_rendered([each.render_chat(messages) for messages in (CONVERSATION, odd, CONVERSATION)])
         whole, found = each.encode_chat(CONVERSATION), [row.to_lists() for (row,) in together]
         assert found == [whole, each.encode_chat(odd), whole]
-        assert "a\ud800".encode("utf-8", "surrogatepass") in each.decode_bytes(found[1].ids)
+        assert "a\ufffd" in each.decode(found[1].ids)
 
 
 def chat_with(template: str) -> SLMTokenizer:

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from slmkit.data.batch import Batch
-from slmkit.data.rows.text_dataset import TextDataset
+from slmkit.data.rows.datasets import TextDataset
 from slmkit.data.stream import Stream
 from slmkit.device import find_device
 from slmkit.model.config import SLMConfig

@@ -20,7 +20,7 @@ from torch.profiler import profile
 from slmkit.api.causal_lm import SLMForCausalLM
 from slmkit.api.trainer import SLMTrainer
 from slmkit.config import UserError
-from slmkit.data.rows.text_dataset import TextDataset
+from slmkit.data.rows.datasets import TextDataset
 from slmkit.data.stream import Rows, Stream
 from slmkit.device import DeviceError, Ranks, find_device, find_ranks
 from slmkit.model.initialization import build_decoder

@@ -25,8 +25,8 @@ from slmkit.training.checkpoints.checkpoint import complete_checkpoints, verify
 from slmkit.training.distributed import join
 from slmkit.training.estimate.memory import MemoryProfile, checkpoint_bytes, meta_model_of, state_bytes, training_bytes
 from slmkit.training.fit import RunContext, fit
+from slmkit.training.logging.logger import ThroughputMonitor
 from slmkit.training.logging.metrics_log import MetricsLog
-from slmkit.training.logging.throughput import ThroughputMonitor
 from slmkit.training.loop import State
 from slmkit.training.objective import next_token
 from slmkit.training.recipe.recipe import Recipe

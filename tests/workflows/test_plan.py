@@ -16,13 +16,12 @@ from slmkit.model.files.directory import save_decoder
 from slmkit.model.initialization import build_decoder
 from slmkit.model.sizes import parameter_count
 from slmkit.tokenizer import SLMTokenizer
-from slmkit.training.estimate import proposal
 from slmkit.training.estimate.forecast import disk_bytes
 from slmkit.training.estimate.memory import MemoryProfile, reading_peaks, state_bytes, training_bytes, weights_bytes
 from slmkit.training.estimate.micro_batch import USABLE, fitting_rows
-from slmkit.training.estimate.proposal import RunEstimate
 from slmkit.training.recipe.recipe import Recipe, find_recipe, load_recipe
-from slmkit.workflows.plan import plan_recipe
+from slmkit.workflows import plan
+from slmkit.workflows.plan import RunEstimate, plan_recipe
 
 
 def test_a_recipe_is_planned_by_its_text_and_its_keys(tmp_path: Path) -> None:
@@ -49,7 +48,7 @@ def test_the_quickstarts_second_part_is_planned_before_its_first_is_there() -> N
 
 
 def test_what_does_not_fit_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proposal, "available_memory", lambda device: 64 << 20)
+    monkeypatch.setattr(plan, "available_memory", lambda device: 64 << 20)
     assert not plan_recipe(load_recipe(find_recipe("quickstart-primer")), measure=False).fits
 
 

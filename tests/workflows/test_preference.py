@@ -25,8 +25,7 @@ from slmkit.training.recipe.recipe import Recipe
 from slmkit.training.run_directory import RunDirectory
 from slmkit.workflows.grpo import REWARDS, exact, find_reward, number
 from slmkit.workflows.preference import weights_hint
-from slmkit.workflows.resume import replay_run, resume_run
-from slmkit.workflows.train import train_recipe
+from slmkit.workflows.train import replay_run, resume_run, train_recipe
 from tests.test_life import Silent
 from tests.training.helpers import TOKENIZER
 from tests.training.objectives.test_preference import CONFIG

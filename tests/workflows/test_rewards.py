@@ -14,8 +14,7 @@ from slmkit.model.files.directory import save_decoder
 from slmkit.model.initialization import build_decoder
 from slmkit.training.recipe.recipe import Recipe, load_recipe
 from slmkit.workflows.grpo import REWARDS, checked_reward, find_reward
-from slmkit.workflows.resume import resume_run
-from slmkit.workflows.train import train_recipe
+from slmkit.workflows.train import resume_run, train_recipe
 from tests.test_life import Silent
 from tests.training.helpers import TOKENIZER
 from tests.training.objectives.test_preference import CONFIG

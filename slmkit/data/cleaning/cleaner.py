@@ -17,10 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from slmkit.data.cleaning.characters import check_scripts, shares
 from slmkit.data.cleaning.duplicates import SeenKeys, band_keys, bands_and_rows
-from slmkit.data.cleaning.evaluation import evaluation_runs
-from slmkit.data.cleaning.words import any_in, hash_runs, hash_words
+from slmkit.data.cleaning.words import any_in, check_scripts, evaluation_runs, hash_runs, hash_words, shares
 from slmkit.data.ordered_map import batches, ordered_map
 from slmkit.data.settings import CleaningSettings
 from slmkit.data.sources import Document

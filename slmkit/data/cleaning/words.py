@@ -1,16 +1,26 @@
-"""Words and word n-grams as 64-bit hashes, for many texts at once with array operations.
+"""What texts are made of: words and word n-grams as 64-bit hashes, those of evaluation texts, letters and scripts.
 
 A word is a run of letters and digits, case ignored; in scripts without spaces between words, one character.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+import regex
 
+from slmkit.config import UserError, did_you_mean
 from slmkit.data.order import random_keys
+from slmkit.data.sources import BadRow, open_source
+from slmkit.data.sources.files import local_file
+from slmkit.data.sources.folders import find
+from slmkit.data.sources.rows import ROWS
+from slmkit.data.sources.settings import SourceSettings
 
 _LETTERS = b"0123456789abcdefghijklmnopqrstuvwxyz" + bytes(range(0x80, 0x100))
 IS_WORD = np.isin(np.arange(256), np.frombuffer(_LETTERS, dtype=np.uint8))
@@ -96,3 +106,85 @@ def _mixed(values: np.ndarray) -> np.ndarray:
     """Mix the bits of sums of products, uint64 [n] → uint64 [n]."""
     values = (values ^ (values >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
     return values ^ (values >> np.uint64(32))
+
+
+# -- evaluation texts, for the contamination check ---------------------------------------------------------------------
+
+KINDS = (".txt", ".jsonl", ".json", ".csv")
+
+
+def evaluation_runs(paths: Sequence[str], length: int) -> np.ndarray:
+    """The n-grams of `length` words in all text columns of these files, hashed: uint64 [runs], sorted.
+
+    Raises `UserError` for unreadable files, and if no text is that long.
+    """
+    found = [hash_runs(hash_words([text]), length, full=True).hashes for text in _all_texts(paths)] if paths else []
+    runs = np.unique(np.concatenate(found)) if found else np.zeros(0, dtype=np.uint64)
+    if paths and not len(runs):
+        raise UserError(f"{paths[0]}: no text in it has {length} words; lower evaluation_words")
+    return runs
+
+
+def _all_texts(paths: Sequence[str]) -> Iterator[str]:
+    for path in itertools.chain.from_iterable(find(Path(path), KINDS, split=None).paths for path in paths):
+        file = local_file(path)
+        if file.kind == ".txt":
+            yield from (document.text for document, _ in open_source(SourceSettings(path=str(path))).read())
+            continue
+        for row in ROWS[file.kind](file, {}):
+            if isinstance(row.value, BadRow):
+                raise UserError(row.value.message)
+            yield "\n".join(_texts(row.value))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)
+
+
+# -- letters and scripts -----------------------------------------------------------------------------------------------
+
+# Listed in the error message for an unknown script; Unicode has 170.
+USUAL_SCRIPTS = (
+    "Latin", "Cyrillic", "Greek", "Han", "Hiragana", "Katakana", "Hangul", "Arabic", "Hebrew", "Devanagari",
+)  # fmt: skip
+SPACE, LETTER, WANTED = 1, 2, 4  # bits of a character's class
+
+
+def shares(text: str, scripts: tuple[str, ...]) -> tuple[float, float]:
+    """The share of letters among all characters but white space, and of these scripts' letters among all letters.
+
+    Both are from 0 to 1; the second is 1 for a text without letters.
+    """
+    classes = class_table(scripts)[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")]
+    counts = np.bincount(classes, minlength=8)
+    letters, wanted = int(counts[LETTER] + counts[LETTER | WANTED]), int(counts[LETTER | WANTED])
+    visible = len(text) - int(counts[SPACE])
+    return letters / max(1, visible), wanted / letters if letters else 1.0
+
+
+@functools.cache
+def class_table(scripts: tuple[str, ...]) -> np.ndarray:
+    """The class of every character: uint8 [0x110000]."""
+    everything = "".join(map(chr, range(0x110000)))
+    table = np.zeros(0x110000, dtype=np.uint8)
+    patterns = [(r"\s+", SPACE), (r"\p{L}+", LETTER)]
+    patterns += [(rf"[\p{{Script={script}}}&&\p{{L}}]+", WANTED) for script in scripts]
+    for pattern, bit in patterns:
+        for match in regex.finditer(pattern, everything, flags=regex.V1):
+            table[match.start() : match.end()] |= bit
+    return table
+
+
+def check_scripts(scripts: Sequence[str]) -> None:
+    """Raises `UserError` for an unknown script."""
+    for script in scripts:
+        try:
+            regex.compile(rf"\p{{Script={script}}}")
+        except regex.error:
+            raise UserError(
+                f"cleaning.scripts: Unicode has no script {script!r}; {did_you_mean(script, USUAL_SCRIPTS)}"
+            ) from None

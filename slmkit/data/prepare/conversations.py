@@ -18,8 +18,9 @@ from slmkit.config import UserError
 from slmkit.data.ordered_map import batches
 from slmkit.data.packing import learned_ranges
 from slmkit.data.prepare.text_to_shards import Progress, no_progress
+from slmkit.data.settings import Reads
 from slmkit.data.shards.reader import TokenShards
-from slmkit.data.shards.writer import ShardWriter
+from slmkit.data.shards.writer import write_shards
 from slmkit.data.sources import BadRow, Judged, Message, Pair, RetryPolicy, Source, tools_of
 from slmkit.data.sources.settings import OnLong, SourceSettings
 from slmkit.tokenizer.chat import ConversationError
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 
 UNLEARNED = "with nothing to learn"
 BATCH_BYTES = 1 << 20  # of text, encoded at once
-BATCH_CONVERSATIONS = 1024  # written at once
+CONVERSATIONS_BETWEEN_CALLS = 1024  # of `progress`
+SHARD_TOKENS = 1 << 24
 IN_ROWS = "in several rows each, since the chat template rewrites earlier turns"
 
 Item = list[Message] | Pair | Judged
@@ -155,6 +157,13 @@ def text_bytes(conversation: Iterable[Message]) -> int:
     return sum(len(text.encode("utf-8", "surrogatepass")) for text in said)
 
 
+def encoded_rows(
+    source: Source, reads: Reads, tokenizer: SLMTokenizer, length: int | None = None, on_long: OnLong = "cut"
+) -> Iterator[EncodedConversation]:
+    """All conversations, pairs or judged answers of a source, encoded; with `length`, longer ones are counted."""
+    return ConversationEncoder(tokenizer, source, length, on_long).encode_all(row for row, _ in source.read_rows(reads))
+
+
 def prepare_chat(items: Iterable[Item], tokenizer: SLMTokenizer, directory: str | Path, **options: Any) -> TokenShards:
     """Tokenize conversations, pairs or judged answers into shards. Options are those of `write_conversations`."""
     return write_conversations(ConversationEncoder(tokenizer).encode_all(items), tokenizer, directory, **options)
@@ -172,18 +181,33 @@ def write_conversations(
 
     Judged answers have labels. `sources` is for the header. Raises `UserError` as `prepare_text` does.
     """
-    done = 0
-    with ShardWriter(directory, tokenizer, sources=sources) as writer:
-        for batch in batches(encoded, lambda one: 1, BATCH_CONVERSATIONS):
-            rows = [row for one in batch for row in one.rows]
-            stops = np.cumsum([len(row.ids) for row in rows], dtype=np.int64)
-            writer.add(
-                np.insert(np.concatenate([row.ids for row in rows]), stops, tokenizer.eos_token_id),
-                stops + np.arange(1, len(rows) + 1),
-                np.insert(np.concatenate([row.trained for row in rows]), stops, False),  # no end of text is learned
-                None if batch[0].label is None else np.array([one.label for one in batch]),
-                text_bytes=sum(one.text_bytes for one in batch),
-            )
-            done += len(batch)
-            progress(done, writer.tokens, writer.text_bytes)
-    return TokenShards.open(directory)
+
+    def counted() -> Iterator[EncodedConversation]:
+        done = tokens = size = 0
+        for done, one in enumerate(encoded, start=1):
+            tokens, size = tokens + _tokens_of(one), size + one.text_bytes
+            if done % CONVERSATIONS_BETWEEN_CALLS == 0:
+                progress(done, tokens, size)
+            yield one
+        progress(done, tokens, size)
+
+    shards = batches(counted(), _tokens_of, SHARD_TOKENS)
+    return write_shards(directory, tokenizer, (_arrays_of(shard, tokenizer.eos_token_id) for shard in shards), sources)
+
+
+def _tokens_of(encoded: EncodedConversation) -> int:
+    return sum(len(row.ids) + 1 for row in encoded.rows)
+
+
+def _arrays_of(conversations: list[EncodedConversation], eos_id: int) -> tuple[dict[str, np.ndarray], int]:
+    """The arrays of a shard (see `write_files`), and the size of its text."""
+    rows = [row for one in conversations for row in one.rows]
+    stops = np.cumsum([len(row.ids) for row in rows], dtype=np.int64)
+    arrays = {
+        "tokens": np.insert(np.concatenate([row.ids for row in rows]), stops, eos_id),
+        "ends": stops + np.arange(1, len(rows) + 1),
+        "trained": np.insert(np.concatenate([row.trained for row in rows]), stops, False),  # no end of text is learned
+    }
+    if conversations[0].label is not None:
+        arrays["labels"] = np.array([one.label for one in conversations])
+    return arrays, sum(one.text_bytes for one in conversations)

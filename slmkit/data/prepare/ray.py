@@ -19,12 +19,10 @@ import numpy as np
 
 from slmkit.config import UserError
 from slmkit.data.ordered_map import ordered_map
-from slmkit.data.prepare.open_sources import Reading
 from slmkit.data.prepare.text_to_shards import Progress, TextShards, prepare_text
-from slmkit.data.shards.folder import Finished, ShardFolder
+from slmkit.data.shards.folder import Finished, ShardFolder, ShardWork, encode, write_shard
 from slmkit.data.shards.reader import TokenShards
-from slmkit.data.shards.work import ShardWork, encode, write_shard
-from slmkit.data.sources import Document
+from slmkit.data.sources import Document, open_together
 from slmkit.data.sources.settings import SourceSettings
 from slmkit.tokenizer import SLMTokenizer
 
@@ -42,7 +40,7 @@ def prepare_text_on_ray(
     A Ray that this process has already started is used. Raises `UserError` if Ray is missing or cannot be reached.
     """
     tokenizer_directory = str(Path(tokenizer_directory).absolute())
-    tokenizer, reading = SLMTokenizer.from_pretrained(tokenizer_directory), Reading(sources)
+    tokenizer, source = SLMTokenizer.from_pretrained(tokenizer_directory), open_together(sources)
     with _connected(address) as ray:
         make, ahead = ray.remote(_make), 2 * int(ray.cluster_resources().get("CPU", 1))
 
@@ -70,8 +68,8 @@ def prepare_text_on_ray(
                 yield part
 
         return prepare_text(
-            reading.documents(), tokenizer, directory,
-            sources=reading.descriptions, workers=ahead + 2, make_shards=make_shards, **options,
+            (document for document, _ in source.read()), tokenizer, directory,
+            sources=source.describe(), workers=ahead + 2, make_shards=make_shards, **options,
         )  # fmt: skip
 
 

@@ -20,12 +20,12 @@ from slmkit.config import UserError
 from slmkit.data.cleaning.cleaner import Cleaner
 from slmkit.data.ordered_map import ordered_map
 from slmkit.data.settings import CleaningSettings
-from slmkit.data.shards.folder import Finished, ShardFolder
-from slmkit.data.shards.reader import Header, TokenShards
-from slmkit.data.shards.work import (
+from slmkit.data.shards.folder import (
     BATCH_CHARACTERS,
     SHARD_CHARACTERS,
     Encoded,
+    Finished,
+    ShardFolder,
     ShardWork,
     cut,
     encode,
@@ -33,6 +33,7 @@ from slmkit.data.shards.work import (
     without_finished,
     write_shard,
 )
+from slmkit.data.shards.reader import Header, TokenShards
 from slmkit.data.shards.writer import complete, disk_errors_named, partial_folder
 from slmkit.data.sources import Document
 

@@ -9,167 +9,74 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from slmkit.config import UserError
-from slmkit.data.shards.reader import HEADER, Header, Shard, read_header
+from slmkit.data.shards.reader import HEADER, Header, Shard, TokenShards, read_header
 from slmkit.files import sync, write_whole
 
 if TYPE_CHECKING:
     from slmkit.tokenizer import SLMTokenizer
 
-SHARD_TOKENS = 1 << 28  # a shard of 16-bit tokens is 512 MiB
 
+def write_shards(
+    directory: str | Path,
+    tokenizer: SLMTokenizer,
+    parts: Iterable[tuple[Mapping[str, np.ndarray], int]],
+    sources: Sequence[dict[str, Any]] = (),
+) -> TokenShards:
+    """Write a directory of shards, one for each of `parts`: its arrays as for `write_files`, and the text's UTF-8 size.
 
-class ShardWriter:
-    """Context manager that writes a directory of shards; the directory appears, or is replaced, when all is on disk.
-
-    Files are written to a temporary directory next to it. After an error these are deleted, and the existing directory
-    is unchanged. Raises `UserError` if the disk is full or not writable, if `directory` holds anything but shards, and
-    if nothing was written.
+    The directory appears, or is replaced, when all is on disk: files are written to a temporary directory next to it,
+    which is deleted after an error. Raises `UserError` if the disk is full or not writable, if `directory` holds
+    anything but shards, and if there is no document.
     """
-
-    def __init__(
-        self,
-        directory: str | Path,
-        tokenizer: SLMTokenizer,
-        *,
-        sources: Sequence[dict[str, Any]] = (),
-        shard_tokens: int = SHARD_TOKENS,
-    ) -> None:
-        self.directory = Path(directory).absolute()
-        self.tokenizer, self.sources, self.shard_tokens = tokenizer, list(sources), shard_tokens
-        self.dtype = dtype_of(tokenizer)
-        self.tokens = self.text_bytes = 0
-        self.shards: list[Shard] = []
-        self._open: OpenShard | None = None
-
-    def __enter__(self) -> ShardWriter:
-        self.partial = partial_folder(self.directory)
-        with disk_errors_named(self.directory):
-            shutil.rmtree(self.partial, ignore_errors=True)  # left by a killed process
-            self.partial.mkdir(parents=True)
-        return self
-
-    def add(
-        self,
-        ids: np.ndarray,
-        ends: np.ndarray,
-        trained: np.ndarray | None = None,
-        labels: np.ndarray | None = None,
-        *,
-        text_bytes: int,
-    ) -> None:
-        """Append tokens [n] of any number of documents.
-
-        `ends` [documents]: one past the last token of each document that ends here, counted from `ids[0]`; the last one
-        may continue in the next call. `trained` [n]: which tokens are learned; `labels` [documents]: which of the
-        documents that end here are good; each in all calls or in none. `text_bytes`: UTF-8 size of the text. Raises
-        `ValueError` for a token outside the vocabulary.
-        """
-        check_range(ids, self.tokenizer)
-        with disk_errors_named(self.directory, f" after {self.tokens:,} tokens"):
-            start = 0
-            while start < len(ids):
-                if self._open is None:
-                    self._open = OpenShard(self.partial, f"{len(self.shards):05}")
-                stop = min(len(ids), start + self.shard_tokens - self._open.tokens)
-                here = (ends > start) & (ends <= stop)
-                arrays = {
-                    "tokens": ids[start:stop].astype(self.dtype),
-                    "ends": (self._open.tokens - start + ends[here]).astype("<i8"),
-                }
-                if trained is not None:
-                    arrays["trained"] = trained[start:stop].astype(np.uint8)
-                if labels is not None:
-                    arrays["labels"] = labels[here].astype(np.uint8)
-                self._open.write(arrays)
-                start = stop
-                if self._open.tokens == self.shard_tokens:
-                    self._finish_shard()
-        self.tokens += len(ids)
-        self.text_bytes += text_bytes
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None:
-                with disk_errors_named(self.directory, f" after {self.tokens:,} tokens"):
-                    self._complete()
-        finally:
-            if self._open:
-                self._open.close()
-            shutil.rmtree(self.partial, ignore_errors=True)
-
-    def _finish_shard(self) -> None:
-        if self._open:
-            self.shards.append(self._open.finish())
-            self._open = None
-
-    def _complete(self) -> None:
-        self._finish_shard()
-        if not any(shard.documents for shard in self.shards):
-            raise UserError(f"{self.directory}: there is no text to prepare")
-        header = Header.of(
-            self.tokenizer,
-            self.shards,
-            text_bytes=self.text_bytes,
-            sources=self.sources,
-            perfect_loss=None,
-        )
-        complete(self.partial, self.directory, header)
+    directory = Path(directory).absolute()
+    partial, shards, text_bytes = partial_folder(directory), list[Shard](), 0
+    try:
+        with disk_errors_named(directory):
+            shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
+            partial.mkdir(parents=True)
+        for arrays, size in parts:
+            with disk_errors_named(directory, f" after {sum(shard.tokens for shard in shards):,} tokens"):
+                shards.append(write_files(partial, len(shards), arrays, tokenizer))
+            text_bytes += size
+        if not any(shard.documents for shard in shards):
+            raise UserError(f"{directory}: there is no text to prepare")
+        header = Header.of(tokenizer, shards, text_bytes=text_bytes, sources=list(sources), perfect_loss=None)
+        with disk_errors_named(directory):
+            complete(partial, directory, header)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return TokenShards.open(directory)
 
 
-class OpenShard:
-    """The open files of the shard being written, and their hashes."""
+def write_files(folder: Path, number: int, arrays: Mapping[str, np.ndarray], tokenizer: SLMTokenizer) -> Shard:
+    """Write and fsync the files of a shard, one for each kind of array.
 
-    def __init__(self, directory: Path, name: str) -> None:
-        self.path, self.tokens, self.documents = directory / name, 0, 0
-        self.files: dict[str, BinaryIO] = {}
-        self.hashes: dict[str, Any] = {}
-
-    def write(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Append to the file of each kind: `tokens` and `trained` [n], `ends` and `labels` [documents]."""
-        for kind, values in arrays.items():
-            if kind not in self.files:
-                self.files[kind] = self.path.with_suffix(f".{kind}").open("wb")
-                self.hashes[kind] = hashlib.sha256()
-            content = values.tobytes()
-            self.hashes[kind].update(content)
-            self.files[kind].write(content)
-        self.tokens += len(arrays["tokens"])
-        self.documents += len(arrays["ends"])
-
-    def finish(self) -> Shard:
-        for file in self.files.values():
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-        digests = {kind: digest.hexdigest() for kind, digest in self.hashes.items()}
-        return Shard(self.path.name, self.tokens, self.documents, digests)
-
-    def close(self) -> None:
-        """Close the files, which are about to be deleted, ignoring errors."""
-        for file in self.files.values():
-            with contextlib.suppress(OSError):
-                file.close()
+    `tokens` [n]; `ends` [documents]: one past the last token of each document that ends here; `trained` [n]: which
+    tokens are learned; `labels` [documents]: which documents are good. Raises `ValueError` for a token outside the
+    vocabulary.
+    """
+    ids, name, digests = arrays["tokens"], f"{number:05}", dict[str, str]()
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(tokenizer):
+        raise ValueError(f"expected tokens below {len(tokenizer)}, found {ids.min()} to {ids.max()}")
+    types = {"tokens": dtype_of(tokenizer), "ends": "<i8", "trained": "u1", "labels": "u1"}
+    for kind, values in arrays.items():
+        content, path = values.astype(types[kind], copy=False).tobytes(), folder / f"{name}.{kind}"
+        path.write_bytes(content)
+        sync(path)
+        digests[kind] = hashlib.sha256(content).hexdigest()
+    return Shard(name, len(ids), len(arrays["ends"]), digests)
 
 
 def dtype_of(tokenizer: SLMTokenizer) -> np.dtype:
     """The type of tokens on disk: 16 bits where the vocabulary allows it."""
     return np.dtype("<u2" if len(tokenizer) <= 1 << 16 else "<u4")
-
-
-def check_range(ids: np.ndarray, tokenizer: SLMTokenizer) -> None:
-    """Raises `ValueError` for a token [n] outside the vocabulary."""
-    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(tokenizer):
-        raise ValueError(f"expected tokens below {len(tokenizer)}, found {ids.min()} to {ids.max()}")
 
 
 @contextlib.contextmanager

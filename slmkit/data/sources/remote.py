@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from slmkit.config import UserError, did_you_mean, one_line
 from slmkit.data.sources.documents import PIECE
@@ -74,10 +74,10 @@ def remote_file(url: str) -> File:
     """The file at a URL, and its description: its size, and its version as far as the server tells it."""
     system, path = _file_system(url)
 
-    def opened() -> BinaryIO:
+    def opened() -> io.BufferedReader:
         with network(url):
             stream = system.open(path, "rb", block_size=BLOCK)
-        return cast(BinaryIO, io.BufferedReader(_Stream(stream, url), PIECE))
+        return io.BufferedReader(_Stream(stream, url), PIECE)
 
     def described() -> dict[str, Any]:
         with network(url):
@@ -250,7 +250,7 @@ def _hub_files(path: str, settings: SourceSettings) -> list[File]:
 def _downloaded_file(url: str) -> File:
     """A file that is downloaded to the hub's cache when first opened, resuming a partial download."""
 
-    def opened() -> BinaryIO:
+    def opened() -> io.BufferedReader:
         from huggingface_hub import hf_hub_download
 
         found = FILE_URL.fullmatch(url)

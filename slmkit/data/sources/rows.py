@@ -11,9 +11,8 @@ from typing import Any, BinaryIO, NamedTuple, TypeAlias, cast
 
 from slmkit.config import one_line
 from slmkit.data.sources.documents import PIECE, BadRow, Position, RowError
-from slmkit.data.sources.files import File, damage, pyarrow
+from slmkit.data.sources.files import LONGEST_ROW, File, Line, byte_length, damage, pyarrow, whole_lines
 from slmkit.data.sources.row_formats import RowFormats
-from slmkit.data.sources.text_files import LONGEST_ROW, Line, byte_length, whole_lines
 from slmkit.data.sources.turns import shown
 
 PARQUET_BATCH = 256  # rows converted from columns at once
@@ -58,7 +57,7 @@ def json_rows(file: File, start: Position, formats: RowFormats | None = None) ->
 def _layout(file: File, formats: RowFormats | None) -> str:
     """Whether each `line` of a file is a row, each `row` is an entry of one list, or the `whole` file is one row."""
     with file.open_at() as stream:
-        content = stream.read(PIECE).removeprefix(codecs.BOM_UTF8).lstrip()
+        content = stream.read1(PIECE).removeprefix(codecs.BOM_UTF8).lstrip()
         if content[:1] != b"{" or file.kind != ".json":
             return "row" if content[:1] == b"[" else "line"
         first_line, _, rest = content.partition(b"\n")
@@ -91,7 +90,7 @@ def list_entries(file: File, offset: int = 0) -> Iterator[Line]:
     is_resumed = offset > 0
     lists = depth = inside = int(is_resumed)  # lists found; open brackets; those around an entry, 0 outside of a list
     with file.open_at(offset) as stream:
-        while len(text) - begin <= LONGEST_ROW and (raw := stream.read(max(PIECE, len(text) - begin))):
+        while len(text) - begin <= LONGEST_ROW and (raw := stream.read1(max(PIECE, len(text) - begin))):
             text, at, begin = text[begin:] + decoder.decode(raw), at - begin, 0
             for match in JSON_TOKEN.finditer(text, at):
                 token, start, at = match[0], match.start(), match.end()

@@ -14,13 +14,12 @@ from typing import Any
 from slmkit.config import UserError, one_line
 from slmkit.data.sources.built_in import BUILT_IN, BuiltInPart
 from slmkit.data.sources.documents import SPELLINGS, BadRow, Document, Item, Pair, Position, RowError, pieces
-from slmkit.data.sources.files import ROW_KINDS, TEXT_KINDS, File, damage, kind_of, listed
+from slmkit.data.sources.files import ROW_KINDS, TEXT_KINDS, File, damage, kind_of, listed, text_documents
 from slmkit.data.sources.folders import Chosen
 from slmkit.data.sources.remote import RetryPolicy, find_files, is_remote
 from slmkit.data.sources.row_formats import RowFormats
 from slmkit.data.sources.rows import ROWS
 from slmkit.data.sources.settings import SourceSettings
-from slmkit.data.sources.text_files import text_documents
 from slmkit.hub import NetworkError
 
 ROWS_LOOKED_AT = 50  # to tell their kind
@@ -105,6 +104,7 @@ class Source:
     ) -> None:
         self.settings, self.parts, self.retries = settings, parts, retries
         self.found = [one for one in found if one.folder]
+        self.position: Position = {"file": 0}  # after the last item that was read
         self.count_anew()
 
     def count_anew(self) -> None:
@@ -220,6 +220,7 @@ class Source:
                         self.note("pairs whose answers began with the prompt, which was removed from them", item.place)
                     if isinstance(item, Document) and isinstance(part, FilePart):
                         self.spelled.update(spelling for spelling in SPELLINGS if spelling in item.text)
+                    self.position = position
                     yield item, position
                     if position["documents"] == self.settings.documents:
                         return
@@ -255,6 +256,13 @@ def open_source(
         return Source(settings, [BuiltInPart(settings.path, seed, held_out)], retries)
     files, found = retries.until_done(lambda: find_files(settings))
     return Source(settings, [FilePart(file, settings) for file in files], retries, found)
+
+
+def open_together(several: Sequence[SourceSettings], seed: int = 0) -> Source:
+    """One source of several paths, read one after the other; all other settings are the first one's."""
+    opened = [open_source(settings, seed) for settings in several]
+    parts, found = [part for one in opened for part in one.parts], [chosen for one in opened for chosen in one.found]
+    return Source(opened[0].settings, parts, opened[0].retries, found)
 
 
 def expect_source(settings: SourceSettings) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from slmkit.data.batch import Batch
 from slmkit.data.packing import IGNORED
-from slmkit.data.shards.facts import document_hashes
+from slmkit.data.prepare.preview import document_hashes
 from slmkit.data.shards.reader import TokenShards
 from slmkit.data.sources.documents import SPELLINGS
 from slmkit.data.stream import Batches

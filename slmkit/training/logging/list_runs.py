@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,8 +32,18 @@ def list_runs(folder: str | Path) -> list[RunOverview]:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; runs are made by `slm train`")
-    found = {path.parent for path in folder.rglob("recipe.yaml") if (path.parent / "checkpoints").is_dir()}
-    return sorted(map(read_run, found), key=lambda run: (run.changed, run.root))
+    return sorted(map(read_run, find_runs(folder)), key=lambda run: (run.changed, run.root))
+
+
+def find_runs(folder: Path) -> Iterator[Path]:
+    """The directories of all runs below `folder`, or `folder` itself; links are not followed.
+
+    Runs may be made and deleted meanwhile.
+    """
+    for root, folders, files in os.walk(folder):
+        if "recipe.yaml" in files and "checkpoints" in folders:
+            folders.remove("checkpoints")  # that of a long run holds many folders, and no run
+            yield Path(root)
 
 
 def read_run(root: Path) -> RunOverview:

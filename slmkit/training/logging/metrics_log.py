@@ -37,11 +37,12 @@ def finite(report: Report) -> Report:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Content of a JSON file; empty if it is missing or invalid."""
+    """The object in a JSON file; empty if it is missing or invalid."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return content if isinstance(content, dict) else {}
 
 
 class MetricsLog:

@@ -14,10 +14,9 @@ import pytest
 from slmkit.config import UserError
 from slmkit.data import stories
 from slmkit.data.cleaning import cleaner
-from slmkit.data.cleaning.characters import shares
 from slmkit.data.cleaning.cleaner import Cleaner
 from slmkit.data.cleaning.duplicates import PLACES, SeenKeys, bands_and_rows, signatures
-from slmkit.data.cleaning.words import hash_runs, hash_words
+from slmkit.data.cleaning.words import hash_runs, hash_words, shares
 from slmkit.data.prepare.text_to_shards import prepare_text
 from slmkit.data.settings import CleaningSettings
 from slmkit.data.shards.reader import TokenShards

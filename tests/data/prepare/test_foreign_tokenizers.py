@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from slmkit.config import UserError
 from slmkit.data.prepare.conversations import ConversationEncoder, prepare_chat
-from slmkit.data.rows.text_dataset import TextDataset
-from slmkit.data.shards.work import document_ids, encode
+from slmkit.data.rows.datasets import TextDataset
+from slmkit.data.shards.folder import document_ids, encode
 from slmkit.data.sources import Document, Judged
 from slmkit.data.sources.documents import PIECE, Pair, pieces
 from slmkit.data.streaming import tokenized

@@ -16,9 +16,9 @@ import pytest
 
 from slmkit.config import UserError
 from slmkit.data.prepare.text_to_shards import prepare_text
-from slmkit.data.shards import work
+from slmkit.data.shards import folder
+from slmkit.data.shards.folder import cut
 from slmkit.data.shards.reader import TokenShards
-from slmkit.data.shards.work import cut
 from slmkit.data.sources import Document
 from tests.data.byte_tokenizer import ByteTokenizer
 from tests.data.prepare.test_text_to_shards import documents_in
@@ -106,7 +106,7 @@ def test_what_is_finished_is_not_made_again(tmp_path: Path, monkeypatch: pytest.
     encoded: list[Document] = []
     monkeypatch.setattr(
         "slmkit.data.prepare.text_to_shards.encode",
-        lambda tokenizer, part: encoded.extend(part) or work.encode(tokenizer, part),
+        lambda tokenizer, part: encoded.extend(part) or folder.encode(tokenizer, part),
     )
     stamps = {path.name: path.stat().st_ino for path in finished}
     shards = prepare(tmp_path / "shards", shuffle_seed=seed)

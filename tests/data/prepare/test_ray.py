@@ -11,10 +11,10 @@ import pytest
 
 from slmkit.config import UserError
 from slmkit.data import stories
-from slmkit.data.prepare.open_sources import Reading
 from slmkit.data.prepare.ray import prepare_text_on_ray
 from slmkit.data.prepare.text_to_shards import prepare_text
 from slmkit.data.settings import CleaningSettings
+from slmkit.data.sources import open_together
 from slmkit.data.sources.settings import SourceSettings
 from slmkit.tokenizer import SLMTokenizer
 
@@ -48,10 +48,9 @@ def test_shards_of_a_cluster_are_those_of_this_machine(tmp_path: Path, ray: None
     told: list[tuple[int, int, int]] = []
     for seed in (None, 4):
         options = {"shuffle_seed": seed, "cleaning": CLEANING, "shard_characters": 20_000}
-        reading = Reading(sources)
-        local = prepare_text(
-            reading.documents(), tokenizer, tmp_path / f"local {seed}", sources=reading.descriptions, **options
-        )
+        source = open_together(sources)
+        documents = (document for document, _ in source.read())
+        local = prepare_text(documents, tokenizer, tmp_path / f"local {seed}", sources=source.describe(), **options)
         assert len(local.header.shards) > 4
         there = tmp_path / f"ray {seed}"
         remote = prepare_text_on_ray(

@@ -58,7 +58,7 @@ def test_shards_do_not_depend_on_how_much_is_tokenized_at_once(
     tmp_path: Path, batch: int, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(prepare, "BATCH_CHARACTERS", batch)
-    monkeypatch.setattr(conversations, "BATCH_CONVERSATIONS", 3)
+    monkeypatch.setattr(conversations, "SHARD_TOKENS", batch)
     shards = prepare_text([f"document {i}" for i in range(50)], TOKENIZER, tmp_path / "shards")
     assert documents_in(shards) == [[*f"document {i}".encode(), EOS] for i in range(50)]
     shards = prepare_chat([chat(f"{i}?", f"{i}!") for i in range(8)], TOKENIZER, tmp_path / "chats")

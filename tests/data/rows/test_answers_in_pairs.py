@@ -14,7 +14,7 @@ import torch
 from slmkit.config import UserError
 from slmkit.data.prepare.conversations import prepare_chat
 from slmkit.data.rows.answers import PairRows
-from slmkit.data.rows.torch_dataset import ItemFormat
+from slmkit.data.rows.datasets import ItemFormat
 from slmkit.data.sources import open_source
 from slmkit.data.sources.formats import pair_of
 from slmkit.data.sources.settings import SourceSettings

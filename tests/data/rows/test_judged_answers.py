@@ -11,11 +11,11 @@ from slmkit.config import UserError
 from slmkit.data.prepare.conversations import prepare_chat
 from slmkit.data.rows.answers import JudgedRows, PairRows
 from slmkit.data.shards.reader import TokenShards
-from slmkit.data.shards.writer import ShardWriter
 from slmkit.data.sources import Judged
 from slmkit.data.stream import ChatRows
 from slmkit.tokenizer import SLMTokenizer
 from tests.cli.helpers import slm
+from tests.data.written_shards import written
 
 TOKENIZER = SLMTokenizer(260)
 
@@ -89,9 +89,8 @@ def test_answers_that_do_not_fit_are_cut_or_left_out_and_said_so(shards: TokenSh
 def test_labels_lie_in_the_shards_in_which_their_documents_end(tmp_path: Path) -> None:
     labels = np.array([True, False, False, True, True])
     ends = np.array([4, 9, 11, 17, 20])
-    with ShardWriter(tmp_path / "shards", TOKENIZER, shard_tokens=6) as writer:
-        writer.add(np.arange(20), ends, np.ones(20, dtype=bool), labels, text_bytes=20)
-    opened = TokenShards.open(tmp_path / "shards")
+    trained = np.ones(20, dtype=bool)
+    opened = written(tmp_path / "shards", TOKENIZER, np.arange(20), ends, trained, labels, shard_tokens=6)
     opened.verify()
     assert len(opened.header.shards) == 4
     assert (opened.labels == labels).all()
@@ -107,10 +106,9 @@ def test_judged_answers_are_not_taken_for_something_else(shards: TokenShards, tm
         ChatRows(shards, 256)
     with pytest.raises(UserError, match="token shards without pairs"):
         PairRows(shards, 256)
-    with ShardWriter(tmp_path / "plain", TOKENIZER) as writer:
-        writer.add(np.arange(20), np.array([20]), text_bytes=20)
+    plain = written(tmp_path / "plain", TOKENIZER, np.arange(20), np.array([20]))
     with pytest.raises(UserError, match="hold no answers labelled good or bad"):
-        JudgedRows(TokenShards.open(tmp_path / "plain"), 256)
+        JudgedRows(plain, 256)
 
 
 def test_the_command_shows_how_many_are_good_also_with_a_length(shards: TokenShards) -> None:

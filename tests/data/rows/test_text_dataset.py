@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from slmkit.config import UserError
 from slmkit.data.packing import IGNORED
-from slmkit.data.rows.text_dataset import TextDataset
+from slmkit.data.rows.datasets import TextDataset
 from slmkit.data.stream import Stream
 from tests.data.byte_tokenizer import ByteTokenizer
 

@@ -9,6 +9,7 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,20 +20,15 @@ from slmkit.config import UserError
 from slmkit.data.shards import reader as shards_module
 from slmkit.data.shards import writer as shard_writer
 from slmkit.data.shards.reader import TokenShards
-from slmkit.data.shards.writer import ShardWriter
+from slmkit.data.shards.writer import write_shards
 from tests.data.byte_tokenizer import ByteTokenizer
+from tests.data.written_shards import written
 
 
 def write(directory: Path, lengths: list[int], *, size: int = 260, masked: bool = False, **options: int) -> np.ndarray:
-    """Documents of these lengths, two at a time; the tokens that were written."""
+    """Documents of these lengths; the tokens that were written."""
     tokens = np.random.default_rng(0).integers(0, size, sum(lengths))
-    begun = 0
-    with ShardWriter(directory, ByteTokenizer(size), **options) as writer:
-        for start in range(0, len(lengths), 2):
-            ends = np.cumsum(lengths[start : start + 2])
-            ids = tokens[begun : begun + ends[-1]]
-            writer.add(ids, ends, ids % 2 if masked else None, text_bytes=len(ids))
-            begun += ends[-1]
+    written(directory, ByteTokenizer(size), tokens, np.cumsum(lengths), tokens % 2 if masked else None, **options)
     return tokens
 
 
@@ -103,8 +99,8 @@ def test_a_file_that_is_cut_while_it_is_read_is_named(tmp_path: Path):
 
 def test_the_header_says_what_is_inside(tmp_path: Path):
     sources = [{"path": "a.txt", "bytes": 8, "sha256": "…"}]
-    with ShardWriter(tmp_path / "shards", ByteTokenizer(), sources=sources, shard_tokens=5) as writer:
-        writer.add(np.arange(8), np.array([4, 8]), text_bytes=6)
+    ids, ends = np.arange(8), np.array([4, 8])
+    written(tmp_path / "shards", ByteTokenizer(), ids, ends, text_bytes=6, sources=sources, shard_tokens=5)
     header = json.loads((tmp_path / "shards" / "header.json").read_text())
     first, second = header.pop("shards")
     assert header == {
@@ -190,21 +186,22 @@ def test_a_new_preparation_replaces_the_old_one(tmp_path: Path):
 def test_a_failed_preparation_leaves_what_was_there(tmp_path: Path):
     tokens = write(tmp_path / "shards", [3])
 
-    def interrupted() -> None:
-        with ShardWriter(tmp_path / "shards", ByteTokenizer()) as writer:
-            writer.add(np.arange(8), np.array([8]), text_bytes=8)
-            raise KeyboardInterrupt
+    def parts() -> Iterator[tuple[dict[str, np.ndarray], int]]:
+        yield {"tokens": np.arange(8), "ends": np.array([8])}, 8
+        raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        interrupted()
+        write_shards(tmp_path / "shards", ByteTokenizer(), parts())
     assert os.listdir(tmp_path) == ["shards"]
     assert np.array_equal(TokenShards.open(tmp_path / "shards").tokens_in(0, 3), tokens)
 
 
 def test_the_directory_appears_only_when_all_of_it_is_on_disk(tmp_path: Path):
-    with ShardWriter(tmp_path / "new" / "shards", ByteTokenizer()) as writer:
-        writer.add(np.arange(8), np.array([8]), text_bytes=8)
+    def parts() -> Iterator[tuple[dict[str, np.ndarray], int]]:
+        yield {"tokens": np.arange(8), "ends": np.array([8])}, 8
         assert not (tmp_path / "new" / "shards").exists()
+
+    write_shards(tmp_path / "new" / "shards", ByteTokenizer(), parts())
     assert len(TokenShards.open(tmp_path / "new" / "shards")) == 8
 
 
@@ -241,17 +238,14 @@ def test_a_directory_of_something_else_is_never_replaced(tmp_path: Path):
 
 
 def test_nothing_to_write_is_said(tmp_path: Path):
-    with pytest.raises(UserError, match="there is no text"), ShardWriter(tmp_path / "shards", ByteTokenizer()):
-        pass
+    with pytest.raises(UserError, match="there is no text"):
+        write_shards(tmp_path / "shards", ByteTokenizer(), [])
     assert os.listdir(tmp_path) == []
 
 
 def test_tokens_beyond_the_vocabulary_are_a_mistake(tmp_path: Path):
-    with (
-        pytest.raises(ValueError, match="expected tokens below 260, found 0 to 260"),
-        ShardWriter(tmp_path / "shards", ByteTokenizer()) as writer,
-    ):
-        writer.add(np.array([0, 260]), np.array([2]), text_bytes=2)
+    with pytest.raises(ValueError, match="expected tokens below 260, found 0 to 260"):
+        written(tmp_path / "shards", ByteTokenizer(), np.array([0, 260]), np.array([2]))
 
 
 def full_disk(directory: str) -> None:

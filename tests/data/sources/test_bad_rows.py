@@ -17,7 +17,7 @@ import pytest
 import zstandard
 
 from slmkit.config import UserError
-from slmkit.data.sources import Source, open_source, text_files
+from slmkit.data.sources import Source, files, open_source
 from slmkit.data.sources.settings import SourceSettings
 
 GOOD = b'{"text": "good"}\n'
@@ -63,7 +63,7 @@ BAD_ROWS = {
 @pytest.mark.parametrize("name", BAD_ROWS)
 def test_a_bad_row_is_refused_or_counted_and_the_next_ones_come(tmp_path: Path, name: str, monkeypatch):
     suffix, content, reason, place = BAD_ROWS[name]
-    monkeypatch.setattr(text_files, "LONGEST_ROW", 2000)
+    monkeypatch.setattr(files, "LONGEST_ROW", 2000)
     path = tmp_path / f"a{suffix}"
     path.write_bytes(content)
     opened = source(path)

@@ -18,7 +18,6 @@ from slmkit.data.prepare.conversations import prepare_chat
 from slmkit.data.prepare.text_to_shards import prepare_text
 from slmkit.data.rows.answers import JudgedRows, PairRows
 from slmkit.data.shards.reader import TokenShards
-from slmkit.data.shards.writer import ShardWriter
 from slmkit.data.sources import open_source
 from slmkit.data.sources.documents import Judged
 from slmkit.data.sources.formats import pair_of
@@ -31,6 +30,7 @@ from slmkit.training.diagnostics.xray_page import check_data, rendered_rows, voc
 from slmkit.training.recipe.recipe import find_recipe, load_recipe
 from slmkit.workflows.train import train_recipe
 from tests.data.read_files import read_documents
+from tests.data.written_shards import written
 from tests.test_life import Silent
 
 LENGTH = 128
@@ -59,10 +59,9 @@ def seen(shards: TokenShards, vocabulary: Vocabulary, *validation: TokenShards, 
 
 def shards_of(folder: Path, tokenizer: SLMTokenizer, documents: Iterable[tuple[np.ndarray, np.ndarray | None]]):
     """Shards as somebody else's program might write them: ids as they are, with a mask where there is one."""
-    with ShardWriter(folder, tokenizer) as writer:
-        for ids, trained in documents:
-            writer.add(ids, np.array([len(ids)]), trained, text_bytes=len(ids))
-    return TokenShards.open(folder)
+    ids, trained = zip(*documents)
+    mask = None if trained[0] is None else np.concatenate(trained)
+    return written(folder, tokenizer, np.concatenate(ids), np.cumsum([len(one) for one in ids]), mask)
 
 
 def encoded_chat(tokenizer: SLMTokenizer, mask: Callable[[np.ndarray, np.ndarray], np.ndarray]):
@@ -249,7 +248,7 @@ def test_a_run_with_a_finding_is_not_begun_unless_forced(tmp_path: Path, tokeniz
 
 
 def test_a_script_with_another_tokenizer_is_looked_at_too(tmp_path: Path) -> None:
-    from slmkit.data.rows.text_dataset import TextDataset
+    from slmkit.data.rows.datasets import TextDataset
 
     class Words:
         """As little as a script's tokenizer may be."""

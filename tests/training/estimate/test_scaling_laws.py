@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from slmkit.training.estimate.scaling_laws import (
+from slmkit.training.estimate.forecast import (
     expected_loss,
     learning_rate_for,
     parameters_for,

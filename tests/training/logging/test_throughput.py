@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from slmkit.device import find_device, measured_peak, peak_memory, reset_peak_memory
 from slmkit.model.initialization import build_decoder
 from slmkit.model.sizes import flops_per_token
+from slmkit.training.logging.logger import ThroughputMonitor
 from slmkit.training.logging.metrics_log import MetricsLog
-from slmkit.training.logging.throughput import ThroughputMonitor
 from slmkit.training.objective import next_token
 from tests.training.helpers import LENGTH, config, run, stream
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from slmkit.config import UserError
-from slmkit.training.logging import trackers
+from slmkit.training.logging import logger
 from slmkit.training.logging.metrics_log import MetricsLog
 from slmkit.training.loop import Every
 from tests.training.helpers import run
@@ -109,6 +109,6 @@ def test_an_offline_run_of_wandb_holds_what_metrics_hold_and_resumes_as_the_same
 
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(logger.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"wandb is not installed: pip install slmkit\[track\]"):
-        trackers.check_trackers(["wandb"])
+        logger.check_trackers(["wandb"])

@@ -10,8 +10,7 @@ import torch
 from slmkit.config import UserError, load_settings
 from slmkit.training.loop import Every, State, train, train_step
 from slmkit.training.objective import next_token
-from slmkit.training.optimizers.choose import OPTIMIZERS
-from slmkit.training.optimizers.lion_and_muon import Lion
+from slmkit.training.optimizers.choose import OPTIMIZERS, Lion
 from slmkit.training.recipe.recipe import TrainSettings
 from tests.training.helpers import plan, run, state, stream
 

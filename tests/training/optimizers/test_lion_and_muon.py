@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from slmkit.training.optimizers import lion_and_muon
-from slmkit.training.optimizers.lion_and_muon import Muon, orthogonal
+from slmkit.training.optimizers import choose
+from slmkit.training.optimizers.choose import Muon, orthogonal
 
 SHAPES = [(24, 24), (24, 24), (48, 24), (24, 48), (24, 24), (7, 3), (24, 48)]
 
@@ -29,10 +29,8 @@ def stepped(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) ->
 
 @pytest.mark.parametrize("largest_stack", [1, 24 * 24 * 2, 2**22])
 def test_its_steps_are_those_of_the_reference(monkeypatch: pytest.MonkeyPatch, largest_stack: int) -> None:
-    monkeypatch.setattr(lion_and_muon, "LARGEST_STACK", largest_stack)
-    monkeypatch.setattr(
-        lion_and_muon, "multiplies_in_bfloat16", lambda device: True
-    )  # as the reference does everywhere
+    monkeypatch.setattr(choose, "LARGEST_STACK", largest_stack)
+    monkeypatch.setattr(choose, "multiplies_in_bfloat16", lambda device: True)  # as the reference does everywhere
     plain, ours = matrices(), matrices()
     settings = {"lr": 0.05, "weight_decay": 0.2, "momentum": 0.9}
     stepped(plain, torch.optim.Muon(plain, nesterov=True, **settings))
@@ -45,7 +43,7 @@ def test_products_are_in_float32_where_the_hardware_has_no_bfloat16(monkeypatch:
     draw = torch.randn(3, 20, 50, generator=torch.Generator().manual_seed(2))
     found = {}
     for has in (True, False):
-        monkeypatch.setattr(lion_and_muon, "multiplies_in_bfloat16", lambda device, has=has: has)
+        monkeypatch.setattr(choose, "multiplies_in_bfloat16", lambda device, has=has: has)
         found[has] = orthogonal(draw, (3.4445, -4.7750, 2.0315), rounds=5, eps=1e-7)
     assert (found[True].dtype, found[False].dtype) == (torch.bfloat16, torch.float32)
     torch.testing.assert_close(found[True].float(), found[False], rtol=0, atol=0.03)

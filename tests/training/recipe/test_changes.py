@@ -21,8 +21,7 @@ from slmkit.training.loop import RunStopped, StopRequested
 from slmkit.training.recipe.changes import LENGTH
 from slmkit.training.recipe.keys import KEYS
 from slmkit.training.recipe.recipe import Recipe
-from slmkit.workflows.resume import replay_run, resume_run
-from slmkit.workflows.train import train_recipe
+from slmkit.workflows.train import replay_run, resume_run, train_recipe
 from tests.test_life import Silent
 from tests.training.every_key import EVERY, changed, make_world, scenario
 

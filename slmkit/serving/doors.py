@@ -1,0 +1,254 @@
+"""What stands before the application: keys, names of hosts and origins, sizes and rates, security headers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import hmac
+import ipaddress
+import json
+import logging
+import math
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator
+
+from slmkit.config import Settings
+from slmkit.serving.protocol import ApiError
+
+PUBLIC = re.compile(r"/$|/health$|/page/")  # to GET without a key: the page's files, and whether the server is well
+LOCAL = {"localhost", "127.0.0.1", "[::1]"}  # names of this machine in a Host header
+HEADERS = {
+    "x-content-type-options": "nosniff", "x-frame-options": "DENY", "referrer-policy": "no-referrer",
+    "content-security-policy": "default-src 'none'; frame-ancestors 'none'", "cache-control": "no-store",
+}  # fmt: skip
+PREFLIGHT = [
+    (b"access-control-allow-methods", b"GET, POST"), (b"access-control-max-age", b"600"),
+    (b"access-control-allow-headers", b"authorization, content-type"),
+]  # fmt: skip
+Count = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0)]
+logger = logging.getLogger(__name__)
+
+
+class Limits(Settings):
+    """Who may come in, and how much. Sizes are bytes, times seconds."""
+
+    keys: list[str] = Field(default_factory=list, repr=False)  # one of them is required; none: everybody may
+    origins: list[str] = Field(default_factory=list)  # of pages of other sites that may call this server
+    hosts: list[str] = Field(default_factory=list)  # names of this server beside those of `LOCAL`
+    max_headers: Count = 2**14
+    max_body: Count = 2**20
+    header_seconds: Seconds = 10.0
+    body_seconds: Seconds = 30.0
+    send_seconds: Seconds = 30.0  # for a client to read what fills its connection
+    max_connections: Count = 1000
+    requests_per_key: Count | None = None  # at once
+    requests_per_minute: Count | None = None  # of each key
+
+    @field_validator("origins")
+    @classmethod
+    def _named(cls, origins: list[str]) -> list[str]:
+        for origin in origins:
+            if not re.fullmatch(r"https?://[^/\s*@]+", origin):
+                raise ValueError(f"{origin!r} is no origin, such as https://chat.example.org")
+        return origins
+
+
+class Doors:
+    """ASGI middleware outside of everything: keys, hosts and origins, sizes, deadlines, security headers.
+
+    Puts `key_id`, a digest of the request's key, into `scope["state"]`. `count` is told each request's route, model
+    (`scope["state"]["model"]`) and status.
+    """
+
+    def __init__(self, app: Any, limits: Limits, count: Callable[[str, str, int], None] | None = None) -> None:
+        self.app, self.limits, self.count = app, limits, count
+        self.digests = [_digest(key) for key in limits.keys]
+        self.open = Counter[str]()  # requests of a key
+        self.allowed: dict[str, tuple[float, float]] = {}  # key → requests it may begin, and when that was so
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        is_started = is_complete = False
+
+        async def answer(message: dict[str, Any]) -> None:
+            nonlocal is_started, is_complete
+            if message["type"] == "http.response.start":
+                is_started = True
+                self._note(scope, message["status"])
+                message["headers"] = self._with_security(message.get("headers", ()), headers.get("origin"))
+            else:
+                is_complete = not message.get("more_body", False)
+            await send(message)
+
+        try:
+            await self._pass(scope, headers, receive, answer)
+        except ApiError as refusal:
+            await _refuse(refusal, receive, answer)
+        except Exception:
+            if not is_complete:  # else the application has logged and answered it
+                logger.exception("an error in the application")
+            if not is_started:
+                await _refuse(
+                    ApiError(500, "the server failed on this request", code="internal_error"), receive, answer
+                )
+            elif not is_complete:
+                raise  # uvicorn closes the connection
+
+    async def _pass(self, scope: Any, headers: Mapping[str, str], receive: Any, send: Any) -> None:
+        """Hand the request to the application. Raises `ApiError` for one that may not come in."""
+        size = (
+            len(scope["raw_path"]) + len(scope["query_string"]) + sum(len(n) + len(v) + 4 for n, v in scope["headers"])
+        )
+        if size > self.limits.max_headers:  # h11 bounds only those that come in parts
+            raise ApiError(431, f"headers of more than {self.limits.max_headers:,} bytes", code="headers_too_large")
+        self._check_host(scope, headers)
+        is_public = scope["method"] in ("GET", "HEAD") and PUBLIC.match(scope["path"]) is not None
+        origin = headers.get("origin")
+        if origin is not None and origin.partition("://")[2] != headers.get("host"):
+            if origin not in self.limits.origins:
+                raise ApiError(
+                    403, f"Origin {origin!r:.100}: not allowed (--cors allows it)", code="origin_not_allowed"
+                )
+            if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
+                await send({"type": "http.response.start", "status": 204, "headers": PREFLIGHT})
+                await send({"type": "http.response.body"})
+                return
+        elif headers.get("sec-fetch-site") == "cross-site" and not is_public:
+            raise ApiError(403, "a request of another site's page", code="origin_not_allowed")
+        key = "" if is_public else self._key_of(headers)
+        scope.setdefault("state", {})["key_id"] = key
+        with contextlib.nullcontext() if is_public else self._counted(key):
+            messages = [{"type": "http.request", "body": await self._body(headers, receive), "more_body": False}]
+
+            async def replay() -> Any:
+                return messages.pop() if messages else await receive()
+
+            await self.app(scope, replay, send)
+
+    def _check_host(self, scope: Any, headers: Mapping[str, str]) -> None:
+        """Another site may let its own name lead to this machine (DNS rebinding), whose browser then takes both for
+        one. Raises `ApiError` for a name that is not this server's.
+        """
+        host = headers.get("host", "")
+        if self.limits.hosts or is_loopback(scope["server"][0]):
+            name = re.sub(r":\d*$", "", host).lower()
+            if name not in LOCAL.union(self.limits.hosts):
+                what = f"Host {host!r:.100}: not a name of this server (--allow-host NAME makes it one)"
+                raise ApiError(403, what, code="host_not_allowed")
+
+    def _key_of(self, headers: Mapping[str, str]) -> str:
+        """The digest of the request's key. Raises `ApiError` for none, or a wrong one."""
+        if not self.digests:
+            return ""
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        digest = _digest(key.strip()) if scheme.lower() == "bearer" else ""
+        # With all keys, so that the time tells nothing about which of them was right, or how much of it.
+        if not sum([hmac.compare_digest(digest, known) for known in self.digests]):
+            what = "a wrong API key" if digest else "no API key: send Authorization: Bearer KEY"
+            raise ApiError(401, what, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        return digest
+
+    @contextlib.contextmanager
+    def _counted(self, key: str) -> Iterator[None]:
+        """Raises `ApiError` for a key with too many requests, at once or per minute."""
+        at_once, minute, now = self.limits.requests_per_key, self.limits.requests_per_minute, time.monotonic()
+        if at_once is not None and self.open[key] >= at_once:
+            raise _too_many(f"{at_once} requests of this key are open: wait for one", 1)
+        if minute is not None:  # a bucket of `minute` requests, which fills again in a minute
+            left, then = self.allowed.get(key, (float(minute), now))
+            left = min(minute, left + (now - then) * minute / 60)
+            if left < 1:
+                raise _too_many(f"more than {minute} requests of this key in a minute", (1 - left) * 60 / minute)
+            self.allowed[key] = left - 1, now
+        self.open[key] += 1
+        try:
+            yield
+        finally:
+            self.open[key] -= 1
+
+    async def _body(self, headers: Mapping[str, str], receive: Any) -> bytes:
+        """The whole body. Raises `ApiError` for one that is too large, compressed, or too slow."""
+        most, body, is_whole = self.limits.max_body, bytearray(), False
+        too_large = ApiError(413, f"a body of more than {most:,} bytes", code="request_too_large")
+        if headers.get("content-encoding", "identity") != "identity":
+            raise ApiError(415, "a compressed body: send it as it is", code="unsupported_encoding")
+        if int(headers.get("content-length", 0)) > most:
+            raise too_large
+        if "content-length" not in headers and "transfer-encoding" not in headers:
+            return b""
+        try:
+            async with asyncio.timeout(self.limits.body_seconds):
+                while not is_whole:
+                    message = await receive()
+                    body += message.get("body", b"")
+                    is_whole = not message.get("more_body", False)  # or the client is gone
+                    if len(body) > most:
+                        raise too_large
+        except TimeoutError:
+            what = f"the body took longer than {self.limits.body_seconds:g} s"
+            raise ApiError(408, what, code="request_timeout") from None
+        return bytes(body)
+
+    def _note(self, scope: Any, status: int) -> None:
+        if self.count is not None:
+            self.count(getattr(scope.get("route"), "path", "other"), scope.get("state", {}).get("model", ""), status)
+
+    def _with_security(self, sent: Any, origin: str | None) -> list[tuple[bytes, bytes]]:
+        """The headers of a response, and those of `HEADERS` that it leaves out."""
+        names = {name.decode().lower() for name, _ in sent}
+        more = {name: value for name, value in HEADERS.items() if name not in names}
+        if origin in self.limits.origins:
+            more |= {"access-control-allow-origin": origin or "", "vary": "Origin"}
+        else:
+            more |= {"cross-origin-resource-policy": "same-origin"}
+        return [*sent, *_encoded(more)]
+
+
+def is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+    except ValueError:
+        return False
+
+
+def refusal_parts(refusal: ApiError) -> tuple[bytes, dict[str, str]]:
+    """Body and headers of an answer after which the connection ends."""
+    body = json.dumps(refusal.envelope()).encode()
+    return body, {
+        "content-type": "application/json", "connection": "close", "content-length": str(len(body)), **refusal.headers
+    }  # fmt: skip
+
+
+async def _refuse(refusal: ApiError, receive: Any, send: Any) -> None:
+    body, headers = refusal_parts(refusal)
+    await send({"type": "http.response.start", "status": refusal.status, "headers": _encoded(headers)})
+    if refusal.status == 413:  # closed with unread input, the connection would be reset before the client has read
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+        body = b""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1):
+                while (await receive()).get("more_body"):
+                    pass
+    await send({"type": "http.response.body", "body": body})
+
+
+def _too_many(message: str, seconds: float) -> ApiError:
+    return ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": str(math.ceil(seconds))})
+
+
+def _encoded(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+    return [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+
+
+def _digest(key: str) -> str:
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()

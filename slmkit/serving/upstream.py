@@ -1,0 +1,200 @@
+"""`--engine vllm`: `vllm serve` of each model as a child process on loopback, behind the same command, doors and names.
+
+A request goes to the child of its model, and what comes back is handed on byte for byte. A child that ends by itself is
+a failure, as that of the engines' thread is in `worker`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import AsyncGenerator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import h11
+from fastapi.responses import JSONResponse, PlainTextResponse
+from prometheus_client import generate_latest
+
+from slmkit.config import UserError
+from slmkit.serving.answers import event_line
+from slmkit.serving.app import ClientGone, unless_gone
+from slmkit.serving.protocol import ApiError
+from slmkit.serving.worker import Metrics, State
+
+MEMORY = 0.9  # of a GPU, for all models together; vLLM's own default for one
+PROXIED = {"/v1/chat/completions", "/v1/completions", "/v1/embeddings"}
+HANDED_ON = (b"content-type", b"content-length", b"retry-after")
+GONE = (OSError, h11.RemoteProtocolError)
+
+
+class Upstream:
+    """The child that serves one model, with a key that this process alone knows."""
+
+    def __init__(self, name: str, directory: Path, memory: float) -> None:
+        self.name, self.key = name, secrets.token_hex(32)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        options = {"host": "127.0.0.1", "port": self.port, "served-model-name": name, "gpu-memory-utilization": memory}
+        words = ["vllm", "serve", str(directory), *(f"--{option}={value}" for option, value in options.items())]
+        # Its log goes where errors go. A session of its own: Ctrl-C in the terminal is for this process, which drains.
+        environment = os.environ | {"VLLM_API_KEY": self.key}
+        self.process = subprocess.Popen(
+            words, env=environment, stdin=subprocess.DEVNULL, stdout=2, start_new_session=True
+        )
+
+    def kill(self) -> None:
+        """With the processes that it has started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    async def ask(self, method: str, path: str, body: bytes = b"") -> AsyncGenerator[Any]:
+        """The events of the response: an `h11.Response`, then `h11.Data`. Raises one of `GONE` if it breaks off."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        try:
+            connection = h11.Connection(h11.CLIENT)
+            headers = {
+                "host": f"127.0.0.1:{self.port}", "authorization": f"Bearer {self.key}", "connection": "close",
+                "content-type": "application/json", "content-length": str(len(body)),
+            }  # fmt: skip
+            request = h11.Request(method=method, target=path, headers=[*headers.items()])
+            for part in (request, h11.Data(data=body), h11.EndOfMessage()):
+                writer.write(connection.send(part) or b"")
+            while not isinstance(event := connection.next_event(), h11.EndOfMessage):
+                if event is h11.NEED_DATA:
+                    connection.receive_data(await reader.read(2**16))
+                else:
+                    yield event
+        finally:
+            writer.close()
+
+    async def is_well(self) -> bool:
+        with contextlib.suppress(*GONE, TimeoutError):
+            async with asyncio.timeout(5), contextlib.aclosing(self.ask("GET", "/health")) as events:
+                return (await anext(events)).status_code == 200
+        return False
+
+
+class Upstreams:
+    """The children of all models. To `server` it is what the worker is, and the application that hands requests on."""
+
+    def __init__(self, directories: Mapping[str, Path], most_open: int, request_seconds: float) -> None:
+        """`most_open`: requests at once. Raises `UserError` if vllm is not installed."""
+        if shutil.which("vllm") is None:
+            raise UserError("--engine vllm: no command vllm here: pip install vllm (it needs a GPU), or take slm")
+        self.most_open, self.request_seconds, self.created = most_open, request_seconds, int(time.time())
+        self.metrics, self.open, self.is_draining = Metrics([]), 0, False
+        share = MEMORY / len(directories)
+        self.children = {name: Upstream(name, directory, share) for name, directory in directories.items()}
+
+    @property
+    def state(self) -> State:
+        if self.is_draining:
+            return "draining"
+        return "failed" if any(child.process.poll() is not None for child in self.children.values()) else "ok"
+
+    def wait_until_ready(self) -> None:
+        """Raises `UserError` if a child ends before it answers."""
+        for child in self.children.values():
+            while not asyncio.run(child.is_well()):
+                if child.process.poll() is not None:
+                    raise UserError(f"vllm ended with code {child.process.returncode} while it loaded {child.name}")
+                time.sleep(0.2)
+
+    async def drain(self, seconds: float) -> None:
+        """Wait at most `seconds` for the open requests; the others break off."""
+        self.is_draining, until = self.state == "ok", time.monotonic() + seconds
+        while self.open and time.monotonic() < until:
+            await asyncio.sleep(0.02)
+        for child in self.children.values() if self.open else ():
+            child.kill()
+
+    def stop(self) -> None:
+        """End the children."""
+        for child in self.children.values():
+            child.process.terminate()
+        for child in self.children.values():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.process.wait(10)
+            child.kill()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        path = scope["path"]
+        answer: Any = None
+        if (scope["method"], path) == ("GET", "/health"):
+            is_well = self.state == "ok" and all([await child.is_well() for child in self.children.values()])
+            answer = JSONResponse({"status": self.state}, 200 if is_well else 503)
+        elif (scope["method"], path) == ("GET", "/metrics"):
+            answer = PlainTextResponse(generate_latest(self.metrics.registry))
+        elif scope["method"] == "GET" and path == "/v1/models":
+            answer = JSONResponse({"object": "list", "data": [self._entry(name) for name in self.children]})
+        elif scope["method"] == "GET" and path.removeprefix("/v1/models/") in self.children:
+            answer = JSONResponse(self._entry(path.removeprefix("/v1/models/")))
+        elif scope["method"] == "POST" and path in PROXIED:
+            scope["route"] = SimpleNamespace(path=path)
+            await self._hand_on(scope, receive, send)
+            return
+        else:
+            raise ApiError(404, f"there is no {scope['method']} {path:.100}", code="not_found")
+        await answer(scope, receive, send)
+
+    def _entry(self, name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": self.created, "owned_by": "vllm"}
+
+    async def _hand_on(self, scope: Any, receive: Any, send: Any) -> None:
+        """To the child of the model, with the caller's group of prefixes, and back what it answers."""
+        try:
+            body = json.loads((await receive())["body"])
+            child = self.children[body["model"]]
+        except (ValueError, RecursionError):
+            raise ApiError(400, "the body is no JSON") from None
+        except (KeyError, TypeError):
+            known = ", ".join(self.children)
+            raise ApiError(404, f"model: expected one of {known}", "model", "model_not_found") from None
+        if self.state != "ok":
+            raise ApiError(503, "the server is shutting down", code="service_unavailable", headers={"Retry-After": "1"})
+        if self.open >= self.most_open:
+            raise ApiError(429, "the queue is full", code="rate_limit_exceeded", headers={"Retry-After": "1"})
+        scope["state"]["model"] = child.name
+        if scope["state"]["key_id"] and scope["path"] != "/v1/embeddings":
+            body["cache_salt"] = scope["state"]["key_id"]
+        self.open += 1
+        try:
+            events = child.ask("POST", scope["path"], json.dumps(body).encode())
+            await unless_gone(receive, _copy(events, send, self.request_seconds))
+        except ClientGone:
+            pass
+        finally:
+            self.open -= 1
+
+
+async def _copy(events: AsyncGenerator[Any], send: Any, seconds: float) -> None:
+    """A response of a child, byte for byte. One that breaks off, or takes too long, ends with an error."""
+    kind = b""
+    try:
+        async with asyncio.timeout(seconds), contextlib.aclosing(events):
+            async for event in events:
+                if isinstance(event, h11.Response):
+                    fields = [(name, value) for name, value in event.headers if name in HANDED_ON]
+                    kind = dict(fields).get(b"content-type", b"")
+                    await send({"type": "http.response.start", "status": event.status_code, "headers": fields})
+                elif isinstance(event, h11.Data):
+                    await send({"type": "http.response.body", "body": bytes(event.data), "more_body": True})
+    except (*GONE, TimeoutError) as reason:
+        error = ApiError(500, "the engine broke off before the answer was complete: send the request again")
+        if isinstance(reason, TimeoutError):
+            error = ApiError(504, f"the request took longer than {seconds:g} s")
+        if not kind.startswith(b"text/event-stream"):
+            raise error from None
+        await send({"type": "http.response.body", "body": event_line(error.envelope()), "more_body": True})
+    await send({"type": "http.response.body", "body": b""})

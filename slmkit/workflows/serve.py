@@ -1,0 +1,269 @@
+"""What `slm serve` and `slm ui` do: find the models, take the port, load the models, and serve until the end."""
+
+from __future__ import annotations
+
+import functools
+import os
+import stat
+import webbrowser
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import validate_call
+
+from slmkit.config import Settings, UserError, did_you_mean
+from slmkit.files import read_text
+from slmkit.find import find_model_directory, learned_conversations, run_of
+from slmkit.generation.sampling_settings import SamplingSettings
+from slmkit.hub import hub_name
+from slmkit.serving.doors import Limits
+
+if TYPE_CHECKING:
+    import socket
+
+    import torch
+
+    from slmkit.serving.models import ServedModel
+    from slmkit.serving.page import Page
+    from slmkit.serving.worker import Worker
+
+JSON = dict[str, Any]
+KEYS = "SLM_API_KEYS"  # environment: keys, separated by commas
+LEAST_KEY = 16  # characters
+USUAL = {"temperature": 0.6, "top_p": 0.95, "min_p": 0.05}  # of the page, as of `slm chat`, for models without advice
+
+
+class ServeSettings(Settings):
+    """The options of the commands, by their names. `memory`: GiB for the KV cache of each model; None: no limit."""
+
+    models: list[str]
+    host: str = "127.0.0.1"
+    port: int = 8000
+    engine: Literal["slm", "vllm", "llamacpp"] = "slm"
+    device: str = "auto"
+    max_rows: int = 16
+    memory: float | None = None
+    prefix_cache: bool = True
+    max_queue: int = 256
+    request_seconds: float = 600.0
+    drain: float = 30.0
+    ui: bool = False
+    runs: Path = Path("runs")
+    data: Path | None = None
+    browser: bool = False
+    key_file: Path | None = None
+    cors: list[str] | None = None
+    allow_host: list[str] | None = None
+    max_body: int = 2**20
+    key_requests: int | None = None
+    key_minute: int | None = None
+
+    def limits(self) -> Limits:
+        """Raises `UserError` for keys that cannot be read."""
+        return Limits(
+            keys=read_keys(self.key_file), origins=self.cors or [], hosts=self.allow_host or [],
+            max_body=self.max_body, requests_per_key=self.key_requests, requests_per_minute=self.key_minute,
+        )  # fmt: skip
+
+
+def serve_models(settings: ServeSettings) -> int:
+    """Serve until the end; returns the exit code (`server.serve`).
+
+    Raises `UserError` for a missing model, two of one name, unreadable keys, none beyond this machine, and an address
+    or port that cannot be had: all before anything is loaded.
+    """
+    directories, limits = named_models(settings.models), settings.limits()
+    if settings.engine == "llamacpp":
+        raise UserError("--engine llamacpp: needs models as GGUF, which this version does not write; take slm or vllm")
+    from slmkit.serving.server import bind, serve
+
+    listening = bind(settings.host, settings.port, has_keys=bool(limits.keys))
+    if settings.engine == "vllm":
+        return serve_upstream(settings, directories, limits, listening)
+    from slmkit.serving.app import create_app
+    from slmkit.serving.models import ServedModel
+    from slmkit.serving.worker import Worker
+
+    memory = None if settings.memory is None else int(settings.memory * 2**30)
+    options = {"max_rows": settings.max_rows, "memory": memory, "reuse": settings.prefix_cache}
+    models = {name: ServedModel.load(name, path, settings.device, **options) for name, path in directories.items()}
+    share_equal_weights([model.decoder for model in models.values()])
+    worker = Worker(list(models.values()), max_queue=settings.max_queue, request_seconds=settings.request_seconds)
+    page = page_functions(worker, models, directories, settings.runs, settings.data) if settings.ui else None
+
+    lines = [f"{name}  (context {one.decoder.max_positions:,}, {directories[name]})" for name, one in models.items()]
+    worker.start()
+    try:
+        app, tell = create_app(worker, models, limits, page), functools.partial(tell_ready, settings, listening, lines)
+        return serve(app, listening, limits, worker, settings.drain, tell)
+    finally:
+        worker.stop()
+
+
+def serve_upstream(
+    settings: ServeSettings, directories: Mapping[str, Path], limits: Limits, listening: socket.socket
+) -> int:
+    """The same with vLLM as the engine. Raises `UserError` if it is not installed, or ends while it loads."""
+    from slmkit.model.files.adapter_directory import is_adapter
+    from slmkit.serving.server import serve
+    from slmkit.serving.upstream import Upstreams
+
+    for name, directory in directories.items():
+        if is_adapter(directory):
+            raise UserError(
+                f"{name}: an adapter; for --engine vllm merge it first: slm merge MODEL --adapter {directory}"
+            )
+    if settings.ui:
+        raise UserError("--ui: the page looks into models of the own engine; leave it out with --engine vllm")
+    upstreams = Upstreams(directories, settings.max_rows + settings.max_queue, settings.request_seconds)
+    try:
+        upstreams.wait_until_ready()
+        lines = [f"{name}  (vllm, {directory})" for name, directory in directories.items()]
+        tell = functools.partial(tell_ready, settings, listening, lines)
+        return serve(upstreams, listening, limits, upstreams, settings.drain, tell)
+    finally:
+        upstreams.stop()
+
+
+def tell_ready(settings: ServeSettings, listening: socket.socket, models: Sequence[str]) -> None:
+    """Say where the server is, what it serves, and what to try."""
+    from slmkit.serving.server import url_of
+
+    url = url_of(listening)
+    print(f"{url}/v1 is ready; Ctrl-C ends it. Models:", *models, sep="\n  ")
+    print(f"the page: {url}/" if settings.ui else f"try: curl {url}/v1/models", flush=True)
+    if settings.browser:
+        open_browser(url)
+
+
+def named_models(models: Sequence[str]) -> dict[str, Path]:
+    """The directory of each model, by its name: that of its run or folder, the hub's, or what stands before a `=`.
+
+    Raises `UserError` for a missing model, and two of one name.
+    """
+    found = dict[str, Path]()
+    for model in models:
+        name, equals, path = model.partition("=")
+        if not equals or "/" in name or Path(model).exists():
+            name, path = "", model
+        directory = find_model_directory(path)
+        name = name or _usual_name(path, directory)
+        if name in found:
+            raise UserError(f"{found[name]} and {directory} are both named {name}: give one as NAME=PATH")
+        found[name] = directory
+    return found
+
+
+def _usual_name(path: str, directory: Path) -> str:
+    on_hub, run = hub_name(path), run_of(directory)
+    return str(on_hub) if on_hub else (run or directory.resolve()).name
+
+
+def read_keys(path: Path | None) -> list[str]:
+    """The keys of a file, one a line without comments (`#`), and those of the environment.
+
+    Raises `UserError` for a file that others may read, and for a key that is short or no plain text.
+    """
+    keys = [key.strip() for key in os.environ.get(KEYS, "").split(",") if key.strip()]
+    if path is not None:
+        lines = [line.partition("#")[0].strip() for line in read_text(path).splitlines()]
+        if path.stat().st_mode & (stat.S_IROTH | stat.S_IWOTH):
+            raise UserError(f"{path}: others on this machine can read or change the keys: chmod 600 {path}")
+        if not any(lines):
+            raise UserError(f"{path}: no key in it: write one a line")
+        keys += filter(None, lines)
+    for key in keys:
+        if len(key) < LEAST_KEY or not key.isascii() or not key.isprintable() or " " in key:
+            raise UserError(f"a key of {len(key)} characters: take {LEAST_KEY} or more letters and digits")
+    return keys
+
+
+def share_equal_weights(decoders: Sequence[torch.nn.Module]) -> None:
+    """Let equal matrices of several models, such as an adapter's and its base's, be one in memory."""
+    import torch
+
+    known: dict[tuple[str, torch.Size, torch.dtype], list[torch.nn.Parameter]] = {}
+    for decoder in decoders:
+        for name, weight in decoder.named_parameters():
+            alike = known.setdefault((name, weight.shape, weight.dtype), [])
+            same = next((other for other in alike if torch.equal(other, weight)), None)
+            if same is None:
+                alike.append(weight)
+            else:
+                weight.data = same.data
+
+
+def newest_chat_run(folder: Path) -> list[str]:
+    """The run below a folder that learned conversations last, if there is one with a checkpoint."""
+    from slmkit.training.logging.list_runs import find_runs
+
+    for run in sorted(find_runs(folder), key=lambda run: run.stat().st_mtime, reverse=True):
+        try:
+            if learned_conversations(find_model_directory(run)):
+                return [str(run)]
+        except UserError:  # no checkpoint yet, or an unreadable recipe
+            continue
+    return []
+
+
+def page_functions(
+    worker: Worker, models: Mapping[str, ServedModel], directories: Mapping[str, Path], runs: Path, data: Path | None
+) -> Page:
+    """The functions of the page by their names, each of the JSON body of a request.
+
+    Those that compute with a model do so in the worker's thread.
+    """
+    from slmkit.evaluation import look as inside
+    from slmkit.workflows.page_data import PageData
+
+    advice = {name: SamplingSettings.for_model(path, None, USUAL) for name, path in directories.items()}
+
+    def about() -> JSON:
+        return {
+            "models": {
+                name: {
+                    "context": model.decoder.max_positions,
+                    "max_new_tokens": min(model.max_new_tokens, model.decoder.max_positions),
+                    "settings": advice[name].model_dump(mode="json"),
+                    "chat": model.tokenizer.chat_template is not None,
+                    "learned_conversations": learned_conversations(directories[name]),
+                }
+                for name, model in models.items()
+            }
+        }
+
+    def named(model: str) -> ServedModel:
+        if model not in models:
+            raise UserError(f"there is no model {model!r:.100}; {did_you_mean(model[:100], models)}")
+        return models[model]
+
+    def look(model: str, text: str | None = None, messages: list[JSON] | None = None, k: int = 10) -> JSON:
+        of = named(model)
+        return worker.run(lambda: inside.look(of.decoder, of.tokenizer, text, messages, k))
+
+    def lens(model: str, ids: list[int]) -> JSON:
+        of = named(model)
+        return worker.run(lambda: inside.lens(of.decoder, of.tokenizer, ids))
+
+    def attention(model: str, ids: list[int], layer: int, head: int) -> JSON:
+        of = named(model)
+        return worker.run(lambda: inside.attention(of.decoder, ids, layer, head))
+
+    functions = PageData(runs, data, {name: model.tokenizer for name, model in models.items()}).functions()
+    functions |= {one.__name__: validate_call(one) for one in (about, look, lens, attention)}
+    return {name: functools.partial(_with_arguments, function) for name, function in functions.items()}
+
+
+def _with_arguments(function: Callable[..., Any], body: JSON) -> Any:
+    return function(**body)
+
+
+def open_browser(url: str) -> None:
+    """In a browser with windows; one in the terminal would take it away from the server."""
+    try:
+        browser = webbrowser.get()
+    except webbrowser.Error:
+        return
+    if not isinstance(browser, webbrowser.GenericBrowser) or isinstance(browser, webbrowser.BackgroundBrowser):
+        browser.open(url)

@@ -1,0 +1,338 @@
+"""`slm serve` as a process: its start, its doors, signals under load, and what it does when the engine fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.helpers import refused
+from tests.serving.processes import (
+    SLM,
+    Answer,
+    Server,
+    ask,
+    complete,
+    completion,
+    connect,
+    model_directory,
+    read_all,
+    request_bytes,
+    slm_serve,
+    until,
+)
+
+pytestmark = pytest.mark.slow
+KEY, OTHER_KEY = "a-key-of-many-characters", "another-key-of-many-characters"
+
+
+class Streams:
+    """Streaming requests that are open, each read in a thread of its own."""
+
+    def __init__(self, server: Server, count: int, tokens: int, **headers: str) -> None:
+        self.raw = [b""] * count
+
+        def read(number: int) -> None:
+            with connect(server.url) as connection:
+                body = completion(tokens, stream=True, stream_options={"include_usage": True})
+                connection.sendall(request_bytes("POST", "/v1/completions", body, **headers))
+                self.raw[number] = connection.recv(1)
+                self.raw[number] += read_all(connection)
+
+        self.threads = [threading.Thread(target=read, args=[number], daemon=True) for number in range(count)]
+        for thread in self.threads:
+            thread.start()
+        until(lambda: all(self.raw))
+
+    def ended(self) -> list[Answer]:
+        for thread in self.threads:
+            thread.join(30)
+            assert not thread.is_alive()
+        return [Answer(raw) for raw in self.raw]
+
+
+def tokens_in(answer: Answer) -> int:
+    """Of a stream that came to its end."""
+    *_, usage, end = answer.body.decode().strip().split("\n\n")
+    assert end == "data: [DONE]"
+    return json.loads(usage.removeprefix("data: "))["usage"]["completion_tokens"]
+
+
+def last_error(answer: Answer) -> str:
+    """The message with which a stream ended."""
+    *_, last = answer.body.decode().strip().split("\n\n")
+    return json.loads(last.removeprefix("data: "))["error"]["message"]
+
+
+def health(server: Server) -> int:
+    return ask(server.url, "GET", "/health").status
+
+
+# -- the start --------------------------------------------------------------------------------------------------------
+
+
+def test_it_says_where_it_is_what_it_serves_and_serves_it() -> None:
+    directory = model_directory()
+    with slm_serve(directory, f"again={directory}", fork=False) as server:
+        first, *models, last = server.lines
+        assert first.startswith(f"{server.url}/v1 is ready")
+        assert models == [f"  {name}  (context 2,048, {directory})" for name in ("tiny", "again")]
+        assert last == f"try: curl {server.url}/v1/models"
+        listed = json.loads(ask(server.url, "GET", "/v1/models").body)["data"]
+        assert [one["id"] for one in listed] == ["tiny", "again"]
+        texts = [complete(server.url, 8, model=name) for name in ("tiny", "again")]
+        assert [answer.status for answer in texts] == [200, 200]
+        assert json.loads(texts[0].body)["choices"] == json.loads(texts[1].body)["choices"]
+        assert ask(server.url, "GET", "/").status == 404  # no page without --ui
+        metrics = ask(server.url, "GET", "/metrics").body.decode()
+        assert 'slm_requests_total{model="tiny",route="/v1/completions",status="200"} 1.0' in metrics
+        assert 'slm_generated_tokens_total{model="again"} 8.0' in metrics
+        assert server.end() == (0, "")
+
+
+def test_wrong_options_are_one_line(tmp_path: Path) -> None:
+    directory = model_directory()
+    (tmp_path / "keys").write_text(f"{KEY}\n")
+    (tmp_path / "keys").chmod(0o644)
+    (tmp_path / "empty").write_text("# none\n")
+    (tmp_path / "short").write_text("secret\n")
+    for name in ("empty", "short"):
+        (tmp_path / name).chmod(0o600)
+    assert "are both named tiny: give one as NAME=PATH" in refused("serve", directory, directory)
+    assert "give --key-file, or set SLM_API_KEYS" in refused("serve", directory, "--host", "0.0.0.0")
+    assert "chmod 600" in refused("serve", directory, "--key-file", tmp_path / "keys")
+    assert "no key in it" in refused("serve", directory, "--key-file", tmp_path / "empty")
+    assert "a key of 6 characters" in refused("serve", directory, "--key-file", tmp_path / "short")
+    assert "no such file" in refused("serve", directory, "--key-file", tmp_path / "nosuch")
+    assert "no such host" in refused("serve", directory, "--host", "nosuch.invalid")
+    assert "is no origin" in refused("serve", directory, "--cors", "*")
+    assert "GGUF" in refused("serve", directory, "--engine", "llamacpp")
+    assert "did you mean" in refused("serve", f"{directory}x")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert "taken by another program" in refused("serve", directory, "--port", str(taken.getsockname()[1]))
+
+
+def test_a_missing_package_is_named_with_the_extra() -> None:
+    import subprocess
+    import sys
+
+    for name in ("fastapi", "uvicorn", "prometheus_client"):
+        code = f"import sys; sys.modules[{name!r}] = None; {SLM}"
+        words = [sys.executable, "-c", code, "serve", str(model_directory())]
+        done = subprocess.run(words, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (2, "slm: the server needs more packages: pip install slmkit[serve]\n")
+
+
+def test_keys_come_from_a_file_and_from_the_environment(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text(f"# of the laptop\n{KEY}  # mine\n\n")
+    keys.chmod(0o600)
+    with slm_serve(model_directory(), "--key-file", keys, "--host", "0.0.0.0", SLM_API_KEYS=f"{OTHER_KEY},") as server:
+        url = server.url.replace("0.0.0.0", "127.0.0.1")
+        assert ask(url, "GET", "/health").status == 200
+        for key, status in ((KEY, 200), (OTHER_KEY, 200), ("", 401), ("# of the laptop", 401), (f"{KEY}  # mine", 401)):
+            assert complete(url, 1, key).status == status
+        assert server.end() == (0, "")
+
+
+def test_a_full_queue_is_429_at_once_and_nothing_that_was_taken_is_lost() -> None:
+    with slm_serve(model_directory(), "--max-rows", "1", "--max-queue", "3") as server:
+        streams = Streams(server, 1, 1500)
+        waiting = [connect(server.url) for _ in range(3)]
+        for connection in waiting:
+            connection.sendall(request_bytes("POST", "/v1/completions", completion(5)))
+        until(lambda: b'slm_waiting_rows{model="tiny"} 3.0' in ask(server.url, "GET", "/metrics").body)
+        began = time.monotonic()
+        answer = complete(server.url)
+        assert (answer.status, answer.error["type"], answer.headers["retry-after"]) == (429, "rate_limit_error", "1")
+        assert time.monotonic() - began < 1
+        assert [Answer(read_all(connection)).status for connection in waiting] == [200] * 3
+        assert tokens_in(streams.ended()[0]) == 1500
+        assert server.end() == (0, "")
+
+
+def test_a_request_that_takes_too_long_gets_an_error_and_a_stream_an_error_line() -> None:
+    with slm_serve(model_directory(), "--request-seconds", "0.2") as server:
+        answer = complete(server.url, 2000)
+        assert (answer.status, answer.error["code"]) == (504, "generation_failed")
+        stream = complete(server.url, 2000, stream=True)
+        assert "longer than 0.2 s" in last_error(stream)
+        assert complete(server.url, 3).status == 200
+
+
+# -- the end ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_under_load_finishes_what_runs_and_refuses_what_comes(number: int) -> None:
+    with slm_serve(model_directory(), "--drain", "60") as server:
+        streams = Streams(server, 30, 400)
+        server.process.send_signal(number)
+        until(lambda: health(server) == 503)
+        answer = complete(server.url)
+        assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+        assert answer.error["code"] == "service_unavailable"
+        for answer in streams.ended():
+            assert tokens_in(answer) == 400
+        assert server.wait(10) == (0, "")
+    with pytest.raises(ConnectionRefusedError):
+        connect(server.url)
+
+
+def test_what_does_not_finish_in_time_ends_with_an_error() -> None:
+    with slm_serve(model_directory(), "--drain", "0.3", "--max-rows", "2") as server:
+        streams, began = Streams(server, 20, 2000), time.monotonic()
+        assert server.end() == (0, "")
+        assert time.monotonic() - began < 5
+        for answer in streams.ended():
+            assert "shut down" in last_error(answer)
+
+
+def test_a_second_ctrl_c_ends_it_at_once() -> None:
+    with slm_serve(model_directory(), "--drain", "60", "--max-rows", "1") as server:
+        Streams(server, 3, 2000)
+        server.process.send_signal(signal.SIGINT)
+        until(lambda: health(server) == 503)
+        began = time.monotonic()
+        assert server.end(signal.SIGINT)[0] == 130
+        assert time.monotonic() - began < 5
+
+
+def test_a_reader_that_has_stopped_does_not_hold_up_the_end() -> None:
+    with slm_serve(model_directory()) as server:
+        stalled = connect(server.url, receive_buffer=4096)
+        stalled.sendall(request_bytes("POST", "/v1/completions", completion(2000, stream=True, n=4, logprobs=5)))
+        stalled.recv(1)
+        idle = connect(server.url)
+        began = time.monotonic()
+        assert server.end()[0] == 0
+        assert time.monotonic() - began < 40
+        stalled.close()
+        idle.close()
+
+
+# -- faults, injected into the real process ---------------------------------------------------------------------------
+
+# After SIGUSR1 a step of every engine fails; after SIGUSR2 what the worker's thread does next.
+WITH_FAULTS = f"""
+import signal
+from slmkit.generation.engine import Engine
+from slmkit.serving.worker import Worker
+step, send, left = Engine.step, Worker._send, {{"step": 0, "send": 0}}
+def broken(name, function):
+    def call(self):
+        if left[name]:
+            left[name] -= 1
+            raise RuntimeError("injected")
+        return function(self)
+    return call
+Engine.step, Worker._send = broken("step", step), broken("send", send)
+def note(name):
+    def handle(*_):
+        left[name] += 1
+    return handle
+signal.signal(signal.SIGUSR1, note("step"))
+signal.signal(signal.SIGUSR2, note("send"))
+{SLM}
+"""
+
+
+def test_a_fault_in_a_step_fails_what_it_concerns_and_the_next_request_is_right() -> None:
+    with slm_serve(model_directory(), code=WITH_FAULTS) as server:
+        right = json.loads(complete(server.url, 20).body)["choices"]
+        for _ in range(5):
+            streams = Streams(server, 5, 2000)
+            server.process.send_signal(signal.SIGUSR1)
+            for answer in streams.ended():
+                assert "the engine failed" in last_error(answer)
+            assert health(server) == 200
+            assert json.loads(complete(server.url, 20).body)["choices"] == right
+        assert b'slm_engine_faults_total{model="tiny"} 5.0' in ask(server.url, "GET", "/metrics").body
+        code, log = server.end()
+        assert (code, log.count("RuntimeError: injected")) == (0, 5)
+
+
+def test_faults_again_and_again_end_the_process() -> None:
+    with slm_serve(model_directory(), code=WITH_FAULTS) as server:
+        for _ in range(3):
+            server.process.send_signal(signal.SIGUSR1)
+            time.sleep(0.1)
+        statuses = []
+        while server.process.poll() is None:
+            try:
+                statuses.append(complete(server.url, 5).status)
+            except (ConnectionError, json.JSONDecodeError, IndexError):
+                break
+        assert statuses[:2] == [500, 500]
+        assert set(statuses[2:]) <= {500, 503, 0}
+        assert server.wait(10)[0] == 1
+
+
+def test_a_thread_that_dies_is_seen_at_once_and_ends_the_process() -> None:
+    with slm_serve(model_directory(), code=WITH_FAULTS) as server:
+        streams = Streams(server, 10, 2000)
+        began = time.monotonic()
+        server.process.send_signal(signal.SIGUSR2)
+        for answer in streams.ended():
+            assert "the server failed" in last_error(answer)
+        code, log = server.wait(10)
+        assert (code, "the engines' thread has ended" in log) == (1, True)
+        assert time.monotonic() - began < 10
+
+
+# -- the page ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_is_there_with_its_functions_and_reads_runs(tmp_path: Path) -> None:
+    def call(name: str, **body: Any) -> Any:
+        return json.loads(ask(server.url, "POST", f"/page/{name}", body).body)
+
+    with slm_serve(model_directory(), "--ui", "--runs", tmp_path) as server:
+        assert server.lines[-1] == f"the page: {server.url}/"
+        assert b"<html" in ask(server.url, "GET", "/").body
+        assert call("about")["models"]["tiny"]["context"] == 2048
+        assert call("runs") == []
+        look = call("look", model="tiny", text="The fox")
+        assert len(look["likeliest"]) == len(look["ids"])
+        assert call("attention", model="tiny", ids=look["ids"], layer=1, head=3)["weights"][0] == [10_000]
+        assert len(call("lens", model="tiny", ids=look["ids"])["likeliest"]) == 2
+        assert "did you mean 'tiny'" in call("look", model="tinny", text="x")["error"]["message"]
+        assert "Unexpected keyword" in call("look", model="tiny", texd="x")["error"]["message"]
+        assert complete(server.url).status == 200
+
+
+def test_models_that_share_weights_share_the_memory() -> None:
+    from slmkit.adapt.load import load_model
+    from slmkit.workflows.serve import share_equal_weights
+
+    first, second = (load_model(model_directory())[0] for _ in range(2))
+    changed = second.blocks[1].mlp.up.weight
+    changed.data = changed.data + 1
+    share_equal_weights([first, second])
+    places = [{name: weight.data_ptr() for name, weight in each.named_parameters()} for each in (first, second)]
+    assert [name for name in places[0] if places[0][name] != places[1][name]] == ["blocks.1.mlp.up.weight"]
+
+
+def test_the_newest_run_that_learned_to_chat_is_chosen(tmp_path: Path) -> None:
+    from slmkit.workflows.serve import named_models, newest_chat_run
+
+    assert newest_chat_run(tmp_path) == []
+    for number, (name, objective) in enumerate((("old", "sft"), ("new", "sft"), ("text", "pretrain"), ("bare", "sft"))):
+        run = tmp_path / name
+        run.mkdir()
+        (run / "recipe.yaml").write_text(f"objective: {objective}\n")
+        (run / "metrics.jsonl").write_text("")
+        if name != "bare":
+            shutil.copytree(model_directory(), run / "checkpoints" / "step-1")
+            (run / "best").symlink_to("checkpoints/step-1")
+        os.utime(run, (number, number))
+    assert newest_chat_run(tmp_path) == [str(tmp_path / "new")]
+    assert [*named_models([str(tmp_path / "old"), f"b={tmp_path / 'new'}"])] == ["old", "b"]

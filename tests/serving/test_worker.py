@@ -1,0 +1,443 @@
+"""The engines' thread, with a real engine: what it hands out, who is refused, and what it does after a fault."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import psutil
+import pytest
+from prometheus_client import generate_latest
+
+from slmkit import SLMConfig, SLMTokenizer
+from slmkit.config import UserError
+from slmkit.generation.engine import Engine, Request
+from slmkit.generation.sampling_settings import SamplingSettings
+from slmkit.model.initialization import build_decoder
+from slmkit.serving import worker as module
+from slmkit.serving.worker import Busy, Failed, Job, Unavailable, Worker
+
+GREEDY = SamplingSettings(temperature=0)
+
+
+class Model:
+    """What the worker asks of a `ServedModel`. `slow`: seconds that each step takes longer."""
+
+    def __init__(self, name: str = "m", slow: float = 0.0, **options: Any) -> None:
+        self.name, self.slow, self.options, self.engines = name, slow, options, 0
+        self.decoder, self.tokenizer = shared_model()
+        self.engine = self.new_engine()
+
+    def new_engine(self) -> Engine:
+        self.engines += 1
+        engine = Engine(self.decoder, self.tokenizer, **self.options)
+        step = engine.step
+
+        def slow_step() -> Any:
+            time.sleep(self.slow)
+            return step()
+
+        engine.step = slow_step  # type: ignore[method-assign]
+        return engine
+
+
+_cache: list[Any] = []
+
+
+def shared_model() -> Any:
+    if not _cache:
+        tokenizer = SLMTokenizer(vocab_size=300)
+        tokenizer.train(["The fox had a red kite. The kite flew over the hill."] * 8)
+        shape = SLMConfig(
+            vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+            max_position_embeddings=512,
+        )  # fmt: skip
+        _cache.extend((build_decoder(shape, seed=0).eval(), tokenizer))
+    return _cache
+
+
+@contextmanager
+def started(*models: Model, **options: Any) -> Iterator[Worker]:
+    worker = Worker(cast(Any, models), **options)
+    worker.start()
+    try:
+        yield worker
+    finally:
+        worker.stop()
+
+
+def go(function: Callable[[], Awaitable[Any]], seconds: float = 60) -> Any:
+    return asyncio.run(asyncio.wait_for(cast(Any, function()), seconds))
+
+
+def request(number: int = 0, tokens: int = 20, n: int = 1, **more: Any) -> Request:
+    return Request([number % 256, 17, 33], tokens, GREEDY, n=n, **more)
+
+
+async def tokens_of(job: Job) -> list[tuple[int, int | None]]:
+    return [(event.index, event.token) async for event in job]
+
+
+def alone(model: Model, asked: Request) -> list[tuple[int, int | None]]:
+    engine = Engine(model.decoder, model.tokenizer)
+    engine.insert(asked)
+    events = []
+    while engine.is_busy:
+        events += [(event.index, event.token) for event in engine.step()]
+    return events
+
+
+def metric(worker: Worker, name: str, **labels: str) -> float:
+    return worker.registry.get_sample_value(name, labels) or 0.0
+
+
+async def until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        await asyncio.sleep(0.005)
+
+
+def test_many_requests_of_two_models_get_what_each_gets_alone() -> None:
+    first, second = Model("first"), Model("second", max_rows=3)
+
+    async def main() -> None:
+        asked = [(model, request(number, 5 + number % 7, 1 + number % 3)) for number in range(40) for model in models]
+        jobs = await asyncio.gather(*(worker.submit(cast(Any, model), one) for model, one in asked))
+        found = await asyncio.gather(*map(tokens_of, jobs))
+        for (model, one), events in zip(asked, found):
+            assert sorted(events, key=lambda event: event[0]) == sorted(alone(model, one), key=lambda event: event[0])
+
+    models = first, second
+    with started(first, second) as worker:
+        go(main)
+        generated = sum(metric(worker, "slm_generated_tokens_total", model=model.name) for model in models)
+        assert generated == sum(2 * (5 + number % 7) * (1 + number % 3) for number in range(40))
+        for model in ("first", "second"):
+            read = metric(worker, "slm_prompt_tokens_total", model=model)
+            assert read + metric(worker, "slm_cached_prompt_tokens_total", model=model) == sum(
+                3 * (1 + number % 3) for number in range(40)
+            )
+            assert metric(worker, "slm_running_rows", model=model) == 0
+            first_tokens = metric(worker, "slm_time_to_first_token_seconds_count", model=model)
+            assert first_tokens == sum(1 + number % 3 for number in range(40))
+        assert b"slm_engine_steps_total" in generate_latest(worker.registry)
+
+
+def test_all_events_of_a_step_reach_the_loop_in_one_call() -> None:
+    async def main() -> None:
+        loop, calls, step_calls = asyncio.get_running_loop(), 0, loop_calls()
+        jobs = await asyncio.gather(*(worker.submit(cast(Any, model), request(k, 50)) for k in range(8)))
+        original = loop.call_soon_threadsafe
+
+        def counted(*arguments: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            return original(*arguments, **options)
+
+        loop.call_soon_threadsafe = counted  # type: ignore[method-assign]
+        before = loop_calls()
+        await asyncio.gather(*map(tokens_of, jobs))
+        assert 0 < calls <= loop_calls() - before + 1, step_calls
+
+    def loop_calls() -> float:
+        return metric(worker, "slm_engine_steps_total", model="m")
+
+    model = Model(slow=0.002)
+    with started(model) as worker:
+        go(main)
+
+
+def test_what_the_engine_refuses_is_refused_and_all_or_none_are_taken() -> None:
+    async def main() -> None:
+        with pytest.raises(UserError, match="an empty prompt"):
+            await worker.submit(cast(Any, model), Request([], 5))
+        with pytest.raises(UserError, match="token 999 of the prompt"):
+            await worker.submit_all(cast(Any, model), [request(1), Request([999], 5), request(2)])
+        await until(lambda: not model.engine.is_busy)
+        assert metric(worker, "slm_generated_tokens_total", model="m") == 0
+        jobs = await worker.submit_all(cast(Any, model), [request(1), request(2)])
+        assert [len(await tokens_of(job)) for job in jobs] == [20, 20]
+
+    model = Model()
+    with started(model) as worker:
+        go(main)
+
+
+def test_a_cancelled_request_leaves_within_a_step_and_one_that_waits_never_starts() -> None:
+    async def main() -> None:
+        runs = await worker.submit(cast(Any, model), request(1, 400))
+        waits = await worker.submit(cast(Any, model), request(2, 400))
+        await until(lambda: metric(worker, "slm_generated_tokens_total", model="m") > 3)
+        assert metric(worker, "slm_waiting_rows", model="m") == 1
+        waits.cancel()
+        waits.cancel()
+        assert await tokens_of(waits) == []
+        stays = asyncio.create_task(tokens_of(await worker.submit(cast(Any, model), request(3, 10))))
+        runs.cancel()
+        at = metric(worker, "slm_generated_tokens_total", model="m")
+        await stays
+        runs.cancel()
+        assert metric(worker, "slm_generated_tokens_total", model="m") - at <= 10 + 1
+        assert stays.result() == alone(model, request(3, 10))
+        assert metric(worker, "slm_running_rows", model="m") == metric(worker, "slm_waiting_rows", model="m") == 0
+
+    model = Model(slow=0.01, max_rows=1)
+    with started(model) as worker:
+        go(main)
+
+
+def test_a_submission_that_is_given_up_before_it_is_taken_never_starts() -> None:
+    async def main() -> None:
+        first = await worker.submit(cast(Any, model), request(1, 30))
+        task = asyncio.create_task(worker.submit(cast(Any, model), request(2, 30)))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert len(await tokens_of(first)) == 30
+        await until(lambda: not worker._open)
+        assert metric(worker, "slm_generated_tokens_total", model="m") == 30
+
+    model = Model(slow=0.01)
+    with started(model) as worker:
+        go(main)
+
+
+def test_a_full_queue_refuses_at_once_and_takes_again() -> None:
+    async def main() -> None:
+        jobs = [await worker.submit(cast(Any, model), request(k, 30)) for k in range(6)]
+        began = time.monotonic()
+        with pytest.raises(Busy) as refused:
+            await worker.submit(cast(Any, model), request(7))
+        assert time.monotonic() - began < 0.05
+        assert (refused.value.status, refused.value.retry_after > 0) == (429, True)
+        jobs[5].cancel()
+        await tokens_of(jobs[5])
+        assert len(await tokens_of(await worker.submit(cast(Any, model), request(7)))) == 20
+        assert [len(await tokens_of(job)) for job in jobs[:5]] == [30] * 5
+
+    model = Model(slow=0.005, max_rows=2)
+    with started(model, max_queue=4) as worker:
+        go(main)
+
+
+def test_a_reader_that_reads_nothing_stalls_nobody() -> None:
+    async def main() -> None:
+        unread = [await worker.submit(cast(Any, model), request(k, 100)) for k in range(4)]
+        for number in range(5):
+            assert len(await tokens_of(await worker.submit(cast(Any, model), request(number)))) == 20
+        await until(lambda: not worker._open)
+        assert [await tokens_of(job) for job in unread] == [alone(model, request(k, 100)) for k in range(4)]
+
+    model = Model()
+    with started(model) as worker:
+        go(main)
+
+
+def test_a_request_that_takes_too_long_is_ended_and_its_rows_leave() -> None:
+    async def main() -> None:
+        slow = await worker.submit(cast(Any, model), request(1, 400, n=2))
+        with pytest.raises(Failed, match="longer than 0.3 s") as error:
+            await tokens_of(slow)
+        assert error.value.status == 504
+        assert metric(worker, "slm_running_rows", model="m") == 0
+        assert len(await tokens_of(await worker.submit(cast(Any, model), request(2, 5)))) == 5
+
+    model = Model(slow=0.01)
+    with started(model, request_seconds=0.3) as worker:
+        go(main)
+
+
+# -- faults -----------------------------------------------------------------------------------------------------------
+
+
+def break_next_step(model: Model) -> None:
+    def broken() -> Any:
+        raise RuntimeError("a fault, as of a kernel")
+
+    model.engine.step = broken  # type: ignore[method-assign]
+
+
+def test_a_fault_fails_the_requests_of_its_engine_alone_and_the_next_one_is_right() -> None:
+    async def main() -> None:
+        hurt = [await worker.submit(cast(Any, broken), request(k, 300)) for k in range(3)]
+        other = asyncio.create_task(tokens_of(await worker.submit(cast(Any, whole), request(9, 100))))
+        await until(lambda: metric(worker, "slm_generated_tokens_total", model="broken") > 10)
+        worker.run(lambda: break_next_step(broken))
+        for job in hurt:
+            with pytest.raises(Failed, match="the engine failed") as error:
+                await tokens_of(job)
+            assert error.value.status == 500
+        assert worker.state == "ok"
+        assert await tokens_of(await worker.submit(cast(Any, broken), request(4))) == alone(broken, request(4))
+        assert await other == alone(whole, request(9, 100))
+        assert (broken.engines, whole.engines) == (2, 1)
+        assert metric(worker, "slm_engine_faults_total", model="broken") == 1
+
+    broken, whole = Model("broken", slow=0.002), Model("whole", slow=0.002)
+    with started(broken, whole) as worker:
+        go(main)
+
+
+def test_a_fault_while_a_request_is_taken_fails_that_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        def broken(asked: Request) -> int:
+            raise RuntimeError("a fault")
+
+        model.engine.insert = broken  # type: ignore[method-assign]
+        with pytest.raises(Failed, match="the engine failed"):
+            await worker.submit(cast(Any, model), request(1))
+        assert len(await tokens_of(await worker.submit(cast(Any, model), request(2)))) == 20
+        assert worker.state == "ok"
+
+    model = Model()
+    with started(model) as worker:
+        go(main)
+
+
+def test_faults_in_a_row_end_the_worker_but_not_with_a_finished_request_between() -> None:
+    async def fault() -> None:
+        worker.run(lambda: break_next_step(model))
+        with pytest.raises(Failed):
+            await tokens_of(await worker.submit(cast(Any, model), request(1)))
+
+    async def main() -> None:
+        for _ in range(module.MOST_FAULTS):
+            await fault()
+            await fault()
+            assert len(await tokens_of(await worker.submit(cast(Any, model), request(2)))) == 20
+        assert worker.state == "ok"
+        for _ in range(module.MOST_FAULTS):
+            await fault()
+        await until(lambda: worker.state == "failed")
+        with pytest.raises(Unavailable) as refused:
+            await worker.submit(cast(Any, model), request(3))
+        assert refused.value.status == 503
+        with pytest.raises(Unavailable):
+            worker.run(lambda: 1)
+
+    model = Model()
+    with started(model) as worker:
+        go(main)
+
+
+def test_a_thread_that_dies_ends_every_request_and_is_seen_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        jobs = [await worker.submit(cast(Any, model), request(k, 400)) for k in range(20)]
+
+        def die(*_: Any) -> None:
+            raise SystemExit
+
+        monkeypatch.setattr(worker, "_send", die)
+        began = time.monotonic()
+        for job in jobs:
+            with pytest.raises(Failed):
+                await tokens_of(job)
+        assert worker.state == "failed"
+        assert time.monotonic() - began < 1
+        assert not worker._thread.is_alive() or not await asyncio.sleep(0.1)
+
+    model = Model(slow=0.005)
+    with started(model) as worker:
+        go(main)
+
+
+def test_a_step_that_never_returns_is_seen() -> None:
+    async def main() -> None:
+        release = threading.Event()
+        try:
+            job = await worker.submit(cast(Any, model), request(1, 400))
+            worker.run(lambda: setattr(model.engine, "step", lambda: release.wait() and []))
+            with pytest.raises(Failed, match="does not answer"):
+                await tokens_of(job)
+            assert worker.state == "failed"
+        finally:
+            release.set()
+
+    model = Model(slow=0.002)
+    with started(model, step_seconds=0.4) as worker:
+        go(main)
+
+
+def test_an_idle_worker_has_not_failed() -> None:
+    with started(Model(), step_seconds=0.1) as worker:
+        time.sleep(0.5)
+        assert worker.state == "ok"
+
+
+# -- the thread for others, and the end -------------------------------------------------------------------------------
+
+
+def test_functions_of_others_run_between_two_steps_and_may_fail() -> None:
+    model = Model()
+    with started(model) as worker:
+        assert worker.run(threading.current_thread) is worker._thread
+        with pytest.raises(ZeroDivisionError):
+            worker.run(lambda: 1 // 0)
+        with pytest.raises(UserError, match="no"):
+            worker.run(lambda: (_ for _ in ()).throw(UserError("no")))
+        assert worker.state == "ok"
+
+
+def test_draining_finishes_what_runs_refuses_what_comes_and_ends_the_rest() -> None:
+    async def main(seconds: float) -> list[Any]:
+        jobs = [await worker.submit(cast(Any, model), request(k, 40)) for k in range(2)]
+        drained = asyncio.create_task(worker.drain(seconds))
+        await asyncio.sleep(0.01)
+        assert worker.state == "draining"
+        with pytest.raises(Unavailable, match="shutting down"):
+            await worker.submit(cast(Any, model), request(3))
+        ends = await asyncio.gather(*map(tokens_of, jobs), return_exceptions=True)
+        await drained
+        return ends
+
+    model = Model(slow=0.01)
+    with started(model) as worker:
+        assert go(lambda: main(10)) == [alone(model, request(k, 40)) for k in range(2)]
+    with started(model) as worker:
+        began = time.monotonic()
+        ends = go(lambda: main(0.1))
+        assert time.monotonic() - began < 2
+        assert [(type(end), end.status) for end in ends] == [(Failed, 503)] * 2
+        assert not model.engine.is_busy
+
+
+def test_a_closed_event_loop_leaves_no_rows_behind() -> None:
+    model = Model(slow=0.005)
+    with started(model) as worker:
+        go(lambda: worker.submit(cast(Any, model), request(1, 400)))  # the loop is closed with it
+        deadline = time.monotonic() + 10
+        while model.engine.is_busy or worker._open:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert worker.state == "ok"
+
+
+@pytest.mark.slow
+def test_memory_stays_the_same_over_ten_thousand_requests() -> None:
+    async def some(count: int) -> None:
+        for start in range(0, count, 100):
+            jobs = await asyncio.gather(*(worker.submit(cast(Any, model), request(start + k, 3)) for k in range(100)))
+            for number, job in enumerate(jobs):
+                if number % 5 == 0:
+                    job.cancel()
+            await asyncio.gather(*map(tokens_of, jobs))
+
+    def used() -> int:
+        gc.collect()
+        return psutil.Process().memory_info().rss
+
+    model = Model()
+    with started(model) as worker:
+        go(lambda: some(3_000), 300)
+        before = used()
+        go(lambda: some(10_000), 500)
+        assert used() - before < 4 * 2**20
+        assert not worker._open
+        assert not worker._running
