@@ -15,12 +15,7 @@ from slmkit.config import UserError
 from slmkit.generation.engine import Event, Logprobs, Request
 from slmkit.generation.text import StopStrings
 from slmkit.serving.models import ServedModel
-from slmkit.serving.protocol import (
-    JSON,
-    ApiError,
-    ChatRequest,
-    CompletionRequest,
-)
+from slmkit.serving.protocol import JSON, ApiError, ChatRequest, CompletionRequest, several
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.tokenizer.chat_prompt import CallFormat
 
@@ -157,7 +152,7 @@ class CompletionRow:
     def __init__(self, index: int, body: CompletionRequest, model: ServedModel, request: Request) -> None:
         self.index, self.request, self.tokenizer, self.unseen = index, request, model.tokenizer, model.unseen
         self.has_logprobs = request.logprobs is not None
-        self.echo = body.prompts[index // request.n] if body.echo else ""  # a text or ids
+        self.echo = several(body.prompt)[index // request.n] if body.echo else ""  # a text or ids
         self.text, self.finish, self.lists, self._characters, self._is_first = "", "", _lists(), 0, True
 
     def read(self, event: Event, prompt_logprobs: Sequence[Logprobs]) -> JSON | None:

@@ -31,7 +31,9 @@ from slmkit.serving.protocol import (
     Common,
     CompletionRequest,
     EmbeddingRequest,
+    Error,
     read,
+    several,
 )
 from slmkit.serving.worker import Busy, Failed, Job, Unavailable, Worker
 
@@ -96,8 +98,8 @@ class Routes:
         def compute() -> JSON:
             asked = read(EmbeddingRequest, body)
             model = self._model(request, asked)
-            inputs = [model.text_ids(one, least=0) for one in asked.inputs if one != ""]
-            if len(inputs) < len(asked.inputs):
+            inputs = [model.text_ids(one, least=0) for one in several(asked.input) if one != ""]
+            if len(inputs) < len(several(asked.input)):
                 raise ApiError(400, "input: an empty text has no embedding", "input")
             data = []
             for index, ids in enumerate(inputs):
@@ -259,28 +261,9 @@ def _entry(model: ServedModel) -> JSON:
     }
 
 
-ERROR: JSON = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "null"]},
-            },
-        }
-    },
-}
-
-
 ANSWERS: JSON = {
     "Answer": {"type": "object", "required": ["id", "object", "created", "model", "choices", "usage"]},
     "Embeddings": {"type": "object", "required": ["object", "data", "model", "usage"]},
-    "Error": ERROR,
 }
 
 
@@ -292,9 +275,9 @@ def _described(what: str, schema: str, *others: str) -> JSON:
 
 def _openapi(app: FastAPI, names: list[str]) -> JSON:
     """FastAPI's description of the routes, with the schemas of requests and answers. `names`: of the models."""
-    kinds = [(kind, "validation") for kind in (ChatRequest, CompletionRequest, EmbeddingRequest)]
+    kinds = [(kind, "validation") for kind in (ChatRequest, CompletionRequest, EmbeddingRequest, Error)]
     _, found = models_json_schema(kinds, ref_template="#/components/schemas/{model}")
-    for kind, _ in kinds:
+    for kind, _ in kinds[:3]:
         found["$defs"][kind.__name__]["properties"]["model"]["enum"] = names
     document = FastAPI.openapi(app)
     document.setdefault("components", {}).setdefault("schemas", {}).update(found["$defs"] | ANSWERS)

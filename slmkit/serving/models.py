@@ -28,7 +28,7 @@ from slmkit.serving.protocol import (
     CompletionRequest,
     Generation,
     NamedTool,
-    StructuredOutputs,
+    several,
 )
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.tokenizer.chat_prompt import CallFormat
@@ -179,15 +179,15 @@ def _chat_ids(body: ChatRequest, model: ServedModel, messages: list[JSON]) -> li
 
 def completion_requests(body: CompletionRequest, model: ServedModel, group: str) -> list[Request]:
     """The engine's request of each prompt. Encodes, so not for the event loop. Raises `UserError` and `ApiError`."""
-    n, grammar, logprobs = body.n or 1, _grammar(body, model), body.logprobs
-    if len(body.prompts) * n > MOST_ROWS:
-        raise ApiError(400, f"{len(body.prompts)} prompts of n {n}: at most {MOST_ROWS} texts of one request", "prompt")
+    n, grammar, logprobs, given = body.n or 1, _grammar(body, model), body.logprobs, several(body.prompt)
+    if len(given) * n > MOST_ROWS:
+        raise ApiError(400, f"{len(given)} prompts of n {n}: at most {MOST_ROWS} texts of one request", "prompt")
     most = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
     if body.echo and logprobs is not None and body.stream and n > 1:
         raise ApiError(400, "echo with logprobs of several choices is not streamed: send stream: false", "stream")
     # Without new tokens the engine only scores the prompt.
     scores = logprobs if body.echo and logprobs is not None else 0 if most == 0 else None
-    prompts = [model.text_ids(prompt, least=0 if most == 0 else 1) for prompt in body.prompts]
+    prompts = [model.text_ids(prompt, least=0 if most == 0 else 1) for prompt in given]
     return [_request(body, model, prompt, most, group, grammar, logprobs, scores) for prompt in prompts]
 
 
@@ -212,32 +212,26 @@ def _request(
 
 def _grammar(body: Generation, model: ServedModel) -> Grammar | None:
     """What the text must be. Raises `ApiError` for several rules, and for what cannot be enforced."""
-    given, wanted = body.structured_outputs or StructuredOutputs(), getattr(body, "response_format", None)
-    schema = wanted and wanted.json_schema and wanted.json_schema.schema_
-    if wanted and wanted.type == "json_schema" and schema is None:
-        raise ApiError(400, "response_format: json_schema is missing", "response_format")
-    rules = [
-        (
-            "response_format",
-            Grammar.json_schema,
-            {"text": None, "json_object": ANY_OBJECT}.get(wanted.type, schema) if wanted else None,
-        ),
-        ("structured_outputs", Grammar.json_schema, given.json_),
-        ("structured_outputs", Grammar.regex, given.regex),
-        ("structured_outputs", Grammar.choices, given.choice),
-        ("guided_json", Grammar.json_schema, body.guided_json),
-        ("guided_regex", Grammar.regex, body.guided_regex),
-        ("guided_choice", Grammar.choices, body.guided_choice),
-    ]
-    rules = [rule for rule in rules if rule[2] is not None]
+    given, wanted = body.structured_outputs, getattr(body, "response_format", None)
+    rules = (
+        []
+        if given is None
+        else [(Grammar.json_schema, given.json_), (Grammar.regex, given.regex), (Grammar.choices, given.choice)]
+    )
+    param = "structured_outputs" if given is not None else "response_format"
+    if wanted is not None and wanted.type == "json_object":
+        rules.append((Grammar.json_schema, ANY_OBJECT))
+    elif wanted is not None and wanted.type == "json_schema":
+        if wanted.json_schema is None:
+            raise ApiError(400, "response_format: json_schema is missing", "response_format")
+        rules.append((Grammar.json_schema, wanted.json_schema.schema_))
+    rules = [(make, value) for make, value in rules if value is not None]
     if len(rules) > 1:
-        raise ApiError(400, f"{' and '.join(rule[0] for rule in rules)}: the text can follow one rule", rules[0][0])
-    for name, make, value in rules:
-        try:
-            return make(model.tokenizer, value)
-        except UserError as error:
-            raise ApiError(400, f"{name}: {error}", name) from None
-    return None
+        raise ApiError(400, f"{param}: the text can follow one rule, found {len(rules)}", param)
+    try:
+        return rules[0][0](model.tokenizer, rules[0][1]) if rules else None
+    except UserError as error:
+        raise ApiError(400, f"{param}: {error}", param) from None
 
 
 def _tools(body: ChatRequest) -> list[Any]:

@@ -24,10 +24,11 @@ LONGEST_MESSAGE = 600  # characters of an error, which may quote what was sent
 JSON = dict[str, Any]
 
 # Known fields that would change the answer, and what to do instead.
-_ALONE = "this server reads and writes text alone"
 REFUSED = {
-    "audio": _ALONE,
-    "web_search_options": _ALONE,
+    **dict.fromkeys(("audio", "web_search_options", "prompt_embeds"), "this server reads and writes text alone"),
+    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+                    "use structured_outputs with json, regex or choice"),
+    **dict.fromkeys(("use_beam_search", "length_penalty"), "there is no beam search: use n"),
     "functions": "send tools",
     "function_call": "send tool_choice",
     "reasoning_effort": "use a switch of the model's template (chat_template_kwargs)",
@@ -36,13 +37,9 @@ REFUSED = {
     "suffix": "send what is before it as the prompt",
     "min_tokens": "there is no least length",
     "truncate_prompt_tokens": "shorten the prompt: nothing is cut off here",
-    "use_beam_search": "use n",
-    "length_penalty": "there is no beam search",
-    "guided_grammar": "use structured_outputs with json, regex or choice",
     "logits_processors": "use logit_bias",
-    "prompt_embeds": "send text or ids",
     "dimensions": "the whole vector is sent",
-}
+}  # fmt: skip
 
 
 class ApiError(Exception):
@@ -94,8 +91,8 @@ Ids = Annotated[list[Id], Field(fail_fast=True, min_length=1)]
 Stop = Annotated[str, Field(max_length=LONGEST_STOP)]
 Top = Annotated[int, Field(ge=0, le=20)]
 Tokens = Annotated[int, Field(ge=1, lt=2**31)]
-Texts = Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=MOST_ROWS)]
-ListsOfIds = Annotated[list[Ids], Field(fail_fast=True, min_length=1, max_length=MOST_ROWS)]
+Several = Field(fail_fast=True, min_length=1, max_length=MOST_ROWS)
+Texts = str | Ids | Annotated[list[str], Several] | Annotated[list[Ids], Several]
 Token = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 
 
@@ -139,9 +136,6 @@ class Generation(Common):
     stop_token_ids: Annotated[list[Id], Field(fail_fast=True, max_length=MOST_STOPS)] | None = None
     ignore_eos: bool | None = None
     structured_outputs: StructuredOutputs | None = None
-    guided_json: JSON | None = None
-    guided_regex: str | None = None
-    guided_choice: Annotated[list[str], Field(fail_fast=True)] | None = None
     # Of `SamplingSettings`.
     temperature: published.Temperature | None = None
     top_k: Annotated[int, Field(ge=-1, description="0 or -1: all tokens")] | None = None
@@ -172,14 +166,10 @@ class Generation(Common):
 class CompletionRequest(Generation):
     """`/v1/completions`."""
 
-    prompt: str | Ids | Texts | ListsOfIds
+    prompt: Texts
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None  # 0: only scores the prompt
     echo: bool | None = None
     logprobs: Top | None = None
-
-    @property
-    def prompts(self) -> list[str] | list[list[int]]:
-        return self.prompt if isinstance(self.prompt, list) and not isinstance(self.prompt[0], int) else [self.prompt]
 
 
 class Part(Fields):
@@ -282,12 +272,21 @@ class ChatRequest(Generation):
 class EmbeddingRequest(Common):
     """`/v1/embeddings`."""
 
-    input: str | Ids | Texts | ListsOfIds
+    input: Texts
     encoding_format: Literal["float", "base64"] | None = None
 
-    @property
-    def inputs(self) -> list[str] | list[list[int]]:
-        return self.input if isinstance(self.input, list) and not isinstance(self.input[0], int) else [self.input]
+
+class ErrorFields(Settings):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(Settings):
+    """What every answer is that is none."""
+
+    error: ErrorFields
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -314,6 +313,11 @@ def read(kind: type[R], body: bytes) -> R:
     except UserError as error:
         name = re.split(r"\W", str(error).removeprefix("unknown key '"))[0]
         raise ApiError(400, str(error), name if name in content or "is missing" in str(error) else None) from None
+
+
+def several(given: Any) -> list[Any]:
+    """The texts, or lists of ids [tokens], of a field that may be one of them or a list."""
+    return given if isinstance(given, list) and not isinstance(given[0], int) else [given]
 
 
 def _object_in(arguments: str | JSON) -> str | JSON:

@@ -12,7 +12,6 @@ import asyncio
 import bisect
 import concurrent.futures
 import contextlib
-import functools
 import itertools
 import logging
 import queue
@@ -20,6 +19,7 @@ import threading
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import prometheus_client as prometheus
@@ -102,7 +102,7 @@ class Job:
     def cancel(self) -> None:
         """The rows leave before the next step. A job that has ended is no error. May be called from any thread."""
         if not self._has_ended:
-            self._worker._commands.put(lambda: self._worker._end(self))
+            self._worker._commands.put(partial(self._worker._end, self))
 
     def receive(self, events: Sequence[Event], has_ended: bool, error: Exception | None) -> None:
         """From the worker, in the event loop."""
@@ -163,8 +163,8 @@ class Metrics:
         running = prometheus.Gauge("slm_running_rows", "Rows in the engine's slots.", ["model"], registry=registry)
         waiting = prometheus.Gauge("slm_waiting_rows", "Rows without a slot.", ["model"], registry=registry)
         for model in models:
-            running.labels(model.name).set_function(lambda model=model: _in_slots(model))
-            waiting.labels(model.name).set_function(lambda model=model: len(model.engine._waiting))
+            running.labels(model.name).set_function(partial(_in_slots, model))
+            waiting.labels(model.name).set_function(partial(_without_slot, model))
 
     def count(self, job: Job, event: Event, now: float) -> None:
         """A row's event, and how long it took."""
@@ -180,6 +180,10 @@ class Metrics:
 
 def _in_slots(model: ServedModel) -> int:
     return sum(len(pool.rows) for pool in model.engine.pools)
+
+
+def _without_slot(model: ServedModel) -> int:
+    return len(model.engine._waiting)
 
 
 class Worker:
@@ -252,7 +256,7 @@ class Worker:
             if rows + sum(request.n for request in requests) > model.engine.pools.max_rows + self.max_queue:
                 raise Busy(f"the queue of {model.name} is full ({rows} rows run or wait): try again")
             self._open |= dict.fromkeys(jobs)
-        self._commands.put(lambda: self._insert(jobs))
+        self._commands.put(partial(self._insert, jobs))
         try:
             await taken
         except asyncio.CancelledError:
@@ -289,7 +293,7 @@ class Worker:
             await asyncio.sleep(0.02)
         error = Failed("the server was shut down before the answer was complete: send the request again", 503)
         for job in [*self._open]:
-            self._commands.put(lambda job=job: self._end(job, error))
+            self._commands.put(partial(self._end, job, error))
         while self._open and self._thread.is_alive() and time.monotonic() < until + 1:
             await asyncio.sleep(0.02)
 
@@ -387,12 +391,11 @@ class Worker:
         """One message to each event loop (only tests have several), for all jobs."""
         by_loop = defaultdict[asyncio.AbstractEventLoop, list[Callable[[], None]]](list)
         for job, events in self._unsent.items():
-            has_ended, error = job in self._ended, self._ended.get(job)
-            by_loop[job.loop].append(functools.partial(job.receive, events, has_ended, error))
+            by_loop[job.loop].append(partial(job.receive, events, job in self._ended, self._ended.get(job)))
         self._unsent.clear()
         self._ended.clear()
         for loop, news in by_loop.items():
-            _call_in(loop, lambda news=news: [tell() for tell in news])
+            _call_all_in(loop, news)
 
     def _fail(self, message: str) -> None:
         """End every open request. From the thread itself at its end, or from the watch."""
@@ -400,7 +403,7 @@ class Worker:
             self._state = "failed" if not self._stopped.is_set() else self._state
             jobs, self._open = [*self._open, *self._ended], {}
         for job in jobs:
-            _call_in(job.loop, lambda job=job: job.receive((), True, Failed(message)))
+            _call_all_in(job.loop, [partial(job.receive, (), True, Failed(message))])
 
     def _watch_steps(self) -> None:
         while not self._stopped.wait(min(1.0, self.step_seconds / 4)):
@@ -410,7 +413,12 @@ class Worker:
                 self._fail("the engine does not answer any more: send the request again")
 
 
-def _call_in(loop: asyncio.AbstractEventLoop, function: Callable[[], object]) -> None:
-    """Run a function in an event loop. If that is closed, nobody waits any more."""
+def _call_all_in(loop: asyncio.AbstractEventLoop, functions: Sequence[Callable[[], None]]) -> None:
+    """Call functions in an event loop. If that is closed, nobody waits any more."""
+
+    def call() -> None:
+        for function in functions:
+            function()
+
     with contextlib.suppress(RuntimeError):
-        loop.call_soon_threadsafe(function)
+        loop.call_soon_threadsafe(call)

@@ -240,14 +240,13 @@ def test_response_formats(client: Client) -> None:
         {"response_format": {"type": "json_schema", "json_schema": named}},
         {"response_format": {"type": "json_schema", "json_schema": {**named, "strict": False}}},
         {"structured_outputs": {"json": schema}},
-        {"guided_json": schema},
     ]
     for form in forms:
         assert json.loads(client.chat(**fields, **form).texts[0]).keys() == {"is_ok"}
-    for form in ({"structured_outputs": {"choice": ["red", "blue"]}}, {"guided_choice": ["red", "blue"]}):
+    for form in ({"structured_outputs": {"choice": ["red", "blue"]}},):
         assert client.completion(prompt="A", **fields, **form).texts[0] in ("red", "blue")
         assert client.chat(**fields, **form).texts[0] in ("red", "blue")
-    for form in ({"structured_outputs": {"regex": "[0-9]{3}"}}, {"guided_regex": "[0-9]{3}"}):
+    for form in ({"structured_outputs": {"regex": "[0-9]{3}"}},):
         assert client.completion(prompt="A", **fields, **form).texts[0].isdecimal()
     assert client.chat(**fields, response_format={"type": "text"}).texts == client.chat(**fields).texts
     assert client.chat(**fields, response_format={"type": "json_object"}).texts[0].startswith("{")
@@ -259,9 +258,11 @@ def test_response_formats(client: Client) -> None:
         ({"response_format": {"type": "json_schema"}}, "response_format"),
         ({"response_format": {"type": "xml"}}, "response_format"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}}, "response_format"),
-        ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "response_format"),
-        ({"guided_regex": "("}, "guided_regex"),
-        ({"guided_choice": []}, "guided_choice"),
+        ({"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs"),
+        ({"guided_regex": "a"}, "guided_regex"),
         ({"structured_outputs": {"grammar": "x"}}, "structured_outputs"),
         ({"guided_grammar": "x"}, "guided_grammar"),
     ],

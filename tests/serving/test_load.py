@@ -22,7 +22,6 @@ from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
 import pytest
 
 from benchmarks.load import Connection, Reply, load
@@ -39,6 +38,7 @@ from tests.serving.processes import (
     until,
 )
 
+pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 IS_LONG = bool(os.environ.get("SLMKIT_TEST_LOAD"))
 LEAVERS, STAYERS, ROUNDS, STALLED = (500, 100, 4, 50) if IS_LONG else (60, 20, 2, 5)
 COMPLETIONS = "/v1/completions"
@@ -102,8 +102,14 @@ def faults(url: str) -> list[str]:
     return [name for name in found if re.search(r'status="5', name) or name.startswith("slm_engine_faults_total")]
 
 
-def process_of(server: Server) -> psutil.Process:
-    return psutil.Process(server.process.pid)  # type: ignore[attr-defined]
+def memory(server: Server) -> int:
+    """Bytes that the server's process holds."""
+    pages = Path(f"/proc/{server.process.pid}/statm").read_text().split()[1]  # type: ignore[attr-defined]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def descriptors(server: Server) -> int:
+    return len(os.listdir(f"/proc/{server.process.pid}/fd"))  # type: ignore[attr-defined]
 
 
 # -- clients that leave -----------------------------------------------------------------------------------------------
@@ -128,7 +134,7 @@ async def leave(url: str, number: int) -> None:
 
 def test_clients_that_leave_disturb_nobody(server: Server, expected: list[str]) -> None:
     """What stays equals the texts alone; slots, memory and descriptors are free again after every round."""
-    process, held, opened = process_of(server), list[int](), list[int]()
+    held, opened = list[int](), list[int]()
 
     async def together() -> list[Reply | None]:
         leaving = [asyncio.create_task(leave(server.url, number)) for number in range(LEAVERS)]
@@ -143,8 +149,8 @@ def test_clients_that_leave_disturb_nobody(server: Server, expected: list[str]) 
         count = generated(server.url)
         time.sleep(0.1)
         assert generated(server.url) == count
-        held.append(process.memory_info().rss)
-        opened.append(process.num_fds())
+        held.append(memory(server))
+        opened.append(descriptors(server))
     assert faults(server.url) == []
     assert max(opened) <= min(opened) + 3
     assert held[-1] <= held[0] * 1.05 + 2**23, held
@@ -180,7 +186,7 @@ def test_stalled_readers_stall_nobody(server: Server, expected: list[str]) -> No
         ] == expected
         until(lambda: rows(server.url) == 0, 120)  # events are kept, up to the answer's end
         if IS_LONG:  # the server's deadline for sending
-            until(lambda: process_of(server).num_fds() < STALLED, 60)
+            until(lambda: descriptors(server) < STALLED, 60)
     assert faults(server.url) == []
 
 
@@ -210,7 +216,7 @@ def bombs() -> dict[str, bytes]:
 
 
 def test_bombs_are_refused_at_once_and_leave_nothing(server: Server) -> None:
-    process, held = process_of(server), list[int]()
+    held = list[int]()
     for _ in range(3 if not IS_LONG else 20):
         for name, body in bombs().items():
             for path in (COMPLETIONS, "/v1/chat/completions", "/v1/embeddings"):
@@ -219,7 +225,7 @@ def test_bombs_are_refused_at_once_and_leave_nothing(server: Server) -> None:
                 assert 400 <= answer.status < 500, (name, path, answer.body)
                 assert len(answer.error["message"]) < 1000, name
                 assert time.perf_counter() - started < 3, (name, path)
-        held.append(process.memory_info().rss)
+        held.append(memory(server))
     assert held[-1] - held[0] < 2**24, held
     assert rows(server.url) == 0
     assert faults(server.url) == []
@@ -229,8 +235,8 @@ def test_what_is_too_large_or_without_a_key_is_refused() -> None:
     """While others with a key are served."""
     key = "k" * 32
     with slm_serve(model_directory(), fork=False, SLM_API_KEYS=key) as server:
-        process, before = process_of(server), complete(server.url, key=key).body
-        held = process.memory_info().rss
+        before = complete(server.url, key=key).body
+        held = memory(server)
         for number in range(200 if IS_LONG else 40):
             large = request_bytes("POST", COMPLETIONS, b"x" * (2**20 + 1), authorization=f"Bearer {key}")
             with connect(server.url) as connection:
@@ -245,7 +251,7 @@ def test_what_is_too_large_or_without_a_key_is_refused() -> None:
             )
         after = json.loads(complete(server.url, key=key).body)
         assert after["choices"] == json.loads(before)["choices"]
-        assert process.memory_info().rss - held < 2**24
+        assert memory(server) - held < 2**24
 
 
 @pytest.mark.skipif(not IS_LONG, reason="takes minutes: make test-load")
