@@ -240,5 +240,5 @@ def rounded(module: Any, kind: Kind, group: int) -> Quantized:
     parts = [encode(rows, kind, group) for rows in module.weight.detach().split(ROWS_AT_ONCE)]
     codes, scales = (torch.cat(each) for each in zip(*parts))
     if isinstance(module, nn.Embedding):
-        return QuantizedEmbedding(codes, scales, kind)
+        return QuantizedEmbedding(codes, scales, kind).to(module.weight.dtype)  # of its results
     return QuantizedLinear(codes, scales, kind, module.bias)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from slmkit.model.files.directory import (
     empty_decoder,
     exactly,
     float_state,
+    quantization_of,
     reference_name,
     stored_in,
     stored_names,
@@ -143,6 +144,8 @@ def load_quantized(directory: str | Path, device: torch.device | str = "cpu") ->
     config = SLMConfig.from_pretrained(directory)
     decoder, family = empty_decoder(config), family_of(config.model_type)
     path, tensors = stored_in(directory, decoder, family)
+    said = (quantization_of(directory) or {}).get("config_groups") or {}
+    sizes = {scheme["weights"].get("group_size") for scheme in said.values()}
     state: dict[str, Tensor] = {}
     for theirs, ours in stored_names(decoder.state_dict(), family).items():
         name = theirs.removesuffix(".weight")
@@ -150,7 +153,7 @@ def load_quantized(directory: str | Path, device: torch.device | str = "cpu") ->
             continue
         rows = [decoder.get_parameter(one).size(0) for one in ours]
         shape = sum(rows), decoder.get_parameter(ours[0]).size(1)
-        codes, scales, kind = _from_stored(path, name, tensors, shape)
+        codes, scales, kind = _from_stored(path, name, tensors, shape, sizes)
         for one, its_codes, its_scales in zip(ours, codes.split(rows), scales.split(rows)):
             module = one.removesuffix(".weight")
             state |= {f"{module}.codes": its_codes, f"{module}.scales": its_scales}
@@ -171,11 +174,12 @@ def _empty(module: Any, codes: Tensor, scales: Tensor, kind: Kind) -> Quantized:
 
 
 def _from_stored(
-    path: Path, name: str, tensors: dict[str, StoredTensor], shape: tuple[int, int]
+    path: Path, name: str, tensors: dict[str, StoredTensor], shape: tuple[int, int], sizes: Set[int | None]
 ) -> tuple[Tensor, Tensor, Kind]:
     """Codes, scales and kind of the matrix `name` [out, in]; its tensors are taken out of `tensors`.
 
-    Raises `UserError` for tensors that are missing, damaged, or do not fit `shape`.
+    `sizes`: of groups, as config.json says them (None or -1: whole rows); empty if it says none. Raises `UserError` for
+    tensors that are missing, damaged, or do not fit `shape` and `sizes`.
     """
     is_nf4 = f"{name}.weight.absmax" in tensors
     wanted = (*NF4_PARTS, *(one for one in NESTED if f"{name}.{one}" in tensors)) if is_nf4 else PACKED
@@ -192,6 +196,9 @@ def _from_stored(
         ours = next((size for size in reversed(GROUPS) if group % size == 0), None)
         if group * scales.size(1) != shape[1] or ours is None:
             raise ValueError(f"groups of {group} are not a multiple of {GROUPS[0]} that divides {shape[1]} columns")
+        if sizes and not is_nf4 and not sizes & ({group, None, -1} if group == shape[1] else {group}):
+            said = " or ".join(sorted(map(str, sizes)))
+            raise ValueError(f"its scales are of groups of {group}, where config.json says group_size {said}")
         scales = scales.repeat_interleave(group // ours, dim=1)
     except (ValueError, ArithmeticError, RuntimeError, LookupError, TypeError) as error:
         raise UserError(f"{path}: {name!r} of {shape[0]} × {shape[1]} cannot be read: {error}") from None

@@ -36,7 +36,7 @@ from slmkit.generation.sampling import (
 from slmkit.generation.sampling_settings import SamplingSettings
 from slmkit.generation.slots import Pool, Pools, common
 from slmkit.generation.speculation import Guess, Speculation
-from slmkit.generation.text import TextTail, TextTokenizer
+from slmkit.generation.text import Spelling, TextTail, TextTokenizer
 from slmkit.model.cache import AT_ONCE
 from slmkit.model.compiled import for_decoding
 
@@ -154,6 +154,7 @@ class Engine:
         # One way for all prompts and one for all new tokens: a row's results must not depend on how many others run.
         self.decoder, self.compiled = decoder, for_decoding(decoder)
         self.tokenizer, self.context = tokenizer, decoder.max_positions
+        self._spelling = None if tokenizer is None else Spelling(tokenizer)
         self.pools = Pools(decoder, max_rows, memory, reuse)
         self.speculation = speculation
         if speculation is not None and not self.pools.in_pieces:
@@ -180,7 +181,7 @@ class Engine:
         self.pools.expect(self._length(request))
         handle = next(self._handles)
         for index in range(request.n):
-            tail = None if self.tokenizer is None else TextTail(self.tokenizer, request.prompt, request.stop)
+            tail = None if self._spelling is None else TextTail(self._spelling, request.prompt, request.stop)
             self._waiting.append(Row(handle, index, request, tail, self._known))
         return handle
 

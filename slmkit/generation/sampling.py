@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import secrets
 import struct
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
+from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -155,16 +157,15 @@ def penalized(logits: Tensor, rows: Sequence[SampledRow]) -> Tensor:
     if masked:
         _keep_only(logits, masked, [rows[place].allowed for place in masked])
     if biased:
-        bias = [rows[place].settings.logit_bias for place in biased]
-        at, added = _entries(logits, biased, [(list(one), list(one.values())) for one in bias])
+        at, added = _entries(logits, [(place, rows[place].settings.logit_bias) for place in biased])
         logits[at] += added
     if repeated:
-        said = [(rows[place].ids, rows[place].settings.repetition_penalty) for place in repeated]
-        at, penalty = _entries(logits, repeated, said)
+        said = [(place, rows[place].settings.repetition_penalty, rows[place].ids) for place in repeated]
+        at, penalty = _entries(logits, [(place, dict.fromkeys(ids, penalty)) for place, penalty, ids in said])
         now = logits[at]
         logits[at] = torch.where(now < 0, now * penalty, now / penalty)  # arXiv:1909.05858
     if counted:
-        at, subtracted = _entries(logits, counted, [_deductions(rows[place]) for place in counted])
+        at, subtracted = _entries(logits, [(place, _deductions(rows[place])) for place in counted])
         logits[at] -= subtracted
     return logits
 
@@ -180,26 +181,24 @@ def _keep_only(logits: Tensor, places: Sequence[int], masks: Sequence[Any]) -> N
         logits[_on(logits, places)] = torch.minimum(_at(logits, places), most)
 
 
-def _deductions(row: SampledRow) -> tuple[np.ndarray, np.ndarray]:
-    """ids, and what OpenAI's `presence_penalty` and `frequency_penalty` subtract: they count generated tokens only."""
-    ids, counts = np.unique(np.asarray(row.ids[row.prompt_length :], dtype=np.int64), return_counts=True)
-    return ids, row.settings.presence_penalty + row.settings.frequency_penalty * counts
+def _deductions(row: SampledRow) -> dict[int, float]:
+    """id → what OpenAI's `presence_penalty` and `frequency_penalty` subtract: they count generated tokens only."""
+    presence, frequency = row.settings.presence_penalty, row.settings.frequency_penalty
+    return {token: presence + frequency * count for token, count in Counter(row.ids[row.prompt_length :]).items()}
 
 
 def _entries(
-    logits: Tensor, places: Sequence[int], entries: Sequence[tuple[Any, Any]]
-) -> tuple[tuple[Tensor, ...], Tensor]:
-    """ids of the row at each place, with their values or one value → the index of all of them in logits, and values."""
-    ids = [np.asarray(one, dtype=np.int64) for one, _ in entries]
-    values = [np.broadcast_to(np.asarray(value, dtype=np.float32), len(one)) for one, (_, value) in zip(ids, entries)]
-    row = np.repeat(np.asarray(places), [len(one) for one in ids])
-    at = (_on(logits, row), _on(logits, np.concatenate(ids)))
-    return at, torch.from_numpy(np.concatenate(values)).to(logits.device)
+    logits: Tensor, entries: Sequence[tuple[int, Mapping[int, float]]]
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Places of rows, each with values by id → the index of all of them in logits, and the values."""
+    row = np.repeat([place for place, _ in entries], [len(of_row) for _, of_row in entries])
+    ids, values = ([*chain.from_iterable(part)] for part in ((x for _, x in entries), (x.values() for _, x in entries)))
+    return (_on(logits, row), _on(logits, ids)), torch.tensor(values, dtype=logits.dtype).to(logits.device)
 
 
 def _at(values: Tensor, places: Sequence[int]) -> Tensor:
     """The rows of `values` at `places`, without a copy where these are all."""
-    return values if len(places) == len(values) else values[_on(values, places)]
+    return values if len(places) == len(values) else values.index_select(0, _on(values, places))
 
 
 def _on(where: Tensor, numbers: Sequence[int] | np.ndarray) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import Protocol
 
 from slmkit.config import UserError, kind_of_value
@@ -26,18 +27,28 @@ class TextTokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str: ...
 
 
+class Spelling:
+    """What the tails of many texts of one tokenizer share: hidden ids, and the latest results of `decode`, since the
+    same few tokens follow each other again and again.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self.hidden = {*end_tokens(tokenizer), *getattr(tokenizer, "special_tokens", {}).values()}
+        self._decoded = lru_cache(maxsize=16_384)(lambda ids: tokenizer.decode([*ids]))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._decoded(tuple(ids))
+
+
 class TextTail:
     """Decodes the tokens of one text, and holds back what is not certain yet: incomplete characters, and text that may
     begin a stop string. End tokens and other special ones are not shown.
     """
 
-    def __init__(self, tokenizer: TextTokenizer, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
-        special = getattr(tokenizer, "special_tokens", {}).values()
-        self._hidden, self._held = {*end_tokens(tokenizer), *special}, ""
-        self._stops = StopStrings(stop)
-        self._characters = WholeCharacters(
-            tokenizer.decode, [token for token in prompt[-1:] if token not in self._hidden]
-        )
+    def __init__(self, spelling: Spelling, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
+        self._hidden, self._held, self._stops = spelling.hidden, "", StopStrings(stop)
+        before = [token for token in prompt[-1:] if token not in self._hidden]
+        self._characters = WholeCharacters(spelling.decode, before)
 
     def add(self, token: int, is_last: bool) -> tuple[str, bool]:
         """The text completed by one more token, and whether a stop string ends it."""

@@ -68,6 +68,13 @@ inline Vector load(const void* from) {
   return vector;
 }
 
+// One by one: `Vector vectors[count] = {}` becomes `rep stos`, which takes as long as dozens of products.
+template <class Vector, int count>
+inline void clear(Vector (&vectors)[count]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < count; i++) vectors[i] = Vector{};
+}
+
 // a b + c with one rounding. Left to the compiler, it may round twice in one place and once in another.
 inline Floats fused(Floats a, Floats b, Floats c) {
 #if defined(__AVX2__) && defined(__FMA__)
@@ -193,6 +200,25 @@ inline float number(const void* vector, int64_t i, bool is_bfloat16) {
 
 inline float bias(const Matrix& m, int64_t o) { return m.bias ? number(m.bias, o, m.bias_is_bfloat16) : 0.0f; }
 
+// y[first + o apart] = the sum of vector o, and the bias.
+template <int outs, class Vector>
+inline void write_sums(const Matrix& m, const Vector* vectors, int64_t first, int64_t apart, float* y) {
+  float sums[outs];
+#if defined(__AVX2__)
+  if constexpr (outs == 4) {  // as `sum`, four at once
+    __m128 v[4];
+    for (int o = 0; o < 4; o++)
+      v[o] = _mm_add_ps(_mm256_castps256_ps128(__m256(vectors[o])), _mm256_extractf128_ps(__m256(vectors[o]), 1));
+    const __m128 low = _mm_add_ps(_mm_unpacklo_ps(v[0], v[1]), _mm_unpackhi_ps(v[0], v[1]));
+    const __m128 high = _mm_add_ps(_mm_unpacklo_ps(v[2], v[3]), _mm_unpackhi_ps(v[2], v[3]));
+    _mm_storeu_ps(sums, _mm_add_ps(_mm_movelh_ps(low, high), _mm_movehl_ps(high, low)));
+  } else
+#endif
+    for (int o = 0; o < outs; o++) sums[o] = sum(vectors[o]);
+  if (apart == 1 && !m.bias) return void(std::memcpy(y + first, sums, sizeof sums));
+  for (int o = 0; o < outs; o++) y[first + o * apart] = sums[o] + bias(m, first + o * apart);
+}
+
 // y[r, o] = x[r] · w[o] for `rows` rows of x, and `outs` rows of weights, from `first` on, each `apart` rows from the
 // one before. They are at `weight` and each `bytes_apart` behind the one before.  x [rows, in], y [rows, out]
 template <int KIND, int outs, int rows>
@@ -200,7 +226,8 @@ void products(const Matrix& m, const uint8_t* weight, int64_t first, int64_t apa
               float* y) {
   const int64_t groups = m.in / m.group, half = m.group / 2;
   const float* scales = m.scales + (KIND >= INT8 ? first * groups : 0);
-  Floats sums[outs][rows] = {};
+  Floats sums[rows][outs];
+  for (auto& of_row : sums) clear(of_row);
   for (int64_t g = 0; g < groups; g++) {
     const uint8_t* group = weight + bytes_of<KIND>(g * m.group);
     const float* read = x + g * m.group;
@@ -214,8 +241,8 @@ void products(const Matrix& m, const uint8_t* weight, int64_t first, int64_t apa
                      high[o]);
       for (int r = 0; r < rows; r++) {
         const Floats a = load<Floats>(read + r * m.in + j), b = load<Floats>(read + r * m.in + j + half);
-        for (int o = 0; o < outs; o++) sums[o][r] = fused(low[o], a, sums[o][r]);
-        for (int o = 0; o < outs; o++) sums[o][r] = fused(high[o], b, sums[o][r]);
+        for (int o = 0; o < outs; o++) sums[r][o] = fused(low[o], a, sums[r][o]);
+        for (int o = 0; o < outs; o++) sums[r][o] = fused(high[o], b, sums[r][o]);
       }
     }
   }
@@ -224,12 +251,10 @@ void products(const Matrix& m, const uint8_t* weight, int64_t first, int64_t apa
       const int64_t count = std::min<int64_t>(LANES, m.in - c);
       for (int o = 0; o < outs; o++)
         for (int r = 0; r < rows; r++)
-          sums[o][r] = fused(unpack_tail<KIND>(weight + o * bytes_apart + bytes_of<KIND>(c), count),
-                             unpack_tail<FLOAT32>((const uint8_t*)(x + r * m.in + c), count), sums[o][r]);
+          sums[r][o] = fused(unpack_tail<KIND>(weight + o * bytes_apart + bytes_of<KIND>(c), count),
+                             unpack_tail<FLOAT32>((const uint8_t*)(x + r * m.in + c), count), sums[r][o]);
     }
-  for (int o = 0; o < outs; o++)
-    for (int r = 0; r < rows; r++)
-      y[r * m.out + first + o * apart] = sum(sums[o][r]) + bias(m, first + o * apart);
+  for (int r = 0; r < rows; r++) write_sums<outs>(m, sums[r], first, apart, y + r * m.out);
 }
 
 // The integers j to j + 15 and j + half to j + half + 15 of a group.
@@ -283,9 +308,11 @@ void integer_products(const Matrix& m, const uint8_t* weight, int64_t first, int
   if (KIND != WORDS)
     for (int o = 0; o < outs; o++)
       for (int64_t g = 0; g < groups; g += 16) __builtin_prefetch(scales + o * apart * groups + g + SCALES_AHEAD);
-  Floats8 sums[outs] = {};
+  Floats8 sums[outs];
+  clear(sums);
   for (int64_t g = 0; g < groups; g++, values += GROUP) {
-    Ints8 group[outs] = {};
+    Ints8 group[outs];
+    clear(group);
     for (int64_t j = 0; j < half; j += 16) {
       const Words a = load<Words>(values + j), b = load<Words>(values + j + half);
       for (int o = 0; o < outs; o++) {
@@ -302,7 +329,7 @@ void integer_products(const Matrix& m, const uint8_t* weight, int64_t first, int
       sums[o] = fused8(__builtin_convertvector(group[o], Floats8), scale8, sums[o]);
     }
   }
-  for (int o = 0; o < outs; o++) y[first + o * apart] = sum(sums[o]) + bias(m, first + o * apart);
+  write_sums<outs>(m, sums, first, apart, y);
 }
 
 template <int KIND>
@@ -417,11 +444,13 @@ void multiply(const Matrix& m, const float* x, int64_t rows, float* y, int64_t t
     const Rounded rounded(m, x, by_integers ? rows : 0);
     std::vector<float> expanded(rows > 1 && kind != FLOAT32 ? OUTS * m.in : 0);
     for_group(by_integers ? m.group : 32, [&](auto group) {
-      // Each of OUTS streams of weights is read from its beginning to its end, which is how memory is fastest.
-      const int64_t apart = (share.last - share.first) / OUTS;
-      for (int64_t o = share.first; o < share.first + apart; o++)
-        all_rows<kind, group, OUTS>(m, o, apart, x, &rounded, rows, y, expanded.data());
-      for (int64_t o = share.first + OUTS * apart; o < share.last; o++)
+      // For one row each of OUTS streams of weights is read from its beginning to its end, which is how memory is
+      // fastest. For several rows neighbours are computed together, whose results are written together.
+      const int64_t times = (share.last - share.first) / OUTS, apart = rows == 1 ? times : 1;
+      for (int64_t i = 0; i < times; i++)
+        all_rows<kind, group, OUTS>(m, share.first + (rows == 1 ? i : OUTS * i), apart, x, &rounded, rows, y,
+                                    expanded.data());
+      for (int64_t o = share.first + OUTS * times; o < share.last; o++)
         all_rows<kind, group, 1>(m, o, 0, x, &rounded, rows, y, expanded.data());
     });
   });
@@ -603,7 +632,8 @@ void attend(const Block& b, const uint8_t* keys, const uint8_t* values, int64_t 
   for (int64_t h = 0; h < heads; h++) {
     const float* weights = &scores[h * count];
     for (int64_t i = 0; i < whole; i += 4 * LANES) {
-      Floats sums[4] = {};
+      Floats sums[4];
+      clear(sums);
       const int64_t parts = std::min<int64_t>(4, (whole - i) / LANES);
       for (int64_t p = 0, column = first; p < count; p++, column = column + 1 == b.columns ? 0 : column + 1)
         for (int64_t j = 0; j < parts; j++)

@@ -128,7 +128,8 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 Doors(app, limits, count), http=functools.partial(Connection, limits),  # type: ignore[arg-type]
-                ws="none", log_config=None, log_level="error", access_log=False, server_header=False,
+                ws="none", log_config=None, access_log=False, server_header=False,
+                log_level="critical",  # `Doors` logs what fails; what clients send wrong is counted, not logged
                 proxy_headers=False, h11_max_incomplete_event_size=limits.max_headers,
                 timeout_graceful_shutdown=2,  # for what the clients have not read yet
             )

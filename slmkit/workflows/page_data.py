@@ -258,7 +258,7 @@ def _stamp(root: Path) -> tuple[Any, ...]:
     return tuple(found)
 
 
-@functools.lru_cache(256)
+@functools.lru_cache(1024)
 def _overview(name: str, root: Path, stamp: tuple[Any, ...]) -> Json | None:
     """A row of the list of runs, with the recipe's values by their dotted keys; None for a deleted run."""
     try:

@@ -227,3 +227,9 @@ def test_replaced_codes_and_changed_biases_count(kind: str) -> None:
     with torch.no_grad():
         quantized.bias.add_(5)
     assert (quantized(x) - before - 5).abs().max() <= 0.05
+
+
+def test_a_quantized_embedding_gives_rows_of_the_models_precision() -> None:
+    module = rounded(torch.nn.Embedding(10, 64).bfloat16(), "int8", 32)
+    assert module(torch.tensor([[1, 2]])).dtype == torch.bfloat16
+    assert module.scales.dtype == torch.float32

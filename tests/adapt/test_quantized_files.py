@@ -224,6 +224,16 @@ def damaged(directory: Path, kind: str, **tensors: torch.Tensor | None) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize("strategy", [{"group_size": 64}, {"strategy": "channel", "group_size": None}])
+def test_groups_of_another_size_than_the_config_says_are_refused(strategy: dict, tmp_path: Path) -> None:
+    path = write(tmp_path, "int4") / "config.json"
+    content = json.loads(path.read_text())
+    content["quantization_config"]["config_groups"]["group_0"]["weights"].update(strategy)
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"groups of 32, where config.json says group_size {strategy['group_size']}"):
+        load_model(tmp_path)
+
+
 def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
     width, wide = config("llama").hidden_size, config("llama").intermediate_size
     packed, scales = torch.zeros(wide, width // 8, dtype=torch.int32), torch.ones(wide, width // 32)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
+import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
-from slmkit.serving.answers import _spelled
-from slmkit.serving.models import ServedModel
+from slmkit.generation.engine import Event
+from slmkit.serving.answers import Answer, _spelled
+from slmkit.serving.models import ServedModel, completion_requests
+from slmkit.serving.protocol import CompletionRequest, read
 from tests.serving.servers import TEXT, Client, Script, direct_logprobs
 
 PROMPTS = ["The fox asked", 'the owl said: "', "naïve café 😀", "a"]
@@ -91,6 +96,10 @@ def test_offsets_of_tokens(client: Client, m1: ServedModel) -> None:
             if not token.startswith("bytes:") and token not in m1.tokenizer.special_tokens:
                 assert whole[offset : offset + len(token)] == token
         assert any(token.startswith("bytes:\\x") for token in found["tokens"])
+        ids = m1.tokenizer.encode_prompt(text)
+        spelled = [m1.tokenizer.token_bytes(token) for token in ids]
+        complete = [len(b"".join(spelled[begun:place]).decode(errors="ignore")) for place in range(len(ids))]
+        assert found["text_offset"][: len(ids)] == complete
 
 
 def test_lists_of_prompts(client: Client) -> None:
@@ -121,6 +130,21 @@ def test_echo_of_several_choices(client: Client, m1: ServedModel) -> None:
         assert found[1 : len(ids)] == pytest.approx(expected, abs=1e-4)
         assert len(found) == len(ids) + 4
     assert client.completion(**fields, stream=True).error["param"] == "stream"
+
+
+def test_scores_of_a_prompt_may_come_late(m1: ServedModel) -> None:
+    """Another choice may have its first token before the one whose event has the scores."""
+
+    class Job:
+        async def __aiter__(self) -> AsyncIterator[Event]:
+            yield Event(0, 1, 9, "b", "length", logprobs=[(9, -1.0)])
+            yield Event(0, 0, 8, "a", "length", logprobs=[(8, -2.0)], prompt_logprobs=[[(7, -3.0)]])
+
+    body = {"model": "m1", "prompt": [6, 7], "n": 2, "echo": True, "logprobs": 0, "max_tokens": 1}
+    asked = read(CompletionRequest, json.dumps(body).encode())
+    answer = Answer(m1, asked, completion_requests(asked, m1, ""))
+    choices = json.loads(asyncio.run(answer.whole([Job()])))["choices"]
+    assert [choice["logprobs"]["token_logprobs"] for choice in choices] == [[None, -3.0, -2.0], [None, -3.0, -1.0]]
 
 
 def test_the_whole_context_is_scored(client: Client, m1: ServedModel) -> None:

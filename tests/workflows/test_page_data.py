@@ -21,11 +21,12 @@ from slmkit.device import find_device
 from slmkit.find import find_model_directory
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.logging.metrics_log import mark_running
+from slmkit.training.recipe.recipe import Recipe
 from slmkit.training.run_directory import RunDirectory
 from slmkit.workflows import page_data
 from slmkit.workflows.open_run import open_run
 from slmkit.workflows.page_data import PageData
-from slmkit.workflows.train import resume_run
+from slmkit.workflows.train import resume_run, train_recipe
 from tests.test_life import Silent
 from tests.workflows.page_runs import make_runs
 
@@ -249,6 +250,38 @@ def test_rows_are_what_the_model_was_fed(folder: Path, name: str) -> None:
         assert len(row["learned"]) == len(tokens)
     kinds = {"answers/dpo": {"chosen", "rejected"}, "answers/kto": {"good", "bad"}}.get(name, {""})
     assert {row["kind"] for row in of(folder)["rows"](data_set=f"{name}/train", count=8)["rows"]} <= kinds
+
+
+def test_rows_of_a_mixture_have_the_order_of_their_source(folder: Path, tmp_path: Path) -> None:
+    """Among the rows that are fed, those of each source follow each other as they are shown."""
+    sources = []
+    for name in ("Ann", "Ben"):
+        text = "\n<|endoftext|>\n".join(f"{name} has {number} kites and a drum." for number in range(120))
+        (tmp_path / f"{name}.txt").write_text(text)
+        sources.append({"path": str(tmp_path / f"{name}.txt"), "name": name, "weight": 1 + len(sources)})
+    settings = {"sequence_length": 32, "max_steps": 1, "tokens_per_step": 256, "device": "cpu", "sample_prompts": []}
+    sections = {"model": {"path": str(folder / "stories")}, "data": {"sources": sources}, "train": settings}
+    run = train_recipe(
+        Recipe.model_validate(sections | {"output_dir": str(tmp_path / "runs" / "mixed")}), Silent(), force=True
+    )
+    batches = open_run(run, find_device("cpu", "float32")).parts.batches
+    fed = [tuple(ids.tolist()) for step in range(4) for ids, _ in parts_of(batches.batch(step))]
+    rows, found = of(tmp_path / "runs")["rows"], []
+    for number in ("00", "01"):
+        shown = rows(data_set=f"mixed/train/{number}", count=len(fed))["rows"]
+        texts = [tuple(token["id"] for token in row["tokens"])[:32] for row in shown]
+        own = [row for row in fed if row in texts]
+        assert own == texts[: len(own)]
+        assert len(own) > 5
+        found += own
+    assert sorted(found) == sorted(fed)
+
+
+def test_rows_of_questions_are_answered_by_the_model_itself(runs: Path) -> None:
+    recipe = runs / "chat" / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("objective: sft", "objective: grpo"))
+    with pytest.raises(UserError, match="look at the documents"):
+        of(runs)["rows"](data_set="chat/train")
 
 
 def test_learned_are_the_assistants_answers_and_documents_have_borders(folder: Path) -> None:

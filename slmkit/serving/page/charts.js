@@ -14,9 +14,14 @@ export function roundStep(low, high, count) {
   return [1, 2, 5, 10].map((factor) => factor * power).find((step) => step >= rough * 0.7);
 }
 
+/** Whether two numbers are further apart than rounding errors, of which a smoothed constant has some. */
+function isRange(low, high) {
+  return high - low > 1e-9 * Math.max(Math.abs(low), Math.abs(high));
+}
+
 /** Round numbers from `low` to `high`. On a logarithmic scale of more than one decade, powers of ten, their doubles and halves. */
 export function ticks(low, high, count, log = false) {
-  if (!(high > low)) return [low];
+  if (!isRange(low, high)) return [low];
   if (log && high / low >= 10) {
     const [first, last] = [Math.floor(Math.log10(low)), Math.ceil(Math.log10(high))];
     const powers = Array.from({ length: last - first + 1 }, (_, index) => first + index);
@@ -187,8 +192,8 @@ export class Chart {
     for (const { y } of marks) {
       if (isShown(y) && y > low - reach && y < high + reach) [low, high] = [Math.min(low, y), Math.max(high, y)];
     }
-    if (left === right) [left, right] = [Math.max(0, left - 1), right + 1];
-    if (low === high) [low, high] = log ? [low / 1.1, high * 1.1] : [low - (Math.abs(low) * 0.05 || 0.5), high + (Math.abs(high) * 0.05 || 0.5)];
+    if (!isRange(left, right)) [left, right] = [Math.max(0, left - 1), right + 1];
+    if (!isRange(low, high)) [low, high] = log ? [low / 1.1, high * 1.1] : [low - (Math.abs(low) * 0.05 || 0.5), high + (Math.abs(high) * 0.05 || 0.5)];
     const pad = log ? (high / low) ** 0.04 : (high - low) * 0.05;
     if (log) [low, high] = [low / pad, high * pad];
     else [low, high] = [low >= 0 && low - pad < 0 ? 0 : low - pad, high + pad];
@@ -237,7 +242,8 @@ export class Chart {
     const drawn = [];
     if (isSmoothed && !this.small) drawn.push(svg("path", { class: `line raw series-${one.colour}`, d: path(one.points, places) }));
     drawn.push(svg("path", { ...shared, class: `line series-${one.colour}`, d: path(one.line, places), "stroke-dasharray": dash }));
-    if (one.points.length === 1 || (one.isValidation && !this.small)) {
+    const isSparse = one.points.length * 12 < places.width; // else the points hide the line
+    if (one.points.length === 1 || (one.isValidation && isSparse && !this.small)) {
       drawn.push(...one.points.filter(([, y]) => Number.isFinite(y) && (!places.log || y > 0)).map(([x, y]) => svg("circle", {
         class: `point series-${one.colour}`, cx: places.x(x).toFixed(1), cy: places.y(y).toFixed(1), r: 3,
       })));

@@ -250,16 +250,22 @@ function quantityOf(key) {
   return key.replace(/^validation[/_]/, "");
 }
 
+const counted = new WeakMap(); // lines → their quantities: of a long run there are many lines
+
+function quantitiesIn(reports) {
+  if (!counted.has(reports)) {
+    const found = new Set();
+    for (const report of reports) {
+      for (const key in report) if (typeof report[key] === "number" && !NO_CURVE.has(key)) found.add(quantityOf(key));
+    }
+    counted.set(reports, found);
+  }
+  return counted.get(reports);
+}
+
 /** The quantities that the runs in the chart have, those of QUANTITIES first. */
 function quantities(runs) {
-  const found = new Set();
-  for (const { reports } of runs) {
-    for (const report of reports) {
-      for (const [key, value] of Object.entries(report)) {
-        if (typeof value === "number" && !NO_CURVE.has(key)) found.add(quantityOf(key));
-      }
-    }
-  }
+  const found = new Set(runs.flatMap(({ reports }) => [...quantitiesIn(reports)]));
   const order = Object.keys(QUANTITIES);
   const place = (name) => (order.includes(name) ? order.indexOf(name) : order.length);
   return [...found].sort((a, b) => place(a) - place(b) || a.localeCompare(b));
