@@ -106,18 +106,11 @@ def share_of_rank(rows_per_step: int, rank: int, world: int) -> slice:
     return slice(*(rows_per_step * part // world for part in (rank, rank + 1)))
 
 
-def expect_a_row(rows_per_step: int) -> int:
-    """`rows_per_step` itself. Raises `UserError` if it is less than one."""
-    if rows_per_step < 1:
-        raise UserError(f"expected at least one row a step, found {rows_per_step}; raise tokens_per_step")
-    return rows_per_step
-
-
 class Stream(Batches):
     """An endless sequence of epochs over `rows`, each shuffled by (seed, epoch). Its position is the step."""
 
     def __init__(self, source: Rows, rows_per_step: int, seed: int = 0, separate: bool = False) -> None:
-        self.source, self.rows_per_step, self.seed, self.separate = source, expect_a_row(rows_per_step), seed, separate
+        self.source, self.rows_per_step, self.seed, self.separate = source, rows_per_step, seed, separate
         self.rows_in_epoch = source.rows_in_epoch
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
@@ -154,7 +147,7 @@ class MixtureStream(Stream):
         sizes = [source.rows_in_epoch for source in self.sources]
         self.schedule = Schedule(phases, sizes, when_exhausted)
         self.seeds = [mixed_seed(seed, name) for name in self.names]  # so that equally long sources differ
-        self.rows_per_step, self.separate = expect_a_row(rows_per_step), separate
+        self.rows_per_step, self.separate = rows_per_step, separate
         self.total_rows = self.schedule.total
         self.rows_in_epoch = sum(sizes) if self.total_rows is None else self.total_rows
 
@@ -193,9 +186,6 @@ class ShardRows(Rows):
     """Rows of `length` tokens of shards."""
 
     def __init__(self, shards: TokenShards, length: int) -> None:
-        """Raises `UserError` if `length` is less than 1."""
-        if length < 1:
-            raise UserError(f"expected a sequence_length of at least 1, found {length}")
         self.shards, self.length, self.pad_id = shards, length, shards.header.pad_token_id or 0
 
     def _padded(self, ids: list[np.ndarray], labels: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

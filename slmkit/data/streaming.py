@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -22,10 +22,8 @@ from slmkit.data.packing import IGNORED, numbered, pack_whole, padded, row_of_la
 from slmkit.data.prepare.conversations import ConversationEncoder
 from slmkit.data.shards.folder import document_ids
 from slmkit.data.sources import Document, Message, Source
-from slmkit.data.stream import Batches, expect_a_row, share_of_rank, shares_of
-
-if TYPE_CHECKING:
-    from slmkit.tokenizer import SLMTokenizer
+from slmkit.data.stream import Batches, share_of_rank, shares_of
+from slmkit.tokenizer import SLMTokenizer
 
 AHEAD = 2  # batches to prefetch
 BLOCK_CHARACTERS = 1 << 24  # characters that fill a block, however few documents they are
@@ -269,7 +267,7 @@ class StreamedBatches(Batches):
         """`origins`: sources whose counts of skipped and cut rows are reported."""
         self.origins = origins
         self.sources, self.phases, self.when_exhausted = dict(sources), phases, when_exhausted
-        self.rows_per_step, self.separate = expect_a_row(rows_per_step), separate
+        self.rows_per_step, self.separate = rows_per_step, separate
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="batches")
         # From the last returned step on: rows, None after the end of the data, and the position after them.
         self._coming: dict[int, Future[tuple[list[PackedRow] | None, Position]]] = {}

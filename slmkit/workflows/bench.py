@@ -124,7 +124,7 @@ def decoding_speed(model: str, prompt: int, new: int, rounds: int, device: str) 
         name = weights or statistics.mode(kinds or [str(decoder.dtype).removeprefix("torch.")])
         a_step = seconds_to_read(bytes_of_a_step(decoder), found)
         for batch in BATCHES:
-            speeds = _decoding_speed(decoder, batch, prompt, new, rounds)
+            speeds = speed_of(decoder, batch, prompt, new, rounds)
             yield DecodingSpeed(name, batch, *speeds, limit=batch / a_step)
 
 
@@ -135,8 +135,8 @@ def bytes_of_a_step(decoder: Decoder) -> int:
     return sum(tensor.nbytes for name, tensor in tensors if not name.startswith(unread))
 
 
-def _decoding_speed(decoder: Decoder, batch: int, prompt: int, new: int, rounds: int) -> tuple[float, float]:
-    """Prompt tokens and new tokens a second."""
+def speed_of(decoder: Decoder, batch: int, prompt: int, new: int, rounds: int) -> tuple[float, float]:
+    """Prompt tokens and new tokens a second of greedy generation for `batch` prompts; medians of several rounds."""
     ids = torch.randint(200, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(decoder.device)
     greedy = SamplingSettings(do_sample=False)
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import math
 import re
 import shutil
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,6 +33,7 @@ from slmkit.model.decoder import Decoder
 from slmkit.model.files.directory import quantization_of
 from slmkit.model.sizes import parameter_count
 from slmkit.tokenizer import SLMTokenizer
+from slmkit.workflows.bench import speed_of
 from slmkit.workflows.evaluate import evaluate_text
 from slmkit.workflows.merge import EXTRA_FILES, new_directory
 
@@ -194,13 +192,6 @@ def _figures(
 ) -> Figures:
     prompt, ids = expected
     likeliest = decoder.logits(decoder(ids)[:, prompt - 1 : -1]).argmax(-1)  # [rows, new]
-    greedy(decoder, ids[:1, :prompt], 2)  # loads and allocates what the first step needs
-    seconds = []
-    for _, new in itertools.product(range(ROUNDS), (1, 1 + NEW)):
-        started = time.perf_counter()
-        greedy(decoder, ids[:1, :prompt], new)
-        seconds.append(time.perf_counter() - started)
-    decoding = max(statistics.median(b - a for a, b in zip(seconds[::2], seconds[1::2])), 1e-9)
     if request.text is None:
         perplexity = math.exp(loss(decoder, held_out))
     else:
@@ -208,7 +199,8 @@ def _figures(
     size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
     return Figures(
         name=name, directory=str(directory), method="", bytes=size,
-        bits=8 * size / parameter_count(decoder.architecture), perplexity=perplexity, tokens_per_second=NEW / decoding,
+        bits=8 * size / parameter_count(decoder.architecture),
+        perplexity=perplexity, tokens_per_second=speed_of(decoder, 1, prompt, NEW, ROUNDS)[1],
         agreement=(likeliest == ids[:, prompt:]).float().mean().item(),
     )  # fmt: skip
 

@@ -131,7 +131,7 @@ def tell_ready(settings: ServeSettings, listening: socket.socket, models: Sequen
     from slmkit.serving.server import url_of
 
     url = url_of(listening)
-    print(f"{url}/v1 is ready; Ctrl-C ends it. Models:", *models, sep="\n  ")
+    print(f"{url}/v1 is ready; Ctrl-C ends it. Models:", *(models or ["none"]), sep="\n  ")
     print(f"the page: {url}/" if settings.ui else f"try: curl {url}/v1/models", flush=True)
     if settings.browser:
         open_browser(url)

@@ -104,11 +104,13 @@ class Server:
 
 
 @contextlib.contextmanager
-def slm_serve(*arguments: str | Path, code: str = SLM, fork: bool = True, **environment: str) -> Iterator[Server]:
+def slm_serve(
+    *arguments: str | Path, command: str = "serve", code: str = SLM, fork: bool = True, **environment: str
+) -> Iterator[Server]:
     """`slm serve ARGUMENTS --port 0`. `code`: what runs instead of the command's own start. Without `fork` it starts
     as a user starts it, which takes seconds.
     """
-    words, variables = ["serve", *map(str, arguments), "--port", "0"], {"OMP_NUM_THREADS": "1", **environment}
+    words, variables = [command, *map(str, arguments), "--port", "0"], {"OMP_NUM_THREADS": "1", **environment}
     reading, writing = os.pipe()
     with open(reading, encoding="utf-8") as printed, tempfile.TemporaryFile("w+") as errors, open(os.devnull) as none:
         process: Process

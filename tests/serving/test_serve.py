@@ -309,6 +309,15 @@ def test_the_page_is_there_with_its_functions_and_reads_runs(tmp_path: Path) -> 
         assert complete(server.url).status == 200
 
 
+def test_the_page_without_a_model_shows_runs(tmp_path: Path) -> None:
+    with slm_serve("--runs", tmp_path, "--no-browser", command="ui") as server:
+        assert server.lines[1] == "  none"
+        assert json.loads(ask(server.url, "GET", "/v1/models").body)["data"] == []
+        assert json.loads(ask(server.url, "POST", "/page/runs", {}).body) == []
+        assert b"<html" in ask(server.url, "GET", "/").body
+        assert server.end() == (0, "")
+
+
 def test_models_that_share_weights_share_the_memory() -> None:
     from slmkit.adapt.load import load_model
     from slmkit.workflows.serve import share_equal_weights

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,11 +23,9 @@ from slmkit.data.shards.reader import TokenShards
 from slmkit.data.shards.writer import write_shards
 from slmkit.data.sources import BadRow, Judged, Message, Pair, RetryPolicy, Source, tools_of
 from slmkit.data.sources.settings import OnLong, SourceSettings
+from slmkit.tokenizer import SLMTokenizer
 from slmkit.tokenizer.chat import ConversationError
 from slmkit.tokenizer.encoder import ChatRow, RenderedChat, rows_to_learn
-
-if TYPE_CHECKING:
-    from slmkit.tokenizer import SLMTokenizer
 
 UNLEARNED = "with nothing to learn"
 BATCH_BYTES = 1 << 20  # of text, encoded at once

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from slmkit.config import UserError
 from slmkit.data.prepare.held_out import Survey, is_held_out
@@ -13,9 +13,6 @@ from slmkit.data.shards.reader import HEADER
 from slmkit.data.sources import BUILT_IN, Source, open_source, open_together
 from slmkit.data.sources.files import TEXT_KINDS
 from slmkit.data.sources.settings import SourceSettings
-
-if TYPE_CHECKING:
-    pass
 
 TOKENIZER_CHARACTERS = 100_000_000  # limit of training text: more changes the merges little and takes memory
 VALIDATION_STREAM = 1_000_003  # added to the seed: stories that no training stream of a nearby seed has

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,10 +16,8 @@ from slmkit.data.prepare.open_sources import items_of
 from slmkit.data.shards.reader import TokenShards
 from slmkit.data.sources import Document, Judged, Pair, Source, open_source, tools_of
 from slmkit.data.sources.settings import SourceSettings
+from slmkit.tokenizer import SLMTokenizer
 from slmkit.tokenizer.encoder import ChatRow
-
-if TYPE_CHECKING:
-    from slmkit.tokenizer import SLMTokenizer
 
 
 class PreviewRow(NamedTuple):

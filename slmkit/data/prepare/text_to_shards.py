@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -36,9 +36,7 @@ from slmkit.data.shards.folder import (
 from slmkit.data.shards.reader import Header, TokenShards
 from slmkit.data.shards.writer import complete, disk_errors_named, partial_folder
 from slmkit.data.sources import Document
-
-if TYPE_CHECKING:
-    from slmkit.tokenizer import SLMTokenizer
+from slmkit.tokenizer import SLMTokenizer
 
 Progress = Callable[[int, int, int], None]  # documents, tokens and UTF-8 bytes done
 

@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -26,9 +26,7 @@ from slmkit.data.shards.reader import FORMAT, HEADER, VERSION, Shard, damaged_fi
 from slmkit.data.shards.writer import disk_errors_named, dtype_of, partial_folder, write_files
 from slmkit.data.sources import Document
 from slmkit.files import write_whole
-
-if TYPE_CHECKING:
-    from slmkit.tokenizer import SLMTokenizer
+from slmkit.tokenizer import SLMTokenizer
 
 REQUEST = "asked.json"
 

@@ -22,14 +22,12 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from slmkit.config import UserError
-
-if TYPE_CHECKING:
-    from slmkit.tokenizer import SLMTokenizer
+from slmkit.tokenizer import SLMTokenizer
 
 FORMAT = "slmkit-tokens"
 VERSION = 2

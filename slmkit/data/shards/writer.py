@@ -11,16 +11,14 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from slmkit.config import UserError
 from slmkit.data.shards.reader import HEADER, Header, Shard, TokenShards, read_header
 from slmkit.files import sync, write_whole
-
-if TYPE_CHECKING:
-    from slmkit.tokenizer import SLMTokenizer
+from slmkit.tokenizer import SLMTokenizer
 
 
 def write_shards(
