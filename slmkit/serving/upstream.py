@@ -28,8 +28,9 @@ from prometheus_client import generate_latest
 from slmkit.config import UserError
 from slmkit.serving.answers import event_line
 from slmkit.serving.app import ClientGone, unless_gone
+from slmkit.serving.metrics import Metrics
 from slmkit.serving.protocol import ApiError
-from slmkit.serving.worker import Metrics, State
+from slmkit.serving.worker import State
 
 MEMORY = 0.9  # of a GPU, for all models together; vLLM's own default for one
 PROXIED = {"/v1/chat/completions", "/v1/completions", "/v1/embeddings"}

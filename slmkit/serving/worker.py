@@ -9,25 +9,22 @@ returns and the end of the thread are the worker's own failure: every open reque
 from __future__ import annotations
 
 import asyncio
-import bisect
 import concurrent.futures
 import contextlib
-import itertools
 import logging
 import queue
 import threading
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import prometheus_client as prometheus
-from prometheus_client.core import HistogramMetricFamily
-from prometheus_client.registry import Collector
 
 from slmkit.config import UserError
 from slmkit.generation.engine import Event, Request
+from slmkit.serving.metrics import Metrics
 
 if TYPE_CHECKING:
     from slmkit.serving.models import ServedModel
@@ -37,8 +34,6 @@ State = Literal["ok", "draining", "failed"]
 FAULT = "the engine failed while it worked on this request: send it again"
 MOST_FAULTS = 3  # of an engine, without a request that it finished in between
 RETRY_AFTER = 1.0  # seconds: what a refused client is told; queues of small models are short
-BETWEEN_TOKENS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)  # seconds
-TO_FIRST_TOKEN = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
 
 logger = logging.getLogger(__name__)
 
@@ -116,74 +111,6 @@ class Job:
             else:
                 self._taken.set_exception(error)
         self._news.set()
-
-
-class Gaps(Collector):
-    """A histogram of the times between tokens for each model. prometheus_client's own takes ten times as long for a
-    value, which at thousands of tokens a second was a tenth of the engines' thread.
-    """
-
-    def __init__(self, models: Sequence[ServedModel]) -> None:
-        self.counts = {model.name: [0] * (len(BETWEEN_TOKENS) + 1) for model in models}
-        self.sums = {model.name: 0.0 for model in models}
-
-    def add(self, model: str, seconds: float) -> None:
-        self.counts[model][bisect.bisect_left(BETWEEN_TOKENS, seconds)] += 1
-        self.sums[model] += seconds
-
-    def collect(self) -> Iterator[HistogramMetricFamily]:
-        name, edges = "slm_time_between_tokens_seconds", [*map(str, map(float, BETWEEN_TOKENS)), "+Inf"]
-        family = HistogramMetricFamily(name, "Between two tokens of a row.", labels=["model"])
-        for model, counts in self.counts.items():
-            family.add_metric([model], [*zip(edges, itertools.accumulate(counts))], self.sums[model])
-        yield family
-
-
-class Metrics:
-    """What `/metrics` shows, in a registry of its own."""
-
-    def __init__(self, models: Sequence[ServedModel]) -> None:
-        self.registry = registry = prometheus.CollectorRegistry()
-
-        def counter(name: str, about: str, *labels: str) -> prometheus.Counter:
-            return prometheus.Counter(f"slm_{name}", about, labels, registry=registry)
-
-        def times(name: str, about: str, buckets: Sequence[float]) -> prometheus.Histogram:
-            return prometheus.Histogram(f"slm_{name}_seconds", about, ["model"], registry=registry, buckets=buckets)
-
-        self.requests = counter("requests", "Answered HTTP requests.", "route", "model", "status")
-        self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts that were read.", "model")
-        self.cached_tokens = counter("cached_prompt_tokens", "Tokens of prompts taken from the prefix cache.", "model")
-        self.generated_tokens = counter("generated_tokens", "New tokens.", "model")
-        self.steps = counter("engine_steps", "Steps of the engine.", "model")
-        self.faults = counter("engine_faults", "Steps that failed; the engine was made anew.", "model")
-        self.first_token = times("time_to_first_token", "From the request to a row's first token.", TO_FIRST_TOKEN)
-        self.between_tokens = Gaps(models)
-        registry.register(self.between_tokens)
-        running = prometheus.Gauge("slm_running_rows", "Rows in the engine's slots.", ["model"], registry=registry)
-        waiting = prometheus.Gauge("slm_waiting_rows", "Rows without a slot.", ["model"], registry=registry)
-        for model in models:
-            running.labels(model.name).set_function(partial(_in_slots, model))
-            waiting.labels(model.name).set_function(partial(_without_slot, model))
-
-    def count(self, job: Job, event: Event, now: float) -> None:
-        """A row's event, and how long it took."""
-        name, before = job.model.name, job.last_token.get(event.index)
-        if before is None:
-            self.first_token.labels(name).observe(now - job.began)
-            self.cached_tokens.labels(name).inc(event.cached_tokens)
-            self.prompt_tokens.labels(name).inc(len(job.request.prompt) - event.cached_tokens)
-        else:
-            self.between_tokens.add(name, now - before)
-        job.last_token[event.index] = now
-
-
-def _in_slots(model: ServedModel) -> int:
-    return sum(len(pool.rows) for pool in model.engine.pools)
-
-
-def _without_slot(model: ServedModel) -> int:
-    return len(model.engine._waiting)
 
 
 class Worker:
@@ -361,7 +288,11 @@ class Worker:
         self.metrics.generated_tokens.labels(model.name).inc(sum(event.token is not None for event in events))
         for event in events:
             job = self._running[model.name, event.handle]
-            self.metrics.count(job, event, now)
+            if (before := job.last_token.get(event.index)) is None:
+                self.metrics.count_first(model.name, event, len(job.request.prompt), now - job.began)
+            else:
+                self.metrics.between_tokens.add(model.name, now - before)
+            job.last_token[event.index] = now
             self._unsent[job].append(event)
             job.rows_left -= event.finish_reason is not None
             if job.rows_left == 0:
