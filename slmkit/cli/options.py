@@ -23,7 +23,7 @@ ModelPath = Annotated[
 ]
 RunPath = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, such as runs/book.")]
 DeviceName = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
-SAMPLING: dict[str, tuple[type, str]] = {  # type and help of an option for each setting of sampling
+SAMPLING: dict[str, tuple[Any, str]] = {  # type and help of an option for each setting of sampling
     "temperature": (
         float,
         "0: always the likeliest token; higher values: more varied. By default as the model advises.",
