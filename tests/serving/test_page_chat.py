@@ -147,20 +147,38 @@ def test_stop_and_escape_close_the_connection(open_page: Open) -> None:
 
 
 def test_scrolls_along_only_for_a_reader_at_the_end(open_page: Open) -> None:
-    script = Script(say=lambda body: [f"line {n}\n\n" for n in range(120)], pause=0.01)
+    script = Script(say=lambda body: [f"line {n}\n\n" for n in range(120)], pause=0.05)
+    rest = "(thread) => thread.scrollHeight - thread.scrollTop - thread.clientHeight"
     with chat(open_page, script) as page:
+        thread = page.locator(".thread")
         box(page).fill("Hi")
         box(page).press("Enter")
         until(page, "document.querySelectorAll('.body p').length > 40")
-        assert page.locator(".thread").evaluate("(t) => t.scrollHeight - t.scrollTop - t.clientHeight") < 60
-        page.locator(".thread").hover()
+        assert thread.evaluate(rest) < 60
+        thread.hover()
         page.mouse.wheel(0, -400)
-        page.wait_for_timeout(200)
-        before = page.locator(".thread").evaluate("(thread) => thread.scrollTop")
+        until(page, "!document.querySelector('.to-end').hidden")
+        page.wait_for_timeout(200)  # the wheel has come to rest
+        before, lines = thread.evaluate("(thread) => thread.scrollTop"), page.locator(".body p").count()
+        assert lines < 120, "it was over too early to tell"
+        script.pause = 0.0
         wait_for_answer(page)
-        assert page.locator(".thread").evaluate("(thread) => thread.scrollTop") == before
+        assert page.locator(".body p").count() == 120
+        assert thread.evaluate("(thread) => thread.scrollTop") == before
         page.get_by_role("button", name="Latest").click()
-        assert page.locator(".thread").evaluate("(t) => t.scrollHeight - t.scrollTop - t.clientHeight") < 2
+        assert thread.evaluate(rest) < 2
+
+
+def test_an_answer_during_which_the_page_was_left(open_page: Open) -> None:
+    with chat(open_page, Script(say=by_characters("ab" * 2000), pause=0.02)) as page:
+        box(page).fill("Hi")
+        box(page).press("Enter")
+        until(page, "document.querySelector('.answer .body')?.textContent.length > 5")
+        page.reload()
+        wait_for_answer(page)
+        assert last_answer(page).startswith("abab")
+        assert "stopped" in page.locator(".answer .foot").inner_text()
+        page.get_by_role("button", name="Edit").wait_for()
 
 
 # -- typing -----------------------------------------------------------------------------------------------------------

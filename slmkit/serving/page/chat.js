@@ -58,7 +58,12 @@ class Chat {
       if (event.key !== "Escape" || event.defaultPrevented || document.querySelector("dialog[open]") || !this.root.checkVisibility()) return;
       if (!this.#closeSides()) this.stop();
     });
-    window.addEventListener("pagehide", () => { for (const conversation of this.running.keys()) conversation.save(); });
+    // What is written when the page is left is kept as it is: that the browser ends its requests is no error to be kept.
+    window.addEventListener("pagehide", () => {
+      for (const conversation of this.running.keys()) conversation.save();
+      this.isLeft = true;
+    });
+    window.addEventListener("pageshow", () => { this.isLeft = false; });
 
     const chats = element("aside", { class: "side", id: "chats", "aria-label": "Conversations" },
       element("button", { type: "button", onclick: () => this.open(new Conversation()) }, "New conversation"),
@@ -266,7 +271,7 @@ class Chat {
     await Promise.all(columns.map((column) => this.#writeOne(conversation, at, column, goesOn, controller.signal)));
     clearInterval(saving);
     this.running.delete(conversation);
-    if (!this.conversations.includes(conversation)) return; // deleted meanwhile
+    if (this.isLeft || !this.conversations.includes(conversation)) return; // or deleted meanwhile
     conversation.save();
     if (conversation === this.conversation) this.show();
     const names = answers.length > 1 ? (answer) => `${answer.model}: ` : () => "";
