@@ -63,7 +63,7 @@ def with_sampling(command: Callable[..., None]) -> Callable[..., None]:
     own = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
     added = []
     for name, (kind, about) in SAMPLING.items():
-        annotation = Annotated[kind | None, typer.Option(help=about)]
+        annotation = Annotated[kind | None, typer.Option(help=about)]  # type: ignore[valid-type]
         added.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
     command.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
     return command
