@@ -23,7 +23,7 @@ ModelPath = Annotated[
 ]
 RunPath = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, such as runs/book.")]
 DeviceName = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
-SAMPLING: dict[str, tuple[type, str]] = {  # type and help of an option for each setting of sampling
+SAMPLING: dict[str, tuple[Any, str]] = {  # type and help of an option for each setting of sampling
     "temperature": (
         float,
         "0: always the likeliest token; higher values: more varied. By default as the model advises.",
@@ -63,7 +63,7 @@ def with_sampling(command: Callable[..., None]) -> Callable[..., None]:
     own = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
     added = []
     for name, (kind, about) in SAMPLING.items():
-        annotation = Annotated[kind | None, typer.Option(help=about)]
+        annotation = Annotated[kind | None, typer.Option(help=about)]  # type: ignore[valid-type]
         added.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
     command.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
     return command

@@ -63,7 +63,7 @@ def write_files(folder: Path, number: int, arrays: Mapping[str, np.ndarray], tok
     ids, name, digests = arrays["tokens"], f"{number:05}", dict[str, str]()
     if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(tokenizer):
         raise ValueError(f"expected tokens below {len(tokenizer)}, found {ids.min()} to {ids.max()}")
-    types = {"tokens": dtype_of(tokenizer), "ends": "<i8", "trained": "u1", "labels": "u1"}
+    types: dict[str, Any] = {"tokens": dtype_of(tokenizer), "ends": "<i8", "trained": "u1", "labels": "u1"}
     for kind, values in arrays.items():
         content, path = values.astype(types[kind], copy=False).tobytes(), folder / f"{name}.{kind}"
         path.write_bytes(content)

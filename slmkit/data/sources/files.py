@@ -57,7 +57,7 @@ class File:
         else:
             # zstandard's own reader gives no error for a truncated file.
             unpacked = io.BufferedReader(pyarrow().CompressedInputStream(stream, "zstd"), PIECE)
-        reader = io.BufferedReader(_Unpacked(unpacked), PIECE)
+        reader: io.BufferedReader = io.BufferedReader(_Unpacked(unpacked), PIECE)
         while offset and (dropped := len(reader.read1(min(offset, PIECE)))):
             offset -= dropped
         return reader
