@@ -28,7 +28,6 @@ HEADERS = {
 }  # fmt: skip
 PREFLIGHT = [
     (b"access-control-allow-methods", b"GET, POST"), (b"access-control-max-age", b"600"),
-    (b"access-control-allow-headers", b"authorization, content-type"),
 ]  # fmt: skip
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
@@ -114,7 +113,10 @@ class Doors:
         self._expect_own_host(scope["server"][0], headers)
         self._expect_own_site(headers, is_public)
         if scope["method"] == "OPTIONS" and {"origin", "access-control-request-method"} <= headers.keys():
-            await send({"type": "http.response.start", "status": 204, "headers": PREFLIGHT})
+            # Any headers: OpenAI's JavaScript client sends some of its own.
+            wanted = headers.get("access-control-request-headers", "").encode("latin-1")
+            allowed = [*PREFLIGHT, (b"access-control-allow-headers", wanted)]
+            await send({"type": "http.response.start", "status": 204, "headers": allowed})
             await send({"type": "http.response.body"})
             return
         key = "" if is_public else self._key_of(headers)

@@ -16,7 +16,7 @@ import logging
 import queue
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from functools import partial
@@ -155,6 +155,7 @@ class Worker:
         self._calls = set[Future[Any]]()
         self._loop: asyncio.AbstractEventLoop | None = None  # that reads the jobs' news
         self._commands: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()  # None: the end
+        self._functions = deque[Callable[[], None]]()  # of `run`: one between two steps, so that they hold up nobody
         # The thread's own, but for the supervisor, which reads them after a failure:
         self._running: dict[tuple[str, int], Job] = {}  # (model, handle) → job
         self._unsent = defaultdict[Job, list[Event | ApiError | None]](list)
@@ -186,12 +187,12 @@ class Worker:
         jobs = [Job(self, model, request) for request in requests]
         with self._lock:
             self._expect("ok")
-            rows = sum(job.rows_left for job in [*self._open] if job.model is model)
+            rows = sum(job.rows_left for job in self._open if job.model is model)
             if rows + sum(request.n for request in requests) > model.engine.pools.max_rows + self.max_queue:
                 raise try_later(429, f"the queue of {model.name} is full ({rows} rows run or wait): try again")
             self._open |= dict.fromkeys(jobs)
         try:
-            await asyncio.wrap_future(self._call(partial(self._insert, jobs)))
+            await asyncio.wrap_future(self._call(partial(self._insert, jobs), self._commands.put))
         except BaseException:
             for job in jobs:
                 job.cancel()
@@ -206,9 +207,11 @@ class Worker:
 
         Raises what the function raises, and `ApiError` (503) if the worker has failed.
         """
-        return self._call(function).result()
+        future = self._call(function, self._functions.append)
+        self._commands.put(lambda: None)  # wakes the thread
+        return future.result()
 
-    def _call(self, function: Callable[[], T]) -> Future[T]:
+    def _call(self, function: Callable[[], T], put: Callable[[Callable[[], None]], object]) -> Future[T]:
         future = Future[T]()
 
         def obey() -> None:
@@ -222,7 +225,7 @@ class Worker:
             self._expect("ok", "draining")
             self._calls.add(future)
         future.add_done_callback(self._calls.discard)
-        self._commands.put(obey)
+        put(obey)
         return future
 
     def _expect(self, *states: State) -> None:
@@ -248,11 +251,13 @@ class Worker:
     def _run(self) -> None:
         try:
             while self._obey():
+                if self._functions:
+                    self._functions.popleft()()
                 for model in self.models:
                     if model.engine.is_busy:
                         self._step(model)
                 now = time.monotonic()
-                while (job := next(iter(self._open), None)) and now - job.began > self.request_seconds:
+                while (job := self._oldest()) and now - job.began > self.request_seconds:
                     self._end(job, failed(f"the request took longer than {self.request_seconds:g} s", 504))
                 self._send()
         except BaseException:
@@ -261,7 +266,7 @@ class Worker:
     def _obey(self) -> bool:
         """Run the commands that wait; with nothing else to do, wait for one. False: the end."""
         while self.state != "failed":
-            is_busy = bool(self._unsent) or any(model.engine.is_busy for model in self.models)
+            is_busy = bool(self._unsent or self._functions) or any(model.engine.is_busy for model in self.models)
             self._busy_since = time.monotonic() if is_busy else None
             try:
                 command = self._commands.get(block=not is_busy)
@@ -272,6 +277,10 @@ class Worker:
             self._busy_since = time.monotonic()
             command()
         return False
+
+    def _oldest(self) -> Job | None:
+        with self._lock:  # the event loop must not add one between `iter` and `next`
+            return next(iter(self._open), None)
 
     def _insert(self, jobs: Sequence[Job]) -> None:
         """Give jobs to their engine: all, or none."""
@@ -317,7 +326,8 @@ class Worker:
     def _end(self, job: Job, error: ApiError | None = None) -> None:
         """Take a job out, with its rows that still run. One that has ended is no error."""
         if job in self._open:
-            del self._open[job]
+            with self._lock:
+                self._open.pop(job, None)
             if job.handle is not None:
                 del self._running[job.model.name, job.handle]
                 job.model.engine.remove(job.handle)
