@@ -24,6 +24,7 @@ class Reply:
     sent: float
     pieces: list[tuple[float, bytes]] = field(default_factory=list)  # as they came from the socket
     lost: bool = False  # the connection ended before the answer
+    ended: bool = False  # the whole answer is there
 
     @property
     def status(self) -> int:
@@ -131,12 +132,18 @@ class Connection(asyncio.Protocol):
     async def post(self, path: str, content: Mapping[str, Any] | bytes, **headers: str) -> Reply:
         """The whole reply, or as much as came: then it is `lost`."""
         reply = self.send(path, content, headers)
+        await self.end()
+        return reply
+
+    async def end(self) -> None:
+        """Wait for the end of the answer."""
+        assert self.reply is not None
         assert self.answered is not None
         try:
             await self.answered
+            self.reply.ended = True
         except ConnectionError:
-            reply.lost = True
-        return reply
+            self.reply.lost = True
 
     def close(self) -> None:
         self.transport.close()
@@ -154,7 +161,7 @@ async def load(
     """The reply to each content, in their order, by clients that take the next one as soon as they have an answer.
 
     Each request has a connection of its own, since some servers close theirs without a word. After `seconds` the
-    clients leave; what was not answered then is None.
+    clients leave: some replies have not `ended` then, and those to requests that were not sent are None.
     """
     replies: list[Reply | None] = [None] * len(contents)
     bodies, numbers = [json.dumps(content).encode() for content in contents], itertools.count()
@@ -163,7 +170,8 @@ async def load(
         while (number := next(numbers)) < len(bodies):
             connection = await Connection.open(url)
             try:
-                replies[number] = await connection.post(path, bodies[number])
+                replies[number] = connection.send(path, bodies[number])
+                await connection.end()
             finally:
                 connection.cut()
 

@@ -20,6 +20,7 @@ import contextlib
 import datetime
 import itertools
 import json
+import math
 import os
 import random
 import resource
@@ -171,12 +172,16 @@ def figures(replies: Sequence[Reply], tokens: int, seconds: float) -> dict[str, 
     """Rates and times of one load. Times: milliseconds."""
     first, gaps = list[float](), list[float]()
     for reply in replies:
-        times = [came for came, _ in reply.deltas()] or [reply.sent]
-        first.append(times[0] - reply.sent)
+        times = [came for came, _ in reply.deltas()]
+        first += [came - reply.sent for came in times[:1]]
         gaps += [after - before for before, after in itertools.pairwise(times)]
     found = {"tokens_per_second": tokens / seconds}
     for name, values in (("first token", first), ("gap", gaps)):
-        cuts = statistics.quantiles(values, n=100, method="inclusive") if len(values) > 1 else values * 99
+        cuts = (
+            statistics.quantiles(values, n=100, method="inclusive")
+            if len(values) > 1
+            else [values[0] if values else math.inf] * 99
+        )
         found |= {f"{name} p{percent}": cuts[percent - 1] * 1000 for percent in PERCENTILES}
     return found
 
@@ -206,19 +211,20 @@ def measure(server: Server, asked: Sequence[tuple[Messages, int]], alone: int, o
         found = run(load(url, CHAT, [contents[number] for number in order], clients, seconds))
         took, used = time.perf_counter() - begun, cpu_seconds() - used
         memory = peak_mib(process)
-    right = [(number, reply) for number, reply in zip(order, found) if reply is not None and not is_lost(reply)]
+    begun_ones = [(number, reply) for number, reply in zip(order, found) if reply is not None]
+    right = [(number, reply) for number, reply in begun_ones if reply.ended and not is_lost(reply)]
     compared = [(number, reply) for number, reply in right if number < len(expected)]
-    wrong = sum((reply.text, reply.finish_reason) != expected[number] for number, reply in compared)
     counts = {
         "sent": len(order),
         "answered": len(right),
-        "lost": sum(reply is not None and is_lost(reply) for reply in found),
-        "in time": sum(reply is not None for reply in found),
+        "lost": sum((reply.ended or reply.lost) and is_lost(reply) for _, reply in begun_ones),
         "compared": len(compared),
-        "wrong": wrong,
+        "wrong": sum((reply.text, reply.finish_reason) != expected[number] for number, reply in compared),
     }
     took = min(took, seconds)
-    loaded = figures([reply for _, reply in right], sum(asked[number][1] for number, _ in right), took)
+    tokens = sum(asked[number][1] for number, _ in right)
+    tokens += sum(len(reply.deltas()) for _, reply in begun_ones if not reply.ended)  # of answers that were cut
+    loaded = figures([reply for _, reply in begun_ones], tokens, took)
     return Round(rates, loaded, counts, memory, used / took)
 
 
