@@ -43,7 +43,7 @@ from slmkit.serving.protocol import (
 from slmkit.serving.worker import Job, Worker
 
 if TYPE_CHECKING:
-    from slmkit.serving.upstream import Upstreams
+    from slmkit.serving.server import Engines
 
 PATIENCE = 15.0  # seconds without a first token after which a comment keeps the connection open
 ANSWER = "id", "object", "created", "model", "choices", "usage"  # keys
@@ -83,7 +83,7 @@ def create_app(worker: Worker, models: Mapping[str, ServedModel], page: Page | N
     return app
 
 
-def base_app(engines: Worker | Upstreams, models: Mapping[str, JSON]) -> FastAPI:
+def base_app(engines: Engines, models: Mapping[str, JSON]) -> FastAPI:
     """The routes of every engine, and errors in OpenAI's envelope. `models`: the entries of `/v1/models` by name."""
     # FastAPI's own pages of documentation load scripts from another host.
     errors: dict[int | str, JSON] = {status: {"model": Error, "description": "An error."} for status in ("4XX", "5XX")}
@@ -106,7 +106,7 @@ def base_app(engines: Worker | Upstreams, models: Mapping[str, JSON]) -> FastAPI
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
-        return Response(generate_latest(engines.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(engines.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     return app
 

@@ -15,7 +15,7 @@ import socket
 from collections.abc import Callable
 from http import HTTPStatus
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import uvicorn
 from h11 import IDLE
@@ -26,10 +26,7 @@ from slmkit.serving.doors import HEADERS, Doors, Limits, is_loopback, refusal_pa
 from slmkit.serving.protocol import ApiError
 
 if TYPE_CHECKING:
-    from slmkit.serving.upstream import Upstreams
-    from slmkit.serving.worker import Worker  # imports torch, and the port is taken before that
-
-    Engines = Worker | Upstreams
+    from slmkit.serving.worker import Metrics, State  # imports torch, and the port is taken before that
 
 FILES = 256  # that a process has open beside its connections
 WHY_NO_PORT = {
@@ -37,6 +34,17 @@ WHY_NO_PORT = {
     errno.EADDRINUSE: "taken by another program; take another, or 0 for one that is free",
 }
 SEND_BUFFER = 2**17  # bytes that the kernel keeps for a client that reads slowly
+
+
+class Engines(Protocol):
+    """What runs the models: `Worker` or `Upstreams`."""
+
+    metrics: Metrics
+
+    @property
+    def state(self) -> State: ...
+
+    async def drain(self, seconds: float) -> None: ...
 
 
 class Connection(H11Protocol):

@@ -92,7 +92,6 @@ class Upstreams:
             raise UserError("--engine vllm: no command vllm here: pip install vllm (it needs a GPU), or take slm")
         self.most_open, self.request_seconds, self.open, self.is_draining = most_open, request_seconds, 0, False
         self.metrics = Metrics([])
-        self.registry = self.metrics.registry
         share = MEMORY / len(directories)
         self.children = {name: Upstream(name, directory, share) for name, directory in directories.items()}
         entry = {"object": "model", "created": int(time.time()), "owned_by": "vllm"}
