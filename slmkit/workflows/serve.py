@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     import torch
 
+    from slmkit.serving.app import Page
     from slmkit.serving.models import ServedModel
-    from slmkit.serving.page import Page
     from slmkit.serving.worker import Worker
 
 JSON = dict[str, Any]
@@ -95,7 +95,7 @@ def serve_models(settings: ServeSettings) -> int:
     lines = [f"{name}  (context {one.decoder.max_positions:,}, {directories[name]})" for name, one in models.items()]
     worker.start()
     try:
-        app, tell = create_app(worker, models, limits, page), functools.partial(tell_ready, settings, listening, lines)
+        app, tell = create_app(worker, models, page), functools.partial(tell_ready, settings, listening, lines)
         return serve(app, listening, limits, worker, settings.drain, tell)
     finally:
         worker.stop()
@@ -121,7 +121,7 @@ def serve_upstream(
         upstreams.wait_until_ready()
         lines = [f"{name}  (vllm, {directory})" for name, directory in directories.items()]
         tell = functools.partial(tell_ready, settings, listening, lines)
-        return serve(upstreams, listening, limits, upstreams, settings.drain, tell)
+        return serve(upstreams.app, listening, limits, upstreams, settings.drain, tell)
     finally:
         upstreams.stop()
 

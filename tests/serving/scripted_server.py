@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from slmkit.serving.page import add_page
+from slmkit.serving.app import add_page
 
 
 @dataclass

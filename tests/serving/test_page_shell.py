@@ -12,7 +12,7 @@ import pytest
 from fastapi import FastAPI
 
 from slmkit.config import UserError
-from slmkit.serving.page import FILES, add_page
+from slmkit.serving.app import FILES, add_page
 from tests.serving.browser import (
     PHONE,
     WIDE,

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from slmkit.serving.page import add_page
+from slmkit.serving.app import add_page
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.recipe.recipe import Recipe, find_recipe, load_recipe
 from slmkit.workflows.page_data import PageData
