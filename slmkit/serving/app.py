@@ -3,7 +3,7 @@ thread of the pool, and models run in the worker's.
 
 GET /                  index.html of the page
 GET /page/FILE         a file of `serving/page`: read once, at the start; no path of a request is ever opened
-POST /page/NAME        a function of `Page` with the JSON body as its argument → JSON
+POST /page/NAME        a function of `Page`, whose arguments are in the JSON body → JSON
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ PAGE_HEADERS = {  # `Doors` adds the other headers of security
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "Cache-Control": "no-cache",  # kept, and asked for again each time
 }
-Page = Mapping[str, Callable[[JSON], Any]]
+Page = Mapping[str, Callable[..., Any]]
 T = TypeVar("T")
 C = TypeVar("C", ChatRequest, CompletionRequest)
 
@@ -239,7 +239,7 @@ def add_page(app: FastAPI, page: Page) -> None:
             if name not in page:
                 raise ApiError(404, f"the page has no function {name!r:.100}; {did_you_mean(name[:100], page)}")
             # Written as JSON in the thread too: curves may be long.
-            return await run_in_threadpool(lambda: JSONResponse(page[name](body)))
+            return await run_in_threadpool(lambda: JSONResponse(page[name](**body)))
         except Exception as error:
             return await _refused(request, error)
 

@@ -203,8 +203,6 @@ class Doors:
             raise ApiError(415, "a compressed body: send it as it is", code="unsupported_encoding")
         if int(headers.get("content-length", 0)) > most:
             raise too_large
-        if "content-length" not in headers and "transfer-encoding" not in headers:
-            return b""
         try:
             async with asyncio.timeout(self.limits.body_seconds):
                 while not is_whole:

@@ -254,15 +254,6 @@ class Tool(Fields):
     function: ToolFunction
 
 
-class NamedFunction(Fields):
-    name: str
-
-
-class NamedTool(Fields):
-    type: Literal["function"]
-    function: NamedFunction
-
-
 class JSONSchema(Fields):
     name: str | None = None
     description: str | None = None
@@ -284,7 +275,7 @@ class ChatRequest(Generation):
     top_logprobs: Top | None = None
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(fail_fast=True, max_length=128)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | Tool | None = None
     parallel_tool_calls: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None

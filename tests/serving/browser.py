@@ -154,7 +154,7 @@ def served(models: Mapping[str, Any], page: Mapping[str, Any] | None = None, key
     """The real server with these `ServedModel`s and functions of the page beside `about`; gives its address."""
     limits, worker = Limits(keys=[*keys]), Worker([*models.values()])
     about = {name: {"context": model.decoder.max_positions, "chat": True} for name, model in models.items()}
-    app = create_app(worker, models, {"about": lambda body: {"models": about}, **(page or {})})
+    app = create_app(worker, models, {"about": lambda: {"models": about}, **(page or {})})
     worker.start()
     try:
         with running(app, limits, worker) as url:

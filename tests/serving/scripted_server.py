@@ -30,7 +30,7 @@ class Script:
 
     def app(self) -> FastAPI:
         app = FastAPI()
-        add_page(app, {"about": lambda body: {"models": self.models}})
+        add_page(app, {"about": lambda: {"models": self.models}})
 
         @app.middleware("http")
         async def doors(request: Request, call_next: Any) -> Any:

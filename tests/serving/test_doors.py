@@ -57,7 +57,7 @@ class Running:
 def server(model: ServedModel, **limits: Any) -> Iterator[Running]:
     worker = Worker([model])
     worker.start()
-    app = create_app(worker, {"tiny": model}, {"echo": lambda body: body})
+    app = create_app(worker, {"tiny": model}, {"echo": lambda **body: body})
     try:
         with running(app, Limits(**limits), worker) as url:
             yield Running(url, worker, app)
