@@ -145,6 +145,7 @@ class Routes:
     async def embeddings(self, request: Request) -> Response:
         """The mean of the final hidden states of each text."""
         body = await request.body()
+        self.worker.expect("ok")
 
         def compute() -> JSON:
             asked = read(EmbeddingRequest, body)

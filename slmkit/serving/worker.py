@@ -186,7 +186,7 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         jobs = [Job(self, model, request) for request in requests]
         with self._lock:
-            self._expect("ok")
+            self.expect("ok")
             rows = sum(job.rows_left for job in self._open if job.model is model)
             if rows + sum(request.n for request in requests) > model.engine.pools.max_rows + self.max_queue:
                 raise try_later(429, f"the queue of {model.name} is full ({rows} rows run or wait): try again")
@@ -222,13 +222,14 @@ class Worker:
                     future.set_exception(error)
 
         with self._lock:
-            self._expect("ok", "draining")
+            self.expect("ok", "draining")
             self._calls.add(future)
         future.add_done_callback(self._calls.discard)
         put(obey)
         return future
 
-    def _expect(self, *states: State) -> None:
+    def expect(self, *states: State) -> None:
+        """Raises `ApiError` (503) in another state."""
         if self.state not in states:
             what = "is shutting down" if self.state == "draining" else "has failed, and will be restarted"
             raise try_later(503, f"the server {what}: try again")
@@ -286,8 +287,9 @@ class Worker:
         """Give jobs to their engine: all, or none."""
         try:
             for job in jobs:
-                job.handle = job.model.engine.insert(job.request)
-                self._running[job.model.name, job.handle] = job
+                if job in self._open:  # else a long step has used up its time
+                    job.handle = job.model.engine.insert(job.request)
+                    self._running[job.model.name, job.handle] = job
             return
         except UserError:
             for refused in jobs:

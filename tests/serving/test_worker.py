@@ -274,6 +274,21 @@ def test_a_request_that_takes_too_long_is_ended_and_its_rows_leave() -> None:
         go(main)
 
 
+def test_a_request_whose_time_is_over_before_it_is_taken_never_starts() -> None:
+    async def main() -> None:
+        first = await worker.submit(cast(Any, model), request(1, 400))
+        late = await worker.submit(cast(Any, model), request(2, 400))  # during the first step
+        for job in (first, late):
+            with pytest.raises(ApiError, match="longer than 0.1 s"):
+                await tokens_of(job)
+        await until(lambda: not model.engine.is_busy, 2)
+        assert not worker._running
+
+    model = Model(slow=0.3)
+    with started(model, request_seconds=0.1) as worker:
+        go(main)
+
+
 # -- faults -----------------------------------------------------------------------------------------------------------
 
 
