@@ -11,11 +11,14 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import inspect
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import anyio
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -28,6 +31,7 @@ from slmkit.generation import engine
 from slmkit.serving.answers import Answer, event_line
 from slmkit.serving.models import ServedModel, chat_requests, completion_requests
 from slmkit.serving.protocol import (
+    EMBEDDED_TOKENS,
     JSON,
     ApiError,
     ChatRequest,
@@ -46,6 +50,7 @@ if TYPE_CHECKING:
     from slmkit.serving.server import Engines
 
 PATIENCE = 15.0  # seconds without a first token after which a comment keeps the connection open
+PAGE_THREADS = 8
 ANSWER = "id", "object", "created", "model", "choices", "usage"  # keys
 EMBEDDINGS = "object", "data", "model", "usage"
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -78,7 +83,7 @@ def create_app(worker: Worker, models: Mapping[str, ServedModel], page: Page | N
         extra = {"requestBody": {"required": True, "content": asked}}
         app.post(path, responses=described, openapi_extra=extra, response_class=Response)(call)
     if page is not None:
-        add_page(app, page)
+        add_page(app, page, worker.task)
     app.openapi = partial(_openapi, app, [*models])  # type: ignore[method-assign]
     return app
 
@@ -145,24 +150,32 @@ class Routes:
     async def embeddings(self, request: Request) -> Response:
         """The mean of the final hidden states of each text."""
         body = await request.body()
-        self.worker.expect("ok")
 
-        def compute() -> JSON:
+        def begin() -> tuple[ServedModel, bool, list[Sequence[int]]]:
             asked = read(EmbeddingRequest, body)
-            model, inputs, data = self._model(request, asked), several(asked.input), list[JSON]()
+            model, inputs = self._model(request, asked), several(asked.input)
             if "" in inputs:
                 raise ApiError(400, "input: an empty text has no embedding", "input")
             each = [model.text_ids(one, least=0) for one in inputs]
-            for index, ids in enumerate(each):
-                vector = model.embed(ids, self.worker.run).numpy().astype("<f4")
-                is_text = asked.encoding_format == "base64"
+            if (tokens := sum(map(len, each))) > EMBEDDED_TOKENS:
+                raise ApiError(400, f"input: {tokens:,} tokens, at most {EMBEDDED_TOKENS:,} in a request", "input")
+            return model, asked.encoding_format == "base64", each
+
+        def end() -> Response:
+            data = list[JSON]()
+            for index, vector in enumerate(vector.numpy().astype("<f4") for vector in vectors):
                 value = base64.b64encode(vector.tobytes()).decode() if is_text else vector.tolist()
                 data.append({"object": "embedding", "index": index, "embedding": value})
             tokens = sum(map(len, each))
             usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-            return {"object": "list", "data": data, "model": model.name, "usage": usage}
+            return JSONResponse({"object": "list", "data": data, "model": model.name, "usage": usage})
 
-        return JSONResponse(await run_in_threadpool(compute))
+        async with self.worker.task():
+            model, is_text, each = await run_in_threadpool(begin)
+            pieces, vectors = model.embeddings(each), []
+            while (found := await self.worker.call(partial(next, pieces, None))) is not None:
+                vectors += found
+            return await run_in_threadpool(end)
 
     def _model(self, request: Request, body: Common) -> ServedModel:
         model = named(self.models, body.model)
@@ -222,8 +235,12 @@ async def _kept_open(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
 # -- the page ---------------------------------------------------------------------------------------------------------
 
 
-def add_page(app: FastAPI, page: Page) -> None:
-    """Serve the page at `/`, and the functions of `page` at `/page/NAME`. The files need no key, the functions do."""
+def add_page(app: FastAPI, page: Page, task: Callable[[], AbstractAsyncContextManager[None]]) -> None:
+    """Serve the page at `/`, and the functions of `page` at `/page/NAME`. The files need no key, the functions do.
+
+    Plain functions run in a few threads of their own. `task` is `Worker.task`, for the limits.
+    """
+    threads = anyio.CapacityLimiter(PAGE_THREADS)
     for path, (content, kind) in FILES.items():
         tag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
         file = partial(_file, content=content, media_type=kind, headers=PAGE_HEADERS | {"ETag": tag})
@@ -238,8 +255,13 @@ def add_page(app: FastAPI, page: Page) -> None:
             body = json_object(await request.body())
             if name not in page:
                 raise ApiError(404, f"the page has no function {name!r:.100}; {did_you_mean(name[:100], page)}")
-            # Written as JSON in the thread too: curves may be long.
-            return await run_in_threadpool(lambda: JSONResponse(page[name](**body)))
+            function = partial(page[name], **body)
+            async with task():
+                if inspect.iscoroutinefunction(page[name]):
+                    found = await function()
+                    return await run_in_threadpool(JSONResponse, found)
+                # Written as JSON in the thread too: curves may be long.
+                return await anyio.to_thread.run_sync(lambda: JSONResponse(function()), limiter=threads)
         except Exception as error:
             return await _refused(request, error)
 

@@ -6,9 +6,9 @@ Nothing here touches an engine: `Worker` steps those in its own thread.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -115,16 +115,23 @@ class ServedModel:
 
     # -- embeddings ---------------------------------------------------------------------------------------------------
 
-    def embed(self, ids: Sequence[int], run: Callable[[Callable[[], Any]], Any]) -> torch.Tensor:
-        """ids [tokens] → the mean of their final hidden states, float32 [width].
+    def embeddings(self, texts: Sequence[Sequence[int]]) -> Iterator[list[torch.Tensor]]:
+        """Texts of ids [tokens] → the mean of their final hidden states, float32 [width], of some texts at a time.
 
-        `run` calls a function in the thread that may use the model: once per piece, so that others are not held up.
+        Each iteration reads about as many tokens as a step of the engine, so that both can take turns.
         """
-        size = self.engine.pools.at_once
-        cache, total = self.decoder.new_cache(1, len(ids), size), torch.zeros(())
-        for first in range(0, len(ids), size):
-            total = total + run(partial(self._sum, ids[first : first + size], cache))
-        return total / len(ids)
+        size, found = self.engine.pools.at_once, list[torch.Tensor]()
+        left = size
+        for ids in texts:
+            cache, total = self.decoder.new_cache(1, len(ids), size), torch.zeros(())
+            for first in range(0, len(ids), size):
+                if left <= 0:
+                    yield found
+                    found, left = [], size
+                piece = ids[first : first + size]
+                total, left = total + self._sum(piece, cache), left - len(piece)
+            found.append(total / len(ids))
+        yield found
 
     def _sum(self, ids: Sequence[int], cache: Any) -> torch.Tensor:
         """ids [tokens] → the sum of their hidden states [width]."""

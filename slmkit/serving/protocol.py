@@ -23,6 +23,7 @@ from slmkit.generation.text import LONGEST_STOP, MOST_STOPS
 from slmkit.model.files import generation_config as published
 
 MOST_ROWS = 128  # texts of one request: prompts times `n`
+MOST_EMBEDDED, EMBEDDED_TOKENS = 2048, 300_000  # texts of one request for embeddings, and their tokens: OpenAI's limits
 LONGEST_MESSAGE = 600  # characters of an error, which may quote what was sent
 JSON = dict[str, Any]
 logger = logging.getLogger(__name__)
@@ -117,6 +118,8 @@ Top = Annotated[int, Field(ge=0, le=20)]
 Tokens = Annotated[int, Field(ge=1, lt=2**31)]
 Several = Field(fail_fast=True, min_length=1, max_length=MOST_ROWS)
 Texts = str | Ids | Annotated[list[str], Several] | Annotated[list[Ids], Several]
+ManyOf = Field(fail_fast=True, min_length=1, max_length=MOST_EMBEDDED)
+ManyTexts = str | Ids | Annotated[list[str], ManyOf] | Annotated[list[Ids], ManyOf]
 Token = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 
 
@@ -287,7 +290,7 @@ class ChatRequest(Generation):
 class EmbeddingRequest(Common):
     """`/v1/embeddings`."""
 
-    input: Texts
+    input: ManyTexts
     encoding_format: Literal["float", "base64"] | None = None
 
 

@@ -155,7 +155,8 @@ class Worker:
         self._calls = set[Future[Any]]()
         self._loop: asyncio.AbstractEventLoop | None = None  # that reads the jobs' news
         self._commands: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()  # None: the end
-        self._functions = deque[Callable[[], None]]()  # of `run`: one between two steps, so that they hold up nobody
+        self._functions = deque[Callable[[], None]]()  # of `call`: one between two steps, so that they hold up nobody
+        self._tasks: dict[asyncio.Timeout, ApiError] = {}  # the error that each ends with if its time is over
         # The thread's own, but for the supervisor, which reads them after a failure:
         self._running: dict[tuple[str, int], Job] = {}  # (model, handle) → job
         self._unsent = defaultdict[Job, list[Event | ApiError | None]](list)
@@ -202,14 +203,33 @@ class Worker:
     def end_soon(self, job: Job, error: ApiError | None = None) -> None:
         self._commands.put(partial(self._end, job, error))
 
-    def run(self, function: Callable[[], T]) -> T:
-        """The result of `function`, which runs in the worker's thread between two steps. Blocks; from another thread.
+    async def call(self, function: Callable[[], T]) -> T:
+        """The result of `function`, which runs in the worker's thread between two steps. Cancelled, it never begins.
 
         Raises what the function raises, and `ApiError` (503) if the worker has failed.
         """
         future = self._call(function, self._functions.append)
         self._commands.put(lambda: None)  # wakes the thread
-        return future.result()
+        return await asyncio.wrap_future(future)
+
+    @contextlib.asynccontextmanager
+    async def task(self) -> AsyncIterator[None]:
+        """A request that is no job, such as embeddings, in the limits of jobs: one runs and `max_queue` wait.
+
+        Raises `ApiError`: 429 if there are more, 503 at the server's end and after a failure, 504 if it takes too long.
+        """
+        self.expect("ok")
+        if len(self._tasks) > self.max_queue:
+            raise try_later(429, f"{len(self._tasks)} requests of this kind run or wait: try again")
+        end = asyncio.timeout(self.request_seconds)
+        self._tasks[end] = failed(f"the request took longer than {self.request_seconds:g} s", 504)
+        try:
+            async with end:
+                yield
+        except TimeoutError:
+            raise self._tasks[end] from None
+        finally:
+            del self._tasks[end]
 
     def _call(self, function: Callable[[], T], put: Callable[[Callable[[], None]], object]) -> Future[T]:
         future = Future[T]()
@@ -239,12 +259,15 @@ class Worker:
         with self._lock:
             self.state = "draining" if self.state == "ok" else self.state
         until = time.monotonic() + seconds
-        while self._open and time.monotonic() < until:
+        while (self._open or self._tasks) and time.monotonic() < until:
             await asyncio.sleep(0.02)
         error = failed("the server was shut down before the answer was complete: send the request again", 503)
         for job in [*self._open]:
             self.end_soon(job, error)
-        while self._open and time.monotonic() < until + 1:
+        for end in self._tasks:
+            self._tasks[end] = error
+            end.reschedule(0)
+        while (self._open or self._tasks) and time.monotonic() < until + 1:
             await asyncio.sleep(0.02)
 
     # -- in the worker's thread

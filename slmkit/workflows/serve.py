@@ -224,17 +224,17 @@ def page_functions(
             raise UserError(f"there is no model {model!r:.100}; {did_you_mean(model[:100], models)}")
         return models[model]
 
-    def look(model: str, text: str | None = None, messages: list[JSON] | None = None, k: int = 10) -> JSON:
+    async def look(model: str, text: str | None = None, messages: list[JSON] | None = None, k: int = 10) -> JSON:
         of = named(model)
-        return worker.run(lambda: inside.look(of.decoder, of.tokenizer, text, messages, k))
+        return await worker.call(lambda: inside.look(of.decoder, of.tokenizer, text, messages, k))
 
-    def lens(model: str, ids: list[int]) -> JSON:
+    async def lens(model: str, ids: list[int]) -> JSON:
         of = named(model)
-        return worker.run(lambda: inside.lens(of.decoder, of.tokenizer, ids))
+        return await worker.call(lambda: inside.lens(of.decoder, of.tokenizer, ids))
 
-    def attention(model: str, ids: list[int], layer: int, head: int) -> JSON:
+    async def attention(model: str, ids: list[int], layer: int, head: int) -> JSON:
         of = named(model)
-        return worker.run(lambda: inside.attention(of.decoder, ids, layer, head))
+        return await worker.call(lambda: inside.attention(of.decoder, ids, layer, head))
 
     functions = PageData(runs, data, {name: model.tokenizer for name, model in models.items()}).functions()
     return functions | {one.__name__: validate_call(one) for one in (about, look, lens, attention)}

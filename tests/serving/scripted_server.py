@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ class Script:
 
     def app(self) -> FastAPI:
         app = FastAPI()
-        add_page(app, {"about": lambda: {"models": self.models}})
+        add_page(app, {"about": lambda: {"models": self.models}}, contextlib.nullcontext)
 
         @app.middleware("http")
         async def doors(request: Request, call_next: Any) -> Any:

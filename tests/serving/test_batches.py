@@ -129,12 +129,12 @@ class Slow:
         self.served.engine.compiled = self.served.decoder
 
 
-def ask_and_leave(client: Client, body: dict[str, Any], after: Any) -> None:
+def ask_and_leave(client: Client, body: dict[str, Any], after: Any, path: str = "completions") -> None:
     """Send a request, wait for `after(socket)`, and close the connection."""
     content = json.dumps(body).encode()
     address = urlsplit(client.url)
     with socket.create_connection((address.hostname, address.port), timeout=30) as connection:
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Type: application/json\r\n"
+        head = f"POST /v1/{path} HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Type: application/json\r\n"
         connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
         after(connection)
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import base64
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 
 from slmkit.serving.models import ServedModel
-from tests.serving.servers import TEXT, Client
+from slmkit.serving.protocol import EmbeddingRequest, read
+from tests.serving.servers import TEXT, Client, serving
+from tests.serving.test_batches import Slow, ask_and_leave, wait_for
 
 
 def vectors(client: Client, **fields: object) -> list[np.ndarray]:
@@ -64,7 +70,8 @@ def test_a_text_as_long_as_the_context(client: Client, m1: ServedModel) -> None:
         ({"input": {"a": 1}}, "input"),
         ({}, "input"),
         ({"input": "a", "dimensions": 8}, "dimensions"),
-        ({"input": ["a"] * 200}, "input"),
+        ({"input": ["a"] * 2049}, "input"),
+        ({"input": [[5] * 1000] * 301}, "input"),  # tokens in all
         ({"input": "a", "inptu": "b"}, "inptu"),
     ],
 )
@@ -78,3 +85,56 @@ def test_unknown_ids_are_refused(client: Client) -> None:
     answer = client.post("embeddings", {"model": "m1", "input": [5, 512]})
     assert answer.status == 400
     assert "512" in answer.error["message"]
+
+
+def test_as_many_texts_as_openai_takes(client: Client, m1: ServedModel) -> None:
+    assert len(read(EmbeddingRequest, json.dumps({"model": "m1", "input": ["a"] * 2048}).encode()).input) == 2048
+    texts = [TEXT[number % 97 :][: 1 + number % 30] for number in range(200)]
+    found = vectors(client, model="m1", input=texts, encoding_format="base64")
+    for number in (0, 1, 50, 100, 199):
+        np.testing.assert_array_equal(found[number], vectors(client, model="m1", input=texts[number])[0])
+
+
+def test_embeddings_take_turns_with_generation() -> None:
+    """45 clients ask for embeddings without end; a completion of one token waits for a few pieces, not for them."""
+    model, is_done = Slow(0.01), threading.Event()
+
+    def embed() -> None:
+        while not is_done.is_set():
+            assert client.post("embeddings", {"model": "slow", "input": [[5] * 1000]}).status in (200, 429)
+
+    with serving(model.served) as client, ThreadPoolExecutor(45) as threads:
+        others = [threads.submit(embed) for _ in range(45)]
+        try:
+            wait_for(lambda: len(client.worker._tasks) == 45)
+            times = []
+            for _ in range(5):
+                began = time.monotonic()
+                assert client.completion(model="slow", prompt="The", max_tokens=1, ignore_eos=True).status == 200
+                times.append(time.monotonic() - began)
+            assert sorted(times)[2] < 0.5
+        finally:
+            is_done.set()
+        for other in others:
+            other.result()
+
+
+def test_a_client_that_leaves_ends_its_embeddings() -> None:
+    model = Slow(0.05)
+    with serving(model.served) as client:
+        body = {"model": "slow", "input": [[5] * 1000] * 40}
+        ask_and_leave(client, body, lambda connection: wait_for(lambda: model.read > 0), "embeddings")
+        wait_for(lambda: not client.worker._tasks, 2)
+        tokens = model.read
+        time.sleep(4 * model.seconds)
+        assert model.read <= tokens + 256  # the piece that had begun
+
+
+def test_embeddings_that_take_too_long_and_a_full_queue() -> None:
+    model, long = Slow(0.05), [[5] * 1000] * 40
+    with serving(model.served, request_seconds=0.4, max_queue=1) as client, ThreadPoolExecutor(2) as threads:
+        late = [threads.submit(client.post, "embeddings", {"model": "slow", "input": long}) for _ in range(2)]
+        wait_for(lambda: len(client.worker._tasks) == 2)
+        assert client.post("embeddings", {"model": "slow", "input": "a"}).error["type"] == "rate_limit_error"
+        assert [one.result().status for one in late] == [504, 504]
+        assert client.post("embeddings", {"model": "slow", "input": "a"}).status == 200

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import urllib.error
 import urllib.request
@@ -31,7 +32,8 @@ def refuse(**body: Any) -> None:
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     app = FastAPI()
-    add_page(app, {"about": lambda: {"models": {}}, "echo": lambda **body: body, "refuse": refuse})
+    page = {"about": lambda: {"models": {}}, "echo": lambda **body: body, "refuse": refuse}
+    add_page(app, page, contextlib.nullcontext)
 
     @app.get("/v1/models")
     def models() -> dict[str, Any]:

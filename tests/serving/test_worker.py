@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import psutil
@@ -304,7 +305,7 @@ def test_a_fault_fails_the_requests_of_its_engine_alone_and_the_next_one_is_righ
         hurt = [await worker.submit(cast(Any, broken), request(k, 300)) for k in range(3)]
         other = asyncio.create_task(tokens_of(await worker.submit(cast(Any, whole), request(9, 100))))
         await until(lambda: metric(worker, "slm_generated_tokens_total", model="broken") > 10)
-        worker.run(lambda: break_next_step(broken))
+        await worker.call(lambda: break_next_step(broken))
         for job in hurt:
             with pytest.raises(ApiError, match="the engine failed") as error:
                 await tokens_of(job)
@@ -338,7 +339,7 @@ def test_a_fault_while_a_request_is_taken_fails_that_request_alone(monkeypatch: 
 
 def test_faults_in_a_row_end_the_worker_but_not_with_a_finished_request_between() -> None:
     async def fault() -> None:
-        worker.run(lambda: break_next_step(model))
+        await worker.call(lambda: break_next_step(model))
         with pytest.raises(ApiError):
             await tokens_of(await worker.submit(cast(Any, model), request(1)))
 
@@ -355,7 +356,7 @@ def test_faults_in_a_row_end_the_worker_but_not_with_a_finished_request_between(
             await worker.submit(cast(Any, model), request(3))
         assert refused.value.status == 503
         with pytest.raises(ApiError):
-            worker.run(lambda: 1)
+            await worker.call(lambda: 1)
 
     model = Model()
     with started(model) as worker:
@@ -386,7 +387,7 @@ def test_a_thread_that_dies_ends_every_request_and_is_seen_at_once(monkeypatch: 
 def test_a_step_that_never_returns_is_seen() -> None:
     async def main() -> None:
         job = await worker.submit(cast(Any, model), request(1, 400))
-        worker.run(lambda: setattr(model.engine, "step", lambda: release.wait() and []))
+        await worker.call(lambda: setattr(model.engine, "step", lambda: release.wait() and []))
         with pytest.raises(ApiError, match="does not answer"):
             await tokens_of(job)
         assert worker.state == "failed"
@@ -412,39 +413,87 @@ def test_an_idle_worker_has_not_failed() -> None:
 
 
 def test_functions_of_others_run_between_two_steps_and_may_fail() -> None:
-    model = Model()
-    with started(model) as worker:
-        assert worker.run(threading.current_thread) is worker._thread
+    async def main() -> None:
+        assert await worker.call(threading.current_thread) is worker._thread
         with pytest.raises(ZeroDivisionError):
-            worker.run(lambda: 1 // 0)
+            await worker.call(lambda: 1 // 0)
         with pytest.raises(UserError, match="no"):
-            worker.run(lambda: (_ for _ in ()).throw(UserError("no")))
+            await worker.call(lambda: (_ for _ in ()).throw(UserError("no")))
         assert worker.state == "ok"
+
+    with started(Model()) as worker:
+        go(main)
 
 
 def test_functions_of_others_do_not_hold_up_the_steps() -> None:
-    def compute() -> None:
-        while not is_done.is_set():
-            worker.run(lambda: time.sleep(0.005))
+    async def compute() -> None:
+        while True:
+            await worker.call(lambda: time.sleep(0.005))
             calls.append(time.monotonic())
 
     async def main() -> None:
         job = await worker.submit(cast(Any, model), request(1, 50))
-        threads = [threading.Thread(target=compute) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        try:
-            began = time.monotonic()
-            assert await tokens_of(job) == alone(model, request(1, 50))
-            assert len([call for call in calls if call >= began]) > 20  # one between two steps
-        finally:
-            is_done.set()
-            for thread in threads:
-                thread.join()
+        others = [asyncio.create_task(compute()) for _ in range(45)]
+        began = time.monotonic()
+        assert await tokens_of(job) == alone(model, request(1, 50))
+        assert 20 < len([call for call in calls if call >= began]) < 80  # one between two steps
+        for other in others:
+            other.cancel()
+        await asyncio.wait(others)
 
-    model, is_done, calls = Model(slow=0.005), threading.Event(), list[float]()
+    model, calls = Model(slow=0.005), list[float]()
     with started(model) as worker:
         go(main, 20)
+
+
+def test_a_call_that_is_given_up_before_it_begins_never_does() -> None:
+    async def main() -> None:
+        release, ran = threading.Event(), list[int]()
+        first = asyncio.create_task(worker.call(release.wait))
+        others = [asyncio.create_task(worker.call(partial(ran.append, number))) for number in range(3)]
+        await asyncio.sleep(0.05)
+        others[1].cancel()
+        await asyncio.sleep(0.05)
+        release.set()
+        await asyncio.wait([first, *others])
+        assert ran == [0, 2]
+
+    with started(Model()) as worker:
+        go(main)
+
+
+def test_tasks_are_in_the_limits_of_jobs() -> None:
+    async def task(seconds: float = 30) -> None:
+        async with worker.task():
+            await asyncio.sleep(seconds)
+
+    async def refusal(of: Awaitable[None]) -> int:
+        with pytest.raises(ApiError) as refused:
+            await of
+        return refused.value.status
+
+    async def main() -> None:
+        tasks = [asyncio.create_task(task()) for _ in range(3)]
+        await asyncio.sleep(0)
+        assert await refusal(task()) == 429
+        tasks[0].cancel()
+        await asyncio.wait(tasks[:1])
+        await task(0)
+        for one in tasks[1:]:
+            assert await refusal(one) == 504
+        ends = asyncio.create_task(task(0.1))
+        stays = asyncio.create_task(task(0.7))
+        await asyncio.sleep(0)
+        draining = asyncio.create_task(worker.drain(0.3))
+        await asyncio.sleep(0)
+        assert await refusal(task()) == 503
+        await ends
+        assert not draining.done()
+        assert await refusal(stays) == 503
+        await draining
+
+    with started(Model(), max_queue=2, request_seconds=0.8) as worker:
+        go(main)
 
 
 def test_draining_finishes_what_runs_refuses_what_comes_and_ends_the_rest() -> None:

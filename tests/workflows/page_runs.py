@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def page_app(runs: Path, tokenizers: dict[str, SLMTokenizer], data: Path | None 
 
     functions = PageData(runs, data, tokenizers).functions()
     app = FastAPI()
-    add_page(app, functions | {"about": lambda: {"models": {}}})
+    add_page(app, functions | {"about": lambda: {"models": {}}}, contextlib.nullcontext)
 
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
