@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import validate_call
 
-from slmkit.config import UserError, did_you_mean
+from slmkit.config import UserError
 from slmkit.files import read_text
 from slmkit.find import find_model_directory, learned_conversations, run_of
 from slmkit.generation.sampling_settings import SamplingSettings
@@ -201,6 +201,7 @@ def page_functions(
     Those that compute with a model do so in the worker's thread.
     """
     from slmkit.evaluation import look as inside
+    from slmkit.serving.app import named
     from slmkit.workflows.page_data import PageData
 
     advice = {name: SamplingSettings.for_model(path, None, USUAL) for name, path in directories.items()}
@@ -219,21 +220,16 @@ def page_functions(
             }
         }
 
-    def named(model: str) -> ServedModel:
-        if model not in models:
-            raise UserError(f"there is no model {model!r:.100}; {did_you_mean(model[:100], models)}")
-        return models[model]
-
     def look(model: str, text: str | None = None, messages: list[JSON] | None = None, k: int = 10) -> JSON:
-        of = named(model)
+        of = named(models, model)
         return worker.run(lambda: inside.look(of.decoder, of.tokenizer, text, messages, k))
 
     def lens(model: str, ids: list[int]) -> JSON:
-        of = named(model)
+        of = named(models, model)
         return worker.run(lambda: inside.lens(of.decoder, of.tokenizer, ids))
 
     def attention(model: str, ids: list[int], layer: int, head: int) -> JSON:
-        of = named(model)
+        of = named(models, model)
         return worker.run(lambda: inside.attention(of.decoder, ids, layer, head))
 
     functions = PageData(runs, data, {name: model.tokenizer for name, model in models.items()}).functions()
