@@ -41,6 +41,10 @@ if TYPE_CHECKING:
     from slmkit.serving.doors import Limits
 
 PATIENCE = 15.0  # seconds without a first token after which a comment keeps the connection open
+NO_ROUTE = {  # status → code, message
+    404: ("not_found", "no such path: the API is below /v1, /openapi.json lists it, and the page needs --ui"),
+    405: ("method_not_allowed", "another method is needed here: the header Allow names it"),
+}
 T = TypeVar("T")
 C = TypeVar("C", ChatRequest, CompletionRequest)
 Prepare = Callable[[C, ServedModel, str], list[engine.Request]]
@@ -239,8 +243,8 @@ def api_error(error: Exception) -> ApiError:
     if isinstance(error, Failed):
         return ApiError(status, message, code="generation_failed")
     if isinstance(error, HTTPException):
-        codes = {404: "not_found", 405: "method_not_allowed"}
-        return ApiError(error.status_code, str(error.detail), code=codes.get(error.status_code), headers=error.headers)
+        code, message = NO_ROUTE.get(error.status_code, (None, str(error.detail)))
+        return ApiError(error.status_code, message, code=code, headers=error.headers)
     logger.error("a request failed", exc_info=error)
     return ApiError(500, "the server failed on this request: its log says why", code="internal_error")
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic_core
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from slmkit.config import Settings, UserError, did_you_mean, load_settings
 from slmkit.generation.sampling_settings import Bias, CountPenalty, SamplingSettings
@@ -204,6 +204,16 @@ class ChatMessage(Fields):
     reasoning: str | None = None
     refusal: str | None = None
     annotations: list[Any] | None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _is_text(cls, content: Any) -> Any:
+        for part in content if isinstance(content, list) else ():
+            kind = part.get("type", "text") if isinstance(part, dict) else "text"
+            if kind != "text":
+                what = f"content of type {kind!r:.80} is not supported: the models read text alone"
+                raise ApiError(400, what, "messages", "unsupported_parameter")
+        return content
 
     def for_template(self) -> JSON:
         """As templates expect it: content as one text, arguments as an object."""

@@ -173,7 +173,7 @@ class Worker:
         return (await self.submit_all(model, [request]))[0]
 
     async def submit_all(self, model: ServedModel, requests: Sequence[Request]) -> list[Job]:
-        """`submit` for several requests at once: all are taken, or none."""
+        """`submit` for several requests at once: all or none. Raises `UserError` for more than rows and queue hold."""
         taken = asyncio.get_running_loop().create_future()
         jobs = [Job(self, model, request, taken) for request in requests]
         with self._lock:
@@ -181,7 +181,10 @@ class Worker:
                 what = "is shutting down" if self._state == "draining" else "has failed, and will be restarted"
                 raise Unavailable(f"the server {what}: try again")
             rows = sum(job.rows_left for job in [*self._open] if job.model is model)
-            if rows + sum(request.n for request in requests) > model.engine.pools.max_rows + self.max_queue:
+            wanted, room = sum(request.n for request in requests), model.engine.pools.max_rows + self.max_queue
+            if wanted > room:
+                raise UserError(f"{wanted:,} texts at once: {model.name} takes {room:,}, so send fewer at a time")
+            if rows + wanted > room:
                 raise Busy(f"the queue of {model.name} is full ({rows} rows run or wait): try again")
             self._open |= dict.fromkeys(jobs)
         self._commands.put(partial(self._insert, jobs))
