@@ -166,7 +166,17 @@ class Engine:
 
     @property
     def is_busy(self) -> bool:
-        return bool(self._waiting or any(pool.rows for pool in self.pools))
+        return self.waiting_rows + self.running_rows > 0
+
+    @property
+    def running_rows(self) -> int:
+        """Rows in a slot, also those whose prompt is still read."""
+        return sum(len(pool.rows) for pool in self.pools)
+
+    @property
+    def waiting_rows(self) -> int:
+        """Rows without a slot."""
+        return len(self._waiting)
 
     def insert(self, request: Request) -> int:
         """Begin a request; returns its handle, which its events bear.
