@@ -233,8 +233,7 @@ class ChatMessage(Fields):
     @classmethod
     def _is_text(cls, content: Any) -> Any:
         for part in content if isinstance(content, list) else ():
-            kind = part.get("type", "text") if isinstance(part, dict) else "text"
-            if kind != "text":
+            if isinstance(part, dict) and (kind := part.get("type", "text")) != "text":
                 what = f"content of type {kind!r:.80} is not supported: the models read text alone"
                 raise ApiError(400, what, "messages", "unsupported_parameter")
         return content
