@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 import pydantic_core
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from slmkit.config import Settings, UserError, did_you_mean, load_settings, read_table
 from slmkit.generation.sampling_settings import Bias, CountPenalty, SamplingSettings
@@ -214,6 +214,15 @@ class ChatMessage(Fields):
     reasoning: str | None = None
     refusal: str | None = None
     annotations: list[Any] | None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _is_text(cls, content: Any) -> Any:
+        for part in content if isinstance(content, list) else ():
+            if isinstance(part, dict) and (kind := part.get("type", "text")) != "text":
+                what = f"content of type {kind!r:.80} is not supported: the models read text alone"
+                raise ApiError(400, what, "messages", "unsupported_parameter")
+        return content
 
     def for_template(self) -> JSON:
         """As templates expect it: content as one text, arguments as an object."""

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 JSON = dict[str, Any]
 KEYS = "SLM_API_KEYS"  # environment: keys, separated by commas
 LEAST_KEY = 16  # characters
+NO_MODEL = "none, since no run has learned to chat: slm ui MODEL serves any model"
 USUAL = {"temperature": 0.6, "top_p": 0.95, "min_p": 0.05}  # of the page, as of `slm chat`, for models without advice
 
 
@@ -62,6 +63,8 @@ def serve_models(settings: ServeSettings) -> int:
     or port that cannot be had: all before anything is loaded.
     """
     directories, settings.keys = named_models(settings.models), read_keys(settings.key_file)
+    if settings.data is not None and not settings.data.is_dir():
+        raise UserError(f"--data {settings.data}: no such folder; expected what `slm data prepare` wrote")
     if settings.engine == "llamacpp":
         raise UserError("--engine llamacpp: needs models as GGUF, which this version does not write; take slm or vllm")
     from slmkit.serving.server import bind, serve
@@ -117,7 +120,9 @@ def tell_ready(settings: ServeSettings, listening: socket.socket, models: Sequen
     from slmkit.serving.server import url_of
 
     url = url_of(listening)
-    print(f"{url}/v1 is ready; Ctrl-C ends it. Models:", *(models or ["none"]), sep="\n  ")
+    print(f"{url}/v1 is ready; Ctrl-C ends it. Models:", *(models or [NO_MODEL]), sep="\n  ")
+    if settings.ui and not settings.runs.is_dir():
+        print(f"--runs {settings.runs}: no such folder yet, so the page shows no runs")
     print(f"the page: {url}/" if settings.ui else f"try: curl {url}/v1/models", flush=True)
     if settings.browser:
         open_browser(url)
