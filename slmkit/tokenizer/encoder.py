@@ -87,7 +87,11 @@ class TextEncoder:
         self.spelled, self.secretly = _any_of(self.special), _any_of(self.secret)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("fast", "ordinary", "_stand_ins", "_widths")}
+        return {
+            name: value
+            for name, value in self.__dict__.items()
+            if name not in ("fast", "ordinary", "_stand_ins", "_widths")
+        }
 
     @cached_property
     def fast(self) -> FastEncoder | None:
@@ -215,7 +219,7 @@ class TextEncoder:
 
     @cached_property
     def _widths(self) -> tuple[np.ndarray, np.ndarray]:
-        """The length of each token [ids] in bytes, as it is spelled and with special tokens in their secret spelling."""
+        """Bytes of each token [ids]: of its spelling, and of the secret one where it is special."""
         widths = np.array([len(token or b"") for token in self.bytes])
         secretly = widths.copy()
         secretly[[*self.secret.values()]] = [len(secret.encode()) for secret in self.secret]
