@@ -26,7 +26,8 @@ from slmkit.serving.doors import HEADERS, Doors, Limits, is_loopback, refusal_pa
 from slmkit.serving.protocol import ApiError
 
 if TYPE_CHECKING:
-    from slmkit.serving.worker import Metrics, State  # imports torch, and the port is taken before that
+    from slmkit.serving.metrics import Metrics
+    from slmkit.serving.worker import State  # imports torch, and the port is taken before that
 
 FILES = 256  # that a process has open beside its connections
 WHY_NO_PORT = {
@@ -152,6 +153,8 @@ class Server(uvicorn.Server):
         await super().main_loop()
         if self.worker is not None:
             draining = asyncio.create_task(self.worker.drain(self.drain))
+            if (await asyncio.wait([draining], timeout=0.1))[1]:  # requests are open
+                print(f"finishing open requests, at most {self.drain:g} s; Ctrl-C ends them at once", flush=True)
             while not draining.done() and not self.force_exit:
                 await asyncio.sleep(0.02)
 

@@ -27,8 +27,9 @@ from fastapi.responses import Response
 from slmkit.config import UserError
 from slmkit.serving.answers import event_line
 from slmkit.serving.app import base_app, named
+from slmkit.serving.metrics import Metrics
 from slmkit.serving.protocol import json_object, try_later
-from slmkit.serving.worker import Metrics, State, failed
+from slmkit.serving.worker import State, failed
 
 MEMORY = 0.9  # of a GPU, for all models together; vLLM's own default for one
 HANDED_ON = (b"content-type", b"content-length", b"retry-after")

@@ -9,26 +9,20 @@ returns and the end of the thread are the worker's own failure: every open reque
 from __future__ import annotations
 
 import asyncio
-import bisect
 import contextlib
-import itertools
 import logging
 import queue
 import threading
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from functools import partial
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
-
-import prometheus_client as prometheus
-from prometheus_client.core import HistogramMetricFamily
-from prometheus_client.registry import Collector
 
 from slmkit.config import UserError
 from slmkit.generation.engine import Event, Request
+from slmkit.serving.metrics import Metrics
 from slmkit.serving.protocol import ApiError, try_later
 
 if TYPE_CHECKING:
@@ -37,8 +31,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 State = Literal["ok", "draining", "failed"]
 MOST_FAULTS = 3  # of an engine, without a request that it finished in between
-BETWEEN_TOKENS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)  # seconds
-TO_FIRST_TOKEN = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
 
 logger = logging.getLogger(__name__)
 
@@ -73,61 +65,6 @@ class Job:
     def cancel(self) -> None:
         """The rows leave before the next step. A job that has ended is no error. May be called from any thread."""
         self._worker.end_soon(self)
-
-
-class Gaps(Collector):
-    """A histogram of the times between tokens for each model. prometheus_client's own takes ten times as long for a
-    value, which at thousands of tokens a second was a tenth of the engines' thread.
-    """
-
-    def __init__(self, models: Sequence[ServedModel]) -> None:
-        self.counts = {model.name: [0] * (len(BETWEEN_TOKENS) + 1) for model in models}
-        self.sums = {model.name: 0.0 for model in models}
-
-    def add(self, model: str, seconds: float) -> None:
-        self.counts[model][bisect.bisect_left(BETWEEN_TOKENS, seconds)] += 1
-        self.sums[model] += seconds
-
-    def collect(self) -> Iterator[HistogramMetricFamily]:
-        name, edges = "slm_time_between_tokens_seconds", [*map(str, map(float, BETWEEN_TOKENS)), "+Inf"]
-        family = HistogramMetricFamily(name, "Between two tokens of a row.", labels=["model"])
-        for model, counts in self.counts.items():
-            family.add_metric([model], [*zip(edges, itertools.accumulate(counts))], self.sums[model])
-        yield family
-
-
-class Metrics:
-    """What `/metrics` shows, in a registry of its own."""
-
-    def __init__(self, models: Sequence[ServedModel]) -> None:
-        self.registry = registry = prometheus.CollectorRegistry()
-
-        def counter(name: str, about: str, *labels: str) -> prometheus.Counter:
-            return prometheus.Counter(f"slm_{name}", about, labels, registry=registry)
-
-        def times(name: str, about: str, buckets: Sequence[float]) -> prometheus.Histogram:
-            return prometheus.Histogram(f"slm_{name}_seconds", about, ["model"], registry=registry, buckets=buckets)
-
-        self.requests = counter("requests", "Answered HTTP requests.", "route", "model", "status")
-        self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts that were read.", "model")
-        self.cached_tokens = counter("cached_prompt_tokens", "Tokens of prompts taken from the prefix cache.", "model")
-        self.generated_tokens = counter("generated_tokens", "New tokens.", "model")
-        self.steps = counter("engine_steps", "Steps of the engine.", "model")
-        self.faults = counter("engine_faults", "Steps that failed; the engine was made anew.", "model")
-        self.first_token = times("time_to_first_token", "From the request to a row's first token.", TO_FIRST_TOKEN)
-        self.between_tokens = Gaps(models)
-        registry.register(self.between_tokens)
-        running = prometheus.Gauge("slm_running_rows", "Rows in the engine's slots.", ["model"], registry=registry)
-        waiting = prometheus.Gauge("slm_waiting_rows", "Rows without a slot.", ["model"], registry=registry)
-        for model in models:
-            running.labels(model.name).set_function(partial(attrgetter("engine.running_rows"), model))
-            waiting.labels(model.name).set_function(partial(attrgetter("engine.waiting_rows"), model))
-
-    def count_first(self, model: str, event: Event, prompt: int, seconds: float) -> None:
-        """A row's first event, so long after its request came. `prompt`: its tokens."""
-        self.first_token.labels(model).observe(seconds)
-        self.cached_tokens.labels(model).inc(event.cached_tokens)
-        self.prompt_tokens.labels(model).inc(prompt - event.cached_tokens)
 
 
 class Worker:
@@ -183,13 +120,16 @@ class Worker:
         return (await self.submit_all(model, [request]))[0]
 
     async def submit_all(self, model: ServedModel, requests: Sequence[Request]) -> list[Job]:
-        """`submit` for several requests at once: all are taken, or none."""
+        """`submit` for several requests at once: all or none. Raises `UserError` for more than rows and queue hold."""
         self._loop = asyncio.get_running_loop()
         jobs = [Job(self, model, request) for request in requests]
         with self._lock:
             self.expect("ok")
             rows = sum(job.rows_left for job in self._open if job.model is model)
-            if rows + sum(request.n for request in requests) > model.engine.pools.max_rows + self.max_queue:
+            wanted, room = sum(request.n for request in requests), model.engine.pools.max_rows + self.max_queue
+            if wanted > room:
+                raise UserError(f"{wanted:,} texts at once: {model.name} takes {room:,}, so send fewer at a time")
+            if rows + wanted > room:
                 raise try_later(429, f"the queue of {model.name} is full ({rows} rows run or wait): try again")
             self._open |= dict.fromkeys(jobs)
         try:
