@@ -24,6 +24,7 @@ class Reply:
     sent: float
     pieces: list[tuple[float, bytes]] = field(default_factory=list)  # as they came from the socket
     lost: bool = False  # the connection ended before the answer
+    ended: bool = False  # the whole answer is there
 
     @property
     def status(self) -> int:
@@ -81,7 +82,7 @@ def _chunks(body: bytes) -> list[bytes]:
 
 
 class Connection(asyncio.Protocol):
-    """A connection that is kept for one request after the other."""
+    """One connection, for one request after the other."""
 
     def __init__(self) -> None:
         self.transport: asyncio.Transport
@@ -131,12 +132,18 @@ class Connection(asyncio.Protocol):
     async def post(self, path: str, content: Mapping[str, Any] | bytes, **headers: str) -> Reply:
         """The whole reply, or as much as came: then it is `lost`."""
         reply = self.send(path, content, headers)
+        await self.end()
+        return reply
+
+    async def end(self) -> None:
+        """Wait for the end of the answer."""
+        assert self.reply is not None
         assert self.answered is not None
         try:
             await self.answered
+            self.reply.ended = True
         except ConnectionError:
-            reply.lost = True
-        return reply
+            self.reply.lost = True
 
     def close(self) -> None:
         self.transport.close()
@@ -153,21 +160,20 @@ async def load(
 ) -> list[Reply | None]:
     """The reply to each content, in their order, by clients that take the next one as soon as they have an answer.
 
-    After `seconds` the clients leave; what was not answered then is None.
+    Each request has a connection of its own, since some servers close theirs without a word. After `seconds` the
+    clients leave: some replies have not `ended` then, and those to requests that were not sent are None.
     """
     replies: list[Reply | None] = [None] * len(contents)
     bodies, numbers = [json.dumps(content).encode() for content in contents], itertools.count()
 
     async def one() -> None:
-        connection = await Connection.open(url)
-        try:
-            while (number := next(numbers)) < len(bodies):
-                reply = await connection.post(path, bodies[number])
-                replies[number] = reply
-                if reply.lost or connection.transport.is_closing():
-                    connection = await Connection.open(url)
-        finally:
-            connection.cut()
+        while (number := next(numbers)) < len(bodies):
+            connection = await Connection.open(url)
+            try:
+                replies[number] = connection.send(path, bodies[number])
+                await connection.end()
+            finally:
+                connection.cut()
 
     tasks = [asyncio.create_task(one()) for _ in range(min(clients, len(contents)))]
     _, late = await asyncio.wait(tasks, timeout=seconds)

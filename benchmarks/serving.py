@@ -7,7 +7,7 @@ python -m benchmarks.serving runs/quickstart/chat --smoke    # one round with fe
 python -m benchmarks.serving --draw docs/serving.png         # the chart of what was measured
 
 1,000 streamed chat requests of 200 clients, each of which sends the next as soon as it has an answer. Prompts ask for
-stories that nobody was trained on, a quarter of them behind an earlier one; answers are greedy and of 24 to 72 tokens.
+stories that nobody was trained on, a quarter of them behind an earlier one; answers are greedy and of 16 to 48 tokens.
 In each round each server is started, answers some prompts one at a time, which tell what each text should be, then all
 at once. All compute in float32.
 """
@@ -20,6 +20,7 @@ import contextlib
 import datetime
 import itertools
 import json
+import math
 import os
 import random
 import resource
@@ -43,8 +44,8 @@ from slmkit.data.stories import conversation
 from slmkit.find import find_model_directory
 
 CHAT = "/v1/chat/completions"
-CLIENTS, REQUESTS, TEXTS, ALONE = 200, 1_000, 200, 40
-LENGTHS = (24, 32, 48, 64, 72)  # new tokens
+CLIENTS, REQUESTS, TEXTS, ALONE = 200, 1_000, 100, 20
+LENGTHS = (16, 24, 32, 40, 48)  # new tokens
 ROWS = 64  # texts that slmkit and llama.cpp continue at the same time
 EARLIER = 400  # characters of an earlier story in the prompt
 LONGEST = 256  # tokens of prompt and answer
@@ -68,7 +69,7 @@ class Server:
         return {"messages": messages, "max_tokens": tokens, "stream": True, **self.body}
 
 
-def servers(model: Path, gguf: Path, rows: int) -> dict[str, Server]:
+def servers(model: Path, gguf: Path, rows: int, threads: int) -> dict[str, Server]:
     """All that are compared. `model`: a directory of transformers' files; `gguf` is written from it."""
     greedy = {"temperature": 0, "ignore_eos": True}
     # transformers has no field for it.
@@ -86,7 +87,8 @@ def servers(model: Path, gguf: Path, rows: int) -> dict[str, Server]:
     # By default its cache takes most of the memory, and a minute to begin.
     paged = ("--cb-block-size", "64", "--cb-num-blocks", f"{rows * LONGEST // 64}", "--cb-max-batch-tokens", "512")
     of_transformers = {"model": str(model), "generation_config": config}
-    offline = {"HF_HUB_OFFLINE": "1"}
+    computing = {"OMP_NUM_THREADS": str(threads)}
+    offline = {"HF_HUB_OFFLINE": "1"} | computing
     llama_cpp = (
         sys.executable,
         "-m",
@@ -98,12 +100,14 @@ def servers(model: Path, gguf: Path, rows: int) -> dict[str, Server]:
         str(LONGEST),
     )
     return {
-        "slmkit": Server((slm, "serve", f"model={model}", "--max-rows", str(rows), *port), greedy | {"model": "model"}),
+        "slmkit": Server(
+            (slm, "serve", f"model={model}", "--max-rows", str(rows), *port), greedy | {"model": "model"}, computing
+        ),
         "transformers": Server((*transformers, *port), of_transformers, offline),
         "transformers, continuous batching": Server(
             (*transformers, "--continuous-batching", *paged, *port), of_transformers, offline
         ),
-        "llama.cpp": Server((*llama_cpp, *port), greedy | {"model": gguf.stem}),
+        "llama.cpp": Server((*llama_cpp, *port), greedy | {"model": gguf.stem}, computing),
     }
 
 
@@ -169,11 +173,15 @@ def figures(replies: Sequence[Reply], tokens: int, seconds: float) -> dict[str, 
     first, gaps = list[float](), list[float]()
     for reply in replies:
         times = [came for came, _ in reply.deltas()]
-        first.append(times[0] - reply.sent)
+        first += [came - reply.sent for came in times[:1]]
         gaps += [after - before for before, after in itertools.pairwise(times)]
     found = {"tokens_per_second": tokens / seconds}
     for name, values in (("first token", first), ("gap", gaps)):
-        cuts = statistics.quantiles(values, n=100, method="inclusive") if len(values) > 1 else values * 99
+        cuts = (
+            statistics.quantiles(values, n=100, method="inclusive")
+            if len(values) > 1
+            else [values[0] if values else math.inf] * 99
+        )
         found |= {f"{name} p{percent}": cuts[percent - 1] * 1000 for percent in PERCENTILES}
     return found
 
@@ -203,19 +211,20 @@ def measure(server: Server, asked: Sequence[tuple[Messages, int]], alone: int, o
         found = run(load(url, CHAT, [contents[number] for number in order], clients, seconds))
         took, used = time.perf_counter() - begun, cpu_seconds() - used
         memory = peak_mib(process)
-    right = [(number, reply) for number, reply in zip(order, found) if reply is not None and not is_lost(reply)]
+    begun_ones = [(number, reply) for number, reply in zip(order, found) if reply is not None]
+    right = [(number, reply) for number, reply in begun_ones if reply.ended and not is_lost(reply)]
     compared = [(number, reply) for number, reply in right if number < len(expected)]
-    wrong = sum((reply.text, reply.finish_reason) != expected[number] for number, reply in compared)
     counts = {
         "sent": len(order),
         "answered": len(right),
-        "lost": sum(reply is not None and is_lost(reply) for reply in found),
-        "in time": sum(reply is not None for reply in found),
+        "lost": sum((reply.ended or reply.lost) and is_lost(reply) for _, reply in begun_ones),
         "compared": len(compared),
-        "wrong": wrong,
+        "wrong": sum((reply.text, reply.finish_reason) != expected[number] for number, reply in compared),
     }
     took = min(took, seconds)
-    loaded = figures([reply for _, reply in right], sum(asked[number][1] for number, _ in right), took)
+    tokens = sum(asked[number][1] for number, _ in right)
+    tokens += sum(len(reply.deltas()) for _, reply in begun_ones if not reply.ended)  # of answers that were cut
+    loaded = figures([reply for _, reply in begun_ones], tokens, took)
     return Round(rates, loaded, counts, memory, used / took)
 
 
@@ -263,13 +272,13 @@ def compare(arguments: argparse.Namespace, folder: Path) -> Iterator[dict[str, A
     model = find_model_directory(str(arguments.model)).resolve()
     gguf = folder / "model.gguf"
     write_gguf(load_file(model / "model.safetensors"), SLMConfig.from_pretrained(model), gguf, "F32", model)
-    peers = servers(model, gguf, arguments.rows)
+    peers = servers(model, gguf, arguments.rows, arguments.threads)
     names = [name for name in peers if name.startswith(tuple(arguments.only or [""]))]
     asked = prompts(TEXTS)
     result: dict[str, Any] = {
         "date": datetime.datetime.now().isoformat(timespec="minutes"),
         "what": f"{arguments.requests} requests of {arguments.clients} clients, {len(asked)} prompts, answers of "
-        f"{min(LENGTHS)} to {max(LENGTHS)} tokens, greedy, float32, {arguments.rows} rows",
+        f"{min(LENGTHS)} to {max(LENGTHS)} tokens, greedy, float32, {arguments.rows} rows, {arguments.threads} threads",
         "machine": machine(),
         "load_average": [],
         "servers": {},
@@ -363,6 +372,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, help=f"default: {REQUESTS}")
     parser.add_argument("--rounds", type=int, help="default: 3")
     parser.add_argument("--rows", type=int, default=ROWS, help="texts that slmkit and llama.cpp continue at once")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="that compute; 1 on a busy machine")
     parser.add_argument(
         "--seconds", type=float, default=30, help="the most that a peer may take for the load of a round"
     )

@@ -29,7 +29,6 @@ HEADERS = {
 }  # fmt: skip
 PREFLIGHT = [
     (b"access-control-allow-methods", b"GET, POST"), (b"access-control-max-age", b"600"),
-    (b"access-control-allow-headers", b"authorization, content-type"),
 ]  # fmt: skip
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
@@ -120,7 +119,10 @@ class Doors:
                     403, f"Origin {origin!r:.100}: not allowed (--cors allows it)", code="origin_not_allowed"
                 )
             if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
-                await send({"type": "http.response.start", "status": 204, "headers": PREFLIGHT})
+                # Any headers: OpenAI's JavaScript client sends some of its own.
+                wanted = headers.get("access-control-request-headers", "").encode("latin-1")
+                allowed = [*PREFLIGHT, (b"access-control-allow-headers", wanted)]
+                await send({"type": "http.response.start", "status": 204, "headers": allowed})
                 await send({"type": "http.response.body"})
                 return
         elif headers.get("sec-fetch-site") == "cross-site" and not is_public:

@@ -135,6 +135,7 @@ class Worker:
         self._lock = threading.Lock()  # of the state and the open jobs: none begins after the worker has failed
         self._open: dict[Job, None] = {}  # in order of their arrival
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # None: the end
+        self._functions = deque[Callable[[], None]]()  # of `run`: one between two steps, so that they hold up nobody
         # The thread's own, but for the watch, which reads `_busy_since`:
         self._running: dict[tuple[str, int], Job] = {}  # (model, handle) → job
         self._unsent: defaultdict[Job, list[Event]] = defaultdict(list)  # and jobs without news but their end
@@ -161,7 +162,7 @@ class Worker:
         """End the thread after the present step; requests that are open end with `Failed`."""
         self._stopped.set()
         self._commands.put(None)
-        self._thread.join(timeout=self.step_seconds)
+        self._thread.join(timeout=1.0 if self._state == "failed" else self.step_seconds)  # its step may never return
 
     async def submit(self, model: ServedModel, request: Request) -> Job:
         """Returns when the engine has taken the request.
@@ -186,7 +187,7 @@ class Worker:
         self._commands.put(partial(self._insert, jobs))
         try:
             await taken
-        except asyncio.CancelledError:
+        except BaseException:  # also those that another engine has taken after a fault
             for job in jobs:
                 job.cancel()
             raise
@@ -205,7 +206,8 @@ class Worker:
             except BaseException as error:
                 future.set_exception(error)
 
-        self._commands.put(obey)
+        self._functions.append(obey)
+        self._commands.put(lambda: None)  # wakes the thread
         while not concurrent.futures.wait([future], timeout=0.5).done:
             if self._state == "failed" or not self._thread.is_alive():
                 raise Unavailable("the server has failed, and will be restarted: try again")
@@ -229,11 +231,13 @@ class Worker:
     def _run(self) -> None:
         try:
             while self._obey():
+                if self._functions:
+                    self._functions.popleft()()
                 for model in self.models:
                     if model.engine.is_busy:
                         self._step(model)
                 now = time.monotonic()
-                while (job := next(iter(self._open), None)) and now - job.began > self.request_seconds:
+                while (job := self._oldest()) and now - job.began > self.request_seconds:
                     self._end(job, Failed(f"the request took longer than {self.request_seconds:g} s", 504))
                 self._send()
         except BaseException:
@@ -244,7 +248,7 @@ class Worker:
     def _obey(self) -> bool:
         """Run the commands that wait; with nothing else to do, wait for one. False: the end."""
         while self._state != "failed":
-            is_busy = bool(self._unsent) or any(model.engine.is_busy for model in self.models)
+            is_busy = bool(self._unsent or self._functions) or any(model.engine.is_busy for model in self.models)
             self._busy_since = time.monotonic() if is_busy else None
             try:
                 command = self._commands.get(block=not is_busy)
@@ -255,6 +259,10 @@ class Worker:
             self._busy_since = time.monotonic()
             command()
         return False
+
+    def _oldest(self) -> Job | None:
+        with self._lock:  # the event loop must not add one between `iter` and `next`
+            return next(iter(self._open), None)
 
     def _insert(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
@@ -302,7 +310,8 @@ class Worker:
     def _end(self, job: Job, error: Exception | None = None) -> None:
         """Take a job out, with its rows that still run. One that has ended is no error."""
         if job in self._open:
-            del self._open[job]
+            with self._lock:
+                self._open.pop(job, None)
             if job.handle is not None:
                 del self._running[job.model.name, job.handle]
                 job.model.engine.remove(job.handle)

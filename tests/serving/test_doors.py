@@ -199,12 +199,13 @@ def test_pages_of_other_sites_can_neither_ask_nor_read(plain: Running) -> None:
 def test_an_origin_that_was_told_may_and_never_with_credentials(served: ServedModel) -> None:
     told, other = "https://chat.example.org", "https://chat.example.org.evil.example"
     with server(served, origins=[told], keys=[KEY]) as running:
-        asked = {"access_control_request_method": "POST", "access_control_request_headers": "authorization"}
+        names = "authorization,content-type,x-stainless-os"  # of OpenAI's JavaScript client
+        asked = {"access_control_request_method": "POST", "access_control_request_headers": names}
         preflight = ask(running.url, "OPTIONS", "/v1/completions", origin=told, **asked)  # it has no key
         assert (preflight.status, preflight.body) == (204, b"")
         assert preflight.headers["access-control-allow-origin"] == told
         assert preflight.headers["access-control-allow-methods"] == "GET, POST"
-        assert "authorization" in preflight.headers["access-control-allow-headers"]
+        assert preflight.headers["access-control-allow-headers"] == names
         answer = ask(running.url, "POST", "/v1/completions", completion(), origin=told, authorization=f"Bearer {KEY}")
         assert (answer.status, answer.headers["access-control-allow-origin"]) == (200, told)
         assert answer.headers["vary"] == "Origin"

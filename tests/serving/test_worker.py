@@ -209,6 +209,25 @@ def test_a_submission_that_is_given_up_before_it_is_taken_never_starts() -> None
         go(main)
 
 
+def test_requests_that_come_while_the_thread_looks_for_the_oldest_one() -> None:
+    class Slow(dict[Job, None]):
+        def __iter__(self) -> Iterator[Job]:
+            found = super().__iter__()
+            time.sleep(0.005)
+            return found
+
+    async def main() -> None:
+        jobs = await asyncio.gather(*(worker.submit(cast(Any, model), request(k, 5)) for k in range(20)))
+        more = [await worker.submit(cast(Any, model), request(k, 5)) for k in range(20)]
+        assert [len(await tokens_of(job)) for job in [*jobs, *more]] == [5] * 40
+        assert worker.state == "ok"
+
+    model = Model()
+    with started(model) as worker:
+        worker._open = Slow()
+        go(main)
+
+
 def test_a_full_queue_refuses_at_once_and_takes_again() -> None:
     async def main() -> None:
         jobs = [await worker.submit(cast(Any, model), request(k, 30)) for k in range(6)]
@@ -350,19 +369,21 @@ def test_a_thread_that_dies_ends_every_request_and_is_seen_at_once(monkeypatch: 
 
 def test_a_step_that_never_returns_is_seen() -> None:
     async def main() -> None:
-        release = threading.Event()
+        job = await worker.submit(cast(Any, model), request(1, 400))
+        worker.run(lambda: setattr(model.engine, "step", lambda: release.wait() and []))
+        with pytest.raises(Failed, match="does not answer"):
+            await tokens_of(job)
+        assert worker.state == "failed"
+
+    model, release = Model(slow=0.002), threading.Event()
+    with started(model, step_seconds=3) as worker:
         try:
-            job = await worker.submit(cast(Any, model), request(1, 400))
-            worker.run(lambda: setattr(model.engine, "step", lambda: release.wait() and []))
-            with pytest.raises(Failed, match="does not answer"):
-                await tokens_of(job)
-            assert worker.state == "failed"
+            go(main)
+            began = time.monotonic()
+            worker.stop()
+            assert time.monotonic() - began < 2  # the process can end
         finally:
             release.set()
-
-    model = Model(slow=0.002)
-    with started(model, step_seconds=0.4) as worker:
-        go(main)
 
 
 def test_an_idle_worker_has_not_failed() -> None:
@@ -383,6 +404,31 @@ def test_functions_of_others_run_between_two_steps_and_may_fail() -> None:
         with pytest.raises(UserError, match="no"):
             worker.run(lambda: (_ for _ in ()).throw(UserError("no")))
         assert worker.state == "ok"
+
+
+def test_functions_of_others_do_not_hold_up_the_steps() -> None:
+    def compute() -> None:
+        while not is_done.is_set():
+            worker.run(lambda: time.sleep(0.005))
+            calls.append(time.monotonic())
+
+    async def main() -> None:
+        job = await worker.submit(cast(Any, model), request(1, 50))
+        threads = [threading.Thread(target=compute) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        try:
+            began = time.monotonic()
+            assert await tokens_of(job) == alone(model, request(1, 50))
+            assert len([call for call in calls if call >= began]) > 20  # one between two steps
+        finally:
+            is_done.set()
+            for thread in threads:
+                thread.join()
+
+    model, is_done, calls = Model(slow=0.005), threading.Event(), list[float]()
+    with started(model) as worker:
+        go(main, 20)
 
 
 def test_draining_finishes_what_runs_refuses_what_comes_and_ends_the_rest() -> None:
