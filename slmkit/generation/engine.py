@@ -315,24 +315,20 @@ class Engine:
             return Event(
                 row.handle, row.index, None, finish_reason="length", prompt_logprobs=read, cached_tokens=cached
             )
-        if token in FAULTS:
-            return self._fault(row, FAULTS[token], cached)
         of_token: Logprobs = []
-        if row.request.logprobs is not None:
-            found = log_probabilities(logits, self._tensor([token]), row.request.logprobs)
-            of_token = listed(found, [token])[0]
         try:
+            if token in FAULTS:
+                raise UserError(FAULTS[token])
+            if row.request.logprobs is not None:
+                found = log_probabilities(logits, self._tensor([token]), row.request.logprobs)
+                of_token = listed(found, [token])[0]
             text, reason = row.accept(token, self.context)
-        except UserError as error:  # the grammar has become too large
-            return self._fault(row, str(error), cached)
+        except UserError as error:  # of this row alone: its logits, or a grammar that has become too large
+            row.pool.leave(row, keep=False)
+            return Event(row.handle, row.index, None, finish_reason="error", error=str(error), cached_tokens=cached)
         if reason is not None:
             row.pool.leave(row)
         return Event(row.handle, row.index, token, text, reason, "", of_token, read, cached)
-
-    def _fault(self, row: Row, error: str, cached: int) -> Event:
-        """A row's end with an error."""
-        row.pool.leave(row, keep=False)
-        return Event(row.handle, row.index, None, finish_reason="error", error=error, cached_tokens=cached)
 
     def _tensor(self, ids: Any) -> Tensor:
         return torch.tensor(ids, dtype=torch.long, device=self.decoder.device)
