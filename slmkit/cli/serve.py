@@ -32,15 +32,16 @@ MaxQueue = Annotated[int, typer.Option(min=0, help="Texts of a model that wait; 
 RequestSeconds = Annotated[float, typer.Option(min=0.1, help="The longest that a request may take.")]
 Drain = Annotated[float, typer.Option(min=0, help="Seconds that open requests get to finish after SIGTERM or Ctrl-C.")]
 MaxBody = Annotated[int, typer.Option(min=1, help="Bytes of a request's body; beyond it clients get 413.")]
-KeyRequests = Annotated[int | None, typer.Option(min=1, help="Requests of a key at once; default: no limit.")]
-KeyMinute = Annotated[int | None, typer.Option(min=1, help="Requests of a key in a minute; default: no limit.")]
-CORS = Annotated[
-    list[str] | None,
-    typer.Option(metavar="ORIGIN", help="A site whose pages may call the server, as https://example.org; repeatable."),
+AtOnce = Annotated[
+    int | None, typer.Option("--key-requests", min=1, help="Requests of a key at once; default: no limit.")
 ]
-AllowHost = Annotated[
-    list[str] | None, typer.Option(metavar="NAME", help="Another name of this server in a URL; repeatable.")
+PerMinute = Annotated[
+    int | None, typer.Option("--key-minute", min=1, help="Requests of a key in a minute; default: no limit.")
 ]
+ALLOWED = "A site whose pages may call the server, as https://example.org; repeatable."
+Origins = Annotated[list[str] | None, typer.Option("--cors", metavar="ORIGIN", help=ALLOWED)]
+NAMES = "Another name of this server in a URL; repeatable."
+Hosts = Annotated[list[str] | None, typer.Option("--allow-host", metavar="NAME", help=NAMES)]
 UI = Annotated[bool, typer.Option("--ui", help="Serve the page at / too: chat, runs, a look inside, data.")]
 Runs = Annotated[Path, typer.Option(metavar="FOLDER", help="Runs that the page shows.")]
 Data = Annotated[
@@ -64,10 +65,10 @@ def serve(
     request_seconds: RequestSeconds = 600.0,
     drain: Drain = 30.0,
     max_body: MaxBody = 2**20,
-    key_requests: KeyRequests = None,
-    key_minute: KeyMinute = None,
-    cors: CORS = None,
-    allow_host: AllowHost = None,
+    requests_per_key: AtOnce = None,
+    requests_per_minute: PerMinute = None,
+    origins: Origins = None,
+    hosts: Hosts = None,
     ui: UI = False,
     runs: Runs = Path("runs"),
     data: Data = None,
@@ -111,6 +112,7 @@ def _serve(given: dict[str, Any]) -> None:
     try:
         from slmkit.workflows.serve import ServeSettings, serve_models
 
+        given = {name: value for name, value in given.items() if value is not None}
         code = serve_models(load_settings(ServeSettings, given))
     except ModuleNotFoundError as error:
         if error.name not in ("fastapi", "uvicorn", "prometheus_client", "h11", "starlette"):

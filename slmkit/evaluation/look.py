@@ -12,9 +12,9 @@ since hooks on the decoder capture what passes through it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -101,7 +101,8 @@ def attention_weights(decoder: LanguageModel, ids: Sequence[int], layer: int) ->
         values = torch.eye(k.size(2), dtype=q.dtype, device=q.device).expand(*k.shape[:2], -1, -1)
         found.append(attend(q, k, values, inputs, module.scale, module.cap, 0.0))  # [1, heads, tokens, tokens]
 
-    _run(plain, ids, [plain.blocks[layer].attention.register_forward_pre_hook(weigh)])
+    attention: Any = plain.blocks[layer].attention
+    _run(plain, ids, [attention.register_forward_pre_hook(weigh)])
     return found[0][0].float()
 
 
@@ -191,10 +192,10 @@ def _rounded(values: Any) -> Any:
 def _predictions(decoder: LanguageModel, hidden: Tensor, ids: Sequence[int], k: int) -> Predictions:
     """Hidden states [tokens, width] of a layer → what the last norm and the head make of them."""
     _expect("k", k, 1, decoder.vocab_size)
-    parts = list[tuple[Tensor, ...]]()
+    parts, norm = list[tuple[Tensor, ...]](), cast(Callable[[Tensor], Tensor], decoder.norm)
     following = torch.tensor([*ids[1:], 0], device=hidden.device)  # [tokens]; after the last one any id
     for states, true in zip(hidden.split(POSITIONS_AT_ONCE), following.split(POSITIONS_AT_ONCE)):
-        log_p = decoder.logits(decoder.norm(states)).float().log_softmax(-1)  # [positions, vocab_size]
+        log_p = decoder.logits(norm(states)).float().log_softmax(-1)  # [positions, vocab_size]
         if not log_p.isfinite().all():
             raise UserError(FAULTS[-1])
         of_true, best = log_p.gather(-1, true[:, None]), log_p.topk(k)

@@ -192,7 +192,8 @@ def _entries(
 ) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """Places of rows, each with values by id → the index of all of them in logits, and the values."""
     row = np.repeat([place for place, _ in entries], [len(of_row) for _, of_row in entries])
-    ids, values = ([*chain.from_iterable(part)] for part in ((x for _, x in entries), (x.values() for _, x in entries)))
+    ids = [*chain.from_iterable(of_row for _, of_row in entries)]
+    values = [*chain.from_iterable(of_row.values() for _, of_row in entries)]
     return (_on(logits, row), _on(logits, ids)), torch.tensor(values, dtype=logits.dtype).to(logits.device)
 
 

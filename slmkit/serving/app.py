@@ -1,19 +1,23 @@
-"""The routes of the server. The event loop never computes: requests are read, rendered and encoded in a thread of the
-pool, and models run in the worker's.
+"""The routes of the server and of its page. The event loop never computes: requests are read, rendered and encoded in a
+thread of the pool, and models run in the worker's.
+
+GET /                  index.html of the page
+GET /page/FILE         a file of `serving/page`: read once, at the start; no path of a request is ever opened
+POST /page/NAME        a function of `Page`, whose arguments are in the JSON body → JSON
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
-import logging
-import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+import hashlib
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic.json_schema import models_json_schema
 from starlette.concurrency import run_in_threadpool
@@ -23,7 +27,6 @@ from slmkit.config import UserError, did_you_mean
 from slmkit.generation import engine
 from slmkit.serving.answers import Answer, event_line
 from slmkit.serving.models import ServedModel, chat_requests, completion_requests
-from slmkit.serving.page import Page, add_page
 from slmkit.serving.protocol import (
     JSON,
     ApiError,
@@ -32,53 +35,101 @@ from slmkit.serving.protocol import (
     CompletionRequest,
     EmbeddingRequest,
     Error,
+    api_error,
+    json_object,
     read,
     several,
 )
-from slmkit.serving.worker import Busy, Failed, Job, Unavailable, Worker
+from slmkit.serving.worker import Job, Worker
 
 if TYPE_CHECKING:
-    from slmkit.serving.doors import Limits
+    from slmkit.serving.server import Engines
 
 PATIENCE = 15.0  # seconds without a first token after which a comment keeps the connection open
+ANSWER = "id", "object", "created", "model", "choices", "usage"  # keys
+EMBEDDINGS = "object", "data", "model", "usage"
+TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+FILES = {
+    "/" if path.name == "index.html" else f"/page/{path.name}": (path.read_bytes(), TYPES[path.suffix])
+    for path in sorted((Path(__file__).parent / "page").iterdir())
+    if path.suffix in TYPES
+}
+PAGE_HEADERS = {  # `Doors` adds the other headers of security
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Cache-Control": "no-cache",  # kept, and asked for again each time
+}
+Page = Mapping[str, Callable[..., Any]]
 T = TypeVar("T")
 C = TypeVar("C", ChatRequest, CompletionRequest)
-Prepare = Callable[[C, ServedModel, str], list[engine.Request]]
-logger = logging.getLogger(__name__)
 
 
-class ClientGone(Exception):  # noqa: N818
-    """The client has closed the connection."""
-
-
-def create_app(worker: Worker, models: Mapping[str, ServedModel], limits: Limits, page: Page | None = None) -> FastAPI:
+def create_app(worker: Worker, models: Mapping[str, ServedModel], page: Page | None = None) -> FastAPI:
     """The application, for `Doors` around it."""
-    # FastAPI's own pages of documentation load scripts from another host.
-    app = FastAPI(title="slmkit", version="1", docs_url=None, redoc_url=None)
-    for kind in (UserError, ApiError, Busy, Failed, HTTPException, ClientGone, Exception):
-        app.add_exception_handler(kind, _refused)
-    routes = Routes(worker, models)
-    errors = {status: _described("An error.", "Error") for status in ("4XX", "5XX")}
-    for path, call, kind, answer in (
-        ("/v1/chat/completions", routes.chat, ChatRequest, "Answer"),
-        ("/v1/completions", routes.completions, CompletionRequest, "Answer"),
-        ("/v1/embeddings", routes.embeddings, EmbeddingRequest, "Embeddings"),
+    app, routes = base_app(worker, {name: _entry(model) for name, model in models.items()}), Routes(worker, models)
+    for path, call, kind, keys in (
+        ("/v1/chat/completions", routes.chat, ChatRequest, ANSWER),
+        ("/v1/completions", routes.completions, CompletionRequest, ANSWER),
+        ("/v1/embeddings", routes.embeddings, EmbeddingRequest, EMBEDDINGS),
     ):
-        extra = {"requestBody": {"required": True, **_described("A request.", kind.__name__)}}
-        described = {"200": _described("The answer, whole or as events.", answer, "text/event-stream"), **errors}
+        asked = {"application/json": {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}}
+        answer = {"application/json": {"schema": {"type": "object", "required": keys}}, "text/event-stream": {}}
+        described: dict[int | str, JSON] = {200: {"description": "Whole, or as events.", "content": answer}}
+        extra = {"requestBody": {"required": True, "content": asked}}
         app.post(path, responses=described, openapi_extra=extra, response_class=Response)(call)
-    app.get("/v1/models", responses=errors)(routes.list_models)
-    app.get("/v1/models/{name:path}", responses=errors)(routes.one_model)
-    app.get("/health", responses=errors, response_model=None)(routes.health)
-    app.get("/metrics", responses=errors, response_class=PlainTextResponse)(routes.metrics)
     if page is not None:
         add_page(app, page)
     app.openapi = partial(_openapi, app, [*models])  # type: ignore[method-assign]
     return app
 
 
+def base_app(engines: Engines, models: Mapping[str, JSON]) -> FastAPI:
+    """The routes of every engine, and errors in OpenAI's envelope. `models`: the entries of `/v1/models` by name."""
+    # FastAPI's own pages of documentation load scripts from another host.
+    errors: dict[int | str, JSON] = {status: {"model": Error, "description": "An error."} for status in ("4XX", "5XX")}
+    app = FastAPI(title="slmkit", version="1", docs_url=None, redoc_url=None, responses=errors)
+    for kind in (UserError, ApiError, HTTPException, Exception):
+        app.add_exception_handler(kind, _refused)
+
+    @app.get("/v1/models")
+    async def list_models() -> JSON:
+        return {"object": "list", "data": [*models.values()]}
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> JSON:
+        return named(models, name)
+
+    @app.get("/health", response_model=None)
+    async def health() -> Response:
+        """200 while requests are taken; 503 during the end and after a failure."""
+        return JSONResponse({"status": engines.state}, 200 if engines.state == "ok" else 503)
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        return Response(generate_latest(engines.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    return app
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException):
+        codes = {404: "not_found", 405: "method_not_allowed"}
+        code = codes.get(error.status_code)
+        error = ApiError(error.status_code, str(error.detail), code=code, headers=error.headers)
+    found = api_error(error)
+    return JSONResponse(found.envelope(), found.status, found.headers)
+
+
+def named(known: Mapping[str, T], name: str) -> T:
+    """The model of a name. Raises `ApiError`."""
+    if name not in known:
+        near = did_you_mean(name[:100], known)
+        raise ApiError(404, f"there is no model {name!r:.100}; {near}", "model", "model_not_found")
+    return known[name]
+
+
 class Routes:
-    """The handlers."""
+    """The handlers of the routes that compute."""
 
     def __init__(self, worker: Worker, models: Mapping[str, ServedModel]) -> None:
         self.worker, self.models = worker, models
@@ -94,191 +145,126 @@ class Routes:
     async def embeddings(self, request: Request) -> Response:
         """The mean of the final hidden states of each text."""
         body = await request.body()
+        self.worker.expect("ok")
 
         def compute() -> JSON:
             asked = read(EmbeddingRequest, body)
-            model = self._model(request, asked)
-            inputs = [model.text_ids(one, least=0) for one in several(asked.input) if one != ""]
-            if len(inputs) < len(several(asked.input)):
+            model, inputs, data = self._model(request, asked), several(asked.input), list[JSON]()
+            if "" in inputs:
                 raise ApiError(400, "input: an empty text has no embedding", "input")
-            data = []
-            for index, ids in enumerate(inputs):
+            each = [model.text_ids(one, least=0) for one in inputs]
+            for index, ids in enumerate(each):
                 vector = model.embed(ids, self.worker.run).numpy().astype("<f4")
                 is_text = asked.encoding_format == "base64"
                 value = base64.b64encode(vector.tobytes()).decode() if is_text else vector.tolist()
                 data.append({"object": "embedding", "index": index, "embedding": value})
-            tokens = sum(map(len, inputs))
+            tokens = sum(map(len, each))
             usage = {"prompt_tokens": tokens, "total_tokens": tokens}
             return {"object": "list", "data": data, "model": model.name, "usage": usage}
 
         return JSONResponse(await run_in_threadpool(compute))
 
-    async def list_models(self) -> JSON:
-        return {"object": "list", "data": [_entry(model) for model in self.models.values()]}
-
-    async def one_model(self, name: str) -> JSON:
-        return _entry(self._named(name))
-
-    async def health(self) -> Response:
-        """200 while requests are taken; 503 during the end and after a failure."""
-        state = self.worker.state
-        return JSONResponse({"status": state}, 200 if state == "ok" else 503)
-
-    async def metrics(self) -> Response:
-        return Response(generate_latest(self.worker.registry), media_type=CONTENT_TYPE_LATEST)
-
-    # -- what they share
-
-    def _named(self, name: str) -> ServedModel:
-        if name not in self.models:
-            known = did_you_mean(name[:100], self.models)
-            raise ApiError(404, f"there is no model {name!r:.100}; {known}", "model", "model_not_found")
-        return self.models[name]
-
     def _model(self, request: Request, body: Common) -> ServedModel:
-        model = self._named(body.model)
+        model = named(self.models, body.model)
         request.state.model = model.name  # for the metrics
         return model
 
-    async def _generate(self, request: Request, kind: type[C], prepare: Prepare[C]) -> Response:
+    async def _generate(
+        self, request: Request, kind: type[C], prepare: Callable[[C, ServedModel, str], list[engine.Request]]
+    ) -> Response:
         """Read and prepare the request, give it to the engine, and answer whole or as a stream."""
-        content, group = await request.body(), getattr(request.state, "key_id", "")
+        content = await request.body()
 
         def begin() -> Answer:
             body = read(kind, content)
             model = self._model(request, body)
-            return Answer(model, body, prepare(body, model, group))
+            return Answer(model, body, prepare(body, model, request.state.key_id))
 
         answer = await run_in_threadpool(begin)
-        jobs: list[Job] = []
-
-        async def work() -> bytes | None:
-            jobs.extend(await self.worker.submit_all(answer.model, answer.requests))
-            return None if answer.body.stream else await answer.whole(jobs)
-
+        jobs = await self.worker.submit_all(answer.model, answer.requests)
+        if answer.body.stream:
+            return EventStream(answer.stream(jobs), jobs)
         try:
-            whole = await unless_gone(request.receive, work())
-            return (
-                EventStream(answer.stream(jobs), jobs)
-                if whole is None
-                else Response(whole, media_type="application/json")
-            )
-        except BaseException:
+            return Response(await answer.whole(jobs), media_type="application/json")
+        finally:
             for job in jobs:
                 job.cancel()
-            raise
 
 
-async def unless_gone(receive: Callable[[], Awaitable[Any]], work: Awaitable[T]) -> T:
-    """The result of `work`, which is cancelled when the client closes the connection. Raises `ClientGone` then."""
-
-    async def gone() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(gone())]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if not tasks[0].done():
-            raise ClientGone
-        return tasks[0].result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)
-
-
-class EventStream(Response):
-    """Server-sent events, until their end or until the client goes away."""
+class EventStream(StreamingResponse):
+    """Server-sent events; at their end, and when `Doors` sees that the client has gone, the jobs end."""
 
     def __init__(self, events: AsyncIterator[bytes], jobs: Sequence[Job]) -> None:
-        super().__init__(media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
-        del self.headers["content-length"]
-        self.events, self.jobs = events, jobs
+        super().__init__(_kept_open(events), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+        self.jobs = jobs
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
-            await unless_gone(receive, self._send(send))
-        except ClientGone:
-            pass
+            await self.stream_response(send)
         finally:
             for job in self.jobs:
                 job.cancel()
 
-    async def _send(self, send: Any) -> None:
+
+async def _kept_open(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """With comments until the first event, and an error as the last one."""
+    try:
+        first = asyncio.ensure_future(anext(events))
+        while not (await asyncio.wait({first}, timeout=PATIENCE))[0]:
+            yield b": waiting\n\n"
+        yield first.result()
+        async for event in events:
+            yield event
+    except Exception as error:
+        yield event_line(api_error(error).envelope())
+
+
+# -- the page ---------------------------------------------------------------------------------------------------------
+
+
+def add_page(app: FastAPI, page: Page) -> None:
+    """Serve the page at `/`, and the functions of `page` at `/page/NAME`. The files need no key, the functions do."""
+    for path, (content, kind) in FILES.items():
+        tag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
+        file = partial(_file, content=content, media_type=kind, headers=PAGE_HEADERS | {"ETag": tag})
+        app.add_route(path, file, methods=["GET", "HEAD"], include_in_schema=False)
+
+    @app.post("/page/{name}", include_in_schema=False)
+    async def call(name: str, request: Request) -> Response:
         try:
-            first = asyncio.ensure_future(anext(self.events))
-            while not (await asyncio.wait({first}, timeout=PATIENCE))[0]:
-                await send({"type": "http.response.body", "body": b": waiting\n\n", "more_body": True})
-            await send({"type": "http.response.body", "body": first.result(), "more_body": True})
-            async for event in self.events:
-                await send({"type": "http.response.body", "body": event, "more_body": True})
+            # A page of another site can have a browser send text/plain here without asking first; JSON it cannot.
+            if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+                raise ApiError(415, "expected a body of Content-Type: application/json")
+            body = json_object(await request.body())
+            if name not in page:
+                raise ApiError(404, f"the page has no function {name!r:.100}; {did_you_mean(name[:100], page)}")
+            # Written as JSON in the thread too: curves may be long.
+            return await run_in_threadpool(lambda: JSONResponse(page[name](**body)))
         except Exception as error:
-            last = event_line(api_error(error).envelope())
-            await send({"type": "http.response.body", "body": last, "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
+            return await _refused(request, error)
 
 
-# -- errors and descriptions ------------------------------------------------------------------------------------------
+async def _file(request: Request, **answer: Any) -> Response:
+    if answer["headers"]["ETag"] in request.headers.get("if-none-match", ""):
+        return Response(status_code=304, headers=answer["headers"])
+    return Response(**answer)
 
 
-def api_error(error: Exception) -> ApiError:
-    """Any exception as an error of the API. What is no answer to a client is logged."""
-    message, status = str(error), getattr(error, "status", 500)
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, ClientGone):
-        return ApiError(499, "the client has closed the connection")  # for the metrics: nobody reads it
-    if isinstance(error, UserError):
-        name = message.partition(":")[0]  # most begin with the field
-        return ApiError(400, message, name if name.isidentifier() else None)
-    if isinstance(error, Busy):
-        code = "service_unavailable" if isinstance(error, Unavailable) else "rate_limit_exceeded"
-        return ApiError(status, message, code=code, headers={"Retry-After": str(math.ceil(error.retry_after))})
-    if isinstance(error, Failed):
-        return ApiError(status, message, code="generation_failed")
-    if isinstance(error, HTTPException):
-        codes = {404: "not_found", 405: "method_not_allowed"}
-        return ApiError(error.status_code, str(error.detail), code=codes.get(error.status_code), headers=error.headers)
-    logger.error("a request failed", exc_info=error)
-    return ApiError(500, "the server failed on this request: its log says why", code="internal_error")
-
-
-async def _refused(request: Request, error: Exception) -> Response:
-    found = api_error(error)
-    return JSONResponse(found.envelope(), found.status, found.headers)
+# -- descriptions -----------------------------------------------------------------------------------------------------
 
 
 def _entry(model: ServedModel) -> JSON:
-    context = model.decoder.max_positions
-    return {
-        "id": model.name,
-        "object": "model",
-        "created": model.created,
-        "owned_by": "slmkit",
-        "max_model_len": context,
-    }
-
-
-ANSWERS: JSON = {
-    "Answer": {"type": "object", "required": ["id", "object", "created", "model", "choices", "usage"]},
-    "Embeddings": {"type": "object", "required": ["object", "data", "model", "usage"]},
-}
-
-
-def _described(what: str, schema: str, *others: str) -> JSON:
-    """JSON of a schema of the OpenAPI document, or other types of content."""
-    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
-    return {"description": what, "content": content | {kind: {} for kind in others}}
+    facts = {"id": model.name, "object": "model", "created": model.created, "owned_by": "slmkit"}
+    return facts | {"max_model_len": model.decoder.max_positions}
 
 
 def _openapi(app: FastAPI, names: list[str]) -> JSON:
-    """FastAPI's description of the routes, with the schemas of requests and answers. `names`: of the models."""
-    kinds = [(kind, "validation") for kind in (ChatRequest, CompletionRequest, EmbeddingRequest, Error)]
-    _, found = models_json_schema(kinds, ref_template="#/components/schemas/{model}")
-    for kind, _ in kinds[:3]:
-        found["$defs"][kind.__name__]["properties"]["model"]["enum"] = names
+    """FastAPI's description of the routes, with the schemas of requests. `names`: of the models."""
+    kinds = ChatRequest, CompletionRequest, EmbeddingRequest
+    each, template = [(kind, "validation") for kind in kinds], "#/components/schemas/{model}"
+    schemas = models_json_schema(each, ref_template=template)[1]["$defs"]  # type: ignore[arg-type]
+    for kind in kinds:
+        schemas[kind.__name__]["properties"]["model"]["enum"] = names
     document = FastAPI.openapi(app)
-    document.setdefault("components", {}).setdefault("schemas", {}).update(found["$defs"] | ANSWERS)
+    document["components"]["schemas"] |= schemas
     return document

@@ -8,18 +8,17 @@ import hashlib
 import hmac
 import ipaddress
 import json
-import logging
-import math
 import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any
 
+import anyio
 from pydantic import Field, field_validator
 
 from slmkit.config import Settings
-from slmkit.serving.protocol import ApiError
+from slmkit.serving.protocol import ApiError, api_error, try_later
 
 PUBLIC = re.compile(r"/$|/health$|/page/")  # to GET without a key: the page's files, and whether the server is well
 LOCAL = {"localhost", "127.0.0.1", "[::1]"}  # names of this machine in a Host header
@@ -32,7 +31,6 @@ PREFLIGHT = [
 ]  # fmt: skip
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
-logger = logging.getLogger(__name__)
 
 
 class Limits(Settings):
@@ -97,46 +95,40 @@ class Doors:
                 is_complete = not message.get("more_body", False)
             await send(message)
 
+        until_gone = anyio.CancelScope()
         try:
-            await self._pass(scope, headers, receive, answer)
-        except ApiError as refusal:
-            await _refuse(refusal, receive, answer)
-        except Exception:
-            if not is_complete:  # else the application has logged and answered it
-                logger.exception("an error in the application")
-            if not is_started:
-                await _refuse(
-                    ApiError(500, "the server failed on this request", code="internal_error"), receive, answer
-                )
-            elif not is_complete:
+            with until_gone:
+                await self._pass(scope, headers, receive, answer, until_gone)
+        except Exception as error:
+            if is_complete:  # the application has logged and answered it
+                return
+            refusal = api_error(error)
+            if is_started:
                 raise  # uvicorn closes the connection
+            await _refuse(refusal, receive, answer)
+        if until_gone.cancelled_caught and not is_started:
+            self._note(scope, 499)
 
-    async def _pass(self, scope: Any, headers: Mapping[str, str], receive: Any, send: Any) -> None:
-        """Hand the request to the application. Raises `ApiError` for one that may not come in."""
-        size = (
-            len(scope["raw_path"]) + len(scope["query_string"]) + sum(len(n) + len(v) + 4 for n, v in scope["headers"])
-        )
-        if size > self.limits.max_headers:  # h11 bounds only those that come in parts
-            raise ApiError(431, f"headers of more than {self.limits.max_headers:,} bytes", code="headers_too_large")
+    async def _pass(
+        self, scope: Any, headers: Mapping[str, str], receive: Any, send: Any, until_gone: anyio.CancelScope
+    ) -> None:
+        """Hand the request to the application, which is cancelled when the client closes the connection.
+
+        Raises `ApiError` for a request that may not come in.
+        """
+        self._expect_no_more_headers(scope)
+        is_public = scope["method"] in ("GET", "HEAD") and PUBLIC.match(scope["path"]) is not None
         if {"content-length", "transfer-encoding"} <= headers.keys():  # a proxy may have believed the other one
             raise ApiError(400, "a body with both Content-Length and Transfer-Encoding", code="invalid_http")
-        self._check_host(scope, headers)
-        is_public = scope["method"] in ("GET", "HEAD") and PUBLIC.match(scope["path"]) is not None
-        origin = headers.get("origin")
-        if origin is not None and origin.partition("://")[2] != headers.get("host"):
-            if origin not in self.limits.origins:
-                raise ApiError(
-                    403, f"Origin {origin!r:.100}: not allowed (--cors allows it)", code="origin_not_allowed"
-                )
-            if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
-                # Any headers: OpenAI's JavaScript client sends some of its own.
-                wanted = headers.get("access-control-request-headers", "").encode("latin-1")
-                allowed = [*PREFLIGHT, (b"access-control-allow-headers", wanted)]
-                await send({"type": "http.response.start", "status": 204, "headers": allowed})
-                await send({"type": "http.response.body"})
-                return
-        elif headers.get("sec-fetch-site") == "cross-site" and not is_public:
-            raise ApiError(403, "a request of another site's page", code="origin_not_allowed")
+        self._expect_own_host(scope["server"][0], headers)
+        self._expect_own_site(headers, is_public)
+        if scope["method"] == "OPTIONS" and {"origin", "access-control-request-method"} <= headers.keys():
+            # Any headers: OpenAI's JavaScript client sends some of its own.
+            wanted = headers.get("access-control-request-headers", "").encode("latin-1")
+            allowed = [*PREFLIGHT, (b"access-control-allow-headers", wanted)]
+            await send({"type": "http.response.start", "status": 204, "headers": allowed})
+            await send({"type": "http.response.body"})
+            return
         key = "" if is_public else self._key_of(headers)
         scope.setdefault("state", {})["key_id"] = key
         with contextlib.nullcontext() if is_public else self._counted(key):
@@ -145,18 +137,43 @@ class Doors:
             async def replay() -> Any:
                 return messages.pop() if messages else await receive()
 
-            await self.app(scope, replay, send)
+            async def watch() -> None:
+                while (await receive())["type"] != "http.disconnect":
+                    pass
+                until_gone.cancel()
 
-    def _check_host(self, scope: Any, headers: Mapping[str, str]) -> None:
+            watching = asyncio.ensure_future(watch())
+            try:
+                await self.app(scope, replay, send)
+            finally:
+                watching.cancel()
+
+    def _expect_no_more_headers(self, scope: Any) -> None:
+        """h11 bounds only headers that come in parts. Raises `ApiError` for more than the limit."""
+        size = sum(len(name) + len(value) + 4 for name, value in scope["headers"])
+        if size + len(scope["raw_path"]) + len(scope["query_string"]) > self.limits.max_headers:
+            raise ApiError(431, f"headers of more than {self.limits.max_headers:,} bytes", code="headers_too_large")
+
+    def _expect_own_host(self, address: str, headers: Mapping[str, str]) -> None:
         """Another site may let its own name lead to this machine (DNS rebinding), whose browser then takes both for
         one. Raises `ApiError` for a name that is not this server's.
         """
         host = headers.get("host", "")
-        if self.limits.hosts or is_loopback(scope["server"][0]):
-            name = re.sub(r":\d*$", "", host).lower()
-            if name not in LOCAL.union(self.limits.hosts):
-                what = f"Host {host!r:.100}: not a name of this server (--allow-host NAME makes it one)"
-                raise ApiError(403, what, code="host_not_allowed")
+        name = re.sub(r":\d*$", "", host).lower()
+        if (self.limits.hosts or is_loopback(address)) and name not in LOCAL.union(self.limits.hosts):
+            what = f"Host {host!r:.100}: not a name of this server (--allow-host NAME makes it one)"
+            raise ApiError(403, what, code="host_not_allowed")
+
+    def _expect_own_site(self, headers: Mapping[str, str], is_public: bool) -> None:
+        """Raises `ApiError` for a request of another site's page, unless its origin is allowed."""
+        origin = headers.get("origin")
+        if origin is None:
+            is_foreign = headers.get("sec-fetch-site") == "cross-site" and not is_public
+        else:
+            is_foreign = origin.partition("://")[2] != headers.get("host") and origin not in self.limits.origins
+        if is_foreign:
+            what = f"a page of another site, Origin {origin!r:.100}: not allowed (--cors ORIGIN allows it)"
+            raise ApiError(403, what, code="origin_not_allowed")
 
     def _key_of(self, headers: Mapping[str, str]) -> str:
         """The digest of the request's key. Raises `ApiError` for none, or a wrong one."""
@@ -175,12 +192,12 @@ class Doors:
         """Raises `ApiError` for a key with too many requests, at once or per minute."""
         at_once, minute, now = self.limits.requests_per_key, self.limits.requests_per_minute, time.monotonic()
         if at_once is not None and self.open[key] >= at_once:
-            raise _too_many(f"{at_once} requests of this key are open: wait for one", 1)
+            raise try_later(429, f"{at_once} requests of this key are open: wait for one")
         if minute is not None:  # a bucket of `minute` requests, which fills again in a minute
             left, then = self.allowed.get(key, (float(minute), now))
             left = min(minute, left + (now - then) * minute / 60)
             if left < 1:
-                raise _too_many(f"more than {minute} requests of this key in a minute", (1 - left) * 60 / minute)
+                raise try_later(429, f"more than {minute} requests of this key in a minute", (1 - left) * 60 / minute)
             self.allowed[key] = left - 1, now
         self.open[key] += 1
         try:
@@ -196,8 +213,6 @@ class Doors:
             raise ApiError(415, "a compressed body: send it as it is", code="unsupported_encoding")
         if int(headers.get("content-length", 0)) > most:
             raise too_large
-        if "content-length" not in headers and "transfer-encoding" not in headers:
-            return b""
         try:
             async with asyncio.timeout(self.limits.body_seconds):
                 while not is_whole:
@@ -252,10 +267,6 @@ async def _refuse(refusal: ApiError, receive: Any, send: Any) -> None:
                 while (await receive()).get("more_body"):
                     pass
     await send({"type": "http.response.body", "body": body})
-
-
-def _too_many(message: str, seconds: float) -> ApiError:
-    return ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": str(math.ceil(seconds))})
 
 
 def _encoded(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:

@@ -27,7 +27,7 @@ from slmkit.serving.protocol import (
     ChatRequest,
     CompletionRequest,
     Generation,
-    NamedTool,
+    Tool,
     several,
 )
 from slmkit.tokenizer import SLMTokenizer
@@ -213,11 +213,9 @@ def _request(
 def _grammar(body: Generation, model: ServedModel) -> Grammar | None:
     """What the text must be. Raises `ApiError` for several rules, and for what cannot be enforced."""
     given, wanted = body.structured_outputs, getattr(body, "response_format", None)
-    rules = (
-        []
-        if given is None
-        else [(Grammar.json_schema, given.json_), (Grammar.regex, given.regex), (Grammar.choices, given.choice)]
-    )
+    rules: list[tuple[Callable[..., Grammar], Any]] = []
+    if given is not None:
+        rules = [(Grammar.json_schema, given.json_), (Grammar.regex, given.regex), (Grammar.choices, given.choice)]
     param = "structured_outputs" if given is not None else "response_format"
     if wanted is not None and wanted.type == "json_object":
         rules.append((Grammar.json_schema, ANY_OBJECT))
@@ -239,7 +237,7 @@ def _tools(body: ChatRequest) -> list[Any]:
     choice, tools = body.tool_choice, body.tools or []
     if choice not in (None, "none", "auto") and not tools:
         raise ApiError(400, "tool_choice: needs tools", "tool_choice")
-    if isinstance(choice, NamedTool) and choice.function.name not in [tool.function.name for tool in tools]:
+    if isinstance(choice, Tool) and choice.function.name not in [tool.function.name for tool in tools]:
         raise ApiError(400, f"tool_choice: there is no tool {choice.function.name!r}", "tool_choice")
     return [] if choice == "none" else tools
 
@@ -253,7 +251,7 @@ def _call_format(model: ServedModel, param: str) -> CallFormat:
 
 def _schema_of_calls(body: ChatRequest, written: CallFormat) -> JSON:
     """The schema of a call of one of the tools, or of the one that is named."""
-    named = body.tool_choice.function.name if isinstance(body.tool_choice, NamedTool) else None
+    named = body.tool_choice.function.name if isinstance(body.tool_choice, Tool) else None
     kinds = [
         {
             "type": "object",

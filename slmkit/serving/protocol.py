@@ -7,10 +7,13 @@ name, and so is a misspelling, with the nearest name. Every number, text and lis
 from __future__ import annotations
 
 import json
+import logging
+import math
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
+import pydantic
 import pydantic_core
 from pydantic import ConfigDict, Field, model_validator
 
@@ -22,6 +25,7 @@ from slmkit.model.files import generation_config as published
 MOST_ROWS = 128  # texts of one request: prompts times `n`
 LONGEST_MESSAGE = 600  # characters of an error, which may quote what was sent
 JSON = dict[str, Any]
+logger = logging.getLogger(__name__)
 
 # Known fields that would change the answer, and what to do instead.
 REFUSED = {
@@ -62,6 +66,26 @@ class ApiError(Exception):
         kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         message = str(self) if len(str(self)) <= LONGEST_MESSAGE else f"{str(self)[:LONGEST_MESSAGE]}…"
         return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def try_later(status: int, message: str, seconds: float = 1.0) -> ApiError:
+    """With `Retry-After`: 429 for too many requests, 503 from a server that takes none."""
+    code = "rate_limit_exceeded" if status == 429 else "service_unavailable"
+    return ApiError(status, message, code=code, headers={"Retry-After": str(math.ceil(seconds))})
+
+
+def api_error(error: Exception) -> ApiError:
+    """Any exception as an error of the API. One that is no answer to a client is logged."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, UserError):
+        name = str(error).partition(":")[0]  # most begin with the field
+        return ApiError(400, str(error), name if name.isidentifier() else None)
+    if isinstance(error, pydantic.ValidationError):  # of the arguments of the page's functions
+        first = error.errors()[0]
+        return ApiError(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+    logger.error("a request failed", exc_info=error)
+    return ApiError(500, "the server failed on this request: its log says why", code="internal_error")
 
 
 class Fields(Settings):
@@ -230,15 +254,6 @@ class Tool(Fields):
     function: ToolFunction
 
 
-class NamedFunction(Fields):
-    name: str
-
-
-class NamedTool(Fields):
-    type: Literal["function"]
-    function: NamedFunction
-
-
 class JSONSchema(Fields):
     name: str | None = None
     description: str | None = None
@@ -260,7 +275,7 @@ class ChatRequest(Generation):
     top_logprobs: Top | None = None
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(fail_fast=True, max_length=128)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | Tool | None = None
     parallel_tool_calls: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -294,15 +309,20 @@ class Error(Settings):
 R = TypeVar("R", bound=Common)
 
 
-def read(kind: type[R], body: bytes) -> R:
-    """The request in a body. Raises `ApiError` with the field at fault."""
+def json_object(body: bytes) -> JSON:
+    """The object in a body. Raises `ApiError`."""
     try:  # bounded in depth; NaN and lone surrogates are errors
         content = pydantic_core.from_json(body, allow_inf_nan=False)
     except ValueError as error:
         raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from None
     if not isinstance(content, dict):
         raise ApiError(400, "the body: expected a JSON object", code="invalid_json")
-    content = {name: value for name, value in content.items() if value is not None}
+    return content
+
+
+def read(kind: type[R], body: bytes) -> R:
+    """The request in a body. Raises `ApiError` with the field at fault."""
+    content = {name: value for name, value in json_object(body).items() if value is not None}
     for name in content.keys() & REFUSED.keys():
         raise ApiError(400, f"{name} is not supported: {REFUSED[name]}", name, "unsupported_parameter")
     for name in content.keys() - set(kind.key_names()):

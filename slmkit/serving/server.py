@@ -7,17 +7,15 @@ uvicorn has no deadline for the receipt of a request, so `Connection` adds them.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import functools
 import resource
 import signal
 import socket
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from http import HTTPStatus
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import uvicorn
 from h11 import IDLE
@@ -28,13 +26,25 @@ from slmkit.serving.doors import HEADERS, Doors, Limits, is_loopback, refusal_pa
 from slmkit.serving.protocol import ApiError
 
 if TYPE_CHECKING:
-    from slmkit.serving.upstream import Upstreams
-    from slmkit.serving.worker import Worker  # imports torch, and the port is taken before that
-
-    Engines = Worker | Upstreams
+    from slmkit.serving.worker import Metrics, State  # imports torch, and the port is taken before that
 
 FILES = 256  # that a process has open beside its connections
+WHY_NO_PORT = {
+    errno.EACCES: "ports below 1024 need root's rights; take another, such as 8000",
+    errno.EADDRINUSE: "taken by another program; take another, or 0 for one that is free",
+}
 SEND_BUFFER = 2**17  # bytes that the kernel keeps for a client that reads slowly
+
+
+class Engines(Protocol):
+    """What runs the models: `Worker` or `Upstreams`."""
+
+    metrics: Metrics
+
+    @property
+    def state(self) -> State: ...
+
+    async def drain(self, seconds: float) -> None: ...
 
 
 class Connection(H11Protocol):
@@ -49,8 +59,8 @@ class Connection(H11Protocol):
             self.timers[name] = self.loop.call_later(seconds, end)
 
     def stop_timer(self, name: str) -> None:
-        if name in self.timers:
-            self.timers.pop(name).cancel()
+        if timer := self.timers.pop(name, None):
+            timer.cancel()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -108,20 +118,15 @@ class Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        for name in [*self.timers]:
-            self.stop_timer(name)
+        for timer in self.timers.values():
+            timer.cancel()
 
 
 class Server(uvicorn.Server):
     """uvicorn's, which drains the worker before it ends, and ends when the worker has failed."""
 
     def __init__(
-        self,
-        app: Any,
-        limits: Limits,
-        worker: Engines | None,
-        drain: float,
-        tell_ready: Callable[[], object],
+        self, app: Any, limits: Limits, worker: Engines | None, drain: float, tell_ready: Callable[[], object]
     ) -> None:
         self.worker, self.drain, self.tell_ready = worker, drain, tell_ready
         count = None if worker is None else lambda *labels: worker.metrics.requests.labels(*labels).inc()
@@ -176,13 +181,9 @@ def bind(host: str, port: int, has_keys: bool = False) -> socket.socket:
         return listening
     except socket.gaierror:
         raise UserError(f"--host {host}: no such host") from None
-    except PermissionError:
-        raise UserError(f"--port {port}: ports below 1024 need root's rights; take another, such as 8000") from None
     except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise UserError(
-                f"--port {port}: taken by another program; take another, or 0 for one that is free"
-            ) from None
+        if why := WHY_NO_PORT.get(error.errno or 0):
+            raise UserError(f"--port {port}: {why}") from None
         raise UserError(f"--host {host}: not an address of this machine ({error.strerror})") from None
 
 
@@ -192,12 +193,7 @@ def url_of(listening: socket.socket) -> str:
 
 
 def serve(
-    app: Any,
-    listening: socket.socket,
-    limits: Limits,
-    worker: Engines,
-    drain: float,
-    tell_ready: Callable[[], None],
+    app: Any, listening: socket.socket, limits: Limits, worker: Engines, drain: float, tell_ready: Callable[[], None]
 ) -> int:
     """Serve until SIGTERM or SIGINT, or the worker's failure. Then nothing new is taken, what is open has `drain`
     seconds to end, and the rest ends with an error. A second SIGINT ends it at once.
@@ -211,20 +207,3 @@ def serve(
     server = Server(app, limits, worker, drain, tell_ready)
     server.run(sockets=[listening])
     return 130 if server.force_exit else int(server.has_failed)
-
-
-@contextlib.contextmanager
-def running(
-    app: Any, limits: Limits | None = None, worker: Engines | None = None, *, drain: float = 0.0
-) -> Iterator[str]:
-    """The same in a thread, on a free port of 127.0.0.1: gives the URL, such as http://127.0.0.1:40001."""
-    listening, is_ready = bind("127.0.0.1", 0), threading.Event()
-    server = Server(app, limits or Limits(), worker, drain, is_ready.set)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="slm-http", daemon=True)
-    thread.start()
-    is_ready.wait()
-    try:
-        yield url_of(listening)
-    finally:
-        server.should_exit = True
-        thread.join()

@@ -18,22 +18,19 @@ import subprocess
 import time
 from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import fastapi
 import h11
-from fastapi.responses import JSONResponse, PlainTextResponse
-from prometheus_client import generate_latest
+from fastapi.responses import Response
 
 from slmkit.config import UserError
 from slmkit.serving.answers import event_line
-from slmkit.serving.app import ClientGone, unless_gone
-from slmkit.serving.metrics import Metrics
-from slmkit.serving.protocol import ApiError
-from slmkit.serving.worker import State
+from slmkit.serving.app import base_app, named
+from slmkit.serving.protocol import json_object, try_later
+from slmkit.serving.worker import Metrics, State, failed
 
 MEMORY = 0.9  # of a GPU, for all models together; vLLM's own default for one
-PROXIED = {"/v1/chat/completions", "/v1/completions", "/v1/embeddings"}
 HANDED_ON = (b"content-type", b"content-length", b"retry-after")
 GONE = (OSError, h11.RemoteProtocolError)
 
@@ -87,16 +84,20 @@ class Upstream:
 
 
 class Upstreams:
-    """The children of all models. To `server` it is what the worker is, and the application that hands requests on."""
+    """The children of all models. To `server` and `app` it is what the worker is; `app` hands requests on."""
 
     def __init__(self, directories: Mapping[str, Path], most_open: int, request_seconds: float) -> None:
         """`most_open`: requests at once. Raises `UserError` if vllm is not installed."""
         if shutil.which("vllm") is None:
             raise UserError("--engine vllm: no command vllm here: pip install vllm (it needs a GPU), or take slm")
-        self.most_open, self.request_seconds, self.created = most_open, request_seconds, int(time.time())
-        self.metrics, self.open, self.is_draining = Metrics([]), 0, False
+        self.most_open, self.request_seconds, self.open, self.is_draining = most_open, request_seconds, 0, False
+        self.metrics = Metrics([])
         share = MEMORY / len(directories)
         self.children = {name: Upstream(name, directory, share) for name, directory in directories.items()}
+        entry = {"object": "model", "created": int(time.time()), "owned_by": "vllm"}
+        self.app = base_app(self, {name: {"id": name, **entry} for name in self.children})
+        for path in ("/v1/chat/completions", "/v1/completions", "/v1/embeddings"):
+            self.app.post(path, response_class=Response)(self.hand_on)
 
     @property
     def state(self) -> State:
@@ -129,73 +130,46 @@ class Upstreams:
                 child.process.wait(10)
             child.kill()
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        path = scope["path"]
-        answer: Any = None
-        if (scope["method"], path) == ("GET", "/health"):
-            is_well = self.state == "ok" and all([await child.is_well() for child in self.children.values()])
-            answer = JSONResponse({"status": self.state}, 200 if is_well else 503)
-        elif (scope["method"], path) == ("GET", "/metrics"):
-            answer = PlainTextResponse(generate_latest(self.metrics.registry))
-        elif scope["method"] == "GET" and path == "/v1/models":
-            answer = JSONResponse({"object": "list", "data": [self._entry(name) for name in self.children]})
-        elif scope["method"] == "GET" and path.removeprefix("/v1/models/") in self.children:
-            answer = JSONResponse(self._entry(path.removeprefix("/v1/models/")))
-        elif scope["method"] == "POST" and path in PROXIED:
-            scope["route"] = SimpleNamespace(path=path)
-            await self._hand_on(scope, receive, send)
-            return
-        else:
-            raise ApiError(404, f"there is no {scope['method']} {path:.100}", code="not_found")
-        await answer(scope, receive, send)
-
-    def _entry(self, name: str) -> dict[str, Any]:
-        return {"id": name, "object": "model", "created": self.created, "owned_by": "vllm"}
-
-    async def _hand_on(self, scope: Any, receive: Any, send: Any) -> None:
+    async def hand_on(self, request: fastapi.Request) -> Response:
         """To the child of the model, with the caller's group of prefixes, and back what it answers."""
-        try:
-            body = json.loads((await receive())["body"])
-            child = self.children[body["model"]]
-        except (ValueError, RecursionError):
-            raise ApiError(400, "the body is no JSON") from None
-        except (KeyError, TypeError):
-            known = ", ".join(self.children)
-            raise ApiError(404, f"model: expected one of {known}", "model", "model_not_found") from None
+        body = json_object(await request.body())
+        child = named(self.children, str(body.get("model")))
+        request.state.model, key = child.name, request.state.key_id  # the model: for the metrics
         if self.state != "ok":
-            raise ApiError(503, "the server is shutting down", code="service_unavailable", headers={"Retry-After": "1"})
+            raise try_later(503, "the server is shutting down: try again")
         if self.open >= self.most_open:
-            raise ApiError(429, "the queue is full", code="rate_limit_exceeded", headers={"Retry-After": "1"})
-        scope["state"]["model"] = child.name
-        if scope["state"]["key_id"] and scope["path"] != "/v1/embeddings":
-            body["cache_salt"] = scope["state"]["key_id"]
-        self.open += 1
+            raise try_later(429, "the queue is full: try again")
+        if key and request.url.path != "/v1/embeddings":
+            body["cache_salt"] = key
+        return Copy(self, child.ask("POST", request.url.path, json.dumps(body).encode()))
+
+
+class Copy(Response):
+    """The response of a child, byte for byte. One that breaks off, or takes too long, ends with an error."""
+
+    def __init__(self, upstreams: Upstreams, events: AsyncGenerator[Any]) -> None:
+        super().__init__()
+        self.upstreams, self.events = upstreams, events
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        kind, seconds = b"", self.upstreams.request_seconds
+        self.upstreams.open += 1
         try:
-            events = child.ask("POST", scope["path"], json.dumps(body).encode())
-            await unless_gone(receive, _copy(events, send, self.request_seconds))
-        except ClientGone:
-            pass
+            async with asyncio.timeout(seconds), contextlib.aclosing(self.events) as events:
+                async for event in events:
+                    if isinstance(event, h11.Response):
+                        fields = [(name, value) for name, value in event.headers if name in HANDED_ON]
+                        kind = dict(fields).get(b"content-type", b"")
+                        await send({"type": "http.response.start", "status": event.status_code, "headers": fields})
+                    elif isinstance(event, h11.Data):
+                        await send({"type": "http.response.body", "body": bytes(event.data), "more_body": True})
+        except (*GONE, TimeoutError) as reason:
+            error = failed("the engine broke off before the answer was complete: send the request again")
+            if isinstance(reason, TimeoutError):
+                error = failed(f"the request took longer than {seconds:g} s", 504)
+            if not kind.startswith(b"text/event-stream"):
+                raise error from None
+            await send({"type": "http.response.body", "body": event_line(error.envelope()), "more_body": True})
         finally:
-            self.open -= 1
-
-
-async def _copy(events: AsyncGenerator[Any], send: Any, seconds: float) -> None:
-    """A response of a child, byte for byte. One that breaks off, or takes too long, ends with an error."""
-    kind = b""
-    try:
-        async with asyncio.timeout(seconds), contextlib.aclosing(events):
-            async for event in events:
-                if isinstance(event, h11.Response):
-                    fields = [(name, value) for name, value in event.headers if name in HANDED_ON]
-                    kind = dict(fields).get(b"content-type", b"")
-                    await send({"type": "http.response.start", "status": event.status_code, "headers": fields})
-                elif isinstance(event, h11.Data):
-                    await send({"type": "http.response.body", "body": bytes(event.data), "more_body": True})
-    except (*GONE, TimeoutError) as reason:
-        error = ApiError(500, "the engine broke off before the answer was complete: send the request again")
-        if isinstance(reason, TimeoutError):
-            error = ApiError(504, f"the request took longer than {seconds:g} s")
-        if not kind.startswith(b"text/event-stream"):
-            raise error from None
-        await send({"type": "http.response.body", "body": event_line(error.envelope()), "more_body": True})
-    await send({"type": "http.response.body", "body": b""})
+            self.upstreams.open -= 1
+        await send({"type": "http.response.body", "body": b""})

@@ -9,59 +9,43 @@ returns and the end of the thread are the worker's own failure: every open reque
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
+import bisect
 import contextlib
+import itertools
 import logging
 import queue
 import threading
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, InvalidStateError
 from functools import partial
-from typing import TYPE_CHECKING, Literal, TypeVar
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import prometheus_client as prometheus
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.registry import Collector
 
 from slmkit.config import UserError
 from slmkit.generation.engine import Event, Request
-from slmkit.serving.metrics import Metrics
+from slmkit.serving.protocol import ApiError, try_later
 
 if TYPE_CHECKING:
     from slmkit.serving.models import ServedModel
 
 T = TypeVar("T")
 State = Literal["ok", "draining", "failed"]
-FAULT = "the engine failed while it worked on this request: send it again"
 MOST_FAULTS = 3  # of an engine, without a request that it finished in between
-RETRY_AFTER = 1.0  # seconds: what a refused client is told; queues of small models are short
+BETWEEN_TOKENS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)  # seconds
+TO_FIRST_TOKEN = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
 
 logger = logging.getLogger(__name__)
 
 
-class Failed(Exception):  # noqa: N818
-    """A request that ended without its answer. `status`: 500 after a fault, 503 at the end of the server, 504 for one
-    that took too long.
-    """
-
-    def __init__(self, message: str, status: int = 500) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-class Busy(Exception):  # noqa: N818
-    """The queue is full (429). `retry_after`: seconds."""
-
-    status = 429
-
-    def __init__(self, message: str, retry_after: float = RETRY_AFTER) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
-
-
-class Unavailable(Busy):
-    """The server is shutting down, or has failed (503)."""
-
-    status = 503
+def failed(message: str, status: int = 500) -> ApiError:
+    """A request that ended without its answer: 500 after a fault, 503 at the server's end, 504 if it took too long."""
+    return ApiError(status, message, code="generation_failed")
 
 
 class Job:
@@ -71,46 +55,79 @@ class Job:
     slow reader delays nobody.
     """
 
-    def __init__(self, worker: Worker, model: ServedModel, request: Request, taken: asyncio.Future[None]) -> None:
-        self.model, self.request = model, request
-        self._worker, self._taken, self.loop = worker, taken, taken.get_loop()
-        self._events, self._news = deque[Event](), asyncio.Event()
-        self._error: Exception | None = None
-        self._has_ended = False
+    def __init__(self, worker: Worker, model: ServedModel, request: Request) -> None:
+        self.model, self.request, self._worker = model, request, worker
+        self.news = asyncio.Queue[Event | ApiError | None]()  # the last one is an error, or None
         # The worker thread's own:
         self.handle: int | None = None  # once the engine has it
         self.began, self.rows_left = time.monotonic(), request.n
         self.last_token: dict[int, float] = {}  # row → when
 
     async def __aiter__(self) -> AsyncIterator[Event]:
-        """Until the last row's end. Raises `Failed`."""
-        while True:
-            while self._events:
-                yield self._events.popleft()
-            if self._error is not None:
-                raise self._error
-            if self._has_ended:
-                return
-            await self._news.wait()
-            self._news.clear()
+        """Until the last row's end. Raises `ApiError` if the job failed."""
+        while (news := await self.news.get()) is not None:
+            if isinstance(news, ApiError):
+                raise news
+            yield news
 
     def cancel(self) -> None:
         """The rows leave before the next step. A job that has ended is no error. May be called from any thread."""
-        if not self._has_ended:
-            self._worker._commands.put(partial(self._worker._end, self))
+        self._worker.end_soon(self)
 
-    def receive(self, events: Sequence[Event], has_ended: bool, error: Exception | None) -> None:
-        """From the worker, in the event loop."""
-        if self._has_ended:
-            return
-        self._events.extend(events)
-        self._has_ended, self._error = has_ended, error
-        if not self._taken.done():
-            if error is None:
-                self._taken.set_result(None)
-            else:
-                self._taken.set_exception(error)
-        self._news.set()
+
+class Gaps(Collector):
+    """A histogram of the times between tokens for each model. prometheus_client's own takes ten times as long for a
+    value, which at thousands of tokens a second was a tenth of the engines' thread.
+    """
+
+    def __init__(self, models: Sequence[ServedModel]) -> None:
+        self.counts = {model.name: [0] * (len(BETWEEN_TOKENS) + 1) for model in models}
+        self.sums = {model.name: 0.0 for model in models}
+
+    def add(self, model: str, seconds: float) -> None:
+        self.counts[model][bisect.bisect_left(BETWEEN_TOKENS, seconds)] += 1
+        self.sums[model] += seconds
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        name, edges = "slm_time_between_tokens_seconds", [*map(str, map(float, BETWEEN_TOKENS)), "+Inf"]
+        family = HistogramMetricFamily(name, "Between two tokens of a row.", labels=["model"])
+        for model, counts in self.counts.items():
+            family.add_metric([model], [*zip(edges, itertools.accumulate(counts))], self.sums[model])
+        yield family
+
+
+class Metrics:
+    """What `/metrics` shows, in a registry of its own."""
+
+    def __init__(self, models: Sequence[ServedModel]) -> None:
+        self.registry = registry = prometheus.CollectorRegistry()
+
+        def counter(name: str, about: str, *labels: str) -> prometheus.Counter:
+            return prometheus.Counter(f"slm_{name}", about, labels, registry=registry)
+
+        def times(name: str, about: str, buckets: Sequence[float]) -> prometheus.Histogram:
+            return prometheus.Histogram(f"slm_{name}_seconds", about, ["model"], registry=registry, buckets=buckets)
+
+        self.requests = counter("requests", "Answered HTTP requests.", "route", "model", "status")
+        self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts that were read.", "model")
+        self.cached_tokens = counter("cached_prompt_tokens", "Tokens of prompts taken from the prefix cache.", "model")
+        self.generated_tokens = counter("generated_tokens", "New tokens.", "model")
+        self.steps = counter("engine_steps", "Steps of the engine.", "model")
+        self.faults = counter("engine_faults", "Steps that failed; the engine was made anew.", "model")
+        self.first_token = times("time_to_first_token", "From the request to a row's first token.", TO_FIRST_TOKEN)
+        self.between_tokens = Gaps(models)
+        registry.register(self.between_tokens)
+        running = prometheus.Gauge("slm_running_rows", "Rows in the engine's slots.", ["model"], registry=registry)
+        waiting = prometheus.Gauge("slm_waiting_rows", "Rows without a slot.", ["model"], registry=registry)
+        for model in models:
+            running.labels(model.name).set_function(partial(attrgetter("engine.running_rows"), model))
+            waiting.labels(model.name).set_function(partial(attrgetter("engine.waiting_rows"), model))
+
+    def count_first(self, model: str, event: Event, prompt: int, seconds: float) -> None:
+        """A row's first event, so long after its request came. `prompt`: its tokens."""
+        self.first_token.labels(model).observe(seconds)
+        self.cached_tokens.labels(model).inc(event.cached_tokens)
+        self.prompt_tokens.labels(model).inc(prompt - event.cached_tokens)
 
 
 class Worker:
@@ -131,99 +148,103 @@ class Worker:
         self.models, self.max_queue = list(models), max_queue
         self.request_seconds, self.step_seconds = request_seconds, step_seconds
         self.metrics = Metrics(self.models)
-        self._state: State = "ok"
-        self._lock = threading.Lock()  # of the state and the open jobs: none begins after the worker has failed
+        self.registry = self.metrics.registry
+        self.state: State = "ok"
+        self._lock = threading.Lock()  # of the state, the open jobs and the calls: none begins after a failure
         self._open: dict[Job, None] = {}  # in order of their arrival
-        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # None: the end
+        self._calls = set[Future[Any]]()
+        self._loop: asyncio.AbstractEventLoop | None = None  # that reads the jobs' news
+        self._commands: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()  # None: the end
         self._functions = deque[Callable[[], None]]()  # of `run`: one between two steps, so that they hold up nobody
-        # The thread's own, but for the watch, which reads `_busy_since`:
+        # The thread's own, but for the supervisor, which reads them after a failure:
         self._running: dict[tuple[str, int], Job] = {}  # (model, handle) → job
-        self._unsent: defaultdict[Job, list[Event]] = defaultdict(list)  # and jobs without news but their end
-        self._ended: dict[Job, Exception | None] = {}
+        self._unsent = defaultdict[Job, list[Event | ApiError | None]](list)
         self._faults = Counter[str]()  # of a model, since it last finished a request
         self._busy_since: float | None = None  # when the present command or step began
-        self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="slm-engine", daemon=True)
-        self._watch = threading.Thread(target=self._watch_steps, name="slm-watch", daemon=True)
-
-    @property
-    def registry(self) -> prometheus.CollectorRegistry:
-        return self.metrics.registry
-
-    @property
-    def state(self) -> State:
-        return self._state
+        self._supervisor = threading.Thread(target=self._supervise, name="slm-supervisor", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
-        self._watch.start()
+        self._supervisor.start()
 
     def stop(self) -> None:
-        """End the thread after the present step; requests that are open end with `Failed`."""
-        self._stopped.set()
+        """End the thread after the present step; requests that are open end with an error."""
         self._commands.put(None)
-        self._thread.join(timeout=1.0 if self._state == "failed" else self.step_seconds)  # its step may never return
+        self._supervisor.join()
 
     async def submit(self, model: ServedModel, request: Request) -> Job:
         """Returns when the engine has taken the request.
 
-        Raises `UserError` as `Engine.insert` does, `Busy` if the queue is full, `Unavailable` if the server is shutting
-        down or has failed, and `Failed`.
+        Raises `UserError` as `Engine.insert` does, and `ApiError`: 429 if the queue is full, 503 if the server is
+        shutting down or has failed, 500 after a fault.
         """
         return (await self.submit_all(model, [request]))[0]
 
     async def submit_all(self, model: ServedModel, requests: Sequence[Request]) -> list[Job]:
         """`submit` for several requests at once: all are taken, or none."""
-        taken = asyncio.get_running_loop().create_future()
-        jobs = [Job(self, model, request, taken) for request in requests]
+        self._loop = asyncio.get_running_loop()
+        jobs = [Job(self, model, request) for request in requests]
         with self._lock:
-            if self._state != "ok":
-                what = "is shutting down" if self._state == "draining" else "has failed, and will be restarted"
-                raise Unavailable(f"the server {what}: try again")
-            rows = sum(job.rows_left for job in [*self._open] if job.model is model)
+            self.expect("ok")
+            rows = sum(job.rows_left for job in self._open if job.model is model)
             if rows + sum(request.n for request in requests) > model.engine.pools.max_rows + self.max_queue:
-                raise Busy(f"the queue of {model.name} is full ({rows} rows run or wait): try again")
+                raise try_later(429, f"the queue of {model.name} is full ({rows} rows run or wait): try again")
             self._open |= dict.fromkeys(jobs)
-        self._commands.put(partial(self._insert, jobs))
         try:
-            await taken
-        except BaseException:  # also those that another engine has taken after a fault
+            await asyncio.wrap_future(self._call(partial(self._insert, jobs), self._commands.put))
+        except BaseException:
             for job in jobs:
                 job.cancel()
             raise
         return jobs
 
+    def end_soon(self, job: Job, error: ApiError | None = None) -> None:
+        self._commands.put(partial(self._end, job, error))
+
     def run(self, function: Callable[[], T]) -> T:
         """The result of `function`, which runs in the worker's thread between two steps. Blocks; from another thread.
 
-        Raises what the function raises, and `Unavailable` if the worker has failed.
+        Raises what the function raises, and `ApiError` (503) if the worker has failed.
         """
-        future: concurrent.futures.Future[T] = concurrent.futures.Future()
-
-        def obey() -> None:
-            try:
-                future.set_result(function())
-            except BaseException as error:
-                future.set_exception(error)
-
-        self._functions.append(obey)
+        future = self._call(function, self._functions.append)
         self._commands.put(lambda: None)  # wakes the thread
-        while not concurrent.futures.wait([future], timeout=0.5).done:
-            if self._state == "failed" or not self._thread.is_alive():
-                raise Unavailable("the server has failed, and will be restarted: try again")
         return future.result()
 
-    async def drain(self, seconds: float) -> None:
-        """Take no new request, and wait at most `seconds` for the open ones; the others end with `Failed`."""
+    def _call(self, function: Callable[[], T], put: Callable[[Callable[[], None]], object]) -> Future[T]:
+        future = Future[T]()
+
+        def obey() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function())
+                except BaseException as error:
+                    future.set_exception(error)
+
         with self._lock:
-            self._state = "draining" if self._state == "ok" else self._state
+            self.expect("ok", "draining")
+            self._calls.add(future)
+        future.add_done_callback(self._calls.discard)
+        put(obey)
+        return future
+
+    def expect(self, *states: State) -> None:
+        """Raises `ApiError` (503) in another state."""
+        if self.state not in states:
+            what = "is shutting down" if self.state == "draining" else "has failed, and will be restarted"
+            raise try_later(503, f"the server {what}: try again")
+
+    async def drain(self, seconds: float) -> None:
+        """Take no new request, and wait at most `seconds` for the open ones; the others end with an error."""
+        with self._lock:
+            self.state = "draining" if self.state == "ok" else self.state
         until = time.monotonic() + seconds
         while self._open and time.monotonic() < until:
             await asyncio.sleep(0.02)
-        error = Failed("the server was shut down before the answer was complete: send the request again", 503)
+        error = failed("the server was shut down before the answer was complete: send the request again", 503)
         for job in [*self._open]:
-            self._commands.put(partial(self._end, job, error))
-        while self._open and self._thread.is_alive() and time.monotonic() < until + 1:
+            self.end_soon(job, error)
+        while self._open and time.monotonic() < until + 1:
             await asyncio.sleep(0.02)
 
     # -- in the worker's thread
@@ -238,16 +259,14 @@ class Worker:
                         self._step(model)
                 now = time.monotonic()
                 while (job := self._oldest()) and now - job.began > self.request_seconds:
-                    self._end(job, Failed(f"the request took longer than {self.request_seconds:g} s", 504))
+                    self._end(job, failed(f"the request took longer than {self.request_seconds:g} s", 504))
                 self._send()
         except BaseException:
             logger.critical("the engines' thread has ended", exc_info=True)
-        finally:
-            self._fail("the server failed before the answer was complete: send the request again")
 
     def _obey(self) -> bool:
         """Run the commands that wait; with nothing else to do, wait for one. False: the end."""
-        while self._state != "failed":
+        while self.state != "failed":
             is_busy = bool(self._unsent or self._functions) or any(model.engine.is_busy for model in self.models)
             self._busy_since = time.monotonic() if is_busy else None
             try:
@@ -265,21 +284,20 @@ class Worker:
             return next(iter(self._open), None)
 
     def _insert(self, jobs: Sequence[Job]) -> None:
-        for job in jobs:
-            if job not in self._open:  # cancelled, or refused with another
-                continue
-            try:
-                job.handle = job.model.engine.insert(job.request)
-            except UserError as error:
-                for refused in jobs:
-                    self._end(refused, error)
-            except Exception:
-                logger.error(f"the engine of {job.model.name} failed, and is made anew", exc_info=True)
-                self._fault(job.model)
-                self._end(job, Failed(FAULT))
-            else:
-                self._running[job.model.name, job.handle] = job
-                self._unsent[job] = []  # it is taken
+        """Give jobs to their engine: all, or none."""
+        try:
+            for job in jobs:
+                if job in self._open:  # else a long step has used up its time
+                    job.handle = job.model.engine.insert(job.request)
+                    self._running[job.model.name, job.handle] = job
+            return
+        except UserError:
+            for refused in jobs:
+                self._end(refused)
+            raise
+        except Exception:
+            logger.error(f"the engine of {job.model.name} failed, and is made anew", exc_info=True)
+        raise self._fault(job.model)
 
     def _step(self, model: ServedModel) -> None:
         self._busy_since = time.monotonic()
@@ -307,7 +325,7 @@ class Worker:
                 self._faults[model.name] = 0
                 self._end(job)
 
-    def _end(self, job: Job, error: Exception | None = None) -> None:
+    def _end(self, job: Job, error: ApiError | None = None) -> None:
         """Take a job out, with its rows that still run. One that has ended is no error."""
         if job in self._open:
             with self._lock:
@@ -315,50 +333,52 @@ class Worker:
             if job.handle is not None:
                 del self._running[job.model.name, job.handle]
                 job.model.engine.remove(job.handle)
-            self._unsent[job], self._ended[job] = self._unsent[job], error
+            self._unsent[job].append(error)
 
-    def _fault(self, model: ServedModel) -> None:
+    def _fault(self, model: ServedModel) -> ApiError:
         """After an exception: make another engine, and fail the requests that this one had."""
         self.metrics.faults.labels(model.name).inc()
         self._faults[model.name] += 1
         if self._faults[model.name] >= MOST_FAULTS:
-            raise RuntimeError(f"the engine of {model.name} failed {MOST_FAULTS} times in a row")
+            logger.critical(f"the engine of {model.name} failed {MOST_FAULTS} times in a row")
+            self._commands.put(None)
         model.engine = model.new_engine()
-        for job in [job for job in [*self._open] if job.model is model and job.handle is not None]:
-            self._end(job, Failed(FAULT))
+        error = failed("the engine failed while it worked on this request: send it again")
+        for job in [job for job in self._running.values() if job.model is model]:
+            self._end(job, error)
+        return error
 
     def _send(self) -> None:
-        """One message to each event loop (only tests have several), for all jobs."""
-        by_loop = defaultdict[asyncio.AbstractEventLoop, list[Callable[[], None]]](list)
-        for job, events in self._unsent.items():
-            by_loop[job.loop].append(partial(job.receive, events, job in self._ended, self._ended.get(job)))
+        """One message to the event loop for all jobs."""
+        news = dict(self._unsent)
         self._unsent.clear()
-        self._ended.clear()
-        for loop, news in by_loop.items():
-            _call_all_in(loop, news)
+        self._tell(news)
 
-    def _fail(self, message: str) -> None:
-        """End every open request. From the thread itself at its end, or from the watch."""
-        with self._lock:
-            self._state = "failed" if not self._stopped.is_set() else self._state
-            jobs, self._open = [*self._open, *self._ended], {}
-        for job in jobs:
-            _call_all_in(job.loop, [partial(job.receive, (), True, Failed(message))])
+    def _tell(self, news: Mapping[Job, Sequence[Event | ApiError | None]]) -> None:
+        def call() -> None:
+            for job, items in news.items():
+                for item in items:
+                    job.news.put_nowait(item)
 
-    def _watch_steps(self) -> None:
-        while not self._stopped.wait(min(1.0, self.step_seconds / 4)):
-            began = self._busy_since
-            if began is not None and time.monotonic() - began > self.step_seconds and self._state != "failed":
+        if self._loop is not None and news:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                self._loop.call_soon_threadsafe(call)
+
+    # -- in the supervisor's thread
+
+    def _supervise(self) -> None:
+        """Wait for the end of the engines' thread, or a step that does not return: every open request ends with it."""
+        what = "the server failed before the answer was complete: send the request again"
+        while self._thread.is_alive():
+            self._thread.join(min(1.0, self.step_seconds / 4))
+            if (began := self._busy_since) is not None and time.monotonic() - began > self.step_seconds:
                 logger.critical(f"a step of the engine has not returned for {self.step_seconds:g} s")
-                self._fail("the engine does not answer any more: send the request again")
-
-
-def _call_all_in(loop: asyncio.AbstractEventLoop, functions: Sequence[Callable[[], None]]) -> None:
-    """Call functions in an event loop. If that is closed, nobody waits any more."""
-
-    def call() -> None:
-        for function in functions:
-            function()
-
-    with contextlib.suppress(RuntimeError):
-        loop.call_soon_threadsafe(call)
+                what = "the engine does not answer any more: send the request again"
+                break
+        with self._lock:
+            self.state = "failed"
+            jobs, self._open, calls = [*self._open, *self._unsent], {}, [*self._calls]
+        self._tell({job: [failed(what)] for job in jobs})
+        for call in calls:
+            with contextlib.suppress(InvalidStateError):  # it has just ended
+                call.set_exception(try_later(503, "the server has failed, and will be restarted: try again"))

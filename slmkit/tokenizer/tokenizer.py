@@ -300,7 +300,8 @@ class SLMTokenizer(CallableTokenizer):
     @property
     def call_format(self) -> chat_prompt.CallFormat | None:
         """How the chat template writes calls of tools; None without a template, or if not as JSON."""
-        return self.chat_template and chat_prompt.call_format(self.chat_template, tuple(self._names.items()))
+        template = self.chat_template
+        return chat_prompt.call_format(template, tuple(self._names.items())) if template else None
 
     @property
     def longest_token(self) -> int:

@@ -6,13 +6,13 @@ import functools
 import os
 import stat
 import webbrowser
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import validate_call
 
-from slmkit.config import Settings, UserError, did_you_mean
+from slmkit.config import UserError, did_you_mean
 from slmkit.files import read_text
 from slmkit.find import find_model_directory, learned_conversations, run_of
 from slmkit.generation.sampling_settings import SamplingSettings
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     import torch
 
+    from slmkit.serving.app import Page
     from slmkit.serving.models import ServedModel
-    from slmkit.serving.page import Page
     from slmkit.serving.worker import Worker
 
 JSON = dict[str, Any]
@@ -34,8 +34,8 @@ LEAST_KEY = 16  # characters
 USUAL = {"temperature": 0.6, "top_p": 0.95, "min_p": 0.05}  # of the page, as of `slm chat`, for models without advice
 
 
-class ServeSettings(Settings):
-    """The options of the commands, by their names. `memory`: GiB for the KV cache of each model; None: no limit."""
+class ServeSettings(Limits):
+    """The options of the commands beside the limits. `memory`: GiB for the KV cache of each model; None: no limit."""
 
     models: list[str]
     host: str = "127.0.0.1"
@@ -53,18 +53,6 @@ class ServeSettings(Settings):
     data: Path | None = None
     browser: bool = False
     key_file: Path | None = None
-    cors: list[str] | None = None
-    allow_host: list[str] | None = None
-    max_body: int = 2**20
-    key_requests: int | None = None
-    key_minute: int | None = None
-
-    def limits(self) -> Limits:
-        """Raises `UserError` for keys that cannot be read."""
-        return Limits(
-            keys=read_keys(self.key_file), origins=self.cors or [], hosts=self.allow_host or [],
-            max_body=self.max_body, requests_per_key=self.key_requests, requests_per_minute=self.key_minute,
-        )  # fmt: skip
 
 
 def serve_models(settings: ServeSettings) -> int:
@@ -73,14 +61,14 @@ def serve_models(settings: ServeSettings) -> int:
     Raises `UserError` for a missing model, two of one name, unreadable keys, none beyond this machine, and an address
     or port that cannot be had: all before anything is loaded.
     """
-    directories, limits = named_models(settings.models), settings.limits()
+    directories, settings.keys = named_models(settings.models), read_keys(settings.key_file)
     if settings.engine == "llamacpp":
         raise UserError("--engine llamacpp: needs models as GGUF, which this version does not write; take slm or vllm")
     from slmkit.serving.server import bind, serve
 
-    listening = bind(settings.host, settings.port, has_keys=bool(limits.keys))
+    listening = bind(settings.host, settings.port, has_keys=bool(settings.keys))
     if settings.engine == "vllm":
-        return serve_upstream(settings, directories, limits, listening)
+        return serve_upstream(settings, directories, listening)
     from slmkit.serving.app import create_app
     from slmkit.serving.models import ServedModel
     from slmkit.serving.worker import Worker
@@ -95,15 +83,13 @@ def serve_models(settings: ServeSettings) -> int:
     lines = [f"{name}  (context {one.decoder.max_positions:,}, {directories[name]})" for name, one in models.items()]
     worker.start()
     try:
-        app, tell = create_app(worker, models, limits, page), functools.partial(tell_ready, settings, listening, lines)
-        return serve(app, listening, limits, worker, settings.drain, tell)
+        app, tell = create_app(worker, models, page), functools.partial(tell_ready, settings, listening, lines)
+        return serve(app, listening, settings, worker, settings.drain, tell)
     finally:
         worker.stop()
 
 
-def serve_upstream(
-    settings: ServeSettings, directories: Mapping[str, Path], limits: Limits, listening: socket.socket
-) -> int:
+def serve_upstream(settings: ServeSettings, directories: Mapping[str, Path], listening: socket.socket) -> int:
     """The same with vLLM as the engine. Raises `UserError` if it is not installed, or ends while it loads."""
     from slmkit.model.files.adapter_directory import is_adapter
     from slmkit.serving.server import serve
@@ -121,7 +107,7 @@ def serve_upstream(
         upstreams.wait_until_ready()
         lines = [f"{name}  (vllm, {directory})" for name, directory in directories.items()]
         tell = functools.partial(tell_ready, settings, listening, lines)
-        return serve(upstreams, listening, limits, upstreams, settings.drain, tell)
+        return serve(upstreams.app, listening, settings, upstreams, settings.drain, tell)
     finally:
         upstreams.stop()
 
@@ -210,7 +196,7 @@ def newest_chat_run(folder: Path) -> list[str]:
 def page_functions(
     worker: Worker, models: Mapping[str, ServedModel], directories: Mapping[str, Path], runs: Path, data: Path | None
 ) -> Page:
-    """The functions of the page by their names, each of the JSON body of a request.
+    """The functions of the page by their names, whose arguments a request gives in its JSON.
 
     Those that compute with a model do so in the worker's thread.
     """
@@ -251,12 +237,7 @@ def page_functions(
         return worker.run(lambda: inside.attention(of.decoder, ids, layer, head))
 
     functions = PageData(runs, data, {name: model.tokenizer for name, model in models.items()}).functions()
-    functions |= {one.__name__: validate_call(one) for one in (about, look, lens, attention)}
-    return {name: functools.partial(_with_arguments, function) for name, function in functions.items()}
-
-
-def _with_arguments(function: Callable[..., Any], body: JSON) -> Any:
-    return function(**body)
+    return functions | {one.__name__: validate_call(one) for one in (about, look, lens, attention)}
 
 
 def open_browser(url: str) -> None:

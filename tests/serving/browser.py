@@ -25,8 +25,8 @@ import pytest
 
 from slmkit.serving.app import create_app
 from slmkit.serving.doors import Limits
-from slmkit.serving.server import running
 from slmkit.serving.worker import Worker
+from tests.serving.servers import running
 
 WIDE, PHONE = 1280, 390
 HEIGHT = {WIDE: 860, PHONE: 844}
@@ -154,7 +154,7 @@ def served(models: Mapping[str, Any], page: Mapping[str, Any] | None = None, key
     """The real server with these `ServedModel`s and functions of the page beside `about`; gives its address."""
     limits, worker = Limits(keys=[*keys]), Worker([*models.values()])
     about = {name: {"context": model.decoder.max_positions, "chat": True} for name, model in models.items()}
-    app = create_app(worker, models, limits, {"about": lambda body: {"models": about}, **(page or {})})
+    app = create_app(worker, models, {"about": lambda: {"models": about}, **(page or {})})
     worker.start()
     try:
         with running(app, limits, worker) as url:

@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from slmkit.serving.page import add_page
+from slmkit.serving.app import add_page
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Script:
 
     def app(self) -> FastAPI:
         app = FastAPI()
-        add_page(app, {"about": lambda body: {"models": self.models}})
+        add_page(app, {"about": lambda: {"models": self.models}})
 
         @app.middleware("http")
         async def doors(request: Request, call_next: Any) -> Any:

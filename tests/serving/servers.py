@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from slmkit.model.initialization import build_decoder
 from slmkit.serving.app import create_app
 from slmkit.serving.doors import Limits
 from slmkit.serving.models import ServedModel
-from slmkit.serving.server import running
+from slmkit.serving.server import Server, bind, url_of
 from slmkit.serving.worker import Worker
 from slmkit.tokenizer import SLMTokenizer
 from tests.generation.helpers import ScriptedModel
@@ -100,13 +101,28 @@ class Script:
 
 
 @contextlib.contextmanager
+def running(app: Any, limits: Limits | None = None, worker: Any = None) -> Iterator[str]:
+    """What `serve` does, in a thread, on a free port of 127.0.0.1: gives the URL, such as http://127.0.0.1:40001."""
+    listening, is_ready = bind("127.0.0.1", 0), threading.Event()
+    server = Server(app, limits or Limits(), worker, 0.0, is_ready.set)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="slm-http", daemon=True)
+    thread.start()
+    is_ready.wait()
+    try:
+        yield url_of(listening)
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@contextlib.contextmanager
 def serving(*models: ServedModel, limits: Limits | None = None, **options: Any) -> Iterator[Client]:
     """The server in a thread; `options` are the worker's."""
     worker = Worker(models, **options)
     worker.start()
     limits = limits or Limits()
     try:
-        with running(create_app(worker, {model.name: model for model in models}, limits), limits, worker) as url:
+        with running(create_app(worker, {model.name: model for model in models}), limits, worker) as url:
             yield Client(url, worker)
     finally:
         worker.stop()
@@ -197,8 +213,7 @@ class Client:
 
     def rows(self, model: ServedModel) -> int:
         """In the engine's slots, or waiting."""
-        engine = model.engine
-        return sum(len(pool.rows) for pool in engine.pools) + len(engine._waiting)
+        return model.engine.running_rows + model.engine.waiting_rows
 
 
 def alone(model: ServedModel, request: Request) -> list[str]:

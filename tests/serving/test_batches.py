@@ -279,6 +279,7 @@ def test_the_end_of_the_server() -> None:
         assert refused.error["code"] == "service_unavailable"
         assert refused.headers["retry-after"]
         assert client.get("/health").status == 503
+        assert client.post("embeddings", {"model": "slow", "input": "The"}).status == 503
         draining.result()
         last = open_one.result().raw.decode().split("\n\n")[-2]
         assert json.loads(last.removeprefix("data: "))["error"]["type"] == "server_error"

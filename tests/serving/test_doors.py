@@ -20,7 +20,7 @@ from slmkit.serving.app import create_app
 from slmkit.serving.doors import HEADERS, Doors, Limits
 from slmkit.serving.models import ServedModel
 from slmkit.serving.protocol import ApiError
-from slmkit.serving.server import bind, running
+from slmkit.serving.server import bind
 from slmkit.serving.worker import Worker
 from tests.serving.processes import (
     Answer,
@@ -35,6 +35,7 @@ from tests.serving.processes import (
     send_raw,
     until,
 )
+from tests.serving.servers import running
 
 KEY, OTHER_KEY = "a-key-of-many-characters", "another-key-of-many-characters"
 
@@ -56,7 +57,7 @@ class Running:
 def server(model: ServedModel, **limits: Any) -> Iterator[Running]:
     worker = Worker([model])
     worker.start()
-    app = create_app(worker, {"tiny": model}, Limits(**limits), {"echo": lambda body: body})
+    app = create_app(worker, {"tiny": model}, {"echo": lambda **body: body})
     try:
         with running(app, Limits(**limits), worker) as url:
             yield Running(url, worker, app)

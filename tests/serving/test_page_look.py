@@ -16,7 +16,6 @@ from slmkit.evaluation.look import attention_weights, logit_lens, predictions
 from slmkit.serving.app import create_app
 from slmkit.serving.doors import Limits
 from slmkit.serving.models import ServedModel
-from slmkit.serving.server import running
 from slmkit.serving.worker import Worker
 from slmkit.workflows.serve import page_functions
 from tests.serving.browser import (
@@ -27,7 +26,7 @@ from tests.serving.browser import (
     expect_no_sideways_scroll,
     picture,
 )
-from tests.serving.servers import gemma, llama
+from tests.serving.servers import gemma, llama, running
 
 TEXT = "Once upon a time there was a fox. She waited near the river until the wind came over the hill."
 ODD = "naïve 猫\a\n<b>x</b><script>alert(1)</script>\u202eevil"
@@ -52,7 +51,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     worker.start()
     try:
         page = page_functions(worker, models, dict.fromkeys(models, folder), folder, None)
-        with running(create_app(worker, models, limits, page), limits, worker) as url:
+        with running(create_app(worker, models, page), limits, worker) as url:
             yield Place(url, models)
     finally:
         worker.stop()

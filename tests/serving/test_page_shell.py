@@ -12,7 +12,7 @@ import pytest
 from fastapi import FastAPI
 
 from slmkit.config import UserError
-from slmkit.serving.page import FILES, add_page
+from slmkit.serving.app import FILES, add_page
 from tests.serving.browser import (
     PHONE,
     WIDE,
@@ -24,14 +24,14 @@ from tests.serving.browser import (
 )
 
 
-def refuse(body: dict[str, Any]) -> None:
+def refuse(**body: Any) -> None:
     raise UserError("no such run: <b>x</b>")
 
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     app = FastAPI()
-    add_page(app, {"about": lambda body: {"models": {}}, "echo": lambda body: body, "refuse": refuse})
+    add_page(app, {"about": lambda: {"models": {}}, "echo": lambda **body: body, "refuse": refuse})
 
     @app.get("/v1/models")
     def models() -> dict[str, Any]:

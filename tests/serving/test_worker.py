@@ -20,7 +20,8 @@ from slmkit.generation.engine import Engine, Request
 from slmkit.generation.sampling_settings import SamplingSettings
 from slmkit.model.initialization import build_decoder
 from slmkit.serving import worker as module
-from slmkit.serving.worker import Busy, Failed, Job, Unavailable, Worker
+from slmkit.serving.protocol import ApiError
+from slmkit.serving.worker import Job, Worker
 
 GREEDY = SamplingSettings(temperature=0)
 
@@ -232,10 +233,10 @@ def test_a_full_queue_refuses_at_once_and_takes_again() -> None:
     async def main() -> None:
         jobs = [await worker.submit(cast(Any, model), request(k, 30)) for k in range(6)]
         began = time.monotonic()
-        with pytest.raises(Busy) as refused:
+        with pytest.raises(ApiError) as refused:
             await worker.submit(cast(Any, model), request(7))
         assert time.monotonic() - began < 0.05
-        assert (refused.value.status, refused.value.retry_after > 0) == (429, True)
+        assert (refused.value.status, refused.value.headers["Retry-After"]) == (429, "1")
         jobs[5].cancel()
         await tokens_of(jobs[5])
         assert len(await tokens_of(await worker.submit(cast(Any, model), request(7)))) == 20
@@ -262,7 +263,7 @@ def test_a_reader_that_reads_nothing_stalls_nobody() -> None:
 def test_a_request_that_takes_too_long_is_ended_and_its_rows_leave() -> None:
     async def main() -> None:
         slow = await worker.submit(cast(Any, model), request(1, 400, n=2))
-        with pytest.raises(Failed, match="longer than 0.3 s") as error:
+        with pytest.raises(ApiError, match="longer than 0.3 s") as error:
             await tokens_of(slow)
         assert error.value.status == 504
         assert metric(worker, "slm_running_rows", model="m") == 0
@@ -270,6 +271,21 @@ def test_a_request_that_takes_too_long_is_ended_and_its_rows_leave() -> None:
 
     model = Model(slow=0.01)
     with started(model, request_seconds=0.3) as worker:
+        go(main)
+
+
+def test_a_request_whose_time_is_over_before_it_is_taken_never_starts() -> None:
+    async def main() -> None:
+        first = await worker.submit(cast(Any, model), request(1, 400))
+        late = await worker.submit(cast(Any, model), request(2, 400))  # during the first step
+        for job in (first, late):
+            with pytest.raises(ApiError, match="longer than 0.1 s"):
+                await tokens_of(job)
+        await until(lambda: not model.engine.is_busy, 2)
+        assert not worker._running
+
+    model = Model(slow=0.3)
+    with started(model, request_seconds=0.1) as worker:
         go(main)
 
 
@@ -290,7 +306,7 @@ def test_a_fault_fails_the_requests_of_its_engine_alone_and_the_next_one_is_righ
         await until(lambda: metric(worker, "slm_generated_tokens_total", model="broken") > 10)
         worker.run(lambda: break_next_step(broken))
         for job in hurt:
-            with pytest.raises(Failed, match="the engine failed") as error:
+            with pytest.raises(ApiError, match="the engine failed") as error:
                 await tokens_of(job)
             assert error.value.status == 500
         assert worker.state == "ok"
@@ -310,7 +326,7 @@ def test_a_fault_while_a_request_is_taken_fails_that_request_alone(monkeypatch: 
             raise RuntimeError("a fault")
 
         model.engine.insert = broken  # type: ignore[method-assign]
-        with pytest.raises(Failed, match="the engine failed"):
+        with pytest.raises(ApiError, match="the engine failed"):
             await worker.submit(cast(Any, model), request(1))
         assert len(await tokens_of(await worker.submit(cast(Any, model), request(2)))) == 20
         assert worker.state == "ok"
@@ -323,7 +339,7 @@ def test_a_fault_while_a_request_is_taken_fails_that_request_alone(monkeypatch: 
 def test_faults_in_a_row_end_the_worker_but_not_with_a_finished_request_between() -> None:
     async def fault() -> None:
         worker.run(lambda: break_next_step(model))
-        with pytest.raises(Failed):
+        with pytest.raises(ApiError):
             await tokens_of(await worker.submit(cast(Any, model), request(1)))
 
     async def main() -> None:
@@ -335,10 +351,10 @@ def test_faults_in_a_row_end_the_worker_but_not_with_a_finished_request_between(
         for _ in range(module.MOST_FAULTS):
             await fault()
         await until(lambda: worker.state == "failed")
-        with pytest.raises(Unavailable) as refused:
+        with pytest.raises(ApiError) as refused:
             await worker.submit(cast(Any, model), request(3))
         assert refused.value.status == 503
-        with pytest.raises(Unavailable):
+        with pytest.raises(ApiError):
             worker.run(lambda: 1)
 
     model = Model()
@@ -356,7 +372,7 @@ def test_a_thread_that_dies_ends_every_request_and_is_seen_at_once(monkeypatch: 
         monkeypatch.setattr(worker, "_send", die)
         began = time.monotonic()
         for job in jobs:
-            with pytest.raises(Failed):
+            with pytest.raises(ApiError):
                 await tokens_of(job)
         assert worker.state == "failed"
         assert time.monotonic() - began < 1
@@ -371,7 +387,7 @@ def test_a_step_that_never_returns_is_seen() -> None:
     async def main() -> None:
         job = await worker.submit(cast(Any, model), request(1, 400))
         worker.run(lambda: setattr(model.engine, "step", lambda: release.wait() and []))
-        with pytest.raises(Failed, match="does not answer"):
+        with pytest.raises(ApiError, match="does not answer"):
             await tokens_of(job)
         assert worker.state == "failed"
 
@@ -437,7 +453,7 @@ def test_draining_finishes_what_runs_refuses_what_comes_and_ends_the_rest() -> N
         drained = asyncio.create_task(worker.drain(seconds))
         await asyncio.sleep(0.01)
         assert worker.state == "draining"
-        with pytest.raises(Unavailable, match="shutting down"):
+        with pytest.raises(ApiError, match="shutting down"):
             await worker.submit(cast(Any, model), request(3))
         ends = await asyncio.gather(*map(tokens_of, jobs), return_exceptions=True)
         await drained
@@ -450,7 +466,7 @@ def test_draining_finishes_what_runs_refuses_what_comes_and_ends_the_rest() -> N
         began = time.monotonic()
         ends = go(lambda: main(0.1))
         assert time.monotonic() - began < 2
-        assert [(type(end), end.status) for end in ends] == [(Failed, 503)] * 2
+        assert [(type(end), end.status) for end in ends] == [(ApiError, 503)] * 2
         assert not model.engine.is_busy
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 
-from slmkit.serving.page import add_page
+from slmkit.serving.app import add_page
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.recipe.recipe import Recipe, find_recipe, load_recipe
 from slmkit.workflows.page_data import PageData
@@ -49,13 +49,9 @@ def make_runs(folder: Path, objectives: Sequence[str] = ("dpo", "kto")) -> Path:
 def page_app(runs: Path, tokenizers: dict[str, SLMTokenizer], data: Path | None = None) -> FastAPI:
     """The page with the functions of the tabs Runs and Data alone."""
 
-    def of_body(function: Callable[..., Any]) -> Callable[[dict[str, Any]], Any]:
-        return lambda body: function(**body)
-
     functions = PageData(runs, data, tokenizers).functions()
     app = FastAPI()
-    page = {name: of_body(function) for name, function in functions.items()}
-    add_page(app, page | {"about": lambda body: {"models": {}}})
+    add_page(app, functions | {"about": lambda: {"models": {}}})
 
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
