@@ -113,14 +113,6 @@ class ServedModel:
             )
         return prompt
 
-    def chat_ids(self, messages: Sequence[JSON], tools: Sequence[JSON], **how: Any) -> list[int]:
-        """The ids [prompt] of a conversation to be answered or continued, as `chat_prompt.prompt_of`."""
-        self.expect_room(len(messages), 0, "at least ")
-        self.expect_short(*(message["content"] for message in messages))
-        ids = self.tokenizer.encode_chat_prompt(messages, tools, **how)
-        self.expect_room(len(ids))
-        return ids
-
     # -- embeddings ---------------------------------------------------------------------------------------------------
 
     def embed(self, ids: Sequence[int], run: Callable[[Callable[[], Any]], Any]) -> torch.Tensor:
@@ -145,9 +137,8 @@ class ServedModel:
 
 def chat_requests(body: ChatRequest, model: ServedModel, group: str) -> list[Request]:
     """The engine's request. Renders and encodes, so not for the event loop. Raises `UserError` and `ApiError`."""
-    messages = [message.for_template() for message in body.messages]
     forced = body.tool_choice not in (None, "auto", "none")
-    prompt = _chat_ids(body, model, messages)
+    prompt = _chat_ids(body, model)
     grammar = _grammar(body, model)
     if forced:
         if grammar is not None:
@@ -165,7 +156,9 @@ def chat_requests(body: ChatRequest, model: ServedModel, group: str) -> list[Req
     return [_request(body, model, prompt, most, group, grammar, logprobs)]
 
 
-def _chat_ids(body: ChatRequest, model: ServedModel, messages: list[JSON]) -> list[int]:
+def _chat_ids(body: ChatRequest, model: ServedModel) -> list[int]:
+    """The ids [prompt] of the conversation, to be answered or continued. Raises `ApiError`."""
+    messages = [message.for_template() for message in body.messages]
     continues = bool(body.continue_final_message)
     begins = not continues if body.add_generation_prompt is None else body.add_generation_prompt
     if continues and begins:
@@ -173,8 +166,12 @@ def _chat_ids(body: ChatRequest, model: ServedModel, messages: list[JSON]) -> li
     if continues and (messages[-1]["role"] != "assistant" or "tool_calls" in messages[-1]):
         raise ApiError(400, "continue_final_message: the last message is no text of the assistant", "messages")
     tools = [tool.model_dump(exclude_none=True) for tool in _tools(body)]
+    model.expect_room(len(messages), 0, "at least ")
+    model.expect_short(*(message["content"] for message in messages))
     switches = body.chat_template_kwargs
-    return model.chat_ids(messages, tools, begins=begins, continues=continues, switches=switches)
+    ids = model.tokenizer.encode_chat_prompt(messages, tools, begins=begins, continues=continues, switches=switches)
+    model.expect_room(len(ids))
+    return ids
 
 
 def completion_requests(body: CompletionRequest, model: ServedModel, group: str) -> list[Request]:

@@ -67,7 +67,7 @@ class Script:
             yield _event({"choices": [{"index": 0, "delta": {}, "finish_reason": self.finish}]})
             yield _event({"choices": [], "usage": {"completion_tokens": tokens, "total_tokens": tokens + 10}})
             yield b"data: [DONE]\n\n"
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, GeneratorExit):  # while it waited, or while an event was sent
             self.cut_off += 1
             raise
 

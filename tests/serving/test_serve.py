@@ -114,6 +114,9 @@ def test_wrong_options_are_one_line(tmp_path: Path) -> None:
     assert "no such file" in refused("serve", directory, "--key-file", tmp_path / "nosuch")
     assert "no such host" in refused("serve", directory, "--host", "nosuch.invalid")
     assert "is no origin" in refused("serve", directory, "--cors", "*")
+    assert "no name of a host" in refused("serve", directory, "--allow-host", "chat.example.org:8000")
+    assert "memory: " in refused("serve", directory, "--memory", "inf")
+    assert "a model named 'a\\nb'" in refused("serve", f"a\nb={directory}")
     assert "GGUF" in refused("serve", directory, "--engine", "llamacpp")
     assert "did you mean" in refused("serve", f"{directory}x")
     with socket.create_server(("127.0.0.1", 0)) as taken:
