@@ -80,7 +80,7 @@ def serve(
 
     Example: slm serve runs/quickstart/chat
     Example: slm serve chat=runs/book-chat runs/book --port 8080 --ui
-    Example: SLM_API_KEYS=$(openssl rand -hex 32) slm serve runs/book-chat --host 0.0.0.0
+    Example: slm serve runs/book-chat --host 0.0.0.0 --key-file keys
     """
     _serve(context.params)
 

@@ -60,6 +60,10 @@ PAGE_HEADERS = {  # `Doors` adds the other headers of security
     "Cache-Control": "no-cache",  # kept, and asked for again each time
 }
 Page = Mapping[str, Callable[..., Any]]
+NO_ROUTE = {  # status → code, message
+    404: ("not_found", "no such path: the API is below /v1, /openapi.json lists it, and the page needs --ui"),
+    405: ("method_not_allowed", "another method is needed here: the header Allow names it"),
+}
 T = TypeVar("T")
 C = TypeVar("C", ChatRequest, CompletionRequest)
 
@@ -113,9 +117,8 @@ def base_app(engines: Engines, models: Mapping[str, JSON]) -> FastAPI:
 
 async def _refused(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
-        codes = {404: "not_found", 405: "method_not_allowed"}
-        code = codes.get(error.status_code)
-        error = ApiError(error.status_code, str(error.detail), code=code, headers=error.headers)
+        code, message = NO_ROUTE.get(error.status_code, (None, str(error.detail)))
+        error = ApiError(error.status_code, message, code=code, headers=error.headers)
     found = api_error(error)
     return JSONResponse(found.envelope(), found.status, found.headers)
 

@@ -11,13 +11,14 @@ import logging
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 import pydantic_core
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from slmkit.config import Settings, UserError, did_you_mean, load_settings
+from slmkit.config import Settings, UserError, did_you_mean, load_settings, read_table
 from slmkit.generation.sampling_settings import Bias, CountPenalty, SamplingSettings
 from slmkit.generation.text import LONGEST_STOP, MOST_STOPS
 from slmkit.model.files import generation_config as published
@@ -28,22 +29,7 @@ JSON = dict[str, Any]
 logger = logging.getLogger(__name__)
 
 # Known fields that would change the answer, and what to do instead.
-REFUSED = {
-    **dict.fromkeys(("audio", "web_search_options", "prompt_embeds"), "this server reads and writes text alone"),
-    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"),
-                    "use structured_outputs with json, regex or choice"),
-    **dict.fromkeys(("use_beam_search", "length_penalty"), "there is no beam search: use n"),
-    "functions": "send tools",
-    "function_call": "send tool_choice",
-    "reasoning_effort": "use a switch of the model's template (chat_template_kwargs)",
-    "verbosity": "say it in a message",
-    "chat_template": "the model's own is used",
-    "suffix": "send what is before it as the prompt",
-    "min_tokens": "there is no least length",
-    "truncate_prompt_tokens": "shorten the prompt: nothing is cut off here",
-    "logits_processors": "use logit_bias",
-    "dimensions": "the whole vector is sent",
-}  # fmt: skip
+REFUSED: dict[str, str] = read_table(Path(__file__).with_name("refused_fields.yaml"))
 
 
 class ApiError(Exception):
@@ -228,6 +214,15 @@ class ChatMessage(Fields):
     reasoning: str | None = None
     refusal: str | None = None
     annotations: list[Any] | None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _is_text(cls, content: Any) -> Any:
+        for part in content if isinstance(content, list) else ():
+            if isinstance(part, dict) and (kind := part.get("type", "text")) != "text":
+                what = f"content of type {kind!r:.80} is not supported: the models read text alone"
+                raise ApiError(400, what, "messages", "unsupported_parameter")
+        return content
 
     def for_template(self) -> JSON:
         """As templates expect it: content as one text, arguments as an object."""

@@ -152,6 +152,8 @@ class Server(uvicorn.Server):
         await super().main_loop()
         if self.worker is not None:
             draining = asyncio.create_task(self.worker.drain(self.drain))
+            if (await asyncio.wait([draining], timeout=0.1))[1]:  # requests are open
+                print(f"finishing open requests, at most {self.drain:g} s; Ctrl-C ends them at once", flush=True)
             while not draining.done() and not self.force_exit:
                 await asyncio.sleep(0.02)
 

@@ -182,13 +182,16 @@ class Worker:
         return (await self.submit_all(model, [request]))[0]
 
     async def submit_all(self, model: ServedModel, requests: Sequence[Request]) -> list[Job]:
-        """`submit` for several requests at once: all are taken, or none."""
+        """`submit` for several requests at once: all or none. Raises `UserError` for more than rows and queue hold."""
         self._loop = asyncio.get_running_loop()
         jobs = [Job(self, model, request) for request in requests]
         with self._lock:
             self.expect("ok")
             rows = sum(job.rows_left for job in self._open if job.model is model)
-            if rows + sum(request.n for request in requests) > model.engine.pools.max_rows + self.max_queue:
+            wanted, room = sum(request.n for request in requests), model.engine.pools.max_rows + self.max_queue
+            if wanted > room:
+                raise UserError(f"{wanted:,} texts at once: {model.name} takes {room:,}, so send fewer at a time")
+            if rows + wanted > room:
                 raise try_later(429, f"the queue of {model.name} is full ({rows} rows run or wait): try again")
             self._open |= dict.fromkeys(jobs)
         try:

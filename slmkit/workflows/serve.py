@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import FiniteFloat, validate_call
 
-from slmkit.config import UserError, did_you_mean
+from slmkit.config import UserError
 from slmkit.files import read_text
 from slmkit.find import find_model_directory, learned_conversations, run_of
 from slmkit.generation.sampling_settings import SamplingSettings
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 JSON = dict[str, Any]
 KEYS = "SLM_API_KEYS"  # environment: keys, separated by commas
 LEAST_KEY = 16  # characters
+NO_MODEL = "none, since no run has learned to chat: slm ui MODEL serves any model"
 USUAL = {"temperature": 0.6, "top_p": 0.95, "min_p": 0.05}  # of the page, as of `slm chat`, for models without advice
 
 
@@ -62,6 +63,8 @@ def serve_models(settings: ServeSettings) -> int:
     or port that cannot be had: all before anything is loaded.
     """
     directories, settings.keys = named_models(settings.models), read_keys(settings.key_file)
+    if settings.data is not None and not settings.data.is_dir():
+        raise UserError(f"--data {settings.data}: no such folder; expected what `slm data prepare` wrote")
     if settings.engine == "llamacpp":
         raise UserError("--engine llamacpp: needs models as GGUF, which this version does not write; take slm or vllm")
     from slmkit.serving.server import bind, serve
@@ -117,7 +120,9 @@ def tell_ready(settings: ServeSettings, listening: socket.socket, models: Sequen
     from slmkit.serving.server import url_of
 
     url = url_of(listening)
-    print(f"{url}/v1 is ready; Ctrl-C ends it. Models:", *(models or ["none"]), sep="\n  ")
+    print(f"{url}/v1 is ready; Ctrl-C ends it. Models:", *(models or [NO_MODEL]), sep="\n  ")
+    if settings.ui and not settings.runs.is_dir():
+        print(f"--runs {settings.runs}: no such folder yet, so the page shows no runs")
     print(f"the page: {url}/" if settings.ui else f"try: curl {url}/v1/models", flush=True)
     if settings.browser:
         open_browser(url)
@@ -203,6 +208,7 @@ def page_functions(
     Those that compute with a model do so in the worker's thread.
     """
     from slmkit.evaluation import look as inside
+    from slmkit.serving.app import named
     from slmkit.workflows.page_data import PageData
 
     advice = {name: SamplingSettings.for_model(path, None, USUAL) for name, path in directories.items()}
@@ -221,21 +227,16 @@ def page_functions(
             }
         }
 
-    def named(model: str) -> ServedModel:
-        if model not in models:
-            raise UserError(f"there is no model {model!r:.100}; {did_you_mean(model[:100], models)}")
-        return models[model]
-
     def look(model: str, text: str | None = None, messages: list[JSON] | None = None, k: int = 10) -> JSON:
-        of = named(model)
+        of = named(models, model)
         return worker.run(lambda: inside.look(of.decoder, of.tokenizer, text, messages, k))
 
     def lens(model: str, ids: list[int]) -> JSON:
-        of = named(model)
+        of = named(models, model)
         return worker.run(lambda: inside.lens(of.decoder, of.tokenizer, ids))
 
     def attention(model: str, ids: list[int], layer: int, head: int) -> JSON:
-        of = named(model)
+        of = named(models, model)
         return worker.run(lambda: inside.attention(of.decoder, ids, layer, head))
 
     functions = PageData(runs, data, {name: model.tokenizer for name, model in models.items()}).functions()

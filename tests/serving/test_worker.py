@@ -237,6 +237,8 @@ def test_a_full_queue_refuses_at_once_and_takes_again() -> None:
             await worker.submit(cast(Any, model), request(7))
         assert time.monotonic() - began < 0.05
         assert (refused.value.status, refused.value.headers["Retry-After"]) == (429, "1")
+        with pytest.raises(UserError, match="7 texts at once: .* takes 6"):  # it would never find room
+            await worker.submit_all(cast(Any, model), [request(k) for k in range(7)])
         jobs[5].cancel()
         await tokens_of(jobs[5])
         assert len(await tokens_of(await worker.submit(cast(Any, model), request(7)))) == 20

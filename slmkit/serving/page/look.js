@@ -80,9 +80,11 @@ async function look(request) {
     place = Math.min(found.ids.length, Math.max(1, firstOfAnswer()));
     weights = null;
     parts.result.hidden = false;
+    parts.title.textContent = request.messages ? `A chat with ${model}` : `Your text, read by ${model}`;
     showFigures();
     addTokens();
     showView();
+    scrollToPlace();
     app.announce(`${found.ids.length} tokens`);
     return true;
   } catch (error) {
@@ -108,6 +110,7 @@ function firstOfAnswer() {
 // ---------------------------------------------------------------- the result
 
 function addResult() {
+  parts.title = element("h3");
   parts.figures = element("div", { class: "look-figures" });
   parts.tokens = element("div", {
     class: "look-tokens", role: "listbox", "aria-label": "Tokens of the text", "aria-orientation": "horizontal", dir: "auto",
@@ -124,7 +127,7 @@ function addResult() {
     one.root = element("div", { class: "stack", hidden: true });
     Object.assign(one, one.add(one.root, { app, choose, lookAtText, showWeights }));
   }
-  parts.result.append(element("div", { class: "card stack look-text" }, parts.figures, parts.tokens, parts.legend), parts.views,
+  parts.result.append(element("div", { class: "card stack look-text" }, parts.title, parts.figures, parts.tokens, parts.legend), parts.views,
     ...VIEWS.map((one) => one.root), parts.tip);
 }
 
@@ -217,6 +220,12 @@ function choose(at) {
   if (at === null || at === place) return;
   place = at;
   showView();
+}
+
+/** A long text scrolls in its box, which then has the chosen token in its middle. */
+function scrollToPlace() {
+  const [box, token] = [parts.tokens, parts.tokens.querySelector(`[data-place="${place}"]`)].map((one) => one.getBoundingClientRect());
+  parts.tokens.scrollTop += token.top - box.top - box.height / 2;
 }
 
 function showView() {

@@ -209,7 +209,8 @@ function badge(state) {
 
 function facts(run) {
   if (run.state === "damaged") return [run.problem];
-  const steps = run.steps && run.steps !== run.step ? `${number(run.step)} of ${number(run.steps)} steps` : `${number(run.step)} steps`;
+  const done = `${number(run.step)} ${run.step === 1 ? "step" : "steps"}`;
+  const steps = run.steps && run.steps !== run.step ? `${number(run.step)} of ${number(run.steps)} steps` : done;
   const parts = [run.objective, run.parameters && compact(run.parameters), steps];
   if (run.validation_loss !== null) parts.push(`loss ${run.validation_loss.toFixed(3)}`);
   return [parts.filter(Boolean).join(" · ")];
@@ -384,7 +385,7 @@ function head(row, run, last) {
   const figures = [
     row.validation_loss !== null && row.validation_loss !== undefined && figure(row.validation_loss.toFixed(3), "best validation loss"),
     Number.isFinite(last.loss) && figure(last.loss.toFixed(3), "training loss"),
-    row.state === "finished" && figure(number(row.step), "steps"),
+    row.state === "finished" && figure(number(row.step), row.step === 1 ? "step" : "steps"),
     row.parameters && figure(compact(row.parameters), "parameters"),
     figure(compact(row.tokens ?? 0), "trained tokens"),
     Number.isFinite(last.tokens_per_second) && figure(compact(last.tokens_per_second), "tokens per second"),
