@@ -104,8 +104,11 @@ class KVCache:
         written = int(other.written[source])
         for mine, theirs in zip((*self.keys, *self.values), (*other.keys, *other.values)):
             to, of = mine.size(2), theirs.size(2)
-            kept = np.arange(max(0, length - to, written - of), length)
-            mine[slot][:, kept % to] = theirs[source][:, kept % of]
+            if max(length, written) <= min(to, of):  # a slice is copied in a tenth of the time
+                mine[slot, :, :length] = theirs[source, :, :length]
+            else:
+                kept = np.arange(max(0, length - to, written - of), length)
+                mine[slot][:, kept % to] = theirs[source][:, kept % of]
         self.lengths[slot] = length
         self.written[slot] = max(length, written) if written > other.shortest else length
 
@@ -115,8 +118,10 @@ class KVCache:
             return
         longest = max(self.length(a), self.length(b))
         for held in (*self.keys, *self.values):
-            end = min(longest, held.size(2))
-            held[[a, b], :, :end] = held[[b, a], :, :end]
+            first, second = held[a, :, :longest], held[b, :, :longest]
+            kept = first.clone()
+            first.copy_(second)
+            second.copy_(kept)
         for counts in (self.lengths, self.written):
             counts[[a, b]] = counts[[b, a]]
 

@@ -87,7 +87,11 @@ class TextEncoder:
         self.spelled, self.secretly = _any_of(self.special), _any_of(self.secret)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("fast", "ordinary", "_stand_ins")}
+        return {
+            name: value
+            for name, value in self.__dict__.items()
+            if name not in ("fast", "ordinary", "_stand_ins", "_widths")
+        }
 
     @cached_property
     def fast(self) -> FastEncoder | None:
@@ -213,13 +217,19 @@ class TextEncoder:
             made |= {number: _row_of(encoding, rows[number]) for number, encoding in zip(numbers, encodings)}
         return [made[number] for number in range(len(rows))]
 
+    @cached_property
+    def _widths(self) -> tuple[np.ndarray, np.ndarray]:
+        """Bytes of each token [ids]: of its spelling, and of the secret one where it is special."""
+        widths = np.array([len(token or b"") for token in self.bytes])
+        secretly = widths.copy()
+        secretly[[*self.secret.values()]] = [len(secret.encode()) for secret in self.secret]
+        return widths, secretly
+
     def _encode_rows_fast(self, rows: Sequence[RenderedRow], threads: int | None) -> list[ChatRow]:
         """`encode_rows` in one call: text between special tokens is encoded separately, as in the library."""
         cuts = [list(self._cut(row.text, row.shielded)) for row in rows]
         encoded = iter(self.encode_batch([part for cut in cuts for part in cut if isinstance(part, str)], threads))
-        widths = np.array([len(token or b"") for token in self.bytes])  # of each id, in bytes
-        secretly = widths.copy()
-        secretly[[*self.secret.values()]] = [len(secret.encode()) for secret in self.secret]
+        widths, secretly = self._widths
         made = []
         for row, cut in zip(rows, cuts):
             parts = [next(encoded) if isinstance(part, str) else np.array([part], dtype=np.uint32) for part in cut]
