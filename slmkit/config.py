@@ -126,7 +126,7 @@ def did_you_mean(word: str, choices: Iterable[str], hints: Mapping[str, str] | N
     if hint is not None:
         key, _, note = hint.partition(" ")
         return f"did you mean {key!r}?{f' {note}' if note else ''}"
-    near = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(word[:100], choices, n=1, cutoff=0.6)  # takes seconds for a word of a megabyte
     if near:
         return f"did you mean {near[0]!r}?"
     return "known: " + ", ".join(sorted(choices))

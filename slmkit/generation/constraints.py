@@ -215,7 +215,8 @@ class Matcher:
         if token in self.vocabulary.stops and self.may_end and not self._is_ended:
             self._is_ended = True
         elif self._is_ended or state.is_error() or not state.try_consume_tokens([token]):
-            raise UserError(f"constrained output: token {token} is not allowed here")
+            why = _reason(state) if state.is_error() else f"token {token} is not allowed here"
+            raise UserError(f"constrained output: {why}")
         self._mask = None
 
     @property

@@ -322,17 +322,17 @@ class Engine:
         read, cached, row.prompt_logprobs, row.cached_tokens = row.prompt_logprobs, row.cached_tokens, [], 0
         if row.request.max_new_tokens == 0:
             row.pool.leave(row)
-            return Event(
-                row.handle, row.index, None, finish_reason="length", prompt_logprobs=read, cached_tokens=cached
-            )
-        if token in FAULTS:
-            row.pool.leave(row, keep=False)
-            return Event(row.handle, row.index, None, finish_reason="error", error=FAULTS[token], cached_tokens=cached)
+            return Event(row.handle, row.index, None, "", "length", prompt_logprobs=read, cached_tokens=cached)
         of_token: Logprobs = []
-        if row.request.logprobs is not None:
-            found = log_probabilities(logits, self._tensor([token]), row.request.logprobs)
-            of_token = listed(found, [token])[0]
-        text, reason = row.accept(token, self.context)
+        try:
+            if token in FAULTS:
+                raise UserError(FAULTS[token])
+            if row.request.logprobs is not None:
+                of_token = listed(log_probabilities(logits, self._tensor([token]), row.request.logprobs), [token])[0]
+            text, reason = row.accept(token, self.context)
+        except UserError as error:  # of this row alone: its logits, or a grammar that has become too large
+            row.pool.leave(row, keep=False)
+            return Event(row.handle, row.index, None, "", "error", str(error), cached_tokens=cached)
         if reason is not None:
             row.pool.leave(row)
         return Event(row.handle, row.index, token, text, reason, "", of_token, read, cached)

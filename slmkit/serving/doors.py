@@ -56,6 +56,14 @@ class Limits(Settings):
                 raise ValueError(f"{origin!r} is no origin, such as https://chat.example.org")
         return origins
 
+    @field_validator("hosts")
+    @classmethod
+    def _without_port(cls, hosts: list[str]) -> list[str]:
+        for host in hosts:
+            if not re.fullmatch(r"[^\[\]:/\s*@]+|\[[0-9a-fA-F:.]+\]", host):
+                raise ValueError(f"{host!r} is no name of a host, such as chat.example.org")
+        return [host.lower() for host in hosts]
+
 
 class Doors:
     """ASGI middleware outside of everything: keys, hosts and origins, sizes, deadlines, security headers.
@@ -110,6 +118,8 @@ class Doors:
         """
         self._expect_no_more_headers(scope)
         is_public = scope["method"] in ("GET", "HEAD") and PUBLIC.match(scope["path"]) is not None
+        if {"content-length", "transfer-encoding"} <= headers.keys():  # a proxy may have believed the other one
+            raise ApiError(400, "a body with both Content-Length and Transfer-Encoding", code="invalid_http")
         self._expect_own_host(scope["server"][0], headers)
         self._expect_own_site(headers, is_public)
         if scope["method"] == "OPTIONS" and {"origin", "access-control-request-method"} <= headers.keys():
@@ -199,7 +209,7 @@ class Doors:
         """The whole body. Raises `ApiError` for one that is too large, compressed, or too slow."""
         most, body, is_whole = self.limits.max_body, bytearray(), False
         too_large = ApiError(413, f"a body of more than {most:,} bytes", code="request_too_large")
-        if headers.get("content-encoding", "identity") != "identity":
+        if headers.get("content-encoding", "identity").lower() != "identity":
             raise ApiError(415, "a compressed body: send it as it is", code="unsupported_encoding")
         if int(headers.get("content-length", 0)) > most:
             raise too_large
@@ -249,7 +259,7 @@ def refusal_parts(refusal: ApiError) -> tuple[bytes, dict[str, str]]:
 async def _refuse(refusal: ApiError, receive: Any, send: Any) -> None:
     body, headers = refusal_parts(refusal)
     await send({"type": "http.response.start", "status": refusal.status, "headers": _encoded(headers)})
-    if refusal.status == 413:  # closed with unread input, the connection would be reset before the client has read
+    if refusal.status not in (408, 500):  # closed with unread input, it would be reset before the client has read
         await send({"type": "http.response.body", "body": body, "more_body": True})
         body = b""
         with contextlib.suppress(TimeoutError):

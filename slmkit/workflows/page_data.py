@@ -50,6 +50,7 @@ PACKED = 1 << 27  # tokens: larger conversations are not packed only to be looke
 DAMAGED = (UserError, OSError, ValueError, LookupError, TypeError, AttributeError)  # raised for files of a run
 
 Number = Annotated[int, Field(ge=0, lt=2**53)]
+Position = Annotated[int, Field(ge=0, lt=2**40)]  # in a file; some file systems refuse to seek farther
 Json = dict[str, Any]
 
 
@@ -88,7 +89,7 @@ class PageData:
         rows = [{key: value for key, value in run.items() if key != "recipe"} for run in found if run]
         return sorted(rows, key=lambda run: run["changed"], reverse=True)
 
-    def run(self, name: str, since: Number = 0, mark: str = "") -> Json:
+    def run(self, name: str, since: Position = 0, mark: str = "") -> Json:
         """A run, with the lines of metrics.jsonl from a position on, in bytes.
 
         `since` and `mark` are `position` and `mark` of the answer before. If the file was rewritten meanwhile, as by

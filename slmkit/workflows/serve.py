@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import validate_call
+from pydantic import FiniteFloat, validate_call
 
 from slmkit.config import UserError
 from slmkit.files import read_text
@@ -44,7 +44,7 @@ class ServeSettings(Limits):
     engine: Literal["slm", "vllm", "llamacpp"] = "slm"
     device: str = "auto"
     max_rows: int = 16
-    memory: float | None = None
+    memory: FiniteFloat | None = None
     prefix_cache: bool = True
     max_queue: int = 256
     request_seconds: float = 600.0
@@ -140,6 +140,8 @@ def named_models(models: Sequence[str]) -> dict[str, Path]:
             name, path = "", model
         directory = find_model_directory(path)
         name = name or _usual_name(path, directory)
+        if not name.isprintable():  # clients could not ask for it
+            raise UserError(f"a model named {name!r}: give a name of plain characters, as NAME=PATH")
         if name in found:
             raise UserError(f"{found[name]} and {directory} are both named {name}: give one as NAME=PATH")
         found[name] = directory

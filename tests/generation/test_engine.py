@@ -220,6 +220,23 @@ def test_a_grammar_that_leaves_no_token_ends_its_row_alone() -> None:
     assert len(tokens_of(events)[other, 0]) == 5
 
 
+def test_a_grammar_that_outgrows_its_limits_ends_its_row_alone() -> None:
+    # The mask allows `{`, after which any of the optional keys may come: more than the parser's items in a row.
+    schema = {
+        "type": "object",
+        "properties": {f"p{number}": {"type": "integer"} for number in range(1500)},
+        "additionalProperties": False,
+    }
+    engine = Engine(byte_decoder(), TOKENIZER)
+    large = engine.insert(Request([72], 5, GREEDY, grammar=Grammar.json_schema(TOKENIZER, schema)))
+    other = engine.insert(Request([72], 5, GREEDY))
+    events = run(engine)
+    assert [(event.finish_reason, "max is 2000" in event.error) for event in events if event.handle == large] == [
+        ("error", True)
+    ]
+    assert len(tokens_of(events)[other, 0]) == 5
+
+
 def test_an_ensemble_runs_as_a_model_does() -> None:
     members = [decoder_of("llama").double(), decoder_of("gemma3_text").double()]
     both, asked = Ensemble(members), requests(6)

@@ -176,6 +176,13 @@ def test_a_name_that_was_told_is_allowed(served: ServedModel) -> None:
         assert ask(running.url, "GET", "/v1/models", host="example.org").status == 403
 
 
+def test_names_are_told_in_any_case_and_without_a_port() -> None:
+    assert Limits(hosts=["Chat.Example.ORG", "[::2]"]).hosts == ["chat.example.org", "[::2]"]
+    for wrong in ("chat.example.org:8000", "https://chat.example.org", "", "*"):
+        with pytest.raises(UserError, match="no name of a host"):
+            Limits(hosts=[wrong])
+
+
 def test_pages_of_other_sites_can_neither_ask_nor_read(plain: Running) -> None:
     evil = "https://evil.example"
     for headers in (
@@ -263,6 +270,23 @@ def test_a_large_body_of_a_client_that_sends_all_of_it_first_gets_its_answer(pla
 
     answer = httpx.post(f"{plain.url}/v1/completions", content=b"x" * 3_000_000, headers={"host": "localhost"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (413, "request_too_large")
+
+
+def test_a_refusal_reaches_a_client_that_is_still_sending(locked: Running) -> None:
+    body = b"x" * 1_000_000
+    with connect(locked.url) as connection:
+        connection.sendall(request_bytes("POST", "/v1/completions", b"", content_length=str(len(body))))
+        assert Answer(read_until(connection, b"}}")).status == 401
+        for first in range(0, len(body), 10_000):  # a reset connection would raise
+            connection.sendall(body[first : first + 10_000])
+            time.sleep(0.002)
+
+
+def test_a_body_of_two_lengths_is_refused(plain: Running) -> None:
+    head = request_bytes("POST", "/v1/completions", b"", content_length="40", transfer_encoding="chunked")
+    answer = send_raw(plain.url, head + b"0\r\n\r\nGET /v1/models HTTP/1.1\r\nhost: a\r\n\r\n")
+    assert (answer.status, answer.error["code"]) == (400, "invalid_http")
+    assert answer.raw.count(b"HTTP/1.1 ") == 1
 
 
 def test_compressed_bodies_are_refused(plain: Running) -> None:
