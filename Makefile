@@ -71,7 +71,7 @@ $(BIN)/python:
 # torch first and by its exact version, so that no other package decides which build is taken.
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) "$$(grep '^torch==' constraints.txt)"
-	$(INSTALL) --editable ".[train]"
+	$(INSTALL) --editable ".[train,serve,constrain]"
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed

@@ -96,6 +96,9 @@ def _find(path: str | Path, *names: str, weights: bool = True) -> Path:
 def _not_found(path: Path, name: str) -> str:
     if (path / "recipe.yaml").is_file():
         return f"{path}: a run without a checkpoint yet: train on with `slm resume {path}`"
+    runs = [entry.parent.name for entry in sorted(path.glob("*/recipe.yaml"))]
+    if runs:
+        return f"{path}: a folder of runs: name one of them, such as {path / runs[0]} (there: {', '.join(runs)})"
     if path.exists():
         what = f"no {name} in it: neither a model directory nor a run with a checkpoint"
     elif str(path) in PUBLISHED:

@@ -54,6 +54,7 @@ def quickstart(
     print("next:")
     for run in (trained.chat, trained.stories):
         print(f"  {suggestion(run.root)}")
+    print(f"  slm ui --runs {trained.chat.root.parent}  (a page: chat, curves of the runs, a look inside the model)")
     print("  slm train own-text data.source=YOUR.txt output_dir=runs/mine")
 
 

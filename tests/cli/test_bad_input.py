@@ -69,6 +69,12 @@ def test_a_recipe_with_a_mistake(arguments: list[str], words: str, tmp_path: Pat
     assert not (tmp_path / "runs").exists() or not any((tmp_path / "runs").iterdir())
 
 
+def test_a_folder_of_runs(tmp_path: Path) -> None:
+    (tmp_path / "book").mkdir()
+    (tmp_path / "book" / "recipe.yaml").write_text("objective: pretrain\n")
+    assert f"a folder of runs: name one of them, such as {tmp_path / 'book'}" in refused("generate", tmp_path, "x")
+
+
 def test_a_missing_and_a_truncated_checkpoint(run: Path, tmp_path: Path) -> None:
     assert "no such directory" in refused("generate", tmp_path / "none", "x")
     assert "neither a model directory nor a run" in refused("generate", tmp_path, "x")

@@ -13,7 +13,10 @@ const LEAST = 10; // milliseconds: less tells nothing of the model's speed
 const NEAR_END = 48; // pixels: a reader this near the end follows what is written
 
 export function mount(root, app) {
-  root.append(new Chat(app).root);
+  const chat = new Chat(app);
+  root.append(chat.root);
+  // Where there are keys to type with; on a phone the focus would open the keyboard over the page.
+  if (matchMedia("(pointer: fine)").matches) chat.box.focus();
 }
 
 class Chat {
