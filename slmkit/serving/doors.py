@@ -149,10 +149,10 @@ class Doors:
                 watching.cancel()
 
     def _expect_no_more_headers(self, scope: Any) -> None:
-        """h11 bounds only headers that come in parts. Raises `ApiError` for more than the limit."""
+        """h11 bounds only headers that come in parts. Raises `ApiError`."""
         size = sum(len(name) + len(value) + 4 for name, value in scope["headers"])
         if size + len(scope["raw_path"]) + len(scope["query_string"]) > self.limits.max_headers:
-            raise ApiError(431, f"headers of more than {self.limits.max_headers:,} bytes", code="headers_too_large")
+            raise too_large_headers(self.limits.max_headers)
 
     def _expect_own_host(self, address: str, headers: Mapping[str, str]) -> None:
         """Another site may let its own name lead to this machine (DNS rebinding), whose browser then takes both for
@@ -239,6 +239,10 @@ class Doors:
         else:
             more |= {"cross-origin-resource-policy": "same-origin"}
         return [*sent, *_encoded(more)]
+
+
+def too_large_headers(most: int) -> ApiError:
+    return ApiError(431, f"headers of more than {most:,} bytes", code="headers_too_large")
 
 
 def is_loopback(address: str) -> bool:

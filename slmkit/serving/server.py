@@ -12,6 +12,7 @@ import functools
 import resource
 import signal
 import socket
+import sys
 from collections.abc import Callable
 from http import HTTPStatus
 from types import FrameType
@@ -22,7 +23,7 @@ from h11 import IDLE
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from slmkit.config import UserError
-from slmkit.serving.doors import HEADERS, Doors, Limits, is_loopback, refusal_parts
+from slmkit.serving.doors import HEADERS, Doors, Limits, is_loopback, refusal_parts, too_large_headers
 from slmkit.serving.protocol import ApiError
 
 if TYPE_CHECKING:
@@ -98,8 +99,10 @@ class Connection(H11Protocol):
         self.start_timer("sending", self.limits.send_seconds, self.transport.abort)
 
     def send_400_response(self, msg: str) -> None:
-        what = f"no HTTP, or headers of more than {self.limits.max_headers:,} bytes"
-        self.end(ApiError(400, what, code="invalid_http"))
+        if getattr(sys.exception(), "error_status_hint", 400) == 431:  # h11's, which uvicorn handles
+            self.end(too_large_headers(self.limits.max_headers))
+        else:
+            self.end(ApiError(400, "no valid HTTP/1.1", code="invalid_http"))
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -201,12 +204,17 @@ def serve(
     """Serve until SIGTERM or SIGINT, or the worker's failure. Then nothing new is taken, what is open has `drain`
     seconds to end, and the rest ends with an error. A second SIGINT ends it at once.
 
-    Returns the exit code: 0, 1 after a failure, 130 after a second SIGINT.
+    Returns the exit code: 0, 1 after a failure, 130 after a second SIGINT. Raises `UserError` if another program has
+    begun to listen at the port.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     enough = limits.max_connections + FILES
     if soft < enough:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(enough, hard) if hard >= 0 else enough, hard))
+    try:
+        listening.listen()
+    except OSError:  # two may bind one port while neither listens
+        raise UserError(f"--port {listening.getsockname()[1]}: {WHY_NO_PORT[errno.EADDRINUSE]}") from None
     server = Server(app, limits, worker, drain, tell_ready)
     server.run(sockets=[listening])
     return 130 if server.force_exit else int(server.has_failed)

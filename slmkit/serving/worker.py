@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 State = Literal["ok", "draining", "failed"]
+FAULT = "the engine failed while it worked on this request: send it again"
 MOST_FAULTS = 3  # of an engine, without a request that it finished in between
 
 logger = logging.getLogger(__name__)
@@ -251,26 +252,29 @@ class Worker:
         try:
             for job in jobs:
                 if job in self._open:  # else a long step has used up its time
-                    job.handle = job.model.engine.insert(job.request)
+                    job.handle = self._ask(job.model, partial(job.model.engine.insert, job.request))
+                    if job.handle is None:
+                        raise failed(FAULT)
                     self._running[job.model.name, job.handle] = job
-            return
         except UserError:
             for refused in jobs:
                 self._end(refused)
             raise
+
+    def _ask(self, model: ServedModel, function: Callable[[], T]) -> T | None:
+        """What a function of the model's engine returns; None after a fault. Raises `UserError`."""
+        try:
+            return function()
+        except UserError:
+            raise
         except Exception:
-            logger.error(f"the engine of {job.model.name} failed, and is made anew", exc_info=True)
-        raise self._fault(job.model)
+            logger.error(f"the engine of {model.name} failed, and is made anew", exc_info=True)
+        self._fault(model)  # now that the exception, which refers to the engine's memory, is gone
+        return None
 
     def _step(self, model: ServedModel) -> None:
         self._busy_since = time.monotonic()
-        events: list[Event] | None = None
-        try:
-            events = model.engine.step()
-        except Exception:
-            logger.error(f"the engine of {model.name} failed, and is made anew", exc_info=True)
-        if events is None:  # the exception, which refers to the engine's memory, is gone
-            self._fault(model)
+        if (events := self._ask(model, model.engine.step)) is None:
             return
         now = time.monotonic()
         self.metrics.steps.labels(model.name).inc()
@@ -295,10 +299,10 @@ class Worker:
                 self._open.pop(job, None)
             if job.handle is not None:
                 del self._running[job.model.name, job.handle]
-                job.model.engine.remove(job.handle)
+                self._ask(job.model, partial(job.model.engine.remove, job.handle))
             self._unsent[job].append(error)
 
-    def _fault(self, model: ServedModel) -> ApiError:
+    def _fault(self, model: ServedModel) -> None:
         """After an exception: make another engine, and fail the requests that this one had."""
         self.metrics.faults.labels(model.name).inc()
         self._faults[model.name] += 1
@@ -306,10 +310,8 @@ class Worker:
             logger.critical(f"the engine of {model.name} failed {MOST_FAULTS} times in a row")
             self._commands.put(None)
         model.engine = model.new_engine()
-        error = failed("the engine failed while it worked on this request: send it again")
         for job in [job for job in self._running.values() if job.model is model]:
-            self._end(job, error)
-        return error
+            self._end(job, failed(FAULT))
 
     def _send(self) -> None:
         """One message to the event loop for all jobs."""

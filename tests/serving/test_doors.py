@@ -305,8 +305,6 @@ def test_compressed_bodies_are_refused(plain: Running) -> None:
     [
         b"nonsense\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\0" * 300,  # TLS
-        b"GET /health HTTP/1.1\r\nhost: localhost\r\nx: " + b"x" * 50_000,  # without an end
-        b"GET /" + b"x" * 50_000,
         b"GET /health HTTP/1.1\r\nhost: localhost\r\nhost: evil.example\r\n\r\n",
         b"POST /health HTTP/1.1\r\nhost: localhost\r\ncontent-length: -1\r\n\r\n",
         b"POST /health HTTP/1.1\r\nhost: localhost\r\ncontent-length: 5\r\ncontent-length: 6\r\n\r\nhello",
@@ -328,6 +326,9 @@ def test_large_headers_are_refused_however_they_arrive(plain: Running) -> None:
     many = {f"x_{number}": "y" for number in range(3_000)}
     for headers in ({"x": "y" * 20_000}, many):
         answer = ask(plain.url, "GET", "/health", **headers)
+        assert (answer.status, answer.error["code"]) == (431, "headers_too_large")
+    for head in (b"GET /health HTTP/1.1\r\nhost: localhost\r\nx: ", b"GET /"):  # without an end, so in parts
+        answer = send_raw(plain.url, head + b"x" * 50_000)
         assert (answer.status, answer.error["code"]) == (431, "headers_too_large")
     assert ask(plain.url, "GET", f"/health?{'x' * 20_000}").status == 431
     assert ask(plain.url, "GET", "/health", x="y" * 10_000).status == 200

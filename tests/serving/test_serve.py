@@ -14,6 +14,11 @@ from typing import Any
 
 import pytest
 
+from slmkit.config import UserError
+from slmkit.serving.app import create_app
+from slmkit.serving.doors import Limits
+from slmkit.serving.server import bind, serve
+from slmkit.serving.worker import Worker
 from tests.cli.helpers import refused
 from tests.serving.processes import (
     SLM,
@@ -123,6 +128,16 @@ def test_wrong_options_are_one_line(tmp_path: Path) -> None:
     assert "did you mean" in refused("serve", f"{directory}x")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert "taken by another program" in refused("serve", directory, "--port", str(taken.getsockname()[1]))
+
+
+def test_two_that_load_for_one_port() -> None:
+    """Both may bind it while neither listens. The second one that has loaded says so, in a line."""
+    first = bind("127.0.0.1", 0)
+    with first, bind("127.0.0.1", first.getsockname()[1]) as second:
+        first.listen()
+        worker = Worker([])
+        with pytest.raises(UserError, match=r"--port \d+: taken by another program"):
+            serve(create_app(worker, {}), second, Limits(), worker, 1.0, lambda: None)
 
 
 def test_a_missing_package_is_named_with_the_extra() -> None:

@@ -339,6 +339,24 @@ def test_a_fault_while_a_request_is_taken_fails_that_request_alone(monkeypatch: 
         go(main)
 
 
+def test_a_fault_while_a_request_is_removed_fails_the_others_and_the_next_one_is_right() -> None:
+    async def main() -> None:
+        def broken(handle: int) -> None:
+            raise RuntimeError("a fault")
+
+        leaves, hurt = [await worker.submit(cast(Any, model), request(k, 300)) for k in range(2)]
+        model.engine.remove = broken  # type: ignore[method-assign]
+        leaves.cancel()
+        with pytest.raises(ApiError, match="the engine failed"):
+            await tokens_of(hurt)
+        assert await tokens_of(await worker.submit(cast(Any, model), request(2))) == alone(model, request(2))
+        assert (worker.state, model.engines) == ("ok", 2)
+
+    model = Model(slow=0.002)
+    with started(model) as worker:
+        go(main)
+
+
 def test_faults_in_a_row_end_the_worker_but_not_with_a_finished_request_between() -> None:
     async def fault() -> None:
         await worker.call(lambda: break_next_step(model))
