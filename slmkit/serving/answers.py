@@ -35,10 +35,10 @@ class CallReader:
     """Splits the text of an answer into content and tool calls; what may begin a call is held back to the end."""
 
     def __init__(self, written: CallFormat, special: Sequence[str], most: int | None) -> None:
-        pattern = "|".join(map(re.escape, special))  # special tokens are not in the text
+        pattern = "|".join(map(re.escape, special)) or "(?!)"  # special tokens are not in the text
         self.written, self.most = written, most
-        self.begin = re.sub(pattern, "", written.before).strip() if special else written.before.strip()
-        self.begin = self.begin or "{"  # of a template that writes nothing before
+        before, self.after = (re.sub(pattern, "", text).strip() for text in (written.before, written.after))
+        self.begin = before or "{"  # of a template that writes nothing before
         self._marks, self._held, self._has_begun = StopStrings([self.begin]), "", False
 
     def add(self, text: str) -> str:
@@ -53,17 +53,19 @@ class CallReader:
         return content
 
     def end(self) -> tuple[str, list[JSON]]:
-        """The rest of the content, and the calls in OpenAI's form."""
-        calls, place, decoder = list[JSON](), 0, json.JSONDecoder()
-        while (start := self._held.find("{", place)) >= 0:
+        """The rest of the content, which is what stands around calls too, and the calls in OpenAI's form."""
+        calls, content, held, decoder = list[JSON](), "", self._held, json.JSONDecoder()
+        while (start := held.find("{")) >= 0:
             try:
-                call, place = decoder.raw_decode(self._held, start)
+                call, end = decoder.raw_decode(held, start)
                 name, arguments = call[self.written.name], call.get(self.written.arguments, {})
             except (ValueError, KeyError, RecursionError):
-                return (self._held, []) if not calls else ("", calls)
+                break
+            content += held[:start].strip().removesuffix(self.begin).strip(" \n,")
+            held = held[end:].lstrip().removeprefix(self.after)
             function = {"name": str(name), "arguments": json.dumps(arguments, ensure_ascii=False)}
             calls.append({"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function})
-        return ("", calls[: self.most]) if calls else (self._held, [])
+        return content + (held.strip() if calls else held), calls[: self.most]
 
 
 # -- from the engine's events to choices ------------------------------------------------------------------------------
@@ -97,7 +99,7 @@ class ChatRow:
             text = self.reader.add(text)
             if event.finish_reason:
                 rest, calls = self.reader.end()
-                text = text + rest if not calls else text.rstrip()
+                text = (text + rest).rstrip() if calls else text + rest
         delta: JSON = {"role": "assistant", "content": text} if self._is_first else {"content": text}
         self._is_first = False
         if calls:

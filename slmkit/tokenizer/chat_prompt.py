@@ -56,6 +56,7 @@ class CallFormat:
     """How a template writes an assistant's calls of tools: as JSON with two keys, between two texts."""
 
     before: str
+    after: str
     name: str  # the keys
     arguments: str
 
@@ -74,8 +75,8 @@ def call_format(template: str, names: tuple[tuple[str, str], ...]) -> CallFormat
     function = call["tool_calls"][0]["function"]
     start = said.rfind("{", 0, max(0, said.find(function["name"])))
     try:
-        written, _ = json.JSONDecoder().raw_decode(said, max(0, start))
+        written, end = json.JSONDecoder().raw_decode(said, max(0, start))
         keys = {json.dumps(value): key for key, value in written.items()}
-        return CallFormat(said[:start], *(keys[json.dumps(function[key])] for key in ("name", "arguments")))
+        return CallFormat(said[:start], said[end:], *(keys[json.dumps(function[key])] for key in ("name", "arguments")))
     except (ValueError, AttributeError, KeyError):
         return None

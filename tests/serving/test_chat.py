@@ -335,6 +335,17 @@ def test_several_tool_calls(client: Client, m3: Script) -> None:
     assert len(whole["message"]["tool_calls"]) == 1
 
 
+def test_text_around_tool_calls_is_content(client: Client, m3: Script) -> None:
+    for text, content, count in (
+        (f"{CALL}\nI asked {{twice}}.", "I asked {twice}.", 1),
+        (f"First.\n{CALL}\nThen.\n{CALL}\n", "First.\nThen.", 2),
+        (f'{CALL}\n<tool_call>\n{{"name": "wea', '<tool_call>\n{"name": "wea', 1),
+    ):
+        whole, streamed = ask(client, m3, text)
+        assert whole["message"]["content"] == streamed["content"] == content
+        assert len(whole["message"]["tool_calls"]) == len(streamed["calls"]) == count
+
+
 @pytest.mark.parametrize(
     "text", ["no call", "a < b", "<tool_call>", '<tool_call>\n{"name": "weather", "argu', "{}", "<tool"]
 )
