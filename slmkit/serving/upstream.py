@@ -52,10 +52,18 @@ class Upstream:
             words, env=environment, stdin=subprocess.DEVNULL, stdout=2, start_new_session=True
         )
 
+        # If this process is killed, the pipe closes, and the shell behind it ends the child and those it has started.
+        self.watcher = subprocess.Popen(
+            ["sh", "-c", "read line; kill -KILL -$0", str(self.process.pid)],
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+
     def kill(self) -> None:
         """With the processes that it has started."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
+        self.watcher.kill()
+        self.watcher.wait()
 
     async def ask(self, method: str, path: str, body: bytes = b"") -> AsyncGenerator[Any]:
         """The events of the response: an `h11.Response`, then `h11.Data`. Raises one of `GONE` if it breaks off."""

@@ -151,3 +151,12 @@ def test_a_child_that_dies_is_a_failure(path: str) -> None:
         assert b"the engine broke off" in first + read_all(stream)
         assert server.wait(20)[0] == 1
         assert time.monotonic() - began < 10
+
+
+def test_a_killed_server_leaves_no_child_behind(path: str) -> None:
+    with slm_serve(f"tiny={model_directory()}", "--engine", "vllm", PATH=path) as server:
+        children = psutil.Process(server.process.pid).children(recursive=True)  # type: ignore[attr-defined]
+        assert len(children) == 2  # and what watches it
+        server.end(signal.SIGKILL)
+        psutil.wait_procs(children, 10)
+        assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
