@@ -40,8 +40,8 @@ MAY_IMPORT = {
 # Lines of code: no blank lines, comments or docstrings. The goal of the design is 18,000 for the whole package, with
 # serving, quantization and export in it; today's figures are of a package without them.
 CODE_LINES = {
-    "": 24_040, "adapt": 1_470, "api": 610, "cli": 1_696, "data": 5_450, "evaluation": 700, "export": 1_200,
-    "generation": 1_618, "model": 2_200, "serving": 1_688, "tokenizer": 1_410, "training": 4_120, "workflows": 2_701,
+    "": 24_060, "adapt": 1_470, "api": 610, "cli": 1_696, "data": 5_450, "evaluation": 700, "export": 1_200,
+    "generation": 1_630, "model": 2_200, "serving": 1_688, "tokenizer": 1_410, "training": 4_120, "workflows": 2_701,
 }  # fmt: skip
 LINES_IN_A_FILE = 400
 LEAST_LINES_IN_A_FILE = 40

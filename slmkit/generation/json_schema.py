@@ -19,9 +19,9 @@ from slmkit.config import UserError, kind_of_value, one_line
 DEEPEST = 64  # schemas within schemas
 LARGEST = 2**53 - 1  # whole numbers up to it are exact in every JSON reader (RFC 8259, section 6)
 FINEST = 1e-9
-# Characters that the counts of a pattern demand. All of a text that must follow is read for each mask: a million
-# characters take half a second, for which the other rows wait.
-MOST_DEMANDED = 10_000
+# Characters of a pattern with its repetitions written out. Compiling takes time by the square of it where a part may be
+# left out, as in `(a?){1000}a{1000}`: about a second at this size, and minutes at ten times it.
+MOST_EXPANDED = 2_000
 
 # Keywords by what they hold: one schema, a list of schemas, schemas by name, or plain values.
 ONE = {"items", "additionalProperties"}
@@ -84,21 +84,29 @@ def check_pattern(pattern: Any, what: str) -> None:
         )
     try:
         re.compile(pattern)
-        demanded = _demanded(_parser.parse(pattern))
+        size, has_repetitions = _expanded(_parser.parse(pattern))
     except (re.error, RecursionError, OverflowError) as error:
         raise UserError(f"{what} {pattern!r:.60}: {one_line(error)}") from None
-    if demanded > max(MOST_DEMANDED, len(pattern)):
-        raise UserError(f"{what} {pattern!r:.60}: its counts demand {demanded:,} characters: at most {MOST_DEMANDED:,}")
+    if has_repetitions and size > MOST_EXPANDED:
+        raise UserError(
+            f"{what} {pattern!r:.60}: with its repetitions written out it has {size:,} characters: at most "
+            f"{MOST_EXPANDED:,} are compiled; a repetition without an upper bound, as in `.*`, counts once"
+        )
 
 
-def _demanded(parsed: Any) -> int:
-    """How many characters a parsed pattern demands, those of all its alternatives together."""
-    total = 0
+def _expanded(parsed: Any) -> tuple[int, bool]:
+    """Characters of a parsed pattern with its repetitions written out, and whether there are any."""
+    total, has_repetitions = 0, False
     for operation, argument in parsed:
         inner = argument[1] if operation is _parser.BRANCH else argument if isinstance(argument, tuple) else ()
-        size = sum(_demanded(part) for part in inner if isinstance(part, _parser.SubPattern))
-        total += max(size, 1) * (argument[0] if operation in _parser._REPEATCODES else 1)
-    return total
+        parts = [_expanded(part) for part in inner if isinstance(part, _parser.SubPattern)]
+        size, times = max(1, sum(size for size, _ in parts)), 1
+        if operation in _parser._REPEATCODES:
+            least, most, _ = argument
+            times, has_repetitions = max(1, least if most is _parser.MAXREPEAT else most), True
+        has_repetitions |= any(repeats for _, repeats in parts)
+        total += size * times
+    return total, has_repetitions
 
 
 def _copy(schema: Any, path: str, bounded: bool, depth: int = 0) -> Any:
