@@ -41,7 +41,7 @@ MAY_IMPORT = {
 # serving, quantization and export in it; today's figures are of a package without them.
 CODE_LINES = {
     "": 24_060, "adapt": 1_470, "api": 610, "cli": 1_696, "data": 5_450, "evaluation": 700, "export": 1_200,
-    "generation": 1_630, "model": 2_200, "serving": 1_688, "tokenizer": 1_410, "training": 4_120, "workflows": 2_701,
+    "generation": 1_630, "model": 2_200, "serving": 1_699, "tokenizer": 1_410, "training": 4_120, "workflows": 2_701,
 }  # fmt: skip
 LINES_IN_A_FILE = 400
 LEAST_LINES_IN_A_FILE = 40
