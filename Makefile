@@ -42,7 +42,7 @@ test-long: $(VENV)/.installed-test
 
 # Hundreds of clients, and schemathesis: some minutes.
 test-load: $(VENV)/.installed-test
-	SLMKIT_TEST_LOAD=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/serving/test_load.py
+	SLMKIT_TEST_LOAD=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/serving/test_load.py tests/serving/test_batches.py
 
 # Two network namespaces joined by a cable that is cut: some minutes.
 test-hosts: $(VENV)/.installed-test

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import socket
 import threading
@@ -20,6 +21,7 @@ from slmkit.serving.worker import Worker
 from tests.serving.servers import TEXT, Client, gemma, llama, serving
 from tests.serving.test_chat import said
 
+IS_LONG = bool(os.environ.get("SLMKIT_TEST_LOAD"))  # `make test-load`
 SCHEMA = {
     "type": "object",
     "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer", "maximum": 99, "minimum": 0}},
@@ -64,7 +66,7 @@ def test_mixed_settings(make: Any) -> None:
     ]
     with serving(model) as client, ThreadPoolExecutor(len(asked)) as threads:
         alone = [plain(client.post("completions", body)) for body in asked]
-        for _ in range(12):
+        for _ in range(200 if IS_LONG else 12):
             order = dice.sample(range(len(asked)), len(asked))
             found = [threads.submit(client.post, "completions", asked[number]) for number in order]
             for number, answer in zip(order, found):
@@ -76,7 +78,7 @@ def test_what_is_cached_says_nothing_else() -> None:
     dice = random.Random(6)
     words = TEXT.split()
     chats = []
-    for _ in range(10):
+    for _ in range(60 if IS_LONG else 12):
         turns = [said("system", "You are a friend of the fox. " + " ".join(words[:20]))]
         for _ in range(dice.randint(1, 3)):
             turns += [
@@ -158,12 +160,10 @@ def test_leaving_while_it_is_generated(slow: tuple[Slow, Client], stream: bool) 
     model, client = slow
     body = {"model": "slow", "prompt": "The fox", "max_tokens": 900, "ignore_eos": True, "stream": stream, "n": 2}
     ask_and_leave(client, body, lambda connection: wait_for(lambda: model.read > 20))
-    left = time.monotonic()
+    left = model.read
     wait_for(lambda: client.rows(model.served) == 0)
-    assert time.monotonic() - left < 10 * model.seconds
-    read = model.read
     time.sleep(4 * model.seconds)
-    assert model.read == read
+    assert model.read - left <= 2 * 2  # two rows in the step that had begun, and one more for a busy machine
 
 
 def test_leaving_while_the_prompt_is_read(slow: tuple[Slow, Client]) -> None:

@@ -10,15 +10,21 @@ import socket
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
+from slmkit import SLMConfig
 from slmkit.config import UserError
+from slmkit.generation.engine import Request
+from slmkit.generation.sampling_settings import SamplingSettings
+from slmkit.model.decoder import Decoder
 from slmkit.serving.app import create_app
 from slmkit.serving.doors import Limits
+from slmkit.serving.models import ServedModel
 from slmkit.serving.server import bind, serve
 from slmkit.serving.worker import Worker
+from tests.adapt.helpers import adapted, save_adapter
 from tests.cli.helpers import refused
 from tests.serving.processes import (
     SLM,
@@ -34,6 +40,7 @@ from tests.serving.processes import (
     slm_serve,
     until,
 )
+from tests.serving.servers import alone
 
 pytestmark = pytest.mark.slow
 KEY, OTHER_KEY = "a-key-of-many-characters", "another-key-of-many-characters"
@@ -348,6 +355,24 @@ def test_models_that_share_weights_share_the_memory() -> None:
     share_equal_weights([first, second])
     places = [{name: weight.data_ptr() for name, weight in each.named_parameters()} for each in (first, second)]
     assert [name for name in places[0] if places[0][name] != places[1][name]] == ["blocks.1.mlp.up.weight"]
+
+
+def test_an_adapter_is_served_by_name_beside_its_base(tmp_path: Path) -> None:
+    base = ServedModel.load("base", model_directory())
+    config, decoder = SLMConfig.from_pretrained(model_directory()), cast(Decoder, base.decoder)
+    settings = adapted(decoder, config)  # the base in memory has the adapter from here on
+    save_adapter(decoder, config, settings, model_directory(), tmp_path / "fox")
+    base.tokenizer.save_pretrained(tmp_path / "fox")
+    fields: dict[str, Any] = {"max_tokens": 12, "temperature": 0}
+    (expected,) = alone(base, Request(base.tokenizer.encode_prompt("The fox had"), 12, SamplingSettings(temperature=0)))
+    with slm_serve(tmp_path / "fox", model_directory()) as server:
+        listed = json.loads(ask(server.url, "GET", "/v1/models").body)["data"]
+        assert [one["id"] for one in listed] == ["fox", "tiny"]
+        texts = {}
+        for name in ("fox", "tiny", "fox"):
+            body = {"model": name, "prompt": "The fox had", "ignore_eos": True, **fields}
+            texts[name] = json.loads(ask(server.url, "POST", "/v1/completions", body).body)["choices"][0]["text"]
+        assert texts["fox"] == expected != texts["tiny"]
 
 
 def test_the_newest_run_that_learned_to_chat_is_chosen(tmp_path: Path) -> None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import re
 import time
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 
+from slmkit.generation.engine import Event
 from slmkit.serving import app
-from slmkit.serving.models import ServedModel
-from tests.serving.servers import Answer, Client, Script, llama, serving
+from slmkit.serving.answers import Answer as Made
+from slmkit.serving.models import ServedModel, completion_requests
+from slmkit.serving.protocol import CompletionRequest, read
+from tests.serving.servers import Answer, Client, Script, chunks_of, llama, serving
 
 MODES: list[dict[str, Any]] = [{"stream": False}, {"stream": True}, {"n": 2}, {"n": 2, "stream": True}]
 
@@ -62,7 +67,7 @@ def finishes(answer: Answer) -> list[str]:
 def test_stop_strings_at_random(client: Client, m3: Script) -> None:
     dice = random.Random(1)
     pieces = ["a", "b", "c", "ab", "bc", "abc", "ca", "aa"]
-    for _ in range(150):
+    for _ in range(200):
         tokens = dice.choices(pieces, k=dice.randint(1, 10))
         stops = ["".join(dice.choices("abc", k=dice.randint(1, 4))) for _ in range(dice.randint(1, 3))]
         m3.say(*tokens)
@@ -70,6 +75,56 @@ def test_stop_strings_at_random(client: Client, m3: Script) -> None:
         for mode in MODES[1:3]:
             answer = client.completion(model="m3", prompt=[5], stop=stops, max_tokens=100, **mode)
             assert answer.texts == [expected] * mode.get("n", 1), (tokens, stops)
+
+
+class Kept:
+    """A job whose events are all there."""
+
+    def __init__(self, events: list[Event]) -> None:
+        self.events = events
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        for event in self.events:
+            yield event
+
+
+def test_stop_strings_of_two_thousand_texts() -> None:
+    """As above, below the socket: 200 texts of a script at a time, since a longer prompt begins further on in it."""
+    dice, script = random.Random(2), Script(max_rows=64)
+    for _ in range(10):
+        tokens = dice.choices(["a", "b", "c", "ab", "bc", "abc", "ca", "aa"], k=210)
+        script.say(*tokens)
+        engine, asked = script.served.new_engine(), {}
+        for start in range(200):
+            count = dice.randint(1, 10)
+            stops = ["".join(dice.choices("abc", k=dice.randint(1, 4))) for _ in range(dice.randint(1, 3))]
+            expected = oracle("".join(tokens[start : start + count]), stops)
+            for n in (1, 2):
+                fields = {"model": "m3", "prompt": [5] * (start + 1), "stop": stops, "max_tokens": count, "n": n}
+                body = read(CompletionRequest, json.dumps(fields).encode())
+                requests = completion_requests(body, script.served, "")
+                asked[engine.insert(requests[0])] = body, requests, list[Event](), expected
+        while engine.is_busy:
+            for event in engine.step():
+                asked[event.handle][2].append(event)
+        asyncio.run(check_texts(script, [*asked.values()]))
+
+
+async def check_texts(script: Script, asked: Sequence[tuple[Any, Any, list[Event], str]]) -> None:
+    for body, requests, events, expected in asked:
+        for is_stream in (False, True):
+            texts = await texts_of(Made(script.served, body, requests), Kept(events), is_stream)
+            assert texts == [expected] * (body.n or 1), (body.stop, expected)
+
+
+async def texts_of(answer: Made, job: Kept, is_stream: bool) -> list[str]:
+    if not is_stream:
+        return [choice["text"] for choice in json.loads(await answer.whole([job]))["choices"]]
+    texts = [""] * (answer.body.n or 1)
+    for chunk in chunks_of(b"".join([event async for event in answer.stream([job])])):
+        for choice in chunk["choices"]:
+            texts[choice["index"]] += choice["text"]
+    return texts
 
 
 def test_characters_split_over_tokens(client: Client, m3: Script) -> None:
@@ -229,9 +284,6 @@ def test_a_comment_keeps_a_waiting_stream_open(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_ids_are_unique(client: Client, m1: ServedModel) -> None:
-    from slmkit.serving.answers import Answer as Made
-    from slmkit.serving.protocol import CompletionRequest, read
-
     asked = read(CompletionRequest, b'{"model": "m1", "prompt": "a"}')
     assert len({Made(m1, asked, []).id for _ in range(10_000)}) == 10_000
 
