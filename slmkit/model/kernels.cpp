@@ -48,8 +48,9 @@ struct Matrix {
   int64_t kind, out, in, group, bias_is_bfloat16;
 };
 
-// Few products do not pay for waking a thread.
-constexpr int64_t WEIGHTS_PER_THREAD = 1 << 15;
+// Products that pay for a thread: it waits for the others several times a layer, which takes milliseconds where other
+// programs run on its core. Reading a weight from memory takes about as long as four products.
+constexpr int64_t PRODUCTS_PER_THREAD = 1 << 22, PRODUCTS_PER_READ = 4;
 constexpr int OUTS = 4;  // weight rows at once: each reads the same x
 constexpr int ROWS = 2;  // rows of x at once: each reads the same weights
 constexpr int64_t AHEAD = 1024;      // bytes, between the weights that are read and those fetched from memory meanwhile
@@ -456,18 +457,18 @@ void multiply(const Matrix& m, const float* x, int64_t rows, float* y, int64_t t
   });
 }
 
-inline int64_t useful_threads(const Matrix& m, int64_t threads) {
-  return std::max<int64_t>(1, std::min(threads, m.out * m.in / WEIGHTS_PER_THREAD));
+inline int64_t useful_threads(int64_t weights, int64_t rows, int64_t threads) {
+  return std::max<int64_t>(1, std::min(threads, weights * (rows + PRODUCTS_PER_READ) / PRODUCTS_PER_THREAD));
 }
 
 // y = x W^T + bias.  x [rows, in], y [rows, out]
 extern "C" void slmkit_linear(const Matrix* m, const float* x, int64_t rows, float* y, int64_t threads) {
-  on_threads(useful_threads(*m, threads), [&](int64_t t, int64_t count) { multiply(*m, x, rows, y, t, count); });
+  on_threads(useful_threads(m->out * m->in, rows, threads), [&](int64_t t, int64_t count) { multiply(*m, x, rows, y, t, count); });
 }
 
 // The weights as float32.  → to [out, in]
 extern "C" void slmkit_dequantize(const Matrix* m, float* to, int64_t threads) {
-  on_threads(useful_threads(*m, threads), [&](int64_t thread, int64_t count) {
+  on_threads(useful_threads(m->out * m->in, 0, threads), [&](int64_t thread, int64_t count) {
     const Share share(m->out, thread, count);
     for_kind(m->kind, [&](auto kind) {
       expand<kind>(*m, share.first, share.last - share.first, to + share.first * m->in);
@@ -697,13 +698,17 @@ extern "C" void slmkit_decode(const Block* blocks, int64_t count, const Norm* la
                               const int64_t* lengths, int64_t rows, int64_t fresh, int64_t threads) {
   const int64_t tokens = rows * fresh;
   Shared s;
+  int64_t weights = 0;  // of a layer, the most
   for (const Block* b = blocks; b < blocks + count; b++) {
     s.q.resize(std::max<size_t>(s.q.size(), tokens * b->query.out)), s.y.resize(s.q.size());
     s.k.resize(std::max<size_t>(s.k.size(), tokens * b->key.out)), s.v.resize(s.k.size());
     s.inner.resize(std::max<size_t>(s.inner.size(), tokens * b->up.out)), s.up.resize(s.inner.size());
+    const int64_t of_layer = (b->query.out + b->key.out + b->value.out) * width + b->out.out * b->out.in +
+                             (b->gate.out + b->up.out) * width + b->down.out * b->down.in;
+    weights = std::max(weights, of_layer);
   }
   s.out.resize(tokens * width), s.down.resize(tokens * width);
-  on_threads(threads, [&](int64_t thread, int64_t of) {
+  on_threads(useful_threads(weights, tokens, threads), [&](int64_t thread, int64_t of) {
     std::vector<float> x(whole, whole + tokens * width), h(tokens * width);  // every thread's own
     const auto norm_all = [&](const Norm& norm) {
       for (int64_t t = 0; t < tokens; t++) normalize(norm, &x[t * width], 0, width, &h[t * width]);
