@@ -205,7 +205,7 @@ class Worker:
         error = failed("the server was shut down before the answer was complete: send the request again", 503)
         for job in [*self._open]:
             self.end_soon(job, error)
-        for end in self._tasks:
+        for end in [end for end in self._tasks if not end.expired()]:
             self._tasks[end] = error
             end.reschedule(0)
         while (self._open or self._tasks) and time.monotonic() < until + 1:

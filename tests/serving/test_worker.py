@@ -516,6 +516,26 @@ def test_tasks_are_in_the_limits_of_jobs() -> None:
         go(main)
 
 
+def test_the_end_while_a_task_whose_time_is_over_cleans_up() -> None:
+    async def late() -> None:
+        async with worker.task():
+            try:
+                await asyncio.sleep(5)
+            finally:
+                await asyncio.sleep(0.5)
+
+    async def main() -> None:
+        task = asyncio.create_task(late())
+        await asyncio.sleep(0.2)
+        await worker.drain(0.1)
+        with pytest.raises(ApiError) as refused:
+            await task
+        assert refused.value.status == 504
+
+    with started(Model(), request_seconds=0.1) as worker:
+        go(main)
+
+
 def test_draining_finishes_what_runs_refuses_what_comes_and_ends_the_rest() -> None:
     async def main(seconds: float) -> list[Any]:
         jobs = [await worker.submit(cast(Any, model), request(k, 40)) for k in range(2)]
