@@ -58,7 +58,7 @@ def serve(
     key_file: KeyFile = None,
     engine: EngineName = "slm",
     device: options.DeviceName = "auto",
-    max_rows: MaxRows = 16,
+    max_rows: MaxRows = 32,
     memory: Memory = None,
     prefix_cache: PrefixCache = True,
     max_queue: MaxQueue = 256,
@@ -93,7 +93,7 @@ def ui(
     browser: Browser = True,
     port: Port = 8000,
     device: options.DeviceName = "auto",
-    max_rows: MaxRows = 16,
+    max_rows: MaxRows = 32,
     memory: Memory = None,
 ) -> None:
     """Open a page to chat, watch runs and look inside models.

@@ -43,7 +43,7 @@ class ServeSettings(Limits):
     port: int = 8000
     engine: Literal["slm", "vllm", "llamacpp"] = "slm"
     device: str = "auto"
-    max_rows: int = 16
+    max_rows: int = 32
     memory: FiniteFloat | None = None
     prefix_cache: bool = True
     max_queue: int = 256
