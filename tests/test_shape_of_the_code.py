@@ -41,7 +41,7 @@ MAY_IMPORT = {
 # serving, quantization and export in it; today's figures are of a package without them.
 CODE_LINES = {
     "": 24_060, "adapt": 1_470, "api": 610, "cli": 1_700, "data": 5_450, "evaluation": 700, "export": 1_200,
-    "generation": 1_610, "model": 2_200, "serving": 1_627, "tokenizer": 1_400, "training": 4_120, "workflows": 2_720,
+    "generation": 1_625, "model": 2_200, "serving": 1_627, "tokenizer": 1_400, "training": 4_120, "workflows": 2_720,
 }  # fmt: skip
 LINES_IN_A_FILE = 400
 LEAST_LINES_IN_A_FILE = 40

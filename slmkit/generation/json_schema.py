@@ -11,6 +11,7 @@ import functools
 import json
 import re
 from collections.abc import Iterable, Mapping
+from re import _parser  # type: ignore[attr-defined]
 from typing import Any
 
 from slmkit.config import UserError, kind_of_value, one_line
@@ -18,6 +19,9 @@ from slmkit.config import UserError, kind_of_value, one_line
 DEEPEST = 64  # schemas within schemas
 LARGEST = 2**53 - 1  # whole numbers up to it are exact in every JSON reader (RFC 8259, section 6)
 FINEST = 1e-9
+# Characters that the counts of a pattern demand. All of a text that must follow is read for each mask: a million
+# characters take half a second, for which the other rows wait.
+MOST_DEMANDED = 10_000
 
 # Keywords by what they hold: one schema, a list of schemas, schemas by name, or plain values.
 ONE = {"items", "additionalProperties"}
@@ -80,8 +84,21 @@ def check_pattern(pattern: Any, what: str) -> None:
         )
     try:
         re.compile(pattern)
+        demanded = _demanded(_parser.parse(pattern))
     except (re.error, RecursionError, OverflowError) as error:
         raise UserError(f"{what} {pattern!r:.60}: {one_line(error)}") from None
+    if demanded > max(MOST_DEMANDED, len(pattern)):
+        raise UserError(f"{what} {pattern!r:.60}: its counts demand {demanded:,} characters: at most {MOST_DEMANDED:,}")
+
+
+def _demanded(parsed: Any) -> int:
+    """How many characters a parsed pattern demands, those of all its alternatives together."""
+    total = 0
+    for operation, argument in parsed:
+        inner = argument[1] if operation is _parser.BRANCH else argument if isinstance(argument, tuple) else ()
+        size = sum(_demanded(part) for part in inner if isinstance(part, _parser.SubPattern))
+        total += max(size, 1) * (argument[0] if operation in _parser._REPEATCODES else 1)
+    return total
 
 
 def _copy(schema: Any, path: str, bounded: bool, depth: int = 0) -> Any:

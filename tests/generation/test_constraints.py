@@ -223,6 +223,8 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
     "property": ("regex", r"\p{L}", "bad escape"),
     "deep": ("regex", "(" * 5000 + ")" * 5000, "regex"),
     "long": ("regex", "a" * 70_000, "regex of 70,009 characters: at most 65,536 are compiled"),
+    "many": ("regex", "a{1000000}", "regex 'a{1000000}': its counts demand 1,000,000 characters: at most 10,000"),
+    "many of many": ("regex", "[0-9]|(b(x{200}){1,9}y{3}){100}", "its counts demand 20,401"),
     "no text": ("regex", 3, "regex: expected a regular expression, found a whole number"),
     "no choice": ("choices", [], "choices: expected a list of one or more texts, found a list []"),
     "one text": ("choices", "yes", "choices: expected a list of one or more texts, found text 'yes'"),
