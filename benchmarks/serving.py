@@ -332,6 +332,7 @@ def print_figures(result: Mapping[str, Any]) -> None:
 def draw(result: Mapping[str, Any], path: Path) -> None:
     """Bars of tokens/s, the time to the first token and gaps."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     colors = {"slmkit": "tab:blue", "transformers": "tab:orange", "llama.cpp": "tab:green"}
     names = list(result["servers"])[::-1]
@@ -354,6 +355,9 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
                     [value["median"] for value in values], [at] * len(values), marker="|", ms=14, lw=4, color=color
                 )
                 plot.set_xscale("log")
+                plot.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+                plot.xaxis.set_major_formatter(ScalarFormatter())
+                plot.xaxis.set_minor_formatter(NullFormatter())
         plot.set(title=title, yticks=range(len(names)), yticklabels=[name.replace(", ", ",\n") for name in names])
         plot.set_ylim(-0.6, len(names) - 0.4)
         plot.spines[["top", "right"]].set_visible(False)
