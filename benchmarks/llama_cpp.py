@@ -157,7 +157,7 @@ class LlamaCpp:
 
 
 def serve(path: Path, port: int, slots: int, length: int, threads: int) -> None:
-    """llama.cpp's server of a GGUF model on 127.0.0.1, for so many requests at once of so many tokens each."""
+    """llama.cpp's server of a GGUF model on 127.0.0.1, with a number of slots and of tokens in each."""
     parameters = xllamacpp.CommonParams()
     parameters.model.path, parameters.model_alias = str(path), {path.stem}
     parameters.hostnames, parameters.port = ["127.0.0.1"], port

@@ -1,5 +1,5 @@
-"""The routes of the server and of its page. The event loop never computes: requests are read, rendered and encoded in a
-thread of the pool, and models run in the worker's.
+"""The routes of the server and of its page. Requests are read, rendered and encoded in a thread of the pool, models run
+in the worker's thread, and the event loop writes the events of streams.
 
 GET /                  index.html of the page
 GET /page/FILE         a file of `serving/page`: read once, at the start; no path of a request is ever opened

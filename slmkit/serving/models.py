@@ -237,7 +237,7 @@ def _grammar(body: Generation, model: ServedModel) -> Grammar | None:
 
 
 def _tools(body: ChatRequest) -> list[Any]:
-    """The tools that the model is told of."""
+    """The tools that are rendered into the prompt. Raises `ApiError` for a `tool_choice` that does not fit them."""
     choice, tools = body.tool_choice, body.tools or []
     if choice not in (None, "none", "auto") and not tools:
         raise ApiError(400, "tool_choice: needs tools", "tool_choice")

@@ -297,7 +297,7 @@ class ErrorFields(Settings):
 
 
 class Error(Settings):
-    """What every answer is that is none."""
+    """OpenAI's error object, for the OpenAPI document."""
 
     error: ErrorFields
 

@@ -86,7 +86,7 @@ class Script:
         return found
 
     def say(self, *tokens: str | bytes | int, prompt: int = 1, ends: bool = True) -> None:
-        """After a prompt of so many tokens. With `ends` the end of the text follows."""
+        """What the model answers to a prompt of `prompt` tokens; with `ends` an end token follows."""
         end = self.tokenizer.eos_token_id
         said = [*self.ids(*tokens), *([end] if ends else [])]
         self.decoder.script = [0] * (prompt - 1) + said + [end] * self.decoder.max_positions

@@ -159,7 +159,7 @@ ENDINGS = [
 
 
 def what_it_says(model: ServedModel) -> tuple[str, list[str], int]:
-    """A context that the model itself goes on with as with the first ending."""
+    """A context that the model continues greedily by the first of the endings."""
     for word in TEXT.split():
         ids = model.tokenizer.encode(word)
         token = int(direct_logprobs(model, [*ids, 0])[-1].argmax())

@@ -200,7 +200,7 @@ def test_stalled_readers_stall_nobody(server: Server, expected: list[str]) -> No
 
 
 def bombs() -> dict[str, bytes]:
-    """Bodies that are refused, whatever else is going on."""
+    """Wrong requests are refused while others run."""
     fields: dict[str, Any] = {
         "n": 10**9, "max_tokens": 10**30, "temperature": -1, "top_k": -5, "seed": -1, "logprobs": 10**6,
         "stop": ["x" * 500_000], "best_of": 10**6, "prompt": [10**18], "logit_bias": {str(n): 1 for n in range(50_000)},

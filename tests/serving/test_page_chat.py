@@ -417,7 +417,7 @@ def test_a_key_is_asked_for(open_page: Open) -> None:
 def test_models_that_never_saw_a_conversation(open_page: Open) -> None:
     script = Script(models={"plain": {"chat": False}, "unlearned": {"chat": True, "learned_conversations": False}})
     with chat(open_page, script) as page:
-        assert "plain has no chat template: it goes on with your text." in page.get_by_role("note").inner_text()
+        assert "plain has no chat template: it continues your text." in page.get_by_role("note").inner_text()
         ask(page, "Once ")
         ask(page, " Then", 2)
         assert [body["path"] for body in script.asked] == ["completions", "completions"]

@@ -114,8 +114,8 @@ export class Settings {
   noteOn(model) {
     if (this.values.way !== "auto" || this.isChat(model)) return "";
     return this.app.about[model].chat === false
-      ? `${model} has no chat template: it goes on with your text.`
-      : `${model} never saw a conversation in training: it goes on with your text.`;
+      ? `${model} has no chat template: it continues your text.`
+      : `${model} never saw a conversation in training: it continues your text.`;
   }
 
   systemMessages() {
