@@ -16,10 +16,11 @@ PACKAGE = Path(__file__).parent.parent / "slmkit"
 MODULES = {str(path.relative_to(PACKAGE)): path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
 TREES = {name: ast.parse(source) for name, source in MODULES.items()}
 
-BASE = {"config", "device", "files", "hub", "find"}
+BASE = {"child", "config", "device", "files", "hub", "find"}
 ROOMS = {"model", "tokenizer", "data", "training", "adapt", "generation", "evaluation", "export", "serving"}
 GENERATION = BASE | {"model", "tokenizer"}
 MAY_IMPORT = {
+    "child": set(),
     "config": set(),
     "device": set(),
     "files": set(),
