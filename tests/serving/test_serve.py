@@ -122,6 +122,8 @@ def test_wrong_options_are_one_line(tmp_path: Path) -> None:
     assert "are both named tiny: give one as NAME=PATH" in refused("serve", directory, directory)
     assert "give --key-file, or set SLM_API_KEYS" in refused("serve", directory, "--host", "0.0.0.0")
     assert "chmod 600" in refused("serve", directory, "--key-file", tmp_path / "keys")
+    (tmp_path / "latin").write_bytes(b"# \xfcber\n")
+    assert "latin: not a text in UTF-8" in refused("serve", directory, "--key-file", tmp_path / "latin")
     assert "no key in it" in refused("serve", directory, "--key-file", tmp_path / "empty")
     assert "a key of 6 characters" in refused("serve", directory, "--key-file", tmp_path / "short")
     assert "no such file" in refused("serve", directory, "--key-file", tmp_path / "nosuch")
