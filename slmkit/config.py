@@ -232,7 +232,10 @@ def _entry(content: list[Any], name: str, key: str) -> int:
 def _first_problem(kind: type[Settings], error: pydantic.ValidationError, origin: str) -> str:
     # Default factories that depend on an invalid field are not run; that is not a problem of its own.
     problems = [each for each in error.errors() if each["type"] != "default_factory_not_called"]
-    problem = problems[0]
+    # Of the branches of a union, the one that fails furthest inside the value is the one that was meant.
+    first = _place(kind, problems[0]["loc"])
+    below = [each for each in problems if f"{_place(kind, each['loc'])}.".startswith(f"{first}.")]
+    problem = max(below, key=lambda each: _place(kind, each["loc"]).count("."))
     location = [str(part) for part in problem["loc"]]
     where = f"{origin}: " if origin else ""
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""

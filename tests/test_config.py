@@ -124,3 +124,12 @@ def test_a_missing_file_says_so(tmp_path: Path) -> None:
 
 def test_did_you_mean_lists_what_there_is_when_nothing_is_near() -> None:
     assert did_you_mean("xyz", ["b", "a"]) == "known: a, b"
+
+
+def test_a_value_of_several_kinds_is_compared_with_the_kind_it_resembles() -> None:
+
+    class Prompt(Settings):
+        prompt: str | list[int] | list[list[int]]
+
+    with pytest.raises(UserError, match=r"^prompt\.0\.1: expected a whole number, found 'b' "):
+        load_settings(Prompt, {"prompt": [[1, "b"]]})

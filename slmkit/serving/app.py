@@ -108,6 +108,7 @@ def base_app(engines: Engines, models: Mapping[str, JSON]) -> FastAPI:
     async def one_model(name: str) -> JSON:
         return named(models, name)
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", response_model=None)
     async def health() -> Response:
         """200 while requests are taken; 503 during the end and after a failure."""

@@ -9,12 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import secrets
 import shutil
-import signal
-import socket
-import subprocess
 import time
 from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
@@ -24,6 +20,7 @@ import fastapi
 import h11
 from fastapi.responses import Response
 
+from slmkit.child import Child, free_port
 from slmkit.config import UserError
 from slmkit.serving.answers import event_line
 from slmkit.serving.app import base_app, named
@@ -36,34 +33,15 @@ HANDED_ON = (b"content-type", b"content-length", b"retry-after")
 GONE = (OSError, h11.RemoteProtocolError)
 
 
-class Upstream:
+class Upstream(Child):
     """The child that serves one model, with a key that this process alone knows."""
 
     def __init__(self, name: str, directory: Path, memory: float) -> None:
         self.name, self.key = name, secrets.token_hex(32)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         options = {"host": "127.0.0.1", "port": self.port, "served-model-name": name, "gpu-memory-utilization": memory}
         words = ["vllm", "serve", str(directory), *(f"--{option}={value}" for option, value in options.items())]
-        # Its log goes where errors go. A session of its own: Ctrl-C in the terminal is for this process, which drains.
-        environment = os.environ | {"VLLM_API_KEY": self.key}
-        self.process = subprocess.Popen(
-            words, env=environment, stdin=subprocess.DEVNULL, stdout=2, start_new_session=True
-        )
-
-        # If this process is killed, the pipe closes, and the shell behind it ends the child and those it has started.
-        self.watcher = subprocess.Popen(
-            ["sh", "-c", "read line; kill -KILL -$0", str(self.process.pid)],
-            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
-
-    def kill(self) -> None:
-        """With the processes that it has started."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.watcher.kill()
-        self.watcher.wait()
+        super().__init__(words, {"VLLM_API_KEY": self.key})  # its log goes where errors go
 
     async def ask(self, method: str, path: str, body: bytes = b"") -> AsyncGenerator[Any]:
         """The events of the response: an `h11.Response`, then `h11.Data`. Raises one of `GONE` if it breaks off."""
@@ -135,9 +113,7 @@ class Upstreams:
         for child in self.children.values():
             child.process.terminate()
         for child in self.children.values():
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.process.wait(10)
-            child.kill()
+            child.stop()
 
     async def hand_on(self, request: fastapi.Request) -> Response:
         """To the child of the model, with the caller's group of prefixes, and back what it answers."""

@@ -160,7 +160,10 @@ def read_keys(path: Path | None) -> list[str]:
     """
     keys = [key.strip() for key in os.environ.get(KEYS, "").split(",") if key.strip()]
     if path is not None:
-        lines = [line.partition("#")[0].strip() for line in read_text(path).splitlines()]
+        try:
+            lines = [line.partition("#")[0].strip() for line in read_text(path).splitlines()]
+        except UnicodeDecodeError:
+            raise UserError(f"{path}: not a text in UTF-8: write one key a line") from None
         if path.stat().st_mode & (stat.S_IROTH | stat.S_IWOTH):
             raise UserError(f"{path}: others on this machine can read or change the keys: chmod 600 {path}")
         if not any(lines):

@@ -22,6 +22,19 @@ from slmkit import SLMConfig, SLMForCausalLM, SLMTokenizer
 from tests.cli import helpers
 
 SLM = "from slmkit.cli import main; main()"
+# Between SIGUSR1 and SIGUSR2 each step of an engine takes a quarter of a second longer, so nothing ends meanwhile.
+WITH_SLOW_STEPS = f"""
+import signal, time
+from slmkit.generation.engine import Engine
+step, seconds = Engine.step, [0.0]
+def slow(self):
+    time.sleep(seconds[0])
+    return step(self)
+Engine.step = slow
+signal.signal(signal.SIGUSR1, lambda *_: seconds.__setitem__(0, 0.25))
+signal.signal(signal.SIGUSR2, lambda *_: seconds.__setitem__(0, 0.0))
+{SLM}
+"""
 TEXT = "The fox had a red kite. The kite flew over the hill, and the owl said: Wait for the wind.\n"
 
 
@@ -92,12 +105,12 @@ class Server:
         assert found, lines
         self.url = found[0].removesuffix("/v1")
 
-    def end(self, number: int = signal.SIGTERM, seconds: float = 60) -> tuple[int, str]:
+    def end(self, number: int = signal.SIGTERM, seconds: float = 120) -> tuple[int, str]:
         """Send a signal; returns the exit code and what was printed on standard error."""
         self.process.send_signal(number)
         return self.wait(seconds)
 
-    def wait(self, seconds: float = 60) -> tuple[int, str]:
+    def wait(self, seconds: float = 120) -> tuple[int, str]:
         code = self.process.wait(seconds)
         self.errors.seek(0)
         return code, self.errors.read()
@@ -128,7 +141,7 @@ def slm_serve(
                 if line.startswith(("try:", "the page:")):
                     break
             if not lines:
-                process.wait(20)
+                process.wait(120)
                 errors.seek(0)
                 raise AssertionError(errors.read())
             yield Server(process, lines, errors)
@@ -168,7 +181,7 @@ def connect(url: str, receive_buffer: int | None = None) -> socket.socket:
     connection = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     if receive_buffer is not None:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-    connection.settimeout(30)
+    connection.settimeout(120)
     parts = urlsplit(url)
     connection.connect((parts.hostname, parts.port))
     return connection
@@ -226,7 +239,7 @@ def complete(url: str, tokens: int = 5, key: str = "", **more: Any) -> Answer:
     return ask(url, "POST", "/v1/completions", completion(tokens, **more), authorization=authorization)
 
 
-def until(condition: Any, seconds: float = 20) -> None:
+def until(condition: Any, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not come true in time"

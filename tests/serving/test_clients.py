@@ -247,6 +247,7 @@ def test_curl(client: Client) -> None:
     text = "".join(json.loads(event)["choices"][0]["delta"].get("content", "") for event in events)
     assert text == whole["choices"][0]["message"]["content"]
     assert json.loads(curl("/health")) == {"status": "ok"}
+    assert curl("/health", "--head").startswith("HTTP/1.1 200")  # as load balancers ask
     assert "slm_" in curl("/metrics")
 
 

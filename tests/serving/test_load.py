@@ -1,6 +1,6 @@
 """`slm serve` under load and attack, in a process of its own: what others do changes nobody's text, and nothing leaks.
 
-A short form by default; `make test-load` has the long one.
+A short form by default; `make test-load` has the long one, which measures times and memory too.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ async def leave(url: str, number: int) -> None:
 
 def test_clients_that_leave_disturb_nobody(server: Server, expected: list[str]) -> None:
     """What stays equals the texts alone; slots, memory and descriptors are free again after every round."""
-    held, opened = list[int](), list[int]()
+    held, opened = list[int](), descriptors(server)
 
     async def together() -> list[Reply | None]:
         leaving = [asyncio.create_task(leave(server.url, number)) for number in range(LEAVERS)]
@@ -146,17 +146,18 @@ def test_clients_that_leave_disturb_nobody(server: Server, expected: list[str]) 
         found = [answer_of(reply) for reply in run(together())]
         assert found == expected
         until(lambda: rows(server.url) == 0)
+        complete(server.url, 1)  # the steps before are counted by now
         count = generated(server.url)
-        time.sleep(0.1)
-        assert generated(server.url) == count
+        complete(server.url, 7)
+        assert generated(server.url) == count + 7  # nobody else's
+        until(lambda: descriptors(server) <= opened + 3)
         held.append(memory(server))
-        opened.append(descriptors(server))
     assert faults(server.url) == []
-    assert max(opened) <= min(opened) + 3
-    assert held[-1] <= held[0] * 1.05 + 2**23, held
+    assert not IS_LONG or held[-1] <= held[0] * 1.05 + 2**23, held
 
 
-def test_a_row_leaves_its_slot_within_a_step_of_the_cut(server: Server) -> None:
+def test_a_row_leaves_its_slot_long_before_its_end_when_its_client_is_cut(server: Server) -> None:
+    """That it is the next step: test_batches.py."""
 
     async def one() -> int:
         """The tokens that came until the cut."""
@@ -171,10 +172,11 @@ def test_a_row_leaves_its_slot_within_a_step_of_the_cut(server: Server) -> None:
     for _ in range(5):
         before = generated(server.url)
         came = run(one())
-        until(lambda: rows(server.url) == 0, 5)
+        until(lambda: rows(server.url) == 0)
         more.append(generated(server.url) - before - came)
+    assert min(more) < 900, more
     # A step takes a millisecond: a few begin while the last events and the end of the connection are on their way.
-    assert statistics.median(more) <= 20, more
+    assert not IS_LONG or statistics.median(more) <= 20, more
 
 
 # -- clients that do not read -----------------------------------------------------------------------------------------
@@ -221,8 +223,9 @@ def bombs() -> dict[str, bytes]:
     }
 
 
-def test_bombs_are_refused_at_once_and_leave_nothing(server: Server) -> None:
-    held = list[int]()
+def test_bombs_are_refused_and_leave_nothing(server: Server) -> None:
+    """None of them reaches an engine."""
+    held, count = list[int](), generated(server.url)
     for _ in range(3 if not IS_LONG else 20):
         for name, body in bombs().items():
             for path in (COMPLETIONS, "/v1/chat/completions", "/v1/embeddings"):
@@ -230,10 +233,10 @@ def test_bombs_are_refused_at_once_and_leave_nothing(server: Server) -> None:
                 answer = ask(server.url, "POST", path, body)
                 assert 400 <= answer.status < 500, (name, path, answer.body)
                 assert len(answer.error["message"]) < 1000, name
-                assert time.perf_counter() - started < 3, (name, path)
+                assert not IS_LONG or time.perf_counter() - started < 3, (name, path)
         held.append(memory(server))
-    assert held[-1] - held[0] < 2**24, held
-    assert rows(server.url) == 0
+    assert not IS_LONG or held[-1] - held[0] < 2**24, held
+    assert (rows(server.url), generated(server.url)) == (0, count)
     assert faults(server.url) == []
 
 
@@ -243,7 +246,8 @@ def test_what_is_too_large_or_without_a_key_is_refused() -> None:
     with slm_serve(model_directory(), fork=False, SLM_API_KEYS=key) as server:
         before = complete(server.url, key=key).body
         held = memory(server)
-        for number in range(200 if IS_LONG else 40):
+        large_ones = 200 if IS_LONG else 40
+        for number in range(large_ones):
             large = request_bytes("POST", COMPLETIONS, b"x" * (2**20 + 1), authorization=f"Bearer {key}")
             with connect(server.url) as connection:
                 with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -257,7 +261,7 @@ def test_what_is_too_large_or_without_a_key_is_refused() -> None:
             )
         after = json.loads(complete(server.url, key=key).body)
         assert after["choices"] == json.loads(before)["choices"]
-        assert memory(server) - held < 2**24
+        assert memory(server) - held < 0.6 * large_ones * 2**20
 
 
 @pytest.mark.skipif(not IS_LONG, reason="takes minutes: make test-load")
@@ -276,7 +280,7 @@ def test_schemathesis_finds_no_answer_that_is_not_documented(server: Server, tmp
     until(lambda: rows(server.url) == 0)
 
 
-# -- the end, and long prompts ----------------------------------------------------------------------------------------
+# -- the end, and times ----------------------------------------------------------------------------------------
 
 
 def test_sigterm_under_load_lets_every_open_answer_end(expected: list[str]) -> None:
@@ -295,10 +299,11 @@ def test_sigterm_under_load_lets_every_open_answer_end(expected: list[str]) -> N
         code, errors = server.wait()
     assert code == 0, errors
     assert "Traceback" not in errors
+    assert not [reply for reply in found if reply is not None and reply.lost and reply.pieces]  # none is cut
     ended = {number: reply for number, reply in enumerate(found) if reply is not None and not reply.lost}
     assert {reply.status for reply in ended.values()} <= {200, 503}
     answered = {number: answer_of(reply) for number, reply in ended.items() if reply.status == 200}
-    assert len(answered) > clients // 2
+    assert answered
     assert all(answered[number] == text for number, text in enumerate(expected) if number in answered)
 
 
@@ -315,8 +320,9 @@ def health_times(url: str, seconds: float) -> list[float]:
     return found
 
 
-def test_health_answers_while_large_prompts_are_read() -> None:
-    """5 MB of one character and of mixed text: refused by their size, before they are encoded."""
+@pytest.mark.skipif(not IS_LONG, reason="measures times, for a machine with nothing else to do: make test-load")
+def test_health_answers_quickly_while_large_prompts_are_refused() -> None:
+    """5 MB of one character and of mixed text, beside four streams. Without times: test_batches.py."""
     texts = ["a" * 5_000_000, "".join(random.Random(0).choices("the fox, a kite. Über 😀\n", k=3_500_000))]
     bodies = [json.dumps(completion(prompt=text)).encode() for text in texts]
     p99 = lambda times: statistics.quantiles(times, n=100)[98]  # noqa: E731
@@ -328,7 +334,7 @@ def test_health_answers_while_large_prompts_are_read() -> None:
                 complete(server.url, 300, stream=True)
 
         def attack() -> None:
-            for body in bodies * (8 if IS_LONG else 2):
+            for body in bodies * 8:
                 answer = ask(server.url, "POST", COMPLETIONS, body)
                 statuses.append((answer.status, answer.error["code"]))
 
