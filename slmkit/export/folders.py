@@ -15,13 +15,10 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
-from slmkit.adapt.load import load_whole
-from slmkit.adapt.quantize import expect_full
 from slmkit.config import UserError
 from slmkit.model.config import SLMConfig
-from slmkit.model.decoder import Decoder
 from slmkit.model.families import family_of
-from slmkit.model.files.directory import WEIGHTS, stored_names, write_configs
+from slmkit.model.files.directory import WEIGHTS, load_decoder, quantization_of, stored_names, write_configs
 from slmkit.model.files.generation_config import read_generation_config
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.tokenizer.chat_pieces import ChatPieces, chat_pieces
@@ -94,7 +91,7 @@ def stops(tokenizer: SLMTokenizer, keys: Mapping[str, Any]) -> list[str]:
 
     A token that an answer may also spell (`</s>` of HTML) is left to its id. Raises `UserError` for one without.
     """
-    spelled = {index: text for text, index in tokenizer.special_tokens.items()}
+    spelled = {index: text for text, index in (tokenizer.added_words | tokenizer.special_tokens).items()}
     by_id = {keys.get(f"{kind}_token_id") for kind in ("eos", "eot", "eom")}
     found = []
     for index in sorted(tokenizer.stop_token_ids):
@@ -103,8 +100,8 @@ def stops(tokenizer: SLMTokenizer, keys: Mapping[str, Any]) -> list[str]:
             found.append(text)
         elif index not in by_id:
             raise UserError(
-                f"generation_config.json ends texts at {tokenizer.decode(index)!r} (id {index}), which Ollama would also "
-                "find inside of other words: take it out of eos_token_id"
+                f"generation_config.json ends texts at {tokenizer.decode(index)!r} (id {index}), which Ollama would "
+                "find inside of other text too: take it out of eos_token_id"
             )
     return found
 
@@ -147,31 +144,27 @@ def write_mlx(model: Path, folder: Path, bits: int | None = None) -> None:
 
     Codes are those of `mlx.core.quantize`. Raises `UserError` for a family or a setting that mlx-lm does not have.
     """
-    decoder, config = load_whole(model)
-    expect_full(decoder, model)
+    _expect_full(model)
+    decoder, config = load_decoder(model)
     family, state = family_of(config.model_type), decoder.state_dict()
     tensors: dict[str, Tensor] = {}
     whole = {
         theirs.replace("transformer.", "model."): torch.cat([state[name] for name in ours])  # matrices as [out, in]
         for theirs, ours in stored_names(state, family).items()
     }
+    more: dict[str, Any] = {}
     if bits is None:
         tensors = {name: tensor.contiguous() for name, tensor in whole.items()}
-        more = {}
     else:
-        divides = {
-            group: sum(t.numel() for t in whole.values() if t.ndim == 2 and t.size(1) % group == 0) for group in GROUPS
-        }
-        group = max(GROUPS, key=lambda one: divides[one])
+        matrices = [tensor for tensor in whole.values() if tensor.ndim == 2]
+        group = max(GROUPS, key=lambda size: sum(one.numel() for one in matrices if one.size(1) % size == 0))
+        more = {key: {"group_size": group, "bits": bits} for key in ("quantization", "quantization_config")}
         for name, tensor in whole.items():
-            tensor = tensor.bfloat16()
             if tensor.ndim == 2 and tensor.size(1) % group == 0:
-                parts = quantized(tensor, bits, group)
+                parts = quantized(tensor.bfloat16(), bits, group)
                 tensors |= {f"{name.removesuffix('weight')}{part}": value for part, value in parts.items()}
             else:
-                tensors[name] = tensor
-        more = {"quantization": {"group_size": group, "bits": bits}}
-        more["quantization_config"] = more["quantization"]
+                tensors[name] = tensor.bfloat16()
     write_configs(config, folder, "float32" if bits is None else "bfloat16", **more)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "mlx"})
     SLMTokenizer.from_pretrained(model).save_pretrained(folder)
@@ -205,20 +198,33 @@ def quantized(weight: Tensor, bits: int, group: int) -> dict[str, Tensor]:
 
 GRADIO = "6.31.0"
 SPACE_APP = Path(__file__).with_name("space_app.py")
+NOT_IN_TRANSFORMERS = {"slm"}
 REQUIREMENTS = ("torch>=2.10", "transformers>=5.3")
 
 
 def write_space(model: Path, folder: Path) -> None:
-    """A Space for Hugging Face: `app.py` with a page by Gradio, its requirements, README.md, and the model in `model`."""
-    decoder, config = load_whole(model)
-    expect_full(decoder, model)
+    """A Space of Hugging Face: `app.py` with a page by Gradio, its requirements, README.md, and `model` in a folder.
+
+    Raises `UserError` for a model that transformers does not read.
+    """
+    config = SLMConfig.from_pretrained(model)
+    _expect_full(model)
+    if config.model_type in NOT_IN_TRANSFORMERS:
+        raise UserError(f"{model}: transformers has no {config.model_type!r}, and a Space runs with it: export to html")
     shutil.copyfile(SPACE_APP, folder / "app.py")
     (folder / "requirements.txt").write_text("\n".join(REQUIREMENTS) + "\n", encoding="utf-8")
-    title = model.resolve().name
     header = {
-        "title": title, "emoji": "🌱", "colorFrom": "green", "colorTo": "blue", "sdk": "gradio", "sdk_version": GRADIO,
-        "app_file": "app.py", "pinned": False,
+        "title": folder.name, "emoji": "🌱", "colorFrom": "green", "colorTo": "blue", "sdk": "gradio",
+        "sdk_version": GRADIO, "app_file": "app.py", "pinned": False,
     }  # fmt: skip
-    readme = f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---\n"
-    (folder / "README.md").write_text(readme, encoding="utf-8")
-    shutil.copytree(model, folder / "model", ignore=shutil.ignore_patterns("training_state", "MANIFEST.json"))
+    text = f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---\n"
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    (folder / "model").mkdir()
+    for path in sorted(model.iterdir()):
+        if path.is_file() and path.name != "MANIFEST.json":
+            _linked(path, folder / "model" / path.name)
+
+
+def _expect_full(model: Path) -> None:
+    if quantization_of(model):
+        raise UserError(f"{model}: its weights are quantized: name the full model that it was made from")
