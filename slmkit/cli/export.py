@@ -38,11 +38,11 @@ def export(
     from slmkit.find import find_model_directory
 
     find_model_directory(model)
-    from slmkit.workflows.export import Request, figures_of
+    from slmkit.workflows.export import Request
     from slmkit.workflows.export import export as export_model
 
     request = Request(to, output, kind, unverified, allow_fallback, overwrite, shard)
     with progress_bar("export") as show:
         done = export_model(model, request, lambda line: show(line, None))
     print(f"{to}: {done.path}")
-    print(f"compared: {figures_of(done.parity) if done.parity else 'no: the program is not installed'}; {done.record}")
+    print(f"compared: {done.parity.summary if done.parity else 'no: the program is not installed'}; {done.record}")

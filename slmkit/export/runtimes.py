@@ -38,7 +38,9 @@ PIECES = (
     "🙂", "👩‍🚀", "🏳️‍🌈", "🇩🇪", "👍🏽", "e\u0301", "A\u030a\u0323", "ﬁ", "ß", "ẞ", "İ", "ǅ", "한국어", "각", "日本語",
     "ไทย", "नमस्ते",
 )  # fmt: skip
-MOST_TIES = 16  # of greedy tokens, that are passed over
+GREEDY = 256  # tokens that are compared
+MOST_TIES = 16  # among them, that are passed over
+TAGGED = 20  # conversations with special tokens in a message
 LENGTH_DECIDES = ("dynamic", "longrope")  # kinds of RoPE whose angles depend on the length of the text
 
 
@@ -106,38 +108,35 @@ class Probe:
 
     strings: list[str]
     conversations: list[list[Message]]
+    tagged: list[list[Message]]  # with special tokens spelled in the messages
+    readings: list[list[list[int]]]  # of each: their ids as ordinary text, and as tokens, as transformers reads them
     prompts: list[tuple[list[int], list[int]]]  # ids [tokens], and the lengths after which the next token is predicted
     start: list[int]  # ids [tokens] after which greedy tokens are compared
     count: int  # of greedy tokens
 
     @classmethod
-    def of(
-        cls,
-        decoder: Decoder,
-        tokenizer: SLMTokenizer,
-        strings: int = 10_000,
-        conversations: int = 200,
-        count: int = 256,
-    ) -> Probe:
+    def of(cls, decoder: Decoder, tokenizer: SLMTokenizer, strings: int = 10_000, chats: int = 200) -> Probe:
         """Texts of all scripts; positions also past each window and past the original context, where there are some."""
         rng, most = random.Random(17), decoder.max_positions - 1
         known = [index for index in np.flatnonzero(tokenizer.known_ids).tolist() if index < decoder.vocab_size]
         edges = {layer.window or 0 for layer in decoder.architecture.layers}
         edges |= {int(getattr(rope, "original_max_position_embeddings", 0)) for rope in decoder.ropes}
         last = min(most, max(256, max(edges) + 64))
-        around = (1, 2, 30, 200, last, *(edge + more for edge in edges for more in (-1, 0, 1, 40)))
+        lengths = {1, 2, 30, 200, last, *(edge + more for edge in edges for more in (-1, 0, 1, 40))}
         start = tokenizer.encode_prompt(SENTENCES)[: max(1, most // 2)]
         texts = probe_strings((*tokenizer.special_tokens, *tokenizer.added_words), strings)
-        return cls(
-            texts,
-            _renderable(tokenizer, texts, conversations),
-            [
-                (rng.choices(known, k=last), sorted({one for one in around if 0 < one <= last})),
-                (start, [*range(1, len(start) + 1, 4)]),
-            ],
-            start,
-            min(count, most - len(start)),
-        )  # fmt: skip
+        plain, tagged = _conversations(tokenizer, texts, chats)
+        prompts = [
+            (rng.choices(known, k=last), sorted(length for length in lengths if 0 < length <= last)),
+            (start, [*range(1, len(start) + 1, 4)]),
+        ]
+        readings = [[ids, _read_openly(tokenizer, ids)] for ids in map(tokenizer.encode_chat_prompt, tagged)]
+        return cls(texts, plain, tagged, readings, prompts, start, min(GREEDY, most - len(start)))
+
+    @property
+    def context(self) -> int:
+        """The tokens of the longest text, with its continuation."""
+        return max(len(self.start) + self.count, *(len(ids) + 1 for ids, _ in self.prompts))
 
 
 @cache
@@ -166,21 +165,31 @@ def probe_strings(spellings: Sequence[str], count: int) -> list[str]:
     return texts
 
 
-def _renderable(tokenizer: SLMTokenizer, texts: Sequence[str], count: int) -> list[list[Message]]:
-    """`count` conversations that the chat template renders, with no special token in a message; none without one."""
+def _conversations(
+    tokenizer: SLMTokenizer, texts: Sequence[str], count: int
+) -> tuple[list[list[Message]], list[list[Message]]]:
+    """Conversations that the chat template renders: `count` without special tokens in a message, a few with them.
+
+    None without a template, and none with special tokens where a text cannot be read as transformers reads it.
+    """
     if tokenizer.chat_template is None:
-        return []
-    rng, found = random.Random(29), []
-    said = [text for text in texts if text.strip() and not any(token in text for token in tokenizer.special_tokens)]
-    for number in range(count if said else 0):
-        roles = [*(["system"] if number % 3 == 0 else []), *["user", "assistant"] * rng.randint(0, 2), "user"]
-        messages = [{"role": role, "content": rng.choice((*PIECES[14:16], rng.choice(said)))} for role in roles]
-        try:
-            tokenizer.encode_chat_prompt(messages)
-        except UserError:  # some templates take no system message
-            continue
-        found.append(messages)
-    return found
+        return [], []
+    rng, found, special = random.Random(29), list[list[Message]](), (*tokenizer.special_tokens,)
+    said = [text for text in texts if text.strip() and not any(token in text for token in special)] or ["Hello!"]
+    for number in range(count):
+        roles = [*["system"] * (number % 3 == 0), *["user", "assistant"] * rng.randint(0, 2), "user"]
+        messages = [{"role": role, "content": rng.choice(said)} for role in roles]
+        with contextlib.suppress(UserError):  # some templates take no system message
+            if (ids := tokenizer.encode_chat_prompt(messages)) and messages not in found:
+                found.append(messages)
+    is_open = found and _read_openly(tokenizer, ids) == ids
+    tagged = [[{"role": "user", "content": f"What does {token} mean?"}] for token in special[:TAGGED]]
+    return found, tagged if is_open else []
+
+
+def _read_openly(tokenizer: SLMTokenizer, ids: list[int]) -> list[int]:
+    """The ids [tokens] of the text of `ids` with special tokens recognised wherever they are spelled."""
+    return tokenizer.encode(tokenizer.decode(ids), allow_special=True)
 
 
 @dataclass
@@ -189,6 +198,7 @@ class Answers:
 
     texts: list[list[int]]  # ids
     chats: list[list[int] | None]
+    tagged: list[list[int] | None]
     log_probs: list[np.ndarray]  # of each prompt [lengths, vocab_size]
     greedy: list[int]
     tokens_per_second: float
@@ -200,7 +210,8 @@ class Answers:
         greedy = runtime.greedy(probe.start, probe.count)
         speed = len(greedy) / (time.perf_counter() - began)
         texts = [runtime.encode(text) for text in probe.strings]
-        return cls(texts, [runtime.encode_chat(each) for each in probe.conversations], log_probs, greedy, speed)
+        chats, tagged = ([runtime.encode_chat(each) for each in asked] for asked in (probe.conversations, probe.tagged))
+        return cls(texts, chats, tagged, log_probs, greedy, speed)
 
 
 @dataclass
@@ -219,6 +230,16 @@ class Parity:
     def passed(self) -> bool:
         return not self.failures
 
+    @property
+    def summary(self) -> str:
+        """The figures in one line."""
+        ids, chats, _, predicted, greedy = self.checks.values()
+        return (
+            f"the same ids for {ids['compared']:,} texts and {chats['compared']:,} chat prompts; log-probabilities at "
+            f"most {predicted['max_abs']:.2g} apart, their mean divergence {predicted['mean_kl']:.2g} nats; the first "
+            f"{greedy['equal']} of {greedy['compared']} greedy tokens equal"
+        )
+
     def to_json(self, **about: Any) -> str:
         """The content of parity.json, with `about` (versions, date and fingerprints) before the figures."""
         content = {"passed": self.passed, **about, **dataclasses.asdict(self)}
@@ -234,6 +255,8 @@ def compare(
     parity = Parity(reference.name, other.name, bounds, other.size, found.tokens_per_second)
     _compare_ids(parity, "token ids", probe.strings, expected.texts, found.texts)
     _compare_ids(parity, "chat prompts", probe.conversations, expected.chats, found.chats)
+    accepted = [ids if ids in readings else readings[0] for ids, readings in zip(found.tagged, probe.readings)]
+    _compare_ids(parity, "tags in messages", probe.tagged, accepted, found.tagged)
     _compare_log_probs(parity, probe, expected, found)
     _compare_greedy(parity, reference, other, probe, expected.greedy, found.greedy)
     return parity
@@ -336,7 +359,7 @@ class Slmkit(Runtime):
 
 
 class Transformers(Runtime):
-    """`transformers`, with weights in the precision of the files.
+    """`transformers`, with weights in the precision of the files unless `dtype` names another.
 
     Raises `UserError` if it is not installed, cannot read the directory, or if tensors are missing, unexpected or of
     another shape.
@@ -344,7 +367,7 @@ class Transformers(Runtime):
 
     name = "transformers"
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, dtype: str = "auto") -> None:
         if importlib.util.find_spec("transformers") is None:
             raise UserError("transformers is not installed: pip install transformers")
         import transformers
@@ -354,7 +377,7 @@ class Transformers(Runtime):
         try:
             with contextlib.redirect_stderr(io.StringIO()):  # progress bars
                 self._model, said = transformers.AutoModelForCausalLM.from_pretrained(
-                    directory, dtype="auto", local_files_only=True, output_loading_info=True
+                    directory, dtype=dtype, local_files_only=True, output_loading_info=True
                 )
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
         except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:

@@ -150,16 +150,6 @@ def _checked(target: Target, loaded: Loaded, made: Path, kind: str, say: Say) ->
         return compare(loaded.runtime, runtime, probe, bounds_of(kind))
 
 
-def figures_of(parity: Parity) -> str:
-    """The figures of a comparison in one line."""
-    ids, chats, predicted, greedy = parity.checks.values()
-    return (
-        f"the same ids for {ids['compared']:,} texts and {chats['compared']:,} chat prompts; log-probabilities at most "
-        f"{predicted['max_abs']:.2g} apart, their mean divergence {predicted['mean_kl']:.2g} nats; the first "
-        f"{greedy['equal']} of {greedy['compared']} greedy tokens equal"
-    )
-
-
 def about_export(loaded: Loaded, made: Path, to: str, kind: str) -> dict[str, Any]:
     """What parity.json says beside the figures."""
     versions = {}
