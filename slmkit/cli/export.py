@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def export(
     model: ModelPath,
-    to: Annotated[str, typer.Option("--to", help="gguf, html, onnx or hf.")],
+    to: Annotated[str, typer.Option("--to", help="gguf or hf.")],
     kind: Annotated[
         str | None, typer.Option("--type", help="How weights are stored, such as Q4_K_M, int8 or bfloat16.")
     ] = None,

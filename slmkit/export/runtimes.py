@@ -251,7 +251,8 @@ def compare(
     reference: Runtime, other: Runtime, probe: Probe, bounds: Bounds, expected: Answers | None = None
 ) -> Parity:
     """Ask both runtimes, and compare. `expected`: the reference's answers, where they are known already."""
-    expected, found = expected or Answers.of(reference, probe), Answers.of(other, probe)
+    expected = expected or Answers.of(reference, probe)
+    found = expected if other is reference else Answers.of(other, probe)
     parity = Parity(reference.name, other.name, bounds, other.size, found.tokens_per_second)
     _compare_ids(parity, "token ids", probe.strings, expected.texts, found.texts)
     _compare_ids(parity, "chat prompts", probe.conversations, expected.chats, found.chats)

@@ -244,21 +244,6 @@ TARGETS = {
         lambda path, probe: _of("llama_cpp").LlamaCpp(path, probe.context),
         suffix=".gguf",
     ),
-    "html": Target(
-        "*.html",
-        ("int8", "int4", "f16", "f32"),
-        ("playwright", "node"),
-        lambda loaded, path, kind, request: _of("html").write_html(loaded.source, path, kind),
-        lambda path, probe: _of("html").HtmlPage(path),
-        suffix=".html",
-    ),
-    "onnx": Target(
-        "*.onnx",
-        ("fp32", "fp16", "int8", "int4"),
-        ("onnxruntime",),
-        lambda loaded, path, kind, request: _of("onnx").write_onnx(loaded.source, path, kind),
-        lambda path, probe: _of("onnx").OnnxRuntime(path),
-    ),
     "hf": Target(
         "config.json",
         ("float32", "float16", "bfloat16", *LARGEST),
@@ -272,7 +257,7 @@ TARGETS = {
 
 # -- verify -----------------------------------------------------------------------------------------------------------
 
-MADE = (("gguf", "F32"), ("gguf", "Q8_0"), ("onnx", "fp32"), ("html", "f32"), ("html", "int8"))
+MADE = (("gguf", "F32"), ("gguf", "Q8_0"))
 Open = Callable[[Probe], Runtime]
 
 
@@ -297,15 +282,15 @@ def verify(model: str, files: Sequence[str] = (), say: Say = lambda line: None) 
         given = [_given(file) for file in files]
         say("loading the model")
         loaded = load(model, Path(scratch, "whole"))
-        probe = Probe.of(loaded.decoder, loaded.tokenizer)
+        reference, probe = loaded.runtime, Probe.of(loaded.decoder, loaded.tokenizer)
         say("asking slmkit")
-        expected = Answers.of(loaded.runtime, probe)
-        verdicts = [Verdict("slmkit", "float32", compare(loaded.runtime, loaded.runtime, probe, EXACT, expected))]
+        expected = Answers.of(reference, probe)
+        verdicts = [Verdict("slmkit", "float32", compare(reference, reference, probe, EXACT, expected))]
         for name, kind, opened in given or _installed(loaded, Path(scratch)):
             say(f"comparing {name} {kind}")
             try:
                 with opened(probe) as runtime:
-                    parity = compare(loaded.runtime, runtime, probe, bounds_of(kind), expected)
+                    parity = compare(reference, runtime, probe, bounds_of(kind), expected)
                 verdicts.append(Verdict(name, kind, parity, "; ".join(parity.failures), not parity.passed))
             except UserError as error:
                 verdicts.append(Verdict(name, kind, None, str(error), bool(files)))
