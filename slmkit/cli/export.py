@@ -9,6 +9,7 @@ import typer
 from slmkit.cli.options import ModelPath
 
 if TYPE_CHECKING:
+    from slmkit.export.runtimes import Parity
     from slmkit.workflows.export import Verdict
 
 
@@ -48,7 +49,7 @@ def export(
     with progress_bar("export") as show:
         path, parity = export_model(model, request, lambda line: show(line, None))
     print(f"{to}: {path}")
-    print(f"compared: {parity.summary if parity else 'no, since the program is not installed'}; {record_of(path)}")
+    print(f"compared: {summary(parity) if parity else 'no, since the program is not installed'}; {record_of(path)}")
 
 
 def verify(
@@ -79,6 +80,16 @@ def verify(
         raise typer.Exit(1)
 
 
+def summary(parity: Parity) -> str:
+    """The figures of a comparison that was passed, in one line."""
+    ids, chats, _, predicted, greedy = parity.checks.values()
+    return (
+        f"the same ids for {ids['compared']:,} texts and {chats['compared']:,} chat prompts; log-probabilities at most "
+        f"{predicted['max_abs']:.2g} nats apart, their mean divergence {predicted['mean_kl']:.2g} nats; the first "
+        f"{greedy['equal']} of {greedy['compared']} greedy tokens equal"
+    )
+
+
 def print_verdicts(verdicts: list[Verdict]) -> None:
     """A table of what was compared, then a line for each runtime that was not, or that differs."""
     from rich import box
@@ -92,27 +103,16 @@ def print_verdicts(verdicts: list[Verdict]) -> None:
     for one in verdicts:
         if one.parity is None:
             continue
-        checks, size = one.parity.checks, f"{one.parity.size / 1e6:,.1f}"
-        ids, prompts = (
-            f"{checks[name]['compared'] - checks[name]['different']:,}/{checks[name]['compared']:,}"
-            for name in ("token ids", "chat prompts")
-        )
-        predicted = checks["log-probabilities"]
-        greedy = checks["greedy tokens"]
+        ids, chats, _, predicted, greedy = one.parity.checks.values()
+        same = (f"{each['compared'] - each['different']:,}/{each['compared']:,}" for each in (ids, chats))
+        apart = (f"{predicted[name]:.2g}" if predicted else "?" for name in ("max_abs", "mean_kl"))
         table.add_row(
-            one.runtime,
-            one.kind,
-            size,
-            ids,
-            prompts,
-            f"{predicted['max_abs']:.2g}",
-            f"{predicted['mean_kl']:.1g}",
-            f"{greedy['equal']}/{greedy['compared']}",
-            f"{one.parity.tokens_per_second:,.0f}",
+            one.runtime, one.kind, f"{one.parity.size / 1e6:,.1f}", *same, *apart,
+            f"{greedy['equal']}/{greedy['compared']}", f"{one.parity.tokens_per_second:,.0f}",
             "[red]differs[/]" if one.is_wrong else "same",
-        )
+        )  # fmt: skip
     console = Console(highlight=False)
-    console.width = max(console.width, 120) if not console.is_terminal else console.width
+    console.width = console.width if console.is_terminal else 160
     console.print(table)
     for one in verdicts:
         if one.problem:
