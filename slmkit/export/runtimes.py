@@ -89,7 +89,7 @@ class Bounds:
 
 
 EXACT = Bounds(1e-3, 1e-5, True)
-# Divergence by the bits of a weight. A wrong conversion, such as permuted rows, has several nats.
+# Divergence by the bits of a weight; of a wrong conversion, such as permuted rows, it is several nats.
 ROUNDED = {16: 0.01, 8: 0.02, 6: 0.05, 5: 0.1, 4: 0.3, 3: 1.0, 2: 2.0}
 
 
@@ -137,9 +137,7 @@ class Probe:
 
 
 def probe_strings(spellings: Sequence[str], count: int) -> list[str]:
-    """`count` texts of 1 to 12 pieces: words of each of Unicode's scripts in turn, of English, `PIECES`, any characters,
-    and `spellings`.
-    """
+    """`count` texts of up to 12 pieces: words of each script in turn, of English, `PIECES`, any characters, `spellings`."""
     rng, scripts = random.Random(23), dict[str, list[str]]()
     anything = [*filter(str.isprintable, map(chr, range(0x32000)))]
     for character in filter(str.isalnum, anything):  # a script is the first word of a letter's name
@@ -158,10 +156,7 @@ def probe_strings(spellings: Sequence[str], count: int) -> list[str]:
 def _conversations(
     tokenizer: SLMTokenizer, texts: Sequence[str], count: int
 ) -> tuple[list[list[Message]], list[list[Message]]]:
-    """Conversations that the chat template renders: `count` without special tokens in a message, a few with them.
-
-    None without a template, and none with special tokens where a text cannot be read as transformers reads it.
-    """
+    """Conversations that the chat template renders: about `count` without special tokens in a message, a few with."""
     if tokenizer.chat_template is None:
         return [], []
     rng, found, special = random.Random(29), list[list[Message]](), (*tokenizer.special_tokens,)
@@ -267,10 +262,10 @@ def _compare_log_probs(probe: Probe, bounds: Bounds, expected: Answers, found: A
         if ours.shape != theirs.shape:
             return {}, f"a vocabulary of {theirs.shape[-1]:,} instead of {ours.shape[-1]:,} tokens"
         for length, p, q in zip(lengths, ours.astype(np.float64), theirs.astype(np.float64)):
-            total = np.logaddexp.reduce(q)  # 0 for probabilities that add up to 1
-            if not np.isfinite(q).all() or abs(total) > NORMALISED:
+            totals = np.logaddexp.reduce(p), np.logaddexp.reduce(q)  # 0 for probabilities that add up to 1
+            if not np.isfinite(q).all() or abs(totals[1]) > NORMALISED:
                 return {}, f"after {length} tokens they are not finite, or no distribution"
-            divergences.append(float((np.exp(p) * (p - q + total)).sum()))
+            divergences.append(float((np.exp(p) * (p - totals[0] - q + totals[1])).sum()))
             furthest = max(furthest, (float(np.abs(p - q).max()), length))
     kl, (apart, length), problem = float(np.mean(divergences)), furthest, ""
     if apart > bounds.log_prob:
