@@ -137,7 +137,7 @@ class Probe:
 
 
 def probe_strings(spellings: Sequence[str], count: int) -> list[str]:
-    """`count` texts of up to 12 pieces: words of each script in turn, of English, `PIECES`, any characters, `spellings`."""
+    """`count` texts of up to 12 pieces: words of each script, of English, `PIECES`, any characters, `spellings`."""
     rng, scripts = random.Random(23), dict[str, list[str]]()
     anything = [*filter(str.isprintable, map(chr, range(0x32000)))]
     for character in filter(str.isalnum, anything):  # a script is the first word of a letter's name
