@@ -145,7 +145,7 @@ def _read_rope(content: dict[str, Any], by_kind: bool) -> None:
 
 
 def _expect_one_rope(content: dict[str, Any]) -> None:
-    """Raises `ValueError` for a key of RoPE with one value in the spelling of transformers 5, and another in the older."""
+    """Raises `ValueError` for a key of RoPE with different values in the spellings of transformers 5 and 4."""
     newer, scaling = content.get("rope_parameters"), content.get("rope_scaling")
     newer = newer.get(FULL, newer) if isinstance(newer, dict) else None
     older = {"rope_theta": content.get("rope_theta")} | (scaling if isinstance(scaling, dict) else {})
