@@ -1,0 +1,398 @@
+"""One HTML file that holds a model, its tokenizer and an engine in JavaScript, and makes no request.
+
+The page's engine (`page/`) knows no family: what differs is data that is computed here. Before it talks it repeats a
+computation of slmkit with the same rounded weights, and says whether the results are equal.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import itertools
+import json
+import random
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from slmkit.adapt import quantize
+from slmkit.adapt.load import load_model
+from slmkit.config import UserError
+from slmkit.export.runtimes import Runtime
+from slmkit.find import find_model_directory
+from slmkit.model.architectures import Architecture
+from slmkit.model.decoder import Decoder
+from slmkit.model.rope import DynamicNTK, Rope, Yarn
+from slmkit.tokenizer import SLMTokenizer
+from slmkit.tokenizer.encoder import PROBE
+
+KINDS = ("f32", "f16", "int8", "int4")
+MOST_PARAMETERS = 60_000_000
+GROUP = 32  # weights with one scale; rows are padded with zeros to a multiple of it
+PAGE = Path(__file__).with_name("page")
+ENGINE = ("assembler", "matrices", "decoder", "tokenizer", "chat_prompt", "sampling", "worker")
+AT_ONCE = 3 << 20  # bytes of weights in one element of the page, a multiple of 3
+GOLDEN_TOKENS, CLEAR = 64, 0.01  # a token is compared while the next likeliest is less likely by this much (log)
+
+# -- weights ----------------------------------------------------------------------------------------------------------
+
+
+def write_html(model: Path, path: Path, kind: str = "int8") -> None:
+    """Write the page of a model, an adapter or a run to `path`. `kind` is one of `KINDS`, for matrices.
+
+    Raises `UserError` for more than 60 million parameters, a weight that is not finite or not within float16, and a
+    tokenizer or chat template that the page would read differently.
+    """
+    decoder, config = load_model(directory := find_model_directory(model))
+    if kind not in KINDS:
+        raise UserError(f"type {kind!r}: an HTML page has {', '.join(KINDS)}")
+    if (size := sum(weight.numel() for _, weight in _weights(decoder))) > MOST_PARAMETERS:
+        raise UserError(
+            f"{model}: {size:,} parameters; an HTML page has at most {MOST_PARAMETERS:,}: use --to gguf, onnx or ollama"
+        )
+    tokenizer = SLMTokenizer.from_pretrained(directory)
+    tokenizer.use_generation_config(config.for_generation())
+    a, tensors, rounded, blobs, at = decoder.architecture, {}, Decoder(decoder.architecture).eval(), [], 0
+    for name, weight in _weights(decoder):
+        entry, values, data = _stored(name, _for_the_page(a, name, weight.detach().float()), kind)
+        tensors[name] = entry | {"at": at}
+        at += len(data)
+        blobs.append(data)
+        rounded.get_parameter(name).data = _for_the_page(a, name, values, back=True).view(weight.shape)
+    ids = tokenizer.encode(PROBE)
+    header = {
+        "name": Path(model).name, "kind": kind, "parameters": size, "bytes": at, "tensors": tensors,
+        "model": _choices(a), "tokenizer": page_tokenizer(tokenizer), "chat": chat_pieces(tokenizer),
+        "beginning": [*tokenizer.beginning], "ends": sorted({tokenizer.eos_token_id, *tokenizer.stop_token_ids}),
+        "has_template": tokenizer.chat_template is not None, "suppressed": [*map(int, tokenizer.suppressed)],
+        "golden": {"text": PROBE, "ids": ids, **_golden(rounded, ids[: a.max_positions // 2])},
+    }  # fmt: skip
+    Path(path).write_text(_page(header, b"".join(blobs)), encoding="utf-8")
+
+
+def _weights(decoder: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and values of all weights; quantized ones as they are used."""
+    for module_name, module in decoder.named_modules():
+        for name in ("weight", "bias"):
+            if isinstance(value := getattr(module, name, None), Tensor):
+                yield f"{module_name}.{name}", value
+
+
+def _for_the_page(a: Architecture, name: str, weight: Tensor, back: bool = False) -> Tensor:
+    """A norm's weight with its offset; rows of rotary channels in the order in which the page pairs them."""
+    if a.norm == "rms+1" and weight.dim() == 1 and name.endswith("weight"):
+        return weight - 1 if back else weight + 1
+    latent, rows = a.latent, weight.shape[0]
+    if latent is None or not latent.neighbours_turn or not re.search(r"attention\.(query|query\.up|latent)\.", name):
+        return weight
+    pairs = torch.arange(latent.rope_dim).view(-1, 2).T.flatten()  # 0, 2, …, 1, 3, …
+    period = latent.kv_rank if ".latent." in name else latent.plain_dim
+    order = torch.cat((torch.arange(period), period + pairs))
+    order = torch.cat([order + start for start in range(0, rows, len(order))])
+    return weight[order.argsort() if back else order]
+
+
+def _stored(name: str, weight: Tensor, kind: str) -> tuple[dict[str, Any], Tensor, bytes]:
+    """What the page says of a weight, its rounded values, and its bytes, a multiple of 64. Raises `UserError`."""
+    if not weight.isfinite().all():
+        raise UserError(f"{name}: has values that are not finite; nothing was written")
+    if weight.dim() == 1 or "norm" in name:
+        parts, values, entry = [weight], weight, {"kind": "vector", "size": weight.numel()}
+    else:
+        rows, columns = weight.shape
+        entry, padded = (
+            {"kind": kind, "rows": rows, "columns": columns},
+            nn.functional.pad(weight, (0, -columns % GROUP)),
+        )
+        if kind in ("f32", "f16"):
+            parts = [padded if kind == "f32" else padded.half()]
+            values = parts[0].float()
+            if not values.isfinite().all():
+                raise UserError(f"{name}: has values beyond float16's 65,504: take f32 or int8")
+        else:
+            codes, scales = quantize.encode(padded, kind, GROUP)  # type: ignore[arg-type]
+            parts = [codes, scales.bfloat16().view(torch.int16)]
+            groups = quantize.values(quantize.unpack(codes, scales.shape[1], kind), kind)  # type: ignore[arg-type]
+            values = (groups * scales[..., None]).flatten(1)
+        values = values[:, :columns]
+    data = b"".join(part.contiguous().numpy().tobytes() for part in parts)
+    return entry, values, data + bytes(-len(data) % 64)
+
+
+def _choices(a: Architecture) -> dict[str, Any]:
+    """The architecture as the page's engine reads it."""
+    ropes, latent = [*dict.fromkeys(layer.rope for layer in a.layers if layer.rope)], a.latent
+    same = ("vocab_size", "width", "heads", "mlp_width", "max_positions", "norm_eps", "activation", "attention_scale",
+            "embedding_scale", "attention_cap", "logit_cap")  # fmt: skip
+    sizes = {"kv_heads": a.kv_heads, "key_dim": a.head_dim, "value_dim": a.head_dim, "latent": None}
+    if latent is not None:
+        sizes = {"kv_heads": a.heads, "key_dim": latent.plain_dim + latent.rope_dim, "value_dim": latent.value_dim}
+        names = ("query_rank", "kv_rank", "rope_dim", "plain_dim")
+        sizes["latent"] = {name: getattr(latent, name) for name in names} | {"eps": 1e-6}
+    return {name: getattr(a, name) for name in same} | sizes | {
+        "norm": "layer" if a.norm == "layer" else "rms",
+        "ropes": [_rope(rope) for rope in ropes],
+        "layers": [{"rope": ropes.index(one.rope) if one.rope else -1, "window": one.window} for one in a.layers],
+    }  # fmt: skip
+
+
+def _rope(rope: Rope) -> dict[str, Any]:
+    scaling, dynamic = rope.scaling, None
+    if isinstance(scaling, DynamicNTK):
+        original = scaling.original_max_position_embeddings
+        dynamic = {"factor": scaling.factor, "original": original, "theta": rope.theta, "dim": rope.dim}
+    growth = scaling.length if isinstance(scaling, Yarn) else 1.0
+    return {"frequencies": rope.frequencies().tolist(), "growth": growth, "dynamic": dynamic}
+
+
+@torch.inference_mode()
+def _golden(decoder: Decoder, prompt: list[int]) -> dict[str, Any]:
+    """The likeliest tokens after a prompt, and greedy ids until one is not clearly the likeliest."""
+    text, found = [*prompt], dict[str, Any]()
+    while len(text) < min(len(prompt) + GOLDEN_TOKENS, decoder.max_positions):
+        log_probs = decoder.logits(decoder(torch.tensor([text]))[0, -1]).log_softmax(-1)
+        best, ids = (part.tolist() for part in log_probs.topk(min(16, len(log_probs))))
+        found = found or {"prompt": prompt, "top": [*zip(ids, best)]}
+        if best[0] - best[1] < CLEAR:
+            break
+        text.append(ids[0])
+    return found | {"greedy": text[len(prompt) :]}
+
+
+# -- tokenizer and chat template --------------------------------------------------------------------------------------
+
+GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# What Oniguruma's escapes are in JavaScript, where \s, \d and \w are others.
+ESCAPES = {
+    r"\s": r"\p{White_Space}", r"\S": r"\P{White_Space}", r"\d": r"\p{Nd}", r"\D": r"\P{Nd}",
+    r"\w": r"\p{Alphabetic}\p{M}\p{Nd}\p{Pc}", **{rf"\{letter}": rf"\{letter}" for letter in "rntvf"},
+}  # fmt: skip
+PART = re.compile(r"\\[pP]\{\w+\}|\\.|\(\?i:|\(\?<?[=!:]|\[\^?|[?*+}]\+|.", re.DOTALL)
+CATEGORY = re.compile(r"\\[pP]\{(L[ultmo]?|M[nce]?|N[dlo]?|P[cdseifo]?|S[mcko]?|Z[slp]?|C[cfo]?)\}")
+SCRIPT = re.compile(r"\\[pP]\{(Han|Hiragana|Katakana|Hangul|Latin|Greek|Cyrillic|Arabic|Hebrew|Thai|Devanagari)\}")
+FOLDS = {"s": "ſ", "k": "\u212a"}  # characters beyond ASCII that equal a letter where case is ignored
+SAMPLES = ("\n x \n ", "a</think>\n\n b\n", "\x1f y\u3000")  # messages' texts that templates trim or cut
+EDGES_OF = ("behind", "behind_left", "left", "right")  # what a template cuts from a message
+EDGES = ("", "\n", "".join(filter(str.isspace, map(chr, range(0x3001)))))
+
+
+def javascript_pattern(pattern: str) -> str:
+    """A regular expression of `tokenizers` (Oniguruma) as one of JavaScript's, with the flag u, that matches the same.
+
+    Raises `UserError` for one of which that is not certain.
+    """
+    made, groups, in_class = [], [False], False  # groups: whether case is ignored in each open one
+    for part in PART.findall(pattern):
+        if part in ESCAPES:
+            made.append(ESCAPES[part] if in_class or part != r"\w" else f"[{ESCAPES[part]}]")
+        elif CATEGORY.fullmatch(part):
+            made.append(part)
+        elif SCRIPT.fullmatch(part):
+            made.append(part.replace("{", "{Script="))
+        elif part[0] == "\\" and not part[-1].isalnum() and len(part) == 2:
+            made.append(part if part[1] in "^$\\.*+?()[]{}|/" or (in_class and part[1] == "-") else part[1])
+        elif in_class:
+            in_class = part != "]"
+            if part[0] in "[&\\" or (part == "-" and groups[-1]):
+                raise UserError(f"the tokenizer's pattern {pattern!r} has {part!r}, which an HTML page cannot express")
+            made.append(_both_cases(part) if groups[-1] and len(part) == 1 and part.isalpha() else part)
+        elif part[0] == "(":
+            groups.append(part == "(?i:" or groups[-1])
+            made.append("(?:" if part == "(?i:" else part)
+        elif part[0] in "^$\\" or (len(part) == 2 and part[1] == "+"):
+            raise UserError(f"the tokenizer's pattern {pattern!r} has {part!r}, which an HTML page cannot express")
+        else:
+            in_class = part[0] == "["
+            groups = groups[:-1] if part == ")" else groups
+            ignores = groups[-1] and part.isalpha()
+            made.append(f"[{_both_cases(part)}]" if ignores else r"[^\n]" if part == "." else part)
+    return "".join(made)
+
+
+def _both_cases(letter: str) -> str:
+    return letter.lower() + letter.upper() + FOLDS.get(letter.lower(), "")
+
+
+def page_tokenizer(tokenizer: SLMTokenizer) -> dict[str, Any]:
+    """The tokenizer as the page reads it. Raises `UserError` for a part that the page has not, by name."""
+    encoder = tokenizer._encoder
+    content = json.loads(encoder.ordinary.to_str())
+    model = content["model"]
+    if model["type"] != "BPE" or any(
+        model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
+    ):
+        raise UserError(
+            f"an HTML page reads BPE tokenizers; this one is {model['type']}, or has options it lacks: use --to onnx"
+        )
+    ids = model["vocab"]
+    flags = ("content", "lstrip", "rstrip", "single_word", "normalized")
+    special = [{flag: getattr(encoder.added[i], flag) for flag in flags} | {"id": i} for i in encoder.special.values()]
+    return {
+        "vocabulary": {token: index for token, index in ids.items() if token not in encoder.secret},
+        "merges": [[ids[first], ids[second], ids[first + second]] for first, second in model["merges"]],
+        "byte_level": encoder.is_byte_level, "byte_fallback": model["byte_fallback"], "fuse_unk": model["fuse_unk"],
+        "ignore_merges": model["ignore_merges"], "unknown": ids.get(model["unk_token"]),
+        "special": special, "added": [token for token in content["added_tokens"] if not token["special"]],
+        "normalizers": [_normalizer(one) for one in _sequence(content["normalizer"], "normalizers")],
+        "pre_tokenizers": [_pre_tokenizer(one) for one in _sequence(content["pre_tokenizer"], "pretokenizers")],
+    }  # fmt: skip
+
+
+def _sequence(content: dict[str, Any] | None, parts: str) -> list[dict[str, Any]]:
+    return [one for part in content[parts] for one in _sequence(part, parts)] if content and parts in content else [
+        content] if content else []  # fmt: skip
+
+
+def _normalizer(content: dict[str, Any]) -> dict[str, Any]:
+    match content:
+        case {"type": "NFC" | "NFD" | "NFKC" | "NFKD" as form}:
+            return {"form": form}
+        case {"type": "Prepend", "prepend": text}:
+            return {"prepend": text}
+        case {"type": "Replace", "pattern": {"String": old}, "content": new}:
+            return {"from": old, "to": new}
+    raise UserError(f"an HTML page has no normalizer {json.dumps(content)[:100]}: use --to onnx")
+
+
+def _pre_tokenizer(content: dict[str, Any]) -> dict[str, Any]:
+    isolated = {"behavior": "Isolated", "invert": False}
+    match content:
+        case {"type": "ByteLevel", "use_regex": words, "add_prefix_space": prefix}:
+            pattern = {"pattern": javascript_pattern(GPT2_WORDS)} if words else {}
+            return {"bytes": True, "prefix_space": prefix} | isolated | pattern
+        case {"type": "Digits", "individual_digits": each}:
+            return isolated | {"pattern": r"\p{N}" if each else r"\p{N}+"}
+        case {"type": "Metaspace", "replacement": mark, "prepend_scheme": scheme, "split": split}:
+            pattern = {"pattern": mark, "behavior": "MergedWithNext"} if split else {}
+            return {"metaspace": mark, "scheme": scheme} | isolated | pattern
+        case {"type": "Split", "pattern": pattern, "behavior": behavior, "invert": invert} if behavior != "Contiguous":
+            expression = javascript_pattern(pattern["Regex"]) if "Regex" in pattern else re.escape(pattern["String"])
+            return {"pattern": expression, "behavior": behavior, "invert": invert}
+    raise UserError(f"an HTML page has no pre-tokenizer {json.dumps(content)[:100]}: use --to onnx")
+
+
+def chat_pieces(tokenizer: SLMTokenizer) -> dict[str, Any] | None:
+    """What the chat template writes before, between and after messages; None for another form of template, or none.
+
+    It is found with characters that stand for messages, and compared with the template on many conversations.
+    """
+    if tokenizer.chat_template is None:
+        return None
+    marks = [chr(0xE000 + number) for number in range(6)]
+    pieces: dict[str, Any] = {"edges": dict.fromkeys(("system", "user", "assistant"), dict.fromkeys(EDGES_OF, ""))}
+    for roles in (("user", "assistant") * 2 + ("user",), ("system", "user")):
+        try:
+            said = tokenizer.render_chat([{"role": role, "content": mark} for role, mark in zip(roles, marks)], True)[
+                -1
+            ].text
+        except UserError:  # some templates have no system message
+            continue
+        between = re.split("[\ue000-\ue005]", said)
+        if len(between) == len(roles) + 1:
+            names = [f"{a}_{b}" for a, b in itertools.pairwise(("begin", *roles, "end"))]
+            pieces |= dict(zip(names, between))
+    for role in ("system", "user", "assistant"):
+        others = [{"role": each, "content": "x"} for each in ("user", "assistant", "user")]
+        place = {"system": 0, "user": 0, "assistant": 1}[role]
+        samples = [
+            [*others[:place], {"role": role, "content": text}, *others[place + (role != "system") :]]
+            for text in SAMPLES
+        ]
+        for edges in itertools.product(("", "</think>"), *[EDGES] * 3):
+            pieces["edges"][role] = dict(zip(EDGES_OF, edges))
+            if all(map(partial(_is_rendered, tokenizer, pieces), samples)):
+                break
+    rng, texts = random.Random(1), (*SAMPLES, "x", " 1 + 1\n", "A <b> & {{ c }}\n\n", "猫 🐈", "\ta\r\n", "é\u0301.")
+    roles = [["user", "assistant"] * rng.randint(0, 4) + ["user"] for _ in range(100)]
+    roles += [["system", *each] for each in roles if "begin_system" in pieces]
+    talks = [[{"role": role, "content": rng.choice(texts)} for role in each] for each in roles]
+    return pieces if all(map(partial(_is_rendered, tokenizer, pieces), talks)) else None
+
+
+def _is_rendered(tokenizer: SLMTokenizer, pieces: dict[str, Any], messages: list[dict[str, str]]) -> bool:
+    """Whether the pieces of a template make what the template makes."""
+    between = [
+        pieces.get(f"{a}_{b}", "") for a, b in itertools.pairwise(["begin", *(m["role"] for m in messages), "end"])
+    ]
+    text = between[0]
+    for message, after in zip(messages, between[1:]):
+        edges, shown = pieces["edges"][message["role"]], message["content"]
+        if edges["behind"] and edges["behind"] in shown:
+            shown = shown.rpartition(edges["behind"])[2].lstrip(edges["behind_left"])
+        text += shown.lstrip(edges["left"]).rstrip(edges["right"]) + after
+    try:
+        return text == tokenizer.render_chat(messages, True)[-1].text
+    except UserError:
+        return False
+
+
+# -- the file ---------------------------------------------------------------------------------------------------------
+
+
+def _page(header: dict[str, Any], weights: bytes) -> str:
+    """The page's text. What comes from the model is JSON in which `<` is escaped, so that it can end no element."""
+    texts = {path.name: path.read_text(encoding="utf-8") for path in PAGE.iterdir()}
+    engine, script = "\n".join(texts[f"{name}.js"] for name in ENGINE), texts["app.js"]
+    parts = (base64.b64encode(weights[start : start + AT_ONCE]).decode() for start in range(0, len(weights), AT_ONCE))
+    filled = {
+        "style": texts["style.css"], "script": script, "engine": engine, "kernels": texts["kernels.wat"],
+        "script-hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        "header": json.dumps(header, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c"),
+        "weights": "\n".join(f'<script type="text/plain" class="weights">{part}</script>' for part in parts),
+    }  # fmt: skip
+    return re.sub(r"\{\{([a-z-]+)\}\}", lambda match: filled[match[1]], texts["page.html"])
+
+
+class HtmlPage(Runtime):
+    """The engine of a finished page, in Chromium. `size`: of the file, in bytes.
+
+    Raises `UserError` without playwright or Chromium, and if the page finds that it computes something else.
+    """
+
+    name = "HTML page"
+
+    def __init__(self, path: Path) -> None:
+        try:
+            from playwright.sync_api import sync_playwright
+        except ImportError:
+            raise UserError("an HTML page is checked in Chromium by playwright: pip install playwright") from None
+        browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+        if browser is None:
+            raise UserError(
+                "an HTML page is checked in Chromium: no chromium, chromium-browser or google-chrome is on the PATH"
+            )
+        self.size = path.stat().st_size
+        self._playwright = sync_playwright().start()
+        self._browser = self._playwright.chromium.launch(executable_path=browser, args=["--no-sandbox", "--headless"])
+        self.page = self._browser.new_page()
+        self.page.goto(path.resolve().as_uri())
+        self.checked = self._call("ready")
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        # JSON in ASCII, since half of a surrogate pair cannot be sent otherwise.
+        script = "([name, text]) => window.slm[name](...JSON.parse(text))"
+        return self.page.evaluate(script, [name, json.dumps(arguments)])
+
+    def encode(self, text: str) -> list[int]:
+        return self._call("encode", text)
+
+    def encode_chat(self, messages: list[dict[str, str]]) -> list[int] | None:
+        return self._call("encodeChat", messages)
+
+    def log_probs(self, ids: Sequence[int], lengths: Sequence[int]) -> np.ndarray:
+        found = self._call("logProbs", [*ids], [*lengths])  # base64
+        return np.frombuffer(base64.b64decode(found), dtype=np.float32).reshape(len(lengths), -1)
+
+    def greedy(self, ids: Sequence[int], count: int) -> list[int]:
+        return self._call("greedy", [*ids], count)
+
+    def close(self) -> None:
+        self._browser.close()
+        self._playwright.stop()
