@@ -13,13 +13,15 @@ import json
 import random
 import re
 import shutil
+import unicodedata
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import normalizers
 from torch import Tensor, nn
 
 from slmkit.adapt import quantize
@@ -155,15 +157,17 @@ def _rope(rope: Rope) -> dict[str, Any]:
 @torch.inference_mode()
 def _golden(decoder: Decoder, prompt: list[int]) -> dict[str, Any]:
     """The likeliest tokens after a prompt, and greedy ids until one is not clearly the likeliest."""
-    text, found = [*prompt], dict[str, Any]()
-    while len(text) < min(len(prompt) + GOLDEN_TOKENS, decoder.max_positions):
-        log_probs = decoder.logits(decoder(torch.tensor([text]))[0, -1]).log_softmax(-1)
+    count = min(GOLDEN_TOKENS, decoder.max_positions - len(prompt))
+    cache, fresh, found = decoder.new_cache(1, len(prompt) + count, len(prompt)), prompt, dict[str, Any]()
+    for _ in range(count):
+        log_probs = decoder.logits(decoder(torch.tensor([fresh]), cache)[0, -1]).log_softmax(-1)
         best, ids = (part.tolist() for part in log_probs.topk(min(16, len(log_probs))))
-        found = found or {"prompt": prompt, "top": [*zip(ids, best)]}
+        found = found or {"prompt": prompt, "top": [*zip(ids, best)], "greedy": []}
         if best[0] - best[1] < CLEAR:
             break
-        text.append(ids[0])
-    return found | {"greedy": text[len(prompt) :]}
+        fresh = ids[:1]
+        found["greedy"] += fresh
+    return found
 
 
 # -- tokenizer and chat template --------------------------------------------------------------------------------------
@@ -231,7 +235,7 @@ def page_tokenizer(tokenizer: SLMTokenizer) -> dict[str, Any]:
         raise UserError(
             f"an HTML page reads BPE tokenizers; this one is {model['type']}, or has options it lacks: use --to onnx"
         )
-    ids = model["vocab"]
+    ids, steps = model["vocab"], [_normalizer(one) for one in _sequence(content["normalizer"], "normalizers")]
     flags = ("content", "lstrip", "rstrip", "single_word", "normalized")
     special = [{flag: getattr(encoder.added[i], flag) for flag in flags} | {"id": i} for i in encoder.special.values()]
     return {
@@ -240,7 +244,8 @@ def page_tokenizer(tokenizer: SLMTokenizer) -> dict[str, Any]:
         "byte_level": encoder.is_byte_level, "byte_fallback": model["byte_fallback"], "fuse_unk": model["fuse_unk"],
         "ignore_merges": model["ignore_merges"], "unknown": ids.get(model["unk_token"]),
         "special": special, "added": [token for token in content["added_tokens"] if not token["special"]],
-        "normalizers": [_normalizer(one) for one in _sequence(content["normalizer"], "normalizers")],
+        "normalizers": steps,
+        "unknown_characters": _unknown_characters() if any("form" in one for one in steps) else "",
         "pre_tokenizers": [_pre_tokenizer(one) for one in _sequence(content["pre_tokenizer"], "pretokenizers")],
     }  # fmt: skip
 
@@ -261,6 +266,27 @@ def _normalizer(content: dict[str, Any]) -> dict[str, Any]:
     raise UserError(f"an HTML page has no normalizer {json.dumps(content)[:100]}: use --to onnx")
 
 
+@cache
+def _unknown_characters() -> str:
+    """Characters that Unicode's tables in `tokenizers`, which are older than a browser's, do not have, as the inside of
+    a class of a regular expression: no combining class, no decomposition.
+    """
+    nfd, nfkd = normalizers.NFD().normalize_str, normalizers.NFKD().normalize_str
+
+    def is_unknown(character: str) -> bool:
+        place = unicodedata.combining(character)
+        if unicodedata.category(character) == "Cn":
+            return True
+        if place:  # the two trade places
+            moved = f"{character}\u0334" if place > 1 else f"\u0315{character}"
+            return nfd(moved) == moved
+        return nfkd(character) != unicodedata.normalize("NFKD", character)
+
+    codes = [code for code in range(0x80, 0x110000) if not 0xD800 <= code < 0xE000 and is_unknown(chr(code))]
+    runs = (list(run) for _, run in itertools.groupby(enumerate(codes), lambda pair: pair[1] - pair[0]))
+    return "".join(rf"\u{{{run[0][1]:x}}}-\u{{{run[-1][1]:x}}}" for run in runs)
+
+
 def _pre_tokenizer(content: dict[str, Any]) -> dict[str, Any]:
     isolated = {"behavior": "Isolated", "invert": False}
     match content:
@@ -273,7 +299,11 @@ def _pre_tokenizer(content: dict[str, Any]) -> dict[str, Any]:
             pattern = {"pattern": mark, "behavior": "MergedWithNext"} if split else {}
             return {"metaspace": mark, "scheme": scheme} | isolated | pattern
         case {"type": "Split", "pattern": pattern, "behavior": behavior, "invert": invert} if behavior != "Contiguous":
-            expression = javascript_pattern(pattern["Regex"]) if "Regex" in pattern else re.escape(pattern["String"])
+            expression = (
+                javascript_pattern(pattern["Regex"])
+                if "Regex" in pattern
+                else re.sub(r"[\^$\\.*+?()\[\]{}|/]", r"\\\g<0>", pattern["String"])
+            )
             return {"pattern": expression, "behavior": behavior, "invert": invert}
     raise UserError(f"an HTML page has no pre-tokenizer {json.dumps(content)[:100]}: use --to onnx")
 
@@ -358,7 +388,15 @@ class HtmlPage(Runtime):
 
     name = "HTML page"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, browser: Any = None) -> None:
+        """`browser`: a `Browser` of playwright, which is not closed; without one Chromium is started."""
+        self.size, self._playwright = path.stat().st_size, None
+        self._browser = browser or self._started()
+        self.page = self._browser.new_page()
+        self.page.goto(path.resolve().as_uri())
+        self.checked = self._call("ready")
+
+    def _started(self) -> Any:
         try:
             from playwright.sync_api import sync_playwright
         except ImportError:
@@ -368,12 +406,8 @@ class HtmlPage(Runtime):
             raise UserError(
                 "an HTML page is checked in Chromium: no chromium, chromium-browser or google-chrome is on the PATH"
             )
-        self.size = path.stat().st_size
         self._playwright = sync_playwright().start()
-        self._browser = self._playwright.chromium.launch(executable_path=browser, args=["--no-sandbox", "--headless"])
-        self.page = self._browser.new_page()
-        self.page.goto(path.resolve().as_uri())
-        self.checked = self._call("ready")
+        return self._playwright.chromium.launch(executable_path=browser, args=["--no-sandbox", "--headless"])
 
     def _call(self, name: str, *arguments: Any) -> Any:
         # JSON in ASCII, since half of a surrogate pair cannot be sent otherwise.
@@ -394,5 +428,7 @@ class HtmlPage(Runtime):
         return self._call("greedy", [*ids], count)
 
     def close(self) -> None:
-        self._browser.close()
-        self._playwright.stop()
+        self.page.close()
+        if self._playwright is not None:
+            self._browser.close()
+            self._playwright.stop()

@@ -78,7 +78,8 @@ const ready = load();
 // For programs, such as the test of this file.
 window.slm = {
   ready: () => ready,
-  encode: (text) => ask("encode", { text }),
+  encode: async (text) => (await ask("encode", { texts: [text] }))[0],
+  encodeAll: (texts) => ask("encode", { texts }),
   encodeChat: (messages) => ask("encodeChat", { messages }),
   logProbs: async (ids, lengths) => base64(await ask("logProbs", { ids, lengths })),
   greedy: (ids, count) => ask("greedy", { ids, count }),

@@ -65,7 +65,9 @@ class Tokenizer {
     const ids = begin ? this.#encodeText(begin) : [];
     for (let i = 0; i < rest.length; i += 2) {
       for (const byte of surrogateBytes(rest[i].charCodeAt(0))) {
-        ids.push(this.ids.get(this.byte_level ? BYTE_CHARACTERS[byte] : byteToken(byte)));
+        const id = this.ids.get(this.byte_level ? BYTE_CHARACTERS[byte] : byteToken(byte));
+        if (id === undefined) throw new Error("the vocabulary has no tokens for half a surrogate pair");
+        ids.push(id);
       }
       if (rest[i + 1]) ids.push(...this.encodeContinuation(rest[i + 1]));
     }
@@ -97,11 +99,17 @@ class Tokenizer {
 
   normalize(text) {
     for (const one of this.normalizers) {
-      if (one.form) text = text.normalize(one.form);
+      if (one.form) text = this.#inForm(text, one.form);
       else if (one.prepend !== undefined) text = text && one.prepend + text;
       else text = text.replaceAll(one.from, one.to);
     }
     return text;
+  }
+
+  /** In a normal form; characters of which the tokenizer's Unicode knows nothing stay, and nothing moves across them. */
+  #inForm(text, form) {
+    this.unknownCharacters ??= new RegExp(`([${this.unknown_characters}])`, "u");
+    return text.split(this.unknownCharacters).map((part, number) => (number % 2 ? part : part.normalize(form))).join("");
   }
 
   #encodePart(text, isFirst) {
@@ -115,7 +123,7 @@ class Tokenizer {
 
   /** The pieces of a piece, by one pre-tokenizer. */
   #split(piece, one, isFirst) {
-    if (one.prefix_space && !/^\p{White_Space}/u.test(piece)) piece = ` ${piece}`;
+    if (one.prefix_space && !piece.startsWith(" ")) piece = ` ${piece}`;
     if (one.metaspace) {
       piece = piece.replaceAll(" ", one.metaspace);
       const prepends = one.scheme === "always" || (one.scheme === "first" && isFirst);
@@ -172,13 +180,16 @@ function finder(tokens) {
   return { byContent, pattern: tokens.length ? new RegExp(longest.map((token) => escaped(token.content)).join("|"), "gu") : null };
 }
 
+const isWord = (character) => /^[\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}]/u.test(character);
+const characterAt = (text, i) => (i < text.length ? String.fromCodePoint(text.codePointAt(i)) : "");
+const characterBefore = (text, i) => characterAt(text, i > 1 && text.codePointAt(i - 2) > 0xffff ? i - 2 : i ? i - 1 : text.length);
+
 /** Cuts parts {text, start} at added tokens, which become {id}. */
 function cut(parts, { byContent, pattern }, allowed) {
   if (!pattern) return parts;
   return parts.flatMap((part) => {
     if (part.id !== undefined) return [part];
     const { text } = part;
-    const isWord = (i) => i >= 0 && i < text.length && /[\p{L}\p{N}_]/u.test(text[i]);
     const isSpace = (i) => i < text.length && /\p{White_Space}/u.test(text[i]);
     const found = [];
     let done = 0;
@@ -192,7 +203,7 @@ function cut(parts, { byContent, pattern }, allowed) {
         pattern.lastIndex = start + 1;
         continue;
       }
-      if (token.single_word && (isWord(start - 1) || isWord(end))) continue;
+      if (token.single_word && (isWord(characterBefore(text, start)) || isWord(characterAt(text, end)))) continue;
       while (token.lstrip && start > done && isSpace(start - 1)) start--;
       while (token.rstrip && isSpace(end)) end++;
       addText(start);

@@ -69,7 +69,7 @@ const calls = {
     return String(said) === String(greedy) ? { equal: true, differs } : { equal: false, what: "the text differs" };
   },
 
-  encode: ({ text }) => tokenizer.encode(text),
+  encode: ({ texts }) => texts.map((text) => tokenizer.encode(text)),
 
   encodeChat: ({ messages }) => (header.chat ? tokenizer.encodeParts(chatParts(header.chat, messages, tokenizer)) : null),
 
