@@ -92,7 +92,11 @@ def _for_the_page(a: Architecture, name: str, weight: Tensor, back: bool = False
     if a.norm == "rms+1" and weight.dim() == 1 and name.endswith("weight"):
         return weight - 1 if back else weight + 1
     latent, rows = a.latent, weight.shape[0]
-    if latent is None or not latent.neighbours_turn or not re.search(r"attention\.(query|query\.up|latent)\.", name):
+    if (
+        latent is None
+        or not latent.neighbours_turn
+        or not re.search(r"attention\.(query|query\.up|latent)\.(weight|bias)$", name)
+    ):
         return weight
     pairs = torch.arange(latent.rope_dim).view(-1, 2).T.flatten()  # 0, 2, …, 1, 3, …
     period = latent.kv_rank if ".latent." in name else latent.plain_dim
