@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
+import io
 import itertools
 import json
 import random
@@ -350,9 +352,10 @@ class Transformers(Runtime):
         transformers.utils.logging.set_verbosity_error()
         self.size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
         try:
-            self._model, said = transformers.AutoModelForCausalLM.from_pretrained(
-                directory, dtype="auto", local_files_only=True, output_loading_info=True
-            )
+            with contextlib.redirect_stderr(io.StringIO()):  # progress bars
+                self._model, said = transformers.AutoModelForCausalLM.from_pretrained(
+                    directory, dtype="auto", local_files_only=True, output_loading_info=True
+                )
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
         except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
             raise UserError(f"transformers cannot read {directory}: {one_line(error)[:300]}") from None
