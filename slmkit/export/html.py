@@ -7,15 +7,15 @@ computation of slmkit with the same rounded weights, and says whether the result
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import itertools
 import json
-import random
 import re
 import shutil
 import unicodedata
 from collections.abc import Iterator, Sequence
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from slmkit.model.architectures import Architecture
 from slmkit.model.decoder import Decoder
 from slmkit.model.rope import DynamicNTK, Rope, Yarn
 from slmkit.tokenizer import SLMTokenizer
+from slmkit.tokenizer.chat_pieces import chat_pieces
 from slmkit.tokenizer.encoder import PROBE
 
 KINDS = ("f32", "f16", "int8", "int4")
@@ -71,7 +72,7 @@ def write_html(model: Path, path: Path, kind: str = "int8") -> None:
     ids = tokenizer.encode(PROBE)
     header = {
         "name": Path(model).name, "kind": kind, "parameters": size, "bytes": at, "tensors": tensors,
-        "model": _choices(a), "tokenizer": page_tokenizer(tokenizer), "chat": chat_pieces(tokenizer),
+        "model": _choices(a), "tokenizer": page_tokenizer(tokenizer), "chat": _chat(tokenizer),
         "beginning": [*tokenizer.beginning], "ends": sorted({tokenizer.eos_token_id, *tokenizer.stop_token_ids}),
         "has_template": tokenizer.chat_template is not None, "suppressed": [*map(int, tokenizer.suppressed)],
         "golden": {"text": PROBE, "ids": ids, **_golden(rounded, ids[: a.max_positions // 2])},
@@ -186,9 +187,6 @@ PART = re.compile(r"\\[pP]\{\w+\}|\\.|\(\?i:|\(\?<?[=!:]|\[\^?|[?*+}]\+|.", re.D
 CATEGORY = re.compile(r"\\[pP]\{(L[ultmo]?|M[nce]?|N[dlo]?|P[cdseifo]?|S[mcko]?|Z[slp]?|C[cfo]?)\}")
 SCRIPT = re.compile(r"\\[pP]\{(Han|Hiragana|Katakana|Hangul|Latin|Greek|Cyrillic|Arabic|Hebrew|Thai|Devanagari)\}")
 FOLDS = {"s": "ſ", "k": "\u212a"}  # characters beyond ASCII that equal a letter where case is ignored
-SAMPLES = ("\n x \n ", "a</think>\n\n b\n", "\x1f y\u3000")  # messages' texts that templates trim or cut
-EDGES_OF = ("behind", "behind_left", "left", "right")  # what a template cuts from a message
-EDGES = ("", "\n", "".join(filter(str.isspace, map(chr, range(0x3001)))))
 
 
 def javascript_pattern(pattern: str) -> str:
@@ -312,59 +310,14 @@ def _pre_tokenizer(content: dict[str, Any]) -> dict[str, Any]:
     raise UserError(f"an HTML page has no pre-tokenizer {json.dumps(content)[:100]}: use --to onnx")
 
 
-def chat_pieces(tokenizer: SLMTokenizer) -> dict[str, Any] | None:
-    """What the chat template writes before, between and after messages; None for another form of template, or none.
-
-    It is found with characters that stand for messages, and compared with the template on many conversations.
-    """
-    if tokenizer.chat_template is None:
-        return None
-    marks = [chr(0xE000 + number) for number in range(6)]
-    pieces: dict[str, Any] = {"edges": dict.fromkeys(("system", "user", "assistant"), dict.fromkeys(EDGES_OF, ""))}
-    for roles in (("user", "assistant") * 2 + ("user",), ("system", "user")):
-        try:
-            said = tokenizer.render_chat([{"role": role, "content": mark} for role, mark in zip(roles, marks)], True)[
-                -1
-            ].text
-        except UserError:  # some templates have no system message
-            continue
-        between = re.split("[\ue000-\ue005]", said)
-        if len(between) == len(roles) + 1:
-            names = [f"{a}_{b}" for a, b in itertools.pairwise(("begin", *roles, "end"))]
-            pieces |= dict(zip(names, between))
-    for role in ("system", "user", "assistant"):
-        others = [{"role": each, "content": "x"} for each in ("user", "assistant", "user")]
-        place = {"system": 0, "user": 0, "assistant": 1}[role]
-        samples = [
-            [*others[:place], {"role": role, "content": text}, *others[place + (role != "system") :]]
-            for text in SAMPLES
-        ]
-        for edges in itertools.product(("", "</think>"), *[EDGES] * 3):
-            pieces["edges"][role] = dict(zip(EDGES_OF, edges))
-            if all(map(partial(_is_rendered, tokenizer, pieces), samples)):
-                break
-    rng, texts = random.Random(1), (*SAMPLES, "x", " 1 + 1\n", "A <b> & {{ c }}\n\n", "猫 🐈", "\ta\r\n", "é\u0301.")
-    roles = [["user", "assistant"] * rng.randint(0, 4) + ["user"] for _ in range(100)]
-    roles += [["system", *each] for each in roles if "begin_system" in pieces]
-    talks = [[{"role": role, "content": rng.choice(texts)} for role in each] for each in roles]
-    return pieces if all(map(partial(_is_rendered, tokenizer, pieces), talks)) else None
-
-
-def _is_rendered(tokenizer: SLMTokenizer, pieces: dict[str, Any], messages: list[dict[str, str]]) -> bool:
-    """Whether the pieces of a template make what the template makes."""
-    between = [
-        pieces.get(f"{a}_{b}", "") for a, b in itertools.pairwise(["begin", *(m["role"] for m in messages), "end"])
-    ]
-    text = between[0]
-    for message, after in zip(messages, between[1:]):
-        edges, shown = pieces["edges"][message["role"]], message["content"]
-        if edges["behind"] and edges["behind"] in shown:
-            shown = shown.rpartition(edges["behind"])[2].lstrip(edges["behind_left"])
-        text += shown.lstrip(edges["left"]).rstrip(edges["right"]) + after
+def _chat(tokenizer: SLMTokenizer) -> dict[str, Any] | None:
+    """The chat template as fixed text around messages; None without one, and for one that is not of this form."""
     try:
-        return text == tokenizer.render_chat(messages, True)[-1].text
+        pieces = chat_pieces(tokenizer) if tokenizer.chat_template else None
     except UserError:
-        return False
+        return None
+    spaces = "".join(filter(str.isspace, map(chr, range(0x3001))))  # JavaScript's `trim` removes others
+    return pieces and dataclasses.asdict(pieces) | {"trimmed": [*pieces.trimmed], "spaces": spaces}
 
 
 # -- the file ---------------------------------------------------------------------------------------------------------

@@ -283,7 +283,7 @@ $("facts").textContent = `${(header.parameters / 1e6).toFixed(1)} million parame
 $("text").placeholder = isChat ? "Message (Enter sends, Shift + Enter is a new line)" : "Once upon a time";
 $("send").textContent = isChat ? "Send" : "Continue";
 $("text-label").textContent = isChat ? "Message" : "Text to continue";
-$("system-field").hidden = header.chat?.begin_system === undefined;
+$("system-field").hidden = header.chat?.between[">system"] === undefined;
 document.body.classList.add("colored");
 LEGEND.forEach((text, step) => {
   const item = element("span");

@@ -1,16 +1,18 @@
 // A conversation as a prompt, of the pieces that the export found in the chat template.
 "use strict";
 
-/** What a template leaves of a message's text: what is behind a marker, and without some characters at its ends. */
-function shown(text, { behind, behind_left: after, left, right }) {
+/** What a template leaves of a message's text. */
+function shown(role, text, { drops_thinking: dropsThinking, trimmed, spaces }) {
   let start = 0;
   let end = text.length;
-  if (behind && text.includes(behind)) {
-    start = text.lastIndexOf(behind) + behind.length;
-    while (start < end && after.includes(text[start])) start++;
+  if (dropsThinking && role === "assistant" && text.includes("</think>")) {
+    start = text.lastIndexOf("</think>") + "</think>".length;
+    while (text[start] === "\n") start++;
   }
-  while (start < end && left.includes(text[start])) start++;
-  while (end > start && right.includes(text[end - 1])) end--;
+  if (trimmed.includes(role)) {
+    while (start < end && spaces.includes(text[start])) start++;
+    while (end > start && spaces.includes(text[end - 1])) end--;
+  }
   return text.slice(start, end);
 }
 
@@ -20,12 +22,12 @@ function chatParts(pieces, messages, tokenizer) {
   const parts = [];
   const own = (text) => parts.push({ text, special: true });
   messages.forEach(({ role, content }, index) => {
-    const between = pieces[`${index ? messages[index - 1].role : "begin"}_${role}`];
+    const between = pieces.between[`${index ? messages[index - 1].role : ""}>${role}`];
     if (between === undefined) throw new Error(`the chat template has no place for message ${index + 1}, of the role ${role}`);
     own(between);
-    const text = shown(content, pieces.edges[role]).replace(/[\ud800-\udfff]/gu, "\ufffd");
+    const text = shown(role, content, pieces).replace(/[\ud800-\udfff]/gu, "\ufffd");
     parts.push({ text, special: !spells });
   });
-  own(pieces[`${messages.at(-1).role}_end`]);
+  own(pieces.between[`${messages.at(-1).role}>`]);
   return spells ? parts : [{ text: parts.map((part) => part.text).join(""), special: true }];
 }
