@@ -186,6 +186,7 @@ ESCAPES = {
 PART = re.compile(r"\\[pP]\{\w+\}|\\.|\(\?i:|\(\?<?[=!:]|\[\^?|[?*+}]\+|.", re.DOTALL)
 CATEGORY = re.compile(r"\\[pP]\{(L[ultmo]?|M[nce]?|N[dlo]?|P[cdseifo]?|S[mcko]?|Z[slp]?|C[cfo]?)\}")
 SCRIPT = re.compile(r"\\[pP]\{(Han|Hiragana|Katakana|Hangul|Latin|Greek|Cyrillic|Arabic|Hebrew|Thai|Devanagari)\}")
+LIGATURES = ("ff", "fi", "fl", "ss", "st")  # letters that also match one character, such as ß, where case is ignored
 FOLDS = {"s": "ſ", "k": "\u212a"}  # characters beyond ASCII that equal a letter where case is ignored
 
 
@@ -195,35 +196,31 @@ def javascript_pattern(pattern: str) -> str:
     Raises `UserError` for one of which that is not certain.
     """
     made, groups, in_class = [], [False], False  # groups: whether case is ignored in each open one
-    for part in PART.findall(pattern):
+    parts = PART.findall(pattern)
+    for before, part in zip(["", *parts], parts):
+        ignores_case = groups[-1]
+        is_unsure = part[0] in ("[&\\" if in_class else "^$\\") or (part[1:] == "+" and not in_class)
         if part in ESCAPES:
             made.append(ESCAPES[part] if in_class or part != r"\w" else f"[{ESCAPES[part]}]")
         elif CATEGORY.fullmatch(part):
             made.append(part)
         elif SCRIPT.fullmatch(part):
             made.append(part.replace("{", "{Script="))
-        elif part[0] == "\\" and not part[-1].isalnum() and len(part) == 2:
+        elif part[0] == "\\" and len(part) == 2 and not part[1].isalnum():
             made.append(part if part[1] in "^$\\.*+?()[]{}|/" or (in_class and part[1] == "-") else part[1])
-        elif in_class:
-            in_class = part != "]"
-            if part[0] in "[&\\" or (part == "-" and groups[-1]):
-                raise UserError(f"the tokenizer's pattern {pattern!r} has {part!r}, which an HTML page cannot express")
-            made.append(_both_cases(part) if groups[-1] and len(part) == 1 and part.isalpha() else part)
-        elif part[0] == "(":
-            groups.append(part == "(?i:" or groups[-1])
-            made.append("(?:" if part == "(?i:" else part)
-        elif part[0] in "^$\\" or (len(part) == 2 and part[1] == "+"):
+        elif is_unsure or (
+            ignores_case and ((before + part).lower() in LIGATURES or not part.isascii() or (in_class and part == "-"))
+        ):
             raise UserError(f"the tokenizer's pattern {pattern!r} has {part!r}, which an HTML page cannot express")
+        elif ignores_case and part.isalpha():
+            cases = part.lower() + part.upper() + FOLDS.get(part.lower(), "")
+            made.append(cases if in_class else f"[{cases}]")
         else:
-            in_class = part[0] == "["
-            groups = groups[:-1] if part == ")" else groups
-            ignores = groups[-1] and part.isalpha()
-            made.append(f"[{_both_cases(part)}]" if ignores else r"[^\n]" if part == "." else part)
+            made.append({"(?i:": "(?:", ".": "." if in_class else r"[^\n]"}.get(part, part))
+            if not in_class and part[0] in "()":
+                groups = [*groups, part == "(?i:" or groups[-1]] if part[0] == "(" else groups[:-1]
+            in_class = part != "]" if in_class else part[0] == "["
     return "".join(made)
-
-
-def _both_cases(letter: str) -> str:
-    return letter.lower() + letter.upper() + FOLDS.get(letter.lower(), "")
 
 
 def page_tokenizer(tokenizer: SLMTokenizer) -> dict[str, Any]:

@@ -160,8 +160,8 @@ class Tokenizer {
     let wasUnknown = false;
     for (const character of word) {
       const id = this.ids.get(character);
-      const bytes = id === undefined && this.byte_fallback ? Array.from(utf8.encode(character), (byte) => this.ids.get(byteToken(byte))) : [undefined];
-      const isUnknown = id === undefined && bytes.includes(undefined);
+      const bytes = id === undefined && this.byte_fallback ? Array.from(utf8.encode(character), (byte) => this.ids.get(byteToken(byte))) : null;
+      const isUnknown = id === undefined && (!bytes || bytes.includes(undefined));
       if (id !== undefined) symbols.push(id);
       else if (!isUnknown) symbols.push(...bytes);
       else if (this.unknown !== null && !(this.fuse_unk && wasUnknown)) symbols.push(this.unknown);
