@@ -37,8 +37,7 @@ PIECES = (
     "🙂", "👩‍🚀", "🏳️‍🌈", "🇩🇪", "👍🏽", "e\u0301", "A\u030a\u0323", "ﬁ", "ß", "ẞ", "İ", "ǅ", "한국어", "각", "日本語",
     "ไทย", "नमस्ते",
 )  # fmt: skip
-GREEDY = 256  # tokens that are compared
-MOST_TIES = 16  # among them, that are passed over
+MOST_TIES = 16  # of greedy tokens, that are passed over
 NORMALISED = 1e-2  # how far the logarithm of the sum of all probabilities may be from 0
 TAGGED = 20  # conversations with special tokens in a message
 LENGTH_DECIDES = ("dynamic", "longrope")  # kinds of RoPE whose angles depend on the length of the text
@@ -112,7 +111,10 @@ class Probe:
     count: int  # of greedy tokens
 
     @classmethod
-    def of(cls, decoder: Decoder, tokenizer: SLMTokenizer, strings: int = 10_000, chats: int = 200) -> Probe:
+    def of(
+        cls, decoder: Decoder, tokenizer: SLMTokenizer, strings: int = 10_000, conversations: int = 200,
+        count: int = 256,
+    ) -> Probe:  # fmt: skip
         """Texts of all scripts; positions also past each window and past the original context, where there are some."""
         rng, most = random.Random(17), decoder.max_positions - 1
         known = [index for index in np.flatnonzero(tokenizer.known_ids).tolist() if index < decoder.vocab_size]
@@ -122,13 +124,13 @@ class Probe:
         lengths = {1, 2, 30, 200, last, *(edge + more for edge in edges for more in (-1, 0, 1, 40))}
         start = tokenizer.encode_prompt(SENTENCES)[: max(1, most // 2)]
         texts = probe_strings((*tokenizer.special_tokens, *tokenizer.added_words), strings)
-        plain, tagged = _conversations(tokenizer, texts, chats)
+        plain, tagged = _conversations(tokenizer, texts, conversations)
         prompts = [
             (rng.choices(known, k=last), sorted(length for length in lengths if 0 < length <= last)),
             (start, [*range(1, len(start) + 1, 4)]),
         ]
         readings = [[ids, _read_openly(tokenizer, ids)] for ids in map(tokenizer.encode_chat_prompt, tagged)]
-        return cls(texts, plain, tagged, readings, prompts, start, min(GREEDY, most - len(start)))
+        return cls(texts, plain, tagged, readings, prompts, start, min(count, most - len(start)))
 
     @property
     def context(self) -> int:
@@ -300,9 +302,6 @@ def _compare_greedy(
 def _equal(expected: Sequence[int], found: Sequence[int]) -> int:
     """How many tokens at the beginning are equal."""
     return next((n for n, (a, b) in enumerate(zip(expected, found)) if a != b), min(len(expected), len(found)))
-
-
-# -- runtimes ---------------------------------------------------------------------------------------------------------
 
 
 class Slmkit(Runtime):
