@@ -209,7 +209,12 @@ def javascript_pattern(pattern: str) -> str:
         elif part[0] == "\\" and len(part) == 2 and not part[1].isalnum():
             made.append(part if part[1] in "^$\\.*+?()[]{}|/" or (in_class and part[1] == "-") else part[1])
         elif is_unsure or (
-            ignores_case and ((before + part).lower() in LIGATURES or not part.isascii() or (in_class and part == "-"))
+            ignores_case
+            and (
+                (not in_class and (before + part).lower() in LIGATURES)
+                or not part.isascii()
+                or (in_class and part == "-")
+            )
         ):
             raise UserError(f"the tokenizer's pattern {pattern!r} has {part!r}, which an HTML page cannot express")
         elif ignores_case and part.isalpha():
