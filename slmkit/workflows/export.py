@@ -1,15 +1,18 @@
-"""`slm export` and `slm verify`: files for other programs, compared with the model before they get their name."""
+"""`slm export` and `slm verify`: models for other programs, compared with the original before they get their name."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,22 +26,21 @@ from slmkit.adapt.load import load_model
 from slmkit.adapt.quantize import LARGEST, dequantize_modules, quantized_modules, round_to, to_quantize
 from slmkit.adapt.quantized_files import save_quantized
 from slmkit.config import UserError, did_you_mean
-from slmkit.export.runtimes import Parity, Probe, Runtime, Slmkit, Transformers, bounds_of, compare
-from slmkit.files import sync
+from slmkit.export.runtimes import EXACT, Answers, Parity, Probe, Runtime, Slmkit, Transformers, bounds_of, compare
+from slmkit.files import staged
 from slmkit.find import find_model_directory
 from slmkit.model.config import SLMConfig
 from slmkit.model.decoder import Decoder
 from slmkit.model.families import family_of
 from slmkit.model.files.adapter_directory import base_of, is_adapter
 from slmkit.model.files.directory import empty_decoder, load_decoder, open_weights, save_decoder, write_configs
-from slmkit.model.files.stored import DTYPES, StoredTensor, expect_finite, write_shards
+from slmkit.model.files.stored import StoredTensor, expect_finite, write_shards
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.workflows.merge import EXTRA_FILES
 from slmkit.workflows.push import card_of
 from slmkit.workflows.quantize import DEFAULT_GROUP
 
 PACKAGES = ("slmkit", "torch", "tokenizers", "transformers", "gguf", "xllamacpp", "onnx", "onnxruntime", "playwright")
-SHARD = 5.0  # GB of a file of weights, at most
 Say = Callable[[str], None]
 
 
@@ -52,229 +54,150 @@ class Request:
     unverified: bool = False
     allow_fallback: bool = False
     overwrite: bool = False
-    shard: float = SHARD
+    shard: float = 5.0  # GB of a file of weights, at most
 
 
 @dataclass(frozen=True)
-class Exported:
-    """What was written: a file or a folder, and its comparison with the model; None if the engine is missing."""
-
-    path: Path
-    kind: str
-    parity: Parity | None
-    record: Path
-
-
-@dataclass(frozen=True)
-class Target:
-    """A format: `suffix` of its file, or empty for a folder; kinds of weights, the default first; the package that
-    opens it, and how it is installed.
-    """
-
-    suffix: str
-    kinds: tuple[str, ...]
-    engine: str
-    extra: str
-    write: Callable[[Loaded, Path, str, Request], None]
-    open: Callable[[Path, Probe], Runtime]
-
-
-@dataclass
 class Loaded:
-    """A model in float32. `source`: a directory of a whole model with these weights, unless `stored` is set: then that
-    of the same model, quantized.
-    """
+    """A model in float32. `source` is a directory with its weights as numbers of 16 or 32 bits."""
 
     name: str
     decoder: Decoder
     config: SLMConfig
     tokenizer: SLMTokenizer
     source: Path
-    stored: Path
 
     @property
     def runtime(self) -> Slmkit:
-        return Slmkit(self.decoder, self.tokenizer, size_of(self.stored))
+        size = sum(path.stat().st_size for path in self.source.glob("*.safetensors"))
+        return Slmkit(self.decoder, self.tokenizer, size)
 
 
-def size_of(directory: Path) -> int:
-    """Bytes of the files of weights in a model directory."""
-    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+@dataclass(frozen=True)
+class Target:
+    """A format: how it is written, what opens it, and how that is installed."""
+
+    pattern: str  # of its file, or of one in its folder
+    kinds: tuple[str, ...]  # of weights, the default first
+    engines: tuple[str, ...]  # packages or programs, of which one is needed to open it
+    write: Callable[[Loaded, Path, str, Request], object]
+    open: Callable[[Path, Probe], Runtime]
+    install: str = "slmkit[export]"
+    suffix: str = ""  # of its file; empty for a folder
+
+    @property
+    def missing(self) -> str:
+        """What has to be installed to open it, in words; empty if it is."""
+        if any(importlib.util.find_spec(name) or shutil.which(name) for name in self.engines):
+            return ""
+        return f"{' or '.join(self.engines)} is not installed: pip install {self.install}"
 
 
-def export(model: str, request: Request, say: Say = lambda line: None) -> Exported:
+# -- export -----------------------------------------------------------------------------------------------------------
+
+
+def export(model: str, request: Request, say: Say = lambda line: None) -> tuple[Path, Parity | None]:
     """Write `model` for another program, open the result there, compare, and only then give it its name.
 
-    `model` is a directory, a run, an adapter (which is merged), a quantized model or a name on the hub. Beside the file
-    is NAME.parity.json, in a folder parity.json: figures of the comparison, versions, fingerprints. Raises `UserError`
-    for a target that exists, a missing engine without `unverified`, a failed check, and what cannot be written;
-    nothing has the final name then.
+    `model` is a directory, a run, an adapter (which is merged), a quantized model or a name on the hub. Beside a file
+    is NAME.parity.json, in a folder parity.json: the figures, versions and fingerprints. Returns where it is, and the
+    comparison, None if the engine is missing. Raises `UserError` for a target that exists, a missing engine without
+    `unverified`, a failed check, and what cannot be written: then nothing has the final name.
     """
+    target, kind, final = expect_possible(model, request)
+    try:
+        with staged(final.absolute().parent, final.name) as folder:
+            say("loading the model")
+            loaded, made = load(model, folder / "whole"), folder / "done" / final.name
+            say(f"writing {request.to}, {kind}")
+            written(target, loaded, made, kind, request)
+            parity = None
+            if not target.missing:
+                probe = Probe.of(loaded.decoder, loaded.tokenizer)
+                with target.open(made, probe) as runtime:
+                    say(f"comparing {runtime.name} with slmkit")
+                    parity = compare(loaded.runtime, runtime, probe, bounds_of(kind))
+            if parity and not parity.passed:
+                raise UserError(f"{final}: not written, since it differs from the model: {parity.failures[0]}")
+            about = about_export(loaded, made, request.to, kind)
+            unverified = {"passed": False, "unverified": target.missing, **about}
+            content = parity.to_json(**about) if parity else json.dumps(unverified, indent=2) + "\n"
+            record_of(made).write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{final}: cannot be written: {error.strerror or error}") from None
+    return final, parity
+
+
+def expect_possible(model: str, request: Request) -> tuple[Target, str, Path]:
+    """Target, kind of weights, and where the result goes. Raises `UserError` for what cannot be."""
     target = TARGETS.get(request.to)
     if target is None:
         raise UserError(f"--to {request.to}: {did_you_mean(request.to, TARGETS)}")
-    kind = request.kind or target.kinds[0]
-    directory = find_model_directory(model)
-    final = Path(request.output or _default_name(model, request.to, kind, target))
-    _expect_free(final, directory, request.overwrite)
-    missing = importlib.util.find_spec(target.engine) is None
-    if missing and not request.unverified:
-        raise UserError(
-            f"{target.engine} is not installed, so the result cannot be checked: pip install {target.extra}, or "
-            "--unverified to write it all the same"
-        )
-    with staged(final) as (folder, take):
-        say("loading the model")
-        loaded = load(model, directory, folder / "whole")
-        made = folder / final.name
-        if not target.suffix:
-            made.mkdir()
-        say(f"writing {request.to} {kind}")
-        target.write(loaded, made, kind, request)
-        record = folder / f"{final.stem}.parity.json" if target.suffix else made / "parity.json"
-        parity = None if missing else _checked(target, loaded, made, kind, say)
-        if parity is not None and not parity.passed:
-            raise UserError(f"{final}: not written, since it differs from the model: {parity.failures[0]}")
-        about = about_export(loaded, made, request.to, kind)
-        unverified = {"passed": False, "unverified": f"{target.engine} is not installed", **about}
-        record.write_text(parity.to_json(**about) if parity else json.dumps(unverified, indent=2) + "\n", "utf-8")
-        take(record, made)
-    return Exported(final, kind, parity, final.with_name(record.name) if target.suffix else final / record.name)
-
-
-def _checked(target: Target, loaded: Loaded, made: Path, kind: str, say: Say) -> Parity:
-    say("asking slmkit")
-    probe = Probe.of(loaded.decoder, loaded.tokenizer)
-    say(f"asking {target.engine}")
-    with target.open(made, probe) as runtime:
-        return compare(loaded.runtime, runtime, probe, bounds_of(kind))
-
-
-def figures_of(parity: Parity) -> str:
-    """The figures of a comparison in one line."""
-    ids, chats, predicted, greedy = parity.checks.values()
-    return (
-        f"the same ids for {ids['compared']:,} texts and {chats['compared']:,} chat prompts; log-probabilities at most "
-        f"{predicted['max_abs']:.2g} apart, their mean divergence {predicted['mean_kl']:.2g} nats; the first "
-        f"{greedy['equal']} of {greedy['compared']} greedy tokens equal"
-    )
-
-
-def about_export(loaded: Loaded, made: Path, to: str, kind: str) -> dict[str, Any]:
-    """What parity.json says beside the figures."""
-    versions = {}
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    paths = [made] if made.is_file() else sorted(path for path in made.rglob("*") if path.is_file())
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "target": to,
-        "kind": kind,
-        "model": {
-            "name": loaded.name,
-            "weights_sha256": fingerprint(loaded.decoder),
-            "tokenizer_sha256": loaded.tokenizer.fingerprint,
-        },
-        "files": {
-            str(path.relative_to(made.parent if made.is_file() else made)): {
-                "bytes": path.stat().st_size,
-                "sha256": _sha256(path),
-            }
-            for path in paths
-        },
-        "versions": versions,
-    }
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# -- names and places -------------------------------------------------------------------------------------------------
-
-
-def _default_name(model: str, to: str, kind: str, target: Target) -> str:
+    wanted = request.kind or target.kinds[0]
+    kind = {kind.lower(): kind for kind in target.kinds}.get(wanted.lower())
+    if kind is None:
+        raise UserError(f"--type {wanted}: {did_you_mean(wanted, target.kinds)}")
+    if target.missing and not request.unverified:
+        raise UserError(f"{target.missing} (it checks the result); or --unverified, to write without a check")
     name = model.rstrip("/") if Path(model).exists() else Path(model).name.partition("@")[0]
-    return f"{name}-{kind}{target.suffix}" if target.suffix else f"{name}-{to}-{kind}"
+    final = Path(request.output or f"{name}-{'' if target.suffix else f'{request.to}-'}{kind}{target.suffix}")
+    if os.path.lexists(final):
+        source = find_model_directory(model).resolve()
+        if not request.overwrite:
+            raise UserError(f"{final}: exists already: name another --output, or replace it with --overwrite")
+        if not record_of(final).is_file() or final.is_symlink() or final.resolve() in (source, *source.parents):
+            raise UserError(f"{final}: --overwrite replaces only what `slm export` wrote: name another --output")
+    return target, kind, final
 
 
-def _expect_free(final: Path, source: Path, overwrite: bool) -> None:
-    """Raises `UserError` for a target that exists, or that may not be replaced."""
-    if not os.path.lexists(final):
-        return
-    if not overwrite:
-        raise UserError(f"{final}: exists already: name another --output, or replace it with --overwrite")
-    is_ours = final.is_file() or (final / "parity.json").is_file()
-    if final.is_symlink() or not is_ours or final.resolve() in (source.resolve(), *source.resolve().parents):
-        raise UserError(f"{final}: --overwrite replaces only what `slm export` wrote: name another --output")
+def written(target: Target, loaded: Loaded, path: Path, kind: str, request: Request) -> None:
+    """Write a target to `path`, a file or a new folder."""
+    if not target.suffix:
+        path.mkdir()
+    target.write(loaded, path, kind, request)
 
 
-@contextlib.contextmanager
-def staged(final: Path) -> Iterator[tuple[Path, Callable[..., None]]]:
-    """A folder beside `final` that is deleted at the end, and a function that moves things from it there.
-
-    Folders that killed processes left are deleted too. Raises `UserError` if it cannot be written.
-    """
-    beside, prefix = final.absolute().parent, f".{final.name}."
-    folder = beside / f"{prefix}{os.getpid()}"
-
-    def take(record: Path, made: Path) -> None:
-        for path in (made, *(path for path in made.rglob("*"))):
-            sync(path)
-        if record.parent == folder:
-            os.replace(record, beside / record.name)
-        old = folder / "old"
-        if final.is_dir():
-            os.rename(final, old)
-        try:
-            os.replace(made, final)
-        except OSError:
-            if old.exists():
-                os.rename(old, final)
-            raise
-        sync(beside)
-
-    try:
-        beside.mkdir(parents=True, exist_ok=True)
-        for left in beside.glob(f"{prefix}*"):
-            if (
-                left.name.removeprefix(prefix).isdecimal()
-                and not Path("/proc", left.name.removeprefix(prefix)).exists()
-            ):
-                shutil.rmtree(left)
-        folder.mkdir()
-        yield folder, take
-    except OSError as error:
-        raise UserError(f"{final}: cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def load(name: str, directory: Path, scratch: Path) -> Loaded:
-    """A model in float32: an adapter merged, quantized weights dequantized, and then written to `scratch`."""
+def load(model: str, scratch: Path) -> Loaded:
+    """A model in float32: an adapter merged, quantized weights dequantized, and the result written to `scratch`."""
+    directory = find_model_directory(model)
     decoder, config = load_model(directory)
-    with_tokenizer = directory
-    if is_adapter(directory) and not (directory / "tokenizer.json").is_file():
-        with_tokenizer = base_of(directory)
+    of_base = is_adapter(directory) and not (directory / "tokenizer.json").is_file()
+    with_tokenizer = base_of(directory) if of_base else directory
     tokenizer, source = SLMTokenizer.from_pretrained(with_tokenizer), directory
     if is_adapter(directory) or quantized_modules(decoder):
         dequantize_modules(decoder)
         source = scratch
         save_decoder(decoder, config, source)
         copy_extras(with_tokenizer, source)
-    return Loaded(name, decoder, config, tokenizer, source, directory)
+    return Loaded(model, decoder, config, tokenizer, source)
 
 
 def copy_extras(source: Path, folder: Path) -> None:
-    """The files of a model beside config and weights, except those that `folder` has."""
+    """Copy the files of a model beside config and weights, except those that `folder` has."""
     for name in EXTRA_FILES:
         if (source / name).is_file() and not (folder / name).exists():
             shutil.copyfile(source / name, folder / name)
 
 
-# -- targets ----------------------------------------------------------------------------------------------------------
+def record_of(path: Path) -> Path:
+    """Where the comparison of a file or a folder is."""
+    return path / "parity.json" if path.is_dir() else path.with_name(f"{path.stem}.parity.json")
+
+
+def about_export(loaded: Loaded, made: Path, to: str, kind: str) -> dict[str, Any]:
+    """What parity.json says beside the figures."""
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES if importlib.util.find_spec(name)}
+    files = {}
+    for path in [made] if made.is_file() else sorted(path for path in made.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        name = path.name if made.is_file() else path.relative_to(made).as_posix()
+        files[name] = {"bytes": path.stat().st_size, "sha256": digest}
+    fingerprints = {"weights": fingerprint(loaded.decoder), "tokenizer": loaded.tokenizer.fingerprint}
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"), "target": to, "kind": kind, "model": loaded.name,
+        "model_sha256": fingerprints, "files": files, "versions": versions,
+    }  # fmt: skip
 
 
 def write_hf(loaded: Loaded, folder: Path, kind: str, request: Request) -> None:
@@ -282,17 +205,13 @@ def write_hf(loaded: Loaded, folder: Path, kind: str, request: Request) -> None:
     source, config = loaded.source, loaded.config
     if kind in LARGEST:
         decoder, _ = load_decoder(source)
-        group = DEFAULT_GROUP[kind]
-        round_to(decoder, to_quantize(decoder, kind, group, "bfloat16"), group)
+        round_to(decoder, to_quantize(decoder, kind, DEFAULT_GROUP[kind], "bfloat16"), DEFAULT_GROUP[kind])
         save_quantized(decoder, config, folder)
     else:
-        dtype = next((one for one in DTYPES.values() if str(one) == f"torch.{kind}"), None)
-        if dtype is None:
-            raise UserError(f"--type {kind}: {did_you_mean(kind, TARGETS['hf'].kinds)}")
         tensors = open_weights(source, empty_decoder(config), family_of(config.model_type))
         write_configs(config, folder, kind)
-        shapes = {name: (tensor.shape, dtype) for name, tensor in tensors.items()}
-        write_shards(folder, shapes, lambda name: _converted(tensors[name], dtype), request.shard * 1e9)
+        shapes = {name: (tensor.shape, getattr(torch, kind)) for name, tensor in tensors.items()}
+        write_shards(folder, shapes, lambda name: _converted(tensors[name], shapes[name][1]), request.shard * 1e9)
     copy_extras(source, folder)
     (folder / "README.md").write_text(card_of(Path(loaded.name), folder, folder.name), encoding="utf-8")
 
@@ -300,18 +219,128 @@ def write_hf(loaded: Loaded, folder: Path, kind: str, request: Request) -> None:
 def _converted(stored: StoredTensor, dtype: torch.dtype) -> Tensor:
     tensor = stored.read()
     expect_finite(tensor, f"{stored.path}: {stored.name!r}", "the model is broken: use another checkpoint")
-    largest = tensor.abs().max().item() if tensor.numel() else 0.0
-    if largest > torch.finfo(dtype).max:
-        raise UserError(
-            f"{stored.name!r} has a weight of {largest:.3g}, beyond the {torch.finfo(dtype).max:,.0f} of float16: "
-            "use bfloat16"
-        )
-    return tensor.to(dtype)
+    converted = tensor.to(dtype)
+    expect_finite(
+        converted, f"{stored.name!r} in {dtype}", f"its largest weight is {tensor.abs().max():.3g}: use bfloat16"
+    )
+    return converted
+
+
+# -- targets ----------------------------------------------------------------------------------------------------------
+
+
+def _of(module: str) -> Any:
+    return importlib.import_module(f"slmkit.export.{module}")
 
 
 TARGETS = {
-    "hf": Target(
-        "", ("float32", "float16", "bfloat16", *LARGEST), "transformers", "transformers", write_hf,
-        lambda folder, probe: Transformers(folder),
+    "gguf": Target(
+        "*.gguf",
+        ("F16", "F32", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K", "Q5_1", "Q5_0", "Q4_1", "Q4_0"),
+        ("xllamacpp",),
+        lambda loaded, path, kind, request: _of("gguf").write_gguf(
+            loaded.source, path, kind, allow_fallback=request.allow_fallback
+        ),
+        lambda path, probe: _of("llama_cpp").LlamaCpp(path, probe.context),
+        suffix=".gguf",
     ),
-}  # fmt: skip
+    "hf": Target(
+        "config.json",
+        ("float32", "float16", "bfloat16", *LARGEST),
+        ("transformers",),
+        write_hf,
+        lambda path, probe: Transformers(path),
+        install="transformers",
+    ),
+}
+
+
+# -- verify -----------------------------------------------------------------------------------------------------------
+
+MADE = (("gguf", "F32"), ("gguf", "Q8_0"))
+Open = Callable[[Probe], Runtime]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A row of `slm verify`. Without `parity` nothing was compared, and `problem` says why."""
+
+    runtime: str
+    kind: str
+    parity: Parity | None
+    problem: str = ""
+    is_wrong: bool = False  # it differs, or a file that was named cannot be opened
+
+
+def verify(model: str, files: Sequence[str] = (), say: Say = lambda line: None) -> list[Verdict]:
+    """Compare `model` with itself in every runtime that is installed, or with `files` that were made of it.
+
+    `files`: GGUFs, pages, and folders for ONNX Runtime or transformers, made by any program. Raises `UserError` for a
+    model that slmkit cannot read, and for a file of another kind.
+    """
+    with tempfile.TemporaryDirectory(prefix="slm-verify-") as scratch:
+        given = [_given(file) for file in files]
+        say("loading the model")
+        loaded = load(model, Path(scratch, "whole"))
+        reference, probe = loaded.runtime, Probe.of(loaded.decoder, loaded.tokenizer)
+        say("asking slmkit")
+        expected = Answers.of(reference, probe)
+        verdicts = [Verdict("slmkit", "float32", compare(reference, reference, probe, EXACT, expected))]
+        for name, kind, opened in given or _installed(loaded, Path(scratch)):
+            say(f"comparing {name} {kind}")
+            try:
+                with opened(probe) as runtime:
+                    parity = compare(reference, runtime, probe, bounds_of(kind), expected)
+                verdicts.append(Verdict(name, kind, parity, "; ".join(parity.failures), not parity.passed))
+            except UserError as error:
+                verdicts.append(Verdict(name, kind, None, str(error), bool(files)))
+    return verdicts
+
+
+def _installed(loaded: Loaded, scratch: Path) -> Iterator[tuple[str, str, Open]]:
+    """Name, kind of weights, and how it is opened, of every runtime; opening one that is not installed raises."""
+    for kind in ("int8", "int4"):
+        yield "slmkit", kind, functools.partial(_quantized, loaded, kind)
+    yield "transformers", "float32", lambda probe: Transformers(loaded.source, "float32")
+    for to, kind in MADE:
+        yield to, kind, functools.partial(_made, loaded, to, kind, scratch / f"{to}-{kind}{TARGETS[to].suffix}")
+
+
+def _made(loaded: Loaded, to: str, kind: str, path: Path, probe: Probe) -> Runtime:
+    if TARGETS[to].missing:
+        raise UserError(TARGETS[to].missing)
+    written(TARGETS[to], loaded, path, kind, Request(to))
+    return TARGETS[to].open(path, probe)
+
+
+def _quantized(loaded: Loaded, kind: str, probe: Probe) -> Runtime:
+    decoder = copy.deepcopy(loaded.decoder)
+    round_to(decoder, to_quantize(decoder, kind, DEFAULT_GROUP[kind], "bfloat16"), DEFAULT_GROUP[kind])
+    wide = sum(parameter.numel() * 2 for parameter in decoder.parameters())
+    size = wide + sum(one.codes.nbytes + one.scales.nbytes // 2 for one in quantized_modules(decoder).values())
+    return Slmkit(decoder, loaded.tokenizer, size)
+
+
+def _given(file: str) -> tuple[str, str, Open]:
+    path = Path(file)
+    for to, target in TARGETS.items():
+        found = [path] if path.is_file() and path.match(target.pattern) else sorted(path.glob(target.pattern))
+        if found:
+            opened = found[0] if target.suffix else path
+            return file, kind_of(opened, to), functools.partial(target.open, opened)
+    raise UserError(f"{file}: expected a .gguf, a .html, or a folder with an .onnx or with config.json")
+
+
+def kind_of(path: Path, to: str) -> str:
+    """How the weights of a file are stored, by its own words or those of its parity.json; else the target's default."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return json.loads(record_of(path).read_text(encoding="utf-8"))["kind"]
+    if to == "gguf":
+        from gguf import GGUFReader, LlamaFileType
+
+        field = GGUFReader(path).fields["general.file_type"]
+        return LlamaFileType(field.contents()).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+    if to == "hf":
+        content = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        return "int4" if content.get("quantization_config") else content.get("dtype", content.get("torch_dtype", ""))
+    return TARGETS[to].kinds[0]
