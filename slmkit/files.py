@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 LARGEST_TEXT = 64 * 2**20
@@ -61,3 +64,41 @@ def free_path(wanted: str | Path) -> Path:
         number += 1
         path = Path(f"{wanted}-{number}")
     return path
+
+
+@contextlib.contextmanager
+def staged(beside: Path, name: str) -> Iterator[Path]:
+    """A folder in `beside`, deleted at the end: what was put into its `done` is moved to `beside` before, durably, if
+    nothing failed. It replaces what has the same names there.
+
+    Folders that killed processes left are deleted too. Raises `OSError` if something cannot be written or moved.
+    """
+    beside.mkdir(parents=True, exist_ok=True)
+    prefix = f".{name}.{os.uname().nodename}."  # another machine may have the same disk and other processes
+    for left in beside.glob(f"{glob.escape(prefix)}*"):
+        try:
+            os.kill(int(left.suffix[1:]), 0)  # asks only whether it runs
+        except ProcessLookupError:
+            shutil.rmtree(left, ignore_errors=True)
+        except (ValueError, OSError):
+            continue
+    folder = beside / f"{prefix}{os.getpid()}"
+    done, old = folder / "done", folder / "old"
+    try:
+        done.mkdir(parents=True)
+        yield folder
+        for path in done.rglob("*"):
+            sync(path)
+        for made in sorted(done.iterdir()):
+            final = beside / made.name
+            if final.is_dir():
+                os.rename(final, old)
+            try:
+                os.rename(made, final)
+            except BaseException:
+                if old.exists():
+                    os.rename(old, final)
+                raise
+        sync(beside)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from slmkit.adapt.swapping import ALL_LINEAR, linear, linears, matching, replace
 from slmkit.config import UserError
-from slmkit.model.decoder import Decoder
+from slmkit.model.decoder import Decoder, Embedding
 from slmkit.model.kernels import GROUPS, NF4, Kind, Matrix, dequantize
 
 LARGEST: dict[Kind, int] = {"int8": 127, "int4": 7, "nf4": 1}  # the largest value of a code, by kind
@@ -242,3 +242,14 @@ def rounded(module: Any, kind: Kind, group: int) -> Quantized:
     if isinstance(module, nn.Embedding):
         return QuantizedEmbedding(codes, scales, kind).to(module.weight.dtype)  # of its results
     return QuantizedLinear(codes, scales, kind, module.bias)
+
+
+def dequantize_modules(decoder: Decoder) -> None:
+    """Give a quantized decoder ordinary matrices of the same values in float32, in place."""
+    for name, module in quantized_modules(decoder).items():
+        rows, columns = module.weight.shape
+        with torch.device("meta"):
+            is_linear = isinstance(module, QuantizedLinear)
+            whole: Any = nn.Linear(columns, rows, bias=False) if is_linear else Embedding(rows, columns)
+        whole.weight, whole.bias = nn.Parameter(module.weight, requires_grad=False), module.bias
+        replace(decoder, name, whole.eval())

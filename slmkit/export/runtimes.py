@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
+import io
 import itertools
 import json
 import random
 import re
+import string
 import time
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -33,11 +35,13 @@ PIECES = (
     " ", "  ", "   ", "\n", "\n\n", "\r\n", "\t", "\u00a0", "\u3000", "\u2028", "\u200b", "\ufeff", "\x00", "\x1b[0m",
     "'s", "'LL", "’re", "don't", "I'M", "1", "12", "123", "1234567", "3.14", "1,000", "٣٤٥", "२०२६", "Ⅷ", "½", "x²",
     "for i in range(10):\n    print(i)", "</div>", "a_b.c(d)[0] += 1;", "{\"k\": [1, null]}", "//", "#!", "\\n", "===",
-    "🙂", "👩‍🚀", "🏳️‍🌈", "🇩🇪", "👍🏽", "e\u0301", "A\u030a\u0323", "ﬁ", "ß", "ẞ", "İ", "ǅ", "한국어", "각", "日本語",
-    "ไทย", "नमस्ते",
+    "🙂", "👩‍🚀", "🏳️‍🌈", "🇩🇪", "👍🏽", "e\u0301", "A\u030a\u0323", "ﬁ", "ß", "ẞ", "İ", "ǅ", "한국어", "日本語です",
+    "我们在这里", "각", "ไทย", "नमस्ते",
 )  # fmt: skip
 MOST_TIES = 16  # of greedy tokens, that are passed over
-LENGTH_DECIDES = ("dynamic", "longrope")  # kinds of RoPE whose angles depend on the length of the text
+MOST_LETTERS = 400  # of a script, the first, which are the usual ones
+NORMALISED = 1e-2  # how far the logarithm of the sum of all probabilities may be from 0
+TAGGED = 20  # conversations with special tokens in a message
 
 
 class Runtime(Protocol):
@@ -48,18 +52,15 @@ class Runtime(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """Ids [tokens] of a text, without beginning or end; special tokens spelled in it are ordinary text."""
-        ...
 
     def log_probs(self, ids: Sequence[int], lengths: Sequence[int]) -> np.ndarray:
         """Natural log-probabilities, over the whole vocabulary, of the token after ids[:length].
 
         → float32 [lengths, vocab_size]
         """
-        ...
 
     def greedy(self, ids: Sequence[int], count: int) -> list[int]:
         """The `count` likeliest tokens after `ids` [tokens], one after another. End tokens do not stop it."""
-        ...
 
     def encode_chat(self, messages: list[Message]) -> list[int] | None:
         """Ids [tokens] of the rendered prompt, with the generation prompt; None without a chat template."""
@@ -75,9 +76,6 @@ class Runtime(Protocol):
         self.close()
 
 
-# -- what is compared -------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Bounds:
     """How far a runtime may be from the reference."""
@@ -88,7 +86,7 @@ class Bounds:
 
 
 EXACT = Bounds(1e-3, 1e-5, True)
-# Divergence by the bits of a weight. A wrong conversion, such as permuted rows, has several nats.
+# Divergence by the bits of a weight; of a wrong conversion, such as permuted rows, it is several nats.
 ROUNDED = {16: 0.01, 8: 0.02, 6: 0.05, 5: 0.1, 4: 0.3, 3: 1.0, 2: 2.0}
 
 
@@ -104,81 +102,85 @@ class Probe:
 
     strings: list[str]
     conversations: list[list[Message]]
+    tagged: list[list[Message]]  # with special tokens spelled in the messages
+    readings: list[list[list[int]]]  # of each: their ids as ordinary text, and as tokens, as transformers reads them
     prompts: list[tuple[list[int], list[int]]]  # ids [tokens], and the lengths after which the next token is predicted
     start: list[int]  # ids [tokens] after which greedy tokens are compared
     count: int  # of greedy tokens
 
     @classmethod
     def of(
-        cls,
-        decoder: Decoder,
-        tokenizer: SLMTokenizer,
-        strings: int = 10_000,
-        conversations: int = 200,
+        cls, decoder: Decoder, tokenizer: SLMTokenizer, strings: int = 10_000, conversations: int = 200,
         count: int = 256,
-    ) -> Probe:
+    ) -> Probe:  # fmt: skip
         """Texts of all scripts; positions also past each window and past the original context, where there are some."""
         rng, most = random.Random(17), decoder.max_positions - 1
         known = [index for index in np.flatnonzero(tokenizer.known_ids).tolist() if index < decoder.vocab_size]
         edges = {layer.window or 0 for layer in decoder.architecture.layers}
-        edges |= {int(getattr(rope, "original_max_position_embeddings", 0)) for rope in decoder.ropes}
+        edges |= {int(getattr(rope.scaling, "original_max_position_embeddings", 0)) for rope in decoder.ropes}
         last = min(most, max(256, max(edges) + 64))
-        around = (1, 2, 30, 200, last, *(edge + more for edge in edges for more in (-1, 0, 1, 40)))
+        lengths = {1, 2, 30, 200, last, *(edge + more for edge in edges for more in (-1, 0, 1, 40))}
         start = tokenizer.encode_prompt(SENTENCES)[: max(1, most // 2)]
         texts = probe_strings((*tokenizer.special_tokens, *tokenizer.added_words), strings)
-        return cls(
-            texts,
-            _renderable(tokenizer, texts, conversations),
-            [
-                (rng.choices(known, k=last), sorted({one for one in around if 0 < one <= last})),
-                (start, [*range(1, len(start) + 1, 4)]),
-            ],
-            start,
-            min(count, most - len(start)),
-        )  # fmt: skip
+        plain, tagged = _conversations(tokenizer, texts, conversations)
+        prompts = [
+            (rng.choices(known, k=last), sorted(length for length in lengths if 0 < length <= last)),
+            (start, [*range(1, len(start) + 1, 4)]),
+        ]
+        readings = [[ids, _read_openly(tokenizer, ids)] for ids in map(tokenizer.encode_chat_prompt, tagged)]
+        return cls(texts, plain, tagged, readings, prompts, start, min(count, most - len(start)))
 
-
-@cache
-def letters_by_script() -> dict[str, str]:
-    """The letters, marks and digits of each script, by the first word of their names in Unicode."""
-    scripts: dict[str, str] = {}
-    for code in range(0x20, 0x32000):
-        if unicodedata.category(chr(code))[0] in "LMN":
-            script = unicodedata.name(chr(code), "other").split()[0]
-            scripts[script] = scripts.get(script, "") + chr(code)
-    return scripts
+    @property
+    def context(self) -> int:
+        """The tokens of the longest text, with its continuation."""
+        return max(len(self.start) + self.count, *(len(ids) + 1 for ids, _ in self.prompts))
 
 
 def probe_strings(spellings: Sequence[str], count: int) -> list[str]:
-    """`count` texts of 1 to 12 pieces: words of every script in turn, `PIECES`, any other characters, `spellings`."""
-    rng, scripts = random.Random(23), sorted(letters_by_script().items())
-    anything = [chr(code) for code in range(0x32000) if unicodedata.category(chr(code))[0] not in "C"]
+    """`count` texts of up to 12 pieces: words of each script, of English, `PIECES`, any characters, `spellings`."""
+    rng, scripts = random.Random(23), dict[str, list[str]]()
+    anything = [*filter(str.isprintable, map(chr, range(0x32000)))]
+    for character in anything:
+        if unicodedata.category(character)[0] in "LMN":  # a script is the first word of a letter's name
+            scripts.setdefault(unicodedata.name(character, "other").split()[0], []).append(character)
+    endless = [itertools.cycle(rng.sample(some := each[:MOST_LETTERS], len(some))) for each in scripts.values()]
     texts = []
-    for (_, letters), _ in zip(itertools.cycle(scripts), range(count)):
+    for letters in itertools.islice(itertools.cycle(endless), count):
         parts = []
         for _ in range(rng.randint(1, 12)):
-            word = "".join(rng.choices(letters, k=rng.randint(1, 8)))
-            other = rng.choice(rng.choice((PIECES, anything, spellings or PIECES)))
-            parts.append(rng.choice((word, word, other)) + rng.choice(("", "", " ")))
+            if rng.random() < 0.5:
+                part = "".join(itertools.islice(letters, rng.randint(1, 8)))
+            else:
+                part = rng.choice(
+                    rng.choice((SENTENCES.split(), string.printable, PIECES, anything, spellings or PIECES))
+                )
+            parts.append(part + rng.choice(("", "", " ")))
         texts.append("".join(parts))
     return texts
 
 
-def _renderable(tokenizer: SLMTokenizer, texts: Sequence[str], count: int) -> list[list[Message]]:
-    """`count` conversations that the chat template renders, with no special token in a message; none without one."""
+def _conversations(
+    tokenizer: SLMTokenizer, texts: Sequence[str], count: int
+) -> tuple[list[list[Message]], list[list[Message]]]:
+    """Conversations that the chat template renders: about `count` without special tokens in a message, a few with."""
     if tokenizer.chat_template is None:
-        return []
-    rng, found = random.Random(29), []
-    said = [text for text in texts if text.strip() and not any(token in text for token in tokenizer.special_tokens)]
-    for number in range(count if said else 0):
-        roles = [*(["system"] if number % 3 == 0 else []), *["user", "assistant"] * rng.randint(0, 2), "user"]
-        messages = [{"role": role, "content": rng.choice((*PIECES[14:16], rng.choice(said)))} for role in roles]
-        try:
-            tokenizer.encode_chat_prompt(messages)
-        except UserError:  # some templates take no system message
-            continue
-        found.append(messages)
-    return found
+        return [], []
+    rng, found, special = random.Random(29), list[list[Message]](), (*tokenizer.special_tokens,)
+    said = [text for text in texts if text.strip() and not any(token in text for token in special)] or ["Hello!"]
+    for number in range(count):
+        roles = [*["system"] * (number % 3 == 0), *["user", "assistant"] * rng.randint(0, 2), "user"]
+        messages = [{"role": role, "content": rng.choice(said)} for role in roles]
+        with contextlib.suppress(UserError):  # some templates take no system message
+            if (ids := tokenizer.encode_chat_prompt(messages)) and messages not in found:
+                found.append(messages)
+    is_open = found and _read_openly(tokenizer, ids) == ids
+    tagged = [[{"role": "user", "content": f"What does {token} mean?"}] for token in special[:TAGGED]]
+    return found, tagged if is_open else []
+
+
+def _read_openly(tokenizer: SLMTokenizer, ids: list[int]) -> list[int]:
+    """The ids [tokens] of the text of `ids` with special tokens recognised wherever they are spelled."""
+    return tokenizer.encode(tokenizer.decode(ids), allow_special=True)
 
 
 @dataclass
@@ -187,6 +189,7 @@ class Answers:
 
     texts: list[list[int]]  # ids
     chats: list[list[int] | None]
+    tagged: list[list[int] | None]
     log_probs: list[np.ndarray]  # of each prompt [lengths, vocab_size]
     greedy: list[int]
     tokens_per_second: float
@@ -198,10 +201,11 @@ class Answers:
         greedy = runtime.greedy(probe.start, probe.count)
         speed = len(greedy) / (time.perf_counter() - began)
         texts = [runtime.encode(text) for text in probe.strings]
-        return cls(texts, [runtime.encode_chat(each) for each in probe.conversations], log_probs, greedy, speed)
+        chats, tagged = ([runtime.encode_chat(each) for each in asked] for asked in (probe.conversations, probe.tagged))
+        return cls(texts, chats, tagged, log_probs, greedy, speed)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Parity:
     """The result of a comparison: figures of each check, and a line for each that failed."""
 
@@ -210,8 +214,8 @@ class Parity:
     bounds: Bounds
     size: int
     tokens_per_second: float
-    checks: dict[str, dict[str, Any]] = field(default_factory=dict)
-    failures: list[str] = field(default_factory=list)
+    checks: dict[str, dict[str, Any]]
+    failures: list[str]
 
     @property
     def passed(self) -> bool:
@@ -224,83 +228,84 @@ class Parity:
         return json.dumps(finite, indent=2, ensure_ascii=False) + "\n"
 
 
+Check = tuple[dict[str, Any], str]  # figures, and in which way it failed; empty: it passed
+
+
 def compare(
     reference: Runtime, other: Runtime, probe: Probe, bounds: Bounds, expected: Answers | None = None
 ) -> Parity:
     """Ask both runtimes, and compare. `expected`: the reference's answers, where they are known already."""
-    expected, found = expected or Answers.of(reference, probe), Answers.of(other, probe)
-    parity = Parity(reference.name, other.name, bounds, other.size, found.tokens_per_second)
-    _compare_ids(parity, "token ids", probe.strings, expected.texts, found.texts)
-    _compare_ids(parity, "chat prompts", probe.conversations, expected.chats, found.chats)
-    _compare_log_probs(parity, probe, expected, found)
-    _compare_greedy(parity, reference, other, probe, expected.greedy, found.greedy)
-    return parity
+    expected = expected or Answers.of(reference, probe)
+    found = expected if other is reference else Answers.of(other, probe)
+    readings = [ids if ids in accepted else accepted[0] for ids, accepted in zip(found.tagged, probe.readings)]
+    checks = {
+        "token ids": _compare_ids(probe.strings, expected.texts, found.texts),
+        "chat prompts": _compare_ids(probe.conversations, expected.chats, found.chats),
+        "tags in messages": _compare_ids(probe.tagged, readings, found.tagged),
+        "log-probabilities": _compare_log_probs(probe, bounds, expected, found),
+        "greedy tokens": _compare_greedy(reference, other, probe, bounds, expected.greedy, found.greedy),
+    }
+    return Parity(
+        reference.name, other.name, bounds, other.size, found.tokens_per_second,
+        {name: figures for name, (figures, _) in checks.items()},
+        [f"{name}: {problem}" for name, (_, problem) in checks.items() if problem],
+    )  # fmt: skip
 
 
-def _compare_ids(
-    parity: Parity, check: str, asked: Sequence[Any], expected: Sequence[Any], found: Sequence[Any]
-) -> None:
+def _compare_ids(asked: Sequence[Any], expected: Sequence[Any], found: Sequence[Any]) -> Check:
     wrong = [number for number, (ours, theirs) in enumerate(zip(expected, found)) if ours != theirs]
-    parity.checks[check] = {"compared": len(expected), "different": len(wrong)}
+    figures, problem = {"compared": len(expected), "different": len(wrong)}, ""
     if wrong:
         first = min(wrong, key=lambda number: len(str(asked[number])))
-        ours, theirs = expected[first], found[first]
-        parity.failures.append(
-            f"{check}: {len(wrong):,} of {len(expected):,} differ, such as {str(asked[first])[:80]!r}: "
-            f"{str(ours)[:80]} in {parity.reference}, {str(theirs)[:80]} in {parity.runtime}"
-        )
+        ids = [str(each[first])[:80] for each in (found, expected)]
+        problem = f"{len(wrong):,} of {len(expected):,} differ: {str(asked[first])[:80]!r} is {ids[0]} and not {ids[1]}"
+    return figures, problem
 
 
-def _compare_log_probs(parity: Parity, probe: Probe, expected: Answers, found: Answers) -> None:
-    check, furthest, divergences = "log-probabilities", (0.0, 0), []
+def _compare_log_probs(probe: Probe, bounds: Bounds, expected: Answers, found: Answers) -> Check:
+    furthest, divergences = (0.0, 0), []
     for (_, lengths), ours, theirs in zip(probe.prompts, expected.log_probs, found.log_probs):
         if ours.shape != theirs.shape:
-            parity.failures.append(f"{check}: {theirs.shape} where the reference has {ours.shape}")
-            return
+            return {}, f"a vocabulary of {theirs.shape[-1]:,} instead of {ours.shape[-1]:,} tokens"
         for length, p, q in zip(lengths, ours.astype(np.float64), theirs.astype(np.float64)):
-            divergences.append(float((np.exp(p) * (p - q)).sum()))
-            # NaN is the furthest; and probabilities that do not add up to 1 are no distribution
-            apart = max(float(np.abs(p - q).max()), 0.0)
-            apart = apart if np.isfinite(q).all() and abs(np.logaddexp.reduce(q)) < 1e-2 else float("inf")
-            furthest = max(furthest, (apart, length))
-    kl, (apart, length), bounds = float(np.mean(divergences)), furthest, parity.bounds
-    parity.checks[check] = {"positions": len(divergences), "max_abs": apart, "after": length, "mean_kl": kl}
-    if not np.isfinite(apart):
-        parity.failures.append(f"{check}: not finite, or no distribution, after {length} tokens")
-    elif apart > bounds.log_prob:
-        parity.failures.append(f"{check}: {apart:.2g} nats apart after {length} tokens; bound {bounds.log_prob:g}")
-    elif not kl <= bounds.kl:
-        parity.failures.append(f"{check}: a mean divergence of {kl:.2g} nats; bound {bounds.kl:g}")
+            totals = [float(np.log(np.exp(each).sum())) for each in (p, q)]  # 0 for probabilities that add up to 1
+            if not np.isfinite(q).all() or abs(totals[1]) > NORMALISED:
+                return {}, f"after {length} tokens they are not finite, or no distribution"
+            divergences.append(float((np.exp(p) * (p - totals[0] - q + totals[1])).sum()))
+            furthest = max(furthest, (float(np.abs(p - q).max()), length))
+    kl, (apart, length), problem = float(np.mean(divergences)), furthest, ""
+    if apart > bounds.log_prob:
+        problem = f"{apart:.2g} nats apart after {length} tokens, the bound is {bounds.log_prob:g}"
+    elif kl > bounds.kl:
+        problem = f"a mean divergence of {kl:.2g} nats, the bound is {bounds.kl:g}"
+    return {"positions": len(divergences), "max_abs": apart, "after": length, "mean_kl": kl}, problem
 
 
 def _compare_greedy(
-    parity: Parity, reference: Runtime, other: Runtime, probe: Probe, expected: list[int], found: list[int]
-) -> None:
-    """Where the reference's two likeliest tokens are closer than the bound, either may be next: both runtimes go on
-    after the reference's.
+    reference: Runtime, other: Runtime, probe: Probe, bounds: Bounds, expected: list[int], found: list[int]
+) -> Check:
+    """Where the reference's two likeliest tokens are closer than the bound, either may be next, and both runtimes go on
+    after the reference's: a tie.
     """
-    equal, ties = _equal(expected, found), 0
-    while equal < probe.count and parity.bounds.greedy:
+    equal, ties, problem = _equal(expected, found), 0, ""
+    while equal < probe.count and bounds.greedy:
         before = [*probe.start, *expected[:equal]]
         log_probs = reference.log_probs(before, [len(before)])[0]
         second, first = np.argsort(log_probs)[-2:]
-        is_tie = log_probs[first] - log_probs[second] < parity.bounds.log_prob
+        is_tie = log_probs[first] - log_probs[second] < bounds.log_prob
         if not is_tie or found[equal : equal + 1] not in ([first], [second]) or ties == MOST_TIES:
-            parity.failures.append(f"greedy tokens: the first {equal} of {probe.count} are equal")
+            problem = f"only the first {equal} of {probe.count} are equal"
             break
         ties += 1
         rest = probe.count - equal - 1
         found = expected[: equal + 1] + (other.greedy([*before, expected[equal]], rest) if rest else [])
         equal = _equal(expected, found)
-    parity.checks["greedy tokens"] = {"compared": probe.count, "equal": equal, "ties": ties}
+    return {"compared": probe.count, "equal": equal, "ties": ties}, problem
 
 
 def _equal(expected: Sequence[int], found: Sequence[int]) -> int:
     """How many tokens at the beginning are equal."""
     return next((n for n, (a, b) in enumerate(zip(expected, found)) if a != b), min(len(expected), len(found)))
-
-
-# -- runtimes ---------------------------------------------------------------------------------------------------------
 
 
 class Slmkit(Runtime):
@@ -334,15 +339,14 @@ class Slmkit(Runtime):
 
 
 class Transformers(Runtime):
-    """`transformers`, with weights in the precision of the files.
+    """`transformers`, with weights in the precision of the files unless `dtype` names another.
 
-    Raises `UserError` if it is not installed, cannot read the directory, or if tensors are missing, unexpected or of
-    another shape.
+    Raises `UserError` if it is not installed, cannot read the directory, or misses or does not know a tensor.
     """
 
     name = "transformers"
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, dtype: str = "auto") -> None:
         if importlib.util.find_spec("transformers") is None:
             raise UserError("transformers is not installed: pip install transformers")
         import transformers
@@ -350,9 +354,10 @@ class Transformers(Runtime):
         transformers.utils.logging.set_verbosity_error()
         self.size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
         try:
-            self._model, said = transformers.AutoModelForCausalLM.from_pretrained(
-                directory, dtype="auto", local_files_only=True, output_loading_info=True
-            )
+            with contextlib.redirect_stderr(io.StringIO()):  # progress bars
+                self._model, said = transformers.AutoModelForCausalLM.from_pretrained(
+                    directory, dtype=dtype, local_files_only=True, output_loading_info=True
+                )
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
         except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
             raise UserError(f"transformers cannot read {directory}: {one_line(error)[:300]}") from None
@@ -374,8 +379,7 @@ class Transformers(Runtime):
         def read(part: Sequence[int], places: list[int]) -> torch.Tensor:
             return self._model(torch.tensor([part]), logits_to_keep=torch.tensor(places)).logits[0]
 
-        config = self._model.config.to_json_string()
-        return _at(read, ids, lengths, any(f'"{kind}"' in config for kind in LENGTH_DECIDES))
+        return _at(read, ids, lengths, '"dynamic"' in self._model.config.to_json_string())  # its kind of RoPE
 
     @torch.inference_mode()
     def greedy(self, ids: Sequence[int], count: int) -> list[int]:

@@ -29,6 +29,7 @@ HEADERS = {
 PREFLIGHT = [
     (b"access-control-allow-methods", b"GET, POST"), (b"access-control-max-age", b"600"),
 ]  # fmt: skip
+LINGER = 1.0  # seconds in which a client that is refused may send the rest of its body
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
 
@@ -267,7 +268,7 @@ async def _refuse(refusal: ApiError, receive: Any, send: Any) -> None:
         await send({"type": "http.response.body", "body": body, "more_body": True})
         body = b""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(1):
+            async with asyncio.timeout(LINGER):
                 while (await receive()).get("more_body"):
                     pass
     await send({"type": "http.response.body", "body": body})

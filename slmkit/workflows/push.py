@@ -37,11 +37,12 @@ def push_model(source: str | Path, name: str, private: bool = False, revision: s
     if not any(file.endswith(".safetensors") for file in files):
         raise UserError(f"{directory}: it has no weights in safetensors: there is nothing to publish")
     own_card = directory / "README.md"
-    files["README.md"] = own_card if own_card.is_file() else _card(Path(source), directory, wanted.name).encode()
+    files["README.md"] = own_card if own_card.is_file() else card_of(Path(source), directory, wanted.name).encode()
     return publish(wanted, files, private, f"Upload from slmkit: {directory.resolve().name}")
 
 
-def _card(source: Path, directory: Path, name: str) -> str:
+def card_of(source: Path, directory: Path, name: str) -> str:
+    """The model card of a run's model, or of a model directory, that is published as `name`."""
     run = RunDirectory(source)
     recipe = read_yaml(run.recipe) if run.recipe.is_file() else {}
     base = _base(directory, recipe)  # before the config, which an adapter without its base has not

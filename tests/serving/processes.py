@@ -22,6 +22,19 @@ from slmkit import SLMConfig, SLMForCausalLM, SLMTokenizer
 from tests.cli import helpers
 
 SLM = "from slmkit.cli import main; main()"
+# Between SIGUSR1 and SIGUSR2 each step of an engine takes a quarter of a second longer, so nothing ends meanwhile.
+WITH_SLOW_STEPS = f"""
+import signal, time
+from slmkit.generation.engine import Engine
+step, seconds = Engine.step, [0.0]
+def slow(self):
+    time.sleep(seconds[0])
+    return step(self)
+Engine.step = slow
+signal.signal(signal.SIGUSR1, lambda *_: seconds.__setitem__(0, 0.25))
+signal.signal(signal.SIGUSR2, lambda *_: seconds.__setitem__(0, 0.0))
+{SLM}
+"""
 TEXT = "The fox had a red kite. The kite flew over the hill, and the owl said: Wait for the wind.\n"
 
 

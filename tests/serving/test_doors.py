@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import hmac
 import json
-import statistics
+import select
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 
 from slmkit.config import UserError
+from slmkit.serving import doors as module
 from slmkit.serving.app import create_app
 from slmkit.serving.doors import HEADERS, Doors, Limits
 from slmkit.serving.models import ServedModel
@@ -51,6 +55,9 @@ class Running:
 
     def rows(self) -> float:
         return self.worker.registry.get_sample_value("slm_running_rows", {"model": "tiny"}) or 0.0
+
+    def generated(self) -> float:
+        return self.worker.registry.get_sample_value("slm_generated_tokens_total", {"model": "tiny"}) or 0.0
 
 
 @contextlib.contextmanager
@@ -137,18 +144,23 @@ def test_what_one_key_reads_is_not_known_to_another(locked: Running) -> None:
     assert cached(OTHER_KEY) == 0
 
 
-def test_the_time_of_a_refusal_does_not_tell_how_much_of_a_key_was_right() -> None:
-    doors = Doors(None, Limits(keys=[KEY, OTHER_KEY, "a-third-key-of-many-characters"]))
-    guesses = {"nothing": "x" * len(KEY), "all but one": KEY[:-1] + "x", "last key": "a-third-key-of-many-characterx"}
-    times: dict[str, list[int]] = {name: [] for name in guesses}
-    for _ in range(10_000):
-        for name, guess in guesses.items():
-            began = time.perf_counter_ns()
-            with contextlib.suppress(ApiError):
-                doors._key_of({"authorization": f"Bearer {guess}"})
-            times[name].append(time.perf_counter_ns() - began)
-    medians = [statistics.median(taken) for taken in times.values()]
-    assert max(medians) / min(medians) < 1.05, medians
+def test_the_time_of_a_refusal_does_not_tell_how_much_of_a_key_was_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each key is compared with all, as digests of one length, by a function whose time tells nothing."""
+    keys = [KEY, OTHER_KEY, "a-third-key-of-many-characters"]
+    compared: list[tuple[str, str]] = []
+
+    def noted(one: str, other: str) -> bool:
+        compared.append((one, other))
+        return hmac.compare_digest(one, other)
+
+    monkeypatch.setattr(module, "hmac", SimpleNamespace(compare_digest=noted))
+    locked = Doors(None, Limits(keys=keys))
+    for guess in ("x" * len(KEY), KEY[:-1] + "x", "a-third-key-of-many-characterx", KEY, OTHER_KEY):
+        compared.clear()
+        with contextlib.nullcontext() if guess in keys else pytest.raises(ApiError):
+            locked._key_of({"authorization": f"Bearer {guess}"})
+        digest = hashlib.sha256(guess.encode()).hexdigest()
+        assert compared == [(digest, hashlib.sha256(key.encode()).hexdigest()) for key in keys]
 
 
 # -- hosts and origins ------------------------------------------------------------------------------------------------
@@ -248,12 +260,11 @@ def test_bodies_over_the_limit_are_refused_at_once_and_without_memory(served: Se
         just = json.dumps(completion()).encode().ljust(10_000)
         assert ask(running.url, "POST", "/v1/completions", just).status == 200
         assert ask(running.url, "POST", "/v1/completions", just + b" ").status == 413
-        before, began = psutil.Process().memory_info().rss, time.monotonic()
+        before = psutil.Process().memory_info().rss
         with connect(running.url) as connection:
             head = request_bytes("POST", "/v1/completions", b"", content_length=str(10**12))
             connection.sendall(head)
-            first = read_until(connection, b"}}")
-            assert time.monotonic() - began < 0.5
+            first = read_until(connection, b"}}")  # before any of the body was sent
             assert Answer(first).error["code"] == "request_too_large"
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 for _ in range(500):
@@ -261,7 +272,7 @@ def test_bodies_over_the_limit_are_refused_at_once_and_without_memory(served: Se
         chunk = b"%x\r\n%s\r\n" % (1000, b"x" * 1000)
         head = request_bytes("POST", "/v1/completions", b"", content_length="", transfer_encoding="chunked")
         assert send_raw(running.url, head + chunk * 50 + b"0\r\n\r\n").status == 413
-        assert psutil.Process().memory_info().rss - before < 10 * 2**20
+        assert psutil.Process().memory_info().rss - before < 30 * 2**20  # of 50 that were sent
         assert complete(running.url).status == 200
 
 
@@ -272,14 +283,15 @@ def test_a_large_body_of_a_client_that_sends_all_of_it_first_gets_its_answer(pla
     assert (answer.status_code, answer.json()["error"]["code"]) == (413, "request_too_large")
 
 
-def test_a_refusal_reaches_a_client_that_is_still_sending(locked: Running) -> None:
+def test_a_refusal_reaches_a_client_that_is_still_sending(locked: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LINGER", 120.0)
     body = b"x" * 1_000_000
     with connect(locked.url) as connection:
         connection.sendall(request_bytes("POST", "/v1/completions", b"", content_length=str(len(body))))
         assert Answer(read_until(connection, b"}}")).status == 401
         for first in range(0, len(body), 10_000):  # a reset connection would raise
             connection.sendall(body[first : first + 10_000])
-            time.sleep(0.002)
+            time.sleep(0.002)  # so that the server sees the parts
 
 
 def test_a_body_of_two_lengths_is_refused(plain: Running) -> None:
@@ -315,10 +327,8 @@ def test_compressed_bodies_are_refused(plain: Running) -> None:
     ],
 )
 def test_what_is_no_http_is_refused_in_the_envelope(plain: Running, content: bytes) -> None:
-    began = time.monotonic()
     answer = send_raw(plain.url, content)
-    assert (answer.status, answer.error["code"]) == (400, "invalid_http"), answer.raw
-    assert time.monotonic() - began < 2
+    assert (answer.status, answer.error["code"]) == (400, "invalid_http"), answer.raw  # 408 if it waited for more
     assert ask(plain.url, "GET", "/health").status == 200
 
 
@@ -370,64 +380,71 @@ def _watch_opened(into: list[str] | None) -> None:
 # -- deadlines --------------------------------------------------------------------------------------------------------
 
 
-def drip(connection: Any, first: bytes, seconds: float) -> tuple[float, bytes]:
-    """A byte every 0.1 s; returns after how long the server answered or closed, and what it said."""
-    began = time.monotonic()
+HEAD = b"GET /health HTTP/1.1\r\nhost: localhost\r\nx: "
+BODY = request_bytes("POST", "/v1/completions", b"", content_length="500000")
+
+
+def drip(connection: Any, first: bytes) -> bytes:
+    """A byte every 0.1 s, until the server answers or closes; returns what it said."""
     connection.sendall(first)
     connection.settimeout(0.1)
-    while time.monotonic() - began < seconds:
+    for _ in range(1200):
         with contextlib.suppress(TimeoutError):
             first = connection.recv(1)
-            return time.monotonic() - began, first + (read_all(connection) if first else b"")
+            return first + (read_all(connection) if first else b"")
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             connection.sendall(b"x")
-    return seconds, b"it was never closed"
+    raise AssertionError("it was never closed")
 
 
-def test_slow_requests_are_ended_by_a_deadline_while_others_go_on(served: ServedModel) -> None:
-    ends: list[tuple[float, bytes]] = []
-    head = b"GET /health HTTP/1.1\r\nhost: localhost\r\nx: "
-    body = request_bytes("POST", "/v1/completions", b"", content_length="5000")
+def test_slow_requests_are_ended_by_a_deadline(served: ServedModel) -> None:
+    """Bytes that come meanwhile do not put it off."""
+    ends: list[bytes] = []
     with server(served, header_seconds=1.0, body_seconds=1.0) as running:
-        usual = [_timed(running) for _ in range(20)]
 
         def attack(first: bytes) -> None:
             with connect(running.url) as connection:
-                ends.append(drip(connection, first, 10))
+                ends.append(drip(connection, first))
 
-        threads = [threading.Thread(target=attack, args=[first]) for first in [head, body] * 25]
+        threads = [threading.Thread(target=attack, args=[first]) for first in [HEAD, BODY] * 25]
         for thread in threads:
             thread.start()
-        meanwhile = [_timed(running) for _ in range(20)]
         for thread in threads:
             thread.join()
         assert len(ends) == 50
-        for took, said in ends:
-            assert 0.8 < took < 2.5
+        for said in ends:
             assert said == b"" or (Answer(said).status, Answer(said).error["code"]) == (408, "request_timeout")
-        assert statistics.median(meanwhile) < 3 * statistics.median(usual) + 0.05
+        assert any(ends)
         until(lambda: len(psutil.Process().net_connections()) < 20)
 
 
-def _timed(running: Running) -> float:
-    began = time.monotonic()
-    assert complete(running.url, 3).status == 200
-    return time.monotonic() - began
+def test_others_are_answered_while_slow_requests_are_open(served: ServedModel) -> None:
+    with server(served, header_seconds=300, body_seconds=300) as running, contextlib.ExitStack() as stack:
+        slow = [stack.enter_context(connect(running.url)) for _ in range(50)]
+        for connection, first in zip(slow, [HEAD, BODY] * 25):
+            connection.sendall(first)
+        assert [complete(running.url, 3).status for _ in range(5)] == [200] * 5
+        assert select.select(slow, [], [], 0)[0] == []
 
 
-def test_a_connection_without_a_word_is_ended_and_a_second_request_has_a_deadline_too(served: ServedModel) -> None:
+def test_a_connection_without_a_word_is_ended(served: ServedModel) -> None:
     with server(served, header_seconds=0.5) as running:
+        began = time.monotonic()
         with connect(running.url) as connection:
-            began = time.monotonic()
             assert Answer(read_all(connection)).status == 408
-            assert 0.4 < time.monotonic() - began < 2
-        with connect(running.url) as connection:
-            for _ in range(3):  # over one connection
-                connection.sendall(request_bytes("GET", "/health", connection="keep-alive"))
-                read_until(connection, b'{"status":"ok"}')
-                time.sleep(0.3)
-            took, said = drip(connection, b"GET /health HTTP/1.1\r\nx: ", 5)
-            assert (0.4 < took < 2, Answer(said).status) == (True, 408)
+            assert time.monotonic() - began > 0.4
+
+
+def test_a_second_request_has_a_deadline_of_its_own(served: ServedModel) -> None:
+    """The time between two requests is none of it."""
+    with server(served, header_seconds=2.0) as running, connect(running.url) as connection:
+        for _ in range(3):  # over one connection
+            connection.sendall(request_bytes("GET", "/health", connection="keep-alive"))
+            read_until(connection, b'{"status":"ok"}')
+        time.sleep(2.2)
+        connection.sendall(request_bytes("GET", "/health", connection="keep-alive"))
+        read_until(connection, b'{"status":"ok"}')
+        assert Answer(drip(connection, b"GET /health HTTP/1.1\r\nx: ")).status == 408
 
 
 def test_clients_that_do_not_read_are_ended_and_their_rows_leave(served: ServedModel) -> None:
@@ -436,9 +453,9 @@ def test_clients_that_do_not_read_are_ended_and_their_rows_leave(served: ServedM
         body = completion(1900, stream=True, n=2, logprobs=5)
         for connection in stalled:
             connection.sendall(request_bytes("POST", "/v1/completions", body))
-        until(lambda: running.rows() > 0)
+        until(lambda: running.generated() > 0)
         assert complete(running.url, 5).status == 200
-        until(lambda: running.rows() == 0, 30)
+        until(lambda: running.rows() == 0)
         for connection in stalled:
             with connection:
                 raw = read_all(connection)
@@ -450,7 +467,7 @@ def test_clients_that_do_not_read_are_ended_and_their_rows_leave(served: ServedM
 def test_more_connections_than_allowed_are_told_so(served: ServedModel) -> None:
     with server(served, max_connections=5) as running:
         held = [connect(running.url) for _ in range(5)]
-        time.sleep(0.2)
+        until(lambda: ask(running.url, "GET", "/health").status == 503)
         answer = ask(running.url, "GET", "/health")
         assert (answer.status, answer.headers["retry-after"]) == (503, "1")
         assert answer.error["code"] == "overloaded"
@@ -462,17 +479,19 @@ def test_more_connections_than_allowed_are_told_so(served: ServedModel) -> None:
 # -- rates ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_key_gets_as_many_requests_a_minute_as_told(served: ServedModel) -> None:
+def test_a_key_gets_as_many_requests_a_minute_as_told(served: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
     with server(served, keys=[KEY, OTHER_KEY], requests_per_minute=30) as running:
         statuses = [complete(running.url, 1, KEY) for _ in range(32)]
-        assert [answer.status for answer in statuses[:30]] == [200] * 30
+        assert [answer.status for answer in statuses] == [200] * 30 + [429] * 2
         refused = statuses[-1]
         assert (refused.status, refused.error["type"]) == (429, "rate_limit_error")
-        assert 1 <= int(refused.headers["retry-after"]) <= 2
+        assert int(refused.headers["retry-after"]) == 2
         assert complete(running.url, 1, OTHER_KEY).status == 200
         assert ask(running.url, "GET", "/health").status == 200
-        time.sleep(int(refused.headers["retry-after"]))
-        assert complete(running.url, 1, KEY).status == 200
+        now[0] += 2
+        assert [complete(running.url, 1, KEY).status for _ in range(2)] == [200, 429]
 
 
 def test_a_key_has_as_many_open_requests_as_told(served: ServedModel) -> None:

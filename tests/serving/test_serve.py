@@ -8,7 +8,6 @@ import shutil
 import signal
 import socket
 import threading
-import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +27,7 @@ from tests.adapt.helpers import adapted, save_adapter
 from tests.cli.helpers import refused
 from tests.serving.processes import (
     SLM,
+    WITH_SLOW_STEPS,
     Answer,
     Server,
     ask,
@@ -66,7 +66,7 @@ class Streams:
 
     def ended(self) -> list[Answer]:
         for thread in self.threads:
-            thread.join(30)
+            thread.join(120)
             assert not thread.is_alive()
         return [Answer(raw) for raw in self.raw]
 
@@ -173,16 +173,17 @@ def test_keys_come_from_a_file_and_from_the_environment(tmp_path: Path) -> None:
 
 
 def test_a_full_queue_is_429_at_once_and_nothing_that_was_taken_is_lost() -> None:
-    with slm_serve(model_directory(), "--max-rows", "1", "--max-queue", "3") as server:
+    with slm_serve(model_directory(), "--max-rows", "1", "--max-queue", "3", code=WITH_SLOW_STEPS) as server:
         streams = Streams(server, 1, 1500)
+        server.process.send_signal(signal.SIGUSR1)
         waiting = [connect(server.url) for _ in range(3)]
         for connection in waiting:
             connection.sendall(request_bytes("POST", "/v1/completions", completion(5)))
         until(lambda: b'slm_waiting_rows{model="tiny"} 3.0' in ask(server.url, "GET", "/metrics").body)
-        began = time.monotonic()
         answer = complete(server.url)
         assert (answer.status, answer.error["type"], answer.headers["retry-after"]) == (429, "rate_limit_error", "1")
-        assert time.monotonic() - began < 1
+        assert b'slm_waiting_rows{model="tiny"} 3.0' in ask(server.url, "GET", "/metrics").body  # it did not wait
+        server.process.send_signal(signal.SIGUSR2)
         assert [Answer(read_all(connection)).status for connection in waiting] == [200] * 3
         assert tokens_in(streams.ended()[0]) == 1500
         assert server.end() == (0, "")
@@ -202,37 +203,38 @@ def test_a_request_that_takes_too_long_gets_an_error_and_a_stream_an_error_line(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_under_load_finishes_what_runs_and_refuses_what_comes(number: int) -> None:
-    with slm_serve(model_directory(), "--drain", "60") as server:
+    with slm_serve(model_directory(), "--drain", "300", code=WITH_SLOW_STEPS) as server:
         streams = Streams(server, 30, 400)
+        server.process.send_signal(signal.SIGUSR1)
         server.process.send_signal(number)
         until(lambda: health(server) == 503)
         answer = complete(server.url)
         assert (answer.status, answer.headers["retry-after"]) == (503, "1")
         assert answer.error["code"] == "service_unavailable"
+        server.process.send_signal(signal.SIGUSR2)
         for answer in streams.ended():
             assert tokens_in(answer) == 400
-        assert server.wait(10) == (0, "")
+        assert server.wait() == (0, "")
     with pytest.raises(ConnectionRefusedError):
         connect(server.url)
 
 
 def test_what_does_not_finish_in_time_ends_with_an_error() -> None:
-    with slm_serve(model_directory(), "--drain", "0.3", "--max-rows", "2") as server:
-        streams, began = Streams(server, 20, 2000), time.monotonic()
+    with slm_serve(model_directory(), "--drain", "0.3", "--max-rows", "2", code=WITH_SLOW_STEPS) as server:
+        streams = Streams(server, 20, 2000)
+        server.process.send_signal(signal.SIGUSR1)
         assert server.end() == (0, "")
-        assert time.monotonic() - began < 5
         for answer in streams.ended():
             assert "shut down" in last_error(answer)
 
 
 def test_a_second_ctrl_c_ends_it_at_once() -> None:
-    with slm_serve(model_directory(), "--drain", "60", "--max-rows", "1") as server:
+    with slm_serve(model_directory(), "--drain", "600", "--max-rows", "1", code=WITH_SLOW_STEPS) as server:
         Streams(server, 3, 2000)
+        server.process.send_signal(signal.SIGUSR1)
         server.process.send_signal(signal.SIGINT)
         until(lambda: health(server) == 503)
-        began = time.monotonic()
-        assert server.end(signal.SIGINT)[0] == 130
-        assert time.monotonic() - began < 5
+        assert server.end(signal.SIGINT)[0] == 130  # 0 if they were finished
 
 
 def test_a_reader_that_has_stopped_does_not_hold_up_the_end() -> None:
@@ -241,18 +243,16 @@ def test_a_reader_that_has_stopped_does_not_hold_up_the_end() -> None:
         stalled.sendall(request_bytes("POST", "/v1/completions", completion(2000, stream=True, n=4, logprobs=5)))
         stalled.recv(1)
         idle = connect(server.url)
-        began = time.monotonic()
         assert server.end()[0] == 0
-        assert time.monotonic() - began < 40
         stalled.close()
         idle.close()
 
 
 # -- faults, injected into the real process ---------------------------------------------------------------------------
 
-# After SIGUSR1 a step of every engine fails; after SIGUSR2 what the worker's thread does next.
+# After SIGUSR1 FAULTS steps of every engine fail, one by default; after SIGUSR2 what the worker's thread does next.
 WITH_FAULTS = f"""
-import signal
+import os, signal
 from slmkit.generation.engine import Engine
 from slmkit.serving.worker import Worker
 step, send, left = Engine.step, Worker._send, {{"step": 0, "send": 0}}
@@ -266,7 +266,7 @@ def broken(name, function):
 Engine.step, Worker._send = broken("step", step), broken("send", send)
 def note(name):
     def handle(*_):
-        left[name] += 1
+        left[name] += int(os.environ.get("FAULTS", 1))
     return handle
 signal.signal(signal.SIGUSR1, note("step"))
 signal.signal(signal.SIGUSR2, note("send"))
@@ -290,10 +290,8 @@ def test_a_fault_in_a_step_fails_what_it_concerns_and_the_next_request_is_right(
 
 
 def test_faults_again_and_again_end_the_process() -> None:
-    with slm_serve(model_directory(), code=WITH_FAULTS) as server:
-        for _ in range(3):
-            server.process.send_signal(signal.SIGUSR1)
-            time.sleep(0.1)
+    with slm_serve(model_directory(), code=WITH_FAULTS, FAULTS="3") as server:
+        server.process.send_signal(signal.SIGUSR1)
         statuses = []
         while server.process.poll() is None:
             try:
@@ -302,19 +300,17 @@ def test_faults_again_and_again_end_the_process() -> None:
                 break
         assert statuses[:2] == [500, 500]
         assert set(statuses[2:]) <= {500, 503, 0}
-        assert server.wait(10)[0] == 1
+        assert server.wait()[0] == 1
 
 
-def test_a_thread_that_dies_is_seen_at_once_and_ends_the_process() -> None:
+def test_a_thread_that_dies_ends_what_is_open_and_the_process() -> None:
     with slm_serve(model_directory(), code=WITH_FAULTS) as server:
         streams = Streams(server, 10, 2000)
-        began = time.monotonic()
         server.process.send_signal(signal.SIGUSR2)
         for answer in streams.ended():
             assert "the server failed" in last_error(answer)
-        code, log = server.wait(10)
+        code, log = server.wait()
         assert (code, "the engines' thread has ended" in log) == (1, True)
-        assert time.monotonic() - began < 10
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import os
 import signal
 import stat
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -15,6 +14,7 @@ import pytest
 
 from tests.cli.helpers import refused
 from tests.serving.processes import (
+    WITH_SLOW_STEPS,
     Server,
     ask,
     complete,
@@ -43,8 +43,7 @@ if os.environ.get("VLLM_FAILS"):
 os.environ["SLM_API_KEYS"] = os.environ.pop("VLLM_API_KEY")
 model = f"{{asked.served_model_name}}={{asked.model}}"
 sys.argv = ["slm", "serve", model, "--host", asked.host, "--port", asked.port, "--drain", "0"]
-from slmkit.cli import main
-main()
+{WITH_SLOW_STEPS}
 """
 
 
@@ -123,11 +122,13 @@ def test_the_child_ends_with_the_server_after_the_drain_and_a_client_that_leaves
         stays = connect(server.url)
         stays.sendall(stream)
         first = stays.recv(1)
+        child.send_signal(signal.SIGUSR1)
         server.process.send_signal(signal.SIGTERM)
         until(lambda: ask(server.url, "GET", "/health").status == 503)
         assert complete(server.url).status == 503
+        child.send_signal(signal.SIGUSR2)
         assert (first + read_all(stays)).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
-        assert server.wait(20)[0] == 0
+        assert server.wait()[0] == 0
         assert not child.is_running()
 
 
@@ -137,7 +138,8 @@ def test_what_is_open_at_the_end_of_the_drain_gets_an_error(path: str) -> None:
         stream = connect(server.url)
         stream.sendall(request_bytes("POST", "/v1/completions", completion(2000, stream=True)))
         first = stream.recv(1)
-        assert server.end(seconds=20)[0] == 0
+        child.send_signal(signal.SIGUSR1)
+        assert server.end()[0] == 0
         assert b"the engine broke off" in first + read_all(stream)
         assert not child.is_running()
 
@@ -146,11 +148,10 @@ def test_a_child_that_dies_is_a_failure(path: str) -> None:
     with slm_serve(f"tiny={model_directory()}", "--engine", "vllm", PATH=path) as server:
         stream = connect(server.url)
         stream.sendall(request_bytes("POST", "/v1/completions", completion(2000, stream=True)))
-        first, began = stream.recv(1), time.monotonic()
+        first = stream.recv(1)
         child_of(server).kill()
         assert b"the engine broke off" in first + read_all(stream)
-        assert server.wait(20)[0] == 1
-        assert time.monotonic() - began < 10
+        assert server.wait()[0] == 1
 
 
 def test_a_killed_server_leaves_no_child_behind(path: str) -> None:
@@ -158,5 +159,5 @@ def test_a_killed_server_leaves_no_child_behind(path: str) -> None:
         children = psutil.Process(server.process.pid).children(recursive=True)  # type: ignore[attr-defined]
         assert len(children) == 2  # and what watches it
         server.end(signal.SIGKILL)
-        psutil.wait_procs(children, 10)
+        psutil.wait_procs(children, 120)
         assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]

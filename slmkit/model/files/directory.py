@@ -18,10 +18,8 @@ from slmkit.model.architectures import architecture_of
 from slmkit.model.config import SLMConfig
 from slmkit.model.decoder import Decoder
 from slmkit.model.families import Family, family_of
-from slmkit.model.files.stored import StoredTensor, expect_finite, stored_tensors
+from slmkit.model.files.stored import SHARDS, WEIGHTS, StoredTensor, expect_finite, stored_tensors
 
-WEIGHTS = "model.safetensors"
-SHARDS = "model.safetensors.index.json"
 # Constants that older versions of transformers stored among the weights.
 CONSTANTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 

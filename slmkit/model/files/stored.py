@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from slmkit.config import UserError
 # Precisions of stored weights, as spelled in the files.
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SPELLED = {dtype: spelling for spelling, dtype in DTYPES.items()}
+WEIGHTS = "model.safetensors"
+SHARDS = "model.safetensors.index.json"
 ALIGNMENT = 8  # of the first tensor, in bytes
 ALL = slice(None)
 
@@ -89,3 +91,28 @@ def write_tensors(
             file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     if (left := next(announced, None)) is not None:
         raise ValueError(f"{left[0]}: announced, and did not come")
+
+
+def write_shards(
+    folder: Path,
+    shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    read: Callable[[str], Tensor],
+    most: float,
+) -> None:
+    """Write tensors to `model.safetensors`, or if they have more than `most` bytes to shards and their index.
+
+    A tensor larger than `most` bytes has a shard of its own. `read` gives a tensor by name. Raises as `write_tensors`.
+    """
+    sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, (shape, dtype) in shapes.items()}
+    shards: list[list[str]] = [[]]
+    for name, size in sizes.items():
+        if shards[-1] and sum(sizes[one] for one in shards[-1]) + size > most:
+            shards.append([])
+        shards[-1].append(name)
+    files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    for names, file in zip(shards, files if len(shards) > 1 else [WEIGHTS]):
+        write_tensors(folder / file, {name: shapes[name] for name in names}, ((name, read(name)) for name in names))
+    if len(shards) > 1:
+        weight_map = {name: file for names, file in zip(shards, files) for name in names}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        (folder / SHARDS).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

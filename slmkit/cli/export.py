@@ -1,0 +1,119 @@
+"""Models for other programs: `slm export` and `slm verify`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from slmkit.cli.options import ModelPath
+
+if TYPE_CHECKING:
+    from slmkit.export.runtimes import Parity
+    from slmkit.workflows.export import Verdict
+
+
+def export(
+    model: ModelPath,
+    to: Annotated[str, typer.Option("--to", help="gguf or hf.")],
+    kind: Annotated[
+        str | None, typer.Option("--type", help="How weights are stored, such as Q4_K_M, int8 or bfloat16.")
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="Where the result goes; default: a name beside the model.")
+    ] = None,
+    shard: Annotated[float, typer.Option(min=0.001, help="Gigabytes of a file of weights, at most; for hf.")] = 5.0,
+    allow_fallback: Annotated[
+        bool, typer.Option("--allow-fallback", help="Allow other types for tensors whose rows do not divide; for gguf.")
+    ] = False,
+    unverified: Annotated[
+        bool, typer.Option("--unverified", help="Write it also if the program that would check it is not installed.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier export wrote.")] = False,
+) -> None:
+    """Write a model for another program, and prove that it is the same there.
+
+    The result is opened in that program. Only if it reads the same ids, renders the same chat prompts and predicts the
+    same, within the bounds of its precision, does it get its name. Figures are in parity.json beside it.
+
+    Example: slm export runs/book --to hf --type bfloat16
+    """
+    from slmkit.cli.show import progress_bar
+    from slmkit.find import find_model_directory
+
+    find_model_directory(model)
+    from slmkit.workflows.export import Request, record_of
+    from slmkit.workflows.export import export as export_model
+
+    request = Request(to, output, kind, unverified, allow_fallback, overwrite, shard)
+    with progress_bar("export") as show:
+        path, parity = export_model(model, request, lambda line: show(line, None))
+    print(f"{to}: {path}")
+    print(f"compared: {summary(parity) if parity else 'no, since the program is not installed'}; {record_of(path)}")
+
+
+def verify(
+    model: ModelPath,
+    files: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[FILE]", help="GGUFs, pages and folders made of MODEL, by slmkit or another program."),
+    ] = None,
+) -> None:
+    """Compare a model in every runtime that is installed.
+
+    Token ids, chat prompts, log-probabilities, 256 greedy tokens, size and speed, in one table; exit code 1 where
+    something differs beyond the bounds of its precision. With FILE only these are compared: did a conversion work?
+
+    Example: slm verify runs/book
+    Example: slm verify runs/book runs/book-F16.gguf
+    """
+    from slmkit.cli.show import progress_bar
+    from slmkit.find import find_model_directory
+
+    find_model_directory(model)
+    from slmkit.workflows.export import verify as verify_model
+
+    with progress_bar("verify") as show:
+        verdicts = verify_model(model, files or [], lambda line: show(line, None))
+    print_verdicts(verdicts)
+    if any(one.is_wrong for one in verdicts):
+        raise typer.Exit(1)
+
+
+def summary(parity: Parity) -> str:
+    """The figures of a comparison that was passed, in one line."""
+    ids, chats, _, predicted, greedy = parity.checks.values()
+    return (
+        f"the same ids for {ids['compared']:,} texts and {chats['compared']:,} chat prompts; log-probabilities at most "
+        f"{predicted['max_abs']:.2g} nats apart, their mean divergence {predicted['mean_kl']:.2g} nats; the first "
+        f"{greedy['equal']} of {greedy['compared']} greedy tokens equal"
+    )
+
+
+def print_verdicts(verdicts: list[Verdict]) -> None:
+    """A table of what was compared, then a line for each runtime that was not, or that differs."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = ("runtime", "weights", "MB", "ids", "prompts", "nats apart", "divergence", "greedy", "tokens/s", "")
+    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in table.columns[2:9]:
+        column.justify = "right"
+    for one in verdicts:
+        if one.parity is None:
+            continue
+        ids, chats, _, predicted, greedy = one.parity.checks.values()
+        same = (f"{each['compared'] - each['different']:,}/{each['compared']:,}" for each in (ids, chats))
+        apart = (f"{predicted[name]:.2g}" if predicted else "?" for name in ("max_abs", "mean_kl"))
+        table.add_row(
+            one.runtime, one.kind, f"{one.parity.size / 1e6:,.1f}", *same, *apart,
+            f"{greedy['equal']}/{greedy['compared']}", f"{one.parity.tokens_per_second:,.0f}",
+            "[red]differs[/]" if one.is_wrong else "same",
+        )  # fmt: skip
+    console = Console(highlight=False)
+    console.width = console.width if console.is_terminal else 160
+    console.print(table)
+    for one in verdicts:
+        if one.problem:
+            console.print(f"{one.runtime} {one.kind}: {one.problem}", soft_wrap=True, markup=False)

@@ -1,0 +1,230 @@
+"""Folders for other programs, written from a model directory: Ollama, MLX, and a Space of Hugging Face."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor
+
+from slmkit.config import UserError
+from slmkit.model.config import SLMConfig
+from slmkit.model.families import family_of
+from slmkit.model.files.directory import WEIGHTS, load_decoder, quantization_of, stored_names, write_configs
+from slmkit.model.files.generation_config import read_generation_config
+from slmkit.tokenizer import SLMTokenizer
+from slmkit.tokenizer.chat_pieces import ChatPieces, chat_pieces
+
+# -- Ollama -----------------------------------------------------------------------------------------------------------
+
+# Ollama's names of sampling settings, and the neutral values, in place of Ollama's own defaults.
+PARAMETERS = {
+    "temperature": ("temperature", 1), "top_k": ("top_k", 0), "top_p": ("top_p", 1), "min_p": ("min_p", 0),
+    "typical_p": ("typical_p", 1), "repetition_penalty": ("repeat_penalty", 1), "max_new_tokens": ("num_predict", None),
+}  # fmt: skip
+LONGEST_CONTEXT = 8_192  # tokens that a Modelfile asks for: the cache of a longer context takes gigabytes
+NO_SYSTEM = '{{ call "the chat template of this model has no system message" }}'  # an error: there is no such function
+
+
+def write_ollama(model: Path, folder: Path, gguf: Path) -> None:
+    """`Modelfile` and the GGUF file in `folder`, for `ollama create NAME -f Modelfile`.
+
+    Raises `UserError` for a chat template that Ollama's language cannot say, and for an end token that is ordinary text
+    and is not named in the GGUF file.
+    """
+    tokenizer, config = SLMTokenizer.from_pretrained(model), SLMConfig.from_pretrained(model)
+    advice = read_generation_config(model)
+    tokenizer.use_generation_config(advice)
+    keys = _gguf_keys(gguf)
+    name = gguf.name if re.fullmatch(r"[\w.-]+", gguf.name) else "model.gguf"
+    lines = [f"FROM ./{name}", ""]
+    if tokenizer.chat_template is None:
+        template = "{{ .Prompt }}"
+    else:
+        pieces = chat_pieces(tokenizer)
+        if pieces.dated:
+            lines.append("# The template below has the date of the day when this file was written.")
+        if pieces.trimmed:
+            lines.append("# Unlike the model's chat template, it keeps white space at the ends of messages.")
+        begins = tokenizer.bos_token or "" if keys.get("add_bos_token") else ""  # llama.cpp writes it then
+        template = go_template(pieces, begins)
+    lines += [f'TEMPLATE """{template}"""', ""]
+    lines += [f"PARAMETER stop {_quoted(stop)}" for stop in stops(tokenizer, keys)]
+    lines += [f"PARAMETER num_ctx {min(config.max_position_embeddings, LONGEST_CONTEXT)}"]
+    given = {"temperature": 0} if advice.get("do_sample") is False else advice
+    for theirs, (ours, neutral) in PARAMETERS.items():
+        value = given.get(theirs) if given.get(theirs) is not None else neutral
+        lines += [] if value is None else [f"PARAMETER {ours} {value}"]
+    (folder / "Modelfile").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if gguf.resolve() != (folder / name).resolve():
+        _linked(gguf, folder / name)
+
+
+def go_template(pieces: ChatPieces, begins: str = "") -> str:
+    """The chat template in Go's template language, as Ollama runs it; `begins` at its start is left to llama.cpp."""
+    between = {
+        key: _literal(text.removeprefix(begins) if key[0] == ">" else text) for key, text in pieces.between.items()
+    }
+    system = between[">system"] + "{{ .Content }}" if ">system" in between else NO_SYSTEM
+    after_system = '{{ else if eq $before "system" }}' + between["system>user"] if ">system" in between else ""
+    # Ollama takes from these what surrounds the model's reasoning, and then leaves it out of later prompts.
+    thinking = "{{ if false }}<think>{{ .Thinking }}</think>{{ end }}" if pieces.drops_thinking else ""
+    return (
+        '{{ $before := "" }}{{ range .Messages }}'
+        '{{ if eq .Role "system" }}' + system + '{{ else if eq .Role "user" }}'
+        '{{ if eq $before "assistant" }}' + between["assistant>user"] + after_system + "{{ else }}" + between[">user"] +
+        '{{ end }}{{ .Content }}{{ else if eq .Role "assistant" }}' + between["user>assistant"] + thinking +
+        "{{ .Content }}{{ end }}{{ $before = .Role }}{{ end }}" + between["user>"]
+    )  # fmt: skip
+
+
+def stops(tokenizer: SLMTokenizer, keys: Mapping[str, Any]) -> list[str]:
+    """The spellings of the special tokens that end an answer. Texts are compared with them, ids with those in `keys`.
+
+    A token that an answer may also spell (`</s>` of HTML) is left to its id. Raises `UserError` for one without.
+    """
+    spelled = {index: text for text, index in (tokenizer.added_words | tokenizer.special_tokens).items()}
+    by_id = {keys.get(f"{kind}_token_id") for kind in ("eos", "eot", "eom")}
+    found = []
+    for index in sorted(tokenizer.stop_token_ids):
+        text = spelled.get(index, "")
+        if text and not re.fullmatch(r"</?[a-z]>|\s*\w*\s*", text):
+            found.append(text)
+        elif index not in by_id:
+            raise UserError(
+                f"generation_config.json ends texts at {tokenizer.decode(index)!r} (id {index}), which Ollama would "
+                "find inside of other text too: take it out of eos_token_id"
+            )
+    return found
+
+
+def _literal(text: str) -> str:
+    """Text as a Go template writes it. A Modelfile drops what cannot be printed, and ends at three quotes."""
+    unsafe = r'\{\{|"""|[^\S\n ]|[^\x20-\x7e\n\w\s]'
+    return re.sub(unsafe, lambda match: "{{ " + json.dumps(match[0]) + " }}", text)
+
+
+def _quoted(text: str) -> str:
+    return f'"""{text}"""' if '"' in text else f'"{text}"'
+
+
+def _gguf_keys(gguf: Path) -> dict[str, Any]:
+    """The numbers and switches of the tokenizer in a GGUF file, without `tokenizer.ggml.`"""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(gguf).fields
+    prefix = "tokenizer.ggml."
+    wanted = ("eos_token_id", "eot_token_id", "eom_token_id", "add_bos_token")
+    return {name: fields[prefix + name].contents() for name in wanted if prefix + name in fields}
+
+
+def _linked(source: Path, target: Path) -> None:
+    """A second name of the same file, or a copy on another disk."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+# -- MLX --------------------------------------------------------------------------------------------------------------
+
+GROUPS = (64, 32)  # weights with one scale
+
+
+def write_mlx(model: Path, folder: Path, bits: int | None = None) -> None:
+    """The folder that `mlx_lm.load` reads: weights in float32, or bfloat16 with matrices of 2, 4 or 8 bits.
+
+    Codes are those of `mlx.core.quantize`. Raises `UserError` for a family or a setting that mlx-lm does not have.
+    """
+    _expect_full(model)
+    decoder, config = load_decoder(model)
+    family, state = family_of(config.model_type), decoder.state_dict()
+    tensors: dict[str, Tensor] = {}
+    whole = {
+        theirs.replace("transformer.", "model."): torch.cat([state[name] for name in ours])  # matrices as [out, in]
+        for theirs, ours in stored_names(state, family).items()
+    }
+    more: dict[str, Any] = {}
+    if bits is None:
+        tensors = {name: tensor.contiguous() for name, tensor in whole.items()}
+    else:
+        matrices = [tensor for tensor in whole.values() if tensor.ndim == 2]
+        group = max(GROUPS, key=lambda size: sum(one.numel() for one in matrices if one.size(1) % size == 0))
+        more = {key: {"group_size": group, "bits": bits} for key in ("quantization", "quantization_config")}
+        for name, tensor in whole.items():
+            if tensor.ndim == 2 and tensor.size(1) % group == 0:
+                parts = quantized(tensor.bfloat16(), bits, group)
+                tensors |= {f"{name.removesuffix('weight')}{part}": value for part, value in parts.items()}
+            else:
+                tensors[name] = tensor.bfloat16()
+    write_configs(config, folder, "float32" if bits is None else "bfloat16", **more)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "mlx"})
+    SLMTokenizer.from_pretrained(model).save_pretrained(folder)
+
+
+def quantized(weight: Tensor, bits: int, group: int) -> dict[str, Tensor]:
+    """weight [out, in] → codes `weight` uint32 [out, in × bits / 32], `scales` and `biases` [out, in / group].
+
+    w ≈ scale × code + bias; the value of the largest magnitude and zero are among the values of codes.
+    """
+    groups = weight.float().unflatten(1, (-1, group))
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    most = 2**bits - 1
+    scales = ((high - low) / most).clamp(min=1e-7)
+    is_low = low.abs() > high.abs()
+    scales, edge = torch.where(is_low, scales, -scales), torch.where(is_low, low, high)
+    steps = (edge / scales).round()
+    scales = torch.where(steps != 0, edge / steps, scales)
+    biases = torch.where(steps != 0, edge, 0)
+    codes = ((groups - biases) / scales).round().clamp(0, most).to(torch.int64).flatten(1)
+    places = torch.arange(0, 32, bits)
+    packed = (codes.unflatten(1, (-1, 32 // bits)) << places).sum(-1)  # the first code in the lowest bits
+    return {
+        "weight": packed.to(torch.uint32),
+        "scales": scales[..., 0].to(weight.dtype),
+        "biases": biases[..., 0].to(weight.dtype),
+    }
+
+
+# -- Spaces -----------------------------------------------------------------------------------------------------------
+
+GRADIO = "6.31.0"
+SPACE_APP = Path(__file__).with_name("space_app.py")
+NOT_IN_TRANSFORMERS = {"slm"}
+REQUIREMENTS = ("torch>=2.10", "transformers>=5.3")
+
+
+def write_space(model: Path, folder: Path) -> None:
+    """A Space of Hugging Face: `app.py` with a page by Gradio, its requirements, README.md, and `model` in a folder.
+
+    Raises `UserError` for a model that transformers does not read.
+    """
+    config = SLMConfig.from_pretrained(model)
+    _expect_full(model)
+    if config.model_type in NOT_IN_TRANSFORMERS:
+        raise UserError(f"{model}: transformers has no {config.model_type!r}, and a Space runs with it: export to html")
+    shutil.copyfile(SPACE_APP, folder / "app.py")
+    (folder / "requirements.txt").write_text("\n".join(REQUIREMENTS) + "\n", encoding="utf-8")
+    header = {
+        "title": folder.name, "emoji": "🌱", "colorFrom": "green", "colorTo": "blue", "sdk": "gradio",
+        "sdk_version": GRADIO, "app_file": "app.py", "pinned": False,
+    }  # fmt: skip
+    text = f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---\n"
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    (folder / "model").mkdir()
+    for path in sorted(model.iterdir()):
+        if path.is_file() and path.name != "MANIFEST.json":
+            _linked(path, folder / "model" / path.name)
+
+
+def _expect_full(model: Path) -> None:
+    if quantization_of(model):
+        raise UserError(f"{model}: its weights are quantized: name the full model that it was made from")

@@ -1,0 +1,346 @@
+"""`slm export` and `slm verify`: models for other programs, compared with the original before they get their name."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slmkit.adapt.adapter import fingerprint
+from slmkit.adapt.load import load_model
+from slmkit.adapt.quantize import LARGEST, dequantize_modules, quantized_modules, round_to, to_quantize
+from slmkit.adapt.quantized_files import save_quantized
+from slmkit.config import UserError, did_you_mean
+from slmkit.export.runtimes import EXACT, Answers, Parity, Probe, Runtime, Slmkit, Transformers, bounds_of, compare
+from slmkit.files import staged
+from slmkit.find import find_model_directory
+from slmkit.model.config import SLMConfig
+from slmkit.model.decoder import Decoder
+from slmkit.model.families import family_of
+from slmkit.model.files.adapter_directory import base_of, is_adapter
+from slmkit.model.files.directory import empty_decoder, load_decoder, open_weights, save_decoder, write_configs
+from slmkit.model.files.stored import StoredTensor, expect_finite, write_shards
+from slmkit.tokenizer import SLMTokenizer
+from slmkit.workflows.merge import EXTRA_FILES
+from slmkit.workflows.push import card_of
+from slmkit.workflows.quantize import DEFAULT_GROUP
+
+PACKAGES = ("slmkit", "torch", "tokenizers", "transformers", "gguf", "xllamacpp", "onnx", "onnxruntime", "playwright")
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `slm export` was asked for. `kind`: how weights are stored, by the target's own name; None: its default."""
+
+    to: str
+    output: str | None = None
+    kind: str | None = None
+    unverified: bool = False
+    allow_fallback: bool = False
+    overwrite: bool = False
+    shard: float = 5.0  # GB of a file of weights, at most
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in float32. `source` is a directory with its weights as numbers of 16 or 32 bits."""
+
+    name: str
+    decoder: Decoder
+    config: SLMConfig
+    tokenizer: SLMTokenizer
+    source: Path
+
+    @property
+    def runtime(self) -> Slmkit:
+        size = sum(path.stat().st_size for path in self.source.glob("*.safetensors"))
+        return Slmkit(self.decoder, self.tokenizer, size)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A format: how it is written, what opens it, and how that is installed."""
+
+    pattern: str  # of its file, or of one in its folder
+    kinds: tuple[str, ...]  # of weights, the default first
+    engines: tuple[str, ...]  # packages or programs, of which one is needed to open it
+    write: Callable[[Loaded, Path, str, Request], object]
+    open: Callable[[Path, Probe], Runtime]
+    install: str = "slmkit[export]"
+    suffix: str = ""  # of its file; empty for a folder
+
+    @property
+    def missing(self) -> str:
+        """What has to be installed to open it, in words; empty if it is."""
+        if any(importlib.util.find_spec(name) or shutil.which(name) for name in self.engines):
+            return ""
+        return f"{' or '.join(self.engines)} is not installed: pip install {self.install}"
+
+
+# -- export -----------------------------------------------------------------------------------------------------------
+
+
+def export(model: str, request: Request, say: Say = lambda line: None) -> tuple[Path, Parity | None]:
+    """Write `model` for another program, open the result there, compare, and only then give it its name.
+
+    `model` is a directory, a run, an adapter (which is merged), a quantized model or a name on the hub. Beside a file
+    is NAME.parity.json, in a folder parity.json: the figures, versions and fingerprints. Returns where it is, and the
+    comparison, None if the engine is missing. Raises `UserError` for a target that exists, a missing engine without
+    `unverified`, a failed check, and what cannot be written: then nothing has the final name.
+    """
+    target, kind, final = expect_possible(model, request)
+    try:
+        with staged(final.absolute().parent, final.name) as folder:
+            say("loading the model")
+            loaded, made = load(model, folder / "whole"), folder / "done" / final.name
+            say(f"writing {request.to}, {kind}")
+            written(target, loaded, made, kind, request)
+            parity = None
+            if not target.missing:
+                probe = Probe.of(loaded.decoder, loaded.tokenizer)
+                with target.open(made, probe) as runtime:
+                    say(f"comparing {runtime.name} with slmkit")
+                    parity = compare(loaded.runtime, runtime, probe, bounds_of(kind))
+            if parity and not parity.passed:
+                raise UserError(f"{final}: not written, since it differs from the model: {parity.failures[0]}")
+            about = about_export(loaded, made, request.to, kind)
+            unverified = {"passed": False, "unverified": target.missing, **about}
+            content = parity.to_json(**about) if parity else json.dumps(unverified, indent=2) + "\n"
+            record_of(made).write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{final}: cannot be written: {error.strerror or error}") from None
+    return final, parity
+
+
+def expect_possible(model: str, request: Request) -> tuple[Target, str, Path]:
+    """Target, kind of weights, and where the result goes. Raises `UserError` for what cannot be."""
+    target = TARGETS.get(request.to)
+    if target is None:
+        raise UserError(f"--to {request.to}: {did_you_mean(request.to, TARGETS)}")
+    wanted = request.kind or target.kinds[0]
+    kind = {kind.lower(): kind for kind in target.kinds}.get(wanted.lower())
+    if kind is None:
+        raise UserError(f"--type {wanted}: {did_you_mean(wanted, target.kinds)}")
+    if target.missing and not request.unverified:
+        raise UserError(f"{target.missing} (it checks the result); or --unverified, to write without a check")
+    name = model.rstrip("/") if Path(model).exists() else Path(model).name.partition("@")[0]
+    final = Path(request.output or f"{name}-{'' if target.suffix else f'{request.to}-'}{kind}{target.suffix}")
+    if os.path.lexists(final):
+        source = find_model_directory(model).resolve()
+        if not request.overwrite:
+            raise UserError(f"{final}: exists already: name another --output, or replace it with --overwrite")
+        if not record_of(final).is_file() or final.is_symlink() or final.resolve() in (source, *source.parents):
+            raise UserError(f"{final}: --overwrite replaces only what `slm export` wrote: name another --output")
+    return target, kind, final
+
+
+def written(target: Target, loaded: Loaded, path: Path, kind: str, request: Request) -> None:
+    """Write a target to `path`, a file or a new folder."""
+    if not target.suffix:
+        path.mkdir()
+    target.write(loaded, path, kind, request)
+
+
+def load(model: str, scratch: Path) -> Loaded:
+    """A model in float32: an adapter merged, quantized weights dequantized, and the result written to `scratch`."""
+    directory = find_model_directory(model)
+    decoder, config = load_model(directory)
+    of_base = is_adapter(directory) and not (directory / "tokenizer.json").is_file()
+    with_tokenizer = base_of(directory) if of_base else directory
+    tokenizer, source = SLMTokenizer.from_pretrained(with_tokenizer), directory
+    if is_adapter(directory) or quantized_modules(decoder):
+        dequantize_modules(decoder)
+        source = scratch
+        save_decoder(decoder, config, source)
+        copy_extras(with_tokenizer, source)
+    return Loaded(model, decoder, config, tokenizer, source)
+
+
+def copy_extras(source: Path, folder: Path) -> None:
+    """Copy the files of a model beside config and weights, except those that `folder` has."""
+    for name in EXTRA_FILES:
+        if (source / name).is_file() and not (folder / name).exists():
+            shutil.copyfile(source / name, folder / name)
+
+
+def record_of(path: Path) -> Path:
+    """Where the comparison of a file or a folder is."""
+    return path / "parity.json" if path.is_dir() else path.with_name(f"{path.stem}.parity.json")
+
+
+def about_export(loaded: Loaded, made: Path, to: str, kind: str) -> dict[str, Any]:
+    """What parity.json says beside the figures."""
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES if importlib.util.find_spec(name)}
+    files = {}
+    for path in [made] if made.is_file() else sorted(path for path in made.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        name = path.name if made.is_file() else path.relative_to(made).as_posix()
+        files[name] = {"bytes": path.stat().st_size, "sha256": digest}
+    fingerprints = {"weights": fingerprint(loaded.decoder), "tokenizer": loaded.tokenizer.fingerprint}
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"), "target": to, "kind": kind, "model": loaded.name,
+        "model_sha256": fingerprints, "files": files, "versions": versions,
+    }  # fmt: skip
+
+
+def write_hf(loaded: Loaded, folder: Path, kind: str, request: Request) -> None:
+    """A Hugging Face model directory in any precision. Raises `UserError` for a weight that float16 cannot hold."""
+    source, config = loaded.source, loaded.config
+    if kind in LARGEST:
+        decoder, _ = load_decoder(source)
+        round_to(decoder, to_quantize(decoder, kind, DEFAULT_GROUP[kind], "bfloat16"), DEFAULT_GROUP[kind])
+        save_quantized(decoder, config, folder)
+    else:
+        tensors = open_weights(source, empty_decoder(config), family_of(config.model_type))
+        write_configs(config, folder, kind)
+        shapes = {name: (tensor.shape, getattr(torch, kind)) for name, tensor in tensors.items()}
+        write_shards(folder, shapes, lambda name: _converted(tensors[name], shapes[name][1]), request.shard * 1e9)
+    copy_extras(source, folder)
+    (folder / "README.md").write_text(card_of(Path(loaded.name), folder, folder.name), encoding="utf-8")
+
+
+def _converted(stored: StoredTensor, dtype: torch.dtype) -> Tensor:
+    tensor = stored.read()
+    expect_finite(tensor, f"{stored.path}: {stored.name!r}", "the model is broken: use another checkpoint")
+    converted = tensor.to(dtype)
+    expect_finite(
+        converted, f"{stored.name!r} in {dtype}", f"its largest weight is {tensor.abs().max():.3g}: use bfloat16"
+    )
+    return converted
+
+
+# -- targets ----------------------------------------------------------------------------------------------------------
+
+
+def _of(module: str) -> Any:
+    return importlib.import_module(f"slmkit.export.{module}")
+
+
+TARGETS = {
+    "gguf": Target(
+        "*.gguf",
+        ("F16", "F32", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K", "Q5_1", "Q5_0", "Q4_1", "Q4_0"),
+        ("xllamacpp",),
+        lambda loaded, path, kind, request: _of("gguf").write_gguf(
+            loaded.source, path, kind, allow_fallback=request.allow_fallback
+        ),
+        lambda path, probe: _of("llama_cpp").LlamaCpp(path, probe.context),
+        suffix=".gguf",
+    ),
+    "hf": Target(
+        "config.json",
+        ("float32", "float16", "bfloat16", *LARGEST),
+        ("transformers",),
+        write_hf,
+        lambda path, probe: Transformers(path),
+        install="transformers",
+    ),
+}
+
+
+# -- verify -----------------------------------------------------------------------------------------------------------
+
+MADE = (("gguf", "F32"), ("gguf", "Q8_0"))
+Open = Callable[[Probe], Runtime]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A row of `slm verify`. Without `parity` nothing was compared, and `problem` says why."""
+
+    runtime: str
+    kind: str
+    parity: Parity | None
+    problem: str = ""
+    is_wrong: bool = False  # it differs, or a file that was named cannot be opened
+
+
+def verify(model: str, files: Sequence[str] = (), say: Say = lambda line: None) -> list[Verdict]:
+    """Compare `model` with itself in every runtime that is installed, or with `files` that were made of it.
+
+    `files`: GGUFs, pages, and folders for ONNX Runtime or transformers, made by any program. Raises `UserError` for a
+    model that slmkit cannot read, and for a file of another kind.
+    """
+    with tempfile.TemporaryDirectory(prefix="slm-verify-") as scratch:
+        given = [_given(file) for file in files]
+        say("loading the model")
+        loaded = load(model, Path(scratch, "whole"))
+        reference, probe = loaded.runtime, Probe.of(loaded.decoder, loaded.tokenizer)
+        say("asking slmkit")
+        expected = Answers.of(reference, probe)
+        verdicts = [Verdict("slmkit", "float32", compare(reference, reference, probe, EXACT, expected))]
+        for name, kind, opened in given or _installed(loaded, Path(scratch)):
+            say(f"comparing {name} {kind}")
+            try:
+                with opened(probe) as runtime:
+                    parity = compare(reference, runtime, probe, bounds_of(kind), expected)
+                verdicts.append(Verdict(name, kind, parity, "; ".join(parity.failures), not parity.passed))
+            except UserError as error:
+                verdicts.append(Verdict(name, kind, None, str(error), bool(files)))
+    return verdicts
+
+
+def _installed(loaded: Loaded, scratch: Path) -> Iterator[tuple[str, str, Open]]:
+    """Name, kind of weights, and how it is opened, of every runtime; opening one that is not installed raises."""
+    for kind in ("int8", "int4"):
+        yield "slmkit", kind, functools.partial(_quantized, loaded, kind)
+    yield "transformers", "float32", lambda probe: Transformers(loaded.source, "float32")
+    for to, kind in MADE:
+        yield to, kind, functools.partial(_made, loaded, to, kind, scratch / f"{to}-{kind}{TARGETS[to].suffix}")
+
+
+def _made(loaded: Loaded, to: str, kind: str, path: Path, probe: Probe) -> Runtime:
+    if TARGETS[to].missing:
+        raise UserError(TARGETS[to].missing)
+    written(TARGETS[to], loaded, path, kind, Request(to))
+    return TARGETS[to].open(path, probe)
+
+
+def _quantized(loaded: Loaded, kind: str, probe: Probe) -> Runtime:
+    decoder = copy.deepcopy(loaded.decoder)
+    round_to(decoder, to_quantize(decoder, kind, DEFAULT_GROUP[kind], "bfloat16"), DEFAULT_GROUP[kind])
+    wide = sum(parameter.numel() * 2 for parameter in decoder.parameters())
+    size = wide + sum(one.codes.nbytes + one.scales.nbytes // 2 for one in quantized_modules(decoder).values())
+    return Slmkit(decoder, loaded.tokenizer, size)
+
+
+def _given(file: str) -> tuple[str, str, Open]:
+    path = Path(file)
+    for to, target in TARGETS.items():
+        found = [path] if path.is_file() and path.match(target.pattern) else sorted(path.glob(target.pattern))
+        if found:
+            opened = found[0] if target.suffix else path
+            return file, kind_of(opened, to), functools.partial(target.open, opened)
+    raise UserError(f"{file}: expected a .gguf, a .html, or a folder with an .onnx or with config.json")
+
+
+def kind_of(path: Path, to: str) -> str:
+    """How the weights of a file are stored, by its own words or those of its parity.json; else the target's default."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return json.loads(record_of(path).read_text(encoding="utf-8"))["kind"]
+    if to == "gguf":
+        from gguf import GGUFReader, LlamaFileType
+
+        field = GGUFReader(path).fields["general.file_type"]
+        return LlamaFileType(field.contents()).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+    if to == "hf":
+        content = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        return "int4" if content.get("quantization_config") else content.get("dtype", content.get("torch_dtype", ""))
+    return TARGETS[to].kinds[0]
