@@ -26,6 +26,10 @@ from slmkit.adapt.load import load_model
 from slmkit.adapt.quantize import LARGEST, dequantize_modules, quantized_modules, round_to, to_quantize
 from slmkit.adapt.quantized_files import save_quantized
 from slmkit.config import UserError, did_you_mean
+from slmkit.export.folders import Mlx, write_mlx, write_ollama, write_space
+from slmkit.export.gguf import plan_tensors, write_gguf
+from slmkit.export.gguf_types import KINDS, PlannedTensor
+from slmkit.export.llama_cpp import LlamaCpp
 from slmkit.export.runtimes import EXACT, Answers, Parity, Probe, Runtime, Slmkit, Transformers, bounds_of, compare
 from slmkit.files import staged
 from slmkit.find import find_model_directory
@@ -150,6 +154,17 @@ def expect_possible(model: str, request: Request) -> tuple[Target, str, Path]:
     return target, kind, final
 
 
+def plan_of(model: str, request: Request) -> list[PlannedTensor]:
+    """The tensors of a GGUF with their types and sizes, before it is written; empty for another target.
+
+    Raises `UserError` as `export` does, before the weights are read.
+    """
+    target, kind, _ = expect_possible(model, request)
+    if target.write not in (TARGETS["gguf"].write, TARGETS["ollama"].write):
+        return []
+    return plan_tensors(SLMConfig.from_pretrained(model), kind, allow_fallback=request.allow_fallback)
+
+
 def written(target: Target, loaded: Loaded, path: Path, kind: str, request: Request) -> None:
     """Write a target to `path`, a file or a new folder."""
     if not target.suffix:
@@ -229,30 +244,43 @@ def _converted(stored: StoredTensor, dtype: torch.dtype) -> Tensor:
 # -- targets ----------------------------------------------------------------------------------------------------------
 
 
-def _of(module: str) -> Any:
-    return importlib.import_module(f"slmkit.export.{module}")
+def write_ollama_folder(loaded: Loaded, folder: Path, kind: str, request: Request) -> None:
+    gguf = folder / "model.gguf"
+    write_gguf(loaded.source, gguf, kind, allow_fallback=request.allow_fallback)
+    write_ollama(loaded.source, folder, gguf)
 
 
+GGUF = tuple(dict.fromkeys(("F16", *KINDS)))
+MLX = {"float32": None, "int8": 8, "int4": 4}
 TARGETS = {
     "gguf": Target(
-        "*.gguf",
-        ("F16", "F32", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K", "Q5_1", "Q5_0", "Q4_1", "Q4_0"),
-        ("xllamacpp",),
-        lambda loaded, path, kind, request: _of("gguf").write_gguf(
-            loaded.source, path, kind, allow_fallback=request.allow_fallback
-        ),
-        lambda path, probe: _of("llama_cpp").LlamaCpp(path, probe.context),
+        "*.gguf", GGUF, ("xllamacpp",),
+        lambda m, path, kind, request: write_gguf(m.source, path, kind, allow_fallback=request.allow_fallback),
+        lambda path, probe: LlamaCpp(path, probe.context),
         suffix=".gguf",
     ),
+    "ollama": Target(
+        "model.gguf", GGUF, ("xllamacpp",), write_ollama_folder,
+        lambda path, probe: LlamaCpp(path / "model.gguf", probe.context),
+    ),
     "hf": Target(
-        "config.json",
-        ("float32", "float16", "bfloat16", *LARGEST),
-        ("transformers",),
-        write_hf,
+        "config.json", ("float32", "float16", "bfloat16", *LARGEST), ("transformers",), write_hf,
         lambda path, probe: Transformers(path),
         install="transformers",
     ),
-}
+    "mlx": Target(
+        "config.json", (*MLX,), ("mlx_lm",),
+        lambda m, path, kind, request: write_mlx(m.source, path, MLX[kind]),
+        lambda path, probe: Mlx(path),
+        install="mlx-lm",
+    ),
+    "space": Target(
+        "app.py", ("float32",), ("transformers",),
+        lambda m, path, kind, request: write_space(m.source, path),
+        lambda path, probe: Transformers(path / "model", "float32"),
+        install="transformers",
+    ),
+}  # fmt: skip
 
 
 # -- verify -----------------------------------------------------------------------------------------------------------
