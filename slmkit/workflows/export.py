@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,20 @@ from slmkit.export.folders import Mlx, write_mlx, write_ollama, write_space
 from slmkit.export.gguf import plan_tensors, write_gguf
 from slmkit.export.gguf_types import KINDS, PlannedTensor
 from slmkit.export.llama_cpp import LlamaCpp
-from slmkit.export.runtimes import EXACT, Answers, Parity, Probe, Runtime, Slmkit, Transformers, bounds_of, compare
+from slmkit.export.runtimes import (
+    EXACT,
+    Answers,
+    Bounds,
+    Parity,
+    Probe,
+    Runtime,
+    Slmkit,
+    Transformers,
+    bits_of,
+    bounds_of,
+    compare,
+    mean_divergence,
+)
 from slmkit.files import staged
 from slmkit.find import find_model_directory
 from slmkit.model.config import SLMConfig
@@ -45,6 +58,8 @@ from slmkit.workflows.push import card_of
 from slmkit.workflows.quantize import DEFAULT_GROUP
 
 PACKAGES = ("slmkit", "torch", "tokenizers", "transformers", "gguf", "xllamacpp", "onnx", "onnxruntime", "playwright")
+STRINGS = 10_000  # whose ids are compared
+ALLOWED = 5  # times the divergence of slmkit's own rounding
 Say = Callable[[str], None]
 
 
@@ -117,10 +132,13 @@ def export(model: str, request: Request, say: Say = lambda line: None) -> tuple[
             written(target, loaded, made, kind, request)
             parity = None
             if not target.missing:
-                probe = Probe.of(loaded.decoder, loaded.tokenizer)
+                say("asking slmkit")
+                probe = Probe.of(loaded.decoder, loaded.tokenizer, STRINGS)
+                expected = Answers.of(loaded.runtime, probe)
                 with target.open(made, probe) as runtime:
                     say(f"comparing {runtime.name} with slmkit")
-                    parity = compare(loaded.runtime, runtime, probe, bounds_of(kind))
+                    bounds = bounds_for(kind, loaded, probe, expected)
+                    parity = compare(loaded.runtime, runtime, probe, bounds, expected)
             if parity and not parity.passed:
                 raise UserError(f"{final}: not written, since it differs from the model: {parity.failures[0]}")
             about = about_export(loaded, made, request.to, kind)
@@ -130,6 +148,22 @@ def export(model: str, request: Request, say: Say = lambda line: None) -> tuple[
     except OSError as error:
         raise UserError(f"{final}: cannot be written: {error.strerror or error}") from None
     return final, parity
+
+
+def bounds_for(kind: str, loaded: Loaded, probe: Probe, expected: Answers) -> Bounds:
+    """The bounds of a kind of weights, wider for a model that rounding changes more: a divergence of `ALLOWED` times
+    that of slmkit's own int4, which becomes a quarter with each further bit.
+    """
+    bounds = bounds_of(kind)
+    if bounds.greedy:
+        return bounds
+    try:
+        rounded = quantized(loaded, "int4", probe)
+    except UserError:  # its matrices have other widths
+        return bounds
+    log_probs = [rounded.log_probs(*prompt) for prompt in probe.prompts]
+    usual = mean_divergence(expected.log_probs, log_probs) * 4.0 ** (4 - min(bits_of(kind), 8))
+    return replace(bounds, kl=max(bounds.kl, ALLOWED * usual))
 
 
 def expect_possible(model: str, request: Request) -> tuple[Target, str, Path]:
@@ -310,7 +344,7 @@ def verify(model: str, files: Sequence[str] = (), say: Say = lambda line: None) 
         given = [_given(file) for file in files]
         say("loading the model")
         loaded = load(model, Path(scratch, "whole"))
-        reference, probe = loaded.runtime, Probe.of(loaded.decoder, loaded.tokenizer)
+        reference, probe = loaded.runtime, Probe.of(loaded.decoder, loaded.tokenizer, STRINGS)
         say("asking slmkit")
         expected = Answers.of(reference, probe)
         verdicts = [Verdict("slmkit", "float32", compare(reference, reference, probe, EXACT, expected))]
@@ -318,7 +352,7 @@ def verify(model: str, files: Sequence[str] = (), say: Say = lambda line: None) 
             say(f"comparing {name} {kind}")
             try:
                 with opened(probe) as runtime:
-                    parity = compare(reference, runtime, probe, bounds_of(kind), expected)
+                    parity = compare(reference, runtime, probe, bounds_for(kind, loaded, probe, expected), expected)
                 verdicts.append(Verdict(name, kind, parity, "; ".join(parity.failures), not parity.passed))
             except UserError as error:
                 verdicts.append(Verdict(name, kind, None, str(error), bool(files)))
@@ -328,7 +362,7 @@ def verify(model: str, files: Sequence[str] = (), say: Say = lambda line: None) 
 def _installed(loaded: Loaded, scratch: Path) -> Iterator[tuple[str, str, Open]]:
     """Name, kind of weights, and how it is opened, of every runtime; opening one that is not installed raises."""
     for kind in ("int8", "int4"):
-        yield "slmkit", kind, functools.partial(_quantized, loaded, kind)
+        yield "slmkit", kind, functools.partial(quantized, loaded, kind)
     yield "transformers", "float32", lambda probe: Transformers(loaded.source, "float32")
     for to, kind in MADE:
         yield to, kind, functools.partial(_made, loaded, to, kind, scratch / f"{to}-{kind}{TARGETS[to].suffix}")
@@ -341,7 +375,8 @@ def _made(loaded: Loaded, to: str, kind: str, path: Path, probe: Probe) -> Runti
     return TARGETS[to].open(path, probe)
 
 
-def _quantized(loaded: Loaded, kind: str, probe: Probe) -> Runtime:
+def quantized(loaded: Loaded, kind: str, probe: Probe) -> Runtime:
+    """The model in slmkit itself, rounded to the nearest codes."""
     decoder = copy.deepcopy(loaded.decoder)
     round_to(decoder, to_quantize(decoder, kind, DEFAULT_GROUP[kind], "bfloat16"), DEFAULT_GROUP[kind])
     wide = sum(parameter.numel() * 2 for parameter in decoder.parameters())
