@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def export(
     model: ModelPath,
-    to: Annotated[str, typer.Option("--to", help="gguf, hf, ollama, mlx or space.")],
+    to: Annotated[str, typer.Option("--to", help="gguf, html, onnx, hf, ollama, mlx or space.")],
     kind: Annotated[
         str | None, typer.Option("--type", help="How weights are stored, such as Q4_K_M, int8 or bfloat16.")
     ] = None,
