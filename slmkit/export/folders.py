@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from slmkit.config import UserError
+from slmkit.model.architectures import architecture_of
 from slmkit.model.config import SLMConfig
-from slmkit.model.families import family_of
+from slmkit.model.families import FULL, SLIDING, family_of
 from slmkit.model.files.directory import WEIGHTS, load_decoder, quantization_of, stored_names, write_configs
 from slmkit.model.files.generation_config import read_generation_config
 from slmkit.tokenizer import SLMTokenizer
@@ -137,6 +138,70 @@ def _linked(source: Path, target: Path) -> None:
 # -- MLX --------------------------------------------------------------------------------------------------------------
 
 GROUPS = (64, 32)  # weights with one scale
+SILU: dict[str, Any] = {"hidden_act": "silu"}
+GELU: dict[str, Any] = {"hidden_act": "gelu_pytorch_tanh", "attention_bias": False}
+FULL_ROPES = ("default", "linear", "llama3")
+UNSCALED_IN_MLX = {"gemma2"}  # families whose RoPE has no scaling there
+
+
+def _one_in(config: SLMConfig) -> list[str]:
+    """Layer types with every n-th layer full, n being the number of the first full layer."""
+    first = (config.layer_types or []).index(FULL) + 1 if FULL in (config.layer_types or []) else 1
+    return [SLIDING if layer % first else FULL for layer in range(1, config.num_hidden_layers + 1)]
+
+
+# What mlx-lm's code of each family has one value for, whatever config.json says.
+IN_MLX: dict[str, dict[str, Any]] = {
+    "gpt2": {
+        "hidden_act": "gelu_new",
+        "tie_word_embeddings": True,
+        "intermediate_size": lambda config: 4 * config.hidden_size,
+    },
+    "llama": SILU,
+    "mistral": SILU,
+    "qwen2": SILU | {"head_dim": lambda config: config.hidden_size // config.num_attention_heads},
+    "qwen3": SILU | {"attention_bias": False},
+    "smollm3": SILU,
+    "olmo2": SILU,
+    "olmo3": SILU,
+    "gemma2": GELU
+    | {
+        "tie_word_embeddings": True,
+        "attn_logit_softcapping": lambda config: config.attn_logit_softcapping or "a number",
+        "final_logit_softcapping": lambda config: config.final_logit_softcapping or "a number",
+    },
+    "gemma3_text": GELU | {"final_logit_softcapping": None, "layer_types": _one_in},
+}
+WINDOWS_IN_MLX = {"smollm3", "olmo3", "gemma3_text"}
+BASE_OF_WINDOWED_IN_MLX = {"gemma3_text"}  # layers with a window have a RoPE base of their own
+
+
+def expect_mlx(config: SLMConfig) -> None:
+    """Raises `UserError` that names the family or the setting with which mlx-lm would compute something else."""
+    if config.model_type not in IN_MLX:
+        raise UserError(f"mlx-lm does not run {config.model_type}: it runs {', '.join(IN_MLX)}; export to gguf")
+
+    def expect(name: str, found: Any, *known: Any) -> None:
+        if found not in known:
+            said = " or ".join(map(str, known))
+            raise UserError(
+                f"mlx-lm runs {config.model_type} only with {name} {said}, this model has {found}: export to gguf"
+            )
+
+    for name, value in IN_MLX[config.model_type].items():
+        expect(name, getattr(config, name), value(config) if callable(value) else value)
+    layers = architecture_of(config).layers
+    windows = {layer.window is not None and layer.window < config.max_position_embeddings for layer in layers}
+    if windows == {True} or (True in windows and config.model_type not in WINDOWS_IN_MLX):
+        expect("sliding_window", config.sliding_window, None)
+    ropes = config.rope_parameters or {}
+    full, windowed = ropes.get(FULL, ropes), ropes.get(SLIDING, {})
+    expect(
+        "rope_type", full.get("rope_type", "default"), *FULL_ROPES[: 1 if config.model_type in UNSCALED_IN_MLX else 3]
+    )
+    expect("a rope_type of its windows", windowed.get("rope_type", "default"), "default")
+    if windowed and config.model_type not in BASE_OF_WINDOWED_IN_MLX:
+        expect("a rope_theta of its windows", windowed["rope_theta"], full["rope_theta"])
 
 
 def write_mlx(model: Path, folder: Path, bits: int | None = None) -> None:
@@ -146,19 +211,20 @@ def write_mlx(model: Path, folder: Path, bits: int | None = None) -> None:
     """
     _expect_full(model)
     decoder, config = load_decoder(model)
+    expect_mlx(config)
+    more: dict[str, Any] = {"sliding_window_pattern": _one_in(config).index(FULL) + 1} if config.layer_types else {}
     family, state = family_of(config.model_type), decoder.state_dict()
     tensors: dict[str, Tensor] = {}
     whole = {
         theirs.replace("transformer.", "model."): torch.cat([state[name] for name in ours])  # matrices as [out, in]
         for theirs, ours in stored_names(state, family).items()
     }
-    more: dict[str, Any] = {}
     if bits is None:
         tensors = {name: tensor.contiguous() for name, tensor in whole.items()}
     else:
         matrices = [tensor for tensor in whole.values() if tensor.ndim == 2]
         group = max(GROUPS, key=lambda size: sum(one.numel() for one in matrices if one.size(1) % size == 0))
-        more = {key: {"group_size": group, "bits": bits} for key in ("quantization", "quantization_config")}
+        more |= {key: {"group_size": group, "bits": bits} for key in ("quantization", "quantization_config")}
         for name, tensor in whole.items():
             if tensor.ndim == 2 and tensor.size(1) % group == 0:
                 parts = quantized(tensor.bfloat16(), bits, group)
