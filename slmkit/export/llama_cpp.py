@@ -60,6 +60,7 @@ class LlamaCpp:
         try:
             self._wait_until_ready()
             self.vocabulary: int = self._ask("GET", "/v1/models")["data"][0]["meta"]["n_vocab"]
+            self.plain = self.encode("a")[0]
         except BaseException:
             self.close()
             raise
@@ -91,7 +92,8 @@ class LlamaCpp:
         """Natural log-probabilities of the token after each `ids[:length]`, float32 [lengths, vocabulary]."""
         table = np.empty((len(lengths), self.vocabulary), dtype=np.float32)
         for row, length in enumerate(lengths):
-            answer = self._complete(ids[:length], 1, n_probs=self.vocabulary)
+            # A token of ASCII is forced: without a whole character llama.cpp answers no probabilities.
+            answer = self._complete(ids[:length], 1, n_probs=self.vocabulary, logit_bias=[[self.plain, 1e9]])
             ((step,), entries) = answer["completion_probabilities"], []
             entries = step["top_logprobs"]
             table[row, [entry["id"] for entry in entries]] = [entry["logprob"] for entry in entries]
@@ -101,9 +103,8 @@ class LlamaCpp:
         """The `count` most probable tokens, one after the other; end tokens are among them."""
         found: list[int] = []
         while len(found) < count:
-            # An end token ends the request, and stands in the probabilities alone.
-            answer = self._complete([*ids, *found], count - len(found), n_probs=1)
-            found += [step["id"] for step in answer["completion_probabilities"]]
+            # An end token ends the request, and stands in the tokens alone.
+            found += self._complete([*ids, *found], count - len(found), return_tokens=True)["tokens"]
         return found
 
     def _complete(self, ids: Sequence[int], count: int, **options: Any) -> Any:

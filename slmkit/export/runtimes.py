@@ -10,6 +10,7 @@ import itertools
 import json
 import random
 import re
+import string
 import time
 import unicodedata
 from collections.abc import Sequence
@@ -34,13 +35,13 @@ PIECES = (
     " ", "  ", "   ", "\n", "\n\n", "\r\n", "\t", "\u00a0", "\u3000", "\u2028", "\u200b", "\ufeff", "\x00", "\x1b[0m",
     "'s", "'LL", "’re", "don't", "I'M", "1", "12", "123", "1234567", "3.14", "1,000", "٣٤٥", "२०२६", "Ⅷ", "½", "x²",
     "for i in range(10):\n    print(i)", "</div>", "a_b.c(d)[0] += 1;", "{\"k\": [1, null]}", "//", "#!", "\\n", "===",
-    "🙂", "👩‍🚀", "🏳️‍🌈", "🇩🇪", "👍🏽", "e\u0301", "A\u030a\u0323", "ﬁ", "ß", "ẞ", "İ", "ǅ", "한국어", "각", "日本語",
-    "ไทย", "नमस्ते",
+    "🙂", "👩‍🚀", "🏳️‍🌈", "🇩🇪", "👍🏽", "e\u0301", "A\u030a\u0323", "ﬁ", "ß", "ẞ", "İ", "ǅ", "한국어", "日本語です",
+    "我们在这里", "각", "ไทย", "नमस्ते",
 )  # fmt: skip
 MOST_TIES = 16  # of greedy tokens, that are passed over
+MOST_LETTERS = 400  # of a script, the first, which are the usual ones
 NORMALISED = 1e-2  # how far the logarithm of the sum of all probabilities may be from 0
 TAGGED = 20  # conversations with special tokens in a message
-LENGTH_DECIDES = ("dynamic", "longrope")  # kinds of RoPE whose angles depend on the length of the text
 
 
 class Runtime(Protocol):
@@ -73,9 +74,6 @@ class Runtime(Protocol):
 
     def __exit__(self, *problem: object) -> None:
         self.close()
-
-
-# -- what is compared -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,7 @@ class Probe:
         rng, most = random.Random(17), decoder.max_positions - 1
         known = [index for index in np.flatnonzero(tokenizer.known_ids).tolist() if index < decoder.vocab_size]
         edges = {layer.window or 0 for layer in decoder.architecture.layers}
-        edges |= {int(getattr(rope, "original_max_position_embeddings", 0)) for rope in decoder.ropes}
+        edges |= {int(getattr(rope.scaling, "original_max_position_embeddings", 0)) for rope in decoder.ropes}
         last = min(most, max(256, max(edges) + 64))
         lengths = {1, 2, 30, 200, last, *(edge + more for edge in edges for more in (-1, 0, 1, 40))}
         start = tokenizer.encode_prompt(SENTENCES)[: max(1, most // 2)]
@@ -142,15 +140,21 @@ def probe_strings(spellings: Sequence[str], count: int) -> list[str]:
     """`count` texts of up to 12 pieces: words of each script, of English, `PIECES`, any characters, `spellings`."""
     rng, scripts = random.Random(23), dict[str, list[str]]()
     anything = [*filter(str.isprintable, map(chr, range(0x32000)))]
-    for character in filter(str.isalnum, anything):  # a script is the first word of a letter's name
-        scripts.setdefault(unicodedata.name(character, "other").split()[0], []).append(character)
+    for character in anything:
+        if unicodedata.category(character)[0] in "LMN":  # a script is the first word of a letter's name
+            scripts.setdefault(unicodedata.name(character, "other").split()[0], []).append(character)
+    endless = [itertools.cycle(rng.sample(some := each[:MOST_LETTERS], len(some))) for each in scripts.values()]
     texts = []
-    for letters in itertools.islice(itertools.cycle(scripts.values()), count):
+    for letters in itertools.islice(itertools.cycle(endless), count):
         parts = []
         for _ in range(rng.randint(1, 12)):
-            word = "".join(rng.choices(letters, k=rng.randint(1, 8)))
-            other = rng.choice(rng.choice((SENTENCES.split(), PIECES, anything, spellings or PIECES)))
-            parts.append(rng.choice((word, other, other)) + rng.choice(("", "", " ")))
+            if rng.random() < 0.5:
+                part = "".join(itertools.islice(letters, rng.randint(1, 8)))
+            else:
+                part = rng.choice(
+                    rng.choice((SENTENCES.split(), string.printable, PIECES, anything, spellings or PIECES))
+                )
+            parts.append(part + rng.choice(("", "", " ")))
         texts.append("".join(parts))
     return texts
 
@@ -264,7 +268,7 @@ def _compare_log_probs(probe: Probe, bounds: Bounds, expected: Answers, found: A
         if ours.shape != theirs.shape:
             return {}, f"a vocabulary of {theirs.shape[-1]:,} instead of {ours.shape[-1]:,} tokens"
         for length, p, q in zip(lengths, ours.astype(np.float64), theirs.astype(np.float64)):
-            totals = np.logaddexp.reduce(p), np.logaddexp.reduce(q)  # 0 for probabilities that add up to 1
+            totals = [float(np.log(np.exp(each).sum())) for each in (p, q)]  # 0 for probabilities that add up to 1
             if not np.isfinite(q).all() or abs(totals[1]) > NORMALISED:
                 return {}, f"after {length} tokens they are not finite, or no distribution"
             divergences.append(float((np.exp(p) * (p - totals[0] - q + totals[1])).sum()))
@@ -337,8 +341,7 @@ class Slmkit(Runtime):
 class Transformers(Runtime):
     """`transformers`, with weights in the precision of the files unless `dtype` names another.
 
-    Raises `UserError` if it is not installed, cannot read the directory, or if tensors are missing, unexpected or of
-    another shape.
+    Raises `UserError` if it is not installed, cannot read the directory, or misses or does not know a tensor.
     """
 
     name = "transformers"
@@ -376,8 +379,7 @@ class Transformers(Runtime):
         def read(part: Sequence[int], places: list[int]) -> torch.Tensor:
             return self._model(torch.tensor([part]), logits_to_keep=torch.tensor(places)).logits[0]
 
-        config = self._model.config.to_json_string()
-        return _at(read, ids, lengths, any(f'"{kind}"' in config for kind in LENGTH_DECIDES))
+        return _at(read, ids, lengths, '"dynamic"' in self._model.config.to_json_string())  # its kind of RoPE
 
     @torch.inference_mode()
     def greedy(self, ids: Sequence[int], count: int) -> list[int]:

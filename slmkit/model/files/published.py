@@ -37,6 +37,7 @@ NULL_IS_ABSENT = {"head_dim", "intermediate_size", "layer_types", "no_rope_layer
 
 def from_published(content: dict[str, Any], family: Family) -> dict[str, Any]:
     """The content of a config.json → fields of `SLMConfig`, under their own names."""
+    _expect_one_rope(content)
     ours = {theirs: name for name, theirs in family.spelling.items()}
     content = {family.spelling.get(key, key): value for key, value in family.absent.items()} | content
     spelled = {ours[key]: content.pop(key) for key in tuple(content) if key in ours}
@@ -141,6 +142,19 @@ def _read_rope(content: dict[str, Any], by_kind: bool) -> None:
     rope = _complete(newer or scaling or {}, theta)
     # Layers with a window may have another RoPE base, and are never scaled.
     content["rope_parameters"] = {FULL: rope, SLIDING: _complete({}, local or theta)} if by_kind else rope
+
+
+def _expect_one_rope(content: dict[str, Any]) -> None:
+    """Raises `ValueError` for a key of RoPE with different values in the spellings of transformers 5 and 4."""
+    newer, scaling = content.get("rope_parameters"), content.get("rope_scaling")
+    newer = newer.get(FULL, newer) if isinstance(newer, dict) else None
+    older = {"rope_theta": content.get("rope_theta")} | (scaling if isinstance(scaling, dict) else {})
+    for key in sorted(newer.keys() & older.keys()) if isinstance(newer, dict) else ():
+        if newer[key] != older[key] and None not in (newer[key], older[key]):
+            raise ValueError(
+                f"{key} is {str(newer[key])[:80]} in rope_parameters and {str(older[key])[:80]} in the older spelling: "
+                "remove the wrong one"
+            )
 
 
 def _complete(rope: dict[str, Any], theta: float | None) -> dict[str, Any]:

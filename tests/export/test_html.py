@@ -1,0 +1,203 @@
+"""The HTML page in a real Chromium: its ids, log-probabilities and text are slmkit's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Regex, normalizers, pre_tokenizers
+
+from slmkit.adapt.load import load_model
+from slmkit.config import UserError
+from slmkit.export import html
+from slmkit.export.html import HtmlPage, write_html
+from slmkit.export.runtimes import EXACT, Probe, Slmkit, compare, probe_strings
+from slmkit.model.config import SLMConfig
+from slmkit.model.files.directory import save_decoder
+from slmkit.model.initialization import build_decoder
+from slmkit.tokenizer import SLMTokenizer
+from tests.serving.browser import chromium
+from tests.tokenizer.kinds import MADE, byte_level, directory_of
+
+__all__ = ["chromium"]  # a fixture
+Make = Callable[..., Path]
+WINDOWS = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LATENT = {"kv_lora_rank": 12, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 5, "num_key_value_heads": 4}
+GROUPED = {"num_key_value_heads": 2}
+# One or two of each family, so that each choice of the architecture occurs.
+MODELS: dict[str, dict[str, Any]] = {
+    "gpt2": {"hidden_act": "gelu_new"},
+    "llama": GROUPED | {"rope_parameters": LLAMA3 | {"rope_theta": 1e4, "original_max_position_embeddings": 64}},
+    "llama-biases": {"attention_bias": True, "mlp_bias": True, "head_dim": 6, "hidden_act": "gelu"},
+    "llama-dynamic": {
+        "max_position_embeddings": 64,
+        "rope_parameters": {"rope_type": "dynamic", "factor": 6.0, "rope_theta": 1e4},
+    },
+    "mistral": GROUPED | {"sliding_window": 7, "rope_parameters": YARN | {"rope_theta": 1e4}},
+    "qwen2": WINDOWS,
+    "qwen3": {"num_key_value_heads": 1, "head_dim": 24},
+    "smollm3": GROUPED | {"no_rope_layers": [1, 0]},
+    "olmo2": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+    "olmo3": WINDOWS,
+    "gemma2": WINDOWS | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0},
+    "gemma3_text": GROUPED | {
+        "sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        },
+    },
+    "deepseek_v3": LATENT,
+    "deepseek_v3-compressed": LATENT | {"q_lora_rank": 9, "rope_interleave": True},
+    "slm": {
+        "norm": "layer", "norm_at": "both", "gated_mlp": False, "qk_norm": "width", "sliding_window": 1,
+        "hidden_act": "relu2",
+    },
+}  # fmt: skip
+TEXT = "Once upon a time there was a cat. It's 12345 o'clock!"
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """`make("llama", seed=…, tokenizer=…, **settings)` → a model directory with random weights."""
+
+    def made(name: str = "llama", tokenizer: Path | None = None, **settings: Any) -> Path:
+        directory = tokenizer or tmp_path_factory.mktemp(name)
+        if tokenizer is None:
+            plain = SLMTokenizer(320)
+            plain.train([TEXT])
+            plain.save_pretrained(directory)
+        rows = len(SLMTokenizer.from_pretrained(directory)) + 3  # of which some have no token
+        sizes = {
+            "model_type": name.split("-")[0], "vocab_size": rows, "hidden_size": 32,
+            "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 400,
+        }  # fmt: skip
+        config = SLMConfig(**sizes | MODELS.get(name, {}) | settings)
+        decoder = build_decoder(config, seed=5)
+        for parameter in decoder.parameters():  # so large that a wrong order of rows or a wrong angle is seen
+            parameter.data += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7)) * 0.15
+        save_decoder(decoder, config, directory)
+        return directory
+
+    return made
+
+
+def reference(directory: Path) -> Slmkit:
+    return Slmkit(load_model(directory)[0].eval(), SLMTokenizer.from_pretrained(directory), 0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_page_predicts_what_slmkit_does(name: str, make: Make, chromium: Any, tmp_path: Path) -> None:
+    model = make(name)
+    write_html(model, tmp_path / "page.html", "f32")
+    ours = reference(model)
+    probe = Probe.of(ours.decoder, ours.tokenizer, strings=50, conversations=20, count=256)
+    with HtmlPage(tmp_path / "page.html", chromium) as page:
+        assert page.checked["equal"], page.checked
+        assert page.checked["webassembly"]
+        parity = compare(ours, page, probe, EXACT)
+    assert parity.passed, parity.failures
+    assert parity.checks["greedy tokens"]["compared"] >= min(256, ours.decoder.max_positions // 2)
+
+
+@pytest.mark.parametrize("kind", ["f16", "int8", "int4"])
+def test_rounded_weights_are_as_in_python_and_close_to_the_model(
+    kind: str, make: Make, chromium: Any, tmp_path: Path
+) -> None:
+    model = make("slm", hidden_size=48, head_dim=10)
+    write_html(model, tmp_path / "page.html", kind)
+    ours, ids = reference(model), [*range(7, 60)]
+    with HtmlPage(tmp_path / "page.html", chromium) as page:
+        assert page.checked["equal"], page.checked
+        apart = abs(page.log_probs(ids, [1, 20, 53]) - ours.log_probs(ids, [1, 20, 53])).max()
+    assert 1e-6 < apart < {"f16": 0.05, "int8": 0.5, "int4": 5}[kind]
+
+
+def test_a_browser_without_webassembly_computes_the_same(make: Make, chromium: Any, tmp_path: Path) -> None:
+    for kind in html.KINDS:
+        write_html(make("gemma2"), tmp_path / "page.html", kind)
+        with HtmlPage(tmp_path / "page.html", chromium) as page:
+            expected = page.log_probs([*range(40)], [1, 40])
+            page.page.goto((tmp_path / "page.html").as_uri() + "?kernels=javascript")
+            checked = page._call("ready")
+            assert (checked["webassembly"], checked["equal"]) == (False, True)
+            assert abs(page.log_probs([*range(40)], [1, 40]) - expected).max() < 1e-4
+
+
+LLAMA_BPE = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# Text that JavaScript's own \w, \s and case folding read differently; and halves of surrogate pairs.
+ODD = [
+    "I'LL 'll 'S ſ 'ſ \u212a'", "a\u00a0b\u00a0\u00a0c", "\r\n\r\n x\r\ny\r", "e\u0301\u0302 a\u0301b A\u030a\u0323",
+    "\ufeffx\ufeff", "\x85y \x85",
+    "\x1c \x1f", "\u180e x", "\ud800 x", "x\udfffy \ud83d", "  \ud800\ud801 hi", "\udc00world foo\udc00 bar",
+    "__proto__ constructor",
+    "\U0001f468\u200d\U0001f680", "</script><!--", "ǅ İ ß ẞ", "word_ x1y2", "١٢٣ Ⅷ½", "\x00",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def strings() -> list[str]:
+    return [text[:20] for text in probe_strings((), 10_000)]
+
+
+def split_by(pattern: str) -> Any:
+    """Byte-level BPE, with words split by a pattern."""
+    tokenizer, config = byte_level()()
+    tokenizer.normalizer = normalizers.NFC()
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    return tokenizer, config
+
+
+@pytest.mark.parametrize(
+    "kind", ["byte-level", "llama-bpe", "gemma-like", "words", "metaspace-first", "byte-level-words"]
+)
+def test_ids_are_those_of_python(
+    kind: str, make: Make, strings: list[str], chromium: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(MADE, "llama-bpe", partial(split_by, LLAMA_BPE))
+    monkeypatch.setitem(MADE, "words", partial(split_by, r"\w+|\d|[^\w\s]|\s|(?i:[skfi]|ve)"))
+    model = make("llama", directory_of(kind, tmp_path))
+    write_html(model, tmp_path / "page.html")
+    tokenizer = SLMTokenizer.from_pretrained(model)
+    spellings = [*tokenizer.special_tokens, *tokenizer.added_words]
+    texts = [*ODD, *strings, *(f"{text}{one} {one}{text}" for one, text in zip(spellings * 40, strings))]
+    with HtmlPage(tmp_path / "page.html", chromium) as page:
+        assert page.checked["equal"], page.checked
+        assert [page.encode(text) for text in ODD] == [tokenizer.encode(text) for text in ODD]
+        found = page._call("encodeAll", texts)
+    wrong = [text for text, ids in zip(texts, found) if ids != tokenizer.encode(text)]
+    assert not wrong, f"{len(wrong)}, such as {min(wrong, key=len)!a}"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.BertPreTokenizer()), "BertPreTokenizer"),
+        (lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.Split(Regex(r"\s++x"), "isolated")), r"\++"),
+        (lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.Split(Regex(r"[a&&b]"), "isolated")), "&"),
+        (lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.Split(Regex("(?i:ust)"), "isolated")), "'t'"),
+        (lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.Split(Regex(r"\p{Cherokee}"), "isolated")), "Cherokee"),
+        (lambda t: setattr(t, "normalizer", normalizers.BertNormalizer()), "BertNormalizer"),
+    ],
+)
+def test_a_tokenizer_that_javascript_would_read_differently_is_refused_by_name(
+    change: Callable[[Any], None], named: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, config = byte_level()()
+    change(tokenizer)
+    monkeypatch.setitem(MADE, "odd", lambda: (tokenizer, config))
+    model = make("llama", directory_of("odd", tmp_path))
+    with pytest.raises(UserError, match=named) as error:
+        write_html(model, tmp_path / "page.html")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "page.html").exists()
