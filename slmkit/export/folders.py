@@ -18,7 +18,7 @@ from torch import Tensor
 from slmkit.config import UserError
 from slmkit.model.architectures import architecture_of
 from slmkit.model.config import SLMConfig
-from slmkit.model.families import FULL, SLIDING, family_of
+from slmkit.model.families import FULL, NOT_IN_TRANSFORMERS, SLIDING, family_of
 from slmkit.model.files.directory import WEIGHTS, load_decoder, quantization_of, stored_names, write_configs
 from slmkit.model.files.generation_config import read_generation_config
 from slmkit.tokenizer import SLMTokenizer
@@ -264,7 +264,6 @@ def quantized(weight: Tensor, bits: int, group: int) -> dict[str, Tensor]:
 
 GRADIO = "6.31.0"
 SPACE_APP = Path(__file__).with_name("space_app.py")
-NOT_IN_TRANSFORMERS = {"slm"}
 REQUIREMENTS = ("torch>=2.10", "transformers>=5.3")
 
 
