@@ -76,6 +76,10 @@ class KVCache:
         self.lengths += new
         np.maximum(self.written, self.lengths, out=self.written)
 
+    def is_read_by_few(self, new: int) -> bool:
+        """Whether `new` positions are so few that latent attention is faster without expanding what is cached."""
+        return new == 1
+
     def positions(self, layer: int, new: int) -> np.ndarray:
         """The position of each key that `extend` returns: [slots, seen], or [1, seen] if all slots have one length.
 

@@ -10,7 +10,7 @@ The head is applied by the caller (`Decoder.logits`), since a loss rarely needs 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -163,19 +163,29 @@ class Decoder(nn.Module):
                 raise ValueError("documents and attention_mask are for whole rows, without a cache")
             cache.expect(new)
         context = Context(self.kinds, dict(zip(self.ropes, self.rotary)), ids, cache, documents, attention_mask)
+        hidden = self.hidden_states(ids, context.positions, context.inputs, cache)
+        if cache is not None:
+            cache.advance(new)
+        return hidden
+
+    def hidden_states(
+        self, ids: Tensor, positions: Tensor, inputs: Sequence[AttentionInputs], cache: KVCache | None
+    ) -> Tensor:
+        """`forward` for given `positions` [batch or 1, new] and the `inputs` of each kind of layer.
+
+        ids [batch, new] → hidden states [batch, new, width].
+        """
         x = self.embedding(ids)  # [batch, new, width]
         if self.architecture.embedding_scale != 1:
             x = x * self.architecture.embedding_scale
         if self.place is not None:
-            x = x + self.place(context.positions)
+            x = x + self.place(positions)
         x = self.dropout(x)
         for index, (block, kind) in enumerate(zip(self.blocks, self.kind_of_block)):
             if self.training and self.recompute_every and index % self.recompute_every == 0:
-                x = checkpoint(block, x, context.inputs[kind], cache, use_reentrant=False)
+                x = checkpoint(block, x, inputs[kind], cache, use_reentrant=False)
             else:
-                x = block(x, context.inputs[kind], cache)
-        if cache is not None:
-            cache.advance(new)
+                x = block(x, inputs[kind], cache)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class LatentAttention(nn.Module):
 
     def forward(self, x: Tensor, inputs: AttentionInputs, cache: KVCache | None) -> Tensor:
         q_plain, q_rope, latent, k_rope = self._latents(x, inputs, cache)
-        if cache is not None and x.size(1) == 1:
+        if cache is not None and cache.is_read_by_few(x.size(1)):
             y = self._absorbed(q_plain, q_rope, latent, k_rope, inputs)
         else:
             q, k, v = self._expanded(q_plain, q_rope, latent, k_rope)

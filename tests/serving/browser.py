@@ -77,7 +77,7 @@ def open_page(chromium: Any) -> Iterator[Callable[..., Any]]:
             viewport={"width": width, "height": HEIGHT.get(width, 860)}, color_scheme="dark" if dark else "light",
             reduced_motion="reduce", permissions=["clipboard-read", "clipboard-write"], **options,
         )  # fmt: skip
-        context.set_default_timeout(20_000)
+        context.set_default_timeout(120_000)
         if before:
             context.add_init_script(before)
         page = context.new_page()
@@ -129,7 +129,7 @@ def evaluate(page: Any, name: str, argument: Any = None) -> Any:
     return page.evaluate(f"(argument) => {CHECKS}.{name}(argument)", argument)
 
 
-def until(page: Any, expression: str, seconds: float = 20) -> None:
+def until(page: Any, expression: str, seconds: float = 120) -> None:
     """Wait until an expression of JavaScript is true. (Playwright's own `wait_for_function` needs `unsafe-eval`.)"""
     end = time.monotonic() + seconds
     while not page.evaluate(expression):

@@ -107,16 +107,16 @@ def test_embeddings_take_turns_with_generation() -> None:
         others = [threads.submit(embed) for _ in range(45)]
         try:
             wait_for(lambda: len(client.worker._tasks) == 45)
-            times = []
             for _ in range(5):
-                began = time.monotonic()
                 assert client.completion(model="slow", prompt="The", max_tokens=1, ignore_eos=True).status == 200
-                times.append(time.monotonic() - began)
-            assert sorted(times)[2] < 0.5
         finally:
             is_done.set()
         for other in others:
             other.result()
+    inserted = [place for place, what in enumerate(model.order) if what == "insert"]
+    assert len(inserted) == 5
+    for place in inserted:  # its pass follows, after at most one piece of embeddings
+        assert min(model.order[place + 1 : place + 3]) < 10, model.order[place - 3 : place + 10]
 
 
 def test_a_client_that_leaves_ends_its_embeddings() -> None:
@@ -124,7 +124,7 @@ def test_a_client_that_leaves_ends_its_embeddings() -> None:
     with serving(model.served) as client:
         body = {"model": "slow", "input": [[5] * 1000] * 40}
         ask_and_leave(client, body, lambda connection: wait_for(lambda: model.read > 0), "embeddings")
-        wait_for(lambda: not client.worker._tasks, 2)
+        wait_for(lambda: not client.worker._tasks)
         tokens = model.read
         time.sleep(4 * model.seconds)
         assert model.read <= tokens + 256  # the piece that had begun
@@ -132,9 +132,10 @@ def test_a_client_that_leaves_ends_its_embeddings() -> None:
 
 def test_embeddings_that_take_too_long_and_a_full_queue() -> None:
     model, long = Slow(0.05), [[5] * 1000] * 40
-    with serving(model.served, request_seconds=0.4, max_queue=1) as client, ThreadPoolExecutor(2) as threads:
+    with serving(model.served, request_seconds=4, max_queue=1) as client, ThreadPoolExecutor(2) as threads:
         late = [threads.submit(client.post, "embeddings", {"model": "slow", "input": long}) for _ in range(2)]
         wait_for(lambda: len(client.worker._tasks) == 2)
         assert client.post("embeddings", {"model": "slow", "input": "a"}).error["type"] == "rate_limit_error"
         assert [one.result().status for one in late] == [504, 504]
+        client.worker.request_seconds = 600
         assert client.post("embeddings", {"model": "slow", "input": "a"}).status == 200

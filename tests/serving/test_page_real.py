@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +12,7 @@ import pytest
 
 from tests.serving.browser import served, until
 from tests.serving.servers import gemma, llama
-from tests.serving.test_page_chat import ask, box, wait_for_answer
+from tests.serving.test_page_chat import ask, box, wait_for_answer, wait_until
 
 Open = Callable[..., Any]
 
@@ -38,6 +37,13 @@ def running_rows(url: str) -> float:
         rows = re.findall(r"^slm_(?:running|waiting)_rows\{.*\} (\S+)$", answer.read().decode(), re.M)
     assert rows
     return sum(map(float, rows))
+
+
+def generated(url: str) -> float:
+    """Tokens of all answers of the first model so far."""
+    with urllib.request.urlopen(f"{url}/metrics") as answer:
+        (tokens,) = re.findall(r'^slm_generated_tokens_total\{model="m1"\} (\S+)$', answer.read().decode(), re.M)
+    return float(tokens)
 
 
 def greedy(page: Any, tokens: int) -> None:
@@ -92,10 +98,8 @@ def test_stop_frees_the_row(url: str, open_page: Open) -> None:
     assert running_rows(url) == 1
     page.keyboard.press("Escape")
     wait_for_answer(page)
-    end = time.monotonic() + 2
-    while running_rows(url) and time.monotonic() < end:
-        time.sleep(0.02)
-    assert running_rows(url) == 0
+    wait_until(page, lambda: running_rows(url) == 0)
+    assert generated(url) < 15_000
     assert "stopped" in page.locator(".answer .foot").inner_text()
 
 
@@ -105,11 +109,10 @@ def test_closing_the_page_frees_the_row(url: str, open_page: Open) -> None:
     box(page).fill("The fox")
     box(page).press("Enter")
     until(page, "document.querySelector('.answer .body')?.textContent.length > 20")
+    before = generated(url)
     page.goto("about:blank")
-    end = time.monotonic() + 2
-    while running_rows(url) and time.monotonic() < end:
-        time.sleep(0.02)
-    assert running_rows(url) == 0
+    wait_until(page, lambda: running_rows(url) == 0)
+    assert generated(url) - before < 14_000
 
 
 def test_a_prompt_that_is_too_long_is_one_line(url: str, open_page: Open) -> None:

@@ -159,6 +159,7 @@ def slow_preparation(directory: str) -> None:
         for text in TEXTS:
             time.sleep(0.005)
             yield text
+        time.sleep(600)
 
     prepare_text(slowly(), TOKENIZER, directory, shard_characters=2000)
 
@@ -167,7 +168,7 @@ def test_a_killed_process_leaves_shards_to_go_on_with(tmp_path: Path):
     shards = str(tmp_path / "shards")
     code = f"from tests.data.prepare.test_preparation import slow_preparation; slow_preparation({shards!r})"
     process = subprocess.Popen([sys.executable, "-c", code])
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while len(finished := list(tmp_path.glob(".partial-shards/*.json"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)

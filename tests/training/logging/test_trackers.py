@@ -51,7 +51,7 @@ def in_wandb(folder: Path) -> dict[int, dict[str, float]]:
     from wandb.proto.wandb_internal_pb2 import Record
 
     (file,) = folder.glob("*.wandb")
-    for _ in range(100):
+    for _ in range(1200):
         history, is_complete = {}, False
         for data in leveldb_records(file.read_bytes()[7:]):  # after W&B's own header
             record = Record()
