@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,23 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from slmkit.config import UserError
-from slmkit.model.architectures import architecture_of
+from slmkit.export.gguf import (
+    CAPPED_LOGITS,
+    CAPPED_SCORES,
+    GELU,
+    NO_ATTENTION_BIAS,
+    NO_WINDOWS,
+    SILU,
+    TIED,
+    WHOLE_HEADS,
+    Need,
+)
+from slmkit.model.architectures import Architecture, architecture_of
 from slmkit.model.config import SLMConfig
-from slmkit.model.families import FULL, NOT_IN_TRANSFORMERS, SLIDING, family_of
+from slmkit.model.families import NOT_IN_TRANSFORMERS, family_of
 from slmkit.model.files.directory import WEIGHTS, load_decoder, quantization_of, stored_names, write_configs
 from slmkit.model.files.generation_config import read_generation_config
+from slmkit.model.rope import Linear, Llama3
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.tokenizer.chat_pieces import ChatPieces, chat_pieces
 
@@ -138,70 +151,60 @@ def _linked(source: Path, target: Path) -> None:
 # -- MLX --------------------------------------------------------------------------------------------------------------
 
 GROUPS = (64, 32)  # weights with one scale
-SILU: dict[str, Any] = {"hidden_act": "silu"}
-GELU: dict[str, Any] = {"hidden_act": "gelu_pytorch_tanh", "attention_bias": False}
-FULL_ROPES = ("default", "linear", "llama3")
-UNSCALED_IN_MLX = {"gemma2"}  # families whose RoPE has no scaling there
 
 
-def _one_in(config: SLMConfig) -> list[str]:
-    """Layer types with every n-th layer full, n being the number of the first full layer."""
-    first = (config.layer_types or []).index(FULL) + 1 if FULL in (config.layer_types or []) else 1
-    return [SLIDING if layer % first else FULL for layer in range(1, config.num_hidden_layers + 1)]
+def _full_every(a: Architecture) -> int:
+    """Every how manyeth layer has no window, by the first of them; 0: none."""
+    return next((i for i, layer in enumerate(a.layers, 1) if layer.window is None), 0)
 
 
-# What mlx-lm's code of each family has one value for, whatever config.json says.
-IN_MLX: dict[str, dict[str, Any]] = {
-    "gpt2": {
-        "hidden_act": "gelu_new",
-        "tie_word_embeddings": True,
-        "intermediate_size": lambda config: 4 * config.hidden_size,
-    },
-    "llama": SILU,
-    "mistral": SILU,
-    "qwen2": SILU | {"head_dim": lambda config: config.hidden_size // config.num_attention_heads},
-    "qwen3": SILU | {"attention_bias": False},
-    "smollm3": SILU,
-    "olmo2": SILU,
-    "olmo3": SILU,
-    "gemma2": GELU
-    | {
-        "tie_word_embeddings": True,
-        "attn_logit_softcapping": lambda config: config.attn_logit_softcapping or "a number",
-        "final_logit_softcapping": lambda config: config.final_logit_softcapping or "a number",
-    },
-    "gemma3_text": GELU | {"final_logit_softcapping": None, "layer_types": _one_in},
-}
-WINDOWS_IN_MLX = {"smollm3", "olmo3", "gemma3_text"}
-BASE_OF_WINDOWED_IN_MLX = {"gemma3_text"}  # layers with a window have a RoPE base of their own
+def _scaled_by(kinds: tuple[type, ...], a: Architecture, windowed: bool | None = None) -> bool:
+    """Whether RoPE has no scaling but of these kinds, in all layers, or in those with a window or without."""
+    layers = [layer for layer in a.layers if windowed is None or (layer.window is not None) == windowed]
+    return all(layer.rope is None or isinstance(layer.rope.scaling, (*kinds, type(None))) for layer in layers)
 
 
-def expect_mlx(config: SLMConfig) -> None:
-    """Raises `UserError` that names the family or the setting with which mlx-lm would compute something else."""
+# What mlx-lm's code of each family computes, whatever config.json says.
+ROPE = Need("rope_type", partial(_scaled_by, (Linear, Llama3)), "default, linear or llama3")
+PLAIN = Need("rope_type", partial(_scaled_by, ()), "default")
+PLAIN_WINDOWS = Need("rope_type", partial(_scaled_by, (), windowed=True), "default in layers with a window")
+ONE_BASE = Need("rope_theta", lambda a: len({layer.rope.theta for layer in a.layers if layer.rope}) == 1, "one for all")
+A_FULL_LAYER = Need("layer_types", lambda a: _full_every(a) > 0, "a layer without window")
+BOTH_KINDS = Need("layer_types", lambda a: len({layer.window for layer in a.layers}) == 2, "layers of both kinds")
+PERIODIC = Need(
+    "layer_types",
+    lambda a: all((i % max(1, _full_every(a)) == 0) == (layer.window is None) for i, layer in enumerate(a.layers, 1)),
+    "every n-th layer without window",
+)
+IN_MLX = {
+    "gpt2": (GELU, TIED, Need("intermediate_size", lambda a: a.mlp_width == 4 * a.width, "4 × hidden_size")),
+    "llama": (SILU, ROPE),
+    "mistral": (SILU, ROPE, NO_WINDOWS),
+    "qwen2": (SILU, ROPE, NO_WINDOWS, WHOLE_HEADS),
+    "qwen3": (SILU, ROPE, NO_WINDOWS, NO_ATTENTION_BIAS),
+    "smollm3": (SILU, ROPE, A_FULL_LAYER),
+    "olmo2": (SILU, ROPE),
+    "olmo3": (SILU, ROPE, PLAIN_WINDOWS, ONE_BASE, BOTH_KINDS),
+    "gemma2": (GELU, PLAIN, NO_WINDOWS, NO_ATTENTION_BIAS, TIED, CAPPED_SCORES, CAPPED_LOGITS),
+    "gemma3_text": (
+        GELU, ROPE, PLAIN_WINDOWS, A_FULL_LAYER, PERIODIC, NO_ATTENTION_BIAS,
+        Need("final_logit_softcapping", lambda a: a.logit_cap is None, "null"),
+    ),
+}  # fmt: skip
+
+
+def expect_mlx(config: SLMConfig) -> Architecture:
+    """The architecture. Raises `UserError` that names the family or setting with which mlx-lm would differ."""
     if config.model_type not in IN_MLX:
         raise UserError(f"mlx-lm does not run {config.model_type}: it runs {', '.join(IN_MLX)}; export to gguf")
-
-    def expect(name: str, found: Any, *known: Any) -> None:
-        if found not in known:
-            said = " or ".join(map(str, known))
+    a = architecture_of(config)
+    for need in IN_MLX[config.model_type]:
+        if not need.holds(a):
+            found = getattr(config, need.field, config.rope_parameters)
             raise UserError(
-                f"mlx-lm runs {config.model_type} only with {name} {said}, this model has {found}: export to gguf"
+                f"mlx-lm runs {config.model_type} only with {need.field} {need.words}, found {found}: export to gguf"
             )
-
-    for name, value in IN_MLX[config.model_type].items():
-        expect(name, getattr(config, name), value(config) if callable(value) else value)
-    layers = architecture_of(config).layers
-    windows = {layer.window is not None and layer.window < config.max_position_embeddings for layer in layers}
-    if windows == {True} or (True in windows and config.model_type not in WINDOWS_IN_MLX):
-        expect("sliding_window", config.sliding_window, None)
-    ropes = config.rope_parameters or {}
-    full, windowed = ropes.get(FULL, ropes), ropes.get(SLIDING, {})
-    expect(
-        "rope_type", full.get("rope_type", "default"), *FULL_ROPES[: 1 if config.model_type in UNSCALED_IN_MLX else 3]
-    )
-    expect("a rope_type of its windows", windowed.get("rope_type", "default"), "default")
-    if windowed and config.model_type not in BASE_OF_WINDOWED_IN_MLX:
-        expect("a rope_theta of its windows", windowed["rope_theta"], full["rope_theta"])
+    return a
 
 
 def write_mlx(model: Path, folder: Path, bits: int | None = None) -> None:
@@ -211,8 +214,8 @@ def write_mlx(model: Path, folder: Path, bits: int | None = None) -> None:
     """
     _expect_full(model)
     decoder, config = load_decoder(model)
-    expect_mlx(config)
-    more: dict[str, Any] = {"sliding_window_pattern": _one_in(config).index(FULL) + 1} if config.layer_types else {}
+    a = expect_mlx(config)
+    more: dict[str, Any] = {"sliding_window_pattern": _full_every(a)}  # for Gemma 3; others do not read it
     family, state = family_of(config.model_type), decoder.state_dict()
     tensors: dict[str, Tensor] = {}
     whole = {
