@@ -94,7 +94,7 @@ class LlamaCpp:
         for row, length in enumerate(lengths):
             # A token of ASCII is forced: without a whole character llama.cpp answers no probabilities.
             answer = self._complete(ids[:length], 1, n_probs=self.vocabulary, logit_bias=[[self.plain, 1e9]])
-            ((step,), entries) = answer["completion_probabilities"], []
+            (step,) = answer["completion_probabilities"]
             entries = step["top_logprobs"]
             table[row, [entry["id"] for entry in entries]] = [entry["logprob"] for entry in entries]
         return table
@@ -114,16 +114,17 @@ class LlamaCpp:
     def _ask(self, method: str, path: str, **body: Any) -> Any:
         """The JSON of the answer. Raises `UserError` for a refusal, and if the child ends."""
         headers = {"authorization": f"Bearer {self.key}", "content-type": "application/json"}
-        try:
-            self.connection.request(method, path, json.dumps(body) if body else None, headers)
-            response = self.connection.getresponse()
-            answer = json.loads(response.read())
-        except (OSError, http.client.HTTPException):
-            self.connection.close()
-            if self.child.process.poll() is None and not isinstance(sys.exc_info()[1], ConnectionError):
-                raise
-            self.child.process.wait(60)
-            raise UserError(f"{self.gguf}: llama.cpp ended: {self._last_words()}") from None
+        for is_last in (False, True):
+            try:
+                self.connection.request(method, path, json.dumps(body) if body else None, headers)
+                response = self.connection.getresponse()
+                answer = json.loads(response.read())
+                break
+            except (ConnectionError, http.client.HTTPException):  # also of a connection that waited for too long
+                self.connection.close()
+                if is_last:
+                    self.child.process.wait(60)
+                    raise UserError(f"{self.gguf}: llama.cpp ended: {self._last_words()}") from None
         if response.status != 200:
             raise UserError(f"{self.gguf}: llama.cpp: {answer['error']['message']}")
         return answer
