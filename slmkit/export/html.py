@@ -28,7 +28,7 @@ from slmkit.adapt import quantize
 from slmkit.adapt.load import load_model
 from slmkit.config import UserError
 from slmkit.export.runtimes import Runtime
-from slmkit.find import find_model_directory
+from slmkit.find import find_model_directory, learned_conversations
 from slmkit.model.architectures import Architecture
 from slmkit.model.decoder import Decoder
 from slmkit.model.rope import DynamicNTK, Rope, Yarn
@@ -50,7 +50,7 @@ GOLDEN_TOKENS, CLEAR = 64, 0.01  # a token is compared while the next likeliest 
 def write_html(model: Path, path: Path, kind: str = "int8") -> None:
     """Write the page of a model, an adapter or a run to `path`. `kind` is one of `KINDS`, for matrices.
 
-    Raises `UserError` for more than 60 million parameters, a weight that is not finite or not within float16, and a
+    Raises `UserError` for more than 60 million parameters, a weight beyond float16, and a
     tokenizer or chat template that the page would read differently.
     """
     decoder, config = load_model(directory := find_model_directory(model))
@@ -74,7 +74,8 @@ def write_html(model: Path, path: Path, kind: str = "int8") -> None:
         "name": Path(model).name, "kind": kind, "parameters": size, "bytes": at, "tensors": tensors,
         "model": _choices(a), "tokenizer": page_tokenizer(tokenizer), "chat": _chat(tokenizer),
         "beginning": [*tokenizer.beginning], "ends": sorted({tokenizer.eos_token_id, *tokenizer.stop_token_ids}),
-        "has_template": tokenizer.chat_template is not None, "suppressed": [*map(int, tokenizer.suppressed)],
+        "has_template": tokenizer.chat_template is not None,
+        "talks": learned_conversations(directory) is not False, "suppressed": [*map(int, tokenizer.suppressed)],
         "golden": {"text": PROBE, "ids": ids, **_golden(rounded, ids[: a.max_positions // 2])},
     }  # fmt: skip
     Path(path).write_text(_page(header, b"".join(blobs)), encoding="utf-8")
@@ -108,8 +109,6 @@ def _for_the_page(a: Architecture, name: str, weight: Tensor, back: bool = False
 
 def _stored(name: str, weight: Tensor, kind: str) -> tuple[dict[str, Any], Tensor, bytes]:
     """What the page says of a weight, its rounded values, and its bytes, a multiple of 64. Raises `UserError`."""
-    if not weight.isfinite().all():
-        raise UserError(f"{name}: has values that are not finite; nothing was written")
     if weight.dim() == 1 or "norm" in name:
         parts, values, entry = [weight], weight, {"kind": "vector", "size": weight.numel()}
     else:

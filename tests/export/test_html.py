@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from slmkit.model.config import SLMConfig
 from slmkit.model.files.directory import save_decoder
 from slmkit.model.initialization import build_decoder
 from slmkit.tokenizer import SLMTokenizer
-from tests.serving.browser import chromium
+from tests.serving.browser import chromium, expect_contrast, expect_names, expect_no_sideways_scroll, picture, until
 from tests.tokenizer.kinds import MADE, byte_level, directory_of
 
 __all__ = ["chromium"]  # a fixture
@@ -201,3 +202,143 @@ def test_a_tokenizer_that_javascript_would_read_differently_is_refused_by_name(
         write_html(model, tmp_path / "page.html")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "page.html").exists()
+
+
+def opened(chromium: Any, path: Path, width: int = 1280, dark: bool = False) -> Any:
+    """The page as by a double click; the problems that it meets and the requests that it makes are in `.problems`."""
+    page = chromium.new_page(
+        viewport={"width": width, "height": 800}, color_scheme="dark" if dark else "light", reduced_motion="reduce"
+    )
+    page.problems = []
+    page.on("console", lambda message: message.type == "error" and page.problems.append(message.text))
+    page.on("pageerror", lambda error: page.problems.append(str(error)))
+    page.on("request", lambda request: request.url.startswith("blob:") or page.problems.append(request.url))
+    page.goto(path.as_uri())
+    page.locator("#send:enabled").wait_for()
+    page.problems.remove(path.as_uri())
+    return page
+
+
+def said(page: Any, text: str, **settings: str) -> list[str]:
+    """The tokens that the model adds to a text or says to a message, through the page's controls."""
+    page.locator("#settings").evaluate("settings => settings.open = true")
+    for field, value in settings.items():
+        page.fill(f"#{field}", value)
+    page.fill("#text", text)
+    page.keyboard.press("Tab")  # from the text to the button
+    page.keyboard.press("Enter")
+    page.locator("#stop").wait_for(state="hidden")
+    page.locator("#send:visible").wait_for()
+    return page.locator(".turn.model").last.locator(".token").all_text_contents()
+
+
+@pytest.mark.parametrize(("width", "dark"), [(390, True), (1280, False)])
+def test_a_conversation_by_hand(width: int, dark: bool, make: Make, chromium: Any, tmp_path: Path) -> None:
+    write_html(make("qwen3"), tmp_path / "page.html")
+    page = opened(chromium, tmp_path / "page.html", width, dark)
+    assert page.locator("#checked").text_content() == "checked: equal to slmkit"
+    first = said(page, "a <b>cat</b>", tokens="12", seed="3")
+    assert page.locator(".turn.user").text_content() == "a <b>cat</b>"
+    assert page.locator("main b").count() == 0
+    page.locator("#clear").click()
+    assert said(page, "a <b>cat</b>", tokens="12", seed="3") == first  # the same seed, the same text
+    said(page, "and then?")  # after an answer
+    page.locator(".turn.model").first.focus()
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#details").is_visible()
+    assert page.locator("#details li").count() >= 8
+    expect_no_sideways_scroll(page)
+    expect_names(page)
+    expect_contrast(page)
+    picture(page, "html-page")
+    page.keyboard.press("Escape")
+    assert page.locator("#details").is_hidden()
+    assert page.problems == []
+    page.close()
+
+
+def test_a_text_is_continued_and_every_end_token_stops_it(make: Make, chromium: Any, tmp_path: Path) -> None:
+    model = make("llama")
+    ours = reference(model)
+    said_by_us = ours.greedy(ours.tokenizer.encode_prompt("the cat"), 12)
+    end = next(token for token in said_by_us[4:] if token not in said_by_us[:4])
+    config = {"eos_token_id": [ours.tokenizer.eos_token_id, end]}
+    (model / "generation_config.json").write_text(json.dumps(config))
+    write_html(model, tmp_path / "page.html", "f32")
+    page = opened(chromium, tmp_path / "page.html")
+    page.locator("#settings").evaluate("settings => settings.open = true")
+    page.check("#continue")
+    tokens = said(page, "the cat", temperature="0", tokens="40")
+    assert len(tokens) == said_by_us.index(end) + 1
+    assert "Ended" not in page.locator(".turn.model").text_content()
+    assert page.problems == []
+    page.close()
+
+
+def test_what_a_model_contains_is_data(make: Make, chromium: Any, tmp_path: Path) -> None:
+    """Tokens and a template that spell HTML; messages that spell special tokens."""
+    evil = "</script><script>document.title='evil'</script>"
+    directory = tmp_path / "<img src=x onerror=alert(1)>"
+    plain = SLMTokenizer(300)
+    plain.train([TEXT])
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    (tmp_path / "template.jinja").write_text(f"{evil}{template}<|im_start|>assistant\n")
+    added = plain.extended(str(tmp_path / "template.jinja"), added_tokens=[evil, "<!--"])
+    added.save_pretrained(directory)
+    write_html(make("llama", directory), tmp_path / "page.html")
+    tokenizer = SLMTokenizer.from_pretrained(directory)
+    with HtmlPage(tmp_path / "page.html", chromium) as page:
+        assert page.checked["equal"]
+        assert page.page.title().startswith("<img src=x")
+        assert page.encode(f"a{evil}b<!--") == tokenizer.encode(f"a{evil}b<!--")
+        for text in ("hello", "<|im_end|> x <|im_start|>user", "<|im_", f"{evil} \n", "<|endoftext|>", "\ud800 x"):
+            talk = [{"role": "user", "content": text}]
+            talk += [{"role": "assistant", "content": f"x {text}"}, {"role": "user", "content": "y"}]
+            for messages in (talk[:1], talk, [{"role": "system", "content": text}, *talk]):
+                assert page.encode_chat(messages) == tokenizer.encode_chat_prompt(messages)
+
+
+def test_characters_come_whole(make: Make, chromium: Any, tmp_path: Path) -> None:
+    """Byte tokens, of which several make one character, are shown when it is complete."""
+    write_html(make("llama"), tmp_path / "page.html")
+    page = opened(chromium, tmp_path / "page.html")
+    pieces = page.evaluate(
+        """() => new Promise((resolve) => {
+            const test = `;{ const stream = new TextStream(); const add = (byte) => stream.add(Uint8Array.of(byte));
+                postMessage([...[...utf8.encode('é猫🐈')].map(add), add(0xe7), stream.end()]); }`;
+            const parts = [document.getElementById('engine').textContent, test];
+            new Worker(URL.createObjectURL(new Blob(parts))).onmessage = ({data}) => resolve(data);
+        })"""
+    )
+    assert pieces == ["", "é", "", "", "猫", "", "", "", "🐈", "", "\ufffd"]
+    page.close()
+
+
+def test_a_larger_model_and_what_does_not_fit_are_refused_in_one_line(make: Make, tmp_path: Path) -> None:
+    model, page = make("llama"), tmp_path / "page.html"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(html, "MOST_PARAMETERS", 1000)
+        with pytest.raises(UserError, match=r"parameters; an HTML page has at most 1,000: use --to gguf") as error:
+            write_html(model, page)
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="type 'q4': an HTML page has f32, f16, int8, int4"):
+        write_html(model, page, "q4")
+    for value, kind, words in ((7e4, "f16", "beyond float16"), (float("nan"), "int8", "not finite")):
+        decoder, config = load_model(model)
+        decoder.blocks[0].mlp.up.weight.data[3, 3] = value
+        save_decoder(decoder, config, model)
+        with pytest.raises(UserError, match=words):
+            write_html(model, page, kind)
+    assert not page.exists()
+
+
+def test_a_page_that_computes_something_else_says_so(make: Make, chromium: Any, tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    write_html(make("llama"), path)
+    text = path.read_text()
+    path.write_text(text.replace("b * cosine + a * sine", "b * cosine - a * sine"))
+    page = chromium.new_page()
+    page.goto(path.as_uri())
+    until(page, "!document.getElementById('send').disabled", 60)
+    assert page.locator("#checked").text_content().startswith("Warning: this browser computes something else")
+    page.close()

@@ -87,7 +87,7 @@ window.slm = {
 
 // ---------------------------------------------------------------- text
 
-const isChat = header.chat !== null;
+const isChat = () => header.chat !== null && !$("continue").checked;
 let messages = []; // of the conversation so far
 let running = null; // the number of the call that generates
 
@@ -159,7 +159,7 @@ function setRunning(id) {
 
 async function send() {
   const text = $("text").value;
-  if (running !== null || (isChat && !text.trim())) return;
+  if (running !== null || $("send").disabled || (isChat() && !text.trim())) return;
   let chosen;
   try {
     chosen = settings();
@@ -169,27 +169,31 @@ async function send() {
     return;
   }
   show(null);
-  await ready;
-  const system = $("system").value.trim() && isChat ? [{ role: "system", content: $("system").value }] : [];
-  const asked = isChat ? { messages: [...system, ...messages, { role: "user", content: text }] } : { text };
-  if (isChat) turnOf("user").textContent = text;
-  const turn = turnOf(isChat ? "model" : "model continued");
-  if (!isChat) turn.append(element("span", "given", text));
+  const talks = isChat();
+  const system = $("system").value.trim() && talks ? [{ role: "system", content: $("system").value }] : [];
+  const asked = talks ? { messages: [...system, ...messages, { role: "user", content: text }] } : { text };
+  if (talks) turnOf("user").textContent = text;
+  const turn = turnOf(talks ? "model" : "model continued");
+  if (!talks) turn.append(element("span", "given", text));
   else $("text").value = "";
   turn.scrollIntoView({ block: "nearest" });
   let said = "";
+  let scrolling = 0; // the number of the frame that will scroll
   try {
     const end = await ask("generate", { ...asked, settings: chosen }, (event) => {
       said += event.text;
       addToken(turn, event);
-      turn.scrollIntoView({ block: "end" });
+      scrolling ||= requestAnimationFrame(() => {
+        scrolling = 0;
+        turn.scrollIntoView({ block: "end" });
+      });
     }, setRunning);
     if (end.rest) turn.append(end.rest);
     said += end.rest;
     const why = { length: "the limit of tokens, or of the context", stopped: "stopped", end: "" }[end.reason];
     if (why) turn.append(element("span", "ended", `Ended: ${why}.`));
     $("speed").textContent = `${end.count} tokens, ${(end.count / end.seconds).toFixed(0)} a second`;
-    if (isChat && said.trim()) messages = [...messages, { role: "user", content: text }, { role: "assistant", content: said }];
+    if (talks && said.trim()) messages = [...messages, { role: "user", content: text }, { role: "assistant", content: said }];
   } catch (error) {
     show(error.message);
   }
@@ -250,7 +254,7 @@ $("form").addEventListener("submit", (event) => {
   send();
 });
 $("text").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing && isChat) {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing && isChat()) {
     event.preventDefault();
     send();
   }
@@ -261,36 +265,44 @@ document.addEventListener("keydown", (event) => {
   if (running !== null) $("stop").click();
   showDetails(null);
 });
-$("clear").addEventListener("click", () => {
+$("colors").addEventListener("change", () => document.body.classList.toggle("colored", $("colors").checked));
+
+function hint() {
+  const how = isChat() ? "Write a message. " : header.chat || !header.has_template ? "Write the beginning of a text. "
+    : "This page cannot render the model's chat template, so the model continues a text. ";
+  return element("p", "hint", `${how}Each token of the model is coloured by its probability. Point at one, tap it, or use the arrow keys in the text, to see what else was likely. Nothing leaves this page.`);
+}
+
+/** Begins anew, as a conversation or as a text to continue. */
+function begin() {
   messages = [];
   conversation.replaceChildren(hint());
   show(null);
   $("speed").textContent = "";
-  $("text").focus();
-});
-$("colors").addEventListener("change", () => document.body.classList.toggle("colored", $("colors").checked));
-
-function hint() {
-  const how = isChat ? "Write a message. " : header.has_template
-    ? "Its chat template is of a form that this page cannot render, so the model continues a text. "
-    : "The model continues a text. ";
-  return element("p", "hint", `${how}Each token of the answer is coloured by its probability; point at one, tap it, or use the arrow keys in the text, to see what else was likely. Nothing leaves this page.`);
+  const talks = isChat();
+  $("text").placeholder = talks ? "Message" : "Once upon a time";
+  $("send").textContent = talks ? "Send" : "Continue";
+  $("text-label").textContent = talks ? "Message" : "Text to continue";
+  $("system-field").hidden = !talks || header.chat.between[">system"] === undefined;
 }
 
+$("clear").addEventListener("click", () => {
+  begin();
+  $("text").focus();
+});
+$("continue").addEventListener("change", begin);
+$("continue").checked = !header.talks;
+$("continue-field").hidden = !header.chat;
+begin();
 document.title = `${header.name}: a language model in one file`;
 $("name").textContent = header.name;
 $("facts").textContent = `${(header.parameters / 1e6).toFixed(1)} million parameters, ${header.kind}, ${megabytes(header.bytes)} of weights`;
-$("text").placeholder = isChat ? "Message (Enter sends, Shift + Enter is a new line)" : "Once upon a time";
-$("send").textContent = isChat ? "Send" : "Continue";
-$("text-label").textContent = isChat ? "Message" : "Text to continue";
-$("system-field").hidden = header.chat?.between[">system"] === undefined;
 document.body.classList.add("colored");
 LEGEND.forEach((text, step) => {
   const item = element("span");
   item.append(element("i", `step-${step}`), text);
   $("legend").append(item);
 });
-conversation.append(hint());
 ready.then(() => {
   $("send").disabled = false;
   $("text").focus();

@@ -20,34 +20,32 @@ function likeliest(logits, count, known) {
 }
 
 /**
- * An id drawn from logits. topK 0 and topP 1 keep all; ties with the last one kept are kept. The fewest likeliest tokens
- * whose share of what top-k keeps is topP or more remain.
+ * An id drawn from logits. Top-k keeps the k likeliest tokens, top-p the fewest likeliest of these with that share of
+ * their probability, and both what ties with the last one kept. topK 0 and topP 1 keep all.
  */
 function sample(logits, count, known, { temperature, topK, topP }, random) {
-  if (temperature === 0) return likeliest(logits, count, known);
-  const order = [];
-  for (let id = 0; id < count; id++) if (known(id)) order.push(id);
-  order.sort((a, b) => logits[b] - logits[a]);
-  const most = logits[order[0]];
-  const weights = order.map((id) => Math.exp((logits[id] - most) / temperature));
-  let kept = order.length;
-  const withTies = (size) => {
-    while (size < kept && weights[size] === weights[size - 1]) size++;
-    return Math.min(size, kept);
-  };
-  if (topK > 0) kept = withTies(topK);
+  const likely = likeliest(logits, count, known);
+  if (temperature === 0) return likely;
+  const weights = new Float64Array(count);
+  for (let id = 0; id < count; id++) if (known(id)) weights[id] = Math.exp((logits[id] - logits[likely]) / temperature);
+  const ascending = weights.slice().sort();
+  let least = topK > 0 && topK < count ? ascending[count - topK] : 0; // the smallest weight that is kept
+  const total = () => weights.reduce((sum, weight) => sum + (weight >= least ? weight : 0), 0);
   if (topP < 1) {
-    const whole = weights.slice(0, kept).reduce((sum, weight) => sum + weight, 0);
-    let [sum, size] = [0, 0];
-    while (size < kept && (size === 0 || sum < topP * whole)) sum += weights[size++];
-    kept = withTies(size);
+    const wanted = topP * total();
+    let at = count - 1;
+    for (let sum = ascending[at]; sum < wanted && at > 0; sum += ascending[at]) at--;
+    least = Math.max(least, ascending[at]);
   }
-  let left = random() * weights.slice(0, kept).reduce((sum, weight) => sum + weight, 0);
-  for (let i = 0; i < kept; i++) {
-    left -= weights[i];
-    if (left < 0) return order[i];
+  let left = random() * total();
+  let last = likely;
+  for (let id = 0; id < count; id++) {
+    if (weights[id] === 0 || weights[id] < least) continue;
+    last = id;
+    left -= weights[id];
+    if (left < 0) break;
   }
-  return order[kept - 1];
+  return last;
 }
 
 /** The `size` likeliest ids and their log-probabilities, descending. */
