@@ -72,6 +72,9 @@ def serve_models(settings: ServeSettings) -> int:
     directories, settings.keys = named_models(settings.models, settings.engine), read_keys(settings.key_file)
     if settings.data is not None and not settings.data.is_dir():
         raise UserError(f"--data {settings.data}: no such folder; expected what `slm data prepare` wrote")
+    if settings.ui and settings.engine != "slm":
+        what = f"leave it out with --engine {settings.engine}"
+        raise UserError(f"--ui: the page looks into models of the own engine; {what}")
     from slmkit.serving.server import bind, serve
 
     listening = bind(settings.host, settings.port, has_keys=bool(settings.keys))
@@ -108,9 +111,6 @@ def serve_upstream(
     from slmkit.serving.server import serve
     from slmkit.serving.upstream import Upstreams, vllm
 
-    if settings.ui:
-        what = f"leave it out with --engine {settings.engine}"
-        raise UserError(f"--ui: the page looks into models of the own engine; {what}")
     for name, directory in directories.items() if settings.engine == "vllm" else ():
         if is_adapter(directory):
             raise UserError(
