@@ -10,6 +10,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -40,6 +41,7 @@ from slmkit.export.targets import TARGETS, Loaded, Request, Target, load, writte
 from slmkit.files import staged
 from slmkit.find import find_model_directory
 from slmkit.model.config import SLMConfig
+from slmkit.training.run_directory import RunDirectory
 from slmkit.workflows.push import card_of
 
 PACKAGES = ("slmkit", "torch", "tokenizers", "transformers", "gguf", "xllamacpp", "onnx", "onnxruntime", "playwright")
@@ -68,6 +70,8 @@ def export(model: str, request: Request, say: Say = lambda line: None) -> tuple[
             written(target, loaded, made, kind, request)
             if request.to == "hf":
                 (made / "README.md").write_text(card_of(Path(model), made, made.name), encoding="utf-8")
+                if (curve := RunDirectory(model).plot).is_file():  # which the card shows
+                    shutil.copyfile(curve, made / curve.name)
             parity = None
             if not target.missing:
                 say("asking slmkit")
