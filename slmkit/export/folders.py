@@ -6,11 +6,12 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from safetensors.torch import save_file
@@ -28,6 +29,7 @@ from slmkit.export.gguf import (
     WHOLE_HEADS,
     Need,
 )
+from slmkit.export.runtimes import Transformers
 from slmkit.model.architectures import Architecture, architecture_of
 from slmkit.model.config import SLMConfig
 from slmkit.model.families import NOT_IN_TRANSFORMERS, family_of
@@ -261,6 +263,38 @@ def quantized(weight: Tensor, bits: int, group: int) -> dict[str, Tensor]:
         "scales": scales[..., 0].to(weight.dtype),
         "biases": biases[..., 0].to(weight.dtype),
     }
+
+
+class Mlx(Transformers):
+    """mlx-lm, which reads text as transformers does. Raises `UserError` if it is not installed."""
+
+    name = "mlx-lm"
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            import mlx_lm
+        except ModuleNotFoundError:
+            raise UserError("mlx-lm is not installed: pip install mlx-lm") from None
+        self.size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        self._model, tokenizer = mlx_lm.load(str(folder))
+        self._tokenizer = tokenizer._tokenizer
+
+    def log_probs(self, ids: Sequence[int], lengths: Sequence[int]) -> np.ndarray:
+        import mlx.core as mx
+
+        places = mx.array([length - 1 for length in lengths])
+        logits = self._model(mx.array([[*ids]]))[0, places].astype(mx.float32)
+        return np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+
+    def greedy(self, ids: Sequence[int], count: int) -> list[int]:
+        import mlx.core as mx
+        from mlx_lm.models.cache import make_prompt_cache
+
+        fresh, cache, found = [*ids], make_prompt_cache(self._model), list[int]()
+        for _ in range(count):
+            fresh = [int(mx.argmax(self._model(mx.array([fresh]), cache=cache)[0, -1]))]
+            found += fresh
+        return found
 
 
 # -- Spaces -----------------------------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ from typing import Any
 import jinja2
 import yaml
 
-from slmkit.config import one_line
 from slmkit.model.architectures import architecture_of
 from slmkit.model.config import SLMConfig
 from slmkit.model.families import NOT_IN_TRANSFORMERS
@@ -63,7 +62,11 @@ class Known:
 def model_card(name: str, known: Known) -> str:
     """The model card of `name` (OWNER/NAME on the hub, or a folder): a YAML header for the hub, then Markdown."""
     environment = jinja2.Environment(trim_blocks=True, keep_trailing_newline=True)
-    environment.filters |= {"md": markdown, "python": json.dumps, "shell": lambda text: shlex.quote(one_line(text))}
+    environment.filters |= {
+        "md": markdown,
+        "python": lambda text: json.dumps(text, ensure_ascii=False),
+        "shell": lambda text: shlex.quote(" ".join(text.split())),
+    }
     header = yaml.safe_dump(_header(name, known), sort_keys=False, allow_unicode=True)
     return environment.from_string(TEMPLATE.read_text("utf-8")).render(
         name=name,
@@ -84,7 +87,7 @@ def model_card(name: str, known: Known) -> str:
 
 def markdown(value: Any) -> str:
     """Text that Markdown shows as it is, in one line: no HTML, links, emphasis, code or cells of a table."""
-    return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", html.escape(one_line(str(value)), quote=False))
+    return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", html.escape(" ".join(str(value).split()), quote=False))
 
 
 def _header(name: str, known: Known) -> dict[str, Any]:

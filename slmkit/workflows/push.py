@@ -9,7 +9,7 @@ from typing import Any
 
 from slmkit.config import UserError, read_yaml
 from slmkit.export.model_card import Known, model_card
-from slmkit.find import find_model_directory
+from slmkit.find import find_model_directory, learned_conversations
 from slmkit.hub import HubName, hub_name, publish
 from slmkit.model.config import SLMConfig
 from slmkit.model.files.adapter_directory import ADAPTER_CONFIG, is_adapter
@@ -66,7 +66,7 @@ def card_of(source: Path, directory: Path, name: str, license: str | None = None
         bases=[*([base] if base else []), *dict.fromkeys(one.name for one in merged if one)],
         license=license or recipe.get("license"),
         is_adapter=is_adapter(directory),
-        has_chat=_has_chat(directory),
+        has_chat=_has_chat(directory) and learned_conversations(source) is not False,
         curve=run.plot.name if run.plot.is_file() else None,
         quantization=quantization_of(directory),
         merge=merge,

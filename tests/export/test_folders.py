@@ -57,7 +57,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small Llama with a ChatML template."""
     folder = tmp_path_factory.mktemp("model") / "fox"
     torch.manual_seed(0)
-    config = SLMConfig(vocab_size=260, max_position_embeddings=96, eos_token_id=0, **SHAPE)
+    config = SLMConfig(vocab_size=260, max_position_embeddings=96, eos_token_id=[0, 3], **SHAPE)
     SLMForCausalLM(config).save_pretrained(folder)
     SLMTokenizer(260).save_pretrained(folder)
     return folder
