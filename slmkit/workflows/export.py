@@ -69,9 +69,7 @@ def export(model: str, request: Request, say: Say = lambda line: None) -> tuple[
             say(f"writing {request.to}, {kind}")
             written(target, loaded, made, kind, request)
             if request.to == "hf":
-                (made / "README.md").write_text(card_of(Path(model), made, made.name), encoding="utf-8")
-                if (curve := RunDirectory(model).plot).is_file():  # which the card shows
-                    shutil.copyfile(curve, made / curve.name)
+                write_card(Path(model), made)
             parity = None
             if not target.missing:
                 say("asking slmkit")
@@ -90,6 +88,13 @@ def export(model: str, request: Request, say: Say = lambda line: None) -> tuple[
     except OSError as error:
         raise UserError(f"{final}: cannot be written: {error.strerror or error}") from None
     return final, parity
+
+
+def write_card(model: Path, folder: Path) -> None:
+    """The model card, and the curve that it shows."""
+    (folder / "README.md").write_text(card_of(model, folder, folder.name), encoding="utf-8")
+    if (plot := RunDirectory(model).plot).is_file():
+        shutil.copyfile(plot, folder / plot.name)
 
 
 def bounds_for(kind: str, loaded: Loaded, probe: Probe, expected: Answers) -> Bounds:
