@@ -296,6 +296,8 @@ def save_graph(decoder: Decoder, path: Path, kind: OnnxKind) -> None:
         )  # fmt: skip
     graph = program.model
     optimize_ir(graph, input_size_limit=FOLDED)
+    for value in graph.graph.outputs[1:]:  # else "past_sequence_length + sequence_length", in any order
+        value.shape = onnx_ir.Shape([*value.shape[:2], "total_sequence_length", value.shape[3]])
     DeduplicateInitializersPass()(graph)
     graph.metadata_props.update(described(kind) | {"slmkit.context": str(decoder.max_positions)})
     size = sum(value.const_value.nbytes for value in graph.graph.initializers.values())
@@ -317,15 +319,14 @@ def described(kind: OnnxKind) -> dict[str, str]:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without what the exporter says of packages that it does not need, and of itself."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        logging.disable(disabled)
 
 
 # -- the runtime ------------------------------------------------------------------------------------------------------
