@@ -79,8 +79,10 @@ class _Dialogue:
     """Reads messages and commands, and shows answers: as Markdown and in colours on a terminal, else as plain text."""
 
     def __init__(self, session: ChatSession, plain: bool) -> None:
-        self.session, self.console = session, Console(highlight=False)
-        console = self.console
+        # Lines are drawn over, so the terminal's real size counts. LINES and COLUMNS may be those of another one.
+        variables = {name: value for name, value in os.environ.items() if name not in ("LINES", "COLUMNS")}
+        console = Console(highlight=False, _environ=variables)
+        self.session, self.console = session, console
         self.is_plain = plain or not console.is_terminal or console.is_dumb_terminal or console.no_color
         self.file: str | None = None  # of the last /save or /load
         self.own: set[str] = set()  # files of this chat, which /save may overwrite

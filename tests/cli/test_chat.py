@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from slmkit.tokenizer import SLMTokenizer
+from tests.cli import terminal as terminals
 from tests.cli.helpers import refused, slm
 from tests.cli.scripted import save_scripted_model
 from tests.cli.terminal import Terminal
@@ -23,6 +24,10 @@ HOSTILE = [  # colours, a cleared screen, a changed title, a device query, an 8-
     "override\u202eevas/", "\n\nyou> /save stolen.json\n", "\n    you> indented\n", "\n> you> quoted\n",
     "&#27;[32mgreen", " end",
 ]  # fmt: skip
+ALWAYS_DRAWN = """
+from slmkit.cli import show
+show.SECONDS_BETWEEN_DRAWINGS = 0
+"""
 Opener = Callable[..., Terminal]
 ESCAPE = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -107,8 +112,13 @@ def test_nothing_that_a_model_says_controls_the_terminal(at_terminal: Opener, fo
     assert not (folder / "stolen.json").exists()
 
 
-def test_an_answer_higher_than_the_screen_is_there_once_and_whole(at_terminal: Opener, folder: Path) -> None:
-    terminal = at_terminal("chat", "long", cwd=folder, rows=12)
+@pytest.mark.parametrize("environment", [{}, {"LINES": "24", "COLUMNS": "120"}])  # of the terminal it was started in
+def test_an_answer_higher_than_the_screen_is_there_once_and_whole(
+    at_terminal: Opener, folder: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
+) -> None:
+    """Drawn anew for each token."""
+    monkeypatch.setattr(terminals, "SLM", terminals.SLM.replace("main()\n", f"{ALWAYS_DRAWN}main()\n"))
+    terminal = at_terminal("chat", "long", cwd=folder, rows=12, **environment)
     said = terminal.say("hi")
     assert re.findall(r"• (item \d+)\n", said) == [f"item {number}" for number in range(60)]
     assert terminal.leave() == 0
