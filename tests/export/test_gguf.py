@@ -38,6 +38,7 @@ from slmkit.export.gguf import (
 )
 from slmkit.export.gguf_types import K_QUANTS, KINDS, PlannedTensor, encoded, k_quantizer
 from slmkit.export.llama_cpp import LlamaCpp
+from slmkit.export.runtimes import EXACT, Probe, Slmkit, compare
 from slmkit.model.architectures import Architecture
 from slmkit.model.config import SLMConfig
 from slmkit.model.decoder import Decoder
@@ -58,6 +59,7 @@ from tests.export.random_models import (
     WINDOW,
     YARN,
     config_of,
+    tokenizer,
     write_model,
 )
 
@@ -101,6 +103,16 @@ def test_every_family_gives_the_same_log_probabilities_in_llama_cpp(tmp_path: Pa
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
         assert (log_probs(theirs) - log_probs(decoder)).abs().max() < LARGEST
     assert difference(tmp_path / "model.gguf", expected_log_probs(decoder)) < LARGEST
+
+
+def test_the_comparison_knows_of_llama_cpp_s_tables_of_gelu(tmp_path: Path) -> None:
+    decoder = write_model(tmp_path, config_of("gemma3_text", GEMMA | {"vocab_size": TOKENS}), scale=1.0)
+    write_gguf(tmp_path, tmp_path / "model.gguf", "F32")
+    probe = Probe.of(decoder, tokenizer(), strings=5, conversations=2, count=8)
+    with LlamaCpp(tmp_path / "model.gguf", probe.context) as llama_cpp:
+        parity = compare(Slmkit(decoder, tokenizer(), 0), llama_cpp, probe, EXACT)
+    assert parity.failures == []
+    assert parity.bounds.log_prob == LlamaCpp.gelu_error
 
 
 def keys_as_one_head(rows: Tensor, heads: int, dim: int) -> Tensor:
