@@ -135,8 +135,7 @@ def print_verdicts(verdicts: list[Verdict]) -> None:
             "[red]differs[/]" if one.is_wrong else "same",
         )  # fmt: skip
     console = Console(highlight=False)
-    console.width = console.width if console.is_terminal else 160
+    console.width = console.width if console.is_terminal else 240
     console.print(table)
-    for one in verdicts:
-        if one.problem:
-            console.print(f"{one.runtime} {one.kind}: {one.problem}", soft_wrap=True, markup=False)
+    for one in [one for one in verdicts if one.problem]:
+        console.print(f"{one.runtime} {one.kind}: {one.problem}", soft_wrap=True, markup=False)
