@@ -45,6 +45,7 @@ class LlamaCpp:
     """A GGUF in llama.cpp on one thread, with a float32 KV cache: as exact as the file's types allow."""
 
     name = "llama.cpp"
+    composes = False  # it has no normalizer: text that is not in normal form C gets other ids
 
     def __init__(self, gguf: Path, context: int) -> None:
         """`context`: tokens of the longest prompt with its continuation.
