@@ -28,7 +28,7 @@ from slmkit.adapt import quantize
 from slmkit.adapt.load import load_model
 from slmkit.config import UserError
 from slmkit.export.runtimes import Runtime
-from slmkit.find import find_model_directory, learned_conversations
+from slmkit.find import find_model_directory, learned_conversations, run_of
 from slmkit.model.architectures import Architecture
 from slmkit.model.decoder import Decoder
 from slmkit.model.rope import DynamicNTK, Rope, Yarn
@@ -42,7 +42,7 @@ GROUP = 32  # weights with one scale; rows are padded with zeros to a multiple o
 PAGE = Path(__file__).with_name("page")
 ENGINE = ("assembler", "matrices", "decoder", "tokenizer", "chat_prompt", "sampling", "worker")
 AT_ONCE = 3 << 20  # bytes of weights in one element of the page, a multiple of 3
-GOLDEN_TOKENS, CLEAR = 64, 0.01  # a token is compared while the next likeliest is less likely by this much (log)
+GOLDEN_TOKENS, CLEAR = 32, 0.01  # a token is compared while the next likeliest is less likely by this much (log)
 
 # -- weights ----------------------------------------------------------------------------------------------------------
 
@@ -75,7 +75,8 @@ def write_html(model: Path, path: Path, kind: str = "int8") -> None:
         "model": _choices(a), "tokenizer": page_tokenizer(tokenizer), "chat": _chat(tokenizer),
         "beginning": [*tokenizer.beginning], "ends": sorted({tokenizer.eos_token_id, *tokenizer.stop_token_ids}),
         "has_template": tokenizer.chat_template is not None,
-        "talks": learned_conversations(directory) is not False, "suppressed": [*map(int, tokenizer.suppressed)],
+        "talks": learned_conversations(directory) or run_of(directory) is None,
+        "suppressed": [*map(int, tokenizer.suppressed)],
         "golden": {"text": PROBE, "ids": ids, **_golden(rounded, ids[: a.max_positions // 2])},
     }  # fmt: skip
     Path(path).write_text(_page(header, b"".join(blobs)), encoding="utf-8")
@@ -368,9 +369,9 @@ class HtmlPage(Runtime):
         return self._playwright.chromium.launch(executable_path=browser, args=["--no-sandbox", "--headless"])
 
     def _call(self, name: str, *arguments: Any) -> Any:
-        # JSON in ASCII, since half of a surrogate pair cannot be sent otherwise.
-        script = "([name, text]) => window.slm[name](...JSON.parse(text))"
-        return self.page.evaluate(script, [name, json.dumps(arguments)])
+        # JSON both ways: playwright's own form is slow for many numbers, and cannot hold half of a surrogate pair.
+        script = "async ([name, text]) => JSON.stringify(await window.slm[name](...JSON.parse(text)))"
+        return json.loads(self.page.evaluate(script, [name, json.dumps(arguments)]))
 
     def encode(self, text: str) -> list[int]:
         return self._call("encode", text)
