@@ -4,6 +4,7 @@
 # make test-browser the page in Chromium (Debian: apt-get install chromium); SLMKIT_SCREENSHOTS=FOLDER keeps pictures
 # make test-kill    a run killed a hundred times and resumed, compared with one that nobody killed
 # make test-transformers4   the comparisons with transformers 4
+# make test-space   the page of a Space, with gradio beside what is installed (its versions are not those of the rest)
 # make test-hosts   two hosts, one of which is lost in mid-run (root, iproute2)
 # make test-load    the server with 500 clients that leave, 50 that do not read, and attacks of many kinds
 # make test-long    models read far past their trained length
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 # pip's view of the pinned set: the same versions for everybody.
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: quickstart test test-fast test-browser test-transformers4 test-long test-load test-hosts test-kill lint types check format clean
+.PHONY: quickstart test test-fast test-browser test-transformers4 test-space test-long test-load test-hosts test-kill lint types check format clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/slm quickstart
@@ -35,6 +36,10 @@ test-transformers4: $(VENV)/.installed-test
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/transformers4 --upgrade "transformers<5" "huggingface_hub<1" \
 		"tokenizers<=0.23.0" requests urllib3 charset_normalizer idna certifi
 	PYTHONPATH=$(VENV)/transformers4 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto tests/parity
+
+test-space: $(VENV)/.installed-test
+	$(BIN)/pip install --quiet --target $(VENV)/gradio --upgrade gradio==6.31.0
+	PYTHONPATH=$(VENV)/gradio OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/export/test_folders.py -k page_of_a_space
 
 # A model of 8,192 positions read at 32,768 and 131,072: half an hour.
 test-long: $(VENV)/.installed-test

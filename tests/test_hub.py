@@ -273,14 +273,14 @@ def test_a_run_is_published_with_its_card_and_read_again(
     published = hub.commits["me/fox", "main"]
     checkpoint = find_model_directory(run.root)
     assert published.keys() == {
-        "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "README.md", "config.json", "generation_config.json", "loss.png", "model.safetensors", "tokenizer.json",
         "tokenizer_config.json",
     }  # fmt: skip
     assert published["model.safetensors"] == (checkpoint / "model.safetensors").read_bytes()
     card = published["README.md"].decode()
-    for part in ("base_model: someone/tiny", 'from_pretrained("me/fox")', "slm generate me/fox",
-                 "| objective | pretrain |", "| data | text.txt |", "| learning_rate |", "| steps | 2 |",
-                 "Validation loss: "):  # fmt: skip
+    for part in ("base_model: someone/tiny", 'from_pretrained("me/fox")', "slm chat me/fox",
+                 "| objective | pretrain |", "| text.txt |", "| learning_rate |", "| steps | 2 |", "(loss.png)",
+                 "| validation loss |"):  # fmt: skip
         assert part in card, part
     assert str(tmp_path) not in card, "nobody else has this machine's folders"
     ids = torch.arange(9)[None]
@@ -289,7 +289,10 @@ def test_a_run_is_published_with_its_card_and_read_again(
     assert torch.equal(ours, theirs)
     push_model(run.root, "me/fox", revision="v1")
     assert SLMForCausalLM.from_pretrained("me/fox@v1").config.hidden_size == 16
-    assert len(huggingface_hub.ModelCard(card).data.to_dict()["tags"]) == 2
+    assert len(huggingface_hub.ModelCard(card).data.to_dict()["tags"]) == 4
+    assert "license" not in huggingface_hub.ModelCard(card).data.to_dict()
+    push_model(run.root, "me/fox", license="cc0-1.0")
+    assert "\nlicense: cc0-1.0\n" in hub.commits["me/fox", "main"]["README.md"].decode()
 
 
 @pytest.mark.parametrize(

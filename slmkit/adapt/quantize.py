@@ -22,6 +22,7 @@ from slmkit.model.decoder import Decoder, Embedding
 from slmkit.model.kernels import GROUPS, NF4, Kind, Matrix, dequantize
 
 LARGEST: dict[Kind, int] = {"int8": 127, "int4": 7, "nf4": 1}  # the largest value of a code, by kind
+DEFAULT_GROUP = {"int8": 32, "int4": 32, "nf4": 64}  # columns of a group; bitsandbytes' own for nf4
 # Candidates for the scale of a group, as shares of its largest magnitude / 7: a smaller step rounds most weights less
 # and clips the largest one.
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -9,13 +10,14 @@ import typer
 from slmkit.cli.options import ModelPath
 
 if TYPE_CHECKING:
+    from slmkit.export.gguf_types import PlannedTensor
     from slmkit.export.runtimes import Parity
     from slmkit.workflows.export import Verdict
 
 
 def export(
     model: ModelPath,
-    to: Annotated[str, typer.Option("--to", help="gguf or hf.")],
+    to: Annotated[str, typer.Option("--to", help="gguf, html, onnx, hf, ollama, mlx or space.")],
     kind: Annotated[
         str | None, typer.Option("--type", help="How weights are stored, such as Q4_K_M, int8 or bfloat16.")
     ] = None,
@@ -36,20 +38,23 @@ def export(
     The result is opened in that program. Only if it reads the same ids, renders the same chat prompts and predicts the
     same, within the bounds of its precision, does it get its name. Figures are in parity.json beside it.
 
+    Example: slm export runs/book --to gguf --type Q8_0
     Example: slm export runs/book --to hf --type bfloat16
     """
     from slmkit.cli.show import progress_bar
     from slmkit.find import find_model_directory
 
     find_model_directory(model)
-    from slmkit.workflows.export import Request, record_of
+    from slmkit.workflows.export import Request, plan_of, record_of
     from slmkit.workflows.export import export as export_model
 
     request = Request(to, output, kind, unverified, allow_fallback, overwrite, shard)
+    if plan := plan_of(model, request):
+        print_plan(plan)
     with progress_bar("export") as show:
         path, parity = export_model(model, request, lambda line: show(line, None))
     print(f"{to}: {path}")
-    print(f"compared: {summary(parity) if parity else 'no, since the program is not installed'}; {record_of(path)}")
+    print(f"compared: {figures(parity) if parity else 'no, since the program is not installed'}; {record_of(path)}")
 
 
 def verify(
@@ -80,7 +85,24 @@ def verify(
         raise typer.Exit(1)
 
 
-def summary(parity: Parity) -> str:
+def print_plan(plan: list[PlannedTensor]) -> None:
+    """Types of the tensors of a GGUF: a row for those of all layers that are alike, and a line for the whole."""
+    from slmkit.cli.show import print_table
+    from slmkit.export.gguf import summary
+
+    alike: dict[tuple[str, ...], list[PlannedTensor]] = {}
+    for one in plan:
+        name = re.sub(r"\.\d+\.", ".*.", one.name)
+        alike.setdefault((name, " × ".join(map(str, one.shape)), one.type, one.reason), []).append(one)
+    rows = [
+        (name, str(len(each)), shape, type_, f"{sum(one.bytes for one in each):,}", reason)
+        for (name, shape, type_, reason), each in alike.items()
+    ]
+    print_table(("tensor", "tensors", "shape", "type", "bytes", "why"), rows, right=("tensors", "bytes"))
+    print(summary(plan))
+
+
+def figures(parity: Parity) -> str:
     """The figures of a comparison that was passed, in one line."""
     ids, chats, _, predicted, greedy = parity.checks.values()
     return (

@@ -100,10 +100,13 @@ def push(
     name: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Its name on the hub.")],
     private: Annotated[bool, typer.Option("--private", help="If the repository is new, make it private.")] = False,
     revision: Annotated[str | None, typer.Option(help="The branch to publish on; default: main.")] = None,
+    license: Annotated[
+        str | None, typer.Option(help="Its licence, as the hub spells it (apache-2.0); default: the recipe's.")
+    ] = None,
 ) -> None:
     """Publish a model on the Hugging Face hub.
 
-    A model card is made from its run.
+    A model card is made from its run, unless the model has a README.md and no --license is given.
 
     Example: slm push runs/book me/book --private
     """
@@ -113,6 +116,6 @@ def push(
     find_model_directory(model)
     from slmkit.workflows.push import push_model  # imports torch: after the arguments were checked
 
-    page = push_model(model, name, private, revision)
+    page = push_model(model, name, private, revision, license)
     print(f"published: {page}")
     print(f"next: {suggestion(name + (f'@{revision}' if revision else ''), model)}")

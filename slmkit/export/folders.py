@@ -6,20 +6,36 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
 from slmkit.config import UserError
+from slmkit.export.gguf import (
+    CAPPED_LOGITS,
+    CAPPED_SCORES,
+    GELU,
+    NO_ATTENTION_BIAS,
+    NO_WINDOWS,
+    SILU,
+    TIED,
+    WHOLE_HEADS,
+    Need,
+)
+from slmkit.export.runtimes import Transformers
+from slmkit.model.architectures import Architecture, architecture_of
 from slmkit.model.config import SLMConfig
-from slmkit.model.families import family_of
+from slmkit.model.families import NOT_IN_TRANSFORMERS, family_of
 from slmkit.model.files.directory import WEIGHTS, load_decoder, quantization_of, stored_names, write_configs
 from slmkit.model.files.generation_config import read_generation_config
+from slmkit.model.rope import Linear, Llama3
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.tokenizer.chat_pieces import ChatPieces, chat_pieces
 
@@ -139,6 +155,60 @@ def _linked(source: Path, target: Path) -> None:
 GROUPS = (64, 32)  # weights with one scale
 
 
+def _full_every(a: Architecture) -> int:
+    """Every how manyeth layer has no window, by the first of them; 0: none."""
+    return next((i for i, layer in enumerate(a.layers, 1) if layer.window is None), 0)
+
+
+def _scaled_by(kinds: tuple[type, ...], a: Architecture, windowed: bool | None = None) -> bool:
+    """Whether RoPE has no scaling but of these kinds, in all layers, or in those with a window or without."""
+    layers = [layer for layer in a.layers if windowed is None or (layer.window is not None) == windowed]
+    return all(layer.rope is None or isinstance(layer.rope.scaling, (*kinds, type(None))) for layer in layers)
+
+
+# What mlx-lm's code of each family computes, whatever config.json says.
+ROPE = Need("rope_type", partial(_scaled_by, (Linear, Llama3)), "default, linear or llama3")
+PLAIN = Need("rope_type", partial(_scaled_by, ()), "default")
+PLAIN_WINDOWS = Need("rope_type", partial(_scaled_by, (), windowed=True), "default in layers with a window")
+ONE_BASE = Need("rope_theta", lambda a: len({layer.rope.theta for layer in a.layers if layer.rope}) == 1, "one for all")
+A_FULL_LAYER = Need("layer_types", lambda a: _full_every(a) > 0, "a layer without window")
+BOTH_KINDS = Need("layer_types", lambda a: len({layer.window for layer in a.layers}) == 2, "layers of both kinds")
+PERIODIC = Need(
+    "layer_types",
+    lambda a: all((i % max(1, _full_every(a)) == 0) == (layer.window is None) for i, layer in enumerate(a.layers, 1)),
+    "every n-th layer without window",
+)
+IN_MLX = {
+    "gpt2": (GELU, TIED, Need("intermediate_size", lambda a: a.mlp_width == 4 * a.width, "4 × hidden_size")),
+    "llama": (SILU, ROPE),
+    "mistral": (SILU, ROPE, NO_WINDOWS),
+    "qwen2": (SILU, ROPE, NO_WINDOWS, WHOLE_HEADS),
+    "qwen3": (SILU, ROPE, NO_WINDOWS, NO_ATTENTION_BIAS),
+    "smollm3": (SILU, ROPE, A_FULL_LAYER),
+    "olmo2": (SILU, ROPE),
+    "olmo3": (SILU, ROPE, PLAIN_WINDOWS, ONE_BASE, BOTH_KINDS),
+    "gemma2": (GELU, PLAIN, NO_WINDOWS, NO_ATTENTION_BIAS, TIED, CAPPED_SCORES, CAPPED_LOGITS),
+    "gemma3_text": (
+        GELU, ROPE, PLAIN_WINDOWS, A_FULL_LAYER, PERIODIC, NO_ATTENTION_BIAS,
+        Need("final_logit_softcapping", lambda a: a.logit_cap is None, "null"),
+    ),
+}  # fmt: skip
+
+
+def expect_mlx(config: SLMConfig) -> Architecture:
+    """The architecture. Raises `UserError` that names the family or setting with which mlx-lm would differ."""
+    if config.model_type not in IN_MLX:
+        raise UserError(f"mlx-lm does not run {config.model_type}: it runs {', '.join(IN_MLX)}; export to gguf")
+    a = architecture_of(config)
+    for need in IN_MLX[config.model_type]:
+        if not need.holds(a):
+            found = getattr(config, need.field, config.rope_parameters)
+            raise UserError(
+                f"mlx-lm runs {config.model_type} only with {need.field} {need.words}, found {found}: export to gguf"
+            )
+    return a
+
+
 def write_mlx(model: Path, folder: Path, bits: int | None = None) -> None:
     """The folder that `mlx_lm.load` reads: weights in float32, or bfloat16 with matrices of 2, 4 or 8 bits.
 
@@ -146,19 +216,20 @@ def write_mlx(model: Path, folder: Path, bits: int | None = None) -> None:
     """
     _expect_full(model)
     decoder, config = load_decoder(model)
+    a = expect_mlx(config)
+    more: dict[str, Any] = {"sliding_window_pattern": _full_every(a)}  # for Gemma 3; others do not read it
     family, state = family_of(config.model_type), decoder.state_dict()
     tensors: dict[str, Tensor] = {}
     whole = {
         theirs.replace("transformer.", "model."): torch.cat([state[name] for name in ours])  # matrices as [out, in]
         for theirs, ours in stored_names(state, family).items()
     }
-    more: dict[str, Any] = {}
     if bits is None:
         tensors = {name: tensor.contiguous() for name, tensor in whole.items()}
     else:
         matrices = [tensor for tensor in whole.values() if tensor.ndim == 2]
         group = max(GROUPS, key=lambda size: sum(one.numel() for one in matrices if one.size(1) % size == 0))
-        more = {key: {"group_size": group, "bits": bits} for key in ("quantization", "quantization_config")}
+        more |= {key: {"group_size": group, "bits": bits} for key in ("quantization", "quantization_config")}
         for name, tensor in whole.items():
             if tensor.ndim == 2 and tensor.size(1) % group == 0:
                 parts = quantized(tensor.bfloat16(), bits, group)
@@ -194,11 +265,42 @@ def quantized(weight: Tensor, bits: int, group: int) -> dict[str, Tensor]:
     }
 
 
+class Mlx(Transformers):
+    """mlx-lm, which reads text as transformers does. Raises `UserError` if it is not installed."""
+
+    name = "mlx-lm"
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            import mlx_lm
+        except ModuleNotFoundError:
+            raise UserError("mlx-lm is not installed: pip install mlx-lm") from None
+        self.size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        self._model, tokenizer = mlx_lm.load(str(folder))
+        self._tokenizer = tokenizer._tokenizer
+
+    def log_probs(self, ids: Sequence[int], lengths: Sequence[int]) -> np.ndarray:
+        import mlx.core as mx
+
+        places = mx.array([length - 1 for length in lengths])
+        logits = self._model(mx.array([[*ids]]))[0, places].astype(mx.float32)
+        return np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+
+    def greedy(self, ids: Sequence[int], count: int) -> list[int]:
+        import mlx.core as mx
+        from mlx_lm.models.cache import make_prompt_cache
+
+        fresh, cache, found = [*ids], make_prompt_cache(self._model), list[int]()
+        for _ in range(count):
+            fresh = [int(mx.argmax(self._model(mx.array([fresh]), cache=cache)[0, -1]))]
+            found += fresh
+        return found
+
+
 # -- Spaces -----------------------------------------------------------------------------------------------------------
 
 GRADIO = "6.31.0"
 SPACE_APP = Path(__file__).with_name("space_app.py")
-NOT_IN_TRANSFORMERS = {"slm"}
 REQUIREMENTS = ("torch>=2.10", "transformers>=5.3")
 
 

@@ -6,13 +6,9 @@ import contextlib
 import dataclasses
 import importlib.util
 import io
-import itertools
 import json
-import random
 import re
-import string
 import time
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,26 +18,12 @@ import numpy as np
 import torch
 
 from slmkit.config import UserError, one_line
+from slmkit.export.probe import Message, Probe
 from slmkit.model.decoder import Decoder
 from slmkit.tokenizer import SLMTokenizer
 
-Message = dict[str, str]
-SENTENCES = (
-    "Once upon a time a small fox lived at the edge of a forest. Every morning it went down to the river, "
-    "and every evening it told its sister what it had seen there."
-)
-# Text that tokenizers read differently from each other: contractions, numbers, spaces, line ends, code, emoji.
-PIECES = (
-    " ", "  ", "   ", "\n", "\n\n", "\r\n", "\t", "\u00a0", "\u3000", "\u2028", "\u200b", "\ufeff", "\x00", "\x1b[0m",
-    "'s", "'LL", "’re", "don't", "I'M", "1", "12", "123", "1234567", "3.14", "1,000", "٣٤٥", "२०२६", "Ⅷ", "½", "x²",
-    "for i in range(10):\n    print(i)", "</div>", "a_b.c(d)[0] += 1;", "{\"k\": [1, null]}", "//", "#!", "\\n", "===",
-    "🙂", "👩‍🚀", "🏳️‍🌈", "🇩🇪", "👍🏽", "e\u0301", "A\u030a\u0323", "ﬁ", "ß", "ẞ", "İ", "ǅ", "한국어", "日本語です",
-    "我们在这里", "각", "ไทย", "नमस्ते",
-)  # fmt: skip
 MOST_TIES = 16  # of greedy tokens, that are passed over
-MOST_LETTERS = 400  # of a script, the first, which are the usual ones
 NORMALISED = 1e-2  # how far the logarithm of the sum of all probabilities may be from 0
-TAGGED = 20  # conversations with special tokens in a message
 
 
 class Runtime(Protocol):
@@ -87,100 +69,18 @@ class Bounds:
 
 EXACT = Bounds(1e-3, 1e-5, True)
 # Divergence by the bits of a weight; of a wrong conversion, such as permuted rows, it is several nats.
-ROUNDED = {16: 0.01, 8: 0.02, 6: 0.05, 5: 0.1, 4: 0.3, 3: 1.0, 2: 2.0}
+ROUNDED = {16: 0.01, 8: 0.01, 6: 0.02, 5: 0.05, 4: 0.1, 3: 0.3, 2: 1.0}
 
 
 def bounds_of(kind: str) -> Bounds:
-    """The bounds for weights of a kind that any target names, such as F32, bfloat16, Q4_K_M or int8."""
-    bits = int((re.findall(r"\d+", kind) or ["32"])[0])
+    """The bounds for weights of a kind, as any target names it."""
+    bits = bits_of(kind)
     return EXACT if bits >= 32 else Bounds(float("inf"), ROUNDED.get(bits, ROUNDED[2]), False)
 
 
-@dataclass(frozen=True)
-class Probe:
-    """What runtimes are asked: the same for the same model and tokenizer."""
-
-    strings: list[str]
-    conversations: list[list[Message]]
-    tagged: list[list[Message]]  # with special tokens spelled in the messages
-    readings: list[list[list[int]]]  # of each: their ids as ordinary text, and as tokens, as transformers reads them
-    prompts: list[tuple[list[int], list[int]]]  # ids [tokens], and the lengths after which the next token is predicted
-    start: list[int]  # ids [tokens] after which greedy tokens are compared
-    count: int  # of greedy tokens
-
-    @classmethod
-    def of(
-        cls, decoder: Decoder, tokenizer: SLMTokenizer, strings: int = 10_000, conversations: int = 200,
-        count: int = 256,
-    ) -> Probe:  # fmt: skip
-        """Texts of all scripts; positions also past each window and past the original context, where there are some."""
-        rng, most = random.Random(17), decoder.max_positions - 1
-        known = [index for index in np.flatnonzero(tokenizer.known_ids).tolist() if index < decoder.vocab_size]
-        edges = {layer.window or 0 for layer in decoder.architecture.layers}
-        edges |= {int(getattr(rope.scaling, "original_max_position_embeddings", 0)) for rope in decoder.ropes}
-        last = min(most, max(256, max(edges) + 64))
-        lengths = {1, 2, 30, 200, last, *(edge + more for edge in edges for more in (-1, 0, 1, 40))}
-        start = tokenizer.encode_prompt(SENTENCES)[: max(1, most // 2)]
-        texts = probe_strings((*tokenizer.special_tokens, *tokenizer.added_words), strings)
-        plain, tagged = _conversations(tokenizer, texts, conversations)
-        prompts = [
-            (rng.choices(known, k=last), sorted(length for length in lengths if 0 < length <= last)),
-            (start, [*range(1, len(start) + 1, 4)]),
-        ]
-        readings = [[ids, _read_openly(tokenizer, ids)] for ids in map(tokenizer.encode_chat_prompt, tagged)]
-        return cls(texts, plain, tagged, readings, prompts, start, min(count, most - len(start)))
-
-    @property
-    def context(self) -> int:
-        """The tokens of the longest text, with its continuation."""
-        return max(len(self.start) + self.count, *(len(ids) + 1 for ids, _ in self.prompts))
-
-
-def probe_strings(spellings: Sequence[str], count: int) -> list[str]:
-    """`count` texts of up to 12 pieces: words of each script, of English, `PIECES`, any characters, `spellings`."""
-    rng, scripts = random.Random(23), dict[str, list[str]]()
-    anything = [*filter(str.isprintable, map(chr, range(0x32000)))]
-    for character in anything:
-        if unicodedata.category(character)[0] in "LMN":  # a script is the first word of a letter's name
-            scripts.setdefault(unicodedata.name(character, "other").split()[0], []).append(character)
-    endless = [itertools.cycle(rng.sample(some := each[:MOST_LETTERS], len(some))) for each in scripts.values()]
-    texts = []
-    for letters in itertools.islice(itertools.cycle(endless), count):
-        parts = []
-        for _ in range(rng.randint(1, 12)):
-            if rng.random() < 0.5:
-                part = "".join(itertools.islice(letters, rng.randint(1, 8)))
-            else:
-                part = rng.choice(
-                    rng.choice((SENTENCES.split(), string.printable, PIECES, anything, spellings or PIECES))
-                )
-            parts.append(part + rng.choice(("", "", " ")))
-        texts.append("".join(parts))
-    return texts
-
-
-def _conversations(
-    tokenizer: SLMTokenizer, texts: Sequence[str], count: int
-) -> tuple[list[list[Message]], list[list[Message]]]:
-    """Conversations that the chat template renders: about `count` without special tokens in a message, a few with."""
-    if tokenizer.chat_template is None:
-        return [], []
-    rng, found, special = random.Random(29), list[list[Message]](), (*tokenizer.special_tokens,)
-    said = [text for text in texts if text.strip() and not any(token in text for token in special)] or ["Hello!"]
-    for number in range(count):
-        roles = [*["system"] * (number % 3 == 0), *["user", "assistant"] * rng.randint(0, 2), "user"]
-        messages = [{"role": role, "content": rng.choice(said)} for role in roles]
-        with contextlib.suppress(UserError):  # some templates take no system message
-            if (ids := tokenizer.encode_chat_prompt(messages)) and messages not in found:
-                found.append(messages)
-    is_open = found and _read_openly(tokenizer, ids) == ids
-    tagged = [[{"role": "user", "content": f"What does {token} mean?"}] for token in special[:TAGGED]]
-    return found, tagged if is_open else []
-
-
-def _read_openly(tokenizer: SLMTokenizer, ids: list[int]) -> list[int]:
-    """The ids [tokens] of the text of `ids` with special tokens recognised wherever they are spelled."""
-    return tokenizer.encode(tokenizer.decode(ids), allow_special=True)
+def bits_of(kind: str) -> int:
+    """The bits of a weight: of F32, bfloat16, Q4_K_M or int8."""
+    return int((re.findall(r"\d+", kind) or ["32"])[0])
 
 
 @dataclass
@@ -263,22 +163,27 @@ def _compare_ids(asked: Sequence[Any], expected: Sequence[Any], found: Sequence[
 
 
 def _compare_log_probs(probe: Probe, bounds: Bounds, expected: Answers, found: Answers) -> Check:
-    furthest, divergences = (0.0, 0), []
+    apart, problem = (0.0, 0), ""
     for (_, lengths), ours, theirs in zip(probe.prompts, expected.log_probs, found.log_probs):
         if ours.shape != theirs.shape:
             return {}, f"a vocabulary of {theirs.shape[-1]:,} instead of {ours.shape[-1]:,} tokens"
-        for length, p, q in zip(lengths, ours.astype(np.float64), theirs.astype(np.float64)):
-            totals = [float(np.log(np.exp(each).sum())) for each in (p, q)]  # 0 for probabilities that add up to 1
-            if not np.isfinite(q).all() or abs(totals[1]) > NORMALISED:
+        for length, p, q in zip(lengths, ours, theirs):
+            if not np.isfinite(q).all() or abs(np.log(np.exp(q.astype(np.float64)).sum())) > NORMALISED:
                 return {}, f"after {length} tokens they are not finite, or no distribution"
-            divergences.append(float((np.exp(p) * (p - totals[0] - q + totals[1])).sum()))
-            furthest = max(furthest, (float(np.abs(p - q).max()), length))
-    kl, (apart, length), problem = float(np.mean(divergences)), furthest, ""
-    if apart > bounds.log_prob:
-        problem = f"{apart:.2g} nats apart after {length} tokens, the bound is {bounds.log_prob:g}"
+            apart = max(apart, (float(np.abs(p - q).max()), length))
+    kl, positions = mean_divergence(expected.log_probs, found.log_probs), sum(map(len, expected.log_probs))
+    if apart[0] > bounds.log_prob:
+        problem = f"{apart[0]:.2g} nats apart after {apart[1]} tokens, the bound is {bounds.log_prob:g}"
     elif kl > bounds.kl:
-        problem = f"a mean divergence of {kl:.2g} nats, the bound is {bounds.kl:g}"
-    return {"positions": len(divergences), "max_abs": apart, "after": length, "mean_kl": kl}, problem
+        problem = f"a mean divergence of {kl:.2g} nats, the bound is {bounds.kl:.2g}"
+    return {"positions": positions, "max_abs": apart[0], "after": apart[1], "mean_kl": kl}, problem
+
+
+def mean_divergence(expected: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> float:
+    """Kullback-Leibler divergence of log-probabilities [positions, vocab_size] each, in nats: the mean of positions."""
+    p, q = (np.concatenate(each).astype(np.float64) for each in (expected, found))
+    p, q = (each - np.log(np.exp(each).sum(-1, keepdims=True)) for each in (p, q))
+    return float((np.exp(p) * (p - q)).sum(-1).mean())
 
 
 def _compare_greedy(

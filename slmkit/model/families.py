@@ -14,6 +14,7 @@ from slmkit.config import UserError, read_table
 
 Names = Mapping[str, str]
 FULL, SLIDING = "full_attention", "sliding_attention"
+NOT_IN_TRANSFORMERS = ("slm",)  # families that transformers has no code for
 
 
 @dataclass(frozen=True)

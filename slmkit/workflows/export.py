@@ -10,87 +10,42 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from slmkit.adapt.adapter import fingerprint
-from slmkit.adapt.load import load_model
-from slmkit.adapt.quantize import LARGEST, dequantize_modules, quantized_modules, round_to, to_quantize
-from slmkit.adapt.quantized_files import save_quantized
+from slmkit.adapt.quantize import DEFAULT_GROUP, quantized_modules, round_to, to_quantize
 from slmkit.config import UserError, did_you_mean
-from slmkit.export.runtimes import EXACT, Answers, Parity, Probe, Runtime, Slmkit, Transformers, bounds_of, compare
+from slmkit.export.gguf import plan_tensors
+from slmkit.export.gguf_types import PlannedTensor
+from slmkit.export.probe import Probe
+from slmkit.export.runtimes import (
+    EXACT,
+    Answers,
+    Bounds,
+    Parity,
+    Runtime,
+    Slmkit,
+    Transformers,
+    bits_of,
+    bounds_of,
+    compare,
+    mean_divergence,
+)  # fmt: skip
+from slmkit.export.targets import TARGETS, Loaded, Request, Target, load, written
 from slmkit.files import staged
 from slmkit.find import find_model_directory
 from slmkit.model.config import SLMConfig
-from slmkit.model.decoder import Decoder
-from slmkit.model.families import family_of
-from slmkit.model.files.adapter_directory import base_of, is_adapter
-from slmkit.model.files.directory import empty_decoder, load_decoder, open_weights, save_decoder, write_configs
-from slmkit.model.files.stored import StoredTensor, expect_finite, write_shards
-from slmkit.tokenizer import SLMTokenizer
-from slmkit.workflows.merge import EXTRA_FILES
 from slmkit.workflows.push import card_of
-from slmkit.workflows.quantize import DEFAULT_GROUP
 
 PACKAGES = ("slmkit", "torch", "tokenizers", "transformers", "gguf", "xllamacpp", "onnx", "onnxruntime", "playwright")
+STRINGS = 10_000  # whose ids are compared
+ALLOWED = 5  # times the divergence of slmkit's own rounding
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Request:
-    """What `slm export` was asked for. `kind`: how weights are stored, by the target's own name; None: its default."""
-
-    to: str
-    output: str | None = None
-    kind: str | None = None
-    unverified: bool = False
-    allow_fallback: bool = False
-    overwrite: bool = False
-    shard: float = 5.0  # GB of a file of weights, at most
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A model in float32. `source` is a directory with its weights as numbers of 16 or 32 bits."""
-
-    name: str
-    decoder: Decoder
-    config: SLMConfig
-    tokenizer: SLMTokenizer
-    source: Path
-
-    @property
-    def runtime(self) -> Slmkit:
-        size = sum(path.stat().st_size for path in self.source.glob("*.safetensors"))
-        return Slmkit(self.decoder, self.tokenizer, size)
-
-
-@dataclass(frozen=True)
-class Target:
-    """A format: how it is written, what opens it, and how that is installed."""
-
-    pattern: str  # of its file, or of one in its folder
-    kinds: tuple[str, ...]  # of weights, the default first
-    engines: tuple[str, ...]  # packages or programs, of which one is needed to open it
-    write: Callable[[Loaded, Path, str, Request], object]
-    open: Callable[[Path, Probe], Runtime]
-    install: str = "slmkit[export]"
-    suffix: str = ""  # of its file; empty for a folder
-
-    @property
-    def missing(self) -> str:
-        """What has to be installed to open it, in words; empty if it is."""
-        if any(importlib.util.find_spec(name) or shutil.which(name) for name in self.engines):
-            return ""
-        return f"{' or '.join(self.engines)} is not installed: pip install {self.install}"
 
 
 # -- export -----------------------------------------------------------------------------------------------------------
@@ -111,12 +66,17 @@ def export(model: str, request: Request, say: Say = lambda line: None) -> tuple[
             loaded, made = load(model, folder / "whole"), folder / "done" / final.name
             say(f"writing {request.to}, {kind}")
             written(target, loaded, made, kind, request)
+            if request.to == "hf":
+                (made / "README.md").write_text(card_of(Path(model), made, made.name), encoding="utf-8")
             parity = None
             if not target.missing:
-                probe = Probe.of(loaded.decoder, loaded.tokenizer)
+                say("asking slmkit")
+                probe = Probe.of(loaded.decoder, loaded.tokenizer, STRINGS)
+                expected = Answers.of(loaded.runtime, probe)
                 with target.open(made, probe) as runtime:
                     say(f"comparing {runtime.name} with slmkit")
-                    parity = compare(loaded.runtime, runtime, probe, bounds_of(kind))
+                    bounds = bounds_for(kind, loaded, probe, expected)
+                    parity = compare(loaded.runtime, runtime, probe, bounds, expected)
             if parity and not parity.passed:
                 raise UserError(f"{final}: not written, since it differs from the model: {parity.failures[0]}")
             about = about_export(loaded, made, request.to, kind)
@@ -126,6 +86,22 @@ def export(model: str, request: Request, say: Say = lambda line: None) -> tuple[
     except OSError as error:
         raise UserError(f"{final}: cannot be written: {error.strerror or error}") from None
     return final, parity
+
+
+def bounds_for(kind: str, loaded: Loaded, probe: Probe, expected: Answers) -> Bounds:
+    """The bounds of a kind of weights, wider for a model that rounding changes more: a divergence of `ALLOWED` times
+    that of slmkit's own int4, which becomes a quarter with each further bit.
+    """
+    bounds = bounds_of(kind)
+    if bounds.greedy:
+        return bounds
+    try:
+        rounded = quantized(loaded, "int4", probe)
+    except UserError:  # its matrices have other widths
+        return bounds
+    log_probs = [rounded.log_probs(*prompt) for prompt in probe.prompts]
+    usual = mean_divergence(expected.log_probs, log_probs) * 4.0 ** (4 - min(bits_of(kind), 8))
+    return replace(bounds, kl=max(bounds.kl, ALLOWED * usual))
 
 
 def expect_possible(model: str, request: Request) -> tuple[Target, str, Path]:
@@ -141,6 +117,10 @@ def expect_possible(model: str, request: Request) -> tuple[Target, str, Path]:
         raise UserError(f"{target.missing} (it checks the result); or --unverified, to write without a check")
     name = model.rstrip("/") if Path(model).exists() else Path(model).name.partition("@")[0]
     final = Path(request.output or f"{name}-{'' if target.suffix else f'{request.to}-'}{kind}{target.suffix}")
+    if target.suffix and final.suffix != target.suffix:
+        raise UserError(
+            f"--output {final}: expected a name with {target.suffix} at its end, such as {final}{target.suffix}"
+        )
     if os.path.lexists(final):
         source = find_model_directory(model).resolve()
         if not request.overwrite:
@@ -150,33 +130,15 @@ def expect_possible(model: str, request: Request) -> tuple[Target, str, Path]:
     return target, kind, final
 
 
-def written(target: Target, loaded: Loaded, path: Path, kind: str, request: Request) -> None:
-    """Write a target to `path`, a file or a new folder."""
-    if not target.suffix:
-        path.mkdir()
-    target.write(loaded, path, kind, request)
+def plan_of(model: str, request: Request) -> list[PlannedTensor]:
+    """The tensors of a GGUF with their types and sizes, before it is written; empty for another target.
 
-
-def load(model: str, scratch: Path) -> Loaded:
-    """A model in float32: an adapter merged, quantized weights dequantized, and the result written to `scratch`."""
-    directory = find_model_directory(model)
-    decoder, config = load_model(directory)
-    of_base = is_adapter(directory) and not (directory / "tokenizer.json").is_file()
-    with_tokenizer = base_of(directory) if of_base else directory
-    tokenizer, source = SLMTokenizer.from_pretrained(with_tokenizer), directory
-    if is_adapter(directory) or quantized_modules(decoder):
-        dequantize_modules(decoder)
-        source = scratch
-        save_decoder(decoder, config, source)
-        copy_extras(with_tokenizer, source)
-    return Loaded(model, decoder, config, tokenizer, source)
-
-
-def copy_extras(source: Path, folder: Path) -> None:
-    """Copy the files of a model beside config and weights, except those that `folder` has."""
-    for name in EXTRA_FILES:
-        if (source / name).is_file() and not (folder / name).exists():
-            shutil.copyfile(source / name, folder / name)
+    Raises `UserError` as `export` does, before the weights are read.
+    """
+    target, kind, _ = expect_possible(model, request)
+    if target.write not in (TARGETS["gguf"].write, TARGETS["ollama"].write):
+        return []
+    return plan_tensors(SLMConfig.from_pretrained(model), kind, allow_fallback=request.allow_fallback)
 
 
 def record_of(path: Path) -> Path:
@@ -200,64 +162,9 @@ def about_export(loaded: Loaded, made: Path, to: str, kind: str) -> dict[str, An
     }  # fmt: skip
 
 
-def write_hf(loaded: Loaded, folder: Path, kind: str, request: Request) -> None:
-    """A Hugging Face model directory in any precision. Raises `UserError` for a weight that float16 cannot hold."""
-    source, config = loaded.source, loaded.config
-    if kind in LARGEST:
-        decoder, _ = load_decoder(source)
-        round_to(decoder, to_quantize(decoder, kind, DEFAULT_GROUP[kind], "bfloat16"), DEFAULT_GROUP[kind])
-        save_quantized(decoder, config, folder)
-    else:
-        tensors = open_weights(source, empty_decoder(config), family_of(config.model_type))
-        write_configs(config, folder, kind)
-        shapes = {name: (tensor.shape, getattr(torch, kind)) for name, tensor in tensors.items()}
-        write_shards(folder, shapes, lambda name: _converted(tensors[name], shapes[name][1]), request.shard * 1e9)
-    copy_extras(source, folder)
-    (folder / "README.md").write_text(card_of(Path(loaded.name), folder, folder.name), encoding="utf-8")
-
-
-def _converted(stored: StoredTensor, dtype: torch.dtype) -> Tensor:
-    tensor = stored.read()
-    expect_finite(tensor, f"{stored.path}: {stored.name!r}", "the model is broken: use another checkpoint")
-    converted = tensor.to(dtype)
-    expect_finite(
-        converted, f"{stored.name!r} in {dtype}", f"its largest weight is {tensor.abs().max():.3g}: use bfloat16"
-    )
-    return converted
-
-
-# -- targets ----------------------------------------------------------------------------------------------------------
-
-
-def _of(module: str) -> Any:
-    return importlib.import_module(f"slmkit.export.{module}")
-
-
-TARGETS = {
-    "gguf": Target(
-        "*.gguf",
-        ("F16", "F32", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K", "Q5_1", "Q5_0", "Q4_1", "Q4_0"),
-        ("xllamacpp",),
-        lambda loaded, path, kind, request: _of("gguf").write_gguf(
-            loaded.source, path, kind, allow_fallback=request.allow_fallback
-        ),
-        lambda path, probe: _of("llama_cpp").LlamaCpp(path, probe.context),
-        suffix=".gguf",
-    ),
-    "hf": Target(
-        "config.json",
-        ("float32", "float16", "bfloat16", *LARGEST),
-        ("transformers",),
-        write_hf,
-        lambda path, probe: Transformers(path),
-        install="transformers",
-    ),
-}
-
-
 # -- verify -----------------------------------------------------------------------------------------------------------
 
-MADE = (("gguf", "F32"), ("gguf", "Q8_0"))
+MADE = (("gguf", "F32"), ("gguf", "Q8_0"), ("onnx", "fp32"), ("html", "f32"), ("html", "int8"))
 Open = Callable[[Probe], Runtime]
 
 
@@ -282,7 +189,7 @@ def verify(model: str, files: Sequence[str] = (), say: Say = lambda line: None) 
         given = [_given(file) for file in files]
         say("loading the model")
         loaded = load(model, Path(scratch, "whole"))
-        reference, probe = loaded.runtime, Probe.of(loaded.decoder, loaded.tokenizer)
+        reference, probe = loaded.runtime, Probe.of(loaded.decoder, loaded.tokenizer, STRINGS)
         say("asking slmkit")
         expected = Answers.of(reference, probe)
         verdicts = [Verdict("slmkit", "float32", compare(reference, reference, probe, EXACT, expected))]
@@ -290,7 +197,7 @@ def verify(model: str, files: Sequence[str] = (), say: Say = lambda line: None) 
             say(f"comparing {name} {kind}")
             try:
                 with opened(probe) as runtime:
-                    parity = compare(reference, runtime, probe, bounds_of(kind), expected)
+                    parity = compare(reference, runtime, probe, bounds_for(kind, loaded, probe, expected), expected)
                 verdicts.append(Verdict(name, kind, parity, "; ".join(parity.failures), not parity.passed))
             except UserError as error:
                 verdicts.append(Verdict(name, kind, None, str(error), bool(files)))
@@ -300,7 +207,7 @@ def verify(model: str, files: Sequence[str] = (), say: Say = lambda line: None) 
 def _installed(loaded: Loaded, scratch: Path) -> Iterator[tuple[str, str, Open]]:
     """Name, kind of weights, and how it is opened, of every runtime; opening one that is not installed raises."""
     for kind in ("int8", "int4"):
-        yield "slmkit", kind, functools.partial(_quantized, loaded, kind)
+        yield "slmkit", kind, functools.partial(quantized, loaded, kind)
     yield "transformers", "float32", lambda probe: Transformers(loaded.source, "float32")
     for to, kind in MADE:
         yield to, kind, functools.partial(_made, loaded, to, kind, scratch / f"{to}-{kind}{TARGETS[to].suffix}")
@@ -313,7 +220,8 @@ def _made(loaded: Loaded, to: str, kind: str, path: Path, probe: Probe) -> Runti
     return TARGETS[to].open(path, probe)
 
 
-def _quantized(loaded: Loaded, kind: str, probe: Probe) -> Runtime:
+def quantized(loaded: Loaded, kind: str, probe: Probe) -> Runtime:
+    """The model in slmkit itself, rounded to the nearest codes."""
     decoder = copy.deepcopy(loaded.decoder)
     round_to(decoder, to_quantize(decoder, kind, DEFAULT_GROUP[kind], "bfloat16"), DEFAULT_GROUP[kind])
     wide = sum(parameter.numel() * 2 for parameter in decoder.parameters())

@@ -20,15 +20,10 @@ from slmkit.find import find_model_directory
 from slmkit.generation.ensemble import common_tokenizer
 from slmkit.hub import at_commit
 from slmkit.model.files.adapter_directory import base_of, find_adapter, is_adapter
-from slmkit.model.files.directory import load_decoder, save_decoder
+from slmkit.model.files.directory import EXTRA_FILES, load_decoder, save_decoder
 from slmkit.model.files.stored import expect_finite
 from slmkit.tokenizer import SLMTokenizer
 
-# Files copied from the first model: tokenizer and generation settings.
-EXTRA_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "tokenizer.model", "generation_config.json",
-)  # fmt: skip
 MADE_FROM = "merge.yaml"
 
 

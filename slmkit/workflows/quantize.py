@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from slmkit.adapt.gptq import gptq
 from slmkit.adapt.load import load_model
-from slmkit.adapt.quantize import GROUPS, LARGEST, expect_full, quantized_modules, round_to, to_quantize
+from slmkit.adapt.quantize import DEFAULT_GROUP, GROUPS, LARGEST, expect_full, quantized_modules, round_to, to_quantize
 from slmkit.adapt.quantized_files import load_quantized, save_quantized
 from slmkit.adapt.swapping import linears
 from slmkit.config import UserError
@@ -30,15 +30,14 @@ from slmkit.generation.generator import generate_ids
 from slmkit.generation.sampling_settings import SamplingSettings
 from slmkit.model.config import SLMConfig
 from slmkit.model.decoder import Decoder
-from slmkit.model.files.directory import quantization_of
+from slmkit.model.files.directory import EXTRA_FILES, quantization_of
 from slmkit.model.sizes import parameter_count
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.workflows.bench import speed_of
 from slmkit.workflows.evaluate import evaluate_text
-from slmkit.workflows.merge import EXTRA_FILES, new_directory
+from slmkit.workflows.merge import new_directory
 
 RESULTS = "quantization.json"
-DEFAULT_GROUP = {"int8": 32, "int4": 32, "nf4": 64}  # bitsandbytes' own for nf4
 LENGTH = 512  # tokens of a row of calibration text
 CALIBRATION_ROWS, HELD_OUT_ROWS, LEAST_ROWS = 64, 16, 5
 PROMPTS, PROMPT, NEW = 8, 32, 32  # greedy continuations that are compared: how many, tokens of prompt, new tokens

@@ -86,7 +86,8 @@ def tokenizer() -> SLMTokenizer:
 
 
 def config_of(family: str, settings: dict[str, Any]) -> SLMConfig:
-    return SLMConfig(model_type=family, **({"vocab_size": ROWS, "max_position_embeddings": CONTEXT} | settings))
+    shape = {"vocab_size": ROWS, "max_position_embeddings": CONTEXT, "eos_token_id": sorted(tokenizer().stop_token_ids)}
+    return SLMConfig(model_type=family, **(shape | settings))
 
 
 def random_decoder(config: SLMConfig, scale: float = 1.5) -> Decoder:

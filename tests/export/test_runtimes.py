@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from slmkit.adapt.quantize import round_to, to_quantize
 from slmkit.config import UserError
 from slmkit.export import runtimes
-from slmkit.export.runtimes import EXACT, Answers, Probe, Runtime, Slmkit, Transformers, bounds_of, compare
+from slmkit.export.probe import Probe, probe_strings
+from slmkit.export.runtimes import EXACT, Answers, Runtime, Slmkit, Transformers, bounds_of, compare
 from slmkit.model.decoder import Decoder
 from tests.export.small_model import CONTEXT, LLAMA3, ORIGINAL, loaded, small_config, write_small
 
@@ -58,9 +59,9 @@ class Changed(Runtime):
 
 
 def test_strings_are_the_same_each_time_and_of_all_scripts() -> None:
-    texts = runtimes.probe_strings(("<|im_end|>", "<think>"), 10_000)
+    texts = probe_strings(("<|im_end|>", "<think>"), 10_000)
     assert len(texts) == 10_000
-    assert texts == runtimes.probe_strings(("<|im_end|>", "<think>"), 10_000)
+    assert texts == probe_strings(("<|im_end|>", "<think>"), 10_000)
     whole = "".join(texts)
     for some in (
         "кошка", "γάτα", "חתול", "قطة", "बिल्ली", "แมว", "한국어", "日本語", "ねこ", "კატა", "կատու", "ድመት", "ꆀ",

@@ -20,6 +20,11 @@ from slmkit.model.decoder import Decoder
 from slmkit.model.families import Family, family_of
 from slmkit.model.files.stored import SHARDS, WEIGHTS, StoredTensor, expect_finite, stored_tensors
 
+# What a model has beside config and weights: tokenizer and generation settings.
+EXTRA_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "tokenizer.model", "generation_config.json",
+)  # fmt: skip
 # Constants that older versions of transformers stored among the weights.
 CONSTANTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 

@@ -216,6 +216,7 @@ class Recipe(Settings):
     objective: Literal["pretrain", "sft", "distill", "dpo", "kto", "grpo"] = "pretrain"  # what is learned, as above
     output_dir: str = "runs/model"  # the run's folder; numbered where it exists
     seed: int = 0  # the seed of weights, data order, dropout and sampling
+    license: str | None = None  # licence of the model, as the hub spells it (apache-2.0): for its model card
     model: ModelSettings = Field(default_factory=ModelSettings)  # the model to train
     lora: LoRASettings | None = None  # train an adapter instead of the whole model
     tokenizer: TokenizerSettings = Field(default_factory=TokenizerSettings)  # load or train a tokenizer

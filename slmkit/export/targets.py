@@ -1,0 +1,194 @@
+"""The formats of `slm export`: how each is written from a model, and which program opens it."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from slmkit.adapt.load import load_model
+from slmkit.adapt.quantize import DEFAULT_GROUP, LARGEST, dequantize_modules, quantized_modules, round_to, to_quantize
+from slmkit.adapt.quantized_files import save_quantized
+from slmkit.export.folders import Mlx, write_mlx, write_ollama, write_space
+from slmkit.export.gguf import write_gguf
+from slmkit.export.gguf_types import KINDS
+from slmkit.export.html import HtmlPage, write_html
+from slmkit.export.llama_cpp import LlamaCpp
+from slmkit.export.onnx import OnnxRuntime, write_onnx
+from slmkit.export.probe import Probe
+from slmkit.export.runtimes import Runtime, Slmkit, Transformers
+from slmkit.find import find_model_directory
+from slmkit.model.config import SLMConfig
+from slmkit.model.decoder import Decoder
+from slmkit.model.families import family_of
+from slmkit.model.files.adapter_directory import base_of, is_adapter
+from slmkit.model.files.directory import (
+    EXTRA_FILES,
+    empty_decoder,
+    load_decoder,
+    open_weights,
+    save_decoder,
+    write_configs,
+)  # fmt: skip
+from slmkit.model.files.stored import StoredTensor, expect_finite, write_shards
+from slmkit.tokenizer import SLMTokenizer
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `slm export` was asked for. `kind`: how weights are stored, by the target's own name; None: its default."""
+
+    to: str
+    output: str | None = None
+    kind: str | None = None
+    unverified: bool = False
+    allow_fallback: bool = False
+    overwrite: bool = False
+    shard: float = 5.0  # GB of a file of weights, at most
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in float32. `source` is a directory with its weights as numbers of 16 or 32 bits."""
+
+    name: str
+    decoder: Decoder
+    config: SLMConfig
+    tokenizer: SLMTokenizer
+    source: Path
+
+    @property
+    def runtime(self) -> Slmkit:
+        size = sum(path.stat().st_size for path in self.source.glob("*.safetensors"))
+        return Slmkit(self.decoder, self.tokenizer, size)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A format: how it is written, what opens it, and how that is installed."""
+
+    pattern: str  # of its file, or of one in its folder
+    kinds: tuple[str, ...]  # of weights, the default first
+    needs: tuple[str, ...]  # packages and programs that open it; one of several where there is an "or"
+    write: Callable[[Loaded, Path, str, Request], object]
+    open: Callable[[Path, Probe], Runtime]
+    install: str = "pip install slmkit[export]"
+    suffix: str = ""  # of its file; empty for a folder
+
+    @property
+    def missing(self) -> str:
+        """What has to be installed to open it, in words; empty if it is."""
+        for need in self.needs:
+            if not any(importlib.util.find_spec(name) or shutil.which(name) for name in need.split(" or ")):
+                return f"{need} is not installed: {self.install}"
+        return ""
+
+
+def load(model: str, scratch: Path) -> Loaded:
+    """A model in float32: an adapter merged, quantized weights dequantized, and the result written to `scratch`."""
+    directory = find_model_directory(model)
+    decoder, config = load_model(directory)
+    of_base = is_adapter(directory) and not (directory / "tokenizer.json").is_file()
+    with_tokenizer = base_of(directory) if of_base else directory
+    tokenizer, source = SLMTokenizer.from_pretrained(with_tokenizer), directory
+    if is_adapter(directory) or quantized_modules(decoder):
+        dequantize_modules(decoder)
+        source = scratch
+        save_decoder(decoder, config, source)
+        copy_extras(with_tokenizer, source)
+    return Loaded(model, decoder, config, tokenizer, source)
+
+
+def copy_extras(source: Path, folder: Path) -> None:
+    """Copy the files of a model beside config and weights, except those that `folder` has."""
+    for name in EXTRA_FILES:
+        if (source / name).is_file() and not (folder / name).exists():
+            shutil.copyfile(source / name, folder / name)
+
+
+def written(target: Target, loaded: Loaded, path: Path, kind: str, request: Request) -> None:
+    """Write a target to `path`, a file or a new folder."""
+    if not target.suffix:
+        path.mkdir()
+    target.write(loaded, path, kind, request)
+
+
+def write_hf(loaded: Loaded, folder: Path, kind: str, request: Request) -> None:
+    """A Hugging Face model directory in any precision. Raises `UserError` for a weight that float16 cannot hold."""
+    source, config = loaded.source, loaded.config
+    if kind in LARGEST:
+        decoder, _ = load_decoder(source)
+        round_to(decoder, to_quantize(decoder, kind, DEFAULT_GROUP[kind], "bfloat16"), DEFAULT_GROUP[kind])
+        save_quantized(decoder, config, folder)
+    else:
+        tensors = open_weights(source, empty_decoder(config), family_of(config.model_type))
+        write_configs(config, folder, kind)
+        shapes = {name: (tensor.shape, getattr(torch, kind)) for name, tensor in tensors.items()}
+        write_shards(folder, shapes, lambda name: _converted(tensors[name], shapes[name][1]), request.shard * 1e9)
+    copy_extras(source, folder)
+
+
+def _converted(stored: StoredTensor, dtype: torch.dtype) -> Tensor:
+    tensor = stored.read()
+    expect_finite(tensor, f"{stored.path}: {stored.name!r}", "the model is broken: use another checkpoint")
+    converted = tensor.to(dtype)
+    expect_finite(
+        converted, f"{stored.name!r} in {dtype}", f"its largest weight is {tensor.abs().max():.3g}: use bfloat16"
+    )
+    return converted
+
+
+def write_ollama_folder(loaded: Loaded, folder: Path, kind: str, request: Request) -> None:
+    gguf = folder / "model.gguf"
+    write_gguf(loaded.source, gguf, kind, allow_fallback=request.allow_fallback)
+    write_ollama(loaded.source, folder, gguf)
+
+
+GGUF = tuple(dict.fromkeys(("F16", *KINDS)))
+MLX = {"float32": None, "int8": 8, "int4": 4}
+TARGETS = {
+    "gguf": Target(
+        "*.gguf", GGUF, ("xllamacpp",),
+        lambda m, path, kind, request: write_gguf(m.source, path, kind, allow_fallback=request.allow_fallback),
+        lambda path, probe: LlamaCpp(path, probe.context),
+        suffix=".gguf",
+    ),
+    "ollama": Target(
+        "model.gguf", GGUF, ("xllamacpp",), write_ollama_folder,
+        lambda path, probe: LlamaCpp(path / "model.gguf", probe.context),
+    ),
+    "html": Target(
+        "*.html", ("int8", "int4", "f16", "f32"), ("playwright", "chromium or chromium-browser or google-chrome"),
+        lambda m, path, kind, request: write_html(m.source, path, kind),
+        lambda path, probe: HtmlPage(path),
+        install="pip install playwright, and Chromium",
+        suffix=".html",
+    ),
+    "onnx": Target(
+        "*.onnx", ("fp32", "fp16", "int8", "int4"), ("onnxruntime",),
+        lambda m, path, kind, request: write_onnx(m.source, path, kind),
+        lambda path, probe: OnnxRuntime(path),
+    ),
+    "hf": Target(
+        "config.json", ("float32", "float16", "bfloat16", *LARGEST), ("transformers",), write_hf,
+        lambda path, probe: Transformers(path),
+        install="pip install transformers",
+    ),
+    "mlx": Target(
+        "config.json", (*MLX,), ("mlx_lm",),
+        lambda m, path, kind, request: write_mlx(m.source, path, MLX[kind]),
+        lambda path, probe: Mlx(path),
+        install="pip install mlx-lm",
+    ),
+    "space": Target(
+        "app.py", ("float32",), ("transformers",),
+        lambda m, path, kind, request: write_space(m.source, path),
+        lambda path, probe: Transformers(path / "model", "float32"),
+        install="pip install transformers",
+    ),
+}  # fmt: skip
