@@ -47,13 +47,14 @@ GOLDEN_TOKENS, CLEAR = 32, 0.01  # a token is compared while the next likeliest 
 # -- weights ----------------------------------------------------------------------------------------------------------
 
 
-def write_html(model: Path, path: Path, kind: str = "int8") -> None:
-    """Write the page of a model, an adapter or a run to `path`. `kind` is one of `KINDS`, for matrices.
+def write_html(model: str | Path, path: Path, kind: str = "int8", source: Path | None = None) -> None:
+    """Write the page of a model, an adapter or a run to `path`. `kind` is one of `KINDS`, for matrices; `source` is the
+    directory of its weights, if it is another.
 
-    Raises `UserError` for more than 60 million parameters, a weight beyond float16, and a
-    tokenizer or chat template that the page would read differently.
+    Raises `UserError` for more than 60 million parameters, a weight beyond float16, and a tokenizer that the page would
+    read differently.
     """
-    decoder, config = load_model(directory := find_model_directory(model))
+    decoder, config = load_model(directory := source or find_model_directory(model))
     if kind not in KINDS:
         raise UserError(f"type {kind!r}: an HTML page has {', '.join(KINDS)}")
     if (size := sum(weight.numel() for _, weight in _weights(decoder))) > MOST_PARAMETERS:
@@ -75,7 +76,7 @@ def write_html(model: Path, path: Path, kind: str = "int8") -> None:
         "model": _choices(a), "tokenizer": page_tokenizer(tokenizer), "chat": _chat(tokenizer),
         "beginning": [*tokenizer.beginning], "ends": sorted({tokenizer.eos_token_id, *tokenizer.stop_token_ids}),
         "has_template": tokenizer.chat_template is not None,
-        "talks": learned_conversations(directory) or run_of(directory) is None,
+        "talks": learned_conversations(model) or run_of(model) is None,
         "suppressed": [*map(int, tokenizer.suppressed)],
         "golden": {"text": PROBE, "ids": ids, **_golden(rounded, ids[: a.max_positions // 2])},
     }  # fmt: skip

@@ -16,7 +16,8 @@ from slmkit.adapt.load import load_model
 from slmkit.config import UserError
 from slmkit.export import html
 from slmkit.export.html import HtmlPage, write_html
-from slmkit.export.runtimes import EXACT, Probe, Slmkit, compare, probe_strings
+from slmkit.export.probe import Probe, probe_strings
+from slmkit.export.runtimes import EXACT, Slmkit, compare
 from slmkit.model.config import SLMConfig
 from slmkit.model.files.directory import save_decoder
 from slmkit.model.initialization import build_decoder
@@ -115,7 +116,7 @@ def test_a_page_predicts_what_slmkit_does(name: str, make: Make, chromium: Any, 
     ]  # around windows, original contexts and what is read at once
     start, talk = ours.tokenizer.encode_prompt(TEXT), [{"role": "user", "content": " Where?\n"}]
     talk = [*talk, {"role": "assistant", "content": "Here "}, *talk]
-    probe = Probe([TEXT], [talk[:1], talk], [(ids, lengths)], start, 256 if name in ("gpt2", "llama") else 48)
+    probe = Probe([TEXT], [talk[:1], talk], [], [], [(ids, lengths)], start, 256 if name in ("gpt2", "llama") else 48)
     with HtmlPage(tmp_path / "page.html", chromium) as page:
         assert page.checked["equal"], page.checked
         assert page.checked["webassembly"]
