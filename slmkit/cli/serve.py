@@ -22,7 +22,7 @@ KeyFile = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="API keys, one a line; also from SLM_API_KEYS, separated by commas."),
 ]
-EngineName = Annotated[str, typer.Option(help="slm, or vllm where that is installed: faster on GPUs.")]
+EngineName = Annotated[str, typer.Option(help="slm; vllm, faster on GPUs; llamacpp, also for GGUF files.")]
 MaxRows = Annotated[int, typer.Option(min=1, help="Texts that a model continues at the same time.")]
 Memory = Annotated[float | None, typer.Option(min=0, help="GiB for the KV cache of each model; default: no limit.")]
 PrefixCache = Annotated[

@@ -28,19 +28,16 @@ Content = Mapping[str, Any]  # of a tokenizer.json
 
 # -- how llama.cpp splits text ----------------------------------------------------------------------------------------
 
-ANY_CASE = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 QWEN2, QWEN35 = (QWEN.replace("LETTERS", LETTERS[name]) for name in ("Qwen2Tokenizer", "Qwen3_5Tokenizer"))
 QWEN2 = QWEN2.replace(r"[\p{L}]", r"\p{L}")  # as Qwen's file has it
 LLAMA3 = QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
-ENDINGS = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-UPPER, LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
-CASES = rf"[^\r\n\p{{L}}\p{{N}}]?[{UPPER}]*[{LOWER}]+SUFFIX|[^\r\n\p{{L}}\p{{N}}]?[{UPPER}]+[{LOWER}]*SUFFIX|"
 DEEPSEEK3 = (
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|"""
     r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# Without gpt-4o and tekken, which llama.cpp follows only roughly: text in Indic scripts gets other ids there.
 # llama.cpp's name → the regular expressions that cut the text one after the other, and whether a word that is a token
 # is taken whole, whatever the merges say (`ignore_merges`).
 PRE: dict[str, tuple[tuple[str, ...], bool]] = {
@@ -50,8 +47,6 @@ PRE: dict[str, tuple[tuple[str, ...], bool]] = {
     "dbrx": ((LLAMA3,), False),
     "qwen2": ((QWEN2,), False),
     "qwen35": ((QWEN35,), False),
-    "gpt-4o": ((CASES.replace("SUFFIX", f"{ANY_CASE}?") + r"\p{N}{1,3}|" + ENDINGS,), False),
-    "tekken": ((CASES.replace("SUFFIX", "") + r"\p{N}|" + ENDINGS,), True),
     "deepseek-v3": ((r"\p{N}{1,3}", "[一-龥\u3040-ゟ゠-ヿ]+", DEEPSEEK3), False),
 }
 RAW = "sarvam-moe"  # merges by rank, as for the others, of the characters themselves; a space is `▁`
@@ -104,7 +99,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: SLMTokenizer, directory: P
     writer.add_add_space_prefix(begins)
     for role, index in ends.items():
         writer.add_uint32(f"tokenizer.ggml.{role}_token_id", index)
-    writer.add_add_bos_token(_begins_with_bos(tokenizer))
+    writer.add_add_bos_token(begins_with_bos(tokenizer))
     writer.add_add_eos_token(False)
     suppressed = {*range(rows)}.difference(np.flatnonzero(tokenizer.known_ids).tolist())
     suppressed |= {*(generation.get("suppress_tokens") or ())}
@@ -276,7 +271,7 @@ def _ends(tokenizer: SLMTokenizer, generation: Content) -> dict[str, int]:
     return roles
 
 
-def _begins_with_bos(tokenizer: SLMTokenizer) -> bool:
+def begins_with_bos(tokenizer: SLMTokenizer) -> bool:
     """Whether llama.cpp puts the beginning-of-text token before each text. It does so before a rendered conversation
     too, unless the template has written it, so not for a template that never writes it.
     """

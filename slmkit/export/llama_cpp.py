@@ -16,13 +16,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from slmkit.child import Child, free_port
-from slmkit.config import UserError
+from slmkit.config import UserError, one_line
 
 KEY = "SLM_LLAMA_CPP_KEY"  # environment: the key that the child asks of each request
 ERROR = re.compile(r"^(?:[\d.]+ E )?(?:\w+: )?(error loading model: .*|.*GGML_ASSERT.*|.*GGML_ABORT.*)$", re.M)
@@ -55,7 +56,7 @@ class LlamaCpp:
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 (close() closes it)
         port = free_port()
         command = server_command(gguf, port, context=context, threads=1, exact=True)
-        self.child = Child(command, {KEY: self.key, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}, self.log)
+        self.child = Child(command, {KEY: self.key}, self.log)
         self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=3600)
         try:
             self._wait_until_ready()
@@ -82,11 +83,15 @@ class LlamaCpp:
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int] | None:
         """Ids [tokens] of the conversation as llama.cpp renders and reads it; None if the file has no template."""
-        if not self._ask("GET", "/props").get("chat_template"):
+        if not self.has_template:  # llama.cpp would take one of its own
             return None
         prompt = self._ask("POST", "/apply-template", messages=[*messages])["prompt"]
         # As for a request: the beginning that llama.cpp took out of the rendered text is added again.
         return self._ask("POST", "/tokenize", content=prompt, add_special=True, parse_special=True)["tokens"]
+
+    @cached_property
+    def has_template(self) -> bool:
+        return "tokenizer.chat_template" in fields_of(self.gguf)
 
     def log_probs(self, ids: Sequence[int], lengths: Sequence[int]) -> np.ndarray:
         """Natural log-probabilities of the token after each `ids[:length]`, float32 [lengths, vocabulary]."""
@@ -149,6 +154,25 @@ class LlamaCpp:
         said = self.log.read().decode(errors="replace")
         found = ERROR.findall(said) or OTHER_ERROR.findall(said) or said.strip().splitlines()[-1:]
         return "; ".join(found[:2]) or f"exit code {self.child.process.returncode}"
+
+
+def fields_of(path: Path) -> dict[str, Any]:
+    """The metadata of a GGUF, as `gguf` reads it. Raises `UserError` for another file."""
+    from gguf import GGUFReader
+
+    try:
+        return GGUFReader(path).fields
+    except (ValueError, IndexError, KeyError, OSError) as error:
+        raise UserError(f"{path}: not a readable GGUF: {one_line(error)}") from None
+
+
+def context_of(path: Path) -> int:
+    """The tokens of the longest text that the model of a GGUF is made for. Raises `UserError` as `fields_of` does."""
+    fields = fields_of(path)
+    length = fields.get(f"{fields['general.architecture'].contents()}.context_length")
+    if length is None:
+        raise UserError(f"{path}: it does not say its context length")
+    return int(length.contents())
 
 
 def import_xllamacpp() -> Any:

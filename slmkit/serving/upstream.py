@@ -1,7 +1,7 @@
-"""`--engine vllm`: `vllm serve` of each model as a child process on loopback, behind the same command, doors and names.
+"""`--engine vllm` and `--engine llamacpp`: each model in a child process on loopback, behind the same doors and names.
 
-A request goes to the child of its model, and what comes back is handed on byte for byte. A child that ends by itself is
-a failure, as that of the engines' thread is in `worker`.
+A request goes to the child of its model, and what comes back is handed on byte for byte; of an error the message, in
+our envelope. A child that ends by itself is a failure, as that of the engines' thread is in `worker`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import json
 import secrets
 import shutil
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from slmkit.config import UserError
 from slmkit.serving.answers import event_line
 from slmkit.serving.app import base_app, named
 from slmkit.serving.metrics import Metrics
-from slmkit.serving.protocol import json_object, try_later
+from slmkit.serving.protocol import JSON, ApiError, ChatRequest, Common, CompletionRequest, json_object, read, try_later
 from slmkit.serving.worker import State, failed
 
 MEMORY = 0.9  # of a GPU, for all models together; vLLM's own default for one
@@ -33,15 +35,73 @@ HANDED_ON = (b"content-type", b"content-length", b"retry-after")
 GONE = (OSError, h11.RemoteProtocolError)
 
 
+@dataclass(frozen=True)
+class Engine:
+    """A program whose child processes serve models.
+
+    `commands`: model's name → from a port, the command that serves it there. `key`: the variable of the environment
+    from which a child takes the key of its requests. `body`: from a request's path, body and the caller's key, what the
+    child is asked.
+    """
+
+    name: str
+    commands: Mapping[str, Callable[[int], list[str]]]
+    key: str
+    body: Callable[[str, bytes, str | None], JSON]
+
+
+def vllm(directories: Mapping[str, Path]) -> Engine:
+    """Raises `UserError` if it is not installed."""
+    if shutil.which("vllm") is None:
+        raise UserError("--engine vllm: no command vllm here: pip install vllm (it needs a GPU), or take slm")
+    memory = MEMORY / len(directories)
+
+    def command(name: str, directory: Path, port: int) -> list[str]:
+        options = {"host": "127.0.0.1", "port": port, "served-model-name": name, "gpu-memory-utilization": memory}
+        return ["vllm", "serve", str(directory), *(f"--{option}={value}" for option, value in options.items())]
+
+    commands = {name: partial(command, name, directory) for name, directory in directories.items()}
+    return Engine("vllm", commands, "VLLM_API_KEY", vllm_body)
+
+
+def vllm_body(path: str, body: bytes, key: str | None) -> JSON:
+    """With the caller's group of prefixes."""
+    return json_object(body) | ({"cache_salt": key} if key and path != "/v1/embeddings" else {})
+
+
+# What llama.cpp would ignore, or understand otherwise.
+NOT_IN_LLAMA_CPP = {"best_of", "echo", "stop_token_ids", "structured_outputs"}
+
+
+def llama_cpp_body(beginnings: Mapping[str, str], path: str, body: bytes, key: str | None) -> JSON:
+    """The fields of our API that llama.cpp has, under its names: it trusts its own further ones. `beginnings`: by
+    model, text before each prompt.
+    """
+    if path == "/v1/embeddings":
+        raise ApiError(400, "no embeddings with --engine llamacpp: take slm", code="unsupported_parameter")
+    request = read(ChatRequest if path == "/v1/chat/completions" else CompletionRequest, body)
+    asked = request.model_dump(
+        mode="json", by_alias=True, exclude_none=True, exclude={*Common.model_fields} - {"model"}
+    )
+    for name in sorted(asked.keys() & NOT_IN_LLAMA_CPP):
+        raise ApiError(400, f"{name}: not with --engine llamacpp: take slm", name, "unsupported_parameter")
+    if begins := beginnings.get(request.model):
+        prompts = asked.get("prompt")
+        whole = [begins + one if isinstance(one, str) else one for one in prompts] if isinstance(prompts, list) else ""
+        asked |= {"prompt": whole or begins + prompts} if prompts else {}
+    for message in asked.get("messages", ()):
+        message["role"] = "system" if message["role"] == "developer" else message["role"]
+    renamed = {"repetition_penalty": "repeat_penalty", "max_completion_tokens": "max_tokens"}
+    # Beginnings of prompts are kept only where all callers are one.
+    return {renamed.get(name, name): value for name, value in asked.items()} | {"cache_prompt": key is None}
+
+
 class Upstream(Child):
     """The child that serves one model, with a key that this process alone knows."""
 
-    def __init__(self, name: str, directory: Path, memory: float) -> None:
-        self.name, self.key = name, secrets.token_hex(32)
-        self.port = free_port()
-        options = {"host": "127.0.0.1", "port": self.port, "served-model-name": name, "gpu-memory-utilization": memory}
-        words = ["vllm", "serve", str(directory), *(f"--{option}={value}" for option, value in options.items())]
-        super().__init__(words, {"VLLM_API_KEY": self.key})  # its log goes where errors go
+    def __init__(self, name: str, engine: Engine) -> None:
+        self.name, self.key, self.port = name, secrets.token_hex(32), free_port()
+        super().__init__(engine.commands[name](self.port), {engine.key: self.key})  # its log goes where errors go
 
     async def ask(self, method: str, path: str, body: bytes = b"") -> AsyncGenerator[Any]:
         """The events of the response: an `h11.Response`, then `h11.Data`. Raises one of `GONE` if it breaks off."""
@@ -73,15 +133,13 @@ class Upstream(Child):
 class Upstreams:
     """The children of all models. To `server` and `app` it is what the worker is; `app` hands requests on."""
 
-    def __init__(self, directories: Mapping[str, Path], most_open: int, request_seconds: float) -> None:
-        """`most_open`: requests at once. Raises `UserError` if vllm is not installed."""
-        if shutil.which("vllm") is None:
-            raise UserError("--engine vllm: no command vllm here: pip install vllm (it needs a GPU), or take slm")
+    def __init__(self, engine: Engine, most_open: int, request_seconds: float) -> None:
+        """`most_open`: requests at once."""
+        self.engine = engine
         self.most_open, self.request_seconds, self.open, self.is_draining = most_open, request_seconds, 0, False
         self.metrics = Metrics([])
-        share = MEMORY / len(directories)
-        self.children = {name: Upstream(name, directory, share) for name, directory in directories.items()}
-        entry = {"object": "model", "created": int(time.time()), "owned_by": "vllm"}
+        self.children = {name: Upstream(name, engine) for name in engine.commands}
+        entry = {"object": "model", "created": int(time.time()), "owned_by": engine.name}
         self.app = base_app(self, {name: {"id": name, **entry} for name in self.children})
         for path in ("/v1/chat/completions", "/v1/completions", "/v1/embeddings"):
             self.app.post(path, response_class=Response)(self.hand_on)
@@ -97,7 +155,8 @@ class Upstreams:
         for child in self.children.values():
             while not asyncio.run(child.is_well()):
                 if child.process.poll() is not None:
-                    raise UserError(f"vllm ended with code {child.process.returncode} while it loaded {child.name}")
+                    code = child.process.returncode
+                    raise UserError(f"{self.engine.name} ended with code {code} while it loaded {child.name}")
                 time.sleep(0.2)
 
     async def drain(self, seconds: float) -> None:
@@ -116,17 +175,25 @@ class Upstreams:
             child.stop()
 
     async def hand_on(self, request: fastapi.Request) -> Response:
-        """To the child of the model, with the caller's group of prefixes, and back what it answers."""
-        body = json_object(await request.body())
+        """To the child of the model, and back what it answers."""
+        path, body = request.url.path, self.engine.body(request.url.path, await request.body(), request.state.key_id)
         child = named(self.children, str(body.get("model")))
-        request.state.model, key = child.name, request.state.key_id  # the model: for the metrics
+        request.state.model = child.name  # for the metrics
         if self.state != "ok":
             raise try_later(503, "the server is shutting down: try again")
         if self.open >= self.most_open:
             raise try_later(429, "the queue is full: try again")
-        if key and request.url.path != "/v1/embeddings":
-            body["cache_salt"] = key
-        return Copy(self, child.ask("POST", request.url.path, json.dumps(body).encode()))
+        return Copy(self, child.ask("POST", path, json.dumps(body).encode()))
+
+
+def refusal(status: int, body: bytes) -> ApiError:
+    """The child's error, with the fields that every error has here."""
+    try:
+        error = json.loads(body)["error"]
+        code = error.get("code") if isinstance(error.get("code"), str) else error.get("type")
+        return ApiError(status, error["message"], error.get("param"), code)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return failed("the engine answered with an error that says nothing", status)
 
 
 class Copy(Response):
@@ -142,6 +209,9 @@ class Copy(Response):
         try:
             async with asyncio.timeout(seconds), contextlib.aclosing(self.events) as events:
                 async for event in events:
+                    if isinstance(event, h11.Response) and event.status_code >= 400:
+                        body = b"".join([bytes(part.data) async for part in events if isinstance(part, h11.Data)])
+                        raise refusal(event.status_code, body)
                     if isinstance(event, h11.Response):
                         fields = [(name, value) for name, value in event.headers if name in HANDED_ON]
                         kind = dict(fields).get(b"content-type", b"")

@@ -10,6 +10,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -40,6 +41,7 @@ from slmkit.export.targets import TARGETS, Loaded, Request, Target, load, writte
 from slmkit.files import staged
 from slmkit.find import find_model_directory
 from slmkit.model.config import SLMConfig
+from slmkit.training.run_directory import RunDirectory
 from slmkit.workflows.push import card_of
 
 PACKAGES = ("slmkit", "torch", "tokenizers", "transformers", "gguf", "xllamacpp", "onnx", "onnxruntime", "playwright")
@@ -67,7 +69,7 @@ def export(model: str, request: Request, say: Say = lambda line: None) -> tuple[
             say(f"writing {request.to}, {kind}")
             written(target, loaded, made, kind, request)
             if request.to == "hf":
-                (made / "README.md").write_text(card_of(Path(model), made, made.name), encoding="utf-8")
+                write_card(Path(model), made)
             parity = None
             if not target.missing:
                 say("asking slmkit")
@@ -86,6 +88,13 @@ def export(model: str, request: Request, say: Say = lambda line: None) -> tuple[
     except OSError as error:
         raise UserError(f"{final}: cannot be written: {error.strerror or error}") from None
     return final, parity
+
+
+def write_card(model: Path, folder: Path) -> None:
+    """The model card, and the curve that it shows."""
+    (folder / "README.md").write_text(card_of(model, folder, folder.name), encoding="utf-8")
+    if (plot := RunDirectory(model).plot).is_file():
+        shutil.copyfile(plot, folder / plot.name)
 
 
 def bounds_for(kind: str, loaded: Loaded, probe: Probe, expected: Answers) -> Bounds:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 import os
 import stat
+import sys
+import tempfile
 import webbrowser
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,9 +30,12 @@ if TYPE_CHECKING:
 
     from slmkit.serving.app import Page
     from slmkit.serving.models import ServedModel
+    from slmkit.serving.upstream import Engine
     from slmkit.serving.worker import Worker
 
 JSON = dict[str, Any]
+GGUF_TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+PARALLEL = 4  # requests at once in llama.cpp, which keeps a whole context for each
 KEYS = "SLM_API_KEYS"  # environment: keys, separated by commas
 LEAST_KEY = 16  # characters
 NO_MODEL = "none, since no run has learned to chat: slm ui MODEL serves any model"
@@ -62,16 +69,18 @@ def serve_models(settings: ServeSettings) -> int:
     Raises `UserError` for a missing model, two of one name, unreadable keys, none beyond this machine, and an address
     or port that cannot be had: all before anything is loaded.
     """
-    directories, settings.keys = named_models(settings.models), read_keys(settings.key_file)
+    directories, settings.keys = named_models(settings.models, settings.engine), read_keys(settings.key_file)
     if settings.data is not None and not settings.data.is_dir():
         raise UserError(f"--data {settings.data}: no such folder; expected what `slm data prepare` wrote")
-    if settings.engine == "llamacpp":
-        raise UserError("--engine llamacpp: needs models as GGUF, which this version does not write; take slm or vllm")
+    if settings.ui and settings.engine != "slm":
+        what = f"leave it out with --engine {settings.engine}"
+        raise UserError(f"--ui: the page looks into models of the own engine; {what}")
     from slmkit.serving.server import bind, serve
 
     listening = bind(settings.host, settings.port, has_keys=bool(settings.keys))
-    if settings.engine == "vllm":
-        return serve_upstream(settings, directories, listening)
+    if settings.engine != "slm":
+        with contextlib.ExitStack() as stack:
+            return serve_upstream(settings, directories, listening, stack)
     from slmkit.serving.app import create_app
     from slmkit.serving.models import ServedModel
     from slmkit.serving.worker import Worker
@@ -92,27 +101,63 @@ def serve_models(settings: ServeSettings) -> int:
         worker.stop()
 
 
-def serve_upstream(settings: ServeSettings, directories: Mapping[str, Path], listening: socket.socket) -> int:
-    """The same with vLLM as the engine. Raises `UserError` if it is not installed, or ends while it loads."""
+def serve_upstream(
+    settings: ServeSettings, directories: Mapping[str, Path], listening: socket.socket, stack: contextlib.ExitStack
+) -> int:
+    """The same with another engine. Temporary files go with `stack`. Raises `UserError` if the engine is not installed,
+    or ends while it loads.
+    """
     from slmkit.model.files.adapter_directory import is_adapter
     from slmkit.serving.server import serve
-    from slmkit.serving.upstream import Upstreams
+    from slmkit.serving.upstream import Upstreams, vllm
 
-    for name, directory in directories.items():
+    for name, directory in directories.items() if settings.engine == "vllm" else ():
         if is_adapter(directory):
             raise UserError(
                 f"{name}: an adapter; for --engine vllm merge it first: slm merge MODEL --adapter {directory}"
             )
-    if settings.ui:
-        raise UserError("--ui: the page looks into models of the own engine; leave it out with --engine vllm")
-    upstreams = Upstreams(directories, settings.max_rows + settings.max_queue, settings.request_seconds)
+    engine = vllm(directories) if settings.engine == "vllm" else llama_cpp(directories, settings.max_rows, stack)
+    upstreams = Upstreams(engine, settings.max_rows + settings.max_queue, settings.request_seconds)
     try:
         upstreams.wait_until_ready()
-        lines = [f"{name}  (vllm, {directory})" for name, directory in directories.items()]
+        lines = [f"{name}  ({engine.name}, {directory})" for name, directory in directories.items()]
         tell = functools.partial(tell_ready, settings, listening, lines)
         return serve(upstreams.app, listening, settings, upstreams, settings.drain, tell)
     finally:
         upstreams.stop()
+
+
+def llama_cpp(models: Mapping[str, Path], most_rows: int, stack: contextlib.ExitStack) -> Engine:
+    """llama.cpp with each model: a GGUF as it is; of a directory one is written for as long as the server runs, with
+    weights of the precision that they have. Raises `UserError` if it is not installed, or cannot hold a model.
+    """
+    from slmkit.export.llama_cpp import KEY, context_of, import_xllamacpp, server_command
+    from slmkit.serving.upstream import Engine, llama_cpp_body
+
+    import_xllamacpp()
+    folder, commands, beginnings = Path(stack.enter_context(tempfile.TemporaryDirectory())), {}, dict[str, str]()
+    for number, (name, path) in enumerate(models.items()):
+        if path.is_dir():
+            path, beginnings[name] = _as_gguf(path, folder / str(number), name)
+        options = {"context": context_of(path), "parallel": min(most_rows, PARALLEL), "alias": name}
+        commands[name] = functools.partial(server_command, path, **options)
+    return Engine("llamacpp", commands, KEY, functools.partial(llama_cpp_body, beginnings))
+
+
+def _as_gguf(directory: Path, folder: Path, name: str) -> tuple[Path, str]:
+    """The file, and the beginning of each prompt that llama.cpp does not add."""
+    from slmkit.export.gguf import write_gguf
+    from slmkit.export.gguf_tokenizer import begins_with_bos
+    from slmkit.workflows.export import load
+
+    loaded = load(str(directory), folder / "whole")  # merged and dequantized
+    config = json.loads((loaded.source / "config.json").read_text(encoding="utf-8"))
+    kind = GGUF_TYPES.get(str(config.get("dtype") or config.get("torch_dtype")), "F32")
+    print(f"{name}: writing a GGUF of {kind} for llama.cpp", file=sys.stderr)
+    folder.mkdir(exist_ok=True)
+    write_gguf(loaded.source, folder / "model.gguf", kind)
+    tokenizer = loaded.tokenizer
+    return folder / "model.gguf", "" if begins_with_bos(tokenizer) else tokenizer.decode(tokenizer.beginning)
 
 
 def tell_ready(settings: ServeSettings, listening: socket.socket, models: Sequence[str]) -> None:
@@ -128,8 +173,9 @@ def tell_ready(settings: ServeSettings, listening: socket.socket, models: Sequen
         open_browser(url)
 
 
-def named_models(models: Sequence[str]) -> dict[str, Path]:
-    """The directory of each model, by its name: that of its run or folder, the hub's, or what stands before a `=`.
+def named_models(models: Sequence[str], engine: str = "slm") -> dict[str, Path]:
+    """The directory of each model, by its name: that of its run or folder, the hub's, or what stands before a `=`. For
+    llama.cpp also a file.
 
     Raises `UserError` for a missing model, and two of one name.
     """
@@ -138,7 +184,10 @@ def named_models(models: Sequence[str]) -> dict[str, Path]:
         name, equals, path = model.partition("=")
         if not equals or "/" in name or Path(model).exists():
             name, path = "", model
-        directory = find_model_directory(path)
+        if engine == "llamacpp" and Path(path).is_file():
+            directory, name = Path(path), name or Path(path).stem
+        else:
+            directory = find_model_directory(path)
         name = name or _usual_name(path, directory)
         if not name.isprintable():  # clients could not ask for it
             raise UserError(f"a model named {name!r}: give a name of plain characters, as NAME=PATH")

@@ -111,6 +111,8 @@ SMALLER = {  # what is added to an example so that it takes seconds; everything 
     "slm ui": None,
     "SLM_API_KEYS": None,
     "slm distill-cache": None,  # after a quickstart
+    "slm verify": None,  # takes minutes in all runtimes, and is run by tests of its own
+    "slm export runs/book --to gguf": ["--unverified"],
 }
 
 

@@ -55,7 +55,7 @@ WRONG = [
     ["serve", "model", "--host", "nosuch.invalid"],
     ["serve", "model", "--key-file", "nosuch"],
     ["serve", "model", "--cors", "example.org"],
-    ["serve", "model", "--engine", "llamacpp"],
+    ["serve", "model", "--engine", "llamacpp", "--ui"],
     ["ui", "nosuch"],
     ["inspect", "gpt3"],
     ["inspect", "GPT-2"],

@@ -38,14 +38,15 @@ def small_config(**changes: Any) -> SLMConfig:
 
 def write_small(directory: Path, **changes: Any) -> Path:
     """Random weights, large enough for order and positions to matter, norms too."""
-    config = small_config(**changes)
+    tokenizer = small_tokenizer()
+    config = small_config(eos_token_id=[tokenizer.eos_token_id, tokenizer.end_of_turn_id], **changes)
     decoder, generator = build_decoder(config, seed=1), torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in decoder.parameters():
             if parameter.dim() == 1:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
     save_decoder(decoder, config, directory)
-    small_tokenizer().save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
     return directory
 
 

@@ -1,9 +1,12 @@
-"""`--engine vllm` with a real child: a command `vllm` that is `slm serve` behind vLLM's names of options."""
+"""`--engine vllm` and `--engine llamacpp` with real children: a command `vllm` that is `slm serve` behind vLLM's names
+of options, and llama.cpp itself.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import stat
 import sys
@@ -12,9 +15,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from slmkit import SLMTokenizer
+from slmkit.export.gguf import write_gguf
 from tests.cli.helpers import refused
 from tests.serving.processes import (
     WITH_SLOW_STEPS,
+    Answer,
     Server,
     ask,
     complete,
@@ -161,3 +167,108 @@ def test_a_killed_server_leaves_no_child_behind(path: str) -> None:
         server.end(signal.SIGKILL)
         psutil.wait_procs(children, 120)
         assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+
+
+# -- llama.cpp --------------------------------------------------------------------------------------------------------
+
+
+def chat(url: str, tokens: int, key: str = "") -> Answer:
+    messages = [{"role": "user", "content": "The fox had"}]
+    body = {"model": "tiny", "messages": messages, "max_tokens": tokens, "temperature": 0}
+    return ask(url, "POST", "/v1/chat/completions", body, authorization=f"Bearer {key}" if key else "")
+
+
+@pytest.fixture(scope="module")
+def with_ends(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small model, with its turn's end among the ends of a text."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    shutil.copytree(model_directory(), folder)
+    ends = sorted(SLMTokenizer.from_pretrained(folder).stop_token_ids)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model_file(with_ends: Path) -> Path:
+    path = with_ends.with_name("as-file.gguf")
+    write_gguf(with_ends, path, "F32")
+    return path
+
+
+def test_llama_cpp_gives_the_same_text_behind_the_same_doors(with_ends: Path) -> None:
+    with slm_serve(with_ends) as server:  # what the own engine says
+        own = complete(server.url, 20), chat(server.url, 20)
+        server.end()
+    keys = {"SLM_API_KEYS": f"{KEY},{OTHER_KEY}"}
+    with slm_serve(f"tiny={with_ends}", "--engine", "llamacpp", **keys) as server:
+        assert "llamacpp" in server.lines[1]
+        server.errors.seek(0)
+        assert "writing a GGUF of F32" in server.errors.read()
+        assert not [word for word in child_of(server).cmdline() if KEY in word]
+        through = complete(server.url, 20, KEY), chat(server.url, 20, KEY)
+        assert [answer.status for answer in through] == [200, 200]
+        texts = [json.loads(answer.body)["choices"][0] for answer in (*own, *through)]
+        # Its KV cache has 16 bits, so that near ties end the equality.
+        assert texts[0]["text"][:4] == texts[2]["text"][:4]
+        assert texts[1]["message"]["content"][:4] == texts[3]["message"]["content"][:4]
+        stream = complete(server.url, 20, KEY, stream=True)
+        assert stream.headers["content-type"].startswith("text/event-stream")
+        assert stream.body.endswith(b"data: [DONE]\n\n")
+        # The doors are the same, and only through them the child is reached.
+        assert complete(server.url, 5).status == 401
+        port = child_of(server).net_connections("tcp")[0].laddr.port
+        assert complete(f"http://127.0.0.1:{port}", 5, KEY).status == 401
+        bearer = {"authorization": f"Bearer {KEY}"}
+        listed = json.loads(ask(server.url, "GET", "/v1/models", **bearer).body)["data"]
+        assert [one["id"] for one in listed] == ["tiny"]
+        assert complete(server.url, 5, KEY, model="other").error["code"] == "model_not_found"
+        for field, value in (("n_discard", -1), ("stop_token_ids", [3]), ("grammar", "root ::= x"), ("id_slot", 7)):
+            assert complete(server.url, 5, KEY, **{field: value}).error["param"] == field
+        long = complete(server.url, 5, KEY, prompt="a b " * 4000)  # the child's own refusal, in our envelope
+        assert long.status == 400
+        assert long.error.keys() == {"message", "type", "param", "code"}
+        assert long.error["code"] == "exceed_context_size_error"
+
+
+def test_llama_cpp_serves_a_file_and_ends_with_the_server(model_file: Path) -> None:
+    client = pytest.importorskip("openai")
+    with slm_serve(model_file, "--engine", "llamacpp") as server:
+        api = client.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+        said = api.chat.completions.create(
+            model="as-file", messages=[{"role": "user", "content": "Hi"}], max_tokens=5, temperature=0
+        )
+        assert said.usage.completion_tokens == 5
+        children = psutil.Process(server.process.pid).children(recursive=True)  # type: ignore[attr-defined]
+        server.end(signal.SIGKILL)
+        psutil.wait_procs(children, 60)
+        assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_llama_cpp_drains_and_its_death_is_a_failure(model_file: Path) -> None:
+    with slm_serve(f"tiny={model_file}", "--engine", "llamacpp", "--drain", "60") as server:
+        stream = connect(server.url)
+        stream.sendall(request_bytes("POST", "/v1/completions", completion(1000, stream=True)))
+        first = stream.recv(1)
+        server.process.send_signal(signal.SIGTERM)
+        until(lambda: ask(server.url, "GET", "/health").status == 503)
+        assert (first + read_all(stream)).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+        assert server.wait(60)[0] == 0
+    with slm_serve(f"tiny={model_file}", "--engine", "llamacpp") as server:
+        child_of(server).kill()
+        assert server.wait(60)[0] == 1
+
+
+def test_a_file_that_llama_cpp_refuses_is_one_line(model_file: Path, tmp_path: Path) -> None:
+    wrong, cut, other = (tmp_path / f"{name}.gguf" for name in ("wrong", "cut", "other"))
+    wrong.write_bytes(model_file.read_bytes().replace(b"gpt-2", b"gpt-x"))
+    cut.write_bytes(model_file.read_bytes()[:-20_000])
+    other.write_text("no model")
+    with (
+        pytest.raises(AssertionError, match="llamacpp ended with code 1 while it loaded wrong"),
+        slm_serve(wrong, "--engine", "llamacpp"),
+    ):
+        pass
+    assert "not a readable GGUF" in refused("serve", cut, "--engine", "llamacpp")
+    assert "not a readable GGUF" in refused("serve", other, "--engine", "llamacpp")
+    assert "leave it out with --engine llamacpp" in refused("serve", model_file, "--engine", "llamacpp", "--ui")
+    assert "no config.json in it" in refused("serve", model_file)
