@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
+import shlex
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,6 +19,7 @@ from slmkit.data.settings import DataSettings, TokenizerSettings
 from slmkit.data.sources import open_source
 from slmkit.data.sources.built_in import BUILT_IN
 from slmkit.data.sources.settings import SourceSettings
+from slmkit.export.targets import TARGETS
 from slmkit.model.architectures import ARCHITECTURES
 from slmkit.model.config import PRESETS
 from slmkit.model.families import FAMILIES
@@ -89,6 +91,23 @@ def test_the_page_of_recipe_keys_is_current_and_says_what_each_key_does() -> Non
     assert page == recipe_keys().page(), "run: python docs/recipe_keys.py"
     silent = [line for line in page.splitlines() if line.endswith("|  |")]
     assert not silent, "a comment beside the field says what it does"
+
+
+def test_the_commands_of_the_export_page_are_ones() -> None:
+    page = (DOCS / "export.md").read_text(encoding="utf-8")
+    commands = [line for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
+    exports = [shlex.split(line) for line in commands if line.startswith("slm export ")]
+    assert {words[words.index("--to") + 1] for words in exports} == TARGETS.keys()
+    for words in exports:
+        given = dict(zip(words[3::2], words[4::2]))
+        assert given.keys() <= {"--to", "--type", "--output"}
+        assert "--type" not in given or given["--type"] in TARGETS[given["--to"]].kinds
+    for name, kinds in re.findall(r"^\| `(\w+)` \| .*? \| (.*?) \| ", page, re.MULTILINE):
+        said = [kind for kind in re.findall(r"\w+", kinds.replace(" (as stored)", "")) if kind not in ("as", "gguf")]
+        known = TARGETS[name].kinds
+        assert [*said] == [kind for kind in known if kind in said] or "…" in kinds, name
+        assert not said or said[0] == known[0], name
+        assert set(said) <= {*known}, name
 
 
 def test_every_objective_is_in_all_tables_that_contributing_names() -> None:

@@ -262,7 +262,7 @@ def interleaved(rows: Tensor, heads: int, dim: int) -> Tensor:
     return torch.cat((still, turning.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)), dim=1).flatten(0, 1)
 
 
-def _tensors(config: SLMConfig, a: Architecture, loader: Loader) -> Iterator[PlannedTensor]:
+def tensors_of(config: SLMConfig, a: Architecture, loader: Loader) -> Iterator[PlannedTensor]:
     """The tensors in the order of the file, in float32."""
     state, latent = empty_decoder(config).state_dict(), a.latent
     turning = {"attention.query": a.heads, "attention.key": a.kv_heads} if loader.neighbours else {}
@@ -314,7 +314,7 @@ def plan_tensors(config: SLMConfig, kind: str, *, allow_fallback: bool = False) 
     if kind not in KINDS:
         raise UserError(f"--type {kind}: {did_you_mean(kind, KINDS)}")
     a = architecture_of(config)
-    tensors = list(_tensors(config, a, loader_of(config, a)))
+    tensors = list(tensors_of(config, a, loader_of(config, a)))
     has_head = any(planned.name == "output.weight" for planned in tensors)
     plan = [with_type(planned, kind, a.depth, has_head) for planned in tensors]
     fallback = [planned for planned in plan if planned.is_fallback]

@@ -244,6 +244,7 @@ def write_onnx(model: Path, folder: Path, kind: OnnxKind) -> None:
     if kind == "fp16":
         for name, parameter in decoder.half().named_parameters():
             expect_finite(parameter, f"{model}: {name!r} in float16", "export fp32 instead")
+        expect_no_overflow(decoder, model)
     prepare(decoder, kind)
     save_graph(decoder, folder / GRAPH, kind)
     tokenizer.save_pretrained(folder)
@@ -255,6 +256,17 @@ def write_onnx(model: Path, folder: Path, kind: OnnxKind) -> None:
         asked = tokenizer.encode_chat_prompt([{"role": "user", "content": REPLY}])
         frame = tokenizer.decode(asked).partition(REPLY)[::2]
         (folder / CHAT).write_text(json.dumps(frame, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@torch.inference_mode()
+def expect_no_overflow(decoder: Decoder, model: Path) -> None:
+    """Raises `UserError` if hidden states are beyond float16, as ONNX Runtime shows on GPUs alone: its CPU kernels
+    compute in float32 and leave out roundings between them.
+    """
+    length = min(AT_ONCE, decoder.max_positions)
+    ids = torch.randint(decoder.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+    if not decoder.logits(decoder(ids)).isfinite().all():
+        raise UserError(f"{model}: its hidden states are beyond float16's 65,504: export fp32 instead")
 
 
 def import_or_explain(*names: str) -> list[Any]:
@@ -296,36 +308,27 @@ def save_graph(decoder: Decoder, path: Path, kind: OnnxKind) -> None:
         )  # fmt: skip
     graph = program.model
     optimize_ir(graph, input_size_limit=FOLDED)
+    for value in graph.graph.outputs[1:]:  # else "past_sequence_length + sequence_length", in any order
+        value.shape = onnx_ir.Shape([*value.shape[:2], "total_sequence_length", value.shape[3]])
     DeduplicateInitializersPass()(graph)
-    graph.metadata_props.update(described(kind) | {"slmkit.context": str(decoder.max_positions)})
+    said = {"kind": kind, "context": decoder.max_positions}
+    said |= {} if kind.startswith("fp") else {"block_size": BLOCK, "accuracy_level": ACCURACY_LEVEL}
+    graph.metadata_props.update({f"slmkit.{name}": str(value) for name, value in said.items()})
     size = sum(value.const_value.nbytes for value in graph.graph.initializers.values())
     onnx_ir.save(graph, path, external_data=DATA if size > LARGEST_FILE else None)
-
-
-def described(kind: OnnxKind) -> dict[str, str]:
-    """The graph's metadata."""
-    if kind.startswith("fp"):
-        return {"slmkit.kind": kind}
-    return {
-        "slmkit.kind": kind,
-        "slmkit.block_size": str(BLOCK),
-        "slmkit.accuracy_level": str(ACCURACY_LEVEL),
-        "slmkit.embedding_bits": "8",
-    }
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without what the exporter says of packages that it does not need, and of itself."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        logging.disable(disabled)
 
 
 # -- the runtime ------------------------------------------------------------------------------------------------------

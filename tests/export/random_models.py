@@ -60,7 +60,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {  # name → family and setting
     ),
     "gemma2, yarn": ("gemma2", GEMMA2 | {"rope_parameters": YARN}),
     "gemma2, other layers": ("gemma2", GEMMA2 | {"layer_types": [FULL, SLIDING, SLIDING]}),
-    "gemma2, no window": ("gemma2", GEMMA2 | {"sliding_window": None}),
+    "gemma2, no window": ("gemma2", GEMMA2 | {"layer_types": [FULL] * 3}),
     "gemma3, linear": (
         "gemma3_text",
         GEMMA
@@ -68,7 +68,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {  # name → family and setting
         | {"rope_parameters": {FULL: LINEAR, SLIDING: {"rope_type": "default", "rope_theta": 100.0}}},
     ),
     "gemma3, windows only": ("gemma3_text", GEMMA | {"layer_types": [SLIDING] * 3}),
-    "gemma3, no window": ("gemma3_text", GEMMA | {"sliding_window": None, "final_logit_softcapping": 5.0}),
+    "gemma3, no window": ("gemma3_text", GEMMA | {"layer_types": [FULL] * 3, "final_logit_softcapping": 5.0}),
     "deepseek, yarn": (
         "deepseek_v3",
         LATENT | {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.0}},

@@ -6,6 +6,8 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,22 @@ pytest.importorskip("xllamacpp")
 from gguf import GGMLQuantizationType, GGUFReader, LlamaFileType, quants
 
 from slmkit.config import UserError
+from slmkit.export import gguf as export_gguf
 from slmkit.export import gguf_types
-from slmkit.export.gguf import plan_tensors, summary, write_gguf
+from slmkit.export.gguf import (
+    Loader,
+    interleaved,
+    plan_tensors,
+    rope_of_file,
+    settings_of,
+    summary,
+    tensors_of,
+    write_gguf,
+)
 from slmkit.export.gguf_types import K_QUANTS, KINDS, PlannedTensor, encoded, k_quantizer
 from slmkit.export.llama_cpp import LlamaCpp
+from slmkit.export.runtimes import EXACT, Probe, Slmkit, compare
+from slmkit.model.architectures import Architecture
 from slmkit.model.config import SLMConfig
 from slmkit.model.decoder import Decoder
 from tests.export.random_models import (
@@ -42,8 +56,10 @@ from tests.export.random_models import (
     SLIDING,
     TOKENS,
     WHOLE_HEADS,
+    WINDOW,
     YARN,
     config_of,
+    tokenizer,
     write_model,
 )
 
@@ -59,12 +75,18 @@ def gelu_by_table(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def log_probs(model: Any) -> Tensor:
+    """[lengths, vocab_size] of one of ours or of transformers."""
+    logits = model.logits(model(IDS[None])) if isinstance(model, Decoder) else model(IDS[None], use_cache=False).logits
+    return logits[0].log_softmax(-1)[[length - 1 for length in LENGTHS]]
+
+
 def expected_log_probs(decoder: Decoder) -> Tensor:
     """[lengths, vocab_size], with llama.cpp's GELU."""
     if "gelu" in decoder.architecture.activation:
         for block in decoder.blocks:
             block.mlp.activation = gelu_by_table
-    return decoder.logits(decoder(IDS[None]))[0].log_softmax(-1)[[length - 1 for length in LENGTHS]]
+    return log_probs(decoder)
 
 
 def difference(path: Path, expected: Tensor) -> float:
@@ -76,7 +98,59 @@ def difference(path: Path, expected: Tensor) -> float:
 def test_every_family_gives_the_same_log_probabilities_in_llama_cpp(tmp_path: Path, name: str) -> None:
     decoder = write_model(tmp_path, config_of(*MODELS[name]))
     write_gguf(tmp_path, tmp_path / "model.gguf", "F32")
+    if MODELS[name][0] != "slm":
+        transformers = pytest.importorskip("transformers")
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert (log_probs(theirs) - log_probs(decoder)).abs().max() < LARGEST
     assert difference(tmp_path / "model.gguf", expected_log_probs(decoder)) < LARGEST
+
+
+def test_the_comparison_knows_of_llama_cpp_s_tables_of_gelu(tmp_path: Path) -> None:
+    decoder = write_model(tmp_path, config_of("gemma3_text", GEMMA | {"vocab_size": TOKENS}), scale=1.0)
+    write_gguf(tmp_path, tmp_path / "model.gguf", "F32")
+    probe = Probe.of(decoder, tokenizer(), strings=5, conversations=2, count=8)
+    with LlamaCpp(tmp_path / "model.gguf", probe.context) as llama_cpp:
+        parity = compare(Slmkit(decoder, tokenizer(), 0), llama_cpp, probe, EXACT)
+    assert parity.failures == []
+    assert parity.bounds.log_prob == LlamaCpp.gelu_error
+
+
+def keys_as_one_head(rows: Tensor, heads: int, dim: int) -> Tensor:
+    return interleaved(rows, heads, dim) if heads != 2 else interleaved(rows, 1, rows.size(0))
+
+
+def unscaled(a: Architecture, loader: Loader) -> tuple[dict[str, Any], None]:
+    return {key: value for key, value in rope_of_file(a, loader)[0].items() if "scaling" not in key}, None
+
+
+def without_offset(config: SLMConfig, a: Architecture, loader: Loader) -> Iterator[PlannedTensor]:
+    for planned in tensors_of(config, a, loader):
+        yield replace(planned, change=lambda tensor: tensor) if "norm" in planned.name else planned
+
+
+def one_more_in_the_window(a: Architecture, loader: Loader) -> dict[str, Any]:
+    return settings_of(a, loader) | {"attention.sliding_window": WINDOW + 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("llama, tied, yarn", {"interleaved": keys_as_one_head}),
+        ("smollm3", {"interleaved": lambda rows, heads, dim: rows}),
+        ("llama, llama3", {"rope_of_file": unscaled}),
+        ("gemma3, linear", {"rope_of_file": unscaled}),
+        ("gemma2, yarn", {"tensors_of": without_offset}),
+        ("olmo3, yarn", {"settings_of": one_more_in_the_window}),
+    ],
+)
+def test_a_wrong_conversion_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, wrong: dict[str, Any]
+) -> None:
+    decoder = write_model(tmp_path, config_of(*MODELS[name]))
+    for function, replacement in wrong.items():
+        monkeypatch.setattr(export_gguf, function, replacement)
+    write_gguf(tmp_path, tmp_path / "model.gguf", "F32")
+    assert difference(tmp_path / "model.gguf", expected_log_probs(decoder)) > 100 * LARGEST
 
 
 def file_of(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
