@@ -14,19 +14,23 @@ BIN := $(VENV)/bin
 # pip's view of the pinned set: the same versions for everybody.
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
+# Tests wait for servers, browsers and signals, so there are more workers than cores. A worker begins with consecutive
+# tests, whose fixtures are then made once, and takes some of another's when it has ended its own.
+WORKERS = --numprocesses $(shell $(PYTHON) -c "import os; print(max(2, os.cpu_count() * 3 // 2))") --dist worksteal
+
 .PHONY: quickstart test test-fast test-browser test-transformers4 test-space test-long test-load test-hosts test-kill lint types check format clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/slm quickstart
 
 test: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS)
 
 test-fast: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) -m "not slow"
 
 test-browser: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto tests/serving -k page
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) tests/serving -k page
 
 test-kill: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.kill --no-output
@@ -35,7 +39,7 @@ test-kill: $(VENV)/.installed-test
 test-transformers4: $(VENV)/.installed-test
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/transformers4 --upgrade "transformers<5" "huggingface_hub<1" \
 		"tokenizers<=0.23.0" requests urllib3 charset_normalizer idna certifi
-	PYTHONPATH=$(VENV)/transformers4 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto tests/parity
+	PYTHONPATH=$(VENV)/transformers4 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) tests/parity
 
 test-space: $(VENV)/.installed-test
 	$(BIN)/pip install --quiet --target $(VENV)/gradio --upgrade gradio==6.31.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -150,12 +150,17 @@ def test_the_longest_beginning_of_a_stop_string_is_held_back(text: str, strings:
 
 def test_a_long_stop_string_costs_hardly_more_than_a_short_one() -> None:
     strings, text = ["STOP" + "x" * (LONGEST_STOP - 4)] * MOST_STOPS, "The Sun had a red kite, and it ran STO" * 25
-    taken = []
-    for find in (StopStrings(strings).may_begin, lambda text: beginning_at_end(strings, text)):
-        start = time.process_time()
-        assert find(text) == 3
-        taken.append(time.process_time() - start)
-    assert 10 * taken[0] < taken[1]
+
+    def seconds(find: Callable[[str], int]) -> float:
+        """Of the processor; the least of several."""
+        taken = []
+        for _ in range(5):
+            start = time.process_time()
+            assert find(text) == 3
+            taken.append(time.process_time() - start)
+        return min(taken)
+
+    assert 5 * seconds(StopStrings(strings).may_begin) < seconds(lambda text: beginning_at_end(strings, text))
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,9 @@ HEIGHT = {WIDE: 860, PHONE: 844}
 FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
     "--disable-background-networking", "--disable-component-update",
+    "--process-per-site",  # for `shared_context`
 ]  # fmt: skip
+CONTEXT: dict[str, Any] = {"reduced_motion": "reduce", "permissions": ["clipboard-read", "clipboard-write"]}
 
 
 def chromium_path() -> str | None:
@@ -53,15 +55,29 @@ def chromium() -> Iterator[Any]:
         browser.close()
 
 
+@pytest.fixture(scope="module")
+def shared_context(chromium: Any) -> Iterator[Any]:
+    """A playwright `BrowserContext` with a page of the servers' site, so that the process which draws that site stays:
+    a page in a process of its own takes twice the processor time.
+    """
+    context = chromium.new_context(**CONTEXT)
+    page = context.new_page()
+    page.route("**/*", lambda route: route.fulfill(body="", content_type="text/html"))
+    page.goto("http://127.0.0.1/")
+    yield context
+    context.close()
+
+
 @pytest.fixture
-def open_page(chromium: Any) -> Iterator[Callable[..., Any]]:
+def open_page(chromium: Any, shared_context: Any) -> Iterator[Callable[..., Any]]:
     """`open_page(url, tab="chat", width=1280, dark=False, expect="")` → a page on which that tab is shown.
 
     `expect`: a regular expression of console errors that the test causes, as by a request that is refused.
     `before`: a script that runs before those of the page. `wait`: until the tab is shown. Other options are those of
-    playwright's `new_context`.
+    playwright's `new_context`. The first page is in the shared context, unless it has such options; what it has stored
+    is gone at the end.
     """
-    opened = []
+    opened, own_contexts, stored = list[Any](), list[Any](), list[str]()
 
     def open_one(
         url: str,
@@ -73,14 +89,18 @@ def open_page(chromium: Any) -> Iterator[Callable[..., Any]]:
         wait: bool = True,
         **options: Any,
     ) -> Any:
-        context = chromium.new_context(
-            viewport={"width": width, "height": HEIGHT.get(width, 860)}, color_scheme="dark" if dark else "light",
-            reduced_motion="reduce", permissions=["clipboard-read", "clipboard-write"], **options,
-        )  # fmt: skip
-        context.set_default_timeout(120_000)
-        if before:
-            context.add_init_script(before)
+        if opened or options:
+            context = chromium.new_context(**CONTEXT, **options)
+            own_contexts.append(context)
+        else:
+            context = shared_context
+            stored.append(url)
         page = context.new_page()
+        page.set_default_timeout(120_000)
+        page.set_viewport_size({"width": width, "height": HEIGHT.get(width, 860)})
+        page.emulate_media(color_scheme="dark" if dark else "light", reduced_motion="reduce")
+        if before:
+            page.add_init_script(before)
         problems: list[str] = []
         page.problems = problems
 
@@ -90,20 +110,26 @@ def open_page(chromium: Any) -> Iterator[Callable[..., Any]]:
 
         page.on("console", lambda message: message.type == "error" and note(f"console: {message.text}"))
         page.on("pageerror", lambda error: note(f"error: {error}"))
-        context.on(
+        page.on(
             "request",
             lambda request: request.url.startswith((url, "data:")) or note(f"request to another host: {request.url}"),
         )
-        opened.append((context, page))
+        opened.append(page)
         page.goto(f"{url}/#{tab}")
         if wait:
             page.locator(f"#panel-{tab}[aria-busy=false]").wait_for()
         return page
 
     yield open_one
-    found = [problem for _, page in opened for problem in page.problems]
-    for context, _ in opened:
+    found = [problem for page in opened for problem in page.problems]
+    for page in opened:
+        page.close()
+    for context in own_contexts:
         context.close()
+    storage = shared_context.new_cdp_session(shared_context.pages[0])
+    for url in stored:
+        storage.send("Storage.clearDataForOrigin", {"origin": url, "storageTypes": "all"})
+    storage.detach()
     assert not found, "\n".join(found)
 
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import pytest
 
 from slmkit.serving.models import ServedModel
-from tests.serving.browser import chromium, open_page
+from tests.serving.browser import chromium, open_page, shared_context
 from tests.serving.servers import Client, Script, gemma, llama, serving
 
-__all__ = ["chromium", "open_page"]
+__all__ = ["chromium", "open_page", "shared_context"]
 
 
 @pytest.fixture(scope="module")
