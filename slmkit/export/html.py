@@ -28,9 +28,10 @@ from slmkit.adapt import quantize
 from slmkit.adapt.load import load_model
 from slmkit.config import UserError
 from slmkit.export.runtimes import Runtime
-from slmkit.find import find_model_directory, learned_conversations
+from slmkit.find import find_model_directory, learned_conversations, run_of
 from slmkit.model.architectures import Architecture
 from slmkit.model.decoder import Decoder
+from slmkit.model.latent_attention import EPS
 from slmkit.model.rope import DynamicNTK, Rope, Yarn
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.tokenizer.chat_pieces import chat_pieces
@@ -42,18 +43,21 @@ GROUP = 32  # weights with one scale; rows are padded with zeros to a multiple o
 PAGE = Path(__file__).with_name("page")
 ENGINE = ("assembler", "matrices", "decoder", "tokenizer", "chat_prompt", "sampling", "worker")
 AT_ONCE = 3 << 20  # bytes of weights in one element of the page, a multiple of 3
-GOLDEN_TOKENS, CLEAR = 64, 0.01  # a token is compared while the next likeliest is less likely by this much (log)
+GOLDEN_TOKENS, CLEAR = 32, 0.01  # a token is compared while the next likeliest is less likely by this much (log)
+
+ROTARY = re.compile(r"attention\.(query|query\.up|latent)\.(weight|bias)$")  # of latent attention
 
 # -- weights ----------------------------------------------------------------------------------------------------------
 
 
-def write_html(model: Path, path: Path, kind: str = "int8") -> None:
-    """Write the page of a model, an adapter or a run to `path`. `kind` is one of `KINDS`, for matrices.
+def write_html(model: str | Path, path: Path, kind: str = "int8", source: Path | None = None) -> None:
+    """Write the page of a model, an adapter or a run to `path`. `kind` is one of `KINDS`, for matrices; `source` is the
+    directory of its weights, if it is another.
 
-    Raises `UserError` for more than 60 million parameters, a weight beyond float16, and a
-    tokenizer or chat template that the page would read differently.
+    Raises `UserError` for more than 60 million parameters, a weight beyond float16, and a tokenizer that the page would
+    read differently.
     """
-    decoder, config = load_model(directory := find_model_directory(model))
+    decoder, config = load_model(directory := source or find_model_directory(model))
     if kind not in KINDS:
         raise UserError(f"type {kind!r}: an HTML page has {', '.join(KINDS)}")
     if (size := sum(weight.numel() for _, weight in _weights(decoder))) > MOST_PARAMETERS:
@@ -69,14 +73,17 @@ def write_html(model: Path, path: Path, kind: str = "int8") -> None:
         at += len(data)
         blobs.append(data)
         rounded.get_parameter(name).data = _for_the_page(a, name, values, back=True).view(weight.shape)
+    if len(tokenizer) > a.vocab_size:
+        raise UserError(f"{model}: the tokenizer has {len(tokenizer):,} ids, the model rows for {a.vocab_size:,}")
     ids = tokenizer.encode(PROBE)
     header = {
         "name": Path(model).name, "kind": kind, "parameters": size, "bytes": at, "tensors": tensors,
         "model": _choices(a), "tokenizer": page_tokenizer(tokenizer), "chat": _chat(tokenizer),
         "beginning": [*tokenizer.beginning], "ends": sorted({tokenizer.eos_token_id, *tokenizer.stop_token_ids}),
         "has_template": tokenizer.chat_template is not None,
-        "talks": learned_conversations(directory) is not False, "suppressed": [*map(int, tokenizer.suppressed)],
-        "golden": {"text": PROBE, "ids": ids, **_golden(rounded, ids[: a.max_positions // 2])},
+        "talks": learned_conversations(model) or run_of(model) is None,
+        "suppressed": [*map(int, tokenizer.suppressed)],
+        "golden": {"text": PROBE, "ids": ids, **_golden(rounded, ids[: max(1, a.max_positions // 2)])},
     }  # fmt: skip
     Path(path).write_text(_page(header, b"".join(blobs)), encoding="utf-8")
 
@@ -94,11 +101,7 @@ def _for_the_page(a: Architecture, name: str, weight: Tensor, back: bool = False
     if a.norm == "rms+1" and weight.dim() == 1 and name.endswith("weight"):
         return weight - 1 if back else weight + 1
     latent, rows = a.latent, weight.shape[0]
-    if (
-        latent is None
-        or not latent.neighbours_turn
-        or not re.search(r"attention\.(query|query\.up|latent)\.(weight|bias)$", name)
-    ):
+    if latent is None or not latent.neighbours_turn or not ROTARY.search(name):
         return weight
     pairs = torch.arange(latent.rope_dim).view(-1, 2).T.flatten()  # 0, 2, …, 1, 3, …
     period = latent.kv_rank if ".latent." in name else latent.plain_dim
@@ -113,10 +116,8 @@ def _stored(name: str, weight: Tensor, kind: str) -> tuple[dict[str, Any], Tenso
         parts, values, entry = [weight], weight, {"kind": "vector", "size": weight.numel()}
     else:
         rows, columns = weight.shape
-        entry, padded = (
-            {"kind": kind, "rows": rows, "columns": columns},
-            nn.functional.pad(weight, (0, -columns % GROUP)),
-        )
+        entry = {"kind": kind, "rows": rows, "columns": columns}
+        padded = nn.functional.pad(weight, (0, -columns % GROUP))
         if kind in ("f32", "f16"):
             parts = [padded if kind == "f32" else padded.half()]
             values = parts[0].float()
@@ -141,7 +142,7 @@ def _choices(a: Architecture) -> dict[str, Any]:
     if latent is not None:
         sizes = {"kv_heads": a.heads, "key_dim": latent.plain_dim + latent.rope_dim, "value_dim": latent.value_dim}
         names = ("query_rank", "kv_rank", "rope_dim", "plain_dim")
-        sizes["latent"] = {name: getattr(latent, name) for name in names} | {"eps": 1e-6}
+        sizes["latent"] = {name: getattr(latent, name) for name in names} | {"eps": EPS}
     return {name: getattr(a, name) for name in same} | sizes | {
         "norm": "layer" if a.norm == "layer" else "rms",
         "ropes": [_rope(rope) for rope in ropes],
@@ -199,6 +200,7 @@ def javascript_pattern(pattern: str) -> str:
     for before, part in zip(["", *parts], parts):
         ignores_case = groups[-1]
         is_unsure = part[0] in ("[&\\" if in_class else "^$\\") or (part[1:] == "+" and not in_class)
+        is_folded = part == "-" if in_class else (before + part).lower() in LIGATURES
         if part in ESCAPES:
             made.append(ESCAPES[part] if in_class or part != r"\w" else f"[{ESCAPES[part]}]")
         elif CATEGORY.fullmatch(part):
@@ -207,14 +209,7 @@ def javascript_pattern(pattern: str) -> str:
             made.append(part.replace("{", "{Script="))
         elif part[0] == "\\" and len(part) == 2 and not part[1].isalnum():
             made.append(part if part[1] in "^$\\.*+?()[]{}|/" or (in_class and part[1] == "-") else part[1])
-        elif is_unsure or (
-            ignores_case
-            and (
-                (not in_class and (before + part).lower() in LIGATURES)
-                or not part.isascii()
-                or (in_class and part == "-")
-            )
-        ):
+        elif is_unsure or (ignores_case and (is_folded or not part.isascii())):
             raise UserError(f"the tokenizer's pattern {pattern!r} has {part!r}, which an HTML page cannot express")
         elif ignores_case and part.isalpha():
             cases = part.lower() + part.upper() + FOLDS.get(part.lower(), "")
@@ -368,9 +363,9 @@ class HtmlPage(Runtime):
         return self._playwright.chromium.launch(executable_path=browser, args=["--no-sandbox", "--headless"])
 
     def _call(self, name: str, *arguments: Any) -> Any:
-        # JSON in ASCII, since half of a surrogate pair cannot be sent otherwise.
-        script = "([name, text]) => window.slm[name](...JSON.parse(text))"
-        return self.page.evaluate(script, [name, json.dumps(arguments)])
+        # JSON both ways: playwright's own form is slow for many numbers, and cannot hold half of a surrogate pair.
+        script = "async ([name, text]) => JSON.stringify(await window.slm[name](...JSON.parse(text)))"
+        return json.loads(self.page.evaluate(script, [name, json.dumps(arguments)]))
 
     def encode(self, text: str) -> list[int]:
         return self._call("encode", text)

@@ -164,7 +164,7 @@ TARGETS = {
     ),
     "html": Target(
         "*.html", ("int8", "int4", "f16", "f32"), ("playwright", "chromium or chromium-browser or google-chrome"),
-        lambda m, path, kind, request: write_html(m.source, path, kind),
+        lambda m, path, kind, request: write_html(m.name, path, kind, m.source),
         lambda path, probe: HtmlPage(path),
         install="pip install playwright, and Chromium",
         suffix=".html",

@@ -33,7 +33,7 @@ function startWorker() {
   return worker;
 }
 
-const worker = startWorker();
+let worker;
 
 /** The result of a call to the engine. `emit` gets its events; `started` the number with which it can be stopped. */
 function ask(call, argument = {}, emit = () => {}, started = () => {}) {
@@ -47,6 +47,7 @@ function ask(call, argument = {}, emit = () => {}, started = () => {}) {
 
 /** Weights decoded one part after the other, then the comparison with slmkit. */
 async function load() {
+  worker = startWorker();
   // ?kernels=javascript: without WebAssembly, to compare.
   const kernels = new URLSearchParams(location.search).get("kernels") === "javascript" ? null : $("kernels").textContent;
   const about = await ask("begin", { header, kernels });
