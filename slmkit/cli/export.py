@@ -116,6 +116,7 @@ def print_verdicts(verdicts: list[Verdict]) -> None:
     """A table of what was compared, then a line for each runtime that was not, or that differs."""
     from rich import box
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     columns = ("runtime", "weights", "MB", "ids", "prompts", "nats apart", "divergence", "greedy", "tokens/s", "")
@@ -129,13 +130,12 @@ def print_verdicts(verdicts: list[Verdict]) -> None:
         same = (f"{each['compared'] - each['different']:,}/{each['compared']:,}" for each in (ids, chats))
         apart = (f"{predicted[name]:.2g}" if predicted else "?" for name in ("max_abs", "mean_kl"))
         table.add_row(
-            one.runtime, one.kind, f"{one.parity.size / 1e6:,.1f}", *same, *apart,
+            escape(one.runtime), one.kind, f"{one.parity.size / 1e6:,.1f}", *same, *apart,
             f"{greedy['equal']}/{greedy['compared']}", f"{one.parity.tokens_per_second:,.0f}",
             "[red]differs[/]" if one.is_wrong else "same",
         )  # fmt: skip
     console = Console(highlight=False)
-    console.width = console.width if console.is_terminal else 160
+    console.width = console.width if console.is_terminal else 240
     console.print(table)
-    for one in verdicts:
-        if one.problem:
-            console.print(f"{one.runtime} {one.kind}: {one.problem}", soft_wrap=True, markup=False)
+    for one in [one for one in verdicts if one.problem]:
+        console.print(f"{one.runtime} {one.kind}: {one.problem}", soft_wrap=True, markup=False)

@@ -45,6 +45,7 @@ class LlamaCpp:
     """A GGUF in llama.cpp on one thread, with a float32 KV cache: as exact as the file's types allow."""
 
     name = "llama.cpp"
+    composes = False  # it has no normalizer: text that is not in normal form C gets other ids
     # Of a log-probability, in nats: float16 tables of GELU, whatever the weights' type. Seen were up to 0.014.
     gelu_error = 0.03
 

@@ -38,6 +38,7 @@ class Probe:
     """What runtimes are asked: the same for the same model and tokenizer."""
 
     strings: list[str]
+    decomposed: frozenset[str]  # strings that the tokenizer brings into Unicode's normal form C first
     conversations: list[list[Message]]
     tagged: list[list[Message]]  # with special tokens spelled in the messages
     readings: list[list[list[int]]]  # of each: their ids as ordinary text, and as tokens, as transformers reads them
@@ -65,7 +66,10 @@ class Probe:
             (start, [*range(1, len(start) + 1, 4)]),
         ]
         readings = [[ids, _read_openly(tokenizer, ids)] for ids in map(tokenizer.encode_chat_prompt, tagged)]
-        return cls(texts, plain, tagged, readings, prompts, start, min(count, most - len(start)))
+        normalizer = tokenizer._tokenizer.normalizer
+        composes = normalizer is not None and normalizer.normalize_str("e\u0301") == "é"
+        decomposed = frozenset(text for text in texts if composes and not unicodedata.is_normalized("NFC", text))
+        return cls(texts, decomposed, plain, tagged, readings, prompts, start, min(count, most - len(start)))
 
     @property
     def context(self) -> int:

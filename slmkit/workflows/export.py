@@ -252,12 +252,13 @@ def kind_of(path: Path, to: str) -> str:
     """How the weights of a file are stored, by its own words or those of its parity.json; else the target's default."""
     with contextlib.suppress(OSError, ValueError, KeyError):
         return json.loads(record_of(path).read_text(encoding="utf-8"))["kind"]
-    if to == "gguf":
-        from gguf import GGUFReader, LlamaFileType
+    with contextlib.suppress(OSError, ValueError, LookupError, ImportError):  # the program that opens it will say why
+        if to == "gguf":
+            from gguf import GGUFReader, LlamaFileType
 
-        field = GGUFReader(path).fields["general.file_type"]
-        return LlamaFileType(field.contents()).name.removeprefix("MOSTLY_").removeprefix("ALL_")
-    if to == "hf":
-        content = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        return "int4" if content.get("quantization_config") else content.get("dtype", content.get("torch_dtype", ""))
+            field = GGUFReader(path).fields["general.file_type"]
+            return LlamaFileType(field.contents()).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+        if to == "hf":
+            config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+            return "int4" if config.get("quantization_config") else config.get("dtype") or config["torch_dtype"]
     return TARGETS[to].kinds[0]

@@ -11,9 +11,12 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from slmkit import SLMTokenizer, UserError
+from slmkit.export.gguf import write_gguf
 from slmkit.export.gguf_tokenizer import PRE, RAW
 from slmkit.export.llama_cpp import LlamaCpp
-from slmkit.export.runtimes import probe_strings
+from slmkit.export.probe import Probe, probe_strings
+from slmkit.export.runtimes import EXACT, Slmkit, compare
+from tests.export.small_model import loaded, write_small
 from tests.export.tiny_gguf import CONTEXT, describe_model, write_tiny_gguf
 from tests.tokenizer import kinds
 from tests.tokenizer.conftest import LLAMA_TEMPLATE, TEXTS
@@ -153,6 +156,26 @@ def test_other_normalizers_are_refused(normalizer: Any, tmp_path: Path) -> None:
     tokenizer = split_by(*PRE["gpt-2"])
     tokenizer.normalizer = normalizer
     assert f"the normalizer {type(normalizer).__name__}" in refusal(save(tmp_path, tokenizer))
+
+
+def test_text_outside_normal_form_c_is_counted_and_left_out(tmp_path: Path) -> None:
+    """Qwen's tokenizer composes characters first, which llama.cpp does not do."""
+    tokenizer = split_by(*PRE["qwen2"])
+    tokenizer.normalizer = normalizers.NFC()
+    write_small(tmp_path, vocab_size=tokenizer.get_vocab_size())
+    save(tmp_path, tokenizer)
+    for name in ("config.json", "generation_config.json"):
+        content = json.loads((tmp_path / name).read_text())
+        (tmp_path / name).write_text(json.dumps(content | {"eos_token_id": tokenizer.token_to_id("</s>")}))
+    decoder, ours = loaded(tmp_path)
+    probe = Probe.of(decoder, ours, strings=STRINGS, conversations=0, count=4)
+    write_gguf(tmp_path, tmp_path / "model.gguf", "F32")
+    with LlamaCpp(tmp_path / "model.gguf", probe.context) as runtime:
+        parity = compare(Slmkit(decoder, ours, 0), runtime, probe, EXACT)
+        assert runtime.encode("e\u0301") != ours.encode("e\u0301")
+    assert parity.passed, parity.failures
+    left_out = parity.checks["token ids"]["not in normal form C"]
+    assert 0 < left_out == STRINGS - parity.checks["token ids"]["compared"]
 
 
 def test_a_pattern_that_differs_in_one_character_is_refused(tmp_path: Path) -> None:

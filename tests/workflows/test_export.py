@@ -201,6 +201,7 @@ def test_a_missing_engine_is_named_and_unverified_says_so(
     record = json.loads(record_of(path).read_text())
     assert (record["passed"], record["unverified"]) == (False, "xllamacpp is not installed: pip install slmkit[export]")
     assert entries(tmp_path) == ["out.gguf", "out.parity.json"]
+    monkeypatch.setattr(workflow, "MADE", (("gguf", "F32"), ("gguf", "Q8_0")))
     rows = verify(str(model))
     absent = [one for one in rows if one.runtime == "gguf"]
     assert absent
