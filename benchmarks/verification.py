@@ -75,7 +75,7 @@ def main() -> None:
         models = {"The chat model of `slm quickstart`": options.model} if options.model else {}
         for number, (name, changes) in enumerate(FAMILIES.items()):
             if options.only.lower() in name.lower():
-                models[name] = str(write_small(Path(scratch, str(number)), eos_token_id=[0, 3], **changes))
+                models[name] = str(write_small(Path(scratch, str(number)), **changes))
         for name, model in models.items():
             print(name, flush=True)
             parts.append(f"### {name}\n\n{table(verify(model, say=print))}")

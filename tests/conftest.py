@@ -13,7 +13,7 @@ SLOW = (
     "workflows/", "training/checkpoints/", "training/recipe/", "training/estimate/", "training/test_distributed.py",
     "training/test_guards.py", "training/test_nothing_learned.py", "training/optimizers/", "adapt/test_merging.py",
     "adapt/test_lora_merge.py", "adapt/test_merge_directories.py", "adapt/test_peft.py", "adapt/test_gptq.py",
-    "adapt/test_quantized_files.py", "api/",
+    "adapt/test_quantized_files.py", "api/", "export/test_onnx.py",
     "data/sources/test_hub.py", "data/sources/test_urls.py", "data/prepare/test_ray.py", "generation/test_ensemble.py",
     "model/test_cache.py", "model/test_context.py", "model/files/test_directory.py",
     "parity/test_transformers.py", "parity/test_wrong_readings.py", "tokenizer/test_kinds.py",

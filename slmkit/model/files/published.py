@@ -146,8 +146,8 @@ def _read_rope(content: dict[str, Any], by_kind: bool) -> None:
 
 def _expect_one_rope(content: dict[str, Any]) -> None:
     """Raises `ValueError` for a key of RoPE with different values in the spellings of transformers 5 and 4."""
-    newer, scaling = content.get("rope_parameters"), content.get("rope_scaling")
-    newer = newer.get(FULL, newer) if isinstance(newer, dict) else None
+    found, scaling = content.get("rope_parameters"), content.get("rope_scaling")
+    newer: Any = found.get(FULL, found) if isinstance(found, dict) else None
     older = {"rope_theta": content.get("rope_theta")} | (scaling if isinstance(scaling, dict) else {})
     for key in sorted(newer.keys() & older.keys()) if isinstance(newer, dict) else ():
         if newer[key] != older[key] and None not in (newer[key], older[key]):
