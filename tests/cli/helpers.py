@@ -35,7 +35,7 @@ def slm(*arguments: str | Path, cwd: Path | None = None, stdin: str = "") -> sub
 
 
 def python(
-    code: str, *arguments: str | Path, cwd: Path | None = None, stdin: str = "", timeout: float = 300
+    code: str, *arguments: str | Path, cwd: Path | None = None, stdin: str = "", timeout: float = 600
 ) -> subprocess.CompletedProcess[str]:
     """What `python -c code arguments` does, with this environment and torch imported before."""
     words = [str(argument) for argument in arguments]

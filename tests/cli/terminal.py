@@ -66,7 +66,7 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._ours, text.encode())
 
-    def wait_for(self, text: str, end: str = "", timeout: float = 120) -> str:
+    def wait_for(self, text: str, end: str = "", timeout: float = 300) -> str:
         """Read until the screen's text contains `text`, and ends with `end`; returns it whole."""
         limit = time.monotonic() + timeout
         while text not in self.screen.text or not self.screen.text.endswith(end):
@@ -91,7 +91,7 @@ class Terminal:
         """Close the terminal, which ends a command that still runs; returns its exit code."""
         if self._ours >= 0:
             os.close(self._ours)
-            self._ours, self._code = -1, ended(120, self._words)
+            self._ours, self._code = -1, ended(300, self._words)
         return self._code
 
     def _read(self, seconds: float) -> bool:

@@ -105,12 +105,12 @@ class Server:
         assert found, lines
         self.url = found[0].removesuffix("/v1")
 
-    def end(self, number: int = signal.SIGTERM, seconds: float = 120) -> tuple[int, str]:
+    def end(self, number: int = signal.SIGTERM, seconds: float = 300) -> tuple[int, str]:
         """Send a signal; returns the exit code and what was printed on standard error."""
         self.process.send_signal(number)
         return self.wait(seconds)
 
-    def wait(self, seconds: float = 120) -> tuple[int, str]:
+    def wait(self, seconds: float = 300) -> tuple[int, str]:
         code = self.process.wait(seconds)
         self.errors.seek(0)
         return code, self.errors.read()
@@ -141,7 +141,7 @@ def slm_serve(
                 if line.startswith(("try:", "the page:")):
                     break
             if not lines:
-                process.wait(120)
+                process.wait(300)
                 errors.seek(0)
                 raise AssertionError(errors.read())
             yield Server(process, lines, errors)
@@ -181,7 +181,7 @@ def connect(url: str, receive_buffer: int | None = None) -> socket.socket:
     connection = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     if receive_buffer is not None:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-    connection.settimeout(120)
+    connection.settimeout(300)
     parts = urlsplit(url)
     connection.connect((parts.hostname, parts.port))
     return connection
@@ -239,7 +239,7 @@ def complete(url: str, tokens: int = 5, key: str = "", **more: Any) -> Answer:
     return ask(url, "POST", "/v1/completions", completion(tokens, **more), authorization=authorization)
 
 
-def until(condition: Any, seconds: float = 120) -> None:
+def until(condition: Any, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not come true in time"

@@ -13,7 +13,7 @@ import torch
 
 from slmkit.training.logging import logger
 
-PATIENCE = 120  # seconds for all processes together
+PATIENCE = 300  # seconds for all processes together
 
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["torch", "slmkit.api", "torch.distributed.fsdp", "matplotlib.figure"])

@@ -380,7 +380,7 @@ def test_verify_finds_a_conversion_that_went_wrong(model: Path, copied: Path, tm
     assert row.is_wrong
     assert row.parity is None
     with pytest.raises(UserError, match="expected a .gguf"):
-        verify(str(model), [str(tmp_path)])
+        verify(str(model), [str(tmp_path / "absent")])
 
 
 def test_the_command_prints_a_table_and_ends_with_1_where_something_differs(
