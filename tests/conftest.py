@@ -5,6 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# A busy machine takes longer than hypothesis expects.
+settings.register_profile("slmkit", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("slmkit")
 
 # What `make test-fast` leaves out: whole lives of models, processes, kills, and all families of parity but Llama.
 SLOW = (
