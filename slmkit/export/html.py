@@ -336,18 +336,22 @@ def _page(header: dict[str, Any], weights: bytes) -> str:
 class HtmlPage(Runtime):
     """The engine of a finished page, in Chromium. `size`: of the file, in bytes.
 
-    Raises `UserError` without playwright or Chromium, and if the page finds that it computes something else.
+    Raises `UserError` without playwright or Chromium, and if it is no page of `slm export` or is damaged.
     """
 
     name = "HTML page"
 
     def __init__(self, path: Path, browser: Any = None) -> None:
         """`browser`: a `Browser` of playwright, which is not closed; without one Chromium is started."""
-        self.size, self._playwright = path.stat().st_size, None
+        self.path, self.size, self._playwright = path, path.stat().st_size, None
         self._browser = browser or self._started()
         self.page = self._browser.new_page()
         self.page.goto(path.resolve().as_uri())
-        self.checked = self._call("ready")
+        try:
+            self.checked = self._call("ready")
+        except UserError:
+            self.close()
+            raise
 
     def _started(self) -> Any:
         try:
@@ -363,9 +367,15 @@ class HtmlPage(Runtime):
         return self._playwright.chromium.launch(executable_path=browser, args=["--no-sandbox", "--headless"])
 
     def _call(self, name: str, *arguments: Any) -> Any:
+        from playwright.sync_api import Error
+
         # JSON both ways: playwright's own form is slow for many numbers, and cannot hold half of a surrogate pair.
         script = "async ([name, text]) => JSON.stringify(await window.slm[name](...JSON.parse(text)))"
-        return json.loads(self.page.evaluate(script, [name, json.dumps(arguments)]))
+        try:
+            return json.loads(self.page.evaluate(script, [name, json.dumps(arguments)]))
+        except Error as error:
+            problem = error.message.partition("\n")[0].removeprefix("Page.evaluate: ")
+            raise UserError(f"{self.path}: not a page of `slm export`, or damaged: {problem}") from None
 
     def encode(self, text: str) -> list[int]:
         return self._call("encode", text)

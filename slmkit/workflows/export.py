@@ -10,6 +10,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -285,6 +286,8 @@ def kind_of(path: Path, to: str) -> str:
 
             field = GGUFReader(path).fields["general.file_type"]
             return LlamaFileType(field.contents()).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+        if to == "html":
+            return re.findall(r'"kind": "(\w+)", "parameters"', path.read_text(encoding="utf-8"))[0]
         if to == "hf":
             config = json.loads((path / "config.json").read_text(encoding="utf-8"))
             return "int4" if config.get("quantization_config") else config.get("dtype") or config["torch_dtype"]

@@ -363,3 +363,15 @@ def test_a_page_that_computes_something_else_says_so(make: Make, chromium: Any, 
     until(page, "!document.getElementById('send').disabled", 60)
     assert page.locator("#checked").text_content().startswith("Warning: this browser computes something else")
     page.close()
+
+
+def test_a_damaged_page_or_another_one_is_an_error_of_one_line(make: Make, chromium: Any, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    write_html(make(), page, "int8")
+    whole = page.read_text()
+    middle = whole.rindex('class="weights">') + 100
+    for damaged in ("", "<h1>mine</h1>", whole[: len(whole) // 2], f"{whole[:middle]}?{whole[middle + 1 :]}"):
+        page.write_text(damaged)
+        with pytest.raises(UserError, match=r"page\.html: not a page of `slm export`, or damaged: ") as refused:
+            HtmlPage(page, chromium)
+        assert "\n" not in str(refused.value)

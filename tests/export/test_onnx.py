@@ -27,7 +27,7 @@ import onnxruntime
 from slmkit.adapt.swapping import linears
 from slmkit.config import UserError
 from slmkit.export import onnx as exporter
-from slmkit.export.onnx import GRAPH, SCRIPT, OnnxRuntime, prepare, save_graph, write_onnx
+from slmkit.export.onnx import CHAT, GRAPH, SCRIPT, OnnxRuntime, prepare, save_graph, write_onnx
 from slmkit.export.runtimes import Probe, Slmkit, bounds_of, compare
 from slmkit.model.architectures import Architecture, architecture_of
 from slmkit.model.decoder import Decoder
@@ -353,6 +353,14 @@ def test_the_script_generates_alone_and_every_end_token_stops_it(
     (folder / "generation_config.json").write_text(json.dumps(stops))
     full = generate(folder, prompt, "--max-new-tokens", "1000", "--temperature", "0.7")
     assert len(tokenizer.encode(full)) > 20  # ends with the context
+    (folder / CHAT).rename(folder / "elsewhere")
+    for words, refusal in ((["--chat", "Hi"], "no chat template"), (["fox " * 500], "more than the context of")):
+        with pytest.raises(subprocess.CalledProcessError) as refused:
+            generate(folder, *words)
+        assert refused.value.returncode == 2
+        assert refusal in refused.value.stderr
+        assert "Traceback" not in refused.value.stderr
+    (folder / "elsewhere").rename(folder / CHAT)
 
 
 # -- what is refused (E9, E13) ----------------------------------------------------------------------------------------

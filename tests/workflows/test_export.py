@@ -24,6 +24,7 @@ from slmkit.adapt.load import start_adapter
 from slmkit.adapt.quantize import quantized_modules
 from slmkit.config import UserError
 from slmkit.export import targets
+from slmkit.export.html import write_html
 from slmkit.export.runtimes import Parity
 from slmkit.export.targets import TARGETS, Request
 from slmkit.model.files.adapter_directory import LoRASettings
@@ -353,6 +354,7 @@ STOPPED = EXPORT.replace(
     """
 import os, time
 from slmkit.export import targets
+from slmkit.export.html import write_html
 write = targets.write_shards
 def slow(*arguments):
     write(*arguments)
@@ -405,6 +407,11 @@ def test_verify_compares_what_is_installed(model: Path, monkeypatch: pytest.Monk
 
 
 @needs_llama_cpp
+def test_a_page_without_a_record_says_its_kind(model: Path, tmp_path: Path) -> None:
+    write_html(model, tmp_path / "page.html", "f16")
+    assert workflow.kind_of(tmp_path / "page.html", "html") == "f16"
+
+
 def test_verify_says_that_a_file_is_absent(model: Path) -> None:
     with pytest.raises(UserError, match=r"absent\.gguf: no such file"):
         verify(str(model), ["absent.gguf"])
