@@ -347,7 +347,10 @@ class HtmlPage(Runtime):
         self._browser = browser or self._started()
         self.page = self._browser.new_page()
         self.page.goto(path.resolve().as_uri())
-        self.checked = self._call("ready")
+        self.checked = self._call("ready") if self.page.evaluate("'slm' in window") else {"what": "it has none"}
+        if not self.checked.get("equal"):
+            self.close()
+            raise UserError(f"{path}: the page's own check fails: {self.checked['what']}")
 
     def _started(self) -> Any:
         try:

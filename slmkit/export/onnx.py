@@ -343,10 +343,10 @@ class OnnxRuntime(Runtime):
         (runtime,) = import_or_explain("onnxruntime")
         self.size = sum(path.stat().st_size for path in (folder / GRAPH, folder / DATA) if path.is_file())
         try:
+            self.plain = Tokenizer.from_file(str(folder / "tokenizer.json"))
             self.session = runtime.InferenceSession(folder / GRAPH, providers=["CPUExecutionProvider"])
-        except Exception as error:  # the library's own, whose base is `Exception`
+        except Exception as error:  # the libraries' own, whose base is `Exception`
             raise UserError(f"{folder / GRAPH}: ONNX Runtime refuses it: {one_line(error)[:300]}") from None
-        self.plain = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.plain.encode_special_tokens = True  # special tokens spelled in a text are text
         self.tokenizer = SLMTokenizer.from_pretrained(folder)
         ropes = architecture_of(SLMConfig.from_pretrained(folder)).layers

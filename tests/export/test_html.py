@@ -358,6 +358,11 @@ def test_a_page_that_computes_something_else_says_so(make: Make, chromium: Any, 
     write_html(make("llama"), path)
     text = path.read_text()
     path.write_text(text.replace("b * cosine + a * sine", "b * cosine - a * sine"))
+    with pytest.raises(UserError, match=r"page.html: the page's own check fails: log-probabilities differ by"):
+        HtmlPage(path, chromium)
+    (tmp_path / "other.html").write_text("<p>hello</p>")
+    with pytest.raises(UserError, match=r"other.html: the page's own check fails: it has none"):
+        HtmlPage(tmp_path / "other.html", chromium)
     page = chromium.new_page()
     page.goto(path.as_uri())
     until(page, "!document.getElementById('send').disabled", 60)
