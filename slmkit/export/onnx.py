@@ -126,8 +126,7 @@ class Product(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x @ self.weight
-        return y if self.bias is None else y + self.bias
+        return x @ self.weight if self.bias is None else x @ self.weight + self.bias
 
 
 class Table(nn.Module):
@@ -169,7 +168,7 @@ class Packed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out]"""
-        sizes: dict[str, Any] = {"K": self.in_features, "N": self.out_features, "bits": self.bits, "block_size": BLOCK}
+        sizes: Any = {"K": self.in_features, "N": self.out_features, "bits": self.bits, "block_size": BLOCK}
         y = torch.onnx.ops.symbolic(
             "com.microsoft::MatMulNBits", (x, self.codes, self.scales), sizes | {"accuracy_level": ACCURACY_LEVEL},
             dtype=x.dtype, shape=(*x.shape[:-1], self.out_features), version=1,
@@ -182,7 +181,7 @@ class PackedTable(Packed):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] → [..., in]"""
-        layout: dict[str, Any] = {"gather_axis": 0, "quantize_axis": 2, "block_size": BLOCK, "bits": self.bits}
+        layout: Any = {"gather_axis": 0, "quantize_axis": 2, "block_size": BLOCK, "bits": self.bits}
         rows = torch.onnx.ops.symbolic(
             "com.microsoft::GatherBlockQuantized", (self.codes, ids, self.scales[..., None]), layout,
             dtype=torch.float32, shape=(*ids.shape, self.scales.size(1), BLOCK), version=1,
@@ -367,8 +366,7 @@ class OnnxRuntime(Runtime):
         return self._read(ids[: max(lengths)], lengths, AT_ONCE)
 
     def _read(self, ids: Sequence[int], lengths: Sequence[int], at_once: int) -> np.ndarray:
-        found: dict[int, np.ndarray] = {}
-        past = self._empty()
+        found, past = dict[int, np.ndarray](), self._empty()
         for start in range(0, len(ids), at_once):
             logits, past = self._run(ids[start : start + at_once], past)
             found |= {length: logits[length - start - 1] for length in lengths if 0 < length - start <= len(logits)}
