@@ -178,7 +178,8 @@ class SLMTokenizer(CallableTokenizer):
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """Token ids [tokens] of a text. Special tokens in it are recognised only with `allow_special`.
 
-        Lone surrogates are encoded with "surrogatepass". Raises `UserError` for anything but one string.
+        Lone surrogates are encoded with "surrogatepass"; with `allow_special` each becomes U+FFFD. Raises `UserError`
+        for anything but one string.
         """
         if not isinstance(text, str):
             raise UserError(f"encode: expected one text, found {type(text).__name__}; for several: encode_batch")

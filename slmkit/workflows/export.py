@@ -59,7 +59,7 @@ def export(model: str, request: Request, say: Say = lambda line: None) -> tuple[
     """Write `model` for another program, open the result there, compare, and only then give it its name.
 
     `model` is a directory, a run, an adapter (which is merged), a quantized model or a name on the hub. Beside a file
-    is NAME.parity.json, in a folder parity.json: the figures, versions and fingerprints. Returns where it is, and the
+    is FILE.parity.json, in a folder parity.json: the figures, versions and fingerprints. Returns where it is, and the
     comparison, None if the engine is missing. Raises `UserError` for a target that exists, a missing engine without
     `unverified`, a failed check, and what cannot be written: then nothing has the final name.
     """
@@ -86,8 +86,9 @@ def export(model: str, request: Request, say: Say = lambda line: None) -> tuple[
             unverified = {"passed": False, "unverified": target.missing, **about}
             content = parity.to_json(**about) if parity else json.dumps(unverified, indent=2) + "\n"
             record_of(made).write_text(content, encoding="utf-8")
+            expect_free(final, request, find_model_directory(model).resolve())  # another export may have ended first
     except OSError as error:
-        raise UserError(f"{final}: cannot be written: {error.strerror or error}") from None
+        raise UserError(f"{final}: cannot be written: {error}") from None
     return final, parity
 
 
@@ -136,19 +137,44 @@ def expect_possible(model: str, request: Request) -> tuple[Target, str, Path]:
         raise UserError(f"--type {wanted}: {did_you_mean(wanted, target.kinds)}")
     if target.missing and not request.unverified:
         raise UserError(f"{target.missing} (it checks the result); or --unverified, to write without a check")
-    name = model.rstrip("/") if Path(model).exists() else Path(model).name.partition("@")[0]
+    local = Path(model).resolve() if Path(model).name in ("", "..") else Path(model)
+    name = local if local.exists() else local.name.partition("@")[0]
     final = Path(request.output or f"{name}-{'' if target.suffix else f'{request.to}-'}{kind}{target.suffix}")
     if target.suffix and final.suffix != target.suffix:
         raise UserError(
             f"--output {final}: expected a name with {target.suffix} at its end, such as {final}{target.suffix}"
         )
-    if os.path.lexists(final):
-        source = find_model_directory(model).resolve()
-        if not request.overwrite:
-            raise UserError(f"{final}: exists already: name another --output, or replace it with --overwrite")
-        if not record_of(final).is_file() or final.is_symlink() or final.resolve() in (source, *source.parents):
-            raise UserError(f"{final}: --overwrite replaces only what `slm export` wrote: name another --output")
+    expect_free(final, request, find_model_directory(model).resolve())
     return target, kind, final
+
+
+def expect_free(final: Path, request: Request, source: Path) -> None:
+    """Raises `UserError` if something has the final name that must not be replaced."""
+    if not os.path.lexists(final):
+        return
+    if not request.overwrite:
+        raise UserError(f"{final}: exists already: name another --output, or replace it with --overwrite")
+    is_unsafe = final.is_symlink() or final.resolve() in (source, *source.parents)
+    if other := final if is_unsafe else not_exported(final):
+        raise UserError(f"{other}: --overwrite replaces only what `slm export` wrote: name another --output")
+
+
+def not_exported(path: Path) -> Path | None:
+    """`path` if no export wrote it, or the first file in it that an export did not write, or that was changed since."""
+    try:
+        written_then = json.loads(record_of(path).read_text(encoding="utf-8"))["files"]
+        sizes = {name: about["bytes"] for name, about in written_then.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return path
+    files = files_of(path).items()
+    return next((one for name, one in files if one != record_of(path) and one.stat().st_size != sizes.get(name)), None)
+
+
+def files_of(path: Path) -> dict[str, Path]:
+    """The files of an export by their names: itself, or those in its folder."""
+    if path.is_file():
+        return {path.name: path}
+    return {one.relative_to(path).as_posix(): one for one in sorted(path.rglob("*")) if not one.is_dir()}
 
 
 def plan_of(model: str, request: Request) -> list[PlannedTensor]:
@@ -164,17 +190,16 @@ def plan_of(model: str, request: Request) -> list[PlannedTensor]:
 
 def record_of(path: Path) -> Path:
     """Where the comparison of a file or a folder is."""
-    return path / "parity.json" if path.is_dir() else path.with_name(f"{path.stem}.parity.json")
+    return path / "parity.json" if path.is_dir() else path.with_name(f"{path.name}.parity.json")
 
 
 def about_export(loaded: Loaded, made: Path, to: str, kind: str) -> dict[str, Any]:
     """What parity.json says beside the figures."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES if importlib.util.find_spec(name)}
     files = {}
-    for path in [made] if made.is_file() else sorted(path for path in made.rglob("*") if path.is_file()):
+    for name, path in files_of(made).items():
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        name = path.name if made.is_file() else path.relative_to(made).as_posix()
         files[name] = {"bytes": path.stat().st_size, "sha256": digest}
     fingerprints = {"weights": fingerprint(loaded.decoder), "tokenizer": loaded.tokenizer.fingerprint}
     return {
@@ -278,6 +303,8 @@ def quantized(loaded: Loaded, kind: str, probe: Probe) -> Runtime:
 
 def _given(file: str) -> tuple[str, str, Open]:
     path = Path(file)
+    if not path.exists():
+        raise UserError(f"{file}: no such file")
     for to, target in TARGETS.items():
         found = [path] if path.is_file() and path.match(target.pattern) else sorted(path.glob(target.pattern))
         if found:

@@ -200,7 +200,7 @@ def test_a_missing_engine_is_named_and_unverified_says_so(
     assert parity is None
     record = json.loads(record_of(path).read_text())
     assert (record["passed"], record["unverified"]) == (False, "xllamacpp is not installed: pip install slmkit[export]")
-    assert entries(tmp_path) == ["out.gguf", "out.parity.json"]
+    assert entries(tmp_path) == ["out.gguf", "out.gguf.parity.json"]
     monkeypatch.setattr(workflow, "MADE", (("gguf", "F32"), ("gguf", "Q8_0")))
     rows = verify(str(model))
     absent = [one for one in rows if one.runtime == "gguf"]
@@ -287,6 +287,47 @@ def test_overwrite_replaces_nothing_but_exports(model: Path, tmp_path: Path) -> 
         with pytest.raises(UserError, match="replaces only what `slm export` wrote"):
             export(str(source), replace(request, overwrite=True, unverified=True))
     assert (mine / "thesis.txt").read_text() == "mine"
+
+
+def test_overwrite_keeps_what_was_added_to_an_export_or_put_in_its_place(model: Path, tmp_path: Path) -> None:
+    out, _ = export(str(model), Request("hf", str(tmp_path / "out")))
+    export(str(model), Request("hf", str(out), overwrite=True))
+    (out / ".git").mkdir()
+    (out / ".git" / "HEAD").write_text("mine")
+    with pytest.raises(UserError, match=r"out/\.git/HEAD: --overwrite replaces only"):
+        export(str(model), Request("hf", str(out), overwrite=True))
+    shutil.rmtree(out / ".git")
+    (out / "README.md").write_text("mine")
+    with pytest.raises(UserError, match=r"out/README\.md: --overwrite replaces only"):
+        export(str(model), Request("hf", str(out), overwrite=True))
+    assert (out / "README.md").read_text() == "mine"
+
+
+def test_an_export_of_this_folder_is_beside_it(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = Path(shutil.copytree(model, tmp_path / "copy"))
+    monkeypatch.chdir(copy)
+    for spelled in (".", "./", "../copy", "../copy/"):
+        _, _, final = workflow.expect_possible(spelled, Request("gguf", kind="F32", unverified=True))
+        assert final.absolute().resolve() == tmp_path / "copy-F32.gguf"
+
+
+def test_files_of_one_name_and_two_targets_have_a_record_each(tmp_path: Path) -> None:
+    names = {record_of(tmp_path / name) for name in ("fox.gguf", "fox.html")}
+    assert names == {tmp_path / "fox.gguf.parity.json", tmp_path / "fox.html.parity.json"}
+
+
+def test_what_got_the_name_meanwhile_stays(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = TARGETS["hf"]
+
+    def write(loaded, path, kind, request) -> None:
+        target.write(loaded, path, kind, request)
+        (tmp_path / "out").mkdir()
+
+    monkeypatch.setitem(TARGETS, "hf", replace(target, write=write))
+    with pytest.raises(UserError, match="out: exists already"):
+        export(str(model), Request("hf", str(tmp_path / "out")))
+    assert entries(tmp_path / "out") == []
+    assert entries(tmp_path) == ["out"]
 
 
 # -- disks and signals ------------------------------------------------------------------------------------------------
@@ -381,6 +422,11 @@ def test_verify_compares_what_is_installed(model: Path, monkeypatch: pytest.Monk
 
 
 @needs_llama_cpp
+def test_verify_says_that_a_file_is_absent(model: Path) -> None:
+    with pytest.raises(UserError, match=r"absent\.gguf: no such file"):
+        verify(str(model), ["absent.gguf"])
+
+
 def test_verify_finds_a_conversion_that_went_wrong(model: Path, copied: Path, tmp_path: Path) -> None:
     right, _ = export(str(model), Request("gguf", str(tmp_path / "right.gguf"), "F32"))
     wrong, _ = export(str(changed(copied, swap_rows)), Request("gguf", str(tmp_path / "wrong.gguf"), "F32"))
