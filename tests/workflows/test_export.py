@@ -270,7 +270,7 @@ def test_rounding_hides_no_wrong_conversion(model: Path, tmp_path: Path, monkeyp
     with_fault("gguf", monkeypatch, swap_rows)
     with pytest.raises(UserError, match=r"^blk.1.attn_k.weight in Q4_0 has other weights than the model: apart by"):
         export(str(model), Request("gguf", str(tmp_path / "wrong.gguf"), "Q4_0"))
-    assert entries(tmp_path) == ["right.gguf", "right.parity.json"]
+    assert entries(tmp_path) == ["right.gguf", "right.gguf.parity.json"]
 
 
 def test_overwrite_replaces_nothing_but_exports(model: Path, tmp_path: Path) -> None:
