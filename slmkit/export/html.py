@@ -138,7 +138,7 @@ def _choices(a: Architecture) -> dict[str, Any]:
     ropes, latent = [*dict.fromkeys(layer.rope for layer in a.layers if layer.rope)], a.latent
     same = ("vocab_size", "width", "heads", "mlp_width", "max_positions", "norm_eps", "activation", "attention_scale",
             "embedding_scale", "attention_cap", "logit_cap")  # fmt: skip
-    sizes = {"kv_heads": a.kv_heads, "key_dim": a.head_dim, "value_dim": a.head_dim, "latent": None}
+    sizes: dict[str, Any] = {"kv_heads": a.kv_heads, "key_dim": a.head_dim, "value_dim": a.head_dim, "latent": None}
     if latent is not None:
         sizes = {"kv_heads": a.heads, "key_dim": latent.plain_dim + latent.rope_dim, "value_dim": latent.value_dim}
         names = ("query_rank", "kv_rank", "rope_dim", "plain_dim")
@@ -311,9 +311,11 @@ def _chat(tokenizer: SLMTokenizer) -> dict[str, Any] | None:
     try:
         pieces = chat_pieces(tokenizer) if tokenizer.chat_template else None
     except UserError:
+        pieces = None
+    if pieces is None:
         return None
     spaces = "".join(filter(str.isspace, map(chr, range(0x3001))))  # JavaScript's `trim` removes others
-    return pieces and dataclasses.asdict(pieces) | {"trimmed": [*pieces.trimmed], "spaces": spaces}
+    return dataclasses.asdict(pieces) | {"trimmed": [*pieces.trimmed], "spaces": spaces}
 
 
 # -- the file ---------------------------------------------------------------------------------------------------------
@@ -343,7 +345,8 @@ class HtmlPage(Runtime):
 
     def __init__(self, path: Path, browser: Any = None) -> None:
         """`browser`: a `Browser` of playwright, which is not closed; without one Chromium is started."""
-        self.size, self._playwright = path.stat().st_size, None
+        self.size = path.stat().st_size
+        self._playwright: Any = None
         self._browser = browser or self._started()
         self.page = self._browser.new_page()
         self.page.goto(path.resolve().as_uri())

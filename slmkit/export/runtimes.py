@@ -31,7 +31,7 @@ class Runtime(Protocol):
 
     name: str  # as in the table of `slm verify`
     size: int  # of the files of weights, in bytes
-    composes = True  # whether it brings text into normal form C where the tokenizer does
+    composes: bool = True  # whether it brings text into normal form C where the tokenizer does
 
     def encode(self, text: str) -> list[int]:
         """Ids [tokens] of a text, without beginning or end; special tokens spelled in it are ordinary text."""
@@ -51,6 +51,7 @@ class Runtime(Protocol):
 
     def close(self) -> None:
         """Ends processes and frees memory."""
+        return
 
     def __enter__(self) -> Self:
         return self
@@ -260,6 +261,7 @@ class Transformers(Runtime):
     """
 
     name = "transformers"
+    _model: Any
 
     def __init__(self, directory: Path, dtype: str = "auto") -> None:
         if importlib.util.find_spec("transformers") is None:
@@ -270,10 +272,9 @@ class Transformers(Runtime):
         self.size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
         try:
             with contextlib.redirect_stderr(io.StringIO()):  # progress bars
-                self._model, said = transformers.AutoModelForCausalLM.from_pretrained(
-                    directory, dtype=dtype, local_files_only=True, output_loading_info=True
-                )
-            self._tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+                loading: Any = transformers.AutoModelForCausalLM.from_pretrained
+                self._model, said = loading(directory, dtype=dtype, local_files_only=True, output_loading_info=True)
+            self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
         except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
             raise UserError(f"transformers cannot read {directory}: {one_line(error)[:300]}") from None
         wrong = {kind: sorted(map(str, said[kind])) for kind in said if kind.endswith("_keys") and said[kind]}

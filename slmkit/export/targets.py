@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from slmkit.export.gguf import write_gguf
 from slmkit.export.gguf_types import KINDS
 from slmkit.export.html import HtmlPage, write_html
 from slmkit.export.llama_cpp import LlamaCpp
-from slmkit.export.onnx import OnnxRuntime, write_onnx
+from slmkit.export.onnx import OnnxKind, OnnxRuntime, write_onnx
 from slmkit.export.probe import Probe
 from slmkit.export.runtimes import Runtime, Slmkit, Transformers
 from slmkit.find import find_model_directory
@@ -171,7 +172,7 @@ TARGETS = {
     ),
     "onnx": Target(
         "*.onnx", ("fp32", "fp16", "int8", "int4"), ("onnxruntime",),
-        lambda m, path, kind, request: write_onnx(m.source, path, kind),
+        lambda m, path, kind, request: write_onnx(m.source, path, cast(OnnxKind, kind)),
         lambda path, probe: OnnxRuntime(path),
     ),
     "hf": Target(
