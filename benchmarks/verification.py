@@ -51,7 +51,7 @@ def table(verdicts: list[Verdict]) -> str:
         if one.parity is None:
             left_out.append(f"- {one.runtime} {one.kind}: {one.problem}")
             continue
-        ids, chats, _, predicted, greedy = one.parity.checks.values()
+        ids, chats, _, predicted, greedy, *_ = one.parity.checks.values()
         same = (f"{each['compared'] - each['different']:,}/{each['compared']:,}" for each in (ids, chats))
         apart = (f"{predicted[name]:.2g}" for name in ("max_abs", "mean_kl"))
         cells = [

@@ -104,7 +104,7 @@ def print_plan(plan: list[PlannedTensor]) -> None:
 
 def figures(parity: Parity) -> str:
     """The figures of a comparison that was passed, in one line."""
-    ids, chats, _, predicted, greedy = parity.checks.values()
+    ids, chats, _, predicted, greedy, *_ = parity.checks.values()
     return (
         f"the same ids for {ids['compared']:,} texts and {chats['compared']:,} chat prompts; log-probabilities at most "
         f"{predicted['max_abs']:.2g} nats apart, their mean divergence {predicted['mean_kl']:.2g} nats; the first "
@@ -126,7 +126,7 @@ def print_verdicts(verdicts: list[Verdict]) -> None:
     for one in verdicts:
         if one.parity is None:
             continue
-        ids, chats, _, predicted, greedy = one.parity.checks.values()
+        ids, chats, _, predicted, greedy, *_ = one.parity.checks.values()
         same = (f"{each['compared'] - each['different']:,}/{each['compared']:,}" for each in (ids, chats))
         apart = (f"{predicted[name]:.2g}" if predicted else "?" for name in ("max_abs", "mean_kl"))
         table.add_row(

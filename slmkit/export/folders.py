@@ -276,7 +276,7 @@ class Mlx(Transformers):
         except ModuleNotFoundError:
             raise UserError("mlx-lm is not installed: pip install mlx-lm") from None
         self.size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        self._model, tokenizer = mlx_lm.load(str(folder))
+        self._model, tokenizer, *_ = mlx_lm.load(str(folder))
         self._tokenizer = tokenizer._tokenizer
 
     def log_probs(self, ids: Sequence[int], lengths: Sequence[int]) -> np.ndarray:

@@ -353,6 +353,7 @@ def write_gguf(model: Path, path: Path, kind: str, *, allow_fallback: bool = Fal
     writer = gguf.GGUFWriter(path, loader.name)
     writer.add_file_type(file_type(weights_by_type(plan), kind))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    add: dict[type, Callable[[str, Any], None]]
     add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     for key, value in (settings_of(a, loader) | rope_of_file(a, loader)[0]).items():
         add.get(type(value), writer.add_array)(f"{loader.name}.{key}", value)

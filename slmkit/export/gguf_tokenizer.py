@@ -141,7 +141,9 @@ def _check_added(tokenizer: SLMTokenizer, library: Tokenizer) -> None:
 
 def _parts(step: Content | None) -> Iterator[Content]:
     """The steps of a normalizer or pre-tokenizer, one after the other."""
-    nested = step and next((step[key] for key in ("normalizers", "pretokenizers") if key in step), None)
+    nested = (
+        None if step is None else next((step[key] for key in ("normalizers", "pretokenizers") if key in step), None)
+    )
     if nested is not None:
         for part in nested:
             yield from _parts(part)

@@ -138,7 +138,7 @@ def _choices(a: Architecture) -> dict[str, Any]:
     ropes, latent = [*dict.fromkeys(layer.rope for layer in a.layers if layer.rope)], a.latent
     same = ("vocab_size", "width", "heads", "mlp_width", "max_positions", "norm_eps", "activation", "attention_scale",
             "embedding_scale", "attention_cap", "logit_cap")  # fmt: skip
-    sizes = {"kv_heads": a.kv_heads, "key_dim": a.head_dim, "value_dim": a.head_dim, "latent": None}
+    sizes: dict[str, Any] = {"kv_heads": a.kv_heads, "key_dim": a.head_dim, "value_dim": a.head_dim, "latent": None}
     if latent is not None:
         sizes = {"kv_heads": a.heads, "key_dim": latent.plain_dim + latent.rope_dim, "value_dim": latent.value_dim}
         names = ("query_rank", "kv_rank", "rope_dim", "plain_dim")
@@ -311,9 +311,11 @@ def _chat(tokenizer: SLMTokenizer) -> dict[str, Any] | None:
     try:
         pieces = chat_pieces(tokenizer) if tokenizer.chat_template else None
     except UserError:
+        pieces = None
+    if pieces is None:
         return None
     spaces = "".join(filter(str.isspace, map(chr, range(0x3001))))  # JavaScript's `trim` removes others
-    return pieces and dataclasses.asdict(pieces) | {"trimmed": [*pieces.trimmed], "spaces": spaces}
+    return dataclasses.asdict(pieces) | {"trimmed": [*pieces.trimmed], "spaces": spaces}
 
 
 # -- the file ---------------------------------------------------------------------------------------------------------
@@ -336,22 +338,23 @@ def _page(header: dict[str, Any], weights: bytes) -> str:
 class HtmlPage(Runtime):
     """The engine of a finished page, in Chromium. `size`: of the file, in bytes.
 
-    Raises `UserError` without playwright or Chromium, and if it is no page of `slm export` or is damaged.
+    Raises `UserError` without playwright or Chromium, and if the page finds that it computes something else.
     """
 
     name = "HTML page"
 
     def __init__(self, path: Path, browser: Any = None) -> None:
         """`browser`: a `Browser` of playwright, which is not closed; without one Chromium is started."""
-        self.path, self.size, self._playwright = path, path.stat().st_size, None
+        self.size = path.stat().st_size
+        self._playwright: Any = None
         self._browser = browser or self._started()
         self.page = self._browser.new_page()
         self.page.goto(path.resolve().as_uri())
-        try:
-            self.checked = self._call("ready")
-        except UserError:
+        asked = "'slm' in window ? slm.ready().catch((error) => ({ what: String(error) })) : { what: 'it has none' }"
+        self.checked = self.page.evaluate(asked)
+        if not self.checked.get("equal"):
             self.close()
-            raise
+            raise UserError(f"{path}: the page's own check fails: {self.checked['what']}")
 
     def _started(self) -> Any:
         try:
@@ -367,15 +370,9 @@ class HtmlPage(Runtime):
         return self._playwright.chromium.launch(executable_path=browser, args=["--no-sandbox", "--headless"])
 
     def _call(self, name: str, *arguments: Any) -> Any:
-        from playwright.sync_api import Error
-
         # JSON both ways: playwright's own form is slow for many numbers, and cannot hold half of a surrogate pair.
         script = "async ([name, text]) => JSON.stringify(await window.slm[name](...JSON.parse(text)))"
-        try:
-            return json.loads(self.page.evaluate(script, [name, json.dumps(arguments)]))
-        except Error as error:
-            problem = error.message.partition("\n")[0].removeprefix("Page.evaluate: ")
-            raise UserError(f"{self.path}: not a page of `slm export`, or damaged: {problem}") from None
+        return json.loads(self.page.evaluate(script, [name, json.dumps(arguments)]))
 
     def encode(self, text: str) -> list[int]:
         return self._call("encode", text)

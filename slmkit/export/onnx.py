@@ -153,6 +153,9 @@ class Packed(nn.Module):
     codes uint8 [out, blocks, BLOCK * bits / 8], from 0, the first of two in the low bits; scales [out, blocks]
     """
 
+    codes: Tensor
+    scales: Tensor
+
     def __init__(self, module: Any, kind: Kind) -> None:
         super().__init__()
         self.bits, self.bias = BITS[kind], getattr(module, "bias", None)
@@ -166,7 +169,7 @@ class Packed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out]"""
-        sizes = {"K": self.in_features, "N": self.out_features, "bits": self.bits, "block_size": BLOCK}
+        sizes: dict[str, Any] = {"K": self.in_features, "N": self.out_features, "bits": self.bits, "block_size": BLOCK}
         y = torch.onnx.ops.symbolic(
             "com.microsoft::MatMulNBits", (x, self.codes, self.scales), sizes | {"accuracy_level": ACCURACY_LEVEL},
             dtype=x.dtype, shape=(*x.shape[:-1], self.out_features), version=1,
@@ -179,7 +182,7 @@ class PackedTable(Packed):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] → [..., in]"""
-        layout = {"gather_axis": 0, "quantize_axis": 2, "block_size": BLOCK, "bits": self.bits}
+        layout: dict[str, Any] = {"gather_axis": 0, "quantize_axis": 2, "block_size": BLOCK, "bits": self.bits}
         rows = torch.onnx.ops.symbolic(
             "com.microsoft::GatherBlockQuantized", (self.codes, ids, self.scales[..., None]), layout,
             dtype=torch.float32, shape=(*ids.shape, self.scales.size(1), BLOCK), version=1,
@@ -212,8 +215,9 @@ def attention(q: Any, k: Any, v: Any, attn_mask: Any, *, scale: float, **_: Any)
 
     q [batch, heads, new, dim], k and v [batch, kv_heads, seen, dim], attn_mask [batch, 1, new, seen] → as q.
     """
-    from onnxscript import opset18 as op
+    import onnxscript
 
+    op: Any = onnxscript.opset18
     heads, kv_heads = q.shape[1], k.shape[1]
     seen = op.Shape(k, start=2, end=3)
     split, joined = (op.Constant(value_ints=[0, count, -1]) for count in (heads, kv_heads))
@@ -285,17 +289,13 @@ def save_graph(decoder: Decoder, path: Path, kind: OnnxKind) -> None:
 
     wrapped, (batch, new, past) = CachedDecoder(decoder), (2, 3, 5)
     heads, *dims = decoder.architecture.cached_per_position
-    parts = ("key", "value")[: wrapped.per_layer]
-    cached = [f"{number}.{part}" for number in range(len(decoder.blocks)) for part in parts]
-    example = [
-        torch.zeros(batch, heads, past, dim, dtype=decoder.dtype)
-        for _ in decoder.blocks
-        for dim in dims[: wrapped.per_layer]
-    ]
+    dims = [dim for dim in dims if dim]
+    cached = [f"{layer}.{part}" for layer in range(len(decoder.blocks)) for part in ("key", "value")[: len(dims)]]
+    example = [torch.zeros(batch, heads, past, dim, dtype=decoder.dtype) for _ in decoder.blocks for dim in dims]
     ids, columns = torch.zeros(batch, new, dtype=torch.long), torch.ones(batch, past + new, dtype=torch.long)
     rows = {0: "batch_size", 1: "sequence_length"}
     with quiet():
-        program = torch.onnx.export(
+        program: Any = torch.onnx.export(
             wrapped, (ids, columns, ids.clone(), example), dynamo=True, verbose=False, optimize=False,
             opset_version=OPSET,
             input_names=["input_ids", "attention_mask", "position_ids", *(f"past_key_values.{one}" for one in cached)],
@@ -343,10 +343,10 @@ class OnnxRuntime(Runtime):
         (runtime,) = import_or_explain("onnxruntime")
         self.size = sum(path.stat().st_size for path in (folder / GRAPH, folder / DATA) if path.is_file())
         try:
+            self.plain = Tokenizer.from_file(str(folder / "tokenizer.json"))
             self.session = runtime.InferenceSession(folder / GRAPH, providers=["CPUExecutionProvider"])
-        except Exception as error:  # the library's own, whose base is `Exception`
+        except Exception as error:  # the libraries' own, whose base is `Exception`
             raise UserError(f"{folder / GRAPH}: ONNX Runtime refuses it: {one_line(error)[:300]}") from None
-        self.plain = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.plain.encode_special_tokens = True  # special tokens spelled in a text are text
         self.tokenizer = SLMTokenizer.from_pretrained(folder)
         ropes = architecture_of(SLMConfig.from_pretrained(folder)).layers
@@ -364,7 +364,8 @@ class OnnxRuntime(Runtime):
         return self._read(ids[: max(lengths)], lengths, AT_ONCE)
 
     def _read(self, ids: Sequence[int], lengths: Sequence[int], at_once: int) -> np.ndarray:
-        found, past = {}, self._empty()
+        found: dict[int, np.ndarray] = {}
+        past = self._empty()
         for start in range(0, len(ids), at_once):
             logits, past = self._run(ids[start : start + at_once], past)
             found |= {length: logits[length - start - 1] for length in lengths if 0 < length - start <= len(logits)}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -14,14 +17,15 @@ from torch import Tensor
 from slmkit.adapt.load import load_model
 from slmkit.adapt.quantize import DEFAULT_GROUP, LARGEST, dequantize_modules, quantized_modules, round_to, to_quantize
 from slmkit.adapt.quantized_files import save_quantized
+from slmkit.config import UserError
 from slmkit.export.folders import Mlx, write_mlx, write_ollama, write_space
-from slmkit.export.gguf import write_gguf
+from slmkit.export.gguf import loader_of, tensors_of, write_gguf
 from slmkit.export.gguf_types import KINDS
 from slmkit.export.html import HtmlPage, write_html
 from slmkit.export.llama_cpp import LlamaCpp
-from slmkit.export.onnx import OnnxRuntime, write_onnx
+from slmkit.export.onnx import OnnxKind, OnnxRuntime, write_onnx
 from slmkit.export.probe import Probe
-from slmkit.export.runtimes import Runtime, Slmkit, Transformers
+from slmkit.export.runtimes import Runtime, Slmkit, Transformers, bits_of
 from slmkit.find import find_model_directory
 from slmkit.model.config import SLMConfig
 from slmkit.model.decoder import Decoder
@@ -33,6 +37,7 @@ from slmkit.model.files.directory import (
     load_decoder,
     open_weights,
     save_decoder,
+    stored_names,
     write_configs,
 )  # fmt: skip
 from slmkit.model.files.stored import StoredTensor, expect_finite, write_shards
@@ -171,7 +176,7 @@ TARGETS = {
     ),
     "onnx": Target(
         "*.onnx", ("fp32", "fp16", "int8", "int4"), ("onnxruntime",),
-        lambda m, path, kind, request: write_onnx(m.source, path, kind),
+        lambda m, path, kind, request: write_onnx(m.source, path, cast(OnnxKind, kind)),
         lambda path, probe: OnnxRuntime(path),
     ),
     "hf": Target(
@@ -192,3 +197,39 @@ TARGETS = {
         install="pip install transformers",
     ),
 }  # fmt: skip
+
+# How far the weights of a tensor may be from the model's, by their bits: the norm of the difference, relative.
+MOST_ROUNDED = {32: 1e-6, 16: 0.02, 8: 0.03, 6: 0.06, 5: 0.12, 4: 0.25, 3: 0.4, 2: 0.7}
+
+
+def as_stored(path: Path, loaded: Loaded) -> Decoder:
+    """A copy of the decoder with the matrices of a GGUF of the model, as they were rounded.
+
+    Raises `UserError` for a matrix that is farther from the model's than its type rounds.
+    """
+    from gguf import GGUFReader, quants
+
+    found = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+    config, rounded = loaded.config, copy.deepcopy(loaded.decoder)
+    a, state = rounded.architecture, rounded.state_dict()
+    names = stored_names(state, family_of(config.model_type))
+    for planned in tensors_of(config, a, loader_of(config, a)):
+        tensor = found.get(planned.name)
+        if tensor is None or len(planned.shape) == 1:
+            continue
+        parts = [state[name] for name in names[planned.source]]
+        whole = torch.cat(parts)  # [out, in]
+        places = planned.change(torch.arange(whole.numel()).view(whole.shape)).flatten()
+        values = torch.tensor(quants.dequantize(tensor.data, tensor.tensor_type)).flatten()
+        before = whole.flatten()[places]
+        type_, error = tensor.tensor_type.name, math.inf
+        if len(values) == len(before):
+            error = float((values - before).norm() / before.norm().clamp(min=1e-30))
+        if not error <= MOST_ROUNDED.get(bits_of(type_), MOST_ROUNDED[2]):
+            raise UserError(
+                f"{planned.name} in {type_} has other weights than the model: apart by {error:.2g} of their norm"
+            )
+        whole.view(-1)[places] = values
+        for part, fresh in zip(parts, whole.split([len(part) for part in parts])):
+            part.copy_(fresh)
+    return rounded

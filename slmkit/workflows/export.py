@@ -24,6 +24,7 @@ from slmkit.adapt.quantize import DEFAULT_GROUP, quantized_modules, round_to, to
 from slmkit.config import UserError, did_you_mean
 from slmkit.export.gguf import plan_tensors
 from slmkit.export.gguf_types import PlannedTensor
+from slmkit.export.llama_cpp import LlamaCpp
 from slmkit.export.probe import Probe
 from slmkit.export.runtimes import (
     EXACT,
@@ -38,10 +39,11 @@ from slmkit.export.runtimes import (
     compare,
     mean_divergence,
 )  # fmt: skip
-from slmkit.export.targets import TARGETS, Loaded, Request, Target, load, written
+from slmkit.export.targets import TARGETS, Loaded, Request, Target, as_stored, load, written
 from slmkit.files import staged
 from slmkit.find import find_model_directory
 from slmkit.model.config import SLMConfig
+from slmkit.model.families import NOT_IN_TRANSFORMERS
 from slmkit.training.run_directory import RunDirectory
 from slmkit.workflows.push import card_of
 
@@ -78,8 +80,7 @@ def export(model: str, request: Request, say: Say = lambda line: None) -> tuple[
                 expected = Answers.of(loaded.runtime, probe)
                 with target.open(made, probe) as runtime:
                     say(f"comparing {runtime.name} with slmkit")
-                    bounds = bounds_for(kind, loaded, probe, expected)
-                    parity = compare(loaded.runtime, runtime, probe, bounds, expected)
+                    parity = compared(runtime, kind, loaded, probe, expected)
             if parity and not parity.passed:
                 raise UserError(f"{final}: not written, since it differs from the model: {parity.failures[0]}")
             about = about_export(loaded, made, request.to, kind)
@@ -97,6 +98,17 @@ def write_card(model: Path, folder: Path) -> None:
     (folder / "README.md").write_text(card_of(model, folder, folder.name), encoding="utf-8")
     if (plot := RunDirectory(model).plot).is_file():
         shutil.copyfile(plot, folder / plot.name)
+
+
+def compared(runtime: Runtime, kind: str, loaded: Loaded, probe: Probe, expected: Answers) -> Parity:
+    """The model and a runtime of its weights in `kind`; of a rounded GGUF also what is computed with these weights."""
+    bounds = bounds_for(kind, loaded, probe, expected)
+    same_weights = None
+    if isinstance(runtime, LlamaCpp) and not bounds.greedy:
+        rounded = Slmkit(as_stored(runtime.gguf, loaded), loaded.tokenizer, 0)
+        of_activations = bounds_for("Q8_0" if bits_of(kind) < 16 else kind, loaded, probe, expected)
+        same_weights = [rounded.log_probs(*prompt) for prompt in probe.prompts], of_activations
+    return compare(loaded.runtime, runtime, probe, bounds, expected, same_weights)
 
 
 def bounds_for(kind: str, loaded: Loaded, probe: Probe, expected: Answers) -> Bounds:
@@ -151,9 +163,8 @@ def expect_free(final: Path, request: Request, source: Path) -> None:
 def not_exported(path: Path) -> Path | None:
     """`path` if no export wrote it, or the first file in it that an export did not write, or that was changed since."""
     try:
-        written_then = json.loads(record_of(path).read_text(encoding="utf-8"))["files"]
-        sizes = {name: about["bytes"] for name, about in written_then.items()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        sizes = {name: about["bytes"] for name, about in record(path)["files"].items()}
+    except (LookupError, TypeError, AttributeError):
         return path
     files = files_of(path).items()
     return next((one for name, one in files if one != record_of(path) and one.stat().st_size != sizes.get(name)), None)
@@ -180,6 +191,14 @@ def plan_of(model: str, request: Request) -> list[PlannedTensor]:
 def record_of(path: Path) -> Path:
     """Where the comparison of a file or a folder is."""
     return path / "parity.json" if path.is_dir() else path.with_name(f"{path.name}.parity.json")
+
+
+def record(path: Path) -> dict[str, Any]:
+    """What parity.json says of a file or a folder; empty where there is none, or another program's."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(record_of(path).read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 def about_export(loaded: Loaded, made: Path, to: str, kind: str) -> dict[str, Any]:
@@ -211,7 +230,11 @@ class Verdict:
     kind: str
     parity: Parity | None
     problem: str = ""
-    is_wrong: bool = False  # it differs, or a file that was named cannot be opened
+    is_wrong: bool = False  # it differs, or a program refuses what it should open
+
+
+class NotThereError(UserError):
+    """A runtime that is not installed, or does not have such models."""
 
 
 def verify(model: str, files: Sequence[str] = (), say: Say = lambda line: None) -> list[Verdict]:
@@ -232,27 +255,49 @@ def verify(model: str, files: Sequence[str] = (), say: Say = lambda line: None) 
             say(f"comparing {name} {kind}")
             try:
                 with opened(probe) as runtime:
-                    parity = compare(reference, runtime, probe, bounds_for(kind, loaded, probe, expected), expected)
+                    parity = compared(runtime, kind, loaded, probe, expected)
                 verdicts.append(Verdict(name, kind, parity, "; ".join(parity.failures), not parity.passed))
             except UserError as error:
-                verdicts.append(Verdict(name, kind, None, str(error), bool(files)))
+                verdicts.append(Verdict(name, kind, None, str(error), not isinstance(error, NotThereError)))
     return verdicts
 
 
 def _installed(loaded: Loaded, scratch: Path) -> Iterator[tuple[str, str, Open]]:
     """Name, kind of weights, and how it is opened, of every runtime; opening one that is not installed raises."""
     for kind in ("int8", "int4"):
-        yield "slmkit", kind, functools.partial(quantized, loaded, kind)
-    yield "transformers", "float32", lambda probe: Transformers(loaded.source, "float32")
+        yield "slmkit", kind, functools.partial(_rounded, loaded, kind)
+    yield "transformers", "float32", functools.partial(_in_transformers, loaded)
     for to, kind in MADE:
         yield to, kind, functools.partial(_made, loaded, to, kind, scratch / f"{to}-{kind}{TARGETS[to].suffix}")
 
 
 def _made(loaded: Loaded, to: str, kind: str, path: Path, probe: Probe) -> Runtime:
-    if TARGETS[to].missing:
-        raise UserError(TARGETS[to].missing)
-    written(TARGETS[to], loaded, path, kind, Request(to))
+    with _optional(TARGETS[to].missing):
+        written(TARGETS[to], loaded, path, kind, Request(to))
     return TARGETS[to].open(path, probe)
+
+
+def _rounded(loaded: Loaded, kind: str, probe: Probe) -> Runtime:
+    with _optional():
+        return quantized(loaded, kind, probe)
+
+
+def _in_transformers(loaded: Loaded, probe: Probe) -> Runtime:
+    model_type = loaded.config.model_type
+    with _optional(f"transformers has no {model_type}" if model_type in NOT_IN_TRANSFORMERS else TARGETS["hf"].missing):
+        pass
+    return Transformers(loaded.source, "float32")
+
+
+@contextlib.contextmanager
+def _optional(missing: str = "") -> Iterator[None]:
+    """What cannot be done here is no failure of a runtime."""
+    try:
+        if missing:
+            raise UserError(missing)
+        yield
+    except UserError as error:
+        raise NotThereError(str(error)) from None
 
 
 def quantized(loaded: Loaded, kind: str, probe: Probe) -> Runtime:
@@ -268,7 +313,8 @@ def _given(file: str) -> tuple[str, str, Open]:
     path = Path(file)
     if not path.exists():
         raise UserError(f"{file}: no such file")
-    for to, target in TARGETS.items():
+    wrote = record(path).get("target")  # of a folder with config.json it says for which program it is
+    for to, target in sorted(TARGETS.items(), key=lambda item: item[0] != wrote):
         found = [path] if path.is_file() and path.match(target.pattern) else sorted(path.glob(target.pattern))
         if found:
             opened = found[0] if target.suffix else path
@@ -278,8 +324,8 @@ def _given(file: str) -> tuple[str, str, Open]:
 
 def kind_of(path: Path, to: str) -> str:
     """How the weights of a file are stored, by its own words or those of its parity.json; else the target's default."""
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        return json.loads(record_of(path).read_text(encoding="utf-8"))["kind"]
+    if kind := record(path).get("kind"):
+        return str(kind)
     with contextlib.suppress(OSError, ValueError, LookupError, ImportError):  # the program that opens it will say why
         if to == "gguf":
             from gguf import GGUFReader, LlamaFileType

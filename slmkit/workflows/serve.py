@@ -139,7 +139,7 @@ def llama_cpp(models: Mapping[str, Path], most_rows: int, stack: contextlib.Exit
     for number, (name, path) in enumerate(models.items()):
         if path.is_dir():
             path, beginnings[name] = _as_gguf(path, folder / str(number), name)
-        options = {"context": context_of(path), "parallel": min(most_rows, PARALLEL), "alias": name}
+        options: dict[str, Any] = {"context": context_of(path), "parallel": min(most_rows, PARALLEL), "alias": name}
         commands[name] = functools.partial(server_command, path, **options)
     return Engine("llamacpp", commands, KEY, functools.partial(llama_cpp_body, beginnings))
 

@@ -358,6 +358,11 @@ def test_a_page_that_computes_something_else_says_so(make: Make, chromium: Any, 
     write_html(make("llama"), path)
     text = path.read_text()
     path.write_text(text.replace("b * cosine + a * sine", "b * cosine - a * sine"))
+    with pytest.raises(UserError, match=r"page.html: the page's own check fails: log-probabilities differ by"):
+        HtmlPage(path, chromium)
+    (tmp_path / "other.html").write_text("<p>hello</p>")
+    with pytest.raises(UserError, match=r"other.html: the page's own check fails: it has none"):
+        HtmlPage(tmp_path / "other.html", chromium)
     page = chromium.new_page()
     page.goto(path.as_uri())
     until(page, "!document.getElementById('send').disabled", 60)
@@ -372,6 +377,6 @@ def test_a_damaged_page_or_another_one_is_an_error_of_one_line(make: Make, chrom
     middle = whole.rindex('class="weights">') + 100
     for damaged in ("", "<h1>mine</h1>", whole[: len(whole) // 2], f"{whole[:middle]}?{whole[middle + 1 :]}"):
         page.write_text(damaged)
-        with pytest.raises(UserError, match=r"page\.html: not a page of `slm export`, or damaged: ") as refused:
+        with pytest.raises(UserError, match=r"page\.html: the page's own check fails: ") as refused:
             HtmlPage(page, chromium)
         assert "\n" not in str(refused.value)

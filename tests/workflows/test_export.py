@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from slmkit.adapt.load import start_adapter
 from slmkit.adapt.quantize import quantized_modules
 from slmkit.config import UserError
-from slmkit.export import targets
+from slmkit.export import gguf, targets
 from slmkit.export.html import write_html
 from slmkit.export.runtimes import Parity
 from slmkit.export.targets import TARGETS, Request
@@ -257,6 +257,23 @@ def test_a_wrong_tensor_is_refused_and_the_earlier_export_stays(
     assert json.loads(record_of(path).read_text())["checks"]["token ids"]["compared"] == 50
 
 
+@needs_llama_cpp
+def test_rounding_hides_no_wrong_conversion(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """4 bits change what the model predicts more than wrong angles do: weights and computation are compared apart."""
+    rope = gguf.rope_of_file
+    _, parity = export(str(model), Request("gguf", str(tmp_path / "right.gguf"), "Q4_0"))
+    assert parity is not None
+    assert parity.checks["log-probabilities of the same weights"]["mean_kl"] < 0.01
+    with monkeypatch.context() as patch:  # without the divisors of RoPE's frequencies
+        patch.setattr(gguf, "rope_of_file", lambda *given: (rope(*given)[0], None))
+        with pytest.raises(UserError, match="log-probabilities of the same weights: a mean divergence"):
+            export(str(model), Request("gguf", str(tmp_path / "wrong.gguf"), "Q4_0"))
+    with_fault("gguf", monkeypatch, swap_rows)
+    with pytest.raises(UserError, match=r"^blk.1.attn_k.weight in Q4_0 has other weights than the model: apart by"):
+        export(str(model), Request("gguf", str(tmp_path / "wrong.gguf"), "Q4_0"))
+    assert entries(tmp_path) == ["right.gguf", "right.gguf.parity.json"]
+
+
 def test_overwrite_replaces_nothing_but_exports(model: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()
@@ -412,6 +429,15 @@ def test_a_page_without_a_record_says_its_kind(model: Path, tmp_path: Path) -> N
     assert workflow.kind_of(tmp_path / "page.html", "html") == "f16"
 
 
+def test_a_record_says_which_program_reads_a_folder(model: Path, tmp_path: Path) -> None:
+    for content, target in (('{"target": "mlx", "kind": "int4"}', "mlx"), ("[]", "hf"), ("{", "hf")):
+        copy = Path(shutil.copytree(model, tmp_path / "copy", dirs_exist_ok=True))
+        (copy / "parity.json").write_text(content)
+        _, kind, opened = workflow._given(str(copy))
+        assert opened.func is TARGETS[target].open
+        assert kind == ("int4" if target == "mlx" else "float32")
+
+
 def test_verify_says_that_a_file_is_absent(model: Path) -> None:
     with pytest.raises(UserError, match=r"absent\.gguf: no such file"):
         verify(str(model), ["absent.gguf"])
@@ -434,6 +460,44 @@ def test_verify_finds_a_conversion_that_went_wrong(model: Path, copied: Path, tm
     assert row.parity is None
     with pytest.raises(UserError, match="expected a .gguf"):
         verify(str(model), [str(tmp_path / "absent")])
+
+
+@needs_llama_cpp
+def test_a_program_that_refuses_what_was_written_for_it_is_wrong(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = TARGETS["gguf"]
+
+    def truncated(loaded, path, kind, request) -> None:
+        target.write(loaded, path, kind, request)
+        os.truncate(path, path.stat().st_size // 2)
+
+    monkeypatch.setitem(TARGETS, "gguf", replace(target, write=truncated))
+    monkeypatch.setattr(workflow, "MADE", (("gguf", "F32"), ("gguf", "Q4_K_M")))
+    rows = verify(str(model))[-2:]
+    assert [(one.kind, one.is_wrong) for one in rows] == [("F32", True), ("Q4_K_M", False)]
+    assert "llama.cpp refuses it" in rows[0].problem
+    assert "--allow-fallback" in rows[1].problem  # it cannot be written, which is no difference
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "words"),
+    [
+        ("hf", lambda folder: os.truncate(folder / "model.safetensors", 9_000), "transformers cannot read"),
+        ("hf", lambda folder: (folder / "tokenizer.json").write_text("{"), "transformers cannot read"),
+        ("onnx", lambda folder: (folder / "tokenizer.json").write_text("{"), "ONNX Runtime refuses it"),
+        ("onnx", lambda folder: (folder / "tokenizer.json").unlink(), "ONNX Runtime refuses it"),
+    ],
+)
+def test_a_damaged_folder_is_a_line_of_the_table(
+    name: str, damage: Callable[[Path], object], words: str, model: Path, copied: Path
+) -> None:
+    if name == "onnx":
+        pytest.importorskip("onnxruntime")
+        (copied / "model.onnx").touch()
+    damage(copied)
+    (row,) = verify(str(model), [str(copied)])[1:]
+    assert (row.is_wrong, row.parity) == (True, None)
+    assert words in row.problem
+    assert "\n" not in row.problem
 
 
 def test_the_command_prints_a_table_and_ends_with_1_where_something_differs(
