@@ -18,6 +18,7 @@ if given.chat and not (folder / "chat_prompt.json").exists():
     options.error("--chat: this model has no chat template")
 tokenizer, stream = Tokenizer.from_file(str(folder / "tokenizer.json")), decoders.DecodeStream()
 ends = json.loads((folder / "generation_config.json").read_text("utf-8"))["eos_token_id"]
+known = sorted(tokenizer.get_vocab().values())  # the model may have rows of no token
 before, after = json.loads((folder / "chat_prompt.json").read_text("utf-8")) if given.chat else ("", "")
 fresh = tokenizer.encode(before + given.prompt + after, add_special_tokens=not given.chat).ids or ends[:1]
 session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
@@ -32,8 +33,8 @@ for _ in range(min(given.max_new_tokens, context - len(fresh) + 1)):
     seen += len(fresh)
     read |= past | {"attention_mask": np.ones((1, seen), np.int64)}
     logits, *present = session.run(None, {name: read[name] for name in asked})
-    past, scores = dict(zip(past, present)), logits[0, -1, : tokenizer.get_vocab_size()]
-    fresh = [int((scores + given.temperature * np.random.gumbel(size=scores.shape)).argmax())]  # a softmax's draw
+    past, scores = dict(zip(past, present)), logits[0, -1, known]
+    fresh = [known[(scores + given.temperature * np.random.gumbel(size=scores.shape)).argmax()]]  # a softmax's draw
     if fresh[0] in ends:
         break
     print(stream.step(tokenizer, fresh[0]) or "", end="", flush=True)  # whole characters
