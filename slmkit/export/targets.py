@@ -101,6 +101,8 @@ def load(model: str, scratch: Path) -> Loaded:
     of_base = is_adapter(directory) and not (directory / "tokenizer.json").is_file()
     with_tokenizer = base_of(directory) if of_base else directory
     tokenizer, source = SLMTokenizer.from_pretrained(with_tokenizer), directory
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(f"{directory}: no rows for the tokenizer's ids {config.vocab_size:,} to {len(tokenizer) - 1:,}")
     if is_adapter(directory) or quantized_modules(decoder):
         dequantize_modules(decoder)
         source = scratch

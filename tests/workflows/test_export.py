@@ -165,6 +165,14 @@ def test_weights_that_cannot_be_stored_are_named(
     assert entries(tmp_path) == ["copy"]
 
 
+@pytest.mark.parametrize("to", ["hf", "space"])
+def test_a_tokenizer_with_ids_without_rows_is_refused(to: str, tmp_path: Path) -> None:
+    fewer = write_small(tmp_path / "fewer", vocab_size=390)
+    with pytest.raises(UserError, match="no rows for the tokenizer's ids 390 to 399"):
+        export(str(fewer), Request(to, str(tmp_path / "out")))
+    assert entries(tmp_path) == ["fewer"]
+
+
 def test_a_truncated_source_leaves_nothing(copied: Path, tmp_path: Path) -> None:
     weights = copied / "model.safetensors"
     os.truncate(weights, weights.stat().st_size - 1000)
