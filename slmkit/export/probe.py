@@ -45,6 +45,7 @@ class Probe:
     prompts: list[tuple[list[int], list[int]]]  # ids [tokens], and the lengths after which the next token is predicted
     start: list[int]  # ids [tokens] after which greedy tokens are compared
     count: int  # of greedy tokens
+    holes: frozenset[int] = frozenset()  # rows without a token, which some runtimes never choose
 
     @classmethod
     def of(
@@ -69,7 +70,8 @@ class Probe:
         normalizer = tokenizer._tokenizer.normalizer
         composes = normalizer is not None and normalizer.normalize_str("e\u0301") == "é"
         decomposed = frozenset(text for text in texts if composes and not unicodedata.is_normalized("NFC", text))
-        return cls(texts, decomposed, plain, tagged, readings, prompts, start, min(count, most - len(start)))
+        count, holes = min(count, most - len(start)), frozenset(range(decoder.vocab_size)) - {*known}
+        return cls(texts, decomposed, plain, tagged, readings, prompts, start, count, holes)
 
     @property
     def context(self) -> int:

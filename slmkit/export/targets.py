@@ -42,6 +42,7 @@ from slmkit.model.files.directory import (
 )  # fmt: skip
 from slmkit.model.files.stored import StoredTensor, expect_finite, write_shards
 from slmkit.tokenizer import SLMTokenizer
+from slmkit.tokenizer.chat import compiled
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,8 @@ def load(model: str, scratch: Path) -> Loaded:
     tokenizer, source = SLMTokenizer.from_pretrained(with_tokenizer), directory
     if len(tokenizer) > config.vocab_size:
         raise UserError(f"{directory}: no rows for the tokenizer's ids {config.vocab_size:,} to {len(tokenizer) - 1:,}")
+    if tokenizer.chat_template:
+        compiled(tokenizer.chat_template)  # some targets do without a template that they cannot hold
     if is_adapter(directory) or quantized_modules(decoder):
         dequantize_modules(decoder)
         source = scratch

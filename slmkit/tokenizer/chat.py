@@ -95,9 +95,9 @@ def rendered(
 ) -> str:
     """`render` for messages that were checked before."""
     names = {"tools": None, "documents": None, **names}  # transformers defines these for every template
-    compiled = _compiled(template)
+    jinja = compiled(template)
     try:
-        return compiled.render(messages=messages, add_generation_prompt=add_generation_prompt, **names)
+        return jinja.render(messages=messages, add_generation_prompt=add_generation_prompt, **names)
     except Exception as error:  # a template is foreign code and can fail in any way
         message = f"the chat template failed on this conversation: {' '.join(str(error).split())}"
         raise ConversationError(message, REFUSED) from None
@@ -321,7 +321,8 @@ def _shown(value: Any) -> str:
 
 
 @lru_cache(maxsize=16)
-def _compiled(template: str) -> jinja2.Template:
+def compiled(template: str) -> jinja2.Template:
+    """Raises `UserError` for a template that is not valid Jinja."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )

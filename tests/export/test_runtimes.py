@@ -204,6 +204,24 @@ MUTANTS: dict[str, tuple[str, Callable[[Slmkit], dict[str, Callable]]]] = {
 }
 
 
+def test_nothing_is_compared_from_a_row_without_a_token(reference: Slmkit, probe: Probe, expected: Answers) -> None:
+    """llama.cpp never takes such a row; until then its tokens are compared."""
+    first = max(
+        map(expected.greedy.index, expected.greedy)
+    )  # the place of the token that comes last for the first time
+    assert first > 1
+    hole = expected.greedy[first]
+    probe = replace(probe, holes=frozenset({hole}))
+
+    def another(changed: int) -> Callable:
+        return lambda ids, count: [*expected.greedy[:changed], *[5 + (hole == 5)] * (count - changed)]
+
+    for changed, passes in ((first, True), (first - 1, False)):
+        parity = compare(reference, Changed(reference, greedy=another(changed)), probe, EXACT, expected)
+        assert parity.passed is passes
+        assert parity.checks["greedy tokens"]["compared"] == first
+
+
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_wrong_runtime_fails_its_check_alone(name: str, reference: Slmkit, probe: Probe, expected: Answers) -> None:
     check, changes = MUTANTS[name]

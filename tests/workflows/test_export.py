@@ -165,6 +165,14 @@ def test_weights_that_cannot_be_stored_are_named(
     assert entries(tmp_path) == ["copy"]
 
 
+@pytest.mark.parametrize(("to", "name"), [("html", "out.html"), ("space", "out"), ("gguf", "out.gguf")])
+def test_a_template_that_is_not_valid_jinja_is_refused(to: str, name: str, copied: Path, tmp_path: Path) -> None:
+    (copied / "chat_template.jinja").write_text("{% for m in messages %}")
+    with pytest.raises(UserError, match="the chat template is not valid Jinja, line 1"):
+        export(str(copied), Request(to, str(tmp_path / name)))
+    assert entries(tmp_path) == ["copy"]
+
+
 @pytest.mark.parametrize("to", ["hf", "space"])
 def test_a_tokenizer_with_ids_without_rows_is_refused(to: str, tmp_path: Path) -> None:
     fewer = write_small(tmp_path / "fewer", vocab_size=390)
