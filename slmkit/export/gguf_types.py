@@ -79,9 +79,9 @@ def with_type(planned: PlannedTensor, kind: str, depth: int, has_head: bool) -> 
     type_, reason = types.most, kind
     if len(planned.shape) == 1 or module == "position_embd":
         type_, reason = "F32", "norms, biases and positions"
-    elif module == "output" or (module == "token_embd" and not has_head):
+    elif types.head != type_ and (module == "output" or (module == "token_embd" and not has_head)):
         type_, reason = types.head, f"{kind}: the head"
-    elif module in SENSITIVE and _matters_more(int(layer), depth):
+    elif types.sensitive != type_ and module in SENSITIVE and _matters_more(int(layer), depth):
         type_, reason = types.sensitive, f"{kind}: {module} in some layers"
     block, size = GGML_QUANT_SIZES[GGMLQuantizationType[type_]]
     if columns % block:
