@@ -235,7 +235,7 @@ def _first_problem(kind: type[Settings], error: pydantic.ValidationError, origin
     # Of the branches of a union, the one that fails furthest inside the value is the one that was meant.
     first = _place(kind, problems[0]["loc"])
     below = [each for each in problems if f"{_place(kind, each['loc'])}.".startswith(f"{first}.")]
-    problem = max(below, key=lambda each: _place(kind, each["loc"]).count("."))
+    problem = max(below, key=lambda each: len(each["loc"]))
     location = [str(part) for part in problem["loc"]]
     where = f"{origin}: " if origin else ""
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""

@@ -33,7 +33,7 @@ def export(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier export wrote.")] = False,
 ) -> None:
-    """Write a model for another program, and prove that it is the same there.
+    """Write a model for another program, and check it there.
 
     The result is opened in that program. Only if it reads the same ids, renders the same chat prompts and predicts the
     same, within the bounds of its precision, does it get its name. Figures are in parity.json beside it.

@@ -116,7 +116,8 @@ def test_a_page_predicts_what_slmkit_does(name: str, make: Make, chromium: Any, 
     ]  # around windows, original contexts and what is read at once
     start, talk = ours.tokenizer.encode_prompt(TEXT), [{"role": "user", "content": " Where?\n"}]
     talk = [*talk, {"role": "assistant", "content": "Here "}, *talk]
-    probe = Probe([TEXT], [talk[:1], talk], [], [], [(ids, lengths)], start, 256 if name in ("gpt2", "llama") else 48)
+    count = 256 if name in ("gpt2", "llama") else 48
+    probe = Probe([TEXT], frozenset(), [talk[:1], talk], [], [], [(ids, lengths)], start, count)
     with HtmlPage(tmp_path / "page.html", chromium) as page:
         assert page.checked["equal"], page.checked
         assert page.checked["webassembly"]

@@ -474,8 +474,9 @@ def test_verify_finds_a_conversion_that_went_wrong(model: Path, copied: Path, tm
     (row,) = verify(str(model), [str(damaged)])[1:]
     assert row.is_wrong
     assert row.parity is None
+    (tmp_path / "other.txt").touch()
     with pytest.raises(UserError, match="expected a .gguf"):
-        verify(str(model), [str(tmp_path / "absent")])
+        verify(str(model), [str(tmp_path / "other.txt")])
 
 
 @needs_llama_cpp
