@@ -44,7 +44,7 @@ class Child:
         self.watcher.wait()
 
     def stop(self, seconds: float = 10) -> None:
-        """Ask it to end, and kill it if it has not after so many seconds."""
+        """Ask it to end, and kill it if it still runs after `seconds`."""
         self.process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(seconds)

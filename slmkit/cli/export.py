@@ -36,7 +36,8 @@ def export(
     """Write a model for another program, and check it there.
 
     The result is opened in that program. Only if it reads the same ids, renders the same chat prompts and predicts the
-    same, within the bounds of its precision, does it get its name. Figures are in parity.json beside it.
+    same, within the bounds of its precision, does it get its name. The figures are in FILE.parity.json beside a file,
+    or in parity.json in a folder.
 
     Example: slm export runs/book --to gguf --type Q8_0
     Example: slm export runs/book --to hf --type bfloat16

@@ -166,7 +166,7 @@ def _scaled_by(kinds: tuple[type, ...], a: Architecture, windowed: bool | None =
     return all(layer.rope is None or isinstance(layer.rope.scaling, (*kinds, type(None))) for layer in layers)
 
 
-# What mlx-lm's code of each family computes, whatever config.json says.
+# What mlx-lm's code of each family always computes.
 ROPE = Need("rope_type", partial(_scaled_by, (Linear, Llama3)), "default, linear or llama3")
 PLAIN = Need("rope_type", partial(_scaled_by, ()), "default")
 PLAIN_WINDOWS = Need("rope_type", partial(_scaled_by, (), windowed=True), "default in layers with a window")

@@ -39,7 +39,7 @@ DEEPSEEK3 = (
 )
 # Without gpt-4o and tekken, which llama.cpp follows only roughly: text in Indic scripts gets other ids there.
 # llama.cpp's name → the regular expressions that cut the text one after the other, and whether a word that is a token
-# is taken whole, whatever the merges say (`ignore_merges`).
+# is taken whole, without merges (`ignore_merges`).
 PRE: dict[str, tuple[tuple[str, ...], bool]] = {
     "gpt-2": ((GPT2,), False),
     "smollm": ((r"\p{N}", GPT2), False),

@@ -143,7 +143,7 @@ def compare(
 ) -> Parity:
     """Ask both runtimes, and compare. `expected`: the reference's answers, where they are known already.
     `same_weights`: log-probabilities [lengths, vocab_size] of each prompt by the reference with the weights that the
-    other runtime has, and the bounds to these: of what is computed, whatever the rounding of weights changes.
+    other runtime has, and their bounds, in which the rounding of weights has no part.
     """
     if isinstance(reference, Slmkit) and "gelu" in reference.decoder.architecture.activation:
         bounds = dataclasses.replace(bounds, log_prob=max(bounds.log_prob, getattr(other, "gelu_error", 0.0)))

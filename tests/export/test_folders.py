@@ -147,15 +147,20 @@ def test_gos_own_templates_render_what_jinja_does(tmp_path: Path) -> None:
     assert "the chat template of this model has no system message" in refused
 
 
+def written_for_ollama(source: Path, gguf: Path, folder: Path) -> dict[str, list[str]]:
+    """The commands of the Modelfile."""
+    write_gguf(source, gguf, "F32")
+    folder.mkdir()
+    write_ollama(source, folder, gguf)
+    return modelfile(folder)
+
+
 def test_a_modelfile_has_the_template_the_stops_and_the_settings(model: Path, tmp_path: Path) -> None:
     source = changed(
         model, tmp_path / "source", do_sample=True, temperature=0.6, top_k=20, max_new_tokens=50, eos_token_id=[0, 3]
     )
     gguf, folder = tmp_path / "a b.gguf", tmp_path / "ollama"
-    write_gguf(source, gguf, "F32")
-    folder.mkdir()
-    write_ollama(source, folder, gguf)
-    commands = modelfile(folder)
+    commands = written_for_ollama(source, gguf, folder)
     assert commands["FROM"] == ["./model.gguf"]
     assert (folder / "model.gguf").read_bytes() == gguf.read_bytes()
     assert commands["TEMPLATE"] == [go_template(chat_pieces(SLMTokenizer.from_pretrained(source)))]
@@ -171,10 +176,7 @@ def test_a_modelfile_has_the_template_the_stops_and_the_settings(model: Path, tm
 def test_greedy_advice_and_a_model_without_template(model: Path, tmp_path: Path) -> None:
     source = changed(model, tmp_path / "source", template=None, do_sample=False, temperature=0.6)
     gguf, folder = tmp_path / "model.gguf", tmp_path / "ollama"
-    write_gguf(source, gguf, "F32")
-    folder.mkdir()
-    write_ollama(source, folder, gguf)
-    commands = modelfile(folder)
+    commands = written_for_ollama(source, gguf, folder)
     assert commands["TEMPLATE"] == ["{{ .Prompt }}"]
     assert commands["PARAMETER temperature"] == ["0"]
 

@@ -154,7 +154,7 @@ def recipe(name: str) -> dict[str, Any]:
 
 
 def shape(body: str) -> list[str]:
-    """What each line is: a heading, a row of so many cells, a fence, or text."""
+    """What each line is: a heading, a table row with its number of cells, a fence, or text."""
     kinds = []
     for line in body.splitlines():
         cells = len(re.findall(r"(?<!\\)\|", line))
