@@ -95,8 +95,9 @@ class TaskResult:
 
 
 def ratio_of_sums(pairs: Iterable[tuple[float, float]]) -> tuple[float, float | None]:
-    """(numerator, denominator) of each item → R = Σa/Σb and its standard error: None for fewer than two items, NaN for R
-    if the denominators add up to 0.
+    """(numerator, denominator) of each item → R = Σa/Σb and its standard error.
+
+    The error is None for fewer than two items; R is NaN if the denominators add up to 0.
     """
     found = list(pairs)
     n, below = len(found), math.fsum(b for _, b in found)
