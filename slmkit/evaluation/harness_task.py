@@ -1,4 +1,4 @@
-"""lm-eval's task with what a small model and local files need. Imports lm-eval, so import this module where it is needed.
+"""lm-eval's task with what a small model and local files need. It imports lm-eval: import it where it is needed.
 
 Shots are dropped whole, the last first, until the prompt and the answer fit into the model's context. A generation
 whose prompt does not fit without shots is not asked (`no_room`).

@@ -53,8 +53,8 @@ def local_rows(
     if not files:
         words = " or ".join([*SPLIT_WORDS.get(split, (split,)), "no split"])
         raise UserError(
-            f"{task}: no file of the split {split} in {folder}; looked for {' or '.join(names)} in the names of files and "
-            f"folders, with {words} in them (.jsonl, .json, .csv, .tsv, .parquet, also .gz or .zst)"
+            f"{task}: no file of the split {split} in {folder}; looked for {' or '.join(names)} in the names of files "
+            f"and folders, with {words} in them (.jsonl, .json, .csv, .tsv, .parquet, also .gz or .zst)"
         )
     raw = [placed for file in files for placed in read_rows(file, entry)]
     rows = list(_converted(raw, task, entry, config))
