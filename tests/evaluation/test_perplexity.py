@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -40,7 +41,7 @@ def texts(count: int = 40) -> list[str]:
 
 def closed_form(ids: list[int]) -> float:
     """Nats of all ids but the first, for the model that counts."""
-    nats = (-math.log(P) if b == a + 1 else -math.log((1 - P) / (V - 1)) for a, b in zip(ids, ids[1:]))
+    nats = (-math.log(P) if b == a + 1 else -math.log((1 - P) / (V - 1)) for a, b in itertools.pairwise(ids))
     return math.fsum(nats)
 
 
@@ -166,9 +167,9 @@ def test_batches_change_nothing_but_rounding(monkeypatch: pytest.MonkeyPatch) ->
     model, found = random_model(), []
     for at_once in (1, 50, 8_192):
         monkeypatch.setattr(perplexity, "TOKENS_AT_ONCE", at_once)
-        done = list[tuple[int, int]]()
+        done: list[tuple[int, int]] = []
         result = text_result(
-            model, TOKENIZER, texts(), window=16, stride=5, progress=lambda *counts: done.append(counts)
+            model, TOKENIZER, texts(), window=16, stride=5, progress=lambda *counts, done=done: done.append(counts)
         )
         found.append([item.values["loss"][0] for item in result.items])
         assert done[-1][0] == done[-1][1] == sum(len(windows(length + 1, 16, 5)) for length in range(1, 41))
