@@ -168,7 +168,7 @@ def _converted(raw: Sequence[Placed], entry: Mapping[str, Any], config: Mapping[
     expected = " or ".join(", ".join(one["needs"]) for one in forms)
     also = [name for name in entry.get("also", ()) if name in first and name not in form["to"]]
     to = {name: _expression(text) for name, text in form["to"].items()}
-    where = _expression(entry.get("where", "true"))
+    where = _expression(entry["where"]) if "where" in entry else None
     kept = list[tuple[dict[str, Any], bool]]()
     for place, row in raw:
         if missing := [name for name in form["needs"] if row.get(name) is None]:
@@ -176,10 +176,10 @@ def _converted(raw: Sequence[Placed], entry: Mapping[str, Any], config: Mapping[
                 f"{place}: {config['task']} needs the fields {expected}; this row has no {', '.join(missing)} (it has "
                 f"{', '.join(map(str, row))})"
             )
-        known = {**config, **row}
+        known = {**row, "dataset_name": config.get("dataset_name")}
         try:
             new = {name: value(**known) for name, value in to.items()} | {name: row.get(name) for name in also}
-            kept.append((new, bool(where(**known))))
+            kept.append((new, where is None or bool(where(**known))))
         except (TypeError, ValueError, LookupError, AttributeError, UndefinedError) as error:
             raise UserError(f"{place}: not as {config['task']} expects it: {one_line(error)}") from None
     every = "else_all" in entry and not any(fits for _, fits in kept)
@@ -189,6 +189,8 @@ def _converted(raw: Sequence[Placed], entry: Mapping[str, Any], config: Mapping[
 @cache
 def _expression(text: str) -> Any:
     """A function of keywords to the expression's value. The expressions are those of `tasks.yaml`, not of the data."""
+    if text.isidentifier():
+        return lambda **fields: fields[text]
     environment = Environment(undefined=StrictUndefined)
     environment.filters["sub"] = lambda value, pattern, by="": re.sub(pattern, by, value)
     return environment.compile_expression(text, undefined_to_none=False)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from slmkit.evaluation.answers import NORMALISATION, extra_metrics
-from slmkit.evaluation.results import FORMS, Item, TaskResult, ratio_of_sums
-
-if TYPE_CHECKING:
-    from slmkit.evaluation.tasks import Group
+from slmkit.evaluation.results import Item, TaskResult, ratio_of_sums
 
 # lm-eval's aggregations: the forms where more and where less is better, and a document's (numerator, denominator).
 Ratio = tuple[str, str, Callable[[Any], tuple[float, float]]]
@@ -25,6 +23,17 @@ RATIOS: dict[str, Ratio] = {
 }
 CORPUS = ("bleu", "chrf", "ter")  # of a whole corpus in lm-eval; a document's value is that of its own text
 LENGTHS = {"acc": "none", "acc_norm": "characters", "acc_bytes": "UTF-8 bytes", "acc_tokens": "tokens"}
+
+
+@dataclass(frozen=True)
+class Group:
+    """A figure over several tasks: of which metrics (empty: of all), and what a task weighs: `equal`, `documents`, or
+    `units` (ratio of sums over all documents)."""
+
+    tasks: tuple[str, ...]
+    mean: str
+    metrics: tuple[str, ...] = ()
+    note: str = ""
 
 
 def task_result(name: str, task: Any, samples: Sequence[Mapping[str, Any]], common: Mapping[str, Any]) -> TaskResult:
@@ -162,6 +171,3 @@ def _linearised(
         scale = weight / sum(weights) * math.sqrt(n / max(n - 1, 1)) / below * math.sqrt(total * max(total - 1, 1))
         found |= {document: (figure + scale * (a - ratio * b), 1.0) for document, (a, b) in one.items()}
     return found
-
-
-assert {form for better, worse, _ in RATIOS.values() for form in (better, worse)} <= FORMS.keys()

@@ -16,19 +16,9 @@ from typing import Any
 from slmkit.config import UserError, did_you_mean, one_line, read_table
 from slmkit.evaluation.results import TaskResult
 from slmkit.evaluation.task_files import MissingFileError, local_rows
+from slmkit.evaluation.task_results import Group, group_result, task_result
 
 CORE = "core"
-
-
-@dataclass(frozen=True)
-class Group:
-    """A figure over several tasks: of which metrics (empty: of all), and what a task weighs: `equal`, `documents`, or
-    `units` (ratio of sums over all documents)."""
-
-    tasks: tuple[str, ...]
-    mean: str
-    metrics: tuple[str, ...] = ()
-    note: str = ""
 
 
 @dataclass
@@ -67,38 +57,38 @@ def load_tasks(
             alias = table["aliases"].get(name, {"tasks": [name]})
             manager = task_manager(*alias.get("folders", ()))
             manager._factory = Factory(make)
-            wanted = (
-                core_tasks(table) if name == CORE else alias.get("chat", alias["tasks"]) if chat else alias["tasks"]
-            )
-            for one in wanted:
-                if isinstance(one, str) and one not in manager.task_index:
-                    known = [*table["aliases"], *manager.all_tasks]
-                    raise UserError(f"no task {one!r}; {did_you_mean(one, known)}, or any other of lm-eval's names")
-            found = Tasks()
-            missing: UserError | None = None
-            for one in wanted:
-                try:
-                    built = manager.load([one])
-                except MissingFileError as error:
-                    if data is None or not alias.get("partial"):
-                        raise
-                    missing = error
-                except ImportError as error:
-                    raise UserError(f"{one}: {one_line(error)}") from None
-                else:
-                    found.update(built["tasks"])
-                    found.groups.update(_groups(built["groups"]))
-            if missing and not found:
-                raise missing
-            if alias.get("mean") and len(found) > 1:
-                note = f"{len(found)} of {len(wanted)} tasks"
-                note += (
-                    ": not comparable with published CORE figures" if name == CORE and len(found) < len(wanted) else ""
-                )
+            found, wanted = _load(name, alias, manager, chat, partial=data is not None and "partial" in alias)
+            if "mean" in alias and len(found) > 1:
+                note = f"{len(found)} of {wanted} tasks"
+                note += ": not comparable with published CORE figures" if name == CORE and len(found) < wanted else ""
                 found.groups[name] = Group((*found,), alias["mean"], ("centred",) if name == CORE else (), note)
             loaded.update(found)
             loaded.groups.update(found.groups)
     return loaded
+
+
+def _load(name: str, alias: Mapping[str, Any], manager: Any, chat: bool, partial: bool) -> tuple[Tasks, int]:
+    """The tasks of an alias, and how many they should be; if `partial`, those whose files are there."""
+    wanted = core_tasks(task_table()) if name == CORE else alias.get("chat", alias["tasks"]) if chat else alias["tasks"]
+    found, missing = Tasks(), None
+    for one in wanted:
+        if isinstance(one, str) and one not in manager.task_index:
+            known = [*task_table()["aliases"], *manager.all_tasks]
+            raise UserError(f"no task {one!r}; {did_you_mean(one, known)}, or any other of lm-eval's names")
+        try:
+            built = manager.load([one])
+        except MissingFileError as error:
+            if not partial:
+                raise
+            missing = error
+        except ImportError as error:
+            raise UserError(f"{one}: {one_line(error)}") from None
+        else:
+            found.update(built["tasks"])
+            found.groups.update(_groups(built["groups"]))
+    if missing and not found:
+        raise missing
+    return found, len(wanted)
 
 
 def _groups(groups: Mapping[str, Any]) -> Iterator[tuple[str, Group]]:
@@ -252,7 +242,6 @@ def run_tasks(
     task leave no room for prompts, or if the self-test fails.
     """
     from slmkit.evaluation.harness_task import evaluated, quiet
-    from slmkit.evaluation.task_results import group_result, task_result
 
     if progress is not None and hasattr(lm, "progress"):
         lm.progress = progress
