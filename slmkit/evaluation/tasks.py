@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -55,7 +57,7 @@ def load_tasks(
     with quiet(offline=data is not None):
         for name in names:
             alias = table["aliases"].get(name, {"tasks": [name]})
-            manager = task_manager(*alias.get("folders", ()))
+            manager = task_manager(*alias.get("folders", _folders_of(name)))
             manager._factory = Factory(make)
             found, wanted = _load(name, alias, manager, chat, partial=data is not None and "partial" in alias)
             if "mean" in alias and len(found) > 1:
@@ -112,6 +114,18 @@ def task_manager(*folders: str) -> Any:
 
     root = Path(lm_eval.tasks.__file__).parent
     return lm_eval.tasks.TaskManager(include_defaults=not folders, include_path=[str(root / name) for name in folders])
+
+
+def _folders_of(task: str) -> list[str]:
+    """The folder of lm-eval that defines a task; empty for a group, tag or unknown name, which need the whole index."""
+    import lm_eval.tasks
+
+    root, line = (
+        Path(lm_eval.tasks.__file__).parent,
+        re.compile(rf"""(?m)^['"]?task['"]?: *['"]?{re.escape(task)}['"]?\s*$"""),
+    )
+    paths = (path for path in sorted(root.rglob("*.yaml")) if line.search(path.read_text("utf-8")))
+    return [path.relative_to(root).parts[0] for path in itertools.islice(paths, 1)]
 
 
 def core_tasks(table: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -215,7 +229,8 @@ def with_local_rows(
         about["shots from"] = "the other rows" if is_core else "rows that are not evaluated"
         if examples not in (None, evaluated) and (train := local_rows(folder, entry, examples, config, True)):
             found[examples], about["shots from"] = train, "the train file"
-            about["data"]["shots"] = train.data
+            if config["num_fewshot"]:
+                about["data"]["shots"] = train.data
         else:
             few = {**few, "split": evaluated}
     try:
