@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -275,14 +275,6 @@ def run_tasks(
     with quiet():
         for task in tasks.values():
             task.prepare(lm, limit, seed)
-        if self_test:
-            from slmkit.evaluation.self_test import self_test as check
-
-            asked = {name: task for name, task in tasks.items() if not task.is_full(limit)}
-            again = partial(run_tasks, limit=limit, seed=seed, self_test=False)
-            check(asked, again, lm, f"limit {limit}, seed {seed}, chat {[task.chat for task in asked.values()]}")
-            for task in tasks.values():
-                task.prepare(lm, limit, seed)
         found = evaluated(lm, tasks, limit, seed)
         results = {
             name: task_result(name, task, found.get(name, []), {"seed": seed, "limit": limit})
