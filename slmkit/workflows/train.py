@@ -157,6 +157,7 @@ def go_on(
     expect_the_same(opened)
     if before is not None:
         _apply_changes(opened, before, replan)
+    opened.expect_evaluations()
     reporter.say(opened.summary())
     return opened
 
@@ -254,6 +255,7 @@ def _is_finished(opened: PreparedRun) -> bool:
     run, plan = opened.context.run, opened.plan
     step, ended = run.newest_step(), run.described().get("finished") or {}
     ended_early = step == ended.get("step") and step < ended["steps"] and plan.patience == ended["patience"]
+    ended_early &= ended.get("metric", "validation_loss") == plan.goal.metric
     if not (step >= plan.steps or ended_early):
         return False
     newest = newest_intact(run.checkpoints, lambda line: None)
