@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from slmkit import __version__
-from slmkit.cli import bench, chat, data, export, generate, models
+from slmkit.cli import bench, chat, data, evaluate, export, generate, models
 
 # isort: split
 from slmkit.cli import plan, quickstart, runs, serve, tokenizer, train
@@ -23,7 +23,7 @@ from slmkit.cli.options import new_app
 app = new_app(
     "Train small language models, from raw text to a model you talk to.\n\nStart with: slm quickstart",
     quickstart.quickstart, runs.recipes, train.train, train.resume, runs.runs, runs.plot, runs.push, train.replay,
-    plan.plan, generate.generate, chat.chat, serve.serve, serve.ui, models.eval_, models.inspect, models.merge,
+    plan.plan, generate.generate, chat.chat, serve.serve, serve.ui, evaluate.eval_, models.inspect, models.merge,
     models.quantize, export.export, export.verify, train.distill_cache,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,

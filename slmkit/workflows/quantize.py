@@ -34,7 +34,7 @@ from slmkit.model.files.directory import EXTRA_FILES, quantization_of
 from slmkit.model.sizes import parameter_count
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.workflows.bench import speed_of
-from slmkit.workflows.evaluate import evaluate_text
+from slmkit.workflows.evaluation.evaluate import evaluate_text
 from slmkit.workflows.merge import new_directory
 
 RESULTS = "quantization.json"

@@ -16,7 +16,7 @@ from slmkit.config import UserError
 from slmkit.model.files.directory import load_decoder
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.workflows import quantize as workflow
-from slmkit.workflows.evaluate import evaluate_text
+from slmkit.workflows.evaluation.evaluate import evaluate_text
 from slmkit.workflows.quantize import RESULTS, Request, greedy, loss, quantize_model, text_rows
 from tests.adapt.trained import write_trained
 from tests.cli.helpers import refused, slm

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from slmkit.data.sources.settings import SourceSettings
 from slmkit.data.stream import ChatRows, DocumentRows
 from slmkit.device import find_device
 from slmkit.evaluation import LossReport, validation_loss
+from slmkit.evaluation.results import TaskResult
 from slmkit.find import find_model_directory, find_tokenizer_directory
 from slmkit.tokenizer import SLMTokenizer
 
@@ -32,6 +33,28 @@ class TextFigures:
     bits_per_byte: float  # for conversations: over the text of the answers only
     length: int  # tokens of a row
     left_out: list[str]
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    tasks: Sequence[str] = (),
+    text: SourceSettings | None = None,
+    task_data: Path | None = None,
+    limit: int | None = None,
+    shots: int | None = None,
+    chat_template: str = "auto",
+    window: int | None = None,
+    stride: int | None = None,
+    max_new_tokens: int | None = None,
+    samples: int = 1,
+    device: str = "auto",
+    precision: str = "auto",
+    cache: bool = True,
+    progress: Callable[[str, float | None], None] = lambda figures, share: None,
+) -> list[TaskResult]:
+    """Results of a run, model directory, adapter or quantized model on a text and on tasks."""
+    raise UserError("evaluate: still being built")
 
 
 def evaluate_text(
