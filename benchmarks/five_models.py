@@ -4,7 +4,7 @@ python -m benchmarks.five_models train --folder FOLDER [--tinystories train.txt.
 python -m benchmarks.five_models evaluate --folder FOLDER [--tinystories-valid valid.txt.gz]
 
 Each variant keeps the choices of its document (see recipes/): architecture, optimizer, betas, gradient clipping,
-distillation. What is the same for all: the tokenizer, the text, the number of tokens, the length of a row, the size (1.2
+distillation. The same for all: the tokenizer, the text, the number of tokens, the length of a row, the size (1.2
 million parameters, within 4 %), the schedule, and AdamW's learning rate, since the documents' rates are for models and
 runs that are hundreds of times as large.
 """
@@ -29,7 +29,7 @@ from slmkit.workflows.train import train_recipe
 RESULTS = Path(__file__).parent / "results" / "five_models.json"
 VOCABULARY, LENGTH, TOKENS_PER_STEP = 2_048, 256, 1_024
 TEACHER = "vector-clm"  # of the distilled variant: the teacher has the student's tokenizer and seed
-# Each document's shape, scaled down: its ratio of query heads to key-value heads, of the feed-forward width, its window.
+# Each document's shape, scaled down: its ratio of query to key-value heads and of the feed-forward width, its window.
 SHAPES: dict[str, dict[str, Any]] = {
     "vector-slm": {
         "hidden_size": 120, "intermediate_size": 320, "num_hidden_layers": 6, "num_attention_heads": 3,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,8 @@ STORIES = "stories"  # the task of the story world, which lm-eval does not know
 class RunTasks:
     """Hook for all ranks in which rank 0 evaluates the model on the tasks of `train.eval_tasks`.
 
-    It adds `eval/TASK/METRIC` to the report, and `eval/TASK/METRIC_stderr`, its standard error. An evaluation that fails
-    is a warning, and its figures are missing: it does not end the run.
+    It adds `eval/TASK/METRIC` to the report, and its standard error as `eval/TASK/METRIC_stderr`. An evaluation that
+    fails is a warning, and its figures are missing: it does not end the run.
     """
 
     def __init__(self, context: RecipeContext) -> None:
@@ -70,7 +71,8 @@ class RunTasks:
 
         Raises `UserError` for a task that cannot be run with this model.
         """
-        results = self._results(self.context.model.eval(), limit=1)
+        with in_recipe_terms():
+            results = self._results(self.context.model.eval(), limit=1)
         return {
             f"eval/{result.task}/{metric}": FORMS[form].higher_is_better
             for result in results
@@ -93,7 +95,8 @@ class RunTasks:
             from slmkit.evaluation.harness import EngineLM
             from slmkit.evaluation.tasks import run_tasks
 
-            results += run_tasks(EngineLM(model, tokenizer), self.tasks, limit=limit)
+            engine = EngineLM(model, tokenizer, max_new_tokens=self.settings.eval_max_new_tokens)
+            results += run_tasks(engine, self.tasks, limit=limit)
         if STORIES in self.settings.eval_tasks:
             from slmkit.evaluation.stories import story_report
 
@@ -102,6 +105,11 @@ class RunTasks:
 
 
 STORIES_ASKED = 300  # without `train.eval_limit`
+KEYS_OF_OPTIONS = {
+    "--task-data": "train.eval_task_data",
+    "--max-new-tokens": "train.eval_max_new_tokens",
+    "--limit": "train.eval_limit",
+}
 
 
 def tasks_of(settings: TrainSettings, chat: bool) -> dict[str, Any]:
@@ -115,7 +123,20 @@ def tasks_of(settings: TrainSettings, chat: bool) -> dict[str, Any]:
     from slmkit.evaluation.tasks import load_tasks
 
     data = None if settings.eval_task_data is None else Path(settings.eval_task_data)
-    return load_tasks(names, data=data, shots=None, chat=chat)
+    with in_recipe_terms():
+        return load_tasks(names, data=data, chat=chat)
+
+
+@contextlib.contextmanager
+def in_recipe_terms() -> Iterator[None]:
+    """Context manager in which a `UserError` that names an option of `slm eval` names the recipe's key instead."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        for option, key in KEYS_OF_OPTIONS.items():
+            text = text.replace(option, key)
+        raise UserError(text) from None
 
 
 def figures_of(results: list[TaskResult]) -> Report:

@@ -96,7 +96,7 @@ READ_WHERE: dict[str, tuple[Reads, str]] = {
         "train.lr_scheduler_type is not warmup_stable_decay",
     ),
     **dict.fromkeys(
-        ("train.eval_tasks_steps", "train.eval_task_data", "train.eval_limit"),
+        ("train.eval_tasks_steps", "train.eval_task_data", "train.eval_limit", "train.eval_max_new_tokens"),
         (lambda r: bool(r.train.eval_tasks), "train.eval_tasks is empty"),
     ),
     "train.sample_tokens": (lambda r: r.train.sample_prompts != [], "train.sample_prompts is empty"),

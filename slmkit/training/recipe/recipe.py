@@ -124,6 +124,7 @@ class TrainSettings(Settings):
     eval_tasks_steps: int | None = Field(None, gt=0)  # steps between them; None: at every second evaluation
     eval_task_data: str | None = None  # folder with the tasks' files; None: those of the hub
     eval_limit: int | None = Field(100, gt=0)  # the first documents of each task; None: all
+    eval_max_new_tokens: int | None = Field(None, gt=0)  # the longest answer; None: as each task says
     # what the best checkpoint has the best value of: validation_loss, validation_bits_per_byte, eval/TASK/METRIC
     metric_for_best_model: str = "validation_loss"
     early_stopping_patience: int | None = Field(None, gt=0)  # evaluations without a better metric that end the run
