@@ -90,10 +90,10 @@ def plot_tasks(reports: list[Report], path: Path, title: str) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for key in shown.values():
-        points = [
-            (each["tokens"], each[key], each.get(key + ERROR) or 0.0) for each in reports if each.get(key) is not None
-        ]
-        axes.errorbar(*zip(*points), marker="o", markersize=4, capsize=3, label=key.removeprefix(TASKS))
+        measured = [each for each in reports if each.get(key) is not None]
+        tokens, values = zip(*_points(measured, "tokens", key))
+        errors = [each.get(key + ERROR) or 0.0 for each in measured]
+        axes.errorbar(tokens, values, errors, marker="o", markersize=4, capsize=3, label=key.removeprefix(TASKS))
     axes.set(xlabel=_unit("tokens", 0)[1], ylabel="figure ± standard error", title=title)
     _finish(figure, axes, path)
 
