@@ -29,6 +29,7 @@ from slmkit.training.logging.list_runs import read_run
 from slmkit.training.logging.metrics_log import MetricsLog, read_json
 from slmkit.training.logging.progress import clock
 from slmkit.training.recipe.changes import leaves_of
+from slmkit.workflows.evaluation.cache import known_results
 from slmkit.workflows.evaluation.report_curves import ERROR, TASKS, charts_of
 from slmkit.workflows.page_data import DAMAGED, checkpoints_of, samples_of, text_of
 
@@ -64,7 +65,10 @@ def evaluations(root: Path, results: Sequence[str | Path]) -> list[tuple[str, Ta
 
         names, found = read_results(results)
         return [(name, result) for name, several in zip(names, found) for result in several]
-    return []
+    try:
+        return [(root.name, result) for result in known_results(root)]
+    except UserError:  # no checkpoint yet
+        return []
 
 
 def page_of(root: Path, results: Sequence[tuple[str, TaskResult]]) -> str:
