@@ -1,0 +1,188 @@
+"""lm-eval's language model on our engine: `EngineLM` answers the requests of its tasks.
+
+Item by item the same as lm-eval's own Hugging Face backend (`lm_eval.models.huggingface.HFLM`) on the same directory:
+tokens, beginning token and cuts are as there. What a request gets depends on it alone, not on the others or their
+order. Imports lm-eval, so import this module where it is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from hashlib import blake2b
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from slmkit.config import UserError
+from slmkit.generation.engine import Engine, Event, Request
+from slmkit.generation.ensemble import LanguageModel
+from slmkit.generation.sampling_settings import SamplingSettings
+from slmkit.generation.text import end_tokens
+from slmkit.tokenizer import SLMTokenizer
+from slmkit.tokenizer.chat import ConversationError
+from slmkit.tokenizer.chat_prompt import prompt_of
+
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")  # of a task's `gen_kwargs`
+Pair = tuple[Any, list[int], list[int]]  # a request, the ids of its context and of its continuation
+
+
+class EngineLM(TemplateLM):
+    """A decoder as lm-eval's `LM`.
+
+    `max_rows`: texts that run at the same time. `max_new_tokens`: instead of what tasks ask for. `progress` gets the
+    requests answered and their number. `model_calls` counts what the engine was asked, `cut` the contexts that were cut
+    on the left because they are longer than the model's, `refused` the continuations that are longer than that.
+    """
+
+    def __init__(
+        self,
+        decoder: LanguageModel,
+        tokenizer: SLMTokenizer,
+        *,
+        max_rows: int = 64,
+        max_new_tokens: int | None = None,
+        progress: Callable[[int, int], None] = lambda done, requests: None,
+    ) -> None:
+        super().__init__()
+        self.tokenizer, self.max_new_tokens, self.progress = tokenizer, max_new_tokens, progress
+        self.engine = Engine(decoder, tokenizer, max_rows=max_rows)
+        self.context = self.engine.context
+        self.model_calls = self.cut = self.refused = 0
+        self._encoded = lru_cache(maxsize=4096)(self._encode)  # choices of one question share their context
+
+    # -- tokens -------------------------------------------------------------------------------------------------------
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without context: the tokenizer's beginning, else its end-of-text token."""
+        bos = self.tokenizer.bos_token_id
+        return next(iter(self.tokenizer.beginning), self.eot_token_id) if bos is None else bos
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokenizer.fingerprint
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Ids [tokens]. The tokenizer's own beginning is added to a text that does not spell it."""
+        if add_special_tokens is None:
+            add_special_tokens = not has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id))
+        return self._encoded(string, add_special_tokens)
+
+    def _encode(self, string: str, add_special_tokens: bool) -> list[int]:
+        return self.tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"]
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The conversation as text; without `add_generation_prompt` the last message is to be continued."""
+        how = {"begins": add_generation_prompt, "continues": not add_generation_prompt}
+        template, names = self.tokenizer._template(), self.tokenizer._names
+        try:
+            return prompt_of(template, chat_history, None, names, **how)
+        except ConversationError:  # many templates know no system message
+            others = [message for message in chat_history if message["role"] != "system"]
+            return prompt_of(template, others, None, names, **how)
+
+    # -- log-likelihood -----------------------------------------------------------------------------------------------
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """For each context and continuation: log-probability of the continuation (nats), and whether it is the
+        likeliest one token by token. −inf for a continuation that is longer than the model's context.
+        """
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
+        """For each text: log-probability of all of it (nats), in windows of the model's context without overlap, the
+        last of which is full.
+        """
+        windows: list[Pair] = []
+        for number, (text,) in enumerate(request.args for request in requests):
+            cuts = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.context, 1)
+            windows += ((number, *make_disjoint_window(cut)) for cut in cuts)
+        sums: dict[int, list[float]] = defaultdict(list)
+        for (number, _, _), (log_probability, _) in zip(windows, self._loglikelihood_tokens(windows)):
+            sums[number].append(log_probability)
+        return [math.fsum(sums[number]) for number in range(len(requests))]
+
+    def _loglikelihood_tokens(self, requests: Sequence[Pair], **kwargs: Any) -> list[tuple[float, bool]]:
+        found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)  # of an empty continuation
+        same: dict[tuple[tuple[int, ...], int], list[int]] = defaultdict(list)
+        for place, (_, context, continuation) in enumerate(requests):
+            ids, new = [*context, *continuation], len(continuation)
+            self.cut += new <= self.context < len(ids) - 1
+            if new > self.context:
+                self.refused += 1
+                found[place] = -math.inf, False
+            elif new:
+                same[tuple(ids[-self.context - 1 :]), new].append(place)
+        requests_of = [Request(ids[-self.context :], 0, prompt_logprobs=1) for ids, _ in same]
+        for ((_, new), its), events in zip(same.items(), self._run(requests_of)):
+            scored = events[0].prompt_logprobs[-new:]
+            answer = math.fsum(own for (_, own), _ in scored), all(own[0] == best[0] for own, best in scored)
+            for place in its:
+                found[place] = answer
+        return found
+
+    # -- generation ---------------------------------------------------------------------------------------------------
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        """The continuation of each context, up to the first of its `until` strings or an end token, without it.
+
+        A sampled text depends on its context, its `gen_kwargs` and how often the same request came before. Raises
+        `UserError` if a task asks for as many new tokens as the context has.
+        """
+        places: dict[str, list[int]] = defaultdict(list)
+        for place, request in enumerate(requests):
+            places[json.dumps(request.args, sort_keys=True)].append(place)
+        asked = [self._generation(*requests[its[0]].args, content, len(its)) for content, its in places.items()]
+        texts = [""] * len(requests)
+        for its, (request, stops), events in zip(places.values(), asked, self._run([one for one, _ in asked])):
+            for index, place in enumerate(its):
+                ids = [event.token for event in events if event.index == index and event.token is not None]
+                ids = [token for token in ids if token not in request.stop_ids]
+                text = self.tokenizer.decode(ids, skip_special_tokens=True)
+                texts[place] = postprocess_generated_text(text, stops, None)
+        return texts
+
+    def _generation(self, context: str, options: dict[str, Any], content: str, count: int) -> tuple[Request, list[str]]:
+        """The request for `count` continuations of a context, and the strings that end them."""
+        options = dict(normalize_gen_kwargs(options))
+        stops, most = options["until"], self.max_new_tokens or options["max_gen_toks"]
+        if most >= self.context:
+            raise UserError(
+                f"{most:,} new tokens leave no room for a prompt in the context of {self.context:,}: lower "
+                "--max-new-tokens"
+            )
+        is_begun = has_bos_prefix(context, self.tokenizer.bos_token)
+        ids = self._encoded(context, not is_begun) or [self.prefix_token_id]
+        self.cut += count * (len(ids) > self.context - most)
+        seed = int.from_bytes(blake2b(content.encode(), digest_size=7).digest())
+        chosen = {name: options[name] for name in SAMPLING if options.get(name) is not None}
+        settings = SamplingSettings(seed=seed, do_sample=options["do_sample"], **chosen)
+        ids = ids[-(self.context - most) :]
+        stop_ids = frozenset(end_tokens(self.tokenizer))
+        return Request(ids, most, settings, stop_ids, [stop for stop in stops if stop], n=count), stops
+
+    def _run(self, requests: Sequence[Request]) -> Iterator[list[Event]]:
+        """The events of each request, in the order of the requests."""
+        self.model_calls += sum(request.n for request in requests)
+        numbers = {self.engine.insert(request): number for number, request in enumerate(requests)}
+        events: list[list[Event]] = [[] for _ in requests]
+        done = 0
+        while self.engine.is_busy:
+            for event in self.engine.step():
+                events[numbers[event.handle]].append(event)
+                if event.finish_reason == "error":
+                    raise UserError(event.error)
+                done += event.finish_reason is not None
+            self.progress(done, len(requests))
+        yield from events

@@ -1,0 +1,160 @@
+"""Loss, perplexity and bits per byte of a text, with a sliding window.
+
+A window of W tokens moves on by S tokens at a time, the stride, and the model predicts the token after each of its
+positions. Only predictions that no earlier window made count, so each token of a text is predicted exactly once: given
+W−S+1 to W tokens before it, or all that there are at the beginning. All figures are ratios of sums over all tokens,
+never means of windows' means. A stride of W gives disjoint windows, as lm-eval's `loglikelihood_rolling` has them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import re
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from slmkit.config import UserError
+from slmkit.device import Device
+from slmkit.evaluation.results import Item, TaskResult
+from slmkit.generation.ensemble import LanguageModel, evaluating
+from slmkit.generation.sampling import FAULTS
+from slmkit.model.sizes import LOGITS_AT_ONCE
+from slmkit.tokenizer import SLMTokenizer
+
+LONGEST_WINDOW = 2048  # tokens of a window by default, for models with a longer context
+TOKENS_AT_ONCE = 8_192  # in a batch of windows
+SHOWN = 200  # characters of a document in its item
+
+Progress = Callable[[int, int], None]  # windows done, and all of them
+
+
+def text_result(
+    decoder: LanguageModel, tokenizer: SLMTokenizer, documents: Sequence[str], *, name: str = "text",
+    originals: Sequence[str] | None = None, window: int | None = None, stride: int | None = None, joined: bool = False,
+    start: Sequence[int] | None = None, device: Device | None = None,
+    progress: Progress = lambda done, windows: None,
+) -> TaskResult:  # fmt: skip
+    """Loss (nats per token), perplexity and bits per byte of `documents`, which are the items.
+
+    Each document is read apart, behind the `start` tokens (default: `start_tokens`); with `joined` all are one stream,
+    with `start` before each. These tokens are context and not predicted; without any, the first token is not predicted.
+    Bytes are the UTF-8 bytes of the documents; if these were changed for the model, those of their `originals`, whose
+    words then give `word_perplexity` as well.
+
+    `window`: tokens read at once, by default the model's context, at most `LONGEST_WINDOW`. `stride`: by default half
+    of the window, so that a token is predicted with half a window of context or more, and read twice. A longer stride
+    than the window means the window. `device` gives the precision; by default that of the weights.
+
+    Raises `UserError` for a window beyond the context, for a text without tokens, and as `token_losses` does.
+    """
+    window, stride = window_and_stride(decoder.max_positions, window, stride)
+    before = start_tokens(tokenizer) if start is None else [*start]
+    encoded = tokenizer.encode_batch(documents)
+    tokenizer.check_losses()
+    rows = [torch.tensor([*before, *ids], dtype=torch.long) for ids in encoded]  # [tokens] of each document
+    joined = joined and len(rows) > 1
+    losses = token_losses(decoder, [torch.cat(rows)] if joined else rows, window, stride, device, progress)
+    if joined:
+        losses = [*losses[0].split([len(row) for row in rows])]
+    items, errors, digest = [], [], hashlib.sha256()
+    for number, (nats, text) in enumerate(zip(losses, documents if originals is None else originals)):
+        content = text.encode("utf-8", "surrogatepass")
+        digest.update(own := hashlib.sha256(content).digest())
+        scored = nats[len(before) or int(number == 0 or not joined) :]  # nothing predicts the first token of a stream
+        if not len(scored):
+            errors.append(f"document {number + 1}: no token to predict")
+            continue
+        total = math.fsum(scored.tolist())
+        values = dict.fromkeys(("loss", "perplexity"), (total, float(len(scored))))
+        values["bits_per_byte"] = total / math.log(2), float(len(content))
+        if originals is not None:  # words are counted as lm-eval's task `wikitext` does
+            values["word_perplexity"] = total, float(len(re.split(r"\s+", text)))
+        items.append(Item(f"{number}-{own.hex()[:12]}", values, {"text": text[:SHOWN]}))
+    if not items:
+        raise UserError(f"{name}: no token to predict: it needs text")
+    recipe = {
+        "data": name, "data_sha256": digest.hexdigest(), "documents": "joined" if joined else "each apart",
+        "before_a_document": tokenizer.decode(before), "window": window, "stride": stride,
+        "context": f"{window - stride + 1} to {window} tokens, fewer at the beginning",
+        "precision": str(device.compute_dtype if device else "of the weights").removeprefix("torch."),
+    }  # fmt: skip
+    forms = {"loss": "loss", "perplexity": "exp", "bits_per_byte": "loss", "word_perplexity": "exp"}
+    metrics = {metric: form for metric, form in forms.items() if metric in items[0].values}
+    return TaskResult(name, recipe, metrics, tuple(items), tuple(errors))
+
+
+def window_and_stride(context: int, window: int | None, stride: int | None) -> tuple[int, int]:
+    """Window and stride with their defaults, for a model of so many positions. Raises `UserError` as `text_result`."""
+    window = window or min(context, LONGEST_WINDOW)
+    if window > context:
+        raise UserError(f"a window of {window:,} tokens: the model reads at most {context:,} tokens at once")
+    return window, min(stride or max(1, window // 2), window)
+
+
+def start_tokens(tokenizer: SLMTokenizer) -> list[int]:
+    """What stands before a text [tokens]: what the tokenizer itself puts there; if that is nothing, its
+    beginning-of-text token, else its end-of-text token, behind which the next document stood in training.
+    """
+    bos = tokenizer.bos_token_id
+    return [*tokenizer.beginning] or [tokenizer.eos_token_id if bos is None else bos]
+
+
+def windows(tokens: int, window: int, stride: int) -> list[tuple[int, int, int]]:
+    """The windows of a stream: (begin, first, end). Tokens begin to end − 1 are read; the predictions that count are of
+    tokens first to end.
+    """
+    last = tokens - 1
+    ends = [min(begin + window, last) for begin in range(0, last, stride)]
+    ends = ends[: ends.index(last) + 1] if ends else []  # the others would predict nothing new
+    return [(k * stride, ends[k - 1] + 1 if k else 1, end) for k, end in enumerate(ends)]
+
+
+def token_losses(
+    decoder: LanguageModel, streams: Sequence[Tensor], window: int, stride: int, device: Device | None = None,
+    progress: Progress = lambda done, windows: None,
+) -> list[Tensor]:  # fmt: skip
+    """Loss of every token in nats, float64 [tokens] for each of the `streams`, ids [tokens]; 0 for the first token.
+
+    Raises `UserError` for ids beyond the model's vocabulary and for logits that are not finite.
+    """
+    found = [torch.zeros(len(stream), dtype=torch.float64) for stream in streams]
+    if max((int(stream.max()) for stream in streams if len(stream)), default=0) >= decoder.vocab_size:
+        raise UserError(f"ids beyond the model's {decoder.vocab_size:,} tokens: the tokenizer is another model's")
+    waiting = [(index, *one) for index, stream in enumerate(streams) for one in windows(len(stream), window, stride)]
+    waiting.sort(
+        key=lambda one: one[1] - one[3]
+    )  # windows of one length share a batch, so that little of it is padding
+    done = 0
+    while done < len(waiting):
+        _, begin, _, end = waiting[done]  # the longest that is left
+        batch = waiting[done : done + max(1, TOKENS_AT_ONCE // (end - begin))]
+        # Padding stands at the end, where causal attention lets nothing see it.
+        ids = pad_sequence([streams[index][begin:end] for index, begin, _, end in batch], batch_first=True)
+        wanted = torch.cat([streams[index][first : end + 1] for index, _, first, end in batch]).to(decoder.device)
+        with evaluating(decoder), device.autocast() if device else contextlib.nullcontext():
+            states = decoder(ids.to(decoder.device))  # [windows, tokens, width]
+            hidden = torch.cat([x[first - 1 - begin : end - begin] for x, (_, begin, first, end) in zip(states, batch)])
+            parts = zip(hidden.split(LOGITS_AT_ONCE), wanted.split(LOGITS_AT_ONCE))
+            nats = torch.cat([cross_entropy(decoder.logits(part), its) for part, its in parts])
+        if not nats.isfinite().all():
+            raise UserError(FAULTS[-1])
+        for (index, _, first, end), its in zip(batch, nats.split([end + 1 - first for _, _, first, end in batch])):
+            found[index][first : end + 1] = its
+        done += len(batch)
+        progress(done, len(waiting))
+    return found
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """logits [n, vocab_size], targets [n] → nats, float64 [n], on the CPU.
+
+    The logarithm of the sum is taken in float64, so that equal logits give log(vocab_size) to 15 digits.
+    """
+    highest = logits.float().amax(-1, keepdim=True)
+    sums = (logits.float() - highest).exp().sum(-1)
+    return sums.cpu().double().log() + (highest - logits.gather(-1, targets[:, None]))[:, 0].cpu().double()
