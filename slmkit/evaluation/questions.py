@@ -74,9 +74,11 @@ def ask(
     given = write_all(decoder, tokenizer, prompts, rooms, settings, until, progress)
     answers = []
     for (asked, expected), answer in zip(questions, given):  # fewer if the time is up
-        if isinstance(asked, str):
-            answer = answer and FIRST_SENTENCE.match(answer)[0]
-        answers.append(Answer(asked if isinstance(asked, str) else asked[-1]["content"], expected, answer))
+        if not isinstance(asked, str):
+            answers.append(Answer(asked[-1]["content"], expected, answer))
+            continue
+        first = None if answer is None else FIRST_SENTENCE.match(answer)
+        answers.append(Answer(asked, expected, first and first[0]))
     return QuestionReport(tuple(answers))
 
 
