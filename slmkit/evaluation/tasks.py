@@ -239,10 +239,14 @@ def run_tasks(
 
     `limit`: the first documents of each task. `seed`: of the choice of shots (1234 is lm-eval's own default).
     `progress` gets the requests answered and their number, if the `LM` tells. Raises `UserError` if the answers of a
-    task leave no room for prompts, or if the self-test fails.
+    task leave no room for prompts, or if the self-test (`self_test.py`) fails.
     """
+    from slmkit.evaluation import self_test as stored
     from slmkit.evaluation.harness_task import evaluated, quiet
 
+    if self_test:
+        for_stored = {"limit": limit, "seed": seed, "self_test": False}
+        stored.self_test(tasks, lambda lm, some: run_tasks(lm, some, **for_stored), lm, repr((limit, seed)))
     if progress is not None and hasattr(lm, "progress"):
         lm.progress = progress
     with quiet():
