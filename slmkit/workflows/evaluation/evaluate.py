@@ -29,6 +29,7 @@ from slmkit.workflows.evaluation.cache import code_content, digest_of, model_con
 from slmkit.workflows.evaluation.text import read_text
 
 STORIES = "stories"  # the story world, a task of our own
+STORED_ANSWERS = {"oracle": True, "wrong": False}  # "models" that no directory has the name of
 SEED = 1234  # of the choice of shots, as lm-eval's default, and of the held-out stories
 
 Progress = Callable[[str, float | None], None]  # what is done, and which share of it
@@ -64,11 +65,16 @@ def evaluate(
     conversations. `samples` answers to each problem of code tasks, drawn at `temperature`. `precision` `auto` is
     float32 on a CPU, so that figures agree between machines, and bfloat16 on accelerators that have it.
 
+    The model `oracle` gives the right answers of exact-match and code tasks, `wrong` wrong ones, if no directory has
+    that name.
+
     With `cache`, results of the same model, data and recipe are not computed again; then no weights are loaded. Raises
     `UserError` for what cannot be loaded or evaluated.
     """
-    one = _Evaluated(model, device, precision, cache, progress)
     asked: dict[str, Any] = {"data": task_data, "shots": shots, "samples": samples, "temperature": temperature}
+    if is_stored(model):
+        return on_stored_answers(str(model), tasks, asked, chat_template == "chat", limit)
+    one = _Evaluated(model, device, precision, cache, progress)
     asked["chat"] = bool(tasks) and one.uses_chat(chat_template)
     loaded = {name: one.load(name, asked) for name in tasks if name != STORIES}  # a wrong name is found at once
     results: list[TaskResult] = []
@@ -84,6 +90,31 @@ def evaluate(
         else:
             results += one.on_task(name, loaded[name], asked, limit, max_new_tokens)
     return results
+
+
+def is_stored(model: str | Path) -> bool:
+    """Whether a model's name means right or wrong answers from the data of the tasks."""
+    return str(model) in STORED_ANSWERS and not Path(model).exists()
+
+
+def on_stored_answers(
+    model: str, tasks: Sequence[str], asked: Mapping[str, Any], chat: bool, limit: int | None
+) -> list[TaskResult]:
+    """Results of the right answers of exact-match and code tasks (`oracle`), or of wrong ones (`wrong`).
+
+    Raises `UserError` for other tasks.
+    """
+    if not tasks or STORIES in tasks:
+        raise UserError(f"{model}: stored answers are for exact-match and code tasks, such as --tasks gsm8k")
+    from slmkit.evaluation.tasks import load_tasks, run_tasks
+
+    loaded = load_tasks(tasks, chat=chat, **asked)
+    from slmkit.evaluation.self_test import (
+        StoredAnswers,
+    )  # imports lm-eval, of which `load_tasks` says if it is missing
+
+    answers = StoredAnswers(loaded, right=STORED_ANSWERS[model])
+    return run_tasks(answers, loaded, limit=limit, seed=SEED, self_test=False)
 
 
 class _Evaluated:
