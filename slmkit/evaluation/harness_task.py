@@ -28,7 +28,7 @@ from lm_eval.tasks._index import Entry, Kind
 from slmkit.config import UserError
 
 # lm-eval compiles its templates for every document and shot: 3/4 of the time in which prompts are made.
-lm_eval.utils.env.from_string = lru_cache(4096)(lm_eval.utils.env.from_string)  # type: ignore[method-assign]
+lm_eval.utils.env.from_string = lru_cache(4096)(lm_eval.utils.env.from_string)
 ACCURACIES = ("acc", "acc_norm", "acc_bytes")
 
 
@@ -192,7 +192,7 @@ def evaluated(
         task.set_fewshot_seed(seed)
     chat = any(task.chat for task in asked.values())
     how = {"apply_chat_template": chat, "fewshot_as_multiturn": chat, "confirm_run_unsafe_code": True}
-    return evaluate(lm, {"tasks": asked}, limit=limit, bootstrap_iters=0, **how)["samples"]  # type: ignore[arg-type]
+    return evaluate(lm, {"tasks": asked}, limit=limit, bootstrap_iters=0, **how)["samples"]
 
 
 @contextlib.contextmanager
