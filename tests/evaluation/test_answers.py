@@ -14,8 +14,10 @@ from tests.evaluation.task_helpers import write
 NUMBERS = {
     # money, thousands, units, emphasis
     "$29.00": 29, "1,234": 1234, "72.": 72, "The total is 72 clips, altogether.": 72, "#### 70,000": 70_000, "18%": 18,
-    "**5**": 5, "__5__": 5, r"\boxed{42}": 42, "$1,234.50.": Fraction(2469, 2), "1,234,567": 1_234_567, "€ 5": 5, "5 €": 5,
-    "5€": 5, "-$5": -5, "$-5": -5, r"-\$29": -29, "USD 29": 29, "USD29": 29, "72cm": 72, "72 km/h": 72, "£1,000.00/month": 1000,
+    "**5**": 5, "__5__": 5, r"\boxed{42}": 42, "$1,234.50.": Fraction(2469, 2), "1,234,567": 1_234_567,
+    "€ 5": 5, "5 €": 5,
+    "5€": 5, "-$5": -5, "$-5": -5, r"-\$29": -29, "USD 29": 29, "USD29": 29, "72cm": 72, "72 km/h": 72,
+    "£1,000.00/month": 1000,
     "1.5 million": 1_500_000, "The answer is 20 thousand.": 20_000, "1,00,000": 100_000, "答案是72个": 72,
     # signs
     "-5": -5, "\u22125": -5, "\u20135": -5, "+5": 5, "x=-5": -5, "(-5)": -5, "10-3": 3, "5\u20137": 7, "- 5": 5,
@@ -29,9 +31,11 @@ NUMBERS = {
     "７２": 72, "１，２３４": 1234, "٧٢": 72, "1\u00a0234": 1234, "1\u202f234\u202f567 €": 1_234_567, "$\u00a029": 29,
     r"1{,}234": 1234, r"12{,}345\,678": 12_345_678, r"32,\!348": 32_348, "1_000": 1000,
     # where the answer stands
-    "First 3, then 4.": 4, "The answer is 5. I had 7 before.": 5, "**Final answer:** $5": 5, "<answer>12</answer> of 20": 12,
+    "First 3, then 4.": 4, "The answer is 5. I had 7 before.": 5, "**Final answer:** $5": 5,
+    "<answer>12</answer> of 20": 12,
     "Answer: 5 + 3 = 8": 8, "#### 12\nand 13": 12, "#### Step 1\nSo 72": 72, r"\boxed{7} of 10": 7,
-    r"$\boxed{\$1{,}234}$": 1234, r"\boxed{\frac{1}{2}}": Fraction(1, 2), r"\boxed{x = 5}": 5, r"\boxed{5 \text{ apples}}": 5,
+    r"$\boxed{\$1{,}234}$": 1234, r"\boxed{\frac{1}{2}}": Fraction(1, 2), r"\boxed{x = 5}": 5,
+    r"\boxed{5 \text{ apples}}": 5,
     "\\boxed{\n42\n}": 42, r"\boxed{90^\circ}": 90, "The answer is as follows:\n3 + 4 = 7": 7, "<<48/2=24>>24": 24,
     # none
     "": None, "none": None, "seventy-two": None, "2^10": None, "10²": None, "CO2": None, "x_1": None, "1/0": None,
@@ -69,11 +73,13 @@ def test_long_answers_of_repeated_digits_and_signs_take_no_time() -> None:
 
 
 SAME = [
-    ("Paris\n", "paris"), ("  Paris. ", "Paris"), ("caf\u00e9", "cafe\u0301"), ("４２", "42"), ("The  Eiffel Tower", "eiffel tower"),
+    ("Paris\n", "paris"), ("  Paris. ", "Paris"), ("caf\u00e9", "cafe\u0301"), ("４２", "42"),
+    ("The  Eiffel Tower", "eiffel tower"),
     ("\u201cYes\u201d", "yes"), ("**B**", "b"), ("a\u00a0b", "a b"), ("STRASSE", "straße"),
 ]  # fmt: skip
 OTHER = [
-    ("10²", "102"), ("-5", "5"), ("3.5", "35"), ("A", "The"), ("(A)", "(B)"), ("x+y", "x-y"), ("!", "?"), ("cafe", "café"),
+    ("10²", "102"), ("-5", "5"), ("3.5", "35"), ("A", "The"), ("(A)", "(B)"), ("x+y", "x-y"),
+    ("!", "?"), ("cafe", "café"),
     ("United States", "United Kingdom"),
 ]  # fmt: skip
 
