@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from hashlib import blake2b
 from typing import Any
@@ -31,6 +31,7 @@ from slmkit.tokenizer.chat_prompt import prompt_of
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")  # of a task's `gen_kwargs`
 Pair = tuple[Any, list[int], list[int]]  # a request, the ids of its context and of its continuation
+Scored = tuple[tuple[int, ...], int]  # ids, and the place of the first of them that is scored
 
 
 class EngineLM(TemplateLM):
@@ -52,7 +53,7 @@ class EngineLM(TemplateLM):
     ) -> None:
         super().__init__()
         self.tokenizer, self.max_new_tokens, self.progress = tokenizer, max_new_tokens, progress
-        self.engine = Engine(decoder, tokenizer, max_rows=max_rows)
+        self.engine, self.max_rows = Engine(decoder, tokenizer, max_rows=max_rows, at_once=1024), max_rows
         self.context = self.engine.context
         self.model_calls = self.cut = self.refused = 0
         self._encoded = lru_cache(maxsize=4096)(self._encode)  # choices of one question share their context
@@ -115,22 +116,39 @@ class EngineLM(TemplateLM):
 
     def _loglikelihood_tokens(self, requests: Sequence[Pair], **kwargs: Any) -> list[tuple[float, bool]]:
         found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)  # of an empty continuation
-        same: dict[tuple[tuple[int, ...], int], list[int]] = defaultdict(list)
+        places: dict[Scored, list[int]] = defaultdict(list)
         for place, (_, context, continuation) in enumerate(requests):
-            ids, new = [*context, *continuation], len(continuation)
-            self.cut += new <= self.context < len(ids) - 1
+            ids, new = (*context, *continuation)[-self.context - 1 :], len(continuation)
+            self.cut += new <= self.context < len(context) + new - 1
             if new > self.context:
                 self.refused += 1
                 found[place] = -math.inf, False
             elif new:
-                same[tuple(ids[-self.context - 1 :]), new].append(place)
-        requests_of = [Request(ids[-self.context :], 0, prompt_logprobs=1) for ids, _ in same]
-        for ((_, new), its), events in zip(same.items(), self._run(requests_of)):
-            scored = events[0].prompt_logprobs[-new:]
-            answer = math.fsum(own for (_, own), _ in scored), all(own[0] == best[0] for own, best in scored)
-            for place in its:
+                places[ids, len(ids) - new].append(place)
+        for done, (scored, event) in enumerate(self._in_waves(places), 1):
+            each = event.prompt_logprobs
+            answer = math.fsum(own for (_, own), _ in each), all(own[0] == best[0] for own, best in each)
+            for place in places[scored]:
                 found[place] = answer
+            self.progress(done, len(places))
         return found
+
+    def _in_waves(self, asked: Iterable[Scored]) -> Iterator[tuple[Scored, Event]]:
+        """The event of each. Of those with one context one is read first, and the others begin with a copy of it.
+
+        Those of about one length run together, which needs the least padding.
+        """
+        contexts: dict[tuple[int, ...], list[Scored]] = defaultdict(list)
+        for ids, start in sorted(asked, key=lambda one: len(one[0]), reverse=True):
+            contexts[ids[:start]].append((ids, start))
+        groups = [*contexts.values()]  # the longest of each first
+        while groups:
+            now = [groups.pop()]
+            while groups and sum(map(len, now)) + len(groups[-1]) <= self.max_rows:
+                now.append(groups.pop())
+            for wave in ([group[0] for group in now], [one for group in now for one in group[1:]]):
+                requests = [Request(ids, 0, prompt_logprobs=1, scored_from=start) for ids, start in wave]
+                yield from ((wave[number], event) for number, (event,) in self._run(requests))
 
     # -- generation ---------------------------------------------------------------------------------------------------
 
@@ -144,13 +162,14 @@ class EngineLM(TemplateLM):
         for place, request in enumerate(requests):
             places[json.dumps(request.args, sort_keys=True)].append(place)
         asked = [self._generation(*requests[its[0]].args, content, len(its)) for content, its in places.items()]
-        texts = [""] * len(requests)
-        for its, (request, stops), events in zip(places.values(), asked, self._run([one for one, _ in asked])):
-            for index, place in enumerate(its):
-                ids = [event.token for event in events if event.index == index and event.token is not None]
-                ids = [token for token in ids if token not in request.stop_ids]
-                text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        texts, of_request = [""] * len(requests), [*places.values()]
+        for done, (number, events) in enumerate(self._run([request for request, _ in asked]), 1):
+            request, stops = asked[number]
+            for index, place in enumerate(of_request[number]):
+                ids = [event.token for event in events if event.index == index and event.token not in request.stop_ids]
+                text = self.tokenizer.decode([*filter(None.__ne__, ids)], skip_special_tokens=True)
                 texts[place] = postprocess_generated_text(text, stops, None)
+            self.progress(done, len(asked))
         return texts
 
     def _generation(self, context: str, options: dict[str, Any], content: str, count: int) -> tuple[Request, list[str]]:
@@ -172,17 +191,18 @@ class EngineLM(TemplateLM):
         stop_ids = frozenset(end_tokens(self.tokenizer))
         return Request(ids, most, settings, stop_ids, [stop for stop in stops if stop], n=count), stops
 
-    def _run(self, requests: Sequence[Request]) -> Iterator[list[Event]]:
-        """The events of each request, in the order of the requests."""
+    def _run(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[Event]]]:
+        """The number of each request and all of its events, as they end."""
         self.model_calls += sum(request.n for request in requests)
         numbers = {self.engine.insert(request): number for number, request in enumerate(requests)}
         events: list[list[Event]] = [[] for _ in requests]
-        done = 0
+        running = [request.n for request in requests]
         while self.engine.is_busy:
             for event in self.engine.step():
-                events[numbers[event.handle]].append(event)
-                if event.finish_reason == "error":
+                number = numbers[event.handle]
+                events[number].append(event)
+                running[number] -= event.finish_reason is not None
+                if event.error:
                     raise UserError(event.error)
-                done += event.finish_reason is not None
-            self.progress(done, len(requests))
-        yield from events
+                if running[number] == 0:
+                    yield number, events[number]
