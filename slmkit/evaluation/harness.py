@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from hashlib import blake2b
+from itertools import zip_longest
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -21,15 +22,17 @@ from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs, postproce
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from slmkit.config import UserError
-from slmkit.generation.engine import Engine, Event, Request
+from slmkit.generation.engine import WORTH_WAITING, Engine, Event, Request
 from slmkit.generation.ensemble import LanguageModel
 from slmkit.generation.sampling_settings import SamplingSettings
+from slmkit.generation.slots import common
 from slmkit.generation.text import end_tokens
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.tokenizer.chat import ConversationError
 from slmkit.tokenizer.chat_prompt import prompt_of
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")  # of a task's `gen_kwargs`
+SCORED = SamplingSettings(seed=0)  # of requests that draw nothing
 Pair = tuple[Any, list[int], list[int]]  # a request, the ids of its context and of its continuation
 Scored = tuple[tuple[int, ...], int]  # ids, and the place of the first of them that is scored
 
@@ -146,9 +149,12 @@ class EngineLM(TemplateLM):
             now = [groups.pop()]
             while groups and sum(map(len, now)) + len(groups[-1]) <= self.max_rows:
                 now.append(groups.pop())
-            for wave in ([group[0] for group in now], [one for group in now for one in group[1:]]):
-                requests = [Request(ids, 0, prompt_logprobs=1, scored_from=start) for ids, start in wave]
+            others = [one for same in zip_longest(*now) for one in same if one is not None]
+            for wave in (others[: len(now)], others[len(now) :]):  # the first of each, and the others
+                requests = [Request(ids, 0, SCORED, prompt_logprobs=1, scored_from=start) for ids, start in wave]
                 yield from ((wave[number], event) for number, (event,) in self._run(requests))
+            if groups and common(now[-1][0][0], groups[-1][0][0], WORTH_WAITING) < WORTH_WAITING:
+                self.engine.pools.forget()  # to look through, and move, them takes longer than reading a few tokens
 
     # -- generation ---------------------------------------------------------------------------------------------------
 

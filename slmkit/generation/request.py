@@ -36,14 +36,15 @@ def checked(request: Request, vocab_size: int) -> Request:
     found: dict[str, Any] = {}
     for name, values in ids.items():
         try:
-            found[name] = [operator.index(value) for value in values if not isinstance(value, bool)]
-            is_wrong = len(found[name]) < len(values)
+            found[name] = [*map(operator.index, values)]
+            is_wrong = bool in {*map(type, values)}
         except TypeError:
             is_wrong = True
         if is_wrong:
             raise UserError(f"{name}: expected a list of token ids, found {values!r:.60}")
-    if wrong := [token for token in found["prompt"] if not 0 <= token < vocab_size]:
-        raise UserError(f"token {wrong[0]} of the prompt: the model has {vocab_size:,} tokens, from 0")
+    for token in (min(found["prompt"], default=0), max(found["prompt"], default=0)):
+        if not 0 <= token < vocab_size:
+            raise UserError(f"token {token} of the prompt: the model has {vocab_size:,} tokens, from 0")
     bounds = {"max_new_tokens": (0, 2**31), "n": (1, MOST_CONTINUATIONS), "scored_from": (1, 2**31)}
     bounds |= dict.fromkeys(("logprobs", "prompt_logprobs"), (0, vocab_size))
     for name, (least, most) in bounds.items():

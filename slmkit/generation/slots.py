@@ -18,6 +18,7 @@ from slmkit.generation.ensemble import Cache, LanguageModel
 from slmkit.model.cache import AT_ONCE
 
 LENGTHS = (512, 4096)  # of the pools but the last, which is as long as the context
+COPY = 32  # tokens that are read in the time that a copy takes, or moving a text to another slot
 LEAST = 64  # positions: caches grow from here by doubling
 
 
@@ -110,6 +111,12 @@ class Pools:
     def __iter__(self) -> Iterator[Pool]:
         return iter(self.pools)
 
+    def forget(self) -> None:
+        """Empty all slots in which no row is. Their memory stays."""
+        for pool in self.pools:
+            for slot in range(len(pool.rows), len(pool.texts)):
+                pool.cache.truncate(slot, 0)
+
     def expect(self, length: int) -> None:
         """Raises `UserError` if a text of `length` positions needs more memory than there is."""
         needed = self.pools[-1].bytes(1, self._rounded(length))
@@ -126,10 +133,10 @@ class Pools:
             return False
         slot, free = len(pool.rows), range(len(pool.rows), len(pool.texts))
         group = row.request.prefix_group
-        prefix = self._longest_prefix(row.ids[: row.reads_from], group) if self.reuse else None
+        prefix = self._longest_prefix(row.ids[: row.reads_from], group) if self.reuse and row.reads_from else None
         here = {prefix.slot: prefix.length} if prefix is not None and prefix.pool is pool else {}
-        # The text of which least is lost; of several the one that is gone on from.
-        lost = min(free, key=lambda place: (pool.cache.length(place) - here.get(place, 0), place not in here))
+        # The text of which least is lost; the beginning is rather gone on from where it is than copied.
+        lost = min(free, key=lambda place: pool.cache.length(place) - (here[place] + COPY if place in here else 0))
         pool.cache.truncate(lost, here.get(lost, 0))
         pool.swap(slot, lost)
         if prefix is not None and lost not in here:
@@ -182,12 +189,14 @@ class Pools:
         best, longest = None, 0
         for pool in self.pools:
             for slot, text in enumerate(pool.texts):
-                held = min(pool.cache.length(slot), len(text.ids), len(ids))
-                if held <= longest or text.group != group or text.ids[longest] != ids[longest]:
+                # Most texts differ early: what is cheap to see comes first.
+                if longest >= len(text.ids) or text.ids[longest] != ids[longest] or text.group != group:
                     continue
-                length = common(ids, text.ids, held)
+                length = common(ids, text.ids, pool.cache.length(slot))
                 if length > longest and pool.cache.holds(slot, length):
                     best, longest = Prefix(pool, slot, length), length
+                    if longest == len(ids):
+                        return best
         return best
 
 
