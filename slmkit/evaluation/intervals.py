@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -20,16 +21,11 @@ from slmkit.evaluation.results import FORMS, Form, TaskResult
 
 LEVEL = 0.95  # of all intervals; differences are shown where p < 1 − LEVEL
 POWER = 0.8  # probability of showing a difference with `Difference.items_needed`
-# Results whose recipes differ in one of these are not compared; the value says what to do.
-MUST_AGREE = {
-    "data": "evaluate both on the same data",
-    "split": "evaluate both on the same split",
-    "shots": "give both the same --shots",
-    "template": "give both the same --template, such as none",
-    "normalisation": "evaluate both with the same normalisation",
-    "samples": "give both the same --samples",
-    "temperature": "give both the same --temperature",
-}
+# Results whose recipes differ in one of these are not compared. Other settings may differ, such as the window, which
+# follows from the model's context.
+MUST_AGREE = (
+    "data", "data_sha256", "documents", "version", "template", "shots", "samples", "temperature", "normalisation",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -99,21 +95,8 @@ def paired_mean(a: Sequence[TaskResult], b: Sequence[TaskResult], metric: str, b
     """
     from scipy.stats import t
 
-    first, second, left_out = list[np.ndarray](), list[np.ndarray](), 0
-    for one, other in zip(a, b, strict=True):
-        expect_same_recipe(one, other)
-        found, wanted = _pairs(one, metric), _pairs(other, metric)
-        common = sorted(found.keys() & wanted.keys())
-        if not common:
-            raise UserError(f"{one.task}: the results have no item in common: {MUST_AGREE['data']}")
-        left_out += len(found.keys() ^ wanted.keys())
-        first.append(np.array([found[key] for key in common]))
-        second.append(np.array([wanted[key] for key in common]))
-        if (first[-1][:, 1] != second[-1][:, 1]).any():
-            raise UserError(
-                f"{one.task}: {metric} is not comparable, since it is divided by other numbers of units, as tokens of "
-                "different tokenizers are: compare bits per byte"
-            )
+    common = [_common(one, other, metric) for one, other in zip(a, b, strict=True)]
+    first, second, left_out = [one for one, *_ in common], [other for _, other, _ in common], sum(n for *_, n in common)
     form = FORMS[a[0].metrics[metric]]
     (before, parts, free), (after, other_parts, _) = (_mean(side, form, by_size) for side in (first, second))
     value, n = after - before, len(parts)
@@ -128,11 +111,11 @@ def paired_mean(a: Sequence[TaskResult], b: Sequence[TaskResult], metric: str, b
     return Difference(value, error, value - reach, value + reach, n, p, left_out)
 
 
-def expect_same_recipe(a: TaskResult, b: TaskResult) -> None:
-    """Raise `UserError` for recipes that differ in one of `MUST_AGREE`."""
-    for key, way_out in MUST_AGREE.items():
-        if a.recipe.get(key) != b.recipe.get(key):
-            raise UserError(f"{a.task}: {key} {a.recipe.get(key)} and {b.recipe.get(key)}: {way_out}")
+def differing(a: TaskResult, b: TaskResult) -> list[tuple[str, Any, Any]]:
+    """(setting, in `a`, in `b`) of all settings of the recipes that differ, but for the names of files."""
+    keys = [key for key in dict.fromkeys((*a.recipe, *b.recipe)) if key != "data" or "data_sha256" not in a.recipe]
+    pairs = [(key, a.recipe.get(key), b.recipe.get(key)) for key in keys]
+    return [(key, one, other) for key, one, other in pairs if _nameless(one) != _nameless(other)]
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
@@ -142,6 +125,31 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     for rank, (p, place) in enumerate(tested):
         adjusted[place] = largest = max(largest, min(1.0, p * (len(tested) - rank)))
     return adjusted
+
+
+def _common(a: TaskResult, b: TaskResult, metric: str) -> tuple[np.ndarray, np.ndarray, int]:
+    """Pairs [items, 2] of the items that both have, of each result, and the number of items that only one has."""
+    for key, one, other in differing(a, b):
+        if key in MUST_AGREE:
+            raise UserError(f"{a.task}: not comparable: {key} {one} and {other}; evaluate both with the same {key}")
+    first, second = _pairs(a, metric), _pairs(b, metric)
+    keys = [key for key in first if key in second]
+    if not keys:
+        raise UserError(f"{a.task}: not comparable: the results have no item in common; evaluate both on the same data")
+    found, others = np.array([first[key] for key in keys]), np.array([second[key] for key in keys])  # [items, 2]
+    if (found[:, 1] != others[:, 1]).any():
+        raise UserError(
+            f"{a.task}: not comparable: the {metric} is over other numbers of units, as of tokens of other tokenizers; "
+            "compare the bits per byte"
+        )
+    return found, others, len(first.keys() ^ second.keys())
+
+
+def _nameless(value: Any) -> Any:
+    """A part of a recipe without the names of files: their content is what counts."""
+    if not isinstance(value, Mapping):
+        return list(value) if isinstance(value, tuple) else value
+    return {key: _nameless(inner) for key, inner in value.items() if key != "name"}
 
 
 def _pairs(result: TaskResult, metric: str) -> dict[tuple[str, int], tuple[float, float]]:

@@ -13,7 +13,7 @@ import pytest
 from scipy import stats
 
 from slmkit.config import UserError
-from slmkit.evaluation.intervals import Difference, estimate, holm, paired, paired_mean
+from slmkit.evaluation.intervals import Difference, differing, estimate, holm, paired, paired_mean
 from slmkit.evaluation.results import Item, TaskResult
 
 DRAWS = 2_000
@@ -183,18 +183,28 @@ def test_items_that_occur_twice_are_both_counted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "values", "way_out"),
+    ("key", "values"),
     [
-        ("shots", (5, 0), "--shots"),
-        ("data", ({"name": "a.jsonl", "sha256": "1"}, {"name": "a.jsonl", "sha256": "2"}), "same data"),
-        ("template", ("chat", None), "--template"),
+        ("shots", (5, 0)),
+        ("data", ({"name": "a.jsonl", "sha256": "1"}, {"name": "a.jsonl", "sha256": "2"})),
+        ("template", ("chat", "none")),
     ],
 )
-def test_other_recipes_are_refused_by_name(key: str, values: tuple[Any, Any], way_out: str) -> None:
+def test_other_recipes_are_refused_by_name(key: str, values: tuple[Any, Any]) -> None:
     one, other = (right([1, 0, 1], **{key: value}) for value in values)
-    with pytest.raises(UserError, match=f"task: {key} .*{way_out}"):
+    with pytest.raises(UserError, match=f"task: not comparable: {key} .*; evaluate both with the same {key}"):
         paired(one, other, "acc")
     assert paired(one, one, "acc").value == 0
+
+
+def test_other_names_of_the_same_file_and_other_windows_are_compared() -> None:
+    one, other = (
+        right([1, 0], data={"name": name, "sha256": "1"}, window=window) for name, window in (("a", 1), ("b", 2))
+    )
+    assert paired(one, other, "acc").value == 0
+    assert differing(one, other) == [("window", 1, 2)]
+    one, other = (right([1, 0], data=name, data_sha256="1") for name in ("a.txt", "b.txt"))
+    assert differing(one, other) == []
 
 
 def test_losses_per_token_of_two_tokenizers_are_refused() -> None:
@@ -285,18 +295,27 @@ def test_a_paired_interval_of_losses_holds_the_true_difference() -> None:
     assert 0.93 < coverage(draw, -0.05) < 0.97
 
 
-@pytest.mark.parametrize("by_size", [False, True])
-def test_a_group_s_paired_interval_holds_the_true_difference(by_size: bool) -> None:
+def test_a_group_s_paired_interval_holds_the_true_difference() -> None:
     sizes, gains = (20, 60), (0.3, 0.1)
 
     def draw(generator: np.random.Generator) -> tuple[float | None, float | None]:
         counts = [generator.multinomial(n, [gain, 0.1, 0.9 - gain]) for n, gain in zip(sizes, gains)]
         pairs = [pair_of(int(gained), int(lost), 0, int(rest)) for gained, lost, rest in counts]
-        found = paired_mean(*zip(*pairs), metric="acc", by_size=by_size)
+        found = paired_mean(*zip(*pairs), metric="acc")
         return found.low, found.high
 
-    true = sum((gain - 0.1) * (n / 80 if by_size else 1 / 2) for n, gain in zip(sizes, gains))
-    assert 0.93 < coverage(draw, true) < 0.97
+    assert 0.93 < coverage(draw, 0.1) < 0.97
+
+
+def test_a_group_s_difference_is_the_weighted_mean_of_its_tasks() -> None:
+    firsts, seconds = zip(pair_of(6, 1, 10, 3), pair_of(9, 12, 20, 39))
+    each = [paired(one, other, "acc") for one, other in zip(firsts, seconds)]
+    for by_size, weights in ((False, (0.5, 0.5)), (True, (0.2, 0.8))):
+        found = paired_mean(firsts, seconds, "acc", by_size)
+        assert found.value == pytest.approx(sum(w * one.value for w, one in zip(weights, each)))
+        error = math.hypot(*(w * one.standard_error for w, one in zip(weights, each)))  # type: ignore[operator]
+        assert found.standard_error == pytest.approx(error)
+        assert found.n == 100
 
 
 def test_equal_models_are_told_apart_in_no_more_than_5_percent() -> None:
