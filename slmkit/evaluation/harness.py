@@ -32,6 +32,8 @@ from slmkit.tokenizer.chat import ConversationError
 from slmkit.tokenizer.chat_prompt import prompt_of
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")  # of a task's `gen_kwargs`
+AT_ONCE = 1024  # tokens of prompts in one pass: nobody waits for a text meanwhile
+MEMORY = 4 * 2**30  # bytes of the KV cache, if a text does not need more
 SCORED = SamplingSettings(seed=0)  # of requests that draw nothing
 Pair = tuple[Any, list[int], list[int]]  # a request, the ids of its context and of its continuation
 Scored = tuple[tuple[int, ...], int]  # ids, and the place of the first of them that is scored
@@ -50,13 +52,15 @@ class EngineLM(TemplateLM):
         decoder: LanguageModel,
         tokenizer: SLMTokenizer,
         *,
-        max_rows: int = 64,
+        max_rows: int = 128,
         max_new_tokens: int | None = None,
         progress: Callable[[int, int], None] = lambda done, requests: None,
     ) -> None:
         super().__init__()
         self.tokenizer, self.max_new_tokens, self.progress = tokenizer, max_new_tokens, progress
-        self.engine, self.max_rows = Engine(decoder, tokenizer, max_rows=max_rows, at_once=1024), max_rows
+        memory = max(MEMORY, 2 * decoder.cache_bytes(1, decoder.max_positions, AT_ONCE))
+        self.engine = Engine(decoder, tokenizer, max_rows=max_rows, memory=memory, at_once=AT_ONCE)
+        self.max_rows = max_rows
         self.context = self.engine.context
         self.model_calls = self.cut = self.refused = 0
         self._encoded = lru_cache(maxsize=4096)(self._encode)  # choices of one question share their context
@@ -181,7 +185,8 @@ class EngineLM(TemplateLM):
     def _generation(self, context: str, options: dict[str, Any], content: str, count: int) -> tuple[Request, list[str]]:
         """The request for `count` continuations of a context, and the strings that end them."""
         options = dict(normalize_gen_kwargs(options))
-        stops, most = options["until"], self.max_new_tokens or options["max_gen_toks"]
+        stops = [*filter(None, options["until"]), self.tokenizer.eos_token]
+        most = self.max_new_tokens or options["max_gen_toks"]
         if most >= self.context:
             raise UserError(
                 f"{most:,} new tokens leave no room for a prompt in the context of {self.context:,}: lower "
@@ -195,20 +200,25 @@ class EngineLM(TemplateLM):
         settings = SamplingSettings(seed=seed, do_sample=options["do_sample"], **chosen)
         ids = ids[-(self.context - most) :]
         stop_ids = frozenset(end_tokens(self.tokenizer))
-        return Request(ids, most, settings, stop_ids, [stop for stop in stops if stop], n=count), stops
+        return Request(ids, most, settings, stop_ids, stops, n=count), stops
 
     def _run(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[Event]]]:
         """The number of each request and all of its events, as they end."""
         self.model_calls += sum(request.n for request in requests)
-        numbers = {self.engine.insert(request): number for number, request in enumerate(requests)}
         events: list[list[Event]] = [[] for _ in requests]
-        running = [request.n for request in requests]
-        while self.engine.is_busy:
-            for event in self.engine.step():
-                number = numbers[event.handle]
-                events[number].append(event)
-                running[number] -= event.finish_reason is not None
-                if event.error:
-                    raise UserError(event.error)
-                if running[number] == 0:
-                    yield number, events[number]
+        running, numbers = [request.n for request in requests], dict[int, int]()
+        try:
+            for number, request in enumerate(requests):
+                numbers[self.engine.insert(request)] = number
+            while self.engine.is_busy:
+                for event in self.engine.step():
+                    number = numbers[event.handle]
+                    events[number].append(event)
+                    running[number] -= event.finish_reason is not None
+                    if event.error:
+                        raise UserError(event.error)
+                    if running[number] == 0:
+                        yield number, events[number]
+        finally:  # after an error, or if the caller has stopped
+            for handle in numbers if self.engine.is_busy else ():
+                self.engine.remove(handle)
