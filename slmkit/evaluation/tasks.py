@@ -176,6 +176,7 @@ class Maker:
         from slmkit.evaluation.harness_task import FittedTask
 
         local = config.pop("local", None)
+        chat = self.chat and local is None  # CORE is defined on plain text
         if self.shots is not None and (config.get("num_fewshot") != 0 or local):
             config["num_fewshot"] = self.shots
         config["num_fewshot"] = config.get("num_fewshot") or 0
@@ -189,7 +190,7 @@ class Maker:
         elif local:
             raise UserError(f"{config['task']}: name the folder of the evaluation bundle's files: --task-data FOLDER")
         try:
-            return FittedTask(config, about, self.chat)
+            return FittedTask(config, about, chat)
         except (OSError, RuntimeError, ValueError, LookupError, TypeError, TemplateError) as error:
             if self.data is None and "scripts are no longer supported" in str(error):
                 return self._from_parquet(config, about)
