@@ -25,6 +25,7 @@ from slmkit.training.logging.metrics_log import append_samples
 from slmkit.training.loop import Goal, Report, State
 from slmkit.training.recipe.recipe import Recipe, TrainSettings
 from slmkit.workflows.context import RecipeContext
+from slmkit.workflows.evaluation.evaluate import STORIES
 
 
 class Validate:
@@ -51,9 +52,6 @@ class Validate:
             report["validation_bits_per_byte"] = whole.bits_per_byte(self.text_bytes)
 
 
-STORIES = "stories"  # the task of the story world, which lm-eval does not know
-
-
 class RunTasks:
     """Hook for all ranks in which rank 0 evaluates the model on the tasks of `train.eval_tasks`.
 
@@ -69,10 +67,15 @@ class RunTasks:
     def try_out(self) -> dict[str, bool]:
         """Ask the first document of every task. Returns the metrics, and whether more of each is better.
 
-        Raises `UserError` for a task that cannot be run with this model.
+        Raises `UserError` for a task that cannot be run with this model, or whose self-test fails.
         """
+        model = self.context.model.eval()
         with in_recipe_terms():
-            results = self._results(self.context.model.eval(), limit=1)
+            if self.tasks:
+                from slmkit.evaluation.tasks import expect_self_test
+
+                expect_self_test(self._engine(model), self.tasks, self.settings.eval_limit)
+            results = self._results(model, limit=1)
         return {
             f"eval/{result.task}/{metric}": FORMS[form].higher_is_better
             for result in results
@@ -92,19 +95,21 @@ class RunTasks:
     def _results(self, model: Decoder, limit: int | None) -> list[TaskResult]:
         tokenizer, results = self.context.corpus.tokenizer, []
         if self.tasks:
-            from slmkit.evaluation.harness import EngineLM
             from slmkit.evaluation.tasks import run_tasks
 
-            engine = EngineLM(model, tokenizer, max_new_tokens=self.settings.eval_max_new_tokens)
-            results += run_tasks(engine, self.tasks, limit=limit)
+            results += run_tasks(self._engine(model), self.tasks, limit=limit)
         if STORIES in self.settings.eval_tasks:
-            from slmkit.evaluation.stories import story_report
+            from slmkit.evaluation.stories import COUNT, story_report
 
-            results += story_report(model, tokenizer, count=limit or STORIES_ASKED, seed=0)
+            results += story_report(model, tokenizer, count=limit or COUNT)
         return results
 
+    def _engine(self, model: Decoder) -> Any:
+        from slmkit.evaluation.harness import EngineLM
 
-STORIES_ASKED = 300  # without `train.eval_limit`
+        return EngineLM(model, self.context.corpus.tokenizer, max_new_tokens=self.settings.eval_max_new_tokens)
+
+
 KEYS_OF_OPTIONS = {
     "--task-data": "train.eval_task_data",
     "--max-new-tokens": "train.eval_max_new_tokens",
