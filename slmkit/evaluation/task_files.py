@@ -150,6 +150,8 @@ def _rows_of(path: Path, column: str = "", cut: str = "", header: Sequence[str] 
         else:
             found = ((place, value) for place, value, _ in ROWS[kind](file, {}))
         for number, (place, row) in enumerate(found):
+            if header and None in row:
+                raise UserError(f"{place}: expected {len(header)} fields, found {len(header) + len(row[None])}")
             if isinstance(row, BadRow):
                 raise UserError(row.message)
             if answers is not None and number >= len(answers):

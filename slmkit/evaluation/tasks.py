@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -19,6 +20,8 @@ from slmkit.evaluation.task_files import MissingFileError, local_rows
 from slmkit.evaluation.task_results import Group, group_result, task_result
 
 CORE = "core"
+# In lm-eval's task files: what a line defines, and its name or the list of names below it.
+NAMED = re.compile(r"""^["']?(task|group|tag)["']?:[ \t]*(?:([^\s#][^\n#]*)|((?:\n[ \t]*- [^\n{:]+)+))""", re.MULTILINE)
 
 
 @dataclass
@@ -54,10 +57,10 @@ def load_tasks(
     make = Maker(data, shots, chat, samples, temperature)
     with quiet(offline=data is not None):
         for name in names:
-            alias = table["aliases"].get(name, {"tasks": [name]})
-            manager = task_manager(*alias.get("folders", ()))
+            alias = table["aliases"].get(name) or _own_name(name)
+            manager = task_manager(*alias["folders"])
             manager._factory = Factory(make)
-            found, wanted = _load(name, alias, manager, chat, partial=data is not None and "partial" in alias)
+            found, wanted = _load(name, alias, manager, chat, some=data is not None and "partial" in alias)
             if "mean" in alias and len(found) > 1:
                 note = f"{len(found)} of {wanted} tasks"
                 note += ": not comparable with published CORE figures" if name == CORE and len(found) < wanted else ""
@@ -67,18 +70,15 @@ def load_tasks(
     return loaded
 
 
-def _load(name: str, alias: Mapping[str, Any], manager: Any, chat: bool, partial: bool) -> tuple[Tasks, int]:
-    """The tasks of an alias, and how many they should be; if `partial`, those whose files are there."""
+def _load(name: str, alias: Mapping[str, Any], manager: Any, chat: bool, some: bool) -> tuple[Tasks, int]:
+    """The tasks of an alias, and how many they should be; with `some`, those whose files are there."""
     wanted = core_tasks(task_table()) if name == CORE else alias.get("chat", alias["tasks"]) if chat else alias["tasks"]
     found, missing = Tasks(), None
     for one in wanted:
-        if isinstance(one, str) and one not in manager.task_index:
-            known = [*task_table()["aliases"], *manager.all_tasks]
-            raise UserError(f"no task {one!r}; {did_you_mean(one, known)}, or any other of lm-eval's names")
         try:
             built = manager.load([one])
         except MissingFileError as error:
-            if not partial:
+            if not some:
                 raise
             missing = error
         except ImportError as error:
@@ -89,6 +89,14 @@ def _load(name: str, alias: Mapping[str, Any], manager: Any, chat: bool, partial
     if missing and not found:
         raise missing
     return found, len(wanted)
+
+
+def _own_name(name: str) -> dict[str, Any]:
+    """A task, group or tag of lm-eval as if it were an alias. Raises `UserError` for an unknown name."""
+    known = names_of_lm_eval()
+    if name not in known:
+        raise UserError(f"no task {name!r}; {did_you_mean(name, [*task_table()['aliases'], *known])}")
+    return {"tasks": [name], "folders": known[name]}
 
 
 def _groups(groups: Mapping[str, Any]) -> Iterator[tuple[str, Group]]:
@@ -112,6 +120,20 @@ def task_manager(*folders: str) -> Any:
 
     root = Path(lm_eval.tasks.__file__).parent
     return lm_eval.tasks.TaskManager(include_defaults=not folders, include_path=[str(root / name) for name in folders])
+
+
+@cache
+def names_of_lm_eval() -> dict[str, tuple[str, ...]]:
+    """Every name of lm-eval, and the folder that defines it; none for a group or tag, whose tasks may be anywhere."""
+    import lm_eval.tasks
+
+    root, names = Path(lm_eval.tasks.__file__).parent, dict[str, tuple[str, ...]]()
+    for path in sorted(root.rglob("*yaml")):
+        text = path.read_text("utf-8")
+        for key, inline, several in NAMED.findall(text):
+            for name in re.findall(r"(?<!#)[^#\s'\"\[\],]+", inline or several.replace("- ", "")):
+                names[name] = path.relative_to(root).parts[:1] if key == "task" and inline else ()
+    return names
 
 
 def core_tasks(table: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -215,7 +237,8 @@ def with_local_rows(
         about["shots from"] = "the other rows" if is_core else "rows that are not evaluated"
         if examples not in (None, evaluated) and (train := local_rows(folder, entry, examples, config, True)):
             found[examples], about["shots from"] = train, "the train file"
-            about["data"]["shots"] = train.data
+            if config["num_fewshot"]:
+                about["data"]["shots"] = train.data
         else:
             few = {**few, "split": evaluated}
     try:
