@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slmkit.cli.options import DeviceName, Precision, SourceOptions, sources_of
+from slmkit.cli.options import DeviceName, Precision, RunPath, SourceOptions, sources_of
 from slmkit.config import UserError
 
 if TYPE_CHECKING:
@@ -168,3 +168,32 @@ def stated(recipe: Mapping[str, Any]) -> str:
         return value[:12] if isinstance(value, str) and len(value) == 64 and " " not in value else str(value)
 
     return "; ".join(f"{key.replace('_', ' ')} {one(value)}" for key, value in recipe.items() if value is not None)
+
+
+def report(
+    run: RunPath,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="The file; default: RUN/report.html.")] = None,
+    results: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE.json",
+            help="What `slm eval --output` wrote; default: evaluations of RUN that are still known.",
+        ),
+    ] = None,
+) -> None:
+    """Write all that is known of a run into one HTML file.
+
+    Curves, evaluation, samples, data, time and cost, configuration, environment and checkpoints, for a browser or for
+    paper. The file needs no network and no other file. The run may still be running.
+
+    Example: slm report runs/book -o book.html
+    """
+    from slmkit.find import find_run
+
+    root = find_run(run)
+    path = root / "report.html" if output is None else Path(output)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UserError(f"--output {path}: expected the name of a file in a folder that exists")
+    from slmkit.workflows.evaluation.report import write_report  # imports torch: after the arguments were checked
+
+    print(write_report(root, path, results or ()))

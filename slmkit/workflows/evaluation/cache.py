@@ -79,3 +79,17 @@ def stored(key: Mapping[str, Any], compute: Callable[[], list[TaskResult]]) -> l
             content = {"key": key, "results": [one.to_json() for one in results]}
             write_whole(path, json.dumps(content, default=str))
     return results
+
+
+def known_results(model: str | Path) -> list[TaskResult]:
+    """The stored results of a model as it is now, the latest last; of the same task and recipe only the latest."""
+    content, found = model_content(model), dict[str, TaskResult]()
+    with contextlib.suppress(OSError):
+        entries = (cache_folder() / "evaluations").glob("*.json")
+        for path in sorted(entries, key=lambda path: path.stat().st_mtime):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, UserError):
+                entry = json.loads(path.read_bytes())
+                if content.items() <= entry["key"].items():
+                    for one in map(TaskResult.from_json, entry["results"]):
+                        found[digest_of([one.task, one.recipe])] = one
+    return [*found.values()]

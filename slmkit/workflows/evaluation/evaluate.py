@@ -80,7 +80,7 @@ def evaluate(
             results += one.on_text(source, limit, joined=joined, **geometry)
     for name in tasks:
         if name == STORIES:
-            results += one.on_stories(limit)
+            results += one.on_stories(limit, asked["chat"])
         else:
             results += one.on_task(name, loaded[name], asked, limit, max_new_tokens)
     return results
@@ -170,17 +170,15 @@ class _Evaluated:
         key = {"conversations": source.label, "window": window, "stride": stride, "limit": limit}
         return self.stored({**key, "rows": digest_of([row.to_lists() for row in rows] + notes)}, compute)
 
-    def on_stories(self, limit: int | None) -> list[TaskResult]:
+    def on_stories(self, limit: int | None, chat: bool) -> list[TaskResult]:
         from slmkit.evaluation.stories import COUNT, story_report
 
         def compute() -> list[TaskResult]:
             show = lambda what, done, of: self.progress(f"{what}: {done:,} of {of:,}", done / max(1, of))  # noqa: E731
-            return [
-                self._noted(result, (), limit)
-                for result in story_report(self.decoder, self.tokenizer, count=limit or COUNT, progress=show)
-            ]
+            report = story_report(self.decoder, self.tokenizer, count=limit or COUNT, chat=chat, progress=show)
+            return [self._noted(result, (), limit) for result in report]
 
-        return self.stored({"stories": limit or COUNT}, compute)
+        return self.stored({"stories": limit or COUNT, "chat": chat}, compute)
 
     def load(self, name: str, asked: Mapping[str, Any]) -> Mapping[str, Any]:
         from slmkit.evaluation.tasks import load_tasks
