@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +55,14 @@ class Validate:
 class RunTasks:
     """Hook for all ranks in which rank 0 evaluates the model on the tasks of `train.eval_tasks`.
 
-    It adds `eval/TASK/METRIC` to the report, and its standard error as `eval/TASK/METRIC_stderr`. An evaluation that
-    fails is a warning, and its figures are missing: it does not end the run.
+    It adds `eval/TASK/METRIC` to the report, and its standard error as `eval/TASK/METRIC_stderr`; of a group of tasks
+    only the group's. An evaluation that fails is a warning, and its figures are missing: it does not end the run.
     """
 
     def __init__(self, context: RecipeContext) -> None:
         """Raises `UserError` on rank 0 for a task that is not known, or whose data or package is missing."""
         self.context, self.settings = context, context.recipe.train
-        self.tasks = tasks_of(self.settings, chat=context.recipe.reads != "text") if context.group.is_main else {}
+        self.tasks: Any = tasks_of(self.settings, context.recipe.reads != "text") if context.group.is_main else {}
 
     def try_out(self) -> dict[str, bool]:
         """Ask the first document of every task. Returns the metrics, and whether more of each is better.
@@ -77,9 +77,9 @@ class RunTasks:
                 expect_self_test(self._engine(model), self.tasks, self.settings.eval_limit)
             results = self._results(model, limit=1)
         return {
-            f"eval/{result.task}/{metric}": FORMS[form].higher_is_better
+            f"eval/{result.task}/{metric}": FORMS[result.metrics[metric]].higher_is_better
             for result in results
-            for metric, form in result.metrics.items()
+            for metric in logged(result)
         }
 
     def __call__(self, state: State, report: Report) -> None:
@@ -97,7 +97,9 @@ class RunTasks:
         if self.tasks:
             from slmkit.evaluation.tasks import run_tasks
 
-            results += run_tasks(self._engine(model), self.tasks, limit=limit)
+            found = run_tasks(self._engine(model), self.tasks, limit=limit)
+            in_groups = {task for group in self.tasks.groups.values() for task in group.tasks}
+            results += [result for result in found if result.task not in in_groups]
         if STORIES in self.settings.eval_tasks:
             from slmkit.evaluation.stories import COUNT, story_report
 
@@ -144,11 +146,24 @@ def in_recipe_terms() -> Iterator[None]:
         raise UserError(text) from None
 
 
+# What is logged of the story world; `slm eval` has the rest.
+OF_STORIES = {
+    "stories/questions": ("accuracy",), "stories/scenes": ("accuracy",), "stories/loss": ("bits_per_byte",),
+    "stories/loss-heldout": ("bits_per_byte",), "stories/written-1": ("consistent", "novel_8grams"),
+    "stories/written-0.8": ("consistent", "novel_8grams"), "stories/generator": (),
+}  # fmt: skip
+
+
+def logged(result: TaskResult) -> Iterable[str]:
+    """The metrics of a result that are logged."""
+    return OF_STORIES.get(result.task, result.metrics)
+
+
 def figures_of(results: list[TaskResult]) -> Report:
     """The figures for a report: of each task and metric its value and its standard error, if there is one."""
     figures: Report = {}
     for result in results:
-        for metric in result.metrics:
+        for metric in logged(result):
             score = result.score(metric)
             figures[f"eval/{result.task}/{metric}"] = score.value
             if score.standard_error is not None:
