@@ -44,6 +44,7 @@ OPTIONS: dict[str, tuple[Any, Any, tuple[str, ...], str]] = {
 }  # fmt: skip
 LEAST = {"window": 2, "stride": 1, "limit": 1, "shots": 0, "max_new_tokens": 1, "samples": 1, "temperature": 0}
 RECIPE_WIDTH = 100  # columns
+STORED_ANSWERS = ("oracle", "wrong")  # in place of a model: right and wrong answers
 FOR_TEXT = ("source", "chat", "window", "stride", "joined")
 FOR_TASKS = ("task_data", "shots", "template", "max_new_tokens", "samples", "temperature")
 
@@ -86,7 +87,8 @@ def settings_of(models: Sequence[str], options: Mapping[str, Any]) -> dict[str, 
         raise UserError(f"--task-data {folder}: no such folder")
     texts = sources_of([find_text(path) for path in options["text"] or []], options["source"])
     for model in models:
-        find_model_directory(model)
+        if model not in STORED_ANSWERS or Path(model).exists():
+            find_model_directory(model)
     same = ("limit", "shots", "window", "stride", "joined", "max_new_tokens", "samples", "temperature")
     return {
         "tasks": tasks, "text": texts, "conversations": options["chat"], "task_data": folder,
@@ -110,7 +112,11 @@ def eval_(
     printed below.
 
     Example: slm eval runs/book runs/book-2 --text other.txt
+    In place of a model, `oracle` gives the right answers of exact-match and code tasks, and `wrong` wrong ones: they
+    show that a task can be measured.
+
     Example: slm eval runs/book --tasks stories --limit 50 --output results.json
+    Example: slm eval oracle wrong --tasks humaneval --task-data evals
     """
     from slmkit.cli.show import print_table, progress_bar
 

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import datasets
@@ -53,6 +53,10 @@ class FittedTask(ConfigurableTask):
                 self._metric_fn_kwargs.setdefault(metric, {})
                 self._aggregation_list.setdefault(metric, get_metric_aggregation(metric))
                 self._higher_is_better.setdefault(metric, is_higher_better(metric))
+
+    @cached_property
+    def eval_docs(self) -> Any:  # lm-eval converts all documents whenever they are asked for
+        return super().eval_docs
 
     @property
     def new_tokens(self) -> int:

@@ -14,6 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from slmkit.config import UserError, did_you_mean, one_line, read_table
 from slmkit.evaluation.results import TaskResult
 from slmkit.evaluation.task_files import MissingFileError, local_rows
@@ -142,7 +144,10 @@ def core_tasks(table: Mapping[str, Any]) -> list[dict[str, Any]]:
     def filled(value: Any, between: str) -> Any:
         before = between.rstrip(" ")
         space = between[len(before) :]
-        return value.replace("{before}", before).replace("{space}", space) if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        # lm-eval takes a rendered text of digits for a number, but not that of a column.
+        return re.sub(r"^\{\{(\w+)\}\}$", r"\1", value.replace("{before}", before).replace("{space}", space))
 
     return [
         {
@@ -185,10 +190,13 @@ class Maker:
             raise UserError(f"{config['task']}: name the folder of the evaluation bundle's files: --task-data FOLDER")
         try:
             return FittedTask(config, about, self.chat)
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError, LookupError, TypeError, TemplateError) as error:
             if self.data is None and "scripts are no longer supported" in str(error):
                 return self._from_parquet(config, about)
-            raise _no_hub(config, error) if self.data is None else error from None
+            if self.data is None:
+                raise _no_hub(config, error) from None
+            name, why = about["data"]["name"], one_line(error)
+            raise UserError(f"{config['task']}: rows of {name} are not as lm-eval expects them: {why}") from None
 
     def _from_parquet(self, config: dict[str, Any], about: dict[str, Any]) -> Any:
         """The task with the hub's own conversion of a data set that a script would load."""
