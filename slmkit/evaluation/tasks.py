@@ -41,13 +41,14 @@ def load_tasks(
     chat: bool = False,
     samples: int = 1,
     temperature: float | None = None,
+    unsafe_code: bool = False,
 ) -> Tasks:
     """Tasks by the aliases of `tasks.yaml` or lm-eval's own names.
 
     `data`: a folder with the tasks' files; None: the hub, as lm-eval does. `shots`: instead of lm-eval's number, but
     for tasks that lm-eval always asks without. `chat`: prompts in the model's chat template. `samples`: answers for
-    each problem of code tasks, drawn at `temperature`. Raises `UserError` for an unknown name, and for missing or
-    malformed files.
+    each problem of code tasks, drawn at `temperature`; `unsafe_code`: without a sandbox if there is none. Raises
+    `UserError` for an unknown name, for missing or malformed files, and for code tasks without a sandbox.
     """
     try:
         from slmkit.evaluation.harness_task import Factory, quiet
@@ -56,7 +57,7 @@ def load_tasks(
             raise
         raise UserError("standard tasks need lm-eval: pip install slmkit[eval]") from None
     table, loaded = task_table(), Tasks()
-    make = Maker(data, shots, chat, samples, temperature)
+    make = Maker(data, shots, chat, samples, temperature, unsafe_code)
     with quiet(offline=data is not None):
         for name in names:
             alias = table["aliases"].get(name) or _own_name(name)
@@ -171,6 +172,7 @@ class Maker:
     chat: bool
     samples: int
     temperature: float | None
+    unsafe_code: bool
 
     def __call__(self, config: dict[str, Any]) -> Any:
         from slmkit.evaluation.harness_task import FittedTask
@@ -216,7 +218,9 @@ class Maker:
         sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
         generation = {**config.get("generation_kwargs", {}), **sampling}
         about = {"samples": self.samples, "temperature": temperature}
-        return with_sandbox({**config, "repeats": self.samples, "generation_kwargs": generation}), about
+        config = {**config, "repeats": self.samples, "generation_kwargs": generation}
+        config = with_sandbox(config, unsafe=self.unsafe_code)
+        return config, {**about, "sandbox": config["metadata"]["sandbox"], "limits": config["metadata"]["limits"]}
 
 
 def _no_hub(config: Mapping[str, Any], error: Exception) -> UserError:
