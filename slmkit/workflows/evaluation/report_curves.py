@@ -101,8 +101,9 @@ def drawn(title: str, unit: str, lines: Sequence[Line]) -> Chart | None:
         from matplotlib.ticker import EngFormatter
     except ImportError:
         raise UserError("drawing needs matplotlib: pip install slmkit[train]") from None
+    name = re.sub(r"\W", "-", title)
     style = {
-        "svg.fonttype": "none", "svg.hashsalt": (name := re.sub(r"\W", "-", title)), "font.size": 10, "text.parse_math": False, "text.color": INK,
+        "svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10, "text.parse_math": False, "text.color": INK,
         "axes.edgecolor": LINE, "axes.labelcolor": MUTED, "xtick.color": LINE, "ytick.color": LINE,
         "xtick.labelcolor": MUTED, "ytick.labelcolor": MUTED, "grid.color": LINE, "figure.facecolor": "none",
         "axes.facecolor": "none",
