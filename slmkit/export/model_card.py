@@ -139,8 +139,8 @@ def _facts(known: Known) -> dict[str, Any]:
 
 
 def _figures(known: Known) -> dict[str, tuple[float, int]]:
-    """Name → the figure of the checkpoint's step, and that step; where that was not evaluated, of the step with the lowest
-    validation loss, else of the last evaluation.
+    """Name → the figure of the checkpoint's step, and that step. Where that was not evaluated: of the step with the
+    lowest validation loss, else of the last evaluation.
     """
     lines = [line for line in known.metrics if any(line.get(key) is not None for key in FIGURES)]
     if not lines:
