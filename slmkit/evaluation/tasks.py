@@ -41,13 +41,14 @@ def load_tasks(
     chat: bool = False,
     samples: int = 1,
     temperature: float | None = None,
+    unsafe_code: bool = False,
 ) -> Tasks:
     """Tasks by the aliases of `tasks.yaml` or lm-eval's own names.
 
     `data`: a folder with the tasks' files; None: the hub, as lm-eval does. `shots`: instead of lm-eval's number, but
     for tasks that lm-eval always asks without. `chat`: prompts in the model's chat template. `samples`: answers for
-    each problem of code tasks, drawn at `temperature`. Raises `UserError` for an unknown name, and for missing or
-    malformed files.
+    each problem of code tasks, drawn at `temperature`; `unsafe_code`: without a sandbox if there is none. Raises
+    `UserError` for an unknown name, for missing or malformed files, and for code tasks without a sandbox.
     """
     try:
         from slmkit.evaluation.harness_task import Factory, quiet
@@ -56,7 +57,7 @@ def load_tasks(
             raise
         raise UserError("standard tasks need lm-eval: pip install slmkit[eval]") from None
     table, loaded = task_table(), Tasks()
-    make = Maker(data, shots, chat, samples, temperature)
+    make = Maker(data, shots, chat, samples, temperature, unsafe_code)
     with quiet(offline=data is not None):
         for name in names:
             alias = table["aliases"].get(name) or _own_name(name)
@@ -171,6 +172,7 @@ class Maker:
     chat: bool
     samples: int
     temperature: float | None
+    unsafe_code: bool
 
     def __call__(self, config: dict[str, Any]) -> Any:
         from slmkit.evaluation.harness_task import FittedTask
@@ -216,7 +218,9 @@ class Maker:
         sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
         generation = {**config.get("generation_kwargs", {}), **sampling}
         about = {"samples": self.samples, "temperature": temperature}
-        return with_sandbox({**config, "repeats": self.samples, "generation_kwargs": generation}), about
+        config = {**config, "repeats": self.samples, "generation_kwargs": generation}
+        config = with_sandbox(config, unsafe=self.unsafe_code)
+        return config, {**about, "sandbox": config["metadata"]["sandbox"], "limits": config["metadata"]["limits"]}
 
 
 def _no_hub(config: Mapping[str, Any], error: Exception) -> UserError:
@@ -259,6 +263,14 @@ def with_local_rows(
     return config | {key: None for key in ("training_split", "validation_split") if config.get(key) not in splits}
 
 
+def expect_self_test(lm: Any, tasks: Mapping[str, Any], limit: int | None = None, seed: int = 1234) -> None:
+    """The self-test of tasks as `run_tasks` would do it. Raises `UserError` if it fails."""
+    from slmkit.evaluation.self_test import self_test
+
+    run = partial(run_tasks, limit=limit, seed=seed, self_test=False)
+    self_test(tasks, run, lm, repr((limit, seed)))
+
+
 def run_tasks(
     lm: Any,
     tasks: Mapping[str, Any],
@@ -274,12 +286,10 @@ def run_tasks(
     `progress` gets the requests answered and their number, if the `LM` tells. Raises `UserError` if the answers of a
     task leave no room for prompts, or if the self-test (`self_test.py`) fails.
     """
-    from slmkit.evaluation import self_test as stored
     from slmkit.evaluation.harness_task import evaluated, quiet
 
     if self_test:
-        run = partial(run_tasks, limit=limit, seed=seed, self_test=False)
-        stored.self_test(tasks, run, lm, repr((limit, seed)))
+        expect_self_test(lm, tasks, limit, seed)
     if progress is not None and hasattr(lm, "progress"):
         lm.progress = progress
     with quiet():
