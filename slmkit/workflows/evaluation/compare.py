@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -70,6 +71,24 @@ def compare(
         models,
         [evaluate(model, progress=lambda *done, model=model: progress(model, *done), **settings) for model in models],
     )
+
+
+def read_results(paths: Sequence[str | Path]) -> tuple[list[str], list[list[TaskResult]]]:
+    """Names of the models and their results in files that `slm eval --output` wrote. Raises `UserError` for others."""
+    found = list[tuple[str, str, list[TaskResult]]]()
+    for path in paths:
+        models = dict[str, list[TaskResult]]()
+        try:
+            for one in json.loads(Path(path).read_text(encoding="utf-8"))["results"]:
+                models.setdefault(one["model"], []).append(TaskResult.from_json(one))
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError, UserError):  # JSON's and Unicode's errors are ValueErrors
+            raise UserError(f"{path}: expected a file that `slm eval --output` wrote") from None
+        found += [(str(path), model, results) for model, results in models.items()]
+    names = [model for _, model, _ in found]
+    labels = [model if names.count(model) == 1 else f"{path}: {model}" for path, model, _ in found]
+    return labels, [results for *_, results in found]
 
 
 def compare_results(models: Sequence[str], results: Sequence[Sequence[TaskResult]]) -> Comparison:
