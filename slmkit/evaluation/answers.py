@@ -119,6 +119,14 @@ def normalised(text: str) -> str:
     return re.sub(r"^(?:an?|the) (?=\S)", "", text)
 
 
+def expected_answers(task: Any, doc: Mapping[str, Any]) -> list[str]:
+    """The answers that an lm-eval task accepts; of a solution that ends with `#### 18`, 18."""
+    target = task.doc_to_target(doc)
+    if task.config.doc_to_choice is not None and isinstance(target, int):
+        target = task.doc_to_choice(doc)[target]
+    return [str(one).split("#### ")[-1] for one in (target if isinstance(target, list) else [target])]
+
+
 def extra_metrics(task: Any, doc: Mapping[str, Any], response: str, filtered: Any = None) -> dict[str, float]:
     """What slmkit adds to lm-eval's own metrics of one document, each 0.0 or 1.0.
 
@@ -133,10 +141,7 @@ def extra_metrics(task: Any, doc: Mapping[str, Any], response: str, filtered: An
     """
     if task.OUTPUT_TYPE != "generate_until" or "exact_match" not in task._metric_fn_list:
         return {}
-    expected = task.doc_to_target(doc)
-    if task.config.doc_to_choice is not None and isinstance(expected, int):
-        expected = task.doc_to_choice(doc)[expected]
-    expected = [str(one).split("#### ")[-1] for one in (expected if isinstance(expected, list) else [expected])]
+    expected = expected_answers(task, doc)
     values: dict[str, float] = {}
     if task._metric_fn_list["exact_match"] is not None:
         given = filtered if isinstance(filtered, str) else response
