@@ -144,7 +144,7 @@ def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     for row in comparison.rows:
         letter = "" if other == "B" else f"{LETTERS[row.model]}: "
         found, scale = row.difference, SCALES.get(row.form, 1.0)
-        digits = _digits(found.standard_error, scale)
+        digits = _digits(found, scale)
         value, low, high = (
             "" if each is None else f"{each * scale:+.{digits}f}" for each in (found.value, found.low, found.high)
         )
@@ -159,7 +159,7 @@ def figure(found: Estimate, form: str) -> str:
     """`31.2 % ± 0.5`: a figure with its standard error; `0.0 % (0.0 to 2.3)`: with its interval, if the error is 0."""
     scale, unit = SCALES.get(form, 1.0), " %" if form in SCALES else ""
     error, low, high = found.standard_error, found.low, found.high
-    digits = _digits(error or (high or 0.0) - (low or 0.0), scale)
+    digits = _digits(found, scale)
     value = f"{found.value * scale:,.{digits}f}{unit}"
     if error:
         return f"{value} ± {error * scale:.{digits}f}"
@@ -170,9 +170,10 @@ def figure(found: Estimate, form: str) -> str:
     )
 
 
-def _digits(error: float | None, scale: float) -> int:
-    """Digits behind the point with which an error has two that count."""
-    return min(8, max(0, 1 - math.floor(math.log10(error * scale)))) if error else 2 if scale > 1 else 4
+def _digits(found: Estimate, scale: float) -> int:
+    """Digits behind the point with which the error, or the interval, has two that count."""
+    error = found.standard_error or (found.high or 0.0) - (found.low or 0.0)
+    return min(8, max(0, 1 - math.floor(math.log10(error * scale)))) if error else 1 if scale > 1 else 4
 
 
 def draw(comparison: Comparison, path: Path) -> None:

@@ -53,15 +53,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def settings(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def results(folder: Path) -> dict[str, list[TaskResult]]:
     text = SourceSettings(path=str(folder / "stories.jsonl"), name="stories")
-    return {"text": [text], "tasks": ["hellaswag"], "task_data": folder / "tasks", "device": "cpu", "cache": False}
+    return {
+        name: evaluate(
+            folder / name, text=[text], tasks=["hellaswag"], task_data=folder / "tasks", device="cpu", cache=False
+        )
+        for name in ("trained", "same", "random", "other-tokens")
+    }
 
 
 @pytest.fixture(scope="module")
-def found(folder: Path, settings: dict[str, Any]) -> Comparison:
-    models = [str(folder / name) for name in ("trained", "same", "random", "other-tokens")]
-    return compare(models, progress=lambda *done: None, **settings)
+def found(results: dict[str, list[TaskResult]]) -> Comparison:
+    return compare_results([*results], [*results.values()])
 
 
 def test_each_model_is_compared_with_the_first_on_each_task(found: Comparison) -> None:
@@ -90,8 +94,8 @@ def test_a_trained_model_is_better_than_a_random_one(found: Comparison) -> None:
         assert row.verdict == "A is better"
 
 
-def test_the_order_of_the_models_turns_the_signs(found: Comparison, folder: Path, settings: dict[str, Any]) -> None:
-    turned = compare([found.models[2], found.models[0]], progress=lambda *done: None, **settings)
+def test_the_order_of_the_models_turns_the_signs(found: Comparison, results: dict[str, list[TaskResult]]) -> None:
+    turned = compare_results(["random", "trained"], [results["random"], results["trained"]])
     for row, before in zip(turned.rows, found.rows[2:4]):
         assert row.difference.value == -before.difference.value
         assert row.difference.low == pytest.approx(-before.difference.high)  # type: ignore[operator]
@@ -99,17 +103,28 @@ def test_the_order_of_the_models_turns_the_signs(found: Comparison, folder: Path
 
 
 def test_models_with_different_tokenizers_are_compared_in_bits_per_byte(
-    found: Comparison, folder: Path, settings: dict[str, Any]
+    found: Comparison, results: dict[str, list[TaskResult]]
 ) -> None:
-    bits = found.rows[4]
+    bits, one, other = found.rows[4], results["trained"][0], results["other-tokens"][0]
     assert (bits.metric, bits.verdict) == ("bits_per_byte", "A is better")
-    of_text = {**settings, "tasks": []}
-    one, other = (evaluate(folder / name, **of_text)[0] for name in ("trained", "other-tokens"))
     assert bits.first == estimate([one], "bits_per_byte")
     for metric in ("loss", "perplexity"):
         with pytest.raises(UserError, match="compare the bits per byte"):
             paired(one, other, metric)
-    assert any(note.startswith("A and D: window 128 and 192") for note in found.notes)
+    assert "A and D: window 128 and 192" in found.notes
+
+
+def test_models_are_evaluated_with_the_same_settings(folder: Path, results: dict[str, list[TaskResult]]) -> None:
+    seen, text = set[str](), SourceSettings(path=str(folder / "stories.jsonl"), name="stories")
+    models = [str(folder / name) for name in ("trained", "random")]
+    found = compare(
+        models, progress=lambda model, *done: seen.add(model), text=[text], limit=3, window=64, stride=64,
+        device="cpu", cache=False,
+    )  # fmt: skip
+    assert seen == {*models}
+    assert [(row.task, row.difference.n, row.verdict) for row in found.rows] == [("stories", 3, "A is better")]
+    assert found.notes == ()
+    assert found.rows[0].first.value > estimate([results["trained"][0]], "bits_per_byte").value  # less context
 
 
 def answers(right: str, task: str = "task", **recipe: Any) -> TaskResult:
@@ -185,7 +200,7 @@ def test_pictures_of_one_and_of_many_tasks(found: Comparison, tmp_path: Path) ->
     from matplotlib.image import imread
 
     one = compare_results(["a" * 300, "b" * 300], [[answers("0101")], [answers("1111")]])
-    tasks = [f"a task with a long name that does not end for a while, number {number}" for number in range(40)]
+    tasks = [f"a task with a long name that does not end for a while, number {number}" for number in range(20)]
     many = compare_results(["a", "b", "c"], [[answers("0110", task) for task in tasks]] * 3)
     heights = []
     for name, comparison in (("one", one), ("both", found), ("many", many)):
