@@ -48,6 +48,17 @@ def read_text(path: str | Path) -> str:
     return content.decode("utf-8-sig")
 
 
+def cache_folder() -> Path:
+    """Where slmkit keeps what it can make again: `slmkit` in $XDG_CACHE_HOME, by default ~/.cache.
+
+    Raises `OSError` for a user without one.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slmkit"
+    except RuntimeError:  # neither HOME nor an entry in the list of users
+        raise OSError("no folder to keep them in: set HOME or XDG_CACHE_HOME") from None
+
+
 def sync(path: Path) -> None:
     """fsync a file or folder."""
     descriptor = os.open(path, os.O_RDONLY)

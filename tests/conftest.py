@@ -41,7 +41,7 @@ def without_plan_and_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     from slmkit.training.estimate import forecast
     from slmkit.training.logging import logger
 
-    for draw in ("plot_losses", "plot_shares"):
+    for draw in ("plot_losses", "plot_shares", "plot_tasks"):
         monkeypatch.setattr(logger, draw, lambda *arguments: None)
     monkeypatch.setattr(forecast.PlanFile, "update", lambda *arguments: None)
     monkeypatch.setattr(forecast, "weights_bytes", lambda profile: 0)

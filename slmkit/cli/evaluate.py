@@ -2,50 +2,169 @@
 
 from __future__ import annotations
 
-import itertools
-from typing import Annotated
+import inspect
+import json
+import math
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from slmkit.cli.options import DeviceName, Precision, SourceOptions, sources_of
+from slmkit.config import UserError
+
+if TYPE_CHECKING:
+    from slmkit.evaluation.results import TaskResult
+
+Models = Annotated[list[str], typer.Argument(metavar="MODEL", help="Model directories, adapters or runs.")]
+# Options that `eval` and `compare` have in common: name → type, default, spellings, help.
+OPTIONS: dict[str, tuple[Any, Any, tuple[str, ...], str]] = {
+    "tasks": (str | None, None, ("--tasks",), "Tasks with commas between them, such as hellaswag,arc,stories."),
+    "text": (
+        list[str] | None, None, ("--text", "--data", "-d"),
+        "A file, folder, URL, data set of the hub, or wikitext-2; may be given several times.",
+    ),
+    "chat": (bool, False, ("--chat",), "The text is conversations; the assistant's turns are predicted."),
+    "window": (int | None, None, ("--window", "--length"), "Tokens read at once; default: the context, at most 2,048."),
+    "stride": (
+        int | None, None, ("--stride",),
+        "Tokens by which the window moves on; default: half of it. More is faster and gives tokens less context.",
+    ),
+    "joined": (bool, False, ("--joined",), "All documents are read as one stream, not each apart."),
+    "task_data": (str | None, None, ("--task-data",), "A folder with the tasks' files; default: the hub."),
+    "limit": (int | None, None, ("--limit",), "Only the first documents of each task or text."),
+    "shots": (int | None, None, ("--shots",), "Examples in a prompt; default: as many as the task says."),
+    "template": (str, "auto", ("--template",), "Ask tasks as conversations: chat, none, or auto: if it learned some."),
+    "max_new_tokens": (int | None, None, ("--max-new-tokens",), "Of an answer; default: as many as the task says."),
+    "samples": (int, 1, ("--samples",), "Answers to each problem of code tasks, for pass@k."),
+    "temperature": (float | None, None, ("--temperature",), "At which these answers are drawn."),
+    "no_cache": (bool, False, ("--no-cache",), "Evaluate again what was evaluated before."),
+}  # fmt: skip
+LEAST = {"window": 2, "stride": 1, "limit": 1, "shots": 0, "max_new_tokens": 1, "samples": 1, "temperature": 0}
+RECIPE_WIDTH = 100  # columns
+FOR_TEXT = ("source", "chat", "window", "stride", "joined")
+FOR_TASKS = ("task_data", "shots", "template", "max_new_tokens", "samples", "temperature")
 
 
-def eval_(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Model directories, adapters or runs.")],
-    data: Annotated[list[str], typer.Option("--data", "-d", help="A file, folder, URL or data set of the hub.")],
-    source: SourceOptions = None,
-    chat: Annotated[bool, typer.Option(help="The data is conversations; the assistant's turns are predicted.")] = False,
-    length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of a row; default: the model's longest, at most 2,048.")
-    ] = None,
-    device: DeviceName = "auto",
-    precision: Precision = "auto",
-) -> None:
-    """Measure the loss of models on any text.
+def with_evaluation(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with an option for each of `OPTIONS`, which it gets as `**options`."""
+    signature = inspect.signature(command, eval_str=True)
+    own = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
+    kinds = {"source": (SourceOptions, None), "device": (DeviceName, "auto"), "precision": (Precision, "auto")}
+    for name, (kind, default, spellings, about) in OPTIONS.items():
+        kinds[name] = Annotated[kind, typer.Option(*spellings, help=about, min=LEAST.get(name))], default
+    added = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+        for name, (kind, default) in kinds.items()
+    ]
+    command.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+    return command
 
-    Prints loss, perplexity and bits per byte. Models with different tokenizers can be compared by their bits per byte.
 
-    Example: slm eval runs/book runs/book-2 --data other.txt
-    """
-    from slmkit.cli.show import TerminalReporter, print_table, progress_bar
+def settings_of(models: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords of `evaluate`. Raises `UserError` for options that do not belong together, and for what is not there."""
     from slmkit.find import find_model_directory
+    from slmkit.workflows.evaluation.text import find_text
 
-    sources = sources_of(data, source)
+    given = {name: value for name, value in options.items() if value != OPTIONS.get(name, (None, None))[1]}
+    if not given.keys() & {"tasks", "text"}:
+        raise UserError("nothing to evaluate on: give --text FILE, --tasks NAMES, or both")
+    for needed, names in (("text", FOR_TEXT), ("tasks", FOR_TASKS)):
+        if needed not in given and (alone := [name for name in names if name in given]):
+            raise UserError(f"--{alone[0].replace('_', '-')} is for --{needed}, which is not given")
+    if options["chat"] and options["joined"]:
+        raise UserError("--joined is for plain text: conversations (--chat) are each read apart")
+    if options["template"] not in ("auto", "chat", "none"):
+        raise UserError(f"--template {options['template']}: expected auto, chat or none")
+    tasks = [name.strip() for name in (options["tasks"] or "").split(",") if name.strip()]
+    if options["tasks"] is not None and not tasks:
+        raise UserError("--tasks: no name in it")
+    folder = None if options["task_data"] is None else Path(options["task_data"])
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"--task-data {folder}: no such folder")
+    texts = sources_of([find_text(path) for path in options["text"] or []], options["source"])
     for model in models:
         find_model_directory(model)
-    from slmkit.workflows.evaluation.evaluate import evaluate_text  # imports torch: after the arguments were checked
+    same = ("limit", "shots", "window", "stride", "joined", "max_new_tokens", "samples", "temperature")
+    return {
+        "tasks": tasks, "text": texts, "conversations": options["chat"], "task_data": folder,
+        "chat_template": options["template"], "cache": not options["no_cache"], "device": options["device"],
+        "precision": options["precision"], **{name: options[name] for name in same},
+    }  # fmt: skip
 
-    reporter, rows = TerminalReporter(), []
-    for model, one in itertools.product(models, sources):
-        with progress_bar(f"{model} on {one.label}") as show:
-            found = evaluate_text(
-                model, one, chat=chat, length=length, device=device, precision=precision,
-                progress=lambda done, rows: show(f"{done:,} of {rows:,} rows", done / rows),
-            )  # fmt: skip
-        for line in found.left_out:
-            reporter.say(line)
-        counts = (f"{number:,}" for number in (found.documents, found.report.tokens, found.length))
-        losses = f"{found.report.loss:.4f}", f"{found.report.perplexity:.2f}", f"{found.bits_per_byte:.4f}"
-        rows.append((model, one.label, *counts, *losses))
-    columns = ("model", "data", "documents", "predicted tokens", "row", "loss (nats)", "perplexity", "bits per byte")
-    print_table(columns, rows, right=columns[2:])
+
+@with_evaluation
+def eval_(
+    models: Models,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="A JSON file for figures, recipes, items.")
+    ] = None,
+    **options: Any,
+) -> None:
+    """Measure models on texts and tasks.
+
+    On a text: loss, perplexity and bits per byte, with a sliding window. Bits per byte can be compared between models
+    with different tokenizers. On tasks of lm-eval, and on `stories`: their own figures. The recipe of each figure is
+    printed below.
+
+    Example: slm eval runs/book runs/book-2 --text other.txt
+    Example: slm eval runs/book --tasks stories --limit 50 --output results.json
+    """
+    from slmkit.cli.show import print_table, progress_bar
+
+    if output is not None and (Path(output).is_dir() or not Path(output).absolute().parent.is_dir()):
+        raise UserError(f"--output {output}: expected the name of a file in a folder that exists")
+    settings = settings_of(models, options)
+    from slmkit.workflows.evaluation.evaluate import evaluate  # imports torch: after the arguments were checked
+
+    found: list[tuple[str, TaskResult]] = []
+    for model in models:
+        with progress_bar(model) as show:
+            found += ((model, result) for result in evaluate(model, progress=show, **settings))
+    if output is not None:
+        content = [{"model": model, **result.to_json()} for model, result in found]
+        Path(output).write_text(json.dumps({"results": content}, default=str, indent=1) + "\n", encoding="utf-8")
+    rows = [
+        (model, result.task, metric, figure(result, metric), f"{result.score(metric).n:,}")
+        for model, result in found
+        for metric in result.metrics
+    ]
+    print_table(("model", "task", "metric", "figure", "n"), rows, right=("n",))
+    print_recipes(found)
+
+
+def figure(result: TaskResult, metric: str) -> str:
+    """`0.3120 ± 0.0147`: the figure and its standard error, which one item alone does not have."""
+    score = result.score(metric)
+    digits = 2 if math.isfinite(score.value) and abs(score.value) >= 100 else 4
+    error = "" if score.standard_error is None else f" ± {score.standard_error:.{digits}f}"
+    return f"{score.value:,.{digits}f}{error}"
+
+
+def print_recipes(found: Sequence[tuple[str, TaskResult]]) -> None:
+    """Each recipe with the tasks that have it, and what could not be asked."""
+    tasks: dict[str, list[str]] = {}
+    for _, result in found:
+        names = tasks.setdefault(stated(result.recipe), [])
+        names += [result.task] * (result.task not in names)
+    lines = [f"{', '.join(names)}: {recipe}" for recipe, names in tasks.items()]
+    for model, result in found:
+        if result.errors:
+            lines.append(f"{model}, {result.task}: {len(result.errors):,} not asked, such as {result.errors[0]}")
+    for line in lines:
+        print("\n" + textwrap.fill(line, RECIPE_WIDTH, subsequent_indent="  ", break_on_hyphens=False))
+
+
+def stated(recipe: Mapping[str, Any]) -> str:
+    """A recipe as text; of hashes the first digits."""
+
+    def one(value: Any) -> str:
+        if isinstance(value, Mapping):
+            return " ".join(f"{key} {one(its)}" for key, its in value.items() if its is not None)
+        if isinstance(value, list | tuple):
+            return ", ".join(map(one, value))
+        return value[:12] if isinstance(value, str) and len(value) == 64 and " " not in value else str(value)
+
+    return "; ".join(f"{key.replace('_', ' ')} {one(value)}" for key, value in recipe.items() if value is not None)

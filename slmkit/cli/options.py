@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -89,13 +89,14 @@ def new_app(about: str, *commands: Callable[..., None], **options: Any) -> typer
     return app
 
 
-def sources_of(paths: list[str], overrides: list[str] | None) -> list[SourceSettings]:
-    """Settings of all sources. Raises `UserError` if a file or folder does not exist."""
+def sources_of(paths: Sequence[str | dict[str, Any]], overrides: list[str] | None) -> list[SourceSettings]:
+    """Settings of all sources, given by path or settings. Raises `UserError` if a file or folder does not exist."""
     from slmkit.config import load_settings
     from slmkit.data.sources import expect_source
     from slmkit.data.sources.settings import SourceSettings
 
-    found = [load_settings(SourceSettings, {"path": path}, overrides or []) for path in paths]
+    given = [{"path": path} if isinstance(path, str) else path for path in paths]
+    found = [load_settings(SourceSettings, one, overrides or []) for one in given]
     for one in found:
         expect_source(one)
     return found

@@ -49,7 +49,10 @@ def plot(
     ] = "loss.png",
     over: Annotated[str, typer.Option(help="The horizontal axis: tokens, time or steps.")] = "tokens",
     what: Annotated[
-        str | None, typer.Option(help="loss, reward, right (share of right answers) or preferred (share of pairs).")
+        str | None,
+        typer.Option(
+            help="loss, reward, right (share of right answers), preferred (share of pairs) or eval/TASK/METRIC."
+        ),
     ] = None,
 ) -> None:
     """Draw the losses of one or more runs into a picture.
@@ -61,11 +64,11 @@ def plot(
     from pathlib import Path
 
     from slmkit.config import UserError, did_you_mean
-    from slmkit.training.logging.plots import CURVES, KEYS, plot_runs
+    from slmkit.training.logging.plots import CURVES, KEYS, TASKS, plot_runs
 
     if over not in KEYS:
         raise UserError(f"--over {over}: {did_you_mean(over, KEYS)}")
-    if what is not None and what not in CURVES:
+    if what is not None and what not in CURVES and not what.startswith(TASKS):
         raise UserError(f"--what {what}: {did_you_mean(what, CURVES)}")
     path = Path(output if Path(output).suffix else f"{output}.png")
     plot_runs(runs, path, over, what)  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from slmkit.generation.ensemble import LanguageModel, evaluating
 from slmkit.generation.sampling import FAULTS
 from slmkit.model.sizes import LOGITS_AT_ONCE
 from slmkit.tokenizer import SLMTokenizer
+from slmkit.tokenizer.encoder import ChatRow
 
 LONGEST_WINDOW = 2048  # tokens of a window by default, for models with a longer context
 TOKENS_AT_ONCE = 8_192  # in a batch of windows
@@ -61,31 +63,63 @@ def text_result(
     losses = token_losses(decoder, [torch.cat(rows)] if joined else rows, window, stride, device, progress)
     if joined:
         losses = [*losses[0].split([len(row) for row in rows])]
+    # Nothing predicts the first token of a stream.
+    scored = [nats[len(before) or int(n == 0 or not joined) :] for n, nats in enumerate(losses)]
+    recipe = {
+        "documents": "joined" if joined else "each apart", "before_a_document": tokenizer.decode(before),
+        **_stated(window, stride, decoder, device),
+    }  # fmt: skip
+    return _result(name, recipe, documents if originals is None else originals, scored, originals is not None)
+
+
+def chat_result(
+    decoder: LanguageModel, tokenizer: SLMTokenizer, conversations: Sequence[ChatRow], *, name: str = "conversations",
+    window: int | None = None, stride: int | None = None, device: Device | None = None,
+    progress: Progress = lambda done, windows: None,
+) -> TaskResult:  # fmt: skip
+    """`text_result` of the learned tokens of conversations, each read apart: the assistant's turns with their ends.
+
+    Bytes are those of the answers, without special tokens. Raises `UserError` as it does.
+    """
+    window, stride = window_and_stride(decoder.max_positions, window, stride)
+    rows = [torch.tensor(row.ids.astype("int64")) for row in conversations]  # [tokens] each
+    losses = token_losses(decoder, rows, window, stride, device, progress)
+    learned = [torch.tensor(row.trained)[1:] for row in conversations]  # nothing predicts the first token
+    answers = [tokenizer.decode(row[1:][its], skip_special_tokens=True) for row, its in zip(rows, learned)]
+    scored = [nats[1:][its] for nats, its in zip(losses, learned)]
+    recipe = {"conversations": "each apart", "predicted": "answers", **_stated(window, stride, decoder, device)}
+    return _result(name, recipe, answers, scored, False)
+
+
+def _stated(window: int, stride: int, decoder: LanguageModel, device: Device | None) -> dict[str, Any]:
+    context = f"{window - stride + 1} to {window} tokens, fewer at the beginning"
+    dtype = device.compute_dtype if device else next(decoder.parameters()).dtype
+    return {"window": window, "stride": stride, "context": context, "precision": str(dtype).removeprefix("torch.")}
+
+
+def _result(
+    name: str, recipe: dict[str, Any], texts: Sequence[str], scored: Sequence[Tensor], by_word: bool
+) -> TaskResult:
+    """Figures of texts, whose bytes and words count, from the losses of their predicted tokens in nats [tokens]."""
     items, errors, digest = [], [], hashlib.sha256()
-    for number, (nats, text) in enumerate(zip(losses, documents if originals is None else originals)):
+    for number, (text, nats) in enumerate(zip(texts, scored)):
         content = text.encode("utf-8", "surrogatepass")
         digest.update(own := hashlib.sha256(content).digest())
-        scored = nats[len(before) or int(number == 0 or not joined) :]  # nothing predicts the first token of a stream
-        if not len(scored):
+        if not len(nats):
             errors.append(f"document {number + 1}: no token to predict")
             continue
-        total = math.fsum(scored.tolist())
-        values = dict.fromkeys(("loss", "perplexity"), (total, float(len(scored))))
+        total = math.fsum(nats.tolist())
+        values = dict.fromkeys(("loss", "perplexity"), (total, float(len(nats))))
         values["bits_per_byte"] = total / math.log(2), float(len(content))
-        if originals is not None:  # words are counted as lm-eval's task `wikitext` does
+        if by_word:  # words are counted as lm-eval's task `wikitext` does
             values["word_perplexity"] = total, float(len(re.split(r"\s+", text)))
         items.append(Item(f"{number}-{own.hex()[:12]}", values, {"text": text[:SHOWN]}))
     if not items:
         raise UserError(f"{name}: no token to predict: it needs text")
-    recipe = {
-        "data": name, "data_sha256": digest.hexdigest(), "documents": "joined" if joined else "each apart",
-        "before_a_document": tokenizer.decode(before), "window": window, "stride": stride,
-        "context": f"{window - stride + 1} to {window} tokens, fewer at the beginning",
-        "precision": str(device.compute_dtype if device else "of the weights").removeprefix("torch."),
-    }  # fmt: skip
     forms = {"loss": "loss", "perplexity": "exp", "bits_per_byte": "loss", "word_perplexity": "exp"}
     metrics = {metric: form for metric, form in forms.items() if metric in items[0].values}
-    return TaskResult(name, recipe, metrics, tuple(items), tuple(errors))
+    data = {"name": name, "sha256": digest.hexdigest(), "documents": len(texts)}
+    return TaskResult(name, {"data": data, **recipe}, metrics, tuple(items), tuple(errors))
 
 
 def window_and_stride(context: int, window: int | None, stride: int | None) -> tuple[int, int]:

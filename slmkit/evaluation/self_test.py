@@ -126,7 +126,7 @@ def self_test(
     data the key by which a passed test is not repeated in this process. Raises `UserError` with the first document.
     """
     for name, task in tasks.items():
-        key = repr((task.dump_config(), getattr(task, "data", None), recipe, getattr(like, "max_new_tokens", None)))
+        key = repr((task.dump_config(), getattr(task, "about", None), recipe, getattr(like, "max_new_tokens", None)))
         tested = any(TESTED.fullmatch(metric) for metric in task._metric_fn_list)
         if task.OUTPUT_TYPE != "generate_until" or not tested or key in _passed:
             continue

@@ -11,8 +11,11 @@ import csv
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment, StrictUndefined, UndefinedError
 
 from slmkit.config import UserError, one_line
 from slmkit.data.sources.documents import BadRow, RowError
@@ -28,7 +31,13 @@ SPLIT_WORDS = {
     "devtest": ("devtest",),
 }
 ALL_SPLIT_WORDS = {word for words in SPLIT_WORDS.values() for word in words}
-TEXTS = (".txt", ".raw", ".tokens", ".dev", ".devtest")  # read only for tasks whose `documents` say how to cut them
+TEXTS = (".txt", ".raw", ".tokens", ".dev", ".devtest")  # cut into rows as the task's `documents` say
+
+Placed = tuple[str, dict[str, Any]]  # a row and its place for messages
+
+
+class MissingFileError(UserError):
+    """The folder has no file, or no row, of a task."""
 
 
 @dataclass(frozen=True)
@@ -40,31 +49,43 @@ class Rows:
 
 
 def local_rows(
-    folder: Path, task: str, entry: Mapping[str, Any], split: str, config: Mapping[str, Any], examples: bool = False
+    folder: Path, entry: Mapping[str, Any], split: str, config: Mapping[str, Any], examples: bool = False
 ) -> Rows | None:
     """The rows of a split; None if there are no `examples`. `entry`: the task's of `tasks.yaml`; `config`: lm-eval's.
 
-    Raises `UserError` if there is no file, or a row of it lacks a field.
+    Raises `MissingFileError` if there is no file or no row, `UserError` if a row lacks a field.
     """
-    names = [name.format(**config) for name in entry["names"]]
-    files = find_files(folder, names, split, TEXTS if "documents" in entry else (), only_named=examples)
-    if examples and not files:
+    languages = [*dict.fromkeys(re.findall(r"sentence_(\w+)", f"{config.get('doc_to_text')}{config['doc_to_target']}"))]
+    known = {**config, "languages": languages}
+    names, task = [name.format(**known) for name in entry["names"]], config["task"]
+    entry = {**entry, "columns": [column.format(**known) for column in entry.get("columns", [])]}
+    texts = TEXTS if "documents" in entry else ()
+    sought = (find_files(folder, names, one, texts, examples) for one in entry.get("splits", [split]))
+    files = next(filter(None, sought), [])
+    if not files and "by_fields" in entry:
+        files = [path for path in _all_files(folder) if {*entry["by_fields"]} <= {*next(_rows_of(path), ("", {}))[1]}]
+    raw = [placed for file in files for placed in _read(file, entry)]
+    if not files and "parallel" in entry:
+        files = [file for name in languages for file in find_files(folder, [name], split, TEXTS, examples)]
+        lines = [[text.strip() for text in path.read_text("utf-8").splitlines()] for path in files]
+        if len({len(one) for one in lines}) > 1:
+            raise UserError(f"{task}: {' and '.join(map(str, files))} have different numbers of lines")
+        if len(files) == len(languages):
+            raw = [(f"{files[0]}:{n}", dict(zip(entry["columns"], row))) for n, row in enumerate(zip(*lines), 1)]
+    rows = [*_converted(raw, entry, config)]
+    if not rows and examples:
         return None
-    if not files:
+    if not rows and files:
+        raise MissingFileError(f"{task}: no row of it in {', '.join(map(str, files[:3]))}")
+    if not rows:
         words = " or ".join([*SPLIT_WORDS.get(split, (split,)), "no split"])
-        raise UserError(
-            f"{task}: no file of the split {split} in {folder}; looked for {' or '.join(names)} in the names of files "
+        raise MissingFileError(
+            f"{task}: no file of its {split} split in {folder}; looked for {' or '.join(names)} in the names of files "
             f"and folders, with {words} in them (.jsonl, .json, .csv, .tsv, .parquet, also .gz or .zst)"
         )
-    raw = [placed for file in files for placed in read_rows(file, entry)]
-    rows = list(_converted(raw, task, entry, config))
-    found = [described(file) for file in files]
-    data = {
-        "name": ", ".join(str(file.relative_to(folder)) for file in files[:3]) + (", …" if len(files) > 3 else ""),
-        "sha256": found[0]["sha256"] if len(found) == 1 else [one["sha256"] for one in found],
-        "rows": len(rows),
-    }
-    return Rows(rows, data)
+    named = [(str(file.relative_to(folder)), described(file)["sha256"]) for file in files]
+    name, sha256 = named[0] if len(named) == 1 else ([name for name, _ in named], [sha256 for _, sha256 in named])
+    return Rows(rows, {"name": name, "sha256": sha256, "rows": len(rows)})
 
 
 def find_files(
@@ -74,17 +95,15 @@ def find_files(
 
     A file is of the task if a part of its path, without words of splits, is one of `names`, else if it contains one. It
     is of the split if its path has a word of `SPLIT_WORDS`, else (unless `only_named`) if it has none of any split.
+    Raises `UserError` if there is no such folder.
     """
-    if not folder.is_dir():
-        raise UserError(f"--task-data {folder}: no such folder")
     wanted = {_key(name) for name in names}
     parts = {
         path: [_key(part) for part in (folder.resolve().name, *path.relative_to(folder).parts)]
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and (_kind(path) in ROWS or _kind(path) in texts)
+        for path in _all_files(folder, texts)
     }
     own = [path for path, keys in parts.items() if wanted & {*keys}]
-    own = own or [path for path, keys in parts.items() if any(name in key for key in keys for name in wanted)]
+    own = own or [path for path, keys in parts.items() if any(name in key for key in keys[1:] for name in wanted)]
     words = {path: {*re.findall(r"[a-z]+", str(path.relative_to(folder)).lower())} & ALL_SPLIT_WORDS for path in own}
     choices = [[path for path in own if word in words[path]] for word in SPLIT_WORDS.get(split, (split,))]
     if not only_named:  # a data set of one split calls it train
@@ -95,21 +114,39 @@ def find_files(
     return [path for path in found if stems[path] == shortest]
 
 
-def read_rows(path: Path, entry: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place for messages, row) of a file. Raises `UserError` for a row that cannot be read."""
+def _all_files(folder: Path, texts: Sequence[str] = ()) -> list[Path]:
+    if not folder.is_dir():
+        raise UserError(f"--task-data {folder}: no such folder")
+    return [path for path in sorted(folder.rglob("*")) if path.is_file() and _kind(path) in (*ROWS, *texts)]
+
+
+def _read(path: Path, entry: Mapping[str, Any]) -> tuple[Placed, ...]:
+    status = path.stat()
+    column, cut = next(iter(entry.get("documents", {}).items()), ("", ""))
+    return _read_once(path, (status.st_size, status.st_mtime_ns), column, cut, tuple(entry.get("header", ())))
+
+
+@lru_cache(maxsize=1)  # the Pile's tasks read the same file one after the other
+def _read_once(
+    path: Path, state: tuple[int, int], column: str, cut: str, header: tuple[str, ...]
+) -> tuple[Placed, ...]:
+    return tuple(_rows_of(path, column, cut, header))
+
+
+def _rows_of(path: Path, column: str = "", cut: str = "", header: Sequence[str] = ()) -> Iterator[Placed]:
+    """The rows of a file, with the labels of `NAME-labels.lst` beside it. Raises `UserError` for a damaged one."""
     file, kind = local_file(path), _kind(path)
-    labels = path.with_name(f"{path.name.split('.')[0]}-labels.lst")  # beside the rows, as PIQA's publisher has them
+    labels = path.with_name(f"{path.name.split('.')[0]}-labels.lst")  # as PIQA's publisher has them
     answers = labels.read_text().split() if labels.is_file() else None
     try:
         if kind not in ROWS:
             with file.open_at() as stream:
-                texts = re.split(entry["documents"], stream.read().decode("utf-8-sig"), flags=re.MULTILINE)
-            found = ((f"{path}: document {n}", {"text": text}) for n, text in enumerate(texts, 1) if text.strip())
-        elif kind == ".csv" and "header" in entry:
+                texts = re.split(cut, stream.read().decode("utf-8-sig"), flags=re.MULTILINE)
+            found = ((f"{path}: document {n}", {column: text}) for n, text in enumerate(texts, 1) if text.strip())
+        elif kind == ".csv" and header:
             with file.open_at() as stream:
                 lines = stream.read().decode("utf-8-sig").splitlines(keepends=True)
-            table = csv.DictReader(lines, entry["header"])
-            found = ((f"{path}: row {number}", row) for number, row in enumerate(table, 1))
+            found = ((f"{path}: row {n}", row) for n, row in enumerate(csv.DictReader(lines, header), 1))
         else:
             found = ((place, value) for place, value, _ in ROWS[kind](file, {}))
         for number, (place, row) in enumerate(found):
@@ -118,46 +155,43 @@ def read_rows(path: Path, entry: Mapping[str, Any]) -> Iterator[tuple[str, dict[
             if answers is not None and number >= len(answers):
                 raise UserError(f"{labels}: {len(answers):,} labels, but {path.name} has more rows")
             yield place, row if answers is None else {"label": int(answers[number]), **row}
-    except (RowError, UnicodeDecodeError, *damage()) as error:
+    except (RowError, UnicodeDecodeError, csv.Error, *damage()) as error:
         raise UserError(f"{path}: cannot be read: {one_line(error)}") from None
 
 
-def _converted(
-    raw: Sequence[tuple[str, dict[str, Any]]], task: str, entry: Mapping[str, Any], variables: Mapping[str, Any]
-) -> Iterator[dict[str, Any]]:
-    """Rows with lm-eval's columns, in the form that the first row has; all must have it."""
-    if not raw:
-        return
-    columns = entry.get("columns")
-    forms = [{name: name for name in columns}] if columns else [{name: name for name in raw[0][1]}]
-    forms += entry.get("forms", [])
-    needs = [form.get("needs", [*form]) for form in forms]
-    lacking = [[name for name in fields if raw[0][1].get(name) is None] for fields in needs]
-    chosen = min(range(len(forms)), key=lambda number: bool(lacking[number]))
-    expected = " or ".join(", ".join(fields) for fields in needs)
-    to = {name: _expression(text) for name, text in forms[chosen].get("to", forms[chosen]).items()}
-    where = _expression(entry.get("where", "true"))
+def _converted(raw: Sequence[Placed], entry: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Rows with lm-eval's columns. They have the form of the first row, the first of those whose fields it has."""
+    first = raw[0][1] if raw else {}
+    columns = entry["columns"] or [*first]
+    forms = [{"needs": entry["columns"], "to": {name: name for name in columns}}, *entry.get("forms", [])]
+    form = next((one for one in forms if all(first.get(name) is not None for name in one["needs"])), forms[0])
+    expected = " or ".join(", ".join(one["needs"]) for one in forms)
+    also = [name for name in entry.get("also", ()) if name in first and name not in form["to"]]
+    to = {name: _expression(text) for name, text in form["to"].items()}
+    where = _expression(entry["where"]) if "where" in entry else None
     kept = list[tuple[dict[str, Any], bool]]()
     for place, row in raw:
-        missing = [name for name in needs[chosen] if row.get(name) is None] if columns else []
-        if missing:
+        if missing := [name for name in form["needs"] if row.get(name) is None]:
             raise UserError(
-                f"{place}: {task} needs the fields {expected}; this row has no {', '.join(missing)} (it has "
-                f"{', '.join(row)})"
+                f"{place}: {config['task']} needs the fields {expected}; this row has no {', '.join(missing)} (it has "
+                f"{', '.join(map(str, row))})"
             )
-        known = {**variables, **row}
+        known = {**row, "dataset_name": config.get("dataset_name")}
         try:
-            kept.append(({name: value(**known) for name, value in to.items()}, bool(where(**known))))
-        except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
-            raise UserError(f"{place}: not as {task} expects it: {one_line(error)}") from None
-    is_part = any(fits for _, fits in kept) or "where_else" not in entry
-    yield from (row for row, fits in kept if fits or not is_part)
+            new = {name: value(**known) for name, value in to.items()} | {name: row.get(name) for name in also}
+            kept.append((new, where is None or bool(where(**known))))
+        except (TypeError, ValueError, LookupError, AttributeError, UndefinedError) as error:
+            raise UserError(f"{place}: not as {config['task']} expects it: {one_line(error)}") from None
+    every = "else_all" in entry and not any(fits for _, fits in kept)
+    yield from (row for row, fits in kept if fits or every)
 
 
+@cache
 def _expression(text: str) -> Any:
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(undefined=StrictUndefined)  # the expressions are tasks.yaml's, not the data's
+    """A function of keywords to the expression's value. The expressions are those of `tasks.yaml`, not of the data."""
+    if text.isidentifier():
+        return lambda **fields: fields[text]
+    environment = Environment(undefined=StrictUndefined)
     environment.filters["sub"] = lambda value, pattern, by="": re.sub(pattern, by, value)
     return environment.compile_expression(text, undefined_to_none=False)
 

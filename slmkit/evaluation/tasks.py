@@ -1,36 +1,31 @@
 """Standard tasks by name, run by lm-eval: its prompts, its metrics, with any of its `LM`s.
 
-`tasks.yaml` says what an alias means and how local files look; everything else is lm-eval's own configuration.
+`tasks.yaml` says what an alias means and how local files look; everything else is lm-eval's own configuration. CORE
+(Li et al. 2024, https://arxiv.org/abs/2406.11794) is a table of configurations, too.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from slmkit.config import UserError, did_you_mean, one_line, read_table
-from slmkit.evaluation.results import Item, TaskResult
-from slmkit.evaluation.task_files import local_rows
+from slmkit.evaluation.results import TaskResult
+from slmkit.evaluation.task_files import MissingFileError, local_rows
+from slmkit.evaluation.task_results import Group, group_result, task_result
 
-# lm-eval's aggregations: our form where more is better and where less is, and a document's (numerator, denominator).
-LN2 = 0.6931471805599453
-RATIOS: dict[str, tuple[str, str, Callable[[Any], tuple[float, float]]]] = {
-    "mean": ("mean", "loss", lambda value: (float(value), 1.0)),
-    "perplexity": ("exp", "exp", lambda log_probability: (-log_probability, 1.0)),
-    "weighted_perplexity": ("exp", "exp", lambda pair: (-pair[0], float(pair[1]))),
-    "bits_per_byte": ("loss", "loss", lambda pair: (-pair[0] / LN2, float(pair[1]))),
-}
+CORE = "core"
 
 
+@dataclass
 class Tasks(dict[str, Any]):
-    """lm-eval's tasks by name, and in `groups` its groups of them."""
+    """lm-eval's tasks by name, and the groups of them that get a figure."""
 
-    groups: dict[str, Any]
+    groups: dict[str, Group] = field(default_factory=dict)
 
 
 def load_tasks(
@@ -50,79 +45,185 @@ def load_tasks(
     malformed files.
     """
     try:
-        from slmkit.evaluation.harness_task import Factory, FittedTask
+        from slmkit.evaluation.harness_task import Factory, quiet
     except ImportError as error:
         if error.name != "lm_eval":
             raise
         raise UserError("standard tasks need lm-eval: pip install slmkit[eval]") from None
-    table = read_table(Path(__file__).with_name("tasks.yaml"))
-
-    def make(config: dict[str, Any]) -> FittedTask:
-        if shots is not None and config.get("num_fewshot") != 0:
-            config["num_fewshot"] = shots
-        config["num_fewshot"] = config.get("num_fewshot") or 0
-        shots_from, found = "lm-eval's own split", {"hub": [config.get("dataset_path"), config.get("dataset_name")]}
-        if data is not None:
-            config, shots_from, found = with_local_rows(config, data, table["data"])
-        return FittedTask(config, found, shots_from, chat)
-
-    loaded = Tasks()
-    loaded.groups = {}
-    with quiet(), offline() if data else contextlib.nullcontext():
+    table, loaded = task_table(), Tasks()
+    make = Maker(data, shots, chat, samples, temperature)
+    with quiet(offline=data is not None):
         for name in names:
             alias = table["aliases"].get(name, {"tasks": [name]})
-            manager = task_manager(alias.get("folder"))
+            manager = task_manager(*alias.get("folders", ()))
             manager._factory = Factory(make)
-            wanted = alias.get("chat", alias["tasks"]) if chat else alias["tasks"]
-            if unknown := [one for one in wanted if one not in manager.task_index]:
-                raise UserError(f"no task {unknown[0]!r}: {did_you_mean(unknown[0], manager.all_tasks)}")
-            found = manager.load(list(wanted))
-            loaded.update(found["tasks"])
-            loaded.groups.update(found["groups"])
+            found, wanted = _load(name, alias, manager, chat, partial=data is not None and "partial" in alias)
+            if "mean" in alias and len(found) > 1:
+                note = f"{len(found)} of {wanted} tasks"
+                note += ": not comparable with published CORE figures" if name == CORE and len(found) < wanted else ""
+                found.groups[name] = Group((*found,), alias["mean"], ("centred",) if name == CORE else (), note)
+            loaded.update(found)
+            loaded.groups.update(found.groups)
     return loaded
 
 
+def _load(name: str, alias: Mapping[str, Any], manager: Any, chat: bool, partial: bool) -> tuple[Tasks, int]:
+    """The tasks of an alias, and how many they should be; if `partial`, those whose files are there."""
+    wanted = core_tasks(task_table()) if name == CORE else alias.get("chat", alias["tasks"]) if chat else alias["tasks"]
+    found, missing = Tasks(), None
+    for one in wanted:
+        if isinstance(one, str) and one not in manager.task_index:
+            known = [*task_table()["aliases"], *manager.all_tasks]
+            raise UserError(f"no task {one!r}; {did_you_mean(one, known)}, or any other of lm-eval's names")
+        try:
+            built = manager.load([one])
+        except MissingFileError as error:
+            if not partial:
+                raise
+            missing = error
+        except ImportError as error:
+            raise UserError(f"{one}: {one_line(error)}") from None
+        else:
+            found.update(built["tasks"])
+            found.groups.update(_groups(built["groups"]))
+    if missing and not found:
+        raise missing
+    return found, len(wanted)
+
+
+def _groups(groups: Mapping[str, Any]) -> Iterator[tuple[str, Group]]:
+    """lm-eval's groups that have a figure."""
+    for name, group in groups.items():
+        if group.aggregate_metric_list:
+            tasks = tuple(task.task_name for task in group.get_all_tasks())
+            metrics = tuple(one.metric for one in group.aggregate_metric_list)
+            yield name, Group(tasks, "documents" if group.aggregate_metric_list[0].weight_by_size else "equal", metrics)
+
+
 @cache
-def task_manager(folder: str | None) -> Any:
-    """lm-eval's index of its tasks, of one of its folders or (half a minute) of all."""
+def task_table() -> dict[str, Any]:
+    return read_table(Path(__file__).with_name("tasks.yaml"))
+
+
+@cache
+def task_manager(*folders: str) -> Any:
+    """lm-eval's index of the tasks in some of its folders; of all without a name, which takes seconds."""
     import lm_eval.tasks
 
     root = Path(lm_eval.tasks.__file__).parent
-    return lm_eval.tasks.TaskManager(include_defaults=False, include_path=str(root / (folder or "")))
+    return lm_eval.tasks.TaskManager(include_defaults=not folders, include_path=[str(root / name) for name in folders])
+
+
+def core_tasks(table: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Configurations of CORE's tasks. `metadata` has the accuracy of guessing; `local` is for `Maker`."""
+
+    def filled(value: Any, between: str) -> Any:
+        before = between.rstrip(" ")
+        space = between[len(before) :]
+        return value.replace("{before}", before).replace("{space}", space) if isinstance(value, str) else value
+
+    return [
+        {
+            **{key: filled(value, between) for key, value in table["core_kinds"][kind]["config"].items()},
+            "task": f"core_{name}",
+            "test_split": "test",
+            "num_fewshot": shots,
+            "metadata": {"version": 1.0, "chance": chance},
+            "local": {"names": [file], "splits": ["test", "validation"], **table["core_kinds"][kind]["data"]},
+        }
+        for name, kind, file, shots, between, chance in table["core"]
+    ]
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Makes a task of lm-eval's configuration of it; the fields are the arguments of `load_tasks`."""
+
+    data: Path | None
+    shots: int | None
+    chat: bool
+    samples: int
+    temperature: float | None
+
+    def __call__(self, config: dict[str, Any]) -> Any:
+        from slmkit.evaluation.harness_task import FittedTask
+
+        local = config.pop("local", None)
+        if self.shots is not None and (config.get("num_fewshot") != 0 or local):
+            config["num_fewshot"] = self.shots
+        config["num_fewshot"] = config.get("num_fewshot") or 0
+        about: dict[str, Any] = {"samples": 1, "temperature": None}
+        if config.get("unsafe_code"):
+            config, about = self._with_samples(config)
+        about |= {"data": {"hub": config.get("dataset_path"), "name": config.get("dataset_name")}}
+        about["shots from"] = "the split that lm-eval takes"
+        if self.data is not None:
+            config = with_local_rows(config, self.data, local, about)
+        elif local:
+            raise UserError(f"{config['task']}: name the folder of the evaluation bundle's files: --task-data FOLDER")
+        try:
+            return FittedTask(config, about, self.chat)
+        except (OSError, RuntimeError, ValueError) as error:
+            if self.data is None and "scripts are no longer supported" in str(error):
+                return self._from_parquet(config, about)
+            raise _no_hub(config, error) if self.data is None else error from None
+
+    def _from_parquet(self, config: dict[str, Any], about: dict[str, Any]) -> Any:
+        """The task with the hub's own conversion of a data set that a script would load."""
+        from slmkit.evaluation.harness_task import FittedTask
+
+        where = {"revision": "refs/convert/parquet", "data_dir": config.get("dataset_name") or "default"}
+        try:
+            return FittedTask({**config, "dataset_name": None, "dataset_kwargs": where}, about, self.chat)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise _no_hub(config, error) from None
+
+    def _with_samples(self, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        from slmkit.evaluation.code_tasks import with_sandbox
+
+        temperature = self.temperature if self.temperature or self.samples == 1 else 0.8  # Chen et al. 2021
+        sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        generation = {**config.get("generation_kwargs", {}), **sampling}
+        about = {"samples": self.samples, "temperature": temperature}
+        return with_sandbox({**config, "repeats": self.samples, "generation_kwargs": generation}), about
+
+
+def _no_hub(config: Mapping[str, Any], error: Exception) -> UserError:
+    where = f"{config.get('dataset_path')} of the hub cannot be loaded ({one_line(error)})"
+    return UserError(f"{config['task']}: {where}; name a folder with its files: --task-data FOLDER")
 
 
 def with_local_rows(
-    config: dict[str, Any], folder: Path, entries: Mapping[str, Any]
-) -> tuple[dict[str, Any], str, dict[str, Any]]:
-    """lm-eval's configuration of a task with the rows of local files, where its shots are from, and the files.
+    config: dict[str, Any], folder: Path, entry: Mapping[str, Any] | None, about: dict[str, Any]
+) -> dict[str, Any]:
+    """lm-eval's configuration of a task with the rows of local files. `about` gets where shots are from, and the files.
 
-    Shots come from the task's own examples, a train file, or the rows of the same file that are not evaluated.
+    Shots come from the task's own examples, a train file, or the rows of the same file that are not evaluated; for CORE
+    from all its other rows, as published.
     """
     import datasets
 
-    task = config["task"]
-    entry = entries.get(task, {"names": [task]})
+    task, is_core = config["task"], entry is not None
+    entries = task_table()["data"].items()
+    entry = entry or next((found for pattern, found in entries if fnmatch(task, pattern)), {"names": [task]})
     evaluated = config.get("test_split") or config["validation_split"]
     few = config.get("fewshot_config") or {}
     examples = few.get("split") or config.get("fewshot_split") or config.get("training_split")
-    found = {evaluated: local_rows(folder, task, entry, evaluated, config)}
-    shots_from = "the task's own examples"
+    found = {evaluated: local_rows(folder, entry, evaluated, config)}
+    about |= {"data": found[evaluated].data, "shots from": "the task's own examples"}
     if not few.get("samples"):
-        shots_from = "rows that are not evaluated"
-        if examples not in (None, evaluated) and (train := local_rows(folder, task, entry, examples, config, True)):
-            found[examples], shots_from = train, "the train file"
-        if len(found) == 1:
-            config |= {
-                "training_split": None,
-                "fewshot_split": evaluated,
-                "fewshot_config": {**few, "split": evaluated},
-            }
+        about["shots from"] = "the other rows" if is_core else "rows that are not evaluated"
+        if examples not in (None, evaluated) and (train := local_rows(folder, entry, examples, config, True)):
+            found[examples], about["shots from"] = train, "the train file"
+            about["data"]["shots"] = train.data
+        else:
+            few = {**few, "split": evaluated}
     try:
         splits = {split: datasets.Dataset.from_list(one.rows) for split, one in found.items()}
     except (TypeError, ValueError) as error:  # pyarrow's errors are ValueErrors
         raise UserError(f"{task}: rows of different types in {folder}: {one_line(error)}") from None
-    data = {**found[evaluated].data, **({"shots": found[examples].data} if len(found) > 1 else {})}
-    return {**config, "custom_dataset": lambda **_: splits, "dataset_kwargs": None}, shots_from, data
+    config = {**config, "custom_dataset": lambda **_: splits, "dataset_kwargs": None, "fewshot_config": few or None}
+    return config | {key: None for key in ("training_split", "validation_split") if config.get(key) not in splits}
 
 
 def run_tasks(
@@ -134,119 +235,30 @@ def run_tasks(
     self_test: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[TaskResult]:
-    """The results of an lm-eval `LM` on tasks of `load_tasks`, in their order; groups behind their tasks.
+    """The results of an lm-eval `LM` on tasks of `load_tasks`, in their order, then those of groups.
 
     `limit`: the first documents of each task. `seed`: of the choice of shots (1234 is lm-eval's own default).
-    `progress` gets the requests answered and their number. Raises `UserError` if a task leaves no room for prompts.
+    `progress` gets the requests answered and their number, if the `LM` tells. Raises `UserError` if the answers of a
+    task leave no room for prompts, or if the self-test (`self_test.py`) fails.
     """
-    with quiet():
-        from lm_eval.evaluator import evaluate
+    from slmkit.evaluation import self_test as stored
+    from slmkit.evaluation.harness_task import evaluated, quiet
 
+    if self_test:
+        for_stored = {"limit": limit, "seed": seed, "self_test": False}
+        stored.self_test(tasks, lambda lm, some: run_tasks(lm, some, **for_stored), lm, repr((limit, seed)))
+    if progress is not None and hasattr(lm, "progress"):
+        lm.progress = progress
+    with quiet():
         for task in tasks.values():
             task.prepare(lm, limit, seed)
-        asked = {name: task for name, task in tasks.items() if next(task.doc_iterator(limit=limit), None)}
-        if progress is not None and hasattr(lm, "progress"):
-            lm.progress = progress
-        chat = any(task.chat for task in tasks.values())
-        found = {"samples": {}} if not asked else evaluate(
-            lm, {"tasks": asked}, limit=limit, bootstrap_iters=0, apply_chat_template=chat, fewshot_as_multiturn=chat,
-            confirm_run_unsafe_code=True,
-        )  # fmt: skip
-    common = {"template": "chat" if chat else "none", "seed": seed, "limit": limit, "lm-eval": version("lm_eval")}
-    return [task_result(name, task, found["samples"].get(name, []), common) for name, task in tasks.items()]
-
-
-def task_result(name: str, task: Any, samples: Sequence[Mapping[str, Any]], common: Mapping[str, Any]) -> TaskResult:
-    """A `TaskResult` from lm-eval's samples: one for each document and filter."""
-    from lm_eval.api.registry import AGGREGATION_REGISTRY
-
-    names = {function: name for name, function in AGGREGATION_REGISTRY.items()}
-    filters = {sample["filter"] for sample in samples}
-    metrics, values, texts = dict[str, str](), dict[str, dict[str, Any]](), dict[str, dict[str, Any]]()
-    for sample in samples:
-        document = f"{sample['doc_id']}-{sample['doc_hash'][:12]}"
-        texts.setdefault(document, shown(task, sample))
-        for metric in sample["metrics"]:
-            better, worse, ratio = RATIOS.get(names.get(task.aggregation().get(metric), "mean"), (None, None, None))
-            if ratio is not None:
-                key = metric if len(filters) == 1 else f"{metric},{sample['filter']}"
-                metrics[key] = better if task.higher_is_better().get(metric, True) else worse
-                values.setdefault(document, {})[key] = ratio(sample[metric])
-    shots = task.config.num_fewshot or 0
-    recipe = {
-        **common,
-        "data": dict(task.data),
-        "shots": shots,
-        "shots from": task.shots_from if shots else None,
-        "dropped shots": sum(shots - used for used in task.shots.values()),
-        "cut on the left": task.too_long,
-        "new tokens": task.new_tokens or None,
-        "version": task.VERSION,
-    }
-    errors = [
-        f"document {number}: the prompt without shots and {task.new_tokens:,} new tokens do not fit into "
-        f"{task.context:,} positions"
-        for number in sorted(task.no_room)
-    ]
-    items = tuple(Item(document, values.get(document, {}), text) for document, text in texts.items())
-    return TaskResult(name, recipe, metrics, items, tuple(errors))
-
-
-def shown(task: Any, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """What a reader wants to see of a document."""
-    prompts, given = [request.args[0] for request in _instances(task, sample["doc_id"])], sample["filtered_resps"]
-    text = {"prompt": prompts[0], "expected": sample["target"], "given": given, "shots": task.shots[sample["doc_id"]]}
-    if task.OUTPUT_TYPE == "multiple_choice":
-        choices, chances = task.doc_to_choice(sample["doc"]), [answer[0] for answer in given]
-        text |= {
-            "choices": choices,
-            "log-probabilities": chances,
-            "given": max(range(len(chances)), key=lambda i: chances[i]),
+        found = evaluated(lm, tasks, limit, seed)
+        results = {
+            name: task_result(name, task, found.get(name, []), {"seed": seed, "limit": limit})
+            for name, task in tasks.items()
         }
-    return text
-
-
-def _instances(task: Any, document: int) -> list[Any]:
-    return [instance for instance in task.instances if instance.doc_id == document]
-
-
-@contextlib.contextmanager
-def replaced(owner: Any, **values: Any) -> Iterator[None]:
-    """Attributes of a module or object, set for a while."""
-    before = {name: getattr(owner, name) for name in values}
-    try:
-        for name, value in values.items():
-            setattr(owner, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(owner, name, value)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """No log lines below errors and no progress bars of lm-eval and datasets."""
-    import datasets
-    import lm_eval.api.task
-
-    logger, bars = logging.getLogger("lm_eval"), datasets.utils.are_progress_bars_disabled()
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
-    try:
-        with replaced(lm_eval.api.task, tqdm=lambda items, **_: items):
-            yield
-    finally:
-        logger.setLevel(level)
-        if not bars:
-            datasets.enable_progress_bars()
-
-
-@contextlib.contextmanager
-def offline() -> Iterator[None]:
-    """No attempt to reach the hub."""
-    import datasets.config
-    import huggingface_hub.constants
-
-    with replaced(datasets.config, HF_HUB_OFFLINE=True), replaced(huggingface_hub.constants, HF_HUB_OFFLINE=True):
-        yield
+    groups = getattr(tasks, "groups", {}).items()
+    return [
+        *results.values(),
+        *(group_result(name, group, [results[one] for one in group.tasks]) for name, group in groups),
+    ]

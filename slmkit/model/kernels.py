@@ -37,6 +37,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from slmkit.files import cache_folder
+
 Kind = Literal["float32", "bfloat16", "int8", "int4", "nf4"]
 KINDS: tuple[Kind, ...] = ("float32", "bfloat16", "int8", "int4", "nf4")  # in the order of kernels.cpp
 GROUPS = (32, 64, 128)
@@ -234,7 +236,7 @@ def build() -> Path:
     if not compiler:
         raise OSError(f"no C++ compiler: none of {', '.join(COMPILERS)} is on PATH; CXX may name another")
     key = hashlib.sha256(f"{compiler} {flags_to_try()} {_processor()}".encode() + SOURCE.read_bytes()).hexdigest()[:16]
-    folder = _cache_folder() / "slmkit"
+    folder = cache_folder()
     for path in folder.glob(f"kernels-{key}-*.so"):
         if path.stem.endswith(hashlib.sha256(path.read_bytes()).hexdigest()):
             return path
@@ -265,14 +267,6 @@ def _compile(compiler: list[str], library: Path) -> None:
         if done.returncode == 0:
             return
     done.check_returncode()
-
-
-def _cache_folder() -> Path:
-    """Raises `OSError` for a user without one."""
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:  # neither HOME nor an entry in the list of users
-        raise OSError("no folder to keep them in: set HOME or XDG_CACHE_HOME") from None
 
 
 def _processor() -> str:

@@ -28,13 +28,13 @@ from slmkit.training.guards import Diverged, GuardSettings
 from slmkit.training.logging.logger import Logger, ThroughputMonitor, open_trackers
 from slmkit.training.loop import (
     Every,
+    Goal,
     Plan,
     Report,
     RunStopped,
     Stage,
     State,
     StopRequested,
-    note_improvement,
     train,
 )
 from slmkit.training.objective import Objective
@@ -108,7 +108,7 @@ def fit(
     _begin(context, state, resume)
     recorder = FlightRecorder(run.records, context.recipe.seed, warn, group)
     keep = recorder.needed_checkpoints
-    saver = Saver(run, context.files, context.extra_files, settings.save_total_limit, warn, keep, group)
+    saver = Saver(run, context.files, context.extra_files, settings.save_total_limit, warn, keep, group, plan.goal)
     reported_to = settings.report_to if group.is_main else ()
     sequences = settings.rows_per_micro_batch(context.length)  # at once; a pair is two
     with (
@@ -146,13 +146,16 @@ def _hooks(
     rows, seconds = context.recipe.full(batches.rows_per_step), context.run.metrics.seconds()
     monitor = ThroughputMonitor(context.model, context.device, rows, context.length, state.tokens, seconds)
     evaluated = settings.evaluation_interval(plan.steps)
-    saved = settings.save_steps or evaluated
+    tasks_run = settings.tasks_interval(plan.steps)
+    saved = settings.save_steps or (tasks_run if settings.is_best_by_task else evaluated)
 
     yield Every(1, monitor.update, Stage.MEASURE)
-    yield Every(1, note_improvement, Stage.COUNT, on_all_ranks=True)
+    yield Every(1, plan.goal.note, Stage.COUNT, on_all_ranks=True)
     yield Every(1, logger.log_if_skipped, Stage.LOG)
     yield Every(settings.logging_steps, logger.log, Stage.LOG)
     yield Every(evaluated, logger.log_and_draw, Stage.LOG)
+    if settings.eval_tasks and tasks_run % evaluated:
+        yield Every(tasks_run, logger.log_and_draw, Stage.LOG)
     yield Every(saved, saver.save, Stage.SAVE, on_stop=True, on_all_ranks=True)
     if on_save is not None:
 
@@ -183,9 +186,11 @@ def _warn_at_the_end(context: RunContext, state: State, plan: Plan, batches: Bat
         warn(f"{run.root}: {state.guard.idle_report()}")
     place = f"step {state.step} of {plan.steps}"
     if state.step < plan.steps and plan.is_stalled(state):
+        what = "the validation loss has not fallen"
+        if plan.goal != Goal():
+            what = f"{plan.goal.metric} has not {'risen' if plan.goal.greater_is_better else 'fallen'}"
         warn(
-            f"ended after {place}: the validation loss has not fallen in "
-            f"{state.evaluations['in_vain']} evaluations (train.early_stopping_patience)"
+            f"ended after {place}: {what} in {state.evaluations['in_vain']} evaluations (train.early_stopping_patience)"
         )
     elif state.step < plan.steps and batches.has(state.step):
         raise RunStopped(f"stopped after {place}; go on with: slm resume {run.root}")
@@ -195,7 +200,9 @@ def _warn_at_the_end(context: RunContext, state: State, plan: Plan, batches: Bat
             "the run is complete, with a checkpoint"
         )
     if context.group.is_main:
-        run.add(finished={"step": state.step, "steps": plan.steps, "patience": plan.patience})
+        run.add(
+            finished={"step": state.step, "steps": plan.steps, "patience": plan.patience, "metric": plan.goal.metric}
+        )
 
 
 def _newest_intact(context: RunContext, wanted: Callable[[Path], bool] = lambda checkpoint: True) -> Path | None:
@@ -280,6 +287,7 @@ def make_plan(
         guard=guard or GuardSettings(),
         group=group,
         patience=settings.early_stopping_patience,
+        goal=Goal(settings.metric_for_best_model),
     )
 
 

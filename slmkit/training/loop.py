@@ -45,11 +45,38 @@ class State:
     seed: int = 0
     step: int = 0
     tokens: int = 0  # trained tokens so far
-    best: dict[str, float] = field(default_factory=dict)  # {"step", "validation_loss"} of the best checkpoint
-    evaluations: dict[str, float] = field(default_factory=dict)  # {"lowest": loss, "in_vain": evaluations since}
+    best: dict[str, float] = field(default_factory=dict)  # step and metric of the best checkpoint
+    evaluations: dict[str, float | None] = field(
+        default_factory=dict
+    )  # {metric: its best, "in_vain": evaluations since}
     guard: Guard = field(default_factory=Guard)
     loss_scale: LossScale = field(default_factory=LossScale)
     data: dict[str, Any] = field(default_factory=dict)  # position in a streamed corpus; {} for shards
+
+
+@dataclass(frozen=True)
+class Goal:
+    """The metric that the best checkpoint is chosen by, and that early stopping waits for."""
+
+    metric: str = "validation_loss"  # a key of the reports
+    greater_is_better: bool = False
+
+    def is_better(self, value: float, best: float | None) -> bool:
+        """Whether `value` is better than `best`, the best so far. NaN never is."""
+        if math.isnan(value) or best is None:
+            return not math.isnan(value)
+        return value > best if self.greater_is_better else value < best
+
+    def note(self, state: State, report: Report) -> None:
+        """Hook after evaluation, for all ranks: count the evaluations since the best one."""
+        if self.metric not in report:
+            return
+        known = state.evaluations if self.metric in state.evaluations else {}  # a resumed run may have another metric
+        value, best = report[self.metric], known.get(self.metric)
+        if self.is_better(value, best):
+            state.evaluations = {self.metric: value, "in_vain": 0}
+        else:
+            state.evaluations = {self.metric: best, "in_vain": (known.get("in_vain") or 0) + 1}
 
 
 @dataclass(frozen=True)
@@ -63,11 +90,14 @@ class Plan:
     device: Device
     guard: GuardSettings = field(default_factory=GuardSettings)
     group: Group = ALONE
-    patience: int | None = None  # evaluations without a lower validation loss that end the run
+    patience: int | None = None  # evaluations without a better one that end the run
+    goal: Goal = field(default_factory=Goal)
 
     def is_stalled(self, state: State) -> bool:
-        """Whether `patience` evaluations in a row brought no lower validation loss."""
-        return self.patience is not None and state.evaluations.get("in_vain", 0) >= self.patience
+        """Whether `patience` evaluations in a row brought no better value of the goal's metric."""
+        if self.patience is None or self.goal.metric not in state.evaluations:
+            return False
+        return (state.evaluations["in_vain"] or 0) >= self.patience
 
 
 Hook = Callable[[State, Report], Any]  # True ends the run after this step; all ranks must return the same
@@ -78,7 +108,7 @@ class Stage(IntEnum):
 
     MEASURE = 0  # time and memory of the step, before evaluation adds to them
     EVALUATE = 1  # adds losses and samples to the report
-    COUNT = 2  # counts evaluations without a lower loss: the checkpoint holds the count
+    COUNT = 2  # counts evaluations without a better one: the checkpoint holds the count
     SHOW = 3  # progress bar, predictions, callbacks of a script: they see the whole report
     LOG = 4  # metrics.jsonl, before the checkpoint, which must not be ahead of it
     SAVE = 5  # checkpoints
@@ -159,16 +189,6 @@ def train(
         if is_stopping:
             break
     return state
-
-
-def note_improvement(state: State, report: Report) -> None:
-    """Hook after validation, for all ranks: count the evaluations since the lowest loss."""
-    if "validation_loss" in report:
-        loss, lowest = report["validation_loss"], state.evaluations.get("lowest")
-        if lowest is None or loss < lowest:
-            state.evaluations = {"lowest": loss, "in_vain": 0}
-        else:
-            state.evaluations = {"lowest": lowest, "in_vain": state.evaluations["in_vain"] + 1}
 
 
 def train_step(state: State, objective: Objective, batch: Batch, plan: Plan) -> Report:

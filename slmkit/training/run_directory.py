@@ -28,6 +28,7 @@ class RunDirectory:
         self.metrics = MetricsLog(self.root / "metrics.jsonl")
         self.plot = self.root / "loss.png"
         self.shares = self.root / "shares.png"  # shares of right answers or correctly ranked pairs, if any
+        self.tasks = self.root / "tasks.png"  # figures of evaluations on tasks, if any
         self.samples = self.root / "samples.md"
         self.records = self.root / "records"
         self.data = self.root / "data"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from rich.text import Text
@@ -38,7 +39,8 @@ class RecipeContext(RunContext):
 class ObjectiveParts:
     """Batches, objective and validation of a run. `validate` is for all ranks, and called at every evaluation.
 
-    `longest`: computed tokens of the longest row, if rows are padded.
+    `longest`: computed tokens of the longest row, if rows are padded. `measures`: the metrics that `validate` adds to a
+    report, and whether more of each is better.
     """
 
     batches: Batches
@@ -46,6 +48,7 @@ class ObjectiveParts:
     validate: Hook
     validation_tokens: int
     longest: int | None = None
+    measures: Mapping[str, bool] = field(default_factory=lambda: {"validation_loss": False})
 
 
 class Reporter(prepared.Reporter, Protocol):

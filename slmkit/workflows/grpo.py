@@ -65,6 +65,7 @@ def grpo_parts(m: RecipeContext) -> ObjectiveParts:
         batches=Rollouts(train, m.model, reference, sample, score, settings, m.length, m.recipe.seed, m.group),
         objective=GroupRelative(settings),
         validate=ValidateAnswers(held_out, replace(sample, temperature=0.0), score, m.group),
+        measures={"validation_loss": False, "validation/reward": True, "validation/right": True},
         validation_tokens=sum(len(held_out.prompt(index)) + settings.max_new_tokens for index in range(len(held_out))),
         longest=rounded_up(max(train.longest, held_out.longest) + settings.max_new_tokens),
     )

@@ -1,16 +1,20 @@
-"""Hooks of the training loop: validation, and text samples."""
+"""Hooks of the training loop: validation, evaluation on tasks, and text samples."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from slmkit.config import UserError
+from slmkit.config import UserError, did_you_mean
 from slmkit.data.prepare.corpus import Corpus
 from slmkit.data.settings import Reads
 from slmkit.device import Device
 from slmkit.evaluation import validation_loss
 from slmkit.evaluation.loss import LossReport, Rows
+from slmkit.evaluation.results import FORMS, TaskResult
 from slmkit.generation.chat import ChatSession
 from slmkit.generation.generator import TextStream
 from slmkit.generation.sampling_settings import SamplingSettings
@@ -18,8 +22,9 @@ from slmkit.model.decoder import Decoder
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.distributed import ALONE, Group
 from slmkit.training.logging.metrics_log import append_samples
-from slmkit.training.loop import Report, State
-from slmkit.training.recipe.recipe import Recipe
+from slmkit.training.loop import Goal, Report, State
+from slmkit.training.recipe.recipe import Recipe, TrainSettings
+from slmkit.workflows.context import RecipeContext
 
 
 class Validate:
@@ -44,6 +49,118 @@ class Validate:
         report["validation_loss"] = whole.loss
         if self.text_bytes:
             report["validation_bits_per_byte"] = whole.bits_per_byte(self.text_bytes)
+
+
+STORIES = "stories"  # the task of the story world, which lm-eval does not know
+
+
+class RunTasks:
+    """Hook for all ranks in which rank 0 evaluates the model on the tasks of `train.eval_tasks`.
+
+    It adds `eval/TASK/METRIC` to the report, and its standard error as `eval/TASK/METRIC_stderr`. An evaluation that
+    fails is a warning, and its figures are missing: it does not end the run.
+    """
+
+    def __init__(self, context: RecipeContext) -> None:
+        """Raises `UserError` on rank 0 for a task that is not known, or whose data or package is missing."""
+        self.context, self.settings = context, context.recipe.train
+        self.tasks = tasks_of(self.settings, chat=context.recipe.reads != "text") if context.group.is_main else {}
+
+    def try_out(self) -> dict[str, bool]:
+        """Ask the first document of every task. Returns the metrics, and whether more of each is better.
+
+        Raises `UserError` for a task that cannot be run with this model.
+        """
+        with in_recipe_terms():
+            results = self._results(self.context.model.eval(), limit=1)
+        return {
+            f"eval/{result.task}/{metric}": FORMS[form].higher_is_better
+            for result in results
+            for metric, form in result.metrics.items()
+        }
+
+    def __call__(self, state: State, report: Report) -> None:
+        group, figures = self.context.group, {}
+        with group.whole(state.model):
+            if group.is_main:
+                try:
+                    figures = figures_of(self._results(state.model.eval(), self.settings.eval_limit))
+                except Exception as error:  # whatever it is, the run is worth more than this evaluation
+                    self.context.warn(f"step {state.step}: evaluation on tasks failed: {type(error).__name__}: {error}")
+        report |= group.from_main(figures)
+
+    def _results(self, model: Decoder, limit: int | None) -> list[TaskResult]:
+        tokenizer, results = self.context.corpus.tokenizer, []
+        if self.tasks:
+            from slmkit.evaluation.harness import EngineLM
+            from slmkit.evaluation.tasks import run_tasks
+
+            engine = EngineLM(model, tokenizer, max_new_tokens=self.settings.eval_max_new_tokens)
+            results += run_tasks(engine, self.tasks, limit=limit)
+        if STORIES in self.settings.eval_tasks:
+            from slmkit.evaluation.stories import story_report
+
+            results += story_report(model, tokenizer, count=limit or STORIES_ASKED, seed=0)
+        return results
+
+
+STORIES_ASKED = 300  # without `train.eval_limit`
+KEYS_OF_OPTIONS = {
+    "--task-data": "train.eval_task_data",
+    "--max-new-tokens": "train.eval_max_new_tokens",
+    "--limit": "train.eval_limit",
+}
+
+
+def tasks_of(settings: TrainSettings, chat: bool) -> dict[str, Any]:
+    """The tasks of lm-eval among `train.eval_tasks`, by name.
+
+    Raises `UserError` for one that is not known, and where its data or lm-eval is missing.
+    """
+    names = [name for name in settings.eval_tasks if name != STORIES]
+    if not names:
+        return {}
+    from slmkit.evaluation.tasks import load_tasks
+
+    data = None if settings.eval_task_data is None else Path(settings.eval_task_data)
+    with in_recipe_terms():
+        return load_tasks(names, data=data, chat=chat)
+
+
+@contextlib.contextmanager
+def in_recipe_terms() -> Iterator[None]:
+    """Context manager in which a `UserError` that names an option of `slm eval` names the recipe's key instead."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        for option, key in KEYS_OF_OPTIONS.items():
+            text = text.replace(option, key)
+        raise UserError(text) from None
+
+
+def figures_of(results: list[TaskResult]) -> Report:
+    """The figures for a report: of each task and metric its value and its standard error, if there is one."""
+    figures: Report = {}
+    for result in results:
+        for metric in result.metrics:
+            score = result.score(metric)
+            figures[f"eval/{result.task}/{metric}"] = score.value
+            if score.standard_error is not None:
+                figures[f"eval/{result.task}/{metric}_stderr"] = score.standard_error
+    return figures
+
+
+def goal_of(metric: str, measures: Mapping[str, bool]) -> Goal:
+    """The goal of `train.metric_for_best_model`. `measures`: the metrics of a run, and whether more of each is better.
+
+    Raises `UserError` for one that is not among them.
+    """
+    if metric not in measures:
+        raise UserError(
+            f"train.metric_for_best_model {metric}: not measured in this run; {did_you_mean(metric, measures)}"
+        )
+    return Goal(metric, measures[metric])
 
 
 class WriteSamples:

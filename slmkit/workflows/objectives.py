@@ -34,6 +34,7 @@ def text_parts(m: RecipeContext) -> ObjectiveParts:
         objective=objective,
         validate=Validate(rows, m.device, batches.separate, m.group, m.text_bytes),
         validation_tokens=rows.rows_in_epoch * m.length,
+        measures={"validation_loss": False} | ({"validation_bits_per_byte": False} if m.text_bytes else {}),
     )
 
 

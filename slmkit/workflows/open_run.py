@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,14 @@ from slmkit.training.estimate.micro_batch import resolve_micro_batch
 from slmkit.training.fit import fit
 from slmkit.training.logging.progress import training_progress
 from slmkit.training.logging.reference_curves import ReferenceBand, find_curve
-from slmkit.training.loop import Every, Plan, Stage, StopRequested
+from slmkit.training.loop import Every, Goal, Plan, Stage, StopRequested
 from slmkit.training.optimizers.choose import trained
 from slmkit.training.recipe.checks import unlikely
 from slmkit.training.recipe.recipe import ModelSettings, Recipe, load_recipe
 from slmkit.training.run_directory import RunDirectory
 from slmkit.workflows.context import SILENCE, ObjectiveParts, RecipeContext, Reporter
 from slmkit.workflows.distill import teacher_fingerprint
-from slmkit.workflows.hooks import WriteSamples, with_prompts
+from slmkit.workflows.hooks import RunTasks, WriteSamples, goal_of, with_prompts
 from slmkit.workflows.model import StartingModel, model_for, prepare_data
 from slmkit.workflows.objectives import OBJECTIVES
 from slmkit.workflows.preference import REFERENCE_FILE
@@ -118,6 +118,7 @@ def build_run(
     start = model_for(recipe, corpus.tokenizer, base, shape)
     resolved_recipe = _resolve(with_prompts(recipe, corpus), run, start.config, base)
     prepared = prepared_run(run, resolved_recipe, corpus, start, device, group, reporter)
+    prepared.expect_evaluations()
     context = prepared.context
     run.describe(context.recipe, device, corpus.describe())
     run.add(fingerprints=fingerprints_of(prepared))
@@ -152,12 +153,27 @@ def _resolve(recipe: Recipe, run: RunDirectory, config: SLMConfig, base: Path | 
 
 @dataclass
 class PreparedRun:
-    """A run that can be trained: its context, the parts of its objective, what is in memory, and the loop's plan."""
+    """A run that can be trained: its context, the parts of its objective, what is in memory, and the loop's plan.
+
+    `run_tasks` evaluates on tasks during the run, if the recipe has some.
+    """
 
     context: RecipeContext
     parts: ObjectiveParts
     memory: MemoryProfile
     plan: Plan
+    run_tasks: RunTasks | None = None
+
+    def expect_evaluations(self) -> None:
+        """Prepare what is evaluated during the run, and find which way its metric is better; on rank 0 only.
+
+        Raises `UserError` for a task that cannot be run, and for a metric that the run does not measure.
+        """
+        settings, measures = self.context.recipe.train, dict(self.parts.measures)
+        if settings.eval_tasks:
+            self.run_tasks = RunTasks(self.context)
+            measures |= self.run_tasks.try_out()
+        self.plan = replace(self.plan, goal=goal_of(settings.metric_for_best_model, measures))
 
     def summary(self) -> str:
         """One line with the size of model, data and run."""
@@ -180,7 +196,9 @@ class PreparedRun:
 
     def train(self, resume: bool, stop: StopRequested | None = None) -> None:
         """Train to the end, with progress bar, evaluations, samples and plan.json."""
-        context, parts, plan, recipe = self.context, self.parts, self.plan, self.context.recipe
+        context, parts, recipe = self.context, self.parts, self.context.recipe
+        goal = context.group.from_main(asdict(self.plan.goal))  # found on rank 0
+        plan = replace(self.plan, goal=Goal(**goal))
         evaluated = recipe.train.evaluation_interval(plan.steps)
         console = None if context.group.is_main else Console(quiet=True)
         plan_file = PlanFile(
@@ -203,6 +221,10 @@ class PreparedRun:
                 Every(1, progress, Stage.SHOW),
                 Every(1, plan_file.update, Stage.SHOW),
             ]
+            if recipe.train.eval_tasks:
+                run_tasks = self.run_tasks or RunTasks(context)
+                every = recipe.train.tasks_interval(plan.steps)
+                hooks.append(Every(every, run_tasks, Stage.EVALUATE, on_all_ranks=True))
             if curve := find_curve(recipe, context.config):
                 hooks.append(Every(1, ReferenceBand(curve).update, Stage.EVALUATE))
             state = fit(

@@ -68,7 +68,7 @@ def _parts(
     needs_reference: bool,
 ) -> ObjectiveParts:
     """Objective parts; computes the reference's log-probabilities if they are needed and missing."""
-    data = m.recipe.data
+    data, is_of_pairs = m.recipe.data, m.recipe.objective == "dpo"
     train = dict(zip(data.weights, map(rows_of, m.corpus.train), strict=True))
     validation = rows_of(m.corpus.validation)
     all_rows = [*train.values(), validation]
@@ -81,6 +81,7 @@ def _parts(
         objective=objective,
         validate=ValidatePreferences(validation, objective, m),
         validation_tokens=2 * validation.rows_in_epoch * m.length,
+        measures={"validation_loss": False} | dict.fromkeys(["validation/rewards/accuracy"] * is_of_pairs, True),
         longest=rounded_up(max(rows.longest for rows in all_rows)),
     )
 

@@ -34,7 +34,7 @@ from slmkit.model.files.directory import EXTRA_FILES, quantization_of
 from slmkit.model.sizes import parameter_count
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.workflows.bench import speed_of
-from slmkit.workflows.evaluation.evaluate import evaluate_text
+from slmkit.workflows.evaluation.evaluate import evaluate
 from slmkit.workflows.merge import new_directory
 
 RESULTS = "quantization.json"
@@ -194,7 +194,8 @@ def _figures(
     if request.text is None:
         perplexity = math.exp(loss(decoder, held_out))
     else:
-        perplexity = evaluate_text(directory, SourceSettings(path=request.text), device="cpu").report.perplexity
+        (of_text,) = evaluate(directory, text=[SourceSettings(path=request.text)], device="cpu", cache=False)
+        perplexity = of_text.score("perplexity").value
     size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
     return Figures(
         name=name, directory=str(directory), method="", bytes=size,

@@ -36,6 +36,7 @@ from slmkit.training.recipe.recipe import LENGTHS, Recipe, TrainSettings, load_r
 from slmkit.training.run_directory import RunDirectory, new_run_directory, run_of_job
 from slmkit.workflows.context import SILENCE, Reporter
 from slmkit.workflows.distill import with_the_teachers_tokenizer
+from slmkit.workflows.hooks import tasks_of
 from slmkit.workflows.model import at_commits
 from slmkit.workflows.open_run import PREPARED, PreparedRun, build_run, fingerprints_of, open_run
 
@@ -84,6 +85,7 @@ def _prepare(
         held.enter_context(mark_running(found.root))
         reporter.say(f"{found.root}: continuing the run of this job, as its recipe.yaml says")
         return go_on(found, load_recipe(found.recipe), device, group, reporter)
+    tasks_of(recipe.train, chat=recipe.reads != "text")  # before the data is prepared, which may take hours
     run = new_run_directory(recipe.output_dir)
     held.enter_context(mark_running(run.root))
     if run.root != Path(recipe.output_dir):
@@ -157,6 +159,7 @@ def go_on(
     expect_the_same(opened)
     if before is not None:
         _apply_changes(opened, before, replan)
+    opened.expect_evaluations()
     reporter.say(opened.summary())
     return opened
 
@@ -254,6 +257,7 @@ def _is_finished(opened: PreparedRun) -> bool:
     run, plan = opened.context.run, opened.plan
     step, ended = run.newest_step(), run.described().get("finished") or {}
     ended_early = step == ended.get("step") and step < ended["steps"] and plan.patience == ended["patience"]
+    ended_early &= ended.get("metric", "validation_loss") == plan.goal.metric
     if not (step >= plan.steps or ended_early):
         return False
     newest = newest_intact(run.checkpoints, lambda line: None)

@@ -338,4 +338,15 @@ ELSEWHERE = {
     "train.compile": "tests/training/test_compilation.py",
     "train.parallel": "tests/training/test_distributed.py",
     "train.ddp_timeout": "tests/hosts/test_hosts.py",
+    **dict.fromkeys(
+        (
+            "train.eval_tasks",
+            "train.eval_tasks_steps",
+            "train.eval_task_data",
+            "train.eval_limit",
+            "train.eval_max_new_tokens",
+            "train.metric_for_best_model",
+        ),
+        "tests/workflows/evaluation/test_during_training.py",
+    ),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -18,7 +19,7 @@ from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.checkpoints.checkpoint import WholeModel, take_snapshot
 from slmkit.training.fit import RunContext, fit
 from slmkit.training.guards import GuardSettings
-from slmkit.training.loop import Plan, State
+from slmkit.training.loop import Goal, Plan, State
 from slmkit.training.objective import Loss, NextToken, next_token
 from slmkit.training.optimizers.choose import make_optimizers
 from slmkit.training.precision import LossScale, to_weight_dtype
@@ -89,7 +90,7 @@ def settings(**changes: object) -> TrainSettings:
 
 def run(
     root: Path, resume: bool = False, hooks: tuple = (), warn=lambda line: None, guard: dict | None = None,
-    **changes: object,
+    goal: Goal | None = None, **changes: object,
 ) -> State:  # fmt: skip
     """A whole run through `fit`, with dropout so that random numbers matter."""
     train = settings(**changes)
@@ -108,4 +109,5 @@ def run(
         warn=warn,
     )
     batches = Stream(rows, train.rows_per_step(LENGTH), seed=0)
-    return fit(context, batches, next_token, context.plan(batches), hooks, resume=resume)
+    plan = replace(context.plan(batches), goal=goal or Goal())
+    return fit(context, batches, next_token, plan, hooks, resume=resume)

@@ -49,7 +49,7 @@ def _on_rank(rank: int, world: int, port: int, errors: Any, function: Callable[.
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    for draw in ("plot_losses", "plot_shares"):  # pictures are those of one process, and take seconds
+    for draw in ("plot_losses", "plot_shares", "plot_tasks"):  # pictures are those of one process, and take seconds
         setattr(logger, draw, lambda *arguments: None)
     try:
         function(*arguments)

@@ -13,8 +13,9 @@ from slmkit.config import UserError
 from slmkit.find import find_model_directory
 from slmkit.training.logging.metrics_log import MetricsLog, append_samples, environment, rewind_samples
 from slmkit.training.logging.plots import plot_losses
-from slmkit.training.loop import Every, RunStopped
+from slmkit.training.loop import Every, Goal, Report, RunStopped, State
 from slmkit.training.run_directory import RunDirectory, new_run_directory
+from tests.training import helpers
 from tests.training.helpers import run
 
 
@@ -114,3 +115,34 @@ def test_the_environment_is_described_in_json(tmp_path: Path) -> None:
     described = json.loads(json.dumps(environment()))
     assert described["packages"]["torch"]
     assert RunDirectory(tmp_path).metrics.path == tmp_path / "metrics.jsonl"
+
+
+def test_the_best_checkpoint_is_the_one_with_the_best_of_the_metric_that_is_named(tmp_path: Path) -> None:
+    figures = {4: (3.0, 0.2), 8: (2.0, float("nan")), 12: (2.5, 0.4)}
+
+    def evaluate(state: State, report: Report) -> None:
+        report["validation_loss"], report["eval/task/acc"] = figures[state.step]
+
+    goal = Goal("eval/task/acc", greater_is_better=True)
+    final = run(tmp_path, hooks=(Every(4, evaluate),), goal=goal, save_total_limit=1)
+    assert final.best == {"step": 12, "eval/task/acc": 0.4, "validation_loss": 2.5}
+    assert (tmp_path / "best").resolve().name == "step-000012"
+    assert final.evaluations == {"eval/task/acc": 0.4, "in_vain": 0}
+
+
+def test_a_figure_that_is_not_a_number_is_never_the_best() -> None:
+    nan, more, less = float("nan"), Goal("acc", greater_is_better=True), Goal()
+    assert [more.is_better(2, 1), more.is_better(1, 1), more.is_better(0, 1)] == [True, False, False]
+    assert [less.is_better(2, 1), less.is_better(1, 1), less.is_better(0, 1)] == [False, False, True]
+    assert [goal.is_better(value, best) for goal in (more, less) for value, best in ((nan, None), (1, None))] == [
+        False, True, False, True
+    ]  # fmt: skip
+    state = helpers.state()
+    for value in (nan, 0.5, nan, 0.5, 0.6):
+        more.note(state, {"acc": value})
+    assert state.evaluations == {"acc": 0.6, "in_vain": 0}
+    more.note(state, {"acc": nan})
+    less.note(state, {"acc": 0.7})  # not its metric
+    assert state.evaluations == {"acc": 0.6, "in_vain": 1}
+    less.note(state, {"validation_loss": nan})
+    assert state.evaluations == {"validation_loss": None, "in_vain": 1}

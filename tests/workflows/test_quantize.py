@@ -16,7 +16,7 @@ from slmkit.config import UserError
 from slmkit.model.files.directory import load_decoder
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.workflows import quantize as workflow
-from slmkit.workflows.evaluation.evaluate import evaluate_text
+from slmkit.workflows.evaluation.evaluate import evaluate
 from slmkit.workflows.quantize import RESULTS, Request, greedy, loss, quantize_model, text_rows
 from tests.adapt.trained import write_trained
 from tests.cli.helpers import refused, slm
@@ -110,7 +110,8 @@ def test_perplexity_is_that_of_a_text_if_one_is_given(model: Path, tmp_path: Pat
     wanted = Request(["int4"], str(tmp_path / "out"), embedding="int8", method="round", calibration=text, text=text)
     _, one = quantize_model(str(model), wanted)
     source = workflow.SourceSettings(path=text)
-    assert one.perplexity == evaluate_text(tmp_path / "out", source).report.perplexity
+    (wanted_result,) = evaluate(tmp_path / "out", text=[source], device="cpu", cache=False)
+    assert one.perplexity == wanted_result.score("perplexity").value
     assert one.notes == (
         "nothing in 16 bits but norms", "only slmkit reads it: transformers reads no quantized embedding",
     )  # fmt: skip

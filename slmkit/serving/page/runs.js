@@ -246,6 +246,11 @@ function addControls() {
     element("label", { class: "check smoothing" }, "Smoothing", smoothing, percent));
 }
 
+/** Whether it is a figure of an evaluation on a task, which is not measured in training steps. */
+function isOfTask(quantity) {
+  return quantity.startsWith("eval/");
+}
+
 /** The quantity that a key of metrics.jsonl belongs to: validation/x and validation_x are drawn beside x. */
 function quantityOf(key) {
   return key.replace(/^validation[/_]/, "");
@@ -257,7 +262,9 @@ function quantitiesIn(reports) {
   if (!counted.has(reports)) {
     const found = new Set();
     for (const report of reports) {
-      for (const key in report) if (typeof report[key] === "number" && !NO_CURVE.has(key)) found.add(quantityOf(key));
+      for (const key in report) {
+        if (typeof report[key] === "number" && !NO_CURVE.has(key) && !key.endsWith("_stderr")) found.add(quantityOf(key));
+      }
     }
     counted.set(reports, found);
   }
@@ -286,7 +293,7 @@ function unitOf(runs) {
 function seriesOf(quantity, runs, divisor) {
   const factor = QUANTITIES[quantity]?.factor ?? 1;
   return runs.flatMap((run) => {
-    const keys = [[quantity, false], [`validation_${quantity}`, true], [`validation/${quantity}`, true]];
+    const keys = [[quantity, isOfTask(quantity)], [`validation_${quantity}`, true], [`validation/${quantity}`, true]];
     return keys.flatMap(([key, isValidation]) => {
       const points = run.reports.filter((report) => key in report && Number.isFinite(report[options.axis]))
         .map((report) => [report[options.axis] / divisor, typeof report[key] === "number" ? report[key] * factor : null]);

@@ -12,7 +12,7 @@ from slmkit.config import UserError
 from slmkit.training.checkpoints import checkpoint as checkpoints
 from slmkit.training.checkpoints.checkpoint import ModelFiles
 from slmkit.training.distributed import ALONE, Group
-from slmkit.training.loop import Report, State
+from slmkit.training.loop import Goal, Report, State
 
 if TYPE_CHECKING:
     from slmkit.training.run_directory import RunDirectory
@@ -36,10 +36,11 @@ class Saver:
         warn: Callable[[str], None],
         needed: Callable[[], set[str]] = set,
         group: Group = ALONE,
+        goal: Goal | None = None,
     ) -> None:
-        """`needed` names checkpoints to keep in addition to the newest `save_total_limit` and the best."""
+        """`needed` names checkpoints to keep in addition to the newest `save_total_limit` and the best by `goal`."""
         self.run, self.files, self.extra_files, self.limit = run, files, extra_files, save_total_limit
-        self.warn, self.needed, self.group = warn, needed, group
+        self.warn, self.needed, self.group, self.goal = warn, needed, group, goal or Goal()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._failed: BaseException | None = None  # why the last checkpoint could not be written
@@ -58,9 +59,10 @@ class Saver:
 
     def save(self, state: State, report: Report) -> None:
         """Copy the state and start writing it, after the previous checkpoint has been written."""
-        loss = report.get("validation_loss")
-        if loss is not None and loss < state.best.get("validation_loss", float("inf")):
-            state.best = {"step": state.step, "validation_loss": loss}
+        metric = self.goal.metric
+        if metric in report and self.goal.is_better(report[metric], state.best.get(metric)):
+            told = dict.fromkeys((metric, "validation_loss"))  # the forecast of a run is compared with its loss
+            state.best = {"step": state.step} | {name: report[name] for name in told if name in report}
         self.wait()
         snapshot = checkpoints.take_snapshot(state, self.files, self.group)
         if not self.group.is_main:
@@ -110,7 +112,7 @@ class Saver:
 
 
 def best_checkpoint(state: State) -> str | None:
-    """The name of the checkpoint with the lowest validation loss so far."""
+    """The name of the checkpoint that is the best so far by the run's metric."""
     return checkpoints.checkpoint_name(int(state.best["step"])) if state.best else None
 
 

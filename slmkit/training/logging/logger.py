@@ -13,7 +13,7 @@ from slmkit.config import UserError
 from slmkit.device import Device, measured_peak, peak_memory
 from slmkit.model.decoder import Decoder
 from slmkit.model.sizes import flops_per_token
-from slmkit.training.logging.plots import plot_losses, plot_shares
+from slmkit.training.logging.plots import plot_losses, plot_shares, plot_tasks
 from slmkit.training.loop import Report, State
 from slmkit.training.recipe.changes import leaves_of
 
@@ -58,6 +58,7 @@ class Logger:
             reports = self.run.metrics.read()
             plot_losses(reports, self.run.plot, self.run.root.name, self.perfect_loss)
             plot_shares(reports, self.run.shares, self.run.root.name)
+            plot_tasks(reports, self.run.tasks, self.run.root.name)
         except OSError as error:  # a failed plot must not end the run
             self.warn(f"{self.run.plot}: not drawn: {error}")
 

@@ -24,7 +24,7 @@ class Curves(NamedTuple):
     trained: str
     validated: str
     label: str
-    best: Callable[[Iterable[float]], float] = min
+    best: Callable[[Iterable[float]], float] | None = min
     legend: str = "training"
 
 
@@ -45,8 +45,14 @@ LOSSES = {
 }
 
 
+TASKS = "eval/"  # begins the keys of evaluations on tasks
+ERROR = "_stderr"  # ends the keys of standard errors
+
+
 def curves_of(reports: Sequence[Report], what: str | None = None) -> Curves:
-    """The curves called `what`; "loss" is the main quantity of these reports' objective."""
+    """The curves called `what`; "loss" is the main quantity of these reports' objective, `eval/…` a task's figure."""
+    if what is not None and what.startswith(TASKS):
+        return Curves("", what, what.removeprefix(TASKS), best=None)
     if what is not None and what != "loss":
         return CURVES[what]
     return next((curves for key, curves in LOSSES.items() if any(key in each for each in reports)), CURVES["loss"])
@@ -69,6 +75,29 @@ def plot_shares(reports: list[Report], path: Path, title: str) -> None:
             return
 
 
+def plot_tasks(reports: list[Report], path: Path, title: str) -> None:
+    """Plot the first metric of each task over tokens, with one standard error; nothing without tasks or matplotlib."""
+    shown: dict[str, str] = {}  # task → key of its first metric
+    for key in (key for report in reports for key in report):
+        if key.startswith(TASKS) and not key.endswith(ERROR):
+            shown.setdefault(key.rpartition("/")[0], key)
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    if not shown:
+        return
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for key in shown.values():
+        measured = [each for each in reports if each.get(key) is not None]
+        tokens, values = zip(*_points(measured, "tokens", key))
+        errors = [each.get(key + ERROR) or 0.0 for each in measured]
+        axes.errorbar(tokens, values, errors, marker="o", markersize=4, capsize=3, label=key.removeprefix(TASKS))
+    axes.set(xlabel=_unit("tokens", 0)[1], ylabel="figure ± standard error", title=title)
+    _finish(figure, axes, path)
+
+
 def _draw_run(
     reports: list[Report], path: Path, title: str, curves: Curves, over: Axis, perfect_loss: float | None = None
 ) -> None:
@@ -86,7 +115,7 @@ def _draw_run(
             *zip(*divergence), color="tab:purple", alpha=0.45, linewidth=1,
             label="training, divergence from the teacher",
         )  # fmt: skip
-    if validated:
+    if validated and curves.best is not None:
         x, best = next(point for point in validated if point[1] == curves.best(value for _, value in validated))
         label = f"validation, best {best:.3f} after {x:,.0f} {over}"
         axes.plot(*zip(*validated), color="tab:orange", marker="o", markersize=4, label=label)
@@ -100,15 +129,15 @@ def _draw_run(
 
 
 def _points(reports: Sequence[Report], x: str, y: str) -> Points:
-    return [(report[x], report[y]) for report in reports if y in report and x in report]
+    return [(report[x], report[y]) for report in reports if report.get(y) is not None and x in report]
 
 
 def plot_runs(runs: Sequence[str | Path], output: Path, over: Axis = "tokens", what: str | None = None) -> None:
     """Plot several runs together, one colour each: training as a thin line, validation as a line with points.
 
-    `what` is one of `CURVES`; None: the share of right answers where all runs have one, else the loss. Raises
-    `UserError` for a run without figures or without the requested ones, for losses of different kinds, and without
-    matplotlib.
+    `what` is one of `CURVES`, or `eval/TASK/METRIC`; None: the share of right answers where all runs have one, else the
+    loss. Raises `UserError` for a run without figures or without the requested ones, for losses of different kinds, and
+    without matplotlib.
     """
     try:
         from matplotlib.figure import Figure
@@ -122,16 +151,18 @@ def plot_runs(runs: Sequence[str | Path], output: Path, over: Axis = "tokens", w
     if other := next((number for number, label in enumerate(labels) if label != labels[0]), None):
         raise UserError(f"{runs[0]} has the {labels[0]}, {runs[other]} the {labels[other]}: draw them separately")
     both = [_curve(Path(run), each, curves, over) for run, each, curves in zip(runs, reports, drawn)]
-    divisor, unit = _unit(over, max(x for trained, _ in both for x, _ in trained))
+    divisor, unit = _unit(over, max(x for curves in both for points in curves for x, _ in points))
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
     for number, ((trained, validated), name) in enumerate(zip(both, _short_names(runs))):
-        best = f", best validation {drawn[0].best(value for _, value in validated):.3f}" if validated else ""
+        best = drawn[0].best
+        label = f", best validation {best(value for _, value in validated):.3f}" if validated and best else ""
         for points, style in ((trained, {"alpha": 0.35, "linewidth": 1}), (validated, {"marker": "o"})):
             axes.plot([x / divisor for x, _ in points], [y for _, y in points], color=f"C{number % 10}", **style)
-        axes.plot([], [], color=f"C{number % 10}", label=name + best)
-    axes.plot([], [], color="gray", alpha=0.5, linewidth=1, label="thin line: training")
-    axes.plot([], [], color="gray", marker="o", label="line with points: validation")
+        axes.plot([], [], color=f"C{number % 10}", label=name + label)
+    if drawn[0].trained:
+        axes.plot([], [], color="gray", alpha=0.5, linewidth=1, label="thin line: training")
+        axes.plot([], [], color="gray", marker="o", label="line with points: validation")
     axes.set(xlabel=unit, ylabel=labels[0])
     _finish(figure, axes, output)
 
@@ -145,8 +176,9 @@ def _reports(run: Path) -> list[Report]:
 
 def _curve(run: Path, reports: list[Report], drawn: Curves, over: Axis) -> tuple[Points, Points]:
     """Points of training and of validation."""
-    if not any(drawn.trained in report for report in reports):
-        raise UserError(f"{run}: its lines have no {drawn.trained!r}: draw the loss")
+    wanted = drawn.trained or drawn.validated
+    if not any(wanted in report for report in reports):
+        raise UserError(f"{run}: its lines have no {wanted!r}: draw the loss")
     if KEYS[over] not in reports[0]:
         raise UserError(f"{run}: its lines have no {KEYS[over]!r}; draw it over tokens")
     return _points(reports, KEYS[over], drawn.trained), _points(reports, KEYS[over], drawn.validated)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # the command line shows progress before torch is imported
 WORDS = {"inside": "as expected", "above": "above its reference", "below": "below its reference"}
 SHARES = {"answers/right": "right", "rewards/accuracy": "reward accuracy"}
 NO_MARGIN = 1e-4  # a mean margin below which rewards differ by rounding only
+TASKS_SHOWN = 3
 LINES = 20  # plain lines printed in a whole run
 
 
@@ -56,6 +57,7 @@ def training_progress(
     `steps_in_epoch` is None if the data's length is unknown.
     """
     began, first_step, validation_loss = time.monotonic(), -1, None
+    tasks: dict[str, float] = {}  # the last figures of evaluations on tasks
     with bar_or_lines(label, console or Console(stderr=True), transient=False) as show:
 
         def update(state: State, report: Report) -> None:
@@ -63,22 +65,25 @@ def training_progress(
             if first_step < 0:
                 first_step = state.step - 1
             validation_loss = report.get("validation_loss", validation_loss)
+            tasks.update((key, value) for key, value in report.items() if key.startswith("eval/"))
             left = (time.monotonic() - began) / (state.step - first_step) * (steps - state.step)
             figures = [f"step {state.step:,}/{steps:,}"]
             if steps_in_epoch:
                 figures.append(f"epoch {state.step / steps_in_epoch:.1f}/{steps / steps_in_epoch:.1f}")
-            line = "  ".join([*figures, *_figures(report, validation_loss, left)])
+            line = "  ".join([*figures, *_figures(report, validation_loss, tasks, left)])
             show(line, state.step / steps, state.step % max(1, steps // LINES) == 0 or state.step == steps)
 
         yield update
 
 
-def _figures(report: Report, validation_loss: float | None, seconds_left: float) -> list[str]:
+def _figures(report: Report, validation_loss: float | None, tasks: dict[str, float], seconds_left: float) -> list[str]:
     figures = [f"loss {report['loss']:.3f}"]
     if "preference_loss" in report:
         figures.append(f"preference loss {report['preference_loss']:.3f}")
     if validation_loss is not None:
         figures.append(f"validation {validation_loss:.3f}")
+    firsts = {key.split("/")[1]: key for key in reversed(tasks) if not key.endswith("_stderr")}  # metric of each task
+    figures += [f"{task} {tasks[key]:.3g}" for task, key in [*reversed(firsts.items())][:TASKS_SHOWN]]
     if abs(report.get("rewards/margin", 1)) > NO_MARGIN:
         figures += [f"{share} {report[name]:.0%}" for name, share in SHARES.items() if name in report]
     figures += [f"{clock(seconds_left)} left", f"{report['tokens_per_second']:,} tokens/s"]

@@ -95,6 +95,10 @@ READ_WHERE: dict[str, tuple[Reads, str]] = {
         lambda r: r.train.lr_scheduler_type == "warmup_stable_decay",
         "train.lr_scheduler_type is not warmup_stable_decay",
     ),
+    **dict.fromkeys(
+        ("train.eval_tasks_steps", "train.eval_task_data", "train.eval_limit", "train.eval_max_new_tokens"),
+        (lambda r: bool(r.train.eval_tasks), "train.eval_tasks is empty"),
+    ),
     "train.sample_tokens": (lambda r: r.train.sample_prompts != [], "train.sample_prompts is empty"),
     "guard.window": (lambda r: r.guard.max_spike is not None, "guard.max_spike is not set"),
     "guard.rollback_learning_rate_ratio": (
@@ -204,11 +208,17 @@ def unlikely(train: TrainSettings, steps: int) -> list[str]:
             more = "a larger train.max_steps or train.warmup_ratio makes it longer"
         few = "1 step is" if planned == 1 else f"{planned} steps are"
         lines.append(f"{few} few: the warm-up is {warmup} step{'' if warmup == 1 else 's'}; {more}")
-    for name in ("eval_steps", "save_steps", "logging_steps"):
+    for name in ("eval_steps", "eval_tasks_steps", "save_steps", "logging_steps"):
         every = getattr(train, name)
         if name in train.model_fields_set and every is not None and every > steps and every != fields[name].default:
             lines.append(f"train.{name} is {every} and the run takes {steps} steps: it happens once, at the end")
-    evaluations = -(-steps // train.evaluation_interval(steps))
+    interval = train.tasks_interval(steps) if train.is_best_by_task else train.evaluation_interval(steps)
+    if train.is_best_by_task and train.save_steps is not None and interval % train.save_steps:
+        lines.append(
+            f"train.metric_for_best_model is measured every {interval} steps and train.save_steps is "
+            f"{train.save_steps}: a model that is not saved then cannot become the best"
+        )
+    evaluations = -(-steps // interval)
     if train.early_stopping_patience is not None and train.early_stopping_patience >= evaluations:
         lines.append(
             f"train.early_stopping_patience is {train.early_stopping_patience}, and the run is evaluated {evaluations} "

@@ -119,7 +119,15 @@ class TrainSettings(Settings):
     eval_steps: int | None = Field(None, gt=0)  # steps between evaluations; None: at most ten evaluations in a run
     save_steps: int | None = Field(None, gt=0)  # steps between checkpoints; None: one at each evaluation
     save_total_limit: int = Field(2, gt=0)  # the newest checkpoints to keep, in addition to the best one
-    early_stopping_patience: int | None = Field(None, gt=0)  # evaluations without a lower loss that end the run
+    # tasks that the model is evaluated on as it is trained: those of `slm eval --tasks`
+    eval_tasks: list[str] = Field(default_factory=list)
+    eval_tasks_steps: int | None = Field(None, gt=0)  # steps between them; None: at every second evaluation
+    eval_task_data: str | None = None  # folder with the tasks' files; None: those of the hub
+    eval_limit: int | None = Field(100, gt=0)  # the first documents of each task; None: all
+    eval_max_new_tokens: int | None = Field(None, gt=0)  # the longest answer; None: as each task says
+    # what the best checkpoint has the best value of: validation_loss, validation_bits_per_byte, eval/TASK/METRIC
+    metric_for_best_model: str = "validation_loss"
+    early_stopping_patience: int | None = Field(None, gt=0)  # evaluations without a better metric that end the run
     sample_prompts: list[str] | None = None  # what samples.md continues; None: one from the validation data
     sample_tokens: int = Field(120, gt=0)  # tokens of each sample
     report_to: list[Literal["tensorboard", "wandb"]] = Field(
@@ -181,6 +189,14 @@ class TrainSettings(Settings):
 
     def evaluation_interval(self, steps: int) -> int:
         return self.eval_steps or max(1, -(-steps // 10))
+
+    def tasks_interval(self, steps: int) -> int:
+        """Steps from one evaluation on tasks to the next."""
+        return self.eval_tasks_steps or 2 * self.evaluation_interval(steps)
+
+    @property
+    def is_best_by_task(self) -> bool:
+        return self.metric_for_best_model.startswith("eval/")
 
     def schedule(self, steps: int) -> Schedule:
         """Step → share of the peak learning rate, over a run of `steps` steps."""

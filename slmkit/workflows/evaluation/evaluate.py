@@ -1,92 +1,155 @@
-"""Loss of a model on a text."""
+"""A model measured on texts, conversations and tasks."""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from slmkit.adapt.load import load_model
+from slmkit.adapt.quantize import quantized_modules
 from slmkit.config import UserError
-from slmkit.data.prepare.conversations import encoded_rows, write_conversations
-from slmkit.data.prepare.open_sources import items_of
-from slmkit.data.prepare.text_to_shards import prepare_text
+from slmkit.data.prepare.conversations import encoded_rows
 from slmkit.data.sources import open_source
 from slmkit.data.sources.settings import SourceSettings
-from slmkit.data.stream import ChatRows, DocumentRows
 from slmkit.device import find_device
-from slmkit.evaluation import LossReport, validation_loss
+from slmkit.evaluation.perplexity import chat_result, text_result, window_and_stride
 from slmkit.evaluation.results import TaskResult
-from slmkit.find import find_model_directory, find_tokenizer_directory
+from slmkit.find import find_model_directory, find_tokenizer_directory, learned_conversations
+from slmkit.generation.ensemble import LanguageModel
+from slmkit.model.config import SLMConfig
+from slmkit.model.files.adapter_directory import config_directory
 from slmkit.tokenizer import SLMTokenizer
+from slmkit.workflows.evaluation.cache import code_content, digest_of, model_content, stored
+from slmkit.workflows.evaluation.text import read_text
 
-LENGTH = 2048  # tokens of a row, for models with a longer context
+STORIES = "stories"  # the story world, a task of our own
+SEED = 1234  # of the choice of shots, as lm-eval's default, and of the held-out stories
 
-
-@dataclass(frozen=True)
-class TextFigures:
-    """Loss figures of a model on a text. `left_out` has a line for each reason for which rows were skipped."""
-
-    documents: int  # number evaluated
-    report: LossReport
-    bits_per_byte: float  # for conversations: over the text of the answers only
-    length: int  # tokens of a row
-    left_out: list[str]
+Progress = Callable[[str, float | None], None]  # what is done, and which share of it
 
 
 def evaluate(
     model: str | Path,
     *,
     tasks: Sequence[str] = (),
-    text: SourceSettings | None = None,
+    text: Sequence[SourceSettings] = (),
+    conversations: bool = False,
     task_data: Path | None = None,
     limit: int | None = None,
     shots: int | None = None,
     chat_template: str = "auto",
     window: int | None = None,
     stride: int | None = None,
+    joined: bool = False,
     max_new_tokens: int | None = None,
     samples: int = 1,
+    temperature: float | None = None,
     device: str = "auto",
     precision: str = "auto",
     cache: bool = True,
-    progress: Callable[[str, float | None], None] = lambda figures, share: None,
+    progress: Progress = lambda what, share: None,
 ) -> list[TaskResult]:
-    """Results of a run, model directory, adapter or quantized model on a text and on tasks."""
-    raise UserError("evaluate: still being built")
+    """Results of a run, model directory, adapter, quantized model or model of the hub.
 
+    `text`: sources of text, or with `conversations` of conversations, whose assistant's turns are predicted; `window`,
+    `stride` and `joined` as in `text_result`. `tasks`: names that `load_tasks` knows, and `stories`. `task_data`: a
+    folder with the tasks' files. `limit`: the first documents of each. `shots`: examples in a prompt, instead of the
+    task's own number. `chat_template`: `chat`, `none`, or `auto`, which is `chat` for a model that learned
+    conversations. `samples` answers to each problem of code tasks, drawn at `temperature`. `precision` `auto` is
+    float32 on a CPU, so that figures agree between machines, and bfloat16 on accelerators that have it.
 
-def evaluate_text(
-    model: str | Path,
-    source: SourceSettings,
-    *,
-    chat: bool = False,
-    length: int | None = None,
-    device: str = "auto",
-    precision: str = "auto",
-    progress: Callable[[int, int], None] = lambda done, rows: None,
-) -> TextFigures:
-    """Loss of a model directory, adapter or run on the data of `source`, every token predicted once.
-
-    Documents are packed into rows of `length` tokens, as in the validation of a training run; longer ones are cut. With
-    `chat` the source has conversations, and the assistant's turns are predicted. `progress` is called with rows done
-    and rows in total. Raises `UserError` for unreadable data, and for a length beyond the model's context.
+    With `cache`, results of the same model, data and recipe are not computed again; then no weights are loaded. Raises
+    `UserError` for what cannot be loaded or evaluated.
     """
-    where = find_device(device, precision)
-    tokenizer = SLMTokenizer.from_pretrained(find_tokenizer_directory(model))
-    decoder, config = load_model(find_model_directory(model), where.torch_device)
-    length = length or min(config.max_position_embeddings, LENGTH)
-    if length > config.max_position_embeddings:
-        raise UserError(f"{model}: it reads at most {config.max_position_embeddings:,} tokens at once: lower --length")
-    opened = open_source(source)
-    with tempfile.TemporaryDirectory(prefix="slmkit-eval-") as folder:
+    one = _Evaluated(model, device, precision, cache, progress)
+    asked: dict[str, Any] = {"data": task_data, "shots": shots, "samples": samples, "temperature": temperature}
+    asked["chat"] = bool(tasks) and one.uses_chat(chat_template)
+    loaded = {name: one.load(name, asked) for name in tasks if name != STORIES}  # a wrong name is found at once
+    results: list[TaskResult] = []
+    geometry = {"window": window, "stride": stride}
+    for source in text:
+        if conversations:
+            results += one.on_conversations(source, limit, **geometry)
+        else:
+            results += one.on_text(source, limit, joined=joined, **geometry)
+    for name in tasks:
+        if name == STORIES:
+            results += one.on_stories(limit)
+        else:
+            results += one.on_task(name, loaded[name], asked, limit, max_new_tokens)
+    return results
+
+
+class _Evaluated:
+    """A model that is loaded when its first answer is needed."""
+
+    def __init__(self, model: str | Path, device: str, precision: str, cache: bool, progress: Progress) -> None:
+        self.model, self.use_cache, self.progress = model, cache, progress
+        self.directory = find_model_directory(model)
+        self.tokenizer = SLMTokenizer.from_pretrained(find_tokenizer_directory(model))
+        self.config = SLMConfig.from_pretrained(config_directory(self.directory))
+        self.tokenizer.use_generation_config(self.config.for_generation())
+        self.where = find_device(device, precision)
+        is_exact = precision == "auto" and self.where.torch_device.type == "cpu"
+        self.dtype = torch.float32 if is_exact else self.where.compute_dtype
+        self.common = {"precision": str(self.dtype).removeprefix("torch."), "slmkit": version("slmkit")}
+
+    @cached_property
+    def decoder(self) -> LanguageModel:
+        decoder, _ = load_model(self.directory, self.where.torch_device)
+        return decoder if quantized_modules(decoder) else decoder.to(self.dtype)
+
+    @cached_property
+    def content(self) -> dict[str, Any]:
+        """What every result depends on."""
+        libraries = {name: _version(name) for name in ("torch", "tokenizers", "lm_eval")}
+        where = self.where.torch_device.type
+        return {**self.common, "code": code_content(), "device": where, **libraries, **model_content(self.model)}
+
+    def stored(self, key: Mapping[str, Any], compute: Callable[[], list[TaskResult]]) -> list[TaskResult]:
+        if not self.use_cache:
+            return compute()
+        return stored({**self.content, **key}, compute)
+
+    def uses_chat(self, chat_template: str) -> bool:
+        """Whether prompts are conversations. Raises `UserError` for another word, and without a template."""
+        if chat_template not in ("auto", "chat", "none"):
+            raise UserError(f"template {chat_template!r}: expected auto, chat or none")
+        has_one = self.tokenizer.chat_template is not None
+        if chat_template == "chat" and not has_one:
+            raise UserError(f"{self.model}: its tokenizer has no chat template: use --template none")
+        learned = learned_conversations(self.model)
+        return chat_template == "chat" or (chat_template == "auto" and has_one and learned is not False)
+
+    def on_text(
+        self, source: SourceSettings, limit: int | None, window: int | None, stride: int | None, joined: bool
+    ) -> list[TaskResult]:
+        found = read_text(source, limit)
+        window, stride = self._geometry(window, stride)
+
+        def compute() -> list[TaskResult]:
+            result = text_result(
+                self.decoder, self.tokenizer, found.documents, name=found.name, originals=found.originals,
+                window=window, stride=stride, joined=joined, progress=self._counter(found.name, "windows"),
+            )  # fmt: skip
+            return [self._noted(result, found.notes, limit)]
+
+        key = {"text": found.name, "window": window, "stride": stride, "joined": joined, "limit": limit}
+        texts = digest_of([found.documents, found.originals, found.notes])
+        return self.stored({**key, "documents": texts}, compute)
+
+    def on_conversations(
+        self, source: SourceSettings, limit: int | None, window: int | None, stride: int | None
+    ) -> list[TaskResult]:
+        opened = open_source(source)
         try:
-            if chat:
-                talks = encoded_rows(opened, "conversations", tokenizer, length)
-                shards = write_conversations(talks, tokenizer, f"{folder}/shards")
-            else:
-                shards = prepare_text(items_of(opened, "text"), tokenizer, f"{folder}/shards")
+            talks = list(itertools.islice(encoded_rows(opened, "conversations", self.tokenizer), limit))
         except UserError as error:
             problem, of_a_recipe, _ = str(error).partition(": objective: ")
             if not of_a_recipe:
@@ -94,18 +157,77 @@ def evaluate_text(
             raise UserError(
                 f"{problem}; eval reads text, or conversations with --chat; pairs are not evaluated"
             ) from None
-        rows = ChatRows(shards, length) if chat else DocumentRows(shards, length)
-        report = validation_loss(decoder, rows, where, progress=progress)
-        left_out = opened.report()
-        if isinstance(rows, ChatRows):
-            documents, text_bytes = len(rows.starts) - rows.untrained, _learned_bytes(rows, tokenizer)
-        else:
-            documents, text_bytes = shards.header.documents, shards.header.text_bytes
-    return TextFigures(documents, report, report.bits_per_byte(text_bytes), length, left_out)
+        rows, notes = [row for talk in talks for row in talk.rows], opened.report()
+        window, stride = self._geometry(window, stride)
+
+        def compute() -> list[TaskResult]:
+            result = chat_result(
+                self.decoder, self.tokenizer, rows, name=source.label, window=window, stride=stride,
+                progress=self._counter(source.label, "windows"),
+            )  # fmt: skip
+            return [self._noted(result, notes, limit)]
+
+        key = {"conversations": source.label, "window": window, "stride": stride, "limit": limit}
+        return self.stored({**key, "rows": digest_of([row.to_lists() for row in rows] + notes)}, compute)
+
+    def on_stories(self, limit: int | None) -> list[TaskResult]:
+        from slmkit.evaluation.stories import COUNT, story_report
+
+        def compute() -> list[TaskResult]:
+            show = lambda what, done, of: self.progress(f"{what}: {done:,} of {of:,}", done / max(1, of))  # noqa: E731
+            return [
+                self._noted(result, (), limit)
+                for result in story_report(self.decoder, self.tokenizer, count=limit or COUNT, progress=show)
+            ]
+
+        return self.stored({"stories": limit or COUNT}, compute)
+
+    def load(self, name: str, asked: Mapping[str, Any]) -> Mapping[str, Any]:
+        from slmkit.evaluation.tasks import load_tasks
+
+        self.progress(f"{name}: reading the task", None)
+        return load_tasks([name], **asked)
+
+    def on_task(
+        self, name: str, loaded: Mapping[str, Any], asked: Mapping[str, Any], limit: int | None,
+        max_new_tokens: int | None,
+    ) -> list[TaskResult]:  # fmt: skip
+        from slmkit.evaluation.tasks import run_tasks
+
+        def compute() -> list[TaskResult]:
+            from slmkit.evaluation.harness import EngineLM
+
+            lm = EngineLM(self.decoder, self.tokenizer, max_new_tokens=max_new_tokens)
+            found = run_tasks(lm, loaded, limit=limit, seed=SEED, progress=self._counter(name, "requests"))
+            return [self._noted(result, (), limit) for result in found]
+
+        content = digest_of(itertools.chain.from_iterable(_content_of(task) for task in loaded.values()))
+        key = {"task": name, **asked, "limit": limit, "max_new_tokens": max_new_tokens, "seed": SEED}
+        return self.stored({**key, "data": content}, compute)
+
+    def _geometry(self, window: int | None, stride: int | None) -> tuple[int, int]:
+        try:
+            return window_and_stride(self.config.max_position_embeddings, window, stride)
+        except UserError as error:
+            raise UserError(f"{self.model}: {error}: lower --window") from None
+
+    def _counter(self, name: str, unit: str) -> Callable[[int, int], None]:
+        return lambda done, of: self.progress(f"{name}: {done:,} of {of:,} {unit}", done / max(1, of))
+
+    def _noted(self, result: TaskResult, notes: Sequence[str], limit: int | None) -> TaskResult:
+        """The result with what its recipe does not know: the limit, the precision and the version."""
+        more = {"limit": limit, **({"notes": [*notes]} if notes else {}), **self.common}
+        return TaskResult(result.task, {**result.recipe, **more}, result.metrics, result.items, result.errors)
 
 
-def _learned_bytes(rows: ChatRows, tokenizer: SLMTokenizer) -> int:
-    """Bytes (UTF-8) of the learned text of conversations, without special tokens."""
-    spans = [(start + 1, stop) for start, stop in zip(rows.starts.tolist(), rows.stops.tolist())]
-    learned = [rows.shards.tokens_in(*span)[rows.shards.trained_in(*span)].tolist() for span in spans]
-    return sum(len(tokenizer.decode(ids, skip_special_tokens=True).encode()) for ids in learned)
+def _content_of(task: Any) -> list[Any]:
+    """lm-eval's configuration of a task, and the documents that it evaluates and takes its shots from."""
+    shots = task.fewshot_docs() if task.config.num_fewshot else []
+    return [task.dump_config(), *task.eval_docs, *(shots or [])]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

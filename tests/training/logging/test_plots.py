@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 
 from slmkit.config import UserError
 from slmkit.training.logging import plots
-from slmkit.training.logging.plots import plot_losses, plot_runs, plot_shares
+from slmkit.training.logging.plots import plot_losses, plot_runs, plot_shares, plot_tasks
 
 # What the lines of each objective hold besides, and the label of the axis they are drawn on.
 KINDS: dict[str, tuple[dict[str, float], str]] = {
@@ -84,3 +84,24 @@ def test_losses_of_different_kinds_are_not_drawn_on_one_axis(tmp_path: Path) -> 
         (tmp_path / kind / "metrics.jsonl").write_text(text)
     with pytest.raises(UserError, match="preference loss .*draw them separately"):
         plot_runs([tmp_path / "pretrain", tmp_path / "dpo"], tmp_path / "x.png")
+
+
+def test_tasks_are_drawn_with_their_standard_errors(drawn: list[Axes], tmp_path: Path) -> None:
+    lines = reports("pretrain")
+    for line, accuracy in zip(lines[::2], (0.25, 0.5)):
+        line |= {"eval/arc/acc": accuracy, "eval/arc/acc_stderr": 0.1, "eval/arc/acc_norm": 0.9, "eval/wiki/bits": 2.0}
+    lines[-1]["eval/wiki/bits"] = None  # a figure that was not finite
+    plot_tasks(lines, tmp_path / "tasks.png", "run")
+    assert legend(drawn[0]) == ["arc/acc", "wiki/bits"]
+    (line, (low, high), _), _ = drawn[0].containers
+    assert [float(y) for y in line.get_ydata()] == [0.25, 0.5]
+    assert [float(y) for y in low.get_ydata()] == pytest.approx([0.15, 0.4])
+    assert [float(y) for y in high.get_ydata()] == pytest.approx([0.35, 0.6])
+    plot_tasks(reports("pretrain"), tmp_path / "none.png", "run")
+    assert not (tmp_path / "none.png").exists()
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plot_runs([tmp_path], tmp_path / "runs.png", "steps", "eval/arc/acc")
+    assert drawn[1].get_ylabel() == "arc/acc"
+    assert legend(drawn[1]) == [tmp_path.name]
+    with pytest.raises(UserError, match="no 'eval/arc/f1'"):
+        plot_runs([tmp_path], tmp_path / "x.png", "steps", "eval/arc/f1")

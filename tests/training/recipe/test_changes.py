@@ -38,7 +38,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PlanFile, "update", lambda *arguments: None)
-    for draw in ("plot_losses", "plot_shares"):
+    for draw in ("plot_losses", "plot_shares", "plot_tasks"):
         monkeypatch.setattr(slmkit.training.logging.logger, draw, lambda *arguments: None)
 
 
