@@ -167,7 +167,7 @@ def test_the_more_tasks_the_less_is_shown() -> None:
     assert among.rows[0].p == pytest.approx(4 * 2 / 2**6)
     needed = among.rows[0].difference.items_needed(4)
     assert needed is not None
-    assert among.rows[0].verdict.startswith("no difference shown; to show one of this size takes about ")
+    assert among.rows[0].verdict.startswith("no difference shown; would take about ")
     assert table(among)[1][0][-2] == "0.125"
 
 
