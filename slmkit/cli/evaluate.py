@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slmkit.cli.options import DeviceName, Precision, SourceOptions, sources_of
+from slmkit.cli.options import DeviceName, Precision, RunPath, SourceOptions, sources_of
 from slmkit.config import UserError
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ OPTIONS: dict[str, tuple[Any, Any, tuple[str, ...], str]] = {
 }  # fmt: skip
 LEAST = {"window": 2, "stride": 1, "limit": 1, "shots": 0, "max_new_tokens": 1, "samples": 1, "temperature": 0}
 RECIPE_WIDTH = 100  # columns
+STORED_ANSWERS = ("oracle", "wrong")  # in place of a model: right and wrong answers
 FOR_TEXT = ("source", "chat", "window", "stride", "joined")
 FOR_TASKS = ("task_data", "shots", "template", "max_new_tokens", "samples", "temperature")
 
@@ -87,7 +88,8 @@ def settings_of(models: Sequence[str], options: Mapping[str, Any]) -> dict[str, 
         raise UserError(f"--task-data {folder}: no such folder")
     texts = sources_of([find_text(path) for path in options["text"] or []], options["source"])
     for model in models:
-        find_model_directory(model)
+        if model not in STORED_ANSWERS or Path(model).exists():
+            find_model_directory(model)
     same = ("limit", "shots", "window", "stride", "joined", "max_new_tokens", "samples", "temperature")
     return {
         "tasks": tasks, "text": texts, "conversations": options["chat"], "task_data": folder,
@@ -109,7 +111,11 @@ def eval_(
     printed below.
 
     Example: slm eval runs/book runs/book-2 --text other.txt
+    In place of a model, `oracle` gives the right answers of exact-match and code tasks, and `wrong` wrong ones: they
+    show that a task can be measured.
+
     Example: slm eval runs/book --tasks stories --limit 50 --output results.json
+    Example: slm eval oracle wrong --tasks humaneval --task-data evals
     """
     from slmkit.cli.show import print_table, progress_bar
 
@@ -235,3 +241,32 @@ def stated(recipe: Mapping[str, Any]) -> str:
         return value[:12] if isinstance(value, str) and len(value) == 64 and " " not in value else str(value)
 
     return "; ".join(f"{key.replace('_', ' ')} {one(value)}" for key, value in recipe.items() if value is not None)
+
+
+def report(
+    run: RunPath,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="The file; default: RUN/report.html.")] = None,
+    results: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE.json",
+            help="What `slm eval --output` wrote; default: evaluations of RUN that are still known.",
+        ),
+    ] = None,
+) -> None:
+    """Write all that is known of a run into one HTML file.
+
+    Curves, evaluation, samples, data, time and cost, configuration, environment and checkpoints, for a browser or for
+    paper. The file needs no network and no other file. The run may still be running.
+
+    Example: slm report runs/book -o book.html
+    """
+    from slmkit.find import find_run
+
+    root = find_run(run)
+    path = root / "report.html" if output is None else Path(output)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UserError(f"--output {path}: expected the name of a file in a folder that exists")
+    from slmkit.workflows.evaluation.report import write_report  # imports torch: after the arguments were checked
+
+    print(write_report(root, path, results or ()))

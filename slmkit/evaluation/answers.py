@@ -32,7 +32,7 @@ NORMALISATION = (  # what `normalised` does, in this order: a part of the recipe
     "white space collapsed",
 )
 LONGEST = 1000  # digits
-GROUPING = re.compile(r"(?<=\d)(?<!\d{4})(?:[\u00a0\u2007\u2009\u202f_]|\{,\}|\\[,!;])(?=\d{3}(?!\d))")
+GROUPING = re.compile(r"(?<=\d)(?<!\d{4})(?:[\u00a0\u2007\u2009\u202f_]|\{,\}|,?\\[,!;])(?=\d{3}(?!\d))")
 DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,2}(?:,\d{2})+,\d{3}(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 NUMBER = re.compile(
     rf"""(?<![A-Za-z\d^])(?<!\^\{{)(?<![A-Za-z\d]_)(?<![A-Za-z\d]_\{{)(?<![A-Za-z\d]\^[-+])(?<!\^\{{[-+])

@@ -59,12 +59,17 @@ def with_sandbox(
         cut = [[SPECIAL_TOKEN.split(answer)[0] for answer in several] for several in answers]
         programs = build(cut, docs)
         tests = [tests_of(doc, config["doc_to_target"]) for doc in docs]
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            waiting = [
-                [(program, pool.submit(run, program, test, limits, unsafe=unsafe)) for program in several]
-                for several, test in zip(programs, tests, strict=True)
-            ]
-            return [[{"program": one, **asdict(verdict.result())} for one, verdict in several] for several in waiting]
+        pairs = [(program, test) for several, test in zip(programs, tests, strict=True) for program in several]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            waiting = {pair: pool.submit(run, *pair, limits, unsafe=unsafe) for pair in dict.fromkeys(pairs)}
+            try:
+                verdicts = {pair: asdict(verdict.result()) for pair, verdict in waiting.items()}
+            finally:
+                pool.shutdown(cancel_futures=True)  # after Ctrl-C: not the rest of them
+        return [
+            [{"program": program, **verdicts[program, test]} for program in several]
+            for several, test in zip(programs, tests, strict=True)
+        ]
 
     def values(doc: dict[str, Any], results: list[list[dict[str, Any]]]) -> dict[str, float]:
         passed = [verdict["passed"] for verdict in results[0]]

@@ -22,13 +22,14 @@ import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from typing import Any
 
 LONGEST = 16 << 20  # bytes of a message
 DEEPEST = 100  # levels of nesting in a value
 COLLECTIONS: dict[str, type] = {kind.__name__: kind for kind in (list, tuple, set, frozenset)}
 PLAIN = (bool, int, float, complex, str, bytes, tuple, list, dict, frozenset, set, range)
+ENDED = "the program has ended"
 TYPES = {kind.__name__: kind for kind in (*PLAIN, object)}
 NUMBERS = {"Fraction": "fractions", "Decimal": "decimal"}
 # How values that JSON does not have are written, and read.
@@ -148,23 +149,26 @@ class Remote:
     def __call__(self, *positional: Any, **named: Any) -> Any:
         return self._ask("call", self, positional, named)
 
-    def __iter__(self) -> Iterator[Any]:
-        things = self._ask("iter", self)
-        while found := self._ask("next", things):
-            yield found[0]
+    def __next__(self) -> Any:
+        if found := self._ask("next", self):
+            return found[0]
+        raise StopIteration
 
 
 for method, operation in {
-    "__getattr__": "get", "__setattr__": "set", "__getitem__": "item", "__setitem__": "put", "__len__": "len",
-    "__bool__": "bool", "__str__": "str",
+    "__getattr__": "get", "__setattr__": "set", "__getitem__": "item", "__setitem__": "put", "__iter__": "iter",
+    "__len__": "len", "__bool__": "bool", "__str__": "str",
 }.items():  # fmt: skip
     setattr(Remote, method, lambda self, *arguments, name=operation: self._ask(name, self, *arguments))
 
 
+def names_in(code: Any) -> set[str]:
+    """The names that the code reads, attributes too."""
+    return {*code.co_names}.union(*(names_in(part) for part in code.co_consts if isinstance(part, type(code))))
+
+
 def judge(descriptor: int, program: str, tests: str, finish: Callable[[str], None]) -> None:
     """The tests' process. `finish(reason)` says the verdict and ends the process; no reason: passed."""
-    import ast
-
     remotes: dict[int, Remote] = {}
 
     def number_of(value: Any) -> int:
@@ -176,34 +180,38 @@ def judge(descriptor: int, program: str, tests: str, finish: Callable[[str], Non
         try:
             link.send(operation, *arguments)
             outcome, *found = link.receive()
-            if outcome == "returned":
-                return found[0]
-            kinds, text = found
-        except (EOFError, OSError):
-            return finish("the program has ended")
-        except (LookupError, AttributeError, RecursionError, MemoryError) as error:
-            return finish(f"the program's answer cannot be read: {error}")
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            return finish(ENDED)
+        except (LookupError, ArithmeticError, RecursionError, MemoryError, UnicodeError, json.JSONDecodeError):
+            outcome = "unreadable"
+        if outcome == "returned" and len(found) == 1:
+            return found[0]
+        if outcome != "raised":
+            return finish("the program's answer cannot be read")
+        kinds, text = found
         if "Exception" not in kinds:  # SystemExit, KeyboardInterrupt: not for the tests to catch
             return finish(f"the program raised {kinds[0]}: {text}")
-        kind = next(kind for kind in kinds if isinstance(getattr(builtins, kind, None), type))
+        known = (getattr(builtins, kind, None) for kind in kinds)
+        kind = next(kind for kind in known if isinstance(kind, type) and issubclass(kind, Exception))
         # A StopIteration would end a loop of the tests before its time.
-        raised = RuntimeError() if kind.startswith("Stop") else getattr(builtins, kind).__new__(getattr(builtins, kind))
-        raised.args = (text,)
-        raise raised
+        kind = RuntimeError if issubclass(kind, StopIteration | StopAsyncIteration) else kind
+        error = kind.__new__(kind)
+        error.args = (text,)
+        raise error
 
     link = Link(descriptor, number_of, lambda number: remotes.setdefault(number, Remote(ask, number)))
     try:
         there = ask("execute", program)
         module = sys.modules["program"] = type(sys)("program")
         module.__dict__["__getattr__"] = lambda name: getattr(there, name)
-        tree, space = ast.parse(tests), {"__name__": "tests"}
-        for name in {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - {*dir(builtins)}:
+        code, space = compile(tests, "tests", "exec"), {"__name__": "tests"}
+        for name in names_in(code) - {*dir(builtins)}:
             try:
                 known = name in sys.stdlib_module_names
                 space[name] = importlib.import_module(name) if known else getattr(there, name)
-            except AttributeError:
+            except (AttributeError, ImportError):
                 continue  # the tests define it, or miss it
-        exec(compile(tree, "tests", "exec"), space)
+        exec(code, space)
     except BaseException as error:
         trace, line = error.__traceback__, 0
         while trace:
@@ -217,20 +225,24 @@ def judge(descriptor: int, program: str, tests: str, finish: Callable[[str], Non
 
 def main(settings: dict[str, Any]) -> None:
     """Gives up what the process may do, and then does its part."""
+    if os.getpgrp() != os.getpid():
+        os.setsid()  # a signal to its process group reaches nothing outside
     if settings["user"] and os.geteuid() == 0:  # the limit on processes does not bind root
         os.setgroups([])
         os.setresgid(*[settings["user"]] * 3)
         os.setresuid(*[settings["user"]] * 3)
     for name, value in settings["limits"].items():
-        resource.setrlimit(getattr(resource, name), (value, value))
+        limit = getattr(resource, name)
+        most = resource.getrlimit(limit)[1]
+        resource.setrlimit(limit, (value, value) if most == resource.RLIM_INFINITY else (min(value, most),) * 2)
     sys.path += settings["packages"]
     if settings["part"] == "program":
         return answer(settings["link"])
 
     verdict, null = os.dup(1), os.open(os.devnull, os.O_RDWR)
     request = json.load(sys.stdin)
-    os.dup2(null, 0)
-    os.dup2(null, 1)
+    for number in range(3):
+        os.dup2(null, number)
 
     def finish(reason: str) -> None:
         os.write(verdict, json.dumps(reason).encode())

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import datasets
@@ -40,7 +40,7 @@ class FittedTask(ConfigurableTask):
     """
 
     def __init__(self, config: dict[str, Any], about: Mapping[str, Any], chat: bool) -> None:
-        self.about, self.chat = about, chat
+        self.about, self.data, self.chat = about, about["data"], chat
         self.lm: Any = None
         self.no_room: set[int] = set()
         self.shots: dict[int, int] = {}
@@ -53,6 +53,10 @@ class FittedTask(ConfigurableTask):
                 self._metric_fn_kwargs.setdefault(metric, {})
                 self._aggregation_list.setdefault(metric, get_metric_aggregation(metric))
                 self._higher_is_better.setdefault(metric, is_higher_better(metric))
+
+    @cached_property
+    def eval_docs(self) -> Any:  # lm-eval converts all documents whenever they are asked for
+        return super().eval_docs
 
     @property
     def new_tokens(self) -> int:
@@ -101,6 +105,10 @@ class FittedTask(ConfigurableTask):
 
     def doc_iterator(self, **which: Any) -> Iterator[tuple[int, Any]]:
         return ((number, doc) for number, doc in super().doc_iterator(**which) if number not in self.no_room)
+
+    def is_full(self, limit: int | None) -> bool:
+        """Whether no document can be asked."""
+        return next(self.doc_iterator(limit=limit), None) is None
 
     def build_all_requests(self, **options: Any) -> None:
         self._used: list[int] = []
@@ -177,7 +185,7 @@ def evaluated(
     lm: Any, tasks: Mapping[str, FittedTask], limit: int | None, seed: int
 ) -> dict[str, list[dict[str, Any]]]:
     """lm-eval's samples of each task that was prepared and has a document to ask."""
-    asked = {name: task for name, task in tasks.items() if next(task.doc_iterator(limit=limit), None)}
+    asked = {name: task for name, task in tasks.items() if not task.is_full(limit)}
     if not asked:
         return {}
     for task in asked.values():
@@ -190,10 +198,11 @@ def evaluated(
 @contextlib.contextmanager
 def quiet(offline: bool = False) -> Iterator[None]:
     """No log lines below errors, no progress bars of lm-eval and datasets; `offline`: no attempt to reach the hub."""
-    logger, bars = logging.getLogger("lm_eval"), datasets.are_progress_bars_disabled()
-    level, hub = logger.level, huggingface_hub.constants
+    loggers, bars = [*map(logging.getLogger, ("lm_eval", "huggingface_hub"))], datasets.are_progress_bars_disabled()
+    levels, hub = [logger.level for logger in loggers], huggingface_hub.constants
     before = lm_eval.api.task.tqdm, datasets.config.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE
-    logger.setLevel(logging.ERROR)
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     lm_eval.api.task.tqdm = lambda items, **_: items
     if offline:
@@ -201,7 +210,8 @@ def quiet(offline: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
         lm_eval.api.task.tqdm, datasets.config.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE = before
         if not bars:
             datasets.enable_progress_bars()

@@ -56,11 +56,17 @@ def enter_namespaces() -> None:
             file.write(text)
 
 
+def read_only(path: str, flags: int = 0) -> None:
+    attributes = (ctypes.c_uint64 * 4)(READ_ONLY | NO_SET_USER_ID)
+    call("syscall", MOUNT_SETATTR, HERE, path, flags, ctypes.byref(attributes), ctypes.sizeof(attributes))
+
+
 def change_root(visible: list[str], disk: int) -> None:
     root = "/proc"  # exists everywhere, and nothing visible is below it
     call("mount", None, "/", None, PRIVATE_ALL, None)
     call("mount", "tmpfs", root, "tmpfs", NO_SET_USER_ID, "size=1m,mode=755")
-    os.makedirs(f"{root}/tmp")
+    os.mkdir(f"{root}/tmp")
+    call("mount", "tmpfs", f"{root}/tmp", "tmpfs", NO_SET_USER_ID, f"size={disk},mode=1777")
     for path in visible:
         if os.path.isdir(path):
             os.makedirs(root + path, exist_ok=True)
@@ -68,9 +74,8 @@ def change_root(visible: list[str], disk: int) -> None:
             os.makedirs(os.path.dirname(root + path), exist_ok=True)
             open(root + path, "x").close()
         call("mount", path, root + path, None, BIND_ALL, None)
-    attributes = (ctypes.c_uint64 * 4)(READ_ONLY | NO_SET_USER_ID)
-    call("syscall", MOUNT_SETATTR, HERE, root, RECURSIVE, ctypes.byref(attributes), ctypes.sizeof(attributes))
-    call("mount", "tmpfs", f"{root}/tmp", "tmpfs", NO_SET_USER_ID, f"size={disk},mode=1777")
+        read_only(root + path, RECURSIVE)
+    read_only(root)
     os.chdir(root)
     call("syscall", PIVOT_ROOT[platform.machine()], ".", ".")  # the old root is now mounted over the new one
     call("umount2", ".", DETACH)

@@ -3,7 +3,7 @@
 A window of W tokens moves on by S tokens at a time, the stride, and the model predicts the token after each of its
 positions. Only predictions that no earlier window made count, so each token of a text is predicted exactly once: given
 W−S+1 to W tokens before it, or all that there are at the beginning. All figures are ratios of sums over all tokens,
-never means of windows' means. A stride of W gives disjoint windows, as lm-eval's `loglikelihood_rolling` has them.
+never means of windows' means. A stride of W gives the windows of lm-eval's `loglikelihood_rolling`.
 """
 
 from __future__ import annotations
@@ -140,12 +140,12 @@ def start_tokens(tokenizer: SLMTokenizer) -> list[int]:
 
 def windows(tokens: int, window: int, stride: int) -> list[tuple[int, int, int]]:
     """The windows of a stream: (begin, first, end). Tokens begin to end − 1 are read; the predictions that count are of
-    tokens first to end.
+    tokens first to end. The last window is full too: it begins as early as it can.
     """
     last = tokens - 1
     ends = [min(begin + window, last) for begin in range(0, last, stride)]
     ends = ends[: ends.index(last) + 1] if ends else []  # the others would predict nothing new
-    return [(k * stride, ends[k - 1] + 1 if k else 1, end) for k, end in enumerate(ends)]
+    return [(max(0, end - window), ends[k - 1] + 1 if k else 1, end) for k, end in enumerate(ends)]
 
 
 def token_losses(

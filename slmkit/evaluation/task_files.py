@@ -102,12 +102,14 @@ def find_files(
         path: [_key(part) for part in (folder.resolve().name, *path.relative_to(folder).parts)]
         for path in _all_files(folder, texts)
     }
-    own = [path for path, keys in parts.items() if wanted & {*keys}]
-    own = own or [path for path, keys in parts.items() if any(name in key for key in keys[1:] for name in wanted)]
-    words = {path: {*re.findall(r"[a-z]+", str(path.relative_to(folder)).lower())} & ALL_SPLIT_WORDS for path in own}
-    choices = [[path for path in own if word in words[path]] for word in SPLIT_WORDS.get(split, (split,))]
-    if not only_named:  # a data set of one split calls it train
-        choices.append([path for path in own if not words[path] or split == "train"])
+    words = {path: {*re.findall(r"[a-z]+", str(path.relative_to(folder)).lower())} & ALL_SPLIT_WORDS for path in parts}
+    named = [path for path, keys in parts.items() if wanted & {*keys}]
+    alike = [path for path, keys in parts.items() if any(name in key for key in keys[1:] for name in wanted)]
+    choices = list[list[Path]]()
+    for own in (named, alike):
+        choices += [[path for path in own if word in words[path]] for word in SPLIT_WORDS.get(split, (split,))]
+        if not only_named:  # a data set of one split calls it train
+            choices.append([path for path in own if not words[path] or split == "train"])
     found = next(filter(None, choices), [])
     stems = {path: re.sub(r"\d+", "", parts[path][-1]) for path in found}
     shortest = min(stems.values(), key=lambda stem: (len(stem), stem), default="")
@@ -121,14 +123,15 @@ def _all_files(folder: Path, texts: Sequence[str] = ()) -> list[Path]:
 
 
 def _read(path: Path, entry: Mapping[str, Any]) -> tuple[Placed, ...]:
-    status = path.stat()
+    read = [status for one in (path, _labels(path)) if one.is_file() for status in [one.stat()]]
+    state = tuple((status.st_size, status.st_mtime_ns) for status in read)
     column, cut = next(iter(entry.get("documents", {}).items()), ("", ""))
-    return _read_once(path, (status.st_size, status.st_mtime_ns), column, cut, tuple(entry.get("header", ())))
+    return _read_once(path, state, column, cut, tuple(entry.get("header", ())))
 
 
 @lru_cache(maxsize=1)  # the Pile's tasks read the same file one after the other
 def _read_once(
-    path: Path, state: tuple[int, int], column: str, cut: str, header: tuple[str, ...]
+    path: Path, state: tuple[tuple[int, int], ...], column: str, cut: str, header: tuple[str, ...]
 ) -> tuple[Placed, ...]:
     return tuple(_rows_of(path, column, cut, header))
 
@@ -136,7 +139,7 @@ def _read_once(
 def _rows_of(path: Path, column: str = "", cut: str = "", header: Sequence[str] = ()) -> Iterator[Placed]:
     """The rows of a file, with the labels of `NAME-labels.lst` beside it. Raises `UserError` for a damaged one."""
     file, kind = local_file(path), _kind(path)
-    labels = path.with_name(f"{path.name.split('.')[0]}-labels.lst")  # as PIQA's publisher has them
+    labels = _labels(path)
     answers = labels.read_text().split() if labels.is_file() else None
     try:
         if kind not in ROWS:
@@ -150,6 +153,8 @@ def _rows_of(path: Path, column: str = "", cut: str = "", header: Sequence[str] 
         else:
             found = ((place, value) for place, value, _ in ROWS[kind](file, {}))
         for number, (place, row) in enumerate(found):
+            if header and None in row:
+                raise UserError(f"{place}: expected {len(header)} fields, found {len(header) + len(row[None])}")
             if isinstance(row, BadRow):
                 raise UserError(row.message)
             if answers is not None and number >= len(answers):
@@ -157,6 +162,11 @@ def _rows_of(path: Path, column: str = "", cut: str = "", header: Sequence[str] 
             yield place, row if answers is None else {"label": int(answers[number]), **row}
     except (RowError, UnicodeDecodeError, csv.Error, *damage()) as error:
         raise UserError(f"{path}: cannot be read: {one_line(error)}") from None
+
+
+def _labels(path: Path) -> Path:
+    """Where PIQA's publisher has the labels of a file's rows."""
+    return path.with_name(f"{path.name.split('.')[0]}-labels.lst")
 
 
 def _converted(raw: Sequence[Placed], entry: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -193,7 +203,15 @@ def _expression(text: str) -> Any:
         return lambda **fields: fields[text]
     environment = Environment(undefined=StrictUndefined)
     environment.filters["sub"] = lambda value, pattern, by="": re.sub(pattern, by, value)
-    return environment.compile_expression(text, undefined_to_none=False)
+    compiled = environment.compile_expression(text, undefined_to_none=False)
+
+    def value(**fields: Any) -> Any:
+        found = compiled(**fields)
+        if isinstance(found, StrictUndefined):
+            str(found)  # raises its error
+        return found
+
+    return value
 
 
 def _kind(path: Path) -> str:

@@ -60,6 +60,11 @@ def task_result(name: str, task: Any, samples: Sequence[Mapping[str, Any]], comm
         **{key: value for key, value in task.about.items() if key != "shots from"},
         "version": f"lm-eval {version('lm_eval')}, task {task.VERSION}",
     }
+    if corpus := [metric for metric in CORPUS if metric in task.aggregation()]:
+        every = {metric: [sample[metric] for sample in samples if metric in sample] for metric in corpus}
+        recipe["of the whole corpus"] = {
+            name: task.aggregation()[name](found) for name, found in every.items() if found
+        }
     errors = [
         f"document {number}: no room for its prompt without shots and {task.new_tokens:,} new tokens in "
         f"{task.context:,} positions"

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -13,12 +14,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from slmkit.config import UserError, did_you_mean, one_line, read_table
 from slmkit.evaluation.results import TaskResult
 from slmkit.evaluation.task_files import MissingFileError, local_rows
 from slmkit.evaluation.task_results import Group, group_result, task_result
 
 CORE = "core"
+# In lm-eval's task files: what a line defines, and its name or the list of names below it.
+NAMED = re.compile(r"""^["']?(task|group|tag)["']?:[ \t]*(?:([^\s#][^\n#]*)|((?:\n[ \t]*- [^\n{:]+)+))""", re.MULTILINE)
 
 
 @dataclass
@@ -54,10 +59,10 @@ def load_tasks(
     make = Maker(data, shots, chat, samples, temperature)
     with quiet(offline=data is not None):
         for name in names:
-            alias = table["aliases"].get(name, {"tasks": [name]})
-            manager = task_manager(*alias.get("folders", ()))
+            alias = table["aliases"].get(name) or _own_name(name)
+            manager = task_manager(*alias["folders"])
             manager._factory = Factory(make)
-            found, wanted = _load(name, alias, manager, chat, partial=data is not None and "partial" in alias)
+            found, wanted = _load(name, alias, manager, chat, some=data is not None and "partial" in alias)
             if "mean" in alias and len(found) > 1:
                 note = f"{len(found)} of {wanted} tasks"
                 note += ": not comparable with published CORE figures" if name == CORE and len(found) < wanted else ""
@@ -67,18 +72,15 @@ def load_tasks(
     return loaded
 
 
-def _load(name: str, alias: Mapping[str, Any], manager: Any, chat: bool, partial: bool) -> tuple[Tasks, int]:
-    """The tasks of an alias, and how many they should be; if `partial`, those whose files are there."""
+def _load(name: str, alias: Mapping[str, Any], manager: Any, chat: bool, some: bool) -> tuple[Tasks, int]:
+    """The tasks of an alias, and how many they should be; with `some`, those whose files are there."""
     wanted = core_tasks(task_table()) if name == CORE else alias.get("chat", alias["tasks"]) if chat else alias["tasks"]
     found, missing = Tasks(), None
     for one in wanted:
-        if isinstance(one, str) and one not in manager.task_index:
-            known = [*task_table()["aliases"], *manager.all_tasks]
-            raise UserError(f"no task {one!r}; {did_you_mean(one, known)}, or any other of lm-eval's names")
         try:
             built = manager.load([one])
         except MissingFileError as error:
-            if not partial:
+            if not some:
                 raise
             missing = error
         except ImportError as error:
@@ -89,6 +91,14 @@ def _load(name: str, alias: Mapping[str, Any], manager: Any, chat: bool, partial
     if missing and not found:
         raise missing
     return found, len(wanted)
+
+
+def _own_name(name: str) -> dict[str, Any]:
+    """A task, group or tag of lm-eval as if it were an alias. Raises `UserError` for an unknown name."""
+    known = names_of_lm_eval()
+    if name not in known:
+        raise UserError(f"no task {name!r}; {did_you_mean(name, [*task_table()['aliases'], *known])}")
+    return {"tasks": [name], "folders": known[name]}
 
 
 def _groups(groups: Mapping[str, Any]) -> Iterator[tuple[str, Group]]:
@@ -114,13 +124,30 @@ def task_manager(*folders: str) -> Any:
     return lm_eval.tasks.TaskManager(include_defaults=not folders, include_path=[str(root / name) for name in folders])
 
 
+@cache
+def names_of_lm_eval() -> dict[str, tuple[str, ...]]:
+    """Every name of lm-eval, and the folder that defines it; none for a group or tag, whose tasks may be anywhere."""
+    import lm_eval.tasks
+
+    root, names = Path(lm_eval.tasks.__file__).parent, dict[str, tuple[str, ...]]()
+    for path in sorted(root.rglob("*yaml")):
+        text = path.read_text("utf-8")
+        for key, inline, several in NAMED.findall(text):
+            for name in re.findall(r"(?<!#)[^#\s'\"\[\],]+", inline or several.replace("- ", "")):
+                names[name] = path.relative_to(root).parts[:1] if key == "task" and inline else ()
+    return names
+
+
 def core_tasks(table: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Configurations of CORE's tasks. `metadata` has the accuracy of guessing; `local` is for `Maker`."""
 
     def filled(value: Any, between: str) -> Any:
         before = between.rstrip(" ")
         space = between[len(before) :]
-        return value.replace("{before}", before).replace("{space}", space) if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        # lm-eval takes a rendered text of digits for a number, but not that of a column.
+        return re.sub(r"^\{\{(\w+)\}\}$", r"\1", value.replace("{before}", before).replace("{space}", space))
 
     return [
         {
@@ -163,10 +190,13 @@ class Maker:
             raise UserError(f"{config['task']}: name the folder of the evaluation bundle's files: --task-data FOLDER")
         try:
             return FittedTask(config, about, self.chat)
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError, LookupError, TypeError, TemplateError) as error:
             if self.data is None and "scripts are no longer supported" in str(error):
                 return self._from_parquet(config, about)
-            raise _no_hub(config, error) if self.data is None else error from None
+            if self.data is None:
+                raise _no_hub(config, error) from None
+            name, why = about["data"]["name"], one_line(error)
+            raise UserError(f"{config['task']}: rows of {name} are not as lm-eval expects them: {why}") from None
 
     def _from_parquet(self, config: dict[str, Any], about: dict[str, Any]) -> Any:
         """The task with the hub's own conversion of a data set that a script would load."""
@@ -215,7 +245,8 @@ def with_local_rows(
         about["shots from"] = "the other rows" if is_core else "rows that are not evaluated"
         if examples not in (None, evaluated) and (train := local_rows(folder, entry, examples, config, True)):
             found[examples], about["shots from"] = train, "the train file"
-            about["data"]["shots"] = train.data
+            if config["num_fewshot"]:
+                about["data"]["shots"] = train.data
         else:
             few = {**few, "split": evaluated}
     try:

@@ -102,9 +102,9 @@ class PageData:
         return {
             **overview,
             **_lines_since(root / "metrics.jsonl", since, mark),
-            "samples": _samples(root / "samples.md"),
-            "xray": _text(root / "xray.md"),
-            "checkpoints": _checkpoints(root),
+            "samples": samples_of(root / "samples.md"),
+            "xray": text_of(root / "xray.md"),
+            "checkpoints": checkpoints_of(root),
             "environment": {key: value for key, value in described.items() if key != "recipe"},
             "plan": read_json(root / "plan.json"),
             "perfect_loss": read_json(root / "data" / "validation" / HEADER).get("perfect_loss"),
@@ -243,7 +243,7 @@ def _is_below(folder: Path, path: Path) -> bool:
     return path.resolve().is_relative_to(folder)
 
 
-def _text(path: Path) -> str:
+def text_of(path: Path) -> str:
     """The text of a file; empty if there is none."""
     with contextlib.suppress(OSError):
         return path.read_text(encoding="utf-8", errors="replace")
@@ -294,17 +294,17 @@ def _mark(file: BinaryIO, position: int) -> str:
     return hashlib.sha256(file.read(min(position, MARKED))).hexdigest()[:16]
 
 
-def _samples(path: Path) -> list[Json]:
+def samples_of(path: Path) -> list[Json]:
     """Step and texts, each with its prompt before it, of each evaluation."""
     found = []
-    for section in SAMPLES_OF_A_STEP.finditer(_text(path)):
+    for section in SAMPLES_OF_A_STEP.finditer(text_of(path)):
         quoted = section[0].partition("\n\n")[2].strip("\n").split("\n\n")
         texts = [re.sub("^> ?", "", text, flags=re.MULTILINE) for text in quoted]
         found.append({"step": int(section[1].replace(",", "")), "texts": texts})
     return found
 
 
-def _checkpoints(root: Path) -> list[Json]:
+def checkpoints_of(root: Path) -> list[Json]:
     best, latest = ((root / link).resolve().name for link in ("best", "latest"))
     found = []
     for path in complete_checkpoints(root / "checkpoints"):

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from slmkit.data import stories
-from slmkit.model.config import SLMConfig
 from slmkit.model.files.directory import save_decoder
 from slmkit.model.initialization import build_decoder
 from tests.adapt.trained import SHAPE, TOKENIZER
@@ -23,7 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     told = [story.text[:300] for story in stories.tell_many(77, 12)]
     (folder / "stories.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in told))
     for name, scale in (("model", 0.02), ("worse", 0.5)):
-        config = SLMConfig.from_dict(SHAPE.to_dict() | {"initializer_range": scale})
+        config = SHAPE.model_copy(update={"initializer_range": scale})
         save_decoder(build_decoder(config, seed=9), config, folder / name)
         TOKENIZER.save_pretrained(folder / name)
     shutil.copytree(folder / "model", folder / "same")

@@ -94,7 +94,8 @@ def test_the_context_of_each_token_is_the_one_that_is_said() -> None:
         (found,) = token_losses(model, [ids], window, stride)
         for place in range(1, len(ids)):
             number = max(0, math.ceil((place - window) / stride))  # the first window that reaches it
-            context = ids[number * stride : place]
+            begin = min(number * stride, max(0, len(ids) - 1 - window))  # the last one begins earlier, to be full
+            context = ids[begin:place]
             assert place <= window or window - stride + 1 <= len(context) <= window
             with torch.no_grad():
                 logits = model.logits(model(context[None]))[0, -1]
@@ -106,8 +107,8 @@ def test_the_windows_of_a_stream() -> None:
     assert windows(0, 4, 2) == windows(1, 4, 2) == []
     assert windows(4, 4, 2) == [(0, 1, 3)]
     assert windows(5, 4, 2) == [(0, 1, 4)]
-    assert windows(6, 4, 2) == [(0, 1, 4), (2, 5, 5)]
-    assert windows(12, 4, 4) == [(0, 1, 4), (4, 5, 8), (8, 9, 11)]  # disjoint: the token at a border is scored too
+    assert windows(6, 4, 2) == [(0, 1, 4), (1, 5, 5)]  # the last one is full
+    assert windows(12, 4, 4) == [(0, 1, 4), (4, 5, 8), (7, 9, 11)]  # the token at a border is scored too
 
 
 def test_documents_apart_do_not_see_each_other_and_joined_ones_do() -> None:

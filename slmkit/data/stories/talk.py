@@ -37,11 +37,11 @@ def conversation(seed: int, index: int, split: str = "train") -> list[Message]:
         messages = _questioned(chance, told.text, told.questions)
     elif kind == "pasted":
         story = tell(seed, index, split)
-        messages = _questioned(chance, story.text, _draw(chance, story, chance.randint(4, 8)))
+        messages = _questioned(chance, story.text, drawn_questions(chance, story.questions, chance.randint(4, 8)))
     else:
         story = tell(seed, index, split)
-        messages = _request(chance, story)
-        messages += _next_questions(chance, _draw(chance, story, chance.randint(3, 7)))
+        messages = story_request(chance, story)
+        messages += _next_questions(chance, drawn_questions(chance, story.questions, chance.randint(3, 7)))
     if chance.random() < 0.2:
         messages += _exchange(*_pair(chance, chance.choice(("thanks", "bye"))))
     return messages
@@ -53,9 +53,9 @@ def held_out_questions(count: int, seed: int = 0) -> list[tuple[list[Message], s
     for index in range(count):
         chance = random_stream("held-out question", seed, index)
         story = tell(seed, index, "heldout")
-        (question,) = _draw(chance, story, 1)
+        (question,) = drawn_questions(chance, story.questions, 1)
         if index % 2:
-            messages = [*_request(chance, story), {"role": "user", "content": question.question}]
+            messages = [*story_request(chance, story), {"role": "user", "content": question.question}]
         else:
             messages = [{"role": "user", "content": pasted(chance, story.text, question)}]
         asked.append((messages, question.answer))
@@ -70,7 +70,8 @@ def held_out_scene(index: int) -> tuple[Scene, list[tuple[list[Message], str]]]:
     return told, [(messages, question.answer) for messages, question in zip(asked, told.questions)]
 
 
-def _request(chance: random.Random, story: Story) -> list[Message]:
+def story_request(chance: random.Random, story: Story) -> list[Message]:
+    """A wish for a story about the hero's kind and the thing, and the story."""
     about = {"kind": dress(story.hero_kind, "a", False), "thing": dress(story.thing, "a", False)}
     return _exchange(_say(chance, "request", **about), story.text)
 
@@ -100,10 +101,10 @@ def _small_talk(chance: random.Random) -> list[Message]:
     return messages
 
 
-def _draw(chance: random.Random, story: Story, count: int) -> list[Question]:
+def drawn_questions(chance: random.Random, questions: Sequence[Question], count: int) -> list[Question]:
     """Questions of different forms, each form equally likely, in random order."""
     forms: dict[str, list[Question]] = {}
-    for question in story.questions:
+    for question in questions:
         forms.setdefault(question.form, []).append(question)
     drawn = chance.sample(list(forms), min(count, len(forms)))
     return [chance.choice(forms[form]) for form in drawn]

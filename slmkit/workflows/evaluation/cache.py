@@ -28,13 +28,15 @@ LOADED = {".safetensors", ".json", ".jinja", ".model", ".txt", ".gz", ".tiktoken
 
 
 def model_content(model: str | Path) -> dict[str, str]:
-    """sha256 of each file that determines what a model, run or adapter answers, by role and name."""
+    """sha256 of each file that determines what a model, run or adapter answers, by folder and name."""
     directory = find_model_directory(model)
-    folders = {"model": directory, "tokenizer": Path(find_tokenizer_directory(model))}
-    if is_adapter(directory):
-        folders["base"] = base_of(directory)
-    files = [(role, path) for role, folder in folders.items() for path in sorted(folder.glob("*"))]
-    return {f"{role}/{path.name}": digest(path) for role, path in files if path.suffix in LOADED and path.is_file()}
+    folders = [
+        directory,
+        Path(find_tokenizer_directory(model)),
+        *([base_of(directory)] if is_adapter(directory) else []),
+    ]
+    files = [(n, path) for n, folder in enumerate(dict.fromkeys(folders)) for path in sorted(folder.iterdir())]
+    return {f"{n}/{path.name}": digest(path) for n, path in files if path.suffix in LOADED and path.is_file()}
 
 
 def digest(path: Path) -> str:
@@ -79,3 +81,17 @@ def stored(key: Mapping[str, Any], compute: Callable[[], list[TaskResult]]) -> l
             content = {"key": key, "results": [one.to_json() for one in results]}
             write_whole(path, json.dumps(content, default=str))
     return results
+
+
+def known_results(model: str | Path) -> list[TaskResult]:
+    """The stored results of a model as it is now, the latest last; of the same task and recipe only the latest."""
+    content, found = model_content(model), dict[str, TaskResult]()
+    with contextlib.suppress(OSError):
+        entries = (cache_folder() / "evaluations").glob("*.json")
+        for path in sorted(entries, key=lambda path: path.stat().st_mtime):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, UserError):
+                entry = json.loads(path.read_bytes())
+                if content.items() <= entry["key"].items():
+                    for one in map(TaskResult.from_json, entry["results"]):
+                        found[digest_of([one.task, one.recipe])] = one
+    return [*found.values()]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -20,15 +22,18 @@ from slmkit.data.sources.settings import SourceSettings
 from slmkit.device import find_device
 from slmkit.evaluation.perplexity import chat_result, text_result, window_and_stride
 from slmkit.evaluation.results import TaskResult
-from slmkit.find import find_model_directory, find_tokenizer_directory, learned_conversations
+from slmkit.find import find_model_directory, find_tokenizer_directory, run_of
 from slmkit.generation.ensemble import LanguageModel
 from slmkit.model.config import SLMConfig
 from slmkit.model.files.adapter_directory import config_directory
+from slmkit.model.files.directory import quantization_of
 from slmkit.tokenizer import SLMTokenizer
+from slmkit.training.recipe.recipe import load_recipe
 from slmkit.workflows.evaluation.cache import code_content, digest_of, model_content, stored
 from slmkit.workflows.evaluation.text import read_text
 
 STORIES = "stories"  # the story world, a task of our own
+STORED_ANSWERS = {"oracle": True, "wrong": False}  # "models" that no directory has the name of
 SEED = 1234  # of the choice of shots, as lm-eval's default, and of the held-out stories
 
 Progress = Callable[[str, float | None], None]  # what is done, and which share of it
@@ -60,15 +65,21 @@ def evaluate(
     `text`: sources of text, or with `conversations` of conversations, whose assistant's turns are predicted; `window`,
     `stride` and `joined` as in `text_result`. `tasks`: names that `load_tasks` knows, and `stories`. `task_data`: a
     folder with the tasks' files. `limit`: the first documents of each. `shots`: examples in a prompt, instead of the
-    task's own number. `chat_template`: `chat`, `none`, or `auto`, which is `chat` for a model that learned
-    conversations. `samples` answers to each problem of code tasks, drawn at `temperature`. `precision` `auto` is
-    float32 on a CPU, so that figures agree between machines, and bfloat16 on accelerators that have it.
+    task's own number. `chat_template`: `chat`, `none`, or `auto`: `chat` for a run that learned conversations, and for
+    another model whose tokenizer has a template. `samples` answers to each problem of code tasks, drawn at
+    `temperature`. `precision` `auto` is float32 on a CPU, so that figures agree between machines, and bfloat16 on
+    accelerators that have it.
+
+    The model `oracle` gives the right answers of exact-match and code tasks, `wrong` wrong ones, if no directory has
+    that name.
 
     With `cache`, results of the same model, data and recipe are not computed again; then no weights are loaded. Raises
     `UserError` for what cannot be loaded or evaluated.
     """
-    one = _Evaluated(model, device, precision, cache, progress)
     asked: dict[str, Any] = {"data": task_data, "shots": shots, "samples": samples, "temperature": temperature}
+    if is_stored(model):
+        return on_stored_answers(str(model), tasks, asked, chat_template == "chat", limit)
+    one = _Evaluated(model, device, precision, cache, progress)
     asked["chat"] = bool(tasks) and one.uses_chat(chat_template)
     loaded = {name: one.load(name, asked) for name in tasks if name != STORIES}  # a wrong name is found at once
     results: list[TaskResult] = []
@@ -80,10 +91,35 @@ def evaluate(
             results += one.on_text(source, limit, joined=joined, **geometry)
     for name in tasks:
         if name == STORIES:
-            results += one.on_stories(limit)
+            results += one.on_stories(limit, asked["chat"])
         else:
             results += one.on_task(name, loaded[name], asked, limit, max_new_tokens)
     return results
+
+
+def is_stored(model: str | Path) -> bool:
+    """Whether a model's name means right or wrong answers from the data of the tasks."""
+    return str(model) in STORED_ANSWERS and not Path(model).exists()
+
+
+def on_stored_answers(
+    model: str, tasks: Sequence[str], asked: Mapping[str, Any], chat: bool, limit: int | None
+) -> list[TaskResult]:
+    """Results of the right answers of exact-match and code tasks (`oracle`), or of wrong ones (`wrong`).
+
+    Raises `UserError` for other tasks.
+    """
+    if not tasks or STORIES in tasks:
+        raise UserError(f"{model}: stored answers are for exact-match and code tasks, such as --tasks gsm8k")
+    from slmkit.evaluation.tasks import load_tasks, run_tasks
+
+    loaded = load_tasks(tasks, chat=chat, **asked)
+    from slmkit.evaluation.self_test import (
+        StoredAnswers,
+    )  # imports lm-eval, of which `load_tasks` says if it is missing
+
+    answers = StoredAnswers(loaded, right=STORED_ANSWERS[model])
+    return run_tasks(answers, loaded, limit=limit, seed=SEED, self_test=False)
 
 
 class _Evaluated:
@@ -98,7 +134,9 @@ class _Evaluated:
         self.where = find_device(device, precision)
         is_exact = precision == "auto" and self.where.torch_device.type == "cpu"
         self.dtype = torch.float32 if is_exact else self.where.compute_dtype
-        self.common = {"precision": str(self.dtype).removeprefix("torch."), "slmkit": version("slmkit")}
+        is_quantized = quantization_of(config_directory(self.directory)) is not None
+        dtype = "of the quantized weights" if is_quantized else str(self.dtype).removeprefix("torch.")
+        self.common = {"precision": dtype, "slmkit": version("slmkit")}
 
     @cached_property
     def decoder(self) -> LanguageModel:
@@ -124,8 +162,9 @@ class _Evaluated:
         has_one = self.tokenizer.chat_template is not None
         if chat_template == "chat" and not has_one:
             raise UserError(f"{self.model}: its tokenizer has no chat template: use --template none")
-        learned = learned_conversations(self.model)
-        return chat_template == "chat" or (chat_template == "auto" and has_one and learned is not False)
+        run = run_of(self.model)
+        learned = has_one if run is None else load_recipe(run / "recipe.yaml").reads != "text"
+        return chat_template == "chat" or (chat_template == "auto" and has_one and learned)
 
     def on_text(
         self, source: SourceSettings, limit: int | None, window: int | None, stride: int | None, joined: bool
@@ -170,17 +209,15 @@ class _Evaluated:
         key = {"conversations": source.label, "window": window, "stride": stride, "limit": limit}
         return self.stored({**key, "rows": digest_of([row.to_lists() for row in rows] + notes)}, compute)
 
-    def on_stories(self, limit: int | None) -> list[TaskResult]:
+    def on_stories(self, limit: int | None, chat: bool) -> list[TaskResult]:
         from slmkit.evaluation.stories import COUNT, story_report
 
         def compute() -> list[TaskResult]:
             show = lambda what, done, of: self.progress(f"{what}: {done:,} of {of:,}", done / max(1, of))  # noqa: E731
-            return [
-                self._noted(result, (), limit)
-                for result in story_report(self.decoder, self.tokenizer, count=limit or COUNT, progress=show)
-            ]
+            report = story_report(self.decoder, self.tokenizer, count=limit or COUNT, chat=chat, progress=show)
+            return [self._noted(result, (), limit) for result in report]
 
-        return self.stored({"stories": limit or COUNT}, compute)
+        return self.stored({"stories": limit or COUNT, "chat": chat}, compute)
 
     def load(self, name: str, asked: Mapping[str, Any]) -> Mapping[str, Any]:
         from slmkit.evaluation.tasks import load_tasks
@@ -192,6 +229,7 @@ class _Evaluated:
         self, name: str, loaded: Mapping[str, Any], asked: Mapping[str, Any], limit: int | None,
         max_new_tokens: int | None,
     ) -> list[TaskResult]:  # fmt: skip
+        from slmkit.evaluation.harness_task import quiet
         from slmkit.evaluation.tasks import run_tasks
 
         def compute() -> list[TaskResult]:
@@ -199,9 +237,13 @@ class _Evaluated:
 
             lm = EngineLM(self.decoder, self.tokenizer, max_new_tokens=max_new_tokens)
             found = run_tasks(lm, loaded, limit=limit, seed=SEED, progress=self._counter(name, "requests"))
-            return [self._noted(result, (), limit) for result in found]
+            beginning = {
+                "beginning": self.tokenizer.decode(lm.prefix_token_id)
+            }  # of a prompt that the tokenizer begins
+            return [self._noted(result, (), limit, **beginning) for result in found]
 
-        content = digest_of(itertools.chain.from_iterable(_content_of(task) for task in loaded.values()))
+        with quiet():
+            content = digest_of(itertools.chain.from_iterable(_content_of(task) for task in loaded.values()))
         key = {"task": name, **asked, "limit": limit, "max_new_tokens": max_new_tokens, "seed": SEED}
         return self.stored({**key, "data": content}, compute)
 
@@ -214,16 +256,17 @@ class _Evaluated:
     def _counter(self, name: str, unit: str) -> Callable[[int, int], None]:
         return lambda done, of: self.progress(f"{name}: {done:,} of {of:,} {unit}", done / max(1, of))
 
-    def _noted(self, result: TaskResult, notes: Sequence[str], limit: int | None) -> TaskResult:
+    def _noted(self, result: TaskResult, notes: Sequence[str], limit: int | None, **more: Any) -> TaskResult:
         """The result with what its recipe does not know: the limit, the precision and the version."""
-        more = {"limit": limit, **({"notes": [*notes]} if notes else {}), **self.common}
+        more |= {"limit": limit, **({"notes": [*notes]} if notes else {}), **self.common}
         return TaskResult(result.task, {**result.recipe, **more}, result.metrics, result.items, result.errors)
 
 
 def _content_of(task: Any) -> list[Any]:
     """lm-eval's configuration of a task, and the documents that it evaluates and takes its shots from."""
     shots = task.fewshot_docs() if task.config.num_fewshot else []
-    return [task.dump_config(), *task.eval_docs, *(shots or [])]
+    config = json.dumps(task.dump_config(), sort_keys=True, default=str)
+    return [re.sub(" at 0x[0-9a-f]+", "", config), *task.eval_docs, *(shots or [])]  # functions without their addresses
 
 
 def _version(package: str) -> str | None:

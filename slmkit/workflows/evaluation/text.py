@@ -18,6 +18,7 @@ from typing import Any
 from slmkit.config import UserError
 from slmkit.data.prepare.open_sources import items_of
 from slmkit.data.sources import open_source
+from slmkit.data.sources.files import KINDS, kind_of
 from slmkit.data.sources.settings import SourceSettings
 
 WIKITEXT = "wikitext-2"
@@ -45,9 +46,9 @@ def find_text(path: str) -> dict[str, Any]:
     """
     folder = Path(path)
     if folder.name.lower().startswith(WIKITEXT) and folder.is_dir():
-        found = [one for one in sorted(folder.iterdir()) if "test" in one.name.lower() and one.is_file()]
+        found = [one for one in sorted(folder.iterdir()) if "test" in one.name.lower() and kind_of(one.name) in KINDS]
         if not found:
-            raise UserError(f"{path}: no file with test in its name, such as wiki.test.raw")
+            raise UserError(f"{path}: no test.txt in it (wiki.test.raw or wiki.test.tokens: rename it so)")
         return {"path": str(found[0]), "name": WIKITEXT}
     return dict(ON_THE_HUB) if path == WIKITEXT and not folder.exists() else {"path": path}
 
