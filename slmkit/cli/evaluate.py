@@ -41,13 +41,17 @@ OPTIONS: dict[str, tuple[Any, Any, tuple[str, ...], str]] = {
     "max_new_tokens": (int | None, None, ("--max-new-tokens",), "Of an answer; default: as many as the task says."),
     "samples": (int, 1, ("--samples",), "Answers to each problem of code tasks, for pass@k."),
     "temperature": (float | None, None, ("--temperature",), "At which these answers are drawn."),
+    "unsafe_code": (
+        bool, False, ("--unsafe-code",),
+        "Where there is no sandbox, run the programs of code tasks with limits of time and memory alone.",
+    ),
     "no_cache": (bool, False, ("--no-cache",), "Evaluate again what was evaluated before."),
 }  # fmt: skip
 LEAST = {"window": 2, "stride": 1, "limit": 1, "shots": 0, "max_new_tokens": 1, "samples": 1, "temperature": 0}
 RECIPE_WIDTH = 100  # columns
 STORED_ANSWERS = ("oracle", "wrong")  # in place of a model: right and wrong answers
 FOR_TEXT = ("source", "chat", "window", "stride", "joined")
-FOR_TASKS = ("task_data", "shots", "template", "max_new_tokens", "samples", "temperature")
+FOR_TASKS = ("task_data", "shots", "template", "max_new_tokens", "samples", "temperature", "unsafe_code")
 
 
 def with_evaluation(command: Callable[..., None]) -> Callable[..., None]:
@@ -90,7 +94,7 @@ def settings_of(models: Sequence[str], options: Mapping[str, Any]) -> dict[str, 
     for model in models:
         if model not in STORED_ANSWERS or Path(model).exists():
             find_model_directory(model)
-    same = ("limit", "shots", "window", "stride", "joined", "max_new_tokens", "samples", "temperature")
+    same = ("limit", "shots", "window", "stride", "joined", "max_new_tokens", "samples", "temperature", "unsafe_code")
     return {
         "tasks": tasks, "text": texts, "conversations": options["chat"], "task_data": folder,
         "chat_template": options["template"], "cache": not options["no_cache"], "device": options["device"],

@@ -44,21 +44,24 @@ def with_sandbox(
 
     Raises `UserError` where there is no sandbox, unless `unsafe`.
     """
-    sandbox = sandbox_kind(unsafe)
+    sandbox, limits = sandbox_kind(unsafe), limits or Limits()
     config = dict[str, Any](_with_functions(dict(task_config)))
     filters = config.get("filter_list") or [{"name": "none", "filter": []}]
     build = next(
         (step["filter_fn"] for step in filters[0]["filter"] if "filter_fn" in step), lambda answers, docs: answers
     )
+    # The prompt ends in a line with a fence. lm-eval leaves out the end of that line, and would take the first word of
+    # an answer ("def") for the name of a language.
+    start = "\n" if (config.get("gen_prefix") or "").endswith("```python\n") else ""
     ks = {*SAMPLES, *(k for metric in config["metric_list"] for k in metric.get("k", ()))}
     most = config.get("repeats", 1) if config.get("generation_kwargs", {}).get("do_sample") else 1
     ks = {k for k in ks if k <= most}
 
     def judged(answers: Sequence[Sequence[str]], docs: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
         """answers [document][sample] → verdicts [document][sample]; as many programs at a time as there are cores."""
-        cut = [[SPECIAL_TOKEN.split(answer)[0] for answer in several] for several in answers]
+        cut = [[start + SPECIAL_TOKEN.split(answer)[0] for answer in several] for several in answers]
         programs = build(cut, docs)
-        tests = [tests_of(doc, config["doc_to_target"]) for doc in docs]
+        tests = [tests_for(doc, config["doc_to_target"]) for doc in docs]
         pairs = [(program, test) for several, test in zip(programs, tests, strict=True) for program in several]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             waiting = {pair: pool.submit(run, *pair, limits, unsafe=unsafe) for pair in dict.fromkeys(pairs)}
@@ -80,11 +83,11 @@ def with_sandbox(
         "filter_list": [{"name": filters[0]["name"], "filter": [{"function": "custom", "filter_fn": judged}]}],
         "process_results": values,
         "metric_list": [{"metric": f"pass@{k}", "aggregation": "mean", "higher_is_better": True} for k in sorted(ks)],
-        "metadata": {**(config.get("metadata") or {}), "sandbox": sandbox},
+        "metadata": {**(config.get("metadata") or {}), "sandbox": sandbox, "limits": asdict(limits)},
     }
 
 
-def tests_of(doc: Mapping[str, Any], target: str) -> str:
+def tests_for(doc: Mapping[str, Any], target: str) -> str:
     """The tests of a document as a program: its set-up, the functions that its prompt gives, and lm-eval's target."""
     from lm_eval.utils import apply_template
 

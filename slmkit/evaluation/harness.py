@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from hashlib import blake2b
+from itertools import zip_longest
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -21,16 +22,21 @@ from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs, postproce
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from slmkit.config import UserError
-from slmkit.generation.engine import Engine, Event, Request
+from slmkit.generation.engine import WORTH_WAITING, Engine, Event, Request
 from slmkit.generation.ensemble import LanguageModel
 from slmkit.generation.sampling_settings import SamplingSettings
+from slmkit.generation.slots import common
 from slmkit.generation.text import end_tokens
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.tokenizer.chat import ConversationError
 from slmkit.tokenizer.chat_prompt import prompt_of
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")  # of a task's `gen_kwargs`
+AT_ONCE = 1024  # tokens of prompts in one pass: nobody waits for a text meanwhile
+MEMORY = 4 * 2**30  # bytes of the KV cache, if a text does not need more
+SCORED = SamplingSettings(seed=0)  # of requests that draw nothing
 Pair = tuple[Any, list[int], list[int]]  # a request, the ids of its context and of its continuation
+Scored = tuple[tuple[int, ...], int]  # ids, and the place of the first of them that is scored
 
 
 class EngineLM(TemplateLM):
@@ -46,13 +52,15 @@ class EngineLM(TemplateLM):
         decoder: LanguageModel,
         tokenizer: SLMTokenizer,
         *,
-        max_rows: int = 64,
+        max_rows: int = 128,
         max_new_tokens: int | None = None,
         progress: Callable[[int, int], None] = lambda done, requests: None,
     ) -> None:
         super().__init__()
         self.tokenizer, self.max_new_tokens, self.progress = tokenizer, max_new_tokens, progress
-        self.engine = Engine(decoder, tokenizer, max_rows=max_rows)
+        memory = max(MEMORY, 2 * decoder.cache_bytes(1, decoder.max_positions, AT_ONCE))
+        self.engine = Engine(decoder, tokenizer, max_rows=max_rows, memory=memory, at_once=AT_ONCE)
+        self.max_rows = max_rows
         self.context = self.engine.context
         self.model_calls = self.cut = self.refused = 0
         self._encoded = lru_cache(maxsize=4096)(self._encode)  # choices of one question share their context
@@ -115,22 +123,42 @@ class EngineLM(TemplateLM):
 
     def _loglikelihood_tokens(self, requests: Sequence[Pair], **kwargs: Any) -> list[tuple[float, bool]]:
         found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)  # of an empty continuation
-        same: dict[tuple[tuple[int, ...], int], list[int]] = defaultdict(list)
+        places: dict[Scored, list[int]] = defaultdict(list)
         for place, (_, context, continuation) in enumerate(requests):
-            ids, new = [*context, *continuation], len(continuation)
-            self.cut += new <= self.context < len(ids) - 1
+            ids, new = (*context, *continuation)[-self.context - 1 :], len(continuation)
+            self.cut += new <= self.context < len(context) + new - 1
             if new > self.context:
                 self.refused += 1
                 found[place] = -math.inf, False
             elif new:
-                same[tuple(ids[-self.context - 1 :]), new].append(place)
-        requests_of = [Request(ids[-self.context :], 0, prompt_logprobs=1) for ids, _ in same]
-        for ((_, new), its), events in zip(same.items(), self._run(requests_of)):
-            scored = events[0].prompt_logprobs[-new:]
-            answer = math.fsum(own for (_, own), _ in scored), all(own[0] == best[0] for own, best in scored)
-            for place in its:
+                places[ids, len(ids) - new].append(place)
+        for done, (scored, event) in enumerate(self._in_waves(places), 1):
+            each = event.prompt_logprobs
+            answer = math.fsum(own for (_, own), _ in each), all(own[0] == best[0] for own, best in each)
+            for place in places[scored]:
                 found[place] = answer
+            self.progress(done, len(places))
         return found
+
+    def _in_waves(self, asked: Iterable[Scored]) -> Iterator[tuple[Scored, Event]]:
+        """The event of each. Of those with one context one is read first, and the others begin with a copy of it.
+
+        Those of about one length run together, which needs the least padding.
+        """
+        contexts: dict[tuple[int, ...], list[Scored]] = defaultdict(list)
+        for ids, start in sorted(asked, key=lambda one: len(one[0]), reverse=True):
+            contexts[ids[:start]].append((ids, start))
+        groups = [*contexts.values()]  # the longest of each first
+        while groups:
+            now = [groups.pop()]
+            while groups and sum(map(len, now)) + len(groups[-1]) <= self.max_rows:
+                now.append(groups.pop())
+            others = [one for same in zip_longest(*now) for one in same if one is not None]
+            for wave in (others[: len(now)], others[len(now) :]):  # the first of each, and the others
+                requests = [Request(ids, 0, SCORED, prompt_logprobs=1, scored_from=start) for ids, start in wave]
+                yield from ((wave[number], event) for number, (event,) in self._run(requests))
+            if groups and common(now[-1][0][0], groups[-1][0][0], WORTH_WAITING) < WORTH_WAITING:
+                self.engine.pools.forget()  # to look through, and move, them takes longer than reading a few tokens
 
     # -- generation ---------------------------------------------------------------------------------------------------
 
@@ -144,19 +172,21 @@ class EngineLM(TemplateLM):
         for place, request in enumerate(requests):
             places[json.dumps(request.args, sort_keys=True)].append(place)
         asked = [self._generation(*requests[its[0]].args, content, len(its)) for content, its in places.items()]
-        texts = [""] * len(requests)
-        for its, (request, stops), events in zip(places.values(), asked, self._run([one for one, _ in asked])):
-            for index, place in enumerate(its):
-                ids = [event.token for event in events if event.index == index and event.token is not None]
-                ids = [token for token in ids if token not in request.stop_ids]
-                text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        texts, of_request = [""] * len(requests), [*places.values()]
+        for done, (number, events) in enumerate(self._run([request for request, _ in asked]), 1):
+            request, stops = asked[number]
+            for index, place in enumerate(of_request[number]):
+                ids = [event.token for event in events if event.index == index and event.token not in request.stop_ids]
+                text = self.tokenizer.decode([*filter(None.__ne__, ids)], skip_special_tokens=True)
                 texts[place] = postprocess_generated_text(text, stops, None)
+            self.progress(done, len(asked))
         return texts
 
     def _generation(self, context: str, options: dict[str, Any], content: str, count: int) -> tuple[Request, list[str]]:
         """The request for `count` continuations of a context, and the strings that end them."""
         options = dict(normalize_gen_kwargs(options))
-        stops, most = options["until"], self.max_new_tokens or options["max_gen_toks"]
+        stops = [*filter(None, options["until"]), self.tokenizer.eos_token]
+        most = self.max_new_tokens or options["max_gen_toks"]
         if most >= self.context:
             raise UserError(
                 f"{most:,} new tokens leave no room for a prompt in the context of {self.context:,}: lower "
@@ -170,19 +200,25 @@ class EngineLM(TemplateLM):
         settings = SamplingSettings(seed=seed, do_sample=options["do_sample"], **chosen)
         ids = ids[-(self.context - most) :]
         stop_ids = frozenset(end_tokens(self.tokenizer))
-        return Request(ids, most, settings, stop_ids, [stop for stop in stops if stop], n=count), stops
+        return Request(ids, most, settings, stop_ids, stops, n=count), stops
 
-    def _run(self, requests: Sequence[Request]) -> Iterator[list[Event]]:
-        """The events of each request, in the order of the requests."""
+    def _run(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[Event]]]:
+        """The number of each request and all of its events, as they end."""
         self.model_calls += sum(request.n for request in requests)
-        numbers = {self.engine.insert(request): number for number, request in enumerate(requests)}
         events: list[list[Event]] = [[] for _ in requests]
-        done = 0
-        while self.engine.is_busy:
-            for event in self.engine.step():
-                events[numbers[event.handle]].append(event)
-                if event.finish_reason == "error":
-                    raise UserError(event.error)
-                done += event.finish_reason is not None
-            self.progress(done, len(requests))
-        yield from events
+        running, numbers = [request.n for request in requests], dict[int, int]()
+        try:
+            for number, request in enumerate(requests):
+                numbers[self.engine.insert(request)] = number
+            while self.engine.is_busy:
+                for event in self.engine.step():
+                    number = numbers[event.handle]
+                    events[number].append(event)
+                    running[number] -= event.finish_reason is not None
+                    if event.error:
+                        raise UserError(event.error)
+                    if running[number] == 0:
+                        yield number, events[number]
+        finally:  # after an error, or if the caller has stopped
+            for handle in numbers if self.engine.is_busy else ():
+                self.engine.remove(handle)

@@ -28,7 +28,7 @@ from lm_eval.tasks._index import Entry, Kind
 from slmkit.config import UserError
 
 # lm-eval compiles its templates for every document and shot: 3/4 of the time in which prompts are made.
-lm_eval.utils.env.from_string = lru_cache(4096)(lm_eval.utils.env.from_string)  # type: ignore[method-assign]
+lm_eval.utils.env.from_string = lru_cache(4096)(lm_eval.utils.env.from_string)
 ACCURACIES = ("acc", "acc_norm", "acc_bytes")
 
 
@@ -185,14 +185,15 @@ def evaluated(
     lm: Any, tasks: Mapping[str, FittedTask], limit: int | None, seed: int
 ) -> dict[str, list[dict[str, Any]]]:
     """lm-eval's samples of each task that was prepared and has a document to ask."""
-    asked = {name: task for name, task in tasks.items() if not task.is_full(limit)}
-    if not asked:
-        return {}
-    for task in asked.values():
-        task.set_fewshot_seed(seed)
-    chat = any(task.chat for task in asked.values())
-    how = {"apply_chat_template": chat, "fewshot_as_multiturn": chat, "confirm_run_unsafe_code": True}
-    return evaluate(lm, {"tasks": asked}, limit=limit, bootstrap_iters=0, **how)["samples"]  # type: ignore[arg-type]
+    found = dict[str, list[dict[str, Any]]]()
+    for chat in (False, True):
+        asked = {name: task for name, task in tasks.items() if task.chat is chat and not task.is_full(limit)}
+        for task in asked.values():
+            task.set_fewshot_seed(seed)
+        if asked:
+            how = {"apply_chat_template": chat, "fewshot_as_multiturn": chat, "confirm_run_unsafe_code": True}
+            found |= evaluate(lm, {"tasks": asked}, limit=limit, bootstrap_iters=0, **how)["samples"]
+    return found
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined, UndefinedError
 
 from slmkit.config import UserError, one_line
-from slmkit.data.sources.documents import BadRow, RowError
+from slmkit.data.sources.documents import BadRow
 from slmkit.data.sources.files import COMPRESSIONS, damage, described, local_file
 from slmkit.data.sources.rows import ROWS
 
@@ -33,6 +33,7 @@ SPLIT_WORDS = {
 ALL_SPLIT_WORDS = {word for words in SPLIT_WORDS.values() for word in words}
 TEXTS = (".txt", ".raw", ".tokens", ".dev", ".devtest")  # cut into rows as the task's `documents` say
 
+SURPLUS = "\0"  # the key of the fields that a row of a .csv has too many
 Placed = tuple[str, dict[str, Any]]  # a row and its place for messages
 
 
@@ -48,44 +49,60 @@ class Rows:
     data: dict[str, Any]  # name, sha256, rows
 
 
-def local_rows(
-    folder: Path, entry: Mapping[str, Any], split: str, config: Mapping[str, Any], examples: bool = False
-) -> Rows | None:
-    """The rows of a split; None if there are no `examples`. `entry`: the task's of `tasks.yaml`; `config`: lm-eval's.
+def local_rows(folder: Path, entry: Mapping[str, Any], split: str, config: Mapping[str, Any]) -> Rows:
+    """The rows of a split. `entry`: the task's of `tasks.yaml`; `config`: lm-eval's of the task.
 
     Raises `MissingFileError` if there is no file or no row, `UserError` if a row lacks a field.
     """
-    languages = [*dict.fromkeys(re.findall(r"sentence_(\w+)", f"{config.get('doc_to_text')}{config['doc_to_target']}"))]
-    known = {**config, "languages": languages}
-    names, task = [name.format(**known) for name in entry["names"]], config["task"]
-    entry = {**entry, "columns": [column.format(**known) for column in entry.get("columns", [])]}
-    texts = TEXTS if "documents" in entry else ()
-    sought = (find_files(folder, names, one, texts, examples) for one in entry.get("splits", [split]))
-    files = next(filter(None, sought), [])
-    if not files and "by_fields" in entry:
-        files = [path for path in _all_files(folder) if {*entry["by_fields"]} <= {*next(_rows_of(path), ("", {}))[1]}]
-    raw = [placed for file in files for placed in _read(file, entry)]
-    if not files and "parallel" in entry:
-        files = [file for name in languages for file in find_files(folder, [name], split, TEXTS, examples)]
-        lines = [[text.strip() for text in path.read_text("utf-8").splitlines()] for path in files]
-        if len({len(one) for one in lines}) > 1:
-            raise UserError(f"{task}: {' and '.join(map(str, files))} have different numbers of lines")
-        if len(files) == len(languages):
-            raw = [(f"{files[0]}:{n}", dict(zip(entry["columns"], row))) for n, row in enumerate(zip(*lines), 1)]
-    rows = [*_converted(raw, entry, config)]
-    if not rows and examples:
-        return None
+    rows, files = _rows_and_files(folder, entry, split, config, only_named=False)
+    task = config["task"]
     if not rows and files:
         raise MissingFileError(f"{task}: no row of it in {', '.join(map(str, files[:3]))}")
     if not rows:
+        names = " or ".join(name.format(**config) for name in entry["names"])
         words = " or ".join([*SPLIT_WORDS.get(split, (split,)), "no split"])
         raise MissingFileError(
-            f"{task}: no file of its {split} split in {folder}; looked for {' or '.join(names)} in the names of files "
-            f"and folders, with {words} in them (.jsonl, .json, .csv, .tsv, .parquet, also .gz or .zst)"
+            f"{task}: no file of its {split} split in {folder}; looked for {names} in the names of files and folders, "
+            f"with {words} in them (.jsonl, .json, .csv, .tsv, .parquet, also .gz or .zst)"
         )
+    return _described(rows, files, folder)
+
+
+def example_rows(folder: Path, entry: Mapping[str, Any], split: str, config: Mapping[str, Any]) -> Rows | None:
+    """Like `local_rows`, of a split that shots are from; None if no file is named after it."""
+    rows, files = _rows_and_files(folder, entry, split, config, only_named=True)
+    return _described(rows, files, folder) if rows else None
+
+
+def _described(rows: list[dict[str, Any]], files: Sequence[Path], folder: Path) -> Rows:
     named = [(str(file.relative_to(folder)), described(file)["sha256"]) for file in files]
-    name, sha256 = named[0] if len(named) == 1 else ([name for name, _ in named], [sha256 for _, sha256 in named])
-    return Rows(rows, {"name": name, "sha256": sha256, "rows": len(rows)})
+    data: dict[str, Any] = {"name": [name for name, _ in named], "sha256": [sha256 for _, sha256 in named]}
+    if len(named) == 1:
+        data = {key: values[0] for key, values in data.items()}
+    return Rows(rows, {**data, "rows": len(rows)})
+
+
+def _rows_and_files(
+    folder: Path, entry: Mapping[str, Any], split: str, config: Mapping[str, Any], only_named: bool
+) -> tuple[list[dict[str, Any]], list[Path]]:
+    languages = [*dict.fromkeys(re.findall(r"sentence_(\w+)", f"{config.get('doc_to_text')}{config['doc_to_target']}"))]
+    known = {**config, "languages": languages}
+    names = [name.format(**known) for name in entry["names"]]
+    entry = {**entry, "columns": [column.format(**known) for column in entry.get("columns", [])]}
+    texts = TEXTS if "documents" in entry else ()
+    sought = (find_files(folder, names, one, texts, only_named) for one in entry.get("splits", [split]))
+    files = next(filter(None, sought), [])
+    if not files and "by_fields" in entry:
+        files = [path for path in _all_files(folder) if {*entry["needs"]} <= {*next(_rows_of(path), ("", {}))[1]}]
+    raw = [placed for file in files for placed in _read(file, entry)]
+    if not files and "parallel" in entry:
+        files = [file for name in languages for file in find_files(folder, [name], split, TEXTS, only_named)]
+        lines = [[text.strip() for text in path.read_text("utf-8").splitlines()] for path in files]
+        if len({len(one) for one in lines}) > 1:
+            raise UserError(f"{config['task']}: {' and '.join(map(str, files))} have different numbers of lines")
+        if len(files) == len(languages):
+            raw = [(f"{files[0]}:{n}", dict(zip(entry["columns"], row))) for n, row in enumerate(zip(*lines), 1)]
+    return [*_converted(raw, entry, config)], files
 
 
 def find_files(
@@ -141,6 +158,7 @@ def _rows_of(path: Path, column: str = "", cut: str = "", header: Sequence[str] 
     file, kind = local_file(path), _kind(path)
     labels = _labels(path)
     answers = labels.read_text().split() if labels.is_file() else None
+    found: Iterable[tuple[str, Any]]
     try:
         if kind not in ROWS:
             with file.open_at() as stream:
@@ -149,19 +167,25 @@ def _rows_of(path: Path, column: str = "", cut: str = "", header: Sequence[str] 
         elif kind == ".csv" and header:
             with file.open_at() as stream:
                 lines = stream.read().decode("utf-8-sig").splitlines(keepends=True)
-            found = ((f"{path}: row {n}", row) for n, row in enumerate(csv.DictReader(lines, header), 1))
+            table = csv.DictReader(lines, header, restkey=SURPLUS)
+            found = ((f"{path}: row {n}", row) for n, row in enumerate(table, 1))
         else:
             found = ((place, value) for place, value, _ in ROWS[kind](file, {}))
         for number, (place, row) in enumerate(found):
-            if header and None in row:
-                raise UserError(f"{place}: expected {len(header)} fields, found {len(header) + len(row[None])}")
             if isinstance(row, BadRow):
                 raise UserError(row.message)
+            if SURPLUS in row:
+                raise UserError(f"{place}: expected {len(header)} fields, found {len(header) + len(row[SURPLUS])}")
             if answers is not None and number >= len(answers):
                 raise UserError(f"{labels}: {len(answers):,} labels, but {path.name} has more rows")
             yield place, row if answers is None else {"label": int(answers[number]), **row}
-    except (RowError, UnicodeDecodeError, csv.Error, *damage()) as error:
+    except _problems() as error:
         raise UserError(f"{path}: cannot be read: {one_line(error)}") from None
+
+
+def _problems() -> tuple[type[Exception], ...]:
+    """What reading a damaged file raises."""
+    return ValueError, csv.Error, *damage()
 
 
 def _labels(path: Path) -> Path:
@@ -173,7 +197,10 @@ def _converted(raw: Sequence[Placed], entry: Mapping[str, Any], config: Mapping[
     """Rows with lm-eval's columns. They have the form of the first row, the first of those whose fields it has."""
     first = raw[0][1] if raw else {}
     columns = entry["columns"] or [*first]
-    forms = [{"needs": entry["columns"], "to": {name: name for name in columns}}, *entry.get("forms", [])]
+    forms = [
+        {"needs": entry.get("needs", entry["columns"]), "to": {name: name for name in columns}},
+        *entry.get("forms", []),
+    ]
     form = next((one for one in forms if all(first.get(name) is not None for name in one["needs"])), forms[0])
     expected = " or ".join(", ".join(one["needs"]) for one in forms)
     also = [name for name in entry.get("also", ()) if name in first and name not in form["to"]]

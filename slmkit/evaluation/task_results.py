@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -154,9 +156,18 @@ def group_result(name: str, group: Group, parts: Sequence[TaskResult]) -> TaskRe
             every = _linearised(pairs, [len(one) if group.mean == "documents" else 1 for one in pairs])
         for document, pair in every.items():
             values.setdefault(document, {})[metric] = pair
-    kept = {key: [part.recipe.get(key) for part in parts] for key in ("shots", "dropped shots", "cut on the left")}
-    recipe = {**parts[0].recipe, **kept, "data": [part.recipe["data"] for part in parts], "mean": group.mean}
-    recipe |= {"tasks": [part.task for part in parts], **({"note": group.note} if group.note else {})}
+    data = [part.recipe["data"] for part in parts]
+    digest = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+    shots = sorted({part.recipe["shots"] for part in parts})
+    recipe = {
+        **parts[0].recipe,
+        **{key: sum(part.recipe[key] for part in parts) for key in ("dropped shots", "cut on the left")},
+        "shots": shots[0] if len(shots) == 1 else shots,
+        "shots from": next((part.recipe["shots from"] for part in parts if part.recipe["shots from"]), None),
+        "data": {"tasks": len(data), "sha256": digest},
+        "mean": group.mean,
+        **({"note": group.note} if group.note else {}),
+    }
     items = tuple(Item(document, found, {}) for document, found in values.items())
     errors = tuple(f"{part.task}: {error}" for part in parts for error in part.errors)
     return TaskResult(name, recipe, {metric: parts[0].metrics[metric] for metric in metrics}, items, errors)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from jinja2 import TemplateError
 
 from slmkit.config import UserError, did_you_mean, one_line, read_table
 from slmkit.evaluation.results import TaskResult
-from slmkit.evaluation.task_files import MissingFileError, local_rows
+from slmkit.evaluation.task_files import MissingFileError, example_rows, local_rows
 from slmkit.evaluation.task_results import Group, group_result, task_result
 
 CORE = "core"
@@ -41,13 +41,14 @@ def load_tasks(
     chat: bool = False,
     samples: int = 1,
     temperature: float | None = None,
+    unsafe_code: bool = False,
 ) -> Tasks:
     """Tasks by the aliases of `tasks.yaml` or lm-eval's own names.
 
     `data`: a folder with the tasks' files; None: the hub, as lm-eval does. `shots`: instead of lm-eval's number, but
     for tasks that lm-eval always asks without. `chat`: prompts in the model's chat template. `samples`: answers for
-    each problem of code tasks, drawn at `temperature`. Raises `UserError` for an unknown name, and for missing or
-    malformed files.
+    each problem of code tasks, drawn at `temperature`; `unsafe_code`: without a sandbox if there is none. Raises
+    `UserError` for an unknown name, for missing or malformed files, and for code tasks without a sandbox.
     """
     try:
         from slmkit.evaluation.harness_task import Factory, quiet
@@ -56,7 +57,7 @@ def load_tasks(
             raise
         raise UserError("standard tasks need lm-eval: pip install slmkit[eval]") from None
     table, loaded = task_table(), Tasks()
-    make = Maker(data, shots, chat, samples, temperature)
+    make = Maker(data, shots, chat, samples, temperature, unsafe_code)
     with quiet(offline=data is not None):
         for name in names:
             alias = table["aliases"].get(name) or _own_name(name)
@@ -171,11 +172,13 @@ class Maker:
     chat: bool
     samples: int
     temperature: float | None
+    unsafe_code: bool
 
     def __call__(self, config: dict[str, Any]) -> Any:
         from slmkit.evaluation.harness_task import FittedTask
 
         local = config.pop("local", None)
+        chat = self.chat and local is None  # CORE is defined on plain text
         if self.shots is not None and (config.get("num_fewshot") != 0 or local):
             config["num_fewshot"] = self.shots
         config["num_fewshot"] = config.get("num_fewshot") or 0
@@ -189,7 +192,7 @@ class Maker:
         elif local:
             raise UserError(f"{config['task']}: name the folder of the evaluation bundle's files: --task-data FOLDER")
         try:
-            return FittedTask(config, about, self.chat)
+            return FittedTask(config, about, chat)
         except (OSError, RuntimeError, ValueError, LookupError, TypeError, TemplateError) as error:
             if self.data is None and "scripts are no longer supported" in str(error):
                 return self._from_parquet(config, about)
@@ -215,7 +218,9 @@ class Maker:
         sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
         generation = {**config.get("generation_kwargs", {}), **sampling}
         about = {"samples": self.samples, "temperature": temperature}
-        return with_sandbox({**config, "repeats": self.samples, "generation_kwargs": generation}), about
+        config = {**config, "repeats": self.samples, "generation_kwargs": generation}
+        config = with_sandbox(config, unsafe=self.unsafe_code)
+        return config, {**about, "sandbox": config["metadata"]["sandbox"], "limits": config["metadata"]["limits"]}
 
 
 def _no_hub(config: Mapping[str, Any], error: Exception) -> UserError:
@@ -239,18 +244,19 @@ def with_local_rows(
     evaluated = config.get("test_split") or config["validation_split"]
     few = config.get("fewshot_config") or {}
     examples = few.get("split") or config.get("fewshot_split") or config.get("training_split")
-    found = {evaluated: local_rows(folder, entry, evaluated, config)}
-    about |= {"data": found[evaluated].data, "shots from": "the task's own examples"}
+    rows = local_rows(folder, entry, evaluated, config)
+    found = {evaluated: rows.rows}
+    about |= {"data": rows.data, "shots from": "the task's own examples"}
     if not few.get("samples"):
         about["shots from"] = "the other rows" if is_core else "rows that are not evaluated"
-        if examples not in (None, evaluated) and (train := local_rows(folder, entry, examples, config, True)):
-            found[examples], about["shots from"] = train, "the train file"
+        if examples not in (None, evaluated) and (train := example_rows(folder, entry, examples, config)):
+            found[examples], about["shots from"] = train.rows, "the train file"
             if config["num_fewshot"]:
                 about["data"]["shots"] = train.data
         else:
             few = {**few, "split": evaluated}
     try:
-        splits = {split: datasets.Dataset.from_list(one.rows) for split, one in found.items()}
+        splits = {split: datasets.Dataset.from_list(one) for split, one in found.items()}
     except (TypeError, ValueError) as error:  # pyarrow's errors are ValueErrors
         raise UserError(f"{task}: rows of different types in {folder}: {one_line(error)}") from None
     config = {**config, "custom_dataset": lambda **_: splits, "dataset_kwargs": None, "fewshot_config": few or None}
@@ -276,8 +282,8 @@ def run_tasks(
     from slmkit.evaluation.harness_task import evaluated, quiet
 
     if self_test:
-        for_stored = {"limit": limit, "seed": seed, "self_test": False}
-        stored.self_test(tasks, lambda lm, some: run_tasks(lm, some, **for_stored), lm, repr((limit, seed)))
+        run = partial(run_tasks, limit=limit, seed=seed, self_test=False)
+        stored.self_test(tasks, run, lm, repr((limit, seed)))
     if progress is not None and hasattr(lm, "progress"):
         lm.progress = progress
     with quiet():

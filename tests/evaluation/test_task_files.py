@@ -27,7 +27,6 @@ def rows_of(folder: Path, task: str, split: str = "validation", **config: Any) -
     pattern = next(one for one in task_table()["data"] if re.fullmatch(one.replace("*", ".*"), task))
     known = {"task": task, "doc_to_text": "", "doc_to_target": "", **config}
     found = local_rows(folder, task_table()["data"][pattern], split, known)
-    assert found is not None
     assert found.data["rows"] == len(found.rows)
     return found.rows
 

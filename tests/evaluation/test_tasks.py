@@ -177,7 +177,7 @@ def test_every_name_runs_on_local_files_without_a_network(
     last = [*found.values()][-1]
     assert 0 <= last.score(METRIC.get(name, "acc")).value < 1e9
     assert all(one.items for one in found.values())
-    data = [one.recipe["data"] for one in found.values() if not isinstance(one.recipe["data"], list)]
+    data = [one.recipe["data"] for one in found.values() if "mean" not in one.recipe]
     assert all({"name", "sha256", "rows"} <= one.keys() for one in data)
     assert dict(os.environ) == before
     assert capfd.readouterr() == ("", "")
@@ -477,6 +477,16 @@ def test_core_is_the_mean_of_centred_accuracies_and_says_of_how_many_tasks(tmp_p
     errors = [found[name].score("centred").standard_error or 0 for name in ("core_copa", "core_lambada_openai")]
     assert core.standard_error == pytest.approx(np.hypot(*errors) / 2)
     assert found["core"].recipe["note"] == "2 of 22 tasks: not comparable with published CORE figures"
+
+
+def test_core_is_plain_text_for_a_chat_model_too(tmp_path: Path) -> None:
+    """Beside a task that is asked in the template."""
+    write(tmp_path / "copa.jsonl", [{"query": "Why", "choices": ["a", "b"], "gold": 1}] * 2)
+    write(tmp_path / "hellaswag.jsonl", FORMS["hellaswag"][0])
+    found = results(["core", "hellaswag"], tmp_path, (lm := KnownLM()), chat=True, limit=1, shots=0)
+    assert lm.requests[:2] == [("Why", " a"), ("Why", " b")]
+    assert all("<user>" in context for context, _ in lm.requests[-4:])
+    assert (found["core_copa"].recipe["template"], found["hellaswag"].recipe["template"]) == ("none", "chat")
 
 
 def test_core_reads_what_is_there_of_the_published_files() -> None:

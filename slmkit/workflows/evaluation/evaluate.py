@@ -55,6 +55,7 @@ def evaluate(
     max_new_tokens: int | None = None,
     samples: int = 1,
     temperature: float | None = None,
+    unsafe_code: bool = False,
     device: str = "auto",
     precision: str = "auto",
     cache: bool = True,
@@ -67,8 +68,8 @@ def evaluate(
     folder with the tasks' files. `limit`: the first documents of each. `shots`: examples in a prompt, instead of the
     task's own number. `chat_template`: `chat`, `none`, or `auto`: `chat` for a run that learned conversations, and for
     another model whose tokenizer has a template. `samples` answers to each problem of code tasks, drawn at
-    `temperature`. `precision` `auto` is float32 on a CPU, so that figures agree between machines, and bfloat16 on
-    accelerators that have it.
+    `temperature`; `unsafe_code`: their programs are run without a sandbox if there is none. `precision` `auto` is
+    float32 on a CPU, so that figures agree between machines, and bfloat16 on accelerators that have it.
 
     The model `oracle` gives the right answers of exact-match and code tasks, `wrong` wrong ones, if no directory has
     that name.
@@ -77,6 +78,7 @@ def evaluate(
     `UserError` for what cannot be loaded or evaluated.
     """
     asked: dict[str, Any] = {"data": task_data, "shots": shots, "samples": samples, "temperature": temperature}
+    asked["unsafe_code"] = unsafe_code
     if is_stored(model):
         return on_stored_answers(str(model), tasks, asked, chat_template == "chat", limit)
     one = _Evaluated(model, device, precision, cache, progress)
