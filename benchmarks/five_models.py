@@ -12,18 +12,31 @@ runs that are hundreds of times as large.
 from __future__ import annotations
 
 import argparse
+import datetime
+import json
+import math
 import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from slmkit.adapt.load import load_model
 from slmkit.config import load_settings
 from slmkit.data.sources import open_source
 from slmkit.data.sources.settings import SourceSettings
 from slmkit.data.stories import tell_many
 from slmkit.device import keep_freed_memory
+from slmkit.evaluation.intervals import estimate
+from slmkit.evaluation.perplexity import text_result
+from slmkit.evaluation.results import Item, TaskResult
+from slmkit.find import find_model_directory
+from slmkit.generation.ensemble import LanguageModel
 from slmkit.tokenizer import SLMTokenizer
+from slmkit.training.logging.metrics_log import environment
 from slmkit.training.recipe.recipe import Recipe
 from slmkit.workflows.context import SILENCE
+from slmkit.workflows.evaluation.compare import compare_results
 from slmkit.workflows.train import train_recipe
 
 RESULTS = Path(__file__).parent / "results" / "five_models.json"
@@ -49,7 +62,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "gemma-3": {
         "model_type": "gemma3_text", "hidden_size": 112, "intermediate_size": 358, "num_hidden_layers": 6,
-        "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 44, "sliding_window": 64,
+        "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 44, "query_pre_attn_scalar": 44,
+        "sliding_window": 64,
     },
     "smallm": {
         "model_type": "gpt2", "hidden_size": 114, "num_hidden_layers": 6, "num_attention_heads": 6,
@@ -103,8 +117,7 @@ def make_tokenizer(folder: Path, tinystories: Path | None) -> None:
     """One tokenizer for all, from equal parts of both texts."""
     texts = [story.text for story in tell_many(0, 2_000)]
     if tinystories is not None:
-        source = open_source(SourceSettings(path=str(tinystories)), seed=0)
-        texts += [document.text for document, _ in source.read()][:2_000]
+        texts += _documents(tinystories)[:2_000]
     tokenizer = SLMTokenizer(VOCABULARY)
     tokenizer.train(texts)
     tokenizer.save_pretrained(folder / "tokenizer")
@@ -125,6 +138,111 @@ def train_all(folder: Path, tokens: int, seeds: int, tinystories: Path | None) -
             print(f"{run.root}: {time.perf_counter() - started:.0f} s, {run.metrics.read()[-1]}", flush=True)
 
 
+MEASURED_SEED = 88_888  # of the stories that the models are measured on
+METRICS = ("bits_per_byte", "above_perfect")  # of the built-in stories; TinyStories have the first
+
+
+class Measure:
+    """The same held-out texts for every model; each story is an item."""
+
+    def __init__(self, tokenizer: SLMTokenizer, count: int, tinystories: Path | None) -> None:
+        self.tokenizer, self.told = tokenizer, [*tell_many(MEASURED_SEED, count)]
+        self.texts = {"stories": [story.text for story in self.told]}
+        if tinystories is not None:
+            self.texts["tinystories"] = _documents(tinystories)[:count]
+
+    def results(self, decoder: LanguageModel) -> Iterator[TaskResult]:
+        for name, texts in self.texts.items():
+            result = text_result(decoder, self.tokenizer, texts, name=name, window=LENGTH, stride=LENGTH // 2)
+            yield self.with_distance(result) if name == "stories" else result
+
+    def with_distance(self, result: TaskResult) -> TaskResult:
+        """With the bits per byte beyond those of the generator, which knows the probability of its stories."""
+        items = []
+        for item, story in zip(result.items, self.told, strict=True):
+            bits, length = item.values["bits_per_byte"]
+            beyond = bits + story.log_probability / math.log(2)
+            items.append(Item(item.id, {**item.values, "above_perfect": (beyond, length)}, item.text))
+        metrics = {**result.metrics, "above_perfect": "loss"}
+        return TaskResult(result.task, result.recipe, metrics, tuple(items), result.errors)
+
+
+def _documents(path: Path) -> list[str]:
+    source = open_source(SourceSettings(path=str(path)), seed=0)
+    return [document.text for document, _ in source.read()]
+
+
+def mean_of(results: Sequence[TaskResult]) -> TaskResult:
+    """The mean of several seeds, item by item."""
+    first, items = results[0], []
+    for its in zip(*(one.items for one in results), strict=True):
+        values = {
+            name: (sum(item.values[name][0] for item in its) / len(its), its[0].values[name][1])
+            for name in its[0].values
+        }
+        items.append(Item(its[0].id, values, its[0].text))
+    return TaskResult(first.task, first.recipe, first.metrics, tuple(items), first.errors)
+
+
+def evaluate_all(folder: Path, seeds: int, count: int, tinystories: Path | None) -> dict[str, Any]:
+    """Figures of every variant and seed, and each variant (the mean of its seeds) compared with the best one."""
+    measure = Measure(SLMTokenizer.from_pretrained(folder / "tokenizer"), count, tinystories)
+    found: dict[str, list[list[TaskResult]]] = {}  # variant → seed → text
+    rows: dict[str, dict[str, Any]] = {}
+    for name in SHAPES:
+        found[name] = []
+        for seed in range(seeds):
+            decoder, _ = load_model(find_model_directory(folder / f"{name}-{seed}"))
+            found[name].append([*measure.results(decoder)])
+        rows[name] = {"parameters": sum(p.numel() for p in decoder.parameters()), "figures": {}}
+        for task, of_seeds in enumerate(zip(*found[name], strict=True)):
+            for metric in (metric for metric in METRICS if metric in of_seeds[0].metrics):
+                rows[name]["figures"][f"{of_seeds[0].task}/{metric}"] = {
+                    "mean": asdict(estimate([mean_of([one[task] for one in found[name]])], metric)),
+                    "seeds": [one.score(metric).value for one in of_seeds],
+                }
+        print(json.dumps({name: rows[name]}), flush=True)
+    means = {name: [mean_of(of_seeds) for of_seeds in zip(*its, strict=True)] for name, its in found.items()}
+    best = min(SHAPES, key=lambda name: means[name][0].score("bits_per_byte").value)
+    names = [best, *(name for name in SHAPES if name != best)]
+    comparison = compare_results(names, [means[name] for name in names])
+    return {"recipe": means[best][0].recipe, "variants": rows, "comparison": comparison.to_json()}
+
+
+COLUMNS = {
+    "stories/bits_per_byte": "stories, bits per byte",
+    "stories/above_perfect": "above a perfect model",
+    "tinystories/bits_per_byte": "TinyStories, bits per byte",
+}
+
+
+def table(content: dict[str, Any]) -> str:
+    """The table of docs/evaluation.md."""
+    comparison = content["comparison"]
+    names = comparison["models"]
+    lines = [
+        "| variant | parameters | " + " | ".join(COLUMNS.values()) + " | stories, difference to the best | p |",
+        "| --- | --- | " + "--- | " * len(COLUMNS) + "--- | --- |",
+    ]
+    for name in names:
+        cells = [f"`{name}`", f"{content['variants'][name]['parameters'] / 1e6:.2f} M"]
+        for key in COLUMNS:
+            figure = content["variants"][name]["figures"][key]
+            seeds = ", ".join(f"{value:.3f}" for value in figure["seeds"])
+            cells.append(f"{figure['mean']['value']:.3f} ± {figure['mean']['standard_error']:.3f} ({seeds})")
+        row = next(
+            (one for one in comparison["rows"] if names[one["model"]] == name and one["task"] == "stories"), None
+        )
+        if row is None:
+            cells += ["", ""]
+        else:
+            its = row["difference"]
+            cells.append(f"{its['value']:+.3f} ({its['low']:+.3f} to {its['high']:+.3f})")
+            cells.append("< 0.001" if row["p"] < 0.001 else f"{row['p']:.3f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("act", choices=["train", "evaluate"])
@@ -132,9 +250,23 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=300_000, help="that each variant is trained on")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--tinystories", type=Path, help="a file of TinyStories to train on, besides the built-in ones")
+    parser.add_argument("--tinystories-valid", type=Path, help="a file of TinyStories to measure on")
+    parser.add_argument("--stories", type=int, default=150, help="that the models are measured on, of each kind")
     options = parser.parse_args()
     keep_freed_memory()
-    train_all(options.folder, options.tokens, options.seeds, options.tinystories)
+    if options.act == "train":
+        train_all(options.folder, options.tokens, options.seeds, options.tinystories)
+        return
+    content = {
+        "date": datetime.date.today().isoformat(),
+        "environment": environment(),
+        "options": {"tokens": options.tokens, "seeds": options.seeds, "stories": options.stories},
+        "shapes": SHAPES,
+        "training": TRAINING,
+        **evaluate_all(options.folder, options.seeds, options.stories, options.tinystories_valid),
+    }
+    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+    print(table(content))
 
 
 if __name__ == "__main__":

@@ -143,6 +143,9 @@ def answer(descriptor: int) -> None:
 class Remote:
     """A thing in the program's process. Two are equal if they are the same thing."""
 
+    _ask: Callable[..., Any]
+    _number: int
+
     def __init__(self, ask: Callable[..., Any], number: int) -> None:
         self.__dict__.update(_ask=ask, _number=number)
 
@@ -204,7 +207,8 @@ def judge(descriptor: int, program: str, tests: str, finish: Callable[[str], Non
         there = ask("execute", program)
         module = sys.modules["program"] = type(sys)("program")
         module.__dict__["__getattr__"] = lambda name: getattr(there, name)
-        code, space = compile(tests, "tests", "exec"), {"__name__": "tests"}
+        code = compile(tests, "tests", "exec")
+        space: dict[str, Any] = {"__name__": "tests"}
         for name in names_in(code) - {*dir(builtins)}:
             try:
                 known = name in sys.stdlib_module_names

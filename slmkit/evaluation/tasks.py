@@ -263,6 +263,14 @@ def with_local_rows(
     return config | {key: None for key in ("training_split", "validation_split") if config.get(key) not in splits}
 
 
+def expect_self_test(lm: Any, tasks: Mapping[str, Any], limit: int | None = None, seed: int = 1234) -> None:
+    """The self-test of tasks as `run_tasks` would do it. Raises `UserError` if it fails."""
+    from slmkit.evaluation.self_test import self_test
+
+    run = partial(run_tasks, limit=limit, seed=seed, self_test=False)
+    self_test(tasks, run, lm, repr((limit, seed)))
+
+
 def run_tasks(
     lm: Any,
     tasks: Mapping[str, Any],
@@ -278,12 +286,10 @@ def run_tasks(
     `progress` gets the requests answered and their number, if the `LM` tells. Raises `UserError` if the answers of a
     task leave no room for prompts, or if the self-test (`self_test.py`) fails.
     """
-    from slmkit.evaluation import self_test as stored
     from slmkit.evaluation.harness_task import evaluated, quiet
 
     if self_test:
-        run = partial(run_tasks, limit=limit, seed=seed, self_test=False)
-        stored.self_test(tasks, run, lm, repr((limit, seed)))
+        expect_self_test(lm, tasks, limit, seed)
     if progress is not None and hasattr(lm, "progress"):
         lm.progress = progress
     with quiet():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from slmkit.training.logging.metrics_log import append_samples
 from slmkit.training.loop import Goal, Report, State
 from slmkit.training.recipe.recipe import Recipe, TrainSettings
 from slmkit.workflows.context import RecipeContext
+from slmkit.workflows.evaluation.evaluate import STORIES
 
 
 class Validate:
@@ -51,32 +52,34 @@ class Validate:
             report["validation_bits_per_byte"] = whole.bits_per_byte(self.text_bytes)
 
 
-STORIES = "stories"  # the task of the story world, which lm-eval does not know
-
-
 class RunTasks:
     """Hook for all ranks in which rank 0 evaluates the model on the tasks of `train.eval_tasks`.
 
-    It adds `eval/TASK/METRIC` to the report, and its standard error as `eval/TASK/METRIC_stderr`. An evaluation that
-    fails is a warning, and its figures are missing: it does not end the run.
+    It adds `eval/TASK/METRIC` to the report, and its standard error as `eval/TASK/METRIC_stderr`; of a group of tasks
+    only the group's. An evaluation that fails is a warning, and its figures are missing: it does not end the run.
     """
 
     def __init__(self, context: RecipeContext) -> None:
         """Raises `UserError` on rank 0 for a task that is not known, or whose data or package is missing."""
         self.context, self.settings = context, context.recipe.train
-        self.tasks = tasks_of(self.settings, chat=context.recipe.reads != "text") if context.group.is_main else {}
+        self.tasks: Any = tasks_of(self.settings, context.recipe.reads != "text") if context.group.is_main else {}
 
     def try_out(self) -> dict[str, bool]:
         """Ask the first document of every task. Returns the metrics, and whether more of each is better.
 
-        Raises `UserError` for a task that cannot be run with this model.
+        Raises `UserError` for a task that cannot be run with this model, or whose self-test fails.
         """
+        model = self.context.model.eval()
         with in_recipe_terms():
-            results = self._results(self.context.model.eval(), limit=1)
+            if self.tasks:
+                from slmkit.evaluation.tasks import expect_self_test
+
+                expect_self_test(self._engine(model), self.tasks, self.settings.eval_limit)
+            results = self._results(model, limit=1)
         return {
-            f"eval/{result.task}/{metric}": FORMS[form].higher_is_better
+            f"eval/{result.task}/{metric}": FORMS[result.metrics[metric]].higher_is_better
             for result in results
-            for metric, form in result.metrics.items()
+            for metric in logged(result)
         }
 
     def __call__(self, state: State, report: Report) -> None:
@@ -92,19 +95,23 @@ class RunTasks:
     def _results(self, model: Decoder, limit: int | None) -> list[TaskResult]:
         tokenizer, results = self.context.corpus.tokenizer, []
         if self.tasks:
-            from slmkit.evaluation.harness import EngineLM
             from slmkit.evaluation.tasks import run_tasks
 
-            engine = EngineLM(model, tokenizer, max_new_tokens=self.settings.eval_max_new_tokens)
-            results += run_tasks(engine, self.tasks, limit=limit)
+            found = run_tasks(self._engine(model), self.tasks, limit=limit)
+            in_groups = {task for group in self.tasks.groups.values() for task in group.tasks}
+            results += [result for result in found if result.task not in in_groups]
         if STORIES in self.settings.eval_tasks:
-            from slmkit.evaluation.stories import story_report
+            from slmkit.evaluation.stories import COUNT, story_report
 
-            results += story_report(model, tokenizer, count=limit or STORIES_ASKED, seed=0)
+            results += story_report(model, tokenizer, count=limit or COUNT)
         return results
 
+    def _engine(self, model: Decoder) -> Any:
+        from slmkit.evaluation.harness import EngineLM
 
-STORIES_ASKED = 300  # without `train.eval_limit`
+        return EngineLM(model, self.context.corpus.tokenizer, max_new_tokens=self.settings.eval_max_new_tokens)
+
+
 KEYS_OF_OPTIONS = {
     "--task-data": "train.eval_task_data",
     "--max-new-tokens": "train.eval_max_new_tokens",
@@ -139,11 +146,24 @@ def in_recipe_terms() -> Iterator[None]:
         raise UserError(text) from None
 
 
+# What is logged of the story world; `slm eval` has the rest.
+OF_STORIES = {
+    "stories/questions": ("accuracy",), "stories/scenes": ("accuracy",), "stories/loss": ("bits_per_byte",),
+    "stories/loss-heldout": ("bits_per_byte",), "stories/written-1": ("consistent", "novel_8grams"),
+    "stories/written-0.8": ("consistent", "novel_8grams"), "stories/generator": (),
+}  # fmt: skip
+
+
+def logged(result: TaskResult) -> Iterable[str]:
+    """The metrics of a result that are logged."""
+    return OF_STORIES.get(result.task, result.metrics)
+
+
 def figures_of(results: list[TaskResult]) -> Report:
     """The figures for a report: of each task and metric its value and its standard error, if there is one."""
     figures: Report = {}
     for result in results:
-        for metric in result.metrics:
+        for metric in logged(result):
             score = result.score(metric)
             figures[f"eval/{result.task}/{metric}"] = score.value
             if score.standard_error is not None:

@@ -194,6 +194,26 @@ def test_the_chart_by_keyboard_and_as_a_table(url: str, folder: Path, open_page:
     assert page.get_by_role("combobox", name="Curve").input_value() == "learning_rate"
 
 
+def test_figures_of_tasks_are_curves_with_points(folder: Path, tmp_path: Path, open_page: OpenPage) -> None:
+    shutil.copytree(folder / "stories", tmp_path / "runs" / "stories", symlinks=True)
+    log = MetricsLog(tmp_path / "runs" / "stories" / "metrics.jsonl")
+    lines = log.read()
+    for line, accuracy in zip(lines[1::2], (0.25, 0.5)):
+        line |= {"eval/hellaswag/acc_norm": accuracy, "eval/hellaswag/acc_norm_stderr": 0.1}
+    log.path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with running(page_app(tmp_path / "runs", {})) as url:
+        page = open_page(url, tab="runs")
+        until(page, lambda: points(page, "training") == 6)
+        curves = page.get_by_role("combobox", name="Curve")
+        assert [name for name in curves.locator("option").all_inner_texts() if "hellaswag" in name.lower()] == [
+            "Eval/hellaswag/acc norm"
+        ]
+        curves.select_option("eval/hellaswag/acc_norm")
+        until(page, lambda: points(page, "validation") == 2)
+        assert points(page, "training") == 0
+        assert [name.split("\n") for name in page.locator(".legend li").all_inner_texts()] == [["validation", "0.5"]]
+
+
 def test_samples_from_the_first_to_the_last(runs_with_markup: str, open_page: OpenPage) -> None:
     page = open_page(runs_with_markup, tab="runs")
     page.get_by_role("button", name=re.compile("^<img")).click()

@@ -19,7 +19,7 @@ from slmkit.model.files.directory import save_decoder
 from slmkit.model.initialization import build_decoder
 from slmkit.workflows.evaluation.compare import Comparison, compare, compare_results, draw, read_results, table
 from slmkit.workflows.evaluation.evaluate import evaluate
-from tests.adapt.trained import SHAPE, TOKENIZER, write_trained
+from tests.adapt.trained import SHAPE, TOKENIZER, trained_decoder
 from tests.export.small_model import small_config, small_tokenizer
 
 QUESTIONS = 24
@@ -44,9 +44,10 @@ def write_files(folder: Path) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("compare")
     write_files(folder)
-    shutil.copytree(write_trained(folder / "trained"), folder / "same")
-    save_decoder(build_decoder(SHAPE, seed=9), SHAPE, folder / "random")
-    TOKENIZER.save_pretrained(folder / "random")
+    for name, decoder in (("trained", trained_decoder(30)), ("random", build_decoder(SHAPE, seed=9))):
+        save_decoder(decoder, SHAPE, folder / name)
+        TOKENIZER.save_pretrained(folder / name)
+    shutil.copytree(folder / "trained", folder / "same")
     save_decoder(build_decoder(small_config(), seed=1), small_config(), folder / "other-tokens")
     small_tokenizer().save_pretrained(folder / "other-tokens")
     return folder
