@@ -177,7 +177,7 @@ class EngineLM(TemplateLM):
             request, stops = asked[number]
             for index, place in enumerate(of_request[number]):
                 ids = [event.token for event in events if event.index == index and event.token not in request.stop_ids]
-                text = self.tokenizer.decode([*filter(None.__ne__, ids)], skip_special_tokens=True)
+                text = self.tokenizer.decode([one for one in ids if one is not None], skip_special_tokens=True)
                 texts[place] = postprocess_generated_text(text, stops, None)
             self.progress(done, len(asked))
         return texts

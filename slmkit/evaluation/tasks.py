@@ -26,7 +26,7 @@ CORE = "core"
 NAMED = re.compile(r"""^["']?(task|group|tag)["']?:[ \t]*(?:([^\s#][^\n#]*)|((?:\n[ \t]*- [^\n{:]+)+))""", re.MULTILINE)
 
 
-@dataclass
+@dataclass(eq=False)
 class Tasks(dict[str, Any]):
     """lm-eval's tasks by name, and the groups of them that get a figure."""
 

@@ -56,6 +56,7 @@ class Known:
     merge: Mapping[str, Any] = field(default_factory=dict)  # content of merge.yaml
     recipe: Mapping[str, Any] = field(default_factory=dict)
     metrics: Sequence[Mapping[str, Any]] = ()  # lines of metrics.jsonl
+    step: int | None = None  # of the checkpoint
     environment: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -138,11 +139,14 @@ def _facts(known: Known) -> dict[str, Any]:
 
 
 def _figures(known: Known) -> dict[str, tuple[float, int]]:
-    """Name → the figure of the step with the lowest validation loss, else of the last evaluation, and that step."""
+    """Name → the figure of the checkpoint's step, and that step. Where that was not evaluated: of the step with the
+    lowest validation loss, else of the last evaluation.
+    """
     lines = [line for line in known.metrics if any(line.get(key) is not None for key in FIGURES)]
     if not lines:
         return {}
-    best = min(lines, key=lambda line: (line.get("validation_loss", math.inf), -line["step"]))
+    own = [line for line in lines if line["step"] == known.step]
+    best = min(own or lines, key=lambda line: (line.get("validation_loss", math.inf), -line["step"]))
     found = {said: (float(best[key]), best["step"]) for key, said in FIGURES.items() if best.get(key) is not None}
     loss = best.get("validation_loss")
     if loss is not None and loss < 50 and known.recipe.get("objective") in READ_TEXT:

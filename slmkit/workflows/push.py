@@ -15,6 +15,7 @@ from slmkit.model.config import SLMConfig
 from slmkit.model.files.adapter_directory import ADAPTER_CONFIG, is_adapter
 from slmkit.model.files.directory import quantization_of
 from slmkit.tokenizer import SLMTokenizer
+from slmkit.training.checkpoints.checkpoint import step_of
 from slmkit.training.run_directory import RunDirectory
 from slmkit.workflows.merge import MADE_FROM
 
@@ -72,6 +73,7 @@ def card_of(source: Path, directory: Path, name: str, license: str | None = None
         merge=merge,
         recipe=recipe,
         metrics=run.metrics.read(),
+        step=step_of(directory.resolve()) if directory.resolve().name.startswith("step-") else None,
         environment=run.described(),
     )
     return model_card(name, known)

@@ -146,3 +146,13 @@ def test_what_cannot_be_evaluated_is_one_line(folder: Path, options: tuple[str, 
 
 def test_a_model_that_is_not_there_is_named_before_anything_is_evaluated(folder: Path) -> None:
     assert "nowhere" in refused("eval", "runs/book", "nowhere", "--data", "book.txt", cwd=folder)
+
+
+def test_the_story_world_is_a_task(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")  # where compiled kernels are
+    done = slm("eval", "runs/book", "--tasks", "stories", "--limit", "2", "--no-cache", "--device", "cpu", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    found = figures(done.stdout)
+    assert all(task.startswith("stories") for _, task, _ in found)
+    assert {n for _, _, n in found.values()} & {2}
+    assert "limit 2" in " ".join(done.stdout.split())

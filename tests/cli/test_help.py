@@ -103,6 +103,7 @@ SMALLER = {  # what is added to an example so that it takes seconds; everything 
     "slm resume runs/book": ["train.max_tokens=8e3"],
     "slm plan own-text": ["--no-probe"],
     "slm plan --hours": ["--no-probe"],
+    "slm eval runs/book --tasks": ["--limit", "2"],
     "slm inspect llama": ["--length", "512"],
     "slm quickstart": None,  # takes minutes, and is run by tests of its own
     "slm push": None,  # needs a hub, and is run against one by tests of its own

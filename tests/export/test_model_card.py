@@ -243,7 +243,9 @@ def test_the_card_of_a_run_has_its_figures_and_its_licence(tmp_path: Path) -> No
     run = train_recipe(load_settings(Recipe, content), SILENCE, force=True)
     card = card_of(run.root, run.latest, "me/fox")
     losses = [line["validation_loss"] for line in run.metrics.read() if "validation_loss" in line]
-    assert f"| validation loss | {min(losses):.4g} |" in card
+    assert f"| validation loss | {losses[-1]:.4g} | 2 |" in card, "of the checkpoint that is published"
+    first = next(run.checkpoints.glob("step-000001"))
+    assert f"| validation loss | {losses[0]:.4g} | 1 |" in card_of(run.root, first, "me/fox")
     assert header_of(card)["license"] == "cc-by-4.0"
     assert "Licence: mit" in card_of(run.root, run.latest, "me/fox", "mit")
     assert "| text.txt |" in card

@@ -58,7 +58,7 @@ def read_run(root: Path) -> RunOverview:
     finished = read_json(root / "environment.json").get("finished") or {}
     steps = plan.get("steps") or recipe.get("train", {}).get("max_steps") or finished.get("steps")
     is_whole = step == finished.get("step") or (steps and step >= steps)
-    losses = [report["validation_loss"] for report in reports if "validation_loss" in report]
+    losses = [report["validation_loss"] for report in reports if report.get("validation_loss") is not None]
     return RunOverview(
         root=root,
         objective=recipe.get("objective", "pretrain"),

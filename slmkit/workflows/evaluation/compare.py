@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 import functools
+=======
+>>>>>>> main
 import json
 import math
 import os

@@ -239,10 +239,8 @@ class _Evaluated:
 
             lm = EngineLM(self.decoder, self.tokenizer, max_new_tokens=max_new_tokens)
             found = run_tasks(lm, loaded, limit=limit, seed=SEED, progress=self._counter(name, "requests"))
-            beginning = {
-                "beginning": self.tokenizer.decode(lm.prefix_token_id)
-            }  # of a prompt that the tokenizer begins
-            return [self._noted(result, (), limit, **beginning) for result in found]
+            beginning = self.tokenizer.decode(lm.prefix_token_id)
+            return [self._noted(result, (), limit, beginning=beginning) for result in found]
 
         with quiet():
             content = digest_of(itertools.chain.from_iterable(_content_of(task) for task in loaded.values()))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from statistics import median
@@ -35,6 +35,7 @@ from slmkit.workflows.page_data import DAMAGED, checkpoints_of, samples_of, text
 
 PAGE = Path(__file__).with_name("report.html.jinja")
 SHOWN = 6  # evaluations whose samples are open; the others are folded
+CHIEF = 8  # metrics of a task that are open; the others are folded
 Facts = dict[str, Any]  # name → what is shown; None is left out
 
 
@@ -85,6 +86,7 @@ def page_of(root: Path, results: Sequence[tuple[str, TaskResult]]) -> str:
     environment.filters |= {
         "svg": Markup,
         "size": size,
+        "said": said,
         "time": lambda seconds: f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M}",
     }
     return environment.from_string(PAGE.read_text("utf-8")).render(
@@ -97,8 +99,9 @@ def page_of(root: Path, results: Sequence[tuple[str, TaskResult]]) -> str:
         skipped=[(report.get("step"), report["skipped"]) for report in reports if report.get("skipped")],
         charts=main,
         more_charts=more,
-        results=[row for model, result in results for row in rows_of(model, result)],
-        recipes=[(model, result) for model, result in results],
+        results=[(model, result, rows_of(result)) for model, result in results],
+        several_models=len({model for model, _ in results}) > 1,
+        chief=CHIEF,
         tasks=tasks_in_training(reports),
         samples=samples(root, recipe),
         data=data_facts(recipe, described),
@@ -155,14 +158,16 @@ def figures(overview: Any, reports: Sequence[Mapping[str, Any]]) -> Facts:
     return {name: value for name, value in known.items() if value is not None}
 
 
-def rows_of(model: str, result: TaskResult) -> Iterator[tuple[str, ...]]:
-    """Model, task, metric, figure, standard error, items of each metric of a result."""
+def rows_of(result: TaskResult) -> list[tuple[str, ...]]:
+    """Metric, figure, standard error, items and what is better, of each metric of a result."""
+    rows = []
     for metric, form in result.metrics.items():
-        score, scale = result.score(metric), 100 if form == "mean" else 1
-        unit = " %" if form == "mean" else ""
-        error = "" if score.standard_error is None else f"± {scale * score.standard_error:.2f}{unit}"
-        way = "higher" if FORMS[form].higher_is_better else "lower"
-        yield model, result.task, metric, f"{scale * score.value:.2f}{unit}", error, f"{score.n:,}", way
+        score = result.score(metric)
+        digits = 2 if abs(score.value) >= 100 else 4
+        error = "" if score.standard_error is None else f"± {score.standard_error:.{digits}f}"
+        better = "higher" if FORMS[form].higher_is_better else "lower"
+        rows.append((metric, f"{score.value:,.{digits}f}", error, f"{score.n:,}", better))
+    return rows
 
 
 def tasks_in_training(reports: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, int]]:
@@ -273,6 +278,13 @@ def environment_facts(described: Mapping[str, Any]) -> Facts:
     )
     facts = {"python": described.get("python"), **packages, **{name: described.get(name) for name in names}}
     return {name.replace("_", " "): value for name, value in facts.items() if value is not None}
+
+
+def said(value: Any) -> str:
+    """A value of a recipe in words, without braces and quotes."""
+    if isinstance(value, Mapping):
+        return "; ".join(f"{name}: {said(inner)}" for name, inner in value.items() if inner is not None)
+    return ", ".join(map(said, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def size(count: float) -> str:

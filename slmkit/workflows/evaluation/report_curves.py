@@ -101,8 +101,9 @@ def drawn(title: str, unit: str, lines: Sequence[Line]) -> Chart | None:
         from matplotlib.ticker import EngFormatter
     except ImportError:
         raise UserError("drawing needs matplotlib: pip install slmkit[train]") from None
+    name = re.sub(r"\W", "-", title)
     style = {
-        "svg.fonttype": "none", "svg.hashsalt": title, "font.size": 10, "text.parse_math": False, "text.color": INK,
+        "svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10, "text.parse_math": False, "text.color": INK,
         "axes.edgecolor": LINE, "axes.labelcolor": MUTED, "xtick.color": LINE, "ytick.color": LINE,
         "xtick.labelcolor": MUTED, "ytick.labelcolor": MUTED, "grid.color": LINE, "figure.facecolor": "none",
         "axes.facecolor": "none",
@@ -123,7 +124,7 @@ def drawn(title: str, unit: str, lines: Sequence[Line]) -> Chart | None:
             axes.legend(frameon=False, fontsize=9, handlelength=1.4)
         file = io.BytesIO()
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    return Chart(title, unit, inline(file.getvalue().decode(), re.sub(r"\W", "-", title)), words_of(lines))
+    return Chart(title, unit, inline(file.getvalue().decode(), name), words_of(lines))
 
 
 def thinned(points: Points) -> Points:

@@ -222,3 +222,15 @@ def test_ranks_evaluate_what_one_process_does(world: Path, tmp_path: Path) -> No
     assert one == two
     assert state_of(tmp_path / "one")["evaluations"] == state_of(tmp_path / "two")["evaluations"]
     shutil.rmtree(tmp_path / "two")
+
+
+def test_the_story_world_is_a_task_without_files(world: Path, tmp_path: Path) -> None:
+    keys = {
+        "train.eval_tasks": ["stories"], "train.eval_task_data": None, "train.eval_limit": 2, "train.max_steps": 1,
+        "train.metric_for_best_model": "eval/stories/loss/bits_per_byte",
+    }  # fmt: skip
+    train(world, tmp_path / "run", **keys)
+    (line,) = lines_of(tmp_path / "run")
+    assert line["eval/stories/loss/bits_per_byte"] > 0
+    assert state_of(tmp_path / "run")["best"]["eval/stories/loss/bits_per_byte"] > 0
+    assert not [key for key in line if "fault" in key or "generator" in key]
