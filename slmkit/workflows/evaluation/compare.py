@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
 import functools
-=======
->>>>>>> main
 import json
 import math
 import os
