@@ -23,8 +23,8 @@ from slmkit.cli.options import new_app
 app = new_app(
     "Train small language models, from raw text to a model you talk to.\n\nStart with: slm quickstart",
     quickstart.quickstart, runs.recipes, train.train, train.resume, runs.runs, runs.plot, evaluate.report, runs.push,
-    train.replay, plan.plan, generate.generate, chat.chat, serve.serve, serve.ui, evaluate.eval_, models.inspect,
-    models.merge, models.quantize, export.export, export.verify, train.distill_cache,
+    train.replay, plan.plan, generate.generate, chat.chat, serve.serve, serve.ui, evaluate.eval_, evaluate.compare,
+    models.inspect, models.merge, models.quantize, export.export, export.verify, train.distill_cache,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )  # fmt: skip

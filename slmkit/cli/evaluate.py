@@ -6,7 +6,7 @@ import inspect
 import json
 import math
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from slmkit.evaluation.results import TaskResult
 
 Models = Annotated[list[str], typer.Argument(metavar="MODEL", help="Model directories, adapters or runs.")]
+Output = Annotated[str | None, typer.Option("--output", "-o", help="A JSON file for figures, recipes, items.")]
 # Options that `eval` and `compare` have in common: name → type, default, spellings, help.
 OPTIONS: dict[str, tuple[Any, Any, tuple[str, ...], str]] = {
     "tasks": (str | None, None, ("--tasks",), "Tasks with commas between them, such as hellaswag,arc,stories."),
@@ -104,9 +105,7 @@ def settings_of(models: Sequence[str], options: Mapping[str, Any]) -> dict[str, 
 @with_evaluation
 def eval_(
     models: Models,
-    output: Annotated[
-        str | None, typer.Option("--output", "-o", help="A JSON file for figures, recipes, items.")
-    ] = None,
+    output: Output = None,
     **options: Any,
 ) -> None:
     """Measure models on texts and tasks.
@@ -124,8 +123,7 @@ def eval_(
     """
     from slmkit.cli.show import print_table, progress_bar
 
-    if output is not None and (Path(output).is_dir() or not Path(output).absolute().parent.is_dir()):
-        raise UserError(f"--output {output}: expected the name of a file in a folder that exists")
+    expect_new_file("--output", output)
     settings = settings_of(models, options)
     from slmkit.workflows.evaluation.evaluate import evaluate  # imports torch: after the arguments were checked
 
@@ -145,6 +143,67 @@ def eval_(
     print_recipes(found)
 
 
+@with_evaluation
+def compare(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL", help="Models as for `slm eval`, two or more; the first one is A.")
+    ],
+    results: Annotated[
+        bool, typer.Option("--results", help="Compare files that `slm eval --output` wrote, instead of models.")
+    ] = False,
+    picture: Annotated[
+        str | None, typer.Option("--picture", help="A picture of the differences: .png, .svg or .pdf.")
+    ] = None,
+    output: Output = None,
+    **options: Any,
+) -> None:
+    """Say whether models differ, by more than chance.
+
+    Evaluates them with the same options and compares the others with the first one, item by item: for each task the
+    difference with its 95 % interval, its p value and a verdict. Texts are compared in bits per byte, which do not
+    depend on the tokenizer.
+
+    Example: slm compare runs/book runs/book-int4 --text other.txt
+    Example: slm compare --results a.json b.json --picture difference.png
+    """
+    from slmkit.cli.show import print_table, progress_bar
+
+    for name, path in (("--output", output), ("--picture", picture)):
+        expect_new_file(name, path)
+    if picture is not None and Path(picture).suffix not in (".png", ".svg", ".pdf"):
+        raise UserError(f"--picture {picture}: expected a name that ends in .png, .svg or .pdf")
+    if results and (options["text"] or options["tasks"]):
+        raise UserError("--results compares what is in the files: leave out --text and --tasks")
+    if not results and len(models) < 2:
+        raise UserError(f"compare: expected two or more models, such as slm compare {models[0]} OTHER --text FILE")
+    settings = {} if results else settings_of(models, options)
+    from slmkit.workflows.evaluation import compare as workflow
+
+    if results:
+        found = workflow.compare_results(*workflow.read_results(models))
+    else:
+        with progress_bar("compare") as show:
+            found = workflow.compare(
+                models, progress=lambda model, what, share: show(f"{model}: {what}", share), **settings
+            )
+    if output is not None:
+        Path(output).write_text(json.dumps(found.to_json(), default=str, indent=1) + "\n", encoding="utf-8")
+    if picture is not None:
+        workflow.draw(found, Path(picture))
+    print("\n".join(f"{letter}  {model}" for letter, model in zip(workflow.LETTERS, found.models)) + "\n")
+    print_table(*workflow.table(found), right=("items", "p"))
+    meaning = [f"p is corrected for {len(found.rows)} comparisons (Holm)"] * (len(found.rows) > 1)
+    if any("would take" in row.verdict for row in found.rows):
+        meaning.append("with the items that it would take, a difference of this size is shown in 4 of 5 evaluations")
+    recipes = recipe_lines((row.task, row.recipe) for row in found.rows)
+    print_lines(["; ".join(meaning)] * bool(meaning) + [*found.notes, *recipes])
+
+
+def expect_new_file(option: str, path: str | None) -> None:
+    if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+        raise UserError(f"{option} {path}: expected the name of a file in a folder that exists")
+
+
 def figure(result: TaskResult, metric: str) -> str:
     """`0.3120 ± 0.0147`: the figure and its standard error, which one item alone does not have."""
     score = result.score(metric)
@@ -155,14 +214,22 @@ def figure(result: TaskResult, metric: str) -> str:
 
 def print_recipes(found: Sequence[tuple[str, TaskResult]]) -> None:
     """Each recipe with the tasks that have it, and what could not be asked."""
-    tasks: dict[str, list[str]] = {}
-    for _, result in found:
-        names = tasks.setdefault(stated(result.recipe), [])
-        names += [result.task] * (result.task not in names)
-    lines = [f"{', '.join(names)}: {recipe}" for recipe, names in tasks.items()]
+    lines = recipe_lines((result.task, result.recipe) for _, result in found)
     for model, result in found:
         if result.errors:
             lines.append(f"{model}, {result.task}: {len(result.errors):,} not asked, such as {result.errors[0]}")
+    print_lines(lines)
+
+
+def recipe_lines(recipes: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:
+    tasks: dict[str, list[str]] = {}
+    for task, recipe in recipes:
+        names = tasks.setdefault(stated(recipe), [])
+        names += [task] * (task not in names)
+    return [f"{', '.join(names)}: {recipe}" for recipe, names in tasks.items()]
+
+
+def print_lines(lines: Sequence[str]) -> None:
     for line in lines:
         print("\n" + textwrap.fill(line, RECIPE_WIDTH, subsequent_indent="  ", break_on_hyphens=False))
 

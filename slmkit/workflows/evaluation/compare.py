@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from typing import Any
 from slmkit.config import UserError
 from slmkit.evaluation.intervals import LEVEL, Difference, Estimate, differing, estimate, holm, paired
 from slmkit.evaluation.results import FORMS, TaskResult
-from slmkit.workflows.evaluation.evaluate import evaluate
 
 # The metric of a task that is compared: the first of these that it has, else its own first one. Losses per token are
 # not compared where there are bits per byte, since tokens of two tokenizers are different units.
@@ -34,6 +34,7 @@ class Row:
     first: Estimate  # on all items of the first model
     second: Estimate  # on all items of this one
     difference: Difference  # this model minus the first one, on their common items
+    recipe: Mapping[str, Any]  # of the first model; the others' parts that differ are in `Comparison.notes`
     p: float | None = None  # of the difference, corrected for the number of rows (Holm)
     verdict: str = ""
 
@@ -63,13 +64,14 @@ class Comparison:
 def compare(
     models: Sequence[str], *, progress: Callable[[str, str, float | None], None], **settings: Any
 ) -> Comparison:
-    """Evaluate all models by `evaluate` with the same `settings`, its keywords, and compare the others with the first.
+    """Evaluate all models with the same `settings`, keywords of `evaluate`, and compare the others with the first.
 
-    `progress` gets the model, figures and the share done. Raises `UserError` as `evaluate` and `compare_results`.
+    `progress` gets the model, what is done and the share done. Raises `UserError` as `evaluate` and `compare_results`.
     """
+    from slmkit.workflows.evaluation.evaluate import evaluate  # loads torch, which stored results do not need
+
     return compare_results(
-        models,
-        [evaluate(model, progress=lambda *done, model=model: progress(model, *done), **settings) for model in models],
+        models, [evaluate(model, progress=functools.partial(progress, model), **settings) for model in models]
     )
 
 
@@ -112,10 +114,13 @@ def compare_results(models: Sequence[str], results: Sequence[Sequence[TaskResult
                 continue
             difference = paired(a, b, metrics[0])
             notes += [f"{both}: {key} {one} and {other}" for key, one, other in differing(a, b)]
+            for letter, result in (("A", a), (LETTERS[number], b)):
+                if result.errors:
+                    notes.append(f"{letter}: {task}: {len(result.errors):,} not asked, such as {result.errors[0]}")
             if difference.left_out:
                 notes.append(f"{both}: {task}: left out {difference.left_out:,} items that only one of them has")
             figures = (estimate([result], metrics[0]) for result in (a, b))
-            rows.append(Row(task, metrics[0], a.metrics[metrics[0]], number, *figures, difference))
+            rows.append(Row(task, metrics[0], a.metrics[metrics[0]], number, *figures, difference, a.recipe))
     if not rows:
         raise UserError("; ".join(["compare: there is nothing to compare", *notes]))
     corrected = holm([row.difference.p for row in rows])
@@ -134,7 +139,7 @@ def _verdict(row: Row, tests: int) -> str:
     if needed is None:
         return "no difference shown"
     count = f"about {float(f'{needed:.2g}'):,.0f}" if needed <= MOST_ITEMS else f"more than {MOST_ITEMS:,}"
-    return f"no difference shown; to show one of this size takes {count} items"
+    return f"no difference shown; would take {count} items"
 
 
 def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
@@ -144,7 +149,7 @@ def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     for row in comparison.rows:
         letter = "" if other == "B" else f"{LETTERS[row.model]}: "
         found, scale = row.difference, SCALES.get(row.form, 1.0)
-        digits = _digits(found.standard_error, scale)
+        digits = _digits(found, scale)
         value, low, high = (
             "" if each is None else f"{each * scale:+.{digits}f}" for each in (found.value, found.low, found.high)
         )
@@ -159,7 +164,7 @@ def figure(found: Estimate, form: str) -> str:
     """`31.2 % ± 0.5`: a figure with its standard error; `0.0 % (0.0 to 2.3)`: with its interval, if the error is 0."""
     scale, unit = SCALES.get(form, 1.0), " %" if form in SCALES else ""
     error, low, high = found.standard_error, found.low, found.high
-    digits = _digits(error or (high or 0.0) - (low or 0.0), scale)
+    digits = _digits(found, scale)
     value = f"{found.value * scale:,.{digits}f}{unit}"
     if error:
         return f"{value} ± {error * scale:.{digits}f}"
@@ -170,9 +175,10 @@ def figure(found: Estimate, form: str) -> str:
     )
 
 
-def _digits(error: float | None, scale: float) -> int:
-    """Digits behind the point with which an error has two that count."""
-    return min(8, max(0, 1 - math.floor(math.log10(error * scale)))) if error else 2 if scale > 1 else 4
+def _digits(found: Estimate, scale: float) -> int:
+    """Digits behind the point with which the error, or the interval, has two that count."""
+    error = found.standard_error or (found.high or 0.0) - (found.low or 0.0)
+    return min(8, max(0, 1 - math.floor(math.log10(error * scale)))) if error else 1 if scale > 1 else 4
 
 
 def draw(comparison: Comparison, path: Path) -> None:
