@@ -205,8 +205,15 @@ def expect_new_file(option: str, path: str | None) -> None:
 
 
 def figure(result: TaskResult, metric: str) -> str:
-    """`0.3120 ± 0.0147`: the figure and its standard error, which one item alone does not have."""
+    """`0.3120 ± 0.0147`: the figure and its standard error, which one item alone does not have; `0.0000 (0.0000 to
+    0.0229)`, with the interval, for none or all of 164, whose standard error is 0.
+    """
+    from slmkit.evaluation.intervals import estimate
+
     score = result.score(metric)
+    if score.standard_error == 0:
+        found = estimate([result], metric)
+        return f"{score.value:,.4f} ({found.low:,.4f} to {found.high:,.4f})"
     digits = 2 if math.isfinite(score.value) and abs(score.value) >= 100 else 4
     error = "" if score.standard_error is None else f" ± {score.standard_error:.{digits}f}"
     return f"{score.value:,.{digits}f}{error}"

@@ -92,3 +92,11 @@ def test_results_on_other_data_are_refused_by_name(stdout: str, folder: Path) ->
     line = refused("compare", "--results", "one.json", "two.json", cwd=folder)
     assert line.startswith("slm: stories: not comparable: data ")
     assert line.endswith("evaluate both with the same data")
+
+
+def test_eval_shows_the_interval_of_none_of_164() -> None:
+    from slmkit.cli.evaluate import figure
+    from slmkit.evaluation.results import Item, TaskResult
+
+    items = tuple(Item(str(number), {"acc": (0.0, 1.0)}, {}) for number in range(164))
+    assert figure(TaskResult("task", {}, {"acc": "mean"}, items), "acc") == "0.0000 (0.0000 to 0.0229)"
