@@ -156,3 +156,10 @@ def test_the_story_world_is_a_task(folder: Path, monkeypatch: pytest.MonkeyPatch
     assert all(task.startswith("stories") for _, task, _ in found)
     assert {n for _, _, n in found.values()} & {2}
     assert "limit 2" in " ".join(done.stdout.split())
+
+
+def test_without_the_hub_wikitext_can_be_given_as_a_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    line = refused("eval", "runs/book", "--text", "wikitext-2", "--device", "cpu", cwd=folder)
+    assert "offline" in line
+    assert "--text FOLDER/wikitext-2" in line

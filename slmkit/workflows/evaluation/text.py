@@ -55,7 +55,12 @@ def find_text(path: str) -> dict[str, Any]:
 
 def read_text(source: SourceSettings, limit: int | None = None) -> Text:
     """The first `limit` documents of a source of text, or pages of WikiText. Raises `UserError` as sources do."""
-    opened, documents, parts = open_source(source), list[str](), list[str]()
+    try:
+        opened, documents, parts = open_source(source), list[str](), list[str]()
+    except UserError as error:
+        if source.path != ON_THE_HUB["path"]:
+            raise
+        raise UserError(f"{error}; or give a local copy: --text FOLDER/{WIKITEXT}, with its test.txt") from None
     for document in items_of(opened, "text"):
         parts.append(document.text)
         if document.ends:
