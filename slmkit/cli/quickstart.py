@@ -67,7 +67,7 @@ def _show_answers(decoder: LanguageModel, tokenizer: SLMTokenizer) -> None:
     print(f"\nQuestions about a text that it never read:\n\n  {scene.text}\n")
     for question, answer in zip(scene.questions, ask(decoder, tokenizer, questions).answers):
         note = "" if answer.is_right else f"   (right: {answer.expected})"
-        print(f"  you>   {question.question}\n  model> {answer.given.strip()}{note}")
+        print(f"  you>   {question.question}\n  model> {(answer.given or '').strip()}{note}")
 
 
 def _show_story(decoder: LanguageModel, tokenizer: SLMTokenizer, until: float) -> None:

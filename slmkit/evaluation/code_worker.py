@@ -86,8 +86,8 @@ class Link:
         kind = next((kind for kind in PLAIN if isinstance(value, kind)), None)
         if value is None or kind in (bool, float, str) or (kind is int and -(2**53) < value < 2**53):
             return value
-        if kind in COLLECTIONS.values():
-            return [kind.__name__, *(self.pack(part, depth - 1) for part in kind.__iter__(value))]
+        if kind is not None and kind in COLLECTIONS.values():
+            return [kind.__name__, *(self.pack(part, depth - 1) for part in iter(value))]
         if kind is dict:
             pairs = dict.items(value)
             return ["dict", *([self.pack(key, depth - 1), self.pack(part, depth - 1)] for key, part in pairs)]

@@ -92,13 +92,16 @@ class EngineLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The conversation as text; without `add_generation_prompt` the last message is to be continued."""
-        how = {"begins": add_generation_prompt, "continues": not add_generation_prompt}
         template, names = self.tokenizer._template(), self.tokenizer._names
+
+        def rendered(messages: list[dict[str, str]]) -> str:
+            begins = add_generation_prompt
+            return prompt_of(template, messages, None, names, begins=begins, continues=not begins)
+
         try:
-            return prompt_of(template, chat_history, None, names, **how)
+            return rendered(chat_history)
         except ConversationError:  # many templates know no system message
-            others = [message for message in chat_history if message["role"] != "system"]
-            return prompt_of(template, others, None, names, **how)
+            return rendered([message for message in chat_history if message["role"] != "system"])
 
     # -- log-likelihood -----------------------------------------------------------------------------------------------
 
@@ -171,7 +174,10 @@ class EngineLM(TemplateLM):
         places: dict[str, list[int]] = defaultdict(list)
         for place, request in enumerate(requests):
             places[json.dumps(request.args, sort_keys=True)].append(place)
-        asked = [self._generation(*requests[its[0]].args, content, len(its)) for content, its in places.items()]
+        asked = []
+        for content, its in places.items():
+            context, options = requests[its[0]].args
+            asked.append(self._generation(context, options, content, len(its)))
         texts, of_request = [""] * len(requests), [*places.values()]
         for done, (number, events) in enumerate(self._run([request for request, _ in asked]), 1):
             request, stops = asked[number]
@@ -220,5 +226,5 @@ class EngineLM(TemplateLM):
                     if running[number] == 0:
                         yield number, events[number]
         finally:  # after an error, or if the caller has stopped
-            for handle in numbers if self.engine.is_busy else ():
+            for handle in [*numbers] if self.engine.is_busy else list[int]():
                 self.engine.remove(handle)

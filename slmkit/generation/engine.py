@@ -178,8 +178,8 @@ class Engine:
         self.pools.expect(self._length(request))
         handle = next(self._handles)
         for index in range(request.n):
-            has_text = self._spelling is not None and request.max_new_tokens > 0
-            tail = TextTail(self._spelling, request.prompt, request.stop) if has_text else None
+            spelling = self._spelling if request.max_new_tokens > 0 else None
+            tail = None if spelling is None else TextTail(spelling, request.prompt, request.stop)
             self._waiting.append(Row(handle, index, request, tail, self._known))
         return handle
 

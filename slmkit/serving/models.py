@@ -210,8 +210,9 @@ def _request(
     stops = (set() if body.ignore_eos else end_tokens(model.tokenizer)) | {*(body.stop_token_ids or ())}
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     return Request(
-        prompt, most, body.sampling(model.settings), stops, stop, body.n or 1, grammar, logprobs, prompt_logprobs, group
-    )
+        prompt, most, body.sampling(model.settings), stops, stop, body.n or 1, grammar, logprobs, prompt_logprobs,
+        prefix_group=group,
+    )  # fmt: skip
 
 
 def _grammar(body: Generation, model: ServedModel) -> Grammar | None:

@@ -160,7 +160,7 @@ def figures(overview: Any, reports: Sequence[Mapping[str, Any]]) -> Facts:
 
 def rows_of(result: TaskResult) -> list[tuple[str, ...]]:
     """Metric, figure, standard error, items and what is better, of each metric of a result."""
-    rows = []
+    rows = list[tuple[str, ...]]()
     for metric, form in result.metrics.items():
         score = result.score(metric)
         digits = 2 if abs(score.value) >= 100 else 4

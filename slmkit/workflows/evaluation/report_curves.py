@@ -102,7 +102,7 @@ def drawn(title: str, unit: str, lines: Sequence[Line]) -> Chart | None:
     except ImportError:
         raise UserError("drawing needs matplotlib: pip install slmkit[train]") from None
     name = re.sub(r"\W", "-", title)
-    style = {
+    style: Any = {
         "svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10, "text.parse_math": False, "text.color": INK,
         "axes.edgecolor": LINE, "axes.labelcolor": MUTED, "xtick.color": LINE, "ytick.color": LINE,
         "xtick.labelcolor": MUTED, "ytick.labelcolor": MUTED, "grid.color": LINE, "figure.facecolor": "none",
