@@ -10,10 +10,9 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from hashlib import blake2b
-from itertools import zip_longest
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -22,21 +21,19 @@ from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs, postproce
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from slmkit.config import UserError
-from slmkit.generation.engine import WORTH_WAITING, Engine, Event, Request
+from slmkit.evaluation.scoring import Ids, Tree, score
+from slmkit.generation.engine import Engine, Event, Request
 from slmkit.generation.ensemble import LanguageModel
 from slmkit.generation.sampling_settings import SamplingSettings
-from slmkit.generation.slots import common
 from slmkit.generation.text import end_tokens
+from slmkit.model.cache import AT_ONCE
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.tokenizer.chat import ConversationError
 from slmkit.tokenizer.chat_prompt import prompt_of
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")  # of a task's `gen_kwargs`
-AT_ONCE = 1024  # tokens of prompts in one pass: nobody waits for a text meanwhile
 MEMORY = 4 * 2**30  # bytes of the KV cache, if a text does not need more
-SCORED = SamplingSettings(seed=0)  # of requests that draw nothing
 Pair = tuple[Any, list[int], list[int]]  # a request, the ids of its context and of its continuation
-Scored = tuple[tuple[int, ...], int]  # ids, and the place of the first of them that is scored
 
 
 class EngineLM(TemplateLM):
@@ -59,8 +56,7 @@ class EngineLM(TemplateLM):
         super().__init__()
         self.tokenizer, self.max_new_tokens, self.progress = tokenizer, max_new_tokens, progress
         memory = max(MEMORY, 2 * decoder.cache_bytes(1, decoder.max_positions, AT_ONCE))
-        self.engine = Engine(decoder, tokenizer, max_rows=max_rows, memory=memory, at_once=AT_ONCE)
-        self.max_rows = max_rows
+        self.engine = Engine(decoder, tokenizer, max_rows=max_rows, memory=memory)
         self.context = self.engine.context
         self.model_calls = self.cut = self.refused = 0
         self._encoded = lru_cache(maxsize=4096)(self._encode)  # choices of one question share their context
@@ -126,7 +122,7 @@ class EngineLM(TemplateLM):
 
     def _loglikelihood_tokens(self, requests: Sequence[Pair], **kwargs: Any) -> list[tuple[float, bool]]:
         found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)  # of an empty continuation
-        places: dict[Scored, list[int]] = defaultdict(list)
+        places: dict[Ids, dict[Ids, list[int]]] = defaultdict(lambda: defaultdict(list))
         for place, (_, context, continuation) in enumerate(requests):
             ids, new = (*context, *continuation)[-self.context - 1 :], len(continuation)
             self.cut += new <= self.context < len(context) + new - 1
@@ -134,34 +130,17 @@ class EngineLM(TemplateLM):
                 self.refused += 1
                 found[place] = -math.inf, False
             elif new:
-                places[ids, len(ids) - new].append(place)
-        for done, (scored, event) in enumerate(self._in_waves(places), 1):
-            each = event.prompt_logprobs
-            answer = math.fsum(own for (_, own), _ in each), all(own[0] == best[0] for own, best in each)
-            for place in places[scored]:
-                found[place] = answer
-            self.progress(done, len(places))
+                places[ids[:-new]][ids[-new:]].append(place)
+        trees, done = [Tree(context, tuple(branches)) for context, branches in places.items()], 0
+        self.model_calls += sum(len(tree.branches) for tree in trees)
+        for number, scores in score(self.engine.decoder, trees):
+            tree = trees[number]
+            for branch, answer in zip(tree.branches, scores):
+                for place in places[tree.context][branch]:
+                    found[place] = answer
+                    done += 1
+            self.progress(done, len(requests))
         return found
-
-    def _in_waves(self, asked: Iterable[Scored]) -> Iterator[tuple[Scored, Event]]:
-        """The event of each. Of those with one context one is read first, and the others begin with a copy of it.
-
-        Those of about one length run together, which needs the least padding.
-        """
-        contexts: dict[tuple[int, ...], list[Scored]] = defaultdict(list)
-        for ids, start in sorted(asked, key=lambda one: len(one[0]), reverse=True):
-            contexts[ids[:start]].append((ids, start))
-        groups = [*contexts.values()]  # the longest of each first
-        while groups:
-            now = [groups.pop()]
-            while groups and sum(map(len, now)) + len(groups[-1]) <= self.max_rows:
-                now.append(groups.pop())
-            others = [one for same in zip_longest(*now) for one in same if one is not None]
-            for wave in (others[: len(now)], others[len(now) :]):  # the first of each, and the others
-                requests = [Request(ids, 0, SCORED, prompt_logprobs=1, scored_from=start) for ids, start in wave]
-                yield from ((wave[number], event) for number, (event,) in self._run(requests))
-            if groups and common(now[-1][0][0], groups[-1][0][0], WORTH_WAITING) < WORTH_WAITING:
-                self.engine.pools.forget()  # to look through, and move, them takes longer than reading a few tokens
 
     # -- generation ---------------------------------------------------------------------------------------------------
 

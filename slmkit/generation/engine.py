@@ -5,16 +5,17 @@
         for event in engine.step(): ...
     engine.remove(handle)                 # before its end
 
-A step appends one token to every running row, and reads at most `at_once` tokens of prompts, so that a long prompt
+A step appends one token to every running row, and reads at most `AT_ONCE` tokens of prompts, so that a long prompt
 delays nobody for long. What a row gets depends on its request alone, not on the other rows, or when they come and go.
 """
 
 from __future__ import annotations
 
 import itertools
+import operator
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -24,7 +25,6 @@ from torch.nn import functional as F
 
 from slmkit.config import UserError
 from slmkit.generation.ensemble import LanguageModel, evaluating
-from slmkit.generation.request import Request, check_room, checked
 from slmkit.generation.sampling import (
     FAULTS,
     LogProbabilities,
@@ -33,6 +33,7 @@ from slmkit.generation.sampling import (
     sample,
     seed_of,
 )
+from slmkit.generation.sampling_settings import SamplingSettings
 from slmkit.generation.slots import Pool, Pools, common
 from slmkit.generation.speculation import Guess, Speculation
 from slmkit.generation.text import Spelling, TextTail, TextTokenizer
@@ -43,7 +44,24 @@ from slmkit.model.compiled import for_decoding
 FinishReason = Literal["stop", "length", "context", "error"]
 # A prompt that shares this many tokens with one that is being read waits, and copies them.
 WORTH_WAITING = 32
+MOST_CONTINUATIONS = 65_536
 Logprobs = list[tuple[int, float]]  # ids and natural logarithms of their probabilities
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt and how to continue it. Log-probabilities are the model's own, before any sampling rule."""
+
+    prompt: Sequence[int]  # ids [prompt]
+    max_new_tokens: int
+    settings: SamplingSettings = field(default_factory=SamplingSettings)
+    stop_ids: Set[int] = frozenset()  # a token that ends the text
+    stop: Sequence[str] = ()  # strings that end the text, and are not part of it
+    n: int = 1  # continuations, each with a seed of its own
+    grammar: Any = None  # a `constraints.Grammar`: what the text must be
+    logprobs: int | None = None  # with each token its log-probability, and those of this many likeliest tokens
+    prompt_logprobs: int | None = None  # the same for the prompt, with the first token
+    prefix_group: str = ""  # the beginning of an earlier text is reused only if that was of the same group
 
 
 @dataclass(frozen=True)
@@ -74,11 +92,7 @@ class Row:
         self.pool: Pool  # once it is admitted, with
         self.slot: int
         self.cached_tokens = 0
-        # Nothing is read for a prompt's last token if no token follows it.
-        self.to_read = max(1, self.prompt_length - (request.max_new_tokens == 0))
-        # What is scored is read here, the tokens before may be known from another slot.
-        self.scores = index == 0 and request.prompt_logprobs is not None
-        self.reads_from = min(self.to_read, request.scored_from if self.scores else self.to_read) - 1
+        self.reads_whole = index == 0 and request.prompt_logprobs is not None  # none of the prompt from another slot
         self.prompt_logprobs: list[Logprobs] = []
 
     @property
@@ -119,7 +133,7 @@ class Engine:
     the KV cache; None: no limit. `tokenizer`: for text and stop strings; None: ids alone. `known` bool [ids]: the
     only ids that are drawn; default: the tokenizer's. `reuse`: begin with the keys and values of an earlier text that
     begins alike; after a change of the weights make another engine. `speculation` guesses several tokens of a row at
-    once, which is faster for a few rows of a large model. `at_once`: tokens of prompts that a step reads.
+    once, which is faster for a few rows of a large model.
     """
 
     def __init__(
@@ -132,7 +146,6 @@ class Engine:
         known: np.ndarray | None = None,
         reuse: bool = True,
         speculation: Speculation | None = None,
-        at_once: int = AT_ONCE,
     ) -> None:
         if isinstance(max_rows, bool) or not isinstance(max_rows, int) or max_rows < 1:
             raise UserError(f"max_rows {max_rows!r}: expected a whole number from 1")
@@ -142,7 +155,7 @@ class Engine:
         self.decoder, self.compiled = decoder, for_decoding(decoder)
         self.tokenizer, self.context = tokenizer, decoder.max_positions
         self._spelling = None if tokenizer is None else Spelling(tokenizer)
-        self.pools, self.at_once = Pools(decoder, max_rows, memory, reuse, at_once), at_once
+        self.pools = Pools(decoder, max_rows, memory, reuse)
         self.speculation = speculation
         if speculation is not None and not self.pools.in_pieces:
             raise UserError("this model's rotation depends on the length of the text, so it cannot take guesses back")
@@ -171,15 +184,14 @@ class Engine:
         Raises `UserError` for an empty prompt, one that leaves no room in the context, one that needs more memory than
         there is, and for numbers out of range.
         """
-        request = checked(request, self.decoder.vocab_size)
+        request = _checked(request, self.decoder.vocab_size)
         check_room(self.context, len(request.prompt), request.max_new_tokens, request.prompt_logprobs is not None)
         if self.tokenizer is None and (request.stop or request.grammar is not None):
             raise UserError("stop strings and grammars need a tokenizer: Engine(decoder, tokenizer)")
         self.pools.expect(self._length(request))
         handle = next(self._handles)
         for index in range(request.n):
-            spelling = self._spelling if request.max_new_tokens > 0 else None
-            tail = None if spelling is None else TextTail(spelling, request.prompt, request.stop)
+            tail = None if self._spelling is None else TextTail(self._spelling, request.prompt, request.stop)
             self._waiting.append(Row(handle, index, request, tail, self._known))
         return handle
 
@@ -194,25 +206,12 @@ class Engine:
     def step(self) -> list[Event]:
         """Append a token to every running row, and read on in the prompts of those that wait."""
         with evaluating(self.decoder):
-            ended = self._ended()  # in a step that failed
             for pool in self.pools:  # a step that failed may have read a row's last token, or guesses
                 for row in pool.rows[: pool.running]:
                     pool.cache.truncate(row.slot, len(row.ids) - 1)
             events = [] if self.speculation is None else self._speculate(self.speculation)
             ready = self._decode() if self.speculation is None else []
-            events += [event for rows, logits in ready + self._read() for event in self._choose(rows, logits)]
-            return ended + events + self._ended()
-
-    def _ended(self) -> list[Event]:
-        """Rows that are read and want no new token leave: the last slots first, so that no other row has to move."""
-        slots = [row for pool in self.pools for row in reversed(pool.rows[: pool.running])]
-        rows = [row for row in slots if row.request.max_new_tokens == 0]
-        for row in rows:
-            row.pool.leave(row)
-        return [
-            Event(row.handle, row.index, None, "", "length", "", [], row.prompt_logprobs, row.cached_tokens)
-            for row in rows
-        ]
+            return events + [event for rows, logits in ready + self._read() for event in self._choose(rows, logits)]
 
     def _decode(self) -> list[tuple[list[Row], Tensor]]:
         """One forward pass for the running rows of each pool: rows, and their logits [rows, vocab_size]."""
@@ -246,43 +245,27 @@ class Engine:
         return events
 
     def _read(self) -> list[tuple[list[Row], Tensor]]:
-        """Read at most `at_once` tokens of prompts: rows whose prompt is read, with their next logits."""
-        ready, room = [], self.at_once
+        """Read at most `AT_ONCE` tokens of prompts: rows whose prompt is read, with their next logits."""
+        ready, room = [], AT_ONCE
         while room > 0 and (rows := self._next_to_read(room)):
             pool, count = rows[0].pool, room if self.pools.in_pieces else self.context
             pasts = [self._past(row) for row in rows]
-            pieces = [row.ids[past : min(past + count, row.to_read)] for row, past in zip(rows, pasts)]
+            pieces = [row.ids[past : past + count] for row, past in zip(rows, pasts)]
             for row, past in zip(rows, pasts):
                 pool.cache.truncate(row.slot, past)
             ids = self._tensor([*itertools.zip_longest(*pieces, fillvalue=0)]).T  # [rows, longest piece]
             hidden = self.decoder(ids, pool.cache[rows[0].slot : rows[-1].slot + 1])  # [rows, longest piece, width]
             room -= ids.numel()
-            for row, past, piece in zip(rows, pasts, pieces):
+            for row, past, piece, states in zip(rows, pasts, pieces, hidden):
                 pool.cache.truncate(row.slot, past + len(piece))
-            self._score(rows, pasts, pieces, hidden)
-            if pasts[0] + len(pieces[0]) == rows[0].to_read:  # else it is alone, and longer than one pass
-                drawn = [place for place, row in enumerate(rows) if row.request.max_new_tokens > 0]
-                if drawn:
-                    last = torch.stack([hidden[place, len(pieces[place]) - 1] for place in drawn])
-                    ready.append(([rows[place] for place in drawn], self.compiled.logits(last)))
+                if row.reads_whole:
+                    following = row.ids[past + 1 : past + len(piece) + 1]
+                    row.prompt_logprobs += self._logprobs(states[: len(following)], following, row.request)
+            if pasts[0] + len(pieces[0]) == rows[0].prompt_length:  # else it is alone, and longer than one pass
+                last = torch.stack([states[len(piece) - 1] for piece, states in zip(pieces, hidden)])
+                ready.append((rows, self.compiled.logits(last)))
                 pool.running += len(rows)
         return ready
-
-    def _score(self, rows: list[Row], pasts: list[int], pieces: list[list[int]], hidden: Tensor) -> None:
-        """Note down the log-probabilities of the tokens that follow hidden states [rows, longest piece, width]."""
-        states: list[Tensor] = []  # of each row [scored, width]
-        following: list[list[int]] = []
-        wanted = [(row, *rest) for row, *rest in zip(rows, pasts, pieces, hidden) if row.scores]
-        for row, past, piece, of_row in wanted:
-            first = max(0, row.reads_from - past)
-            following.append(row.ids[past + first + 1 : past + len(piece) + 1])
-            states.append(of_row[first : first + len(following[-1])])
-        if ids := [*itertools.chain.from_iterable(following)]:
-            top = max(row.request.prompt_logprobs for row, *_ in wanted)
-            found = prompt_log_probabilities(self.decoder.logits, torch.cat(states), self._tensor(ids), top)
-            each = iter(listed(found, ids))
-            for (row, *_), its in zip(wanted, following):
-                row.prompt_logprobs += [entry[: 1 + row.request.prompt_logprobs] for _, entry in zip(its, each)]
 
     def _next_to_read(self, room: int) -> list[Row]:
         """Rows of one pool whose prompts fit into one pass of `room` tokens, or one alone that may need more passes."""
@@ -290,7 +273,7 @@ class Engine:
         past = unread = 0  # the most of any row
         while row := self._first_unread(rows):
             past = max(past, self._past(row))
-            unread = max(unread, row.to_read - self._past(row))
+            unread = max(unread, row.prompt_length - self._past(row))
             # Shorter prompts are padded: the pass appends `unread` columns to every row.
             fits = unread * (len(rows) + 1) <= room and past + unread <= row.pool.cache.max_length
             if rows and not (fits and row.pool is rows[0].pool and self.pools.in_pieces):
@@ -309,15 +292,21 @@ class Engine:
         if not self._waiting:
             return None
         row = self._waiting[0]
-        alike = [other for other in rows if other.request.prefix_group == row.request.prefix_group]
-        shared = [self._past(other) + WORTH_WAITING for other in alike]  # what is only read now, and worth it
-        if any(n <= row.reads_from and common(row.ids, other.ids, n) == n for other, n in zip(alike, shared)):
+        alike = (other for other in rows if other.request.prefix_group == row.request.prefix_group)
+        if any(common(row.ids, other.ids, WORTH_WAITING) == WORTH_WAITING for other in alike):
             return None
         return self._waiting.popleft() if self.pools.admit(row, self._length(row.request)) else None
 
     def _past(self, row: Row) -> int:
         """How many tokens of a row's prompt are read, or known; the last one is always read for its logits."""
-        return min(row.pool.cache.length(row.slot), row.to_read - 1)
+        return min(row.pool.cache.length(row.slot), row.prompt_length - 1)
+
+    def _logprobs(self, hidden: Tensor, ids: list[int], request: Request) -> list[Logprobs]:
+        """hidden [tokens, width] and the ids that followed [tokens] → the log-probabilities of each."""
+        if not ids:
+            return []
+        top = request.prompt_logprobs or 0
+        return listed(prompt_log_probabilities(self.decoder.logits, hidden, self._tensor(ids), top), ids)
 
     def _length(self, request: Request) -> int:
         """Positions that a row of the request may need."""
@@ -331,6 +320,9 @@ class Engine:
     def _event(self, row: Row, token: int, logits: Tensor) -> Event:
         """Append a token, chosen from logits [1, vocab_size], to a row. One that has ended leaves its slot."""
         read, cached, row.prompt_logprobs, row.cached_tokens = row.prompt_logprobs, row.cached_tokens, [], 0
+        if row.request.max_new_tokens == 0:
+            row.pool.leave(row)
+            return Event(row.handle, row.index, None, "", "length", prompt_logprobs=read, cached_tokens=cached)
         of_token: Logprobs = []
         try:
             if token in FAULTS:
@@ -353,6 +345,53 @@ def listed(found: LogProbabilities, ids: Sequence[int]) -> list[Logprobs]:
     """The log-probabilities of each token: its own first, then the likeliest."""
     likeliest = zip(found.top_ids.tolist(), found.top.tolist())
     return [[(token, own), *zip(*best)] for token, own, best in zip(ids, found.chosen.tolist(), likeliest)]
+
+
+def _checked(request: Request, vocab_size: int) -> Request:
+    """The request with plain numbers. Raises `UserError` for a value of another type, or out of range."""
+    ids = {"prompt": request.prompt, "stop_ids": request.stop_ids}
+    found: dict[str, Any] = {}
+    for name, values in ids.items():
+        try:
+            found[name] = [operator.index(value) for value in values if not isinstance(value, bool)]
+            is_wrong = len(found[name]) < len(values)
+        except TypeError:
+            is_wrong = True
+        if is_wrong:
+            raise UserError(f"{name}: expected a list of token ids, found {values!r:.60}")
+    if wrong := [token for token in found["prompt"] if not 0 <= token < vocab_size]:
+        raise UserError(f"token {wrong[0]} of the prompt: the model has {vocab_size:,} tokens, from 0")
+    bounds = {"max_new_tokens": (0, 2**31), "n": (1, MOST_CONTINUATIONS)}
+    bounds |= dict.fromkeys(("logprobs", "prompt_logprobs"), (0, vocab_size))
+    for name, (least, most) in bounds.items():
+        value = getattr(request, name)
+        if value is None and name.endswith("logprobs"):
+            continue
+        try:
+            found[name] = operator.index(value)
+        except TypeError:
+            found[name] = -1
+        if isinstance(value, bool) or not least <= found[name] <= most:
+            raise UserError(f"{name} {value!r}: expected a whole number from {least} to {most:,}")
+    if not isinstance(request.settings, SamplingSettings):
+        raise UserError(f"settings: expected SamplingSettings, found {request.settings!r:.60}")
+    if request.grammar is not None and not hasattr(request.grammar, "start"):
+        raise UserError(f"grammar: expected a constraints.Grammar, found {request.grammar!r:.60}")
+    if not isinstance(request.prefix_group, str):
+        raise UserError(f"prefix_group: expected text, found {request.prefix_group!r:.60}")
+    request.settings.expect_ids_below(vocab_size)
+    return replace(request, **found | {"stop_ids": frozenset(found["stop_ids"])})
+
+
+def check_room(context: int, prompt: int, max_new_tokens: int, scores: bool = False) -> None:
+    """Raises `UserError` for an empty prompt, or one without room for a new token, which `scores` do without."""
+    least = 0 if scores else 1
+    if prompt == 0:
+        raise UserError("an empty prompt: give at least one token, such as the end-of-text token")
+    if prompt > context - least:
+        raise UserError(f"a prompt of {prompt} tokens fills the model's context of {context}: shorten it")
+    if max_new_tokens < least:
+        raise UserError(f"max_new_tokens {max_new_tokens}: expected {least} or more")
 
 
 def _of_size(known: np.ndarray, vocab_size: int) -> Tensor:

@@ -217,13 +217,9 @@ class LogProbabilities(NamedTuple):
 
 def log_probabilities(logits: Tensor, ids: Tensor, top: int = 0) -> LogProbabilities:
     """logits [tokens, vocab_size], ids that followed [tokens] → their log-probabilities, and the `top` highest ones."""
-    log = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
-    if top == 1:  # much faster than `topk`
-        best_ids = argmax(log)[:, None]
-        best = log.gather(-1, best_ids)
-    else:
-        best, best_ids = log.topk(min(top, log.size(-1)))
-    return LogProbabilities(log.gather(-1, ids[:, None].clamp(min=0)).squeeze(-1), best, best_ids)
+    log = logits.float().log_softmax(-1)
+    best = log.topk(min(top, log.size(-1)))
+    return LogProbabilities(log.gather(-1, ids[:, None].clamp(min=0)).squeeze(-1), best.values, best.indices)
 
 
 def prompt_log_probabilities(

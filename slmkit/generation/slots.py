@@ -18,7 +18,6 @@ from slmkit.generation.ensemble import Cache, LanguageModel
 from slmkit.model.cache import AT_ONCE
 
 LENGTHS = (512, 4096)  # of the pools but the last, which is as long as the context
-COPY = 32  # tokens that are read in the time that a copy takes, or moving a text to another slot
 LEAST = 64  # positions: caches grow from here by doubling
 
 
@@ -96,26 +95,18 @@ class Prefix(NamedTuple):
 class Pools:
     """All slots of an engine. `memory`: bytes of the caches; None: no limit. A cache that grows exists twice then."""
 
-    def __init__(
-        self, decoder: LanguageModel, max_rows: int, memory: int | None, reuse: bool, at_once: int = AT_ONCE
-    ) -> None:
+    def __init__(self, decoder: LanguageModel, max_rows: int, memory: int | None, reuse: bool) -> None:
         self.decoder, self.max_rows, self.memory = decoder, max_rows, math.inf if memory is None else memory
         # Where a rotation depends on the length of the text, keys do too: prompts are read at once, and never reused.
         self.in_pieces = not any(rope.depends_on_length for rope in decoder.ropes)
         self.reuse = reuse and self.in_pieces
-        self.at_once = at_once if self.in_pieces else decoder.max_positions
+        self.at_once = AT_ONCE if self.in_pieces else decoder.max_positions
         limits = [*(length for length in LENGTHS if length < decoder.max_positions), decoder.max_positions]
         with torch.inference_mode():
             self.pools = [Pool(decoder, limit, self.at_once) for limit in limits]
 
     def __iter__(self) -> Iterator[Pool]:
         return iter(self.pools)
-
-    def forget(self) -> None:
-        """Empty all slots in which no row is. Their memory stays."""
-        for pool in self.pools:
-            for slot in range(len(pool.rows), len(pool.texts)):
-                pool.cache.truncate(slot, 0)
 
     def expect(self, length: int) -> None:
         """Raises `UserError` if a text of `length` positions needs more memory than there is."""
@@ -133,15 +124,16 @@ class Pools:
             return False
         slot, free = len(pool.rows), range(len(pool.rows), len(pool.texts))
         group = row.request.prefix_group
-        prefix = self._longest_prefix(row.ids[: row.reads_from], group) if self.reuse and row.reads_from else None
-        here = {prefix.slot: prefix.length} if prefix is not None and prefix.pool is pool else {}
-        # The text of which least is lost; the beginning is rather gone on from where it is than copied.
-        lost = min(free, key=lambda place: pool.cache.length(place) - (here[place] + COPY if place in here else 0))
-        pool.cache.truncate(lost, here.get(lost, 0))
-        pool.swap(slot, lost)
-        if prefix is not None and lost not in here:
-            source = lost if slot in here else prefix.slot  # where it is now
-            pool.cache.copy_slot(slot, prefix.pool.cache, source, prefix.length)
+        prefix = self._longest_prefix(row.ids[:-1], group) if self.reuse and not row.reads_whole else None
+        if prefix is not None and prefix.pool is pool and prefix.slot in free:
+            pool.swap(slot, prefix.slot)
+            pool.cache.truncate(slot, prefix.length)
+        else:
+            lost = min(free, key=pool.cache.length)  # the text that is cheapest to read again
+            pool.swap(slot, lost)
+            pool.cache.truncate(slot, 0)
+            if prefix is not None:
+                pool.cache.copy_slot(slot, prefix.pool.cache, prefix.slot, prefix.length)
         row.pool, row.slot, pool.texts[slot] = pool, slot, Text(row.ids, group)
         row.cached_tokens = prefix.length if prefix is not None else 0
         pool.rows.append(row)
@@ -186,26 +178,18 @@ class Pools:
 
     def _longest_prefix(self, ids: Sequence[int], group: str) -> Prefix | None:
         """The slot of a text of this group that holds most of the beginning of `ids`."""
-        best, longest = None, 0
+        best = None
         for pool in self.pools:
             for slot, text in enumerate(pool.texts):
-                # Most texts differ early: what is cheap to see comes first.
-                if longest >= len(text.ids) or text.ids[longest] != ids[longest] or text.group != group:
-                    continue
-                length = common(ids, text.ids, pool.cache.length(slot))
-                if length > longest and pool.cache.holds(slot, length):
-                    best, longest = Prefix(pool, slot, length), length
-                    if longest == len(ids):
+                length = common(ids, text.ids, pool.cache.length(slot)) if text.group == group else 0
+                if length > (best.length if best else 0) and pool.cache.holds(slot, length):
+                    best = Prefix(pool, slot, length)
+                    if length == len(ids):
                         return best
         return best
 
 
 def common(a: Sequence[int], b: Sequence[int], limit: int) -> int:
-    """How many ids both begin with, of the first `limit`; found by halves, whose comparison takes no loop here."""
-    low, high = 0, min(limit, len(a), len(b))
-    if a[:high] == b[:high]:
-        return high
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
-    return low
+    """How many ids both begin with, of the first `limit`."""
+    limit = min(limit, len(a), len(b))
+    return next((place for place in range(limit) if a[place] != b[place]), limit)
