@@ -212,7 +212,7 @@ class Maker:
             raise _no_hub(config, error) from None
 
     def _with_samples(self, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        from slmkit.evaluation.code_tasks import with_sandbox
+        from slmkit.evaluation.code.tasks import with_sandbox
 
         temperature = self.temperature if self.temperature or self.samples == 1 else 0.8  # Chen et al. 2021
         sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from slmkit.evaluation import code_tasks, sandbox
-from slmkit.evaluation.code_tasks import pass_at_k, with_sandbox
+from slmkit.evaluation.code import sandbox
+from slmkit.evaluation.code import tasks as code_tasks
+from slmkit.evaluation.code.tasks import pass_at_k, with_sandbox
 from tests.real_data import real_data
 
 isolated = pytest.mark.skipif(

@@ -19,7 +19,7 @@ from fractions import Fraction
 from math import comb
 from typing import Any
 
-from slmkit.evaluation.sandbox import Limits, run, sandbox_kind
+from slmkit.evaluation.code.sandbox import Limits, run, sandbox_kind
 
 SAMPLES = (1, 10, 100)  # the k of pass@k
 # Where an answer ends, if the text of a special token is in it.

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from slmkit.config import UserError
-from slmkit.evaluation import sandbox
-from slmkit.evaluation.sandbox import Limits, Verdict, run
+from slmkit.evaluation.code import sandbox
+from slmkit.evaluation.code.sandbox import Limits, Verdict, run
 
 KINDS = [kind for kind in ("bubblewrap", "namespaces") if sandbox.works(kind)]
 pytestmark = pytest.mark.skipif(not KINDS, reason="neither bubblewrap nor Linux namespaces work on this machine")
@@ -309,7 +309,7 @@ assert not any(written(path) for path in ("/here", "/usr/here", "/dev/here", {sy
 def test_nothing_is_left_when_slmkit_is_killed() -> None:
     marker = SMALL.file + 2
     script = f"""
-from slmkit.evaluation.sandbox import Limits, run
+from slmkit.evaluation.code.sandbox import Limits, run
 run("import os, time\\nos.setsid() if os.fork() else os.fork()\\ntime.sleep(3600)", "", Limits(file={marker}))"""
     process = subprocess.Popen([sys.executable, "-c", script])
     deadline = time.monotonic() + 60

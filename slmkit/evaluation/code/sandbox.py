@@ -1,6 +1,6 @@
 """Whether a program that is not trusted passes tests, without danger for this machine.
 
-A verdict takes two processes (code_worker.py): one executes the program, the other the tests. They share a socket and
+A verdict takes two processes (worker.py): one executes the program, the other the tests. They share a socket and
 nothing else: each has a sandbox of its own, so that the program cannot read, signal or imitate the one that judges it.
 """
 
@@ -24,7 +24,7 @@ from pathlib import Path
 
 from slmkit.config import UserError
 
-WORKER, NAMESPACES = (Path(__file__).with_name(name) for name in ("code_worker.py", "namespaces.py"))
+WORKER, NAMESPACES = (Path(__file__).with_name(name) for name in ("worker.py", "namespaces.py"))
 SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/nix/store", "/etc/ld.so.cache")
 ENDED = "the program has ended"  # as the worker says it
 START = 1  # seconds of processor time for the start of Python, at most

@@ -1,0 +1,1 @@
+"""Code tasks: candidate programs and their tests run apart, each in a sandbox."""
