@@ -66,10 +66,17 @@ def compare(
 ) -> Comparison:
     """Evaluate all models with the same `settings`, keywords of `evaluate`, and compare the others with the first.
 
-    `progress` gets the model, what is done and the share done. Raises `UserError` as `evaluate` and `compare_results`.
+    With the template `auto`, tasks are asked as conversations if that suits all models, else none of them is: what has
+    other prompts is not compared. `progress` gets the model, what is done and the share done. Raises `UserError` as
+    `evaluate` and `compare_results`.
     """
-    from slmkit.workflows.evaluation.evaluate import evaluate  # loads torch, which stored results do not need
+    from slmkit.workflows.evaluation import evaluate as of_model  # loads torch, which stored results do not need
 
+    evaluate = of_model.evaluate
+    if settings.get("tasks") and settings.get("chat_template", "auto") == "auto":
+        real = [model for model in models if not of_model.is_stored(model)]
+        is_chat = all(of_model.uses_chat(model, "auto") for model in real)
+        settings["chat_template"] = "chat" if real and is_chat else "none"
     return compare_results(
         models, [evaluate(model, progress=functools.partial(progress, model), **settings) for model in models]
     )

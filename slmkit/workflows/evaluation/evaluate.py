@@ -82,7 +82,7 @@ def evaluate(
     if is_stored(model):
         return on_stored_answers(str(model), tasks, asked, chat_template == "chat", limit)
     one = _Evaluated(model, device, precision, cache, progress)
-    asked["chat"] = bool(tasks) and one.uses_chat(chat_template)
+    asked["chat"] = bool(tasks) and uses_chat(model, chat_template)
     loaded = {name: one.load(name, asked) for name in tasks if name != STORIES}  # a wrong name is found at once
     results: list[TaskResult] = []
     geometry = {"window": window, "stride": stride}
@@ -124,6 +124,18 @@ def on_stored_answers(
     return run_tasks(answers, loaded, limit=limit, seed=SEED, self_test=False)
 
 
+def uses_chat(model: str | Path, chat_template: str) -> bool:
+    """Whether prompts for a model are conversations. Raises `UserError` for another word, and without a template."""
+    if chat_template not in ("auto", "chat", "none"):
+        raise UserError(f"template {chat_template!r}: expected auto, chat or none")
+    has_one = SLMTokenizer.from_pretrained(find_tokenizer_directory(model)).chat_template is not None
+    if chat_template == "chat" and not has_one:
+        raise UserError(f"{model}: its tokenizer has no chat template: use --template none")
+    run = run_of(model)
+    learned = has_one if run is None else load_recipe(run / "recipe.yaml").reads != "text"
+    return chat_template == "chat" or (chat_template == "auto" and has_one and learned)
+
+
 class _Evaluated:
     """A model that is loaded when its first answer is needed."""
 
@@ -156,17 +168,6 @@ class _Evaluated:
         if not self.use_cache:
             return compute()
         return stored({**self.content, **key}, compute)
-
-    def uses_chat(self, chat_template: str) -> bool:
-        """Whether prompts are conversations. Raises `UserError` for another word, and without a template."""
-        if chat_template not in ("auto", "chat", "none"):
-            raise UserError(f"template {chat_template!r}: expected auto, chat or none")
-        has_one = self.tokenizer.chat_template is not None
-        if chat_template == "chat" and not has_one:
-            raise UserError(f"{self.model}: its tokenizer has no chat template: use --template none")
-        run = run_of(self.model)
-        learned = has_one if run is None else load_recipe(run / "recipe.yaml").reads != "text"
-        return chat_template == "chat" or (chat_template == "auto" and has_one and learned)
 
     def on_text(
         self, source: SourceSettings, limit: int | None, window: int | None, stride: int | None, joined: bool

@@ -17,8 +17,9 @@ from slmkit.evaluation.intervals import estimate, paired
 from slmkit.evaluation.results import Item, TaskResult
 from slmkit.model.files.directory import save_decoder
 from slmkit.model.initialization import build_decoder
+from slmkit.tokenizer import SLMTokenizer
 from slmkit.workflows.evaluation.compare import Comparison, compare, compare_results, draw, read_results, table
-from slmkit.workflows.evaluation.evaluate import evaluate
+from slmkit.workflows.evaluation.evaluate import evaluate, uses_chat
 from tests.adapt.trained import SHAPE, TOKENIZER, trained_decoder
 from tests.export.small_model import small_config, small_tokenizer
 
@@ -132,6 +133,20 @@ def answers(right: str, task: str = "task", **recipe: Any) -> TaskResult:
     """A result on questions 0, 1, …: `1` for a right answer, `0` for a wrong one, a space for one that is missing."""
     items = [Item(str(number), {"acc": (float(one), 1.0)}, {}) for number, one in enumerate(right) if one != " "]
     return TaskResult(task, recipe, {"acc": "mean"}, tuple(items))
+
+
+def test_a_model_that_does_not_chat_and_one_that_does_get_the_same_prompts(folder: Path, tmp_path: Path) -> None:
+    plain, chats = tmp_path / "plain", folder / "trained"
+    shutil.copytree(chats, plain, ignore=shutil.ignore_patterns("*.jinja"))
+    tokenizer = SLMTokenizer.from_pretrained(chats)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(plain)
+    assert [uses_chat(model, "auto") for model in (plain, chats)] == [False, True]
+    settings = {"tasks": ["hellaswag"], "task_data": folder / "tasks", "limit": 6, "device": "cpu", "cache": False}
+    (row,) = compare([str(chats), str(plain)], progress=lambda *done: None, **settings).rows
+    assert (row.recipe["template"], row.difference.value) == ("none", 0)
+    (row,) = compare([str(chats)] * 2, progress=lambda *done: None, **settings).rows
+    assert row.recipe["template"] != "none"
 
 
 def test_what_only_one_model_has_is_said() -> None:
