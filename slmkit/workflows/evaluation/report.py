@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from slmkit.config import UserError, one_line, read_yaml
 from slmkit.data.settings import CleaningSettings
+from slmkit.evaluation.intervals import estimate
 from slmkit.evaluation.results import FORMS, TaskResult
 from slmkit.export.model_card import METHODS, READ_TEXT, TRAINING_KEYS
 from slmkit.files import read_text, write_whole
@@ -165,6 +166,9 @@ def rows_of(result: TaskResult) -> list[tuple[str, ...]]:
         score = result.score(metric)
         digits = 2 if abs(score.value) >= 100 else 4
         error = "" if score.standard_error is None else f"± {score.standard_error:.{digits}f}"
+        if score.standard_error == 0:  # none or all of the items are right
+            found = estimate([result], metric)
+            error = f"{found.low:.{digits}f} to {found.high:.{digits}f}"
         better = "higher" if FORMS[form].higher_is_better else "lower"
         rows.append((metric, f"{score.value:,.{digits}f}", error, f"{score.n:,}", better))
     return rows

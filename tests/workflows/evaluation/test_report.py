@@ -33,8 +33,11 @@ LINES = {  # a line of metrics.jsonl of each objective
 }  # fmt: skip
 RESULT = TaskResult(
     "gsm8k", {"shots": 5, "template": "none", "data": {"name": "a.jsonl", "sha256": "0" * 64}},
-    {"number": "mean", "bits": "loss"},
-    tuple(Item(str(i), {"number": (float(i % 2), 1.0), "bits": (i + 1.0, 2.0)}, {"given": HOSTILE}) for i in range(8)),
+    {"number": "mean", "bits": "loss", "strict": "mean"},
+    tuple(
+        Item(str(i), {"number": (float(i % 2), 1.0), "bits": (i + 1.0, 2.0), "strict": (0.0, 1.0)}, {"given": HOSTILE})
+        for i in range(8)
+    ),
     ("document 9: no room",),
 )  # fmt: skip
 
@@ -112,7 +115,7 @@ def test_a_run_is_shown_whole_and_readable_everywhere(run: Path, tmp_path: Path,
     assert len(charts) >= 4
     assert all("after" in (chart.get_attribute("aria-label") or "") for chart in charts)
     text = page.locator("body").inner_text()
-    for shown in ("0.5000", "± 0.1890", "document 9: no room", "step 6", "best, latest"):
+    for shown in ("0.5000", "± 0.1890", "0.0000 to 0.3244", "document 9: no room", "step 6", "best, latest"):
         assert shown in text
     ids = page.evaluate("[...document.querySelectorAll('[id]')].map((node) => node.id)")
     assert len(ids) == len({*ids})
