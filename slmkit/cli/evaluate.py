@@ -251,7 +251,9 @@ def stated(recipe: Mapping[str, Any]) -> str:
             return ", ".join(map(one, value))
         return value[:12] if isinstance(value, str) and len(value) == 64 and " " not in value else str(value)
 
-    return "; ".join(f"{key.replace('_', ' ')} {one(value)}" for key, value in recipe.items() if value is not None)
+    return "; ".join(
+        f"{key.replace('_', ' ')} {one(value)}" for key, value in recipe.items() if value not in (None, {})
+    )
 
 
 def report(
