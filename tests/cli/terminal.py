@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import pty
@@ -74,16 +73,6 @@ class Terminal:
             assert self._read(0.1), f"the command ended without {text!r}:\n{self.screen.text}"
             assert time.monotonic() < limit, f"no {text!r} with {end!r} at the end in:\n{self.screen.text}"
         return self.screen.text
-
-    def interrupt_line(self, text: str, end: str) -> str:
-        """Press Ctrl-C while a line is edited, until the screen is as `wait_for` says: Python's readline does not see a
-        signal that arrives between a character and the wait for the next one.
-        """
-        for _ in range(20):
-            self.type("\x03")
-            with contextlib.suppress(AssertionError):
-                return self.wait_for(text, end, timeout=5)
-        return self.wait_for(text, end)
 
     def say(self, text: str) -> str:
         """Type a line, and wait for the next prompt; returns what appeared between them."""

@@ -257,7 +257,8 @@ def test_ctrl_c_stops_an_answer_and_gives_up_a_line(
     assert "^C" not in said
     terminal.type("never sent")
     terminal.wait_for("never sent", "never sent")
-    terminal.interrupt_line("never sent", "\nyou>")
+    terminal.type("\x03")
+    terminal.wait_for("never sent", "\nyou>")
     terminal.say("/save talk.json")
     messages = json.loads((tmp_path / "talk.json").read_text())["messages"]
     assert [one["role"] for one in messages] == ["user", "assistant"]

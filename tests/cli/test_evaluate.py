@@ -38,7 +38,11 @@ def figures(stdout: str) -> dict[tuple[str, str, str], tuple[float, float | None
     found = {}
     for line in stdout.split("\n\n")[0].splitlines()[1:]:
         model, task, metric, value, *error, n = line.split()
-        found[model, task, metric] = float(value.replace(",", "")), float(error[1]) if error else None, int(n)
+        found[model, task, metric] = (
+            float(value.replace(",", "")),
+            float(error[1]) if error[:1] == ["±"] else None,
+            int(n),
+        )
     return found
 
 
