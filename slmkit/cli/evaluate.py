@@ -163,7 +163,7 @@ def compare(
     difference with its 95 % interval, its p value and a verdict. Texts are compared in bits per byte, which do not
     depend on the tokenizer.
 
-    Example: slm compare runs/book runs/book-int4 --text other.txt
+    Example: slm compare runs/book runs/book-2 --text other.txt
     Example: slm compare --results a.json b.json --picture difference.png
     """
     from slmkit.cli.show import print_table, progress_bar

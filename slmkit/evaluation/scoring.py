@@ -71,19 +71,23 @@ class Tree:
 def score(decoder: LanguageModel, trees: Sequence[Tree]) -> Iterator[tuple[int, list[Score]]]:
     """The number of each tree and the score of its branches, batch by batch, the longest first.
 
-    Raises `UserError` for logits that are not finite. A model whose rotation depends on the length of the text, and an
-    ensemble, read each branch in a row of its own.
+    Raises `UserError` for logits that are not finite. An ensemble and a model that is sharded among processes, whose
+    `forward` alone knows what to do, read each branch in a row of its own, as does a model whose rotation depends on
+    the length of the text, which padding would change.
     """
     at_once = AT_ONCE.get(decoder.device.type, AT_ONCE["cpu"])
-    is_plain = isinstance(decoder, Decoder) and not any(rope.depends_on_length for rope in decoder.ropes)
+    of_length = any(rope.depends_on_length for rope in decoder.ropes)
     with evaluating(decoder):
-        if is_plain:
+        if isinstance(decoder, Decoder) and not hasattr(decoder, "unshard") and not of_length:
             for batch in batches(trees, at_once):
                 yield from zip(batch, _score(decoder, [trees[number] for number in batch]))
-        else:
-            for number, tree in enumerate(trees):
-                alone = [Tree(tree.context, (branch,)) for branch in tree.branches]
-                yield number, [_score(decoder, [one])[0][0] for one in alone]
+            return
+        rows = [Tree(tree.context, (branch,)) for tree in trees for branch in tree.branches]
+        found = dict[int, Score]()
+        for batch in batches(rows, 1 if of_length else at_once):
+            found |= zip(batch, (one for (one,) in _score(decoder, [rows[number] for number in batch])))
+        each = (found[number] for number in range(len(rows)))
+        yield from ((number, [*itertools.islice(each, len(tree.branches))]) for number, tree in enumerate(trees))
 
 
 def batches(trees: Sequence[Tree], at_once: int) -> Iterator[list[int]]:

@@ -104,6 +104,8 @@ SMALLER = {  # what is added to an example so that it takes seconds; everything 
     "slm plan own-text": ["--no-probe"],
     "slm plan --hours": ["--no-probe"],
     "slm eval runs/book --tasks": ["--limit", "2"],
+    "slm eval oracle": None,  # needs the files of a task, and is run by tests of its own
+    "slm compare --results": None,  # needs results of two models, and is run by tests of its own
     "slm inspect llama": ["--length", "512"],
     "slm quickstart": None,  # takes minutes, and is run by tests of its own
     "slm push": None,  # needs a hub, and is run against one by tests of its own
