@@ -32,7 +32,7 @@ NORMALISATION = (  # what `normalised` does, in this order: a part of the recipe
     "white space collapsed",
 )
 LONGEST = 1000  # digits
-GROUPING = re.compile(r"(?<=\d)(?<!\d{4})(?:[\u00a0\u2007\u2009\u202f_]|\{,\}|,?\\[,!;])(?=\d{3}(?!\d))")
+GROUPING = re.compile(r"(?<=\d)(?<!\d{4})(?:[\u00a0\u2007\u2009\u202f_'\u2019]|\{,\}|,?\\[,!;])(?=\d{3}(?!\d))")
 DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,2}(?:,\d{2})+,\d{3}(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 NUMBER = re.compile(
     rf"""(?<![A-Za-z\d^])(?<!\^\{{)(?<![A-Za-z\d]_)(?<![A-Za-z\d]_\{{)(?<![A-Za-z\d]\^[-+])(?<!\^\{{[-+])
@@ -83,7 +83,9 @@ def value_of(match: re.Match[str]) -> Fraction | None:
 def only_number(expression: str) -> Fraction | None:
     r"""The number that `expression` is, units aside; None if it is more than that (`2\sqrt{3}`, `(1, 2)`, `5x`)."""
     expression = re.sub(
-        r"\\(?:text|mathrm|mbox)\s?\{[^}]*\}|\^\s?\{?\\circ\}?|°", " ", plain(expression).split("=")[-1]
+        r"\\(?:text|mathrm|mbox)\s?\{[^}\d]*\}|\\(?:text|mathrm|mbox)\b|\^\s?\{?\\circ\}?|°",
+        " ",
+        plain(expression).split("=")[-1],
     )
     found = numbers(expression)
     return found[0] if len(found) == 1 and not EXPRESSION.search(NUMBER.sub(" ", expression)) else None

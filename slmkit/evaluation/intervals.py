@@ -65,8 +65,10 @@ def estimate(results: Sequence[TaskResult], metric: str, by_size: bool = False) 
     from scipy.stats import binomtest, t
 
     form, tasks = FORMS[results[0].metrics[metric]], [np.array([*_pairs(one, metric).values()]) for one in results]
+    if not all(len(pairs) and pairs[:, 1].sum() and np.isfinite(pairs).all() for pairs in tasks):
+        return Estimate(math.nan, None, None, None, sum(map(len, tasks)))
     value, parts, free = _mean(tasks, form, by_size)
-    if free is None:
+    if free is None or not math.isfinite(value):
         return Estimate(value, None, None, None, len(parts))
     error = float(np.linalg.norm(parts))
     reach = t.ppf((1 + LEVEL) / 2, free) * error

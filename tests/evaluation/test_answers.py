@@ -35,7 +35,7 @@ NUMBERS = {
     "<answer>12</answer> of 20": 12,
     "Answer: 5 + 3 = 8": 8, "#### 12\nand 13": 12, "#### Step 1\nSo 72": 72, r"\boxed{7} of 10": 7,
     r"$\boxed{\$1{,}234}$": 1234, r"\boxed{\frac{1}{2}}": Fraction(1, 2), r"\boxed{x = 5}": 5,
-    r"\boxed{5 \text{ apples}}": 5,
+    r"\boxed{5 \text{ apples}}": 5, r"\boxed{\text{42 apples}}": 42, "12'345": 12_345, "1’234’567 francs": 1_234_567,
     "\\boxed{\n42\n}": 42, r"\boxed{90^\circ}": 90, "The answer is as follows:\n3 + 4 = 7": 7, "<<48/2=24>>24": 24,
     # none
     "": None, "none": None, "seventy-two": None, "2^10": None, "10²": None, "CO2": None, "x_1": None, "1/0": None,

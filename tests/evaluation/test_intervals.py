@@ -333,3 +333,11 @@ def test_the_items_needed_show_the_difference_with_the_promised_power() -> None:
     more = difference(600, 200, 0, 1_200).items_needed(tests=10)
     assert more == pytest.approx((2.807 + 0.8416) ** 2 * 0.36 / 0.2**2, abs=1.1)
     assert difference(0, 0, 3, 9).items_needed() is None
+
+
+@pytest.mark.parametrize("pairs", [[], [(0.0, 0.0), (0.0, 0.0)], [(math.nan, 1.0), (1.0, 1.0)], [(math.inf, 1.0)] * 2])
+def test_what_has_no_figure_has_no_interval(pairs: list[tuple[float, float]]) -> None:
+    items = tuple(Item(str(place), {"loss": pair}, {}) for place, pair in enumerate(pairs))
+    found = estimate([TaskResult("task", {}, {"loss": "loss"}, items)], "loss")
+    assert not math.isfinite(found.value)
+    assert (found.standard_error, found.low, found.high, found.n) == (None, None, None, len(pairs))
