@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,9 +13,10 @@ import torch
 
 from slmkit import SLMTokenizer
 from slmkit.adapt.load import load_model
+from slmkit.cli.evaluate import figure
 from slmkit.data.shards.reader import TokenShards
 from slmkit.evaluation.perplexity import token_losses
-from slmkit.evaluation.results import TaskResult
+from slmkit.evaluation.results import Item, TaskResult
 from tests.cli.helpers import TINY, refused, slm
 
 METRICS = ("loss", "perplexity", "bits_per_byte")
@@ -167,3 +169,17 @@ def test_without_the_hub_wikitext_can_be_given_as_a_folder(folder: Path, monkeyp
     line = refused("eval", "runs/book", "--text", "wikitext-2", "--device", "cpu", cwd=folder)
     assert "offline" in line
     assert "--text FOLDER/wikitext-2" in line
+
+
+def test_a_large_figure_and_its_standard_error_are_written_alike() -> None:
+    items = tuple(Item(str(i), {"perplexity": (nats, 1.0)}, {}) for i, nats in enumerate((9.0, 11.0, 12.0)))
+    shown = figure(TaskResult("text", {}, {"perplexity": "exp"}, items), "perplexity")
+    assert re.fullmatch(r"\d\d,\d{3}\.\d\d ± \d\d,\d{3}\.\d\d", shown)
+
+
+def test_the_models_in_the_examples_of_the_page_are_runs_and_not_the_folder_of_them() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    commands = re.findall(r"^slm .*$", page, re.M)
+    models = [word for line in commands for word in line.split() if word.startswith("runs/quickstart")]
+    assert models
+    assert set(models) <= {"runs/quickstart/primer", "runs/quickstart/stories", "runs/quickstart/chat"}

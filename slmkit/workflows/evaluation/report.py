@@ -165,7 +165,7 @@ def rows_of(result: TaskResult) -> list[tuple[str, ...]]:
     for metric, form in result.metrics.items():
         score = result.score(metric)
         digits = 2 if abs(score.value) >= 100 else 4
-        error = "" if score.standard_error is None else f"± {score.standard_error:.{digits}f}"
+        error = "" if score.standard_error is None else f"± {score.standard_error:,.{digits}f}"
         if score.standard_error == 0:  # none or all of the items are right
             found = estimate([result], metric)
             error = f"{found.low:.{digits}f} to {found.high:.{digits}f}"
