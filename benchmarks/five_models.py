@@ -198,7 +198,7 @@ def evaluate_all(folder: Path, seeds: int, count: int, tinystories: Path | None)
         for task, of_seeds in enumerate(zip(*found[name], strict=True)):
             for metric in (metric for metric in METRICS if metric in of_seeds[0].metrics):
                 rows[name]["figures"][f"{of_seeds[0].task}/{metric}"] = {
-                    "mean": asdict(estimate([mean_of([one[task] for one in found[name]])], metric)),
+                    "mean": asdict(estimate(mean_of([one[task] for one in found[name]]), metric)),
                     "seeds": [one.score(metric).value for one in of_seeds],
                 }
         print(json.dumps({name: rows[name]}), flush=True)

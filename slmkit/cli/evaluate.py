@@ -212,7 +212,7 @@ def figure(result: TaskResult, metric: str) -> str:
 
     score = result.score(metric)
     if score.standard_error == 0:
-        found = estimate([result], metric)
+        found = estimate(result, metric)
         return f"{score.value:,.4f} ({found.low:,.4f} to {found.high:,.4f})"
     digits = 2 if math.isfinite(score.value) and abs(score.value) >= 100 else 4
     error = "" if score.standard_error is None else f" ± {score.standard_error:,.{digits}f}"

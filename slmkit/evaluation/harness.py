@@ -7,6 +7,7 @@ order. Imports lm-eval, so import this module where it is needed.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections import defaultdict
@@ -29,7 +30,6 @@ from slmkit.generation.text import end_tokens
 from slmkit.model.cache import AT_ONCE
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.tokenizer.chat import ConversationError
-from slmkit.tokenizer.chat_prompt import prompt_of
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")  # of a task's `gen_kwargs`
 MEMORY = 4 * 2**30  # bytes of the KV cache, if a text does not need more
@@ -88,16 +88,13 @@ class EngineLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The conversation as text; without `add_generation_prompt` the last message is to be continued."""
-        template, names = self.tokenizer._template(), self.tokenizer._names
-
-        def rendered(messages: list[dict[str, str]]) -> str:
-            begins = add_generation_prompt
-            return prompt_of(template, messages, None, names, begins=begins, continues=not begins)
-
+        render = functools.partial(
+            self.tokenizer.chat_prompt_text, begins=add_generation_prompt, continues=not add_generation_prompt
+        )
         try:
-            return rendered(chat_history)
+            return render(chat_history)
         except ConversationError:  # many templates know no system message
-            return rendered([message for message in chat_history if message["role"] != "system"])
+            return render([message for message in chat_history if message["role"] != "system"])
 
     # -- log-likelihood -----------------------------------------------------------------------------------------------
 

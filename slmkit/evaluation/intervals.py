@@ -1,9 +1,9 @@
 """How far a figure may be from its true value: intervals, and paired differences of two models.
 
-Every figure is a ratio of sums, R = Σa/Σb. The linearised residual of an item is its part in the error of the figure,
-r = sqrt(n/(n−1)) (a − R b) / Σb, times exp(R) where the figure is exp(R) (delta method). The standard error is
-sqrt(Σr²); that of the difference of two models on the same items is sqrt(Σ(r₂ − r₁)²); that of a weighted mean of tasks
-is sqrt(Σ w² SE²). Miller 2024, "Adding error bars to evals" (arXiv:2411.00640); Cochran 1977, "Sampling techniques".
+Every figure is a ratio of sums, R = Σa/Σb, or exp(R), where the part of an item in the error (`residuals`) is
+multiplied by exp(R) (delta method). The standard error of the difference of two models on the same items is
+sqrt(Σ(r₂ − r₁)²). Groups of tasks are results of their own (`task_results.group_result`). Miller 2024, "Adding error
+bars to evals" (arXiv:2411.00640); Cochran 1977, "Sampling techniques".
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from slmkit.config import UserError
-from slmkit.evaluation.results import FORMS, Form, TaskResult
+from slmkit.evaluation.results import FORMS, Form, TaskResult, residuals
 
+Pairs = Sequence[tuple[float, float]]  # numerator and denominator of each item
 LEVEL = 0.95  # of all intervals; differences are shown where p < 1 − LEVEL
 POWER = 0.8  # probability of showing a difference with `Difference.items_needed`
 # Results whose recipes differ in one of these are not compared. Other settings may differ, such as the window, which
@@ -56,37 +57,30 @@ class Difference(Estimate):
         return math.ceil(self.n * (errors * self.standard_error / self.value) ** 2)
 
 
-def estimate(results: Sequence[TaskResult], metric: str, by_size: bool = False) -> Estimate:
-    """The figure of one task, or the mean of those of several: all the same weight, or `by_size`, by their items.
+def estimate(result: TaskResult, metric: str) -> Estimate:
+    """A figure with its interval.
 
     The interval of a share of items is Wilson's (1927), which is not empty at 0 and 100 %; that of a perplexity is exp
     of that of its logarithm; all others are Student's.
     """
     from scipy.stats import binomtest, t
 
-    form, tasks = FORMS[results[0].metrics[metric]], [np.array([*_pairs(one, metric).values()]) for one in results]
-    if not all(len(pairs) and pairs[:, 1].sum() and np.isfinite(pairs).all() for pairs in tasks):
-        return Estimate(math.nan, None, None, None, sum(map(len, tasks)))
-    value, parts, free = _mean(tasks, form, by_size)
-    if free is None or not math.isfinite(value):
-        return Estimate(value, None, None, None, len(parts))
+    form, pairs = FORMS[result.metrics[metric]], [*_pairs(result, metric).values()]
+    n, (value, parts) = len(pairs), _figure(pairs, form)
+    if n < 2 or not math.isfinite(value):
+        return Estimate(value, None, None, None, n)
     error = float(np.linalg.norm(parts))
-    reach = t.ppf((1 + LEVEL) / 2, free) * error
+    reach = float(t.ppf((1 + LEVEL) / 2, n - 1)) * error
     low, high = value - reach, value + reach
-    if len(tasks) == 1 and form.is_exponential:
+    if form.is_exponential:
         low, high = value * math.exp(-reach / value), value * math.exp(reach / value)
-    elif _are_shares(tasks):
-        low, high = binomtest(round(value * len(parts)), len(parts)).proportion_ci(LEVEL, method="wilson")
-    return Estimate(value, error, float(low), float(high), len(parts))
+    elif _is_share(pairs):
+        low, high = map(float, binomtest(round(value * n), n).proportion_ci(LEVEL, method="wilson"))
+    return Estimate(value, error, low, high, n)
 
 
 def paired(a: TaskResult, b: TaskResult, metric: str) -> Difference:
-    """Figure of `b` minus figure of `a` on their common items. Raises as `paired_mean`."""
-    return paired_mean([a], [b], metric)
-
-
-def paired_mean(a: Sequence[TaskResult], b: Sequence[TaskResult], metric: str, by_size: bool = False) -> Difference:
-    """`estimate` of the second model's results minus that of the first's, for the same tasks, on their common items.
+    """Figure of `b` minus figure of `a` on their common items.
 
     Shares of items are compared by McNemar's exact test (1947), with the interval of Bonett and Price (2012), which is
     not empty if both models are right on the same items; all else by the paired t test. Raises `UserError` for
@@ -95,19 +89,18 @@ def paired_mean(a: Sequence[TaskResult], b: Sequence[TaskResult], metric: str, b
     """
     from scipy.stats import t
 
-    common = [_common(one, other, metric) for one, other in zip(a, b, strict=True)]
-    first, second, left_out = [one for one, *_ in common], [other for _, other, _ in common], sum(n for *_, n in common)
-    form = FORMS[a[0].metrics[metric]]
-    (before, parts, free), (after, other_parts, _) = (_mean(side, form, by_size) for side in (first, second))
-    value, n = after - before, len(parts)
-    if free is None:
+    first, second, left_out = _common(a, b, metric)
+    form, n = FORMS[a.metrics[metric]], len(first)
+    (before, parts), (after, other_parts) = _figure(first, form), _figure(second, form)
+    value = after - before
+    if n < 2 or not math.isfinite(value):
         return Difference(value, None, None, None, n, None, left_out)
     error = float(np.linalg.norm(other_parts - parts))
-    if _are_shares(first) and _are_shares(second):
-        changes = second[0][:, 0] - first[0][:, 0]
-        return Difference(value, error, *_mcnemar(int((changes > 0).sum()), int((changes < 0).sum()), n), left_out)
-    reach = float(t.ppf((1 + LEVEL) / 2, free)) * error
-    p = 2 * float(t.sf(abs(value) / error, free)) if error else float(value == 0)
+    if _is_share(first) and _is_share(second):
+        changes = [right - before for (before, _), (right, _) in zip(first, second)]
+        return Difference(value, error, *_mcnemar(changes.count(1), changes.count(-1), n), left_out)
+    reach = float(t.ppf((1 + LEVEL) / 2, n - 1)) * error
+    p = 2 * float(t.sf(abs(value) / error, n - 1)) if error else float(value == 0)
     return Difference(value, error, value - reach, value + reach, n, p, left_out)
 
 
@@ -126,8 +119,8 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     return adjusted
 
 
-def _common(a: TaskResult, b: TaskResult, metric: str) -> tuple[np.ndarray, np.ndarray, int]:
-    """Pairs [items, 2] of the items that both have, of each result, and the number of items that only one has."""
+def _common(a: TaskResult, b: TaskResult, metric: str) -> tuple[Pairs, Pairs, int]:
+    """The pairs of the items that both have, of each result, and the number of items that only one has."""
     changed = {key: (one, other) for key, one, other in differing(a, b)}
     if "limit" in changed:  # then the hash of a text is that of fewer documents; equal ids are equal documents
         changed.pop("data", None)
@@ -139,8 +132,8 @@ def _common(a: TaskResult, b: TaskResult, metric: str) -> tuple[np.ndarray, np.n
     keys = [key for key in first if key in second]
     if not keys:
         raise UserError(f"{a.task}: not comparable: the results have no item in common; evaluate both on the same data")
-    found, others = np.array([first[key] for key in keys]), np.array([second[key] for key in keys])  # [items, 2]
-    if (found[:, 1] != others[:, 1]).any():
+    found, others = [first[key] for key in keys], [second[key] for key in keys]
+    if any(one[1] != other[1] for one, other in zip(found, others)):
         raise UserError(
             f"{a.task}: not comparable: the {metric} is over other numbers of units, as of tokens of other tokenizers; "
             "compare the bits per byte"
@@ -166,26 +159,20 @@ def _pairs(result: TaskResult, metric: str) -> dict[tuple[str, int], tuple[float
     return dict(sorted(found.items()))  # sums do not depend on the order of the items
 
 
-def _mean(tasks: Sequence[np.ndarray], form: Form, by_size: bool) -> tuple[float, np.ndarray, int | None]:
-    """Pairs [items, 2] of each task → the weighted mean of their figures, the residuals of all items [all items], and
-    the degrees of freedom; None if a task has fewer than two items.
-    """
-    weights = [len(pairs) if by_size else 1 for pairs in tasks]
-    value, residuals = 0.0, list[np.ndarray]()
-    for pairs, weight in zip(tasks, weights):
-        a, b = pairs.T
-        n, ratio = len(pairs), a.sum() / b.sum()
-        figure, slope = (np.exp(ratio), np.exp(ratio)) if form.is_exponential else (ratio, 1.0)
-        value += weight / sum(weights) * figure
-        bessel = math.sqrt(n / max(n - 1, 1))
-        residuals.append(weight / sum(weights) * slope * bessel * (a - ratio * b) / b.sum())
-    free = sum(map(len, tasks)) - len(tasks) if min(map(len, tasks)) > 1 else None
-    return float(value), np.concatenate(residuals), free
+def _figure(pairs: Pairs, form: Form) -> tuple[float, np.ndarray]:
+    """The figure, and the part of each item in its error [items]; NaN for values that are not finite."""
+    if not np.isfinite(pairs).all():
+        return math.nan, np.zeros(len(pairs))
+    ratio, parts = residuals(pairs)
+    if not form.is_exponential:
+        return ratio, np.array(parts)
+    figure = math.exp(ratio) if not ratio > 700 else math.inf  # 700: beyond it float64 overflows
+    return figure, figure * np.array(parts) if math.isfinite(figure) else np.array(parts)
 
 
-def _are_shares(tasks: Sequence[np.ndarray]) -> bool:
-    """Whether this is one task whose figure is the share of its items that are right."""
-    return len(tasks) == 1 and bool(np.isin(tasks[0][:, 0], (0, 1)).all() and (tasks[0][:, 1] == 1).all())
+def _is_share(pairs: Pairs) -> bool:
+    """Whether the figure is the share of items that are right."""
+    return all(a in (0, 1) and b == 1 for a, b in pairs)
 
 
 def _mcnemar(gained: int, lost: int, n: int) -> tuple[float, float, int, float]:

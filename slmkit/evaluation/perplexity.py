@@ -123,7 +123,7 @@ def _result(
 
 
 def window_and_stride(context: int, window: int | None, stride: int | None) -> tuple[int, int]:
-    """Window and stride with their defaults, for a model of so many positions. Raises `UserError` as `text_result`."""
+    """Window and stride with their defaults. `context`: positions of the model. Raises `UserError` as `text_result`."""
     window = window or min(context, LONGEST_WINDOW)
     if window > context:
         raise UserError(f"a window of {window:,} tokens: the model reads at most {context:,} tokens at once")

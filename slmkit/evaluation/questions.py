@@ -91,7 +91,7 @@ def write_all(
     until: float = math.inf,
     progress: Progress = lambda done, requests: None,
 ) -> list[str | None]:
-    """What the model writes after each prompt, of at most so many tokens, many texts at once.
+    """Continue all prompts at the same time, each by at most as many tokens as `rooms` says.
 
     None for a prompt that fills the context. After `until` the texts that are finished, without a gap: short ones are
     not chosen over long ones. Raises `UserError` for logits that are not finite.

@@ -8,7 +8,7 @@ SE = sqrt(n/(n−1) Σ(a − R b)²) / Σb, which for b = 1 is s/√n. `FORMS` s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -99,12 +99,18 @@ def ratio_of_sums(pairs: Iterable[tuple[float, float]]) -> tuple[float, float | 
 
     The error is None for fewer than two items; R is NaN if the denominators add up to 0.
     """
-    found = list(pairs)
-    n, below = len(found), math.fsum(b for _, b in found)
+    ratio, parts = residuals([*pairs])
+    return ratio, math.sqrt(math.fsum(part**2 for part in parts)) if len(parts) > 1 else None
+
+
+def residuals(pairs: Sequence[tuple[float, float]]) -> tuple[float, list[float]]:
+    """R = Σa/Σb, and the part of each item in its error, r = sqrt(n/(n−1)) (a − R b) / Σb: SE = sqrt(Σr²).
+
+    NaN and no parts if the denominators add up to 0.
+    """
+    n, below = len(pairs), math.fsum(b for _, b in pairs)
     if not below:
-        return math.nan, None
-    ratio = math.fsum(a for a, _ in found) / below
-    if n < 2:
-        return ratio, None
-    squares = math.fsum((a - ratio * b) ** 2 for a, b in found)
-    return ratio, math.sqrt(n / (n - 1) * squares) / below
+        return math.nan, []
+    ratio = math.fsum(a for a, _ in pairs) / below
+    scale = math.sqrt(n / max(n - 1, 1)) / below
+    return ratio, [scale * (a - ratio * b) for a, b in pairs]

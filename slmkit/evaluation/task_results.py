@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from slmkit.evaluation.answers import NORMALISATION, extra_metrics
-from slmkit.evaluation.results import Item, TaskResult, ratio_of_sums
+from slmkit.evaluation.results import Item, TaskResult, residuals
 
 # lm-eval's aggregations: the forms where more and where less is better, and a document's (numerator, denominator).
 Ratio = tuple[str, str, Callable[[Any], tuple[float, float]]]
@@ -177,13 +177,12 @@ def _linearised(
     tasks: Sequence[Mapping[str, tuple[float, float]]], weights: Sequence[float]
 ) -> dict[str, tuple[float, float]]:
     """Documents whose ratio of sums and its standard error are those of the weighted mean of tasks."""
-    total = sum(map(len, tasks))
-    ratios = [ratio_of_sums(one.values())[0] for one in tasks]
-    figure = sum(weight / sum(weights) * ratio for weight, ratio in zip(weights, ratios))
-    found = dict[str, tuple[float, float]]()
-    for one, weight, ratio in zip(tasks, weights, ratios):
-        n, below = len(one), sum(b for _, b in one.values())
-        # The residual of a document, times what `ratio_of_sums` divides by.
-        scale = weight / sum(weights) * math.sqrt(n / max(n - 1, 1)) / below * math.sqrt(total * max(total - 1, 1))
-        found |= {document: (figure + scale * (a - ratio * b), 1.0) for document, (a, b) in one.items()}
-    return found
+    n, shares = sum(map(len, tasks)), [weight / sum(weights) for weight in weights]
+    each = [residuals([*one.values()]) for one in tasks]  # figure, and the parts of its documents in the error
+    figure = sum(share * ratio for share, (ratio, _) in zip(shares, each))
+    scale = math.sqrt(n * max(n - 1, 1))  # `residuals` divides by it
+    return {
+        document: (figure + scale * share * part, 1.0)
+        for one, share, (_, parts) in zip(tasks, shares, each)
+        for document, part in zip(one, parts)
+    }

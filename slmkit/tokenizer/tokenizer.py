@@ -292,10 +292,14 @@ class SLMTokenizer(CallableTokenizer):
         rows = chat.rows_of_segments(self._template(), shielded, ends, add_generation_prompt, tools, **names)
         return [self._joined(row, marker) for row in rows]
 
+    def chat_prompt_text(self, messages: Sequence[Message], tools: Tools | None = None, **how: Any) -> str:
+        """The text of `encode_chat_prompt`, where special tokens that a message spells are not told apart."""
+        return chat_prompt.prompt_of(self._template(), messages, tools, self._names, **how)
+
     def encode_chat_prompt(self, messages: Sequence[Message], tools: Tools | None = None, **how: Any) -> list[int]:
         """Token ids [tokens] of a conversation with which a model goes on: see `chat_prompt.prompt_of`."""
         shielded, tools, marker = chat.shield(messages, tools, self._encoder.spelled)
-        text = chat_prompt.prompt_of(self._template(), shielded, tools, self._names, **how)
+        text = self.chat_prompt_text(shielded, tools, **how)
         return self._encoder.encode_rows([self._joined([chat.Segment(text, False)], marker)], 1)[0].ids.tolist()
 
     @property
@@ -330,9 +334,8 @@ class SLMTokenizer(CallableTokenizer):
         return [[next(rows) for _ in chat] for chat in chats]
 
     def prompt_is_prefix(self) -> bool:
-        """Whether the generation prompt's tokens are those before an answer in a conversation.
-
-        They differ if its last characters merge with the answer's first, as line ends do in GPT-2's vocabulary.
+        """Whether the generation prompt's tokens are those before an answer in a conversation; not if its last
+        characters merge with the answer's first, as line ends do in GPT-2's vocabulary.
         """
         asked = [{"role": "user", "content": "?"}]
         prompt = self.encode_chat(asked, add_generation_prompt=True).ids
@@ -340,10 +343,8 @@ class SLMTokenizer(CallableTokenizer):
 
     def _template(self) -> str:
         if self.chat_template is None:
-            raise UserError(
-                f"this tokenizer has no chat template, so it cannot hold a conversation: set chat_template in its "
-                f"{directory.CONFIG}, or use an instruction-tuned model's tokenizer"
-            )
+            what = "this tokenizer has no chat template, so it cannot hold a conversation"
+            raise UserError(f"{what}: set chat_template in its {directory.CONFIG}, or use a chat model's tokenizer")
         return self.chat_template
 
     # -- what it is ---------------------------------------------------------------------------------------------------

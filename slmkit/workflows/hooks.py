@@ -88,7 +88,7 @@ class RunTasks:
             if group.is_main:
                 try:
                     figures = figures_of(self._results(state.model.eval(), self.settings.eval_limit))
-                except Exception as error:  # whatever it is, the run is worth more than this evaluation
+                except Exception as error:  # a failed evaluation must not end the run
                     self.context.warn(f"step {state.step}: evaluation on tasks failed: {type(error).__name__}: {error}")
         report |= group.from_main(figures)
 

@@ -13,8 +13,9 @@ import pytest
 from scipy import stats
 
 from slmkit.config import UserError
-from slmkit.evaluation.intervals import Difference, differing, estimate, holm, paired, paired_mean
+from slmkit.evaluation.intervals import Difference, differing, estimate, holm, paired
 from slmkit.evaluation.results import Item, TaskResult
+from slmkit.evaluation.task_results import Group, group_result
 
 DRAWS = 2_000
 FORMS = {"acc": "mean", "bits_per_byte": "loss", "perplexity": "exp"}
@@ -37,7 +38,7 @@ def share(right_ones: int, n: int) -> TaskResult:
 
 def test_the_error_of_a_mean_is_s_over_root_n() -> None:
     values = np.random.default_rng(1).normal(size=37)
-    found = estimate([right(values)], "acc")
+    found = estimate(right(values), "acc")
     assert found.value == pytest.approx(values.mean())
     assert found.standard_error == pytest.approx(stats.sem(values))
     reach = stats.t.ppf(0.975, 36) * stats.sem(values)
@@ -51,7 +52,7 @@ def test_the_error_of_a_ratio_and_of_its_exponential_is_that_of_the_score() -> N
     nats = tokens * generator.normal(3, 0.3, size=300)
     for metric in ("bits_per_byte", "perplexity"):
         one = result([*zip(nats, tokens)], metric)
-        found, score = estimate([one], metric), one.score(metric)
+        found, score = estimate(one, metric), one.score(metric)
         assert (found.value, found.standard_error, found.n) == pytest.approx(
             (score.value, score.standard_error, score.n)
         )
@@ -66,7 +67,7 @@ def test_the_error_of_a_ratio_and_of_its_exponential_is_that_of_the_score() -> N
 
 def test_perplexity_s_interval_is_exp_of_that_of_the_loss() -> None:
     pairs = [(30.0, 10.0), (10.0, 4.0), (90.0, 20.0)]
-    loss, perplexity = (estimate([result(pairs, name)], name) for name in ("bits_per_byte", "perplexity"))
+    loss, perplexity = (estimate(result(pairs, name), name) for name in ("bits_per_byte", "perplexity"))
     assert loss.low is not None
     assert loss.high is not None
     assert (perplexity.low, perplexity.high) == pytest.approx((math.exp(loss.low), math.exp(loss.high)))
@@ -77,12 +78,12 @@ def test_the_interval_of_a_share_is_wilson_s(k: int, n: int) -> None:
     z = stats.norm.ppf(0.975)
     centre = (k + z**2 / 2) / (n + z**2)
     reach = z / (n + z**2) * math.sqrt(k * (n - k) / n + z**2 / 4)
-    found = estimate([share(k, n)], "acc")
+    found = estimate(share(k, n), "acc")
     assert (found.low, found.high) == pytest.approx((centre - reach, centre + reach), abs=1e-12)
 
 
 def test_none_of_164_is_not_zero_plus_minus_zero() -> None:
-    found = estimate([share(0, 164)], "acc")
+    found = estimate(share(0, 164), "acc")
     assert found.value == found.low == 0
     assert found.high == pytest.approx(0.0229, abs=1e-4)
     both_none = paired(share(0, 164), share(0, 164), "acc")
@@ -90,9 +91,16 @@ def test_none_of_164_is_not_zero_plus_minus_zero() -> None:
     assert both_none.high == -both_none.low == pytest.approx(0.0167, abs=1e-4)  # type: ignore[operator]
 
 
+def group(tasks: Sequence[TaskResult], mean: str = "equal") -> TaskResult:
+    """The group of some tasks, as `run_tasks` makes it."""
+    common = {"data": {}, "shots": 0, "shots from": None, "dropped shots": 0, "cut on the left": 0}
+    parts = [TaskResult(str(n), {**common, **one.recipe}, one.metrics, one.items) for n, one in enumerate(tasks)]
+    return group_result("group", Group(tuple(part.task for part in parts), mean), parts)
+
+
 def test_a_single_item_has_no_interval() -> None:
     one = result([(3.0, 2.0)], "bits_per_byte")
-    found = estimate([one], "bits_per_byte")
+    found = estimate(one, "bits_per_byte")
     assert (found.value, found.standard_error, found.low, found.high, found.n) == (1.5, None, None, None, 1)
     both = paired(one, result([(2.0, 2.0)], "bits_per_byte"), "bits_per_byte")
     assert (both.value, both.standard_error, both.p) == (-0.5, None, None)
@@ -106,8 +114,8 @@ def test_the_error_of_a_group_is_lm_eval_s() -> None:
     answers = [generator.random(n) < p for n, p in ((200, 0.3), (320, 0.6), (900, 0.8))]
     tasks, errors = [right(each) for each in answers], [mean_stderr([*map(int, each)]) for each in answers]
     for task, error in zip(tasks, errors):
-        assert estimate([task], "acc").standard_error == pytest.approx(error)
-    equal, by_size = estimate(tasks, "acc"), estimate(tasks, "acc", by_size=True)
+        assert estimate(task, "acc").standard_error == pytest.approx(error)
+    equal, by_size = (estimate(group(tasks, mean), "acc") for mean in ("equal", "documents"))
     assert equal.value == pytest.approx(np.mean([each.mean() for each in answers]))
     assert equal.standard_error == pytest.approx(unweighted_mean_stderr(errors))
     assert by_size.value == pytest.approx(np.concatenate(answers).mean())
@@ -115,8 +123,8 @@ def test_the_error_of_a_group_is_lm_eval_s() -> None:
     pooled = pooled_sample_stderr(errors, [200, 320, 900])
     assert by_size.standard_error == pytest.approx(pooled, rel=0.01)
     halves = [right(answers[2][:450]), right(answers[2][450:])]
-    same = pooled_sample_stderr([estimate([half], "acc").standard_error for half in halves], [450, 450])
-    assert estimate(halves, "acc", by_size=True).standard_error == pytest.approx(same)
+    same = pooled_sample_stderr([estimate(half, "acc").standard_error for half in halves], [450, 450])
+    assert estimate(group(halves, "documents"), "acc").standard_error == pytest.approx(same)
 
 
 def test_the_paired_test_is_scipy_s() -> None:
@@ -164,7 +172,7 @@ def test_the_order_of_the_items_changes_nothing() -> None:
     one, two = (result(each, "perplexity") for each in (pairs, later))
     mixed = result([later[place] for place in order], "perplexity", ids=order)
     assert paired(one, two, "perplexity") == paired(one, mixed, "perplexity")
-    assert estimate([two], "perplexity") == estimate([mixed], "perplexity")
+    assert estimate(two, "perplexity") == estimate(mixed, "perplexity")
 
 
 def test_only_common_items_are_compared() -> None:
@@ -234,7 +242,7 @@ def coverage(draw: Callable[[np.random.Generator], tuple[float | None, float | N
 # The standard deviation of a share of 2,000 draws at 95 % is 0.5 points.
 @pytest.mark.parametrize("p", [0.4, 0.05])
 def test_a_share_s_interval_holds_the_true_share(p: float) -> None:
-    possible = [estimate([share(k, 40)], "acc") for k in range(41)]
+    possible = [estimate(share(k, 40), "acc") for k in range(41)]
 
     def draw(generator: np.random.Generator) -> tuple[float | None, float | None]:
         found = possible[generator.binomial(40, p)]
@@ -249,7 +257,7 @@ def test_a_ratio_s_interval_holds_the_true_ratio() -> None:
     def draw(generator: np.random.Generator) -> tuple[float | None, float | None]:
         tokens = generator.integers(20, 200, size=40)
         nats = tokens * generator.normal(3, 0.5, size=40) + (109.5 - tokens) / 2  # the mean length is 109.5
-        found = estimate([result([*zip(nats, tokens)], "perplexity")], "perplexity")
+        found = estimate(result([*zip(nats, tokens)], "perplexity"), "perplexity")
         return found.low, found.high
 
     assert 0.93 < coverage(draw, math.exp(3.0)) < 0.97
@@ -301,7 +309,7 @@ def test_a_group_s_paired_interval_holds_the_true_difference() -> None:
     def draw(generator: np.random.Generator) -> tuple[float | None, float | None]:
         counts = [generator.multinomial(n, [gain, 0.1, 0.9 - gain]) for n, gain in zip(sizes, gains)]
         pairs = [pair_of(int(gained), int(lost), 0, int(rest)) for gained, lost, rest in counts]
-        found = paired_mean(*zip(*pairs), metric="acc")
+        found = paired(*map(group, zip(*pairs)), metric="acc")
         return found.low, found.high
 
     assert 0.93 < coverage(draw, 0.1) < 0.97
@@ -310,8 +318,8 @@ def test_a_group_s_paired_interval_holds_the_true_difference() -> None:
 def test_a_group_s_difference_is_the_weighted_mean_of_its_tasks() -> None:
     firsts, seconds = zip(pair_of(6, 1, 10, 3), pair_of(9, 12, 20, 39))
     each = [paired(one, other, "acc") for one, other in zip(firsts, seconds)]
-    for by_size, weights in ((False, (0.5, 0.5)), (True, (0.2, 0.8))):
-        found = paired_mean(firsts, seconds, "acc", by_size)
+    for mean, weights in (("equal", (0.5, 0.5)), ("documents", (0.2, 0.8))):
+        found = paired(group(firsts, mean), group(seconds, mean), "acc")
         assert found.value == pytest.approx(sum(w * one.value for w, one in zip(weights, each)))
         error = math.hypot(*(w * one.standard_error for w, one in zip(weights, each)))  # type: ignore[operator]
         assert found.standard_error == pytest.approx(error)
@@ -338,6 +346,6 @@ def test_the_items_needed_show_the_difference_with_the_promised_power() -> None:
 @pytest.mark.parametrize("pairs", [[], [(0.0, 0.0), (0.0, 0.0)], [(math.nan, 1.0), (1.0, 1.0)], [(math.inf, 1.0)] * 2])
 def test_what_has_no_figure_has_no_interval(pairs: list[tuple[float, float]]) -> None:
     items = tuple(Item(str(place), {"loss": pair}, {}) for place, pair in enumerate(pairs))
-    found = estimate([TaskResult("task", {}, {"loss": "loss"}, items)], "loss")
+    found = estimate(TaskResult("task", {}, {"loss": "loss"}, items), "loss")
     assert not math.isfinite(found.value)
     assert (found.standard_error, found.low, found.high, found.n) == (None, None, None, len(pairs))

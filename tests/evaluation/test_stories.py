@@ -201,7 +201,7 @@ def test_written_stories_go_on_from_the_first_sentence_and_depend_on_seed_and_te
     for index, text in enumerate(told(report, "written-1")):
         assert text.startswith(SENTENCE_END.split(tell(3, index, "heldout").text)[0])
     fewer = by_name(story_report(model(), tokenizer, count=2, seed=3, chat=False))
-    assert told(fewer, "written-1") == told(report, "written-1")[:2], "whatever else runs at the same time"
+    assert told(fewer, "written-1") == told(report, "written-1")[:2], "a text does not depend on the other texts"
     assert told(report, "written-1") != told(report, "written-0.8")
     assert report["written-0.8"].recipe["temperature"] == 0.8
     assert report["written-1"].metrics == METRICS

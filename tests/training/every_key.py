@@ -13,13 +13,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from slmkit.api.causal_lm import SLMForCausalLM
-from slmkit.config import Settings
+from slmkit.config import Settings, load_settings
 from slmkit.model.config import TRAINING_FIELDS, SLMConfig
 from slmkit.tokenizer import SLMTokenizer
+from slmkit.training.loop import RunStopped, StopRequested
 from slmkit.training.recipe.recipe import ModelSettings, Recipe
+from slmkit.workflows.context import Reporter
+from slmkit.workflows.train import train_recipe
 
 SHAPE = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -350,3 +354,16 @@ ELSEWHERE = {
         "tests/workflows/evaluation/test_during_training.py",
     ),
 }
+
+
+def train_until(content: dict[str, Any], stop_at: int | None, reporter: Reporter) -> None:
+    """A run of a recipe; with `stop_at` it is asked to stop after that step."""
+    with pytest.MonkeyPatch.context() as patch:
+        steps = iter(range(1, 1000))
+        if stop_at is not None:
+            is_set = property(lambda stop: next(steps) >= stop_at, lambda stop, value: None)
+            patch.setattr(StopRequested, "is_set", is_set, raising=False)
+        try:
+            train_recipe(load_settings(Recipe, content), reporter, force=True)
+        except RunStopped:
+            assert stop_at is not None

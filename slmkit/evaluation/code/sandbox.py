@@ -101,7 +101,7 @@ def _run(kind: str, program: str, tests: str, limits: Limits) -> Verdict:
                 message = " ".join(errors.decode(errors="replace").split())[-300:]
                 reason = json.loads(output) if output else f"the tests stopped: {message}"
             except subprocess.TimeoutExpired:
-                request = None  # Popen goes on with the rest by itself
+                request = None  # `communicate` keeps what it has not yet sent
                 reason = _excess(one, two, limits, time.monotonic() - began)
         if reason == ENDED:
             with contextlib.suppress(subprocess.TimeoutExpired):

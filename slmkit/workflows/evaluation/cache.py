@@ -64,8 +64,8 @@ def code_content() -> str:
 def stored(key: Mapping[str, Any], compute: Callable[[], list[TaskResult]]) -> list[TaskResult]:
     """The results stored under `key`, else those of `compute`, which are then stored.
 
-    An entry that is damaged, or of another key, is computed again and replaced. A cache that cannot be written is no
-    reason to lose a figure, so nothing is stored then.
+    An entry that is damaged, or of another key, is computed again and replaced. If the cache cannot be written, the
+    results are returned all the same.
     """
     path = None
     with contextlib.suppress(OSError):

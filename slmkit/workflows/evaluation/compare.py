@@ -126,7 +126,7 @@ def compare_results(models: Sequence[str], results: Sequence[Sequence[TaskResult
                     notes.append(f"{letter}: {task}: {len(result.errors):,} not asked, such as {result.errors[0]}")
             if difference.left_out:
                 notes.append(f"{both}: {task}: left out {difference.left_out:,} items that only one of them has")
-            before, after = (estimate([result], metrics[0]) for result in (a, b))
+            before, after = (estimate(result, metrics[0]) for result in (a, b))
             rows.append(Row(task, metrics[0], a.metrics[metrics[0]], number, before, after, difference, a.recipe))
     if not rows:
         raise UserError("; ".join(["compare: there is nothing to compare", *notes]))

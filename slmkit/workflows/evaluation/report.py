@@ -1,6 +1,6 @@
 """`slm report`: what is known of a run, as one HTML file without scripts, and without requests to anywhere.
 
-Whatever a file of the run holds (samples, names, recipes) is shown as text: the template escapes all but our own SVG.
+Samples, names and recipes are shown as text: the template escapes everything except our own SVG.
 """
 
 from __future__ import annotations
@@ -100,7 +100,9 @@ def page_of(root: Path, results: Sequence[tuple[str, TaskResult]]) -> str:
         skipped=[(report.get("step"), report["skipped"]) for report in reports if report.get("skipped")],
         charts=main,
         more_charts=more,
-        results=[(model, result, rows_of(result)) for model, result in results],
+        results=[
+            (model, one, rows_of(one), special) for (model, one), special in zip(results, distinguishing(results))
+        ],
         several_models=len({model for model, _ in results}) > 1,
         chief=CHIEF,
         tasks=tasks_in_training(reports),
@@ -159,6 +161,17 @@ def figures(overview: Any, reports: Sequence[Mapping[str, Any]]) -> Facts:
     return {name: value for name, value in known.items() if value is not None}
 
 
+def distinguishing(results: Sequence[tuple[str, TaskResult]]) -> list[str]:
+    """For each result the settings by which it differs from others of its model and task; empty without others."""
+    found = []
+    for model, result in results:
+        alike = [other.recipe for name, other in results if (name, other.task) == (model, result.task)]
+        keys = [key for key in result.recipe if any(other.get(key) != result.recipe[key] for other in alike)]
+        plain = [key for key in keys if not isinstance(result.recipe[key], Mapping)]  # mappings have hashes
+        found.append(", ".join(f"{key.replace('_', ' ')} {said(result.recipe[key])}" for key in plain))
+    return found
+
+
 def rows_of(result: TaskResult) -> list[tuple[str, ...]]:
     """Metric, figure, standard error, items and what is better, of each metric of a result."""
     rows = list[tuple[str, ...]]()
@@ -167,7 +180,7 @@ def rows_of(result: TaskResult) -> list[tuple[str, ...]]:
         digits = 2 if abs(score.value) >= 100 else 4
         error = "" if score.standard_error is None else f"± {score.standard_error:,.{digits}f}"
         if score.standard_error == 0:  # none or all of the items are right
-            found = estimate([result], metric)
+            found = estimate(result, metric)
             error = f"{found.low:.{digits}f} to {found.high:.{digits}f}"
         better = "higher" if FORMS[form].higher_is_better else "lower"
         rows.append((metric, f"{score.value:,.{digits}f}", error, f"{score.n:,}", better))

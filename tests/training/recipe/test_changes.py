@@ -17,13 +17,12 @@ import slmkit.training.logging.logger
 from slmkit.config import UserError, load_settings, read_yaml, to_yaml
 from slmkit.device import DeviceError
 from slmkit.training.estimate.forecast import PlanFile
-from slmkit.training.loop import RunStopped, StopRequested
 from slmkit.training.recipe.changes import LENGTH
 from slmkit.training.recipe.keys import KEYS
 from slmkit.training.recipe.recipe import Recipe
 from slmkit.workflows.train import replay_run, resume_run, train_recipe
 from tests.test_life import Silent
-from tests.training.every_key import EVERY, changed, make_world, scenario
+from tests.training.every_key import EVERY, changed, make_world, scenario, train_until
 
 OBEYED_KEYS = {*KEYS["obeyed"], *LENGTH, "train.precision"}
 
@@ -45,15 +44,7 @@ def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 def train(world: Path, root: Path, name: str = "text", stop_at: int | None = None, **keys: Any) -> Path:
     """A run of 8 steps of a recipe in `every_key`, stopped behind a step where that is asked for."""
     content = changed(scenario(name, world) | {"output_dir": str(root)}, {"train.max_steps": 8} | keys)
-    with pytest.MonkeyPatch.context() as patch:
-        steps = iter(range(1, 1000))
-        if stop_at is not None:
-            is_set = property(lambda stop: next(steps) >= stop_at, lambda stop, value: None)
-            patch.setattr(StopRequested, "is_set", is_set, raising=False)
-        try:
-            train_recipe(load_settings(Recipe, content), Silent(), force=True)
-        except RunStopped:
-            assert stop_at is not None
+    train_until(content, stop_at, Silent())
     return root
 
 

@@ -109,7 +109,7 @@ def test_models_with_different_tokenizers_are_compared_in_bits_per_byte(
 ) -> None:
     bits, one, other = found.rows[4], results["trained"][0], results["other-tokens"][0]
     assert (bits.metric, bits.verdict) == ("bits_per_byte", "A is better")
-    assert bits.first == estimate([one], "bits_per_byte")
+    assert bits.first == estimate(one, "bits_per_byte")
     for metric in ("loss", "perplexity"):
         with pytest.raises(UserError, match="compare the bits per byte"):
             paired(one, other, metric)
@@ -126,7 +126,7 @@ def test_models_are_evaluated_with_the_same_settings(folder: Path, results: dict
     assert seen == {*models}
     assert [(row.task, row.difference.n, row.verdict) for row in found.rows] == [("stories", 3, "A is better")]
     assert found.notes == ()
-    assert found.rows[0].first.value > estimate([results["trained"][0]], "bits_per_byte").value  # less context
+    assert found.rows[0].first.value > estimate(results["trained"][0], "bits_per_byte").value  # less context
 
 
 def answers(right: str, task: str = "task", **recipe: Any) -> TaskResult:

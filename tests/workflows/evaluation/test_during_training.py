@@ -13,11 +13,10 @@ import slmkit.training.logging.logger
 from slmkit.config import UserError, load_settings
 from slmkit.training.checkpoints.checkpoint import STATE
 from slmkit.training.estimate.forecast import PlanFile
-from slmkit.training.loop import RunStopped, StopRequested
 from slmkit.training.recipe.recipe import Recipe
 from slmkit.workflows.train import resume_run, train_recipe
 from tests.test_life import Silent
-from tests.training.every_key import changed, make_world, scenario
+from tests.training.every_key import changed, make_world, scenario, train_until
 from tests.training.ranks import on_ranks
 
 TASK = "hellaswag"
@@ -56,15 +55,7 @@ def content_of(world: Path, root: Path, **keys: Any) -> dict[str, Any]:
 def train(world: Path, root: Path, stop_at: int | None = None, **keys: Any) -> list[str]:
     """A run of 8 steps, stopped behind a step where that is asked for; returns what it said."""
     reporter = Silent()
-    with pytest.MonkeyPatch.context() as patch:
-        steps = iter(range(1, 1000))
-        if stop_at is not None:
-            is_set = property(lambda stop: next(steps) >= stop_at, lambda stop, value: None)
-            patch.setattr(StopRequested, "is_set", is_set, raising=False)
-        try:
-            train_recipe(load_settings(Recipe, content_of(world, root, **keys)), reporter, force=True)
-        except RunStopped:
-            assert stop_at is not None
+    train_until(content_of(world, root, **keys), stop_at, reporter)
     return list(map(str, reporter.lines))
 
 

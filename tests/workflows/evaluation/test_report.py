@@ -1,4 +1,4 @@
-"""The report of a run in a real Chromium: on a screen, a phone and paper, whatever state the run is in."""
+"""The report of a run in a real Chromium: on a screen, a phone and paper, for runs in all states."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from slmkit.config import UserError
 from slmkit.evaluation.results import Item, TaskResult
 from slmkit.files import write_whole
 from slmkit.training.logging.metrics_log import append_samples, mark_running
-from slmkit.workflows.evaluation.report import evaluations, page_of, write_report
+from slmkit.workflows.evaluation.report import distinguishing, evaluations, page_of, write_report
 from slmkit.workflows.evaluation.report_curves import POINTS, charts_of, thinned
 from tests.serving.browser import chromium, expect_contrast, expect_names, expect_no_sideways_scroll, picture
 from tests.test_life import Silent
@@ -220,3 +221,9 @@ def test_what_is_no_run_is_refused_in_one_line(run: Path, tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"recipe\.yaml"):
         write_report(run, tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
+
+
+def test_results_of_one_task_are_told_apart_by_what_differs() -> None:
+    few, many = (replace(RESULT, recipe={**RESULT.recipe, "limit": limit}) for limit in (20, 1_000))
+    other = replace(RESULT, task="arc_easy")
+    assert distinguishing([("run", few), ("run", many), ("run", other)]) == ["limit 20", "limit 1000", ""]
