@@ -76,8 +76,10 @@ def answers(lm: Any, requests: Requests) -> tuple[dict[str, list[Any]], float]:
 
 
 def tokens_of(lm: EngineLM, requests: Requests) -> int:
-    """Tokens of contexts and continuations, each request by itself."""
-    return sum(len(lm.tok_encode("".join(one.args[:2]))) for asked in requests.values() for one in asked)
+    """Tokens of contexts and continuations, each request by itself; of generation, of the prompts alone."""
+    arguments = (one.args for asked in requests.values() for one in asked)
+    texts = ("".join(part for part in parts if isinstance(part, str)) for parts in arguments)
+    return sum(len(lm.tok_encode(text)) for text in texts)
 
 
 def agreement(ours: Sequence[Any], theirs: Sequence[Any]) -> dict[str, Any]:
