@@ -20,13 +20,13 @@ from slmkit.training.run_directory import RunDirectory
 from slmkit.workflows.context import Reporter
 from slmkit.workflows.train import train_recipe
 
-PRIMER_STEPS = 720  # time of the whole primer, with preparation and validation, in steps
+PRIMER_STEPS = 740  # time of the whole primer, with preparation and validation, in steps
 PARTS = {
     "primer": "primer: short scenes with questions, to learn to look back in the text",
-    "stories": "pretraining: stories",
+    "stories": "pretraining: stories, some of them followed by questions",
     "chat": "fine-tuning: conversations about scenes and stories",
 }
-RELATIVE_TIMES = {"primer": 1.0, "stories": 3.3, "chat": 2.9}  # the time of each part relative to the primer's
+RELATIVE_TIMES = {"primer": 1.0, "stories": 4.6, "chat": 1.8}  # the time of each part relative to the primer's
 ALL_PARTS, EVALUATION = sum(RELATIVE_TIMES.values()), 0.2
 FIXED = 8.0  # seconds for loading and saving, independent of the amount of data
 MOST_EVALUATION = 0.15  # share of the remaining time, which limits the number of questions
@@ -143,7 +143,5 @@ def _seconds_of_a_step() -> float:
 
 def _shortened(recipe: Recipe, share: float) -> Recipe:
     """The recipe with a `share` (0 to 1) of its documents."""
-    names = ("documents", "primer_documents", "validation_documents")
-    counts = {name: round(share * getattr(recipe.data, name)) for name in names}
-    counts["validation_documents"] = max(10, counts["validation_documents"])
+    counts = {name: round(share * getattr(recipe.data, name)) for name in ("documents", "primer_documents")}
     return recipe.model_copy(update={"data": recipe.data.model_copy(update=counts)})
