@@ -136,8 +136,8 @@ def load_plain(directory: Path, length: int) -> nn.Module:
 
 
 GPT2_NAMES = {
-    "embedding": "wte", "place": "wpe", "norm": "ln_f", "norm1": "ln_1", "norm2": "ln_2", "attention.qkv": "attn.c_attn",
-    "attention.out": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj",
+    "embedding": "wte", "place": "wpe", "norm": "ln_f", "norm1": "ln_1", "norm2": "ln_2", "up": "mlp.c_fc",
+    "attention.qkv": "attn.c_attn", "attention.out": "attn.c_proj", "down": "mlp.c_proj",
 }  # fmt: skip
 LLAMA_NAMES = {
     "embedding": "embed_tokens", "norm": "norm", "norm1": "input_layernorm", "norm2": "post_attention_layernorm",

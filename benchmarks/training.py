@@ -160,7 +160,7 @@ def farthest(losses: list[float], expected: list[float]) -> float:
 
 
 def check(suite: Suite, chosen: list[Configuration]) -> dict[str, float]:
-    """By how much the ten losses of each configuration differ from the plain loop's. Raises `ValueError` if too much."""
+    """Differences of each configuration's ten losses from the plain loop's. Raises `ValueError` if one is too large."""
     expected = suite.run(CONFIGURATIONS[REFERENCE], "short", CHECKED_STEPS)["losses"]
     found = {}
     for each in chosen:
