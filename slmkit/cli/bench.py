@@ -37,7 +37,7 @@ def train(
         ("tokens/s", f"{measured.tokens_per_second:,.0f}", f"{foretold.tokens_per_second:,.0f}"),
         ("seconds a step", f"{measured.step_seconds:.3f}", f"{rows * length / foretold.tokens_per_second:.3f}"),
         ("memory", gibibytes(measured.memory_bytes), gibibytes(foretold.memory_bytes)),
-        ("MFU", f"{speed.mfu:.0%}", f"{speed.mfu_foretold:.0%}"),
+        ("MFU", *(f"{speed.mfu(of.tokens_per_second):.0%}" for of in (measured, foretold))),
     )
     columns = ("", "measured", "foretold")
     print_table(columns, table, right=columns[1:])

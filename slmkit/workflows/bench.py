@@ -59,18 +59,10 @@ class TrainingSpeed:
     foretold: RunEstimate  # by arithmetic, without any step
     measured: Probe
 
-    @property
-    def mfu(self) -> float:
+    def mfu(self, tokens_per_second: float) -> float:
         """Share of the measured peak of large matrix products."""
-        return self._mfu(self.measured.tokens_per_second)
-
-    @property
-    def mfu_foretold(self) -> float:
-        return self._mfu(self.foretold.estimate.tokens_per_second)
-
-    def _mfu(self, rate: float) -> float:
         flops = StepFlops(self.foretold.profile.model, self.foretold.length).of_step(1, 1)
-        return rate * flops / measured_peak(self.foretold.device)
+        return tokens_per_second * flops / measured_peak(self.foretold.device)
 
 
 @dataclass(frozen=True)
@@ -111,8 +103,8 @@ def training_speed(name: str, overrides: Sequence[str], steps: int) -> TrainingS
     else:
         recipe = load_recipe(find_recipe(name), overrides)
     lengths = {"max_steps": steps, "max_tokens": None, "num_train_epochs": None}
-    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=lengths)})
-    foretold = plan_recipe(recipe, measure=False)
+    train = recipe.train.model_copy(update=lengths)
+    foretold = plan_recipe(recipe.model_copy(update={"train": train}), measure=False)
     return TrainingSpeed(foretold, probe(foretold.profile, foretold.recipe.train, foretold.device, steps))
 
 
