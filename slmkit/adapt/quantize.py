@@ -22,6 +22,7 @@ from slmkit.model.decoder import Decoder, Embedding
 from slmkit.model.kernels import GROUPS, NF4, Kind, Matrix, dequantize
 
 LARGEST: dict[Kind, int] = {"int8": 127, "int4": 7, "nf4": 1}  # the largest value of a code, by kind
+BITS: dict[Kind, int] = {"int8": 8, "int4": 4}
 DEFAULT_GROUP = {"int8": 32, "int4": 32, "nf4": 64}  # columns of a group; bitsandbytes' own for nf4
 # Candidates for the scale of a group, as shares of its largest magnitude / 7: a smaller step rounds most weights less
 # and clips the largest one.
@@ -88,6 +89,13 @@ def unpack(codes: Tensor, groups: int, kind: Kind) -> Tensor:
     """The inverse of `pack`."""
     codes = codes.unflatten(-1, (groups, -1))
     return codes if kind == "int8" else torch.cat((codes & 15, codes >> 4), dim=-1)
+
+
+def in_whole_bytes(codes: Tensor, kind: Kind) -> Tensor:
+    """Codes of int8 or int4, one a byte [..., in] → counted from 0, the first of two in the low bits: uint8 [..., in]
+    or [..., in / 2]. Files of other programs have them so.
+    """
+    return codes.view(torch.uint8) ^ 128 if kind == "int8" else codes[..., ::2] | codes[..., 1::2] << 4
 
 
 # -- modules ----------------------------------------------------------------------------------------------------------

@@ -25,9 +25,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slmkit.adapt.quantize import (
+    BITS,
     Quantized,
     QuantizedEmbedding,
     QuantizedLinear,
+    in_whole_bytes,
     pack,
     quantized_modules,
     unpack,
@@ -55,7 +57,6 @@ from slmkit.model.kernels import GROUPS, NF4, Kind
 
 EMBEDDING = "embedding"
 NF4_STATE = "weight.quant_state.bitsandbytes__nf4"
-BITS: dict[Kind, int] = {"int8": 8, "int4": 4}
 # The tensors of a quantized matrix, after the module's name.
 PACKED = ("weight_packed", "weight_scale", "weight_shape")
 NF4_PARTS = ("weight", "weight.absmax", "weight.quant_map", NF4_STATE)
@@ -94,8 +95,8 @@ def to_stored(modules: Iterable[Any]) -> dict[str, Tensor]:
         coded = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
         packed = (codes[:, ::2] << 4 | codes[:, 1::2]).view(-1, 1)
         return dict(zip(NF4_PARTS, (packed, scales.flatten(), NF4.clone(), coded)))
-    unsigned = codes.view(torch.uint8) ^ 128 if first.kind == "int8" else codes[:, ::2] | codes[:, 1::2] << 4
-    return dict(zip(PACKED, (unsigned.view(torch.int32), scales.bfloat16(), torch.tensor(shape))))
+    packed = in_whole_bytes(codes, first.kind).view(torch.int32)
+    return dict(zip(PACKED, (packed, scales.bfloat16(), torch.tensor(shape))))
 
 
 def described(decoder: Decoder, family: Family) -> dict[str, Any]:

@@ -22,24 +22,22 @@ from typing import Any
 from slmkit.adapt.adapter import fingerprint
 from slmkit.adapt.quantize import DEFAULT_GROUP, quantized_modules, round_to, to_quantize
 from slmkit.config import UserError, did_you_mean
-from slmkit.export.gguf import plan_tensors
-from slmkit.export.gguf_types import PlannedTensor
-from slmkit.export.llama_cpp import LlamaCpp
-from slmkit.export.probe import Probe
-from slmkit.export.runtimes import (
+from slmkit.export.compare import (
     EXACT,
     Answers,
     Bounds,
     Parity,
-    Runtime,
-    Slmkit,
-    Transformers,
+    Probe,
     bits_of,
     bounds_of,
     compare,
     mean_divergence,
 )  # fmt: skip
-from slmkit.export.targets import TARGETS, Loaded, Request, Target, as_stored, load, written
+from slmkit.export.gguf import plan_tensors
+from slmkit.export.gguf_types import PlannedTensor
+from slmkit.export.llama_cpp import LlamaCpp
+from slmkit.export.runtimes import Loaded, Runtime, Slmkit, Transformers, load
+from slmkit.export.targets import TARGETS, Request, Target, as_stored, written
 from slmkit.files import staged
 from slmkit.find import find_model_directory
 from slmkit.model.config import SLMConfig

@@ -148,7 +148,7 @@ def _as_gguf(directory: Path, folder: Path, name: str) -> tuple[Path, str]:
     """The file, and the beginning of each prompt that llama.cpp does not add."""
     from slmkit.export.gguf import write_gguf
     from slmkit.export.gguf_tokenizer import begins_with_bos
-    from slmkit.export.targets import load
+    from slmkit.export.runtimes import load
 
     loaded = load(str(directory), folder / "whole")  # merged and dequantized
     config = json.loads((loaded.source / "config.json").read_text(encoding="utf-8"))
