@@ -27,6 +27,7 @@ from slmkit.export.gguf import (
     TIED,
     WHOLE_HEADS,
     Need,
+    expect_held,
     write_gguf,
 )
 from slmkit.export.llama_cpp import fields_of
@@ -186,12 +187,7 @@ def expect_mlx(config: SLMConfig) -> Architecture:
     if config.model_type not in IN_MLX:
         raise UserError(f"mlx-lm does not run {config.model_type}: it runs {', '.join(IN_MLX)}; export to gguf")
     a = architecture_of(config)
-    for need in IN_MLX[config.model_type]:
-        if not need.holds(a):
-            found = getattr(config, need.field, config.rope_parameters)
-            raise UserError(
-                f"mlx-lm runs {config.model_type} only with {need.field} {need.words}, found {found}: export to gguf"
-            )
+    expect_held(IN_MLX[config.model_type], config, a, f"mlx-lm's {config.model_type}")
     return a
 
 

@@ -14,7 +14,7 @@ import json
 import re
 import shutil
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -56,12 +56,12 @@ def write_html(loaded: Loaded, path: Path, kind: str) -> None:
     read differently.
     """
     model, decoder, tokenizer = loaded.name, loaded.decoder, loaded.tokenizer
-    if (size := sum(weight.numel() for _, weight in _weights(decoder))) > MOST_PARAMETERS:
+    if (size := sum(weight.numel() for weight in decoder.parameters())) > MOST_PARAMETERS:
         raise UserError(
             f"{model}: {size:,} parameters; an HTML page has at most {MOST_PARAMETERS:,}: use --to gguf, onnx or ollama"
         )
     a, tensors, rounded, blobs, at = decoder.architecture, {}, Decoder(decoder.architecture).eval(), [], 0
-    for name, weight in _weights(decoder):
+    for name, weight in decoder.named_parameters():
         entry, values, data = _stored(name, _for_the_page(a, name, weight.detach().float()), kind)
         tensors[name] = entry | {"at": at}
         at += len(data)
@@ -78,14 +78,6 @@ def write_html(loaded: Loaded, path: Path, kind: str) -> None:
         "golden": {"text": PROBE, "ids": ids, **_golden(rounded, ids[: max(1, a.max_positions // 2)])},
     }  # fmt: skip
     path.write_text(_page(header, b"".join(blobs)), encoding="utf-8")
-
-
-def _weights(decoder: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Names and values of all weights; quantized ones as they are used."""
-    for module_name, module in decoder.named_modules():
-        for name in ("weight", "bias"):
-            if isinstance(value := getattr(module, name, None), Tensor):
-                yield f"{module_name}.{name}", value
 
 
 def _for_the_page(a: Architecture, name: str, weight: Tensor, back: bool = False) -> Tensor:
