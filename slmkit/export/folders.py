@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
-from slmkit.config import UserError
+from slmkit.config import UserError, importing
 from slmkit.export.gguf import (
     CAPPED_LOGITS,
     CAPPED_SCORES,
@@ -250,10 +250,8 @@ class Mlx(Transformers):
     name = "mlx-lm"
 
     def __init__(self, folder: Path) -> None:
-        try:
+        with importing("mlx-lm is not installed: pip install mlx-lm"):
             import mlx_lm
-        except ModuleNotFoundError:
-            raise UserError("mlx-lm is not installed: pip install mlx-lm") from None
         self.size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         self._model, tokenizer, *_ = mlx_lm.load(str(folder))
         self._tokenizer = tokenizer._tokenizer

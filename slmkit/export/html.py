@@ -25,7 +25,7 @@ from tokenizers import normalizers
 from torch import Tensor, nn
 
 from slmkit.adapt import quantize
-from slmkit.config import UserError
+from slmkit.config import UserError, importing
 from slmkit.export.runtimes import Loaded, Runtime
 from slmkit.find import learned_conversations, run_of
 from slmkit.model.architectures import Architecture
@@ -341,10 +341,8 @@ class HtmlPage(Runtime):
             raise UserError(f"{path}: the page's own check fails: {self.checked['what']}")
 
     def _started(self) -> Any:
-        try:
+        with importing("an HTML page is checked in Chromium by playwright: pip install playwright"):
             from playwright.sync_api import sync_playwright
-        except ImportError:
-            raise UserError("an HTML page is checked in Chromium by playwright: pip install playwright") from None
         browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
         if browser is None:
             raise UserError(

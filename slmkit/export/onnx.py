@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib
 import io
 import json
 import logging
@@ -38,7 +37,7 @@ from torch.nn import functional as F
 
 from slmkit.adapt.quantize import BITS, encode, in_whole_bytes, unpack
 from slmkit.adapt.swapping import linears, replace
-from slmkit.config import UserError, one_line
+from slmkit.config import UserError, importing, one_line
 from slmkit.export.runtimes import Loaded, Message, Runtime
 from slmkit.model.architectures import architecture_of
 from slmkit.model.cache import KVCache
@@ -53,6 +52,7 @@ from slmkit.tokenizer import SLMTokenizer
 from slmkit.tokenizer.chat import REPLY
 
 KINDS = ("fp32", "fp16", "int8", "int4")  # the default first
+MISSING = "ONNX needs more packages: pip install slmkit[export]"
 GRAPH, DATA, SCRIPT, CHAT = "model.onnx", "model.onnx.data", "generate.py", "chat_prompt.json"
 OPSET = 18  # the oldest that the exporter writes: old runtimes read it
 BLOCK = 32  # weights with one scale
@@ -234,7 +234,9 @@ def write_onnx(loaded: Loaded, folder: Path, kind: str) -> None:
 
     Raises `UserError` without the extra `export`, and for a weight that float16 cannot hold.
     """
-    import_or_explain("onnx", "onnxscript")
+    with importing(MISSING):
+        import onnx  # noqa: F401 (here, before the work begins)
+        import onnxscript  # noqa: F401
     model, config, tokenizer, decoder = loaded.name, loaded.config, loaded.tokenizer, copy.deepcopy(loaded.decoder)
     if kind == "fp16":
         for name, parameter in decoder.half().named_parameters():
@@ -262,14 +264,6 @@ def expect_no_overflow(decoder: Decoder, model: str) -> None:
     ids = torch.randint(decoder.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
     if not decoder.logits(decoder(ids)).isfinite().all():
         raise UserError(f"{model}: its hidden states are beyond float16's 65,504: export fp32 instead")
-
-
-def import_or_explain(*names: str) -> list[Any]:
-    """The modules. Raises `UserError` with the extra that has them."""
-    try:
-        return [importlib.import_module(name) for name in names]
-    except ImportError:
-        raise UserError("ONNX needs more packages: pip install slmkit[export]") from None
 
 
 def save_graph(decoder: Decoder, path: Path, kind: str) -> None:
@@ -331,11 +325,12 @@ class OnnxRuntime(Runtime):
     name = "ONNX Runtime"
 
     def __init__(self, folder: Path) -> None:
-        (runtime,) = import_or_explain("onnxruntime")
+        with importing(MISSING):
+            import onnxruntime
         self.size = sum(path.stat().st_size for path in (folder / GRAPH, folder / DATA) if path.is_file())
         try:
             self.plain = Tokenizer.from_file(str(folder / "tokenizer.json"))
-            self.session = runtime.InferenceSession(folder / GRAPH, providers=["CPUExecutionProvider"])
+            self.session = onnxruntime.InferenceSession(folder / GRAPH, providers=["CPUExecutionProvider"])
         except Exception as error:  # the libraries' own, whose base is `Exception`
             raise UserError(f"{folder / GRAPH}: ONNX Runtime refuses it: {one_line(error)[:300]}") from None
         self.plain.encode_special_tokens = True  # special tokens spelled in a text are text

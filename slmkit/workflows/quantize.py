@@ -6,7 +6,6 @@ import functools
 import json
 import math
 import re
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,7 +27,6 @@ from slmkit.files import write_whole
 from slmkit.find import find_model_directory, find_tokenizer_directory
 from slmkit.generation.generator import generate_ids
 from slmkit.generation.sampling_settings import SamplingSettings
-from slmkit.model.config import SLMConfig
 from slmkit.model.decoder import Decoder
 from slmkit.model.files.directory import copy_extras, quantization_of
 from slmkit.model.sizes import parameter_count

@@ -132,8 +132,8 @@ def test_a_model_that_says_nothing_is_sampled_as_usual(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("{not json", "not readable JSON"),
-        ("[1]", "expected an object, found list"),
+        ("{not json", "not a readable generation_config.json: "),
+        ("[1]", "expected an object, found a list"),
         *[
             (json.dumps({"do_sample": True, key: value}), f"generation_config.json: {key}")
             for key, value in [

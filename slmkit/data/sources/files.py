@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from slmkit.config import UserError
+from slmkit.config import importing
 from slmkit.data.sources.documents import PIECE, WORDS, BadRow, Document, Item, Position, cut_point
 
 ROW_KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
@@ -127,12 +127,10 @@ def listed(kinds: Sequence[str]) -> str:
 
 def pyarrow() -> Any:
     """The module `pyarrow`. Raises `UserError` if it is not installed."""
-    try:
+    with importing("reading .parquet and .zst files needs pyarrow: pip install slmkit[train]"):
         import pyarrow
         import pyarrow.ipc
         import pyarrow.parquet
-    except ImportError:
-        raise UserError("reading .parquet and .zst files needs pyarrow: pip install slmkit[train]") from None
     return pyarrow
 
 
