@@ -9,6 +9,7 @@ files keep them.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +24,7 @@ from slmkit.model.kernels import GROUPS, NF4, Kind, Matrix, dequantize
 
 LARGEST: dict[Kind, int] = {"int8": 127, "int4": 7, "nf4": 1}  # the largest value of a code, by kind
 BITS: dict[Kind, int] = {"int8": 8, "int4": 4}
-DEFAULT_GROUP = {"int8": 32, "int4": 32, "nf4": 64}  # columns of a group; bitsandbytes' own for nf4
+DEFAULT_GROUP: dict[str, int] = {"int8": 32, "int4": 32, "nf4": 64}  # columns of a group; bitsandbytes' own for nf4
 # Candidates for the scale of a group, as shares of its largest magnitude / 7: a smaller step rounds most weights less
 # and clips the largest one.
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
@@ -242,6 +243,13 @@ def round_to(decoder: Decoder, chosen: dict[str, Kind], group: int) -> None:
         module = decoder.get_submodule(name)
         if not isinstance(module, Quantized):
             replace(decoder, name, rounded(module, kind, group))
+
+
+def rounded_copy(decoder: Decoder, kind: str) -> Decoder:
+    """A copy whose layers have matrices of a kind, rounded to nearest in groups of `DEFAULT_GROUP`."""
+    copied, group = copy.deepcopy(decoder), DEFAULT_GROUP[kind]
+    round_to(copied, to_quantize(copied, kind, group, "bfloat16"), group)
+    return copied
 
 
 def rounded(module: Any, kind: Kind, group: int) -> Quantized:

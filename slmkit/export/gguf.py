@@ -234,11 +234,11 @@ def _yarn_lengths(a: Architecture, scaling: Yarn) -> dict[str, float]:
     """llama.cpp multiplies cosines and sines by YaRN's usual factor, and by one of ours. With latent attention it takes
     the usual factor away, and multiplies scores by (attn_factor * (1 + multiplier * ln(factor)))².
     """
-    if a.latent is None:
-        return {"rope.scaling.attn_factor": scaling.length / yarn_growth(scaling.factor)}
-    wanted = a.attention_scale * (a.latent.plain_dim + a.latent.rope_dim) ** 0.5
-    multiplier = (wanted**0.5 / scaling.length - 1) / math.log(scaling.factor)
-    if multiplier == 0:  # llama.cpp reads it as none, and then keeps the usual factor
+    multiplier = 0.0  # llama.cpp reads it as none, and then keeps the usual factor
+    if a.latent is not None:
+        wanted = a.attention_scale * (a.latent.plain_dim + a.latent.rope_dim) ** 0.5
+        multiplier = (wanted**0.5 / scaling.length - 1) / math.log(scaling.factor)
+    if multiplier == 0:
         return {"rope.scaling.attn_factor": scaling.length / yarn_growth(scaling.factor)}
     return {"rope.scaling.attn_factor": scaling.length, "rope.scaling.yarn_log_multiplier": multiplier}
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from slmkit.adapt.quantize import DEFAULT_GROUP, LARGEST, round_to, to_quantize
+from slmkit.adapt.quantize import LARGEST, rounded_copy
 from slmkit.adapt.quantized_files import save_quantized
 from slmkit.config import UserError
 from slmkit.export import html, onnx
@@ -74,9 +74,7 @@ def write_hf(loaded: Loaded, folder: Path, kind: str, request: Request) -> None:
     """A Hugging Face model directory in any precision. Raises `UserError` for a weight that float16 cannot hold."""
     source, config = loaded.source, loaded.config
     if kind in LARGEST:
-        decoder = copy.deepcopy(loaded.decoder)
-        round_to(decoder, to_quantize(decoder, kind, DEFAULT_GROUP[kind], "bfloat16"), DEFAULT_GROUP[kind])
-        save_quantized(decoder, config, folder)
+        save_quantized(rounded_copy(loaded.decoder, kind), config, folder)
     else:
         tensors = open_weights(source, empty_decoder(config), family_of(config.model_type))
         write_configs(config, folder, kind)

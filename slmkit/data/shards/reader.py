@@ -14,7 +14,6 @@ during reading is an error, not a crash.
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
 import os
 from bisect import bisect_right
@@ -26,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from slmkit.config import UserError, read_json_object
+from slmkit.files import file_sha256
 from slmkit.tokenizer import SLMTokenizer
 
 FORMAT = "slmkit-tokens"
@@ -233,9 +233,8 @@ def damaged_file(directory: Path, shard: Shard) -> Path | None:
     """The first file of a shard whose checksum is wrong; None if there is none. Raises `OSError` for a missing one."""
     for kind, expected in shard.sha256.items():
         path = directory / f"{shard.name}.{kind}"
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != expected:
-                return path
+        if file_sha256(path) != expected:
+            return path
     return None
 
 
