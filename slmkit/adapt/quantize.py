@@ -256,8 +256,13 @@ def rounded(module: Any, kind: Kind, group: int) -> Quantized:
     """A linear or an embedding, rounded to the nearest codes."""
     parts = [encode(rows, kind, group) for rows in module.weight.detach().split(ROWS_AT_ONCE)]
     codes, scales = (torch.cat(each) for each in zip(*parts))
+    return quantized_like(module, codes, scales, kind).to(module.weight.dtype)  # of an embedding's results
+
+
+def quantized_like(module: Any, codes: Tensor, scales: Tensor, kind: Kind) -> Quantized:
+    """The quantized module in place of a linear or an embedding."""
     if isinstance(module, nn.Embedding):
-        return QuantizedEmbedding(codes, scales, kind).to(module.weight.dtype)  # of its results
+        return QuantizedEmbedding(codes, scales, kind)
     return QuantizedLinear(codes, scales, kind, module.bias)
 
 

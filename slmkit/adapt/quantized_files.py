@@ -22,18 +22,9 @@ from typing import Any
 import safetensors
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from slmkit.adapt.quantize import (
-    BITS,
-    Quantized,
-    QuantizedEmbedding,
-    QuantizedLinear,
-    in_whole_bytes,
-    pack,
-    quantized_modules,
-    unpack,
-)
+from slmkit.adapt.quantize import BITS, Quantized, in_whole_bytes, pack, quantized_like, quantized_modules, unpack
 from slmkit.adapt.swapping import HEAD, linears, replace
 from slmkit.config import UserError
 from slmkit.model.config import SLMConfig
@@ -158,20 +149,13 @@ def load_quantized(directory: str | Path, device: torch.device | str = "cpu") ->
         for one, its_codes, its_scales in zip(ours, codes.split(rows), scales.split(rows)):
             module = one.removesuffix(".weight")
             state |= {f"{module}.codes": its_codes, f"{module}.scales": its_scales}
-            replace(decoder, module, _empty(decoder.get_submodule(module), its_codes, its_scales, kind))
+            empty = quantized_like(decoder.get_submodule(module), its_codes.to("meta"), its_scales.to("meta"), kind)
+            replace(decoder, module, empty)
     rest = {name: tensor for name, tensor in decoder.state_dict().items() if name not in state}
     state |= float_state(exactly(path, tensors, rest, family), rest, family, device, is_finite=True)
     decoder.to_empty(device=device)
     decoder.load_state_dict(state)
     return decoder.eval(), config
-
-
-def _empty(module: Any, codes: Tensor, scales: Tensor, kind: Kind) -> Quantized:
-    """The module that will hold a part of a matrix, on the meta device."""
-    codes, scales = codes.to("meta"), scales.to("meta")
-    if isinstance(module, nn.Embedding):
-        return QuantizedEmbedding(codes, scales, kind)
-    return QuantizedLinear(codes, scales, kind, module.bias)
 
 
 def _from_stored(

@@ -198,14 +198,12 @@ def write_mlx(loaded: Loaded, folder: Path, bits: int | None = None) -> None:
     """
     config, family, state = loaded.config, family_of(loaded.config.model_type), loaded.decoder.state_dict()
     more: dict[str, Any] = {"sliding_window_pattern": _full_every(expect_mlx(config))}  # only Gemma 3 reads it
-    tensors: dict[str, Tensor] = {}
     whole = {
         theirs.replace("transformer.", "model."): torch.cat([state[name] for name in ours])  # matrices as [out, in]
         for theirs, ours in stored_names(state, family).items()
     }
-    if bits is None:
-        tensors = {name: tensor.contiguous() for name, tensor in whole.items()}
-    else:
+    tensors = {name: tensor.contiguous() for name, tensor in whole.items()} if bits is None else {}
+    if bits is not None:
         matrices = [tensor for tensor in whole.values() if tensor.ndim == 2]
         group = max(GROUPS, key=lambda size: sum(one.numel() for one in matrices if one.size(1) % size == 0))
         more |= {key: {"group_size": group, "bits": bits} for key in ("quantization", "quantization_config")}
