@@ -42,7 +42,7 @@ MAY_IMPORT = {
 # export and evaluation in it; today's figures are above it, and a room may not grow beyond them.
 CODE_LINES = {
     "": 30_670, "adapt": 1_470, "api": 610, "cli": 2_000, "data": 5_695, "evaluation": 2_510, "export": 2_370,
-    "generation": 1_630, "model": 2_240, "serving": 1_725, "tokenizer": 1_490, "training": 4_220, "workflows": 3_965,
+    "generation": 1_630, "model": 2_260, "serving": 1_725, "tokenizer": 1_490, "training": 4_195, "workflows": 3_965,
 }  # fmt: skip
 LINES_IN_A_FILE = 400
 LEAST_LINES_IN_A_FILE = 40
