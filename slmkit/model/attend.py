@@ -81,46 +81,39 @@ def causal_products(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
     q [batch, heads, tokens, head_dim], k and v [batch, kv_heads, tokens, head_dim or another] → as q.
     """
-    k, v = (_for_every_head(x, q.size(1)) for x in (k, v))
-    return _CausalProducts.apply(q, k, v, scale)
+    return _CausalProducts.apply(q * scale, *(_for_every_head(x, q.size(1)) for x in (k, v)))
 
 
 class _CausalProducts(torch.autograd.Function):
     """Blocks of queries, each over the keys up to its last query: about half of all scores are never computed."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         batch, heads, tokens, _ = q.shape
         block = min(max(tokens // 4, 32), 128)  # queries; measured at 64 to 1,024 tokens
-        blocks = [slice(start, min(start + block, tokens)) for start in range(0, tokens, block)]
+        ctx.blocks = [slice(start, min(start + block, tokens)) for start in range(0, tokens, block)]
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # [batch * heads, tokens, head_dim]
         future = torch.full((block, block), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
-        y = v.new_empty(batch, tokens, heads, v.size(-1)).transpose(1, 2)
-        kept = []
-        for rows in blocks:
-            size = rows.stop - rows.start
-            scores = q.new_empty(len(q), size, rows.stop)  # [batch * heads, queries, keys]
-            torch.baddbmm(scores, q[:, rows], k[:, : rows.stop].mT, beta=0, alpha=scale, out=scores)
-            scores[:, :, rows] += future[:size, :size]
-            weights = torch.softmax(scores, -1, out=scores)
-            y[:, :, rows] = (weights @ v[:, : rows.stop]).unflatten(0, (batch, heads))
-            kept.append(weights)
+        y, kept = v.new_empty(batch, tokens, heads, v.size(-1)).transpose(1, 2), []
+        for rows in ctx.blocks:
+            scores = q[:, rows] @ k[:, : rows.stop].mT  # [batch * heads, queries, keys]
+            scores[:, :, rows] += future[: scores.size(1), : scores.size(1)]
+            kept.append(torch.softmax(scores, -1, out=scores))
+            y[:, :, rows] = (scores @ v[:, : rows.stop]).unflatten(0, (batch, heads))
         ctx.save_for_backward(q, k, v, *kept)
-        ctx.blocks, ctx.scale = blocks, scale
         return y
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, *kept = ctx.saved_tensors
-        heads, (y_grad,) = gradients[0].shape[:2], (each.flatten(0, 1) for each in gradients)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        (q, k, v, *kept), y_grad = ctx.saved_tensors, gradients[0].flatten(0, 1)
         q_grad, k_grad, v_grad = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for rows, weights in zip(ctx.blocks, kept):
             to, seen = y_grad[:, rows], slice(rows.stop)
             v_grad[:, seen].baddbmm_(weights.mT, to)
             slopes = torch._softmax_backward_data(to @ v[:, seen].mT, weights, -1, weights.dtype)
             q_grad[:, rows] = slopes @ k[:, seen]
-            k_grad[:, seen].baddbmm_(slopes.mT, q[:, rows], alpha=ctx.scale)
-        return *(x.unflatten(0, heads) for x in (q_grad.mul_(ctx.scale), k_grad, v_grad)), None
+            k_grad[:, seen].baddbmm_(slopes.mT, q[:, rows])
+        return tuple(x.unflatten(0, gradients[0].shape[:2]) for x in (q_grad, k_grad, v_grad))
 
 
 def _capped(
