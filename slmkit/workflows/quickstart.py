@@ -26,7 +26,7 @@ PARTS = {
     "stories": "pretraining: stories, some of them followed by questions",
     "chat": "fine-tuning: conversations about scenes and stories",
 }
-RELATIVE_TIMES = {"primer": 1.0, "stories": 4.6, "chat": 1.8}  # the time of each part relative to the primer's
+RELATIVE_TIMES = {"primer": 1.0, "stories": 4.1, "chat": 2.4}  # the time of each part relative to the primer's
 ALL_PARTS = sum(RELATIVE_TIMES.values())
 FIXED = 8.0  # seconds for loading and saving, independent of the amount of data
 EVALUATION = 0.08  # share of the remaining time for the evaluation
