@@ -44,7 +44,7 @@ from slmkit.training.logging.metrics_log import environment
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "training.json"
 OPTIMIZER = {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
-CHECKED_STEPS, CHECKED_ROWS, CHECKED_LENGTH = 10, 2, 64
+CHECKED_STEPS, CHECKED_ROWS, CHECKED_LENGTH = 10, 1, 32
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # relative differences of losses
 
 
