@@ -72,6 +72,5 @@ def new_tokens(content: dict[str, Any], usual: int, prompt: int = 0) -> int:
 def not_obeyed(content: dict[str, Any]) -> list[str]:
     """The unsupported keys whose values would affect generation."""
     others = content.keys() - HARMLESS["generation"] - GenerationAdvice.model_fields.keys()
-    return sorted(
-        key for key in others if content[key] and not (key in HARMLESS["neutral_at_one"] and content[key] == 1)
-    )
+    neutral = {key for key in others & HARMLESS["neutral_at_one"] if content[key] == 1}
+    return sorted(key for key in others - neutral if content[key])
