@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,13 +36,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
-@pytest.fixture
-def without_plan_and_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs without the arithmetic of plan.json and without drawings, seconds of each, for tests of something else."""
+def leave_out_plan_and_pictures(patch: pytest.MonkeyPatch) -> None:
     from slmkit.training.estimate import forecast
     from slmkit.training.logging import logger
 
     for draw in ("plot_losses", "plot_shares", "plot_tasks"):
-        monkeypatch.setattr(logger, draw, lambda *arguments: None)
-    monkeypatch.setattr(forecast.PlanFile, "update", lambda *arguments: None)
-    monkeypatch.setattr(forecast, "weights_bytes", lambda profile: 0)
+        patch.setattr(logger, draw, lambda *arguments: None)
+    patch.setattr(forecast.PlanFile, "update", lambda *arguments: None)
+    patch.setattr(forecast, "weights_bytes", lambda profile: 0)
+
+
+@pytest.fixture
+def without_plan_and_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs without the arithmetic of plan.json and without drawings, seconds of each, for tests of something else."""
+    leave_out_plan_and_pictures(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def module_without_plan_and_pictures() -> Iterator[None]:
+    """The same for all tests of a file and for its fixtures."""
+    with pytest.MonkeyPatch.context() as patch:
+        leave_out_plan_and_pictures(patch)
+        yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import random
 import string
@@ -81,12 +82,8 @@ class Probe:
 
 def probe_strings(spellings: Sequence[str], count: int) -> list[str]:
     """`count` texts of up to 12 pieces: words of each script, of English, `PIECES`, any characters, `spellings`."""
-    rng, scripts = random.Random(23), dict[str, list[str]]()
-    anything = [*filter(str.isprintable, map(chr, range(0x32000)))]
-    for character in anything:
-        if unicodedata.category(character)[0] in "LMN":  # a script is the first word of a letter's name
-            scripts.setdefault(unicodedata.name(character, "other").split()[0], []).append(character)
-    endless = [itertools.cycle(rng.sample(some := each[:MOST_LETTERS], len(some))) for each in scripts.values()]
+    rng, (anything, scripts) = random.Random(23), _characters()
+    endless = [itertools.cycle(rng.sample(letters, len(letters))) for letters in scripts]
     texts = []
     for letters in itertools.islice(itertools.cycle(endless), count):
         parts = []
@@ -100,6 +97,17 @@ def probe_strings(spellings: Sequence[str], count: int) -> list[str]:
             parts.append(part + rng.choice(("", "", " ")))
         texts.append("".join(parts))
     return texts
+
+
+@functools.cache
+def _characters() -> tuple[list[str], list[list[str]]]:
+    """All that can be printed, and the first letters of each script."""
+    scripts = dict[str, list[str]]()
+    anything = [*filter(str.isprintable, map(chr, range(0x32000)))]
+    for character in anything:
+        if unicodedata.category(character)[0] in "LMN":  # a script is the first word of a letter's name
+            scripts.setdefault(unicodedata.name(character, "other").split()[0], []).append(character)
+    return anything, [letters[:MOST_LETTERS] for letters in scripts.values()]
 
 
 def _conversations(

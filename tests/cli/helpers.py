@@ -97,6 +97,7 @@ def serve(descriptor: int) -> None:
     assert len(os.listdir("/proc/self/task")) == 1, "a thread is not in a fork"
     gc.collect()
     gc.freeze()  # or the first collection in a fork would copy every page
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in a shell's background
     connection = socket.socket(fileno=descriptor)
     while True:
         _, files, *_ = socket.recv_fds(connection, 1, 3)

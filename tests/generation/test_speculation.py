@@ -25,6 +25,7 @@ from slmkit.model.decoder import Decoder
 from slmkit.model.initialization import build_decoder
 from tests.generation.helpers import TOKENIZER, ScriptedModel, byte_decoder
 from tests.generation.test_engine import GREEDY, SETTINGS, alone, numbers, plain, run, tokens_of
+from tests.long import several
 from tests.model.test_cache import decoder_of, every_family
 from tests.model.test_decoder import tiny
 
@@ -259,7 +260,7 @@ class Fixed(Speculation):
         return Guess([2, 1, 0][: min(self.count, room)])
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(several(2, 4)))
 def test_one_verdict_has_the_distribution_of_the_model(seed: int) -> None:
     """The first of two guesses, drawn from q by `sample`; p and q have parts that the other lacks."""
     random = torch.Generator().manual_seed(seed)
