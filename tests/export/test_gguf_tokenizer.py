@@ -111,7 +111,6 @@ def test_merges_by_rank_of_characters(kind: str, tmp_path: Path, monkeypatch: py
     assert different(folder) == []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", REAL)
 def test_real_tokenizers(kind: str, tmp_path: Path) -> None:
     folder = directory_of(kind, tmp_path)

@@ -151,6 +151,7 @@ def exact_decoder(vocab_size: int = 97) -> Decoder:
     return build_decoder(small, seed=3).eval().double()
 
 
+@pytest.mark.slow
 def test_many_rounds_of_twelve_mixed_requests_in_any_order() -> None:
     asked, model = with_text(), exact_decoder(260)
     expected = [alone(model, request, TOKENIZER) for request in asked]

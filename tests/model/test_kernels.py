@@ -192,6 +192,7 @@ def test_without_a_compiler(broken: str, tmp_path: Path, monkeypatch: pytest.Mon
     assert not list(tmp_path.glob("slmkit/*"))
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.usefixtures("quick_compiler")
 def test_two_processes_build_at_once(tmp_path: Path) -> None:
@@ -208,6 +209,7 @@ raise SystemExit(0 if is_there else 1)
     assert [path.suffix for path in (tmp_path / "cache" / "slmkit").iterdir()] == [".so"]
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.usefixtures("quick_compiler")
 def test_a_second_start_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,6 +221,7 @@ def test_a_second_start_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     assert kernels.build() != built
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.usefixtures("quick_compiler")
 @pytest.mark.parametrize("damage", ["cut short", "one bit"])
@@ -233,6 +236,7 @@ def test_a_damaged_library_is_compiled_anew(damage: str, tmp_path: Path) -> None
     assert [path.read_bytes() for path in built.parent.iterdir()] == [whole]
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_another_library_is_compiled_anew_once(tmp_path: Path, quick_compiler: Path) -> None:
     """A compiler that made something else, and is mended later; one that always does."""
@@ -253,6 +257,7 @@ def script(path: Path, command: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_compiler_may_have_arguments(quick_compiler: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", f"env '{quick_compiler}' -O1 -DNAME='a b'")
