@@ -22,7 +22,7 @@ from slmkit.model.decoder import Decoder
 from slmkit.model.initialization import build_decoder
 from tests.generation.helpers import TOKENIZER, ByteTokens, ScriptedModel, byte_decoder
 from tests.long import several
-from tests.model.test_cache import config, decoder_of, every_family
+from tests.model.test_cache import config, decoder_of, unlike_families
 from tests.model.test_decoder import tiny
 
 GREEDY = SamplingSettings(do_sample=False)
@@ -89,7 +89,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"slmkit.generation.{module}.AT_ONCE", 3)
 
 
-@every_family
+@unlike_families
 @pytest.mark.usefixtures("small_pieces")
 def test_every_family_says_what_it_says_without_cache_batch_or_pieces(family: str) -> None:
     """Windows are shorter than the texts; prompts are read in pieces; rows join while others run."""
@@ -104,7 +104,7 @@ def test_every_family_says_what_it_says_without_cache_batch_or_pieces(family: st
         assert found[handle, 0] == plain(decoder, prompt, 18), handle
 
 
-@every_family
+@unlike_families
 @pytest.mark.usefixtures("small_pieces")
 def test_every_family_goes_on_from_what_another_text_has_read(family: str) -> None:
     decoder, shared = decoder_of(family).double(), numbers(17, 3)

@@ -29,7 +29,7 @@ from slmkit.tokenizer import SLMTokenizer
 from tests.generation.helpers import TOKENIZER, byte_decoder, complete
 from tests.generation.test_engine import run
 from tests.long import several
-from tests.model.test_cache import FAMILIES, config
+from tests.model.test_cache import UNLIKE, config
 from tests.model.test_decoder import ids, tiny
 
 GREEDY = SamplingSettings(do_sample=False)
@@ -92,7 +92,7 @@ def test_what_one_member_thinks_impossible_counts_with_the_others_share() -> Non
 
 
 @pytest.mark.parametrize("settings", [GREEDY, SAMPLED, SamplingSettings(do_sample=False, repetition_penalty=1.4)])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", UNLIKE)
 def test_an_ensemble_of_one_is_the_model(family: str, settings: SamplingSettings) -> None:
     decoder = build_decoder(config(family), seed=3).eval()
     x = ids(2, 6)
