@@ -66,7 +66,7 @@ def change_root(visible: list[str], disk: int) -> None:
     call("mount", None, "/", None, PRIVATE_ALL, None)
     call("mount", "tmpfs", root, "tmpfs", NO_SET_USER_ID, "size=1m,mode=755")
     os.mkdir(f"{root}/tmp")
-    call("mount", "tmpfs", f"{root}/tmp", "tmpfs", NO_SET_USER_ID, f"size={disk},mode=1777")
+    call("mount", "tmpfs", f"{root}/tmp", "tmpfs", NO_SET_USER_ID, f"size={disk},mode=1777,nr_inodes=16k")
     for path in visible:
         if os.path.isdir(path):
             os.makedirs(root + path, exist_ok=True)

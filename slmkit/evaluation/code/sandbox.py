@@ -134,6 +134,7 @@ def _started(kind: str, part: str, link: socket.socket, limits: Limits) -> Itera
     """A process of a verdict. It and all it has started end with the block."""
     settings = {
         "part": part,
+        "forbid": kind != "none",
         "link": link.fileno(),
         "packages": [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")],
         "user": random.SystemRandom().randrange(1 << 30, 1 << 31) if os.geteuid() == 0 and kind != "none" else 0,
@@ -148,14 +149,14 @@ def _started(kind: str, part: str, link: socket.socket, limits: Limits) -> Itera
     elif kind == "namespaces":
         visible = json.dumps({"visible": [*_visible(), "/dev/null"], "disk": limits.disk})
         words = [sys.executable, "-I", "-S", "-c", NAMESPACES.read_text(), visible, *words]
-    output = subprocess.PIPE if part == "tests" else subprocess.DEVNULL
+    pipe = subprocess.PIPE if part == "tests" else subprocess.DEVNULL  # what the program reads and writes is nothing
     process = subprocess.Popen(
         words,
         env={"PATH": "/usr/bin:/bin", "HOME": "/tmp", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
         pass_fds=[link.fileno()],
-        stdin=subprocess.PIPE,
-        stdout=output,
-        stderr=output,
+        stdin=pipe,
+        stdout=pipe,
+        stderr=pipe,
         start_new_session=True,
         cwd="/",
     )
