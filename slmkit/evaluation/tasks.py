@@ -42,13 +42,15 @@ def load_tasks(
     samples: int = 1,
     temperature: float | None = None,
     unsafe_code: bool = False,
+    progress: Callable[[int, int], None] = lambda done, programs: None,
 ) -> Tasks:
     """Tasks by the aliases of `tasks.yaml` or lm-eval's own names.
 
     `data`: a folder with the tasks' files; None: the hub, as lm-eval does. `shots`: instead of lm-eval's number, but
     for tasks that lm-eval always asks without. `chat`: prompts in the model's chat template. `samples`: answers for
-    each problem of code tasks, drawn at `temperature`; `unsafe_code`: without a sandbox if there is none. Raises
-    `UserError` for an unknown name, for missing or malformed files, and for code tasks without a sandbox.
+    each problem of code tasks, drawn at `temperature`; `unsafe_code`: without a sandbox if there is none; `progress`
+    gets the programs that have a verdict, and their number. Raises `UserError` for an unknown name, for missing or
+    malformed files, and for code tasks without a sandbox.
     """
     try:
         from slmkit.evaluation.harness_task import Factory, quiet
@@ -57,7 +59,7 @@ def load_tasks(
             raise
         raise UserError("standard tasks need lm-eval: pip install slmkit[eval]") from None
     table, loaded = task_table(), Tasks()
-    make = Maker(data, shots, chat, samples, temperature, unsafe_code)
+    make = Maker(data, shots, chat, samples, temperature, unsafe_code, progress)
     with quiet(offline=data is not None):
         for name in names:
             alias = table["aliases"].get(name) or _own_name(name)
@@ -76,21 +78,18 @@ def load_tasks(
 def _load(name: str, alias: Mapping[str, Any], manager: Any, chat: bool, some: bool) -> tuple[Tasks, int]:
     """The tasks of an alias, and how many they should be; with `some`, those whose files are there."""
     wanted = core_tasks(task_table()) if name == CORE else alias.get("chat", alias["tasks"]) if chat else alias["tasks"]
-    found, missing = Tasks(), None
+    found, missing = Tasks(), manager._factory.missing
     for one in wanted:
         try:
             built = manager.load([one])
-        except MissingFileError as error:
-            if not some:
-                raise
-            missing = error
         except ImportError as error:
             raise UserError(f"{one}: {one_line(error)}") from None
-        else:
-            found.update(built["tasks"])
-            found.groups.update(_groups(built["groups"]))
-    if missing and not found:
-        raise missing
+        found.update({task: its for task, its in built["tasks"].items() if task not in missing})
+        found.groups.update(_groups(built["groups"]))
+    if missing and not (some and found):
+        first, *others = missing
+        more = f"; nor of {len(others)} more of its {len(found) + len(missing)} tasks: {', '.join(others[:5])}"
+        raise MissingFileError(f"{missing[first]}{(more + ', …' * (len(others) > 5)) * bool(others)}")
     return found, len(wanted)
 
 
@@ -173,6 +172,7 @@ class Maker:
     samples: int
     temperature: float | None
     unsafe_code: bool
+    progress: Callable[[int, int], None]
 
     def __call__(self, config: dict[str, Any]) -> Any:
         from slmkit.evaluation.harness_task import FittedTask
@@ -219,7 +219,7 @@ class Maker:
         generation = {**config.get("generation_kwargs", {}), **sampling}
         about = {"samples": self.samples, "temperature": temperature}
         config = {**config, "repeats": self.samples, "generation_kwargs": generation}
-        config = with_sandbox(config, unsafe=self.unsafe_code)
+        config = with_sandbox(config, unsafe=self.unsafe_code, progress=self.progress)
         return config, {**about, "sandbox": config["metadata"]["sandbox"], "limits": config["metadata"]["limits"]}
 
 

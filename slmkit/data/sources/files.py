@@ -197,6 +197,7 @@ def text_documents(file: File, start: Position, separator: str | None = None) ->
     offset, inside = start.get("offset", 0), start.get("inside", 0)
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
     raw, is_all = "", False  # the text from `offset` on; it encodes back to the bytes read
+    mark = 0  # bytes of a byte-order mark before `raw`
     damaged: Exception | None = None  # what comes behind `raw` cannot be read
     with file.open_at(max(offset - 1, 0)) as stream:
         at_line_start = offset == 0 or stream.read(1) == b"\n" or offset == len(codecs.BOM_UTF8)
@@ -215,7 +216,7 @@ def text_documents(file: File, start: Position, separator: str | None = None) ->
                     continue
                 raw, is_all = raw + decoder.decode(data, final=not data), not data
                 if offset == 0 and raw.startswith("\ufeff"):
-                    offset, raw = len(codecs.BOM_UTF8), raw[1:]
+                    offset, raw = (mark := len(codecs.BOM_UTF8)), raw[1:]
                 continue
             position, begins = {"offset": offset, "inside": inside}, not inside
             used, inside = match.end() if match else len(raw), int(len(text) > PIECE)
@@ -223,14 +224,15 @@ def text_documents(file: File, start: Position, separator: str | None = None) ->
                 cut = cut_point(text, PIECE)
                 used = cut if len(text) == len(document) else _raw_cut(document, cut)
                 document, text = raw[:used], text[:cut]
-            elif match:
-                text = text.removesuffix("\n")  # it belongs to the separator
+            left_out, mark = mark + len(document) - len(text), 0  # each of these characters is a byte
+            if match and not inside and text.endswith("\n"):  # the line end belongs to the separator
+                text, left_out = text[:-1], left_out - document.endswith("\r\n")
             if bad := [] if _is_text(document) else [*NO_TEXT.finditer(document)]:
                 yield _not_text(file, offset + byte_length(document[: bad[0].start()]), rows=len(bad)), position
             at_line_start, offset = raw[:used].endswith("\n"), offset + byte_length(raw[:used])
             raw = raw[used:]
             if inside or not begins or text.strip():
-                yield Document(text, ends=not inside, begins=begins), {"offset": offset, "inside": inside}
+                yield Document(text, not inside, begins, left_out), {"offset": offset, "inside": inside}
 
 
 def _cleaned(raw: str) -> str:

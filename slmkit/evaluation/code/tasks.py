@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from fractions import Fraction
@@ -35,12 +35,17 @@ def pass_at_k(n: int, c: int, k: int) -> Fraction | None:
 
 
 def with_sandbox(
-    task_config: Mapping[str, Any], *, unsafe: bool = False, limits: Limits | None = None
+    task_config: Mapping[str, Any],
+    *,
+    unsafe: bool = False,
+    limits: Limits | None = None,
+    progress: Callable[[int, int], None] = lambda done, programs: None,
 ) -> dict[str, Any]:
     """The configuration of a code task of lm-eval, as `load_yaml(path, resolve_func=False)` gives it, ready to run.
 
     The filtered answer to a request is a list, one dict a sample: `program`, `passed`, `reason`, `seconds`. The metrics
     are pass@k for k = 1, 10, 100 and the k of the configuration, up to `repeats`; without sampling pass@1 alone.
+    `progress` gets the programs that have a verdict, and all of them.
 
     Raises `UserError` where there is no sandbox, unless `unsafe`.
     """
@@ -66,7 +71,10 @@ def with_sandbox(
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             waiting = {pair: pool.submit(run, *pair, limits, unsafe=unsafe) for pair in dict.fromkeys(pairs)}
             try:
-                verdicts = {pair: asdict(verdict.result()) for pair, verdict in waiting.items()}
+                verdicts = dict[tuple[str, str], dict[str, Any]]()
+                for done, (pair, verdict) in enumerate(waiting.items(), 1):
+                    verdicts[pair] = asdict(verdict.result())
+                    progress(done, len(waiting))
             finally:
                 pool.shutdown(cancel_futures=True)  # after Ctrl-C: not the rest of them
         return [

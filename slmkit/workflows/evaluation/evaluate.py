@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from slmkit.adapt.load import load_model
@@ -25,7 +26,7 @@ from slmkit.evaluation.results import TaskResult
 from slmkit.find import find_model_directory, find_tokenizer_directory, run_of
 from slmkit.generation.ensemble import LanguageModel
 from slmkit.model.config import SLMConfig
-from slmkit.model.files.adapter_directory import config_directory
+from slmkit.model.files.adapter_directory import config_directory, is_adapter
 from slmkit.model.files.directory import quantization_of
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.recipe.recipe import load_recipe
@@ -66,10 +67,10 @@ def evaluate(
     `text`: sources of text, or with `conversations` of conversations, whose assistant's turns are predicted; `window`,
     `stride` and `joined` as in `text_result`. `tasks`: names that `load_tasks` knows, and `stories`. `task_data`: a
     folder with the tasks' files. `limit`: the first documents of each. `shots`: examples in a prompt, instead of the
-    task's own number. `chat_template`: `chat`, `none`, or `auto`: `chat` for a run that learned conversations, and for
-    another model whose tokenizer has a template. `samples` answers to each problem of code tasks, drawn at
-    `temperature`; `unsafe_code`: their programs are run without a sandbox if there is none. `precision` `auto` is
-    float32 on a CPU, so that figures agree between machines, and bfloat16 on accelerators that have it.
+    task's own number. `chat_template`: `chat`, `none`, or `auto`: `chat` for a model that learned conversations
+    (`uses_chat`). `samples` answers to each problem of code tasks, drawn at `temperature`; `unsafe_code`: their
+    programs are run without a sandbox if there is none. `precision` `auto` is float32 on a CPU, so that figures agree
+    between machines, and bfloat16 on accelerators that have it.
 
     The model `oracle` gives the right answers of exact-match and code tasks, `wrong` wrong ones, if no directory has
     that name.
@@ -125,15 +126,25 @@ def on_stored_answers(
 
 
 def uses_chat(model: str | Path, chat_template: str) -> bool:
-    """Whether prompts for a model are conversations. Raises `UserError` for another word, and without a template."""
+    """Whether prompts for a model are conversations. Raises `UserError` for another word, and without a template.
+
+    By `auto`, if it learned conversations: its run says so; of another directory, an adapter or a model whose texts may
+    end at its template's end of turn.
+    """
     if chat_template not in ("auto", "chat", "none"):
         raise UserError(f"template {chat_template!r}: expected auto, chat or none")
-    has_one = SLMTokenizer.from_pretrained(find_tokenizer_directory(model)).chat_template is not None
-    if chat_template == "chat" and not has_one:
-        raise UserError(f"{model}: its tokenizer has no chat template: use --template none")
-    run = run_of(model)
-    learned = has_one if run is None else load_recipe(run / "recipe.yaml").reads != "text"
-    return chat_template == "chat" or (chat_template == "auto" and has_one and learned)
+    tokenizer = SLMTokenizer.from_pretrained(find_tokenizer_directory(model))
+    directory, run = find_model_directory(model), run_of(model)
+    if tokenizer.chat_template is None or chat_template == "none":
+        if chat_template == "chat":
+            raise UserError(f"{model}: its tokenizer has no chat template: use --template none")
+        return False
+    if chat_template == "chat" or (is_adapter(directory) and run is None):
+        return True
+    if run is not None:
+        return load_recipe(run / "recipe.yaml").reads != "text"
+    ends = SLMConfig.from_pretrained(directory).for_generation()["eos_token_id"]
+    return tokenizer.end_of_turn_id in np.atleast_1d(ends)
 
 
 class _Evaluated:
@@ -178,12 +189,13 @@ class _Evaluated:
         def compute() -> list[TaskResult]:
             result = text_result(
                 self.decoder, self.tokenizer, found.documents, name=found.name, originals=found.originals,
-                window=window, stride=stride, joined=joined, progress=self._counter(found.name, "windows"),
+                left_out=found.left_out, window=window, stride=stride, joined=joined,
+                progress=self._counter(found.name, "windows"),
             )  # fmt: skip
             return [self._noted(result, found.notes, limit)]
 
         key = {"text": found.name, "window": window, "stride": stride, "joined": joined, "limit": limit}
-        texts = digest_of([found.documents, found.originals, found.notes])
+        texts = digest_of([found.documents, found.originals, found.left_out, found.notes])
         return self.stored({**key, "documents": texts}, compute)
 
     def on_conversations(
@@ -226,7 +238,7 @@ class _Evaluated:
         from slmkit.evaluation.tasks import load_tasks
 
         self.progress(f"{name}: reading the task", None)
-        return load_tasks([name], **asked)
+        return load_tasks([name], progress=self._counter(name, "programs"), **asked)
 
     def on_task(
         self, name: str, loaded: Mapping[str, Any], asked: Mapping[str, Any], limit: int | None,
@@ -252,7 +264,7 @@ class _Evaluated:
         try:
             return window_and_stride(self.config.max_position_embeddings, window, stride)
         except UserError as error:
-            raise UserError(f"{self.model}: {error}: lower --window") from None
+            raise UserError(f"{self.model}: {error}") from None
 
     def _counter(self, name: str, unit: str) -> Callable[[int, int], None]:
         return lambda done, of: self.progress(f"{name}: {done:,} of {of:,} {unit}", done / max(1, of))
