@@ -85,12 +85,7 @@ def works(kind: str) -> bool:
 def _run(kind: str, program: str, tests: str, limits: Limits) -> Verdict:
     began = time.monotonic()
     asks, answers = socket.socketpair()
-    with (
-        asks,
-        answers,
-        _started(kind, "program", answers, limits) as one,
-        _started(kind, "tests", asks, limits) as two,
-    ):
+    with asks, answers, _started(kind, "program", answers, limits) as one, _started(kind, "tests", asks, limits) as two:
         answers.close()
         asks.close()
         request: bytes | None = json.dumps({"program": program, "tests": tests}).encode()
