@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from slmkit.config import UserError
-from slmkit.evaluation.results import FORMS, Form, TaskResult, residuals
+from slmkit.evaluation.results import FORMS, Form, TaskResult, figure_of
 
 Pairs = Sequence[tuple[float, float]]  # numerator and denominator of each item
 LEVEL = 0.95  # of all intervals; differences are shown where p < 1 − LEVEL
@@ -161,13 +161,8 @@ def _pairs(result: TaskResult, metric: str) -> dict[tuple[str, int], tuple[float
 
 def _figure(pairs: Pairs, form: Form) -> tuple[float, np.ndarray]:
     """The figure, and the part of each item in its error [items]; NaN for values that are not finite."""
-    if not np.isfinite(pairs).all():
-        return math.nan, np.zeros(len(pairs))
-    ratio, parts = residuals(pairs)
-    if not form.is_exponential:
-        return ratio, np.array(parts)
-    figure = math.exp(ratio) if not ratio > 700 else math.inf  # 700: beyond it float64 overflows
-    return figure, figure * np.array(parts) if math.isfinite(figure) else np.array(parts)
+    value, parts = figure_of(pairs, form) if np.isfinite(pairs).all() else (math.nan, [])
+    return value, np.array(parts)
 
 
 def _is_share(pairs: Pairs) -> bool:
