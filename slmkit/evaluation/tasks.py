@@ -33,24 +33,10 @@ class Tasks(dict[str, Any]):
     groups: dict[str, Group] = field(default_factory=dict)
 
 
-def load_tasks(
-    names: Sequence[str],
-    *,
-    data: Path | None = None,
-    shots: int | None = None,
-    chat: bool = False,
-    samples: int = 1,
-    temperature: float | None = None,
-    unsafe_code: bool = False,
-    progress: Callable[[int, int], None] = lambda done, programs: None,
-) -> Tasks:
-    """Tasks by the aliases of `tasks.yaml` or lm-eval's own names.
+def load_tasks(names: Sequence[str], **asked: Any) -> Tasks:
+    """Tasks by the aliases of `tasks.yaml` or lm-eval's own names, made as the fields of `Maker` say.
 
-    `data`: a folder with the tasks' files; None: the hub, as lm-eval does. `shots`: instead of lm-eval's number, but
-    for tasks that lm-eval always asks without. `chat`: prompts in the model's chat template. `samples`: answers for
-    each problem of code tasks, drawn at `temperature`; `unsafe_code`: without a sandbox if there is none; `progress`
-    gets the programs that have a verdict, and their number. Raises `UserError` for an unknown name, for missing or
-    malformed files, and for code tasks without a sandbox.
+    Raises `UserError` for an unknown name, for missing or malformed files, and for code tasks without a sandbox.
     """
     try:
         from slmkit.evaluation.harness_task import Factory, quiet
@@ -59,13 +45,13 @@ def load_tasks(
             raise
         raise UserError("standard tasks need lm-eval: pip install slmkit[eval]") from None
     table, loaded = task_table(), Tasks()
-    make = Maker(data, shots, chat, samples, temperature, unsafe_code, progress)
-    with quiet(offline=data is not None):
+    make = Maker(**asked)
+    with quiet(offline=make.data is not None):
         for name in names:
             alias = table["aliases"].get(name) or _own_name(name)
             manager = task_manager(*alias["folders"])
             manager._factory = Factory(make)
-            found, wanted = _load(name, alias, manager, chat, some=data is not None and "partial" in alias)
+            found, wanted = _load(name, alias, manager, make)
             if "mean" in alias and len(found) > 1:
                 note = f"{len(found)} of {wanted} tasks"
                 note += ": not comparable with published CORE figures" if name == CORE and len(found) < wanted else ""
@@ -75,9 +61,9 @@ def load_tasks(
     return loaded
 
 
-def _load(name: str, alias: Mapping[str, Any], manager: Any, chat: bool, some: bool) -> tuple[Tasks, int]:
-    """The tasks of an alias, and how many they should be; with `some`, those whose files are there."""
-    wanted = core_tasks(task_table()) if name == CORE else alias.get("chat", alias["tasks"]) if chat else alias["tasks"]
+def _load(name: str, alias: Mapping[str, Any], manager: Any, make: Maker) -> tuple[Tasks, int]:
+    """The tasks of an alias, and how many they should be; of a `partial` one those whose files are there."""
+    wanted = core_tasks(task_table()) if name == CORE else alias.get("chat" if make.chat else "", alias["tasks"])
     found, missing = Tasks(), manager._factory.missing
     for one in wanted:
         try:
@@ -86,7 +72,7 @@ def _load(name: str, alias: Mapping[str, Any], manager: Any, chat: bool, some: b
             raise UserError(f"{one}: {one_line(error)}") from None
         found.update({task: its for task, its in built["tasks"].items() if task not in missing})
         found.groups.update(_groups(built["groups"]))
-    if missing and not (some and found):
+    if missing and not (found and make.data and "partial" in alias):
         first, *others = missing
         more = f"; nor of {len(others)} more of its {len(found) + len(missing)} tasks: {', '.join(others[:5])}"
         raise MissingFileError(f"{missing[first]}{(more + ', …' * (len(others) > 5)) * bool(others)}")
@@ -164,15 +150,15 @@ def core_tasks(table: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Maker:
-    """Makes a task of lm-eval's configuration of it; the fields are the arguments of `load_tasks`."""
+    """Makes a task of lm-eval's configuration of it."""
 
-    data: Path | None
-    shots: int | None
-    chat: bool
-    samples: int
-    temperature: float | None
-    unsafe_code: bool
-    progress: Callable[[int, int], None]
+    data: Path | None = None  # a folder with the tasks' files; None: the hub, as lm-eval does
+    shots: int | None = None  # instead of lm-eval's number, but for tasks that lm-eval always asks without
+    chat: bool = False  # prompts in the model's chat template
+    samples: int = 1  # answers for each problem of code tasks, drawn at `temperature`
+    temperature: float | None = None
+    unsafe_code: bool = False  # without a sandbox if there is none
+    progress: Callable[[int, int], None] = lambda done, programs: None  # programs with a verdict, and all of them
 
     def __call__(self, config: dict[str, Any]) -> Any:
         from slmkit.evaluation.harness_task import FittedTask

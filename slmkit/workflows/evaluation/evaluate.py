@@ -128,8 +128,8 @@ def on_stored_answers(
 def uses_chat(model: str | Path, chat_template: str) -> bool:
     """Whether prompts for a model are conversations. Raises `UserError` for another word, and without a template.
 
-    By `auto`, if it learned conversations: its run says so; of another directory, an adapter, or a model whose configuration
-    does not exclude that it ends its turns.
+    By `auto`, if it learned conversations: its run says so; of another directory, an adapter, or a model whose
+    configuration does not exclude that it ends its turns.
     """
     if chat_template not in ("auto", "chat", "none"):
         raise UserError(f"template {chat_template!r}: expected auto, chat or none")
