@@ -79,6 +79,19 @@ def estimate(result: TaskResult, metric: str) -> Estimate:
     return Estimate(value, error, low, high, n)
 
 
+def in_digits(result: TaskResult, metric: str) -> tuple[str, str]:
+    """`0.3120` and `± 0.0147`: a figure and its standard error, which one item alone does not have; `0.0000` and
+    `0.0000 to 0.0229`, the interval, for none or all of 164, whose standard error is 0.
+    """
+    score = result.score(metric)
+    digits = 2 if math.isfinite(score.value) and abs(score.value) >= 100 else 4
+    error = "" if score.standard_error is None else f"± {score.standard_error:,.{digits}f}"
+    if score.standard_error == 0:
+        found = estimate(result, metric)
+        error = f"{found.low:,.{digits}f} to {found.high:,.{digits}f}"
+    return f"{score.value:,.{digits}f}", error
+
+
 def paired(a: TaskResult, b: TaskResult, metric: str) -> Difference:
     """Figure of `b` minus figure of `a` on their common items.
 
