@@ -52,12 +52,12 @@ SCALE = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12, "k": 3, "K":
 MARKS = (r"\\boxed\s?\{?", r"####(?=[^A-Za-z\n#\d]{0,20}\d)", r"(?i:<answer>|answer\W{0,4}(?:\bis\b|:|=))")
 EXPRESSION = re.compile(r"[+*/^_<>]|\\(?:sqrt|pi|log|cdot|times|pm)\b|(?<![A-Za-z\\])[abknxyz](?![A-Za-z])")
 
+UNITS = re.compile(r"\\(?:text|mathrm|mbox)(?:\s?\{[^}\d]*\}|\b)|\^\s?\{?\\circ\}?|°")
+
 
 def plain(text: str) -> str:
     """NFKC, but `10²` becomes `10^2`, `3½` `3 1/2`; digits of a number stand together, with a decimal point."""
-    text = GROUPING.sub(
-        "", text.translate({0x2212: "-", 0x2013: "-", 0x2010: "-", 0x2011: "-", 0x200B: "", 0xFEFF: ""})
-    )
+    text = GROUPING.sub("", text.translate(dict.fromkeys(map(ord, "−–‐‑"), "-") | dict.fromkeys((0x200B, 0xFEFF), "")))
     kinds = {"<super>": "^", "<fraction>": " "}
     text = "".join(
         kinds.get(unicodedata.decomposition(character).partition(" ")[0], "") + unicodedata.normalize("NFKC", character)
@@ -87,11 +87,7 @@ def value_of(match: re.Match[str]) -> Fraction | None:
 
 def only_number(expression: str) -> Fraction | None:
     r"""The number that `expression` is, units aside; None if it is more than that (`2\sqrt{3}`, `(1, 2)`, `5x`)."""
-    expression = re.sub(
-        r"\\(?:text|mathrm|mbox)\s?\{[^}\d]*\}|\\(?:text|mathrm|mbox)\b|\^\s?\{?\\circ\}?|°",
-        " ",
-        plain(expression).split("=")[-1],
-    )
+    expression = UNITS.sub(" ", plain(expression).split("=")[-1])
     found = numbers(expression)
     return found[0] if len(found) == 1 and not EXPRESSION.search(NUMBER.sub(" ", expression)) else None
 

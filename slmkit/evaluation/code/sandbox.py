@@ -173,11 +173,8 @@ def _visible() -> list[str]:
 def _bubblewrap(limits: Limits) -> list[str]:
     words = ["bwrap", "--die-with-parent", "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"]
     # Root becomes another user in the worker; everybody else needs a user namespace for the rest.
-    words += (
-        ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
-        if os.geteuid() == 0
-        else ["--unshare-user"]
-    )
+    rights = "--cap-drop ALL --cap-add CAP_SETUID --cap-add CAP_SETGID" if os.geteuid() == 0 else "--unshare-user"
+    words += rights.split()
     words += ["--perms", "1777", "--size", str(limits.disk), "--tmpfs", "/tmp"]
     parents = [str(parent) for path in [*_visible(), "/dev/null"] for parent in reversed(Path(path).parents)]
     for parent in sorted({*parents} - {"/", "/tmp"}):
