@@ -192,8 +192,8 @@ def text_documents(file: File, start: Position, separator: str | None = None) ->
     longest = len(separator or SEPARATOR)
     offset, inside = start.get("offset", 0), start.get("inside", 0)
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-    raw, is_all = "", False  # the text from `offset` on; it encodes back to the bytes read
-    mark = 0  # bytes of a byte-order mark before `raw`
+    # `raw`: the text from `offset` on; it encodes back to the bytes read. `mark`: bytes of a byte-order mark before it
+    raw, is_all, mark = "", False, 0
     damaged: Exception | None = None  # what comes behind `raw` cannot be read
     with file.open_at(max(offset - 1, 0)) as stream:
         at_line_start = offset == 0 or stream.read(1) == b"\n" or offset == len(codecs.BOM_UTF8)
