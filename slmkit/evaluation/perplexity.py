@@ -191,9 +191,8 @@ def token_losses(
     if max((int(stream.max()) for stream in streams if len(stream)), default=0) >= decoder.vocab_size:
         raise UserError(f"ids beyond the model's {decoder.vocab_size:,} tokens: the tokenizer is another model's")
     waiting = [(index, *one) for index, stream in enumerate(streams) for one in windows(len(stream), window, stride)]
-    waiting.sort(
-        key=lambda one: one[1] - one[3]
-    )  # windows of one length share a batch, so that little of it is padding
+    # Windows of one length share a batch, so that little of it is padding.
+    waiting.sort(key=lambda one: one[1] - one[3])
     done = 0
     while done < len(waiting):
         _, begin, _, end = waiting[done]  # the longest that is left

@@ -133,9 +133,8 @@ def self_test(
         for kind in ("right", "wrong"):
             for result in run(StoredAnswers(tasks, right=kind == "right", like=like), {name: task}):
                 if failed := first_failure(result, int(kind == "right")):
-                    raise UserError(
-                        f"{name}: not run, because this recipe cannot measure it: the {kind} answer {failed}"
-                    )
+                    why = f"this recipe cannot measure it: the {kind} answer {failed}"
+                    raise UserError(f"{name}: not run, because {why}")
         _passed.add(key)
 
 

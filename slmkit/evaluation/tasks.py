@@ -282,12 +282,8 @@ def run_tasks(
         for task in tasks.values():
             task.prepare(lm, limit, seed)
         found = evaluated(lm, tasks, limit, seed)
-        results = {
-            name: task_result(name, task, found.get(name, []), {"seed": seed, "limit": limit})
-            for name, task in tasks.items()
-        }
+        common = {"seed": seed, "limit": limit}
+        results = {name: task_result(name, task, found.get(name, []), common) for name, task in tasks.items()}
     groups = getattr(tasks, "groups", {}).items()
-    return [
-        *results.values(),
-        *(group_result(name, group, [results[one] for one in group.tasks]) for name, group in groups),
-    ]
+    over = [group_result(name, group, [results[one] for one in group.tasks]) for name, group in groups]
+    return [*results.values(), *over]

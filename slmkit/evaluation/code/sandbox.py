@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 
 from slmkit.config import UserError
 
@@ -55,15 +56,18 @@ class Verdict:
     seconds: float
 
 
-def run(program: str, tests: str, limits: Limits | None = None, *, unsafe: bool = False) -> Verdict:
+def run(
+    program: str, tests: str, limits: Limits | None = None, *, unsafe: bool = False, stop: Event | None = None
+) -> Verdict:
     """Whether `tests` run to their end on the functions of `program`. Both are Python.
 
     Names that the tests do not define are the program's; a builtin or a standard module is the program's only after
-    `from program import NAME`. `unsafe`: without a sandbox if there is none.
+    `from program import NAME`. `unsafe`: without a sandbox if there is none. After `stop` is set it
+    ends at once.
 
     Raises `UserError` where there is no sandbox.
     """
-    return _run(sandbox_kind(unsafe), program, tests, limits or Limits())
+    return _run(sandbox_kind(unsafe), program, tests, limits or Limits(), stop)
 
 
 def sandbox_kind(unsafe: bool = False) -> str:
@@ -82,7 +86,7 @@ def works(kind: str) -> bool:
     return _run(kind, "x = 1", "assert x == 1", Limits()).passed
 
 
-def _run(kind: str, program: str, tests: str, limits: Limits) -> Verdict:
+def _run(kind: str, program: str, tests: str, limits: Limits, stop: Event | None = None) -> Verdict:
     began = time.monotonic()
     asks, answers = socket.socketpair()
     with asks, answers, _started(kind, "program", answers, limits) as one, _started(kind, "tests", asks, limits) as two:
@@ -97,7 +101,8 @@ def _run(kind: str, program: str, tests: str, limits: Limits) -> Verdict:
                 reason = json.loads(output) if output else f"the tests stopped: {message}"
             except subprocess.TimeoutExpired:
                 request = None  # `communicate` keeps what it has not yet sent
-                reason = _excess(one, two, limits, time.monotonic() - began)
+                stopped = "stopped" if stop and stop.is_set() else None
+                reason = stopped or _excess(one, two, limits, time.monotonic() - began)
         if reason == ENDED:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 reason += f" (exit code {one.wait(1)})"

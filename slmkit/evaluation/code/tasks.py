@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from fractions import Fraction
 from math import comb
+from threading import Event
 from typing import Any
 
 from slmkit.evaluation.code.sandbox import Limits, run, sandbox_kind
@@ -68,15 +69,17 @@ def with_sandbox(
         programs = build(cut, docs)
         tests = [tests_for(doc, config["doc_to_target"]) for doc in docs]
         pairs = [(program, test) for several, test in zip(programs, tests, strict=True) for program in several]
+        stop = Event()
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            waiting = {pair: pool.submit(run, *pair, limits, unsafe=unsafe) for pair in dict.fromkeys(pairs)}
+            waiting = {p: pool.submit(run, *p, limits, unsafe=unsafe, stop=stop) for p in dict.fromkeys(pairs)}
             try:
                 verdicts = dict[tuple[str, str], dict[str, Any]]()
                 for done, (pair, verdict) in enumerate(waiting.items(), 1):
                     verdicts[pair] = asdict(verdict.result())
                     progress(done, len(waiting))
             finally:
-                pool.shutdown(cancel_futures=True)  # after Ctrl-C: not the rest of them
+                stop.set()  # after Ctrl-C: not the rest of them
+                pool.shutdown(cancel_futures=True)
         return [
             [{"program": program, **verdicts[program, test]} for program in several]
             for several, test in zip(programs, tests, strict=True)

@@ -236,9 +236,8 @@ SYSTEM_CALLS = {
     "x86_64": (0xC000003E, 41, (29, 68, 319, 447, 321, 323, 298, 425, 248, 249, 250, 272, 308)),
     "aarch64": (0xC00000B7, 198, GENERIC), "riscv64": (0xC00000F3, 198, GENERIC),
 }  # fmt: skip
-OTHER_ABI = 0x40000000  # numbers from here on are those of x32
 FAMILIES = (1, 2, 10, 16)  # of sockets: unix, IPv4, IPv6, netlink. Others, such as vsock, know no network namespaces
-ALLOW, FAIL = 0x7FFF0000, 0x00050001  # FAIL: with EPERM
+OTHER_ABI, ALLOW, FAIL = 0x40000000, 0x7FFF0000, 0x00050001  # the first number of x32; FAIL: with EPERM
 LOAD, EQUAL, AT_LEAST, RETURN = 0x20, 0x15, 0x35, 0x06  # instructions of a filter (BPF)
 
 

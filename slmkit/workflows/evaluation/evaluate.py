@@ -82,6 +82,7 @@ def evaluate(
     asked: dict[str, Any] = {"data": task_data, "shots": shots, "samples": samples, "temperature": temperature}
     asked["unsafe_code"] = unsafe_code
     if is_stored(model):
+        asked["progress"] = counted(progress, str(model), "programs")
         return on_stored_answers(str(model), tasks, asked, chat_template == "chat", limit)
     one = _Evaluated(model, device, precision, cache, limit, progress)
     asked["chat"] = bool(tasks) and uses_chat(model, chat_template)
@@ -258,7 +259,11 @@ class _Evaluated:
             raise UserError(f"{self.model}: {error}") from None
 
     def counter(self, name: str, unit: str) -> Callable[[int, int], None]:
-        return lambda done, of: self.progress(f"{name}: {done:,} of {of:,} {unit}".rstrip(), done / max(1, of))
+        return counted(self.progress, name, unit)
+
+
+def counted(progress: Progress, name: str, unit: str) -> Callable[[int, int], None]:
+    return lambda done, of: progress(f"{name}: {done:,} of {of:,} {unit}".rstrip(), done / max(1, of))
 
 
 def _content_of(task: Any) -> list[Any]:
