@@ -42,8 +42,7 @@ class EngineLM(TemplateLM):
 
     `max_rows`: texts that run at the same time. `max_new_tokens`: instead of what tasks ask for. `progress` gets the
     requests answered and their number. `model_calls` counts what the engine was asked, `cut` the contexts that were cut
-    on the left because they are longer than the model's, `refused` the continuations that are longer than that, whose
-    `loglikelihood` is −inf.
+    on the left because they are longer than the model's, `refused` the continuations that are longer than that.
     """
 
     def __init__(
@@ -99,6 +98,12 @@ class EngineLM(TemplateLM):
             return render([message for message in chat_history if message["role"] != "system"])
 
     # -- log-likelihood -----------------------------------------------------------------------------------------------
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """For each context and continuation: log-probability of the continuation (nats), and whether it is the
+        likeliest one token by token. −inf for a continuation that is longer than the model's context.
+        """
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)  # lm-eval's default is a bar
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         """For each text: log-probability of all of it (nats), in windows of the model's context without overlap, the

@@ -101,8 +101,7 @@ def _run(kind: str, program: str, tests: str, limits: Limits, stop: Event | None
                 reason = json.loads(output) if output else f"the tests stopped: {message}"
             except subprocess.TimeoutExpired:
                 request = None  # `communicate` keeps what it has not yet sent
-                stopped = "stopped" if stop and stop.is_set() else None
-                reason = stopped or _excess(one, two, limits, time.monotonic() - began)
+                reason = "stopped" if stop and stop.is_set() else _excess(one, two, limits, time.monotonic() - began)
         if reason == ENDED:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 reason += f" (exit code {one.wait(1)})"

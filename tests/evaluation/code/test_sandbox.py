@@ -323,6 +323,15 @@ else: assert False
     assert verdict.passed, verdict.reason
 
 
+def test_a_verdict_that_nobody_waits_for_ends_at_once() -> None:
+    """As after Ctrl-C."""
+    stop = threading.Event()
+    stop.set()
+    limits = Limits(file=SMALL.file + 3)
+    assert run("import time\ntime.sleep(3600)", SQUARES, limits, stop=stop).reason == "stopped"
+    assert gone(f'"RLIMIT_FSIZE": {limits.file}')
+
+
 def test_nothing_is_left_when_slmkit_is_killed() -> None:
     marker = SMALL.file + 2
     script = f"""
