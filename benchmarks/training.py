@@ -270,9 +270,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--add", action="store_true", help="keep the rounds that are stored, and the losses compared")
     parser.add_argument("--small", action="store_true", help="small shapes, to see that it runs")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--draw", type=Path, metavar="PNG")
     arguments = parser.parse_args()
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"works": {}}
+    known = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"works": {}}
     if arguments.draw:
         draw(known, arguments.draw)
         return
@@ -285,7 +286,7 @@ def main() -> None:
                 "date": datetime.date.today().isoformat(), "environment": environment(),
                 "works": known["works"] | {name: entry},
             }  # fmt: skip
-            RESULTS.write_text(json.dumps(known, indent=1) + "\n")
+            arguments.out.write_text(json.dumps(known, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ environment. Every peer but slmkit, which has its own, is driven by the same loo
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 import time
@@ -26,7 +27,7 @@ Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]  # ids and labels [rows, le
 
 def plain(directory: Path, length: int) -> tuple[nn.Module, Loss]:
     """`benchmarks/plain_loop.py`."""
-    from plain_loop import load_plain
+    from benchmarks.plain_loop import load_plain
 
     def loss(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(model(ids).flatten(0, 1), labels.flatten())
@@ -78,8 +79,11 @@ PEERS: dict[str, Callable[[Path, int], tuple[nn.Module, Loss]]] = {
 
 
 def by_loop(spec: dict[str, Any], batches: Tensor) -> tuple[list[float], list[float]]:
-    """Losses and seconds of every step of a peer.  batches [steps, rows, length + 1]"""
-    from plain_loop import adamw
+    """Losses and seconds of every step of a peer.  batches [steps, rows, length + 1]
+
+    With `spec["limit"]` it stops after the step in which it has run for so many seconds since the first one.
+    """
+    from benchmarks.plain_loop import adamw
 
     device = torch.device(spec["device"])
     model, loss = PEERS[spec["peer"]](Path(spec["model"]), batches.size(2) - 1)
@@ -100,6 +104,8 @@ def by_loop(spec: dict[str, Any], batches: Tensor) -> tuple[list[float], list[fl
         optimizer.step()
         losses.append(float(total))
         seconds.append(time.perf_counter() - began)
+        if sum(seconds[1:]) > spec.get("limit", math.inf):
+            break
     return losses, seconds
 
 
