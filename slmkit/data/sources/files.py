@@ -95,8 +95,7 @@ class _Unpacked(io.RawIOBase):
 
 
 def local_file(path: str | Path) -> File:
-    path = Path(path)
-    return File(str(path), lambda: path.open("rb"), lambda: described(path))
+    return File(str(path), lambda: Path(path).open("rb"), lambda: described(Path(path)))
 
 
 def described(path: Path) -> dict[str, Any]:
@@ -162,8 +161,7 @@ def whole_lines(file: File, offset: int = 0) -> Iterator[Line]:
     """
     with file.open_at(offset) as stream:
         while raw := stream.readline(LONGEST_ROW + 1):
-            start, offset = offset, offset + len(raw)
-            text, problem = "", None
+            start, offset, text, problem = offset, offset + len(raw), "", None
             if len(raw) > LONGEST_ROW:
                 while not raw.endswith(b"\n") and (raw := stream.readline(PIECE)):
                     offset += len(raw)
