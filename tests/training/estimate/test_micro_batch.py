@@ -66,7 +66,7 @@ def test_gradients_of_earlier_micro_batches_count() -> None:
     """In one micro-batch, activations are freed as gradients come; in a later one, both are there."""
     alone, later = (training_bytes(fresh(), settings(tokens_per_step=n * LENGTH), 8, LENGTH, CPU) for n in (8, 16))
     gradients = sum(4 * p.numel() for p in fresh().model.parameters())
-    assert gradients / 2 < later - alone <= gradients
+    assert gradients / 2 < later - alone < 1.01 * gradients
 
 
 def test_not_even_one_row_is_one_line_with_figures(monkeypatch: pytest.MonkeyPatch) -> None:
