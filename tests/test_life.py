@@ -54,7 +54,7 @@ def evaluated(directory: Path) -> LossReport:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def runs(module_without_plan_and_pictures: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp("life")
     sizes = ["model.hidden_size=32", "model.intermediate_size=64", "model.num_hidden_layers=2"]
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import random
@@ -78,7 +79,8 @@ class Probe:
         return max(len(self.start) + self.count, *(len(ids) + 1 for ids, _ in self.prompts))
 
 
-def probe_strings(spellings: Sequence[str], count: int) -> list[str]:
+@functools.cache
+def probe_strings(spellings: tuple[str, ...], count: int) -> list[str]:
     """`count` texts of up to 12 pieces: words of each script, of English, `PIECES`, any characters, `spellings`."""
     rng, scripts = random.Random(23), dict[str, list[str]]()
     anything = [*filter(str.isprintable, map(chr, range(0x32000)))]
