@@ -89,9 +89,8 @@ def train_quickstart(
 
 def _train_part(part: str, values: Sequence[str], share: float, until: float, reporter: Reporter) -> RunDirectory:
     """A run of a part's recipe on a share of its documents, stopped at `until` (`time.monotonic`)."""
-    steps = share * RELATIVE_TIMES[part] * PRIMER_STEPS
-    evaluations = f"train.eval_steps={max(1, round(steps / EVALUATIONS))}"
-    recipe = load_recipe(find_recipe(f"quickstart-{part}"), [*values, evaluations])
+    every = max(1, round(share * RELATIVE_TIMES[part] * PRIMER_STEPS / EVALUATIONS))
+    recipe = load_recipe(find_recipe(f"quickstart-{part}"), [*values, f"train.eval_steps={every}"])
     stop = StopRequested(until)
     try:
         return train_recipe(_shortened(recipe, share), reporter, stop=stop)
