@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.muon import LENGTH, TOKENS_PER_STEP, VALIDATION_ROWS, VOCABULARY, First, Quiet
+from benchmarks.tokens_to_loss import LENGTH, VOCABULARY, First, Quiet
 from slmkit.data.prepare.corpus import Corpus, DataSettings, TokenizerSettings, build_corpus
 from slmkit.data.stream import DocumentRows, PretrainRows, Stream
 from slmkit.device import find_device, keep_freed_memory
@@ -34,6 +34,7 @@ from slmkit.training.optimizers.choose import make_optimizers
 from slmkit.training.recipe.recipe import find_recipe, load_recipe
 
 RESULTS = Path(__file__).parent / "results" / "learning_rates.json"
+TOKENS_PER_STEP, VALIDATION_ROWS = 2_048, 32
 WIDTHS, DEPTH, HEAD = (128, 256), 4, 64
 ADAMW = (3e-4, 1e-3, 3e-3, 1e-2)
 RATES = {"vector-slm": ADAMW, "vector-clm-50m": (0.005, 0.01, 0.02, 0.04), "gemma-3-270m": ADAMW, "smallm-60m": ADAMW}

@@ -6,47 +6,41 @@ from typing import Annotated
 
 import typer
 
-from slmkit.cli.options import DeviceName, new_app
+from slmkit.cli.options import DeviceName, Overrides, new_app
 
 
 def train(
-    presets: Annotated[list[str] | None, typer.Argument(metavar="[PRESET]", help="Default: quickstart.")] = None,
-    length: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 512,
-    tokens_per_step: Annotated[int, typer.Option(min=2, help="Tokens of an optimizer step.")] = 8192,
-    steps: Annotated[int, typer.Option(min=4, help="How many steps; one preset takes at most a minute.")] = 20,
-    optimizer: Annotated[str, typer.Option(help="adamw, adamw_8bit, muon or lion.")] = "adamw",
-    device: DeviceName = "auto",
-    precision: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    recipe: Annotated[
+        str, typer.Argument(metavar="[RECIPE]", help="A recipe file, a name that `slm recipes` lists, or a preset.")
+    ] = "quickstart",
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=4, help="How many steps; they take at most some 20 seconds.")] = 20,
 ) -> None:
-    """Measure how fast models are trained.
+    """Measure how fast a recipe is trained here.
 
-    Real optimizer steps of new models on random tokens. MFU is the share of the speed of large matrix products here.
+    Real optimizer steps of a new model on random tokens, beside what `slm plan --no-probe` says: the speed from that
+    of large matrix products, the memory by arithmetic. MFU is the share of the speed of such products.
 
-    Example: slm bench train quickstart smollm2-135m --length 512
+    Example: slm bench train own-text train.sequence_length=256 train.optimizer=muon
+    Example: slm bench train smollm2-135m train.sequence_length=512
     """
-    from slmkit.cli.show import gibibytes, print_table
-    from slmkit.config import load_settings
-    from slmkit.training.recipe.recipe import TrainSettings
-
-    values = {
-        "sequence_length": length, "tokens_per_step": tokens_per_step, "optimizer": optimizer, "device": device,
-        "precision": precision,
-    }  # fmt: skip
-    settings = load_settings(TrainSettings, values, origin="slm bench train")
+    from slmkit.cli.show import count, gibibytes, print_table
     from slmkit.workflows.bench import training_speed
 
-    rows = []
-    for preset in presets or ["quickstart"]:
-        speed = training_speed(preset, settings, steps)
-        of_step = speed.measured
-        rows.append(
-            (
-                preset, f"{speed.parameters:,}", f"{of_step.tokens_per_second:,.0f}", f"{of_step.step_seconds:.3f}",
-                f"{speed.mfu:.0%}", gibibytes(of_step.memory_bytes),
-            )
-        )  # fmt: skip
-    columns = ("model", "parameters", "tokens/s", "seconds a step", "MFU", "memory")
-    print_table(columns, rows, right=columns[1:])
+    speed = training_speed(recipe, overrides or [], steps)
+    foretold, measured, train = speed.foretold.estimate, speed.measured, speed.foretold.recipe.train
+    rows, length = train.rows_per_step(speed.foretold.length), speed.foretold.length
+    print(
+        f"{recipe}: {count(foretold.parameters)} parameters, {rows} rows of {length:,} tokens a step, {train.optimizer}"
+    )
+    table = (
+        ("tokens/s", f"{measured.tokens_per_second:,.0f}", f"{foretold.tokens_per_second:,.0f}"),
+        ("seconds a step", f"{measured.step_seconds:.3f}", f"{rows * length / foretold.tokens_per_second:.3f}"),
+        ("memory", gibibytes(measured.memory_bytes), gibibytes(foretold.memory_bytes)),
+        ("MFU", *(f"{speed.mfu(of.tokens_per_second):.0%}" for of in (measured, foretold))),
+    )
+    columns = ("", "measured", "foretold")
+    print_table(columns, table, right=columns[1:])
 
 
 def decode(

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import torch
 
 from slmkit.adapt.load import load_model
 from slmkit.adapt.quantize import quantized_modules, round_to, to_quantize
-from slmkit.config import UserError, warn_once
+from slmkit.config import UserError, load_settings, warn_once
 from slmkit.data import stories
 from slmkit.data.prepare.conversations import prepare_chat
 from slmkit.data.prepare.text_to_shards import prepare_text
@@ -33,14 +33,12 @@ from slmkit.generation.generator import generate_ids
 from slmkit.generation.sampling_settings import SamplingSettings
 from slmkit.model.config import PRESETS, SLMConfig
 from slmkit.model.decoder import Decoder
-from slmkit.model.files.directory import empty_decoder
 from slmkit.model.initialization import build_decoder
-from slmkit.model.sizes import parameter_count
 from slmkit.tokenizer import SLMTokenizer
-from slmkit.training.estimate.memory import MemoryProfile
 from slmkit.training.estimate.probe import Probe, probe
 from slmkit.training.logging.logger import StepFlops
-from slmkit.training.recipe.recipe import TrainSettings
+from slmkit.training.recipe.recipe import Recipe, find_recipe, load_recipe, shipped_recipes
+from slmkit.workflows.plan import RunEstimate, plan_recipe
 
 BATCHES = (1, 4, 16)  # sequences generated at once
 BITS, GROUP = ("int8", "int4"), 32  # the kinds of weights to measure, in the groups of `slm quantize`
@@ -58,9 +56,13 @@ Stream(PretrainRows(TokenShards.open(sys.argv[1]), {ROW}), {ROWS}).batch(0)
 
 @dataclass(frozen=True)
 class TrainingSpeed:
-    parameters: int
+    foretold: RunEstimate  # by arithmetic, without any step
     measured: Probe
-    mfu: float  # share of the measured peak of large matrix products
+
+    def mfu(self, tokens_per_second: float) -> float:
+        """Share of the measured peak of large matrix products."""
+        flops = StepFlops(self.foretold.profile.model, self.foretold.length).of_step(1, 1)
+        return tokens_per_second * flops / measured_peak(self.foretold.device)
 
 
 @dataclass(frozen=True)
@@ -89,14 +91,21 @@ def median_seconds(run: Callable[[], object], rounds: int) -> float:
     return statistics.median(seconds(run) for _ in range(rounds))
 
 
-def training_speed(preset: str, settings: TrainSettings, steps: int) -> TrainingSpeed:
-    """Speed of `steps` real training steps of a new model of a preset on random tokens."""
-    device = find_device(settings.device, settings.precision)
-    model = empty_decoder(SLMConfig.from_preset(preset))
-    measured = probe(MemoryProfile(model), settings, device, steps)
-    flops = StepFlops(model, settings.sequence_length or model.architecture.max_positions).of_step(1, 1)
-    mfu = measured.tokens_per_second * flops / measured_peak(device)
-    return TrainingSpeed(parameter_count(model.architecture), measured, mfu)
+def training_speed(name: str, overrides: Sequence[str], steps: int) -> TrainingSpeed:
+    """Speed of `steps` real training steps of a new model on random tokens, beside the forecast without measuring.
+
+    `name` is a recipe, or a preset for which there is none, with the settings that recipes have by default.
+    Raises `UserError` for neither, and for a wrong override (`train.optimizer=muon`).
+    """
+    if name in PRESETS and name not in shipped_recipes():
+        size = {"vocab_size": SLMConfig.from_preset(name).vocab_size}
+        recipe = load_settings(Recipe, {"model": {"preset": name}, "tokenizer": size}, overrides)
+    else:
+        recipe = load_recipe(find_recipe(name), overrides)
+    lengths = {"max_steps": steps, "max_tokens": None, "num_train_epochs": None}
+    train = recipe.train.model_copy(update=lengths)
+    foretold = plan_recipe(recipe.model_copy(update={"train": train}), measure=False)
+    return TrainingSpeed(foretold, probe(foretold.profile, foretold.recipe.train, foretold.device, steps))
 
 
 def decoding_speed(model: str, prompt: int, new: int, rounds: int, device: str) -> Iterator[DecodingSpeed]:

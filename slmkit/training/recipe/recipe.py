@@ -98,7 +98,7 @@ class TrainSettings(Settings):
     muon_learning_rate: float = Field(0.02, gt=0)  # learning rate of the matrices that Muon updates
     muon_momentum: float = Field(0.95, ge=0, lt=1)  # momentum of Muon
     # how the learning rate falls
-    lr_scheduler_type: Literal["cosine", "linear", "warmup_stable_decay", "inverse_sqrt"] = "cosine"
+    lr_scheduler_type: Literal["cosine", "linear", "warmup_stable_decay"] = "cosine"
     min_learning_rate_ratio: float = Field(0.1, ge=0)  # the last rate, as a share of the peak; above 1 it rises to that
     warmup_steps: int | None = Field(None, ge=0)  # steps in which the learning rate rises
     warmup_ratio: float | None = Field(
@@ -154,11 +154,6 @@ class TrainSettings(Settings):
             given = [name for name in names if getattr(self, name) is not None]
             if len(given) > 1:
                 raise ValueError(f"{' and '.join(given)} both say {what}: keep one (`{given[0]}: null` drops it)")
-        if self.min_learning_rate_ratio > 1 and self.lr_scheduler_type not in ("cosine", "linear"):
-            raise ValueError(
-                f"min_learning_rate_ratio {self.min_learning_rate_ratio:g}: expected 0 to 1; above the peak only the "
-                "schedules cosine and linear can end"
-            )
         for name, value in (("optimizer", self.optimizer), ("precision", self.precision)):
             if self.parallel == "fsdp" and value in ("adamw_8bit", "bfloat16-pure", "bfloat16-master"):
                 raise ValueError(
