@@ -18,7 +18,9 @@ import multiprocessing
 import os
 import socket
 import statistics
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,7 @@ LONGEST_FULL = 16_384  # tokens; at 32,768 full attention takes two minutes a st
 # One layer of attention and little else, for lengths: heads of 64, as the base has.
 LONG = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 2, "num_hidden_layers": 2, "rows": 1}
 LEAST_SECONDS, MOST_STEPS = 1.5, 10  # of the measured steps of one point
+AGREEMENTS = 50  # gatherings of three numbers from all processes, whose mean time is taken
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["slmkit.training.fit", "torch.distributed.fsdp"])
 
@@ -132,6 +135,10 @@ def measure(point: dict[str, Any]) -> dict[str, Any]:
         before = resident_memory()
         seconds, sent = steps(config, rows, length)
         memory = peak_memory(device) - before
+        started = time.perf_counter()
+        for _ in range(AGREEMENTS):
+            group.gather(1.0, 2.0, 3.0)
+        agreement = (time.perf_counter() - started) / AGREEMENTS
     model = empty_decoder(config)
     return {
         "seconds": statistics.median(seconds),
@@ -141,6 +148,7 @@ def measure(point: dict[str, Any]) -> dict[str, Any]:
         "tokens": rows * length * point["world"],
         "memory_bytes": memory,
         "loopback_bytes": sent if point["world"] > 1 else 0,
+        "agreement_seconds": agreement,
         "peak_flops": measured_peak(device),
         "parameters": parameter_count(model.architecture),
         "flops_per_token": StepFlops(model, length).of_step(1, 1),
@@ -203,25 +211,31 @@ def key_of(point: dict[str, Any]) -> str:
     return " ".join(f"{name}={value}" for name, value in point.items() if value != BASE[name]) or "base"
 
 
-def measure_all(chosen: list[str], smoke: bool, budget: float) -> None:
-    """Measure what is missing in the results, and write each point as it comes."""
+def measure_all(chosen: list[str], smoke: bool, budget: float, jobs: int) -> None:
+    """Measure what is missing in the results, `jobs` points at a time, and write each as it comes."""
     content = json.loads(RESULTS.read_text()) if RESULTS.exists() and not smoke else {"points": {}}
-    began = time.monotonic()
-    for name in chosen:
-        for change in sweeps()[name][:1] if smoke else sweeps()[name]:
-            point = BASE | change
-            key = f"{name}: {key_of(point)}"
-            if key in content["points"] or time.monotonic() - began > budget:
-                continue
-            if smoke:
-                point |= {"length": 64, "rows": 1, "vocab_size": 256, "num_hidden_layers": 1}
-            found = point | run(point)
-            rate, memory = found["tokens"] / found["seconds"], found["memory_bytes"] / 2**20
+    content |= {"base": BASE, "environment": environment() | find_device("cpu", "float32").describe()}
+    began, writing = time.monotonic(), threading.Lock()
+
+    def one(key: str, point: dict[str, Any]) -> None:
+        if key in content["points"] or time.monotonic() - began > budget:
+            return
+        found = point | run(point)
+        rate, memory = found["tokens"] / found["seconds"], found["memory_bytes"] / 2**20
+        with writing:
             print(f"{key}: {rate:,.0f} tokens/s, {memory:,.0f} MiB", flush=True)
             content["points"][key] = found | {"date": datetime.date.today().isoformat()}
-            content |= {"base": BASE, "environment": environment() | find_device("cpu", "float32").describe()}
             if not smoke:
                 RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+
+    with ThreadPoolExecutor(jobs) as pool:
+        waiting = []
+        for name in chosen:
+            for change in sweeps()[name][:1] if smoke else sweeps()[name]:
+                tiny = {"length": 64, "rows": 1, "vocab_size": 256, "num_hidden_layers": 1} if smoke else {}
+                waiting.append(pool.submit(one, f"{name}: {key_of(BASE | change)}", BASE | change | tiny))
+        for each in waiting:
+            each.result()
 
 
 def calculate_all() -> dict[str, Any]:
@@ -238,12 +252,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(sweeps()), help="some of: %(default)s")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no further point after these")
+    parser.add_argument("--jobs", type=int, default=1, help="points with one thread that may run side by side")
     parser.add_argument("--smoke", action="store_true", help="one tiny point of each; writes nothing")
     parser.add_argument("--measure", action="store_true", help="neither calculate nor draw")
     parser.add_argument("--draw", action="store_true", help="only calculate and draw")
     arguments = parser.parse_args()
     if not arguments.draw:
-        measure_all(arguments.only.split(","), arguments.smoke, arguments.seconds)
+        measure_all(arguments.only.split(","), arguments.smoke, arguments.seconds, arguments.jobs)
     if not (arguments.smoke or arguments.measure):
         draw(calculate_all(), DOCS)
 

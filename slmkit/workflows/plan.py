@@ -106,8 +106,21 @@ def plan_recipe(
     Its speed is `measured` already, or with `measure` it is, in at most `longest` seconds.
     Raises `UserError` for a setting that the plan needs and the recipe lacks.
     """
-    recipe, config, profile, device, text, rows, steps, assumptions = _facts(recipe)
+    expect_a_model(recipe)
+    recipe = with_the_teachers_tokenizer(recipe)
+    if recipe.tokenizer.path is not None:  # its size is known already
+        size = len(SLMTokenizer.from_pretrained(find_tokenizer_directory(recipe.tokenizer.path)))
+        recipe = recipe.model_copy(update={"tokenizer": recipe.tokenizer.model_copy(update={"vocab_size": size})})
+    device = find_device(recipe.train.device, recipe.train.precision)
+    assumptions: list[str] = []
+    config = _config_of(recipe, assumptions)
     length = recipe.train.sequence_length or config.max_position_embeddings
+    text = tokens_of(recipe, assumptions)
+    if text is None and recipe.train.max_steps is None and recipe.train.max_tokens is None:
+        raise UserError("the length of this text is not known before it is read: set train.max_tokens or max_steps")
+    rows = _rows_of(recipe, text, length, assumptions)
+    steps = recipe.train.total_steps(rows, recipe.tokens_of_row(length))
+    profile = OBJECTIVES[recipe.objective].memory(recipe, _meta_model(recipe, config), config.vocab_size, device)
     recipe = recipe.model_copy(update={"train": resolve_micro_batch(recipe.train, profile, length, device)})
     if measure and measured is None:
         say(f"measuring the speed in up to {STEPS} steps on random tokens, at most {longest:.0f} seconds")
@@ -131,32 +144,9 @@ def plan_on_gpus(recipe: Recipe, gpus: int, gpu: str) -> tuple[ClusterEstimate, 
 
     Raises `UserError` like `plan_recipe`, and like `forecast_on_gpus`.
     """
-    on_gpus = recipe.train.model_copy(update={"device": "cpu", "parallel": "fsdp"})  # figures, without a device
-    recipe, _, profile, _, _, _, steps, _ = _facts(recipe.model_copy(update={"train": on_gpus}))
-    estimate = forecast_on_gpus(profile, recipe.train, gpus, gpu)
-    return estimate, steps * estimate.tokens
-
-
-def _facts(recipe: Recipe) -> tuple[Recipe, SLMConfig, MemoryProfile, Device, int | None, int, int, list[str]]:
-    """The recipe with all sizes known; its model's config and profile, and the device; about how many tokens its text
-    has, rows of an epoch, steps; and what was assumed.
-    """
-    expect_a_model(recipe)
-    recipe = with_the_teachers_tokenizer(recipe)
-    if recipe.tokenizer.path is not None:  # its size is known already
-        size = len(SLMTokenizer.from_pretrained(find_tokenizer_directory(recipe.tokenizer.path)))
-        recipe = recipe.model_copy(update={"tokenizer": recipe.tokenizer.model_copy(update={"vocab_size": size})})
-    device = find_device(recipe.train.device, recipe.train.precision)
-    assumptions: list[str] = []
-    config = _config_of(recipe, assumptions)
-    length = recipe.train.sequence_length or config.max_position_embeddings
-    text = tokens_of(recipe, assumptions)
-    if text is None and recipe.train.max_steps is None and recipe.train.max_tokens is None:
-        raise UserError("the length of this text is not known before it is read: set train.max_tokens or max_steps")
-    rows = _rows_of(recipe, text, length, assumptions)
-    steps = recipe.train.total_steps(rows, recipe.tokens_of_row(length))
-    profile = OBJECTIVES[recipe.objective].memory(recipe, _meta_model(recipe, config), config.vocab_size, device)
-    return recipe, config, profile, device, text, rows, steps, assumptions
+    here = {"device": "cpu", "micro_batch_tokens": 1}  # a row at once: memory of this machine does not matter
+    found = plan_recipe(recipe.model_copy(update={"train": recipe.train.model_copy(update=here)}), measure=False)
+    return forecast_on_gpus(found.profile, recipe.train, gpus, gpu), found.estimate.tokens
 
 
 def _meta_model(recipe: Recipe, config: SLMConfig) -> Decoder:
